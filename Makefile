@@ -1,0 +1,47 @@
+# `make serve` and `make test` work on a fresh clone; everything lives in .venv and nothing else has to be installed.
+# Arguments for the command behind a target go in ARGS: make serve ARGS="--port 9000".
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# An interpreter is taken only if it runs (a version manager's shim may not), is new enough and can make environments.
+PYTHONS = $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14)
+USABLE  = import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
+
+.DEFAULT_GOAL := help
+.PHONY: help install serve check test clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# --- everyday ------------------------------------------------------------------------------------
+
+install: $(STAMP) ## create .venv with the pinned dependencies; instant when nothing changed
+
+$(STAMP): pyproject.toml constraints.txt
+	@if ! $(BIN)/python -c 'import pip' 2>/dev/null; then \
+		for python in $(PYTHONS); do "$$python" -c '$(USABLE)' 2>/dev/null && break; python=; done; \
+		[ -n "$$python" ] || { echo 'No usable Python >= 3.11 with venv found; name one: make PYTHON=/path/to/python' >&2; exit 1; }; \
+		echo "Creating $(VENV) with $$("$$python" --version)"; \
+		"$$python" -m venv --clear $(VENV); \
+	fi
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	@touch $@
+
+serve: $(STAMP) ## fetch the default model if needed and serve it on http://127.0.0.1:8000
+	$(BIN)/lorakeet serve $(ARGS)
+
+check: $(STAMP) ## lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: $(STAMP) check ## all checks and the whole test suite
+	$(BIN)/pytest $(ARGS)
+
+clean: ## remove the environment and everything the tools leave behind
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- benchmarks and demonstrations ---------------------------------------------------------------
