@@ -1,0 +1,289 @@
+"""What the server counts: one object around its own Prometheus registry.
+
+Names are vLLM's under the prefix `lorakeet:`. Two sources feed it: the HTTP handlers, one `RequestMetrics` per
+sequence, and the engine's `Stats`: gauges and *increments*, so counters stay monotonic when the engine restarts.
+
+Adapters are labelled by name, and only by names that were resolved to a stored version: a junk name never reaches this
+file. At most `top_adapters` names have series of their own; the least recently used one is folded into `other`.
+It knows neither HTTP nor the store.
+"""
+
+import time
+from collections import Counter as Multiset
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from server.engine.protocol import AdapterUse, Stats
+
+FinishedReason = Literal["stop", "length", "abort", "error"]
+
+OTHER = "other"
+PREFIX = "lorakeet:"
+
+_FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
+_BETWEEN_TOKENS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+_WHOLE_REQUEST = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920)
+_QUEUE = (0.001, 0.01, 0.05, 0.1, *_WHOLE_REQUEST)
+_STEP = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+_COUNTS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
+
+
+@dataclass
+class _AdapterCounts:
+    """Everything counted for one adapter name (or for `other`)."""
+
+    digest: str = ""  # of the version last asked for; ties the engine's digests to the name
+    requests: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    loads: int = 0
+    load_seconds: float = 0.0
+    evictions: int = 0
+
+    def absorb(self, gone: "_AdapterCounts") -> None:
+        self.requests += gone.requests
+        self.prompt_tokens += gone.prompt_tokens
+        self.generation_tokens += gone.generation_tokens
+        self.loads += gone.loads
+        self.load_seconds += gone.load_seconds
+        self.evictions += gone.evictions
+
+
+class _AdapterMetrics(Collector):
+    """Per-adapter series of bounded number, produced at scrape time."""
+
+    def __init__(self, top: int, max_lora: int) -> None:
+        self.resident: list[AdapterUse] = []
+        self._top = top
+        self._max_lora = max_lora
+        self._by_name: OrderedDict[str, _AdapterCounts] = OrderedDict()  # least recently used first
+        self._names: dict[str, str] = {}  # digest -> name, for names in `_by_name`
+        self._other = _AdapterCounts()
+        self._in_flight: dict[str, Multiset[str]] = {}  # digest -> names of the open requests that use it
+
+    def begin(self, name: str, digest: str) -> None:
+        self._in_flight.setdefault(digest, Multiset())[name] += 1
+        if name == OTHER:  # an adapter of that name shares the series of the rest
+            self._other.requests += 1
+            return
+        counts = self._by_name.get(name)
+        if counts is None:
+            counts = self._by_name[name] = _AdapterCounts()
+            if len(self._by_name) > self._top:
+                oldest, gone = self._by_name.popitem(last=False)
+                self._unlink(oldest, gone)
+                self._other.absorb(gone)
+        else:
+            self._by_name.move_to_end(name)
+        if counts.digest != digest:
+            self._unlink(name, counts)
+            counts.digest = digest
+        self._names[digest] = name
+        counts.requests += 1
+
+    def end(self, name: str, digest: str) -> None:
+        names = self._in_flight[digest]
+        names[name] -= 1
+        if not +names:
+            del self._in_flight[digest]
+
+    def of_name(self, name: str) -> _AdapterCounts:
+        return self._by_name.get(name, self._other)
+
+    def of_digest(self, digest: str) -> _AdapterCounts:
+        return self.of_name(self._names.get(digest, OTHER))
+
+    def forget(self, name: str) -> None:
+        counts = self._by_name.pop(name, None)
+        if counts is not None:
+            self._unlink(name, counts)
+            self._other.absorb(counts)
+
+    def _unlink(self, name: str, counts: _AdapterCounts) -> None:
+        if self._names.get(counts.digest) == name:  # another name may have taken the same content over
+            del self._names[counts.digest]
+
+    def collect(self) -> Iterator[Metric]:
+        requests = _counter("lora_requests", "Requests that named the adapter")
+        prompt = _counter("lora_prompt_tokens", "Prompt tokens of requests that named the adapter")
+        generation = _counter("lora_generation_tokens", "Tokens generated with the adapter")
+        loads = _counter("lora_adapter_loads", "Times the adapter was brought onto the device")
+        seconds = _counter("lora_adapter_load_seconds", "Seconds spent bringing the adapter onto the device")
+        evictions = _counter("lora_adapter_evictions", "Times the adapter left the device")
+        for name, counts in [*self._by_name.items(), (OTHER, self._other)]:
+            requests.add_metric([name], counts.requests)
+            prompt.add_metric([name], counts.prompt_tokens)
+            generation.add_metric([name], counts.generation_tokens)
+            loads.add_metric([name], counts.loads)
+            seconds.add_metric([name], counts.load_seconds)
+            evictions.add_metric([name], counts.evictions)
+        yield from (requests, prompt, generation, loads, seconds, evictions)
+        yield from self._residency()
+        yield self._requests_info()
+
+    def _residency(self) -> Iterator[Metric]:
+        loaded = GaugeMetricFamily(
+            f"{PREFIX}lora_adapter_loaded",
+            "Adapter versions held per memory tier, 0 or 1 for a named adapter",
+            labels=["adapter_name", "level"],
+        )
+        per_name: Multiset[tuple[str, str]] = Multiset()
+        per_tier: Multiset[str] = Multiset({"device": 0, "host": 0})
+        for use in self.resident:
+            per_name[self._names.get(use.digest, OTHER), use.tier] += 1
+            per_tier[use.tier] += 1
+        for (name, tier), count in sorted(per_name.items()):
+            loaded.add_metric([name, tier], count)
+        yield loaded
+        total = GaugeMetricFamily(
+            f"{PREFIX}num_loaded_lora_adapters", "Adapter versions held per memory tier", labels=["level"]
+        )
+        for tier, count in per_tier.items():
+            total.add_metric([tier], count)
+        yield total
+
+    def _requests_info(self) -> Metric:
+        """What the Kubernetes Gateway's inference extension reads: names in labels, the time as the value."""
+        info = GaugeMetricFamily(
+            f"{PREFIX}lora_requests_info",
+            "Adapters of running and waiting requests, as comma-separated names; the value is the Unix time",
+            labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+        )
+        running = self._open_names(use.digest for use in self.resident if use.running)
+        waiting = self._open_names(use.digest for use in self.resident if use.waiting)
+        info.add_metric([str(self._max_lora), running, waiting], time.time())
+        return info
+
+    def _open_names(self, digests: Iterable[str]) -> str:
+        return ",".join(sorted({name for digest in digests for name in +self._in_flight.get(digest, Multiset())}))
+
+
+class Metrics:
+    """All of the server's metrics; `registry` is what `/metrics` renders."""
+
+    def __init__(self, top_adapters: int = 100, max_lora: int = 0) -> None:
+        """`top_adapters`: how many names have their own series; `max_lora`: distinct adapters one step can hold."""
+        disable_created_metrics()
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        self._adapters = _AdapterMetrics(top_adapters, max_lora)
+        self.registry.register(self._adapters)
+
+        self._running = self._gauge("num_requests_running", "Sequences in the batch")
+        self._waiting = self._gauge("num_requests_waiting", "Sequences waiting for a place in the batch")
+        self._kv_usage = self._gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1")
+        self._engine_up = self._gauge("engine_up", "1 while an engine process reports, else 0")
+        self._prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
+        self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache")
+        self._preemptions = self._counter("num_preemptions", "Sequences put back to be recomputed")
+        self._step_requests = self._histogram("engine_step_requests", "Sequences in one engine step", _COUNTS)
+        self._step_adapters = self._histogram("engine_step_adapters", "Distinct adapters in one engine step", _COUNTS)
+        self._step_seconds = self._histogram("engine_step_seconds", "Duration of one engine step", _STEP)
+        self._load_seconds = self._histogram("lora_load_seconds", "Duration of one adapter load", _STEP)
+
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens processed")
+        self.generation_tokens = self._counter("generation_tokens", "Tokens generated")
+        self.first_token = self._histogram("time_to_first_token_seconds", "Arrival to first token", _FIRST_TOKEN)
+        self.inter_token = self._histogram("inter_token_latency_seconds", "Between two outputs", _BETWEEN_TOKENS)
+        self.e2e = self._histogram("e2e_request_latency_seconds", "Arrival to last token", _WHOLE_REQUEST)
+        self.queue_time = self._histogram("request_queue_time_seconds", "Arrival to first scheduled", _QUEUE)
+        self.success = Counter(
+            f"{PREFIX}request_success", "Finished sequences", ["finished_reason"], registry=self.registry
+        )
+        for reason in get_args(FinishedReason):
+            self.success.labels(reason)
+
+    def request(self, adapter: str | None = None, digest: str = "") -> "RequestMetrics":
+        """Start the clock of one sequence. `adapter` is the name of a stored version and `digest` its content."""
+        return RequestMetrics(self, self._adapters, adapter, digest)
+
+    def adapter_deleted(self, name: str) -> None:
+        """The name no longer exists: its series end, their sums live on in `other`."""
+        self._adapters.forget(name)
+
+    def engine_stats(self, stats: Stats) -> None:
+        """One report of the engine."""
+        self._engine_up.set(1)
+        self._running.set(stats.running)
+        self._waiting.set(stats.waiting)
+        self._kv_usage.set(stats.kv_usage)
+        self._prefix_queries.inc(stats.prefix_queries)
+        self._prefix_hits.inc(stats.prefix_hits)
+        self._preemptions.inc(stats.preemptions)
+        if stats.step_requests:  # a heartbeat is no step
+            self._step_requests.observe(stats.step_requests)
+            self._step_adapters.observe(stats.step_adapters)
+            self._step_seconds.observe(stats.step_seconds)
+        for digest in stats.evictions:
+            self._adapters.of_digest(digest).evictions += 1
+        for digest, seconds in stats.loads:
+            self._load_seconds.observe(seconds)
+            counts = self._adapters.of_digest(digest)
+            counts.loads += 1
+            counts.load_seconds += seconds
+        if stats.adapters is not None:
+            self._adapters.resident = stats.adapters
+
+    def engine_down(self) -> None:
+        """No engine reports any more: nothing runs, nothing is resident."""
+        for gauge in (self._engine_up, self._running, self._waiting, self._kv_usage):
+            gauge.set(0)
+        self._adapters.resident = []
+
+    def _gauge(self, name: str, help_text: str) -> Gauge:
+        return Gauge(PREFIX + name, help_text, registry=self.registry)
+
+    def _counter(self, name: str, help_text: str) -> Counter:
+        return Counter(PREFIX + name, help_text, registry=self.registry)
+
+    def _histogram(self, name: str, help_text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(PREFIX + name, help_text, buckets=buckets, registry=self.registry)
+
+
+class RequestMetrics:
+    """The clock of one sequence: `output` for everything the engine sent, then `finish`, once."""
+
+    def __init__(self, metrics: Metrics, adapters: _AdapterMetrics, adapter: str | None, digest: str) -> None:
+        self._metrics = metrics
+        self._adapters = adapters
+        self._adapter = adapter
+        self._digest = digest
+        self._arrived = time.monotonic()
+        self._last_output: float | None = None
+        if adapter is not None:
+            adapters.begin(adapter, digest)
+
+    def output(self, tokens: int, prompt_tokens: int, queue_seconds: float) -> None:
+        """An output with `tokens` new tokens; the prompt and the queue time count on the first one only."""
+        now = time.monotonic()
+        counts = self._adapters.of_name(self._adapter) if self._adapter is not None else None
+        if self._last_output is None:
+            self._metrics.first_token.observe(now - self._arrived)
+            self._metrics.queue_time.observe(queue_seconds)
+            self._metrics.prompt_tokens.inc(prompt_tokens)
+            if counts is not None:
+                counts.prompt_tokens += prompt_tokens
+        else:
+            self._metrics.inter_token.observe(now - self._last_output)
+        self._last_output = now
+        self._metrics.generation_tokens.inc(tokens)
+        if counts is not None:
+            counts.generation_tokens += tokens
+
+    def finish(self, reason: FinishedReason) -> None:
+        """The sequence ended. `abort`: the client left; `error`: it failed or the engine died."""
+        self._metrics.success.labels(reason).inc()
+        if reason in ("stop", "length"):
+            self._metrics.e2e.observe(time.monotonic() - self._arrived)
+        if self._adapter is not None:
+            self._adapters.end(self._adapter, self._digest)
+
+
+def _counter(name: str, help_text: str) -> CounterMetricFamily:
+    return CounterMetricFamily(PREFIX + name, help_text, labels=["adapter_name"])

@@ -1,0 +1,149 @@
+"""Counting: per request, per engine report, per adapter with a bounded number of series."""
+
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from server.engine.protocol import AdapterUse, Stats
+from server.metrics import Metrics
+
+
+def scrape(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """Every sample by (name, labels); a duplicate series fails here."""
+    samples: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+    for family in text_string_to_metric_families(generate_latest(metrics.registry).decode()):
+        for sample in family.samples:
+            key = (sample.name.removeprefix("lorakeet:"), tuple(sorted(sample.labels.items())))
+            assert key not in samples
+            samples[key] = sample.value
+    return samples
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float:
+    return scrape(metrics)[name, tuple(sorted(labels.items()))]
+
+
+def served(metrics: Metrics, adapter: str | None, digest: str = "", *, prompt: int = 5, outputs: int = 3) -> None:
+    request = metrics.request(adapter, digest)
+    for _ in range(outputs):
+        request.output(1, prompt, 0.25)
+    request.finish("length")
+
+
+def test_a_request_feeds_counters_and_histograms_once() -> None:
+    metrics = Metrics()
+    served(metrics, None)
+    assert value(metrics, "prompt_tokens_total") == 5
+    assert value(metrics, "generation_tokens_total") == 3
+    assert value(metrics, "time_to_first_token_seconds_count") == 1
+    assert value(metrics, "inter_token_latency_seconds_count") == 2
+    assert value(metrics, "e2e_request_latency_seconds_count") == 1
+    assert value(metrics, "request_queue_time_seconds_sum") == 0.25
+    assert value(metrics, "request_success_total", finished_reason="length") == 1
+    assert value(metrics, "request_success_total", finished_reason="stop") == 0
+
+
+def test_an_aborted_request_has_no_latency() -> None:
+    metrics = Metrics()
+    metrics.request().finish("abort")
+    assert value(metrics, "request_success_total", finished_reason="abort") == 1
+    assert value(metrics, "e2e_request_latency_seconds_count") == 0
+    assert value(metrics, "time_to_first_token_seconds_count") == 0
+
+
+def test_engine_reports_are_gauges_and_increments() -> None:
+    metrics = Metrics()
+    report = Stats(
+        running=3, waiting=2, step_requests=3, step_adapters=2, kv_usage=0.5, prefix_queries=10, prefix_hits=4
+    )
+    metrics.engine_stats(report)
+    metrics.engine_stats(report)
+    assert value(metrics, "num_requests_running") == 3
+    assert value(metrics, "num_requests_waiting") == 2
+    assert value(metrics, "kv_cache_usage_perc") == 0.5
+    assert value(metrics, "prefix_cache_queries_total") == 20
+    assert value(metrics, "prefix_cache_hits_total") == 8
+    assert value(metrics, "engine_step_adapters_bucket", le="2.0") == 2
+    assert value(metrics, "engine_step_adapters_bucket", le="1.0") == 0
+
+
+def test_a_heartbeat_is_no_step() -> None:
+    metrics = Metrics()
+    metrics.engine_stats(Stats())
+    assert value(metrics, "engine_step_requests_count") == 0
+    assert value(metrics, "engine_up") == 1
+
+
+def test_counters_survive_the_engine_and_gauges_do_not() -> None:
+    metrics = Metrics()
+    metrics.engine_stats(Stats(running=3, prefix_hits=4, adapters=[AdapterUse("sha256:1", "device", 8, 1, 0)]))
+    metrics.engine_down()
+    assert value(metrics, "num_requests_running") == 0
+    assert value(metrics, "engine_up") == 0
+    assert value(metrics, "num_loaded_lora_adapters", level="device") == 0
+    metrics.engine_stats(Stats(prefix_hits=1))
+    assert value(metrics, "prefix_cache_hits_total") == 5
+
+
+def test_adapters_are_counted_by_name() -> None:
+    metrics = Metrics()
+    served(metrics, "legal", "sha256:1")
+    metrics.engine_stats(
+        Stats(
+            loads=[("sha256:1", 0.5)],
+            evictions=["sha256:1", "sha256:unknown"],
+            adapters=[AdapterUse("sha256:1", "host", 8, 0, 0), AdapterUse("sha256:unknown", "device", 4, 0, 0)],
+        )
+    )
+    assert value(metrics, "lora_requests_total", adapter_name="legal") == 1
+    assert value(metrics, "lora_prompt_tokens_total", adapter_name="legal") == 5
+    assert value(metrics, "lora_generation_tokens_total", adapter_name="legal") == 3
+    assert value(metrics, "lora_adapter_load_seconds_total", adapter_name="legal") == 0.5
+    assert value(metrics, "lora_adapter_evictions_total", adapter_name="legal") == 1
+    assert value(metrics, "lora_adapter_evictions_total", adapter_name="other") == 1
+    assert value(metrics, "lora_adapter_loaded", adapter_name="legal", level="host") == 1
+    assert value(metrics, "lora_adapter_loaded", adapter_name="other", level="device") == 1
+
+
+def test_ten_thousand_adapters_make_a_bounded_number_of_series() -> None:
+    metrics = Metrics(top_adapters=4)
+    served(metrics, "a0", "d0")
+    few = len(scrape(metrics))
+    for i in range(10_000):
+        served(metrics, f"a{i}", f"d{i}", outputs=1)
+    samples = scrape(metrics)
+    assert len(samples) - few <= 3 * 6  # three more names, six series each
+    requests = {labels: n for (name, labels), n in samples.items() if name == "lora_requests_total"}
+    assert sum(requests.values()) == 10_001
+    assert requests[(("adapter_name", "a9999"),)] == 1
+    assert requests[(("adapter_name", "other"),)] == 10_001 - 4
+
+
+def test_a_deleted_adapter_leaves_its_sums_in_other() -> None:
+    metrics = Metrics()
+    served(metrics, "legal", "sha256:1")
+    metrics.adapter_deleted("legal")
+    metrics.adapter_deleted("never-seen")
+    samples = scrape(metrics)
+    assert ("lora_requests_total", (("adapter_name", "legal"),)) not in samples
+    assert value(metrics, "lora_requests_total", adapter_name="other") == 1
+
+
+def test_an_adapter_called_other_does_not_break_the_page() -> None:
+    metrics = Metrics()
+    served(metrics, "other", "sha256:1")
+    assert value(metrics, "lora_requests_total", adapter_name="other") == 1
+
+
+def test_gateway_info_names_running_and_waiting_adapters() -> None:
+    metrics = Metrics(max_lora=8)
+    requests = [metrics.request("b", "sha256:1"), metrics.request("a", "sha256:1"), metrics.request("c", "sha256:2")]
+    metrics.engine_stats(
+        Stats(adapters=[AdapterUse("sha256:1", "device", 8, 2, 0), AdapterUse("sha256:2", "host", 8, 0, 1)])
+    )
+    labels = {"max_lora": "8", "running_lora_adapters": "a,b", "waiting_lora_adapters": "c"}
+    assert value(metrics, "lora_requests_info", **labels) > 1.6e9
+    for request in requests:
+        request.finish("stop")
+    assert (
+        value(metrics, "lora_requests_info", max_lora="8", running_lora_adapters="", waiting_lora_adapters="") > 1.6e9
+    )
