@@ -1,0 +1,239 @@
+"""The kernels in plain torch: the fallback on any device, the oracle of the native ones, and the autograd path.
+
+Every function gives a row the same bits whatever rows stand beside it. A library matrix product does not promise that
+(its blocking follows the row count), so row counts are padded to `ROW_MULTIPLE`, which `probe_row_multiple` finds for
+a machine at start-up. Knows nothing of models, requests or adapters: tensors in, tensors out.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adapters.kernels.weight import QuantizedWeight
+
+ROW_MULTIPLE = 4
+KEY_GROUP = 64  # attention reduces over keys in groups of this many, aligned to the sequence's start
+
+FP32, BF16, FP16 = 0, 1, 2  # the dtype column of a segment table
+_UNIT_DTYPES = {FP32: torch.float32, BF16: torch.bfloat16, FP16: torch.float16}
+
+
+def probe_row_multiple(shapes: Sequence[tuple[int, int]], dtype: torch.dtype = torch.float32) -> int:
+    """Find and set the smallest row multiple at which `F.linear` is batch-invariant for weights of these shapes.
+
+    Args:
+        shapes: the `(out, in)` of the weights in use.
+
+    Returns:
+        A divisor of 64: among row counts that are multiples of it, equal rows give equal bits.
+
+    Raises:
+        RuntimeError: none of 1, 2, 4, ..., 64 will do.
+    """
+    global ROW_MULTIPLE
+    multiple = 1
+    generator = torch.Generator().manual_seed(0)
+    for out_features, in_features in sorted(set(shapes)):
+        x = torch.randn(192, in_features, generator=generator).to(dtype)
+        weight = torch.randn(out_features, in_features, generator=generator).to(dtype)
+        whole = F.linear(x, weight)
+        while not _rows_agree(x, weight, whole, multiple):
+            multiple *= 2
+            if multiple > 64:
+                raise RuntimeError(f"no row multiple makes {dtype} products of {(out_features, in_features)} invariant")
+    ROW_MULTIPLE = multiple
+    return multiple
+
+
+def _rows_agree(x: Tensor, weight: Tensor, whole: Tensor, multiple: int) -> bool:
+    counts = {multiple * n for n in (1, 2, 3, 4, 5, 7, 8, 12, 16)} | {64, 128}
+    return all(torch.equal(F.linear(x[:rows], weight), whole[:rows]) for rows in sorted(counts) if rows <= len(x))
+
+
+def _pad_rows(x: Tensor) -> Tensor:
+    """Zero rows appended along dimension -2 up to a multiple of `ROW_MULTIPLE`."""
+    missing = -x.shape[-2] % ROW_MULTIPLE
+    return F.pad(x, (0, 0, 0, missing)) if missing else x
+
+
+def padded_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weight.T` with the row count padded: `[..., rows, in] x [..., out, in] -> [..., rows, out]`."""
+    return (_pad_rows(x) @ weight.transpose(-1, -2))[..., : x.shape[-2], :]
+
+
+# --- linears ------------------------------------------------------------------------------------
+
+
+class FrozenLinear(torch.autograd.Function):
+    """`x @ W.T + bias` for a weight that is never trained: the backward decodes W again rather than keep it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: QuantizedWeight,
+        bias: Tensor | None,
+        forward: Callable[[Tensor, QuantizedWeight, Tensor | None], Tensor],
+        backward: Callable[[Tensor, QuantizedWeight], Tensor],
+    ) -> Tensor:
+        ctx.weight, ctx.backward_of_x = weight, backward
+        return forward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.backward_of_x(grads[0], ctx.weight), None, None, None, None
+
+
+def base_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """`x [rows, in] -> [rows, out]`, in x's dtype; differentiable with respect to x alone."""
+    y: Tensor = FrozenLinear.apply(x, weight, bias, linear_forward, linear_backward)  # type: ignore[no-untyped-call]
+    return y
+
+
+def linear_forward(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """`x @ W.T + bias`, outside autograd."""
+    y = padded_linear(x, weight.dequantize(x.dtype))
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def linear_backward(dy: Tensor, weight: QuantizedWeight) -> Tensor:
+    """`dy @ W`: `[rows, out] -> [rows, in]`."""
+    return padded_linear(dy, weight.dequantize(dy.dtype).T)
+
+
+# --- adapters -----------------------------------------------------------------------------------
+
+
+def unit_rows(pool: Tensor, first_unit: int, rank: int, dtype: int) -> Tensor:
+    """Rank-rows of a pool as numbers: `[rank, width]`, a view of `pool [units, width]` int16."""
+    if dtype == FP32:
+        return pool[first_unit : first_unit + 2 * rank].view(-1).view(torch.float32).view(rank, pool.shape[1])
+    return pool[first_unit : first_unit + rank].view(_UNIT_DTYPES[dtype])
+
+
+def lora_add_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, table: Tensor, scale: Tensor) -> None:
+    """Add the adapters' deltas in place: for each segment `y[s:e] += scale * ((x[s:e] @ A.T) @ B)`, in table order.
+
+    Args:
+        y: `[T, out]`.
+        x: `[T, in]`.
+        a: int16 `[units, in]`, the pool's raw 2-byte units; an fp32 rank-row is two consecutive units.
+        b: int16 `[units, out]`, B transposed, in the same units.
+        table: int32 `[S, 5]`, columns start, end, first_unit, rank, dtype (`FP32`, `BF16`, `FP16`).
+        scale: fp32 `[S]`.
+    """
+    for (start, end, first_unit, rank, dtype), factor in zip(table.tolist(), scale.tolist(), strict=True):
+        if start >= end or rank == 0:
+            continue
+        down = padded_linear(x[start:end].float(), unit_rows(a, first_unit, rank, dtype).float())  # [n, rank]
+        delta = padded_linear(down * factor, unit_rows(b, first_unit, rank, dtype).float().T)  # [n, out]
+        y[start:end] = (y[start:end] + delta).to(y.dtype)
+
+
+# --- attention ----------------------------------------------------------------------------------
+
+
+def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """Store `k, v [T, Hkv, D]` in `[blocks, Hkv, block_size, D]` caches; `slots` int64 `[T]` = block * size + offset."""
+    block_size = k_cache.shape[2]
+    block, offset = slots // block_size, slots % block_size
+    k_cache[block, :, offset] = k.to(k_cache.dtype)
+    v_cache[block, :, offset] = v.to(v_cache.dtype)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seqs: Tensor,
+    block_tables: Tensor,
+    scaling: float,
+    window: int = 0,
+) -> Tensor:
+    """Causal attention of each request's new tokens over its paged keys, `[T, H, D] -> [T, H, D]`.
+
+    Keys are reduced in groups of `KEY_GROUP` from position 0 on with a running softmax, so a query's result does not
+    depend on how its prompt was cut into chunks.
+
+    Args:
+        q: `[T, H, D]`; rows that belong to no request give zeros.
+        k_cache, v_cache: `[blocks, Hkv, block_size, D]`, the step's own keys already written; block_size divides
+            `KEY_GROUP` or is a multiple of it.
+        seqs: int32 `[R, 3]`, columns q_start, q_end, kv_len (keys after this step). Query i is at position
+            `kv_len - (q_end - i)`.
+        block_tables: int32 `[R, max_blocks]`.
+        window: when positive, a query at position p sees keys in `(p - window, p]`.
+    """
+    out = torch.zeros_like(q)
+    kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
+    for request, (q_start, q_end, kv_len) in enumerate(seqs.tolist()):
+        if q_start >= q_end:
+            continue
+        table = block_tables[request, : -(-kv_len // block_size)].long()
+        keys, values = (_gather_blocks(cache, table, kv_len) for cache in (k_cache, v_cache))  # [Hkv, groups * 64, D]
+        queries = q[q_start:q_end].float() * scaling
+        queries = queries.view(len(queries), kv_heads, -1, q.shape[2]).permute(1, 2, 0, 3)  # [Hkv, H / Hkv, n, D]
+        last = torch.arange(kv_len - (q_end - q_start), kv_len, device=q.device)  # each query's own position
+        attended = _grouped_softmax(queries, keys, values, last, kv_len, window)
+        out[q_start:q_end] = attended.permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype)
+    return out
+
+
+def _gather_blocks(cache: Tensor, table: Tensor, kv_len: int) -> Tensor:
+    """A request's first `kv_len` cache rows as fp32 `[Hkv, groups * KEY_GROUP, D]`; what lies beyond reads as zero."""
+    rows = cache[table].transpose(0, 1).flatten(1, 2)[:, :kv_len].float()
+    return F.pad(rows, (0, 0, 0, -kv_len % KEY_GROUP))
+
+
+def _grouped_softmax(q: Tensor, keys: Tensor, values: Tensor, last: Tensor, kv_len: int, window: int) -> Tensor:
+    """Running softmax over key groups: `q [Hkv, G, n, D]`, `keys, values [Hkv, groups * 64, D]` -> `[Hkv, G, n, D]`."""
+    top = q.new_full((*q.shape[:-1], 1), float("-inf"))
+    total = torch.zeros_like(top)
+    acc = torch.zeros_like(q)
+    first_group = max(0, kv_len - len(last) - window + 1) // KEY_GROUP if window else 0
+    for start in range(first_group * KEY_GROUP, kv_len, KEY_GROUP):
+        key = keys[:, None, start : start + KEY_GROUP]  # [Hkv, 1, 64, D]
+        value = values[:, None, start : start + KEY_GROUP]
+        position = torch.arange(start, start + KEY_GROUP, device=q.device)
+        visible = position <= last[:, None]  # [n, 64]
+        if window:
+            visible &= position > last[:, None] - window
+        scores = padded_linear(q, key).masked_fill(~visible, float("-inf"))
+        new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
+        shift = torch.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen no key yet
+        weights = torch.exp(scores - shift)
+        decay = torch.exp(top - shift)
+        total = total * decay + weights.sum(-1, keepdim=True)
+        acc = acc * decay + padded_linear(weights, value.transpose(-1, -2))
+        top = new_top
+    return acc / total
+
+
+# --- what stands between the linears --------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, the mean in fp32."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up`, elementwise."""
+    return F.silu(gate) * up
+
+
+def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotate `q [T, H, D]` and `k [T, Hkv, D]` in place, Llama's half-rotation; `cos, sin [T, rotary]`.
+
+    With rotary < D only each head's first `rotary` numbers turn.
+    """
+    rotary = cos.shape[-1]
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    for heads in (q, k):
+        turned = heads[..., :rotary]
+        low, high = turned.chunk(2, dim=-1)
+        turned.copy_(turned * cos + torch.cat((-high, low), dim=-1) * sin)

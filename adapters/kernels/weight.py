@@ -1,0 +1,114 @@
+"""A frozen base linear's weight, described in the storage its library gave it.
+
+bitsandbytes' 4-bit and 8-bit tensors and plain dense ones, all by reference: nothing is copied or repacked, so the
+base stays the bytes it was. Knows how to decode a weight; does not know how to multiply by one.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from torch import Tensor, nn
+
+WeightKind = Literal["nf4", "fp4", "int8", "dense"]
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedWeight:
+    """The weight of one linear, `[out, in]`, as stored.
+
+    `data` is packed uint8 `[out * in / 2, 1]` (4-bit: two weights a byte, the earlier one in the high nibble), int8
+    `[out, in]`, or floating `[out, in]` (dense). 4-bit weights are `code[nibble] * absmax[flat index // blocksize]`;
+    under double quantisation absmax itself is `nested_code[absmax] * nested_absmax[index // nested_blocksize] +
+    offset`. int8 weights are `data * absmax / 127` with one absmax an output row.
+    """
+
+    kind: WeightKind
+    data: Tensor
+    shape: tuple[int, int]  # (out, in)
+    absmax: Tensor | None = None  # 4-bit: uint8 (double quantised) or fp32 [blocks]; int8: fp32 [out]
+    code: Tensor | None = None  # fp32 [16]
+    blocksize: int = 0
+    nested_absmax: Tensor | None = None  # fp32 [blocks / nested_blocksize]
+    nested_code: Tensor | None = None  # fp32 [256]
+    nested_blocksize: int = 0
+    offset: float = 0.0
+
+    @classmethod
+    def from_linear(cls, module: nn.Module) -> "QuantizedWeight":
+        """Describe a `Linear4bit`, a `Linear8bitLt` (already quantised) or an `nn.Linear`.
+
+        Raises:
+            TypeError: another kind of module.
+            ValueError: a bitsandbytes module that is not quantised yet, or whose weight was repacked for AVX512-BF16.
+        """
+        if isinstance(module, Linear4bit):
+            return cls._from_4bit(module)
+        if isinstance(module, Linear8bitLt):
+            return cls._from_8bit(module)
+        if isinstance(module, nn.Linear):
+            out_features, in_features = module.weight.shape
+            return cls(kind="dense", data=module.weight.detach(), shape=(out_features, in_features))
+        raise TypeError(f"no base weight known for {type(module).__name__}")
+
+    @classmethod
+    def _from_4bit(cls, module: Linear4bit) -> "QuantizedWeight":
+        weight: Params4bit = module.weight  # type: ignore[assignment]
+        state = weight.quant_state
+        if state is None:
+            raise ValueError("Linear4bit is not quantised yet: move it to its device first")
+        if getattr(state, "packing_format_for_cpu", False):
+            raise ValueError("Linear4bit was repacked for AVX512-BF16: turn support_avx512bf16_for_cpu off before use")
+        out_features, in_features = state.shape
+        nested = state.state2 if state.nested else None
+        return cls(
+            kind=state.quant_type,
+            data=weight.detach(),
+            shape=(out_features, in_features),
+            absmax=state.absmax,
+            code=state.code,
+            blocksize=state.blocksize,
+            nested_absmax=None if nested is None else nested.absmax,
+            nested_code=None if nested is None else nested.code,
+            nested_blocksize=0 if nested is None else nested.blocksize,
+            offset=0.0 if nested is None else float(state.offset),
+        )
+
+    @classmethod
+    def _from_8bit(cls, module: Linear8bitLt) -> "QuantizedWeight":
+        # The first LLM.int8 forward moves CB and SCB from the weight to the module's state.
+        weight: Int8Params = module.weight  # type: ignore[assignment]
+        data = weight.CB if weight.CB is not None else module.state.CB
+        absmax = weight.SCB if weight.SCB is not None else module.state.SCB
+        if data is None or absmax is None:
+            raise ValueError("Linear8bitLt is not quantised yet: move it to its device first")
+        out_features, in_features = data.shape
+        return cls(kind="int8", data=data, shape=(out_features, in_features), absmax=absmax)
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    def block_scales(self) -> Tensor:
+        """A 4-bit weight's scales with double quantisation undone, fp32 `[blocks]`."""
+        assert self.absmax is not None
+        if self.nested_absmax is None:
+            return self.absmax
+        assert self.nested_code is not None
+        decoded: Tensor = torch.ops.bitsandbytes.dequantize_blockwise.default(
+            self.absmax, self.nested_absmax, self.nested_code, self.nested_blocksize, torch.float32
+        )
+        return decoded.add_(self.offset)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight as a dense `[out, in]` tensor; a dense weight of that dtype already is returned as it is."""
+        if self.kind == "dense":
+            return self.data.to(dtype)
+        if self.kind == "int8":
+            assert self.absmax is not None
+            return (self.data * (self.absmax / 127.0).unsqueeze(1)).to(dtype)
+        dense: Tensor = torch.ops.bitsandbytes.dequantize_4bit.default(
+            self.data, self.block_scales(), self.blocksize, self.kind, self.shape, dtype
+        )
+        return dense
