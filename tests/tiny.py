@@ -36,7 +36,10 @@ def _tokenizer() -> transformers.PreTrainedTokenizerFast:
     core.decoder = decoders.ByteLevel()
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=VOCAB,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     core.train_from_iterator(_TEXT * 4, trainer)
     tokenizer = transformers.PreTrainedTokenizerFast(
@@ -75,7 +78,9 @@ def tiny_model(path: Path, *, seed: int = 0, **overrides: Any) -> Path:
     return path
 
 
-def tiny_adapter(path: Path, model: Path, *, seed: int = 0, b_std: float = 0.08, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
+def tiny_adapter(
+    path: Path, model: Path, *, seed: int = 0, b_std: float = 0.08, dtype: torch.dtype = torch.float32, **config: Any
+) -> Path:
     """Save a random PEFT adapter for the model at `model` to `path`; `config` goes to `peft.LoraConfig`."""
     import peft
 

@@ -1,0 +1,241 @@
+"""The rank-row pool: where resident adapters live on the device.
+
+Each LoraLinear has one A tensor and one B tensor of 2-byte units; an adapter owns a window of rows per module kind, the
+same rows in every layer. Addresses never change after construction. Knows adapters as `HostAdapter`s (rows ready to be
+copied) by digest; does not know files, requests, or who should be resident (residency.py).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adapters import kernels
+from adapters.lora import LoraLinear
+from adapters.rows import RowAllocator, rounded
+
+DTYPE_CODES = {torch.float32: kernels.FP32, torch.bfloat16: kernels.BF16, torch.float16: kernels.FP16}
+
+
+class LinearSize(Protocol):
+    """What the pool needs to know of a linear."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def out_features(self) -> int: ...
+
+
+class HostRows(NamedTuple):
+    """One linear's part of an adapter in host memory, as raw units: a int16 [units, in], b int16 [units, out]."""
+
+    a: Tensor
+    b: Tensor
+    rank: int
+    scaling: float
+
+
+@dataclass(frozen=True, eq=False)
+class HostAdapter:
+    """An adapter read, transposed and laid out, ready for the device."""
+
+    digest: str
+    dtype: int  # a DTYPE_CODES value, one for the whole adapter
+    linears: dict[str, HostRows]  # full module name -> rows
+    bytes: int
+    rank: int  # the largest
+
+    def units(self, kinds: Mapping[str, str]) -> dict[str, int]:
+        """Row units needed per kind: the largest window over that kind's layers. `kinds`: module name -> kind."""
+        need: dict[str, int] = {}
+        for name, rows in self.linears.items():
+            kind = kinds[name]
+            need[kind] = max(need.get(kind, 0), len(rows.a))
+        return need
+
+
+def host_adapter(
+    digest: str, modules: Mapping[str, tuple[Tensor, Tensor, float]], dtype: torch.dtype, pin: bool = False
+) -> HostAdapter:
+    """Lay an adapter out for the pool. `modules`: name -> (A [rank, in], B [out, rank], scaling)."""
+    linears: dict[str, HostRows] = {}
+    total = 0
+    for name, (a, b, scaling) in modules.items():
+        units_a, units_b = (_as_units(matrix.to(dtype)) for matrix in (a, b.T))
+        if pin:
+            units_a, units_b = units_a.pin_memory(), units_b.pin_memory()
+        linears[name] = HostRows(units_a, units_b, a.shape[0], scaling)
+        total += 2 * (units_a.numel() + units_b.numel())
+    rank = max(rows.rank for rows in linears.values())
+    return HostAdapter(digest, DTYPE_CODES[dtype], linears, total, rank)
+
+
+def _as_units(matrix: Tensor) -> Tensor:
+    """`[rank, width]` numbers -> int16 `[units, width]`, the same bytes."""
+    matrix = matrix.contiguous()
+    return matrix.view(torch.int16).view(-1, matrix.shape[1])
+
+
+class _Placement(NamedTuple):
+    """Columns of a segment table that do not depend on the step, one entry per linear."""
+
+    windows: dict[str, int]  # kind -> first unit
+    linears: list[int]  # indices of the linears it touches
+    first_unit: np.ndarray  # int32 [L]
+    rank: np.ndarray  # int32 [L], 0 where the adapter does not touch the linear
+    scaling: np.ndarray  # fp32 [L]
+    dtype: int
+
+
+class Use(NamedTuple):
+    """A run of a step's tokens that uses one resident adapter."""
+
+    start: int
+    end: int
+    digest: str
+    weight: float
+
+
+class SegmentDeltas:
+    """The adapters' part of one serving step: `Deltas` over the pool's rows.
+
+    table int32 [L, S, 5], scale fp32 [L, S]: one segment table per linear, see `kernels.lora_add_`.
+    """
+
+    def __init__(self, pool: "RowPool", table: Tensor, scale: Tensor, touched: np.ndarray) -> None:
+        self.pool = pool
+        self.table = table
+        self.scale = scale
+        self._touched = touched.tolist()
+
+    def add(self, linear: LoraLinear, x: Tensor, y: Tensor) -> Tensor:
+        index = linear.index
+        if self._touched[index]:
+            kernels.lora_add_(y, x, self.pool.a[index], self.pool.b[index], self.table[index], self.scale[index])
+        return y
+
+
+class RowPool:
+    """Rank-row storage for every LoraLinear, and the windows that adapters own in it.
+
+    Args:
+        linears: full module name -> sizes, in LoraLinear index order.
+        capacity: kind -> row units. The invariant per kind: free units + resident units = capacity.
+    """
+
+    def __init__(self, linears: Mapping[str, LinearSize], capacity: Mapping[str, int], device: torch.device) -> None:
+        self.names = list(linears)
+        self.kinds = {name: linear.kind for name, linear in linears.items()}
+        self.device = device
+        self.rows = {kind: RowAllocator(units) for kind, units in capacity.items()}
+        self._index = {name: index for index, name in enumerate(self.names)}
+        self._placements: dict[str, _Placement] = {}
+
+        # Zeros, not empty: an unused row may be read (and multiplied by nothing) by a kernel that works in whole tiles.
+        def storage(linear: LinearSize, width: int) -> Tensor:
+            return torch.zeros(self.rows[linear.kind].capacity, width, dtype=torch.int16, device=device)
+
+        self.a = [storage(linear, linear.in_features) for linear in linears.values()]
+        self.b = [storage(linear, linear.out_features) for linear in linears.values()]
+
+    def __contains__(self, digest: str) -> bool:
+        return digest in self._placements
+
+    @property
+    def capacity(self) -> dict[str, int]:
+        return {kind: rows.capacity for kind, rows in self.rows.items()}
+
+    @property
+    def free(self) -> dict[str, int]:
+        return {kind: rows.free for kind, rows in self.rows.items()}
+
+    @property
+    def resident(self) -> dict[str, int]:
+        return {kind: rows.taken for kind, rows in self.rows.items()}
+
+    def units_of(self, digest: str) -> dict[str, int]:
+        """Units per kind that a resident adapter holds."""
+        windows = self._placements[digest].windows
+        return {kind: self.rows[kind].size_of(first) for kind, first in windows.items()}
+
+    def insert(self, adapter: HostAdapter) -> bool:
+        """Make an adapter resident; False when rows are lacking (nothing is changed then).
+
+        Compacts a kind when its free units suffice but no gap does, so it must run between steps.
+        """
+        need = adapter.units(self.kinds)
+        if any(rounded(units) > self.rows[kind].free for kind, units in need.items()):
+            return False
+        windows: dict[str, int] = {}
+        for kind, units in need.items():
+            first = self.rows[kind].allocate(units)
+            if first is None:
+                self._compact(kind)
+                first = self.rows[kind].allocate(units)
+            assert first is not None
+            windows[kind] = first
+        count = len(self.names)
+        placement = _Placement(
+            windows,
+            [self._index[name] for name in adapter.linears],
+            np.zeros(count, np.int32),
+            np.zeros(count, np.int32),
+            np.zeros(count, np.float32),
+            adapter.dtype,
+        )
+        for name, rows in adapter.linears.items():
+            index, first = self._index[name], windows[self.kinds[name]]
+            self.a[index][first : first + len(rows.a)].copy_(rows.a, non_blocking=True)
+            self.b[index][first : first + len(rows.b)].copy_(rows.b, non_blocking=True)
+            placement.first_unit[index] = first
+            placement.rank[index] = rows.rank
+            placement.scaling[index] = rows.scaling
+        self._placements[adapter.digest] = placement
+        return True
+
+    def remove(self, digest: str) -> None:
+        """Give an adapter's rows back. Raises KeyError when it is not resident."""
+        for kind, first in self._placements.pop(digest).windows.items():
+            self.rows[kind].release(first)
+
+    def deltas(self, uses: Sequence[Use]) -> SegmentDeltas | None:
+        """Segment tables of one step, or None when no token uses an adapter."""
+        if not uses:
+            return None
+        count = len(self.names)
+        table = np.empty((count, len(uses), 5), np.int32)
+        scale = np.empty((count, len(uses)), np.float32)
+        for column, use in enumerate(uses):
+            placement = self._placements[use.digest]
+            table[:, column, 0] = use.start
+            table[:, column, 1] = use.end
+            table[:, column, 2] = placement.first_unit
+            table[:, column, 3] = placement.rank
+            table[:, column, 4] = placement.dtype
+            scale[:, column] = placement.scaling * np.float32(use.weight)
+        touched = table[:, :, 3].any(axis=1)
+        tensors = (torch.from_numpy(array).to(self.device, non_blocking=True) for array in (table, scale))
+        return SegmentDeltas(self, *tensors, touched)
+
+    def _compact(self, kind: str) -> None:
+        moves = self.rows[kind].compact()
+        moved = {move.source: move.target for move in moves}
+        for name, index in self._index.items():
+            if self.kinds[name] != kind:
+                continue
+            for storage in (self.a[index], self.b[index]):
+                for source, target, units in moves:
+                    # A window may slide onto a part of itself: copy through a temporary.
+                    storage[target : target + units] = storage[source : source + units].clone()
+        for placement in self._placements.values():
+            first = placement.windows.get(kind)
+            if first in moved:
+                placement.windows[kind] = moved[first]
+                for index in placement.linears:
+                    if self.kinds[self.names[index]] == kind:
+                        placement.first_unit[index] = moved[first]

@@ -1,0 +1,189 @@
+"""Who is resident: device rows <- host memory <- disk, each tier a least-recently-used cache of the next.
+
+The scheduler asks `acquire` for a sequence's adapters and gets an answer at once; files are read by a worker thread and
+`poll` (between steps) takes in what it finished. An adapter in use is never evicted. Knows no requests and no
+scheduling policy; the rows themselves are pool.py's.
+"""
+
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Literal, NamedTuple
+
+from adapters.pool import HostAdapter, RowPool
+from adapters.rows import rounded
+
+Key = tuple[tuple[str, float], ...]  # (digest, weight) of each adapter of a sequence; () is the bare base
+Answer = Literal["ready", "loading", "full", "failed"]
+
+
+class Resident(NamedTuple):
+    """One line of `Residency.resident()`."""
+
+    digest: str
+    tier: Literal["device", "host"]
+    rank: int
+
+
+class Residency:
+    """Tiers of adapters over one `RowPool`.
+
+    Args:
+        load: reads one adapter's directory into a `HostAdapter` (runs in the worker thread; raises on a bad one).
+        host_bytes: bound on the host tier; an adapter larger than it passes through.
+    """
+
+    def __init__(self, pool: RowPool, load: Callable[[str, str], HostAdapter], host_bytes: int) -> None:
+        self._pool = pool
+        self._load = load
+        self._host_bytes = host_bytes
+        self._paths: dict[str, str] = {}
+        self._host: OrderedDict[str, HostAdapter] = OrderedDict()  # least recently used first
+        self._device: OrderedDict[str, int] = OrderedDict()  # digest -> rank, least recently used first
+        self._references: Counter[str] = Counter()
+        self._loading: dict[str, tuple[Future[HostAdapter], float]] = {}
+        self._errors: dict[str, str] = {}
+        self._forgotten: set[str] = set()
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapter-reader")
+        self.loads: list[tuple[str, float]] = []  # (digest, seconds) since the reader of this list last cleared it
+        self.evictions: list[str] = []
+        self.changed = True  # set when `resident()` would answer something new
+
+    # --- what the scheduler asks ---------------------------------------------------------------
+
+    def register(self, digest: str, path: str) -> None:
+        """Say where an adapter's files are. A digest is forgotten no longer once registered again."""
+        self._paths[digest] = path
+        self._forgotten.discard(digest)
+
+    def acquire(self, key: Key) -> Answer:
+        """Take a reference on every adapter of `key` if all can be on the device now.
+
+        "ready": references taken. "loading": being read from disk. "full": rows are held by adapters in use.
+        "failed": cannot be loaded; `error(key)` says why, once.
+        """
+        digests = [digest for digest, _ in key]
+        if any(digest in self._errors for digest in digests):
+            return "failed"
+        missing = [digest for digest in digests if digest not in self._device]
+        absent = [digest for digest in missing if digest not in self._host]
+        for digest in absent:
+            self._start_loading(digest)
+        if absent:
+            return "loading"
+        if missing and not self._place(missing, keep=digests):
+            return "full"
+        for digest in digests:
+            self._references[digest] += 1
+            self._device.move_to_end(digest)
+        return "ready"
+
+    def release(self, key: Key) -> None:
+        """Give back what `acquire` took."""
+        for digest, _ in key:
+            self._references[digest] -= 1
+            if not self._references[digest]:
+                del self._references[digest]
+                if digest in self._forgotten:
+                    self._drop(digest)
+
+    def error(self, key: Key) -> str:
+        """Why `acquire(key)` failed. Reading it clears it, so that a later request tries again."""
+        return "; ".join(self._errors.pop(digest) for digest, _ in key if digest in self._errors)
+
+    # --- between steps ---------------------------------------------------------------------------
+
+    @property
+    def loading(self) -> bool:
+        """Whether the worker thread has something under way."""
+        return bool(self._loading)
+
+    def poll(self) -> None:
+        """Take in the adapters that the worker thread has finished reading."""
+        for digest, (future, started) in list(self._loading.items()):
+            if not future.done():
+                continue
+            del self._loading[digest]
+            fault = future.exception()
+            if fault is not None:
+                self._errors[digest] = str(fault) or type(fault).__name__
+                continue
+            self._admit_to_host(future.result())
+            self.loads.append((digest, time.monotonic() - started))
+            self.changed = True
+
+    def forget(self, digest: str) -> None:
+        """Drop an adapter's rows and host copy, now or when its last reference is released."""
+        self._forgotten.add(digest)
+        if digest not in self._references:
+            self._drop(digest)
+
+    def resident(self) -> list[Resident]:
+        """Every adapter on the device or, failing that, in host memory."""
+        on_device = [Resident(digest, "device", rank) for digest, rank in self._device.items()]
+        return on_device + [
+            Resident(digest, "host", adapter.rank)
+            for digest, adapter in self._host.items()
+            if digest not in self._device
+        ]
+
+    def close(self) -> None:
+        self._reader.shutdown(wait=False, cancel_futures=True)
+
+    # --- the tiers -------------------------------------------------------------------------------
+
+    def _start_loading(self, digest: str) -> None:
+        if digest not in self._loading:
+            self._loading[digest] = (self._reader.submit(self._load, digest, self._paths[digest]), time.monotonic())
+
+    def _admit_to_host(self, adapter: HostAdapter) -> None:
+        self._host[adapter.digest] = adapter
+        held = sum(entry.bytes for entry in self._host.values())
+        # The newest always stays: it is on its way to the device.
+        for digest in list(self._host)[:-1]:
+            if held <= self._host_bytes:
+                break
+            held -= self._host.pop(digest).bytes
+
+    def _place(self, digests: Sequence[str], keep: Sequence[str]) -> bool:
+        """Copy adapters from the host tier to the device, evicting idle ones; all or nothing."""
+        adapters = [self._host[digest] for digest in digests]
+        need: Counter[str] = Counter()
+        for adapter in adapters:
+            need.update({kind: rounded(units) for kind, units in adapter.units(self._pool.kinds).items()})
+        idle = [digest for digest in self._device if digest not in self._references and digest not in keep]
+        free = Counter(self._pool.free)
+        victims: list[str] = []
+        for digest in idle:
+            if all(free[kind] >= units for kind, units in need.items()):
+                break
+            held = self._pool.units_of(digest)
+            if any(free[kind] < need[kind] for kind in held):
+                victims.append(digest)
+                free.update(held)
+        if any(free[kind] < units for kind, units in need.items()):
+            return False
+        for digest in victims:
+            self._evict(digest)
+        for adapter in adapters:
+            placed = self._pool.insert(adapter)
+            assert placed, "the accounting above said that it fits"
+            self._device[adapter.digest] = adapter.rank
+            if adapter.digest in self._host:
+                self._host.move_to_end(adapter.digest)
+        self.changed = True
+        return True
+
+    def _evict(self, digest: str) -> None:
+        self._pool.remove(digest)
+        del self._device[digest]
+        self.evictions.append(digest)
+        self.changed = True
+
+    def _drop(self, digest: str) -> None:
+        self._forgotten.discard(digest)
+        if digest in self._device:
+            self._evict(digest)
+        self._host.pop(digest, None)  # its path stays: a sequence may still be waiting for it
+        self.changed = True
