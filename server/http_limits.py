@@ -1,0 +1,99 @@
+"""uvicorn's HTTP/1.1 protocol with limits that it lacks: how large a request's head may be and how long it may take.
+
+It also words the refusals it makes before any handler runs in the API's error shape. It knows no routes.
+"""
+
+import asyncio
+import json
+from http import HTTPStatus
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+MAX_HEAD_BYTES = 64 * 1024  # request line and headers; also trailers and chunk framing without any body byte
+HEAD_SECONDS = 30.0
+LINGER_SECONDS = 1.0  # closing with unread input resets the connection, and the client would not see the answer
+
+
+class LimitedHttpProtocol(HttpToolsProtocol):
+    """One connection. Give it to uvicorn as `http=`."""
+
+    _silent_bytes = 0  # received since the parser last made visible progress
+    _head_timer: asyncio.TimerHandle | None = None
+    _reason: tuple[HTTPStatus, str] | None = None
+    _refused = False
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._start_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused or self.transport.is_closing():
+            return
+        self._silent_bytes += len(data)
+        super().data_received(data)
+        if self._silent_bytes > MAX_HEAD_BYTES and not self._refused:
+            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"Headers exceed {MAX_HEAD_BYTES} bytes.")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._start_timer()
+
+    def on_headers_complete(self) -> None:
+        self._stop_timer()
+        self._silent_bytes = 0
+        # A head that arrives in one piece is complete before its bytes could be found too many.
+        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD_BYTES:
+            self._reason = (
+                HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+                f"Headers exceed {MAX_HEAD_BYTES} bytes.",
+            )
+            raise ValueError("head too large")  # ends the parse; answered by send_400_response
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._silent_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._silent_bytes = 0
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """What uvicorn calls when the bytes are not HTTP, or a callback above raised."""
+        status, message = self._reason or (HTTPStatus.BAD_REQUEST, msg)
+        self._refuse(status, message)
+
+    def _start_timer(self) -> None:
+        self._stop_timer()
+        self._head_timer = self.loop.call_later(HEAD_SECONDS, self._too_slow)
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _too_slow(self) -> None:
+        if not self.transport.is_closing():
+            self._refuse(HTTPStatus.REQUEST_TIMEOUT, f"The request's head took longer than {HEAD_SECONDS:.0f} s.")
+
+    def _refuse(self, status: HTTPStatus, message: str) -> None:
+        self._stop_timer()
+        self._refused = True
+        responding = self.cycle is not None and not self.cycle.response_complete  # type: ignore[redundant-expr]
+        if responding or self.transport.is_closing():
+            self.transport.close()
+            return
+        error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+        body = json.dumps({"error": error}).encode()
+        head = (
+            f"HTTP/1.1 {status.value} {status.phrase}\r\n"
+            f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.loop.call_later(LINGER_SECONDS, self.transport.close)
