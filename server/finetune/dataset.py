@@ -1,0 +1,389 @@
+"""Training data: JSONL lines -> validated examples -> token ids with a mask of what is trained on.
+
+    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "...", "weight": 1}]}
+    {"prompt": "...", "completion": "..."}
+    {"text": "..."}
+
+The loss falls on completions: a chat's assistant turns (through the chat template), a completion, a whole text. Every
+line is checked, and a bad one is named together with its field. Knows nothing of jobs, HTTP or the model; the tokenizer
+comes in as a `Tokenizer`.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+from safetensors.numpy import load_file, save_file
+
+MAX_LINE_BYTES = 4 << 20
+
+
+class DatasetError(ValueError):
+    """A data set that is refused; `line` counts from 1 and `field` is the culprit's path within the line."""
+
+    def __init__(self, reason: str, line: int | None = None, field: str | None = None) -> None:
+        where = [f"line {line}"] if line is not None else []
+        where += [f"field `{field}`"] if field else []
+        super().__init__(f"{', '.join(where)}: {reason}" if where else reason)
+        self.reason = reason
+        self.line = line
+        self.field = field
+
+
+# --- what a line may hold -------------------------------------------------------------------------
+
+
+class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    type: Literal["text"]
+    text: str
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One turn. `weight` 0 keeps an assistant turn out of the loss."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart]
+    name: str | None = None
+    weight: Literal[0, 1] | None = None
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatExample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    messages: list[Message]
+
+
+class CompletionExample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    prompt: str
+    completion: str
+
+
+class TextExample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    text: str
+
+
+Example = ChatExample | CompletionExample | TextExample
+ExampleType = type[ChatExample] | type[CompletionExample] | type[TextExample]
+_FIELDS: dict[ExampleType, set[str]] = {
+    ChatExample: {"messages"},
+    CompletionExample: {"prompt", "completion"},
+    TextExample: {"text"},
+}
+
+
+def read_examples(lines: Iterable[bytes]) -> Iterator[tuple[int, Example | None]]:
+    """Parse JSONL: `(line number, example)`, with None for a blank line.
+
+    Raises:
+        DatasetError: naming the line, and the field where one is to blame.
+    """
+    for number, line in enumerate(lines, start=1):
+        if len(line) > MAX_LINE_BYTES:
+            raise DatasetError(f"longer than {MAX_LINE_BYTES} bytes", number)
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some editors write
+        yield number, (_parse(line, number) if line.strip() else None)
+
+
+def _parse(line: bytes, number: int) -> Example:
+    try:
+        record = json.loads(line.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise DatasetError("not UTF-8", number) from error
+    except RecursionError as error:
+        raise DatasetError("nested too deeply", number) from error
+    except _DuplicateKeyError as error:
+        raise DatasetError("given twice", number, str(error)) from error
+    except ValueError as error:
+        raise DatasetError(f"not JSON: {error}", number) from error
+    if not isinstance(record, dict):
+        raise DatasetError(f"a JSON object is wanted, not {type(record).__name__}", number)
+    kind = _kind_of(record, number)
+    try:
+        example = msgspec.convert(record, kind, strict=True)
+    except msgspec.ValidationError as error:
+        reason, name = _locate(str(error))
+        raise DatasetError(reason, number, name) from error
+    if isinstance(example, ChatExample):
+        _check_chat(example, number)
+    _check_unicode(record, number)
+    return example
+
+
+def _locate(message: str) -> tuple[str, str]:
+    """msgspec's "Object missing required field `role` - at `$.messages[0]`" as (reason, field's path)."""
+    reason, _, place = message.partition(" - at `$")
+    path = place.rstrip("`").lstrip(".")
+    if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", reason):
+        return "not known here", f"{path}.{unknown[1]}".lstrip(".")
+    if missing := re.fullmatch(r"Object missing required field `(.*)`", reason):
+        return "missing", f"{path}.{missing[1]}".lstrip(".")
+    return reason, path
+
+
+def _kind_of(record: dict[str, Any], number: int) -> ExampleType:
+    """Which of the three shapes a record has, by the fields it carries."""
+    present = [kind for kind, names in _FIELDS.items() if names & record.keys()]
+    if not present:
+        raise DatasetError("has neither `messages`, nor `prompt` and `completion`, nor `text`", number)
+    for name in record:
+        if not any(name in _FIELDS[kind] for kind in present):
+            raise DatasetError("not known here", number, name)
+    if len(present) > 1:
+        raise DatasetError(f"mixes kinds of example: {', '.join(record)}", number, list(record)[-1])
+    return present[0]
+
+
+def _check_chat(example: ChatExample, number: int) -> None:
+    if not example.messages:
+        raise DatasetError("is empty", number, "messages")
+    for index, message in enumerate(example.messages):
+        if message.weight is not None and message.role != "assistant":
+            raise DatasetError("only an assistant message has a weight", number, f"messages[{index}].weight")
+        if message.role == "system" and index > 0:
+            raise DatasetError("a system message comes first", number, f"messages[{index}].role")
+    if not any(message.role == "assistant" for message in example.messages):
+        raise DatasetError("no assistant message to learn from", number, "messages")
+
+
+def _check_unicode(value: Any, number: int, path: str = "") -> None:
+    """Refuse lone surrogates, which JSON can spell and no tokenizer can read."""
+    match value:
+        case str():
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise DatasetError("holds a lone surrogate", number, path) from error
+        case dict():
+            for name, item in value.items():
+                _check_unicode(item, number, f"{path}.{name}" if path else name)
+        case list():
+            for index, item in enumerate(value):
+                _check_unicode(item, number, f"{path}[{index}]")
+
+
+class _DuplicateKeyError(Exception):
+    pass
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise _DuplicateKeyError(next(name for name in names if names.count(name) > 1))
+    return record
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+# --- examples -> tokens -----------------------------------------------------------------------------
+
+
+class Tokenizer(Protocol):
+    """What encoding needs of the served model's tokenizer."""
+
+    @property
+    def eos_token_id(self) -> int:
+        """The token that ends a completion."""
+
+    def render_chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        """The chat template's text. Raises ValueError when the template refuses these messages."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text."""
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids without added special tokens, and each one's character range."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One training sequence: `trained[i]` says that token i, given those before it, counts in the loss."""
+
+    tokens: list[int]
+    trained: list[bool]
+
+
+def encode(example: Example, tokenizer: Tokenizer, *, completions_only: bool = True) -> list[Encoded]:
+    """Token ids and loss mask of an example, with the tokens that serving it would see.
+
+    One sequence, except for a chat whose template renders earlier turns differently once later ones follow (a thinking
+    model's, say): then one sequence for each trained turn, as it was when that turn was produced.
+
+    Raises:
+        DatasetError: the chat template refuses the messages, or hides where the assistant's turns are.
+    """
+    match example:
+        case TextExample():
+            tokens = [*tokenizer.encode(example.text, add_special_tokens=True), tokenizer.eos_token_id]
+            return [Encoded(tokens, [False] + [bool(example.text)] * (len(tokens) - 1))]
+        case CompletionExample():
+            prompt = tokenizer.encode(example.prompt, add_special_tokens=True)
+            completion = tokenizer.encode(example.completion, add_special_tokens=False) if example.completion else []
+            tokens = [*prompt, *completion, tokenizer.eos_token_id]
+            trained = [not completions_only] * len(prompt) + [bool(example.completion)] * (len(completion) + 1)
+            return [Encoded(tokens, [False, *trained[1:]])]
+        case ChatExample():
+            return _encode_chat(example, tokenizer, completions_only)
+
+
+def _encode_chat(example: ChatExample, tokenizer: Tokenizer, completions_only: bool) -> list[Encoded]:
+    messages = [{"role": message.role, "content": message.text} for message in example.messages]
+    whole = _render(tokenizer, messages)
+    if not completions_only:
+        tokens, _ = tokenizer.encode_with_offsets(whole)
+        return [Encoded(tokens, [False] + [True] * (len(tokens) - 1))]
+    turns: list[tuple[str, int]] = []  # (the text up to and including a trained turn, where the turn begins)
+    for index, message in enumerate(example.messages):
+        if message.role != "assistant" or message.weight == 0 or not message.text:
+            continue
+        before = _render(tokenizer, messages[:index], add_generation_prompt=True)
+        through = _render(tokenizer, messages[: index + 1])
+        if not through.startswith(before):
+            raise DatasetError("the model's chat template hides where this turn begins", field=f"messages[{index}]")
+        turns.append((through, len(before)))
+    if all(whole.startswith(through) for through, _ in turns):
+        return [_mask_spans(whole, [(start, len(through)) for through, start in turns], tokenizer)]
+    return [_mask_spans(through, [(start, len(through))], tokenizer) for through, start in turns]
+
+
+def _render(tokenizer: Tokenizer, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
+    try:
+        return tokenizer.render_chat(messages, add_generation_prompt=add_generation_prompt)
+    except ValueError as error:
+        raise DatasetError(f"the model's chat template refuses it: {error}", field="messages") from error
+
+
+def _mask_spans(text: str, spans: list[tuple[int, int]], tokenizer: Tokenizer) -> Encoded:
+    """Train on the tokens inside `spans` of the text, up to each span's end-of-turn token: nothing follows it."""
+    tokens, offsets = tokenizer.encode_with_offsets(text)
+    trained = [False] * len(tokens)
+    for start, end in spans:
+        inside = [i for i, (left, right) in enumerate(offsets) if left >= start and right <= end and right > left]
+        stop = next((n for n, i in enumerate(inside, 1) if tokens[i] == tokenizer.eos_token_id), len(inside))
+        for i in inside[:stop]:
+            trained[i] = True
+    if trained:
+        trained[0] = False  # nothing comes before it to predict it from
+    return Encoded(tokens, trained)
+
+
+# --- whole files ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Report:
+    """What a file holds. Over-long examples are cut at the limit; empty ones (nothing to learn) are left out."""
+
+    examples: int = 0
+    duplicates: int = 0
+    empty: int = 0
+    over_long: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        text = f"{self.examples} examples, {self.tokens} tokens ({self.trained_tokens} trained on)"
+        oddities = {"duplicate": self.duplicates, "empty": self.empty, "over-long": self.over_long}
+        return ", ".join([text, *(f"{count} {name}" for name, count in oddities.items() if count)])
+
+
+@dataclass
+class Dataset:
+    """Encoded sequences, end to end."""
+
+    tokens: npt.NDArray[np.int32]  # [total]
+    trained: npt.NDArray[np.bool_]  # [total]
+    bounds: npt.NDArray[np.int64]  # [sequences + 1]
+    report: Report = field(default_factory=Report)
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """`[sequences]`"""
+        return np.diff(self.bounds)
+
+    def sequence(self, index: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+        """Token ids and loss mask of one sequence."""
+        span = slice(int(self.bounds[index]), int(self.bounds[index + 1]))
+        return self.tokens[span], self.trained[span]
+
+    def save(self, path: Path) -> None:
+        """Write the arrays (not the report) as one safetensors file."""
+        save_file({"tokens": self.tokens, "trained": self.trained, "bounds": self.bounds}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Dataset":
+        arrays = load_file(path)
+        return cls(arrays["tokens"], arrays["trained"], arrays["bounds"])
+
+
+def load_dataset(
+    file: BinaryIO,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    completions_only: bool = True,
+) -> Dataset:
+    """Validate and encode a JSONL file.
+
+    Args:
+        max_length: tokens that a sequence may have; longer ones are cut there and counted.
+        completions_only: False trains on prompts, too.
+
+    Raises:
+        DatasetError: a bad line, or no line that anything could be learned from.
+    """
+    report = Report()
+    tokens: list[npt.NDArray[np.int32]] = []
+    trained: list[npt.NDArray[np.bool_]] = []
+    seen: set[bytes] = set()
+    for number, example in read_examples(_bounded_lines(file)):
+        if example is None:
+            report.empty += 1
+            continue
+        digest = hashlib.blake2b(msgspec.json.encode(example), digest_size=16).digest()
+        report.duplicates += digest in seen
+        seen.add(digest)
+        try:
+            sequences = encode(example, tokenizer, completions_only=completions_only)
+        except DatasetError as error:
+            raise DatasetError(error.reason, number, error.field) from error
+        report.over_long += any(len(sequence.tokens) > max_length for sequence in sequences)
+        ids = [np.asarray(sequence.tokens[:max_length], np.int32) for sequence in sequences]
+        masks = [np.asarray(sequence.trained[:max_length], np.bool_) for sequence in sequences]
+        kept = [pair for pair in zip(ids, masks, strict=True) if pair[1].any()]
+        if not kept:
+            report.empty += 1
+            continue
+        report.examples += 1
+        tokens += [part for part, _ in kept]
+        trained += [part for _, part in kept]
+    if not tokens:
+        raise DatasetError("no line that anything can be learned from")
+    all_tokens, all_trained = np.concatenate(tokens), np.concatenate(trained)
+    report.tokens, report.trained_tokens = len(all_tokens), int(all_trained.sum())
+    bounds = np.concatenate([[0], np.cumsum([len(part) for part in tokens])]).astype(np.int64)
+    return Dataset(all_tokens, all_trained, bounds, report)
+
+
+def _bounded_lines(file: BinaryIO) -> Iterator[bytes]:
+    """Lines, none read further than what is needed to see that it is too long."""
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        yield line
