@@ -1,0 +1,436 @@
+"""Which tokens of which sequences go through the model next.
+
+There are no phases: a sequence has `num_computed` chasing the tokens it knows, and every step spends one token budget,
+on decodes first, then on chunks of prompts under way, then on newcomers in order of arrival. `schedule` decides a step,
+the caller runs it, and `advance` (or `fail`) takes in what came out, one work at a time.
+
+Knows blocks as numbers and adapters as hashable keys whose residency it asks for. Knows no tensors, no loading, no
+text: stop strings are the business of whoever reads the tokens (and calls `abort`).
+
+Who waits, and why nobody waits for ever:
+
+- An adapter that is being loaded, or has no room yet, holds up only its own sequences; others pass.
+- A sequence refused room for `patience` steps lets no younger one in on any adapter; as others finish, it gets room.
+- A sequence that lacks blocks or a place in the batch lets nobody younger in.
+- When running sequences need more blocks than exist, the youngest is preempted: it gives everything back and waits in
+  its old place. What it generated is kept and later recomputed as if it were prompt, never drawn again.
+"""
+
+from bisect import insort
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from server.engine.blocks import BlockPool, adapter_spec, chain_key, root_key
+from server.engine.protocol import FinishReason, Sampling
+
+AdapterKey = tuple[tuple[str, float], ...]  # (digest, weight) of each adapter, in order of application; () is the base
+
+TOO_LONG = "context_length_exceeded"
+LOAD_FAILED = "adapter_load_failed"
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Sequence:
+    """One request's tokens and how far they have got. The scheduler alone changes it."""
+
+    id: str
+    prompt: Seq[int]
+    sampling: Sampling
+    adapter: AdapterKey = ()
+    tenant: str = ""
+    cache_salt: str = ""
+    arrival: float = 0.0  # seconds, on the clock that `schedule` is given
+
+    tokens: list[int] = field(init=False)  # prompt, then what was generated
+    num_computed: int = field(init=False, default=0)  # leading tokens whose keys and values lie in `blocks`
+    blocks: list[int] = field(init=False, default_factory=list)  # the block table; entry i holds tokens [i * size, ...)
+    prompt_scored: int = field(
+        init=False, default=0
+    )  # prompt positions whose logits were delivered for prompt_logprobs
+    cached_tokens: int = field(init=False, default=0)  # prompt tokens found in the prefix cache at first admission
+    first_scheduled: float | None = field(init=False, default=None)
+    num_preemptions: int = field(init=False, default=0)
+    finish_reason: FinishReason | None = field(init=False, default=None)
+    stop_token: int | None = field(init=False, default=None)  # the token that ended it, also the last of `tokens`
+    error: str | None = field(init=False, default=None)
+    code: str | None = field(init=False, default=None)
+
+    _order: int = field(init=False, default=-1)  # place in the order of arrival
+    _refusals: int = field(init=False, default=0)  # steps in a row in which its adapter found no room
+    _keys: list[bytes] = field(init=False, default_factory=list)  # chain keys of the leading full blocks
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt)
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - len(self.prompt)
+
+    @property
+    def remaining(self) -> int:
+        """Known tokens that the model has yet to see; 1 while decoding."""
+        return len(self.tokens) - self.num_computed
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A sequence's part in a step: tokens [start, start + count) go through the model."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    samples: bool  # the last of these tokens is the last known one: its logits give the next token
+    prompt_rows: range  # positions within the chunk whose logits score the prompt token that follows them
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one forward pass computes. Works of one adapter are neighbours, the bare base's come first."""
+
+    works: tuple[Work, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the packed batch."""
+        return sum(work.count for work in self.works)
+
+    @property
+    def num_adapters(self) -> int:
+        """Distinct adapter keys, the bare base not counted."""
+        return len({work.sequence.adapter for work in self.works} - {()})
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the caller last put a fresh one in place."""
+
+    prefix_queries: int = 0  # prompt tokens of the sequences admitted (for the first time)
+    prefix_hits: int = 0  # those among them that the prefix cache held
+    preemptions: int = 0
+
+
+class Residency(Protocol):
+    """Where adapters are. The scheduler asks, and never loads anything itself."""
+
+    def acquire(self, key: AdapterKey) -> Literal["ready", "loading", "full", "failed"]:
+        """Ask for the adapters' rows on the device.
+
+        "ready": they are there, and a reference was taken. "loading": they are on their way. "full": those in use
+        leave no room. "failed": they will not come, and `error` says why.
+        """
+
+    def release(self, key: AdapterKey) -> None:
+        """Give back the reference that a "ready" took."""
+
+    def error(self, key: AdapterKey) -> str:
+        """Why the last `acquire` of this key failed, in words fit for the client."""
+
+
+class Scheduler:
+    """Decides every step; owns the queues and the references that running sequences hold.
+
+    Args:
+        blocks: the KV blocks.
+        residency: where adapters are; also asked about `()`, the bare base, which is always ready.
+        max_batch_tokens: token budget of a step.
+        max_batch_requests: most sequences running at once; less than the budget, so that decodes cannot starve prompts.
+        max_model_len: most tokens of one sequence, prompt included.
+        eos_token_ids: tokens that end a sequence unless it ignores them.
+        patience: steps for which a sequence refused room for its adapter lets younger ones pass.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockPool,
+        residency: Residency,
+        *,
+        max_batch_tokens: int,
+        max_batch_requests: int,
+        max_model_len: int,
+        eos_token_ids: Seq[int] = (),
+        patience: int = 64,
+    ) -> None:
+        if not 1 <= max_batch_requests < max_batch_tokens:
+            raise ValueError(
+                f"max_batch_tokens ({max_batch_tokens}) must exceed max_batch_requests ({max_batch_requests})"
+            )
+        self.running: list[Sequence] = []  # these two are in order of arrival, for others to read
+        self.waiting: list[Sequence] = []
+        self.counters = Counters()
+        self._blocks = blocks
+        self._residency = residency
+        self._max_batch_tokens = max_batch_tokens
+        self._max_batch_requests = max_batch_requests
+        self._max_model_len = max_model_len
+        self._eos = frozenset(eos_token_ids)
+        self._patience = patience
+        self._by_id: dict[str, Sequence] = {}
+        self._failed: list[Sequence] = []
+        self._arrivals = 0
+
+    @property
+    def idle(self) -> bool:
+        """Nothing runs and nothing waits."""
+        return not self._by_id
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Known tokens of the waiting sequences."""
+        return sum(len(sequence.tokens) for sequence in self.waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a new sequence. One that can never run is reported by `take_failed` after the next `schedule`."""
+        if sequence.id in self._by_id:
+            raise ValueError(f"sequence {sequence.id} is already here")
+        sequence._order = self._arrivals
+        self._arrivals += 1
+        self._by_id[sequence.id] = sequence
+        self.waiting.append(sequence)
+
+    def abort(self, sequence_id: str) -> bool:
+        """Forget a sequence and give back all it holds; False when it is not here (any more)."""
+        sequence = self._by_id.get(sequence_id)
+        if sequence is None:
+            return False
+        sequence.finish_reason = "abort"
+        self._remove(sequence)
+        return True
+
+    def fail(self, sequence_id: str, message: str, code: str) -> None:
+        """End one sequence with an error; what its last step computed is not offered to others. Unknown: no effect.
+
+        If its keys and values may be non-finite, clean `blocks[num_computed // block_size:]` first: those are its own.
+        """
+        sequence = self._by_id.get(sequence_id)
+        if sequence is not None:
+            sequence.error, sequence.code = message, code
+            self._remove(sequence)
+            self._failed.append(sequence)
+
+    def take_failed(self) -> list[Sequence]:
+        """The sequences that ended with an `error` and `code` since the last call."""
+        failed, self._failed = self._failed, []
+        return failed
+
+    # --- deciding a step -------------------------------------------------------------------------
+
+    def schedule(self, now: float) -> Step | None:
+        """Decide the next step; None when nothing can run now. Every work must then be advanced or its sequence ended.
+
+        Args:
+            now: seconds on the clock of `Sequence.arrival`; only stamps `first_scheduled`.
+        """
+        works: list[Work] = []
+        preempted = self._schedule_decodes(works)
+        budget = self._max_batch_tokens - len(works)
+        for sequence in self.running:
+            if sequence.remaining > 1 and budget:
+                works.append(self._work(sequence, budget))
+                budget -= works[-1].count
+        if not preempted:  # otherwise the victim would be the first to come back, and to fall again
+            self._admit(works, budget, now)
+        if not works:
+            return None
+        works.sort(key=lambda work: (work.sequence.adapter, work.sequence._order))
+        return Step(tuple(works))
+
+    def _schedule_decodes(self, works: list[Work]) -> bool:
+        """One token of each decoding sequence, oldest first; whether anyone had to give way."""
+        preempted = False
+        position = 0
+        while position < len(self.running):
+            sequence = self.running[position]
+            if sequence.remaining > 1:  # its blocks were all allocated at admission
+                position += 1
+            elif self._grow(sequence):
+                works.append(self._work(sequence, 1))
+                position += 1
+            elif len(self.running) == 1:
+                self._fail_too_long(sequence)
+            else:  # the youngest is this one, or one not looked at yet
+                preempted = True
+                self._preempt(self.running[-1])
+        return preempted
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """See that every known token has its slot; False when blocks run out."""
+        missing = self._blocks.blocks_for(len(sequence.tokens)) - len(sequence.blocks)
+        if missing <= 0:
+            return True
+        fresh = self._blocks.allocate(missing)
+        if fresh is None:
+            return False
+        sequence.blocks += fresh
+        return True
+
+    def _admit(self, works: list[Work], budget: int, now: float) -> None:
+        """Start waiting sequences, in order of arrival, as far as budget, places, adapters and blocks allow."""
+        refused: dict[AdapterKey, str | None] = {}
+        starving = False
+        for sequence in list(self.waiting):
+            if not budget or len(self.running) == self._max_batch_requests:
+                break
+            if not self._fits_ever(sequence):
+                self._fail_too_long(sequence)
+                continue
+            if starving and sequence.adapter:
+                continue
+            if not self._acquire_adapter(sequence, refused):
+                starving |= sequence._refusals > self._patience
+                continue
+            if not self._take_blocks(sequence):
+                self._residency.release(sequence.adapter)
+                break
+            self.waiting.remove(sequence)
+            insort(self.running, sequence, key=_order)
+            sequence._refusals = 0
+            if sequence.first_scheduled is None:
+                sequence.first_scheduled = now
+            works.append(self._work(sequence, budget))
+            budget -= works[-1].count
+
+    def _acquire_adapter(self, sequence: Sequence, refused: dict[AdapterKey, str | None]) -> bool:
+        """Whether the sequence got its adapter; `refused` holds this step's other answers (a failure with its text)."""
+        key = sequence.adapter
+        if key not in refused:
+            answer = self._residency.acquire(key)
+            if answer == "ready":
+                return True
+            refused[key] = self._residency.error(key) if answer == "failed" else None
+            sequence._refusals += answer == "full"
+        error = refused[key]
+        if error is not None:
+            self.fail(sequence.id, error, LOAD_FAILED)
+        return False
+
+    def _take_blocks(self, sequence: Sequence) -> bool:
+        """Find what is cached of a newcomer and allocate the rest of its known tokens' blocks, or change nothing."""
+        # The last token is always computed, since its logits are wanted; so is every prompt token still to be scored.
+        reusable = len(sequence.tokens) - 1
+        if sequence.sampling.prompt_logprobs is not None:
+            reusable = min(reusable, sequence.prompt_scored)
+        self._extend_keys(sequence, len(sequence.tokens))
+        cached = self._blocks.match(sequence._keys[: reusable // self._blocks.block_size])
+        missing = self._blocks.blocks_for(len(sequence.tokens)) - len(cached)
+        # One block in hand for each running sequence, or the newcomer would be preempted by the next that grows.
+        if self._blocks.available < missing + len(self.running):
+            self._blocks.release(cached)
+            return False
+        fresh = self._blocks.allocate(missing)
+        assert fresh is not None
+        sequence.blocks = cached + fresh
+        sequence.num_computed = len(cached) * self._blocks.block_size
+        if sequence.first_scheduled is None:
+            sequence.cached_tokens = sequence.num_computed
+            self.counters.prefix_queries += len(sequence.prompt)
+            self.counters.prefix_hits += sequence.cached_tokens
+        return True
+
+    def _work(self, sequence: Sequence, budget: int) -> Work:
+        start = sequence.num_computed
+        count = min(sequence.remaining, budget)
+        scored = range(0)
+        if sequence.sampling.prompt_logprobs is not None:
+            scored = range(max(start, sequence.prompt_scored), min(start + count, len(sequence.prompt) - 1))
+        reaches_end = count == sequence.remaining
+        return Work(sequence, start, count, reaches_end and sequence.num_generated < self._limit(sequence), scored)
+
+    def _limit(self, sequence: Sequence) -> int:
+        """Most tokens that this sequence may generate."""
+        return min(sequence.sampling.max_tokens, self._max_model_len - len(sequence.prompt))
+
+    def _fits_ever(self, sequence: Sequence) -> bool:
+        needed = self._blocks.blocks_for(len(sequence.tokens))
+        return len(sequence.prompt) <= self._max_model_len and needed <= self._blocks.num_blocks
+
+    # --- taking in its outcome -----------------------------------------------------------------------
+
+    def advance(self, work: Work, new_tokens: Seq[int] = ()) -> list[int]:
+        """Record that a work was computed, and the tokens drawn after it (none in the middle of a prompt).
+
+        Returns:
+            The tokens that count: all, or those up to the one that ended the sequence; then its `finish_reason` is set
+            and it is gone from here. None for a sequence that ended or was preempted since this work was scheduled.
+        """
+        sequence = work.sequence
+        if self._by_id.get(sequence.id) is not sequence or not sequence.blocks:
+            return []
+        assert sequence.num_computed == work.start
+        assert work.samples or not new_tokens
+        sequence.num_computed += work.count
+        sequence.prompt_scored = max(sequence.prompt_scored, work.prompt_rows.stop)
+        self._publish(sequence, work.start)
+        kept: list[int] = []
+        for token in new_tokens:
+            kept.append(token)
+            sequence.tokens.append(token)
+            sequence.finish_reason = self._finish_reason(sequence)
+            if sequence.finish_reason is not None:
+                break
+        if not sequence.remaining:  # nothing was to be drawn: max_tokens is 0, or the prompt fills the context
+            sequence.finish_reason = "length"
+        if sequence.finish_reason is not None:
+            self._remove(sequence)
+        return kept
+
+    def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
+        """Why the newest token ends its sequence, if it does."""
+        token, sampling = sequence.tokens[-1], sequence.sampling
+        ends = token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos)
+        if ends and sequence.num_generated >= sampling.min_tokens:
+            sequence.stop_token = token
+            return "stop"
+        return "length" if sequence.num_generated >= self._limit(sequence) else None
+
+    def _publish(self, sequence: Sequence, start: int) -> None:
+        """Offer the blocks that became full since position `start`."""
+        self._extend_keys(sequence, sequence.num_computed)
+        size = self._blocks.block_size
+        for index in range(start // size, min(sequence.num_computed // size, len(sequence._keys))):
+            self._blocks.publish(sequence.blocks[index], sequence._keys[index])
+
+    def _extend_keys(self, sequence: Sequence, tokens: int) -> None:
+        """Name the full blocks among the first `tokens` tokens that have no name yet."""
+        size, keys = self._blocks.block_size, sequence._keys
+        if not self._blocks.caching or len(keys) >= tokens // size:
+            return
+        spec = adapter_spec(sequence.adapter)
+        parent = keys[-1] if keys else root_key(sequence.tenant, sequence.cache_salt)
+        for index in range(len(keys), tokens // size):
+            parent = chain_key(parent, spec, sequence.tokens[index * size : (index + 1) * size])
+            keys.append(parent)
+
+    # --- leaving -------------------------------------------------------------------------------------
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._leave_running(sequence)
+        sequence.num_computed = 0
+        sequence.num_preemptions += 1
+        self.counters.preemptions += 1
+        insort(self.waiting, sequence, key=_order)
+
+    def _leave_running(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._blocks.release(sequence.blocks)
+        sequence.blocks = []
+        self._residency.release(sequence.adapter)
+
+    def _remove(self, sequence: Sequence) -> None:
+        del self._by_id[sequence.id]
+        if sequence.blocks:  # running sequences hold blocks, waiting ones none
+            self._leave_running(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def _fail_too_long(self, sequence: Sequence) -> None:
+        capacity = self._blocks.num_blocks * self._blocks.block_size
+        most = min(self._max_model_len, capacity)
+        self.fail(
+            sequence.id, f"This sequence needs {len(sequence.tokens)} tokens of context, {most} are there.", TOO_LONG
+        )
+
+
+def _order(sequence: Sequence) -> int:
+    return sequence._order
