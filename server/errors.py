@@ -1,0 +1,240 @@
+"""Every way a request can be refused: one exception tree, one JSON body, one way from exceptions to responses.
+
+The body is OpenAI's: `{"error": {"message", "type", "param", "code"}}`. Messages name what the client sent and never
+carry a traceback, a path or an address. This file knows HTTP statuses and no route.
+"""
+
+# ruff: noqa: N818  # named for what happened, as HTTP's own statuses are
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import ExceptionHandler
+
+from server.engine.client import EngineUnavailable
+
+
+class LorakeetError(Exception):
+    """A refusal with an HTTP status. Subclasses fix status, type and default code; an instance says what and where."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    default_code: ClassVar[str | None] = None
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        """`param`: the culprit, dotted (`messages.0.role`); `code`: replaces the class's own; `headers`: sent along."""
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code or self.default_code
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """The JSON body."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+class InternalError(LorakeetError):
+    """A fault of ours. Its message says nothing of the inside."""
+
+    default_code = "internal_error"
+
+    def __init__(self, message: str = "The server failed to answer this request.") -> None:
+        super().__init__(message)
+
+
+class InvalidRequest(LorakeetError):
+    """400: the request can never succeed as it is."""
+
+    status = 400
+    type = "invalid_request_error"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """400: prompt and completion do not fit into the model's context."""
+
+    default_code = "context_length_exceeded"
+
+
+class InvalidApiKey(InvalidRequest):
+    """401: no API key, or one that the server does not know."""
+
+    status = 401
+    default_code = "invalid_api_key"
+
+    def __init__(self, message: str = "Missing or incorrect API key; send `Authorization: Bearer KEY`.") -> None:
+        super().__init__(message, headers={"WWW-Authenticate": "Bearer"})
+
+
+class PermissionDenied(InvalidRequest):
+    """403: understood, and not allowed."""
+
+    status = 403
+    default_code = "permission_denied"
+
+
+class NotFound(InvalidRequest):
+    """404: nothing of that name here."""
+
+    status = 404
+    default_code = "not_found"
+
+
+class ModelNotFound(NotFound):
+    """404: neither the base nor an adapter has this name (vLLM's message)."""
+
+    default_code = "model_not_found"
+
+    def __init__(self, name: str, *, param: str | None = "model") -> None:
+        super().__init__(f"The model `{_shown(name)}` does not exist.", param=param)
+
+
+class Conflict(InvalidRequest):
+    """409: the name or the state does not allow it."""
+
+    status = 409
+    default_code = "conflict"
+
+
+class RequestTimeout(InvalidRequest):
+    """408: the body stopped coming."""
+
+    status = 408
+    default_code = "request_timeout"
+
+    def __init__(self, message: str = "The request's body did not arrive in time.") -> None:
+        super().__init__(message, headers={"Connection": "close"})
+
+
+class RequestTooLarge(InvalidRequest):
+    """413: the body, or a part of it, is larger than a limit that the message names."""
+
+    status = 413
+    default_code = "request_too_large"
+
+
+class UnsupportedMediaType(InvalidRequest):
+    """415: the body is not of the type that the route reads."""
+
+    status = 415
+    default_code = "unsupported_media_type"
+
+
+class TooManyRequests(LorakeetError):
+    """429: the queue is full; worth another try after `retry_after` seconds."""
+
+    status = 429
+    type = "rate_limit_error"
+    default_code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after: int) -> None:
+        super().__init__(message, headers={"Retry-After": str(retry_after)})
+
+
+class Unavailable(LorakeetError):
+    """503: the engine is starting, restarting or draining; worth another try after `retry_after` seconds."""
+
+    status = 503
+    type = "service_unavailable"
+    default_code = "service_unavailable"
+
+    def __init__(self, message: str, *, retry_after: int) -> None:
+        super().__init__(message, headers={"Retry-After": str(retry_after)})
+
+
+class Draining(Unavailable):
+    """503: the server is shutting down."""
+
+    default_code = "draining"
+
+    def __init__(self) -> None:
+        super().__init__("The server is shutting down.", retry_after=5)
+        self.headers["Connection"] = "close"
+
+
+class StorageFull(LorakeetError):
+    """507: the disk cannot take it; nothing was kept."""
+
+    status = 507
+    type = "insufficient_storage"
+    default_code = "storage_full"
+
+
+def as_error(exc: Exception) -> LorakeetError:
+    """The refusal that an exception from anywhere below a handler stands for; `InternalError` for an unexpected one."""
+    match exc:
+        case LorakeetError():
+            return exc
+        case EngineUnavailable():
+            return Unavailable(str(exc), retry_after=exc.retry_after)
+        case ValidationError():
+            return _from_validation(exc)
+        case HTTPException():
+            return _from_http(exc)
+    return InternalError()
+
+
+def error_response(error: LorakeetError) -> Response:
+    """The error as an HTTP response."""
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
+
+
+async def handle_exception(request: Request, exc: Exception) -> Response:
+    """Starlette's handler for every type in `EXCEPTION_HANDLERS`; the outermost middleware answers for the rest."""
+    if isinstance(exc, HTTPException) and exc.status_code in (404, 405):
+        error: LorakeetError = _unknown_route(request, exc)
+    else:
+        error = as_error(exc)
+    return error_response(error)
+
+
+_HANDLED = (LorakeetError, EngineUnavailable, ValidationError, HTTPException)
+EXCEPTION_HANDLERS: dict[Any, ExceptionHandler] = dict.fromkeys(_HANDLED, handle_exception)
+
+
+def _with_status(status: int, error: LorakeetError) -> LorakeetError:
+    """The same error under a status that has no class of its own."""
+    error.status = status  # type: ignore[misc]  # an instance may differ from its class
+    return error
+
+
+def _unknown_route(request: Request, exc: HTTPException) -> LorakeetError:
+    shown = f"{request.method} {_shown(request.url.path)}"
+    if exc.status_code == 404:
+        return NotFound(f"Unknown request URL: {shown}.", code="unknown_url")
+    error = InvalidRequest(f"Not allowed: {shown}.", code="method_not_allowed", headers=exc.headers)
+    return _with_status(405, error)
+
+
+def _from_http(exc: HTTPException) -> LorakeetError:
+    error_class = InvalidRequest if exc.status_code < 500 else LorakeetError
+    return _with_status(exc.status_code, error_class(exc.detail, headers=exc.headers))
+
+
+def _from_validation(exc: ValidationError) -> LorakeetError:
+    """The first fault of a body, named by its field. The value itself is not repeated: it may be a whole prompt."""
+    fault = exc.errors(include_url=False, include_context=False, include_input=False)[0]
+    path = [str(part) for part in fault["loc"]]
+    param = ".".join(path)[:200] or None
+    if fault["type"] == "extra_forbidden":
+        message = f"Unsupported parameter: `{_shown(param or '')}`."
+        return InvalidRequest(message, param=param, code="unsupported_parameter")
+    message = fault["msg"].removeprefix("Value error, ")
+    return InvalidRequest(f"`{param}`: {message}" if param else message, param=param)
+
+
+def _shown(text: str) -> str:
+    """Client text as part of a message: printable and not too long."""
+    printable = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return printable if len(printable) <= 200 else printable[:200] + "..."

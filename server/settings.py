@@ -1,0 +1,368 @@
+"""Every setting of the server, once: its name, type, default, range and explanation.
+
+The command line's flags, the `LORAKEET_*` variables and the README's table are made from this one definition.
+Precedence: flag, then environment, then default. Nothing here acts on a setting.
+"""
+
+# ruff: noqa: RUF009  # `_setting` is `dataclasses.field` with our metadata
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, cast
+
+from server.models import DEFAULT, default_cache_dir, default_data_dir
+
+ENV_PREFIX = "LORAKEET_"
+GIB = 1024**3
+MIB = 1024**2
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+_TRUE = frozenset({"1", "true", "yes", "on"})
+_FALSE = frozenset({"0", "false", "no", "off"})
+
+
+class SettingError(ValueError):
+    """A setting has a value it cannot have. The message names the flag or the variable."""
+
+
+def parse_size(text: str) -> int:
+    """Bytes from `1048576`, `512MiB`, `2GiB`, `1.5 GB`. `KiB` counts in 1024, `KB` in 1000, `K` in 1024."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError("expected a size such as 512MiB or 2GiB")
+    number, prefix, binary = match.groups()
+    power = " kmgt".index(prefix.lower()) if prefix else 0
+    decimal = bool(prefix) and not binary and text.strip().lower().endswith("b")
+    return int(float(number) * (1000 if decimal else 1024) ** power)
+
+
+def parse_bool(text: str) -> bool:
+    """A yes or a no as people write it in the environment."""
+    if (word := text.strip().lower()) in _TRUE | _FALSE:
+        return word in _TRUE
+    raise ValueError("expected true or false")
+
+
+def _integer(text: str) -> int:
+    if re.fullmatch(r"[+-]?\d{1,18}", text.strip()):
+        return int(text)
+    raise ValueError("expected a whole number")
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError("expected a number") from None
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise ValueError("expected a path")
+    return Path(text).expanduser()
+
+
+def _text(text: str) -> str:
+    if not text:
+        raise ValueError("expected a value")
+    return text
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the table: how a setting is called, read, checked and explained."""
+
+    name: str
+    help: str
+    default: Any
+    shown_default: str
+    parse: Callable[[str], Any]
+    choices: tuple[str, ...] | None
+    minimum: float | None
+    maximum: float | None
+    repeatable: bool
+
+    @property
+    def flag(self) -> str:
+        """The command line's flag. A boolean also has `--no-...`."""
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def env(self) -> str:
+        """The environment variable. A repeatable setting takes comma-separated values there."""
+        return ENV_PREFIX + self.name.upper()
+
+    @property
+    def is_bool(self) -> bool:
+        """Whether the flag takes no value."""
+        return self.parse is parse_bool
+
+    def read(self, given: Any, source: str) -> Any:
+        """The typed value of `given`: text, several texts, or a value that is typed already."""
+        try:
+            if self.repeatable:
+                values = given.split(",") if isinstance(given, str) else given
+                return tuple(self._check(self.parse(v.strip()) if isinstance(v, str) else v) for v in values if v != "")
+            return self._check(self.parse(given) if isinstance(given, str) else given)
+        except ValueError as exc:
+            raise SettingError(f"{source}: {exc}") from None
+
+    def _check(self, value: Any) -> Any:
+        if self.choices is not None and value not in self.choices:
+            raise ValueError(f"{value!r} is not one of {', '.join(self.choices)}")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            if not (self.minimum is None or value >= self.minimum):
+                raise ValueError(f"{value} is less than {self.minimum}")
+            if not (self.maximum is None or value <= self.maximum):
+                raise ValueError(f"{value} is more than {self.maximum}")
+        return value
+
+
+def _setting(
+    default: Any,
+    help: str,  # noqa: A002  # argparse's and typer's own word for it
+    *,
+    parse: Callable[[str], Any] = _text,
+    choices: Sequence[str] | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    repeatable: bool = False,
+    shown: str | None = None,
+    secret: bool = False,
+) -> Any:
+    metadata = {
+        "help": help,
+        "parse": parse,
+        "choices": tuple(choices) if choices else None,
+        "minimum": minimum,
+        "maximum": maximum,
+        "repeatable": repeatable,
+        "shown": shown,
+    }
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata, repr=not secret)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the operator decided. Made by `Settings.load`; checked also when built directly."""
+
+    # --- the base model
+    model: str = _setting(
+        DEFAULT,
+        "The base: a directory in Hugging Face layout, a .gguf file, a hub id, or a built-in name.",
+    )
+    served_model_name: str | None = _setting(
+        None, "The base's name in the API.", shown="the last part of the model's name"
+    )
+    quantization: str = _setting("nf4", "How the base is held in memory.", choices=("nf4", "fp4", "int8", "none"))
+    dtype: str = _setting(
+        "auto",
+        "Arithmetic of activations: auto is bfloat16 on CUDA and float32 on a CPU.",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    device: str = _setting("auto", "Where the base lives: auto, cpu, cuda or cuda:N.")
+    threads: int | None = _setting(
+        None, "Compute threads of the engine.", parse=_integer, minimum=1, maximum=1024, shown="one per core"
+    )
+    max_model_len: int | None = _setting(
+        None,
+        "Longest prompt and completion together, in tokens.",
+        parse=_integer,
+        minimum=16,
+        maximum=2**24,
+        shown="the model's own, at most 8192",
+    )
+
+    # --- where things are kept
+    data_dir: Path = _setting(
+        default_data_dir,
+        "Adapters, files and jobs: what must not be lost.",
+        parse=_path,
+        shown="~/.local/share/lorakeet",
+    )
+    cache_dir: Path = _setting(
+        default_cache_dir,
+        "Fetched models and quantised weights: what can be made again.",
+        parse=_path,
+        shown="~/.cache/lorakeet",
+    )
+
+    # --- the listener
+    host: str = _setting("127.0.0.1", "Address to listen on.")
+    port: int = _setting(8000, "Port to listen on; 0 takes a free one.", parse=_integer, minimum=0, maximum=65535)
+    api_key: tuple[str, ...] = _setting(
+        (), "A key that clients must send as a bearer token. Without any, everybody is served.", repeatable=True,
+        shown="none", secret=True,
+    )  # fmt: skip
+    allowed_origins: tuple[str, ...] = _setting(
+        (), "An origin that browsers may call from, or *.", repeatable=True, shown="none"
+    )
+    max_body_bytes: int = _setting(
+        8 * MIB, "Largest JSON body.", parse=parse_size, minimum=1024, maximum=GIB, shown="8MiB"
+    )
+    max_upload_bytes: int = _setting(
+        2 * GIB, "Largest upload of one adapter or file.", parse=parse_size, minimum=1024, maximum=2**50, shown="2GiB"
+    )
+    max_uploads: int = _setting(4, "Uploads received at once.", parse=_integer, minimum=1, maximum=1024)
+    drain_seconds: float = _setting(
+        30.0, "On SIGTERM, how long requests in flight may go on.", parse=_number, minimum=0, maximum=86400
+    )
+
+    # --- the engine's memory and batches
+    kv_cache_bytes: int | None = _setting(
+        None,
+        "Memory for the KV cache.",
+        parse=parse_size,
+        minimum=MIB,
+        maximum=2**50,
+        shown="a share of what is free",
+    )
+    adapter_bytes: int | None = _setting(
+        None,
+        "Device memory for resident adapters.",
+        parse=parse_size,
+        minimum=MIB,
+        maximum=2**50,
+        shown="a share of what is free",
+    )
+    adapter_host_bytes: int = _setting(
+        GIB,
+        "Host memory for adapters that left the device; 0 reads them from disk again.",
+        parse=parse_size,
+        minimum=0,
+        maximum=2**50,
+        shown="1GiB",
+    )
+    max_batch_tokens: int | None = _setting(
+        None,
+        "Most tokens in one step: decodes first, then pieces of prompts.",
+        parse=_integer,
+        minimum=16,
+        maximum=2**20,
+        shown="256 on a CPU, 2048 on CUDA",
+    )
+    max_batch_requests: int = _setting(64, "Most sequences in one step.", parse=_integer, minimum=1, maximum=4096)
+    prefix_caching: bool = _setting(True, "Reuse the KV of prompts that begin alike.", parse=parse_bool)
+
+    # --- the queue
+    max_queued_requests: int = _setting(
+        1024, "Sequences that may wait for their first token; beyond it, 429.", parse=_integer, minimum=1, maximum=10**6
+    )
+    max_queued_tokens: int = _setting(
+        2**20, "Prompt tokens that may wait; beyond it, 429.", parse=_integer, minimum=1, maximum=2**31
+    )
+
+    # --- adapters
+    adapter: tuple[str, ...] = _setting(
+        (), "An adapter to serve from the start, as NAME=DIR.", repeatable=True, shown="none"
+    )
+    adapter_dir: Path | None = _setting(
+        None,
+        "Each subdirectory is an adapter; read at start and when an unknown name is asked for.",
+        parse=_path,
+        shown="none",
+    )
+    lora_dir: Path | None = _setting(
+        None,
+        "Switches vLLM's load_lora_adapter and unload_lora_adapter on, for paths under this directory.",
+        parse=_path,
+        shown="off",
+    )
+    keep_versions: int = _setting(
+        5, "Older contents of a name that stay reachable as name@digest.", parse=_integer, minimum=0, maximum=1000
+    )
+
+    # --- watching it
+    metrics_adapters: int = _setting(
+        50, "Adapters with metric series of their own; the rest share one.", parse=_integer, minimum=0, maximum=10_000
+    )
+    log_level: str = _setting("info", "How much is logged.", choices=("debug", "info", "warning", "error"))
+    log_json: bool = _setting(False, "Log one JSON object per line.", parse=parse_bool)
+
+    def __post_init__(self) -> None:
+        for row in settings_fields():
+            value = getattr(self, row.name)
+            if value is not None:
+                row.read(value, row.flag)
+        if self.max_batch_tokens is not None and self.max_batch_tokens <= self.max_batch_requests:
+            raise SettingError(
+                f"--max-batch-tokens: {self.max_batch_tokens} leaves no room for prompts beside "
+                f"{self.max_batch_requests} sequences (--max-batch-requests)"
+            )
+        for entry in self.adapter:
+            name, separator, directory = entry.partition("=")
+            if not (name and separator and directory):
+                raise SettingError(f"--adapter: {entry!r} is not NAME=DIR")
+
+    @classmethod
+    def load(cls, flags: Mapping[str, Any], environ: Mapping[str, str]) -> "Settings":
+        """Settings from flags by field name (text or typed; None means not given), the environment, and defaults.
+
+        Raises `SettingError` for a value that cannot be, naming the flag or the variable.
+        """
+        rows = {row.name: row for row in settings_fields()}
+        values = {}
+        for name, row in rows.items():
+            given = flags.get(name)
+            if given is not None and given != ():
+                values[name] = row.read(given, row.flag)
+            elif environ.get(row.env):
+                values[name] = row.read(environ[row.env], row.env)
+        return cls(**values)
+
+    @property
+    def base_name(self) -> str:
+        """The base's name in the API."""
+        return self.served_model_name or Path(self.model).name.removesuffix(".gguf")
+
+    @property
+    def base_aliases(self) -> frozenset[str]:
+        """Every name that means the base in a request."""
+        return frozenset({self.base_name, self.model})
+
+    @property
+    def adapter_directories(self) -> dict[str, Path]:
+        """`adapter` as name -> directory."""
+        pairs = (entry.partition("=") for entry in self.adapter)
+        return {name: Path(directory).expanduser() for name, _, directory in pairs}
+
+
+def settings_fields() -> list[Setting]:
+    """The table, in the order of the fields."""
+    rows = []
+    for item in fields(Settings):
+        metadata = cast("Mapping[str, Any]", item.metadata)
+        default = item.default
+        shown = metadata["shown"] or (str(default).lower() if isinstance(default, bool) else f"{default}")
+        rows.append(
+            Setting(
+                name=item.name,
+                help=metadata["help"],
+                default=default,
+                shown_default=shown,
+                parse=metadata["parse"],
+                choices=metadata["choices"],
+                minimum=metadata["minimum"],
+                maximum=metadata["maximum"],
+                repeatable=metadata["repeatable"],
+            )
+        )
+    return rows
+
+
+def settings_table() -> str:
+    """The README's table, in Markdown."""
+    lines = ["| Flag | Variable | Default | Meaning |", "|---|---|---|---|"]
+    for row in settings_fields():
+        flag = f"`{row.flag}`, `--no-{row.flag[2:]}`" if row.is_bool and row.default else f"`{row.flag}`"
+        meaning = row.help
+        if row.choices:
+            meaning += " One of " + ", ".join(f"`{choice}`" for choice in row.choices) + "."
+        if row.repeatable:
+            meaning += " Repeatable; comma-separated in the variable."
+        lines.append(f"| {flag} | `{row.env}` | {row.shown_default} | {meaning} |")
+    return "\n".join(lines) + "\n"
