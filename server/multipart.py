@@ -1,0 +1,166 @@
+"""A multipart/form-data body, read as it arrives: large parts go to disk, nothing is ever whole in memory.
+
+The caller names the parts it wants and how large each may be; anything missing, repeated, unknown or too large is an
+error naming the part. It knows nothing of what the parts mean.
+"""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+
+from server.errors import InvalidRequest, RequestTooLarge
+
+_FRAMING_BYTES = 64 * 1024  # boundaries and part headers, all together
+_HEADER_LINE_BYTES = 4 * 1024
+_HEADERS_PER_PART = 8
+_FLUSH_BYTES = 1024 * 1024  # how much is gathered before a thread writes it
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is expected of one part. Its content goes to `path`, or is returned when there is none."""
+
+    max_bytes: int
+    path: Path | None = None
+    required: bool = True
+
+
+async def read_parts(request: Request, parts: Mapping[str, Part]) -> dict[str, bytes]:
+    """Read the whole body; returns the in-memory parts by name, in order of arrival.
+
+    Raises InvalidRequest (400, `param` names the part), RequestTooLarge (413), OSError when a file cannot be written,
+    starlette's ClientDisconnect. Files may then be left behind half-written: `path`s belong in a private directory.
+    """
+    limit = sum(part.max_bytes for part in parts.values()) + _FRAMING_BYTES
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > limit:
+        raise RequestTooLarge(f"The body has {declared} bytes; at most {limit} are accepted.")
+    with ExitStack() as stack:
+        form = _Form(_boundary(request), parts, stack)
+        total = 0
+        async for chunk in request.stream():
+            total += len(chunk)
+            if total > limit:
+                raise RequestTooLarge(f"The body exceeds {limit} bytes.")
+            form.feed(chunk)
+            if form.pending_bytes >= _FLUSH_BYTES:
+                await run_in_threadpool(form.flush)
+        await run_in_threadpool(form.flush)
+        return form.finish()
+
+
+def _boundary(request: Request) -> bytes:
+    content_type, options = parse_options_header(request.headers.get("content-type"))
+    boundary = options.get(b"boundary", b"")
+    if content_type != b"multipart/form-data" or not boundary:
+        raise InvalidRequest("Content-Type must be multipart/form-data with a boundary.", param="Content-Type")
+    return boundary
+
+
+@dataclass
+class _Open:
+    """A part that has begun."""
+
+    name: str
+    part: Part
+    file: BinaryIO | None
+    content: bytearray = field(default_factory=bytearray)  # the part itself, or what its file still lacks
+    size: int = 0
+
+
+class _Form:
+    """The parser's callbacks and what they gathered."""
+
+    def __init__(self, boundary: bytes, parts: Mapping[str, Part], stack: ExitStack) -> None:
+        self._parts = parts
+        self._stack = stack
+        self._seen: dict[str, _Open] = {}
+        self._current: _Open | None = None
+        self._header = (bytearray(), bytearray())
+        self._disposition = b""
+        self._complete = False
+        try:
+            self._parser = MultipartParser(
+                boundary,
+                {
+                    "on_part_begin": self._part_begin,
+                    "on_header_begin": self._header_begin,
+                    "on_header_field": lambda data, start, end: self._header[0].extend(data[start:end]),
+                    "on_header_value": lambda data, start, end: self._header[1].extend(data[start:end]),
+                    "on_header_end": self._header_end,
+                    "on_headers_finished": self._headers_finished,
+                    "on_part_data": self._part_data,
+                    "on_end": self._end,
+                },
+                max_header_count=_HEADERS_PER_PART,
+                max_header_size=_HEADER_LINE_BYTES,
+            )
+        except FormParserError as error:
+            raise InvalidRequest(f"Malformed multipart body: {error}", param="Content-Type") from None
+
+    @property
+    def pending_bytes(self) -> int:
+        return sum(len(open_part.content) for open_part in self._seen.values() if open_part.file)
+
+    def feed(self, chunk: bytes) -> None:
+        try:
+            self._parser.write(chunk)
+        except FormParserError as error:
+            raise InvalidRequest(f"Malformed multipart body: {error}") from None
+
+    def flush(self) -> None:
+        """Write what the files still lack. Blocks."""
+        for open_part in self._seen.values():
+            if open_part.file:
+                open_part.file.write(open_part.content)
+                open_part.content.clear()
+
+    def finish(self) -> dict[str, bytes]:
+        if not self._complete:
+            raise InvalidRequest("The multipart body ends before its closing boundary.")
+        for name, part in self._parts.items():
+            if part.required and name not in self._seen:
+                raise InvalidRequest(f"The part '{name}' is missing.", param=name)
+        return {name: bytes(seen.content) for name, seen in self._seen.items() if seen.file is None}
+
+    def _part_begin(self) -> None:
+        self._disposition = b""
+        self._current = None
+
+    def _header_begin(self) -> None:
+        self._header = (bytearray(), bytearray())
+
+    def _header_end(self) -> None:
+        if self._header[0].lower() == b"content-disposition":
+            self._disposition = bytes(self._header[1])
+
+    def _headers_finished(self) -> None:
+        disposition, options = parse_options_header(self._disposition)
+        name = options.get(b"name", b"").decode("utf-8", "replace")
+        if disposition != b"form-data" or not name:
+            raise InvalidRequest("Every part needs a Content-Disposition of form-data with a name.")
+        if name not in self._parts:
+            raise InvalidRequest(f"Unknown part '{name[:64]}'; expected: {', '.join(self._parts)}.", param=name[:64])
+        if name in self._seen:
+            raise InvalidRequest(f"The part '{name}' appears twice.", param=name)
+        part = self._parts[name]
+        file = self._stack.enter_context(part.path.open("xb", buffering=0)) if part.path else None
+        self._current = self._seen[name] = _Open(name, part, file)
+
+    def _part_data(self, data: bytes, start: int, end: int) -> None:
+        assert self._current is not None  # part data only follows a part's headers
+        self._current.size += end - start
+        if self._current.size > self._current.part.max_bytes:
+            limit = self._current.part.max_bytes
+            raise RequestTooLarge(f"The part '{self._current.name}' exceeds {limit} bytes.", param=self._current.name)
+        self._current.content += data[start:end]
+
+    def _end(self) -> None:
+        self._complete = True
