@@ -137,7 +137,7 @@ def lora_add_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, table: Tensor, scale: 
 
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """Store `k, v [T, Hkv, D]` in `[blocks, Hkv, block_size, D]` caches; `slots` int64 `[T]` = block * size + offset."""
+    """Store `k, v [T, Hkv, D]` in `[blocks, Hkv, block_size, D]` caches; slots int64 `[T]` = block * size + offset."""
     block_size = k_cache.shape[2]
     block, offset = slots // block_size, slots % block_size
     k_cache[block, :, offset] = k.to(k_cache.dtype)
