@@ -18,6 +18,13 @@ class Deltas(Protocol):
         """Return `y + delta(x)`; may write into `y`. x [tokens, in], y [tokens, out]."""
 
 
+class Attention(Protocol):
+    """How the tokens of one step attend."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int) -> Tensor:
+        """q [T, H, D], k and v [T, Hkv, D] after rope -> [T, H, D]; `window` 0 means all earlier keys."""
+
+
 class StepSlot:
     """Holds the step in force. One instance per model, shared by all its LoraLinears and attention layers.
 
@@ -26,28 +33,43 @@ class StepSlot:
 
     def __init__(self) -> None:
         self.deltas: Deltas | None = None
+        self.attention: Attention | None = None
 
 
-class LoraLinear(nn.Module):
-    """A linear of the base `[out, in]` whose weight never changes, with room for adapters' deltas.
+class FrozenLinear(nn.Module):
+    """A linear of the base `[out, in]` whose weight never changes.
 
     Args:
         base: the original module (`nn.Linear`, bitsandbytes `Linear4bit` or `Linear8bitLt`); kept, never called:
             bitsandbytes' own forward recasts the bias in place and may repack the weight.
+    """
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.weight = kernels.QuantizedWeight.from_linear(base)
+        bias = getattr(base, "bias", None)
+        self.bias: Tensor | None = None if bias is None else bias.data
+        self.out_features, self.in_features = self.weight.shape
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        y = kernels.base_linear(x.reshape(-1, self.in_features), self.weight, self.bias)
+        return y.view(*x.shape[:-1], self.out_features)
+
+
+class LoraLinear(FrozenLinear):
+    """A frozen linear with room for adapters' deltas.
+
+    Args:
         name: full module name in the base, as PEFT writes it.
         index: position among the model's LoraLinears; row of a segment table.
     """
 
     def __init__(self, base: nn.Module, name: str, index: int, slot: StepSlot) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         self.name = name
         self.index = index
         self.slot = slot
-        self.weight = kernels.QuantizedWeight.from_linear(base)
-        bias = getattr(base, "bias", None)
-        self.bias: Tensor | None = None if bias is None else bias.data
-        self.out_features, self.in_features = self.weight.shape
 
     @property
     def kind(self) -> str:
@@ -63,20 +85,14 @@ class LoraLinear(nn.Module):
 
 
 def wrap_linears(decoder: nn.Module, prefix: str, slot: StepSlot) -> list[LoraLinear]:
-    """Replace every linear below `decoder` by a LoraLinear, in module order. Returns them; names start with `prefix`."""
-    import bitsandbytes as bnb
+    """Replace every linear below `decoder` by a LoraLinear, in module order; their names start with `prefix`."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-    found = [
-        (name, module)
-        for name, module in decoder.named_modules()
-        if isinstance(module, nn.Linear | bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
-    ]
-    wrapped = []
-    for index, (name, module) in enumerate(found):
-        if getattr(module, "bias", None) is not None:
-            module.bias.requires_grad_(False)
-        linear = LoraLinear(module, f"{prefix}{name}", index, slot)
-        parent_name, _, child = name.rpartition(".")
-        setattr(decoder.get_submodule(parent_name), child, linear)
-        wrapped.append(linear)
+    wrapped: list[LoraLinear] = []
+    for name, module in list(decoder.named_modules()):
+        if isinstance(module, nn.Linear | Linear4bit | Linear8bitLt):
+            linear = LoraLinear(module, f"{prefix}{name}", len(wrapped), slot)
+            parent, _, child = name.rpartition(".")
+            setattr(decoder.get_submodule(parent), child, linear)
+            wrapped.append(linear)
     return wrapped

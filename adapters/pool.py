@@ -219,8 +219,12 @@ class RowPool:
             table[:, column, 4] = placement.dtype
             scale[:, column] = placement.scaling * np.float32(use.weight)
         touched = table[:, :, 3].any(axis=1)
-        tensors = (torch.from_numpy(array).to(self.device, non_blocking=True) for array in (table, scale))
-        return SegmentDeltas(self, *tensors, touched)
+        return SegmentDeltas(
+            self,
+            torch.from_numpy(table).to(self.device, non_blocking=True),
+            torch.from_numpy(scale).to(self.device, non_blocking=True),
+            touched,
+        )
 
     def _compact(self, kind: str) -> None:
         moves = self.rows[kind].compact()

@@ -1,12 +1,30 @@
 """What the API process knows of an engine: an interface, and the local engine process behind it.
 
 `EngineClient` is the only door. Its address may be remote and several engines may answer: another implementation.
+`LocalEngine` starts the process, restarts it when it dies, and tells every waiting request what became of it. It knows
+messages, not HTTP.
 """
 
-from collections.abc import AsyncIterator
+import asyncio
+import contextlib
+import logging
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
-from server.engine.protocol import AdapterRef, Generate, Inspection, Output, Ready
+import msgspec
+import zmq
+import zmq.asyncio
+
+from server.engine import protocol
+from server.engine.protocol import AdapterRef, EngineConfig, Generate, Inspection, Output, Ready, Stats
+
+log = logging.getLogger("lorakeet.engine")
 
 
 class EngineUnavailable(Exception):
@@ -15,6 +33,14 @@ class EngineUnavailable(Exception):
     def __init__(self, message: str, retry_after: int = 5) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class AdapterLoadFailed(Exception):
+    """The engine could not make an adapter resident; `code` says how in one word."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class EngineClient(Protocol):
@@ -52,3 +78,232 @@ class EngineClient(Protocol):
 
     async def stop(self, grace: float) -> None:
         """Let running sequences finish for at most `grace` seconds, then end the process."""
+
+
+@dataclass
+class _Incarnation:
+    """One engine process and the socket to it."""
+
+    process: asyncio.subprocess.Process
+    socket: zmq.asyncio.Socket
+    started: float
+
+
+class LocalEngine:
+    """An engine process on this machine, kept alive.
+
+    Args:
+        config: what to start it with (`address` is filled in here).
+        on_stats: called with every step's `Stats`.
+        stall_seconds: without a word from a loaded engine for this long, it is not ready.
+        give_up_after: deaths in a row (no step served in between) after which it is not restarted.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        on_stats: Callable[[Stats], None],
+        *,
+        stall_seconds: float = 60.0,
+        give_up_after: int = 3,
+    ) -> None:
+        self._config = config
+        self._on_stats = on_stats
+        self._stall_seconds = stall_seconds
+        self._give_up_after = give_up_after
+        self._info: Ready | None = None
+        self._reason: str | None = "the engine has not been started"
+        self._last_word = time.monotonic()
+        self._deaths = 0
+        self._context = zmq.asyncio.Context()
+        self._now: _Incarnation | None = None
+        self._streams: dict[str, asyncio.Queue[Output | EngineUnavailable]] = {}
+        self._calls: dict[str, asyncio.Future[protocol.Done | Inspection]] = {}
+        self._supervisor: asyncio.Task[None] | None = None
+        self._stopping = False
+        self.failed_for_good = asyncio.Event()  # set when no restart will be tried any more
+
+    # --- what the API asks ---------------------------------------------------------------------------
+
+    @property
+    def info(self) -> Ready | None:
+        return self._info
+
+    @property
+    def pid(self) -> int | None:
+        return self._now.process.pid if self._now is not None and self._now.process.returncode is None else None
+
+    @property
+    def unready_reason(self) -> str | None:
+        if self._reason is None and time.monotonic() - self._last_word > self._stall_seconds:
+            return f"the engine has not answered for {self._stall_seconds:.0f} s"
+        return self._reason
+
+    async def generate(self, request: Generate) -> AsyncIterator[Output]:
+        queue: asyncio.Queue[Output | EngineUnavailable] = asyncio.Queue()
+        self._streams[request.id] = queue
+        try:
+            await self._send(request)
+            while True:
+                item = await queue.get()
+                if isinstance(item, EngineUnavailable):
+                    raise item
+                if item.finish_reason is not None or item.error is not None:
+                    del self._streams[request.id]  # over: nothing to abort
+                    yield item
+                    return
+                yield item
+        finally:
+            if self._streams.pop(request.id, None) is not None:
+                # Not awaited: the generator may be closed by a cancelled task.
+                self._send_soon(protocol.Abort(id=request.id))
+
+    async def warm(self, adapter: AdapterRef) -> float:
+        done = await self._call(protocol.Warm(id=uuid.uuid4().hex, adapter=adapter))
+        assert isinstance(done, protocol.Done)
+        if done.error is not None:
+            raise AdapterLoadFailed(done.error, done.code or "adapter_load_failed")
+        return done.seconds
+
+    async def forget(self, digest: str) -> None:
+        # A dead engine has forgotten everything already.
+        with contextlib.suppress(EngineUnavailable):
+            await self._call(protocol.Forget(id=uuid.uuid4().hex, digest=digest))
+
+    async def inspect(self) -> Inspection:
+        report = await self._call(protocol.Inspect(id=uuid.uuid4().hex))
+        assert isinstance(report, Inspection)
+        return report
+
+    async def _call(self, message: protocol.Warm | protocol.Forget | protocol.Inspect) -> protocol.Done | Inspection:
+        future: asyncio.Future[protocol.Done | Inspection] = asyncio.get_running_loop().create_future()
+        self._calls[message.id] = future
+        try:
+            await self._send(message)
+            return await future
+        finally:
+            self._calls.pop(message.id, None)
+
+    async def _send(self, message: protocol.Request) -> None:
+        if self._reason is not None or self._now is None:
+            raise EngineUnavailable(self._reason or "the engine is not running")
+        await self._now.socket.send(protocol.encode(message))
+
+    def _send_soon(self, message: protocol.Request) -> None:
+        if self._now is not None and self._reason is None:
+            # A PAIR socket with no high-water mark takes the message at once; the future is already done.
+            self._now.socket.send(protocol.encode(message))
+
+    # --- its life ---------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        self._reason = "the engine is loading the model"
+        self._supervisor = asyncio.create_task(self._supervise(), name="engine-supervisor")
+
+    async def stop(self, grace: float) -> None:
+        self._stopping = True
+        incarnation = self._now
+        if incarnation is not None and incarnation.process.returncode is None:
+            if self._reason is None:
+                self._send_soon(protocol.Drain())
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(incarnation.process.wait(), max(grace, 0.0))
+            if incarnation.process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    incarnation.process.kill()
+                await incarnation.process.wait()
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._supervisor
+        self._reason = "the server is shutting down"
+        self._context.destroy(linger=0)
+
+    async def _supervise(self) -> None:
+        """Run one engine process after another until stopped or given up."""
+        while not self._stopping:
+            born = time.monotonic()
+            with tempfile.TemporaryDirectory(prefix="lorakeet-") as directory:
+                reason, retry = await self._live(Path(directory))
+            self._now = None
+            if self._stopping:
+                return
+            # One that lived long was well: only deaths soon after birth or without a served step add up.
+            self._deaths = 1 if time.monotonic() - born > self._stall_seconds else self._deaths + 1
+            if not retry or self._deaths >= self._give_up_after:
+                self._reason = reason if not retry else f"the engine died {self._deaths} times in a row: {reason}"
+                self._release_everyone()
+                log.error("the engine will not be restarted: %s", self._reason)
+                self.failed_for_good.set()
+                return
+            self._reason = f"the engine is being restarted ({reason})"
+            self._release_everyone()
+            log.warning("%s", self._reason)
+
+    async def _live(self, directory: Path) -> tuple[str, bool]:
+        """One incarnation from birth to death. Returns why it ended and whether to try again."""
+        config = msgspec.structs.replace(self._config, address=f"ipc://{directory / 'engine.sock'}")
+        socket: zmq.asyncio.Socket = self._context.socket(zmq.PAIR)
+        socket.set_hwm(0)
+        socket.linger = 0
+        socket.bind(config.address)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "server.engine.process",
+            protocol.encode_config(config).decode(),
+            stdin=asyncio.subprocess.DEVNULL,
+        )
+        self._now = _Incarnation(process, socket, time.monotonic())
+        listener = asyncio.create_task(self._listen(socket), name="engine-listener")
+        death = asyncio.create_task(process.wait())
+        try:
+            await asyncio.wait({listener, death}, return_when=asyncio.FIRST_COMPLETED)
+            if not death.done():  # it said that it cannot go on
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(asyncio.shield(death), 5)
+            if listener.done():
+                fatal = listener.result()
+                return fatal.message, fatal.retry
+            return f"engine process ended with status {process.returncode}", True
+        finally:
+            listener.cancel()
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                await process.wait()
+            socket.close(linger=0)
+
+    async def _listen(self, socket: zmq.asyncio.Socket) -> protocol.Fatal:
+        """Hand every message to whom it concerns; returns when the engine says that it cannot go on."""
+        while True:
+            message = protocol.decode_reply(await socket.recv())
+            self._last_word = time.monotonic()
+            match message:
+                case protocol.Step():
+                    if message.outputs:
+                        self._deaths = 0
+                    for output in message.outputs:
+                        queue = self._streams.get(output.id)
+                        if queue is not None:
+                            queue.put_nowait(output)
+                    self._on_stats(message.stats)
+                case protocol.Ready():
+                    self._info = message
+                    self._reason = None
+                case protocol.Done() | protocol.Inspection():
+                    future = self._calls.get(message.id)
+                    if future is not None and not future.done():
+                        future.set_result(message)
+                case protocol.Fatal():
+                    return message
+
+    def _release_everyone(self) -> None:
+        """Tell every waiting request and call that this engine will not answer."""
+        for queue in self._streams.values():
+            queue.put_nowait(EngineUnavailable("The engine stopped while this request was running."))
+        self._streams.clear()
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(EngineUnavailable("The engine stopped."))
+        self._calls.clear()

@@ -16,6 +16,28 @@ class _Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """Base of everything that crosses the wire; the struct's name is its tag."""
 
 
+# --- what an engine is started with -------------------------------------------------------------------
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything an engine process is told at birth, as JSON on its command line. None means: decide by the device."""
+
+    address: str  # where its API process listens
+    model: str  # a directory in Hugging Face layout
+    cache_dir: str
+    quantization: str = "nf4"
+    dtype: str = "auto"
+    device: str = "auto"
+    max_model_len: int | None = None
+    kv_cache_bytes: int | None = None
+    adapter_bytes: int | None = None
+    adapter_host_bytes: int = 4 << 30
+    max_batch_tokens: int | None = None
+    max_batch_requests: int = 32
+    prefix_caching: bool = True
+    threads: int | None = None
+
+
 # --- what a request is -----------------------------------------------------------------------
 
 
@@ -188,7 +210,7 @@ class Done(_Message):
 
 
 class Inspection(_Message):
-    """Answer to `Inspect`. When idle: free_blocks + cached_blocks = num_blocks, free_rows + resident_rows = pool_rows."""
+    """Answer to `Inspect`. When idle: free + cached blocks = num_blocks, free + resident rows = pool_rows."""
 
     id: str
     base_digest: str
@@ -211,4 +233,6 @@ Reply = Ready | Step | Done | Inspection | Fatal
 
 encode = msgspec.msgpack.Encoder().encode
 decode_request = msgspec.msgpack.Decoder(Request).decode
+encode_config = msgspec.json.Encoder().encode
+decode_config = msgspec.json.Decoder(EngineConfig).decode
 decode_reply = msgspec.msgpack.Decoder(Reply).decode

@@ -1,0 +1,342 @@
+"""Everything on the device side, put together: base, KV blocks, adapter rows, scheduler, runner.
+
+`Engine` turns requests into outputs one step at a time. It has no thread, no socket and no clock of its own, so tests
+and offline runs drive it directly; process.py drives it from messages.
+"""
+
+import math
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import torch
+
+from adapters import format as adapter_format
+from adapters import kernels
+from adapters.pool import HostAdapter, RowPool, host_adapter
+from adapters.residency import Residency
+from server.engine import model, protocol, selfcheck
+from server.engine.attention import KVCache
+from server.engine.blocks import BlockPool
+from server.engine.model import Base, UnservableModel
+from server.engine.protocol import AdapterUse, EngineConfig, Generate, Output, Ready, Stats, TokenLogprob
+from server.engine.runner import Runner, WorkResult
+from server.engine.sampling import RowState
+from server.engine.scheduler import Counters, Scheduler, Sequence, Work
+
+BLOCK_SIZE = 16
+NON_FINITE = "non_finite_logits"
+DEFAULT_BATCH_TOKENS = {"cpu": 256, "cuda": 2048}
+
+
+@dataclass
+class _Live:
+    """What the engine remembers of a sequence besides the scheduler's state."""
+
+    row: RowState
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
+    announced: bool = False  # its first output, with cached tokens and queue time, is out
+
+
+class Engine:
+    """One base, one device.
+
+    Args:
+        base: the loaded model.
+        num_blocks: KV blocks of BLOCK_SIZE tokens.
+        pool_units: adapter row units per module kind.
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        *,
+        num_blocks: int,
+        pool_units: int,
+        max_model_len: int,
+        max_batch_tokens: int,
+        max_batch_requests: int,
+        adapter_host_bytes: int = 4 << 30,
+        prefix_caching: bool = True,
+    ) -> None:
+        self.base = base
+        self.max_model_len = max_model_len
+        cache = KVCache(base.num_layers, base.kv_heads, base.head_dim, num_blocks, BLOCK_SIZE, base.dtype, base.device)
+        self.blocks = BlockPool(num_blocks, BLOCK_SIZE, prefix_caching)
+        linears = {linear.name: linear for linear in base.linears}
+        self.pool = RowPool(linears, {linear.kind: pool_units for linear in base.linears}, base.device)
+        self.residency = Residency(self.pool, self._load_adapter, adapter_host_bytes)
+        self.scheduler = Scheduler(
+            self.blocks,
+            self.residency,
+            max_batch_tokens=max_batch_tokens,
+            max_batch_requests=max_batch_requests,
+            max_model_len=max_model_len,
+            eos_token_ids=base.eos_token_ids,
+        )
+        self.runner = Runner(base, cache, self.pool)
+        self.base_digest = base.digest()
+        self._live: dict[str, _Live] = {}
+        self._warming: list[tuple[protocol.Warm, float]] = []
+        self._done: list[protocol.Done] = []
+        self._reported: list[AdapterUse] | None = None
+
+    @classmethod
+    def load(cls, config: EngineConfig) -> "Engine":
+        """Load the base and size KV cache and row pool for the device. Raises UnservableModel."""
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        base = model.load(Path(config.model), config.quantization, config.dtype, config.device, Path(config.cache_dir))
+        kernels.probe_row_multiple([linear.weight.shape for linear in base.linears], base.dtype)
+        max_model_len = min(config.max_model_len or base.max_model_len, base.max_model_len)
+        num_blocks = _num_blocks(base, config.kv_cache_bytes)
+        if num_blocks * BLOCK_SIZE < max_model_len:
+            if config.max_model_len is not None:
+                raise UnservableModel(
+                    f"max_model_len {max_model_len} needs more KV cache than there is ({num_blocks * BLOCK_SIZE} tokens): "
+                    "raise kv_cache_bytes or lower max_model_len"
+                )
+            max_model_len = num_blocks * BLOCK_SIZE
+        engine = cls(
+            base,
+            num_blocks=num_blocks,
+            pool_units=_pool_units(base, config.adapter_bytes),
+            max_model_len=max_model_len,
+            max_batch_tokens=config.max_batch_tokens or DEFAULT_BATCH_TOKENS[base.device.type],
+            max_batch_requests=config.max_batch_requests,
+            adapter_host_bytes=config.adapter_host_bytes,
+            prefix_caching=config.prefix_caching,
+        )
+        selfcheck.run(engine, Path(config.cache_dir))
+        return engine
+
+    def ready(self) -> Ready:
+        """What this engine serves."""
+        base = self.base
+        return Ready(
+            pid=os.getpid(),
+            base_digest=self.base_digest,
+            architecture=base.architecture,
+            vocab_size=base.vocab_size,
+            max_model_len=self.max_model_len,
+            eos_token_ids=base.eos_token_ids,
+            linears={
+                linear.name: protocol.Linear(linear.kind, linear.in_features, linear.out_features)
+                for linear in base.linears
+            },
+            block_size=BLOCK_SIZE,
+            num_blocks=self.blocks.num_blocks,
+            pool_rows=self.pool.capacity,
+            device=str(base.device),
+            dtype=str(base.dtype).removeprefix("torch."),
+        )
+
+    # --- requests ------------------------------------------------------------------------------------------
+
+    @property
+    def idle(self) -> bool:
+        """Nothing runs and nothing waits."""
+        return self.scheduler.idle
+
+    @property
+    def busy(self) -> bool:
+        """The next step has something to compute, as far as anyone can tell."""
+        return bool(self.scheduler.running) or (bool(self.scheduler.waiting) and not self.residency.loading)
+
+    @property
+    def loading(self) -> bool:
+        """An adapter is on its way from disk."""
+        return self.residency.loading
+
+    def add(self, request: Generate) -> None:
+        """Queue a sequence."""
+        for adapter in request.adapters:
+            self.residency.register(adapter.digest, adapter.path)
+        sequence = Sequence(
+            id=request.id,
+            prompt=request.prompt,
+            sampling=request.sampling,
+            adapter=tuple((adapter.digest, adapter.weight) for adapter in request.adapters),
+            tenant=request.tenant,
+            cache_salt=request.cache_salt,
+            arrival=time.monotonic(),
+        )
+        self._live[request.id] = _Live(RowState(request.sampling, sequence.tokens, len(request.prompt)))
+        self.scheduler.add(sequence)
+
+    def abort(self, id: str) -> None:  # noqa: A002
+        """Forget a sequence; unknown ids are ignored."""
+        self.scheduler.abort(id)
+        self._live.pop(id, None)
+
+    def warm(self, request: protocol.Warm) -> None:
+        """Make an adapter resident; `take_done` tells when it is."""
+        self.residency.register(request.adapter.digest, request.adapter.path)
+        self._warming.append((request, time.monotonic()))
+
+    def forget(self, request: protocol.Forget) -> None:
+        """Drop an adapter once unused."""
+        self.residency.forget(request.digest)
+        self._done.append(protocol.Done(id=request.id))
+
+    def inspect(self, id: str) -> protocol.Inspection:  # noqa: A002
+        """Account for everything, with a fresh hash of the base."""
+        counts = self.blocks.counts
+        return protocol.Inspection(
+            id=id,
+            base_digest=self.base.digest(),
+            num_blocks=self.blocks.num_blocks,
+            free_blocks=counts.free,
+            cached_blocks=counts.cached,
+            free_rows=self.pool.free,
+            resident_rows=self.pool.resident,
+        )
+
+    # --- a step ----------------------------------------------------------------------------------------------
+
+    def step(self) -> tuple[list[Output], Stats]:
+        """Schedule and run one step, if anything can run. Returns every sequence's output and the gauges."""
+        started = time.monotonic()
+        self.residency.poll()
+        self._answer_warming()
+        step = self.scheduler.schedule(started)
+        outputs: list[Output] = []
+        if step is not None:
+            results = self.runner.run(step, {work.sequence.id: self._live[work.sequence.id].row for work in step.works})
+            for work, result in zip(step.works, results, strict=True):
+                output = self._take_in(work, result)
+                if output is not None:
+                    outputs.append(output)
+        for sequence in self.scheduler.take_failed():
+            self._live.pop(sequence.id, None)
+            outputs.append(Output(id=sequence.id, error=sequence.error, code=sequence.code))
+        stats = self._stats(
+            requests=0 if step is None else len(step.works),
+            adapters=0 if step is None else step.num_adapters,
+            seconds=time.monotonic() - started,
+        )
+        return outputs, stats
+
+    def take_done(self) -> list[protocol.Done]:
+        """Answers to `warm` and `forget` since the last call."""
+        done, self._done = self._done, []
+        return done
+
+    def _take_in(self, work: Work, result: WorkResult) -> Output | None:
+        sequence, live = work.sequence, self._live[work.sequence.id]
+        if result.failed:
+            self.runner.clean(sequence.blocks[work.start // BLOCK_SIZE :])
+            self.scheduler.fail(sequence.id, "The model's logits are not finite for this request.", NON_FINITE)
+            return None
+        live.prompt_logprobs += result.prompt_logprobs
+        kept = self.scheduler.advance(work, result.tokens)
+        if not work.samples and sequence.finish_reason is None:
+            return None
+        if sequence.finish_reason is not None:
+            del self._live[sequence.id]
+        first = not live.announced
+        live.announced = True
+        scored = first and sequence.sampling.prompt_logprobs is not None
+        return Output(
+            id=sequence.id,
+            tokens=kept,
+            logprobs=result.logprobs[: len(kept)],
+            prompt_logprobs=live.prompt_logprobs if scored else None,
+            finish_reason=sequence.finish_reason,
+            stop_token=sequence.stop_token,
+            cached_tokens=sequence.cached_tokens if first else 0,
+            queue_seconds=(sequence.first_scheduled or 0.0) - sequence.arrival if first else 0.0,
+        )
+
+    def _answer_warming(self) -> None:
+        waiting = []
+        for request, started in self._warming:
+            key = ((request.adapter.digest, 1.0),)
+            match self.residency.acquire(key):
+                case "ready":
+                    self.residency.release(key)
+                    self._done.append(protocol.Done(id=request.id, seconds=time.monotonic() - started))
+                case "failed":
+                    error = self.residency.error(key)
+                    self._done.append(protocol.Done(id=request.id, error=error, code="adapter_load_failed"))
+                case _:
+                    waiting.append((request, started))
+        self._warming = waiting
+
+    def _stats(self, requests: int, adapters: int, seconds: float) -> Stats:
+        scheduler, residency = self.scheduler, self.residency
+        counters, scheduler.counters = scheduler.counters, Counters()
+        evictions, residency.evictions = residency.evictions, []
+        loads, residency.loads = residency.loads, []
+        uses = self._adapter_uses()
+        changed, self._reported = uses != self._reported, uses
+        return Stats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            waiting_tokens=scheduler.waiting_tokens,
+            step_requests=requests,
+            step_adapters=adapters,
+            step_seconds=seconds,
+            kv_usage=self.blocks.counts.used / self.blocks.num_blocks,
+            prefix_queries=counters.prefix_queries,
+            prefix_hits=counters.prefix_hits,
+            preemptions=counters.preemptions,
+            evictions=evictions,
+            loads=loads,
+            adapters=uses if changed else None,
+        )
+
+    def _adapter_uses(self) -> list[AdapterUse]:
+        running: dict[str, int] = {}
+        waiting: dict[str, int] = {}
+        for counts, sequences in ((running, self.scheduler.running), (waiting, self.scheduler.waiting)):
+            for sequence in sequences:
+                for digest, _ in sequence.adapter:
+                    counts[digest] = counts.get(digest, 0) + 1
+        return [
+            AdapterUse(entry.digest, entry.tier, entry.rank, running.get(entry.digest, 0), waiting.get(entry.digest, 0))
+            for entry in self.residency.resident()
+        ]
+
+    def _load_adapter(self, digest: str, path: str) -> HostAdapter:
+        directory = Path(path)
+        spec = adapter_format.AdapterSpec.read(directory)
+        tensors = adapter_format.load(directory, spec)
+        modules = {name: (a, b, spec.modules[name].scaling) for name, (a, b) in tensors.items()}
+        return host_adapter(digest, modules, getattr(torch, spec.dtype), pin=self.base.device.type == "cuda")
+
+
+# --- how much of the device goes where --------------------------------------------------------------------
+
+
+def _num_blocks(base: Base, kv_cache_bytes: int | None) -> int:
+    block = KVCache.block_bytes(base.num_layers, base.kv_heads, base.head_dim, BLOCK_SIZE, base.dtype)
+    if kv_cache_bytes is None:
+        if base.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(base.device)
+            kv_cache_bytes = int(free * 0.7)
+        else:
+            kv_cache_bytes = min(2 << 30, psutil.virtual_memory().available // 4)
+    blocks = kv_cache_bytes // block
+    if blocks < 2:
+        raise UnservableModel(
+            f"kv_cache_bytes {kv_cache_bytes} holds {blocks} blocks of {block} bytes: at least 2 are needed"
+        )
+    # More than every sequence of a full batch could use would never be touched.
+    return min(blocks, math.ceil(base.max_model_len / BLOCK_SIZE) * 256)
+
+
+def _pool_units(base: Base, adapter_bytes: int | None) -> int:
+    unit = sum(2 * (linear.in_features + linear.out_features) for linear in base.linears)
+    if adapter_bytes is None:
+        if base.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(base.device)
+            adapter_bytes = int(free * 0.1)
+        else:
+            adapter_bytes = min(1 << 30, psutil.virtual_memory().available // 8)
+    units = adapter_bytes // unit
+    if units < 2:
+        raise UnservableModel(f"adapter_bytes {adapter_bytes} holds no rank-row: one takes {2 * unit} bytes in fp32")
+    return int(units)

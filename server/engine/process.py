@@ -1,0 +1,113 @@
+"""The engine process: the loop that owns the device.
+
+    drain messages -> schedule -> run -> hand back what came out
+
+Started as `python -m server.engine.process CONFIG_JSON` by the API process, and exits when that is gone. Knows no HTTP,
+no names, no database: requests come with token ids and adapter digests, and nothing here is durable.
+"""
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+
+import msgspec
+import zmq
+
+from server.engine import protocol
+from server.engine.engine import Engine
+from server.engine.model import UnservableModel
+from server.engine.protocol import EngineConfig, Output, Stats
+
+log = logging.getLogger("lorakeet.engine")
+
+HEARTBEAT_SECONDS = 1.0
+LOADING_POLL_MS = 2  # how soon a finished adapter load is noticed while nothing else runs
+
+
+class Loop:
+    """Messages in, steps run, outputs out."""
+
+    def __init__(self, engine: Engine, socket: "zmq.Socket[bytes]") -> None:
+        self._engine = engine
+        self._socket = socket
+        self._draining = False
+        self._last_word = 0.0
+
+    def run(self) -> None:
+        """Serve until told to drain and everything has finished."""
+        self._send(self._engine.ready())
+        while not (self._draining and self._engine.idle):
+            self._take_messages()
+            outputs, stats = self._engine.step()
+            for done in self._engine.take_done():
+                self._send(done)
+            if outputs or stats.step_requests or time.monotonic() - self._last_word > HEARTBEAT_SECONDS:
+                self._send(protocol.Step(outputs=outputs, stats=stats))
+
+    def _take_messages(self) -> None:
+        """Handle what has arrived; wait for more only when there is nothing to compute."""
+        timeout = 0 if self._engine.busy else LOADING_POLL_MS if self._engine.loading else int(HEARTBEAT_SECONDS * 1e3)
+        while self._socket.poll(timeout):
+            self._handle(protocol.decode_request(self._socket.recv()))
+            timeout = 0
+
+    def _handle(self, message: protocol.Request) -> None:
+        match message:
+            case protocol.Generate():
+                self._engine.add(message)
+            case protocol.Abort():
+                self._engine.abort(message.id)
+            case protocol.Warm():
+                self._engine.warm(message)
+            case protocol.Forget():
+                self._engine.forget(message)
+            case protocol.Inspect():
+                self._send(self._engine.inspect(message.id))
+            case protocol.Drain():
+                self._draining = True
+
+    def _send(self, message: protocol.Reply) -> None:
+        self._last_word = time.monotonic()
+        self._socket.send(protocol.encode(message))
+
+
+def _exit_with_parent(parent: int) -> None:
+    """End this process soon after the one that started it has gone."""
+    while os.getppid() == parent:
+        time.sleep(0.25)
+    os._exit(1)
+
+
+def main() -> int:
+    """Load the model, then serve until drained. The exit status is 0 only after a drain."""
+    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the API process decides
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    config = protocol.decode_config(sys.argv[1])
+    context = zmq.Context()
+    socket = context.socket(zmq.PAIR)
+    socket.set_hwm(0)
+    socket.connect(config.address)
+    try:
+        Loop(Engine.load(config), socket).run()
+    except UnservableModel as fault:
+        socket.send(protocol.encode(protocol.Fatal(message=str(fault), retry=False)))
+        status = 2
+    except Exception as fault:
+        log.exception("the engine cannot go on")
+        socket.send(protocol.encode(protocol.Fatal(message=f"{type(fault).__name__} in the engine")))
+        status = 1
+    else:
+        status = 0
+    socket.close(linger=1000)
+    context.term()
+    return status
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    sys.exit(main())

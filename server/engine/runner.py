@@ -1,0 +1,160 @@
+"""One scheduled step -> tensors -> the model -> what each sequence gets.
+
+Packs the step's tokens into one row, installs the step in the model's slot (segments for the linears, block tables for
+attention), runs the model and the sampler. Knows the device; does not decide what runs (scheduler.py) nor what a
+token means for a sequence's life.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adapters.pool import RowPool, SegmentDeltas, Use
+from server.engine.attention import KVCache, PagedAttention
+from server.engine.model import Base
+from server.engine.protocol import TokenLogprob
+from server.engine.sampling import RowState, sample, score
+from server.engine.scheduler import Step, Work
+
+
+@dataclass
+class WorkResult:
+    """What one work of a step gave."""
+
+    tokens: list[int] = field(default_factory=list)  # drawn after it: none in the middle of a prompt
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of those tokens, when asked for
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # one per entry of `Work.prompt_rows`
+    failed: bool = False  # its logits are not finite
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A step as tensors. T packed tokens of R requests."""
+
+    ids: Tensor  # int64 [T]
+    positions: Tensor  # int64 [T]
+    attention: PagedAttention
+    deltas: SegmentDeltas | None
+    keep: Tensor  # int64 [K], the rows whose logits somebody wants
+
+
+class Runner:
+    """Runs steps on one base with one KV cache and one row pool."""
+
+    def __init__(self, base: Base, cache: KVCache, pool: RowPool) -> None:
+        self._base = base
+        self._cache = cache
+        self._pool = pool
+
+    @torch.no_grad()
+    def run(self, step: Step, rows: Mapping[str, RowState]) -> list[WorkResult]:
+        """Compute a step. `rows`: sequence id -> its sampling state. Returns one result per work, in order."""
+        batch, wanted = self._pack(step)
+        logits = self._forward(batch)  # [K, V] fp32
+        return self._results(step, rows, logits, wanted)
+
+    def clean(self, blocks: list[int]) -> None:
+        """Zero blocks that may hold non-finite keys or values."""
+        for cache in (*self._cache.k, *self._cache.v):
+            cache[blocks] = 0
+
+    # --- in --------------------------------------------------------------------------------------------
+
+    def _pack(self, step: Step) -> tuple[Batch, list[int]]:
+        """The step as tensors, and how many kept logit rows each work has."""
+        size = self._cache.block_size
+        ids: list[int] = []
+        positions, slots, seqs, keep, uses, wanted = [], [], [], [], [], []
+        width = max(-(-(work.start + work.count) // size) for work in step.works)
+        tables = np.zeros((len(step.works), width), np.int32)
+        for row, work in enumerate(step.works):
+            sequence, first, last = work.sequence, work.start, work.start + work.count
+            offset = len(ids)
+            ids += sequence.tokens[first:last]
+            blocks = np.asarray(sequence.blocks[: -(-last // size)], np.int32)
+            tables[row, : len(blocks)] = blocks
+            position = np.arange(first, last)
+            positions.append(position)
+            slots.append(blocks[position // size].astype(np.int64) * size + position % size)
+            seqs.append((offset, offset + work.count, last))
+            kept = [offset + p - first for p in work.prompt_rows] + ([len(ids) - 1] if work.samples else [])
+            keep += kept
+            wanted.append(len(kept))
+            uses += [Use(offset, len(ids), digest, weight) for digest, weight in sequence.adapter]
+        device = self._base.device
+
+        def tensor(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(device, non_blocking=True)
+
+        attention = PagedAttention(
+            self._cache,
+            tensor(np.concatenate(slots)),
+            tensor(np.asarray(seqs, np.int32)),
+            tensor(tables),
+        )
+        batch = Batch(
+            ids=tensor(np.asarray(ids, np.int64)),
+            positions=tensor(np.concatenate(positions)),
+            attention=attention,
+            deltas=self._pool.deltas(_merged(uses)),
+            keep=tensor(np.asarray(keep, np.int64)),
+        )
+        return batch, wanted
+
+    # --- through -----------------------------------------------------------------------------------------
+
+    def _forward(self, batch: Batch) -> Tensor:
+        """Logits of the kept rows, fp32 [K, V]."""
+        slot, model = self._base.slot, self._base.model
+        slot.deltas, slot.attention = batch.deltas, batch.attention
+        try:
+            inputs = {"input_ids": batch.ids[None], "position_ids": batch.positions[None], "use_cache": False}
+            if not len(batch.keep):  # the middle of prompts: no head
+                self._base.decoder(**inputs)
+                return torch.empty(0, self._base.vocab_size)
+            return model(**inputs, logits_to_keep=batch.keep).logits[0].float()
+        finally:
+            slot.deltas = slot.attention = None
+
+    # --- out ---------------------------------------------------------------------------------------------
+
+    def _results(self, step: Step, rows: Mapping[str, RowState], logits: Tensor, wanted: list[int]) -> list[WorkResult]:
+        results = [WorkResult() for _ in step.works]
+        sampled: list[int] = []  # logit row of each sampling work
+        samplers: list[int] = []  # its index among the works
+        end = 0
+        for index, (work, count) in enumerate(zip(step.works, wanted, strict=True)):
+            begin, end = end, end + count
+            if work.prompt_rows:
+                results[index].prompt_logprobs = self._score_prompt(work, logits[begin : begin + len(work.prompt_rows)])
+            if work.samples:
+                sampled.append(end - 1)
+                samplers.append(index)
+        if sampled:
+            drawn = sample(logits[sampled], [rows[step.works[index].sequence.id] for index in samplers])
+            for index, token, logprob, failed in zip(samplers, drawn.tokens, drawn.logprobs, drawn.failed, strict=True):
+                result = results[index]
+                result.failed = failed
+                if not failed:
+                    result.tokens = [token]
+                    result.logprobs = [] if logprob is None else [logprob]
+        return results
+
+    def _score_prompt(self, work: Work, logits: Tensor) -> list[TokenLogprob]:
+        following = [work.sequence.tokens[position + 1] for position in work.prompt_rows]
+        return score(logits, following, work.sequence.sampling.prompt_logprobs or 0)
+
+
+def _merged(uses: list[Use]) -> list[Use]:
+    """Neighbouring runs of one adapter become one, unless several adapters lie on the same tokens."""
+    merged: list[Use] = []
+    for use in uses:
+        last = merged[-1] if merged else None
+        if last is not None and last.end == use.start and last[2:] == use[2:]:
+            merged[-1] = last._replace(end=use.end)
+        else:
+            merged.append(use)
+    return merged

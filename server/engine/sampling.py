@@ -1,0 +1,274 @@
+"""Logits to tokens: penalties, truncation, the draw, and raw log-probabilities; vectorised over rows, on any device.
+
+What is done to a row, in vLLM's order: allowed tokens, `min_tokens`, `logit_bias`, penalties; then temperature, `min_p`,
+`top_k`, `top_p`; then one draw. Log-probabilities are those of the untouched logits.
+
+A row's outcome is a function of that row alone. Its randomness is a hash of (seed, position), so neighbours, preemption
+and speculation change nothing; and no reduction here depends on the number of rows (torch splits a sum over threads
+when it yields a single number, so long sums go through blocks). Knows no sequences, no scheduling and no text.
+"""
+
+from array import array
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from server.engine.protocol import Sampling, TokenLogprob
+
+GREEDY_BELOW = 1e-5  # temperatures below this are taken for 0, as vLLM does
+_BLOCK = 128  # vocabulary entries that are summed together
+_NUCLEUS_GUESSES = (128, 2048)  # how many of the likeliest tokens to sort before sorting them all
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """How one row of logits is to be sampled."""
+
+    sampling: Sampling
+    tokens: Sequence[int]  # everything before the token to be drawn: the prompt, then what was generated
+    num_prompt: int
+    allowed: Tensor | None = None  # int32 [ceil(vocabulary / 32)]: bit i % 32 of word i // 32 allows token i
+
+    @property
+    def position(self) -> int:
+        """How many tokens were generated before this one."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def greedy(self) -> bool:
+        return self.sampling.temperature < GREEDY_BELOW
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """What one row gave. No token: its logits were not all finite, or nothing was allowed."""
+
+    token: int | None
+    logprob: TokenLogprob | None = None  # present when asked for
+
+
+def sample(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int] = ()) -> list[Draw]:
+    """Draw one token per row.
+
+    Args:
+        logits: float32 [rows, vocabulary]; left as they are.
+        rows: one per row of logits.
+        eos_token_ids: forbidden, with the row's stop tokens, until `min_tokens` are there (unless it ignores EOS).
+    """
+    valid = torch.isfinite(logits.amax(-1)) & torch.isfinite(logits.amin(-1))  # [rows]
+    scores = _adjust(logits, rows, eos_token_ids)
+    if scores is not logits:
+        valid &= torch.isfinite(scores.amax(-1))  # a bias may overflow, and a mask may leave nothing
+    drawn = [index for index, row in enumerate(rows) if not row.greedy]
+    if len(drawn) < len(rows):
+        tokens = scores.argmax(-1)  # the first of equals
+    else:
+        tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
+    if drawn:
+        chosen = _draw(scores if len(drawn) == len(rows) else scores[drawn], [rows[index] for index in drawn])
+        tokens[drawn] = chosen
+    logprobs: dict[int, TokenLogprob] = {}
+    asking = [index for index, row in enumerate(rows) if row.sampling.logprobs is not None]
+    if asking:
+        counts = [rows[index].sampling.logprobs or 0 for index in asking]
+        logprobs = dict(zip(asking, token_logprobs(logits[asking], tokens[asking], counts), strict=True))
+    return [
+        Draw(token, logprobs.get(index)) if good else Draw(None)
+        for index, (token, good) in enumerate(zip(tokens.tolist(), valid.tolist(), strict=True))
+    ]
+
+
+def token_logprobs(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[TokenLogprob]:
+    """Log-probabilities of given tokens under untouched logits, with ranks and the likeliest alternatives.
+
+    Serves generated and prompt tokens alike; holds one more tensor of the logits' size while it works.
+
+    Args:
+        logits: float32 [rows, vocabulary].
+        tokens: int64 [rows].
+        counts: how many alternatives each row wants; equal ones are taken in order of id.
+    """
+    peak = logits.amax(-1, keepdim=True)
+    total = _block_sums((logits - peak).exp_()).sum(-1)  # [rows], float64
+    log_total = peak.squeeze(-1).double() + total.log()
+    own = logits.gather(1, tokens[:, None])  # [rows, 1]
+    ranks = ((logits > own).sum(-1) + 1).tolist()
+    values = (own.squeeze(-1).double() - log_total).tolist()
+    tops: list[list[tuple[int, float]]] = [[] for _ in counts]
+    if most := min(max(counts, default=0), logits.shape[1]):
+        # Candidates by threshold, not topk's indices: which of equals it picks is not defined.
+        candidates = logits >= logits.topk(most).values[:, -1:]
+        where, ids = candidates.nonzero(as_tuple=True)  # in order of row, then id
+        alternatives = (logits[where, ids].double() - log_total[where]).tolist()
+        for row, token, value in zip(where.tolist(), ids.tolist(), alternatives, strict=True):
+            tops[row].append((token, value))
+        tops = [sorted(top, key=lambda pair: -pair[1])[:count] for top, count in zip(tops, counts, strict=True)]
+    return [TokenLogprob(*line) for line in zip(tokens.tolist(), values, ranks, tops, strict=True)]
+
+
+# --- what changes the logits ---------------------------------------------------------------------
+
+
+def _adjust(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int]) -> Tensor:
+    """Logits with masks, biases and penalties applied: a copy, or the very tensor when no row asks for any."""
+    scores = logits
+    masked = [index for index, row in enumerate(rows) if row.allowed is not None]
+    if masked:
+        words = torch.stack([row.allowed for row in rows if row.allowed is not None])
+        allowed = torch.ones(logits.shape, dtype=torch.bool, device=logits.device)
+        allowed[masked] = _unpack(words.to(logits.device), logits.shape[1])
+        scores = scores.masked_fill(~allowed, -torch.inf)
+
+    early = [
+        (index, token)
+        for index, row in enumerate(rows)
+        if row.position < row.sampling.min_tokens
+        for token in {*row.sampling.stop_token_ids, *(() if row.sampling.ignore_eos else eos_token_ids)}
+    ]
+    if early:
+        scores = scores.clone() if scores is logits else scores
+        scores[_places(early, logits)] = -torch.inf
+
+    biases = [(index, token, bias) for index, row in enumerate(rows) for token, bias in row.sampling.logit_bias.items()]
+    if biases:
+        scores = scores.clone() if scores is logits else scores
+        places = _places(((index, token) for index, token, _ in biases), logits)
+        scores[places] += torch.tensor([bias for _, _, bias in biases], device=logits.device)
+
+    repeating = [index for index, row in enumerate(rows) if row.sampling.repetition_penalty != 1.0]
+    if repeating:
+        scores = scores.clone() if scores is logits else scores
+        places = _token_places(repeating, [rows[index].tokens for index in repeating], logits)
+        penalty = _column(rows, lambda sampling: sampling.repetition_penalty, logits)[places[0]]
+        seen = scores[places]
+        scores[places] = torch.where(seen > 0, seen / penalty, seen * penalty)  # duplicates write the same number
+
+    counting = [i for i, row in enumerate(rows) if row.sampling.frequency_penalty or row.sampling.presence_penalty]
+    if counting:
+        scores = scores.clone() if scores is logits else scores
+        outputs = [rows[index].tokens[rows[index].num_prompt :] for index in counting]
+        pairs, counts = torch.stack(_token_places(counting, outputs, logits)).unique(dim=1, return_counts=True)
+        frequency = _column(rows, lambda sampling: sampling.frequency_penalty, logits)[pairs[0]]
+        presence = _column(rows, lambda sampling: sampling.presence_penalty, logits)[pairs[0]]
+        scores[pairs[0], pairs[1]] -= frequency * counts + presence
+    return scores
+
+
+def _unpack(words: Tensor, vocabulary: int) -> Tensor:
+    """Packed int32 bits [rows, words] as booleans [rows, vocabulary]."""
+    bits = (words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=words.device)) & 1
+    return bits.flatten(1)[:, :vocabulary].bool()
+
+
+def _places(pairs: Iterable[tuple[int, int]], logits: Tensor) -> tuple[Tensor, Tensor]:
+    """(row, token) pairs as an index into the logits."""
+    rows, tokens = zip(*pairs, strict=True)
+    return torch.tensor(rows, device=logits.device), torch.tensor(tokens, device=logits.device)
+
+
+def _token_places(rows: Sequence[int], tokens: Sequence[Sequence[int]], logits: Tensor) -> tuple[Tensor, Tensor]:
+    """An index into the logits that names every token of each row's list, repetitions included."""
+    flat = array("q")  # far faster than a tensor from a list, and histories are long
+    for line in tokens:
+        flat.extend(line)
+    ids = torch.frombuffer(flat, dtype=torch.int64) if flat else torch.empty(0, dtype=torch.int64)
+    lengths = torch.tensor([len(line) for line in tokens])
+    return torch.tensor(rows).repeat_interleave(lengths).to(logits.device), ids.to(logits.device)
+
+
+def _column(rows: Sequence[Row], value: Callable[[Sampling], float], like: Tensor) -> Tensor:
+    """One number of every row's sampling, float32 [rows]."""
+    return torch.tensor([value(row.sampling) for row in rows], dtype=torch.float32, device=like.device)
+
+
+# --- the draw ------------------------------------------------------------------------------------
+
+
+def _draw(scores: Tensor, rows: Sequence[Row]) -> Tensor:
+    """One random token per row: int64 [rows].
+
+    Truncation is a floor under the weights, so what is kept never depends on how a sort orders equals: they stay or go
+    together (where vLLM's `top_p` may split them).
+    """
+    temperature = _column(rows, lambda sampling: sampling.temperature, scores)[:, None]
+    # Relative to the peak before dividing: no temperature can overflow, and the likeliest token weighs exactly 1.
+    weights = (scores - scores.amax(-1, keepdim=True)).div_(temperature).exp_()  # [rows, vocabulary]
+    floor = _column(rows, lambda sampling: sampling.min_p, scores)[:, None]  # [rows, 1]
+
+    vocabulary = scores.shape[1]
+    limited = [index for index, row in enumerate(rows) if 0 < row.sampling.top_k < vocabulary]
+    if limited:
+        k = torch.tensor([rows[index].sampling.top_k for index in limited], device=scores.device)[:, None]
+        top = weights[limited].topk(max(rows[index].sampling.top_k for index in limited)).values
+        floor[limited] = torch.maximum(floor[limited], top.gather(1, k - 1))
+
+    nuclei = [index for index, row in enumerate(rows) if row.sampling.top_p < 1.0]
+    if nuclei:
+        p = _column([rows[index] for index in nuclei], lambda sampling: sampling.top_p, scores)[:, None]
+        floor[nuclei] = _nucleus_floor(weights[nuclei], floor[nuclei], p)
+
+    weights *= weights >= floor
+    uniforms = [uniform(row.sampling.seed, row.position) for row in rows]
+    return _invert(weights, torch.tensor(uniforms, dtype=torch.float64, device=scores.device)[:, None])
+
+
+def _nucleus_floor(weights: Tensor, floor: Tensor, p: Tensor) -> Tensor:
+    """Raise a floor so that what stays is the smallest set of likeliest tokens that holds `p` of what stayed before.
+
+    Args:
+        weights: float32 [rows, vocabulary]; floor and p: float32 [rows, 1].
+    """
+    floor = floor.clone()
+    goal = p * _block_sums(weights * (weights >= floor)).sum(-1, keepdim=True)  # float64 [rows, 1]
+    pending = torch.arange(len(weights), device=weights.device)
+    for guess in (*_NUCLEUS_GUESSES, weights.shape[1]):
+        everything = guess >= weights.shape[1]
+        top = weights[pending]
+        top = top.sort(descending=True).values if everything else top.topk(guess).values
+        reach = (top * (top >= floor[pending])).cumsum(-1, dtype=torch.float64)
+        last = (reach < goal[pending]).sum(-1, keepdim=True)  # index of the token that reaches the goal
+        if everything:
+            last.clamp_(max=top.shape[1] - 1)  # rounding may leave the sum of all just short of it
+        found = (last < top.shape[1]).squeeze(-1)
+        reached = pending[found]
+        floor[reached] = torch.maximum(floor[reached], top[found].gather(1, last[found]))
+        pending = pending[~found]
+        if everything or not len(pending):
+            break
+    return floor
+
+
+def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """The token at which each row's running sum of weights passes its share `uniforms` [rows, 1] of the whole."""
+    blocks = _blocked(weights)
+    edges = _block_sums(weights).cumsum(-1)  # float64 [rows, blocks]
+    goal = uniforms * edges[:, -1:]
+    block = _first_beyond(edges, goal)
+    before = F.pad(edges, (1, 0)).gather(1, block)
+    inside = blocks[torch.arange(len(weights), device=weights.device), block.squeeze(1)].cumsum(-1, dtype=torch.float64)
+    return (block * _BLOCK + _first_beyond(inside, goal - before)).squeeze(1)
+
+
+def _first_beyond(sums: Tensor, goal: Tensor) -> Tensor:
+    """Index of the first running sum above the goal, or, where rounding leaves none, of the last that grew."""
+    return torch.minimum((sums <= goal).sum(-1, keepdim=True), (sums < sums[:, -1:]).sum(-1, keepdim=True))
+
+
+def _blocked(weights: Tensor) -> Tensor:
+    """Weights [rows, vocabulary] as [rows, blocks, block], padded with nothing."""
+    return F.pad(weights, (0, -weights.shape[1] % _BLOCK)).unflatten(1, (-1, _BLOCK))
+
+
+def _block_sums(weights: Tensor) -> Tensor:
+    """Sums over blocks of the vocabulary, float64 [rows, blocks]."""
+    return _blocked(weights).sum(-1, dtype=torch.float64)
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1), equidistributed over seeds and positions and the same everywhere."""
+    key = (seed % 2**64).to_bytes(8, "little") + position.to_bytes(8, "little")
+    return (int.from_bytes(blake2b(key, digest_size=8).digest(), "little") >> 11) * 2.0**-53
