@@ -59,16 +59,6 @@ def default_data_dir() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "lorakeet"
 
 
-def default_name(ref: str) -> str:
-    """The name that clients call the model `ref` by, unless told otherwise."""
-    if ref in BUILT_IN:
-        return ref
-    path = Path(ref).expanduser()
-    if path.is_dir():
-        return path.resolve().name
-    return path.stem if path.suffix == ".gguf" else ref
-
-
 def resolve(ref: str, cache_dir: Path, report: Report = lambda line: None) -> Path:
     """The directory of the model `ref`, with config.json, safetensors and tokenizer, ready to load.
 

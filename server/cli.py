@@ -1,0 +1,106 @@
+"""The `lorakeet` command: `serve` and `fetch` here, clients of a running server in `server.commands`.
+
+Imports stay light, so that help is instant: the server itself is loaded when it is started.
+"""
+
+import importlib.metadata
+import inspect
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from server.commands import adapters, chat
+from server.commands.remote import CommandError
+from server.models import DEFAULT, ModelError, default_cache_dir, resolve
+from server.settings import Setting, SettingError, Settings, settings_fields
+
+app = typer.Typer(
+    name="lorakeet",
+    no_args_is_help=True,
+    rich_markup_mode=None,  # plain help: two columns that still read well on 80
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lorakeet {importlib.metadata.version('lorakeet')}")
+        raise typer.Exit
+
+
+@app.callback()
+def lorakeet(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Serve many LoRA adapters from one quantised base model.
+
+    Start with `lorakeet serve`; then, in another terminal, `lorakeet push NAME DIR` and `lorakeet chat --adapter NAME`.
+    The API is OpenAI's: an adapter's name goes where a model's would.
+    """
+
+
+# --- on the server's machine ------------------------------------------------------------------------
+
+
+def _flag(row: Setting) -> inspect.Parameter:
+    """One setting as a parameter that typer makes an option of; None means that it was not given."""
+    declaration = f"{row.flag}/--no-{row.flag[2:]}" if row.is_bool else row.flag
+    metavar = None if row.is_bool else "|".join(row.choices or ["VALUE"])
+    option = typer.Option(
+        declaration, help=f"{row.help} [default: {row.shown_default}]", metavar=metavar, show_default=False
+    )
+    kind: Any = bool if row.is_bool else list[str] if row.repeatable else str
+    return inspect.Parameter(
+        row.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def serve(**flags: Any) -> None:
+    """Start the server.
+
+    Every flag can also be set in the environment: --max-model-len is LORAKEET_MAX_MODEL_LEN. The flag wins.
+    Sizes are written like 512MiB or 2GiB.
+    """
+    settings = Settings.load(flags, os.environ)
+    from server.app import serve as run
+
+    run(settings)
+
+
+serve.__signature__ = inspect.Signature([_flag(row) for row in settings_fields()])  # type: ignore[attr-defined]
+app.command()(serve)
+
+
+@app.command()
+def fetch(
+    ref: Annotated[str, typer.Argument(metavar="[REF]", help="As --model of serve.", show_default=True)] = DEFAULT,
+    cache_dir: Annotated[Path | None, typer.Option(envvar="LORAKEET_CACHE_DIR", help="As of serve.")] = None,
+) -> None:
+    """Fetch a base model ahead of serve. Prints its directory."""
+    notes = Console(stderr=True, highlight=False)
+    typer.echo(resolve(ref, cache_dir or default_cache_dir(), lambda line: notes.print(line, soft_wrap=True)))
+
+
+# --- clients ---------------------------------------------------------------------------------------
+
+app.command("push")(adapters.push)
+app.command("pull")(adapters.pull)
+app.command("list")(adapters.list_adapters)
+app.command("rm")(adapters.remove)
+app.command("chat")(chat.chat)
+
+
+def main() -> None:
+    """Run the command; what a person can mend is said in one line, without a traceback."""
+    try:
+        app()
+    except (CommandError, ModelError, SettingError) as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print("[red]error:[/red]", escape(str(error)))
+        raise SystemExit(2 if isinstance(error, SettingError) else 1) from None

@@ -1,0 +1,1 @@
+"""The command line's clients: thin, over HTTP, importing nothing of the server that they talk to."""

@@ -1,0 +1,139 @@
+"""`lorakeet push`, `pull`, `list` and `rm`: adapters of a running server, from and to PEFT directories."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+from rich.table import Table
+
+from server.commands.remote import (
+    DEFAULT_URL,
+    ApiKey,
+    CommandError,
+    Url,
+    adapter_path,
+    checked,
+    connect,
+    get_json,
+)
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter's name.")]
+
+
+def push(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The name to serve it under, new or taken over at once.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that PEFT's save_pretrained wrote.")],
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Upload an adapter. It can be requested as soon as the command returns."""
+    for file in (CONFIG, WEIGHTS):
+        if not (directory / file).is_file():
+            raise CommandError(f"{directory / file}: no such file; a PEFT adapter has {CONFIG} and {WEIGHTS}")
+    with (
+        connect(url, api_key) as client,
+        _progress() as progress,
+        (directory / CONFIG).open("rb") as config,
+        progress.open(directory / WEIGHTS, "rb", description=f"Uploading {name}") as weights,
+    ):
+        files = {
+            "config": (CONFIG, config, "application/json"),
+            "weights": (WEIGHTS, weights, "application/octet-stream"),
+        }
+        response = checked(client.post("/v1/adapters", data={"name": name}, files=files))
+    receipt = response.json()
+    state = "is now" if response.status_code == 201 else "was already"
+    Console().print(
+        f"{name} {state} {_short(receipt['digest'])}: rank {receipt['rank']}, "
+        f"{receipt['modules_matched']} modules, {receipt['parameters']:,} parameters, {_size(receipt['bytes'])}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def pull(
+    name: Name,
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put it; made if missing.")],
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an adapter that is already in DIR.")] = False,
+) -> None:
+    """Download an adapter. DIR is then what PEFT's from_pretrained reads."""
+    targets = [directory / CONFIG, directory / WEIGHTS]
+    if not force and (existing := next((path for path in targets if path.exists()), None)):
+        raise CommandError(f"{existing} exists; --force replaces it")
+    directory.mkdir(parents=True, exist_ok=True)
+    with _progress() as progress, connect(url, api_key) as client:
+        # Both files come from one version, even if the name is given to another one in between.
+        digest = get_json(client, adapter_path(name))["digest"]
+        pinned = f"{name.partition('@')[0]}@{digest.removeprefix('sha256:')}"
+        parts = [path.with_name(f".{path.name}.part") for path in targets]
+        try:
+            for part, kind in zip(parts, ("config", "weights"), strict=True):
+                with client.stream("GET", adapter_path(pinned, kind)) as response, part.open("wb") as file:
+                    length = int(checked(response).headers.get("Content-Length", 0)) or None
+                    task = progress.add_task(f"Downloading {kind}", total=length)
+                    for chunk in response.iter_bytes():
+                        file.write(chunk)
+                        progress.advance(task, len(chunk))
+            for part, target in zip(parts, targets, strict=True):
+                part.replace(target)
+        finally:
+            for part in parts:
+                part.unlink(missing_ok=True)
+    Console().print(f"{name} ({_short(digest)}) is in {directory}", highlight=False, soft_wrap=True)
+
+
+def list_adapters(url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
+    """Show the adapters that the server knows."""
+    with connect(url, api_key) as client:
+        adapters = get_json(client, "/v1/adapters")["data"]
+    table = Table("NAME", "DIGEST", box=None, pad_edge=False)
+    for heading in ("RANK", "MODULES", "PARAMETERS", "SIZE"):
+        table.add_column(heading, justify="right")
+    for adapter in adapters:
+        table.add_row(
+            adapter["name"],
+            _short(adapter["digest"]),
+            str(adapter["rank"]),
+            str(adapter["modules_matched"]),
+            f"{adapter['parameters']:,}",
+            _size(adapter["bytes"]),
+        )
+    Console().print(table if adapters else "No adapters yet; `lorakeet push NAME DIR` uploads one.")
+
+
+def remove(
+    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="The adapters' names.")],
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Delete adapters. Requests that run already finish with the weights they started with."""
+    with connect(url, api_key) as client:
+        for name in names:
+            checked(client.delete(adapter_path(name)))
+            Console().print(f"{name} is gone", highlight=False)
+
+
+def _progress() -> Progress:
+    """A bar for bytes on standard error, shown on a terminal only and gone when done."""
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+def _short(digest: str) -> str:
+    return digest[: len("sha256:") + 12]
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"

@@ -1,0 +1,67 @@
+"""Talking to a running server from the command line: where it is, who we are, and errors in one line.
+
+Knows HTTP and the shape of the API's errors; what is asked for is each command's own business.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import httpx
+import typer
+
+Url = Annotated[str, typer.Option("--url", envvar="LORAKEET_URL", help="The server.")]
+ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="LORAKEET_API_KEY", help="A key that it accepts.")]
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+# Generation and uploads take as long as they take; only a server that does not answer at all is given up on.
+_TIMEOUT = httpx.Timeout(None, connect=10.0)
+
+
+class CommandError(Exception):
+    """The command failed; the message is one line for the person at the terminal."""
+
+
+@contextlib.contextmanager
+def connect(url: str, api_key: str | None) -> Iterator[httpx.Client]:
+    """A client for the server at `url`; any failure inside the block that HTTP explains becomes a `CommandError`.
+
+    `api_key` may be the comma-separated list that `serve` reads from the same variable: the first one is used.
+    """
+    headers = {"Authorization": f"Bearer {api_key.split(',')[0]}"} if api_key else {}
+    try:
+        with httpx.Client(base_url=url, headers=headers, timeout=_TIMEOUT) as client:
+            yield client
+    except (httpx.ConnectError, httpx.ConnectTimeout):
+        raise CommandError(f"no server answers at {url}; start one with `lorakeet serve`, or set --url") from None
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+        raise CommandError(f"--url {url!r}: {error}") from None
+    except httpx.TransportError as error:
+        raise CommandError(f"the connection to {url} broke: {str(error) or type(error).__name__}") from None
+
+
+def checked(response: httpx.Response) -> httpx.Response:
+    """The response itself, if it reports success.
+
+    Raises:
+        CommandError: with the API's own message otherwise.
+    """
+    if response.is_success:
+        return response
+    response.read()
+    try:
+        message = response.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        message = response.reason_phrase or "no reason given"
+    raise CommandError(f"{message} (HTTP {response.status_code})")
+
+
+def get_json(client: httpx.Client, path: str) -> Any:
+    """The body of `GET path`."""
+    return checked(client.get(path)).json()
+
+
+def adapter_path(name: str, *rest: str) -> str:
+    """The path of an adapter's resource; names may hold characters that paths may not."""
+    return "/".join(["/v1/adapters", quote(name, safe=""), *rest])
