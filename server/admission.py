@@ -1,0 +1,70 @@
+"""How much may wait: sequences and prompt tokens that the engine has not answered yet.
+
+Beyond a limit a request is refused at once, with an honest guess of when to come back, instead of waiting for ever.
+It counts; it knows no engine and no HTTP.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+
+from server.errors import InvalidRequest, TooManyRequests
+
+_LONGEST_RETRY = 60
+
+
+class Ticket:
+    """One sequence's place in the queue, given back by `leave`: at its first output, or when it ends without one."""
+
+    def __init__(self, admission: "Admission", tokens: int) -> None:
+        self._admission = admission
+        self._tokens = tokens
+        self._since = time.monotonic()
+        self._waiting = True
+
+    def leave(self, *, served: bool) -> None:
+        """Stop counting as waiting. Further calls do nothing. `served`: the wait tells how long others may wait."""
+        if self._waiting:
+            self._waiting = False
+            self._admission._left(self._tokens, time.monotonic() - self._since if served else None)
+
+
+class Admission:
+    """The two limits and what counts against them."""
+
+    def __init__(self, max_requests: int, max_tokens: int) -> None:
+        self._max_requests = max_requests
+        self._max_tokens = max_tokens
+        self.requests = 0
+        self.tokens = 0
+        self._typical_wait = 1.0  # seconds; a moving average
+
+    def enter(self, prompt_lengths: Sequence[int]) -> list[Ticket]:
+        """A ticket for each sequence of one request: all or none.
+
+        Raises `InvalidRequest` when the request alone has more sequences than may ever wait, `TooManyRequests` when
+        there is no room now. Prompt tokens alone never refuse a request that finds the queue empty.
+        """
+        if len(prompt_lengths) > self._max_requests:
+            raise InvalidRequest(
+                f"This request asks for {len(prompt_lengths)} sequences; at most {self._max_requests} are accepted.",
+                param="n",
+            )
+        tokens = sum(prompt_lengths)
+        if self.requests + len(prompt_lengths) > self._max_requests:
+            raise self._full(f"{self.requests} sequences are waiting; at most {self._max_requests} may.")
+        if self.requests and self.tokens + tokens > self._max_tokens:
+            raise self._full(f"{self.tokens} prompt tokens are waiting; at most {self._max_tokens} may.")
+        self.requests += len(prompt_lengths)
+        self.tokens += tokens
+        return [Ticket(self, length) for length in prompt_lengths]
+
+    def _left(self, tokens: int, waited: float | None) -> None:
+        self.requests -= 1
+        self.tokens -= tokens
+        if waited is not None:
+            self._typical_wait += 0.2 * (waited - self._typical_wait)
+
+    def _full(self, message: str) -> TooManyRequests:
+        retry_after = min(max(math.ceil(self._typical_wait), 1), _LONGEST_RETRY)
+        return TooManyRequests(message, retry_after=retry_after)

@@ -1,0 +1,5 @@
+"""`POST /v1/completions`."""
+
+from starlette.routing import BaseRoute
+
+routes: list[BaseRoute] = []

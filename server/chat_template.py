@@ -1,0 +1,173 @@
+"""A model's chat template: messages in, the prompt's text out.
+
+Templates are Jinja and come with the base, so they mean well; what they are applied to comes from clients. Hence the
+sandbox, a deadline, a bound on the output, and only scalars as further arguments.
+Renders as `transformers`' `apply_chat_template` does, without importing it. Knows no tokens.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from server.errors import InvalidRequest
+
+RENDER_SECONDS = 2.0
+MAX_OUTPUT = 32 * 1024 * 1024  # characters
+
+# Arguments that are not the template's own switches but decide what is rendered, or how the caller gets it.
+RESERVED = frozenset(
+    {"messages", "conversation", "tools", "documents", "chat_template", "tokenize", "tokenizer_kwargs"}
+    | {"add_generation_prompt", "continue_final_message", "padding", "truncation", "max_length"}
+    | {"return_tensors", "return_dict", "return_assistant_tokens_mask"}
+)
+_TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # ends in a space to tell whether the template trims what it is given
+
+
+class _OverrunError(Exception):
+    """Rendering takes too long or writes too much."""
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}...{% endgeneration %}` marks what the assistant says; for rendering it is its content."""
+
+    tags = {"generation"}  # noqa: RUF012  # Jinja's interface
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """The sandbox, with an eye on the clock whenever a template calls something or reads an attribute or an item."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def __init__(self) -> None:
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
+        self.filters["tojson"] = _tojson
+        self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+        self._render = threading.local()
+
+    def start_clock(self) -> None:
+        """Give the rendering that begins in this thread its time."""
+        self._render.deadline = time.monotonic() + RENDER_SECONDS
+
+    def check_clock(self) -> None:
+        if time.monotonic() > self._render.deadline:
+            raise _OverrunError
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        self.check_clock()
+        return super().call(*args, **kwargs)
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        self.check_clock()
+        return super().getattr(obj, attribute)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        self.check_clock()
+        return super().getitem(obj, argument)
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        length = len(left) if isinstance(left, str | list | tuple) else abs(left)
+        times = len(right) if isinstance(right, str | list | tuple) else abs(right)
+        if operator == "**" or length * times > MAX_OUTPUT:
+            raise _OverrunError
+        return super().call_binop(context, operator, left, right)
+
+
+class ChatTemplate:
+    """One compiled template.
+
+    Args:
+        source: the Jinja text.
+        special_tokens: `bos_token`, `eos_token`, ... as the template sees them.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        self._environment = _Environment()
+        self._template = self._environment.from_string(source)
+        self._special_tokens = dict(special_tokens)
+        self._knows_developer = "developer" in source
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        arguments: Mapping[str, str | int | float | bool | None] | None = None,
+    ) -> str:
+        """The prompt's text for messages of `role` and `content` (text).
+
+        `continue_final_message` ends the prompt inside the last message, so that the completion carries on from it.
+        Raises `InvalidRequest` for what the template refuses, and when it takes too long.
+        """
+        chat = [dict(message) for message in messages]
+        if not self._knows_developer:  # OpenAI's newer name for the system's role; most templates predate it
+            for message in chat:
+                message["role"] = "system" if message["role"] == "developer" else message["role"]
+        if not continue_final_message:
+            return self._render(chat, add_generation_prompt, arguments)
+        final = chat[-1]["content"]
+        chat[-1]["content"] = final + _TAG
+        text = self._render(chat, add_generation_prompt, arguments)
+        end = text.rfind(_TAG.strip())
+        if end < 0 or final.strip() not in text:
+            raise InvalidRequest(
+                "The chat template does not keep the last message as it is, so it cannot be continued.",
+                param="continue_final_message",
+            )
+        keeps_spaces = text.startswith(_TAG, end)
+        return text[:end] if keeps_spaces else text[:end].rstrip()
+
+    def _render(
+        self, chat: list[dict[str, Any]], add_generation_prompt: bool, arguments: Mapping[str, Any] | None
+    ) -> str:
+        context = self._special_tokens | dict(arguments or {})
+        context |= {"messages": chat, "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
+        pieces, size = [], 0
+        self._environment.start_clock()
+        try:
+            for piece in self._template.generate(context):
+                self._environment.check_clock()
+                pieces.append(piece)
+                size += len(piece)
+                if size > MAX_OUTPUT:
+                    raise _OverrunError
+        except _OverrunError:
+            raise InvalidRequest("The chat template takes too long on these messages.", param="messages") from None
+        except jinja2.TemplateError as exc:  # what templates raise by themselves: "roles must alternate"
+            raise InvalidRequest(f"The chat template refuses these messages: {exc}", param="messages") from None
+        except Exception as exc:
+            name = type(exc).__name__
+            raise InvalidRequest(f"The chat template fails on these messages ({name}).", param="messages") from exc
+        return "".join(pieces)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON without Jinja's HTML escapes."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

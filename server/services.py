@@ -1,0 +1,53 @@
+"""What a handler may use: every collaborator of the HTTP side in one frozen object, made once at start.
+
+It holds and explains; it does nothing.
+"""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from starlette.requests import Request
+
+from adapters.store import AdapterStore
+from server.admission import Admission
+from server.engine.client import EngineClient, EngineUnavailable
+from server.engine.protocol import Ready
+from server.metrics import Metrics
+from server.middleware import Drain
+from server.settings import Settings
+from server.text import TextProcessor
+
+TENANT = ""  # every stored row has a tenant; there is one so far
+
+
+async def _nothing_to_discover(name: str) -> bool:
+    return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Services:
+    """The collaborators. `app.state.services` holds them; `services_of` finds them."""
+
+    settings: Settings
+    engine: EngineClient
+    text: TextProcessor
+    store: AdapterStore
+    metrics: Metrics
+    admission: Admission
+    drain: Drain
+    discover: Callable[[str], Awaitable[bool]] = _nothing_to_discover
+    """Looks for an adapter of this name outside the store; True when it has been added to the store."""
+
+    @property
+    def engine_info(self) -> Ready:
+        """What the engine serves. Raises `EngineUnavailable` before the first engine has come up."""
+        info = self.engine.info
+        if info is None:
+            raise EngineUnavailable(self.engine.unready_reason or "The engine is starting.")
+        return info
+
+
+def services_of(request: Request) -> Services:
+    """The services of the application that received this request."""
+    services: Services = request.app.state.services
+    return services
