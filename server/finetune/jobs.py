@@ -1,0 +1,322 @@
+"""Fine-tuning jobs as the database knows them: state machine, events, steps, checkpoints.
+
+Every change is on disk when the call returns. Knows neither HTTP nor the engine: who runs a job is `manager`'s affair.
+
+    validating_files -> queued -> running -> succeeded | failed | cancelled
+                     any of these -> (pausing ->) paused -> validating_files | queued
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import msgspec
+
+from server.finetune.database import Database
+from server.finetune.files import new_id
+from server.finetune.messages import Metrics, StartJob
+
+Status = Literal["validating_files", "queued", "running", "pausing", "paused", "succeeded", "failed", "cancelled"]
+FINAL: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})
+_NEXT: dict[Status, set[Status]] = {
+    "validating_files": {"queued", "paused", "failed", "cancelled"},
+    "queued": {"running", "paused", "failed", "cancelled"},
+    "running": {"queued", "pausing", "succeeded", "failed", "cancelled"},
+    "pausing": {"paused", "succeeded", "failed", "cancelled"},
+    "paused": {"validating_files", "queued", "cancelled"},
+}
+
+
+class UnknownJobError(LookupError):
+    """No job of that id for this tenant."""
+
+
+class JobStateError(ValueError):
+    """The job's status does not allow this."""
+
+
+class JobError(msgspec.Struct, frozen=True):
+    """Why a job failed, in OpenAI's shape."""
+
+    code: str
+    message: str
+    param: str | None = None
+
+
+class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """What the client asked for, checked but not resolved: numbers may still be "auto"."""
+
+    model: str  # as the client wrote it
+    base: str
+    adapter: str | None = None  # directory of the adapter version to go on from
+    training_file: str
+    validation_file: str | None = None
+    suffix: str = ""
+    seed: int
+    metadata: dict[str, str] | None = None
+    hyperparameters: dict[str, int | float | Literal["auto"]]  # n_epochs, batch_size, learning_rate_multiplier
+    lora: dict[str, Any]  # an adapter_config.json, and `init`, `lora_dropout`, `scale_vector`
+    training: dict[str, Any]
+    integrations: list[dict[str, Any]] | None = None
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """One job now. `start` is what the engine is told; it is decided once, when the files were validated."""
+
+    id: str
+    tenant: str
+    status: Status
+    created_at: int
+    spec: JobSpec
+    start: StartJob | None = None
+    started_at: int | None = None
+    finished_at: int | None = None
+    error: JobError | None = None
+    fine_tuned_model: str | None = None
+    trained_tokens: int | None = None
+    result_files: list[str] = []
+    step: int = 0
+    total_steps: int = 0
+
+    @property
+    def model_name(self) -> str:
+        """What the result is called."""
+        return f"ft:{self.spec.base}:{self.spec.suffix}:{self.id.removeprefix('ftjob-')[:8]}"
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True):
+    """`number` orders all events; `id` is what clients see."""
+
+    number: int
+    id: str
+    created_at: int
+    level: Literal["info", "warn", "error"]
+    message: str
+    type: Literal["message", "metrics"]
+    data: dict[str, Any] | None
+
+
+class StoredCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """A checkpoint that can be resumed from (while its directory lasts) and, when it has a `name`, served."""
+
+    id: str
+    created_at: int
+    name: str | None
+    metrics: Metrics
+    trained_tokens: int
+    directory: str
+    hashes: dict[str, str]  # file name -> blake2b of its content
+
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS jobs (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, tenant TEXT NOT NULL, status TEXT NOT NULL,
+    record TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS events (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, job TEXT NOT NULL REFERENCES jobs(id),
+    record TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS events_of_job ON events (job, number);
+CREATE TABLE IF NOT EXISTS steps (
+    job TEXT NOT NULL REFERENCES jobs(id), step INTEGER NOT NULL, record TEXT NOT NULL, PRIMARY KEY (job, step));
+CREATE TABLE IF NOT EXISTS checkpoints (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, job TEXT NOT NULL REFERENCES jobs(id),
+    step INTEGER NOT NULL, served INTEGER NOT NULL, record TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS checkpoints_of_job ON checkpoints (job, number);
+"""
+
+
+def _encode(record: object) -> str:
+    return msgspec.json.encode(record).decode()
+
+
+class JobStore:
+    """All jobs, one tenant's at a time."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        with database.transaction() as connection:
+            for statement in _SCHEMA.split(";"):
+                connection.execute(statement)
+
+    # --- jobs --------------------------------------------------------------------------------------
+
+    def create(self, tenant: str, spec: JobSpec) -> Job:
+        job = Job(id=new_id("ftjob-"), tenant=tenant, status="validating_files", created_at=int(time.time()), spec=spec)
+        with self._database.transaction() as connection:
+            connection.execute(
+                "INSERT INTO jobs (id, tenant, status, record) VALUES (?, ?, ?, ?)",
+                (job.id, tenant, job.status, _encode(job)),
+            )
+            self.add_event(job.id, f"Created fine-tuning job: {job.id}")
+        return job
+
+    def get(self, tenant: str, job_id: str) -> Job:
+        """Raises UnknownJobError."""
+        with self._database.transaction() as connection:
+            row = connection.execute("SELECT record FROM jobs WHERE id = ? AND tenant = ?", (job_id, tenant)).fetchone()
+        if row is None:
+            raise UnknownJobError(job_id)
+        return msgspec.json.decode(row["record"], type=Job)
+
+    def page(
+        self, tenant: str, *, limit: int, after: str | None = None, metadata: dict[str, str] | None = None
+    ) -> tuple[list[Job], bool]:
+        """Newest first. `metadata`: only jobs that carry all of these pairs. Raises UnknownCursorError."""
+        where, values = "tenant = ?", [tenant]
+        for key, value in (metadata or {}).items():
+            where += " AND EXISTS (SELECT 1 FROM json_each(record, '$.spec.metadata') WHERE key = ? AND value = ?)"
+            values += [key, value]
+        rows, more = self._database.page("jobs", where, values, limit=limit, after=after)
+        return [msgspec.json.decode(row["record"], type=Job) for row in rows], more
+
+    def unfinished(self) -> Sequence[Job]:
+        """Every tenant's jobs that are not at an end, oldest first."""
+        marks = ", ".join("?" * len(FINAL))
+        with self._database.transaction() as connection:
+            rows = connection.execute(
+                f"SELECT record FROM jobs WHERE status NOT IN ({marks}) ORDER BY number", sorted(FINAL)
+            ).fetchall()
+        return [msgspec.json.decode(row["record"], type=Job) for row in rows]
+
+    def counts(self) -> dict[Status, int]:
+        """How many jobs are in each status."""
+        with self._database.transaction() as connection:
+            rows = connection.execute("SELECT status, COUNT(*) AS n FROM jobs GROUP BY status").fetchall()
+        return dict.fromkeys(get_args(Status), 0) | {row["status"]: row["n"] for row in rows}
+
+    def move(self, job: Job, status: Status, message: str | None = None, **changes: Any) -> Job:
+        """Change the status, and further fields with it; `message` becomes an event.
+
+        Raises:
+            JobStateError: that step is not allowed from the status that the job has *now*.
+        """
+        with self._database.transaction():
+            current = self.get(job.tenant, job.id)
+            if status not in _NEXT.get(current.status, ()):
+                raise JobStateError(f"Job {job.id} is {current.status}; it cannot become {status}.")
+            if status in FINAL:
+                changes["finished_at"] = int(time.time())
+            moved = self._write(msgspec.structs.replace(current, status=status, **changes))
+            if message is not None:
+                self.add_event(job.id, message, level="error" if status == "failed" else "info")
+        return moved
+
+    def update(self, job: Job, **changes: Any) -> Job:
+        """Change fields other than the status."""
+        with self._database.transaction():
+            return self._write(msgspec.structs.replace(self.get(job.tenant, job.id), **changes))
+
+    def _write(self, job: Job) -> Job:
+        with self._database.transaction() as connection:
+            connection.execute(
+                "UPDATE jobs SET status = ?, record = ? WHERE id = ?", (job.status, _encode(job), job.id)
+            )
+        return job
+
+    # --- what happens in a job -----------------------------------------------------------------------
+
+    def add_event(
+        self,
+        job_id: str,
+        message: str,
+        *,
+        level: Literal["info", "warn", "error"] = "info",
+        data: dict[str, Any] | None = None,
+    ) -> None:
+        """Append to the job's log. An event with `data` is of type "metrics"."""
+        event = {
+            "id": new_id("ftevent-"),
+            "created_at": int(time.time()),
+            "level": level,
+            "message": message,
+            "type": "message" if data is None else "metrics",
+            "data": data,
+        }
+        with self._database.transaction() as connection:
+            connection.execute(
+                "INSERT INTO events (id, job, record) VALUES (?, ?, ?)",
+                (event["id"], job_id, _encode(event)),
+            )
+
+    def events(
+        self, job_id: str, *, limit: int, after: str | None = None, newest_first: bool = True
+    ) -> tuple[list[Event], bool]:
+        """Raises UnknownCursorError."""
+        rows, more = self._database.page(
+            "events", "job = ?", [job_id], limit=limit, after=after, newest_first=newest_first
+        )
+        return [
+            msgspec.convert({"number": row["number"], **msgspec.json.decode(row["record"])}, Event) for row in rows
+        ], more
+
+    def record_step(self, job: Job, metrics: Metrics, *, total_steps: int, trained_tokens: int) -> None:
+        """A step's metrics. A step that is repeated after a restart replaces itself, and makes no second event."""
+        with self._database.transaction() as connection:
+            known = connection.execute(
+                "SELECT 1 FROM steps WHERE job = ? AND step = ?", (job.id, metrics.step)
+            ).fetchone()
+            connection.execute(
+                "INSERT OR REPLACE INTO steps (job, step, record) VALUES (?, ?, ?)",
+                (job.id, metrics.step, _encode(metrics)),
+            )
+            self.update(job, step=metrics.step, total_steps=total_steps, trained_tokens=trained_tokens)
+            if known is None:
+                loss = "not finite" if metrics.train_loss is None else f"{metrics.train_loss:.4f}"
+                message = f"Step {metrics.step}/{total_steps}: training loss={loss}"
+                if metrics.full_valid_loss is not None:
+                    message += f", full validation loss={metrics.full_valid_loss:.4f}"
+                self.add_event(job.id, message, data=msgspec.to_builtins(metrics))
+
+    def steps(self, job_id: str) -> Sequence[Metrics]:
+        """Every recorded step's metrics, in order."""
+        with self._database.transaction() as connection:
+            rows = connection.execute("SELECT record FROM steps WHERE job = ? ORDER BY step", (job_id,)).fetchall()
+        return [msgspec.json.decode(row["record"], type=Metrics) for row in rows]
+
+    # --- checkpoints -----------------------------------------------------------------------------------
+
+    def add_checkpoint(
+        self,
+        job: Job,
+        *,
+        metrics: Metrics,
+        name: str | None,
+        directory: str,
+        hashes: dict[str, str],
+        trained_tokens: int,
+    ) -> None:
+        """Record a checkpoint whose files are synced. The same step again (after a restart) replaces the files' part."""
+        with self._database.transaction() as connection:
+            row = connection.execute(
+                "SELECT record FROM checkpoints WHERE job = ? AND step = ?", (job.id, metrics.step)
+            ).fetchone()
+            known = None if row is None else msgspec.json.decode(row["record"], type=StoredCheckpoint)
+            checkpoint = StoredCheckpoint(
+                id=new_id("ftckpt-") if known is None else known.id,
+                created_at=int(time.time()) if known is None else known.created_at,
+                name=name if known is None else name or known.name,
+                metrics=metrics,
+                trained_tokens=trained_tokens,
+                directory=directory,
+                hashes=hashes,
+            )
+            connection.execute(
+                "INSERT INTO checkpoints (id, job, step, served, record) VALUES (?, ?, ?, ?, ?) "
+                "ON CONFLICT (id) DO UPDATE SET served = excluded.served, record = excluded.record",
+                (checkpoint.id, job.id, metrics.step, checkpoint.name is not None, _encode(checkpoint)),
+            )
+            if checkpoint.name is not None and (known is None or known.name is None):
+                self.add_event(job.id, f"Checkpoint created at step {metrics.step}: {checkpoint.name}")
+
+    def checkpoints(self, job_id: str, *, limit: int, after: str | None = None) -> tuple[list[StoredCheckpoint], bool]:
+        """Those that can be served, newest first. Raises UnknownCursorError."""
+        rows, more = self._database.page("checkpoints", "job = ? AND served", [job_id], limit=limit, after=after)
+        return [msgspec.json.decode(row["record"], type=StoredCheckpoint) for row in rows], more
+
+    def resumable(self, job_id: str) -> Sequence[StoredCheckpoint]:
+        """Every checkpoint, the latest step first."""
+        with self._database.transaction() as connection:
+            rows = connection.execute(
+                "SELECT record FROM checkpoints WHERE job = ? ORDER BY step DESC", (job_id,)
+            ).fetchall()
+        return [msgspec.json.decode(row["record"], type=StoredCheckpoint) for row in rows]

@@ -1,0 +1,76 @@
+"""Files: durable, listed in order, private to their tenant."""
+
+from pathlib import Path
+
+import pytest
+
+from server.finetune.database import Database, UnknownCursorError
+from server.finetune.files import FileStore, StoredFile, UnknownFileError
+
+
+def _add(store: FileStore, content: bytes = b"x", tenant: str = "", purpose: str = "fine-tune") -> StoredFile:
+    with store.staging() as directory:
+        source = directory / "upload"
+        source.write_bytes(content)
+        return store.add(tenant, source, filename="data.jsonl", purpose=purpose, report={"examples": 1})
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FileStore:
+    return FileStore(tmp_path / "files", Database(tmp_path / "db.sqlite3"))
+
+
+def test_a_file_survives_the_process(tmp_path: Path) -> None:
+    database = Database(tmp_path / "db.sqlite3")
+    added = _add(FileStore(tmp_path / "files", database), b"content")
+    database.close()
+    again = FileStore(tmp_path / "files", Database(tmp_path / "db.sqlite3"))
+    assert again.get("", added.id) == added
+    assert again.get("", added.id).path.read_bytes() == b"content"
+
+
+def test_what_was_never_acknowledged_is_gone_after_a_restart(tmp_path: Path) -> None:
+    store = FileStore(tmp_path / "files", Database(tmp_path / "db.sqlite3"))
+    kept = _add(store)
+    (tmp_path / "files" / "file-without-row").write_bytes(b"renamed, then killed")
+    (tmp_path / "files" / "staging" / "half").write_bytes(b"hal")
+    again = FileStore(tmp_path / "files", Database(tmp_path / "db.sqlite3"))
+    assert [path.name for path in (tmp_path / "files").iterdir() if path.is_file()] == [kept.id]
+    assert not list((tmp_path / "files" / "staging").iterdir())
+    assert again.page("", limit=10)[0] == [kept]
+
+
+def test_pages(store: FileStore) -> None:
+    files = [_add(store) for _ in range(5)]
+    results = _add(store, purpose="fine-tune-results")
+    newest, more = store.page("", limit=2)
+    assert ([f.id for f in newest], more) == ([results.id, files[4].id], True)
+    rest, more = store.page("", limit=10, after=newest[-1].id)
+    assert ([f.id for f in rest], more) == ([f.id for f in files[3::-1]], False)
+    assert [f.id for f in store.page("", limit=9, newest_first=False)[0]] == [*(f.id for f in files), results.id]
+    assert store.page("", limit=9, purpose="fine-tune-results") == ([results], False)
+    with pytest.raises(UnknownCursorError):
+        store.page("", limit=9, after="file-nope")
+
+
+def test_delete(store: FileStore) -> None:
+    added = _add(store)
+    with added.path.open("rb") as reader:
+        store.delete("", added.id)
+        assert reader.read() == b"x"
+    assert not added.path.exists()
+    with pytest.raises(UnknownFileError):
+        store.get("", added.id)
+    with pytest.raises(UnknownFileError):
+        store.delete("", added.id)
+
+
+def test_tenants_do_not_see_each_other(store: FileStore) -> None:
+    mine = _add(store, tenant="a")
+    assert store.page("b", limit=9) == ([], False)
+    with pytest.raises(UnknownFileError):
+        store.get("b", mine.id)
+    with pytest.raises(UnknownFileError):
+        store.delete("b", mine.id)
+    with pytest.raises(UnknownCursorError):
+        store.page("b", limit=9, after=mine.id)
