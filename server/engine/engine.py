@@ -23,7 +23,6 @@ from server.engine.blocks import BlockPool
 from server.engine.model import Base, UnservableModel
 from server.engine.protocol import AdapterUse, EngineConfig, Generate, Output, Ready, Stats, TokenLogprob
 from server.engine.runner import Runner, WorkResult
-from server.engine.sampling import RowState
 from server.engine.scheduler import Counters, Scheduler, Sequence, Work
 
 BLOCK_SIZE = 16
@@ -35,7 +34,6 @@ DEFAULT_BATCH_TOKENS = {"cpu": 256, "cuda": 2048}
 class _Live:
     """What the engine remembers of a sequence besides the scheduler's state."""
 
-    row: RowState
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     announced: bool = False  # its first output, with cached tokens and queue time, is out
 
@@ -95,8 +93,8 @@ class Engine:
         if num_blocks * BLOCK_SIZE < max_model_len:
             if config.max_model_len is not None:
                 raise UnservableModel(
-                    f"max_model_len {max_model_len} needs more KV cache than there is ({num_blocks * BLOCK_SIZE} tokens): "
-                    "raise kv_cache_bytes or lower max_model_len"
+                    f"max_model_len {max_model_len} needs more KV cache than there is "
+                    f"({num_blocks * BLOCK_SIZE} tokens): raise kv_cache_bytes or lower max_model_len"
                 )
             max_model_len = num_blocks * BLOCK_SIZE
         engine = cls(
@@ -163,7 +161,7 @@ class Engine:
             cache_salt=request.cache_salt,
             arrival=time.monotonic(),
         )
-        self._live[request.id] = _Live(RowState(request.sampling, sequence.tokens, len(request.prompt)))
+        self._live[request.id] = _Live()
         self.scheduler.add(sequence)
 
     def abort(self, id: str) -> None:  # noqa: A002
@@ -204,7 +202,7 @@ class Engine:
         step = self.scheduler.schedule(started)
         outputs: list[Output] = []
         if step is not None:
-            results = self.runner.run(step, {work.sequence.id: self._live[work.sequence.id].row for work in step.works})
+            results = self.runner.run(step)
             for work, result in zip(step.works, results, strict=True):
                 output = self._take_in(work, result)
                 if output is not None:

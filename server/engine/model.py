@@ -1,4 +1,4 @@
-"""Load the base model once: quantise (or read the quantised copy from the cache), check it is servable, wrap its linears.
+"""Load the base model once: quantise it (or read the quantised copy), check that it is servable, wrap its linears.
 
 What comes out is transformers' own model with our attention function and `LoraLinear`s; its bytes never change again,
 and `Base.digest()` can prove it. Knows no requests and no adapters.
@@ -6,7 +6,6 @@ and `Base.digest()` can prove it. Knows no requests and no adapters.
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -192,7 +191,7 @@ def _save_atomically(model: transformers.PreTrainedModel, target: Path) -> None:
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         model.save_pretrained(staging)
-        os.rename(staging, target)
+        staging.rename(target)
     except FileExistsError:  # another process was first; its copy is as good
         pass
     except OSError as fault:

@@ -12,15 +12,12 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter
 
-import msgspec
 import zmq
 
 from server.engine import protocol
 from server.engine.engine import Engine
 from server.engine.model import UnservableModel
-from server.engine.protocol import EngineConfig, Output, Stats
 
 log = logging.getLogger("lorakeet.engine")
 

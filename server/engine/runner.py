@@ -5,7 +5,6 @@ attention), runs the model and the sampler. Knows the device; does not decide wh
 token means for a sequence's life.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,7 +15,7 @@ from adapters.pool import RowPool, SegmentDeltas, Use
 from server.engine.attention import KVCache, PagedAttention
 from server.engine.model import Base
 from server.engine.protocol import TokenLogprob
-from server.engine.sampling import RowState, sample, score
+from server.engine.sampling import Row, sample, token_logprobs
 from server.engine.scheduler import Step, Work
 
 
@@ -50,11 +49,11 @@ class Runner:
         self._pool = pool
 
     @torch.no_grad()
-    def run(self, step: Step, rows: Mapping[str, RowState]) -> list[WorkResult]:
-        """Compute a step. `rows`: sequence id -> its sampling state. Returns one result per work, in order."""
+    def run(self, step: Step) -> list[WorkResult]:
+        """Compute a step. Returns one result per work, in order."""
         batch, wanted = self._pack(step)
         logits = self._forward(batch)  # [K, V] fp32
-        return self._results(step, rows, logits, wanted)
+        return self._results(step, logits, wanted)
 
     def clean(self, blocks: list[int]) -> None:
         """Zero blocks that may hold non-finite keys or values."""
@@ -121,31 +120,40 @@ class Runner:
 
     # --- out ---------------------------------------------------------------------------------------------
 
-    def _results(self, step: Step, rows: Mapping[str, RowState], logits: Tensor, wanted: list[int]) -> list[WorkResult]:
+    def _results(self, step: Step, logits: Tensor, wanted: list[int]) -> list[WorkResult]:
+        """Score prompts and draw tokens. `wanted`: how many consecutive logit rows are each work's own."""
         results = [WorkResult() for _ in step.works]
-        sampled: list[int] = []  # logit row of each sampling work
-        samplers: list[int] = []  # its index among the works
+        sampling: list[tuple[int, Work, WorkResult]] = []  # logit row, its work, its result
         end = 0
-        for index, (work, count) in enumerate(zip(step.works, wanted, strict=True)):
+        for work, result, count in zip(step.works, results, wanted, strict=True):
             begin, end = end, end + count
             if work.prompt_rows:
-                results[index].prompt_logprobs = self._score_prompt(work, logits[begin : begin + len(work.prompt_rows)])
+                self._score_prompt(work, logits[begin : begin + len(work.prompt_rows)], result)
             if work.samples:
-                sampled.append(end - 1)
-                samplers.append(index)
-        if sampled:
-            drawn = sample(logits[sampled], [rows[step.works[index].sequence.id] for index in samplers])
-            for index, token, logprob, failed in zip(samplers, drawn.tokens, drawn.logprobs, drawn.failed, strict=True):
-                result = results[index]
-                result.failed = failed
-                if not failed:
-                    result.tokens = [token]
-                    result.logprobs = [] if logprob is None else [logprob]
+                sampling.append((end - 1, work, result))
+        if sampling:
+            rows = [
+                Row(work.sequence.sampling, work.sequence.tokens, len(work.sequence.prompt)) for _, work, _ in sampling
+            ]
+            draws = sample(logits[[row for row, _, _ in sampling]], rows, self._base.eos_token_ids)
+            for draw, (_, _, result) in zip(draws, sampling, strict=True):
+                if draw.token is None:
+                    result.failed = True
+                    continue
+                result.tokens = [draw.token]
+                if draw.logprob is not None:
+                    result.logprobs = [draw.logprob]
         return results
 
-    def _score_prompt(self, work: Work, logits: Tensor) -> list[TokenLogprob]:
-        following = [work.sequence.tokens[position + 1] for position in work.prompt_rows]
-        return score(logits, following, work.sequence.sampling.prompt_logprobs or 0)
+    @staticmethod
+    def _score_prompt(work: Work, logits: Tensor, result: WorkResult) -> None:
+        sequence = work.sequence
+        if not logits.isfinite().all():
+            result.failed = True
+            return
+        following = torch.tensor([sequence.tokens[position + 1] for position in work.prompt_rows], device=logits.device)
+        alternatives = sequence.sampling.prompt_logprobs or 0
+        result.prompt_logprobs = token_logprobs(logits, following, [alternatives] * len(following))
 
 
 def _merged(uses: list[Use]) -> list[Use]:
