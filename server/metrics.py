@@ -178,7 +178,7 @@ class Metrics:
         self._running = self._gauge("num_requests_running", "Sequences in the batch")
         self._waiting = self._gauge("num_requests_waiting", "Sequences waiting for a place in the batch")
         self._kv_usage = self._gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1")
-        self._engine_up = self._gauge("engine_up", "1 while an engine process reports, else 0")
+        self._engine_up = self._gauge("engine_up", "1 while there is an engine process, else 0")
         self._prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
         self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache")
         self._preemptions = self._counter("num_preemptions", "Sequences put back to be recomputed")
@@ -209,7 +209,6 @@ class Metrics:
 
     def engine_stats(self, stats: Stats) -> None:
         """One report of the engine."""
-        self._engine_up.set(1)
         self._running.set(stats.running)
         self._waiting.set(stats.waiting)
         self._kv_usage.set(stats.kv_usage)
@@ -230,11 +229,13 @@ class Metrics:
         if stats.adapters is not None:
             self._adapters.resident = stats.adapters
 
-    def engine_down(self) -> None:
-        """No engine reports any more: nothing runs, nothing is resident."""
-        for gauge in (self._engine_up, self._running, self._waiting, self._kv_usage):
-            gauge.set(0)
-        self._adapters.resident = []
+    def engine_process(self, alive: bool) -> None:
+        """Whether there is an engine process now: without one nothing runs and nothing is resident."""
+        self._engine_up.set(alive)
+        if not alive:
+            for gauge in (self._running, self._waiting, self._kv_usage):
+                gauge.set(0)
+            self._adapters.resident = []
 
     def _gauge(self, name: str, help_text: str) -> Gauge:
         return Gauge(PREFIX + name, help_text, registry=self.registry)

@@ -3,7 +3,6 @@
 It holds and explains; it does nothing.
 """
 
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from starlette.requests import Request
@@ -12,16 +11,13 @@ from adapters.store import AdapterStore
 from server.admission import Admission
 from server.engine.client import EngineClient, EngineUnavailable
 from server.engine.protocol import Ready
+from server.intake import AdapterIntake
 from server.metrics import Metrics
 from server.middleware import Drain
 from server.settings import Settings
 from server.text import TextProcessor
 
 TENANT = ""  # every stored row has a tenant; there is one so far
-
-
-async def _nothing_to_discover(name: str) -> bool:
-    return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +31,7 @@ class Services:
     metrics: Metrics
     admission: Admission
     drain: Drain
-    discover: Callable[[str], Awaitable[bool]] = _nothing_to_discover
-    """Looks for an adapter of this name outside the store; True when it has been added to the store."""
+    intake: AdapterIntake
 
     @property
     def engine_info(self) -> Ready:

@@ -70,13 +70,12 @@ def test_a_heartbeat_is_no_step() -> None:
     metrics = Metrics()
     metrics.engine_stats(Stats())
     assert value(metrics, "engine_step_requests_count") == 0
-    assert value(metrics, "engine_up") == 1
 
 
 def test_counters_survive_the_engine_and_gauges_do_not() -> None:
     metrics = Metrics()
     metrics.engine_stats(Stats(running=3, prefix_hits=4, adapters=[AdapterUse("sha256:1", "device", 8, 1, 0)]))
-    metrics.engine_down()
+    metrics.engine_process(alive=False)
     assert value(metrics, "num_requests_running") == 0
     assert value(metrics, "engine_up") == 0
     assert value(metrics, "num_loaded_lora_adapters", level="device") == 0

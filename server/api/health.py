@@ -1,0 +1,59 @@
+"""What operators and their tools ask: is the process alive, is it ready, which version is it, what has it counted."""
+
+from importlib.metadata import version
+
+from prometheus_client.exposition import choose_encoder
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from server.errors import Unavailable
+from server.services import services_of
+
+VERSION = version("lorakeet")
+
+
+async def health(request: Request) -> Response:
+    """The process answers; says nothing of the engine, so that a busy or restarting one does not get it killed."""
+    return JSONResponse({"status": "ok"})
+
+
+async def ready(request: Request) -> Response:
+    """Whether a request would be served now."""
+    services = services_of(request)
+    reason = services.engine.unready_reason
+    if services.drain.draining:
+        reason = "The server is shutting down."
+    elif reason is None and services.intake.pending:
+        reason = "Adapters named on the command line are being imported."
+    info = services.engine.info
+    body = {
+        "status": "ready" if reason is None else "unavailable",
+        "engine_pid": services.engine.pid,
+        "base_digest": info.base_digest if info else None,
+    }
+    if reason is None:
+        return JSONResponse(body)
+    error = Unavailable(reason, retry_after=5)
+    return JSONResponse(body | error.body(), status_code=error.status, headers=error.headers)
+
+
+async def server_version(request: Request) -> Response:
+    """The server's version."""
+    return JSONResponse({"version": VERSION})
+
+
+async def metrics(request: Request) -> Response:
+    """Everything counted, as Prometheus reads it."""
+    services = services_of(request)
+    services.metrics.engine_process(alive=services.engine.pid is not None)
+    encode, content_type = choose_encoder(request.headers.get("accept", ""))
+    return Response(encode(services.metrics.registry), media_type=content_type)
+
+
+routes: list[BaseRoute] = [
+    Route("/health", health),
+    Route("/ready", ready),
+    Route("/version", server_version),
+    Route("/metrics", metrics),
+]

@@ -1,0 +1,75 @@
+"""`/v1/models`: the base and every adapter as OpenAI's model objects, with vLLM's additions."""
+
+import time
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from adapters.store import UnknownAdapter, Version
+from server.errors import ModelNotFound, PermissionDenied
+from server.services import TENANT, Services, services_of
+
+_STARTED = int(time.time())  # the base has no birthday of its own
+
+
+async def list_models(request: Request) -> Response:
+    """The base first, then the adapters by name."""
+    services = services_of(request)
+    cards = [_base_card(services), *(_adapter_card(services, version) for version in services.store.list(TENANT))]
+    return JSONResponse({"object": "list", "data": cards})
+
+
+async def get_model(request: Request) -> Response:
+    """One model by id."""
+    services, name = services_of(request), request.path_params["id"]
+    if name in services.settings.base_aliases:
+        return JSONResponse(_base_card(services))
+    try:
+        return JSONResponse(_adapter_card(services, services.store.get(TENANT, name)))
+    except UnknownAdapter:
+        raise ModelNotFound(name) from None
+
+
+async def delete_model(request: Request) -> Response:
+    """Take an adapter's name away."""
+    services, name = services_of(request), request.path_params["id"]
+    if name in services.settings.base_aliases:
+        raise PermissionDenied(f"`{name}` is the base model, which cannot be deleted.", param="model")
+    try:
+        await services.intake.delete(TENANT, name)
+    except UnknownAdapter:
+        raise ModelNotFound(name) from None
+    return JSONResponse({"id": name, "object": "model", "deleted": True})
+
+
+def _base_card(services: Services) -> dict[str, Any]:
+    name = services.settings.base_name
+    return _card(services, name, _STARTED, root=name, parent=None)
+
+
+def _adapter_card(services: Services, version: Version) -> dict[str, Any]:
+    # vLLM's root is the adapter's path; the digest says the same without telling where files lie.
+    return _card(services, version.name, int(version.created), root=version.digest, parent=services.settings.base_name)
+
+
+def _card(services: Services, name: str, created: int, *, root: str, parent: str | None) -> dict[str, Any]:
+    info = services.engine.info
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "lorakeet",
+        "root": root,
+        "parent": parent,
+        "max_model_len": info.max_model_len if info else None,
+        "permission": [],
+    }
+
+
+routes: list[BaseRoute] = [
+    Route("/v1/models", list_models, methods=["GET"]),
+    Route("/v1/models/{id:path}", get_model, methods=["GET"]),
+    Route("/v1/models/{id:path}", delete_model, methods=["DELETE"]),
+]

@@ -1,0 +1,195 @@
+"""How an adapter gets in, and out: checked against the base, sure to fit, published under a name, forgotten when gone.
+
+Uploads, directories named on the command line, vLLM's load endpoint and finished fine-tunes all come through here, so
+whatever the store holds can be served. It knows neither HTTP nor what a request is.
+"""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+from starlette.concurrency import run_in_threadpool
+
+from adapters.format import CONFIG_NAME, WEIGHTS_NAME, AdapterError, AdapterSpec, inspect
+from adapters.store import AdapterStore, Staging, UnknownAdapter, Version, check_name
+from server.engine.client import EngineClient, EngineUnavailable
+from server.engine.protocol import Ready
+from server.errors import StorageFull
+from server.metrics import Metrics
+from server.settings import SettingError, Settings
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_POLL_SECONDS = 0.1
+
+log = logging.getLogger(__name__)
+
+
+class AdapterIntake:
+    """The one door through which stored adapters change.
+
+    Args:
+        settings: `adapter`, `adapter_dir`, `max_uploads` and the base's names are read.
+    """
+
+    def __init__(self, settings: Settings, engine: EngineClient, store: AdapterStore, metrics: Metrics) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._store = store
+        self._metrics = metrics
+        self._changing = asyncio.Lock()  # what is current is read and replaced as one
+        self._discovering = asyncio.Lock()
+        self._refused: dict[str, object] = {}  # name in `adapter_dir` -> signature of the files that were refused
+        self._background: set[asyncio.Task[None]] = set()
+        self.upload_slots = asyncio.Semaphore(settings.max_uploads)
+        self.pending = bool(settings.adapter)  # adapters of the command line are not all there yet
+
+    def check_name(self, name: str) -> None:
+        """Raises AdapterError when an adapter may not be called so."""
+        check_name(name)
+        if name in self._settings.base_aliases:
+            raise AdapterError(f"'{name}' is the base model's name.", "name")
+
+    @property
+    def base(self) -> Ready:
+        """What adapters are checked against. Raises EngineUnavailable before the first engine has come up."""
+        info = self._engine.info
+        if info is None:
+            raise EngineUnavailable(self._engine.unready_reason or "The engine is starting.")
+        return info
+
+    async def admit(self, tenant: str, name: str, staging: Staging) -> tuple[Version, bool]:
+        """Validate what lies in `staging` and make it the current content of `name`.
+
+        Returns the version and whether the name's content changed. Raises AdapterError (its fault), StorageFull,
+        EngineUnavailable.
+        """
+        base = self.base
+        self.check_name(name)
+        spec = await run_in_threadpool(inspect, staging.path, base.linears, base.architecture)
+        check_fit(spec, base)
+        async with self._changing:
+            with contextlib.suppress(UnknownAdapter):
+                replaced = self._store.get(tenant, name).digest
+            with disk_faults():
+                version, changed = await run_in_threadpool(self._store.publish, tenant, name, staging, spec)
+            if changed and replaced:
+                self._forget_unused(tenant, replaced)
+        return version, changed
+
+    async def import_directory(self, tenant: str, name: str, directory: Path) -> tuple[Version, bool]:
+        """Copy a PEFT directory of this machine and admit the copy."""
+        self.check_name(name)
+        with self._store.stage() as staging:
+            with disk_faults():
+                await run_in_threadpool(_copy, directory, staging.path)
+            return await self.admit(tenant, name, staging)
+
+    async def delete(self, tenant: str, name: str) -> Version:
+        """Take the name away; requests that run keep their version. Raises UnknownAdapter."""
+        async with self._changing:
+            version = await run_in_threadpool(self._store.delete, tenant, name)
+            self._metrics.adapter_deleted(name)
+            self._forget_unused(tenant, version.digest)
+        return version
+
+    async def discover(self, tenant: str, name: str) -> bool:
+        """Look for an unknown name in `adapter_dir`; whether it is in the store now."""
+        root = self._settings.adapter_dir
+        if root is None:
+            return False
+        try:
+            self.check_name(name)
+        except AdapterError:
+            return False
+        async with self._discovering:
+            return await self._import_found(tenant, name, root / name)
+
+    async def import_configured(self, tenant: str) -> None:
+        """Once an engine is up, bring in `adapter` and everything in `adapter_dir`.
+
+        Raises SettingError when an adapter named by `--adapter` is refused: the server must not start without it.
+        """
+        while self._engine.info is None:  # noqa: ASYNC110 - the engine's interface has no event
+            await asyncio.sleep(_POLL_SECONDS)
+        for name, directory in self._settings.adapter_directories.items():
+            try:
+                version, changed = await self.import_directory(tenant, name, directory)
+            except (AdapterError, OSError) as error:
+                raise SettingError(f"--adapter {name}: {error}") from None
+            log.info("adapter %s is %s%s", name, version.digest, "" if changed else " (unchanged)")
+        self.pending = False
+        root = self._settings.adapter_dir
+        for directory in sorted(root.iterdir()) if root is not None and root.is_dir() else ():
+            if directory.is_dir():
+                async with self._discovering:
+                    await self._import_found(tenant, directory.name, directory)
+
+    async def _import_found(self, tenant: str, name: str, directory: Path) -> bool:
+        signature = await run_in_threadpool(_signature, directory)
+        if signature is None or self._refused.get(name) == signature:
+            return False
+        try:
+            await self.import_directory(tenant, name, directory)
+        except (AdapterError, OSError, StorageFull) as error:
+            self._refused[name] = signature  # until its files change
+            log.warning("--adapter-dir: %s is not served: %s", name, error)
+            return False
+        self._refused.pop(name, None)
+        return True
+
+    def _forget_unused(self, tenant: str, digest: str) -> None:
+        """Let the engine drop a version that no name points at any more; it does so once its last request ends."""
+        if any(version.digest == digest for version in self._store.list(tenant)):
+            return
+        task = asyncio.create_task(self._engine.forget(digest))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+
+def check_fit(spec: AdapterSpec, base: Ready) -> None:
+    """Raises AdapterError when the adapter would not fit into an empty device pool."""
+    for kind, rows in spec.rows(base.linears).items():
+        capacity = base.pool_rows.get(kind, 0)
+        if rows > capacity:
+            largest = capacity * spec.rank // rows
+            raise AdapterError(
+                f"rank {spec.rank} in {spec.dtype} needs {rows} rows of {kind}, and the device's pool has {capacity}: "
+                f"the largest rank that can be served is {largest} (see --adapter-bytes)",
+                "r",
+                "adapter_too_large",
+            )
+
+
+@contextlib.contextmanager
+def disk_faults() -> Iterator[None]:
+    """A full disk, in whatever words it comes, becomes StorageFull."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            raise StorageFull("The disk is full; nothing was kept.") from None
+        raise
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+            raise StorageFull("The disk is full; nothing was kept.") from None
+        raise
+
+
+def _copy(directory: Path, target: Path) -> None:
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if (directory / name).is_file():  # what is missing is named by the validation
+            shutil.copyfile(directory / name, target / name)
+
+
+def _signature(directory: Path) -> tuple[tuple[int, int], ...] | None:
+    """Changes whenever the directory's files do; None when it is no adapter at all."""
+    try:
+        stats = [(directory / name).stat() for name in (CONFIG_NAME, WEIGHTS_NAME)]
+    except OSError:
+        return None
+    return tuple((stat.st_mtime_ns, stat.st_size) for stat in stats)
