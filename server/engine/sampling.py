@@ -1,7 +1,7 @@
 """Logits to tokens: penalties, truncation, the draw, and raw log-probabilities; vectorised over rows, on any device.
 
-What is done to a row, in vLLM's order: allowed tokens, `min_tokens`, `logit_bias`, penalties; then temperature, `min_p`,
-`top_k`, `top_p`; then one draw. Log-probabilities are those of the untouched logits.
+What is done to a row, in vLLM's order: allowed tokens, `min_tokens`, `logit_bias`, penalties; then temperature,
+`min_p`, `top_k`, `top_p`; then one draw. Log-probabilities are those of the untouched logits.
 
 A row's outcome is a function of that row alone. Its randomness is a hash of (seed, position), so neighbours, preemption
 and speculation change nothing; and no reduction here depends on the number of rows (torch splits a sum over threads
@@ -9,7 +9,7 @@ when it yields a single number, so long sums go through blocks). Knows no sequen
 """
 
 from array import array
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -21,7 +21,7 @@ from server.engine.protocol import Sampling, TokenLogprob
 
 GREEDY_BELOW = 1e-5  # temperatures below this are taken for 0, as vLLM does
 _BLOCK = 128  # vocabulary entries that are summed together
-_NUCLEUS_GUESSES = (128, 2048)  # how many of the likeliest tokens to sort before sorting them all
+_CPU_SLICE = 2**18  # logits worked on at once on a CPU: temporaries of 1 MiB stay in its cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,21 @@ class Row:
 
     @property
     def greedy(self) -> bool:
+        """Whether the likeliest token is taken."""
         return self.sampling.temperature < GREEDY_BELOW
+
+    @property
+    def plain(self) -> bool:
+        """Whether the logits are taken as they are, before temperature and truncation."""
+        sampling = self.sampling
+        return (
+            self.allowed is None
+            and self.position >= sampling.min_tokens
+            and not sampling.logit_bias
+            and sampling.repetition_penalty == 1.0
+            and not sampling.frequency_penalty
+            and not sampling.presence_penalty
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,18 +73,25 @@ def sample(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int] =
         rows: one per row of logits.
         eos_token_ids: forbidden, with the row's stop tokens, until `min_tokens` are there (unless it ignores EOS).
     """
+    draws: list[Draw] = []
+    for part in _slices(logits):
+        draws += _sample(logits[part], rows[part], eos_token_ids)
+    return draws
+
+
+def _sample(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int]) -> list[Draw]:
     valid = torch.isfinite(logits.amax(-1)) & torch.isfinite(logits.amin(-1))  # [rows]
-    scores = _adjust(logits, rows, eos_token_ids)
-    if scores is not logits:
+    scores = logits
+    if not all(row.plain for row in rows):
+        scores = _adjust(logits, rows, eos_token_ids)
         valid &= torch.isfinite(scores.amax(-1))  # a bias may overflow, and a mask may leave nothing
     drawn = [index for index, row in enumerate(rows) if not row.greedy]
-    if len(drawn) < len(rows):
-        tokens = scores.argmax(-1)  # the first of equals
+    if len(drawn) == len(rows):
+        tokens = _draw(scores, rows)
     else:
-        tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
-    if drawn:
-        chosen = _draw(scores if len(drawn) == len(rows) else scores[drawn], [rows[index] for index in drawn])
-        tokens[drawn] = chosen
+        tokens = scores.argmax(-1)  # the first of equals
+        if drawn:
+            tokens[drawn] = _draw(scores[drawn], [rows[index] for index in drawn])
     logprobs: dict[int, TokenLogprob] = {}
     asking = [index for index, row in enumerate(rows) if row.sampling.logprobs is not None]
     if asking:
@@ -85,22 +106,29 @@ def sample(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int] =
 def token_logprobs(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[TokenLogprob]:
     """Log-probabilities of given tokens under untouched logits, with ranks and the likeliest alternatives.
 
-    Serves generated and prompt tokens alike; holds one more tensor of the logits' size while it works.
+    Serves generated and prompt tokens alike.
 
     Args:
         logits: float32 [rows, vocabulary].
         tokens: int64 [rows].
         counts: how many alternatives each row wants; equal ones are taken in order of id.
     """
+    lines: list[TokenLogprob] = []
+    for part in _slices(logits):
+        lines += _token_logprobs(logits[part], tokens[part], counts[part])
+    return lines
+
+
+def _token_logprobs(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[TokenLogprob]:
     peak = logits.amax(-1, keepdim=True)
-    total = _block_sums((logits - peak).exp_()).sum(-1)  # [rows], float64
-    log_total = peak.squeeze(-1).double() + total.log()
+    total = _block_sums((logits - peak).exp_()).sum(-1)  # float64 [rows]
+    log_total = peak.squeeze(1).double() + total.log()
     own = logits.gather(1, tokens[:, None])  # [rows, 1]
+    values = (own.squeeze(1).double() - log_total).tolist()
     ranks = ((logits > own).sum(-1) + 1).tolist()
-    values = (own.squeeze(-1).double() - log_total).tolist()
     tops: list[list[tuple[int, float]]] = [[] for _ in counts]
-    if most := min(max(counts, default=0), logits.shape[1]):
-        # Candidates by threshold, not topk's indices: which of equals it picks is not defined.
+    if most := min(max(counts), logits.shape[1]):
+        # Candidates by threshold, not topk's own indices: which of equals it picks is not defined.
         candidates = logits >= logits.topk(most).values[:, -1:]
         where, ids = candidates.nonzero(as_tuple=True)  # in order of row, then id
         alternatives = (logits[where, ids].double() - log_total[where]).tolist()
@@ -110,18 +138,22 @@ def token_logprobs(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> lis
     return [TokenLogprob(*line) for line in zip(tokens.tolist(), values, ranks, tops, strict=True)]
 
 
+def _slices(logits: Tensor) -> Iterator[slice]:
+    """Runs of rows to work on one after the other."""
+    rows = len(logits)
+    step = max(1, _CPU_SLICE // logits.shape[1]) if logits.device.type == "cpu" else max(1, rows)
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
 # --- what changes the logits ---------------------------------------------------------------------
 
 
 def _adjust(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int]) -> Tensor:
-    """Logits with masks, biases and penalties applied: a copy, or the very tensor when no row asks for any."""
-    scores = logits
-    masked = [index for index, row in enumerate(rows) if row.allowed is not None]
-    if masked:
-        words = torch.stack([row.allowed for row in rows if row.allowed is not None])
-        allowed = torch.ones(logits.shape, dtype=torch.bool, device=logits.device)
-        allowed[masked] = _unpack(words.to(logits.device), logits.shape[1])
-        scores = scores.masked_fill(~allowed, -torch.inf)
+    """A copy of the logits with masks, biases and penalties applied."""
+    scores = logits.clone()
+    for index, row in enumerate(rows):
+        if row.allowed is not None:
+            scores[index].masked_fill_(~_unpack(row.allowed.to(logits.device), logits.shape[1]), -torch.inf)
 
     early = [
         (index, token)
@@ -130,38 +162,35 @@ def _adjust(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int])
         for token in {*row.sampling.stop_token_ids, *(() if row.sampling.ignore_eos else eos_token_ids)}
     ]
     if early:
-        scores = scores.clone() if scores is logits else scores
         scores[_places(early, logits)] = -torch.inf
 
-    biases = [(index, token, bias) for index, row in enumerate(rows) for token, bias in row.sampling.logit_bias.items()]
+    biases = {(index, token): bias for index, row in enumerate(rows) for token, bias in row.sampling.logit_bias.items()}
     if biases:
-        scores = scores.clone() if scores is logits else scores
-        places = _places(((index, token) for index, token, _ in biases), logits)
-        scores[places] += torch.tensor([bias for _, _, bias in biases], device=logits.device)
+        scores[_places(biases, logits)] += torch.tensor(list(biases.values()), device=logits.device)
 
     repeating = [index for index, row in enumerate(rows) if row.sampling.repetition_penalty != 1.0]
     if repeating:
-        scores = scores.clone() if scores is logits else scores
-        places = _token_places(repeating, [rows[index].tokens for index in repeating], logits)
-        penalty = _column(rows, lambda sampling: sampling.repetition_penalty, logits)[places[0]]
-        seen = scores[places]
-        scores[places] = torch.where(seen > 0, seen / penalty, seen * penalty)  # duplicates write the same number
+        where, ids = _histories(repeating, [rows[index].tokens for index in repeating], logits)
+        penalty = _column(rows, lambda sampling: sampling.repetition_penalty, logits)[where]
+        seen = scores[where, ids]
+        scores[where, ids] = torch.where(seen > 0, seen / penalty, seen * penalty)  # equal places get equal numbers
 
     counting = [i for i, row in enumerate(rows) if row.sampling.frequency_penalty or row.sampling.presence_penalty]
     if counting:
-        scores = scores.clone() if scores is logits else scores
         outputs = [rows[index].tokens[rows[index].num_prompt :] for index in counting]
-        pairs, counts = torch.stack(_token_places(counting, outputs, logits)).unique(dim=1, return_counts=True)
-        frequency = _column(rows, lambda sampling: sampling.frequency_penalty, logits)[pairs[0]]
-        presence = _column(rows, lambda sampling: sampling.presence_penalty, logits)[pairs[0]]
-        scores[pairs[0], pairs[1]] -= frequency * counts + presence
+        where, ids = _histories(counting, outputs, logits)
+        flat, counts = (where * logits.shape[1] + ids).unique(return_counts=True)
+        where = flat // logits.shape[1]
+        frequency = _column(rows, lambda sampling: sampling.frequency_penalty, logits)[where]
+        presence = _column(rows, lambda sampling: sampling.presence_penalty, logits)[where]
+        scores.view(-1)[flat] -= frequency * counts + presence
     return scores
 
 
 def _unpack(words: Tensor, vocabulary: int) -> Tensor:
-    """Packed int32 bits [rows, words] as booleans [rows, vocabulary]."""
-    bits = (words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=words.device)) & 1
-    return bits.flatten(1)[:, :vocabulary].bool()
+    """Packed int32 bits [words] as booleans [vocabulary]."""
+    bits = (words[:, None] >> torch.arange(32, dtype=torch.int32, device=words.device)) & 1
+    return bits.flatten()[:vocabulary].bool()
 
 
 def _places(pairs: Iterable[tuple[int, int]], logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,7 +199,7 @@ def _places(pairs: Iterable[tuple[int, int]], logits: Tensor) -> tuple[Tensor, T
     return torch.tensor(rows, device=logits.device), torch.tensor(tokens, device=logits.device)
 
 
-def _token_places(rows: Sequence[int], tokens: Sequence[Sequence[int]], logits: Tensor) -> tuple[Tensor, Tensor]:
+def _histories(rows: Sequence[int], tokens: Sequence[Sequence[int]], logits: Tensor) -> tuple[Tensor, Tensor]:
     """An index into the logits that names every token of each row's list, repetitions included."""
     flat = array("q")  # far faster than a tensor from a list, and histories are long
     for line in tokens:
@@ -180,9 +209,11 @@ def _token_places(rows: Sequence[int], tokens: Sequence[Sequence[int]], logits: 
     return torch.tensor(rows).repeat_interleave(lengths).to(logits.device), ids.to(logits.device)
 
 
-def _column(rows: Sequence[Row], value: Callable[[Sampling], float], like: Tensor) -> Tensor:
-    """One number of every row's sampling, float32 [rows]."""
-    return torch.tensor([value(row.sampling) for row in rows], dtype=torch.float32, device=like.device)
+def _column(
+    rows: Sequence[Row], value: Callable[[Sampling], float], like: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """One number of every row's sampling: [rows]."""
+    return torch.tensor([value(row.sampling) for row in rows], dtype=dtype, device=like.device)
 
 
 # --- the draw ------------------------------------------------------------------------------------
@@ -194,52 +225,48 @@ def _draw(scores: Tensor, rows: Sequence[Row]) -> Tensor:
     Truncation is a floor under the weights, so what is kept never depends on how a sort orders equals: they stay or go
     together (where vLLM's `top_p` may split them).
     """
-    temperature = _column(rows, lambda sampling: sampling.temperature, scores)[:, None]
     # Relative to the peak before dividing: no temperature can overflow, and the likeliest token weighs exactly 1.
-    weights = (scores - scores.amax(-1, keepdim=True)).div_(temperature).exp_()  # [rows, vocabulary]
+    weights = scores - scores.amax(-1, keepdim=True)  # [rows, vocabulary]
+    weights.div_(_column(rows, lambda sampling: sampling.temperature, scores)[:, None]).exp_()
     floor = _column(rows, lambda sampling: sampling.min_p, scores)[:, None]  # [rows, 1]
 
-    vocabulary = scores.shape[1]
-    limited = [index for index, row in enumerate(rows) if 0 < row.sampling.top_k < vocabulary]
+    limited = [index for index, row in enumerate(rows) if 0 < row.sampling.top_k < weights.shape[1]]
     if limited:
-        k = torch.tensor([rows[index].sampling.top_k for index in limited], device=scores.device)[:, None]
-        top = weights[limited].topk(max(rows[index].sampling.top_k for index in limited)).values
-        floor[limited] = torch.maximum(floor[limited], top.gather(1, k - 1))
+        limits = [rows[index].sampling.top_k for index in limited]
+        top = weights[limited].topk(max(limits)).values
+        kth = top.gather(1, torch.tensor(limits, device=scores.device)[:, None] - 1)
+        floor[limited] = torch.maximum(floor[limited], kth)
 
     nuclei = [index for index, row in enumerate(rows) if row.sampling.top_p < 1.0]
     if nuclei:
-        p = _column([rows[index] for index in nuclei], lambda sampling: sampling.top_p, scores)[:, None]
+        p = _column([rows[index] for index in nuclei], lambda sampling: sampling.top_p, scores, torch.float64)[:, None]
         floor[nuclei] = _nucleus_floor(weights[nuclei], floor[nuclei], p)
 
-    weights *= weights >= floor
+    if limited or nuclei or any(row.sampling.min_p for row in rows):
+        weights *= weights >= floor
     uniforms = [uniform(row.sampling.seed, row.position) for row in rows]
     return _invert(weights, torch.tensor(uniforms, dtype=torch.float64, device=scores.device)[:, None])
 
 
 def _nucleus_floor(weights: Tensor, floor: Tensor, p: Tensor) -> Tensor:
-    """Raise a floor so that what stays is the smallest set of likeliest tokens that holds `p` of what stayed before.
+    """The floor under the smallest set of likeliest tokens that holds a share `p` of what stays above the given floor.
 
     Args:
-        weights: float32 [rows, vocabulary]; floor and p: float32 [rows, 1].
+        weights: float32 [rows, vocabulary].
+        floor: float32 [rows, 1].
+        p: float64 [rows, 1].
     """
-    floor = floor.clone()
-    goal = p * _block_sums(weights * (weights >= floor)).sum(-1, keepdim=True)  # float64 [rows, 1]
-    pending = torch.arange(len(weights), device=weights.device)
-    for guess in (*_NUCLEUS_GUESSES, weights.shape[1]):
-        everything = guess >= weights.shape[1]
-        top = weights[pending]
-        top = top.sort(descending=True).values if everything else top.topk(guess).values
-        reach = (top * (top >= floor[pending])).cumsum(-1, dtype=torch.float64)
-        last = (reach < goal[pending]).sum(-1, keepdim=True)  # index of the token that reaches the goal
-        if everything:
-            last.clamp_(max=top.shape[1] - 1)  # rounding may leave the sum of all just short of it
-        found = (last < top.shape[1]).squeeze(-1)
-        reached = pending[found]
-        floor[reached] = torch.maximum(floor[reached], top[found].gather(1, last[found]))
-        pending = pending[~found]
-        if everything or not len(pending):
-            break
-    return floor
+    total = _block_sums(weights * (weights >= floor)).sum(-1, keepdim=True)  # float64 [rows, 1]
+    # Tokens below this hold no more than 1 - p together, so none of them is needed; only the others are sorted.
+    least = torch.maximum(floor, ((1 - p) * total / weights.shape[1]).float())
+    candidate = weights >= least
+    counts = candidate.sum(-1, keepdim=True)
+    ranked = weights.new_zeros(len(weights), int(counts.max()))
+    ranked[torch.arange(ranked.shape[1], device=weights.device) < counts] = weights[candidate]
+    ranked = ranked.sort(descending=True).values
+    reach = ranked.cumsum(-1, dtype=torch.float64)
+    last = (reach < p * total).sum(-1, keepdim=True)  # index of the token that reaches the goal
+    return ranked.gather(1, torch.minimum(last, counts - 1))  # rounding may leave the sum of all just short of it
 
 
 def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
@@ -260,7 +287,8 @@ def _first_beyond(sums: Tensor, goal: Tensor) -> Tensor:
 
 def _blocked(weights: Tensor) -> Tensor:
     """Weights [rows, vocabulary] as [rows, blocks, block], padded with nothing."""
-    return F.pad(weights, (0, -weights.shape[1] % _BLOCK)).unflatten(1, (-1, _BLOCK))
+    missing = -weights.shape[1] % _BLOCK
+    return (F.pad(weights, (0, missing)) if missing else weights).unflatten(1, (-1, _BLOCK))
 
 
 def _block_sums(weights: Tensor) -> Tensor:
