@@ -1,0 +1,146 @@
+"""The direction of imports: who may know whom, read from the source without importing it."""
+
+import ast
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+HOUSES = ("server", "adapters", "loadtest")
+HEAVY = ("torch", "transformers", "bitsandbytes", "peft")
+WEB = ("starlette", "uvicorn", "pydantic", "httpx", "python_multipart")
+
+
+@dataclass(frozen=True)
+class Module:
+    """The modules that one file imports: when it is loaded, and at any time (in functions, for type checking)."""
+
+    at_load: frozenset[str]
+    ever: frozenset[str]
+
+
+def _name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@cache
+def modules() -> dict[str, Module]:
+    """Every module of the three packages."""
+    files = {_name(path): path for house in HOUSES for path in (ROOT / house).rglob("*.py")}
+    graph = {}
+    for name, path in files.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        lazy = {id(node) for scope in ast.walk(tree) if _runs_later(scope) for node in ast.walk(scope)}
+        at_load, ever = set(), set()
+        for node in ast.walk(tree):
+            for target in _targets(node, files.keys()):
+                ever.add(target)
+                if id(node) not in lazy:
+                    at_load.add(target)
+        graph[name] = Module(frozenset(at_load), frozenset(ever))
+    return graph
+
+
+def _runs_later(node: ast.AST) -> bool:
+    if isinstance(node, ast.If):
+        return ast.unparse(node.test).endswith("TYPE_CHECKING")
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+
+
+def _targets(node: ast.AST, known: Collection[str]) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and node.module:
+        full = [f"{node.module}.{alias.name}" for alias in node.names]
+        return [name if name in known else node.module for name in full]
+    return []
+
+
+def _within(name: str, packages: tuple[str, ...]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+@pytest.mark.parametrize(
+    ("who", "but", "never"),
+    [
+        pytest.param(("adapters",), (), ("server", "loadtest", *WEB), id="adapters know no server"),
+        pytest.param(("loadtest",), (), ("server", "adapters"), id="the load test drives from outside"),
+        pytest.param(("server",), (), ("loadtest",), id="the server does not know its load test"),
+        pytest.param(("server", "adapters"), (), ("tests", "peft"), id="neither needs what tests need"),
+        pytest.param(("server.api",), (), ("server.app", "server.cli", *HEAVY), id="handlers are built upon"),
+        pytest.param(
+            ("server.engine",),
+            (),
+            ("server.api", "server.app", "server.cli", "server.services", *WEB),
+            id="the engine knows no HTTP",
+        ),
+        pytest.param(
+            ("server.engine.scheduler", "server.engine.blocks", "adapters.rows", "adapters.residency"),
+            (),
+            ("numpy", *HEAVY),
+            id="bookkeeping holds no tensors",
+        ),
+        pytest.param(
+            ("server",),
+            ("server.engine",),
+            tuple(f"server.engine.{part}" for part in ("process", "engine", "runner", "scheduler", "model")),
+            id="the engine is reached through its client",
+        ),
+        pytest.param(
+            ("server.commands",), (), ("server.app", "server.api", "server.engine", "adapters"), id="commands talk HTTP"
+        ),
+    ],
+)
+def test_who_never_imports_whom(who: tuple[str, ...], but: tuple[str, ...], never: tuple[str, ...]) -> None:
+    for package in who:
+        assert any(_within(name, (package,)) for name in modules()), f"{package} is gone: change this rule"
+    offences = [
+        f"{name} imports {target}"
+        for name, module in modules().items()
+        if _within(name, who) and not _within(name, but)
+        for target in module.ever
+        if _within(target, never)
+    ]
+    assert not offences, offences
+
+
+@pytest.mark.parametrize("entry", ["server.app", "server.cli"])
+def test_the_api_process_starts_without_torch(entry: str) -> None:
+    paths = {entry: [entry]}
+    queue = [entry]
+    for name in queue:
+        for target in modules()[name].at_load:
+            assert not _within(target, HEAVY), " -> ".join([*paths[name], target])
+            if target in modules() and target not in paths:
+                paths[target] = [*paths[name], target]
+                queue.append(target)
+    assert len(queue) > 3
+
+
+def test_imports_form_no_cycle() -> None:
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join([*trail, name])
+        if name in done:
+            return
+        for target in modules()[name].at_load:
+            if target in modules() and target != name:
+                visit(target, (*trail, name))
+        done.add(name)
+
+    for name in modules():
+        visit(name, ())
+
+
+def test_every_module_says_what_it_is() -> None:
+    empty = [
+        _name(path)
+        for house in HOUSES
+        for path in (ROOT / house).rglob("*.py")
+        if path.stat().st_size and not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    ]
+    assert not empty, empty

@@ -1,0 +1,105 @@
+"""What is installed: declared dependencies against imported ones, pins against both, files against the wheel's list."""
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("server", "adapters", "loadtest")
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+# Declared although no line imports it: each is asked for by name at run time.
+BY_NAME = {"accelerate", "gguf", "httptools", "uvloop"}
+# Imported when present, never required.
+OPTIONAL = {"triton", "wandb"}
+
+
+def _declared(*extras: str) -> set[str]:
+    lines = list(PROJECT["project"]["dependencies"])
+    for extra in extras:
+        lines += PROJECT["project"]["optional-dependencies"][extra]
+    return {canonicalize_name(Requirement(line).name) for line in lines}
+
+
+@cache
+def _imported(package: str) -> set[str]:
+    """Distributions that a package of ours imports."""
+    roots = set()
+    for path in (ROOT / package).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                roots |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                roots.add(node.module.partition(".")[0])
+    foreign = roots - set(sys.stdlib_module_names) - set(PACKAGES) - OPTIONAL
+    owners = importlib.metadata.packages_distributions()
+    return {canonicalize_name(owners[root][0]) for root in foreign}
+
+
+def _pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in pins}
+
+
+def test_what_is_imported_is_declared() -> None:
+    assert _imported("server") | _imported("adapters") <= _declared()
+    assert _imported("loadtest") <= _declared("bench", "peers")
+
+
+def test_what_is_declared_is_used() -> None:
+    used = _imported("server") | _imported("adapters")
+    assert _declared() - used <= BY_NAME
+
+
+def test_pins_cover_everything_that_an_install_brings() -> None:
+    pins = _pins()
+    missing, seen = set(), set()
+    queue = [("lorakeet", frozenset({"test"}))]
+    while queue:
+        name, extras = queue.pop()
+        if (name, extras) in seen:
+            continue
+        seen.add((name, extras))
+        if name != "lorakeet" and name not in pins:
+            missing.add(name)
+        for line in importlib.metadata.requires(name) or []:
+            requirement = Requirement(line)
+            if any(not requirement.marker or requirement.marker.evaluate({"extra": extra}) for extra in ("", *extras)):
+                queue.append((canonicalize_name(requirement.name), frozenset(requirement.extras)))
+    # A CUDA build of torch brings libraries that it pins itself.
+    missing = {name for name in missing if not re.match(r"nvidia-|cuda-|triton$", name)}
+    assert not missing
+
+
+def test_pins_are_exact_and_carry_no_local_version() -> None:
+    for name, version in _pins().items():
+        assert re.fullmatch(r"\d[\w.]*", version), f"{name}=={version}"
+
+
+def test_building_needs_no_torch() -> None:
+    assert PROJECT["build-system"]["requires"] == ["setuptools>=77"]
+
+
+def test_every_file_that_code_reads_is_shipped() -> None:
+    """Whatever lies in the packages beside Python is package data, or deliberately left out."""
+    data = PROJECT["tool"]["setuptools"]["package-data"]
+    shipped = set()
+    for package, patterns in data.items():
+        folder = ROOT / package.replace(".", "/")
+        shipped |= {path for pattern in patterns for path in folder.glob(pattern)}
+    listed = subprocess.run(["git", "ls-files", *PACKAGES], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    lying = {ROOT / line for line in listed.stdout.splitlines() if not line.endswith((".py", ".md"))}
+    lying = {path for path in lying if path.exists() and ROOT / "loadtest/results" not in path.parents}
+    assert lying <= shipped, lying - shipped
