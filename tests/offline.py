@@ -1,0 +1,77 @@
+"""Drive an `Engine` without processes or sockets."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from adapters import format as adapter_format
+from server.engine.engine import Engine
+from server.engine.protocol import AdapterRef, EngineConfig, Generate, Output, Sampling, TokenLogprob
+
+
+def load_engine(model: Path, cache: Path, **overrides: Any) -> Engine:
+    """An engine over the model in `model`, small enough to have several of."""
+    settings: dict[str, Any] = {
+        "kv_cache_bytes": 4 << 20,
+        "adapter_bytes": 8 << 20,
+        "max_batch_tokens": 64,
+        "max_batch_requests": 16,
+    }
+    return Engine.load(EngineConfig(address="", model=str(model), cache_dir=str(cache), **(settings | overrides)))
+
+
+def publish(engine: Engine, directory: Path) -> AdapterRef:
+    """Check an adapter's directory as an upload would, and say how requests refer to it."""
+    ready = engine.ready()
+    spec = adapter_format.inspect(directory, ready.linears, ready.architecture)
+    spec.save(directory)
+    return AdapterRef(spec.digest, str(directory))
+
+
+@dataclass
+class Answer:
+    """All outputs of one sequence, joined."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    finish_reason: str | None = None
+    error: str | None = None
+    code: str | None = None
+    cached_tokens: int = 0
+
+    def take(self, output: Output) -> None:
+        self.tokens += output.tokens
+        self.logprobs += output.logprobs
+        self.prompt_logprobs += output.prompt_logprobs or []
+        self.finish_reason = output.finish_reason
+        self.error, self.code = output.error, output.code
+        self.cached_tokens += output.cached_tokens
+
+
+def request(id: str, prompt: Sequence[int], adapter: AdapterRef | None = None, **sampling: Any) -> Generate:  # noqa: A002
+    """A greedy request with logprobs, unless told otherwise."""
+    settings: dict[str, Any] = {"temperature": 0.0, "ignore_eos": True, "logprobs": 0}
+    return Generate(
+        id=id,
+        prompt=list(prompt),
+        sampling=Sampling(**(settings | sampling)),
+        adapters=[] if adapter is None else [adapter],
+    )
+
+
+def run(engine: Engine, requests: Iterable[Generate], every: int = 0) -> dict[str, Answer]:
+    """Run requests to their end; a new one joins after each `every` steps (0: all at once)."""
+    queue = list(requests)
+    answers = {request.id: Answer() for request in queue}
+    steps = 0
+    while queue or not engine.idle:
+        while queue and (not every or steps % every == 0):
+            engine.add(queue.pop(0))
+            if every:
+                break
+        for output in engine.step()[0]:
+            answers[output.id].take(output)
+        steps += 1
+    return answers
