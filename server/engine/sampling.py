@@ -21,6 +21,7 @@ from server.engine.protocol import Sampling, TokenLogprob
 
 GREEDY_BELOW = 1e-5  # temperatures below this are taken for 0, as vLLM does
 _BLOCK = 128  # vocabulary entries that are summed together
+_NUCLEUS_GUESS = 128  # tokens to rank at first: nearly every nucleus is among them
 _CPU_SLICE = 2**18  # logits worked on at once on a CPU: temporaries of 1 MiB stay in its cache
 
 
@@ -209,11 +210,9 @@ def _histories(rows: Sequence[int], tokens: Sequence[Sequence[int]], logits: Ten
     return torch.tensor(rows).repeat_interleave(lengths).to(logits.device), ids.to(logits.device)
 
 
-def _column(
-    rows: Sequence[Row], value: Callable[[Sampling], float], like: Tensor, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """One number of every row's sampling: [rows]."""
-    return torch.tensor([value(row.sampling) for row in rows], dtype=dtype, device=like.device)
+def _column(rows: Sequence[Row], value: Callable[[Sampling], float], like: Tensor) -> Tensor:
+    """One number of every row's sampling, float32 [rows]."""
+    return torch.tensor([value(row.sampling) for row in rows], dtype=torch.float32, device=like.device)
 
 
 # --- the draw ------------------------------------------------------------------------------------
@@ -228,45 +227,51 @@ def _draw(scores: Tensor, rows: Sequence[Row]) -> Tensor:
     # Relative to the peak before dividing: no temperature can overflow, and the likeliest token weighs exactly 1.
     weights = scores - scores.amax(-1, keepdim=True)  # [rows, vocabulary]
     weights.div_(_column(rows, lambda sampling: sampling.temperature, scores)[:, None]).exp_()
-    floor = _column(rows, lambda sampling: sampling.min_p, scores)[:, None]  # [rows, 1]
 
     limited = [index for index, row in enumerate(rows) if 0 < row.sampling.top_k < weights.shape[1]]
-    if limited:
-        limits = [rows[index].sampling.top_k for index in limited]
-        top = weights[limited].topk(max(limits)).values
-        kth = top.gather(1, torch.tensor(limits, device=scores.device)[:, None] - 1)
-        floor[limited] = torch.maximum(floor[limited], kth)
+    if limited or any(row.sampling.min_p for row in rows):
+        floor = _column(rows, lambda sampling: sampling.min_p, scores)[:, None]  # [rows, 1]
+        if limited:
+            limits = [rows[index].sampling.top_k for index in limited]
+            top = weights[limited].topk(max(limits)).values
+            kth = top.gather(1, torch.tensor(limits, device=scores.device)[:, None] - 1)
+            floor[limited] = torch.maximum(floor[limited], kth)
+        weights *= weights >= floor
 
     nuclei = [index for index, row in enumerate(rows) if row.sampling.top_p < 1.0]
     if nuclei:
-        p = _column([rows[index] for index in nuclei], lambda sampling: sampling.top_p, scores, torch.float64)[:, None]
-        floor[nuclei] = _nucleus_floor(weights[nuclei], floor[nuclei], p)
-
-    if limited or nuclei or any(row.sampling.min_p for row in rows):
+        p = torch.tensor([[rows[index].sampling.top_p] for index in nuclei], dtype=torch.float64, device=scores.device)
+        floor = weights.new_zeros(len(rows), 1)
+        floor[nuclei] = _nucleus_floor(weights if len(nuclei) == len(rows) else weights[nuclei], p)
         weights *= weights >= floor
-    uniforms = [uniform(row.sampling.seed, row.position) for row in rows]
-    return _invert(weights, torch.tensor(uniforms, dtype=torch.float64, device=scores.device)[:, None])
+
+    uniforms = [[uniform(row.sampling.seed, row.position)] for row in rows]
+    return _invert(weights, torch.tensor(uniforms, dtype=torch.float64, device=scores.device))
 
 
-def _nucleus_floor(weights: Tensor, floor: Tensor, p: Tensor) -> Tensor:
-    """The floor under the smallest set of likeliest tokens that holds a share `p` of what stays above the given floor.
+def _nucleus_floor(weights: Tensor, p: Tensor) -> Tensor:
+    """The smallest weight in the smallest set of likeliest tokens that holds a share `p` of all: float32 [rows, 1].
 
     Args:
         weights: float32 [rows, vocabulary].
-        floor: float32 [rows, 1].
         p: float64 [rows, 1].
     """
-    total = _block_sums(weights * (weights >= floor)).sum(-1, keepdim=True)  # float64 [rows, 1]
-    # Tokens below this hold no more than 1 - p together, so none of them is needed; only the others are sorted.
-    least = torch.maximum(floor, ((1 - p) * total / weights.shape[1]).float())
-    candidate = weights >= least
-    counts = candidate.sum(-1, keepdim=True)
-    ranked = weights.new_zeros(len(weights), int(counts.max()))
-    ranked[torch.arange(ranked.shape[1], device=weights.device) < counts] = weights[candidate]
-    ranked = ranked.sort(descending=True).values
-    reach = ranked.cumsum(-1, dtype=torch.float64)
-    last = (reach < p * total).sum(-1, keepdim=True)  # index of the token that reaches the goal
-    return ranked.gather(1, torch.minimum(last, counts - 1))  # rounding may leave the sum of all just short of it
+    total = _block_sums(weights).sum(-1, keepdim=True)  # float64 [rows, 1]
+    ranked = weights.topk(min(_NUCLEUS_GUESS, weights.shape[1])).values
+    last = (ranked.cumsum(-1, dtype=torch.float64) < p * total).sum(-1, keepdim=True)  # the one that reaches the goal
+    floor = ranked.gather(1, last.clamp(max=ranked.shape[1] - 1))
+    wide = (last == ranked.shape[1]).squeeze(1).nonzero().squeeze(1)
+    if len(wide):
+        weights, p, total = weights[wide], p[wide], total[wide]
+        # Tokens below this hold no more than 1 - p together, so none of them is needed; only the others are ranked.
+        candidate = weights >= ((1 - p) * total / weights.shape[1]).float()
+        counts = candidate.sum(-1, keepdim=True)
+        ranked = weights.new_zeros(len(wide), int(counts.max()))
+        ranked[torch.arange(ranked.shape[1], device=weights.device) < counts] = weights[candidate]
+        ranked = ranked.sort(descending=True).values
+        last = (ranked.cumsum(-1, dtype=torch.float64) < p * total).sum(-1, keepdim=True)
+        floor[wide] = ranked.gather(1, torch.minimum(last, counts - 1))  # rounding may leave all of them just short
+    return floor
 
 
 def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
@@ -293,7 +298,7 @@ def _blocked(weights: Tensor) -> Tensor:
 
 def _block_sums(weights: Tensor) -> Tensor:
     """Sums over blocks of the vocabulary, float64 [rows, blocks]."""
-    return _blocked(weights).sum(-1, dtype=torch.float64)
+    return _blocked(weights).sum(-1).double()  # within a block float32 will do, and needs no wider copy
 
 
 def uniform(seed: int, position: int) -> float:
