@@ -1,0 +1,1 @@
+"""The systems that a comparison measures, each behind the same small interface (`base.Side`)."""

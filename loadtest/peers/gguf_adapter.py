@@ -1,0 +1,68 @@
+"""Writes a PEFT adapter of a Llama-like model as the GGUF file that llama-server reads.
+
+llama.cpp stores the rows of q and k in another order than transformers (its rotary embedding turns neighbouring pairs,
+not halves), so the rows of B go through the same permutation as the base's weights did.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def write_gguf_adapter(peft: Path, model: Path, target: Path, *, half: bool) -> None:
+    """Convert the PEFT folder `peft`, made for the Hugging Face folder `model`, to the file `target`.
+
+    `half` stores fp16 numbers instead of fp32. Raises KeyError for a module that llama.cpp's Llama does not have.
+    """
+    import gguf
+    from safetensors.torch import load_file
+
+    settings = json.loads((peft / "adapter_config.json").read_text())
+    config = json.loads((model / "config.json").read_text())
+    writer = gguf.GGUFWriter(target, "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", float(settings["lora_alpha"]))
+    for name, tensor in load_file(peft / "adapter_model.safetensors").items():
+        layer, module, side = split_name(name)
+        values = tensor.float().numpy()  # A: [rank, in]; B: [out, rank]
+        if side == "lora_b":
+            values = permuted(values, module, config)
+        values = np.ascontiguousarray(values, dtype=np.float16 if half else np.float32)
+        writer.add_tensor(f"blk.{layer}.{_NAMES[module]}.weight.{side}", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def split_name(name: str) -> tuple[int, str, str]:
+    """`base_model.model.model.layers.3.mlp.up_proj.lora_A.weight` -> (3, "mlp.up_proj", "lora_a")."""
+    path, side = name.removesuffix(".weight").rsplit(".", 1)
+    layer, module = path.split(".layers.", 1)[1].split(".", 1)
+    return int(layer), module, side.lower()
+
+
+def permuted(rows: NDArray[np.float32], module: str, config: dict[str, Any]) -> NDArray[np.float32]:
+    """Rows `[out, ...]` in llama.cpp's order: within each head of q and k, (halves, pairs) becomes (pairs, halves)."""
+    heads = {
+        "self_attn.q_proj": config["num_attention_heads"],
+        "self_attn.k_proj": config.get("num_key_value_heads") or config["num_attention_heads"],
+    }.get(module)
+    if heads is None:
+        return rows
+    out = rows.shape[0]
+    return rows.reshape(heads, 2, out // heads // 2, -1).swapaxes(1, 2).reshape(rows.shape)

@@ -1,0 +1,87 @@
+"""Our own server, as anyone would start it: the `lorakeet` command, default settings, adapters pushed over HTTP."""
+
+import importlib.metadata
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from loadtest.peers import base
+
+
+class Lorakeet(base.ServerSide):
+    """`lorakeet serve` with an empty data folder; every adapter of the kit is uploaded before the first request."""
+
+    name = "lorakeet"
+    ready_path = "/ready"
+    ready_seconds = 600.0  # a first start quantises the base
+
+    def __init__(self, *, upload: bool = True) -> None:
+        super().__init__()
+        self._upload = upload
+        self._flags: list[str] = []
+
+    def missing(self) -> str | None:
+        return None if executable().exists() else f"{executable()} does not exist: make install"
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "version": importlib.metadata.version("lorakeet"),
+            "base": "NF4, double quantisation",
+            "adapters": "uploaded over HTTP, per request by model name" if self._upload else "none loaded",
+            "settings": "defaults",
+        }
+
+    def command(self, kit: base.Kit, port: int) -> tuple[list[str], dict[str, str]]:
+        data = kit.folder / f"{self.name}-data"
+        flags = ["--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port), "--data-dir", str(data)]
+        return [str(executable()), "serve", "--model", str(kit.model), *flags], {}
+
+    async def loaded(self, kit: base.Kit) -> None:
+        if not self._upload:
+            return
+        async with httpx.AsyncClient(base_url=self.url, timeout=120) as http:
+            for adapter, folder in kit.adapters.items():
+                await upload_adapter(http, adapter_name(adapter), folder)
+
+    def request(self, work: base.Work) -> tuple[str, dict[str, Any]]:
+        name = "base" if work.adapter is None else adapter_name(work.adapter)
+        return name, {"ignore_eos": True}
+
+
+class LorakeetBare(Lorakeet):
+    """The same server before any adapter was loaded: what base-only requests cost then."""
+
+    name = "lorakeet-bare"
+
+    def __init__(self) -> None:
+        super().__init__(upload=False)
+
+
+def executable() -> Path:
+    """The `lorakeet` command of this environment."""
+    return Path(sys.executable).with_name("lorakeet")
+
+
+def adapter_name(adapter: base.AdapterId) -> str:
+    """The name under which an adapter is uploaded."""
+    return f"{adapter[0]}-{adapter[1]}"
+
+
+async def upload_adapter(http: httpx.AsyncClient, name: str, folder: Path) -> dict[str, Any]:
+    """`POST /v1/adapters`; returns the receipt. Raises `SideError` with the server's message."""
+    config = (folder / "adapter_config.json").read_bytes()
+    with (folder / "adapter_model.safetensors").open("rb") as weights:
+        answer = await http.post(
+            "/v1/adapters",
+            data={"name": name},
+            files={
+                "config": ("adapter_config.json", config, "application/json"),
+                "weights": ("adapter_model.safetensors", weights, "application/octet-stream"),
+            },
+        )
+    if answer.status_code not in (200, 201):
+        raise base.SideError(f"upload of {name}: HTTP {answer.status_code}: {answer.text[:500]}")
+    receipt: dict[str, Any] = answer.json()
+    return receipt
