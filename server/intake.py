@@ -97,6 +97,15 @@ class AdapterIntake:
             self._forget_unused(tenant, version.digest)
         return version
 
+    async def find(self, tenant: str, name: str, digest_prefix: str | None = None) -> Version:
+        """A stored version, if need be after a look into `adapter_dir`. Raises UnknownAdapter, AmbiguousDigest."""
+        try:
+            return self._store.get(tenant, name, digest_prefix)
+        except UnknownAdapter:
+            if not await self.discover(tenant, name):
+                raise
+            return self._store.get(tenant, name, digest_prefix)
+
     async def discover(self, tenant: str, name: str) -> bool:
         """Look for an unknown name in `adapter_dir`; whether it is in the store now."""
         root = self._settings.adapter_dir

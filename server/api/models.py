@@ -27,7 +27,7 @@ async def get_model(request: Request) -> Response:
     if name in services.settings.base_aliases:
         return JSONResponse(_base_card(services))
     try:
-        return JSONResponse(_adapter_card(services, services.store.get(TENANT, name)))
+        return JSONResponse(_adapter_card(services, await services.intake.find(TENANT, name)))
     except UnknownAdapter:
         raise ModelNotFound(name) from None
 

@@ -1,0 +1,90 @@
+"""A small base without an engine behind it, and adapters that fit it."""
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save as save_safetensors
+
+from server.engine.client import EngineUnavailable
+from server.engine.protocol import AdapterRef, Generate, Inspection, Linear, Output, Ready
+
+HIDDEN = 16
+LAYERS = 2
+BASE_DIGEST = "sha256:" + "b" * 64
+
+
+def base_info(pool_rows: int = 64) -> Ready:
+    """A base with q_proj and v_proj in two layers."""
+    linears = {
+        f"model.layers.{layer}.self_attn.{kind}": Linear(kind, HIDDEN, HIDDEN)
+        for layer in range(LAYERS)
+        for kind in ("q_proj", "v_proj")
+    }
+    return Ready(
+        pid=4242,
+        base_digest=BASE_DIGEST,
+        architecture="LlamaForCausalLM",
+        vocab_size=512,
+        max_model_len=256,
+        eos_token_ids=[2],
+        linears=linears,
+        block_size=16,
+        num_blocks=8,
+        pool_rows={"q_proj": pool_rows, "v_proj": pool_rows},
+        device="cpu",
+        dtype="float32",
+    )
+
+
+class IdleEngine:
+    """An EngineClient that serves nothing and remembers what it was asked to forget."""
+
+    def __init__(self, info: Ready | None = None) -> None:
+        self.info = info
+        self.pid: int | None = info.pid if info else None
+        self.unready_reason: str | None = None if info else "the engine is loading the model"
+        self.forgotten: list[str] = []
+
+    async def generate(self, request: Generate) -> AsyncIterator[Output]:
+        raise EngineUnavailable("this engine serves nothing")
+        yield
+
+    async def warm(self, adapter: AdapterRef) -> float:
+        return 0.0
+
+    async def forget(self, digest: str) -> None:
+        self.forgotten.append(digest)
+
+    async def inspect(self) -> Inspection:
+        raise EngineUnavailable("this engine serves nothing")
+
+    async def start(self) -> None:
+        pass
+
+    async def stop(self, grace: float) -> None:
+        pass
+
+
+def adapter_files(seed: int = 0, rank: int = 4, **config: Any) -> tuple[bytes, bytes]:
+    """adapter_config.json and adapter_model.safetensors of a random adapter for `base_info`."""
+    random = np.random.default_rng(seed)
+    tensors: dict[str, np.ndarray] = {}
+    for layer in range(LAYERS):
+        for kind in ("q_proj", "v_proj"):
+            prefix = f"base_model.model.model.layers.{layer}.self_attn.{kind}"
+            tensors[f"{prefix}.lora_A.weight"] = random.standard_normal((rank, HIDDEN)).astype(np.float32)
+            tensors[f"{prefix}.lora_B.weight"] = random.standard_normal((HIDDEN, rank)).astype(np.float32)
+    fields = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": ["q_proj", "v_proj"]}
+    return json.dumps(fields | config).encode(), save_safetensors(tensors)
+
+
+def write_adapter(directory: Path, seed: int = 0, **config: Any) -> Path:
+    """A PEFT directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    configuration, weights = adapter_files(seed, **config)
+    (directory / "adapter_config.json").write_bytes(configuration)
+    (directory / "adapter_model.safetensors").write_bytes(weights)
+    return directory
