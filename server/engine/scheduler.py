@@ -57,7 +57,7 @@ class Sequence:
     code: str | None = field(init=False, default=None)
 
     _order: int = field(init=False, default=-1)  # place in the order of arrival
-    _refusals: int = field(init=False, default=0)  # steps in a row in which its adapter found no room
+    _refused_since: int | None = field(init=False, default=None)  # the step in which its adapter first found no room
     _keys: list[bytes] = field(init=False, default_factory=list)  # chain keys of the leading full blocks
 
     def __post_init__(self) -> None:
@@ -169,6 +169,7 @@ class Scheduler:
         self._by_id: dict[str, Sequence] = {}
         self._failed: list[Sequence] = []
         self._arrivals = 0
+        self._steps = 0
 
     @property
     def idle(self) -> bool:
@@ -222,6 +223,7 @@ class Scheduler:
         Args:
             now: seconds on the clock of `Sequence.arrival`; only stamps `first_scheduled`.
         """
+        self._steps += 1
         works: list[Work] = []
         preempted = self._schedule_decodes(works)
         budget = self._max_batch_tokens - len(works)
@@ -278,14 +280,15 @@ class Scheduler:
             if starving and sequence.adapter:
                 continue
             if not self._acquire_adapter(sequence, refused):
-                starving |= sequence._refusals > self._patience
+                since = sequence._refused_since
+                starving |= since is not None and self._steps - since >= self._patience
                 continue
             if not self._take_blocks(sequence):
                 self._residency.release(sequence.adapter)
                 break
             self.waiting.remove(sequence)
             insort(self.running, sequence, key=_order)
-            sequence._refusals = 0
+            sequence._refused_since = None
             if sequence.first_scheduled is None:
                 sequence.first_scheduled = now
             works.append(self._work(sequence, budget))
@@ -299,7 +302,8 @@ class Scheduler:
             if answer == "ready":
                 return True
             refused[key] = self._residency.error(key) if answer == "failed" else None
-            sequence._refusals += answer == "full"
+            if answer == "full" and sequence._refused_since is None:
+                sequence._refused_since = self._steps
         error = refused[key]
         if error is not None:
             self.fail(sequence.id, error, LOAD_FAILED)
