@@ -93,7 +93,9 @@ def list_adapters(url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
     """Show the adapters that the server knows."""
     with connect(url, api_key) as client:
         adapters = get_json(client, "/v1/adapters")["data"]
-    table = Table("NAME", "DIGEST", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("NAME", overflow="fold")
+    table.add_column("DIGEST", no_wrap=True)
     for heading in ("RANK", "MODULES", "PARAMETERS", "SIZE"):
         table.add_column(heading, justify="right")
     for adapter in adapters:
@@ -123,7 +125,8 @@ def remove(
 def _progress() -> Progress:
     """A bar for bytes on standard error, shown on a terminal only and gone when done."""
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    return Progress(*columns, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _short(digest: str) -> str:
