@@ -4,8 +4,6 @@ The body is OpenAI's: `{"error": {"message", "type", "param", "code"}}`. Message
 carry a traceback, a path or an address. This file knows HTTP statuses and no route.
 """
 
-# ruff: noqa: N818  # named for what happened, as HTTP's own statuses are
-
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -15,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ExceptionHandler
 
+from adapters.config import AdapterError
 from server.engine.client import EngineUnavailable
 
 
@@ -97,7 +96,7 @@ class ModelNotFound(NotFound):
     default_code = "model_not_found"
 
     def __init__(self, name: str, *, param: str | None = "model") -> None:
-        super().__init__(f"The model `{_shown(name)}` does not exist.", param=param)
+        super().__init__(f"The model `{shown(name)}` does not exist.", param=param)
 
 
 class Conflict(InvalidRequest):
@@ -178,6 +177,8 @@ def as_error(exc: Exception) -> LorakeetError:
             return exc
         case EngineUnavailable():
             return Unavailable(str(exc), retry_after=exc.retry_after)
+        case AdapterError():
+            return InvalidRequest(str(exc), param=exc.param, code=exc.code)
         case ValidationError():
             return _from_validation(exc)
         case HTTPException():
@@ -190,6 +191,12 @@ def error_response(error: LorakeetError) -> Response:
     return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
 
 
+def shown(text: str) -> str:
+    """Client text as part of a message: printable and not too long."""
+    printable = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return printable if len(printable) <= 200 else printable[:200] + "..."
+
+
 async def handle_exception(request: Request, exc: Exception) -> Response:
     """Starlette's handler for every type in `EXCEPTION_HANDLERS`; the outermost middleware answers for the rest."""
     if isinstance(exc, HTTPException) and exc.status_code in (404, 405):
@@ -199,7 +206,7 @@ async def handle_exception(request: Request, exc: Exception) -> Response:
     return error_response(error)
 
 
-_HANDLED = (LorakeetError, EngineUnavailable, ValidationError, HTTPException)
+_HANDLED = (LorakeetError, EngineUnavailable, AdapterError, ValidationError, HTTPException)
 EXCEPTION_HANDLERS: dict[Any, ExceptionHandler] = dict.fromkeys(_HANDLED, handle_exception)
 
 
@@ -210,10 +217,10 @@ def _with_status(status: int, error: LorakeetError) -> LorakeetError:
 
 
 def _unknown_route(request: Request, exc: HTTPException) -> LorakeetError:
-    shown = f"{request.method} {_shown(request.url.path)}"
+    asked = f"{request.method} {shown(request.url.path)}"
     if exc.status_code == 404:
-        return NotFound(f"Unknown request URL: {shown}.", code="unknown_url")
-    error = InvalidRequest(f"Not allowed: {shown}.", code="method_not_allowed", headers=exc.headers)
+        return NotFound(f"Unknown request URL: {asked}.", code="unknown_url")
+    error = InvalidRequest(f"Not allowed: {asked}.", code="method_not_allowed", headers=exc.headers)
     return _with_status(405, error)
 
 
@@ -228,13 +235,7 @@ def _from_validation(exc: ValidationError) -> LorakeetError:
     path = [str(part) for part in fault["loc"]]
     param = ".".join(path)[:200] or None
     if fault["type"] == "extra_forbidden":
-        message = f"Unsupported parameter: `{_shown(param or '')}`."
+        message = f"Unsupported parameter: `{shown(param or '')}`."
         return InvalidRequest(message, param=param, code="unsupported_parameter")
     message = fault["msg"].removeprefix("Value error, ")
     return InvalidRequest(f"`{param}`: {message}" if param else message, param=param)
-
-
-def _shown(text: str) -> str:
-    """Client text as part of a message: printable and not too long."""
-    printable = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return printable if len(printable) <= 200 else printable[:200] + "..."

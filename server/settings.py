@@ -230,12 +230,12 @@ class Settings:
         shown="a share of what is free",
     )
     adapter_host_bytes: int = _setting(
-        GIB,
+        4 * GIB,
         "Host memory for adapters that left the device; 0 reads them from disk again.",
         parse=parse_size,
         minimum=0,
         maximum=2**50,
-        shown="1GiB",
+        shown="4GiB",
     )
     max_batch_tokens: int | None = _setting(
         None,
@@ -245,7 +245,7 @@ class Settings:
         maximum=2**20,
         shown="256 on a CPU, 2048 on CUDA",
     )
-    max_batch_requests: int = _setting(64, "Most sequences in one step.", parse=_integer, minimum=1, maximum=4096)
+    max_batch_requests: int = _setting(32, "Most sequences in one step.", parse=_integer, minimum=1, maximum=4096)
     prefix_caching: bool = _setting(True, "Reuse the KV of prompts that begin alike.", parse=parse_bool)
 
     # --- the queue

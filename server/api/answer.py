@@ -1,0 +1,98 @@
+"""How an answer reaches the client: as JSON at once or as server-sent events, and not a token further once it left.
+
+Pure ASGI. It knows connections and nothing of what is sent.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+
+import msgspec
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from server.errors import InternalError, as_error
+
+log = logging.getLogger(__name__)
+
+_EVENT_STREAM = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",  # proxies, pass it on at once
+}
+
+encode_json = msgspec.json.Encoder().encode
+
+
+class Answer:
+    """An ASGI response that runs `work(send)` until it is done or the client is gone, whichever comes first.
+
+    When the client goes, the work is cancelled, so that whatever it iterates over is closed. The request's body must
+    have been read.
+    """
+
+    def __init__(self, work: Callable[[Send], Awaitable[None]]) -> None:
+        self._work = work
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        work = asyncio.ensure_future(self._work(send))
+        gone = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise ClientDisconnect
+            work.result()
+        finally:
+            work.cancel()
+            gone.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def send_json(send: Send, content: Any, headers: Mapping[str, str]) -> None:
+    """The whole answer at once."""
+    body = encode_json(content)
+    length = {"content-type": "application/json", "content-length": str(len(body))}
+    await _start(send, length | dict(headers))
+    await _send_body(send, body, more=False)
+
+
+async def send_events(send: Send, events: AsyncIterator[Any], headers: Mapping[str, str]) -> None:
+    """Server-sent events, one per item, and `[DONE]`.
+
+    The head waits for the first event: what fails before it is an ordinary error response. What fails later ends the
+    stream with an error event and without `[DONE]`.
+    """
+    started = False
+    try:
+        async for event in events:
+            if not started:
+                started = True
+                await _start(send, _EVENT_STREAM | dict(headers))
+            await _send_body(send, b"data: " + encode_json(event) + b"\n\n")
+    except Exception as exc:
+        if not started:
+            raise
+        error = as_error(exc)
+        if isinstance(error, InternalError):
+            log.exception("a stream failed")
+        await _send_body(send, b"data: " + encode_json(error.body()) + b"\n\n")
+    else:
+        if not started:
+            await _start(send, _EVENT_STREAM | dict(headers))
+        await _send_body(send, b"data: [DONE]\n\n")
+    await _send_body(send, b"", more=False)
+
+
+async def _start(send: Send, headers: Mapping[str, str]) -> None:
+    raw = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": 200, "headers": raw})
+
+
+async def _send_body(send: Send, body: bytes, *, more: bool = True) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": more})

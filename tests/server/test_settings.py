@@ -1,0 +1,102 @@
+"""One table of settings: flags, variables, defaults, ranges."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.settings import SettingError, Settings, parse_bool, parse_size, settings_fields, settings_table
+
+
+def test_precedence_is_flag_then_environment_then_default() -> None:
+    environ = {"LORAKEET_PORT": "9001", "LORAKEET_HOST": "0.0.0.0"}
+    settings = Settings.load({"port": "9000", "host": None}, environ)
+    assert (settings.port, settings.host, settings.dtype) == (9000, "0.0.0.0", "auto")
+
+
+def test_every_field_is_a_row_with_flag_variable_and_help() -> None:
+    rows = settings_fields()
+    assert [row.name for row in rows] == [field.name for field in fields(Settings)]
+    for row in rows:
+        assert row.help.endswith(".")
+        assert f"`{row.flag}`" in settings_table()
+        assert f"`{row.env}`" in settings_table()
+
+
+@pytest.mark.parametrize("row", settings_fields(), ids=lambda row: row.name)
+def test_every_setting_is_read_alike_from_flag_and_environment(row: Any) -> None:
+    sample = {
+        "adapter": "a=/x",
+        "kv_cache_bytes": "1GiB",
+        "adapter_bytes": "1GiB",
+        "max_body_bytes": "1MiB",
+        "max_upload_bytes": "1GiB",
+        "adapter_host_bytes": "1GiB",
+    }
+    text = sample.get(row.name) or (row.choices[-1] if row.choices else "true" if row.is_bool else "100")
+    by_flag = Settings.load({row.name: [text] if row.repeatable else text}, {})
+    by_variable = Settings.load({}, {row.env: text})
+    assert getattr(by_flag, row.name) == getattr(by_variable, row.name) is not None
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "message"),
+    [
+        ({"port": "65536"}, {}, "--port: 65536 is more than 65535"),
+        ({"port": "8e3"}, {}, "--port: expected a whole number"),
+        ({"port": "9" * 5000}, {}, "--port: expected a whole number"),
+        ({"drain_seconds": "nan"}, {}, "--drain-seconds: nan"),
+        ({"drain_seconds": "-1"}, {}, "--drain-seconds: -1"),
+        ({}, {"LORAKEET_DTYPE": "int3"}, "LORAKEET_DTYPE: 'int3' is not one of auto"),
+        ({}, {"LORAKEET_PREFIX_CACHING": "maybe"}, "LORAKEET_PREFIX_CACHING: expected true or false"),
+        ({"kv_cache_bytes": "lots"}, {}, "--kv-cache-bytes: expected a size"),
+        ({"adapter": ["no-equals-sign"]}, {}, "--adapter: 'no-equals-sign' is not NAME=DIR"),
+        ({"max_batch_tokens": "32", "max_batch_requests": "32"}, {}, "--max-batch-tokens: 32 leaves no room"),
+        ({"model": ""}, {}, "--model: expected a value"),
+    ],
+)
+def test_a_bad_value_is_named_by_where_it_came_from(flags: Any, environ: Any, message: str) -> None:
+    with pytest.raises(SettingError, match=f"^{message}"):
+        Settings.load(flags, environ)
+
+
+def test_settings_built_directly_are_checked_too() -> None:
+    with pytest.raises(SettingError, match="--port"):
+        Settings(port=-1)
+
+
+def test_keys_are_not_shown() -> None:
+    settings = Settings.load({}, {"LORAKEET_API_KEY": "secret-1, secret-2"})
+    assert settings.api_key == ("secret-1", "secret-2")
+    assert "secret" not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("512", 512), ("1KiB", 1024), ("1k", 1024), ("1 KB", 1000), ("2GiB", 2 * 2**30), ("1.5m", 3 * 2**19), ("7b", 7)],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@given(st.text(max_size=12))
+def test_any_text_is_a_size_or_a_refusal(text: str) -> None:
+    try:
+        assert parse_size(text) >= 0
+    except ValueError as error:
+        assert "expected a size" in str(error)  # noqa: PT017
+
+
+def test_booleans() -> None:
+    assert parse_bool("Yes") is True
+    assert parse_bool("0") is False
+
+
+def test_the_bases_name_and_aliases() -> None:
+    assert Settings(model="org/Model-1B").base_aliases == {"Model-1B", "org/Model-1B"}
+    assert Settings(model="/models/x.gguf").base_name == "x"
+    assert Settings(served_model_name="mine").base_aliases == {"mine", Settings.model}
+    assert Settings(adapter=("a=~/x",)).adapter_directories == {"a": Path.home() / "x"}
