@@ -256,23 +256,28 @@ class RequestMetrics:
         self._adapter = adapter
         self._digest = digest
         self._arrived = time.monotonic()
-        self._last_output: float | None = None
+        self._prompt_counted = False
+        self._last_token: float | None = None
         if adapter is not None:
             adapters.begin(adapter, digest)
 
     def output(self, tokens: int, prompt_tokens: int, queue_seconds: float) -> None:
-        """An output with `tokens` new tokens; the prompt and the queue time count on the first one only."""
+        """An output with `tokens` new tokens, maybe none; prompt and queue time count on the first output only."""
         now = time.monotonic()
         counts = self._adapters.of_name(self._adapter) if self._adapter is not None else None
-        if self._last_output is None:
-            self._metrics.first_token.observe(now - self._arrived)
+        if not self._prompt_counted:
+            self._prompt_counted = True
             self._metrics.queue_time.observe(queue_seconds)
             self._metrics.prompt_tokens.inc(prompt_tokens)
             if counts is not None:
                 counts.prompt_tokens += prompt_tokens
+        if not tokens:
+            return
+        if self._last_token is None:
+            self._metrics.first_token.observe(now - self._arrived)
         else:
-            self._metrics.inter_token.observe(now - self._last_output)
-        self._last_output = now
+            self._metrics.inter_token.observe(now - self._last_token)
+        self._last_token = now
         self._metrics.generation_tokens.inc(tokens)
         if counts is not None:
             counts.generation_tokens += tokens
