@@ -10,7 +10,7 @@ PYTHONS = $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14)
 USABLE  = import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve check test clean
+.PHONY: help install serve check test readme clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ check: $(STAMP) ## lint, formatting, types
 
 test: $(STAMP) check ## all checks and the whole test suite
 	$(BIN)/pytest $(ARGS)
+
+readme: $(STAMP) ## rewrite the README's generated tables
+	UPDATE_README=1 $(BIN)/pytest -q tests/test_readme.py
 
 clean: ## remove the environment and everything the tools leave behind
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""The README says what the code says. `UPDATE_README=1 pytest tests/test_readme.py` rewrites its generated tables."""
+"""The README says what the code says. `make readme` rewrites its generated tables."""
 
 import importlib
 import os
@@ -49,7 +49,7 @@ def test_generated_tables_are_current(block: str, generate: Callable[[], str]) -
     if os.environ.get("UPDATE_README"):
         README.write_text(head + begin + generate() + end + tail, encoding="utf-8")
     else:
-        assert old == generate(), "run: UPDATE_README=1 pytest tests/test_readme.py"
+        assert old == generate(), "run: make readme"
 
 
 def test_every_endpoint_is_in_the_table() -> None:
