@@ -1,17 +1,44 @@
-"""The HTTP application: routes, middleware and lifespan around the services it is given.
+"""The HTTP application, and the server around it.
 
-`build_app` is pure: collaborators come in, nothing is opened. `server.main` makes them for a real server.
+`build_app` is pure: collaborators come in, nothing is opened. `serve` makes the collaborators from the settings, runs
+until it is told to stop, and lets requests in flight finish. Torch stays in the engine's process.
 """
 
+import asyncio
+import json
+import logging
+import os
+import shlex
+import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
+from types import FrameType
 
+import uvicorn
+from adapters.store import AdapterStore
+from filelock import FileLock, Timeout
 from starlette.applications import Starlette
 
-from server.api import chat, completions, tokenize
+from server import logs
+from server.admission import Admission
+from server.api import adapters, chat, completions, health, models, tokenize, vllm
+from server.engine.client import LocalEngine
+from server.engine.protocol import EngineConfig
 from server.errors import EXCEPTION_HANDLERS
-from server.middleware import middleware
-from server.services import Services
+from server.http_limits import LimitedHttpProtocol
+from server.intake import AdapterIntake
+from server.metrics import Metrics
+from server.middleware import Drain, middleware
+from server.models import ModelError, resolve
+from server.services import TENANT, Services
+from server.settings import SettingError, Settings
+from server.text import TextProcessor, TokenizerError
+
+_LAST_WORDS_SECONDS = 5  # for answers that are on their way out when everything else has stopped
+_KEEP_ALIVE_SECONDS = 75
+
+log = logging.getLogger(__name__)
 
 
 def build_app(services: Services) -> Starlette:
@@ -26,8 +53,11 @@ def build_app(services: Services) -> Starlette:
             await services.engine.stop(grace=0.0)
 
     settings = services.settings
+    resources = [completions, chat, tokenize, adapters, models, health]
+    if settings.lora_dir is not None:
+        resources.append(vllm)
     app = Starlette(
-        routes=[*completions.routes, *chat.routes, *tokenize.routes],
+        routes=[route for resource in resources for route in resource.routes],
         middleware=middleware(services.drain, settings.api_key, settings.allowed_origins),
         exception_handlers=EXCEPTION_HANDLERS,
         lifespan=lifespan,
@@ -35,3 +65,165 @@ def build_app(services: Services) -> Starlette:
     app.router.redirect_slashes = False
     app.state.services = services
     return app
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or Ctrl-C, then drain.
+
+    Raises `ModelError` and `SettingError`, in one line for the operator, when the server cannot start as it is told.
+    """
+    logs.configure(settings.log_level, as_json=settings.log_json)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are the engine's
+    directory = resolve(settings.model, settings.cache_dir, log.info)
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(settings.data_dir / "server.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise SettingError(f"--data-dir: another server is using {settings.data_dir}") from None
+    with lock:
+        services, engine = _make_services(settings, directory)
+        server = _Server(services, engine)
+        server.run()
+        services.text.close()
+    if server.failure is not None:
+        raise server.failure
+
+
+def _make_services(settings: Settings, model: Path) -> tuple[Services, LocalEngine]:
+    try:
+        text = TextProcessor.load(model)
+    except TokenizerError as error:
+        raise ModelError(str(error)) from None
+    metrics = Metrics(settings.metrics_adapters, settings.max_batch_requests)
+    engine = LocalEngine(_engine_config(settings, model), metrics.engine_stats)
+    database = sqlite3.connect(settings.data_dir / "lorakeet.db", isolation_level=None, check_same_thread=False)
+    store = AdapterStore(settings.data_dir / "adapters", database)
+    services = Services(
+        settings=settings,
+        engine=engine,
+        text=text,
+        store=store,
+        metrics=metrics,
+        admission=Admission(settings.max_queued_requests, settings.max_queued_tokens),
+        drain=Drain(),
+        intake=AdapterIntake(settings, engine, store, metrics),
+    )
+    return services, engine
+
+
+def _engine_config(settings: Settings, model: Path) -> EngineConfig:
+    return EngineConfig(
+        address="",
+        model=str(model),
+        cache_dir=str(settings.cache_dir),
+        quantization=settings.quantization,
+        dtype=settings.dtype,
+        device=settings.device,
+        max_model_len=settings.max_model_len,
+        kv_cache_bytes=settings.kv_cache_bytes,
+        adapter_bytes=settings.adapter_bytes,
+        adapter_host_bytes=settings.adapter_host_bytes,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_batch_requests=settings.max_batch_requests,
+        prefix_caching=settings.prefix_caching,
+        threads=settings.threads,
+    )
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, told how this server comes up and goes down."""
+
+    def __init__(self, services: Services, engine: LocalEngine) -> None:
+        settings = services.settings
+        super().__init__(
+            uvicorn.Config(
+                build_app(services),
+                host=settings.host,
+                port=settings.port,
+                http=LimitedHttpProtocol,
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=_LAST_WORDS_SECONDS,
+            )
+        )
+        self.failure: ModelError | SettingError | None = None
+        self._services = services
+        self._engine = engine
+        self._told_to_stop = False
+        self._coming_up: asyncio.Task[None] | None = None
+        self._going_down: asyncio.Task[None] | None = None
+
+    # --- up ---------------------------------------------------------------------------------------
+
+    async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
+        """Listen at once, so that probes can ask; become ready when the engine is."""
+        await super().startup()
+        self._coming_up = asyncio.create_task(self._come_up())
+
+    async def _come_up(self) -> None:
+        imported = asyncio.ensure_future(self._services.intake.import_configured(TENANT))
+        given_up = asyncio.ensure_future(self._engine.failed_for_good.wait())
+        try:
+            await asyncio.wait({imported, given_up}, return_when=asyncio.FIRST_COMPLETED)
+            if imported.done():
+                imported.result()
+                print(self._greeting(), flush=True)
+            else:
+                raise ModelError(f"the engine cannot start: {self._engine.unready_reason}")
+        except (ModelError, SettingError) as failure:
+            self.failure = failure
+            self.should_exit = True
+        finally:
+            imported.cancel()
+            given_up.cancel()
+
+    def _greeting(self) -> str:
+        settings = self._services.settings
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
+        key = ' -H "Authorization: Bearer $LORAKEET_API_KEY"' if settings.api_key else ""
+        json_type = f"{key} -H 'Content-Type: application/json'"
+        base = settings.base_name
+        question = {"model": base, "messages": [{"role": "user", "content": "What is a lorikeet?"}]}
+        prompt = {"model": "NAME", "prompt": "Once upon a time", "max_tokens": 32}
+        return "\n".join(
+            [
+                f"Serving {base} on {url}. Try:",
+                "",
+                f"  curl {url}/v1/chat/completions{json_type} -d {shlex.quote(json.dumps(question))}",
+                f"  curl {url}/v1/adapters{key} -F name=NAME"
+                " -F config=@DIR/adapter_config.json -F weights=@DIR/adapter_model.safetensors",
+                f"  curl {url}/v1/completions{json_type} -d {shlex.quote(json.dumps(prompt))}",
+                "",
+            ]
+        )
+
+    # --- down ---------------------------------------------------------------------------------------
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain on the first signal, leave on the second. Not uvicorn's way: it would end by the signal, not with 0."""
+        if self._told_to_stop:
+            self.should_exit = self.force_exit = True
+        self._told_to_stop = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second."""
+        if self._told_to_stop and self._going_down is None:
+            self._going_down = asyncio.create_task(self._drain())
+        return await super().on_tick(counter)
+
+    async def _drain(self) -> None:
+        services, seconds = self._services, self._services.settings.drain_seconds
+        log.info("stopping: %d requests may go on for %g s", services.drain.open_requests, seconds)
+        services.drain.begin()
+        try:
+            async with asyncio.timeout(seconds):
+                await services.drain.idle()
+        except TimeoutError:
+            log.warning("%d requests are cut off", services.drain.open_requests)
+        await services.engine.stop(grace=0.0)  # whoever still waits for it gets an error
+        self.should_exit = True

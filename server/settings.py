@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from server.models import DEFAULT, default_cache_dir, default_data_dir
 
@@ -280,7 +280,9 @@ class Settings:
     metrics_adapters: int = _setting(
         50, "Adapters with metric series of their own; the rest share one.", parse=_integer, minimum=0, maximum=10_000
     )
-    log_level: str = _setting("info", "How much is logged.", choices=("debug", "info", "warning", "error"))
+    log_level: Literal["debug", "info", "warning", "error"] = _setting(
+        "info", "How much is logged.", choices=("debug", "info", "warning", "error")
+    )
     log_json: bool = _setting(False, "Log one JSON object per line.", parse=parse_bool)
 
     def __post_init__(self) -> None:
