@@ -48,7 +48,6 @@ class Residency:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapter-reader")
         self.loads: list[tuple[str, float]] = []  # (digest, seconds) since the reader of this list last cleared it
         self.evictions: list[str] = []
-        self.changed = True  # set when `resident()` would answer something new
 
     # --- what the scheduler asks ---------------------------------------------------------------
 
@@ -67,13 +66,15 @@ class Residency:
         if any(digest in self._errors for digest in digests):
             return "failed"
         missing = [digest for digest in digests if digest not in self._device]
-        absent = [digest for digest in missing if digest not in self._host]
-        for digest in absent:
-            self._start_loading(digest)
-        if absent:
-            return "loading"
-        if missing and not self._place(missing, keep=digests):
+        here = [digest for digest in missing if digest in self._host]
+        # Those that are here move up at once: while the others are read, the host tier may have to let them go.
+        if here and not self._place(here, keep=digests):
             return "full"
+        if len(here) < len(missing):
+            for digest in missing:
+                if digest not in self._device:
+                    self._start_loading(digest)
+            return "loading"
         for digest in digests:
             self._references[digest] += 1
             self._device.move_to_end(digest)
@@ -101,6 +102,7 @@ class Residency:
 
     def poll(self) -> None:
         """Take in the adapters that the worker thread has finished reading."""
+        arrived: set[str] = set()
         for digest, (future, started) in list(self._loading.items()):
             if not future.done():
                 continue
@@ -109,9 +111,11 @@ class Residency:
             if fault is not None:
                 self._errors[digest] = str(fault) or type(fault).__name__
                 continue
-            self._admit_to_host(future.result())
+            self._host[digest] = future.result()
             self.loads.append((digest, time.monotonic() - started))
-            self.changed = True
+            arrived.add(digest)
+        if arrived:
+            self._trim_host(arrived)
 
     def forget(self, digest: str) -> None:
         """Drop an adapter's rows and host copy, now or when its last reference is released."""
@@ -137,13 +141,12 @@ class Residency:
         if digest not in self._loading:
             self._loading[digest] = (self._reader.submit(self._load, digest, self._paths[digest]), time.monotonic())
 
-    def _admit_to_host(self, adapter: HostAdapter) -> None:
-        self._host[adapter.digest] = adapter
-        held = sum(entry.bytes for entry in self._host.values())
-        # The newest always stays: it is on its way to the device.
-        for digest in list(self._host)[:-1]:
+    def _trim_host(self, arrived: set[str]) -> None:
+        """Keep the host tier within its bound; what has just arrived stays, it is on its way to the device."""
+        held = sum(adapter.bytes for adapter in self._host.values())
+        for digest in [digest for digest in self._host if digest not in arrived]:
             if held <= self._host_bytes:
-                break
+                return
             held -= self._host.pop(digest).bytes
 
     def _place(self, digests: Sequence[str], keep: Sequence[str]) -> bool:
@@ -172,18 +175,15 @@ class Residency:
             self._device[adapter.digest] = adapter.rank
             if adapter.digest in self._host:
                 self._host.move_to_end(adapter.digest)
-        self.changed = True
         return True
 
     def _evict(self, digest: str) -> None:
         self._pool.remove(digest)
         del self._device[digest]
         self.evictions.append(digest)
-        self.changed = True
 
     def _drop(self, digest: str) -> None:
         self._forgotten.discard(digest)
         if digest in self._device:
             self._evict(digest)
         self._host.pop(digest, None)  # its path stays: a sequence may still be waiting for it
-        self.changed = True

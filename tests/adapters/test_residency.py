@@ -1,0 +1,164 @@
+"""Tiers: who is resident, who is evicted, and what a load that fails or lags does."""
+
+import threading
+from collections.abc import Iterator
+from typing import ClassVar
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from adapters.pool import HostAdapter, RowPool, host_adapter
+from adapters.residency import Key, Residency
+from adapters.rows import rounded
+from tests.adapters.test_pool import LINEARS
+
+UNITS = 16
+
+
+def load(digest: str, path: str) -> HostAdapter:
+    """`path` is the rank; "bad" does not load."""
+    if path == "bad":
+        raise OSError("the file is gone")
+    rank = int(path)
+    return host_adapter(digest, {"layers.0.q_proj": (torch.zeros(rank, 8), torch.zeros(12, rank), 1.0)}, torch.float32)
+
+
+def key(*names: str) -> Key:
+    return tuple((name, 1.0) for name in names)
+
+
+class Fixture:
+    def __init__(self, host_bytes: int = 1 << 20) -> None:
+        self.pool = RowPool(LINEARS, {"q_proj": UNITS, "down_proj": UNITS}, torch.device("cpu"))
+        self.residency = Residency(self.pool, load, host_bytes)
+
+    def settle(self, wanted: Key) -> str:
+        """Ask until the answer is no longer "loading"."""
+        answer = self.residency.acquire(wanted)
+        for _ in range(10):
+            if answer != "loading":
+                break
+            while not all(future.done() for future, _ in self.residency._loading.values()):
+                threading.Event().wait(0.001)
+            self.residency.poll()
+            answer = self.residency.acquire(wanted)
+        return answer
+
+
+@pytest.fixture
+def tiers() -> Iterator[Fixture]:
+    fixture = Fixture()
+    for name, rank in (("a", 4), ("b", 4), ("c", 4), ("big", 8)):
+        fixture.residency.register(name, str(rank))
+    yield fixture
+    fixture.residency.close()
+
+
+def test_a_load_is_off_the_path_then_ready(tiers: Fixture) -> None:
+    assert tiers.residency.acquire(key("a")) == "loading"
+    assert tiers.settle(key("a")) == "ready"
+    assert "a" in tiers.pool
+    assert [digest for digest, _ in tiers.residency.loads] == ["a"]
+
+
+def test_the_least_recently_used_leaves_first(tiers: Fixture) -> None:
+    for name in ("a", "b", "a"):
+        assert tiers.settle(key(name)) == "ready"
+        tiers.residency.release(key(name))
+    assert tiers.settle(key("c")) == "ready"
+    assert tiers.residency.evictions == ["b"]
+
+
+def test_what_is_in_use_stays(tiers: Fixture) -> None:
+    assert tiers.settle(key("a")) == "ready"
+    assert tiers.settle(key("big")) == "full"
+    assert tiers.residency.evictions == [], "nothing is evicted for someone who would not fit anyway"
+    tiers.residency.release(key("a"))
+    assert tiers.settle(key("big")) == "ready"
+
+
+def test_several_adapters_come_together_or_not_at_all(tiers: Fixture) -> None:
+    assert tiers.settle(key("a", "b")) == "ready"
+    assert tiers.settle(key("a", "c")) == "full"
+    tiers.residency.release(key("a", "b"))
+    assert tiers.settle(key("a", "c")) == "ready"
+    assert tiers.residency.evictions == ["b"]
+
+
+def test_a_failed_load_is_told_once_and_tried_again(tiers: Fixture) -> None:
+    tiers.residency.register("x", "bad")
+    assert tiers.settle(key("x")) == "failed"
+    assert "gone" in tiers.residency.error(key("x"))
+    tiers.residency.register("x", "2")
+    assert tiers.settle(key("x")) == "ready"
+
+
+def test_a_forgotten_adapter_leaves_when_its_last_user_does(tiers: Fixture) -> None:
+    assert tiers.settle(key("a")) == "ready"
+    tiers.residency.forget("a")
+    assert "a" in tiers.pool
+    tiers.residency.release(key("a"))
+    assert "a" not in tiers.pool
+    assert tiers.residency.resident() == []
+
+
+def test_the_host_tier_is_bounded_in_bytes() -> None:
+    fixture = Fixture(host_bytes=2 * load("x", "4").bytes)
+    for name in "abc":
+        fixture.residency.register(name, "4")
+        assert fixture.settle(key(name)) == "ready"
+        fixture.residency.release(key(name))
+    assert [entry.digest for entry in fixture.residency.resident() if entry.tier == "device"] == ["b", "c"]
+    assert list(fixture.residency._host) == ["b", "c"]
+    fixture.residency.close()
+
+
+class TiersMachine(RuleBasedStateMachine):
+    """Any order of acquire, release and forget: references hold, and the rows add up."""
+
+    ranks: ClassVar = {"a": 1, "b": 3, "c": 4, "d": 8}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fixture = Fixture(host_bytes=500)
+        for name, rank in self.ranks.items():
+            self.fixture.residency.register(name, str(rank))
+        self.held: list[Key] = []
+
+    @rule(names=st.lists(st.sampled_from("abcd"), min_size=1, max_size=2, unique=True))
+    def acquire(self, names: list[str]) -> None:
+        wanted = key(*names)
+        answer = self.fixture.settle(wanted)
+        in_use = {name for held in self.held for name, _ in held} | set(names)
+        fits = sum(rounded(2 * self.ranks[name]) for name in in_use) <= UNITS
+        assert answer == ("ready" if fits else "full")
+        if answer == "ready":
+            self.held.append(wanted)
+
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        if self.held:
+            self.fixture.residency.release(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
+
+    @rule(name=st.sampled_from("abcd"))
+    def forget(self, name: str) -> None:
+        self.fixture.residency.forget(name)
+
+    @invariant()
+    def adds_up(self) -> None:
+        pool = self.fixture.pool
+        for held in self.held:
+            assert all(name in pool for name, _ in held)
+        on_device = [entry.digest for entry in self.fixture.residency.resident() if entry.tier == "device"]
+        assert pool.resident["q_proj"] == sum(rounded(2 * self.ranks[name]) for name in on_device)
+        assert pool.free["q_proj"] + pool.resident["q_proj"] == UNITS
+
+    def teardown(self) -> None:
+        self.fixture.residency.close()
+
+
+TiersMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
+TestTiers = TiersMachine.TestCase
