@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -446,19 +446,17 @@ class AdapterConfig:
         regex = _regex("exclude_modules", self.exclude_modules)
         return [module for module in modules if not regex.fullmatch(module)]
 
-    def _in_layers(self, modules: Iterable[str]) -> list[str]:
-        by_layer: dict[int, list[str]] = {}
-        for module in modules:
-            index = self._layer_index(module)
-            if index in self.layers_to_transform:
-                by_layer.setdefault(index, []).append(module)
-        absent = set(self.layers_to_transform) - by_layer.keys()
+    def _in_layers(self, modules: list[str]) -> list[str]:
+        """Those in the layers asked for, and, as in PEFT, those that `target_modules` names in full."""
+        layers = {module: self._layer_index(module) for module in modules}
+        kept = [m for m, index in layers.items() if index in self.layers_to_transform or m in self.target_modules]
+        absent = set(self.layers_to_transform).difference(layers[module] for module in kept)
         if absent:
             raise AdapterError(
                 f"layers_to_transform has {min(absent)}, a layer without any of the target modules",
                 "layers_to_transform",
             )
-        return [module for found in by_layer.values() for module in found]
+        return kept
 
     def _layer_index(self, module: str) -> int | None:
         """The first index in a module's name; with `layers_pattern` the one that follows such a name."""
