@@ -73,11 +73,10 @@ class AdapterIntake:
         spec = await run_in_threadpool(inspect, staging.path, base.linears, base.architecture)
         check_fit(spec, base)
         async with self._changing:
-            with contextlib.suppress(UnknownAdapter):
-                replaced = self._store.get(tenant, name).digest
+            replaced = self._current_digest(tenant, name)
             with disk_faults():
                 version, changed = await run_in_threadpool(self._store.publish, tenant, name, staging, spec)
-            if changed and replaced:
+            if changed and replaced is not None:
                 self._forget_unused(tenant, replaced)
         return version, changed
 
@@ -150,6 +149,12 @@ class AdapterIntake:
             return False
         self._refused.pop(name, None)
         return True
+
+    def _current_digest(self, tenant: str, name: str) -> str | None:
+        try:
+            return self._store.get(tenant, name).digest
+        except UnknownAdapter:
+            return None
 
     def _forget_unused(self, tenant: str, digest: str) -> None:
         """Let the engine drop a version that no name points at any more; it does so once its last request ends."""

@@ -9,9 +9,9 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from adapters.config import MAX_CONFIG_BYTES
-from adapters.format import CONFIG_NAME, WEIGHTS_NAME, AdapterError
+from adapters.format import CONFIG_NAME, WEIGHTS_NAME
 from adapters.store import AdapterStore, AmbiguousDigest, Staging, UnknownAdapter, Version
-from server.errors import Conflict, InvalidRequest, NotFound, TooManyRequests
+from server.errors import Conflict, InvalidRequest, NotFound, TooManyRequests, shown
 from server.intake import disk_faults
 from server.multipart import Part, read_parts
 from server.services import TENANT, Services, services_of
@@ -29,8 +29,6 @@ async def upload(request: Request) -> Response:
         with disk_faults(), services.store.stage() as staging:
             name = await _receive(request, services, staging)
             version, changed = await services.intake.admit(TENANT, name, staging)
-    except AdapterError as error:
-        raise refusal(error) from None
     finally:
         services.intake.upload_slots.release()
     return JSONResponse(receipt(version), status_code=201 if changed else 200, headers=_digest_header(version))
@@ -80,11 +78,6 @@ def receipt(version: Version) -> dict[str, Any]:
     }
 
 
-def refusal(error: AdapterError) -> InvalidRequest:
-    """An adapter's fault as a 400 that names it."""
-    return InvalidRequest(str(error), param=error.param, code=error.code or "invalid_adapter")
-
-
 async def _take_slot(services: Services) -> None:
     try:
         async with asyncio.timeout(_SLOT_SECONDS):
@@ -121,8 +114,7 @@ async def _find(request: Request) -> Version:
 
 
 def _unknown(name: str) -> NotFound:
-    shown = name if name.isprintable() and len(name) <= 200 else "?"
-    return NotFound(f"The adapter `{shown}` does not exist.", param="name", code="adapter_not_found")
+    return NotFound(f"The adapter `{shown(name)}` does not exist.", param="name", code="adapter_not_found")
 
 
 def _digest_header(version: Version) -> dict[str, str]:

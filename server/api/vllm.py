@@ -6,16 +6,14 @@ They exist only with `--lora-dir`, and reach only what lies under it.
 from pathlib import Path
 
 from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from adapters.format import CONFIG_NAME, WEIGHTS_NAME, AdapterError
+from adapters.format import CONFIG_NAME, WEIGHTS_NAME
 from adapters.store import UnknownAdapter
-from server.api.adapters import refusal
 from server.api.body import Body
-from server.errors import InvalidRequest, NotFound
+from server.errors import InvalidRequest, NotFound, shown
 from server.services import TENANT, Services, services_of
 
 
@@ -45,38 +43,29 @@ class _Unload(Body):
 async def load(request: Request) -> Response:
     """Serve the PEFT directory at `lora_path` as `lora_name`; `load_inplace` replaces what the name held."""
     services = services_of(request)
-    root = _root(services)
+    root = services.settings.lora_dir
+    assert root is not None  # without it there is no such route
     body = await _Load.read(request)
     if not body.lora_name or not body.lora_path:
         raise InvalidUserInput("Both 'lora_name' and 'lora_path' must be provided.")
     if not body.load_inplace and _exists(services, body.lora_name):
-        message = f"The lora adapter '{body.lora_name}' has already been loaded."
+        message = f"The lora adapter '{shown(body.lora_name)}' has already been loaded."
         raise InvalidUserInput(f"{message} Set 'load_inplace' to replace it.", param="lora_name")
     directory = await run_in_threadpool(_directory_under, root, body.lora_path)
-    try:
-        await services.intake.import_directory(TENANT, body.lora_name, directory)
-    except AdapterError as error:
-        raise refusal(error) from None
+    await services.intake.import_directory(TENANT, body.lora_name, directory)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
 async def unload(request: Request) -> Response:
     """Take the name away. `lora_int_id` is accepted and means nothing here."""
     services = services_of(request)
-    _root(services)
     body = await _Unload.read(request)
     if not body.lora_name:
         raise InvalidUserInput("'lora_name' must be provided.", param="lora_name")
     if not _exists(services, body.lora_name):
-        raise NotFoundError(f"The lora adapter '{body.lora_name[:200]}' cannot be found.", param="lora_name")
+        raise NotFoundError(f"The lora adapter '{shown(body.lora_name)}' cannot be found.", param="lora_name")
     await services.intake.delete(TENANT, body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
-
-
-def _root(services: Services) -> Path:
-    if services.settings.lora_dir is None:
-        raise HTTPException(404)  # as if there were no such route
-    return services.settings.lora_dir
 
 
 def _exists(services: Services, name: str) -> bool:
@@ -99,7 +88,7 @@ def _directory_under(root: Path, path: str) -> Path:
         # Whether something exists outside is not a client's business: the answer is the same.
         if not all(found.is_relative_to(root) for found in (directory, *files)) or not directory.is_dir():
             raise missing
-    except OSError:  # too long, or a loop of links
+    except (OSError, RuntimeError):  # too long, or a loop of links
         raise missing from None
     return directory
 

@@ -1,15 +1,25 @@
 """A small base without an engine behind it, and adapters that fit it."""
 
 import json
+import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import httpx
 import numpy as np
+from adapters.store import AdapterStore
 from safetensors.numpy import save as save_safetensors
 
+from server.admission import Admission
+from server.app import build_app
 from server.engine.client import EngineUnavailable
 from server.engine.protocol import AdapterRef, Generate, Inspection, Linear, Output, Ready
+from server.intake import AdapterIntake
+from server.metrics import Metrics
+from server.middleware import Drain
+from server.services import TENANT, Services
+from server.settings import Settings
 
 HIDDEN = 16
 LAYERS = 2
@@ -88,3 +98,36 @@ def write_adapter(directory: Path, seed: int = 0, **config: Any) -> Path:
     (directory / "adapter_config.json").write_bytes(configuration)
     (directory / "adapter_model.safetensors").write_bytes(weights)
     return directory
+
+
+class Site:
+    """The adapter side of a server over a directory: real store and intake, an idle engine, no model."""
+
+    def __init__(self, root: Path, **settings: Any) -> None:
+        self.engine = IdleEngine(base_info())
+        self.settings = Settings(data_dir=root, **settings)
+        self.metrics = Metrics(max_lora=self.settings.max_batch_requests)
+        self._database = sqlite3.connect(root / "store.db", check_same_thread=False, isolation_level=None)
+        self.store = AdapterStore(root / "store", self._database)
+        self.intake = AdapterIntake(self.settings, self.engine, self.store, self.metrics)
+        self.drain = Drain()
+
+    def client(self) -> httpx.AsyncClient:
+        """A client of the whole application."""
+        services = Services(
+            settings=self.settings,
+            engine=self.engine,
+            text=cast("Any", None),  # none of these routes reads text
+            store=self.store,
+            metrics=self.metrics,
+            admission=Admission(8, 1024),
+            drain=self.drain,
+            intake=self.intake,
+        )
+        return httpx.AsyncClient(transport=httpx.ASGITransport(build_app(services)), base_url="http://test")
+
+    def names(self) -> list[str]:
+        return [version.name for version in self.store.list(TENANT)]
+
+    def close(self) -> None:
+        self._database.close()
