@@ -1,0 +1,52 @@
+# syntax=docker/dockerfile:1
+
+# --- build: everything that needs a compiler or pip -------------------------------------------------
+FROM python:3.12-slim AS build
+
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends g++ \
+ && rm -rf /var/lib/apt/lists/*
+
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN python -m venv /opt/lorakeet
+ENV PATH=/opt/lorakeet/bin:$PATH
+
+# torch first, in a layer of its own: it is most of the image and rarely changes. For an NVIDIA GPU, build with
+# --build-arg TORCH_INDEX=https://pypi.org/simple (the image then holds CUDA's libraries too).
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+WORKDIR /src
+COPY constraints.txt .
+RUN pip install --constraint constraints.txt --extra-index-url "$TORCH_INDEX" torch
+
+COPY . .
+RUN pip install --constraint constraints.txt --extra-index-url "$TORCH_INDEX" .
+WORKDIR /
+RUN python -m adapters.kernels.build
+
+# --- run: no compiler, no root, nothing baked in that changes ----------------------------------------
+FROM python:3.12-slim
+
+RUN useradd --system --uid 10001 --create-home lorakeet \
+ && install --directory --owner=lorakeet /data /cache
+COPY --from=build /opt/lorakeet /opt/lorakeet
+
+ENV PATH=/opt/lorakeet/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    LORAKEET_HOST=0.0.0.0 \
+    LORAKEET_PORT=8000 \
+    LORAKEET_DATA_DIR=/data \
+    LORAKEET_CACHE_DIR=/cache
+
+USER lorakeet
+WORKDIR /home/lorakeet
+VOLUME ["/data", "/cache"]
+EXPOSE 8000
+
+# Liveness, not readiness: an engine that is loading or restarting must not get the container killed. The first start
+# fetches the model before it listens.
+HEALTHCHECK --interval=15s --timeout=5s --start-period=10m \
+    CMD ["python", "-c", "import os, urllib.request as u; u.urlopen(f'http://127.0.0.1:{os.environ[\"LORAKEET_PORT\"]}/health', timeout=4)"]
+
+# `docker stop` sends SIGTERM, which drains: give it more time than --drain-seconds (30), as in `docker stop -t 40`.
+ENTRYPOINT ["lorakeet"]
+CMD ["serve"]
