@@ -67,7 +67,7 @@ def padded_linear(x: Tensor, weight: Tensor) -> Tensor:
 # --- linears ------------------------------------------------------------------------------------
 
 
-class FrozenLinear(torch.autograd.Function):
+class LinearFunction(torch.autograd.Function):
     """`x @ W.T + bias` for a weight that is never trained: the backward decodes W again rather than keep it."""
 
     @staticmethod
@@ -89,7 +89,7 @@ class FrozenLinear(torch.autograd.Function):
 
 def base_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
     """`x [rows, in] -> [rows, out]`, in x's dtype; differentiable with respect to x alone."""
-    y: Tensor = FrozenLinear.apply(x, weight, bias, linear_forward, linear_backward)  # type: ignore[no-untyped-call]
+    y: Tensor = LinearFunction.apply(x, weight, bias, linear_forward, linear_backward)
     return y
 
 

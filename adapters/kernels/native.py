@@ -1,0 +1,265 @@
+"""The C++ kernels on CPU fp32 tensors, with the same signatures as `reference`.
+
+Binds the compiled library (build.py) through ctypes. Knows which tensors the library can take; which of the two
+implementations a call goes to is decided in the package's `__init__`.
+"""
+
+import ctypes
+import logging
+import os
+from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_void_p
+from functools import cache
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from adapters.kernels import build
+from adapters.kernels.weight import QuantizedWeight
+
+log = logging.getLogger(__name__)
+
+_DENSE_KINDS = {torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
+
+
+class WeightStruct(Structure):
+    """`Weight` of linear.h."""
+
+    _fields_ = [
+        ("data", c_void_p),
+        ("absmax", c_void_p),
+        ("code", c_void_p),
+        ("nested_absmax", c_void_p),
+        ("nested_code", c_void_p),
+        ("bias", c_void_p),
+        ("offset", c_float),
+        ("kind", c_int32),
+        ("out", c_int32),
+        ("in", c_int32),
+        ("blocksize", c_int32),
+        ("nested_blocksize", c_int32),
+    ]
+
+
+class AdaptersStruct(Structure):
+    """`Adapters` of lora.h."""
+
+    _fields_ = [
+        ("a", c_void_p),
+        ("b", c_void_p),
+        ("table", c_void_p),
+        ("scale", c_void_p),
+        ("segments", c_int32),
+        ("in", c_int32),
+        ("out", c_int32),
+    ]
+
+
+class KvCacheStruct(Structure):
+    """`KvCache` of attention.h."""
+
+    _fields_ = [("k", c_void_p), ("v", c_void_p), ("block_size", c_int32)]
+
+
+class AttentionStruct(Structure):
+    """`Attention` of attention.h."""
+
+    _fields_ = [
+        ("q", c_void_p),
+        ("out", c_void_p),
+        ("seqs", c_void_p),
+        ("block_tables", c_void_p),
+        ("tokens", c_int32),
+        ("heads", c_int32),
+        ("kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("requests", c_int32),
+        ("max_blocks", c_int32),
+        ("scaling", c_float),
+        ("window", c_int32),
+        ("cache", KvCacheStruct),
+    ]
+
+
+_SIGNATURES: dict[str, list[type]] = {
+    "lk_set_threads": [c_int],
+    "lk_linear": [POINTER(WeightStruct), c_void_p, c_void_p, c_int, c_void_p],
+    "lk_linear_backward": [POINTER(WeightStruct), c_void_p, c_int, c_void_p],
+    "lk_dequantize": [POINTER(WeightStruct), c_void_p],
+    "lk_lora_add": [POINTER(AdaptersStruct), c_void_p, c_void_p],
+    "lk_attention": [POINTER(AttentionStruct)],
+    "lk_write_kv": [c_void_p, c_void_p, c_void_p, c_int, c_int, c_int, POINTER(KvCacheStruct)],
+    "lk_rms_norm": [c_void_p, c_void_p, c_float, c_int, c_int, c_void_p],
+    "lk_silu_mul": [c_void_p, c_void_p, c_int64, c_void_p],
+    "lk_rope": [c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int, c_int, c_int, c_int],
+    "lk_decode": [c_void_p, c_void_p],
+}
+
+
+def load(instruction_set: str | None = None) -> "Kernels | None":
+    """The compiled kernels, by default for the best instruction set that this CPU has.
+
+    None when `LORAKEET_NATIVE=0` or when they cannot be compiled; a warning then says what is lost.
+    """
+    if os.environ.get("LORAKEET_NATIVE") == "0":
+        return None
+    return _load(instruction_set or build.best_instruction_set())
+
+
+@cache
+def _load(instruction_set: str) -> "Kernels | None":
+    try:
+        return Kernels(ctypes.CDLL(str(build.library(instruction_set))), instruction_set)
+    except (build.BuildError, OSError) as fault:
+        log.warning("running without the C++ kernels, several times slower on a CPU: %s", fault)
+        return None
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """A tensor's address for a C pointer; None is null."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _plain(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    return tensor.detach().to(dtype).contiguous()
+
+
+class Kernels:
+    """One loaded library. Each thread may call it; while one call runs on all threads another runs on its own alone."""
+
+    def __init__(self, library: ctypes.CDLL, instruction_set: str) -> None:
+        self.instruction_set = instruction_set
+        self._lib = library
+        self._weights: WeakKeyDictionary[QuantizedWeight, WeightStruct] = WeakKeyDictionary()
+        for name, arguments in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, None
+        self.set_threads(torch.get_num_threads())
+
+    def set_threads(self, threads: int) -> None:
+        """Run on this many threads, the caller's included. Results do not depend on it."""
+        self._lib.lk_set_threads(threads)
+
+    def weight(self, weight: QuantizedWeight) -> WeightStruct:
+        """The library's view of a weight, which must outlive it."""
+        struct = self._weights.get(weight)
+        if struct is None:
+            struct = self._weights[weight] = _weight_struct(weight)
+        return struct
+
+    def linear_forward(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+        x, bias = _plain(x), None if bias is None else _plain(bias)
+        y = x.new_empty(len(x), weight.shape[0])
+        self._lib.lk_linear(byref(self.weight(weight)), address(bias), x.data_ptr(), len(x), y.data_ptr())
+        return y
+
+    def linear_backward(self, dy: Tensor, weight: QuantizedWeight) -> Tensor:
+        dy = _plain(dy)
+        dx = dy.new_empty(len(dy), weight.shape[1])
+        self._lib.lk_linear_backward(byref(self.weight(weight)), dy.data_ptr(), len(dy), dx.data_ptr())
+        return dx
+
+    def dequantize(self, weight: QuantizedWeight) -> Tensor:
+        dense = torch.empty(weight.shape)
+        self._lib.lk_dequantize(byref(self.weight(weight)), dense.data_ptr())
+        return dense
+
+    def lora_add_(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, table: Tensor, scale: Tensor) -> None:
+        x, table, scale = _plain(x), table.contiguous(), scale.contiguous()
+        adapters = AdaptersStruct(
+            a.data_ptr(), b.data_ptr(), table.data_ptr(), scale.data_ptr(), len(table), a.shape[1], b.shape[1]
+        )
+        self._lib.lk_lora_add(byref(adapters), x.data_ptr(), y.data_ptr())
+
+    def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+        k, v, slots = _plain(k), _plain(v), slots.contiguous()
+        cache = KvCacheStruct(k_cache.data_ptr(), v_cache.data_ptr(), k_cache.shape[2])
+        self._lib.lk_write_kv(k.data_ptr(), v.data_ptr(), slots.data_ptr(), *k.shape, byref(cache))
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        seqs: Tensor,
+        block_tables: Tensor,
+        scaling: float,
+        window: int = 0,
+    ) -> Tensor:
+        q, seqs, block_tables = _plain(q), seqs.contiguous(), block_tables.contiguous()
+        out = torch.empty_like(q)
+        tokens, heads, head_dim = q.shape
+        attention = AttentionStruct(
+            q.data_ptr(),
+            out.data_ptr(),
+            seqs.data_ptr(),
+            block_tables.data_ptr(),
+            tokens,
+            heads,
+            k_cache.shape[1],
+            head_dim,
+            len(seqs),
+            block_tables.shape[1],
+            scaling,
+            window,
+            KvCacheStruct(k_cache.data_ptr(), v_cache.data_ptr(), k_cache.shape[2]),
+        )
+        self._lib.lk_attention(byref(attention))
+        return out
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x, weight = _plain(x), _plain(weight)
+        y = torch.empty_like(x)
+        width = x.shape[-1]
+        self._lib.lk_rms_norm(x.data_ptr(), weight.data_ptr(), eps, x.numel() // width, width, y.data_ptr())
+        return y
+
+    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = _plain(gate), _plain(up)
+        y = torch.empty_like(gate)
+        self._lib.lk_silu_mul(gate.data_ptr(), up.data_ptr(), gate.numel(), y.data_ptr())
+        return y
+
+    def rope_(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+        cos, sin = _plain(cos), _plain(sin)
+        tokens, heads, head_dim = q.shape
+        self._lib.lk_rope(
+            q.data_ptr(),
+            k.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            tokens,
+            heads,
+            k.shape[1],
+            head_dim,
+            cos.shape[1],
+        )
+
+    def decode(self, decoder: Structure, step: Structure) -> None:
+        """One step through the decoder layers; the structures are plan.py's."""
+        self._lib.lk_decode(byref(decoder), byref(step))
+
+
+def _weight_struct(weight: QuantizedWeight) -> WeightStruct:
+    kind = _DENSE_KINDS[weight.data.dtype] if weight.kind == "dense" else 1 if weight.kind == "int8" else 0
+    return WeightStruct(
+        address(weight.data),
+        address(weight.absmax),
+        address(weight.code),
+        address(weight.nested_absmax),
+        address(weight.nested_code),
+        None,
+        weight.offset,
+        kind,
+        *weight.shape,
+        weight.blocksize,
+        weight.nested_blocksize,
+    )
+
+
+def takes_weight(weight: QuantizedWeight) -> bool:
+    """Whether the library can read this weight where it lies."""
+    parts = (weight.data, weight.absmax, weight.code, weight.nested_absmax, weight.nested_code)
+    if any(part is not None and not (part.is_cpu and part.is_contiguous()) for part in parts):
+        return False
+    return weight.kind != "dense" or weight.data.dtype in _DENSE_KINDS

@@ -1,0 +1,172 @@
+#include "attention.h"
+
+#include "export.h"
+#include "pool.h"
+#include "tile.h"
+
+namespace {
+
+constexpr int GROUP = 64;      // keys are reduced in groups of this many, aligned to the sequence's start
+constexpr int TASK_ROWS = 48;  // about so many (query, head) rows share a task's keys
+
+struct Rows {  // the (query, head) rows of one task: one request, one kv head, some of its queries
+    int count;        // row i is query i / share, query head i % share of the kv head
+    int share;        // query heads per kv head
+    int first_position;
+    float *q, *acc;   // [count, head_dim]
+    float *scores;    // [count, GROUP]
+    float *top, *total;  // [count]
+
+    int position(int row) const { return first_position + row / share; }
+};
+
+template <int M>
+INLINE void score_keys(const float* q, const float* keys, int count, int dim, float* scores) {
+    int n = 0;
+    for (; n + 4 <= count; n += 4) {
+        float sums[M][4];
+        dot<M, 4>(q, dim, keys + (int64_t)n * dim, dim, dim, sums);
+        for (int m = 0; m < M; m++) memcpy(scores + m * GROUP + n, sums[m], sizeof sums[m]);
+    }
+    for (; n < count; n++) {
+        float sums[M][1];
+        dot<M, 1>(q, dim, keys + (int64_t)n * dim, dim, dim, sums);
+        for (int m = 0; m < M; m++) scores[m * GROUP + n] = sums[m][0];
+    }
+}
+
+template <int M, int V, bool PART>
+INLINE void weigh_some(const float* weights, const float* values, int count, int dim, float* acc, int lanes) {
+    vf sums[M][V];
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < V; v++) sums[m][v] = PART ? load_part(acc + m * dim, lanes) : load(acc + m * dim + v * W);
+    weigh<M, V, PART>(sums, weights, GROUP, values, dim, count, lanes);
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < V; v++)
+            PART ? store_part(acc + m * dim, sums[m][v], lanes) : store(acc + m * dim + v * W, sums[m][v]);
+}
+
+template <int M>
+INLINE void weigh_values(const float* weights, const float* values, int count, int dim, float* acc) {
+    constexpr int V = W == 16 ? 4 : 2;
+    int d = 0;
+    for (; d + V * W <= dim; d += V * W) weigh_some<M, V, false>(weights, values + d, count, dim, acc + d, 0);
+    for (; d + W <= dim; d += W) weigh_some<M, 1, false>(weights, values + d, count, dim, acc + d, 0);
+    if (d < dim) weigh_some<M, 1, true>(weights, values + d, count, dim, acc + d, dim - d);
+}
+
+// Turns a row's scores into weights and brings its running maximum, total and sum up to date.
+void soften(float* scores, float* top_score, float* total, float* acc, int dim) {
+    vf highest = load(scores);
+    for (int i = W; i < GROUP; i += W) highest = max(highest, load(scores + i));
+    float here = top(highest), before = *top_score;
+    float now = here > before ? here : before;
+    vf shift = set1(now == -INFINITY ? 0.f : now), sums = {};
+    for (int i = 0; i < GROUP; i += W) {
+        vf p = exp(load(scores + i) - shift);
+        store(scores + i, p);
+        sums += p;
+    }
+    vf decay = exp(set1(before) - shift);
+    *total = *total * decay[0] + sum(sums);
+    *top_score = now;
+    int d = 0;
+    for (; d + W <= dim; d += W) store(acc + d, load(acc + d) * decay);
+    for (; d < dim; d++) acc[d] *= decay[0];
+}
+
+void attend_group(const Attention& a, const Rows& rows, int kv_head, const int32_t* blocks, int begin, int kv_len) {
+    const int dim = a.head_dim, size = a.cache.block_size;
+    const int keys = least(GROUP, kv_len - begin);  // slots beyond hold stale numbers: never read
+    auto spans = [&](auto&& visit) {                // runs of keys that lie together in the cache
+        for (int n = 0; n < keys;) {
+            const int at = begin + n, count = least(keys - n, size - at % size);
+            visit(n, count, (((int64_t)blocks[at / size] * a.kv_heads + kv_head) * size + at % size) * dim);
+            n += count;
+        }
+    };
+    spans([&](int n, int count, int64_t offset) {
+        int m = 0;
+        for (; m + 4 <= rows.count; m += 4)
+            score_keys<4>(rows.q + m * dim, a.cache.k + offset, count, dim, rows.scores + m * GROUP + n);
+        for (; m < rows.count; m++)
+            score_keys<1>(rows.q + m * dim, a.cache.k + offset, count, dim, rows.scores + m * GROUP + n);
+    });
+    for (int m = 0; m < rows.count; m++) {
+        float* scores = rows.scores + m * GROUP;
+        const int last = rows.position(m) - begin, first = a.window ? last - a.window + 1 : 0;
+        for (int n = 0; n < first && n < GROUP; n++) scores[n] = -INFINITY;
+        for (int n = last < 0 ? 0 : last + 1; n < GROUP; n++) scores[n] = -INFINITY;
+        soften(scores, rows.top + m, rows.total + m, rows.acc + m * dim, dim);
+    }
+    spans([&](int n, int count, int64_t offset) {
+        int m = 0;
+        for (; m + 4 <= rows.count; m += 4)
+            weigh_values<4>(rows.scores + m * GROUP + n, a.cache.v + offset, count, dim, rows.acc + m * dim);
+        for (; m < rows.count; m++)
+            weigh_values<1>(rows.scores + m * GROUP + n, a.cache.v + offset, count, dim, rows.acc + m * dim);
+    });
+}
+
+// Queries [first, last) of the step, all of one request, for one kv head.
+void attend_rows(const Attention& a, int request, int kv_head, int first, int last) {
+    const int dim = a.head_dim, share = a.heads / a.kv_heads;
+    const int32_t* seq = a.seqs + request * 3;
+    const int kv_len = seq[2], count = (last - first) * share;
+    float* floats = scratch(ATTENTION, (size_t)count * (2 * dim + GROUP + 2));
+    Rows rows{count, share, kv_len - (seq[1] - first), floats, floats + count * dim, floats + 2 * count * dim, nullptr, nullptr};
+    rows.top = rows.scores + count * GROUP;
+    rows.total = rows.top + count;
+    for (int m = 0; m < count; m++) {
+        const float* q = a.q + ((int64_t)(first + m / share) * a.heads + kv_head * share + m % share) * dim;
+        for (int d = 0; d < dim; d++) rows.q[m * dim + d] = q[d] * a.scaling;
+        rows.top[m] = -INFINITY;
+        rows.total[m] = 0;
+    }
+    memset(rows.acc, 0, sizeof(float) * count * dim);
+    const int last_position = rows.position(count - 1);
+    const int first_key = a.window ? rows.first_position - a.window + 1 : 0;
+    const int32_t* blocks = a.block_tables + (int64_t)request * a.max_blocks;
+    for (int begin = first_key > 0 ? first_key / GROUP * GROUP : 0; begin <= last_position; begin += GROUP)
+        attend_group(a, rows, kv_head, blocks, begin, kv_len);
+    for (int m = 0; m < count; m++) {
+        float* out = a.out + ((int64_t)(first + m / share) * a.heads + kv_head * share + m % share) * dim;
+        for (int d = 0; d < dim; d++) out[d] = rows.acc[m * dim + d] / rows.total[m];
+    }
+}
+
+}  // namespace
+
+void attend(const Attention& a) {
+    memset(a.out, 0, sizeof(float) * a.tokens * a.heads * a.head_dim);  // rows of no request
+    const int share = a.heads / a.kv_heads, chunk = share < TASK_ROWS ? TASK_ROWS / share : 1;
+    auto chunks = [&](int r) { return (a.seqs[r * 3 + 1] - a.seqs[r * 3] + chunk - 1) / chunk; };
+    int tasks = 0;
+    for (int r = 0; r < a.requests; r++) tasks += chunks(r) * a.kv_heads;
+    parallel_for(tasks, [&](int task) {
+        int r = 0;
+        for (; task >= chunks(r) * a.kv_heads; r++) task -= chunks(r) * a.kv_heads;
+        const int first = a.seqs[r * 3] + task / a.kv_heads * chunk;
+        attend_rows(a, r, task % a.kv_heads, first, least(first + chunk, a.seqs[r * 3 + 1]));
+    });
+}
+
+void write_kv(const float* k, const float* v, const int64_t* slots, int tokens, int kv_heads, int head_dim, const KvCache& cache) {
+    const size_t bytes = sizeof(float) * head_dim;
+    for (int t = 0; t < tokens; t++) {
+        const int64_t block = slots[t] / cache.block_size, offset = slots[t] % cache.block_size;
+        for (int h = 0; h < kv_heads; h++) {
+            const int64_t to = ((block * kv_heads + h) * cache.block_size + offset) * head_dim;
+            const int64_t from = ((int64_t)t * kv_heads + h) * head_dim;
+            memcpy(cache.k + to, k + from, bytes);
+            memcpy(cache.v + to, v + from, bytes);
+        }
+    }
+}
+
+EXPORT void lk_attention(const Attention* a) { attend(*a); }
+
+EXPORT void lk_write_kv(const float* k, const float* v, const int64_t* slots, int tokens, int kv_heads, int head_dim,
+                            const KvCache* cache) {
+    write_kv(k, v, slots, tokens, kv_heads, head_dim, *cache);
+}

@@ -1,0 +1,178 @@
+// A whole step through the decoder layers of a Llama-shaped model, from embedded tokens to the last norm, in one call.
+//
+// Strings together the same kernels that are offered one by one, so the numbers are the same; what it saves is the
+// time between them.
+#include <vector>
+
+#include "attention.h"
+#include "elementwise.h"
+#include "export.h"
+#include "linear.h"
+#include "lora.h"
+#include "pool.h"
+#include "tile.h"
+
+enum { Q, K, V, O, GATE, UP, DOWN, SITES };
+
+// Mirrored by the structures of plan.py.
+struct Layer {
+    const float *input_norm, *post_norm;  // [hidden]
+    const float *q_norm, *k_norm;         // [head_dim] or null
+    Weight weights[SITES];
+    const int16_t *a[SITES], *b[SITES];  // the adapters' pools, or null
+    int32_t linear[SITES];               // each linear's row of the segment tables
+    float *k_cache, *v_cache;
+    int32_t window;
+};
+
+struct Decoder {
+    const Layer* layers;
+    const float* final_norm;
+    int32_t count, hidden, heads, kv_heads, head_dim, block_size;
+    float eps, scaling;
+};
+
+struct Step {
+    float* hidden;  // [tokens, hidden], in: embeddings, out: normed hidden states
+    const float *cos, *sin;  // [tokens, rotary]
+    const int64_t* slots;    // [tokens]
+    const int32_t* seqs;     // [requests, 3]
+    const int32_t* block_tables;  // [requests, max_blocks]
+    const int32_t* tables;   // [linears, segments, 5]
+    const float* scales;     // [linears, segments]
+    int32_t tokens, rotary, requests, max_blocks, segments;
+};
+
+namespace {
+
+constexpr int SHARE = 16;  // tokens a task takes where work is per token
+
+template <class F>
+INLINE void over_tokens(int tokens, F&& f) {
+    parallel_for((tokens + SHARE - 1) / SHARE, [&](int task) {
+        for (int t = task * SHARE; t < least((task + 1) * SHARE, tokens); t++) f(t);
+    });
+}
+
+struct Run {
+    const Decoder& d;
+    const Step& s;
+    int layer_index;
+
+    const Layer& layer() const { return d.layers[layer_index]; }
+
+    // Linears `sites` of one input x, with their adapters: ys[i] [tokens, out]. `after(first, last)` runs when outputs
+    // first..last of every site are done (sites are then of one width, or there is only one).
+    template <int N, class After>
+    void project(const int (&sites)[N], const float* x, float* const (&ys)[N], After&& after) const {
+        const Weight* weights[N];
+        Adapters adapters[N];
+        const Adapters* linears[N];
+        int width = 0, tasks = 0;
+        for (int i = 0; i < N; i++) {
+            const Weight& w = layer().weights[sites[i]];
+            const int64_t at = (int64_t)layer().linear[sites[i]] * s.segments;
+            const int segments = layer().a[sites[i]] ? s.segments : 0;
+            weights[i] = &w;
+            adapters[i] = {layer().a[sites[i]], layer().b[sites[i]], s.tables + at * 5, s.scales + at, segments, w.in, w.out};
+            linears[i] = &adapters[i];
+            width += w.out;
+        }
+        const PackedRows packed = pack_rows(weights, N, x, s.tokens);
+        const Shrunk* shrunk = shrink(linears, N, x);
+        const int share = outputs_per_task(width);
+        auto tile = [&](int i, int first, int last) {
+            linear_tile(*weights[i], packed, s.tokens, first, last, ys[i], weights[i]->out);
+            expand_tile(*shrunk, i, first, last, ys[i], weights[i]->out);
+        };
+        constexpr bool TOGETHER = !std::is_same<After, std::nullptr_t>::value;
+        if constexpr (TOGETHER) {
+            const int out = weights[0]->out;
+            parallel_for((out + share - 1) / share, [&](int task) {
+                const int first = task * share, last = least(first + share, out);
+                for (int i = 0; i < N; i++) tile(i, first, last);
+                after(first, last);
+            });
+        } else {
+            int ends[N];
+            for (int i = 0; i < N; i++) ends[i] = tasks += (weights[i]->out + share - 1) / share;
+            parallel_for(tasks, [&](int task) {
+                int i = 0;
+                while (task >= ends[i]) i++;
+                const int first = (task - (i ? ends[i - 1] : 0)) * share;
+                tile(i, first, least(first + share, weights[i]->out));
+            });
+        }
+    }
+
+    void attention(const float* normed, float* q, float* k, float* v, float* attended, float* y) const {
+        const Layer& l = layer();
+        const int head_dim = d.head_dim;
+        project({Q, K, V}, normed, {q, k, v}, nullptr);
+        over_tokens(s.tokens, [&](int t) {
+            float *queries = q + (int64_t)t * d.heads * head_dim, *keys = k + (int64_t)t * d.kv_heads * head_dim;
+            for (int h = 0; l.q_norm && h < d.heads; h++) rms_norm(queries + h * head_dim, l.q_norm, d.eps, head_dim, queries + h * head_dim);
+            for (int h = 0; l.k_norm && h < d.kv_heads; h++) rms_norm(keys + h * head_dim, l.k_norm, d.eps, head_dim, keys + h * head_dim);
+            rope(queries, d.heads, head_dim, s.cos + (int64_t)t * s.rotary, s.sin + (int64_t)t * s.rotary, s.rotary);
+            rope(keys, d.kv_heads, head_dim, s.cos + (int64_t)t * s.rotary, s.sin + (int64_t)t * s.rotary, s.rotary);
+        });
+        const KvCache cache{l.k_cache, l.v_cache, d.block_size};
+        write_kv(k, v, s.slots, s.tokens, d.kv_heads, head_dim, cache);
+        attend({q, attended, s.seqs, s.block_tables, s.tokens, d.heads, d.kv_heads, head_dim, s.requests, s.max_blocks,
+                d.scaling, l.window, cache});
+        project({O}, attended, {y}, [&](int first, int last) { add(y, first, last); });
+    }
+
+    void mlp(const float* normed, float* gate, float* up, float* y) const {
+        const int64_t width = layer().weights[GATE].out;
+        project({GATE, UP}, normed, {gate, up}, [&](int first, int last) {
+            for (int64_t t = 0; t < s.tokens; t++) silu_mul(gate + t * width + first, up + t * width + first, last - first);
+        });
+        project({DOWN}, gate, {y}, [&](int first, int last) { add(y, first, last); });
+    }
+
+    void norm(const float* weight, float* to) const {
+        over_tokens(s.tokens, [&](int t) { rms_norm(s.hidden + (int64_t)t * d.hidden, weight, d.eps, d.hidden, to + (int64_t)t * d.hidden); });
+    }
+
+    void add(const float* y, int first, int last) const {  // the residual
+        for (int64_t t = 0; t < s.tokens; t++)
+            for (int i = first; i < last; i++) s.hidden[t * d.hidden + i] += y[t * d.hidden + i];
+    }
+};
+
+}  // namespace
+
+EXPORT void lk_decode(const Decoder* decoder, const Step* step) {
+    const Decoder& d = *decoder;
+    const int64_t tokens = step->tokens, wide = (int64_t)d.heads * d.head_dim, narrow = (int64_t)d.kv_heads * d.head_dim;
+    const int64_t inner = d.layers[0].weights[GATE].out;
+    const int64_t attention = 2 * wide + 2 * narrow, mlp = 2 * inner;  // never alive together
+    float* normed = scratch(STEP, tokens * (2 * d.hidden + (attention > mlp ? attention : mlp)));
+    float *y = normed + tokens * d.hidden, *rest = y + tokens * d.hidden;
+    Run run{d, *step, 0};
+    for (; run.layer_index < d.count; run.layer_index++) {
+        run.norm(run.layer().input_norm, normed);
+        float *q = rest, *k = q + tokens * wide, *v = k + tokens * narrow, *attended = v + tokens * narrow;
+        run.attention(normed, q, k, v, attended, y);
+        run.norm(run.layer().post_norm, normed);
+        run.mlp(normed, rest, rest + tokens * inner, y);
+    }
+    run.norm(d.final_norm, step->hidden);
+}
+
+EXPORT void lk_rms_norm(const float* x, const float* weight, float eps, int rows, int n, float* y) {
+    over_tokens(rows, [=](int t) { rms_norm(x + (int64_t)t * n, weight, eps, n, y + (int64_t)t * n); });
+}
+
+EXPORT void lk_silu_mul(const float* gate, const float* up, int64_t n, float* y) {
+    memcpy(y, gate, sizeof(float) * n);
+    silu_mul(y, up, n);
+}
+
+EXPORT void lk_rope(float* q, float* k, const float* cos, const float* sin, int tokens, int heads, int kv_heads, int head_dim, int rotary) {
+    over_tokens(tokens, [=](int t) {
+        rope(q + (int64_t)t * heads * head_dim, heads, head_dim, cos + (int64_t)t * rotary, sin + (int64_t)t * rotary, rotary);
+        rope(k + (int64_t)t * kv_heads * head_dim, kv_heads, head_dim, cos + (int64_t)t * rotary, sin + (int64_t)t * rotary, rotary);
+    });
+}

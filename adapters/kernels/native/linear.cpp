@@ -1,0 +1,372 @@
+#include "linear.h"
+
+#include <type_traits>
+
+#include "export.h"
+#include "pool.h"
+#include "tile.h"
+
+namespace {
+
+constexpr int BLOCK = 64;             // inputs are handled in blocks of this many
+constexpr int STEPS = BLOCK / (2 * W);  // a step reads 2W weights into two vectors
+
+// Up to this many rows weights are decoded in registers, again for each handful of rows; beyond, once into a tile.
+constexpr int FEW_ROWS = W == 16 ? 16 : 4;
+constexpr int GROUP = 32;             // outputs whose weights stay in cache from one handful of rows to the next
+constexpr int TILE_FLOATS = 1 << 15;  // a decoded tile is about this large
+constexpr int BACK_OUTPUTS = 64;      // backward: a tile of this many outputs
+constexpr int BACK_INPUTS = 256;      //           by this many inputs
+
+int padded(int in) { return (in + BLOCK - 1) / BLOCK * BLOCK; }
+
+float weight_at(const Weight& w, int o, int i) {
+    int64_t at = (int64_t)o * w.in + i;
+    switch (w.kind) {
+        case FOUR_BIT: {
+            int64_t block = at / w.blocksize;
+            float scale;
+            if (w.nested_absmax) {
+                uint8_t q = ((const uint8_t*)w.absmax)[block];
+                scale = w.nested_code[q] * w.nested_absmax[block / w.nested_blocksize] + w.offset;
+            } else {
+                scale = ((const float*)w.absmax)[block];
+            }
+            uint8_t byte = ((const uint8_t*)w.data)[at >> 1];
+            return w.code[at & 1 ? byte & 15 : byte >> 4] * scale;
+        }
+        case INT8: return (float)((const int8_t*)w.data)[at] * (((const float*)w.absmax)[o] / 127.f);
+        case FP32: return ((const float*)w.data)[at];
+        case BF16: return number(((const bf16*)w.data)[at]);
+        default: return number(((const fp16*)w.data)[at]);
+    }
+}
+
+// The vector decoders want whole blocks of inputs under one scale.
+bool blockwise(const Weight& w) { return w.in % BLOCK == 0 && (w.kind != FOUR_BIT || w.blocksize % BLOCK == 0); }
+
+// Scales of a rectangle of blocks: [outputs first..last, blocks begin..end].
+const float* block_scales(const Weight& w, int first, int last, int begin, int end) {
+    if (w.kind != FOUR_BIT) return nullptr;
+    const int blocks = w.in / BLOCK, wide = end - begin;
+    float* scales = scratch(SCALES, (size_t)(last - first) * wide);
+    const int shift = __builtin_ctz(w.blocksize / BLOCK);
+    for (int o = first; o < last; o++) {
+        const int64_t at = (int64_t)o * blocks + begin;
+        float* to = scales + (int64_t)(o - first) * wide;
+        if (w.nested_absmax) {
+            const int nested_shift = shift + __builtin_ctz(w.nested_blocksize);
+            const uint8_t* absmax = (const uint8_t*)w.absmax;
+            for (int b = 0; b < wide; b++)
+                to[b] = w.nested_code[absmax[(at + b) >> shift]] * w.nested_absmax[(at + b) >> nested_shift] + w.offset;
+        } else {
+            for (int b = 0; b < wide; b++) to[b] = ((const float*)w.absmax)[(at + b) >> shift];
+        }
+    }
+    return scales;
+}
+
+// The next N rows' share of this block, asked for early: with few bytes a row the hardware's own prefetch lags behind.
+template <int N, int BYTES>
+INLINE void fetch_ahead(const void* at, int64_t row_bytes) {
+    for (int n = 0; n < N; n++)
+        for (int line = 0; line < BYTES; line += 64)
+            __builtin_prefetch((const char*)at + (n + N) * row_bytes + line);
+}
+
+// Decoders: N output rows from `o` on, side by side. `block` moves to a block of inputs, `step` yields 2W weights of one
+// row: those at even and at odd places (INTERLEAVED), or two consecutive vectors. `scales` is [N, wide] from block
+// `begin` on, for four-bit weights only.
+
+template <int N>
+struct FourBit {
+    static constexpr bool INTERLEAVED = true;
+    const uint8_t* rows;
+    const uint8_t* at;
+    const float* scales;
+    int64_t row_bytes;
+    int begin, wide;
+    Table code, table[N];
+
+    FourBit(const Weight& w, int o, const float* scales, int begin, int wide)
+        : rows((const uint8_t*)w.data + (int64_t)o * w.in / 2), scales(scales), row_bytes(w.in / 2), begin(begin),
+          wide(wide), code(load_table(w.code)) {}
+    INLINE void block(int b) {
+        at = rows + b * (BLOCK / 2);
+        fetch_ahead<N, BLOCK / 2>(at, row_bytes);
+        for (int n = 0; n < N; n++) table[n] = scaled(code, scales[n * wide + b - begin]);
+    }
+    INLINE void step(int n, int s, vf& w0, vf& w1) const { look_up(table[n], at + n * row_bytes + s * W, w0, w1); }
+};
+
+template <int N, class Number>
+struct Dense {
+    static constexpr bool INTERLEAVED = std::is_same<Number, bf16>::value;
+    const Number* rows;
+    const Number* at;
+    int64_t in;
+
+    Dense(const Weight& w, int o, const float*, int, int) : rows((const Number*)w.data + (int64_t)o * w.in), in(w.in) {}
+    INLINE void block(int b) {
+        at = rows + b * BLOCK;
+        fetch_ahead<N, BLOCK * sizeof(Number)>(at, in * sizeof(Number));
+    }
+    INLINE void step(int n, int s, vf& w0, vf& w1) const {
+        const Number* p = at + n * in + s * 2 * W;
+        if constexpr (INTERLEAVED) {
+            split(p, w0, w1);
+        } else {
+            w0 = load(p), w1 = load(p + W);
+        }
+    }
+};
+
+template <int N> using Fp32 = Dense<N, float>;
+template <int N> using Bf16 = Dense<N, bf16>;
+template <int N> using Fp16 = Dense<N, fp16>;
+
+template <int N>
+struct Int8 : Dense<N, int8_t> {
+    vf scale[N];
+    Int8(const Weight& w, int o, const float* scales, int begin, int wide) : Dense<N, int8_t>(w, o, scales, begin, wide) {
+        for (int n = 0; n < N; n++) scale[n] = set1(((const float*)w.absmax)[o + n] / 127.f);
+    }
+    INLINE void step(int n, int s, vf& w0, vf& w1) const {
+        Dense<N, int8_t>::step(n, s, w0, w1);
+        w0 *= scale[n], w1 *= scale[n];
+    }
+};
+
+// Calls `f` with the decoder template that a weight's kind asks for.
+template <class F>
+INLINE void with_decoder(const Weight& w, F&& f) {
+    switch (w.kind) {
+        case FOUR_BIT: return f.template operator()<FourBit>();
+        case INT8: return f.template operator()<Int8>();
+        case FP32: return f.template operator()<Fp32>();
+        case BF16: return f.template operator()<Bf16>();
+        default: return f.template operator()<Fp16>();
+    }
+}
+
+template <int M, int N>
+INLINE void finish(const vf (&acc)[M][N], const float* bias, float* y, int64_t stride) {
+    float sums[M][N];
+    lane_sums(acc, sums);
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++) y[m * stride + n] = bias ? sums[m][n] + bias[n] : sums[m][n];
+}
+
+// M rows x N outputs with weights decoded in registers.
+template <int M, int N, class Decoder>
+INLINE void dot_decoding(Decoder weights, const float* x, int blocks, const float* bias, float* y, int64_t stride) {
+    const int64_t in = (int64_t)blocks * BLOCK;
+    vf acc[M][N] = {};
+    for (int b = 0; b < blocks; b++) {
+        weights.block(b);
+#pragma GCC unroll 8
+        for (int s = 0; s < STEPS; s++) {
+            vf w0[N], w1[N];
+            for (int n = 0; n < N; n++) weights.step(n, s, w0[n], w1[n]);
+            for (int m = 0; m < M; m++) {
+                const float* p = x + m * in + b * BLOCK + s * 2 * W;
+                vf x0 = load(p), x1 = load(p + W);
+                for (int n = 0; n < N; n++) acc[m][n] = fma(w0[n], x0, acc[m][n]);
+                for (int n = 0; n < N; n++) acc[m][n] = fma(w1[n], x1, acc[m][n]);
+            }
+        }
+    }
+    finish(acc, bias, y, stride);
+}
+
+// The same sums with weights already decoded: tile [N, in].
+template <int M, int N>
+INLINE void dot_decoded(const float* tile, const float* x, int64_t in, const float* bias, float* y, int64_t stride) {
+    float sums[M][N];
+    dot<M, N>(x, in, tile, in, in, sums);
+    for (int m = 0; m < M; m++)
+        for (int n = 0; n < N; n++) y[m * stride + n] = bias ? sums[m][n] + bias[n] : sums[m][n];
+}
+
+template <int M, int N, template <int> class Decoder>
+void sweep_decoding(const Weight& w, const float* x, int first, int last, const float* scales, float* y, int64_t stride) {
+    const int blocks = w.in / BLOCK;
+    int o = first;
+    for (; o + N <= last; o += N, scales += N * blocks)
+        dot_decoding<M, N>(Decoder<N>(w, o, scales, 0, blocks), x, blocks, w.bias ? w.bias + o : nullptr, y + o, stride);
+    for (; o < last; o++, scales += blocks)
+        dot_decoding<M, 1>(Decoder<1>(w, o, scales, 0, blocks), x, blocks, w.bias ? w.bias + o : nullptr, y + o, stride);
+}
+
+template <template <int> class Decoder>
+void few_rows(const Weight& w, const float* x, int rows, int first, int last, float* y, int64_t stride) {
+    const int64_t in = w.in;
+    for (int o = first; o < last; o += GROUP) {
+        const int end = least(o + GROUP, last);
+        const float* scales = block_scales(w, o, end, 0, w.in / BLOCK);
+        auto sweep = [&](auto sweep_rows, int m) { sweep_rows(w, x + m * in, o, end, scales, y + m * stride, stride); };
+        int m = 0;
+        if constexpr (W == 16)
+            for (; m + 8 <= rows; m += 8) sweep(sweep_decoding<8, 2, Decoder>, m);
+        for (; m + 4 <= rows; m += 4) sweep(sweep_decoding<4, W == 16 ? 4 : 2, Decoder>, m);
+        for (; m + 2 <= rows; m += 2) sweep(sweep_decoding<2, 4, Decoder>, m);
+        for (; m < rows; m++) sweep(sweep_decoding<1, W == 16 ? 8 : 4, Decoder>, m);
+    }
+}
+
+// A rectangle of the weight as fp32 [outputs first..last, blocks begin..end], inputs in their own or in packed order.
+template <template <int> class Decoder, bool NATURAL>
+void decode_blocks(const Weight& w, int first, int last, int begin, int end, float* tile) {
+    const int wide = end - begin;
+    const float* scales = block_scales(w, first, last, begin, end);
+    for (int o = first; o < last; o++, scales += wide) {
+        Decoder<1> weights(w, o, scales, begin, wide);
+        for (int b = begin; b < end; b++) {
+            weights.block(b);
+            for (int s = 0; s < STEPS; s++, tile += 2 * W) {
+                vf w0, w1;
+                weights.step(0, s, w0, w1);
+                if constexpr (NATURAL && Decoder<1>::INTERLEAVED) {
+                    store_interleaved(tile, w0, w1);
+                } else {
+                    store(tile, w0), store(tile + W, w1);
+                }
+            }
+        }
+    }
+}
+
+template <bool NATURAL>
+void decode_tile(const Weight& w, int first, int last, int begin, int end, float* tile) {
+    if (blockwise(w)) {
+        with_decoder(w, [&]<template <int> class Decoder>() { decode_blocks<Decoder, NATURAL>(w, first, last, begin, end, tile); });
+        return;
+    }
+    for (int o = first; o < last; o++)
+        for (int i = begin * BLOCK; i < end * BLOCK; i++) *tile++ = i < w.in ? weight_at(w, o, i) : 0.f;
+}
+
+template <int M, int N>
+void sweep_decoded(const float* tile, const float* x, int64_t in, int outputs, const float* bias, float* y, int64_t stride) {
+    int o = 0;
+    for (; o + N <= outputs; o += N) dot_decoded<M, N>(tile + o * in, x, in, bias ? bias + o : nullptr, y + o, stride);
+    for (; o < outputs; o++) dot_decoded<M, 1>(tile + o * in, x, in, bias ? bias + o : nullptr, y + o, stride);
+}
+
+void many_rows(const Weight& w, const float* x, int rows, int first, int last, float* y, int64_t stride) {
+    constexpr int WIDE = W == 16 ? 6 : 3;  // 4 x WIDE accumulators fill the registers
+    const int64_t in = padded(w.in);
+    const int outputs = TILE_FLOATS / in < WIDE ? WIDE : TILE_FLOATS / in / WIDE * WIDE;
+    float* tile = scratch(TILE, outputs * in);
+    for (int o = first; o < last; o += outputs) {
+        const int count = least(outputs, last - o);
+        const float* bias = w.bias ? w.bias + o : nullptr;
+        decode_tile<false>(w, o, o + count, 0, in / BLOCK, tile);
+        int m = 0;
+        for (; m + 4 <= rows; m += 4) sweep_decoded<4, WIDE>(tile, x + m * in, in, count, bias, y + m * stride + o, stride);
+        for (; m < rows; m++) sweep_decoded<1, WIDE>(tile, x + m * in, in, count, bias, y + m * stride + o, stride);
+    }
+}
+
+bool wants_interleaved(const Weight& w) { return blockwise(w) && (w.kind == FOUR_BIT || w.kind == BF16); }
+
+void pack_row(const float* row, int in, bool interleaved, float* to) {
+    if (!interleaved) {
+        memcpy(to, row, sizeof(float) * in);
+        memset(to + in, 0, sizeof(float) * (padded(in) - in));
+        return;
+    }
+    for (int i = 0; i < in; i += 2 * W) {  // whole blocks only
+        vf even, odd;
+        deinterleave(row + i, even, odd);
+        store(to + i, even), store(to + i + W, odd);
+    }
+}
+
+// sums [rows, wide] += dy [rows, out] @ tile [outputs, wide], M rows and V vectors at a time.
+template <int M, int V>
+INLINE void accumulate(const float* dy, int64_t out, const float* tile, int outputs, int wide, float* sums) {
+    vf acc[M][V];
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < V; v++) acc[m][v] = load(sums + m * wide + v * W);
+    weigh<M, V>(acc, dy, out, tile, wide, outputs);
+    for (int m = 0; m < M; m++)
+        for (int v = 0; v < V; v++) store(sums + m * wide + v * W, acc[m][v]);
+}
+
+// Inputs of blocks [begin, end) of dx.
+void backward_tile(const Weight& w, const float* dy, int rows, int begin, int end, float* dx) {
+    constexpr int V = W == 16 ? 4 : 2;
+    const int wide = (end - begin) * BLOCK;
+    float* sums = scratch(SUMS, (size_t)rows * wide);
+    float* tile = scratch(TILE, BACK_OUTPUTS * wide);
+    memset(sums, 0, sizeof(float) * rows * wide);
+    for (int o = 0; o < w.out; o += BACK_OUTPUTS) {
+        const int count = least(BACK_OUTPUTS, w.out - o);
+        decode_tile<true>(w, o, o + count, begin, end, tile);
+        for (int i = 0; i < wide; i += V * W) {
+            int m = 0;
+            for (; m + 6 <= rows; m += 6) accumulate<6, V>(dy + (int64_t)m * w.out + o, w.out, tile + i, count, wide, sums + (int64_t)m * wide + i);
+            for (; m < rows; m++) accumulate<1, V>(dy + (int64_t)m * w.out + o, w.out, tile + i, count, wide, sums + (int64_t)m * wide + i);
+        }
+    }
+    const int inputs = least(wide, w.in - begin * BLOCK);
+    for (int m = 0; m < rows; m++) memcpy(dx + (int64_t)m * w.in + begin * BLOCK, sums + (int64_t)m * wide, sizeof(float) * inputs);
+}
+
+}  // namespace
+
+PackedRows pack_rows(const Weight* const* weights, int count, const float* x, int rows) {
+    const int in = weights[0]->in;
+    bool wanted[2] = {};
+    for (int i = 0; i < count; i++) wanted[wants_interleaved(*weights[i])] = true;
+    float* packed[2];
+    for (int form = 0; form < 2; form++)
+        packed[form] = wanted[form] ? scratch(form ? PACKED_INTERLEAVED : PACKED_NATURAL, (size_t)rows * padded(in)) : nullptr;
+    constexpr int SHARE = 32;
+    parallel_for((rows + SHARE - 1) / SHARE, [&](int task) {
+        for (int m = task * SHARE; m < least((task + 1) * SHARE, rows); m++)
+            for (int form = 0; form < 2; form++)
+                if (packed[form]) pack_row(x + (int64_t)m * in, in, form, packed[form] + (int64_t)m * padded(in));
+    });
+    return {packed[0], packed[1]};
+}
+
+void linear_tile(const Weight& w, const PackedRows& x, int rows, int first, int last, float* y, int64_t stride) {
+    const float* packed = wants_interleaved(w) ? x.interleaved : x.natural;
+    if (rows > FEW_ROWS || !blockwise(w)) return many_rows(w, packed, rows, first, last, y, stride);
+    with_decoder(w, [&]<template <int> class Decoder>() { few_rows<Decoder>(w, packed, rows, first, last, y, stride); });
+}
+
+int outputs_per_task(int out) {
+    const int tasks = 8 * pool_threads();
+    return ((out + tasks - 1) / tasks + 7) / 8 * 8;
+}
+
+EXPORT void lk_linear(const Weight* weight, const float* bias, const float* x, int rows, float* y) {
+    Weight w = *weight;
+    w.bias = bias;
+    const Weight* const only = &w;
+    const PackedRows packed = pack_rows(&only, 1, x, rows);
+    const int share = outputs_per_task(w.out);
+    parallel_for((w.out + share - 1) / share, [&](int task) {
+        linear_tile(w, packed, rows, task * share, least((task + 1) * share, w.out), y, w.out);
+    });
+}
+
+EXPORT void lk_linear_backward(const Weight* w, const float* dy, int rows, float* dx) {
+    const int blocks = padded(w->in) / BLOCK, share = BACK_INPUTS / BLOCK;
+    parallel_for((blocks + share - 1) / share, [&](int task) {
+        backward_tile(*w, dy, rows, task * share, least((task + 1) * share, blocks), dx);
+    });
+}
+
+EXPORT void lk_dequantize(const Weight* w, float* dense) {
+    const int blocks = padded(w->in) / BLOCK;
+    parallel_for((w->out + 15) / 16, [&](int task) {
+        const int first = task * 16, last = least(first + 16, w->out);
+        float* tile = scratch(TILE, (size_t)16 * padded(w->in));
+        decode_tile<true>(*w, first, last, 0, blocks, tile);
+        for (int o = first; o < last; o++) memcpy(dense + (int64_t)o * w->in, tile + (int64_t)(o - first) * padded(w->in), sizeof(float) * w->in);
+    });
+}

@@ -1,0 +1,38 @@
+// y = x @ W.T for a frozen weight in the storage its library gave it, and dx = dy @ W.
+//
+// A dot product runs over the inputs in a fixed order: W lanes, one fused multiply-add after another, then a fixed
+// sum over lanes. How many rows or outputs are computed together never enters it, so a row's bits are its own.
+#pragma once
+
+#include <cstdint>
+
+enum WeightKind { FOUR_BIT = 0, INT8 = 1, FP32 = 2, BF16 = 3, FP16 = 4 };
+
+// Mirrored by WeightStruct in native.py.
+struct Weight {
+    const void* data;
+    const void* absmax;          // FOUR_BIT: uint8 if nested_absmax is set, else fp32; INT8: fp32 [out]
+    const float* code;           // [16]
+    const float* nested_absmax;  // null without double quantisation
+    const float* nested_code;    // [256]
+    const float* bias;           // [out] or null
+    float offset;
+    int32_t kind;
+    int32_t out, in;
+    int32_t blocksize, nested_blocksize;
+};
+
+// The input rows in the forms that weights' decoders want: [rows, padded inputs], zeros behind the inputs.
+struct PackedRows {
+    const float* natural;
+    const float* interleaved;  // in each run of 2W inputs those at even places come first
+};
+
+// Packs x [rows, in] for these weights, all of the same `in`. Valid until the caller's next call.
+PackedRows pack_rows(const Weight* const* weights, int count, const float* x, int rows);
+
+// Outputs [first, last) of every row: y[m * stride + o]. Runs on the calling thread.
+void linear_tile(const Weight& w, const PackedRows& x, int rows, int first, int last, float* y, int64_t stride);
+
+// How many outputs a task should take so that threads share the work evenly.
+int outputs_per_task(int out);

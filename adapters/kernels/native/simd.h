@@ -1,0 +1,301 @@
+// One vector type for every CPU: 16 lanes under AVX-512, 8 under AVX2, 4 anywhere else.
+//
+// The library is compiled once per instruction set and the loader picks one, so nothing here decides at run time.
+// What differs by CPU (fused multiply-add, 16-entry table look-up, half precision) is behind a function of this file;
+// the rest is GCC/Clang vector arithmetic. Built with -ffp-contract=off: only `fma` fuses.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+#if defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
+typedef float v4 __attribute__((vector_size(16)));
+typedef float v8 __attribute__((vector_size(32)));
+
+struct bf16 {
+    uint16_t bits;
+};
+struct fp16 {
+    uint16_t bits;
+};
+
+#define INLINE inline __attribute__((always_inline))
+
+INLINE vf load(const float* p) {
+    vf v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
+
+
+INLINE void store_part(float* p, vf v, int n) { memcpy(p, &v, 4 * n); }
+
+INLINE vf set1(float s) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_set1_ps(s);
+#elif defined(__AVX2__)
+    return (vf)_mm256_set1_ps(s);
+#else
+    return vf{s, s, s, s};
+#endif
+}
+
+INLINE vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+    return (vf)_mm256_fmadd_ps(a, b, c);
+#elif defined(__ARM_NEON)
+    return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return a * b + c;
+#endif
+}
+
+INLINE vf max(vf a, vf b) { return (vf)(a > b ? a : b); }
+
+// --- sums over lanes: one order (fold halves, then pairs), whether one vector is summed or four at once ---------------
+
+INLINE v4 fold(vf v) {
+#if defined(__AVX512F__)
+    v8 h = (v8)_mm512_castps512_ps256(v) + (v8)_mm512_extractf32x8_ps(v, 1);
+    return (v4)_mm256_castps256_ps128(h) + (v4)_mm256_extractf128_ps(h, 1);
+#elif defined(__AVX2__)
+    return (v4)_mm256_castps256_ps128(v) + (v4)_mm256_extractf128_ps(v, 1);
+#else
+    return v;
+#endif
+}
+
+INLINE v4 sum4(vf a, vf b, vf c, vf d) {  // {sum a, sum b, sum c, sum d}
+    v4 fa = fold(a), fb = fold(b), fc = fold(c), fd = fold(d);
+    v4 ab_lo = __builtin_shufflevector(fa, fb, 0, 4, 1, 5), ab_hi = __builtin_shufflevector(fa, fb, 2, 6, 3, 7);
+    v4 cd_lo = __builtin_shufflevector(fc, fd, 0, 4, 1, 5), cd_hi = __builtin_shufflevector(fc, fd, 2, 6, 3, 7);
+    v4 ab = ab_lo + ab_hi, cd = cd_lo + cd_hi;  // {a0+a2, b0+b2, a1+a3, b1+b3}
+    return __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7);
+}
+
+INLINE float sum(vf v) {
+    v4 f = fold(v);
+    return (f[0] + f[2]) + (f[1] + f[3]);
+}
+
+INLINE float top(vf v) {
+    float m = v[0];
+    for (int i = 1; i < W; i++) m = v[i] > m ? v[i] : m;
+    return m;
+}
+
+// --- exp ------------------------------------------------------------------------------------------------------------
+
+INLINE vf exp(vf x) {  // within 2 ulp; exp(-inf) = 0 exactly, NaN stays NaN
+    const vf low = set1(-87.33654f), high = set1(88.72283f);
+    vf c = (vf)(x > low ? x : low);
+    c = (vf)(c < high ? c : high);
+    const vf magic = set1(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+    vf n = (c * set1(1.44269504f) + magic) - magic;
+    vf r = fma(n, set1(-0.693359375f), c);
+    r = fma(n, set1(2.12194440e-4f), r);
+    vf p = set1(1.9875691500e-4f);
+    p = fma(p, r, set1(1.3981999507e-3f));
+    p = fma(p, r, set1(8.3334519073e-3f));
+    p = fma(p, r, set1(4.1665795894e-2f));
+    p = fma(p, r, set1(1.6666665459e-1f));
+    p = fma(p, r, set1(5.0000001201e-1f));
+    p = fma(p, r * r, r) + set1(1.f);
+    // 2^n in two factors, as n reaches 128
+    vi half = __builtin_convertvector(n, vi) >> 1, rest = __builtin_convertvector(n, vi) - half;
+    vf y = p * (vf)((half + 127) << 23) * (vf)((rest + 127) << 23);
+    y = (vf)(x < low ? set1(0.f) : y);
+    y = (vf)(x > high ? set1(INFINITY) : y);
+    return (vf)(x == x ? y : x);
+}
+
+// --- other numbers, loaded as fp32 ----------------------------------------------------------------------------------------------------
+
+INLINE vf load(const bf16* p) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__)
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
+    vu v;
+    for (int i = 0; i < W; i++) v[i] = (uint32_t)p[i].bits << 16;
+    return (vf)v;
+#endif
+}
+
+INLINE float number(bf16 h) {
+    uint32_t bits = (uint32_t)h.bits << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+INLINE float number(fp16 half) {
+    const uint16_t h = half.bits;
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = (uint32_t)(h & 0x7fff) << 13, bits;
+    float f;
+    if ((h & 0x7c00) == 0x7c00) {  // inf, NaN
+        bits = sign | 0x7f800000 | rest;
+    } else if (h & 0x7c00) {
+        bits = sign | (rest + (112u << 23));
+    } else {  // subnormal: scale the integer
+        f = (float)(h & 0x3ff) * 5.9604644775390625e-8f;
+        memcpy(&bits, &f, 4);
+        bits |= sign;
+    }
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+INLINE vf load(const fp16* p) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+    vf v;
+    for (int i = 0; i < W; i++) v[i] = number(p[i]);
+    return v;
+#endif
+}
+
+INLINE void split(const bf16* p, vf& even, vf& odd) {  // 2W numbers -> those at even and at odd places
+    vu v;
+    memcpy(&v, p, sizeof v);
+    even = (vf)(v << 16);
+    odd = (vf)(v & 0xffff0000u);
+}
+
+INLINE vf load(const int8_t* p) {
+#if defined(__AVX512F__)
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+    vf v;
+    for (int i = 0; i < W; i++) v[i] = (float)p[i];
+    return v;
+#endif
+}
+
+template <class Number>
+INLINE vf load_part(const Number* p, int n) {  // the first n lanes, zeros behind
+    Number part[W] = {};
+    memcpy(part, p, sizeof(Number) * n);
+    return load(part);
+}
+
+// --- even and odd places ------------------------------------------------------------------------------------------------
+
+INLINE void deinterleave(const float* p, vf& even, vf& odd) {
+    vf a = load(p), b = load(p + W);
+#if defined(__AVX512F__)
+    const vi pick = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+    even = (vf)_mm512_permutex2var_ps(a, (__m512i)pick, b);
+    odd = (vf)_mm512_permutex2var_ps(a, (__m512i)(pick + 1), b);
+#elif defined(__AVX2__)
+    even = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14);
+    odd = __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+    even = __builtin_shufflevector(a, b, 0, 2, 4, 6);
+    odd = __builtin_shufflevector(a, b, 1, 3, 5, 7);
+#endif
+}
+
+INLINE void store_interleaved(float* p, vf even, vf odd) {
+#if defined(__AVX512F__)
+    const vi pick = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+    store(p, (vf)_mm512_permutex2var_ps(even, (__m512i)pick, odd));
+    store(p + W, (vf)_mm512_permutex2var_ps(even, (__m512i)(pick + 8), odd));
+#elif defined(__AVX2__)
+    store(p, __builtin_shufflevector(even, odd, 0, 8, 1, 9, 2, 10, 3, 11));
+    store(p + W, __builtin_shufflevector(even, odd, 4, 12, 5, 13, 6, 14, 7, 15));
+#else
+    store(p, __builtin_shufflevector(even, odd, 0, 4, 1, 5));
+    store(p + W, __builtin_shufflevector(even, odd, 2, 6, 3, 7));
+#endif
+}
+
+// --- 4-bit codes: a table of 16 numbers looked up by nibble ---------------------------------------------------------------
+
+struct Table {
+#if defined(__AVX512F__)
+    vf all;
+#elif defined(__AVX2__)
+    vf low, high;
+#else
+    float all[16];
+#endif
+};
+
+INLINE Table load_table(const float* code) {
+    Table t;
+#if defined(__AVX512F__)
+    t.all = load(code);
+#elif defined(__AVX2__)
+    t.low = load(code);
+    t.high = load(code + 8);
+#else
+    memcpy(t.all, code, sizeof t.all);
+#endif
+    return t;
+}
+
+INLINE Table scaled(const Table& code, float scale) {  // the very products that dequantising makes: code * absmax
+    Table t;
+#if defined(__AVX512F__)
+    t.all = code.all * set1(scale);
+#elif defined(__AVX2__)
+    t.low = code.low * set1(scale);
+    t.high = code.high * set1(scale);
+#else
+    for (int i = 0; i < 16; i++) t.all[i] = code.all[i] * scale;
+#endif
+    return t;
+}
+
+// W packed bytes -> 2W weights. The earlier weight of a byte is its high nibble.
+INLINE void look_up(const Table& t, const uint8_t* p, vf& even, vf& odd) {
+#if defined(__AVX512F__)
+    __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+    odd = (vf)_mm512_permutexvar_ps(bytes, t.all);  // reads the low four bits of each index
+    even = (vf)_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), t.all);
+#elif defined(__AVX2__)
+    __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+    __m256i upper = _mm256_srli_epi32(bytes, 4);
+    // vpermps reads three bits of each index; the fourth, moved to the sign, chooses the table's half
+    odd = (vf)_mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, bytes), _mm256_permutevar8x32_ps(t.high, bytes),
+                               _mm256_castsi256_ps(_mm256_slli_epi32(bytes, 28)));
+    even = (vf)_mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, upper), _mm256_permutevar8x32_ps(t.high, upper),
+                                _mm256_castsi256_ps(_mm256_slli_epi32(bytes, 24)));
+#else
+    for (int i = 0; i < W; i++) even[i] = t.all[p[i] >> 4], odd[i] = t.all[p[i] & 15];
+#endif
+}
+
+}  // namespace

@@ -1,0 +1,253 @@
+"""All decoder layers of a step in one native call, for models shaped like Llama.
+
+A plan is built once from a loaded model: it holds the addresses of everything that a step reads (weights, norms,
+adapter pools, KV caches) and calls the same C++ kernels that are offered one by one, without the Python between them.
+Knows how transformers names the parts of the architectures below; knows no requests and no head.
+"""
+
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from adapters.kernels import native
+from adapters.kernels.native import WeightStruct, address
+from adapters.kernels.weight import QuantizedWeight
+
+ARCHITECTURES = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"}  # of transformers, by class name
+SITES = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+
+
+class PlannedLinear(Protocol):
+    """What a plan needs of a linear: `adapters.lora.LoraLinear` has it."""
+
+    weight: QuantizedWeight
+    bias: Tensor | None
+    index: int  # its row of the segment tables and its place in the pools
+
+
+class LayerStruct(Structure):
+    """`Layer` of decoder.cpp."""
+
+    _fields_ = [
+        ("input_norm", c_void_p),
+        ("post_norm", c_void_p),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("weights", WeightStruct * len(SITES)),
+        ("a", c_void_p * len(SITES)),
+        ("b", c_void_p * len(SITES)),
+        ("linear", c_int32 * len(SITES)),
+        ("k_cache", c_void_p),
+        ("v_cache", c_void_p),
+        ("window", c_int32),
+    ]
+
+
+class DecoderStruct(Structure):
+    """`Decoder` of decoder.cpp."""
+
+    _fields_ = [
+        ("layers", POINTER(LayerStruct)),
+        ("final_norm", c_void_p),
+        ("count", c_int32),
+        ("hidden", c_int32),
+        ("heads", c_int32),
+        ("kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("block_size", c_int32),
+        ("eps", c_float),
+        ("scaling", c_float),
+    ]
+
+
+class StepStruct(Structure):
+    """`Step` of decoder.cpp."""
+
+    _fields_ = [
+        ("hidden", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("slots", c_void_p),
+        ("seqs", c_void_p),
+        ("block_tables", c_void_p),
+        ("tables", c_void_p),
+        ("scales", c_void_p),
+        ("tokens", c_int32),
+        ("rotary", c_int32),
+        ("requests", c_int32),
+        ("max_blocks", c_int32),
+        ("segments", c_int32),
+    ]
+
+
+class DecoderPlan:
+    """The decoder layers and the last norm of one model, ready to run. Made by `build`."""
+
+    def __init__(self, kernels: native.Kernels, decoder: nn.Module, struct: DecoderStruct, alive: list[Any]) -> None:
+        self._kernels = kernels
+        self._decoder: Any = decoder
+        self._struct = struct
+        self._alive = alive  # everything the struct points at
+
+    @classmethod
+    def build(
+        cls,
+        decoder: nn.Module,
+        pool_a: Sequence[Tensor],
+        pool_b: Sequence[Tensor],
+        k_caches: Sequence[Tensor],
+        v_caches: Sequence[Tensor],
+        windows: Sequence[int],
+    ) -> "DecoderPlan | None":
+        """Plan a decoder whose linears are `PlannedLinear`s.
+
+        Args:
+            decoder: the transformers model below its head.
+            pool_a, pool_b: per linear the adapters' units, as `lora_add_` takes them; both empty for no adapters.
+            k_caches, v_caches: per layer, as `paged_attention` takes them.
+            windows: per layer, 0 for full attention.
+
+        Returns:
+            None where the native kernels are missing, the architecture is not one of `ARCHITECTURES`, or a tensor is
+            not one that the kernels read (on the CPU; fp32 but for weights and pools).
+        """
+        kernels = native.load()
+        if kernels is None or not _known(decoder):
+            return None
+        builder = _Builder(kernels, pool_a, pool_b)
+        modules: Any = decoder
+        try:
+            parts = zip(modules.layers, k_caches, v_caches, windows, strict=True)
+            layers = (LayerStruct * len(k_caches))(*(builder.layer(*part) for part in parts))
+            final_norm = builder.fp32(modules.norm.weight)
+        except _Unplannable:
+            return None
+        first = modules.layers[0]
+        _, kv_heads, block_size, head_dim = k_caches[0].shape
+        struct = DecoderStruct(
+            layers,
+            final_norm,
+            len(layers),
+            first.mlp.down_proj.weight.shape[0],
+            first.self_attn.q_proj.weight.shape[0] // head_dim,
+            kv_heads,
+            head_dim,
+            block_size,
+            first.input_layernorm.variance_epsilon,
+            first.self_attn.scaling,
+        )
+        return cls(kernels, decoder, struct, [*builder.alive, layers])
+
+    @torch.no_grad()
+    def run(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        seqs: Tensor,
+        block_tables: Tensor,
+        table: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> Tensor:
+        """Embedded tokens to normed hidden states, writing the tokens' keys and values on the way.
+
+        Args:
+            hidden: fp32 `[T, hidden]`, the embedded tokens; overwritten.
+            positions: int64 `[T]`.
+            slots: int64 `[T]`, as `write_kv`.
+            seqs, block_tables: as `paged_attention`.
+            table, scale: int32 `[L, S, 5]` and fp32 `[L, S]`, one segment table per linear; None without adapters.
+
+        Returns:
+            `[T, hidden]`, ready for the head.
+        """
+        hidden = hidden.contiguous()
+        cos, sin = (part[0].float().contiguous() for part in self._decoder.rotary_emb(hidden[None], positions[None]))
+        slots, seqs, block_tables = slots.contiguous(), seqs.contiguous(), block_tables.contiguous()
+        if table is not None and scale is not None:
+            table, scale = table.contiguous(), scale.contiguous()
+        step = StepStruct(
+            hidden.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            slots.data_ptr(),
+            seqs.data_ptr(),
+            block_tables.data_ptr(),
+            address(table),
+            address(scale),
+            len(hidden),
+            cos.shape[1],
+            len(seqs),
+            block_tables.shape[1],
+            0 if table is None else table.shape[1],
+        )
+        self._kernels.decode(self._struct, step)
+        return hidden
+
+
+def _known(decoder: nn.Module) -> bool:
+    kind, config = type(decoder), getattr(decoder, "config", None)
+    ours = kind.__module__.startswith("transformers.models.") and kind.__name__ in ARCHITECTURES
+    return ours and getattr(config, "hidden_act", None) == "silu"
+
+
+class _Unplannable(Exception):
+    """Something in the model is not what the native step reads."""
+
+
+class _Builder:
+    """Collects addresses, and keeps what they belong to alive."""
+
+    def __init__(self, kernels: native.Kernels, pool_a: Sequence[Tensor], pool_b: Sequence[Tensor]) -> None:
+        self._kernels = kernels
+        self._pools = (pool_a, pool_b)
+        self.alive: list[Any] = []
+
+    def fp32(self, tensor: Tensor) -> int:
+        return self._address(tensor.detach(), torch.float32)
+
+    def _address(self, tensor: Tensor, dtype: torch.dtype) -> int:
+        if not tensor.is_cpu or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise _Unplannable
+        self.alive.append(tensor)
+        return tensor.data_ptr()
+
+    def layer(self, layer: Any, k_cache: Tensor, v_cache: Tensor, window: int) -> LayerStruct:
+        linears = [layer.get_submodule(site) for site in SITES]
+        attention = layer.self_attn
+        return LayerStruct(
+            self.fp32(layer.input_layernorm.weight),
+            self.fp32(layer.post_attention_layernorm.weight),
+            self.fp32(attention.q_norm.weight) if hasattr(attention, "q_norm") else None,
+            self.fp32(attention.k_norm.weight) if hasattr(attention, "k_norm") else None,
+            (WeightStruct * len(SITES))(*map(self._weight, linears)),
+            *(
+                (c_void_p * len(SITES))(*(self._address(pool[linear.index], torch.int16) for linear in linears))
+                if pool
+                else (c_void_p * len(SITES))()
+                for pool in self._pools
+            ),
+            (c_int32 * len(SITES))(*(linear.index for linear in linears)),
+            self.fp32(k_cache),
+            self.fp32(v_cache),
+            window,
+        )
+
+    def _weight(self, linear: PlannedLinear) -> WeightStruct:
+        if not native.takes_weight(linear.weight):
+            raise _Unplannable
+        self.alive.append(linear.weight)
+        struct = WeightStruct.from_buffer_copy(self._kernels.weight(linear.weight))
+        struct.bias = None if linear.bias is None else self.fp32(linear.bias)
+        return struct
