@@ -11,6 +11,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 HOUSES = ("server", "adapters", "loadtest")
 HEAVY = ("torch", "transformers", "bitsandbytes", "peft")
+# What runs in the engine's process; all else of the server is the API process, or a command.
+ENGINE_SIDE = ("server.engine", "server.finetune.trainer", "server.finetune.layers")
 WEB = ("starlette", "uvicorn", "pydantic", "httpx", "python_multipart")
 
 
@@ -72,7 +74,7 @@ def _within(name: str, packages: tuple[str, ...]) -> bool:
         pytest.param(("server", "adapters"), (), ("tests", "peft"), id="neither needs what tests need"),
         pytest.param(("server.api",), (), ("server.app", "server.cli", *HEAVY), id="handlers are built upon"),
         pytest.param(
-            ("server.engine",),
+            ENGINE_SIDE,
             (),
             ("server.api", "server.app", "server.cli", "server.services", *WEB),
             id="the engine knows no HTTP",
@@ -85,7 +87,7 @@ def _within(name: str, packages: tuple[str, ...]) -> bool:
         ),
         pytest.param(
             ("server",),
-            ("server.engine",),
+            ENGINE_SIDE,
             tuple(f"server.engine.{part}" for part in ("process", "engine", "runner", "scheduler", "model")),
             id="the engine is reached through its client",
         ),
