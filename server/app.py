@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shlex
+import socket
 import sqlite3
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -25,7 +26,7 @@ from server.admission import Admission
 from server.api import adapters, chat, completions, health, models, tokenize, vllm
 from server.engine.client import LocalEngine
 from server.engine.protocol import EngineConfig
-from server.errors import EXCEPTION_HANDLERS
+from server.errors import EXCEPTION_HANDLERS, LorakeetError
 from server.http_limits import LimitedHttpProtocol
 from server.intake import AdapterIntake
 from server.metrics import Metrics
@@ -159,9 +160,9 @@ class _Server(uvicorn.Server):
 
     # --- up ---------------------------------------------------------------------------------------
 
-    async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen at once, so that probes can ask; become ready when the engine is."""
-        await super().startup()
+        await super().startup(sockets)
         self._coming_up = asyncio.create_task(self._come_up())
 
     async def _come_up(self) -> None:
@@ -176,6 +177,9 @@ class _Server(uvicorn.Server):
                 raise ModelError(f"the engine cannot start: {self._engine.unready_reason}")
         except (ModelError, SettingError) as failure:
             self.failure = failure
+            self.should_exit = True
+        except LorakeetError as error:  # the disk is full, say
+            self.failure = SettingError(f"--adapter: {error}")
             self.should_exit = True
         finally:
             imported.cancel()

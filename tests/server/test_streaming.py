@@ -1,6 +1,7 @@
 """Text that grows token by token: incremental decoding and stop strings."""
 
 from collections.abc import Sequence
+from itertools import chain
 
 import pytest
 from hypothesis import given
@@ -64,7 +65,7 @@ _SPELLED = st.characters(min_codepoint=0x80, exclude_categories=["Cs"]).map(lamb
 def test_sentencepiece_pieces_follow_the_prompt_as_the_whole_does(
     new: list[list[int]], before: list[list[int]]
 ) -> None:
-    ids, prompt = sum(new, []), sum(before, [])
+    ids, prompt = list(chain(*new)), list(chain(*before))
     whole = SENTENCEPIECE.decode(prompt + ids)
     assert SENTENCEPIECE.decode(prompt) + "".join(_stream(SENTENCEPIECE, ids, prompt)) == whole
 
