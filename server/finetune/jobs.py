@@ -285,7 +285,7 @@ class JobStore:
         hashes: dict[str, str],
         trained_tokens: int,
     ) -> None:
-        """Record a checkpoint whose files are synced. The same step again (after a restart) replaces the files' part."""
+        """Record a checkpoint whose files are synced. A step repeated after a restart replaces its files alone."""
         with self._database.transaction() as connection:
             row = connection.execute(
                 "SELECT record FROM checkpoints WHERE job = ? AND step = ?", (job.id, metrics.step)

@@ -1,0 +1,175 @@
+"""An adapter being trained: fp32 parameters, their gradients, and its part in a training pass.
+
+All of a job's numbers lie in one flat tensor and all gradients in another, so that clipping, optimiser, checkpoint and
+restore are a few operations on flat memory; A and B are views. Knows no data, no schedule and no files.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from adapters.lora import LoraLinear
+from server.finetune.messages import Init, ModuleShape
+
+
+def stream(device: torch.device, *key: object) -> torch.Generator:
+    """A random generator that depends on `key` alone: numbers drawn elsewhere cannot shift what comes from it."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest) >> 1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Module:
+    """The trained part of one linear: y += scaling * scale_vector * (B (A dropout(x)))."""
+
+    a: nn.Parameter  # [rank, in]
+    b: nn.Parameter  # [out, rank]
+    scale_vector: nn.Parameter | None  # [out]
+    scaling: float
+
+
+class TrainableAdapter:
+    """LoRA parameters over some linears of a base.
+
+    Args:
+        linears: every linear of the base.
+        shapes: full names of the linears to adapt, and how.
+        scale_vector: train a factor per output as well, from 1.
+        seed: decides A; B starts at zero.
+
+    Attributes:
+        values, grads: fp32 [parameters], what is trained and its accumulated gradient; scale vectors come last.
+        decayed: how many of the first numbers weight decay applies to (not the scale vectors: they belong near 1).
+    """
+
+    def __init__(
+        self,
+        linears: Iterable[LoraLinear],
+        shapes: Mapping[str, ModuleShape],
+        *,
+        device: torch.device,
+        seed: int,
+        init: Init = "kaiming",
+        scale_vector: bool = False,
+    ) -> None:
+        adapted = [linear for linear in linears if linear.name in shapes]
+        matrices = sum(shapes[linear.name].rank * (linear.in_features + linear.out_features) for linear in adapted)
+        vectors = sum(linear.out_features for linear in adapted) if scale_vector else 0
+        self.decayed = matrices
+        self.values = torch.zeros(matrices + vectors, device=device)
+        self.grads = torch.zeros_like(self.values)
+        self._names = {linear.index: linear.name for linear in adapted}
+        self._modules: dict[int, _Module] = {}
+        first, first_vector = 0, matrices
+        for linear in adapted:
+            rank, outputs = shapes[linear.name].rank, linear.out_features
+            a = self._parameter(first, rank, linear.in_features)
+            b = self._parameter(first + a.numel(), outputs, rank)
+            first += a.numel() + b.numel()
+            vector = None
+            if scale_vector:
+                vector = self._parameter(first_vector, outputs)
+                first_vector += outputs
+            self._modules[linear.index] = _Module(a, b, vector, shapes[linear.name].scaling)
+            with torch.no_grad():
+                generator = stream(device, seed, "init", linear.name)
+                if init == "gaussian":
+                    a.normal_(0.0, 1.0 / rank, generator=generator)
+                else:  # PEFT's default: Kaiming uniform with a = sqrt(5), that is 1 / sqrt(in)
+                    bound = 1.0 / math.sqrt(linear.in_features)
+                    a.uniform_(-bound, bound, generator=generator)
+        self.values[matrices:].fill_(1.0)
+
+    def _parameter(self, first: int, *shape: int) -> nn.Parameter:
+        """A part of the flat tensors, as a leaf whose gradient accumulates in place."""
+        part = slice(first, first + math.prod(shape))
+        parameter = nn.Parameter(self.values[part].view(shape))
+        parameter.grad = self.grads[part].view(shape)
+        return parameter
+
+    @property
+    def linears(self) -> set[int]:
+        """Indices of the linears that it adapts."""
+        return set(self._modules)
+
+    def __contains__(self, linear_index: int) -> bool:
+        return linear_index in self._modules
+
+    def tensors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The adapter as PEFT knows it, detached: module -> (A [rank, in], B [out, rank]), the vector folded into B."""
+        return {
+            self._names[index]: (
+                module.a.detach(),
+                module.b.detach()
+                if module.scale_vector is None
+                else (module.scale_vector[:, None] * module.b).detach(),
+            )
+            for index, module in self._modules.items()
+        }
+
+    def load(self, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Go on from an adapter of the same modules and ranks (any scale vector starts at 1 again)."""
+        with torch.no_grad():
+            for index, module in self._modules.items():
+                a, b = tensors[self._names[index]]
+                module.a.copy_(a)
+                module.b.copy_(b)
+
+    def add(self, linear_index: int, x: Tensor, y: Tensor, dropout: "Dropout | None") -> Tensor:
+        """`y + delta(x)` for one linear. x [rows, in], y [rows, out]."""
+        module = self._modules[linear_index]
+        if dropout is not None:
+            x = x * dropout.mask(linear_index, x)
+        # On a GPU activations are bf16: the fp32 parameters are rounded for the product, and updated in full.
+        down = x @ module.a.to(x.dtype).T  # [rows, rank]
+        b = module.b.to(x.dtype)
+        if module.scale_vector is None:
+            return torch.addmm(y, down, b.T, alpha=module.scaling)
+        return y + (down @ b.T) * (module.scaling * module.scale_vector).to(x.dtype)
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """What of a LoRA input is dropped, decided by the job, step and micro-batch: recomputing drops the same."""
+
+    probability: float
+    key: tuple[object, ...]
+
+    def mask(self, linear_index: int, x: Tensor) -> Tensor:
+        """0 or 1 / (1 - p) for each number of `x`."""
+        keep = 1.0 - self.probability
+        mask = torch.empty_like(x, requires_grad=False)
+        return mask.bernoulli_(keep, generator=stream(x.device, *self.key, linear_index)).div_(keep)
+
+
+class TrainingSegment(NamedTuple):
+    """A run of a pass's tokens that belongs to one job."""
+
+    start: int
+    end: int
+    adapter: TrainableAdapter
+    dropout: Dropout | None
+
+
+class TrainingDeltas:
+    """`adapters.lora.Deltas` of a training pass: every token belongs to exactly one segment, in order."""
+
+    def __init__(self, segments: Sequence[TrainingSegment]) -> None:
+        self._segments = segments
+
+    def add(self, linear: LoraLinear, x: Tensor, y: Tensor) -> Tensor:
+        if len(self._segments) == 1:
+            _, _, adapter, dropout = self._segments[0]
+            return adapter.add(linear.index, x, y, dropout) if linear.index in adapter else y
+        parts = []
+        for start, end, adapter, dropout in self._segments:
+            part = y[start:end]
+            if linear.index in adapter:
+                part = adapter.add(linear.index, x[start:end], part, dropout)
+            parts.append(part)
+        return torch.cat(parts)
