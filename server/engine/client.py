@@ -8,6 +8,7 @@ messages, not HTTP.
 import asyncio
 import contextlib
 import logging
+import os
 import sys
 import tempfile
 import time
@@ -253,6 +254,8 @@ class LocalEngine:
             "server.engine.process",
             protocol.encode_config(config).decode(),
             stdin=asyncio.subprocess.DEVNULL,
+            # torch's idle threads must sleep, not spin, or they take the cores from our own kernels' threads.
+            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
         )
         self._now = _Incarnation(process, socket, time.monotonic())
         listener = asyncio.create_task(self._listen(socket), name="engine-listener")

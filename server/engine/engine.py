@@ -86,6 +86,7 @@ class Engine:
         """Load the base and size KV cache and row pool for the device. Raises UnservableModel."""
         if config.threads:
             torch.set_num_threads(config.threads)
+            kernels.set_threads(config.threads)
         base = model.load(Path(config.model), config.quantization, config.dtype, config.device, Path(config.cache_dir))
         kernels.probe_row_multiple([linear.weight.shape for linear in base.linears], base.dtype)
         max_model_len = min(config.max_model_len or base.max_model_len, base.max_model_len)

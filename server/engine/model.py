@@ -226,8 +226,10 @@ def _wrap(model: transformers.PreTrainedModel, dtype: torch.dtype, device: torch
         raise UnservableModel("the model has no linear layers that adapters could use")
     _narrow_head(model, dtype)
     attention.attach(model, slot)
-    layer_types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     window = getattr(config, "sliding_window", None) or 0
+    # Families without `layer_types` (Mistral) slide in every layer or in none.
+    uniform = ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
+    layer_types = getattr(config, "layer_types", None) or uniform
     generation = getattr(model, "generation_config", None)
     eos = getattr(generation, "eos_token_id", None) if generation is not None else None
     eos = config.eos_token_id if eos is None else eos

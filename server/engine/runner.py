@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adapters import kernels
 from adapters.pool import RowPool, SegmentDeltas, Use
 from server.engine.attention import KVCache, PagedAttention
 from server.engine.model import Base
@@ -47,6 +48,8 @@ class Runner:
         self._base = base
         self._cache = cache
         self._pool = pool
+        # All decoder layers in one native call, where the model is of a known shape; None: through its modules.
+        self._plan = kernels.DecoderPlan.build(base.decoder, pool.a, pool.b, cache.k, cache.v, base.windows)
 
     @torch.no_grad()
     def run(self, step: Step) -> list[WorkResult]:
@@ -107,6 +110,22 @@ class Runner:
 
     def _forward(self, batch: Batch) -> Tensor:
         """Logits of the kept rows, fp32 [K, V]."""
+        if self._plan is None:
+            return self._forward_modules(batch)
+        attention, deltas, model = batch.attention, batch.deltas, self._base.model
+        hidden = self._plan.run(
+            model.get_input_embeddings()(batch.ids),
+            batch.positions,
+            attention.slots,
+            attention.seqs,
+            attention.block_tables,
+            None if deltas is None else deltas.table,
+            None if deltas is None else deltas.scale,
+        )
+        return model.get_output_embeddings()(hidden[batch.keep])
+
+    def _forward_modules(self, batch: Batch) -> Tensor:
+        """The same through transformers' modules, which find the step in the model's slot."""
         slot, model = self._base.slot, self._base.model
         slot.deltas, slot.attention = batch.deltas, batch.attention
         try:
