@@ -17,10 +17,10 @@ from pathlib import Path
 from types import FrameType
 
 import uvicorn
-from adapters.store import AdapterStore
 from filelock import FileLock, Timeout
 from starlette.applications import Starlette
 
+from adapters.store import AdapterStore
 from server import logs
 from server.admission import Admission
 from server.api import adapters, chat, completions, health, models, tokenize, vllm

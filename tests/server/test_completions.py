@@ -513,7 +513,7 @@ async def test_a_full_queue_is_a_429(tmp_path: Path) -> None:
 
         served.engine.gate = gate
         waiting = [asyncio.create_task(complete(served)) for _ in range(2)]
-        while len(served.engine.requests) < 2:
+        while len(served.engine.requests) < 2:  # noqa: ASYNC110
             await asyncio.sleep(0)
         response = await complete(served)
         assert response.status_code == 429

@@ -27,7 +27,7 @@ async def port(served: Served) -> AsyncIterator[int]:
     config = uvicorn.Config(served.app, port=0, http=LimitedHttpProtocol, log_config=None, timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     running = asyncio.create_task(server._serve())  # without its signal handlers
-    while not server.started:
+    while not server.started:  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     yield server.servers[0].sockets[0].getsockname()[1]
     server.should_exit = True
@@ -113,7 +113,7 @@ async def _open(port: int, path: str, body: dict[str, Any]) -> tuple[asyncio.Str
 
 async def _until(condition: Any) -> None:
     async with asyncio.timeout(5):
-        while not condition():
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 
