@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 HOUSES = ("server", "adapters", "loadtest")
 HEAVY = ("torch", "transformers", "bitsandbytes", "peft")
 # What runs in the engine's process; all else of the server is the API process, or a command.
-ENGINE_SIDE = ("server.engine", "server.finetune.trainer", "server.finetune.layers")
+ENGINE_SIDE = ("server.engine", "server.finetune.training")
 WEB = ("starlette", "uvicorn", "pydantic", "httpx", "python_multipart")
 
 

@@ -11,7 +11,7 @@ from adapters.config import parse_config
 from server.engine.model import Base
 from server.finetune.dataset import Dataset
 from server.finetune.messages import Checkpoint, JobEnded, JobReply, ModuleShape, StartJob, TrainingPlan, TrainingStep
-from server.finetune.trainer import Trainer
+from server.finetune.training.trainer import Trainer
 from tests.tiny import ALL_LINEAR
 
 PLAN: dict[str, Any] = {

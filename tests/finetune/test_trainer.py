@@ -18,10 +18,10 @@ from server.engine.engine import Engine
 from server.engine.model import Base
 from server.finetune.dataset import Dataset
 from server.finetune.messages import Checkpoint, StartJob, StopJob
-from server.finetune.plan import Steps
-from server.finetune.task import Task
-from server.finetune.trainable import Dropout
-from server.finetune.trainer import Trainer
+from server.finetune.training.plan import Steps
+from server.finetune.training.task import Task
+from server.finetune.training.trainable import Dropout
+from server.finetune.training.trainer import Trainer
 from tests import offline as engines
 from tests.finetune.offline import dataset, ended, final, job, losses, run, run_until
 from tests.server.engine.test_parity import dequantised, quantisation

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from server.engine.model import Base
-from server.finetune.layers import LayeredModel, PackedAttention
 from server.finetune.messages import JobEnded, JobReply, StartJob, StopJob
-from server.finetune.task import MicroBatch, Task
-from server.finetune.trainable import TrainingDeltas, TrainingSegment
+from server.finetune.training.layers import LayeredModel, PackedAttention
+from server.finetune.training.task import MicroBatch, Task
+from server.finetune.training.trainable import TrainingDeltas, TrainingSegment
 
 log = logging.getLogger("lorakeet.finetune")
 

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from adapters import format as adapter_format
 from adapters.lora import LoraLinear
-from server.finetune import checkpoint
-from server.finetune.checkpoint import Snapshot, State
 from server.finetune.dataset import Dataset
 from server.finetune.messages import Checkpoint, JobEnded, JobNote, JobReply, Metrics, StartJob, TrainingStep
-from server.finetune.optimizer import AdamW, Update
-from server.finetune.plan import Steps, pack
-from server.finetune.trainable import Dropout, TrainableAdapter
+from server.finetune.training import checkpoint
+from server.finetune.training.checkpoint import Snapshot, State
+from server.finetune.training.optimizer import AdamW, Update
+from server.finetune.training.plan import Steps, pack
+from server.finetune.training.trainable import Dropout, TrainableAdapter
 
 MAX_SKIPPED_IN_A_ROW = 5
 
