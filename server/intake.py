@@ -9,8 +9,8 @@ import contextlib
 import errno
 import logging
 import shutil
-import sqlite3
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 
 from starlette.concurrency import run_in_threadpool
@@ -41,16 +41,15 @@ class AdapterIntake:
         self._engine = engine
         self._store = store
         self._metrics = metrics
-        self._changing = asyncio.Lock()  # what is current is read and replaced as one
         self._discovering = asyncio.Lock()
         self._refused: dict[str, object] = {}  # name in `adapter_dir` -> signature of the files that were refused
         self._background: set[asyncio.Task[None]] = set()
         self.upload_slots = asyncio.Semaphore(settings.max_uploads)
         self.pending = bool(settings.adapter)  # adapters of the command line are not all there yet
 
-    def check_name(self, name: str) -> None:
+    def check_name(self, name: str, *, fine_tuned: bool = False) -> None:
         """Raises AdapterError when an adapter may not be called so."""
-        check_name(name)
+        check_name(name, fine_tuned=fine_tuned)
         if name in self._settings.base_aliases:
             raise AdapterError(f"'{name}' is the base model's name.", "name")
 
@@ -62,38 +61,51 @@ class AdapterIntake:
             raise EngineUnavailable(self._engine.unready_reason or "The engine is starting.")
         return info
 
-    async def admit(self, tenant: str, name: str, staging: Staging) -> tuple[Version, bool]:
+    @contextlib.asynccontextmanager
+    async def stage(self) -> AsyncIterator[Staging]:
+        """A private directory for files on their way in; gone afterwards unless `admit` took them. StorageFull."""
+        clean_up = contextlib.ExitStack()
+        with disk_faults():
+            staging = clean_up.enter_context(self._store.stage())
+        try:
+            yield staging
+        finally:
+            await run_in_threadpool(clean_up.close)  # removing gigabytes takes a while
+
+    async def admit(
+        self, tenant: str, name: str, staging: Staging, *, fine_tuned: bool = False
+    ) -> tuple[Version, bool]:
         """Validate what lies in `staging` and make it the current content of `name`.
 
         Returns the version and whether the name's content changed. Raises AdapterError (its fault), StorageFull,
         EngineUnavailable.
         """
         base = self.base
-        self.check_name(name)
+        self.check_name(name, fine_tuned=fine_tuned)
         spec = await run_in_threadpool(inspect, staging.path, base.linears, base.architecture)
         check_fit(spec, base)
-        async with self._changing:
-            replaced = self._current_digest(tenant, name)
-            with disk_faults():
-                version, changed = await run_in_threadpool(self._store.publish, tenant, name, staging, spec)
-            if changed and replaced is not None:
-                self._forget_unused(tenant, replaced)
+        replaced = self._current_digest(tenant, name)
+        publish = partial(self._store.publish, tenant, name, staging, spec, fine_tuned=fine_tuned)
+        with disk_faults():
+            version, changed = await run_in_threadpool(publish)
+        if changed and replaced is not None:
+            self._forget_unused(tenant, replaced)
         return version, changed
 
     async def import_directory(self, tenant: str, name: str, directory: Path) -> tuple[Version, bool]:
         """Copy a PEFT directory of this machine and admit the copy."""
         self.check_name(name)
-        with self._store.stage() as staging:
+        async with self.stage() as staging:
             with disk_faults():
                 await run_in_threadpool(_copy, directory, staging.path)
             return await self.admit(tenant, name, staging)
 
     async def delete(self, tenant: str, name: str) -> Version:
         """Take the name away; requests that run keep their version. Raises UnknownAdapter."""
-        async with self._changing:
+        with disk_faults():
             version = await run_in_threadpool(self._store.delete, tenant, name)
-            self._metrics.adapter_deleted(name)
-            self._forget_unused(tenant, version.digest)
+        self._metrics.adapter_deleted(name)
+        self._forget_unused(tenant, version.digest)
         return version
 
     async def find(self, tenant: str, name: str, digest_prefix: str | None = None) -> Version:
@@ -157,7 +169,11 @@ class AdapterIntake:
             return None
 
     def _forget_unused(self, tenant: str, digest: str) -> None:
-        """Let the engine drop a version that no name points at any more; it does so once its last request ends."""
+        """Let the engine drop a version that no name points at any more; it does so once its last request ends.
+
+        A digest that slips through when one name changes twice at once, or is wanted again, costs a little memory or
+        time: the engine evicts and loads by itself.
+        """
         if any(version.digest == digest for version in self._store.list(tenant)):
             return
         task = asyncio.create_task(self._engine.forget(digest))
@@ -181,15 +197,11 @@ def check_fit(spec: AdapterSpec, base: Ready) -> None:
 
 @contextlib.contextmanager
 def disk_faults() -> Iterator[None]:
-    """A full disk, in whatever words it comes, becomes StorageFull."""
+    """A full disk, whoever met it, becomes the HTTP side's StorageFull."""
     try:
         yield
     except OSError as error:
         if error.errno in _DISK_FULL:
-            raise StorageFull("The disk is full; nothing was kept.") from None
-        raise
-    except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
             raise StorageFull("The disk is full; nothing was kept.") from None
         raise
 

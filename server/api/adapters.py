@@ -26,8 +26,9 @@ async def upload(request: Request) -> Response:
     _ = services.intake.base  # without a base nothing can be checked, so do not receive it either
     await _take_slot(services)
     try:
-        with disk_faults(), services.store.stage() as staging:
-            name = await _receive(request, services, staging)
+        async with services.intake.stage() as staging:
+            with disk_faults():
+                name = await _receive(request, services, staging)
             version, changed = await services.intake.admit(TENANT, name, staging)
     finally:
         services.intake.upload_slots.release()
@@ -133,15 +134,19 @@ class _StoredFile(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Always the whole file: starlette words a faulty Range in an error shape of its own.
         whole = {**scope, "headers": [(name, value) for name, value in scope["headers"] if name != b"range"]}
-        with self._store.lease(self._version):
-            await self._file(whole, receive, send)
+        try:
+            with self._store.lease(self._version):
+                await self._file(whole, receive, send)
+        except UnknownAdapter:  # deleted this very moment
+            raise _unknown(self._version.name) from None
 
 
+# A fine-tune's name contains its base's, which may have slashes.
 routes: list[BaseRoute] = [
     Route("/v1/adapters", upload, methods=["POST"]),
     Route("/v1/adapters", list_adapters, methods=["GET"]),
-    Route("/v1/adapters/{name}", get_adapter, methods=["GET"]),
-    Route("/v1/adapters/{name}", delete_adapter, methods=["DELETE"]),
-    Route("/v1/adapters/{name}/config", get_config, methods=["GET"]),
-    Route("/v1/adapters/{name}/weights", get_weights, methods=["GET"]),
+    Route("/v1/adapters/{name:path}/config", get_config, methods=["GET"]),
+    Route("/v1/adapters/{name:path}/weights", get_weights, methods=["GET"]),
+    Route("/v1/adapters/{name:path}", get_adapter, methods=["GET"]),
+    Route("/v1/adapters/{name:path}", delete_adapter, methods=["DELETE"]),
 ]

@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import httpx
 import numpy as np
-from adapters.store import AdapterStore
 from safetensors.numpy import save as save_safetensors
 
+from adapters.store import AdapterStore
 from server.admission import Admission
 from server.app import build_app
 from server.engine.client import EngineUnavailable

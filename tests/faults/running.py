@@ -1,0 +1,123 @@
+"""A real server: its own process, its own engine process, a real socket."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+BASE = "tiny"
+START_SECONDS = 120.0  # importing the libraries on a busy machine takes most of it
+REPOSITORY = Path(__file__).parent.parent.parent
+
+
+def eventually(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+    """The first true value of `condition` within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
+        time.sleep(0.02)
+    return value
+
+
+def alive(pid: int) -> bool:
+    """Whether the process exists and is no zombie."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state not in "ZX"
+
+
+class RunningServer:
+    """`lorakeet serve` over a directory. Survives its own crashes: `ensure` starts it again."""
+
+    def __init__(self, model: Path, root: Path, data_dir: Path, *flags: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.data_dir = data_dir
+        self._log = root / "server.log"
+        self._command = [
+            *(sys.executable, "-c", "from server.cli import main; main()", "serve"),
+            *("--model", str(model), "--served-model-name", BASE, "--port", str(self.port)),
+            *("--data-dir", str(data_dir), "--cache-dir", str(root / "cache")),
+            *("--threads", "1", "--kv-cache-bytes", "4MiB", "--adapter-bytes", "4MiB", *flags),
+        ]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def ensure(self) -> None:
+        """Start it if it does not run, and wait until it is ready."""
+        if self._process is None or self._process.poll() is not None:
+            environment = {key: value for key, value in os.environ.items() if not key.startswith("LORAKEET_")}
+            environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+            with self._log.open("ab") as log:
+                self._process = subprocess.Popen(
+                    self._command, cwd=REPOSITORY, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                )
+        self.wait_ready()
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        assert self._process is not None
+        return self._process
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def wait_ready(self, seconds: float = START_SECONDS) -> dict[str, Any]:
+        """The body of `/ready` once it says 200."""
+
+        def ready() -> dict[str, Any] | None:
+            assert self.process.poll() is None, f"the server ended:\n{self.log[-4000:]}"
+            try:
+                response = httpx.get(f"{self.url}/ready", timeout=5)
+            except httpx.TransportError:
+                return None
+            return response.json() if response.status_code == 200 else None
+
+        body: dict[str, Any] = eventually(ready, seconds, f"ready\n{self.log[-4000:]}")
+        return body
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(f"{self.url}{path}", timeout=30)
+
+    def delete(self, path: str) -> httpx.Response:
+        return httpx.delete(f"{self.url}{path}", timeout=30)
+
+    @property
+    def engine_pid(self) -> int:
+        pid = self.get("/ready").json()["engine_pid"]
+        assert isinstance(pid, int)
+        return pid
+
+    def metric(self, name: str, **labels: str) -> float:
+        """One sample of the metrics page, 0 when it is not there."""
+        shown = ",".join(f'{key}="{value}"' for key, value in labels.items())
+        series = f"lorakeet:{name}" + (f"{{{shown}}}" if shown else "")
+        for line in self.get("/metrics").text.splitlines():
+            if line.startswith(f"{series} "):
+                return float(line.rpartition(" ")[2])
+        return 0.0
+
+    def kill(self) -> None:
+        """SIGKILL to the API process."""
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        """End it, however it is."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.kill()

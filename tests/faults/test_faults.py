@@ -1,0 +1,271 @@
+"""What a server survives: killed processes, full disks, clients that leave, adapters replaced in mid-sentence.
+
+Every test leaves a server that the next one can use.
+"""
+
+import asyncio
+import contextlib
+import json
+import os
+import resource
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.faults.conftest import ADAPTERS, DISK_MIB, Files
+from tests.faults.running import BASE, RunningServer, alive, eventually
+
+PROMPT = "The quick brown fox"
+
+
+def body(model: str = BASE, tokens: int = 24, **extra: Any) -> dict[str, Any]:
+    return {"model": model, "prompt": PROMPT, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, **extra}
+
+
+def complete(server: RunningServer, model: str, tokens: int = 24) -> dict[str, Any]:
+    response = httpx.post(f"{server.url}/v1/completions", json=body(model, tokens), timeout=60)
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def texts(server: RunningServer) -> dict[str, str]:
+    return {name: complete(server, name)["choices"][0]["text"] for name in (BASE, *ADAPTERS)}
+
+
+def idle(server: RunningServer) -> bool:
+    return server.metric("num_requests_running") == server.metric("num_requests_waiting") == 0
+
+
+def is_error(error: Any) -> bool:
+    return isinstance(error, dict) and set(error) == {"message", "type", "param", "code"}
+
+
+async def events(response: httpx.Response) -> AsyncIterator[str]:
+    async for line in response.aiter_lines():
+        if line.startswith("data: "):
+            yield line.removeprefix("data: ")
+
+
+async def read_stream(client: httpx.AsyncClient, model: str, tokens: int, started: asyncio.Event) -> list[str]:
+    """Every event of one streamed completion."""
+    got = []
+    async with client.stream("POST", "/v1/completions", json=body(model, tokens, stream=True)) as response:
+        assert response.status_code == 200
+        async for event in events(response):
+            started.set()
+            got.append(event)
+    return got
+
+
+def client_of(server: RunningServer) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=server.url, timeout=60)
+
+
+# --- processes that die ------------------------------------------------------------------------------
+
+
+async def test_the_engine_killed_under_load(server: RunningServer) -> None:
+    before, ready = texts(server), server.wait_ready()
+    async with client_of(server) as client:
+        started = [asyncio.Event() for _ in range(4)]
+        streams = [
+            asyncio.create_task(read_stream(client, name, 480, event))
+            for name, event in zip((BASE, *ADAPTERS), started, strict=True)
+        ]
+        whole = [asyncio.create_task(client.post("/v1/completions", json=body(name, 480))) for name in ADAPTERS]
+        await asyncio.gather(*(event.wait() for event in started))
+        os.kill(ready["engine_pid"], signal.SIGKILL)
+
+        for stream in streams:
+            got = await stream
+            assert "[DONE]" not in got
+            assert is_error(json.loads(got[-1])["error"])
+        for request in whole:
+            response = await request
+            assert response.status_code == 503
+            assert int(response.headers["Retry-After"]) > 0
+            assert is_error(response.json()["error"])
+    assert server.get("/health").status_code == 200
+
+    again = server.wait_ready()
+    assert again["engine_pid"] != ready["engine_pid"]
+    assert again["base_digest"] == ready["base_digest"]
+    assert texts(server) == before
+
+
+async def test_the_server_killed_during_an_upload(server: RunningServer, made: Files) -> None:
+    before, engine = texts(server), server.engine_pid
+    stored = files_under(server.data_dir)
+
+    config = (made.adapters["red"] / "adapter_config.json").read_bytes()
+    half = part("name", b"half") + part("config", config) + part("weights", os.urandom(3 << 20))
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(
+            b"POST /v1/adapters HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+            b"Content-Length: 9000000\r\n\r\n" + half
+        )
+        eventually(lambda: files_under(server.data_dir) != stored, 10, "the upload reaches the disk")
+        server.kill()
+    eventually(lambda: not alive(engine), 2, "the engine follows its server")
+
+    server.ensure()
+    assert [item["name"] for item in server.get("/v1/adapters").json()["data"]] == sorted(ADAPTERS)
+    assert files_under(server.data_dir) == stored
+    assert texts(server) == before
+
+
+def part(name: str, content: bytes) -> bytes:
+    return b'--x\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n' % (name.encode(), content)
+
+
+def files_under(root: Path) -> dict[str, int]:
+    """Stored files and their sizes, but for the database's."""
+    found = {}
+    for path in root.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.is_file() and ".db" not in path.name and ".sqlite" not in path.name:
+                found[str(path.relative_to(root))] = path.stat().st_size
+    return found
+
+
+# --- disks that are full -------------------------------------------------------------------------------
+
+
+def big_upload(server: RunningServer, made: Files, mebibytes: int) -> httpx.Response:
+    config = (made.adapters["red"] / "adapter_config.json").read_bytes()
+    files = {"config": config, "weights": bytes(mebibytes << 20)}
+    return httpx.post(f"{server.url}/v1/adapters", data={"name": "big"}, files=files, timeout=60)
+
+
+def nothing_was_kept(server: RunningServer, made: Files, response: httpx.Response, stored: dict[str, int]) -> None:
+    assert response.status_code == 507, response.text
+    assert is_error(response.json()["error"])
+    assert files_under(server.data_dir) == stored
+    assert server.get("/v1/adapters/big").status_code == 404
+
+
+def test_a_full_disk(server: RunningServer, made: Files, small_disk: Path | None) -> None:
+    if small_disk is None:
+        pytest.skip("needs to mount a tmpfs, which only root may (and not in every container)")
+    stored, pid = files_under(server.data_dir), server.engine_pid
+    nothing_was_kept(server, made, big_upload(server, made, DISK_MIB + 8), stored)
+    assert server.engine_pid == pid
+    complete(server, "red")
+    assert made.upload(server, "after", "green").status_code == 201
+    assert server.delete("/v1/adapters/after").status_code == 200
+
+
+def test_a_file_that_may_not_grow(server: RunningServer, made: Files) -> None:
+    """The same fault without a small disk: the kernel refuses to let the server's files grow."""
+    stored, pid = files_under(server.data_dir), server.process.pid
+    limits = resource.prlimit(pid, resource.RLIMIT_FSIZE, (2 << 20, resource.RLIM_INFINITY))
+    try:
+        nothing_was_kept(server, made, big_upload(server, made, 4), stored)
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
+    complete(server, "red")
+
+
+# --- clients that leave ---------------------------------------------------------------------------------
+
+
+async def test_a_client_that_leaves_after_the_first_token(server: RunningServer) -> None:
+    async with client_of(server) as client:
+        async with client.stream("POST", "/v1/completions", json=body("red", 480, stream=True)) as response:
+            async for _ in events(response):
+                break
+        steps = server.metric("engine_step_requests_count")
+    eventually(lambda: idle(server), 5, "the abandoned sequence leaves the engine")
+    assert server.metric("engine_step_requests_count") - steps < 100  # of the 480 that it asked for
+
+
+def test_a_client_that_leaves_before_the_first_token(server: RunningServer) -> None:
+    tokens, aborted = server.metric("generation_tokens_total"), aborts(server)
+    request = json.dumps(body("red", 400)).encode()
+    for _ in range(8):
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                b"Content-Length: %d\r\n\r\n%s" % (len(request), request)
+            )
+            time.sleep(0.02)
+    eventually(lambda: idle(server) and aborts(server) == aborted + 8, 10, "all eight are given up")
+    assert server.metric("generation_tokens_total") - tokens < 8 * 400 / 2
+
+
+def aborts(server: RunningServer) -> float:
+    return server.metric("request_success_total", finished_reason="abort")
+
+
+# --- adapters replaced while they serve -------------------------------------------------------------------
+
+
+async def test_replacing_an_adapter_under_load_never_mixes_versions(server: RunningServer, made: Files) -> None:
+    made.upload(server, "legal", "red")
+    expected = {}
+    for content in ("red", "green"):
+        answer = complete(server, content, 60)
+        expected[answer["system_fingerprint"]] = answer["choices"][0]["text"]
+    assert len(set(expected.values())) == 2
+
+    seen: list[str] = []
+    stop = asyncio.Event()
+
+    async def ask(client: httpx.AsyncClient) -> None:
+        while not stop.is_set():
+            response = await client.post("/v1/completions", json=body("legal", 60))
+            assert response.status_code == 200, response.text
+            answer = response.json()
+            digest = answer["system_fingerprint"]
+            assert response.headers["X-Adapter-Digest"] == digest
+            assert answer["choices"][0]["text"] == expected[digest]
+            seen.append(digest)
+
+    async with client_of(server) as client:
+        askers = [asyncio.create_task(ask(client)) for _ in range(4)]
+        for content in ("green", "red") * 4:
+            count = len(seen)
+            while len(seen) < count + 3:
+                await asyncio.sleep(0.01)
+                assert not any(asker.done() for asker in askers)
+            response = await asyncio.to_thread(made.upload, server, "legal", content)
+            assert response.status_code == 201
+        stop.set()
+        await asyncio.gather(*askers)
+    assert set(seen) == set(expected)
+    assert server.delete("/v1/adapters/legal").status_code == 200
+
+
+# --- shutting down ----------------------------------------------------------------------------------------
+
+
+async def test_sigterm_lets_requests_finish(server: RunningServer) -> None:
+    engine = server.engine_pid
+    async with client_of(server) as client:
+        started = asyncio.Event()
+        stream = asyncio.create_task(read_stream(client, "red", 400, started))
+        await started.wait()
+        server.process.send_signal(signal.SIGTERM)
+        refused = await asyncio.to_thread(refusal, server)
+        assert refused in (None, 503)
+        got = await stream
+    assert got[-1] == "[DONE]"
+    assert json.loads(got[-2])["choices"][0]["finish_reason"] == "length"
+    assert await asyncio.to_thread(server.process.wait, 20) == 0
+    assert not alive(engine)
+
+
+def refusal(server: RunningServer) -> int | None:
+    """How a request that comes while draining is turned away: by a status, or because nobody listens any more."""
+    time.sleep(0.1)
+    try:
+        return httpx.post(f"{server.url}/v1/completions", json=body(), timeout=5).status_code
+    except httpx.TransportError:
+        return None
