@@ -100,11 +100,14 @@ class AdapterSpec:
     bytes: int
     warnings: tuple[str, ...] = ()
 
-    def rows(self, linears: Mapping[str, LinearShape]) -> dict[str, int]:
-        """Row units of two bytes that this adapter needs per kind: the largest rank there, twice that in float32."""
+    def rows(self, linears: Mapping[str, LinearShape] | None = None) -> dict[str, int]:
+        """Row units of two bytes that this adapter needs per kind: the largest rank there, twice that in float32.
+
+        Without `linears` a module's kind is the last part of its name.
+        """
         units: dict[str, int] = {}
         for name, module in self.modules.items():
-            kind = linears[name].kind
+            kind = name.rpartition(".")[2] if linears is None else linears[name].kind
             units[kind] = max(units.get(kind, 0), module.rank)
         width = 2 if self.dtype == "float32" else 1
         return {kind: width * rank for kind, rank in units.items()}

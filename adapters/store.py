@@ -2,8 +2,8 @@
 
 A version is a directory `versions/<digest>`, complete before it gets that name and never changed after. What points at
 it is one row per (tenant, name, digest); the newest row of a name is what the name means. Rows change in one
-transaction, after the files are safe, so that `kill -9` at any moment leaves the old state or the new one. Knows nothing
-of validation: it publishes what `adapters.format.inspect` has passed. One process at a time may use a store.
+transaction, after the files are safe, so that `kill -9` at any moment leaves the old state or the new one. Knows
+nothing of validation: it publishes what `adapters.format.inspect` has passed. One process at a time may use a store.
 """
 
 import errno
@@ -89,7 +89,7 @@ class Version:
 
 
 class Staging:
-    """A private directory to write an adapter's files into, gone on exit unless published (see `AdapterStore.stage`)."""
+    """A private directory to write an adapter's files into, gone on exit unless published. See `AdapterStore.stage`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -113,7 +113,7 @@ def check_name(name: str, *, fine_tuned: bool = False) -> None:
         raise AdapterError("names that begin with 'ft:' belong to fine-tunes", "name", "invalid_name")
     elif not NAME.fullmatch(name):
         raise AdapterError(
-            f"'{shorten(name)}' is not a valid name: 1 to 128 letters, digits, '.', '_' or '-', a letter or digit first",
+            f"'{shorten(name)}' is not a valid name: 1 to 128 of A-Z a-z 0-9 . _ -, the first a letter or digit",
             "name",
             "invalid_name",
         )
@@ -121,10 +121,6 @@ def check_name(name: str, *, fine_tuned: bool = False) -> None:
 
 def receipt_of(spec: AdapterSpec) -> dict[str, Any]:
     """What the owner of an adapter is told. `scaling` is that of most modules, `rows` are per kind, in 2-byte units."""
-    units: dict[str, int] = {}
-    for name, module in spec.modules.items():
-        kind = name.rpartition(".")[2]
-        units[kind] = max(units.get(kind, 0), module.rank * (2 if spec.dtype == "float32" else 1))
     [(scaling, _)] = Counter(module.scaling for module in spec.modules.values()).most_common(1)
     return {
         "rank": spec.rank,
@@ -133,7 +129,7 @@ def receipt_of(spec: AdapterSpec) -> dict[str, Any]:
         "parameters": spec.parameters,
         "bytes": spec.bytes,
         "dtype": spec.dtype,
-        "rows": units,
+        "rows": spec.rows(),
         "base_model_name_or_path": spec.config["base_model_name_or_path"],
         "warnings": list(spec.warnings),
     }
