@@ -1,107 +1,59 @@
-"""The lorakeet command: flags from the settings' table, clients against a scripted server, errors in one line."""
+"""The lorakeet command: flags from the settings' table, clients against the real application, errors in one line."""
 
-import json
+import asyncio
+import queue
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 import uvicorn
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import Route
 
 import server.app
 from server import cli
+from server.commands import chat
+from server.commands.remote import CommandError
+from server.services import TENANT
 from server.settings import Settings, settings_fields
+from tests.server.harness import write_adapter
+from tests.server.scripted import TEXT, Served, encode, serving, unavailable
 
 
-class ScriptedServer:
-    """The few endpoints that the clients use, and what they were asked."""
+@contextmanager
+def real_api(directory: Path, **settings: Any) -> Iterator[tuple[Served, str]]:
+    """The real application with a scripted engine behind a socket, in a thread of its own; and its address."""
+    up: queue.Queue[tuple[Served, uvicorn.Server]] = queue.Queue()
 
-    def __init__(self) -> None:
-        self.adapters: dict[str, dict[str, bytes]] = {}
-        self.chats: list[dict[str, object]] = []
-        self.keys: list[str | None] = []
-        self.stream = ["Hel", "lo 🦜"]
-        self.ending = "data: [DONE]\n\n"
-        self.url = ""
+    async def run() -> None:
+        async with serving(directory, **settings) as served:
+            server = uvicorn.Server(uvicorn.Config(served.app, port=0, log_config=None))
+            running = asyncio.create_task(server._serve())  # without its signal handlers
+            while not server.started:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            up.put((served, server))
+            await running
 
-    def receipt(self, name: str) -> dict[str, object]:
-        digest = "sha256:" + self.adapters[name]["weights"].hex().ljust(64, "0")
-        return {"name": name, "digest": digest, "rank": 8, "modules_matched": 3, "parameters": 12345, "bytes": 2048}
-
-    async def push(self, request: Request) -> Response:
-        self.keys.append(request.headers.get("authorization"))
-        async with request.form() as form:
-            name = str(form["name"])
-            new = {kind: await form[kind].read() for kind in ("config", "weights")}  # type: ignore[union-attr]
-        known = self.adapters.get(name) == new
-        self.adapters[name] = new
-        return JSONResponse(self.receipt(name), 200 if known else 201)
-
-    async def list(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self.receipt(name) for name in self.adapters]})
-
-    async def one(self, request: Request) -> Response:
-        name, _, pinned = request.path_params["name"].partition("@")
-        if name not in self.adapters:
-            message = f"The adapter `{name}` does not exist."
-            return JSONResponse({"error": {"message": message, "type": "x", "param": "name", "code": "x"}}, 404)
-        if kind := request.path_params.get("kind"):
-            assert self.receipt(name)["digest"] == f"sha256:{pinned}"
-            return Response(self.adapters[name][kind])
-        if request.method == "DELETE":
-            del self.adapters[name]
-            return JSONResponse({"deleted": True})
-        return JSONResponse(self.receipt(name))
-
-    async def models(self, request: Request) -> Response:
-        return JSONResponse({"data": [{"id": "parrot", "parent": "base"}, {"id": "base", "parent": None}]})
-
-    async def chat(self, request: Request) -> Response:
-        self.chats.append(await request.json())
-
-        async def events() -> Iterator[str]:
-            for piece in self.stream:
-                yield f"data: {json.dumps({'choices': [{'delta': {'content': piece}}]})}\n\n"
-            yield self.ending
-
-        return StreamingResponse(events(), media_type="text/event-stream")
-
-    def app(self) -> Starlette:
-        return Starlette(
-            routes=[
-                Route("/v1/adapters", self.push, methods=["POST"]),
-                Route("/v1/adapters", self.list),
-                Route("/v1/adapters/{name}", self.one, methods=["GET", "DELETE"]),
-                Route("/v1/adapters/{name}/{kind}", self.one),
-                Route("/v1/models", self.models),
-                Route("/v1/chat/completions", self.chat, methods=["POST"]),
-            ]
-        )
+    thread = threading.Thread(target=asyncio.run, args=(run(),))
+    thread.start()
+    served, server = up.get(timeout=30)
+    try:
+        yield served, f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 @pytest.fixture
-def scripted(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedServer]:
-    script = ScriptedServer()
-    listener = socket.create_server(("127.0.0.1", 0))
-    uvicorn_server = uvicorn.Server(uvicorn.Config(script.app(), log_level="error", lifespan="off"))
-    thread = threading.Thread(target=uvicorn_server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    script.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    monkeypatch.setenv("LORAKEET_URL", script.url)
-    while not uvicorn_server.started:
-        time.sleep(0.005)
-    yield script
-    uvicorn_server.should_exit = True
-    thread.join()
-    listener.close()
+def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    with real_api(tmp_path) as (served, url):
+        monkeypatch.setenv("LORAKEET_URL", url)
+        yield served
 
 
 @pytest.fixture(autouse=True)
@@ -112,11 +64,7 @@ def _no_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
-    directory = tmp_path / "adapter"
-    directory.mkdir()
-    (directory / "adapter_config.json").write_bytes(b'{"r": 8}')
-    (directory / "adapter_model.safetensors").write_bytes(b"\x12\x34\x56\x78")
-    return directory
+    return write_adapter(tmp_path / "adapter")
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -197,23 +145,17 @@ def test_fetch_prints_the_directory(
 
 
 def test_an_adapter_goes_there_and_back(
-    scripted: ScriptedServer,
-    adapter: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    served: Served, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(monkeypatch, "push", "parrot", str(adapter)) == 0
-    assert capsys.readouterr().out == (
-        "parrot is now sha256:123456780000: rank 8, 3 modules, 12,345 parameters, 2.0 KiB\n"
-    )
+    digest = served.services.store.get(TENANT, "parrot").digest[:19]
+    assert capsys.readouterr().out == (f"parrot is now {digest}: rank 4, 4 modules, 512 parameters, 2.0 KiB\n")
     assert run(monkeypatch, "push", "parrot", str(adapter)) == 0
-    assert "was already" in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith(f"parrot was already {digest}")
 
     assert run(monkeypatch, "list") == 0
-    assert capsys.readouterr().out.splitlines()[1].split() == [
-        "parrot", "sha256:123456780000", "8", "3", "12,345", "2.0", "KiB",
-    ]  # fmt: skip
+    _, row = capsys.readouterr().out.splitlines()
+    assert row.split() == ["parrot", digest, "4", "4", "512", "2.0", "KiB"]
 
     target = tmp_path / "back"
     assert run(monkeypatch, "pull", "parrot", str(target)) == 0
@@ -222,41 +164,60 @@ def test_an_adapter_goes_there_and_back(
     }
 
     assert run(monkeypatch, "rm", "parrot") == 0
-    assert not scripted.adapters
+    capsys.readouterr()
+    assert run(monkeypatch, "list") == 0
+    assert capsys.readouterr().out.startswith("No adapters yet")
     assert run(monkeypatch, "rm", "parrot") == 1
     assert capsys.readouterr().err == "error: The adapter `parrot` does not exist. (HTTP 404)\n"
 
 
-def test_pull_replaces_nothing_unless_told(
-    scripted: ScriptedServer, adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_refused_adapter_says_why(
+    served: Served, adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    scripted.adapters["parrot"] = {"config": b"{}", "weights": b"new"}
+    write_adapter(adapter, use_dora=True)
+    assert run(monkeypatch, "push", "parrot", str(adapter)) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: use_dora")
+
+
+def test_pull_gets_one_version_and_replaces_nothing_unless_told(
+    served: Served, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    older = adapter / "adapter_model.safetensors"
+    content = older.read_bytes()
+    assert run(monkeypatch, "push", "parrot", str(adapter)) == 0
+    digest = served.services.store.get(TENANT, "parrot").digest.removeprefix("sha256:")
+    assert run(monkeypatch, "push", "parrot", str(write_adapter(tmp_path / "newer", seed=1))) == 0
     assert run(monkeypatch, "pull", "parrot", str(adapter)) == 1
     assert "--force" in capsys.readouterr().err
+    assert older.read_bytes() == content
     assert run(monkeypatch, "pull", "parrot", str(adapter), "--force") == 0
-    assert (adapter / "adapter_model.safetensors").read_bytes() == b"new"
+    assert older.read_bytes() == (tmp_path / "newer/adapter_model.safetensors").read_bytes()
+    assert run(monkeypatch, "pull", f"parrot@{digest[:8]}", str(adapter), "--force") == 0
+    assert older.read_bytes() == content
 
 
-def test_a_failed_pull_leaves_nothing(
-    scripted: ScriptedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_pull_leaves_nothing(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(monkeypatch, "pull", "nobody", str(tmp_path / "back")) == 1
     assert not list((tmp_path / "back").iterdir())
 
 
-def test_push_of_no_adapter_is_refused_before_anything_is_sent(
-    scripted: ScriptedServer, adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_push_of_no_adapter_names_the_missing_file(
+    adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     assert run(monkeypatch, "push", "parrot", str(adapter)) == 1
     assert "adapter_model.safetensors: no such file" in capsys.readouterr().err
-    assert not scripted.keys
 
 
-def test_the_first_api_key_is_sent(scripted: ScriptedServer, adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORAKEET_API_KEY", "first,second")
-    assert run(monkeypatch, "push", "parrot", str(adapter)) == 0
-    assert scripted.keys == ["Bearer first"]
+def test_the_first_api_key_is_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with real_api(tmp_path, api_key=("first", "second")) as (_, url):
+        assert run(monkeypatch, "list", "--url", url) == 1
+        assert "(HTTP 401)" in capsys.readouterr().err
+        monkeypatch.setenv("LORAKEET_API_KEY", "first,second")  # as serve reads it
+        assert run(monkeypatch, "list", "--url", url) == 0
 
 
 def test_no_server_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -269,38 +230,43 @@ def test_no_server_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 
 def test_chat_keeps_history_streams_and_forgets(
-    scripted: ScriptedServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    served: Served, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines = iter(["Hi", "", "Again", "/clear", "New", "/quit", "never sent"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     assert run(monkeypatch, "chat", "--system", "Be brief.") == 0
-    assert capsys.readouterr().out == "Hello 🦜\n" * 3
-    system = {"role": "system", "content": "Be brief."}
-    answer = {"role": "assistant", "content": "Hello 🦜"}
-    assert [chat["messages"] for chat in scripted.chats] == [
-        [system, {"role": "user", "content": "Hi"}],
-        [system, {"role": "user", "content": "Hi"}, answer, {"role": "user", "content": "Again"}],
-        [system, {"role": "user", "content": "New"}],
+    assert capsys.readouterr().out == f"{TEXT}\n" * 3
+    assert [request.prompt for request in served.engine.requests] == [
+        encode(f"<|im_start|>system\nBe brief.<|im_end|>\n{turns}<|im_start|>assistant\n")
+        for turns in (
+            "<|im_start|>user\nHi<|im_end|>\n",
+            "<|im_start|>user\nHi<|im_end|>\n"
+            f"<|im_start|>assistant\n{TEXT}<|im_end|>\n"
+            "<|im_start|>user\nAgain<|im_end|>\n",
+            "<|im_start|>user\nNew<|im_end|>\n",
+        )
     ]
-    assert {chat["model"] for chat in scripted.chats} == {"base"}
 
 
-@pytest.mark.parametrize(
-    ("ending", "complaint"),
-    [
-        ('data: {"error": {"message": "The engine was restarted."}}\n\n', "The engine was restarted."),
-        ("", "broke off in the middle"),
-    ],
-)
-def test_an_incomplete_answer_is_an_error(
-    ending: str,
-    complaint: str,
-    scripted: ScriptedServer,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_chat_with_an_adapter_that_fails(
+    served: Served, adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    scripted.ending = ending
     monkeypatch.setattr("builtins.input", lambda prompt: "Hi")
     assert run(monkeypatch, "chat", "--adapter", "parrot") == 1
-    assert complaint in capsys.readouterr().err
-    assert scripted.chats[0]["model"] == "parrot"
+    assert capsys.readouterr().err == "error: The model `parrot` does not exist. (HTTP 404)\n"
+
+    assert run(monkeypatch, "push", "parrot", str(adapter)) == 0
+    served.engine.fail = {2: unavailable()}
+    capsys.readouterr()
+    assert run(monkeypatch, "chat", "--adapter", "parrot") == 1
+    printed = capsys.readouterr()
+    assert "engine stopped" in printed.err
+    assert TEXT.startswith(printed.out.strip("\n"))
+    assert served.engine.requests[-1].adapters[0].digest == served.services.store.get(TENANT, "parrot").digest
+
+
+def test_a_stream_that_breaks_off_is_no_answer() -> None:
+    whole = 'data: {"choices": []}\n\n: a comment\n\ndata: [DONE]\n\n'
+    assert list(chat._events(httpx.Response(200, text=whole))) == [{"choices": []}]
+    with pytest.raises(CommandError, match="broke off"):
+        list(chat._events(httpx.Response(200, text='data: {"choices": []}\n\n')))
