@@ -98,8 +98,8 @@ def _make_services(settings: Settings, model: Path) -> tuple[Services, LocalEngi
         raise ModelError(str(error)) from None
     metrics = Metrics(settings.metrics_adapters, settings.max_batch_requests)
     engine = LocalEngine(_engine_config(settings, model), metrics.engine_stats)
-    database = sqlite3.connect(settings.data_dir / "lorakeet.db", isolation_level=None, check_same_thread=False)
-    store = AdapterStore(settings.data_dir / "adapters", database)
+    database = sqlite3.connect(settings.data_dir / "adapters.db", isolation_level=None, check_same_thread=False)
+    store = AdapterStore(settings.data_dir / "adapters", database, retain=settings.keep_versions)
     services = Services(
         settings=settings,
         engine=engine,

@@ -273,7 +273,11 @@ class Settings:
         shown="off",
     )
     keep_versions: int = _setting(
-        5, "Older contents of a name that stay reachable as name@digest.", parse=_integer, minimum=0, maximum=1000
+        5,
+        "Contents of a name that are kept, the current one included; older ones answer as name@digest.",
+        parse=_integer,
+        minimum=1,
+        maximum=1000,
     )
 
     # --- watching it

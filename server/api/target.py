@@ -4,16 +4,14 @@
 """
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 
-from adapters.store import AmbiguousDigest, UnknownAdapter, Version
-
+from adapters.store import SHORTEST_PREFIX, AmbiguousDigest, UnknownAdapter, Version
 from server.engine.protocol import AdapterRef
 from server.errors import Conflict, InvalidRequest, ModelNotFound
 from server.services import TENANT, Services
 
-_SHORTEST_PREFIX = 8
 _HEX = frozenset("0123456789abcdef")
 
 
@@ -37,34 +35,38 @@ async def open_target(services: Services, model: str, adapter_id: str | None = N
     asked, param = model, "model"
     if adapter_id is not None and adapter_id != model:
         if model not in base:
-            await _find(services, model, "model")  # an unknown model is the worse mistake
+            with ExitStack() as held:
+                await _hold(services, model, "model", held)  # an unknown model is the worse mistake
             raise InvalidRequest("`model` and `adapter_id` name two adapters; give one of them.", param="adapter_id")
         asked, param = adapter_id, "adapter_id"
     if asked in base:
         yield Target(asked, None, services.engine_info.base_digest, [])
         return
-    version = await _find(services, asked, param)
-    with services.store.lease(version):
+    with ExitStack() as held:
+        version = await _hold(services, asked, param, held)
         ref = AdapterRef(digest=version.digest, path=str(version.path))
         yield Target(asked, version.name, version.digest, [ref])
 
 
-async def _find(services: Services, asked: str, param: str) -> Version:
+async def _hold(services: Services, asked: str, param: str, held: ExitStack) -> Version:
+    """Find a version and lease it until `held` closes."""
     name, at, prefix = asked.partition("@")
     prefix = prefix.removeprefix("sha256:").lower()
-    if at and not (len(prefix) >= _SHORTEST_PREFIX and set(prefix) <= _HEX):
+    if at and not (len(prefix) >= SHORTEST_PREFIX and set(prefix) <= _HEX):
         raise InvalidRequest(
-            f"A version is asked for as NAME@ and at least {_SHORTEST_PREFIX} hexadecimal digits of its digest.",
+            f"A version is asked for as NAME@ and at least {SHORTEST_PREFIX} hexadecimal digits of its digest.",
             param=param,
         )
-    try:
+    discovered = False
+    while True:
         try:
-            return services.store.get(TENANT, name, prefix or None)
+            version = services.store.get(TENANT, name, prefix or None)
         except UnknownAdapter:
-            if not await services.intake.discover(TENANT, name):
-                raise
-            return services.store.get(TENANT, name, prefix or None)
-    except UnknownAdapter:
-        raise ModelNotFound(asked, param=param) from None
-    except AmbiguousDigest:
-        raise Conflict(f"Several versions of `{name}` start with {prefix}.", param=param) from None
+            if discovered or not await services.intake.discover(TENANT, name):
+                raise ModelNotFound(asked, param=param) from None
+            discovered = True
+            continue
+        except AmbiguousDigest:
+            raise Conflict(f"Several versions of `{name}` start with {prefix}.", param=param) from None
+        with suppress(UnknownAdapter):  # removed in this very moment: look again
+            return held.enter_context(services.store.lease(version))
