@@ -15,6 +15,7 @@ from torch import Tensor
 
 from adapters import kernels
 from adapters.lora import LoraLinear
+from adapters.memory import zeros
 from adapters.rows import RowAllocator, rounded
 
 DTYPE_CODES = {torch.float32: kernels.FP32, torch.bfloat16: kernels.BF16, torch.float16: kernels.FP16}
@@ -138,7 +139,7 @@ class RowPool:
 
         # Zeros, not empty: an unused row may be read (and multiplied by nothing) by a kernel that works in whole tiles.
         def storage(linear: LinearSize, width: int) -> Tensor:
-            return torch.zeros(self.rows[linear.kind].capacity, width, dtype=torch.int16, device=device)
+            return zeros((self.rows[linear.kind].capacity, width), torch.int16, device)
 
         self.a = [storage(linear, linear.in_features) for linear in linears.values()]
         self.b = [storage(linear, linear.out_features) for linear in linears.values()]

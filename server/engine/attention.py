@@ -12,6 +12,7 @@ from transformers import AttentionInterface
 
 from adapters import kernels
 from adapters.lora import StepSlot
+from adapters.memory import zeros
 
 ATTENTION = "lorakeet"
 
@@ -70,9 +71,9 @@ class KVCache:
     ) -> None:
         self.block_size = block_size
         shape = (1 + num_blocks, kv_heads, block_size, head_dim)
-        # Zeros: a fresh block read beyond its filled part must not hold NaN. (Lazily committed memory on CPU.)
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        # Zeros: a fresh block read beyond its filled part must not hold NaN.
+        self.k = [zeros(shape, dtype, device) for _ in range(layers)]
+        self.v = [zeros(shape, dtype, device) for _ in range(layers)]
 
     @staticmethod
     def block_bytes(layers: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype) -> int:
