@@ -1,6 +1,7 @@
 """A small base without an engine behind it, and adapters that fit it."""
 
 import json
+import re
 import sqlite3
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any, cast
 import httpx
 import numpy as np
 from safetensors.numpy import save as save_safetensors
+from starlette.applications import Starlette
+from starlette.routing import Route
 
 from adapters.store import AdapterStore
 from server.admission import Admission
@@ -112,8 +115,8 @@ class Site:
         self.intake = AdapterIntake(self.settings, self.engine, self.store, self.metrics)
         self.drain = Drain()
 
-    def client(self) -> httpx.AsyncClient:
-        """A client of the whole application."""
+    def app(self) -> Starlette:
+        """The whole application."""
         services = Services(
             settings=self.settings,
             engine=self.engine,
@@ -124,10 +127,21 @@ class Site:
             drain=self.drain,
             intake=self.intake,
         )
-        return httpx.AsyncClient(transport=httpx.ASGITransport(build_app(services)), base_url="http://test")
+        return build_app(services)
+
+    def client(self, **options: Any) -> httpx.AsyncClient:
+        """A client of the whole application."""
+        return httpx.AsyncClient(transport=httpx.ASGITransport(self.app()), base_url="http://test", **options)
 
     def names(self) -> list[str]:
         return [version.name for version in self.store.list(TENANT)]
 
     def close(self) -> None:
         self._database.close()
+
+
+def paths(app: Starlette) -> list[str]:
+    """Every path that the application routes, with a value for each parameter."""
+    routes = [route for route in app.routes if isinstance(route, Route)]
+    assert len(routes) == len(app.routes)  # nothing is mounted that would escape the tests over all routes
+    return sorted({re.sub(r"{.*?}", "nobody", route.path) for route in routes})
