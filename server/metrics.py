@@ -155,12 +155,13 @@ class _AdapterMetrics(Collector):
             "Adapters of running and waiting requests, as comma-separated names; the value is the Unix time",
             labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
         )
-        running = self._open_names(use.digest for use in self.resident if use.running)
-        waiting = self._open_names(use.digest for use in self.resident if use.waiting)
-        info.add_metric([str(self._max_lora), running, waiting], time.time())
+        running = {use.digest for use in self.resident if use.running}
+        waiting = {use.digest for use in self.resident if use.waiting}
+        waiting |= self._in_flight.keys() - running  # of those still being read the engine reports nothing yet
+        info.add_metric([str(self._max_lora), self._names_of(running), self._names_of(waiting)], time.time())
         return info
 
-    def _open_names(self, digests: Iterable[str]) -> str:
+    def _names_of(self, digests: Iterable[str]) -> str:
         return ",".join(sorted({name for digest in digests for name in +self._in_flight.get(digest, Multiset())}))
 
 

@@ -136,10 +136,11 @@ def test_an_adapter_called_other_does_not_break_the_page() -> None:
 def test_gateway_info_names_running_and_waiting_adapters() -> None:
     metrics = Metrics(max_lora=8)
     requests = [metrics.request("b", "sha256:1"), metrics.request("a", "sha256:1"), metrics.request("c", "sha256:2")]
+    requests.append(metrics.request("d", "sha256:3"))  # still on disk
     metrics.engine_stats(
         Stats(adapters=[AdapterUse("sha256:1", "device", 8, 2, 0), AdapterUse("sha256:2", "host", 8, 0, 1)])
     )
-    labels = {"max_lora": "8", "running_lora_adapters": "a,b", "waiting_lora_adapters": "c"}
+    labels = {"max_lora": "8", "running_lora_adapters": "a,b", "waiting_lora_adapters": "c,d"}
     assert value(metrics, "lora_requests_info", **labels) > 1.6e9
     for request in requests:
         request.finish("stop")
