@@ -24,6 +24,7 @@ import zmq.asyncio
 
 from server.engine import protocol
 from server.engine.protocol import AdapterRef, EngineConfig, Generate, Inspection, Output, Ready, Stats
+from server.finetune.messages import Checkpoint, JobEnded, JobNote, JobReply, StartJob, StopJob, TrainingStep
 
 log = logging.getLogger("lorakeet.engine")
 
@@ -74,6 +75,15 @@ class EngineClient(Protocol):
     async def inspect(self) -> Inspection:
         """A fresh hash of the base and the accounting of blocks and rows."""
 
+    def train(self, job: StartJob) -> AsyncIterator[JobReply]:
+        """Run a fine-tuning job: what it has to say, `JobEnded` last. Closing the iterator cancels the job.
+
+        Raises EngineUnavailable when the engine is not there or dies meanwhile; the job can then be started again.
+        """
+
+    async def stop_job(self, message: StopJob) -> None:
+        """Pause or cancel a running job; its `train` goes on to the `JobEnded`."""
+
     async def start(self) -> None:
         """Start the engine and return at once; `unready_reason` tells when it is up."""
 
@@ -120,6 +130,7 @@ class LocalEngine:
         self._now: _Incarnation | None = None
         self._streams: dict[str, asyncio.Queue[Output | EngineUnavailable]] = {}
         self._calls: dict[str, asyncio.Future[protocol.Done | Inspection]] = {}
+        self._jobs: dict[str, asyncio.Queue[JobReply | EngineUnavailable]] = {}
         self._supervisor: asyncio.Task[None] | None = None
         self._stopping = False
         self.failed_for_good = asyncio.Event()  # set when no restart will be tried any more
@@ -175,6 +186,28 @@ class LocalEngine:
         report = await self._call(protocol.Inspect(id=uuid.uuid4().hex))
         assert isinstance(report, Inspection)
         return report
+
+    async def train(self, job: StartJob) -> AsyncIterator[JobReply]:
+        queue: asyncio.Queue[JobReply | EngineUnavailable] = asyncio.Queue()
+        self._jobs[job.id] = queue
+        try:
+            await self._send(job)
+            while True:
+                item = await queue.get()
+                if isinstance(item, EngineUnavailable):
+                    raise item
+                if isinstance(item, JobEnded):
+                    del self._jobs[job.id]  # over: nothing to cancel
+                    yield item
+                    return
+                yield item
+        finally:
+            if self._jobs.get(job.id) is queue:
+                del self._jobs[job.id]
+                self._send_soon(StopJob(job.id, save=False))
+
+    async def stop_job(self, message: StopJob) -> None:
+        await self._send(message)
 
     async def _call(self, message: protocol.Warm | protocol.Forget | protocol.Inspect) -> protocol.Done | Inspection:
         future: asyncio.Future[protocol.Done | Inspection] = asyncio.get_running_loop().create_future()
@@ -298,6 +331,9 @@ class LocalEngine:
                     future = self._calls.get(message.id)
                     if future is not None and not future.done():
                         future.set_result(message)
+                case TrainingStep() | Checkpoint() | JobNote() | JobEnded():
+                    if (job := self._jobs.get(message.id)) is not None:
+                        job.put_nowait(message)
                 case protocol.Fatal():
                     return message
 
@@ -306,6 +342,9 @@ class LocalEngine:
         for queue in self._streams.values():
             queue.put_nowait(EngineUnavailable("The engine stopped while this request was running."))
         self._streams.clear()
+        for job in self._jobs.values():
+            job.put_nowait(EngineUnavailable("The engine stopped while this job was running."))
+        self._jobs.clear()
         for future in self._calls.values():
             if not future.done():
                 future.set_exception(EngineUnavailable("The engine stopped."))

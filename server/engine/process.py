@@ -1,6 +1,6 @@
 """The engine process: the loop that owns the device.
 
-    drain messages -> schedule -> run -> hand back what came out
+    drain messages -> schedule -> run -> hand back what came out -> (train a little)
 
 Started as `python -m server.engine.process CONFIG_JSON` by the API process, and exits when that is gone. Knows no HTTP,
 no names, no database: requests come with token ids and adapter digests, and nothing here is durable.
@@ -18,18 +18,24 @@ import zmq
 from server.engine import protocol
 from server.engine.engine import Engine
 from server.engine.model import UnservableModel
+from server.finetune.messages import StartJob, StopJob
+from server.finetune.training.pacing import Pacer
+from server.finetune.training.trainer import Trainer
 
 log = logging.getLogger("lorakeet.engine")
 
 HEARTBEAT_SECONDS = 1.0
 LOADING_POLL_MS = 2  # how soon a finished adapter load is noticed while nothing else runs
+WRITING_POLL_MS = 20  # the same for a checkpoint
 
 
 class Loop:
-    """Messages in, steps run, outputs out."""
+    """Messages in, steps run, outputs out; training in between."""
 
-    def __init__(self, engine: Engine, socket: "zmq.Socket[bytes]") -> None:
+    def __init__(self, engine: Engine, trainer: Trainer, pacer: Pacer, socket: "zmq.Socket[bytes]") -> None:
         self._engine = engine
+        self._trainer = trainer
+        self._pacer = pacer
         self._socket = socket
         self._draining = False
         self._last_word = 0.0
@@ -44,10 +50,17 @@ class Loop:
                 self._send(done)
             if outputs or stats.step_requests or time.monotonic() - self._last_word > HEARTBEAT_SECONDS:
                 self._send(protocol.Step(outputs=outputs, stats=stats))
+            if not self._trainer.idle:
+                self._train(stats.step_seconds)
 
     def _take_messages(self) -> None:
         """Handle what has arrived; wait for more only when there is nothing to compute."""
-        timeout = 0 if self._engine.busy else LOADING_POLL_MS if self._engine.loading else int(HEARTBEAT_SECONDS * 1e3)
+        if self._engine.busy or self._trainer.ready:
+            timeout = 0
+        elif self._engine.loading:
+            timeout = LOADING_POLL_MS
+        else:
+            timeout = int(HEARTBEAT_SECONDS * 1e3) if self._trainer.idle else WRITING_POLL_MS
         while self._socket.poll(timeout):
             self._handle(protocol.decode_request(self._socket.recv()))
             timeout = 0
@@ -66,6 +79,23 @@ class Loop:
                 self._send(self._engine.inspect(message.id))
             case protocol.Drain():
                 self._draining = True
+            case StartJob():
+                self._trainer.start(message)
+            case StopJob():
+                self._trainer.stop(message)
+
+    def _train(self, step_seconds: float) -> None:
+        """Run what training fits in here: beside requests a little, otherwise a piece before the next look around."""
+        trainer, pacer = self._trainer, self._pacer
+        if not self._engine.busy:
+            if trainer.ready:
+                trainer.run_piece()
+        else:
+            pacer.served(step_seconds)
+            while trainer.ready and pacer.allows(trainer.next_seconds):
+                pacer.spent(trainer.run_piece())
+        for reply in trainer.take_replies():
+            self._send(reply)
 
     def _send(self, message: protocol.Reply) -> None:
         self._last_word = time.monotonic()
@@ -90,7 +120,9 @@ def main() -> int:
     socket.set_hwm(0)
     socket.connect(config.address)
     try:
-        Loop(Engine.load(config), socket).run()
+        engine = Engine.load(config)
+        pacer = Pacer(config.finetune_max_stall_ms / 1e3, config.finetune_share)
+        Loop(engine, Trainer(engine.base), pacer, socket).run()
     except UnservableModel as fault:
         socket.send(protocol.encode(protocol.Fatal(message=str(fault), retry=False)))
         status = 2

@@ -9,6 +9,8 @@ from typing import Literal
 
 import msgspec
 
+from server.finetune.messages import JobReply, JobRequest
+
 FinishReason = Literal["stop", "length", "abort"]
 
 
@@ -36,6 +38,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_requests: int = 32
     prefix_caching: bool = True
     threads: int | None = None
+    finetune_max_stall_ms: float = 20.0  # training between two inference steps, at most
+    finetune_share: float = 0.3  # of the device's time while requests run, at most
 
 
 # --- what a request is -----------------------------------------------------------------------
@@ -228,8 +232,8 @@ class Fatal(_Message):
     retry: bool = True
 
 
-Request = Generate | Abort | Warm | Forget | Inspect | Drain
-Reply = Ready | Step | Done | Inspection | Fatal
+Request = Generate | Abort | Warm | Forget | Inspect | Drain | JobRequest
+Reply = Ready | Step | Done | Inspection | Fatal | JobReply
 
 encode = msgspec.msgpack.Encoder().encode
 decode_request = msgspec.msgpack.Decoder(Request).decode

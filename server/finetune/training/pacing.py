@@ -1,0 +1,46 @@
+"""How much of the device training may take while requests run. Arithmetic on seconds; knows neither side."""
+
+import time
+from collections.abc import Callable
+
+STARVED_SECONDS = 1.0
+
+
+class Pacer:
+    """Admits pieces of training between inference steps.
+
+    Args:
+        max_stall: seconds of training that may lie between two inference steps.
+        share: of the device's time, at most, while requests run (below 1).
+    """
+
+    def __init__(self, max_stall: float, share: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._max_stall = max_stall
+        self._per_second = share / (1.0 - share)  # seconds of training earned by a second of inference
+        self._clock = clock
+        self._earned = 0.0
+        self._left = 0.0  # of this gap
+        self._last_piece = clock()
+
+    def served(self, seconds: float) -> None:
+        """An inference step is over, and with it a new gap begins."""
+        # What cannot be spent in one gap is not saved up for long: a burst of training would be felt.
+        self._earned = min(self._earned + seconds * self._per_second, 4 * self._max_stall)
+        self._left = self._max_stall
+
+    def allows(self, seconds: float) -> bool:
+        """Whether a piece that takes about this long may run now.
+
+        A piece that is too long for any gap runs once a second, so that its job does not stand still.
+        """
+        if self._per_second == 0.0:
+            return False
+        if seconds <= self._max_stall:
+            return seconds <= min(self._left, self._earned)
+        return self._clock() - self._last_piece > STARVED_SECONDS
+
+    def spent(self, seconds: float) -> None:
+        """A piece has run."""
+        self._left -= seconds
+        self._earned -= seconds
+        self._last_piece = self._clock()
