@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 
+import transformers
 import zmq
 
 from server.engine import protocol
@@ -114,6 +115,7 @@ def main() -> int:
     threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the API process decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    transformers.utils.logging.disable_progress_bar()
     config = protocol.decode_config(sys.argv[1])
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)
