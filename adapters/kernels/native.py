@@ -258,7 +258,13 @@ def _weight_struct(weight: QuantizedWeight) -> WeightStruct:
 
 
 def takes_weight(weight: QuantizedWeight) -> bool:
-    """Whether the library can read this weight where it lies."""
+    """Whether the library can read this weight where it lies, and means the same by it as its own library.
+
+    bitsandbytes 0.50 reads 4-bit rows that are not whole blocks differently on the CPU than it wrote them; what it
+    makes of them is what PEFT's users see, so such weights are left to it.
+    """
+    if weight.blocksize and weight.shape[1] % weight.blocksize:
+        return False
     parts = (weight.data, weight.absmax, weight.code, weight.nested_absmax, weight.nested_code)
     if any(part is not None and not (part.is_cpu and part.is_contiguous()) for part in parts):
         return False

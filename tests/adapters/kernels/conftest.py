@@ -1,0 +1,37 @@
+"""Every kernel test runs on each implementation that this machine can run: plain torch, and C++ per instruction set."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from adapters.kernels import build, native, reference
+
+
+def _instruction_sets() -> list[str]:
+    names = list(build.instruction_sets())
+    return names[names.index(build.best_instruction_set()) :]
+
+
+def load_native(instruction_set: str) -> native.Kernels:
+    kernels = native.load(instruction_set)
+    if kernels is None:
+        pytest.skip("no C++ compiler, or LORAKEET_NATIVE=0")
+    return kernels
+
+
+@pytest.fixture(scope="session", params=["reference", *_instruction_sets()])
+def kernels(request: pytest.FixtureRequest) -> Any:
+    """An implementation: `reference`, or `native.Kernels`. The two offer the same functions."""
+    return reference if request.param == "reference" else load_native(request.param)
+
+
+@pytest.fixture(scope="session", params=_instruction_sets())
+def compiled(request: pytest.FixtureRequest) -> native.Kernels:
+    """The C++ kernels alone."""
+    return load_native(request.param)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,110 @@
+"""Paged attention: against SDPA with a mask, whole against chunked, and never a look at stale slots."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+
+class Requests:
+    """Sequences of given lengths in a paged cache whose other slots are NaN."""
+
+    def __init__(self, kernels: Any, lengths: list[int], heads: int, kv_heads: int, dim: int, block_size: int) -> None:
+        self.kernels, self.lengths = kernels, lengths
+        self.q = [torch.randn(n, heads, dim) for n in lengths]
+        self.k, self.v = ([torch.randn(n, kv_heads, dim) for n in lengths] for _ in range(2))
+        width = max(-(-n // block_size) for n in lengths)
+        blocks = torch.randperm(width * len(lengths) + 3)[: width * len(lengths)]
+        self.tables = blocks.view(len(lengths), width).int()
+        shape = (width * len(lengths) + 3, kv_heads, block_size, dim)
+        self.k_cache, self.v_cache = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
+        for row, n in enumerate(lengths):
+            at = torch.arange(n)
+            slots = self.tables[row].long()[at // block_size] * block_size + at % block_size
+            kernels.write_kv(self.k[row], self.v[row], self.k_cache, self.v_cache, slots)
+
+    def attend(self, spans: list[tuple[int, int, int]], window: int = 0, padding: int = 0) -> list[Tensor]:
+        """Queries first..last of given requests in one call, with rows of no request before, between and behind."""
+        pieces, seqs, at = [torch.full_like(self.q[0][:1], 7.0)] * padding, [], padding
+        for request, first, last in spans:
+            seqs.append((at, at + last - first, last))
+            pieces += [self.q[request][first:last], *[self.q[0][:1]] * padding]
+            at += last - first + padding
+        tables = self.tables[[request for request, _, _ in spans]]
+        out = self.kernels.paged_attention(
+            torch.cat(pieces),
+            self.k_cache,
+            self.v_cache,
+            torch.tensor(seqs, dtype=torch.int32),
+            tables,
+            self.q[0].shape[-1] ** -0.5,
+            window,
+        )
+        inside = torch.zeros(len(out), dtype=torch.bool)
+        for start, end, _ in seqs:
+            inside[start:end] = True
+        assert (out[~inside] == 0).all()
+        return [out[start:end] for start, end, _ in seqs]
+
+    def expected(self, request: int, window: int = 0) -> Tensor:
+        n = self.lengths[request]
+        at = torch.arange(n)
+        mask = at[None] <= at[:, None]
+        if window:
+            mask &= at[None] > at[:, None] - window
+        q, k, v = (states[request].double().transpose(0, 1)[None] for states in (self.q, self.k, self.v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        return out[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "block_size"), [(9, 3, 64, 16), (4, 2, 16, 128), (2, 2, 80, 4), (3, 1, 10, 64)]
+)
+@pytest.mark.parametrize("window", [0, 1, 64, 90])
+def test_against_sdpa(kernels: Any, heads: int, kv_heads: int, dim: int, block_size: int, window: int) -> None:
+    requests = Requests(kernels, [150, 1, 64], heads, kv_heads, dim, block_size)
+    outs = requests.attend([(r, 0, n) for r, n in enumerate(requests.lengths)], window, padding=1)
+    for request, out in enumerate(outs):
+        torch.testing.assert_close(out.double(), requests.expected(request, window), rtol=1e-5, atol=1e-5)
+
+
+@given(data=st.data(), window=st.sampled_from([0, 5, 64, 90]), block_size=st.sampled_from([16, 64]))
+@settings(max_examples=25, deadline=None)
+def test_chunks_and_neighbours_change_nothing(kernels: Any, data: st.DataObject, window: int, block_size: int) -> None:
+    requests = Requests(kernels, [140, 77], 6, 2, 32, block_size)
+    whole = [requests.attend([(r, 0, n)], window)[0] for r, n in enumerate(requests.lengths)]
+    cut = data.draw(st.integers(1, 139))
+    first, second, other = requests.attend([(0, 0, cut), (0, cut, 140), (1, 0, 77)], window)
+    assert torch.equal(torch.cat([first, second]), whole[0])
+    assert torch.equal(other, whole[1])
+    row = data.draw(st.integers(0, 76))
+    assert torch.equal(requests.attend([(1, row, row + 1)], window)[0], whole[1][row : row + 1])
+
+
+def test_a_poisoned_request_stays_alone(kernels: Any) -> None:
+    requests = Requests(kernels, [70, 70], 4, 2, 16, 16)
+    clean = requests.attend([(0, 69, 70), (1, 69, 70)])
+    requests.k_cache[requests.tables[1, 0].item()] = torch.nan
+    spoilt = requests.attend([(0, 69, 70), (1, 69, 70)])
+    assert torch.equal(spoilt[0], clean[0])
+    assert spoilt[1].isnan().all()
+
+
+def test_scores_far_apart(kernels: Any) -> None:
+    requests = Requests(kernels, [130], 2, 1, 16, 16)
+    requests.q[0] *= 200.0
+    torch.testing.assert_close(requests.attend([(0, 0, 130)])[0].double(), requests.expected(0), rtol=1e-3, atol=1e-3)
+
+
+def test_caches_hold_what_was_written(kernels: Any) -> None:
+    requests = Requests(kernels, [37, 5], 2, 2, 8, 4)
+    for row, n in enumerate(requests.lengths):
+        blocks = requests.tables[row].long()
+        for cache, states in ((requests.k_cache, requests.k), (requests.v_cache, requests.v)):
+            kept = cache[blocks].transpose(1, 2).flatten(0, 1)  # [slots, Hkv, D]
+            assert torch.equal(kept[:n], states[row])
+            assert kept[n:].isnan().all()
