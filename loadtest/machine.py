@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,21 @@ def cpu_model() -> str:
 def slug(machine: dict[str, Any]) -> str:
     """A file name part for a machine: `amd-epyc-2-cores`."""
     return re.sub(r"[^a-z0-9]+", "-", f"{machine['cpu']} {machine['cores']} cores".lower()).strip("-")
+
+
+def busy_cores(seconds: float) -> float:
+    """How many cores' worth of work the machine does over the next seconds (Linux; elsewhere 0)."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+
+    def busy() -> float:
+        user, nice, system, _idle, _iowait, irq, softirq, *_ = map(int, stat.read_text().split("\n", 1)[0].split()[1:])
+        return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+    before, start = busy(), time.monotonic()
+    time.sleep(seconds)
+    return (busy() - before) / max(time.monotonic() - start, 1e-9)
 
 
 def _cpuinfo() -> str:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 Dtype = Literal["float32", "bfloat16"]
+DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 B_DEVIATION = 0.08

@@ -1,1 +1,23 @@
 """The systems that a comparison measures, each behind the same small interface (`base.Side`)."""
+
+from loadtest.peers import llama, peft, vllm
+from loadtest.peers.base import Side
+from loadtest.peers.lorakeet import Lorakeet, LorakeetBare
+
+SIDES: dict[str, type[Side]] = {
+    side.name: side
+    for side in (
+        Lorakeet,
+        LorakeetBare,
+        llama.Llama,
+        llama.LlamaStatic,
+        vllm.Vllm,
+        vllm.VllmBf16,
+        peft.Peft,
+        peft.PeftBf16,
+        peft.PeftSwitching,
+    )
+}
+
+# Peers that live in environments of their own, and how each gets there.
+RECIPES = {"llama": llama.install, "vllm": vllm.install}

@@ -59,6 +59,7 @@ class Side(ABC):
     """One system under test, in one configuration."""
 
     name: ClassVar[str]
+    per_request_adapters: ClassVar[bool] = True  # False: it applies what it was started with, whatever a request says
 
     @abstractmethod
     def missing(self) -> str | None:
@@ -75,6 +76,10 @@ class Side(ABC):
     @abstractmethod
     async def burst(self, works: Sequence[Work]) -> list[Timeline]:
         """Send all at once, wait for all; timelines in the order of `works`."""
+
+    async def extras(self) -> dict[str, Any]:
+        """Measurements that make sense for this side alone, taken after the rounds; JSON values."""
+        return {}
 
     @abstractmethod
     async def stop(self) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 
 import httpx
 
+from loadtest import metrics
 from loadtest.peers import base
+from loadtest.synthetic import random_prompts
 
 
 class Lorakeet(base.ServerSide):
@@ -20,7 +22,6 @@ class Lorakeet(base.ServerSide):
     def __init__(self, *, upload: bool = True) -> None:
         super().__init__()
         self._upload = upload
-        self._flags: list[str] = []
 
     def missing(self) -> str | None:
         return None if executable().exists() else f"{executable()} does not exist: make install"
@@ -47,16 +48,36 @@ class Lorakeet(base.ServerSide):
 
     def request(self, work: base.Work) -> tuple[str, dict[str, Any]]:
         name = "base" if work.adapter is None else adapter_name(work.adapter)
-        return name, {"ignore_eos": True}
+        return name, {"ignore_eos": True, "skip_special_tokens": False}
+
+    async def extras(self) -> dict[str, Any]:
+        """TTFT of a 512-token prefix seen for the first and for the second time, with other words after it."""
+        return {"prefix_cache": await self._prefix_cache(prefix_tokens=512, trials=5)}
+
+    async def _prefix_cache(self, prefix_tokens: int, trials: int) -> dict[str, Any]:
+        ttfts: dict[str, list[float]] = {"first": [], "second": []}
+        for trial in range(trials):
+            first, second = random_prompts(2, prefix_tokens + 16, seed=5000 + trial)
+            second[:prefix_tokens] = first[:prefix_tokens]
+            for key, prompt in (("first", first), ("second", second)):
+                [timeline] = await self.burst([base.Work(prompt, 2, None)])
+                if timeline.error is not None:
+                    return {"error": timeline.error}
+                ttfts[key].append(metrics.ttft(timeline))
+        return {"prefix_tokens": prefix_tokens, **ttfts}
 
 
 class LorakeetBare(Lorakeet):
     """The same server before any adapter was loaded: what base-only requests cost then."""
 
     name = "lorakeet-bare"
+    per_request_adapters = False
 
     def __init__(self) -> None:
         super().__init__(upload=False)
+
+    async def extras(self) -> dict[str, Any]:
+        return {}
 
 
 def executable() -> Path:

@@ -28,7 +28,9 @@ def load(settings: dict[str, Any]) -> Any:
     """The quantised base with every adapter attached."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     torch.set_num_threads(settings["threads"])
     dtype = getattr(torch, settings["dtype"])
     quantization = BitsAndBytesConfig(
@@ -37,9 +39,9 @@ def load(settings: dict[str, Any]) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    model = AutoModelForCausalLM.from_pretrained(settings["model"], quantization_config=quantization, dtype=dtype)
+    base = AutoModelForCausalLM.from_pretrained(settings["model"], quantization_config=quantization, dtype=dtype)
     first, *others = settings["adapters"].items()
-    model = PeftModel.from_pretrained(model, first[1], adapter_name=first[0])
+    model = PeftModel.from_pretrained(base, first[1], adapter_name=first[0])
     for name, path in others:
         model.load_adapter(path, adapter_name=name)
     model.eval()

@@ -1,0 +1,270 @@
+"""`python -m loadtest`: the command line over the other modules."""
+
+import asyncio
+import contextlib
+import json
+import shutil
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from loadtest import cases, claims, drive, kernels, machine, peers, readme, report, synthetic
+from loadtest.client import Client, Timeline
+from loadtest.compare import Comparison
+from loadtest.compare import compare as run_comparison
+from loadtest.peers.base import Kit, SideError
+from loadtest.peers.lorakeet import executable, upload_adapter
+from loadtest.scenario import Closed, Scenario, ScenarioError, load_scenario
+from loadtest.workload import plan
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False, help=__doc__)
+peers_app = typer.Typer(no_args_is_help=True, help="Install the systems to compare with, each in its own environment.")
+app.add_typer(peers_app, name="peers")
+
+notes = Console(stderr=True, highlight=False)
+RANK = 16
+
+
+# --- run -----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def run(
+    scenario: Annotated[Path, typer.Option(help="Scenario file (TOML).")],
+    url: Annotated[str, typer.Option(help="The server's address, without /v1.")] = "http://127.0.0.1:8000",
+    model: Annotated[str | None, typer.Option(help="Base model's name [default: the first that is listed].")] = None,
+    model_dir: Annotated[
+        Path | None, typer.Option(help="Base model's folder; only its config.json is read, to make adapters that fit.")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="LORAKEET_API_KEY", help="Sent as a bearer token.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for result.json and report.html.")] = None,
+) -> None:
+    """Drive a running server through a scenario; print a table, write JSON and one HTML page."""
+    spec = load_scenario(scenario)
+    points = asyncio.run(_run(spec, url, model, model_dir, api_key))
+    Console().print(report.table(points))
+    for message, count in (item for point in points for item in point.summary.error_messages.items()):
+        notes.print(f"[red]{count} x[/red] {escape(message)}")
+    if out is not None:
+        circumstances = machine.describe()
+        report.write_json(out / "result.json", report.as_json(points, circumstances))
+        (out / "report.html").write_text(report.html(points, circumstances), "utf-8")
+        notes.print(f"written: {out / 'result.json'}, {out / 'report.html'}")
+    if any(point.summary.errors for point in points):
+        raise typer.Exit(1)
+
+
+async def _run(
+    spec: Scenario, url: str, model: str | None, model_dir: Path | None, api_key: str | None
+) -> list[report.Point]:
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    client = Client(url, api_key=api_key, timeout=spec.timeout)
+    points: list[report.Point] = []
+    async with httpx.AsyncClient(base_url=url, headers=headers, timeout=120) as http:
+        base = model or (await _get(http, "/v1/models"))["data"][0]["id"]
+        async with _adapters(http, spec, model_dir) as names:
+            with _progress() as progress:
+                for point in spec.points():
+                    requests = plan(point, names[: point.adapters.count] if point.adapters.count else names)
+                    load = point.load
+                    pace = f"{load.concurrency} clients" if isinstance(load, Closed) else f"{load.rate:g}/s"
+                    bar = progress.add_task(f"{spec.name}: {pace}, {len(names)} adapters", total=len(requests))
+
+                    def on_end(_: Timeline, bar: Any = bar) -> None:
+                        progress.advance(bar)
+
+                    done = await drive.drive(
+                        client, requests, load, base=base, ignore_eos=point.ignore_eos, on_end=on_end
+                    )
+                    points.append(report.Point.of(point, done.timelines, done.client_cpu))
+    return points
+
+
+@contextlib.asynccontextmanager
+async def _adapters(http: httpx.AsyncClient, spec: Scenario, model_dir: Path | None) -> AsyncIterator[list[str]]:
+    """The names that requests choose among; adapters made for the run are uploaded, and deleted at its end."""
+    wanted = max((point.adapters.count for point in spec.points()), default=0)
+    if not wanted:
+        yield spec.adapters.names
+        return
+    if model_dir is None:
+        raise ScenarioError("the scenario makes adapters: --model-dir must say for which model")
+    names: list[str] = []
+    with tempfile.TemporaryDirectory() as folder:
+        made = synthetic.make_adapters(
+            Path(folder), model_dir, wanted, rank=spec.adapters.rank, dtype=spec.adapters.dtype, seed=spec.seed
+        )
+        try:
+            for path in made:
+                await upload_adapter(http, f"loadtest-{path.name}", path)
+                names.append(f"loadtest-{path.name}")
+                shutil.rmtree(path)
+            yield names
+        finally:
+            for name in names:
+                await http.delete(f"/v1/adapters/{name}")
+
+
+async def _get(http: httpx.AsyncClient, path: str) -> Any:
+    try:
+        return (await http.get(path)).raise_for_status().json()
+    except httpx.HTTPError as error:
+        raise SideError(f"{http.base_url}{path.lstrip('/')}: {error}") from error
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=notes, refresh_per_second=2)  # the server needs the cores more
+
+
+# --- compare -------------------------------------------------------------------------------------------------------
+
+ModelDir = Annotated[Path | None, typer.Option(help="Base model's folder [default: what `lorakeet fetch` gives].")]
+Rounds = Annotated[int, typer.Option(min=1, help="Interleaved rounds.")]
+CellSeconds = Annotated[float, typer.Option(help="A side that needs longer for a case gets fewer rounds.")]
+Out = Annotated[Path | None, typer.Option(help="Write PREFIX.json and PREFIX.md.", metavar="PREFIX")]
+
+
+@app.command()
+def compare(
+    side: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(peers.SIDES)} [default: all].")] = None,
+    case: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(cases.NAMES)} [default: all].")] = None,
+    model_dir: ModelDir = None,
+    rounds: Rounds = 3,
+    cell_seconds: CellSeconds = 60.0,
+    output_tokens: Annotated[int | None, typer.Option(min=2, help="Instead of each case's own; to try it out.")] = None,
+    out: Out = None,
+) -> None:
+    """Give our server and its peers the same work in interleaved rounds; print medians, spread and verdicts."""
+    result = _compare(side, case, model_dir, rounds, cell_seconds, output_tokens)
+    _show(result, out)
+
+
+@app.command("kernels")
+def show_kernels(out: Out = None) -> None:
+    """Measure each kernel beside its library counterpart and this machine's roofline."""
+    measured = kernels.measure()
+    Console().print(kernels.table(measured))
+    if out is not None:
+        report.write_json(out.with_suffix(".json"), {"kind": "kernels", "machine": machine.describe(), **measured})
+
+
+@app.command()
+def bench(model_dir: ModelDir = None, rounds: Rounds = 3, cell_seconds: CellSeconds = 45.0) -> None:
+    """The whole CPU table: kernels, then the comparison with every peer installed; kept under loadtest/results/."""
+    measured = kernels.measure()
+    Console().print(kernels.table(measured))
+    result = _compare(None, None, model_dir, rounds, cell_seconds, None)
+    circumstances = result["machine"]
+    prefix = readme.results_folder() / f"{circumstances['date'][:10]}-{machine.slug(circumstances)}"
+    _show(result | {"kernels": measured}, prefix)
+
+
+def _compare(
+    side_names: list[str] | None,
+    case_names: list[str] | None,
+    model_dir: Path | None,
+    rounds: int,
+    cell_seconds: float,
+    output_tokens: int | None,
+) -> dict[str, Any]:
+    for chosen, known in ((side_names, list(peers.SIDES)), (case_names, cases.NAMES)):
+        if unknown := [name for name in chosen or [] if name not in known]:
+            raise typer.BadParameter(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
+    circumstances = machine.describe()
+    chosen_sides = side_names or cases.default_sides(circumstances)
+    chosen_cases = cases.select(case_names or cases.NAMES, output_tokens)
+    model = model_dir or _default_model()
+    with tempfile.TemporaryDirectory(prefix="loadtest-") as folder:
+        kit = _kit(Path(folder), model, machine_threads=circumstances["cores"])
+        result = asyncio.run(
+            run_comparison(
+                [peers.SIDES[name]() for name in chosen_sides],
+                chosen_cases,
+                kit,
+                rounds=rounds,
+                cell_seconds=cell_seconds,
+                report=lambda line: notes.print(escape(line)),
+            )
+        )
+    return _as_result(result, circumstances)
+
+
+def _kit(folder: Path, model: Path, machine_threads: int) -> Kit:
+    made = {
+        (dtype, index): path
+        for dtype in synthetic.DTYPES
+        for index, path in enumerate(synthetic.make_adapters(folder / "adapters", model, 8, rank=RANK, dtype=dtype))
+    }
+    return Kit(model=model, adapters=made, rank=RANK, threads=machine_threads, folder=folder)
+
+
+def _default_model() -> Path:
+    done = subprocess.run([str(executable()), "fetch"], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SideError("`lorakeet fetch` failed")
+    return Path(done.stdout.strip())
+
+
+def _as_result(comparison: Comparison, circumstances: dict[str, Any]) -> dict[str, Any]:
+    return {"kind": "compare", "machine": circumstances, **comparison.to_json()}
+
+
+def _show(result: dict[str, Any], out: Path | None) -> None:
+    text = claims.markdown(result)
+    typer.echo(text)
+    if out is not None:
+        report.write_json(out.with_suffix(".json"), result)
+        out.with_suffix(".md").write_text(readme.section(result, f"{out.name}.json"), "utf-8")
+        notes.print(f"written: {out}.json, {out}.md")
+
+
+# --- peers, README -------------------------------------------------------------------------------------------------
+
+
+@peers_app.command("list")
+def list_peers() -> None:
+    """Which sides can run here."""
+    for name, side in peers.SIDES.items():
+        typer.echo(f"{name:16} {side().missing() or 'ready'}")
+
+
+@peers_app.command("install")
+def install_peer(name: Annotated[str, typer.Argument(help=f"One of {', '.join(peers.RECIPES)}.")]) -> None:
+    """Install one peer, anew if it is there."""
+    if name not in peers.RECIPES:
+        raise typer.BadParameter(f"one of {', '.join(peers.RECIPES)}")
+    with notes.status(f"installing {name}; this takes minutes"):
+        peers.RECIPES[name]()
+    typer.echo(f"{name}: installed")
+
+
+@app.command("readme")
+def write_readme(
+    file: Annotated[Path, typer.Option(help="The file with the marked block.")] = Path("README.md"),
+    result: Annotated[Path | None, typer.Option(help="A result of `bench` [default: the newest].")] = None,
+) -> None:
+    """Rewrite the README's performance section from a result file."""
+    changed = readme.rewrite(file, result or readme.newest(readme.results_folder()))
+    typer.echo(f"{file}: {'rewritten' if changed else 'was current'}")
+
+
+def main() -> None:
+    """Run the command; what a person can mend is said in one line, without a traceback."""
+    try:
+        app()
+    except (ScenarioError, SideError, readme.ReadmeError, kernels.KernelsError, json.JSONDecodeError) as error:
+        notes.print("[red]error:[/red]", escape(str(error)))
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""The comparison's standing cases: prompt 64, rank 16 on all linears, and who takes part in which."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from loadtest.compare import Case
+
+_OURS = ("lorakeet", "lorakeet-offline")
+_LLAMA = ("llama", "llama-static")
+_OTHERS = ("vllm", "vllm-bf16", "peft", "peft-bf16")
+
+_CASES = (
+    Case("one", "1 request, 1 adapter (fp32 file)", 1, "one", "float32", 65, (*_OURS, *_LLAMA, *_OTHERS)),
+    Case(
+        *("eight", "8 requests, 8 adapters (fp32 files)", 8, "distinct", "float32", 65),
+        (*_OURS, *_LLAMA, *_OTHERS, "peft-switching"),
+    ),
+    # Only these two keep a half-width file as it is; the others would measure the same twice.
+    Case("one-bf16", "1 request, 1 adapter (bf16 file)", 1, "one", "bfloat16", 65, ("lorakeet", "llama")),
+    Case("eight-bf16", "8 requests, 8 adapters (bf16 files)", 8, "distinct", "bfloat16", 65, ("lorakeet", "llama")),
+    Case("base", "8 requests, no adapter", 8, "none", "float32", 65, ("lorakeet", "lorakeet-bare", "llama", *_OTHERS)),
+    Case("whole", "8 whole requests (64 in, 33 out)", 8, "distinct", "float32", 33, ("lorakeet", "llama", "vllm")),
+)
+NAMES = [case.name for case in _CASES]
+
+
+def select(names: Sequence[str], output_tokens: int | None = None) -> list[Case]:
+    """Cases by name, in their standing order; `output_tokens` instead of each one's own when given."""
+    chosen = [case for case in _CASES if case.name in names]
+    if output_tokens is None:
+        return chosen
+    return [dataclasses.replace(case, output_tokens=output_tokens) for case in chosen]
+
+
+def default_sides(machine: dict[str, Any]) -> list[str]:
+    """Every side that is worth running on this machine: bf16 only where the CPU has instructions for it."""
+    sides = dict.fromkeys(side for case in _CASES for side in case.sides)
+    fast_bf16 = {"avx512_bf16", "amx_bf16"} & set(machine["vector_extensions"])
+    return [side for side in sides if fast_bf16 or not side.endswith("-bf16")]

@@ -1,0 +1,190 @@
+"""What the figures are worth: the ratios that the project promises, with a verdict each.
+
+Reads result files (plain JSON values); measures nothing. A claim whose figures were not measured says so.
+"""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One promise: `value` must be at least (or at most) `target`; None: not measured."""
+
+    title: str
+    value: float | None
+    target: float
+    at_most: bool = False
+    percent: bool = False
+
+    @property
+    def verdict(self) -> str:
+        """`met`, `missed` or `not measured`."""
+        if self.value is None:
+            return "not measured"
+        met = self.value <= self.target if self.at_most else self.value >= self.target
+        return "met" if met else "missed"
+
+    def show(self, number: float | None) -> str:
+        """A value or the target in the claim's unit."""
+        if number is None:
+            return "-"
+        return f"{100 * number:.0f}%" if self.percent else f"{number:.2f}x"
+
+
+def figure(result: Result, case: str, side: str, quantity: str = "decode") -> float | None:
+    """The median of one cell's quantity, if it was measured."""
+    cell = result.get("cells", {}).get(case, {}).get(side, {})
+    value: float | None = cell.get(quantity, {}).get("median")
+    return value
+
+
+def claims(result: Result) -> list[Claim]:
+    """Every promise of the project, checked against one result."""
+    ours = "lorakeet"
+
+    def over(case: str, *peers: str, quantity: str = "decode") -> float | None:
+        """Ours as a multiple of the best of `peers`."""
+        rivals = [value for peer in peers if (value := figure(result, case, peer, quantity)) is not None]
+        mine = figure(result, case, ours, quantity)
+        return None if mine is None or not rivals else mine / max(rivals)
+
+    def tax(case: str, against: str, side: str = ours) -> float | None:
+        """The share of decode speed that `case` costs against another case (of `side`)."""
+        return _apply(lambda mine, free: 1 - mine / free, figure(result, case, ours), figure(result, against, side))
+
+    one, eight = "1 request: decode /", "8 requests, 8 adapters: decode /"
+    return [
+        Claim(f"{one} llama-server, per-request lora", over("one", "llama"), 1.0),
+        Claim(f"{one} llama-server, one static adapter", over("one", "llama-static"), 0.8),
+        Claim(f"{one} PEFT + bitsandbytes, fp32", over("one", "peft"), 10.0),
+        Claim(f"{one} PEFT + bitsandbytes, its faster type", over("one", "peft", "peft-bf16"), 10.0),
+        Claim(f"{eight} llama-server, per-request lora", over("eight", "llama"), 2.0),
+        Claim(f"{eight} vLLM's CPU build, fp32", over("eight", "vllm"), 6.0),
+        Claim(f"{eight} vLLM's CPU build, its faster type", over("eight", "vllm", "vllm-bf16"), 6.0),
+        Claim(f"{eight} PEFT's mixed batch, fp32", over("eight", "peft"), 10.0),
+        Claim(f"{eight} PEFT's mixed batch, its faster type", over("eight", "peft", "peft-bf16"), 10.0),
+        Claim("8 whole requests (64 in, 33 out) / llama-server", over("whole", "llama", quantity="whole"), 2.0),
+        Claim("LoRA tax, 8 adapters, bf16 files", tax("eight-bf16", "base"), 0.20, at_most=True, percent=True),
+        Claim("LoRA tax, 8 adapters, fp32 files", tax("eight", "base"), 0.35, at_most=True, percent=True),
+        Claim(
+            "Base-only requests: cost of 16 loaded adapters",
+            tax("base", "base", side="lorakeet-bare"),
+            0.03,  # what two runs of the same server differ by
+            at_most=True,
+            percent=True,
+        ),
+        Claim("HTTP: 8 streams / engine offline", http_share(result), 0.93, percent=True),
+        Claim("512-token shared prefix: second TTFT / first", prefix_ratio(result), 0.15, at_most=True, percent=True),
+        *kernel_claims(result),
+    ]
+
+
+def http_share(result: Result) -> float | None:
+    """Decode rate through HTTP as a share of the engine's own."""
+    return _apply(
+        lambda http, offline: http / offline,
+        figure(result, "eight", "lorakeet"),
+        figure(result, "eight", "lorakeet-offline"),
+    )
+
+
+def prefix_ratio(result: Result) -> float | None:
+    """TTFT with a cached prefix over TTFT without, medians."""
+    measured = result.get("lorakeet_prefix_cache")
+    if not measured or "error" in measured:
+        return None
+    return statistics.median(measured["second"]) / statistics.median(measured["first"])
+
+
+def kernel_claims(result: Result) -> list[Claim]:
+    """NF4 linear against the roofline: the worst of the measured shapes."""
+    lines = [line for line in result.get("kernels", {}).get("lines", []) if line["kernel"] == "nf4_linear"]
+
+    def worst(rows: int, bound: str) -> float | None:
+        return min((line[bound] for line in lines if line["rows"] == rows and line.get(bound)), default=None)
+
+    return [
+        Claim("NF4 linear, 1 row: share of read bandwidth", worst(1, "bandwidth_share"), 0.35, percent=True),
+        Claim("NF4 linear, 16 rows: share of the fp32 peak", worst(16, "flops_share"), 0.60, percent=True),
+    ]
+
+
+def _apply(function: Callable[[float, float], float], first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else function(first, second)
+
+
+# --- Markdown ------------------------------------------------------------------------------------------------------
+
+
+def markdown(result: Result) -> str:
+    """The tables of a result: every case's figures, then every claim with its verdict."""
+    return "\n\n".join(filter(None, [_cases(result), _claims(result), _kernels(result), _sides(result)])) + "\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cases(result: Result) -> str:
+    names = [name for name in result["sides"] if any(name in row for row in result["cells"].values())]
+    rows = []
+    for case in result["cases"]:
+        quantity = "whole" if case["name"] == "whole" else "decode"
+        cells = [_cell(result["cells"].get(case["name"], {}).get(name), quantity) for name in names]
+        rows.append([case["title"], *cells])
+    note = "Tokens/s: median over the rounds, (lowest-highest)."
+    return f"{note}\n\n{_table(['', *names], rows)}"
+
+
+def _cell(cell: dict[str, Any] | None, quantity: str) -> str:
+    if cell is None:
+        return ""
+    if "error" in cell:
+        return "error"
+    if quantity not in cell:
+        return "-"
+    found = cell[quantity]
+    return f"{found['median']:.1f} ({found['low']:.1f}-{found['high']:.1f})"
+
+
+def _claims(result: Result) -> str:
+    rows = [
+        [c.title, c.show(c.value), ("<= " if c.at_most else ">= ") + c.show(c.target), c.verdict]
+        for c in claims(result)
+    ]
+    return _table(["Claim", "measured", "promised", "verdict"], rows)
+
+
+def _kernels(result: Result) -> str:
+    if not (kernels := result.get("kernels")):
+        return ""
+    rows = [
+        [
+            f"{line['kernel']} {line['shape']}, {line['rows']} rows",
+            f"{1e6 * line['seconds']:.0f}",
+            f"{1e6 * line['library_seconds']:.0f} ({line['library']})" if line.get("library_seconds") else "-",
+            f"{100 * line['bandwidth_share']:.0f}%" if line.get("bandwidth_share") else "-",
+            f"{100 * line['flops_share']:.0f}%" if line.get("flops_share") else "-",
+        ]
+        for line in kernels["lines"]
+    ]
+    roof = kernels["roofline"]
+    limits = f"{roof['read_gb_s']:.1f} GB/s read, {roof['fp32_gflop_s']:.0f} GFLOP/s fp32"
+    note = f"Roofline: {limits}, {roof['threads']} threads."
+    return f"{note}\n\n{_table(['Kernel', 'µs', 'library, µs', 'of bandwidth', 'of fp32 peak'], rows)}"
+
+
+def _sides(result: Result) -> str:
+    lines = []
+    for name, side in result["sides"].items():
+        answers = result["distinct_answers"].get(name)
+        seen = "" if answers is None else f"; {answers} different answers of 8 adapters to one prompt"
+        lines.append(f"- **{name}**: {'; '.join(f'{key} {value}' for key, value in side.items())}{seen}")
+    lines += [f"- **{name}**: not measured, {why.splitlines()[0]}" for name, why in result["missing"].items()]
+    return "\n".join(lines)

