@@ -225,22 +225,20 @@ class Scheduler:
         """
         self._steps += 1
         works: list[Work] = []
-        preempted = self._schedule_decodes(works)
+        self._schedule_decodes(works)
         budget = self._max_batch_tokens - len(works)
         for sequence in self.running:
             if sequence.remaining > 1 and budget:
                 works.append(self._work(sequence, budget))
                 budget -= works[-1].count
-        if not preempted:  # otherwise the victim would be the first to come back, and to fall again
-            self._admit(works, budget, now)
+        self._admit(works, budget, now)
         if not works:
             return None
         works.sort(key=lambda work: (work.sequence.adapter, work.sequence._order))
         return Step(tuple(works))
 
-    def _schedule_decodes(self, works: list[Work]) -> bool:
-        """One token of each decoding sequence, oldest first; whether anyone had to give way."""
-        preempted = False
+    def _schedule_decodes(self, works: list[Work]) -> None:
+        """One token of each decoding sequence, oldest first; the youngest give way when blocks run out."""
         position = 0
         while position < len(self.running):
             sequence = self.running[position]
@@ -252,9 +250,7 @@ class Scheduler:
             elif len(self.running) == 1:
                 self._fail_too_long(sequence)
             else:  # the youngest is this one, or one not looked at yet
-                preempted = True
                 self._preempt(self.running[-1])
-        return preempted
 
     def _grow(self, sequence: Sequence) -> bool:
         """See that every known token has its slot; False when blocks run out."""
@@ -356,10 +352,10 @@ class Scheduler:
 
         Returns:
             The tokens that count: all, or those up to the one that ended the sequence; then its `finish_reason` is set
-            and it is gone from here. None for a sequence that ended or was preempted since this work was scheduled.
+            and it is gone from here. None for a sequence that ended since this work was scheduled.
         """
         sequence = work.sequence
-        if self._by_id.get(sequence.id) is not sequence or not sequence.blocks:
+        if self._by_id.get(sequence.id) is not sequence:
             return []
         assert sequence.num_computed == work.start
         assert work.samples or not new_tokens

@@ -314,7 +314,7 @@ TestAnythingMayHappen = AnythingMayHappen.TestCase
 TestAnythingMayHappen.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     arrivals=st.lists(st.sampled_from([BASE, A, B, BOTH, None]), min_size=2, max_size=6).filter(any),
     newcomers=st.integers(1, 3),
@@ -328,7 +328,8 @@ def test_nobody_starves_for_rows(
     """One request needs all rows while others never stop asking for some: it is let in within a bounded time."""
     world = World(num_blocks=64, delay=delay, patience=patience)
     elder: Sequence | None = None
-    bound = delay + patience + max_tokens + 3  # to be loaded, to lose patience, to see the others out
+    # A place in the batch to be asked, another one after loading, and all others out once patience is lost.
+    bound = delay + patience + 3 * (max_tokens + 2)
     for moment in range(10 + bound):
         for number in range(newcomers):
             adapter = arrivals[(moment + number) % len(arrivals)]
