@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -346,7 +347,8 @@ class AdapterStore:
     # Last, because its name hides the type of that name from what follows.
     def list(self, tenant: str) -> list[Version]:
         """The current version of every name, by name."""
-        return [versions[0] for _, versions in sorted(self._names.get(tenant, {}).items())]
+        current = [versions[0] for versions in list(self._names.get(tenant, {}).values())]
+        return sorted(current, key=attrgetter("name"))
 
 
 def _count_down(counter: Counter[str], key: str) -> None:

@@ -4,6 +4,7 @@ import errno
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -287,6 +288,18 @@ def test_a_full_database_keeps_nothing_and_loses_nothing(box: Box) -> None:
     box.database.execute("PRAGMA max_page_count = 1000000")
     assert put(box.store, failed, "later")[1]
     assert len(box.again().list("t")) == len(published) + 2
+
+
+def test_a_refused_transaction_leaves_the_store_working(box: Box) -> None:
+    box.database.execute(
+        "CREATE TEMP TRIGGER refuse BEFORE INSERT ON adapter_versions WHEN new.name = 'bad' "
+        "BEGIN SELECT RAISE(ABORT, 'refused'); END"
+    )
+    with pytest.raises(sqlite3.IntegrityError):
+        put(box.store, "bad", "one")
+    assert box.on_disk() == (0, [])
+    assert put(box.store, "good", "one")[1]
+    assert [version.name for version in box.again().list("t")] == ["good"]
 
 
 def test_other_faults_pass_unchanged(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
