@@ -39,17 +39,20 @@ class Admission:
         self.tokens = 0
         self._typical_wait = 1.0  # seconds; a moving average
 
+    def check_size(self, sequences: int) -> None:
+        """Raises `InvalidRequest` for a request of more sequences than may ever wait."""
+        if sequences > self._max_requests:
+            raise InvalidRequest(
+                f"This request asks for {sequences} sequences; at most {self._max_requests} are accepted.", param="n"
+            )
+
     def enter(self, prompt_lengths: Sequence[int]) -> list[Ticket]:
         """A ticket for each sequence of one request: all or none.
 
         Raises `InvalidRequest` when the request alone has more sequences than may ever wait, `TooManyRequests` when
         there is no room now. Prompt tokens alone never refuse a request that finds the queue empty.
         """
-        if len(prompt_lengths) > self._max_requests:
-            raise InvalidRequest(
-                f"This request asks for {len(prompt_lengths)} sequences; at most {self._max_requests} are accepted.",
-                param="n",
-            )
+        self.check_size(len(prompt_lengths))
         tokens = sum(prompt_lengths)
         if self.requests + len(prompt_lengths) > self._max_requests:
             raise self._full(f"{self.requests} sequences are waiting; at most {self._max_requests} may.")

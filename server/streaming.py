@@ -4,6 +4,7 @@ Pure bookkeeping over a decode function; it knows no engine and no HTTP.
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 _CONTEXT = 6  # prompt tokens that give the first new token its left neighbours
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
@@ -90,13 +91,7 @@ class _Automaton:
     def __init__(self, stop: str) -> None:
         self.stop = stop
         self.progress = 0  # the longest proper prefix of `stop` that the text ends with
-        self._fallback = [0] * (len(stop) + 1)  # after k characters agreed: the next shorter agreement
-        k = 0
-        for i in range(1, len(stop)):
-            while k and stop[i] != stop[k]:
-                k = self._fallback[k]
-            k += stop[i] == stop[k]
-            self._fallback[i + 1] = k
+        self._fallback = _fallback(stop)
 
     def step(self, char: str) -> bool:
         """Take one character; True when it completes the stop string."""
@@ -107,3 +102,16 @@ class _Automaton:
         complete = k == len(self.stop)
         self.progress = self._fallback[k] if complete else k
         return complete
+
+
+@lru_cache(maxsize=256)
+def _fallback(stop: str) -> tuple[int, ...]:
+    """After k characters have agreed: the next shorter agreement, for k from 0 to all."""
+    fallback = [0] * (len(stop) + 1)
+    k = 0
+    for i in range(1, len(stop)):
+        while k and stop[i] != stop[k]:
+            k = fallback[k]
+        k += stop[i] == stop[k]
+        fallback[i + 1] = k
+    return tuple(fallback)

@@ -6,7 +6,7 @@ Streaming text back is `server.streaming`'s matter; requests and limits are the 
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from server.errors import InvalidRequest
 
 T = TypeVar("T")
 
-_LONG = 2048  # characters; from here on tokenising leaves the event loop
+_LONG = 2048  # characters or tokens; from here on work on them leaves the event loop
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -81,13 +81,15 @@ class TextProcessor:
 
     # --- text -> tokens
 
-    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids; `add_special_tokens` lets the tokenizer add what it puts around a text (a BOS, say)."""
-        return await self._in_thread(len(text), partial(self._encode, text, add_special_tokens))
+    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of each text; `add_special_tokens` lets the tokenizer add what it puts around one (a BOS, say)."""
+        work = partial(self._encode, texts, add_special_tokens)
+        return await self.in_thread(sum(map(len, texts)) + len(texts), work)
 
-    async def offsets(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def offsets(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Where in `text` each token of `encode` starts, in characters."""
-        return await self._in_thread(len(text), partial(self._offsets, text, add_special_tokens))
+        encoding = self.tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+        return [start for start, _ in encoding.offsets]
 
     async def render_chat(
         self,
@@ -107,18 +109,15 @@ class TextProcessor:
             continue_final_message=continue_final_message,
             arguments=arguments,
         )
-        return await self._in_thread(sum(len(message["content"]) for message in messages), render)
+        return await self.in_thread(sum(len(message["content"]) for message in messages) + len(messages), render)
 
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         # `encode_batch*` releases the interpreter's lock, `encode` does not.
-        ids: list[int] = self.tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
-        return ids
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in encodings]
 
-    def _offsets(self, text: str, add_special_tokens: bool) -> list[int]:
-        encoding = self.tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0]
-        return [start for start, _ in encoding.offsets]
-
-    async def _in_thread(self, size: int, work: "partial[T]") -> T:
+    async def in_thread(self, size: int, work: Callable[[], T]) -> T:
+        """Run `work` here when `size` (characters or tokens) is small, else where it does not hold others up."""
         if size < _LONG:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)

@@ -3,9 +3,11 @@
 What it lets through is plain data for a pydantic model; which fields there are is not its matter.
 """
 
+import asyncio
 import json
 import re
-from typing import Any, ClassVar, Self
+from collections.abc import Callable
+from typing import Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
 from starlette.requests import Request
@@ -13,7 +15,10 @@ from starlette.requests import Request
 from server.errors import InvalidRequest, RequestTooLarge, UnsupportedMediaType, shown
 from server.services import services_of
 
+T = TypeVar("T")
+
 _MAX_DEPTH = 32
+_LARGE = 256 * 1024  # bytes
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # only an escape can bring half a surrogate pair into valid UTF-8
 
 
@@ -37,22 +42,30 @@ class Body(BaseModel):
     @classmethod
     async def read(cls, request: Request) -> Self:
         """The request's body. Raises pydantic's ValidationError, or an error of its own."""
-        data = await read_json(request)
+        return await read_as(request, cls.validate_object)
+
+    @classmethod
+    def validate_object(cls, data: Any) -> Self:
+        """Plain data as this body."""
         if not isinstance(data, dict):
             raise InvalidRequest("The body must be a JSON object.")
         return cls.model_validate(data)
 
 
-async def read_json(request: Request) -> Any:
-    """The body as plain data.
+async def read_as(request: Request, validate: Callable[[Any], T]) -> T:
+    """The body as `validate` makes it of plain data. Large ones are parsed where they do not hold up others.
 
-    Raises `RequestTooLarge` beyond `max_body_bytes`, `UnsupportedMediaType` for another content type, and
-    `InvalidRequest` for anything that is not one well-formed value: duplicate keys, NaN, half surrogates, too deep.
+    Raises `RequestTooLarge` beyond `max_body_bytes`, `UnsupportedMediaType` for another content type, `InvalidRequest`
+    for anything that is not one well-formed value (duplicate keys, NaN, half surrogates, too deep), and what
+    `validate` raises.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise UnsupportedMediaType("The body must be JSON: send `Content-Type: application/json`.")
-    return parse_json(await _read_bytes(request, services_of(request).settings.max_body_bytes))
+    raw = await _read_bytes(request, services_of(request).settings.max_body_bytes)
+    if len(raw) < _LARGE:
+        return validate(parse_json(raw))
+    return await asyncio.to_thread(lambda: validate(parse_json(raw)))
 
 
 async def _read_bytes(request: Request, limit: int) -> bytes:

@@ -94,7 +94,8 @@ class Conversation(Body):
             continue_final_message=self.continue_final_message,
             arguments=self.chat_template_kwargs,
         )
-        return await text.encode(prompt, add_special_tokens=self.add_special_tokens)
+        (ids,) = await text.encode([prompt], add_special_tokens=self.add_special_tokens)
+        return ids
 
 
 class ChatBody(GenerationBody, Conversation):

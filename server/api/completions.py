@@ -1,7 +1,7 @@
 """`POST /v1/completions`: a prompt, as text or token ids, and what follows it."""
 
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
@@ -66,10 +66,14 @@ async def create_completion(request: Request) -> Answer:
 
 async def _answer(services: Services, body: CompletionBody, send: Send) -> None:
     check_vocabulary(services.engine_info, body)
+    services.admission.check_size(len(body.prompt) * body.n)
     async with open_target(services, body.model, body.adapter_id) as target:
-        prompts = [await _prompt(services, body, prompt) for prompt in body.prompt]
+        prompts = await _prompts_of(services, body)
+        echoes: list[_Echo] = []
+        if body.echo:
+            work = partial(_echoes, services.text, body, prompts)
+            echoes = await services.text.in_thread(sum(len(prompt.ids) for prompt in prompts), work)
         sampling = body.sampling(logprobs=body.logprobs, prompt_logprobs=body.logprobs if body.echo else None)
-        echoes = [await _echo(services, body, prompt) for prompt in prompts] if body.echo else []
         writer = _Writer(services.text, body, Generation(services, body, target, prompts, sampling), echoes)
         headers = {"X-Adapter-Digest": target.digest}
         if body.stream:
@@ -79,19 +83,21 @@ async def _answer(services: Services, body: CompletionBody, send: Send) -> None:
             await send_json(send, await writer.whole(), headers)
 
 
-async def _prompt(services: Services, body: CompletionBody, prompt: str | list[int]) -> Prompt:
+async def _prompts_of(services: Services, body: CompletionBody) -> list[Prompt]:
     info = services.engine_info
-    if isinstance(prompt, str):
-        ids, text = await services.text.encode(prompt, add_special_tokens=body.add_special_tokens), prompt
-    else:
-        ids, text = prompt, None
+    texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]  # all of them or none
+    encoded = await services.text.encode(texts, add_special_tokens=body.add_special_tokens)
+    prompts = []
+    for given, ids in zip(body.prompt, encoded or body.prompt, strict=True):
+        assert not isinstance(ids, str)
+        if not ids:
+            raise InvalidRequest("`prompt` is empty: there is nothing to continue.", param="prompt")
         if max(ids) >= info.vocab_size:
             message = f"`prompt`: token id {max(ids)} is outside the vocabulary of {info.vocab_size}."
             raise InvalidRequest(message, param="prompt")
-    if not ids:
-        raise InvalidRequest("`prompt` is empty: there is nothing to continue.", param="prompt")
-    room = fit_max_tokens(info, body, ids, asked=body.max_tokens, default=DEFAULT_MAX_TOKENS, param="prompt")
-    return Prompt(ids, room, text)
+        room = fit_max_tokens(info, body, ids, asked=body.max_tokens, default=DEFAULT_MAX_TOKENS, param="prompt")
+        prompts.append(Prompt(ids, room, given if isinstance(given, str) else None))
+    return prompts
 
 
 # --- echo -------------------------------------------------------------------------------------------
@@ -105,18 +111,22 @@ class _Echo:
     offsets: list[int]  # where each token starts; empty unless logprobs are asked for
 
 
-async def _echo(services: Services, body: CompletionBody, prompt: Prompt) -> _Echo:
+def _echoes(text: TextProcessor, body: CompletionBody, prompts: Sequence[Prompt]) -> list[_Echo]:
+    return [_echo(text, body, prompt) for prompt in prompts]
+
+
+def _echo(text: TextProcessor, body: CompletionBody, prompt: Prompt) -> _Echo:
     if prompt.text is not None:
-        special = body.add_special_tokens
         wanted = body.logprobs is not None
-        offsets = await services.text.offsets(prompt.text, add_special_tokens=special) if wanted else []
+        offsets = text.offsets(prompt.text, add_special_tokens=body.add_special_tokens) if wanted else []
         return _Echo(prompt.text, offsets)
-    text, offsets = "", []
-    detokenizer = Detokenizer(partial(services.text.decode, skip_special_tokens=body.skip_special_tokens))
+    decode = partial(text.decode, skip_special_tokens=body.skip_special_tokens)
+    detokenizer = Detokenizer(decode)
+    echoed, offsets = "", []
     for token in prompt.ids:
-        offsets.append(len(text))
-        text += detokenizer.add(token)
-    return _Echo(text + detokenizer.flush(), offsets)
+        offsets.append(len(echoed))
+        echoed += detokenizer.add(token)
+    return _Echo(echoed + detokenizer.flush(), offsets)
 
 
 # --- OpenAI's shapes --------------------------------------------------------------------------------

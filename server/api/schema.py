@@ -13,6 +13,7 @@ from server.engine.protocol import Sampling
 from server.errors import InvalidRequest
 
 MAX_STOPS = 16
+MAX_STOP_LENGTH = 1024
 INT32 = 2**31 - 1
 INT64 = 2**63 - 1
 
@@ -25,6 +26,8 @@ def _stops(value: Any) -> Any:
         raise ValueError("must not contain an empty string")
     if len(stops) > MAX_STOPS:
         raise ValueError(f"at most {MAX_STOPS} stop strings are accepted")
+    if any(len(stop) > MAX_STOP_LENGTH for stop in stops):
+        raise ValueError(f"a stop string has at most {MAX_STOP_LENGTH} characters")
     return tuple(stops)
 
 

@@ -1,13 +1,14 @@
 """`POST /tokenize` and `/detokenize`: the base's tokenizer, in vLLM's shapes. Adapters share it."""
 
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Any
 
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from server.api.body import Body, read_json
+from server.api.body import Body, read_as
 from server.api.chat import Conversation
 from server.api.target import open_target
 from server.errors import InvalidRequest
@@ -39,15 +40,13 @@ class DetokenizeBody(Body):
 
 async def tokenize(request: Request) -> Response:
     """Token ids of a text or a conversation."""
-    data = await read_json(request)
+    body = await read_as(request, _tokenize_body)
     services = services_of(request)
-    chat = isinstance(data, dict) and data.get("messages") is not None
-    body = TokenizeChatBody.model_validate(data) if chat else TokenizePromptBody.model_validate(data)
     await _check_model(services, body.model)
     if isinstance(body, TokenizeChatBody):
         ids = await body.encode(services.text)
     else:
-        ids = await services.text.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+        (ids,) = await services.text.encode([body.prompt], add_special_tokens=body.add_special_tokens)
     return JSONResponse(
         {
             "count": len(ids),
@@ -56,6 +55,11 @@ async def tokenize(request: Request) -> Response:
             "token_strs": [services.text.token(id_).text for id_ in ids] if body.return_token_strs else None,
         }
     )
+
+
+def _tokenize_body(data: Any) -> TokenizePromptBody | TokenizeChatBody:
+    chat = isinstance(data, dict) and data.get("messages") is not None
+    return TokenizeChatBody.validate_object(data) if chat else TokenizePromptBody.validate_object(data)
 
 
 async def detokenize(request: Request) -> Response:
@@ -68,7 +72,8 @@ async def detokenize(request: Request) -> Response:
         if id_ >= vocabulary:
             message = f"`tokens`: {id_} is outside the vocabulary of {vocabulary}."
             raise InvalidRequest(message, param=f"tokens.{i}")
-    return JSONResponse({"prompt": services.text.decode(body.tokens, skip_special_tokens=False)})
+    decode = partial(services.text.decode, body.tokens, skip_special_tokens=False)
+    return JSONResponse({"prompt": await services.text.in_thread(len(body.tokens), decode)})
 
 
 async def _check_model(services: Services, model: str | None) -> None:

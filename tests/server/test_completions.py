@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -257,6 +258,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "stop with an empty string": ({"stop": ["a", ""]}, "stop"),
     "stop with a number": ({"stop": ["a", 1]}, "stop"),
     "too many stops": ({"stop": ["a"] * 17}, "stop"),
+    "too long a stop": ({"stop": "a" * 1025}, "stop"),
+    "too many prompts": ({"prompt": ["a"] * 1025}, "n"),
+    "too many samples of prompts": ({"prompt": ["a"] * 9, "n": 128}, "n"),
     "logit_bias key": ({"logit_bias": {"x": 1}}, "logit_bias"),
     "logit_bias value": ({"logit_bias": {"1": 101}}, "logit_bias.1"),
     "logit_bias boolean": ({"logit_bias": {"1": True}}, "logit_bias.1"),
@@ -545,6 +549,22 @@ async def test_bodies_are_json_of_bounded_size(tmp_path: Path) -> None:
         assert (await post("/v1/completions", content=b"{}")).status_code == 415
         assert (await post("/v1/completions", json=[])).status_code == 400
         assert (await post("/v1/completions", content=b"[" * 2000, headers=json_type)).status_code == 400
+
+
+async def test_long_prompts_and_large_bodies_do_not_hold_up_others(served: Served) -> None:
+    held_up = []
+
+    async def watch() -> None:
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(0.005)
+            held_up.append(time.monotonic() - before)
+
+    watching = asyncio.create_task(watch())
+    response = await complete(served, prompt="many words " * 100_000)
+    watching.cancel()
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+    assert len(held_up) > 10  # the event loop went on meanwhile
 
 
 async def test_other_methods_and_paths_have_the_same_shape(served: Served) -> None:

@@ -43,16 +43,16 @@ async def _render(text: TextProcessor, messages=MESSAGES, *, generation=True, fi
 
 async def test_short_and_long_texts_tokenise_alike(text: TextProcessor) -> None:
     sample = "Wörter mit Ümläuten, 漢字, emoji 🦜 and <|im_start|> specials.\n"
-    once = await text.encode(sample, add_special_tokens=False)
-    assert once == _tokenizer().encode(sample, add_special_tokens=False)
-    assert await text.encode(sample * 200, add_special_tokens=False) == _tokenizer().encode(sample * 200)
+    once, again = await text.encode([sample, sample], add_special_tokens=False)
+    assert once == again == _tokenizer().encode(sample, add_special_tokens=False)
+    assert await text.encode([sample * 200], add_special_tokens=False) == [_tokenizer().encode(sample * 200)]
     assert text.decode(once, skip_special_tokens=False) == sample
 
 
 async def test_offsets_point_into_the_text(text: TextProcessor) -> None:
     sample = "The quick 漢字 fox"
-    offsets = await text.offsets(sample, add_special_tokens=False)
-    ids = await text.encode(sample, add_special_tokens=False)
+    offsets = text.offsets(sample, add_special_tokens=False)
+    (ids,) = await text.encode([sample], add_special_tokens=False)
     assert len(offsets) == len(ids)
     assert offsets == sorted(offsets)
     assert sample[offsets[1] :].startswith(text.token(ids[1]).text)
