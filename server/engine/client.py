@@ -24,9 +24,21 @@ import zmq.asyncio
 
 from server.engine import protocol
 from server.engine.protocol import AdapterRef, EngineConfig, Generate, Inspection, Output, Ready, Stats
-from server.finetune.messages import Checkpoint, JobEnded, JobNote, JobReply, StartJob, StopJob, TrainingStep
+from server.finetune.messages import (
+    Checkpoint,
+    JobEnded,
+    JobNote,
+    JobReply,
+    MemoryPlan,
+    PlanMemory,
+    StartJob,
+    StopJob,
+    TrainingStep,
+)
 
 log = logging.getLogger("lorakeet.engine")
+
+_Answer = protocol.Done | Inspection | MemoryPlan  # of a call
 
 
 class EngineUnavailable(Exception):
@@ -81,6 +93,9 @@ class EngineClient(Protocol):
         Raises EngineUnavailable when the engine is not there or dies meanwhile; the job can then be started again.
         """
 
+    async def plan_memory(self, asked: PlanMemory) -> MemoryPlan:
+        """What a job would need."""
+
     async def stop_job(self, message: StopJob) -> None:
         """Pause or cancel a running job; its `train` goes on to the `JobEnded`."""
 
@@ -129,7 +144,7 @@ class LocalEngine:
         self._context = zmq.asyncio.Context()
         self._now: _Incarnation | None = None
         self._streams: dict[str, asyncio.Queue[Output | EngineUnavailable]] = {}
-        self._calls: dict[str, asyncio.Future[protocol.Done | Inspection]] = {}
+        self._calls: dict[str, asyncio.Future[_Answer]] = {}
         self._jobs: dict[str, asyncio.Queue[JobReply | EngineUnavailable]] = {}
         self._supervisor: asyncio.Task[None] | None = None
         self._stopping = False
@@ -206,11 +221,16 @@ class LocalEngine:
                 del self._jobs[job.id]
                 self._send_soon(StopJob(job.id, save=False))
 
+    async def plan_memory(self, asked: PlanMemory) -> MemoryPlan:
+        plan = await self._call(asked)
+        assert isinstance(plan, MemoryPlan)
+        return plan
+
     async def stop_job(self, message: StopJob) -> None:
         await self._send(message)
 
-    async def _call(self, message: protocol.Warm | protocol.Forget | protocol.Inspect) -> protocol.Done | Inspection:
-        future: asyncio.Future[protocol.Done | Inspection] = asyncio.get_running_loop().create_future()
+    async def _call(self, message: protocol.Warm | protocol.Forget | protocol.Inspect | PlanMemory) -> _Answer:
+        future: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
         self._calls[message.id] = future
         try:
             await self._send(message)
@@ -327,7 +347,7 @@ class LocalEngine:
                 case protocol.Ready():
                     self._info = message
                     self._reason = None
-                case protocol.Done() | protocol.Inspection():
+                case protocol.Done() | protocol.Inspection() | MemoryPlan():
                     future = self._calls.get(message.id)
                     if future is not None and not future.done():
                         future.set_result(message)

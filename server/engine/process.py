@@ -19,7 +19,7 @@ import zmq
 from server.engine import protocol
 from server.engine.engine import Engine
 from server.engine.model import UnservableModel
-from server.finetune.messages import StartJob, StopJob
+from server.finetune.messages import PlanMemory, StartJob, StopJob
 from server.finetune.training.pacing import Pacer
 from server.finetune.training.trainer import Trainer
 
@@ -84,6 +84,8 @@ class Loop:
                 self._trainer.start(message)
             case StopJob():
                 self._trainer.stop(message)
+            case PlanMemory():
+                self._send(self._trainer.plan_memory(message))
 
     def _train(self, step_seconds: float) -> None:
         """Run what training fits in here: beside requests a little, otherwise a piece before the next look around."""

@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from server.finetune.messages import JobReply, JobRequest
+from server.finetune.messages import JobReply, JobRequest, MemoryPlan
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -233,7 +233,7 @@ class Fatal(_Message):
 
 
 Request = Generate | Abort | Warm | Forget | Inspect | Drain | JobRequest
-Reply = Ready | Step | Done | Inspection | Fatal | JobReply
+Reply = Ready | Step | Done | Inspection | Fatal | JobReply | MemoryPlan
 
 encode = msgspec.msgpack.Encoder().encode
 decode_request = msgspec.msgpack.Decoder(Request).decode

@@ -15,6 +15,7 @@ import msgspec
 from server.finetune.database import Database
 from server.finetune.files import new_id
 from server.finetune.messages import Metrics, StartJob
+from server.finetune.recipe import Hyperparameters, LoraOptions, TrainingOptions
 
 Status = Literal["validating_files", "queued", "running", "pausing", "paused", "succeeded", "failed", "cancelled"]
 FINAL: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})
@@ -44,19 +45,19 @@ class JobError(msgspec.Struct, frozen=True):
 
 
 class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What the client asked for, checked but not resolved: numbers may still be "auto"."""
+    """What the client asked for, checked; what is "auto" is decided when the files have been read."""
 
     model: str  # as the client wrote it
     base: str
-    adapter: str | None = None  # directory of the adapter version to go on from
+    adapter: str | None = None  # digest of the adapter version to go on from
     training_file: str
     validation_file: str | None = None
     suffix: str = ""
     seed: int
     metadata: dict[str, str] | None = None
-    hyperparameters: dict[str, int | float | Literal["auto"]]  # n_epochs, batch_size, learning_rate_multiplier
-    lora: dict[str, Any]  # an adapter_config.json, and `init`, `lora_dropout`, `scale_vector`
-    training: dict[str, Any]
+    hyperparameters: Hyperparameters = Hyperparameters()
+    lora: LoraOptions = LoraOptions()
+    training: TrainingOptions = TrainingOptions()
     integrations: list[dict[str, Any]] | None = None
 
 

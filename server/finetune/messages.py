@@ -75,6 +75,17 @@ class StopJob(_Message, frozen=True):
     save: bool
 
 
+class PlanMemory(_Message, frozen=True, kw_only=True):
+    """What would a job of this shape need? Answered by a `MemoryPlan` of the same id."""
+
+    id: str
+    modules: dict[str, ModuleShape]
+    optimizer: Optimizer
+    scale_vector: bool
+    dropout: bool
+    tokens: int  # of its largest pass
+
+
 # --- engine -> API process --------------------------------------------------------------------------
 
 
@@ -131,5 +142,27 @@ class JobNote(_Message, frozen=True):
     message: str
 
 
-JobRequest = StartJob | StopJob
+class MemoryPlan(_Message, frozen=True, kw_only=True):
+    """Bytes that a job would take beside the base, which is there already.
+
+    `checkpoint` is the copy that is held while a checkpoint is written. `mode` is the faster memory mode that fits
+    into what is available, None when neither does.
+    """
+
+    id: str
+    base: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    checkpoint: int
+    activations: dict[MemoryMode, int]
+    available: int
+    mode: MemoryMode | None
+
+    def total(self, mode: MemoryMode) -> int:
+        """All of a job's bytes in one mode, the base aside."""
+        return self.adapter + self.gradients + self.optimizer + self.checkpoint + self.activations[mode]
+
+
+JobRequest = StartJob | StopJob | PlanMemory
 JobReply = TrainingStep | Checkpoint | JobNote | JobEnded

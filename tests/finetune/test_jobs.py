@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from server.finetune.database import Database, UnknownCursorError
 from server.finetune.jobs import FINAL, JobError, JobSpec, JobStateError, JobStore, Status, UnknownJobError
 from server.finetune.messages import Metrics
+from server.finetune.recipe import LoraOptions
 
 
 def spec(**changes: Any) -> JobSpec:
@@ -18,9 +19,7 @@ def spec(**changes: Any) -> JobSpec:
         "base": "base",
         "training_file": "file-1",
         "seed": 1,
-        "hyperparameters": {"n_epochs": "auto"},
-        "lora": {"r": 8},
-        "training": {},
+        "lora": LoraOptions(r=8),
     }
     return JobSpec(**(fields | changes))
 

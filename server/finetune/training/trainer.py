@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from server.engine.model import Base
-from server.finetune.messages import JobEnded, JobReply, StartJob, StopJob
+from server.finetune.messages import JobEnded, JobReply, MemoryPlan, PlanMemory, StartJob, StopJob
 from server.finetune.training.layers import LayeredModel, PackedAttention
+from server.finetune.training.memory import MemoryModel
 from server.finetune.training.task import MicroBatch, Task
 from server.finetune.training.trainable import TrainingDeltas, TrainingSegment
 
@@ -73,6 +74,7 @@ class Trainer:
         head = base.model.get_output_embeddings().weight
         rows = int(min(HEAD_FLOP[base.device.type] / (6 * head.shape[0] * head.shape[1]), HEAD_LOGITS / head.shape[0]))
         self._head_rows = max(8, rows // 8 * 8)
+        self._memory = MemoryModel(base, self._model, self._head_rows)
 
     # --- what the engine loop calls --------------------------------------------------------------------------
 
@@ -85,6 +87,10 @@ class Trainer:
             code = "out_of_memory" if _is_out_of_memory(fault) else "start_failed"
             text = f"The job could not start: {type(fault).__name__}: {fault}"
             self._replies.append(JobEnded(id=message.id, outcome="failed", code=code, message=text))
+
+    def plan_memory(self, message: PlanMemory) -> MemoryPlan:
+        """What a job would need beside what is in use now."""
+        return self._memory.plan(message)
 
     def stop(self, message: StopJob) -> None:
         """Pause or cancel; unknown jobs are ignored."""
