@@ -48,7 +48,7 @@ class TextProcessor:
         self.tokenizer = tokenizer
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        self._chat_template = chat_template
+        self.chat_template = chat_template
         self._piece_bytes = _piece_decoder(json.loads(tokenizer.to_str()))
         self._added = {id_: token.content for id_, token in tokenizer.get_added_tokens_decoder().items()}
         # One thread: tokenising must not take the engine's cores.
@@ -100,10 +100,10 @@ class TextProcessor:
         arguments: Mapping[str, str | int | float | bool | None],
     ) -> str:
         """The prompt's text. Raises `InvalidRequest` when the template refuses, or when there is none."""
-        if self._chat_template is None:
+        if self.chat_template is None:
             raise InvalidRequest("The base model has no chat template; use /v1/completions.", param="messages")
         render = partial(
-            self._chat_template.render,
+            self.chat_template.render,
             messages,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,

@@ -194,8 +194,8 @@ class Tokenizer(Protocol):
     """What encoding needs of the served model's tokenizer."""
 
     @property
-    def eos_token_id(self) -> int:
-        """The token that ends a completion."""
+    def eos_token_ids(self) -> Sequence[int]:
+        """Tokens that end a completion, the usual one first."""
 
     def render_chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
         """The chat template's text. Raises ValueError when the template refuses these messages."""
@@ -226,12 +226,12 @@ def encode(example: Example, tokenizer: Tokenizer, *, completions_only: bool = T
     """
     match example:
         case TextExample():
-            tokens = [*tokenizer.encode(example.text, add_special_tokens=True), tokenizer.eos_token_id]
+            tokens = [*tokenizer.encode(example.text, add_special_tokens=True), tokenizer.eos_token_ids[0]]
             return [Encoded(tokens, [False] + [bool(example.text)] * (len(tokens) - 1))]
         case CompletionExample():
             prompt = tokenizer.encode(example.prompt, add_special_tokens=True)
             completion = tokenizer.encode(example.completion, add_special_tokens=False) if example.completion else []
-            tokens = [*prompt, *completion, tokenizer.eos_token_id]
+            tokens = [*prompt, *completion, tokenizer.eos_token_ids[0]]
             trained = [not completions_only] * len(prompt) + [bool(example.completion)] * (len(completion) + 1)
             return [Encoded(tokens, [False, *trained[1:]])]
         case ChatExample():
@@ -271,7 +271,7 @@ def _mask_spans(text: str, spans: list[tuple[int, int]], tokenizer: Tokenizer) -
     trained = [False] * len(tokens)
     for start, end in spans:
         inside = [i for i, (left, right) in enumerate(offsets) if left >= start and right <= end and right > left]
-        stop = next((n for n, i in enumerate(inside, 1) if tokens[i] == tokenizer.eos_token_id), len(inside))
+        stop = next((n for n, i in enumerate(inside, 1) if tokens[i] in tokenizer.eos_token_ids), len(inside))
         for i in inside[:stop]:
             trained[i] = True
     if trained:

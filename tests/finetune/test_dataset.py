@@ -22,7 +22,7 @@ class TinyTokenizer:
     def __init__(self, template: str | None = None) -> None:
         self.hf: transformers.PreTrainedTokenizerFast = _tokenizer()
         self.template = template or self.hf.chat_template
-        self.eos_token_id = int(self.hf.eos_token_id)
+        self.eos_token_ids = [int(self.hf.eos_token_id)]
 
     def render_chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
         return self.hf.apply_chat_template(
