@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, Literal, NamedTuple, Pro
 
 import numpy as np
 
-from adapters.config import MAX_CONFIG_BYTES, AdapterConfig, AdapterError, parse_config, shorten, strict_json
+from adapters.config import MAX_CONFIG_BYTES, AdapterConfig, AdapterError, parse_config
+from adapters.fields import shorten, strict_json
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from adapters.config import AdapterError, shorten
+from adapters.fields import AdapterError, shorten
 from adapters.format import AdapterSpec, sync
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")

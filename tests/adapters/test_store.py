@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,6 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
-    initialize,
     invariant,
     precondition,
     rule,
@@ -387,11 +387,10 @@ class StoreMachine(RuleBasedStateMachine):
     names = st.sampled_from(["x", "y"])
     contents = st.sampled_from("abcdef")
 
-    @initialize(root=st.uuids())
-    def open(self, root: Any) -> None:
-        directory = Path(os.environ["STORE_MACHINE_ROOT"]) / root.hex
-        directory.mkdir(exist_ok=True)
-        self.box = Box(directory, retain=2)
+    def __init__(self) -> None:
+        super().__init__()
+        self.directory = tempfile.TemporaryDirectory()
+        self.box = Box(Path(self.directory.name), retain=2)
         self.model: dict[str, list[str]] = {}
         self.leases: list[tuple[Version, str, Any]] = []
 
@@ -432,8 +431,6 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def agrees(self) -> None:
-        if not hasattr(self, "box"):
-            return
         found = {
             name: [content_of(version) for version in self.box.store.versions("t", name)] for name in sorted(self.model)
         }
@@ -445,10 +442,12 @@ class StoreMachine(RuleBasedStateMachine):
         wait_for(lambda: self.box.on_disk() == (0, sorted(needed)))
 
     def teardown(self) -> None:
-        if hasattr(self, "box"):
-            self.box.database.close()
+        for _, _, lease in self.leases:
+            lease.__exit__(None, None, None)
+        wait_for(lambda: not any(thread.name == "adapter-collector" for thread in threading.enumerate()))
+        self.box.database.close()
+        self.directory.cleanup()
 
 
-def test_the_store_equals_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STORE_MACHINE_ROOT", str(tmp_path))
-    run_state_machine_as_test(StoreMachine, settings=settings(max_examples=15, stateful_step_count=20, deadline=None))
+def test_the_store_equals_its_model() -> None:
+    run_state_machine_as_test(StoreMachine, settings=settings(max_examples=10, stateful_step_count=20, deadline=None))
