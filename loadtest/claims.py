@@ -103,7 +103,7 @@ def prefix_ratio(result: Result) -> float | None:
 
 def kernel_claims(result: Result) -> list[Claim]:
     """NF4 linear against the roofline: the worst of the measured shapes."""
-    lines = [line for line in result.get("kernels", {}).get("lines", []) if line["kernel"] == "nf4_linear"]
+    lines = [line for line in result.get("kernels", {}).get("lines", []) if line["kernel"] == "nf4 linear"]
 
     def worst(rows: int, bound: str) -> float | None:
         return min((line[bound] for line in lines if line["rows"] == rows and line.get(bound)), default=None)

@@ -3,12 +3,14 @@
 from loadtest.peers import llama, peft, vllm
 from loadtest.peers.base import Side
 from loadtest.peers.lorakeet import Lorakeet, LorakeetBare
+from loadtest.peers.lorakeet_offline import LorakeetOffline
 
 SIDES: dict[str, type[Side]] = {
     side.name: side
     for side in (
         Lorakeet,
         LorakeetBare,
+        LorakeetOffline,
         llama.Llama,
         llama.LlamaStatic,
         vllm.Vllm,

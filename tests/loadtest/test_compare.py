@@ -190,7 +190,7 @@ def test_taxes() -> None:
 
 def test_kernels_are_judged_by_their_worst_shape() -> None:
     line = {
-        "kernel": "nf4_linear",
+        "kernel": "nf4 linear",
         "shape": "576x576",
         "seconds": 1e-4,
         "library": "bitsandbytes",
@@ -203,7 +203,7 @@ def test_kernels_are_judged_by_their_worst_shape() -> None:
     found = verdicts(measured)
     assert found["NF4 linear, 1 row: share of read bandwidth"] == (0.3, "missed")
     assert found["NF4 linear, 16 rows: share of the fp32 peak"] == (0.7, "met")
-    assert "| nf4_linear 576x576, 16 rows | 100 | 1000 (bitsandbytes) | - | 70% |" in claims.markdown(measured)
+    assert "| nf4 linear 576x576, 16 rows | 100 | 1000 (bitsandbytes) | - | 70% |" in claims.markdown(measured)
 
 
 # --- README --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,45 @@
+"""The engine's JSON-lines runner: full lengths, adapters that count, times that only grow."""
+
+import io
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+from server.engine import offline
+from tests.offline import load_engine
+from tests.tiny import tiny_adapter
+
+
+@pytest.fixture
+def adapter(model_dir: Path, tmp_path: Path) -> Path:
+    return tiny_adapter(tmp_path / "adapter", model_dir, seed=1, r=4)
+
+
+def test_bursts_run_to_their_full_length(
+    model_dir: Path, cache_dir: Path, adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draw = random.Random(0)
+    prompt = [draw.randrange(3, 500) for _ in range(9)]
+    settings = {"model": str(model_dir), "cache_dir": str(cache_dir), "adapters": {"a": str(adapter)}}
+    burst = {"prompts": [prompt] * 3, "tokens": 8, "adapters": [None, "a", None]}
+    lines = "\n".join(json.dumps(line) for line in (settings, burst, burst | {"tokens": 1}))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    offline.main()
+    ready, first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert ready == {"ready": True}
+    assert [len(answer["tokens"]) for answer in first] == [8, 8, 8]
+    assert first[0]["tokens"] == first[2]["tokens"] != first[1]["tokens"]
+    for answer in first:
+        assert len(answer["times"]) == 8
+        assert answer["times"] == sorted(answer["times"])
+    assert [answer["tokens"] for answer in second] == [answer["tokens"][:1] for answer in first]
+
+
+def test_a_failing_request_is_an_error(model_dir: Path, cache_dir: Path) -> None:
+    engine = load_engine(model_dir, cache_dir)
+    impossible = {"prompts": [[5] * (engine.max_model_len + 1)], "tokens": 1, "adapters": [None]}
+    with pytest.raises(RuntimeError, match=r".+"):
+        offline.run(engine, impossible, {})
