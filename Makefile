@@ -10,7 +10,7 @@ PYTHONS = $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14)
 USABLE  = import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve check test readme clean
+.PHONY: help install serve check test readme clean bench
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,3 +48,6 @@ clean: ## remove the environment and everything the tools leave behind
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- benchmarks and demonstrations ---------------------------------------------------------------
+
+bench: $(STAMP) ## the whole CPU table, beside every peer that is installed; kept under loadtest/results
+	$(BIN)/python -m loadtest bench $(ARGS)
