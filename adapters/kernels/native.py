@@ -7,6 +7,8 @@ implementations a call goes to is decided in the package's `__init__`.
 import ctypes
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from weakref import WeakKeyDictionary
@@ -18,6 +20,8 @@ from adapters.kernels import build
 from adapters.kernels.weight import QuantizedWeight
 
 log = logging.getLogger(__name__)
+
+_off = False
 
 _DENSE_KINDS = {torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
 
@@ -93,17 +97,31 @@ _SIGNATURES: dict[str, list[type]] = {
     "lk_silu_mul": [c_void_p, c_void_p, c_int64, c_void_p],
     "lk_rope": [c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int, c_int, c_int, c_int],
     "lk_decode": [c_void_p, c_void_p],
+    "lk_read": [c_void_p, c_int64],
+    "lk_multiply_add": [c_int],
 }
 
 
 def load(instruction_set: str | None = None) -> "Kernels | None":
     """The compiled kernels, by default for the best instruction set that this CPU has.
 
-    None when `LORAKEET_NATIVE=0` or when they cannot be compiled; a warning then says what is lost.
+    None when `LORAKEET_NATIVE=0`, within `switched_off`, or when they cannot be compiled; a warning then says what is
+    lost.
     """
-    if os.environ.get("LORAKEET_NATIVE") == "0":
+    if _off or os.environ.get("LORAKEET_NATIVE") == "0":
         return None
     return _load(instruction_set or build.best_instruction_set())
+
+
+@contextmanager
+def switched_off() -> Iterator[None]:
+    """Within it `load` finds nothing, in any thread, and plain torch does all the work: to hold one against the other."""
+    global _off
+    _off = True
+    try:
+        yield
+    finally:
+        _off = False
 
 
 @cache
@@ -238,6 +256,14 @@ class Kernels:
     def decode(self, decoder: Structure, step: Structure) -> None:
         """One step through the decoder layers; the structures are plan.py's."""
         self._lib.lk_decode(byref(decoder), byref(step))
+
+    def read(self, data: Tensor) -> None:
+        """Read fp32 `data` once and do nothing with it: what memory bandwidth is measured by."""
+        self._lib.lk_read(data.data_ptr(), data.numel())
+
+    def multiply_add(self, millions: int) -> None:
+        """Do so many million fused multiply-adds on registers: what the fp32 peak is measured by."""
+        self._lib.lk_multiply_add(millions)
 
 
 def _weight_struct(weight: QuantizedWeight) -> WeightStruct:

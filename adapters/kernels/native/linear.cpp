@@ -45,23 +45,29 @@ float weight_at(const Weight& w, int o, int i) {
 // The vector decoders want whole blocks of inputs under one scale.
 bool blockwise(const Weight& w) { return w.in % BLOCK == 0 && (w.kind != FOUR_BIT || w.blocksize % BLOCK == 0); }
 
+// Scales of `count` blocks from block `at` of the flattened weight on.
+void scale_run(const Weight& w, int64_t at, int64_t count, float* to) {
+    const int shift = __builtin_ctz(w.blocksize / BLOCK);
+    if (!w.nested_absmax) {
+        const float* absmax = (const float*)w.absmax;
+        for (int64_t i = 0; i < count; i++) to[i] = absmax[(at + i) >> shift];
+        return;
+    }
+    const int nested_shift = shift + __builtin_ctz(w.nested_blocksize);
+    const uint8_t* absmax = (const uint8_t*)w.absmax;
+    const float *code = w.nested_code, *nested = w.nested_absmax, offset = w.offset;
+    for (int64_t i = 0; i < count; i++) to[i] = code[absmax[(at + i) >> shift]] * nested[(at + i) >> nested_shift] + offset;
+}
+
 // Scales of a rectangle of blocks: [outputs first..last, blocks begin..end].
 const float* block_scales(const Weight& w, int first, int last, int begin, int end) {
     if (w.kind != FOUR_BIT) return nullptr;
     const int blocks = w.in / BLOCK, wide = end - begin;
     float* scales = scratch(SCALES, (size_t)(last - first) * wide);
-    const int shift = __builtin_ctz(w.blocksize / BLOCK);
-    for (int o = first; o < last; o++) {
-        const int64_t at = (int64_t)o * blocks + begin;
-        float* to = scales + (int64_t)(o - first) * wide;
-        if (w.nested_absmax) {
-            const int nested_shift = shift + __builtin_ctz(w.nested_blocksize);
-            const uint8_t* absmax = (const uint8_t*)w.absmax;
-            for (int b = 0; b < wide; b++)
-                to[b] = w.nested_code[absmax[(at + b) >> shift]] * w.nested_absmax[(at + b) >> nested_shift] + w.offset;
-        } else {
-            for (int b = 0; b < wide; b++) to[b] = ((const float*)w.absmax)[(at + b) >> shift];
-        }
+    if (wide == blocks) {
+        scale_run(w, (int64_t)first * blocks, (int64_t)(last - first) * blocks, scales);
+    } else {
+        for (int o = first; o < last; o++) scale_run(w, (int64_t)o * blocks + begin, wide, scales + (int64_t)(o - first) * wide);
     }
     return scales;
 }
