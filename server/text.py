@@ -50,7 +50,9 @@ class TextProcessor:
         tokenizer.no_padding()
         self.chat_template = chat_template
         self._piece_bytes = _piece_decoder(json.loads(tokenizer.to_str()))
-        self._added = {id_: token.content for id_, token in tokenizer.get_added_tokens_decoder().items()}
+        added = tokenizer.get_added_tokens_decoder()
+        self._added = {id_: token.content for id_, token in added.items()}
+        self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
         # One thread: tokenising must not take the engine's cores.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="text")
 

@@ -4,7 +4,7 @@ The engine knows ids only. Here they become text, stop strings are found, and th
 is. No I/O and no HTTP.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -41,6 +41,7 @@ class Assembler:
     Args:
         decode: token ids -> text.
         prompt: the prompt's ids, the left context of the first new token.
+        silent: ids that `decode` passes over.
         stops: stop strings.
         include_stop: whether what stopped it, string or token, is part of the text.
         min_tokens: a stop string that ends within so many tokens does not count.
@@ -52,12 +53,13 @@ class Assembler:
         decode: Callable[[Sequence[int]], str],
         prompt: Sequence[int],
         *,
+        silent: Container[int] = (),
         stops: Sequence[str] = (),
         include_stop: bool = False,
         min_tokens: int = 0,
         stop_token_ids: Sequence[int] = (),
     ) -> None:
-        self._detokenizer = Detokenizer(decode, prompt)
+        self._detokenizer = Detokenizer(decode, prompt, silent)
         self._stops = StopStrings(stops, include=include_stop)
         self._include_stop = include_stop
         self._min_tokens = min_tokens

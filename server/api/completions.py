@@ -120,8 +120,9 @@ def _echo(text: TextProcessor, body: CompletionBody, prompt: Prompt) -> _Echo:
         wanted = body.logprobs is not None
         offsets = text.offsets(prompt.text, add_special_tokens=body.add_special_tokens) if wanted else []
         return _Echo(prompt.text, offsets)
-    decode = partial(text.decode, skip_special_tokens=body.skip_special_tokens)
-    detokenizer = Detokenizer(decode)
+    skip = body.skip_special_tokens
+    decode = partial(text.decode, skip_special_tokens=skip)
+    detokenizer = Detokenizer(decode, silent=text.special_ids if skip else ())
     echoed, offsets = "", []
     for token in prompt.ids:
         offsets.append(len(echoed))

@@ -180,9 +180,11 @@ class Generation:
         )
 
     def _assembler(self, prompt: list[int]) -> Assembler:
+        text, skip = self.services.text, self.body.skip_special_tokens
         return Assembler(
-            partial(self.services.text.decode, skip_special_tokens=self.body.skip_special_tokens),
+            partial(text.decode, skip_special_tokens=skip),
             prompt,
+            silent=text.special_ids if skip else (),
             stops=self.body.stop,
             include_stop=self.body.include_stop_str_in_output,
             min_tokens=self.body.min_tokens,

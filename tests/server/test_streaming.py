@@ -36,12 +36,14 @@ def _decoder(tokenizer: Tokenizer, skip: bool = True):
 
 
 def _stream(tokenizer: Tokenizer, ids: Sequence[int], prompt: Sequence[int] = (), skip: bool = True) -> list[str]:
-    detokenizer = Detokenizer(_decoder(tokenizer, skip), prompt)
+    added = tokenizer.get_added_tokens_decoder()
+    silent = {id_ for id_, token in added.items() if token.special} if skip else set()
+    detokenizer = Detokenizer(_decoder(tokenizer, skip), prompt, silent)
     pieces = [detokenizer.add(id_) for id_ in ids]
     return [*pieces, detokenizer.flush()]
 
 
-@given(st.lists(st.integers(0, VOCABULARY + 3)), st.booleans())
+@given(st.lists(st.integers(0, VOCABULARY + 3), max_size=60), st.booleans())
 def test_byte_level_pieces_joined_are_the_whole(ids: list[int], skip: bool) -> None:
     assert "".join(_stream(BYTE_LEVEL, ids, skip=skip)) == BYTE_LEVEL.decode(ids, skip_special_tokens=skip)
 
@@ -79,6 +81,22 @@ def test_an_unfinished_character_is_held_and_shown_at_the_end() -> None:
     first, second, third = BYTE_LEVEL.encode("漢", add_special_tokens=False).ids
     assert _stream(BYTE_LEVEL, [first, second, third]) == ["", "", "漢", ""]
     assert _stream(BYTE_LEVEL, [first, second]) == ["", "", "\N{REPLACEMENT CHARACTER}"]
+
+
+def test_work_per_token_stays_small_whatever_the_tokens() -> None:
+    longest = 0
+
+    def decode(ids: Sequence[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return BYTE_LEVEL.decode(ids)
+
+    half = BYTE_LEVEL.encode("漢", add_special_tokens=False).ids[0]
+    unknown, special = VOCABULARY + 1, BYTE_LEVEL.token_to_id("<|im_end|>")
+    detokenizer = Detokenizer(decode, silent={special})
+    for token in [*[special] * 300, *[unknown] * 300, *[half] * 300]:
+        detokenizer.add(token)
+    assert longest < 200
 
 
 # --- stop strings ---------------------------------------------------------------------------------
