@@ -108,11 +108,11 @@ class SegmentDeltas:
     table int32 [L, S, 5], scale fp32 [L, S]: one segment table per linear, see `kernels.lora_add_`.
     """
 
-    def __init__(self, pool: "RowPool", table: Tensor, scale: Tensor, touched: np.ndarray) -> None:
+    def __init__(self, pool: "RowPool", table: Tensor, scale: Tensor, touched: list[bool]) -> None:
         self.pool = pool
         self.table = table
         self.scale = scale
-        self._touched = touched.tolist()
+        self._touched = touched
 
     def add(self, linear: LoraLinear, x: Tensor, y: Tensor) -> Tensor:
         index = linear.index
@@ -219,7 +219,7 @@ class RowPool:
             table[:, column, 3] = placement.rank
             table[:, column, 4] = placement.dtype
             scale[:, column] = placement.scaling * np.float32(use.weight)
-        touched = table[:, :, 3].any(axis=1)
+        touched = [bool(ranks.any()) for ranks in table[:, :, 3]]
         return SegmentDeltas(
             self,
             torch.from_numpy(table).to(self.device, non_blocking=True),

@@ -5,6 +5,8 @@ fp32 on a CPU. The second is taken where it can be; it has no gradients except i
 `reference`'s. `DecoderPlan` runs all decoder layers of a step in one native call.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,7 @@ __all__ = [
     "base_linear",
     "lora_add_",
     "paged_attention",
+    "prepare",
     "probe_row_multiple",
     "rms_norm",
     "rope_",
@@ -35,6 +38,16 @@ def set_threads(threads: int) -> None:
     """Threads that the native kernels run on (by default as many as torch's). No result depends on it."""
     if kernels := native.load():
         kernels.set_threads(threads)
+
+
+def prepare(weights: Iterable[QuantizedWeight], dtype: torch.dtype) -> None:
+    """Once per base: make the library's products batch-invariant for CPU weights that are not the native kernels'."""
+    ours = dtype == torch.float32 and native.load() is not None
+    rest = {
+        weight.shape for weight in weights if weight.device.type == "cpu" and not (ours and native.takes_weight(weight))
+    }
+    if rest:
+        probe_row_multiple(sorted(rest), dtype)
 
 
 def _native(*tensors: Tensor) -> native.Kernels | None:

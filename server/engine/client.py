@@ -273,14 +273,17 @@ class LocalEngine:
         self._reason = "the server is shutting down"
         self._context.destroy(linger=0)
 
+    def _told_to_stop(self) -> bool:
+        return self._stopping
+
     async def _supervise(self) -> None:
         """Run one engine process after another until stopped or given up."""
-        while not self._stopping:
+        while not self._told_to_stop():
             born = time.monotonic()
             with tempfile.TemporaryDirectory(prefix="lorakeet-") as directory:
                 reason, retry = await self._live(Path(directory))
             self._now = None
-            if self._stopping:
+            if self._told_to_stop():
                 return
             # One that lived long was well: only deaths soon after birth or without a served step add up.
             self._deaths = 1 if time.monotonic() - born > self._stall_seconds else self._deaths + 1

@@ -88,7 +88,7 @@ class Engine:
             torch.set_num_threads(config.threads)
             kernels.set_threads(config.threads)
         base = model.load(Path(config.model), config.quantization, config.dtype, config.device, Path(config.cache_dir))
-        kernels.probe_row_multiple([linear.weight.shape for linear in base.linears], base.dtype)
+        kernels.prepare([linear.weight for linear in base.linears], base.dtype)
         max_model_len = min(config.max_model_len or base.max_model_len, base.max_model_len)
         num_blocks = _num_blocks(base, config.kv_cache_bytes)
         if num_blocks * BLOCK_SIZE < max_model_len:

@@ -9,6 +9,7 @@ import json
 import shutil
 import tempfile
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from adapters.kernels import native
 from adapters.lora import FrozenLinear, LoraLinear, StepSlot, wrap_linears
 from server.engine import attention
 
@@ -49,7 +51,7 @@ class Base:
     @property
     def decoder(self) -> nn.Module:
         """The model below its head: embeddings, decoder layers, final norm."""
-        return self.model.get_decoder()  # type: ignore[no-any-return]
+        return self.model.get_decoder()
 
     @property
     def vocab_size(self) -> int:
@@ -62,10 +64,10 @@ class Base:
     def digest(self) -> str:
         """Hash of every byte that defines the base: weights, quantisation state, biases, norms, embeddings."""
         digest = hashlib.sha256()
-        for name, tensor in sorted(_frozen_tensors(self.model)):
+        for name, tensor in sorted(_frozen_tensors(self.model), key=itemgetter(0)):
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
             # Views of two-byte floats have no numpy dtype: hash raw bytes.
-            digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy())
+            digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy().data)
         return f"sha256:{digest.hexdigest()}"
 
 
@@ -111,8 +113,8 @@ def check_servable(config: Any) -> None:
             raise UnservableModel(f"this attention variant is not served ({name} = {getattr(text, name)})")
     rope = getattr(text, "rope_parameters", None) or {}
     types = {rope.get("rope_type")} | {value.get("rope_type") for value in rope.values() if isinstance(value, dict)}
-    if types & UNSERVED_ROPE:
-        raise UnservableModel(f"rope type {sorted(types & UNSERVED_ROPE)} depends on the batch and is not served")
+    for kind in types & UNSERVED_ROPE:
+        raise UnservableModel(f"rope type {kind!r} depends on the batch and is not served")
 
 
 # --- quantisation ----------------------------------------------------------------------------------
@@ -250,10 +252,15 @@ def _wrap(model: transformers.PreTrainedModel, dtype: torch.dtype, device: torch
 
 
 def _narrow_head(model: transformers.PreTrainedModel, dtype: torch.dtype) -> None:
-    """Freeze the head, and keep head and embeddings in bf16 where that is exact: half the bytes to read per token."""
+    """Freeze the head; keep it and the embeddings in bf16 where that is exact: half the bytes to read per token.
+
+    Only where a kernel reads bf16 in place: a library product would widen the whole head in every step.
+    """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    assert isinstance(head, nn.Linear)
+    assert isinstance(embedding, nn.Embedding)
     tied = head.weight.data_ptr() == embedding.weight.data_ptr()
-    if dtype == torch.float32 and _exact_in_bf16(head.weight):
+    if dtype == torch.float32 and native.load() is not None and _exact_in_bf16(head.weight):
         head.weight.data = head.weight.data.bfloat16()
         if tied and type(embedding) is nn.Embedding:
             model.set_input_embeddings(NarrowEmbedding(head.weight.data, dtype))
