@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
+import msgspec
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -45,10 +46,16 @@ def run(
         Path | None, typer.Option(help="Base model's folder; only its config.json is read, to make adapters that fit.")
     ] = None,
     api_key: Annotated[str | None, typer.Option(envvar="LORAKEET_API_KEY", help="Sent as a bearer token.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, help="Instead of the scenario's. A server's prefix cache knows a seed's prompts."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for result.json and report.html.")] = None,
 ) -> None:
     """Drive a running server through a scenario; print a table, write JSON and one HTML page."""
     spec = load_scenario(scenario)
+    if seed is not None:
+        spec = msgspec.structs.replace(spec, seed=seed)
     points = asyncio.run(_run(spec, url, model, model_dir, api_key))
     Console().print(report.table(points))
     for message, count in (item for point in points for item in point.summary.error_messages.items()):

@@ -47,7 +47,8 @@ class Point:
         """What sets this point apart from others of a sweep."""
         load = self.scenario.load
         pace = f"{load.rate:g} requests/s" if isinstance(load, Open) else f"{load.concurrency} clients"
-        return f"{pace}, {self.summary.adapters} adapters"
+        count = self.summary.adapters
+        return f"{pace}, {count} adapter{'' if count == 1 else 's'}"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -181,8 +182,8 @@ def _latency_cdfs(figure: Any, points: Sequence[Point]) -> bool:
     for axes, name in zip(figure.subplots(1, 3), ("TTFT", "TPOT", "E2E"), strict=True):
         for point in points:
             values = sorted(point.latencies[name])
-            share = [(i + 1) / len(values) for i in range(len(values))]
-            axes.step([value * 1e3 for value in values], share, where="post", label=point.label)
+            share = [i / len(values) for i in range(len(values) + 1)]
+            axes.step([value * 1e3 for value in values[:1] + values], share, where="post", label=point.label)
         axes.set(title=f"{name}: share of requests within", xlabel="ms", ylim=(0, 1.02))
         axes.grid(alpha=0.3)
     axes.legend(fontsize="small")

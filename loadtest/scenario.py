@@ -127,26 +127,26 @@ class Scenario(_Table, frozen=True):
     adapters: Adapters = Adapters()
     slo: Slo = Slo()
     sweep: Sweep = Sweep()
-    seed: int = 0
+    seed: Annotated[int, Meta(ge=0)] = 0
     # Prompts are random token ids from this range: present in every vocabulary, special tokens left out.
     token_ids: Range = (100, 10_000)
     ignore_eos: bool = True
     timeout: Positive = 600.0
 
     def points(self) -> list["Scenario"]:
-        """The runs that the sweep asks for: this scenario with one value changed, or itself alone."""
+        """The runs that the sweep asks for: this scenario with one value changed, or itself alone.
+
+        Each has a seed of its own, so that no run finds the prompts of the one before in a prefix cache.
+        """
+        replace = msgspec.structs.replace
         if self.sweep.rate:
             assert isinstance(self.load, Open)  # checked by `load_scenario`
-            return [
-                msgspec.structs.replace(self, load=msgspec.structs.replace(self.load, rate=rate))
-                for rate in self.sweep.rate
-            ]
-        if self.sweep.adapters:
-            return [
-                msgspec.structs.replace(self, adapters=msgspec.structs.replace(self.adapters, count=count))
-                for count in self.sweep.adapters
-            ]
-        return [self]
+            points = [replace(self, load=replace(self.load, rate=rate)) for rate in self.sweep.rate]
+        elif self.sweep.adapters:
+            points = [replace(self, adapters=replace(self.adapters, count=count)) for count in self.sweep.adapters]
+        else:
+            points = [self]
+        return [replace(point, seed=self.seed + index) for index, point in enumerate(points)]
 
 
 def load_scenario(path: Path) -> Scenario:

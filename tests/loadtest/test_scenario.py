@@ -58,6 +58,7 @@ def test_missing_file(tmp_path: Path) -> None:
 def test_sweeps_change_one_thing(tmp_path: Path) -> None:
     swept = load_scenario(write(tmp_path, MINIMAL + "[sweep]\nadapters = [1, 8]\n"))
     assert [point.adapters.count for point in swept.points()] == [1, 8]
+    assert [point.seed for point in swept.points()] == [0, 1]
     text = MINIMAL.replace('"closed"\nconcurrency = 2', '"open"\nrate = 1.0') + "[sweep]\nrate = [2.0, 4.0]\n"
     loads = [point.load for point in load_scenario(write(tmp_path, text)).points()]
     assert loads == [Open(rate=2.0, requests=4), Open(rate=4.0, requests=4)]
