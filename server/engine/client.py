@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -87,7 +87,7 @@ class EngineClient(Protocol):
     async def inspect(self) -> Inspection:
         """A fresh hash of the base and the accounting of blocks and rows."""
 
-    def train(self, job: StartJob) -> AsyncIterator[JobReply]:
+    def train(self, job: StartJob) -> AsyncGenerator[JobReply, None]:
         """Run a fine-tuning job: what it has to say, `JobEnded` last. Closing the iterator cancels the job.
 
         Raises EngineUnavailable when the engine is not there or dies meanwhile; the job can then be started again.
@@ -202,7 +202,7 @@ class LocalEngine:
         assert isinstance(report, Inspection)
         return report
 
-    async def train(self, job: StartJob) -> AsyncIterator[JobReply]:
+    async def train(self, job: StartJob) -> AsyncGenerator[JobReply, None]:
         queue: asyncio.Queue[JobReply | EngineUnavailable] = asyncio.Queue()
         self._jobs[job.id] = queue
         try:

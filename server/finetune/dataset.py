@@ -226,13 +226,13 @@ def encode(example: Example, tokenizer: Tokenizer, *, completions_only: bool = T
     """
     match example:
         case TextExample():
-            tokens = [*tokenizer.encode(example.text, add_special_tokens=True), tokenizer.eos_token_ids[0]]
+            tokens = [*tokenizer.encode(example.text, add_special_tokens=True), *tokenizer.eos_token_ids[:1]]
             return [Encoded(tokens, [False] + [bool(example.text)] * (len(tokens) - 1))]
         case CompletionExample():
             prompt = tokenizer.encode(example.prompt, add_special_tokens=True)
-            completion = tokenizer.encode(example.completion, add_special_tokens=False) if example.completion else []
-            tokens = [*prompt, *completion, tokenizer.eos_token_ids[0]]
-            trained = [not completions_only] * len(prompt) + [bool(example.completion)] * (len(completion) + 1)
+            answer = tokenizer.encode(example.completion, add_special_tokens=False) if example.completion else []
+            tokens = [*prompt, *answer, *tokenizer.eos_token_ids[:1]]
+            trained = [not completions_only] * len(prompt) + [bool(answer)] * (len(tokens) - len(prompt))
             return [Encoded(tokens, [False, *trained[1:]])]
         case ChatExample():
             return _encode_chat(example, tokenizer, completions_only)

@@ -44,6 +44,14 @@ class JobError(msgspec.Struct, frozen=True):
     param: str | None = None
 
 
+class JobFailedError(Exception):
+    """The job cannot go on."""
+
+    def __init__(self, code: str, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.error = JobError(code, message, param)
+
+
 class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What the client asked for, checked; what is "auto" is decided when the files have been read."""
 

@@ -112,17 +112,19 @@ class TrainingStep(_Message, frozen=True, kw_only=True):
     trained_tokens: int  # tokens seen since the job's beginning
     seconds: float  # wall time of the step
     busy_seconds: float  # of these, device time spent on this job's passes
-    skipped: bool = False  # the loss or a gradient was not finite: parameters are unchanged
 
 
 class Checkpoint(_Message, frozen=True, kw_only=True):
-    """A complete checkpoint lies in `directory`, not yet synced: adapter files, optimiser state, manifest."""
+    """A complete checkpoint lies in `directory`, not yet synced: adapter files, optimiser state, where the job stood.
+
+    A "state" is only for going on from: taken when the job is paused, and every so often.
+    """
 
     id: str
     metrics: Metrics
     directory: str
     trained_tokens: int
-    kind: Literal["checkpoint", "pause", "final"]
+    kind: Literal["checkpoint", "state", "final"]
 
 
 class JobEnded(_Message, frozen=True, kw_only=True):

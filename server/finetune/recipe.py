@@ -113,6 +113,11 @@ def micro_batch_tokens(training: TrainingOptions, base: Ready) -> int:
     return training.micro_batch_tokens or MICRO_BATCH_TOKENS[base.device.partition(":")[0]]
 
 
+def optimizer(training: TrainingOptions, base: Ready) -> Optimizer:
+    """The optimiser, if the job may choose: on a CPU there is nothing to page."""
+    return training.optimizer or ("adamw" if base.device == "cpu" else "paged_adamw_32bit")
+
+
 def learning_rate(base: Ready) -> float:
     """A peak rate for LoRA by the base's width: 5e-4 at 2000, less for wider models.
 
@@ -158,7 +163,7 @@ def plan(
         warmup_steps=min(warmup, steps),
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
-        optimizer=training.optimizer or ("adamw" if base.device == "cpu" else "paged_adamw_32bit"),
+        optimizer=optimizer(training, base),
         lora_dropout=lora.lora_dropout,
         init=lora.init,
         scale_vector=lora.scale_vector,

@@ -383,7 +383,7 @@ def test_pause_saves_and_resume_goes_on_bit_for_bit(base: Base, trainer: Trainer
     replies = run(trainer)
     assert ended(replies).outcome == "paused"
     (saved,) = [reply for reply in replies if isinstance(reply, Checkpoint)]
-    assert (saved.kind, saved.metrics.step) == ("pause", 1)
+    assert (saved.kind, saved.metrics.step) == ("state", 1)
     resumed = run(trainer, msgspec.structs.replace(start, resume=saved.directory))
     assert losses(replies) + losses(resumed) == losses(whole)
     assert same_weights(final(whole), final(resumed))

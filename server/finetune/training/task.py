@@ -29,6 +29,7 @@ from server.finetune.training.plan import Steps, pack
 from server.finetune.training.trainable import Dropout, TrainableAdapter
 
 MAX_SKIPPED_IN_A_ROW = 5
+AUTOSAVE_SECONDS = 60.0  # so much work, at most, is done again after a kill
 
 
 @dataclass(frozen=True)
@@ -101,14 +102,14 @@ class Task:
             self._optimizer.load(optimizer)
         elif start.initial is not None:
             self.adapter.load(adapter_format.load(Path(start.initial)))
-        self._reported_at = time.monotonic()
+        self._reported_at = self._saved_at = time.monotonic()
         self._metrics = Metrics(step=self.state.step)
         self._grad_norm = 0.0
         self._rate = 0.0
         self._tally = Tally()
         self._queue: deque[MicroBatch] = deque()
         self._outcome: Literal["succeeded", "paused"] | None = None
-        self._to_save: Literal["checkpoint", "pause", "final"] | None = None
+        self._to_save: Literal["checkpoint", "state", "final"] | None = None
         self._writing: tuple[Future[None], Checkpoint] | None = None
         if self.state.step < self.steps.total:
             self.begin_step()
@@ -247,11 +248,12 @@ class Task:
             self.replies.append(JobNote(self.id, "info", message))
         if stalled or self.state.step == self.steps.total:
             self._to_save, self._outcome = "final", "succeeded"
-        elif self.stop == "pause":
-            self._to_save = "checkpoint" if self.steps.saves(self.state.step - 1) else "pause"
-            self._outcome = "paused"
         elif self.steps.saves(self.state.step - 1):
             self._to_save = "checkpoint"
+        elif self.stop == "pause" or now - self._saved_at > AUTOSAVE_SECONDS:
+            self._to_save = "state"
+        if self.stop == "pause" and self._outcome is None:
+            self._outcome = "paused"
         if self._outcome is None:
             self.begin_step()
 
@@ -291,6 +293,7 @@ class Task:
         )
         future = writer.submit(checkpoint.write, directory, snapshot, self._start.config)
         self._writing, self._to_save = (future, reply), None
+        self._saved_at = time.monotonic()
 
     def poll(self) -> None:
         """Report a checkpoint that has been written, and the end after the last one."""

@@ -1,0 +1,131 @@
+"""Makes durable what a job brings forth: checkpoints synced, published and written down; the result file; the end.
+
+A checkpoint counts once its row is committed, with the hashes of its files, after these are on disk. Knows no engine.
+"""
+
+import asyncio
+import contextlib
+import csv
+import hashlib
+import io
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from adapters.config import AdapterError
+from adapters.format import CONFIG_NAME, WEIGHTS_NAME, sync
+from server.errors import StorageFull
+from server.finetune.database import Database
+from server.finetune.files import FileStore
+from server.finetune.jobs import Job, JobFailedError, JobStore
+from server.finetune.messages import Checkpoint, Metrics
+from server.intake import AdapterIntake
+
+KEPT_CHECKPOINTS = 2  # directories to go on from: the last, and the one before should its files be damaged
+RESULTS = "fine-tune-results"
+_COLUMNS = (
+    "step", "train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy",
+    "full_valid_loss", "full_valid_mean_token_accuracy",
+)  # fmt: skip
+
+
+class Keeping:
+    """Checkpoints and results of all jobs."""
+
+    def __init__(self, database: Database, files: FileStore, jobs: JobStore, intake: AdapterIntake) -> None:
+        self._database = database
+        self._files = files
+        self._jobs = jobs
+        self._intake = intake
+
+    async def keep(self, job: Job, checkpoint: Checkpoint) -> None:
+        """Sync a checkpoint, publish it, and only then write it down; with the last one the job has succeeded.
+
+        Raises:
+            JobFailedError: its files cannot be stored or served.
+        """
+        directory = Path(checkpoint.directory)
+        name = None if checkpoint.kind == "state" else f"{job.model_name}:ckpt-step-{checkpoint.metrics.step}"
+        try:
+            hashes = await asyncio.to_thread(_sync_and_hash, directory)
+            if name is not None:
+                await self._publish(job, name, directory)
+            if checkpoint.kind == "final":
+                await self._publish(job, job.model_name, directory)
+            await asyncio.to_thread(self._commit, job, checkpoint, name, hashes)
+        except (AdapterError, StorageFull, OSError) as error:
+            raise JobFailedError("checkpoint_not_kept", f"A checkpoint could not be kept: {error}") from error
+
+    async def _publish(self, job: Job, name: str, directory: Path) -> None:
+        """Make a checkpoint's adapter servable under a name."""
+        async with self._intake.stage() as staging:
+            for file in (CONFIG_NAME, WEIGHTS_NAME):
+                await asyncio.to_thread(shutil.copyfile, directory / file, staging.path / file)
+            await self._intake.admit(job.tenant, name, staging, fine_tuned=True)
+
+    def _commit(self, job: Job, checkpoint: Checkpoint, name: str | None, hashes: dict[str, str]) -> None:
+        with self._database.transaction():
+            self._jobs.add_checkpoint(
+                job,
+                metrics=checkpoint.metrics,
+                name=name,
+                directory=checkpoint.directory,
+                hashes=hashes,
+                trained_tokens=checkpoint.trained_tokens,
+            )
+            if checkpoint.kind == "final":
+                self._succeed(job, checkpoint.trained_tokens)
+        for old in self._jobs.resumable(job.id)[KEPT_CHECKPOINTS:]:
+            shutil.rmtree(old.directory, ignore_errors=True)
+
+    def _succeed(self, job: Job, trained_tokens: int) -> None:
+        """Write the result file and the happy end, in the transaction that is open."""
+        with self._files.staging() as staging:
+            results = staging / "step_metrics.csv"
+            results.write_text(_as_csv(self._jobs.steps(job.id)))
+            stored = self._files.add(job.tenant, results, filename=results.name, purpose=RESULTS)
+        self._jobs.add_event(job.id, f"New fine-tuned model created: {job.model_name}")
+        self._jobs.move(
+            job,
+            "succeeded",
+            "The job has successfully completed",
+            fine_tuned_model=job.model_name,
+            trained_tokens=trained_tokens,
+            result_files=[stored.id],
+        )
+
+    def last_good(self, job: Job) -> str | None:
+        """The directory of the latest checkpoint whose files are what they were when it was written down."""
+        for kept in self._jobs.resumable(job.id)[:KEPT_CHECKPOINTS]:
+            directory = Path(kept.directory)
+            with contextlib.suppress(OSError):
+                if {name: _hash(directory / name) for name in kept.hashes} == kept.hashes:
+                    return kept.directory
+            self._jobs.add_event(job.id, f"The checkpoint of step {kept.metrics.step} is damaged", level="warn")
+        return None
+
+
+def _sync_and_hash(directory: Path) -> dict[str, str]:
+    """See a checkpoint's files onto the disk; file name -> hash of its content."""
+    hashes = {}
+    for path in sorted(directory.iterdir()):
+        sync(path)
+        hashes[path.name] = _hash(path)
+    sync(directory)
+    sync(directory.parent)
+    return hashes
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
+
+
+def _as_csv(steps: Sequence[Metrics]) -> str:
+    """A header and one line per step."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    for metrics in steps:
+        writer.writerow(["" if (value := getattr(metrics, name)) is None else value for name in _COLUMNS])
+    return out.getvalue()

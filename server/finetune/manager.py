@@ -1,0 +1,278 @@
+"""Runs fine-tuning jobs: one asyncio task per unfinished job, from its files to its end.
+
+The engine may die at any moment, and so may this process: a job then goes on from its last checkpoint. What a job needs
+before it starts is preparation.py's matter, what becomes of its checkpoints keeping.py's. Knows no HTTP.
+"""
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from msgspec.structs import replace
+
+from adapters.format import CONFIG_NAME, SPEC_NAME, WEIGHTS_NAME
+from server.engine.client import EngineClient, EngineUnavailable
+from server.engine.protocol import Ready
+from server.finetune.database import Database
+from server.finetune.files import FileStore
+from server.finetune.jobs import FINAL, Job, JobError, JobFailedError, JobSpec, JobStateError, JobStore, Status
+from server.finetune.keeping import Keeping
+from server.finetune.messages import (
+    Checkpoint,
+    JobEnded,
+    JobNote,
+    JobReply,
+    MemoryPlan,
+    PlanMemory,
+    StopJob,
+    TrainingStep,
+)
+from server.finetune.metrics import TrainingMetrics
+from server.finetune.preparation import INITIAL, Preparation
+from server.intake import AdapterIntake
+from server.text import TextProcessor
+
+log = logging.getLogger("lorakeet.finetune")
+
+ENGINE_POLL_SECONDS = 0.2
+
+
+class JobManager:
+    """All fine-tuning of one server.
+
+    Args:
+        directory: where jobs keep data and checkpoints while they run.
+        max_running: jobs that train at once; the rest are queued.
+    """
+
+    def __init__(
+        self,
+        *,
+        directory: Path,
+        database: Database,
+        files: FileStore,
+        jobs: JobStore,
+        engine: EngineClient,
+        intake: AdapterIntake,
+        text: TextProcessor,
+        metrics: TrainingMetrics,
+        max_running: int,
+    ) -> None:
+        self._directory = directory
+        self._database = database
+        self._jobs = jobs
+        self._engine = engine
+        self._preparation = Preparation(files, jobs, text)
+        self._keeping = Keeping(database, files, jobs, intake)
+        self._metrics = metrics
+        self._slots = asyncio.Semaphore(max_running)
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._training: set[str] = set()  # ids of the jobs that have a slot
+        self._pace: dict[str, float] = {}  # id -> seconds per step, lately
+        self._news = asyncio.Event()
+
+    # --- its life -------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Go on with every job that was under way; paused ones stay paused."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        unfinished = self._jobs.unfinished()
+        for left in {path.name for path in self._directory.iterdir()} - {job.id for job in unfinished}:
+            shutil.rmtree(self._directory / left, ignore_errors=True)
+        for job in unfinished:
+            if job.status == "pausing":
+                self._jobs.move(job, "paused", "Job paused")
+            elif job.status == "running":
+                self._begin(self._jobs.move(job, "queued", "The server restarted; the job is queued again"))
+            elif job.status != "paused":
+                self._begin(job)
+
+    async def stop(self) -> None:
+        """Let go of all jobs; the next `start` goes on with them."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def wait_for_news(self, seconds: float) -> None:
+        """Return when something may have been written to some job, or after so long."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._news.wait(), seconds)
+
+    def _announce(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()
+
+    # --- what clients ask ------------------------------------------------------------------------------
+
+    async def create(self, tenant: str, spec: JobSpec, initial: Path | None = None) -> Job:
+        """Record a job and begin with it. `initial`: files of the adapter version that it goes on from."""
+        job = await asyncio.to_thread(self._create, tenant, spec, initial)
+        self._begin(job)
+        self._announce()
+        return job
+
+    def _create(self, tenant: str, spec: JobSpec, initial: Path | None) -> Job:
+        with self._database.transaction():
+            job = self._jobs.create(tenant, spec)
+            directory = self._directory / job.id
+            directory.mkdir(parents=True)
+            if initial is not None:  # a copy: the name may be deleted before the job starts
+                (directory / INITIAL).mkdir()
+                for name in (CONFIG_NAME, WEIGHTS_NAME, SPEC_NAME):
+                    shutil.copyfile(initial / name, directory / INITIAL / name)
+        return job
+
+    async def cancel(self, job: Job) -> Job:
+        """Raises JobStateError when the job is at an end already."""
+        cancelled = await self._move(job, "cancelled", "Fine-tuning job cancelled")
+        await self._let_go(cancelled, save=False)
+        return cancelled
+
+    async def pause(self, job: Job) -> Job:
+        """A waiting job is paused at once, a running one when its step is saved. Raises JobStateError otherwise."""
+        running = self._now(job).status == "running"
+        moved = await self._move(job, "pausing" if running else "paused", "Job pausing" if running else "Job paused")
+        await self._let_go(moved, save=True)
+        return moved
+
+    async def resume(self, job: Job) -> Job:
+        """Raises JobStateError unless the job is paused."""
+        if self._now(job).status == "paused" and (task := self._tasks.get(job.id)):
+            await asyncio.wait({task})  # it is about to end, after the pause
+        resumed = await self._move(job, "validating_files" if job.start is None else "queued", "Job resumed")
+        self._begin(resumed)
+        return resumed
+
+    async def plan_memory(self, question: PlanMemory) -> MemoryPlan:
+        """What a job would take. Raises EngineUnavailable."""
+        return await self._engine.plan_memory(question)
+
+    def estimated_finish(self, job: Job) -> int | None:
+        """Unix time, while the job runs and its pace is known."""
+        pace = self._pace.get(job.id)
+        if job.status != "running" or pace is None:
+            return None
+        return int(time.time() + pace * (job.total_steps - job.step))
+
+    async def _let_go(self, job: Job, *, save: bool) -> None:
+        """Tell whoever works on the job that its status has changed."""
+        if job.id in self._training:
+            with contextlib.suppress(EngineUnavailable):  # then its task sees the status when it tries again
+                await self._engine.stop_job(StopJob(job.id, save=save))
+        elif task := self._tasks.get(job.id):
+            task.cancel()
+
+    async def _move(self, job: Job, status: Status, message: str, **changes: Any) -> Job:
+        moved = await asyncio.to_thread(self._jobs.move, job, status, message, **changes)
+        self._announce()
+        return moved
+
+    # --- one job -----------------------------------------------------------------------------------------
+
+    def _begin(self, job: Job) -> None:
+        task = asyncio.create_task(self._work(job), name=job.id)
+        self._tasks[job.id] = task
+        task.add_done_callback(lambda _: self._tasks.pop(job.id, None))
+
+    async def _work(self, job: Job) -> None:
+        """From wherever the job stands to its end, or to a pause."""
+        try:
+            if job.start is None:
+                start = await self._preparation.start_message(
+                    job, await self._engine_back(), self._directory / job.id, self._ask_memory
+                )
+                job = await self._move(job, "queued", "Files validated, moving job to queued state", start=start)
+            async with self._slots:
+                await self._train(job)
+        except JobFailedError as fault:
+            await self._fail(job, fault.error)
+        except JobStateError:  # cancelled or paused in this very moment
+            log.debug("job %s was stopped", job.id)
+        except Exception:
+            log.exception("job %s failed", job.id)
+            await self._fail(job, JobError("server_error", "The job failed because of a fault in the server."))
+        finally:
+            if self._now(job).status in FINAL:
+                await asyncio.to_thread(shutil.rmtree, self._directory / job.id, ignore_errors=True)
+
+    async def _fail(self, job: Job, error: JobError) -> None:
+        with contextlib.suppress(JobStateError):
+            await self._move(job, "failed", error.message, error=error)
+
+    def _now(self, job: Job) -> Job:
+        return self._jobs.get(job.tenant, job.id)
+
+    async def _engine_back(self) -> Ready:
+        """Wait until the engine can be asked."""
+        while self._engine.unready_reason is not None or self._engine.info is None:  # noqa: ASYNC110  # has no event
+            await asyncio.sleep(ENGINE_POLL_SECONDS)
+        return self._engine.info
+
+    async def _ask_memory(self, question: PlanMemory) -> MemoryPlan:
+        while True:
+            await self._engine_back()
+            with contextlib.suppress(EngineUnavailable):
+                return await self._engine.plan_memory(question)
+
+    # --- while it runs ---------------------------------------------------------------------------------------
+
+    async def _train(self, job: Job) -> None:
+        """Run on the engine until there is an end to report."""
+        self._training.add(job.id)
+        try:
+            job = await self._move(job, "running", "Fine-tuning job started", started_at=int(time.time()))
+            while job.status == "running":
+                with contextlib.suppress(EngineUnavailable):
+                    await self._engine_back()
+                    await self._run_once(job)
+                job = self._now(job)
+                if job.status == "running":
+                    message = "The engine restarts; the job goes on from its last checkpoint"
+                    self._jobs.add_event(job.id, message, level="warn")
+                    self._announce()
+            if job.status == "pausing":  # the engine went before it could save: the last checkpoint it is
+                await self._move(job, "paused", "Job paused")
+        finally:
+            self._training.discard(job.id)
+            self._pace.pop(job.id, None)
+            self._metrics.ended(job.id)
+
+    async def _run_once(self, job: Job) -> None:
+        """One life of the job on the engine. Raises EngineUnavailable, JobFailedError."""
+        assert job.start is not None
+        resume = await asyncio.to_thread(self._keeping.last_good, job)
+        replies = self._engine.train(replace(job.start, resume=resume))
+        try:
+            async for reply in replies:
+                await self._take(self._now(job), reply)
+        finally:
+            await replies.aclose()
+
+    async def _take(self, job: Job, reply: JobReply) -> None:
+        """Make one reply durable."""
+        if job.status in FINAL:  # cancelled meanwhile
+            return
+        match reply:
+            case TrainingStep():
+                await asyncio.to_thread(self._take_step, job, reply)
+            case JobNote():
+                await asyncio.to_thread(self._jobs.add_event, job.id, reply.message, level=reply.level)
+            case Checkpoint():
+                await self._keeping.keep(job, reply)
+            case JobEnded(outcome="failed"):
+                raise JobFailedError(reply.code or "training_failed", reply.message or "Training failed.")
+            case JobEnded(outcome="paused"):
+                await self._move(job, "paused", f"Job paused at step {job.step}")
+        self._announce()
+        if job.status == "pausing" and not isinstance(reply, JobEnded):
+            await self._engine.stop_job(StopJob(job.id, save=True))  # again: the first may have come before the job
+
+    def _take_step(self, job: Job, step: TrainingStep) -> None:
+        self._pace[job.id] = 0.9 * self._pace.get(job.id, step.seconds) + 0.1 * step.seconds
+        self._metrics.step(step, max(0, step.trained_tokens - (job.trained_tokens or 0)))
+        self._jobs.record_step(job, step.metrics, total_steps=step.total_steps, trained_tokens=step.trained_tokens)

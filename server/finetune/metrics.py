@@ -1,0 +1,69 @@
+"""What fine-tuning counts, in the server's registry: jobs by status, progress, and what it takes of the device."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from server.finetune.messages import TrainingStep
+from server.metrics import PREFIX
+
+
+class _Jobs(Collector):
+    """Jobs by status, asked for at scrape time."""
+
+    def __init__(self, counts: Callable[[], Mapping[str, int]]) -> None:
+        self._counts = counts
+
+    def collect(self) -> Iterator[Metric]:
+        family = GaugeMetricFamily(f"{PREFIX}finetune_jobs", "Fine-tuning jobs", labels=["status"])
+        for status, count in self._counts().items():
+            family.add_metric([status], count)
+        yield family
+
+
+class TrainingMetrics:
+    """Counters over all jobs, and gauges of the jobs that run now.
+
+    Args:
+        counts: how many jobs are in each status.
+    """
+
+    def __init__(self, registry: CollectorRegistry, counts: Callable[[], Mapping[str, int]]) -> None:
+        registry.register(_Jobs(counts))
+
+        def counter(name: str, text: str) -> Counter:
+            return Counter(f"{PREFIX}finetune_{name}", text, registry=registry)
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"{PREFIX}finetune_{name}", text, ["job"], registry=registry)
+
+        self._steps = counter("steps", "Optimiser steps")
+        self._tokens = counter("trained_tokens", "Tokens trained on")
+        self._busy = counter("busy_seconds", "Device time spent on training")
+        self._yielded = counter("yielded_seconds", "Time in which a running job left the device to requests")
+        self._running = [
+            (gauge("loss", "Training loss of the last step"), lambda step: step.metrics.train_loss),
+            (gauge("learning_rate", "Learning rate of the last step"), lambda step: step.learning_rate),
+            (gauge("gradient_norm", "Norm of the last step's gradient, before clipping"), lambda step: step.grad_norm),
+            (
+                gauge("device_share", "Share of the last step's time that training had the device"),
+                lambda step: step.busy_seconds / step.seconds if step.seconds else 0.0,
+            ),
+        ]
+
+    def step(self, step: TrainingStep, tokens: int) -> None:
+        """An optimiser step is done, over so many tokens."""
+        self._steps.inc()
+        self._tokens.inc(tokens)
+        self._busy.inc(step.busy_seconds)
+        self._yielded.inc(max(0.0, step.seconds - step.busy_seconds))
+        for gauge, value in self._running:
+            number = value(step)
+            gauge.labels(step.id).set(float("nan") if number is None else number)
+
+    def ended(self, job_id: str) -> None:
+        """The job runs no longer: its series end."""
+        for gauge, _ in self._running:
+            gauge.remove_by_labels({"job": job_id})

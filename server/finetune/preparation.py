@@ -1,0 +1,128 @@
+"""From a job's request and files to what the engine is told: the data encoded, every number decided, the memory asked.
+
+What comes out is stored with the job and never decided again. Knows neither HTTP nor what happens next.
+"""
+
+import asyncio
+import uuid
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from msgspec.structs import replace
+
+from adapters.config import AdapterError
+from adapters.format import AdapterSpec
+from server.engine.protocol import Ready
+from server.finetune import recipe
+from server.finetune.dataset import Dataset, DatasetError, load_dataset
+from server.finetune.files import FileStore, UnknownFileError
+from server.finetune.jobs import Job, JobFailedError, JobStore
+from server.finetune.messages import MemoryPlan, ModuleShape, Optimizer, PlanMemory, StartJob
+from server.finetune.tokenizer import TrainingTokenizer
+from server.text import TextProcessor
+
+INITIAL = "initial"  # in a job's directory: the adapter that it goes on from
+
+
+class Preparation:
+    """Reads the files of jobs, one at a time."""
+
+    def __init__(self, files: FileStore, jobs: JobStore, text: TextProcessor) -> None:
+        self._files = files
+        self._jobs = jobs
+        self._text = text
+        self._reading = asyncio.Lock()
+
+    async def start_message(
+        self, job: Job, base: Ready, directory: Path, ask_memory: Callable[[PlanMemory], Awaitable[MemoryPlan]]
+    ) -> StartJob:
+        """What to tell the engine.
+
+        Args:
+            directory: the job's own; the encoded data goes there.
+
+        Raises:
+            JobFailedError: a file is gone or bad, the adapter cannot be, or the job cannot fit into memory.
+        """
+        spec = job.spec
+        async with self._reading:
+            train_data = directory / "train.safetensors"
+            train = await self._encode(job, base, spec.training_file, "training_file", train_data)
+            valid_data = None
+            if spec.validation_file is not None:
+                valid_data = directory / "valid.safetensors"
+                await self._encode(job, base, spec.validation_file, "validation_file", valid_data)
+        config, shapes = _adapter(job, base, directory)
+        plan = recipe.plan(
+            spec.hyperparameters, spec.lora, spec.training, seed=spec.seed, sequences=len(train), base=base
+        )
+        tokens = int(max(plan.micro_batch_tokens, train.lengths.max()))
+        memory = await ask_memory(question(shapes, spec.lora, plan.optimizer, tokens))
+        if memory.mode is None:
+            needed, available = memory.total("recompute") >> 20, memory.available >> 20
+            advice = "lower micro_batch_tokens, max_seq_len or r"
+            raise JobFailedError(
+                "out_of_memory", f"The job needs {needed} MiB and {available} MiB are available: {advice}."
+            )
+        return StartJob(
+            id=job.id,
+            directory=str(directory),
+            train_data=str(train_data),
+            valid_data=None if valid_data is None else str(valid_data),
+            modules=shapes,
+            config=config,
+            plan=replace(plan, memory=memory.mode),
+            initial=str(directory / INITIAL) if spec.adapter is not None else None,
+        )
+
+    async def _encode(self, job: Job, base: Ready, file_id: str, param: str, target: Path) -> Dataset:
+        """Validate a file and write its token ids to `target`."""
+        training = job.spec.training
+
+        def encode() -> Dataset:
+            self._jobs.add_event(job.id, f"Validating {param.replace('_', ' ')}: {file_id}")
+            with self._files.get(job.tenant, file_id).path.open("rb") as file:
+                data = load_dataset(
+                    file,
+                    TrainingTokenizer(self._text, base.eos_token_ids),
+                    max_length=recipe.max_seq_len(training, base),
+                    completions_only=training.completions_only,
+                )
+            if data.tokens.max() >= base.vocab_size:
+                raise DatasetError("encodes to tokens that the model does not have")
+            data.save(target)
+            self._jobs.add_event(job.id, f"{file_id}: {data.report}")
+            return data
+
+        try:
+            return await asyncio.to_thread(encode)
+        except (UnknownFileError, FileNotFoundError):
+            raise JobFailedError("file_not_found", f"The file {file_id} no longer exists.", param) from None
+        except DatasetError as error:
+            raise JobFailedError(f"invalid_{param}", str(error), param) from None
+
+
+def _adapter(job: Job, base: Ready, directory: Path) -> tuple[dict[str, Any], dict[str, ModuleShape]]:
+    """Config and shape of the adapter: as asked for, or as the one has it that the job goes on from."""
+    if job.spec.adapter is not None:
+        initial = AdapterSpec.read(directory / INITIAL)
+        shapes = {name: ModuleShape(module.rank, module.scaling) for name, module in initial.modules.items()}
+        return initial.config, shapes
+    config = recipe.adapter_config(job.spec.lora, job.spec.base)
+    try:
+        return config, recipe.modules(config, base.linears)
+    except AdapterError as error:
+        raise JobFailedError("invalid_lora", str(error), f"lora.{error.param}") from None
+
+
+def question(shapes: dict[str, ModuleShape], lora: recipe.LoraOptions, optimizer: Optimizer, tokens: int) -> PlanMemory:
+    """What the engine is asked about a job's memory. `tokens`: of its largest pass."""
+    return PlanMemory(
+        id=uuid.uuid4().hex,
+        modules=shapes,
+        optimizer=optimizer,
+        scale_vector=lora.scale_vector,
+        dropout=lora.lora_dropout > 0,
+        tokens=tokens,
+    )
