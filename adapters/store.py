@@ -1,7 +1,8 @@
 """Immutable adapter versions on disk, and the names that point at them.
 
 A version is a directory `versions/<digest>`, complete before it gets that name and never changed after. What points at
-it is one row per (tenant, name, digest); the newest row of a name is what the name means. Rows change in one
+it is one row per (tenant, name, digest): the newest row of a name that is not staged is its current version, and a row
+of its own says how the name's requests are split, if they are (see `adapters.versions`). Rows change in one
 transaction, after the files are safe, so that `kill -9` at any moment leaves the old state or the new one. Knows
 nothing of validation: it publishes what `adapters.format.inspect` has passed. One process at a time may use a store.
 """
@@ -9,27 +10,36 @@ nothing of validation: it publishes what `adapters.format.inspect` has passed. O
 import errno
 import json
 import logging
-import re
 import shutil
 import sqlite3
 import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from adapters.fields import AdapterError, shorten
+from adapters.fields import shorten
 from adapters.format import AdapterSpec, sync
+from adapters.versions import SHORTEST_PREFIX, AmbiguousDigest, Pointer, UnknownAdapter, Version, check_name
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-FINE_TUNED_NAME = re.compile(r"ft:[A-Za-z0-9._/-]{1,256}(:[A-Za-z0-9._-]{0,128}){1,4}")
-SHORTEST_PREFIX = 8
+__all__ = [
+    "SHORTEST_PREFIX",
+    "AdapterStore",
+    "AmbiguousDigest",
+    "Moved",
+    "Pointer",
+    "Staging",
+    "StorageFull",
+    "UnknownAdapter",
+    "Version",
+    "check_name",
+]
+
 RETAINED_VERSIONS = 5
 
 # Write-ahead logging with a full sync: one fsync per change, and what has returned survives a power cut. Safe as long
@@ -44,49 +54,36 @@ CREATE TABLE IF NOT EXISTS adapter_versions (
     digest TEXT NOT NULL,
     created REAL NOT NULL,
     receipt TEXT NOT NULL,
+    staged INTEGER NOT NULL DEFAULT 0,
     UNIQUE (tenant, name, digest)
 );
+CREATE TABLE IF NOT EXISTS adapter_splits (
+    tenant TEXT NOT NULL,
+    name TEXT NOT NULL,
+    split TEXT NOT NULL,
+    PRIMARY KEY (tenant, name)
+);
 """
-_INSERT = "INSERT OR REPLACE INTO adapter_versions (tenant, name, digest, created, receipt) VALUES (?, ?, ?, ?, ?)"
-_PRUNE = """
-DELETE FROM adapter_versions WHERE tenant = ? AND name = ? AND sequence NOT IN (
-    SELECT sequence FROM adapter_versions WHERE tenant = ? AND name = ? ORDER BY sequence DESC LIMIT ?
-)
-"""
-_SELECT = "SELECT tenant, name, digest, created, receipt FROM adapter_versions ORDER BY sequence DESC"
+_COLUMNS = "tenant, name, digest, created, receipt, staged"
+_INSERT = f"INSERT OR REPLACE INTO adapter_versions ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)"
+_REMOVE = "DELETE FROM adapter_versions WHERE tenant = ? AND name = ? AND digest = ?"
+_SELECT = f"SELECT {_COLUMNS} FROM adapter_versions ORDER BY sequence DESC"
+_SPLIT = "INSERT OR REPLACE INTO adapter_splits (tenant, name, split) VALUES (?, ?, ?)"
+_UNITE = "DELETE FROM adapter_splits WHERE tenant = ? AND name = ?"
 
 log = logging.getLogger(__name__)
-
-
-class UnknownAdapter(LookupError):
-    """No such name, or no such version of it."""
-
-
-class AmbiguousDigest(LookupError):
-    """Several versions of the name have digests that begin so."""
 
 
 class StorageFull(OSError):
     """The disk is full, and nothing was kept."""
 
 
-@dataclass(frozen=True)
-class Version:
-    """One content of one name.
+class Moved(Exception):
+    """The name means something else than the caller expected. `etag`: what it means."""
 
-    Attributes:
-        digest: "sha256:" and 64 hex digits.
-        path: directory with the adapter's files, there as long as the version is retained or leased.
-        created: unix time at which the name took this content.
-        receipt: what `receipt_of` says of it.
-    """
-
-    tenant: str
-    name: str
-    digest: str
-    path: Path
-    created: float
-    receipt: dict[str, Any]
+    def __init__(self, etag: str) -> None:
+        super().__init__(f"the name means {etag} by now")
+        self.etag = etag
 
 
 class Staging:
@@ -103,21 +100,6 @@ class Staging:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
-
-
-def check_name(name: str, *, fine_tuned: bool = False) -> None:
-    """Raises AdapterError unless an adapter may have this name; with `fine_tuned` that is `ft:<base>:<suffix>:...`."""
-    if fine_tuned:
-        if not FINE_TUNED_NAME.fullmatch(name):
-            raise AdapterError(f"'{shorten(name)}' is not the name of a fine-tuned adapter", "name", "invalid_name")
-    elif name.startswith("ft:"):
-        raise AdapterError("names that begin with 'ft:' belong to fine-tunes", "name", "invalid_name")
-    elif not NAME.fullmatch(name):
-        raise AdapterError(
-            f"'{shorten(name)}' is not a valid name: 1 to 128 of A-Z a-z 0-9 . _ -, the first a letter or digit",
-            "name",
-            "invalid_name",
-        )
 
 
 def receipt_of(spec: AdapterSpec) -> dict[str, Any]:
@@ -159,7 +141,8 @@ class AdapterStore:
         # `_changing` is held through disk writes by whoever changes something, `_counting` for moments only.
         self._changing = threading.Lock()
         self._counting = threading.Lock()
-        self._names: dict[str, dict[str, tuple[Version, ...]]] = {}  # tenant -> name -> versions, the current one first
+        self._names: dict[str, dict[str, Pointer]] = {}  # tenant -> name -> what it means
+        self._answering: Counter[str] = Counter()  # digest -> names whose requests it may get
         self._references: Counter[str] = Counter()  # digest -> retained versions of any name that have it
         self._leases: Counter[str] = Counter()
         self._stored: set[str] = set()  # digests whose directory is there
@@ -174,24 +157,24 @@ class AdapterStore:
             UnknownAdapter: no such name or version, or a prefix of fewer than 8 digits.
             AmbiguousDigest: several retained versions begin so.
         """
-        versions = self.versions(tenant, name)
-        if digest_prefix is None:
-            return versions[0]
-        if len(digest_prefix) < SHORTEST_PREFIX:
-            raise UnknownAdapter(f"a version is named by at least {SHORTEST_PREFIX} digits of its digest")
-        matching = [version for version in versions if version.digest.startswith(f"sha256:{digest_prefix.lower()}")]
-        if not matching:
-            raise UnknownAdapter(f"'{shorten(name)}' has no version {shorten(digest_prefix)}")
-        if len(matching) > 1:
-            raise AmbiguousDigest(f"'{name}' has {len(matching)} versions that begin with {digest_prefix}")
-        return matching[0]
+        pointer = self.pointer(tenant, name)
+        return pointer.current if digest_prefix is None else pointer.find(digest_prefix)
+
+    def pointer(self, tenant: str, name: str) -> Pointer:
+        """What a name means. Raises UnknownAdapter."""
+        try:
+            return self._names[tenant][name]
+        except KeyError:
+            raise UnknownAdapter(f"there is no adapter '{shorten(name)}'") from None
 
     def versions(self, tenant: str, name: str) -> list[Version]:
         """The retained versions of a name, the current one first. Raises UnknownAdapter."""
-        try:
-            return list(self._names[tenant][name])
-        except KeyError:
-            raise UnknownAdapter(f"there is no adapter '{shorten(name)}'") from None
+        return list(self.pointer(tenant, name).versions)
+
+    def answers(self, digest: str) -> bool:
+        """Whether requests for any name may get this content."""
+        with self._counting:
+            return digest in self._answering
 
     @contextmanager
     def lease(self, version: Version) -> Iterator[Version]:
@@ -222,14 +205,22 @@ class AdapterStore:
             return Staging(self._staging / uuid.uuid4().hex)
 
     def publish(
-        self, tenant: str, name: str, staging: Staging, spec: AdapterSpec, *, fine_tuned: bool = False
+        self,
+        tenant: str,
+        name: str,
+        staging: Staging,
+        spec: AdapterSpec,
+        *,
+        fine_tuned: bool = False,
+        promote: bool = True,
     ) -> tuple[Version, bool]:
         """Make the staged files, which `inspect` described by `spec`, the current content of `name`.
 
-        Durable when it returns. Content that is stored already is not stored twice.
+        Durable when it returns. Content that is stored already is not stored twice. Without `promote` a name that
+        exists goes on meaning what it means, and the content waits among its versions.
 
         Returns:
-            The version, and whether the name's content changed.
+            The version, and whether the name changed.
 
         Raises:
             AdapterError: the name is not allowed.
@@ -239,21 +230,63 @@ class AdapterStore:
         with _disk_faults():
             _make_durable(staging.path, spec)
             with self._changing:
-                before = self._names.get(tenant, {}).get(name, ())
-                if before and before[0].digest == spec.digest:
-                    return before[0], False
+                before = self._names.get(tenant, {}).get(name)
+                known = {version.digest: version for version in before.versions} if before else {}
+                current = before is None or promote
+                if before and spec.digest in known and (not current or before.shares == {spec.digest: 1.0}):
+                    return known[spec.digest], False
+                path = self._path(spec.digest)
+                version = Version(tenant, name, spec.digest, path, time.time(), receipt_of(spec), staged=not current)
+                others = tuple(old for old in known.values() if old.digest != spec.digest)
+                if before is None or promote:
+                    after = Pointer((version, *others))
+                else:
+                    after = Pointer((before.current, version, *others[1:]), before.split)
                 try:
                     self._place(staging.path, spec.digest)
-                    version = Version(tenant, name, spec.digest, self._path(spec.digest), time.time(), receipt_of(spec))
-                    self._insert(version)
+                    self._change(before, after, [version, after.current])
                 except BaseException:
                     self._remove_unused(spec.digest)
                     raise
-                after = (version, *(old for old in before if old.digest != spec.digest))
-                self._point(tenant, name, after[: self._retain])
-                for old in after[self._retain :]:
-                    self._remove_unused(old.digest)
         return version, True
+
+    def promote(self, tenant: str, name: str, digest: str, expected: Collection[str] | None = None) -> Pointer:
+        """Let a name mean one of its versions, named by its digest or enough of its digits.
+
+        Durable when it returns, as are `divide` and `roll_back`. `expected`: the change is made only while the name's
+        etag is one of these. Returns what the name means now.
+
+        Raises:
+            UnknownAdapter: no such name or version. AmbiguousDigest.
+            Moved: the name's etag is another.
+            StorageFull: nothing changed.
+        """
+
+        def change(pointer: Pointer) -> Pointer:
+            return pointer.promoted(pointer.find(digest.removeprefix("sha256:")).digest)
+
+        return self._repoint(tenant, name, change, expected)
+
+    def divide(
+        self, tenant: str, name: str, shares: Mapping[str, float], expected: Collection[str] | None = None
+    ) -> Pointer:
+        """Split a name's requests between its versions: digest -> share. See `Pointer.divided` and `promote`."""
+        return self._repoint(tenant, name, lambda pointer: pointer.divided(shares), expected)
+
+    def roll_back(self, tenant: str, name: str, expected: Collection[str] | None = None) -> Pointer:
+        """Undo the last change of what a name means: end its split, or else go back to the version before.
+
+        Raises what `promote` does; UnknownAdapter when there is no version before.
+        """
+
+        def change(pointer: Pointer) -> Pointer:
+            if pointer.split:
+                return Pointer(pointer.versions)
+            if pointer.previous is None:
+                raise UnknownAdapter(f"'{shorten(name)}' has no version before the current one")
+            return pointer.promoted(pointer.previous.digest)
+
+        return self._repoint(tenant, name, change, expected)
 
     def delete(self, tenant: str, name: str) -> Version:
         """Take a name away with all its versions; files that are leased go with their last lease.
@@ -261,12 +294,9 @@ class AdapterStore:
         Returns the version that was current. Raises UnknownAdapter.
         """
         with _disk_faults(), self._changing:
-            versions = self.versions(tenant, name)
-            self._database.execute("DELETE FROM adapter_versions WHERE tenant = ? AND name = ?", (tenant, name))
-            self._point(tenant, name, ())
-            for version in versions:
-                self._remove_unused(version.digest)
-        return versions[0]
+            pointer = self.pointer(tenant, name)
+            self._change(pointer, None)
+        return pointer.current
 
     # --- with `_changing` held ---------------------------------------------------------------------
 
@@ -281,32 +311,70 @@ class AdapterStore:
                 self._stored.add(digest)
             sync(self._versions)
 
-    def _insert(self, version: Version) -> None:
-        """Make a version its name's newest row, and drop the rows beyond retention, in one transaction."""
-        owner = (version.tenant, version.name)
+    def _repoint(
+        self, tenant: str, name: str, change: Callable[[Pointer], Pointer], expected: Collection[str] | None
+    ) -> Pointer:
+        with _disk_faults(), self._changing:
+            before = self.pointer(tenant, name)
+            if expected is not None and before.etag not in expected:
+                raise Moved(before.etag)
+            after = change(before)
+            if after != before:
+                self._change(before, after, [after.current])
+            return after
+
+    def _change(self, before: Pointer | None, after: Pointer | None, newest: Sequence[Version] = ()) -> None:
+        """Let a name mean `after`, less what is beyond retention. The rows of `newest` become its newest, in order."""
+        if after is not None and newest:
+            after = Pointer(after.retained(self._retain, newest[0].digest), after.split)
+        versions = {version.digest for version in after.versions} if after else set()
+        gone = [version for version in before.versions if version.digest not in versions] if before else []
+        pointer = after or before
+        assert pointer is not None
+        owner = pointer.current
+        with self._transaction():
+            for version in gone:
+                self._database.execute(_REMOVE, (version.tenant, version.name, version.digest))
+            for version in newest:
+                receipt = json.dumps(version.receipt)
+                row = (version.tenant, version.name, version.digest, version.created, receipt, version.staged)
+                self._database.execute(_INSERT, row)
+            if after and after.split:
+                self._database.execute(_SPLIT, (owner.tenant, owner.name, json.dumps(after.split)))
+            else:
+                self._database.execute(_UNITE, (owner.tenant, owner.name))
+        self._point(owner.tenant, owner.name, after)
+        for version in gone:
+            self._remove_unused(version.digest)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
         self._database.execute("BEGIN IMMEDIATE")
         try:
-            row = (*owner, version.digest, version.created, json.dumps(version.receipt))
-            self._database.execute(_INSERT, row)
-            self._database.execute(_PRUNE, (*owner, *owner, self._retain))
+            yield
             self._database.execute("COMMIT")
         except BaseException:
             if self._database.in_transaction:  # SQLite may have rolled back by itself
                 self._database.execute("ROLLBACK")
             raise
 
-    def _point(self, tenant: str, name: str, versions: tuple[Version, ...]) -> None:
-        """Let a name have these versions from now on."""
+    def _point(self, tenant: str, name: str, pointer: Pointer | None) -> None:
+        """Let a name mean this from now on."""
         names = self._names.setdefault(tenant, {})
-        before = names.get(name, ())
-        if versions:
-            names[name] = versions
+        before = names.get(name)
+        if pointer:
+            names[name] = pointer
         else:
             del names[name]
         with self._counting:
-            self._references.update(version.digest for version in versions)
-            for version in before:
-                _count_down(self._references, version.digest)
+            if pointer:
+                self._references.update(version.digest for version in pointer.versions)
+                self._answering.update(pointer.shares.keys())
+            if before:
+                for version in before.versions:
+                    _count_down(self._references, version.digest)
+                for digest in before.shares:
+                    _count_down(self._answering, digest)
 
     def _remove_unused(self, digest: str) -> None:
         """Remove a version's files unless a name or a lease holds them."""
@@ -331,23 +399,32 @@ class AdapterStore:
         for left in self._staging.iterdir():
             shutil.rmtree(left)
         self._database.executescript(_SCHEMA)
+        if not any(column[1] == "staged" for column in self._database.execute("PRAGMA table_info(adapter_versions)")):
+            self._database.execute("ALTER TABLE adapter_versions ADD COLUMN staged INTEGER NOT NULL DEFAULT 0")
         self._stored = {f"sha256:{path.name}" for path in self._versions.iterdir()}
         rows: dict[tuple[str, str], list[Version]] = {}
-        for tenant, name, digest, created, receipt in self._database.execute(_SELECT):
-            version = Version(tenant, name, digest, self._path(digest), created, json.loads(receipt))
+        for tenant, name, digest, created, receipt, staged in self._database.execute(_SELECT):
+            version = Version(tenant, name, digest, self._path(digest), created, json.loads(receipt), bool(staged))
             rows.setdefault((tenant, name), []).append(version)
+        splits = {
+            (tenant, name): tuple((digest, share) for digest, share in json.loads(split))
+            for tenant, name, split in self._database.execute("SELECT tenant, name, split FROM adapter_splits")
+        }
         for (tenant, name), versions in rows.items():
-            if versions[0].digest not in self._stored:  # nothing here does that; an older version would be a lie
-                log.error("the files of adapter %s (%s) are missing; it is not served", name, versions[0].digest)
+            pointer = Pointer(tuple(versions), splits.get((tenant, name), ()))
+            missing = {pointer.current.digest, *pointer.shares} - self._stored
+            if missing:  # nothing here does that; an older version would be a lie
+                log.error("the files of adapter %s (%s) are missing; it is not served", name, ", ".join(missing))
                 continue
-            self._point(tenant, name, tuple(version for version in versions if version.digest in self._stored))
+            present = tuple(version for version in versions if version.digest in self._stored)
+            self._point(tenant, name, Pointer(present, pointer.split))
         for digest in self._stored - {version.digest for versions in rows.values() for version in versions}:
             self._remove_unused(digest)
 
     # Last, because its name hides the type of that name from what follows.
     def list(self, tenant: str) -> list[Version]:
         """The current version of every name, by name."""
-        current = [versions[0] for versions in list(self._names.get(tenant, {}).values())]
+        current = [pointer.current for pointer in list(self._names.get(tenant, {}).values())]
         return sorted(current, key=attrgetter("name"))
 
 

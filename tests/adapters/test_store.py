@@ -28,7 +28,7 @@ from hypothesis.stateful import (
 from adapters import store as store_module
 from adapters.config import AdapterError
 from adapters.format import CONFIG_NAME, WEIGHTS_NAME, AdapterSpec
-from adapters.store import AmbiguousDigest, StorageFull, UnknownAdapter, Version, check_name
+from adapters.store import AdapterStore, AmbiguousDigest, Moved, StorageFull, UnknownAdapter, Version, check_name
 from tests.adapters.publishing import Box, content_of, put, spec_of
 
 ROOT = Path(__file__).parents[2]
@@ -176,6 +176,75 @@ def test_a_version_is_found_by_its_digests_beginning(box: Box) -> None:
     for prefix in ("", digest[:7], "00000000", "%" * 8, digest + "0"):
         with pytest.raises(UnknownAdapter):
             box.store.get("t", "x", prefix)
+
+
+# --- what a name means ------------------------------------------------------------------------------
+
+
+def digest_of(content: str) -> str:
+    return spec_of(content).digest
+
+
+def test_promotion_and_rollback_survive_a_restart(box: Box) -> None:
+    for content in ("one", "two"):
+        put(box.store, "x", content)
+    box.store.promote("t", "x", digest_of("one"))
+    assert contents(box.store) == contents(box.again()) == ["one", "two"]
+    box.store.roll_back("t", "x")
+    assert contents(box.store) == contents(box.again()) == ["two", "one"]
+
+
+def test_a_staged_version_waits_and_is_no_place_to_go_back_to(box: Box) -> None:
+    assert put(box.store, "x", "one", promote=False)[0].staged is False  # a new name means its first content
+    assert put(box.store, "x", "two", promote=False)[1]
+    assert not put(box.store, "x", "two", promote=False)[1]
+    assert contents(box.store) == contents(box.again()) == ["one", "two"]
+    with pytest.raises(UnknownAdapter, match="before"):
+        box.store.roll_back("t", "x")
+    box.store.promote("t", "x", digest_of("two"))
+    assert contents(box.again()) == ["two", "one"]
+    assert box.store.roll_back("t", "x").current.digest == digest_of("one")
+
+
+def test_a_change_is_made_only_from_the_expected_state(box: Box) -> None:
+    for content in ("one", "two"):
+        put(box.store, "x", content)
+    with pytest.raises(Moved) as caught:
+        box.store.promote("t", "x", digest_of("one"), expected=[digest_of("one")])
+    assert caught.value.etag == digest_of("two")
+    split = box.store.divide("t", "x", {digest_of("one"): 0.5, digest_of("two"): 0.5}, expected=[digest_of("two")])
+    assert split.etag.startswith("split:")
+    with pytest.raises(Moved):
+        box.store.roll_back("t", "x", expected=[digest_of("two")])
+    assert box.store.roll_back("t", "x", expected=[split.etag]).etag == digest_of("two")
+
+
+def test_a_split_survives_a_restart_and_keeps_its_versions(box: Box) -> None:
+    for content in ("one", "two"):
+        put(box.store, "x", content)
+    box.store.divide("t", "x", {digest_of("one"): 0.9, digest_of("two"): 0.1})
+    for content in ("three", "four", "five"):
+        put(box.store, "x", content, promote=False)
+    assert box.again().pointer("t", "x").shares == {digest_of("one"): 0.9, digest_of("two"): 0.1}
+    assert contents(box.store) == ["two", "five", "one"]
+    assert box.on_disk() == (0, ["five", "one", "two"])
+    assert box.store.answers(digest_of("one"))
+    put(box.store, "x", "six")  # an upload means what it says
+    assert not box.store.answers(digest_of("one"))
+    assert box.again().pointer("t", "x").shares == {digest_of("six"): 1.0}
+
+
+def test_a_store_from_before_splits_is_read(box: Box) -> None:
+    put(box.store, "x", "one")
+    box.database.execute("ALTER TABLE adapter_versions DROP COLUMN staged")
+    box.database.execute("DROP TABLE adapter_splits")
+    assert contents(box.again()) == ["one"]
+    put(box.store, "x", "two", promote=False)
+    assert contents(box.again()) == ["one", "two"]
+
+
+def contents(store: AdapterStore, name: str = "x") -> list[str]:
+    return [content_of(version) for version in store.versions("t", name)]
 
 
 def test_listing_is_by_name(box: Box) -> None:
@@ -400,6 +469,18 @@ class StoreMachine(RuleBasedStateMachine):
         _, changed = put(self.box.store, name, content)
         assert changed == (before[:1] != [content])
         self.model[name] = [content, *(old for old in before if old != content)][:2]
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data(), back=st.booleans())
+    def repoint(self, data: st.DataObject, back: bool) -> None:
+        name = data.draw(st.sampled_from(sorted(self.model)))
+        before = self.model[name]
+        content = before[-1] if back else data.draw(st.sampled_from(before))
+        if not back:
+            self.box.store.promote("t", name, digest_of(content)[:30])
+        elif len(before) > 1:
+            self.box.store.roll_back("t", name)
+        self.model[name] = [content, *(old for old in before if old != content)]
 
     @rule(name=names)
     def delete(self, name: str) -> None:
