@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from loadtest import cases, claims, drive, kernels, machine, peers, readme, report, synthetic
 from loadtest.client import Client, Timeline
-from loadtest.compare import Comparison
 from loadtest.compare import compare as run_comparison
 from loadtest.peers.base import Kit, SideError
 from loadtest.peers.lorakeet import executable, upload_adapter
@@ -190,6 +190,7 @@ def _compare(
     chosen_sides = side_names or cases.default_sides(circumstances)
     chosen_cases = cases.select(case_names or cases.NAMES, output_tokens)
     model = model_dir or _default_model()
+    start = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="loadtest-") as folder:
         kit = _kit(Path(folder), model, machine_threads=circumstances["cores"])
         result = asyncio.run(
@@ -202,7 +203,8 @@ def _compare(
                 report=lambda line: notes.print(escape(line)),
             )
         )
-    return _as_result(result, circumstances)
+    minutes = round((time.monotonic() - start) / 60, 1)
+    return {"kind": "compare", "machine": circumstances, "minutes": minutes, **result.to_json()}
 
 
 def _kit(folder: Path, model: Path, machine_threads: int) -> Kit:
@@ -219,10 +221,6 @@ def _default_model() -> Path:
     if done.returncode:
         raise SideError("`lorakeet fetch` failed")
     return Path(done.stdout.strip())
-
-
-def _as_result(comparison: Comparison, circumstances: dict[str, Any]) -> dict[str, Any]:
-    return {"kind": "compare", "machine": circumstances, **comparison.to_json()}
 
 
 def _show(result: dict[str, Any], out: Path | None) -> None:

@@ -57,18 +57,23 @@ def claims(result: Result) -> list[Claim]:
         """The share of decode speed that `case` costs against another case (of `side`)."""
         return _apply(lambda mine, free: 1 - mine / free, figure(result, case, ours), figure(result, against, side))
 
+    llama, static = ("llama", "llama-q4_0"), ("llama-static", "llama-q4_0-static")
     one, eight = "1 request: decode /", "8 requests, 8 adapters: decode /"
     return [
-        Claim(f"{one} llama-server, per-request lora", over("one", "llama"), 1.0),
-        Claim(f"{one} llama-server, one static adapter", over("one", "llama-static"), 0.8),
+        Claim(f"{one} llama-server, per-request lora, Q4_1", over("one", "llama"), 1.0),
+        Claim(f"{one} llama-server, per-request lora, its faster type", over("one", *llama), 1.0),
+        Claim(f"{one} llama-server, one static adapter, Q4_1", over("one", "llama-static"), 0.8),
+        Claim(f"{one} llama-server, one static adapter, its faster type", over("one", *static), 0.8),
         Claim(f"{one} PEFT + bitsandbytes, fp32", over("one", "peft"), 10.0),
         Claim(f"{one} PEFT + bitsandbytes, its faster type", over("one", "peft", "peft-bf16"), 10.0),
-        Claim(f"{eight} llama-server, per-request lora", over("eight", "llama"), 2.0),
+        Claim(f"{eight} llama-server, per-request lora, Q4_1", over("eight", "llama"), 2.0),
+        Claim(f"{eight} llama-server, per-request lora, its faster type", over("eight", *llama), 2.0),
         Claim(f"{eight} vLLM's CPU build, fp32", over("eight", "vllm"), 6.0),
         Claim(f"{eight} vLLM's CPU build, its faster type", over("eight", "vllm", "vllm-bf16"), 6.0),
         Claim(f"{eight} PEFT's mixed batch, fp32", over("eight", "peft"), 10.0),
         Claim(f"{eight} PEFT's mixed batch, its faster type", over("eight", "peft", "peft-bf16"), 10.0),
-        Claim("8 whole requests (64 in, 33 out) / llama-server", over("whole", "llama", quantity="whole"), 2.0),
+        Claim("8 whole requests (64 in, 33 out) / llama-server, Q4_1", over("whole", "llama", quantity="whole"), 2.0),
+        Claim("8 whole requests / llama-server, its faster type", over("whole", *llama, quantity="whole"), 2.0),
         Claim("LoRA tax, 8 adapters, bf16 files", tax("eight-bf16", "base"), 0.20, at_most=True, percent=True),
         Claim("LoRA tax, 8 adapters, fp32 files", tax("eight", "base"), 0.35, at_most=True, percent=True),
         Claim(

