@@ -174,7 +174,7 @@ class Settings:
         parse=_integer,
         minimum=16,
         maximum=2**24,
-        shown="the model's own, at most 8192",
+        shown="the model's own, or what the KV cache holds",
     )
 
     # --- where things are kept

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 
@@ -137,7 +137,7 @@ class Generation:
         clock = self.services.metrics.request(self.target.adapter, self.target.digest)
         reason: FinishedReason = "abort"
         try:
-            outputs = cast("AsyncGenerator[Output, None]", self.services.engine.generate(self._request(prompt, sample)))
+            outputs = self.services.engine.generate(self._request(prompt, sample))
             async with aclosing(outputs):
                 async for output in outputs:
                     _raise_failure(output)

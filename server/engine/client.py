@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -72,7 +72,7 @@ class EngineClient(Protocol):
     def unready_reason(self) -> str | None:
         """None when the engine is loaded and making progress, else why it is not."""
 
-    def generate(self, request: Generate) -> AsyncIterator[Output]:
+    def generate(self, request: Generate) -> AsyncGenerator[Output, None]:
         """Outputs of one sequence, the last with `finish_reason` or `error`. Closing the iterator aborts the sequence.
 
         Raises EngineUnavailable (from the first or any later step) when the engine is not there or dies meanwhile.
@@ -166,7 +166,7 @@ class LocalEngine:
             return f"the engine has not answered for {self._stall_seconds:.0f} s"
         return self._reason
 
-    async def generate(self, request: Generate) -> AsyncIterator[Output]:
+    async def generate(self, request: Generate) -> AsyncGenerator[Output, None]:
         queue: asyncio.Queue[Output | EngineUnavailable] = asyncio.Queue()
         self._streams[request.id] = queue
         try:
@@ -241,12 +241,16 @@ class LocalEngine:
     async def _send(self, message: protocol.Request) -> None:
         if self._reason is not None or self._now is None:
             raise EngineUnavailable(self._reason or "the engine is not running")
-        await self._now.socket.send(protocol.encode(message))
+        try:
+            await self._now.socket.send(protocol.encode(message))
+        except zmq.ZMQError:  # closed this moment: its process has died
+            raise EngineUnavailable("the engine has just stopped") from None
 
     def _send_soon(self, message: protocol.Request) -> None:
         if self._now is not None and self._reason is None:
             # A PAIR socket with no high-water mark takes the message at once; the future is already done.
-            self._now.socket.send(protocol.encode(message))
+            with contextlib.suppress(zmq.ZMQError):
+                self._now.socket.send(protocol.encode(message))
 
     # --- its life ---------------------------------------------------------------------------------------
 
@@ -271,6 +275,7 @@ class LocalEngine:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._supervisor
         self._reason = "the server is shutting down"
+        self._release_everyone()
         self._context.destroy(linger=0)
 
     def _told_to_stop(self) -> bool:

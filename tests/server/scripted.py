@@ -2,7 +2,7 @@
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,7 +56,7 @@ class ScriptedEngine(IdleEngine):
         self.unready_reason = None
         self.forgotten = []
 
-    async def generate(self, request: Generate) -> AsyncIterator[Output]:
+    async def generate(self, request: Generate) -> AsyncGenerator[Output, None]:
         self.requests.append(request)
         self.running.add(request.id)
         sampling = request.sampling
