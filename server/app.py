@@ -23,7 +23,7 @@ from starlette.applications import Starlette
 from adapters.store import AdapterStore
 from server import logs
 from server.admission import Admission
-from server.api import adapters, chat, completions, health, models, tokenize, vllm
+from server.api import adapters, chat, completions, health, models, tokenize, versions, vllm
 from server.engine.client import LocalEngine
 from server.engine.protocol import EngineConfig
 from server.errors import EXCEPTION_HANDLERS, LorakeetError
@@ -54,7 +54,7 @@ def build_app(services: Services) -> Starlette:
             await services.engine.stop(grace=0.0)
 
     settings = services.settings
-    resources = [completions, chat, tokenize, adapters, models, health]
+    resources = [completions, chat, tokenize, versions, adapters, models, health]  # an adapter's name may have slashes
     if settings.lora_dir is not None:
         resources.append(vllm)
     app = Starlette(

@@ -116,6 +116,13 @@ class RequestTimeout(InvalidRequest):
         super().__init__(message, headers={"Connection": "close"})
 
 
+class PreconditionFailed(InvalidRequest):
+    """412: what the client expected to change has changed already."""
+
+    status = 412
+    default_code = "precondition_failed"
+
+
 class RequestTooLarge(InvalidRequest):
     """413: the body, or a part of it, is larger than a limit that the message names."""
 

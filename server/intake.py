@@ -9,17 +9,18 @@ import contextlib
 import errno
 import logging
 import shutil
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
 from starlette.concurrency import run_in_threadpool
 
 from adapters.format import CONFIG_NAME, WEIGHTS_NAME, AdapterError, AdapterSpec, inspect
-from adapters.store import AdapterStore, Staging, UnknownAdapter, Version, check_name
+from adapters.store import AdapterStore, Pointer, Staging, UnknownAdapter, Version, check_name
 from server.engine.client import EngineClient, EngineUnavailable
 from server.engine.protocol import Ready
 from server.errors import StorageFull
+from server.logs import FIELDS
 from server.metrics import Metrics
 from server.settings import SettingError, Settings
 
@@ -27,6 +28,7 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _POLL_SECONDS = 0.1
 
 log = logging.getLogger(__name__)
+audit_log = logging.getLogger("server.audit")  # one line per change of what a name means
 
 
 class AdapterIntake:
@@ -73,23 +75,25 @@ class AdapterIntake:
             await run_in_threadpool(clean_up.close)  # removing gigabytes takes a while
 
     async def admit(
-        self, tenant: str, name: str, staging: Staging, *, fine_tuned: bool = False
+        self, tenant: str, name: str, staging: Staging, *, fine_tuned: bool = False, promote: bool = True
     ) -> tuple[Version, bool]:
-        """Validate what lies in `staging` and make it the current content of `name`.
+        """Validate what lies in `staging` and make it the current content of `name`, or with `promote=False` a version
+        of it that waits.
 
-        Returns the version and whether the name's content changed. Raises AdapterError (its fault), StorageFull,
+        Returns the version and whether the name changed. Raises AdapterError (its fault), StorageFull,
         EngineUnavailable.
         """
         base = self.base
         self.check_name(name, fine_tuned=fine_tuned)
         spec = await run_in_threadpool(inspect, staging.path, base.linears, base.architecture)
         check_fit(spec, base)
-        replaced = self._current_digest(tenant, name)
-        publish = partial(self._store.publish, tenant, name, staging, spec, fine_tuned=fine_tuned)
+        before = self._shares(tenant, name)
+        publish = partial(self._store.publish, tenant, name, staging, spec, fine_tuned=fine_tuned, promote=promote)
         with disk_faults():
             version, changed = await run_in_threadpool(publish)
-        if changed and replaced is not None:
-            self._forget_unused(tenant, replaced)
+        if changed:
+            _audit(name, "upload" if promote or not before else "stage", before, version.digest)
+            self._forget_unused(before)
         return version, changed
 
     async def import_directory(self, tenant: str, name: str, directory: Path) -> tuple[Version, bool]:
@@ -100,12 +104,39 @@ class AdapterIntake:
                 await run_in_threadpool(_copy, directory, staging.path)
             return await self.admit(tenant, name, staging)
 
+    async def promote(self, tenant: str, name: str, digest: str, expected: Collection[str] | None) -> Pointer:
+        """Let the name mean one of its versions. Raises what `AdapterStore.promote` does, and StorageFull."""
+        return await self._repoint(
+            "promote", tenant, name, partial(self._store.promote, tenant, name, digest, expected)
+        )
+
+    async def divide(
+        self, tenant: str, name: str, shares: Mapping[str, float], expected: Collection[str] | None
+    ) -> Pointer:
+        """Split the name's requests between its versions. Raises what `AdapterStore.divide` does, and StorageFull."""
+        return await self._repoint("split", tenant, name, partial(self._store.divide, tenant, name, shares, expected))
+
+    async def roll_back(self, tenant: str, name: str, expected: Collection[str] | None) -> Pointer:
+        """Undo the last change of the name. Raises what `AdapterStore.roll_back` does, and StorageFull."""
+        return await self._repoint("rollback", tenant, name, partial(self._store.roll_back, tenant, name, expected))
+
+    async def _repoint(self, action: str, tenant: str, name: str, change: Callable[[], Pointer]) -> Pointer:
+        before = self._shares(tenant, name)
+        with disk_faults():
+            pointer = await run_in_threadpool(change)
+        if before != pointer.shares:
+            _audit(name, action, before, pointer.etag, split=dict(pointer.split) or None)
+            self._forget_unused(before)
+        return pointer
+
     async def delete(self, tenant: str, name: str) -> Version:
         """Take the name away; requests that run keep their version. Raises UnknownAdapter."""
+        before = self._shares(tenant, name)
         with disk_faults():
             version = await run_in_threadpool(self._store.delete, tenant, name)
         self._metrics.adapter_deleted(name)
-        self._forget_unused(tenant, version.digest)
+        _audit(name, "delete", before, None)
+        self._forget_unused(before)
         return version
 
     async def find(self, tenant: str, name: str, digest_prefix: str | None = None) -> Version:
@@ -162,23 +193,30 @@ class AdapterIntake:
         self._refused.pop(name, None)
         return True
 
-    def _current_digest(self, tenant: str, name: str) -> str | None:
+    def _shares(self, tenant: str, name: str) -> dict[str, float]:
         try:
-            return self._store.get(tenant, name).digest
+            return self._store.pointer(tenant, name).shares
         except UnknownAdapter:
-            return None
+            return {}
 
-    def _forget_unused(self, tenant: str, digest: str) -> None:
-        """Let the engine drop a version that no name points at any more; it does so once its last request ends.
+    def _forget_unused(self, digests: Iterable[str]) -> None:
+        """Let the engine drop versions that answer for no name any more; it does so once their last request ends.
 
         A digest that slips through when one name changes twice at once, or is wanted again, costs a little memory or
         time: the engine evicts and loads by itself.
         """
-        if any(version.digest == digest for version in self._store.list(tenant)):
-            return
-        task = asyncio.create_task(self._engine.forget(digest))
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
+        for digest in digests:
+            if not self._store.answers(digest):
+                task = asyncio.create_task(self._engine.forget(digest))
+                self._background.add(task)
+                task.add_done_callback(self._background.discard)
+
+
+def _audit(name: str, action: str, before: Mapping[str, float], after: str | None, **more: object) -> None:
+    """Who asked is in the access log's line of the same moment."""
+    was = ", ".join(before) or "nothing"
+    fields = {"action": action, "adapter": name, "before": dict(before), "after": after, **more}
+    audit_log.info("%s %s: %s -> %s", action, name, was, after or "nothing", extra={FIELDS: fields})
 
 
 def check_fit(spec: AdapterSpec, base: Ready) -> None:

@@ -11,7 +11,7 @@ It knows neither HTTP nor the store.
 import time
 from collections import Counter as Multiset
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -200,9 +200,9 @@ class Metrics:
         for reason in get_args(FinishedReason):
             self.success.labels(reason)
 
-    def request(self, adapter: str | None = None, digest: str = "") -> "RequestMetrics":
-        """Start the clock of one sequence. `adapter` is the name of a stored version and `digest` its content."""
-        return RequestMetrics(self, self._adapters, adapter, digest)
+    def request(self, *adapters: tuple[str, str]) -> "RequestMetrics":
+        """Start the clock of one sequence. `adapters`: (name, digest) of every stored version that it uses."""
+        return RequestMetrics(self, self._adapters, adapters)
 
     def adapter_deleted(self, name: str) -> None:
         """The name no longer exists: its series end, their sums live on in `other`."""
@@ -251,27 +251,26 @@ class Metrics:
 class RequestMetrics:
     """The clock of one sequence: `output` for everything the engine sent, then `finish`, once."""
 
-    def __init__(self, metrics: Metrics, adapters: _AdapterMetrics, adapter: str | None, digest: str) -> None:
+    def __init__(self, metrics: Metrics, adapters: _AdapterMetrics, used: Sequence[tuple[str, str]]) -> None:
         self._metrics = metrics
         self._adapters = adapters
-        self._adapter = adapter
-        self._digest = digest
+        self._used = used
         self._arrived = time.monotonic()
         self._prompt_counted = False
         self._last_token: float | None = None
-        if adapter is not None:
-            adapters.begin(adapter, digest)
+        for name, digest in used:
+            adapters.begin(name, digest)
 
     def output(self, tokens: int, prompt_tokens: int, queue_seconds: float) -> None:
         """An output with `tokens` new tokens, maybe none; prompt and queue time count on the first output only."""
         now = time.monotonic()
-        counts = self._adapters.of_name(self._adapter) if self._adapter is not None else None
+        counts = [self._adapters.of_name(name) for name, _ in self._used]
         if not self._prompt_counted:
             self._prompt_counted = True
             self._metrics.queue_time.observe(queue_seconds)
             self._metrics.prompt_tokens.inc(prompt_tokens)
-            if counts is not None:
-                counts.prompt_tokens += prompt_tokens
+            for count in counts:
+                count.prompt_tokens += prompt_tokens
         if not tokens:
             return
         if self._last_token is None:
@@ -280,16 +279,16 @@ class RequestMetrics:
             self._metrics.inter_token.observe(now - self._last_token)
         self._last_token = now
         self._metrics.generation_tokens.inc(tokens)
-        if counts is not None:
-            counts.generation_tokens += tokens
+        for count in counts:
+            count.generation_tokens += tokens
 
     def finish(self, reason: FinishedReason) -> None:
         """The sequence ended. `abort`: the client left; `error`: it failed or the engine died."""
         self._metrics.success.labels(reason).inc()
         if reason in ("stop", "length"):
             self._metrics.e2e.observe(time.monotonic() - self._arrived)
-        if self._adapter is not None:
-            self._adapters.end(self._adapter, self._digest)
+        for name, digest in self._used:
+            self._adapters.end(name, digest)
 
 
 def _counter(name: str, help_text: str) -> CounterMetricFamily:

@@ -1,4 +1,4 @@
-"""`/v1/adapters`: upload, list, look at, download and delete adapters."""
+"""`/v1/adapters`: upload, list, look at, download and delete adapters. What a name means is `api.versions`' matter."""
 
 import asyncio
 from typing import Any
@@ -17,19 +17,20 @@ from server.multipart import Part, read_parts
 from server.services import TENANT, Services, services_of
 
 _MAX_NAME_BYTES = 1024  # far more than a name may have, so that an over-long one is answered as such
+_MAX_WORD_BYTES = 64
 _SLOT_SECONDS = 30.0
 
 
 async def upload(request: Request) -> Response:
-    """Receive an adapter. 201 when the name's content changed, 200 when it was current already."""
+    """Receive an adapter. 201 when the name changed, 200 when it had this content already."""
     services = services_of(request)
     _ = services.intake.base  # without a base nothing can be checked, so do not receive it either
-    await _take_slot(services)
+    await take_slot(services)
     try:
         async with services.intake.stage() as staging:
             with disk_faults():
-                name = await _receive(request, services, staging)
-            version, changed = await services.intake.admit(TENANT, name, staging)
+                name, promote = await _receive(request, services, staging)
+            version, changed = await services.intake.admit(TENANT, name, staging, promote=promote)
     finally:
         services.intake.upload_slots.release()
     return JSONResponse(receipt(version), status_code=201 if changed else 200, headers=_digest_header(version))
@@ -42,10 +43,14 @@ async def list_adapters(request: Request) -> Response:
 
 
 async def get_adapter(request: Request) -> Response:
-    """One adapter's receipt, with the digests that its name has had."""
+    """One adapter's receipt, with the digests that its name has and what it means."""
     version = await _find(request)
-    versions = [other.digest for other in services_of(request).store.versions(TENANT, version.name)]
-    return JSONResponse(receipt(version) | {"versions": versions}, headers=_digest_header(version))
+    try:
+        pointer = services_of(request).store.pointer(TENANT, version.name)
+    except UnknownAdapter:  # deleted this very moment
+        raise unknown_adapter(version.name) from None
+    more = {"versions": [other.digest for other in pointer.versions], "split": dict(pointer.split) or None}
+    return JSONResponse(receipt(version) | more, headers={**_digest_header(version), "ETag": f'"{pointer.etag}"'})
 
 
 async def delete_adapter(request: Request) -> Response:
@@ -54,7 +59,7 @@ async def delete_adapter(request: Request) -> Response:
     try:
         version = await services_of(request).intake.delete(TENANT, name)
     except UnknownAdapter:
-        raise _unknown(name) from None
+        raise unknown_adapter(name) from None
     return JSONResponse({"object": "adapter", "name": version.name, "digest": version.digest, "deleted": True})
 
 
@@ -79,7 +84,8 @@ def receipt(version: Version) -> dict[str, Any]:
     }
 
 
-async def _take_slot(services: Services) -> None:
+async def take_slot(services: Services) -> None:
+    """Wait for one of the `upload_slots`, to be released by the caller. Raises TooManyRequests after a while."""
     try:
         async with asyncio.timeout(_SLOT_SECONDS):
             await services.intake.upload_slots.acquire()
@@ -88,16 +94,20 @@ async def _take_slot(services: Services) -> None:
         raise TooManyRequests(message, retry_after=int(_SLOT_SECONDS)) from None
 
 
-async def _receive(request: Request, services: Services, staging: Staging) -> str:
-    """Write the files to `staging`; returns the name."""
+async def _receive(request: Request, services: Services, staging: Staging) -> tuple[str, bool]:
+    """Write the files to `staging`; returns the name, and whether it shall mean them."""
     parts = {
         "name": Part(_MAX_NAME_BYTES),
+        "promote": Part(_MAX_WORD_BYTES, required=False),
         "config": Part(MAX_CONFIG_BYTES, staging.path / CONFIG_NAME),
         "weights": Part(services.settings.max_upload_bytes, staging.path / WEIGHTS_NAME),
     }
     values = await read_parts(request, parts)
+    promote = values.get("promote", b"true")
+    if promote not in (b"true", b"false"):
+        raise InvalidRequest("`promote` is `true` or `false`.", param="promote")
     try:
-        return values["name"].decode()
+        return values["name"].decode(), promote == b"true"
     except UnicodeDecodeError:
         raise InvalidRequest("The name is not UTF-8.", param="name") from None
 
@@ -109,12 +119,13 @@ async def _find(request: Request) -> Version:
     try:
         return await services_of(request).intake.find(TENANT, name, prefix or None)
     except UnknownAdapter:
-        raise _unknown(asked) from None
+        raise unknown_adapter(asked) from None
     except AmbiguousDigest:
         raise Conflict(f"Several versions of `{name}` start with {prefix}.", param="name") from None
 
 
-def _unknown(name: str) -> NotFound:
+def unknown_adapter(name: str) -> NotFound:
+    """404 for a name that nobody has."""
     return NotFound(f"The adapter `{shown(name)}` does not exist.", param="name", code="adapter_not_found")
 
 
@@ -138,7 +149,7 @@ class _StoredFile(Response):
             with self._store.lease(self._version):
                 await self._file(whole, receive, send)
         except UnknownAdapter:  # deleted this very moment
-            raise _unknown(self._version.name) from None
+            raise unknown_adapter(self._version.name) from None
 
 
 # A fine-tune's name contains its base's, which may have slashes.

@@ -135,7 +135,7 @@ async def create_chat_completion(request: Request) -> Answer:
 async def _answer(services: Services, body: ChatBody, send: Send) -> None:
     info = services.engine_info
     check_vocabulary(info, body)
-    async with open_target(services, body.model, body.adapter_id) as target:
+    async with open_target(services, body.model, body.adapter_id, adapters=body.adapters, user=body.user) as target:
         ids = await body.encode(services.text)
         if not ids:
             raise InvalidRequest("The chat template makes an empty prompt of these messages.", param="messages")

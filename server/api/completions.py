@@ -67,7 +67,7 @@ async def create_completion(request: Request) -> Answer:
 async def _answer(services: Services, body: CompletionBody, send: Send) -> None:
     check_vocabulary(services.engine_info, body)
     services.admission.check_size(len(body.prompt) * body.n)
-    async with open_target(services, body.model, body.adapter_id) as target:
+    async with open_target(services, body.model, body.adapter_id, adapters=body.adapters, user=body.user) as target:
         prompts = await _prompts_of(services, body)
         echoes: list[_Echo] = []
         if body.echo:

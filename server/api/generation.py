@@ -134,7 +134,7 @@ class Generation:
         prompt = self.prompts[choice // self.body.n]
         sample = choice % self.body.n
         assembler = self._assembler(prompt.ids)
-        clock = self.services.metrics.request(self.target.adapter, self.target.digest)
+        clock = self.services.metrics.request(*self.target.adapters)
         reason: FinishedReason = "abort"
         try:
             outputs = self.services.engine.generate(self._request(prompt, sample))

@@ -12,6 +12,7 @@ from server.api.body import Body
 from server.engine.protocol import Sampling
 from server.errors import InvalidRequest
 
+MAX_ADAPTERS = 8  # of one request
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024
 INT32 = 2**31 - 1
@@ -48,8 +49,15 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
+class WeightedAdapter(Body):
+    """One of several adapters that a request runs on the same tokens."""
+
+    id: str = Field(min_length=1)
+    weight: float = Field(1.0, ge=-100, le=100)
+
+
 class GenerationBody(Body):
-    """What both endpoints take. Fields without effect on the answer (`user`, `metadata`) are checked and left alone."""
+    """What both endpoints take. `metadata`, which has no effect on the answer, is checked and left alone."""
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {
         "best_of": (1,),
@@ -73,6 +81,7 @@ class GenerationBody(Body):
     model: str = Field(min_length=1)
     adapter_id: str | None = Field(None, min_length=1)
     adapter_source: Literal["local"] | None = None
+    adapters: list[WeightedAdapter] = Field([], max_length=MAX_ADAPTERS)
 
     n: int = Field(1, ge=1, le=128)
     min_tokens: int = Field(0, ge=0, le=INT32)
@@ -95,7 +104,7 @@ class GenerationBody(Body):
     stream: bool = False
     stream_options: StreamOptions | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
-    user: str | None = None
+    user: str | None = None  # who asks: a name whose requests are split gives the same version to the same user
     metadata: dict[str, str] | None = None
 
     @model_validator(mode="after")

@@ -1,13 +1,17 @@
-"""Which model a request means: the base, or one version of an adapter, held on disk while it is used.
+"""Which model a request means: the base, or versions of adapters, held on disk while they are used.
 
-`model` names either; with `adapter_id` (LoRAX) `model` is the base. `name@digest prefix` asks for one version.
+`model` names either; with `adapter_id` (LoRAX) or `adapters` (several, weighted) `model` is the base. A name stands for
+its current version, or for its share of a split; `name@digest prefix` asks for one version.
 """
 
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 
+from adapters.rows import rounded
 from adapters.store import SHORTEST_PREFIX, AmbiguousDigest, UnknownAdapter, Version
+from server.api.schema import WeightedAdapter
 from server.engine.protocol import AdapterRef
 from server.errors import Conflict, InvalidRequest, ModelNotFound
 from server.services import TENANT, Services
@@ -20,35 +24,99 @@ class Target:
     """What serves a request."""
 
     asked: str  # the name as the client wrote it
-    adapter: str | None  # the stored name; None: the base
-    digest: str  # of the adapter, or of the base
+    digest: str  # of the adapter, or of the base; of several: each with its weight
+    adapters: list[tuple[str, str]]  # (stored name, digest) of each adapter; none: the base
     refs: list[AdapterRef]
 
 
 @asynccontextmanager
-async def open_target(services: Services, model: str, adapter_id: str | None = None) -> AsyncIterator[Target]:
+async def open_target(
+    services: Services,
+    model: str,
+    adapter_id: str | None = None,
+    *,
+    adapters: Sequence[WeightedAdapter] = (),
+    user: str | None = None,
+) -> AsyncIterator[Target]:
     """The target, leased: its files stay until the end, whatever happens to the name meanwhile.
+
+    Args:
+        adapters: run on the same tokens, in place of one.
+        user: who asks; one user always gets the same version of a name whose requests are split.
 
     Raises `ModelNotFound` (404), `Conflict` (409, an ambiguous digest prefix), `InvalidRequest`, `EngineUnavailable`.
     """
     base = services.settings.base_aliases
-    asked, param = model, "model"
-    if adapter_id is not None and adapter_id != model:
-        if model not in base:
-            with ExitStack() as held:
-                await _hold(services, model, "model", held)  # an unknown model is the worse mistake
-            raise InvalidRequest("`model` and `adapter_id` name two adapters; give one of them.", param="adapter_id")
-        asked, param = adapter_id, "adapter_id"
-    if asked in base:
-        yield Target(asked, None, services.engine_info.base_digest, [])
-        return
     with ExitStack() as held:
-        version = await _hold(services, asked, param, held)
-        ref = AdapterRef(digest=version.digest, path=str(version.path))
-        yield Target(asked, version.name, version.digest, [ref])
+        if adapters:
+            if adapter_id is not None:
+                raise InvalidRequest("Give either `adapter_id` or `adapters`.", param="adapters")
+            if model not in base:
+                await _hold(services, model, "model", user, held)  # an unknown model is the worse mistake
+                raise InvalidRequest("With `adapters`, `model` is the base.", param="adapters")
+            yield await _several(services, model, adapters, user, held)
+            return
+        asked, param = model, "model"
+        if adapter_id is not None and adapter_id != model:
+            if model not in base:
+                await _hold(services, model, "model", user, held)
+                raise InvalidRequest(
+                    "`model` and `adapter_id` name two adapters; give one of them.", param="adapter_id"
+                )
+            asked, param = adapter_id, "adapter_id"
+        if asked in base:
+            yield Target(asked, services.engine_info.base_digest, [], [])
+            return
+        version = await _hold(services, asked, param, user, held)
+        yield Target(asked, version.digest, [(version.name, version.digest)], [_ref(version, 1.0)])
 
 
-async def _hold(services: Services, asked: str, param: str, held: ExitStack) -> Version:
+async def _several(
+    services: Services, model: str, adapters: Sequence[WeightedAdapter], user: str | None, held: ExitStack
+) -> Target:
+    """Several adapters in normal form, so that the same mixture finds its KV whatever the order it was written in."""
+    weights: dict[str, float] = {}
+    versions: dict[str, Version] = {}
+    for i, adapter in enumerate(adapters):
+        version = await _hold(services, adapter.id, f"adapters.{i}.id", user, held)
+        if version.digest in versions:
+            message = (
+                f"`adapters` has the content of `{version.name}` twice; give it once, with the sum of the weights."
+            )
+            raise InvalidRequest(message, param=f"adapters.{i}.id")
+        versions[version.digest] = version
+        weights[version.digest] = adapter.weight
+    _check_fit(services, list(versions.values()))
+    used = [versions[digest] for digest in sorted(versions) if weights[digest]]
+    if not used:
+        return Target(model, services.engine_info.base_digest, [], [])
+    return Target(
+        model,
+        "+".join(f"{version.digest}*{weights[version.digest]!r}" for version in used),
+        [(version.name, version.digest) for version in used],
+        [_ref(version, weights[version.digest]) for version in used],
+    )
+
+
+def _check_fit(services: Services, versions: Sequence[Version]) -> None:
+    """Raises InvalidRequest for adapters that can never be on the device together."""
+    needed: Counter[str] = Counter()
+    for version in versions:
+        needed.update({kind: rounded(rows) for kind, rows in version.receipt["rows"].items()})
+    for kind, capacity in services.engine_info.pool_rows.items():
+        if needed[kind] > capacity:
+            raise InvalidRequest(
+                f"`adapters` need {needed[kind]} rows of {kind} together; the device has {capacity} (--adapter-bytes).",
+                param="adapters",
+                code="adapter_too_large",
+            )
+
+
+def _ref(version: Version, weight: float) -> AdapterRef:
+    return AdapterRef(digest=version.digest, path=str(version.path), weight=weight)
+
+
+async def _hold(services: Services, asked: str, param: str, user: str | None, held: ExitStack) -> Version:
     """Find a version and lease it until `held` closes."""
     name, at, prefix = asked.partition("@")
     prefix = prefix.removeprefix("sha256:").lower()
@@ -60,7 +128,8 @@ async def _hold(services: Services, asked: str, param: str, held: ExitStack) -> 
     discovered = False
     while True:
         try:
-            version = services.store.get(TENANT, name, prefix or None)
+            pointer = services.store.pointer(TENANT, name)
+            version = pointer.find(prefix) if prefix else pointer.choose(user)
         except UnknownAdapter:
             if discovered or not await services.intake.discover(TENANT, name):
                 raise ModelNotFound(asked, param=param) from None

@@ -23,7 +23,7 @@ def value(metrics: Metrics, name: str, **labels: str) -> float:
 
 
 def served(metrics: Metrics, adapter: str | None, digest: str = "", *, prompt: int = 5, outputs: int = 3) -> None:
-    request = metrics.request(adapter, digest)
+    request = metrics.request(*([(adapter, digest)] if adapter else []))
     for _ in range(outputs):
         request.output(1, prompt, 0.25)
     request.finish("length")
@@ -135,8 +135,12 @@ def test_an_adapter_called_other_does_not_break_the_page() -> None:
 
 def test_gateway_info_names_running_and_waiting_adapters() -> None:
     metrics = Metrics(max_lora=8)
-    requests = [metrics.request("b", "sha256:1"), metrics.request("a", "sha256:1"), metrics.request("c", "sha256:2")]
-    requests.append(metrics.request("d", "sha256:3"))  # still on disk
+    requests = [
+        metrics.request(("b", "sha256:1")),
+        metrics.request(("a", "sha256:1")),
+        metrics.request(("c", "sha256:2")),
+    ]
+    requests.append(metrics.request(("d", "sha256:3")))  # still on disk
     metrics.engine_stats(
         Stats(adapters=[AdapterUse("sha256:1", "device", 8, 2, 0), AdapterUse("sha256:2", "host", 8, 0, 1)])
     )
