@@ -23,10 +23,11 @@ from starlette.applications import Starlette
 from adapters.store import AdapterStore
 from server import logs
 from server.admission import Admission
-from server.api import adapters, chat, completions, health, models, tokenize, versions, vllm
+from server.api import adapters, chat, completions, files, fine_tuning, health, models, tokenize, versions, vllm
 from server.engine.client import LocalEngine
 from server.engine.protocol import EngineConfig
 from server.errors import EXCEPTION_HANDLERS, LorakeetError
+from server.finetune.service import FineTuning
 from server.http_limits import LimitedHttpProtocol
 from server.intake import AdapterIntake
 from server.metrics import Metrics
@@ -48,13 +49,16 @@ def build_app(services: Services) -> Starlette:
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         await services.engine.start()
+        await services.tuning.manager.start()
         try:
             yield
         finally:
+            await services.tuning.manager.stop()
             await services.engine.stop(grace=0.0)
 
     settings = services.settings
-    resources = [completions, chat, tokenize, versions, adapters, models, health]  # an adapter's name may have slashes
+    # An adapter's name may have slashes: what follows the name goes before it.
+    resources = [completions, chat, tokenize, versions, adapters, models, files, fine_tuning, health]
     if settings.lora_dir is not None:
         resources.append(vllm)
     app = Starlette(
@@ -100,6 +104,7 @@ def _make_services(settings: Settings, model: Path) -> tuple[Services, LocalEngi
     engine = LocalEngine(_engine_config(settings, model), metrics.engine_stats)
     database = sqlite3.connect(settings.data_dir / "adapters.db", isolation_level=None, check_same_thread=False)
     store = AdapterStore(settings.data_dir / "adapters", database, retain=settings.keep_versions)
+    intake = AdapterIntake(settings, engine, store, metrics)
     services = Services(
         settings=settings,
         engine=engine,
@@ -108,7 +113,15 @@ def _make_services(settings: Settings, model: Path) -> tuple[Services, LocalEngi
         metrics=metrics,
         admission=Admission(settings.max_queued_requests, settings.max_queued_tokens),
         drain=Drain(),
-        intake=AdapterIntake(settings, engine, store, metrics),
+        intake=intake,
+        tuning=FineTuning.open(
+            settings.data_dir,
+            engine=engine,
+            intake=intake,
+            text=text,
+            metrics=metrics,
+            max_running=settings.max_training_jobs,
+        ),
     )
     return services, engine
 
@@ -129,6 +142,8 @@ def _engine_config(settings: Settings, model: Path) -> EngineConfig:
         max_batch_requests=settings.max_batch_requests,
         prefix_caching=settings.prefix_caching,
         threads=settings.threads,
+        finetune_max_stall_ms=settings.finetune_max_stall_ms,
+        finetune_share=settings.finetune_share,
     )
 
 

@@ -4,7 +4,7 @@ The caller names the parts it wants and how large each may be; anything missing,
 error naming the part. It knows nothing of what the parts mean.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +30,7 @@ class Part:
     max_bytes: int
     path: Path | None = None
     required: bool = True
+    on_filename: Callable[[str], None] | None = None  # called with what the client says that its file is called
 
 
 async def read_parts(request: Request, parts: Mapping[str, Part]) -> dict[str, bytes]:
@@ -151,6 +152,8 @@ class _Form:
         if name in self._seen:
             raise InvalidRequest(f"The part '{name}' appears twice.", param=name)
         part = self._parts[name]
+        if part.on_filename is not None:
+            part.on_filename(options.get(b"filename", b"").decode("utf-8", "replace"))
         file = self._stack.enter_context(part.path.open("xb", buffering=0)) if part.path else None
         self._current = self._seen[name] = _Open(name, part, file)
 

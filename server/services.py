@@ -11,6 +11,7 @@ from adapters.store import AdapterStore
 from server.admission import Admission
 from server.engine.client import EngineClient, EngineUnavailable
 from server.engine.protocol import Ready
+from server.finetune.service import FineTuning
 from server.intake import AdapterIntake
 from server.metrics import Metrics
 from server.middleware import Drain
@@ -32,6 +33,7 @@ class Services:
     admission: Admission
     drain: Drain
     intake: AdapterIntake
+    tuning: FineTuning
 
     @property
     def engine_info(self) -> Ready:

@@ -280,6 +280,21 @@ class Settings:
         maximum=1000,
     )
 
+    # --- fine-tuning
+    max_training_jobs: int = _setting(
+        2, "Fine-tuning jobs that train at once; the rest are queued.", parse=_integer, minimum=1, maximum=1024
+    )
+    finetune_max_stall_ms: float = _setting(
+        20.0, "Training between two inference steps, at most.", parse=_number, minimum=1, maximum=60_000
+    )
+    finetune_share: float = _setting(
+        0.3,
+        "Share of the device's time that training may take while requests run.",
+        parse=_number,
+        minimum=0,
+        maximum=0.9,
+    )
+
     # --- watching it
     metrics_adapters: int = _setting(
         50, "Adapters with metric series of their own; the rest share one.", parse=_integer, minimum=0, maximum=10_000

@@ -6,6 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from server.finetune.jobs import Status
 from server.finetune.messages import TrainingStep
 from server.metrics import PREFIX
 
@@ -13,7 +14,7 @@ from server.metrics import PREFIX
 class _Jobs(Collector):
     """Jobs by status, asked for at scrape time."""
 
-    def __init__(self, counts: Callable[[], Mapping[str, int]]) -> None:
+    def __init__(self, counts: Callable[[], Mapping[Status, int]]) -> None:
         self._counts = counts
 
     def collect(self) -> Iterator[Metric]:
@@ -30,7 +31,7 @@ class TrainingMetrics:
         counts: how many jobs are in each status.
     """
 
-    def __init__(self, registry: CollectorRegistry, counts: Callable[[], Mapping[str, int]]) -> None:
+    def __init__(self, registry: CollectorRegistry, counts: Callable[[], Mapping[Status, int]]) -> None:
         registry.register(_Jobs(counts))
 
         def counter(name: str, text: str) -> Counter:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import msgspec
 
 from adapters.config import parse_config
-from adapters.format import LinearShape
+from adapters.format import AdapterSpec, LinearShape, LoraModule
 from server.engine.protocol import Ready
 from server.finetune.messages import Init, MemoryMode, ModuleShape, Optimizer, Schedule, TrainingPlan
 
@@ -172,3 +172,10 @@ def plan(
         eval_every=training.eval_every or 0,
         early_stopping=training.early_stopping or 0,
     )
+
+
+def saved(shapes: Mapping[str, ModuleShape]) -> AdapterSpec:
+    """What an adapter of these shapes will be once it is saved, as far as memory is concerned."""
+    modules = {name: LoraModule(shape.rank, shape.scaling, "", "") for name, shape in shapes.items()}
+    rank = max(shape.rank for shape in shapes.values())
+    return AdapterSpec(digest="", config={}, modules=modules, dtype="float32", rank=rank, parameters=0, bytes=0)

@@ -3,7 +3,7 @@
 import json
 import re
 import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +18,8 @@ from server.admission import Admission
 from server.app import build_app
 from server.engine.client import EngineUnavailable
 from server.engine.protocol import AdapterRef, Generate, Inspection, Linear, Output, Ready
+from server.finetune.messages import JobReply, MemoryPlan, PlanMemory, StartJob, StopJob
+from server.finetune.service import FineTuning
 from server.intake import AdapterIntake
 from server.metrics import Metrics
 from server.middleware import Drain
@@ -74,6 +76,16 @@ class IdleEngine:
     async def inspect(self) -> Inspection:
         raise EngineUnavailable("this engine serves nothing")
 
+    async def train(self, job: StartJob) -> AsyncGenerator[JobReply, None]:
+        raise EngineUnavailable("this engine trains nothing")
+        yield
+
+    async def plan_memory(self, asked: PlanMemory) -> MemoryPlan:
+        raise EngineUnavailable("this engine trains nothing")
+
+    async def stop_job(self, message: StopJob) -> None:
+        raise EngineUnavailable("this engine trains nothing")
+
     async def start(self) -> None:
         pass
 
@@ -114,18 +126,23 @@ class Site:
         self.store = AdapterStore(root / "store", self._database)
         self.intake = AdapterIntake(self.settings, self.engine, self.store, self.metrics)
         self.drain = Drain()
+        self.text = cast("Any", None)  # none of these routes reads text
+        self.tuning = FineTuning.open(
+            root, engine=self.engine, intake=self.intake, text=self.text, metrics=self.metrics, max_running=1
+        )
 
     def app(self) -> Starlette:
         """The whole application."""
         services = Services(
             settings=self.settings,
             engine=self.engine,
-            text=cast("Any", None),  # none of these routes reads text
+            text=self.text,
             store=self.store,
             metrics=self.metrics,
             admission=Admission(8, 1024),
             drain=self.drain,
             intake=self.intake,
+            tuning=self.tuning,
         )
         return build_app(services)
 

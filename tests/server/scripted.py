@@ -17,6 +17,7 @@ from server.app import build_app
 from server.chat_template import ChatTemplate
 from server.engine.client import EngineUnavailable
 from server.engine.protocol import Generate, Output, Ready, TokenLogprob
+from server.finetune.service import FineTuning
 from server.intake import AdapterIntake
 from server.metrics import Metrics
 from server.middleware import Drain
@@ -136,15 +137,20 @@ def make_services(directory: Path, engine: ScriptedEngine, database: sqlite3.Con
     chosen = Settings(**({"served_model_name": BASE, "data_dir": directory} | settings))
     store = AdapterStore(directory / "adapters", database)
     metrics = Metrics(chosen.metrics_adapters)
+    text = TextProcessor(_tokenizer().backend_tokenizer, ChatTemplate(CHAT_TEMPLATE, {}))
+    intake = AdapterIntake(chosen, engine, store, metrics)
     return Services(
         settings=chosen,
         engine=engine,
-        text=TextProcessor(_tokenizer().backend_tokenizer, ChatTemplate(CHAT_TEMPLATE, {})),
+        text=text,
         store=store,
         metrics=metrics,
         admission=Admission(chosen.max_queued_requests, chosen.max_queued_tokens),
         drain=Drain(),
-        intake=AdapterIntake(chosen, engine, store, metrics),
+        intake=intake,
+        tuning=FineTuning.open(
+            directory, engine=engine, intake=intake, text=text, metrics=metrics, max_running=chosen.max_training_jobs
+        ),
     )
 
 
