@@ -56,6 +56,13 @@ class Residency:
         self._paths[digest] = path
         self._forgotten.discard(digest)
 
+    def prefetch(self, digest: str) -> None:
+        """Start reading an adapter that will be asked for, unless the host tier is full (it would push others out)."""
+        if digest in self._device or digest in self._host or digest in self._errors:
+            return
+        if self._held() < self._host_bytes:
+            self._start_loading(digest)
+
     def acquire(self, key: Key) -> Answer:
         """Take a reference on every adapter of `key` if all can be on the device now.
 
@@ -141,9 +148,12 @@ class Residency:
         if digest not in self._loading:
             self._loading[digest] = (self._reader.submit(self._load, digest, self._paths[digest]), time.monotonic())
 
+    def _held(self) -> int:
+        return sum(adapter.bytes for adapter in self._host.values())
+
     def _trim_host(self, arrived: set[str]) -> None:
         """Keep the host tier within its bound; what has just arrived stays, it is on its way to the device."""
-        held = sum(adapter.bytes for adapter in self._host.values())
+        held = self._held()
         for digest in [digest for digest in self._host if digest not in arrived]:
             if held <= self._host_bytes:
                 return

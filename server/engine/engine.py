@@ -153,6 +153,7 @@ class Engine:
         """Queue a sequence."""
         for adapter in request.adapters:
             self.residency.register(adapter.digest, adapter.path)
+            self.residency.prefetch(adapter.digest)
         sequence = Sequence(
             id=request.id,
             prompt=request.prompt,

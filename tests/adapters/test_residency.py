@@ -64,6 +64,15 @@ def test_a_load_is_off_the_path_then_ready(tiers: Fixture) -> None:
     assert [digest for digest, _ in tiers.residency.loads] == ["a"]
 
 
+def test_a_prefetched_adapter_is_ready_when_asked_for(tiers: Fixture) -> None:
+    tiers.residency.prefetch("a")
+    while tiers.residency.loading:
+        tiers.residency.poll()
+    assert tiers.residency.acquire(key("a")) == "ready"
+    tiers.residency.prefetch("a")
+    assert not tiers.residency.loading
+
+
 def test_the_least_recently_used_leaves_first(tiers: Fixture) -> None:
     for name in ("a", "b", "a"):
         assert tiers.settle(key(name)) == "ready"
