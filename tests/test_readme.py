@@ -10,6 +10,7 @@ import pytest
 from starlette.routing import Route
 
 from adapters.config import FIELDS
+from server.finetune.metrics import TrainingMetrics
 from server.metrics import PREFIX, Metrics
 from server.settings import settings_table
 
@@ -27,8 +28,10 @@ def _adapter_fields() -> str:
 
 
 def _metrics() -> str:
+    metrics = Metrics()
+    TrainingMetrics(metrics.registry, lambda: {"running": 0})
     rows = []
-    for metric in Metrics().registry.collect():
+    for metric in metrics.registry.collect():
         if metric.name.startswith(PREFIX):
             name = metric.name + ("_total" if metric.type == "counter" else "")
             rows.append(f"| `{name}` | {metric.type} | {_cell(metric.documentation)} |")
