@@ -1,0 +1,55 @@
+"""A canary split, its promotion and a rollback while requests pour in: none fails, none meets a mixed version."""
+
+import asyncio
+from typing import Any
+
+import httpx
+
+from tests.faults.conftest import Files
+from tests.faults.running import RunningServer
+
+TOKENS = 12
+CLIENTS = 4
+
+
+async def ask(client: httpx.AsyncClient, model: str, user: str | None = None) -> tuple[str, str]:
+    """The digest that answered, and the answer."""
+    body: dict[str, Any] = {"model": model, "prompt": "The quick", "max_tokens": TOKENS, "temperature": 0, "user": user}
+    response = await client.post("/v1/completions", json=body | {"ignore_eos": True})
+    assert response.status_code == 200, response.text
+    return response.headers["x-adapter-digest"], response.json()["choices"][0]["text"]
+
+
+async def test_a_canary_from_first_share_to_rollback_under_load(server: RunningServer, made: Files) -> None:
+    old = made.upload(server, "song", "red").json()["digest"]
+    new = made.upload(server, "song", "green").json()["digest"]
+    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+        expected = {digest: (await ask(client, f"song@{digest}"))[1] for digest in (old, new)}
+        assert expected[old] != expected[new]
+        seen: list[tuple[str, str]] = []
+        stop = asyncio.Event()
+
+        async def load(user: str) -> None:
+            while not stop.is_set():
+                seen.append(await ask(client, "song", user))
+
+        async def phase(path: str, body: Any) -> set[str]:
+            """Change what the name means; the digests that answer requests begun after that."""
+            response = await client.post(f"/v1/adapters/song/{path}", json=body)
+            assert response.status_code == 200, response.text
+            running = CLIENTS  # each may still hold what it began before
+            seen.clear()
+            async with asyncio.timeout(60):
+                while len(seen) < running + 20:  # noqa: ASYNC110 - filled by the clients
+                    await asyncio.sleep(0.01)
+            assert all(text == expected[digest] for digest, text in seen)
+            return {digest for digest, _ in seen[running:]}
+
+        clients = [asyncio.create_task(load(f"user-{i}")) for i in range(CLIENTS)]
+        assert await phase("promote", {"digest": old}) == {old}
+        assert await phase("promote", {"split": {old: 0.5, new: 0.5}}) == {old, new}
+        assert await phase("promote", {"digest": new}) == {new}
+        assert await phase("rollback", None) == {old}
+        stop.set()
+        await asyncio.gather(*clients)
+        assert (await client.delete("/v1/adapters/song")).status_code == 200
