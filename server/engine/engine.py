@@ -17,7 +17,7 @@ from adapters import format as adapter_format
 from adapters import kernels
 from adapters.pool import HostAdapter, RowPool, host_adapter
 from adapters.residency import Residency
-from server.engine import model, protocol, selfcheck
+from server.engine import model, protocol
 from server.engine.attention import KVCache
 from server.engine.blocks import BlockPool
 from server.engine.model import Base, UnservableModel
@@ -98,7 +98,7 @@ class Engine:
                     f"({num_blocks * BLOCK_SIZE} tokens): raise kv_cache_bytes or lower max_model_len"
                 )
             max_model_len = num_blocks * BLOCK_SIZE
-        engine = cls(
+        return cls(
             base,
             num_blocks=num_blocks,
             pool_units=_pool_units(base, config.adapter_bytes),
@@ -108,8 +108,6 @@ class Engine:
             adapter_host_bytes=config.adapter_host_bytes,
             prefix_caching=config.prefix_caching,
         )
-        selfcheck.run(engine, Path(config.cache_dir))
-        return engine
 
     def ready(self) -> Ready:
         """What this engine serves."""

@@ -12,11 +12,12 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import transformers
 import zmq
 
-from server.engine import protocol
+from server.engine import protocol, selfcheck
 from server.engine.engine import Engine
 from server.engine.model import UnservableModel
 from server.finetune.messages import PlanMemory, StartJob, StopJob
@@ -125,6 +126,7 @@ def main() -> int:
     socket.connect(config.address)
     try:
         engine = Engine.load(config)
+        selfcheck.run(engine, Path(config.cache_dir))
         pacer = Pacer(config.finetune_max_stall_ms / 1e3, config.finetune_share)
         Loop(engine, Trainer(engine.base), pacer, socket).run()
     except UnservableModel as fault:

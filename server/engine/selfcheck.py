@@ -7,25 +7,22 @@ prompt both ways, longer than its sliding window. What passed is remembered by d
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import transformers
 
 from adapters.kernels import native
 from server.engine import attention
+from server.engine.engine import Engine
 from server.engine.model import UnservableModel
 from server.engine.protocol import Generate, Sampling
-
-if TYPE_CHECKING:
-    from server.engine.engine import Engine
 
 SCORED = 64  # prompt positions compared, the last ones
 TOLERANCE = {torch.float32: 5e-3}  # of a log-probability; bf16 and fp16 get LOOSE
 LOOSE = 0.5
 
 
-def run(engine: "Engine", cache_dir: Path) -> None:
+def run(engine: Engine, cache_dir: Path) -> None:
     """Compare and remember. Raises UnservableModel when the two disagree."""
     identity = [engine.base_digest, engine.base.architecture, str(engine.base.device), transformers.__version__]
     name = hashlib.sha256(json.dumps([*identity, torch.__version__]).encode()).hexdigest()[:24]
@@ -43,7 +40,7 @@ def run(engine: "Engine", cache_dir: Path) -> None:
     passed.write_text(json.dumps({"digest": engine.base_digest, "difference": difference}))
 
 
-def compare(engine: "Engine") -> float:
+def compare(engine: Engine) -> float:
     """Largest difference between our log-probabilities of a prompt's tokens and those of stock eager attention.
 
     The stock side decodes the weights with their own library, so that it shares no kernel with ours.
@@ -56,7 +53,7 @@ def compare(engine: "Engine") -> float:
     return float((ours - _stock(engine, prompt, scored)).abs().max())
 
 
-def _score(engine: "Engine", prompt: list[int]) -> list[float]:
+def _score(engine: Engine, prompt: list[int]) -> list[float]:
     """Log-probability of every prompt token but the first, through scheduler, chunks, blocks and our attention."""
     sampling = Sampling(max_tokens=0, prompt_logprobs=0)
     engine.add(Generate(id="selfcheck", prompt=prompt, sampling=sampling))
@@ -70,7 +67,7 @@ def _score(engine: "Engine", prompt: list[int]) -> list[float]:
 
 
 @torch.no_grad()
-def _stock(engine: "Engine", prompt: list[int], scored: int) -> torch.Tensor:
+def _stock(engine: Engine, prompt: list[int], scored: int) -> torch.Tensor:
     base, model = engine.base, engine.base.model
     ids = torch.tensor([prompt], device=base.device)
     keep = torch.arange(len(prompt) - 1 - scored, len(prompt) - 1, device=base.device)

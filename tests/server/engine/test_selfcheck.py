@@ -1,0 +1,53 @@
+"""The self-check passes what is right, refuses what is wrong, and remembers only the first."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapters.kernels import native
+from server.engine import selfcheck
+from server.engine.engine import Engine
+from server.engine.model import UnservableModel
+from tests.offline import load_engine
+
+
+@pytest.fixture
+def engine(model_dir: Path, cache_dir: Path) -> Engine:
+    return load_engine(model_dir, cache_dir)
+
+
+def test_a_right_engine_passes_once(engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    selfcheck.run(engine, tmp_path)
+    assert len(list((tmp_path / "selfcheck").iterdir())) == 1
+    counts = engine.blocks.counts
+    assert counts.free == engine.blocks.num_blocks, "nothing is left behind"
+    monkeypatch.setattr(selfcheck, "compare", lambda _: pytest.fail("it was remembered"))
+    selfcheck.run(engine, tmp_path)
+
+
+def test_without_native_kernels_it_passes_too(engine: Engine) -> None:
+    engine.runner._plan = None
+    with native.switched_off():
+        assert selfcheck.compare(engine) < 1e-4
+
+
+@pytest.mark.parametrize("fault", ["a norm", "a weight", "nan"])
+def test_a_wrong_engine_is_refused(fault: str, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(run: object) -> object:
+        def score(*args: object, **kwargs: object) -> torch.Tensor:
+            logits: torch.Tensor = run(*args, **kwargs)  # type: ignore[operator]
+            match fault:
+                case "a norm":
+                    return logits * 1.01
+                case "a weight":
+                    return logits.roll(1, dims=-1)
+                case _:
+                    return logits * torch.nan
+
+        return score
+
+    monkeypatch.setattr(engine.runner, "_forward", wrong(engine.runner._forward))
+    with pytest.raises(UnservableModel, match=r"self-check|disagrees"):
+        selfcheck.run(engine, tmp_path)
+    assert not (tmp_path / "selfcheck").exists()
