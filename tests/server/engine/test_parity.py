@@ -10,7 +10,7 @@ import transformers
 
 from server.engine.engine import Engine
 from tests.offline import load_engine, publish, request, run
-from tests.tiny import ALL_LINEAR, tiny_adapter, tiny_model
+from tests.tiny import tiny_adapter, tiny_model
 
 PROMPT = torch.randint(3, 500, (90,), generator=torch.Generator().manual_seed(1)).tolist()
 
