@@ -115,7 +115,7 @@ def load(instruction_set: str | None = None) -> "Kernels | None":
 
 @contextmanager
 def switched_off() -> Iterator[None]:
-    """Within it `load` finds nothing, in any thread, and plain torch does all the work: to hold one against the other."""
+    """Within it `load` finds nothing, in any thread: plain torch does all the work, to hold one against the other."""
     global _off
     _off = True
     try:

@@ -20,6 +20,18 @@ struct Rows {  // the (query, head) rows of one task: one request, one kv head, 
     int position(int row) const { return first_position + row / share; }
 };
 
+// Calls f<M>(m) for rows m .. m + M until all `count` are done, four at a time while it can.
+template <class F>
+INLINE void by_fours(int count, F&& f) {
+    int m = 0;
+    for (; m + 4 <= count; m += 4) f.template operator()<4>(m);
+    switch (count - m) {
+        case 3: return f.template operator()<3>(m);
+        case 2: return f.template operator()<2>(m);
+        case 1: return f.template operator()<1>(m);
+    }
+}
+
 template <int M>
 INLINE void score_keys(const float* q, const float* keys, int count, int dim, float* scores) {
     int n = 0;
@@ -86,11 +98,11 @@ void attend_group(const Attention& a, const Rows& rows, int kv_head, const int32
         }
     };
     spans([&](int n, int count, int64_t offset) {
-        int m = 0;
-        for (; m + 4 <= rows.count; m += 4)
-            score_keys<4>(rows.q + m * dim, a.cache.k + offset, count, dim, rows.scores + m * GROUP + n);
-        for (; m < rows.count; m++)
-            score_keys<1>(rows.q + m * dim, a.cache.k + offset, count, dim, rows.scores + m * GROUP + n);
+        const float *keys_here = a.cache.k + offset, *values = a.cache.v + offset;
+        for (int64_t i = 0; i < (int64_t)count * dim; i += 16) __builtin_prefetch(values + i);  // read next
+        by_fours(rows.count, [&]<int M>(int m) {
+            score_keys<M>(rows.q + m * dim, keys_here, count, dim, rows.scores + m * GROUP + n);
+        });
     });
     for (int m = 0; m < rows.count; m++) {
         float* scores = rows.scores + m * GROUP;
@@ -100,11 +112,9 @@ void attend_group(const Attention& a, const Rows& rows, int kv_head, const int32
         soften(scores, rows.top + m, rows.total + m, rows.acc + m * dim, dim);
     }
     spans([&](int n, int count, int64_t offset) {
-        int m = 0;
-        for (; m + 4 <= rows.count; m += 4)
-            weigh_values<4>(rows.scores + m * GROUP + n, a.cache.v + offset, count, dim, rows.acc + m * dim);
-        for (; m < rows.count; m++)
-            weigh_values<1>(rows.scores + m * GROUP + n, a.cache.v + offset, count, dim, rows.acc + m * dim);
+        by_fours(rows.count, [&]<int M>(int m) {
+            weigh_values<M>(rows.scores + m * GROUP + n, a.cache.v + offset, count, dim, rows.acc + m * dim);
+        });
     });
 }
 

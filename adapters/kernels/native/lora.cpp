@@ -42,11 +42,20 @@ INLINE void shrink_some(const float* x, const Number* a, int in, float scale, fl
         for (int n = 0; n < N; n++) down[m * rank + n] = scale * sums[m][n];
 }
 
+// Asks for a stretch of memory that is wanted soon.
+template <class Number>
+INLINE void fetch(const Number* p, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / sizeof(Number)) __builtin_prefetch(p + i);
+}
+
 template <int M, class Number>
 INLINE void shrink_rows(const Segment& s, const float* x, const Number* a, int first, int last, float* down) {
     const int64_t in = s.linear->in;
     int r = first;
-    for (; r + 4 <= last; r += 4) shrink_some<M, 4>(x, a + r * in, in, s.scale, down + r, s.rank);
+    for (; r + 4 <= last; r += 4) {
+        fetch(a + (r + 4) * in, 4 * in);
+        shrink_some<M, 4>(x, a + r * in, in, s.scale, down + r, s.rank);
+    }
     for (; r < last; r++) shrink_some<M, 1>(x, a + r * in, in, s.scale, down + r, s.rank);
 }
 

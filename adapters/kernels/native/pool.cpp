@@ -18,7 +18,7 @@ struct Job {
     int tasks = 0;
 };
 
-constexpr int SPINS = 20000;  // some 100 us: longer than the gaps inside a step, shorter than an idle engine
+constexpr int SPINS = 4000;  // some 100 us: longer than the gaps inside a step, shorter than those between steps
 
 Job job;
 std::atomic<uint64_t> ticket{0};  // job number << 32 | tasks not yet taken
