@@ -174,10 +174,10 @@ def test_an_adapter_goes_there_and_back(
 def test_a_refused_adapter_says_why(
     served: Served, adapter: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_adapter(adapter, use_dora=True)
+    write_adapter(adapter, peft_type="LOHA")
     assert run(monkeypatch, "push", "parrot", str(adapter)) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: use_dora")
+    assert line.startswith("error: peft_type")
 
 
 def test_pull_gets_one_version_and_replaces_nothing_unless_told(
