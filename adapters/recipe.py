@@ -1,0 +1,38 @@
+"""How adapters are mixed, said without torch: what an API process writes and `adapters.mix` carries out."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Method = Literal[
+    "linear",
+    "cat",
+    "svd",
+    "ties",
+    "ties_svd",
+    "dare_linear",
+    "dare_linear_svd",
+    "dare_ties",
+    "dare_ties_svd",
+    "magnitude_prune",
+    "magnitude_prune_svd",
+]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to mix.
+
+    Attributes:
+        weights: one per adapter.
+        density: share of the numbers that pruning keeps, above 0 and at most 1.
+        majority_sign: how `ties` elects a sign: by the sum of values, or by their number.
+        rank: of the result of an `svd` method; by default the largest of the sources'.
+        seed: of random pruning (`dare`).
+    """
+
+    method: Method
+    weights: tuple[float, ...]
+    density: float = 1.0
+    majority_sign: Literal["total", "frequency"] = "total"
+    rank: int | None = None
+    seed: int = 0
