@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -264,6 +265,8 @@ def write_readme(
 
 def main() -> None:
     """Run the command; what a person can mend is said in one line, without a traceback."""
+    # Ended from outside, it must still stop the servers that it started: as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         app()
     except (ScenarioError, SideError, readme.ReadmeError, kernels.KernelsError, json.JSONDecodeError) as error:

@@ -6,30 +6,21 @@ from typing import Any
 
 from loadtest.compare import Case
 
-_OURS = ("lorakeet", "lorakeet-offline")
 _LLAMA = ("llama", "llama-q4_0")
-_STATIC = ("llama-static", "llama-q4_0-static")
 _OTHERS = ("vllm", "vllm-bf16", "peft", "peft-bf16")
+_ALL = ("lorakeet", "lorakeet-offline", *_LLAMA, "llama-static", "llama-q4_0-static", *_OTHERS)
+_HALF_WIDTH = ("lorakeet", *_LLAMA)
+_BASE = ("lorakeet", "lorakeet-bare", *_LLAMA, *_OTHERS)
+_WHOLE = ("lorakeet", *_LLAMA, "vllm", "peft-switching")
 
 _CASES = (
-    Case("one", "1 request, 1 adapter (fp32 file)", 1, "one", "float32", 65, (*_OURS, *_LLAMA, *_STATIC, *_OTHERS)),
-    Case(
-        *("eight", "8 requests, 8 adapters (fp32 files)", 8, "distinct", "float32", 65),
-        (*_OURS, *_LLAMA, *_STATIC, *_OTHERS),
-    ),
-    # Only these two keep a half-width file as it is; the others would measure the same twice.
-    Case("one-bf16", "1 request, 1 adapter (bf16 file)", 1, "one", "bfloat16", 65, ("lorakeet", *_LLAMA)),
-    Case("eight-bf16", "8 requests, 8 adapters (bf16 files)", 8, "distinct", "bfloat16", 65, ("lorakeet", *_LLAMA)),
-    Case("base", "8 requests, no adapter", 8, "none", "float32", 65, ("lorakeet", "lorakeet-bare", *_LLAMA, *_OTHERS)),
-    Case(
-        "whole",
-        "8 whole requests (64 in, 33 out)",
-        8,
-        "distinct",
-        "float32",
-        33,
-        ("lorakeet", *_LLAMA, "vllm", "peft-switching"),
-    ),
+    Case("one", "1 request, 1 adapter (fp32 file)", 1, "one", "float32", 65, _ALL),
+    Case("eight", "8 requests, 8 adapters (fp32 files)", 8, "distinct", "float32", 65, _ALL),
+    # Only these keep a half-width file as it is; the others would measure the same twice.
+    Case("one-bf16", "1 request, 1 adapter (bf16 file)", 1, "one", "bfloat16", 65, _HALF_WIDTH),
+    Case("eight-bf16", "8 requests, 8 adapters (bf16 files)", 8, "distinct", "bfloat16", 65, _HALF_WIDTH),
+    Case("base", "8 requests, no adapter", 8, "none", "float32", 65, _BASE),
+    Case("whole", "8 whole requests (64 in, 33 out)", 8, "distinct", "float32", 33, _WHOLE),
 )
 NAMES = [case.name for case in _CASES]
 

@@ -111,7 +111,7 @@ def kernel_claims(result: Result) -> list[Claim]:
     lines = [line for line in result.get("kernels", {}).get("lines", []) if line["kernel"] == "nf4 linear"]
 
     def worst(rows: int, bound: str) -> float | None:
-        return min((line[bound] for line in lines if line["rows"] == rows and line.get(bound)), default=None)
+        return min((line[bound] for line in lines if line["rows"] == rows), default=None)
 
     return [
         Claim("NF4 linear, 1 row: share of read bandwidth", worst(1, "bandwidth_share"), 0.35, percent=True),
@@ -173,9 +173,9 @@ def _kernels(result: Result) -> str:
         [
             f"{line['kernel']} {line['shape']}, {line['rows']} rows",
             f"{1e6 * line['seconds']:.0f}",
-            f"{1e6 * line['library_seconds']:.0f} ({line['library']})" if line.get("library_seconds") else "-",
-            f"{100 * line['bandwidth_share']:.0f}%" if line.get("bandwidth_share") else "-",
-            f"{100 * line['flops_share']:.0f}%" if line.get("flops_share") else "-",
+            f"{1e6 * line['library_seconds']:.0f} ({line['library']})",
+            f"{100 * line['bandwidth_share']:.0f}%",
+            f"{100 * line['flops_share']:.0f}%",
         ]
         for line in kernels["lines"]
     ]

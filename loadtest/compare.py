@@ -148,15 +148,14 @@ async def compare(
             reason = side.missing()
             if reason is None:
                 report(f"starting {side.name}")
+                running[side.name] = side  # already: whatever happens, it is stopped
                 try:
                     await side.start(kit)
+                    result.sides[side.name] = side.describe()
                 except SideError as error:
-                    await side.stop()
+                    await running.pop(side.name).stop()
                     reason = f"did not start: {error}"
-            if reason is None:
-                running[side.name] = side
-                result.sides[side.name] = side.describe()
-            else:
+            if reason is not None:
                 report(f"{side.name}: {reason}")
                 result.missing[side.name] = reason
         await _warm_up(running, cases, kit, result, report)

@@ -30,27 +30,23 @@ def measure() -> dict[str, Any]:
 def table(measured: dict[str, Any]) -> Table:
     """The terminal's table."""
     roof = measured["roofline"]
+    libraries = dict.fromkeys(f"{line['kernel'].split(',')[0]}: {line['library']}" for line in measured["lines"])
     result = Table(
-        *("kernel", "shape", "rows", "µs", "library", "library µs", "speed-up", "of bandwidth", "of fp32 peak"),
+        *("kernel", "rows", "µs", "library", "speed-up", "bandwidth", "fp32 peak"),
         title=f"{roof['read_gb_s']:.1f} GB/s read, {roof['fp32_gflop_s']:.0f} GFLOP/s fp32, {roof['threads']} threads",
+        caption="Library: " + "; ".join(libraries),
     )
-    for column in result.columns[2:]:
+    result.columns[0].no_wrap = True
+    for column in result.columns[1:]:
         column.justify = "right"
     for line in measured["lines"]:
-        library = line.get("library_seconds")
         result.add_row(
-            line["kernel"],
-            line["shape"],
+            f"{line['kernel']}, {line['shape']}",
             str(line["rows"]),
             f"{1e6 * line['seconds']:.0f}",
-            line.get("library", ""),
-            f"{1e6 * library:.0f}" if library else "",
-            f"{library / line['seconds']:.1f}x" if library else "",
-            _percent(line.get("bandwidth_share")),
-            _percent(line.get("flops_share")),
+            f"{1e6 * line['library_seconds']:.0f}",
+            f"{line['library_seconds'] / line['seconds']:.1f}x",
+            f"{100 * line['bandwidth_share']:.0f}%",
+            f"{100 * line['flops_share']:.0f}%",
         )
     return result
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.0f}%"

@@ -1,13 +1,15 @@
 """Rounds, cells and verdicts, with sides that answer from a script."""
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from loadtest import cases, claims, peers, readme
+from loadtest import cases, claims, kernels, peers, readme
 from loadtest.client import Timeline
 from loadtest.compare import Case, Cell, Comparison, compare
 from loadtest.peers.base import Kit, Side, SideError, Work
@@ -99,12 +101,21 @@ async def test_a_side_takes_part_only_where_it_is_named(kit: Kit) -> None:
 async def test_a_missing_side_is_reported_and_the_rest_go_on(kit: Kit) -> None:
     broken = Scripted("broken", 1, log=[], start_error="boom")
     sides = [Scripted("absent", 0, log=[]), broken, Scripted("a", 10, log=[])]
-    result = await compare(
-        sides, [case("absent", "broken", "a")], kit, rounds=1, cell_seconds=9, report=lambda line: None
-    )
+    result = await measure(sides, [case("absent", "broken", "a")], kit)
     assert result.missing == {"absent": "not here", "broken": "did not start: boom"}
     assert set(result.cells["eight"]) == {"a"}
     assert broken.stopped
+
+
+async def test_interrupted_while_starting_it_stops_what_it_started(kit: Kit) -> None:
+    class Interrupted(Scripted):
+        async def start(self, kit: Kit) -> None:
+            raise KeyboardInterrupt
+
+    sides = [Scripted("a", 10, log=[]), Interrupted("b", 10, log=[])]
+    with pytest.raises(KeyboardInterrupt):
+        await measure(sides, [case("a", "b")], kit)
+    assert all(side.stopped for side in sides)
 
 
 async def test_a_slow_side_gets_fewer_rounds(kit: Kit) -> None:
@@ -189,21 +200,20 @@ def test_taxes() -> None:
 
 
 def test_kernels_are_judged_by_their_worst_shape() -> None:
-    line = {
-        "kernel": "nf4 linear",
-        "shape": "576x576",
-        "seconds": 1e-4,
-        "library": "bitsandbytes",
-        "library_seconds": 1e-3,
-    }
-    lines = [line | {"rows": 1, "bandwidth_share": share} for share in (0.5, 0.3)]
-    lines.append(line | {"rows": 16, "flops_share": 0.7})
+    line = {"kernel": "nf4 linear", "shape": "576x576", "seconds": 1e-4, "library": "bitsandbytes"}
+    line |= {"library_seconds": 1e-3, "rows": 1, "bandwidth_share": 0.5, "flops_share": 0.01}
+    other = line | {"kernel": "bf16 head", "bandwidth_share": 0.1}
+    lines = [line, line | {"bandwidth_share": 0.3}, other, line | {"rows": 16, "flops_share": 0.7}]
     roofline = {"read_gb_s": 20.0, "fp32_gflop_s": 150.0, "threads": 2}
-    measured = result() | {"kernels": {"lines": lines, "roofline": roofline}}
-    found = verdicts(measured)
+    measured = {"roofline": roofline, "lines": lines}
+    found = verdicts(result() | {"kernels": measured})
     assert found["NF4 linear, 1 row: share of read bandwidth"] == (0.3, "missed")
     assert found["NF4 linear, 16 rows: share of the fp32 peak"] == (0.7, "met")
-    assert "| nf4 linear 576x576, 16 rows | 100 | 1000 (bitsandbytes) | - | 70% |" in claims.markdown(measured)
+    text = claims.markdown(result() | {"kernels": measured})
+    assert "| nf4 linear 576x576, 16 rows | 100 | 1000 (bitsandbytes) | 50% | 70% |" in text
+    console = Console(width=100, file=io.StringIO())
+    console.print(kernels.table(measured))
+    assert "10.0x" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 # --- README --------------------------------------------------------------------------------------------------------
