@@ -22,6 +22,7 @@ from adapters.fields import AdapterError
 from adapters.format import WEIGHTS_NAME, AdapterSpec
 from adapters.recipe import Recipe
 
+REFUSED = 3  # exit code: the order is at fault, and the answer says how
 _NICENESS = 10  # whoever serves goes first
 
 
@@ -175,4 +176,4 @@ if __name__ == "__main__":
         main(json.load(sys.stdin))
     except AdapterError as refusal:
         print(json.dumps({"message": str(refusal), "param": refusal.param, "code": refusal.code}))
-        sys.exit(3)
+        sys.exit(REFUSED)

@@ -1,4 +1,4 @@
-"""`/v1/adapters`: upload, list, look at, download and delete adapters. What a name means is `api.versions`' matter."""
+"""`/v1/adapters`: upload, mix, list, look at, download and delete adapters. What a name means is `versions`' matter."""
 
 import asyncio
 from typing import Any
@@ -11,6 +11,7 @@ from starlette.types import Receive, Scope, Send
 from adapters.config import MAX_CONFIG_BYTES
 from adapters.format import CONFIG_NAME, WEIGHTS_NAME
 from adapters.store import AdapterStore, AmbiguousDigest, Staging, UnknownAdapter, Version
+from server.api.mixing import mix
 from server.errors import Conflict, InvalidRequest, NotFound, TooManyRequests, shown
 from server.intake import disk_faults
 from server.multipart import Part, read_parts
@@ -22,15 +23,18 @@ _SLOT_SECONDS = 30.0
 
 
 async def upload(request: Request) -> Response:
-    """Receive an adapter. 201 when the name changed, 200 when it had this content already."""
+    """Receive an adapter, or make one of others. 201 when the name changed, 200 when it had this content already."""
     services = services_of(request)
     _ = services.intake.base  # without a base nothing can be checked, so do not receive it either
     await take_slot(services)
     try:
-        async with services.intake.stage() as staging:
-            with disk_faults():
-                name, promote = await _receive(request, services, staging)
-            version, changed = await services.intake.admit(TENANT, name, staging, promote=promote)
+        if "json" in request.headers.get("content-type", ""):
+            version, changed = await mix(request)
+        else:
+            async with services.intake.stage() as staging:
+                with disk_faults():
+                    name, promote = await _receive(request, services, staging)
+                version, changed = await services.intake.admit(TENANT, name, staging, promote=promote)
     finally:
         services.intake.upload_slots.release()
     return JSONResponse(receipt(version), status_code=201 if changed else 200, headers=_digest_header(version))

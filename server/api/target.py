@@ -52,14 +52,14 @@ async def open_target(
             if adapter_id is not None:
                 raise InvalidRequest("Give either `adapter_id` or `adapters`.", param="adapters")
             if model not in base:
-                await _hold(services, model, "model", user, held)  # an unknown model is the worse mistake
+                await hold(services, model, "model", user, held)  # an unknown model is the worse mistake
                 raise InvalidRequest("With `adapters`, `model` is the base.", param="adapters")
             yield await _several(services, model, adapters, user, held)
             return
         asked, param = model, "model"
         if adapter_id is not None and adapter_id != model:
             if model not in base:
-                await _hold(services, model, "model", user, held)
+                await hold(services, model, "model", user, held)
                 raise InvalidRequest(
                     "`model` and `adapter_id` name two adapters; give one of them.", param="adapter_id"
                 )
@@ -67,7 +67,7 @@ async def open_target(
         if asked in base:
             yield Target(asked, services.engine_info.base_digest, [], [])
             return
-        version = await _hold(services, asked, param, user, held)
+        version = await hold(services, asked, param, user, held)
         yield Target(asked, version.digest, [(version.name, version.digest)], [_ref(version, 1.0)])
 
 
@@ -78,7 +78,7 @@ async def _several(
     weights: dict[str, float] = {}
     versions: dict[str, Version] = {}
     for i, adapter in enumerate(adapters):
-        version = await _hold(services, adapter.id, f"adapters.{i}.id", user, held)
+        version = await hold(services, adapter.id, f"adapters.{i}.id", user, held)
         if version.digest in versions:
             message = (
                 f"`adapters` has the content of `{version.name}` twice; give it once, with the sum of the weights."
@@ -116,7 +116,7 @@ def _ref(version: Version, weight: float) -> AdapterRef:
     return AdapterRef(digest=version.digest, path=str(version.path), weight=weight)
 
 
-async def _hold(services: Services, asked: str, param: str, user: str | None, held: ExitStack) -> Version:
+async def hold(services: Services, asked: str, param: str, user: str | None, held: ExitStack) -> Version:
     """Find a version and lease it until `held` closes."""
     name, at, prefix = asked.partition("@")
     prefix = prefix.removeprefix("sha256:").lower()

@@ -1,0 +1,58 @@
+"""Heavy arithmetic in a process of its own: torch stays out of this one, and whoever waits can stop waiting.
+
+A worker is a module that reads an order in JSON from standard input, answers in JSON on standard output and exits with
+`REFUSED` after saying what it does not accept. It knows nothing of HTTP; neither does this file.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from adapters.fields import AdapterError
+
+REFUSED = 3  # exit code
+
+log = logging.getLogger(__name__)
+
+
+class WorkerFailed(RuntimeError):
+    """The worker broke down; its log says why."""
+
+
+class WorkerTooSlow(TimeoutError):
+    """The worker did not come to an end in time, and was ended."""
+
+
+async def run_worker(module: str, order: Mapping[str, Any], seconds: float) -> Any:
+    """Let `python -m module` carry out an order; its answer. Cancelling ends the process.
+
+    Raises:
+        AdapterError: the worker refused the order.
+        WorkerTooSlow, WorkerFailed.
+    """
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", module),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
+    )
+    try:
+        async with asyncio.timeout(seconds):
+            answer, errors = await process.communicate(json.dumps(order).encode())
+    except TimeoutError:
+        raise WorkerTooSlow(f"not done within {seconds:g} s") from None
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode == REFUSED:
+        raise AdapterError(**json.loads(answer))
+    if process.returncode:
+        log.error("%s ended with %d: %s", module, process.returncode, errors.decode(errors="replace")[-2000:])
+        raise WorkerFailed(f"{module} ended with {process.returncode}")
+    return json.loads(answer) if answer else None
