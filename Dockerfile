@@ -11,15 +11,15 @@ ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/lorakeet
 ENV PATH=/opt/lorakeet/bin:$PATH
 
-# torch first, in a layer of its own: it is most of the image and rarely changes. For an NVIDIA GPU, build with
-# --build-arg TORCH_INDEX=https://pypi.org/simple (the image then holds CUDA's libraries too).
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# torch first, in a layer of its own: it is most of the image and rarely changes. The usual wheel brings CUDA's libraries;
+# for a small image without them, build with --build-arg TORCH_INDEX=(PyTorch's index of CPU wheels).
+ARG TORCH_INDEX=
 WORKDIR /src
 COPY constraints.txt .
-RUN pip install --constraint constraints.txt --extra-index-url "$TORCH_INDEX" torch
+RUN pip install --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch
 
 COPY . .
-RUN pip install --constraint constraints.txt --extra-index-url "$TORCH_INDEX" .
+RUN pip install --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} .
 WORKDIR /
 RUN python -m adapters.kernels.build
 

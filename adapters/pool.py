@@ -219,7 +219,7 @@ class RowPool:
             table[:, column, 3] = placement.rank
             table[:, column, 4] = placement.dtype
             scale[:, column] = placement.scaling * np.float32(use.weight)
-        touched = [bool(ranks.any()) for ranks in table[:, :, 3]]
+        touched = np.asarray(table[:, :, 3].any(axis=1)).tolist()
         return SegmentDeltas(
             self,
             torch.from_numpy(table).to(self.device, non_blocking=True),

@@ -338,7 +338,9 @@ class Settings:
     @property
     def base_name(self) -> str:
         """The base's name in the API."""
-        return self.served_model_name or Path(self.model).name.removesuffix(".gguf")
+        return self.served_model_name or (Path(self.model).name or Path(self.model).resolve().name).removesuffix(
+            ".gguf"
+        )
 
     @property
     def base_aliases(self) -> frozenset[str]:

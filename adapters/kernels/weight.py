@@ -4,12 +4,17 @@ bitsandbytes' 4-bit and 8-bit tensors and plain dense ones, all by reference: no
 base stays the bytes it was. Knows how to decode a weight; does not know how to multiply by one.
 """
 
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
-from torch import Tensor, nn
+
+# Otherwise its import warns, on some CPUs, that a kernel of its own is missing which is never called here.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
 WeightKind = Literal["nf4", "fp4", "int8", "dense"]
 

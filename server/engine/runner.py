@@ -5,6 +5,8 @@ attention), runs the model and the sampler. Knows the device; does not decide wh
 token means for a sequence's life.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -54,9 +56,10 @@ class Runner:
     @torch.no_grad()
     def run(self, step: Step) -> list[WorkResult]:
         """Compute a step. Returns one result per work, in order."""
-        batch, wanted = self._pack(step)
-        logits = self._forward(batch)  # [K, V] fp32
-        return self._results(step, logits, wanted)
+        with _one_torch_thread() if self._plan is not None else nullcontext():
+            batch, wanted = self._pack(step)
+            logits = self._forward(batch)  # [K, V] fp32
+            return self._results(step, logits, wanted)
 
     def clean(self, blocks: list[int]) -> None:
         """Zero blocks that may hold non-finite keys or values."""
@@ -173,6 +176,17 @@ class Runner:
         following = torch.tensor([sequence.tokens[position + 1] for position in work.prompt_rows], device=logits.device)
         alternatives = sequence.sampling.prompt_logprobs or 0
         result.prompt_logprobs = token_logprobs(logits, following, [alternatives] * len(following))
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """What a planned step leaves to torch is small: waking its threads would cost more than they do, and theirs spin."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _merged(uses: list[Use]) -> list[Use]:
