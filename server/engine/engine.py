@@ -98,12 +98,18 @@ class Engine:
                     f"({num_blocks * BLOCK_SIZE} tokens): raise kv_cache_bytes or lower max_model_len"
                 )
             max_model_len = num_blocks * BLOCK_SIZE
+        max_batch_tokens = config.max_batch_tokens or DEFAULT_BATCH_TOKENS.get(base.device.type, 512)
+        if max_batch_tokens <= config.max_batch_requests:
+            raise UnservableModel(
+                f"max_batch_tokens {max_batch_tokens} must exceed max_batch_requests {config.max_batch_requests}, "
+                "or decoding would leave no room for prompts"
+            )
         return cls(
             base,
             num_blocks=num_blocks,
             pool_units=_pool_units(base, config.adapter_bytes),
             max_model_len=max_model_len,
-            max_batch_tokens=config.max_batch_tokens or DEFAULT_BATCH_TOKENS[base.device.type],
+            max_batch_tokens=max_batch_tokens,
             max_batch_requests=config.max_batch_requests,
             adapter_host_bytes=config.adapter_host_bytes,
             prefix_caching=config.prefix_caching,
@@ -225,7 +231,6 @@ class Engine:
     def _take_in(self, work: Work, result: WorkResult) -> Output | None:
         sequence, live = work.sequence, self._live[work.sequence.id]
         if result.failed:
-            self.runner.clean(sequence.blocks[work.start // BLOCK_SIZE :])
             self.scheduler.fail(sequence.id, "The model's logits are not finite for this request.", NON_FINITE)
             return None
         live.prompt_logprobs += result.prompt_logprobs

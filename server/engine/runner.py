@@ -61,11 +61,6 @@ class Runner:
             logits = self._forward(batch)  # [K, V] fp32
             return self._results(step, logits, wanted)
 
-    def clean(self, blocks: list[int]) -> None:
-        """Zero blocks that may hold non-finite keys or values."""
-        for cache in (*self._cache.k, *self._cache.v):
-            cache[blocks] = 0
-
     # --- in --------------------------------------------------------------------------------------------
 
     def _pack(self, step: Step) -> tuple[Batch, list[int]]:
@@ -180,7 +175,7 @@ class Runner:
 
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """What a planned step leaves to torch is small: waking its threads would cost more than they do, and theirs spin."""
+    """What a planned step leaves to torch is small: waking its threads, which then spin, would cost more than they do."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,0 +1,95 @@
+"""Engine limits and faults that no other test of the engine is about."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapters.pool import host_adapter
+from server.engine.engine import Engine
+from server.engine.model import UnservableModel
+from server.engine.protocol import AdapterRef
+from tests.offline import load_engine, request, run
+from tests.tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def engine(model_dir: Path, cache_dir: Path) -> Engine:
+    return load_engine(model_dir, cache_dir)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"max_batch_tokens": 16, "max_batch_requests": 16}, "max_batch_tokens"),
+        ({"kv_cache_bytes": 1000}, "kv_cache_bytes"),
+        ({"adapter_bytes": 100}, "adapter_bytes"),
+        ({"kv_cache_bytes": 1 << 19, "max_model_len": 500}, "max_model_len"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(
+    settings: dict[str, int], named: str, model_dir: Path, cache_dir: Path
+) -> None:
+    with pytest.raises(UnservableModel, match=named):
+        load_engine(model_dir, cache_dir, **settings)
+
+
+def test_a_small_cache_shortens_the_context(model_dir: Path, cache_dir: Path) -> None:
+    engine = load_engine(model_dir, cache_dir, kv_cache_bytes=1 << 19)
+    assert engine.ready().max_model_len == engine.blocks.num_blocks * 16 < 512
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_rope_that_depends_on_the_batch_is_refused(rope: str, cache_dir: Path, tmp_path: Path) -> None:
+    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 256}
+    parameters = {"rope_type": rope, "factor": 2.0, "rope_theta": 1e4} | (factors if rope == "longrope" else {})
+    model = tiny_model(tmp_path / "m", rope_parameters=parameters)
+    with pytest.raises(UnservableModel, match=rope):
+        load_engine(model, cache_dir)
+
+
+def test_a_request_that_overflows_fails_alone(engine: Engine) -> None:
+    huge = {
+        linear.name: (torch.full((1, linear.in_features), 1e30), torch.full((linear.out_features, 1), 1e30), 1.0)
+        for linear in engine.base.linears
+    }
+    overflowing = host_adapter("sha256:huge", huge, torch.float32)
+    engine.residency._host[overflowing.digest] = overflowing
+    reference = AdapterRef(overflowing.digest, "")
+    plain = [request(f"plain{i}", range(20 + i, 60), max_tokens=8) for i in range(3)]
+    expected = run(engine, plain)
+    engine.blocks.reset_cache()
+    answers = run(engine, [plain[0], request("bad", range(20, 60), reference), *plain[1:]])
+    bad = answers.pop("bad")
+    assert bad.code == "non_finite_logits"
+    assert bad.tokens == []
+    assert answers == expected
+    for cache in (*engine.runner._cache.k, *engine.runner._cache.v):
+        assert cache.isfinite().all(), "blocks are handed on clean"
+
+
+def test_an_aborted_request_costs_nothing_from_the_next_step_on(engine: Engine) -> None:
+    engine.add(request("gone", range(20, 60), max_tokens=100))
+    engine.add(request("stays", range(30, 60), max_tokens=5))
+    engine.step()
+    engine.abort("gone")
+    _, stats = engine.step()
+    assert stats.step_requests == 1
+    while not engine.idle:
+        engine.step()
+    assert engine.blocks.counts.used == 0
+
+
+def test_min_tokens_max_tokens_and_eos(engine: Engine) -> None:
+    prompt = range(20, 40)
+    free = run(engine, [request("a", prompt, max_tokens=30)])["a"].tokens
+    stop = free[3]
+    first = free.index(stop)
+    stopped = run(engine, [request("b", prompt, max_tokens=30, stop_token_ids=[stop])])["b"]
+    assert stopped.tokens == free[: first + 1]
+    assert stopped.finish_reason == "stop"
+    longer = run(engine, [request("c", prompt, max_tokens=30, min_tokens=first + 3, stop_token_ids=[stop])])["c"]
+    assert stop not in longer.tokens[: first + 3]
+    nothing = run(engine, [request("d", prompt, max_tokens=0, prompt_logprobs=2)])["d"]
+    assert (nothing.tokens, nothing.finish_reason) == ([], "length")
+    assert len(nothing.prompt_logprobs) == 20
