@@ -6,6 +6,7 @@ whatever the store holds can be served. It knows neither HTTP nor what a request
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import logging
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from starlette.concurrency import run_in_threadpool
 
+from adapters.fields import shorten
 from adapters.format import CONFIG_NAME, WEIGHTS_NAME, AdapterError, AdapterSpec, inspect
 from adapters.store import AdapterStore, Pointer, Staging, UnknownAdapter, Version, check_name
 from server.engine.client import EngineClient, EngineUnavailable
@@ -87,6 +89,7 @@ class AdapterIntake:
         self.check_name(name, fine_tuned=fine_tuned)
         spec = await run_in_threadpool(inspect, staging.path, base.linears, base.architecture)
         check_fit(spec, base)
+        spec = self._with_warnings(spec)
         before = self._shares(tenant, name)
         publish = partial(self._store.publish, tenant, name, staging, spec, fine_tuned=fine_tuned, promote=promote)
         with disk_faults():
@@ -192,6 +195,15 @@ class AdapterIntake:
             return False
         self._refused.pop(name, None)
         return True
+
+    def _with_warnings(self, spec: AdapterSpec) -> AdapterSpec:
+        """Tell the owner when the config names another base than the one that serves."""
+        named = spec.config["base_model_name_or_path"]
+        ours = {Path(name).name.lower() for name in self._settings.base_aliases}
+        if not isinstance(named, str) or not named or Path(named).name.lower() in ours:
+            return spec
+        warning = f"the config names the base '{shorten(named)}'; this server serves '{self._settings.base_name}'"
+        return dataclasses.replace(spec, warnings=(*spec.warnings, warning))
 
     def _shares(self, tenant: str, name: str) -> dict[str, float]:
         try:

@@ -3,12 +3,14 @@
 import asyncio
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from adapters.config import MAX_CONFIG_BYTES
+from adapters.details import details_of
 from adapters.format import CONFIG_NAME, WEIGHTS_NAME
 from adapters.store import AdapterStore, AmbiguousDigest, Staging, UnknownAdapter, Version
 from server.api.mixing import mix
@@ -47,14 +49,18 @@ async def list_adapters(request: Request) -> Response:
 
 
 async def get_adapter(request: Request) -> Response:
-    """One adapter's receipt, with the digests that its name has and what it means."""
-    version = await _find(request)
+    """One adapter's receipt, what its directory tells beyond that, and the versions of its name."""
+    services, version = services_of(request), await _find(request)
     try:
-        pointer = services_of(request).store.pointer(TENANT, version.name)
+        pointer = services.store.pointer(TENANT, version.name)
+        with services.store.lease(version):
+            base = services.engine.info
+            details = await run_in_threadpool(details_of, version.path, base.linears if base else None)
     except UnknownAdapter:  # deleted this very moment
         raise unknown_adapter(version.name) from None
     more = {"versions": [other.digest for other in pointer.versions], "split": dict(pointer.split) or None}
-    return JSONResponse(receipt(version) | more, headers={**_digest_header(version), "ETag": f'"{pointer.etag}"'})
+    headers = {**_digest_header(version), "ETag": f'"{pointer.etag}"'}
+    return JSONResponse(receipt(version) | details | more, headers=headers)
 
 
 async def delete_adapter(request: Request) -> Response:

@@ -140,7 +140,7 @@ class Generation:
             outputs = self.services.engine.generate(self._request(prompt, sample))
             async with aclosing(outputs):
                 async for output in outputs:
-                    _raise_failure(output)
+                    raise_failure(output)
                     ticket.leave(served=True)
                     before = assembler.tokens
                     piece = assembler.add(output)
@@ -239,7 +239,7 @@ _CLIENT_FAULTS: dict[str | None, type[InvalidRequest]] = {
 }
 
 
-def _raise_failure(output: Output) -> None:
+def raise_failure(output: Output) -> None:
     """The error of a sequence that failed by itself while the engine goes on."""
     if output.finish_reason == "abort":
         raise EngineUnavailable("The engine gave this request up; try again.")

@@ -68,7 +68,7 @@ async def open_target(
             yield Target(asked, services.engine_info.base_digest, [], [])
             return
         version = await hold(services, asked, param, user, held)
-        yield Target(asked, version.digest, [(version.name, version.digest)], [_ref(version, 1.0)])
+        yield Target(asked, version.digest, [(version.name, version.digest)], [reference(version)])
 
 
 async def _several(
@@ -94,7 +94,7 @@ async def _several(
         model,
         "+".join(f"{version.digest}*{weights[version.digest]!r}" for version in used),
         [(version.name, version.digest) for version in used],
-        [_ref(version, weights[version.digest]) for version in used],
+        [reference(version, weights[version.digest]) for version in used],
     )
 
 
@@ -112,7 +112,8 @@ def _check_fit(services: Services, versions: Sequence[Version]) -> None:
             )
 
 
-def _ref(version: Version, weight: float) -> AdapterRef:
+def reference(version: Version, weight: float = 1.0) -> AdapterRef:
+    """How the engine is told of a version."""
     return AdapterRef(digest=version.digest, path=str(version.path), weight=weight)
 
 

@@ -53,3 +53,15 @@ async def test_a_canary_from_first_share_to_rollback_under_load(server: RunningS
         stop.set()
         await asyncio.gather(*clients)
         assert (await client.delete("/v1/adapters/song")).status_code == 200
+
+
+async def test_a_warm_adapter_is_on_the_device_and_a_verified_one_does_something(server: RunningServer) -> None:
+    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+        warmed = await client.post("/v1/adapters/blue/warm")
+        assert warmed.status_code == 200, warmed.text
+        assert warmed.json()["seconds"] >= 0
+        await ask(client, "blue")  # only names that were asked for have series of their own
+        assert server.metric("lora_adapter_loaded", adapter_name="blue", level="device") == 1
+        verified = (await client.post("/v1/adapters/blue/verify")).json()
+        assert verified["changes_anything"]
+        assert verified["logprob_difference"]["max"] > 0.01

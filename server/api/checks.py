@@ -1,0 +1,106 @@
+"""`/v1/adapters/{name}/warm` and `verify`: what the engine has to say of an adapter."""
+
+import uuid
+from contextlib import ExitStack, aclosing
+
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from server.api.body import Body
+from server.api.generation import raise_failure
+from server.api.target import hold, reference
+from server.engine.client import AdapterLoadFailed
+from server.engine.protocol import AdapterRef, Generate, Sampling
+from server.errors import ContextLengthExceeded, InternalError
+from server.services import TENANT, Services, services_of
+
+_PROMPT = "The quick brown fox jumps over the lazy dog. In the beginning there was a question, and the answer was:"
+
+
+class VerifyBody(Body):
+    """What to score with and without the adapter."""
+
+    prompt: str = Field(_PROMPT, min_length=1)
+
+
+async def warm(request: Request) -> Response:
+    """Bring the adapter onto the device; answers when it is there. Of a split, every version that answers."""
+    services, name = services_of(request), request.path_params["name"]
+    with ExitStack() as held:
+        versions = [await hold(services, name, "name", None, held)]
+        if "@" not in name:
+            others = services.store.pointer(TENANT, name).shares.keys() - {versions[0].digest}
+            versions += [await hold(services, f"{name}@{digest}", "name", None, held) for digest in sorted(others)]
+        try:
+            seconds = [await services.engine.warm(reference(version)) for version in versions]
+        except AdapterLoadFailed:
+            raise InternalError("The adapter could not be loaded.") from None
+    digests = [version.digest for version in versions]
+    return JSONResponse({"object": "adapter.residency", "name": name, "digests": digests, "seconds": sum(seconds)})
+
+
+async def verify(request: Request) -> Response:
+    """Score a prompt with the adapter and without: is it doing anything?"""
+    services, name = services_of(request), request.path_params["name"]
+    body = await VerifyBody.read(request) if _has_body(request) else VerifyBody.validate_object({})
+    with ExitStack() as held:
+        version = await hold(services, name, "name", None, held)
+        (ids,) = await services.text.encode([body.prompt], add_special_tokens=True)
+        limit = services.engine_info.max_model_len
+        if not 1 < len(ids) <= limit:
+            raise ContextLengthExceeded(f"`prompt` has {len(ids)} tokens; 2 to {limit} can be scored.", param="prompt")
+        tickets = services.admission.enter([len(ids)] * 2)
+        try:
+            with_adapter = await _score(services, ids, [reference(version)])
+            without = await _score(services, ids, [])
+        finally:
+            for ticket in tickets:
+                ticket.leave(served=False)
+    differences = [abs(a - b) for a, b in zip(with_adapter, without, strict=True)]
+    return JSONResponse(
+        {
+            "object": "adapter.verification",
+            "name": name,
+            "digest": version.digest,
+            "prompt_tokens": len(ids),
+            "changes_anything": any(differences),
+            "mean_logprob": {"adapter": _mean(with_adapter), "base": _mean(without)},
+            "logprob_difference": {"mean": _mean(differences), "max": max(differences)},
+        },
+        headers={"X-Adapter-Digest": version.digest},
+    )
+
+
+def _has_body(request: Request) -> bool:
+    return "transfer-encoding" in request.headers or request.headers.get("content-length", "0") != "0"
+
+
+async def _score(services: Services, ids: list[int], adapters: list[AdapterRef]) -> list[float]:
+    """Log-probability of each token but the first."""
+    request = Generate(
+        id=uuid.uuid4().hex,
+        prompt=ids,
+        sampling=Sampling(max_tokens=0, prompt_logprobs=0),
+        adapters=adapters,
+        tenant=TENANT,
+    )
+    scores: list[float] = []
+    async with aclosing(services.engine.generate(request)) as outputs:
+        async for output in outputs:
+            raise_failure(output)
+            scores += [entry.logprob for entry in output.prompt_logprobs or [] if entry is not None]
+            if output.finish_reason is not None:
+                break
+    return scores
+
+
+def _mean(numbers: list[float]) -> float:
+    return sum(numbers) / len(numbers)
+
+
+routes: list[BaseRoute] = [
+    Route("/v1/adapters/{name:path}/warm", warm, methods=["POST"]),
+    Route("/v1/adapters/{name:path}/verify", verify, methods=["POST"]),
+]
