@@ -175,7 +175,7 @@ class Runner:
 
 @contextmanager
 def _one_torch_thread() -> Iterator[None]:
-    """What a planned step leaves to torch is small: waking its threads, which then spin, would cost more than they do."""
+    """What a planned step leaves to torch is small: its threads would cost more to wake than they do, and spin."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -202,7 +202,7 @@ class Scheduler:
     def fail(self, sequence_id: str, message: str, code: str) -> None:
         """End one sequence with an error; what its last step computed is not offered to others. Unknown: no effect.
 
-        If its keys and values may be non-finite, clean `blocks[num_computed // block_size:]` first: those are its own.
+        Its keys and values need not be finite: attention never reads what lies beyond a sequence's own tokens.
         """
         sequence = self._by_id.get(sequence_id)
         if sequence is not None:

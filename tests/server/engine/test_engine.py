@@ -24,7 +24,7 @@ def engine(model_dir: Path, cache_dir: Path) -> Engine:
         ({"max_batch_tokens": 16, "max_batch_requests": 16}, "max_batch_tokens"),
         ({"kv_cache_bytes": 1000}, "kv_cache_bytes"),
         ({"adapter_bytes": 100}, "adapter_bytes"),
-        ({"kv_cache_bytes": 1 << 19, "max_model_len": 500}, "max_model_len"),
+        ({"kv_cache_bytes": 1 << 18, "max_model_len": 500}, "max_model_len"),
     ],
 )
 def test_settings_that_cannot_work_are_named(
@@ -35,7 +35,7 @@ def test_settings_that_cannot_work_are_named(
 
 
 def test_a_small_cache_shortens_the_context(model_dir: Path, cache_dir: Path) -> None:
-    engine = load_engine(model_dir, cache_dir, kv_cache_bytes=1 << 19)
+    engine = load_engine(model_dir, cache_dir, kv_cache_bytes=1 << 18)
     assert engine.ready().max_model_len == engine.blocks.num_blocks * 16 < 512
 
 
@@ -64,8 +64,16 @@ def test_a_request_that_overflows_fails_alone(engine: Engine) -> None:
     assert bad.code == "non_finite_logits"
     assert bad.tokens == []
     assert answers == expected
+
+
+def test_blocks_full_of_nan_do_no_harm(engine: Engine) -> None:
+    plain = [request(f"plain{i}", range(20 + i, 60), max_tokens=8) for i in range(3)]
+    engine.blocks.reset_cache()
+    expected = run(engine, plain)
+    engine.blocks.reset_cache()
     for cache in (*engine.runner._cache.k, *engine.runner._cache.v):
-        assert cache.isfinite().all(), "blocks are handed on clean"
+        cache.fill_(torch.nan)
+    assert run(engine, plain) == expected
 
 
 def test_an_aborted_request_costs_nothing_from_the_next_step_on(engine: Engine) -> None:
