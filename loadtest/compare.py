@@ -158,7 +158,14 @@ async def compare(
             if reason is not None:
                 report(f"{side.name}: {reason}")
                 result.missing[side.name] = reason
-        await _warm_up(running, cases, kit, result, report)
+        for name, side in list(running.items()):
+            report(f"warming up {name}")
+            try:
+                await _warm_up(side, cases, kit, result)
+            except SideError as error:
+                report(f"{name}: {error}")
+                result.missing[name] = f"failed in its warm-up: {error}"
+                await running.pop(name).stop()
         result.busy_cores = await asyncio.to_thread(machine.busy_cores, idle_seconds)
         cpu, start = time.process_time(), time.perf_counter()
         for index in range(rounds):
@@ -173,22 +180,18 @@ async def compare(
     return result
 
 
-async def _warm_up(
-    running: dict[str, Side], cases: Sequence[Case], kit: Kit, result: Comparison, report: Report
-) -> None:
+async def _warm_up(side: Side, cases: Sequence[Case], kit: Kit, result: Comparison) -> None:
     """A few tokens of every case (lazy loading and compiling happen now), and a look at the answers.
 
     Every adapter answers one and the same prompt: a side whose answers do not differ applies no adapters.
     """
-    prompt = random_prompts(1, PROMPT_TOKENS, seed=1)[0]
-    probes = [Work(prompt, 16, adapter) for adapter in kit.adapters if adapter[0] == "float32"]
-    for name, side in running.items():
-        report(f"warming up {name}")
-        for case in cases:
-            if name in case.sides:
-                await side.burst([Work(w.prompt, 4, w.adapter) for w in case.works(seed=0)])
-        if side.per_request_adapters:
-            result.answers[name] = len({timeline.text for timeline in await side.burst([*probes])})
+    for case in cases:
+        if side.name in case.sides:
+            await side.burst([Work(w.prompt, 4, w.adapter) for w in case.works(seed=0)])
+    if side.per_request_adapters:
+        prompt = random_prompts(1, PROMPT_TOKENS, seed=1)[0]
+        probes = [Work(prompt, 16, adapter) for adapter in kit.adapters if adapter[0] == "float32"]
+        result.answers[side.name] = len({timeline.text for timeline in await side.burst(probes)})
 
 
 async def _one_round(
@@ -207,5 +210,8 @@ async def _one_round(
         cell = cells.setdefault(name, Cell())
         if cell.error is not None or (index and cell.seconds * (index + 1) / index > cell_seconds):
             continue
-        cell.add(await running[name].burst(works))
+        try:
+            cell.add(await running[name].burst(works))
+        except SideError as error:
+            cell.error = str(error)
         report(f"round {index + 1}/{rounds}  {case.title}  {name}: {cell.latest()}")

@@ -114,16 +114,12 @@ class Process:
         async with httpx.AsyncClient(timeout=5) as http:
             while time.monotonic() < end:
                 if self._child is None or self._child.poll() is not None:
-                    raise SideError(f"{self.command[0]} ended at once:\n{self.tail()}")
+                    raise SideError(f"{self.command[0]} ended at once:\n{tail(self.log)}")
                 with contextlib.suppress(httpx.HTTPError):
                     if (await http.get(url)).status_code == 200:
                         return
                 await asyncio.sleep(0.5)
-        raise SideError(f"{self.command[0]} was not ready within {seconds:g} s:\n{self.tail()}")
-
-    def tail(self, size: int = 2000) -> str:
-        """The end of the log."""
-        return self.log.read_bytes()[-size:].decode("utf-8", "replace") if self.log.exists() else ""
+        raise SideError(f"{self.command[0]} was not ready within {seconds:g} s:\n{tail(self.log)}")
 
     async def stop(self) -> None:
         """SIGTERM, then SIGKILL to the whole group after 10 s."""
@@ -189,6 +185,11 @@ class ServerSide(Side):
         if self._process is not None:
             await self._process.stop()
             self._process = None
+
+
+def tail(log: Path, size: int = 2000) -> str:
+    """The end of a log."""
+    return log.read_bytes()[-size:].decode("utf-8", "replace") if log.exists() else ""
 
 
 def free_port() -> int:

@@ -69,17 +69,24 @@ def generate(model: Any, prompts: list[list[int]], tokens: int, **keywords: Any)
 
 def mixed_batch(model: Any, burst: dict[str, Any]) -> list[dict[str, Any]]:
     """All requests in one batch, each row with its own adapter."""
+    if not any(burst["adapters"]):
+        return without_adapters(model, burst)
     names = [name or "__base__" for name in burst["adapters"]]
-    if set(names) == {"__base__"}:
-        with model.disable_adapter():
-            times, rows = generate(model, burst["prompts"], burst["tokens"])
-    else:
-        times, rows = generate(model, burst["prompts"], burst["tokens"], adapter_names=names)
+    times, rows = generate(model, burst["prompts"], burst["tokens"], adapter_names=names)
+    return [{"times": times, "tokens": row} for row in rows]
+
+
+def without_adapters(model: Any, burst: dict[str, Any]) -> list[dict[str, Any]]:
+    """The base alone, in one batch."""
+    with model.disable_adapter():
+        times, rows = generate(model, burst["prompts"], burst["tokens"])
     return [{"times": times, "tokens": row} for row in rows]
 
 
 def switching(model: Any, burst: dict[str, Any]) -> list[dict[str, Any]]:
     """One adapter at a time: requests are grouped by adapter, each group is a batch of its own."""
+    if not any(burst["adapters"]):
+        return without_adapters(model, burst)
     answers: dict[int, dict[str, Any]] = {}
     for name in dict.fromkeys(burst["adapters"]):
         members = [i for i, other in enumerate(burst["adapters"]) if other == name]

@@ -11,6 +11,7 @@ import os
 import time
 from abc import abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from loadtest.client import Timeline
@@ -26,6 +27,7 @@ class WorkerSide(base.Side):
 
     def __init__(self) -> None:
         self._child: asyncio.subprocess.Process | None = None
+        self._log = Path()
 
     @abstractmethod
     def command(self) -> list[str]:
@@ -40,8 +42,8 @@ class WorkerSide(base.Side):
         """The name by which the worker knows an adapter."""
 
     async def start(self, kit: base.Kit) -> None:
-        log = kit.folder / f"{self.name}.log"
-        with log.open("wb") as stderr:
+        self._log = kit.folder / f"{self.name}.log"
+        with self._log.open("wb") as stderr:
             self._child = await asyncio.create_subprocess_exec(
                 *self.command(),
                 stdin=asyncio.subprocess.PIPE,
@@ -50,10 +52,7 @@ class WorkerSide(base.Side):
                 limit=2**24,  # of one answer's line
                 env=os.environ | {"OMP_NUM_THREADS": str(kit.threads), "TOKENIZERS_PARALLELISM": "false"},
             )
-        try:
-            await self._ask(self.settings(kit))
-        except base.SideError as error:
-            raise base.SideError(f"{error}\n{log.read_bytes()[-2000:].decode('utf-8', 'replace')}") from error
+        await self._ask(self.settings(kit))
 
     async def burst(self, works: Sequence[base.Work]) -> list[Timeline]:
         [tokens] = {work.output_tokens for work in works}
@@ -73,7 +72,7 @@ class WorkerSide(base.Side):
             await child.stdin.drain()
             answer = await child.stdout.readline()
         if not answer:
-            raise base.SideError(f"{self.name}: the worker ended")
+            raise base.SideError(f"the worker ended:\n{base.tail(self._log)}")
         return json.loads(answer)
 
     async def stop(self) -> None:

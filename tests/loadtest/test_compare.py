@@ -107,6 +107,25 @@ async def test_a_missing_side_is_reported_and_the_rest_go_on(kit: Kit) -> None:
     assert broken.stopped
 
 
+async def test_a_side_that_breaks_down_leaves_the_others_measured(kit: Kit) -> None:
+    class Fragile(Scripted):
+        async def burst(self, works: Sequence[Work]) -> list[Timeline]:
+            if len(self.bursts) == 3:  # both of the warm-up, one round
+                raise SideError("out of memory")
+            return await super().burst(works)
+
+    class Broken(Scripted):
+        async def burst(self, works: Sequence[Work]) -> list[Timeline]:
+            raise SideError("cannot")
+
+    sides = [Broken("c", 10, log=[]), Fragile("b", 10, log=[]), Scripted("a", 10, log=[])]
+    result = await measure(sides, [case("a", "b", "c")], kit, rounds=2)
+    assert result.missing == {"c": "failed in its warm-up: cannot"}
+    assert result.cells["eight"]["b"].to_json() == {"error": "out of memory"}
+    assert len(result.cells["eight"]["a"].decode) == 2
+    assert all(side.stopped for side in sides)
+
+
 async def test_interrupted_while_starting_it_stops_what_it_started(kit: Kit) -> None:
     class Interrupted(Scripted):
         async def start(self, kit: Kit) -> None:
