@@ -6,10 +6,7 @@ Works on factors alone; it knows no base and no names. As a program (`python -m 
 standard input) it mixes directories, so that a server need not load torch nor wait.
 """
 
-import json
 import math
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +18,7 @@ from adapters import format as adapter_format
 from adapters.fields import AdapterError
 from adapters.format import WEIGHTS_NAME, AdapterSpec
 from adapters.recipe import Recipe
-
-REFUSED = 3  # exit code: the order is at fault, and the answer says how
-_NICENESS = 10  # whoever serves goes first
+from adapters.worker import carry_out
 
 
 class Factors(NamedTuple):
@@ -171,9 +166,4 @@ def main(order: Mapping[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    os.nice(_NICENESS)
-    try:
-        main(json.load(sys.stdin))
-    except AdapterError as refusal:
-        print(json.dumps({"message": str(refusal), "param": refusal.param, "code": refusal.code}))
-        sys.exit(REFUSED)
+    carry_out(main)

@@ -23,7 +23,20 @@ from starlette.applications import Starlette
 from adapters.store import AdapterStore
 from server import logs
 from server.admission import Admission
-from server.api import adapters, chat, checks, completions, files, fine_tuning, health, models, tokenize, versions, vllm
+from server.api import (
+    adapters,
+    chat,
+    checks,
+    completions,
+    files,
+    fine_tuning,
+    health,
+    merging,
+    models,
+    tokenize,
+    versions,
+    vllm,
+)
 from server.engine.client import LocalEngine
 from server.engine.protocol import EngineConfig
 from server.errors import EXCEPTION_HANDLERS, LorakeetError
@@ -58,7 +71,7 @@ def build_app(services: Services) -> Starlette:
 
     settings = services.settings
     # An adapter's name may have slashes: what follows the name goes before it.
-    resources = [completions, chat, tokenize, versions, checks, adapters, models, files, fine_tuning, health]
+    resources = [completions, chat, tokenize, versions, checks, merging, adapters, models, files, fine_tuning, health]
     if settings.lora_dir is not None:
         resources.append(vllm)
     app = Starlette(

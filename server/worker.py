@@ -1,10 +1,10 @@
 """Heavy arithmetic in a process of its own: torch stays out of this one, and whoever waits can stop waiting.
 
-A worker is a module that reads an order in JSON from standard input, answers in JSON on standard output and exits with
-`REFUSED` after saying what it does not accept. It knows nothing of HTTP; neither does this file.
+The other end is `adapters.worker`. Neither knows anything of HTTP.
 """
 
 import asyncio
+import errno
 import json
 import logging
 import os
@@ -13,8 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from adapters.fields import AdapterError
-
-REFUSED = 3  # exit code
+from adapters.worker import DISK_FULL, REFUSED
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +31,7 @@ async def run_worker(module: str, order: Mapping[str, Any], seconds: float) -> A
 
     Raises:
         AdapterError: the worker refused the order.
+        OSError: the disk is full.
         WorkerTooSlow, WorkerFailed.
     """
     process = await asyncio.create_subprocess_exec(
@@ -52,7 +52,9 @@ async def run_worker(module: str, order: Mapping[str, Any], seconds: float) -> A
             await process.wait()
     if process.returncode == REFUSED:
         raise AdapterError(**json.loads(answer))
+    if process.returncode == DISK_FULL:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if process.returncode:
         log.error("%s ended with %d: %s", module, process.returncode, errors.decode(errors="replace")[-2000:])
         raise WorkerFailed(f"{module} ended with {process.returncode}")
-    return json.loads(answer) if answer else None
+    return json.loads(answer)

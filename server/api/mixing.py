@@ -12,6 +12,7 @@ from adapters.store import Version
 from server.api.body import Body
 from server.api.target import hold
 from server.errors import InvalidRequest
+from server.intake import disk_faults
 from server.services import TENANT, services_of
 from server.worker import WorkerTooSlow, run_worker
 
@@ -82,7 +83,8 @@ async def mix(request: Request) -> tuple[Version, bool]:
                 "base": services.settings.base_name,
             }
             try:
-                await run_worker("adapters.mix", order, _SECONDS)
+                with disk_faults():
+                    await run_worker("adapters.mix", order, _SECONDS)
             except WorkerTooSlow:
                 message = f"Mixing took more than {_SECONDS:g} s; mix fewer adapters, or by `cat`."
                 raise InvalidRequest(message, param="mix", code="mix_too_slow") from None

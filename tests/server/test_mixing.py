@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
+from adapters.worker import DISK_FULL
 from server.services import TENANT
 from server.worker import WorkerFailed, WorkerTooSlow, run_worker
 from tests.server.harness import Site, adapter_files, write_adapter
@@ -123,13 +124,17 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 async def test_a_worker_answers(worker: str) -> None:
     assert await run_worker(worker, {"do": "print(json.dumps(order))"}, 30) == {"do": "print(json.dumps(order))"}
-    assert await run_worker(worker, {"do": "pass"}, 30) is None
 
 
 async def test_a_worker_that_breaks_down_says_nothing_to_clients(worker: str, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(WorkerFailed, match="ended with 1"):
         await run_worker(worker, {"do": "raise ValueError('secret')"}, 30)
     assert "secret" in caplog.text
+
+
+async def test_a_worker_whose_disk_is_full(worker: str) -> None:
+    with pytest.raises(OSError, match="No space left"):
+        await run_worker(worker, {"do": f"sys.exit({DISK_FULL})"}, 30)
 
 
 async def test_a_worker_ends_with_its_time_and_with_its_caller(worker: str, tmp_path: Path) -> None:
