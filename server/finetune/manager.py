@@ -131,6 +131,8 @@ class JobManager:
         """Raises JobStateError when the job is at an end already."""
         cancelled = await self._move(job, "cancelled", "Fine-tuning job cancelled")
         await self._let_go(cancelled, save=False)
+        if job.id not in self._training:  # else its task cleans up when the engine has let go
+            await self._clean_up(job)
         return cancelled
 
     async def pause(self, job: Job) -> Job:
@@ -166,6 +168,11 @@ class JobManager:
                 await self._engine.stop_job(StopJob(job.id, save=save))
         elif task := self._tasks.get(job.id):
             task.cancel()
+            await asyncio.wait({task})
+
+    async def _clean_up(self, job: Job) -> None:
+        """Remove what was needed to go on; what is published lies elsewhere."""
+        await asyncio.to_thread(shutil.rmtree, self._directory / job.id, ignore_errors=True)
 
     async def _move(self, job: Job, status: Status, message: str, **changes: Any) -> Job:
         moved = await asyncio.to_thread(self._jobs.move, job, status, message, **changes)
@@ -198,7 +205,7 @@ class JobManager:
             await self._fail(job, JobError("server_error", "The job failed because of a fault in the server."))
         finally:
             if self._now(job).status in FINAL:
-                await asyncio.to_thread(shutil.rmtree, self._directory / job.id, ignore_errors=True)
+                await self._clean_up(job)
 
     async def _fail(self, job: Job, error: JobError) -> None:
         with contextlib.suppress(JobStateError):
@@ -254,8 +261,11 @@ class JobManager:
             await replies.aclose()
 
     async def _take(self, job: Job, reply: JobReply) -> None:
-        """Make one reply durable."""
-        if job.status in FINAL:  # cancelled meanwhile
+        """Make one reply durable, unless the job was cancelled meanwhile."""
+        if job.status != "running" and not isinstance(reply, JobEnded):
+            # Said again: the first time may have come before the engine knew the job.
+            await self._engine.stop_job(StopJob(job.id, save=job.status == "pausing"))
+        if job.status in FINAL:
             return
         match reply:
             case TrainingStep():
@@ -269,8 +279,6 @@ class JobManager:
             case JobEnded(outcome="paused"):
                 await self._move(job, "paused", f"Job paused at step {job.step}")
         self._announce()
-        if job.status == "pausing" and not isinstance(reply, JobEnded):
-            await self._engine.stop_job(StopJob(job.id, save=True))  # again: the first may have come before the job
 
     def _take_step(self, job: Job, step: TrainingStep) -> None:
         self._pace[job.id] = 0.9 * self._pace.get(job.id, step.seconds) + 0.1 * step.seconds

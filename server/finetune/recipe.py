@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from adapters.config import parse_config
+from adapters.config import AdapterError, parse_config
 from adapters.format import AdapterSpec, LinearShape, LoraModule
 from server.engine.protocol import Ready
 from server.finetune.messages import Init, MemoryMode, ModuleShape, Optimizer, Schedule, TrainingPlan
@@ -92,9 +92,14 @@ def modules(config: Mapping[str, Any], linears: Mapping[str, LinearShape]) -> di
     """The linears that a config adapts, and how.
 
     Raises:
-        AdapterError: naming the field that is wrong, or whose result could not be served.
+        AdapterError: naming the field that is wrong, or that cannot be trained here.
     """
-    resolved = parse_config(json.dumps(config).encode()).resolve(linears)
+    for field, trained in (("bias", "none"), ("modules_to_save", None)):
+        if config[field] != trained:
+            raise AdapterError(f"{field} = {json.dumps(config[field])} is not trained here, only A and B are", field)
+    parsed = parse_config(json.dumps(config).encode())
+    parsed.check_plain()
+    resolved = parsed.resolve(linears)
     return {name: ModuleShape(rank, scaling) for name, (rank, scaling) in resolved.items()}
 
 
