@@ -4,6 +4,7 @@ What comes out is stored with the job and never decided again. Knows neither HTT
 """
 
 import asyncio
+import json
 import uuid
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from adapters.config import AdapterError
-from adapters.format import AdapterSpec
+from adapters.format import CONFIG_NAME, AdapterSpec
 from server.engine.protocol import Ready
 from server.finetune import recipe
 from server.finetune.dataset import Dataset, DatasetError, load_dataset
@@ -111,7 +112,7 @@ def _adapter(job: Job, base: Ready, directory: Path) -> tuple[dict[str, Any], di
             kinds = ", ".join(initial.variants.names)
             raise JobFailedError("invalid_adapter", f"Only plain LoRA can be trained on; this has {kinds}.", "adapter")
         shapes = {name: ModuleShape(module.rank, module.scaling) for name, module in initial.modules.items()}
-        return initial.config, shapes
+        return json.loads((directory / INITIAL / CONFIG_NAME).read_bytes()), shapes
     config = recipe.adapter_config(job.spec.lora, job.spec.base)
     try:
         return config, recipe.modules(config, base.linears)
