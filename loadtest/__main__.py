@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from loadtest import cases, claims, drive, kernels, machine, peers, readme, report, synthetic
+from loadtest import cases, claims, drive, kernels, machine, peers, readme, registered, report, synthetic
 from loadtest.client import Client, Timeline
 from loadtest.compare import compare as run_comparison
 from loadtest.peers.base import Kit, SideError
@@ -163,6 +163,23 @@ def show_kernels(out: Out = None) -> None:
     Console().print(kernels.table(measured))
     if out is not None:
         report.write_json(out.with_suffix(".json"), {"kind": "kernels", "machine": machine.describe(), **measured})
+
+
+@app.command("registered")
+def show_registered(
+    few_url: Annotated[str, typer.Option(help="A server that gets few adapters.")],
+    many_url: Annotated[str, typer.Option(help="Another that gets many.")],
+    model_dir: Annotated[Path, typer.Option(help="Folder of the base of both; only its config.json is read.")],
+    few: Annotated[int, typer.Option(min=1)] = 10,
+    many: Annotated[int, typer.Option(min=1)] = 10_000,
+    rounds: Annotated[int, typer.Option(min=1, help="Questions to each server.")] = 500,
+    out: Annotated[Path | None, typer.Option(help="File for the result, in JSON.")] = None,
+) -> None:
+    """Compare a server that knows few adapters with one that knows many: looking a model up, admitting a request."""
+    measured = registered.run(few_url, many_url, model_dir, few=few, many=many, rounds=rounds)
+    typer.echo(json.dumps(measured, indent=1))
+    if out is not None:
+        report.write_json(out, {"kind": "registered", "machine": machine.describe(), **measured})
 
 
 @app.command()

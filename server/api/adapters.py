@@ -14,6 +14,7 @@ from adapters.details import details_of
 from adapters.format import CONFIG_NAME, WEIGHTS_NAME
 from adapters.store import AdapterStore, AmbiguousDigest, Staging, UnknownAdapter, Version
 from server.api.mixing import mix
+from server.api.paging import window
 from server.errors import Conflict, InvalidRequest, NotFound, TooManyRequests, shown
 from server.intake import disk_faults
 from server.multipart import Part, read_parts
@@ -43,9 +44,10 @@ async def upload(request: Request) -> Response:
 
 
 async def list_adapters(request: Request) -> Response:
-    """Every adapter's receipt, by name."""
-    data = [receipt(version) for version in services_of(request).store.list(TENANT)]
-    return JSONResponse({"object": "list", "data": data})
+    """Every adapter's receipt, by name; all of them, unless `limit` and `after` ask for a page."""
+    versions = services_of(request).store.list(TENANT)
+    part, more = window(request, [version.name for version in versions])
+    return JSONResponse({"object": "list", "data": [receipt(version) for version in versions[part]], "has_more": more})
 
 
 async def get_adapter(request: Request) -> Response:

@@ -8,6 +8,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from adapters.store import UnknownAdapter, Version
+from server.api.paging import page, window
 from server.errors import ModelNotFound, PermissionDenied
 from server.services import TENANT, Services, services_of
 
@@ -15,10 +16,15 @@ _STARTED = int(time.time())  # the base has no birthday of its own
 
 
 async def list_models(request: Request) -> Response:
-    """The base first, then the adapters by name."""
+    """The base first, then the adapters by name; all of them, unless `limit` and `after` ask for a page."""
     services = services_of(request)
-    cards = [_base_card(services), *(_adapter_card(services, version) for version in services.store.list(TENANT))]
-    return JSONResponse({"object": "list", "data": cards})
+    versions = services.store.list(TENANT)
+    part, more = window(request, [services.settings.base_name, *(version.name for version in versions)])
+    cards = [
+        _base_card(services) if version is None else _adapter_card(services, version)
+        for version in [None, *versions][part]
+    ]
+    return page(cards, more)
 
 
 async def get_model(request: Request) -> Response:

@@ -8,6 +8,8 @@ from starlette.responses import JSONResponse, Response
 
 from server.errors import InvalidRequest
 
+MOST = 100_000
+
 
 def limit_of(request: Request, *, default: int, most: int) -> int:
     """The query's `limit`. Raises InvalidRequest."""
@@ -17,6 +19,20 @@ def limit_of(request: Request, *, default: int, most: int) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 9 and 1 <= int(text) <= most):
         raise InvalidRequest(f"`limit` must be a whole number from 1 to {most}.", param="limit")
     return int(text)
+
+
+def window(request: Request, ids: Sequence[str]) -> tuple[slice, bool]:
+    """Which part of a list the query's `limit` and `after` ask for, everything by default, and whether more follows.
+
+    Raises InvalidRequest.
+    """
+    after = request.query_params.get("after")
+    try:
+        start = 0 if after is None else ids.index(after) + 1
+    except ValueError:
+        raise unknown_cursor() from None
+    end = start + limit_of(request, default=len(ids) or 1, most=MOST)
+    return slice(start, end), end < len(ids)
 
 
 def unknown_cursor() -> InvalidRequest:
