@@ -1,10 +1,15 @@
 """What many tests share: one tiny model, one cache, engines over them."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.tiny import tiny_model
+from tests import interpreter
+
+interpreter.prepare()
+
+from tests.tiny import tiny_model  # noqa: E402 - transformers imports Triton
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +22,13 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama."""
     return tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def triton_kernels() -> Iterator[None]:
+    """Tensors of `interpreter.DEVICE` go to the Triton kernels, for the whole of a module."""
+    pytest.importorskip("triton")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in interpreter.switch_on().items():
+            patch.setenv(name, value)
+        yield

@@ -1,16 +1,17 @@
 """The numerical kernels that earn the product its name: quantised linears, grouped LoRA, paged attention.
 
-Each function has two implementations of one contract: `reference`, plain torch on any device, and `native`, C++ for
-fp32 on a CPU. The second is taken where it can be; it has no gradients except in `base_linear`. The docstrings are
-`reference`'s. `DecoderPlan` runs all decoder layers of a step in one native call.
+Each function has three implementations of one contract: `reference`, plain torch on any device; `native`, C++ for
+fp32 on a CPU; and `triton`, for an NVIDIA GPU. One of the latter is taken where it can be; neither has gradients except
+in `base_linear`. The docstrings are `reference`'s. `plan_decoder` puts all decoder layers of a step together.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from adapters.kernels import native, reference
+from adapters.kernels import native, reference, triton
 from adapters.kernels.plan import DecoderPlan
 from adapters.kernels.reference import BF16, FP16, FP32, LinearFunction, probe_row_multiple
 from adapters.kernels.weight import QuantizedWeight
@@ -19,11 +20,13 @@ __all__ = [
     "BF16",
     "FP16",
     "FP32",
+    "Decoder",
     "DecoderPlan",
     "QuantizedWeight",
     "base_linear",
     "lora_add_",
     "paged_attention",
+    "plan_decoder",
     "prepare",
     "probe_row_multiple",
     "rms_norm",
@@ -50,27 +53,30 @@ def prepare(weights: Iterable[QuantizedWeight], dtype: torch.dtype) -> None:
         probe_row_multiple(sorted(rest), dtype)
 
 
-def _native(*tensors: Tensor) -> native.Kernels | None:
-    """The native kernels if they can take these tensors: fp32 on the CPU, no gradient wanted."""
-    grad = torch.is_grad_enabled()
-    for tensor in tensors:
-        if not tensor.is_cpu or tensor.dtype != torch.float32 or (grad and tensor.requires_grad):
-            return None
-    return native.load()
+def _compiled(*tensors: Tensor) -> Any:
+    """The kernels made for these tensors' device and dtype; None where there are none, or a gradient is wanted."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return None
+    if triton.takes(*tensors) and (kernels := triton.load()):
+        return kernels
+    return native.load() if all(tensor.is_cpu and tensor.dtype == torch.float32 for tensor in tensors) else None
 
 
 def _in_place(*tensors: Tensor) -> bool:
     return all(tensor.is_contiguous() for tensor in tensors)
 
 
+def _linear(x: Tensor, weight: QuantizedWeight) -> Any:
+    kernels = _compiled(x.detach())
+    return kernels if not isinstance(kernels, native.Kernels) or native.takes_weight(weight) else None
+
+
 def linear_forward(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
-    kernels = _native(x.detach()) if native.takes_weight(weight) else None
-    return (kernels or reference).linear_forward(x, weight, bias)
+    return (_linear(x, weight) or reference).linear_forward(x, weight, bias)
 
 
 def linear_backward(dy: Tensor, weight: QuantizedWeight) -> Tensor:
-    kernels = _native(dy.detach()) if native.takes_weight(weight) else None
-    return (kernels or reference).linear_backward(dy, weight)
+    return (_linear(dy, weight) or reference).linear_backward(dy, weight)
 
 
 def base_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
@@ -81,12 +87,12 @@ def base_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) 
 
 
 def lora_add_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, table: Tensor, scale: Tensor) -> None:
-    kernels = _native(y, x) if _in_place(y, a, b) else None
+    kernels = _compiled(y, x) if _in_place(y, a, b) else None
     (kernels or reference).lora_add_(y, x, a, b, table, scale)
 
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    kernels = _native(k, v, k_cache, v_cache) if _in_place(k_cache, v_cache) else None
+    kernels = _compiled(k, v, k_cache, v_cache) if _in_place(k_cache, v_cache) else None
     (kernels or reference).write_kv(k, v, k_cache, v_cache, slots)
 
 
@@ -99,21 +105,53 @@ def paged_attention(
     scaling: float,
     window: int = 0,
 ) -> Tensor:
-    kernels = _native(q, k_cache, v_cache) if _in_place(k_cache, v_cache) else None
+    kernels = _compiled(q, k_cache, v_cache) if _in_place(k_cache, v_cache) else None
     return (kernels or reference).paged_attention(q, k_cache, v_cache, seqs, block_tables, scaling, window)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return (_native(x, weight) or reference).rms_norm(x, weight, eps)
+    return (_compiled(x, weight) or reference).rms_norm(x, weight, eps)
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    return (_native(gate, up) or reference).silu_mul(gate, up)
+    return (_compiled(gate, up) or reference).silu_mul(gate, up)
 
 
 def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-    kernels = _native(q, k, cos, sin) if _in_place(q, k) else None
+    kernels = _compiled(q, k, cos, sin) if _in_place(q, k) else None
     (kernels or reference).rope_(q, k, cos, sin)
+
+
+class Decoder(Protocol):
+    """All decoder layers and the last norm of a model, over its KV caches and adapter pools."""
+
+    def run(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        seqs: Tensor,
+        block_tables: Tensor,
+        table: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> Tensor:
+        """As `plan.DecoderPlan.run`."""
+
+
+def plan_decoder(
+    decoder: nn.Module,
+    pool_a: Sequence[Tensor],
+    pool_b: Sequence[Tensor],
+    k_caches: Sequence[Tensor],
+    v_caches: Sequence[Tensor],
+    windows: Sequence[int],
+) -> Decoder | None:
+    """The way through a decoder without its Python modules (arguments: `plan.DecoderPlan.build`), or None."""
+    if triton.takes(*k_caches) and triton.load():
+        from adapters.kernels.triton.decoder import TritonDecoder
+
+        return TritonDecoder.build(decoder, pool_a, pool_b, k_caches, v_caches, windows)
+    return DecoderPlan.build(decoder, pool_a, pool_b, k_caches, v_caches, windows)
 
 
 for _function in (base_linear, lora_add_, write_kv, paged_attention, rms_norm, silu_mul, rope_):

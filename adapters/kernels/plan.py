@@ -123,7 +123,7 @@ class DecoderPlan:
             not one that the kernels read (on the CPU; fp32 but for weights and pools).
         """
         kernels = native.load()
-        if kernels is None or not _known(decoder):
+        if kernels is None or not known(decoder):
             return None
         builder = _Builder(kernels, pool_a, pool_b)
         modules: Any = decoder
@@ -196,7 +196,8 @@ class DecoderPlan:
         return hidden
 
 
-def _known(decoder: nn.Module) -> bool:
+def known(decoder: nn.Module) -> bool:
+    """Whether a decoder is of one of `ARCHITECTURES`, with SwiGLU between its linears."""
     kind, config = type(decoder), getattr(decoder, "config", None)
     ours = kind.__module__.startswith("transformers.models.") and kind.__name__ in ARCHITECTURES
     return ours and getattr(config, "hidden_act", None) == "silu"

@@ -1,0 +1,49 @@
+"""The kernels in Triton, for NVIDIA GPUs: the same functions as `reference`, in `functions`.
+
+Here is only the question whether they can be had; Triton itself is imported when they are first used. They serve CUDA
+tensors, or CPU tensors through Triton's interpreter under `LORAKEET_TRITON=interpret` (slow: for tests);
+`LORAKEET_TRITON=0` turns them off.
+
+Every output row is reduced in an order that its own launch fixes, never by which program came first.
+`LORAKEET_DETERMINISTIC=1` also fixes all tiles and splits, so that no row's bits depend on its neighbours.
+"""
+
+import importlib.util
+import os
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of activations
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("LORAKEET_TRITON") == "interpret"
+
+
+def deterministic() -> bool:
+    """Whether tiles and splits are the same for all row counts."""
+    return os.environ.get("LORAKEET_DETERMINISTIC") == "1"
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether the kernels read tensors that lie here, of these dtypes."""
+    if os.environ.get("LORAKEET_TRITON") == "0":
+        return False
+    device = "cpu" if interpreted() else "cuda"
+    return all(tensor.device.type == device and tensor.dtype in DTYPES for tensor in tensors)
+
+
+@cache
+def load() -> ModuleType | None:
+    """`functions`, or None where Triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    if interpreted():
+        os.environ["TRITON_INTERPRET"] = "1"  # Triton looks when a kernel is defined
+    from adapters.kernels.triton import functions
+
+    return functions

@@ -1,0 +1,258 @@
+"""Paged attention: prompts, chunks of prompts and single tokens by one kernel, keys in groups of 64 from position 0 on.
+
+A program takes one KV head's queries of one request (several positions times the heads that share the KV head) and a
+range of its keys. With few programs otherwise, a request's keys are split at positions that depend on the longest
+sequence possible, never on the batch, and `_combine` joins the parts in order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from adapters.kernels.reference import KEY_GROUP
+from adapters.kernels.triton import deterministic, interpreted
+
+LOG2E = 1.4426950408889634
+MAX_SPLITS = 16
+MIN_SPLIT = 256  # keys
+FEW_TOKENS = 256  # up to here keys are split and query tiles small
+
+
+@triton.jit
+def _attend(
+    q,  # [tokens, heads, DIM]
+    k_cache,  # [blocks, kv_heads, block_size, DIM]
+    v_cache,
+    seqs,  # int32 [requests, 3]: q_start, q_end, kv_len, ascending
+    block_tables,  # int32 [requests, max_blocks]
+    out,  # as q if SPLITS == 1
+    part,  # fp32 [SPLITS, tokens, heads, DIM], not yet divided by their sums
+    part_top,  # fp32 [SPLITS, tokens, heads], the largest score
+    part_sum,  # fp32 [SPLITS, tokens, heads]
+    tokens,
+    heads,
+    kv_heads,
+    requests,
+    max_blocks,
+    block_size,
+    split_keys,
+    scaling,  # times log2(e)
+    window,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,  # DIM up to a power of two
+    REQUESTS: tl.constexpr,
+    GROUP: tl.constexpr,  # heads per KV head
+    BLOCK_M: tl.constexpr,
+    KEYS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    POSITIONS: tl.constexpr = BLOCK_M // GROUP  # queries of a tile
+    # Tile `start // POSITIONS + r` is the first that request r may have: find the request of ours.
+    r = tl.arange(0, REQUESTS)
+    starts = tl.load(seqs + r * 3, mask=r < requests, other=0)
+    mine = (r < requests) & (starts // POSITIONS + r <= tile)
+    request = tl.sum(mine.to(tl.int32), axis=0) - 1
+    q_start, q_end = tl.load(seqs + request * 3), tl.load(seqs + request * 3 + 1)
+    kv_len = tl.load(seqs + request * 3 + 2)
+    first_query = q_start + (tile - (q_start // POSITIONS + request)) * POSITIONS
+    if first_query < q_end:
+        m = tl.arange(0, BLOCK_M)
+        token = first_query + m // GROUP
+        head = kv_head * GROUP + m % GROUP
+        real = (token < q_end) & (m < POSITIONS * GROUP)
+        position = kv_len - (q_end - token)
+        d = tl.arange(0, PADDED)
+        row = token.to(tl.int64) * heads + head
+        at = row[:, None] * DIM + d[None, :]
+        mask = real[:, None] & (d < DIM)[None, :]
+        queries = tl.load(q + at, mask=mask, other=0.0).to(DOT)
+
+        last_query = tl.minimum(first_query + POSITIONS, q_end) - 1
+        begin = split * split_keys
+        end = tl.minimum(begin + split_keys, kv_len - (q_end - last_query) + 1)
+        if window > 0:
+            oldest = tl.maximum(kv_len - (q_end - first_query) - window + 1, 0)
+            begin = tl.maximum(begin, oldest // KEYS * KEYS)
+
+        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, PADDED], tl.float32)
+        for first_key in range(begin, end, KEYS):
+            key = first_key + tl.arange(0, KEYS)
+            known = key < kv_len
+            block = tl.load(block_tables + request * max_blocks + key // block_size, mask=known, other=0)
+            line = (block.to(tl.int64) * kv_heads + kv_head) * block_size + key % block_size
+            place = line[:, None] * DIM + d[None, :]
+            inside = known[:, None] & (d < DIM)[None, :]
+            keys = tl.load(k_cache + place, mask=inside, other=0.0).to(DOT)
+            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scaling  # [BLOCK_M, KEYS]
+            visible = key[None, :] <= position[:, None]
+            if window > 0:
+                visible = visible & (key[None, :] > (position - window)[:, None])
+            scores = tl.where(visible, scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, axis=1))
+            shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen no key yet
+            weights = tl.exp2(scores - shift[:, None])
+            decay = tl.exp2(top - shift)
+            total = total * decay + tl.sum(weights, axis=1)
+            values = tl.load(v_cache + place, mask=inside, other=0.0).to(DOT)
+            rounded = weights.to(v_cache.dtype.element_ty).to(DOT)
+            acc = acc * decay[:, None] + tl.dot(rounded, values, input_precision="ieee")
+            top = new_top
+
+        if SPLITS == 1:
+            total = tl.where(total == 0.0, 1.0, total)  # rows of no query
+            tl.store(out + at, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
+        else:
+            plane = split * tokens * heads
+            tl.store(part_top + plane + row, top, mask=real)
+            tl.store(part_sum + plane + row, total, mask=real)
+            # int64: splits times tokens times a wide model may pass 2^31.
+            tl.store(part + (plane + row)[:, None] * DIM + d[None, :], acc, mask=mask)
+
+
+@triton.jit
+def _combine(
+    out,
+    part,
+    part_top,
+    part_sum,
+    seqs,
+    tokens,
+    heads,
+    requests,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    REQUESTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    token, head = tl.program_id(0), tl.program_id(1)
+    r = tl.arange(0, REQUESTS)
+    start = tl.load(seqs + r * 3, mask=r < requests, other=0)
+    end = tl.load(seqs + r * 3 + 1, mask=r < requests, other=0)
+    owned = tl.sum(((start <= token) & (token < end)).to(tl.int32), axis=0) > 0
+    d = tl.arange(0, PADDED)
+    row = token.to(tl.int64) * heads + head
+    if owned:
+        top = tl.load(part_top + row)
+        for split in tl.static_range(1, SPLITS):
+            top = tl.maximum(top, tl.load(part_top + split * tokens * heads + row))
+        shift = tl.where(top == float("-inf"), 0.0, top)
+        total = 0.0
+        acc = tl.zeros([PADDED], tl.float32)
+        for split in tl.static_range(SPLITS):
+            at = split * tokens * heads + row
+            weight = tl.exp2(tl.load(part_top + at) - shift)
+            total += tl.load(part_sum + at) * weight
+            acc += tl.load(part + at * DIM + d, mask=d < DIM, other=0.0) * weight
+        tl.store(out + row * DIM + d, (acc / total).to(out.dtype.element_ty), mask=d < DIM)
+    else:
+        tl.store(out + row * DIM + d, tl.zeros([PADDED], out.dtype.element_ty), mask=d < DIM)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    seqs: Tensor,
+    block_tables: Tensor,
+    scaling: float,
+    window: int = 0,
+) -> Tensor:
+    """As `reference.paged_attention`, for requests whose q_start ascend; weights are rounded to the cache's dtype."""
+    q, seqs, block_tables = q.contiguous(), seqs.contiguous(), block_tables.contiguous()
+    tokens, heads, dim = q.shape
+    _, kv_heads, block_size, _ = k_cache.shape
+    requests, max_blocks = block_tables.shape
+    if requests == 0 or tokens == 0:
+        return torch.zeros_like(q)
+    group = heads // kv_heads
+    splits, split_keys = _splits(tokens, max_blocks * block_size)
+    few = deterministic() or interpreted() or tokens <= FEW_TOKENS
+    block_m = max(16 if few else 64, triton.next_power_of_2(group))
+    sizes = {
+        "DIM": dim,
+        "PADDED": max(16, triton.next_power_of_2(dim)),
+        "REQUESTS": triton.next_power_of_2(requests),
+        "SPLITS": splits,
+    }
+    if splits == 1:
+        out = torch.zeros_like(q)
+        part = top = total = out
+    else:
+        out = torch.empty_like(q)
+        part = q.new_empty(splits, tokens, heads, dim, dtype=torch.float32)
+        top, total = q.new_empty(2, splits, tokens, heads, dtype=torch.float32)
+    _attend[(tokens // (block_m // group) + requests, kv_heads, splits)](
+        q,
+        k_cache,
+        v_cache,
+        seqs,
+        block_tables,
+        out,
+        part,
+        top,
+        total,
+        tokens,
+        heads,
+        kv_heads,
+        requests,
+        max_blocks,
+        block_size,
+        split_keys,
+        scaling * LOG2E,
+        window,
+        GROUP=group,
+        BLOCK_M=block_m,
+        KEYS=KEY_GROUP,
+        DOT=_dot_dtype(q.dtype),
+        num_warps=4,
+        num_stages=2 if dim <= 128 else 1,  # keys and values on their way take shared memory
+        **sizes,
+    )
+    if splits > 1:
+        _combine[(tokens, heads)](out, part, top, total, seqs, tokens, heads, requests, **sizes)
+    return out
+
+
+def _splits(tokens: int, max_keys: int) -> tuple[int, int]:
+    """Number of splits and keys of each, for sequences of at most `max_keys`."""
+    if deterministic() or tokens > FEW_TOKENS or max_keys <= MIN_SPLIT:
+        return 1, max_keys
+    keys = max(MIN_SPLIT, triton.cdiv(triton.cdiv(max_keys, MAX_SPLITS), KEY_GROUP) * KEY_GROUP)
+    return triton.cdiv(max_keys, keys), keys
+
+
+def _dot_dtype(dtype: torch.dtype) -> tl.dtype:
+    # The interpreter multiplies bf16 as if it were integers; as fp32 the same numbers give the same products.
+    if interpreted() or dtype == torch.float32:
+        return tl.float32
+    return tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
+
+
+@triton.jit
+def _write(
+    k, v, k_cache, v_cache, slots, kv_heads, block_size, DIM: tl.constexpr, PADDED: tl.constexpr
+):
+    token, head = tl.program_id(0), tl.program_id(1)
+    slot = tl.load(slots + token)
+    d = tl.arange(0, PADDED)
+    target = ((slot // block_size * kv_heads + head) * block_size + slot % block_size) * DIM + d
+    source = (token.to(tl.int64) * kv_heads + head) * DIM + d
+    key = tl.load(k + source, mask=d < DIM, other=0.0)
+    value = tl.load(v + source, mask=d < DIM, other=0.0)
+    tl.store(k_cache + target, key.to(k_cache.dtype.element_ty), mask=d < DIM)
+    tl.store(v_cache + target, value.to(v_cache.dtype.element_ty), mask=d < DIM)
+
+
+def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """As `reference.write_kv`."""
+    k, v = k.contiguous(), v.contiguous()
+    tokens, heads, dim = k.shape
+    if tokens:
+        grid = (tokens, heads)
+        padded = triton.next_power_of_2(dim)
+        _write[grid](k, v, k_cache, v_cache, slots, heads, k_cache.shape[2], DIM=dim, PADDED=padded)

@@ -1,0 +1,103 @@
+"""All decoder layers of a step as a plain sequence of kernels, for models shaped like Llama.
+
+The counterpart of `plan.DecoderPlan` on a GPU: same models, same arguments. The launches of a step depend only on
+tensor shapes, so a CUDA graph may hold them. Knows no requests and no head.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapters.kernels.plan import PlannedLinear, known
+from adapters.kernels.triton import functions as kernels
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One layer's modules and caches."""
+
+    attention: Any
+    mlp: Any
+    input_norm: Any
+    post_norm: Any
+    k_cache: Tensor  # [blocks, Hkv, block_size, D]
+    v_cache: Tensor
+    window: int
+
+
+class TritonDecoder:
+    """The decoder layers and the last norm of one model, ready to run. Made by `build`."""
+
+    def __init__(self, decoder: nn.Module, layers: list[_Layer], pools: tuple[Sequence[Tensor], ...]) -> None:
+        self._decoder: Any = decoder
+        self._layers = layers
+        self._pools = pools
+
+    @classmethod
+    def build(
+        cls,
+        decoder: nn.Module,
+        pool_a: Sequence[Tensor],
+        pool_b: Sequence[Tensor],
+        k_caches: Sequence[Tensor],
+        v_caches: Sequence[Tensor],
+        windows: Sequence[int],
+    ) -> "TritonDecoder | None":
+        """As `plan.DecoderPlan.build`; None for an architecture that is not shaped like Llama."""
+        if not known(decoder):
+            return None
+        modules: Any = decoder
+        layers = [
+            _Layer(layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm, k, v, window)
+            for layer, k, v, window in zip(modules.layers, k_caches, v_caches, windows, strict=True)
+        ]
+        return cls(decoder, layers, (pool_a, pool_b))
+
+    @torch.no_grad()
+    def run(
+        self,
+        hidden: Tensor,
+        positions: Tensor,
+        slots: Tensor,
+        seqs: Tensor,
+        block_tables: Tensor,
+        table: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> Tensor:
+        """As `plan.DecoderPlan.run`."""
+        hidden = hidden.contiguous()
+        cos, sin = (part[0] for part in self._decoder.rotary_emb(hidden[None], positions[None]))  # [T, rotary]
+
+        def linear(module: PlannedLinear, x: Tensor) -> Tensor:
+            y = kernels.linear_forward(x, module.weight, module.bias)
+            if table is not None and scale is not None:
+                index = module.index
+                kernels.lora_add_(y, x, self._pools[0][index], self._pools[1][index], table[index], scale[index])
+            return y
+
+        first_norm = self._layers[0].input_norm
+        x = kernels.rms_norm(hidden, first_norm.weight, first_norm.variance_epsilon)
+        following = [layer.input_norm for layer in self._layers[1:]] + [self._decoder.norm]
+        for layer, next_norm in zip(self._layers, following, strict=True):
+            attention, mlp, norm = layer.attention, layer.mlp, layer.post_norm
+            head_dim = layer.k_cache.shape[3]
+            q, k, v = (
+                linear(projection, x).view(len(x), -1, head_dim)
+                for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+            if hasattr(attention, "q_norm"):
+                q = kernels.rms_norm(q, attention.q_norm.weight, attention.q_norm.variance_epsilon)
+                k = kernels.rms_norm(k, attention.k_norm.weight, attention.k_norm.variance_epsilon)
+            kernels.rope_(q, k, cos, sin)
+            kernels.write_kv(k, v, layer.k_cache, layer.v_cache, slots)
+            mixed = kernels.paged_attention(
+                q, layer.k_cache, layer.v_cache, seqs, block_tables, attention.scaling, layer.window
+            )
+            delta = linear(attention.o_proj, mixed.flatten(1))
+            x = kernels.add_rms_norm_(hidden, delta, norm.weight, norm.variance_epsilon)
+            delta = linear(mlp.down_proj, kernels.silu_mul(linear(mlp.gate_proj, x), linear(mlp.up_proj, x)))
+            x = kernels.add_rms_norm_(hidden, delta, next_norm.weight, next_norm.variance_epsilon)
+        return x

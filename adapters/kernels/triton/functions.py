@@ -1,0 +1,19 @@
+"""The Triton kernels under the names and signatures of `reference`, and the tensors that they take."""
+
+from adapters.kernels.reference import linear_backward
+from adapters.kernels.triton.attention import paged_attention, write_kv
+from adapters.kernels.triton.elementwise import add_rms_norm_, rms_norm, rope_, silu_mul
+from adapters.kernels.triton.linear import linear_forward
+from adapters.kernels.triton.lora import lora_add_
+
+__all__ = [
+    "add_rms_norm_",
+    "linear_backward",
+    "linear_forward",
+    "lora_add_",
+    "paged_attention",
+    "rms_norm",
+    "rope_",
+    "silu_mul",
+    "write_kv",
+]

@@ -1,0 +1,180 @@
+"""Grouped LoRA over the rank-row pool: every adapter of a step in two launches, whatever their ranks and dtypes.
+
+`_shrink` writes each segment's `scale * (x @ A.T)`, in slices of the input; `_expand` adds the slices in order,
+multiplies by B and adds to y, segment after segment in table order. Programs belong to tokens, so a segment without
+tokens or rank costs nothing but its row of the table. Few tokens (decoding: each with an adapter of its own, perhaps)
+are taken one by one and cost the bytes of A and B; more go as tiles through the tensor cores.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from adapters.kernels.triton import deterministic, interpreted
+
+MAX_RANK = 512
+SCRATCH = 64 << 20  # bytes; tables with more segments than fit are taken in pieces
+
+
+@triton.jit
+def _touching(table, segments, low, high, SEGMENTS: tl.constexpr):
+    """First and last segment that has rank and tokens in [low, high)."""
+    s = tl.arange(0, SEGMENTS)
+    real = s < segments
+    start = tl.load(table + s * 5, mask=real, other=0)
+    end = tl.load(table + s * 5 + 1, mask=real, other=0)
+    rank = tl.load(table + s * 5 + 3, mask=real, other=0)
+    touches = real & (start < high) & (end > low) & (start < end) & (rank > 0)
+    return tl.min(tl.where(touches, s, SEGMENTS), axis=0), tl.max(tl.where(touches, s, -1), axis=0)
+
+
+@triton.jit
+def _rank_rows(pool, first_unit, width, r, column, mask, dtype):
+    """Rank-rows r at columns, as fp32: [len(r), len(column)]. An fp32 row is two consecutive units."""
+    window = pool + first_unit.to(tl.int64) * width
+    at = r.to(tl.int64)[:, None] * width + column[None, :]
+    if dtype == 0:
+        rows = tl.load(window.to(tl.pointer_type(tl.float32)) + at, mask=mask, other=0.0)
+    else:
+        raw = tl.load(window + at, mask=mask, other=0)
+        if dtype == 1:  # bf16 is the upper half of an fp32
+            rows = (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+        else:
+            rows = raw.to(tl.float16, bitcast=True).to(tl.float32)
+    return rows
+
+
+@triton.jit
+def _shrink(
+    x,  # [tokens, width]
+    a,  # int16 [units, width]
+    table,  # int32 [segments, 5]
+    scale,  # fp32 [segments]
+    down,  # fp32 [segments, SPLITS, tokens, ranks]
+    tokens,
+    width,
+    segments,
+    ranks,
+    SEGMENTS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    low, split = tl.program_id(0) * BLOCK_T, tl.program_id(1)
+    t = low + tl.arange(0, BLOCK_T)
+    per_split = tl.cdiv(tl.cdiv(width, BLOCK_K), SPLITS) * BLOCK_K
+    begin = split * per_split
+    finish = tl.minimum(begin + per_split, width)
+    first, last = _touching(table, segments, low, low + BLOCK_T, SEGMENTS)
+    for segment in range(first, last + 1):
+        row = table + segment * 5
+        start, end, first_unit = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+        rank, dtype = tl.load(row + 3), tl.load(row + 4)
+        if (start < low + BLOCK_T) & (end > low):
+            mine = (t >= start) & (t < end)
+            factor = tl.load(scale + segment)
+            for first_rank in range(0, rank, BLOCK_R):
+                r = first_rank + tl.arange(0, BLOCK_R)
+                acc = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+                for first_k in range(begin, finish, BLOCK_K):
+                    k = first_k + tl.arange(0, BLOCK_K)
+                    at = t.to(tl.int64)[:, None] * width + k[None, :]
+                    values = tl.load(x + at, mask=mine[:, None] & (k < finish)[None, :], other=0.0).to(tl.float32)
+                    mask = (r < rank)[:, None] & (k < finish)[None, :]
+                    rows = _rank_rows(a, first_unit, width, r, k, mask, dtype)  # [BLOCK_R, BLOCK_K]
+                    if BLOCK_T == 1:
+                        acc += tl.sum(values * rows, axis=1)[None, :]
+                    else:
+                        acc = tl.dot(values, tl.trans(rows), acc, input_precision=PRECISION)
+                plane = (segment * SPLITS + split) * tokens
+                target = down + (plane + t)[:, None] * ranks + r[None, :]
+                tl.store(target, acc * factor, mask=mine[:, None] & (r < rank)[None, :])
+
+
+@triton.jit
+def _expand(
+    y,  # [tokens, width]
+    b,  # int16 [units, width]
+    table,
+    down,
+    tokens,
+    width,
+    segments,
+    ranks,
+    SEGMENTS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    low = tl.program_id(0) * BLOCK_T
+    t = low + tl.arange(0, BLOCK_T)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    first, last = _touching(table, segments, low, low + BLOCK_T, SEGMENTS)
+    if first <= last:
+        place = y + t.to(tl.int64)[:, None] * width + n[None, :]
+        inside = (t < tokens)[:, None] & (n < width)[None, :]
+        acc = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        for segment in range(first, last + 1):
+            row = table + segment * 5
+            start, end, first_unit = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+            rank, dtype = tl.load(row + 3), tl.load(row + 4)
+            if (start < low + BLOCK_T) & (end > low):
+                mine = (t >= start) & (t < end)
+                for first_rank in range(0, rank, BLOCK_R):
+                    r = first_rank + tl.arange(0, BLOCK_R)
+                    known = mine[:, None] & (r < rank)[None, :]
+                    values = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+                    for split in tl.static_range(SPLITS):
+                        plane = (segment * SPLITS + split) * tokens
+                        values += tl.load(down + (plane + t)[:, None] * ranks + r[None, :], mask=known, other=0.0)
+                    mask = (r < rank)[:, None] & (n < width)[None, :]
+                    rows = _rank_rows(b, first_unit, width, r, n, mask, dtype)  # [BLOCK_R, BLOCK_N]
+                    if BLOCK_T == 1:
+                        acc += tl.sum(tl.trans(values) * rows, axis=0)[None, :]
+                    else:
+                        acc = tl.dot(values, rows, acc, input_precision=PRECISION)
+        tl.store(place, acc.to(y.dtype.element_ty), mask=inside)
+
+
+def lora_add_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, table: Tensor, scale: Tensor) -> None:
+    """As `reference.lora_add_`, for ranks up to `MAX_RANK`; sums are rounded to y's dtype once."""
+    tokens, segments = len(x), len(table)
+    if tokens == 0 or segments == 0:
+        return
+    x, table, scale = x.contiguous(), table.contiguous(), scale.contiguous()
+    block_t = _token_tile(tokens)
+    ranks = min(MAX_RANK, len(a))
+    splits = min(8, triton.next_power_of_2(triton.cdiv(x.shape[1], 512)))
+    at_once = max(1, SCRATCH // (4 * splits * tokens * ranks))
+    # bf16 and fp16 numbers are tf32 numbers: only fp32 rows lose bits by it, and those need fp32 activations to matter.
+    precision = "ieee" if x.dtype == torch.float32 else "tf32"
+    tiles = triton.cdiv(tokens, block_t)
+    for first in range(0, segments, at_once):
+        piece = table[first : first + at_once]
+        count = len(piece)
+        down = x.new_empty(count * splits * tokens * ranks, dtype=torch.float32)
+        shared = {
+            "SEGMENTS": triton.next_power_of_2(count),
+            "BLOCK_T": block_t,
+            "BLOCK_R": 16,
+            "SPLITS": splits,
+            "PRECISION": precision,
+        }
+        _shrink[(tiles, splits)](
+            x, a, piece, scale[first : first + at_once], down, tokens, x.shape[1], count, ranks, BLOCK_K=128, **shared
+        )
+        columns = triton.cdiv(y.shape[1], 64)
+        _expand[(tiles, columns)](y, b, piece, down, tokens, y.shape[1], count, ranks, BLOCK_N=64, **shared)
+
+
+def _token_tile(tokens: int) -> int:
+    if deterministic():
+        return 16
+    if tokens <= 64:
+        return 1
+    return 16 if interpreted() else 32

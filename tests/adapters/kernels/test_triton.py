@@ -1,0 +1,294 @@
+"""The Triton kernels: on a GPU where there is one, else in Triton's interpreter on small shapes.
+
+Errors are relative, in the Frobenius norm, against float64: 2e-6 with fp32 activations, and the dtype's own rounding of
+factors and results with bf16 (1e-2) and fp16 (1.5e-3).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bitsandbytes.nn import Linear4bit
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from adapters.kernels import QuantizedWeight, reference, triton
+from tests.adapters.kernels.test_attention import Requests
+from tests.adapters.kernels.test_lora import Pool, problems
+from tests.interpreter import DEVICE
+
+pytestmark = pytest.mark.usefixtures("triton_kernels")
+
+ERRORS = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
+dtypes = st.sampled_from(list(ERRORS))
+
+
+def budget(examples: int) -> settings:
+    """No shrinking: it takes the interpreter minutes."""
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        phases=(Phase.explicit, Phase.generate),
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )
+
+
+@pytest.fixture
+def kernels(triton_kernels: None) -> Any:
+    return triton.load()
+
+
+@pytest.fixture(autouse=True)
+def on_device() -> Iterator[None]:
+    with torch.device(DEVICE):
+        yield
+
+
+def error(actual: Tensor, exact: Tensor) -> float:
+    assert actual.shape == exact.shape
+    return ((actual.double() - exact.double()).norm() / exact.double().norm().clamp(min=1e-30)).item()
+
+
+def near(actual: Tensor, exact: Tensor) -> bool:
+    return error(actual, exact) < ERRORS[actual.dtype]
+
+
+# --- linear -------------------------------------------------------------------------------------
+
+
+def make_weight(outs: int, ins: int, kind: str = "nf4", nested: bool = True, blocksize: int = 64) -> QuantizedWeight:
+    linear = Linear4bit(ins, outs, bias=False, device="cpu")
+    dense = torch.randn(outs, ins).cpu() * ins**-0.5
+    linear.weight = type(linear.weight)(
+        dense, requires_grad=False, quant_type=kind, compress_statistics=nested, blocksize=blocksize, module=linear
+    )
+    return QuantizedWeight.from_linear(linear.to(DEVICE))
+
+
+def product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    y = x.double() @ weight.dequantize(torch.float32).double().T
+    return y if bias is None else y + bias
+
+
+def check_linear(data: st.DataObject, most_out: int, most_chunks: int) -> None:
+    from adapters.kernels.triton import linear
+
+    blocksize = data.draw(st.sampled_from([64, 128, 256]))
+    outs, chunks = data.draw(st.integers(8, most_out)), data.draw(st.integers(1, most_chunks))
+    kind, nested, dtype = data.draw(st.sampled_from(["nf4", "fp4"])), data.draw(st.booleans()), data.draw(dtypes)
+    weight = make_weight(outs, 64 * chunks, kind, nested, blocksize)
+    x = torch.randn(data.draw(st.integers(1, 64)), 64 * chunks).to(dtype)
+    bias = data.draw(st.sampled_from([None, torch.randn(outs).to(dtype)]))
+    options = data.draw(st.sampled_from([config.kwargs for config in linear.CONFIGS]))
+    assert near(linear.few_rows(x, weight, bias, options), product(x, weight, bias))
+
+
+@given(data=st.data())
+@budget(8)
+def test_linear(data: st.DataObject) -> None:
+    check_linear(data, 70, 4)
+
+
+@pytest.mark.slow
+@given(data=st.data())
+@budget(150)
+def test_linear_widely(data: st.DataObject) -> None:
+    check_linear(data, 300, 20)
+
+
+@pytest.mark.parametrize("rows", [0, 3, 65])
+def test_linear_forward_takes_any_number_of_rows(kernels: Any, rows: int) -> None:
+    weight = make_weight(40, 128)
+    x = torch.randn(rows, 128)
+    assert near(kernels.linear_forward(x, weight), product(x, weight))
+
+
+def test_weights_that_are_no_whole_chunks_go_another_way(kernels: Any) -> None:
+    weight = make_weight(24, 96)
+    x = torch.randn(5, 96)
+    assert near(kernels.linear_forward(x, weight), product(x, weight))
+
+
+def test_split_sums_leave_the_counters_at_zero(kernels: Any) -> None:
+    from adapters.kernels.triton import linear
+
+    weight = make_weight(48, 512)
+    x = torch.randn(2, 512)
+    options = {"BLOCK_N": 16, "UNROLL": 1, "SPLITS": 8}
+    first, second = (linear.few_rows(x, weight, None, options) for _ in range(2))
+    assert torch.equal(first, second)
+    assert not linear._arrivals(x.device).any()
+
+
+# --- adapters -----------------------------------------------------------------------------------
+
+
+def check_lora(kernels: Any, problem: tuple[int, int, int, Any], dtype: torch.dtype) -> None:
+    tokens, ins, outs, segments = problem
+    pool = Pool(segments, ins, outs)
+    x, y = torch.randn(tokens, ins).to(dtype), torch.randn(tokens, outs).to(dtype)
+    # On a GPU bf16 activations meet fp32 rows as tf32 numbers, which still is finer than the activations' dtype.
+    assert near(pool.add(kernels, y, x), pool.expected(y, x))
+
+
+@given(problem=problems(), dtype=dtypes)
+@budget(12)
+def test_lora(kernels: Any, problem: tuple[int, int, int, Any], dtype: torch.dtype) -> None:
+    check_lora(kernels, problem, dtype)
+
+
+@pytest.mark.slow
+@given(problem=problems(), dtype=dtypes)
+@budget(200)
+def test_lora_widely(kernels: Any, problem: tuple[int, int, int, Any], dtype: torch.dtype) -> None:
+    check_lora(kernels, problem, dtype)
+
+
+@pytest.mark.parametrize("tokens", [3, 70])
+def test_lora_of_every_rank_there_is(kernels: Any, tokens: int) -> None:
+    check_lora(kernels, (tokens, 600, 30, [(0, tokens, 512, 1, 0.5), (1, 2, 33, 0, 1.0)]), torch.float32)
+
+
+def test_lora_in_pieces_of_the_table(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from adapters.kernels.triton import lora
+
+    monkeypatch.setattr(lora, "SCRATCH", 1)
+    check_lora(kernels, (9, 40, 40, [(0, 5, 4, 0, 1.0), (2, 9, 3, 1, -1.0), (2, 9, 0, 1, 1.0)]), torch.float32)
+
+
+def test_lora_without_segments_changes_nothing(kernels: Any) -> None:
+    pool = Pool([(0, 0, 4, 0, 1.0), (1, 3, 0, 0, 1.0)], 16, 16)
+    x, y = torch.randn(4, 16), torch.randn(4, 16)
+    assert torch.equal(pool.add(kernels, y, x), y)
+
+
+# --- attention ----------------------------------------------------------------------------------
+
+
+class TypedRequests(Requests):
+    """Requests whose queries and cache are of a dtype."""
+
+    def __init__(self, kernels: Any, dtype: torch.dtype, *shape: Any) -> None:
+        super().__init__(kernels, *shape)
+        self.q, self.k, self.v = ([states.to(dtype) for states in kind] for kind in (self.q, self.k, self.v))
+        self.k_cache, self.v_cache = self.k_cache.to(dtype), self.v_cache.to(dtype)
+
+
+def check_attention(kernels: Any, data: st.DataObject, most: int) -> None:
+    dtype = data.draw(dtypes)
+    lengths = data.draw(st.lists(st.integers(1, most), min_size=1, max_size=3))
+    kv_heads, group = data.draw(st.sampled_from([(1, 1), (2, 3), (1, 7), (2, 4), (1, 20)]))
+    dim = data.draw(st.sampled_from([64, 80, 128, 256]))
+    requests = TypedRequests(kernels, dtype, lengths, kv_heads * group, kv_heads, dim, 16)
+    window = data.draw(st.sampled_from([0, 1, 30, 100]))
+    firsts = [data.draw(st.integers(max(0, n - 40), n - 1)) for n in lengths]
+    outs = requests.attend([(r, firsts[r], n) for r, n in enumerate(lengths)], window, data.draw(st.integers(0, 2)))
+    for request, out in enumerate(outs):
+        assert near(out, requests.expected(request, window)[firsts[request] :])
+
+
+@given(data=st.data())
+@budget(10)
+def test_attention(kernels: Any, data: st.DataObject) -> None:
+    check_attention(kernels, data, 150)
+
+
+@pytest.mark.slow
+@given(data=st.data())
+@budget(150)
+def test_attention_widely(kernels: Any, data: st.DataObject) -> None:
+    check_attention(kernels, data, 400)
+
+
+def test_attention_joins_split_keys(kernels: Any) -> None:
+    requests = Requests(kernels, [700, 3], 2, 1, 16, 16)
+    outs = requests.attend([(0, 699, 700), (1, 2, 3)], padding=1)
+    for request, out in enumerate(outs):
+        assert near(out, requests.expected(request)[-1:])
+    (windowed,) = requests.attend([(0, 699, 700)], window=90)
+    assert near(windowed, requests.expected(0, 90)[-1:])
+
+
+def test_attention_with_scores_far_apart(kernels: Any) -> None:
+    requests = Requests(kernels, [130], 2, 1, 16, 16)
+    requests.q[0] *= 200.0
+    assert error(requests.attend([(0, 100, 130)])[0], requests.expected(0)[100:]) < 1e-4
+
+
+# --- what stands between ------------------------------------------------------------------------
+
+
+@given(rows=st.integers(1, 5), width=st.integers(8, 200), dtype=dtypes)
+@budget(15)
+def test_norms(kernels: Any, rows: int, width: int, dtype: torch.dtype) -> None:
+    x, delta, weight = (torch.randn(*shape).to(dtype) for shape in ((rows, width), (rows, width), (width,)))
+    assert near(kernels.rms_norm(x, weight, 1e-5), reference.rms_norm(x, weight, 1e-5))
+    hidden = x.clone()
+    normed = kernels.add_rms_norm_(hidden, delta, weight, 1e-5)
+    assert near(hidden, x + delta)
+    assert near(normed, reference.rms_norm(x + delta, weight, 1e-5))
+
+
+@given(rows=st.integers(1, 3), width=st.integers(8, 1500), dtype=dtypes)
+@budget(10)
+def test_silu_mul(kernels: Any, rows: int, width: int, dtype: torch.dtype) -> None:
+    gate, up = (torch.randn(rows, width).to(dtype) for _ in range(2))
+    assert near(kernels.silu_mul(gate, up), F.silu(gate.double()) * up.double())
+
+
+@given(tokens=st.integers(1, 4), heads=st.integers(1, 9), kv_heads=st.integers(1, 3), dtype=dtypes, data=st.data())
+@budget(10)
+def test_rope(kernels: Any, tokens: int, heads: int, kv_heads: int, dtype: torch.dtype, data: st.DataObject) -> None:
+    dim, rotary = data.draw(st.sampled_from([(64, 64), (80, 80), (128, 32)]))
+    q, k = torch.randn(tokens, heads, dim).to(dtype), torch.randn(tokens, kv_heads, dim).to(dtype)
+    cos, sin = torch.randn(tokens, rotary), torch.randn(tokens, rotary)
+    exact_q, exact_k = q.double(), k.double()
+    reference.rope_(exact_q, exact_k, cos.double(), sin.double())
+    kernels.rope_(q, k, cos, sin)
+    assert near(q, exact_q)
+    assert near(k, exact_k)
+
+
+# --- invariance ---------------------------------------------------------------------------------
+
+
+def test_rows_keep_their_bits_in_company_when_tiles_are_fixed(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAKEET_DETERMINISTIC", "1")
+    weight = make_weight(40, 512)
+    x, y = torch.randn(70, 512), torch.randn(70, 40)
+    pool = Pool([(0, 70, 5, 1, 1.0)], 512, 40)
+    together, adapted = kernels.linear_forward(x, weight), pool.add(kernels, y, x)
+    for first, last in ((0, 1), (3, 9), (5, 70)):
+        assert torch.equal(kernels.linear_forward(x[first:last], weight), together[first:last])
+        pool.table[0, 1] = last - first
+        assert torch.equal(pool.add(kernels, y[first:last], x[first:last]), adapted[first:last])
+
+
+def test_chunks_of_a_prompt_keep_their_bits_when_tiles_are_fixed(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAKEET_DETERMINISTIC", "1")
+    requests = Requests(kernels, [90, 77], 4, 2, 32, 16)
+    whole = requests.attend([(0, 0, 90)], 50)[0]
+    first, second, _ = requests.attend([(0, 0, 67), (0, 67, 90), (1, 70, 77)], 50)
+    assert torch.equal(torch.cat([first, second]), whole)
+
+
+def test_a_poisoned_row_stays_alone(kernels: Any) -> None:
+    weight = make_weight(32, 128)
+    pool = Pool([(0, 2, 4, 0, 1.0), (2, 20, 4, 1, 1.0)], 128, 32)
+    x, y = torch.randn(20, 128), torch.randn(20, 32)
+    clean, adapted = kernels.linear_forward(x, weight), pool.add(kernels, y, x)
+    x[3] = torch.nan
+    keep = [row for row in range(20) if row != 3]
+    assert torch.equal(kernels.linear_forward(x, weight)[keep], clean[keep])
+    assert torch.equal(pool.add(kernels, y, x)[keep], adapted[keep])
+
+
+def test_only_tensors_of_the_device_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2)
+    assert triton.takes(x, x.bfloat16())
+    assert not triton.takes(x, x.double())
+    monkeypatch.setenv("LORAKEET_TRITON", "0")
+    assert not triton.takes(x)
