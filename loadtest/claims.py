@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from loadtest.compare import QUIET_CORES
+
 Result = dict[str, Any]
 
 
@@ -144,6 +146,8 @@ def _cases(result: Result) -> str:
         cells = [_cell(result["cells"].get(case["name"], {}).get(name), quantity) for name in names]
         rows.append([case["title"], *cells])
     note = "Tokens/s: median over the rounds, (lowest-highest)."
+    if result["busy_cores_when_idle"] > QUIET_CORES:
+        note += f" **Disturbed**: others kept {result['busy_cores_when_idle']:.1f} cores busy."
     return f"{note}\n\n{_table(['', *names], rows)}"
 
 

@@ -19,6 +19,7 @@ from loadtest.peers.base import AdapterId, Kit, Side, SideError, Work
 from loadtest.synthetic import Dtype, random_prompts
 
 PROMPT_TOKENS = 64
+QUIET_CORES = 0.2  # a machine that is busier than this before the first round gives no figures worth keeping
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +168,8 @@ async def compare(
                 result.missing[name] = f"failed in its warm-up: {error}"
                 await running.pop(name).stop()
         result.busy_cores = await asyncio.to_thread(machine.busy_cores, idle_seconds)
+        if result.busy_cores > QUIET_CORES:
+            report(f"WARNING: something else keeps {result.busy_cores:.1f} cores busy; figures will be too low")
         cpu, start = time.process_time(), time.perf_counter()
         for index in range(rounds):
             for case in cases:

@@ -20,11 +20,11 @@ def results_folder() -> Path:
 
 
 def newest(folder: Path) -> Path:
-    """The newest comparison result (file names begin with their date)."""
-    files = sorted(folder.glob("*.json"))
-    if not files:
-        raise ReadmeError(f"no results in {folder}")
-    return files[-1]
+    """The newest comparison in a folder of results (file names begin with their date)."""
+    for file in sorted(folder.glob("*.json"), reverse=True):
+        if json.loads(file.read_text("utf-8")).get("kind") == "compare":
+            return file
+    raise ReadmeError(f"no comparison in {folder}")
 
 
 def section(result: dict[str, Any], name: str) -> str:

@@ -201,6 +201,12 @@ def test_ratios_are_taken_against_the_best_peer() -> None:
     assert found[f"{eight} vLLM's CPU build, fp32"] == (None, "not measured")
 
 
+def test_a_disturbed_run_says_so() -> None:
+    quiet = result(eight__lorakeet=70)
+    assert "Disturbed" not in claims.markdown(quiet)
+    assert "others kept 1.5 cores busy" in claims.markdown(quiet | {"busy_cores_when_idle": 1.5})
+
+
 def test_taxes() -> None:
     found = verdicts(
         result(
@@ -253,10 +259,11 @@ def test_the_readme_block_is_rewritten_from_a_result(tmp_path: Path) -> None:
     page = tmp_path / "README.md"
     page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
     file = tmp_path / "2026-01-02-a.json"
-    cell = result(eight__lorakeet=100) | {"machine": MACHINE}
+    cell = result(eight__lorakeet=100) | {"kind": "compare", "machine": MACHINE}
     cell["cells"]["eight"]["llama"] = {"error": "x"}
     file.write_text(json.dumps(cell))
-    (tmp_path / "2025-12-31-b.json").write_text("{}")
+    (tmp_path / "2025-12-31-b.json").write_text('{"kind": "compare"}')
+    (tmp_path / "2026-01-03-c.json").write_text('{"kind": "kernels"}')
     assert readme.newest(tmp_path) == file
     assert readme.rewrite(page, file)
     text = page.read_text()
@@ -274,5 +281,5 @@ def test_a_readme_without_the_block_is_refused(tmp_path: Path) -> None:
     page.write_text("nothing")
     with pytest.raises(readme.ReadmeError, match="block"):
         readme.rewrite(page, page)
-    with pytest.raises(readme.ReadmeError, match="no results"):
+    with pytest.raises(readme.ReadmeError, match="no comparison"):
         readme.newest(tmp_path / "empty")
