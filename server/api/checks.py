@@ -1,5 +1,7 @@
 """`/v1/adapters/{name}/warm` and `verify`: what the engine has to say of an adapter."""
 
+import asyncio
+import importlib.util
 import uuid
 from contextlib import ExitStack, aclosing
 
@@ -8,21 +10,30 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from adapters.store import Version
+from server.api.adapters import take_slot
 from server.api.body import Body
 from server.api.generation import raise_failure
 from server.api.target import hold, reference
 from server.engine.client import AdapterLoadFailed
 from server.engine.protocol import AdapterRef, Generate, Sampling
-from server.errors import ContextLengthExceeded, InternalError
+from server.errors import ContextLengthExceeded, InternalError, InvalidRequest
+from server.models import resolve
 from server.services import TENANT, Services, services_of
+from server.worker import WorkerTooSlow, run_worker
 
 _PROMPT = "The quick brown fox jumps over the lazy dog. In the beginning there was a question, and the answer was:"
 
 
+_ORACLE_SECONDS = 600.0
+ORACLES = ("nf4", "fp4", "none")  # quantisations that `adapters.oracle` has too
+
+
 class VerifyBody(Body):
-    """What to score with and without the adapter."""
+    """What to score with and without the adapter, and whether by PEFT too: it loads a base of its own for that."""
 
     prompt: str = Field(_PROMPT, min_length=1)
+    peft: bool = False
 
 
 async def warm(request: Request) -> Response:
@@ -45,6 +56,8 @@ async def verify(request: Request) -> Response:
     """Score a prompt with the adapter and without: is it doing anything?"""
     services, name = services_of(request), request.path_params["name"]
     body = await VerifyBody.read(request) if _has_body(request) else VerifyBody.validate_object({})
+    if body.peft:
+        _check_oracle(services)
     with ExitStack() as held:
         version = await hold(services, name, "name", None, held)
         (ids,) = await services.text.encode([body.prompt], add_special_tokens=True)
@@ -58,16 +71,17 @@ async def verify(request: Request) -> Response:
         finally:
             for ticket in tickets:
                 ticket.leave(served=False)
-    differences = [abs(a - b) for a, b in zip(with_adapter, without, strict=True)]
+        oracle = await _ask_oracle(services, version, ids) if body.peft else None
     return JSONResponse(
         {
             "object": "adapter.verification",
             "name": name,
             "digest": version.digest,
             "prompt_tokens": len(ids),
-            "changes_anything": any(differences),
+            "changes_anything": with_adapter != without,
             "mean_logprob": {"adapter": _mean(with_adapter), "base": _mean(without)},
-            "logprob_difference": {"mean": _mean(differences), "max": max(differences)},
+            "logprob_difference": _difference(with_adapter, without),
+            "difference_from_peft": None if oracle is None else _difference(with_adapter, oracle),
         },
         headers={"X-Adapter-Digest": version.digest},
     )
@@ -94,6 +108,40 @@ async def _score(services: Services, ids: list[int], adapters: list[AdapterRef])
             if output.finish_reason is not None:
                 break
     return scores
+
+
+def _check_oracle(services: Services) -> None:
+    if importlib.util.find_spec("peft") is None:
+        raise InvalidRequest("The package peft is not installed on the server.", param="peft")
+    quantization = services.settings.quantization
+    if quantization not in ORACLES:
+        raise InvalidRequest(
+            f"PEFT rounds activations on an {quantization} base: there is no comparison.", param="peft"
+        )
+
+
+async def _ask_oracle(services: Services, version: Version, ids: list[int]) -> list[float]:
+    settings = services.settings
+    order = {
+        "model": str(await asyncio.to_thread(resolve, settings.model, settings.cache_dir)),
+        "quantization": settings.quantization,
+        "adapter": str(version.path),
+        "prompt": ids,
+    }
+    await take_slot(services)
+    try:
+        scores: list[float] = await run_worker("adapters.oracle", order, _ORACLE_SECONDS)
+    except WorkerTooSlow:
+        message = f"PEFT took more than {_ORACLE_SECONDS:g} s."
+        raise InvalidRequest(message, param="peft", code="peft_too_slow") from None
+    finally:
+        services.intake.upload_slots.release()
+    return scores
+
+
+def _difference(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    differences = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+    return {"mean": _mean(differences), "max": max(differences)}
 
 
 def _mean(numbers: list[float]) -> float:

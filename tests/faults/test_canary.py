@@ -62,6 +62,7 @@ async def test_a_warm_adapter_is_on_the_device_and_a_verified_one_does_something
         assert warmed.json()["seconds"] >= 0
         await ask(client, "blue")  # only names that were asked for have series of their own
         assert server.metric("lora_adapter_loaded", adapter_name="blue", level="device") == 1
-        verified = (await client.post("/v1/adapters/blue/verify")).json()
+        verified = (await client.post("/v1/adapters/blue/verify", json={"peft": True})).json()
         assert verified["changes_anything"]
         assert verified["logprob_difference"]["max"] > 0.01
+        assert verified["difference_from_peft"]["max"] < 1e-3

@@ -127,6 +127,7 @@ async def test_an_adapter_that_does_something_and_one_that_does_not(served: Serv
         "changes_anything": True,
         "mean_logprob": {"adapter": -0.5, "base": -1.0},
         "logprob_difference": {"mean": 0.5, "max": 0.5},
+        "difference_from_peft": None,
     }
     scored_by(served, 0.0)
     body = (await served.client.post("/v1/adapters/poet/verify")).json()
@@ -148,6 +149,18 @@ async def test_an_adapter_that_fails_while_it_is_verified(served: Served, tmp_pa
     response = await served.client.post("/v1/adapters/poet/verify")
     assert (response.status_code, response.json()["error"]["code"]) == (400, "non_finite_logits")
     assert (served.services.admission.requests, served.engine.running) == (0, set())
+
+
+async def test_peft_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(tmp_path, quantization="int8") as served:
+        await served.add_adapter(tmp_path, "poet")
+        refused(await served.client.post("/v1/adapters/poet/verify", json={"peft": True}), 400, "peft")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (tmp_path / "again").mkdir()
+    async with serving(tmp_path / "again") as served:
+        response = await served.client.post("/v1/adapters/poet/verify", json={"peft": True})
+        refused(response, 400, "peft")
+        assert "not installed" in response.text
 
 
 @pytest.mark.parametrize("what", ["warm", "verify"])
