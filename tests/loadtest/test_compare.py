@@ -185,6 +185,7 @@ def result(**figures: float) -> dict[str, Any]:
         "sides": sides,
         "missing": {"vllm": "not installed"},
         "distinct_answers": {},
+        "busy_cores_when_idle": 0.0,
     }
 
 
