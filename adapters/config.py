@@ -20,7 +20,8 @@ MAX_CONFIG_BYTES = 1 << 20
 MAX_PROGRAMS = 1 << 16
 OUTPUT_HEAD = "lm_head"  # PEFT's all-linear leaves the output head out
 
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# What an activated adapter cannot have: most of it would change tokens before it is invoked.
+_NEVER_ACTIVATED = ("use_dora", "lora_bias", "bias", "modules_to_save", "trainable_token_indices")
 
 
 @dataclass(frozen=True)
@@ -36,21 +37,16 @@ class AdapterConfig:
     layers_pattern: tuple[str, ...]
     rank_pattern: Mapping[str, int]  # in the file's order: the first key that matches counts
     alpha_pattern: Mapping[str, float]
+    use_dora: bool
+    lora_bias: bool
+    bias: str
+    modules_to_save: tuple[str, ...]
+    trainable_token_indices: Mapping[str, list[int]]
+    ensure_weight_tying: bool
+    alora_invocation_tokens: tuple[int, ...]
     task_type: str | None
     auto_mapping: Mapping[str, Json] | None
     recorded: Mapping[str, Json]
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What the owner of this adapter should know although it is accepted."""
-        init = self.recorded["init_lora_weights"]
-        if isinstance(init, str) and init.lower().startswith(_CHANGES_BASE):
-            return (
-                f"init_lora_weights = '{init}' changed the base's weights before training: the answers are right only "
-                "if the served base is that changed one, or after PEFT's conversion (save_pretrained with "
-                "path_initial_model_for_weight_conversion)",
-            )
-        return ()
 
     def check_class(self, model_class: str) -> None:
         """Raises AdapterError when `auto_mapping` names another class than the served model's."""
@@ -64,27 +60,41 @@ class AdapterConfig:
         plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
         return {"peft_type": "LORA", **plain, **self.recorded}
 
-    def resolve(self, modules: Collection[str]) -> dict[str, tuple[int, float]]:
+    def check_plain(self) -> None:
+        """Raises AdapterError, naming the field, when this is more than pairs of A and B on linears."""
+        for name in (*_NEVER_ACTIVATED, "alora_invocation_tokens"):
+            if getattr(self, name) != FIELDS[name].default:
+                raise AdapterError(f"{name} is not supported here: only plain LoRA is", name)
+
+    def resolve(
+        self, linears: Collection[str], tables: Collection[str] = (), *, tied: bool = False
+    ) -> dict[str, tuple[int, float]]:
         """The modules of the base that this config selects: full name -> (rank, scaling), as PEFT would.
 
         Args:
-            modules: full names of the base's linears, such as "model.layers.0.self_attn.q_proj".
+            linears: full names of the base's linears, such as "model.layers.0.self_attn.q_proj".
+            tables: those of its embedding and head, which are adapted only when named.
+            tied: whether embedding and head are one matrix.
 
         Raises:
             AdapterError: an entry of `target_modules`, a layer index or a pattern key matches nothing.
         """
+        modules = [*linears, *tables]
         ranks = _match_patterns("rank_pattern", self.rank_pattern, modules)
         alphas = _match_patterns("alpha_pattern", self.alpha_pattern, modules)
         found: dict[str, tuple[int, float]] = {}
-        for module in self._select(modules):
+        chosen = self._select(modules, linears)
+        if self.ensure_weight_tying and tied and not set(tables).isdisjoint(chosen):
+            chosen += [table for table in tables if table not in chosen]
+        for module in chosen:
             rank = ranks.get(module, self.r)
             alpha = alphas.get(module, self.lora_alpha)
             found[module] = (rank, alpha / math.sqrt(rank) if self.use_rslora else alpha / rank)
         re2.purge()  # its cache would keep a client's automata, megabytes each
         return found
 
-    def _select(self, modules: Collection[str]) -> list[str]:
-        chosen = self._targets(modules)
+    def _select(self, modules: Collection[str], linears: Collection[str]) -> list[str]:
+        chosen = self._targets(modules, linears)
         if not chosen:
             raise AdapterError(
                 f"target_modules {show(self.target_modules)} matches no linear of the base", "target_modules"
@@ -94,7 +104,7 @@ class AdapterConfig:
             raise AdapterError("exclude_modules leaves no module to adapt", "exclude_modules")
         return self._in_layers(chosen) if self.layers_to_transform else chosen
 
-    def _targets(self, modules: Collection[str]) -> list[str]:
+    def _targets(self, modules: Collection[str], linears: Collection[str]) -> list[str]:
         if isinstance(self.target_modules, tuple):
             wanted = set(self.target_modules)
             unmatched = wanted.difference(*map(_suffixes, modules))
@@ -105,7 +115,7 @@ class AdapterConfig:
                 )
             return [module for module in modules if _suffixes(module) & wanted]
         if self.target_modules.lower() == ALL_LINEAR:
-            return [module for module in modules if module.rpartition(".")[2] != OUTPUT_HEAD]
+            return [module for module in linears if module.rpartition(".")[2] != OUTPUT_HEAD]
         regex = compile_regex("target_modules", self.target_modules)
         return [module for module in modules if regex.fullmatch(module)]
 
@@ -168,8 +178,18 @@ def parse_config(raw: bytes) -> AdapterConfig:
         raise AdapterError("layers_to_transform needs target_modules to be a list", "layers_to_transform")
     if values["layers_pattern"] and not values["layers_to_transform"]:
         raise AdapterError("layers_pattern needs layers_to_transform", "layers_pattern")
+    _check_combination(values)
     recorded = {name: values[name] for name, field in FIELDS.items() if field.effect == "recorded"}
     return AdapterConfig(**{name: values[name] for name in _ATTRIBUTES}, recorded=recorded)
+
+
+def _check_combination(values: Mapping[str, Json]) -> None:
+    if values["lora_bias"] and values["use_dora"]:
+        raise AdapterError("lora_bias cannot be combined with use_dora, in PEFT either", "lora_bias")
+    if values["alora_invocation_tokens"]:
+        for name in _NEVER_ACTIVATED:
+            if values[name] != FIELDS[name].default:
+                raise AdapterError(f"{name} cannot be combined with alora_invocation_tokens", name)
 
 
 def _suffixes(module: str) -> set[str]:

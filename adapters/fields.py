@@ -18,6 +18,8 @@ MAX_RANK = 1 << 16
 MAX_ALPHA = 1_000_000
 MAX_PATTERNS = 1024
 MAX_REGEX_CHARACTERS = 4096
+MAX_TOKENS = 1 << 16  # trained token embeddings of one adapter
+MAX_INVOCATION_TOKENS = 256
 ALL_LINEAR = "all-linear"
 
 Json: TypeAlias = Any
@@ -136,22 +138,75 @@ def _one_of(*allowed: Json) -> Parse:
     return parse
 
 
+_PROMPTED = "its virtual tokens would take part in every layer's keys and values; train a LORA adapter instead"
+_MERGE = "merge it into the base (PEFT's merge_and_unload) and serve that, or train a LORA adapter instead"
+# Why other types of PEFT's are not served, and what to do about it.
+_OTHER_TYPES = {
+    "QLORA": "no PEFT version writes it: QLoRA names a way to train, and its adapters are of type LORA",
+    "VERA": f"VeRA shares random matrices between layers instead of low-rank pairs; {_MERGE}",
+    "LOHA": f"LoHa multiplies two low-rank products element by element; {_MERGE}",
+    "LOKR": f"LoKr is a Kronecker product; {_MERGE}",
+    "ADALORA": f"AdaLoRA keeps singular values apart from its matrices; {_MERGE}",
+    "IA3": f"IA3 rescales activations; {_MERGE}",
+    "OFT": f"OFT multiplies the base's weights by rotations; {_MERGE}",
+    "BOFT": f"BOFT multiplies the base's weights by rotations; {_MERGE}",
+    "PROMPT_TUNING": _PROMPTED,
+    "P_TUNING": _PROMPTED,
+    "PREFIX_TUNING": _PROMPTED,
+    "MULTITASK_PROMPT_TUNING": _PROMPTED,
+    "ADAPTION_PROMPT": "it adds attention over learnt prompts to each layer; train a LORA adapter instead",
+    "TRAINABLE_TOKENS": "train the tokens with a LORA adapter's trainable_token_indices instead",
+}
+
+
 def _peft_type(name: str, value: Json) -> str:
-    if value == "QLORA":
-        raise AdapterError(
-            "peft_type 'QLORA' is written by no PEFT version: QLoRA names a way to train, and its adapters are of type "
-            "LORA",
-            name,
-        )
     if value != "LORA":
-        raise AdapterError(f'{name} must be "LORA", not {show(value)}: no other type is served', name)
+        reason = _OTHER_TYPES.get(value, "no other type is served") if type(value) is str else "no other type is served"
+        raise AdapterError(f'{name} must be "LORA", not {show(value)}: {reason}', name, "unsupported_adapter_feature")
     return "LORA"
 
 
+# Initialisations that took their matrices out of the base's weights: the adapter is right only on what was left.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
 def _init(name: str, value: Json) -> bool | str:
-    if type(value) is bool or (type(value) is str and re.fullmatch(r"[A-Za-z0-9_]{1,64}", value)):
-        return value
-    raise _wrong(name, value, "true, false or the name of an initialisation")
+    if type(value) is not bool and not (type(value) is str and re.fullmatch(r"[A-Za-z0-9_]{1,64}", value)):
+        raise _wrong(name, value, "true, false or the name of an initialisation")
+    if type(value) is str and value.lower().startswith(_CHANGES_BASE):
+        raise AdapterError(
+            f"{name} = '{value}' changed the base's weights before training, and this adapter is right only on those. "
+            "Convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...) writes one for "
+            "the base as it was. If the base that is served is the changed one, set init_lora_weights to true",
+            name,
+            "unsupported_adapter_feature",
+        )
+    return value
+
+
+def _token_ids(name: str, value: Json, most: int) -> list[int]:
+    if not isinstance(value, list) or not value or not all(type(v) is int and 0 <= v < 1 << 31 for v in value):
+        raise _wrong(name, value, "a list of token ids")
+    if len(value) > most:
+        raise AdapterError(f"{name} has {len(value)} token ids; at most {most} are allowed", name)
+    return value
+
+
+def _invocation(name: str, value: Json) -> tuple[int, ...]:
+    return () if value is None else tuple(_token_ids(name, value, MAX_INVOCATION_TOKENS))
+
+
+def _trained_tokens(name: str, value: Json) -> dict[str, list[int]]:
+    """Module name -> ids, in the order of the tensor's rows; a bare list is of the input embedding."""
+    if value in (None, [], {}):
+        return {}
+    modules = value if isinstance(value, dict) else {"embed_tokens": value}
+    if len(modules) > 2 or not all(0 < len(module) <= 1024 for module in modules):
+        raise _wrong(name, value, "token ids, or an object with those of embed_tokens and lm_head")
+    for ids in modules.values():
+        if len(set(_token_ids(name, ids, MAX_TOKENS))) < len(ids):
+            raise AdapterError(f"{name} has a token id twice", name)
+    return modules
 
 
 def _settings(name: str, value: Json) -> dict[str, Json] | None:
@@ -181,6 +236,13 @@ def _names(name: str, value: Json) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(type(v) is str and 0 < len(v) <= 1024 for v in value):
         raise _wrong(name, value, "a list of module names")
     return tuple(sorted(set(value)))
+
+
+def _modules(name: str, value: Json) -> tuple[str, ...]:
+    names = () if value is None else _names(name, value)
+    if len(names) > MAX_PATTERNS:
+        raise AdapterError(f"{name} has {len(names)} names; at most {MAX_PATTERNS} are allowed", name)
+    return names
 
 
 def _names_or_regex(name: str, value: Json) -> str | tuple[str, ...]:
@@ -310,26 +372,28 @@ FIELDS: dict[str, Field] = {
     "layers_pattern": _works((), _layer_lists, "plain names of the list of layers"),
     "rank_pattern": _works({}, _patterns(_rank), "ranks per module; every key must match a module"),
     "alpha_pattern": _works({}, _patterns(_alpha), "alphas per module; every key must match a module"),
+    "use_dora": _works(False, _flag, "weight-decomposed (DoRA): linears, embedding and head"),
+    "lora_bias": _works(False, _flag, "a bias of lora_B"),
+    "bias": _works("none", _one_of("none", "all", "lora_only"), "none, all or lora_only: trained biases of the base"),
+    "modules_to_save": _works((), _modules, "embed_tokens, lm_head and norms, matched by suffix as in PEFT"),
+    "trainable_token_indices": _works({}, _trained_tokens, "trained rows of embed_tokens, and of a head tied to it"),
+    "ensure_weight_tying": _works(False, _flag, "on a tied base the head follows the embedding"),
+    "alora_invocation_tokens": _works((), _invocation, "activated (aLoRA): in force from their last occurrence on"),
     "base_model_name_or_path": _recorded(None, _text, "shown in the receipt; never opened"),
     "revision": _recorded(None, _text, "never fetched"),
     "peft_version": _recorded(None, _text, "the PEFT version that saved it"),
     "inference_mode": _recorded(False, _flag, "no meaning when serving"),
     "lora_dropout": _recorded(0.0, _number(0, 1), "training only"),
-    "init_lora_weights": _recorded(True, _init, "initialisation only; a warning where it changed the base's weights"),
+    "init_lora_weights": _recorded(
+        True, _init, "initialisation only; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA after PEFT's conversion alone"
+    ),
     "loftq_config": _recorded({}, _settings, "initialisation only"),
     "eva_config": _recorded(None, _settings, "initialisation only"),
     "corda_config": _recorded(None, _settings, "initialisation only"),
     "lora_ga_config": _recorded(None, _settings, "initialisation only"),
-    "bias": _refused("none", "trained biases are not served"),
     "fan_in_fan_out": _refused(False, "transposed (Conv1D) base weights are not served"),
-    "use_dora": _refused(False, "weight-decomposed adapters (DoRA) are not served"),
-    "lora_bias": _refused(False, "biases of lora_B are not served"),
-    "modules_to_save": _refused(None, "whole modules saved beside the adapter are not served", []),
-    "trainable_token_indices": _refused(None, "trained token embeddings are not served", [], {}),
-    "ensure_weight_tying": _refused(False, "adapters tied between embedding and head are not served"),
     "target_parameters": _refused(None, "adapters on bare parameters (experts) are not served", []),
     "layer_replication": _refused(None, "it changes the base's layers", []),
-    "alora_invocation_tokens": _refused(None, "activated adapters (aLoRA) are not served"),
     "megatron_config": _refused(None, "Megatron layers are not served"),
     "megatron_core": _refused("megatron.core", "it names code to import"),
     "use_qalora": _refused(False, "QALoRA pools its inputs in a GPTQ base"),

@@ -7,16 +7,20 @@ copied) by digest; does not know files, requests, or who should be resident (res
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from adapters import kernels
+from adapters.format import EXTRAS, EXTRAS_UNIT
 from adapters.lora import LoraLinear
 from adapters.memory import zeros
 from adapters.rows import RowAllocator, rounded
+
+if TYPE_CHECKING:
+    from adapters.extras import Extras
 
 DTYPE_CODES = {torch.float32: kernels.FP32, torch.bfloat16: kernels.BF16, torch.float16: kernels.FP16}
 
@@ -50,6 +54,9 @@ class HostAdapter:
     linears: dict[str, HostRows]  # full module name -> rows
     bytes: int
     rank: int  # the largest
+    extras: "Extras | None" = None  # what it does besides rank rows
+    extra_bytes: int = 0  # that these count for on the device
+    invocation: tuple[int, ...] = ()  # the adapter is in force from the last occurrence of these tokens on
 
     def units(self, kinds: Mapping[str, str]) -> dict[str, int]:
         """Row units needed per kind: the largest window over that kind's layers. `kinds`: module name -> kind."""
@@ -57,7 +64,7 @@ class HostAdapter:
         for name, rows in self.linears.items():
             kind = kinds[name]
             need[kind] = max(need.get(kind, 0), len(rows.a))
-        return need
+        return need | ({EXTRAS: -(-self.extra_bytes // EXTRAS_UNIT)} if self.extra_bytes else {})
 
 
 def host_adapter(
@@ -67,16 +74,16 @@ def host_adapter(
     linears: dict[str, HostRows] = {}
     total = 0
     for name, (a, b, scaling) in modules.items():
-        units_a, units_b = (_as_units(matrix.to(dtype)) for matrix in (a, b.T))
+        units_a, units_b = (as_units(matrix.to(dtype)) for matrix in (a, b.T))
         if pin:
             units_a, units_b = units_a.pin_memory(), units_b.pin_memory()
         linears[name] = HostRows(units_a, units_b, a.shape[0], scaling)
         total += 2 * (units_a.numel() + units_b.numel())
-    rank = max(rows.rank for rows in linears.values())
+    rank = max((rows.rank for rows in linears.values()), default=0)
     return HostAdapter(digest, DTYPE_CODES[dtype], linears, total, rank)
 
 
-def _as_units(matrix: Tensor) -> Tensor:
+def as_units(matrix: Tensor) -> Tensor:
     """`[rank, width]` numbers -> int16 `[units, width]`, the same bytes."""
     matrix = matrix.contiguous()
     return matrix.view(torch.int16).view(-1, matrix.shape[1])
@@ -126,7 +133,8 @@ class RowPool:
 
     Args:
         linears: full module name -> sizes, in LoraLinear index order.
-        capacity: kind -> row units. The invariant per kind: free units + resident units = capacity.
+        capacity: kind -> row units; under EXTRAS, how many units of EXTRAS_UNIT bytes adapters may take beside rows.
+            The invariant per kind: free units + resident units = capacity.
     """
 
     def __init__(self, linears: Mapping[str, LinearSize], capacity: Mapping[str, int], device: torch.device) -> None:
@@ -136,6 +144,8 @@ class RowPool:
         self.rows = {kind: RowAllocator(units) for kind, units in capacity.items()}
         self._index = {name: index for index, name in enumerate(self.names)}
         self._placements: dict[str, _Placement] = {}
+        self.extras: dict[str, Extras] = {}  # by digest, of the resident adapters that have some
+        self.invocations: dict[str, tuple[int, ...]] = {}  # likewise
 
         # Zeros, not empty: an unused row may be read (and multiplied by nothing) by a kernel that works in whole tiles.
         def storage(linear: LinearSize, width: int) -> Tensor:
@@ -180,6 +190,10 @@ class RowPool:
                 first = self.rows[kind].allocate(units)
             assert first is not None
             windows[kind] = first
+        if adapter.extras is not None:
+            self.extras[adapter.digest] = adapter.extras.to(self.device)
+        if adapter.invocation:
+            self.invocations[adapter.digest] = adapter.invocation
         count = len(self.names)
         placement = _Placement(
             windows,
@@ -201,6 +215,8 @@ class RowPool:
 
     def remove(self, digest: str) -> None:
         """Give an adapter's rows back. Raises KeyError when it is not resident."""
+        self.extras.pop(digest, None)
+        self.invocations.pop(digest, None)
         for kind, first in self._placements.pop(digest).windows.items():
             self.rows[kind].release(first)
 

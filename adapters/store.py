@@ -104,11 +104,12 @@ class Staging:
 
 def receipt_of(spec: AdapterSpec) -> dict[str, Any]:
     """What the owner of an adapter is told. `scaling` is that of most modules, `rows` are per kind, in 2-byte units."""
-    [(scaling, _)] = Counter(module.scaling for module in spec.modules.values()).most_common(1)
+    [(scaling, _)] = Counter(module.scaling for module in spec.adapted.values()).most_common(1)
     return {
         "rank": spec.rank,
         "scaling": scaling,
-        "modules_matched": len(spec.modules),
+        "modules_matched": len(spec.adapted),
+        "variants": spec.variants.names,
         "parameters": spec.parameters,
         "bytes": spec.bytes,
         "dtype": spec.dtype,

@@ -20,6 +20,7 @@ import uvicorn
 from filelock import FileLock, Timeout
 from starlette.applications import Starlette
 
+from adapters.outline import Outline
 from adapters.store import AdapterStore
 from server import logs
 from server.admission import Admission
@@ -117,7 +118,7 @@ def _make_services(settings: Settings, model: Path) -> tuple[Services, LocalEngi
     engine = LocalEngine(_engine_config(settings, model), metrics.engine_stats)
     database = sqlite3.connect(settings.data_dir / "adapters.db", isolation_level=None, check_same_thread=False)
     store = AdapterStore(settings.data_dir / "adapters", database, retain=settings.keep_versions)
-    intake = AdapterIntake(settings, engine, store, metrics)
+    intake = AdapterIntake(settings, engine, store, metrics, Outline.read(model))
     services = Services(
         settings=settings,
         engine=engine,

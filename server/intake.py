@@ -17,7 +17,7 @@ from pathlib import Path
 from starlette.concurrency import run_in_threadpool
 
 from adapters.fields import shorten
-from adapters.format import CONFIG_NAME, WEIGHTS_NAME, AdapterError, AdapterSpec, inspect
+from adapters.format import CONFIG_NAME, EXTRAS, WEIGHTS_NAME, AdapterError, AdapterSpec, Outline, inspect
 from adapters.store import AdapterStore, Pointer, Staging, UnknownAdapter, Version, check_name
 from server.engine.client import EngineClient, EngineUnavailable
 from server.engine.protocol import Ready
@@ -38,13 +38,22 @@ class AdapterIntake:
 
     Args:
         settings: `adapter`, `adapter_dir`, `max_uploads` and the base's names are read.
+        outline: the base's parameters beside its linears; without, adapters may touch nothing but linears.
     """
 
-    def __init__(self, settings: Settings, engine: EngineClient, store: AdapterStore, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        engine: EngineClient,
+        store: AdapterStore,
+        metrics: Metrics,
+        outline: Outline | None = None,
+    ) -> None:
         self._settings = settings
         self._engine = engine
         self._store = store
         self._metrics = metrics
+        self._outline = outline
         self._discovering = asyncio.Lock()
         self._refused: dict[str, object] = {}  # name in `adapter_dir` -> signature of the files that were refused
         self._background: set[asyncio.Task[None]] = set()
@@ -87,7 +96,7 @@ class AdapterIntake:
         """
         base = self.base
         self.check_name(name, fine_tuned=fine_tuned)
-        spec = await run_in_threadpool(inspect, staging.path, base.linears, base.architecture)
+        spec = await run_in_threadpool(inspect, staging.path, base.linears, base.architecture, self._outline)
         check_fit(spec, base)
         spec = self._with_warnings(spec)
         before = self._shares(tenant, name)
@@ -235,6 +244,13 @@ def check_fit(spec: AdapterSpec, base: Ready) -> None:
     """Raises AdapterError when the adapter would not fit into an empty device pool."""
     for kind, rows in spec.rows(base.linears).items():
         capacity = base.pool_rows.get(kind, 0)
+        if rows > capacity and kind == EXTRAS:
+            raise AdapterError(
+                f"besides its rank rows the adapter needs {rows} KiB on the device, and {capacity} KiB are there for "
+                "that (see --adapter-bytes)",
+                "weights",
+                "adapter_too_large",
+            )
         if rows > capacity:
             largest = capacity * spec.rank // rows
             raise AdapterError(

@@ -24,7 +24,8 @@ def load_engine(model: Path, cache: Path, **overrides: Any) -> Engine:
 def publish(engine: Engine, directory: Path) -> AdapterRef:
     """Check an adapter's directory as an upload would, and say how requests refer to it."""
     ready = engine.ready()
-    spec = adapter_format.inspect(directory, ready.linears, ready.architecture)
+    outline = adapter_format.Outline.read(Path(engine.base.model.name_or_path))
+    spec = adapter_format.inspect(directory, ready.linears, ready.architecture, outline)
     spec.save(directory)
     return AdapterRef(spec.digest, str(directory))
 

@@ -4,9 +4,12 @@
 and offline runs drive it directly; process.py drives it from messages.
 """
 
+import dataclasses
 import math
 import os
+import sys
 import time
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +18,8 @@ import torch
 
 from adapters import format as adapter_format
 from adapters import kernels
+from adapters.extras import build as build_extras
+from adapters.format import EXTRAS, EXTRAS_UNIT
 from adapters.pool import HostAdapter, RowPool, host_adapter
 from adapters.residency import Residency
 from server.engine import model, protocol
@@ -23,7 +28,7 @@ from server.engine.blocks import BlockPool
 from server.engine.model import Base, UnservableModel
 from server.engine.protocol import AdapterUse, EngineConfig, Generate, Output, Ready, Stats, TokenLogprob
 from server.engine.runner import Runner, WorkResult
-from server.engine.scheduler import Counters, Scheduler, Sequence, Work
+from server.engine.scheduler import AdapterKey, Counters, Scheduler, Sequence, Work
 
 BLOCK_SIZE = 16
 NON_FINITE = "non_finite_logits"
@@ -45,6 +50,7 @@ class Engine:
         base: the loaded model.
         num_blocks: KV blocks of BLOCK_SIZE tokens.
         pool_units: adapter row units per module kind.
+        extra_bytes: what adapters may take on the device besides rows.
     """
 
     def __init__(
@@ -53,6 +59,7 @@ class Engine:
         *,
         num_blocks: int,
         pool_units: int,
+        extra_bytes: int,
         max_model_len: int,
         max_batch_tokens: int,
         max_batch_requests: int,
@@ -64,7 +71,8 @@ class Engine:
         cache = KVCache(base.num_layers, base.kv_heads, base.head_dim, num_blocks, BLOCK_SIZE, base.dtype, base.device)
         self.blocks = BlockPool(num_blocks, BLOCK_SIZE, prefix_caching)
         linears = {linear.name: linear for linear in base.linears}
-        self.pool = RowPool(linears, {linear.kind: pool_units for linear in base.linears}, base.device)
+        capacity = {linear.kind: pool_units for linear in base.linears} | {EXTRAS: extra_bytes // EXTRAS_UNIT}
+        self.pool = RowPool(linears, capacity, base.device)
         self.residency = Residency(self.pool, self._load_adapter, adapter_host_bytes)
         self.scheduler = Scheduler(
             self.blocks,
@@ -73,6 +81,7 @@ class Engine:
             max_batch_requests=max_batch_requests,
             max_model_len=max_model_len,
             eos_token_ids=base.eos_token_ids,
+            starts=self._starts,
         )
         self.runner = Runner(base, cache, self.pool)
         self.base_digest = base.digest()
@@ -104,10 +113,12 @@ class Engine:
                 f"max_batch_tokens {max_batch_tokens} must exceed max_batch_requests {config.max_batch_requests}, "
                 "or decoding would leave no room for prompts"
             )
+        adapter_bytes = _adapter_bytes(base) if config.adapter_bytes is None else config.adapter_bytes
         return cls(
             base,
             num_blocks=num_blocks,
-            pool_units=_pool_units(base, config.adapter_bytes),
+            pool_units=_pool_units(base, adapter_bytes),
+            extra_bytes=adapter_bytes,
             max_model_len=max_model_len,
             max_batch_tokens=max_batch_tokens,
             max_batch_requests=config.max_batch_requests,
@@ -308,7 +319,35 @@ class Engine:
         spec = adapter_format.AdapterSpec.read(directory)
         tensors = adapter_format.load(directory, spec)
         modules = {name: (a, b, spec.modules[name].scaling) for name, (a, b) in tensors.items()}
-        return host_adapter(digest, modules, getattr(torch, spec.dtype), pin=self.base.device.type == "cuda")
+        adapter = host_adapter(digest, modules, getattr(torch, spec.dtype), pin=self.base.device.type == "cuda")
+        if not spec.variants.names:
+            return adapter
+        values = adapter_format.load_variants(directory, spec)
+        linears = {linear.name: linear for linear in self.base.linears}
+        with torch.no_grad():
+            extras = build_extras(spec.variants, values, modules, linears, self.base.model)
+        return dataclasses.replace(
+            adapter,
+            bytes=adapter.bytes + spec.variants.device_bytes,
+            rank=spec.rank,
+            extras=extras,
+            extra_bytes=spec.variants.device_bytes,
+            invocation=tuple(spec.variants.invocation),
+        )
+
+    def _starts(self, key: AdapterKey, prompt: Seq[int]) -> dict[str, int]:
+        """Where in a prompt the activated ones among resident adapters come into force; beyond it, if they do not."""
+        invocations = self.pool.invocations
+        return {digest: _last_occurrence(prompt, invocations[digest]) for digest, _ in key if digest in invocations}
+
+
+def _last_occurrence(prompt: Seq[int], tokens: tuple[int, ...]) -> int:
+    """Where `tokens` begin for the last time; as in PEFT, an adapter that is not invoked in the prompt never is."""
+    count = len(tokens)
+    for start in range(len(prompt) - count, -1, -1):
+        if prompt[start] == tokens[0] and tuple(prompt[start : start + count]) == tokens:
+            return start
+    return sys.maxsize
 
 
 # --- how much of the device goes where --------------------------------------------------------------------
@@ -331,14 +370,16 @@ def _num_blocks(base: Base, kv_cache_bytes: int | None) -> int:
     return min(blocks, math.ceil(base.max_model_len / BLOCK_SIZE) * 256)
 
 
-def _pool_units(base: Base, adapter_bytes: int | None) -> int:
+def _adapter_bytes(base: Base) -> int:
+    """Memory for rank rows when nobody says how much, and at most as much again, when wanted, for what is not rows."""
+    if base.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(base.device)
+        return int(free * 0.1)
+    return min(1 << 30, psutil.virtual_memory().available // 8)
+
+
+def _pool_units(base: Base, adapter_bytes: int) -> int:
     unit = sum(2 * (linear.in_features + linear.out_features) for linear in base.linears)
-    if adapter_bytes is None:
-        if base.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(base.device)
-            adapter_bytes = int(free * 0.1)
-        else:
-            adapter_bytes = min(1 << 30, psutil.virtual_memory().available // 8)
     units = adapter_bytes // unit
     if units < 2:
         raise UnservableModel(f"adapter_bytes {adapter_bytes} holds no rank-row: one takes {2 * unit} bytes in fp32")

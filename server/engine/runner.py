@@ -6,6 +6,7 @@ token means for a sequence's life.
 """
 
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -14,12 +15,13 @@ import torch
 from torch import Tensor
 
 from adapters import kernels
+from adapters.extras import ExtraUse, StepExtras
 from adapters.pool import RowPool, SegmentDeltas, Use
 from server.engine.attention import KVCache, PagedAttention
 from server.engine.model import Base
 from server.engine.protocol import TokenLogprob
 from server.engine.sampling import Row, sample, token_logprobs
-from server.engine.scheduler import Step, Work
+from server.engine.scheduler import Sequence, Step, Work
 
 
 @dataclass
@@ -41,6 +43,7 @@ class Batch:
     attention: PagedAttention
     deltas: SegmentDeltas | None
     keep: Tensor  # int64 [K], the rows whose logits somebody wants
+    extras: StepExtras | None  # what its adapters do besides rank rows
 
 
 class Runner:
@@ -50,27 +53,46 @@ class Runner:
         self._base = base
         self._cache = cache
         self._pool = pool
-        # All decoder layers in one native call, where the model is of a known shape; None: through its modules.
-        self._plan = kernels.DecoderPlan.build(base.decoder, pool.a, pool.b, cache.k, cache.v, base.windows)
+        # All decoder layers at once, where the model is of a known shape; None: through its modules.
+        self._plan = kernels.plan_decoder(base.decoder, pool.a, pool.b, cache.k, cache.v, base.windows)
 
     @torch.no_grad()
     def run(self, step: Step) -> list[WorkResult]:
         """Compute a step. Returns one result per work, in order."""
         with _one_torch_thread() if self._plan is not None else nullcontext():
-            batch, wanted = self._pack(step)
+            alone = {index for index, work in enumerate(step.works) if self._through_modules(work.sequence)}
+            if not alone or len(alone) == len(step.works):
+                return self._run(step.works)
+            # A request takes the same path whatever its neighbours, or its bits would depend on them.
+            planned = iter(self._run([work for index, work in enumerate(step.works) if index not in alone]))
+            others = iter(self._run([step.works[index] for index in sorted(alone)]))
+            return [next(others if index in alone else planned) for index in range(len(step.works))]
+
+    def _through_modules(self, sequence: Sequence) -> bool:
+        """Whether its adapters change the decoder in ways that a plan does not know."""
+        extras = self._pool.extras
+        if not extras or self._plan is None:
+            return False
+        return any(digest in extras and extras[digest].in_decoder for digest, _ in sequence.adapter)
+
+    def _run(self, works: Seq[Work]) -> list[WorkResult]:
+        batch, wanted = self._pack(works)
+        with batch.extras.installed(self._base.model) if batch.extras else nullcontext():
             logits = self._forward(batch)  # [K, V] fp32
-            return self._results(step, logits, wanted)
+        return self._results(works, logits, wanted)
 
     # --- in --------------------------------------------------------------------------------------------
 
-    def _pack(self, step: Step) -> tuple[Batch, list[int]]:
-        """The step as tensors, and how many kept logit rows each work has."""
+    def _pack(self, works: Seq[Work]) -> tuple[Batch, list[int]]:
+        """A forward pass as tensors, and how many kept logit rows each work has."""
         size = self._cache.block_size
         ids: list[int] = []
         positions, slots, seqs, keep, uses, wanted = [], [], [], [], [], []
-        width = max(-(-(work.start + work.count) // size) for work in step.works)
-        tables = np.zeros((len(step.works), width), np.int32)
-        for row, work in enumerate(step.works):
+        extra_uses: list[ExtraUse] = []
+        extra_kept: list[ExtraUse] = []
+        width = max(-(-(work.start + work.count) // size) for work in works)
+        tables = np.zeros((len(works), width), np.int32)
+        for row, work in enumerate(works):
             sequence, first, last = work.sequence, work.start, work.start + work.count
             offset = len(ids)
             ids += sequence.tokens[first:last]
@@ -83,7 +105,16 @@ class Runner:
             kept = [offset + p - first for p in work.prompt_rows] + ([len(ids) - 1] if work.samples else [])
             keep += kept
             wanted.append(len(kept))
-            uses += [Use(offset, len(ids), digest, weight) for digest, weight in sequence.adapter]
+            for digest, weight in sequence.adapter:
+                begin = max(offset, offset + sequence.starts.get(digest, 0) - first)
+                if begin >= len(ids):  # an activated adapter that is not in force yet
+                    continue
+                uses.append(Use(begin, len(ids), digest, weight))
+                extras = self._pool.extras.get(digest)
+                if extras is not None:
+                    before = sum(token < begin for token in kept)
+                    extra_uses.append(ExtraUse(begin, len(ids), extras, weight))
+                    extra_kept.append(ExtraUse(len(keep) - len(kept) + before, len(keep), extras, weight))
         device = self._base.device
 
         def tensor(array: np.ndarray) -> Tensor:
@@ -101,6 +132,7 @@ class Runner:
             attention=attention,
             deltas=self._pool.deltas(_merged(uses)),
             keep=tensor(np.asarray(keep, np.int64)),
+            extras=StepExtras(extra_uses, extra_kept) if extra_uses else None,
         )
         return batch, wanted
 
@@ -108,7 +140,7 @@ class Runner:
 
     def _forward(self, batch: Batch) -> Tensor:
         """Logits of the kept rows, fp32 [K, V]."""
-        if self._plan is None:
+        if self._plan is None or (batch.extras is not None and batch.extras.in_decoder):
             return self._forward_modules(batch)
         attention, deltas, model = batch.attention, batch.deltas, self._base.model
         hidden = self._plan.run(
@@ -120,12 +152,13 @@ class Runner:
             None if deltas is None else deltas.table,
             None if deltas is None else deltas.scale,
         )
-        return model.get_output_embeddings()(hidden[batch.keep])
+        return model.get_output_embeddings()(hidden[batch.keep]).float()
 
     def _forward_modules(self, batch: Batch) -> Tensor:
         """The same through transformers' modules, which find the step in the model's slot."""
         slot, model = self._base.slot, self._base.model
-        slot.deltas, slot.attention = batch.deltas, batch.attention
+        slot.deltas = batch.extras.over(batch.deltas) if batch.extras else batch.deltas
+        slot.attention = batch.attention
         try:
             inputs = {"input_ids": batch.ids[None], "position_ids": batch.positions[None], "use_cache": False}
             if not len(batch.keep):  # the middle of prompts: no head
@@ -137,12 +170,12 @@ class Runner:
 
     # --- out ---------------------------------------------------------------------------------------------
 
-    def _results(self, step: Step, logits: Tensor, wanted: list[int]) -> list[WorkResult]:
+    def _results(self, works: Seq[Work], logits: Tensor, wanted: list[int]) -> list[WorkResult]:
         """Score prompts and draw tokens. `wanted`: how many consecutive logit rows are each work's own."""
-        results = [WorkResult() for _ in step.works]
+        results = [WorkResult() for _ in works]
         sampling: list[tuple[int, Work, WorkResult]] = []  # logit row, its work, its result
         end = 0
-        for work, result, count in zip(step.works, results, wanted, strict=True):
+        for work, result, count in zip(works, results, wanted, strict=True):
             begin, end = end, end + count
             if work.prompt_rows:
                 self._score_prompt(work, logits[begin : begin + len(work.prompt_rows)], result)

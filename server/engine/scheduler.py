@@ -17,6 +17,7 @@ Who waits, and why nobody waits for ever:
 """
 
 from bisect import insort
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -48,6 +49,7 @@ class Sequence:
     prompt_scored: int = field(
         init=False, default=0
     )  # prompt positions whose logits were delivered for prompt_logprobs
+    starts: Mapping[str, int] = field(init=False, default_factory=dict)  # digest -> first position under that adapter
     cached_tokens: int = field(init=False, default=0)  # prompt tokens found in the prefix cache at first admission
     first_scheduled: float | None = field(init=False, default=None)
     num_preemptions: int = field(init=False, default=0)
@@ -138,6 +140,8 @@ class Scheduler:
         max_batch_requests: most sequences running at once; less than the budget, so that decodes cannot starve prompts.
         max_model_len: most tokens of one sequence, prompt included.
         eos_token_ids: tokens that end a sequence unless it ignores them.
+        starts: where in a prompt resident adapters come into force (digest -> position); those left out, from the
+            first token.
         patience: steps for which a sequence refused room for its adapter lets younger ones pass.
     """
 
@@ -150,6 +154,7 @@ class Scheduler:
         max_batch_requests: int,
         max_model_len: int,
         eos_token_ids: Seq[int] = (),
+        starts: Callable[[AdapterKey, Seq[int]], Mapping[str, int]] = lambda key, prompt: {},
         patience: int = 64,
     ) -> None:
         if not 1 <= max_batch_requests < max_batch_tokens:
@@ -165,6 +170,7 @@ class Scheduler:
         self._max_batch_requests = max_batch_requests
         self._max_model_len = max_model_len
         self._eos = frozenset(eos_token_ids)
+        self._starts = starts
         self._patience = patience
         self._by_id: dict[str, Sequence] = {}
         self._failed: list[Sequence] = []
@@ -296,6 +302,7 @@ class Scheduler:
         if key not in refused:
             answer = self._residency.acquire(key)
             if answer == "ready":
+                sequence.starts = self._starts(key, sequence.prompt)
                 return True
             refused[key] = self._residency.error(key) if answer == "failed" else None
             if answer == "full" and sequence._refused_since is None:
@@ -396,9 +403,9 @@ class Scheduler:
         size, keys = self._blocks.block_size, sequence._keys
         if not self._blocks.caching or len(keys) >= tokens // size:
             return
-        spec = adapter_spec(sequence.adapter)
         parent = keys[-1] if keys else root_key(sequence.tenant, sequence.cache_salt)
         for index in range(len(keys), tokens // size):
+            spec = adapter_spec(_in_force(sequence, index * size, (index + 1) * size))
             parent = chain_key(parent, spec, sequence.tokens[index * size : (index + 1) * size])
             keys.append(parent)
 
@@ -434,3 +441,19 @@ class Scheduler:
 
 def _order(sequence: Sequence) -> int:
     return sequence._order
+
+
+def _in_force(sequence: Sequence, begin: int, end: int) -> AdapterKey:
+    """The adapters of tokens [begin, end); one that comes into force within them is another than one in force before.
+
+    So the blocks before an activated adapter's invocation are the base's, and found by everybody who shares them.
+    """
+    starts = sequence.starts
+    if not starts:
+        return sequence.adapter
+    found = []
+    for digest, weight in sequence.adapter:
+        start = starts.get(digest, 0)
+        if start < end:
+            found.append((f"{digest}+{start - begin}" if start > begin else digest, weight))
+    return tuple(found)

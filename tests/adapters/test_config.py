@@ -71,11 +71,27 @@ def test_what_peft_saves_is_accepted(tmp_path: Path) -> None:
     assert config.recorded["base_model_name_or_path"] == "someone/some-model"
     assert config.recorded["eva_config"]["rho"] == 1.0
     assert config.resolve(MODULES)["model.layers.1.self_attn.q_proj"] == (4, 32 / 2)
-    assert config.warnings == ()
 
 
-def test_an_initialisation_that_changed_the_base_is_warned_of() -> None:
-    assert "PEFT's conversion" in parse(init_lora_weights="pissa_niter_4").warnings[0]
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
+def test_an_initialisation_that_changed_the_base_is_refused_with_advice(init: str) -> None:
+    fault = refusal(json.dumps(BASE | {"init_lora_weights": init}).encode())
+    assert "path_initial_model_for_weight_conversion" in str(fault)
+
+
+def test_other_types_are_refused_with_a_reason() -> None:
+    for name in {kind.value for kind in peft.PeftType} - {"LORA"} | {"QLORA"}:
+        fault = refusal(json.dumps(BASE | {"peft_type": name}).encode())
+        assert name in str(fault)
+        assert fault.code == "unsupported_adapter_feature"
+
+
+def test_what_is_more_than_plain_lora_can_be_told() -> None:
+    parse(exclude_modules=["k_proj"]).check_plain()
+    for fields in ({"use_dora": True}, {"bias": "all"}, {"modules_to_save": ["norm"]}, {"lora_bias": True}):
+        with pytest.raises(AdapterError) as caught:
+            parse(**fields).check_plain()
+        assert caught.value.param in fields
 
 
 def test_spelling_does_not_change_the_normal_form() -> None:
@@ -218,18 +234,22 @@ HOSTILE: list[tuple[str, Any]] = [
     ("eva_config", ["/etc/passwd"]),
     ("corda_config", "/etc/passwd"),
     ("lora_ga_config", True),
-    ("bias", "all"),
-    ("bias", "lora_only"),
+    ("bias", "some"),
+    ("bias", True),
     ("fan_in_fan_out", True),
-    ("use_dora", True),
     ("use_dora", 0),
-    ("lora_bias", True),
-    ("modules_to_save", ["lm_head"]),
-    ("trainable_token_indices", [1]),
-    ("ensure_weight_tying", True),
+    ("lora_bias", "yes"),
+    ("modules_to_save", "lm_head"),
+    ("modules_to_save", [""]),
+    ("modules_to_save", [f"norm{i}" for i in range(1025)]),
+    *[("trainable_token_indices", value) for value in (7, [-1], [2**31], [1.0], [True], [3, 3], {"lm_head": []})],
+    ("trainable_token_indices", list(range(2**16 + 1))),
+    ("trainable_token_indices", {"embed_tokens": [1], "lm_head": [1], "wte": [1]}),
+    ("trainable_token_indices", {"": [1]}),
+    ("ensure_weight_tying", 1),
     ("target_parameters", ["mlp.experts.gate_up_proj"]),
     ("layer_replication", [[0, 4], [2, 5]]),
-    ("alora_invocation_tokens", []),
+    *[("alora_invocation_tokens", value) for value in ([], 7, [-1], [2**31], ["x"], [None], {}, [1] * 257)],
     ("megatron_config", {"tensor_model_parallel_size": 1}),
     ("megatron_core", "os"),
     ("use_qalora", True),

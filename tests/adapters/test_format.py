@@ -1,6 +1,8 @@
 """Adapters saved by PEFT itself are read right; files that lie are refused, by the name of what is wrong."""
 
+import dataclasses
 import json
+import math
 import struct
 import subprocess
 import sys
@@ -18,7 +20,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from adapters.config import AdapterError
-from adapters.format import MAX_HEADER_BYTES, AdapterSpec, inspect, load, read_header, write
+from adapters.format import AdapterSpec, inspect, load, write
+from adapters.weights import MAX_HEADER_BYTES, read_header
 from tests.tiny import tiny_adapter
 
 ROOT = Path(__file__).parents[2]
@@ -146,9 +149,8 @@ def test_what_we_write_peft_loads(tmp_path: Path, model_dir: Path, linears: dict
 
 
 def test_a_spec_survives_being_kept(tmp_path: Path) -> None:
-    make(tmp_path, init_lora_weights="pissa", rank_pattern={"v_proj": 4})
-    spec = inspect(tmp_path, LINEARS, CLASS)
-    assert spec.warnings
+    make(tmp_path, rank_pattern={"v_proj": 4})
+    spec = dataclasses.replace(inspect(tmp_path, LINEARS, CLASS), warnings=("careful",))
     spec.save(tmp_path)
     assert AdapterSpec.read(tmp_path) == spec
     assert load(tmp_path).keys() == spec.modules.keys()
@@ -209,13 +211,17 @@ def _put(name: str, tensor: torch.Tensor) -> Callable[[dict[str, torch.Tensor]],
         (_put(f"base_model.model.{Q0}.lora_magnitude_vector", torch.zeros(64, 1)), "magnitude", "none of"),
         (_put(f"base_model.model.{Q0}.lora_B.bias", torch.zeros(64, 1)), "bias", "none of"),
         (_put("base_model.model.lm_head.weight", torch.zeros(64, 64)), "lm_head", "none of"),
-        (_put("base_model.model.model.embed_tokens.lora_embedding_A", torch.zeros(4, 9)), "embed_tokens", "none of"),
+        (
+            _put("base_model.model.model.embed_tokens.lora_embedding_A", torch.zeros(4, 9)),
+            "embed_tokens",
+            "does not have",
+        ),
         (_put("x" * 3000, torch.zeros(1, 1)), "xxx", "none of"),
         (_put(A0, torch.zeros(8, 64)), A0, "[8, 64]"),
         (_put(A0, torch.zeros(4, 63)), A0, "[4, 63]"),
         (_put(A0, torch.zeros(64, 4)), A0, "[64, 4]"),
         (_put(A0, torch.zeros(0, 64)), A0, "[0, 64]"),
-        (_put(A0, torch.zeros(256)), A0, "a shape"),
+        (_put(A0, torch.zeros(256)), A0, "[256]"),
         (_put(A0, torch.zeros(1, 4, 64)), A0, "a shape"),
         (_put(A0, torch.zeros(4, 64, dtype=torch.float64)), A0, "F64"),
         (_put(A0, torch.zeros(4, 64, dtype=torch.int8)), A0, "I8"),
@@ -359,7 +365,7 @@ def test_a_damaged_header_is_refused_or_still_true(
     for tensor in tensors.values():
         itemsize = 4 if tensor.dtype == "F32" else 2
         assert 8 <= tensor.start <= tensor.end <= len(raw)
-        assert tensor.end - tensor.start == tensor.shape[0] * tensor.shape[1] * itemsize
+        assert tensor.end - tensor.start == math.prod(tensor.shape) * itemsize
 
 
 class Canary:

@@ -106,6 +106,7 @@ def test_a_published_adapter_is_there_now_and_after_a_restart(box: Box) -> None:
         "rank": 4,
         "scaling": 2.0,
         "modules_matched": 2,
+        "variants": [],
         "parameters": 1024,
         "bytes": 4096,
         "dtype": "float32",
