@@ -82,7 +82,8 @@ int pool_threads() { return thread_count.load(std::memory_order_relaxed); }
 
 void pool_run(int tasks, void (*task)(void*, int), void* context) {
     if (tasks <= 0) return;
-    if (busy.test_and_set(std::memory_order_acquire)) {  // another thread's job, or a job inside a job: run alone
+    // A single task is not worth waking anybody; nor can another thread's job, or a job inside a job, be interrupted.
+    if (tasks == 1 || busy.test_and_set(std::memory_order_acquire)) {
         for (int i = 0; i < tasks; i++) task(context, i);
         return;
     }
