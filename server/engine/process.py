@@ -41,6 +41,7 @@ class Loop:
         self._socket = socket
         self._draining = False
         self._last_word = 0.0
+        self._told = (0, 0)  # sequences running and waiting, as last reported
 
     def run(self) -> None:
         """Serve until told to drain and everything has finished."""
@@ -50,10 +51,16 @@ class Loop:
             outputs, stats = self._engine.step()
             for done in self._engine.take_done():
                 self._send(done)
-            if outputs or stats.step_requests or time.monotonic() - self._last_word > HEARTBEAT_SECONDS:
+            if outputs or self._is_news(stats) or time.monotonic() - self._last_word > HEARTBEAT_SECONDS:
                 self._send(protocol.Step(outputs=outputs, stats=stats))
+                self._told = (stats.running, stats.waiting)
             if not self._trainer.idle:
                 self._train(stats.step_seconds)
+
+    def _is_news(self, stats: protocol.Stats) -> bool:
+        """Whether there is more to tell than that nothing happened; the increments among it are told once or never."""
+        counted = stats.step_requests or stats.loads or stats.evictions
+        return bool(counted) or stats.adapters is not None or (stats.running, stats.waiting) != self._told
 
     def _take_messages(self) -> None:
         """Handle what has arrived; wait for more only when there is nothing to compute."""

@@ -89,12 +89,29 @@ async def test_adapters_are_warmed_and_forgotten(
     reference = publish(load_engine(model_dir, cache_dir), tiny_adapter(tmp_path / "a", model_dir))
     assert await engine.warm(reference) >= 0
     resident = (await engine.inspect()).resident_rows
-    assert set(resident.values()) == {16}
+    assert engine.info is not None
+    assert {resident[linear.kind] for linear in engine.info.linears.values()} == {16}
     await engine.forget(reference.digest)
     report = await engine.inspect()
     assert set(report.resident_rows.values()) == {0}
-    assert engine.info is not None
     assert report.base_digest == engine.info.base_digest
+
+
+async def test_what_happens_between_requests_is_reported_too(
+    engine: LocalEngine, stats: list[Stats], model_dir: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    def residents() -> set[str]:
+        return {use.digest for use in next(said.adapters for said in reversed(stats) if said.adapters is not None)}
+
+    reference = publish(load_engine(model_dir, cache_dir), tiny_adapter(tmp_path / "a", model_dir, seed=5))
+    stats.clear()
+    await engine.warm(reference)
+    await until(lambda: reference.digest in [digest for said in stats for digest, _ in said.loads], seconds=5)
+    assert reference.digest in residents()
+    await engine.forget(reference.digest)
+    await until(lambda: [digest for said in stats for digest in said.evictions] == [reference.digest], seconds=5)
+    assert reference.digest not in residents()
+    assert not any(said.step_requests for said in stats)
 
 
 async def test_an_adapter_that_is_not_there_fails_alone(engine: LocalEngine, tmp_path: Path) -> None:
