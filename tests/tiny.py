@@ -94,6 +94,12 @@ def tiny_adapter(
                 parameter.normal_(0.0, b_std)
             elif "lora_A" in name:
                 parameter.normal_(0.0, parameter.shape[1] ** -0.5)
+            elif "lora_embedding_A" in name:
+                parameter.normal_(0.0, 0.5)
+            elif "lora_embedding_B" in name:
+                parameter.normal_(0.0, b_std)
+            elif parameter.requires_grad:  # a magnitude, a bias, a module or a token that is trained as it is
+                parameter.mul_(1 + 0.2 * torch.randn_like(parameter)).add_(0.02 * torch.randn_like(parameter))
             if "lora_" in name:
                 parameter.data = parameter.data.to(dtype)
     wrapped.save_pretrained(path)

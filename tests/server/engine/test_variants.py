@@ -1,0 +1,151 @@
+"""Every variant against PEFT on the same NF4 base, alone and in company; what is shared, and what is given back."""
+
+import functools
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from adapters.format import EXTRAS
+from server.engine.engine import Engine
+from server.engine.protocol import AdapterRef, Generate
+from tests.offline import Answer, load_engine, publish, request, run
+from tests.server.engine.test_parity import peft_logprobs
+from tests.variants import BASES, INVOCATION, VARIANTS, make_base
+
+# PEFT's advice about merging and tied embeddings, given whenever such an adapter is made.
+pytestmark = pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning", "ignore::UserWarning:peft")
+
+PROMPT = [random.Random(3).randrange(3, 290) for _ in range(70)]
+PROMPT[40:43] = PROMPT[20:23] = INVOCATION  # the last one counts
+PROMPT[5], PROMPT[60] = 70, 5  # trained tokens
+
+
+class World:
+    """One base with an engine over it, and the adapters of every variant made for it."""
+
+    def __init__(self, name: str, root: Path, cache: Path) -> None:
+        self.model = make_base(name, root / "model")
+        self.load = functools.partial(load_engine, self.model, cache, adapter_bytes=32 << 20)
+        self.engine: Engine = self.load()
+        names = [variant for variant, made in VARIANTS.items() if made.base == name]
+        self.adapters = {
+            variant: VARIANTS[variant].save(root / str(seed), self.model, seed) for seed, variant in enumerate(names)
+        }
+        self.references = {variant: publish(self.engine, path) for variant, path in self.adapters.items()}
+
+    def requests(self, **sampling: int) -> list[Generate]:
+        settings = {"max_tokens": 4, "prompt_logprobs": 0} | sampling
+        named: list[tuple[str, AdapterRef | None]] = [*self.references.items(), ("base", None)]
+        return [request(name, PROMPT, reference, **settings) for name, reference in named]
+
+
+@pytest.fixture(scope="module")
+def world(cache_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], World]:
+    @functools.cache
+    def make(name: str) -> World:
+        return World(name, tmp_path_factory.mktemp(name), cache_dir)
+
+    return make
+
+
+def scores(answer: Answer) -> torch.Tensor:
+    assert answer.error is None
+    return torch.tensor([entry.logprob for entry in answer.prompt_logprobs if entry is not None])
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_variant_equals_peft(name: str, world: Callable[[str], World]) -> None:
+    here = world(VARIANTS[name].base)
+    answers = {}
+    for single in here.requests(max_tokens=0):
+        if single.id in (name, "base"):
+            answers |= run(here.engine, [single])
+    ours = scores(answers[name])
+    torch.testing.assert_close(ours, peft_logprobs(here.model, here.adapters[name], "nf4", PROMPT), atol=1e-3, rtol=0)
+    difference = (ours - scores(answers["base"])).abs()
+    assert difference.max() > 0.01, "the adapter must matter, or this test shows nothing"
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_company_changes_no_bit(base: str, world: Callable[[str], World]) -> None:
+    here = world(base)
+    alone: dict[str, Answer] = {}
+    for single in here.requests():
+        here.engine.blocks.reset_cache()
+        alone |= run(here.engine, [single])
+    assert run(here.load(), here.requests()) == alone
+    assert run(here.load(max_batch_tokens=29), here.requests(), every=2) == alone
+    report = here.engine.inspect("x")
+    assert report.base_digest == here.engine.base_digest
+
+
+def test_plain_adapters_keep_their_path(world: Callable[[str], World], monkeypatch: pytest.MonkeyPatch) -> None:
+    here = world("tied")
+    if here.engine.runner._plan is None:
+        pytest.skip("there is no other path here")
+    run(here.engine, here.requests())  # all are resident
+    modules: list[int] = []
+    forward = here.engine.runner._forward_modules
+    monkeypatch.setattr(
+        here.engine.runner, "_forward_modules", lambda batch: modules.append(len(batch.keep)) or forward(batch)
+    )
+    for name in ("plain", "base", "embedding", "head", "tokens", "activated", "saved head"):
+        run(here.engine, [single for single in here.requests() if single.id == name])
+    assert modules == []
+    run(here.engine, [single for single in here.requests() if single.id == "DoRA"])
+    assert modules
+    hooked = [module for module in here.engine.base.model.modules() if module._forward_hooks]
+    assert hooked == []
+
+
+def test_an_activated_adapter_shares_the_bases_prefix(world: Callable[[str], World]) -> None:
+    here = world("tied")
+    engine = here.load()
+    activated = here.references["activated"]
+    cold = run(here.load(), [request("a", PROMPT, activated, max_tokens=8)])["a"]
+    run(engine, [request("base", PROMPT, None, max_tokens=1)])
+    warm = run(engine, [request("a", PROMPT, activated, max_tokens=8)])["a"]
+    assert warm.cached_tokens == 32, "two whole blocks before the invocation at 40"
+    assert (warm.tokens, warm.logprobs) == (cold.tokens, cold.logprobs)
+    again = run(engine, [request("a", PROMPT, activated, max_tokens=1)])["a"]
+    assert again.cached_tokens == 64, "and its own beyond"
+    # The same tokens in a block, but invoked elsewhere: not the same keys and values.
+    earlier = run(engine, [request("a", PROMPT[:36] + [7] * 20, activated, max_tokens=8)])["a"]
+    alone = run(here.load(), [request("a", PROMPT[:36] + [7] * 20, activated, max_tokens=8)])["a"]
+    assert earlier.cached_tokens == 16, "invoked at 20, so only the first block is the base's"
+    assert (earlier.tokens, earlier.logprobs) == (alone.tokens, alone.logprobs)
+
+
+def test_without_its_invocation_an_activated_adapter_is_the_base(world: Callable[[str], World]) -> None:
+    here = world("tied")
+    prompt = [token for token in PROMPT if token not in INVOCATION]
+    one = run(here.engine, [request("a", prompt, here.references["activated"], max_tokens=4)])["a"]
+    other = run(here.engine, [request("a", prompt, None, max_tokens=4)])["a"]
+    assert (one.tokens, one.logprobs) == (other.tokens, other.logprobs)
+
+
+def test_what_is_no_rank_row_is_accounted_for_and_given_back(world: Callable[[str], World]) -> None:
+    here = world("tied")
+    engine = here.load(adapter_bytes=1 << 20)  # a saved head alone takes 128 KiB: not all fit
+    alone = {single.id: run(here.load(), [single])[single.id] for single in here.requests(prompt_logprobs=0)[:6]}
+    evicted = 0
+    for single in [*here.requests(), *here.requests()]:
+        engine.add(single)
+        while not engine.idle:
+            for output in engine.step()[0]:
+                assert output.error is None
+            free, resident = engine.pool.free[EXTRAS], engine.pool.resident[EXTRAS]
+            assert free + resident == engine.pool.capacity[EXTRAS]
+        evicted += len(engine.residency.evictions)
+    engine.blocks.reset_cache()
+    for name, expected in alone.items():
+        [single] = [single for single in here.requests() if single.id == name]
+        engine.blocks.reset_cache()
+        assert run(engine, [single])[name] == expected
+    for reference in here.references.values():
+        engine.residency.forget(reference.digest)
+    assert engine.pool.resident[EXTRAS] == 0
+    assert not engine.pool.extras
