@@ -52,7 +52,8 @@ def _pins() -> dict[str, str]:
 
 
 def test_what_is_imported_is_declared() -> None:
-    assert _imported("server") | _imported("adapters") <= _declared()
+    # PEFT is asked for comparison where it is installed (`adapters.oracle`), and needed for nothing else.
+    assert (_imported("server") | _imported("adapters")) - {"peft"} <= _declared()
     assert _imported("loadtest") <= _declared("bench", "peers")
 
 
