@@ -55,7 +55,7 @@ class AdapterIntake:
         self._metrics = metrics
         self._outline = outline
         self._discovering = asyncio.Lock()
-        self._refused: dict[str, object] = {}  # name in `adapter_dir` -> signature of the files that were refused
+        self._unwanted: dict[str, object] = {}  # name in `adapter_dir` -> signature of the files refused or deleted
         self._background: set[asyncio.Task[None]] = set()
         self.upload_slots = asyncio.Semaphore(settings.max_uploads)
         self.pending = bool(settings.adapter)  # adapters of the command line are not all there yet
@@ -146,6 +146,8 @@ class AdapterIntake:
         before = self._shares(tenant, name)
         with disk_faults():
             version = await run_in_threadpool(self._store.delete, tenant, name)
+        if self._settings.adapter_dir is not None:  # or the next request would bring it back
+            self._unwanted[name] = await run_in_threadpool(_signature, self._settings.adapter_dir / name)
         self._metrics.adapter_deleted(name)
         _audit(name, "delete", before, None)
         self._forget_unused(before)
@@ -194,15 +196,15 @@ class AdapterIntake:
 
     async def _import_found(self, tenant: str, name: str, directory: Path) -> bool:
         signature = await run_in_threadpool(_signature, directory)
-        if signature is None or self._refused.get(name) == signature:
+        if signature is None or self._unwanted.get(name) == signature:
             return False
         try:
             await self.import_directory(tenant, name, directory)
         except (AdapterError, OSError, StorageFull) as error:
-            self._refused[name] = signature  # until its files change
+            self._unwanted[name] = signature  # until its files change
             log.warning("--adapter-dir: %s is not served: %s", name, error)
             return False
-        self._refused.pop(name, None)
+        self._unwanted.pop(name, None)
         return True
 
     def _with_warnings(self, spec: AdapterSpec) -> AdapterSpec:

@@ -139,6 +139,19 @@ async def test_a_directory_of_adapters(tmp_path: Path, caplog: pytest.LogCapture
     site.close()
 
 
+async def test_a_deleted_adapter_of_the_directory_stays_deleted_until_its_files_change(tmp_path: Path) -> None:
+    root = tmp_path / "adapters"
+    write_adapter(root / "good")
+    site = Site(tmp_path, adapter_dir=root)
+    await site.intake.import_configured(T)
+    await site.intake.delete(T, "good")
+    with pytest.raises(UnknownAdapter):
+        await site.intake.find(T, "good")
+    write_adapter(root / "good", 3)
+    assert (await site.intake.find(T, "good")).name == "good"
+    site.close()
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_full_disk_by_any_name(code: int) -> None:
     with pytest.raises(StorageFull), disk_faults():
