@@ -1,6 +1,7 @@
 """`/v1/models`: the base and every adapter as OpenAI's model objects, with vLLM's additions."""
 
 import time
+from contextlib import ExitStack
 from typing import Any
 
 from starlette.requests import Request
@@ -9,6 +10,7 @@ from starlette.routing import BaseRoute, Route
 
 from adapters.store import UnknownAdapter, Version
 from server.api.paging import page, window
+from server.api.target import hold
 from server.errors import ModelNotFound, PermissionDenied
 from server.services import TENANT, Services, services_of
 
@@ -28,14 +30,18 @@ async def list_models(request: Request) -> Response:
 
 
 async def get_model(request: Request) -> Response:
-    """One model by id."""
-    services, name = services_of(request), request.path_params["id"]
-    if name in services.settings.base_aliases:
+    """One model by id: the base, an adapter, or one version of it as `name@digest prefix`."""
+    services, asked = services_of(request), request.path_params["id"]
+    if asked in services.settings.base_aliases:
         return JSONResponse(_base_card(services))
+    if "@" in asked:
+        with ExitStack() as held:
+            version = await hold(services, asked, "model", None, held)
+            return JSONResponse(_adapter_card(services, version) | {"id": asked})
     try:
-        return JSONResponse(_adapter_card(services, await services.intake.find(TENANT, name)))
+        return JSONResponse(_adapter_card(services, await services.intake.find(TENANT, asked)))
     except UnknownAdapter:
-        raise ModelNotFound(name) from None
+        raise ModelNotFound(asked) from None
 
 
 async def delete_model(request: Request) -> Response:

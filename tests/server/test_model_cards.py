@@ -40,6 +40,18 @@ async def test_the_base_and_its_adapters_are_models(site: Site) -> None:
         assert (await client.get(f"/v1/models/{BASE}")).json() == base
 
 
+async def test_a_version_is_a_model_too(site: Site) -> None:
+    digest = await add(site, "legal")
+    current = await site.intake.import_directory(TENANT, "legal", write_adapter(site.settings.data_dir / "new", 1))
+    async with site.client() as client:
+        for asked in (f"legal@{digest[7:15]}", f"legal@{digest}"):
+            card = (await client.get(f"/v1/models/{asked}")).json()
+            assert (card["id"], card["root"]) == (asked, digest)
+        assert (await client.get("/v1/models/legal")).json()["root"] == current[0].digest
+        assert (await client.get("/v1/models/legal@00000000")).json()["error"]["code"] == "model_not_found"
+        assert (await client.get("/v1/models/legal@123")).status_code == 400
+
+
 async def test_a_base_with_a_slash_in_its_name(tmp_path: Path) -> None:
     with contextlib.closing(Site(tmp_path, served_model_name="org/base")) as site:
         async with site.client() as client:
