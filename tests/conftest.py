@@ -12,6 +12,11 @@ interpreter.prepare()
 from tests.tiny import tiny_model  # noqa: E402 - transformers imports Triton
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("cuda") and interpreter.DEVICE != "cuda":
+        pytest.skip("needs an NVIDIA GPU")
+
+
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One cache of quantised bases and self-check results for the whole run."""

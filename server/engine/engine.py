@@ -83,7 +83,7 @@ class Engine:
             eos_token_ids=base.eos_token_ids,
             starts=self._starts,
         )
-        self.runner = Runner(base, cache, self.pool)
+        self.runner = Runner(base, cache, self.pool, max_model_len)
         self.base_digest = base.digest()
         self._live: dict[str, _Live] = {}
         self._warming: list[tuple[protocol.Warm, float]] = []

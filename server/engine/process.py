@@ -134,6 +134,7 @@ def main() -> int:
     try:
         engine = Engine.load(config)
         selfcheck.run(engine, Path(config.cache_dir))
+        engine.runner.warm_up(config.max_batch_requests)
         pacer = Pacer(config.finetune_max_stall_ms / 1e3, config.finetune_share)
         Loop(engine, Trainer(engine.base), pacer, socket).run()
     except UnservableModel as fault:

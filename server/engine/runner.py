@@ -18,6 +18,7 @@ from adapters import kernels
 from adapters.extras import ExtraUse, StepExtras
 from adapters.pool import RowPool, SegmentDeltas, Use
 from server.engine.attention import KVCache, PagedAttention
+from server.engine.graphs import DecodeGraphs, DecodeStep
 from server.engine.model import Base
 from server.engine.protocol import TokenLogprob
 from server.engine.sampling import Row, sample, token_logprobs
@@ -49,12 +50,28 @@ class Batch:
 class Runner:
     """Runs steps on one base with one KV cache and one row pool."""
 
-    def __init__(self, base: Base, cache: KVCache, pool: RowPool) -> None:
+    def __init__(self, base: Base, cache: KVCache, pool: RowPool, max_model_len: int) -> None:
         self._base = base
         self._cache = cache
         self._pool = pool
         # All decoder layers at once, where the model is of a known shape; None: through its modules.
         self._plan = kernels.plan_decoder(base.decoder, pool.a, pool.b, cache.k, cache.v, base.windows)
+        self._graphs = (
+            DecodeGraphs(
+                lambda step: self._head(self._hidden(step)),
+                linears=len(base.linears),
+                max_blocks=-(-max_model_len // cache.block_size),
+                device=base.device,
+            )
+            if base.device.type == "cuda" and self._plan is not None
+            else None
+        )
+
+    @torch.no_grad()
+    def warm_up(self, requests: int) -> None:
+        """Compile, tune and record on a GPU what decoding up to `requests` requests will need."""
+        if self._graphs is not None:
+            self._graphs.warm_up(requests)
 
     @torch.no_grad()
     def run(self, step: Step) -> list[WorkResult]:
@@ -142,17 +159,33 @@ class Runner:
         """Logits of the kept rows, fp32 [K, V]."""
         if self._plan is None or (batch.extras is not None and batch.extras.in_decoder):
             return self._forward_modules(batch)
-        attention, deltas, model = batch.attention, batch.deltas, self._base.model
-        hidden = self._plan.run(
-            model.get_input_embeddings()(batch.ids),
-            batch.positions,
-            attention.slots,
-            attention.seqs,
-            attention.block_tables,
-            None if deltas is None else deltas.table,
-            None if deltas is None else deltas.scale,
+        attention, deltas = batch.attention, batch.deltas
+        step = DecodeStep(
+            ids=batch.ids,
+            positions=batch.positions,
+            slots=attention.slots,
+            seqs=attention.seqs,
+            block_tables=attention.block_tables,
+            table=None if deltas is None else deltas.table,
+            scale=None if deltas is None else deltas.scale,
         )
-        return model.get_output_embeddings()(hidden[batch.keep]).float()
+        # One token of each request, and its logits: what most steps are, and what graphs are recorded for.
+        if self._graphs is not None and batch.extras is None and len(batch.ids) == len(step.seqs) == len(batch.keep):
+            logits = self._graphs.run(step)
+            if logits is not None:
+                return logits
+        return self._head(self._hidden(step)[batch.keep])
+
+    def _hidden(self, step: DecodeStep) -> Tensor:
+        """Through the planned decoder: [T, hidden]."""
+        assert self._plan is not None
+        embedded = self._base.model.get_input_embeddings()(step.ids)
+        paging = step.slots, step.seqs, step.block_tables
+        return self._plan.run(embedded, step.positions, *paging, step.table, step.scale)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """Logits, fp32 [K, V]."""
+        return self._base.model.get_output_embeddings()(hidden).float()
 
     def _forward_modules(self, batch: Batch) -> Tensor:
         """The same through transformers' modules, which find the step in the model's slot."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from adapters.kernels import native
+from adapters.kernels import native, triton
 from server.engine import attention
 from server.engine.engine import Engine
 from server.engine.model import UnservableModel
@@ -73,7 +73,7 @@ def _stock(engine: Engine, prompt: list[int], scored: int) -> torch.Tensor:
     keep = torch.arange(len(prompt) - 1 - scored, len(prompt) - 1, device=base.device)
     model.set_attn_implementation("eager")
     try:
-        with native.switched_off():
+        with native.switched_off(), triton.switched_off():
             logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[0].float()
     finally:
         model.set_attn_implementation(attention.ATTENTION)

@@ -10,12 +10,15 @@ Every output row is reduced in an order that its own launch fixes, never by whic
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+_off = False
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of activations
 
 
@@ -31,10 +34,21 @@ def deterministic() -> bool:
 
 def takes(*tensors: Tensor) -> bool:
     """Whether the kernels read tensors that lie here, of these dtypes."""
-    if os.environ.get("LORAKEET_TRITON") == "0":
+    if _off or os.environ.get("LORAKEET_TRITON") == "0":
         return False
     device = "cpu" if interpreted() else "cuda"
     return all(tensor.device.type == device and tensor.dtype in DTYPES for tensor in tensors)
+
+
+@contextmanager
+def switched_off() -> Iterator[None]:
+    """Within it `takes` says no: plain torch does all the work, to hold one against the other."""
+    global _off
+    _off = True
+    try:
+        yield
+    finally:
+        _off = False
 
 
 @cache

@@ -1,9 +1,12 @@
 """Paged attention: prompts, chunks of prompts and single tokens by one kernel, keys in groups of 64 from position 0 on.
 
 A program takes one KV head's queries of one request (several positions times the heads that share the KV head) and a
-range of its keys. With few programs otherwise, a request's keys are split at positions that depend on the longest
-sequence possible, never on the batch, and `_combine` joins the parts in order.
+range of its keys. Where programs would be few, keys are split at positions that depend on the longest sequence possible
+and the number of tokens, and `_combine` joins the parts in order.
 """
+
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# A kernel's parameters are pointers and numbers of Triton's, which has no types for them.
 
 import torch
 import triton
@@ -14,7 +17,7 @@ from adapters.kernels.reference import KEY_GROUP
 from adapters.kernels.triton import deterministic, interpreted
 
 LOG2E = 1.4426950408889634
-MAX_SPLITS = 16
+MAX_SPLITS = 64
 MIN_SPLIT = 256  # keys
 FEW_TOKENS = 256  # up to here keys are split and query tiles small
 
@@ -222,7 +225,8 @@ def _splits(tokens: int, max_keys: int) -> tuple[int, int]:
     """Number of splits and keys of each, for sequences of at most `max_keys`."""
     if deterministic() or tokens > FEW_TOKENS or max_keys <= MIN_SPLIT:
         return 1, max_keys
-    keys = max(MIN_SPLIT, triton.cdiv(triton.cdiv(max_keys, MAX_SPLITS), KEY_GROUP) * KEY_GROUP)
+    most = min(MAX_SPLITS, max(16, 1024 // tokens))  # many requests fill the GPU without it
+    keys = max(MIN_SPLIT, triton.cdiv(triton.cdiv(max_keys, most), KEY_GROUP) * KEY_GROUP)
     return triton.cdiv(max_keys, keys), keys
 
 
@@ -234,9 +238,7 @@ def _dot_dtype(dtype: torch.dtype) -> tl.dtype:
 
 
 @triton.jit
-def _write(
-    k, v, k_cache, v_cache, slots, kv_heads, block_size, DIM: tl.constexpr, PADDED: tl.constexpr
-):
+def _write(k, v, k_cache, v_cache, slots, kv_heads, block_size, DIM: tl.constexpr, PADDED: tl.constexpr):
     token, head = tl.program_id(0), tl.program_id(1)
     slot = tl.load(slots + token)
     d = tl.arange(0, PADDED)

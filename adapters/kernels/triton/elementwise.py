@@ -3,6 +3,9 @@
 Arithmetic in fp32, one rounding to the tensors' dtype.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# A kernel's parameters are pointers and numbers of Triton's, which has no types for them.
+
 import torch
 import triton
 import triton.language as tl

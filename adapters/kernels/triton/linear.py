@@ -6,6 +6,9 @@ last one to arrive adds the partial sums in their order. More rows, and other we
 dequantise, then a library product.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# A kernel's parameters are pointers and numbers of Triton's, which has no types for them.
+
 from typing import Any
 
 import torch
@@ -125,8 +128,9 @@ _COUNTERS = 1 << 16
 
 
 def takes_weight(weight: QuantizedWeight) -> bool:
-    """4-bit weights whose chunks each lie within one row and one scale's block."""
-    return weight.kind in ("nf4", "fp4") and weight.blocksize % CHUNK.value == 0 and weight.shape[1] % CHUNK.value == 0
+    """4-bit weights whose rows are whole blocks, and whose blocks are whole chunks."""
+    four_bit = weight.kind in ("nf4", "fp4")
+    return four_bit and weight.blocksize % CHUNK.value == 0 and weight.shape[1] % weight.blocksize == 0
 
 
 def linear_forward(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:

@@ -6,6 +6,9 @@ tokens or rank costs nothing but its row of the table. Few tokens (decoding: eac
 are taken one by one and cost the bytes of A and B; more go as tiles through the tensor cores.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# A kernel's parameters are pointers and numbers of Triton's, which has no types for them.
+
 import torch
 import triton
 import triton.language as tl
@@ -175,6 +178,6 @@ def lora_add_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, table: Tensor, scale: 
 def _token_tile(tokens: int) -> int:
     if deterministic():
         return 16
-    if tokens <= 64:
+    if tokens <= (4 if interpreted() else 64):
         return 1
     return 16 if interpreted() else 32

@@ -1,7 +1,7 @@
 """The Triton kernels: on a GPU where there is one, else in Triton's interpreter on small shapes.
 
 Errors are relative, in the Frobenius norm, against float64: 2e-6 with fp32 activations, and the dtype's own rounding of
-factors and results with bf16 (1e-2) and fp16 (1.5e-3).
+factors and results with bf16 (1e-2: the interpreter truncates) and fp16 (1.5e-3).
 """
 
 from collections.abc import Iterator
@@ -76,8 +76,8 @@ def product(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> T
 def check_linear(data: st.DataObject, most_out: int, most_chunks: int) -> None:
     from adapters.kernels.triton import linear
 
-    blocksize = data.draw(st.sampled_from([64, 128, 256]))
     outs, chunks = data.draw(st.integers(8, most_out)), data.draw(st.integers(1, most_chunks))
+    blocksize = data.draw(st.sampled_from([size for size in (64, 128, 256) if chunks * 64 % size == 0]))
     kind, nested, dtype = data.draw(st.sampled_from(["nf4", "fp4"])), data.draw(st.booleans()), data.draw(dtypes)
     weight = make_weight(outs, 64 * chunks, kind, nested, blocksize)
     x = torch.randn(data.draw(st.integers(1, 64)), 64 * chunks).to(dtype)
