@@ -102,7 +102,6 @@ class ChatBody(GenerationBody, Conversation):
     """The request's body."""
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = GenerationBody.no_ops | {
-        "tools": ([],),
         "tool_choice": ("none", "auto"),
         "parallel_tool_calls": (True, False),
         "functions": ([],),

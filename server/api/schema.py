@@ -70,6 +70,7 @@ class GenerationBody(Body):
         "logits_processors": ([],),
         "allowed_token_ids": ([],),
         "response_format": ({"type": "text"},),
+        "tools": ([],),
         "priority": (0,),
         "return_token_ids": (False,),
         "return_tokens_as_token_ids": (False,),
