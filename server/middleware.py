@@ -203,7 +203,7 @@ def middleware(drain: Drain, api_keys: Sequence[str], allowed_origins: Sequence[
                 allow_origins=list(allowed_origins),
                 allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["*"],
-                expose_headers=["X-Request-Id", "X-Adapter-Digest", "Retry-After"],
+                expose_headers=["ETag", "X-Request-Id", "X-Adapter-Digest", "Retry-After"],
             )
         )
     stack.append(Middleware(RequestGate, drain=drain))

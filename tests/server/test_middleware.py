@@ -162,6 +162,7 @@ async def test_cors_is_off_unless_an_origin_is_allowed() -> None:
     refused = await allowed.get("/v1/echo", headers=asked)
     assert refused.status_code == 401
     assert refused.headers["access-control-allow-origin"] == "https://app.example"
+    assert {"ETag", "X-Adapter-Digest"} <= set(refused.headers["access-control-expose-headers"].split(", "))
     foreign = await allowed.options("/v1/echo", headers=asked | {"Origin": "https://evil.example"})
     assert "access-control-allow-origin" not in foreign.headers
 
