@@ -21,7 +21,7 @@ def details_of(directory: Path, linears: Mapping[str, LinearShape] | None) -> di
     """
     spec = AdapterSpec.read(directory)
     return {
-        "modules": {name: {"rank": m.rank, "scaling": m.scaling} for name, m in sorted(spec.modules.items())},
+        "modules": {name: {"rank": m.rank, "scaling": m.scaling} for name, m in sorted(spec.adapted.items())},
         "file_metadata": _metadata(directory / WEIGHTS_NAME),
         "bytes_on_disk": sum(path.stat().st_size for path in directory.iterdir()),
         "bytes_on_device": None if linears is None else _device_bytes(spec, linears),

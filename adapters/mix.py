@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adapters import format as adapter_format
 from adapters.fields import AdapterError
-from adapters.format import WEIGHTS_NAME, AdapterSpec
+from adapters.format import AdapterSpec
 from adapters.recipe import Recipe
 from adapters.worker import carry_out
 
@@ -131,12 +131,8 @@ def read_factors(directory: Path) -> dict[str, Factors]:
         AdapterError: it is more than low-rank factors, and those parts cannot be mixed.
     """
     spec = AdapterSpec.read(directory)
-    with (directory / WEIGHTS_NAME).open("rb") as file:
-        others = set(adapter_format.read_header(file)) - {
-            name for module in spec.modules.values() for name in (module.a, module.b)
-        }
-    if others:
-        raise AdapterError(f"only plain LoRA can be mixed and merged; '{min(others)}' is something else", "mix")
+    if spec.variants.names:
+        raise AdapterError(f"only plain LoRA can be mixed and merged, not {', '.join(spec.variants.names)}", "mix")
     tensors = adapter_format.load(directory, spec)
     return {name: Factors(a.float(), b.float(), spec.modules[name].scaling) for name, (a, b) in tensors.items()}
 

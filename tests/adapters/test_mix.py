@@ -9,10 +9,10 @@ import torch
 import transformers
 from peft.utils import merge_utils
 
-from adapters import mix as mixing
 from adapters.fields import AdapterError
-from adapters.format import AdapterSpec, inspect, write
+from adapters.format import inspect
 from adapters.mix import Factors, mix, read_factors, write_mixed
+from adapters.outline import Outline
 from adapters.recipe import Recipe
 from tests.tiny import tiny_adapter
 
@@ -154,10 +154,14 @@ def test_what_is_written_is_what_was_mixed(
         torch.testing.assert_close(again[name].delta, b @ a)
 
 
-def test_what_is_more_than_factors_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = {"m": (torch.ones(2, 4), torch.ones(4, 2)), "n": (torch.ones(2, 4), torch.ones(4, 2))}
-    write(tmp_path, {"r": 2}, tensors)
-    spec = AdapterSpec("sha256:x", {}, {}, "float32", 2, 1, 1)
-    monkeypatch.setattr(mixing.AdapterSpec, "read", lambda directory: spec)
-    with pytest.raises(AdapterError, match=r"plain LoRA.*lora_A"):
-        read_factors(tmp_path)
+@pytest.mark.parametrize(
+    ("config", "named"), [({"use_dora": True}, "dora"), ({"alora_invocation_tokens": [5, 6]}, "alora")]
+)
+def test_what_is_more_than_factors_is_refused(
+    config: dict[str, Any], named: str, linears: dict[str, Any], model_dir: Path, tmp_path: Path
+) -> None:
+    adapter = tiny_adapter(tmp_path, model_dir, target_modules=["q_proj"], **config)
+    inspect(adapter, linears, "LlamaForCausalLM", Outline.read(model_dir)).save(adapter)
+    with pytest.raises(AdapterError, match=f"plain LoRA.*{named}") as caught:
+        read_factors(adapter)
+    assert caught.value.param == "mix"
