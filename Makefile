@@ -10,7 +10,7 @@ PYTHONS = $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14)
 USABLE  = import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve check test readme clean bench
+.PHONY: help install serve check test readme clean bench gpu
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -51,3 +51,7 @@ clean: ## remove the environment and everything the tools leave behind
 
 bench: $(STAMP) ## the whole CPU table, beside every peer that is installed; kept under loadtest/results
 	$(BIN)/python -m loadtest bench $(ARGS)
+
+# The environment where there is one, else whatever Python the machine has: it may have no network.
+gpu: ## on a machine with an NVIDIA GPU: its tests and benchmarks, a verdict per line; kept under loadtest/results
+	$(or $(PYTHON),$(firstword $(wildcard $(BIN)/python) python3)) -m loadtest.gpu

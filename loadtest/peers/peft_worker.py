@@ -55,7 +55,7 @@ def generate(model: Any, prompts: list[list[int]], tokens: int, **keywords: Any)
     from transformers import StoppingCriteriaList
 
     clock = StepClock()
-    ids = torch.tensor(prompts)
+    ids = torch.tensor(prompts, device=model.device)
     out = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
