@@ -73,11 +73,13 @@ const float* block_scales(const Weight& w, int first, int last, int begin, int e
 }
 
 // The next N rows' share of this block, asked for early: with few bytes a row the hardware's own prefetch lags behind.
+// A single row is one stream through memory, and a page ahead is early enough.
 template <int N, int BYTES>
 INLINE void fetch_ahead(const void* at, int64_t row_bytes) {
+    const int64_t ahead = N == 1 ? 4096 : N * row_bytes;
     for (int n = 0; n < N; n++)
         for (int line = 0; line < BYTES; line += 64)
-            __builtin_prefetch((const char*)at + (n + N) * row_bytes + line);
+            __builtin_prefetch((const char*)at + n * row_bytes + ahead + line);
 }
 
 // Decoders: N output rows from `o` on, side by side. `block` moves to a block of inputs, `step` yields 2W weights of one
@@ -216,7 +218,9 @@ void few_rows(const Weight& w, const float* x, int rows, int first, int last, fl
             for (; m + 8 <= rows; m += 8) sweep(sweep_decoding<8, 2, Decoder>, m);
         for (; m + 4 <= rows; m += 4) sweep(sweep_decoding<4, W == 16 ? 4 : 2, Decoder>, m);
         for (; m + 2 <= rows; m += 2) sweep(sweep_decoding<2, 4, Decoder>, m);
-        for (; m < rows; m++) sweep(sweep_decoding<1, W == 16 ? 8 : 4, Decoder>, m);
+        // One row against one output at a time reads memory as one stream; 16 lanes are few enough steps for the CPU to
+        // overlap the next output's by itself.
+        for (; m < rows; m++) sweep(sweep_decoding<1, W == 16 ? 1 : 4, Decoder>, m);
     }
 }
 
