@@ -9,10 +9,15 @@ from tests.tiny import tiny_adapter, tiny_model
 
 BASES: dict[str, dict[str, Any]] = {
     "tied": {},
-    "untied": {"tie_word_embeddings": False},
-    "biased": {"config_class": transformers.Qwen2Config, "model_class": transformers.Qwen2ForCausalLM},
+    # Biases in attention, norms on queries and keys, a head of its own.
+    "untied": {
+        "config_class": transformers.Qwen3Config,
+        "model_class": transformers.Qwen3ForCausalLM,
+        "head_dim": 32,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+    },
     "fused": {"config_class": transformers.Phi3Config, "model_class": transformers.Phi3ForCausalLM},
-    "normed": {"config_class": transformers.Qwen3Config, "model_class": transformers.Qwen3ForCausalLM, "head_dim": 32},
 }
 INVOCATION = [300, 301, 302]
 _Q = ["q_proj"]
@@ -60,12 +65,12 @@ VARIANTS: dict[str, Variant] = {
     "tokens, untied": Variant(
         "untied", {"target_modules": _Q, "trainable_token_indices": {"embed_tokens": [70, 5], "lm_head": [4, 2]}}
     ),
-    "trained biases": Variant("biased", {"target_modules": ["q_proj", "down_proj"], "bias": "lora_only"}),
-    "all biases": Variant("biased", {"target_modules": _Q, "bias": "all"}),
-    "DoRA over biases": Variant("biased", {"use_dora": True, "bias": "all"}),
+    "trained biases": Variant("untied", {"target_modules": ["q_proj", "down_proj"], "bias": "lora_only"}),
+    "all biases": Variant("untied", {"target_modules": _Q, "bias": "all"}),
+    "DoRA over biases": Variant("untied", {"use_dora": True, "bias": "all"}),
     "fused": Variant("fused", {"target_modules": ["qkv_proj", "gate_up_proj"]}),
     "fused DoRA": Variant("fused", {"target_modules": "all-linear", "use_dora": True, "modules_to_save": ["norm"]}),
-    "norms of queries": Variant("normed", {"target_modules": _Q, "modules_to_save": ["q_norm", "k_norm"]}),
+    "norms of queries": Variant("untied", {"target_modules": _Q, "modules_to_save": ["q_norm", "k_norm"]}),
 }
 
 
