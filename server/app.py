@@ -29,6 +29,7 @@ from server.api import (
     chat,
     checks,
     completions,
+    evaluations,
     files,
     fine_tuning,
     health,
@@ -63,16 +64,29 @@ def build_app(services: Services) -> Starlette:
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         await services.engine.start()
-        await services.tuning.manager.start()
+        await services.tuning.start()
         try:
             yield
         finally:
-            await services.tuning.manager.stop()
+            await services.tuning.stop()
             await services.engine.stop(grace=0.0)
 
     settings = services.settings
     # An adapter's name may have slashes: what follows the name goes before it.
-    resources = [completions, chat, tokenize, versions, checks, merging, adapters, models, files, fine_tuning, health]
+    resources = [
+        completions,
+        chat,
+        tokenize,
+        versions,
+        checks,
+        merging,
+        adapters,
+        models,
+        files,
+        fine_tuning,
+        evaluations,
+        health,
+    ]
     if settings.lora_dir is not None:
         resources.append(vllm)
     app = Starlette(
@@ -131,6 +145,7 @@ def _make_services(settings: Settings, model: Path) -> tuple[Services, LocalEngi
         tuning=FineTuning.open(
             settings.data_dir,
             engine=engine,
+            store=store,
             intake=intake,
             text=text,
             metrics=metrics,

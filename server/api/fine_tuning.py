@@ -112,6 +112,10 @@ def _shape(
             message = f"`lora`: {shown(target.asked)} is an adapter, and its shape stays as it is."
             raise InvalidRequest(message, param="lora")
         spec = AdapterSpec.read(Path(target.refs[0].path))
+        if spec.variants.names:
+            beyond = ", ".join(spec.variants.names)
+            message = f"`model`: {shown(target.asked)} has more than A and B ({beyond}), which is not trained here."
+            raise InvalidRequest(message, param="model")
         shapes = {name: ModuleShape(module.rank, module.scaling) for name, module in spec.modules.items()}
         return (asked or LoraBody()).options(), shapes
     lora = (asked or LoraBody()).options()

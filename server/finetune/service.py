@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapters.store import AdapterStore
 from server.engine.client import EngineClient
 from server.finetune.database import Database
+from server.finetune.evaluations import Evaluations
 from server.finetune.files import FileStore
 from server.finetune.jobs import JobStore
 from server.finetune.manager import JobManager
@@ -16,11 +18,22 @@ from server.text import TextProcessor
 
 @dataclass(frozen=True)
 class FineTuning:
-    """Files, jobs, and who runs them."""
+    """Files, jobs, evaluations, and who runs them."""
 
     files: FileStore
     jobs: JobStore
     manager: JobManager
+    evaluations: Evaluations
+
+    async def start(self) -> None:
+        """Go on with what was under way."""
+        await self.manager.start()
+        self.evaluations.start()
+
+    async def stop(self) -> None:
+        """Let go of everything; the next `start` goes on with it."""
+        await self.manager.stop()
+        await self.evaluations.stop()
 
     @classmethod
     def open(
@@ -28,6 +41,7 @@ class FineTuning:
         data_dir: Path,
         *,
         engine: EngineClient,
+        store: AdapterStore,
         intake: AdapterIntake,
         text: TextProcessor,
         metrics: Metrics,
@@ -48,4 +62,4 @@ class FineTuning:
             metrics=TrainingMetrics(metrics.registry, jobs.counts),
             max_running=max_running,
         )
-        return cls(files, jobs, manager)
+        return cls(files, jobs, manager, Evaluations(database, files, store, engine, text))

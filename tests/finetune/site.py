@@ -100,6 +100,7 @@ class TuningSite:
         self.tuning = FineTuning.open(
             root,
             engine=engine,
+            store=self.store,
             intake=intake,
             text=self.text,
             metrics=self.metrics,
@@ -120,7 +121,7 @@ class TuningSite:
         self.client = httpx.AsyncClient(transport=transport, base_url="http://test", timeout=30)
 
     async def close(self) -> None:
-        await self.tuning.manager.stop()
+        await self.tuning.stop()
         await self.client.aclose()
         self.text.close()
         self._database.close()
@@ -187,7 +188,7 @@ async def tuning_site(root: Path, engine: TrainingEngine, **settings: Any) -> As
     """A site whose jobs go on from whatever lies in `root`."""
     root.mkdir(exist_ok=True)
     site = TuningSite(root, engine, **settings)
-    await site.tuning.manager.start()
+    await site.tuning.start()
     try:
         yield site
     finally:

@@ -128,7 +128,13 @@ class Site:
         self.drain = Drain()
         self.text = cast("Any", None)  # none of these routes reads text
         self.tuning = FineTuning.open(
-            root, engine=self.engine, intake=self.intake, text=self.text, metrics=self.metrics, max_running=1
+            root,
+            engine=self.engine,
+            store=self.store,
+            intake=self.intake,
+            text=self.text,
+            metrics=self.metrics,
+            max_running=1,
         )
 
     def app(self) -> Starlette:

@@ -149,7 +149,13 @@ def make_services(directory: Path, engine: ScriptedEngine, database: sqlite3.Con
         drain=Drain(),
         intake=intake,
         tuning=FineTuning.open(
-            directory, engine=engine, intake=intake, text=text, metrics=metrics, max_running=chosen.max_training_jobs
+            directory,
+            engine=engine,
+            store=store,
+            intake=intake,
+            text=text,
+            metrics=metrics,
+            max_running=chosen.max_training_jobs,
         ),
     )
 

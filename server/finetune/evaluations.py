@@ -1,0 +1,284 @@
+"""Evaluations: an adapter beside the base on held-out examples, through the same engine that serves requests.
+
+Loss is read off prompt log-probabilities, so it is the loss of what is served, not of what was trained. Exact match
+generates each example's last trained turn greedily and compares the text. Knows no HTTP.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Literal
+
+import msgspec
+import numpy as np
+from msgspec.structs import replace
+
+from adapters.store import AdapterStore, UnknownAdapter
+from server.engine.client import EngineClient, EngineUnavailable
+from server.engine.protocol import AdapterRef, Generate, Output, Ready, Sampling
+from server.finetune import recipe
+from server.finetune.database import Database
+from server.finetune.dataset import Dataset, DatasetError, load_dataset
+from server.finetune.files import FileStore, UnknownFileError, new_id
+from server.finetune.jobs import JobError, JobFailedError
+from server.finetune.tokenizer import TrainingTokenizer
+from server.text import TextProcessor
+
+log = logging.getLogger("lorakeet.finetune")
+
+CONCURRENT = 8  # sequences in the engine at once: requests of clients come first
+SPARE_TOKENS = 8  # beyond the expected answer, so that one that goes on is seen to differ
+ENGINE_POLL_SECONDS = 0.2
+
+Status = Literal["running", "succeeded", "failed"]
+
+
+class Score(msgspec.Struct, frozen=True):
+    """How well one model does. Loss in nats per token; `exact_match` is None where there is no answer to compare."""
+
+    loss: float
+    perplexity: float
+    exact_match: float | None
+
+
+class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
+    """One evaluation now."""
+
+    id: str
+    tenant: str
+    status: Status
+    created_at: int
+    finished_at: int | None = None
+    model: str  # as the client named it
+    adapter: str | None  # stored name, None for the base alone
+    digest: str | None
+    file: str
+    max_examples: int | None = None
+    examples: int = 0
+    tokens: int = 0
+    base: Score | None = None
+    adapted: Score | None = None
+    error: JobError | None = None
+
+
+class UnknownEvaluationError(LookupError):
+    """No evaluation of that id for this tenant."""
+
+
+@dataclass(frozen=True)
+class _Example:
+    """A sequence with its trained positions, and its last trained turn as prompt and answer."""
+
+    tokens: list[int]
+    trained: list[int]
+    prompt: list[int]
+    answer: list[int]
+
+
+class Evaluations:
+    """All evaluations of one server, kept in the database; unfinished ones begin again when the server starts."""
+
+    def __init__(
+        self, database: Database, files: FileStore, store: AdapterStore, engine: EngineClient, text: TextProcessor
+    ) -> None:
+        self._database = database
+        self._files = files
+        self._store = store
+        self._engine = engine
+        self._text = text
+        self._slots = asyncio.Semaphore(CONCURRENT)
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        with database.transaction() as connection:
+            connection.execute(
+                "CREATE TABLE IF NOT EXISTS evaluations (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT "
+                "NULL, tenant TEXT NOT NULL, status TEXT NOT NULL, record TEXT NOT NULL)"
+            )
+
+    # --- what clients ask ---------------------------------------------------------------------------------
+
+    def create(
+        self, tenant: str, *, model: str, adapter: str | None, digest: str | None, file: str, max_examples: int | None
+    ) -> Evaluation:
+        """Record an evaluation and begin with it."""
+        evaluation = Evaluation(
+            id=new_id("eval-"),
+            tenant=tenant,
+            status="running",
+            created_at=int(time.time()),
+            model=model,
+            adapter=adapter,
+            digest=digest,
+            file=file,
+            max_examples=max_examples,
+        )
+        with self._database.transaction() as connection:
+            connection.execute(
+                "INSERT INTO evaluations (id, tenant, status, record) VALUES (?, ?, ?, ?)",
+                (evaluation.id, tenant, evaluation.status, _encode(evaluation)),
+            )
+        self._begin(evaluation)
+        return evaluation
+
+    def get(self, tenant: str, evaluation_id: str) -> Evaluation:
+        """Raises UnknownEvaluationError."""
+        with self._database.transaction() as connection:
+            row = connection.execute(
+                "SELECT record FROM evaluations WHERE id = ? AND tenant = ?", (evaluation_id, tenant)
+            ).fetchone()
+        if row is None:
+            raise UnknownEvaluationError(evaluation_id)
+        return msgspec.json.decode(row["record"], type=Evaluation)
+
+    def page(self, tenant: str, *, limit: int, after: str | None = None) -> tuple[list[Evaluation], bool]:
+        """Newest first. Raises UnknownCursorError."""
+        rows, more = self._database.page("evaluations", "tenant = ?", [tenant], limit=limit, after=after)
+        return [msgspec.json.decode(row["record"], type=Evaluation) for row in rows], more
+
+    def delete(self, tenant: str, evaluation_id: str) -> None:
+        """Forget an evaluation; one that runs is stopped. Raises UnknownEvaluationError."""
+        self.get(tenant, evaluation_id)
+        with self._database.transaction() as connection:
+            connection.execute("DELETE FROM evaluations WHERE id = ?", (evaluation_id,))
+        if task := self._tasks.get(evaluation_id):
+            task.cancel()
+
+    # --- its life --------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin again with what was under way."""
+        with self._database.transaction() as connection:
+            rows = connection.execute("SELECT record FROM evaluations WHERE status = 'running'").fetchall()
+        for row in rows:
+            self._begin(msgspec.json.decode(row["record"], type=Evaluation))
+
+    async def stop(self) -> None:
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _begin(self, evaluation: Evaluation) -> None:
+        task = asyncio.create_task(self._work(evaluation), name=evaluation.id)
+        self._tasks[evaluation.id] = task
+        task.add_done_callback(lambda _: self._tasks.pop(evaluation.id, None))
+
+    async def _work(self, evaluation: Evaluation) -> None:
+        try:
+            done = await self._evaluate(evaluation)
+        except JobFailedError as fault:
+            done = replace(evaluation, status="failed", error=fault.error)
+        except Exception:
+            log.exception("evaluation %s failed", evaluation.id)
+            done = replace(evaluation, status="failed", error=JobError("server_error", "A fault in the server."))
+        done = replace(done, finished_at=int(time.time()))
+        with self._database.transaction() as connection:
+            connection.execute(
+                "UPDATE evaluations SET status = ?, record = ? WHERE id = ?", (done.status, _encode(done), done.id)
+            )
+
+    # --- the work ----------------------------------------------------------------------------------------------
+
+    async def _evaluate(self, evaluation: Evaluation) -> Evaluation:
+        base = await self._engine_back()
+        examples = await asyncio.to_thread(self._read, evaluation, base)
+        references: list[AdapterRef] = []
+        adapted = None
+        with contextlib.ExitStack() as held:
+            if evaluation.adapter is not None and evaluation.digest is not None:
+                try:
+                    digest = evaluation.digest.removeprefix("sha256:")
+                    version = self._store.get(evaluation.tenant, evaluation.adapter, digest)
+                    held.enter_context(self._store.lease(version))
+                except UnknownAdapter:
+                    message = f"The adapter {evaluation.adapter} no longer has that version."
+                    raise JobFailedError("adapter_not_found", message, "model") from None
+                references = [AdapterRef(version.digest, str(version.path))]
+            plain = await self._score(examples, [], base)
+            if references:
+                adapted = await self._score(examples, references, base)
+        tokens = sum(len(example.trained) for example in examples)
+        return replace(
+            evaluation, status="succeeded", base=plain, adapted=adapted, examples=len(examples), tokens=tokens
+        )
+
+    def _read(self, evaluation: Evaluation, base: Ready) -> list[_Example]:
+        try:
+            path = self._files.get(evaluation.tenant, evaluation.file).path
+            with path.open("rb") as file:
+                tokenizer = TrainingTokenizer(self._text, base.eos_token_ids)
+                length = recipe.max_seq_len(recipe.TrainingOptions(), base) - SPARE_TOKENS
+                data = load_dataset(file, tokenizer, max_length=length)
+        except (UnknownFileError, FileNotFoundError):
+            raise JobFailedError("file_not_found", f"The file {evaluation.file} no longer exists.", "file") from None
+        except DatasetError as error:
+            raise JobFailedError("invalid_file", str(error), "file") from None
+        count = min(len(data), evaluation.max_examples or len(data))
+        return [_example(data, index) for index in range(count)]
+
+    async def _score(self, examples: Sequence[_Example], adapters: list[AdapterRef], base: Ready) -> Score:
+        """One model over all examples."""
+        results = await asyncio.gather(*(self._examine(example, adapters, base) for example in examples))
+        tokens = sum(len(example.trained) for example in examples)
+        loss = sum(loss for loss, _ in results) / tokens
+        matches = [match for _, match in results if match is not None]
+        exact = sum(matches) / len(matches) if matches else None
+        return Score(loss, math.exp(min(loss, 700.0)), exact)
+
+    async def _examine(self, example: _Example, adapters: list[AdapterRef], base: Ready) -> tuple[float, bool | None]:
+        """Summed loss over the trained tokens, and whether the answer is word for word the expected one."""
+        score = Sampling(max_tokens=0, temperature=0.0, prompt_logprobs=0)
+        async with self._slots:
+            outputs = await self._generate(example.tokens, adapters, score)
+            logprobs = [entry for output in outputs for entry in output.prompt_logprobs or []]
+            loss = -sum(entry.logprob for i in example.trained if (entry := logprobs[i]) is not None)
+            if not example.prompt:
+                return loss, None
+            answer = Sampling(max_tokens=len(example.answer) + SPARE_TOKENS, temperature=0.0)
+            outputs = await self._generate(example.prompt, adapters, answer)
+        found = [token for output in outputs for token in output.tokens]
+        ends = set(base.eos_token_ids)
+        expected, given = (
+            self._text.decode([token for token in tokens if token not in ends], skip_special_tokens=True).strip()
+            for tokens in (example.answer, found)
+        )
+        return loss, given == expected
+
+    async def _generate(self, prompt: list[int], adapters: list[AdapterRef], sampling: Sampling) -> list[Output]:
+        """All outputs of one sequence, begun again should the engine die."""
+        while True:
+            await self._engine_back()
+            request = Generate(id=f"eval-{uuid.uuid4().hex}", prompt=prompt, sampling=sampling, adapters=adapters)
+            try:
+                async with aclosing(self._engine.generate(request)) as stream:
+                    outputs = [output async for output in stream]
+            except EngineUnavailable:
+                continue
+            if outputs[-1].error is not None:
+                raise JobFailedError(outputs[-1].code or "engine_error", outputs[-1].error)
+            return outputs
+
+    async def _engine_back(self) -> Ready:
+        while self._engine.unready_reason is not None or self._engine.info is None:  # noqa: ASYNC110  # has no event
+            await asyncio.sleep(ENGINE_POLL_SECONDS)
+        return self._engine.info
+
+
+def _example(data: Dataset, index: int) -> _Example:
+    ids, mask = data.sequence(index)
+    tokens, trained = ids.tolist(), np.flatnonzero(mask).tolist()
+    first = last = trained[-1]
+    while mask[first - 1]:  # never before the first token, which is not trained on
+        first -= 1
+    # A text has no prompt: all but its first token is trained on.
+    prompt = tokens[:first] if first > 1 else []
+    return _Example(tokens, trained, prompt, tokens[first : last + 1])
+
+
+def _encode(evaluation: Evaluation) -> str:
+    return msgspec.json.encode(evaluation).decode()
