@@ -24,8 +24,11 @@ from loadtest import machine
 from loadtest.synthetic import make_adapters, random_prompts
 
 RESULTS = Path(__file__).parent / "results"
-TESTS = ["tests/adapters/kernels/test_triton.py", "tests/server/engine/test_triton_engine.py"]
-TESTS += ["tests/server/engine/test_graphs.py"]
+TESTS = [
+    "tests/adapters/kernels/test_triton.py",
+    "tests/server/engine/test_triton_engine.py",
+    "tests/server/engine/test_graphs.py",
+]
 LLAMA_8B: dict[str, Any] = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -68,7 +71,7 @@ def at_least(name: str, what: str, measured: float, limit: float, unit: str = "x
 
 def tests(_: dict[str, Any]) -> list[Line]:
     """(a) The kernels' and the graphs' tests, the wide ones too."""
-    command = [sys.executable, "-m", "pytest", "-q", "--timeout=600", *TESTS]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "slow or not slow", "--timeout=600", *TESTS]
     done = subprocess.run(command, capture_output=True, text=True)
     summary = (done.stdout.strip().splitlines() or ["no output"])[-1]
     return [Line("a", "tests on the GPU", "all pass", summary.strip("= "), done.returncode == 0)]

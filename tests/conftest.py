@@ -15,6 +15,8 @@ from tests.tiny import tiny_model  # noqa: E402 - transformers imports Triton
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda") and interpreter.DEVICE != "cuda":
         pytest.skip("needs an NVIDIA GPU")
+    if item.get_closest_marker("slow") and "slow" not in item.config.option.markexpr:
+        pytest.skip("takes minutes: ask for it with -m slow")
 
 
 @pytest.fixture(scope="session")

@@ -93,6 +93,7 @@ def test_linear(data: st.DataObject) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @given(data=st.data())
 @budget(150)
 def test_linear_widely(data: st.DataObject) -> None:
@@ -141,6 +142,7 @@ def test_lora(kernels: Any, problem: tuple[int, int, int, Any], dtype: torch.dty
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @given(problem=problems(), dtype=dtypes)
 @budget(200)
 def test_lora_widely(kernels: Any, problem: tuple[int, int, int, Any], dtype: torch.dtype) -> None:
@@ -197,8 +199,9 @@ def test_attention(kernels: Any, data: st.DataObject) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @given(data=st.data())
-@budget(150)
+@budget(50)
 def test_attention_widely(kernels: Any, data: st.DataObject) -> None:
     check_attention(kernels, data, 400)
 
