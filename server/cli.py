@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from server.commands import adapters, chat
+from server.commands import adapters, chat, finetune
 from server.commands.remote import CommandError
 from server.models import DEFAULT, ModelError, default_cache_dir, resolve
 from server.settings import Setting, SettingError, Settings, settings_fields
@@ -95,6 +95,9 @@ app.command("pull")(adapters.pull)
 app.command("list")(adapters.list_adapters)
 app.command("rm")(adapters.remove)
 app.command("chat")(chat.chat)
+app.command("finetune")(finetune.finetune)
+app.command("jobs")(finetune.jobs)
+app.command("eval")(finetune.evaluate)
 
 
 def main() -> None:

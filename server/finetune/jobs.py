@@ -6,6 +6,7 @@ Every change is on disk when the call returns. Knows neither HTTP nor the engine
                      any of these -> (pausing ->) paused -> validating_files | queued
 """
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
@@ -14,7 +15,7 @@ import msgspec
 
 from server.finetune.database import Database
 from server.finetune.files import new_id
-from server.finetune.messages import Metrics, StartJob
+from server.finetune.messages import Metrics, StartJob, TrainingStep
 from server.finetune.recipe import Hyperparameters, LoraOptions, TrainingOptions
 
 Status = Literal["validating_files", "queued", "running", "pausing", "paused", "succeeded", "failed", "cancelled"]
@@ -258,8 +259,9 @@ class JobStore:
             msgspec.convert({"number": row["number"], **msgspec.json.decode(row["record"])}, Event) for row in rows
         ], more
 
-    def record_step(self, job: Job, metrics: Metrics, *, total_steps: int, trained_tokens: int) -> None:
+    def record_step(self, job: Job, step: TrainingStep) -> None:
         """A step's metrics. A step that is repeated after a restart replaces itself, and makes no second event."""
+        metrics = step.metrics
         with self._database.transaction() as connection:
             known = connection.execute(
                 "SELECT 1 FROM steps WHERE job = ? AND step = ?", (job.id, metrics.step)
@@ -268,13 +270,15 @@ class JobStore:
                 "INSERT OR REPLACE INTO steps (job, step, record) VALUES (?, ?, ?)",
                 (job.id, metrics.step, _encode(metrics)),
             )
-            self.update(job, step=metrics.step, total_steps=total_steps, trained_tokens=trained_tokens)
+            self.update(job, step=metrics.step, total_steps=step.total_steps, trained_tokens=step.trained_tokens)
             if known is None:
                 loss = "not finite" if metrics.train_loss is None else f"{metrics.train_loss:.4f}"
-                message = f"Step {metrics.step}/{total_steps}: training loss={loss}"
+                message = f"Step {metrics.step}/{step.total_steps}: training loss={loss}"
                 if metrics.full_valid_loss is not None:
                     message += f", full validation loss={metrics.full_valid_loss:.4f}"
-                self.add_event(job.id, message, data=msgspec.to_builtins(metrics))
+                more = {name: getattr(step, name) for name in ("total_steps", "trained_tokens", "learning_rate")}
+                norm = step.grad_norm if math.isfinite(step.grad_norm) else None
+                self.add_event(job.id, message, data=msgspec.to_builtins(metrics) | more | {"grad_norm": norm})
 
     def steps(self, job_id: str) -> Sequence[Metrics]:
         """Every recorded step's metrics, in order."""

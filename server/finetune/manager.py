@@ -283,4 +283,4 @@ class JobManager:
     def _take_step(self, job: Job, step: TrainingStep) -> None:
         self._pace[job.id] = 0.9 * self._pace.get(job.id, step.seconds) + 0.1 * step.seconds
         self._metrics.step(step, max(0, step.trained_tokens - (job.trained_tokens or 0)))
-        self._jobs.record_step(job, step.metrics, total_steps=step.total_steps, trained_tokens=step.trained_tokens)
+        self._jobs.record_step(job, step)

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.finetune.database import Database, UnknownCursorError
-from server.finetune.jobs import FINAL, JobError, JobSpec, JobStateError, JobStore, Status, UnknownJobError
-from server.finetune.messages import Metrics
+from server.finetune.jobs import FINAL, Job, JobError, JobSpec, JobStateError, JobStore, Status, UnknownJobError
+from server.finetune.messages import Metrics, TrainingStep
 from server.finetune.recipe import LoraOptions
 
 
@@ -24,6 +24,19 @@ def spec(**changes: Any) -> JobSpec:
     return JobSpec(**(fields | changes))
 
 
+def training_step(job: Job, loss: float) -> TrainingStep:
+    return TrainingStep(
+        id=job.id,
+        metrics=Metrics(step=1, train_loss=loss),
+        total_steps=4,
+        learning_rate=1e-3,
+        grad_norm=1.0,
+        trained_tokens=10,
+        seconds=1.0,
+        busy_seconds=1.0,
+    )
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> JobStore:
     return JobStore(Database(tmp_path / "db.sqlite3"))
@@ -34,7 +47,7 @@ def test_a_job_survives_the_process(tmp_path: Path) -> None:
     store = JobStore(database)
     job = store.create("", spec(metadata={"a": "b"}, suffix="mine"))
     job = store.move(job, "queued")
-    store.record_step(job, Metrics(step=1, train_loss=0.5), total_steps=4, trained_tokens=10)
+    store.record_step(job, training_step(job, 0.5))
     database.close()
     again = JobStore(Database(tmp_path / "db.sqlite3"))
     (found,) = again.unfinished()
@@ -119,10 +132,11 @@ def test_events_in_both_orders(store: JobStore) -> None:
 def test_a_repeated_step_replaces_itself_without_a_second_event(store: JobStore) -> None:
     job = store.create("", spec())
     for loss in (0.5, 0.25):
-        store.record_step(job, Metrics(step=1, train_loss=loss), total_steps=4, trained_tokens=10)
+        store.record_step(job, training_step(job, loss))
     assert store.steps(job.id) == [Metrics(step=1, train_loss=0.25)]
     events, _ = store.events(job.id, limit=9)
-    assert [e.data for e in events if e.type == "metrics"] == [{"step": 1, "train_loss": 0.5}]
+    (data,) = [e.data for e in events if e.data is not None]
+    assert (data["step"], data["total_steps"], data["train_loss"]) == (1, 4, 0.5)
 
 
 def test_checkpoints(store: JobStore) -> None:

@@ -9,7 +9,10 @@ from typing import Any
 
 import openai
 import pytest
+from typer.testing import CliRunner
 
+from server.cli import app
+from server.commands.remote import CommandError
 from tests.faults.running import BASE, RunningServer, eventually
 from tests.finetune.site import EXAMPLES
 
@@ -94,3 +97,42 @@ def test_a_job_by_the_openai_client_and_again_through_kills(server: RunningServe
     assert base_digest(server) == before
     assert prompt_logprobs(client) == logprobs
     assert client.models.delete(checkpoints[0].fine_tuned_model_checkpoint).deleted
+
+
+def command(server: RunningServer, *arguments: str) -> str:
+    """What a `lorakeet` command prints."""
+    result = CliRunner().invoke(app, [*arguments, "--url", server.url])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.stdout
+
+
+def test_the_commands(server: RunningServer, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, EXAMPLES[:4])))
+    options = ("--name", "cli", "--epochs", "40", "--learning-rate", "0.01", "--batch-size", "4", "--rank", "4")
+    name = command(server, "finetune", str(data), *options, "--seed", "1", "--validation", str(data)).splitlines()[-1]
+    assert name.startswith(f"ft:{BASE}:cli:")
+    scores = command(server, "eval", str(data), "--adapter", name)
+    base, adapted = (line.split() for line in scores.splitlines()[-2:])
+    assert float(adapted[1]) < float(base[1])
+    listed = command(server, "jobs")
+    assert name in "".join(listed.split())
+    waiting = command(server, "finetune", str(data), "--name", "b", "--epochs", "1000", "--no-watch").strip()
+    assert "is cancelled" in command(server, "jobs", waiting, "--cancel")
+    assert "Fine-tuning job cancelled" in command(server, "jobs", waiting)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("finetune", "/nowhere.jsonl", "--name", "a"), "no such file"),
+        (("finetune", __file__, "--name", "a"), "line 1"),
+        (("jobs", "--cancel"), "give an ID"),
+        (("jobs", "ftjob-nobody", "--cancel"), "Could not find"),
+        (("eval", __file__, "--adapter", "nobody"), "line 1"),
+    ],
+)
+def test_commands_fail_in_one_line(server: RunningServer, arguments: tuple[str, ...], message: str) -> None:
+    result = CliRunner().invoke(app, [*arguments, "--url", server.url])
+    assert isinstance(result.exception, CommandError)
+    assert message in str(result.exception)

@@ -1,0 +1,189 @@
+"""`lorakeet finetune`, `jobs` and `eval`: training on a running server, watched from the terminal."""
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from server.commands.remote import DEFAULT_URL, ApiKey, CommandError, Url, checked, connect, get_json
+
+JOBS = "/v1/fine_tuning/jobs"
+_ENDS = ("succeeded", "failed", "cancelled")
+_POLL_SECONDS = 0.5
+
+Data = Annotated[
+    Path, typer.Argument(metavar="DATA.jsonl", help="One example per line: messages, prompt and completion, or text.")
+]
+
+
+def finetune(
+    data: Data,
+    name: Annotated[str, typer.Option("--name", help="Becomes part of the result's name, ft:BASE:NAME:ID.")],
+    model: Annotated[str | None, typer.Option("--model", help="An adapter to go on from; else the base.")] = None,
+    validation: Annotated[Path | None, typer.Option("--validation", help="Held-out examples, as DATA.")] = None,
+    epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the data [default: 3].")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="Examples per step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", help="The peak; else by the base.")] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="The adapter's r [default: 16].")] = None,
+    alpha: Annotated[float | None, typer.Option("--alpha", help="Its lora_alpha [default: 2 r].")] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Same seed, same result.")] = None,
+    watch: Annotated[bool, typer.Option("--watch/--no-watch", help="Stay and show progress.")] = True,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Train a new adapter on the server's resident base, while it serves. Prints the adapter's name."""
+    with connect(url, api_key) as client:
+        files = {"training_file": _upload(client, data)}
+        if validation is not None:
+            files["validation_file"] = _upload(client, validation)
+        given = {"n_epochs": epochs, "batch_size": batch_size}
+        lora = {"r": rank, "lora_alpha": alpha if alpha is not None or rank is None else 2 * rank}
+        body = {
+            "model": model or _base(client),
+            "suffix": name,
+            "seed": seed,
+            **files,
+            "method": {"type": "supervised", "supervised": {"hyperparameters": _without_none(given)}},
+            "lora": _without_none(lora) or None,
+            "training": _without_none({"learning_rate": learning_rate}) or None,
+        }
+        job = checked(client.post(JOBS, json=_without_none(body))).json()
+        if not watch:
+            Console().print(job["id"])
+            return
+        job = _watch(client, job)
+    if job["status"] != "succeeded":
+        reason = (job["error"] or {}).get("message", "")
+        raise CommandError(f"job {job['id']} {job['status']}" + (f": {reason}" if reason else ""))
+    Console().print(job["fine_tuned_model"], soft_wrap=True, highlight=False)
+
+
+def jobs(
+    job_id: Annotated[str | None, typer.Argument(metavar="[ID]", help="Show this job's log.")] = None,
+    cancel: Annotated[bool, typer.Option("--cancel", help="End it for good.")] = False,
+    pause: Annotated[bool, typer.Option("--pause", help="Stop after the current step, saving it.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with it.")] = False,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Show the fine-tuning jobs, newest first, or one job's log; steer one."""
+    verbs = [verb for verb, wanted in (("cancel", cancel), ("pause", pause), ("resume", resume)) if wanted]
+    if len(verbs) > 1 or (verbs and job_id is None):
+        raise CommandError("give an ID and one of --cancel, --pause and --resume")
+    with connect(url, api_key) as client:
+        if job_id is None:
+            _list(get_json(client, f"{JOBS}?limit=100")["data"])
+        elif verbs:
+            job = checked(client.post(f"{JOBS}/{job_id}/{verbs[0]}")).json()
+            Console().print(f"{job['id']} is {job['status']}", highlight=False)
+        else:
+            for event in reversed(get_json(client, f"{JOBS}/{job_id}/events?limit=1000")["data"]):
+                when = time.strftime("%H:%M:%S", time.localtime(event["created_at"]))
+                Console().print(f"{when} {event['message']}", highlight=False, markup=False, soft_wrap=True)
+
+
+def evaluate(
+    data: Data,
+    adapter: Annotated[str, typer.Option("--adapter", help="The adapter's name.")],
+    examples: Annotated[int | None, typer.Option("--examples", help="Look at the first so many only.")] = None,
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Compare an adapter with the base on held-out examples: loss, perplexity, exact match."""
+    with connect(url, api_key) as client, _progress(SpinnerColumn(), TextColumn("{task.description}")) as progress:
+        progress.add_task(f"Evaluating {adapter}")
+        body = {"model": adapter, "file": _upload(client, data), "max_examples": examples}
+        found = checked(client.post("/v1/evaluations", json=_without_none(body))).json()
+        while found["status"] == "running":
+            time.sleep(_POLL_SECONDS)
+            found = get_json(client, f"/v1/evaluations/{found['id']}")
+    if found["status"] != "succeeded":
+        raise CommandError(f"the evaluation failed: {found['error']['message']}")
+    table = Table(box=None, pad_edge=False, title=f"{found['examples']} examples, {found['tokens']} tokens")
+    for heading in ("", "LOSS", "PERPLEXITY", "EXACT MATCH"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for label, score in (("base", found["results"]["base"]), (adapter, found["results"]["adapter"])):
+        if score is not None:
+            exact = "-" if score["exact_match"] is None else f"{score['exact_match']:.1%}"
+            table.add_row(label, f"{score['loss']:.4f}", f"{score['perplexity']:.2f}", exact)
+    Console().print(table)
+
+
+def _upload(client: httpx.Client, path: Path) -> str:
+    if not path.is_file():
+        raise CommandError(f"{path}: no such file")
+    with path.open("rb") as file:
+        response = client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": (path.name, file)})
+    return str(checked(response).json()["id"])
+
+
+def _base(client: httpx.Client) -> str:
+    """The base's name: it has no parent."""
+    models = get_json(client, "/v1/models")["data"]
+    return str(next(model["id"] for model in models if model["parent"] is None))
+
+
+def _watch(client: httpx.Client, job: dict[str, Any]) -> dict[str, Any]:
+    """Show the job's events as a progress bar until it ends; the job then. Comes back after a lost connection."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+        TextColumn("{task.fields[speed]:.0f} tokens/s"),
+        TimeRemainingColumn(),
+    )
+    last = None
+    with _progress(*columns) as progress:
+        bar = progress.add_task("Waiting", total=None, loss="-", speed=0.0)
+        began: tuple[float, int] | None = None  # when the first step was seen, and the tokens by then
+        while (job := get_json(client, f"{JOBS}/{job['id']}"))["status"] not in _ENDS:
+            headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": last} if last else {})
+            with client.stream("GET", f"{JOBS}/{job['id']}/events", headers=headers) as response:
+                for line in checked(response).iter_lines():
+                    field, _, value = line.partition(": ")
+                    if field == "id":
+                        last = value
+                    if field != "data" or value == "[DONE]":
+                        continue
+                    event = json.loads(value)
+                    if (step := event["data"]) is None:
+                        progress.console.print(event["message"], highlight=False, markup=False)
+                        continue
+                    began = began or (time.monotonic(), step["trained_tokens"])
+                    seconds = time.monotonic() - began[0]
+                    progress.update(
+                        bar,
+                        description="Training",
+                        completed=step["step"],
+                        total=step["total_steps"],
+                        loss=f"{step['train_loss']:.3f}" if step.get("train_loss") is not None else "-",
+                        speed=(step["trained_tokens"] - began[1]) / seconds if seconds else 0.0,
+                    )
+    return job
+
+
+def _list(found: list[dict[str, Any]]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("ID", "STATUS", "STEP", "MODEL", "RESULT"):
+        table.add_column(heading, overflow="fold")
+    for job in found:
+        step = f"{job['step']}/{job['total_steps']}" if job["total_steps"] else "-"
+        table.add_row(job["id"], job["status"], step, job["model"], job["fine_tuned_model"] or "-")
+    Console().print(table if found else "No jobs yet; `lorakeet finetune DATA.jsonl --name NAME` starts one.")
+
+
+def _progress(*columns: Any) -> Progress:
+    """On standard error, shown on a terminal only and gone when done."""
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+
+
+def _without_none(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
