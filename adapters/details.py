@@ -29,9 +29,10 @@ def details_of(directory: Path, linears: Mapping[str, LinearShape] | None) -> di
 
 
 def _device_bytes(spec: AdapterSpec, linears: Mapping[str, LinearShape]) -> int:
-    """An adapter owns as many row units of two bytes in every linear of a kind as it needs in any."""
-    rows = spec.rows(linears)
-    return sum(2 * rows.get(linear.kind, 0) * (linear.in_features + linear.out_features) for linear in linears.values())
+    """An adapter owns as many row units of two bytes in every linear of a kind as it needs in any; and its variants."""
+    units = spec.rows(linears)
+    rows = sum(units.get(linear.kind, 0) * (linear.in_features + linear.out_features) for linear in linears.values())
+    return 2 * rows + spec.variants.device_bytes
 
 
 def _metadata(weights: Path) -> dict[str, str]:

@@ -79,6 +79,7 @@ async def _several(
     versions: dict[str, Version] = {}
     for i, adapter in enumerate(adapters):
         version = await hold(services, adapter.id, f"adapters.{i}.id", user, held)
+        _check_mixable(version, f"adapters.{i}", alone=len(adapters) == 1 and adapter.weight == 1)
         if version.digest in versions:
             message = (
                 f"`adapters` has the content of `{version.name}` twice; give it once, with the sum of the weights."
@@ -96,6 +97,17 @@ async def _several(
         [(version.name, version.digest) for version in used],
         [reference(version, weights[version.digest]) for version in used],
     )
+
+
+def _check_mixable(version: Version, param: str, *, alone: bool) -> None:
+    """Raises InvalidRequest for adapters that replace something, so that no weight and no sum of them has a meaning."""
+    replacing = set(version.receipt.get("variants", ())) - {"alora"}
+    if replacing and not alone:
+        raise InvalidRequest(
+            f"`{version.name}` is more than plain LoRA ({', '.join(sorted(replacing))}): it runs alone, with weight 1.",
+            param=param,
+            code="unsupported_adapter_feature",
+        )
 
 
 def _check_fit(services: Services, versions: Sequence[Version]) -> None:

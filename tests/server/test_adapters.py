@@ -148,7 +148,7 @@ async def test_bad_configs_and_weights_name_the_culprit(site: Site) -> None:
 
         await refused(site, await post(b"not json", weights), 400, "config")
         await refused(site, await post(b'{"r": 4}', weights), 400, "peft_type")
-        await refused(site, await post(adapter_files(use_dora=True)[0], weights), 400, "use_dora")
+        await refused(site, await post(adapter_files(use_qalora=True)[0], weights), 400, "use_qalora")
         await refused(site, await post(b" " * (1 << 20) + b"{}", weights), 413, "config")
         await refused(site, await post(config, weights[:-1]), 400, "weights")
         await refused(site, await post(config, b"\x80\x04\x95pickled"), 400, "weights")

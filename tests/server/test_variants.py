@@ -22,6 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning"
 
 
 async def upload(client: httpx.AsyncClient, name: str, directory: Path) -> dict[str, Any]:
+    """Upload an adapter; its receipt."""
     files = {
         "config": (directory / "adapter_config.json").read_bytes(),
         "weights": (directory / "adapter_model.safetensors").read_bytes(),
@@ -50,11 +51,15 @@ async def test_every_variant_is_served_as_peft_computes_it(base: str, cache_dir:
     try:
         server.ensure()
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
-            for name, directory in made.items():
-                await upload(client, name, directory)
+            receipts = {name: await upload(client, name, directory) for name, directory in made.items()}
             alone = {name: await score(client, name) for name in (*made, BASE)}
             together = await asyncio.gather(*(score(client, name) for name in alone))
             assert dict(zip(alone, together, strict=True)) == alone
+            for name, receipt in receipts.items():
+                if set(receipt["variants"]) - {"alora"}:  # what replaces something has no meaning at half its weight
+                    body = {"model": BASE, "prompt": "x", "adapters": [{"id": name, "weight": 0.5}]}
+                    response = await client.post("/v1/completions", json=body)
+                    assert (response.status_code, response.json()["error"]["param"]) == (400, "adapters.0")
     finally:
         server.stop()
     for name, directory in made.items():

@@ -5,12 +5,16 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import peft
 import pytest
+import torch
+import transformers
 
-from adapters.format import EXTRAS
+from adapters.format import EXTRAS, AdapterError
 from server.engine.engine import Engine
 from server.engine.protocol import AdapterRef, Generate
 from tests.offline import Answer, load_engine, publish, request, run
+from tests.server.engine.test_parity import peft_logprobs
 from tests.variants import BASES, INVOCATION, VARIANTS, make_base
 
 # PEFT's advice about merging and tied embeddings, given whenever such an adapter is made.
@@ -129,3 +133,27 @@ def test_what_is_no_rank_row_is_accounted_for_and_given_back(world: Callable[[st
         engine.residency.forget(reference.digest)
     assert engine.pool.resident[EXTRAS] == 0
     assert not engine.pool.extras
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_initialisation_that_changed_the_base_is_right_after_pefts_conversion(
+    init: str, cache_dir: Path, tmp_path: Path
+) -> None:
+    model = make_base("tied", tmp_path / "model")
+    base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    trained = peft.get_peft_model(base, peft.LoraConfig(init_lora_weights=init, target_modules=["q_proj", "up_proj"]))
+    trained.peft_config["default"].init_lora_weights = True
+    trained.save_pretrained(tmp_path / "before")
+    trained.peft_config["default"].init_lora_weights = init
+    for name, parameter in trained.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    trained.save_pretrained(tmp_path / "raw")
+    trained.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "before"))
+    engine = load_engine(model, cache_dir)
+    with pytest.raises(AdapterError, match="path_initial_model_for_weight_conversion"):
+        publish(engine, tmp_path / "raw")
+    single = request("a", PROMPT, publish(engine, tmp_path / "converted"), max_tokens=0, prompt_logprobs=0)
+    ours = [entry.logprob for entry in run(engine, [single])["a"].prompt_logprobs if entry is not None]
+    expected = peft_logprobs(model, tmp_path / "converted", "nf4", PROMPT)
+    torch.testing.assert_close(torch.tensor(ours), expected, atol=1e-3, rtol=0)
