@@ -38,7 +38,7 @@ check: $(STAMP) ## lint, formatting, types
 	$(BIN)/mypy
 
 test: $(STAMP) check ## all checks and the whole test suite
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 readme: $(STAMP) ## rewrite the README's generated tables
 	UPDATE_README=1 $(BIN)/pytest -q tests/test_readme.py
