@@ -81,7 +81,7 @@ def test_one_error_shape_everywhere(server: RunningServer, method: str, tmp_path
                 if response.status_code >= 400:
                     check_error(response, f"{method} {path} {content[:20]!r}")
                 else:
-                    assert (method, content) == ("GET", b"") or path in ("/v1/models", "/v1/adapters")
+                    assert method == "GET", "only a list may be had for nothing"
     assert server.engine_pid == pid
 
 
