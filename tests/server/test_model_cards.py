@@ -205,6 +205,6 @@ async def test_only_under_the_directory(lora_site: Site, tmp_path: Path) -> None
 
 
 async def test_a_bad_adapter_is_named(lora_site: Site, tmp_path: Path) -> None:
-    write_adapter(tmp_path / "loras" / "one", use_dora=True)
+    write_adapter(tmp_path / "loras" / "one", use_qalora=True)
     response = await load(lora_site, lora_name="a", lora_path="one")
-    assert (response.status_code, response.json()["error"]["param"]) == (400, "use_dora")
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "use_qalora")
