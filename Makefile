@@ -10,7 +10,7 @@ PYTHONS = $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14)
 USABLE  = import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve check test readme clean bench gpu
+.PHONY: help install serve check test readme clean bench gpu demo
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,3 +55,6 @@ bench: $(STAMP) ## the whole CPU table, beside every peer that is installed; kep
 # The environment where there is one, else whatever Python the machine has: it may have no network.
 gpu: ## on a machine with an NVIDIA GPU: its tests and benchmarks, a verdict per line; kept under loadtest/results
 	$(or $(PYTHON),$(firstword $(wildcard $(BIN)/python) python3)) -m loadtest.gpu
+
+demo: $(STAMP) ## serve, fine-tune on the example orders and compare with the base, in a few minutes
+	$(BIN)/python examples/demo.py
