@@ -118,7 +118,7 @@ class JobBody(Body):
     metadata: Annotated[dict[str, str], AfterValidator(_metadata)] | None = None
     method: MethodBody | None = None
     hyperparameters: HyperparametersBody | None = None
-    integrations: list[IntegrationBody] | None = Field(default=None, max_length=4)
+    integrations: list[IntegrationBody] | None = Field(default=None, max_length=1)
     lora: LoraBody | None = None
     training: TrainingBody | None = None
 

@@ -33,6 +33,7 @@ from server.finetune.messages import (
 )
 from server.finetune.metrics import TrainingMetrics
 from server.finetune.preparation import INITIAL, Preparation
+from server.finetune.wandb_runs import WandbRuns
 from server.intake import AdapterIntake
 from server.text import TextProcessor
 
@@ -69,6 +70,7 @@ class JobManager:
         self._preparation = Preparation(files, jobs, text)
         self._keeping = Keeping(database, files, jobs, intake)
         self._metrics = metrics
+        self._wandb = WandbRuns()
         self._slots = asyncio.Semaphore(max_running)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._training: set[str] = set()  # ids of the jobs that have a slot
@@ -248,6 +250,7 @@ class JobManager:
             self._training.discard(job.id)
             self._pace.pop(job.id, None)
             self._metrics.ended(job.id)
+            await asyncio.to_thread(self._wandb.ended, self._now(job))
 
     async def _run_once(self, job: Job) -> None:
         """One life of the job on the engine. Raises EngineUnavailable, JobFailedError."""
@@ -284,3 +287,4 @@ class JobManager:
         self._pace[job.id] = 0.9 * self._pace.get(job.id, step.seconds) + 0.1 * step.seconds
         self._metrics.step(step, max(0, step.trained_tokens - (job.trained_tokens or 0)))
         self._jobs.record_step(job, step)
+        self._wandb.step(job, step)
