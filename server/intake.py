@@ -29,6 +29,8 @@ from server.settings import SettingError, Settings
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _POLL_SECONDS = 0.1
 
+MAX_CUDA_RANK = 512  # of one adapter in the grouped LoRA kernels
+
 log = logging.getLogger(__name__)
 audit_log = logging.getLogger("server.audit")  # one line per change of what a name means
 
@@ -243,7 +245,11 @@ def _audit(name: str, action: str, before: Mapping[str, float], after: str | Non
 
 
 def check_fit(spec: AdapterSpec, base: Ready) -> None:
-    """Raises AdapterError when the adapter would not fit into an empty device pool."""
+    """Raises AdapterError when the adapter would not fit into an empty device pool, or the kernels of its device."""
+    if base.device.startswith("cuda") and spec.rank > MAX_CUDA_RANK:
+        raise AdapterError(
+            f"rank {spec.rank} is more than the {MAX_CUDA_RANK} that the GPU's kernels take", "r", "adapter_too_large"
+        )
     for kind, rows in spec.rows(base.linears).items():
         capacity = base.pool_rows.get(kind, 0)
         if rows > capacity and kind == EXTRAS:

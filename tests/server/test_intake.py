@@ -6,6 +6,7 @@ import errno
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from adapters.format import AdapterError
@@ -49,6 +50,16 @@ async def test_the_engine_forgets_what_no_name_points_at(site: Site) -> None:
     await site.intake.delete(T, "b")
     await asyncio.sleep(0)
     assert site.engine.forgotten == [shared.digest]
+
+
+async def test_a_rank_beyond_the_gpus_kernels_is_refused_on_a_gpu_only(site: Site) -> None:
+    directory = write_adapter(site.settings.data_dir / "one", rank=513)
+    site.engine.info = msgspec.structs.replace(base_info(pool_rows=4096), device="cuda:0")
+    with pytest.raises(AdapterError, match="513 is more than the 512") as refusal:
+        await site.intake.import_directory(T, "wide", directory)
+    assert refusal.value.param == "r"
+    site.engine.info = base_info(pool_rows=4096)
+    await site.intake.import_directory(T, "wide", directory)
 
 
 async def test_what_cannot_ever_fit_is_refused_with_the_limit(site: Site) -> None:
