@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests import interpreter
@@ -10,6 +11,10 @@ from tests import interpreter
 interpreter.prepare()
 
 from tests.tiny import tiny_model  # noqa: E402 - transformers imports Triton
+
+# How long a case takes says more about the machine than about the code.
+hypothesis.settings.register_profile("lorakeet", deadline=None)
+hypothesis.settings.load_profile("lorakeet")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
