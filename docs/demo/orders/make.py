@@ -1,6 +1,6 @@
 """Makes the example data: orders in plain words, and the one line that a warehouse wants to read.
 
-    python examples/orders/make.py      writes train.jsonl and held_out.jsonl beside this file
+    python docs/demo/orders/make.py      writes train.jsonl and held_out.jsonl beside this file
 
 Every order is a different combination, so no held-out answer stands in the training data. Synthetic; use it freely.
 """
