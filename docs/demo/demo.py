@@ -42,7 +42,7 @@ def server(data_dir: Path) -> Iterator[str]:
     log = data_dir / "server.log"
     command = [*LORAKEET, "serve", "--port", str(port), "--data-dir", str(data_dir / "data")]
     with log.open("wb") as sink:
-        process = subprocess.Popen(command, cwd=HERE.parent, stdout=sink, stderr=sink)
+        process = subprocess.Popen(command, cwd=HERE.parent.parent, stdout=sink, stderr=sink)
     try:
         _wait_ready(url, process, log)
         yield url
@@ -67,7 +67,7 @@ def fine_tune(url: str) -> str:
     """Train with the command line, progress bar and all; the adapter's name."""
     arguments = ["finetune", str(TRAINING), "--name", "orders", "--epochs", "1", "--batch-size", "8"]
     options = ["--learning-rate", "0.0015", "--seed", "1", "--url", url]
-    done = subprocess.run([*LORAKEET, *arguments, *options], cwd=HERE.parent, stdout=subprocess.PIPE, check=True)
+    done = subprocess.run([*LORAKEET, *arguments, *options], cwd=HERE.parent.parent, stdout=subprocess.PIPE, check=True)
     return done.stdout.decode().split()[-1]
 
 
