@@ -120,8 +120,11 @@ class Task:
 
     @property
     def next(self) -> MicroBatch | None:
-        """What the next pass should hold of this job; stays until `took` is called."""
-        return self._queue[0] if self._queue else None
+        """What the next pass should hold of this job; stays until `took` is called.
+
+        Nothing while a checkpoint is due: with the one before it still being written, training would run past its step.
+        """
+        return self._queue[0] if self._queue and not self.must_save else None
 
     def begin_step(self) -> None:
         """Queue the micro-batches of the current step, from the first; gradients start at zero."""
