@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -18,8 +19,22 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
-from loadtest import cases, claims, drive, kernels, machine, peers, readme, registered, report, synthetic
+from loadtest import (
+    beside,
+    cases,
+    claims,
+    drive,
+    kernels,
+    machine,
+    peers,
+    readme,
+    registered,
+    report,
+    synthetic,
+    training,
+)
 from loadtest.client import Client, Timeline
 from loadtest.compare import compare as run_comparison
 from loadtest.peers.base import Kit, SideError
@@ -180,6 +195,48 @@ def show_registered(
     typer.echo(json.dumps(measured, indent=1))
     if out is not None:
         report.write_json(out, {"kind": "registered", "machine": machine.describe(), **measured})
+
+
+@app.command("training")
+def show_training(
+    model_dir: ModelDir = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 5,
+    out: Out = None,
+) -> None:
+    """Training beside PEFT's: speed and peak memory in both memory modes, and two jobs together beside one."""
+    threads = len(os.sched_getaffinity(0))
+    measured = training.run(model_dir or _default_model(), _cache_dir(), threads=threads, rounds=rounds, steps=1)
+    _show_measured("training", measured, training.table(measured), out)
+
+
+@app.command("beside")
+def show_beside(
+    minutes: Annotated[float, typer.Option(min=0.1, help="Of requests, once without and once with a job.")] = 5.0,
+    flag: Annotated[list[str] | None, typer.Option(help="For `lorakeet serve`; repeatable.")] = None,
+    model_dir: ModelDir = None,
+    out: Out = None,
+) -> None:
+    """What a fine-tuning job costs the requests beside it, and what they leave of it."""
+    with tempfile.TemporaryDirectory(prefix="loadtest-") as folder:
+        kit = _kit(Path(folder), model_dir or _default_model(), machine_threads=len(os.sched_getaffinity(0)))
+        measured = asyncio.run(
+            beside.measure(kit, minutes=minutes, flags=flag or [], report=lambda line: notes.print(escape(line)))
+        )
+    _show_measured("beside", measured, beside.table(measured), out)
+
+
+def _show_measured(kind: str, measured: dict[str, Any], shown: Table, out: Path | None) -> None:
+    """A table, the verdicts on what is promised, and the file."""
+    Console().print(shown)
+    for verdict in measured["verdicts"]:
+        typer.echo(f"{'holds' if verdict['holds'] else 'FAILS'}  {verdict['claim']}: {verdict['value']}")
+    if out is not None:
+        report.write_json(out.with_suffix(".json"), {"kind": kind, "machine": machine.describe(), **measured})
+
+
+def _cache_dir() -> Path:
+    """Where the server keeps quantised bases, unless told otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorakeet"
 
 
 @app.command()

@@ -1,0 +1,91 @@
+"""PEFT training on a bitsandbytes NF4 base, in a process of its own: JSON lines in, JSON lines out.
+
+The protocol is `server.finetune.training.bench`'s. `checkpointing` turns gradient checkpointing on; the loss falls on
+the second half of each sequence, as there.
+"""
+
+import json
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def load(settings: dict[str, Any]) -> Any:
+    """The quantised base, ready for a trainable adapter."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    torch.set_num_threads(settings["threads"])
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    base = AutoModelForCausalLM.from_pretrained(
+        settings["model"], quantization_config=quantization, dtype=torch.float32
+    )
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # It would repack the weight, and gradients would be lost.
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    return base
+
+
+def trainable(base: Any, settings: dict[str, Any]) -> Any:
+    """PEFT's model over the base."""
+    import peft
+
+    base.requires_grad_(False)
+    if settings["checkpointing"]:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        base.enable_input_require_grads()
+        base.train()  # transformers checkpoints in this mode only
+    config = peft.LoraConfig(
+        r=settings["rank"], lora_alpha=2 * settings["rank"], target_modules=LINEARS, task_type="CAUSAL_LM"
+    )
+    return peft.get_peft_model(base, config)
+
+
+def main() -> None:
+    """Answer until standard input ends."""
+    warnings.simplefilter("ignore")
+    answers, sys.stdout = sys.stdout, sys.stderr
+    settings = json.loads(sys.stdin.readline())
+    base = load(settings)
+    print(json.dumps({"ready": True}), file=answers, flush=True)
+    Path("/proc/self/clear_refs").write_text("5")
+    resident = _peak()
+    model = trainable(base, settings)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    size, length = settings["batch_size"], settings["length"]
+    ids = torch.randint(3, model.config.vocab_size, (size, length), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, : length // 2] = -100
+    for line in sys.stdin:
+        seconds = []
+        for _ in range(json.loads(line)["steps"]):
+            began = time.perf_counter()
+            model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            seconds.append(time.perf_counter() - began)
+        answer = {"seconds": seconds, "tokens": size * length, "peak": _peak() - resident}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _peak() -> int:
+    """Most resident bytes since the last reset (Linux)."""
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+
+if __name__ == "__main__":
+    main()
