@@ -29,6 +29,7 @@ TESTS = [
     "tests/adapters/kernels/test_triton.py",
     "tests/server/engine/test_triton_engine.py",
     "tests/server/engine/test_graphs.py",
+    "tests/finetune/test_triton.py",
 ]
 LLAMA_8B: dict[str, Any] = {
     "hidden_size": 4096,
