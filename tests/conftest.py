@@ -1,10 +1,12 @@
 """What many tests share: one tiny model, one cache, engines over them."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 
 from tests import interpreter
 
@@ -12,9 +14,27 @@ interpreter.prepare()
 
 from tests.tiny import tiny_model  # noqa: E402 - transformers imports Triton
 
-# How long a case takes says more about the machine than about the code.
-hypothesis.settings.register_profile("lorakeet", deadline=None)
-hypothesis.settings.load_profile("lorakeet")
+
+class TorchRandom:
+    """torch's generator, for hypothesis to seed before every case as it does Python's and numpy's."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+# Every run draws the same cases, so that a failure is the change's and not the draw's; HYPOTHESIS_PROFILE=explore looks
+# for new ones. No deadline: how long a case takes says more about the machine than about the code.
+TORCH_RANDOM = TorchRandom()  # hypothesis keeps a weak reference
+hypothesis.register_random(TORCH_RANDOM)
+hypothesis.settings.register_profile("lorakeet", deadline=None, derandomize=True)
+hypothesis.settings.register_profile("explore", deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "lorakeet"))
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -1,7 +1,7 @@
 """The Triton kernels: on a GPU where there is one, else in Triton's interpreter on small shapes.
 
 Errors are relative, in the Frobenius norm, against float64: 2e-6 with fp32 activations, and the dtype's own rounding of
-factors and results with bf16 (1e-2: the interpreter truncates) and fp16 (1.5e-3).
+factors and results with bf16 (1.6e-2: the interpreter truncates, 2^-7 at each of two roundings) and fp16 (1.5e-3).
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from tests.interpreter import DEVICE
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 
-ERRORS = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 1.5e-3}
+ERRORS = {torch.float32: 2e-6, torch.bfloat16: 1.6e-2, torch.float16: 1.5e-3}
 dtypes = st.sampled_from(list(ERRORS))
 
 
