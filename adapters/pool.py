@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from adapters.extras import Extras
 
 DTYPE_CODES = {torch.float32: kernels.FP32, torch.bfloat16: kernels.BF16, torch.float16: kernels.FP16}
+_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
 class LinearSize(Protocol):
@@ -219,6 +220,17 @@ class RowPool:
         self.invocations.pop(digest, None)
         for kind, first in self._placements.pop(digest).windows.items():
             self.rows[kind].release(first)
+
+    def factors(self, digest: str, name: str) -> tuple[Tensor, Tensor, float] | None:
+        """Copies of a resident adapter's A [rank, in] and B [out, rank] at a linear, and its scaling; None without."""
+        placement, index = self._placements[digest], self._index[name]
+        rank, dtype = int(placement.rank[index]), _DTYPES[placement.dtype]
+        if not rank:
+            return None
+        first = int(placement.first_unit[index])
+        units = rank * dtype.itemsize // 2
+        a, b = (rows[index][first : first + units].flatten().clone().view(dtype) for rows in (self.a, self.b))
+        return a.view(rank, -1), b.view(rank, -1).T, float(placement.scaling[index])
 
     def deltas(self, uses: Sequence[Use]) -> SegmentDeltas | None:
         """Segment tables of one step, or None when no token uses an adapter."""

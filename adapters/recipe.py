@@ -1,4 +1,4 @@
-"""How adapters are mixed, said without torch: what an API process writes and `adapters.mix` carries out."""
+"""How adapters are mixed and merged, said without torch: what an API process asks for and others carry out."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +16,7 @@ Method = Literal[
     "magnitude_prune",
     "magnitude_prune_svd",
 ]
+MergedDtype = Literal["nf4", "bf16"]  # of merged weights that are served
 
 
 @dataclass(frozen=True)

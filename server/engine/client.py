@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,8 +22,9 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from adapters.recipe import MergedDtype
 from server.engine import protocol
-from server.engine.protocol import AdapterRef, EngineConfig, Generate, Inspection, Output, Ready, Stats
+from server.engine.protocol import AdapterRef, EngineConfig, Generate, Inspection, MergeReport, Output, Ready, Stats
 from server.finetune.messages import (
     Checkpoint,
     JobEnded,
@@ -38,7 +39,8 @@ from server.finetune.messages import (
 
 log = logging.getLogger("lorakeet.engine")
 
-_Answer = protocol.Done | Inspection | MemoryPlan  # of a call
+_Call = protocol.Warm | protocol.Forget | protocol.Merge | protocol.Unmerge | protocol.Inspect | PlanMemory
+_Answer = protocol.Done | MergeReport | Inspection | MemoryPlan  # of a call
 
 
 class EngineUnavailable(Exception):
@@ -51,6 +53,14 @@ class EngineUnavailable(Exception):
 
 class AdapterLoadFailed(Exception):
     """The engine could not make an adapter resident; `code` says how in one word."""
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class MergeRefused(Exception):
+    """The engine did not make a merge; `code` says why in one word."""
 
     def __init__(self, message: str, code: str) -> None:
         super().__init__(message)
@@ -83,6 +93,16 @@ class EngineClient(Protocol):
 
     async def forget(self, digest: str) -> None:
         """Drop the adapter's rows and host copy once unused."""
+
+    @property
+    def merges(self) -> Mapping[str, MergeReport]:
+        """The merges in force, by digest, as last heard."""
+
+    async def merge(self, adapter: AdapterRef, dtype: MergedDtype, prompts: list[list[int]]) -> MergeReport:
+        """Let the adapter's requests run on merged weights from now on. Raises MergeRefused."""
+
+    async def unmerge(self, digest: str) -> bool:
+        """Undo that, or give it up while it is being built; whether there was anything to undo."""
 
     async def inspect(self) -> Inspection:
         """A fresh hash of the base and the accounting of blocks and rows."""
@@ -146,6 +166,7 @@ class LocalEngine:
         self._streams: dict[str, asyncio.Queue[Output | EngineUnavailable]] = {}
         self._calls: dict[str, asyncio.Future[_Answer]] = {}
         self._jobs: dict[str, asyncio.Queue[JobReply | EngineUnavailable]] = {}
+        self._merges: dict[str, MergeReport] = {}
         self._supervisor: asyncio.Task[None] | None = None
         self._stopping = False
         self.failed_for_good = asyncio.Event()  # set when no restart will be tried any more
@@ -197,6 +218,23 @@ class LocalEngine:
         with contextlib.suppress(EngineUnavailable):
             await self._call(protocol.Forget(id=uuid.uuid4().hex, digest=digest))
 
+    @property
+    def merges(self) -> Mapping[str, MergeReport]:
+        return self._merges
+
+    async def merge(self, adapter: AdapterRef, dtype: MergedDtype, prompts: list[list[int]]) -> MergeReport:
+        report = await self._call(protocol.Merge(uuid.uuid4().hex, adapter, dtype, prompts))
+        if isinstance(report, protocol.Done):
+            raise MergeRefused(report.error or "", report.code or "")
+        assert isinstance(report, MergeReport)
+        return report
+
+    async def unmerge(self, digest: str) -> bool:
+        done = await self._call(protocol.Unmerge(uuid.uuid4().hex, digest))
+        assert isinstance(done, protocol.Done)
+        self._merges.pop(digest, None)
+        return done.code is None
+
     async def inspect(self) -> Inspection:
         report = await self._call(protocol.Inspect(id=uuid.uuid4().hex))
         assert isinstance(report, Inspection)
@@ -229,7 +267,7 @@ class LocalEngine:
     async def stop_job(self, message: StopJob) -> None:
         await self._send(message)
 
-    async def _call(self, message: protocol.Warm | protocol.Forget | protocol.Inspect | PlanMemory) -> _Answer:
+    async def _call(self, message: _Call) -> _Answer:
         future: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
         self._calls[message.id] = future
         try:
@@ -288,6 +326,7 @@ class LocalEngine:
             with tempfile.TemporaryDirectory(prefix="lorakeet-") as directory:
                 reason, retry = await self._live(Path(directory))
             self._now = None
+            self._merges = {}
             if self._told_to_stop():
                 return
             # One that lived long was well: only deaths soon after birth or without a served step add up.
@@ -351,11 +390,15 @@ class LocalEngine:
                         queue = self._streams.get(output.id)
                         if queue is not None:
                             queue.put_nowait(output)
+                    if message.stats.merges is not None:
+                        self._merges = {report.digest: report for report in message.stats.merges}
                     self._on_stats(message.stats)
                 case protocol.Ready():
                     self._info = message
                     self._reason = None
-                case protocol.Done() | protocol.Inspection() | MemoryPlan():
+                case protocol.Done() | MergeReport() | protocol.Inspection() | MemoryPlan():
+                    if isinstance(message, MergeReport):
+                        self._merges[message.digest] = message
                     future = self._calls.get(message.id)
                     if future is not None and not future.done():
                         future.set_result(message)

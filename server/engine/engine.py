@@ -20,11 +20,13 @@ from adapters import format as adapter_format
 from adapters import kernels
 from adapters.extras import build as build_extras
 from adapters.format import EXTRAS, EXTRAS_UNIT
+from adapters.outline import Outline
 from adapters.pool import HostAdapter, RowPool, host_adapter
 from adapters.residency import Residency
 from server.engine import model, protocol
 from server.engine.attention import KVCache
 from server.engine.blocks import BlockPool
+from server.engine.merges import Merges
 from server.engine.model import Base, UnservableModel
 from server.engine.protocol import AdapterUse, EngineConfig, Generate, Output, Ready, Stats, TokenLogprob
 from server.engine.runner import Runner, WorkResult
@@ -39,6 +41,7 @@ DEFAULT_BATCH_TOKENS = {"cpu": 256, "cuda": 2048}
 class _Live:
     """What the engine remembers of a sequence besides the scheduler's state."""
 
+    adapter: AdapterKey = ()
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     announced: bool = False  # its first output, with cached tokens and queue time, is out
 
@@ -51,6 +54,8 @@ class Engine:
         num_blocks: KV blocks of BLOCK_SIZE tokens.
         pool_units: adapter row units per module kind.
         extra_bytes: what adapters may take on the device besides rows.
+        merged_bytes: what merged weights may take there.
+        outline: of the base's files; without, nothing can be merged.
     """
 
     def __init__(
@@ -64,6 +69,8 @@ class Engine:
         max_batch_tokens: int,
         max_batch_requests: int,
         adapter_host_bytes: int = 4 << 30,
+        merged_bytes: int = 0,
+        outline: Outline | None = None,
         prefix_caching: bool = True,
     ) -> None:
         self.base = base
@@ -74,16 +81,26 @@ class Engine:
         capacity = {linear.kind: pool_units for linear in base.linears} | {EXTRAS: extra_bytes // EXTRAS_UNIT}
         self.pool = RowPool(linears, capacity, base.device)
         self.residency = Residency(self.pool, self._load_adapter, adapter_host_bytes)
+        self.runner = Runner(base, cache, self.pool, max_model_len)
+        self.merges = Merges(
+            base,
+            outline or Outline(),
+            self.runner,
+            self.pool,
+            self.residency,
+            self.blocks,
+            budget=merged_bytes,
+            max_requests=max_batch_requests,
+        )
         self.scheduler = Scheduler(
             self.blocks,
-            self.residency,
+            self.merges,
             max_batch_tokens=max_batch_tokens,
             max_batch_requests=max_batch_requests,
             max_model_len=max_model_len,
             eos_token_ids=base.eos_token_ids,
             starts=self._starts,
         )
-        self.runner = Runner(base, cache, self.pool, max_model_len)
         self.base_digest = base.digest()
         self._live: dict[str, _Live] = {}
         self._warming: list[tuple[protocol.Warm, float]] = []
@@ -114,6 +131,7 @@ class Engine:
                 "or decoding would leave no room for prompts"
             )
         adapter_bytes = _adapter_bytes(base) if config.adapter_bytes is None else config.adapter_bytes
+        merged_bytes = _adapter_bytes(base) if config.merged_bytes is None else config.merged_bytes
         return cls(
             base,
             num_blocks=num_blocks,
@@ -123,6 +141,8 @@ class Engine:
             max_batch_tokens=max_batch_tokens,
             max_batch_requests=config.max_batch_requests,
             adapter_host_bytes=config.adapter_host_bytes,
+            merged_bytes=merged_bytes,
+            outline=Outline.read(Path(config.model)),
             prefix_caching=config.prefix_caching,
         )
 
@@ -166,25 +186,32 @@ class Engine:
 
     def add(self, request: Generate) -> None:
         """Queue a sequence."""
-        for adapter in request.adapters:
-            self.residency.register(adapter.digest, adapter.path)
-            self.residency.prefetch(adapter.digest)
+        key = self.merges.enter(tuple((adapter.digest, adapter.weight) for adapter in request.adapters))
+        if not self.merges.has(key):
+            for adapter in request.adapters:
+                self.residency.register(adapter.digest, adapter.path)
+                self.residency.prefetch(adapter.digest)
         sequence = Sequence(
             id=request.id,
             prompt=request.prompt,
             sampling=request.sampling,
-            adapter=tuple((adapter.digest, adapter.weight) for adapter in request.adapters),
+            adapter=key,
             tenant=request.tenant,
             cache_salt=request.cache_salt,
             arrival=time.monotonic(),
         )
-        self._live[request.id] = _Live()
+        self._live[request.id] = _Live(key)
         self.scheduler.add(sequence)
 
     def abort(self, id: str) -> None:  # noqa: A002
         """Forget a sequence; unknown ids are ignored."""
         self.scheduler.abort(id)
-        self._live.pop(id, None)
+        self._end(id)
+
+    def _end(self, id: str) -> None:  # noqa: A002
+        live = self._live.pop(id, None)
+        if live is not None:
+            self.merges.leave(live.adapter)
 
     def warm(self, request: protocol.Warm) -> None:
         """Make an adapter resident; `take_done` tells when it is."""
@@ -192,7 +219,8 @@ class Engine:
         self._warming.append((request, time.monotonic()))
 
     def forget(self, request: protocol.Forget) -> None:
-        """Drop an adapter once unused."""
+        """Drop an adapter, and its merge, once unused."""
+        self.merges.forget(request.digest)
         self.residency.forget(request.digest)
         self._done.append(protocol.Done(id=request.id))
 
@@ -225,7 +253,7 @@ class Engine:
                 if output is not None:
                     outputs.append(output)
         for sequence in self.scheduler.take_failed():
-            self._live.pop(sequence.id, None)
+            self._end(sequence.id)
             outputs.append(Output(id=sequence.id, error=sequence.error, code=sequence.code))
         stats = self._stats(
             requests=0 if step is None else len(step.works),
@@ -249,7 +277,7 @@ class Engine:
         if not work.samples and sequence.finish_reason is None:
             return None
         if sequence.finish_reason is not None:
-            del self._live[sequence.id]
+            self._end(sequence.id)
         first = not live.announced
         live.announced = True
         scored = first and sequence.sampling.prompt_logprobs is not None
@@ -300,6 +328,7 @@ class Engine:
             evictions=evictions,
             loads=loads,
             adapters=uses if changed else None,
+            merges=self.merges.news(),
         )
 
     def _adapter_uses(self) -> list[AdapterUse]:
@@ -312,7 +341,7 @@ class Engine:
         return [
             AdapterUse(entry.digest, entry.tier, entry.rank, running.get(entry.digest, 0), waiting.get(entry.digest, 0))
             for entry in self.residency.resident()
-        ]
+        ] + self.merges.uses(running, waiting)
 
     def _load_adapter(self, digest: str, path: str) -> HostAdapter:
         directory = Path(path)

@@ -4,10 +4,13 @@ What comes out is transformers' own model with our attention function and `LoraL
 and `Base.digest()` can prove it. Knows no requests and no adapters.
 """
 
+import copy
+import dataclasses
 import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -18,7 +21,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from adapters.kernels import native
+from adapters.kernels import QuantizedWeight, native
 from adapters.lora import FrozenLinear, LoraLinear, StepSlot, wrap_linears
 from server.engine import attention
 
@@ -95,6 +98,30 @@ def load(directory: Path, quantization: str, dtype: str, device: str, cache_dir:
     model.requires_grad_(False)
     model.eval()
     return _wrap(model, torch_dtype, torch_device)
+
+
+def with_weights(base: Base, weights: Mapping[str, QuantizedWeight]) -> Base:
+    """The same base with other weights in some of its linears (by full name); everything else is shared, not copied."""
+    linears = []
+    for linear in base.linears:
+        if linear.name in weights:
+            linear = copy.copy(linear)
+            linear.weight = weights[linear.name]
+        linears.append(linear)
+    replaced = {id(old): new for old, new in zip(base.linears, linears, strict=True)}
+    return dataclasses.replace(base, model=_view(base.model, replaced), linears=linears)
+
+
+def _view(module: nn.Module, replaced: Mapping[int, nn.Module]) -> Any:
+    """A module with other modules (old one's id -> new one) somewhere below it; those above them are shallow copies."""
+    if id(module) in replaced:
+        return replaced[id(module)]
+    children = {name: None if child is None else _view(child, replaced) for name, child in module._modules.items()}
+    if all(child is module._modules[name] for name, child in children.items()):
+        return module
+    view = copy.copy(module)
+    view._modules = children
+    return view
 
 
 def check_servable(config: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Literal
 
 import msgspec
 
+from adapters.recipe import MergedDtype
 from server.finetune.messages import JobReply, JobRequest, MemoryPlan
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -34,6 +35,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_bytes: int | None = None
     adapter_bytes: int | None = None
     adapter_host_bytes: int = 4 << 30
+    merged_bytes: int | None = None
     max_batch_tokens: int | None = None
     max_batch_requests: int = 32
     prefix_caching: bool = True
@@ -107,6 +109,22 @@ class Forget(_Message):
     digest: str
 
 
+class Merge(_Message):
+    """Build merged weights for an adapter's requests to run on; answered by `MergeReport`, or `Done` with an error."""
+
+    id: str
+    adapter: AdapterRef
+    dtype: MergedDtype
+    prompts: list[list[int]]  # to measure the drift on
+
+
+class Unmerge(_Message):
+    """Undo a merge, or give one up; answered by `Done`, with code "merge_not_found" when there is none."""
+
+    id: str
+    digest: str
+
+
 class Inspect(_Message):
     """Ask for an `Inspection` (a fresh hash of the base, accounting of blocks and rows)."""
 
@@ -173,10 +191,32 @@ class AdapterUse(msgspec.Struct, frozen=True, array_like=True):
     """Residency of one adapter digest, for metrics."""
 
     digest: str
-    tier: Literal["device", "host"]
+    tier: Literal["device", "host", "merged"]
     rank: int
     running: int
     waiting: int
+
+
+class MergeSpeed(msgspec.Struct, frozen=True):
+    """Decode speed with so many requests at once, in tokens/s of all of them."""
+
+    requests: int
+    adapter: float  # as base and delta
+    merged: float
+
+
+class MergeReport(_Message, kw_only=True):
+    """Answer to `Merge`: what was made, how far it is from the unmerged adapter, and what it gains."""
+
+    id: str
+    digest: str
+    dtype: MergedDtype
+    bytes: int
+    positions: int  # of the prompts, over which the next two are
+    mean_kl: float  # KL(unmerged || merged) of the next token's distribution, nats
+    agreement: float  # share of positions with the same most likely token
+    speeds: list[MergeSpeed]
+    seconds: float  # it took
 
 
 class Stats(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -195,6 +235,7 @@ class Stats(msgspec.Struct, frozen=True, omit_defaults=True):
     evictions: list[str] = []  # digests that left the device since the last report
     loads: list[tuple[str, float]] = []  # (digest, seconds) that arrived on the device since the last report
     adapters: list[AdapterUse] | None = None  # present when it changed
+    merges: list[MergeReport] | None = None  # those in force; present when it changed
 
 
 class Step(_Message):
@@ -205,7 +246,7 @@ class Step(_Message):
 
 
 class Done(_Message):
-    """Answer to `Warm` and `Forget`."""
+    """Answer to `Warm`, `Forget` and `Unmerge`, and to a `Merge` that cannot be."""
 
     id: str
     error: str | None = None
@@ -232,8 +273,8 @@ class Fatal(_Message):
     retry: bool = True
 
 
-Request = Generate | Abort | Warm | Forget | Inspect | Drain | JobRequest
-Reply = Ready | Step | Done | Inspection | Fatal | JobReply | MemoryPlan
+Request = Generate | Abort | Warm | Forget | Merge | Unmerge | Inspect | Drain | JobRequest
+Reply = Ready | Step | Done | MergeReport | Inspection | Fatal | JobReply | MemoryPlan
 
 encode = msgspec.msgpack.Encoder().encode
 decode_request = msgspec.msgpack.Decoder(Request).decode

@@ -7,7 +7,7 @@ token means for a sequence's life.
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -47,6 +47,36 @@ class Batch:
     extras: StepExtras | None  # what its adapters do besides rank rows
 
 
+class _Model:
+    """What a forward pass goes through: the base, or the base with merged weights."""
+
+    def __init__(self, base: Base, cache: KVCache, pool: RowPool, max_model_len: int) -> None:
+        self.base = base
+        # All decoder layers at once, where the model is of a known shape; None: through its modules.
+        self.plan = kernels.plan_decoder(base.decoder, pool.a, pool.b, cache.k, cache.v, base.windows)
+        self.graphs = (
+            DecodeGraphs(
+                lambda step: self.head(self.hidden(step)),
+                linears=len(base.linears),
+                max_blocks=-(-max_model_len // cache.block_size),
+                device=base.device,
+            )
+            if base.device.type == "cuda" and self.plan is not None
+            else None
+        )
+
+    def hidden(self, step: DecodeStep) -> Tensor:
+        """Through the planned decoder: [T, hidden]."""
+        assert self.plan is not None
+        embedded = self.base.model.get_input_embeddings()(step.ids)
+        paging = step.slots, step.seqs, step.block_tables
+        return self.plan.run(embedded, step.positions, *paging, step.table, step.scale)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits, fp32 [K, V]."""
+        return self.base.model.get_output_embeddings()(hidden).float()
+
+
 class Runner:
     """Runs steps on one base with one KV cache and one row pool."""
 
@@ -54,54 +84,84 @@ class Runner:
         self._base = base
         self._cache = cache
         self._pool = pool
-        # All decoder layers at once, where the model is of a known shape; None: through its modules.
-        self._plan = kernels.plan_decoder(base.decoder, pool.a, pool.b, cache.k, cache.v, base.windows)
-        self._graphs = (
-            DecodeGraphs(
-                lambda step: self._head(self._hidden(step)),
-                linears=len(base.linears),
-                max_blocks=-(-max_model_len // cache.block_size),
-                device=base.device,
-            )
-            if base.device.type == "cuda" and self._plan is not None
-            else None
-        )
+        self._max_model_len = max_model_len
+        self._model = _Model(base, cache, pool, max_model_len)
+        self._merged: dict[str, _Model] = {}
+
+    def install(self, key: str, merged: Base) -> None:
+        """From now on sequences whose adapter is called `key` run on this base, and its rows are nobody's."""
+        self._merged[key] = _Model(merged, self._cache, self._pool, self._max_model_len)
+
+    def remove(self, key: str) -> None:
+        """Undo `install`; no sequence may use it any more."""
+        del self._merged[key]
 
     @torch.no_grad()
     def warm_up(self, requests: int) -> None:
         """Compile, tune and record on a GPU what decoding up to `requests` requests will need."""
-        if self._graphs is not None:
-            self._graphs.warm_up(requests)
+        if self._model.graphs is not None:
+            self._model.graphs.warm_up(requests)
 
     @torch.no_grad()
     def run(self, step: Step) -> list[WorkResult]:
         """Compute a step. Returns one result per work, in order."""
-        with _one_torch_thread() if self._plan is not None else nullcontext():
-            alone = {index for index, work in enumerate(step.works) if self._through_modules(work.sequence)}
-            if not alone or len(alone) == len(step.works):
+        with self._threads():
+            passes = self._passes(step.works)
+            if len(passes) == 1:
                 return self._run(step.works)
-            # A request takes the same path whatever its neighbours, or its bits would depend on them.
-            planned = iter(self._run([work for index, work in enumerate(step.works) if index not in alone]))
-            others = iter(self._run([step.works[index] for index in sorted(alone)]))
-            return [next(others if index in alone else planned) for index in range(len(step.works))]
+            results: dict[int, WorkResult] = {}
+            for indices in passes:
+                results |= zip(indices, self._run([step.works[index] for index in indices]), strict=True)
+            return [results[index] for index in range(len(step.works))]
+
+    @torch.no_grad()
+    def logits(self, works: Seq[Work]) -> Tensor:
+        """Of works that share a forward pass, fp32 [K, V]: one row per prompt row, work by work."""
+        with self._threads():
+            return self._logits(works)[0]
+
+    def _threads(self) -> AbstractContextManager[None]:
+        return _one_torch_thread() if self._model.plan is not None else nullcontext()
+
+    def _passes(self, works: Seq[Work]) -> list[list[int]]:
+        """The works by index, those together that can share a forward pass.
+
+        A request takes the same path whatever its neighbours, or its bits would depend on them.
+        """
+        passes: dict[tuple[str, bool], list[int]] = {("", False): list(range(len(works)))}
+        if self._merged or self._pool.extras:
+            passes = {}
+            for index, work in enumerate(works):
+                path = self._merge_of(work.sequence), self._through_modules(work.sequence)
+                passes.setdefault(path, []).append(index)
+        return list(passes.values())
+
+    def _merge_of(self, sequence: Sequence) -> str:
+        """The merged weights that it runs on; empty for the base's."""
+        key = sequence.adapter[0][0] if sequence.adapter else ""
+        return key if key in self._merged else ""
 
     def _through_modules(self, sequence: Sequence) -> bool:
         """Whether its adapters change the decoder in ways that a plan does not know."""
         extras = self._pool.extras
-        if not extras or self._plan is None:
+        if not extras or self._model.plan is None:
             return False
         return any(digest in extras and extras[digest].in_decoder for digest, _ in sequence.adapter)
 
     def _run(self, works: Seq[Work]) -> list[WorkResult]:
-        batch, wanted = self._pack(works)
+        return self._results(works, *self._logits(works))
+
+    def _logits(self, works: Seq[Work]) -> tuple[Tensor, list[int]]:
+        """fp32 [K, V], and how many consecutive rows are each work's own."""
+        model = self._merged.get(self._merge_of(works[0].sequence), self._model)
+        batch, wanted = self._pack(works, merged=model is not self._model)
         with batch.extras.installed(self._base.model) if batch.extras else nullcontext():
-            logits = self._forward(batch)  # [K, V] fp32
-        return self._results(works, logits, wanted)
+            return self._forward(batch, model), wanted
 
     # --- in --------------------------------------------------------------------------------------------
 
-    def _pack(self, works: Seq[Work]) -> tuple[Batch, list[int]]:
-        """A forward pass as tensors, and how many kept logit rows each work has."""
+    def _pack(self, works: Seq[Work], *, merged: bool) -> tuple[Batch, list[int]]:
+        """A forward pass as tensors, and how many kept logit rows each work has. `merged`: adapters add nothing."""
         size = self._cache.block_size
         ids: list[int] = []
         positions, slots, seqs, keep, uses, wanted = [], [], [], [], [], []
@@ -122,7 +182,7 @@ class Runner:
             kept = [offset + p - first for p in work.prompt_rows] + ([len(ids) - 1] if work.samples else [])
             keep += kept
             wanted.append(len(kept))
-            for digest, weight in sequence.adapter:
+            for digest, weight in () if merged else sequence.adapter:
                 begin = max(offset, offset + sequence.starts.get(digest, 0) - first)
                 if begin >= len(ids):  # an activated adapter that is not in force yet
                     continue
@@ -155,10 +215,10 @@ class Runner:
 
     # --- through -----------------------------------------------------------------------------------------
 
-    def _forward(self, batch: Batch) -> Tensor:
+    def _forward(self, batch: Batch, model: _Model) -> Tensor:
         """Logits of the kept rows, fp32 [K, V]."""
-        if self._plan is None or (batch.extras is not None and batch.extras.in_decoder):
-            return self._forward_modules(batch)
+        if model.plan is None or (batch.extras is not None and batch.extras.in_decoder):
+            return self._forward_modules(batch, model.base)
         attention, deltas = batch.attention, batch.deltas
         step = DecodeStep(
             ids=batch.ids,
@@ -170,33 +230,22 @@ class Runner:
             scale=None if deltas is None else deltas.scale,
         )
         # One token of each request, and its logits: what most steps are, and what graphs are recorded for.
-        if self._graphs is not None and batch.extras is None and len(batch.ids) == len(step.seqs) == len(batch.keep):
-            logits = self._graphs.run(step)
+        if model.graphs is not None and batch.extras is None and len(batch.ids) == len(step.seqs) == len(batch.keep):
+            logits = model.graphs.run(step)
             if logits is not None:
                 return logits
-        return self._head(self._hidden(step)[batch.keep])
+        return model.head(model.hidden(step)[batch.keep])
 
-    def _hidden(self, step: DecodeStep) -> Tensor:
-        """Through the planned decoder: [T, hidden]."""
-        assert self._plan is not None
-        embedded = self._base.model.get_input_embeddings()(step.ids)
-        paging = step.slots, step.seqs, step.block_tables
-        return self._plan.run(embedded, step.positions, *paging, step.table, step.scale)
-
-    def _head(self, hidden: Tensor) -> Tensor:
-        """Logits, fp32 [K, V]."""
-        return self._base.model.get_output_embeddings()(hidden).float()
-
-    def _forward_modules(self, batch: Batch) -> Tensor:
+    def _forward_modules(self, batch: Batch, base: Base) -> Tensor:
         """The same through transformers' modules, which find the step in the model's slot."""
-        slot, model = self._base.slot, self._base.model
+        slot, model = base.slot, base.model
         slot.deltas = batch.extras.over(batch.deltas) if batch.extras else batch.deltas
         slot.attention = batch.attention
         try:
             inputs = {"input_ids": batch.ids[None], "position_ids": batch.positions[None], "use_cache": False}
             if not len(batch.keep):  # the middle of prompts: no head
-                self._base.decoder(**inputs)
-                return torch.empty(0, self._base.vocab_size)
+                base.decoder(**inputs)
+                return torch.empty(0, base.vocab_size)
             return model(**inputs, logits_to_keep=batch.keep).logits[0].float()
         finally:
             slot.deltas = slot.attention = None

@@ -27,7 +27,7 @@ def test_a_right_engine_passes_once(engine: Engine, tmp_path: Path, monkeypatch:
 
 
 def test_without_native_kernels_it_passes_too(engine: Engine) -> None:
-    engine.runner._plan = None
+    engine.runner._model.plan = None
     with native.switched_off():
         assert selfcheck.compare(engine) < 1e-4
 

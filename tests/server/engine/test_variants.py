@@ -68,13 +68,14 @@ def test_company_changes_no_bit(base: str, world: Callable[[str], World]) -> Non
 
 def test_plain_adapters_keep_their_path(world: Callable[[str], World], monkeypatch: pytest.MonkeyPatch) -> None:
     here = world("tied")
-    if here.engine.runner._plan is None:
+    if here.engine.runner._model.plan is None:
         pytest.skip("there is no other path here")
     run(here.engine, here.requests())  # all are resident
     modules: list[int] = []
-    forward = here.engine.runner._forward_modules
+    runner = here.engine.runner
+    forward = runner._forward_modules
     monkeypatch.setattr(
-        here.engine.runner, "_forward_modules", lambda batch: modules.append(len(batch.keep)) or forward(batch)
+        runner, "_forward_modules", lambda batch, base: modules.append(len(batch.keep)) or forward(batch, base)
     )
     for name in ("plain", "base", "embedding", "head", "tokens", "activated", "saved head"):
         run(here.engine, [single for single in here.requests() if single.id == name])

@@ -1,0 +1,137 @@
+"""Two ways of running one adapter, beside each other: how far apart their answers are, and how fast each of them is.
+
+Works in pieces between the engine's steps, on sequences that the scheduler never sees, with KV blocks of their own that
+are given back. Knows adapter keys, not what is behind them.
+"""
+
+import time
+from collections.abc import Generator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from statistics import median
+
+from server.engine.blocks import BlockPool
+from server.engine.protocol import MergeSpeed, Sampling
+from server.engine.runner import Runner
+from server.engine.scheduler import AdapterKey, Sequence, Work
+
+CHUNK = 16  # tokens of a piece
+CONTEXT_BLOCKS = 2  # before the tokens whose speed is measured
+STEPS, WARM_UP = 14, 2  # tokens whose speed is measured, and how many of them do not count
+BATCHES = (1, 8)  # requests at once
+
+Pieces = Generator[str, None, None]  # what kind of piece comes next: alike in what they cost
+
+
+class NoRoom(ValueError):
+    """The KV cache is too small for a comparison."""
+
+
+@dataclass
+class Comparison:
+    """The second way against the first."""
+
+    positions: int = 0
+    divergence: float = 0.0  # KL, summed over positions, in nats
+    agreeing: int = 0  # positions with the same most likely token
+    speeds: list[MergeSpeed] = field(default_factory=list)
+
+
+def compare(
+    runner: Runner,
+    blocks: BlockPool,
+    sides: tuple[AdapterKey, AdapterKey],
+    prompts: Seq[Seq[int]],
+    max_requests: int,
+) -> Generator[str, None, Comparison]:
+    """Run both ways over `prompts`, and decode a few tokens with each.
+
+    Raises:
+        NoRoom: the KV cache has too few blocks.
+    """
+    found = Comparison()
+    longest = blocks.num_blocks // 4 * blocks.block_size
+    if longest < blocks.block_size * (CONTEXT_BLOCKS + 1):
+        raise NoRoom(f"a KV cache of {blocks.num_blocks} blocks leaves no room to compare (--kv-cache-bytes)")
+    for prompt in prompts:
+        yield from _drift(runner, blocks, sides, prompt[:longest], found)
+    context = [token for prompt in prompts for token in prompt]
+    needed = CONTEXT_BLOCKS * blocks.block_size
+    context = (context * needed)[:needed]
+    for requests in BATCHES:
+        if requests <= max_requests and 2 * requests <= longest // blocks.block_size:
+            yield from _speed(runner, blocks, sides, context, requests, found)
+    return found
+
+
+def _drift(
+    runner: Runner, pool: BlockPool, sides: tuple[AdapterKey, AdapterKey], prompt: Seq[int], found: Comparison
+) -> Pieces:
+    count = pool.blocks_for(len(prompt))
+    taken = yield from _take(pool, 2 * count)
+    try:
+        first, second = (_sequence(prompt, key, taken[i * count : (i + 1) * count]) for i, key in enumerate(sides))
+        for start in range(0, len(prompt), CHUNK):
+            length = min(CHUNK, len(prompt) - start)
+            yield "drift"
+            one = runner.logits([_work(first, start, length)]).log_softmax(-1)
+            yield "drift"
+            other = runner.logits([_work(second, start, length)]).log_softmax(-1)
+            found.positions += length
+            found.divergence += float((one.exp() * (one - other)).sum())
+            found.agreeing += int((one.argmax(-1) == other.argmax(-1)).sum())
+    finally:
+        pool.release(taken)
+
+
+def _speed(
+    runner: Runner,
+    pool: BlockPool,
+    sides: tuple[AdapterKey, AdapterKey],
+    context: Seq[int],
+    requests: int,
+    found: Comparison,
+) -> Pieces:
+    """Sequences of a side share the context's blocks and have one each for what they generate."""
+    assert pool.block_size > STEPS
+    taken = yield from _take(pool, 2 * (CONTEXT_BLOCKS + requests))
+    try:
+        left = list(taken)
+        both: list[list[Sequence]] = []
+        for key in sides:
+            shared = [left.pop() for _ in range(CONTEXT_BLOCKS)]
+            both.append([_sequence([*context, context[0]], key, [*shared, left.pop()]) for _ in range(requests)])
+            for start in range(0, len(context), CHUNK):
+                yield "drift"
+                runner.logits([_work(both[-1][0], start, CHUNK)])
+        seconds: tuple[list[float], list[float]] = [], []
+        for _ in range(STEPS):
+            for sequences, times in zip(both, seconds, strict=True):
+                yield f"decode {requests}"
+                began = time.perf_counter()
+                logits = runner.logits([_work(sequence, len(sequence.tokens) - 1, 1) for sequence in sequences])
+                for sequence, token in zip(sequences, logits.argmax(-1).tolist(), strict=True):
+                    sequence.tokens.append(token)
+                times.append(time.perf_counter() - began)
+        first, second = (requests / median(times[WARM_UP:]) for times in seconds)
+        found.speeds.append(MergeSpeed(requests, first, second))
+    finally:
+        pool.release(taken)
+
+
+def _take(pool: BlockPool, count: int) -> Generator[str, None, list[int]]:
+    """Blocks, as soon as taking them leaves some for those who run."""
+    while pool.available < 2 * count or (taken := pool.allocate(count)) is None:
+        yield "waiting"
+    return taken
+
+
+def _sequence(tokens: Seq[int], key: AdapterKey, blocks: list[int]) -> Sequence:
+    sequence = Sequence(id="", prompt=tokens, sampling=Sampling(), adapter=key)
+    sequence.blocks = blocks
+    return sequence
+
+
+def _work(sequence: Sequence, start: int, count: int) -> Work:
+    """All of whose logits are wanted."""
+    return Work(sequence, start, count, samples=False, prompt_rows=range(start, start + count))
