@@ -183,6 +183,8 @@ class Metrics:
         self._prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
         self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache")
         self._preemptions = self._counter("num_preemptions", "Sequences put back to be recomputed")
+        self._drafted = self._counter("spec_decode_num_draft_tokens", "Tokens computed on speculation")
+        self._accepted = self._counter("spec_decode_num_accepted_tokens", "Drafted tokens that were right and used")
         self._step_requests = self._histogram("engine_step_requests", "Sequences in one engine step", _COUNTS)
         self._step_adapters = self._histogram("engine_step_adapters", "Distinct adapters in one engine step", _COUNTS)
         self._step_seconds = self._histogram("engine_step_seconds", "Duration of one engine step", _STEP)
@@ -216,6 +218,8 @@ class Metrics:
         self._prefix_queries.inc(stats.prefix_queries)
         self._prefix_hits.inc(stats.prefix_hits)
         self._preemptions.inc(stats.preemptions)
+        self._drafted.inc(stats.drafted_tokens)
+        self._accepted.inc(stats.accepted_tokens)
         if stats.step_requests:  # a heartbeat is no step
             self._step_requests.observe(stats.step_requests)
             self._step_adapters.observe(stats.step_adapters)

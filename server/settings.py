@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 from server.models import DEFAULT, default_cache_dir, default_data_dir
 
 ENV_PREFIX = "LORAKEET_"
+MAX_SPECULATIVE_TOKENS = 32
 GIB = 1024**3
 MIB = 1024**2
 
@@ -247,6 +248,15 @@ class Settings:
     )
     max_batch_requests: int = _setting(32, "Most sequences in one step.", parse=_integer, minimum=1, maximum=4096)
     prefix_caching: bool = _setting(True, "Reuse the KV of prompts that begin alike.", parse=parse_bool)
+
+    speculative_tokens: int = _setting(
+        0,
+        "Tokens that a request drafts ahead in a step, at most, when its text repeats itself; 0 is off. "
+        "Requests may say otherwise.",
+        parse=_integer,
+        minimum=0,
+        maximum=MAX_SPECULATIVE_TOKENS,
+    )
 
     # --- the queue
     max_queued_requests: int = _setting(

@@ -36,10 +36,17 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int = 0
     cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0  # of those
 
     def as_json(self) -> dict[str, Any]:
-        """OpenAI's `usage` object."""
-        return {
+        """OpenAI's `usage` object; drafts are its predictions, present when there were any."""
+        predictions = {
+            "accepted_prediction_tokens": self.accepted_tokens,
+            "rejected_prediction_tokens": self.drafted_tokens - self.accepted_tokens,
+        }
+        details = {"completion_tokens_details": predictions} if self.drafted_tokens else {}
+        return details | {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
@@ -149,6 +156,8 @@ class Generation:
                     self.usage.completion_tokens += tokens
                     if sample == 0:
                         self.usage.cached_tokens += output.cached_tokens
+                    self.usage.drafted_tokens += output.drafted_tokens
+                    self.usage.accepted_tokens += min(output.accepted_tokens, tokens)
                     if output.prompt_logprobs is not None:
                         piece = replace(piece, prompt_logprobs=output.prompt_logprobs)
                     if piece.finish_reason is not None:
@@ -163,10 +172,16 @@ class Generation:
         finally:
             clock.finish(reason)
 
+    @property
+    def _speculative_tokens(self) -> int:
+        asked = self.body.speculative_tokens
+        return self.services.settings.speculative_tokens if asked is None else asked
+
     def _request(self, prompt: Prompt, sample: int) -> Generate:
         sampling = msgspec.structs.replace(
             self.sampling,
             max_tokens=prompt.max_tokens,
+            speculative_tokens=self._speculative_tokens,
             seed=(self.sampling.seed + sample) % 2**63,
             prompt_logprobs=None if sample else self.sampling.prompt_logprobs,
         )

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from server.api.body import Body
 from server.engine.protocol import Sampling
 from server.errors import InvalidRequest
+from server.settings import MAX_SPECULATIVE_TOKENS
 
 MAX_ADAPTERS = 8  # of one request
 MAX_STOPS = 16
@@ -101,6 +102,7 @@ class GenerationBody(Body):
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    speculative_tokens: int | None = Field(None, ge=0, le=MAX_SPECULATIVE_TOKENS)  # None: as the server is set
 
     stream: bool = False
     stream_options: StreamOptions | None = None

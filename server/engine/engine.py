@@ -35,6 +35,9 @@ from server.engine.scheduler import AdapterKey, Counters, Scheduler, Sequence, W
 BLOCK_SIZE = 16
 NON_FINITE = "non_finite_logits"
 DEFAULT_BATCH_TOKENS = {"cpu": 256, "cuda": 2048}
+# How many more tokens double the time of a decoding step. CPU: as measured with the default model, 7 ms and 1.8 ms for
+# each token. A GPU's step waits for launches and weights for longer.
+FREE_ROWS = {"cpu": 4, "cuda": 64}
 
 
 @dataclass
@@ -100,6 +103,7 @@ class Engine:
             max_model_len=max_model_len,
             eos_token_ids=base.eos_token_ids,
             starts=self._starts,
+            free_rows=FREE_ROWS.get(base.device.type, 4),
         )
         self.base_digest = base.digest()
         self._live: dict[str, _Live] = {}
@@ -290,6 +294,8 @@ class Engine:
             stop_token=sequence.stop_token,
             cached_tokens=sequence.cached_tokens if first else 0,
             queue_seconds=(sequence.first_scheduled or 0.0) - sequence.arrival if first else 0.0,
+            drafted_tokens=len(work.drafts),
+            accepted_tokens=max(0, len(kept) - 1),
         )
 
     def _answer_warming(self) -> None:
@@ -325,6 +331,8 @@ class Engine:
             prefix_queries=counters.prefix_queries,
             prefix_hits=counters.prefix_hits,
             preemptions=counters.preemptions,
+            drafted_tokens=counters.drafted,
+            accepted_tokens=counters.accepted,
             evictions=evictions,
             loads=loads,
             adapters=uses if changed else None,

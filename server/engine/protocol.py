@@ -73,6 +73,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     logprobs: int | None = None  # how many alternatives beside the sampled token; None: no logprobs
     prompt_logprobs: int | None = None  # the same for every prompt token
+    speculative_tokens: int = 0  # most tokens drafted ahead in a step; 0: no speculation
 
 
 # --- API process -> engine ------------------------------------------------------------------------
@@ -183,6 +184,8 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     stop_token: int | None = None  # the stop token or EOS that ended it (also the last of `tokens`)
     cached_tokens: int = 0  # prompt tokens served from the prefix cache (on the first output)
     queue_seconds: float = 0.0  # arrival -> first scheduled (on the first output)
+    drafted_tokens: int = 0  # computed on speculation in this step
+    accepted_tokens: int = 0  # those among them that are part of `tokens`
     error: str | None = None  # this sequence failed alone; `code` says how
     code: str | None = None
 
@@ -232,6 +235,8 @@ class Stats(msgspec.Struct, frozen=True, omit_defaults=True):
     prefix_queries: int = 0  # prompt tokens looked up since the last report
     prefix_hits: int = 0
     preemptions: int = 0
+    drafted_tokens: int = 0  # computed on speculation since the last report
+    accepted_tokens: int = 0  # those among them that were right and used
     evictions: list[str] = []  # digests that left the device since the last report
     loads: list[tuple[str, float]] = []  # (digest, seconds) that arrived on the device since the last report
     adapters: list[AdapterUse] | None = None  # present when it changed

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice, pairwise
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from server.engine.attention import KVCache, PagedAttention
 from server.engine.graphs import DecodeGraphs, DecodeStep
 from server.engine.model import Base
 from server.engine.protocol import TokenLogprob
-from server.engine.sampling import Row, sample, token_logprobs
+from server.engine.sampling import Draw, Row, sample, token_logprobs
 from server.engine.scheduler import Sequence, Step, Work
 
 
@@ -164,22 +165,29 @@ class Runner:
         """A forward pass as tensors, and how many kept logit rows each work has. `merged`: adapters add nothing."""
         size = self._cache.block_size
         ids: list[int] = []
-        positions, slots, seqs, keep, uses, wanted = [], [], [], [], [], []
+        positions, slots, keep, uses, wanted = [], [], [], [], []
+        seqs: list[tuple[int, int, int]] = []
         extra_uses: list[ExtraUse] = []
         extra_kept: list[ExtraUse] = []
         width = max(-(-(work.start + work.count) // size) for work in works)
-        tables = np.zeros((len(works), width), np.int32)
-        for row, work in enumerate(works):
+        apart = self._model.graphs is not None  # then a draft attends as a request of its own: as decoding is recorded
+        tables = np.zeros((len(works) + apart * sum(len(work.drafts) for work in works), width), np.int32)
+        for work in works:
             sequence, first, last = work.sequence, work.start, work.start + work.count
             offset = len(ids)
-            ids += sequence.tokens[first:last]
+            ids += sequence.tokens[first : last - len(work.drafts)]
+            ids += work.drafts
             blocks = np.asarray(sequence.blocks[: -(-last // size)], np.int32)
-            tables[row, : len(blocks)] = blocks
             position = np.arange(first, last)
             positions.append(position)
             slots.append(blocks[position // size].astype(np.int64) * size + position % size)
-            seqs.append((offset, offset + work.count, last))
-            kept = [offset + p - first for p in work.prompt_rows] + ([len(ids) - 1] if work.samples else [])
+            begins = [first, *range(last - len(work.drafts), last)] if apart and work.drafts else [first]
+            for begin, end in pairwise([*begins, last]):
+                tables[len(seqs), : len(blocks)] = blocks
+                seqs.append((offset + begin - first, offset + end - first, end))
+            kept = [offset + p - first for p in work.prompt_rows]
+            if work.samples:
+                kept += range(len(ids) - 1 - len(work.drafts), len(ids))
             keep += kept
             wanted.append(len(kept))
             for digest, weight in () if merged else sequence.adapter:
@@ -255,27 +263,36 @@ class Runner:
     def _results(self, works: Seq[Work], logits: Tensor, wanted: list[int]) -> list[WorkResult]:
         """Score prompts and draw tokens. `wanted`: how many consecutive logit rows are each work's own."""
         results = [WorkResult() for _ in works]
-        sampling: list[tuple[int, Work, WorkResult]] = []  # logit row, its work, its result
+        sampling: list[tuple[Work, WorkResult]] = []
+        drawn: list[int] = []  # logit rows
+        rows: list[Row] = []
         end = 0
         for work, result, count in zip(works, results, wanted, strict=True):
             begin, end = end, end + count
             if work.prompt_rows:
                 self._score_prompt(work, logits[begin : begin + len(work.prompt_rows)], result)
             if work.samples:
-                sampling.append((end - 1, work, result))
+                sampling.append((work, result))
+                drawn += range(end - 1 - len(work.drafts), end)
+                rows += _rows(work)
         if sampling:
-            rows = [
-                Row(work.sequence.sampling, work.sequence.tokens, len(work.sequence.prompt)) for _, work, _ in sampling
-            ]
-            draws = sample(logits[[row for row, _, _ in sampling]], rows, self._base.eos_token_ids)
-            for draw, (_, _, result) in zip(draws, sampling, strict=True):
-                if draw.token is None:
-                    result.failed = True
-                    continue
-                result.tokens = [draw.token]
-                if draw.logprob is not None:
-                    result.logprobs = [draw.logprob]
+            draws = iter(sample(logits[drawn], rows, self._base.eos_token_ids))
+            for work, result in sampling:
+                self._accept(work, list(islice(draws, 1 + len(work.drafts))), result)
         return results
+
+    @staticmethod
+    def _accept(work: Work, draws: list[Draw], result: WorkResult) -> None:
+        """Take draws for as long as what was drafted is what was drawn: then they are those of single steps."""
+        for draw, draft in zip(draws, [*work.drafts, None], strict=True):
+            if draw.token is None:
+                result.failed = not result.tokens  # else once more in a step of its own, to fail there
+                return
+            result.tokens.append(draw.token)
+            if draw.logprob is not None:
+                result.logprobs.append(draw.logprob)
+            if draw.token != draft:
+                return
 
     @staticmethod
     def _score_prompt(work: Work, logits: Tensor, result: WorkResult) -> None:
@@ -286,6 +303,14 @@ class Runner:
         following = torch.tensor([sequence.tokens[position + 1] for position in work.prompt_rows], device=logits.device)
         alternatives = sequence.sampling.prompt_logprobs or 0
         result.prompt_logprobs = token_logprobs(logits, following, [alternatives] * len(following))
+
+
+def _rows(work: Work) -> Iterator[Row]:
+    """How a work's tokens are to be drawn: after the last known one, and after each draft as if it were right."""
+    sequence, drafts = work.sequence, work.drafts
+    yield Row(sequence.sampling, sequence.tokens, len(sequence.prompt))
+    for count in range(1, len(drafts) + 1):
+        yield Row(sequence.sampling, [*sequence.tokens, *drafts[:count]], len(sequence.prompt))
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """Which tokens of which sequences go through the model next.
 
 There are no phases: a sequence has `num_computed` chasing the tokens it knows, and every step spends one token budget,
-on decodes first, then on chunks of prompts under way, then on newcomers in order of arrival. `schedule` decides a step,
-the caller runs it, and `advance` (or `fail`) takes in what came out, one work at a time.
+on decodes first, then on chunks of prompts under way, then on newcomers in order of arrival; what is left may go to
+drafts of sequences that speculate. `schedule` decides a step, the caller runs it, and `advance` (or `fail`) takes in
+what came out, one work at a time.
 
 Knows blocks as numbers and adapters as hashable keys whose residency it asks for. Knows no tensors, no loading, no
 text: stop strings are the business of whoever reads the tokens (and calls `abort`).
@@ -19,11 +20,12 @@ Who waits, and why nobody waits for ever:
 from bisect import insort
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 from server.engine.blocks import BlockPool, adapter_spec, chain_key, root_key
 from server.engine.protocol import FinishReason, Sampling
+from server.engine.speculation import Drafter
 
 AdapterKey = tuple[tuple[str, float], ...]  # (digest, weight) of each adapter, in order of application; () is the base
 
@@ -61,9 +63,12 @@ class Sequence:
     _order: int = field(init=False, default=-1)  # place in the order of arrival
     _refused_since: int | None = field(init=False, default=None)  # the step in which its adapter first found no room
     _keys: list[bytes] = field(init=False, default_factory=list)  # chain keys of the leading full blocks
+    _drafter: Drafter | None = field(init=False, default=None)  # None: it does not speculate
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
+        if self.sampling.speculative_tokens:
+            self._drafter = Drafter(self.sampling.speculative_tokens)
 
     @property
     def num_generated(self) -> int:
@@ -78,13 +83,17 @@ class Sequence:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A sequence's part in a step: tokens [start, start + count) go through the model."""
+    """A sequence's part in a step: tokens [start, start + count) go through the model, drafts being the last of them.
+
+    Drafts follow the last known token. Each is right if it is what the logits before it give.
+    """
 
     sequence: Sequence
     start: int
     count: int
-    samples: bool  # the last of these tokens is the last known one: its logits give the next token
+    samples: bool  # the last known token is among these: its logits give the next token, as do those of right drafts
     prompt_rows: range  # positions within the chunk whose logits score the prompt token that follows them
+    drafts: Seq[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +120,8 @@ class Counters:
     prefix_queries: int = 0  # prompt tokens of the sequences admitted (for the first time)
     prefix_hits: int = 0  # those among them that the prefix cache held
     preemptions: int = 0
+    drafted: int = 0  # tokens computed on speculation
+    accepted: int = 0  # those among them that were right and used
 
 
 class Residency(Protocol):
@@ -143,6 +154,7 @@ class Scheduler:
         starts: where in a prompt resident adapters come into force (digest -> position); those left out, from the
             first token.
         patience: steps for which a sequence refused room for its adapter lets younger ones pass.
+        free_rows: how many more tokens in a step double its time: the fewer, the likelier a draft must be right to pay.
     """
 
     def __init__(
@@ -156,6 +168,7 @@ class Scheduler:
         eos_token_ids: Seq[int] = (),
         starts: Callable[[AdapterKey, Seq[int]], Mapping[str, int]] = lambda key, prompt: {},
         patience: int = 64,
+        free_rows: int = 4,
     ) -> None:
         if not 1 <= max_batch_requests < max_batch_tokens:
             raise ValueError(
@@ -172,6 +185,7 @@ class Scheduler:
         self._eos = frozenset(eos_token_ids)
         self._starts = starts
         self._patience = patience
+        self._free_rows = free_rows
         self._by_id: dict[str, Sequence] = {}
         self._failed: list[Sequence] = []
         self._arrivals = 0
@@ -240,6 +254,7 @@ class Scheduler:
         self._admit(works, budget, now)
         if not works:
             return None
+        self._speculate(works)
         works.sort(key=lambda work: (work.sequence.adapter, work.sequence._order))
         return Step(tuple(works))
 
@@ -335,6 +350,31 @@ class Scheduler:
             self.counters.prefix_hits += sequence.cached_tokens
         return True
 
+    def _speculate(self, works: list[Work]) -> None:
+        """Add drafts to decodes, where they should pay, within what the step leaves of budget and blocks."""
+        rows = sum(work.count for work in works)
+        for index, work in enumerate(works):
+            sequence = work.sequence
+            if sequence._drafter is None or not work.samples or work.count > 1:
+                continue
+            # A row's part of the step's cost is what it brings there in tokens, or it does not pay.
+            price = rows / (rows + self._free_rows)
+            most = min(self._max_batch_tokens - rows, self._limit(sequence) - sequence.num_generated - 1)
+            drafts = sequence._drafter.draft(sequence.tokens, most, price)
+            drafts = drafts[: self._room_for_drafts(sequence, len(drafts))]
+            if drafts:
+                works[index] = replace(work, count=1 + len(drafts), drafts=drafts)
+                rows += len(drafts)
+                self.counters.drafted += len(drafts)
+
+    def _room_for_drafts(self, sequence: Sequence, wanted: int) -> int:
+        """How many drafts find a slot. Fresh blocks are taken only while each running sequence has one in hand."""
+        known = len(sequence.tokens)
+        missing = self._blocks.blocks_for(known + wanted) - len(sequence.blocks)
+        if 0 < missing <= self._blocks.available - len(self.running):
+            sequence.blocks += self._blocks.allocate(missing) or ()
+        return min(wanted, len(sequence.blocks) * self._blocks.block_size - known)
+
     def _work(self, sequence: Sequence, budget: int) -> Work:
         start = sequence.num_computed
         count = min(sequence.remaining, budget)
@@ -357,6 +397,9 @@ class Scheduler:
     def advance(self, work: Work, new_tokens: Seq[int] = ()) -> list[int]:
         """Record that a work was computed, and the tokens drawn after it (none in the middle of a prompt).
 
+        Args:
+            new_tokens: one, and one more for each draft that was right: the first ones are these drafts.
+
         Returns:
             The tokens that count: all, or those up to the one that ended the sequence; then its `finish_reason` is set
             and it is gone from here. None for a sequence that ended since this work was scheduled.
@@ -366,9 +409,7 @@ class Scheduler:
             return []
         assert sequence.num_computed == work.start
         assert work.samples or not new_tokens
-        sequence.num_computed += work.count
-        sequence.prompt_scored = max(sequence.prompt_scored, work.prompt_rows.stop)
-        self._publish(sequence, work.start)
+        assert len(new_tokens) <= 1 + len(work.drafts)
         kept: list[int] = []
         for token in new_tokens:
             kept.append(token)
@@ -376,6 +417,14 @@ class Scheduler:
             sequence.finish_reason = self._finish_reason(sequence)
             if sequence.finish_reason is not None:
                 break
+        accepted = max(0, len(kept) - 1)
+        # The keys and values of the other drafts are left for the next work to overwrite.
+        sequence.num_computed += work.count - len(work.drafts) + accepted
+        sequence.prompt_scored = max(sequence.prompt_scored, work.prompt_rows.stop)
+        self._publish(sequence, work.start)
+        self.counters.accepted += accepted
+        if sequence._drafter is not None:
+            sequence._drafter.learn(new_tokens)
         if not sequence.remaining:  # nothing was to be drawn: max_tokens is 0, or the prompt fills the context
             sequence.finish_reason = "length"
         if sequence.finish_reason is not None:

@@ -47,6 +47,7 @@ class ScriptedEngine(IdleEngine):
     gate: Callable[[Generate, int], Any] | None = None
     fail: dict[int, Exception | str] = field(default_factory=dict)
     cached_tokens: int = 0
+    drafted: tuple[int, int] = (0, 0)  # tokens drafted in every step, and accepted
     requests: list[Generate] = field(default_factory=list)
     running: set[str] = field(default_factory=set)
     aborted: list[str] = field(default_factory=list)
@@ -88,6 +89,8 @@ class ScriptedEngine(IdleEngine):
                     finish_reason=("stop" if stopped else "length") if last else None,
                     stop_token=new[0] if stopped else None,
                     cached_tokens=self.cached_tokens if step == 0 else 0,
+                    drafted_tokens=self.drafted[0],
+                    accepted_tokens=self.drafted[1],
                 )
                 if last:
                     self.running.discard(request.id)

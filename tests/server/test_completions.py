@@ -83,6 +83,24 @@ async def test_usage_comes_last_when_asked_for(served: Served) -> None:
     assert chunks[-2]["usage"]["completion_tokens"] == len(encode(TEXT)) + 1
 
 
+async def test_drafts_are_predictions_in_the_usage(served: Served) -> None:
+    served.engine.drafted = (3, 1)
+    usage = (await complete(served)).json()["usage"]
+    steps = len(encode(TEXT)) + 1
+    assert usage["completion_tokens"] == steps, "what was drafted in vain is nobody's token"
+    predictions = {"accepted_prediction_tokens": steps, "rejected_prediction_tokens": 2 * steps}
+    assert usage["completion_tokens_details"] == predictions
+
+
+async def test_a_request_speculates_as_it_asks_or_else_as_the_server_is_set(tmp_path: Path) -> None:
+    async with serving(tmp_path, speculative_tokens=4) as served:
+        for asked in (None, 0, 7):
+            await complete(served, speculative_tokens=asked)
+        assert [request.sampling.speculative_tokens for request in served.engine.requests] == [4, 0, 7]
+        refused = await complete(served, speculative_tokens=33)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "speculative_tokens")
+
+
 async def test_max_tokens_is_16_unless_told(served: Served) -> None:
     served.engine.reply = lambda request: encode(TEXT * 3)
     body = (await complete(served, max_tokens=None)).json()

@@ -53,7 +53,15 @@ def test_an_aborted_request_has_no_latency() -> None:
 def test_engine_reports_are_gauges_and_increments() -> None:
     metrics = Metrics()
     report = Stats(
-        running=3, waiting=2, step_requests=3, step_adapters=2, kv_usage=0.5, prefix_queries=10, prefix_hits=4
+        running=3,
+        waiting=2,
+        step_requests=3,
+        step_adapters=2,
+        kv_usage=0.5,
+        prefix_queries=10,
+        prefix_hits=4,
+        drafted_tokens=7,
+        accepted_tokens=5,
     )
     metrics.engine_stats(report)
     metrics.engine_stats(report)
@@ -62,6 +70,8 @@ def test_engine_reports_are_gauges_and_increments() -> None:
     assert value(metrics, "kv_cache_usage_perc") == 0.5
     assert value(metrics, "prefix_cache_queries_total") == 20
     assert value(metrics, "prefix_cache_hits_total") == 8
+    assert value(metrics, "spec_decode_num_draft_tokens_total") == 14
+    assert value(metrics, "spec_decode_num_accepted_tokens_total") == 10
     assert value(metrics, "engine_step_adapters_bucket", le="2.0") == 2
     assert value(metrics, "engine_step_adapters_bucket", le="1.0") == 0
 

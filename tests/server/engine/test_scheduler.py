@@ -6,7 +6,7 @@ widely, reused too early or published too soon shows as a wrong read. Every stre
 
 import zlib
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import pytest
@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from server.engine.blocks import BlockCounts, BlockPool
 from server.engine.protocol import Sampling
-from server.engine.scheduler import LOAD_FAILED, TOO_LONG, AdapterKey, Scheduler, Sequence, Step
+from server.engine.scheduler import LOAD_FAILED, TOO_LONG, AdapterKey, Scheduler, Sequence, Step, Work
 
 EOS = 0
 VOCABULARY = 12
@@ -32,7 +32,19 @@ MOST_ROWS = 3
 
 
 def next_token(sequence: Sequence, tokens: list[int]) -> int:
-    return zlib.crc32(repr((sequence.adapter, tokens)).encode()) % VOCABULARY
+    """It depends on all of the tokens, but mostly as if on the last one alone: it repeats itself."""
+    everything = zlib.crc32(repr((sequence.adapter, tokens)).encode())
+    return (everything >> 8 if everything % 4 == 0 else zlib.crc32(bytes(tokens[-1:]))) % VOCABULARY
+
+
+def draw(work: Work) -> list[int]:
+    """The next token, and one more for each right draft."""
+    drawn: list[int] = []
+    for draft in [*work.drafts, None] if work.samples else []:
+        drawn.append(next_token(work.sequence, [*work.sequence.tokens, *drawn]))
+        if drawn[-1] != draft:
+            break
+    return drawn
 
 
 @dataclass
@@ -148,15 +160,16 @@ class World:
             sequence = work.sequence
             assert all(self.residency.references[digest] for digest, _ in sequence.adapter)
             for position in range(work.start, work.start + work.count):
-                self.kv[sequence.blocks[position // 4], position % 4] = self.content(sequence, position)
+                self.kv[sequence.blocks[position // 4], position % 4] = self.content(work, position)
         for work in step.works:
             sequence = work.sequence
             for position in range(work.start + work.count):
                 slot = (sequence.blocks[position // 4], position % 4)
-                assert self.kv[slot] == self.content(sequence, position), "read a slot that holds something else"
+                assert self.kv[slot] == self.content(work, position), "read a slot that holds something else"
 
-    def content(self, sequence: Sequence, position: int) -> object:
-        return sequence.tenant, sequence.adapter, tuple(sequence.tokens[: position + 1])
+    def content(self, work: Work, position: int) -> object:
+        sequence = work.sequence
+        return sequence.tenant, sequence.adapter, (*sequence.tokens, *work.drafts)[: position + 1]
 
     def step(self) -> Step | None:
         step = self.schedule()
@@ -168,9 +181,11 @@ class World:
                 if sequence.id in self.poisoned:
                     self.scheduler.fail(sequence.id, "not finite", "non_finite")
                     continue
-                drawn = [next_token(sequence, sequence.tokens)] if work.samples else []
-                assert self.scheduler.advance(work, drawn) == drawn
-                self.outputs[sequence.id] += drawn
+                drawn = draw(work)
+                kept = self.scheduler.advance(work, drawn)
+                assert kept == drawn[: len(kept)]
+                assert len(kept) == len(drawn) or sequence.finish_reason
+                self.outputs[sequence.id] += kept
         return step
 
     def run(self, most: int = 2000) -> None:
@@ -225,6 +240,7 @@ class AnythingMayHappen(RuleBasedStateMachine):
         ignore_eos=st.booleans(),
         stop=st.lists(st.integers(0, 3), max_size=1),
         prompt_logprobs=st.sampled_from([None, None, 1]),
+        speculative_tokens=st.sampled_from([0, 0, 1, 3, 6]),
     )
     def arrive(
         self,
@@ -236,6 +252,7 @@ class AnythingMayHappen(RuleBasedStateMachine):
         ignore_eos: bool,
         stop: list[int],
         prompt_logprobs: int | None,
+        speculative_tokens: int,
     ) -> None:
         self.world.add(
             prompt,
@@ -246,6 +263,7 @@ class AnythingMayHappen(RuleBasedStateMachine):
             ignore_eos=ignore_eos,
             stop_token_ids=stop,
             prompt_logprobs=prompt_logprobs,
+            speculative_tokens=speculative_tokens,
         )
 
     def pick(self, data: st.DataObject) -> str:
@@ -268,9 +286,8 @@ class AnythingMayHappen(RuleBasedStateMachine):
             self.world.scored[sequence.id] += work.prompt_rows
             for position in range(work.start, work.start + work.count):
                 slot = (sequence.blocks[position // 4], position % 4)
-                self.world.kv[slot] = self.world.content(sequence, position)
-            drawn = [next_token(sequence, sequence.tokens)] if work.samples else []
-            self.world.outputs[sequence.id] += self.world.scheduler.advance(work, drawn)
+                self.world.kv[slot] = self.world.content(work, position)
+            self.world.outputs[sequence.id] += self.world.scheduler.advance(work, draw(work))
 
     @precondition(lambda self: not self.world.scheduler.idle)
     @rule(data=st.data())
@@ -542,9 +559,108 @@ class TestLimits:
         sequence = world.add([1, 1], **sampling)  # type: ignore[arg-type]
         step = world.schedule()
         assert step is not None
-        assert world.scheduler.advance(step.works[0], drawn) == kept
+        work = replace(step.works[0], count=2 + len(drawn) - 1, drafts=drawn[:-1])
+        sequence.blocks += world.blocks.allocate(1) or []
+        assert world.scheduler.advance(work, drawn) == kept
         assert (sequence.finish_reason, sequence.stop_token) == (reason, stop_token)
         assert world.scheduler.idle == (reason is not None)
+
+
+class TestSpeculation:
+    """Prompts of one letter that go on in one letter: every draft is right, until the world says otherwise."""
+
+    def world(self, **settings: int) -> World:
+        return World(**{"batch_tokens": 16} | settings)
+
+    def drafts(self, world: World) -> list[int]:
+        step = world.schedule()
+        assert step is not None
+        return [len(work.drafts) for work in step.works]
+
+    def advance(self, world: World, work: Work, drawn: list[int]) -> None:
+        world.compute(Step((work,)))
+        assert world.scheduler.advance(work, drawn) == drawn
+
+    def one(self, world: World) -> Work:
+        step = world.schedule()
+        assert step is not None
+        [work] = step.works
+        return work
+
+    def test_a_right_draft_is_a_token_of_this_step(self) -> None:
+        world = self.world()
+        sequence = world.add([1] * 6, max_tokens=30, speculative_tokens=2)
+        self.advance(world, self.one(world), [1])
+        work = self.one(world)
+        assert (work.start, work.count, work.drafts) == (6, 3, [1, 1])
+        self.advance(world, work, [1, 1, 5])
+        assert (sequence.num_computed, sequence.tokens) == (9, [1] * 9 + [5])
+        counters = world.scheduler.counters
+        assert (counters.drafted, counters.accepted) == (2, 2)
+
+    def test_a_wrong_one_is_overwritten_and_never_offered(self) -> None:
+        world = self.world()
+        first = world.add([1] * 6, max_tokens=30, speculative_tokens=2)
+        self.advance(world, self.one(world), [1])
+        self.advance(world, self.one(world), [5])  # positions 7 and 8 hold keys of what was never said
+        assert (first.num_computed, first.remaining) == (7, 1)
+        self.advance(world, self.one(world), [6])
+        world.scheduler.abort(first.id)
+        second = world.add([*first.tokens, 1], max_tokens=1)
+        self.advance(world, self.one(world), [1])  # looks at every slot it reads
+        assert second.cached_tokens == 8
+
+    def test_none_beyond_the_length(self) -> None:
+        world = self.world()
+        world.add([1] * 6, max_tokens=3, speculative_tokens=4)
+        self.advance(world, self.one(world), [1])
+        assert self.drafts(world) == [1]  # and the token that its logits give
+
+    def test_none_while_a_prompt_takes_the_budget(self) -> None:
+        world = self.world()
+        world.add([1] * 6, max_tokens=30, speculative_tokens=4)
+        self.advance(world, self.one(world), [1])
+        world.add([2] * 40, max_tokens=1)
+        assert self.drafts(world) == [0, 0]
+
+    def test_no_block_that_others_will_need(self) -> None:
+        world = self.world(num_blocks=4, batch_requests=2)
+        sequence = world.add([1] * 7, max_tokens=30, speculative_tokens=4)
+        self.advance(world, self.one(world), [1])
+        other = world.add([2] * 4, max_tokens=30)
+        step = world.schedule()
+        assert step is not None
+        assert [len(work.drafts) for work in step.works] == [0, 0], "8 tokens fill its two blocks"
+        assert len(sequence.blocks) == 2
+        for work in step.works:
+            world.scheduler.advance(work, [1] if work.sequence is sequence else [2])
+        world.scheduler.abort(other.id)
+        assert self.drafts(world) != [0]
+
+    def test_a_full_batch_asks_for_more_certainty(self) -> None:
+        drafts = []
+        for count in (1, 9):
+            world = self.world(batch_tokens=64, batch_requests=12, num_blocks=64)
+            for _ in range(count):
+                world.add([1] * 3, max_tokens=30, speculative_tokens=1)
+            step = world.schedule()
+            assert step is not None
+            for work in step.works:
+                self.advance(world, work, [1])
+            drafts.append(sum(self.drafts(world)))
+        assert drafts == [1, 0]
+
+    @settings(max_examples=60)
+    @given(prompt=prompts, max_tokens=st.integers(1, 12), speculative_tokens=st.integers(1, 6), caching=st.booleans())
+    def test_it_changes_no_token(
+        self, prompt: list[int], max_tokens: int, speculative_tokens: int, caching: bool
+    ) -> None:
+        world = self.world(caching=caching)
+        for adapter in (BASE, A, BASE):
+            world.add(prompt, adapter, max_tokens=max_tokens, speculative_tokens=speculative_tokens, ignore_eos=False)
+        world.run()
+        for sequence in world.sequences.values():
+            world.check_finished(sequence)
 
 
 class TestAdapters:
