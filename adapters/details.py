@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adapters.format import WEIGHTS_NAME, AdapterSpec, LinearShape
+from adapters.format import EXTRAS, EXTRAS_UNIT, WEIGHTS_NAME, AdapterSpec, LinearShape
 
 
 def details_of(directory: Path, linears: Mapping[str, LinearShape] | None) -> dict[str, Any]:
@@ -24,15 +24,14 @@ def details_of(directory: Path, linears: Mapping[str, LinearShape] | None) -> di
         "modules": {name: {"rank": m.rank, "scaling": m.scaling} for name, m in sorted(spec.adapted.items())},
         "file_metadata": _metadata(directory / WEIGHTS_NAME),
         "bytes_on_disk": sum(path.stat().st_size for path in directory.iterdir()),
-        "bytes_on_device": None if linears is None else _device_bytes(spec, linears),
+        "bytes_on_device": None if linears is None else device_bytes(spec.rows(linears), linears),
     }
 
 
-def _device_bytes(spec: AdapterSpec, linears: Mapping[str, LinearShape]) -> int:
-    """An adapter owns as many row units of two bytes in every linear of a kind as it needs in any; and its variants."""
-    units = spec.rows(linears)
+def device_bytes(units: Mapping[str, int], linears: Mapping[str, LinearShape]) -> int:
+    """Memory of so many row units per kind (`AdapterSpec.rows`): a kind has as many in each of its linears."""
     rows = sum(units.get(linear.kind, 0) * (linear.in_features + linear.out_features) for linear in linears.values())
-    return 2 * rows + spec.variants.device_bytes
+    return 2 * rows + EXTRAS_UNIT * units.get(EXTRAS, 0)
 
 
 def _metadata(weights: Path) -> dict[str, str]:

@@ -32,6 +32,7 @@ __all__ = [
     "LoraModule",
     "Outline",
     "Variants",
+    "digest_of",
     "inspect",
     "load",
     "load_variants",
@@ -133,9 +134,9 @@ def inspect(
     with path.open("rb") as file:
         tensors = read_header(file)
         _fit(tensors, plan, linears, outline)
-        digest = hashlib.sha256(_mathematics(plan))
+        digest = hashlib.sha256(_mathematics(plan.modules, plan.variants))
         for name, tensor in sorted(tensors.items()):
-            digest.update(json.dumps([name, tensor.dtype, tensor.shape]).encode() + b"\n")
+            digest.update(_heading(name, tensor))
             for chunk in chunks(file, tensor):
                 digest.update(chunk)
                 check_finite(chunk, name, tensor)
@@ -162,6 +163,21 @@ def inspect(
         dtype=dtypes.pop() if len(dtypes) == 1 else "float32",
         rank=max(module.rank for module in spec.adapted.values()),
     )
+
+
+def digest_of(directory: Path) -> str:
+    """The digest of an adapter that passed `inspect`, computed anew from its spec and all its numbers.
+
+    Raises AdapterError or what reading JSON raises when the files are not whole.
+    """
+    spec = AdapterSpec.read(directory)
+    digest = hashlib.sha256(_mathematics(spec.modules, spec.variants))
+    with (directory / WEIGHTS_NAME).open("rb") as file:
+        for name, tensor in sorted(read_header(file).items()):
+            digest.update(_heading(name, tensor))
+            for chunk in chunks(file, tensor):
+                digest.update(chunk)
+    return f"sha256:{digest.hexdigest()}"
 
 
 def load(directory: Path, spec: AdapterSpec | None = None) -> dict[str, tuple["Tensor", "Tensor"]]:
@@ -253,14 +269,18 @@ def _refuse_homeless(name: str, modules: set[str]) -> None:
     raise refuse("is none of those that the config asks for: it does not select this module, or not so")
 
 
-def _mathematics(plan: Layout) -> bytes:
+def _heading(name: str, tensor: TensorEntry) -> bytes:
+    """What comes before a tensor's content in a digest."""
+    return json.dumps([name, tensor.dtype, tensor.shape]).encode() + b"\n"
+
+
+def _mathematics(modules: Mapping[str, LoraModule], variants: Variants) -> bytes:
     """What an adapter does beyond the content of its tensors, as bytes to begin its digest with."""
 
     def pairs(modules: Mapping[str, LoraModule]) -> dict[str, list[float]]:
         return {name: [module.rank, module.scaling] for name, module in sorted(modules.items())}
 
-    text = f"lora {json.dumps(pairs(plan.modules))}\n"
-    variants = plan.variants
+    text = f"lora {json.dumps(pairs(modules))}\n"
     if variants != Variants():
         text += f"variants {json.dumps([pairs(variants.tables), variants.token_ids, variants.invocation])}\n"
     return text.encode()

@@ -1,13 +1,13 @@
 """Who is resident: device rows <- host memory <- disk, each tier a least-recently-used cache of the next.
 
 The scheduler asks `acquire` for a sequence's adapters and gets an answer at once; files are read by a worker thread and
-`poll` (between steps) takes in what it finished. An adapter in use is never evicted. Knows no requests and no
-scheduling policy; the rows themselves are pool.py's.
+`poll` (between steps) takes in what it finished. An adapter in use is never evicted, a pinned one only for somebody who
+could not run beside it. Knows no requests and no scheduling policy; the rows themselves are pool.py's.
 """
 
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
@@ -45,6 +45,7 @@ class Residency:
         self._loading: dict[str, tuple[Future[HostAdapter], float]] = {}
         self._errors: dict[str, str] = {}
         self._forgotten: set[str] = set()
+        self._pinned: dict[str, str] = {}  # digest -> path, in order of preference
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapter-reader")
         self.loads: list[tuple[str, float]] = []  # (digest, seconds) since the reader of this list last cleared it
         self.evictions: list[str] = []
@@ -62,6 +63,12 @@ class Residency:
             return
         if self._held() < self._host_bytes:
             self._start_loading(digest)
+
+    def pin(self, adapters: Mapping[str, str]) -> None:
+        """Keep these on the device, and no longer those named before. `adapters`: digest -> path."""
+        self._pinned = dict(adapters)
+        for digest, path in adapters.items():
+            self.register(digest, path)
 
     def acquire(self, key: Key) -> Answer:
         """Take a reference on every adapter of `key` if all can be on the device now.
@@ -121,6 +128,9 @@ class Residency:
             self._host[digest] = future.result()
             self.loads.append((digest, time.monotonic() - started))
             arrived.add(digest)
+        for digest in self._pinned:
+            if digest not in self._device:
+                self._bring_back(digest)
         if arrived:
             self._trim_host(arrived)
 
@@ -144,6 +154,13 @@ class Residency:
 
     # --- the tiers -------------------------------------------------------------------------------
 
+    def _bring_back(self, digest: str) -> None:
+        """See a pinned adapter onto the device, as soon as there is room beside those in use and the other pins."""
+        if digest in self._host:
+            self._place([digest], keep=self._pinned)
+        elif digest not in self._errors:  # until somebody asks for it and is told
+            self._start_loading(digest)
+
     def _start_loading(self, digest: str) -> None:
         if digest not in self._loading:
             self._loading[digest] = (self._reader.submit(self._load, digest, self._paths[digest]), time.monotonic())
@@ -159,13 +176,21 @@ class Residency:
                 return
             held -= self._host.pop(digest).bytes
 
-    def _place(self, digests: Sequence[str], keep: Sequence[str]) -> bool:
+    def _place(self, digests: Sequence[str], keep: Collection[str]) -> bool:
         """Copy adapters from the host tier to the device, evicting idle ones; all or nothing."""
         adapters = [self._host[digest] for digest in digests]
         need: Counter[str] = Counter()
         for adapter in adapters:
             need.update({kind: rounded(units) for kind, units in adapter.units(self._pool.kinds).items()})
         idle = [digest for digest in self._device if digest not in self._references and digest not in keep]
+        pinned = [digest for digest in idle if digest in self._pinned]
+        if pinned:
+            beside = Counter(self._pool.capacity)
+            for digest in self._device.keys() & self._pinned.keys() | set(keep) & self._device.keys():
+                beside.subtract(self._pool.units_of(digest))
+            idle = [digest for digest in idle if digest not in self._pinned]
+            if any(beside[kind] < units for kind, units in need.items()):
+                idle += pinned
         free = Counter(self._pool.free)
         victims: list[str] = []
         for digest in idle:

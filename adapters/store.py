@@ -1,38 +1,53 @@
 """Immutable adapter versions on disk, and the names that point at them.
 
 A version is a directory `versions/<digest>`, complete before it gets that name and never changed after. What points at
-it is one row per (tenant, name, digest): the newest row of a name that is not staged is its current version, and a row
-of its own says how the name's requests are split, if they are (see `adapters.versions`). Rows change in one
-transaction, after the files are safe, so that `kill -9` at any moment leaves the old state or the new one. Knows
-nothing of validation: it publishes what `adapters.format.inspect` has passed. One process at a time may use a store.
+it is a name's `Pointer`, kept by `adapters.names` and changed at once, after the files are safe, so that `kill -9` at
+any moment leaves the old state or the new one. With a `Remote` the files are kept there and this disk is a cache of
+them: a version that is not here is fetched when somebody leases it. Knows nothing of validation: it publishes what
+`adapters.format.inspect` has passed. One process at a time may use a store.
 """
 
+import asyncio
 import errno
-import json
 import logging
 import shutil
 import sqlite3
 import threading
 import time
 import uuid
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 from adapters.fields import shorten
-from adapters.format import AdapterSpec, sync
-from adapters.versions import SHORTEST_PREFIX, AmbiguousDigest, Pointer, UnknownAdapter, Version, check_name
+from adapters.format import AdapterError, AdapterSpec, digest_of, sync
+from adapters.names import Names
+from adapters.versions import (
+    SHORTEST_PREFIX,
+    AmbiguousDigest,
+    DamagedAdapter,
+    Pointer,
+    RemoteUnavailable,
+    UnknownAdapter,
+    Version,
+    check_name,
+)
 
 __all__ = [
     "SHORTEST_PREFIX",
     "AdapterStore",
     "AmbiguousDigest",
+    "DamagedAdapter",
     "Moved",
     "Pointer",
+    "Remote",
+    "RemoteUnavailable",
     "Staging",
     "StorageFull",
     "UnknownAdapter",
@@ -41,35 +56,7 @@ __all__ = [
 ]
 
 RETAINED_VERSIONS = 5
-
-# Write-ahead logging with a full sync: one fsync per change, and what has returned survives a power cut. Safe as long
-# as there is one connection, which is why it is handed in.
-_SCHEMA = """
-PRAGMA journal_mode = WAL;
-PRAGMA synchronous = FULL;
-CREATE TABLE IF NOT EXISTS adapter_versions (
-    sequence INTEGER PRIMARY KEY AUTOINCREMENT,
-    tenant TEXT NOT NULL,
-    name TEXT NOT NULL,
-    digest TEXT NOT NULL,
-    created REAL NOT NULL,
-    receipt TEXT NOT NULL,
-    staged INTEGER NOT NULL DEFAULT 0,
-    UNIQUE (tenant, name, digest)
-);
-CREATE TABLE IF NOT EXISTS adapter_splits (
-    tenant TEXT NOT NULL,
-    name TEXT NOT NULL,
-    split TEXT NOT NULL,
-    PRIMARY KEY (tenant, name)
-);
-"""
-_COLUMNS = "tenant, name, digest, created, receipt, staged"
-_INSERT = f"INSERT OR REPLACE INTO adapter_versions ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)"
-_REMOVE = "DELETE FROM adapter_versions WHERE tenant = ? AND name = ? AND digest = ?"
-_SELECT = f"SELECT {_COLUMNS} FROM adapter_versions ORDER BY sequence DESC"
-_SPLIT = "INSERT OR REPLACE INTO adapter_splits (tenant, name, split) VALUES (?, ?, ?)"
-_UNITE = "DELETE FROM adapter_splits WHERE tenant = ? AND name = ?"
+_FETCHERS = 8  # versions fetched at once
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +71,19 @@ class Moved(Exception):
     def __init__(self, etag: str) -> None:
         super().__init__(f"the name means {etag} by now")
         self.etag = etag
+
+
+class Remote(Protocol):
+    """Files of versions, kept elsewhere. Everything here waits for a network, and raises RemoteUnavailable."""
+
+    def put(self, digest: str, directory: Path) -> None:
+        """Keep a version's files."""
+
+    def get(self, digest: str, directory: Path) -> None:
+        """Copy a version's files into an empty directory. Raises DamagedAdapter when there are none."""
+
+    def remove(self, digest: str) -> None:
+        """Keep them no longer."""
 
 
 class Staging:
@@ -122,31 +122,51 @@ def receipt_of(spec: AdapterSpec) -> dict[str, Any]:
 class AdapterStore:
     """Names, their versions, and the directories of these.
 
-    Reading (`get`, `versions`, `list`, `lease`) never waits for a disk; `publish` and `delete` do, and belong in a
-    worker thread. Creating a store removes what an earlier process left unfinished.
+    Reading (`get`, `versions`, `list`, `lease`) never waits for a disk; `publish` and whatever else changes something
+    does, or for the network, and belongs in a worker thread. Creating a store removes what an earlier process left
+    unfinished.
 
     Args:
         root: directory of its own, made if missing, on one file system.
-        database: used by this store alone, in autocommit mode and from any thread
-            (`sqlite3.connect(path, isolation_level=None, check_same_thread=False)`).
+        names: what every name means, durably.
+        remote: where the files are kept, if not here.
+        disk_bytes: with `remote`, how much of it may be here; what is leased stays beyond that.
         retain: how many versions of a name are kept, the current one included.
     """
 
-    def __init__(self, root: Path, database: sqlite3.Connection, *, retain: int = RETAINED_VERSIONS) -> None:
+    def __init__(
+        self,
+        root: Path,
+        names: Names,
+        *,
+        remote: Remote | None = None,
+        disk_bytes: int | None = None,
+        retain: int = RETAINED_VERSIONS,
+    ) -> None:
         if retain < 1:
             raise ValueError(f"retain must be at least 1, for the current version, not {retain}")
         self._staging = root / "staging"
         self._versions = root / "versions"
-        self._database = database
+        self._kept = names
+        self._remote = remote
+        self._disk_bytes = disk_bytes
         self._retain = retain
-        # `_changing` is held through disk writes by whoever changes something, `_counting` for moments only.
+        # `_changing` is held through all of a name's change, `_placing` while a directory gets its name, `_counting`
+        # for moments only.
         self._changing = threading.Lock()
-        self._counting = threading.Lock()
+        self._placing = threading.Lock()
+        self._counting = threading.Condition()
         self._names: dict[str, dict[str, Pointer]] = {}  # tenant -> name -> what it means
+        self._pins: dict[tuple[str, str], Pointer] = {}  # those of the names that are pinned
         self._answering: Counter[str] = Counter()  # digest -> names whose requests it may get
         self._references: Counter[str] = Counter()  # digest -> retained versions of any name that have it
         self._leases: Counter[str] = Counter()
-        self._stored: set[str] = set()  # digests whose directory is there
+        self._stored: OrderedDict[str, int] = OrderedDict()  # digest -> bytes here, the least recently leased first
+        self._removing: set[str] = set()  # digests whose files are on their way out
+        self._fetching: dict[str, Future[None]] = {}
+        self._fetchers = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="adapter-fetcher")
+        self.check_pins: Callable[[list[Version]], None] = lambda versions: None
+        """Called before these become all versions that answer for pinned names; raises to forbid the change."""
         self._recover()
 
     # --- reading ---------------------------------------------------------------------------------
@@ -177,6 +197,14 @@ class AdapterStore:
         with self._counting:
             return digest in self._answering
 
+    def pinned(self, tenant: str, name: str) -> bool:
+        """Whether what the name means shall stay on the device."""
+        return (tenant, name) in self._pins
+
+    def pinned_versions(self) -> list[Version]:
+        """Every content that answers for a pinned name, once."""
+        return _answering_all(list(self._pins.values()))
+
     @contextmanager
     def lease(self, version: Version) -> Iterator[Version]:
         """Keep a version's files while this is open, whatever becomes of its name.
@@ -186,17 +214,33 @@ class AdapterStore:
         """
         digest = version.digest
         with self._counting:
-            if digest not in self._stored:
+            here = digest in self._stored
+            if not here and not (self._remote and digest in self._references):
                 raise UnknownAdapter(f"the version {digest} of '{version.name}' was removed")
             self._leases[digest] += 1
+            if here and self._remote:
+                self._stored.move_to_end(digest)
         try:
             yield version
         finally:
-            with self._counting:
-                _count_down(self._leases, digest)
-                unused = digest not in self._leases and digest not in self._references
-            if unused:  # a lease may end where nobody can wait, and removing gigabytes takes a while
-                threading.Thread(target=self._collect, args=(digest,), name="adapter-collector").start()
+            if self._let_go(digest):  # a lease may end where nobody can wait, and removing gigabytes takes a while
+                threading.Thread(target=self._remove_unused, args=(digest,), name="adapter-collector").start()
+
+    def has(self, version: Version) -> bool:
+        """Whether a version's files are here; as long as it is leased, that lasts."""
+        return version.digest in self._stored
+
+    async def ready(self, version: Version) -> None:
+        """Wait until the files of a leased version are here. Only who needs them waits.
+
+        Raises:
+            RemoteUnavailable: they cannot be had now.
+            DamagedAdapter: what the remote has is not this version.
+            StorageFull: there is no room for them.
+        """
+        if not self.has(version):
+            # Several may wait for one: whoever stops waiting must not stop it.
+            await asyncio.shield(asyncio.wrap_future(self._fetch_soon(version.digest)))
 
     # --- changing --------------------------------------------------------------------------------
 
@@ -230,25 +274,31 @@ class AdapterStore:
         check_name(name, fine_tuned=fine_tuned)
         with _disk_faults():
             _make_durable(staging.path, spec)
-            with self._changing:
-                before = self._names.get(tenant, {}).get(name)
-                known = {version.digest: version for version in before.versions} if before else {}
-                current = before is None or promote
-                if before and spec.digest in known and (not current or before.shares == {spec.digest: 1.0}):
-                    return known[spec.digest], False
-                path = self._path(spec.digest)
-                version = Version(tenant, name, spec.digest, path, time.time(), receipt_of(spec), staged=not current)
-                others = tuple(old for old in known.values() if old.digest != spec.digest)
-                if before is None or promote:
-                    after = Pointer((version, *others))
-                else:
-                    after = Pointer((before.current, version, *others[1:]), before.split)
-                try:
-                    self._place(staging.path, spec.digest)
-                    self._change(before, after, [version, after.current])
-                except BaseException:
-                    self._remove_unused(spec.digest)
-                    raise
+            with self._held(spec.digest) as kept:
+                if self._remote and not kept:
+                    self._remote.put(spec.digest, staging.path)
+                with self._changing:
+                    return self._publish(tenant, name, staging, spec, promote)
+
+    def _publish(
+        self, tenant: str, name: str, staging: Staging, spec: AdapterSpec, promote: bool
+    ) -> tuple[Version, bool]:
+        before = self._names.get(tenant, {}).get(name)
+        known = {version.digest: version for version in before.versions} if before else {}
+        current = before is None or promote
+        if before and spec.digest in known and (not current or before.shares == {spec.digest: 1.0}):
+            return known[spec.digest], False
+        path = self._path(spec.digest)
+        version = Version(tenant, name, spec.digest, path, time.time(), receipt_of(spec), staged=not current)
+        others = tuple(old for old in known.values() if old.digest != spec.digest)
+        if before is None:
+            after = Pointer((version,))
+        elif promote:
+            after = replace(before, versions=(version, *others), split=())
+        else:
+            after = replace(before, versions=(before.current, version, *others[1:]))
+        self._place(staging.path, spec.digest)
+        self._change(before, after, keep=version)
         return version, True
 
     def promote(self, tenant: str, name: str, digest: str, expected: Collection[str] | None = None) -> Pointer:
@@ -282,12 +332,16 @@ class AdapterStore:
 
         def change(pointer: Pointer) -> Pointer:
             if pointer.split:
-                return Pointer(pointer.versions)
+                return replace(pointer, split=())
             if pointer.previous is None:
                 raise UnknownAdapter(f"'{shorten(name)}' has no version before the current one")
             return pointer.promoted(pointer.previous.digest)
 
         return self._repoint(tenant, name, change, expected)
+
+    def pin(self, tenant: str, name: str, pinned: bool) -> Pointer:
+        """Say whether what the name means, now and later, shall stay on the device. Raises as `promote` does."""
+        return self._repoint(tenant, name, lambda pointer: replace(pointer, pinned=pinned), None)
 
     def delete(self, tenant: str, name: str) -> Version:
         """Take a name away with all its versions; files that are leased go with their last lease.
@@ -299,18 +353,7 @@ class AdapterStore:
             self._change(pointer, None)
         return pointer.current
 
-    # --- with `_changing` held ---------------------------------------------------------------------
-
-    def _path(self, digest: str) -> Path:
-        return self._versions / digest.removeprefix("sha256:")
-
-    def _place(self, staged: Path, digest: str) -> None:
-        """Move staged files to where their digest says, unless the same are there."""
-        if digest not in self._stored:
-            staged.rename(self._path(digest))
-            with self._counting:
-                self._stored.add(digest)
-            sync(self._versions)
+    # --- names, with `_changing` held ------------------------------------------------------------------
 
     def _repoint(
         self, tenant: str, name: str, change: Callable[[Pointer], Pointer], expected: Collection[str] | None
@@ -321,43 +364,21 @@ class AdapterStore:
                 raise Moved(before.etag)
             after = change(before)
             if after != before:
-                self._change(before, after, [after.current])
+                self._change(before, after, keep=after.current)
             return after
 
-    def _change(self, before: Pointer | None, after: Pointer | None, newest: Sequence[Version] = ()) -> None:
-        """Let a name mean `after`, less what is beyond retention. The rows of `newest` become its newest, in order."""
-        if after is not None and newest:
-            after = Pointer(after.retained(self._retain, newest[0].digest), after.split)
-        versions = {version.digest for version in after.versions} if after else set()
-        gone = [version for version in before.versions if version.digest not in versions] if before else []
-        pointer = after or before
-        assert pointer is not None
-        owner = pointer.current
-        with self._transaction():
-            for version in gone:
-                self._database.execute(_REMOVE, (version.tenant, version.name, version.digest))
-            for version in newest:
-                receipt = json.dumps(version.receipt)
-                row = (version.tenant, version.name, version.digest, version.created, receipt, version.staged)
-                self._database.execute(_INSERT, row)
-            if after and after.split:
-                self._database.execute(_SPLIT, (owner.tenant, owner.name, json.dumps(after.split)))
-            else:
-                self._database.execute(_UNITE, (owner.tenant, owner.name))
+    def _change(self, before: Pointer | None, after: Pointer | None, keep: Version | None = None) -> None:
+        """Let a name mean `after`, less what is beyond retention; `keep` is not."""
+        owner = (after or before).current  # type: ignore[union-attr]  # one of them is there
+        if after is not None and keep is not None:
+            after = replace(after, versions=after.retained(self._retain, keep.digest))
+        if after is not None and after.pinned:
+            others = [pin for name, pin in self._pins.items() if name != (owner.tenant, owner.name)]
+            self.check_pins(_answering_all([*others, after]))
+        self._kept.save(owner.tenant, owner.name, after)
         self._point(owner.tenant, owner.name, after)
-        for version in gone:
+        for version in before.versions if before else ():
             self._remove_unused(version.digest)
-
-    @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._database.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._database.execute("COMMIT")
-        except BaseException:
-            if self._database.in_transaction:  # SQLite may have rolled back by itself
-                self._database.execute("ROLLBACK")
-            raise
 
     def _point(self, tenant: str, name: str, pointer: Pointer | None) -> None:
         """Let a name mean this from now on."""
@@ -367,6 +388,9 @@ class AdapterStore:
             names[name] = pointer
         else:
             del names[name]
+        self._pins.pop((tenant, name), None)
+        if pointer and pointer.pinned:
+            self._pins[tenant, name] = pointer
         with self._counting:
             if pointer:
                 self._references.update(version.digest for version in pointer.versions)
@@ -377,20 +401,110 @@ class AdapterStore:
                 for digest in before.shares:
                     _count_down(self._answering, digest)
 
+    # --- files -----------------------------------------------------------------------------------------
+
+    def _path(self, digest: str) -> Path:
+        return self._versions / digest.removeprefix("sha256:")
+
+    @contextmanager
+    def _held(self, digest: str) -> Iterator[bool]:
+        """Let nobody remove a content that is about to get a name. Tells whether it has one already."""
+        with self._counting:
+            self._counting.wait_for(lambda: digest not in self._removing)
+            self._leases[digest] += 1
+            known = digest in self._references
+        try:
+            yield known
+        finally:
+            if self._let_go(digest):
+                self._remove_unused(digest)
+            self._trim()
+
+    def _let_go(self, digest: str) -> bool:
+        """End a lease; whether nobody wants the files any more."""
+        with self._counting:
+            _count_down(self._leases, digest)
+            return digest not in self._leases and digest not in self._references
+
+    def _place(self, staged: Path, digest: str) -> None:
+        """Move staged files to where their digest says, unless the same are there."""
+        size = sum(path.stat().st_size for path in staged.iterdir()) if self._remote else 0
+        with self._placing:
+            with self._counting:
+                self._counting.wait_for(lambda: digest not in self._removing)
+                if digest in self._stored:
+                    return
+            staged.rename(self._path(digest))
+            with self._counting:
+                self._stored[digest] = size
+        sync(self._versions)
+
+    def _fetch_soon(self, digest: str) -> Future[None]:
+        with self._counting:
+            if digest not in self._fetching:
+                self._fetching[digest] = self._fetchers.submit(self._fetch, digest)
+            return self._fetching[digest]
+
+    def _fetch(self, digest: str) -> None:
+        assert self._remote is not None, "without one, whatever can be leased is here"
+        try:
+            with _disk_faults(), self.stage() as staging:
+                if digest in self._stored:  # since it was asked for
+                    return
+                self._remote.get(digest, staging.path)
+                _check_digest(staging.path, digest)
+                _sync_all(staging.path)
+                self._place(staging.path, digest)
+        finally:
+            with self._counting:
+                del self._fetching[digest]
+        self._remove_unused(digest)  # its name may be gone by now
+        self._trim()
+
+    def _trim(self) -> None:
+        """Keep the cache within its bound."""
+        if self._remote is None or self._disk_bytes is None:
+            return
+        with self._counting:
+            excess = sum(self._stored.values()) - self._disk_bytes
+            victims = []
+            for digest, size in self._stored.items():
+                if excess <= 0:
+                    break
+                if digest not in self._leases and digest not in self._removing:
+                    victims.append(digest)
+                    excess -= size
+            for digest in victims:
+                del self._stored[digest]
+            self._removing.update(victims)
+        for digest in victims:
+            self._take_away(digest)
+
     def _remove_unused(self, digest: str) -> None:
         """Remove a version's files unless a name or a lease holds them."""
         with self._counting:
-            if digest in self._references or digest in self._leases or digest not in self._stored:
+            if digest in self._references or digest in self._leases or digest in self._removing:
                 return
-            self._stored.remove(digest)
-        # By way of staging, so that half a directory is never found under a digest.
-        doomed = self._staging / uuid.uuid4().hex
-        self._path(digest).rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+            if self._stored.pop(digest, None) is None and self._remote is None:
+                return
+            self._removing.add(digest)
+        self._take_away(digest, self._remote)
 
-    def _collect(self, digest: str) -> None:
-        with self._changing:
-            self._remove_unused(digest)
+    def _take_away(self, digest: str, remote: Remote | None = None) -> None:
+        """Remove files from here, and from `remote`. By way of staging, so that half a directory is never found."""
+        try:
+            doomed = self._staging / uuid.uuid4().hex
+            with suppress(FileNotFoundError):
+                self._path(digest).rename(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
+            if remote is not None:
+                remote.remove(digest)
+        except RemoteUnavailable as fault:
+            log.warning("the files of %s, which nobody needs, stay in the object store: %s", digest, fault)
+        finally:
+            with self._counting:
+                self._removing.remove(digest)
+                self._counting.notify_all()
 
     def _recover(self) -> None:
         """Read the names, and remove what no name has: unfinished uploads, and versions placed but never named."""
@@ -399,28 +513,23 @@ class AdapterStore:
         sync(self._versions.parent)
         for left in self._staging.iterdir():
             shutil.rmtree(left)
-        self._database.executescript(_SCHEMA)
-        if not any(column[1] == "staged" for column in self._database.execute("PRAGMA table_info(adapter_versions)")):
-            self._database.execute("ALTER TABLE adapter_versions ADD COLUMN staged INTEGER NOT NULL DEFAULT 0")
-        self._stored = {f"sha256:{path.name}" for path in self._versions.iterdir()}
-        rows: dict[tuple[str, str], list[Version]] = {}
-        for tenant, name, digest, created, receipt, staged in self._database.execute(_SELECT):
-            version = Version(tenant, name, digest, self._path(digest), created, json.loads(receipt), bool(staged))
-            rows.setdefault((tenant, name), []).append(version)
-        splits = {
-            (tenant, name): tuple((digest, share) for digest, share in json.loads(split))
-            for tenant, name, split in self._database.execute("SELECT tenant, name, split FROM adapter_splits")
-        }
-        for (tenant, name), versions in rows.items():
-            pointer = Pointer(tuple(versions), splits.get((tenant, name), ()))
-            missing = {pointer.current.digest, *pointer.shares} - self._stored
+        here = sorted(self._versions.iterdir(), key=_age) if self._remote else self._versions.iterdir()
+        self._stored.update((f"sha256:{path.name}", _size(path) if self._remote else 0) for path in here)
+        known: set[str] = set()
+        for pointer in self._kept.load(self._path):
+            owner = pointer.current
+            known.update(version.digest for version in pointer.versions)
+            missing = set() if self._remote else {owner.digest, *pointer.shares} - self._stored.keys()
             if missing:  # nothing here does that; an older version would be a lie
-                log.error("the files of adapter %s (%s) are missing; it is not served", name, ", ".join(missing))
+                log.error("the files of adapter %s (%s) are missing; it is not served", owner.name, ", ".join(missing))
                 continue
-            present = tuple(version for version in versions if version.digest in self._stored)
-            self._point(tenant, name, Pointer(present, pointer.split))
-        for digest in self._stored - {version.digest for versions in rows.values() for version in versions}:
-            self._remove_unused(digest)
+            present = tuple(version for version in pointer.versions if self._remote or version.digest in self._stored)
+            self._point(owner.tenant, owner.name, replace(pointer, versions=present))
+        for digest in self._stored.keys() - known:
+            del self._stored[digest]
+            self._removing.add(digest)
+            self._take_away(digest)  # from here only: another server may be about to name it
+        self._trim()
 
     # Last, because its name hides the type of that name from what follows.
     def list(self, tenant: str) -> list[Version]:
@@ -435,9 +544,34 @@ def _count_down(counter: Counter[str], key: str) -> None:
         del counter[key]
 
 
+def _answering_all(pointers: Collection[Pointer]) -> list[Version]:
+    return list({version.digest: version for pointer in pointers for version in pointer.answering}.values())
+
+
+def _age(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def _size(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.iterdir())
+
+
+def _check_digest(directory: Path, digest: str) -> None:
+    try:
+        found = digest_of(directory)
+    except (AdapterError, ValueError, KeyError, TypeError, FileNotFoundError) as fault:
+        raise DamagedAdapter(f"the object store's files of {digest} are damaged: {fault}") from None
+    if found != digest:
+        raise DamagedAdapter(f"the object store's files of {digest} are damaged: their digest is {found}")
+
+
 def _make_durable(directory: Path, spec: AdapterSpec) -> None:
     """Complete a version's directory with its spec, and see all of it onto the disk."""
     spec.save(directory)
+    _sync_all(directory)
+
+
+def _sync_all(directory: Path) -> None:
     for path in directory.iterdir():
         sync(path)
     sync(directory)

@@ -10,7 +10,7 @@ import json
 import random
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,14 @@ class UnknownAdapter(LookupError):
 
 class AmbiguousDigest(LookupError):
     """Several versions of the name have digests that begin so."""
+
+
+class RemoteUnavailable(Exception):
+    """The object store does not answer, or not to us; worth another try."""
+
+
+class DamagedAdapter(Exception):
+    """What the object store has of a version is not that version."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +67,12 @@ class Pointer:
     Attributes:
         versions: the current one first, then from the newest to the oldest.
         split: (digest, share) pairs that add up to 1; empty: the current version answers everything.
+        pinned: whatever answers for the name stays on the device.
     """
 
     versions: tuple[Version, ...]
     split: tuple[tuple[str, float], ...] = ()
+    pinned: bool = False
 
     @property
     def current(self) -> Version:
@@ -72,6 +82,11 @@ class Pointer:
     def shares(self) -> dict[str, float]:
         """Digest -> share of the requests, for every version that answers any."""
         return dict(self.split) or {self.current.digest: 1.0}
+
+    @property
+    def answering(self) -> list[Version]:
+        """The versions that answer any request."""
+        return [self.version(digest) for digest in self.shares]
 
     @property
     def etag(self) -> str:
@@ -147,13 +162,13 @@ class Pointer:
         split = tuple((digest, share) for digest, share in found.items() if share)
         if len(split) == 1:
             return self.promoted(split[0][0])
-        return Pointer(self.versions, split)
+        return replace(self, split=split)
 
     def promoted(self, digest: str) -> "Pointer":
         """This name with the version of this whole digest current, answering everything."""
         chosen = self.version(digest)
-        live = Version(**{**vars(chosen), "staged": False})
-        return Pointer((live, *(version for version in self.versions if version.digest != chosen.digest)))
+        others = (version for version in self.versions if version.digest != chosen.digest)
+        return replace(self, versions=(replace(chosen, staged=False), *others), split=())
 
 
 def check_name(name: str, *, fine_tuned: bool = False) -> None:

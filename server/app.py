@@ -20,8 +20,9 @@ import uvicorn
 from filelock import FileLock, Timeout
 from starlette.applications import Starlette
 
+from adapters.names import LocalNames
 from adapters.outline import Outline
-from adapters.store import AdapterStore
+from adapters.store import AdapterStore, RemoteUnavailable
 from server import logs
 from server.admission import Admission
 from server.api import (
@@ -35,6 +36,7 @@ from server.api import (
     health,
     merging,
     models,
+    pins,
     tokenize,
     versions,
     vllm,
@@ -79,6 +81,7 @@ def build_app(services: Services) -> Starlette:
         tokenize,
         versions,
         checks,
+        pins,
         merging,
         adapters,
         models,
@@ -130,8 +133,7 @@ def _make_services(settings: Settings, model: Path) -> tuple[Services, LocalEngi
         raise ModelError(str(error)) from None
     metrics = Metrics(settings.metrics_adapters, settings.max_batch_requests)
     engine = LocalEngine(_engine_config(settings, model), metrics.engine_stats)
-    database = sqlite3.connect(settings.data_dir / "adapters.db", isolation_level=None, check_same_thread=False)
-    store = AdapterStore(settings.data_dir / "adapters", database, retain=settings.keep_versions)
+    store = _open_store(settings)
     intake = AdapterIntake(settings, engine, store, metrics, Outline.read(model))
     services = Services(
         settings=settings,
@@ -153,6 +155,28 @@ def _make_services(settings: Settings, model: Path) -> tuple[Services, LocalEngi
         ),
     )
     return services, engine
+
+
+def _open_store(settings: Settings) -> AdapterStore:
+    database = sqlite3.connect(settings.data_dir / "adapters.db", isolation_level=None, check_same_thread=False)
+    local = LocalNames(database)
+    if settings.adapter_store is None:
+        return AdapterStore(settings.data_dir / "adapters", local, retain=settings.keep_versions)
+    from adapters.remote import RemoteStore  # whoever keeps adapters on this disk does not need its library
+
+    if left := sum(1 for _ in local.load(Path)):
+        log.warning("%d adapters under %s are not served: they are not in --adapter-store", left, settings.data_dir)
+    try:
+        remote = RemoteStore(settings.adapter_store)
+        return AdapterStore(
+            settings.data_dir / "adapter-cache",
+            remote,
+            remote=remote,
+            disk_bytes=settings.adapter_disk_bytes,
+            retain=settings.keep_versions,
+        )
+    except (ValueError, RemoteUnavailable) as fault:
+        raise SettingError(f"--adapter-store: {fault}") from None
 
 
 def _engine_config(settings: Settings, model: Path) -> EngineConfig:

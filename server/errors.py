@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ExceptionHandler
 
 from adapters.config import AdapterError
+from adapters.versions import DamagedAdapter, RemoteUnavailable
 from server.engine.client import EngineUnavailable
 
 
@@ -169,6 +170,25 @@ class Draining(Unavailable):
         self.headers["Connection"] = "close"
 
 
+class AdapterStoreUnavailable(Unavailable):
+    """503: the object store that keeps the adapters does not answer; its log line says why."""
+
+    default_code = "adapter_store_unavailable"
+
+    def __init__(self) -> None:
+        super().__init__("The store that keeps the adapters does not answer.", retry_after=5)
+
+
+class AdapterDamaged(LorakeetError):
+    """502: the object store has other files than the adapter's, or none; nothing was served from them."""
+
+    status = 502
+    default_code = "adapter_damaged"
+
+    def __init__(self) -> None:
+        super().__init__("The files of this adapter in the adapter store are damaged or missing; upload it again.")
+
+
 class StorageFull(LorakeetError):
     """507: the disk cannot take it; nothing was kept."""
 
@@ -184,6 +204,10 @@ def as_error(exc: Exception) -> LorakeetError:
             return exc
         case EngineUnavailable():
             return Unavailable(str(exc), retry_after=exc.retry_after)
+        case RemoteUnavailable():
+            return AdapterStoreUnavailable()
+        case DamagedAdapter():
+            return AdapterDamaged()
         case AdapterError():
             return InvalidRequest(str(exc), param=exc.param, code=exc.code)
         case ValidationError():
@@ -213,7 +237,8 @@ async def handle_exception(request: Request, exc: Exception) -> Response:
     return error_response(error)
 
 
-_HANDLED = (LorakeetError, EngineUnavailable, AdapterError, ValidationError, HTTPException)
+_FROM_BELOW = (EngineUnavailable, RemoteUnavailable, DamagedAdapter, AdapterError)
+_HANDLED = (LorakeetError, *_FROM_BELOW, ValidationError, HTTPException)
 EXCEPTION_HANDLERS: dict[Any, ExceptionHandler] = dict.fromkeys(_HANDLED, handle_exception)
 
 

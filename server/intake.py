@@ -10,24 +10,42 @@ import dataclasses
 import errno
 import logging
 import shutil
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
+from anyio import CapacityLimiter, to_thread
 from starlette.concurrency import run_in_threadpool
 
+from adapters.details import device_bytes
 from adapters.fields import shorten
 from adapters.format import CONFIG_NAME, EXTRAS, WEIGHTS_NAME, AdapterError, AdapterSpec, Outline, inspect
-from adapters.store import AdapterStore, Pointer, Staging, UnknownAdapter, Version, check_name
+from adapters.rows import rounded
+from adapters.store import (
+    AdapterStore,
+    DamagedAdapter,
+    Pointer,
+    RemoteUnavailable,
+    Staging,
+    UnknownAdapter,
+    Version,
+    check_name,
+)
 from server.engine.client import EngineClient, EngineUnavailable
-from server.engine.protocol import Ready
-from server.errors import StorageFull
+from server.engine.protocol import AdapterRef, Ready
+from server.errors import Conflict, StorageFull
 from server.logs import FIELDS
 from server.metrics import Metrics
 from server.settings import SettingError, Settings
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _POLL_SECONDS = 0.1
+_RETRY_SECONDS = 10.0  # until the files of a pinned adapter are asked for again
+_CHANGES = 8  # of the store, waiting for a disk or a network at once
+
+T = TypeVar("T")
 
 MAX_CUDA_RANK = 512  # of one adapter in the grouped LoRA kernels
 
@@ -59,6 +77,9 @@ class AdapterIntake:
         self._discovering = asyncio.Lock()
         self._unwanted: dict[str, object] = {}  # name in `adapter_dir` -> signature of the files refused or deleted
         self._background: set[asyncio.Task[None]] = set()
+        self._changes = CapacityLimiter(_CHANGES)
+        self._pinned: dict[str, contextlib.ExitStack] = {}  # digest -> the lease that keeps its files
+        store.check_pins = self._check_pins
         self.upload_slots = asyncio.Semaphore(settings.max_uploads)
         self.pending = bool(settings.adapter)  # adapters of the command line are not all there yet
 
@@ -103,10 +124,10 @@ class AdapterIntake:
         spec = self._with_warnings(spec)
         before = self._shares(tenant, name)
         publish = partial(self._store.publish, tenant, name, staging, spec, fine_tuned=fine_tuned, promote=promote)
-        with disk_faults():
-            version, changed = await run_in_threadpool(publish)
+        version, changed = await self._change(publish)
         if changed:
             _audit(name, "upload" if promote or not before else "stage", before, version.digest)
+            self._renew_pins()
             self._forget_unused(before)
         return version, changed
 
@@ -134,24 +155,41 @@ class AdapterIntake:
         """Undo the last change of the name. Raises what `AdapterStore.roll_back` does, and StorageFull."""
         return await self._repoint("rollback", tenant, name, partial(self._store.roll_back, tenant, name, expected))
 
+    async def pin(self, tenant: str, name: str, pinned: bool) -> Pointer:
+        """Keep whatever the name means on the device, now and later, or no longer.
+
+        Raises UnknownAdapter, StorageFull; Conflict when more would be pinned than may be.
+        """
+        before = self._store.pinned(tenant, name)
+        pointer = await self._change(partial(self._store.pin, tenant, name, pinned))
+        if before != pinned:
+            _audit(name, "pin" if pinned else "unpin", pointer.shares, pointer.etag)
+            self._renew_pins()
+        return pointer
+
     async def _repoint(self, action: str, tenant: str, name: str, change: Callable[[], Pointer]) -> Pointer:
         before = self._shares(tenant, name)
-        with disk_faults():
-            pointer = await run_in_threadpool(change)
+        pointer = await self._change(change)
         if before != pointer.shares:
             _audit(name, action, before, pointer.etag, split=dict(pointer.split) or None)
+            self._renew_pins()
             self._forget_unused(before)
         return pointer
+
+    async def _change(self, change: Callable[[], T]) -> T:
+        """Change the store in a thread that no other work waits for."""
+        with disk_faults():
+            return await to_thread.run_sync(change, limiter=self._changes)
 
     async def delete(self, tenant: str, name: str) -> Version:
         """Take the name away; requests that run keep their version. Raises UnknownAdapter."""
         before = self._shares(tenant, name)
-        with disk_faults():
-            version = await run_in_threadpool(self._store.delete, tenant, name)
+        version = await self._change(partial(self._store.delete, tenant, name))
         if self._settings.adapter_dir is not None:  # or the next request would bring it back
             self._unwanted[name] = await run_in_threadpool(_signature, self._settings.adapter_dir / name)
         self._metrics.adapter_deleted(name)
         _audit(name, "delete", before, None)
+        self._renew_pins()
         self._forget_unused(before)
         return version
 
@@ -163,6 +201,24 @@ class AdapterIntake:
             if not await self.discover(tenant, name):
                 raise
             return self._store.get(tenant, name, digest_prefix)
+
+    async def bring(self, version: Version) -> None:
+        """Wait until a leased version's files are here, for `adapter_store_seconds` at most.
+
+        Raises RemoteUnavailable, DamagedAdapter, StorageFull.
+        """
+        if self._store.has(version):
+            return
+        try:
+            with disk_faults():
+                async with asyncio.timeout(self._settings.adapter_store_seconds):
+                    await self._store.ready(version)
+        except TimeoutError:
+            log.warning("%s took more than --adapter-store-seconds to come from the store", version.digest)
+            raise RemoteUnavailable("its files have not come in time") from None
+        except (RemoteUnavailable, DamagedAdapter) as fault:
+            log.warning("adapter %s (%s) cannot be served: %s", version.name, version.digest, fault)
+            raise
 
     async def discover(self, tenant: str, name: str) -> bool:
         """Look for an unknown name in `adapter_dir`; whether it is in the store now."""
@@ -183,10 +239,11 @@ class AdapterIntake:
         """
         while self._engine.info is None:  # noqa: ASYNC110 - the engine's interface has no event
             await asyncio.sleep(_POLL_SECONDS)
+        self._renew_pins()
         for name, directory in self._settings.adapter_directories.items():
             try:
                 version, changed = await self.import_directory(tenant, name, directory)
-            except (AdapterError, OSError) as error:
+            except (AdapterError, OSError, RemoteUnavailable) as error:
                 raise SettingError(f"--adapter {name}: {error}") from None
             log.info("adapter %s is %s%s", name, version.digest, "" if changed else " (unchanged)")
         self.pending = False
@@ -202,7 +259,7 @@ class AdapterIntake:
             return False
         try:
             await self.import_directory(tenant, name, directory)
-        except (AdapterError, OSError, StorageFull) as error:
+        except (AdapterError, OSError, StorageFull, Conflict, RemoteUnavailable) as error:
             self._unwanted[name] = signature  # until its files change
             log.warning("--adapter-dir: %s is not served: %s", name, error)
             return False
@@ -232,9 +289,92 @@ class AdapterIntake:
         """
         for digest in digests:
             if not self._store.answers(digest):
-                task = asyncio.create_task(self._engine.forget(digest))
-                self._background.add(task)
-                task.add_done_callback(self._background.discard)
+                self._in_background(self._engine.forget(digest))
+
+    # --- pins ------------------------------------------------------------------------------------------
+
+    def _renew_pins(self) -> None:
+        """Lease what is pinned now, and tell the engine; what is not here yet follows when it has been fetched."""
+        versions = self._store.pinned_versions()
+        base = self._engine.info
+        if base is None or not (versions or self._pinned):  # when the first engine is up, all this follows
+            return
+        fitting = _fitting(versions, self._room_for_pins(base))
+        for version in versions[len(fitting) :]:
+            log.warning("%s is pinned beyond --adapter-pinned-bytes; it may be evicted", version.name)
+        wanted = {version.digest: version for version in fitting}
+        for digest in self._pinned.keys() - wanted.keys():
+            self._pinned.pop(digest).close()
+        here = []
+        for digest, version in wanted.items():
+            if digest not in self._pinned:
+                held = contextlib.ExitStack()
+                with contextlib.suppress(UnknownAdapter):  # removed this very moment: another change follows
+                    held.enter_context(self._store.lease(version))
+                    self._pinned[digest] = held
+                    if not self._store.has(version):
+                        self._in_background(self._bring_pinned(version))
+            if digest in self._pinned and self._store.has(version):
+                here.append(AdapterRef(digest=digest, path=str(version.path)))
+        self._engine.pin(here)
+        size = sum(device_bytes(version.receipt["rows"], base.linears) for version in fitting)
+        self._metrics.pinned(len(fitting), size)
+
+    async def _bring_pinned(self, version: Version) -> None:
+        while version.digest in self._pinned:
+            try:
+                await self.bring(version)
+            except (RemoteUnavailable, DamagedAdapter, StorageFull):
+                await asyncio.sleep(_RETRY_SECONDS)
+            else:
+                self._renew_pins()
+                return
+
+    def _check_pins(self, versions: list[Version]) -> None:
+        """Raises Conflict when these are too much to be pinned together."""
+        room = self._room_for_pins(self.base)
+        fitting = _fitting(versions, room)
+        if len(fitting) < len(versions):
+            excess = _units([*fitting, versions[len(fitting)]])
+            kind = next(kind for kind in excess if excess[kind] > room.get(kind, 0))
+            raise Conflict(
+                f"Pinned adapters would take {excess[kind]} rows of {kind} on the device, and may take "
+                f"{room.get(kind, 0)} (--adapter-pinned-bytes). Unpin one.",
+                param="name",
+                code="pin_limit",
+            )
+
+    def _room_for_pins(self, base: Ready) -> dict[str, int]:
+        """Row units per kind that pinned adapters may take: as large a share of each as of all the memory."""
+        total = device_bytes({kind: units for kind, units in base.pool_rows.items() if kind != EXTRAS}, base.linears)
+        allowed = self._settings.adapter_pinned_bytes
+        share = 0.5 if allowed is None else min(1.0, allowed / max(total, 1))
+        return {kind: int(units * share) for kind, units in base.pool_rows.items()}
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+
+def _units(versions: Iterable[Version]) -> Counter[str]:
+    """Row units per kind that these take together."""
+    needed: Counter[str] = Counter()
+    for version in versions:
+        needed.update({kind: rounded(units) for kind, units in version.receipt["rows"].items()})
+    return needed
+
+
+def _fitting(versions: Iterable[Version], room: Mapping[str, int]) -> list[Version]:
+    """As many of the first versions as fit together."""
+    fitting: list[Version] = []
+    needed: Counter[str] = Counter()
+    for version in versions:
+        needed += _units([version])
+        if any(units > room.get(kind, 0) for kind, units in needed.items()):
+            break
+        fitting.append(version)
+    return fitting
 
 
 def _audit(name: str, action: str, before: Mapping[str, float], after: str | None, **more: object) -> None:

@@ -180,6 +180,8 @@ class Metrics:
         self._waiting = self._gauge("num_requests_waiting", "Sequences waiting for a place in the batch")
         self._kv_usage = self._gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1")
         self._engine_up = self._gauge("engine_up", "1 while there is an engine process, else 0")
+        self._pinned = self._gauge("num_pinned_lora_adapters", "Adapter versions that stay on the device")
+        self._pinned_bytes = self._gauge("pinned_lora_adapter_bytes", "Device memory of pinned adapters")
         self._prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
         self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache")
         self._preemptions = self._counter("num_preemptions", "Sequences put back to be recomputed")
@@ -201,6 +203,11 @@ class Metrics:
         )
         for reason in get_args(FinishedReason):
             self.success.labels(reason)
+
+    def pinned(self, versions: int, size: int) -> None:
+        """How many adapter versions are pinned, and the bytes that they take on the device."""
+        self._pinned.set(versions)
+        self._pinned_bytes.set(size)
 
     def request(self, *adapters: tuple[str, str]) -> "RequestMetrics":
         """Start the clock of one sequence. `adapters`: (name, digest) of every stored version that it uses."""

@@ -238,6 +238,14 @@ class Settings:
         maximum=2**50,
         shown="4GiB",
     )
+    adapter_pinned_bytes: int | None = _setting(
+        None,
+        "How much of --adapter-bytes pinned adapters may take.",
+        parse=parse_size,
+        minimum=0,
+        maximum=2**50,
+        shown="half of it",
+    )
     max_batch_tokens: int | None = _setting(
         None,
         "Most tokens in one step: decodes first, then pieces of prompts.",
@@ -288,6 +296,28 @@ class Settings:
         parse=_integer,
         minimum=1,
         maximum=1000,
+    )
+
+    adapter_store: str | None = _setting(
+        None,
+        "Object store that keeps the adapters: s3://BUCKET/PREFIX, gs://, az:// or file:///DIR. Credentials and "
+        "endpoint are read from its provider's variables (AWS_ENDPOINT_URL, ...).",
+        shown="none: they are kept under --data-dir",
+    )
+    adapter_disk_bytes: int = _setting(
+        16 * GIB,
+        "With --adapter-store, disk for adapters that are used; those in use and pinned ones stay beyond it.",
+        parse=parse_size,
+        minimum=0,
+        maximum=2**50,
+        shown="16GiB",
+    )
+    adapter_store_seconds: float = _setting(
+        60.0,
+        "How long a request waits for its adapter to come from --adapter-store; beyond it, 503.",
+        parse=_number,
+        minimum=0.1,
+        maximum=3600,
     )
 
     # --- fine-tuning

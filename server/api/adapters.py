@@ -40,14 +40,17 @@ async def upload(request: Request) -> Response:
                 version, changed = await services.intake.admit(TENANT, name, staging, promote=promote)
     finally:
         services.intake.upload_slots.release()
-    return JSONResponse(receipt(version), status_code=201 if changed else 200, headers=_digest_header(version))
+    body = receipt(services.store, version)
+    return JSONResponse(body, status_code=201 if changed else 200, headers=_digest_header(version))
 
 
 async def list_adapters(request: Request) -> Response:
     """Every adapter's receipt, by name; all of them, unless `limit` and `after` ask for a page."""
-    versions = services_of(request).store.list(TENANT)
+    store = services_of(request).store
+    versions = store.list(TENANT)
     part, more = window(request, [version.name for version in versions])
-    return JSONResponse({"object": "list", "data": [receipt(version) for version in versions[part]], "has_more": more})
+    data = [receipt(store, version) for version in versions[part]]
+    return JSONResponse({"object": "list", "data": data, "has_more": more})
 
 
 async def get_adapter(request: Request) -> Response:
@@ -56,13 +59,14 @@ async def get_adapter(request: Request) -> Response:
     try:
         pointer = services.store.pointer(TENANT, version.name)
         with services.store.lease(version):
+            await services.intake.bring(version)
             base = services.engine.info
             details = await run_in_threadpool(details_of, version.path, base.linears if base else None)
     except UnknownAdapter:  # deleted this very moment
         raise unknown_adapter(version.name) from None
     more = {"versions": [other.digest for other in pointer.versions], "split": dict(pointer.split) or None}
     headers = {**_digest_header(version), "ETag": f'"{pointer.etag}"'}
-    return JSONResponse(receipt(version) | details | more, headers=headers)
+    return JSONResponse(receipt(services.store, version) | details | more, headers=headers)
 
 
 async def delete_adapter(request: Request) -> Response:
@@ -77,21 +81,22 @@ async def delete_adapter(request: Request) -> Response:
 
 async def get_config(request: Request) -> Response:
     """The adapter_config.json as it was uploaded."""
-    return _StoredFile(services_of(request).store, await _find(request), CONFIG_NAME, "application/json")
+    return _StoredFile(services_of(request), await _find(request), CONFIG_NAME, "application/json")
 
 
 async def get_weights(request: Request) -> Response:
     """The adapter_model.safetensors as it was uploaded."""
-    return _StoredFile(services_of(request).store, await _find(request), WEIGHTS_NAME, "application/octet-stream")
+    return _StoredFile(services_of(request), await _find(request), WEIGHTS_NAME, "application/octet-stream")
 
 
-def receipt(version: Version) -> dict[str, Any]:
-    """What an owner wants to check after an upload: that it is the adapter, and all of it."""
+def receipt(store: AdapterStore, version: Version) -> dict[str, Any]:
+    """What an owner wants to check after an upload: that it is the adapter, and all of it. And whether it is pinned."""
     return {
         "object": "adapter",
         "name": version.name,
         "digest": version.digest,
         "created_at": int(version.created),
+        "pinned": store.pinned(version.tenant, version.name),
         **version.receipt,
     }
 
@@ -148,8 +153,8 @@ def _digest_header(version: Version) -> dict[str, str]:
 class _StoredFile(Response):
     """A file of a version, which stays on disk until it has been sent, whatever happens to the name meanwhile."""
 
-    def __init__(self, store: AdapterStore, version: Version, filename: str, media_type: str) -> None:
-        self._store = store
+    def __init__(self, services: Services, version: Version, filename: str, media_type: str) -> None:
+        self._services = services
         self._version = version
         headers = {**_digest_header(version), "ETag": f'"{version.digest}"', "Accept-Ranges": "none"}
         self._file = FileResponse(version.path / filename, media_type=media_type, filename=filename, headers=headers)
@@ -158,7 +163,8 @@ class _StoredFile(Response):
         # Always the whole file: starlette words a faulty Range in an error shape of its own.
         whole = {**scope, "headers": [(name, value) for name, value in scope["headers"] if name != b"range"]}
         try:
-            with self._store.lease(self._version):
+            with self._services.store.lease(self._version):
+                await self._services.intake.bring(self._version)
                 await self._file(whole, receive, send)
         except UnknownAdapter:  # deleted this very moment
             raise unknown_adapter(self._version.name) from None

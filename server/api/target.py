@@ -151,4 +151,6 @@ async def hold(services: Services, asked: str, param: str, user: str | None, hel
         except AmbiguousDigest:
             raise Conflict(f"Several versions of `{name}` start with {prefix}.", param=param) from None
         with suppress(UnknownAdapter):  # removed in this very moment: look again
-            return held.enter_context(services.store.lease(version))
+            held.enter_context(services.store.lease(version))
+            await services.intake.bring(version)
+            return version

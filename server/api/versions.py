@@ -35,7 +35,7 @@ async def list_versions(request: Request) -> Response:
     """Every retained version of a name, the current one first, with its share of the requests."""
     name = await _name(request)
     try:
-        return _answer(services_of(request).store.pointer(TENANT, name))
+        return _answer(request, services_of(request).store.pointer(TENANT, name))
     except UnknownAdapter:  # deleted this very moment
         raise unknown_adapter(name) from None
 
@@ -47,8 +47,8 @@ async def promote(request: Request) -> Response:
     intake, expected = services_of(request).intake, _expected(request)
     if body.split is None:
         assert body.digest is not None
-        return _answer(await _changed(intake.promote(TENANT, name, body.digest, expected), "digest"))
-    return _answer(await _changed(intake.divide(TENANT, name, body.split, expected), "split"))
+        return _answer(request, await _changed(intake.promote(TENANT, name, body.digest, expected), "digest"))
+    return _answer(request, await _changed(intake.divide(TENANT, name, body.split, expected), "split"))
 
 
 async def roll_back(request: Request) -> Response:
@@ -59,7 +59,7 @@ async def roll_back(request: Request) -> Response:
         pointer = await _changed(intake.roll_back(TENANT, name, _expected(request)), "name")
     except NotFound as error:
         raise Conflict(error.message, param="name", code="no_previous_version") from None
-    return _answer(pointer)
+    return _answer(request, pointer)
 
 
 async def _name(request: Request) -> str:
@@ -94,10 +94,10 @@ def _expected(request: Request) -> frozenset[str] | None:
     return frozenset(tag.strip().strip('"') for tag in given.split(","))
 
 
-def _answer(pointer: Pointer) -> Response:
-    shares = pointer.shares
+def _answer(request: Request, pointer: Pointer) -> Response:
+    store, shares = services_of(request).store, pointer.shares
     data = [
-        receipt(version)
+        receipt(store, version)
         | {
             "current": version is pointer.current,
             "staged": version.staged,

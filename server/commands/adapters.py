@@ -1,4 +1,4 @@
-"""`lorakeet push`, `pull`, `list` and `rm`: adapters of a running server, from and to PEFT directories."""
+"""`lorakeet push`, `pull`, `list`, `rm`, `pin`, `unpin`: adapters of a running server, from and to PEFT directories."""
 
 from pathlib import Path
 from typing import Annotated
@@ -98,6 +98,7 @@ def list_adapters(url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
     table.add_column("DIGEST", no_wrap=True)
     for heading in ("RANK", "MODULES", "PARAMETERS", "SIZE"):
         table.add_column(heading, justify="right")
+    table.add_column("PINNED")
     for adapter in adapters:
         table.add_row(
             adapter["name"],
@@ -106,6 +107,7 @@ def list_adapters(url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
             str(adapter["modules_matched"]),
             f"{adapter['parameters']:,}",
             _size(adapter["bytes"]),
+            "yes" if adapter["pinned"] else "",
         )
     Console().print(table if adapters else "No adapters yet; `lorakeet push NAME DIR` uploads one.")
 
@@ -120,6 +122,20 @@ def remove(
         for name in names:
             checked(client.delete(adapter_path(name)))
             Console().print(f"{name} is gone", highlight=False)
+
+
+def pin(name: Name, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
+    """Keep an adapter on the device, and whatever takes over its name."""
+    with connect(url, api_key) as client:
+        answer = checked(client.post(adapter_path(name, "pin"))).json()
+    Console().print(f"{name} is pinned: {_size(answer['bytes_on_device'])} of the device", highlight=False)
+
+
+def unpin(name: Name, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
+    """Let an adapter leave the device when others need the room."""
+    with connect(url, api_key) as client:
+        checked(client.delete(adapter_path(name, "pin")))
+    Console().print(f"{name} is no longer pinned", highlight=False)
 
 
 def _progress() -> Progress:

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -91,6 +91,9 @@ class EngineClient(Protocol):
     async def warm(self, adapter: AdapterRef) -> float:
         """Make the adapter resident; returns the seconds it took."""
 
+    def pin(self, adapters: Sequence[AdapterRef]) -> None:
+        """Keep these adapters, and no others, on the device, across restarts of the engine."""
+
     async def forget(self, digest: str) -> None:
         """Drop the adapter's rows and host copy once unused."""
 
@@ -158,6 +161,7 @@ class LocalEngine:
         self._stall_seconds = stall_seconds
         self._give_up_after = give_up_after
         self._info: Ready | None = None
+        self._pinned: list[AdapterRef] = []
         self._reason: str | None = "the engine has not been started"
         self._last_word = time.monotonic()
         self._deaths = 0
@@ -212,6 +216,10 @@ class LocalEngine:
         if done.error is not None:
             raise AdapterLoadFailed(done.error, done.code or "adapter_load_failed")
         return done.seconds
+
+    def pin(self, adapters: Sequence[AdapterRef]) -> None:
+        self._pinned = list(adapters)
+        self._send_soon(protocol.Pin(self._pinned))
 
     async def forget(self, digest: str) -> None:
         # A dead engine has forgotten everything already.
@@ -396,6 +404,7 @@ class LocalEngine:
                 case protocol.Ready():
                     self._info = message
                     self._reason = None
+                    self._send_soon(protocol.Pin(self._pinned))
                 case protocol.Done() | MergeReport() | protocol.Inspection() | MemoryPlan():
                     if isinstance(message, MergeReport):
                         self._merges[message.digest] = message

@@ -222,6 +222,10 @@ class Engine:
         self.residency.register(request.adapter.digest, request.adapter.path)
         self._warming.append((request, time.monotonic()))
 
+    def pin(self, request: protocol.Pin) -> None:
+        """Keep these adapters on the device, and no longer those of the request before."""
+        self.residency.pin({adapter.digest: adapter.path for adapter in request.adapters})
+
     def forget(self, request: protocol.Forget) -> None:
         """Drop an adapter, and its merge, once unused."""
         self.merges.forget(request.digest)

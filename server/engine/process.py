@@ -92,6 +92,8 @@ class Loop:
                 self._engine.abort(message.id)
             case protocol.Warm():
                 self._engine.warm(message)
+            case protocol.Pin():
+                self._engine.pin(message)
             case protocol.Forget():
                 self._engine.forget(message)
             case protocol.Merge():

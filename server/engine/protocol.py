@@ -103,6 +103,12 @@ class Warm(_Message):
     adapter: AdapterRef
 
 
+class Pin(_Message):
+    """These adapters, and no others, stay on the device from now on."""
+
+    adapters: list[AdapterRef]
+
+
 class Forget(_Message):
     """The adapter's name is gone: drop its rows and host copy once no sequence uses it; answered by `Done`."""
 
@@ -278,7 +284,7 @@ class Fatal(_Message):
     retry: bool = True
 
 
-Request = Generate | Abort | Warm | Forget | Merge | Unmerge | Inspect | Drain | JobRequest
+Request = Generate | Abort | Warm | Pin | Forget | Merge | Unmerge | Inspect | Drain | JobRequest
 Reply = Ready | Step | Done | MergeReport | Inspection | Fatal | JobReply | MemoryPlan
 
 encode = msgspec.msgpack.Encoder().encode

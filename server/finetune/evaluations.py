@@ -195,6 +195,7 @@ class Evaluations:
                     digest = evaluation.digest.removeprefix("sha256:")
                     version = self._store.get(evaluation.tenant, evaluation.adapter, digest)
                     held.enter_context(self._store.lease(version))
+                    await self._store.ready(version)
                 except UnknownAdapter:
                     message = f"The adapter {evaluation.adapter} no longer has that version."
                     raise JobFailedError("adapter_not_found", message, "model") from None

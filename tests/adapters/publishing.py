@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.format import CONFIG_NAME, WEIGHTS_NAME, AdapterSpec, LoraModule
+from adapters.names import LocalNames
 from adapters.store import AdapterStore, Version
 
 
@@ -22,7 +23,7 @@ class Box:
 
     def _open(self) -> None:
         self.database = sqlite3.connect(self.root / "test.db", isolation_level=None, check_same_thread=False)
-        self.store = AdapterStore(self.root / "adapters", self.database, **self._options)
+        self.store = AdapterStore(self.root / "adapters", LocalNames(self.database), **self._options)
 
     def again(self) -> AdapterStore:
         self.database.close()

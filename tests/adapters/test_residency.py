@@ -125,6 +125,65 @@ def test_the_host_tier_is_bounded_in_bytes() -> None:
     fixture.residency.close()
 
 
+def put_on_device(tiers: Fixture, *names: str) -> None:
+    for name in names:
+        assert tiers.settle(key(name)) == "ready"
+        tiers.residency.release(key(name))
+
+
+def on_device(tiers: Fixture) -> set[str]:
+    return {entry.digest for entry in tiers.residency.resident() if entry.tier == "device"}
+
+
+def come_to_rest(tiers: Fixture) -> None:
+    tiers.residency.poll()
+    while tiers.residency.loading:
+        tiers.residency.poll()
+
+
+def test_a_pinned_adapter_comes_by_itself_and_stays(tiers: Fixture) -> None:
+    tiers.residency.pin({"a": "4"})
+    come_to_rest(tiers)
+    assert on_device(tiers) == {"a"}
+    put_on_device(tiers, "b", "c", "b", "c")
+    assert on_device(tiers) == {"a", "c"}
+    assert "a" not in tiers.residency.evictions
+    tiers.residency.pin({})
+    put_on_device(tiers, "b", "big")
+    assert on_device(tiers) == {"big"}
+
+
+def test_a_pin_gives_way_only_to_what_could_not_run_beside_it_and_comes_back(tiers: Fixture) -> None:
+    tiers.residency.pin({"a": "4"})
+    come_to_rest(tiers)
+    assert tiers.settle(key("b")) == "ready"
+    assert tiers.settle(key("c")) == "full", "it fits beside the pin, so it waits for those in use"
+    tiers.residency.release(key("b"))
+    assert tiers.settle(key("big")) == "ready", "it never fits beside the pin"
+    come_to_rest(tiers)
+    assert on_device(tiers) == {"big"}
+    tiers.residency.release(key("big"))
+    come_to_rest(tiers)
+    assert on_device(tiers) == {"a"}
+
+
+def test_pins_that_do_not_fit_together_do_not_push_each_other_out(tiers: Fixture) -> None:
+    tiers.residency.pin({"a": "4", "b": "4", "c": "4"})
+    for _ in range(3):
+        come_to_rest(tiers)
+    assert on_device(tiers) == {"a", "b"}
+    assert tiers.residency.evictions == []
+
+
+def test_a_pinned_adapter_that_cannot_be_read_is_not_read_for_ever(tiers: Fixture) -> None:
+    tiers.residency.pin({"x": "bad"})
+    come_to_rest(tiers)
+    tiers.residency.poll()
+    assert not tiers.residency.loading
+    assert tiers.settle(key("x")) == "failed"
+    assert "gone" in tiers.residency.error(key("x"))
+
+
 class TiersMachine(RuleBasedStateMachine):
     """Any order of acquire, release and forget: references hold, and the rows add up."""
 
@@ -155,6 +214,10 @@ class TiersMachine(RuleBasedStateMachine):
     @rule(name=st.sampled_from("abcd"))
     def forget(self, name: str) -> None:
         self.fixture.residency.forget(name)
+
+    @rule(names=st.sets(st.sampled_from("abcd")))
+    def pin(self, names: set[str]) -> None:
+        self.fixture.residency.pin({name: str(self.ranks[name]) for name in sorted(names)})
 
     @invariant()
     def adds_up(self) -> None:

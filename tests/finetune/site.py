@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 from msgspec.structs import replace
 
+from adapters.names import LocalNames
 from adapters.store import AdapterStore
 from server.admission import Admission
 from server.app import build_app
@@ -93,7 +94,7 @@ class TuningSite:
         self.engine = engine
         self.settings = Settings(**({"data_dir": root, "served_model_name": "tiny", "max_training_jobs": 1} | settings))
         self._database = sqlite3.connect(root / "adapters.db", isolation_level=None, check_same_thread=False)
-        self.store = AdapterStore(root / "adapters", self._database)
+        self.store = AdapterStore(root / "adapters", LocalNames(self._database))
         self.metrics = Metrics()
         self.text = TextProcessor(_tokenizer().backend_tokenizer, ChatTemplate(CHAT_TEMPLATE, {}))
         intake = AdapterIntake(self.settings, engine, self.store, self.metrics)

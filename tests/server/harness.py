@@ -3,7 +3,7 @@
 import json
 import re
 import sqlite3
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from safetensors.numpy import save as save_safetensors
 from starlette.applications import Starlette
 from starlette.routing import Route
 
+from adapters.names import LocalNames
 from adapters.store import AdapterStore
 from server.admission import Admission
 from server.app import build_app
@@ -62,6 +63,7 @@ class IdleEngine:
         self.pid: int | None = info.pid if info else None
         self.unready_reason: str | None = None if info else "the engine is loading the model"
         self.forgotten: list[str] = []
+        self.pinned: list[str] = []
 
     async def generate(self, request: Generate) -> AsyncIterator[Output]:
         raise EngineUnavailable("this engine serves nothing")
@@ -69,6 +71,9 @@ class IdleEngine:
 
     async def warm(self, adapter: AdapterRef) -> float:
         return 0.0
+
+    def pin(self, adapters: Sequence[AdapterRef]) -> None:
+        self.pinned = [adapter.digest for adapter in adapters]
 
     async def forget(self, digest: str) -> None:
         self.forgotten.append(digest)
@@ -123,7 +128,7 @@ class Site:
         self.settings = Settings(data_dir=root, **settings)
         self.metrics = Metrics(max_lora=self.settings.max_batch_requests)
         self._database = sqlite3.connect(root / "store.db", check_same_thread=False, isolation_level=None)
-        self.store = AdapterStore(root / "store", self._database)
+        self.store = AdapterStore(root / "store", LocalNames(self._database))
         self.intake = AdapterIntake(self.settings, self.engine, self.store, self.metrics)
         self.drain = Drain()
         self.text = cast("Any", None)  # none of these routes reads text

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 from starlette.applications import Starlette
 
+from adapters.names import LocalNames
 from adapters.store import AdapterStore
 from server.admission import Admission
 from server.app import build_app
@@ -57,6 +58,7 @@ class ScriptedEngine(IdleEngine):
         self.pid = 4242
         self.unready_reason = None
         self.forgotten = []
+        self.pinned = []
 
     async def generate(self, request: Generate) -> AsyncGenerator[Output, None]:
         self.requests.append(request)
@@ -138,7 +140,7 @@ class Served:
 def make_services(directory: Path, engine: ScriptedEngine, database: sqlite3.Connection, **settings: Any) -> Services:
     """Services around a scripted engine."""
     chosen = Settings(**({"served_model_name": BASE, "data_dir": directory} | settings))
-    store = AdapterStore(directory / "adapters", database)
+    store = AdapterStore(directory / "adapters", LocalNames(database))
     metrics = Metrics(chosen.metrics_adapters)
     text = TextProcessor(_tokenizer().backend_tokenizer, ChatTemplate(CHAT_TEMPLATE, {}))
     intake = AdapterIntake(chosen, engine, store, metrics)
