@@ -54,7 +54,7 @@ bench: $(STAMP) ## the whole CPU table, beside every peer that is installed; kep
 
 # The environment where there is one, else whatever Python the machine has: it may have no network.
 gpu: ## on a machine with an NVIDIA GPU: its tests and benchmarks, a verdict per line; kept under loadtest/results
-	$(or $(PYTHON),$(firstword $(wildcard $(BIN)/python) python3)) -m loadtest.gpu
+	$(or $(PYTHON),$(firstword $(wildcard $(BIN)/python) python3)) -m loadtest.gpu $(ARGS)
 
 demo: $(STAMP) ## serve, fine-tune on the example orders and compare with the base, in a few minutes
 	$(BIN)/python docs/demo/demo.py

@@ -9,9 +9,17 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import re2
-
-from adapters.fields import ALL_LINEAR, FIELDS, AdapterError, Json, compile_regex, shorten, show, strict_json
+from adapters.fields import (
+    ALL_LINEAR,
+    FIELDS,
+    AdapterError,
+    Json,
+    compile_regex,
+    forget_regexes,
+    shorten,
+    show,
+    strict_json,
+)
 
 __all__ = ["FIELDS", "MAX_CONFIG_BYTES", "AdapterConfig", "AdapterError", "parse_config"]
 
@@ -90,7 +98,7 @@ class AdapterConfig:
             rank = ranks.get(module, self.r)
             alpha = alphas.get(module, self.lora_alpha)
             found[module] = (rank, alpha / math.sqrt(rank) if self.use_rslora else alpha / rank)
-        re2.purge()  # its cache would keep a client's automata, megabytes each
+        forget_regexes()
         return found
 
     def _select(self, modules: Collection[str], linears: Collection[str]) -> list[str]:

@@ -10,9 +10,8 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, TypeAlias
-
-import re2
 
 MAX_RANK = 1 << 16
 MAX_ALPHA = 1_000_000
@@ -293,10 +292,24 @@ def _patterns(parse_value: Parse) -> Parse:
     return parse
 
 
+@cache
+def _re2() -> Any:
+    import re2  # not before a pattern is there: an engine that is only measured does without
+
+    return re2
+
+
+def forget_regexes() -> None:
+    """Empty RE2's cache, which would keep a client's automata, megabytes each."""
+    if _re2.cache_info().currsize:
+        _re2().purge()
+
+
 def compile_regex(name: str, pattern: str, *, suffix: bool = False) -> Any:
     """The compiled pattern; with `suffix` it may also match the end of a dotted name only."""
     if len(pattern) > MAX_REGEX_CHARACTERS:
         raise AdapterError(f"{name} has a pattern of more than {MAX_REGEX_CHARACTERS} characters", name)
+    re2 = _re2()
     options = re2.Options()
     options.log_errors = False
     options.never_capture = True  # without captures RE2 needs only its automaton, a hundred times faster at worst

@@ -28,7 +28,6 @@ from loadtest import (
     drive,
     kernels,
     machine,
-    peers,
     readme,
     registered,
     report,
@@ -39,6 +38,7 @@ from loadtest.client import Client, Timeline
 from loadtest.compare import compare as run_comparison
 from loadtest.peers.base import Kit, SideError
 from loadtest.peers.lorakeet import executable, upload_adapter
+from loadtest.peers.registry import RECIPES, SIDES
 from loadtest.scenario import Closed, Scenario, ScenarioError, load_scenario
 from loadtest.workload import plan
 
@@ -158,7 +158,7 @@ Out = Annotated[Path | None, typer.Option(help="Write PREFIX.json and PREFIX.md.
 
 @app.command()
 def compare(
-    side: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(peers.SIDES)} [default: all].")] = None,
+    side: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(SIDES)} [default: all].")] = None,
     case: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(cases.NAMES)} [default: all].")] = None,
     model_dir: ModelDir = None,
     rounds: Rounds = 3,
@@ -258,7 +258,7 @@ def _compare(
     cell_seconds: float,
     output_tokens: int | None,
 ) -> dict[str, Any]:
-    for chosen, known in ((side_names, list(peers.SIDES)), (case_names, cases.NAMES)):
+    for chosen, known in ((side_names, list(SIDES)), (case_names, cases.NAMES)):
         if unknown := [name for name in chosen or [] if name not in known]:
             raise typer.BadParameter(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
     circumstances = machine.describe()
@@ -270,7 +270,7 @@ def _compare(
         kit = _kit(Path(folder), model, machine_threads=circumstances["cores"])
         result = asyncio.run(
             run_comparison(
-                [peers.SIDES[name]() for name in chosen_sides],
+                [SIDES[name]() for name in chosen_sides],
                 chosen_cases,
                 kit,
                 rounds=rounds,
@@ -313,17 +313,17 @@ def _show(result: dict[str, Any], out: Path | None) -> None:
 @peers_app.command("list")
 def list_peers() -> None:
     """Which sides can run here."""
-    for name, side in peers.SIDES.items():
+    for name, side in SIDES.items():
         typer.echo(f"{name:16} {side().missing() or 'ready'}")
 
 
 @peers_app.command("install")
-def install_peer(name: Annotated[str, typer.Argument(help=f"One of {', '.join(peers.RECIPES)}.")]) -> None:
+def install_peer(name: Annotated[str, typer.Argument(help=f"One of {', '.join(RECIPES)}.")]) -> None:
     """Install one peer, anew if it is there."""
-    if name not in peers.RECIPES:
-        raise typer.BadParameter(f"one of {', '.join(peers.RECIPES)}")
+    if name not in RECIPES:
+        raise typer.BadParameter(f"one of {', '.join(RECIPES)}")
     with notes.status(f"installing {name}; this takes minutes"):
-        peers.RECIPES[name]()
+        RECIPES[name]()
     typer.echo(f"{name}: installed")
 
 

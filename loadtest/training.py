@@ -5,20 +5,18 @@ of the machine meets all alike. Medians of the rounds are compared.
 """
 
 import contextlib
-import json
-import os
 import statistics
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-OURS = [sys.executable, "-m", "server.finetune.training.bench"]
-PEFT = [sys.executable, "-m", "loadtest.peers.peft_training"]
+from loadtest.workers import worker
+
+OURS = "server.finetune.training.bench"
+PEFT = "loadtest.peers.peft_training"
 RANK = 16
 WIDE: dict[str, Any] = {"batch_size": 4, "length": 128, "micro_batch_tokens": 512}
 NARROW: dict[str, Any] = {"batch_size": 4, "length": 32, "micro_batch_tokens": 32}
@@ -29,7 +27,7 @@ class Configuration:
     """One row: what runs, and what it measured so far."""
 
     name: str
-    command: list[str]
+    module: str
     settings: dict[str, Any]
     speeds: list[float] = field(default_factory=list)  # tokens per second, one a round
     peak: int = 0  # bytes above the base
@@ -62,10 +60,11 @@ def run(model: Path, cache_dir: Path, *, threads: int, rounds: int, steps: int) 
     rows = configurations()
     common = {"model": str(model), "cache_dir": str(cache_dir), "threads": threads, "rank": RANK}
     with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(_worker(row, common)) for row in rows]
+        environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        workers = [stack.enter_context(worker(row.module, common | row.settings, environment)) for row in rows]
         for round_ in range(rounds + 1):
-            for row, worker in zip(rows, workers, strict=True):
-                answer = _ask(worker, {"steps": steps})
+            for row, (ask, _) in zip(rows, workers, strict=True):
+                answer = ask({"steps": steps})
                 if round_:  # the first warms up
                     row.speeds.append(len(answer["seconds"]) * answer["tokens"] / sum(answer["seconds"]))
                 row.peak = max(row.peak, answer["peak"])
@@ -112,37 +111,3 @@ def table(result: dict[str, Any]) -> Table:
     for row in result["rows"]:
         shown.add_row(row["name"], f"{row['tokens_per_second']:.0f}", f"{row['peak'] / 2**20:.0f} MiB")
     return shown
-
-
-@contextlib.contextmanager
-def _worker(row: Configuration, common: dict[str, Any]) -> Iterator["subprocess.Popen[str]"]:
-    """A configuration's process, its base loaded."""
-    threads = str(common["threads"])
-    process = subprocess.Popen(
-        row.command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"},
-    )
-    try:
-        _ask(process, common | row.settings)
-        yield process
-    finally:
-        process.kill()
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                pipe.close()
-
-
-def _ask(process: "subprocess.Popen[str]", message: dict[str, Any]) -> Any:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write(json.dumps(message) + "\n")
-    process.stdin.flush()
-    answer = process.stdout.readline()
-    if not answer:
-        raise RuntimeError(f"{' '.join(process.args if isinstance(process.args, list) else [])} ended")
-    return json.loads(answer)

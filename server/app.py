@@ -133,7 +133,7 @@ def _make_services(settings: Settings, model: Path) -> tuple[Services, LocalEngi
         raise ModelError(str(error)) from None
     metrics = Metrics(settings.metrics_adapters, settings.max_batch_requests)
     engine = LocalEngine(_engine_config(settings, model), metrics.engine_stats)
-    store = _open_store(settings)
+    store = open_store(settings)
     intake = AdapterIntake(settings, engine, store, metrics, Outline.read(model))
     services = Services(
         settings=settings,
@@ -157,7 +157,8 @@ def _make_services(settings: Settings, model: Path) -> tuple[Services, LocalEngi
     return services, engine
 
 
-def _open_store(settings: Settings) -> AdapterStore:
+def open_store(settings: Settings) -> AdapterStore:
+    """Names and files of adapters, where the settings say. Raises SettingError."""
     database = sqlite3.connect(settings.data_dir / "adapters.db", isolation_level=None, check_same_thread=False)
     local = LocalNames(database)
     if settings.adapter_store is None:
@@ -194,6 +195,7 @@ def _engine_config(settings: Settings, model: Path) -> EngineConfig:
         max_batch_tokens=settings.max_batch_tokens,
         max_batch_requests=settings.max_batch_requests,
         prefix_caching=settings.prefix_caching,
+        deterministic=settings.deterministic,
         threads=settings.threads,
         finetune_max_stall_ms=settings.finetune_max_stall_ms,
         finetune_share=settings.finetune_share,

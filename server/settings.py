@@ -256,6 +256,12 @@ class Settings:
     )
     max_batch_requests: int = _setting(32, "Most sequences in one step.", parse=_integer, minimum=1, maximum=4096)
     prefix_caching: bool = _setting(True, "Reuse the KV of prompts that begin alike.", parse=parse_bool)
+    deterministic: bool = _setting(
+        False,
+        "On a GPU, fix all tiles and splits: a request's tokens are the same to the bit whatever runs beside it, at a "
+        "lower speed. On a CPU they always are.",
+        parse=parse_bool,
+    )
 
     speculative_tokens: int = _setting(
         0,

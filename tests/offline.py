@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters import format as adapter_format
+from adapters.kernels.triton import interpreted
 from server.engine.engine import Engine
 from server.engine.protocol import AdapterRef, EngineConfig, Generate, Output, Sampling, TokenLogprob
 
@@ -17,6 +18,8 @@ def load_engine(model: Path, cache: Path, **overrides: Any) -> Engine:
         "adapter_bytes": 8 << 20,
         "max_batch_tokens": 64,
         "max_batch_requests": 16,
+        # Tests say of every engine what holds of a CPU's: its kernels, interpreted, need to be told.
+        "deterministic": interpreted(),
     }
     return Engine.load(EngineConfig(address="", model=str(model), cache_dir=str(cache), **(settings | overrides)))
 

@@ -31,6 +31,7 @@ __all__ = [
     "probe_row_multiple",
     "rms_norm",
     "rope_",
+    "set_deterministic",
     "set_threads",
     "silu_mul",
     "write_kv",
@@ -41,6 +42,11 @@ def set_threads(threads: int) -> None:
     """Threads that the native kernels run on (by default as many as torch's). No result depends on it."""
     if kernels := native.load():
         kernels.set_threads(threads)
+
+
+def set_deterministic(fixed: bool) -> None:
+    """Whether a row keeps its bits whatever rows stand beside it, at a price, on a GPU. On a CPU it always does."""
+    triton.fix_tiles(fixed)
 
 
 def prepare(weights: Iterable[QuantizedWeight], dtype: torch.dtype) -> None:

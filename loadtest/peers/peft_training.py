@@ -1,7 +1,7 @@
 """PEFT training on a bitsandbytes NF4 base, in a process of its own: JSON lines in, JSON lines out.
 
 The protocol is `server.finetune.training.bench`'s. `checkpointing` turns gradient checkpointing on; the loss falls on
-the second half of each sequence, as there.
+the second half of each sequence, as there. On a CPU all arithmetic is fp32, on a GPU the base's is bf16.
 """
 
 import json
@@ -23,14 +23,16 @@ def load(settings: dict[str, Any]) -> Any:
 
     disable_progress_bar()
     torch.set_num_threads(settings["threads"])
+    device = settings.get("device", "cpu")
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_compute_dtype=dtype,
     )
     base = AutoModelForCausalLM.from_pretrained(
-        settings["model"], quantization_config=quantization, dtype=torch.float32
+        settings["model"], quantization_config=quantization, dtype=dtype, device_map={"": device}
     )
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -44,14 +46,17 @@ def trainable(base: Any, settings: dict[str, Any]) -> Any:
     import peft
 
     base.requires_grad_(False)
-    if settings["checkpointing"]:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        base.enable_input_require_grads()
-        base.train()  # transformers checkpoints in this mode only
     config = peft.LoraConfig(
         r=settings["rank"], lora_alpha=2 * settings["rank"], target_modules=LINEARS, task_type="CAUSAL_LM"
     )
     return peft.get_peft_model(base, config)
+
+
+def checkpoint(base: Any) -> None:
+    """Turn gradient checkpointing on, for good."""
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    base.enable_input_require_grads()
+    base.train()  # transformers checkpoint in this mode only
 
 
 def main() -> None:
@@ -60,30 +65,53 @@ def main() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr
     settings = json.loads(sys.stdin.readline())
     base = load(settings)
+    device = base.device
     print(json.dumps({"ready": True}), file=answers, flush=True)
-    Path("/proc/self/clear_refs").write_text("5")
-    resident = _peak()
+    resident = reset_peak(device)
     model = trainable(base, settings)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
-    size, length = settings["batch_size"], settings["length"]
-    ids = torch.randint(3, model.config.vocab_size, (size, length), generator=torch.Generator().manual_seed(0))
-    labels = ids.clone()
-    labels[:, : length // 2] = -100
+    training: dict[str, Any] = {}
     for line in sys.stdin:
+        asked = settings | json.loads(line)
+        steps = asked.pop("steps")
+        if asked != training:
+            if asked["checkpointing"] and not training.get("checkpointing"):
+                checkpoint(base)
+            training = asked
+            reset_peak(device)
+        size, length = asked["batch_size"], asked["length"]
+        ids = torch.randint(3, model.config.vocab_size, (size, length), generator=torch.Generator().manual_seed(0))
+        labels = ids.clone()
+        labels[:, : length // 2] = -100
+        ids, labels = ids.to(device), labels.to(device)
         seconds = []
-        for _ in range(json.loads(line)["steps"]):
+        for _ in range(steps):
             began = time.perf_counter()
             model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             seconds.append(time.perf_counter() - began)
-        answer = {"seconds": seconds, "tokens": size * length, "peak": _peak() - resident}
+        answer = {"seconds": seconds, "tokens": size * length, "peak": peak(device) - resident}
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def _peak() -> int:
-    """Most resident bytes since the last reset (Linux)."""
+def reset_peak(device: torch.device) -> int:
+    """Forget the memory peak so far; the bytes in use now: the GPU's own, or resident ones."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # of the process (Linux)
+    return peak(device)
+
+
+def peak(device: torch.device) -> int:
+    """Most bytes in use since the last reset."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
     return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
 
 

@@ -20,8 +20,10 @@ class StepClock:
         self.times: list[float] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        if input_ids.is_cuda:
+            torch.cuda.synchronize()
         self.times.append(time.perf_counter())
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 def load(settings: dict[str, Any]) -> Any:
@@ -39,7 +41,9 @@ def load(settings: dict[str, Any]) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    base = AutoModelForCausalLM.from_pretrained(settings["model"], quantization_config=quantization, dtype=dtype)
+    base = AutoModelForCausalLM.from_pretrained(
+        settings["model"], quantization_config=quantization, dtype=dtype, device_map={"": settings.get("device", "cpu")}
+    )
     first, *others = settings["adapters"].items()
     model = PeftModel.from_pretrained(base, first[1], adapter_name=first[0])
     for name, path in others:

@@ -117,6 +117,7 @@ class Engine:
         if config.threads:
             torch.set_num_threads(config.threads)
             kernels.set_threads(config.threads)
+        kernels.set_deterministic(config.deterministic)
         base = model.load(Path(config.model), config.quantization, config.dtype, config.device, Path(config.cache_dir))
         kernels.prepare([linear.weight for linear in base.linears], base.dtype)
         max_model_len = min(config.max_model_len or base.max_model_len, base.max_model_len)

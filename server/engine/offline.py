@@ -1,57 +1,161 @@
-"""The engine without a server around it: bursts as JSON lines in, tokens and their times as JSON lines out.
+"""The engine process's loop without a server around it: JSON lines in, what happened and when as JSON lines out.
 
-For measuring what HTTP and the second process cost. Started as `python -m server.engine.offline`; the first line is
-`{"model", "cache_dir", "adapters": {name: directory}}`, every further one a burst
-`{"prompts": [[id]], "tokens": n, "adapters": [name or null]}` of greedy requests that run to their full length. Its
-answer holds, for each request, `{"times": [perf_counter seconds], "tokens": [id]}`.
+For measuring, on machines that need not have what a server needs. Started as `python -m server.engine.offline`; its
+first line is `{"model", "cache_dir", "adapters": {name: directory}}`, with more of `EngineConfig` under "engine" and
+`"check": true` for the self-check. Every further line is one of
+
+- a burst `{"prompts": [[id]], "tokens": n or [n], "adapters": [name or null], "at": [seconds]}` of greedy requests that
+  run to their full length, sent after so many seconds ("at" may be left out). Answered, when all have ended, by what
+  became of each: `{"sent": s, "times": [s], "tokens": [id]}`, in `perf_counter` seconds;
+- `{"job": {...}}`, which starts a fine-tuning job on random tokens (see `training.bench`), to go on for good;
+- `{"watch": seconds}`, in which there is no request: answered by `{"tokens", "seconds"}`, trained since the last watch.
 """
 
 import json
 import sys
+import tempfile
 import time
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from adapters import format as adapter_format
+from server.engine import protocol, selfcheck
 from server.engine.engine import Engine
+from server.engine.loop import Loop
 from server.engine.protocol import AdapterRef, EngineConfig, Generate, Sampling
+from server.finetune.messages import JobEnded, TrainingStep
+from server.finetune.training import bench
+from server.finetune.training.pacing import Pacer
+from server.finetune.training.trainer import Trainer
 
 
-def accept(engine: Engine, directory: Path) -> AdapterRef:
-    """Validate an adapter against the base, as an upload is; leaves the spec in its directory."""
-    ready = engine.ready()
-    spec = adapter_format.inspect(directory, ready.linears, ready.architecture)
-    spec.save(directory)
-    return AdapterRef(spec.digest, str(directory))
+class Script:
+    """Stands for the loop's socket: requests come at their times, and what is said is kept with its own.
+
+    Args:
+        due: requests by ascending time; the loop is drained after the last, but not before `until`.
+    """
+
+    def __init__(self, due: Sequence[tuple[float, protocol.Request]], until: float = 0.0) -> None:
+        self._due = deque([*due, (max([until, *(at for at, _ in due)]), protocol.Drain())])
+        self._said: list[tuple[float, bytes]] = []
+
+    def poll(self, timeout: int) -> int:
+        """Whether a request is due within so many milliseconds."""
+        missing = self._due[0][0] - time.perf_counter() if self._due else timeout
+        if missing > 0 and timeout:
+            time.sleep(min(missing, timeout / 1e3))
+        return int(bool(self._due) and self._due[0][0] <= time.perf_counter())
+
+    def recv(self) -> bytes:
+        """The next request."""
+        return protocol.encode(self._due.popleft()[1])
+
+    def send(self, data: bytes) -> None:
+        """Keep a message; it is read when the run is over."""
+        self._said.append((time.perf_counter(), data))
+
+    def said(self) -> list[tuple[float, protocol.Reply]]:
+        """Everything that the loop said, and when."""
+        return [(at, protocol.decode_reply(data)) for at, data in self._said]
 
 
-def run(engine: Engine, burst: dict[str, Any], adapters: dict[str, AdapterRef]) -> list[dict[str, Any]]:
-    """Run one burst to its end. Raises RuntimeError when a request fails."""
-    sampling = Sampling(max_tokens=burst["tokens"], temperature=0.0, ignore_eos=True)
-    answers: dict[str, dict[str, Any]] = {}
-    for index, (prompt, name) in enumerate(zip(burst["prompts"], burst["adapters"], strict=True)):
-        chosen = [adapters[name]] if name is not None else []
-        engine.add(Generate(id=str(index), prompt=prompt, sampling=sampling, adapters=chosen))
-        answers[str(index)] = {"times": [], "tokens": []}
-    while not engine.idle:
-        outputs, _ = engine.step()
+class Bench:
+    """An engine, its trainer, and the loop over both."""
+
+    def __init__(self, engine: Engine, config: EngineConfig) -> None:
+        self.engine = engine
+        self._config = config
+        self._trainer = Trainer(engine.base)
+        self._trained = self._told = 0  # tokens in all, and at the last watch
+        self._watched = time.perf_counter()
+
+    def accept(self, directory: Path) -> AdapterRef:
+        """Validate an adapter against the base, as an upload is; leaves the spec in its directory."""
+        ready = self.engine.ready()
+        spec = adapter_format.inspect(directory, ready.linears, ready.architecture)
+        spec.save(directory)
+        return AdapterRef(spec.digest, str(directory))
+
+    def run(self, burst: dict[str, Any], adapters: dict[str, AdapterRef]) -> list[dict[str, Any]]:
+        """Run one burst to its end. Raises RuntimeError when a request fails."""
+        prompts, names, tokens = burst["prompts"], burst["adapters"], burst["tokens"]
+        counts = tokens if isinstance(tokens, list) else [tokens] * len(prompts)
+        begin = time.perf_counter()
+        sent = [begin + delay for delay in burst.get("at", [0.0] * len(prompts))]
+        due: list[tuple[float, protocol.Request]] = []
+        for index, (prompt, name, count) in enumerate(zip(prompts, names, counts, strict=True)):
+            sampling = Sampling(max_tokens=count, temperature=0.0, ignore_eos=True)
+            chosen = [adapters[name]] if name is not None else []
+            request = Generate(id=str(index), prompt=prompt, sampling=sampling, adapters=chosen)
+            due.append((sent[index], request))
+        answers: list[dict[str, Any]] = [{"sent": at, "times": [], "tokens": []} for at in sent]
+        for now, reply in self._loop(sorted(due, key=lambda pair: pair[0])):
+            for output in reply.outputs if isinstance(reply, protocol.Step) else ():
+                if output.error is not None:
+                    raise RuntimeError(output.error)
+                answers[int(output.id)]["tokens"] += output.tokens
+                answers[int(output.id)]["times"] += [now] * len(output.tokens)
+        return answers
+
+    def start_job(self, settings: dict[str, Any], directory: Path) -> None:
+        """Begin to train."""
+        bench.random_data(settings, self.engine.base.vocab_size).save(directory / bench.DATA)
+        self._trainer.start(bench.endless_job("0", directory, self.engine.base, settings))
+
+    def watch(self, seconds: float) -> dict[str, float]:
+        """Run without requests for a while; what has been trained since this was last asked."""
+        for _ in self._loop([], time.perf_counter() + seconds):
+            pass
         now = time.perf_counter()
-        for output in outputs:
-            if output.error is not None:
-                raise RuntimeError(output.error)
-            answers[output.id]["tokens"] += output.tokens
-            answers[output.id]["times"] += [now] * len(output.tokens)
-    return list(answers.values())
+        answer = {"tokens": self._trained - self._told, "seconds": now - self._watched}
+        self._told, self._watched = self._trained, now
+        return answer
+
+    def _loop(
+        self, due: list[tuple[float, protocol.Request]], until: float = 0.0
+    ) -> list[tuple[float, protocol.Reply]]:
+        """One run of the process's loop. Raises RuntimeError when the job ends."""
+        script = Script(due, until)
+        pacer = Pacer(self._config.finetune_max_stall_ms / 1e3, self._config.finetune_share)
+        Loop(self.engine, self._trainer, pacer, script).run()
+        said = script.said()
+        for _, reply in said:
+            if isinstance(reply, JobEnded):
+                raise RuntimeError(f"the job ended: {reply.message}")
+            if isinstance(reply, TrainingStep):
+                self._trained = reply.trained_tokens
+        return said
 
 
 def main() -> None:
-    """Serve bursts until standard input ends."""
+    """Answer until standard input ends."""
     settings = json.loads(sys.stdin.readline())
-    engine = Engine.load(EngineConfig(address="", model=settings["model"], cache_dir=settings["cache_dir"]))
-    adapters = {name: accept(engine, Path(path)) for name, path in settings["adapters"].items()}
-    print(json.dumps({"ready": True}), flush=True)
-    for line in sys.stdin:
-        print(json.dumps(run(engine, json.loads(line), adapters)), flush=True)
+    config = EngineConfig(
+        address="", model=settings["model"], cache_dir=settings["cache_dir"], **settings.get("engine", {})
+    )
+    engine = Engine.load(config)
+    ready: dict[str, Any] = {"ready": True}
+    if settings.get("check"):
+        ready["difference"] = selfcheck.compare(engine)
+    engine.runner.warm_up(config.max_batch_requests)
+    runner = Bench(engine, config)
+    adapters = {name: runner.accept(Path(path)) for name, path in settings["adapters"].items()}
+    print(json.dumps(ready), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for line in sys.stdin:
+            asked = json.loads(line)
+            answer: Any
+            if "job" in asked:
+                runner.start_job(asked["job"], Path(folder))
+                answer = {"started": True}
+            elif "watch" in asked:
+                answer = runner.watch(asked["watch"])
+            else:
+                answer = runner.run(asked, adapters)
+            print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""The engine process: the loop that owns the device.
-
-    drain messages -> schedule -> run -> hand back what came out -> (train or merge a little)
+"""The engine process, which owns the device: its birth, its loop over a socket, its end.
 
 Started as `python -m server.engine.process CONFIG_JSON` by the API process, and exits when that is gone. Knows no HTTP,
 no names, no database: requests come with token ids and adapter digests, and nothing here is durable.
@@ -19,116 +17,12 @@ import zmq
 
 from server.engine import protocol, selfcheck
 from server.engine.engine import Engine
-from server.engine.merges import Merges
+from server.engine.loop import Loop
 from server.engine.model import UnservableModel
-from server.finetune.messages import PlanMemory, StartJob, StopJob
 from server.finetune.training.pacing import Pacer
 from server.finetune.training.trainer import Trainer
 
 log = logging.getLogger("lorakeet.engine")
-
-HEARTBEAT_SECONDS = 1.0
-LOADING_POLL_MS = 2  # how soon a finished adapter load is noticed while nothing else runs
-WRITING_POLL_MS = 20  # the same for a checkpoint
-MERGING_SHARE = 0.3  # of the device's time while requests run, at most
-
-
-class Loop:
-    """Messages in, steps run, outputs out; training and merging in between, each at its own pace."""
-
-    def __init__(
-        self, engine: Engine, trainer: Trainer, pacer: Pacer, merging: Pacer, socket: "zmq.Socket[bytes]"
-    ) -> None:
-        self._engine = engine
-        self._trainer = trainer
-        self._pacer = pacer
-        self._merging = merging
-        self._socket = socket
-        self._draining = False
-        self._last_word = 0.0
-        self._told = (0, 0)  # sequences running and waiting, as last reported
-
-    def run(self) -> None:
-        """Serve until told to drain and everything has finished."""
-        self._send(self._engine.ready())
-        while not (self._draining and self._engine.idle):
-            self._take_messages()
-            outputs, stats = self._engine.step()
-            for done in self._engine.take_done():
-                self._send(done)
-            if outputs or self._is_news(stats) or time.monotonic() - self._last_word > HEARTBEAT_SECONDS:
-                self._send(protocol.Step(outputs=outputs, stats=stats))
-                self._told = (stats.running, stats.waiting)
-            if not self._trainer.idle:
-                self._train(stats.step_seconds)
-            if self._engine.merges.ready:
-                self._fill_gap(self._engine.merges, self._merging, stats.step_seconds)
-            for reply in self._engine.merges.take_replies():
-                self._send(reply)
-
-    def _is_news(self, stats: protocol.Stats) -> bool:
-        """Whether there is more to tell than that nothing happened; the increments among it are told once or never."""
-        counted = stats.step_requests or stats.loads or stats.evictions
-        changed = stats.adapters is not None or stats.merges is not None
-        return bool(counted) or changed or (stats.running, stats.waiting) != self._told
-
-    def _take_messages(self) -> None:
-        """Handle what has arrived; wait for more only when there is nothing to compute."""
-        if self._engine.busy or self._trainer.ready or self._engine.merges.ready:
-            timeout = 0
-        elif self._engine.loading:
-            timeout = LOADING_POLL_MS
-        else:
-            timeout = int(HEARTBEAT_SECONDS * 1e3) if self._trainer.idle else WRITING_POLL_MS
-        while self._socket.poll(timeout):
-            self._handle(protocol.decode_request(self._socket.recv()))
-            timeout = 0
-
-    def _handle(self, message: protocol.Request) -> None:
-        match message:
-            case protocol.Generate():
-                self._engine.add(message)
-            case protocol.Abort():
-                self._engine.abort(message.id)
-            case protocol.Warm():
-                self._engine.warm(message)
-            case protocol.Pin():
-                self._engine.pin(message)
-            case protocol.Forget():
-                self._engine.forget(message)
-            case protocol.Merge():
-                self._engine.merges.start(message)
-            case protocol.Unmerge():
-                self._engine.merges.stop(message)
-            case protocol.Inspect():
-                self._send(self._engine.inspect(message.id))
-            case protocol.Drain():
-                self._draining = True
-            case StartJob():
-                self._trainer.start(message)
-            case StopJob():
-                self._trainer.stop(message)
-            case PlanMemory():
-                self._send(self._trainer.plan_memory(message))
-
-    def _train(self, step_seconds: float) -> None:
-        self._fill_gap(self._trainer, self._pacer, step_seconds)
-        for reply in self._trainer.take_replies():
-            self._send(reply)
-
-    def _fill_gap(self, worker: Trainer | Merges, pacer: Pacer, step_seconds: float) -> None:
-        """Run what fits in here: beside requests a little, otherwise a piece before the next look around."""
-        if not self._engine.busy:
-            if worker.ready:
-                worker.run_piece()
-        else:
-            pacer.served(step_seconds)
-            while worker.ready and pacer.allows(worker.next_seconds):
-                pacer.spent(worker.run_piece())
-
-    def _send(self, message: protocol.Reply) -> None:
-        self._last_word = time.monotonic()
-        self._socket.send(protocol.encode(message))
 
 
 def _exit_with_parent(parent: int) -> None:
@@ -153,9 +47,8 @@ def main() -> int:
         engine = Engine.load(config)
         selfcheck.run(engine, Path(config.cache_dir))
         engine.runner.warm_up(config.max_batch_requests)
-        stall = config.finetune_max_stall_ms / 1e3
-        pacers = Pacer(stall, config.finetune_share), Pacer(stall, MERGING_SHARE)
-        Loop(engine, Trainer(engine.base), *pacers, socket).run()
+        pacer = Pacer(config.finetune_max_stall_ms / 1e3, config.finetune_share)
+        Loop(engine, Trainer(engine.base), pacer, socket).run()
     except UnservableModel as fault:
         socket.send(protocol.encode(protocol.Fatal(message=str(fault), retry=False)))
         status = 2

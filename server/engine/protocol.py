@@ -39,6 +39,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_tokens: int | None = None
     max_batch_requests: int = 32
     prefix_caching: bool = True
+    deterministic: bool = False  # a request's bits never depend on its neighbours; a CPU's never do
     threads: int | None = None
     finetune_max_stall_ms: float = 20.0  # training between two inference steps, at most
     finetune_share: float = 0.3  # of the device's time while requests run, at most

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from loadtest import cases, claims, kernels, peers, readme
+from loadtest import cases, claims, kernels, readme
 from loadtest.client import Timeline
 from loadtest.compare import Case, Cell, Comparison, compare
 from loadtest.peers.base import Kit, Side, SideError, Work
+from loadtest.peers.registry import SIDES
 
 
 class Scripted(Side):
@@ -161,8 +162,8 @@ def test_a_cell_without_a_common_window_has_no_decode_rate() -> None:
 
 def test_standing_cases_name_known_sides() -> None:
     plain = cases.default_sides({"vector_extensions": ["avx2"]})
-    assert set(cases.default_sides({"vector_extensions": ["avx512_bf16"]})) == set(peers.SIDES)
-    assert set(peers.SIDES) - set(plain) == {"vllm-bf16", "peft-bf16"}
+    assert set(cases.default_sides({"vector_extensions": ["avx512_bf16"]})) == set(SIDES)
+    assert set(SIDES) - set(plain) == {"vllm-bf16", "peft-bf16"}
     assert [c.output_tokens for c in cases.select(["one", "whole"], 4)] == [4, 4]
     assert [c.name for c in cases.select(["whole", "one"])] == ["one", "whole"]
 

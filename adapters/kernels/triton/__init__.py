@@ -4,8 +4,8 @@ Here is only the question whether they can be had; Triton itself is imported whe
 tensors, or CPU tensors through Triton's interpreter under `LORAKEET_TRITON=interpret` (slow: for tests);
 `LORAKEET_TRITON=0` turns them off.
 
-Every output row is reduced in an order that its own launch fixes, never by which program came first.
-`LORAKEET_DETERMINISTIC=1` also fixes all tiles and splits, so that no row's bits depend on its neighbours.
+Every output row is reduced in an order that its own launch fixes, never by which program came first. `fix_tiles` also
+fixes all tiles and splits, the library's included, so that no row's bits depend on its neighbours.
 """
 
 import importlib.util
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 _off = False
+_fixed = False
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of activations
 
 
@@ -29,7 +30,13 @@ def interpreted() -> bool:
 
 def deterministic() -> bool:
     """Whether tiles and splits are the same for all row counts."""
-    return os.environ.get("LORAKEET_DETERMINISTIC") == "1"
+    return _fixed
+
+
+def fix_tiles(fixed: bool) -> None:
+    """Decide whether tiles and splits are the same for all row counts, in this process."""
+    global _fixed
+    _fixed = fixed
 
 
 def takes(*tensors: Tensor) -> bool:

@@ -1,12 +1,17 @@
 """The Triton kernels on this GPU, right and fast: `python -m adapters.kernels.triton.bench` prints one JSON object.
 
 `errors`: (kernel, case, error, limit), relative to float64 as in the tests, on shapes that the interpreter is too slow
-for. `lines`: 4-bit linears of Llama-3.1-8B and bitsandbytes' own on the same weights, both replayed from CUDA graphs
-that rotate through more weights than the L2 cache holds. `copy_gb_s`: bytes read and written per second by a copy.
+for. `lines`: 4-bit linears of Llama-3.1-8B and Qwen3-8B and bitsandbytes' own on the same weights, both replayed from
+CUDA graphs that rotate through more weights than the L2 cache holds. `copy_gb_s`: bytes read and written per second by
+a copy; `host_to_device_gb_s`: bytes that arrive from pinned memory (`--bandwidths`: these two alone). `--smoke` tries
+all of it out on a CPU, under `LORAKEET_TRITON=interpret`: its times mean nothing.
 """
 
 import json
+import sys
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,15 +23,52 @@ from adapters.kernels import BF16, FP32, reference
 from adapters.kernels.triton import load
 from adapters.kernels.weight import QuantizedWeight
 
-SHAPES = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)]  # q and o, k and v, gate and up, down
-ROWS = [1, 2, 4, 8, 16, 24, 32, 48, 64]
-MEMORY = 512 << 20  # bytes of weights that a graph goes through
-REPEATS = 20
+LLAMA, QWEN = "Llama-3.1-8B", "Qwen3-8B"
 LIMIT = 1e-2  # relative error of bf16 results
 
 
-def replayed(calls: list[Callable[[], Any]]) -> float:
-    """Seconds of one call, from a graph of them all; the median of `REPEATS` replays."""
+@dataclass(frozen=True)
+class Size:
+    """How large everything is."""
+
+    device: str
+    shapes: dict[tuple[int, int], tuple[str, ...]]  # (outs, ins) of a linear -> the models that have it
+    rows: tuple[int, ...]
+    memory: int  # bytes of weights that a graph goes through
+    repeats: int
+    copied: int  # bytes
+    segments: int  # of a LoRA table
+    limit: float
+
+
+FULL = Size(
+    device="cuda",
+    shapes={
+        (4096, 4096): (LLAMA, QWEN),  # q and o
+        (1024, 4096): (LLAMA, QWEN),  # k and v
+        (14336, 4096): (LLAMA,),  # gate and up
+        (4096, 14336): (LLAMA,),  # down
+        (12288, 4096): (QWEN,),
+        (4096, 12288): (QWEN,),
+    },
+    rows=(1, 2, 4, 8, 16, 24, 32, 48, 64),
+    memory=512 << 20,
+    repeats=20,
+    copied=1 << 30,
+    segments=32,
+    limit=LIMIT,
+)
+# The interpreter truncates bf16, which doubles the error.
+SMOKE = Size("cpu", {(32, 128): (LLAMA, QWEN)}, (1, 8), 1, 1, 1 << 20, 2, 2 * LIMIT)
+
+
+def replayed(size: Size, calls: list[Callable[[], Any]]) -> float:
+    """Seconds of one call, from a graph of them all; the median of several replays."""
+    if size.device == "cpu":
+        began = time.perf_counter()
+        for call in calls:
+            call()
+        return (time.perf_counter() - began) / len(calls)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -37,50 +79,54 @@ def replayed(calls: list[Callable[[], Any]]) -> float:
     with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
+    graph.replay()
     times = []
-    for _ in range(REPEATS):
+    for _ in range(size.repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         graph.replay()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3 / len(calls))
-    return sorted(times)[REPEATS // 2]
+    return sorted(times)[size.repeats // 2]
 
 
-def copy_bandwidth() -> float:
-    """Bytes read and written per second."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+def bandwidths(size: Size) -> dict[str, float]:
+    """GB per second, within the device and onto it."""
+    source = torch.empty(size.copied, dtype=torch.uint8)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / replayed([lambda: target.copy_(source)] * 4)
+    pinned = torch.empty(size.copied // 4, dtype=torch.uint8, device="cpu", pin_memory=size.device == "cuda")
+    arriving = target[: size.copied // 4]
+    within = replayed(size, [lambda: target.copy_(source)] * 4)
+    onto = replayed(size, [lambda: arriving.copy_(pinned, non_blocking=True)] * 4)
+    return {"copy_gb_s": 2 * source.nbytes / within / 1e9, "host_to_device_gb_s": pinned.nbytes / onto / 1e9}
 
 
-def make_linears(outs: int, ins: int, memory: int = MEMORY) -> list[Linear4bit]:
+def make_linears(size: Size, outs: int, ins: int, memory: int) -> list[Linear4bit]:
     """Enough of them that none is still in a cache when its turn comes again."""
     made = []
     for _ in range(max(1, memory // (outs * ins // 2))):
         linear = Linear4bit(ins, outs, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta")
         dense = torch.randn(outs, ins, dtype=torch.bfloat16) * ins**-0.5
         linear.weight = Params4bit(dense, requires_grad=False, quant_type="nf4", module=linear)
-        made.append(linear.to("cuda"))
+        made.append(linear.to(size.device))
     return made
 
 
-def linear_lines(outs: int, ins: int) -> list[dict[str, Any]]:
+def linear_lines(size: Size, outs: int, ins: int) -> list[dict[str, Any]]:
     """One line for each row count: our seconds, bitsandbytes', and the bytes that have to be read."""
     kernels = load()
     assert kernels is not None
-    linears = make_linears(outs, ins)
+    linears = make_linears(size, outs, ins, size.memory)
     weights = [QuantizedWeight.from_linear(linear) for linear in linears]
     lines = []
-    for rows in ROWS:
+    for rows in size.rows:
         x = torch.randn(rows, ins, dtype=torch.bfloat16)
-        ours = replayed([partial(kernels.linear_forward, x, weight) for weight in weights])
-        theirs = replayed([partial(linear, x) for linear in linears])
+        ours = replayed(size, [partial(kernels.linear_forward, x, weight) for weight in weights])
+        theirs = replayed(size, [partial(linear, x) for linear in linears])
         moved = outs * ins // 2 + outs * ins // 64 + 2 * rows * (outs + ins)
-        lines.append(
-            {"outs": outs, "ins": ins, "rows": rows, "seconds": ours, "library_seconds": theirs, "bytes": moved}
-        )
+        line = {"outs": outs, "ins": ins, "rows": rows, "seconds": ours, "library_seconds": theirs, "bytes": moved}
+        lines.append(line | {"models": size.shapes[outs, ins]})
     return lines
 
 
@@ -89,51 +135,54 @@ def relative(actual: Tensor, exact: Tensor) -> float:
     return float((actual.double() - exact.double()).norm() / exact.double().norm())
 
 
-def linear_errors() -> Iterator[tuple[str, float]]:
+def linear_errors(size: Size) -> Iterator[tuple[str, float]]:
     """bf16 products against float64, below and above the few-row kernel's reach."""
     kernels = load()
     assert kernels is not None
-    for outs, ins in SHAPES:
-        weight = QuantizedWeight.from_linear(make_linears(outs, ins, memory=1)[0])
+    for outs, ins in size.shapes:
+        weight = QuantizedWeight.from_linear(make_linears(size, outs, ins, memory=1)[0])
         dense = weight.dequantize(torch.float32).double()
         for rows in (1, 7, 64, 65):
             x = torch.randn(rows, ins, dtype=torch.bfloat16)
             yield f"{outs} x {ins}, {rows} rows", relative(kernels.linear_forward(x, weight), x.double() @ dense.T)
 
 
-def lora_errors() -> Iterator[tuple[str, float]]:
-    """32 segments of mixed ranks and dtypes, against `reference` in fp32."""
+def lora_errors(size: Size) -> Iterator[tuple[str, float]]:
+    """Segments of mixed ranks and dtypes, against `reference` in fp32."""
     kernels = load()
     assert kernels is not None
-    for tokens in (32, 512):
-        length = tokens // 32
-        units = 32 * 128
-        a, b = (torch.randn(units // 2, width).view(torch.int16).view(units, width) for width in (4096, 14336))
-        rows = [(i * length, (i + 1) * length, i * 128, (8, 16, 64)[i % 3], (FP32, BF16)[i % 2]) for i in range(32)]
+    ins, outs = max(size.shapes, key=max)[::-1]
+    count = size.segments
+    for length in (1, 16):
+        tokens, units = count * length, count * 128
+        a, b = (torch.randn(units // 2, width).view(torch.int16).view(units, width) for width in (ins, outs))
+        rows = [(i * length, (i + 1) * length, i * 128, (8, 16, 64)[i % 3], (FP32, BF16)[i % 2]) for i in range(count)]
         # Random fp32 bytes make no bf16 numbers: the bf16 rows get their own.
         for _, _, first, rank, dtype in rows:
             if dtype == BF16:
                 for pool in (a, b):
                     pool[first : first + rank] = torch.randn(rank, pool.shape[1]).bfloat16().view(torch.int16)
         table = torch.tensor(rows, dtype=torch.int32)
-        scale = torch.full((32,), 0.01)
-        x, y = torch.randn(tokens, 4096, dtype=torch.bfloat16), torch.zeros(tokens, 14336, dtype=torch.bfloat16)
+        scale = torch.full((count,), 0.01)
+        x, y = torch.randn(tokens, ins, dtype=torch.bfloat16), torch.zeros(tokens, outs, dtype=torch.bfloat16)
         exact = y.float()
         reference.lora_add_(exact, x.float(), a, b, table, scale)
         kernels.lora_add_(y, x, a, b, table, scale)
-        yield f"{tokens} tokens, 32 segments", relative(y, exact)
+        yield f"{tokens} tokens, {count} segments", relative(y, exact)
 
 
-def attention_errors() -> Iterator[tuple[str, float]]:
-    """Decoding and a prompt chunk of Llama-3.1-8B's heads over 4096 keys, against `reference` in fp32."""
+def attention_errors(size: Size) -> Iterator[tuple[str, float]]:
+    """Decoding and a prompt chunk of both models' heads over 4096 keys, against `reference` in fp32."""
     kernels = load()
     assert kernels is not None
-    blocks = 256
-    k_cache, v_cache = (torch.randn(8 * blocks, 8, 16, 128, dtype=torch.bfloat16) for _ in range(2))
-    tables = torch.randperm(8 * blocks).view(8, blocks).int()
-    for queries, window in ((1, 0), (1, 1000), (100, 0), (100, 1000)):
-        seqs = torch.tensor([(i * queries, (i + 1) * queries, 4096 - 500 * i) for i in range(8)], dtype=torch.int32)
-        q = torch.randn(8 * queries, 32, 128, dtype=torch.bfloat16)
+    full = size is FULL
+    requests, blocks, heads = (8, 256, 32) if full else (2, 4, 4)
+    k_cache, v_cache = (torch.randn(requests * blocks, heads // 4, 16, 128, dtype=torch.bfloat16) for _ in range(2))
+    tables = torch.randperm(requests * blocks).view(requests, blocks).int()
+    for queries, window in ((1, 0), (1, blocks * 4), (blocks // 2, 0), (blocks // 2, blocks * 4)):
+        lengths = [(i * queries, (i + 1) * queries, 16 * blocks - i * blocks) for i in range(requests)]
+        seqs = torch.tensor(lengths, dtype=torch.int32)
+        q = torch.randn(requests * queries, heads, 128, dtype=torch.bfloat16)
         arguments = (seqs, tables, 128**-0.5, window)
         exact = reference.paged_attention(q.float(), k_cache.float(), v_cache.float(), *arguments)
         yield (
@@ -143,20 +192,23 @@ def attention_errors() -> Iterator[tuple[str, float]]:
 
 
 @torch.no_grad()
-def main() -> None:
+def main(arguments: list[str]) -> None:
     """Measure and print."""
+    size = SMOKE if "--smoke" in arguments else FULL
     torch.manual_seed(0)
-    torch.set_default_device("cuda")
+    torch.set_default_device(size.device)
     torch.backends.cuda.matmul.allow_tf32 = False
-    checks = (("linear", linear_errors), ("lora", lora_errors), ("attention", attention_errors))
-    errors = [
-        {"kernel": kernel, "case": case, "error": error, "limit": LIMIT}
-        for kernel, check in checks
-        for case, error in check()
-    ]
-    lines = [line for outs, ins in SHAPES for line in linear_lines(outs, ins)]
-    print(json.dumps({"copy_gb_s": copy_bandwidth() / 1e9, "errors": errors, "lines": lines}))
+    found: dict[str, Any] = bandwidths(size)
+    if "--bandwidths" not in arguments:
+        checks = (("linear", linear_errors), ("lora", lora_errors), ("attention", attention_errors))
+        found["errors"] = [
+            {"kernel": kernel, "case": case, "error": error, "limit": size.limit}
+            for kernel, check in checks
+            for case, error in check(size)
+        ]
+        found["lines"] = [line for outs, ins in size.shapes for line in linear_lines(size, outs, ins)]
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

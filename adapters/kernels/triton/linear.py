@@ -9,9 +9,11 @@ dequantise, then a library product.
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # A kernel's parameters are pointers and numbers of Triton's, which has no types for them.
 
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -119,8 +121,25 @@ CONFIGS = [
     for unroll, stages in ((1, 4), (2, 3), (4, 2))
     for splits in (1, 2, 4, MAX_SPLITS)
 ]
-# Timed once per GPU and shape; Triton keeps the choice on disk.
-_tuned = triton.autotune(CONFIGS, key=["outs", "ins", "BLOCK_M", "DOT"], cache_results=True)(_linear)
+
+
+def _worth_timing(configs: list[Any], arguments: dict[str, Any], **_: Any) -> list[Any]:
+    """Without splits that would leave most of a GPU idle, or most programs hardly anything to do."""
+
+    def worth(block_n: int, splits: int) -> bool:
+        programs = triton.cdiv(arguments["outs"], block_n) * splits
+        return (splits == 1 or programs <= 1024) and (splits == MAX_SPLITS or programs >= 128)
+
+    return [config for config in configs if worth(config.kwargs["BLOCK_N"], config.kwargs["SPLITS"])]
+
+
+# Timed once per GPU, shape and dtype (which Triton adds to the key itself); Triton keeps the choice on disk.
+_tuned = triton.autotune(
+    CONFIGS,
+    key=["outs", "ins", "BLOCK_M"],
+    prune_configs_by={"early_config_prune": _worth_timing},
+    cache_results=True,
+)(_linear)
 
 _tables: dict[Any, Tensor] = {}  # (kind, dtype, device) -> the 16 code values in that dtype
 _counters: dict[Any, Tensor] = {}  # (device, stream) -> int32 zeros, one for each tile of a launch
@@ -137,10 +156,21 @@ def linear_forward(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = Non
     """As `reference.linear_forward`."""
     few = 0 < len(x) <= MAX_ROWS or (deterministic() and len(x) > 0)
     if not (few and takes_weight(weight)):
-        return reference.linear_forward(x, weight, bias)
+        return _fixed_rows(x, weight, bias) if deterministic() else reference.linear_forward(x, weight, bias)
     if deterministic() or interpreted():
         return few_rows(x, weight, bias, fixed_config(weight.shape))
     return few_rows(x, weight, bias, None)
+
+
+def _fixed_rows(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """A library product always of as many rows, so that it always takes the same way."""
+    dense = replace(weight, kind="dense", data=weight.dequantize(x.dtype))
+    y = x.new_empty(len(x), weight.shape[0])
+    for first in range(0, len(x), MAX_ROWS):
+        rows = x[first : first + MAX_ROWS]
+        padded = F.pad(rows, (0, 0, 0, MAX_ROWS - len(rows)))
+        y[first : first + MAX_ROWS] = reference.linear_forward(padded, dense, bias)[: len(rows)]
+    return y
 
 
 def fixed_config(shape: tuple[int, int]) -> dict[str, int]:

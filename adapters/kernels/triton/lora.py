@@ -152,8 +152,11 @@ def lora_add_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, table: Tensor, scale: 
     x, table, scale = x.contiguous(), table.contiguous(), scale.contiguous()
     block_t = _token_tile(tokens)
     ranks = min(MAX_RANK, len(a))
-    splits = min(8, triton.next_power_of_2(triton.cdiv(x.shape[1], 512)))
+    # Many tokens fill the GPU without splits, and scratch grows with tokens times splits.
+    most = 8 if deterministic() else max(1, min(8, 1024 // tokens))
+    splits = triton.next_power_of_2(min(most, triton.cdiv(x.shape[1], 512)))
     at_once = max(1, SCRATCH // (4 * splits * tokens * ranks))
+    sums = y if segments <= at_once else y.float()  # rounded once, however many pieces the table is taken in
     # bf16 and fp16 numbers are tf32 numbers: only fp32 rows lose bits by it, and those need fp32 activations to matter.
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
     tiles = triton.cdiv(tokens, block_t)
@@ -172,7 +175,9 @@ def lora_add_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, table: Tensor, scale: 
             x, a, piece, scale[first : first + at_once], down, tokens, x.shape[1], count, ranks, BLOCK_K=128, **shared
         )
         columns = triton.cdiv(y.shape[1], 64)
-        _expand[(tiles, columns)](y, b, piece, down, tokens, y.shape[1], count, ranks, BLOCK_N=64, **shared)
+        _expand[(tiles, columns)](sums, b, piece, down, tokens, y.shape[1], count, ranks, BLOCK_N=64, **shared)
+    if sums is not y:
+        y.copy_(sums)
 
 
 def _token_tile(tokens: int) -> int:

@@ -15,7 +15,7 @@ class Pacer:
     """
 
     def __init__(self, max_stall: float, share: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._max_stall = max_stall
+        self.max_stall = max_stall
         self._per_second = share / (1.0 - share)  # seconds of training earned by a second of inference
         self._clock = clock
         self._earned = 0.0
@@ -25,8 +25,8 @@ class Pacer:
     def served(self, seconds: float) -> None:
         """An inference step is over, and with it a new gap begins."""
         # What cannot be spent in one gap is not saved up for long: a burst of training would be felt.
-        self._earned = min(self._earned + seconds * self._per_second, 4 * self._max_stall)
-        self._left = self._max_stall
+        self._earned = min(self._earned + seconds * self._per_second, 4 * self.max_stall)
+        self._left = self.max_stall
 
     def allows(self, seconds: float) -> bool:
         """Whether a piece that takes about this long may run now.
@@ -35,7 +35,7 @@ class Pacer:
         """
         if self._per_second == 0.0:
             return False
-        if seconds <= self._max_stall:
+        if seconds <= self.max_stall:
             return seconds <= min(self._left, self._earned)
         return self._clock() - self._last_piece > STARVED_SECONDS
 

@@ -120,6 +120,8 @@ class Trainer:
         piece = self.piece
         try:
             self.piece = next(self._pieces)
+            if self._base.device.type == "cuda":  # launches return at once: only now the device has done the piece
+                torch.cuda.current_stream(self._base.device).synchronize()
         except Exception as fault:
             self._recover(fault)
         seconds = time.monotonic() - began

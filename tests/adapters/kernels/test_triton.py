@@ -259,7 +259,7 @@ def test_rope(kernels: Any, tokens: int, heads: int, kv_heads: int, dtype: torch
 
 
 def test_rows_keep_their_bits_in_company_when_tiles_are_fixed(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORAKEET_DETERMINISTIC", "1")
+    monkeypatch.setattr(triton, "_fixed", True)
     weight = make_weight(40, 512)
     x, y = torch.randn(70, 512), torch.randn(70, 40)
     pool = Pool([(0, 70, 5, 1, 1.0)], 512, 40)
@@ -271,7 +271,7 @@ def test_rows_keep_their_bits_in_company_when_tiles_are_fixed(kernels: Any, monk
 
 
 def test_chunks_of_a_prompt_keep_their_bits_when_tiles_are_fixed(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LORAKEET_DETERMINISTIC", "1")
+    monkeypatch.setattr(triton, "_fixed", True)
     requests = Requests(kernels, [90, 77], 4, 2, 32, 16)
     whole = requests.attend([(0, 0, 90)], 50)[0]
     first, second, _ = requests.attend([(0, 0, 67), (0, 67, 90), (1, 70, 77)], 50)

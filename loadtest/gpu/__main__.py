@@ -1,0 +1,68 @@
+"""`python -m loadtest.gpu [LETTERS ...]`: run every part, print a verdict per line, keep the result.
+
+Results go to `loadtest/results/gpu-<device>.json` and `.md`; parts that are not named stay there as they were. Exits
+with 1 unless every line holds. `--smoke` tries the command out on a CPU, in a minute: its figures mean nothing.
+"""
+
+import argparse
+import sys
+import tempfile
+import traceback
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from loadtest import machine
+from loadtest.gpu.lines import Line, Part, keep
+from loadtest.gpu.models import FULL, SMOKE
+from loadtest.gpu.parts import PARTS, Bench
+
+RESULTS = Path(__file__).parent.parent / "results"
+NEEDED = ("triton", "transformers", "bitsandbytes", "peft", "msgspec", "safetensors", "psutil", "pytest", "hypothesis")
+
+
+def main(arguments: list[str]) -> int:
+    """Run the parts that are asked for."""
+    parser = argparse.ArgumentParser("python -m loadtest.gpu", description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="LETTERS", help=f"of {', '.join(PARTS)} [default: all]")
+    parser.add_argument("--smoke", action="store_true", help="tiny, on the CPU, nothing kept but under --results")
+    parser.add_argument("--folder", type=Path, help="where models are made, and kept for the next run")
+    parser.add_argument("--results", type=Path, help="where results go [default: loadtest/results]")
+    asked = parser.parse_args(arguments)
+    if unknown := set(asked.parts) - set(PARTS):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
+    if not asked.smoke and not torch.cuda.is_available():
+        print("No NVIDIA GPU that torch can use: nothing was measured.", file=sys.stderr)
+        return 2
+    if missing := [name for name in NEEDED if find_spec(name) is None]:
+        print(f"Not installed, so that some lines cannot be measured: {', '.join(missing)}", file=sys.stderr)
+    with tempfile.TemporaryDirectory(prefix="lorakeet-gpu-") as folder:
+        bench = Bench(asked.folder or Path(folder), SMOKE if asked.smoke else FULL)
+        parts = [run(name, bench, arguments) for name in asked.parts or PARTS]
+    results = asked.results or (None if asked.smoke else RESULTS)
+    if results is not None:
+        keep(results / f"gpu-{'-'.join(parts[0].machine['gpu'].lower().split())}", parts)
+    return 0 if all(line.held for part in parts for line in part.lines) else 1
+
+
+def run(name: str, bench: Bench, arguments: list[str]) -> Part:
+    """One part; one that breaks takes no other with it."""
+    described: dict[str, Any] = machine.describe([sys.executable, "-m", "loadtest.gpu", *arguments])
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    described |= {"gpu": gpu, "cuda": torch.version.cuda}
+    bench.raw = {}
+    try:
+        lines = PARTS[name](bench)
+    except Exception as fault:
+        traceback.print_exc()
+        reason = str(fault).strip().splitlines() or [type(fault).__name__]
+        lines = [Line(name, PARTS[name].__name__, "runs", reason[-1][:200], None)]
+    for line in lines:
+        print(line.text, flush=True)
+    return Part(name, described, lines, bench.raw)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

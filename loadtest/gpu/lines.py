@@ -1,0 +1,81 @@
+"""Promises and what became of them: the lines of a GPU result, and the files that they are kept in."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+HEADERS = ("line", "what", "promised", "measured", "verdict")
+
+
+@dataclass(frozen=True)
+class Line:
+    """One promise and what became of it."""
+
+    name: str  # the letter that the promise goes by
+    what: str
+    promised: str
+    measured: str
+    held: bool | None  # None: not measured
+
+    @property
+    def verdict(self) -> str:
+        return {True: "holds", False: "FAILS", None: "not measured"}[self.held]
+
+    @property
+    def text(self) -> str:
+        """For a terminal."""
+        return f"{self.verdict:>12}  {self.name}  {self.what}: {self.measured} ({self.promised})"
+
+
+def at_least(name: str, what: str, value: float, limit: float, unit: str = "x", note: str = "") -> Line:
+    """A line for a figure with a lower bound. NaN fails."""
+    return Line(name, what, f">= {limit:g}{unit}", f"{value:.2f}{unit}{note and f' ({note})'}", value >= limit)
+
+
+def at_most(name: str, what: str, value: float, limit: float, unit: str = "x", note: str = "") -> Line:
+    """A line for a figure with an upper bound. NaN fails."""
+    return Line(name, what, f"<= {limit:.3g}{unit}", f"{value:.3g}{unit}{note and f' ({note})'}", value <= limit)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one part of the command found, and on what."""
+
+    name: str
+    machine: dict[str, Any]
+    lines: list[Line]
+    raw: dict[str, Any]
+
+
+def keep(prefix: Path, parts: Sequence[Part]) -> None:
+    """Write `prefix.json` and `prefix.md`; parts that were not run again stay as they were."""
+    file = prefix.with_suffix(".json")
+    kept: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    for part in parts:
+        lines = [asdict(line) | {"verdict": line.verdict} for line in part.lines]
+        kept[part.name] = {"machine": part.machine, "lines": lines, **part.raw}
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(kept, indent=1) + "\n")
+    prefix.with_suffix(".md").write_text(page(kept))
+
+
+def page(kept: dict[str, Any]) -> str:
+    """A result as Markdown."""
+    rows: list[Sequence[str]] = [HEADERS, ("---",) * len(HEADERS)]
+    about: dict[str, list[str]] = {}  # circumstances -> the parts measured in them
+    for name, part in kept.items():
+        rows += [[line[header] for header in ("name", *HEADERS[1:])] for line in part["lines"]]
+        about.setdefault(_circumstances(part["machine"]), []).append(name)
+    table = "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)
+    sources = "\n".join(f"- {', '.join(names)}: {text}" for text, names in about.items())
+    return f"# On one GPU\n\n{table}\n\n{sources}\n"
+
+
+def _circumstances(machine: dict[str, Any]) -> str:
+    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    return (
+        f"{machine['gpu']}, CUDA {machine['cuda']}; Python {machine['python']}, {packages}; "
+        f"{machine['date'][:10]}, commit {machine['commit']}, `{machine['command']}`"
+    )

@@ -1,0 +1,27 @@
+"""Every system that a comparison can measure, by name."""
+
+from loadtest.peers import llama, peft, vllm
+from loadtest.peers.base import Side
+from loadtest.peers.lorakeet import Lorakeet, LorakeetBare
+from loadtest.peers.lorakeet_offline import LorakeetOffline
+
+SIDES: dict[str, type[Side]] = {
+    side.name: side
+    for side in (
+        Lorakeet,
+        LorakeetBare,
+        LorakeetOffline,
+        llama.Llama,
+        llama.LlamaStatic,
+        llama.LlamaQ40,
+        llama.LlamaQ40Static,
+        vllm.Vllm,
+        vllm.VllmBf16,
+        peft.Peft,
+        peft.PeftBf16,
+        peft.PeftSwitching,
+    )
+}
+
+# Peers that live in environments of their own, and how each gets there.
+RECIPES = {"llama": llama.install, "vllm": vllm.install}

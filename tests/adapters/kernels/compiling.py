@@ -1,0 +1,121 @@
+"""Compiles every kernel for an H100, as its wrappers launch it, on a machine without a GPU: prints what each takes.
+
+A program of its own, for Triton must not interpret. The device that the wrappers' tensors lie on is pretended; what
+comes out is machine code by NVIDIA's assembler, so that a type error, an unknown intrinsic or too much shared memory is
+found here.
+"""
+
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from adapters.kernels.triton import fix_tiles, linear
+from adapters.kernels.triton import functions as kernels
+from adapters.kernels.weight import QuantizedWeight
+
+BF16 = torch.bfloat16
+
+
+class Pretended:
+    """What Triton asks of a driver before a launch."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> Any:
+        return lambda call, quantiles: (call(), [1.0, 1.0, 1.0])[1]
+
+
+def launches() -> None:
+    """Every wrapper with shapes of Llama-3.1-8B: one token, a batch, a prompt; and what families differ in."""
+    int32 = torch.int32
+    for rows in (1, 64):  # autotuned
+        kernels.linear_forward(torch.zeros(rows, 4096, dtype=BF16), weight(1024, 4096))
+    fix_tiles(True)
+    for dtype, kind in ((BF16, "fp4"), (torch.float16, "nf4"), (torch.float32, "nf4")):
+        x, bias = torch.zeros(3, 4096, dtype=dtype), torch.zeros(1024, dtype=dtype)
+        kernels.linear_forward(x, weight(1024, 4096, kind, nested=dtype == BF16), bias)
+    fix_tiles(False)
+    for dtype in (BF16, torch.float32):
+        for tokens, segments in ((1, 1), (64, 64), (2048, 40)):
+            a, b = (torch.zeros(600, width, dtype=torch.int16) for width in (4096, 1024))
+            table, scale = torch.zeros(segments, 5, dtype=int32), torch.zeros(segments)
+            x, y = torch.zeros(tokens, 4096, dtype=dtype), torch.zeros(tokens, 1024, dtype=dtype)
+            kernels.lora_add_(y, x, a, b, table, scale)
+    for dim, heads in ((64, 32), (80, 20), (128, 32), (256, 8)):
+        for tokens, requests in ((1, 1), (64, 64), (2048, 4)):
+            q, k = torch.zeros(tokens, heads, dim, dtype=BF16), torch.zeros(tokens, heads // 4, dim, dtype=BF16)
+            cache = torch.zeros(10, heads // 4, 16, dim, dtype=BF16)
+            seqs, blocks = torch.zeros(requests, 3, dtype=int32), torch.zeros(requests, 512, dtype=int32)
+            kernels.paged_attention(q, cache, cache, seqs, blocks, 0.1, 0)
+        kernels.write_kv(k, k, cache, cache, torch.zeros(tokens, dtype=torch.int64))
+        angles = torch.zeros(tokens, dim, dtype=BF16)
+        kernels.rope_(q, k, angles, angles)
+        kernels.rms_norm(q, torch.zeros(dim, dtype=BF16), 1e-6)
+    hidden = torch.zeros(3, 4096, dtype=BF16)
+    kernels.add_rms_norm_(hidden, hidden.clone(), torch.zeros(4096, dtype=BF16), 1e-5)
+    kernels.silu_mul(hidden, hidden)
+
+
+def weight(outs: int, ins: int, kind: str = "nf4", *, nested: bool = True) -> QuantizedWeight:
+    """Zeros in bitsandbytes' layout."""
+    blocks = outs * ins // 64
+    absmax = {"absmax": torch.zeros(blocks), "code": torch.zeros(16), "blocksize": 64}
+    if nested:
+        absmax |= {"absmax": torch.zeros(blocks, dtype=torch.uint8), "nested_absmax": torch.zeros(blocks // 256)}
+        absmax |= {"nested_code": torch.zeros(256), "nested_blocksize": 256, "offset": 0.1}
+    return QuantizedWeight(kind, torch.zeros(outs * ins // 2, 1, dtype=torch.uint8), (outs, ins), **absmax)
+
+
+def usage(kernel: Any) -> dict[str, Any]:
+    """What a compiled kernel takes of a multiprocessor, by NVIDIA's tool."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    [line] = [line for line in done.stdout.splitlines() if "REG:" in line]
+    pairs = dict(pair.split(":") for pair in line.split() if pair.count(":") == 1)
+    return {"registers": int(pairs["REG"]), "stack": int(pairs["STACK"]), "shared": kernel.metadata.shared}
+
+
+def main() -> None:
+    """Compile and print one JSON line for each kernel."""
+    compiled: dict[int, tuple[str, Any]] = {}
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool = False, **options: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        compiled[id(kernel)] = (self.__name__, kernel)
+        return kernel
+
+    driver.set_active(Pretended())
+    JITFunction.run = compile_only
+    # Those that ask for most.
+    linear._tuned.configs = [linear.CONFIGS[0], linear.CONFIGS[-1]]
+    linear._tuned.early_config_prune = None
+    launches()
+    for name, kernel in compiled.values():
+        print(json.dumps({"kernel": name, **usage(kernel)}))
+
+
+if __name__ == "__main__":
+    main()
