@@ -192,6 +192,7 @@ def _engine_config(settings: Settings, model: Path) -> EngineConfig:
         kv_cache_bytes=settings.kv_cache_bytes,
         adapter_bytes=settings.adapter_bytes,
         adapter_host_bytes=settings.adapter_host_bytes,
+        merged_bytes=settings.merged_bytes,
         max_batch_tokens=settings.max_batch_tokens,
         max_batch_requests=settings.max_batch_requests,
         prefix_caching=settings.prefix_caching,

@@ -134,7 +134,7 @@ class _AdapterMetrics(Collector):
             labels=["adapter_name", "level"],
         )
         per_name: Multiset[tuple[str, str]] = Multiset()
-        per_tier: Multiset[str] = Multiset({"device": 0, "host": 0})
+        per_tier: Multiset[str] = Multiset({"device": 0, "host": 0, "merged": 0})
         for use in self.resident:
             per_name[self._names.get(use.digest, OTHER), use.tier] += 1
             per_tier[use.tier] += 1
@@ -179,6 +179,7 @@ class Metrics:
         self._running = self._gauge("num_requests_running", "Sequences in the batch")
         self._waiting = self._gauge("num_requests_waiting", "Sequences waiting for a place in the batch")
         self._kv_usage = self._gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1")
+        self._merged_bytes = self._gauge("merged_weight_bytes", "Device memory of adapters merged into the base")
         self._engine_up = self._gauge("engine_up", "1 while there is an engine process, else 0")
         self._pinned = self._gauge("num_pinned_lora_adapters", "Adapter versions that stay on the device")
         self._pinned_bytes = self._gauge("pinned_lora_adapter_bytes", "Device memory of pinned adapters")
@@ -240,12 +241,14 @@ class Metrics:
             counts.load_seconds += seconds
         if stats.adapters is not None:
             self._adapters.resident = stats.adapters
+        if stats.merges is not None:
+            self._merged_bytes.set(sum(report.bytes for report in stats.merges))
 
     def engine_process(self, alive: bool) -> None:
         """Whether there is an engine process now: without one nothing runs and nothing is resident."""
         self._engine_up.set(alive)
         if not alive:
-            for gauge in (self._running, self._waiting, self._kv_usage):
+            for gauge in (self._running, self._waiting, self._kv_usage, self._merged_bytes):
                 gauge.set(0)
             self._adapters.resident = []
 

@@ -238,6 +238,14 @@ class Settings:
         maximum=2**50,
         shown="4GiB",
     )
+    merged_bytes: int | None = _setting(
+        None,
+        "Device memory for the weights of adapters that are merged into the base; 0 merges none.",
+        parse=parse_size,
+        minimum=0,
+        maximum=2**50,
+        shown="a share of what is free",
+    )
     adapter_pinned_bytes: int | None = _setting(
         None,
         "How much of --adapter-bytes pinned adapters may take.",
@@ -331,7 +339,7 @@ class Settings:
         2, "Fine-tuning jobs that train at once; the rest are queued.", parse=_integer, minimum=1, maximum=1024
     )
     finetune_max_stall_ms: float = _setting(
-        20.0, "Training between two inference steps, at most.", parse=_number, minimum=1, maximum=60_000
+        20.0, "Training, or merging, between two inference steps, at most.", parse=_number, minimum=1, maximum=60_000
     )
     finetune_share: float = _setting(
         0.3,

@@ -13,6 +13,7 @@ from adapters.config import MAX_CONFIG_BYTES
 from adapters.details import details_of
 from adapters.format import CONFIG_NAME, WEIGHTS_NAME
 from adapters.store import AdapterStore, AmbiguousDigest, Staging, UnknownAdapter, Version
+from server.api.merging import resident
 from server.api.mixing import mix
 from server.api.paging import window
 from server.errors import Conflict, InvalidRequest, NotFound, TooManyRequests, shown
@@ -64,7 +65,12 @@ async def get_adapter(request: Request) -> Response:
             details = await run_in_threadpool(details_of, version.path, base.linears if base else None)
     except UnknownAdapter:  # deleted this very moment
         raise unknown_adapter(version.name) from None
-    more = {"versions": [other.digest for other in pointer.versions], "split": dict(pointer.split) or None}
+    merged = services.engine.merges.get(version.digest)
+    more = {
+        "versions": [other.digest for other in pointer.versions],
+        "split": dict(pointer.split) or None,
+        "merged": None if merged is None else resident(merged),
+    }
     headers = {**_digest_header(version), "ETag": f'"{pointer.etag}"'}
     return JSONResponse(receipt(services.store, version) | details | more, headers=headers)
 

@@ -14,11 +14,21 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from adapters.names import LocalNames
+from adapters.recipe import MergedDtype
 from adapters.store import AdapterStore
 from server.admission import Admission
 from server.app import build_app
-from server.engine.client import EngineUnavailable
-from server.engine.protocol import AdapterRef, Generate, Inspection, Linear, Output, Ready
+from server.engine.client import EngineUnavailable, MergeRefused
+from server.engine.protocol import (
+    AdapterRef,
+    Generate,
+    Inspection,
+    Linear,
+    MergeReport,
+    MergeSpeed,
+    Output,
+    Ready,
+)
 from server.finetune.messages import JobReply, MemoryPlan, PlanMemory, StartJob, StopJob
 from server.finetune.service import FineTuning
 from server.intake import AdapterIntake
@@ -63,7 +73,29 @@ class IdleEngine:
         self.pid: int | None = info.pid if info else None
         self.unready_reason: str | None = None if info else "the engine is loading the model"
         self.forgotten: list[str] = []
+        self.merges: dict[str, MergeReport] = {}
+        self.refuses_merges: MergeRefused | None = None
         self.pinned: list[str] = []
+
+    async def merge(self, adapter: AdapterRef, dtype: MergedDtype, prompts: list[list[int]]) -> MergeReport:
+        if self.refuses_merges is not None:
+            raise self.refuses_merges
+        speeds = [MergeSpeed(1, 50.0, 60.0)]
+        report = MergeReport(
+            id="m",
+            digest=adapter.digest,
+            dtype=dtype,
+            bytes=1024,
+            positions=sum(map(len, prompts)),
+            mean_kl=0.01,
+            agreement=0.99,
+            speeds=speeds,
+            seconds=1.5,
+        )
+        return self.merges.setdefault(adapter.digest, report)
+
+    async def unmerge(self, digest: str) -> bool:
+        return self.merges.pop(digest, None) is not None
 
     async def generate(self, request: Generate) -> AsyncIterator[Output]:
         raise EngineUnavailable("this engine serves nothing")

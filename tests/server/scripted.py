@@ -58,6 +58,8 @@ class ScriptedEngine(IdleEngine):
         self.pid = 4242
         self.unready_reason = None
         self.forgotten = []
+        self.merges = {}
+        self.refuses_merges = None
         self.pinned = []
 
     async def generate(self, request: Generate) -> AsyncGenerator[Output, None]:
