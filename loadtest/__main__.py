@@ -31,6 +31,7 @@ from loadtest import (
     readme,
     registered,
     report,
+    speculation,
     synthetic,
     training,
 )
@@ -223,6 +224,15 @@ def show_beside(
             beside.measure(kit, minutes=minutes, flags=flag or [], report=lambda line: notes.print(escape(line)))
         )
     _show_measured("beside", measured, beside.table(measured), out)
+
+
+@app.command("speculation")
+def show_speculation(rounds: Rounds = 3, model_dir: ModelDir = None, out: Out = None) -> None:
+    """What drafts by prompt lookup gain on texts that repeat what they were given, and cost on those that do not."""
+    with tempfile.TemporaryDirectory(prefix="loadtest-") as folder:
+        kit = _kit(Path(folder), model_dir or _default_model(), machine_threads=len(os.sched_getaffinity(0)))
+        measured = asyncio.run(speculation.measure(kit, rounds=rounds, report=lambda line: notes.print(escape(line))))
+    _show_measured("speculation", measured, speculation.table(measured), out)
 
 
 def _show_measured(kind: str, measured: dict[str, Any], shown: Table, out: Path | None) -> None:

@@ -168,7 +168,7 @@ class Scheduler:
         eos_token_ids: Seq[int] = (),
         starts: Callable[[AdapterKey, Seq[int]], Mapping[str, int]] = lambda key, prompt: {},
         patience: int = 64,
-        free_rows: int = 4,
+        free_rows: int = 3,
     ) -> None:
         if not 1 <= max_batch_requests < max_batch_tokens:
             raise ValueError(

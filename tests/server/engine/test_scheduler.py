@@ -102,6 +102,7 @@ class World:
         batch_requests: int = 4,
         model_len: int = 40,
         patience: int = 4,
+        free_rows: int = 8,
     ) -> None:
         self.blocks = BlockPool(num_blocks, 4, caching)
         self.residency = FakeResidency(delay)
@@ -113,6 +114,7 @@ class World:
             max_model_len=model_len,
             eos_token_ids=[EOS],
             patience=patience,
+            free_rows=free_rows,
         )
         self.batch_tokens, self.batch_requests, self.model_len = batch_tokens, batch_requests, model_len
         self.kv: dict[tuple[int, int], object] = {}
