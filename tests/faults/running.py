@@ -45,6 +45,7 @@ class RunningServer:
         self.url = f"http://127.0.0.1:{self.port}"
         self.data_dir = data_dir
         self._log = root / "server.log"
+        self.fault = root / "fault"  # write a kind of `inject.sitecustomize` there
         self._command = [
             *(sys.executable, "-c", "from server.cli import main; main()", "serve"),
             *("--model", str(model), "--served-model-name", BASE, "--port", str(self.port)),
@@ -57,7 +58,8 @@ class RunningServer:
         """Start it if it does not run, and wait until it is ready."""
         if self._process is None or self._process.poll() is not None:
             environment = {key: value for key, value in os.environ.items() if not key.startswith("LORAKEET_")}
-            environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+            environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "FAULT_FILE": str(self.fault)}
+            environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent / "inject"), str(REPOSITORY)])
             with self._log.open("ab") as log:
                 self._process = subprocess.Popen(
                     self._command, cwd=REPOSITORY, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log

@@ -11,7 +11,7 @@ import resource
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,19 @@ def client_of(server: RunningServer) -> httpx.AsyncClient:
 
 
 async def test_the_engine_killed_under_load(server: RunningServer) -> None:
+    await under_load(server, lambda pid: os.kill(pid, signal.SIGKILL))
+
+
+@pytest.mark.parametrize(
+    "kind", ["accelerator", "out of memory", pytest.param("illegal access", marks=pytest.mark.cuda)]
+)
+async def test_the_device_fails_under_load(server: RunningServer, kind: str) -> None:
+    await under_load(server, lambda _: server.fault.write_text(kind))
+    assert not server.fault.exists()
+
+
+async def under_load(server: RunningServer, strike: Callable[[int], object]) -> None:
+    """Every request learns what happened; the engine comes back by itself, and says what it said before."""
     before, ready = texts(server), server.wait_ready()
     async with client_of(server) as client:
         started = [asyncio.Event() for _ in range(4)]
@@ -81,7 +94,7 @@ async def test_the_engine_killed_under_load(server: RunningServer) -> None:
         ]
         whole = [asyncio.create_task(client.post("/v1/completions", json=body(name, 480))) for name in ADAPTERS]
         await asyncio.gather(*(event.wait() for event in started))
-        os.kill(ready["engine_pid"], signal.SIGKILL)
+        strike(ready["engine_pid"])
 
         for stream in streams:
             got = await stream

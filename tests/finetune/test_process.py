@@ -89,7 +89,11 @@ def test_a_job_by_the_openai_client_and_again_through_kills(server: RunningServe
     eventually(lambda: client.fine_tuning.jobs.checkpoints.list(killed).data, 60, "a checkpoint")
     engine = server.engine_pid
     os.kill(engine, signal.SIGKILL)
-    eventually(lambda: server.wait_ready()["engine_pid"] != engine, 60, "another engine")
+    failing = eventually(lambda: (pid := server.wait_ready()["engine_pid"]) != engine and pid, 60, "another engine")
+    server.fault.write_text("training accelerator")
+    eventually(
+        lambda: server.wait_ready()["engine_pid"] != failing, 60, "a third, for the device has failed in training"
+    )
     server.kill()
     server.ensure()
     job = eventually(lambda: done(killed), 60, "the job ends after the kills")

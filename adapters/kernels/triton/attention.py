@@ -113,8 +113,9 @@ def _attend(
             plane = split * tokens * heads
             tl.store(part_top + plane + row, top, mask=real)
             tl.store(part_sum + plane + row, total, mask=real)
-            # int64: splits times tokens times a wide model may pass 2^31.
-            tl.store(part + (plane + row)[:, None] * DIM + d[None, :], acc, mask=mask)
+            if begin < end:  # a split beyond the sequence has nothing to add, and `_combine` does not look at it
+                # int64: splits times tokens times a wide model may pass 2^31.
+                tl.store(part + (plane + row)[:, None] * DIM + d[None, :], acc, mask=mask)
 
 
 @triton.jit
@@ -148,9 +149,11 @@ def _combine(
         acc = tl.zeros([PADDED], tl.float32)
         for split in tl.static_range(SPLITS):
             at = split * tokens * heads + row
-            weight = tl.exp2(tl.load(part_top + at) - shift)
+            own = tl.load(part_top + at)
+            weight = tl.exp2(own - shift)
             total += tl.load(part_sum + at) * weight
-            acc += tl.load(part + at * DIM + d, mask=d < DIM, other=0.0) * weight
+            width = tl.where(own > float("-inf"), DIM, 0)
+            acc += tl.load(part + at * DIM + d, mask=d < width, other=0.0) * weight
         tl.store(out + row * DIM + d, (acc / total).to(out.dtype.element_ty), mask=d < DIM)
     else:
         tl.store(out + row * DIM + d, tl.zeros([PADDED], out.dtype.element_ty), mask=d < DIM)

@@ -83,6 +83,8 @@ class Trainer:
         try:
             self.tasks[message.id] = Task(message, self._base.linears, self._base.device)
         except Exception as fault:
+            if _is_device_fault(fault):
+                raise
             log.exception("job %s could not start", message.id)
             code = "out_of_memory" if _is_out_of_memory(fault) else "start_failed"
             text = f"The job could not start: {type(fault).__name__}: {fault}"
@@ -115,7 +117,10 @@ class Trainer:
         return 0.0 if self.piece is None else self._seconds.get(_bucket(self.piece), 0.0)
 
     def run_piece(self) -> float:
-        """Run the next piece; the seconds it took. A fault ends the job that caused it and nothing else."""
+        """Run the next piece; the seconds it took. A fault ends the job that caused it and nothing else.
+
+        Raises a fault of the device, after which nothing works on it: jobs go on when the engine has been restarted.
+        """
         began = time.monotonic()
         piece = self.piece
         try:
@@ -123,6 +128,8 @@ class Trainer:
             if self._base.device.type == "cuda":  # launches return at once: only now the device has done the piece
                 torch.cuda.current_stream(self._base.device).synchronize()
         except Exception as fault:
+            if _is_device_fault(fault):
+                raise
             self._recover(fault)
         seconds = time.monotonic() - began
         if piece is not None:
@@ -293,6 +300,12 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 def _bucket(piece: Piece) -> tuple[str, int]:
     """Pieces that cost about the same: of one kind, and within a power of two of size."""
     return piece.kind, piece.size.bit_length()
+
+
+def _is_device_fault(fault: Exception) -> bool:
+    """An illegal access or worse. Memory that ran out is none: what was there still is."""
+    texts = ("CUDA error", "Triton Error [CUDA]")  # of faults that come as plain RuntimeErrors
+    return isinstance(fault, torch.AcceleratorError) or any(text in str(fault) for text in texts)
 
 
 def _is_out_of_memory(fault: Exception) -> bool:

@@ -46,21 +46,19 @@ class Pretended:
 def launches() -> None:
     """Every wrapper with shapes of Llama-3.1-8B: one token, a batch, a prompt; and what families differ in."""
     int32 = torch.int32
-    for rows in (1, 64):  # autotuned
-        kernels.linear_forward(torch.zeros(rows, 4096, dtype=BF16), weight(1024, 4096))
+    kernels.linear_forward(torch.zeros(64, 4096, dtype=BF16), weight(1024, 4096))  # autotuned
     fix_tiles(True)
     for dtype, kind in ((BF16, "fp4"), (torch.float16, "nf4"), (torch.float32, "nf4")):
         x, bias = torch.zeros(3, 4096, dtype=dtype), torch.zeros(1024, dtype=dtype)
         kernels.linear_forward(x, weight(1024, 4096, kind, nested=dtype == BF16), bias)
     fix_tiles(False)
-    for dtype in (BF16, torch.float32):
-        for tokens, segments in ((1, 1), (64, 64), (2048, 40)):
-            a, b = (torch.zeros(600, width, dtype=torch.int16) for width in (4096, 1024))
-            table, scale = torch.zeros(segments, 5, dtype=int32), torch.zeros(segments)
-            x, y = torch.zeros(tokens, 4096, dtype=dtype), torch.zeros(tokens, 1024, dtype=dtype)
-            kernels.lora_add_(y, x, a, b, table, scale)
+    for dtype, tokens, segments in ((BF16, 1, 1), (BF16, 64, 64), (BF16, 2048, 40), (torch.float32, 2048, 40)):
+        a, b = (torch.zeros(600, width, dtype=torch.int16) for width in (4096, 1024))
+        table, scale = torch.zeros(segments, 5, dtype=int32), torch.zeros(segments)
+        x, y = torch.zeros(tokens, 4096, dtype=dtype), torch.zeros(tokens, 1024, dtype=dtype)
+        kernels.lora_add_(y, x, a, b, table, scale)
     for dim, heads in ((64, 32), (80, 20), (128, 32), (256, 8)):
-        for tokens, requests in ((1, 1), (64, 64), (2048, 4)):
+        for tokens, requests in ((1, 1), (64, 64), (2048, 4)) if dim == 128 else ((64, 64), (2048, 4)):
             q, k = torch.zeros(tokens, heads, dim, dtype=BF16), torch.zeros(tokens, heads // 4, dim, dtype=BF16)
             cache = torch.zeros(10, heads // 4, 16, dim, dtype=BF16)
             seqs, blocks = torch.zeros(requests, 3, dtype=int32), torch.zeros(requests, 512, dtype=int32)
@@ -109,8 +107,7 @@ def main() -> None:
 
     driver.set_active(Pretended())
     JITFunction.run = compile_only
-    # Those that ask for most.
-    linear._tuned.configs = [linear.CONFIGS[0], linear.CONFIGS[-1]]
+    linear._tuned.configs = [linear.CONFIGS[0], linear.CONFIGS[-1]]  # which ask for least and most
     linear._tuned.early_config_prune = None
     launches()
     for name, kernel in compiled.values():
