@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import obstore
-from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.exceptions import BaseError
 from obstore.store import from_url
 
 from adapters.format import CONFIG_NAME, SPEC_NAME, WEIGHTS_NAME
@@ -72,7 +72,7 @@ class RemoteStore:
                     continue
                 try:
                     yield _pointer(json.loads(document), locate)
-                except (ValueError, KeyError, TypeError) as fault:
+                except (ValueError, LookupError, TypeError) as fault:
                     log.error("%s in the object store is damaged; that adapter is not served: %r", path, fault)
 
     def save(self, tenant: str, name: str, pointer: Pointer | None) -> None:
@@ -135,8 +135,7 @@ def _pointer(document: dict[str, Any], locate: Locate) -> Pointer:
     tenant, name = document["tenant"], document["name"]
     versions = tuple(Version(tenant, name, path=locate(one["digest"]), **one) for one in document["versions"])
     pointer = Pointer(versions, tuple((digest, share) for digest, share in document["split"]), document["pinned"])
-    if not pointer.answering:
-        raise ValueError("no version answers")
+    _ = pointer.answering  # raises when a version is missing
     return pointer
 
 
@@ -145,8 +144,6 @@ def _faults() -> Iterator[None]:
     """Whatever the store's client raises becomes RemoteUnavailable; faults of our own disk stay what they are."""
     try:
         yield
-    except (PermissionDeniedError, UnauthenticatedError) as fault:
-        raise RemoteUnavailable(f"it refuses our credentials: {_line(fault)}") from None
     except (BaseError, FileNotFoundError) as fault:  # not found: there is no such bucket
         raise RemoteUnavailable(_line(fault)) from None
 

@@ -162,6 +162,7 @@ class AdapterStore:
         self._references: Counter[str] = Counter()  # digest -> retained versions of any name that have it
         self._leases: Counter[str] = Counter()
         self._stored: OrderedDict[str, int] = OrderedDict()  # digest -> bytes here, the least recently leased first
+        self._disk_used = 0  # bytes of `_stored`; like them, counted only with a remote
         self._removing: set[str] = set()  # digests whose files are on their way out
         self._fetching: dict[str, Future[None]] = {}
         self._fetchers = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="adapter-fetcher")
@@ -223,8 +224,11 @@ class AdapterStore:
         try:
             yield version
         finally:
-            if self._let_go(digest):  # a lease may end where nobody can wait, and removing gigabytes takes a while
-                threading.Thread(target=self._remove_unused, args=(digest,), name="adapter-collector").start()
+            unused = self._let_go(digest)
+            if (
+                unused or self._excess > 0
+            ):  # a lease may end where nobody can wait, and removing gigabytes takes a while
+                threading.Thread(target=self._collect, args=(digest,), name="adapter-collector").start()
 
     def has(self, version: Version) -> bool:
         """Whether a version's files are here; as long as it is leased, that lasts."""
@@ -416,9 +420,8 @@ class AdapterStore:
         try:
             yield known
         finally:
-            if self._let_go(digest):
-                self._remove_unused(digest)
-            self._trim()
+            self._let_go(digest)
+            self._collect(digest)
 
     def _let_go(self, digest: str) -> bool:
         """End a lease; whether nobody wants the files any more."""
@@ -437,6 +440,7 @@ class AdapterStore:
             staged.rename(self._path(digest))
             with self._counting:
                 self._stored[digest] = size
+                self._disk_used += size
         sync(self._versions)
 
     def _fetch_soon(self, digest: str) -> Future[None]:
@@ -458,35 +462,45 @@ class AdapterStore:
         finally:
             with self._counting:
                 del self._fetching[digest]
-        self._remove_unused(digest)  # its name may be gone by now
+        self._collect(digest)  # its name may be gone by now
+
+    @property
+    def _excess(self) -> int:
+        """Bytes on this disk that are too many."""
+        return 0 if self._disk_bytes is None else self._disk_used - self._disk_bytes
+
+    def _collect(self, digest: str) -> None:
+        """Remove a version if nobody needs it, and others from this disk as long as it holds too much."""
+        self._remove_unused(digest)
         self._trim()
 
     def _trim(self) -> None:
-        """Keep the cache within its bound."""
-        if self._remote is None or self._disk_bytes is None:
+        if self._excess <= 0:
             return
         with self._counting:
-            excess = sum(self._stored.values()) - self._disk_bytes
+            excess = self._excess
             victims = []
-            for digest, size in self._stored.items():
+            for candidate, size in self._stored.items():
                 if excess <= 0:
                     break
-                if digest not in self._leases and digest not in self._removing:
-                    victims.append(digest)
+                if candidate not in self._leases and candidate not in self._removing:
+                    victims.append(candidate)
                     excess -= size
-            for digest in victims:
-                del self._stored[digest]
+            for victim in victims:
+                self._disk_used -= self._stored.pop(victim)
             self._removing.update(victims)
-        for digest in victims:
-            self._take_away(digest)
+        for victim in victims:
+            self._take_away(victim)
 
     def _remove_unused(self, digest: str) -> None:
         """Remove a version's files unless a name or a lease holds them."""
         with self._counting:
             if digest in self._references or digest in self._leases or digest in self._removing:
                 return
-            if self._stored.pop(digest, None) is None and self._remote is None:
+            size = self._stored.pop(digest, None)
+            if size is None and self._remote is None:
                 return
+            self._disk_used -= size or 0
             self._removing.add(digest)
         self._take_away(digest, self._remote)
 
@@ -529,6 +543,7 @@ class AdapterStore:
             del self._stored[digest]
             self._removing.add(digest)
             self._take_away(digest)  # from here only: another server may be about to name it
+        self._disk_used = sum(self._stored.values())
         self._trim()
 
     # Last, because its name hides the type of that name from what follows.
@@ -559,7 +574,7 @@ def _size(directory: Path) -> int:
 def _check_digest(directory: Path, digest: str) -> None:
     try:
         found = digest_of(directory)
-    except (AdapterError, ValueError, KeyError, TypeError, FileNotFoundError) as fault:
+    except (AdapterError, ValueError, LookupError, TypeError) as fault:
         raise DamagedAdapter(f"the object store's files of {digest} are damaged: {fault}") from None
     if found != digest:
         raise DamagedAdapter(f"the object store's files of {digest} are damaged: their digest is {found}")

@@ -160,7 +160,7 @@ class Site:
         self.settings = Settings(data_dir=root, **settings)
         self.metrics = Metrics(max_lora=self.settings.max_batch_requests)
         self._database = sqlite3.connect(root / "store.db", check_same_thread=False, isolation_level=None)
-        self.store = AdapterStore(root / "store", LocalNames(self._database))
+        self.store = self.open_store(root)
         self.intake = AdapterIntake(self.settings, self.engine, self.store, self.metrics)
         self.drain = Drain()
         self.text = cast("Any", None)  # none of these routes reads text
@@ -173,6 +173,10 @@ class Site:
             metrics=self.metrics,
             max_running=1,
         )
+
+    def open_store(self, root: Path) -> AdapterStore:
+        """Where its adapters are."""
+        return AdapterStore(root / "store", LocalNames(self._database))
 
     def app(self) -> Starlette:
         """The whole application."""

@@ -1,0 +1,77 @@
+"""An S3-compatible server in a process of its own, to be stopped and started again; it forgets its buckets then."""
+
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import obstore
+from obstore.store import S3Store
+
+BUCKET = "adapters"
+
+
+class S3Server:
+    """moto's server on a port that stays the same."""
+
+    def __init__(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        self.endpoint = f"http://127.0.0.1:{self.port}"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What its clients read."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_REGION": "us-east-1",
+        }
+
+    def start(self) -> None:
+        """Start it with an empty bucket."""
+        command = [sys.executable, "-m", "moto.server", "-p", str(self.port)]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 60
+        while True:
+            assert self._process.poll() is None, "moto's server ended"
+            try:
+                httpx.put(f"{self.endpoint}/{BUCKET}").raise_for_status()
+                return
+            except httpx.TransportError:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+
+    def stop(self) -> None:
+        """End it."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+
+    def objects(self, prefix: str) -> dict[str, bytes]:
+        """Every object below a prefix of the bucket."""
+        store = self._store(prefix)
+        paths = [entry["path"] for entry in obstore.list(store).collect()]
+        return {path: obstore.get(store, path).bytes().to_bytes() for path in paths}
+
+    def put(self, prefix: str, key: str, content: bytes | None) -> None:
+        """Replace an object behind everybody's back, or remove it."""
+        if content is None:
+            obstore.delete(self._store(prefix), key)
+        else:
+            obstore.put(self._store(prefix), key, content)
+
+    def _store(self, prefix: str) -> S3Store:
+        return S3Store(
+            BUCKET,
+            prefix=prefix,
+            endpoint=self.endpoint,
+            region="us-east-1",
+            access_key_id="key",
+            secret_access_key="secret",
+            client_options={"allow_http": True},
+        )
