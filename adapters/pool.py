@@ -26,6 +26,9 @@ DTYPE_CODES = {torch.float32: kernels.FP32, torch.bfloat16: kernels.BF16, torch.
 _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
+AT_ONCE_BYTES = 1 << 20  # are copied in less than a millisecond
+
+
 class LinearSize(Protocol):
     """What the pool needs to know of a linear."""
 
@@ -176,9 +179,17 @@ class RowPool:
         return {kind: self.rows[kind].size_of(first) for kind, first in windows.items()}
 
     def insert(self, adapter: HostAdapter) -> bool:
-        """Make an adapter resident; False when rows are lacking (nothing is changed then).
+        """Make an adapter resident; False when rows are lacking (nothing is changed then). See `reserve`."""
+        if not self.reserve(adapter):
+            return False
+        self.fill(adapter)
+        return True
 
-        Compacts a kind when its free units suffice but no gap does, so it must run between steps.
+    def reserve(self, adapter: HostAdapter, *, compact: bool = True) -> bool:
+        """Give an adapter its rows, to be filled; False when rows are lacking (nothing is changed then).
+
+        With `compact` it moves the others when free units suffice but no gap does, so it must run between steps, and
+        while nobody fills rows. Without, rows are lacking then.
         """
         need = adapter.units(self.kinds)
         if any(rounded(units) > self.rows[kind].free for kind, units in need.items()):
@@ -186,10 +197,13 @@ class RowPool:
         windows: dict[str, int] = {}
         for kind, units in need.items():
             first = self.rows[kind].allocate(units)
-            if first is None:
+            if first is None and compact:
                 self._compact(kind)
                 first = self.rows[kind].allocate(units)
-            assert first is not None
+            if first is None:
+                for taken, start in windows.items():
+                    self.rows[taken].release(start)
+                return False
             windows[kind] = first
         if adapter.extras is not None:
             self.extras[adapter.digest] = adapter.extras.to(self.device)
@@ -206,13 +220,23 @@ class RowPool:
         )
         for name, rows in adapter.linears.items():
             index, first = self._index[name], windows[self.kinds[name]]
-            self.a[index][first : first + len(rows.a)].copy_(rows.a, non_blocking=True)
-            self.b[index][first : first + len(rows.b)].copy_(rows.b, non_blocking=True)
             placement.first_unit[index] = first
             placement.rank[index] = rows.rank
             placement.scaling[index] = rows.scaling
         self._placements[adapter.digest] = placement
         return True
+
+    def fill(self, adapter: HostAdapter) -> None:
+        """Copy an adapter into its rows. May run beside steps, in another thread: nobody reads them yet."""
+        windows = self._placements[adapter.digest].windows
+        for name, rows in adapter.linears.items():
+            index, first = self._index[name], windows[self.kinds[name]]
+            self.a[index][first : first + len(rows.a)].copy_(rows.a, non_blocking=True)
+            self.b[index][first : first + len(rows.b)].copy_(rows.b, non_blocking=True)
+
+    def fills_at_once(self, adapter: HostAdapter) -> bool:
+        """Whether `fill` takes no time to speak of: little is copied, or a device does it in the order of its work."""
+        return self.device.type != "cpu" or adapter.bytes <= AT_ONCE_BYTES
 
     def remove(self, digest: str) -> None:
         """Give an adapter's rows back. Raises KeyError when it is not resident."""

@@ -1,8 +1,9 @@
 """Who is resident: device rows <- host memory <- disk, each tier a least-recently-used cache of the next.
 
-The scheduler asks `acquire` for a sequence's adapters and gets an answer at once; files are read by a worker thread and
-`poll` (between steps) takes in what it finished. An adapter in use is never evicted, a pinned one only for somebody who
-could not run beside it. Knows no requests and no scheduling policy; the rows themselves are pool.py's.
+The scheduler asks `acquire` for a sequence's adapters and gets an answer at once; worker threads read files and fill
+rows where that takes time; `poll` (between steps) takes in what they finished. An adapter in use is never evicted, a
+pinned one only for somebody who could not run beside it. Knows no requests and no scheduling policy; the rows
+themselves are pool.py's.
 """
 
 import time
@@ -13,6 +14,8 @@ from typing import Literal, NamedTuple
 
 from adapters.pool import HostAdapter, RowPool
 from adapters.rows import rounded
+
+FRESH_SECONDS = 1.0  # for which an adapter stays that was brought for somebody who has not had its turn yet
 
 Key = tuple[tuple[str, float], ...]  # (digest, weight) of each adapter of a sequence; () is the bare base
 Answer = Literal["ready", "loading", "full", "failed"]
@@ -43,10 +46,13 @@ class Residency:
         self._device: OrderedDict[str, int] = OrderedDict()  # digest -> rank, least recently used first
         self._references: Counter[str] = Counter()
         self._loading: dict[str, tuple[Future[HostAdapter], float]] = {}
+        self._filling: dict[str, tuple[Future[None], HostAdapter]] = {}  # on their way from the host to the device
+        self._fresh: dict[str, float] = {}  # digest -> when it was filled; until somebody has it
         self._errors: dict[str, str] = {}
         self._forgotten: set[str] = set()
         self._pinned: dict[str, str] = {}  # digest -> path, in order of preference
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapter-reader")
+        self._filler = ThreadPoolExecutor(1, thread_name_prefix="adapter-filler")  # does not wait for the disk
         self.loads: list[tuple[str, float]] = []  # (digest, seconds) since the reader of this list last cleared it
         self.evictions: list[str] = []
 
@@ -73,23 +79,24 @@ class Residency:
     def acquire(self, key: Key) -> Answer:
         """Take a reference on every adapter of `key` if all can be on the device now.
 
-        "ready": references taken. "loading": being read from disk. "full": rows are held by adapters in use.
+        "ready": references taken. "loading": on their way. "full": rows are held by adapters in use.
         "failed": cannot be loaded; `error(key)` says why, once.
         """
         digests = [digest for digest, _ in key]
         if any(digest in self._errors for digest in digests):
             return "failed"
         missing = [digest for digest in digests if digest not in self._device]
-        here = [digest for digest in missing if digest in self._host]
+        here = [digest for digest in missing if digest in self._host and digest not in self._filling]
         # Those that are here move up at once: while the others are read, the host tier may have to let them go.
         if here and not self._place(here, keep=digests):
             return "full"
-        if len(here) < len(missing):
-            for digest in missing:
-                if digest not in self._device:
-                    self._start_loading(digest)
+        missing = [digest for digest in missing if digest not in self._device]
+        for digest in missing:
+            self._start_loading(digest)
+        if missing:
             return "loading"
         for digest in digests:
+            self._fresh.pop(digest, None)
             self._references[digest] += 1
             self._device.move_to_end(digest)
         return "ready"
@@ -112,10 +119,19 @@ class Residency:
     @property
     def loading(self) -> bool:
         """Whether the worker thread has something under way."""
-        return bool(self._loading)
+        return bool(self._loading or self._filling)
 
     def poll(self) -> None:
-        """Take in the adapters that the worker thread has finished reading."""
+        """Take in the adapters that the worker thread has read, or put on the device."""
+        for digest, (filled, adapter) in list(self._filling.items()):
+            if filled.done():
+                filled.result()
+                del self._filling[digest]
+                self._device[digest] = adapter.rank
+                if digest not in self._pinned:
+                    self._fresh[digest] = time.monotonic()
+                if digest in self._forgotten:
+                    self._drop(digest)
         arrived: set[str] = set()
         for digest, (future, started) in list(self._loading.items()):
             if not future.done():
@@ -129,7 +145,7 @@ class Residency:
             self.loads.append((digest, time.monotonic() - started))
             arrived.add(digest)
         for digest in self._pinned:
-            if digest not in self._device:
+            if digest not in self._device and digest not in self._filling:
                 self._bring_back(digest)
         if arrived:
             self._trim_host(arrived)
@@ -150,7 +166,8 @@ class Residency:
         ]
 
     def close(self) -> None:
-        self._reader.shutdown(wait=False, cancel_futures=True)
+        for worker in (self._reader, self._filler):
+            worker.shutdown(wait=False, cancel_futures=True)
 
     # --- the tiers -------------------------------------------------------------------------------
 
@@ -162,7 +179,7 @@ class Residency:
             self._start_loading(digest)
 
     def _start_loading(self, digest: str) -> None:
-        if digest not in self._loading:
+        if digest not in self._loading and digest not in self._filling:
             self._loading[digest] = (self._reader.submit(self._load, digest, self._paths[digest]), time.monotonic())
 
     def _held(self) -> int:
@@ -177,12 +194,15 @@ class Residency:
             held -= self._host.pop(digest).bytes
 
     def _place(self, digests: Sequence[str], keep: Collection[str]) -> bool:
-        """Copy adapters from the host tier to the device, evicting idle ones; all or nothing."""
+        """Copy adapters from the host tier to the device, or begin to, evicting idle ones. False: there is no room."""
         adapters = [self._host[digest] for digest in digests]
         need: Counter[str] = Counter()
         for adapter in adapters:
             need.update({kind: rounded(units) for kind, units in adapter.units(self._pool.kinds).items()})
         idle = [digest for digest in self._device if digest not in self._references and digest not in keep]
+        if self._fresh:
+            now = time.monotonic()
+            idle = [digest for digest in idle if now - self._fresh.get(digest, 0.0) > FRESH_SECONDS]
         pinned = [digest for digest in idle if digest in self._pinned]
         if pinned:
             beside = Counter(self._pool.capacity)
@@ -205,19 +225,26 @@ class Residency:
         for digest in victims:
             self._evict(digest)
         for adapter in adapters:
-            placed = self._pool.insert(adapter)
-            assert placed, "the accounting above said that it fits"
-            self._device[adapter.digest] = adapter.rank
+            if not self._pool.reserve(adapter, compact=not self._filling):
+                return False  # for now: rows that are being filled cannot be moved
             if adapter.digest in self._host:
                 self._host.move_to_end(adapter.digest)
+            if self._pool.fills_at_once(adapter):
+                self._pool.fill(adapter)
+                self._device[adapter.digest] = adapter.rank
+            else:
+                self._filling[adapter.digest] = (self._filler.submit(self._pool.fill, adapter), adapter)
         return True
 
     def _evict(self, digest: str) -> None:
+        self._fresh.pop(digest, None)
         self._pool.remove(digest)
         del self._device[digest]
         self.evictions.append(digest)
 
     def _drop(self, digest: str) -> None:
+        if digest in self._filling:  # it has rows to give back once they are filled
+            return
         self._forgotten.discard(digest)
         if digest in self._device:
             self._evict(digest)
