@@ -79,12 +79,22 @@ def host_adapter(
     total = 0
     for name, (a, b, scaling) in modules.items():
         units_a, units_b = (as_units(matrix.to(dtype)) for matrix in (a, b.T))
-        if pin:
-            units_a, units_b = units_a.pin_memory(), units_b.pin_memory()
         linears[name] = HostRows(units_a, units_b, a.shape[0], scaling)
         total += 2 * (units_a.numel() + units_b.numel())
+    if pin:
+        # In one piece: to ask for such memory disturbs the device, however little it is.
+        linears = moved(linears, torch.empty(total // 2, dtype=torch.int16, pin_memory=True))
     rank = max((rows.rank for rows in linears.values()), default=0)
     return HostAdapter(digest, DTYPE_CODES[dtype], linears, total, rank)
+
+
+def moved(linears: Mapping[str, HostRows], memory: Tensor) -> dict[str, HostRows]:
+    """The same rows one after the other in `memory`, int16 [units in all]."""
+    found = {}
+    for name, rows in linears.items():
+        a, b, memory = memory.split([rows.a.numel(), rows.b.numel(), memory.numel() - rows.a.numel() - rows.b.numel()])
+        found[name] = rows._replace(a=a.view_as(rows.a).copy_(rows.a), b=b.view_as(rows.b).copy_(rows.b))
+    return found
 
 
 def as_units(matrix: Tensor) -> Tensor:
@@ -147,6 +157,9 @@ class RowPool:
         self.device = device
         self.rows = {kind: RowAllocator(units) for kind, units in capacity.items()}
         self._index = {name: index for index, name in enumerate(self.names)}
+        # On a GPU rows are filled by a stream of its own, beside the steps'.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._reserved: dict[str, torch.cuda.Event] = {}  # behind whatever used an adapter's rows before
         self._placements: dict[str, _Placement] = {}
         self.extras: dict[str, Extras] = {}  # by digest, of the resident adapters that have some
         self.invocations: dict[str, tuple[int, ...]] = {}  # likewise
@@ -224,10 +237,21 @@ class RowPool:
             placement.rank[index] = rows.rank
             placement.scaling[index] = rows.scaling
         self._placements[adapter.digest] = placement
+        if self._stream is not None:
+            self._reserved[adapter.digest] = torch.cuda.current_stream(self.device).record_event()
         return True
 
     def fill(self, adapter: HostAdapter) -> None:
         """Copy an adapter into its rows. May run beside steps, in another thread: nobody reads them yet."""
+        if self._stream is None:
+            self._copy(adapter)
+            return
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(self._reserved.pop(adapter.digest))
+            self._copy(adapter)
+        self._stream.synchronize()  # whoever hears that rows are filled reads them on another stream
+
+    def _copy(self, adapter: HostAdapter) -> None:
         windows = self._placements[adapter.digest].windows
         for name, rows in adapter.linears.items():
             index, first = self._index[name], windows[self.kinds[name]]
@@ -235,8 +259,8 @@ class RowPool:
             self.b[index][first : first + len(rows.b)].copy_(rows.b, non_blocking=True)
 
     def fills_at_once(self, adapter: HostAdapter) -> bool:
-        """Whether `fill` takes no time to speak of: little is copied, or a device does it in the order of its work."""
-        return self.device.type != "cpu" or adapter.bytes <= AT_ONCE_BYTES
+        """Whether `fill` takes no time to speak of."""
+        return adapter.bytes <= AT_ONCE_BYTES
 
     def remove(self, digest: str) -> None:
         """Give an adapter's rows back. Raises KeyError when it is not resident."""

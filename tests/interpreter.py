@@ -16,6 +16,11 @@ def prepare() -> None:
         os.environ["TRITON_INTERPRET"] = "1"
 
 
+def whole_suite() -> bool:
+    """Whether every test's tensors go to the interpreter (`make interpret`), and should be few."""
+    return os.environ.get("LORAKEET_TRITON") == "interpret"
+
+
 def switch_on() -> dict[str, str]:
     """Environment variables that send tensors of `DEVICE` to the Triton kernels."""
     return {"LORAKEET_TRITON": "interpret"} if DEVICE == "cpu" else {}

@@ -27,6 +27,7 @@ PEFT_TRAINER = "loadtest.peers.peft_training"
 KERNELS = "adapters.kernels.triton.bench"
 TESTS = [
     "tests/adapters/kernels/test_triton.py",
+    "tests/adapters/test_pool.py",
     "tests/server/engine/test_triton_engine.py",
     "tests/server/engine/test_graphs.py",
     "tests/finetune/test_triton.py",

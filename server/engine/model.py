@@ -87,7 +87,7 @@ def load(directory: Path, quantization: str, dtype: str, device: str, cache_dir:
         UnservableModel: the architecture, its attention or its rope cannot be served.
     """
     torch_device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    if torch_device.index is not None and torch_device.type == "cuda":
+    if torch_device.type == "cuda" and ":" in device:
         torch.cuda.set_device(torch_device)  # kernels run on the current device, wherever their tensors lie
     if dtype == "auto":
         torch_dtype = torch.bfloat16 if torch_device.type == "cuda" else torch.float32

@@ -1,5 +1,6 @@
 """The pool's segment tables against plain matrix products, through insertions, removals and compactions."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from adapters.lora import LoraLinear, StepSlot
-from adapters.pool import HostAdapter, RowPool, Use, host_adapter
+from adapters.pool import HostAdapter, RowPool, Use, host_adapter, moved
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -154,3 +155,36 @@ def test_stale_rows_of_another_adapter_are_never_read() -> None:
     pool.insert(adapter(2, {"layers.0.q_proj": 3}))
     x = torch.randn(4, 8)
     assert delta(pool, "layers.0.q_proj", [Use(0, 4, "sha256:2", 1.0)], x).isfinite().all()
+
+
+def test_rows_in_one_piece_of_memory_are_the_same_rows() -> None:
+    linears = adapter(1, {"layers.0.q_proj": 3, "layers.1.down_proj": 1}).linears
+    memory = torch.zeros(sum(rows.a.numel() + rows.b.numel() for rows in linears.values()), dtype=torch.int16)
+    again = moved(linears, memory)
+    assert list(again) == list(linears)
+    for name, rows in linears.items():
+        assert torch.equal(again[name].a, rows.a)
+        assert torch.equal(again[name].b, rows.b)
+        assert again[name].a.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
+
+
+@pytest.mark.cuda
+def test_rows_are_filled_beside_a_busy_device_and_behind_their_former_owner() -> None:
+    pool = RowPool(LINEARS, {"q_proj": 16, "down_proj": 16}, torch.device("cuda"))
+    ranks = dict.fromkeys(LINEARS, 8)
+    busy = torch.randn(4096, 4096, device="cuda")
+    with ThreadPoolExecutor(1) as filler:
+        for seed in range(1, 8):
+            for _ in range(20):
+                busy = busy @ busy / 64
+            before = None if seed == 1 else pool.factors(f"sha256:{seed - 1}", "layers.0.q_proj")  # read by the device
+            if seed > 1:
+                pool.remove(f"sha256:{seed - 1}")
+            given = host_adapter(f"sha256:{seed}", modules(seed, ranks), torch.float32, pin=True)
+            assert pool.reserve(given)
+            filler.submit(pool.fill, given).result()
+            for number, found in ((seed, pool.factors(f"sha256:{seed}", "layers.0.q_proj")), (seed - 1, before)):
+                if found is not None:
+                    a, b, _ = modules(number, ranks)["layers.0.q_proj"]
+                    assert torch.equal(found[0].cpu(), a)
+                    assert torch.equal(found[1].cpu(), b)

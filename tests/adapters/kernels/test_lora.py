@@ -48,13 +48,16 @@ class Pool:
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> tuple[int, int, int, list[Segment]]:
-    tokens, in_features, out_features = (draw(st.integers(1, most)) for most in (80, 100, 100))
+def problems(
+    draw: st.DrawFn, ranks: tuple[int, ...] = (0, 1, 3, 8, 17), most: int = 5
+) -> tuple[int, int, int, list[Segment]]:
+    """Tokens, in, out, and at most so many segments."""
+    tokens, in_features, out_features = (draw(st.integers(1, limit)) for limit in (80, 100, 100))
     segments = []
-    for _ in range(draw(st.integers(0, 5))):
+    for _ in range(draw(st.integers(0, most))):
         start = draw(st.integers(0, tokens))
         end = draw(st.integers(start, tokens))
-        rank = draw(st.sampled_from([0, 1, 3, 8, 17]))
+        rank = draw(st.sampled_from(ranks))
         segments.append((start, end, rank, draw(st.sampled_from(list(DTYPES))), draw(st.sampled_from([0.5, -2.0]))))
     return tokens, in_features, out_features, segments
 

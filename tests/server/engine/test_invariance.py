@@ -8,6 +8,7 @@ import torch
 
 from server.engine.engine import Engine
 from server.engine.protocol import AdapterRef, Generate
+from tests import interpreter
 from tests.offline import Answer, load_engine, publish, request, run
 from tests.tiny import tiny_adapter
 
@@ -22,8 +23,11 @@ def adapters(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 
 def workload(references: list[AdapterRef], max_tokens: int = 12, longest: int = 120) -> list[Generate]:
-    """16 requests over 8 adapters, of mixed lengths, half greedy and half drawn."""
+    """16 requests over 8 adapters, of mixed lengths, half greedy and half drawn; less for the interpreter."""
     draw = random.Random(0)
+    count = 6 if interpreter.whole_suite() else 16
+    if interpreter.whole_suite():
+        max_tokens, longest = max_tokens // 4, longest // 3
     return [
         request(
             f"r{i}",
@@ -34,7 +38,7 @@ def workload(references: list[AdapterRef], max_tokens: int = 12, longest: int = 
             seed=i,
             logprobs=3,
         )
-        for i in range(16)
+        for i in range(count)
     ]
 
 
@@ -70,9 +74,15 @@ def test_preemption_and_small_chunks_change_nothing(model_dir: Path, cache_dir: 
     alone = load_engine(model_dir, cache_dir)
     references = [publish(alone, directory) for directory in adapters]
     expected = solo(alone, workload(references, max_tokens=40, longest=40))
-    block = 2 * 3 * 2 * 16 * 16 * 4  # k and v, layers, kv heads, head size, tokens, bytes
+    block = 2 * alone.base.num_layers * 2 * 16 * 16 * 4  # k and v, layers, kv heads, head size, tokens, bytes
+    blocks, longest = (6, 96) if interpreter.whole_suite() else (24, 256)
     tight = load_engine(
-        model_dir, cache_dir, kv_cache_bytes=24 * block, max_batch_tokens=23, max_model_len=256, prefix_caching=False
+        model_dir,
+        cache_dir,
+        kv_cache_bytes=blocks * block,
+        max_batch_tokens=23,
+        max_model_len=longest,
+        prefix_caching=False,
     )
     preemptions = 0
     queue = workload(references, max_tokens=40, longest=40)
