@@ -9,7 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,6 +27,7 @@ from loadtest import (
     claims,
     drive,
     kernels,
+    loading,
     machine,
     readme,
     registered,
@@ -235,6 +236,26 @@ def show_speculation(rounds: Rounds = 3, model_dir: ModelDir = None, out: Out = 
     _show_measured("speculation", measured, speculation.table(measured), out)
 
 
+@app.command("loading")
+def show_loading(
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 5,
+    every: Annotated[float, typer.Option(min=0.0, help="Seconds from one load to the next.")] = 1.0,
+    flag: Annotated[list[str] | None, typer.Option(help="For `lorakeet serve`; repeatable.")] = None,
+    model_dir: ModelDir = None,
+    out: Out = None,
+) -> None:
+    """What loading and uploading adapters costs the requests beside them, and a cold adapter's first token."""
+    with tempfile.TemporaryDirectory(prefix="loadtest-") as folder:
+        model = model_dir or _default_model()
+        kit = _kit(Path(folder), model, machine_threads=len(os.sched_getaffinity(0)), dtypes=("float32",))
+        measured = asyncio.run(
+            loading.measure(
+                kit, rounds=rounds, every=every, flags=flag or [], report=lambda line: notes.print(escape(line))
+            )
+        )
+    _show_measured("loading", measured, loading.table(measured), out)
+
+
 def _show_measured(kind: str, measured: dict[str, Any], shown: Table, out: Path | None) -> None:
     """A table, the verdicts on what is promised, and the file."""
     Console().print(shown)
@@ -292,10 +313,12 @@ def _compare(
     return {"kind": "compare", "machine": circumstances, "minutes": minutes, **result.to_json()}
 
 
-def _kit(folder: Path, model: Path, machine_threads: int) -> Kit:
+def _kit(
+    folder: Path, model: Path, machine_threads: int, dtypes: Sequence[synthetic.Dtype] = synthetic.DTYPES
+) -> Kit:
     made = {
         (dtype, index): path
-        for dtype in synthetic.DTYPES
+        for dtype in dtypes
         for index, path in enumerate(synthetic.make_adapters(folder / "adapters", model, 8, rank=RANK, dtype=dtype))
     }
     return Kit(model=model, adapters=made, rank=RANK, threads=machine_threads, folder=folder)

@@ -1,0 +1,217 @@
+"""Do requests notice that adapters are loaded beside them? And how long does a cold adapter's first token take?
+
+One server whose device holds the adapters of some steady streams and little more, and no host memory for others. In
+interleaved rounds the streams run alone, beside loads from disk, and beside uploads that are loaded at once; what
+counts is the gap between their tokens. Then, on the idle server, first tokens with a resident adapter and with one on
+disk.
+"""
+
+import asyncio
+import http.client
+import itertools
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+from rich.table import Table
+
+from loadtest import metrics
+from loadtest.beside import Beside
+from loadtest.client import Client, Timeline
+from loadtest.peers.base import Kit, SideError
+from loadtest.peers.lorakeet import adapter_name
+from loadtest.synthetic import random_prompts
+
+STREAMS = 4
+SPARE = 2  # adapters that fit beside those of the streams
+PROMPT, OUTPUT = 64, 160
+MOST_SLOWER, MOST_LATE = 1.1, 1.15
+MODES = ("alone", "loads", "uploads")
+
+Report = Callable[[str], None]
+
+
+class Uploads:
+    """Distinct adapters out of one: its last numbers are others each time. One request body, so that the client, which
+    shares the machine, has next to nothing to do."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        parts = urlsplit(url)
+        assert parts.hostname is not None
+        self._address = (parts.hostname, parts.port)
+        self._boundary = "lorakeet-loadtest"
+        config = (folder / "adapter_config.json").read_bytes()
+        weights = (folder / "adapter_model.safetensors").read_bytes()
+        head = b"".join(
+            f'--{self._boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n'.encode() + content + b"\r\n"
+            for name, content in (("config", config), ("name", b"fresh"))
+        )
+        head += f'--{self._boundary}\r\nContent-Disposition: form-data; name="weights"\r\n\r\n'.encode()
+        self._body = bytearray(head + weights + f"\r\n--{self._boundary}--\r\n".encode())
+        self._end = len(head) + len(weights)
+        self._numbers = itertools.count(1)
+
+    def post(self, path: str, body: bytes | bytearray = b"", kind: str = "application/json") -> dict[str, Any]:
+        """One request on a connection of its own. Blocks, but hardly holds the interpreter."""
+        connection = http.client.HTTPConnection(*self._address, timeout=120)
+        try:
+            connection.request("POST", path, body, {"Content-Type": kind})
+            response = connection.getresponse()
+            answer = json.loads(response.read())
+        finally:
+            connection.close()
+        if response.status not in (200, 201):
+            raise SideError(f"POST {path}: HTTP {response.status}: {answer}")
+        result: dict[str, Any] = answer
+        return result
+
+    def fresh(self) -> None:
+        """Upload an adapter that the server has not seen, and see it onto the device."""
+        self._body[self._end - 4 : self._end] = np.float32(next(self._numbers) * 1e-4).tobytes()
+        self.post("/v1/adapters", self._body, f"multipart/form-data; boundary={self._boundary}")
+        self.post("/v1/adapters/fresh/warm")
+
+    def warm(self, name: str) -> float:
+        """See an adapter onto the device; the seconds it took."""
+        return float(self.post(f"/v1/adapters/{name}/warm")["seconds"])
+
+
+async def measure(kit: Kit, *, rounds: int, every: float, flags: list[str], report: Report) -> dict[str, Any]:
+    """Run everything; JSON values. `every`: seconds from the beginning of one load to that of the next."""
+    names = [adapter_name(adapter) for adapter in kit.adapters]
+    streams, cold = names[:STREAMS], names[STREAMS:]
+    size = (next(iter(kit.adapters.values())) / "adapter_model.safetensors").stat().st_size
+    room = ["--adapter-bytes", str(int((STREAMS + SPARE + 0.5) * size)), "--adapter-host-bytes", "0", *flags]
+    side = Beside(room)
+    gaps: dict[str, list[float]] = {mode: [] for mode in MODES}
+    loads = dict.fromkeys(MODES, 0)
+    try:
+        await side.start(kit)
+        client, uploads = Client(side.url), Uploads(side.url, next(iter(kit.adapters.values())))
+        next_cold = itertools.cycle(cold)
+        work: dict[str, Callable[[], object] | None] = {
+            "alone": None,
+            "loads": lambda: uploads.warm(next(next_cold)),
+            "uploads": uploads.fresh,
+        }
+        await _stream(client, streams, seed=0)  # everything is warm from here on
+        for turn in range(rounds):
+            for mode in MODES:
+                with _repeated(work[mode], every) as count:
+                    timelines = await _stream(client, streams, seed=1 + turn)
+                loads[mode] += count()
+                gaps[mode] += [gap for timeline in timelines for gap in metrics.itl(timeline)]
+            report(f"round {turn + 1}: P99 " + ", ".join(f"{mode} {_p(gaps[mode], 99):.1f} ms" for mode in MODES))
+        first = await _first_tokens(client, uploads, cold, trials=2 * rounds)
+    finally:
+        await side.stop()
+    slower = {mode: _p(gaps[mode], 99) / _p(gaps["alone"], 99) for mode in ("loads", "uploads")}
+    late = first["cold"] / (first["warm"] + first["load"])
+    return {
+        "flags": room,
+        "streams": STREAMS,
+        "adapter_bytes": size,
+        "every_seconds": every,
+        "rounds": rounds,
+        "loads": loads,
+        "gaps": {mode: len(gaps[mode]) for mode in MODES},
+        "itl_ms": {mode: {f"p{q}": _p(gaps[mode], q) for q in (50, 90, 99)} for mode in MODES},
+        "first_token_ms": {name: seconds * 1e3 for name, seconds in first.items()},
+        "verdicts": [
+            _verdict(f"P99 ITL beside loads within {MOST_SLOWER} x", slower["loads"], MOST_SLOWER),
+            _verdict(f"P99 ITL beside uploads within {MOST_SLOWER} x", slower["uploads"], MOST_SLOWER),
+            _verdict(f"cold first token within {MOST_LATE} x of warm + load", late, MOST_LATE),
+        ],
+    }
+
+
+@contextmanager
+def _repeated(work: Callable[[], object] | None, every: float) -> Iterator[Callable[[], int]]:
+    """Do it again and again in a thread; gives how often it was done."""
+    over = threading.Event()
+    faults: list[Exception] = []
+    total = 0
+
+    def repeat() -> None:
+        nonlocal total
+        while work is not None and not over.is_set():
+            begin = time.perf_counter()
+            try:
+                work()
+            except Exception as fault:
+                faults.append(fault)
+                return
+            total += 1
+            over.wait(max(0.0, every - (time.perf_counter() - begin)))
+
+    thread = threading.Thread(target=repeat)
+    thread.start()
+    try:
+        yield lambda: total
+    finally:
+        over.set()
+        thread.join()
+    if faults:
+        raise faults[0]
+
+
+async def _stream(client: Client, names: list[str], seed: int) -> list[Timeline]:
+    """One long answer per name, all at once."""
+    prompts = random_prompts(len(names), PROMPT, seed=seed + int(time.time()))
+    timelines = list(
+        await asyncio.gather(
+            *(
+                client.complete(name, prompt, OUTPUT, ignore_eos=True)
+                for name, prompt in zip(names, prompts, strict=True)
+            )
+        )
+    )
+    client.read_all()
+    if errors := [timeline.error for timeline in timelines if timeline.error]:
+        raise SideError(f"a stream broke: {errors[0]}")
+    return timelines
+
+
+async def _first_tokens(client: Client, uploads: Uploads, cold: list[str], trials: int) -> dict[str, float]:
+    """Median seconds to the first token with a resident adapter and with one on disk, and of a load by itself."""
+    seconds: dict[str, list[float]] = {"warm": [], "cold": [], "load": []}
+    names = itertools.cycle(cold)
+    for trial in range(trials):
+        name = next(names)
+        for kind in ("cold", "warm"):
+            prompts = random_prompts(1, PROMPT, seed=10_000 + 2 * trial + (kind == "warm"))
+            timeline = await client.complete(name, prompts[0], 2, ignore_eos=True)
+            client.read_all()
+            if timeline.error:
+                raise SideError(f"a request broke: {timeline.error}")
+            seconds[kind].append(metrics.ttft(timeline))
+        seconds["load"].append(await asyncio.to_thread(uploads.warm, next(names)))
+    return {kind: float(np.median(values)) for kind, values in seconds.items()}
+
+
+def _p(gaps: list[float], q: float) -> float:
+    return float(np.percentile(gaps, q)) * 1e3
+
+
+def _verdict(claim: str, value: float, most: float) -> dict[str, Any]:
+    return {"claim": claim, "value": round(value, 3), "holds": value <= most}
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The result for a terminal."""
+    size, every = result["adapter_bytes"] / 1e6, result["every_seconds"]
+    title = f"{result['streams']} streams, an adapter of {size:.0f} MB every {every:g} s"
+    shown = Table("", "ITL P50", "P90", "P99", "adapters", title=title)
+    for mode, spread in result["itl_ms"].items():
+        shown.add_row(mode, *(f"{spread[p]:.1f} ms" for p in ("p50", "p90", "p99")), str(result["loads"][mode]))
+    first = result["first_token_ms"]
+    shown.caption = (
+        f"first token: warm {first['warm']:.1f} ms, cold {first['cold']:.1f} ms; a load {first['load']:.1f} ms"
+    )
+    return shown
