@@ -24,6 +24,7 @@ __all__ = [
     "DecoderPlan",
     "QuantizedWeight",
     "base_linear",
+    "is_deterministic",
     "lora_add_",
     "paged_attention",
     "plan_decoder",
@@ -47,6 +48,11 @@ def set_threads(threads: int) -> None:
 def set_deterministic(fixed: bool) -> None:
     """Whether a row keeps its bits whatever rows stand beside it, at a price, on a GPU. On a CPU it always does."""
     triton.fix_tiles(fixed)
+
+
+def is_deterministic() -> bool:
+    """What `set_deterministic` decided."""
+    return triton.deterministic()
 
 
 def prepare(weights: Iterable[QuantizedWeight], dtype: torch.dtype) -> None:

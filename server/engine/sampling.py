@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adapters import kernels
 from server.engine.protocol import Sampling, TokenLogprob
 
 GREEDY_BELOW = 1e-5  # temperatures below this are taken for 0, as vLLM does
@@ -142,7 +143,10 @@ def _token_logprobs(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> li
 def _slices(logits: Tensor) -> Iterator[slice]:
     """Runs of rows to work on one after the other."""
     rows = len(logits)
-    step = max(1, _CPU_SLICE // logits.shape[1]) if logits.device.type == "cpu" else max(1, rows)
+    if logits.device.type == "cpu":
+        step = max(1, _CPU_SLICE // logits.shape[1])
+    else:  # where the order of a GPU's sums follows the number of rows
+        step = 1 if kernels.is_deterministic() else max(1, rows)
     return (slice(start, start + step) for start in range(0, rows, step))
 
 

@@ -22,17 +22,17 @@ MIN_SPLIT = 256  # keys
 FEW_TOKENS = 256  # up to here keys are split and query tiles small
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "requests", "max_blocks"])  # or every other step would compile anew
 def _attend(
     q,  # [tokens, heads, DIM]
     k_cache,  # [blocks, kv_heads, block_size, DIM]
     v_cache,
     seqs,  # int32 [requests, 3]: q_start, q_end, kv_len, ascending
     block_tables,  # int32 [requests, max_blocks]
-    out,  # as q if SPLITS == 1
-    part,  # fp32 [SPLITS, tokens, heads, DIM], not yet divided by their sums
-    part_top,  # fp32 [SPLITS, tokens, heads], the largest score
-    part_sum,  # fp32 [SPLITS, tokens, heads]
+    out,  # as q unless SPLIT
+    part,  # fp32 [splits, tokens, heads, DIM], not yet divided by their sums
+    part_top,  # fp32 [splits, tokens, heads], the largest score
+    part_sum,  # fp32 [splits, tokens, heads]
     tokens,
     heads,
     kv_heads,
@@ -48,7 +48,7 @@ def _attend(
     GROUP: tl.constexpr,  # heads per KV head
     BLOCK_M: tl.constexpr,
     KEYS: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     DOT: tl.constexpr,
 ):
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -106,7 +106,7 @@ def _attend(
             acc = acc * decay[:, None] + tl.dot(rounded, values, input_precision="ieee")
             top = new_top
 
-        if SPLITS == 1:
+        if not SPLIT:
             total = tl.where(total == 0.0, 1.0, total)  # rows of no query
             tl.store(out + at, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
         else:
@@ -118,7 +118,7 @@ def _attend(
                 tl.store(part + (plane + row)[:, None] * DIM + d[None, :], acc, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "requests"])
 def _combine(
     out,
     part,
@@ -183,7 +183,6 @@ def paged_attention(
         "DIM": dim,
         "PADDED": max(16, triton.next_power_of_2(dim)),
         "REQUESTS": triton.next_power_of_2(requests),
-        "SPLITS": splits,
     }
     if splits == 1:
         out = torch.zeros_like(q)
@@ -214,23 +213,24 @@ def paged_attention(
         GROUP=group,
         BLOCK_M=block_m,
         KEYS=KEY_GROUP,
+        SPLIT=splits > 1,
         DOT=_dot_dtype(q.dtype),
         num_warps=4,
         num_stages=2 if dim <= 128 else 1,  # keys and values on their way take shared memory
         **sizes,
     )
     if splits > 1:
-        _combine[(tokens, heads)](out, part, top, total, seqs, tokens, heads, requests, **sizes)
+        _combine[(tokens, heads)](out, part, top, total, seqs, tokens, heads, requests, SPLITS=splits, **sizes)
     return out
 
 
 def _splits(tokens: int, max_keys: int) -> tuple[int, int]:
-    """Number of splits and keys of each, for sequences of at most `max_keys`."""
+    """Number of splits, a power of two (each is compiled), and keys of each, for sequences of at most `max_keys`."""
     if deterministic() or tokens > FEW_TOKENS or max_keys <= MIN_SPLIT:
         return 1, max_keys
-    most = min(MAX_SPLITS, max(16, 1024 // tokens))  # many requests fill the GPU without it
-    keys = max(MIN_SPLIT, triton.cdiv(triton.cdiv(max_keys, most), KEY_GROUP) * KEY_GROUP)
-    return triton.cdiv(max_keys, keys), keys
+    most = MAX_SPLITS if tokens <= 16 else 32 if tokens <= 32 else 16  # many requests fill the GPU without it
+    splits = min(most, triton.next_power_of_2(triton.cdiv(max_keys, MIN_SPLIT)))
+    return splits, triton.cdiv(triton.cdiv(max_keys, splits), KEY_GROUP) * KEY_GROUP
 
 
 def _dot_dtype(dtype: torch.dtype) -> tl.dtype:

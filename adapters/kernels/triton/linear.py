@@ -27,7 +27,7 @@ MAX_SPLITS = 8
 CHUNK: tl.constexpr = tl.constexpr(64)  # weights of one row that share a scale, at least
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # or every other step would compile anew
 def _linear(
     x,  # [rows, ins]
     data,  # uint8 [outs * ins / 2], two codes a byte, the earlier one in the high nibble

@@ -48,7 +48,7 @@ def _rank_rows(pool, first_unit, width, r, column, mask, dtype):
     return rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "segments"])  # or every other step would compile anew
 def _shrink(
     x,  # [tokens, width]
     a,  # int16 [units, width]
@@ -97,7 +97,7 @@ def _shrink(
                 tl.store(target, acc * factor, mask=mine[:, None] & (r < rank)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "segments"])
 def _expand(
     y,  # [tokens, width]
     b,  # int16 [units, width]

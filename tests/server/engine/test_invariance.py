@@ -27,7 +27,7 @@ def workload(references: list[AdapterRef], max_tokens: int = 12, longest: int = 
     draw = random.Random(0)
     count = 6 if interpreter.whole_suite() else 16
     if interpreter.whole_suite():
-        max_tokens, longest = max_tokens // 4, longest // 3
+        max_tokens, longest = max_tokens // 8, longest // 4
     return [
         request(
             f"r{i}",
