@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("torch", "transformers", "bitsandbytes", "peft", "numpy", "uvicorn", "starlette", "httptools")
+_PACKAGES = ("torch", "triton", "transformers", "bitsandbytes", "peft", "numpy", "uvicorn", "starlette", "httptools")
 
 
 def describe(command: list[str] | None = None) -> dict[str, Any]:

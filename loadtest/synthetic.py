@@ -6,6 +6,8 @@ Knows the shapes of Llama-like decoders' linears; imports torch only where a fil
 """
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,11 +50,11 @@ def make_adapters(folder: Path, model: Path, count: int, *, rank: int, dtype: Dt
     from safetensors.torch import save_file
 
     shapes = linear_shapes(json.loads((model / "config.json").read_text()))
-    paths = []
-    for index in range(count):
+
+    def make(index: int) -> Path:
         rng = np.random.default_rng([seed, index])
 
-        def draw(rows: int, columns: int, deviation: float, rng: np.random.Generator = rng) -> torch.Tensor:
+        def draw(rows: int, columns: int, deviation: float) -> torch.Tensor:
             values = rng.standard_normal((rows, columns), dtype=np.float32) * np.float32(deviation)
             return torch.from_numpy(values).to(getattr(torch, dtype))
 
@@ -65,8 +67,10 @@ def make_adapters(folder: Path, model: Path, count: int, *, rank: int, dtype: Dt
         path.mkdir(parents=True, exist_ok=True)
         save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
         (path / "adapter_config.json").write_text(json.dumps(peft_config(rank), indent=1))
-        paths.append(path)
-    return paths
+        return path
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # drawing numbers leaves Python's lock alone
+        return list(pool.map(make, range(count)))
 
 
 def peft_config(rank: int) -> dict[str, Any]:
