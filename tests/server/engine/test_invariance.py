@@ -75,7 +75,7 @@ def test_preemption_and_small_chunks_change_nothing(model_dir: Path, cache_dir: 
     references = [publish(alone, directory) for directory in adapters]
     expected = solo(alone, workload(references, max_tokens=40, longest=40))
     block = 2 * alone.base.num_layers * 2 * 16 * 16 * 4  # k and v, layers, kv heads, head size, tokens, bytes
-    blocks, longest = (6, 96) if interpreter.whole_suite() else (24, 256)
+    blocks, longest = (3, 48) if interpreter.whole_suite() else (24, 256)
     tight = load_engine(
         model_dir,
         cache_dir,
