@@ -10,7 +10,7 @@ _LLAMA = ("llama", "llama-q4_0")
 _OTHERS = ("vllm", "vllm-bf16", "peft", "peft-bf16")
 _ALL = ("lorakeet", "lorakeet-offline", *_LLAMA, "llama-static", "llama-q4_0-static", *_OTHERS)
 _HALF_WIDTH = ("lorakeet", *_LLAMA)
-_BASE = ("lorakeet", "lorakeet-bare", *_LLAMA, *_OTHERS)
+_BASE = ("lorakeet", "lorakeet-bare", *_LLAMA, *_OTHERS, "transformers-serve", "transformers-serve-bf16")
 _WHOLE = ("lorakeet", *_LLAMA, "vllm", "peft-switching")
 
 _CASES = (

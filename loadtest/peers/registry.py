@@ -1,6 +1,6 @@
 """Every system that a comparison can measure, by name."""
 
-from loadtest.peers import llama, peft, vllm
+from loadtest.peers import llama, peft, transformers_serve, vllm
 from loadtest.peers.base import Side
 from loadtest.peers.lorakeet import Lorakeet, LorakeetBare
 from loadtest.peers.lorakeet_offline import LorakeetOffline
@@ -20,8 +20,10 @@ SIDES: dict[str, type[Side]] = {
         peft.Peft,
         peft.PeftBf16,
         peft.PeftSwitching,
+        transformers_serve.TransformersServe,
+        transformers_serve.TransformersServeBf16,
     )
 }
 
 # Peers that live in environments of their own, and how each gets there.
-RECIPES = {"llama": llama.install, "vllm": vllm.install}
+RECIPES = {"llama": llama.install, "vllm": vllm.install, "transformers": transformers_serve.install}

@@ -163,7 +163,7 @@ def test_a_cell_without_a_common_window_has_no_decode_rate() -> None:
 def test_standing_cases_name_known_sides() -> None:
     plain = cases.default_sides({"vector_extensions": ["avx2"]})
     assert set(cases.default_sides({"vector_extensions": ["avx512_bf16"]})) == set(SIDES)
-    assert set(SIDES) - set(plain) == {"vllm-bf16", "peft-bf16"}
+    assert set(SIDES) - set(plain) == {"vllm-bf16", "peft-bf16", "transformers-serve-bf16"}
     assert [c.output_tokens for c in cases.select(["one", "whole"], 4)] == [4, 4]
     assert [c.name for c in cases.select(["whole", "one"])] == ["one", "whole"]
 

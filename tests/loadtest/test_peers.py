@@ -1,5 +1,7 @@
 """How sides are started, asked and stopped, with small stand-ins for the real systems."""
 
+import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,8 +10,10 @@ import httpx
 import pytest
 
 from loadtest import metrics
-from loadtest.peers import base, llama, lorakeet, peft, vllm
+from loadtest.client import Client
+from loadtest.peers import base, llama, lorakeet, peft, transformers_serve, vllm
 from loadtest.peers.worker import WorkerSide
+from tests.loadtest.fake_server import event, running, stream, token
 
 SERVER = """
 import http.server, sys
@@ -130,6 +134,31 @@ def test_what_is_asked_of_each_server(kit: base.Kit, monkeypatch: pytest.MonkeyP
     assert "--lora-init-without-apply" not in static
 
 
+async def test_transformers_serve_is_asked_in_text_and_never_ends_early(
+    kit: base.Kit, model_dir: Path, tmp_path: Path
+) -> None:
+    side = transformers_serve.TransformersServe()
+    command, environment = side.command(dataclasses.replace(kit, model=model_dir, folder=tmp_path), 1234)
+    served = Path(command[2])
+    assert json.loads((model_dir / "config.json").read_text())["eos_token_id"] == 2
+    assert json.loads((served / "config.json").read_text())["eos_token_id"] is None
+    assert (served / "model.safetensors").samefile(model_dir / "model.safetensors")
+    assert environment["OMP_NUM_THREADS"] == "2"
+
+    usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    last = event(choices=[{"index": 0, "text": "", "finish_reason": "length"}], usage=usage)
+    async with running(lambda body: stream(token("a"), 0.01, token("b"), last)) as server:
+        client = Client(server.url, side.dialect)
+        model, extra = side.request(base.Work([40, 41], 2, None))
+        timeline = await client.complete(model, [40, 41], 2, **extra)
+        client.read_all()
+    assert (timeline.error, timeline.text, timeline.output_tokens) == (None, "ab", 2)
+    [body] = server.bodies
+    assert (body["model"], body["max_tokens"]) == (str(served), 2)
+    assert isinstance(body["prompt"], str)
+    assert body["prompt"]
+
+
 async def test_uploads(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"weights")
@@ -149,5 +178,9 @@ async def test_uploads(tmp_path: Path) -> None:
 
 def test_missing_peers_say_how_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for side, recipe in ((llama.Llama(), "llama"), (vllm.Vllm(), "vllm")):
+    for side, recipe in (
+        (llama.Llama(), "llama"),
+        (vllm.Vllm(), "vllm"),
+        (transformers_serve.TransformersServe(), "transformers"),
+    ):
         assert side.missing() == f"not installed: python -m loadtest peers install {recipe}"
