@@ -11,6 +11,7 @@ first line is `{"model", "cache_dir", "adapters": {name: directory}}`, with more
 - `{"watch": seconds}`, in which there is no request: answered by `{"tokens", "seconds"}`, trained since the last watch.
 """
 
+import contextlib
 import json
 import sys
 import tempfile
@@ -132,30 +133,33 @@ class Bench:
 
 def main() -> None:
     """Answer until standard input ends."""
-    settings = json.loads(sys.stdin.readline())
-    config = EngineConfig(
-        address="", model=settings["model"], cache_dir=settings["cache_dir"], **settings.get("engine", {})
-    )
-    engine = Engine.load(config)
-    ready: dict[str, Any] = {"ready": True}
-    if settings.get("check"):
-        ready["difference"] = selfcheck.compare(engine)
-    engine.runner.warm_up(config.max_batch_requests)
-    runner = Bench(engine, config)
-    adapters = {name: runner.accept(Path(path)) for name, path in settings["adapters"].items()}
-    print(json.dumps(ready), flush=True)
-    with tempfile.TemporaryDirectory() as folder:
+    answers = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:  # libraries print
+
+        def answer(value: Any) -> None:
+            print(json.dumps(value), file=answers, flush=True)
+
+        settings = json.loads(sys.stdin.readline())
+        config = EngineConfig(
+            address="", model=settings["model"], cache_dir=settings["cache_dir"], **settings.get("engine", {})
+        )
+        engine = Engine.load(config)
+        ready: dict[str, Any] = {"ready": True}
+        if settings.get("check"):
+            ready["difference"] = selfcheck.compare(engine)
+        engine.runner.warm_up(config.max_batch_requests)
+        runner = Bench(engine, config)
+        adapters = {name: runner.accept(Path(path)) for name, path in settings["adapters"].items()}
+        answer(ready)
         for line in sys.stdin:
             asked = json.loads(line)
-            answer: Any
             if "job" in asked:
                 runner.start_job(asked["job"], Path(folder))
-                answer = {"started": True}
+                answer({"started": True})
             elif "watch" in asked:
-                answer = runner.watch(asked["watch"])
+                answer(runner.watch(asked["watch"]))
             else:
-                answer = runner.run(asked, adapters)
-            print(json.dumps(answer), flush=True)
+                answer(runner.run(asked, adapters))
 
 
 if __name__ == "__main__":
