@@ -52,10 +52,8 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama; of one layer where the engine's suite runs on interpreted kernels."""
-    return tiny_model(
-        tmp_path_factory.mktemp("tiny"), **({"num_hidden_layers": 1} if interpreter.whole_suite() else {})
-    )
+    """The tiny Llama."""
+    return tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,17 @@ from server.engine.engine import Engine
 from server.engine.protocol import AdapterRef, Generate
 from tests import interpreter
 from tests.offline import Answer, load_engine, publish, request, run
-from tests.tiny import tiny_adapter
+from tests.tiny import tiny_adapter, tiny_model
 
 RANKS = (3, 4, 8, 8, 16, 17, 32, 64)
+
+
+@pytest.fixture(scope="module")
+def model_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of one layer for the interpreter."""
+    if interpreter.whole_suite():
+        return tiny_model(tmp_path_factory.mktemp("small"), num_hidden_layers=1)
+    return model_dir
 
 
 @pytest.fixture(scope="module")
