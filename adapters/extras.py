@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -61,16 +62,27 @@ class TrainedRows:
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingExtras:
-    """A changed input embedding. `lora`: A's columns by token [vocabulary, rank], and B behind an identity for A."""
+    """A changed input embedding.
 
+    `new`: rows [n, width] of the tokens beyond the base's vocabulary. `lora`: A's columns by token [vocabulary, rank],
+    and B behind an identity for A.
+    """
+
+    new: Tensor | None = None
     weight: Tensor | None = None  # [vocabulary, width]
     trained: TrainedRows | None = None
     columns: Tensor | None = None
     lora: LowRank | None = None
     affine: Affine | None = None
 
-    def apply_(self, y: Tensor, ids: Tensor, weight: float, scale: float) -> None:
-        """Change the embedded tokens y [n, width] of ids [n]; `scale` is what the base multiplies its rows with."""
+    def apply_(self, y: Tensor, ids: Tensor, weight: float, scale: float, vocabulary: int) -> None:
+        """Change the embedded tokens y [n, width] of ids [n]; `scale` is what the base multiplies its rows with.
+
+        `vocabulary` is the base's: tokens from there on have nothing embedded yet.
+        """
+        if self.new is not None:
+            beyond = ids >= vocabulary
+            y[beyond] = self.new[ids[beyond] - vocabulary].to(y.dtype) * scale
         if self.weight is not None:
             y.copy_(self.weight[ids]).mul_(scale)
         if self.trained is not None:
@@ -85,8 +97,9 @@ class EmbeddingExtras:
 
 @dataclass(frozen=True, eq=False)
 class HeadExtras:
-    """A changed output head; all weights [out, width]."""
+    """A changed output head; all weights [out, width]. `new`: of the tokens beyond the base's vocabulary."""
 
+    new: kernels.QuantizedWeight | None = None
     weight: kernels.QuantizedWeight | None = None
     trained_ids: Tensor | None = None
     trained: kernels.QuantizedWeight | None = None
@@ -95,6 +108,8 @@ class HeadExtras:
 
     def apply_(self, y: Tensor, x: Tensor, weight: float, bias: Tensor | None) -> None:
         """Change the logits y [n, vocabulary] of normed states x [n, width]; `bias` is the base's."""
+        if self.new is not None:
+            y[:, -self.new.shape[0] :] = kernels.base_linear(x, self.new, None)
         if self.weight is not None:
             y.copy_(kernels.base_linear(x, self.weight, bias))
         if self.trained is not None and self.trained_ids is not None:
@@ -113,6 +128,7 @@ class Extras:
     norms: dict[str, nn.Module]  # by full module name; as the base's, with other parameters
     embedding: EmbeddingExtras | None
     head: HeadExtras | None
+    new_tokens: int = 0  # beyond the base's vocabulary: logits are as much wider
 
     @property
     def in_decoder(self) -> bool:
@@ -165,6 +181,7 @@ def build(
         norms=builder.norms(),
         embedding=builder.embedding(),
         head=builder.head(),
+        new_tokens=variants.new_tokens,
     )
     return extras.to(torch.device("cpu")) if extras.in_decoder or extras.embedding or extras.head else None
 
@@ -230,34 +247,48 @@ class _Builder:
                 changed.setdefault(module, {})[kind] = self._tensors[tensor]
         return {name: _like(self._model.get_submodule(name), parameters) for name, parameters in changed.items()}
 
+    def _new(self, name: str) -> Tensor | None:
+        """Rows of embedding or head beyond the base's."""
+        grown = self._variants.grown.get(name)
+        return None if grown is None else self._matrix(grown)[-self._variants.new_tokens :].contiguous()
+
+    def _whole(self, name: str, base: Tensor) -> Tensor:
+        """fp32 [vocabulary, width] with the new rows."""
+        new = self._new(name)
+        return base.float() if new is None else torch.cat([base.float(), new.float()])
+
     def embedding(self) -> EmbeddingExtras | None:
         name, variants = self._embedding_name, self._variants
+        new = self._new(name)
         whole, rows = variants.parameters.get(f"{name}.weight"), variants.tokens.get(name)
         module = variants.tables.get(name)
         if module is None:
             if whole is not None:
                 return EmbeddingExtras(weight=self._matrix(whole))
             if rows is None:
-                return None
+                return None if new is None else EmbeddingExtras(new=new)
             ids, order = torch.tensor(variants.token_ids[name], device=self._device).sort()
-            return EmbeddingExtras(trained=TrainedRows(ids, self._matrix(rows)[order]))
+            return EmbeddingExtras(new=new, trained=TrainedRows(ids, self._matrix(rows)[order]))
         a, b = self._tensors[module.a], self._tensors[module.b]  # [rank, vocabulary], [width, rank]
         # DoRA's norm is over the vocabulary, one for each column of the table.
-        affine = self._affine(name, None, (a, b, module.scaling), lambda: self._embedding.weight.float().T)
+        weight = partial(self._whole, name, self._embedding.weight)
+        affine = self._affine(name, None, (a, b, module.scaling), lambda: weight().T)
         identity = torch.eye(module.rank, dtype=b.dtype)
         lora = self._low_rank(LoraModule(module.rank, module.scaling, "", ""), identity, b)
-        return EmbeddingExtras(columns=a.T.contiguous().to(self._device), lora=lora, affine=affine)
+        return EmbeddingExtras(new=new, columns=a.T.contiguous().to(self._device), lora=lora, affine=affine)
 
     def head(self) -> HeadExtras | None:
         name, variants = self._head_name, self._variants
         whole, rows = variants.parameters.get(f"{name}.weight"), variants.tokens.get(name)
         module = variants.tables.get(name)
         pair = None if module is None else (self._tensors[module.a], self._tensors[module.b], module.scaling)
-        affine = self._affine(name, self._head.bias, pair, lambda: self._head.weight.dequantize())
+        affine = self._affine(name, self._head.bias, pair, lambda: self._whole(name, self._head.weight.dequantize()))
+        new = self._new(name)
         lora = None if module is None or pair is None else self._low_rank(module, pair[0], pair[1])
-        if whole is None and rows is None and lora is None and affine is None:
+        if all(part is None for part in (whole, rows, lora, affine, new)):
             return None
         return HeadExtras(
+            new=None if new is None else _dense(new),
             weight=None if whole is None else _dense(self._matrix(whole)),
             trained_ids=None if rows is None else torch.tensor(variants.token_ids[name], device=self._device),
             trained=None if rows is None else _dense(self._matrix(rows)),
@@ -349,7 +380,11 @@ class StepExtras:
 
             embedded = [use for use in self.tokens if use.extras.embedding]
             if embedded:
-                hook(model.get_input_embeddings(), _embedding_hook(embedded))
+                embedding = model.get_input_embeddings()
+                asked = _Asked(len(embedding.weight))
+                if any(use.extras.new_tokens for use in embedded):
+                    stack.callback(embedding.register_forward_pre_hook(asked).remove)
+                hook(embedding, _embedding_hook(embedded, asked))
             headed = [use for use in self.kept if use.extras.head]
             if headed:
                 hook(model.get_output_embeddings(), _head_hook(headed))
@@ -358,23 +393,40 @@ class StepExtras:
             yield
 
 
-def _embedding_hook(uses: Sequence[ExtraUse]) -> Any:
+class _Asked:
+    """A hook before an embedding: it is asked for tokens that it has, and who comes after it knows which were meant."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
+        self.ids: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        self.ids = args[0]
+        return (args[0].clamp(max=self.vocabulary - 1), *args[1:])
+
+
+def _embedding_hook(uses: Sequence[ExtraUse], asked: _Asked) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        ids, rows = args[0].view(-1), output.view(-1, output.shape[-1])
+        ids = (args[0] if asked.ids is None else asked.ids).view(-1)
+        rows = output.view(-1, output.shape[-1])
         scale = float(getattr(module, "embed_scale", 1.0))
         for start, end, extras, weight in uses:
             assert extras.embedding is not None
-            extras.embedding.apply_(rows[start:end], ids[start:end], weight, scale)
+            extras.embedding.apply_(rows[start:end], ids[start:end], weight, scale, asked.vocabulary)
 
     return hook
 
 
 def _head_hook(uses: Sequence[ExtraUse]) -> Any:
-    def hook(module: FrozenLinear, args: tuple[Tensor, ...], output: Tensor) -> None:
+    new = uses[0].extras.new_tokens  # a pass has one vocabulary
+
+    def hook(module: FrozenLinear, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        output = nn.functional.pad(output, (0, new)) if new else output
         x, logits = args[0].reshape(-1, args[0].shape[-1]), output.view(-1, output.shape[-1])
         for start, end, extras, weight in uses:
             assert extras.head is not None
             extras.head.apply_(logits[start:end], x[start:end], weight, module.bias)
+        return output
 
     return hook
 

@@ -13,12 +13,13 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from adapters.config import MAX_CONFIG_BYTES, AdapterConfig, AdapterError, parse_config
 from adapters.fields import shorten
-from adapters.layout import PREFIX, Layout, LinearShape, LoraModule, Variants, layout
+from adapters.layout import GROWN, PREFIX, Layout, LinearShape, LoraModule, Variants, layout
 from adapters.outline import Outline
+from adapters.text import NO_TEXT, AdapterText
 from adapters.weights import FORMATS, Dtype, TensorEntry, check_finite, chunks, read_header
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ SPEC_NAME = "spec.json"  # what `inspect` found, kept beside the files so that n
 
 EXTRAS = "extras"  # the kind under which `AdapterSpec.rows` counts what is no rank row, in units of EXTRAS_UNIT bytes
 EXTRAS_UNIT = 1024
+MAX_NEW_TOKENS = 65536
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class AdapterSpec:
         rank: the largest of any module.
         parameters: numbers in the file.
         bytes: size of the tensors in the file.
+        text: tokens and a chat template of its own.
         warnings: what the owner should know although the adapter is accepted.
     """
 
@@ -71,6 +74,7 @@ class AdapterSpec:
     bytes: int
     warnings: tuple[str, ...] = ()
     variants: Variants = field(default_factory=Variants)
+    text: AdapterText = NO_TEXT
 
     @property
     def adapted(self) -> dict[str, LoraModule]:
@@ -102,6 +106,8 @@ class AdapterSpec:
         variants = fields.get("variants", {})  # directories of earlier releases have none
         tables = {name: LoraModule(**module) for name, module in variants.pop("tables", {}).items()}
         rest = {"warnings": tuple(fields["warnings"]), "variants": Variants(tables=tables, **variants)}
+        if "text" in fields:
+            rest["text"] = AdapterText.of(fields["text"])
         return cls(**fields | {"modules": modules} | rest)
 
 
@@ -109,7 +115,11 @@ class AdapterSpec:
 
 
 def inspect(
-    directory: Path, linears: Mapping[str, LinearShape], model_class: str, outline: Outline | None = None
+    directory: Path,
+    linears: Mapping[str, LinearShape],
+    model_class: str,
+    outline: Outline | None = None,
+    text: AdapterText = NO_TEXT,
 ) -> AdapterSpec:
     """Validate the adapter in `directory` against a base, reading every byte of it.
 
@@ -117,6 +127,7 @@ def inspect(
         linears: full module name -> shape, for every linear of the base's decoder.
         model_class: the base's class, such as "LlamaForCausalLM".
         outline: its other parameters; without, an adapter may touch nothing but linears.
+        text: what came with the adapter besides config and weights.
 
     Raises:
         AdapterError: naming the config field, the tensor, or the file (`config`, `weights`) at fault.
@@ -125,7 +136,6 @@ def inspect(
     config = parse_config(_read_config(directory))
     config.check_class(model_class)
     outline = outline or Outline()
-    plan = layout(config, linears, outline)
     path = directory / WEIGHTS_NAME
     if not path.is_file():
         raise AdapterError(
@@ -133,14 +143,20 @@ def inspect(
         )
     with path.open("rb") as file:
         tensors = read_header(file)
+        outline = outline.grown(_new_tokens(tensors, outline))
+        plan = layout(config, linears, outline, tensors)
         _fit(tensors, plan, linears, outline)
-        digest = hashlib.sha256(_mathematics(plan.modules, plan.variants))
+        digest = hashlib.sha256(_mathematics(plan.modules, plan.variants, text))
         for name, tensor in sorted(tensors.items()):
             digest.update(_heading(name, tensor))
             for chunk in chunks(file, tensor):
                 digest.update(chunk)
                 check_finite(chunk, name, tensor)
-            if name in plan.copies and not outline.equals(plan.copies[name], tensor.dtype, chunks(file, tensor)):
+            twin = plan.twins.get(name)
+            if twin is not None and not _same(file, tensor, tensors[twin]):
+                raise AdapterError(f"tensor '{name}' differs from '{twin}', which is the same by another name", name)
+            theirs = tensor._replace(end=tensor.end - _new_bytes(tensor, outline.new_tokens))
+            if name in plan.copies and not outline.equals(plan.copies[name], tensor.dtype, chunks(file, theirs)):
                 raise AdapterError(
                     f"tensor '{name}' is not what the served base has there: the adapter belongs to another base, or "
                     "changed this one. List the module in modules_to_save to serve it with these weights",
@@ -156,6 +172,7 @@ def inspect(
         parameters=sum(math.prod(tensor.shape) for tensor in tensors.values()),
         bytes=sum(tensor.end - tensor.start for tensor in tensors.values()),
         variants=dataclasses.replace(plan.variants, device_bytes=_device_bytes(plan.variants, tensors)),
+        text=text,
     )
     dtypes = {FORMATS[tensors[name].dtype].name for module in spec.adapted.values() for name in (module.a, module.b)}
     return dataclasses.replace(
@@ -171,7 +188,7 @@ def digest_of(directory: Path) -> str:
     Raises AdapterError or what reading JSON raises when the files are not whole.
     """
     spec = AdapterSpec.read(directory)
-    digest = hashlib.sha256(_mathematics(spec.modules, spec.variants))
+    digest = hashlib.sha256(_mathematics(spec.modules, spec.variants, spec.text))
     with (directory / WEIGHTS_NAME).open("rb") as file:
         for name, tensor in sorted(read_header(file).items()):
             digest.update(_heading(name, tensor))
@@ -200,10 +217,13 @@ def load_variants(directory: Path, spec: AdapterSpec) -> dict[str, "Tensor"]:
     variants = spec.variants
     tables = [name for module in variants.tables.values() for name in (module.a, module.b)]
     vectors = [*variants.magnitudes.values(), *variants.delta_biases.values()]
-    return _read_tensors(directory, {*tables, *vectors, *variants.parameters.values(), *variants.tokens.values()})
+    whole = {*tables, *vectors, *variants.parameters.values(), *variants.tokens.values()}
+    last = dict.fromkeys({*variants.grown.values()} - whole, variants.new_tokens)
+    return _read_tensors(directory, whole | last.keys(), last)
 
 
-def _read_tensors(directory: Path, names: Iterable[str]) -> dict[str, "Tensor"]:
+def _read_tensors(directory: Path, names: Iterable[str], last: Mapping[str, int] | None = None) -> dict[str, "Tensor"]:
+    """Tensors of the file by name, whole but for those in `last`: of these only so many last rows."""
     import torch
 
     found: dict[str, Tensor] = {}
@@ -211,6 +231,9 @@ def _read_tensors(directory: Path, names: Iterable[str]) -> dict[str, "Tensor"]:
         entries = read_header(file)
         for name in names:
             entry = entries[name]
+            if last and name in last:
+                start = entry.end - _new_bytes(entry, last[name])
+                entry = entry._replace(shape=(last[name], entry.shape[1]), start=start)
             values = torch.empty(entry.shape, dtype=getattr(torch, FORMATS[entry.dtype].name))
             file.seek(entry.start)
             if file.readinto(values.view(torch.uint8).numpy().data) != entry.end - entry.start:
@@ -232,7 +255,7 @@ def _fit(
 ) -> None:
     """Every tensor of the file is one that the layout expects or allows, and every one that it expects is there."""
     for name in tensors:
-        if name not in plan.expected and name not in plan.copies:
+        if not any(name in known for known in (plan.expected, plan.copies, plan.twins)):
             _refuse_homeless(name, {*linears, *outline.tables})
     for name, (shape, asked_by) in plan.expected.items():
         if name not in tensors:
@@ -242,8 +265,32 @@ def _fit(
         try:
             _check_shape(name, tensors[name], outline.table_shape)
         except AdapterError as fault:
-            reason = "adapters with a vocabulary of their own are not served: train trainable_token_indices instead"
+            reason = "embedding and head must both have the base's rows, and as many new ones after them"
             raise AdapterError(f"{fault}; {reason}", name, "base_mismatch") from None
+
+
+def _new_tokens(tensors: Mapping[str, TensorEntry], outline: Outline) -> int:
+    """How many rows the file's embedding and head have beyond the base's; 0 where they have none, or fewer."""
+    if outline.embedding is None:
+        return 0
+    names = [f"{PREFIX}{table}.{kind}" for table in outline.tables for kind in GROWN]
+    rows = [tensors[name].shape[0] for name in names if name in tensors]
+    new = max(rows, default=0) - outline.table_shape[0]
+    if new > MAX_NEW_TOKENS:
+        raise AdapterError(f"the weights have {new} new tokens; at most {MAX_NEW_TOKENS} are served", "weights")
+    return max(new, 0)
+
+
+def _new_bytes(tensor: TensorEntry, rows: int) -> int:
+    """The size of a matrix's last rows."""
+    return rows * math.prod(tensor.shape[1:]) * FORMATS[tensor.dtype].itemsize
+
+
+def _same(file: BinaryIO, one: TensorEntry, other: TensorEntry) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with open(file.name, "rb") as again:  # noqa: PTH123 - two places of one file, read side by side
+        return all(a == b for a, b in zip(chunks(file, one), chunks(again, other), strict=True))
 
 
 def _check_shape(name: str, tensor: TensorEntry, wanted: tuple[int, ...]) -> None:
@@ -274,16 +321,18 @@ def _heading(name: str, tensor: TensorEntry) -> bytes:
     return json.dumps([name, tensor.dtype, tensor.shape]).encode() + b"\n"
 
 
-def _mathematics(modules: Mapping[str, LoraModule], variants: Variants) -> bytes:
-    """What an adapter does beyond the content of its tensors, as bytes to begin its digest with."""
+def _mathematics(modules: Mapping[str, LoraModule], variants: Variants, text: AdapterText) -> bytes:
+    """What an adapter is beyond the content of its tensors, as bytes to begin its digest with."""
 
     def pairs(modules: Mapping[str, LoraModule]) -> dict[str, list[float]]:
         return {name: [module.rank, module.scaling] for name, module in sorted(modules.items())}
 
-    text = f"lora {json.dumps(pairs(modules))}\n"
+    lines = f"lora {json.dumps(pairs(modules))}\n"
     if variants != Variants():
-        text += f"variants {json.dumps([pairs(variants.tables), variants.token_ids, variants.invocation])}\n"
-    return text.encode()
+        lines += f"variants {json.dumps([pairs(variants.tables), variants.token_ids, variants.invocation])}\n"
+    if text != NO_TEXT:
+        lines += f"text {json.dumps(dataclasses.asdict(text))}\n"
+    return lines.encode()
 
 
 def _device_bytes(variants: Variants, tensors: Mapping[str, TensorEntry]) -> int:
@@ -295,6 +344,8 @@ def _device_bytes(variants: Variants, tensors: Mapping[str, TensorEntry]) -> int
         total += _numbers(tensors, name, 8)
     for name in (*variants.parameters.values(), *variants.tokens.values()):
         total += _numbers(tensors, name, 8 if len(tensors[name].shape) == 1 else 4)
+    for name in variants.grown.values():
+        total += 4 * variants.new_tokens * tensors[name].shape[1]
     return total + sum(8 * len(ids) for ids in variants.token_ids.values())
 
 

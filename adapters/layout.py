@@ -4,7 +4,7 @@ Names and shapes only: knows neither the file's bytes nor what is done with the 
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 from adapters.config import AdapterConfig, AdapterError
@@ -12,6 +12,8 @@ from adapters.fields import shorten
 from adapters.outline import Outline
 
 PREFIX = "base_model.model."
+# What PEFT may call a resized embedding or head in a file; all but the first are the base's part of something.
+GROWN = ("weight", "base_layer.weight", "token_adapter.base_layer.weight", "original_module.weight")
 
 
 class LinearShape(Protocol):
@@ -51,6 +53,8 @@ class Variants:
         parameters: parameter of the base -> tensor in its place (a bias, a norm's weight, a whole embedding or head).
         tokens: embedding or head -> tensor of trained rows [n, width].
         token_ids: embedding or head -> the ids of these rows.
+        new_tokens: how many rows the adapter's embedding and head have beyond the base's.
+        grown: embedding or head -> tensor as large as the adapter's vocabulary, whose last rows are the new ones.
         invocation: token ids from whose last occurrence in the prompt on the adapter is in force; empty: everywhere.
         device_bytes: at most as much device memory does all this take.
     """
@@ -61,6 +65,8 @@ class Variants:
     parameters: dict[str, str] = field(default_factory=dict)
     tokens: dict[str, str] = field(default_factory=dict)
     token_ids: dict[str, list[int]] = field(default_factory=dict)
+    new_tokens: int = 0
+    grown: dict[str, str] = field(default_factory=dict)
     invocation: list[int] = field(default_factory=list)
     device_bytes: int = 0
 
@@ -77,6 +83,7 @@ class Variants:
                 "adapted_embeddings": self.tables,
                 "saved_modules": norms,
                 "trained_tokens": self.tokens,
+                "new_tokens": self.new_tokens,
                 "alora": self.invocation,
             }.items()
             if used
@@ -97,22 +104,27 @@ class Layout(NamedTuple):
         modules: linear of the decoder -> its adapter.
         expected: tensor -> what it must be like.
         copies: tensor that may be there too -> the base's parameter that it must equal (PEFT saves the base's
-            embeddings where these are adapted, or believed to be resized).
+            embeddings where these are adapted, or believed to be resized). With new tokens these come after it.
+        twins: tensor that may be there too -> the tensor that it must equal (PEFT saves a resized embedding under every
+            name that it has).
     """
 
     modules: dict[str, LoraModule]
     variants: Variants
     expected: dict[str, Expected]
     copies: dict[str, str]
+    twins: dict[str, str]
 
 
-def layout(config: AdapterConfig, linears: Mapping[str, LinearShape], outline: Outline) -> Layout:
-    """Lay an adapter's file out.
+def layout(
+    config: AdapterConfig, linears: Mapping[str, LinearShape], outline: Outline, tensors: Collection[str] = ()
+) -> Layout:
+    """Lay an adapter's file out. `tensors`: the names in it, which say where new tokens are.
 
     Raises:
         AdapterError: naming the config's field that asks for what this base does not have.
     """
-    return _Builder(config, linears, outline).build()
+    return _Builder(config, linears, outline).build(tensors)
 
 
 class _Builder:
@@ -123,8 +135,11 @@ class _Builder:
         self._adapted = config.resolve(linears, outline.tables, tied=outline.tied)
         self._expected: dict[str, Expected] = {}
         self._copies = {f"{PREFIX}{table}.weight": f"{table}.weight" for table in outline.tables}
+        self._twins: dict[str, str] = {}
 
-    def build(self) -> Layout:
+    def build(self, tensors: Collection[str]) -> Layout:
+        if self._outline.new_tokens:
+            self._check_growth()
         adapted, config, token_ids = self._adapted, self._config, self._token_ids()
         variants = Variants(
             tables={name: self._table(name) for name in self._outline.tables if name in adapted},
@@ -133,15 +148,57 @@ class _Builder:
             parameters=self._saved() | self._biases(),
             tokens=self._tokens(token_ids),
             token_ids=token_ids,
+            new_tokens=self._outline.new_tokens,
             invocation=self._invocation(),
         )
         modules = {name: self._linear(name) for name in adapted if name in self._linears}
-        return Layout(modules, variants, self._expected, self._copies)
+        if self._outline.new_tokens:
+            variants = replace(variants, grown=self._grown(variants, tensors))
+        return Layout(modules, variants, self._expected, self._copies, self._twins)
 
     def _expect(self, name: str, shape: tuple[int, ...], asked_by: str) -> str:
         self._expected[f"{PREFIX}{name}"] = Expected(shape, asked_by)
         self._copies.pop(f"{PREFIX}{name}", None)
         return f"{PREFIX}{name}"
+
+    # --- new tokens --------------------------------------------------------------------------------------
+
+    def _check_growth(self) -> None:
+        if self._config.alora_invocation_tokens:
+            raise AdapterError(
+                "an activated adapter cannot add tokens: before its invocation the base runs", "alora_invocation_tokens"
+            )
+        if f"{self._outline.head}.bias" in self._outline.parameters:
+            raise AdapterError("tokens cannot be added to a base whose head has a bias", "weights")
+
+    def _grown(self, variants: Variants, tensors: Collection[str]) -> dict[str, str]:
+        """Where the new rows of embedding and head are, unless the whole matrix is the adapter's."""
+        found: dict[str, str] = {}
+        for table in self._outline.tables:
+            names = [f"{PREFIX}{table}.{kind}" for kind in GROWN]
+            if f"{table}.weight" in variants.parameters:
+                self._twins[f"{PREFIX}{table}.modules_to_save.weight"] = f"{PREFIX}{table}.weight"
+            elif present := [name for name in names if name in tensors]:
+                found[table] = present[0]
+            for name in names:
+                if name not in self._expected:
+                    self._copies[name] = f"{table}.weight"
+        embedding, head = self._outline.tables
+        if self._outline.tied and head not in found and f"{head}.weight" not in variants.parameters:
+            source = found.get(embedding) or variants.parameters.get(f"{embedding}.weight")
+            if source is not None:
+                found[head] = source
+        for table in (embedding, head):
+            if table not in found and f"{table}.weight" not in variants.parameters:
+                raise AdapterError(
+                    f"the weights have new tokens but no '{PREFIX}{table}.weight' with their rows: save with PEFT's "
+                    "save_pretrained(save_embedding_layers=True)",
+                    "weights",
+                )
+        delta = "token_adapter.trainable_tokens_delta"  # of a tied head, once more
+        if self._outline.tied and variants.tokens.get(head) == f"{PREFIX}{embedding}.{delta}":
+            self._twins[f"{PREFIX}{head}.{delta}"] = f"{PREFIX}{embedding}.{delta}"
+        return found
 
     # --- pairs of A and B -----------------------------------------------------------------------------
 
@@ -224,7 +281,8 @@ class _Builder:
             for kind in ("weight", "bias"):
                 name = f"{module}.{kind}"
                 if name in outline.parameters:
-                    found[name] = self._expect(name, outline.parameters[name].shape, "modules_to_save")
+                    shape = outline.table_shape if module in tables else outline.parameters[name].shape
+                    found[name] = self._expect(name, shape, "modules_to_save")
                 elif kind == "weight":  # a tied head's
                     found[name] = self._expect(name, outline.table_shape, "modules_to_save")
         return found

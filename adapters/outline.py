@@ -30,6 +30,7 @@ class Outline:
     """The parameters of a base by their full names. Without any, adapters may touch nothing but linears."""
 
     parameters: dict[str, Parameter] = field(default_factory=dict)
+    new_tokens: int = 0  # that an adapter adds to the vocabulary
 
     @classmethod
     def read(cls, directory: Path) -> "Outline":
@@ -65,7 +66,11 @@ class Outline:
     def table_shape(self) -> tuple[int, int]:
         """Of embedding and head: (vocabulary, width)."""
         vocabulary, width = self.parameters[f"{self.embedding}.weight"].shape
-        return vocabulary, width
+        return vocabulary + self.new_tokens, width
+
+    def grown(self, new_tokens: int) -> "Outline":
+        """The same base with as many rows more in embedding and head."""
+        return Outline(self.parameters, new_tokens)
 
     def equals(self, name: str, dtype: str, chunks: Iterator[bytes]) -> bool:
         """Whether a parameter's values, rounded to a dtype, are these.

@@ -103,7 +103,15 @@ class Staging:
 
 
 def receipt_of(spec: AdapterSpec) -> dict[str, Any]:
-    """What the owner of an adapter is told. `scaling` is that of most modules, `rows` are per kind, in 2-byte units."""
+    """What the owner of an adapter is told. `scaling` is that of most modules, `rows` are per kind, in 2-byte units.
+
+    What few adapters bring (new tokens, text of their own) is there only for those.
+    """
+    own = {
+        "new_tokens": spec.variants.new_tokens,
+        "tokenizer_tokens": len(spec.text.tokens),
+        "chat_template": spec.text.chat_template is not None,
+    }
     [(scaling, _)] = Counter(module.scaling for module in spec.adapted.values()).most_common(1)
     return {
         "rank": spec.rank,
@@ -116,7 +124,7 @@ def receipt_of(spec: AdapterSpec) -> dict[str, Any]:
         "rows": spec.rows(),
         "base_model_name_or_path": spec.config["base_model_name_or_path"],
         "warnings": list(spec.warnings),
-    }
+    } | {name: value for name, value in own.items() if value}
 
 
 class AdapterStore:

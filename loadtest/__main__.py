@@ -313,9 +313,7 @@ def _compare(
     return {"kind": "compare", "machine": circumstances, "minutes": minutes, **result.to_json()}
 
 
-def _kit(
-    folder: Path, model: Path, machine_threads: int, dtypes: Sequence[synthetic.Dtype] = synthetic.DTYPES
-) -> Kit:
+def _kit(folder: Path, model: Path, machine_threads: int, dtypes: Sequence[synthetic.Dtype] = synthetic.DTYPES) -> Kit:
     made = {
         (dtype, index): path
         for dtype in dtypes

@@ -52,6 +52,7 @@ from server.middleware import Drain, middleware
 from server.models import ModelError, resolve
 from server.services import TENANT, Services
 from server.settings import SettingError, Settings
+from server.templates import TemplateLimits, TemplateRenderer
 from server.text import TextProcessor, TokenizerError
 
 _LAST_WORDS_SECONDS = 5  # for answers that are on their way out when everything else has stopped
@@ -128,13 +129,13 @@ def serve(settings: Settings) -> None:
 
 def _make_services(settings: Settings, model: Path) -> tuple[Services, LocalEngine]:
     try:
-        text = TextProcessor.load(model)
+        text = TextProcessor.load(model, _template_renderer(settings))
     except TokenizerError as error:
         raise ModelError(str(error)) from None
     metrics = Metrics(settings.metrics_adapters, settings.max_batch_requests)
     engine = LocalEngine(_engine_config(settings, model), metrics.engine_stats)
     store = open_store(settings)
-    intake = AdapterIntake(settings, engine, store, metrics, Outline.read(model))
+    intake = AdapterIntake(settings, engine, store, metrics, Outline.read(model), text)
     services = Services(
         settings=settings,
         engine=engine,
@@ -178,6 +179,16 @@ def open_store(settings: Settings) -> AdapterStore:
         )
     except (ValueError, RemoteUnavailable) as fault:
         raise SettingError(f"--adapter-store: {fault}") from None
+
+
+def _template_renderer(settings: Settings) -> TemplateRenderer | None:
+    if not settings.allow_adapter_chat_templates:
+        return None
+    return TemplateRenderer(
+        TemplateLimits(
+            settings.adapter_template_seconds, settings.adapter_template_cpu_seconds, settings.adapter_template_bytes
+        )
+    )
 
 
 def _engine_config(settings: Settings, model: Path) -> EngineConfig:

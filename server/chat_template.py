@@ -94,6 +94,7 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        self.source = source
         self._environment = _Environment()
         self._template = self._environment.from_string(source)
         self._special_tokens = dict(special_tokens)

@@ -33,12 +33,14 @@ from adapters.store import (
     Version,
     check_name,
 )
+from adapters.text import NO_TEXT, TEMPLATE_NAME, TOKENIZER_NAME, AdapterText, NewToken, check_template, read_new_tokens
 from server.engine.client import EngineClient, EngineUnavailable
 from server.engine.protocol import AdapterRef, Ready
-from server.errors import Conflict, StorageFull
+from server.errors import Conflict, InvalidRequest, StorageFull
 from server.logs import FIELDS
 from server.metrics import Metrics
 from server.settings import SettingError, Settings
+from server.text import TextProcessor
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _POLL_SECONDS = 0.1
@@ -59,6 +61,7 @@ class AdapterIntake:
     Args:
         settings: `adapter`, `adapter_dir`, `max_uploads` and the base's names are read.
         outline: the base's parameters beside its linears; without, adapters may touch nothing but linears.
+        text: the base's, to which an adapter's own is added; without, no adapter brings any.
     """
 
     def __init__(
@@ -68,12 +71,14 @@ class AdapterIntake:
         store: AdapterStore,
         metrics: Metrics,
         outline: Outline | None = None,
+        text: TextProcessor | None = None,
     ) -> None:
         self._settings = settings
         self._engine = engine
         self._store = store
         self._metrics = metrics
         self._outline = outline
+        self._text = text
         self._discovering = asyncio.Lock()
         self._unwanted: dict[str, object] = {}  # name in `adapter_dir` -> signature of the files refused or deleted
         self._background: set[asyncio.Task[None]] = set()
@@ -109,19 +114,28 @@ class AdapterIntake:
             await run_in_threadpool(clean_up.close)  # removing gigabytes takes a while
 
     async def admit(
-        self, tenant: str, name: str, staging: Staging, *, fine_tuned: bool = False, promote: bool = True
+        self,
+        tenant: str,
+        name: str,
+        staging: Staging,
+        *,
+        fine_tuned: bool = False,
+        promote: bool = True,
+        strict_text: bool = True,
     ) -> tuple[Version, bool]:
         """Validate what lies in `staging` and make it the current content of `name`, or with `promote=False` a version
-        of it that waits.
+        of it that waits. A tokenizer or chat template that cannot be used is refused, or with `strict_text=False` left
+        out with a warning.
 
         Returns the version and whether the name changed. Raises AdapterError (its fault), StorageFull,
         EngineUnavailable.
         """
         base = self.base
         self.check_name(name, fine_tuned=fine_tuned)
-        spec = await run_in_threadpool(inspect, staging.path, base.linears, base.architecture, self._outline)
+        text, warnings = await self._text_beside(staging.path, strict=strict_text)
+        spec = await run_in_threadpool(inspect, staging.path, base.linears, base.architecture, self._outline, text)
         check_fit(spec, base)
-        spec = self._with_warnings(spec)
+        spec = self._with_warnings(dataclasses.replace(spec, warnings=(*spec.warnings, *warnings)))
         before = self._shares(tenant, name)
         publish = partial(self._store.publish, tenant, name, staging, spec, fine_tuned=fine_tuned, promote=promote)
         version, changed = await self._change(publish)
@@ -137,7 +151,38 @@ class AdapterIntake:
         async with self.stage() as staging:
             with disk_faults():
                 await run_in_threadpool(_copy, directory, staging.path)
-            return await self.admit(tenant, name, staging)
+            # Whatever trained it may have saved its tokenizer there, adapted to its own needs.
+            return await self.admit(tenant, name, staging, strict_text=False)
+
+    async def _text_beside(self, directory: Path, *, strict: bool) -> tuple[AdapterText, list[str]]:
+        """The tokens and the template in a staged directory, whose files are then removed; and warnings."""
+        tokenizer, template = directory / TOKENIZER_NAME, directory / TEMPLATE_NAME
+        made: AdapterText = NO_TEXT
+        warnings: list[str] = []
+        base = self._text
+        if base is None:
+            return made, warnings
+        try:
+            if tokenizer.exists():
+                size = base.tokenizer.get_vocab_size()
+                made = AdapterText(await run_in_threadpool(_new_tokens, tokenizer, base.tokenizer.token_to_id, size))
+            if template.exists():
+                source = check_template(template.read_bytes())
+                if base.chat_template is not None and source == base.chat_template.source:
+                    pass  # many who train save the base's own
+                elif base.renderer is None:
+                    warnings.append("its chat template is not used: the operator has not allowed any")
+                else:
+                    await base.renderer.check(source)
+                    made = dataclasses.replace(made, chat_template=source)
+        except (AdapterError, InvalidRequest) as fault:
+            if strict:
+                raise
+            warnings.append(f"what was saved beside it is not used: {fault}")
+        finally:
+            tokenizer.unlink(missing_ok=True)
+            template.unlink(missing_ok=True)
+        return made, warnings
 
     async def promote(self, tenant: str, name: str, digest: str, expected: Collection[str] | None) -> Pointer:
         """Let the name mean one of its versions. Raises what `AdapterStore.promote` does, and StorageFull."""
@@ -390,6 +435,13 @@ def check_fit(spec: AdapterSpec, base: Ready) -> None:
         raise AdapterError(
             f"rank {spec.rank} is more than the {MAX_CUDA_RANK} that the GPU's kernels take", "r", "adapter_too_large"
         )
+    vocabulary = base.vocab_size + spec.variants.new_tokens
+    if spec.text.tokens and spec.text.tokens[-1].id >= vocabulary:
+        raise AdapterError(
+            f"the tokenizer has the new token {spec.text.tokens[-1].id}; base and weights have {vocabulary} rows. Save "
+            "the adapter with its resized embeddings",
+            "tokenizer",
+        )
     for kind, rows in spec.rows(base.linears).items():
         capacity = base.pool_rows.get(kind, 0)
         if rows > capacity and kind == EXTRAS:
@@ -420,8 +472,12 @@ def disk_faults() -> Iterator[None]:
         raise
 
 
+def _new_tokens(tokenizer: Path, known: Callable[[str], int | None], size: int) -> tuple[NewToken, ...]:
+    return read_new_tokens(tokenizer.read_bytes(), known, size)
+
+
 def _copy(directory: Path, target: Path) -> None:
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
+    for name in (CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME, TEMPLATE_NAME):
         if (directory / name).is_file():  # what is missing is named by the validation
             shutil.copyfile(directory / name, target / name)
 

@@ -334,6 +334,19 @@ class Settings:
         maximum=3600,
     )
 
+    allow_adapter_chat_templates: bool = _setting(
+        False, "Use the chat templates that adapters bring, each rendered in a process of its own.", parse=parse_bool
+    )
+    adapter_template_seconds: float = _setting(
+        2.0, "How long rendering an adapter's chat template may take.", parse=_number, minimum=0.1, maximum=60
+    )
+    adapter_template_cpu_seconds: int = _setting(
+        2, "Processor time of that, in whole seconds.", parse=_integer, minimum=1, maximum=60
+    )
+    adapter_template_bytes: int = _setting(
+        256 * MIB, "Memory of that.", parse=parse_size, minimum=16 * MIB, maximum=2**40, shown="256MiB"
+    )
+
     # --- fine-tuning
     max_training_jobs: int = _setting(
         2, "Fine-tuning jobs that train at once; the rest are queued.", parse=_integer, minimum=1, maximum=1024

@@ -6,21 +6,26 @@ Streaming text back is `server.streaming`'s matter; requests and limits are the 
 
 import asyncio
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
+from adapters.text import AdapterText
 from server.chat_template import ChatTemplate
 from server.errors import InvalidRequest
+from server.templates import TemplateRenderer
 
 T = TypeVar("T")
 
 _LONG = 2048  # characters or tokens; from here on work on them leaves the event loop
+_ADAPTED = 8  # tokenizers of adapters that are kept: tens of megabytes each
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -37,18 +42,30 @@ class TokenText:
 
 
 class TextProcessor:
-    """The tokenizer and the chat template of one base model.
+    """The tokenizer and the chat template of one base model, and of adapters that bring some of their own.
 
     Args:
         tokenizer: the tokenizer.
         chat_template: None when the base has none: chat is then refused.
+        special_tokens: `bos_token`, ... as templates see them.
+        renderer: of the templates that adapters bring; None: these are not used.
     """
 
-    def __init__(self, tokenizer: Tokenizer, chat_template: ChatTemplate | None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        chat_template: ChatTemplate | None,
+        special_tokens: Mapping[str, str] | None = None,
+        renderer: TemplateRenderer | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.chat_template = chat_template
+        self.renderer = renderer
+        self._special_tokens = dict(special_tokens or {})
+        self._own_template: str | None = None  # an adapter's
+        self._adapted: OrderedDict[str, TextProcessor] = OrderedDict()  # least recently used first
         self._piece_bytes = _piece_decoder(json.loads(tokenizer.to_str()))
         added = tokenizer.get_added_tokens_decoder()
         self._added = {id_: token.content for id_, token in added.items()}
@@ -57,7 +74,7 @@ class TextProcessor:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="text")
 
     @classmethod
-    def load(cls, directory: Path) -> "TextProcessor":
+    def load(cls, directory: Path, renderer: TemplateRenderer | None = None) -> "TextProcessor":
         """From a Hugging Face layout: `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`.
 
         Raises `TokenizerError`.
@@ -74,12 +91,43 @@ class TextProcessor:
             raise TokenizerError(f"{path}: {exc}") from exc
         config = _read_json(directory / "tokenizer_config.json")
         source = _chat_template_source(directory, config)
-        template = ChatTemplate(source, _special_tokens(directory, config)) if source else None
-        return cls(tokenizer, template)
+        special_tokens = _special_tokens(directory, config)
+        template = ChatTemplate(source, special_tokens) if source else None
+        return cls(tokenizer, template, special_tokens, renderer)
 
     def close(self) -> None:
-        """Stop the tokenising thread."""
+        """Stop the tokenising thread, and what renders adapters' templates."""
         self._thread.shutdown(wait=False, cancel_futures=True)
+        if self.renderer is not None:
+            self.renderer.close()
+
+    # --- adapters
+
+    async def adapted(self, key: str, read: Callable[[], AdapterText]) -> "TextProcessor":
+        """The same with what an adapter brings; kept under `key` for a while. `read` may wait for a disk."""
+        found = self._adapted.get(key)
+        if found is None:
+            found = await asyncio.to_thread(lambda: self._extended(read()))
+            self._adapted[key] = found
+            if len(self._adapted) > _ADAPTED:
+                self._adapted.popitem(last=False)
+        elif len(self._adapted) > 1:
+            self._adapted.move_to_end(key)
+        return found
+
+    def _extended(self, text: AdapterText) -> "TextProcessor":
+        other = copy(self)
+        if text.tokens:
+            other.tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
+            for token in text.tokens:
+                add = other.tokenizer.add_special_tokens if token.special else other.tokenizer.add_tokens
+                flags = {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word", "normalized")}
+                add([AddedToken(token.content, special=token.special, **flags)])
+            other._added = self._added | {token.id: token.content for token in text.tokens}
+            other.special_ids = self.special_ids | {token.id for token in text.tokens if token.special}
+        if self.renderer is not None:
+            other._own_template = text.chat_template
+        return other
 
     # --- text -> tokens
 
@@ -102,6 +150,15 @@ class TextProcessor:
         arguments: Mapping[str, str | int | float | bool | None],
     ) -> str:
         """The prompt's text. Raises `InvalidRequest` when the template refuses, or when there is none."""
+        if self._own_template is not None and self.renderer is not None:
+            return await self.renderer.render(
+                self._own_template,
+                self._special_tokens,
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                arguments=dict(arguments),
+            )
         if self.chat_template is None:
             raise InvalidRequest("The base model has no chat template; use /v1/completions.", param="messages")
         render = partial(

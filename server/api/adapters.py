@@ -13,6 +13,7 @@ from adapters.config import MAX_CONFIG_BYTES
 from adapters.details import details_of
 from adapters.format import CONFIG_NAME, WEIGHTS_NAME
 from adapters.store import AdapterStore, AmbiguousDigest, Staging, UnknownAdapter, Version
+from adapters.text import MAX_TEMPLATE_BYTES, MAX_TOKENIZER_BYTES, TEMPLATE_NAME, TOKENIZER_NAME
 from server.api.merging import resident
 from server.api.mixing import mix
 from server.api.paging import window
@@ -124,6 +125,8 @@ async def _receive(request: Request, services: Services, staging: Staging) -> tu
         "promote": Part(_MAX_WORD_BYTES, required=False),
         "config": Part(MAX_CONFIG_BYTES, staging.path / CONFIG_NAME),
         "weights": Part(services.settings.max_upload_bytes, staging.path / WEIGHTS_NAME),
+        "tokenizer": Part(MAX_TOKENIZER_BYTES, staging.path / TOKENIZER_NAME, required=False),
+        "chat_template": Part(MAX_TEMPLATE_BYTES, staging.path / TEMPLATE_NAME, required=False),
     }
     values = await read_parts(request, parts)
     promote = values.get("promote", b"true")

@@ -133,15 +133,15 @@ async def create_chat_completion(request: Request) -> Answer:
 
 async def _answer(services: Services, body: ChatBody, send: Send) -> None:
     info = services.engine_info
-    check_vocabulary(info, body)
     async with open_target(services, body.model, body.adapter_id, adapters=body.adapters, user=body.user) as target:
-        ids = await body.encode(services.text)
+        check_vocabulary(target.vocab_size, body)
+        ids = await body.encode(target.text)
         if not ids:
             raise InvalidRequest("The chat template makes an empty prompt of these messages.", param="messages")
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         room = fit_max_tokens(info, body, ids, asked=asked, default=None, param="messages")
         sampling = body.sampling(logprobs=body.top_logprobs if body.logprobs else None)
-        writer = _Writer(services.text, body, Generation(services, body, target, [Prompt(ids, room)], sampling))
+        writer = _Writer(target.text, body, Generation(services, body, target, [Prompt(ids, room)], sampling))
         headers = {"X-Adapter-Digest": target.digest}
         if body.stream:
             async with aclosing(writer.chunks()) as chunks:

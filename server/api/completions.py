@@ -17,7 +17,8 @@ from server.api.assembly import Piece
 from server.api.generation import Generation, Prompt, check_vocabulary, fit_max_tokens
 from server.api.logprobs import Columns, columns, extend, prompt_columns
 from server.api.schema import INT32, GenerationBody
-from server.api.target import open_target
+from server.api.target import Target, open_target
+from server.engine.protocol import Ready
 from server.errors import InvalidRequest
 from server.services import Services, services_of
 from server.streaming import Detokenizer
@@ -65,16 +66,16 @@ async def create_completion(request: Request) -> Answer:
 
 
 async def _answer(services: Services, body: CompletionBody, send: Send) -> None:
-    check_vocabulary(services.engine_info, body)
     services.admission.check_size(len(body.prompt) * body.n)
     async with open_target(services, body.model, body.adapter_id, adapters=body.adapters, user=body.user) as target:
-        prompts = await _prompts_of(services, body)
+        check_vocabulary(target.vocab_size, body)
+        prompts = await _prompts_of(services.engine_info, target, body)
         echoes: list[_Echo] = []
         if body.echo:
-            work = partial(_echoes, services.text, body, prompts)
-            echoes = await services.text.in_thread(sum(len(prompt.ids) for prompt in prompts), work)
+            work = partial(_echoes, target.text, body, prompts)
+            echoes = await target.text.in_thread(sum(len(prompt.ids) for prompt in prompts), work)
         sampling = body.sampling(logprobs=body.logprobs, prompt_logprobs=body.logprobs if body.echo else None)
-        writer = _Writer(services.text, body, Generation(services, body, target, prompts, sampling), echoes)
+        writer = _Writer(target.text, body, Generation(services, body, target, prompts, sampling), echoes)
         headers = {"X-Adapter-Digest": target.digest}
         if body.stream:
             async with aclosing(writer.chunks()) as chunks:
@@ -83,17 +84,16 @@ async def _answer(services: Services, body: CompletionBody, send: Send) -> None:
             await send_json(send, await writer.whole(), headers)
 
 
-async def _prompts_of(services: Services, body: CompletionBody) -> list[Prompt]:
-    info = services.engine_info
+async def _prompts_of(info: Ready, target: Target, body: CompletionBody) -> list[Prompt]:
     texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]  # all of them or none
-    encoded = await services.text.encode(texts, add_special_tokens=body.add_special_tokens)
+    encoded = await target.text.encode(texts, add_special_tokens=body.add_special_tokens)
     prompts = []
     for given, ids in zip(body.prompt, encoded or body.prompt, strict=True):
         assert not isinstance(ids, str)
         if not ids:
             raise InvalidRequest("`prompt` is empty: there is nothing to continue.", param="prompt")
-        if max(ids) >= info.vocab_size:
-            message = f"`prompt`: token id {max(ids)} is outside the vocabulary of {info.vocab_size}."
+        if max(ids) >= target.vocab_size:
+            message = f"`prompt`: token id {max(ids)} is outside the vocabulary of {target.vocab_size}."
             raise InvalidRequest(message, param="prompt")
         room = fit_max_tokens(info, body, ids, asked=body.max_tokens, default=DEFAULT_MAX_TOKENS, param="prompt")
         prompts.append(Prompt(ids, room, given if isinstance(given, str) else None))

@@ -195,7 +195,7 @@ class Generation:
         )
 
     def _assembler(self, prompt: list[int]) -> Assembler:
-        text, skip = self.services.text, self.body.skip_special_tokens
+        text, skip = self.target.text, self.body.skip_special_tokens
         return Assembler(
             partial(text.decode, skip_special_tokens=skip),
             prompt,
@@ -237,13 +237,13 @@ def fit_max_tokens(
     return wanted
 
 
-def check_vocabulary(info: Ready, body: GenerationBody) -> None:
+def check_vocabulary(vocab_size: int, body: GenerationBody) -> None:
     """Raises `InvalidRequest` for a token id that the model does not have."""
     for param, ids in (("logit_bias", body.logit_bias), ("stop_token_ids", body.stop_token_ids)):
         for id_ in ids:
-            if id_ >= info.vocab_size:
+            if id_ >= vocab_size:
                 raise InvalidRequest(
-                    f"`{param}`: token id {id_} is outside the vocabulary of {info.vocab_size}.", param=param
+                    f"`{param}`: token id {id_} is outside the vocabulary of {vocab_size}.", param=param
                 )
 
 

@@ -7,14 +7,16 @@ its current version, or for its share of a split; `name@digest prefix` asks for 
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from adapters.format import AdapterSpec
 from adapters.rows import rounded
 from adapters.store import SHORTEST_PREFIX, AmbiguousDigest, UnknownAdapter, Version
 from server.api.schema import WeightedAdapter
 from server.engine.protocol import AdapterRef
 from server.errors import Conflict, InvalidRequest, ModelNotFound
 from server.services import TENANT, Services
+from server.text import TextProcessor
 
 _HEX = frozenset("0123456789abcdef")
 
@@ -25,6 +27,8 @@ class Target:
 
     asked: str  # the name as the client wrote it
     digest: str  # of the adapter, or of the base; of several: each with its weight
+    text: TextProcessor
+    vocab_size: int
     adapters: list[tuple[str, str]]  # (stored name, digest) of each adapter; none: the base
     refs: list[AdapterRef]
 
@@ -65,10 +69,23 @@ async def open_target(
                 )
             asked, param = adapter_id, "adapter_id"
         if asked in base:
-            yield Target(asked, services.engine_info.base_digest, [], [])
+            yield _base_target(services, asked)
             return
         version = await hold(services, asked, param, user, held)
-        yield Target(asked, version.digest, [(version.name, version.digest)], [reference(version)])
+        yield await _adapter_target(services, asked, version)
+
+
+def _base_target(services: Services, asked: str) -> Target:
+    info = services.engine_info
+    return Target(asked, info.base_digest, services.text, info.vocab_size, [], [])
+
+
+async def _adapter_target(services: Services, asked: str, version: Version) -> Target:
+    text, receipt = services.text, version.receipt
+    if receipt.get("tokenizer_tokens") or (receipt.get("chat_template") and text.renderer is not None):
+        text = await text.adapted(version.digest, lambda: AdapterSpec.read(version.path).text)
+    vocab_size = services.engine_info.vocab_size + receipt.get("new_tokens", 0)
+    return Target(asked, version.digest, text, vocab_size, [(version.name, version.digest)], [reference(version)])
 
 
 async def _several(
@@ -90,10 +107,15 @@ async def _several(
     _check_fit(services, list(versions.values()))
     used = [versions[digest] for digest in sorted(versions) if weights[digest]]
     if not used:
-        return Target(model, services.engine_info.base_digest, [], [])
+        return _base_target(services, model)
+    if len(versions) == 1 and weights[used[0].digest] == 1:
+        alone = await _adapter_target(services, model, used[0])
+        return replace(alone, digest=f"{alone.digest}*1.0")
     return Target(
         model,
         "+".join(f"{version.digest}*{weights[version.digest]!r}" for version in used),
+        services.text,
+        services.engine_info.vocab_size,
         [(version.name, version.digest) for version in used],
         [reference(version, weights[version.digest]) for version in used],
     )

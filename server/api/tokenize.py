@@ -1,4 +1,4 @@
-"""`POST /tokenize` and `/detokenize`: the base's tokenizer, in vLLM's shapes. Adapters share it."""
+"""`POST /tokenize` and `/detokenize`: the base's tokenizer, with an adapter's own tokens, in vLLM's shapes."""
 
 from functools import partial
 from typing import Annotated, Any
@@ -12,7 +12,7 @@ from server.api.body import Body, read_as
 from server.api.chat import Conversation
 from server.api.target import open_target
 from server.errors import InvalidRequest
-from server.services import Services, services_of
+from server.services import services_of
 
 
 class TokenizePromptBody(Body):
@@ -42,17 +42,18 @@ async def tokenize(request: Request) -> Response:
     """Token ids of a text or a conversation."""
     body = await read_as(request, _tokenize_body)
     services = services_of(request)
-    await _check_model(services, body.model)
+    async with open_target(services, body.model or services.settings.base_name) as target:
+        text = target.text
     if isinstance(body, TokenizeChatBody):
-        ids = await body.encode(services.text)
+        ids = await body.encode(text)
     else:
-        (ids,) = await services.text.encode([body.prompt], add_special_tokens=body.add_special_tokens)
+        (ids,) = await text.encode([body.prompt], add_special_tokens=body.add_special_tokens)
     return JSONResponse(
         {
             "count": len(ids),
             "max_model_len": services.engine_info.max_model_len,
             "tokens": ids,
-            "token_strs": [services.text.token(id_).text for id_ in ids] if body.return_token_strs else None,
+            "token_strs": [text.token(id_).text for id_ in ids] if body.return_token_strs else None,
         }
     )
 
@@ -66,21 +67,14 @@ async def detokenize(request: Request) -> Response:
     """The text of token ids."""
     body = await DetokenizeBody.read(request)
     services = services_of(request)
-    await _check_model(services, body.model)
-    vocabulary = services.engine_info.vocab_size
+    async with open_target(services, body.model or services.settings.base_name) as target:
+        text, vocabulary = target.text, target.vocab_size
     for i, id_ in enumerate(body.tokens):
         if id_ >= vocabulary:
             message = f"`tokens`: {id_} is outside the vocabulary of {vocabulary}."
             raise InvalidRequest(message, param=f"tokens.{i}")
-    decode = partial(services.text.decode, body.tokens, skip_special_tokens=False)
-    return JSONResponse({"prompt": await services.text.in_thread(len(body.tokens), decode)})
-
-
-async def _check_model(services: Services, model: str | None) -> None:
-    """Raises `ModelNotFound` for a name that nobody has."""
-    if model is not None:
-        async with open_target(services, model):
-            pass
+    decode = partial(text.decode, body.tokens, skip_special_tokens=False)
+    return JSONResponse({"prompt": await text.in_thread(len(body.tokens), decode)})
 
 
 routes: list[BaseRoute] = [

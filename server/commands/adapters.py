@@ -1,7 +1,8 @@
 """`lorakeet push`, `pull`, `list`, `rm`, `pin`, `unpin`: adapters of a running server, from and to PEFT directories."""
 
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import IO, Annotated
 
 import typer
 from rich.console import Console
@@ -21,6 +22,7 @@ from server.commands.remote import (
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+BESIDE = {"tokenizer": "tokenizer.json", "chat_template": "chat_template.jinja"}  # sent too when they are there
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter's name.")]
 
@@ -38,13 +40,17 @@ def push(
     with (
         connect(url, api_key) as client,
         _progress() as progress,
+        ExitStack() as beside,
         (directory / CONFIG).open("rb") as config,
         progress.open(directory / WEIGHTS, "rb", description=f"Uploading {name}") as weights,
     ):
-        files = {
+        files: dict[str, tuple[str, IO[bytes], str]] = {
             "config": (CONFIG, config, "application/json"),
             "weights": (WEIGHTS, weights, "application/octet-stream"),
         }
+        for part, file in BESIDE.items():
+            if (directory / file).is_file():
+                files[part] = (file, beside.enter_context((directory / file).open("rb")), "text/plain")
         response = checked(client.post("/v1/adapters", data={"name": name}, files=files))
     receipt = response.json()
     state = "is now" if response.status_code == 201 else "was already"

@@ -129,11 +129,12 @@ class Runner:
 
         A request takes the same path whatever its neighbours, or its bits would depend on them.
         """
-        passes: dict[tuple[str, bool], list[int]] = {("", False): list(range(len(works)))}
+        passes: dict[tuple[str, bool, int], list[int]] = {("", False, 0): list(range(len(works)))}
         if self._merged or self._pool.extras:
             passes = {}
             for index, work in enumerate(works):
-                path = self._merge_of(work.sequence), self._through_modules(work.sequence)
+                sequence = work.sequence
+                path = self._merge_of(sequence), self._through_modules(sequence), self._new_tokens(sequence)
                 passes.setdefault(path, []).append(index)
         return list(passes.values())
 
@@ -148,6 +149,11 @@ class Runner:
         if not extras or self._model.plan is None:
             return False
         return any(digest in extras and extras[digest].in_decoder for digest, _ in sequence.adapter)
+
+    def _new_tokens(self, sequence: Sequence) -> int:
+        """By how much its vocabulary is larger than the base's; it has one adapter then."""
+        extras = self._pool.extras.get(sequence.adapter[0][0]) if sequence.adapter else None
+        return 0 if extras is None else extras.new_tokens
 
     def _run(self, works: Seq[Work]) -> list[WorkResult]:
         return self._results(works, *self._logits(works))

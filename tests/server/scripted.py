@@ -145,7 +145,7 @@ def make_services(directory: Path, engine: ScriptedEngine, database: sqlite3.Con
     store = AdapterStore(directory / "adapters", LocalNames(database))
     metrics = Metrics(chosen.metrics_adapters)
     text = TextProcessor(_tokenizer().backend_tokenizer, ChatTemplate(CHAT_TEMPLATE, {}))
-    intake = AdapterIntake(chosen, engine, store, metrics)
+    intake = AdapterIntake(chosen, engine, store, metrics, text=text)
     return Services(
         settings=chosen,
         engine=engine,
