@@ -209,7 +209,8 @@ def load(directory: Path, spec: AdapterSpec | None = None) -> dict[str, tuple["T
     dtype = getattr(torch, spec.dtype)
     names = [name for module in spec.modules.values() for name in (module.a, module.b)]
     tensors = _read_tensors(directory, names)
-    return {name: (tensors[m.a].to(dtype), tensors[m.b].to(dtype)) for name, m in spec.modules.items()}
+    # A copied, so that what was read can go as soon as B has been laid out.
+    return {name: (tensors[m.a].to(dtype, copy=True), tensors[m.b].to(dtype)) for name, m in spec.modules.items()}
 
 
 def load_variants(directory: Path, spec: AdapterSpec) -> dict[str, "Tensor"]:
@@ -229,17 +230,37 @@ def _read_tensors(directory: Path, names: Iterable[str], last: Mapping[str, int]
     found: dict[str, Tensor] = {}
     with (directory / WEIGHTS_NAME).open("rb") as file:
         entries = read_header(file)
-        for name in names:
-            entry = entries[name]
-            if last and name in last:
-                start = entry.end - _new_bytes(entry, last[name])
-                entry = entry._replace(shape=(last[name], entry.shape[1]), start=start)
-            values = torch.empty(entry.shape, dtype=getattr(torch, FORMATS[entry.dtype].name))
-            file.seek(entry.start)
-            if file.readinto(values.view(torch.uint8).numpy().data) != entry.end - entry.start:
+        for run in _runs({name: _tail(entries[name], (last or {}).get(name)) for name in names}):
+            start = run[0][1].start
+            content = torch.empty(run[-1][1].end - start, dtype=torch.uint8)
+            file.seek(start)
+            if file.readinto(content.numpy().data) != len(content):
                 raise AdapterError("weights were cut short while being read", "weights")
-            found[name] = values
+            for name, entry in run:
+                values = content[entry.start - start : entry.end - start]
+                if (entry.start - start) % FORMATS[entry.dtype].itemsize:
+                    values = values.clone()
+                found[name] = values.view(getattr(torch, FORMATS[entry.dtype].name)).view(entry.shape)
     return found
+
+
+def _tail(tensor: TensorEntry, rows: int | None) -> TensorEntry:
+    """So many last rows of a matrix; all of it for None."""
+    if rows is None:
+        return tensor
+    return tensor._replace(shape=(rows, *tensor.shape[1:]), start=tensor.end - _new_bytes(tensor, rows))
+
+
+def _runs(entries: Mapping[str, TensorEntry]) -> list[list[tuple[str, TensorEntry]]]:
+    """Tensors that lie one after another in the file, to be read at once: whoever reads many pieces in a thread takes
+    the interpreter away from others as many times."""
+    runs: list[list[tuple[str, TensorEntry]]] = []
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
+        if runs and runs[-1][-1][1].end == entry.start:
+            runs[-1].append((name, entry))
+        else:
+            runs.append([(name, entry)])
+    return runs
 
 
 def _read_config(directory: Path) -> bytes:

@@ -51,8 +51,8 @@ class Residency:
         self._errors: dict[str, str] = {}
         self._forgotten: set[str] = set()
         self._pinned: dict[str, str] = {}  # digest -> path, in order of preference
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapter-reader")
-        self._filler = ThreadPoolExecutor(1, thread_name_prefix="adapter-filler")  # does not wait for the disk
+        self._reader = ThreadPoolExecutor(1, "adapter-reader")
+        self._filler = ThreadPoolExecutor(1, "adapter-filler")  # does not wait for the disk
         self.loads: list[tuple[str, float]] = []  # (digest, seconds) since the reader of this list last cleared it
         self.evictions: list[str] = []
 

@@ -178,6 +178,10 @@ class AdapterStore:
         """Called before these become all versions that answer for pinned names; raises to forbid the change."""
         self._recover()
 
+    def close(self) -> None:
+        """Fetch nothing more, so that the process can end."""
+        self._fetchers.shutdown(wait=False, cancel_futures=True)
+
     # --- reading ---------------------------------------------------------------------------------
 
     def get(self, tenant: str, name: str, digest_prefix: str | None = None) -> Version:

@@ -108,7 +108,7 @@ async def measure(kit: Kit, *, rounds: int, every: float, flags: list[str], repo
                 loads[mode] += count()
                 gaps[mode] += [gap for timeline in timelines for gap in metrics.itl(timeline)]
             report(f"round {turn + 1}: P99 " + ", ".join(f"{mode} {_p(gaps[mode], 99):.1f} ms" for mode in MODES))
-        first = await _first_tokens(client, uploads, cold, trials=2 * rounds)
+        first = await _first_tokens(client, uploads, names, trials=2 * rounds)
     finally:
         await side.stop()
     slower = {mode: _p(gaps[mode], 99) / _p(gaps["alone"], 99) for mode in ("loads", "uploads")}
@@ -178,12 +178,15 @@ async def _stream(client: Client, names: list[str], seed: int) -> list[Timeline]
     return timelines
 
 
-async def _first_tokens(client: Client, uploads: Uploads, cold: list[str], trials: int) -> dict[str, float]:
-    """Median seconds to the first token with a resident adapter and with one on disk, and of a load by itself."""
+async def _first_tokens(client: Client, uploads: Uploads, names: list[str], trials: int) -> dict[str, float]:
+    """Median seconds to the first token with a resident adapter and with one on disk, and of a load by itself.
+
+    Asked for in turn, more adapters than fit: whichever comes next was evicted.
+    """
     seconds: dict[str, list[float]] = {"warm": [], "cold": [], "load": []}
-    names = itertools.cycle(cold)
+    turn = itertools.cycle(names)
     for trial in range(trials):
-        name = next(names)
+        name = next(turn)
         for kind in ("cold", "warm"):
             prompts = random_prompts(1, PROMPT, seed=10_000 + 2 * trial + (kind == "warm"))
             timeline = await client.complete(name, prompts[0], 2, ignore_eos=True)
@@ -191,7 +194,7 @@ async def _first_tokens(client: Client, uploads: Uploads, cold: list[str], trial
             if timeline.error:
                 raise SideError(f"a request broke: {timeline.error}")
             seconds[kind].append(metrics.ttft(timeline))
-        seconds["load"].append(await asyncio.to_thread(uploads.warm, next(names)))
+        seconds["load"].append(await asyncio.to_thread(uploads.warm, next(turn)))
     return {kind: float(np.median(values)) for kind, values in seconds.items()}
 
 

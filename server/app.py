@@ -11,6 +11,7 @@ import os
 import shlex
 import socket
 import sqlite3
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -57,6 +58,7 @@ from server.text import TextProcessor, TokenizerError
 
 _LAST_WORDS_SECONDS = 5  # for answers that are on their way out when everything else has stopped
 _KEEP_ALIVE_SECONDS = 75
+_SWITCH_SECONDS = 5e-4  # how long a thread that checks an upload may keep the interpreter from those who stream
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +113,7 @@ def serve(settings: Settings) -> None:
     """
     logs.configure(settings.log_level, as_json=settings.log_json)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are the engine's
+    sys.setswitchinterval(_SWITCH_SECONDS)
     directory = resolve(settings.model, settings.cache_dir, log.info)
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(settings.data_dir / "server.lock")
@@ -123,6 +126,7 @@ def serve(settings: Settings) -> None:
         server = _Server(services, engine)
         server.run()
         services.text.close()
+        services.store.close()
     if server.failure is not None:
         raise server.failure
 

@@ -12,11 +12,11 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from anyio import CapacityLimiter, to_thread
 from starlette.concurrency import run_in_threadpool
 
 from adapters.details import device_bytes
@@ -34,6 +34,7 @@ from adapters.store import (
     check_name,
 )
 from adapters.text import NO_TEXT, TEMPLATE_NAME, TOKENIZER_NAME, AdapterText, NewToken, check_template, read_new_tokens
+from adapters.worker import give_way
 from server.engine.client import EngineClient, EngineUnavailable
 from server.engine.protocol import AdapterRef, Ready
 from server.errors import Conflict, InvalidRequest, StorageFull
@@ -45,7 +46,7 @@ from server.text import TextProcessor
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _POLL_SECONDS = 0.1
 _RETRY_SECONDS = 10.0  # until the files of a pinned adapter are asked for again
-_CHANGES = 8  # of the store, waiting for a disk or a network at once
+_CHANGES = 8  # that are checked, or wait for a disk or a network, at once
 
 T = TypeVar("T")
 
@@ -82,7 +83,7 @@ class AdapterIntake:
         self._discovering = asyncio.Lock()
         self._unwanted: dict[str, object] = {}  # name in `adapter_dir` -> signature of the files refused or deleted
         self._background: set[asyncio.Task[None]] = set()
-        self._changes = CapacityLimiter(_CHANGES)
+        self._workers = ThreadPoolExecutor(_CHANGES, "adapter-intake", give_way)
         self._pinned: dict[str, contextlib.ExitStack] = {}  # digest -> the lease that keeps its files
         store.check_pins = self._check_pins
         self.upload_slots = asyncio.Semaphore(settings.max_uploads)
@@ -133,7 +134,7 @@ class AdapterIntake:
         base = self.base
         self.check_name(name, fine_tuned=fine_tuned)
         text, warnings = await self._text_beside(staging.path, strict=strict_text)
-        spec = await run_in_threadpool(inspect, staging.path, base.linears, base.architecture, self._outline, text)
+        spec = await self._work(partial(inspect, staging.path, base.linears, base.architecture, self._outline, text))
         check_fit(spec, base)
         spec = self._with_warnings(dataclasses.replace(spec, warnings=(*spec.warnings, *warnings)))
         before = self._shares(tenant, name)
@@ -222,9 +223,17 @@ class AdapterIntake:
         return pointer
 
     async def _change(self, change: Callable[[], T]) -> T:
-        """Change the store in a thread that no other work waits for."""
         with disk_faults():
-            return await to_thread.run_sync(change, limiter=self._changes)
+            return await self._work(change)
+
+    async def _work(self, work: Callable[[], T]) -> T:
+        """Do it in a thread that gives way to those that serve, and for which nothing else waits."""
+        future = asyncio.get_running_loop().run_in_executor(self._workers, work)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            await asyncio.wait([future])  # it may still need what its caller is about to clear away
+            raise
 
     async def delete(self, tenant: str, name: str) -> Version:
         """Take the name away; requests that run keep their version. Raises UnknownAdapter."""

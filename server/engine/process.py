@@ -24,6 +24,8 @@ from server.finetune.training.trainer import Trainer
 
 log = logging.getLogger("lorakeet.engine")
 
+SWITCH_SECONDS = 5e-4  # how long a thread that loads an adapter may keep the interpreter from the one that steps
+
 
 def _exit_with_parent(parent: int) -> None:
     """End this process soon after the one that started it has gone."""
@@ -35,6 +37,7 @@ def _exit_with_parent(parent: int) -> None:
 def main() -> int:
     """Load the model, then serve until drained. The exit status is 0 only after a drain."""
     threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
+    sys.setswitchinterval(SWITCH_SECONDS)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the API process decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     transformers.utils.logging.disable_progress_bar()
