@@ -26,7 +26,7 @@ from adapters.versions import DamagedAdapter, Pointer, RemoteUnavailable, Versio
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
-FILES = (CONFIG_NAME, SPEC_NAME, WEIGHTS_NAME)
+REQUIRED = (CONFIG_NAME, SPEC_NAME, WEIGHTS_NAME)
 _READERS = 32  # names read at once when a server starts
 _CHUNK_BYTES = 1 << 20
 # A server that is silent for so long is down; whole transfers may take longer.
@@ -94,25 +94,31 @@ class RemoteStore:
 
     def put(self, digest: str, directory: Path) -> None:
         with _faults():
-            for name in FILES:
-                obstore.put(self._store, _path(digest, name), directory / name)
+            for path in directory.iterdir():
+                obstore.put(self._store, _path(digest, path.name), path)
 
     def get(self, digest: str, directory: Path) -> None:
         with _faults():
-            for name in FILES:
-                try:
-                    stream = obstore.get(self._store, _path(digest, name)).stream(min_chunk_size=_CHUNK_BYTES)
-                except FileNotFoundError:
-                    raise DamagedAdapter(f"the object store has no {name} of {digest}") from None
+            names = self._files(digest)
+            if missing := set(REQUIRED) - set(names):
+                raise DamagedAdapter(f"the object store has no {', '.join(sorted(missing))} of {digest}")
+            for name in names:
+                stream = obstore.get(self._store, _path(digest, name)).stream(min_chunk_size=_CHUNK_BYTES)
                 with (directory / name).open("xb") as file:
                     for chunk in stream:
                         file.write(chunk)
 
     def remove(self, digest: str) -> None:
         with _faults():
-            self._delete([_path(digest, name) for name in FILES])
+            self._delete([_path(digest, name) for name in self._files(digest)])
+
+    def _files(self, digest: str) -> list[str]:
+        listed = obstore.list(self._store, _path(digest, "").rstrip("/"))
+        return [entry["path"].rpartition("/")[2] for chunk in listed for entry in chunk]
 
     def _delete(self, paths: list[str]) -> None:
+        if not paths:
+            return
         with contextlib.suppress(FileNotFoundError):  # a directory says so; buckets do not
             obstore.delete(self._store, paths)
 

@@ -111,6 +111,20 @@ def replaced_paths(pointer: Any, store: AdapterStore, name: str) -> Any:
     return type(pointer)(versions, pointer.split, pointer.pinned)
 
 
+async def test_other_files_of_a_version_come_along(depot: Depot) -> None:
+    store = depot.open()
+    with store.stage() as staging:
+        write_adapter(staging.path, 1)
+        (staging.path / "notes.txt").write_text("more")
+        spec = inspect(staging.path, BASE.linears, BASE.architecture)
+        store.publish("t", "x", staging, spec)
+    other = depot.open()
+    await read(other, "x")
+    assert (other.get("t", "x").path / "notes.txt").read_text() == "more"
+    other.delete("t", "x")
+    assert depot.objects() == {}
+
+
 async def test_files_are_kept_once_and_go_with_their_last_name(depot: Depot) -> None:
     store = depot.open()
     version = depot.put(store, "x", 1)
