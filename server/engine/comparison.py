@@ -15,7 +15,7 @@ from server.engine.protocol import MergeSpeed, Sampling
 from server.engine.runner import Runner
 from server.engine.scheduler import AdapterKey, Sequence, Work
 
-CHUNK = 16  # tokens of a piece
+CHUNK = 4  # tokens of a piece: about as long as a gap between steps may be
 CONTEXT_BLOCKS = 2  # before the tokens whose speed is measured
 STEPS, WARM_UP = 14, 2  # tokens whose speed is measured, and how many of them do not count
 BATCHES = (1, 8)  # requests at once
