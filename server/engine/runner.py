@@ -282,7 +282,8 @@ class Runner:
                 drawn += range(end - 1 - len(work.drafts), end)
                 rows += _rows(work)
         if sampling:
-            draws = iter(sample(logits[drawn], rows, self._base.eos_token_ids))
+            chosen = logits if len(drawn) == len(logits) else logits[drawn]  # mostly all of them: no copy
+            draws = iter(sample(chosen, rows, self._base.eos_token_ids))
             for work, result in sampling:
                 self._accept(work, list(islice(draws, 1 + len(work.drafts))), result)
         return results

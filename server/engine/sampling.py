@@ -91,7 +91,7 @@ def _sample(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int])
     if len(drawn) == len(rows):
         tokens = _draw(scores, rows)
     else:
-        tokens = scores.argmax(-1)  # the first of equals
+        tokens = _likeliest(scores)
         if drawn:
             tokens[drawn] = _draw(scores[drawn], [rows[index] for index in drawn])
     logprobs: dict[int, TokenLogprob] = {}
@@ -103,6 +103,13 @@ def _sample(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int])
         Draw(token, logprobs.get(index)) if good else Draw(None)
         for index, (token, good) in enumerate(zip(tokens.tolist(), valid.tolist(), strict=True))
     ]
+
+
+def _likeliest(scores: Tensor) -> Tensor:
+    """Where each row peaks, int64 [rows]: at the first of equals."""
+    if scores.device.type == "cpu":
+        return torch.from_numpy(scores.numpy().argmax(-1))  # ten times as fast as torch's on one thread
+    return scores.argmax(-1)
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[TokenLogprob]:
