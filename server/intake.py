@@ -122,11 +122,12 @@ class AdapterIntake:
         *,
         fine_tuned: bool = False,
         promote: bool = True,
+        again: bool = True,
         strict_text: bool = True,
     ) -> tuple[Version, bool]:
         """Validate what lies in `staging` and make it the current content of `name`, or with `promote=False` a version
-        of it that waits. A tokenizer or chat template that cannot be used is refused, or with `strict_text=False` left
-        out with a warning.
+        of it that waits; with `again=False` leave a name that has this version already as it is. A tokenizer or chat
+        template that cannot be used is refused, or with `strict_text=False` left out with a warning.
 
         Returns the version and whether the name changed. Raises AdapterError (its fault), StorageFull,
         EngineUnavailable.
@@ -138,6 +139,8 @@ class AdapterIntake:
         check_fit(spec, base)
         spec = self._with_warnings(dataclasses.replace(spec, warnings=(*spec.warnings, *warnings)))
         before = self._shares(tenant, name)
+        if before and not again and spec.digest in {known.digest for known in self._store.versions(tenant, name)}:
+            return self._store.get(tenant, name), False
         publish = partial(self._store.publish, tenant, name, staging, spec, fine_tuned=fine_tuned, promote=promote)
         version, changed = await self._change(publish)
         if changed:
@@ -146,14 +149,16 @@ class AdapterIntake:
             self._forget_unused(before)
         return version, changed
 
-    async def import_directory(self, tenant: str, name: str, directory: Path) -> tuple[Version, bool]:
+    async def import_directory(
+        self, tenant: str, name: str, directory: Path, *, again: bool = True
+    ) -> tuple[Version, bool]:
         """Copy a PEFT directory of this machine and admit the copy."""
         self.check_name(name)
         async with self.stage() as staging:
             with disk_faults():
                 await run_in_threadpool(_copy, directory, staging.path)
             # Whatever trained it may have saved its tokenizer there, adapted to its own needs.
-            return await self.admit(tenant, name, staging, strict_text=False)
+            return await self.admit(tenant, name, staging, again=again, strict_text=False)
 
     async def _text_beside(self, directory: Path, *, strict: bool) -> tuple[AdapterText, list[str]]:
         """The tokens and the template in a staged directory, whose files are then removed; and warnings."""
@@ -312,7 +317,8 @@ class AdapterIntake:
         if signature is None or self._unwanted.get(name) == signature:
             return False
         try:
-            await self.import_directory(tenant, name, directory)
+            # Whoever gave the name another version since, over HTTP, meant it: the same old files do not undo that.
+            await self.import_directory(tenant, name, directory, again=False)
         except (AdapterError, OSError, StorageFull, Conflict, RemoteUnavailable) as error:
             self._unwanted[name] = signature  # until its files change
             log.warning("--adapter-dir: %s is not served: %s", name, error)

@@ -294,7 +294,8 @@ class Settings:
     )
     adapter_dir: Path | None = _setting(
         None,
-        "Each subdirectory is an adapter; read at start and when an unknown name is asked for.",
+        "Each subdirectory is an adapter; read at start and when an unknown name is asked for. "
+        "What a name was given since over HTTP stays until the files change.",
         parse=_path,
         shown="none",
     )

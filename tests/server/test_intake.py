@@ -163,6 +163,27 @@ async def test_a_deleted_adapter_of_the_directory_stays_deleted_until_its_files_
     site.close()
 
 
+async def test_an_upload_outlives_a_restart_with_the_same_directory(tmp_path: Path) -> None:
+    root = tmp_path / "adapters"
+    write_adapter(root / "good")
+    write_adapter(tmp_path / "better", 3)
+    site = Site(tmp_path, adapter_dir=root)
+    await site.intake.import_configured(T)
+    uploaded, _ = await site.intake.import_directory(T, "good", tmp_path / "better")
+    site.close()
+
+    site = Site(tmp_path, adapter_dir=root)
+    await site.intake.import_configured(T)
+    assert (await site.intake.find(T, "good")).digest == uploaded.digest
+    site.close()
+
+    write_adapter(root / "good", 4)
+    site = Site(tmp_path, adapter_dir=root)
+    await site.intake.import_configured(T)
+    assert (await site.intake.find(T, "good")).digest != uploaded.digest
+    site.close()
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_full_disk_by_any_name(code: int) -> None:
     with pytest.raises(StorageFull), disk_faults():
