@@ -23,11 +23,12 @@ from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Protocol
 
 from adapters.fields import shorten
 from adapters.format import AdapterError, AdapterSpec, digest_of, sync
 from adapters.names import Names
+from adapters.receipt import receipt_of
 from adapters.versions import (
     SHORTEST_PREFIX,
     AmbiguousDigest,
@@ -100,31 +101,6 @@ class Staging:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
-
-
-def receipt_of(spec: AdapterSpec) -> dict[str, Any]:
-    """What the owner of an adapter is told. `scaling` is that of most modules, `rows` are per kind, in 2-byte units.
-
-    What few adapters bring (new tokens, text of their own) is there only for those.
-    """
-    own = {
-        "new_tokens": spec.variants.new_tokens,
-        "tokenizer_tokens": len(spec.text.tokens),
-        "chat_template": spec.text.chat_template is not None,
-    }
-    [(scaling, _)] = Counter(module.scaling for module in spec.adapted.values()).most_common(1)
-    return {
-        "rank": spec.rank,
-        "scaling": scaling,
-        "modules_matched": len(spec.adapted),
-        "variants": spec.variants.names,
-        "parameters": spec.parameters,
-        "bytes": spec.bytes,
-        "dtype": spec.dtype,
-        "rows": spec.rows(),
-        "base_model_name_or_path": spec.config["base_model_name_or_path"],
-        "warnings": list(spec.warnings),
-    } | {name: value for name, value in own.items() if value}
 
 
 class AdapterStore:
@@ -237,9 +213,8 @@ class AdapterStore:
             yield version
         finally:
             unused = self._let_go(digest)
-            if (
-                unused or self._excess > 0
-            ):  # a lease may end where nobody can wait, and removing gigabytes takes a while
+            # A lease may end where nobody can wait, and removing gigabytes takes a while.
+            if unused or self._excess > 0:
                 threading.Thread(target=self._collect, args=(digest,), name="adapter-collector").start()
 
     def has(self, version: Version) -> bool:
@@ -443,7 +418,7 @@ class AdapterStore:
 
     def _place(self, staged: Path, digest: str) -> None:
         """Move staged files to where their digest says, unless the same are there."""
-        size = sum(path.stat().st_size for path in staged.iterdir()) if self._remote else 0
+        size = _size(staged) if self._remote else 0
         with self._placing:
             with self._counting:
                 self._counting.wait_for(lambda: digest not in self._removing)

@@ -10,7 +10,6 @@ import dataclasses
 import errno
 import logging
 import shutil
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -21,8 +20,8 @@ from starlette.concurrency import run_in_threadpool
 
 from adapters.details import device_bytes
 from adapters.fields import shorten
-from adapters.format import CONFIG_NAME, EXTRAS, WEIGHTS_NAME, AdapterError, AdapterSpec, Outline, inspect
-from adapters.rows import rounded
+from adapters.format import CONFIG_NAME, EXTRAS, WEIGHTS_NAME, AdapterError, AdapterSpec, inspect
+from adapters.outline import Outline
 from adapters.store import (
     AdapterStore,
     DamagedAdapter,
@@ -38,6 +37,7 @@ from adapters.worker import give_way
 from server.engine.client import EngineClient, EngineUnavailable
 from server.engine.protocol import AdapterRef, Ready
 from server.errors import Conflict, InvalidRequest, StorageFull
+from server.fit import check_fit, first_that_fit, row_units
 from server.logs import FIELDS
 from server.metrics import Metrics
 from server.settings import SettingError, Settings
@@ -49,8 +49,6 @@ _RETRY_SECONDS = 10.0  # until the files of a pinned adapter are asked for again
 _CHANGES = 8  # that are checked, or wait for a disk or a network, at once
 
 T = TypeVar("T")
-
-MAX_CUDA_RANK = 512  # of one adapter in the grouped LoRA kernels
 
 log = logging.getLogger(__name__)
 audit_log = logging.getLogger("server.audit")  # one line per change of what a name means
@@ -359,7 +357,7 @@ class AdapterIntake:
         base = self._engine.info
         if base is None or not (versions or self._pinned):  # when the first engine is up, all this follows
             return
-        fitting = _fitting(versions, self._room_for_pins(base))
+        fitting = first_that_fit(versions, self._room_for_pins(base))
         for version in versions[len(fitting) :]:
             log.warning("%s is pinned beyond --adapter-pinned-bytes; it may be evicted", version.name)
         wanted = {version.digest: version for version in fitting}
@@ -393,9 +391,9 @@ class AdapterIntake:
     def _check_pins(self, versions: list[Version]) -> None:
         """Raises Conflict when these are too much to be pinned together."""
         room = self._room_for_pins(self.base)
-        fitting = _fitting(versions, room)
+        fitting = first_that_fit(versions, room)
         if len(fitting) < len(versions):
-            excess = _units([*fitting, versions[len(fitting)]])
+            excess = row_units([*fitting, versions[len(fitting)]])
             kind = next(kind for kind in excess if excess[kind] > room.get(kind, 0))
             raise Conflict(
                 f"Pinned adapters would take {excess[kind]} rows of {kind} on the device, and may take "
@@ -417,63 +415,11 @@ class AdapterIntake:
         task.add_done_callback(self._background.discard)
 
 
-def _units(versions: Iterable[Version]) -> Counter[str]:
-    """Row units per kind that these take together."""
-    needed: Counter[str] = Counter()
-    for version in versions:
-        needed.update({kind: rounded(units) for kind, units in version.receipt["rows"].items()})
-    return needed
-
-
-def _fitting(versions: Iterable[Version], room: Mapping[str, int]) -> list[Version]:
-    """As many of the first versions as fit together."""
-    fitting: list[Version] = []
-    needed: Counter[str] = Counter()
-    for version in versions:
-        needed += _units([version])
-        if any(units > room.get(kind, 0) for kind, units in needed.items()):
-            break
-        fitting.append(version)
-    return fitting
-
-
 def _audit(name: str, action: str, before: Mapping[str, float], after: str | None, **more: object) -> None:
     """Who asked is in the access log's line of the same moment."""
     was = ", ".join(before) or "nothing"
     fields = {"action": action, "adapter": name, "before": dict(before), "after": after, **more}
     audit_log.info("%s %s: %s -> %s", action, name, was, after or "nothing", extra={FIELDS: fields})
-
-
-def check_fit(spec: AdapterSpec, base: Ready) -> None:
-    """Raises AdapterError when the adapter would not fit into an empty device pool, or the kernels of its device."""
-    if base.device.startswith("cuda") and spec.rank > MAX_CUDA_RANK:
-        raise AdapterError(
-            f"rank {spec.rank} is more than the {MAX_CUDA_RANK} that the GPU's kernels take", "r", "adapter_too_large"
-        )
-    vocabulary = base.vocab_size + spec.variants.new_tokens
-    if spec.text.tokens and spec.text.tokens[-1].id >= vocabulary:
-        raise AdapterError(
-            f"the tokenizer has the new token {spec.text.tokens[-1].id}; base and weights have {vocabulary} rows. Save "
-            "the adapter with its resized embeddings",
-            "tokenizer",
-        )
-    for kind, rows in spec.rows(base.linears).items():
-        capacity = base.pool_rows.get(kind, 0)
-        if rows > capacity and kind == EXTRAS:
-            raise AdapterError(
-                f"besides its rank rows the adapter needs {rows} KiB on the device, and {capacity} KiB are there for "
-                "that (see --adapter-bytes)",
-                "weights",
-                "adapter_too_large",
-            )
-        if rows > capacity:
-            largest = capacity * spec.rank // rows
-            raise AdapterError(
-                f"rank {spec.rank} in {spec.dtype} needs {rows} rows of {kind}, and the device's pool has {capacity}: "
-                f"the largest rank that can be served is {largest} (see --adapter-bytes)",
-                "r",
-                "adapter_too_large",
-            )
 
 
 @contextlib.contextmanager

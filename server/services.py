@@ -9,7 +9,7 @@ from starlette.requests import Request
 
 from adapters.store import AdapterStore
 from server.admission import Admission
-from server.engine.client import EngineClient, EngineUnavailable
+from server.engine.client import EngineClient
 from server.engine.protocol import Ready
 from server.finetune.service import FineTuning
 from server.intake import AdapterIntake
@@ -38,10 +38,7 @@ class Services:
     @property
     def engine_info(self) -> Ready:
         """What the engine serves. Raises `EngineUnavailable` before the first engine has come up."""
-        info = self.engine.info
-        if info is None:
-            raise EngineUnavailable(self.engine.unready_reason or "The engine is starting.")
-        return info
+        return self.intake.base
 
 
 def services_of(request: Request) -> Services:

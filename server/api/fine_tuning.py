@@ -24,7 +24,7 @@ from server.finetune.files import UnknownFileError
 from server.finetune.jobs import FINAL, Event, Job, JobSpec, JobStateError, StoredCheckpoint, UnknownJobError
 from server.finetune.messages import ModuleShape
 from server.finetune.preparation import question
-from server.intake import check_fit
+from server.fit import check_fit
 from server.services import TENANT, Services, services_of
 
 _POLL_SECONDS = 1.0  # between looks for a stream's next event, should no news come

@@ -21,7 +21,7 @@ from server.api.assembly import Assembler, Piece
 from server.api.schema import GenerationBody
 from server.api.target import Target
 from server.engine.client import EngineUnavailable
-from server.engine.protocol import Generate, Output, Ready, Sampling
+from server.engine.protocol import LOAD_FAILED, NON_FINITE, TOO_LONG, Generate, Output, Ready, Sampling
 from server.errors import ContextLengthExceeded, InternalError, InvalidRequest
 from server.metrics import FinishedReason
 from server.services import TENANT, Services
@@ -247,10 +247,9 @@ def check_vocabulary(vocab_size: int, body: GenerationBody) -> None:
                 )
 
 
-LOAD_FAILED = "adapter_load_failed"
 _CLIENT_FAULTS: dict[str | None, type[InvalidRequest]] = {
-    "context_length_exceeded": ContextLengthExceeded,
-    "non_finite_logits": InvalidRequest,
+    TOO_LONG: ContextLengthExceeded,
+    NON_FINITE: InvalidRequest,
 }
 
 

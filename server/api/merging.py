@@ -24,7 +24,7 @@ from adapters.store import Version
 from server.api.body import Body
 from server.api.target import hold, reference
 from server.engine.client import MergeRefused
-from server.engine.protocol import MergeReport
+from server.engine.protocol import LOAD_FAILED, MergeReport
 from server.errors import (
     Conflict,
     InternalError,
@@ -43,7 +43,6 @@ from server.worker import WorkerTooSlow, run_worker
 _SECONDS = 3600.0
 _at_work: set[Path] = set()  # one process serves one data directory
 
-
 MAX_PROMPTS = 16
 MAX_PROMPT_TOKENS = 256
 _PROMPTS = (
@@ -58,7 +57,7 @@ _REFUSALS: dict[str, Callable[[str], LorakeetError]] = {
     "merge_exists": partial(Conflict, param="dtype", code="merge_exists"),
     "merge_given_up": partial(Conflict, param="name", code="merge_given_up"),
     "merge_failed": lambda message: InternalError("The adapter could not be merged."),
-    "adapter_load_failed": lambda message: InternalError("The adapter could not be loaded."),
+    LOAD_FAILED: lambda message: InternalError("The adapter could not be loaded."),
 }
 
 

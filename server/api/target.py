@@ -4,17 +4,16 @@
 its current version, or for its share of a split; `name@digest prefix` asks for one version.
 """
 
-from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 
 from adapters.format import AdapterSpec
-from adapters.rows import rounded
 from adapters.store import SHORTEST_PREFIX, AmbiguousDigest, UnknownAdapter, Version
 from server.api.schema import WeightedAdapter
 from server.engine.protocol import AdapterRef
 from server.errors import Conflict, InvalidRequest, ModelNotFound
+from server.fit import row_units
 from server.services import TENANT, Services
 from server.text import TextProcessor
 
@@ -134,9 +133,7 @@ def _check_mixable(version: Version, param: str, *, alone: bool) -> None:
 
 def _check_fit(services: Services, versions: Sequence[Version]) -> None:
     """Raises InvalidRequest for adapters that can never be on the device together."""
-    needed: Counter[str] = Counter()
-    for version in versions:
-        needed.update({kind: rounded(rows) for kind, rows in version.receipt["rows"].items()})
+    needed = row_units(versions)
     for kind, capacity in services.engine_info.pool_rows.items():
         if needed[kind] > capacity:
             raise InvalidRequest(

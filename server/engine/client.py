@@ -214,7 +214,7 @@ class LocalEngine:
         done = await self._call(protocol.Warm(id=uuid.uuid4().hex, adapter=adapter))
         assert isinstance(done, protocol.Done)
         if done.error is not None:
-            raise AdapterLoadFailed(done.error, done.code or "adapter_load_failed")
+            raise AdapterLoadFailed(done.error, done.code or protocol.LOAD_FAILED)
         return done.seconds
 
     def pin(self, adapters: Sequence[AdapterRef]) -> None:

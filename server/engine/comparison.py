@@ -13,7 +13,7 @@ from statistics import median
 from server.engine.blocks import BlockPool
 from server.engine.protocol import MergeSpeed, Sampling
 from server.engine.runner import Runner
-from server.engine.scheduler import AdapterKey, Sequence, Work
+from server.engine.sequence import AdapterKey, Sequence, Work
 
 CHUNK = 4  # tokens of a piece: about as long as a gap between steps may be
 CONTEXT_BLOCKS = 2  # before the tokens whose speed is measured

@@ -30,10 +30,10 @@ from server.engine.merges import Merges
 from server.engine.model import Base, UnservableModel
 from server.engine.protocol import AdapterUse, EngineConfig, Generate, Output, Ready, Stats, TokenLogprob
 from server.engine.runner import Runner, WorkResult
-from server.engine.scheduler import AdapterKey, Counters, Scheduler, Sequence, Work
+from server.engine.scheduler import Counters, Scheduler
+from server.engine.sequence import AdapterKey, Sequence, Work
 
 BLOCK_SIZE = 16
-NON_FINITE = "non_finite_logits"
 DEFAULT_BATCH_TOKENS = {"cpu": 256, "cuda": 2048}
 # How many more tokens double the time of a decoding step. CPU: as measured with the default model, 6 ms and 2 ms for
 # each token. A GPU's step waits for launches and weights for longer.
@@ -279,7 +279,7 @@ class Engine:
     def _take_in(self, work: Work, result: WorkResult) -> Output | None:
         sequence, live = work.sequence, self._live[work.sequence.id]
         if result.failed:
-            self.scheduler.fail(sequence.id, "The model's logits are not finite for this request.", NON_FINITE)
+            self.scheduler.fail(sequence.id, "The model's logits are not finite for this request.", protocol.NON_FINITE)
             return None
         live.prompt_logprobs += result.prompt_logprobs
         kept = self.scheduler.advance(work, result.tokens)
@@ -313,7 +313,7 @@ class Engine:
                     self._done.append(protocol.Done(id=request.id, seconds=time.monotonic() - started))
                 case "failed":
                     error = self.residency.error(key)
-                    self._done.append(protocol.Done(id=request.id, error=error, code="adapter_load_failed"))
+                    self._done.append(protocol.Done(id=request.id, error=error, code=protocol.LOAD_FAILED))
                 case _:
                     waiting.append((request, started))
         self._warming = waiting

@@ -26,9 +26,9 @@ from adapters.resident import check_source, merged_bytes, merged_weight
 from server.engine.blocks import BlockPool
 from server.engine.comparison import NoRoom, compare
 from server.engine.model import Base, with_weights
-from server.engine.protocol import AdapterUse, Done, Merge, MergeReport, Unmerge
+from server.engine.protocol import LOAD_FAILED, AdapterUse, Done, Merge, MergeReport, Unmerge
 from server.engine.runner import Runner
-from server.engine.scheduler import LOAD_FAILED, AdapterKey
+from server.engine.sequence import AdapterKey
 
 log = logging.getLogger("lorakeet.engine")
 

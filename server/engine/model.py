@@ -25,7 +25,6 @@ from adapters.kernels import QuantizedWeight, native
 from adapters.lora import FrozenLinear, LoraLinear, StepSlot, wrap_linears
 from server.engine import attention
 
-QUANTIZATIONS = ("nf4", "fp4", "int8", "none")
 SERVED_LAYERS = {"full_attention", "sliding_attention"}
 UNSERVED_ROPE = {"dynamic", "longrope"}  # their frequencies depend on the longest sequence of the batch
 
@@ -44,7 +43,6 @@ class Base:
     dtype: torch.dtype
     device: torch.device
     num_layers: int
-    num_heads: int
     kv_heads: int
     head_dim: int
     windows: list[int]  # per layer, 0 for full attention
@@ -78,7 +76,7 @@ def load(directory: Path, quantization: str, dtype: str, device: str, cache_dir:
     """Load the base in `directory` (Hugging Face layout).
 
     Args:
-        quantization: one of QUANTIZATIONS; nf4 with double quantisation.
+        quantization: nf4 or fp4 (with double quantisation), int8, or none.
         dtype: "auto" (bf16 on CUDA, fp32 on CPU) or a torch dtype's name.
         device: "auto", "cpu" or "cuda[:N]".
         cache_dir: holds quantised copies, so that the next start takes seconds.
@@ -271,7 +269,6 @@ def _wrap(model: transformers.PreTrainedModel, dtype: torch.dtype, device: torch
         dtype=dtype,
         device=device,
         num_layers=config.num_hidden_layers,
-        num_heads=config.num_attention_heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         windows=[window if kind == "sliding_attention" else 0 for kind in layer_types],

@@ -14,6 +14,11 @@ from server.finetune.messages import JobReply, JobRequest, MemoryPlan
 
 FinishReason = Literal["stop", "length", "abort"]
 
+# The `code` of an `Output` or `Done` with an error.
+TOO_LONG = "context_length_exceeded"
+LOAD_FAILED = "adapter_load_failed"
+NON_FINITE = "non_finite_logits"
+
 
 class _Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """Base of everything that crosses the wire; the struct's name is its tag."""

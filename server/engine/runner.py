@@ -23,7 +23,7 @@ from server.engine.graphs import DecodeGraphs, DecodeStep
 from server.engine.model import Base
 from server.engine.protocol import TokenLogprob
 from server.engine.sampling import Draw, Row, sample, token_logprobs
-from server.engine.scheduler import Sequence, Step, Work
+from server.engine.sequence import Sequence, Step, Work
 
 
 @dataclass

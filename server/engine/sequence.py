@@ -1,0 +1,91 @@
+"""What a step is made of: sequences, and what each of them has computed in it. `scheduler` decides, `runner` computes.
+
+Knows tokens and blocks as numbers, adapters as keys; decides nothing.
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+from server.engine.protocol import FinishReason, Sampling
+from server.engine.speculation import Drafter
+
+AdapterKey = tuple[tuple[str, float], ...]  # (digest, weight) of each adapter, in order of application; () is the base
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Sequence:
+    """One request's tokens and how far they have got. The scheduler alone changes it."""
+
+    id: str
+    prompt: Seq[int]
+    sampling: Sampling
+    adapter: AdapterKey = ()
+    tenant: str = ""
+    cache_salt: str = ""
+    arrival: float = 0.0  # seconds, on the clock that `schedule` is given
+
+    tokens: list[int] = field(init=False)  # prompt, then what was generated
+    num_computed: int = field(init=False, default=0)  # leading tokens whose keys and values lie in `blocks`
+    blocks: list[int] = field(init=False, default_factory=list)  # the block table; entry i holds tokens [i * size, ...)
+    prompt_scored: int = field(init=False, default=0)  # prompt positions whose log-probabilities were delivered
+    starts: Mapping[str, int] = field(init=False, default_factory=dict)  # digest -> first position under that adapter
+    cached_tokens: int = field(init=False, default=0)  # prompt tokens found in the prefix cache at first admission
+    first_scheduled: float | None = field(init=False, default=None)
+    num_preemptions: int = field(init=False, default=0)
+    finish_reason: FinishReason | None = field(init=False, default=None)
+    stop_token: int | None = field(init=False, default=None)  # the token that ended it, also the last of `tokens`
+    error: str | None = field(init=False, default=None)
+    code: str | None = field(init=False, default=None)
+
+    _order: int = field(init=False, default=-1)  # place in the order of arrival
+    _refused_since: int | None = field(init=False, default=None)  # the step in which its adapter first found no room
+    _keys: list[bytes] = field(init=False, default_factory=list)  # chain keys of the leading full blocks
+    _drafter: Drafter | None = field(init=False, default=None)  # None: it does not speculate
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt)
+        if self.sampling.speculative_tokens:
+            self._drafter = Drafter(self.sampling.speculative_tokens)
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens generated so far."""
+        return len(self.tokens) - len(self.prompt)
+
+    @property
+    def remaining(self) -> int:
+        """Known tokens that the model has yet to see; 1 while decoding."""
+        return len(self.tokens) - self.num_computed
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A sequence's part in a step: tokens [start, start + count) go through the model, drafts being the last of them.
+
+    Drafts follow the last known token. Each is right if it is what the logits before it give.
+    """
+
+    sequence: Sequence
+    start: int
+    count: int
+    samples: bool  # the last known token is among these: its logits give the next token, as do those of right drafts
+    prompt_rows: range  # positions within the chunk whose logits score the prompt token that follows them
+    drafts: Seq[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one forward pass computes. Works of one adapter are neighbours, the bare base's come first."""
+
+    works: tuple[Work, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in the packed batch."""
+        return sum(work.count for work in self.works)
+
+    @property
+    def num_adapters(self) -> int:
+        """Distinct adapter keys, the bare base not counted."""
+        return len({work.sequence.adapter for work in self.works} - {()})
