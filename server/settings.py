@@ -267,7 +267,7 @@ class Settings:
     deterministic: bool = _setting(
         False,
         "On a GPU, fix all tiles and splits: a request's tokens are the same to the bit whatever runs beside it, at a "
-        "lower speed. On a CPU they always are.",
+        "lower speed. On a CPU in fp32 they always are.",
         parse=parse_bool,
     )
 
