@@ -1,5 +1,6 @@
 """Each native kernel beside its library counterpart and the machine's roofline: `python -m adapters.kernels.bench`.
 
+A linear is timed over a run of weights in one native call, as in a step; its library counterpart call by call.
 Prints one JSON object: `roofline` (read_gb_s, fp32_gflop_s, threads, instruction_set) and `lines` (kernel, shape, rows,
 seconds, library, library_seconds, bandwidth_share, flops_share). Weights are rotated through more memory than caches
 hold, as in a model. Times are medians; the roofline is measured before and after, and its best counts.
@@ -9,7 +10,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from itertools import cycle
+from itertools import chain, cycle
 from typing import Any
 
 import bitsandbytes.functional as bnb
@@ -22,6 +23,7 @@ from adapters.kernels.weight import QuantizedWeight
 
 MEMORY = 96 << 20  # bytes that weights are rotated through
 BUDGET = 0.25  # seconds that one figure may take
+RUN = 8  # weights of one timed call
 SHAPES = [(576, 576), (1536, 576), (576, 1536)]  # q and o, gate and up, down of the default model
 VOCAB, HIDDEN = 49152, 576
 
@@ -86,37 +88,32 @@ def linear_lines(kernels: native.Kernels) -> list[dict[str, Any]]:
 
 def _linear_lines(kernels: native.Kernels, out_features: int, in_features: int) -> list[dict[str, Any]]:
     first = random_nf4(out_features, in_features)
-    copies = MEMORY // weight_bytes(first)
-    weights = cycle([first, *(random_nf4(out_features, in_features) for _ in range(copies))])
+    copies = MEMORY // weight_bytes(first) // RUN + 1
+    runs = [[random_nf4(out_features, in_features) for _ in range(RUN)] for _ in range(copies)]
+    next_run, weights = cycle(runs), cycle(chain.from_iterable(runs))
 
-    def line(kernel: str, library: str, rows: int, run: Callable[[Any], Any]) -> dict[str, Any]:
+    def line(kernel: str, rows: int, seconds: float, library: str, library_call: Callable[[], Any]) -> dict[str, Any]:
         return {
             "kernel": kernel,
             "shape": f"{out_features}x{in_features}",
             "rows": rows,
-            "seconds": timed(lambda: run(kernels)),
+            "seconds": seconds,
             "library": library,
-            "library_seconds": timed(lambda: run(reference)),
+            "library_seconds": timed(library_call),
             "bytes": weight_bytes(first),
             "flops": 2 * rows * out_features * in_features,
         }
 
     def forward(rows: int) -> dict[str, Any]:
         x = torch.randn(rows, in_features)
-        return line(
-            "nf4 linear",
-            "bitsandbytes dequantize + F.linear",
-            rows,
-            lambda module: module.linear_forward(x, next(weights)),
-        )
+        seconds = timed(lambda: kernels.linear_run(x, next(next_run))) / RUN
+        library = "bitsandbytes dequantize + F.linear"
+        return line("nf4 linear", rows, seconds, library, lambda: reference.linear_forward(x, next(weights)))
 
     dy = torch.randn(128, out_features)
-    backward = line(
-        "nf4 linear backward",
-        "bitsandbytes dequantize + matmul",
-        128,
-        lambda module: module.linear_backward(dy, next(weights)),
-    )
+    seconds = timed(lambda: kernels.linear_backward(dy, next(weights)))
+    library = "bitsandbytes dequantize + matmul"
+    backward = line("nf4 linear backward", 128, seconds, library, lambda: reference.linear_backward(dy, next(weights)))
     return [*map(forward, (1, 4, 8, 16, 128, 512)), backward]
 
 

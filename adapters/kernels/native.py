@@ -7,9 +7,9 @@ implementations a call goes to is decided in the package's `__init__`.
 import ctypes
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from ctypes import POINTER, Structure, byref, c_float, c_int, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, addressof, byref, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from weakref import WeakKeyDictionary
 
@@ -88,6 +88,7 @@ class AttentionStruct(Structure):
 _SIGNATURES: dict[str, list[type]] = {
     "lk_set_threads": [c_int],
     "lk_linear": [POINTER(WeightStruct), c_void_p, c_void_p, c_int, c_void_p],
+    "lk_linear_run": [POINTER(c_void_p), c_int, c_void_p, c_int, c_void_p],
     "lk_linear_backward": [POINTER(WeightStruct), c_void_p, c_int, c_void_p],
     "lk_dequantize": [POINTER(WeightStruct), c_void_p],
     "lk_lora_add": [POINTER(AdaptersStruct), c_void_p, c_void_p],
@@ -169,6 +170,13 @@ class Kernels:
         x, bias = _plain(x), None if bias is None else _plain(bias)
         y = x.new_empty(len(x), weight.shape[0])
         self._lib.lk_linear(byref(self.weight(weight)), address(bias), x.data_ptr(), len(x), y.data_ptr())
+        return y
+
+    def linear_run(self, x: Tensor, weights: Sequence[QuantizedWeight]) -> Tensor:
+        """`linear_forward` with one weight of a shape after another, for the benchmark. Returns the last result."""
+        addresses = (c_void_p * len(weights))(*(addressof(self.weight(weight)) for weight in weights))
+        y = x.new_empty(len(x), weights[0].shape[0])
+        self._lib.lk_linear_run(addresses, len(weights), x.data_ptr(), len(x), y.data_ptr())
         return y
 
     def linear_backward(self, dy: Tensor, weight: QuantizedWeight) -> Tensor:

@@ -129,6 +129,13 @@ class EngineClient(Protocol):
         """Let running sequences finish for at most `grace` seconds, then end the process."""
 
 
+async def engine_up(engine: EngineClient) -> Ready:
+    """Wait until an engine can be asked; what it serves."""
+    while engine.unready_reason is not None or engine.info is None:  # noqa: ASYNC110 - the interface has no event
+        await asyncio.sleep(_POLL_SECONDS)
+    return engine.info
+
+
 @dataclass
 class _Incarnation:
     """One engine process and the socket to it."""

@@ -185,7 +185,7 @@ class Evaluations:
     # --- the work ----------------------------------------------------------------------------------------------
 
     async def _evaluate(self, evaluation: Evaluation) -> Evaluation:
-        base = await self._engine_back()
+        base = await engine_up(self._engine)
         examples = await asyncio.to_thread(self._read, evaluation, base)
         references: list[AdapterRef] = []
         adapted = None
@@ -253,7 +253,7 @@ class Evaluations:
     async def _generate(self, prompt: list[int], adapters: list[AdapterRef], sampling: Sampling) -> list[Output]:
         """All outputs of one sequence, begun again should the engine die."""
         while True:
-            await self._engine_back()
+            await engine_up(self._engine)
             request = Generate(id=f"eval-{uuid.uuid4().hex}", prompt=prompt, sampling=sampling, adapters=adapters)
             try:
                 async with aclosing(self._engine.generate(request)) as stream:
@@ -263,11 +263,6 @@ class Evaluations:
             if outputs[-1].error is not None:
                 raise JobFailedError(outputs[-1].code or "engine_error", outputs[-1].error)
             return outputs
-
-    async def _engine_back(self) -> Ready:
-        while self._engine.unready_reason is not None or self._engine.info is None:  # noqa: ASYNC110  # has no event
-            await asyncio.sleep(ENGINE_POLL_SECONDS)
-        return self._engine.info
 
 
 def _example(data: Dataset, index: int) -> _Example:

@@ -193,7 +193,7 @@ class JobManager:
         try:
             if job.start is None:
                 start = await self._preparation.start_message(
-                    job, await self._engine_back(), self._directory / job.id, self._ask_memory
+                    job, await engine_up(self._engine), self._directory / job.id, self._ask_memory
                 )
                 job = await self._move(job, "queued", "Files validated, moving job to queued state", start=start)
             async with self._slots:
@@ -216,15 +216,9 @@ class JobManager:
     def _now(self, job: Job) -> Job:
         return self._jobs.get(job.tenant, job.id)
 
-    async def _engine_back(self) -> Ready:
-        """Wait until the engine can be asked."""
-        while self._engine.unready_reason is not None or self._engine.info is None:  # noqa: ASYNC110  # has no event
-            await asyncio.sleep(ENGINE_POLL_SECONDS)
-        return self._engine.info
-
     async def _ask_memory(self, question: PlanMemory) -> MemoryPlan:
         while True:
-            await self._engine_back()
+            await engine_up(self._engine)
             with contextlib.suppress(EngineUnavailable):
                 return await self._engine.plan_memory(question)
 
@@ -237,7 +231,7 @@ class JobManager:
             job = await self._move(job, "running", "Fine-tuning job started", started_at=int(time.time()))
             while job.status == "running":
                 with contextlib.suppress(EngineUnavailable):
-                    await self._engine_back()
+                    await engine_up(self._engine)
                     await self._run_once(job)
                 job = self._now(job)
                 if job.status == "running":

@@ -8,7 +8,7 @@ import pytest
 
 from tests.buckets import BUCKET, S3Server
 from tests.faults.conftest import ADAPTERS, Files
-from tests.faults.running import BASE, RunningServer
+from tests.faults.running import BASE, RunningServer, eventually
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_a_new_machine_serves_what_the_lost_one_was_given(made: Files, bucket: S
 
         other.ensure()
         assert other.get("/v1/adapters").json() == listed
-        assert other.metric("num_pinned_lora_adapters") == 1
+        eventually(lambda: other.metric("num_pinned_lora_adapters") == 1, 10, "the pin")
         assert {name: said(other, name) for name in (*ADAPTERS[:2], BASE)} == {
             name: expected[name] for name in (*ADAPTERS[:2], BASE)
         }

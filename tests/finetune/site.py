@@ -63,7 +63,7 @@ class TrainingEngine(IdleEngine):
         ended = False
         try:
             while not ended:
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.001)
                 if self._generation != born:
                     raise EngineUnavailable("killed")
                 if self._trainer.ready and not self.held:
@@ -139,6 +139,8 @@ class TuningSite:
     async def create(self, **body: Any) -> dict[str, Any]:
         """A new job over the example data."""
         fields = {"model": "tiny", "training_file": body.pop("training_file", None) or await self.upload()}
+        if "method" not in body:
+            fields["hyperparameters"] = {"batch_size": 3}  # few steps
         response = await self.client.post("/v1/fine_tuning/jobs", json=fields | {"seed": 3} | body)
         assert response.status_code == 200, response.text
         job: dict[str, Any] = response.json()
@@ -157,7 +159,7 @@ class TuningSite:
         async with asyncio.timeout(60):
             while (job := await self.job(job_id))["status"] not in wanted:
                 assert job["status"] not in FINAL, await self.messages(job_id)
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.005)
         return job
 
     async def messages(self, job_id: str) -> list[str]:
@@ -169,7 +171,7 @@ async def eventually(condition: Callable[[], bool]) -> None:
     """Return once it is true."""
     async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110  # nothing tells
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
 
 
 EXAMPLES = [

@@ -353,15 +353,24 @@ int outputs_per_task(int out) {
     return ((out + tasks - 1) / tasks + 7) / 8 * 8;
 }
 
-EXPORT void lk_linear(const Weight* weight, const float* bias, const float* x, int rows, float* y) {
-    Weight w = *weight;
-    w.bias = bias;
+static void linear(const Weight& w, const float* x, int rows, float* y) {
     const Weight* const only = &w;
     const PackedRows packed = pack_rows(&only, 1, x, rows);
     const int share = outputs_per_task(w.out);
     parallel_for((w.out + share - 1) / share, [&](int task) {
         linear_tile(w, packed, rows, task * share, least((task + 1) * share, w.out), y, w.out);
     });
+}
+
+EXPORT void lk_linear(const Weight* weight, const float* bias, const float* x, int rows, float* y) {
+    Weight w = *weight;
+    w.bias = bias;
+    linear(w, x, rows, y);
+}
+
+// One weight after another, as in a step; y keeps what the last one gave.
+EXPORT void lk_linear_run(const Weight* const* weights, int count, const float* x, int rows, float* y) {
+    for (int i = 0; i < count; i++) linear(*weights[i], x, rows, y);
 }
 
 EXPORT void lk_linear_backward(const Weight* w, const float* dy, int rows, float* dx) {
