@@ -39,6 +39,8 @@ from server.finetune.messages import (
 
 log = logging.getLogger("lorakeet.engine")
 
+_POLL_SECONDS = 0.2
+
 _Call = protocol.Warm | protocol.Forget | protocol.Merge | protocol.Unmerge | protocol.Inspect | PlanMemory
 _Answer = protocol.Done | MergeReport | Inspection | MemoryPlan  # of a call
 

@@ -20,7 +20,7 @@ import numpy as np
 from msgspec.structs import replace
 
 from adapters.store import AdapterStore, UnknownAdapter
-from server.engine.client import EngineClient, EngineUnavailable
+from server.engine.client import EngineClient, EngineUnavailable, engine_up
 from server.engine.protocol import AdapterRef, Generate, Output, Ready, Sampling
 from server.finetune import recipe
 from server.finetune.database import Database
@@ -34,7 +34,6 @@ log = logging.getLogger("lorakeet.finetune")
 
 CONCURRENT = 8  # sequences in the engine at once: requests of clients come first
 SPARE_TOKENS = 8  # beyond the expected answer, so that one that goes on is seen to differ
-ENGINE_POLL_SECONDS = 0.2
 
 Status = Literal["running", "succeeded", "failed"]
 

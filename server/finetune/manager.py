@@ -15,8 +15,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from adapters.format import CONFIG_NAME, SPEC_NAME, WEIGHTS_NAME
-from server.engine.client import EngineClient, EngineUnavailable
-from server.engine.protocol import Ready
+from server.engine.client import EngineClient, EngineUnavailable, engine_up
 from server.finetune.database import Database
 from server.finetune.files import FileStore
 from server.finetune.jobs import FINAL, Job, JobError, JobFailedError, JobSpec, JobStateError, JobStore, Status
@@ -38,8 +37,6 @@ from server.intake import AdapterIntake
 from server.text import TextProcessor
 
 log = logging.getLogger("lorakeet.finetune")
-
-ENGINE_POLL_SECONDS = 0.2
 
 
 class JobManager:
