@@ -85,7 +85,7 @@ class Cell:
 
     def latest(self) -> str:
         """The newest round in a few words."""
-        rate = f"{self.decode[-1]:.1f} tokens/s" if self.decode else "no common window"
+        rate = f"{self.decode[-1]:.1f} tokens/s" if self.decode else "no second token"
         return self.error or rate
 
     def to_json(self) -> dict[str, Any]:

@@ -36,9 +36,8 @@ def table(measured: dict[str, Any]) -> Table:
         title=f"{roof['read_gb_s']:.1f} GB/s read, {roof['fp32_gflop_s']:.0f} GFLOP/s fp32, {roof['threads']} threads",
         caption="Library: " + "; ".join(libraries),
     )
-    result.columns[0].no_wrap = True
     for column in result.columns[1:]:
-        column.justify = "right"
+        column.justify, column.no_wrap = "right", True
     for line in measured["lines"]:
         result.add_row(
             f"{line['kernel']}, {line['shape']}",

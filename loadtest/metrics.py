@@ -19,6 +19,7 @@ Decode rate: see `decode_rate`.
 """
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -66,13 +67,26 @@ def decode_rate(timelines: Sequence[Timeline]) -> float | None:
 
     The window opens at the arrival of the last stream's first token and closes at the first stream's last token.
     Counted are the tokens that arrive after it opens, so the first token of every stream, which is prefill's, is not.
-    For one stream: (tokens after the first) / (time after the first). None when the streams never overlap.
+    For one stream: (tokens after the first) / (time after the first).
+
+    A server that takes requests one after another has no such window. Then the window is all the time in which any
+    stream decodes, prefill between them left out. None when no stream has a second token.
     """
     start = max(timeline.tokens[0][0] for timeline in timelines)
     end = min(timeline.tokens[-1][0] for timeline in timelines)
-    if end <= start:
-        return None
-    return sum(_arrived(timeline, end) - _arrived(timeline, start) for timeline in timelines) / (end - start)
+    if end > start:
+        return sum(_arrived(timeline, end) - _arrived(timeline, start) for timeline in timelines) / (end - start)
+    seconds = _covered([(timeline.tokens[0][0], timeline.tokens[-1][0]) for timeline in timelines])
+    return sum(timeline.tokens[-1][1] - timeline.tokens[0][1] for timeline in timelines) / seconds if seconds else None
+
+
+def _covered(spans: Sequence[tuple[float, float]]) -> float:
+    """How much time lies in at least one of the spans."""
+    total, until = 0.0, -math.inf
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return total
 
 
 def _arrived(timeline: Timeline, moment: float) -> float:

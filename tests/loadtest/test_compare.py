@@ -151,11 +151,9 @@ async def test_an_error_leaves_no_figures(kit: Kit) -> None:
     assert result.cells["eight"]["a"].to_json() == {"error": "8 of 8 requests: 7 of 8 tokens returned"}
 
 
-def test_a_cell_without_a_common_window_has_no_decode_rate() -> None:
-    early = Timeline(0.0, 0.0, 2, tokens=[(1.0, 1), (2.0, 2)], output_tokens=2, finished=2.0)
-    late = Timeline(0.0, 0.0, 2, tokens=[(3.0, 1), (4.0, 2)], output_tokens=2, finished=4.0)
+def test_a_cell_of_single_tokens_has_no_decode_rate() -> None:
     cell = Cell()
-    cell.add([early, late])
+    cell.add([Timeline(0.0, 0.0, 1, tokens=[(at, 1)], output_tokens=1, finished=at) for at in (1.0, 2.0)])
     assert "decode" not in cell.to_json()
     assert cell.to_json()["whole"]["median"] == 1.0
 

@@ -86,7 +86,15 @@ def test_decode_rate_counts_the_common_window() -> None:
 
 
 def test_decode_rate_without_a_common_window() -> None:
-    assert metrics.decode_rate([A, timeline(3.0, [4.0, 5.0])]) is None
+    # One after another: A decodes from 1.0 to 2.5 and the other from 4.0 to 5.0, two tokens and one.
+    assert metrics.decode_rate([A, timeline(3.0, [4.0, 5.0])]) == pytest.approx(3 / 2.5)
+    # Overlapping in pairs only: no moment counts twice.
+    chain = [timeline(0.0, [1.0, 2.0]), timeline(0.0, [1.5, 3.0]), timeline(0.0, [2.5, 4.0])]
+    assert metrics.decode_rate(chain) == pytest.approx(3 / 3.0)
+
+
+def test_single_tokens_have_no_decode_rate() -> None:
+    assert metrics.decode_rate([timeline(0.0, [1.0]), timeline(0.0, [2.0])]) is None
 
 
 def test_events_that_carry_several_tokens() -> None:
