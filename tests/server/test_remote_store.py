@@ -39,7 +39,7 @@ async def cold(tmp_path: Path) -> AsyncIterator[RemoteSite]:
     with contextlib.closing(open_site(tmp_path, "first")) as site:
         for seed, name in enumerate(("legal", "poet")):
             await push(site, name, seed)
-    with contextlib.closing(open_site(tmp_path, "second", adapter_store_seconds=0.3)) as site:
+    with contextlib.closing(open_site(tmp_path, "second", adapter_store_seconds=3.0)) as site:
         async with site.client() as client:
             assert (await client.post("/v1/adapters/poet/warm")).status_code == 200
         yield site
