@@ -13,31 +13,18 @@ from typing import Any
 
 import torch
 
+from loadtest.peers.peft_worker import load_base
+
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def load(settings: dict[str, Any]) -> Any:
     """The quantised base, ready for a trainable adapter."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-    from transformers.utils.logging import disable_progress_bar
-
-    disable_progress_bar()
-    torch.set_num_threads(settings["threads"])
-    device = settings.get("device", "cpu")
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    base = AutoModelForCausalLM.from_pretrained(
-        settings["model"], quantization_config=quantization, dtype=dtype, device_map={"": device}
-    )
+    base = load_base(settings, torch.bfloat16 if settings.get("device") == "cuda" else torch.float32)
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # It would repack the weight, and gradients would be lost.
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            module.support_avx512bf16_for_cpu = False
     return base
 
 

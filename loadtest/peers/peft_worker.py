@@ -26,24 +26,29 @@ class StepClock:
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
-def load(settings: dict[str, Any]) -> Any:
-    """The quantised base with every adapter attached."""
-    from peft import PeftModel
+def load_base(settings: dict[str, Any], dtype: torch.dtype) -> Any:
+    """The quantised base alone."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     torch.set_num_threads(settings["threads"])
-    dtype = getattr(torch, settings["dtype"])
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    base = AutoModelForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         settings["model"], quantization_config=quantization, dtype=dtype, device_map={"": settings.get("device", "cpu")}
     )
+
+
+def load(settings: dict[str, Any]) -> Any:
+    """The quantised base with every adapter attached."""
+    from peft import PeftModel
+
+    base = load_base(settings, getattr(torch, settings["dtype"]))
     first, *others = settings["adapters"].items()
     model = PeftModel.from_pretrained(base, first[1], adapter_name=first[0])
     for name, path in others:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from adapters.kernels.reference import KEY_GROUP
 from adapters.kernels.triton import deterministic, interpreted
+from adapters.kernels.triton.linear import dot_dtype
 
 LOG2E = 1.4426950408889634
 MAX_SPLITS = 64
@@ -214,7 +215,7 @@ def paged_attention(
         BLOCK_M=block_m,
         KEYS=KEY_GROUP,
         SPLIT=splits > 1,
-        DOT=_dot_dtype(q.dtype),
+        DOT=dot_dtype(q.dtype),
         num_warps=4,
         num_stages=2 if dim <= 128 else 1,  # keys and values on their way take shared memory
         **sizes,
@@ -231,13 +232,6 @@ def _splits(tokens: int, max_keys: int) -> tuple[int, int]:
     most = MAX_SPLITS if tokens <= 16 else 32 if tokens <= 32 else 16  # many requests fill the GPU without it
     splits = min(most, triton.next_power_of_2(triton.cdiv(max_keys, MIN_SPLIT)))
     return splits, triton.cdiv(triton.cdiv(max_keys, splits), KEY_GROUP) * KEY_GROUP
-
-
-def _dot_dtype(dtype: torch.dtype) -> tl.dtype:
-    # The interpreter multiplies bf16 as if it were integers; as fp32 the same numbers give the same products.
-    if interpreted() or dtype == torch.float32:
-        return tl.float32
-    return tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
 
 
 @triton.jit

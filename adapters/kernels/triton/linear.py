@@ -211,7 +211,7 @@ def few_rows(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, config: di
         "BLOCKSIZE": weight.blocksize,
         "NESTED": weight.nested_blocksize if nested else 0,
         "BIAS": bias is not None,
-        "DOT": _dot_dtype(x.dtype),
+        "DOT": dot_dtype(x.dtype),
         "BLOCK_M": block_m,
     }
 
@@ -226,7 +226,8 @@ def few_rows(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, config: di
     return y
 
 
-def _dot_dtype(dtype: torch.dtype) -> tl.dtype:
+def dot_dtype(dtype: torch.dtype) -> tl.dtype:
+    """What numbers of this dtype are multiplied as."""
     # The interpreter multiplies bf16 as if it were integers; as fp32 the same numbers give the same products.
     if interpreted() or dtype == torch.float32:
         return tl.float32
