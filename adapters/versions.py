@@ -171,6 +171,12 @@ class Pointer:
         return replace(self, versions=(replace(chosen, staged=False), *others), split=())
 
 
+def split_reference(asked: str) -> tuple[str, str | None]:
+    """`NAME`, or `NAME@DIGEST` with enough of the digest's digits, with or without "sha256:" -> name, these digits."""
+    name, at, digits = asked.partition("@")
+    return name, digits.removeprefix("sha256:") if at else None
+
+
 def check_name(name: str, *, fine_tuned: bool = False) -> None:
     """Raises AdapterError unless an adapter may have this name; with `fine_tuned` that is `ft:<base>:<suffix>:...`."""
     if fine_tuned:

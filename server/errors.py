@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 from starlette.types import ExceptionHandler
 
 from adapters.config import AdapterError
@@ -252,8 +253,15 @@ def _unknown_route(request: Request, exc: HTTPException) -> LorakeetError:
     asked = f"{request.method} {shown(request.url.path)}"
     if exc.status_code == 404:
         return NotFound(f"Unknown request URL: {asked}.", code="unknown_url")
-    error = InvalidRequest(f"Not allowed: {asked}.", code="method_not_allowed", headers=exc.headers)
-    return _with_status(405, error)
+    headers = {"Allow": ", ".join(sorted(_methods(request)))}
+    return _with_status(405, InvalidRequest(f"Not allowed: {asked}.", code="method_not_allowed", headers=headers))
+
+
+def _methods(request: Request) -> set[str]:
+    """What may be asked of a path: each method has a route of its own, and the exception knows that of one only."""
+    matched: Route = request.scope["route"]
+    routes = [route for route in request.app.routes if isinstance(route, Route) and route.path == matched.path]
+    return {method for route in routes for method in route.methods or ()}
 
 
 def _from_http(exc: HTTPException) -> LorakeetError:

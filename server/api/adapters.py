@@ -14,6 +14,7 @@ from adapters.details import details_of
 from adapters.format import CONFIG_NAME, WEIGHTS_NAME
 from adapters.store import AdapterStore, AmbiguousDigest, Staging, UnknownAdapter, Version
 from adapters.text import MAX_TEMPLATE_BYTES, MAX_TOKENIZER_BYTES, TEMPLATE_NAME, TOKENIZER_NAME
+from adapters.versions import split_reference
 from server.api.merging import resident
 from server.api.mixing import mix
 from server.api.paging import window
@@ -141,9 +142,9 @@ async def _receive(request: Request, services: Services, staging: Staging) -> tu
 async def _find(request: Request) -> Version:
     """The version named in the path, `name` or `name@digest-prefix`."""
     asked = request.path_params["name"]
-    name, _, prefix = asked.partition("@")
+    name, prefix = split_reference(asked)
     try:
-        return await services_of(request).intake.find(TENANT, name, prefix or None)
+        return await services_of(request).intake.find(TENANT, name, prefix)
     except UnknownAdapter:
         raise unknown_adapter(asked) from None
     except AmbiguousDigest:

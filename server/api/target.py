@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from adapters.format import AdapterSpec
 from adapters.store import SHORTEST_PREFIX, AmbiguousDigest, UnknownAdapter, Version
+from adapters.versions import split_reference
 from server.api.schema import WeightedAdapter
 from server.engine.protocol import AdapterRef
 from server.errors import Conflict, InvalidRequest, ModelNotFound
@@ -150,9 +151,8 @@ def reference(version: Version, weight: float = 1.0) -> AdapterRef:
 
 async def hold(services: Services, asked: str, param: str, user: str | None, held: ExitStack) -> Version:
     """Find a version and lease it until `held` closes."""
-    name, at, prefix = asked.partition("@")
-    prefix = prefix.removeprefix("sha256:").lower()
-    if at and not (len(prefix) >= SHORTEST_PREFIX and set(prefix) <= _HEX):
+    name, prefix = split_reference(asked)
+    if prefix is not None and not (len(prefix) >= SHORTEST_PREFIX and set(prefix.lower()) <= _HEX):
         raise InvalidRequest(
             f"A version is asked for as NAME@ and at least {SHORTEST_PREFIX} hexadecimal digits of its digest.",
             param=param,
@@ -161,7 +161,7 @@ async def hold(services: Services, asked: str, param: str, user: str | None, hel
     while True:
         try:
             pointer = services.store.pointer(TENANT, name)
-            version = pointer.find(prefix) if prefix else pointer.choose(user)
+            version = pointer.choose(user) if prefix is None else pointer.find(prefix)
         except UnknownAdapter:
             if discovered or not await services.intake.discover(TENANT, name):
                 raise ModelNotFound(asked, param=param) from None

@@ -84,6 +84,11 @@ async def test_what_was_uploaded_can_be_seen_and_downloaded(site: Site) -> None:
         assert response.content == weights
         assert int(response.headers["Content-Length"]) == len(weights)
         assert response.headers["X-Adapter-Digest"] == digest
+        for asked in (digest, digest.removeprefix("sha256:"), digest[:15]):
+            assert (await client.get(f"/v1/adapters/legal@{asked}")).json()["digest"] == digest
+        for asked in ("", "sha256:", digest[:14], "sha256:" + "0" * 64):
+            response = await client.get(f"/v1/adapters/legal@{asked}")
+            assert (response.status_code, response.json()["error"]["param"]) == (404, "name")
 
 
 async def test_a_deleted_name_is_gone(site: Site) -> None:

@@ -48,6 +48,24 @@ async def test_with_a_key_every_refusal_has_the_one_shape(site: Site) -> None:
                     assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
+@pytest.mark.parametrize(
+    ("path", "allowed"),
+    [
+        ("/v1/adapters", "GET, HEAD, POST"),
+        ("/v1/adapters/one", "DELETE, GET, HEAD"),
+        ("/v1/adapters/one/pin", "DELETE, POST"),
+        ("/v1/adapters/one/merge", "DELETE, GET, HEAD, POST"),
+        ("/health", "GET, HEAD"),
+    ],
+)
+async def test_a_method_that_a_path_does_not_have_is_told_those_that_it_has(
+    site: Site, path: str, allowed: str
+) -> None:
+    async with site.client(headers={"Authorization": f"Bearer {KEY}"}) as client:
+        response = await client.put(path)
+    assert (response.status_code, response.headers["Allow"]) == (405, allowed)
+
+
 async def test_paths_are_exact(site: Site) -> None:
     async with site.client() as client:
         for path in ("/metrics/", "/Metrics", "//metrics", "/v1/../metrics/x", "/health%2f", "/metrics%00"):
