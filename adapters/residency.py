@@ -9,9 +9,10 @@ themselves are pool.py's.
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Literal, NamedTuple
 
+from adapters.background import Priority, threads
 from adapters.pool import HostAdapter, RowPool
 from adapters.rows import rounded
 
@@ -35,9 +36,16 @@ class Residency:
     Args:
         load: reads one adapter's directory into a `HostAdapter` (runs in the worker thread; raises on a bad one).
         host_bytes: bound on the host tier; an adapter larger than it passes through.
+        priority: of the worker threads.
     """
 
-    def __init__(self, pool: RowPool, load: Callable[[str, str], HostAdapter], host_bytes: int) -> None:
+    def __init__(
+        self,
+        pool: RowPool,
+        load: Callable[[str, str], HostAdapter],
+        host_bytes: int,
+        priority: Priority = "idle",
+    ) -> None:
         self._pool = pool
         self._load = load
         self._host_bytes = host_bytes
@@ -51,8 +59,8 @@ class Residency:
         self._errors: dict[str, str] = {}
         self._forgotten: set[str] = set()
         self._pinned: dict[str, str] = {}  # digest -> path, in order of preference
-        self._reader = ThreadPoolExecutor(1, "adapter-reader")
-        self._filler = ThreadPoolExecutor(1, "adapter-filler")  # does not wait for the disk
+        self._reader = threads(1, "adapter-reader", priority)
+        self._filler = threads(1, "adapter-filler", priority)  # does not wait for the disk
         self.loads: list[tuple[str, float]] = []  # (digest, seconds) since the reader of this list last cleared it
         self.evictions: list[str] = []
 

@@ -7,7 +7,6 @@ import errno
 import json
 import os
 import sys
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,12 +15,6 @@ from adapters.fields import AdapterError
 REFUSED = 3  # exit code: the order is at fault, and the answer says how
 DISK_FULL = 4  # exit code
 _NICENESS = 10  # whoever serves goes first
-
-
-def give_way() -> None:
-    """Let whoever serves go before this thread. (Threads have priorities of their own on Linux only.)"""
-    if sys.platform == "linux":
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
 def carry_out(work: Callable[[Mapping[str, Any]], Any]) -> None:

@@ -215,6 +215,8 @@ def _engine_config(settings: Settings, model: Path) -> EngineConfig:
         threads=settings.threads,
         finetune_max_stall_ms=settings.finetune_max_stall_ms,
         finetune_share=settings.finetune_share,
+        merge_share=settings.merge_share,
+        background_priority=settings.background_priority,
     )
 
 

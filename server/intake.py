@@ -11,13 +11,13 @@ import errno
 import logging
 import shutil
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from starlette.concurrency import run_in_threadpool
 
+from adapters.background import run_in, threads
 from adapters.details import device_bytes
 from adapters.fields import shorten
 from adapters.format import CONFIG_NAME, EXTRAS, WEIGHTS_NAME, AdapterError, AdapterSpec, inspect
@@ -33,7 +33,6 @@ from adapters.store import (
     check_name,
 )
 from adapters.text import NO_TEXT, TEMPLATE_NAME, TOKENIZER_NAME, AdapterText, NewToken, check_template, read_new_tokens
-from adapters.worker import give_way
 from server.engine.client import EngineClient, EngineUnavailable
 from server.engine.protocol import AdapterRef, Ready
 from server.errors import Conflict, InvalidRequest, StorageFull
@@ -81,10 +80,11 @@ class AdapterIntake:
         self._discovering = asyncio.Lock()
         self._unwanted: dict[str, object] = {}  # name in `adapter_dir` -> signature of the files refused or deleted
         self._background: set[asyncio.Task[None]] = set()
-        self._workers = ThreadPoolExecutor(_CHANGES, "adapter-intake", give_way)
+        self._workers = threads(_CHANGES, "adapter-intake", settings.background_priority)
         self._pinned: dict[str, contextlib.ExitStack] = {}  # digest -> the lease that keeps its files
         store.check_pins = self._check_pins
         self.upload_slots = asyncio.Semaphore(settings.max_uploads)
+        self.receivers = threads(settings.max_uploads, "upload", settings.background_priority)  # one for each slot
         self.pending = bool(settings.adapter)  # adapters of the command line are not all there yet
 
     def check_name(self, name: str, *, fine_tuned: bool = False) -> None:
@@ -110,7 +110,7 @@ class AdapterIntake:
         try:
             yield staging
         finally:
-            await run_in_threadpool(clean_up.close)  # removing gigabytes takes a while
+            await run_in(self._workers, clean_up.close)  # removing gigabytes takes a while
 
     async def admit(
         self,
@@ -133,7 +133,8 @@ class AdapterIntake:
         base = self.base
         self.check_name(name, fine_tuned=fine_tuned)
         text, warnings = await self._text_beside(staging.path, strict=strict_text)
-        spec = await self._work(partial(inspect, staging.path, base.linears, base.architecture, self._outline, text))
+        check = partial(inspect, staging.path, base.linears, base.architecture, self._outline, text)
+        spec = await run_in(self._workers, check)
         check_fit(spec, base)
         spec = self._with_warnings(dataclasses.replace(spec, warnings=(*spec.warnings, *warnings)))
         before = self._shares(tenant, name)
@@ -154,7 +155,7 @@ class AdapterIntake:
         self.check_name(name)
         async with self.stage() as staging:
             with disk_faults():
-                await run_in_threadpool(_copy, directory, staging.path)
+                await run_in(self._workers, partial(_copy, directory, staging.path))
             # Whatever trained it may have saved its tokenizer there, adapted to its own needs.
             return await self.admit(tenant, name, staging, again=again, strict_text=False)
 
@@ -169,7 +170,8 @@ class AdapterIntake:
         try:
             if tokenizer.exists():
                 size = base.tokenizer.get_vocab_size()
-                made = AdapterText(await run_in_threadpool(_new_tokens, tokenizer, base.tokenizer.token_to_id, size))
+                read = partial(_new_tokens, tokenizer, base.tokenizer.token_to_id, size)
+                made = AdapterText(await run_in(self._workers, read))
             if template.exists():
                 source = check_template(template.read_bytes())
                 if base.chat_template is not None and source == base.chat_template.source:
@@ -227,16 +229,7 @@ class AdapterIntake:
 
     async def _change(self, change: Callable[[], T]) -> T:
         with disk_faults():
-            return await self._work(change)
-
-    async def _work(self, work: Callable[[], T]) -> T:
-        """Do it in a thread that gives way to those that serve, and for which nothing else waits."""
-        future = asyncio.get_running_loop().run_in_executor(self._workers, work)
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            await asyncio.wait([future])  # it may still need what its caller is about to clear away
-            raise
+            return await run_in(self._workers, change)
 
     async def delete(self, tenant: str, name: str) -> Version:
         """Take the name away; requests that run keep their version. Raises UnknownAdapter."""

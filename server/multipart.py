@@ -1,26 +1,31 @@
 """A multipart/form-data body, read as it arrives: large parts go to disk, nothing is ever whole in memory.
 
+The event loop only receives. A thread parses and writes, and nothing more is received before it has: who sends waits
+for the thread, and the thread, where it gives way, for those who are served.
+
 The caller names the parts it wants and how large each may be; anything missing, repeated, unknown or too large is an
 error naming the part. It knows nothing of what the parts mean.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 
+from adapters.background import run_in
 from server.errors import InvalidRequest, RequestTooLarge
 
 _FRAMING_BYTES = 64 * 1024  # boundaries and part headers, all together
 _HEADER_LINE_BYTES = 4 * 1024
 _HEADERS_PER_PART = 8
-_FLUSH_BYTES = 1024 * 1024  # how much is gathered before a thread writes it
+_GATHERED_BYTES = 128 * 1024  # how much is received before the thread gets it, however small the pieces
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class Part:
     on_filename: Callable[[str], None] | None = None  # called with what the client says that its file is called
 
 
-async def read_parts(request: Request, parts: Mapping[str, Part]) -> dict[str, bytes]:
+async def read_parts(request: Request, parts: Mapping[str, Part], thread: ThreadPoolExecutor) -> dict[str, bytes]:
     """Read the whole body; returns the in-memory parts by name, in order of arrival.
 
     Raises InvalidRequest (400, `param` names the part), RequestTooLarge (413), OSError when a file cannot be written,
@@ -45,16 +50,17 @@ async def read_parts(request: Request, parts: Mapping[str, Part]) -> dict[str, b
         raise RequestTooLarge(f"The body has {declared} bytes; at most {limit} are accepted.")
     with ExitStack() as stack:
         form = _Form(_boundary(request), parts, stack)
-        total = 0
+        gathered: list[bytes] = []
+        total = waiting = 0
         async for chunk in request.stream():
-            total += len(chunk)
+            gathered.append(chunk)
+            total, waiting = total + len(chunk), waiting + len(chunk)
             if total > limit:
                 raise RequestTooLarge(f"The body exceeds {limit} bytes.")
-            form.feed(chunk)
-            if form.pending_bytes >= _FLUSH_BYTES:
-                await run_in_threadpool(form.flush)
-        await run_in_threadpool(form.flush)
-        return form.finish()
+            if waiting >= _GATHERED_BYTES:
+                await run_in(thread, partial(form.take, gathered))
+                gathered, waiting = [], 0
+        return await run_in(thread, partial(form.finish, gathered))
 
 
 def _boundary(request: Request) -> bytes:
@@ -72,7 +78,7 @@ class _Open:
     name: str
     part: Part
     file: BinaryIO | None
-    content: bytearray = field(default_factory=bytearray)  # the part itself, or what its file still lacks
+    content: bytearray = field(default_factory=bytearray)  # the part itself, if it has no file
     size: int = 0
 
 
@@ -106,24 +112,20 @@ class _Form:
         except FormParserError as error:
             raise InvalidRequest(f"Malformed multipart body: {error}", param="Content-Type") from None
 
-    @property
-    def pending_bytes(self) -> int:
-        return sum(len(open_part.content) for open_part in self._seen.values() if open_part.file)
-
-    def feed(self, chunk: bytes) -> None:
+    def take(self, chunks: Iterable[bytes]) -> None:
+        """Parse these, and write what belongs in files."""
         try:
-            self._parser.write(chunk)
+            for chunk in chunks:
+                self._parser.write(chunk)
         except FormParserError as error:
             raise InvalidRequest(f"Malformed multipart body: {error}") from None
 
-    def flush(self) -> None:
-        """Write what the files still lack. Blocks."""
-        for open_part in self._seen.values():
-            if open_part.file:
-                open_part.file.write(open_part.content)
-                open_part.content.clear()
-
-    def finish(self) -> dict[str, bytes]:
+    def finish(self, chunks: Iterable[bytes]) -> dict[str, bytes]:
+        """Take the last ones; the parts that have no file."""
+        self.take(chunks)
+        for seen in self._seen.values():
+            if seen.file is not None:
+                seen.file.flush()
         if not self._complete:
             raise InvalidRequest("The multipart body ends before its closing boundary.")
         for name, part in self._parts.items():
@@ -154,7 +156,7 @@ class _Form:
         part = self._parts[name]
         if part.on_filename is not None:
             part.on_filename(options.get(b"filename", b"").decode("utf-8", "replace"))
-        file = self._stack.enter_context(part.path.open("xb", buffering=0)) if part.path else None
+        file = self._stack.enter_context(part.path.open("xb")) if part.path else None
         self._current = self._seen[name] = _Open(name, part, file)
 
     def _part_data(self, data: bytes, start: int, end: int) -> None:
@@ -163,7 +165,10 @@ class _Form:
         if self._current.size > self._current.part.max_bytes:
             limit = self._current.part.max_bytes
             raise RequestTooLarge(f"The part '{self._current.name}' exceeds {limit} bytes.", param=self._current.name)
-        self._current.content += data[start:end]
+        if self._current.file is None:
+            self._current.content += data[start:end]
+        else:
+            self._current.file.write(memoryview(data)[start:end])
 
     def _end(self) -> None:
         self._complete = True

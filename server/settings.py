@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from adapters.background import PRIORITIES, Priority
 from server.models import DEFAULT, default_cache_dir, default_data_dir
 
 ENV_PREFIX = "LORAKEET_"
@@ -209,6 +210,12 @@ class Settings:
         2 * GIB, "Largest upload of one adapter or file.", parse=parse_size, minimum=1024, maximum=2**50, shown="2GiB"
     )
     max_uploads: int = _setting(4, "Uploads received at once.", parse=_integer, minimum=1, maximum=1024)
+    background_priority: Priority = _setting(
+        "idle",
+        "When threads that load adapters and take uploads in run: idle, in what serving leaves of the processor; low, "
+        "with a tenth of a serving thread's share; normal, as others do.",
+        choices=PRIORITIES,
+    )
     drain_seconds: float = _setting(
         30.0, "On SIGTERM, how long requests in flight may go on.", parse=_number, minimum=0, maximum=86400
     )
@@ -358,6 +365,13 @@ class Settings:
     finetune_share: float = _setting(
         0.3,
         "Share of the device's time that training may take while requests run.",
+        parse=_number,
+        minimum=0,
+        maximum=0.9,
+    )
+    merge_share: float = _setting(
+        0.3,
+        "Share of the device's time that building a merge may take while requests run.",
         parse=_number,
         minimum=0,
         maximum=0.9,

@@ -18,6 +18,7 @@ import torch
 
 from adapters import format as adapter_format
 from adapters import kernels
+from adapters.background import Priority
 from adapters.extras import build as build_extras
 from adapters.format import EXTRAS, EXTRAS_UNIT
 from adapters.outline import Outline
@@ -75,6 +76,7 @@ class Engine:
         merged_bytes: int = 0,
         outline: Outline | None = None,
         prefix_caching: bool = True,
+        background_priority: Priority = "idle",
     ) -> None:
         self.base = base
         self.max_model_len = max_model_len
@@ -83,7 +85,7 @@ class Engine:
         linears = {linear.name: linear for linear in base.linears}
         capacity = {linear.kind: pool_units for linear in base.linears} | {EXTRAS: extra_bytes // EXTRAS_UNIT}
         self.pool = RowPool(linears, capacity, base.device)
-        self.residency = Residency(self.pool, self._load_adapter, adapter_host_bytes)
+        self.residency = Residency(self.pool, self._load_adapter, adapter_host_bytes, background_priority)
         self.runner = Runner(base, cache, self.pool, max_model_len)
         self.merges = Merges(
             base,
@@ -149,6 +151,7 @@ class Engine:
             merged_bytes=merged_bytes,
             outline=Outline.read(Path(config.model)),
             prefix_caching=config.prefix_caching,
+            background_priority=config.background_priority,
         )
 
     def ready(self) -> Ready:

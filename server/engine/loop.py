@@ -18,7 +18,6 @@ from server.finetune.training.trainer import Trainer
 HEARTBEAT_SECONDS = 1.0
 LOADING_POLL_MS = 2  # how soon a finished adapter load is noticed while nothing else runs
 WRITING_POLL_MS = 20  # the same for a checkpoint
-MERGING_SHARE = 0.3  # of the device's time while requests run, at most
 
 
 class Socket(Protocol):
@@ -37,11 +36,12 @@ class Socket(Protocol):
 class Loop:
     """Messages in, steps run, outputs out; training and merging in between, each at its own pace."""
 
-    def __init__(self, engine: Engine, trainer: Trainer, pacer: Pacer, socket: Socket) -> None:
+    def __init__(self, engine: Engine, trainer: Trainer, config: protocol.EngineConfig, socket: Socket) -> None:
         self._engine = engine
         self._trainer = trainer
-        self._pacer = pacer
-        self._merging = Pacer(pacer.max_stall, MERGING_SHARE)
+        stall = config.finetune_max_stall_ms / 1e3
+        self._training = Pacer(stall, config.finetune_share)
+        self._merging = Pacer(stall, config.merge_share)
         self._socket = socket
         self._draining = False
         self._last_word = 0.0
@@ -111,7 +111,7 @@ class Loop:
                 self._send(self._trainer.plan_memory(message))
 
     def _train(self, step_seconds: float) -> None:
-        self._fill_gap(self._trainer, self._pacer, step_seconds)
+        self._fill_gap(self._trainer, self._training, step_seconds)
         for reply in self._trainer.take_replies():
             self._send(reply)
 

@@ -28,7 +28,6 @@ from server.engine.loop import Loop
 from server.engine.protocol import AdapterRef, EngineConfig, Generate, Sampling
 from server.finetune.messages import JobEnded, TrainingStep
 from server.finetune.training import bench
-from server.finetune.training.pacing import Pacer
 from server.finetune.training.trainer import Trainer
 
 
@@ -120,8 +119,7 @@ class Bench:
     ) -> list[tuple[float, protocol.Reply]]:
         """One run of the process's loop. Raises RuntimeError when the job ends."""
         script = Script(due, until)
-        pacer = Pacer(self._config.finetune_max_stall_ms / 1e3, self._config.finetune_share)
-        Loop(self.engine, self._trainer, pacer, script).run()
+        Loop(self.engine, self._trainer, self._config, script).run()
         said = script.said()
         for _, reply in said:
             if isinstance(reply, JobEnded):

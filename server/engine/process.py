@@ -19,7 +19,6 @@ from server.engine import protocol, selfcheck
 from server.engine.engine import Engine
 from server.engine.loop import Loop
 from server.engine.model import UnservableModel
-from server.finetune.training.pacing import Pacer
 from server.finetune.training.trainer import Trainer
 
 log = logging.getLogger("lorakeet.engine")
@@ -50,8 +49,7 @@ def main() -> int:
         engine = Engine.load(config)
         selfcheck.run(engine, Path(config.cache_dir))
         engine.runner.warm_up(config.max_batch_requests)
-        pacer = Pacer(config.finetune_max_stall_ms / 1e3, config.finetune_share)
-        Loop(engine, Trainer(engine.base), pacer, socket).run()
+        Loop(engine, Trainer(engine.base), config, socket).run()
     except UnservableModel as fault:
         socket.send(protocol.encode(protocol.Fatal(message=str(fault), retry=False)))
         status = 2

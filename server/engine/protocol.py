@@ -9,6 +9,7 @@ from typing import Literal
 
 import msgspec
 
+from adapters.background import Priority
 from adapters.recipe import MergedDtype
 from server.finetune.messages import JobReply, JobRequest, MemoryPlan
 
@@ -48,6 +49,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     threads: int | None = None
     finetune_max_stall_ms: float = 20.0  # training between two inference steps, at most
     finetune_share: float = 0.3  # of the device's time while requests run, at most
+    merge_share: float = 0.3  # likewise, for building merges
+    background_priority: Priority = "idle"  # of the threads that load adapters
 
 
 # --- what a request is -----------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from server.errors import EXCEPTION_HANDLERS
 from server.multipart import Part, read_parts
 
 BOUNDARY = b"frontier"
+THREAD = ThreadPoolExecutor(1)
 TYPE = {"Content-Type": "multipart/form-data; boundary=frontier"}
 
 
@@ -38,7 +40,7 @@ def client(target: Path) -> httpx.AsyncClient:
     async def receive(request: Request) -> Response:
         clear(target)
         parts = {"name": Part(16), "note": Part(16, required=False), "weights": Part(1_000_000, target)}
-        values = await read_parts(request, parts)
+        values = await read_parts(request, parts, THREAD)
         return JSONResponse({name: value.decode() for name, value in values.items()})
 
     app = Starlette(routes=[Route("/", receive, methods=["POST"])], exception_handlers=EXCEPTION_HANDLERS)

@@ -36,6 +36,7 @@ def test_every_setting_is_read_alike_from_flag_and_environment(row: Any) -> None
         "max_upload_bytes": "1GiB",
         "adapter_host_bytes": "1GiB",
         "finetune_share": "0.5",
+        "merge_share": "0.5",
         "speculative_tokens": "8",
         "adapter_template_seconds": "1",
         "adapter_template_cpu_seconds": "1",
