@@ -5,7 +5,8 @@ fp32 on a CPU; and `triton`, for an NVIDIA GPU. One of the latter is taken where
 in `base_linear`. The docstrings are `reference`'s. `plan_decoder` puts all decoder layers of a step together.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -26,12 +27,14 @@ __all__ = [
     "base_linear",
     "is_deterministic",
     "lora_add_",
+    "one_torch_thread",
     "paged_attention",
     "plan_decoder",
     "prepare",
     "probe_row_multiple",
     "rms_norm",
     "rope_",
+    "runs_natively",
     "set_deterministic",
     "set_threads",
     "silu_mul",
@@ -45,6 +48,17 @@ def set_threads(threads: int) -> None:
         kernels.set_threads(threads)
 
 
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """For small work that torch does between native kernels: its threads cost more to wake, and fight for the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def set_deterministic(fixed: bool) -> None:
     """Whether a row keeps its bits whatever rows stand beside it, at a price, on a GPU. On a CPU it always does."""
     triton.fix_tiles(fixed)
@@ -55,9 +69,14 @@ def is_deterministic() -> bool:
     return triton.deterministic()
 
 
+def runs_natively(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the CPU's native kernels are there and compute in this dtype."""
+    return device.type == "cpu" and dtype == torch.float32 and native.load() is not None
+
+
 def prepare(weights: Iterable[QuantizedWeight], dtype: torch.dtype) -> None:
     """Once per base: make the library's products batch-invariant for CPU weights that are not the native kernels'."""
-    ours = dtype == torch.float32 and native.load() is not None
+    ours = runs_natively(torch.device("cpu"), dtype)
     rest = {
         weight.shape for weight in weights if weight.device.type == "cpu" and not (ours and native.takes_weight(weight))
     }

@@ -7,7 +7,7 @@ token means for a sequence's life.
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 
@@ -122,7 +122,7 @@ class Runner:
             return self._logits(works)[0]
 
     def _threads(self) -> AbstractContextManager[None]:
-        return _one_torch_thread() if self._model.plan is not None else nullcontext()
+        return kernels.one_torch_thread() if self._model.plan is not None else nullcontext()
 
     def _passes(self, works: Seq[Work]) -> list[list[int]]:
         """The works by index, those together that can share a forward pass.
@@ -318,17 +318,6 @@ def _rows(work: Work) -> Iterator[Row]:
     yield Row(sequence.sampling, sequence.tokens, len(sequence.prompt))
     for count in range(1, len(drafts) + 1):
         yield Row(sequence.sampling, [*sequence.tokens, *drafts[:count]], len(sequence.prompt))
-
-
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """What a planned step leaves to torch is small: its threads would cost more to wake than they do, and spin."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _merged(uses: list[Use]) -> list[Use]:

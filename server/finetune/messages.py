@@ -82,7 +82,6 @@ class PlanMemory(_Message, frozen=True, kw_only=True):
     modules: dict[str, ModuleShape]
     optimizer: Optimizer
     scale_vector: bool
-    dropout: bool
     tokens: int  # of its largest pass
 
 

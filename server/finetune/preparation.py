@@ -127,6 +127,5 @@ def question(shapes: dict[str, ModuleShape], lora: recipe.LoraOptions, optimizer
         modules=shapes,
         optimizer=optimizer,
         scale_vector=lora.scale_vector,
-        dropout=lora.lora_dropout > 0,
         tokens=tokens,
     )

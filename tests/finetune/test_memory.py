@@ -63,9 +63,7 @@ def test_predicted_and_measured_agree(memory: MemoryMode, engine: Engine, tmp_pa
     data = dataset(6, low=250, high=256)
     start = job(engine.base, tmp_path / "job", data, micro_batch_tokens=1024, batch_size=4, n_epochs=1, memory=memory)
     tokens = max(sum(data.lengths[index] for index in group) for group in [[0, 1, 2, 3]])
-    asked = PlanMemory(
-        id="1", modules=start.modules, optimizer="adamw", scale_vector=False, dropout=False, tokens=int(tokens)
-    )
+    asked = PlanMemory(id="1", modules=start.modules, optimizer="adamw", scale_vector=False, tokens=int(tokens))
     plan = trainer.plan_memory(asked)
     assert plan.mode == "keep"
     gc.collect()
@@ -86,7 +84,7 @@ def test_the_plan_is_arithmetic_over_the_adapter(engine: Engine, monkeypatch: py
 
     def plan(**changes: Any) -> Any:
         settings: dict[str, Any] = {
-            "id": "1", "modules": shape, "optimizer": "adamw", "scale_vector": False, "dropout": False, "tokens": 64
+            "id": "1", "modules": shape, "optimizer": "adamw", "scale_vector": False, "tokens": 64
         }  # fmt: skip
         return trainer.plan_memory(PlanMemory(**(settings | changes)))
 

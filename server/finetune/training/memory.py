@@ -63,11 +63,9 @@ class MemoryModel:
         hidden = int(self._base.model.config.get_text_config().hidden_size)
         vocabulary = self._base.vocab_size
         per_layer = [self._layer_bytes * tokens for _ in range(layers)]
-        for linear in self._base.linears:  # what the adapter itself keeps: A x, and the dropped-out input
+        for linear in self._base.linears:  # what the adapter itself keeps: A x
             if shape := asked.modules.get(linear.name):
-                kept = shape.rank + (2 * linear.in_features if asked.dropout else 0)
-                kept += linear.out_features if asked.scale_vector else 0
-                per_layer[self._model.layer_of[linear.index]] += kept * tokens * width
+                per_layer[self._model.layer_of[linear.index]] += shape.rank * tokens * width
         # Beside what is kept: gradients on their way through the widest part of a layer, or the logits of a chunk.
         widest = max(linear.out_features for linear in self._base.linears)
         decoded = 4 * max(linear.out_features * linear.in_features for linear in self._base.linears)

@@ -8,7 +8,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,48 @@ def stream(device: torch.device, *key: object) -> torch.Generator:
 
 @dataclass(frozen=True, eq=False)
 class _Module:
-    """The trained part of one linear: y += scaling * scale_vector * (B (A dropout(x)))."""
+    """The trained part of one linear: y += scaling * scale_vector * (B (A x)), and its derivative.
+
+    On a GPU activations are bf16: the fp32 parameters are rounded for the products, and updated in full.
+    """
 
     a: nn.Parameter  # [rank, in]
     b: nn.Parameter  # [out, rank]
     scale_vector: nn.Parameter | None  # [out]
     scaling: float
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """Adds to y [rows, out] in place; gives what `backward` wants again of x [rows, in]: A x [rows, rank]."""
+        down = x @ self.a.to(x.dtype).T
+        b = self.b.to(x.dtype)
+        if self.scale_vector is None:
+            y.addmm_(down, b.T, alpha=self.scaling)
+        else:
+            y.addcmul_(down @ b.T, (self.scaling * self.scale_vector).to(x.dtype))
+        return down
+
+    def backward(self, x: Tensor, down: Tensor, dy: Tensor) -> Tensor:
+        """dy [rows, out] -> dx [rows, in]; the parameters' gradients are added to their own."""
+        if self.scale_vector is not None:
+            _accumulate(self.scale_vector, ((down @ self.b.to(x.dtype).T) * dy).sum(0), self.scaling)
+            dy = dy * self.scale_vector.to(dy.dtype)
+        up = (dy @ self.b.to(dy.dtype)).mul_(self.scaling)  # [rows, rank]
+        _accumulate_product(self.b, dy.T, down, self.scaling)
+        _accumulate_product(self.a, up.T, x, 1.0)
+        return up @ self.a.to(up.dtype)
+
+
+def _accumulate(parameter: nn.Parameter, gradient: Tensor, factor: float) -> None:
+    assert parameter.grad is not None
+    parameter.grad.add_(gradient, alpha=factor)
+
+
+def _accumulate_product(parameter: nn.Parameter, left: Tensor, right: Tensor, factor: float) -> None:
+    if left.dtype == parameter.dtype:
+        assert parameter.grad is not None
+        parameter.grad.addmm_(left, right, alpha=factor)
+    else:
+        _accumulate(parameter, left @ right, factor)
 
 
 class TrainableAdapter:
@@ -120,17 +156,9 @@ class TrainableAdapter:
                 module.a.copy_(a)
                 module.b.copy_(b)
 
-    def add(self, linear_index: int, x: Tensor, y: Tensor, dropout: "Dropout | None") -> Tensor:
-        """`y + delta(x)` for one linear. x [rows, in], y [rows, out]."""
-        module = self._modules[linear_index]
-        if dropout is not None:
-            x = x * dropout.mask(linear_index, x)
-        # On a GPU activations are bf16: the fp32 parameters are rounded for the product, and updated in full.
-        down = x @ module.a.to(x.dtype).T  # [rows, rank]
-        b = module.b.to(x.dtype)
-        if module.scale_vector is None:
-            return torch.addmm(y, down, b.T, alpha=module.scaling)
-        return y + (down @ b.T) * (module.scaling * module.scale_vector).to(x.dtype)
+    def module(self, linear_index: int) -> _Module:
+        """What is trained of one linear."""
+        return self._modules[linear_index]
 
 
 @dataclass(frozen=True)
@@ -157,19 +185,51 @@ class TrainingSegment(NamedTuple):
 
 
 class TrainingDeltas:
-    """`adapters.lora.Deltas` of a training pass: every token belongs to exactly one segment, in order."""
+    """`adapters.lora.Deltas` of a training pass: segments do not overlap."""
 
     def __init__(self, segments: Sequence[TrainingSegment]) -> None:
         self._segments = segments
 
     def add(self, linear: LoraLinear, x: Tensor, y: Tensor) -> Tensor:
-        if len(self._segments) == 1:
-            _, _, adapter, dropout = self._segments[0]
-            return adapter.add(linear.index, x, y, dropout) if linear.index in adapter else y
-        parts = []
-        for start, end, adapter, dropout in self._segments:
-            part = y[start:end]
-            if linear.index in adapter:
-                part = adapter.add(linear.index, x[start:end], part, dropout)
-            parts.append(part)
-        return torch.cat(parts)
+        segments = [segment for segment in self._segments if linear.index in segment.adapter]
+        if not segments:
+            return y
+        anchor = segments[0].adapter.module(linear.index).a  # has the pass come back here even if x wants no gradient
+        added: Tensor = _Deltas.apply(x, y, anchor, linear.index, segments)
+        return added
+
+
+class _Deltas(torch.autograd.Function):
+    """`y + delta(x)` for all segments of one linear, in place: one node of the graph, and no more kept than x and A x.
+
+    Parameters' gradients go straight into their `grad`; what was dropped is drawn again on the way back.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, anchor: Tensor, index: int, segments: Sequence[TrainingSegment]
+    ) -> Tensor:
+        ctx.mark_dirty(y)
+        ctx.index, ctx.segments = index, segments
+        downs = []
+        for start, end, adapter, dropout in segments:
+            part = x[start:end]
+            if dropout is not None:
+                part = part * dropout.mask(index, part)
+            downs.append(adapter.module(index).add(part, y[start:end]))
+        ctx.save_for_backward(x, *downs)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        dy = gradients[0]
+        x, *downs = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[0]
+        dx = torch.zeros_like(x) if wanted else None
+        for (start, end, adapter, dropout), down in zip(ctx.segments, downs, strict=True):
+            part = x[start:end]
+            mask = None if dropout is None else dropout.mask(ctx.index, part)
+            below = adapter.module(ctx.index).backward(part if mask is None else part * mask, down, dy[start:end])
+            if dx is not None:
+                dx[start:end] = below if mask is None else below.mul_(mask)
+        return dx, dy, None, None, None

@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adapters import kernels
 from server.engine.model import Base
 from server.finetune.messages import JobEnded, JobReply, MemoryPlan, PlanMemory, StartJob, StopJob
 from server.finetune.training.layers import LayeredModel, PackedAttention
@@ -29,6 +30,7 @@ log = logging.getLogger("lorakeet.finetune")
 
 HEAD_FLOP = {"cpu": 4e9, "cuda": 4e12}  # arithmetic of one chunk of the head, about
 HEAD_LOGITS = 64 << 20  # most logits in one chunk
+WIDE = 256  # tokens of every job in a pass: then what torch does of it on a CPU is worth waking its threads
 
 
 class Piece(NamedTuple):
@@ -67,6 +69,8 @@ class Trainer:
         self.tasks: dict[str, Task] = {}
         self.piece: Piece | None = None
         self._group: list[Task] = []  # whose work the current piece is
+        self._native = kernels.runs_natively(base.device, base.dtype)
+        self._wide = False  # the current pass
         self._replies: list[JobReply] = []
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
         self._seconds: dict[tuple[str, int], float] = {}  # what pieces of a kind and size have cost lately
@@ -124,7 +128,8 @@ class Trainer:
         began = time.monotonic()
         piece = self.piece
         try:
-            self.piece = next(self._pieces)
+            with kernels.one_torch_thread() if self._native and not self._wide else nullcontext():
+                self.piece = next(self._pieces)
             if self._base.device.type == "cuda":  # launches return at once: only now the device has done the piece
                 torch.cuda.current_stream(self._base.device).synchronize()
         except Exception as fault:
@@ -182,6 +187,8 @@ class Trainer:
     def _pass(self, shares: Sequence["_Share"], *, train: bool) -> Iterator[Piece]:
         """One micro-batch of each job through the model, its gradients into the jobs' own."""
         tokens = shares[-1].end
+        # Products of fewer rows differ in their last bits with torch's threads: no job's may hang on its neighbours.
+        self._wide = min(len(share.batch.ids) for share in shares) >= WIDE
         adapted = {index for share in shares for index in share.task.adapter.linears}
         lowest = min(self._model.layer_of[index] for index in adapted)  # below it nothing is trained
         keep = train and all(share.task.plan.memory == "keep" for share in shares)
