@@ -14,6 +14,13 @@
 
 enum { Q, K, V, O, GATE, UP, DOWN, SITES };
 
+// Linears that share an input.
+template <int N>
+using Sites = int[N];
+constexpr Sites<3> QKV{Q, K, V};
+constexpr Sites<1> OUT{O}, DOWN_ALONE{DOWN};
+constexpr Sites<2> GATE_UP{GATE, UP};
+
 // Mirrored by the structures of plan.py.
 struct Layer {
     const float *input_norm, *post_norm;  // [hidden]
@@ -61,54 +68,69 @@ struct Run {
 
     const Layer& layer() const { return d.layers[layer_index]; }
 
-    // Linears `sites` of one input x, with their adapters: ys[i] [tokens, out]. `after(first, last)` runs when outputs
-    // first..last of every site are done (sites are then of one width, or there is only one).
+    Adapters adapters(const Layer& l, int site) const {
+        const Weight& w = l.weights[site];
+        const int64_t at = (int64_t)l.linear[site] * s.segments;
+        return {l.a[site], l.b[site], s.tables + at * 5, s.scales + at, l.a[site] ? s.segments : 0, w.in, w.out};
+    }
+
+    // Linears of one input x, with their adapters: ys[i] [tokens, out]. `after(first, last)` runs when outputs
+    // first..last of every linear are done (they are then of one width, or there is only one). Meanwhile memory is
+    // asked for what the next linears will read first.
     template <int N, class After>
-    void project(const int (&sites)[N], const float* x, float* const (&ys)[N], After&& after) const {
+    void project(const Sites<N>& sites, const float* x, float* const (&ys)[N], After&& after, const Ahead& ahead) const {
         const Weight* weights[N];
-        Adapters adapters[N];
+        Adapters deltas[N];
         const Adapters* linears[N];
-        int width = 0, tasks = 0;
+        int width = 0;
         for (int i = 0; i < N; i++) {
-            const Weight& w = layer().weights[sites[i]];
-            const int64_t at = (int64_t)layer().linear[sites[i]] * s.segments;
-            const int segments = layer().a[sites[i]] ? s.segments : 0;
-            weights[i] = &w;
-            adapters[i] = {layer().a[sites[i]], layer().b[sites[i]], s.tables + at * 5, s.scales + at, segments, w.in, w.out};
-            linears[i] = &adapters[i];
-            width += w.out;
+            weights[i] = &layer().weights[sites[i]];
+            deltas[i] = adapters(layer(), sites[i]);
+            linears[i] = &deltas[i];
+            width += weights[i]->out;
         }
         const PackedRows packed = pack_rows(weights, N, x, s.tokens);
         const Shrunk* shrunk = shrink(linears, N, x);
         const int share = outputs_per_task(width);
         auto tile = [&](int i, int first, int last) {
+            expand_ahead(*shrunk, i, first, last);
             linear_tile(*weights[i], packed, s.tokens, first, last, ys[i], weights[i]->out);
             expand_tile(*shrunk, i, first, last, ys[i], weights[i]->out);
         };
         constexpr bool TOGETHER = !std::is_same<After, std::nullptr_t>::value;
         if constexpr (TOGETHER) {
-            const int out = weights[0]->out;
-            parallel_for((out + share - 1) / share, [&](int task) {
+            const int out = weights[0]->out, tasks = (out + share - 1) / share;
+            parallel_for(tasks, [&](int task) {
                 const int first = task * share, last = least(first + share, out);
+                ahead.fetch_share(task, tasks);
                 for (int i = 0; i < N; i++) tile(i, first, last);
                 after(first, last);
             });
         } else {
-            int ends[N];
+            int ends[N], tasks = 0;
             for (int i = 0; i < N; i++) ends[i] = tasks += (weights[i]->out + share - 1) / share;
             parallel_for(tasks, [&](int task) {
                 int i = 0;
                 while (task >= ends[i]) i++;
                 const int first = (task - (i ? ends[i - 1] : 0)) * share;
+                ahead.fetch_share(task, tasks);
                 tile(i, first, least(first + share, weights[i]->out));
             });
         }
     }
 
+    // What these linears of a layer, if there is such a layer, read first.
+    template <int N>
+    Ahead ahead(int index, const Sites<N>& sites) const {
+        Ahead found;
+        for (int i = 0; i < N && index < d.count; i++) shrink_ahead(adapters(d.layers[index], sites[i]), found);
+        return found;
+    }
+
     void attention(const float* normed, float* q, float* k, float* v, float* attended, float* y) const {
         const Layer& l = layer();
         const int head_dim = d.head_dim;
-        project({Q, K, V}, normed, {q, k, v}, nullptr);
+        project(QKV, normed, {q, k, v}, nullptr, ahead(layer_index, OUT));
         over_tokens(s.tokens, [&](int t) {
             float *queries = q + (int64_t)t * d.heads * head_dim, *keys = k + (int64_t)t * d.kv_heads * head_dim;
             for (int h = 0; l.q_norm && h < d.heads; h++) rms_norm(queries + h * head_dim, l.q_norm, d.eps, head_dim, queries + h * head_dim);
@@ -120,15 +142,16 @@ struct Run {
         write_kv(k, v, s.slots, s.tokens, d.kv_heads, head_dim, cache);
         attend({q, attended, s.seqs, s.block_tables, s.tokens, d.heads, d.kv_heads, head_dim, s.requests, s.max_blocks,
                 d.scaling, l.window, cache});
-        project({O}, attended, {y}, [&](int first, int last) { add(y, first, last); });
+        project(OUT, attended, {y}, [&](int first, int last) { add(y, first, last); }, ahead(layer_index, GATE_UP));
     }
 
     void mlp(const float* normed, float* gate, float* up, float* y) const {
         const int64_t width = layer().weights[GATE].out;
-        project({GATE, UP}, normed, {gate, up}, [&](int first, int last) {
+        auto activate = [&](int first, int last) {
             for (int64_t t = 0; t < s.tokens; t++) silu_mul(gate + t * width + first, up + t * width + first, last - first);
-        });
-        project({DOWN}, gate, {y}, [&](int first, int last) { add(y, first, last); });
+        };
+        project(GATE_UP, normed, {gate, up}, activate, ahead(layer_index, DOWN_ALONE));
+        project(DOWN_ALONE, gate, {y}, [&](int first, int last) { add(y, first, last); }, ahead(layer_index + 1, QKV));
     }
 
     void norm(const float* weight, float* to) const {

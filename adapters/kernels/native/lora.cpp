@@ -42,18 +42,12 @@ INLINE void shrink_some(const float* x, const Number* a, int in, float scale, fl
         for (int n = 0; n < N; n++) down[m * rank + n] = scale * sums[m][n];
 }
 
-// Asks for a stretch of memory that is wanted soon.
-template <class Number>
-INLINE void fetch(const Number* p, int64_t count) {
-    for (int64_t i = 0; i < count; i += 64 / sizeof(Number)) __builtin_prefetch(p + i);
-}
-
 template <int M, class Number>
 INLINE void shrink_rows(const Segment& s, const float* x, const Number* a, int first, int last, float* down) {
     const int64_t in = s.linear->in;
     int r = first;
     for (; r + 4 <= last; r += 4) {
-        fetch(a + (r + 4) * in, 4 * in);
+        fetch(a + (r + 4) * in, 4 * in * sizeof(Number));
         shrink_some<M, 4>(x, a + r * in, in, s.scale, down + r, s.rank);
     }
     for (; r < last; r++) shrink_some<M, 1>(x, a + r * in, in, s.scale, down + r, s.rank);
@@ -132,6 +126,25 @@ const Shrunk* shrink(const Adapters* const* linears, int count, const float* x) 
         shrink_task(*s, task - (s == segments ? 0 : s[-1].tasks), x, down);
     });
     return &shrunk;
+}
+
+void shrink_ahead(const Adapters& linear, Ahead& ahead) {
+    for (int s = 0; s < linear.segments; s++) {
+        const int32_t* row = linear.table + s * 5;
+        if (row[0] < row[1] && row[3] > 0)
+            ahead.add(linear.a + (int64_t)row[2] * linear.in, (int64_t)row[3] * linear.in * (row[4] == FP32 ? 4 : 2));
+    }
+}
+
+void expand_ahead(const Shrunk& shrunk, int index, int first, int last) {
+    for (int i = index ? shrunk.ends[index - 1] : 0; i < shrunk.ends[index]; i++) {
+        const Segment& s = shrunk.segments[i];
+        const int64_t out = s.linear->out;
+        with_number(s.dtype, [&]<class Number>() {
+            const Number* b = s.rows<Number>(s.linear->b, out);
+            for (int r = 0; r < s.rank; r++) fetch(b + r * out + first, (last - first) * sizeof(Number));
+        });
+    }
 }
 
 void expand_tile(const Shrunk& shrunk, int index, int first, int last, float* y, int64_t stride) {

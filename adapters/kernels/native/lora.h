@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "ahead.h"
+
 // One linear's adapters. Mirrored by AdaptersStruct in native.py.
 struct Adapters {
     const int16_t* a;      // [units, in]: a rank-row is one unit of 16-bit floats or two of fp32
@@ -16,6 +18,10 @@ struct Adapters {
 // lasts until its next call; `expand_tile` may read it from any thread.
 struct Shrunk;
 const Shrunk* shrink(const Adapters* const* linears, int count, const float* x);
+
+// What shrinking and expanding them will read.
+void shrink_ahead(const Adapters& linear, Ahead& ahead);
+void expand_ahead(const Shrunk& shrunk, int index, int first, int last);
 
 // Adds the deltas of linear `index` to outputs [first, last): y[m * stride + o]. Runs on the calling thread.
 void expand_tile(const Shrunk& shrunk, int index, int first, int last, float* y, int64_t stride);

@@ -18,10 +18,18 @@ struct Job {
     int tasks = 0;
 };
 
+// The tasks that a thread has to itself until it is through: first << 32 | last.
+struct alignas(64) Stretch {
+    std::atomic<uint64_t> left{0};
+};
+
 constexpr int SPINS = 4000;  // some 100 us: longer than the gaps inside a step, shorter than those between steps
+constexpr int MAX_THREADS = 256;
 
 Job job;
-std::atomic<uint64_t> ticket{0};  // job number << 32 | tasks not yet taken
+Stretch stretches[MAX_THREADS];
+std::atomic<int> sharers{1};      // threads that the job is shared out to
+std::atomic<uint64_t> posted{0};  // jobs so far
 std::atomic<int> finished{0};
 std::atomic<int> sleepers{0};
 std::atomic_flag busy = ATOMIC_FLAG_INIT;  // held by the caller whose job runs
@@ -41,29 +49,39 @@ inline void breathe() {
 #endif
 }
 
-// Takes one task if any is left. `job` may be read after taking: it cannot change before the task is done.
-bool take_one() {
-    uint64_t t = ticket.load(std::memory_order_acquire);
-    while ((uint32_t)t != 0) {
-        if (ticket.compare_exchange_weak(t, t - 1, std::memory_order_acq_rel)) {
-            job.task(job.context, job.tasks - (int)(uint32_t)t);
-            finished.fetch_add(1, std::memory_order_release);
-            return true;
+// Does the next task of the thread's own stretch, or the last of somebody else's; false when none is left. `job` is
+// read after taking: it cannot change before the task is done.
+bool do_one(int rank) {
+    const int threads = sharers.load(std::memory_order_relaxed);
+    for (int i = 0; i < threads; i++) {
+        std::atomic<uint64_t>& left = stretches[(rank + i) % threads].left;
+        uint64_t range = left.load(std::memory_order_acquire);
+        for (;;) {
+            const uint32_t first = range >> 32, last = (uint32_t)range;
+            if (first >= last) break;
+            if (left.compare_exchange_weak(range, i ? range - 1 : range + (1ull << 32), std::memory_order_acq_rel)) {
+                job.task(job.context, i ? last - 1 : first);
+                finished.fetch_add(1, std::memory_order_release);
+                return true;
+            }
         }
     }
     return false;
 }
 
 void work(int rank) {
-    for (;;) {
-        bool active = rank < thread_count.load(std::memory_order_relaxed);
-        for (int idle = 0; active && idle < SPINS; idle++) {
-            if (take_one()) idle = 0;
+    for (uint64_t seen = 0;;) {
+        for (int idle = 0; rank < pool_threads() && idle < SPINS; idle++) {
+            if (const uint64_t now = posted.load(std::memory_order_acquire); now != seen) {
+                seen = now, idle = 0;
+                while (do_one(rank)) {
+                }
+            }
             breathe();
         }
         std::unique_lock<std::mutex> lock(bed.mutex);
         sleepers.fetch_add(1);
-        bed.wake.wait(lock, [&] { return rank < thread_count.load() && (uint32_t)ticket.load() != 0; });
+        bed.wake.wait(lock, [&] { return rank < pool_threads() && posted.load() != seen; });
         sleepers.fetch_sub(1);
     }
 }
@@ -90,13 +108,16 @@ void pool_run(int tasks, void (*task)(void*, int), void* context) {
     for (; spawned + 1 < pool_threads(); spawned++) std::thread(work, spawned + 1).detach();
     job = {task, context, tasks};
     finished.store(0, std::memory_order_relaxed);
-    uint64_t number = (ticket.load(std::memory_order_relaxed) >> 32) + 1;
-    ticket.store(number << 32 | (uint32_t)tasks);
+    const int64_t threads = pool_threads();
+    sharers.store((int)threads, std::memory_order_relaxed);
+    for (int64_t i = 0; i < threads; i++)
+        stretches[i].left.store((uint64_t)(tasks * i / threads) << 32 | (uint64_t)(tasks * (i + 1) / threads), std::memory_order_release);
+    posted.fetch_add(1);
     if (sleepers.load() > 0) {
         std::lock_guard<std::mutex> lock(bed.mutex);
         bed.wake.notify_all();
     }
-    while (take_one()) {
+    while (do_one(0)) {
     }
     for (int spins = 0; finished.load(std::memory_order_acquire) < tasks; spins++) {
         breathe();
@@ -117,5 +138,5 @@ float* scratch(ScratchSlot slot, size_t floats) {
     return arena.data[slot];
 }
 
-EXPORT void lk_set_threads(int threads) { thread_count.store(threads < 1 ? 1 : threads); }
+EXPORT void lk_set_threads(int threads) { thread_count.store(threads < 1 ? 1 : threads < MAX_THREADS ? threads : MAX_THREADS); }
 EXPORT int lk_threads() { return pool_threads(); }

@@ -1,7 +1,8 @@
 // A small persistent thread pool: workers spin for a moment after each job, then sleep.
 //
-// Work is a count of tasks taken one by one, so a thread that the system has parked delays nobody. No result may
-// depend on which thread ran a task, nor on how many threads there are.
+// Work is a count of tasks. Each thread begins with a stretch of them, in order, so that it reads memory in long runs;
+// whoever is through takes tasks from the ends of others' stretches, so a thread that the system has parked delays
+// nobody. No result may depend on which thread ran a task, nor on how many threads there are.
 #pragma once
 
 #include <cstddef>
