@@ -42,6 +42,7 @@ class WeightStruct(Structure):
         ("in", c_int32),
         ("blocksize", c_int32),
         ("nested_blocksize", c_int32),
+        ("int8", c_void_p),
     ]
 
 
@@ -87,6 +88,7 @@ class AttentionStruct(Structure):
 
 _SIGNATURES: dict[str, list[type]] = {
     "lk_set_threads": [c_int],
+    "lk_set_vnni": [c_int],
     "lk_linear": [POINTER(WeightStruct), c_void_p, c_void_p, c_int, c_void_p],
     "lk_linear_run": [POINTER(c_void_p), c_int, c_void_p, c_int, c_void_p],
     "lk_linear_backward": [POINTER(WeightStruct), c_void_p, c_int, c_void_p],
@@ -158,6 +160,10 @@ class Kernels:
     def set_threads(self, threads: int) -> None:
         """Run on this many threads, the caller's included. Results do not depend on it."""
         self._lib.lk_set_threads(threads)
+
+    def set_vnni(self, allowed: bool) -> None:
+        """Use the CPU's 8-bit dot products where it has them. Results do not depend on it."""
+        self._lib.lk_set_vnni(allowed)
 
     def weight(self, weight: QuantizedWeight) -> WeightStruct:
         """The library's view of a weight, which must outlive it."""
@@ -288,6 +294,7 @@ def _weight_struct(weight: QuantizedWeight) -> WeightStruct:
         *weight.shape,
         weight.blocksize,
         weight.nested_blocksize,
+        address(weight.int8),
     )
 
 

@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "export.h"
+#include "int8.h"
 #include "pool.h"
 #include "tile.h"
 
@@ -328,21 +329,26 @@ void backward_tile(const Weight& w, const float* dy, int rows, int begin, int en
 
 PackedRows pack_rows(const Weight* const* weights, int count, const float* x, int rows) {
     const int in = weights[0]->in;
-    bool wanted[2] = {};
-    for (int i = 0; i < count; i++) wanted[wants_interleaved(*weights[i])] = true;
+    bool wanted[2] = {}, wants_int8 = false;
+    for (int i = 0; i < count; i++) (weights[i]->int8 ? wants_int8 : wanted[wants_interleaved(*weights[i])]) = true;
     float* packed[2];
     for (int form = 0; form < 2; form++)
         packed[form] = wanted[form] ? scratch(form ? PACKED_INTERLEAVED : PACKED_NATURAL, (size_t)rows * padded(in)) : nullptr;
+    const int64_t blocks = in / BLOCK;
+    Int8Block* const int8 = wants_int8 ? (Int8Block*)scratch(PACKED_INT8, rows * blocks * sizeof(Int8Block) / sizeof(float)) : nullptr;
     constexpr int SHARE = 32;
     parallel_for((rows + SHARE - 1) / SHARE, [&](int task) {
-        for (int m = task * SHARE; m < least((task + 1) * SHARE, rows); m++)
+        for (int m = task * SHARE; m < least((task + 1) * SHARE, rows); m++) {
             for (int form = 0; form < 2; form++)
                 if (packed[form]) pack_row(x + (int64_t)m * in, in, form, packed[form] + (int64_t)m * padded(in));
+            if (int8) pack_int8(x + (int64_t)m * in, in, int8 + m * blocks);
+        }
     });
-    return {packed[0], packed[1]};
+    return {packed[0], packed[1], int8};
 }
 
 void linear_tile(const Weight& w, const PackedRows& x, int rows, int first, int last, float* y, int64_t stride) {
+    if (w.int8) return int8_tile(w, x.int8, rows, first, last, y, stride);
     const float* packed = wants_interleaved(w) ? x.interleaved : x.natural;
     if (rows > FEW_ROWS || !blockwise(w)) return many_rows(w, packed, rows, first, last, y, stride);
     with_decoder(w, [&]<template <int> class Decoder>() { few_rows<Decoder>(w, packed, rows, first, last, y, stride); });

@@ -20,12 +20,16 @@ struct Weight {
     int32_t kind;
     int32_t out, in;
     int32_t blocksize, nested_blocksize;
+    const void* int8;  // Int8Weights: y is computed as int8.h says; else null
 };
+
+struct Int8Block;
 
 // The input rows in the forms that weights' decoders want: [rows, padded inputs], zeros behind the inputs.
 struct PackedRows {
     const float* natural;
     const float* interleaved;  // in each run of 2W inputs those at even places come first
+    const Int8Block* int8;     // [rows, blocks]
 };
 
 // Packs x [rows, in] for these weights, all of the same `in`. Valid until the caller's next call.

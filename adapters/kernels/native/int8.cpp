@@ -1,0 +1,277 @@
+#include "int8.h"
+
+#include "export.h"
+#include "pool.h"
+#include "tile.h"
+
+namespace {
+
+constexpr int BLOCK = 64;         // inputs under one scale
+constexpr int STEPS = BLOCK / 8;   // a step reads eight weights of each output
+
+constexpr int MOST = W == 16 ? 8 : 4;  // rows together; up to twice as many decode weights in registers, more into a tile
+
+typedef int8_t vb __attribute__((vector_size(4 * W)));  // four weights of each of W outputs
+typedef int16_t vs __attribute__((vector_size(4 * W)));
+typedef int8_t vq __attribute__((vector_size(W)));
+typedef int32_t four __attribute__((may_alias));  // bytes
+
+INLINE vb load_bytes(const int8_t* p) {
+    vb v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+template <class F>
+INLINE int32_t reduced(vi v, F&& f) {
+    int32_t lanes[W];
+    memcpy(lanes, &v, sizeof lanes);
+    for (int n = W / 2; n > 0; n /= 2)
+        for (int i = 0; i < n; i++) lanes[i] = f(lanes[i], lanes[i + n]);
+    return lanes[0];
+}
+
+// --- arithmetic: acc[lane] += the dot product of four weights and four inputs, exactly -------------------------------
+
+#if defined(__AVX512F__)
+
+struct Vnni {
+    static constexpr int SHIFT = 128;  // weights are kept as l + 128, unsigned
+    struct Operand {
+        vb l;
+    };
+    static INLINE Operand operand(vb l) { return {l}; }
+    // By name, for the library is compiled for CPUs without it as well.
+    static INLINE vi dot(vi acc, const Operand& w, const int8_t* x) {
+        asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w.l), "m"(*(const four*)x));
+        return acc;
+    }
+};
+
+struct Signed {
+    static constexpr int SHIFT = 0;
+    struct Operand {
+        vb magnitude;
+        __mmask64 negative;
+    };
+    static INLINE Operand operand(vb l) { return {(vb)_mm512_abs_epi8((__m512i)l), _mm512_movepi8_mask((__m512i)l)}; }
+    static INLINE vi dot(vi acc, const Operand& w, const int8_t* at) {
+        __m512i x = _mm512_set1_epi32(*(const four*)at);
+        x = _mm512_mask_sub_epi8(x, w.negative, _mm512_setzero_si512(), x);
+        __m512i pairs = _mm512_maddubs_epi16((__m512i)w.magnitude, x);  // at most 2 * 127 * 127: no saturation
+        return acc + (vi)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+    }
+};
+
+#else
+
+struct Signed {
+    static constexpr int SHIFT = 0;
+#if defined(__AVX2__)
+    struct Operand {
+        vb magnitude, l;
+    };
+    static INLINE Operand operand(vb l) { return {(vb)_mm256_abs_epi8((__m256i)l), l}; }
+    static INLINE vi dot(vi acc, const Operand& w, const int8_t* at) {
+        __m256i x = _mm256_sign_epi8(_mm256_set1_epi32(*(const four*)at), (__m256i)w.l);
+        __m256i pairs = _mm256_maddubs_epi16((__m256i)w.magnitude, x);  // at most 2 * 127 * 127: no saturation
+        return acc + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    }
+#else
+    struct Operand {
+        vs low, high;  // of each pair of bytes
+    };
+    static INLINE Operand operand(vb l) { return {(vs)l << 8 >> 8, (vs)l >> 8}; }
+    static INLINE vi dot(vi acc, const Operand& w, const int8_t* at) {
+        const Operand x = operand((vb)(*(const four*)at - vi{}));
+        const vi pairs = (vi)(w.low * x.low + w.high * x.high);  // at most 2 * 127 * 127: no overflow
+        return acc + (pairs << 16 >> 16) + (pairs >> 16);
+    }
+#endif
+};
+
+#endif
+
+// --- weights ----------------------------------------------------------------------------------------------------------
+
+// Weights by nibble.
+INLINE void look_up(vb table, vb bytes, vb& high, vb& low) {
+#if defined(__AVX512F__)
+    const __m512i mask = _mm512_set1_epi8(15);
+    high = (vb)_mm512_shuffle_epi8((__m512i)table, _mm512_and_si512(_mm512_srli_epi16((__m512i)bytes, 4), mask));
+    low = (vb)_mm512_shuffle_epi8((__m512i)table, _mm512_and_si512((__m512i)bytes, mask));
+#elif defined(__AVX2__)
+    const __m256i mask = _mm256_set1_epi8(15);
+    high = (vb)_mm256_shuffle_epi8((__m256i)table, _mm256_and_si256(_mm256_srli_epi16((__m256i)bytes, 4), mask));
+    low = (vb)_mm256_shuffle_epi8((__m256i)table, _mm256_and_si256((__m256i)bytes, mask));
+#else
+    for (int i = 0; i < 4 * W; i++) high[i] = table[(uint8_t)bytes[i] >> 4], low[i] = table[bytes[i] & 15];
+#endif
+}
+
+vb load_table(const float* code, int shift) {
+    int8_t table[4 * W];
+    for (int i = 0; i < 16; i++) table[i] = (int8_t)(lrintf(127.f * code[i]) + shift);
+    for (int i = 16; i < 4 * W; i++) table[i] = table[i - 16];
+    return load_bytes(table);
+}
+
+// W outputs of a group from `lane` on, decoded as they are read.
+struct Packed {
+    const Int8Weights* group;
+    vb table;
+    int lane;
+    const Int8Weights* at;
+
+    INLINE void block(int b) {
+        at = group + b;
+        for (int line = 0; line < (int)sizeof *at; line += 64) __builtin_prefetch((const char*)at + 4096 + line);
+    }
+    INLINE void step(int d, vb& first, vb& second) const { look_up(table, load_bytes((const int8_t*)at->codes[d][lane]), first, second); }
+};
+
+// The same, decoded before: [blocks, eight inputs, first and second four].
+struct Decoded {
+    const int8_t* tile;
+    const int8_t* at;
+
+    INLINE void block(int b) { at = tile + (int64_t)b * BLOCK * W; }
+    INLINE void step(int d, vb& first, vb& second) const {
+        first = load_bytes(at + d * 8 * W), second = load_bytes(at + d * 8 * W + 4 * W);
+    }
+};
+
+// --- rows x outputs -----------------------------------------------------------------------------------------------------
+
+// M rows by W outputs. scales: of the first block's outputs.
+template <class Arithmetic, int M, class Weights>
+INLINE void multiply(Weights weights, const float* scales, const Int8Block* x, int blocks, vf (&y)[M]) {
+    constexpr int CHAINS = M == 1 ? 4 : M == 2 ? 2 : 1;  // so that few rows need not wait for each sum
+    for (int m = 0; m < M; m++) y[m] = vf{};
+    for (int b = 0; b < blocks; b++, scales += sizeof(Int8Weights) / sizeof(float)) {
+        weights.block(b);
+        const Int8Block* at[M];
+        vi dots[CHAINS][M] = {};
+        for (int m = 0; m < M; m++) {
+            at[m] = x + (int64_t)m * blocks + b;
+            if (Arithmetic::SHIFT) dots[0][m] = at[m]->offset - vi{};
+        }
+#pragma GCC unroll 8
+        for (int d = 0; d < STEPS; d++) {
+            vb first, second;
+            weights.step(d, first, second);
+            const auto w0 = Arithmetic::operand(first), w1 = Arithmetic::operand(second);
+            vi(&dots0)[M] = dots[2 * d % CHAINS], (&dots1)[M] = dots[(2 * d + 1) % CHAINS];
+            for (int m = 0; m < M; m++) dots0[m] = Arithmetic::dot(dots0[m], w0, at[m]->x + 8 * d);
+            for (int m = 0; m < M; m++) dots1[m] = Arithmetic::dot(dots1[m], w1, at[m]->x + 8 * d + 4);
+        }
+        for (int c = 1; c < CHAINS; c++)
+            for (int m = 0; m < M; m++) dots[0][m] += dots[c][m];
+        const vf scale = load(scales);
+        for (int m = 0; m < M; m++) y[m] = fma(__builtin_convertvector(dots[0][m], vf), scale * set1(at[m]->scale), y[m]);
+    }
+}
+
+// Outputs [first, last) of a group's W lanes, all rows.
+template <class Arithmetic, class Weights>
+void multiply_rows(const Weights& weights, const float* scales, const Int8Block* x, int rows, int blocks, const float* bias,
+                   float* y, int64_t stride, int first, int last) {
+    auto some = [&]<int M>() {
+        vf sums[M];
+        multiply<Arithmetic, M>(weights, scales, x, blocks, sums);
+        for (int m = 0; m < M; m++) {
+            float lanes[W];
+            store(lanes, sums[m]);
+            for (int n = first; n < last; n++) y[m * stride + n] = bias ? lanes[n] + bias[n] : lanes[n];
+        }
+    };
+    for (; rows >= MOST; rows -= MOST, x += (int64_t)MOST * blocks, y += MOST * stride) some.template operator()<MOST>();
+    switch (rows) {
+        case 1: return some.template operator()<1>();
+        case 2: return some.template operator()<2>();
+        case 3: return some.template operator()<3>();
+        case 4: return some.template operator()<4>();
+        case 5: return some.template operator()<5>();
+        case 6: return some.template operator()<6>();
+        case 7: return some.template operator()<7>();
+    }
+}
+
+template <class Arithmetic>
+void tile(const Weight& w, const Int8Block* x, int rows, int first, int last, float* y, int64_t stride) {
+    const int blocks = w.in / BLOCK;
+    const vb table = load_table(w.code, Arithmetic::SHIFT);
+    for (int o = first / W * W; o < last; o += W) {
+        const Int8Weights* group = (const Int8Weights*)w.int8 + (int64_t)(o / 16) * blocks;
+        Packed packed{group, table, o % 16, nullptr};
+        auto rows_of = [&](const auto& weights) {
+            multiply_rows<Arithmetic>(weights, group->scales + o % 16, x, rows, blocks, w.bias ? w.bias + o : nullptr, y + o,
+                                      stride, o < first ? first - o : 0, least(W, last - o));
+        };
+        if (rows <= 2 * MOST) {
+            rows_of(packed);
+            continue;
+        }
+        int8_t* const decoded = (int8_t*)scratch(TILE, (size_t)blocks * BLOCK * W / sizeof(float));
+        int8_t* to = decoded;
+        for (int b = 0; b < blocks; b++) {
+            packed.block(b);
+            for (int d = 0; d < STEPS; d++, to += 8 * W) {
+                vb first, second;
+                packed.step(d, first, second);
+                memcpy(to, &first, sizeof first), memcpy(to + 4 * W, &second, sizeof second);
+            }
+        }
+        rows_of(Decoded{decoded, nullptr});
+    }
+}
+
+}  // namespace
+
+void pack_int8(const float* row, int in, Int8Block* to) {
+    const vf magic = set1(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
+    for (; in > 0; in -= BLOCK, row += BLOCK, to++) {
+        vi tops = {};  // the bits of a magnitude order as it does, with infinity and NaN above all
+        for (int i = 0; i < BLOCK; i += W) {
+            const vi bits = (vi)load(row + i) & 0x7fffffff;
+            tops = bits > tops ? bits : tops;
+        }
+        const int32_t bits = reduced(tops, [](int32_t a, int32_t b) { return a > b ? a : b; });
+        float top;
+        memcpy(&top, &bits, sizeof top);
+        if (!(top < INFINITY)) {
+            memset(to->x, 0, sizeof to->x);
+            to->scale = NAN, to->offset = 0;
+            continue;
+        }
+        const vf per_unit = set1(top > 0 ? 127.f / top : 0.f);
+        vi total = {};
+        for (int i = 0; i < BLOCK; i += W) {
+            const vi q = (vi)(load(row + i) * per_unit + magic) - (vi)magic;
+            total += q;
+            const auto bytes = __builtin_convertvector(q, vq);
+            memcpy(to->x + i, &bytes, sizeof bytes);
+        }
+        to->scale = top / 127.f;
+        to->offset = -128 * reduced(total, [](int32_t a, int32_t b) { return a + b; });
+    }
+}
+
+#if defined(__AVX512F__)
+static bool vnni = __builtin_cpu_supports("avx512vnni");
+#endif
+
+void int8_tile(const Weight& w, const Int8Block* x, int rows, int first, int last, float* y, int64_t stride) {
+#if defined(__AVX512F__)
+    if (vnni) return tile<Vnni>(w, x, rows, first, last, y, stride);
+#endif
+    tile<Signed>(w, x, rows, first, last, y, stride);
+}
+
+EXPORT void lk_set_vnni(int allowed) {
+#if defined(__AVX512F__)
+    vnni = allowed && __builtin_cpu_supports("avx512vnni");
+#else
+    (void)allowed;
+#endif
+}

@@ -1,0 +1,29 @@
+// The optional int8 tier of a 4-bit linear: inputs rounded to eight bits, block by block, and integer dot products.
+//
+//   y = sum over blocks of 64 inputs, in order:  fma(float(q . l), (absmax / 127) * scale, y)
+//
+// with q = round(x / scale), scale = max |x| / 127 over the block, and l = round(127 * code), the weights' own codes as
+// integers. Sums inside a block are exact, so a result depends neither on the rows beside it nor on the instructions.
+#pragma once
+
+#include "linear.h"
+
+// A block of 16 outputs by 64 inputs, as `QuantizedWeight.with_int8_inputs` lays them out, group by group of outputs:
+// [groups, blocks]. Outputs that are missing from the last group are zeros.
+struct Int8Weights {
+    uint8_t codes[8][16][4];  // [eight inputs, output, byte]; byte j: input j in its high nibble, j + 4 in its low one
+    float scales[16];         // absmax / 127
+};
+
+// One row's share of a block.
+struct Int8Block {
+    int8_t x[64];
+    float scale;     // NaN when any of the inputs is not finite
+    int32_t offset;  // -128 * the sum of x: makes up for weights that are kept as l + 128
+};
+
+// Rounds a row of whole blocks.
+void pack_int8(const float* row, int in, Int8Block* to);
+
+// As linear_tile, for a weight that has `int8`.
+void int8_tile(const Weight& w, const Int8Block* x, int rows, int first, int last, float* y, int64_t stride);
