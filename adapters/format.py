@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from adapters.config import MAX_CONFIG_BYTES, AdapterConfig, AdapterError, parse_config
+from adapters.disk import sync
 from adapters.fields import shorten
 from adapters.layout import GROWN, PREFIX, Layout, LinearShape, LoraModule, Variants, layout
 from adapters.outline import Outline
@@ -395,15 +395,6 @@ def write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, tupl
     document = json.dumps({"peft_type": "LORA", **config}, indent=2, sort_keys=True)
     _write_synced(directory / CONFIG_NAME, document.encode())
     sync(directory)
-
-
-def sync(path: Path) -> None:
-    """Make a file's content, or a directory's entries, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_synced(path: Path, content: bytes) -> None:

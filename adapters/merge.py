@@ -15,8 +15,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from adapters.disk import sync
 from adapters.fields import AdapterError
-from adapters.format import sync
 from adapters.mix import Factors, read_factors
 from adapters.worker import carry_out
 

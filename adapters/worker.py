@@ -3,13 +3,13 @@
 `adapters.mix` and `adapters.merge` are such programs; `server.worker` starts them.
 """
 
-import errno
 import json
 import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from adapters.disk import is_full
 from adapters.fields import AdapterError
 
 REFUSED = 3  # exit code: the order is at fault, and the answer says how
@@ -26,7 +26,7 @@ def carry_out(work: Callable[[Mapping[str, Any]], Any]) -> None:
         json.dump({"message": str(refusal), "param": refusal.param, "code": refusal.code}, sys.stdout)
         sys.exit(REFUSED)
     except OSError as fault:
-        if fault.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if not is_full(fault):
             raise
         sys.exit(DISK_FULL)
     json.dump(answer, sys.stdout)

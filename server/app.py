@@ -23,7 +23,8 @@ from starlette.applications import Starlette
 
 from adapters.names import LocalNames
 from adapters.outline import Outline
-from adapters.store import AdapterStore, RemoteUnavailable
+from adapters.store import AdapterStore
+from adapters.versions import RemoteUnavailable
 from server import logs
 from server.admission import Admission
 from server.api import (

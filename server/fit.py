@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from adapters.format import EXTRAS, AdapterError, AdapterSpec
 from adapters.rows import rounded
-from adapters.store import Version
+from adapters.versions import Version
 from server.engine.protocol import Ready
 
 MAX_CUDA_RANK = 512  # of one adapter in the grouped LoRA kernels

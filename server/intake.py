@@ -7,7 +7,6 @@ whatever the store holds can be served. It knows neither HTTP nor what a request
 import asyncio
 import contextlib
 import dataclasses
-import errno
 import logging
 import shutil
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping
@@ -19,20 +18,14 @@ from starlette.concurrency import run_in_threadpool
 
 from adapters.background import run_in, threads
 from adapters.details import device_bytes
+from adapters.disk import is_full
 from adapters.fields import shorten
+from adapters.files import Staging
 from adapters.format import CONFIG_NAME, EXTRAS, WEIGHTS_NAME, AdapterError, AdapterSpec, inspect
 from adapters.outline import Outline
-from adapters.store import (
-    AdapterStore,
-    DamagedAdapter,
-    Pointer,
-    RemoteUnavailable,
-    Staging,
-    UnknownAdapter,
-    Version,
-    check_name,
-)
+from adapters.store import AdapterStore
 from adapters.text import NO_TEXT, TEMPLATE_NAME, TOKENIZER_NAME, AdapterText, NewToken, check_template, read_new_tokens
+from adapters.versions import DamagedAdapter, Pointer, RemoteUnavailable, UnknownAdapter, Version, check_name
 from server.engine.client import EngineClient, EngineUnavailable
 from server.engine.protocol import AdapterRef, Ready
 from server.errors import Conflict, InvalidRequest, StorageFull
@@ -42,7 +35,6 @@ from server.metrics import Metrics
 from server.settings import SettingError, Settings
 from server.text import TextProcessor
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _POLL_SECONDS = 0.1
 _RETRY_SECONDS = 10.0  # until the files of a pinned adapter are asked for again
 _CHANGES = 8  # that are checked, or wait for a disk or a network, at once
@@ -421,7 +413,7 @@ def disk_faults() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _DISK_FULL:
+        if is_full(error):
             raise StorageFull("The disk is full; nothing was kept.") from None
         raise
 

@@ -11,10 +11,11 @@ from starlette.types import Receive, Scope, Send
 
 from adapters.config import MAX_CONFIG_BYTES
 from adapters.details import details_of
+from adapters.files import Staging
 from adapters.format import CONFIG_NAME, WEIGHTS_NAME
-from adapters.store import AdapterStore, AmbiguousDigest, Staging, UnknownAdapter, Version
+from adapters.store import AdapterStore
 from adapters.text import MAX_TEMPLATE_BYTES, MAX_TOKENIZER_BYTES, TEMPLATE_NAME, TOKENIZER_NAME
-from adapters.versions import split_reference
+from adapters.versions import AmbiguousDigest, UnknownAdapter, Version, split_reference
 from server.api.merging import resident
 from server.api.mixing import mix
 from server.api.paging import window

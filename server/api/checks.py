@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from adapters.store import Version
+from adapters.versions import Version
 from server.api.adapters import take_slot
 from server.api.body import Body
 from server.api.generation import raise_failure

@@ -20,7 +20,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from adapters.recipe import MergedDtype
-from adapters.store import Version
+from adapters.versions import Version
 from server.api.body import Body
 from server.api.target import hold, reference
 from server.engine.client import MergeRefused

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from starlette.requests import Request
 
 from adapters.recipe import Method, Recipe
-from adapters.store import Version
+from adapters.versions import Version
 from server.api.body import Body
 from server.api.target import hold
 from server.errors import InvalidRequest

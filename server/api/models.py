@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from adapters.store import UnknownAdapter, Version
+from adapters.versions import UnknownAdapter, Version
 from server.api.paging import page, window
 from server.api.target import hold
 from server.errors import ModelNotFound, PermissionDenied

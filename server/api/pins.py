@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from adapters.details import device_bytes
-from adapters.store import UnknownAdapter
+from adapters.versions import UnknownAdapter
 from server.api.adapters import unknown_adapter
 from server.services import TENANT, services_of
 

@@ -9,8 +9,7 @@ from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 
 from adapters.format import AdapterSpec
-from adapters.store import SHORTEST_PREFIX, AmbiguousDigest, UnknownAdapter, Version
-from adapters.versions import split_reference
+from adapters.versions import SHORTEST_PREFIX, AmbiguousDigest, UnknownAdapter, Version, split_reference
 from server.api.schema import WeightedAdapter
 from server.engine.protocol import AdapterRef
 from server.errors import Conflict, InvalidRequest, ModelNotFound

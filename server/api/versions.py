@@ -11,7 +11,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from adapters.store import AmbiguousDigest, Moved, Pointer, UnknownAdapter
+from adapters.store import Moved
+from adapters.versions import AmbiguousDigest, Pointer, UnknownAdapter
 from server.api.adapters import receipt, unknown_adapter
 from server.api.body import Body
 from server.errors import Conflict, InvalidRequest, NotFound, PreconditionFailed

@@ -11,7 +11,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from adapters.format import CONFIG_NAME, WEIGHTS_NAME
-from adapters.store import UnknownAdapter
+from adapters.versions import UnknownAdapter
 from server.api.body import Body
 from server.errors import InvalidRequest, NotFound, shown
 from server.services import TENANT, Services, services_of

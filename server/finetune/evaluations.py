@@ -19,7 +19,8 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from adapters.store import AdapterStore, UnknownAdapter
+from adapters.store import AdapterStore
+from adapters.versions import UnknownAdapter
 from server.engine.client import EngineClient, EngineUnavailable, engine_up
 from server.engine.protocol import AdapterRef, Generate, Output, Ready, Sampling
 from server.finetune import recipe

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adapters.format import sync
+from adapters.disk import sync
 from server.finetune.database import Database
 
 _ALPHABET = string.ascii_letters + string.digits

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adapters.config import AdapterError
-from adapters.format import CONFIG_NAME, WEIGHTS_NAME, sync
+from adapters.disk import sync
+from adapters.format import CONFIG_NAME, WEIGHTS_NAME
 from server.errors import StorageFull
 from server.finetune.database import Database
 from server.finetune.files import FileStore

@@ -10,7 +10,8 @@ from typing import Any
 
 from adapters.format import CONFIG_NAME, WEIGHTS_NAME, AdapterSpec, LoraModule
 from adapters.names import LocalNames
-from adapters.store import AdapterStore, Version
+from adapters.store import AdapterStore
+from adapters.versions import Version
 
 
 class Box:

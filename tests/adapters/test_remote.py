@@ -12,7 +12,8 @@ import pytest
 
 from adapters.format import WEIGHTS_NAME, inspect
 from adapters.remote import RemoteStore
-from adapters.store import AdapterStore, DamagedAdapter, RemoteUnavailable, UnknownAdapter, Version
+from adapters.store import AdapterStore
+from adapters.versions import DamagedAdapter, RemoteUnavailable, UnknownAdapter, Version
 from tests.buckets import BUCKET, S3Server
 from tests.server.harness import base_info, write_adapter
 
@@ -75,8 +76,9 @@ def here(store: AdapterStore, *versions: Version) -> list[bool]:
 
 def store_at_rest(store: AdapterStore) -> None:
     """Once everything that was to be removed is removed."""
-    with store._counting:
-        assert store._counting.wait_for(lambda: store._excess <= 0 and not store._removing, 10)
+    files = store._files
+    with files._counting:
+        assert files._counting.wait_for(lambda: files._excess <= 0 and not files._removing, 10)
 
 
 def weights(seed: int, folder: Path) -> bytes:
@@ -340,4 +342,4 @@ async def test_a_directory_will_do(tmp_path: Path) -> None:
     assert await read(other, "x") == weights(1, tmp_path / "made")
     other.delete("t", "x")
     assert not list((tmp_path / "bucket").rglob("*.*"))
-    assert version.digest not in other._stored
+    assert not other.has(version)

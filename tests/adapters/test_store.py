@@ -25,10 +25,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from adapters import store as store_module
+from adapters import files as files_module
 from adapters.config import AdapterError
+from adapters.disk import StorageFull
 from adapters.format import CONFIG_NAME, WEIGHTS_NAME, AdapterSpec
-from adapters.store import AdapterStore, AmbiguousDigest, Moved, StorageFull, UnknownAdapter, Version, check_name
+from adapters.store import AdapterStore, Moved
+from adapters.versions import AmbiguousDigest, UnknownAdapter, Version, check_name
 from tests.adapters.publishing import Box, content_of, put, spec_of
 
 ROOT = Path(__file__).parents[2]
@@ -320,15 +322,18 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, call: int, number: int) -> None:
 
         return wrapper
 
-    monkeypatch.setattr(store_module, "sync", counted(store_module.sync))
+    monkeypatch.setattr(files_module, "sync", counted(files_module.sync))
     monkeypatch.setattr(AdapterSpec, "save", counted(AdapterSpec.save))
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 @pytest.mark.parametrize("call", range(1, 7))
-def test_a_full_disk_keeps_nothing_and_loses_nothing(box: Box, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+def test_a_full_disk_keeps_nothing_and_loses_nothing(
+    box: Box, monkeypatch: pytest.MonkeyPatch, call: int, number: int
+) -> None:
     put(box.store, "x", "one")
     with monkeypatch.context() as patch:
-        fail_at(patch, call, errno.ENOSPC)
+        fail_at(patch, call, number)
         with pytest.raises(StorageFull):
             put(box.store, "x", "two")
     assert box.on_disk() == (0, ["one"])

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from adapters.format import AdapterError
-from adapters.store import UnknownAdapter
+from adapters.versions import UnknownAdapter
 from server.engine.client import EngineUnavailable
 from server.errors import StorageFull
 from server.intake import disk_faults

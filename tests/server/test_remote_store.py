@@ -11,7 +11,8 @@ import httpx
 import pytest
 
 from adapters.remote import RemoteStore
-from adapters.store import AdapterStore, DamagedAdapter, RemoteUnavailable
+from adapters.store import AdapterStore
+from adapters.versions import DamagedAdapter, RemoteUnavailable
 from server.app import open_store
 from server.services import TENANT
 from server.settings import SettingError, Settings

@@ -118,7 +118,7 @@ def test_new_tokens_are_drawn_by_those_who_have_them_and_by_nobody_else(world: W
 
 def test_the_receipt_counts_them(world: World) -> None:
     from adapters.format import AdapterSpec
-    from adapters.store import receipt_of
+    from adapters.receipt import receipt_of
 
     spec = AdapterSpec.read(world.adapters["frozen"])
     assert receipt_of(spec)["new_tokens"] == NEW
