@@ -204,6 +204,7 @@ def _engine_config(settings: Settings, model: Path) -> EngineConfig:
         quantization=settings.quantization,
         dtype=settings.dtype,
         device=settings.device,
+        activations=settings.activations,
         max_model_len=settings.max_model_len,
         kv_cache_bytes=settings.kv_cache_bytes,
         adapter_bytes=settings.adapter_bytes,

@@ -167,6 +167,12 @@ class Settings:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     device: str = _setting("auto", "Where the base lives: auto, cpu, cuda or cuda:N.")
+    activations: Literal["exact", "int8"] = _setting(
+        "exact",
+        "What 4-bit linears of the base multiply on a CPU: exact inputs, or inputs rounded to 8 bits, which is faster. "
+        "How far off that is gets measured at start, logged, and shown by `GET /ready`.",
+        choices=("exact", "int8"),
+    )
     threads: int | None = _setting(
         None, "Compute threads of the engine.", parse=_integer, minimum=1, maximum=1024, shown="one per core"
     )

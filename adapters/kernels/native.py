@@ -43,6 +43,7 @@ class WeightStruct(Structure):
         ("blocksize", c_int32),
         ("nested_blocksize", c_int32),
         ("int8", c_void_p),
+        ("levels", c_void_p),
     ]
 
 
@@ -294,7 +295,7 @@ def _weight_struct(weight: QuantizedWeight) -> WeightStruct:
         *weight.shape,
         weight.blocksize,
         weight.nested_blocksize,
-        address(weight.int8),
+        *((address(weight.int8.data), address(weight.int8.levels)) if weight.int8 else (None, None)),
     )
 
 

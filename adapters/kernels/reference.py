@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adapters.kernels.weight import QuantizedWeight
+from adapters.kernels.weight import Int8Copy, QuantizedWeight
 
 ROW_MULTIPLE = 4
 KEY_GROUP = 64  # attention reduces over keys in groups of this many, aligned to the sequence's start
@@ -96,19 +96,18 @@ def base_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) 
 def linear_forward(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
     """`x @ W.T + bias`, outside autograd."""
     if weight.int8 is not None:
-        y = int8_linear(x, weight)
+        y = int8_linear(x, weight, weight.int8)
         return y if bias is None else y + bias
     y = padded_linear(x, weight.dequantize(x.dtype))
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def int8_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
-    """`x @ W.T` with inputs and codes rounded to int8 and multiplied as integers, block by block of 64 inputs.
+def int8_linear(x: Tensor, weight: QuantizedWeight, copy: Int8Copy) -> Tensor:
+    """`x @ W.T` with inputs rounded to int8, times the copy's levels as integers, block by block of 64 inputs.
 
-    A block of x, fp32 `[rows, in]`, is `round(x / scale)` with `scale = max |x| / 127`; the weight's 16 codes are
-    `round(127 * code)`. A block's sum is exact; `y += sum * (absmax / 127 * scale)` goes over the blocks in order.
+    A block of x, fp32 `[rows, in]`, is `round(x / scale)` with `scale = max |x| / 127`. A block's sum is exact, and
+    `y += sum * (scales * scale)` goes over the blocks in order.
     """
-    assert weight.code is not None
     out_features, in_features = weight.shape
     blocks = in_features // 64
     x = x.float().view(len(x), blocks, 64)
@@ -116,12 +115,12 @@ def int8_linear(x: Tensor, weight: QuantizedWeight) -> Tensor:
     tops = tops.masked_fill(~tops.isfinite(), torch.nan)
     q = (x * torch.where(tops > 0, 127.0 / tops, 0.0)[..., None]).round().nan_to_num(0.0).double()
     nibbles = torch.stack((weight.data.view(-1) >> 4, weight.data.view(-1) & 15), dim=-1).view(-1).int()
-    codes = (127.0 * weight.code).round().double()[nibbles].view(out_features, blocks, 64)
-    absmax = weight.block_scales().repeat_interleave(weight.blocksize // 64).view(out_features, blocks)
-    sums = torch.einsum("rbi,obi->bro", q, codes)  # exact in float64, as in fp32 and in integers
+    levels = copy.levels.double()[nibbles].view(out_features, blocks, 64)
+    scales = copy.scales[:out_features]
+    sums = torch.einsum("rbi,obi->bro", q, levels)  # exact in float64, as in fp32 and in integers
     y = x.new_zeros(len(x), out_features).double()
     for block in range(blocks):
-        scale = (absmax[:, block] * (1 / 127)) * (tops[:, block, None] / 127.0)  # fp32 [rows, out]
+        scale = scales[:, block] * (tops[:, block, None] / 127.0)  # fp32 [rows, out]
         y = (y + sums[block] * scale.double()).float().double()  # one rounding: a fused multiply-add
     return y.float()
 

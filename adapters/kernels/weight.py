@@ -19,6 +19,29 @@ from torch import Tensor, nn  # noqa: E402
 WeightKind = Literal["nf4", "fp4", "int8", "dense"]
 
 
+# The 16 codes times this, rounded, are integers up to 127 that are nearly proportional to the codes: more nearly than
+# with any other factor.
+_LEVEL_STEPS = {"nf4": 111.75, "fp4": 119.5}
+
+
+@dataclass(frozen=True, eq=False)
+class Int8Copy:
+    """A 4-bit weight once more, as integers: `levels[nibble] * unit * absmax`, laid out for 8-bit dot products.
+
+    `data` is uint8 `[groups of 16 outputs, blocks of 64 inputs, 512 + 64]`: four bytes of each of 16 outputs at a time,
+    byte j of them with input j of eight in the high nibble and j + 4 in the low one; behind them the outputs'
+    `unit * absmax` as fp32. Outputs that the last group lacks are zeros.
+    """
+
+    data: Tensor
+    levels: Tensor  # int8 [16]
+
+    @property
+    def scales(self) -> Tensor:
+        """`unit * absmax`, fp32 `[groups * 16, blocks]`."""
+        return self.data[:, :, 512:].contiguous().view(torch.float32).transpose(1, 2).flatten(0, 1)
+
+
 @dataclass(frozen=True, eq=False)
 class QuantizedWeight:
     """The weight of one linear, `[out, in]`, as stored.
@@ -39,7 +62,7 @@ class QuantizedWeight:
     nested_code: Tensor | None = None  # fp32 [256]
     nested_blocksize: int = 0
     offset: float = 0.0
-    int8: Tensor | None = None  # a second copy, to be multiplied by inputs rounded to int8; see `with_int8_inputs`
+    int8: Int8Copy | None = None  # to be multiplied by inputs rounded to int8; see `with_int8_inputs`
 
     @classmethod
     def from_linear(cls, module: nn.Module) -> "QuantizedWeight":
@@ -99,24 +122,23 @@ class QuantizedWeight:
     def with_int8_inputs(self) -> "QuantizedWeight":
         """The same weight, multiplied as `reference.int8_linear` says: faster on a CPU, and not exact.
 
-        `int8` is what the kernels read then, uint8 `[groups of 16 outputs, blocks of 64 inputs, 512 + 64]`: four bytes
-        of each of 16 outputs at a time, byte j of them with input j of eight in the high nibble and j + 4 in the low
-        one; behind them the outputs' `absmax / 127` as fp32. Outputs that the last group lacks are zeros.
-
         Raises:
             ValueError: not 4-bit, or not in whole blocks of a multiple of 64 inputs.
         """
         (out_features, in_features), blocks = self.shape, self.shape[1] // 64
         if self.kind not in ("nf4", "fp4") or self.blocksize % 64 or in_features % self.blocksize:
             raise ValueError(f"a {self.kind} weight of shape {self.shape} in blocks of {self.blocksize}")
-        scales = self.block_scales().repeat_interleave(self.blocksize // 64).view(out_features, blocks, 1) * (1 / 127)
+        assert self.code is not None
+        levels = (self.code * _LEVEL_STEPS[self.kind]).round()
+        unit = float(levels @ self.code / (levels @ levels))  # the least-squares fit
+        scales = (self.block_scales() * unit).repeat_interleave(self.blocksize // 64).view(out_features, blocks)
         groups = -(-out_features // 16)
-        int8 = torch.zeros(groups * 16, blocks, 9, 4, dtype=torch.uint8)  # [out, blocks, fours of bytes, 4]
+        data = torch.zeros(groups * 16, blocks, 9, 4, dtype=torch.uint8)  # [out, blocks, fours of bytes, 4]
         nibbles = torch.stack((self.data >> 4, self.data & 15), -1).view(out_features, blocks, 8, 2, 4)
-        int8[:out_features, :, :8] = nibbles[..., 0, :] << 4 | nibbles[..., 1, :]
-        int8[:out_features, :, 8] = scales.view(torch.uint8)
-        int8 = int8.view(groups, 16, blocks, 9, 4).permute(0, 2, 3, 1, 4).reshape(groups, blocks, 576)
-        return replace(self, int8=int8)
+        data[:out_features, :, :8] = nibbles[..., 0, :] << 4 | nibbles[..., 1, :]
+        data[:out_features, :, 8] = scales[..., None].view(torch.uint8)
+        data = data.view(groups, 16, blocks, 9, 4).permute(0, 2, 3, 1, 4).reshape(groups, blocks, 576)
+        return replace(self, int8=Int8Copy(data, levels.to(torch.int8)))
 
     def block_scales(self) -> Tensor:
         """A 4-bit weight's scales with double quantisation undone, fp32 `[blocks]`."""

@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+import msgspec
 from prometheus_client.exposition import choose_encoder
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -31,6 +32,7 @@ async def ready(request: Request) -> Response:
         "status": "ready" if reason is None else "unavailable",
         "engine_pid": services.engine.pid,
         "base_digest": info.base_digest if info else None,
+        "int8_drift": msgspec.to_builtins(info.int8_drift) if info else None,
     }
     if reason is None:
         return JSONResponse(body)

@@ -54,7 +54,7 @@ def compare(
     if longest < blocks.block_size * (CONTEXT_BLOCKS + 1):
         raise NoRoom(f"a KV cache of {blocks.num_blocks} blocks leaves no room to compare (--kv-cache-bytes)")
     for prompt in prompts:
-        yield from _drift(runner, blocks, sides, prompt[:longest], found)
+        yield from drift(runner, blocks, sides, prompt[:longest], found)
     context = [token for prompt in prompts for token in prompt]
     needed = CONTEXT_BLOCKS * blocks.block_size
     context = (context * needed)[:needed]
@@ -64,15 +64,21 @@ def compare(
     return found
 
 
-def _drift(
-    runner: Runner, pool: BlockPool, sides: tuple[AdapterKey, AdapterKey], prompt: Seq[int], found: Comparison
+def drift(
+    runner: Runner,
+    pool: BlockPool,
+    sides: tuple[AdapterKey, AdapterKey],
+    prompt: Seq[int],
+    found: Comparison,
+    chunk: int = CHUNK,
 ) -> Pieces:
+    """Run both ways over a prompt, `chunk` tokens at a time, and add up in `found` how far apart they are."""
     count = pool.blocks_for(len(prompt))
     taken = yield from _take(pool, 2 * count)
     try:
         first, second = (_sequence(prompt, key, taken[i * count : (i + 1) * count]) for i, key in enumerate(sides))
-        for start in range(0, len(prompt), CHUNK):
-            length = min(CHUNK, len(prompt) - start)
+        for start in range(0, len(prompt), chunk):
+            length = min(chunk, len(prompt) - start)
             yield "drift"
             one = runner.logits([_work(first, start, length)]).log_softmax(-1)
             yield "drift"

@@ -108,6 +108,7 @@ class Engine:
             free_rows=FREE_ROWS.get(base.device.type, 3),
         )
         self.base_digest = base.digest()
+        self.int8_drift: protocol.Drift | None = None  # see `activations`
         self._live: dict[str, _Live] = {}
         self._warming: list[tuple[protocol.Warm, float]] = []
         self._done: list[protocol.Done] = []
@@ -173,6 +174,7 @@ class Engine:
             pool_rows=self.pool.capacity,
             device=str(base.device),
             dtype=str(base.dtype).removeprefix("torch."),
+            int8_drift=self.int8_drift,
         )
 
     # --- requests ------------------------------------------------------------------------------------------

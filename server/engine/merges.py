@@ -235,7 +235,7 @@ class Merges:
                 raise AdapterError("only plain LoRA can be merged", "to", "unsupported_adapter_feature")
             taken, rank = self._check(digest, order.dtype)
             weights = yield from self._weights(digest, order.dtype)
-            self._runner.install(key, with_weights(self._base, weights))
+            self._runner.install(key, with_weights(self._runner.base, weights))
             installed = True
             sides = unmerged, ((key, 1.0),)
             found = yield from compare(self._runner, self._blocks, sides, order.prompts, self._max_requests)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters import format as adapter_format
-from server.engine import protocol, selfcheck
+from server.engine import activations, protocol, selfcheck
 from server.engine.engine import Engine
 from server.engine.loop import Loop
 from server.engine.protocol import AdapterRef, EngineConfig, Generate, Sampling
@@ -145,6 +145,8 @@ def main() -> None:
         ready: dict[str, Any] = {"ready": True}
         if settings.get("check"):
             ready["difference"] = selfcheck.compare(engine)
+        if config.activations == "int8":
+            activations.round_to_int8(engine, Path(config.model))
         engine.runner.warm_up(config.max_batch_requests)
         runner = Bench(engine, config)
         adapters = {name: runner.accept(Path(path)) for name, path in settings["adapters"].items()}

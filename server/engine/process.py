@@ -15,7 +15,7 @@ from pathlib import Path
 import transformers
 import zmq
 
-from server.engine import protocol, selfcheck
+from server.engine import activations, protocol, selfcheck
 from server.engine.engine import Engine
 from server.engine.loop import Loop
 from server.engine.model import UnservableModel
@@ -48,6 +48,8 @@ def main() -> int:
     try:
         engine = Engine.load(config)
         selfcheck.run(engine, Path(config.cache_dir))
+        if config.activations == "int8":
+            activations.round_to_int8(engine, Path(config.model))
         engine.runner.warm_up(config.max_batch_requests)
         Loop(engine, Trainer(engine.base), config, socket).run()
     except UnservableModel as fault:

@@ -37,6 +37,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     quantization: str = "nf4"
     dtype: str = "auto"
     device: str = "auto"
+    activations: Literal["exact", "int8"] = "exact"  # what 4-bit linears multiply, on a CPU
     max_model_len: int | None = None
     kv_cache_bytes: int | None = None
     adapter_bytes: int | None = None
@@ -162,6 +163,14 @@ class Linear(msgspec.Struct, frozen=True):
     out_features: int
 
 
+class Drift(msgspec.Struct, frozen=True):
+    """How far one way of computing logits is from another, over so many positions of a text."""
+
+    positions: int
+    mean_kl: float  # of the next token's distribution, nats
+    greedy_agreement: float  # share of positions with the same most likely token
+
+
 class Ready(_Message, kw_only=True):
     """First message of an engine: what it serves and how much it holds."""
 
@@ -177,6 +186,7 @@ class Ready(_Message, kw_only=True):
     pool_rows: dict[str, int]  # kind -> capacity in 2-byte row units (an fp32 row takes two)
     device: str
     dtype: str
+    int8_drift: Drift | None = None  # from exact activations; None: they are exact
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

@@ -89,6 +89,16 @@ class Runner:
         self._model = _Model(base, cache, pool, max_model_len)
         self._merged: dict[str, _Model] = {}
 
+    @property
+    def base(self) -> Base:
+        """What sequences run on that no `install` concerns."""
+        return self._base
+
+    def rebase(self, base: Base) -> None:
+        """From now on run on this view of the base. Nothing may be under way."""
+        self._base = base
+        self._model = _Model(base, self._cache, self._pool, self._max_model_len)
+
     def install(self, key: str, merged: Base) -> None:
         """From now on sequences whose adapter is called `key` run on this base, and its rows are nobody's."""
         self._merged[key] = _Model(merged, self._cache, self._pool, self._max_model_len)

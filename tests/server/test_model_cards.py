@@ -84,7 +84,12 @@ async def test_ready_means_that_a_request_would_be_served(site: Site) -> None:
     async with site.client() as client:
         response = await client.get("/ready")
         assert response.status_code == 200
-        assert response.json() == {"status": "ready", "engine_pid": 4242, "base_digest": BASE_DIGEST}
+        assert response.json() == {
+            "status": "ready",
+            "engine_pid": 4242,
+            "base_digest": BASE_DIGEST,
+            "int8_drift": None,
+        }
 
         site.engine.unready_reason, site.engine.pid = "the engine is being restarted", None
         response = await client.get("/ready")

@@ -109,10 +109,9 @@ INLINE void look_up(vb table, vb bytes, vb& high, vb& low) {
 #endif
 }
 
-vb load_table(const float* code, int shift) {
+vb load_table(const int8_t* levels, int shift) {
     int8_t table[4 * W];
-    for (int i = 0; i < 16; i++) table[i] = (int8_t)(lrintf(127.f * code[i]) + shift);
-    for (int i = 16; i < 4 * W; i++) table[i] = table[i - 16];
+    for (int i = 0; i < 4 * W; i++) table[i] = (int8_t)(levels[i % 16] + shift);
     return load_bytes(table);
 }
 
@@ -200,7 +199,7 @@ void multiply_rows(const Weights& weights, const float* scales, const Int8Block*
 template <class Arithmetic>
 void tile(const Weight& w, const Int8Block* x, int rows, int first, int last, float* y, int64_t stride) {
     const int blocks = w.in / BLOCK;
-    const vb table = load_table(w.code, Arithmetic::SHIFT);
+    const vb table = load_table(w.levels, Arithmetic::SHIFT);
     for (int o = first / W * W; o < last; o += W) {
         const Int8Weights* group = (const Int8Weights*)w.int8 + (int64_t)(o / 16) * blocks;
         Packed packed{group, table, o % 16, nullptr};

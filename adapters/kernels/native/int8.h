@@ -1,18 +1,18 @@
 // The optional int8 tier of a 4-bit linear: inputs rounded to eight bits, block by block, and integer dot products.
 //
-//   y = sum over blocks of 64 inputs, in order:  fma(float(q . l), (absmax / 127) * scale, y)
+//   y = sum over blocks of 64 inputs, in order:  fma(float(q . l), output scale * scale, y)
 //
-// with q = round(x / scale), scale = max |x| / 127 over the block, and l = round(127 * code), the weights' own codes as
-// integers. Sums inside a block are exact, so a result depends neither on the rows beside it nor on the instructions.
+// with q = round(x / scale), scale = max |x| / 127 over the block, and l the weights' levels: their codes as integers.
+// Sums inside a block are exact, so a result depends neither on the rows beside it nor on the instructions.
 #pragma once
 
 #include "linear.h"
 
-// A block of 16 outputs by 64 inputs, as `QuantizedWeight.with_int8_inputs` lays them out, group by group of outputs:
+// A block of 16 outputs by 64 inputs, as Int8Copy of weight.py has them, group by group of outputs:
 // [groups, blocks]. Outputs that are missing from the last group are zeros.
 struct Int8Weights {
     uint8_t codes[8][16][4];  // [eight inputs, output, byte]; byte j: input j in its high nibble, j + 4 in its low one
-    float scales[16];         // absmax / 127
+    float scales[16];         // a level times this is a weight
 };
 
 // One row's share of a block.

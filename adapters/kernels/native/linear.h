@@ -20,7 +20,8 @@ struct Weight {
     int32_t kind;
     int32_t out, in;
     int32_t blocksize, nested_blocksize;
-    const void* int8;  // Int8Weights: y is computed as int8.h says; else null
+    const void* int8;      // Int8Weights: y is computed as int8.h says; else null
+    const int8_t* levels;  // [16], with that
 };
 
 struct Int8Block;

@@ -1,0 +1,95 @@
+"""The optional int8 tier: steps whose 4-bit linears round their inputs to eight bits, and what that changes.
+
+Serving alone is switched: training, merging, the head and adapters' own rows go on with exact inputs, on the same base.
+What it changes is measured when it is switched on, against the exact path, on a text that never changes.
+"""
+
+import logging
+import math
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from adapters.kernels import native
+from server.engine.comparison import Comparison, drift
+from server.engine.engine import Engine
+from server.engine.model import UnservableModel, with_weights
+from server.engine.protocol import Drift
+
+log = logging.getLogger("lorakeet.engine")
+
+_EXACT = "exact"  # what the base itself is installed as while it is compared with
+_CHUNK = 64  # tokens
+_TEXT = """\
+The lighthouse keeper wrote in his journal every evening: the wind from the south-west, three ships before noon, \
+a letter from his sister in Bergen. On 14 March 1897 he noted that the lamp had failed twice, and that he had \
+walked the gallery until dawn with a lantern in each hand.
+
+Question: A train leaves at 9:40 and arrives at 12:05. How long is the journey?
+Answer: From 9:40 to 12:00 is 2 hours and 20 minutes, and 5 minutes more make 2 hours and 25 minutes.
+
+def median(values):
+    ordered = sorted(values)
+    middle = len(ordered) // 2
+    if len(ordered) % 2:
+        return ordered[middle]
+    return (ordered[middle - 1] + ordered[middle]) / 2
+
+Photosynthesis turns carbon dioxide and water into sugar and oxygen; the energy comes from light that \
+chlorophyll takes up. In most plants this happens in the leaves, whose pores open by day and close at night.
+
+"I don't think we should go back," said Maria. "Not tonight, anyway." Tom looked at the river. "Then we'll need \
+a fire," he said, "and something dry to sleep on."
+"""
+
+
+def round_to_int8(engine: Engine, directory: Path) -> None:
+    """From now on the idle engine's steps take the int8 tier; `engine.int8_drift` says how far from exact they are.
+
+    Args:
+        directory: of the base, for its tokenizer.
+
+    Raises:
+        UnservableModel: the tier is not for this base, or not on this machine.
+    """
+    base = engine.base
+    if base.device.type != "cpu" or base.dtype != torch.float32:
+        dtype = str(base.dtype).removeprefix("torch.")
+        raise UnservableModel(f"--activations int8 is for float32 on a CPU; here it would be {dtype} on {base.device}")
+    if native.load() is None:
+        raise UnservableModel("--activations int8 needs the C++ kernels, which cannot be had here: leave it out")
+    rounded = {}
+    for linear in base.linears:
+        if native.takes_weight(linear.weight):
+            with suppress(ValueError):
+                rounded[linear.name] = linear.weight.with_int8_inputs()
+    if not rounded:
+        raise UnservableModel(
+            "--activations int8 is for linears in nf4 or fp4 (--quantization), and this base has none"
+        )
+    engine.runner.rebase(with_weights(base, rounded))
+    engine.int8_drift = found = _measure(engine, directory)
+    log.info(
+        "activations are rounded to int8 in %d of %d linears: mean KL %.4f nats from exact, the same most likely token "
+        "at %.1f%% of %d positions",
+        *(len(rounded), len(base.linears), found.mean_kl, 100 * found.greedy_agreement, found.positions),
+    )
+
+
+def _measure(engine: Engine, directory: Path) -> Drift:
+    """Raises UnservableModel when logits are not finite."""
+    ids = Tokenizer.from_file(str(directory / "tokenizer.json")).encode(_TEXT).ids
+    prompt = [token for token in ids if token < engine.base.vocab_size]
+    longest = min(engine.max_model_len, engine.blocks.num_blocks // 4 * engine.blocks.block_size)
+    found = Comparison()
+    engine.runner.install(_EXACT, engine.base)
+    try:
+        for _ in drift(engine.runner, engine.blocks, (((_EXACT, 1.0),), ()), prompt[:longest], found, _CHUNK):
+            pass
+    finally:
+        engine.runner.remove(_EXACT)
+    if not math.isfinite(found.divergence):
+        raise UnservableModel("--activations int8 makes logits of this base that are not finite: leave it out")
+    return Drift(found.positions, found.divergence / found.positions, found.agreeing / found.positions)
