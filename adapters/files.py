@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
+from adapters import rowfile
 from adapters.disk import full_disk_named, sync
 from adapters.format import AdapterError, AdapterSpec, digest_of
 from adapters.versions import DamagedAdapter, RemoteUnavailable, UnknownAdapter, Version
@@ -200,6 +201,7 @@ class VersionFiles:
                     return
                 self._remote.get(digest, staging.path)
                 _check_digest(staging.path, digest)
+                rowfile.make(staging.path, AdapterSpec.read(staging.path))
                 _sync_all(staging.path)
                 self.place(staging.path, digest)
         finally:

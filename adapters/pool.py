@@ -17,6 +17,7 @@ from adapters import kernels
 from adapters.format import EXTRAS, EXTRAS_UNIT
 from adapters.lora import LoraLinear
 from adapters.memory import zeros
+from adapters.rowfile import RowFile
 from adapters.rows import RowAllocator, rounded
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class HostAdapter:
     extras: "Extras | None" = None  # what it does besides rank rows
     extra_bytes: int = 0  # that these count for on the device
     invocation: tuple[int, ...] = ()  # the adapter is in force from the last occurrence of these tokens on
+    file: RowFile | None = None  # the numbers are there, and `linears` has their shapes only
 
     def units(self, kinds: Mapping[str, str]) -> dict[str, int]:
         """Row units needed per kind: the largest window over that kind's layers. `kinds`: module name -> kind."""
@@ -86,6 +88,32 @@ def host_adapter(
         linears = moved(linears, torch.empty(total // 2, dtype=torch.int16, pin_memory=True))
     rank = max((rows.rank for rows in linears.values()), default=0)
     return HostAdapter(digest, DTYPE_CODES[dtype], linears, total, rank)
+
+
+def filed_adapter(digest: str, file: RowFile, dtype: torch.dtype, device: torch.device) -> HostAdapter:
+    """An adapter whose rows are laid out already.
+
+    Those of a large one are read when a CPU's rows are there to take them: in between they would be copied twice.
+    """
+    pin = device.type == "cuda"
+    if pin or file.bytes <= AT_ONCE_BYTES:
+        memory = torch.empty(file.bytes // 2, dtype=torch.int16, pin_memory=pin)
+        file.read_into([memory.numpy()])
+    else:
+        memory = torch.empty(file.bytes // 2, dtype=torch.int16, device="meta")
+    linears = {}
+    for part in file.parts:
+        sizes = [part.units * part.inputs, part.units * part.outputs]
+        a, b, memory = memory.split([*sizes, len(memory) - sum(sizes)])
+        linears[part.name] = HostRows(a.view(part.units, -1), b.view(part.units, -1), part.rank, part.scaling)
+    return HostAdapter(
+        digest,
+        DTYPE_CODES[dtype],
+        linears,
+        file.bytes,
+        max((part.rank for part in file.parts), default=0),
+        file=file if memory.is_meta else None,
+    )
 
 
 def moved(linears: Mapping[str, HostRows], memory: Tensor) -> dict[str, HostRows]:
@@ -242,7 +270,10 @@ class RowPool:
         return True
 
     def fill(self, adapter: HostAdapter) -> None:
-        """Copy an adapter into its rows. May run beside steps, in another thread: nobody reads them yet."""
+        """Copy an adapter into its rows. May run beside steps, in another thread: nobody reads them yet.
+
+        Raises OSError when its file cannot be read.
+        """
         if self._stream is None:
             self._copy(adapter)
             return
@@ -253,10 +284,16 @@ class RowPool:
 
     def _copy(self, adapter: HostAdapter) -> None:
         windows = self._placements[adapter.digest].windows
-        for name, rows in adapter.linears.items():
+        rows: list[Tensor] = []
+        for name, linear in adapter.linears.items():
             index, first = self._index[name], windows[self.kinds[name]]
-            self.a[index][first : first + len(rows.a)].copy_(rows.a, non_blocking=True)
-            self.b[index][first : first + len(rows.b)].copy_(rows.b, non_blocking=True)
+            rows += [storage[index][first : first + len(linear.a)] for storage in (self.a, self.b)]
+        if adapter.file is not None:
+            adapter.file.read_into([row.numpy() for row in rows])
+            return
+        numbers = [matrix for linear in adapter.linears.values() for matrix in (linear.a, linear.b)]
+        for row, matrix in zip(rows, numbers, strict=True):
+            row.copy_(matrix, non_blocking=True)
 
     def fills_at_once(self, adapter: HostAdapter) -> bool:
         """Whether `fill` takes no time to speak of."""

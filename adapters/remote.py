@@ -21,6 +21,7 @@ from obstore.store import from_url
 
 from adapters.format import CONFIG_NAME, SPEC_NAME, WEIGHTS_NAME
 from adapters.names import Locate
+from adapters.rowfile import ROWS_NAME
 from adapters.versions import DamagedAdapter, Pointer, RemoteUnavailable, Version
 
 if TYPE_CHECKING:
@@ -95,6 +96,8 @@ class RemoteStore:
     def put(self, digest: str, directory: Path) -> None:
         with _faults():
             for path in directory.iterdir():
+                if path.name == ROWS_NAME:  # whoever gets the others makes it
+                    continue
                 obstore.put(self._store, _path(digest, path.name), path)
 
     def get(self, digest: str, directory: Path) -> None:

@@ -54,13 +54,13 @@ class Residency:
         self._device: OrderedDict[str, int] = OrderedDict()  # digest -> rank, least recently used first
         self._references: Counter[str] = Counter()
         self._loading: dict[str, tuple[Future[HostAdapter], float]] = {}
-        self._filling: dict[str, tuple[Future[None], HostAdapter]] = {}  # on their way from the host to the device
+        self._filling: dict[str, tuple[Future[None], HostAdapter, float]] = {}  # on their way to the device, since when
         self._fresh: dict[str, float] = {}  # digest -> when it was filled; until somebody has it
         self._errors: dict[str, str] = {}
         self._forgotten: set[str] = set()
         self._pinned: dict[str, str] = {}  # digest -> path, in order of preference
         self._reader = threads(1, "adapter-reader", priority)
-        self._filler = threads(1, "adapter-filler", priority)  # does not wait for the disk
+        self._filler = threads(1, "adapter-filler", priority)
         self.loads: list[tuple[str, float]] = []  # (digest, seconds) since the reader of this list last cleared it
         self.evictions: list[str] = []
 
@@ -131,15 +131,23 @@ class Residency:
 
     def poll(self) -> None:
         """Take in the adapters that the worker thread has read, or put on the device."""
-        for digest, (filled, adapter) in list(self._filling.items()):
-            if filled.done():
-                filled.result()
-                del self._filling[digest]
+        for digest, (filled, adapter, started) in list(self._filling.items()):
+            if not filled.done():
+                continue
+            del self._filling[digest]
+            fault = filled.exception()
+            if fault is None:
                 self._device[digest] = adapter.rank
                 if digest not in self._pinned:
                     self._fresh[digest] = time.monotonic()
-                if digest in self._forgotten:
-                    self._drop(digest)
+                if adapter.file is not None:
+                    self.loads.append((digest, time.monotonic() - started))
+            else:
+                self._errors[digest] = str(fault) or type(fault).__name__
+                self._pool.remove(digest)
+                self._host.pop(digest, None)
+            if digest in self._forgotten:
+                self._drop(digest)
         arrived: set[str] = set()
         for digest, (future, started) in list(self._loading.items()):
             if not future.done():
@@ -150,7 +158,8 @@ class Residency:
                 self._errors[digest] = str(fault) or type(fault).__name__
                 continue
             self._host[digest] = future.result()
-            self.loads.append((digest, time.monotonic() - started))
+            if self._host[digest].file is None:
+                self.loads.append((digest, time.monotonic() - started))
             arrived.add(digest)
         for digest in self._pinned:
             if digest not in self._device and digest not in self._filling:
@@ -241,7 +250,8 @@ class Residency:
                 self._pool.fill(adapter)
                 self._device[adapter.digest] = adapter.rank
             else:
-                self._filling[adapter.digest] = (self._filler.submit(self._pool.fill, adapter), adapter)
+                filled = self._filler.submit(self._pool.fill, adapter)
+                self._filling[adapter.digest] = (filled, adapter, time.monotonic())
         return True
 
     def _evict(self, digest: str) -> None:

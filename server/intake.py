@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from starlette.concurrency import run_in_threadpool
 
+from adapters import rowfile
 from adapters.background import run_in, threads
 from adapters.details import device_bytes
 from adapters.disk import is_full
@@ -128,6 +129,7 @@ class AdapterIntake:
         check = partial(inspect, staging.path, base.linears, base.architecture, self._outline, text)
         spec = await run_in(self._workers, check)
         check_fit(spec, base)
+        await self._change(partial(rowfile.make, staging.path, spec))
         spec = self._with_warnings(dataclasses.replace(spec, warnings=(*spec.warnings, *warnings)))
         before = self._shares(tenant, name)
         if before and not again and spec.digest in {known.digest for known in self._store.versions(tenant, name)}:

@@ -17,12 +17,12 @@ import psutil
 import torch
 
 from adapters import format as adapter_format
-from adapters import kernels
+from adapters import kernels, rowfile
 from adapters.background import Priority
 from adapters.extras import build as build_extras
 from adapters.format import EXTRAS, EXTRAS_UNIT
 from adapters.outline import Outline
-from adapters.pool import HostAdapter, RowPool, host_adapter
+from adapters.pool import HostAdapter, RowPool, filed_adapter, host_adapter
 from adapters.residency import Residency
 from server.engine import model, protocol
 from server.engine.attention import KVCache
@@ -82,9 +82,9 @@ class Engine:
         self.max_model_len = max_model_len
         cache = KVCache(base.num_layers, base.kv_heads, base.head_dim, num_blocks, BLOCK_SIZE, base.dtype, base.device)
         self.blocks = BlockPool(num_blocks, BLOCK_SIZE, prefix_caching)
-        linears = {linear.name: linear for linear in base.linears}
+        self._linears = {linear.name: linear for linear in base.linears}
         capacity = {linear.kind: pool_units for linear in base.linears} | {EXTRAS: extra_bytes // EXTRAS_UNIT}
-        self.pool = RowPool(linears, capacity, base.device)
+        self.pool = RowPool(self._linears, capacity, base.device)
         self.residency = Residency(self.pool, self._load_adapter, adapter_host_bytes, background_priority)
         self.runner = Runner(base, cache, self.pool, max_model_len)
         self.merges = Merges(
@@ -364,15 +364,18 @@ class Engine:
     def _load_adapter(self, digest: str, path: str) -> HostAdapter:
         directory = Path(path)
         spec = adapter_format.AdapterSpec.read(directory)
+        dtype: torch.dtype = getattr(torch, spec.dtype)
+        rows = rowfile.find(directory, spec, self._linears)
+        if rows is not None:
+            return filed_adapter(digest, rows, dtype, self.base.device)
         tensors = adapter_format.load(directory, spec)
         modules = {name: (a, b, spec.modules[name].scaling) for name, (a, b) in tensors.items()}
-        adapter = host_adapter(digest, modules, getattr(torch, spec.dtype), pin=self.base.device.type == "cuda")
+        adapter = host_adapter(digest, modules, dtype, pin=self.base.device.type == "cuda")
         if not spec.variants.names:
             return adapter
         values = adapter_format.load_variants(directory, spec)
-        linears = {linear.name: linear for linear in self.base.linears}
         with torch.no_grad():
-            extras = build_extras(spec.variants, values, modules, linears, self.base.model)
+            extras = build_extras(spec.variants, values, modules, self._linears, self.base.model)
         return dataclasses.replace(
             adapter,
             bytes=adapter.bytes + spec.variants.device_bytes,

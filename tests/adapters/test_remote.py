@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from adapters import rowfile
 from adapters.format import WEIGHTS_NAME, inspect
 from adapters.remote import RemoteStore
 from adapters.store import AdapterStore
@@ -48,6 +49,7 @@ class Depot:
         with store.stage() as staging:
             write_adapter(staging.path, seed)
             spec = inspect(staging.path, BASE.linears, BASE.architecture)
+            rowfile.make(staging.path, spec)
             return store.publish("t", name, staging, spec, **options)[0]
 
     def objects(self) -> dict[str, bytes]:

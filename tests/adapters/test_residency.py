@@ -290,3 +290,21 @@ class TiersMachine(RuleBasedStateMachine):
 
 TiersMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
 TestTiers = TiersMachine.TestCase
+
+
+def test_rows_that_cannot_be_filled_are_given_back_and_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "AT_ONCE_BYTES", 0)
+    fixture = Fixture()
+    fixture.residency.register("a", "4")
+
+    def fail(adapter: HostAdapter) -> None:
+        raise OSError("the file is gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fixture.pool, "fill", fail)
+        assert fixture.settle(key("a")) == "failed"
+    assert fixture.residency.error(key("a")) == "the file is gone"
+    assert fixture.pool.free == fixture.pool.capacity
+    assert fixture.residency.resident() == []
+    assert fixture.settle(key("a")) == "ready"
+    fixture.residency.close()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import uvicorn
 
-from loadtest.loading import Uploads, _repeated, table
+from loadtest.loading import MODES, Uploads, _repeated, table
 from server.services import TENANT
 from tests.server.harness import write_adapter
 from tests.server.scripted import serving
@@ -22,8 +22,9 @@ async def test_every_upload_is_another_adapter(tmp_path: Path) -> None:
         while not server.started:  # noqa: ASYNC110 - uvicorn has no event
             await asyncio.sleep(0.01)
         uploads = Uploads(f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", folder)
-        for _ in range(3):
-            await asyncio.to_thread(uploads.fresh)
+        await asyncio.to_thread(uploads.fresh)
+        for _ in range(2):
+            await asyncio.to_thread(uploads.fresh_and_warm)
         assert len(served.services.store.versions(TENANT, "fresh")) == 3
         assert await asyncio.to_thread(uploads.warm, "fresh") == 0.0
         server.should_exit = True
@@ -32,13 +33,14 @@ async def test_every_upload_is_another_adapter(tmp_path: Path) -> None:
 
 def test_work_is_repeated_as_long_as_the_block_lasts_and_its_fault_is_told() -> None:
     done: list[float] = []
-    with _repeated(lambda: done.append(time.perf_counter()), every=0.01) as count:
+    with _repeated(lambda: done.append(time.perf_counter()), every=0.01) as took:
         time.sleep(0.1)
     assert 2 <= len(done) <= 11
-    assert count() == len(done)
-    with _repeated(None, every=0.01) as count:
+    assert len(took) == len(done)
+    assert max(took) < 0.1
+    with _repeated(None, every=0.01) as took:
         pass
-    assert count() == 0
+    assert took == []
 
     def fail() -> None:
         raise OSError("no server")
@@ -53,8 +55,9 @@ def test_the_table_shows_every_mode() -> None:
         "streams": 4,
         "adapter_bytes": 20_000_000,
         "every_seconds": 1.0,
-        "itl_ms": {"alone": spread, "loads": spread, "uploads": spread},
-        "loads": {"alone": 0, "loads": 5, "uploads": 6},
+        "itl_ms": dict.fromkeys(MODES, spread),
+        "adapters": {"alone": 0, "loads": 5, "uploads": 6, "both": 4},
+        "took_ms": {"loads": 30.0, "uploads": 60.0, "both": 90.0},
         "first_token_ms": {"warm": 1.0, "cold": 2.0, "load": 1.0},
     }
-    assert table(result).row_count == 3
+    assert table(result).row_count == len(MODES)
