@@ -8,10 +8,10 @@ from loadtest.compare import Case
 
 _LLAMA = ("llama", "llama-q4_0")
 _OTHERS = ("vllm", "vllm-bf16", "peft", "peft-bf16")
-_ALL = ("lorakeet", "lorakeet-offline", *_LLAMA, "llama-static", "llama-q4_0-static", *_OTHERS)
+_ALL = ("lorakeet", "lorakeet-int8", "lorakeet-offline", *_LLAMA, "llama-static", "llama-q4_0-static", *_OTHERS)
 _HALF_WIDTH = ("lorakeet", *_LLAMA)
 _BASE = ("lorakeet", "lorakeet-bare", *_LLAMA, *_OTHERS, "transformers-serve", "transformers-serve-bf16")
-_WHOLE = ("lorakeet", *_LLAMA, "vllm", "peft-switching")
+_WHOLE = ("lorakeet", "lorakeet-int8", *_LLAMA, "vllm", "peft-switching")
 
 _CASES = (
     Case("one", "1 request, 1 adapter (fp32 file)", 1, "one", "float32", 65, _ALL),

@@ -78,6 +78,9 @@ def random_nf4(out_features: int, in_features: int) -> QuantizedWeight:
 
 
 def weight_bytes(weight: QuantizedWeight) -> int:
+    """What multiplying by it reads."""
+    if weight.int8 is not None:
+        return weight.int8.data.nbytes
     parts = (weight.data, weight.absmax, weight.nested_absmax)
     return sum(part.nbytes for part in parts if part is not None)
 
@@ -91,16 +94,17 @@ def _linear_lines(kernels: native.Kernels, out_features: int, in_features: int) 
     copies = MEMORY // weight_bytes(first) // RUN + 1
     runs = [[random_nf4(out_features, in_features) for _ in range(RUN)] for _ in range(copies)]
     next_run, weights = cycle(runs), cycle(chain.from_iterable(runs))
+    next_int8_run = cycle([[weight.with_int8_inputs() for weight in run] for run in runs])
 
-    def line(kernel: str, rows: int, seconds: float, library: str, library_call: Callable[[], Any]) -> dict[str, Any]:
+    def line(kernel: str, rows: int, seconds: float, library: str, library_seconds: float) -> dict[str, Any]:
         return {
             "kernel": kernel,
             "shape": f"{out_features}x{in_features}",
             "rows": rows,
             "seconds": seconds,
             "library": library,
-            "library_seconds": timed(library_call),
-            "bytes": weight_bytes(first),
+            "library_seconds": library_seconds,
+            "bytes": weight_bytes(first.with_int8_inputs() if "int8" in kernel else first),
             "flops": 2 * rows * out_features * in_features,
         }
 
@@ -108,13 +112,20 @@ def _linear_lines(kernels: native.Kernels, out_features: int, in_features: int) 
         x = torch.randn(rows, in_features)
         seconds = timed(lambda: kernels.linear_run(x, next(next_run))) / RUN
         library = "bitsandbytes dequantize + F.linear"
-        return line("nf4 linear", rows, seconds, library, lambda: reference.linear_forward(x, next(weights)))
+        return line("nf4 linear", rows, seconds, library, timed(lambda: reference.linear_forward(x, next(weights))))
+
+    def rounded(exact: dict[str, Any]) -> dict[str, Any]:
+        x = torch.randn(exact["rows"], in_features)
+        seconds = timed(lambda: kernels.linear_run(x, next(next_int8_run))) / RUN
+        return line("nf4 linear, int8 inputs", len(x), seconds, "the same, exact", exact["seconds"])
 
     dy = torch.randn(128, out_features)
     seconds = timed(lambda: kernels.linear_backward(dy, next(weights)))
     library = "bitsandbytes dequantize + matmul"
-    backward = line("nf4 linear backward", 128, seconds, library, lambda: reference.linear_backward(dy, next(weights)))
-    return [*map(forward, (1, 4, 8, 16, 128, 512)), backward]
+    library_seconds = timed(lambda: reference.linear_backward(dy, next(weights)))
+    backward = line("nf4 linear backward", 128, seconds, library, library_seconds)
+    exact = [forward(rows) for rows in (1, 4, 8, 16, 128, 512)]
+    return [*exact, backward, *map(rounded, exact)]
 
 
 def head_lines(kernels: native.Kernels) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ class Lorakeet(base.ServerSide):
     name = "lorakeet"
     ready_path = "/ready"
     ready_seconds = 600.0  # a first start quantises the base
+    flags: tuple[str, ...] = ()
 
     def __init__(self, *, upload: bool = True) -> None:
         super().__init__()
@@ -31,13 +32,13 @@ class Lorakeet(base.ServerSide):
             "version": importlib.metadata.version("lorakeet"),
             "base": "NF4, double quantisation",
             "adapters": "uploaded over HTTP, per request by model name" if self._upload else "none loaded",
-            "settings": "defaults",
+            "settings": " ".join(self.flags) or "defaults",
         }
 
     def command(self, kit: base.Kit, port: int) -> tuple[list[str], dict[str, str]]:
         data = kit.folder / f"{self.name}-data"
         flags = ["--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port), "--data-dir", str(data)]
-        return [str(executable()), "serve", "--model", str(kit.model), *flags], {}
+        return [str(executable()), "serve", "--model", str(kit.model), *flags, *self.flags], {}
 
     async def loaded(self, kit: base.Kit) -> None:
         if not self._upload:
@@ -78,6 +79,17 @@ class LorakeetBare(Lorakeet):
 
     async def extras(self) -> dict[str, Any]:
         return {}
+
+
+class LorakeetInt8(Lorakeet):
+    """The same server with its int8 tier, whose logits are not exact: it says how far off they are."""
+
+    name = "lorakeet-int8"
+    flags = ("--activations", "int8")
+
+    async def extras(self) -> dict[str, Any]:
+        async with httpx.AsyncClient(base_url=self.url) as http:
+            return {"drift": (await http.get(self.ready_path)).json()["int8_drift"]}
 
 
 def executable() -> Path:

@@ -2,7 +2,7 @@
 
 from loadtest.peers import llama, peft, transformers_serve, vllm
 from loadtest.peers.base import Side
-from loadtest.peers.lorakeet import Lorakeet, LorakeetBare
+from loadtest.peers.lorakeet import Lorakeet, LorakeetBare, LorakeetInt8
 from loadtest.peers.lorakeet_offline import LorakeetOffline
 
 SIDES: dict[str, type[Side]] = {
@@ -10,6 +10,7 @@ SIDES: dict[str, type[Side]] = {
     for side in (
         Lorakeet,
         LorakeetBare,
+        LorakeetInt8,
         LorakeetOffline,
         llama.Llama,
         llama.LlamaStatic,

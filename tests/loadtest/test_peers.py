@@ -116,6 +116,9 @@ def test_what_is_asked_of_each_server(kit: base.Kit, monkeypatch: pytest.MonkeyP
     half, none = base.Work([1], 2, ("bfloat16", 0)), base.Work([1], 2, None)
     assert lorakeet.Lorakeet().request(half)[0] == "bfloat16-0"
     assert lorakeet.Lorakeet().request(none)[0] == "base"
+    exact, rounded = (side.command(kit, 1234)[0] for side in (lorakeet.Lorakeet(), lorakeet.LorakeetInt8()))
+    assert "--activations" not in exact
+    assert rounded[-2:] == ["--activations", "int8"]
     # These two convert when they load, so that both files are one adapter.
     assert vllm.Vllm().request(half)[0] == "float32-0"
     assert peft.Peft().adapter(("bfloat16", 0)) == "float32-0"
