@@ -74,6 +74,6 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-def make_base(name: str, path: Path) -> Path:
+def make_base(name: str, path: Path, **overrides: Any) -> Path:
     """One of `BASES`, small and random."""
-    return tiny_model(path, **BASES[name])
+    return tiny_model(path, **(BASES[name] | overrides))

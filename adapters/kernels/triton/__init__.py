@@ -20,12 +20,18 @@ from torch import Tensor
 
 _off = False
 _fixed = False
+_tiles_of_gpu = False
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # of activations
 
 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("LORAKEET_TRITON") == "interpret"
+
+
+def few_programs() -> bool:
+    """Whether tiles should be large: the interpreter's time goes by operations and programs, not by numbers."""
+    return interpreted() and not _tiles_of_gpu
 
 
 def deterministic() -> bool:

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from adapters.kernels.reference import KEY_GROUP
-from adapters.kernels.triton import deterministic, interpreted
+from adapters.kernels.triton import deterministic, few_programs
+from adapters.kernels.triton.elementwise import rows_of_tile
 from adapters.kernels.triton.linear import dot_dtype
 
 LOG2E = 1.4426950408889634
@@ -178,8 +179,8 @@ def paged_attention(
         return torch.zeros_like(q)
     group = heads // kv_heads
     splits, split_keys = _splits(tokens, max_blocks * block_size)
-    few = deterministic() or interpreted() or tokens <= FEW_TOKENS
-    block_m = max(16 if few else 64, triton.next_power_of_2(group))
+    small = (deterministic() or tokens <= FEW_TOKENS) and not few_programs()
+    block_m = max(16 if small else 64, triton.next_power_of_2(group))
     sizes = {
         "DIM": dim,
         "PADDED": max(16, triton.next_power_of_2(dim)),
@@ -234,17 +235,31 @@ def _splits(tokens: int, max_keys: int) -> tuple[int, int]:
     return splits, triton.cdiv(triton.cdiv(max_keys, splits), KEY_GROUP) * KEY_GROUP
 
 
-@triton.jit
-def _write(k, v, k_cache, v_cache, slots, kv_heads, block_size, DIM: tl.constexpr, PADDED: tl.constexpr):
-    token, head = tl.program_id(0), tl.program_id(1)
-    slot = tl.load(slots + token)
+@triton.jit(do_not_specialize=["rows"])
+def _write(
+    k,
+    v,
+    k_cache,
+    v_cache,
+    slots,
+    rows,
+    kv_heads,
+    block_size,
+    DIM: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # one head of one token
+    token, head = row // kv_heads, row % kv_heads
+    slot = tl.load(slots + token, mask=row < rows, other=0)
     d = tl.arange(0, PADDED)
-    target = ((slot // block_size * kv_heads + head) * block_size + slot % block_size) * DIM + d
-    source = (token.to(tl.int64) * kv_heads + head) * DIM + d
-    key = tl.load(k + source, mask=d < DIM, other=0.0)
-    value = tl.load(v + source, mask=d < DIM, other=0.0)
-    tl.store(k_cache + target, key.to(k_cache.dtype.element_ty), mask=d < DIM)
-    tl.store(v_cache + target, value.to(v_cache.dtype.element_ty), mask=d < DIM)
+    mask = (row < rows)[:, None] & (d < DIM)[None, :]
+    line = (slot // block_size * kv_heads + head) * block_size + slot % block_size
+    target = line[:, None] * DIM + d[None, :]
+    source = row.to(tl.int64)[:, None] * DIM + d[None, :]
+    key, value = tl.load(k + source, mask=mask, other=0.0), tl.load(v + source, mask=mask, other=0.0)
+    tl.store(k_cache + target, key.to(k_cache.dtype.element_ty), mask=mask)
+    tl.store(v_cache + target, value.to(v_cache.dtype.element_ty), mask=mask)
 
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
@@ -252,6 +267,6 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     k, v = k.contiguous(), v.contiguous()
     tokens, heads, dim = k.shape
     if tokens:
-        grid = (tokens, heads)
-        padded = triton.next_power_of_2(dim)
-        _write[grid](k, v, k_cache, v_cache, slots, heads, k_cache.shape[2], DIM=dim, PADDED=padded)
+        rows, tile = tokens * heads, rows_of_tile(triton.next_power_of_2(heads))
+        sizes = {"DIM": dim, "PADDED": triton.next_power_of_2(dim), "ROWS": tile}
+        _write[(triton.cdiv(rows, tile),)](k, v, k_cache, v_cache, slots, rows, heads, k_cache.shape[2], **sizes)

@@ -11,20 +11,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adapters.kernels.triton import few_programs
 
-@triton.jit
-def _rms_norm(x, delta, weight, y, width, eps, RESIDUAL: tl.constexpr, BLOCK: tl.constexpr):
-    column = tl.arange(0, BLOCK)
-    inside = column < width
-    place = tl.program_id(0).to(tl.int64) * width + column
+
+def rows_of_tile(rows: int) -> int:
+    """How many rows a program takes, which on a GPU are `rows`."""
+    return 256 if few_programs() else rows
+
+
+@triton.jit(do_not_specialize=["rows"])  # or every other step would compile anew
+def _rms_norm(x, delta, weight, y, rows, width, eps, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
+    known = column < width
+    inside = (row < rows)[:, None] & known[None, :]
+    place = row.to(tl.int64)[:, None] * width + column[None, :]
     values = tl.load(x + place, mask=inside, other=0.0)
     if RESIDUAL:
         sums = values.to(tl.float32) + tl.load(delta + place, mask=inside, other=0.0).to(tl.float32)
         values = sums.to(values.dtype)
         tl.store(x + place, values, mask=inside)
     wide = values.to(tl.float32)
-    normed = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / width + eps)
-    factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    normed = wide * tl.rsqrt(tl.sum(wide * wide, axis=1) / width + eps)[:, None]
+    factor = tl.load(weight + column, mask=known, other=0.0).to(tl.float32)[None, :]
     # Rounded before the weight is applied, as the models do.
     tl.store(y + place, (normed.to(y.dtype.element_ty).to(tl.float32) * factor).to(y.dtype.element_ty), mask=inside)
 
@@ -32,17 +40,31 @@ def _rms_norm(x, delta, weight, y, width, eps, RESIDUAL: tl.constexpr, BLOCK: tl
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `reference.rms_norm`."""
     x = x.contiguous()
-    y = torch.empty_like(x)
-    width = x.shape[-1]
-    _rms_norm[(x.numel() // width,)](x, x, weight, y, width, eps, RESIDUAL=False, BLOCK=triton.next_power_of_2(width))
-    return y
+    return _norm(x, None, weight, eps)
 
 
 def add_rms_norm_(hidden: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`hidden += delta` in place, then `rms_norm(hidden)`: both contiguous `[rows, width]`."""
-    y = torch.empty_like(hidden)
-    rows, width = hidden.shape
-    _rms_norm[(rows,)](hidden, delta, weight, y, width, eps, RESIDUAL=True, BLOCK=triton.next_power_of_2(width))
+    return _norm(hidden, delta, weight, eps)
+
+
+def _norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    y = torch.empty_like(x)
+    width = x.shape[-1]
+    rows = x.numel() // width
+    tile = rows_of_tile(1)
+    _rms_norm[(triton.cdiv(rows, tile),)](
+        x,
+        x if delta is None else delta,
+        weight,
+        y,
+        rows,
+        width,
+        eps,
+        RESIDUAL=delta is not None,
+        ROWS=tile,
+        BLOCK=triton.next_power_of_2(width),
+    )
     return y
 
 
@@ -59,24 +81,23 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """As `reference.silu_mul`."""
     gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty_like(gate)
-    _silu_mul[(triton.cdiv(gate.numel(), 1024),)](gate, up, y, gate.numel(), BLOCK=1024)
+    block = 1 << 14 if few_programs() else 1 << 10
+    _silu_mul[(triton.cdiv(gate.numel(), block),)](gate, up, y, gate.numel(), BLOCK=block)
     return y
 
 
-@triton.jit
-def _rope(x, cos, sin, heads, dim, rotary, HEADS: tl.constexpr, HALF: tl.constexpr):
-    token = tl.program_id(0)
-    head, column = tl.arange(0, HEADS), tl.arange(0, HALF)
+@triton.jit(do_not_specialize=["rows"])
+def _rope(x, cos, sin, rows, heads, dim, rotary, ROWS: tl.constexpr, HALF: tl.constexpr):
+    row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, HALF)  # a row is one head of one token
     half = rotary // 2
-    turned = column < half
-    mask = (head < heads)[:, None] & turned[None, :]
-    low = x + token.to(tl.int64) * heads * dim + head[:, None] * dim + column[None, :]
+    mask = (row < rows)[:, None] & (column < half)[None, :]
+    low = x + row.to(tl.int64)[:, None] * dim + column[None, :]
     high = low + half
-    angles = token * rotary + column
-    cos_low = tl.load(cos + angles, mask=turned, other=0.0).to(tl.float32)[None, :]
-    sin_low = tl.load(sin + angles, mask=turned, other=0.0).to(tl.float32)[None, :]
-    cos_high = tl.load(cos + angles + half, mask=turned, other=0.0).to(tl.float32)[None, :]
-    sin_high = tl.load(sin + angles + half, mask=turned, other=0.0).to(tl.float32)[None, :]
+    angles = (row // heads)[:, None] * rotary + column[None, :]
+    cos_low = tl.load(cos + angles, mask=mask, other=0.0).to(tl.float32)
+    sin_low = tl.load(sin + angles, mask=mask, other=0.0).to(tl.float32)
+    cos_high = tl.load(cos + angles + half, mask=mask, other=0.0).to(tl.float32)
+    sin_high = tl.load(sin + angles + half, mask=mask, other=0.0).to(tl.float32)
     first = tl.load(low, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(high, mask=mask, other=0.0).to(tl.float32)
     tl.store(low, (first * cos_low - second * sin_low).to(x.dtype.element_ty), mask=mask)
@@ -90,5 +111,6 @@ def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     for heads in (q, k):
         tokens, count, dim = heads.shape
         if tokens:
-            tiles = {"HEADS": triton.next_power_of_2(count), "HALF": triton.next_power_of_2(rotary // 2)}
-            _rope[(tokens,)](heads, cos, sin, count, dim, rotary, **tiles)
+            rows, tile = tokens * count, rows_of_tile(triton.next_power_of_2(count))
+            half = triton.next_power_of_2(rotary // 2)
+            _rope[(triton.cdiv(rows, tile),)](heads, cos, sin, rows, count, dim, rotary, ROWS=tile, HALF=half)

@@ -9,12 +9,14 @@ are taken one by one and cost the bytes of A and B; more go as tiles through the
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # A kernel's parameters are pointers and numbers of Triton's, which has no types for them.
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from adapters.kernels.triton import deterministic, interpreted
+from adapters.kernels.triton import deterministic, few_programs
 
 MAX_RANK = 512
 SCRATCH = 64 << 20  # bytes; tables with more segments than fit are taken in pieces
@@ -150,7 +152,7 @@ def lora_add_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, table: Tensor, scale: 
     if tokens == 0 or segments == 0:
         return
     x, table, scale = x.contiguous(), table.contiguous(), scale.contiguous()
-    block_t = _token_tile(tokens)
+    tiles = _tiles(tokens)
     ranks = min(MAX_RANK, len(a))
     # Many tokens fill the GPU without splits, and scratch grows with tokens times splits.
     most = 8 if deterministic() else max(1, min(8, 1024 // tokens))
@@ -159,30 +161,39 @@ def lora_add_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, table: Tensor, scale: 
     sums = y if segments <= at_once else y.float()  # rounded once, however many pieces the table is taken in
     # bf16 and fp16 numbers are tf32 numbers: only fp32 rows lose bits by it, and those need fp32 activations to matter.
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
-    tiles = triton.cdiv(tokens, block_t)
+    rows = triton.cdiv(tokens, tiles.tokens)
     for first in range(0, segments, at_once):
         piece = table[first : first + at_once]
         count = len(piece)
         down = x.new_empty(count * splits * tokens * ranks, dtype=torch.float32)
         shared = {
             "SEGMENTS": triton.next_power_of_2(count),
-            "BLOCK_T": block_t,
-            "BLOCK_R": 16,
+            "BLOCK_T": tiles.tokens,
+            "BLOCK_R": tiles.ranks,
             "SPLITS": splits,
             "PRECISION": precision,
         }
-        _shrink[(tiles, splits)](
-            x, a, piece, scale[first : first + at_once], down, tokens, x.shape[1], count, ranks, BLOCK_K=128, **shared
+        factors = scale[first : first + at_once]
+        _shrink[(rows, splits)](
+            x, a, piece, factors, down, tokens, x.shape[1], count, ranks, BLOCK_K=tiles.ins, **shared
         )
-        columns = triton.cdiv(y.shape[1], 64)
-        _expand[(tiles, columns)](sums, b, piece, down, tokens, y.shape[1], count, ranks, BLOCK_N=64, **shared)
+        columns = triton.cdiv(y.shape[1], tiles.outs)
+        _expand[(rows, columns)](sums, b, piece, down, tokens, y.shape[1], count, ranks, BLOCK_N=tiles.outs, **shared)
     if sums is not y:
         y.copy_(sums)
 
 
-def _token_tile(tokens: int) -> int:
-    if deterministic():
-        return 16
-    if tokens <= (4 if interpreted() else 64):
-        return 1
-    return 16 if interpreted() else 32
+class Tiles(NamedTuple):
+    """What a program takes at once."""
+
+    tokens: int
+    ranks: int
+    ins: int
+    outs: int
+
+
+def _tiles(tokens: int) -> Tiles:
+    if few_programs():
+        return Tiles(64, 64, 256, 256)
+    rows = 16 if deterministic() else 1 if tokens <= 64 else 32
+    return Tiles(rows, 16, 128, 64)

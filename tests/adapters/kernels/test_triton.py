@@ -42,7 +42,9 @@ def kernels(triton_kernels: None) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def on_device() -> Iterator[None]:
+def on_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tensors lie there, and are worked on in tiles as on a GPU."""
+    monkeypatch.setattr(triton, "_tiles_of_gpu", True)
     with torch.device(DEVICE):
         yield
 
@@ -128,11 +130,16 @@ def test_split_sums_leave_the_counters_at_zero(kernels: Any) -> None:
 
 
 def check_lora(kernels: Any, problem: tuple[int, int, int, Any], dtype: torch.dtype) -> None:
+    from adapters.kernels.triton import lora
+
     tokens, ins, outs, segments = problem
     pool = Pool(segments, ins, outs)
     x, y = torch.randn(tokens, ins).to(dtype), torch.randn(tokens, outs).to(dtype)
-    # On a GPU bf16 activations meet fp32 rows as tf32 numbers, which still is finer than the activations' dtype.
-    assert near(pool.add(kernels, y, x), pool.expected(y, x))
+    with pytest.MonkeyPatch.context() as patch:
+        if 4 < tokens <= 64:  # one program for each token would take the interpreter too long
+            patch.setattr(lora, "_tiles", lambda tokens: lora.Tiles(tokens=16, ranks=16, ins=128, outs=64))
+        # On a GPU bf16 activations meet fp32 rows as tf32 numbers, which still is finer than the activations' dtype.
+        assert near(pool.add(kernels, y, x), pool.expected(y, x))
 
 
 @given(problem=problems(), dtype=dtypes)

@@ -10,32 +10,26 @@ from server.engine.engine import Engine
 from server.engine.protocol import AdapterRef, Generate
 from tests import interpreter
 from tests.offline import Answer, load_engine, publish, request, run
-from tests.tiny import tiny_adapter, tiny_model
+from tests.tiny import tiny_adapter
 
 RANKS = (3, 4, 8, 8, 16, 17, 32, 64)
 
 
 @pytest.fixture(scope="module")
-def model_dir(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of one layer for the interpreter."""
-    if interpreter.whole_suite():
-        return tiny_model(tmp_path_factory.mktemp("small"), num_hidden_layers=1)
-    return model_dir
-
-
-@pytest.fixture(scope="module")
-def adapters(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def adapters(shallow_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     root = tmp_path_factory.mktemp("adapters")
     kinds = (torch.float32, torch.bfloat16)
-    return [tiny_adapter(root / str(i), model_dir, seed=i, r=rank, dtype=kinds[i % 2]) for i, rank in enumerate(RANKS)]
+    return [
+        tiny_adapter(root / str(i), shallow_dir, seed=i, r=rank, dtype=kinds[i % 2]) for i, rank in enumerate(RANKS)
+    ]
 
 
 def workload(references: list[AdapterRef], max_tokens: int = 12, longest: int = 120) -> list[Generate]:
     """16 requests over 8 adapters, of mixed lengths, half greedy and half drawn; less for the interpreter."""
     draw = random.Random(0)
-    count = 6 if interpreter.whole_suite() else 16
+    count = 16
     if interpreter.whole_suite():
-        max_tokens, longest = max_tokens // 8, longest // 4
+        count, max_tokens, longest = 8, max_tokens // 4, longest // 2
     return [
         request(
             f"r{i}",
@@ -67,25 +61,25 @@ def settle(engine: Engine) -> None:
     assert report.base_digest == engine.base_digest
 
 
-def test_batched_equals_solo_bit_for_bit(model_dir: Path, cache_dir: Path, adapters: list[Path]) -> None:
-    alone = load_engine(model_dir, cache_dir)
+def test_batched_equals_solo_bit_for_bit(shallow_dir: Path, cache_dir: Path, adapters: list[Path]) -> None:
+    alone = load_engine(shallow_dir, cache_dir)
     references = [publish(alone, directory) for directory in adapters]
     expected = solo(alone, workload(references))
-    together = load_engine(model_dir, cache_dir)
+    together = load_engine(shallow_dir, cache_dir)
     joined = run(together, workload(references), every=2)
     assert joined == expected
     assert {answer.finish_reason for answer in joined.values()} == {"length"}
     settle(together)
 
 
-def test_preemption_and_small_chunks_change_nothing(model_dir: Path, cache_dir: Path, adapters: list[Path]) -> None:
-    alone = load_engine(model_dir, cache_dir)
+def test_preemption_and_small_chunks_change_nothing(shallow_dir: Path, cache_dir: Path, adapters: list[Path]) -> None:
+    alone = load_engine(shallow_dir, cache_dir)
     references = [publish(alone, directory) for directory in adapters]
     expected = solo(alone, workload(references, max_tokens=40, longest=40))
     block = 2 * alone.base.num_layers * 2 * 16 * 16 * 4  # k and v, layers, kv heads, head size, tokens, bytes
     blocks, longest = (3, 48) if interpreter.whole_suite() else (24, 256)
     tight = load_engine(
-        model_dir,
+        shallow_dir,
         cache_dir,
         kv_cache_bytes=blocks * block,
         max_batch_tokens=23,
@@ -107,8 +101,8 @@ def test_preemption_and_small_chunks_change_nothing(model_dir: Path, cache_dir: 
     settle(tight)
 
 
-def test_cache_hits_change_nothing(model_dir: Path, cache_dir: Path, adapters: list[Path]) -> None:
-    engine = load_engine(model_dir, cache_dir)
+def test_cache_hits_change_nothing(shallow_dir: Path, cache_dir: Path, adapters: list[Path]) -> None:
+    engine = load_engine(shallow_dir, cache_dir)
     first, second = (publish(engine, directory) for directory in adapters[:2])
     prompt = [random.Random(5).randrange(3, 500) for _ in range(100)]
     cold = run(engine, [request("a", prompt, first, max_tokens=8)])["a"]
@@ -124,8 +118,8 @@ def test_cache_hits_change_nothing(model_dir: Path, cache_dir: Path, adapters: l
     settle(engine)
 
 
-def test_steps_carry_many_adapters(model_dir: Path, cache_dir: Path, adapters: list[Path]) -> None:
-    engine = load_engine(model_dir, cache_dir, max_batch_tokens=256)
+def test_steps_carry_many_adapters(shallow_dir: Path, cache_dir: Path, adapters: list[Path]) -> None:
+    engine = load_engine(shallow_dir, cache_dir, max_batch_tokens=256)
     references = [publish(engine, directory) for directory in adapters]
     for i, reference in enumerate(references):
         engine.add(request(f"r{i}", range(10, 30), reference, max_tokens=20))
@@ -135,11 +129,11 @@ def test_steps_carry_many_adapters(model_dir: Path, cache_dir: Path, adapters: l
     assert most == 8
 
 
-def test_eviction_and_reload_change_nothing(model_dir: Path, cache_dir: Path, adapters: list[Path]) -> None:
-    roomy = load_engine(model_dir, cache_dir)
+def test_eviction_and_reload_change_nothing(shallow_dir: Path, cache_dir: Path, adapters: list[Path]) -> None:
+    roomy = load_engine(shallow_dir, cache_dir)
     references = [publish(roomy, directory) for directory in adapters]
     expected = solo(roomy, workload(references))
     unit = sum(2 * (linear.in_features + linear.out_features) for linear in roomy.base.linears)
-    crowded = load_engine(model_dir, cache_dir, adapter_bytes=96 * unit, adapter_host_bytes=1)
+    crowded = load_engine(shallow_dir, cache_dir, adapter_bytes=96 * unit, adapter_host_bytes=1)
     assert run(crowded, workload(references), every=1) == expected
     settle(crowded)

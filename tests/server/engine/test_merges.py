@@ -12,13 +12,23 @@ from safetensors.torch import load_file, save_file
 
 from adapters.merge import merge
 from adapters.mix import read_factors
+from server.engine import comparison
 from server.engine.engine import Engine
 from server.engine.protocol import AdapterRef, Done, Forget, Generate, Merge, MergeReport, Unmerge
+from tests import interpreter
 from tests.offline import Answer, load_engine, publish, request, run
 from tests.server.engine.test_parity import PROMPT, peft_logprobs
 from tests.tiny import tiny_adapter, tiny_model
 
 PROMPTS = [PROMPT[:40], PROMPT[50:75]]
+
+
+@pytest.fixture(autouse=True)
+def fewer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the interpreter, where a comparison takes most of a test."""
+    if interpreter.whole_suite():
+        monkeypatch.setattr(comparison, "CHUNK", 16)
+        monkeypatch.setattr(comparison, "STEPS", 3)
 
 
 class World:

@@ -14,20 +14,21 @@ from server.engine.graphs import DecodeGraphs
 from server.engine.protocol import AdapterRef, Generate
 from server.engine.runner import WorkResult
 from server.engine.sampling import Draw
+from tests import interpreter
 from tests.offline import Answer, load_engine, publish, request, run
 from tests.tiny import tiny_adapter
 
 
 @pytest.fixture(scope="module")
-def engine(model_dir: Path, cache_dir: Path) -> Engine:
-    return load_engine(model_dir, cache_dir)
+def engine(shallow_dir: Path, cache_dir: Path) -> Engine:
+    return load_engine(shallow_dir, cache_dir)
 
 
 @pytest.fixture(scope="module")
-def adapters(engine: Engine, model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[AdapterRef]:
+def adapters(engine: Engine, shallow_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[AdapterRef]:
     root = tmp_path_factory.mktemp("adapters")
-    plain = [publish(engine, tiny_adapter(root / str(i), model_dir, seed=i, r=4 * (i + 1))) for i in range(3)]
-    return [*plain, publish(engine, tiny_adapter(root / "dora", model_dir, seed=9, use_dora=True))]
+    plain = [publish(engine, tiny_adapter(root / str(i), shallow_dir, seed=i, r=4 * (i + 1))) for i in range(3)]
+    return [*plain, publish(engine, tiny_adapter(root / "dora", shallow_dir, seed=9, use_dora=True))]
 
 
 def repetitive(draw: random.Random, length: int) -> list[int]:
@@ -41,6 +42,7 @@ def repetitive(draw: random.Random, length: int) -> list[int]:
 
 def workload(adapters: list[AdapterRef], speculative_tokens: int, **sampling: Any) -> list[Generate]:
     """Everything that a request may ask for beside its tokens, on every adapter and the base."""
+    count, longest = (6, 16) if interpreter.whole_suite() else (12, 40)
     draw = random.Random(0)
     asked: list[dict[str, Any]] = [
         {},
@@ -55,11 +57,11 @@ def workload(adapters: list[AdapterRef], speculative_tokens: int, **sampling: An
             f"r{i}",
             repetitive(draw, draw.randrange(5, 60)),
             [None, *adapters][i % (1 + len(adapters))],
-            **{"max_tokens": 40 + i, "seed": i, "logprobs": 2, "speculative_tokens": speculative_tokens}
+            **{"max_tokens": longest + i, "seed": i, "logprobs": 2, "speculative_tokens": speculative_tokens}
             | asked[i % len(asked)]
             | sampling,
         )
-        for i in range(12)
+        for i in range(count)
     ]
 
 
@@ -133,11 +135,17 @@ def test_beside_those_that_do_not(engine: Engine, adapters: list[AdapterRef], ex
 
 @pytest.mark.usefixtures("eager")
 def test_preempted_and_in_small_chunks(
-    model_dir: Path, cache_dir: Path, adapters: list[AdapterRef], expected: dict[str, Answer]
+    engine: Engine, shallow_dir: Path, cache_dir: Path, adapters: list[AdapterRef], expected: dict[str, Answer]
 ) -> None:
-    block = 2 * 3 * 2 * 16 * 16 * 4  # k and v, layers, kv heads, head size, tokens, bytes
+    block = 2 * engine.base.num_layers * 2 * 16 * 16 * 4  # k and v, layers, kv heads, head size, tokens, bytes
+    blocks, longest = (6, 96) if interpreter.whole_suite() else (20, 256)
     tight = load_engine(
-        model_dir, cache_dir, kv_cache_bytes=20 * block, max_batch_tokens=23, max_model_len=256, prefix_caching=False
+        shallow_dir,
+        cache_dir,
+        kv_cache_bytes=blocks * block,
+        max_batch_tokens=23,
+        max_model_len=longest,
+        prefix_caching=False,
     )
     preemptions = drafted = 0
     answers = {single.id: Answer() for single in workload(adapters, 6)}
@@ -173,7 +181,7 @@ def test_where_drafts_attend_as_requests_of_their_own(
     engine.blocks.reset_cache()
     answers, drafted, _ = drafts(engine, workload(adapters, 6))
     assert drafted
-    assert max(sizes) > 12
+    assert max(sizes) > len(expected)
     assert answers == expected
 
 

@@ -13,6 +13,7 @@ import transformers
 from adapters.format import EXTRAS, AdapterError
 from server.engine.engine import Engine
 from server.engine.protocol import AdapterRef, Generate
+from tests import interpreter
 from tests.offline import Answer, load_engine, publish, request, run
 from tests.server.engine.test_parity import peft_logprobs
 from tests.variants import BASES, INVOCATION, VARIANTS, make_base
@@ -29,7 +30,8 @@ class World:
     """One base with an engine over it, and the adapters of every variant made for it."""
 
     def __init__(self, name: str, root: Path, cache: Path) -> None:
-        self.model = make_base(name, root / "model")
+        depth = {"num_hidden_layers": 1} if interpreter.whole_suite() else {}
+        self.model = make_base(name, root / "model", **depth)
         self.load = functools.partial(load_engine, self.model, cache, adapter_bytes=32 << 20)
         self.engine: Engine = self.load()
         names = [variant for variant, made in VARIANTS.items() if made.base == name]
