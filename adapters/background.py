@@ -24,7 +24,7 @@ _NICENESS = 10  # a tenth of what a thread that serves gets
 
 def threads(count: int, name: str, priority: Priority) -> ThreadPoolExecutor:
     """Threads that get processor time as `priority` says: what others leave, little, or as much as others."""
-    return ThreadPoolExecutor(count, name, partial(_give_way, priority))
+    return ThreadPoolExecutor(count, name, partial(give_way, priority))
 
 
 async def run_in(pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
@@ -38,7 +38,8 @@ async def run_in(pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         raise
 
 
-def _give_way(priority: Priority) -> None:
+def give_way(priority: Priority) -> None:
+    """Let this thread, and what it starts, have processor time as `priority` says. Never more than before."""
     if sys.platform != "linux":
         return
     thread = threading.get_native_id()

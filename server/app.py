@@ -43,6 +43,7 @@ from server.api import (
     versions,
     vllm,
 )
+from server.checker import Checker
 from server.engine.client import LocalEngine
 from server.engine.protocol import EngineConfig
 from server.errors import EXCEPTION_HANDLERS, LorakeetError
@@ -76,6 +77,7 @@ def build_app(services: Services) -> Starlette:
         finally:
             await services.tuning.stop()
             await services.engine.stop(grace=0.0)
+            await services.intake.close()
 
     settings = services.settings
     # An adapter's name may have slashes: what follows the name goes before it.
@@ -140,7 +142,8 @@ def _make_services(settings: Settings, model: Path) -> tuple[Services, LocalEngi
     metrics = Metrics(settings.metrics_adapters, settings.max_batch_requests)
     engine = LocalEngine(_engine_config(settings, model), metrics.engine_stats)
     store = open_store(settings)
-    intake = AdapterIntake(settings, engine, store, metrics, Outline.read(model), text)
+    checker = Checker(settings.background_priority)
+    intake = AdapterIntake(settings, engine, store, metrics, Outline.read(model), text, checker)
     services = Services(
         settings=settings,
         engine=engine,
@@ -297,6 +300,12 @@ class _Server(uvicorn.Server):
         )
 
     # --- down ---------------------------------------------------------------------------------------
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Told twice, uvicorn would not even say goodbye to the application, which then ends in a traceback."""
+        await super().shutdown(sockets)
+        if self.force_exit:
+            await self.lifespan.shutdown()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain on the first signal, leave on the second. Not uvicorn's way: it would end by the signal, not with 0."""

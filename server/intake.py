@@ -16,17 +16,18 @@ from typing import Any, TypeVar
 
 from starlette.concurrency import run_in_threadpool
 
-from adapters import rowfile
 from adapters.background import run_in, threads
+from adapters.checker import Check, Shape
 from adapters.details import device_bytes
 from adapters.disk import is_full
 from adapters.fields import shorten
 from adapters.files import Staging
-from adapters.format import CONFIG_NAME, EXTRAS, WEIGHTS_NAME, AdapterError, AdapterSpec, inspect
+from adapters.format import CONFIG_NAME, EXTRAS, WEIGHTS_NAME, AdapterError, AdapterSpec
 from adapters.outline import Outline
 from adapters.store import AdapterStore
 from adapters.text import NO_TEXT, TEMPLATE_NAME, TOKENIZER_NAME, AdapterText, NewToken, check_template, read_new_tokens
 from adapters.versions import DamagedAdapter, Pointer, RemoteUnavailable, UnknownAdapter, Version, check_name
+from server.checker import Checker
 from server.engine.client import EngineClient, EngineUnavailable
 from server.engine.protocol import AdapterRef, Ready
 from server.errors import Conflict, InvalidRequest, StorageFull
@@ -53,6 +54,7 @@ class AdapterIntake:
         settings: `adapter`, `adapter_dir`, `max_uploads` and the base's names are read.
         outline: the base's parameters beside its linears; without, adapters may touch nothing but linears.
         text: the base's, to which an adapter's own is added; without, no adapter brings any.
+        checker: the process to check adapters in; without, a thread does.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class AdapterIntake:
         metrics: Metrics,
         outline: Outline | None = None,
         text: TextProcessor | None = None,
+        checker: Checker | None = None,
     ) -> None:
         self._settings = settings
         self._engine = engine
@@ -70,6 +73,7 @@ class AdapterIntake:
         self._metrics = metrics
         self._outline = outline
         self._text = text
+        self._checker = checker
         self._discovering = asyncio.Lock()
         self._unwanted: dict[str, object] = {}  # name in `adapter_dir` -> signature of the files refused or deleted
         self._background: set[asyncio.Task[None]] = set()
@@ -77,8 +81,13 @@ class AdapterIntake:
         self._pinned: dict[str, contextlib.ExitStack] = {}  # digest -> the lease that keeps its files
         store.check_pins = self._check_pins
         self.upload_slots = asyncio.Semaphore(settings.max_uploads)
-        self.receivers = threads(settings.max_uploads, "upload", settings.background_priority)  # one for each slot
+        self.receivers = threads(settings.max_uploads, "upload", "normal")  # one for each slot
         self.pending = bool(settings.adapter)  # adapters of the command line are not all there yet
+
+    async def close(self) -> None:
+        """End the process that checks."""
+        if self._checker is not None:
+            await self._checker.close()
 
     def check_name(self, name: str, *, fine_tuned: bool = False) -> None:
         """Raises AdapterError when an adapter may not be called so."""
@@ -126,10 +135,9 @@ class AdapterIntake:
         base = self.base
         self.check_name(name, fine_tuned=fine_tuned)
         text, warnings = await self._text_beside(staging.path, strict=strict_text)
-        check = partial(inspect, staging.path, base.linears, base.architecture, self._outline, text)
-        spec = await run_in(self._workers, check)
+        with disk_faults():
+            spec = await self._check(Check(staging.path, _shapes(base), base.architecture, self._outline, text))
         check_fit(spec, base)
-        await self._change(partial(rowfile.make, staging.path, spec))
         spec = self._with_warnings(dataclasses.replace(spec, warnings=(*spec.warnings, *warnings)))
         before = self._shares(tenant, name)
         if before and not again and spec.digest in {known.digest for known in self._store.versions(tenant, name)}:
@@ -141,6 +149,11 @@ class AdapterIntake:
             self._renew_pins()
             self._forget_unused(before)
         return version, changed
+
+    async def _check(self, check: Check) -> AdapterSpec:
+        if self._checker is not None:
+            return await self._checker.check(check)
+        return await run_in(self._workers, check.run)
 
     async def import_directory(
         self, tenant: str, name: str, directory: Path, *, again: bool = True
@@ -418,6 +431,10 @@ def disk_faults() -> Iterator[None]:
         if is_full(error):
             raise StorageFull("The disk is full; nothing was kept.") from None
         raise
+
+
+def _shapes(base: Ready) -> dict[str, Shape]:
+    return {name: Shape(linear.kind, linear.in_features, linear.out_features) for name, linear in base.linears.items()}
 
 
 def _new_tokens(tokenizer: Path, known: Callable[[str], int | None], size: int) -> tuple[NewToken, ...]:
