@@ -14,8 +14,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-SCRATCH_BLOCK = 0  # padding rows write here; never handed out
-
 
 @dataclass(frozen=True, slots=True)
 class BlockCounts:

@@ -378,7 +378,6 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self._leave_running(sequence)
         sequence.num_computed = 0
-        sequence.num_preemptions += 1
         self.counters.preemptions += 1
         insort(self.waiting, sequence, key=_order)
 

@@ -32,7 +32,6 @@ class Sequence:
     starts: Mapping[str, int] = field(init=False, default_factory=dict)  # digest -> first position under that adapter
     cached_tokens: int = field(init=False, default=0)  # prompt tokens found in the prefix cache at first admission
     first_scheduled: float | None = field(init=False, default=None)
-    num_preemptions: int = field(init=False, default=0)
     finish_reason: FinishReason | None = field(init=False, default=None)
     stop_token: int | None = field(init=False, default=None)  # the token that ended it, also the last of `tokens`
     error: str | None = field(init=False, default=None)
@@ -79,11 +78,6 @@ class Step:
     """What one forward pass computes. Works of one adapter are neighbours, the bare base's come first."""
 
     works: tuple[Work, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens in the packed batch."""
-        return sum(work.count for work in self.works)
 
     @property
     def num_adapters(self) -> int:

@@ -79,7 +79,6 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     created_at: int
     spec: JobSpec
     start: StartJob | None = None
-    started_at: int | None = None
     finished_at: int | None = None
     error: JobError | None = None
     fine_tuned_model: str | None = None

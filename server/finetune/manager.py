@@ -225,7 +225,7 @@ class JobManager:
         """Run on the engine until there is an end to report."""
         self._training.add(job.id)
         try:
-            job = await self._move(job, "running", "Fine-tuning job started", started_at=int(time.time()))
+            job = await self._move(job, "running", "Fine-tuning job started")
             while job.status == "running":
                 with contextlib.suppress(EngineUnavailable):
                     await engine_up(self._engine)
