@@ -121,7 +121,7 @@ def test_cache_hits_change_nothing(shallow_dir: Path, cache_dir: Path, adapters:
 def test_steps_carry_many_adapters(shallow_dir: Path, cache_dir: Path, adapters: list[Path]) -> None:
     engine = load_engine(shallow_dir, cache_dir, max_batch_tokens=256)
     references = [publish(engine, directory) for directory in adapters]
-    run(engine, [request(f"r{i}", [5], reference, max_tokens=1) for i, reference in enumerate(references)])  # all are here
+    run(engine, [request(f"r{i}", [5], reference, max_tokens=1) for i, reference in enumerate(references)])  # all here
     for i, reference in enumerate(references):
         engine.add(request(f"r{i}", range(10, 30), reference, max_tokens=5))
     most = 0
