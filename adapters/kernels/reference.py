@@ -113,7 +113,7 @@ def int8_linear(x: Tensor, weight: QuantizedWeight, copy: Int8Copy) -> Tensor:
     x = x.float().view(len(x), blocks, 64)
     tops = x.abs().amax(-1)  # [rows, blocks]
     tops = tops.masked_fill(~tops.isfinite(), torch.nan)
-    q = (x * torch.where(tops > 0, 127.0 / tops, 0.0)[..., None]).round().nan_to_num(0.0).double()
+    q = (x * torch.where(tops > 1e-30, 127.0 / tops, 0.0)[..., None]).round().nan_to_num(0.0).double()
     nibbles = torch.stack((weight.data.view(-1) >> 4, weight.data.view(-1) & 15), dim=-1).view(-1).int()
     levels = copy.levels.double()[nibbles].view(out_features, blocks, 64)
     scales = copy.scales[:out_features]

@@ -54,7 +54,7 @@ def compare(
     if longest < blocks.block_size * (CONTEXT_BLOCKS + 1):
         raise NoRoom(f"a KV cache of {blocks.num_blocks} blocks leaves no room to compare (--kv-cache-bytes)")
     for prompt in prompts:
-        yield from drift(runner, blocks, sides, prompt[:longest], found)
+        yield from drift(runner, blocks, sides, prompt[:longest], found, CHUNK)
     context = [token for prompt in prompts for token in prompt]
     needed = CONTEXT_BLOCKS * blocks.block_size
     context = (context * needed)[:needed]
@@ -70,7 +70,7 @@ def drift(
     sides: tuple[AdapterKey, AdapterKey],
     prompt: Seq[int],
     found: Comparison,
-    chunk: int = CHUNK,
+    chunk: int,
 ) -> Pieces:
     """Run both ways over a prompt, `chunk` tokens at a time, and add up in `found` how far apart they are."""
     count = pool.blocks_for(len(prompt))

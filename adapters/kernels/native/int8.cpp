@@ -7,9 +7,10 @@
 namespace {
 
 constexpr int BLOCK = 64;         // inputs under one scale
-constexpr int STEPS = BLOCK / 8;   // a step reads eight weights of each output
+constexpr int STEPS = BLOCK / 8;  // a step reads eight weights of each output
+constexpr float TINY = 1e-30f;    // a block with no greater input is zeros: 127 / top must be a number
 
-constexpr int MOST = W == 16 ? 8 : 4;  // rows together; up to twice as many decode weights in registers, more into a tile
+constexpr int MOST = W == 16 ? 8 : 4;  // rows together; from three times as many on, weights are decoded once into a tile
 
 typedef int8_t vb __attribute__((vector_size(4 * W)));  // four weights of each of W outputs
 typedef int16_t vs __attribute__((vector_size(4 * W)));
@@ -95,7 +96,12 @@ struct Signed {
 // --- weights ----------------------------------------------------------------------------------------------------------
 
 // Weights by nibble.
-INLINE void look_up(vb table, vb bytes, vb& high, vb& low) {
+#if !defined(__AVX512F__) && !defined(__AVX2__)
+__attribute__((noinline))  // sixteen times over it would take long to compile
+#else
+INLINE
+#endif
+void look_up(vb table, vb bytes, vb& high, vb& low) {
 #if defined(__AVX512F__)
     const __m512i mask = _mm512_set1_epi8(15);
     high = (vb)_mm512_shuffle_epi8((__m512i)table, _mm512_and_si512(_mm512_srli_epi16((__m512i)bytes, 4), mask));
@@ -171,57 +177,70 @@ INLINE void multiply(Weights weights, const float* scales, const Int8Block* x, i
     }
 }
 
-// Outputs [first, last) of a group's W lanes, all rows.
-template <class Arithmetic, class Weights>
-void multiply_rows(const Weights& weights, const float* scales, const Int8Block* x, int rows, int blocks, const float* bias,
-                   float* y, int64_t stride, int first, int last) {
-    auto some = [&]<int M>() {
+// What a tile of W outputs is computed from and goes to; of its lanes only [first, last) are wanted.
+struct Tile {
+    const float* scales;  // of the first block's outputs
+    const Int8Block* x;
+    int blocks;
+    const float* bias;  // or null
+    float* y;
+    int64_t stride;
+    int first, last;
+
+    template <class Arithmetic, int M, class Weights>
+    INLINE void multiply_rows(const Weights& weights, int m) const {
         vf sums[M];
-        multiply<Arithmetic, M>(weights, scales, x, blocks, sums);
-        for (int m = 0; m < M; m++) {
+        multiply<Arithmetic, M>(weights, scales, x + (int64_t)m * blocks, blocks, sums);
+        for (int i = 0; i < M; i++) {
             float lanes[W];
-            store(lanes, sums[m]);
-            for (int n = first; n < last; n++) y[m * stride + n] = bias ? lanes[n] + bias[n] : lanes[n];
+            store(lanes, sums[i]);
+            for (int n = first; n < last; n++) y[(m + i) * stride + n] = bias ? lanes[n] + bias[n] : lanes[n];
         }
-    };
-    for (; rows >= MOST; rows -= MOST, x += (int64_t)MOST * blocks, y += MOST * stride) some.template operator()<MOST>();
-    switch (rows) {
-        case 1: return some.template operator()<1>();
-        case 2: return some.template operator()<2>();
-        case 3: return some.template operator()<3>();
-        case 4: return some.template operator()<4>();
-        case 5: return some.template operator()<5>();
-        case 6: return some.template operator()<6>();
-        case 7: return some.template operator()<7>();
     }
+
+    template <class Arithmetic, class Weights>
+    void multiply_most(const Weights& weights, int m) const {
+        multiply_rows<Arithmetic, MOST>(weights, m);
+    }
+
+    // Fewer than MOST rows.
+    template <class Arithmetic, int M = MOST - 1>
+    void multiply_rest(const Packed& weights, int m, int rows) const {
+        if (rows == M) return multiply_rows<Arithmetic, M>(weights, m);
+        if constexpr (M > 1) multiply_rest<Arithmetic, M - 1>(weights, m, rows);
+    }
+};
+
+const int8_t* decode(Packed weights, int blocks) {
+    int8_t* const tile = (int8_t*)scratch(TILE, (size_t)blocks * BLOCK * W / sizeof(float));
+    int8_t* to = tile;
+    for (int b = 0; b < blocks; b++) {
+        weights.block(b);
+        for (int d = 0; d < STEPS; d++, to += 8 * W) {
+            vb first, second;
+            weights.step(d, first, second);
+            memcpy(to, &first, sizeof first), memcpy(to + 4 * W, &second, sizeof second);
+        }
+    }
+    return tile;
 }
 
 template <class Arithmetic>
-void tile(const Weight& w, const Int8Block* x, int rows, int first, int last, float* y, int64_t stride) {
+void multiply_tiles(const Weight& w, const Int8Block* x, int rows, int first, int last, float* y, int64_t stride) {
     const int blocks = w.in / BLOCK;
     const vb table = load_table(w.levels, Arithmetic::SHIFT);
     for (int o = first / W * W; o < last; o += W) {
         const Int8Weights* group = (const Int8Weights*)w.int8 + (int64_t)(o / 16) * blocks;
-        Packed packed{group, table, o % 16, nullptr};
-        auto rows_of = [&](const auto& weights) {
-            multiply_rows<Arithmetic>(weights, group->scales + o % 16, x, rows, blocks, w.bias ? w.bias + o : nullptr, y + o,
-                                      stride, o < first ? first - o : 0, least(W, last - o));
-        };
-        if (rows <= 2 * MOST) {
-            rows_of(packed);
-            continue;
+        const Packed packed{group, table, o % 16, nullptr};
+        const float* bias = w.bias ? w.bias + o : nullptr;
+        const Tile tile{group->scales + o % 16, x, blocks, bias, y + o, stride, o < first ? first - o : 0, least(W, last - o)};
+        int m = 0;
+        if (rows > 2 * MOST) {  // decoding once for all pays
+            const Decoded decoded{decode(packed, blocks), nullptr};
+            for (; m + MOST <= rows; m += MOST) tile.multiply_most<Arithmetic>(decoded, m);
         }
-        int8_t* const decoded = (int8_t*)scratch(TILE, (size_t)blocks * BLOCK * W / sizeof(float));
-        int8_t* to = decoded;
-        for (int b = 0; b < blocks; b++) {
-            packed.block(b);
-            for (int d = 0; d < STEPS; d++, to += 8 * W) {
-                vb first, second;
-                packed.step(d, first, second);
-                memcpy(to, &first, sizeof first), memcpy(to + 4 * W, &second, sizeof second);
-            }
-        }
-        rows_of(Decoded{decoded, nullptr});
+        for (; m + MOST <= rows; m += MOST) tile.multiply_most<Arithmetic>(packed, m);
+        tile.multiply_rest<Arithmetic>(packed, m, rows - m);
     }
 }
 
@@ -243,7 +262,7 @@ void pack_int8(const float* row, int in, Int8Block* to) {
             to->scale = NAN, to->offset = 0;
             continue;
         }
-        const vf per_unit = set1(top > 0 ? 127.f / top : 0.f);
+        const vf per_unit = set1(top > TINY ? 127.f / top : 0.f);
         vi total = {};
         for (int i = 0; i < BLOCK; i += W) {
             const vi q = (vi)(load(row + i) * per_unit + magic) - (vi)magic;
@@ -262,9 +281,9 @@ static bool vnni = __builtin_cpu_supports("avx512vnni");
 
 void int8_tile(const Weight& w, const Int8Block* x, int rows, int first, int last, float* y, int64_t stride) {
 #if defined(__AVX512F__)
-    if (vnni) return tile<Vnni>(w, x, rows, first, last, y, stride);
+    if (vnni) return multiply_tiles<Vnni>(w, x, rows, first, last, y, stride);
 #endif
-    tile<Signed>(w, x, rows, first, last, y, stride);
+    multiply_tiles<Signed>(w, x, rows, first, last, y, stride);
 }
 
 EXPORT void lk_set_vnni(int allowed) {

@@ -13,7 +13,7 @@ from server.engine import activations
 from server.engine.client import LocalEngine
 from server.engine.engine import Engine
 from server.engine.model import UnservableModel
-from server.engine.protocol import AdapterRef, EngineConfig, Generate
+from server.engine.protocol import AdapterRef, EngineConfig, Generate, Merge, MergeReport
 from tests import interpreter
 from tests.offline import Answer, load_engine, publish, request, run
 from tests.tiny import tiny_adapter
@@ -145,3 +145,17 @@ def test_refused_without_the_kernels(model_dir: Path, cache_dir: Path) -> None:
     engine = load_engine(model_dir, cache_dir)
     with native.switched_off(), pytest.raises(UnservableModel, match=r"--activations int8.*C\+\+ kernels"):
         activations.round_to_int8(engine, model_dir)
+
+
+def test_what_a_merge_leaves_alone_stays_rounded(model_dir: Path, cache_dir: Path, tmp_path: Path) -> None:
+    engine = load_int8(model_dir, cache_dir)
+    reference = publish(engine, tiny_adapter(tmp_path, model_dir, target_modules=["q_proj"]))
+    engine.merges.start(Merge("m", reference, "bf16", [list(range(3, 40))]))
+    while not (replies := engine.merges.take_replies()):
+        engine.step()
+        if engine.merges.ready:
+            engine.merges.run_piece()
+    [report] = replies
+    assert isinstance(report, MergeReport), report
+    [merged] = engine.runner._merged.values()
+    assert {linear.kind for linear in merged.base.linears if linear.weight.int8 is None} == {"q_proj"}
