@@ -40,6 +40,10 @@ class Remote(Protocol):
     def remove(self, digest: str) -> None:
         """Keep them no longer."""
 
+    def unnamed(self, seconds: float) -> Iterator[str]:
+        """Digests that no name there has, and none of whose files came in the last so many seconds. None of them while
+        a name cannot be read."""
+
 
 class Staging:
     """A private directory to write an adapter's files into, gone on exit unless published. See `VersionFiles.stage`."""
@@ -84,10 +88,12 @@ class VersionFiles:
         self._removing: set[str] = set()  # digests whose files are on their way out
         self._fetching: dict[str, Future[None]] = {}
         self._fetchers = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="adapter-fetcher")
+        self._closed = False
         self._recover()
 
     def close(self) -> None:
         """Fetch nothing more, so that the process can end."""
+        self._closed = True
         self._fetchers.shutdown(wait=False, cancel_futures=True)
 
     # --- who wants what ------------------------------------------------------------------------------
@@ -222,6 +228,27 @@ class VersionFiles:
             self._disk_used -= size or 0
             self._removing.add(digest)
         self._take_away(digest, self._remote)
+
+    async def remove_orphans(self, seconds: float) -> int:
+        """Remove what deletions and crashes left with the remote, unless something came so lately; how many versions.
+
+        Raises RemoteUnavailable.
+        """
+        return await asyncio.wrap_future(self._fetchers.submit(self._remove_orphans, seconds))
+
+    def _remove_orphans(self, seconds: float) -> int:
+        count = 0
+        for digest in self._remote.unnamed(seconds) if self._remote else ():
+            if self._closed:
+                break
+            with self._counting:
+                held = digest in self._wanted or digest in self._leases or digest in self._fetching
+                if held or digest in self._removing:
+                    continue
+                self._removing.add(digest)
+            self._take_away(digest, self._remote)
+            count += 1
+        return count
 
     def settle(self, known: Collection[str]) -> None:
         """Once, before anything else comes: remove from here what is not among these, and what is too much."""

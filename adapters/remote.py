@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +25,13 @@ from adapters.rowfile import ROWS_NAME
 from adapters.versions import DamagedAdapter, Pointer, RemoteUnavailable, Version
 
 if TYPE_CHECKING:
+    from obstore import ObjectMeta
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 REQUIRED = (CONFIG_NAME, SPEC_NAME, WEIGHTS_NAME)
 _READERS = 32  # names read at once when a server starts
 _CHUNK_BYTES = 1 << 20
+_DAMAGE = (ValueError, LookupError, TypeError)  # what reading a name raises when it is none
 # A server that is silent for so long is down; whole transfers may take longer.
 _CLIENT: "ClientConfig" = {
     "connect_timeout": timedelta(seconds=5),
@@ -65,16 +67,11 @@ class RemoteStore:
     # --- names -----------------------------------------------------------------------------------------
 
     def load(self, locate: Locate) -> Iterator[Pointer]:
-        with _faults(), ThreadPoolExecutor(_READERS, thread_name_prefix="adapter-names") as readers:
-            paths = [entry["path"] for chunk in obstore.list(self._store, "names") for entry in chunk]
-            documents = readers.map(self._read, paths)
-            for path, document in zip(paths, documents, strict=True):
-                if document is None:  # deleted this very moment
-                    continue
-                try:
-                    yield _pointer(json.loads(document), locate)
-                except (ValueError, LookupError, TypeError) as fault:
-                    log.error("%s in the object store is damaged; that adapter is not served: %r", path, fault)
+        for path, document in self._documents():
+            try:
+                yield _pointer(json.loads(document), locate)
+            except _DAMAGE as fault:
+                log.error("%s in the object store is damaged; that adapter is not served: %r", path, fault)
 
     def save(self, tenant: str, name: str, pointer: Pointer | None) -> None:
         # No name has a "+", and a tenant is no path.
@@ -84,6 +81,14 @@ class RemoteStore:
                 self._delete([path])
             else:
                 obstore.put(self._store, path, _document(pointer))
+
+    def _documents(self) -> Iterator[tuple[str, bytes]]:
+        """Every name's path and content."""
+        with _faults(), ThreadPoolExecutor(_READERS, thread_name_prefix="adapter-names") as readers:
+            paths = [entry["path"] for chunk in obstore.list(self._store, "names") for entry in chunk]
+            for path, document in zip(paths, readers.map(self._read, paths), strict=True):
+                if document is not None:  # else it was deleted this very moment
+                    yield path, document
 
     def _read(self, path: str) -> bytes | None:
         try:
@@ -115,9 +120,29 @@ class RemoteStore:
         with _faults():
             self._delete([_path(digest, name) for name in self._files(digest)])
 
+    def unnamed(self, seconds: float) -> Iterator[str]:
+        # Files are listed before names: whatever is named meanwhile has a name by then, or its files are new.
+        with _faults():
+            listed = obstore.list(self._store, "versions")
+            digests = {f"sha256:{entry['path'].split('/')[1]}" for chunk in listed for entry in chunk}
+        for path, document in self._documents():
+            try:
+                digests -= {version.digest for version in _pointer(json.loads(document), Path).versions}
+            except _DAMAGE as fault:
+                log.warning("%s in the object store is damaged; files that no name has are left there: %r", path, fault)
+                return
+        for digest in sorted(digests):
+            with _faults():
+                ages = [datetime.now(UTC) - entry["last_modified"] for entry in self._entries(digest)]
+            if ages and min(ages).total_seconds() > seconds:
+                yield digest
+
     def _files(self, digest: str) -> list[str]:
+        return [entry["path"].rpartition("/")[2] for entry in self._entries(digest)]
+
+    def _entries(self, digest: str) -> "list[ObjectMeta]":
         listed = obstore.list(self._store, _path(digest, "").rstrip("/"))
-        return [entry["path"].rpartition("/")[2] for chunk in listed for entry in chunk]
+        return [entry for chunk in listed for entry in chunk]
 
     def _delete(self, paths: list[str]) -> None:
         if not paths:

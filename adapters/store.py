@@ -239,6 +239,13 @@ class AdapterStore:
             self._change(pointer, None)
         return pointer.current
 
+    async def remove_orphans(self, seconds: float) -> int:
+        """Remove versions from the remote that no name has and nobody wrote in the last so many seconds; how many.
+
+        Raises RemoteUnavailable.
+        """
+        return await self._files.remove_orphans(seconds)
+
     # --- names, with `_changing` held ------------------------------------------------------------------
 
     def _repoint(

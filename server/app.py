@@ -72,9 +72,11 @@ def build_app(services: Services) -> Starlette:
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         await services.engine.start()
         await services.tuning.start()
+        collecting = asyncio.create_task(services.intake.collect_orphans())
         try:
             yield
         finally:
+            collecting.cancel()
             await services.tuning.stop()
             await services.engine.stop(grace=0.0)
             await services.intake.close()

@@ -259,6 +259,19 @@ class AdapterIntake:
                 raise
             return self._store.get(tenant, name, digest_prefix)
 
+    async def collect_orphans(self) -> None:
+        """Again and again, remove from the object store what no name has: a deletion that it did not hear of, an upload
+        that a crash cut short."""
+        seconds = self._settings.adapter_orphan_hours * 3600
+        while seconds and self._settings.adapter_store is not None:
+            try:
+                count = await self._store.remove_orphans(seconds)
+                if count:
+                    log.info("removed %d versions from the object store that no name had", count)
+            except RemoteUnavailable as fault:
+                log.warning("what no name has stays in the object store: %s", fault)
+            await asyncio.sleep(seconds)
+
     async def bring(self, version: Version) -> None:
         """Wait until a leased version's files are here, for `adapter_store_seconds` at most.
 

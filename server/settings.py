@@ -356,6 +356,14 @@ class Settings:
         maximum=3600,
     )
 
+    adapter_orphan_hours: float = _setting(
+        24.0,
+        "Files in --adapter-store that no name has are removed when they are so old, at start and as often again; "
+        "0 leaves them.",
+        parse=_number,
+        minimum=0,
+        maximum=24 * 365,
+    )
     allow_adapter_chat_templates: bool = _setting(
         False, "Use the chat templates that adapters bring, each rendered in a process of its own.", parse=parse_bool
     )

@@ -15,6 +15,7 @@ from adapters.format import WEIGHTS_NAME, inspect
 from adapters.remote import RemoteStore
 from adapters.store import AdapterStore
 from adapters.versions import DamagedAdapter, RemoteUnavailable, UnknownAdapter, Version
+from tests.adapters.publishing import Box
 from tests.buckets import BUCKET, S3Server
 from tests.server.harness import base_info, write_adapter
 
@@ -345,3 +346,37 @@ async def test_a_directory_will_do(tmp_path: Path) -> None:
     other.delete("t", "x")
     assert not list((tmp_path / "bucket").rglob("*.*"))
     assert not other.has(version)
+
+
+async def test_what_no_name_has_is_removed_once_it_is_old(depot: Depot) -> None:
+    store = depot.open()
+    kept, lost, leased = (depot.put(store, name, seed) for seed, name in enumerate(("kept", "lost", "leased")))
+    for name in ("lost", "leased"):  # as after a crash in the middle of a deletion
+        depot.remote.save("t", name, None)
+    other = depot.open()
+    assert [version.name for version in other.list("t")] == ["kept"]
+    assert await other.remove_orphans(3600) == 0
+    assert depot.key(lost) in depot.objects()
+    with store.lease(leased):
+        assert await store.remove_orphans(0) == 0  # to this one they still are somebody's
+    assert await other.remove_orphans(0) == 2
+    assert {path.split("/")[1] for path in depot.objects() if path.startswith("versions/")} == {
+        kept.digest.removeprefix("sha256:")
+    }
+    assert await read(other, "kept")
+    assert await depot.open().remove_orphans(0) == 0
+
+
+async def test_nothing_is_removed_while_a_name_cannot_be_read(depot: Depot, caplog: pytest.LogCaptureFixture) -> None:
+    store = depot.open()
+    version = depot.put(store, "x", 1)
+    name = next(path for path in depot.objects() if path.startswith("names/"))
+    depot.server.put(depot.prefix, name, b"{")
+    other = depot.open()
+    assert await other.remove_orphans(0) == 0
+    assert depot.key(version) in depot.objects()
+    assert "damaged" in caplog.text
+
+
+async def test_a_store_on_this_disk_has_no_orphans(tmp_path: Path) -> None:
+    assert await Box(tmp_path).store.remove_orphans(0) == 0
