@@ -14,6 +14,7 @@ constexpr int STEPS = BLOCK / (2 * W);  // a step reads 2W weights into two vect
 
 // Up to this many rows weights are decoded in registers, again for each handful of rows; beyond, once into a tile.
 constexpr int FEW_ROWS = W == 16 ? 16 : 4;
+constexpr int WHOLE = 48;             // outputs that every kernel's handful divides: larger tasks take a multiple
 constexpr int GROUP = 32;             // outputs whose weights stay in cache from one handful of rows to the next
 constexpr int TILE_FLOATS = 1 << 15;  // a decoded tile is about this large
 constexpr int BACK_OUTPUTS = 64;      // backward: a tile of this many outputs
@@ -54,10 +55,15 @@ void scale_run(const Weight& w, int64_t at, int64_t count, float* to) {
         for (int64_t i = 0; i < count; i++) to[i] = absmax[(at + i) >> shift];
         return;
     }
+    // Runs under one nested scale.
     const int nested_shift = shift + __builtin_ctz(w.nested_blocksize);
     const uint8_t* absmax = (const uint8_t*)w.absmax;
-    const float *code = w.nested_code, *nested = w.nested_absmax, offset = w.offset;
-    for (int64_t i = 0; i < count; i++) to[i] = code[absmax[(at + i) >> shift]] * nested[(at + i) >> nested_shift] + offset;
+    const float *code = w.nested_code, offset = w.offset;
+    for (int64_t i = at; i < at + count;) {
+        const int64_t run = i >> nested_shift, end = (run + 1) << nested_shift < at + count ? (run + 1) << nested_shift : at + count;
+        const float nested = w.nested_absmax[run];
+        for (; i < end; i++) *to++ = code[absmax[i >> shift]] * nested + offset;
+    }
 }
 
 // Scales of a rectangle of blocks: [outputs first..last, blocks begin..end].
@@ -355,8 +361,9 @@ void linear_tile(const Weight& w, const PackedRows& x, int rows, int first, int 
 }
 
 int outputs_per_task(int out) {
-    const int tasks = 8 * pool_threads();
-    return ((out + tasks - 1) / tasks + 7) / 8 * 8;
+    const int tasks = 8 * pool_threads(), share = (out + tasks - 1) / tasks;
+    const int whole = share > WHOLE / 2 ? WHOLE : 16;
+    return (share + whole - 1) / whole * whole;
 }
 
 static void linear(const Weight& w, const float* x, int rows, float* y) {

@@ -85,7 +85,7 @@ INLINE void expand_some(const float* down, int rank, const Number* b, int64_t ou
 
 template <int M, class Number>
 INLINE void expand_rows(const float* down, int rank, const Number* b, int64_t out, int first, int last, float* y, int64_t stride) {
-    constexpr int V = W == 16 ? 4 : 2;
+    constexpr int V = W == 16 ? 3 : 2;
     int o = first;
     for (; o + V * W <= last; o += V * W) expand_some<M, V, false>(down, rank, b + o, out, y + o, stride, 0);
     for (; o + W <= last; o += W) expand_some<M, 1, false>(down, rank, b + o, out, y + o, stride, 0);

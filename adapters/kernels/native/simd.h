@@ -50,8 +50,13 @@ INLINE vf load(const float* p) {
 
 INLINE void store(float* p, vf v) { memcpy(p, &v, sizeof v); }
 
-
-INLINE void store_part(float* p, vf v, int n) { memcpy(p, &v, 4 * n); }
+INLINE void store_part(float* p, vf v, int n) {
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(p, (1u << n) - 1, (__m512)v);
+#else
+    memcpy(p, &v, 4 * n);
+#endif
+}
 
 INLINE vf set1(float s) {
 #if defined(__AVX512F__)
@@ -209,6 +214,10 @@ INLINE vf load_part(const Number* p, int n) {  // the first n lanes, zeros behin
     memcpy(part, p, sizeof(Number) * n);
     return load(part);
 }
+
+#if defined(__AVX512F__)
+INLINE vf load_part(const float* p, int n) { return (vf)_mm512_maskz_loadu_ps((1u << n) - 1, p); }
+#endif
 
 // --- even and odd places ------------------------------------------------------------------------------------------------
 
