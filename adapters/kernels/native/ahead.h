@@ -1,47 +1,64 @@
-// Memory that is wanted soon, asked for while the processor has something else to do.
+// Memory that is wanted soon, asked for little by little while the processor computes.
 //
-// With few rows a step is a chain of short bursts of reading, each of which would begin by waiting for memory.
+// With few rows a step reads about as long as it computes: weights keep the processor busy, adapters the memory. Asking
+// for the adapters' rows during the weights' turn lets both work at once.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
-namespace {
-
-constexpr int64_t LINE = 64;
-
-inline void fetch(const void* from, int64_t bytes) {
-    const char* p = (const char*)((uintptr_t)from & ~(uintptr_t)(LINE - 1));
-    for (const char* end = (const char*)from + bytes; p < end; p += LINE) __builtin_prefetch(p, 0, 2);
-}
-
-}  // namespace
-
-// Stretches of memory, one after another, that threads will read in shares.
+// Stretches of memory, in the order in which they will be read.
 struct Ahead {
-    static constexpr int MOST = 32;
-    static constexpr int64_t ENOUGH = 256 << 10;  // a good part of a core's cache
+    static constexpr int MOST = 64;
+    static constexpr int64_t LINE = 64;
 
     struct {
         const char* from;
-        int64_t bytes;
+        int64_t bytes, stride;
+        int32_t rows;
     } parts[MOST];
     int count = 0;
     int64_t bytes = 0;
 
-    void add(const void* from, int64_t size) {
-        if (count == MOST || bytes + size > ENOUGH) return;
-        parts[count++] = {(const char*)from, size};
-        bytes += size;
+    // `rows` stretches of `size` bytes, `stride` bytes apart.
+    void add(const void* from, int64_t size, int32_t rows = 1, int64_t stride = 0) {
+        if (count == MOST) return;
+        parts[count++] = {(const char*)from, size, stride, rows};
+        bytes += size * rows;
     }
 
-    // The share'th of so many equal shares.
-    void fetch_share(int share, int shares) const {
-        int64_t begin = bytes * share / shares, end = bytes * (share + 1) / shares;
-        for (int i = 0; i < count && end > 0; i++) {
-            const int64_t size = parts[i].bytes, to = end < size ? end : size;
-            if (begin < to) fetch(parts[i].from + begin, to - begin);
+    // Adds the share'th of so many equal parts of another's single stretches.
+    void add_share(const Ahead& all, int share, int shares) {
+        int64_t begin = all.bytes * share / shares, end = all.bytes * (share + 1) / shares;
+        for (int i = 0; i < all.count && end > 0; i++) {
+            const int64_t size = all.parts[i].bytes, to = end < size ? end : size;
+            if (begin < to) add(all.parts[i].from + begin, to - begin);
             begin = begin > size ? begin - size : 0, end -= size;
         }
+    }
+};
+
+// Walks through them in step with some work.
+class Trickle {
+  public:
+    Trickle(const Ahead& ahead, int64_t work)
+        : ahead(ahead), lines_per_work(ahead.count ? ((float)ahead.bytes / Ahead::LINE + ahead.count) / (float)work : 0) {}
+
+    inline __attribute__((always_inline)) void worked(int amount) {
+        for (due += lines_per_work * (float)amount; due >= 1 && part < ahead.count; due -= 1) next();
+    }
+
+  private:
+    const Ahead& ahead;
+    const float lines_per_work;
+    float due = 0;
+    int part = 0, row = 0;
+    int64_t at = 0;
+
+    void next() {
+        const auto& here = ahead.parts[part];
+        __builtin_prefetch(here.from + row * here.stride + at, 0, 2);
+        if ((at += Ahead::LINE) < here.bytes) return;
+        at = 0;
+        if (++row == here.rows) row = 0, part++;
     }
 };

@@ -92,9 +92,11 @@ struct Run {
         const PackedRows packed = pack_rows(weights, N, x, s.tokens);
         const Shrunk* shrunk = shrink(linears, N, x);
         const int share = outputs_per_task(width);
-        auto tile = [&](int i, int first, int last) {
-            expand_ahead(*shrunk, i, first, last);
-            linear_tile(*weights[i], packed, s.tokens, first, last, ys[i], weights[i]->out);
+        auto tile = [&](int i, int first, int last, int part, int parts) {
+            Ahead soon;
+            expand_ahead(*shrunk, i, first, last, soon);
+            soon.add_share(ahead, part, parts);
+            linear_tile(*weights[i], packed, s.tokens, first, last, ys[i], weights[i]->out, soon);
             expand_tile(*shrunk, i, first, last, ys[i], weights[i]->out);
         };
         constexpr bool TOGETHER = !std::is_same<After, std::nullptr_t>::value;
@@ -102,8 +104,7 @@ struct Run {
             const int out = weights[0]->out, tasks = (out + share - 1) / share;
             parallel_for(tasks, [&](int task) {
                 const int first = task * share, last = least(first + share, out);
-                ahead.fetch_share(task, tasks);
-                for (int i = 0; i < N; i++) tile(i, first, last);
+                for (int i = 0; i < N; i++) tile(i, first, last, task * N + i, tasks * N);
                 after(first, last);
             });
         } else {
@@ -113,8 +114,7 @@ struct Run {
                 int i = 0;
                 while (task >= ends[i]) i++;
                 const int first = (task - (i ? ends[i - 1] : 0)) * share;
-                ahead.fetch_share(task, tasks);
-                tile(i, first, least(first + share, weights[i]->out));
+                tile(i, first, least(first + share, weights[i]->out), task, tasks);
             });
         }
     }

@@ -72,6 +72,10 @@ const float* block_scales(const Weight& w, int first, int last, int begin, int e
     const int blocks = w.in / BLOCK, wide = end - begin;
     float* scales = scratch(SCALES, (size_t)(last - first) * wide);
     if (wide == blocks) {
+        // So few bytes are read of them at a time that the hardware does not see the next ones coming.
+        const int64_t bytes = (int64_t)(last - first) * blocks * BLOCK / w.blocksize * (w.nested_absmax ? 1 : sizeof(float));
+        const char* next = (const char*)w.absmax + (int64_t)last * blocks * BLOCK / w.blocksize * (w.nested_absmax ? 1 : sizeof(float));
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i);
         scale_run(w, (int64_t)first * blocks, (int64_t)(last - first) * blocks, scales);
     } else {
         for (int o = first; o < last; o++) scale_run(w, (int64_t)o * blocks + begin, wide, scales + (int64_t)(o - first) * wide);
@@ -204,22 +208,25 @@ INLINE void dot_decoded(const float* tile, const float* x, int64_t in, const flo
 }
 
 template <int M, int N, template <int> class Decoder>
-void sweep_decoding(const Weight& w, const float* x, int first, int last, const float* scales, float* y, int64_t stride) {
+void sweep_decoding(const Weight& w, const float* x, int first, int last, const float* scales, float* y, int64_t stride, Trickle& ahead) {
     const int blocks = w.in / BLOCK;
     int o = first;
-    for (; o + N <= last; o += N, scales += N * blocks)
+    for (; o + N <= last; o += N, scales += N * blocks) {
+        ahead.worked(M * N);
         dot_decoding<M, N>(Decoder<N>(w, o, scales, 0, blocks), x, blocks, w.bias ? w.bias + o : nullptr, y + o, stride);
+    }
     for (; o < last; o++, scales += blocks)
         dot_decoding<M, 1>(Decoder<1>(w, o, scales, 0, blocks), x, blocks, w.bias ? w.bias + o : nullptr, y + o, stride);
 }
 
 template <template <int> class Decoder>
-void few_rows(const Weight& w, const float* x, int rows, int first, int last, float* y, int64_t stride) {
+void few_rows(const Weight& w, const float* x, int rows, int first, int last, float* y, int64_t stride, const Ahead& ahead) {
     const int64_t in = w.in;
+    Trickle trickle(ahead, (int64_t)rows * (last - first));
     for (int o = first; o < last; o += GROUP) {
         const int end = least(o + GROUP, last);
         const float* scales = block_scales(w, o, end, 0, w.in / BLOCK);
-        auto sweep = [&](auto sweep_rows, int m) { sweep_rows(w, x + m * in, o, end, scales, y + m * stride, stride); };
+        auto sweep = [&](auto sweep_rows, int m) { sweep_rows(w, x + m * in, o, end, scales, y + m * stride, stride, trickle); };
         int m = 0;
         if constexpr (W == 16)
             for (; m + 8 <= rows; m += 8) sweep(sweep_decoding<8, 2, Decoder>, m);
@@ -353,11 +360,11 @@ PackedRows pack_rows(const Weight* const* weights, int count, const float* x, in
     return {packed[0], packed[1], int8};
 }
 
-void linear_tile(const Weight& w, const PackedRows& x, int rows, int first, int last, float* y, int64_t stride) {
+void linear_tile(const Weight& w, const PackedRows& x, int rows, int first, int last, float* y, int64_t stride, const Ahead& ahead) {
     if (w.int8) return int8_tile(w, x.int8, rows, first, last, y, stride);
     const float* packed = wants_interleaved(w) ? x.interleaved : x.natural;
     if (rows > FEW_ROWS || !blockwise(w)) return many_rows(w, packed, rows, first, last, y, stride);
-    with_decoder(w, [&]<template <int> class Decoder>() { few_rows<Decoder>(w, packed, rows, first, last, y, stride); });
+    with_decoder(w, [&]<template <int> class Decoder>() { few_rows<Decoder>(w, packed, rows, first, last, y, stride, ahead); });
 }
 
 int outputs_per_task(int out) {

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "ahead.h"
+
 enum WeightKind { FOUR_BIT = 0, INT8 = 1, FP32 = 2, BF16 = 3, FP16 = 4 };
 
 // Mirrored by WeightStruct in native.py.
@@ -36,8 +38,9 @@ struct PackedRows {
 // Packs x [rows, in] for these weights, all of the same `in`. Valid until the caller's next call.
 PackedRows pack_rows(const Weight* const* weights, int count, const float* x, int rows);
 
-// Outputs [first, last) of every row: y[m * stride + o]. Runs on the calling thread.
-void linear_tile(const Weight& w, const PackedRows& x, int rows, int first, int last, float* y, int64_t stride);
+// Outputs [first, last) of every row: y[m * stride + o]. Runs on the calling thread, which asks for what lies `ahead`
+// while it has few rows.
+void linear_tile(const Weight& w, const PackedRows& x, int rows, int first, int last, float* y, int64_t stride, const Ahead& ahead = {});
 
 // How many outputs a task should take so that threads share the work evenly.
 int outputs_per_task(int out);

@@ -47,7 +47,7 @@ INLINE void shrink_rows(const Segment& s, const float* x, const Number* a, int f
     const int64_t in = s.linear->in;
     int r = first;
     for (; r + 4 <= last; r += 4) {
-        fetch(a + (r + 4) * in, 4 * in * sizeof(Number));
+        for (int64_t i = 0; i < 4 * in; i += 64 / sizeof(Number)) __builtin_prefetch(a + (r + 4) * in + i);
         shrink_some<M, 4>(x, a + r * in, in, s.scale, down + r, s.rank);
     }
     for (; r < last; r++) shrink_some<M, 1>(x, a + r * in, in, s.scale, down + r, s.rank);
@@ -136,13 +136,13 @@ void shrink_ahead(const Adapters& linear, Ahead& ahead) {
     }
 }
 
-void expand_ahead(const Shrunk& shrunk, int index, int first, int last) {
+void expand_ahead(const Shrunk& shrunk, int index, int first, int last, Ahead& ahead) {
     for (int i = index ? shrunk.ends[index - 1] : 0; i < shrunk.ends[index]; i++) {
         const Segment& s = shrunk.segments[i];
         const int64_t out = s.linear->out;
         with_number(s.dtype, [&]<class Number>() {
             const Number* b = s.rows<Number>(s.linear->b, out);
-            for (int r = 0; r < s.rank; r++) fetch(b + r * out + first, (last - first) * sizeof(Number));
+            ahead.add(b + first, (last - first) * sizeof(Number), s.rank, out * sizeof(Number));
         });
     }
 }

@@ -19,9 +19,9 @@ struct Adapters {
 struct Shrunk;
 const Shrunk* shrink(const Adapters* const* linears, int count, const float* x);
 
-// What shrinking and expanding them will read.
+// What shrinking a linear's segments will read, and what expanding linear `index` will, for outputs [first, last).
 void shrink_ahead(const Adapters& linear, Ahead& ahead);
-void expand_ahead(const Shrunk& shrunk, int index, int first, int last);
+void expand_ahead(const Shrunk& shrunk, int index, int first, int last, Ahead& ahead);
 
 // Adds the deltas of linear `index` to outputs [first, last): y[m * stride + o]. Runs on the calling thread.
 void expand_tile(const Shrunk& shrunk, int index, int first, int last, float* y, int64_t stride);
