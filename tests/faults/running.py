@@ -56,6 +56,11 @@ class RunningServer:
 
     def ensure(self) -> None:
         """Start it if it does not run, and wait until it is ready."""
+        self.begin()
+        self.wait_ready()
+
+    def begin(self) -> None:
+        """Start it if it does not run."""
         if self._process is None or self._process.poll() is not None:
             environment = {key: value for key, value in os.environ.items() if not key.startswith("LORAKEET_")}
             environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "FAULT_FILE": str(self.fault)}
@@ -64,7 +69,6 @@ class RunningServer:
                 self._process = subprocess.Popen(
                     self._command, cwd=REPOSITORY, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
                 )
-        self.wait_ready()
 
     @property
     def process(self) -> subprocess.Popen[bytes]:

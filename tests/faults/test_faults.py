@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import resource
 import signal
 import socket
@@ -273,6 +274,21 @@ async def test_sigterm_lets_requests_finish(server: RunningServer) -> None:
     assert json.loads(got[-2])["choices"][0]["finish_reason"] == "length"
     assert await asyncio.to_thread(server.process.wait, 20) == 0
     assert not alive(engine)
+
+
+@pytest.mark.parametrize("told", [1, 2])
+def test_a_server_that_still_loads_its_model_stops_in_silence(server: RunningServer, told: int) -> None:
+    server.stop()
+    before = len(server.log)
+    server.begin()
+    eventually(lambda: "Uvicorn running" in server.log[before:], 60, "it listens")
+    for _ in range(told):
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.01)
+    assert server.process.wait(20) == 0
+    said = server.log[before:]
+    assert "Finished server process" in said
+    assert not re.search("Traceback|ERROR|WARNING", said), said
 
 
 def refusal(server: RunningServer) -> int | None:
