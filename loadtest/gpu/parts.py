@@ -122,6 +122,9 @@ def kernels(bench: Bench) -> list[Line]:
         at_most("b", f"error of {entry['kernel']}, {entry['case']}", entry["error"], entry["limit"], "")
         for entry in measured["errors"]
     ]
+    for entry in measured["fused"]:
+        what = f"adapters of q, k and v fused, beside one after the other, {entry['adapters']} adapters"
+        lines.append(at_least("b", what, entry["apart_seconds"] / entry["seconds"], 1.0))
     for model, shape in bench.size.models.items():
         rows = [entry for entry in measured["lines"] if model in entry["models"]]
         gains = [entry["library_seconds"] / entry["seconds"] for entry in rows]

@@ -2,7 +2,8 @@
 
 `errors`: (kernel, case, error, limit), relative to float64 as in the tests, on shapes that the interpreter is too slow
 for. `lines`: 4-bit linears of Llama-3.1-8B and Qwen3-8B and bitsandbytes' own on the same weights, both replayed from
-CUDA graphs that rotate through more weights than the L2 cache holds. `copy_gb_s`: bytes read and written per second by
+CUDA graphs that rotate through more weights than the L2 cache holds. `fused`: the adapters of Llama-3.1-8B's q, k and v
+in one pair of launches and one after the other. `copy_gb_s`: bytes read and written per second by
 a copy; `host_to_device_gb_s`: bytes that arrive from pinned memory (`--bandwidths`: these two alone). `--smoke` tries
 all of it out on a CPU, under `LORAKEET_TRITON=interpret`: its times mean nothing.
 """
@@ -10,7 +11,7 @@ all of it out on a CPU, under `LORAKEET_TRITON=interpret`: its times mean nothin
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -62,7 +63,7 @@ FULL = Size(
 SMOKE = Size("cpu", {(32, 128): (LLAMA, QWEN)}, (1, 8), 1, 1, 1 << 20, 2, 2 * LIMIT)
 
 
-def replayed(size: Size, calls: list[Callable[[], Any]]) -> float:
+def replayed(size: Size, calls: Sequence[Callable[[], Any]]) -> float:
     """Seconds of one call, from a graph of them all; the median of several replays."""
     if size.device == "cpu":
         began = time.perf_counter()
@@ -171,6 +172,31 @@ def lora_errors(size: Size) -> Iterator[tuple[str, float]]:
         yield f"{tokens} tokens, {count} segments", relative(y, exact)
 
 
+def fused_lines(size: Size) -> list[dict[str, Any]]:
+    """Rank-16 adapters of q, k and v, a token with each: seconds in two launches, and in two for each linear."""
+    kernels = load()
+    assert kernels is not None
+    widths = (4096, 1024, 1024) if size is FULL else (32, 16, 16)
+    lines = []
+    for tokens in (1, 8, 32, 64) if size is FULL else (1, 2):
+        layers = max(1, size.memory // (tokens * 32 * (3 * widths[0] + sum(widths))))
+        a = [[torch.zeros(tokens * 16, widths[0], dtype=torch.int16) for _ in widths] for _ in range(layers)]
+        b = [[torch.zeros(tokens * 16, width, dtype=torch.int16) for width in widths] for _ in range(layers)]
+        rows = [(token, token + 1, token * 16, 16, BF16) for token in range(tokens)]
+        table, scale = torch.tensor([rows] * 3, dtype=torch.int32), torch.ones(3, tokens)
+        x = torch.randn(tokens, widths[0], dtype=torch.bfloat16)
+        ys = [torch.zeros(tokens, width, dtype=torch.bfloat16) for width in widths]
+        together = [partial(kernels.lora_add_several_, ys, x, *pools, table, scale) for pools in zip(a, b, strict=True)]
+        apart = [
+            partial(kernels.lora_add_, y, x, *rest)
+            for pools in zip(a, b, strict=True)
+            for y, *rest in zip(ys, *pools, table, scale, strict=True)
+        ]
+        seconds = {"seconds": replayed(size, together), "apart_seconds": len(widths) * replayed(size, apart)}
+        lines.append({"adapters": tokens, **seconds})
+    return lines
+
+
 def attention_errors(size: Size) -> Iterator[tuple[str, float]]:
     """Decoding and a prompt chunk of both models' heads over 4096 keys, against `reference` in fp32."""
     kernels = load()
@@ -206,6 +232,7 @@ def main(arguments: list[str]) -> None:
             for kernel, check in checks
             for case, error in check(size)
         ]
+        found["fused"] = fused_lines(size)
         found["lines"] = [line for outs, ins in size.shapes for line in linear_lines(size, outs, ins)]
     print(json.dumps(found))
 

@@ -54,7 +54,7 @@ class TritonDecoder:
             _Layer(layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm, k, v, window)
             for layer, k, v, window in zip(modules.layers, k_caches, v_caches, windows, strict=True)
         ]
-        return cls(decoder, layers, (pool_a, pool_b))
+        return cls(decoder, layers, (pool_a, pool_b)) if all(map(_counted_in_order, layers)) else None
 
     @torch.no_grad()
     def run(
@@ -71,12 +71,14 @@ class TritonDecoder:
         hidden = hidden.contiguous()
         cos, sin = (part[0] for part in self._decoder.rotary_emb(hidden[None], positions[None]))  # [T, rotary]
 
-        def linear(module: PlannedLinear, x: Tensor) -> Tensor:
-            y = kernels.linear_forward(x, module.weight, module.bias)
+        def linears(x: Tensor, *modules: PlannedLinear) -> list[Tensor]:
+            """Of one input, and of neighbouring indices."""
+            ys = [kernels.linear_forward(x, module.weight, module.bias) for module in modules]
             if table is not None and scale is not None:
-                index = module.index
-                kernels.lora_add_(y, x, self._pools[0][index], self._pools[1][index], table[index], scale[index])
-            return y
+                first, end = modules[0].index, modules[-1].index + 1
+                pool_a, pool_b = (pool[first:end] for pool in self._pools)
+                kernels.lora_add_several_(ys, x, pool_a, pool_b, table[first:end], scale[first:end])
+            return ys
 
         first_norm = self._layers[0].input_norm
         x = kernels.rms_norm(hidden, first_norm.weight, first_norm.variance_epsilon)
@@ -84,10 +86,8 @@ class TritonDecoder:
         for layer, next_norm in zip(self._layers, following, strict=True):
             attention, mlp, norm = layer.attention, layer.mlp, layer.post_norm
             head_dim = layer.k_cache.shape[3]
-            q, k, v = (
-                linear(projection, x).view(len(x), -1, head_dim)
-                for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-            )
+            projected = linears(x, attention.q_proj, attention.k_proj, attention.v_proj)
+            q, k, v = (y.view(len(x), -1, head_dim) for y in projected)
             if hasattr(attention, "q_norm"):
                 q = kernels.rms_norm(q, attention.q_norm.weight, attention.q_norm.variance_epsilon)
                 k = kernels.rms_norm(k, attention.k_norm.weight, attention.k_norm.variance_epsilon)
@@ -96,8 +96,16 @@ class TritonDecoder:
             mixed = kernels.paged_attention(
                 q, layer.k_cache, layer.v_cache, seqs, block_tables, attention.scaling, layer.window
             )
-            delta = linear(attention.o_proj, mixed.flatten(1))
+            (delta,) = linears(mixed.flatten(1), attention.o_proj)
             x = kernels.add_rms_norm_(hidden, delta, norm.weight, norm.variance_epsilon)
-            delta = linear(mlp.down_proj, kernels.silu_mul(linear(mlp.gate_proj, x), linear(mlp.up_proj, x)))
+            gated = kernels.silu_mul(*linears(x, mlp.gate_proj, mlp.up_proj))
+            (delta,) = linears(gated, mlp.down_proj)
             x = kernels.add_rms_norm_(hidden, delta, next_norm.weight, next_norm.variance_epsilon)
         return x
+
+
+def _counted_in_order(layer: _Layer) -> bool:
+    """Whether linears of one input are neighbours in tables and pools, as modules of these models are."""
+    attention, mlp = layer.attention, layer.mlp
+    q, k, v = (projection.index for projection in (attention.q_proj, attention.k_proj, attention.v_proj))
+    return (q + 1, k + 1, mlp.gate_proj.index + 1) == (k, v, mlp.up_proj.index)

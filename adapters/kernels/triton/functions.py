@@ -4,13 +4,14 @@ from adapters.kernels.reference import linear_backward
 from adapters.kernels.triton.attention import paged_attention, write_kv
 from adapters.kernels.triton.elementwise import add_rms_norm_, rms_norm, rope_, silu_mul
 from adapters.kernels.triton.linear import linear_forward
-from adapters.kernels.triton.lora import lora_add_
+from adapters.kernels.triton.lora import lora_add_, lora_add_several_
 
 __all__ = [
     "add_rms_norm_",
     "linear_backward",
     "linear_forward",
     "lora_add_",
+    "lora_add_several_",
     "paged_attention",
     "rms_norm",
     "rope_",

@@ -3,13 +3,15 @@
 `_shrink` writes each segment's `scale * (x @ A.T)`, in slices of the input; `_expand` adds the slices in order,
 multiplies by B and adds to y, segment after segment in table order. Programs belong to tokens, so a segment without
 tokens or rank costs nothing but its row of the table. Few tokens (decoding: each with an adapter of its own, perhaps)
-are taken one by one and cost the bytes of A and B; more go as tiles through the tensor cores.
+are taken one by one and cost the bytes of A and B; more go as tiles through the tensor cores. Up to three linears of
+one input share both launches, which are short ones.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # A kernel's parameters are pointers and numbers of Triton's, which has no types for them.
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -50,25 +52,44 @@ def _rank_rows(pool, first_unit, width, r, column, mask, dtype):
     return rows
 
 
-@triton.jit(do_not_specialize=["tokens", "segments"])  # or every other step would compile anew
+@triton.jit
+def _of(linear, first, second, third, LINEARS: tl.constexpr):
+    """What belongs to this program's linear."""
+    chosen = first
+    if LINEARS > 1:
+        chosen = tl.where(linear == 0, first, second)
+    if LINEARS > 2:
+        chosen = tl.where(linear == 2, third, chosen)
+    return chosen
+
+
+@triton.jit(do_not_specialize=["tokens", "segments", "row_width"])  # or every other step would compile anew
 def _shrink(
     x,  # [tokens, width]
-    a,  # int16 [units, width]
-    table,  # int32 [segments, 5]
-    scale,  # fp32 [segments]
-    down,  # fp32 [segments, SPLITS, tokens, ranks]
+    a0,  # int16 [units, width], of the first linear
+    a1,
+    a2,
+    table,  # int32 [LINEARS, row_width, 5], of which this many segments are taken
+    scale,  # fp32 [LINEARS, row_width]
+    down,  # fp32 [LINEARS, segments, SPLITS, tokens, ranks]
     tokens,
     width,
     segments,
+    row_width,
     ranks,
     SEGMENTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
+    LINEARS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    low, split = tl.program_id(0) * BLOCK_T, tl.program_id(1)
+    low, split, linear = tl.program_id(0) * BLOCK_T, tl.program_id(1), tl.program_id(2)
+    a = _of(linear, a0, a1, a2, LINEARS)
+    table += linear * row_width * 5
+    scale += linear * row_width
+    down += linear.to(tl.int64) * segments * SPLITS * tokens * ranks
     t = low + tl.arange(0, BLOCK_T)
     per_split = tl.cdiv(tl.cdiv(width, BLOCK_K), SPLITS) * BLOCK_K
     begin = split * per_split
@@ -99,28 +120,40 @@ def _shrink(
                 tl.store(target, acc * factor, mask=mine[:, None] & (r < rank)[None, :])
 
 
-@triton.jit(do_not_specialize=["tokens", "segments"])
+@triton.jit(do_not_specialize=["tokens", "segments", "row_width"])
 def _expand(
-    y,  # [tokens, width]
-    b,  # int16 [units, width]
+    y0,  # [tokens, width0]
+    y1,
+    y2,
+    b0,  # int16 [units, width0]
+    b1,
+    b2,
     table,
     down,
     tokens,
-    width,
+    width0,
+    width1,
+    width2,
     segments,
+    row_width,
     ranks,
     SEGMENTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr,
+    LINEARS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    low = tl.program_id(0) * BLOCK_T
+    low, first_column, linear = tl.program_id(0) * BLOCK_T, tl.program_id(1) * BLOCK_N, tl.program_id(2)
+    y, b = _of(linear, y0, y1, y2, LINEARS), _of(linear, b0, b1, b2, LINEARS)
+    width = _of(linear, width0, width1, width2, LINEARS)
+    table += linear * row_width * 5
+    down += linear.to(tl.int64) * segments * SPLITS * tokens * ranks
     t = low + tl.arange(0, BLOCK_T)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = first_column + tl.arange(0, BLOCK_N)
     first, last = _touching(table, segments, low, low + BLOCK_T, SEGMENTS)
-    if first <= last:
+    if (first <= last) & (first_column < width):
         place = y + t.to(tl.int64)[:, None] * width + n[None, :]
         inside = (t < tokens)[:, None] & (n < width)[None, :]
         acc = tl.load(place, mask=inside, other=0.0).to(tl.float32)
@@ -148,39 +181,56 @@ def _expand(
 
 def lora_add_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, table: Tensor, scale: Tensor) -> None:
     """As `reference.lora_add_`, for ranks up to `MAX_RANK`; sums are rounded to y's dtype once."""
-    tokens, segments = len(x), len(table)
+    lora_add_several_([y], x, [a], [b], table[None], scale[None])
+
+
+def lora_add_several_(
+    ys: Sequence[Tensor], x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], table: Tensor, scale: Tensor
+) -> None:
+    """`lora_add_` for up to three linears of one input: table `[linears, S, 5]`, scale `[linears, S]`."""
+    linears, segments = scale.shape
+    tokens = len(x)
     if tokens == 0 or segments == 0:
         return
     x, table, scale = x.contiguous(), table.contiguous(), scale.contiguous()
     tiles = _tiles(tokens)
-    ranks = min(MAX_RANK, len(a))
+    ranks = min(MAX_RANK, max(map(len, a)))
     # Many tokens fill the GPU without splits, and scratch grows with tokens times splits.
     most = 8 if deterministic() else max(1, min(8, 1024 // tokens))
     splits = triton.next_power_of_2(min(most, triton.cdiv(x.shape[1], 512)))
-    at_once = max(1, SCRATCH // (4 * splits * tokens * ranks))
-    sums = y if segments <= at_once else y.float()  # rounded once, however many pieces the table is taken in
+    at_once = max(1, SCRATCH // (4 * linears * splits * tokens * ranks))
+    sums = ys if segments <= at_once else [y.float() for y in ys]  # rounded once, in however many pieces the table is
     # bf16 and fp16 numbers are tf32 numbers: only fp32 rows lose bits by it, and those need fp32 activations to matter.
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
-    rows = triton.cdiv(tokens, tiles.tokens)
+    rows, columns = triton.cdiv(tokens, tiles.tokens), triton.cdiv(max(y.shape[1] for y in ys), tiles.outs)
+    widths = [y.shape[1] for y in ys]
     for first in range(0, segments, at_once):
-        piece = table[first : first + at_once]
-        count = len(piece)
-        down = x.new_empty(count * splits * tokens * ranks, dtype=torch.float32)
+        count = min(at_once, segments - first)
+        piece = table[:, first:]
+        down = x.new_empty(linears * count * splits * tokens * ranks, dtype=torch.float32)
         shared = {
             "SEGMENTS": triton.next_power_of_2(count),
             "BLOCK_T": tiles.tokens,
             "BLOCK_R": tiles.ranks,
             "SPLITS": splits,
+            "LINEARS": linears,
             "PRECISION": precision,
         }
-        factors = scale[first : first + at_once]
-        _shrink[(rows, splits)](
-            x, a, piece, factors, down, tokens, x.shape[1], count, ranks, BLOCK_K=tiles.ins, **shared
+        numbers = (count, segments, ranks)
+        _shrink[(rows, splits, linears)](
+            x, *_three(a), piece, scale[:, first:], down, tokens, x.shape[1], *numbers, BLOCK_K=tiles.ins, **shared
         )
-        columns = triton.cdiv(y.shape[1], tiles.outs)
-        _expand[(rows, columns)](sums, b, piece, down, tokens, y.shape[1], count, ranks, BLOCK_N=tiles.outs, **shared)
-    if sums is not y:
-        y.copy_(sums)
+        _expand[(rows, columns, linears)](
+            *_three(sums), *_three(b), piece, down, tokens, *_three(widths), *numbers, BLOCK_N=tiles.outs, **shared
+        )
+    for y, total in zip(ys, sums, strict=True):
+        if total is not y:
+            y.copy_(total)
+
+
+def _three(given: Sequence[Any]) -> list[Any]:
+    """A kernel's three parameters: those that are lacking are not looked at."""
+    return [*given, *[given[0]] * (3 - len(given))]
 
 
 class Tiles(NamedTuple):

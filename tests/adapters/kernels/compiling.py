@@ -57,6 +57,7 @@ def launches() -> None:
         table, scale = torch.zeros(segments, 5, dtype=int32), torch.zeros(segments)
         x, y = torch.zeros(tokens, 4096, dtype=dtype), torch.zeros(tokens, 1024, dtype=dtype)
         kernels.lora_add_(y, x, a, b, table, scale)
+        kernels.lora_add_several_([y] * 3, x, [a] * 3, [b] * 3, table.expand(3, -1, -1), scale.expand(3, -1))
     for dim, heads in ((64, 32), (80, 20), (128, 32), (256, 8)):
         for tokens, requests in ((1, 1), (64, 64), (2048, 4)) if dim == 128 else ((64, 64), (2048, 4)):
             q, k = torch.zeros(tokens, heads, dim, dtype=BF16), torch.zeros(tokens, heads // 4, dim, dtype=BF16)

@@ -168,6 +168,27 @@ def test_lora_in_pieces_of_the_table(kernels: Any, monkeypatch: pytest.MonkeyPat
     check_lora(kernels, (9, 40, 40, [(0, 5, 4, 0, 1.0), (2, 9, 3, 1, -1.0), (2, 9, 0, 1, 1.0)]), torch.float32)
 
 
+@pytest.mark.parametrize("scratch", [64 << 20, 1])
+def test_lora_of_linears_that_share_their_input(kernels: Any, scratch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of different widths, and ranks in one linear that are not those of another."""
+    from adapters.kernels.triton import lora
+
+    monkeypatch.setattr(lora, "SCRATCH", scratch)
+    pools = [
+        Pool([(0, 5, 4, 0, 1.0), (2, 9, 3, 1, -1.0)], 200, 90),
+        Pool([(0, 5, 0, 0, 1.0), (2, 9, 3, 1, -1.0)], 200, 20),
+        Pool([(0, 5, 17, 0, 1.0), (2, 9, 0, 1, -1.0)], 200, 70),
+    ]
+    x = torch.randn(9, 200)
+    for count in (2, 3):
+        taken = pools[:count]
+        ys = [torch.randn(9, pool.b.shape[1]) for pool in taken]
+        expected = [pool.expected(y, x) for pool, y in zip(taken, ys, strict=True)]
+        table, scale = (torch.stack([getattr(pool, name) for pool in taken]) for name in ("table", "scale"))
+        kernels.lora_add_several_(ys, x, [pool.a for pool in taken], [pool.b for pool in taken], table, scale)
+        assert all(near(y, exact) for y, exact in zip(ys, expected, strict=True))
+
+
 def test_lora_without_segments_changes_nothing(kernels: Any) -> None:
     pool = Pool([(0, 0, 4, 0, 1.0), (1, 3, 0, 0, 1.0)], 16, 16)
     x, y = torch.randn(4, 16), torch.randn(4, 16)
