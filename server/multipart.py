@@ -1,14 +1,11 @@
 """A multipart/form-data body, read as it arrives: large parts go to disk, nothing is ever whole in memory.
 
-The event loop only receives; a thread parses and writes. What is beyond the rate stays with the sender.
+The event loop only receives; a thread parses and writes.
 
 The caller names the parts it wants and how large each may be; anything missing, repeated, unknown or too large is an
 error naming the part. It knows nothing of what the parts mean.
 """
 
-import asyncio
-import math
-import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -40,11 +37,8 @@ class Part:
     on_filename: Callable[[str], None] | None = None  # called with what the client says that its file is called
 
 
-async def read_parts(
-    request: Request, parts: Mapping[str, Part], thread: ThreadPoolExecutor, rate: float = math.inf
-) -> dict[str, bytes]:
-    """Read the whole body, at most `rate` bytes of it in a second; returns the in-memory parts by name, in order of
-    arrival.
+async def read_parts(request: Request, parts: Mapping[str, Part], thread: ThreadPoolExecutor) -> dict[str, bytes]:
+    """Read the whole body; returns the in-memory parts by name, in order of arrival.
 
     Raises InvalidRequest (400, `param` names the part), RequestTooLarge (413), OSError when a file cannot be written,
     starlette's ClientDisconnect. Files may then be left behind half-written: `path`s belong in a private directory.
@@ -57,7 +51,6 @@ async def read_parts(
         form = _Form(_boundary(request), parts, stack)
         gathered: list[bytes] = []
         total = waiting = 0
-        begun = time.monotonic()
         async for chunk in request.stream():
             gathered.append(chunk)
             total, waiting = total + len(chunk), waiting + len(chunk)
@@ -66,7 +59,6 @@ async def read_parts(
             if waiting >= _GATHERED_BYTES:
                 await run_in(thread, partial(form.take, gathered))
                 gathered, waiting = [], 0
-                await asyncio.sleep(begun + total / rate - time.monotonic())
         return await run_in(thread, partial(form.finish, gathered))
 
 

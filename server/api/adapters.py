@@ -130,7 +130,7 @@ async def _receive(request: Request, services: Services, staging: Staging) -> tu
         "tokenizer": Part(MAX_TOKENIZER_BYTES, staging.path / TOKENIZER_NAME, required=False),
         "chat_template": Part(MAX_TEMPLATE_BYTES, staging.path / TEMPLATE_NAME, required=False),
     }
-    values = await read_parts(request, parts, services.intake.receivers, services.settings.upload_rate)
+    values = await read_parts(request, parts, services.intake.receivers)
     promote = values.get("promote", b"true")
     if promote not in (b"true", b"false"):
         raise InvalidRequest("`promote` is `true` or `false`.", param="promote")

@@ -48,7 +48,7 @@ async def _receive(request: Request, services: Services, directory: Path) -> tup
         "file": Part(services.settings.max_upload_bytes, path, on_filename=names.append),
         "purpose": Part(64),
     }
-    values = await read_parts(request, parts, services.intake.receivers, services.settings.upload_rate)
+    values = await read_parts(request, parts, services.intake.receivers)
     if values["purpose"] != PURPOSE.encode():
         raise InvalidRequest(f"`purpose` must be `{PURPOSE}`: no other files are used here.", param="purpose")
     return path, Path(names[-1]).name[:_MAX_FILENAME] or names[0]

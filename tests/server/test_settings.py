@@ -37,7 +37,6 @@ def test_every_setting_is_read_alike_from_flag_and_environment(row: Any) -> None
         "adapter_host_bytes": "1GiB",
         "finetune_share": "0.5",
         "merge_share": "0.5",
-        "upload_rate": "1MiB",
         "speculative_tokens": "8",
         "adapter_template_seconds": "1",
         "adapter_template_cpu_seconds": "1",
