@@ -215,6 +215,7 @@ class Settings:
     max_upload_bytes: int = _setting(
         2 * GIB, "Largest upload of one adapter or file.", parse=parse_size, minimum=1024, maximum=2**50, shown="2GiB"
     )
+    max_uploads: int = _setting(4, "Uploads received at once.", parse=_integer, minimum=1, maximum=1024)
     background_priority: Priority = _setting(
         "idle",
         "When threads that load adapters and take uploads in run: idle, in what serving leaves of the processor; low, "
