@@ -44,7 +44,7 @@ class Residency:
         pool: RowPool,
         load: Callable[[str, str], HostAdapter],
         host_bytes: int,
-        priority: Priority = "idle",
+        priority: Priority = "low",
     ) -> None:
         self._pool = pool
         self._load = load

@@ -217,9 +217,9 @@ class Settings:
     )
     max_uploads: int = _setting(4, "Uploads received at once.", parse=_integer, minimum=1, maximum=1024)
     background_priority: Priority = _setting(
-        "idle",
-        "When threads that load adapters and take uploads in run: idle, in what serving leaves of the processor; low, "
-        "with a tenth of a serving thread's share; normal, as others do.",
+        "low",
+        "When threads that load adapters and take uploads in run: low, with a tenth of a serving thread's share; idle, "
+        "in what serving leaves of the processor, which may be next to nothing; normal, as others do.",
         choices=PRIORITIES,
     )
     drain_seconds: float = _setting(

@@ -18,6 +18,8 @@ def load_engine(model: Path, cache: Path, **overrides: Any) -> Engine:
         "adapter_bytes": 8 << 20,
         "max_batch_tokens": 64,
         "max_batch_requests": 16,
+        # How long adapters take to arrive is not to hang on what else the machine does.
+        "background_priority": "normal",
         # Tests say of every engine what holds of a CPU's: its kernels, interpreted, need to be told.
         "deterministic": interpreted(),
     }

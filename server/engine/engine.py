@@ -76,7 +76,7 @@ class Engine:
         merged_bytes: int = 0,
         outline: Outline | None = None,
         prefix_caching: bool = True,
-        background_priority: Priority = "idle",
+        background_priority: Priority = "low",
     ) -> None:
         self.base = base
         self.max_model_len = max_model_len

@@ -51,7 +51,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     finetune_max_stall_ms: float = 20.0  # training between two inference steps, at most
     finetune_share: float = 0.3  # of the device's time while requests run, at most
     merge_share: float = 0.3  # likewise, for building merges
-    background_priority: Priority = "idle"  # of the threads that load adapters
+    background_priority: Priority = "low"  # of the threads that load adapters
 
 
 # --- what a request is -----------------------------------------------------------------------
