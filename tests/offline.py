@@ -26,6 +26,19 @@ def load_engine(model: Path, cache: Path, **overrides: Any) -> Engine:
     return Engine.load(EngineConfig(address="", model=str(model), cache_dir=str(cache), **(settings | overrides)))
 
 
+def tight_engine(like: Engine, model: Path, cache: Path, blocks: int, longest: int) -> Engine:
+    """An engine over the same model with so few KV blocks that requests are preempted, and with small chunks."""
+    block = 2 * like.base.num_layers * 2 * 16 * 16 * 4  # k and v, layers, kv heads, head size, tokens, bytes
+    return load_engine(
+        model,
+        cache,
+        kv_cache_bytes=blocks * block,
+        max_batch_tokens=23,
+        max_model_len=longest,
+        prefix_caching=False,
+    )
+
+
 def publish(engine: Engine, directory: Path) -> AdapterRef:
     """Check an adapter's directory as an upload would, and say how requests refer to it."""
     ready = engine.ready()
@@ -80,4 +93,13 @@ def run(engine: Engine, requests: Iterable[Generate], every: int = 0) -> dict[st
         for output in engine.step()[0]:
             answers[output.id].take(output)
         steps += 1
+    return answers
+
+
+def solo(engine: Engine, requests: Iterable[Generate]) -> dict[str, Answer]:
+    """Run each request to its end alone, with nothing cached."""
+    answers: dict[str, Answer] = {}
+    for single in requests:
+        engine.blocks.reset_cache()
+        answers |= run(engine, [single])
     return answers

@@ -224,8 +224,7 @@ class _Deltas(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         dy = gradients[0]
         x, *downs = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[0]
-        dx = torch.zeros_like(x) if wanted else None
+        dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         for (start, end, adapter, dropout), down in zip(ctx.segments, downs, strict=True):
             part = x[start:end]
             mask = None if dropout is None else dropout.mask(ctx.index, part)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adapters import kernels as dispatched
 from adapters.kernels import QuantizedWeight, native, reference
-from tests.adapters.kernels.test_linear import make_weight
+from tests.adapters.kernels.test_linear import assert_threads_change_nothing, make_weight
 
 KINDS = st.sampled_from(["nf4", "nf4-flat", "fp4"])
 BLOCKSIZES = st.sampled_from([64, 128, 256, 512])
@@ -69,15 +69,7 @@ def test_a_row_is_alone_what_it_is_in_company(
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads_change_nothing(compiled: native.Kernels, threads: int) -> None:
-    weight = make_weight("nf4", 500, 192).with_int8_inputs()
-    x = torch.randn(19, 192)
-    before = compiled.linear_forward(x, weight)
-    compiled.set_threads(threads)
-    try:
-        for _ in range(20):
-            assert torch.equal(compiled.linear_forward(x, weight), before)
-    finally:
-        compiled.set_threads(torch.get_num_threads())
+    assert_threads_change_nothing(compiled, make_weight("nf4", 500, 192).with_int8_inputs(), threads)
 
 
 def test_the_error_is_a_percent_and_outliers_stay_in_their_block(compiled: native.Kernels) -> None:

@@ -113,10 +113,8 @@ def test_neighbouring_rows_do_not_leak(kernels: Any) -> None:
     assert spoilt[3].isnan().all()
 
 
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_threads_change_nothing(compiled: native.Kernels, threads: int) -> None:
-    weight = make_weight("nf4", 500, 192)
-    x = torch.randn(19, 192)
+def assert_threads_change_nothing(compiled: native.Kernels, weight: QuantizedWeight, threads: int) -> None:
+    x = torch.randn(19, weight.shape[1])
     before = compiled.linear_forward(x, weight)
     compiled.set_threads(threads)
     try:
@@ -124,6 +122,11 @@ def test_threads_change_nothing(compiled: native.Kernels, threads: int) -> None:
             assert torch.equal(compiled.linear_forward(x, weight), before)
     finally:
         compiled.set_threads(torch.get_num_threads())
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_change_nothing(compiled: native.Kernels, threads: int) -> None:
+    assert_threads_change_nothing(compiled, make_weight("nf4", 500, 192), threads)
 
 
 def test_rows_that_are_not_whole_blocks_mean_what_bitsandbytes_says() -> None:

@@ -15,7 +15,7 @@ from server.engine.engine import Engine
 from server.engine.model import UnservableModel
 from server.engine.protocol import AdapterRef, EngineConfig, Generate, Merge, MergeReport
 from tests import interpreter
-from tests.offline import Answer, load_engine, publish, request, run
+from tests.offline import load_engine, publish, request, run, solo
 from tests.tiny import tiny_adapter
 
 pytestmark = [
@@ -49,14 +49,6 @@ def workload(adapter: AdapterRef) -> list[Generate]:
         )
         for i in range(10)
     ]
-
-
-def solo(engine: Engine, requests: list[Generate]) -> dict[str, Answer]:
-    answers: dict[str, Answer] = {}
-    for single in requests:
-        engine.blocks.reset_cache()
-        answers |= run(engine, [single])
-    return answers
 
 
 def scores(engine: Engine, reference: AdapterRef | None = None) -> torch.Tensor:

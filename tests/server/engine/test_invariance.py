@@ -9,7 +9,7 @@ import torch
 from server.engine.engine import Engine
 from server.engine.protocol import AdapterRef, Generate
 from tests import interpreter
-from tests.offline import Answer, load_engine, publish, request, run
+from tests.offline import Answer, load_engine, publish, request, run, solo, tight_engine
 from tests.tiny import tiny_adapter
 
 RANKS = (3, 4, 8, 8, 16, 17, 32, 64)
@@ -44,14 +44,6 @@ def workload(references: list[AdapterRef], max_tokens: int = 12, longest: int = 
     ]
 
 
-def solo(engine: Engine, requests: list[Generate]) -> dict[str, Answer]:
-    answers: dict[str, Answer] = {}
-    for single in requests:
-        engine.blocks.reset_cache()
-        answers |= run(engine, [single])
-    return answers
-
-
 def settle(engine: Engine) -> None:
     """When idle, everything is accounted for."""
     report = engine.inspect("x")
@@ -76,16 +68,8 @@ def test_preemption_and_small_chunks_change_nothing(shallow_dir: Path, cache_dir
     alone = load_engine(shallow_dir, cache_dir)
     references = [publish(alone, directory) for directory in adapters]
     expected = solo(alone, workload(references, max_tokens=40, longest=40))
-    block = 2 * alone.base.num_layers * 2 * 16 * 16 * 4  # k and v, layers, kv heads, head size, tokens, bytes
     blocks, longest = (3, 48) if interpreter.whole_suite() else (24, 256)
-    tight = load_engine(
-        shallow_dir,
-        cache_dir,
-        kv_cache_bytes=blocks * block,
-        max_batch_tokens=23,
-        max_model_len=longest,
-        prefix_caching=False,
-    )
+    tight = tight_engine(alone, shallow_dir, cache_dir, blocks, longest)
     preemptions = 0
     queue = workload(references, max_tokens=40, longest=40)
     answers = {single.id: Answer() for single in queue}

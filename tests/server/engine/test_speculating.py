@@ -15,7 +15,7 @@ from server.engine.protocol import AdapterRef, Generate
 from server.engine.runner import WorkResult
 from server.engine.sampling import Draw
 from tests import interpreter
-from tests.offline import Answer, load_engine, publish, request, run
+from tests.offline import Answer, load_engine, publish, request, run, tight_engine
 from tests.tiny import tiny_adapter
 
 
@@ -137,16 +137,8 @@ def test_beside_those_that_do_not(engine: Engine, adapters: list[AdapterRef], ex
 def test_preempted_and_in_small_chunks(
     engine: Engine, shallow_dir: Path, cache_dir: Path, adapters: list[AdapterRef], expected: dict[str, Answer]
 ) -> None:
-    block = 2 * engine.base.num_layers * 2 * 16 * 16 * 4  # k and v, layers, kv heads, head size, tokens, bytes
     blocks, longest = (6, 96) if interpreter.whole_suite() else (20, 256)
-    tight = load_engine(
-        shallow_dir,
-        cache_dir,
-        kv_cache_bytes=blocks * block,
-        max_batch_tokens=23,
-        max_model_len=longest,
-        prefix_caching=False,
-    )
+    tight = tight_engine(engine, shallow_dir, cache_dir, blocks, longest)
     preemptions = drafted = 0
     answers = {single.id: Answer() for single in workload(adapters, 6)}
     for single in workload(adapters, 6):
