@@ -16,7 +16,7 @@ from torch import Tensor
 from adapters import kernels
 from adapters.format import EXTRAS, EXTRAS_UNIT
 from adapters.lora import LoraLinear
-from adapters.memory import zeros
+from adapters.memory import sent, zeros
 from adapters.rowfile import RowFile
 from adapters.rows import RowAllocator, rounded
 
@@ -335,8 +335,8 @@ class RowPool:
         touched = np.asarray(table[:, :, 3].any(axis=1)).tolist()
         return SegmentDeltas(
             self,
-            torch.from_numpy(table).to(self.device, non_blocking=True),
-            torch.from_numpy(scale).to(self.device, non_blocking=True),
+            sent(torch.from_numpy(table), self.device),
+            sent(torch.from_numpy(scale), self.device),
             touched,
         )
 

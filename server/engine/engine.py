@@ -30,7 +30,7 @@ from server.engine.blocks import BlockPool
 from server.engine.merges import Merges
 from server.engine.model import Base, UnservableModel
 from server.engine.protocol import AdapterUse, EngineConfig, Generate, Output, Ready, Stats, TokenLogprob
-from server.engine.runner import Runner, WorkResult
+from server.engine.runner import Flight, Runner, WorkResult
 from server.engine.scheduler import Counters, Scheduler
 from server.engine.sequence import AdapterKey, Sequence, Work
 
@@ -60,6 +60,7 @@ class Engine:
         extra_bytes: what adapters may take on the device besides rows.
         merged_bytes: what merged weights may take there.
         outline: of the base's files; without, nothing can be merged.
+        runs_ahead: whether `step` may give the device a step before it has the one before it; None: on a GPU.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Engine:
         outline: Outline | None = None,
         prefix_caching: bool = True,
         background_priority: Priority = "low",
+        runs_ahead: bool | None = None,
     ) -> None:
         self.base = base
         self.max_model_len = max_model_len
@@ -109,6 +111,9 @@ class Engine:
         )
         self.base_digest = base.digest()
         self.int8_drift: protocol.Drift | None = None  # see `activations`
+        # A CPU's step is over when it was given.
+        self._runs_ahead = base.device.type == "cuda" if runs_ahead is None else runs_ahead
+        self._flight: Flight | None = None  # the step that was given ahead
         self._live: dict[str, _Live] = {}
         self._warming: list[tuple[protocol.Warm, float]] = []
         self._done: list[protocol.Done] = []
@@ -253,25 +258,35 @@ class Engine:
 
     # --- a step ----------------------------------------------------------------------------------------------
 
-    def step(self) -> tuple[list[Output], Stats]:
-        """Schedule and run one step, if anything can run. Returns every sequence's output and the gauges."""
+    def step(self, *, ahead: bool = True) -> tuple[list[Output], Stats]:
+        """Schedule and run one step, if anything can run. Returns every sequence's output and the gauges.
+
+        Args:
+            ahead: where the device works by itself, and the step after this one is certain but for its tokens, give it
+                that as well before looking at what this one brought. Then the next call begins with it.
+        """
         started = time.monotonic()
         self.residency.poll()
         self._answer_warming()
-        step = self.scheduler.schedule(started)
+        flight, self._flight = self._flight, None
+        if flight is None or all(work.sequence.ended for work in flight.step.works):
+            step = self.scheduler.schedule(started)
+            flight = None if step is None else self.runner.submit(step)
         outputs: list[Output] = []
-        if step is not None:
-            results = self.runner.run(step)
-            for work, result in zip(step.works, results, strict=True):
-                output = self._take_in(work, result)
+        if flight is not None:
+            if ahead and self._runs_ahead and self.runner.lets_follow(flight.step):
+                step = self.scheduler.follow(flight.step)
+                self._flight = None if step is None else self.runner.submit(step, flight)
+            for work, result in zip(flight.step.works, flight.results(), strict=True):
+                output = None if work.sequence.ended else self._take_in(work, result)
                 if output is not None:
                     outputs.append(output)
         for sequence in self.scheduler.take_failed():
             self._end(sequence.id)
             outputs.append(Output(id=sequence.id, error=sequence.error, code=sequence.code))
         stats = self._stats(
-            requests=0 if step is None else len(step.works),
-            adapters=0 if step is None else step.num_adapters,
+            requests=0 if flight is None else len(flight.step.works),
+            adapters=0 if flight is None else flight.step.num_adapters,
             seconds=time.monotonic() - started,
         )
         return outputs, stats

@@ -52,7 +52,9 @@ class Loop:
         self._send(self._engine.ready())
         while not (self._draining and self._engine.idle):
             self._take_messages()
-            outputs, stats = self._engine.step()
+            # What is done in gaps is timed there, and a step given ahead would run in them.
+            fills_gaps = self._trainer.ready or self._engine.merges.ready
+            outputs, stats = self._engine.step(ahead=not fills_gaps)
             for done in self._engine.take_done():
                 self._send(done)
             if outputs or self._is_news(stats) or time.monotonic() - self._last_word > HEARTBEAT_SECONDS:

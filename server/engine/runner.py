@@ -1,14 +1,15 @@
 """One scheduled step -> tensors -> the model -> what each sequence gets.
 
 Packs the step's tokens into one row, installs the step in the model's slot (segments for the linears, block tables for
-attention), runs the model and the sampler. Knows the device; does not decide what runs (scheduler.py) nor what a
-token means for a sequence's life.
+attention), runs the model and the sampler. A step is given to the device as a whole, and the next may be as well before
+anybody has looked at what it drew: the device passes the tokens on. Knows the device; does not decide what runs
+(scheduler.py) nor what a token means for a sequence's life.
 """
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 
 import numpy as np
@@ -17,12 +18,13 @@ from torch import Tensor
 
 from adapters import kernels
 from adapters.extras import ExtraUse, StepExtras
+from adapters.memory import sent
 from adapters.pool import RowPool, SegmentDeltas, Use
 from server.engine.attention import KVCache, PagedAttention
 from server.engine.graphs import DecodeGraphs, DecodeStep
 from server.engine.model import Base
 from server.engine.protocol import TokenLogprob
-from server.engine.sampling import Draw, Row, sample, token_logprobs
+from server.engine.sampling import Draw, Drawn, Row, sample, token_logprobs
 from server.engine.sequence import Sequence, Step, Work
 
 
@@ -46,6 +48,45 @@ class Batch:
     deltas: SegmentDeltas | None
     keep: Tensor  # int64 [K], the rows whose logits somebody wants
     extras: StepExtras | None  # what its adapters do besides rank rows
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Works that shared a forward pass, and what comes of it."""
+
+    results: list[WorkResult]
+    sampling: list[tuple[Work, WorkResult]]  # those among the works that draw, in order
+    drawn: Drawn | None  # for each of them one row, and one more for each draft
+
+    def finish(self) -> list[WorkResult]:
+        """Wait for what was drawn."""
+        if self.drawn is not None:
+            draws = iter(self.drawn.draws())
+            for work, result in self.sampling:
+                accept(work, list(islice(draws, 1 + len(work.drafts))), result)
+        return self.results
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A step on its way through the device."""
+
+    step: Step
+    _passes: list[tuple[list[int], _Pass]]  # the works of each by index
+
+    @property
+    def drawn(self) -> Tensor:
+        """What a step of one pass draws: int64 [rows], on the device, which may not have got so far."""
+        [(_, only)] = self._passes
+        assert only.drawn is not None
+        return only.drawn.tokens
+
+    def results(self) -> list[WorkResult]:
+        """Wait for what came out. One result per work, in order; to be asked for once."""
+        results: dict[int, WorkResult] = {}
+        for indices, part in self._passes:
+            results |= zip(indices, part.finish(), strict=True)
+        return [results[index] for index in range(len(self.step.works))]
 
 
 class _Model:
@@ -114,16 +155,31 @@ class Runner:
             self._model.graphs.warm_up(requests)
 
     @torch.no_grad()
-    def run(self, step: Step) -> list[WorkResult]:
-        """Compute a step. Returns one result per work, in order."""
+    def submit(self, step: Step, before: Flight | None = None) -> Flight:
+        """Give a step to the device.
+
+        Args:
+            before: the step before it, where works await its tokens. See `lets_follow`.
+        """
         with self._threads():
-            passes = self._passes(step.works)
-            if len(passes) == 1:
-                return self._run(step.works)
-            results: dict[int, WorkResult] = {}
-            for indices in passes:
-                results |= zip(indices, self._run([step.works[index] for index in indices]), strict=True)
-            return [results[index] for index in range(len(step.works))]
+            return Flight(
+                step,
+                [
+                    (indices, self._run([step.works[index] for index in indices], before))
+                    for indices in self._passes(step.works)
+                ],
+            )
+
+    def lets_follow(self, step: Step) -> bool:
+        """Whether a step's tokens need not be known for its sequences' next to be drawn.
+
+        They must be for penalties; other changes to logits, log-probabilities and further passes are waited for
+        anyway; and merged weights may be gone before a step given ahead is over.
+        """
+        if len(self._passes(step.works)) > 1 or self._merge_of(step.works[0].sequence):
+            return False
+        rows = (row for work in step.works for row in _rows(work))
+        return all(row.plain and row.sampling.logprobs is None for row in rows)
 
     @torch.no_grad()
     def logits(self, works: Seq[Work]) -> Tensor:
@@ -165,13 +221,15 @@ class Runner:
         extras = self._pool.extras.get(sequence.adapter[0][0]) if sequence.adapter else None
         return 0 if extras is None else extras.new_tokens
 
-    def _run(self, works: Seq[Work]) -> list[WorkResult]:
-        return self._results(works, *self._logits(works))
+    def _run(self, works: Seq[Work], before: Flight | None) -> _Pass:
+        return self._draw(works, *self._logits(works, before))
 
-    def _logits(self, works: Seq[Work]) -> tuple[Tensor, list[int]]:
+    def _logits(self, works: Seq[Work], before: Flight | None = None) -> tuple[Tensor, list[int]]:
         """fp32 [K, V], and how many consecutive rows are each work's own."""
         model = self._merged.get(self._merge_of(works[0].sequence), self._model)
         batch, wanted = self._pack(works, merged=model is not self._model)
+        if before is not None:
+            batch = replace(batch, ids=_awaited(works, before.drawn))
         with batch.extras.installed(self._base.model) if batch.extras else nullcontext():
             return self._forward(batch, model), wanted
 
@@ -191,7 +249,7 @@ class Runner:
         for work in works:
             sequence, first, last = work.sequence, work.start, work.start + work.count
             offset = len(ids)
-            ids += sequence.tokens[first : last - len(work.drafts)]
+            ids += sequence.tokens[first : last - len(work.drafts)] if work.awaits is None else [0]
             ids += work.drafts
             blocks = np.asarray(sequence.blocks[: -(-last // size)], np.int32)
             position = np.arange(first, last)
@@ -219,7 +277,7 @@ class Runner:
         device = self._base.device
 
         def tensor(array: np.ndarray) -> Tensor:
-            return torch.from_numpy(array).to(device, non_blocking=True)
+            return sent(torch.from_numpy(array), device)
 
         attention = PagedAttention(
             self._cache,
@@ -276,7 +334,7 @@ class Runner:
 
     # --- out ---------------------------------------------------------------------------------------------
 
-    def _results(self, works: Seq[Work], logits: Tensor, wanted: list[int]) -> list[WorkResult]:
+    def _draw(self, works: Seq[Work], logits: Tensor, wanted: list[int]) -> _Pass:
         """Score prompts and draw tokens. `wanted`: how many consecutive logit rows are each work's own."""
         results = [WorkResult() for _ in works]
         sampling: list[tuple[Work, WorkResult]] = []
@@ -291,25 +349,10 @@ class Runner:
                 sampling.append((work, result))
                 drawn += range(end - 1 - len(work.drafts), end)
                 rows += _rows(work)
-        if sampling:
-            chosen = logits if len(drawn) == len(logits) else logits[drawn]  # mostly all of them: no copy
-            draws = iter(sample(chosen, rows, self._base.eos_token_ids))
-            for work, result in sampling:
-                self._accept(work, list(islice(draws, 1 + len(work.drafts))), result)
-        return results
-
-    @staticmethod
-    def _accept(work: Work, draws: list[Draw], result: WorkResult) -> None:
-        """Take draws for as long as what was drafted is what was drawn: then they are those of single steps."""
-        for draw, draft in zip(draws, [*work.drafts, None], strict=True):
-            if draw.token is None:
-                result.failed = not result.tokens  # else once more in a step of its own, to fail there
-                return
-            result.tokens.append(draw.token)
-            if draw.logprob is not None:
-                result.logprobs.append(draw.logprob)
-            if draw.token != draft:
-                return
+        if not sampling:
+            return _Pass(results, [], None)
+        chosen = logits if len(drawn) == len(logits) else logits[drawn]  # mostly all of them: no copy
+        return _Pass(results, sampling, sample(chosen, rows, self._base.eos_token_ids))
 
     @staticmethod
     def _score_prompt(work: Work, logits: Tensor, result: WorkResult) -> None:
@@ -322,10 +365,31 @@ class Runner:
         result.prompt_logprobs = token_logprobs(logits, following, [alternatives] * len(following))
 
 
+def accept(work: Work, draws: list[Draw], result: WorkResult) -> None:
+    """Take draws for as long as what was drafted is what was drawn: then they are those of single steps."""
+    for draw, draft in zip(draws, [*work.drafts, None], strict=True):
+        if draw.token is None:
+            result.failed = not result.tokens  # else once more in a step of its own, to fail there
+            return
+        result.tokens.append(draw.token)
+        if draw.logprob is not None:
+            result.logprobs.append(draw.logprob)
+        if draw.token != draft:
+            return
+
+
+def _awaited(works: Seq[Work], drawn: Tensor) -> Tensor:
+    """The one token of each work, int64 [works], out of those `drawn` before them; any where none was."""
+    places = [work.awaits for work in works]
+    if places != list(range(len(drawn))):
+        drawn = drawn[sent(torch.tensor(places), drawn.device)]
+    return drawn.clamp(min=0)
+
+
 def _rows(work: Work) -> Iterator[Row]:
     """How a work's tokens are to be drawn: after the last known one, and after each draft as if it were right."""
     sequence, drafts = work.sequence, work.drafts
-    yield Row(sequence.sampling, sequence.tokens, len(sequence.prompt))
+    yield Row(sequence.sampling, sequence.tokens, len(sequence.prompt), unknown=int(work.awaits is not None))
     for count in range(1, len(drafts) + 1):
         yield Row(sequence.sampling, [*sequence.tokens, *drafts[:count]], len(sequence.prompt))
 

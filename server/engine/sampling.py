@@ -9,7 +9,7 @@ when it yields a single number, so long sums go through blocks). Knows no sequen
 """
 
 from array import array
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adapters import kernels
+from adapters.memory import sent
 from server.engine.protocol import Sampling, TokenLogprob
 
+NOTHING = -1  # in place of a token
 GREEDY_BELOW = 1e-5  # temperatures below this are taken for 0, as vLLM does
 _BLOCK = 128  # vocabulary entries that are summed together
 _NUCLEUS_GUESS = 128  # tokens to rank at first: nearly every nucleus is among them
@@ -34,11 +36,12 @@ class Row:
     tokens: Sequence[int]  # everything before the token to be drawn: the prompt, then what was generated
     num_prompt: int
     allowed: Tensor | None = None  # int32 [ceil(vocabulary / 32)]: bit i % 32 of word i // 32 allows token i
+    unknown: int = 0  # how many tokens, being drawn still, lie between `tokens` and this one
 
     @property
     def position(self) -> int:
-        """How many tokens were generated before this one."""
-        return len(self.tokens) - self.num_prompt
+        """How many tokens are generated before this one."""
+        return len(self.tokens) - self.num_prompt + self.unknown
 
     @property
     def greedy(self) -> bool:
@@ -67,21 +70,52 @@ class Draw:
     logprob: TokenLogprob | None = None  # present when asked for
 
 
-def sample(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int] = ()) -> list[Draw]:
+class Drawn:
+    """One token per row, perhaps still being drawn.
+
+    tokens: int64 [rows], where the logits are; `NOTHING` for a row whose logits were not all finite, or whose every
+        token was forbidden.
+    """
+
+    def __init__(self, tokens: Tensor, logprobs: Mapping[int, TokenLogprob]) -> None:
+        self.tokens = tokens
+        self._logprobs = logprobs
+        self._host = tokens
+        self._there: torch.cuda.Event | None = None
+        if tokens.device.type == "cuda":
+            self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+            self._host.copy_(tokens, non_blocking=True)
+            self._there = torch.cuda.current_stream(tokens.device).record_event()
+
+    def draws(self) -> list[Draw]:
+        """What was drawn; waits for it."""
+        if self._there is not None:
+            self._there.synchronize()
+        return [
+            Draw(None) if token == NOTHING else Draw(token, self._logprobs.get(index))
+            for index, token in enumerate(self._host.tolist())
+        ]
+
+
+def sample(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int] = ()) -> Drawn:
     """Draw one token per row.
+
+    A GPU is given its work and not waited for, unless a row wants log-probabilities or its logits changed.
 
     Args:
         logits: float32 [rows, vocabulary]; left as they are.
         rows: one per row of logits.
         eos_token_ids: forbidden, with the row's stop tokens, until `min_tokens` are there (unless it ignores EOS).
     """
-    draws: list[Draw] = []
+    tokens: list[Tensor] = []
+    logprobs: dict[int, TokenLogprob] = {}
     for part in _slices(logits):
-        draws += _sample(logits[part], rows[part], eos_token_ids)
-    return draws
+        tokens.append(_sample(logits[part], rows[part], eos_token_ids))
+        logprobs |= _asked_logprobs(logits[part], rows[part], tokens[-1], part.start)
+    return Drawn(torch.cat(tokens) if tokens else torch.empty(0, dtype=torch.int64), logprobs)
 
 
-def _sample(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int]) -> list[Draw]:
+def _sample(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int]) -> Tensor:
     valid = torch.isfinite(logits.amax(-1)) & torch.isfinite(logits.amin(-1))  # [rows]
     scores = logits
     if not all(row.plain for row in rows):
@@ -93,16 +127,19 @@ def _sample(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int])
     else:
         tokens = _likeliest(scores)
         if drawn:
-            tokens[drawn] = _draw(scores[drawn], [rows[index] for index in drawn])
-    logprobs: dict[int, TokenLogprob] = {}
+            places = sent(torch.tensor(drawn), scores.device)
+            tokens[places] = _draw(scores[places], [rows[index] for index in drawn])
+    return torch.where(valid, tokens, NOTHING)
+
+
+def _asked_logprobs(logits: Tensor, rows: Sequence[Row], tokens: Tensor, first: int) -> dict[int, TokenLogprob]:
+    """Those of the rows that want them, by row; `first` is the number of the first row here."""
     asking = [index for index, row in enumerate(rows) if row.sampling.logprobs is not None]
-    if asking:
-        counts = [rows[index].sampling.logprobs or 0 for index in asking]
-        logprobs = dict(zip(asking, token_logprobs(logits[asking], tokens[asking], counts), strict=True))
-    return [
-        Draw(token, logprobs.get(index)) if good else Draw(None)
-        for index, (token, good) in enumerate(zip(tokens.tolist(), valid.tolist(), strict=True))
-    ]
+    if not asking:
+        return {}
+    counts = [rows[index].sampling.logprobs or 0 for index in asking]
+    found = token_logprobs(logits[asking], tokens[asking].clamp(min=0), counts)
+    return {first + index: logprob for index, logprob in zip(asking, found, strict=True)}
 
 
 def _likeliest(scores: Tensor) -> Tensor:
@@ -223,7 +260,7 @@ def _histories(rows: Sequence[int], tokens: Sequence[Sequence[int]], logits: Ten
 
 def _column(rows: Sequence[Row], value: Callable[[Sampling], float], like: Tensor) -> Tensor:
     """One number of every row's sampling, float32 [rows]."""
-    return torch.tensor([value(row.sampling) for row in rows], dtype=torch.float32, device=like.device)
+    return sent(torch.tensor([value(row.sampling) for row in rows], dtype=torch.float32), like.device)
 
 
 # --- the draw ------------------------------------------------------------------------------------
@@ -244,20 +281,22 @@ def _draw(scores: Tensor, rows: Sequence[Row]) -> Tensor:
         floor = _column(rows, lambda sampling: sampling.min_p, scores)[:, None]  # [rows, 1]
         if limited:
             limits = [rows[index].sampling.top_k for index in limited]
-            top = weights[limited].topk(max(limits)).values
-            kth = top.gather(1, torch.tensor(limits, device=scores.device)[:, None] - 1)
-            floor[limited] = torch.maximum(floor[limited], kth)
+            places = sent(torch.tensor(limited), scores.device)
+            top = weights[places].topk(max(limits)).values
+            kth = top.gather(1, sent(torch.tensor(limits), scores.device)[:, None] - 1)
+            floor[places] = torch.maximum(floor[places], kth)
         weights *= weights >= floor
 
     nuclei = [index for index, row in enumerate(rows) if row.sampling.top_p < 1.0]
     if nuclei:
-        p = torch.tensor([[rows[index].sampling.top_p] for index in nuclei], dtype=torch.float64, device=scores.device)
+        p = sent(torch.tensor([[rows[index].sampling.top_p] for index in nuclei], dtype=torch.float64), scores.device)
         floor = weights.new_zeros(len(rows), 1)
-        floor[nuclei] = _nucleus_floor(weights if len(nuclei) == len(rows) else weights[nuclei], p)
+        places = sent(torch.tensor(nuclei), scores.device)
+        floor[places] = _nucleus_floor(weights if len(nuclei) == len(rows) else weights[places], p)
         weights *= weights >= floor
 
-    uniforms = [[uniform(row.sampling.seed, row.position)] for row in rows]
-    return _invert(weights, torch.tensor(uniforms, dtype=torch.float64, device=scores.device))
+    uniforms = torch.tensor([[uniform(row.sampling.seed, row.position)] for row in rows], dtype=torch.float64)
+    return _invert(weights, sent(uniforms, scores.device))
 
 
 def _nucleus_floor(weights: Tensor, p: Tensor) -> Tensor:
@@ -268,6 +307,10 @@ def _nucleus_floor(weights: Tensor, p: Tensor) -> Tensor:
         p: float64 [rows, 1].
     """
     total = _block_sums(weights).sum(-1, keepdim=True)  # float64 [rows, 1]
+    if weights.device.type == "cuda":  # ranking all of them costs it less than a look at whether the guess was enough
+        ranked = weights.sort(descending=True).values
+        last = (ranked.cumsum(-1, dtype=torch.float64) < p * total).sum(-1, keepdim=True)
+        return ranked.gather(1, last.clamp(max=ranked.shape[1] - 1))
     ranked = weights.topk(min(_NUCLEUS_GUESS, weights.shape[1])).values
     last = (ranked.cumsum(-1, dtype=torch.float64) < p * total).sum(-1, keepdim=True)  # the one that reaches the goal
     floor = ranked.gather(1, last.clamp(max=ranked.shape[1] - 1))

@@ -3,7 +3,7 @@
 There are no phases: a sequence has `num_computed` chasing the tokens it knows, and every step spends one token budget,
 on decodes first, then on chunks of prompts under way, then on newcomers in order of arrival; what is left may go to
 drafts of sequences that speculate. `schedule` decides a step, the caller runs it, and `advance` (or `fail`) takes in
-what came out, one work at a time.
+what came out, one work at a time. Where only tokens are lacking to decide the next, `follow` does so before that.
 
 Knows blocks as numbers and adapters as hashable keys whose residency it asks for. Knows no tensors, no loading, no
 text: stop strings are the business of whoever reads the tokens (and calls `abort`).
@@ -173,6 +173,31 @@ class Scheduler:
         works.sort(key=lambda work: (work.sequence.adapter, work.sequence._order))
         return Step(tuple(works))
 
+    def follow(self, step: Step) -> Step | None:
+        """Decide the step after one that is still being computed: one more token of each of its sequences.
+
+        None where that is not what `schedule` would decide as well, whatever tokens come out; an end is the exception.
+        A sequence that `step` turns out to end is computed once more for nothing, and `advance` ignores it.
+        """
+        if self.waiting and len(self.running) < self._max_batch_requests:
+            return None
+        works: list[Work] = []
+        going = 0
+        for place, work in enumerate(step.works):
+            sequence = work.sequence
+            if not work.samples or work.prompt_rows or sequence._drafter is not None:
+                return None
+            if sequence.ended:
+                continue
+            going += 1
+            if sequence.num_generated + 1 == self._limit(sequence):
+                continue
+            if not self._grow(sequence, len(sequence.tokens) + 1):
+                return None  # somebody must give way
+            start = work.start + work.count
+            works.append(Work(sequence, start, 1, samples=True, prompt_rows=range(0), awaits=place))
+        return Step(tuple(works)) if works and going == len(self.running) else None
+
     def _schedule_decodes(self, works: list[Work]) -> None:
         """One token of each decoding sequence, oldest first; the youngest give way when blocks run out."""
         position = 0
@@ -180,7 +205,7 @@ class Scheduler:
             sequence = self.running[position]
             if sequence.remaining > 1:  # its blocks were all allocated at admission
                 position += 1
-            elif self._grow(sequence):
+            elif self._grow(sequence, len(sequence.tokens)):
                 works.append(self._work(sequence, 1))
                 position += 1
             elif len(self.running) == 1:
@@ -188,9 +213,9 @@ class Scheduler:
             else:  # the youngest is this one, or one not looked at yet
                 self._preempt(self.running[-1])
 
-    def _grow(self, sequence: Sequence) -> bool:
-        """See that every known token has its slot; False when blocks run out."""
-        missing = self._blocks.blocks_for(len(sequence.tokens)) - len(sequence.blocks)
+    def _grow(self, sequence: Sequence, tokens: int) -> bool:
+        """See that so many tokens have their slots; False when blocks run out."""
+        missing = self._blocks.blocks_for(tokens) - len(sequence.blocks)
         if missing <= 0:
             return True
         fresh = self._blocks.allocate(missing)

@@ -53,6 +53,11 @@ class Sequence:
         return len(self.tokens) - len(self.prompt)
 
     @property
+    def ended(self) -> bool:
+        """Whether nothing will be computed for it any more."""
+        return self.finish_reason is not None or self.error is not None
+
+    @property
     def remaining(self) -> int:
         """Known tokens that the model has yet to see; 1 while decoding."""
         return len(self.tokens) - self.num_computed
@@ -71,6 +76,7 @@ class Work:
     samples: bool  # the last known token is among these: its logits give the next token, as do those of right drafts
     prompt_rows: range  # positions within the chunk whose logits score the prompt token that follows them
     drafts: Seq[int] = ()
+    awaits: int | None = None  # its one token is still being drawn: by the work at this place of the step before
 
 
 @dataclass(frozen=True, slots=True)

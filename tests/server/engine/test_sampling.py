@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -10,9 +10,13 @@ import torch
 
 from server.engine import sampling
 from server.engine.protocol import Sampling
-from server.engine.sampling import Row, sample, token_logprobs, uniform
+from server.engine.sampling import Draw, Row, token_logprobs, uniform
 
 EOS = 0
+
+
+def sample(logits: torch.Tensor, rows: Sequence[Row], eos_token_ids: Sequence[int] = ()) -> list[Draw]:
+    return sampling.sample(logits, rows, eos_token_ids).draws()
 
 
 def row(tokens: list[int] | None = None, num_prompt: int = 0, allowed: torch.Tensor | None = None, **kw: Any) -> Row:

@@ -123,6 +123,8 @@ class World:
         self.scored: dict[str, list[int]] = {}
         self.poisoned: set[str] = set()
         self.steps = 0
+        self.flight: Step | None = None  # launched ahead
+        self.followed = 0
 
     def add(self, prompt: list[int], adapter: AdapterKey = BASE, *, tenant: str = "", **sampling: object) -> Sequence:
         sequence = Sequence(
@@ -171,23 +173,53 @@ class World:
 
     def content(self, work: Work, position: int) -> object:
         sequence = work.sequence
-        return sequence.tenant, sequence.adapter, (*sequence.tokens, *work.drafts)[: position + 1]
+        awaited = () if work.awaits is None else (next_token(sequence, sequence.tokens),)
+        return sequence.tenant, sequence.adapter, (*sequence.tokens, *awaited, *work.drafts)[: position + 1]
 
-    def step(self) -> Step | None:
-        step = self.schedule()
+    def launch(self) -> Step | None:
+        """The step whose outcome is taken in next: one that was launched ahead, or else one decided now."""
+        step, self.flight = self.flight, None
+        if step is None or all(work.sequence.ended for work in step.works):
+            step = self.schedule()
+            if step is not None:
+                self.compute(step)
+        return step
+
+    def launch_ahead(self, step: Step) -> None:
+        """Decide and compute the step after one whose outcome nobody knows yet, where that can be done."""
+        self.flight = self.scheduler.follow(step)
+        if self.flight is None:
+            return
+        self.followed += 1
+        assert {work.sequence.id for work in self.flight.works} <= {work.sequence.id for work in step.works}
+        for work in self.flight.works:
+            assert work.awaits is not None
+            assert step.works[work.awaits].sequence is work.sequence
+            assert (work.start, work.count, work.samples) == (len(work.sequence.tokens), 1, True)
+        self.compute(self.flight)
+
+    def take_in(self, step: Step) -> None:
+        for work in step.works:
+            sequence = work.sequence
+            if sequence.ended:
+                assert self.scheduler.advance(work, [1] if work.samples else []) == []
+                continue
+            self.scored[sequence.id] += work.prompt_rows
+            if sequence.id in self.poisoned:
+                self.scheduler.fail(sequence.id, "not finite", "non_finite")
+                continue
+            drawn = draw(work)
+            kept = self.scheduler.advance(work, drawn)
+            assert kept == drawn[: len(kept)]
+            assert len(kept) == len(drawn) or sequence.finish_reason
+            self.outputs[sequence.id] += kept
+
+    def step(self, *, ahead: bool = False) -> Step | None:
+        step = self.launch()
         if step is not None:
-            self.compute(step)
-            for work in step.works:
-                sequence = work.sequence
-                self.scored[sequence.id] += work.prompt_rows
-                if sequence.id in self.poisoned:
-                    self.scheduler.fail(sequence.id, "not finite", "non_finite")
-                    continue
-                drawn = draw(work)
-                kept = self.scheduler.advance(work, drawn)
-                assert kept == drawn[: len(kept)]
-                assert len(kept) == len(drawn) or sequence.finish_reason
-                self.outputs[sequence.id] += kept
+            if ahead:
+                self.launch_ahead(step)
+            self.take_in(step)
         return step
 
     def run(self, most: int = 2000) -> None:
@@ -276,30 +308,22 @@ class AnythingMayHappen(RuleBasedStateMachine):
     @rule(data=st.data(), under_way=st.booleans())
     def abort(self, data: st.DataObject, under_way: bool) -> None:
         victim = self.pick(data)
-        step = self.world.schedule() if under_way else None
+        step = self.world.launch() if under_way else None
         if self.world.scheduler.abort(victim):
             self.aborted.add(victim)
         assert not self.world.scheduler.abort(victim)
-        for work in step.works if step else ():
-            sequence = work.sequence
-            if sequence.id == victim:
-                assert self.world.scheduler.advance(work, [1] if work.samples else []) == []
-                continue
-            self.world.scored[sequence.id] += work.prompt_rows
-            for position in range(work.start, work.start + work.count):
-                slot = (sequence.blocks[position // 4], position % 4)
-                self.world.kv[slot] = self.world.content(work, position)
-            self.world.outputs[sequence.id] += self.world.scheduler.advance(work, draw(work))
+        if step is not None:
+            self.world.take_in(step)
 
     @precondition(lambda self: not self.world.scheduler.idle)
     @rule(data=st.data())
     def overflow(self, data: st.DataObject) -> None:
         self.world.poisoned.add(self.pick(data))
 
-    @rule(steps=st.integers(1, 6))
-    def steps(self, steps: int) -> None:
+    @rule(steps=st.integers(1, 6), ahead=st.booleans())
+    def steps(self, steps: int, ahead: bool) -> None:
         for _ in range(steps):
-            self.world.step()
+            self.world.step(ahead=ahead)
 
     @invariant()
     def accounting(self) -> None:
@@ -414,6 +438,52 @@ def test_queue_numbers() -> None:
     world.step()
     scheduler = world.scheduler
     assert (len(scheduler.running), len(scheduler.waiting), scheduler.waiting_tokens) == (1, 1, 5)
+
+
+class TestRunningAhead:
+    def test_decodes_are_followed_until_all_have_ended(self) -> None:
+        world = World()
+        short, long = world.add([1, 2], max_tokens=3), world.add([2, 1], max_tokens=6)
+        sizes = []
+        while not world.scheduler.idle:
+            step = world.step(ahead=True)
+            assert step is not None
+            sizes.append(len(step.works))
+        assert sizes == [2, 2, 2, 1, 1, 1]
+        assert world.followed == 5
+        world.check_finished(short)
+        world.check_finished(long)
+
+    def test_who_may_come_in_is_not_kept_waiting(self) -> None:
+        world = World(batch_requests=2)
+        for _ in range(3):
+            world.add([1, 2], max_tokens=5)
+        world.step(ahead=True)
+        assert world.flight is not None  # the third has no place
+        world.scheduler.abort("0")
+        world.step(ahead=True)
+        assert world.flight is None
+        step = world.step(ahead=True)
+        assert step is not None
+        assert [work.sequence.id for work in step.works] == ["1", "2"]
+
+    def test_not_in_the_middle_of_a_prompt(self) -> None:
+        world = World()
+        world.add([1] * 20, max_tokens=3)
+        world.step(ahead=True)
+        assert world.flight is None
+        world.run()
+
+    def test_not_when_somebody_must_give_way(self) -> None:
+        world = World(num_blocks=4, caching=False)
+        for _ in range(2):
+            world.add([1] * 3, max_tokens=8)
+        while not world.scheduler.idle:
+            world.step(ahead=True)
+        assert world.scheduler.counters.preemptions
+        assert world.followed
+        for sequence in world.sequences.values():
+            world.check_finished(sequence)
 
 
 class TestPrefixCache:

@@ -12,7 +12,7 @@ from server.engine import speculation
 from server.engine.engine import Engine
 from server.engine.graphs import DecodeGraphs
 from server.engine.protocol import AdapterRef, Generate
-from server.engine.runner import WorkResult
+from server.engine.runner import WorkResult, accept
 from server.engine.sampling import Draw
 from tests import interpreter
 from tests.offline import Answer, load_engine, publish, request, run, tight_engine
@@ -189,6 +189,6 @@ def test_logits_that_are_not_finite_fail_a_request_only_where_they_are_reached(e
         ([7, 8, 9], [7, 8, 9], False),
     ):
         result = WorkResult()
-        engine.runner._accept(work, [Draw(token) for token in draws], result)
+        accept(work, [Draw(token) for token in draws], result)
         assert (result.tokens, result.failed) == (tokens, failed)
     engine.abort("x")
