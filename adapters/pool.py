@@ -189,6 +189,7 @@ class RowPool:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._reserved: dict[str, torch.cuda.Event] = {}  # behind whatever used an adapter's rows before
         self._placements: dict[str, _Placement] = {}
+        self._last: tuple[list[Use], SegmentDeltas] | None = None  # what `deltas` gave last, while that holds
         self.extras: dict[str, Extras] = {}  # by digest, of the resident adapters that have some
         self.invocations: dict[str, tuple[int, ...]] = {}  # likewise
 
@@ -265,6 +266,7 @@ class RowPool:
             placement.rank[index] = rows.rank
             placement.scaling[index] = rows.scaling
         self._placements[adapter.digest] = placement
+        self._last = None
         if self._stream is not None:
             self._reserved[adapter.digest] = torch.cuda.current_stream(self.device).record_event()
         return True
@@ -301,6 +303,7 @@ class RowPool:
 
     def remove(self, digest: str) -> None:
         """Give an adapter's rows back. Raises KeyError when it is not resident."""
+        self._last = None
         self.extras.pop(digest, None)
         self.invocations.pop(digest, None)
         for kind, first in self._placements.pop(digest).windows.items():
@@ -321,6 +324,8 @@ class RowPool:
         """Segment tables of one step, or None when no token uses an adapter."""
         if not uses:
             return None
+        if self._last is not None and self._last[0] == uses:  # as while the same requests decode
+            return self._last[1]
         count = len(self.names)
         table = np.empty((count, len(uses), 5), np.int32)
         scale = np.empty((count, len(uses)), np.float32)
@@ -333,14 +338,14 @@ class RowPool:
             table[:, column, 4] = placement.dtype
             scale[:, column] = placement.scaling * np.float32(use.weight)
         touched = np.asarray(table[:, :, 3].any(axis=1)).tolist()
-        return SegmentDeltas(
-            self,
-            sent(torch.from_numpy(table), self.device),
-            sent(torch.from_numpy(scale), self.device),
-            touched,
+        deltas = SegmentDeltas(
+            self, sent(torch.from_numpy(table), self.device), sent(torch.from_numpy(scale), self.device), touched
         )
+        self._last = [*uses], deltas
+        return deltas
 
     def _compact(self, kind: str) -> None:
+        self._last = None
         moves = self.rows[kind].compact()
         moved = {move.source: move.target for move in moves}
         for name, index in self._index.items():

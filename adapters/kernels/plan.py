@@ -78,6 +78,7 @@ class StepStruct(Structure):
         ("hidden", c_void_p),
         ("cos", c_void_p),
         ("sin", c_void_p),
+        ("positions", c_void_p),
         ("slots", c_void_p),
         ("seqs", c_void_p),
         ("block_tables", c_void_p),
@@ -97,6 +98,7 @@ class DecoderPlan:
     def __init__(self, kernels: native.Kernels, decoder: nn.Module, struct: DecoderStruct, alive: list[Any]) -> None:
         self._kernels = kernels
         self._decoder: Any = decoder
+        self._angles = (torch.empty(0, 0), torch.empty(0, 0))
         self._struct = struct
         self._alive = alive  # everything the struct points at
 
@@ -173,7 +175,8 @@ class DecoderPlan:
             `[T, hidden]`, ready for the head.
         """
         hidden = hidden.contiguous()
-        cos, sin = (part[0].float().contiguous() for part in self._decoder.rotary_emb(hidden[None], positions[None]))
+        cos, sin = self._angles_until(block_tables.shape[1] * self._struct.block_size)
+        positions = positions.contiguous()
         slots, seqs, block_tables = slots.contiguous(), seqs.contiguous(), block_tables.contiguous()
         if table is not None and scale is not None:
             table, scale = table.contiguous(), scale.contiguous()
@@ -181,6 +184,7 @@ class DecoderPlan:
             hidden.data_ptr(),
             cos.data_ptr(),
             sin.data_ptr(),
+            positions.data_ptr(),
             slots.data_ptr(),
             seqs.data_ptr(),
             block_tables.data_ptr(),
@@ -194,6 +198,14 @@ class DecoderPlan:
         )
         self._kernels.decode(self._struct, step)
         return hidden
+
+    def _angles_until(self, end: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of at least the positions before `end`, fp32 `[positions, rotary]`."""
+        if end > len(self._angles[0]):
+            positions = torch.arange(1 << (end - 1).bit_length())
+            cos, sin = self._decoder.rotary_emb(torch.empty(0), positions[None])
+            self._angles = cos[0].float().contiguous(), sin[0].float().contiguous()
+        return self._angles
 
 
 def known(decoder: nn.Module) -> bool:

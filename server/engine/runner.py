@@ -11,10 +11,11 @@ from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adapters import kernels
 from adapters.extras import ExtraUse, StepExtras
@@ -94,6 +95,8 @@ class _Model:
 
     def __init__(self, base: Base, cache: KVCache, pool: RowPool, max_model_len: int) -> None:
         self.base = base
+        self._embedding: nn.Module = base.model.get_input_embeddings()
+        self._head: nn.Module = base.model.get_output_embeddings()
         # All decoder layers at once, where the model is of a known shape; None: through its modules.
         self.plan = kernels.plan_decoder(base.decoder, pool.a, pool.b, cache.k, cache.v, base.windows)
         self.graphs = (
@@ -110,13 +113,14 @@ class _Model:
     def hidden(self, step: DecodeStep) -> Tensor:
         """Through the planned decoder: [T, hidden]."""
         assert self.plan is not None
-        embedded = self.base.model.get_input_embeddings()(step.ids)
+        embedded = self._embedding(step.ids)
         paging = step.slots, step.seqs, step.block_tables
         return self.plan.run(embedded, step.positions, *paging, step.table, step.scale)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits, fp32 [K, V]."""
-        return self.base.model.get_output_embeddings()(hidden).float()
+        logits: Tensor = self._head(hidden)
+        return logits.float()
 
 
 class Runner:
@@ -239,7 +243,11 @@ class Runner:
         """A forward pass as tensors, and how many kept logit rows each work has. `merged`: adapters add nothing."""
         size = self._cache.block_size
         ids: list[int] = []
-        positions, slots, keep, uses, wanted = [], [], [], [], []
+        positions: list[int] = []
+        slots: list[int] = []
+        keep: list[int] = []
+        uses: list[Use] = []
+        wanted: list[int] = []
         seqs: list[tuple[int, int, int]] = []
         extra_uses: list[ExtraUse] = []
         extra_kept: list[ExtraUse] = []
@@ -251,10 +259,9 @@ class Runner:
             offset = len(ids)
             ids += sequence.tokens[first : last - len(work.drafts)] if work.awaits is None else [0]
             ids += work.drafts
-            blocks = np.asarray(sequence.blocks[: -(-last // size)], np.int32)
-            position = np.arange(first, last)
-            positions.append(position)
-            slots.append(blocks[position // size].astype(np.int64) * size + position % size)
+            blocks = sequence.blocks[: -(-last // size)]
+            positions += range(first, last)
+            slots += [blocks[position // size] * size + position % size for position in range(first, last)]
             begins = [first, *range(last - len(work.drafts), last)] if apart and work.drafts else [first]
             for begin, end in pairwise([*begins, last]):
                 tables[len(seqs), : len(blocks)] = blocks
@@ -276,21 +283,21 @@ class Runner:
                     extra_kept.append(ExtraUse(len(keep) - len(kept) + before, len(keep), extras, weight))
         device = self._base.device
 
-        def tensor(array: np.ndarray) -> Tensor:
-            return sent(torch.from_numpy(array), device)
+        def tensor(numbers: list[Any], dtype: torch.dtype = torch.int64) -> Tensor:
+            return sent(torch.tensor(numbers, dtype=dtype), device)
 
         attention = PagedAttention(
             self._cache,
-            tensor(np.concatenate(slots)),
-            tensor(np.asarray(seqs, np.int32)),
-            tensor(tables),
+            tensor(slots),
+            tensor(seqs, torch.int32),
+            sent(torch.from_numpy(tables), device),
         )
         batch = Batch(
-            ids=tensor(np.asarray(ids, np.int64)),
-            positions=tensor(np.concatenate(positions)),
+            ids=tensor(ids),
+            positions=tensor(positions),
             attention=attention,
             deltas=self._pool.deltas(_merged(uses)),
-            keep=tensor(np.asarray(keep, np.int64)),
+            keep=tensor(keep),
             extras=StepExtras(extra_uses, extra_kept) if extra_uses else None,
         )
         return batch, wanted
@@ -316,7 +323,8 @@ class Runner:
             logits = model.graphs.run(step)
             if logits is not None:
                 return logits
-        return model.head(model.hidden(step)[batch.keep])
+        hidden = model.hidden(step)
+        return model.head(hidden if len(batch.keep) == len(hidden) else hidden[batch.keep])
 
     def _forward_modules(self, batch: Batch, base: Base) -> Tensor:
         """The same through transformers' modules, which find the step in the model's slot."""

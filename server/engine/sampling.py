@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from hashlib import blake2b
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -116,11 +117,11 @@ def sample(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int] =
 
 
 def _sample(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int]) -> Tensor:
-    valid = torch.isfinite(logits.amax(-1)) & torch.isfinite(logits.amin(-1))  # [rows]
+    valid = _finite(logits)
     scores = logits
     if not all(row.plain for row in rows):
         scores = _adjust(logits, rows, eos_token_ids)
-        valid &= torch.isfinite(scores.amax(-1))  # a bias may overflow, and a mask may leave nothing
+        valid &= scores.amax(-1).isfinite()  # a bias may overflow, and a mask may leave nothing
     drawn = [index for index, row in enumerate(rows) if not row.greedy]
     if len(drawn) == len(rows):
         tokens = _draw(scores, rows)
@@ -129,7 +130,7 @@ def _sample(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int])
         if drawn:
             places = sent(torch.tensor(drawn), scores.device)
             tokens[places] = _draw(scores[places], [rows[index] for index in drawn])
-    return torch.where(valid, tokens, NOTHING)
+    return _where(valid, tokens)
 
 
 def _asked_logprobs(logits: Tensor, rows: Sequence[Row], tokens: Tensor, first: int) -> dict[int, TokenLogprob]:
@@ -142,11 +143,29 @@ def _asked_logprobs(logits: Tensor, rows: Sequence[Row], tokens: Tensor, first: 
     return {first + index: logprob for index, logprob in zip(asking, found, strict=True)}
 
 
+# What every step does. On a CPU numpy is several times as fast: in a reduction, and in how long it takes to begin.
+
+
+def _finite(logits: Tensor) -> Tensor:
+    """Whether all of a row's logits are finite, bool [rows]."""
+    if logits.device.type == "cpu":
+        array = logits.numpy()
+        return torch.from_numpy(np.isfinite(array.max(-1)) & np.isfinite(array.min(-1)))
+    return logits.amax(-1).isfinite() & logits.amin(-1).isfinite()
+
+
 def _likeliest(scores: Tensor) -> Tensor:
     """Where each row peaks, int64 [rows]: at the first of equals."""
     if scores.device.type == "cpu":
-        return torch.from_numpy(scores.numpy().argmax(-1))  # ten times as fast as torch's on one thread
+        return torch.from_numpy(scores.numpy().argmax(-1))
     return scores.argmax(-1)
+
+
+def _where(valid: Tensor, tokens: Tensor) -> Tensor:
+    """The tokens of valid rows, NOTHING for the others: int64 [rows]."""
+    if tokens.device.type == "cpu":
+        return torch.from_numpy(np.where(valid.numpy(), tokens.numpy(), NOTHING))
+    return torch.where(valid, tokens, NOTHING)
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[TokenLogprob]:

@@ -146,6 +146,29 @@ def test_no_use_no_tables() -> None:
     assert make_pool().deltas([]) is None
 
 
+def test_tables_are_made_anew_when_uses_or_rows_are_others() -> None:
+    pool = make_pool()
+    small, large = adapter(1, {"layers.0.q_proj": 2}), adapter(2, {"layers.0.q_proj": 4})
+    x = torch.randn(5, 8)
+    uses = [Use(0, 5, small.digest, 1.0)]
+    assert pool.insert(small)
+    tables = pool.deltas(uses)
+    assert pool.deltas([*uses]) is tables
+    uses[0] = uses[0]._replace(weight=0.5)  # the list that was given may change
+    assert pool.deltas(uses) is not tables
+    pool.remove(small.digest)
+    assert pool.insert(large)  # where the small one was
+    assert pool.insert(small)
+    torch.testing.assert_close(
+        delta(pool, "layers.0.q_proj", uses, x),
+        0.5 * expected(1, {"layers.0.q_proj": 2}, torch.float32, "layers.0.q_proj", x),
+    )
+    before = delta(pool, "layers.0.q_proj", uses, x)
+    pool.remove(large.digest)
+    pool._compact("q_proj")  # it moves to the front
+    assert torch.equal(delta(pool, "layers.0.q_proj", uses, x), before)
+
+
 def test_stale_rows_of_another_adapter_are_never_read() -> None:
     pool = make_pool()
     ranks = {"layers.0.q_proj": 8}

@@ -40,13 +40,14 @@ struct Decoder {
 };
 
 struct Step {
-    float* hidden;  // [tokens, hidden], in: embeddings, out: normed hidden states
-    const float *cos, *sin;  // [tokens, rotary]
-    const int64_t* slots;    // [tokens]
-    const int32_t* seqs;     // [requests, 3]
+    float* hidden;                // [tokens, hidden], in: embeddings, out: normed hidden states
+    const float *cos, *sin;       // [positions, rotary]
+    const int64_t* positions;     // [tokens]
+    const int64_t* slots;         // [tokens]
+    const int32_t* seqs;          // [requests, 3]
     const int32_t* block_tables;  // [requests, max_blocks]
-    const int32_t* tables;   // [linears, segments, 5]
-    const float* scales;     // [linears, segments]
+    const int32_t* tables;        // [linears, segments, 5]
+    const float* scales;          // [linears, segments]
     int32_t tokens, rotary, requests, max_blocks, segments;
 };
 
@@ -135,8 +136,9 @@ struct Run {
             float *queries = q + (int64_t)t * d.heads * head_dim, *keys = k + (int64_t)t * d.kv_heads * head_dim;
             for (int h = 0; l.q_norm && h < d.heads; h++) rms_norm(queries + h * head_dim, l.q_norm, d.eps, head_dim, queries + h * head_dim);
             for (int h = 0; l.k_norm && h < d.kv_heads; h++) rms_norm(keys + h * head_dim, l.k_norm, d.eps, head_dim, keys + h * head_dim);
-            rope(queries, d.heads, head_dim, s.cos + (int64_t)t * s.rotary, s.sin + (int64_t)t * s.rotary, s.rotary);
-            rope(keys, d.kv_heads, head_dim, s.cos + (int64_t)t * s.rotary, s.sin + (int64_t)t * s.rotary, s.rotary);
+            const float *cos = s.cos + s.positions[t] * s.rotary, *sin = s.sin + s.positions[t] * s.rotary;
+            rope(queries, d.heads, head_dim, cos, sin, s.rotary);
+            rope(keys, d.kv_heads, head_dim, cos, sin, s.rotary);
         });
         const KvCache cache{l.k_cache, l.v_cache, d.block_size};
         write_kv(k, v, s.slots, s.tokens, d.kv_heads, head_dim, cache);
