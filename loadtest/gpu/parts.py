@@ -30,6 +30,7 @@ TESTS = [
     "tests/adapters/test_pool.py",
     "tests/server/engine/test_triton_engine.py",
     "tests/server/engine/test_graphs.py",
+    "tests/server/engine/test_ahead.py",
     "tests/finetune/test_triton.py",
 ]
 RANK = 16
