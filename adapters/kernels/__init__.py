@@ -26,6 +26,7 @@ __all__ = [
     "QuantizedWeight",
     "base_linear",
     "is_deterministic",
+    "likeliest",
     "lora_add_",
     "one_torch_thread",
     "paged_attention",
@@ -153,6 +154,11 @@ def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     (kernels or reference).rope_(q, k, cos, sin)
 
 
+def likeliest(scores: Tensor, *, masked: bool = False) -> Tensor:
+    kernels = native.load() if scores.is_cpu and scores.dtype == torch.float32 else None
+    return (kernels or reference).likeliest(scores, masked=masked)
+
+
 class Decoder(Protocol):
     """All decoder layers and the last norm of a model, over its KV caches and adapter pools."""
 
@@ -185,5 +191,5 @@ def plan_decoder(
     return DecoderPlan.build(decoder, pool_a, pool_b, k_caches, v_caches, windows)
 
 
-for _function in (base_linear, lora_add_, write_kv, paged_attention, rms_norm, silu_mul, rope_):
+for _function in (base_linear, lora_add_, write_kv, paged_attention, rms_norm, silu_mul, rope_, likeliest):
     _function.__doc__ = getattr(reference, _function.__name__).__doc__

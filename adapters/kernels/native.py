@@ -100,6 +100,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "lk_rms_norm": [c_void_p, c_void_p, c_float, c_int, c_int, c_void_p],
     "lk_silu_mul": [c_void_p, c_void_p, c_int64, c_void_p],
     "lk_rope": [c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int, c_int, c_int, c_int],
+    "lk_likeliest": [c_void_p, c_int, c_int64, c_int, c_void_p],
     "lk_decode": [c_void_p, c_void_p],
     "lk_read": [c_void_p, c_int64],
     "lk_multiply_add": [c_int],
@@ -267,6 +268,12 @@ class Kernels:
             head_dim,
             cos.shape[1],
         )
+
+    def likeliest(self, scores: Tensor, *, masked: bool = False) -> Tensor:
+        scores = scores.contiguous()
+        found = torch.empty(len(scores), dtype=torch.int64)
+        self._lib.lk_likeliest(scores.data_ptr(), *scores.shape, masked, found.data_ptr())
+        return found
 
     def decode(self, decoder: Structure, step: Structure) -> None:
         """One step through the decoder layers; the structures are plan.py's."""

@@ -263,3 +263,17 @@ def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         turned = heads[..., :rotary]
         low, high = turned.chunk(2, dim=-1)
         turned.copy_(turned * cos + torch.cat((-high, low), dim=-1) * sin)
+
+
+# --- what follows the head --------------------------------------------------------------------------
+
+
+def likeliest(scores: Tensor, *, masked: bool = False) -> Tensor:
+    """The first of each row's greatest numbers, int64 `[rows]`; -1 for a row that is not to be drawn from.
+
+    Such a row holds NaN or infinity, or nothing but -inf. With `masked` some may be -inf. `scores` is `[rows, n]`.
+    """
+    valid = scores.amax(-1).isfinite()
+    if not masked:
+        valid &= scores.amin(-1).isfinite()
+    return torch.where(valid, scores.argmax(-1), -1)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import dataclass
 from hashlib import blake2b
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,7 +21,7 @@ from adapters import kernels
 from adapters.memory import sent
 from server.engine.protocol import Sampling, TokenLogprob
 
-NOTHING = -1  # in place of a token
+NOTHING = -1  # in place of a token, as `kernels.likeliest` has it
 GREEDY_BELOW = 1e-5  # temperatures below this are taken for 0, as vLLM does
 _BLOCK = 128  # vocabulary entries that are summed together
 _NUCLEUS_GUESS = 128  # tokens to rank at first: nearly every nucleus is among them
@@ -117,20 +116,19 @@ def sample(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int] =
 
 
 def _sample(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int]) -> Tensor:
-    valid = _finite(logits)
+    tokens = kernels.likeliest(logits)
     scores = logits
     if not all(row.plain for row in rows):
         scores = _adjust(logits, rows, eos_token_ids)
-        valid &= scores.amax(-1).isfinite()  # a bias may overflow, and a mask may leave nothing
+        # A bias may overflow, and a mask may leave nothing.
+        tokens = torch.where(tokens == NOTHING, NOTHING, kernels.likeliest(scores, masked=True))
     drawn = [index for index, row in enumerate(rows) if not row.greedy]
-    if len(drawn) == len(rows):
-        tokens = _draw(scores, rows)
-    else:
-        tokens = _likeliest(scores)
-        if drawn:
-            places = sent(torch.tensor(drawn), scores.device)
-            tokens[places] = _draw(scores[places], [rows[index] for index in drawn])
-    return _where(valid, tokens)
+    if drawn:
+        everyone = len(drawn) == len(rows)
+        places = slice(None) if everyone else sent(torch.tensor(drawn), scores.device)
+        found = _draw(scores[places], [rows[index] for index in drawn])
+        tokens[places] = torch.where(tokens[places] == NOTHING, NOTHING, found)
+    return tokens
 
 
 def _asked_logprobs(logits: Tensor, rows: Sequence[Row], tokens: Tensor, first: int) -> dict[int, TokenLogprob]:
@@ -141,31 +139,6 @@ def _asked_logprobs(logits: Tensor, rows: Sequence[Row], tokens: Tensor, first: 
     counts = [rows[index].sampling.logprobs or 0 for index in asking]
     found = token_logprobs(logits[asking], tokens[asking].clamp(min=0), counts)
     return {first + index: logprob for index, logprob in zip(asking, found, strict=True)}
-
-
-# What every step does. On a CPU numpy is several times as fast: in a reduction, and in how long it takes to begin.
-
-
-def _finite(logits: Tensor) -> Tensor:
-    """Whether all of a row's logits are finite, bool [rows]."""
-    if logits.device.type == "cpu":
-        array = logits.numpy()
-        return torch.from_numpy(np.isfinite(array.max(-1)) & np.isfinite(array.min(-1)))
-    return logits.amax(-1).isfinite() & logits.amin(-1).isfinite()
-
-
-def _likeliest(scores: Tensor) -> Tensor:
-    """Where each row peaks, int64 [rows]: at the first of equals."""
-    if scores.device.type == "cpu":
-        return torch.from_numpy(scores.numpy().argmax(-1))
-    return scores.argmax(-1)
-
-
-def _where(valid: Tensor, tokens: Tensor) -> Tensor:
-    """The tokens of valid rows, NOTHING for the others: int64 [rows]."""
-    if tokens.device.type == "cpu":
-        return torch.from_numpy(np.where(valid.numpy(), tokens.numpy(), NOTHING))
-    return torch.where(valid, tokens, NOTHING)
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[TokenLogprob]:

@@ -57,5 +57,5 @@ if "server.engine.process" in sys.orig_argv:
     from server.engine.runner import Runner
     from server.finetune.training.layers import LayeredModel
 
-    Runner.run = failing(Runner.run, "serving")  # type: ignore[method-assign]
+    Runner.submit = failing(Runner.submit, "serving")  # type: ignore[method-assign]
     LayeredModel.run = failing(LayeredModel.run, "training")  # type: ignore[method-assign]
