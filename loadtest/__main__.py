@@ -271,7 +271,7 @@ def _cache_dir() -> Path:
 
 
 @app.command()
-def bench(model_dir: ModelDir = None, rounds: Rounds = 3, cell_seconds: CellSeconds = 25.0) -> None:
+def bench(model_dir: ModelDir = None, rounds: Rounds = 3, cell_seconds: CellSeconds = 20.0) -> None:
     """The whole CPU table: kernels, then the comparison with every peer installed; kept under loadtest/results/."""
     measured = kernels.measure()
     Console().print(kernels.table(measured))
