@@ -60,7 +60,6 @@ class Engine:
         extra_bytes: what adapters may take on the device besides rows.
         merged_bytes: what merged weights may take there.
         outline: of the base's files; without, nothing can be merged.
-        runs_ahead: whether `step` may give the device a step before it has the one before it; None: on a GPU.
     """
 
     def __init__(
@@ -78,7 +77,6 @@ class Engine:
         outline: Outline | None = None,
         prefix_caching: bool = True,
         background_priority: Priority = "low",
-        runs_ahead: bool | None = None,
     ) -> None:
         self.base = base
         self.max_model_len = max_model_len
@@ -111,8 +109,7 @@ class Engine:
         )
         self.base_digest = base.digest()
         self.int8_drift: protocol.Drift | None = None  # see `activations`
-        # A CPU's step is over when it was given.
-        self._runs_ahead = base.device.type == "cuda" if runs_ahead is None else runs_ahead
+        self._runs_ahead = base.device.type == "cuda"  # a CPU's step is over when it was given
         self._flight: Flight | None = None  # the step that was given ahead
         self._live: dict[str, _Live] = {}
         self._warming: list[tuple[protocol.Warm, float]] = []

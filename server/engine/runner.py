@@ -9,7 +9,7 @@ anybody has looked at what it drew: the device passes the tokens on. Knows the d
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from typing import Any
 
@@ -231,15 +231,13 @@ class Runner:
     def _logits(self, works: Seq[Work], before: Flight | None = None) -> tuple[Tensor, list[int]]:
         """fp32 [K, V], and how many consecutive rows are each work's own."""
         model = self._merged.get(self._merge_of(works[0].sequence), self._model)
-        batch, wanted = self._pack(works, merged=model is not self._model)
-        if before is not None:
-            batch = replace(batch, ids=_awaited(works, before.drawn))
+        batch, wanted = self._pack(works, before, merged=model is not self._model)
         with batch.extras.installed(self._base.model) if batch.extras else nullcontext():
             return self._forward(batch, model), wanted
 
     # --- in --------------------------------------------------------------------------------------------
 
-    def _pack(self, works: Seq[Work], *, merged: bool) -> tuple[Batch, list[int]]:
+    def _pack(self, works: Seq[Work], before: Flight | None, *, merged: bool) -> tuple[Batch, list[int]]:
         """A forward pass as tensors, and how many kept logit rows each work has. `merged`: adapters add nothing."""
         size = self._cache.block_size
         ids: list[int] = []
@@ -278,9 +276,9 @@ class Runner:
                 uses.append(Use(begin, len(ids), digest, weight))
                 extras = self._pool.extras.get(digest)
                 if extras is not None:
-                    before = sum(token < begin for token in kept)
+                    skipped = sum(token < begin for token in kept)
                     extra_uses.append(ExtraUse(begin, len(ids), extras, weight))
-                    extra_kept.append(ExtraUse(len(keep) - len(kept) + before, len(keep), extras, weight))
+                    extra_kept.append(ExtraUse(len(keep) - len(kept) + skipped, len(keep), extras, weight))
         device = self._base.device
 
         def tensor(numbers: list[Any], dtype: torch.dtype = torch.int64) -> Tensor:
@@ -293,7 +291,7 @@ class Runner:
             sent(torch.from_numpy(tables), device),
         )
         batch = Batch(
-            ids=tensor(ids),
+            ids=tensor(ids) if before is None else _awaited(works, before.drawn),
             positions=tensor(positions),
             attention=attention,
             deltas=self._pool.deltas(_merged(uses)),

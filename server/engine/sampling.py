@@ -124,11 +124,15 @@ def _sample(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int])
         tokens = torch.where(tokens == NOTHING, NOTHING, kernels.likeliest(scores, masked=True))
     drawn = [index for index, row in enumerate(rows) if not row.greedy]
     if drawn:
-        everyone = len(drawn) == len(rows)
-        places = slice(None) if everyone else sent(torch.tensor(drawn), scores.device)
+        places = _places_of(drawn, scores)
         found = _draw(scores[places], [rows[index] for index in drawn])
         tokens[places] = torch.where(tokens[places] == NOTHING, NOTHING, found)
     return tokens
+
+
+def _places_of(rows: Sequence[int], logits: Tensor) -> slice | Tensor:
+    """An index of these rows of the logits; of all of them one that copies nothing."""
+    return slice(None) if len(rows) == len(logits) else sent(torch.tensor(rows), logits.device)
 
 
 def _asked_logprobs(logits: Tensor, rows: Sequence[Row], tokens: Tensor, first: int) -> dict[int, TokenLogprob]:
@@ -273,7 +277,7 @@ def _draw(scores: Tensor, rows: Sequence[Row]) -> Tensor:
         floor = _column(rows, lambda sampling: sampling.min_p, scores)[:, None]  # [rows, 1]
         if limited:
             limits = [rows[index].sampling.top_k for index in limited]
-            places = sent(torch.tensor(limited), scores.device)
+            places = _places_of(limited, scores)
             top = weights[places].topk(max(limits)).values
             kth = top.gather(1, sent(torch.tensor(limits), scores.device)[:, None] - 1)
             floor[places] = torch.maximum(floor[places], kth)
@@ -283,8 +287,8 @@ def _draw(scores: Tensor, rows: Sequence[Row]) -> Tensor:
     if nuclei:
         p = sent(torch.tensor([[rows[index].sampling.top_p] for index in nuclei], dtype=torch.float64), scores.device)
         floor = weights.new_zeros(len(rows), 1)
-        places = sent(torch.tensor(nuclei), scores.device)
-        floor[places] = _nucleus_floor(weights if len(nuclei) == len(rows) else weights[places], p)
+        places = _places_of(nuclei, scores)
+        floor[places] = _nucleus_floor(weights[places], p)
         weights *= weights >= floor
 
     uniforms = torch.tensor([[uniform(row.sampling.seed, row.position)] for row in rows], dtype=torch.float64)
@@ -299,13 +303,13 @@ def _nucleus_floor(weights: Tensor, p: Tensor) -> Tensor:
         p: float64 [rows, 1].
     """
     total = _block_sums(weights).sum(-1, keepdim=True)  # float64 [rows, 1]
-    if weights.device.type == "cuda":  # ranking all of them costs it less than a look at whether the guess was enough
-        ranked = weights.sort(descending=True).values
-        last = (ranked.cumsum(-1, dtype=torch.float64) < p * total).sum(-1, keepdim=True)
-        return ranked.gather(1, last.clamp(max=ranked.shape[1] - 1))
-    ranked = weights.topk(min(_NUCLEUS_GUESS, weights.shape[1])).values
+    guesses = weights.device.type != "cuda"  # ranking all costs a GPU less than a look at whether the guess was enough
+    most = min(_NUCLEUS_GUESS, weights.shape[1])
+    ranked = weights.topk(most).values if guesses else weights.sort(descending=True).values
     last = (ranked.cumsum(-1, dtype=torch.float64) < p * total).sum(-1, keepdim=True)  # the one that reaches the goal
     floor = ranked.gather(1, last.clamp(max=ranked.shape[1] - 1))
+    if not guesses:
+        return floor
     wide = (last == ranked.shape[1]).squeeze(1).nonzero().squeeze(1)
     if len(wide):
         weights, p, total = weights[wide], p[wide], total[wide]
