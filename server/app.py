@@ -210,6 +210,7 @@ def _engine_config(settings: Settings, model: Path) -> EngineConfig:
         dtype=settings.dtype,
         device=settings.device,
         activations=settings.activations,
+        sketch_head=settings.sketch_head,
         max_model_len=settings.max_model_len,
         kv_cache_bytes=settings.kv_cache_bytes,
         adapter_bytes=settings.adapter_bytes,

@@ -173,6 +173,12 @@ class Settings:
         "How far off that is gets measured at start, logged, and shown by `GET /ready`.",
         choices=("exact", "int8"),
     )
+    sketch_head: bool = _setting(
+        True,
+        "On a CPU, keep the head once more, rounded to 8 bits: greedy tokens are found reading half as much, and are "
+        "the same ones.",
+        parse=parse_bool,
+    )
     threads: int | None = _setting(
         None, "Compute threads of the engine.", parse=_integer, minimum=1, maximum=1024, shown="one per core"
     )

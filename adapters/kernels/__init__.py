@@ -27,6 +27,7 @@ __all__ = [
     "base_linear",
     "is_deterministic",
     "likeliest",
+    "likeliest_output",
     "lora_add_",
     "one_torch_thread",
     "paged_attention",
@@ -159,6 +160,13 @@ def likeliest(scores: Tensor, *, masked: bool = False) -> Tensor:
     return (kernels or reference).likeliest(scores, masked=masked)
 
 
+def likeliest_output(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    kernels = _linear(x, weight)
+    if isinstance(kernels, native.Kernels):
+        return kernels.likeliest_output(x, weight, bias)
+    return likeliest(linear_forward(x, weight, bias))
+
+
 class Decoder(Protocol):
     """All decoder layers and the last norm of a model, over its KV caches and adapter pools."""
 
@@ -191,5 +199,15 @@ def plan_decoder(
     return DecoderPlan.build(decoder, pool_a, pool_b, k_caches, v_caches, windows)
 
 
-for _function in (base_linear, lora_add_, write_kv, paged_attention, rms_norm, silu_mul, rope_, likeliest):
+for _function in (
+    base_linear,
+    lora_add_,
+    write_kv,
+    paged_attention,
+    rms_norm,
+    silu_mul,
+    rope_,
+    likeliest,
+    likeliest_output,
+):
     _function.__doc__ = getattr(reference, _function.__name__).__doc__

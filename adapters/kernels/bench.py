@@ -129,24 +129,40 @@ def _linear_lines(kernels: native.Kernels, out_features: int, in_features: int) 
 
 
 def head_lines(kernels: native.Kernels) -> list[dict[str, Any]]:
-    head = QuantizedWeight(kind="dense", data=torch.randn(VOCAB, HIDDEN).bfloat16(), shape=(VOCAB, HIDDEN))
-    wide = head.dequantize(torch.float32)
-    lines = []
-    for rows in (1, 8, 16):
-        x = torch.randn(rows, HIDDEN)
-        lines.append(
-            {
-                "kernel": "bf16 head",
-                "shape": f"{VOCAB}x{HIDDEN}",
-                "rows": rows,
-                "seconds": timed(lambda x=x: kernels.linear_forward(x, head)),  # type: ignore[misc]
-                "library": "F.linear on an fp32 copy",
-                "library_seconds": timed(lambda x=x: F.linear(x, wide)),  # type: ignore[misc]
-                "bytes": head.data.nbytes,
-                "flops": 2 * rows * VOCAB * HIDDEN,
-            }
-        )
-    return lines
+    heads = [_random_head() for _ in range(4)]
+    next_head, sketch, wide = cycle(heads), heads[0].sketch, heads[0].dequantize(torch.float32)
+    assert sketch is not None
+    ways: list[tuple[str, Callable[[Tensor], Tensor], str, Callable[[Tensor], Tensor], int]] = [
+        (
+            *("bf16 head", lambda x: kernels.linear_forward(x, next(next_head))),
+            *("F.linear on an fp32 copy", lambda x: F.linear(x, wide), heads[0].data.nbytes),
+        ),
+        (
+            *("bf16 head, greedy tokens by its sketch", lambda x: kernels.likeliest_output(x, next(next_head))),
+            *("F.linear on an fp32 copy, argmax", lambda x: F.linear(x, wide).argmax(-1), sketch.data.nbytes),
+        ),
+    ]
+    return [_head_line(rows, *way) for way in ways for rows in (1, 8, 16)]
+
+
+def _random_head() -> QuantizedWeight:
+    return QuantizedWeight("dense", torch.randn(VOCAB, HIDDEN).bfloat16(), (VOCAB, HIDDEN)).with_sketch()
+
+
+def _head_line(
+    rows: int, name: str, ours: Callable[[Tensor], Tensor], library: str, theirs: Callable[[Tensor], Tensor], size: int
+) -> dict[str, Any]:
+    x = torch.randn(rows, HIDDEN)
+    return {
+        "kernel": name,
+        "shape": f"{VOCAB}x{HIDDEN}",
+        "rows": rows,
+        "seconds": timed(lambda: ours(x)),
+        "library": library,
+        "library_seconds": timed(lambda: theirs(x)),
+        "bytes": size,
+        "flops": 2 * rows * VOCAB * HIDDEN,
+    }
 
 
 def lora_lines(kernels: native.Kernels) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from adapters.kernels import build
-from adapters.kernels.weight import QuantizedWeight
+from adapters.kernels.weight import QuantizedWeight, Sketch
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,18 @@ class WeightStruct(Structure):
         ("nested_blocksize", c_int32),
         ("int8", c_void_p),
         ("levels", c_void_p),
+    ]
+
+
+class SketchStruct(Structure):
+    """`Sketch` of sketch.cpp."""
+
+    _fields_ = [
+        ("data", c_void_p),
+        ("scale", c_void_p),
+        ("norm", c_void_p),
+        ("error", c_void_p),
+        ("greatest_norm", c_float),
     ]
 
 
@@ -101,6 +113,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "lk_silu_mul": [c_void_p, c_void_p, c_int64, c_void_p],
     "lk_rope": [c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int, c_int, c_int, c_int],
     "lk_likeliest": [c_void_p, c_int, c_int64, c_int, c_void_p],
+    "lk_likeliest_output": [POINTER(WeightStruct), POINTER(SketchStruct), c_void_p, c_int, c_void_p],
     "lk_decode": [c_void_p, c_void_p],
     "lk_read": [c_void_p, c_int64],
     "lk_multiply_add": [c_int],
@@ -154,6 +167,7 @@ class Kernels:
         self.instruction_set = instruction_set
         self._lib = library
         self._weights: WeakKeyDictionary[QuantizedWeight, WeightStruct] = WeakKeyDictionary()
+        self._sketches: WeakKeyDictionary[QuantizedWeight, SketchStruct] = WeakKeyDictionary()
         for name, arguments in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
@@ -275,6 +289,17 @@ class Kernels:
         self._lib.lk_likeliest(scores.data_ptr(), *scores.shape, masked, found.data_ptr())
         return found
 
+    def likeliest_output(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+        if weight.sketch is None or bias is not None or len(x) > self._lib.lk_sketched_rows():
+            return self.likeliest(self.linear_forward(x, weight, bias))
+        x = _plain(x)
+        found = torch.empty(len(x), dtype=torch.int64)
+        sketch = self._sketches.get(weight)
+        if sketch is None:
+            sketch = self._sketches[weight] = _sketch_struct(weight.sketch)
+        self._lib.lk_likeliest_output(byref(self.weight(weight)), byref(sketch), x.data_ptr(), len(x), found.data_ptr())
+        return found
+
     def decode(self, decoder: Structure, step: Structure) -> None:
         """One step through the decoder layers; the structures are plan.py's."""
         self._lib.lk_decode(byref(decoder), byref(step))
@@ -304,6 +329,10 @@ def _weight_struct(weight: QuantizedWeight) -> WeightStruct:
         weight.nested_blocksize,
         *((address(weight.int8.data), address(weight.int8.levels)) if weight.int8 else (None, None)),
     )
+
+
+def _sketch_struct(sketch: Sketch) -> SketchStruct:
+    return SketchStruct(*map(address, (sketch.data, sketch.scale, sketch.norm, sketch.error)), sketch.greatest_norm)
 
 
 def takes_weight(weight: QuantizedWeight) -> bool:

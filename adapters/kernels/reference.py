@@ -277,3 +277,11 @@ def likeliest(scores: Tensor, *, masked: bool = False) -> Tensor:
     if not masked:
         valid &= scores.amin(-1).isfinite()
     return torch.where(valid, scores.argmax(-1), -1)
+
+
+def likeliest_output(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """`likeliest(base_linear(x, weight, bias))`, int64 `[rows]`: greedy tokens, when the weight is the head's.
+
+    A weight that has a sketch is read in part only; what is found is the same.
+    """
+    return likeliest(linear_forward(x, weight, bias))

@@ -23,6 +23,10 @@ WeightKind = Literal["nf4", "fp4", "int8", "dense"]
 # with any other factor.
 _LEVEL_STEPS = {"nf4": 111.75, "fp4": 119.5}
 
+_SKETCHED = 1024  # outputs at a time, so that temporaries stay small
+_ABOUT = 1.0001  # norms are made so much greater, for they are rounded themselves
+_TINY = 1e-35  # what has an inverse, and is rounded as well as greater numbers
+
 
 @dataclass(frozen=True, eq=False)
 class Int8Copy:
@@ -40,6 +44,23 @@ class Int8Copy:
     def scales(self) -> Tensor:
         """`unit * absmax`, fp32 `[groups * 16, blocks]`."""
         return self.data[:, :, 512:].contiguous().view(torch.float32).transpose(1, 2).flatten(0, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class Sketch:
+    """A dense weight once more, each output's row rounded to eight bits, and how far that may lead.
+
+    `data` is int8 `[groups of 16 outputs, in / 4, 16, 4]`: four inputs of each of 16 outputs at a time; times `scale`
+    it is the rounded weight, whose rows are `norm` long. An fp32 product of the weight's own row and any x is off the
+    rounded row's exact one by `error * |x|` at most. All three are fp32 `[groups * 16]`; of outputs that the last group
+    lacks they are zeros.
+    """
+
+    data: Tensor
+    scale: Tensor
+    norm: Tensor
+    error: Tensor
+    greatest_norm: float  # of the weight's own rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +84,7 @@ class QuantizedWeight:
     nested_blocksize: int = 0
     offset: float = 0.0
     int8: Int8Copy | None = None  # to be multiplied by inputs rounded to int8; see `with_int8_inputs`
+    sketch: Sketch | None = None  # to tell outputs that cannot be the greatest; see `with_sketch`
 
     @classmethod
     def from_linear(cls, module: nn.Module) -> "QuantizedWeight":
@@ -139,6 +161,35 @@ class QuantizedWeight:
         data[:out_features, :, 8] = scales[..., None].view(torch.uint8)
         data = data.view(groups, 16, blocks, 9, 4).permute(0, 2, 3, 1, 4).reshape(groups, blocks, 576)
         return replace(self, int8=Int8Copy(data, levels.to(torch.int8)))
+
+    def with_sketch(self) -> "QuantizedWeight":
+        """The same weight, whose likeliest output is found reading half of it: see `kernels.likeliest_output`.
+
+        Raises:
+            ValueError: not dense, not finite, or not of whole blocks of 64 inputs, 65536 at most.
+        """
+        out_features, in_features = self.shape
+        if self.kind != "dense" or in_features % 64 or in_features > 2**16:
+            raise ValueError(f"a {self.kind} weight of shape {self.shape}")
+        groups = -(-out_features // 16)
+        data = torch.zeros(groups * 16, in_features, dtype=torch.int8)
+        scale, norm, error = torch.zeros(3, groups * 16)
+        for first in range(0, out_features, _SKETCHED):
+            part = slice(first, min(first + _SKETCHED, out_features))
+            rows = self.data[part].float()
+            scale[part] = (rows.abs().amax(1) / 127).clamp(min=_TINY)  # what a smaller row loses is in its error
+            codes = (rows / scale[part, None]).round()
+            data[part] = codes.to(torch.int8)
+            rounded = codes * scale[part, None]
+            norm[part] = rounded.double().norm(dim=1)
+            error[part] = (rows - rounded).double().norm(dim=1)
+        # Sums of so many products in fp32, here and there: each addition's rounding is at most 2**-24 of all.
+        error += norm * (in_features + 32) * 2.0**-24
+        norm, error = norm * _ABOUT, (error * _ABOUT).clamp(min=_TINY)
+        if not error.isfinite().all():
+            raise ValueError("a weight that is not finite")
+        data = data.view(groups, 16, in_features // 4, 4).transpose(1, 2).contiguous()
+        return replace(self, sketch=Sketch(data, scale, norm, error, float((norm + error).max())))
 
     def block_scales(self) -> Tensor:
         """A 4-bit weight's scales with double quantisation undone, fp32 `[blocks]`."""

@@ -124,6 +124,8 @@ class Engine:
             kernels.set_threads(config.threads)
         kernels.set_deterministic(config.deterministic)
         base = model.load(Path(config.model), config.quantization, config.dtype, config.device, Path(config.cache_dir))
+        if config.sketch_head:
+            model.sketch_head(base)
         kernels.prepare([linear.weight for linear in base.linears], base.dtype)
         max_model_len = min(config.max_model_len or base.max_model_len, base.max_model_len)
         num_blocks = _num_blocks(base, config.kv_cache_bytes)

@@ -11,6 +11,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from adapters import kernels
 from adapters.kernels import QuantizedWeight, native
 from adapters.lora import FrozenLinear, LoraLinear, StepSlot, wrap_linears
 from server.engine import attention
@@ -122,6 +124,14 @@ def _view(module: nn.Module, replaced: Mapping[int, nn.Module]) -> Any:
     view = copy.copy(module)
     view._modules = children
     return view
+
+
+def sketch_head(base: Base) -> None:
+    """Let greedy tokens be found without reading all of the head, where there are kernels that do."""
+    head: FrozenLinear = base.model.get_output_embeddings()
+    if kernels.runs_natively(base.device, base.dtype):
+        with suppress(ValueError):  # not of a shape that they take
+            head.weight = head.weight.with_sketch()
 
 
 def check_servable(config: Any) -> None:

@@ -38,6 +38,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = "auto"
     device: str = "auto"
     activations: Literal["exact", "int8"] = "exact"  # what 4-bit linears multiply, on a CPU
+    sketch_head: bool = True  # greedy tokens are found without reading all of the head, on a CPU
     max_model_len: int | None = None
     kv_cache_bytes: int | None = None
     adapter_bytes: int | None = None

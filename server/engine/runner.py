@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from adapters import kernels
 from adapters.extras import ExtraUse, StepExtras
+from adapters.lora import FrozenLinear
 from adapters.memory import sent
 from adapters.pool import RowPool, SegmentDeltas, Use
 from server.engine.attention import KVCache, PagedAttention
@@ -49,6 +50,24 @@ class Batch:
     deltas: SegmentDeltas | None
     keep: Tensor  # int64 [K], the rows whose logits somebody wants
     extras: StepExtras | None  # what its adapters do besides rank rows
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it is one token of each request, and all of their logits are wanted."""
+        return len(self.ids) == len(self.attention.seqs) == len(self.keep)
+
+    def planned(self) -> DecodeStep:
+        """As a planned decoder takes it."""
+        attention, deltas = self.attention, self.deltas
+        return DecodeStep(
+            ids=self.ids,
+            positions=self.positions,
+            slots=attention.slots,
+            seqs=attention.seqs,
+            block_tables=attention.block_tables,
+            table=None if deltas is None else deltas.table,
+            scale=None if deltas is None else deltas.scale,
+        )
 
 
 @dataclass(frozen=True)
@@ -96,7 +115,7 @@ class _Model:
     def __init__(self, base: Base, cache: KVCache, pool: RowPool, max_model_len: int) -> None:
         self.base = base
         self._embedding: nn.Module = base.model.get_input_embeddings()
-        self._head: nn.Module = base.model.get_output_embeddings()
+        self._head: FrozenLinear = base.model.get_output_embeddings()
         # All decoder layers at once, where the model is of a known shape; None: through its modules.
         self.plan = kernels.plan_decoder(base.decoder, pool.a, pool.b, cache.k, cache.v, base.windows)
         self.graphs = (
@@ -121,6 +140,15 @@ class _Model:
         """Logits, fp32 [K, V]."""
         logits: Tensor = self._head(hidden)
         return logits.float()
+
+    @property
+    def sketched(self) -> bool:
+        """Whether `likeliest` reads less than `head`."""
+        return self.plan is not None and self._head.weight.sketch is not None
+
+    def likeliest(self, hidden: Tensor) -> Tensor:
+        """The likeliest token of each row, int64 [K]; `NOTHING` for one whose logits are not finite."""
+        return kernels.likeliest_output(hidden, self._head.weight, self._head.bias)
 
 
 class Runner:
@@ -188,8 +216,9 @@ class Runner:
     @torch.no_grad()
     def logits(self, works: Seq[Work]) -> Tensor:
         """Of works that share a forward pass, fp32 [K, V]: one row per prompt row, work by work."""
+        model = self._model_of(works)
         with self._threads():
-            return self._logits(works)[0]
+            return self._forward(self._pack(works, None, merged=model is not self._model)[0], model)
 
     def _threads(self) -> AbstractContextManager[None]:
         return kernels.one_torch_thread() if self._model.plan is not None else nullcontext()
@@ -226,14 +255,15 @@ class Runner:
         return 0 if extras is None else extras.new_tokens
 
     def _run(self, works: Seq[Work], before: Flight | None) -> _Pass:
-        return self._draw(works, *self._logits(works, before))
-
-    def _logits(self, works: Seq[Work], before: Flight | None = None) -> tuple[Tensor, list[int]]:
-        """fp32 [K, V], and how many consecutive rows are each work's own."""
-        model = self._merged.get(self._merge_of(works[0].sequence), self._model)
+        model = self._model_of(works)
         batch, wanted = self._pack(works, before, merged=model is not self._model)
-        with batch.extras.installed(self._base.model) if batch.extras else nullcontext():
-            return self._forward(batch, model), wanted
+        if model.sketched and batch.extras is None and all(map(_takes_likeliest, works)):
+            return self._take(works, model.likeliest(self._hidden(batch, model)))
+        return self._draw(works, self._forward(batch, model), wanted)
+
+    def _model_of(self, works: Seq[Work]) -> _Model:
+        """What works that share a forward pass go through."""
+        return self._merged.get(self._merge_of(works[0].sequence), self._model)
 
     # --- in --------------------------------------------------------------------------------------------
 
@@ -304,25 +334,20 @@ class Runner:
 
     def _forward(self, batch: Batch, model: _Model) -> Tensor:
         """Logits of the kept rows, fp32 [K, V]."""
-        if model.plan is None or (batch.extras is not None and batch.extras.in_decoder):
-            return self._forward_modules(batch, model.base)
-        attention, deltas = batch.attention, batch.deltas
-        step = DecodeStep(
-            ids=batch.ids,
-            positions=batch.positions,
-            slots=attention.slots,
-            seqs=attention.seqs,
-            block_tables=attention.block_tables,
-            table=None if deltas is None else deltas.table,
-            scale=None if deltas is None else deltas.scale,
-        )
-        # One token of each request, and its logits: what most steps are, and what graphs are recorded for.
-        if model.graphs is not None and batch.extras is None and len(batch.ids) == len(step.seqs) == len(batch.keep):
-            logits = model.graphs.run(step)
-            if logits is not None:
-                return logits
-        hidden = model.hidden(step)
-        return model.head(hidden if len(batch.keep) == len(hidden) else hidden[batch.keep])
+        with batch.extras.installed(self._base.model) if batch.extras else nullcontext():
+            if model.plan is None or (batch.extras is not None and batch.extras.in_decoder):
+                return self._forward_modules(batch, model.base)
+            # One token of each request, and its logits: what most steps are, and what graphs are recorded for.
+            if model.graphs is not None and batch.extras is None and batch.decodes:
+                logits = model.graphs.run(batch.planned())
+                if logits is not None:
+                    return logits
+            return model.head(self._hidden(batch, model))
+
+    def _hidden(self, batch: Batch, model: _Model) -> Tensor:
+        """What the planned decoder makes of the kept rows, fp32 [K, hidden]."""
+        hidden = model.hidden(batch.planned())
+        return hidden if len(batch.keep) == len(hidden) else hidden[batch.keep]
 
     def _forward_modules(self, batch: Batch, base: Base) -> Tensor:
         """The same through transformers' modules, which find the step in the model's slot."""
@@ -339,6 +364,13 @@ class Runner:
             slot.deltas = slot.attention = None
 
     # --- out ---------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _take(works: Seq[Work], tokens: Tensor) -> _Pass:
+        """Tokens that are drawn already, in the order of the works that draw."""
+        results = [WorkResult() for _ in works]
+        sampling = [(work, result) for work, result in zip(works, results, strict=True) if work.samples]
+        return _Pass(results, sampling, Drawn(tokens, {}))
 
     def _draw(self, works: Seq[Work], logits: Tensor, wanted: list[int]) -> _Pass:
         """Score prompts and draw tokens. `wanted`: how many consecutive logit rows are each work's own."""
@@ -390,6 +422,12 @@ def _awaited(works: Seq[Work], drawn: Tensor) -> Tensor:
     if places != list(range(len(drawn))):
         drawn = drawn[sent(torch.tensor(places), drawn.device)]
     return drawn.clamp(min=0)
+
+
+def _takes_likeliest(work: Work) -> bool:
+    """Whether a work's tokens are the likeliest ones, and nothing else is wanted of its logits."""
+    row = next(_rows(work))  # those after drafts are no different
+    return not work.prompt_rows and row.greedy and row.plain and row.sampling.logprobs is None
 
 
 def _rows(work: Work) -> Iterator[Row]:

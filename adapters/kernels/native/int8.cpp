@@ -1,5 +1,6 @@
 #include "int8.h"
 
+#include "dot8.h"
 #include "export.h"
 #include "pool.h"
 #include "tile.h"
@@ -12,16 +13,7 @@ constexpr float TINY = 1e-30f;    // a block with no greater input is zeros: 127
 
 constexpr int MOST = W == 16 ? 8 : 4;  // rows together; from three times as many on, weights are decoded once into a tile
 
-typedef int8_t vb __attribute__((vector_size(4 * W)));  // four weights of each of W outputs
-typedef int16_t vs __attribute__((vector_size(4 * W)));
 typedef int8_t vq __attribute__((vector_size(W)));
-typedef int32_t four __attribute__((may_alias));  // bytes
-
-INLINE vb load_bytes(const int8_t* p) {
-    vb v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
 
 template <class F>
 INLINE int32_t reduced(vi v, F&& f) {
@@ -31,67 +23,6 @@ INLINE int32_t reduced(vi v, F&& f) {
         for (int i = 0; i < n; i++) lanes[i] = f(lanes[i], lanes[i + n]);
     return lanes[0];
 }
-
-// --- arithmetic: acc[lane] += the dot product of four weights and four inputs, exactly -------------------------------
-
-#if defined(__AVX512F__)
-
-struct Vnni {
-    static constexpr int SHIFT = 128;  // weights are kept as l + 128, unsigned
-    struct Operand {
-        vb l;
-    };
-    static INLINE Operand operand(vb l) { return {l}; }
-    // By name, for the library is compiled for CPUs without it as well.
-    static INLINE vi dot(vi acc, const Operand& w, const int8_t* x) {
-        asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w.l), "m"(*(const four*)x));
-        return acc;
-    }
-};
-
-struct Signed {
-    static constexpr int SHIFT = 0;
-    struct Operand {
-        vb magnitude;
-        __mmask64 negative;
-    };
-    static INLINE Operand operand(vb l) { return {(vb)_mm512_abs_epi8((__m512i)l), _mm512_movepi8_mask((__m512i)l)}; }
-    static INLINE vi dot(vi acc, const Operand& w, const int8_t* at) {
-        __m512i x = _mm512_set1_epi32(*(const four*)at);
-        x = _mm512_mask_sub_epi8(x, w.negative, _mm512_setzero_si512(), x);
-        __m512i pairs = _mm512_maddubs_epi16((__m512i)w.magnitude, x);  // at most 2 * 127 * 127: no saturation
-        return acc + (vi)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
-    }
-};
-
-#else
-
-struct Signed {
-    static constexpr int SHIFT = 0;
-#if defined(__AVX2__)
-    struct Operand {
-        vb magnitude, l;
-    };
-    static INLINE Operand operand(vb l) { return {(vb)_mm256_abs_epi8((__m256i)l), l}; }
-    static INLINE vi dot(vi acc, const Operand& w, const int8_t* at) {
-        __m256i x = _mm256_sign_epi8(_mm256_set1_epi32(*(const four*)at), (__m256i)w.l);
-        __m256i pairs = _mm256_maddubs_epi16((__m256i)w.magnitude, x);  // at most 2 * 127 * 127: no saturation
-        return acc + (vi)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-    }
-#else
-    struct Operand {
-        vs low, high;  // of each pair of bytes
-    };
-    static INLINE Operand operand(vb l) { return {(vs)l << 8 >> 8, (vs)l >> 8}; }
-    static INLINE vi dot(vi acc, const Operand& w, const int8_t* at) {
-        const Operand x = operand((vb)(*(const four*)at - vi{}));
-        const vi pairs = (vi)(w.low * x.low + w.high * x.high);  // at most 2 * 127 * 127: no overflow
-        return acc + (pairs << 16 >> 16) + (pairs >> 16);
-    }
-#endif
-};
-
-#endif
 
 // --- weights ----------------------------------------------------------------------------------------------------------
 
@@ -276,20 +207,16 @@ void pack_int8(const float* row, int in, Int8Block* to) {
 }
 
 #if defined(__AVX512F__)
-static bool vnni = __builtin_cpu_supports("avx512vnni");
+static const bool vnni_there = __builtin_cpu_supports("avx512vnni");
+#else
+static constexpr bool vnni_there = false;
 #endif
+static bool vnni = vnni_there;
+
+bool has_vnni() { return vnni; }
 
 void int8_tile(const Weight& w, const Int8Block* x, int rows, int first, int last, float* y, int64_t stride) {
-#if defined(__AVX512F__)
-    if (vnni) return multiply_tiles<Vnni>(w, x, rows, first, last, y, stride);
-#endif
-    multiply_tiles<Signed>(w, x, rows, first, last, y, stride);
+    with_arithmetic([&]<class Arithmetic>() { multiply_tiles<Arithmetic>(w, x, rows, first, last, y, stride); });
 }
 
-EXPORT void lk_set_vnni(int allowed) {
-#if defined(__AVX512F__)
-    vnni = allowed && __builtin_cpu_supports("avx512vnni");
-#else
-    (void)allowed;
-#endif
-}
+EXPORT void lk_set_vnni(int allowed) { vnni = allowed && vnni_there; }

@@ -80,6 +80,16 @@ INLINE vf fma(vf a, vf b, vf c) {
 #endif
 }
 
+INLINE bool any(vi mask) {  // of lanes that are all ones or all zeros
+#if defined(__AVX512F__)
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
+#elif defined(__AVX2__)
+    return _mm256_movemask_epi8((__m256i)mask);
+#else
+    return mask[0] | mask[1] | mask[2] | mask[3];
+#endif
+}
+
 INLINE vf max(vf a, vf b) { return (vf)(a > b ? a : b); }
 
 // --- sums over lanes: one order (fold halves, then pairs), whether one vector is summed or four at once ---------------

@@ -1,5 +1,6 @@
 """Every kernel test runs on each implementation that this machine can run: plain torch, and C++ per instruction set."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -30,6 +31,16 @@ def kernels(request: pytest.FixtureRequest) -> Any:
 def compiled(request: pytest.FixtureRequest) -> native.Kernels:
     """The C++ kernels alone."""
     return load_native(request.param)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["vnni", "no vnni"])
+def either(request: pytest.FixtureRequest, compiled: native.Kernels) -> Iterator[native.Kernels]:
+    """The kernels with and without the CPU's own 8-bit dot products."""
+    if compiled.instruction_set != "avx512" and request.param:
+        pytest.skip("it has none")
+    compiled.set_vnni(request.param)
+    yield compiled
+    compiled.set_vnni(True)
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,5 @@
 """The int8 tier of a 4-bit linear: the integers of its definition, a row's bits its own, an error of a percent."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -29,16 +27,6 @@ def assert_same(kernels: native.Kernels, actual: Tensor, expected: Tensor) -> No
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
     else:
         assert torch.equal(actual, expected)
-
-
-@pytest.fixture(scope="module", params=[True, False], ids=["vnni", "no vnni"])
-def either(request: pytest.FixtureRequest, compiled: native.Kernels) -> Iterator[native.Kernels]:
-    """The kernels with and without the CPU's own 8-bit dot products."""
-    if compiled.instruction_set != "avx512" and request.param:
-        pytest.skip("it has none")
-    compiled.set_vnni(request.param)
-    yield compiled
-    compiled.set_vnni(True)
 
 
 @given(

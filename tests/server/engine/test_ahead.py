@@ -162,17 +162,17 @@ def test_logits_that_are_not_finite(ahead: Ahead, monkeypatch: pytest.MonkeyPatc
     engine = ahead.engine
     for name in ("a", "b"):
         engine.add(request(name, [5, 6, 7], max_tokens=8, logprobs=None))
-    forward, calls = engine.runner._forward, 0
+    hidden, calls = engine.runner._hidden, 0
 
     def poisoned(*arguments: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        logits = forward(*arguments)
+        states = hidden(*arguments)
         if calls == 3:
-            logits[0] = torch.nan
-        return logits
+            states[0] = torch.nan
+        return states
 
-    monkeypatch.setattr(engine.runner, "_forward", poisoned)
+    monkeypatch.setattr(engine.runner, "_hidden", poisoned)
     answers = {"a": Answer(), "b": Answer()}
     while not engine.idle:
         for output in engine.step()[0]:

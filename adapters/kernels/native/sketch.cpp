@@ -1,0 +1,205 @@
+// The likeliest output of a wide linear, most of whose outputs are ruled out by a sketch of its weight.
+//
+// The sketch is the weight rounded to eight bits: half of a bf16 weight's bytes, and integer arithmetic. What an output
+// is can then be told up to the two roundings, the weight's and the input's (by the Cauchy-Schwarz inequality):
+//
+//   |w . x - v . u|  <=  |w - v| |x|  +  |v| |x - u|
+//
+// Outputs that may be the greatest for all that are computed from the weight itself, as everywhere else. So the one that
+// is found is the one that would be found among all of them.
+#include <vector>
+
+#include "dot8.h"
+#include "export.h"
+#include "linear.h"
+#include "pool.h"
+#include "tile.h"
+
+// Mirrored by SketchStruct in native.py; see `Sketch` of weight.py.
+struct Sketch {
+    const int8_t* data;   // [groups, in / 4, GROUP, 4]
+    const float* scale;   // [groups * GROUP], as the next two
+    const float* norm;    // |v|
+    const float* error;   // |w - v| and more: see `Sketch`
+    float greatest_norm;  // of w
+};
+
+namespace {
+
+constexpr int GROUP = 16;             // outputs
+constexpr float BASE = 254.f;         // an input is scale * (BASE * high + low), both of them within [-127, 127]
+constexpr float STEPS = 127.f * BASE;  // of the scale make the greatest input
+constexpr float TINY = 1e-30f;        // inputs that are no greater tell nothing: a scale's inverse must be a number
+constexpr float SAFE = 1e37f;         // products that are no greater in all have finite sums
+constexpr float ABOUT = 1.0001f;      // norms are made so much greater, for they are rounded themselves
+
+constexpr int MOST = W == 16 ? 8 : 4;  // rows together
+
+// How many rows from m on go together.
+int handful(int m, int rows) {
+    int count = MOST;
+    while (m + count > rows) count /= 2;
+    return count;
+}
+
+// What a row of inputs was rounded to.
+struct Rounded {
+    int32_t high_sum, low_sum;
+    float scale;
+    float norm;   // |x|
+    float error;  // |x - u|
+    bool finite;
+};
+
+// Rounds a row, every four of whose inputs go to `to`, their high parts and then their low ones, and the next to
+// `stride` bytes behind.
+Rounded round_row(const float* x, int in, int8_t* to, int64_t stride) {
+    double squares = 0;
+    float top = 0;
+    for (int i = 0; i < in; i++) squares += (double)x[i] * x[i], top = std::fabs(x[i]) > top ? std::fabs(x[i]) : top;
+    Rounded r{0, 0, top / STEPS, (float)std::sqrt(squares) * ABOUT, INFINITY, std::isfinite(squares)};
+    const bool numbers = top > TINY && r.norm < INFINITY;
+    const float per_unit = numbers ? 1.f / r.scale : 0.f;
+    for (int i = 0; i < in; i++) {
+        const float q = numbers ? std::nearbyint(x[i] * per_unit) : 0.f, high = std::nearbyint(q / BASE), low = q - BASE * high;
+        int8_t* const four = to + i / 4 * stride + i % 4;
+        four[0] = (int8_t)high, four[4] = (int8_t)low;
+        r.high_sum += (int)high, r.low_sum += (int)low;
+    }
+    if (numbers) r.error = 0.51f * ABOUT * r.scale * std::sqrt((float)in) + 0x1p-22f * r.norm;
+    return r;
+}
+
+// Rows of which the least and the most that each output can be is to be told.
+struct Rows {
+    const Sketch& sketch;
+    const int in;
+    const Rounded* x;      // [rows]
+    const int8_t* bytes;  // handful by handful: [in / 4, handful, high and low, 4]
+    vf* certain;       // [rows]: the greatest of what outputs are at least
+    float* most;       // [rows, stride]: what each is at most
+    const int64_t stride;
+
+    // M rows from m on by the W outputs from o on, of which `wanted` are there.
+    template <class Arithmetic, int M>
+    INLINE void bound(int m, int64_t o, int wanted) const {
+        const int8_t* at = sketch.data + o / GROUP * GROUP * in + o % GROUP * 4;
+        const vb shift = (vb)(vi{} + (Arithmetic::SHIFT ? (int)0x80808080 : 0));
+        const Rounded* const rows = x + m;
+        vi high[M], low[M];
+#pragma GCC unroll 8
+        for (int i = 0; i < M; i++) {
+            high[i] = vi{} - Arithmetic::SHIFT * rows[i].high_sum;
+            low[i] = vi{} - Arithmetic::SHIFT * rows[i].low_sum;
+        }
+        const int8_t* inputs = bytes + (int64_t)m * 2 * in;
+        for (int n = 0; n < in; n += 4, at += GROUP * 4, inputs += M * 8) {
+            __builtin_prefetch(at + 4096);
+            const auto weights = Arithmetic::operand(load_bytes(at) ^ shift);
+#pragma GCC unroll 8
+            for (int i = 0; i < M; i++) {
+                high[i] = Arithmetic::dot(high[i], weights, inputs + i * 8);
+                low[i] = Arithmetic::dot(low[i], weights, inputs + i * 8 + 4);
+            }
+        }
+        vi there;
+        for (int n = 0; n < W; n++) there[n] = n < wanted ? -1 : 0;
+        const vf scale = load(sketch.scale + o), norm = load(sketch.norm + o), error = load(sketch.error + o);
+#pragma GCC unroll 8
+        for (int i = 0; i < M; i++) {
+            const vf sum = fma(set1(BASE), __builtin_convertvector(high[i], vf), __builtin_convertvector(low[i], vf));
+            const vf about = sum * scale * set1(rows[i].scale);
+            const vf off = fma(error, set1(rows[i].norm), norm * set1(rows[i].error));
+            store(most + (m + i) * stride + o, about + off);
+            certain[m + i] = max(certain[m + i], (vf)(there ? about - off : set1(-INFINITY)));
+        }
+    }
+
+    template <class Arithmetic, int M = MOST>
+    void bound_handful(int count, int m, int64_t o, int wanted) const {
+        if (count == M) return bound<Arithmetic, M>(m, o, wanted);
+        if constexpr (M > 1) bound_handful<Arithmetic, M / 2>(count, m, o, wanted);
+    }
+};
+
+// The first of the greatest outputs seen.
+struct Best {
+    float value = -INFINITY;
+    int64_t output = 0;
+    bool finite = true;
+
+    void take(float v, int64_t o) {
+        finite &= std::isfinite(v);
+        if (v > value) value = v, output = o;
+    }
+};
+
+template <class Arithmetic>
+void likeliest_output(const Weight& w, const Sketch& sketch, const float* x, int rows, int64_t* found) {
+    const int64_t in = w.in, stride = (w.out + GROUP - 1) / GROUP * GROUP;
+    const int share = outputs_per_task(w.out), tasks = (w.out + share - 1) / share;
+    vf* const certain = (vf*)scratch(CERTAIN, (size_t)tasks * rows * W);
+    float* const most = scratch(AT_MOST, rows * stride);
+    int8_t* const bytes = (int8_t*)scratch(ROUNDED, rows * 2 * in / sizeof(float));
+    std::vector<Rounded> x_rounded(rows);
+    for (int m = 0; m < rows; m += handful(m, rows))
+        for (int i = 0, count = handful(m, rows); i < count; i++)
+            x_rounded[m + i] = round_row(x + (m + i) * in, w.in, bytes + m * 2 * in + i * 8, count * 8);
+
+    parallel_for(tasks, [&](int task) {
+        const Rows part{sketch, w.in, x_rounded.data(), bytes, certain + (int64_t)task * rows, most, stride};
+        for (int m = 0; m < rows; m++) part.certain[m] = set1(-INFINITY);
+        const int64_t last = least((task + 1) * share, w.out);
+        for (int64_t o = (int64_t)task * share; o < last; o += W) {
+            const int wanted = (int)(last - o < W ? last - o : W);
+            for (int m = 0; m < rows; m += handful(m, rows)) part.bound_handful<Arithmetic>(handful(m, rows), m, o, wanted);
+        }
+    });
+
+    // What an output must be able to reach to be looked at. NaN: all of them are, for they may not even be finite.
+    std::vector<float> floor(rows);
+    for (int m = 0; m < rows; m++) {
+        vf greatest = certain[m];
+        for (int task = 1; task < tasks; task++) greatest = max(greatest, certain[(int64_t)task * rows + m]);
+        floor[m] = x_rounded[m].norm * sketch.greatest_norm < SAFE ? top(greatest) : NAN;
+    }
+    const Weight* const only = &w;
+    const PackedRows packed = pack_rows(&only, 1, x, rows);
+    std::vector<Best> best((size_t)tasks * rows);
+    parallel_for(tasks, [&](int task) {
+        const int64_t last = least((task + 1) * share, w.out);
+        for (int m = 0; m < rows; m++) {
+            if (!x_rounded[m].finite) continue;
+            const PackedRows row = packed.from(m, w.in);
+            float* const outputs = most + m * stride;
+            for (int64_t o = (int64_t)task * share; o < last; o += W) {
+                const vi possible = ~(vi)(load(outputs + o) < set1(floor[m]));
+                if (!any(possible)) continue;
+                for (int64_t n = o; n < o + W && n < last; n++) {
+                    if (!possible[n - o]) continue;
+                    linear_tile(w, row, 1, (int)n, (int)n + 1, outputs, stride);
+                    best[(size_t)task * rows + m].take(outputs[n], n);
+                }
+            }
+        }
+    });
+    for (int m = 0; m < rows; m++) {
+        Best all;
+        for (int task = 0; task < tasks; task++) {
+            const Best& part = best[(size_t)task * rows + m];
+            all.finite &= part.finite;
+            if (part.value > all.value) all.value = part.value, all.output = part.output;
+        }
+        found[m] = x_rounded[m].finite && all.finite ? all.output : -1;
+    }
+}
+
+}  // namespace
+
+// x [rows, in] -> found [rows]; see `likeliest_output` of reference.py.
+EXPORT void lk_likeliest_output(const Weight* weight, const Sketch* sketch, const float* x, int rows, int64_t* found) {
+    with_arithmetic([&]<class Arithmetic>() { likeliest_output<Arithmetic>(*weight, *sketch, x, rows, found); });
+}
+
+// For how many rows together a sketch is faster than the weight itself: for any with instructions made for it.
+EXPORT int lk_sketched_rows() { return has_vnni() ? INT32_MAX : 2; }
