@@ -223,11 +223,15 @@ class Metrics:
         self._running.set(stats.running)
         self._waiting.set(stats.waiting)
         self._kv_usage.set(stats.kv_usage)
-        self._prefix_queries.inc(stats.prefix_queries)
-        self._prefix_hits.inc(stats.prefix_hits)
-        self._preemptions.inc(stats.preemptions)
-        self._drafted.inc(stats.drafted_tokens)
-        self._accepted.inc(stats.accepted_tokens)
+        for counter, count in (
+            (self._prefix_queries, stats.prefix_queries),
+            (self._prefix_hits, stats.prefix_hits),
+            (self._preemptions, stats.preemptions),
+            (self._drafted, stats.drafted_tokens),
+            (self._accepted, stats.accepted_tokens),
+        ):
+            if count:  # in most steps none
+                counter.inc(count)
         if stats.step_requests:  # a heartbeat is no step
             self._step_requests.observe(stats.step_requests)
             self._step_adapters.observe(stats.step_adapters)

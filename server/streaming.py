@@ -44,10 +44,11 @@ class Detokenizer:
         if incomplete and len(self._window) - self._settled < _PATIENCE:
             return ""
         piece = text[self._emitted :]
-        # Keep the tokens just emitted as the next window's left context.
-        self._window = self._window[self._settled :]
+        if len(self._window) > _CONTEXT:  # the tokens just emitted are left context enough
+            self._window = self._window[self._settled :]
+            text = self._decode(self._window)
         self._settled = len(self._window)
-        self._emitted = len(self._decode(self._window))
+        self._emitted = len(text)
         return piece
 
     def flush(self) -> str:

@@ -15,16 +15,17 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from adapters.recipe import MergedDtype
 from server.engine import protocol
 from server.engine.protocol import AdapterRef, EngineConfig, Generate, Inspection, MergeReport, Output, Ready, Stats
+from server.engine.wire import Wire
 from server.finetune.messages import (
     Checkpoint,
     JobEnded,
@@ -140,10 +141,10 @@ async def engine_up(engine: EngineClient) -> Ready:
 
 @dataclass
 class _Incarnation:
-    """One engine process and the socket to it."""
+    """One engine process and the wire to it."""
 
     process: asyncio.subprocess.Process
-    socket: zmq.asyncio.Socket
+    wire: Wire
     started: float
 
 
@@ -174,7 +175,7 @@ class LocalEngine:
         self._reason: str | None = "the engine has not been started"
         self._last_word = time.monotonic()
         self._deaths = 0
-        self._context = zmq.asyncio.Context()
+        self._context = zmq.Context()
         self._now: _Incarnation | None = None
         self._streams: dict[str, asyncio.Queue[Output | EngineUnavailable]] = {}
         self._calls: dict[str, asyncio.Future[_Answer]] = {}
@@ -297,15 +298,14 @@ class LocalEngine:
         if self._reason is not None or self._now is None:
             raise EngineUnavailable(self._reason or "the engine is not running")
         try:
-            await self._now.socket.send(protocol.encode(message))
-        except zmq.ZMQError:  # closed this moment: its process has died
+            self._now.wire.send(protocol.encode(message))
+        except zmq.ZMQError:  # its process has died this moment
             raise EngineUnavailable("the engine has just stopped") from None
 
     def _send_soon(self, message: protocol.Request) -> None:
         if self._now is not None and self._reason is None:
-            # A PAIR socket with no high-water mark takes the message at once; the future is already done.
             with contextlib.suppress(zmq.ZMQError):
-                self._now.socket.send(protocol.encode(message))
+                self._now.wire.send(protocol.encode(message))
 
     # --- its life ---------------------------------------------------------------------------------------
 
@@ -361,10 +361,8 @@ class LocalEngine:
     async def _live(self, directory: Path) -> tuple[str, bool]:
         """One incarnation from birth to death. Returns why it ended and whether to try again."""
         config = msgspec.structs.replace(self._config, address=f"ipc://{directory / 'engine.sock'}")
-        socket: zmq.asyncio.Socket = self._context.socket(zmq.PAIR)
-        socket.set_hwm(0)
-        socket.linger = 0
-        socket.bind(config.address)
+        fatal: asyncio.Future[protocol.Fatal] = asyncio.get_running_loop().create_future()
+        wire = Wire(self._context, config.address, partial(self._hear, fatal))
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
@@ -374,57 +372,54 @@ class LocalEngine:
             # torch's idle threads must sleep, not spin, or they take the cores from our own kernels' threads.
             env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
         )
-        self._now = _Incarnation(process, socket, time.monotonic())
-        listener = asyncio.create_task(self._listen(socket), name="engine-listener")
+        self._now = _Incarnation(process, wire, time.monotonic())
         death = asyncio.create_task(process.wait())
+        ends: set[asyncio.Future[Any]] = {fatal, death}
         try:
-            await asyncio.wait({listener, death}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if not death.done():  # it said that it cannot go on
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(asyncio.shield(death), 5)
-            if listener.done():
-                fatal = listener.result()
-                return fatal.message, fatal.retry
+            if fatal.done():
+                return fatal.result().message, fatal.result().retry
             return f"engine process ended with status {process.returncode}", True
         finally:
-            listener.cancel()
             if process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
                 await process.wait()
-            socket.close(linger=0)
+            wire.close()
 
-    async def _listen(self, socket: zmq.asyncio.Socket) -> protocol.Fatal:
-        """Hand every message to whom it concerns; returns when the engine says that it cannot go on."""
-        while True:
-            message = protocol.decode_reply(await socket.recv())
-            self._last_word = time.monotonic()
-            match message:
-                case protocol.Step():
-                    if message.outputs:
-                        self._deaths = 0
-                    for output in message.outputs:
-                        queue = self._streams.get(output.id)
-                        if queue is not None:
-                            queue.put_nowait(output)
-                    if message.stats.merges is not None:
-                        self._merges = {report.digest: report for report in message.stats.merges}
-                    self._on_stats(message.stats)
-                case protocol.Ready():
-                    self._info = message
-                    self._reason = None
-                    self._send_soon(protocol.Pin(self._pinned))
-                case protocol.Done() | MergeReport() | protocol.Inspection() | MemoryPlan():
-                    if isinstance(message, MergeReport):
-                        self._merges[message.digest] = message
-                    future = self._calls.get(message.id)
-                    if future is not None and not future.done():
-                        future.set_result(message)
-                case TrainingStep() | Checkpoint() | JobNote() | JobEnded():
-                    if (job := self._jobs.get(message.id)) is not None:
-                        job.put_nowait(message)
-                case protocol.Fatal():
-                    return message
+    def _hear(self, fatal: asyncio.Future[protocol.Fatal], data: bytes) -> None:
+        """Give a message to whom it concerns; that the engine cannot go on, to `fatal`."""
+        self._last_word = time.monotonic()
+        message = protocol.decode_reply(data)
+        match message:
+            case protocol.Step():
+                if message.outputs:
+                    self._deaths = 0
+                for output in message.outputs:
+                    queue = self._streams.get(output.id)
+                    if queue is not None:
+                        queue.put_nowait(output)
+                if message.stats.merges is not None:
+                    self._merges = {report.digest: report for report in message.stats.merges}
+                self._on_stats(message.stats)
+            case protocol.Ready():
+                self._info = message
+                self._reason = None
+                self._send_soon(protocol.Pin(self._pinned))
+            case protocol.Done() | MergeReport() | protocol.Inspection() | MemoryPlan():
+                if isinstance(message, MergeReport):
+                    self._merges[message.digest] = message
+                future = self._calls.get(message.id)
+                if future is not None and not future.done():
+                    future.set_result(message)
+            case TrainingStep() | Checkpoint() | JobNote() | JobEnded():
+                if (job := self._jobs.get(message.id)) is not None:
+                    job.put_nowait(message)
+            case protocol.Fatal():
+                fatal.set_result(message)
 
     def _release_everyone(self) -> None:
         """Tell every waiting request and call that this engine will not answer."""
