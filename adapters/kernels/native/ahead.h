@@ -1,14 +1,14 @@
 // Memory that is wanted soon, asked for little by little while the processor computes.
 //
-// With few rows a step reads about as long as it computes: weights keep the processor busy, adapters the memory. Asking
-// for the adapters' rows during the weights' turn lets both work at once.
+// With few rows a step reads about as long as it computes: weights keep the processor busy, adapters and the KV cache the
+// memory. Asking for these during the weights' turn lets both work at once.
 #pragma once
 
 #include <cstdint>
 
 // Stretches of memory, in the order in which they will be read.
 struct Ahead {
-    static constexpr int MOST = 64;
+    static constexpr int MOST = 512;
     static constexpr int64_t LINE = 64;
 
     struct {
@@ -21,6 +21,10 @@ struct Ahead {
 
     // `rows` stretches of `size` bytes, `stride` bytes apart.
     void add(const void* from, int64_t size, int32_t rows = 1, int64_t stride = 0) {
+        if (rows == 1 && count && parts[count - 1].rows == 1 && parts[count - 1].from + parts[count - 1].bytes == from) {
+            parts[count - 1].bytes += size, bytes += size;
+            return;
+        }
         if (count == MOST) return;
         parts[count++] = {(const char*)from, size, stride, rows};
         bytes += size * rows;

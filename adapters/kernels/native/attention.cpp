@@ -1,5 +1,7 @@
 #include "attention.h"
 
+#include <initializer_list>
+
 #include "export.h"
 #include "pool.h"
 #include "tile.h"
@@ -8,6 +10,7 @@ namespace {
 
 constexpr int GROUP = 64;      // keys are reduced in groups of this many, aligned to the sequence's start
 constexpr int TASK_ROWS = 48;  // about so many (query, head) rows share a task's keys
+constexpr int64_t NEAR = 1 << 20;  // bytes of a thread's own cache
 
 struct Rows {  // the (query, head) rows of one task: one request, one kv head, some of its queries
     int count;        // row i is query i / share, query head i % share of the kv head
@@ -32,10 +35,17 @@ INLINE void by_fours(int count, F&& f) {
     }
 }
 
+// Asks for `floats` numbers that will be read soon; null: nothing will.
+INLINE void fetch(const float* at, int64_t floats) {
+    for (int64_t i = 0; at && i < floats; i += 16) __builtin_prefetch(at + i);
+}
+
+// `next`: what is asked for meanwhile, as many rows as are read.
 template <int M>
-INLINE void score_keys(const float* q, const float* keys, int count, int dim, float* scores) {
+INLINE void score_keys(const float* q, const float* keys, int count, int dim, float* scores, const float* next) {
     int n = 0;
     for (; n + 4 <= count; n += 4) {
+        if (next) fetch(next + (int64_t)n * dim, 4 * dim);
         float sums[M][4];
         dot<M, 4>(q, dim, keys + (int64_t)n * dim, dim, dim, sums);
         for (int m = 0; m < M; m++) memcpy(scores + m * GROUP + n, sums[m], sizeof sums[m]);
@@ -59,8 +69,9 @@ INLINE void weigh_some(const float* weights, const float* values, int count, int
 }
 
 template <int M>
-INLINE void weigh_values(const float* weights, const float* values, int count, int dim, float* acc) {
+INLINE void weigh_values(const float* weights, const float* values, int count, int dim, float* acc, const float* next) {
     constexpr int V = W == 16 ? 4 : 2;
+    fetch(next, (int64_t)count * dim);
     int d = 0;
     for (; d + V * W <= dim; d += V * W) weigh_some<M, V, false>(weights, values + d, count, dim, acc + d, 0);
     for (; d + W <= dim; d += W) weigh_some<M, 1, false>(weights, values + d, count, dim, acc + d, 0);
@@ -90,18 +101,19 @@ void soften(float* scores, float* top_score, float* total, float* acc, int dim) 
 void attend_group(const Attention& a, const Rows& rows, int kv_head, const int32_t* blocks, int begin, int kv_len) {
     const int dim = a.head_dim, size = a.cache.block_size;
     const int keys = least(GROUP, kv_len - begin);  // slots beyond hold stale numbers: never read
-    auto spans = [&](auto&& visit) {                // runs of keys that lie together in the cache
+    auto place = [&](int at) { return (((int64_t)blocks[at / size] * a.kv_heads + kv_head) * size + at % size) * dim; };
+    // Visits runs of keys that lie together in the cache; each is told where the next one lies, the last one `behind`.
+    // Runs are pages apart, so the hardware does not see them coming.
+    auto spans = [&](const float* cache, const float* behind, auto&& visit) {
         for (int n = 0; n < keys;) {
             const int at = begin + n, count = least(keys - n, size - at % size);
-            visit(n, count, (((int64_t)blocks[at / size] * a.kv_heads + kv_head) * size + at % size) * dim);
+            visit(n, count, cache + place(at), n + count < keys ? cache + place(at + count) : behind);
             n += count;
         }
     };
-    spans([&](int n, int count, int64_t offset) {
-        const float *keys_here = a.cache.k + offset, *values = a.cache.v + offset;
-        for (int64_t i = 0; i < (int64_t)count * dim; i += 16) __builtin_prefetch(values + i);  // read next
+    spans(a.cache.k, a.cache.v + place(begin), [&](int n, int count, const float* here, const float* next) {
         by_fours(rows.count, [&]<int M>(int m) {
-            score_keys<M>(rows.q + m * dim, keys_here, count, dim, rows.scores + m * GROUP + n);
+            score_keys<M>(rows.q + m * dim, here, count, dim, rows.scores + m * GROUP + n, m ? nullptr : next);
         });
     });
     for (int m = 0; m < rows.count; m++) {
@@ -111,9 +123,10 @@ void attend_group(const Attention& a, const Rows& rows, int kv_head, const int32
         for (int n = last < 0 ? 0 : last + 1; n < GROUP; n++) scores[n] = -INFINITY;
         soften(scores, rows.top + m, rows.total + m, rows.acc + m * dim, dim);
     }
-    spans([&](int n, int count, int64_t offset) {
+    const float* const next_group = begin + GROUP < kv_len ? a.cache.k + place(begin + GROUP) : nullptr;
+    spans(a.cache.v, next_group, [&](int n, int count, const float* here, const float* next) {
         by_fours(rows.count, [&]<int M>(int m) {
-            weigh_values<M>(rows.scores + m * GROUP + n, a.cache.v + offset, count, dim, rows.acc + m * dim);
+            weigh_values<M>(rows.scores + m * GROUP + n, here, count, dim, rows.acc + m * dim, m ? nullptr : next);
         });
     });
 }
@@ -159,6 +172,19 @@ void attend(const Attention& a) {
         const int first = a.seqs[r * 3] + task / a.kv_heads * chunk;
         attend_rows(a, r, task % a.kv_heads, first, least(first + chunk, a.seqs[r * 3 + 1]));
     });
+}
+
+void attend_ahead(const Attention& a, Ahead& ahead) {
+    const int size = a.cache.block_size;
+    const int64_t block = (int64_t)a.kv_heads * size * a.head_dim;  // all heads' keys of one lie together
+    const int most = a.requests ? (int)(NEAR * pool_threads() / a.requests / (2 * block * (int64_t)sizeof(float))) : 0;
+    for (int r = 0; r < a.requests; r++) {
+        const int32_t *seq = a.seqs + r * 3, *blocks = a.block_tables + (int64_t)r * a.max_blocks;
+        const int first_key = a.window ? seq[2] - (seq[1] - seq[0]) - a.window + 1 : 0;
+        const int first = first_key > 0 ? first_key / size : 0, last = least((seq[2] + size - 1) / size, first + most);
+        for (const float* cache : {a.cache.k, a.cache.v})
+            for (int b = first; b < last; b++) ahead.add(cache + blocks[b] * block, block * sizeof(float));
+    }
 }
 
 void write_kv(const float* k, const float* v, const int64_t* slots, int tokens, int kv_heads, int head_dim, const KvCache& cache) {

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "ahead.h"
+
 struct KvCache {
     float *k, *v;  // [blocks, kv_heads, block_size, head_dim]
     int32_t block_size;
@@ -21,4 +23,7 @@ struct Attention {
 };
 
 void attend(const Attention& a);
+
+// Adds what attending will read first, as much as caches nearby are sure to keep until then.
+void attend_ahead(const Attention& a, Ahead& ahead);
 void write_kv(const float* k, const float* v, const int64_t* slots, int tokens, int kv_heads, int head_dim, const KvCache& cache);

@@ -128,10 +128,15 @@ struct Run {
         return found;
     }
 
-    void attention(const float* normed, float* q, float* k, float* v, float* attended, float* y) const {
+    void attend_layer(const float* normed, float* q, float* k, float* v, float* attended, float* y) const {
         const Layer& l = layer();
         const int head_dim = d.head_dim;
-        project(QKV, normed, {q, k, v}, nullptr, ahead(layer_index, OUT));
+        const Attention attention{q, attended, s.seqs, s.block_tables, s.tokens, d.heads, d.kv_heads, head_dim, s.requests,
+                                  s.max_blocks, d.scaling, l.window, {l.k_cache, l.v_cache, d.block_size}};
+        Ahead soon;
+        attend_ahead(attention, soon);
+        shrink_ahead(adapters(l, O), soon);
+        project(QKV, normed, {q, k, v}, nullptr, soon);
         over_tokens(s.tokens, [&](int t) {
             float *queries = q + (int64_t)t * d.heads * head_dim, *keys = k + (int64_t)t * d.kv_heads * head_dim;
             for (int h = 0; l.q_norm && h < d.heads; h++) rms_norm(queries + h * head_dim, l.q_norm, d.eps, head_dim, queries + h * head_dim);
@@ -140,10 +145,8 @@ struct Run {
             rope(queries, d.heads, head_dim, cos, sin, s.rotary);
             rope(keys, d.kv_heads, head_dim, cos, sin, s.rotary);
         });
-        const KvCache cache{l.k_cache, l.v_cache, d.block_size};
-        write_kv(k, v, s.slots, s.tokens, d.kv_heads, head_dim, cache);
-        attend({q, attended, s.seqs, s.block_tables, s.tokens, d.heads, d.kv_heads, head_dim, s.requests, s.max_blocks,
-                d.scaling, l.window, cache});
+        write_kv(k, v, s.slots, s.tokens, d.kv_heads, head_dim, attention.cache);
+        attend(attention);
         project(OUT, attended, {y}, [&](int first, int last) { add(y, first, last); }, ahead(layer_index, GATE_UP));
     }
 
@@ -179,7 +182,7 @@ EXPORT void lk_decode(const Decoder* decoder, const Step* step) {
     for (; run.layer_index < d.count; run.layer_index++) {
         run.norm(run.layer().input_norm, normed);
         float *q = rest, *k = q + tokens * wide, *v = k + tokens * narrow, *attended = v + tokens * narrow;
-        run.attention(normed, q, k, v, attended, y);
+        run.attend_layer(normed, q, k, v, attended, y);
         run.norm(run.layer().post_norm, normed);
         run.mlp(normed, rest, rest + tokens * inner, y);
     }
