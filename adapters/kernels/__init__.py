@@ -5,7 +5,7 @@ fp32 on a CPU; and `triton`, for an NVIDIA GPU. One of the latter is taken where
 in `base_linear`. The docstrings are `reference`'s. `plan_decoder` puts all decoder layers of a step together.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -32,6 +32,7 @@ __all__ = [
     "one_torch_thread",
     "paged_attention",
     "plan_decoder",
+    "plan_likeliest",
     "prepare",
     "probe_row_multiple",
     "rms_norm",
@@ -165,6 +166,14 @@ def likeliest_output(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
     if isinstance(kernels, native.Kernels):
         return kernels.likeliest_output(x, weight, bias)
     return likeliest(linear_forward(x, weight, bias))
+
+
+def plan_likeliest(weight: QuantizedWeight, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
+    """`likeliest_output` of fp32 rows that lie in order, looked up once for all; None without a sketch that helps."""
+    kernels = native.load()
+    if kernels is None or weight.sketch is None or bias is not None or not native.takes_weight(weight):
+        return None
+    return kernels.sketched(weight)
 
 
 class Decoder(Protocol):

@@ -7,7 +7,7 @@ implementations a call goes to is decided in the package's `__init__`.
 import ctypes
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import POINTER, Structure, addressof, byref, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
@@ -167,7 +167,6 @@ class Kernels:
         self.instruction_set = instruction_set
         self._lib = library
         self._weights: WeakKeyDictionary[QuantizedWeight, WeightStruct] = WeakKeyDictionary()
-        self._sketches: WeakKeyDictionary[QuantizedWeight, SketchStruct] = WeakKeyDictionary()
         for name, arguments in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
@@ -290,15 +289,23 @@ class Kernels:
         return found
 
     def likeliest_output(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
-        if weight.sketch is None or bias is not None or len(x) > self._lib.lk_sketched_rows():
+        if weight.sketch is None or bias is not None:
             return self.likeliest(self.linear_forward(x, weight, bias))
-        x = _plain(x)
-        found = torch.empty(len(x), dtype=torch.int64)
-        sketch = self._sketches.get(weight)
-        if sketch is None:
-            sketch = self._sketches[weight] = _sketch_struct(weight.sketch)
-        self._lib.lk_likeliest_output(byref(self.weight(weight)), byref(sketch), x.data_ptr(), len(x), found.data_ptr())
-        return found
+        return self.sketched(weight)(_plain(x))
+
+    def sketched(self, weight: QuantizedWeight) -> Callable[[Tensor], Tensor]:
+        """`likeliest_output` of a weight that has a sketch, for fp32 inputs that lie in order."""
+        assert weight.sketch is not None
+        structs = byref(self.weight(weight)), byref(_sketch_struct(weight.sketch))
+
+        def likeliest(x: Tensor) -> Tensor:
+            if len(x) > self._lib.lk_sketched_rows():
+                return self.likeliest(self.linear_forward(x, weight))
+            found = torch.empty(len(x), dtype=torch.int64)
+            self._lib.lk_likeliest_output(*structs, x.data_ptr(), len(x), found.data_ptr())
+            return found
+
+        return likeliest
 
     def decode(self, decoder: Structure, step: Structure) -> None:
         """One step through the decoder layers; the structures are plan.py's."""

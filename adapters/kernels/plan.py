@@ -151,7 +151,6 @@ class DecoderPlan:
         )
         return cls(kernels, decoder, struct, [*builder.alive, layers])
 
-    @torch.no_grad()
     def run(
         self,
         hidden: Tensor,

@@ -116,6 +116,8 @@ class _Model:
         self.base = base
         self._embedding: nn.Module = base.model.get_input_embeddings()
         self._head: FrozenLinear = base.model.get_output_embeddings()
+        # Hidden states to the likeliest token of each row, where that reads less than all logits; or None.
+        self.likeliest = kernels.plan_likeliest(self._head.weight, self._head.bias)
         # All decoder layers at once, where the model is of a known shape; None: through its modules.
         self.plan = kernels.plan_decoder(base.decoder, pool.a, pool.b, cache.k, cache.v, base.windows)
         self.graphs = (
@@ -140,15 +142,6 @@ class _Model:
         """Logits, fp32 [K, V]."""
         logits: Tensor = self._head(hidden)
         return logits.float()
-
-    @property
-    def sketched(self) -> bool:
-        """Whether `likeliest` reads less than `head`."""
-        return self.plan is not None and self._head.weight.sketch is not None
-
-    def likeliest(self, hidden: Tensor) -> Tensor:
-        """The likeliest token of each row, int64 [K]; `NOTHING` for one whose logits are not finite."""
-        return kernels.likeliest_output(hidden, self._head.weight, self._head.bias)
 
 
 class Runner:
@@ -257,7 +250,8 @@ class Runner:
     def _run(self, works: Seq[Work], before: Flight | None) -> _Pass:
         model = self._model_of(works)
         batch, wanted = self._pack(works, before, merged=model is not self._model)
-        if model.sketched and batch.extras is None and all(map(_takes_likeliest, works)):
+        greedy = batch.extras is None and all(map(_takes_likeliest, works))
+        if greedy and model.plan is not None and model.likeliest is not None:
             return self._take(works, model.likeliest(self._hidden(batch, model)))
         return self._draw(works, self._forward(batch, model), wanted)
 
@@ -311,13 +305,13 @@ class Runner:
                     extra_kept.append(ExtraUse(len(keep) - len(kept) + skipped, len(keep), extras, weight))
         device = self._base.device
 
-        def tensor(numbers: list[Any], dtype: torch.dtype = torch.int64) -> Tensor:
-            return sent(torch.tensor(numbers, dtype=dtype), device)
+        def tensor(numbers: list[Any], dtype: type[np.generic] = np.int64) -> Tensor:
+            return sent(torch.from_numpy(np.array(numbers, dtype)), device)  # half as long as a tensor from a list
 
         attention = PagedAttention(
             self._cache,
             tensor(slots),
-            tensor(seqs, torch.int32),
+            tensor(seqs, np.int32),
             sent(torch.from_numpy(tables), device),
         )
         batch = Batch(

@@ -29,6 +29,7 @@ def found(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Of how many rows a likeliest token was found, step by step."""
     rows: list[int] = []
     likeliest = engine.runner._model.likeliest
+    assert likeliest is not None
 
     def counted(hidden: Tensor) -> Tensor:
         rows.append(len(hidden))
@@ -42,7 +43,7 @@ def test_tokens_are_those_of_all_logits(
     model_dir: Path, cache_dir: Path, engine: Engine, found: list[int], tmp_path: Path
 ) -> None:
     plain = load_engine(model_dir, cache_dir, sketch_head=False)
-    assert not plain.runner._model.sketched
+    assert plain.runner._model.likeliest is None
     references = [None, *(publish(engine, tiny_adapter(tmp_path / str(rank), model_dir, r=rank)) for rank in (4, 16))]
     wish = {"max_tokens": 24, "logprobs": None}
     requests = [request(f"r{i}", PROMPT[i:], references[i % 3], **wish) for i in range(6)]
