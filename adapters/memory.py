@@ -1,9 +1,9 @@
 """Memory on either side: large zeroed tensors that cost nothing until touched, small ones sent without waiting."""
 
+import mmap
 from collections.abc import Sequence
 from math import prod
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,12 +11,14 @@ from torch import Tensor
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Like `torch.zeros`, but on the CPU the pages are the operating system's zero page until written.
 
-    `torch.zeros` writes every byte: a cache sized for the busiest day would be paid for at start.
+    `torch.zeros` writes every byte: a cache sized for the busiest day would be paid for at start. A tensor begins with
+    a page, so that rows of whole cache lines lie in whole cache lines.
     """
-    if device.type != "cpu":
+    size = prod(shape) * dtype.itemsize
+    if device.type != "cpu" or not size:
         return torch.zeros(*shape, dtype=dtype, device=device)
-    raw = torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, np.uint8))
-    return raw.view(dtype).view(*shape)
+    pages = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(*shape)
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
