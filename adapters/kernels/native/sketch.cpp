@@ -26,14 +26,13 @@ struct Sketch {
 
 namespace {
 
-constexpr int GROUP = 16;             // outputs
-constexpr float BASE = 254.f;         // an input is scale * (BASE * high + low), both of them within [-127, 127]
-constexpr float STEPS = 127.f * BASE;  // of the scale make the greatest input
-constexpr float TINY = 1e-30f;        // inputs that are no greater tell nothing: a scale's inverse must be a number
-constexpr float SAFE = 1e37f;         // products that are no greater in all have finite sums
-constexpr float ABOUT = 1.0001f;      // norms are made so much greater, for they are rounded themselves
-
+constexpr int GROUP = 16;              // outputs
 constexpr int MOST = W == 16 ? 8 : 4;  // rows together
+constexpr float BASE = 254.f;          // an input is scale * (BASE * high + low), both of them within [-127, 127]
+constexpr float STEPS = 127.f * BASE;  // so many times the scale is the greatest input
+constexpr float TINY = 1e-30f;         // inputs that are no greater tell nothing: a scale's inverse must be a number
+constexpr float SAFE = 1e37f;          // products that are no greater in all have finite sums
+constexpr float ABOUT = 1.0001f;       // norms are made so much greater, for they are rounded themselves
 
 // How many rows from m on go together.
 int handful(int m, int rows) {
@@ -74,10 +73,10 @@ Rounded round_row(const float* x, int in, int8_t* to, int64_t stride) {
 struct Rows {
     const Sketch& sketch;
     const int in;
-    const Rounded* x;      // [rows]
+    const Rounded* x;     // [rows]
     const int8_t* bytes;  // handful by handful: [in / 4, handful, high and low, 4]
-    vf* certain;       // [rows]: the greatest of what outputs are at least
-    float* most;       // [rows, stride]: what each is at most
+    vf* certain;          // [rows]: the greatest of what outputs are at least
+    float* most;          // [rows, stride]: what each is at most
     const int64_t stride;
 
     // M rows from m on by the W outputs from o on, of which `wanted` are there.
