@@ -52,8 +52,8 @@ class Sketch:
 
     `data` is int8 `[groups of 16 outputs, in / 4, 16, 4]`: four inputs of each of 16 outputs at a time; times `scale`
     it is the rounded weight, whose rows are `norm` long. An fp32 product of the weight's own row and any x is off the
-    rounded row's exact one by `error * |x|` at most. All three are fp32 `[groups * 16]`; of outputs that the last group
-    lacks they are zeros.
+    rounded row's exact one by `error * |x|` at most. All three are fp32 `[groups * 16]`, and mean nothing for
+    outputs that the last group lacks.
     """
 
     data: Tensor

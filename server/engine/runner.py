@@ -250,8 +250,8 @@ class Runner:
     def _run(self, works: Seq[Work], before: Flight | None) -> _Pass:
         model = self._model_of(works)
         batch, wanted = self._pack(works, before, merged=model is not self._model)
-        greedy = batch.extras is None and all(map(_takes_likeliest, works))
-        if greedy and model.plan is not None and model.likeliest is not None:
+        planned = batch.extras is None and model.plan is not None
+        if planned and model.likeliest is not None and all(map(_takes_likeliest, works)):
             return self._take(works, model.likeliest(self._hidden(batch, model)))
         return self._draw(works, self._forward(batch, model), wanted)
 
