@@ -26,18 +26,10 @@ float weight_at(const Weight& w, int o, int i) {
     int64_t at = (int64_t)o * w.in + i;
     switch (w.kind) {
         case FOUR_BIT: {
-            int64_t block = at / w.blocksize;
-            float scale;
-            if (w.nested_absmax) {
-                uint8_t q = ((const uint8_t*)w.absmax)[block];
-                scale = w.nested_code[q] * w.nested_absmax[block / w.nested_blocksize] + w.offset;
-            } else {
-                scale = ((const float*)w.absmax)[block];
-            }
             uint8_t byte = ((const uint8_t*)w.data)[at >> 1];
-            return w.code[at & 1 ? byte & 15 : byte >> 4] * scale;
+            return w.code[at & 1 ? byte & 15 : byte >> 4] * w.scales[at / w.blocksize];
         }
-        case INT8: return (float)((const int8_t*)w.data)[at] * (((const float*)w.absmax)[o] / 127.f);
+        case INT8: return (float)((const int8_t*)w.data)[at] * (w.scales[o] / 127.f);
         case FP32: return ((const float*)w.data)[at];
         case BF16: return number(((const bf16*)w.data)[at]);
         default: return number(((const fp16*)w.data)[at]);
@@ -45,58 +37,7 @@ float weight_at(const Weight& w, int o, int i) {
 }
 
 // The vector decoders want whole blocks of inputs under one scale.
-bool blockwise(const Weight& w) { return w.in % BLOCK == 0 && (w.kind != FOUR_BIT || w.blocksize % BLOCK == 0); }
-
-// to[i - begin] = code[absmax[i >> shift]]
-INLINE void look_up_run(const float* code, const uint8_t* absmax, int64_t begin, int64_t end, int shift, float* to) {
-    if (shift) {
-        for (int64_t i = begin; i < end; i++) to[i - begin] = code[absmax[i >> shift]];
-        return;
-    }
-    int64_t i = begin;
-    for (; i + 8 <= end; i += 8, to += 8) {  // as bits: the compiler would gather, which is slower
-        uint32_t numbers[8];
-        for (int j = 0; j < 8; j++) memcpy(&numbers[j], code + absmax[i + j], sizeof(float));
-        memcpy(to, numbers, sizeof numbers);
-    }
-    for (; i < end; i++) *to++ = code[absmax[i]];
-}
-
-// Scales of `count` blocks from block `at` of the flattened weight on.
-void scale_run(const Weight& w, int64_t at, int64_t count, float* to) {
-    const int shift = __builtin_ctz(w.blocksize / BLOCK);
-    if (!w.nested_absmax) {
-        const float* absmax = (const float*)w.absmax;
-        for (int64_t i = 0; i < count; i++) to[i] = absmax[(at + i) >> shift];
-        return;
-    }
-    // Runs under one nested scale. Looking up and scaling by turns, number by number, takes more than twice as long.
-    const int nested_shift = shift + __builtin_ctz(w.nested_blocksize);
-    const uint8_t* absmax = (const uint8_t*)w.absmax;
-    for (int64_t i = at; i < at + count;) {
-        const int64_t run = i >> nested_shift, end = (run + 1) << nested_shift < at + count ? (run + 1) << nested_shift : at + count;
-        look_up_run(w.nested_code, absmax, i, end, shift, to);
-        const float nested = w.nested_absmax[run], offset = w.offset;
-        for (; i < end; i++, to++) *to = *to * nested + offset;
-    }
-}
-
-// Scales of a rectangle of blocks: [outputs first..last, blocks begin..end].
-const float* block_scales(const Weight& w, int first, int last, int begin, int end) {
-    if (w.kind != FOUR_BIT) return nullptr;
-    const int blocks = w.in / BLOCK, wide = end - begin;
-    float* scales = scratch(SCALES, (size_t)(last - first) * wide);
-    if (wide == blocks) {
-        // So few bytes are read of them at a time that the hardware does not see the next ones coming.
-        const int64_t bytes = (int64_t)(last - first) * blocks * BLOCK / w.blocksize * (w.nested_absmax ? 1 : sizeof(float));
-        const char* next = (const char*)w.absmax + (int64_t)last * blocks * BLOCK / w.blocksize * (w.nested_absmax ? 1 : sizeof(float));
-        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i);
-        scale_run(w, (int64_t)first * blocks, (int64_t)(last - first) * blocks, scales);
-    } else {
-        for (int o = first; o < last; o++) scale_run(w, (int64_t)o * blocks + begin, wide, scales + (int64_t)(o - first) * wide);
-    }
-    return scales;
-}
+bool blockwise(const Weight& w) { return w.in % BLOCK == 0 && (w.kind != FOUR_BIT || w.blocksize == BLOCK); }
 
 // The next N rows' share of this block, asked for early: with few bytes a row the hardware's own prefetch lags behind.
 // One or two rows are as good as one stream through memory, and a page ahead is early enough.
@@ -109,26 +50,26 @@ INLINE void fetch_ahead(const void* at, int64_t row_bytes) {
 }
 
 // Decoders: N output rows from `o` on, side by side. `block` moves to a block of inputs, `step` yields 2W weights of one
-// row: those at even and at odd places (INTERLEAVED), or two consecutive vectors. `scales` is [N, wide] from block
-// `begin` on, for four-bit weights only.
+// row: those at even and at odd places (INTERLEAVED), or two consecutive vectors.
 
 template <int N>
 struct FourBit {
     static constexpr bool INTERLEAVED = true;
+    static constexpr int SCALES = 64 / sizeof(float);  // a line of them
     const uint8_t* rows;
     const uint8_t* at;
     const float* scales;
-    int64_t row_bytes;
-    int begin, wide;
+    int64_t row_bytes, blocks;
     Table code, table[N];
 
-    FourBit(const Weight& w, int o, const float* scales, int begin, int wide)
-        : rows((const uint8_t*)w.data + (int64_t)o * w.in / 2), scales(scales), row_bytes(w.in / 2), begin(begin),
-          wide(wide), code(load_table(w.code)) {}
+    FourBit(const Weight& w, int o)
+        : rows((const uint8_t*)w.data + (int64_t)o * w.in / 2), scales(w.scales + (int64_t)o * (w.in / BLOCK)),
+          row_bytes(w.in / 2), blocks(w.in / BLOCK), code(load_table(w.code)) {}
     INLINE void block(int b) {
         at = rows + b * (BLOCK / 2);
         fetch_ahead<N, BLOCK / 2>(at, row_bytes);
-        for (int n = 0; n < N; n++) table[n] = scaled(code, scales[n * wide + b - begin]);
+        if (b % SCALES == 0) fetch_ahead<N, 1>(scales + b, blocks * sizeof(float));
+        for (int n = 0; n < N; n++) table[n] = scaled(code, scales[n * blocks + b]);
     }
     INLINE void step(int n, int s, vf& w0, vf& w1) const { look_up(table[n], at + n * row_bytes + s * W, w0, w1); }
 };
@@ -140,7 +81,7 @@ struct Dense {
     const Number* at;
     int64_t in;
 
-    Dense(const Weight& w, int o, const float*, int, int) : rows((const Number*)w.data + (int64_t)o * w.in), in(w.in) {}
+    Dense(const Weight& w, int o) : rows((const Number*)w.data + (int64_t)o * w.in), in(w.in) {}
     INLINE void block(int b) {
         at = rows + b * BLOCK;
         fetch_ahead<N, BLOCK * sizeof(Number)>(at, in * sizeof(Number));
@@ -162,8 +103,8 @@ template <int N> using Fp16 = Dense<N, fp16>;
 template <int N>
 struct Int8 : Dense<N, int8_t> {
     vf scale[N];
-    Int8(const Weight& w, int o, const float* scales, int begin, int wide) : Dense<N, int8_t>(w, o, scales, begin, wide) {
-        for (int n = 0; n < N; n++) scale[n] = set1(((const float*)w.absmax)[o + n] / 127.f);
+    Int8(const Weight& w, int o) : Dense<N, int8_t>(w, o) {
+        for (int n = 0; n < N; n++) scale[n] = set1(w.scales[o + n] / 127.f);
     }
     INLINE void step(int n, int s, vf& w0, vf& w1) const {
         Dense<N, int8_t>::step(n, s, w0, w1);
@@ -191,26 +132,27 @@ INLINE void finish(const vf (&acc)[M][N], const float* bias, float* y, int64_t s
         for (int n = 0; n < N; n++) y[m * stride + n] = bias ? sums[m][n] + bias[n] : sums[m][n];
 }
 
-// M rows x N outputs with weights decoded in registers.
-template <int M, int N, class Decoder>
-INLINE void dot_decoding(Decoder weights, const float* x, int blocks, const float* bias, float* y, int64_t stride) {
-    const int64_t in = (int64_t)blocks * BLOCK;
+// M rows x N outputs from `o` on, with weights decoded in registers; y is row 0, output 0.
+template <int M, int N, template <int> class Decoder>
+INLINE void dot_decoding(const Weight& w, int o, const float* x, float* y, int64_t stride, Trickle& ahead) {
+    Decoder<N> weights(w, o);
     vf acc[M][N] = {};
-    for (int b = 0; b < blocks; b++) {
+    for (int b = 0; b < w.in / BLOCK; b++) {
+        ahead.worked(M * N);
         weights.block(b);
 #pragma GCC unroll 8
         for (int s = 0; s < STEPS; s++) {
             vf w0[N], w1[N];
             for (int n = 0; n < N; n++) weights.step(n, s, w0[n], w1[n]);
             for (int m = 0; m < M; m++) {
-                const float* p = x + m * in + b * BLOCK + s * 2 * W;
+                const float* p = x + (int64_t)m * w.in + b * BLOCK + s * 2 * W;
                 vf x0 = load(p), x1 = load(p + W);
                 for (int n = 0; n < N; n++) acc[m][n] = fma(w0[n], x0, acc[m][n]);
                 for (int n = 0; n < N; n++) acc[m][n] = fma(w1[n], x1, acc[m][n]);
             }
         }
     }
-    finish(acc, bias, y, stride);
+    finish(acc, w.bias ? w.bias + o : nullptr, y + o, stride);
 }
 
 // The same sums with weights already decoded: tile [N, in].
@@ -223,25 +165,19 @@ INLINE void dot_decoded(const float* tile, const float* x, int64_t in, const flo
 }
 
 template <int M, int N, template <int> class Decoder>
-void sweep_decoding(const Weight& w, const float* x, int first, int last, const float* scales, float* y, int64_t stride, Trickle& ahead) {
-    const int blocks = w.in / BLOCK;
+void sweep_decoding(const Weight& w, const float* x, int first, int last, float* y, int64_t stride, Trickle& ahead) {
     int o = first;
-    for (; o + N <= last; o += N, scales += N * blocks) {
-        ahead.worked(M * N);
-        dot_decoding<M, N>(Decoder<N>(w, o, scales, 0, blocks), x, blocks, w.bias ? w.bias + o : nullptr, y + o, stride);
-    }
-    for (; o < last; o++, scales += blocks)
-        dot_decoding<M, 1>(Decoder<1>(w, o, scales, 0, blocks), x, blocks, w.bias ? w.bias + o : nullptr, y + o, stride);
+    for (; o + N <= last; o += N) dot_decoding<M, N, Decoder>(w, o, x, y, stride, ahead);
+    for (; o < last; o++) dot_decoding<M, 1, Decoder>(w, o, x, y, stride, ahead);
 }
 
 template <template <int> class Decoder>
 void few_rows(const Weight& w, const float* x, int rows, int first, int last, float* y, int64_t stride, const Ahead& ahead) {
     const int64_t in = w.in;
-    Trickle trickle(ahead, (int64_t)rows * (last - first));
+    Trickle trickle(ahead, (int64_t)rows * (last - first) * (w.in / BLOCK));
     for (int o = first; o < last; o += GROUP) {
         const int end = least(o + GROUP, last);
-        const float* scales = block_scales(w, o, end, 0, w.in / BLOCK);
-        auto sweep = [&](auto sweep_rows, int m) { sweep_rows(w, x + m * in, o, end, scales, y + m * stride, stride, trickle); };
+        auto sweep = [&](auto sweep_rows, int m) { sweep_rows(w, x + m * in, o, end, y + m * stride, stride, trickle); };
         int m = 0;
         if constexpr (W == 16)
             for (; m + 8 <= rows; m += 8) sweep(sweep_decoding<8, 2, Decoder>, m);
@@ -257,10 +193,8 @@ void few_rows(const Weight& w, const float* x, int rows, int first, int last, fl
 // A rectangle of the weight as fp32 [outputs first..last, blocks begin..end], inputs in their own or in packed order.
 template <template <int> class Decoder, bool NATURAL>
 void decode_blocks(const Weight& w, int first, int last, int begin, int end, float* tile) {
-    const int wide = end - begin;
-    const float* scales = block_scales(w, first, last, begin, end);
-    for (int o = first; o < last; o++, scales += wide) {
-        Decoder<1> weights(w, o, scales, begin, wide);
+    for (int o = first; o < last; o++) {
+        Decoder<1> weights(w, o);
         for (int b = begin; b < end; b++) {
             weights.block(b);
             for (int s = 0; s < STEPS; s++, tile += 2 * W) {

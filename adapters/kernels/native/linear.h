@@ -13,15 +13,12 @@ enum WeightKind { FOUR_BIT = 0, INT8 = 1, FP32 = 2, BF16 = 3, FP16 = 4 };
 // Mirrored by WeightStruct in native.py.
 struct Weight {
     const void* data;
-    const void* absmax;          // FOUR_BIT: uint8 if nested_absmax is set, else fp32; INT8: fp32 [out]
-    const float* code;           // [16]
-    const float* nested_absmax;  // null without double quantisation
-    const float* nested_code;    // [256]
-    const float* bias;           // [out] or null
-    float offset;
+    const float* scales;   // FOUR_BIT: [out * in / blocksize]; INT8: [out], 127 times the scale; else null
+    const float* code;     // FOUR_BIT: [16], else null
+    const float* bias;     // [out] or null
     int32_t kind;
     int32_t out, in;
-    int32_t blocksize, nested_blocksize;
+    int32_t blocksize;     // FOUR_BIT: weights under one scale
     const void* int8;      // Int8Weights: y is computed as int8.h says; else null
     const int8_t* levels;  // [16], with that
 };

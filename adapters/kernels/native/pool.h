@@ -11,7 +11,7 @@ void pool_run(int tasks, void (*task)(void* context, int index), void* context);
 int pool_threads();
 
 // Scratch of the calling thread, alive until its next call with the same slot; contents are undefined.
-enum ScratchSlot { PACKED_NATURAL, PACKED_INTERLEAVED, PACKED_INT8, SHRUNK, STEP, TILE, SCALES, SUMS, ATTENTION, CERTAIN, AT_MOST, ROUNDED, SLOTS };
+enum ScratchSlot { PACKED_NATURAL, PACKED_INTERLEAVED, PACKED_INT8, SHRUNK, STEP, TILE, SUMS, ATTENTION, CERTAIN, AT_MOST, ROUNDED, SLOTS };
 float* scratch(ScratchSlot slot, size_t floats);
 
 namespace {
