@@ -81,24 +81,25 @@ struct Run {
     template <int N, class After>
     void project(const Sites<N>& sites, const float* x, float* const (&ys)[N], After&& after, const Ahead& ahead) const {
         const Weight* weights[N];
-        Adapters deltas[N];
+        Adapters adapted[N];
         const Adapters* linears[N];
         int width = 0;
         for (int i = 0; i < N; i++) {
             weights[i] = &layer().weights[sites[i]];
-            deltas[i] = adapters(layer(), sites[i]);
-            linears[i] = &deltas[i];
+            adapted[i] = adapters(layer(), sites[i]);
+            linears[i] = &adapted[i];
             width += weights[i]->out;
         }
         const PackedRows packed = pack_rows(weights, N, x, s.tokens);
-        const Shrunk* shrunk = shrink(linears, N, x);
+        Deltas& deltas = deltas_of(linears, N, x);
         const int share = outputs_per_task(width);
         auto tile = [&](int i, int first, int last, int part, int parts) {
             Ahead soon;
-            expand_ahead(*shrunk, i, first, last, soon);
+            expand_ahead(deltas, i, first, last, soon);
             soon.add_share(ahead, part, parts);
+            shrink(deltas);
             linear_tile(*weights[i], packed, s.tokens, first, last, ys[i], weights[i]->out, soon);
-            expand_tile(*shrunk, i, first, last, ys[i], weights[i]->out);
+            expand_tile(deltas, i, first, last, ys[i], weights[i]->out);
         };
         constexpr bool TOGETHER = !std::is_same<After, std::nullptr_t>::value;
         if constexpr (TOGETHER) {

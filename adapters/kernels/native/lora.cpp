@@ -94,16 +94,18 @@ INLINE void expand_rows(const float* down, int rank, const Number* b, int64_t ou
 
 }  // namespace
 
-struct Shrunk {
+struct Deltas {
     std::vector<Segment> segments;
     std::vector<int> ends;  // of each linear's segments
+    const float* x;
     float* down;
+    Shares shrinking;
 };
 
-const Shrunk* shrink(const Adapters* const* linears, int count, const float* x) {
-    static thread_local Shrunk shrunk;
-    shrunk.segments.clear();
-    shrunk.ends.clear();
+Deltas& deltas_of(const Adapters* const* linears, int count, const float* x) {
+    static thread_local Deltas all;
+    all.segments.clear();
+    all.ends.clear();
     int64_t floats = 0;
     int tasks = 0;
     for (int i = 0; i < count; i++) {
@@ -113,19 +115,22 @@ const Shrunk* shrink(const Adapters* const* linears, int count, const float* x) 
             const int n = row[1] - row[0], rank = row[3];
             if (n <= 0 || rank == 0) continue;
             tasks += (n + ROWS - 1) / ROWS * ((rank + RANKS - 1) / RANKS);
-            shrunk.segments.push_back({&linear, row[0], row[1], row[2], rank, row[4], linear.scale[s], floats, tasks});
+            all.segments.push_back({&linear, row[0], row[1], row[2], rank, row[4], linear.scale[s], floats, tasks});
             floats += (int64_t)n * rank;
         }
-        shrunk.ends.push_back((int)shrunk.segments.size());
+        all.ends.push_back((int)all.segments.size());
     }
-    float* down = shrunk.down = scratch(SHRUNK, floats);
-    const Segment* segments = shrunk.segments.data();
-    parallel_for(tasks, [=](int task) {
-        const Segment* s = segments;
+    all.x = x, all.down = scratch(SHRUNK, floats);
+    all.shrinking.deal(tasks);
+    return all;
+}
+
+void shrink(Deltas& all) {
+    all.shrinking.take_all([&](int task) {
+        const Segment* s = all.segments.data();
         while (task >= s->tasks) s++;
-        shrink_task(*s, task - (s == segments ? 0 : s[-1].tasks), x, down);
+        shrink_task(*s, task - (s == all.segments.data() ? 0 : s[-1].tasks), all.x, all.down);
     });
-    return &shrunk;
 }
 
 void shrink_ahead(const Adapters& linear, Ahead& ahead) {
@@ -136,9 +141,9 @@ void shrink_ahead(const Adapters& linear, Ahead& ahead) {
     }
 }
 
-void expand_ahead(const Shrunk& shrunk, int index, int first, int last, Ahead& ahead) {
-    for (int i = index ? shrunk.ends[index - 1] : 0; i < shrunk.ends[index]; i++) {
-        const Segment& s = shrunk.segments[i];
+void expand_ahead(const Deltas& all, int index, int first, int last, Ahead& ahead) {
+    for (int i = index ? all.ends[index - 1] : 0; i < all.ends[index]; i++) {
+        const Segment& s = all.segments[i];
         const int64_t out = s.linear->out;
         with_number(s.dtype, [&]<class Number>() {
             const Number* b = s.rows<Number>(s.linear->b, out);
@@ -147,13 +152,14 @@ void expand_ahead(const Shrunk& shrunk, int index, int first, int last, Ahead& a
     }
 }
 
-void expand_tile(const Shrunk& shrunk, int index, int first, int last, float* y, int64_t stride) {
-    for (int i = index ? shrunk.ends[index - 1] : 0; i < shrunk.ends[index]; i++) {
-        const Segment& s = shrunk.segments[i];
+void expand_tile(const Deltas& all, int index, int first, int last, float* y, int64_t stride) {
+    all.shrinking.await();
+    for (int i = index ? all.ends[index - 1] : 0; i < all.ends[index]; i++) {
+        const Segment& s = all.segments[i];
         const int64_t out = s.linear->out;
         with_number(s.dtype, [&]<class Number>() {
             const Number* b = s.rows<Number>(s.linear->b, out);
-            const float* down = shrunk.down + s.down;
+            const float* down = all.down + s.down;
             int m = s.start;
             for (; m + 4 <= s.end; m += 4, down += 4 * s.rank) expand_rows<4>(down, s.rank, b, out, first, last, y + m * stride, stride);
             for (; m < s.end; m++, down += s.rank) expand_rows<1>(down, s.rank, b, out, first, last, y + m * stride, stride);
@@ -162,10 +168,11 @@ void expand_tile(const Shrunk& shrunk, int index, int first, int last, float* y,
 }
 
 EXPORT void lk_lora_add(const Adapters* linear, const float* x, float* y) {
-    const Shrunk* shrunk = shrink(&linear, 1, x);
-    if (shrunk->segments.empty()) return;
+    Deltas& all = deltas_of(&linear, 1, x);
+    if (all.segments.empty()) return;
     constexpr int SHARE = 64;
     parallel_for((linear->out + SHARE - 1) / SHARE, [&](int task) {
-        expand_tile(*shrunk, 0, task * SHARE, least((task + 1) * SHARE, linear->out), y, linear->out);
+        shrink(all);
+        expand_tile(all, 0, task * SHARE, least((task + 1) * SHARE, linear->out), y, linear->out);
     });
 }

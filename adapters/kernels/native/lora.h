@@ -14,14 +14,18 @@ struct Adapters {
     int32_t segments, in, out;
 };
 
-// Shrinks every segment of the given linears, all of input x [rows, in]. The result belongs to the calling thread and
-// lasts until its next call; `expand_tile` may read it from any thread.
-struct Shrunk;
-const Shrunk* shrink(const Adapters* const* linears, int count, const float* x);
+// The deltas of linears that share input x [rows, in]. They belong to the calling thread and last until its next call;
+// the functions below may be called from any thread.
+struct Deltas;
+Deltas& deltas_of(const Adapters* const* linears, int count, const float* x);
 
 // What shrinking a linear's segments will read, and what expanding linear `index` will, for outputs [first, last).
 void shrink_ahead(const Adapters& linear, Ahead& ahead);
-void expand_ahead(const Shrunk& shrunk, int index, int first, int last, Ahead& ahead);
+void expand_ahead(const Deltas& deltas, int index, int first, int last, Ahead& ahead);
 
-// Adds the deltas of linear `index` to outputs [first, last): y[m * stride + o]. Runs on the calling thread.
-void expand_tile(const Shrunk& shrunk, int index, int first, int last, float* y, int64_t stride);
+// Takes part in shrinking all segments, which threads share out among themselves: each begins its first task with this,
+// and none waits for the others' part before it expands.
+void shrink(Deltas& deltas);
+
+// Adds the deltas of linear `index` to outputs [first, last): y[m * stride + o]. Waits for what other threads shrink.
+void expand_tile(const Deltas& deltas, int index, int first, int last, float* y, int64_t stride);
