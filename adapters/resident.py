@@ -24,14 +24,15 @@ _FILE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float
 Factors = tuple[Tensor, Tensor, float]  # A [rank, in], B [out, rank], scaling
 
 
-def merged_bytes(shape: tuple[int, int], dtype: MergedDtype) -> int:
-    """What a merged weight of `[out, in]` takes on the device."""
+def merged_bytes(shape: tuple[int, int], dtype: MergedDtype, device: torch.device) -> int:
+    """What a merged weight of `[out, in]` takes on the device, the scales that its kernels hold as fp32 included."""
     count = shape[0] * shape[1]
     if dtype == "bf16":
         return 2 * count
     blocks = -(-count // BLOCK)
     tables = 4 * (16 + 256)
-    return -(-count // 2) + blocks + 4 * -(-blocks // NESTED_BLOCK) + tables
+    held = 4 * blocks if device.type == "cpu" else 0
+    return -(-count // 2) + blocks + 4 * -(-blocks // NESTED_BLOCK) + tables + held
 
 
 def check_source(name: str, source: Parameter | None, shape: tuple[int, int], dtype: MergedDtype) -> Parameter:

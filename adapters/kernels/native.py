@@ -178,7 +178,7 @@ class Kernels:
         self._lib.lk_set_vnni(allowed)
 
     def weight(self, weight: QuantizedWeight) -> WeightStruct:
-        """The library's view of a weight, which must outlive it."""
+        """The library's view of a weight, which must outlive it; a 4-bit one's scales are held beside it as fp32."""
         if weight not in self._weights:
             self._weights[weight] = _weight_struct(weight)
         return self._weights[weight][0]

@@ -267,7 +267,7 @@ class Merges:
             if (factors := self._pool.factors(digest, linear.name)) is not None:
                 shape = linear.weight.shape
                 check_source(linear.name, self._outline.parameters.get(f"{linear.name}.weight"), shape, dtype)
-                need += merged_bytes(shape, dtype)
+                need += merged_bytes(shape, dtype, self._base.device)
                 rank = max(rank, len(factors[0]))
         taken = sum(merged.report.bytes for merged in self._merged.values())
         if taken + need > self.budget:

@@ -53,7 +53,7 @@ struct Step {
 
 namespace {
 
-constexpr int SHARE = 16;  // tokens a task takes where work is per token
+constexpr int SHARE = 4;  // tokens a task takes where work is per token
 
 template <class F>
 INLINE void over_tokens(int tokens, F&& f) {

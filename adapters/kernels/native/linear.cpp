@@ -299,7 +299,7 @@ PackedRows pack_rows(const Weight* const* weights, int count, const float* x, in
         packed[form] = wanted[form] ? scratch(form ? PACKED_INTERLEAVED : PACKED_NATURAL, (size_t)rows * padded(in)) : nullptr;
     const int64_t blocks = in / BLOCK;
     Int8Block* const int8 = wants_int8 ? (Int8Block*)scratch(PACKED_INT8, rows * blocks * sizeof(Int8Block) / sizeof(float)) : nullptr;
-    constexpr int SHARE = 32;
+    constexpr int SHARE = 4;  // rows a task takes
     parallel_for((rows + SHARE - 1) / SHARE, [&](int task) {
         for (int m = task * SHARE; m < least((task + 1) * SHARE, rows); m++) {
             for (int form = 0; form < 2; form++)
