@@ -1,4 +1,4 @@
-// y = x @ W.T for a frozen weight in the storage its library gave it, and dx = dy @ W.
+// y = x @ W.T for a frozen weight in the storage its library gave it (but for its scales), and dx = dy @ W.
 //
 // A dot product runs over the inputs in a fixed order: W lanes, one fused multiply-add after another, then a fixed
 // sum over lanes. How many rows or outputs are computed together never enters it, so a row's bits are its own.

@@ -1,6 +1,8 @@
 """Linears over frozen weights: against float64, against bitsandbytes' own decoding, and row by row."""
 
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -163,6 +165,19 @@ def test_the_weight_stays_as_it_was() -> None:
     dispatched.base_linear(torch.randn(3, 128), weight, linear.bias)
     assert torch.equal(linear.weight.data, before)
     assert weight.data.data_ptr() == linear.weight.data_ptr()
+
+
+def test_threads_that_first_use_a_weight_at_once(compiled: native.Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, both = native._weight_struct, threading.Barrier(2)
+
+    def make(weight: QuantizedWeight) -> tuple[native.WeightStruct, Tensor | None]:
+        both.wait(10)
+        return made(weight)
+
+    monkeypatch.setattr(native, "_weight_struct", make)
+    with ThreadPoolExecutor(2) as threads:
+        [first, second] = threads.map(compiled.weight, [make_weight("nf4", 40, 128)] * 2)
+    assert first is second, "or one thread's scales are gone while it reads them"
 
 
 def test_refuses_what_it_cannot_read() -> None:
