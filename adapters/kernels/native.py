@@ -323,9 +323,8 @@ def _weight_struct(weight: QuantizedWeight) -> tuple[WeightStruct, Tensor | None
     scales, blocksize = weight.absmax, weight.blocksize
     if kind == 0:
         # To undo double quantisation anew in every step takes 7% of one request's time.
-        scales = weight.block_scales()
-        if blocksize % _BLOCK == 0:
-            scales, blocksize = scales.repeat_interleave(blocksize // _BLOCK), _BLOCK
+        blocksize = min(blocksize, _BLOCK)  # both are powers of two
+        scales = weight.block_scales(blocksize)
     struct = WeightStruct(
         address(weight.data),
         address(scales),

@@ -153,7 +153,7 @@ class QuantizedWeight:
         assert self.code is not None
         levels = (self.code * _LEVEL_STEPS[self.kind]).round()
         unit = float(levels @ self.code / (levels @ levels))  # the least-squares fit
-        scales = (self.block_scales() * unit).repeat_interleave(self.blocksize // 64).view(out_features, blocks)
+        scales = (self.block_scales(64) * unit).view(out_features, blocks)
         groups = -(-out_features // 16)
         data = torch.zeros(groups * 16, blocks, 9, 4, dtype=torch.uint8)  # [out, blocks, fours of bytes, 4]
         nibbles = torch.stack((self.data >> 4, self.data & 15), -1).view(out_features, blocks, 8, 2, 4)
@@ -191,8 +191,14 @@ class QuantizedWeight:
         data = data.view(groups, 16, in_features // 4, 4).transpose(1, 2).contiguous()
         return replace(self, sketch=Sketch(data, scale, norm, error, float((norm + error).max())))
 
-    def block_scales(self) -> Tensor:
-        """A 4-bit weight's scales with double quantisation undone, fp32 `[blocks]`."""
+    def block_scales(self, blocksize: int | None = None) -> Tensor:
+        """A 4-bit weight's scales with double quantisation undone, fp32 `[blocks]`.
+
+        Args:
+            blocksize: as if in blocks of so many, a divisor of its own.
+        """
+        if blocksize not in (None, self.blocksize):
+            return self.block_scales().repeat_interleave(self.blocksize // blocksize)
         assert self.absmax is not None
         if self.nested_absmax is None:
             return self.absmax

@@ -22,8 +22,8 @@ struct alignas(LINE) {
     void* context = nullptr;
 } job;
 
-Shares shares;                          // the job's tasks
-thread_local int rank = 0;              // of a worker; 0 of whoever has a job
+Shares shares;              // the job's tasks
+thread_local int rank = 0;  // of a worker; 0 of whoever has a job
 alignas(LINE) std::atomic<int> sleepers{0};
 alignas(LINE) std::atomic_flag busy = ATOMIC_FLAG_INIT;  // held by the caller whose job runs
 int spawned = 0;                                         // workers ever started; guarded by `busy`
