@@ -5,9 +5,11 @@ Triton decides when it is first imported whether it interprets: `prepare` must r
 
 import os
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
+from threadpoolctl import ThreadpoolController
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -16,6 +18,7 @@ def prepare() -> None:
     """Have Triton interpret kernels in this process unless there is a GPU to run them."""
     if DEVICE == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
+        _fix_products()
         _hasten()
 
 
@@ -27,6 +30,24 @@ def whole_suite() -> bool:
 def switch_on() -> dict[str, str]:
     """Environment variables that send tensors of `DEVICE` to the Triton kernels."""
     return {"LORAKEET_TRITON": "interpret"} if DEVICE == "cpu" else {}
+
+
+def _fix_products() -> None:
+    """Multiply row by row on one thread, so that a row's bits depend on that row alone, as on a GPU.
+
+    The interpreter multiplies with numpy, whose BLAS chooses a kernel for each processor. Some divide rows among
+    threads or treat the last few of a tile apart: then a row's bits depend on its neighbours and on its place.
+    """
+    from triton.runtime import interpreter
+
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # of child processes
+    ThreadpoolController().select(internal_api="openblas").limit(limits=1)
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *precision: Any) -> Any:
+        rows = np.matmul(a.data[..., None, :], b.data[..., None, :, :], dtype=d.data.dtype)
+        return interpreter.TensorHandle(rows[..., 0, :] + d.data, d.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
 
 
 def _hasten() -> None:
