@@ -15,7 +15,7 @@ from rich.table import Table
 
 from loadtest.workers import worker
 
-OURS = "server.finetune.training.bench"
+OURS = "server.training.bench"
 PEFT = "loadtest.peers.peft_training"
 RANK = 16
 WIDE: dict[str, Any] = {"batch_size": 4, "length": 128, "micro_batch_tokens": 512}

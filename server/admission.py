@@ -1,9 +1,10 @@
-"""How much may wait: sequences and prompt tokens that the engine has not answered yet.
+"""How much may wait, and whether anything may come: queue limits, and draining.
 
 Beyond a limit a request is refused at once, with an honest guess of when to come back, instead of waiting for ever.
 It counts; it knows no engine and no HTTP.
 """
 
+import asyncio
 import math
 import time
 from collections.abc import Sequence
@@ -71,3 +72,30 @@ class Admission:
     def _full(self, message: str) -> TooManyRequests:
         retry_after = min(max(math.ceil(self._typical_wait), 1), _LONGEST_RETRY)
         return TooManyRequests(message, retry_after=retry_after)
+
+
+class Drain:
+    """Counts open requests; once it has begun, new ones are refused."""
+
+    def __init__(self) -> None:
+        self.draining = False
+        self.open_requests = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def begin(self) -> None:
+        """Refuse new requests from now on."""
+        self.draining = True
+
+    def enter(self) -> None:
+        self.open_requests += 1
+        self._idle.clear()
+
+    def leave(self) -> None:
+        self.open_requests -= 1
+        if not self.open_requests:
+            self._idle.set()
+
+    async def idle(self) -> None:
+        """Return once no request is open."""
+        await self._idle.wait()

@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from server.commands import adapters, chat, finetune
 from server.commands.remote import CommandError
-from server.models import DEFAULT, ModelError, default_cache_dir, resolve
+from server.model_source import DEFAULT, ModelError, default_cache_dir, resolve
 from server.settings import Setting, SettingError, Settings, settings_fields
 
 app = typer.Typer(
@@ -69,7 +69,7 @@ def serve(**flags: Any) -> None:
     Sizes are written like 512MiB or 2GiB.
     """
     settings = Settings.load(flags, os.environ)
-    from server.app import serve as run
+    from server.http.app import serve as run
 
     run(settings)
 

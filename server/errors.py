@@ -14,9 +14,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ExceptionHandler
 
-from adapters.config import AdapterError
-from adapters.versions import DamagedAdapter, RemoteUnavailable
-from server.engine.client import EngineUnavailable
+from adapters.peft_format.config import AdapterError
+from adapters.storage.versions import DamagedAdapter, RemoteUnavailable
 
 
 class LorakeetError(Exception):
@@ -161,6 +160,13 @@ class Unavailable(LorakeetError):
         super().__init__(message, headers={"Retry-After": str(retry_after)})
 
 
+class EngineUnavailable(Unavailable):
+    """503: the engine died, is starting, or is draining."""
+
+    def __init__(self, message: str, retry_after: int = 5) -> None:
+        super().__init__(message, retry_after=retry_after)
+
+
 class Draining(Unavailable):
     """503: the server is shutting down."""
 
@@ -203,8 +209,6 @@ def as_error(exc: Exception) -> LorakeetError:
     match exc:
         case LorakeetError():
             return exc
-        case EngineUnavailable():
-            return Unavailable(str(exc), retry_after=exc.retry_after)
         case RemoteUnavailable():
             return AdapterStoreUnavailable()
         case DamagedAdapter():
@@ -238,7 +242,7 @@ async def handle_exception(request: Request, exc: Exception) -> Response:
     return error_response(error)
 
 
-_FROM_BELOW = (EngineUnavailable, RemoteUnavailable, DamagedAdapter, AdapterError)
+_FROM_BELOW = (RemoteUnavailable, DamagedAdapter, AdapterError)
 _HANDLED = (LorakeetError, *_FROM_BELOW, ValidationError, HTTPException)
 EXCEPTION_HANDLERS: dict[Any, ExceptionHandler] = dict.fromkeys(_HANDLED, handle_exception)
 

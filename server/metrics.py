@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server.engine.protocol import AdapterUse, Stats
+from server.messages.protocol import AdapterUse, Stats
 
 FinishedReason = Literal["stop", "length", "abort", "error"]
 

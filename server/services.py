@@ -7,16 +7,15 @@ from dataclasses import dataclass
 
 from starlette.requests import Request
 
-from adapters.store import AdapterStore
-from server.admission import Admission
-from server.engine.client import EngineClient
-from server.engine.protocol import Ready
+from adapters.storage.store import AdapterStore
+from server.admission import Admission, Drain
+from server.client.engine import EngineClient
 from server.finetune.service import FineTuning
-from server.intake import AdapterIntake
+from server.messages.protocol import Ready
 from server.metrics import Metrics
-from server.middleware import Drain
+from server.registry.intake import AdapterIntake
 from server.settings import Settings
-from server.text import TextProcessor
+from server.text.processor import TextProcessor
 
 TENANT = ""  # every stored row has a tenant; there is one so far
 

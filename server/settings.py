@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from adapters.background import PRIORITIES, Priority
-from server.models import DEFAULT, default_cache_dir, default_data_dir
+from server.model_source import DEFAULT, default_cache_dir, default_data_dir
 
 ENV_PREFIX = "LORAKEET_"
 MAX_SPECULATIVE_TOKENS = 32

@@ -8,11 +8,11 @@ import hypothesis
 import pytest
 import torch
 
-from tests import interpreter
+from tests.support import interpreter
 
 interpreter.prepare()
 
-from tests.tiny import tiny_model  # noqa: E402 - transformers imports Triton
+from tests.support.tiny import tiny_model  # noqa: E402 - transformers imports Triton
 
 
 class TorchRandom:

@@ -1,7 +1,7 @@
 """The direction of imports: who may know whom, read from the source without importing it."""
 
 import ast
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,8 +11,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 HOUSES = ("server", "adapters", "loadtest")
 HEAVY = ("torch", "transformers", "bitsandbytes", "peft")
-# What runs in the engine's process; all else of the server is the API process, or a command.
-ENGINE_SIDE = ("server.engine", "server.finetune.training")
+# What runs in the engine's process, what runs in the API's; `server.messages` is all that both import.
+ENGINE_SIDE = ("server.engine", "server.model", "server.training")
+API_SIDE = (
+    *(f"server.{part}" for part in ("http", "openai", "text", "registry", "finetune", "client", "children")),
+    *(f"server.{part}" for part in ("admission", "errors", "metrics", "model_source", "services", "settings")),
+)
 WEB = ("starlette", "uvicorn", "pydantic", "httpx", "python_multipart")
 
 
@@ -72,29 +76,34 @@ def _within(name: str, packages: tuple[str, ...]) -> bool:
         pytest.param(("loadtest",), (), ("server", "adapters"), id="the load test drives from outside"),
         pytest.param(("server",), (), ("loadtest",), id="the server does not know its load test"),
         pytest.param(
-            ("server", "adapters"), ("adapters.oracle",), ("tests", "peft"), id="neither needs what tests need"
+            ("server", "adapters"), ("adapters.offline.oracle",), ("tests", "peft"), id="neither needs what tests need"
         ),
-        pytest.param(("server.api",), (), ("server.app", "server.cli", *HEAVY), id="handlers are built upon"),
+        pytest.param(
+            ("server.http.routes", "server.openai"),
+            (),
+            ("server.http.app", "server.cli", *HEAVY),
+            id="handlers are built upon",
+        ),
+        pytest.param(
+            API_SIDE, ("server.children.programs",), (*ENGINE_SIDE, "torch"), id="the API process has no engine"
+        ),
         pytest.param(
             ENGINE_SIDE,
             (),
-            ("server.api", "server.app", "server.cli", "server.services", *WEB),
+            (*API_SIDE, "server.cli", *WEB),
             id="the engine knows no HTTP",
         ),
         pytest.param(
-            ("server.engine.scheduler", "server.engine.blocks", "adapters.rows", "adapters.residency"),
+            ("server.engine.scheduler", "server.engine.blocks", "adapters.device.rows", "adapters.device.cache"),
             (),
             ("numpy", *HEAVY),
             id="bookkeeping holds no tensors",
         ),
         pytest.param(
-            ("server",),
-            ENGINE_SIDE,
-            tuple(f"server.engine.{part}" for part in ("process", "engine", "runner", "scheduler", "model")),
-            id="the engine is reached through its client",
-        ),
-        pytest.param(
-            ("server.commands",), (), ("server.app", "server.api", "server.engine", "adapters"), id="commands talk HTTP"
+            ("server.commands",),
+            (),
+            ("server.http.app", "server.api", "server.engine", "adapters"),
+            id="commands talk HTTP",
         ),
     ],
 )
@@ -111,7 +120,7 @@ def test_who_never_imports_whom(who: tuple[str, ...], but: tuple[str, ...], neve
     assert not offences, offences
 
 
-@pytest.mark.parametrize("entry", ["server.app", "server.cli"])
+@pytest.mark.parametrize("entry", ["server.http.app", "server.cli"])
 def test_the_api_process_starts_without_torch(entry: str) -> None:
     paths = {entry: [entry]}
     queue = [entry]
@@ -124,19 +133,42 @@ def test_the_api_process_starts_without_torch(entry: str) -> None:
     assert len(queue) > 3
 
 
+def _package(name: str) -> str:
+    """A module's node in the package graph: its folder in `server` or `adapters`, or the module itself."""
+    house, *rest = name.split(".")
+    if house == "loadtest":
+        return house
+    if name.startswith("server.children.programs"):
+        return "server.children.programs"
+    return ".".join([house, *rest[:1]])
+
+
+def test_packages_form_no_cycle() -> None:
+    """Counts every import: at load, in functions, for type checking."""
+    graph: dict[str, set[str]] = {}
+    for name, module in modules().items():
+        targets = {_package(target) for target in module.ever if target in modules()}
+        graph.setdefault(_package(name), set()).update(targets - {_package(name)})
+    assert {"server.http", "server.engine", "adapters.device"} <= graph.keys()
+    _refuse_cycles(graph)
+
+
 def test_imports_form_no_cycle() -> None:
+    _refuse_cycles({name: {t for t in module.at_load if t in modules()} - {name} for name, module in modules().items()})
+
+
+def _refuse_cycles(graph: Mapping[str, Collection[str]]) -> None:
     done: set[str] = set()
 
     def visit(name: str, trail: tuple[str, ...]) -> None:
         assert name not in trail, " -> ".join([*trail, name])
         if name in done:
             return
-        for target in modules()[name].at_load:
-            if target in modules() and target != name:
-                visit(target, (*trail, name))
+        for target in graph[name]:
+            visit(target, (*trail, name))
         done.add(name)
 
-    for name in modules():
+    for name in graph:
         visit(name, ())
 
 

@@ -52,7 +52,7 @@ def _pins() -> dict[str, str]:
 
 
 def test_what_is_imported_is_declared() -> None:
-    # PEFT is asked for comparison where it is installed (`adapters.oracle`), and needed for nothing else.
+    # PEFT is asked for comparison where it is installed (`adapters.offline.oracle`), and needed for nothing else.
     assert (_imported("server") | _imported("adapters")) - {"peft"} <= _declared()
     assert _imported("loadtest") <= _declared("bench", "peers")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from starlette.routing import Route
 
-from adapters.config import FIELDS
+from adapters.peft_format.config import FIELDS
 from server.finetune.metrics import TrainingMetrics
 from server.metrics import PREFIX, Metrics
 from server.settings import settings_table
@@ -57,8 +57,8 @@ def test_generated_tables_are_current(block: str, generate: Callable[[], str]) -
 
 def test_every_endpoint_is_in_the_table() -> None:
     routes = []
-    for path in (ROOT / "server/api").glob("*.py"):
-        routes += getattr(importlib.import_module(f"server.api.{path.stem}"), "routes", [])
+    for path in (ROOT / "server/http/routes").glob("*.py"):
+        routes += getattr(importlib.import_module(f"server.http.routes.{path.stem}"), "routes", [])
     assert len(routes) > 10
     served = {
         f"{method} {route.path.replace(':path', '')}"

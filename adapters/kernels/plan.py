@@ -29,7 +29,7 @@ SITES = (
 
 
 class PlannedLinear(Protocol):
-    """What a plan needs of a linear: `adapters.lora.LoraLinear` has it."""
+    """What a plan needs of a linear: `adapters.device.lora.LoraLinear` has it."""
 
     weight: QuantizedWeight
     bias: Tensor | None

@@ -21,17 +21,17 @@ from loadtest.synthetic import make_adapters, random_prompts
 from loadtest.workers import Ask, worker
 
 OURS = "server.engine.offline"
-OUR_TRAINER = "server.finetune.training.bench"
+OUR_TRAINER = "server.training.bench"
 PEFT = "loadtest.peers.peft_worker"
 PEFT_TRAINER = "loadtest.peers.peft_training"
 KERNELS = "adapters.kernels.triton.bench"
 TESTS = [
     "tests/adapters/kernels/test_triton.py",
-    "tests/adapters/test_pool.py",
+    "tests/adapters/device/test_pool.py",
     "tests/server/engine/test_triton_engine.py",
     "tests/server/engine/test_graphs.py",
     "tests/server/engine/test_ahead.py",
-    "tests/finetune/test_triton.py",
+    "tests/server/training/test_triton.py",
 ]
 RANK = 16
 PEFT_TOKENS = 24  # PEFT's step takes the longer the more adapters there are

@@ -1,6 +1,6 @@
 """PEFT training on a bitsandbytes NF4 base, in a process of its own: JSON lines in, JSON lines out.
 
-The protocol is `server.finetune.training.bench`'s. `checkpointing` turns gradient checkpointing on; the loss falls on
+The protocol is `server.training.bench`'s. `checkpointing` turns gradient checkpointing on; the loss falls on
 the second half of each sequence, as there. On a CPU all arithmetic is fp32, on a GPU the base's is bf16.
 """
 

@@ -1,0 +1,1 @@
+"""The engine process: it owns the device and holds nothing durable."""

@@ -15,8 +15,8 @@ from tokenizers import Tokenizer
 from adapters.kernels import native
 from server.engine.comparison import Comparison, drift
 from server.engine.engine import Engine
-from server.engine.model import UnservableModel, with_weights
-from server.engine.protocol import Drift
+from server.messages.protocol import Drift
+from server.model.base import UnservableModel, with_weights
 
 log = logging.getLogger("lorakeet.engine")
 

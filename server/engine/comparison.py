@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from server.engine.blocks import BlockPool
-from server.engine.protocol import MergeSpeed, Sampling
 from server.engine.runner import Runner
 from server.engine.sequence import AdapterKey, Sequence, Work
+from server.messages.protocol import MergeSpeed, Sampling
 
 CHUNK = 4  # tokens of a piece: about as long as a gap between steps may be
 CONTEXT_BLOCKS = 2  # before the tokens whose speed is measured

@@ -16,23 +16,25 @@ from pathlib import Path
 import psutil
 import torch
 
-from adapters import format as adapter_format
-from adapters import kernels, rowfile
+from adapters import kernels
 from adapters.background import Priority
-from adapters.extras import build as build_extras
-from adapters.format import EXTRAS, EXTRAS_UNIT
-from adapters.outline import Outline
-from adapters.pool import HostAdapter, RowPool, filed_adapter, host_adapter
-from adapters.residency import Residency
-from server.engine import model, protocol
-from server.engine.attention import KVCache
+from adapters.device.cache import Residency
+from adapters.device.pool import HostAdapter, RowPool, filed_adapter, host_adapter
+from adapters.device.variants import build as build_extras
+from adapters.peft_format import directory as adapter_format
+from adapters.peft_format import packed_rows as rowfile
+from adapters.peft_format.directory import EXTRAS, EXTRAS_UNIT
+from adapters.peft_format.outline import Outline
 from server.engine.blocks import BlockPool
 from server.engine.merges import Merges
-from server.engine.model import Base, UnservableModel
-from server.engine.protocol import AdapterUse, EngineConfig, Generate, Output, Ready, Stats, TokenLogprob
 from server.engine.runner import Flight, Runner, WorkResult
 from server.engine.scheduler import Counters, Scheduler
 from server.engine.sequence import AdapterKey, Sequence, Work
+from server.messages import protocol
+from server.messages.protocol import AdapterUse, EngineConfig, Generate, Output, Ready, Stats, TokenLogprob
+from server.model import base as model
+from server.model.attention import KVCache
+from server.model.base import Base, UnservableModel
 
 BLOCK_SIZE = 16
 DEFAULT_BATCH_TOKENS = {"cpu": 256, "cuda": 2048}

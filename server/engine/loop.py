@@ -8,12 +8,12 @@ Knows no sockets of any library: whatever polls, receives and sends will do.
 import time
 from typing import Protocol
 
-from server.engine import protocol
 from server.engine.engine import Engine
 from server.engine.merges import Merges
-from server.finetune.messages import PlanMemory, StartJob, StopJob
-from server.finetune.training.pacing import Pacer
-from server.finetune.training.trainer import Trainer
+from server.messages import protocol
+from server.messages.training import PlanMemory, StartJob, StopJob
+from server.training.pacing import Pacer
+from server.training.trainer import Trainer
 
 HEARTBEAT_SECONDS = 1.0
 LOADING_POLL_MS = 2  # how soon a finished adapter load is noticed while nothing else runs

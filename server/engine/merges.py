@@ -16,19 +16,19 @@ from typing import Literal
 import msgspec
 import torch
 
-from adapters.fields import AdapterError
+from adapters.device.cache import Residency
+from adapters.device.merged import check_source, merged_bytes, merged_weight
+from adapters.device.pool import RowPool
 from adapters.kernels import QuantizedWeight
-from adapters.outline import Outline
-from adapters.pool import RowPool
-from adapters.recipe import MergedDtype
-from adapters.residency import Residency
-from adapters.resident import check_source, merged_bytes, merged_weight
+from adapters.offline.recipe import MergedDtype
+from adapters.peft_format.fields import AdapterError
+from adapters.peft_format.outline import Outline
 from server.engine.blocks import BlockPool
 from server.engine.comparison import NoRoom, compare
-from server.engine.model import Base, with_weights
-from server.engine.protocol import LOAD_FAILED, AdapterUse, Done, Merge, MergeReport, Unmerge
 from server.engine.runner import Runner
 from server.engine.sequence import AdapterKey
+from server.messages.protocol import LOAD_FAILED, AdapterUse, Done, Merge, MergeReport, Unmerge
+from server.model.base import Base, with_weights
 
 log = logging.getLogger("lorakeet.engine")
 

@@ -21,14 +21,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from adapters import format as adapter_format
-from server.engine import activations, protocol, selfcheck
+from adapters.peft_format import directory as adapter_format
+from server.engine import activations, selfcheck
 from server.engine.engine import Engine
 from server.engine.loop import Loop
-from server.engine.protocol import AdapterRef, EngineConfig, Generate, Sampling
-from server.finetune.messages import JobEnded, TrainingStep
-from server.finetune.training import bench
-from server.finetune.training.trainer import Trainer
+from server.messages import protocol
+from server.messages.protocol import AdapterRef, EngineConfig, Generate, Sampling
+from server.messages.training import JobEnded, TrainingStep
+from server.training import bench
+from server.training.trainer import Trainer
 
 
 class Script:

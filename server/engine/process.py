@@ -15,11 +15,12 @@ from pathlib import Path
 import transformers
 import zmq
 
-from server.engine import activations, protocol, selfcheck
+from server.engine import activations, selfcheck
 from server.engine.engine import Engine
 from server.engine.loop import Loop
-from server.engine.model import UnservableModel
-from server.finetune.training.trainer import Trainer
+from server.messages import protocol
+from server.model.base import UnservableModel
+from server.training.trainer import Trainer
 
 log = logging.getLogger("lorakeet.engine")
 

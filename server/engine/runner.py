@@ -18,16 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from adapters import kernels
-from adapters.extras import ExtraUse, StepExtras
-from adapters.lora import FrozenLinear
-from adapters.memory import sent
-from adapters.pool import RowPool, SegmentDeltas, Use
-from server.engine.attention import KVCache, PagedAttention
+from adapters.device.lora import FrozenLinear
+from adapters.device.memory import sent
+from adapters.device.pool import RowPool, SegmentDeltas, Use
+from adapters.device.variants import ExtraUse, StepExtras
 from server.engine.graphs import DecodeGraphs, DecodeStep
-from server.engine.model import Base
-from server.engine.protocol import TokenLogprob
 from server.engine.sampling import Draw, Drawn, Row, sample, token_logprobs
 from server.engine.sequence import Sequence, Step, Work
+from server.messages.protocol import TokenLogprob
+from server.model.attention import KVCache, PagedAttention
+from server.model.base import Base
 
 
 @dataclass

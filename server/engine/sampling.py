@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adapters import kernels
-from adapters.memory import sent
-from server.engine.protocol import Sampling, TokenLogprob
+from adapters.device.memory import sent
+from server.messages.protocol import Sampling, TokenLogprob
 
 NOTHING = -1  # in place of a token, as `kernels.likeliest` has it
 GREEDY_BELOW = 1e-5  # temperatures below this are taken for 0, as vLLM does

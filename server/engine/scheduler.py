@@ -24,8 +24,8 @@ from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 from server.engine.blocks import BlockPool, adapter_spec, chain_key, root_key
-from server.engine.protocol import LOAD_FAILED, TOO_LONG, FinishReason
 from server.engine.sequence import AdapterKey, Sequence, Step, Work
+from server.messages.protocol import LOAD_FAILED, TOO_LONG, FinishReason
 
 
 @dataclass(slots=True)

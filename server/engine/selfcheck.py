@@ -12,10 +12,10 @@ import torch
 import transformers
 
 from adapters.kernels import native, triton
-from server.engine import attention
 from server.engine.engine import Engine
-from server.engine.model import UnservableModel
-from server.engine.protocol import Generate, Sampling
+from server.messages.protocol import Generate, Sampling
+from server.model import attention
+from server.model.base import UnservableModel
 
 SCORED = 64  # prompt positions compared, the last ones
 TOLERANCE = {torch.float32: 5e-3}  # of a log-probability; bf16 and fp16 get LOOSE

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
-from server.engine.protocol import FinishReason, Sampling
-from server.engine.speculation import Drafter
+from server.engine.prompt_lookup import Drafter
+from server.messages.protocol import FinishReason, Sampling
 
 AdapterKey = tuple[tuple[str, float], ...]  # (digest, weight) of each adapter, in order of application; () is the base
 

@@ -1,0 +1,1 @@
+"""Training files, data sets, jobs and evaluations. API process."""

@@ -19,17 +19,19 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from adapters.store import AdapterStore
-from adapters.versions import UnknownAdapter
-from server.engine.client import EngineClient, EngineUnavailable, engine_up
-from server.engine.protocol import AdapterRef, Generate, Output, Ready, Sampling
-from server.finetune import recipe
+from adapters.storage.store import AdapterStore
+from adapters.storage.versions import UnknownAdapter
+from server.client.engine import EngineClient, engine_up
+from server.errors import EngineUnavailable
+from server.finetune import hyperparameters as recipe
 from server.finetune.database import Database
-from server.finetune.dataset import Dataset, DatasetError, load_dataset
+from server.finetune.dataset import DatasetError, load_dataset
 from server.finetune.files import FileStore, UnknownFileError, new_id
 from server.finetune.jobs import JobError, JobFailedError
 from server.finetune.tokenizer import TrainingTokenizer
-from server.text import TextProcessor
+from server.messages.dataset import Dataset
+from server.messages.protocol import AdapterRef, Generate, Output, Ready, Sampling
+from server.text.processor import TextProcessor
 
 log = logging.getLogger("lorakeet.finetune")
 

@@ -15,8 +15,8 @@ import msgspec
 
 from server.finetune.database import Database
 from server.finetune.files import new_id
-from server.finetune.messages import Metrics, StartJob, TrainingStep
-from server.finetune.recipe import Hyperparameters, LoraOptions, TrainingOptions
+from server.finetune.hyperparameters import Hyperparameters, LoraOptions, TrainingOptions
+from server.messages.training import Metrics, StartJob, TrainingStep
 
 Status = Literal["validating_files", "queued", "running", "pausing", "paused", "succeeded", "failed", "cancelled"]
 FINAL: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})

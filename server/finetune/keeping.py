@@ -12,15 +12,15 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from adapters.config import AdapterError
 from adapters.disk import sync
-from adapters.format import CONFIG_NAME, WEIGHTS_NAME
+from adapters.peft_format.config import AdapterError
+from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME
 from server.errors import StorageFull
 from server.finetune.database import Database
 from server.finetune.files import FileStore
 from server.finetune.jobs import Job, JobFailedError, JobStore
-from server.finetune.messages import Checkpoint, Metrics
-from server.intake import AdapterIntake
+from server.messages.training import Checkpoint, Metrics
+from server.registry.intake import AdapterIntake
 
 KEPT_CHECKPOINTS = 2  # directories to go on from: the last, and the one before should its files be damaged
 RESULTS = "fine-tune-results"

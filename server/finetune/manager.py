@@ -14,13 +14,17 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from adapters.format import CONFIG_NAME, SPEC_NAME, WEIGHTS_NAME
-from server.engine.client import EngineClient, EngineUnavailable, engine_up
+from adapters.peft_format.directory import CONFIG_NAME, SPEC_NAME, WEIGHTS_NAME
+from server.client.engine import EngineClient, engine_up
+from server.errors import EngineUnavailable
 from server.finetune.database import Database
 from server.finetune.files import FileStore
 from server.finetune.jobs import FINAL, Job, JobError, JobFailedError, JobSpec, JobStateError, JobStore, Status
 from server.finetune.keeping import Keeping
-from server.finetune.messages import (
+from server.finetune.metrics import TrainingMetrics
+from server.finetune.preparation import INITIAL, Preparation
+from server.finetune.wandb_runs import WandbRuns
+from server.messages.training import (
     Checkpoint,
     JobEnded,
     JobNote,
@@ -30,11 +34,8 @@ from server.finetune.messages import (
     StopJob,
     TrainingStep,
 )
-from server.finetune.metrics import TrainingMetrics
-from server.finetune.preparation import INITIAL, Preparation
-from server.finetune.wandb_runs import WandbRuns
-from server.intake import AdapterIntake
-from server.text import TextProcessor
+from server.registry.intake import AdapterIntake
+from server.text.processor import TextProcessor
 
 log = logging.getLogger("lorakeet.finetune")
 

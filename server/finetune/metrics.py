@@ -7,7 +7,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from server.finetune.jobs import Status
-from server.finetune.messages import TrainingStep
+from server.messages.training import TrainingStep
 from server.metrics import PREFIX
 
 

@@ -12,16 +12,17 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from adapters.config import AdapterError
-from adapters.format import CONFIG_NAME, AdapterSpec
-from server.engine.protocol import Ready
-from server.finetune import recipe
-from server.finetune.dataset import Dataset, DatasetError, load_dataset
+from adapters.peft_format.config import AdapterError
+from adapters.peft_format.directory import CONFIG_NAME, AdapterSpec
+from server.finetune import hyperparameters as recipe
+from server.finetune.dataset import DatasetError, load_dataset
 from server.finetune.files import FileStore, UnknownFileError
 from server.finetune.jobs import Job, JobFailedError, JobStore
-from server.finetune.messages import MemoryPlan, ModuleShape, Optimizer, PlanMemory, StartJob
 from server.finetune.tokenizer import TrainingTokenizer
-from server.text import TextProcessor
+from server.messages.dataset import Dataset
+from server.messages.protocol import Ready
+from server.messages.training import MemoryPlan, ModuleShape, Optimizer, PlanMemory, StartJob
+from server.text.processor import TextProcessor
 
 INITIAL = "initial"  # in a job's directory: the adapter that it goes on from
 

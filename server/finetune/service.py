@@ -3,17 +3,17 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters.store import AdapterStore
-from server.engine.client import EngineClient
+from adapters.storage.store import AdapterStore
+from server.client.engine import EngineClient
 from server.finetune.database import Database
 from server.finetune.evaluations import Evaluations
 from server.finetune.files import FileStore
 from server.finetune.jobs import JobStore
 from server.finetune.manager import JobManager
 from server.finetune.metrics import TrainingMetrics
-from server.intake import AdapterIntake
 from server.metrics import Metrics
-from server.text import TextProcessor
+from server.registry.intake import AdapterIntake
+from server.text.processor import TextProcessor
 
 
 @dataclass(frozen=True)

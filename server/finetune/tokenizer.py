@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from server.errors import InvalidRequest
-from server.text import TextProcessor
+from server.text.processor import TextProcessor
 
 
 class TrainingTokenizer:

@@ -10,7 +10,7 @@ from typing import Any
 from msgspec import to_builtins
 
 from server.finetune.jobs import Job
-from server.finetune.messages import TrainingStep
+from server.messages.training import TrainingStep
 
 log = logging.getLogger("lorakeet.finetune")
 

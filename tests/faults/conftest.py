@@ -9,8 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.faults.running import RunningServer
-from tests.tiny import tiny_adapter, tiny_model
+from tests.support.running import RunningServer
+from tests.support.tiny import tiny_adapter, tiny_model
 
 DISK_MIB = 24
 ADAPTERS = ("red", "green", "blue")

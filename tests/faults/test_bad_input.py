@@ -10,9 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
-from server.middleware import OPEN_PATHS
-from tests.faults.running import BASE, RunningServer
-from tests.server.harness import Site, paths
+from server.http.middleware import OPEN_PATHS
+from tests.support.harness import Site, paths
+from tests.support.running import BASE, RunningServer
 
 # field -> (least, greatest) of the ranges; None: no bound of its own on that side
 NUMBERS: dict[str, tuple[float | None, float | None]] = {

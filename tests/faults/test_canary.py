@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 
 from tests.faults.conftest import Files
-from tests.faults.running import RunningServer
+from tests.support.running import RunningServer
 
 TOKENS = 12
 CLIENTS = 4

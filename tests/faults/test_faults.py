@@ -20,7 +20,7 @@ import httpx
 import pytest
 
 from tests.faults.conftest import ADAPTERS, DISK_MIB, Files
-from tests.faults.running import BASE, RunningServer, alive, eventually
+from tests.support.running import BASE, RunningServer, alive, eventually
 
 PROMPT = "The quick brown fox"
 

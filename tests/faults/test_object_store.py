@@ -6,9 +6,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.buckets import BUCKET, S3Server
 from tests.faults.conftest import ADAPTERS, Files
-from tests.faults.running import BASE, RunningServer, eventually
+from tests.support.buckets import BUCKET, S3Server
+from tests.support.running import BASE, RunningServer, eventually
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from tests.faults.conftest import ADAPTERS, Files
-from tests.faults.running import BASE, RunningServer
+from tests.support.running import BASE, RunningServer
 
 PROMPT = "The quick brown fox"
 TOKENS = 48

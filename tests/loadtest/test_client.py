@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from loadtest.client import LLAMA, Client, Timeline, server_sent_events
-from tests.loadtest import fake_server as fake
-from tests.loadtest.fake_server import DONE, event, stream, token, usage
+from tests.support import fake_server as fake
+from tests.support.fake_server import DONE, event, stream, token, usage
 
 
 async def ask(script: fake.Script, output_tokens: int = 3, **options: Any) -> tuple[Timeline, fake.FakeServer]:

@@ -6,7 +6,7 @@ from loadtest.client import Client, Timeline
 from loadtest.drive import drive
 from loadtest.scenario import Closed, Open
 from loadtest.workload import Request
-from tests.loadtest import fake_server as fake
+from tests.support import fake_server as fake
 
 
 async def test_a_closed_loop_keeps_its_concurrency_and_its_order() -> None:

@@ -10,8 +10,8 @@ import uvicorn
 
 from loadtest.loading import MODES, Uploads, _repeated, table
 from server.services import TENANT
-from tests.server.harness import write_adapter
-from tests.server.scripted import serving
+from tests.support.harness import write_adapter
+from tests.support.scripted import serving
 
 
 async def test_every_upload_is_another_adapter(tmp_path: Path) -> None:

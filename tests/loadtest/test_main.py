@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from loadtest import __main__ as main
 from loadtest import kernels
-from tests.loadtest import fake_server as fake
+from tests.support import fake_server as fake
 
 SCENARIO = """
 name = "smoke"

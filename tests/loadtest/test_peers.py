@@ -13,7 +13,7 @@ from loadtest import metrics
 from loadtest.client import Client
 from loadtest.peers import base, llama, lorakeet, peft, transformers_serve, vllm
 from loadtest.peers.worker import WorkerSide
-from tests.loadtest.fake_server import event, running, stream, token
+from tests.support.fake_server import event, running, stream, token
 
 SERVER = """
 import http.server, sys

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from loadtest.registered import compare, fill
 from server.services import TENANT
-from tests.server.harness import HIDDEN, LAYERS
-from tests.server.scripted import serving
+from tests.support.harness import HIDDEN, LAYERS
+from tests.support.scripted import serving
 
 
 async def test_both_servers_are_filled_and_asked_the_same(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from loadtest.speculation import ALONE, TOGETHER, Cell, passages, run, summary, table, tasks
-from server.engine.protocol import Generate
-from tests.server.scripted import TEXT, encode, serving
+from server.messages.protocol import Generate
+from tests.support.scripted import TEXT, encode, serving
 
 ROOT = Path(__file__).parents[2]
 

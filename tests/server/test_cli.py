@@ -15,14 +15,14 @@ import httpx
 import pytest
 import uvicorn
 
-import server.app
 from server import cli
 from server.commands import chat
 from server.commands.remote import CommandError
+from server.http import app
 from server.services import TENANT
 from server.settings import Settings, settings_fields
-from tests.server.harness import write_adapter
-from tests.server.scripted import TEXT, Served, encode, serving, unavailable
+from tests.support.harness import write_adapter
+from tests.support.scripted import TEXT, Served, encode, serving, unavailable
 
 
 @contextmanager
@@ -91,7 +91,7 @@ def test_every_setting_is_a_flag_with_its_explanation(
 
 def test_flags_become_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     served: list[Settings] = []
-    monkeypatch.setattr(server.app, "serve", served.append, raising=False)
+    monkeypatch.setattr(app, "serve", served.append, raising=False)
     monkeypatch.setenv("LORAKEET_PORT", "9001")
     monkeypatch.setenv("LORAKEET_QUANTIZATION", "int8")
     flags = ["--port", "9002", "--adapter", "a=x", "--adapter", "b=y", "--kv-cache-bytes", "64MiB"]

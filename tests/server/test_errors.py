@@ -4,10 +4,9 @@ import pytest
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
-from adapters.config import AdapterError
+from adapters.peft_format.config import AdapterError
 from server import errors
-from server.engine.client import EngineUnavailable
-from server.errors import LorakeetError, as_error, error_response
+from server.errors import EngineUnavailable, LorakeetError, as_error, error_response
 
 
 def _classes(base: type[LorakeetError]) -> list[type[LorakeetError]]:

@@ -3,7 +3,7 @@
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.engine.protocol import AdapterUse, Stats
+from server.messages.protocol import AdapterUse, Stats
 from server.metrics import Metrics
 
 

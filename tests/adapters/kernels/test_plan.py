@@ -10,8 +10,8 @@ from bitsandbytes.nn import Linear4bit
 from torch import Tensor, nn
 
 from adapters import kernels
+from adapters.device.lora import LoraLinear, StepSlot, wrap_linears
 from adapters.kernels import native
-from adapters.lora import LoraLinear, StepSlot, wrap_linears
 
 LAYERS, BLOCK, BLOCKS, RANK = 3, 16, 24, 4
 SIZES = {

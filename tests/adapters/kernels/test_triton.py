@@ -18,7 +18,7 @@ from torch import Tensor
 from adapters.kernels import QuantizedWeight, reference, triton
 from tests.adapters.kernels.test_attention import Requests
 from tests.adapters.kernels.test_lora import Pool, problems
-from tests.interpreter import DEVICE
+from tests.support.interpreter import DEVICE
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 

@@ -17,7 +17,7 @@ def test_every_kernel_compiles_for_a_gpu(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("TRITON", "LORAKEET_"))}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, "-m", "tests.adapters.kernels.compiling"]
+    command = [sys.executable, "-m", "tests.support.compiling"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]

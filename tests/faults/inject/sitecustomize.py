@@ -55,7 +55,7 @@ def failing(work: Callable[..., Any], prefix: str) -> Callable[..., Any]:
 
 if "server.engine.process" in sys.orig_argv:
     from server.engine.runner import Runner
-    from server.finetune.training.layers import LayeredModel
+    from server.training.layers import LayeredModel
 
     Runner.submit = failing(Runner.submit, "serving")  # type: ignore[method-assign]
     LayeredModel.run = failing(LayeredModel.run, "training")  # type: ignore[method-assign]

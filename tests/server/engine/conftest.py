@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import interpreter
-from tests.tiny import tiny_model
+from tests.support import interpreter
+from tests.support.tiny import tiny_model
 
 
 @pytest.fixture(scope="session")

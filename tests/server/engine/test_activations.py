@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from adapters.kernels import native
+from server.client.engine import LocalEngine
 from server.engine import activations
-from server.engine.client import LocalEngine
 from server.engine.engine import Engine
-from server.engine.model import UnservableModel
-from server.engine.protocol import AdapterRef, EngineConfig, Generate, Merge, MergeReport
-from tests import interpreter
-from tests.offline import load_engine, publish, request, run, solo
-from tests.tiny import tiny_adapter
+from server.messages.protocol import AdapterRef, EngineConfig, Generate, Merge, MergeReport
+from server.model.base import UnservableModel
+from tests.support import interpreter
+from tests.support.offline import load_engine, publish, request, run, solo
+from tests.support.tiny import tiny_adapter
 
 pytestmark = [
     pytest.mark.skipif(interpreter.whole_suite(), reason="the tier is the C++ kernels'"),

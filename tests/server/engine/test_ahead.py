@@ -9,12 +9,12 @@ import torch
 from msgspec.structs import replace
 
 from server.engine.engine import Engine
-from server.engine.protocol import NON_FINITE, AdapterRef, Generate
 from server.engine.runner import Flight
 from server.engine.sequence import Step
-from tests import interpreter
-from tests.offline import Answer, load_engine, publish, request, run
-from tests.tiny import tiny_adapter
+from server.messages.protocol import NON_FINITE, AdapterRef, Generate
+from tests.support import interpreter
+from tests.support.offline import Answer, load_engine, publish, request, run
+from tests.support.tiny import tiny_adapter
 
 
 class Ahead:

@@ -8,9 +8,9 @@ import torch
 
 from loadtest.synthetic import make_adapters
 from server.engine.engine import Engine
-from server.engine.protocol import AdapterRef, Generate
-from tests import interpreter
-from tests.offline import Answer, load_engine, publish, request, run
+from server.messages.protocol import AdapterRef, Generate
+from tests.support import interpreter
+from tests.support.offline import Answer, load_engine, publish, request, run
 
 ADAPTERS, RESIDENT, REQUESTS = (80, 8, 120) if interpreter.whole_suite() else (200, 10, 300)
 TOKENS = 4

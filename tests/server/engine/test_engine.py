@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapters.pool import host_adapter
+from adapters.device.pool import host_adapter
 from server.engine.engine import Engine
-from server.engine.model import UnservableModel
-from server.engine.protocol import AdapterRef
-from tests.offline import load_engine, request, run
-from tests.tiny import tiny_model
+from server.messages.protocol import AdapterRef
+from server.model.base import UnservableModel
+from tests.support.offline import load_engine, request, run
+from tests.support.tiny import tiny_model
 
 
 @pytest.fixture(scope="module")

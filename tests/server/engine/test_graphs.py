@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from server.engine.graphs import MAX_BUCKET, Bucket, DecodeGraphs, DecodeStep, Run
-from tests.offline import load_engine, publish, request, run
-from tests.tiny import tiny_adapter
+from tests.support.offline import load_engine, publish, request, run
+from tests.support.tiny import tiny_adapter
 
 LINEARS, BLOCKS = 3, 4
 

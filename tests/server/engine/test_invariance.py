@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from server.engine.engine import Engine
-from server.engine.protocol import AdapterRef, Generate
-from tests import interpreter
-from tests.offline import Answer, load_engine, publish, request, run, solo, tight_engine
-from tests.tiny import tiny_adapter
+from server.messages.protocol import AdapterRef, Generate
+from tests.support import interpreter
+from tests.support.offline import Answer, load_engine, publish, request, run, solo, tight_engine
+from tests.support.tiny import tiny_adapter
 
 RANKS = (3, 4, 8, 8, 16, 17, 32, 64)
 

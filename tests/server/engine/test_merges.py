@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapters.merge import merge
-from adapters.mix import read_factors
+from adapters.offline.merge import merge
+from adapters.offline.mix import read_factors
 from server.engine import comparison
 from server.engine.engine import Engine
-from server.engine.protocol import AdapterRef, Done, Forget, Generate, Merge, MergeReport, Unmerge
-from tests import interpreter
-from tests.offline import Answer, load_engine, publish, request, run
+from server.messages.protocol import AdapterRef, Done, Forget, Generate, Merge, MergeReport, Unmerge
 from tests.server.engine.test_parity import PROMPT, peft_logprobs
-from tests.tiny import tiny_adapter, tiny_model
+from tests.support import interpreter
+from tests.support.offline import Answer, load_engine, publish, request, run
+from tests.support.tiny import tiny_adapter, tiny_model
 
 PROMPTS = [PROMPT[:40], PROMPT[50:75]]
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 import transformers
 
-from adapters.format import AdapterError
+from adapters.peft_format.directory import AdapterError
 from server.engine.engine import Engine
-from server.engine.protocol import AdapterRef
-from tests.offline import load_engine, publish, request, run
+from server.messages.protocol import AdapterRef
 from tests.server.engine.test_parity import PROMPT, quantisation
-from tests.tiny import VOCAB, tiny_adapter, tiny_model
-from tests.variants import BASES
+from tests.support.offline import load_engine, publish, request, run
+from tests.support.tiny import VOCAB, tiny_adapter, tiny_model
+from tests.support.variants import BASES
 
 NEW = 5
 PROMPT_WITH_NEW = [*PROMPT[:20], VOCAB, *PROMPT[20:40], VOCAB + NEW - 1, VOCAB + 1, *PROMPT[40:60]]
@@ -117,8 +117,8 @@ def test_new_tokens_are_drawn_by_those_who_have_them_and_by_nobody_else(world: W
 
 
 def test_the_receipt_counts_them(world: World) -> None:
-    from adapters.format import AdapterSpec
-    from adapters.receipt import receipt_of
+    from adapters.peft_format.directory import AdapterSpec
+    from adapters.storage.receipt import receipt_of
 
     spec = AdapterSpec.read(world.adapters["frozen"])
     assert receipt_of(spec)["new_tokens"] == NEW

@@ -10,10 +10,10 @@ import pytest
 
 from server.engine import offline
 from server.engine.engine import Engine
-from server.engine.protocol import EngineConfig
-from tests import interpreter
-from tests.offline import load_engine
-from tests.tiny import tiny_adapter
+from server.messages.protocol import EngineConfig
+from tests.support import interpreter
+from tests.support.offline import load_engine
+from tests.support.tiny import tiny_adapter
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import torch
 import transformers
 
 from server.engine.engine import Engine
-from tests.offline import load_engine, publish, request, run
-from tests.tiny import tiny_adapter, tiny_model
+from tests.support.offline import load_engine, publish, request, run
+from tests.support.tiny import tiny_adapter, tiny_model
 
 PROMPT = torch.randint(3, 500, (90,), generator=torch.Generator().manual_seed(1)).tolist()
 

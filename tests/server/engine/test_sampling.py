@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from server.engine import sampling
-from server.engine.protocol import Sampling
 from server.engine.sampling import Draw, Row, token_logprobs, uniform
+from server.messages.protocol import Sampling
 
 EOS = 0
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from server.engine.blocks import BlockCounts, BlockPool
-from server.engine.protocol import Sampling
 from server.engine.scheduler import LOAD_FAILED, TOO_LONG, AdapterKey, Scheduler, Sequence, Step, Work
+from server.messages.protocol import Sampling
 
 EOS = 0
 VOCABULARY = 12

@@ -8,8 +8,8 @@ import torch
 from adapters.kernels import native
 from server.engine import selfcheck
 from server.engine.engine import Engine
-from server.engine.model import UnservableModel
-from tests.offline import load_engine
+from server.model.base import UnservableModel
+from tests.support.offline import load_engine
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import peft
 import torch
 import transformers
 
-from server.engine.protocol import AdapterRef, Generate, Sampling
-from tests.offline import Answer, load_engine, publish, request, run
-from tests.tiny import tiny_adapter
+from server.messages.protocol import AdapterRef, Generate, Sampling
+from tests.support.offline import Answer, load_engine, publish, request, run
+from tests.support.tiny import tiny_adapter
 
 PROMPT = torch.randint(3, 500, (70,), generator=torch.Generator().manual_seed(2)).tolist()
 WEIGHTS = (0.75, -1.5)

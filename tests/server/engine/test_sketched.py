@@ -10,8 +10,8 @@ from torch import Tensor
 
 from adapters import kernels
 from server.engine.engine import Engine
-from tests.offline import load_engine, publish, request, run
-from tests.tiny import tiny_adapter
+from tests.support.offline import load_engine, publish, request, run
+from tests.support.tiny import tiny_adapter
 
 if not kernels.runs_natively(torch.device("cpu"), torch.float32):
     pytest.skip("needs the C++ kernels", allow_module_level=True)

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from server.engine import speculation
+from server.engine import prompt_lookup as speculation
 from server.engine.engine import Engine
 from server.engine.graphs import DecodeGraphs
-from server.engine.protocol import AdapterRef, Generate
 from server.engine.runner import WorkResult, accept
 from server.engine.sampling import Draw
-from tests import interpreter
-from tests.offline import Answer, load_engine, publish, request, run, tight_engine
-from tests.tiny import tiny_adapter
+from server.messages.protocol import AdapterRef, Generate
+from tests.support import interpreter
+from tests.support.offline import Answer, load_engine, publish, request, run, tight_engine
+from tests.support.tiny import tiny_adapter
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ import torch
 
 from adapters import kernels
 from server.engine.engine import Engine
-from server.engine.protocol import Generate
-from tests.interpreter import DEVICE
-from tests.offline import load_engine, publish, request, run
+from server.messages.protocol import Generate
 from tests.server.engine.test_invariance import settle
 from tests.server.engine.test_parity import ADAPTERS, FAMILIES, our_logprobs, peft_logprobs
-from tests.tiny import tiny_adapter, tiny_model
+from tests.support.interpreter import DEVICE
+from tests.support.offline import load_engine, publish, request, run
+from tests.support.tiny import tiny_adapter, tiny_model
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 import transformers
 
-from adapters.format import EXTRAS, AdapterError
+from adapters.peft_format.directory import EXTRAS, AdapterError
 from server.engine.engine import Engine
-from server.engine.protocol import AdapterRef, Generate
-from tests import interpreter
-from tests.offline import Answer, load_engine, publish, request, run
+from server.messages.protocol import AdapterRef, Generate
 from tests.server.engine.test_parity import peft_logprobs
-from tests.variants import BASES, INVOCATION, VARIANTS, make_base
+from tests.support import interpreter
+from tests.support.offline import Answer, load_engine, publish, request, run
+from tests.support.variants import BASES, INVOCATION, VARIANTS, make_base
 
 # PEFT's advice about merging and tied embeddings, given whenever such an adapter is made.
 pytestmark = pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning", "ignore::UserWarning:peft")

@@ -1,0 +1,269 @@
+"""Who is resident: device rows <- host memory <- disk, each tier a least-recently-used cache of the next.
+
+The scheduler asks `acquire` for a sequence's adapters and gets an answer at once; worker threads read files and fill
+rows where that takes time; `poll` (between steps) takes in what they finished. An adapter in use is never evicted, a
+pinned one only for somebody who could not run beside it. Knows no requests and no scheduling policy; the rows
+themselves are pool.py's.
+"""
+
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Literal, NamedTuple
+
+from adapters.background import Priority, threads
+from adapters.device.pool import HostAdapter, RowPool
+from adapters.device.rows import rounded
+
+FRESH_SECONDS = 1.0  # for which an adapter stays that was brought for somebody who has not had its turn yet
+
+Key = tuple[tuple[str, float], ...]  # (digest, weight) of each adapter of a sequence; () is the bare base
+Answer = Literal["ready", "loading", "full", "failed"]
+
+
+class Resident(NamedTuple):
+    """One line of `Residency.resident()`."""
+
+    digest: str
+    tier: Literal["device", "host"]
+    rank: int
+
+
+class Residency:
+    """Tiers of adapters over one `RowPool`.
+
+    Args:
+        load: reads one adapter's directory into a `HostAdapter` (runs in the worker thread; raises on a bad one).
+        host_bytes: bound on the host tier; an adapter larger than it passes through.
+        priority: of the worker threads.
+    """
+
+    def __init__(
+        self,
+        pool: RowPool,
+        load: Callable[[str, str], HostAdapter],
+        host_bytes: int,
+        priority: Priority = "low",
+    ) -> None:
+        self._pool = pool
+        self._load = load
+        self._host_bytes = host_bytes
+        self._paths: dict[str, str] = {}
+        self._host: OrderedDict[str, HostAdapter] = OrderedDict()  # least recently used first
+        self._device: OrderedDict[str, int] = OrderedDict()  # digest -> rank, least recently used first
+        self._references: Counter[str] = Counter()
+        self._loading: dict[str, tuple[Future[HostAdapter], float]] = {}
+        self._filling: dict[str, tuple[Future[None], HostAdapter, float]] = {}  # on their way to the device, since when
+        self._fresh: dict[str, float] = {}  # digest -> when it was filled; until somebody has it
+        self._errors: dict[str, str] = {}
+        self._forgotten: set[str] = set()
+        self._pinned: dict[str, str] = {}  # digest -> path, in order of preference
+        self._reader = threads(1, "adapter-reader", priority)
+        self._filler = threads(1, "adapter-filler", priority)
+        self.loads: list[tuple[str, float]] = []  # (digest, seconds) since the reader of this list last cleared it
+        self.evictions: list[str] = []
+
+    # --- what the scheduler asks ---------------------------------------------------------------
+
+    def register(self, digest: str, path: str) -> None:
+        """Say where an adapter's files are. A digest is forgotten no longer once registered again."""
+        self._paths[digest] = path
+        self._forgotten.discard(digest)
+
+    def prefetch(self, digest: str) -> None:
+        """Start reading an adapter that will be asked for, unless the host tier is full (it would push others out)."""
+        if digest in self._device or digest in self._host or digest in self._errors:
+            return
+        if self._held() < self._host_bytes:
+            self._start_loading(digest)
+
+    def pin(self, adapters: Mapping[str, str]) -> None:
+        """Keep these on the device, and no longer those named before. `adapters`: digest -> path."""
+        self._pinned = dict(adapters)
+        for digest, path in adapters.items():
+            self.register(digest, path)
+
+    def acquire(self, key: Key) -> Answer:
+        """Take a reference on every adapter of `key` if all can be on the device now.
+
+        "ready": references taken. "loading": on their way. "full": rows are held by adapters in use.
+        "failed": cannot be loaded; `error(key)` says why, once.
+        """
+        digests = [digest for digest, _ in key]
+        if any(digest in self._errors for digest in digests):
+            return "failed"
+        missing = [digest for digest in digests if digest not in self._device]
+        here = [digest for digest in missing if digest in self._host and digest not in self._filling]
+        # Those that are here move up at once: while the others are read, the host tier may have to let them go.
+        if here and not self._place(here, keep=digests):
+            return "full"
+        missing = [digest for digest in missing if digest not in self._device]
+        for digest in missing:
+            self._start_loading(digest)
+        if missing:
+            return "loading"
+        for digest in digests:
+            self._fresh.pop(digest, None)
+            self._references[digest] += 1
+            self._device.move_to_end(digest)
+        return "ready"
+
+    def release(self, key: Key) -> None:
+        """Give back what `acquire` took."""
+        for digest, _ in key:
+            self._references[digest] -= 1
+            if not self._references[digest]:
+                del self._references[digest]
+                if digest in self._forgotten:
+                    self._drop(digest)
+
+    def error(self, key: Key) -> str:
+        """Why `acquire(key)` failed. Reading it clears it, so that a later request tries again."""
+        return "; ".join(self._errors.pop(digest) for digest, _ in key if digest in self._errors)
+
+    # --- between steps ---------------------------------------------------------------------------
+
+    @property
+    def loading(self) -> bool:
+        """Whether the worker thread has something under way."""
+        return bool(self._loading or self._filling)
+
+    def poll(self) -> None:
+        """Take in the adapters that the worker thread has read, or put on the device."""
+        for digest, (filled, adapter, started) in list(self._filling.items()):
+            if not filled.done():
+                continue
+            del self._filling[digest]
+            fault = filled.exception()
+            if fault is None:
+                self._device[digest] = adapter.rank
+                if digest not in self._pinned:
+                    self._fresh[digest] = time.monotonic()
+                if adapter.file is not None:
+                    self.loads.append((digest, time.monotonic() - started))
+            else:
+                self._errors[digest] = str(fault) or type(fault).__name__
+                self._pool.remove(digest)
+                self._host.pop(digest, None)
+            if digest in self._forgotten:
+                self._drop(digest)
+        arrived: set[str] = set()
+        for digest, (future, started) in list(self._loading.items()):
+            if not future.done():
+                continue
+            del self._loading[digest]
+            fault = future.exception()
+            if fault is not None:
+                self._errors[digest] = str(fault) or type(fault).__name__
+                continue
+            self._host[digest] = future.result()
+            if self._host[digest].file is None:
+                self.loads.append((digest, time.monotonic() - started))
+            arrived.add(digest)
+        for digest in self._pinned:
+            if digest not in self._device and digest not in self._filling:
+                self._bring_back(digest)
+        if arrived:
+            self._trim_host(arrived)
+
+    def forget(self, digest: str) -> None:
+        """Drop an adapter's rows and host copy, now or when its last reference is released."""
+        self._forgotten.add(digest)
+        if digest not in self._references:
+            self._drop(digest)
+
+    def resident(self) -> list[Resident]:
+        """Every adapter on the device or, failing that, in host memory."""
+        on_device = [Resident(digest, "device", rank) for digest, rank in self._device.items()]
+        return on_device + [
+            Resident(digest, "host", adapter.rank)
+            for digest, adapter in self._host.items()
+            if digest not in self._device
+        ]
+
+    def close(self) -> None:
+        for worker in (self._reader, self._filler):
+            worker.shutdown(wait=False, cancel_futures=True)
+
+    # --- the tiers -------------------------------------------------------------------------------
+
+    def _bring_back(self, digest: str) -> None:
+        """See a pinned adapter onto the device, as soon as there is room beside those in use and the other pins."""
+        if digest in self._host:
+            self._place([digest], keep=self._pinned)
+        elif digest not in self._errors:  # until somebody asks for it and is told
+            self._start_loading(digest)
+
+    def _start_loading(self, digest: str) -> None:
+        if digest not in self._loading and digest not in self._filling:
+            self._loading[digest] = (self._reader.submit(self._load, digest, self._paths[digest]), time.monotonic())
+
+    def _held(self) -> int:
+        return sum(adapter.bytes for adapter in self._host.values())
+
+    def _trim_host(self, arrived: set[str]) -> None:
+        """Keep the host tier within its bound; what has just arrived stays, it is on its way to the device."""
+        held = self._held()
+        for digest in [digest for digest in self._host if digest not in arrived]:
+            if held <= self._host_bytes:
+                return
+            held -= self._host.pop(digest).bytes
+
+    def _place(self, digests: Sequence[str], keep: Collection[str]) -> bool:
+        """Copy adapters from the host tier to the device, or begin to, evicting idle ones. False: there is no room."""
+        adapters = [self._host[digest] for digest in digests]
+        need: Counter[str] = Counter()
+        for adapter in adapters:
+            need.update({kind: rounded(units) for kind, units in adapter.units(self._pool.kinds).items()})
+        idle = [digest for digest in self._device if digest not in self._references and digest not in keep]
+        if self._fresh:
+            now = time.monotonic()
+            idle = [digest for digest in idle if now - self._fresh.get(digest, 0.0) > FRESH_SECONDS]
+        pinned = [digest for digest in idle if digest in self._pinned]
+        if pinned:
+            beside = Counter(self._pool.capacity)
+            for digest in self._device.keys() & self._pinned.keys() | set(keep) & self._device.keys():
+                beside.subtract(self._pool.units_of(digest))
+            idle = [digest for digest in idle if digest not in self._pinned]
+            if any(beside[kind] < units for kind, units in need.items()):
+                idle += pinned
+        free = Counter(self._pool.free)
+        victims: list[str] = []
+        for digest in idle:
+            if all(free[kind] >= units for kind, units in need.items()):
+                break
+            held = self._pool.units_of(digest)
+            if any(free[kind] < need[kind] for kind in held):
+                victims.append(digest)
+                free.update(held)
+        if any(free[kind] < units for kind, units in need.items()):
+            return False
+        for digest in victims:
+            self._evict(digest)
+        for adapter in adapters:
+            if not self._pool.reserve(adapter, compact=not self._filling):
+                return False  # for now: rows that are being filled cannot be moved
+            if adapter.digest in self._host:
+                self._host.move_to_end(adapter.digest)
+            if self._pool.fills_at_once(adapter):
+                self._pool.fill(adapter)
+                self._device[adapter.digest] = adapter.rank
+            else:
+                filled = self._filler.submit(self._pool.fill, adapter)
+                self._filling[adapter.digest] = (filled, adapter, time.monotonic())
+        return True
+
+    def _evict(self, digest: str) -> None:
+        self._fresh.pop(digest, None)
+        self._pool.remove(digest)
+        del self._device[digest]
+        self.evictions.append(digest)
+
+    def _drop(self, digest: str) -> None:
+        if digest in self._filling:  # it has rows to give back once they are filled
+            return
+        self._forgotten.discard(digest)
+        if digest in self._device:
+            self._evict(digest)
+        self._host.pop(digest, None)  # its path stays: a sequence may still be waiting for it

@@ -1,0 +1,1 @@
+"""Work on adapters outside the engine: checking, mixing, merging to a checkpoint, PEFT as oracle."""

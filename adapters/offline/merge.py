@@ -1,0 +1,82 @@
+"""W + BA: an adapter merged into its base and written as a Hugging Face checkpoint in bfloat16.
+
+W is the base as its files hold it, not as it is quantised to serve. Goes through the base's safetensors one file at a
+time, so that memory follows the largest file; what is no weight (tokenizer, config) is copied. As a program
+(`python -m adapters.offline.merge`, an order in JSON on standard input) it serves a server that must not wait.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from adapters.disk import sync
+from adapters.offline.mix import Factors, read_factors
+from adapters.offline.worker import carry_out
+from adapters.peft_format.fields import AdapterError
+
+_INDEX = "model.safetensors.index.json"
+_CONFIG = "config.json"
+
+
+def merge(base: Path, factors: Mapping[str, Factors], target: Path) -> None:
+    """Write the base with `factors` merged in to the existing directory `target`, fsync'ed.
+
+    Args:
+        base: a directory in Hugging Face layout with safetensors.
+        factors: full module name -> factors.
+
+    Raises:
+        AdapterError: a module has no weight of its shape in the base's files.
+    """
+    left = dict(factors)
+    for source in sorted(base.glob("*.safetensors")):
+        merged: dict[str, torch.Tensor] = {}
+        with safe_open(source, "pt") as file:
+            metadata = file.metadata()
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                weight = file.get_tensor(name)
+                module = left.pop(name.removesuffix(".weight"), None)
+                if module is not None:
+                    weight = _added(name, weight, module)
+                merged[name] = weight.bfloat16() if weight.is_floating_point() else weight
+        save_file(merged, target / source.name, metadata=metadata)
+    if left:
+        raise AdapterError(f"the base's files have no weight for '{min(left)}'", "merge")
+    _copy_the_rest(base, target)
+    for path in (*target.iterdir(), target):
+        sync(path)
+
+
+def _added(name: str, weight: torch.Tensor, module: Factors) -> torch.Tensor:
+    delta = module.delta
+    if delta.shape != weight.shape:
+        raise AdapterError(f"'{name}' has shape {list(weight.shape)}, not {list(delta.shape)}", "merge")
+    return weight.float() + delta
+
+
+def _copy_the_rest(base: Path, target: Path) -> None:
+    for path in base.iterdir():
+        if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja"):
+            shutil.copyfile(path, target / path.name)
+    config = json.loads((base / _CONFIG).read_text())
+    config.pop("torch_dtype", None)
+    (target / _CONFIG).write_text(json.dumps(config | {"dtype": "bfloat16"}, indent=2))
+    if (target / _INDEX).exists():
+        index = json.loads((target / _INDEX).read_text())
+        size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
+        (target / _INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": index["weight_map"]}))
+
+
+def main(order: Mapping[str, Any]) -> None:
+    """Merge the adapter in `order["adapter"]` into the base in `order["base"]`; write to `order["target"]`."""
+    merge(Path(order["base"]), read_factors(Path(order["adapter"])), Path(order["target"]))
+
+
+if __name__ == "__main__":
+    carry_out(main)

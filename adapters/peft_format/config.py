@@ -1,0 +1,223 @@
+"""What an `adapter_config.json` means: a strict reader, and the modules, ranks and scalings that it selects.
+
+Regular expressions of a client run only through RE2, in linear time. Knows no weights and no files.
+"""
+
+import math
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from adapters.peft_format.fields import (
+    ALL_LINEAR,
+    FIELDS,
+    AdapterError,
+    Json,
+    compile_regex,
+    forget_regexes,
+    shorten,
+    show,
+    strict_json,
+)
+
+__all__ = ["FIELDS", "MAX_CONFIG_BYTES", "AdapterConfig", "AdapterError", "parse_config"]
+
+MAX_CONFIG_BYTES = 1 << 20
+# RE2 runs in time linear in program x text; this bounds the programs of one field, where a plain name takes about 40.
+MAX_PROGRAMS = 1 << 16
+OUTPUT_HEAD = "lm_head"  # PEFT's all-linear leaves the output head out
+
+# What an activated adapter cannot have: most of it would change tokens before it is invoked.
+_NEVER_ACTIVATED = ("use_dora", "lora_bias", "bias", "modules_to_save", "trainable_token_indices")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """A config that passed `parse_config`; every field of PEFT's that works, in normal form."""
+
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+    target_modules: str | tuple[str, ...]  # a string is a regular expression, or all-linear
+    exclude_modules: str | tuple[str, ...]
+    layers_to_transform: tuple[int, ...]  # empty: every layer
+    layers_pattern: tuple[str, ...]
+    rank_pattern: Mapping[str, int]  # in the file's order: the first key that matches counts
+    alpha_pattern: Mapping[str, float]
+    use_dora: bool
+    lora_bias: bool
+    bias: str
+    modules_to_save: tuple[str, ...]
+    trainable_token_indices: Mapping[str, list[int]]
+    ensure_weight_tying: bool
+    alora_invocation_tokens: tuple[int, ...]
+    task_type: str | None
+    auto_mapping: Mapping[str, Json] | None
+    recorded: Mapping[str, Json]
+
+    def check_class(self, model_class: str) -> None:
+        """Raises AdapterError when `auto_mapping` names another class than the served model's."""
+        if self.auto_mapping is not None and self.auto_mapping["base_model_class"] != model_class:
+            named = shorten(self.auto_mapping["base_model_class"])
+            raise AdapterError(f"auto_mapping names the class '{named}'; the base is a {model_class}", "auto_mapping")
+
+    def normalised(self) -> dict[str, Json]:
+        """The config as plain JSON values, equal for configs that differ only in spelling."""
+        settings = {name: getattr(self, name) for name, field in FIELDS.items() if name in _ATTRIBUTES}
+        plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+        return {"peft_type": "LORA", **plain, **self.recorded}
+
+    def check_plain(self) -> None:
+        """Raises AdapterError, naming the field, when this is more than pairs of A and B on linears."""
+        for name in (*_NEVER_ACTIVATED, "alora_invocation_tokens"):
+            if getattr(self, name) != FIELDS[name].default:
+                raise AdapterError(f"{name} is not supported here: only plain LoRA is", name)
+
+    def resolve(
+        self, linears: Collection[str], tables: Collection[str] = (), *, tied: bool = False
+    ) -> dict[str, tuple[int, float]]:
+        """The modules of the base that this config selects: full name -> (rank, scaling), as PEFT would.
+
+        Args:
+            linears: full names of the base's linears, such as "model.layers.0.self_attn.q_proj".
+            tables: those of its embedding and head, which are adapted only when named.
+            tied: whether embedding and head are one matrix.
+
+        Raises:
+            AdapterError: an entry of `target_modules`, a layer index or a pattern key matches nothing.
+        """
+        modules = [*linears, *tables]
+        ranks = _match_patterns("rank_pattern", self.rank_pattern, modules)
+        alphas = _match_patterns("alpha_pattern", self.alpha_pattern, modules)
+        found: dict[str, tuple[int, float]] = {}
+        chosen = self._select(modules, linears)
+        if self.ensure_weight_tying and tied and not set(tables).isdisjoint(chosen):
+            chosen += [table for table in tables if table not in chosen]
+        for module in chosen:
+            rank = ranks.get(module, self.r)
+            alpha = alphas.get(module, self.lora_alpha)
+            found[module] = (rank, alpha / math.sqrt(rank) if self.use_rslora else alpha / rank)
+        forget_regexes()
+        return found
+
+    def _select(self, modules: Collection[str], linears: Collection[str]) -> list[str]:
+        chosen = self._targets(modules, linears)
+        if not chosen:
+            raise AdapterError(
+                f"target_modules {show(self.target_modules)} matches no linear of the base", "target_modules"
+            )
+        chosen = self._not_excluded(chosen)
+        if not chosen:
+            raise AdapterError("exclude_modules leaves no module to adapt", "exclude_modules")
+        return self._in_layers(chosen) if self.layers_to_transform else chosen
+
+    def _targets(self, modules: Collection[str], linears: Collection[str]) -> list[str]:
+        if isinstance(self.target_modules, tuple):
+            wanted = set(self.target_modules)
+            unmatched = wanted.difference(*map(_suffixes, modules))
+            if unmatched:
+                raise AdapterError(
+                    f"target_modules has '{shorten(min(unmatched))}', which matches no linear of the base",
+                    "target_modules",
+                )
+            return [module for module in modules if _suffixes(module) & wanted]
+        if self.target_modules.lower() == ALL_LINEAR:
+            return [module for module in linears if module.rpartition(".")[2] != OUTPUT_HEAD]
+        regex = compile_regex("target_modules", self.target_modules)
+        return [module for module in modules if regex.fullmatch(module)]
+
+    def _not_excluded(self, modules: list[str]) -> list[str]:
+        if isinstance(self.exclude_modules, tuple):
+            unwanted = set(self.exclude_modules)
+            return [module for module in modules if not _suffixes(module) & unwanted]
+        regex = compile_regex("exclude_modules", self.exclude_modules)
+        return [module for module in modules if not regex.fullmatch(module)]
+
+    def _in_layers(self, modules: list[str]) -> list[str]:
+        """Those in the layers asked for, and, as in PEFT, those that `target_modules` names in full."""
+        layers = {module: self._layer_index(module) for module in modules}
+        kept = [m for m, index in layers.items() if index in self.layers_to_transform or m in self.target_modules]
+        absent = set(self.layers_to_transform).difference(layers[module] for module in kept)
+        if absent:
+            raise AdapterError(
+                f"layers_to_transform has {min(absent)}, a layer without any of the target modules",
+                "layers_to_transform",
+            )
+        return kept
+
+    def _layer_index(self, module: str) -> int | None:
+        """The first index in a module's name; with `layers_pattern` the one that follows such a name."""
+        if not self.layers_pattern:
+            match = re.match(r".*?\.[^.]*\.(\d+)\.", module)
+            return int(match[1]) if match else None
+        for name in self.layers_pattern:
+            match = re.match(rf"(?:^|.*?\.){re.escape(name)}\.(\d+)\.", module)
+            if match:
+                return int(match[1])
+        return None
+
+
+_ATTRIBUTES = AdapterConfig.__dataclass_fields__.keys() - {"recorded"}
+
+
+def parse_config(raw: bytes) -> AdapterConfig:
+    """Read an `adapter_config.json`.
+
+    Raises:
+        AdapterError: naming the field (`config` for the document as a whole).
+    """
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise AdapterError(f"config has {len(raw)} bytes; at most {MAX_CONFIG_BYTES} are allowed", "config")
+    given = strict_json(raw, "config")
+    if "peft_type" not in given:
+        raise AdapterError("config lacks peft_type", "peft_type")
+    values = {
+        name: field.parse(name, given[name]) if name in given else field.default for name, field in FIELDS.items()
+    }
+    for name, value in given.items():
+        if name not in FIELDS and value is not None and value is not False and value not in ("", [], {}):
+            raise AdapterError(f"config has the unknown field '{shorten(name)}' with a value", name)
+    if not values["target_modules"]:
+        raise AdapterError(
+            "target_modules is missing or empty: nothing says which modules are adapted", "target_modules"
+        )
+    if isinstance(values["target_modules"], str) and values["layers_to_transform"]:
+        raise AdapterError("layers_to_transform needs target_modules to be a list", "layers_to_transform")
+    if values["layers_pattern"] and not values["layers_to_transform"]:
+        raise AdapterError("layers_pattern needs layers_to_transform", "layers_pattern")
+    _check_combination(values)
+    recorded = {name: values[name] for name, field in FIELDS.items() if field.effect == "recorded"}
+    return AdapterConfig(**{name: values[name] for name in _ATTRIBUTES}, recorded=recorded)
+
+
+def _check_combination(values: Mapping[str, Json]) -> None:
+    if values["lora_bias"] and values["use_dora"]:
+        raise AdapterError("lora_bias cannot be combined with use_dora, in PEFT either", "lora_bias")
+    if values["alora_invocation_tokens"]:
+        for name in _NEVER_ACTIVATED:
+            if values[name] != FIELDS[name].default:
+                raise AdapterError(f"{name} cannot be combined with alora_invocation_tokens", name)
+
+
+def _suffixes(module: str) -> set[str]:
+    """The names by which a list of modules may mean this one: "a.b.c" -> {"a.b.c", "b.c", "c"}."""
+    parts = module.split(".")
+    return {".".join(parts[i:]) for i in range(len(parts))}
+
+
+def _match_patterns(field: str, patterns: Mapping[str, Any], modules: Collection[str]) -> dict[str, Any]:
+    """Module -> value of the first pattern that matches the end of its name (PEFT's `get_pattern_key`)."""
+    values: dict[str, Any] = {}
+    size = 0
+    for pattern, value in patterns.items():
+        regex = compile_regex(field, pattern, suffix=True)
+        size += regex.programsize
+        if size > MAX_PROGRAMS:
+            raise AdapterError(f"{field} has patterns that are too large together", field)
+        matched = [module for module in modules if regex.match(module)]
+        if not matched:
+            raise AdapterError(f"{field} has '{shorten(pattern)}', which matches no linear of the base", field)
+        for module in matched:
+            values.setdefault(module, value)
+    return values

@@ -1,0 +1,348 @@
+"""Which tensors the file of an adapter must hold, given its config and its base, and what each of them does.
+
+Names and shapes only: knows neither the file's bytes nor what is done with the tensors later.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Protocol
+
+from adapters.peft_format.config import AdapterConfig, AdapterError
+from adapters.peft_format.fields import shorten
+from adapters.peft_format.outline import Outline
+
+PREFIX = "base_model.model."
+# What PEFT may call a resized embedding or head in a file; all but the first are the base's part of something.
+GROWN = ("weight", "base_layer.weight", "token_adapter.base_layer.weight", "original_module.weight")
+
+
+class LinearShape(Protocol):
+    """What this file needs to know of one linear of the base."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def out_features(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class LoraModule:
+    """One adapted module: delta(x) = scaling * B (A x).
+
+    Attributes:
+        a: name in the file of A [rank, in].
+        b: name in the file of B [out, rank].
+    """
+
+    rank: int
+    scaling: float
+    a: str
+    b: str
+
+
+@dataclass(frozen=True)
+class Variants:
+    """What an adapter does besides adding B A x to linears of the decoder; all names are full names of the base's.
+
+    Attributes:
+        tables: the embedding and the head, where adapted.
+        magnitudes: module -> tensor [out], DoRA's m.
+        delta_biases: linear -> tensor [out] that lora_B adds.
+        parameters: parameter of the base -> tensor in its place (a bias, a norm's weight, a whole embedding or head).
+        tokens: embedding or head -> tensor of trained rows [n, width].
+        token_ids: embedding or head -> the ids of these rows.
+        new_tokens: how many rows the adapter's embedding and head have beyond the base's.
+        grown: embedding or head -> tensor as large as the adapter's vocabulary, whose last rows are the new ones.
+        invocation: token ids from whose last occurrence in the prompt on the adapter is in force; empty: everywhere.
+        device_bytes: at most as much device memory does all this take.
+    """
+
+    tables: dict[str, LoraModule] = field(default_factory=dict)
+    magnitudes: dict[str, str] = field(default_factory=dict)
+    delta_biases: dict[str, str] = field(default_factory=dict)
+    parameters: dict[str, str] = field(default_factory=dict)
+    tokens: dict[str, str] = field(default_factory=dict)
+    token_ids: dict[str, list[int]] = field(default_factory=dict)
+    new_tokens: int = 0
+    grown: dict[str, str] = field(default_factory=dict)
+    invocation: list[int] = field(default_factory=list)
+    device_bytes: int = 0
+
+    @property
+    def names(self) -> list[str]:
+        """In words, for receipts."""
+        norms = [name for name in self.parameters if not name.endswith(".bias")]
+        return [
+            name
+            for name, used in {
+                "dora": self.magnitudes,
+                "lora_bias": self.delta_biases,
+                "bias": len(norms) < len(self.parameters),
+                "adapted_embeddings": self.tables,
+                "saved_modules": norms,
+                "trained_tokens": self.tokens,
+                "new_tokens": self.new_tokens,
+                "alora": self.invocation,
+            }.items()
+            if used
+        ]
+
+
+class Expected(NamedTuple):
+    """A tensor that must be in the file."""
+
+    shape: tuple[int, ...]
+    asked_by: str  # a field of the config
+
+
+class Layout(NamedTuple):
+    """All tensors of an adapter's file.
+
+    Attributes:
+        modules: linear of the decoder -> its adapter.
+        expected: tensor -> what it must be like.
+        copies: tensor that may be there too -> the base's parameter that it must equal (PEFT saves the base's
+            embeddings where these are adapted, or believed to be resized). With new tokens these come after it.
+        twins: tensor that may be there too -> the tensor that it must equal (PEFT saves a resized embedding under every
+            name that it has).
+    """
+
+    modules: dict[str, LoraModule]
+    variants: Variants
+    expected: dict[str, Expected]
+    copies: dict[str, str]
+    twins: dict[str, str]
+
+
+def layout(
+    config: AdapterConfig, linears: Mapping[str, LinearShape], outline: Outline, tensors: Collection[str] = ()
+) -> Layout:
+    """Lay an adapter's file out. `tensors`: the names in it, which say where new tokens are.
+
+    Raises:
+        AdapterError: naming the config's field that asks for what this base does not have.
+    """
+    return _Builder(config, linears, outline).build(tensors)
+
+
+class _Builder:
+    def __init__(self, config: AdapterConfig, linears: Mapping[str, LinearShape], outline: Outline) -> None:
+        self._config = config
+        self._linears = linears
+        self._outline = outline
+        self._adapted = config.resolve(linears, outline.tables, tied=outline.tied)
+        self._expected: dict[str, Expected] = {}
+        self._copies = {f"{PREFIX}{table}.weight": f"{table}.weight" for table in outline.tables}
+        self._twins: dict[str, str] = {}
+
+    def build(self, tensors: Collection[str]) -> Layout:
+        if self._outline.new_tokens:
+            self._check_growth()
+        adapted, config, token_ids = self._adapted, self._config, self._token_ids()
+        variants = Variants(
+            tables={name: self._table(name) for name in self._outline.tables if name in adapted},
+            magnitudes=self._magnitudes() if config.use_dora else {},
+            delta_biases=self._delta_biases() if config.lora_bias else {},
+            parameters=self._saved() | self._biases(),
+            tokens=self._tokens(token_ids),
+            token_ids=token_ids,
+            new_tokens=self._outline.new_tokens,
+            invocation=self._invocation(),
+        )
+        modules = {name: self._linear(name) for name in adapted if name in self._linears}
+        if self._outline.new_tokens:
+            variants = replace(variants, grown=self._grown(variants, tensors))
+        return Layout(modules, variants, self._expected, self._copies, self._twins)
+
+    def _expect(self, name: str, shape: tuple[int, ...], asked_by: str) -> str:
+        self._expected[f"{PREFIX}{name}"] = Expected(shape, asked_by)
+        self._copies.pop(f"{PREFIX}{name}", None)
+        return f"{PREFIX}{name}"
+
+    # --- new tokens --------------------------------------------------------------------------------------
+
+    def _check_growth(self) -> None:
+        if self._config.alora_invocation_tokens:
+            raise AdapterError(
+                "an activated adapter cannot add tokens: before its invocation the base runs", "alora_invocation_tokens"
+            )
+        if f"{self._outline.head}.bias" in self._outline.parameters:
+            raise AdapterError("tokens cannot be added to a base whose head has a bias", "weights")
+
+    def _grown(self, variants: Variants, tensors: Collection[str]) -> dict[str, str]:
+        """Where the new rows of embedding and head are, unless the whole matrix is the adapter's."""
+        found: dict[str, str] = {}
+        for table in self._outline.tables:
+            names = [f"{PREFIX}{table}.{kind}" for kind in GROWN]
+            if f"{table}.weight" in variants.parameters:
+                self._twins[f"{PREFIX}{table}.modules_to_save.weight"] = f"{PREFIX}{table}.weight"
+            elif present := [name for name in names if name in tensors]:
+                found[table] = present[0]
+            for name in names:
+                if name not in self._expected:
+                    self._copies[name] = f"{table}.weight"
+        embedding, head = self._outline.tables
+        if self._outline.tied and head not in found and f"{head}.weight" not in variants.parameters:
+            source = found.get(embedding) or variants.parameters.get(f"{embedding}.weight")
+            if source is not None:
+                found[head] = source
+        for table in (embedding, head):
+            if table not in found and f"{table}.weight" not in variants.parameters:
+                raise AdapterError(
+                    f"the weights have new tokens but no '{PREFIX}{table}.weight' with their rows: save with PEFT's "
+                    "save_pretrained(save_embedding_layers=True)",
+                    "weights",
+                )
+        delta = "token_adapter.trainable_tokens_delta"  # of a tied head, once more
+        if self._outline.tied and variants.tokens.get(head) == f"{PREFIX}{embedding}.{delta}":
+            self._twins[f"{PREFIX}{head}.{delta}"] = f"{PREFIX}{embedding}.{delta}"
+        return found
+
+    # --- pairs of A and B -----------------------------------------------------------------------------
+
+    def _linear(self, name: str) -> LoraModule:
+        linear = self._linears[name]
+        return self._pair(name, ("lora_A.weight", linear.in_features), ("lora_B.weight", linear.out_features))
+
+    def _table(self, name: str) -> LoraModule:
+        vocabulary, width = self._outline.table_shape
+        self._copies[f"{PREFIX}{name}.base_layer.weight"] = f"{name}.weight"
+        if self._config.alora_invocation_tokens:
+            raise AdapterError(f"an activated adapter cannot adapt '{name}' (target_modules)", "target_modules")
+        if name == self._outline.head:
+            return self._pair(name, ("lora_A.weight", width), ("lora_B.weight", vocabulary))
+        return self._pair(name, ("lora_embedding_A", vocabulary), ("lora_embedding_B", width))
+
+    def _pair(self, name: str, a: tuple[str, int], b: tuple[str, int]) -> LoraModule:
+        rank, scaling = self._adapted[name]
+        first = self._expect(f"{name}.{a[0]}", (rank, a[1]), "target_modules")
+        return LoraModule(rank, scaling, first, self._expect(f"{name}.{b[0]}", (b[1], rank), "target_modules"))
+
+    def _out_features(self, name: str) -> int:
+        if name in self._linears:
+            return self._linears[name].out_features
+        vocabulary, width = self._outline.table_shape
+        return vocabulary if name == self._outline.head else width
+
+    def _magnitudes(self) -> dict[str, str]:
+        return {
+            name: self._expect(f"{name}.lora_magnitude_vector", (self._out_features(name),), "use_dora")
+            for name in self._adapted
+        }
+
+    def _delta_biases(self) -> dict[str, str]:
+        return {  # an embedding's lora_B has none
+            name: self._expect(f"{name}.lora_B.bias", (self._out_features(name),), "lora_bias")
+            for name in self._adapted
+            if name != self._outline.embedding
+        }
+
+    # --- the base's own parameters ----------------------------------------------------------------------
+
+    def _biases(self) -> dict[str, str]:
+        config, found = self._config, {}
+        for name, parameter in self._outline.parameters.items():
+            module, _, kind = name.rpartition(".")
+            adapted = module in self._adapted
+            if kind == "bias" and (config.bias == "all" or (config.bias == "lora_only" and adapted)):
+                inner = f"{module}.base_layer.bias" if adapted else name
+                found[name] = self._expect(inner, parameter.shape, "bias")
+        return found
+
+    def _saved(self) -> dict[str, str]:
+        """Every parameter of the modules that `modules_to_save` means; as in PEFT, these end with one of its names."""
+        config, outline = self._config, self._outline
+        tables = outline.tables
+        modules = {*self._linears, *tables, *(name.rpartition(".")[0] for name in outline.parameters)}
+        every = _with_parents(modules)
+        chosen: set[str] = set()
+        for ending in config.modules_to_save:
+            matched = {module for module in every if module.endswith(ending)}
+            if not matched:
+                raise AdapterError(
+                    f"modules_to_save has '{shorten(ending)}', which matches no module of the base", "modules_to_save"
+                )
+            for module in sorted(matched):
+                if module in self._linears or module not in modules:
+                    raise AdapterError(
+                        f"modules_to_save has '{shorten(ending)}', which means '{module}': only embedding, head and "
+                        "norms are served whole. Adapt its linears by target_modules",
+                        "modules_to_save",
+                    )
+                if module in self._adapted:
+                    raise AdapterError(f"modules_to_save and target_modules both have '{module}'", "modules_to_save")
+            chosen |= matched
+        if config.ensure_weight_tying and outline.tied and not chosen.isdisjoint(tables):
+            chosen |= set(tables)
+        found = {}
+        for module in sorted(chosen):
+            for kind in ("weight", "bias"):
+                name = f"{module}.{kind}"
+                if name in outline.parameters:
+                    shape = outline.table_shape if module in tables else outline.parameters[name].shape
+                    found[name] = self._expect(name, shape, "modules_to_save")
+                elif kind == "weight":  # a tied head's
+                    found[name] = self._expect(name, outline.table_shape, "modules_to_save")
+        return found
+
+    # --- tokens ---------------------------------------------------------------------------------------------
+
+    def _tokens(self, token_ids: Mapping[str, list[int]]) -> dict[str, str]:
+        """Module -> tensor of its trained rows. A tied head has one of its own only if its ids differ."""
+        found: dict[str, str] = {}
+        embedding = self._outline.embedding
+        for module, ids in token_ids.items():
+            owner = module
+            if self._outline.tied and embedding is not None and ids == token_ids.get(embedding):
+                owner = embedding
+            shape = (len(ids), self._outline.table_shape[1])
+            name = f"{owner}.token_adapter.trainable_tokens_delta"
+            found[module] = self._expect(name, shape, "trainable_token_indices")
+        return found
+
+    def _token_ids(self) -> dict[str, list[int]]:
+        """Full name -> ids. On a tied base the head follows the embedding, unless it has ids of its own."""
+        field_name, outline = "trainable_token_indices", self._outline
+        found: dict[str, list[int]] = {}
+        for asked, ids in self._config.trainable_token_indices.items():
+            module = next((table for table in outline.tables if f".{table}".endswith(f".{asked}")), None)
+            if module is None:
+                raise AdapterError(
+                    f"{field_name} has '{shorten(asked)}', which is neither the embedding nor the head of the base",
+                    field_name,
+                )
+            for other in ("modules_to_save", "target_modules"):
+                claimed = self._adapted if other == "target_modules" else self._config.modules_to_save
+                if any(module.endswith(name) for name in claimed):
+                    raise AdapterError(f"{field_name} and {other} both have '{module}'", field_name)
+            self._in_vocabulary(field_name, ids)
+            found[module] = list(ids)
+        if outline.tied and outline.embedding in found and outline.head is not None:
+            found.setdefault(outline.head, found[outline.embedding])
+        if len(found) == 2 and self._config.ensure_weight_tying and len({tuple(ids) for ids in found.values()}) == 2:
+            raise AdapterError(f"{field_name} differ although ensure_weight_tying is set", field_name)
+        return found
+
+    def _invocation(self) -> list[int]:
+        tokens = list(self._config.alora_invocation_tokens)
+        if tokens:
+            self._in_vocabulary("alora_invocation_tokens", tokens)
+        return tokens
+
+    def _in_vocabulary(self, field_name: str, ids: list[int]) -> None:
+        vocabulary = self._outline.table_shape[0] if self._outline.embedding else 0
+        if max(ids) >= vocabulary:
+            raise AdapterError(
+                f"{field_name} has the token {max(ids)}; the base's vocabulary has {vocabulary} tokens", field_name
+            )
+
+
+def _with_parents(modules: Collection[str]) -> set[str]:
+    """These modules and all that contain them."""
+    found: set[str] = set()
+    for module in modules:
+        parts = module.split(".")
+        found.update(".".join(parts[:count]) for count in range(1, len(parts) + 1))
+    return found

@@ -1,0 +1,120 @@
+"""An adapter's rank rows in one file, as the pool keeps them: whoever loads the adapter only reads.
+
+Made when an adapter comes in, beside its own files. All of it follows from those, so that it is no part of the digest,
+need not be kept elsewhere, and may be missing. With numpy only. Knows neither the pool nor what a row is used for.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from adapters.peft_format.directory import WEIGHTS_NAME, AdapterSpec
+from adapters.peft_format.layout import LinearShape
+from adapters.peft_format.weights import TensorEntry, read_header
+
+ROWS_NAME = "rows.bin"
+UNIT_BYTES = 2
+
+_READ_BYTES = 1 << 20  # at once: some 200 us, after which whoever serves may go on
+_READ_BUFFERS = 256  # at once, at most; the system allows 1024
+
+_BITS = {"F32": "<u4", "BF16": "<u2", "F16": "<u2"}
+
+
+class RowShape(NamedTuple):
+    """One linear's part of the file: `units` rows of `inputs` units, then as many of `outputs` units."""
+
+    name: str
+    units: int
+    inputs: int
+    outputs: int
+    rank: int
+    scaling: float
+
+
+@dataclass(frozen=True)
+class RowFile:
+    """Where it is and what lies in it, part after part. See `find`."""
+
+    path: Path
+    parts: tuple[RowShape, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return sum(_size(part) for part in self.parts)
+
+    def read_into(self, rows: Sequence[np.ndarray]) -> None:
+        """Fill arrays of units, together as large as the file, from its beginning to its end.
+
+        Leaves Python's lock alone but for moments, and the processor often. Raises OSError.
+        """
+        with self.path.open("rb", buffering=0) as file:
+            position = 0
+            for batch, size in _batches(rows):
+                if os.preadv(file.fileno(), batch, position) != size:
+                    raise OSError(f"{self.path.name} of an adapter was cut short")
+                position += size
+
+
+def find(directory: Path, spec: AdapterSpec, linears: Mapping[str, LinearShape]) -> RowFile | None:
+    """The rows of a published adapter; None where they were not laid out. `linears`: the base's, by full name."""
+    path = directory / ROWS_NAME
+    if spec.variants.names or not path.exists():
+        return None
+    width = 2 if spec.dtype == "float32" else 1
+    parts = tuple(
+        RowShape(name, width * m.rank, linears[name].in_features, linears[name].out_features, m.rank, m.scaling)
+        for name, m in spec.modules.items()
+    )
+    return RowFile(path, parts)
+
+
+def make(directory: Path, spec: AdapterSpec) -> None:
+    """Lay out the rows of an adapter that passed `inspect`, unless there is more to it than rank rows."""
+    if spec.variants.names:
+        return
+    with (directory / WEIGHTS_NAME).open("rb") as weights, (directory / ROWS_NAME).open("wb") as rows:
+        entries = read_header(weights)
+        for module in spec.modules.values():
+            for name, transposed in ((module.a, False), (module.b, True)):
+                entry = entries[name]
+                weights.seek(entry.start)
+                numbers = _as(spec.dtype, weights.read(entry.end - entry.start), entry)
+                rows.write(np.ascontiguousarray(numbers.T if transposed else numbers).data)
+
+
+def _as(dtype: str, content: bytes, entry: TensorEntry) -> np.ndarray:
+    """A tensor's numbers, or their bits, in an adapter's one dtype: its own, or float32."""
+    bits = np.frombuffer(content, _BITS[entry.dtype]).reshape(entry.shape)
+    if dtype != "float32" or entry.dtype == "F32":
+        return bits
+    if entry.dtype == "BF16":
+        return (bits.astype("<u4") << 16).view("<f4")
+    return bits.view("<f2").astype("<f4")
+
+
+def _size(part: RowShape) -> int:
+    return part.units * (part.inputs + part.outputs) * UNIT_BYTES
+
+
+def _batches(rows: Sequence[np.ndarray]) -> Iterator[tuple[list[memoryview], int]]:
+    """Pieces of the arrays in order, to be read at once, with their size."""
+    batch: list[memoryview] = []
+    size = 0
+    for array in rows:
+        content = array.data.cast("B")
+        while content:
+            taken = content[: _READ_BYTES - size]
+            batch.append(taken)
+            size += len(taken)
+            content = content[len(taken) :]
+            if size == _READ_BYTES or len(batch) == _READ_BUFFERS:
+                yield batch, size
+                batch, size = [], 0
+    if batch:
+        yield batch, size

@@ -1,0 +1,118 @@
+"""The safetensors file of an adapter, distrusted: what it declares, and its bytes, each looked at.
+
+With numpy only. Knows no names: what a tensor is for is layout.py's matter.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from typing import Any, BinaryIO, Final, Literal, NamedTuple
+
+import numpy as np
+
+from adapters.peft_format.fields import AdapterError, shorten, strict_json
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+class _Format(NamedTuple):
+    name: Dtype
+    itemsize: int
+    exponent: int  # mask of the exponent's bits; all set means infinite or NaN
+
+
+FORMATS: Final = {
+    "F32": _Format("float32", 4, 0x7F800000),
+    "BF16": _Format("bfloat16", 2, 0x7F80),
+    "F16": _Format("float16", 2, 0x7C00),
+}
+MAX_HEADER_BYTES = 1 << 20
+MAX_TENSORS = 100_000
+MAX_DIMENSION = 1 << 31
+CHUNK_BYTES = 4 << 20  # a multiple of every item size
+
+
+class TensorEntry(NamedTuple):
+    """One tensor of a safetensors file; `start` and `end` count from the beginning of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_header(file: BinaryIO) -> dict[str, TensorEntry]:
+    """The tensors that a safetensors file declares, once the declaration is known to be true of the file.
+
+    Raises:
+        AdapterError: the header is not JSON, larger than 1 MiB, or describes anything but floating vectors and
+            matrices that lie one behind the other and fill the file exactly.
+    """
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > size - 8:
+        if start.startswith((b"PK\x03\x04", b"\x80")):
+            raise AdapterError("weights are a pickle, not safetensors: save with safe_serialization=True", "weights")
+        raise AdapterError("weights are cut short, or not a safetensors file: the header does not fit in", "weights")
+    if length > MAX_HEADER_BYTES:
+        raise AdapterError(
+            f"weights have a header of {length} bytes; at most {MAX_HEADER_BYTES} are allowed", "weights"
+        )
+    header = strict_json(file.read(length), "weights")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise AdapterError("weights have a __metadata__ that is not an object of strings", "weights")
+    if not 0 < len(header) <= MAX_TENSORS:
+        raise AdapterError(f"weights hold {len(header)} tensors; 1 to {MAX_TENSORS} are allowed", "weights")
+    tensors = {name: _parse_entry(name, entry, 8 + length) for name, entry in header.items()}
+    position = 8 + length
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
+        if tensor.start != position:
+            raise AdapterError(f"tensor '{shorten(name)}' overlaps another or leaves a gap before it", name)
+        position = tensor.end
+    if position != size:
+        raise AdapterError(f"weights have {size} bytes, but the tensors end at byte {position}", "weights")
+    return tensors
+
+
+def _parse_entry(name: str, entry: Any, data_start: int) -> TensorEntry:
+    def refuse(reason: str) -> AdapterError:
+        return AdapterError(f"tensor '{shorten(name)}' {reason}", name)
+
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise refuse("must be declared by dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in FORMATS:
+        raise refuse(f"has a dtype that is not served: {shorten(json.dumps(dtype), 40)} (F32, F16 or BF16)")
+    for numbers, counts, what in (
+        (shape, (1, 2), "a shape of one or two natural numbers"),
+        (offsets, (2,), "data_offsets [begin, end] of two natural numbers"),
+    ):
+        natural = isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
+        if not natural or len(numbers) not in counts:
+            raise refuse(f"needs {what}, not {shorten(json.dumps(numbers), 40)}")
+    if max(shape) > MAX_DIMENSION or offsets[1] - offsets[0] != math.prod(shape) * FORMATS[dtype].itemsize:
+        raise refuse(f"has data_offsets that do not fit its shape {shorten(json.dumps(shape), 40)}")
+    return TensorEntry(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
+
+
+def chunks(file: BinaryIO, tensor: TensorEntry) -> Iterator[bytes]:
+    """A tensor's bytes, whole numbers at a time."""
+    file.seek(tensor.start)
+    remaining = tensor.end - tensor.start
+    while remaining:
+        chunk = file.read(min(remaining, CHUNK_BYTES))
+        if len(chunk) != min(remaining, CHUNK_BYTES):
+            raise AdapterError("weights were cut short while being read", "weights")
+        remaining -= len(chunk)
+        yield chunk
+
+
+def check_finite(chunk: bytes, name: str, tensor: TensorEntry) -> None:
+    """Raises AdapterError when one of these numbers is not finite."""
+    number = FORMATS[tensor.dtype]
+    bits = np.frombuffer(chunk, dtype=f"<u{number.itemsize}")
+    if np.any(bits & number.exponent == number.exponent):
+        raise AdapterError(f"tensor '{shorten(name)}' holds NaN or infinite values", name, "non_finite_weights")

@@ -1,0 +1,1 @@
+"""Durable adapters: names, versions, files, local and remote stores."""

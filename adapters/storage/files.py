@@ -1,0 +1,349 @@
+"""The files of adapter versions: complete directories by digest, here as long as a name or a lease wants them.
+
+A version is a directory `versions/<digest>`, complete before it gets that name and never changed after. With a `Remote`
+the files are kept there and this disk is a cache of them: what is not here is fetched when somebody leases it. Knows no
+names: whoever has these says which digests they want. One process at a time may use a directory.
+"""
+
+import asyncio
+import logging
+import shutil
+import threading
+import uuid
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+from adapters.disk import full_disk_named, sync
+from adapters.peft_format import packed_rows as rowfile
+from adapters.peft_format.directory import AdapterError, AdapterSpec, digest_of
+from adapters.storage.versions import DamagedAdapter, RemoteUnavailable, UnknownAdapter, Version
+
+_FETCHERS = 8  # versions fetched at once
+
+log = logging.getLogger(__name__)
+
+
+class Remote(Protocol):
+    """Files of versions, kept elsewhere. Everything here waits for a network, and raises RemoteUnavailable."""
+
+    def put(self, digest: str, directory: Path) -> None:
+        """Keep a version's files."""
+
+    def get(self, digest: str, directory: Path) -> None:
+        """Copy a version's files into an empty directory. Raises DamagedAdapter when there are none."""
+
+    def remove(self, digest: str) -> None:
+        """Keep them no longer."""
+
+    def unnamed(self, seconds: float) -> Iterator[str]:
+        """Digests that no name there has, and none of whose files came in the last so many seconds. None of them while
+        a name cannot be read."""
+
+
+class Staging:
+    """A private directory to write an adapter's files into, gone on exit unless published. See `VersionFiles.stage`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.mkdir(mode=0o700)
+
+    def __enter__(self) -> "Staging":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+class VersionFiles:
+    """The directories of versions, and who holds them.
+
+    What is asked about leases (`lease`, `has`) never waits for a disk; the rest does, or for the network. Creating one
+    removes uploads that an earlier process left unfinished; `settle` then says what else may go.
+
+    Args:
+        root: directory of its own, made if missing, on one file system.
+        remote: where the files are kept, if not here.
+        disk_bytes: with `remote`, how much of it may be here; what is leased stays beyond that.
+    """
+
+    def __init__(self, root: Path, remote: Remote | None = None, disk_bytes: int | None = None) -> None:
+        self._staging = root / "staging"
+        self._versions = root / "versions"
+        self._remote = remote
+        self._disk_bytes = disk_bytes
+        # `_placing` is held while a directory gets its name, `_counting` for moments only.
+        self._placing = threading.Lock()
+        self._counting = threading.Condition()
+        self._wanted: Counter[str] = Counter()  # digest -> how many want its files for as long as they do not say else
+        self._leases: Counter[str] = Counter()
+        self._stored: OrderedDict[str, int] = OrderedDict()  # digest -> bytes here, the least recently leased first
+        self._disk_used = 0  # bytes of `_stored`; like them, counted only with a remote
+        self._removing: set[str] = set()  # digests whose files are on their way out
+        self._fetching: dict[str, Future[None]] = {}
+        self._fetchers = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="adapter-fetcher")
+        self._closed = False
+        self._recover()
+
+    def close(self) -> None:
+        """Fetch nothing more, so that the process can end."""
+        self._closed = True
+        self._fetchers.shutdown(wait=False, cancel_futures=True)
+
+    # --- who wants what ------------------------------------------------------------------------------
+
+    def path(self, digest: str) -> Path:
+        """Where the files are, or would be."""
+        return self._versions / digest.removeprefix("sha256:")
+
+    def want(self, more: Collection[str], less: Collection[str] = ()) -> None:
+        """Count these digests as wanted once more, and `less` of them once less. Removes nothing."""
+        with self._counting:
+            self._wanted.update(more)
+            for digest in less:
+                _count_down(self._wanted, digest)
+
+    def has(self, digest: str) -> bool:
+        """Whether the files are here; as long as they are leased, that lasts."""
+        return digest in self._stored
+
+    def obtainable(self, digest: str) -> bool:
+        """Whether the files are here or can be fetched."""
+        return self._remote is not None or self.has(digest)
+
+    @contextmanager
+    def lease(self, version: Version) -> Iterator[Version]:
+        """Keep a version's files while this is open, whoever wants them.
+
+        Raises:
+            UnknownAdapter: nobody wants them any more.
+        """
+        digest = version.digest
+        with self._counting:
+            here = digest in self._stored
+            if not here and not (self._remote and digest in self._wanted):
+                raise UnknownAdapter(f"the version {digest} of '{version.name}' was removed")
+            self._leases[digest] += 1
+            if here and self._remote:
+                self._stored.move_to_end(digest)
+        try:
+            yield version
+        finally:
+            unused = self._let_go(digest)
+            # A lease may end where nobody can wait, and removing gigabytes takes a while.
+            if unused or self._excess > 0:
+                threading.Thread(target=self._collect, args=(digest,), name="adapter-collector").start()
+
+    async def ready(self, digest: str) -> None:
+        """Wait until the files of a leased version are here. Only who needs them waits.
+
+        Raises:
+            RemoteUnavailable: they cannot be had now.
+            DamagedAdapter: what the remote has is not this version.
+            StorageFull: there is no room for them.
+        """
+        if not self.has(digest):
+            # Several may wait for one: whoever stops waiting must not stop it.
+            await asyncio.shield(asyncio.wrap_future(self._fetch_soon(digest)))
+
+    # --- coming --------------------------------------------------------------------------------------
+
+    def stage(self) -> Staging:
+        """A new private directory, to be used as a context manager. Raises StorageFull."""
+        with full_disk_named():
+            return Staging(self._staging / uuid.uuid4().hex)
+
+    @contextmanager
+    def coming(self, staging: Staging, spec: AdapterSpec) -> Iterator[None]:
+        """Complete staged files, which `inspect` described by `spec`, and make them durable; with a remote, there.
+
+        While this is open nobody removes them from there. `place` them before it ends.
+        """
+        spec.save(staging.path)
+        _sync_all(staging.path)
+        with self._counting:
+            self._counting.wait_for(lambda: spec.digest not in self._removing)
+            self._leases[spec.digest] += 1
+            kept = spec.digest in self._wanted
+        try:
+            if self._remote and not kept:
+                self._remote.put(spec.digest, staging.path)
+            yield
+        finally:
+            self._let_go(spec.digest)
+            self._collect(spec.digest)
+
+    def place(self, staged: Path, digest: str) -> None:
+        """Move staged files to where their digest says, unless the same are there."""
+        size = _size(staged) if self._remote else 0
+        with self._placing:
+            with self._counting:
+                self._counting.wait_for(lambda: digest not in self._removing)
+                if digest in self._stored:
+                    return
+            staged.rename(self.path(digest))
+            with self._counting:
+                self._stored[digest] = size
+                self._disk_used += size
+        sync(self._versions)
+
+    def _fetch_soon(self, digest: str) -> Future[None]:
+        with self._counting:
+            if digest not in self._fetching:
+                self._fetching[digest] = self._fetchers.submit(self._fetch, digest)
+            return self._fetching[digest]
+
+    def _fetch(self, digest: str) -> None:
+        assert self._remote is not None, "without one, whatever can be leased is here"
+        try:
+            with full_disk_named(), self.stage() as staging:
+                if digest in self._stored:  # since it was asked for
+                    return
+                self._remote.get(digest, staging.path)
+                _check_digest(staging.path, digest)
+                rowfile.make(staging.path, AdapterSpec.read(staging.path))
+                _sync_all(staging.path)
+                self.place(staging.path, digest)
+        finally:
+            with self._counting:
+                del self._fetching[digest]
+        self._collect(digest)  # nobody may want it by now
+
+    # --- going ---------------------------------------------------------------------------------------
+
+    def remove_unused(self, digest: str) -> None:
+        """Remove a version's files unless somebody wants or leases them."""
+        with self._counting:
+            if digest in self._wanted or digest in self._leases or digest in self._removing:
+                return
+            size = self._stored.pop(digest, None)
+            if size is None and self._remote is None:
+                return
+            self._disk_used -= size or 0
+            self._removing.add(digest)
+        self._take_away(digest, self._remote)
+
+    async def remove_orphans(self, seconds: float) -> int:
+        """Remove what deletions and crashes left with the remote, unless something came so lately; how many versions.
+
+        Raises RemoteUnavailable.
+        """
+        return await asyncio.wrap_future(self._fetchers.submit(self._remove_orphans, seconds))
+
+    def _remove_orphans(self, seconds: float) -> int:
+        count = 0
+        for digest in self._remote.unnamed(seconds) if self._remote else ():
+            if self._closed:
+                break
+            with self._counting:
+                held = digest in self._wanted or digest in self._leases or digest in self._fetching
+                if held or digest in self._removing:
+                    continue
+                self._removing.add(digest)
+            self._take_away(digest, self._remote)
+            count += 1
+        return count
+
+    def settle(self, known: Collection[str]) -> None:
+        """Once, before anything else comes: remove from here what is not among these, and what is too much."""
+        for digest in self._stored.keys() - known:
+            del self._stored[digest]
+            self._removing.add(digest)
+            self._take_away(digest)  # from here only: another server may be about to name it
+        self._disk_used = sum(self._stored.values())
+        self._trim()
+
+    def _let_go(self, digest: str) -> bool:
+        """End a lease; whether nobody needs the files any more."""
+        with self._counting:
+            _count_down(self._leases, digest)
+            return digest not in self._leases and digest not in self._wanted
+
+    @property
+    def _excess(self) -> int:
+        """Bytes on this disk that are too many."""
+        return 0 if self._disk_bytes is None else self._disk_used - self._disk_bytes
+
+    def _collect(self, digest: str) -> None:
+        """Remove a version if nobody needs it, and others from this disk as long as it holds too much."""
+        self.remove_unused(digest)
+        self._trim()
+
+    def _trim(self) -> None:
+        if self._excess <= 0:
+            return
+        with self._counting:
+            excess = self._excess
+            victims = []
+            for candidate, size in self._stored.items():
+                if excess <= 0:
+                    break
+                if candidate not in self._leases and candidate not in self._removing:
+                    victims.append(candidate)
+                    excess -= size
+            for victim in victims:
+                self._disk_used -= self._stored.pop(victim)
+            self._removing.update(victims)
+        for victim in victims:
+            self._take_away(victim)
+
+    def _take_away(self, digest: str, remote: Remote | None = None) -> None:
+        """Remove files from here, and from `remote`. By way of staging, so that half a directory is never found."""
+        try:
+            doomed = self._staging / uuid.uuid4().hex
+            with suppress(FileNotFoundError):
+                self.path(digest).rename(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
+            if remote is not None:
+                remote.remove(digest)
+        except RemoteUnavailable as fault:
+            log.warning("the files of %s, which nobody needs, stay in the object store: %s", digest, fault)
+        finally:
+            with self._counting:
+                self._removing.remove(digest)
+                self._counting.notify_all()
+
+    def _recover(self) -> None:
+        """Remove unfinished uploads, and see what is here."""
+        for directory in (self._staging, self._versions):
+            directory.mkdir(parents=True, exist_ok=True)
+        sync(self._versions.parent)
+        for left in self._staging.iterdir():
+            shutil.rmtree(left)
+        here = sorted(self._versions.iterdir(), key=_age) if self._remote else self._versions.iterdir()
+        self._stored.update((f"sha256:{path.name}", _size(path) if self._remote else 0) for path in here)
+
+
+def _count_down(counter: Counter[str], key: str) -> None:
+    counter[key] -= 1
+    if not counter[key]:
+        del counter[key]
+
+
+def _age(path: Path) -> float:
+    return path.stat().st_mtime
+
+
+def _size(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.iterdir())
+
+
+def _check_digest(directory: Path, digest: str) -> None:
+    try:
+        found = digest_of(directory)
+    except (AdapterError, ValueError, LookupError, TypeError) as fault:
+        raise DamagedAdapter(f"the object store's files of {digest} are damaged: {fault}") from None
+    if found != digest:
+        raise DamagedAdapter(f"the object store's files of {digest} are damaged: their digest is {found}")
+
+
+def _sync_all(directory: Path) -> None:
+    for path in directory.iterdir():
+        sync(path)
+    sync(directory)

@@ -1,0 +1,31 @@
+"""The receipt of an upload: what is kept in memory, and in the database, for every version of every name."""
+
+from collections import Counter
+from typing import Any
+
+from adapters.peft_format.directory import AdapterSpec
+
+
+def receipt_of(spec: AdapterSpec) -> dict[str, Any]:
+    """What the owner of an adapter is told. `scaling` is that of most modules, `rows` are per kind, in 2-byte units.
+
+    What few adapters bring (new tokens, text of their own) is there only for those.
+    """
+    own = {
+        "new_tokens": spec.variants.new_tokens,
+        "tokenizer_tokens": len(spec.text.tokens),
+        "chat_template": spec.text.chat_template is not None,
+    }
+    [(scaling, _)] = Counter(module.scaling for module in spec.adapted.values()).most_common(1)
+    return {
+        "rank": spec.rank,
+        "scaling": scaling,
+        "modules_matched": len(spec.adapted),
+        "variants": spec.variants.names,
+        "parameters": spec.parameters,
+        "bytes": spec.bytes,
+        "dtype": spec.dtype,
+        "rows": spec.rows(),
+        "base_model_name_or_path": spec.config["base_model_name_or_path"],
+        "warnings": list(spec.warnings),
+    } | {name: value for name, value in own.items() if value}

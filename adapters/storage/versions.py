@@ -1,0 +1,192 @@
+"""Names of adapters, and what a name means: one of its versions, or shares of several.
+
+Values only: a `Pointer` is replaced as a whole, so whoever holds one sees one state of the name. Knows no database, no
+files and no HTTP; the store decides when a pointer changes.
+"""
+
+import hashlib
+import itertools
+import json
+import random
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from adapters.peft_format.fields import AdapterError, shorten
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+FINE_TUNED_NAME = re.compile(r"ft:[A-Za-z0-9._/-]{1,256}(:[A-Za-z0-9._-]{0,128}){1,4}")
+SHORTEST_PREFIX = 8
+MAX_SHARES = 16
+_ROUNDING = 1e-6  # how far shares may be from adding up to 1
+
+
+class UnknownAdapter(LookupError):
+    """No such name, or no such version of it."""
+
+
+class AmbiguousDigest(LookupError):
+    """Several versions of the name have digests that begin so."""
+
+
+class RemoteUnavailable(Exception):
+    """The object store does not answer, or not to us; worth another try."""
+
+
+class DamagedAdapter(Exception):
+    """What the object store has of a version is not that version."""
+
+
+@dataclass(frozen=True)
+class Version:
+    """One content of one name.
+
+    Attributes:
+        digest: "sha256:" and 64 hex digits.
+        path: directory with the adapter's files, there as long as the version is retained or leased.
+        created: unix time at which the content was published under the name.
+        receipt: what `receipt_of` says of it.
+        staged: it has never been current.
+    """
+
+    tenant: str
+    name: str
+    digest: str
+    path: Path
+    created: float
+    receipt: dict[str, Any]
+    staged: bool = False
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """A name's retained versions, and which of them answers a request.
+
+    Attributes:
+        versions: the current one first, then from the newest to the oldest.
+        split: (digest, share) pairs that add up to 1; empty: the current version answers everything.
+        pinned: whatever answers for the name stays on the device.
+    """
+
+    versions: tuple[Version, ...]
+    split: tuple[tuple[str, float], ...] = ()
+    pinned: bool = False
+
+    @property
+    def current(self) -> Version:
+        return self.versions[0]
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Digest -> share of the requests, for every version that answers any."""
+        return dict(self.split) or {self.current.digest: 1.0}
+
+    @property
+    def answering(self) -> list[Version]:
+        """The versions that answer any request."""
+        return [self.version(digest) for digest in self.shares]
+
+    @property
+    def etag(self) -> str:
+        """Says in one word what the name means: equal exactly when the same requests get the same versions."""
+        if not self.split:
+            return self.current.digest
+        return f"split:{hashlib.sha256(json.dumps(self.split).encode()).hexdigest()}"
+
+    @property
+    def previous(self) -> Version | None:
+        """The version that was current before this one."""
+        return next((version for version in self.versions[1:] if not version.staged), None)
+
+    def choose(self, user: str | None = None) -> Version:
+        """The version for one request. The same user always gets the same one while the shares stay as they are, and
+        keeps it when a share grows at its neighbour's expense."""
+        if not self.split:
+            return self.current
+        if user is None:
+            point = random.random()
+        else:
+            word = hashlib.blake2b(f"{self.current.name}\0{user}".encode(), digest_size=7).digest()
+            point = int.from_bytes(word, "big") / 2**56
+        ends = itertools.accumulate(share for _, share in self.split)
+        chosen = next((i for i, end in enumerate(ends) if point < end), -1)  # rounding may leave the sum below 1
+        return self.version(self.split[chosen][0])
+
+    def version(self, digest: str) -> Version:
+        """The version of this whole digest. Raises UnknownAdapter."""
+        return self.find(digest.removeprefix("sha256:"))
+
+    def find(self, prefix: str) -> Version:
+        """The version whose digest begins with these hex digits. Raises UnknownAdapter, AmbiguousDigest."""
+        if len(prefix) < SHORTEST_PREFIX:
+            raise UnknownAdapter(f"a version is named by at least {SHORTEST_PREFIX} digits of its digest")
+        matching = [version for version in self.versions if version.digest.startswith(f"sha256:{prefix.lower()}")]
+        name = self.current.name
+        if not matching:
+            raise UnknownAdapter(f"'{shorten(name)}' has no version {shorten(prefix)}")
+        if len(matching) > 1:
+            raise AmbiguousDigest(f"'{name}' has {len(matching)} versions that begin with {prefix}")
+        return matching[0]
+
+    def retained(self, count: int, keep: str) -> tuple[Version, ...]:
+        """The versions that stay when `count` may: those that answer, the one with digest `keep`, then the newest."""
+        needed = {*self.shares, self.current.digest, keep}
+        room = count - len(needed)
+        kept = []
+        for version in self.versions:
+            if version.digest not in needed:
+                room -= 1
+            if version.digest in needed or room >= 0:
+                kept.append(version)
+        return tuple(kept)
+
+    def divided(self, shares: Mapping[str, float]) -> "Pointer":
+        """This name with its requests split. `shares`: digest, or enough of its digits -> share; zeros are left out.
+
+        Raises:
+            AdapterError: shares that are none, name one version twice, or do not add up to 1.
+            UnknownAdapter: a digest that is no version of the name. AmbiguousDigest: several have it.
+        """
+        if not 1 <= len(shares) <= MAX_SHARES:
+            raise AdapterError(f"a split has 1 to {MAX_SHARES} shares, not {len(shares)}", "split")
+        if not all(0 <= share <= 1 for share in shares.values()) or abs(sum(shares.values()) - 1) > _ROUNDING:
+            raise AdapterError("shares are from 0 to 1 and add up to 1", "split")
+        found: dict[str, float] = {}
+        for prefix, share in shares.items():
+            digest = self.find(prefix.removeprefix("sha256:")).digest
+            if digest in found:
+                raise AdapterError(f"a split names the version {digest} twice", "split")
+            found[digest] = share
+        split = tuple((digest, share) for digest, share in found.items() if share)
+        if len(split) == 1:
+            return self.promoted(split[0][0])
+        return replace(self, split=split)
+
+    def promoted(self, digest: str) -> "Pointer":
+        """This name with the version of this whole digest current, answering everything."""
+        chosen = self.version(digest)
+        others = (version for version in self.versions if version.digest != chosen.digest)
+        return replace(self, versions=(replace(chosen, staged=False), *others), split=())
+
+
+def split_reference(asked: str) -> tuple[str, str | None]:
+    """`NAME`, or `NAME@DIGEST` with enough of the digest's digits, with or without "sha256:" -> name, these digits."""
+    name, at, digits = asked.partition("@")
+    return name, digits.removeprefix("sha256:") if at else None
+
+
+def check_name(name: str, *, fine_tuned: bool = False) -> None:
+    """Raises AdapterError unless an adapter may have this name; with `fine_tuned` that is `ft:<base>:<suffix>:...`."""
+    if fine_tuned:
+        if not FINE_TUNED_NAME.fullmatch(name):
+            raise AdapterError(f"'{shorten(name)}' is not the name of a fine-tuned adapter", "name", "invalid_name")
+    elif name.startswith("ft:"):
+        raise AdapterError("names that begin with 'ft:' belong to fine-tunes", "name", "invalid_name")
+    elif not NAME.fullmatch(name):
+        raise AdapterError(
+            f"'{shorten(name)}' is not a valid name: 1 to 128 of A-Z a-z 0-9 . _ -, the first a letter or digit",
+            "name",
+            "invalid_name",
+        )

@@ -1,0 +1,1 @@
+"""Helper processes of the API process: supervision, and the programs they run."""

@@ -1,0 +1,1 @@
+"""Programs that helper processes run."""

@@ -1,0 +1,42 @@
+"""`python -m server.children.programs.gguf FILE DIRECTORY`: a GGUF file becomes a Hugging Face directory.
+
+Run as a program of its own, because it needs torch and several times the file's size in memory, and the process
+that asks for it (see `server.model_source`) wants to keep neither.
+"""
+
+import sys
+from pathlib import Path
+
+
+def convert(source: Path, destination: Path) -> None:
+    """Write `source` as bf16 safetensors with config, tokenizer and chat template into `destination`.
+
+    Quantised blocks are unpacked: the server quantises in its own way, which adapters and training rely on.
+
+    Raises:
+        ValueError, KeyError, OSError: the file is damaged, or of an architecture that transformers cannot read.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+    packed = AutoModelForCausalLM.from_pretrained(
+        source.parent,
+        gguf_file=source.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    # transformers refuses to save a model that it read from GGUF, so the weights move into one that it did not.
+    config = packed.config
+    vars(config).pop("quantization_config", None)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict(packed.state_dict(), assign=True)
+    model.tie_weights()
+    model.generation_config = packed.generation_config
+    model.save_pretrained(destination)
+    tokenizer.save_pretrained(destination)
+
+
+if __name__ == "__main__":
+    convert(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,186 @@
+"""What a client asks of a fine-tune, and the numbers that it comes down to: every "auto" is decided here, once.
+
+Pure functions of the request, the base and the data set's size. Knows no files, jobs or device.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import msgspec
+
+from adapters.peft_format.config import AdapterError, parse_config
+from adapters.peft_format.directory import AdapterSpec, LinearShape, LoraModule
+from server.messages.protocol import Ready
+from server.messages.training import Init, MemoryMode, ModuleShape, Optimizer, Schedule, TrainingPlan
+
+Auto = Literal["auto"]
+
+DEFAULT_EPOCHS = 3
+LARGEST_AUTO_BATCH = 8
+DEFAULT_MAX_SEQ_LEN = 2048
+MICRO_BATCH_TOKENS = {"cpu": 128, "cuda": 4096}
+
+
+class Hyperparameters(msgspec.Struct, frozen=True, kw_only=True):
+    """OpenAI's three."""
+
+    n_epochs: int | Auto = "auto"
+    batch_size: int | Auto = "auto"
+    learning_rate_multiplier: float | Auto = "auto"
+
+
+class LoraOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The adapter's shape. The fields that PEFT's `LoraConfig` has mean what they mean there."""
+
+    r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    use_rslora: bool = False
+    init: Init = "kaiming"
+    scale_vector: bool = False
+
+
+class TrainingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How it is trained. None: decided from the base, the device and the data."""
+
+    learning_rate: float | None = None
+    lr_scheduler: Schedule = "linear"
+    warmup_ratio: float = 0.03  # of all steps
+    warmup_steps: int | None = None  # instead of the ratio
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    optimizer: Optimizer | None = None
+    max_seq_len: int | None = None
+    micro_batch_tokens: int | None = None
+    packing: bool = True
+    completions_only: bool = True
+    checkpoint_every: int | None = None  # steps; None: each epoch's end
+    eval_every: int | None = None  # steps; None: with each checkpoint
+    early_stopping: int | None = None  # evaluations without a better validation loss; None: never
+
+
+def adapter_config(lora: LoraOptions, base: str) -> dict[str, Any]:
+    """The `adapter_config.json` of what the job makes, in PEFT's words."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": lora.r,
+        "lora_alpha": lora.lora_alpha,
+        "lora_dropout": lora.lora_dropout,
+        "target_modules": lora.target_modules,
+        "bias": lora.bias,
+        "modules_to_save": lora.modules_to_save,
+        "layers_to_transform": lora.layers_to_transform,
+        "rank_pattern": lora.rank_pattern or {},
+        "alpha_pattern": lora.alpha_pattern or {},
+        "use_rslora": lora.use_rslora,
+    }
+
+
+def modules(config: Mapping[str, Any], linears: Mapping[str, LinearShape]) -> dict[str, ModuleShape]:
+    """The linears that a config adapts, and how.
+
+    Raises:
+        AdapterError: naming the field that is wrong, or that cannot be trained here.
+    """
+    for field, trained in (("bias", "none"), ("modules_to_save", None)):
+        if config[field] != trained:
+            raise AdapterError(f"{field} = {json.dumps(config[field])} is not trained here, only A and B are", field)
+    parsed = parse_config(json.dumps(config).encode())
+    parsed.check_plain()
+    resolved = parsed.resolve(linears)
+    return {name: ModuleShape(rank, scaling) for name, (rank, scaling) in resolved.items()}
+
+
+def parameters(shapes: Mapping[str, ModuleShape], linears: Mapping[str, LinearShape]) -> int:
+    """How many numbers A and B hold: rank x (in + out) for each linear."""
+    return sum(shape.rank * (linears[name].in_features + linears[name].out_features) for name, shape in shapes.items())
+
+
+def max_seq_len(training: TrainingOptions, base: Ready) -> int:
+    """The length at which examples are cut."""
+    return min(training.max_seq_len or DEFAULT_MAX_SEQ_LEN, base.max_model_len)
+
+
+def micro_batch_tokens(training: TrainingOptions, base: Ready) -> int:
+    """Tokens of a pass, if the job may choose."""
+    return training.micro_batch_tokens or MICRO_BATCH_TOKENS[base.device.partition(":")[0]]
+
+
+def optimizer(training: TrainingOptions, base: Ready) -> Optimizer:
+    """The optimiser, if the job may choose: on a CPU there is nothing to page."""
+    return training.optimizer or ("adamw" if base.device == "cpu" else "paged_adamw_32bit")
+
+
+def learning_rate(base: Ready) -> float:
+    """A peak rate for LoRA by the base's width: 5e-4 at 2000, less for wider models.
+
+    The exponent is the fit of Schulman et al., "LoRA Without Regret" (2025), for Llama models.
+    """
+    [(width, _)] = Counter(linear.in_features for linear in base.linears.values()).most_common(1)
+    return float(f"{5e-4 * (2000 / width) ** 0.78:.1e}")
+
+
+def hyperparameters(asked: Hyperparameters, examples: int) -> Hyperparameters:
+    """The three with every "auto" decided."""
+    return Hyperparameters(
+        n_epochs=DEFAULT_EPOCHS if asked.n_epochs == "auto" else asked.n_epochs,
+        batch_size=max(1, min(LARGEST_AUTO_BATCH, examples // 10)) if asked.batch_size == "auto" else asked.batch_size,
+        learning_rate_multiplier=1.0 if asked.learning_rate_multiplier == "auto" else asked.learning_rate_multiplier,
+    )
+
+
+def plan(
+    asked: Hyperparameters,
+    lora: LoraOptions,
+    training: TrainingOptions,
+    *,
+    seed: int,
+    sequences: int,
+    base: Ready,
+    memory: MemoryMode = "recompute",
+) -> TrainingPlan:
+    """Everything that decides the job's arithmetic, for a training set of so many sequences."""
+    decided = hyperparameters(asked, sequences)
+    n_epochs, batch_size = int(decided.n_epochs), int(decided.batch_size)
+    multiplier = float(decided.learning_rate_multiplier)
+    steps = n_epochs * math.ceil(sequences / batch_size)
+    warmup = math.ceil(training.warmup_ratio * steps) if training.warmup_steps is None else training.warmup_steps
+    return TrainingPlan(
+        seed=seed,
+        n_epochs=n_epochs,
+        batch_size=batch_size,
+        micro_batch_tokens=micro_batch_tokens(training, base),
+        packing=training.packing,
+        learning_rate=multiplier * (training.learning_rate or learning_rate(base)),
+        lr_scheduler=training.lr_scheduler,
+        warmup_steps=min(warmup, steps),
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        optimizer=optimizer(training, base),
+        lora_dropout=lora.lora_dropout,
+        init=lora.init,
+        scale_vector=lora.scale_vector,
+        memory=memory,
+        checkpoint_every=training.checkpoint_every or 0,
+        eval_every=training.eval_every or 0,
+        early_stopping=training.early_stopping or 0,
+    )
+
+
+def saved(shapes: Mapping[str, ModuleShape]) -> AdapterSpec:
+    """What an adapter of these shapes will be once it is saved, as far as memory is concerned."""
+    modules = {name: LoraModule(shape.rank, shape.scaling, "", "") for name, shape in shapes.items()}
+    rank = max(shape.rank for shape in shapes.values())
+    return AdapterSpec(digest="", config={}, modules=modules, dtype="float32", rank=rank, parameters=0, bytes=0)

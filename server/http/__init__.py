@@ -1,0 +1,1 @@
+"""HTTP: the application, middleware, limits, bodies, answers, and the routes."""

@@ -1,0 +1,335 @@
+"""The HTTP application, and the server around it.
+
+`build_app` is pure: collaborators come in, nothing is opened. `serve` makes the collaborators from the settings, runs
+until it is told to stop, and lets requests in flight finish. Torch stays in the engine's process.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import shlex
+import socket
+import sqlite3
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+from filelock import FileLock, Timeout
+from starlette.applications import Starlette
+
+from adapters.peft_format.outline import Outline
+from adapters.storage.names import LocalNames
+from adapters.storage.store import AdapterStore
+from adapters.storage.versions import RemoteUnavailable
+from server import logs
+from server.admission import Admission, Drain
+from server.children.checker import Checker
+from server.client.engine import LocalEngine
+from server.errors import EXCEPTION_HANDLERS, LorakeetError
+from server.finetune.service import FineTuning
+from server.http.limits import LimitedHttpProtocol
+from server.http.middleware import middleware
+from server.http.routes import (
+    adapters,
+    chat,
+    checks,
+    completions,
+    evaluations,
+    files,
+    fine_tuning,
+    health,
+    merging,
+    models,
+    pins,
+    tokenize,
+    versions,
+    vllm,
+)
+from server.messages.protocol import EngineConfig
+from server.metrics import Metrics
+from server.model_source import ModelError, resolve
+from server.registry.intake import AdapterIntake
+from server.services import TENANT, Services
+from server.settings import SettingError, Settings
+from server.text.processor import TextProcessor, TokenizerError
+from server.text.sandbox import TemplateLimits, TemplateRenderer
+
+_LAST_WORDS_SECONDS = 5  # for answers that are on their way out when everything else has stopped
+_KEEP_ALIVE_SECONDS = 75
+_SWITCH_SECONDS = 5e-4  # how long a thread that checks an upload may keep the interpreter from those who stream
+
+log = logging.getLogger(__name__)
+
+
+def build_app(services: Services) -> Starlette:
+    """The application. Its lifespan starts the engine and, at the end, stops it."""
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        await services.engine.start()
+        await services.tuning.start()
+        collecting = asyncio.create_task(services.intake.collect_orphans())
+        try:
+            yield
+        finally:
+            collecting.cancel()
+            await services.tuning.stop()
+            await services.engine.stop(grace=0.0)
+            await services.intake.close()
+
+    settings = services.settings
+    # An adapter's name may have slashes: what follows the name goes before it.
+    resources = [
+        completions,
+        chat,
+        tokenize,
+        versions,
+        checks,
+        pins,
+        merging,
+        adapters,
+        models,
+        files,
+        fine_tuning,
+        evaluations,
+        health,
+    ]
+    if settings.lora_dir is not None:
+        resources.append(vllm)
+    app = Starlette(
+        routes=[route for resource in resources for route in resource.routes],
+        middleware=middleware(services.drain, settings.api_key, settings.allowed_origins),
+        exception_handlers=EXCEPTION_HANDLERS,
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False
+    app.state.services = services
+    return app
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or Ctrl-C, then drain.
+
+    Raises `ModelError` and `SettingError`, in one line for the operator, when the server cannot start as it is told.
+    """
+    logs.configure(settings.log_level, as_json=settings.log_json)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are the engine's
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    directory = resolve(settings.model, settings.cache_dir, log.info)
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(settings.data_dir / "server.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise SettingError(f"--data-dir: another server is using {settings.data_dir}") from None
+    with lock:
+        services, engine = _make_services(settings, directory)
+        server = _Server(services, engine)
+        server.run()
+        services.text.close()
+        services.store.close()
+    if server.failure is not None:
+        raise server.failure
+
+
+def _make_services(settings: Settings, model: Path) -> tuple[Services, LocalEngine]:
+    try:
+        text = TextProcessor.load(model, _template_renderer(settings))
+    except TokenizerError as error:
+        raise ModelError(str(error)) from None
+    metrics = Metrics(settings.metrics_adapters, settings.max_batch_requests)
+    engine = LocalEngine(_engine_config(settings, model), metrics.engine_stats)
+    store = open_store(settings)
+    checker = Checker(settings.background_priority)
+    intake = AdapterIntake(settings, engine, store, metrics, Outline.read(model), text, checker)
+    services = Services(
+        settings=settings,
+        engine=engine,
+        text=text,
+        store=store,
+        metrics=metrics,
+        admission=Admission(settings.max_queued_requests, settings.max_queued_tokens),
+        drain=Drain(),
+        intake=intake,
+        tuning=FineTuning.open(
+            settings.data_dir,
+            engine=engine,
+            store=store,
+            intake=intake,
+            text=text,
+            metrics=metrics,
+            max_running=settings.max_training_jobs,
+        ),
+    )
+    return services, engine
+
+
+def open_store(settings: Settings) -> AdapterStore:
+    """Names and files of adapters, where the settings say. Raises SettingError."""
+    database = sqlite3.connect(settings.data_dir / "adapters.db", isolation_level=None, check_same_thread=False)
+    local = LocalNames(database)
+    if settings.adapter_store is None:
+        return AdapterStore(settings.data_dir / "adapters", local, retain=settings.keep_versions)
+    from adapters.storage.remote import RemoteStore  # whoever keeps adapters on this disk does not need its library
+
+    if left := sum(1 for _ in local.load(Path)):
+        log.warning("%d adapters under %s are not served: they are not in --adapter-store", left, settings.data_dir)
+    try:
+        remote = RemoteStore(settings.adapter_store)
+        return AdapterStore(
+            settings.data_dir / "adapter-cache",
+            remote,
+            remote=remote,
+            disk_bytes=settings.adapter_disk_bytes,
+            retain=settings.keep_versions,
+        )
+    except (ValueError, RemoteUnavailable) as fault:
+        raise SettingError(f"--adapter-store: {fault}") from None
+
+
+def _template_renderer(settings: Settings) -> TemplateRenderer | None:
+    if not settings.allow_adapter_chat_templates:
+        return None
+    return TemplateRenderer(
+        TemplateLimits(
+            settings.adapter_template_seconds, settings.adapter_template_cpu_seconds, settings.adapter_template_bytes
+        )
+    )
+
+
+def _engine_config(settings: Settings, model: Path) -> EngineConfig:
+    return EngineConfig(
+        address="",
+        model=str(model),
+        cache_dir=str(settings.cache_dir),
+        quantization=settings.quantization,
+        dtype=settings.dtype,
+        device=settings.device,
+        activations=settings.activations,
+        sketch_head=settings.sketch_head,
+        max_model_len=settings.max_model_len,
+        kv_cache_bytes=settings.kv_cache_bytes,
+        adapter_bytes=settings.adapter_bytes,
+        adapter_host_bytes=settings.adapter_host_bytes,
+        merged_bytes=settings.merged_bytes,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_batch_requests=settings.max_batch_requests,
+        prefix_caching=settings.prefix_caching,
+        deterministic=settings.deterministic,
+        threads=settings.threads,
+        finetune_max_stall_ms=settings.finetune_max_stall_ms,
+        finetune_share=settings.finetune_share,
+        merge_share=settings.merge_share,
+        background_priority=settings.background_priority,
+    )
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, told how this server comes up and goes down."""
+
+    def __init__(self, services: Services, engine: LocalEngine) -> None:
+        settings = services.settings
+        super().__init__(
+            uvicorn.Config(
+                build_app(services),
+                host=settings.host,
+                port=settings.port,
+                http=LimitedHttpProtocol,
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=_LAST_WORDS_SECONDS,
+            )
+        )
+        self.failure: ModelError | SettingError | None = None
+        self._services = services
+        self._engine = engine
+        self._told_to_stop = False
+        self._coming_up: asyncio.Task[None] | None = None
+        self._going_down: asyncio.Task[None] | None = None
+
+    # --- up ---------------------------------------------------------------------------------------
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen at once, so that probes can ask; become ready when the engine is."""
+        await super().startup(sockets)
+        self._coming_up = asyncio.create_task(self._come_up())
+
+    async def _come_up(self) -> None:
+        imported = asyncio.ensure_future(self._services.intake.import_configured(TENANT))
+        given_up = asyncio.ensure_future(self._engine.failed_for_good.wait())
+        try:
+            await asyncio.wait({imported, given_up}, return_when=asyncio.FIRST_COMPLETED)
+            if imported.done():
+                imported.result()
+                print(self._greeting(), flush=True)
+            else:
+                raise ModelError(f"the engine cannot start: {self._engine.unready_reason}")
+        except (ModelError, SettingError) as failure:
+            self.failure = failure
+            self.should_exit = True
+        except LorakeetError as error:  # the disk is full, say
+            self.failure = SettingError(f"--adapter: {error}")
+            self.should_exit = True
+        finally:
+            imported.cancel()
+            given_up.cancel()
+
+    def _greeting(self) -> str:
+        settings = self._services.settings
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
+        key = ' -H "Authorization: Bearer $LORAKEET_API_KEY"' if settings.api_key else ""
+        json_type = f"{key} -H 'Content-Type: application/json'"
+        base = settings.base_name
+        question = {"model": base, "messages": [{"role": "user", "content": "What is a lorikeet?"}]}
+        prompt = {"model": "NAME", "prompt": "Once upon a time", "max_tokens": 32}
+        return "\n".join(
+            [
+                f"Serving {base} on {url}. Try:",
+                "",
+                f"  curl {url}/v1/chat/completions{json_type} -d {shlex.quote(json.dumps(question))}",
+                f"  curl {url}/v1/adapters{key} -F name=NAME"
+                " -F config=@DIR/adapter_config.json -F weights=@DIR/adapter_model.safetensors",
+                f"  curl {url}/v1/completions{json_type} -d {shlex.quote(json.dumps(prompt))}",
+                "",
+            ]
+        )
+
+    # --- down ---------------------------------------------------------------------------------------
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Told twice, uvicorn would not even say goodbye to the application, which then ends in a traceback."""
+        await super().shutdown(sockets)
+        if self.force_exit:
+            await self.lifespan.shutdown()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain on the first signal, leave on the second. Not uvicorn's way: it would end by the signal, not with 0."""
+        if self._told_to_stop:
+            self.should_exit = self.force_exit = True
+        self._told_to_stop = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second."""
+        if self._told_to_stop and self._going_down is None:
+            self._going_down = asyncio.create_task(self._drain())
+        return await super().on_tick(counter)
+
+    async def _drain(self) -> None:
+        services, seconds = self._services, self._services.settings.drain_seconds
+        log.info("stopping: %d requests may go on for %g s", services.drain.open_requests, seconds)
+        services.drain.begin()
+        try:
+            async with asyncio.timeout(seconds):
+                await services.drain.idle()
+        except TimeoutError:
+            log.warning("%d requests are cut off", services.drain.open_requests)
+        await services.engine.stop(grace=0.0)  # whoever still waits for it gets an error
+        self.should_exit = True

@@ -1,0 +1,186 @@
+"""What wraps every request: its id, the access log, draining, slow bodies, API keys, CORS. Pure ASGI throughout.
+
+It knows paths only as open or guarded, and nothing of what handlers do.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import re
+import time
+import traceback
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.admission import Drain
+from server.errors import (
+    Draining,
+    InternalError,
+    InvalidApiKey,
+    LorakeetError,
+    RequestTimeout,
+    as_error,
+    error_response,
+)
+from server.logs import FIELDS
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"})  # no key needed, served while draining
+BODY_IDLE_SECONDS = 60.0
+
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+_CLIENT_CLOSED_REQUEST = 499  # nginx's code; only ever logged
+
+access_log = logging.getLogger("server.access")
+log = logging.getLogger(__name__)
+
+
+class RequestGate:
+    """Gives the request an id, counts it, logs it, refuses it while draining, words unexpected failures."""
+
+    def __init__(self, app: ASGIApp, drain: Drain) -> None:
+        self._app = app
+        self._drain = drain
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        exchange = _Exchange(scope, receive, send)
+        guarded = scope["path"] not in OPEN_PATHS
+        if guarded:
+            self._drain.enter()
+        try:
+            if guarded and self._drain.draining:
+                raise Draining()
+            await self._app(scope, exchange.receive, exchange.send)
+        except ClientDisconnect:
+            exchange.status = exchange.status or _CLIENT_CLOSED_REQUEST
+        except Exception as exc:
+            error = as_error(exc)
+            if isinstance(error, InternalError):
+                exchange.log_failure(exc)
+            await exchange.fail(error)
+        finally:
+            if guarded:
+                self._drain.leave()
+            exchange.log()
+
+
+class _Exchange:
+    """One request and its response on their way through the gate."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        self._body_complete = False
+        self._started = time.perf_counter()
+        self.status: int | None = None
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        self.request_id = given.decode() if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
+        scope.setdefault("state", {})["request_id"] = self.request_id
+
+    async def receive(self) -> Message:
+        if self._body_complete:  # the next message is the disconnect, which may take as long as it likes
+            return await self._receive()
+        try:
+            async with asyncio.timeout(BODY_IDLE_SECONDS):
+                message = await self._receive()
+        except TimeoutError:
+            raise RequestTimeout() from None
+        self._body_complete = not message.get("more_body", False)
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            MutableHeaders(scope=message)["X-Request-Id"] = self.request_id
+        await self._send(message)
+
+    async def fail(self, error: LorakeetError) -> None:
+        if self.status is None:
+            await error_response(error)(self._scope, self._receive, self.send)
+
+    def log_failure(self, exc: Exception) -> None:
+        """Where it happened. The exception's own text may quote a prompt, so that needs the debug level."""
+        frame = traceback.extract_tb(exc.__traceback__)[-1]
+        place = f"{Path(frame.filename).name}:{frame.lineno}"
+        log.error("%s at %s", type(exc).__name__, place, extra={FIELDS: {"request_id": self.request_id}})
+        log.debug("the failure in full", exc_info=exc)
+
+    def log(self) -> None:
+        path = self._scope.get("raw_path", self._scope["path"].encode())[:256].decode("ascii", "backslashreplace")
+        method = self._scope["method"]
+        seconds = time.perf_counter() - self._started
+        status = self.status or _CLIENT_CLOSED_REQUEST
+        access_log.info(
+            "%s %s %d %.3f s",
+            method,
+            path,
+            status,
+            seconds,
+            extra={
+                FIELDS: {
+                    "request_id": self.request_id,
+                    "method": method,
+                    "path": path,
+                    "status": status,
+                    "seconds": round(seconds, 6),
+                    "client": (self._scope.get("client") or [None])[0],
+                }
+            },
+        )
+
+
+class ApiKeys:
+    """Lets a request through to anything but `OPEN_PATHS` only with a known key. Keys are kept as SHA-256 digests."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        self._app = app
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._known(Headers(scope=scope)):
+            await error_response(InvalidApiKey())(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _known(self, headers: Headers) -> bool:
+        given = headers.getlist("authorization")
+        if len(given) != 1:
+            return False
+        scheme, _, key = given[0].partition(" ")
+        digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
+        # Every comparison is made, so that the time taken tells nothing of which key was near.
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        return scheme.lower() == "bearer" and any(matches)
+
+
+def middleware(drain: Drain, api_keys: Sequence[str], allowed_origins: Sequence[str]) -> list[Middleware]:
+    """Outermost first."""
+    stack = []
+    if allowed_origins:
+        stack.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=list(allowed_origins),
+                allow_methods=["GET", "POST", "DELETE"],
+                allow_headers=["*"],
+                expose_headers=["ETag", "X-Request-Id", "X-Adapter-Digest", "Retry-After"],
+            )
+        )
+    stack.append(Middleware(RequestGate, drain=drain))
+    if api_keys:
+        stack.append(Middleware(ApiKeys, keys=api_keys))
+    return stack

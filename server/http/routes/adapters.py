@@ -1,0 +1,192 @@
+"""`/v1/adapters`: upload, mix, list, look at, download and delete adapters. What a name means is `versions`' matter."""
+
+import asyncio
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import Receive, Scope, Send
+
+from adapters.peft_format.config import MAX_CONFIG_BYTES
+from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME
+from adapters.peft_format.text import MAX_TEMPLATE_BYTES, MAX_TOKENIZER_BYTES, TEMPLATE_NAME, TOKENIZER_NAME
+from adapters.storage.details import details_of
+from adapters.storage.files import Staging
+from adapters.storage.store import AdapterStore
+from adapters.storage.versions import AmbiguousDigest, UnknownAdapter, Version, split_reference
+from server.errors import Conflict, InvalidRequest, NotFound, TooManyRequests, shown
+from server.http.multipart import Part, read_parts
+from server.http.paging import window
+from server.http.routes.merging import resident
+from server.http.routes.mixing import mix
+from server.registry.intake import disk_faults
+from server.services import TENANT, Services, services_of
+
+_MAX_NAME_BYTES = 1024  # far more than a name may have, so that an over-long one is answered as such
+_MAX_WORD_BYTES = 64
+_SLOT_SECONDS = 30.0
+
+
+async def upload(request: Request) -> Response:
+    """Receive an adapter, or make one of others. 201 when the name changed, 200 when it had this content already."""
+    services = services_of(request)
+    _ = services.intake.base  # without a base nothing can be checked, so do not receive it either
+    await take_slot(services)
+    try:
+        if "json" in request.headers.get("content-type", ""):
+            version, changed = await mix(request)
+        else:
+            async with services.intake.stage() as staging:
+                with disk_faults():
+                    name, promote = await _receive(request, services, staging)
+                version, changed = await services.intake.admit(TENANT, name, staging, promote=promote)
+    finally:
+        services.intake.upload_slots.release()
+    body = receipt(services.store, version)
+    return JSONResponse(body, status_code=201 if changed else 200, headers=_digest_header(version))
+
+
+async def list_adapters(request: Request) -> Response:
+    """Every adapter's receipt, by name; all of them, unless `limit` and `after` ask for a page."""
+    store = services_of(request).store
+    versions = store.list(TENANT)
+    part, more = window(request, [version.name for version in versions])
+    data = [receipt(store, version) for version in versions[part]]
+    return JSONResponse({"object": "list", "data": data, "has_more": more})
+
+
+async def get_adapter(request: Request) -> Response:
+    """One adapter's receipt, what its directory tells beyond that, and the versions of its name."""
+    services, version = services_of(request), await _find(request)
+    try:
+        pointer = services.store.pointer(TENANT, version.name)
+        with services.store.lease(version):
+            await services.intake.bring(version)
+            base = services.engine.info
+            details = await run_in_threadpool(details_of, version.path, base.linears if base else None)
+    except UnknownAdapter:  # deleted this very moment
+        raise unknown_adapter(version.name) from None
+    merged = services.engine.merges.get(version.digest)
+    more = {
+        "versions": [other.digest for other in pointer.versions],
+        "split": dict(pointer.split) or None,
+        "merged": None if merged is None else resident(merged),
+    }
+    headers = {**_digest_header(version), "ETag": f'"{pointer.etag}"'}
+    return JSONResponse(receipt(services.store, version) | details | more, headers=headers)
+
+
+async def delete_adapter(request: Request) -> Response:
+    """Take the name away; requests that run finish with the version they began with."""
+    name = request.path_params["name"]
+    try:
+        version = await services_of(request).intake.delete(TENANT, name)
+    except UnknownAdapter:
+        raise unknown_adapter(name) from None
+    return JSONResponse({"object": "adapter", "name": version.name, "digest": version.digest, "deleted": True})
+
+
+async def get_config(request: Request) -> Response:
+    """The adapter_config.json as it was uploaded."""
+    return _StoredFile(services_of(request), await _find(request), CONFIG_NAME, "application/json")
+
+
+async def get_weights(request: Request) -> Response:
+    """The adapter_model.safetensors as it was uploaded."""
+    return _StoredFile(services_of(request), await _find(request), WEIGHTS_NAME, "application/octet-stream")
+
+
+def receipt(store: AdapterStore, version: Version) -> dict[str, Any]:
+    """What an owner wants to check after an upload: that it is the adapter, and all of it. And whether it is pinned."""
+    return {
+        "object": "adapter",
+        "name": version.name,
+        "digest": version.digest,
+        "created_at": int(version.created),
+        "pinned": store.pinned(version.tenant, version.name),
+        **version.receipt,
+    }
+
+
+async def take_slot(services: Services) -> None:
+    """Wait for one of the `upload_slots`, to be released by the caller. Raises TooManyRequests after a while."""
+    try:
+        async with asyncio.timeout(_SLOT_SECONDS):
+            await services.intake.upload_slots.acquire()
+    except TimeoutError:
+        message = f"{services.settings.max_uploads} uploads are being received already."
+        raise TooManyRequests(message, retry_after=int(_SLOT_SECONDS)) from None
+
+
+async def _receive(request: Request, services: Services, staging: Staging) -> tuple[str, bool]:
+    """Write the files to `staging`; returns the name, and whether it shall mean them."""
+    parts = {
+        "name": Part(_MAX_NAME_BYTES),
+        "promote": Part(_MAX_WORD_BYTES, required=False),
+        "config": Part(MAX_CONFIG_BYTES, staging.path / CONFIG_NAME),
+        "weights": Part(services.settings.max_upload_bytes, staging.path / WEIGHTS_NAME),
+        "tokenizer": Part(MAX_TOKENIZER_BYTES, staging.path / TOKENIZER_NAME, required=False),
+        "chat_template": Part(MAX_TEMPLATE_BYTES, staging.path / TEMPLATE_NAME, required=False),
+    }
+    values = await read_parts(request, parts, services.intake.receivers)
+    promote = values.get("promote", b"true")
+    if promote not in (b"true", b"false"):
+        raise InvalidRequest("`promote` is `true` or `false`.", param="promote")
+    try:
+        return values["name"].decode(), promote == b"true"
+    except UnicodeDecodeError:
+        raise InvalidRequest("The name is not UTF-8.", param="name") from None
+
+
+async def _find(request: Request) -> Version:
+    """The version named in the path, `name` or `name@digest-prefix`."""
+    asked = request.path_params["name"]
+    name, prefix = split_reference(asked)
+    try:
+        return await services_of(request).intake.find(TENANT, name, prefix)
+    except UnknownAdapter:
+        raise unknown_adapter(asked) from None
+    except AmbiguousDigest:
+        raise Conflict(f"Several versions of `{name}` start with {prefix}.", param="name") from None
+
+
+def unknown_adapter(name: str) -> NotFound:
+    """404 for a name that nobody has."""
+    return NotFound(f"The adapter `{shown(name)}` does not exist.", param="name", code="adapter_not_found")
+
+
+def _digest_header(version: Version) -> dict[str, str]:
+    return {"X-Adapter-Digest": version.digest}
+
+
+class _StoredFile(Response):
+    """A file of a version, which stays on disk until it has been sent, whatever happens to the name meanwhile."""
+
+    def __init__(self, services: Services, version: Version, filename: str, media_type: str) -> None:
+        self._services = services
+        self._version = version
+        headers = {**_digest_header(version), "ETag": f'"{version.digest}"', "Accept-Ranges": "none"}
+        self._file = FileResponse(version.path / filename, media_type=media_type, filename=filename, headers=headers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Always the whole file: starlette words a faulty Range in an error shape of its own.
+        whole = {**scope, "headers": [(name, value) for name, value in scope["headers"] if name != b"range"]}
+        try:
+            with self._services.store.lease(self._version):
+                await self._services.intake.bring(self._version)
+                await self._file(whole, receive, send)
+        except UnknownAdapter:  # deleted this very moment
+            raise unknown_adapter(self._version.name) from None
+
+
+# A fine-tune's name contains its base's, which may have slashes.
+routes: list[BaseRoute] = [
+    Route("/v1/adapters", upload, methods=["POST"]),
+    Route("/v1/adapters", list_adapters, methods=["GET"]),
+    Route("/v1/adapters/{name:path}/config", get_config, methods=["GET"]),
+    Route("/v1/adapters/{name:path}/weights", get_weights, methods=["GET"]),
+    Route("/v1/adapters/{name:path}", get_adapter, methods=["GET"]),
+    Route("/v1/adapters/{name:path}", delete_adapter, methods=["DELETE"]),
+]

@@ -1,0 +1,217 @@
+"""`POST /v1/chat/completions`: a conversation, through the base's chat template, and the next message."""
+
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+from starlette.requests import Request
+from starlette.routing import BaseRoute, Route
+from starlette.types import Send
+
+from server.errors import InvalidRequest
+from server.http.answer import Answer, send_events, send_json
+from server.http.body import read_body
+from server.openai.assembly import Piece
+from server.openai.body import Body
+from server.openai.generation import Generation, Prompt, check_vocabulary, fit_max_tokens
+from server.openai.logprobs import chat_tokens
+from server.openai.schema import INT32, GenerationBody
+from server.openai.target import open_target
+from server.services import Services, services_of
+from server.text.chat_template import RESERVED
+from server.text.processor import TextProcessor
+
+
+def _content(value: Any) -> Any:
+    """Text, or text parts, which are joined by line breaks as vLLM does."""
+    if not isinstance(value, list):
+        return value
+    texts = []
+    for i, part in enumerate(value):
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(f'part {i} is not of the form {{"type": "text", "text": "..."}}; only text is supported')
+        texts.append(part["text"])
+    if not texts:
+        raise ValueError("must not be an empty list")
+    return "\n".join(texts)
+
+
+def _template_arguments(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError("must be an object")
+    for name, argument in value.items():
+        if name in RESERVED or not name.isidentifier():
+            raise ValueError(f"{name[:100]!r} cannot be given")
+        if not (argument is None or isinstance(argument, str | int | float)):
+            raise ValueError(f"{name[:100]!r} must be a string, a number, true, false or null")
+    return value
+
+
+class Message(Body):
+    """One message. What clients send back from an answer (`refusal: null`, `tool_calls: []`) is accepted."""
+
+    no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "tool_calls": ([],),
+        "annotations": ([],),
+        "reasoning_content": ("",),
+    }
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str, BeforeValidator(_content)]
+    name: str | None = None
+    tool_call_id: str | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """The message as a chat template sees it."""
+        return self.model_dump(exclude_none=True)
+
+
+class Conversation(Body):
+    """What makes a prompt of messages; `/tokenize` takes it too."""
+
+    messages: list[Message] = Field(min_length=1)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = False  # the template writes them
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_template_arguments)] = Field({})
+
+    @model_validator(mode="after")
+    def _check_continuation(self) -> Self:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise InvalidRequest(
+                "`continue_final_message` needs `add_generation_prompt: false`: the prompt ends in the last message.",
+                param="continue_final_message",
+            )
+        return self
+
+    async def encode(self, text: TextProcessor) -> list[int]:
+        """The prompt's token ids. Raises `InvalidRequest` when the template refuses."""
+        prompt = await text.render_chat(
+            [message.for_template() for message in self.messages],
+            add_generation_prompt=self.add_generation_prompt,
+            continue_final_message=self.continue_final_message,
+            arguments=self.chat_template_kwargs,
+        )
+        (ids,) = await text.encode([prompt], add_special_tokens=self.add_special_tokens)
+        return ids
+
+
+class ChatBody(GenerationBody, Conversation):
+    """The request's body."""
+
+    no_ops: ClassVar[dict[str, tuple[Any, ...]]] = GenerationBody.no_ops | {
+        "tool_choice": ("none", "auto"),
+        "parallel_tool_calls": (True, False),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "modalities": (["text"],),
+        "echo": (False,),
+    }
+
+    max_tokens: int | None = Field(None, ge=1, le=INT32)
+    max_completion_tokens: int | None = Field(None, ge=1, le=INT32)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequest("`top_logprobs` needs `logprobs: true`.", param="top_logprobs")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise InvalidRequest(
+                "`max_tokens` and `max_completion_tokens` differ; give one of them.", param="max_completion_tokens"
+            )
+        return self
+
+
+async def create_chat_completion(request: Request) -> Answer:
+    """The next message, whole or as server-sent events."""
+    return Answer(partial(_answer, services_of(request), await read_body(request, ChatBody)))
+
+
+async def _answer(services: Services, body: ChatBody, send: Send) -> None:
+    info = services.engine_info
+    async with open_target(services, body.model, body.adapter_id, adapters=body.adapters, user=body.user) as target:
+        check_vocabulary(target.vocab_size, body)
+        ids = await body.encode(target.text)
+        if not ids:
+            raise InvalidRequest("The chat template makes an empty prompt of these messages.", param="messages")
+        asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        room = fit_max_tokens(info, body, ids, asked=asked, default=None, param="messages")
+        sampling = body.sampling(logprobs=body.top_logprobs if body.logprobs else None)
+        writer = _Writer(target.text, body, Generation(services, body, target, [Prompt(ids, room)], sampling))
+        headers = {"X-Adapter-Digest": target.digest}
+        if body.stream:
+            async with aclosing(writer.chunks()) as chunks:
+                await send_events(send, chunks, headers)
+        else:
+            await send_json(send, await writer.whole(), headers)
+
+
+# --- OpenAI's shapes --------------------------------------------------------------------------------
+
+
+class _Writer:
+    """Writes a generation's pieces down as chat messages."""
+
+    def __init__(self, text: TextProcessor, body: ChatBody, generation: Generation) -> None:
+        self._text = text
+        self._body = body
+        self._generation = generation
+        self._begun: set[int] = set()  # choices whose role is out
+        self._id = f"chatcmpl-{uuid.uuid4().hex}"
+
+    async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
+        """A chunk per piece, each choice's first with its role; with `include_usage` a last one of usage."""
+        usage = {"usage": None} if self._body.include_usage else {}
+        async with aclosing(self._generation.pieces()) as pieces:
+            async for index, piece in pieces:
+                if index not in self._begun:
+                    self._begun.add(index)
+                    delta = {"role": "assistant", "content": piece.text}
+                elif piece:
+                    delta = {"content": piece.text} if piece.text else {}
+                else:
+                    continue
+                choice = {"index": index, "delta": delta} | self._common(piece, chat_tokens(self._text, piece.entries))
+                yield self._envelope("chat.completion.chunk", [choice]) | usage
+        if self._body.include_usage:
+            yield self._envelope("chat.completion.chunk", []) | {"usage": self._generation.usage.as_json()}
+
+    async def whole(self) -> dict[str, Any]:
+        """Everything in one object."""
+        texts: dict[int, str] = {}
+        tokens: dict[int, list[dict[str, Any]]] = {}
+        choices: dict[int, dict[str, Any]] = {}
+        async with aclosing(self._generation.pieces()) as pieces:
+            async for index, piece in pieces:
+                texts[index] = texts.get(index, "") + piece.text
+                tokens.setdefault(index, []).extend(chat_tokens(self._text, piece.entries))
+                if piece.finish_reason is not None:
+                    message = {"role": "assistant", "content": texts[index], "refusal": None}
+                    choices[index] = {"index": index, "message": message} | self._common(piece, tokens[index])
+        ordered = [choices[index] for index in sorted(choices)]
+        return self._envelope("chat.completion", ordered) | {"usage": self._generation.usage.as_json()}
+
+    def _common(self, piece: Piece, tokens: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "logprobs": {"content": tokens, "refusal": None} if self._body.logprobs else None,
+            "finish_reason": piece.finish_reason,
+            "stop_reason": piece.stop_reason,
+        }
+
+    def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._generation.created,
+            "model": self._generation.target.asked,
+            "system_fingerprint": self._generation.target.digest,
+            "choices": choices,
+        }
+
+
+routes: list[BaseRoute] = [Route("/v1/chat/completions", create_chat_completion, methods=["POST"])]

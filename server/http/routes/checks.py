@@ -1,0 +1,155 @@
+"""`/v1/adapters/{name}/warm` and `verify`: what the engine has to say of an adapter."""
+
+import asyncio
+import importlib.util
+import uuid
+from contextlib import ExitStack, aclosing
+
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from adapters.storage.versions import Version
+from server.children.worker import WorkerTooSlow, run_worker
+from server.client.engine import AdapterLoadFailed
+from server.errors import ContextLengthExceeded, InternalError, InvalidRequest
+from server.http.body import read_body
+from server.http.routes.adapters import take_slot
+from server.messages.protocol import AdapterRef, Generate, Sampling
+from server.model_source import resolve
+from server.openai.body import Body
+from server.openai.generation import raise_failure
+from server.openai.target import hold, reference
+from server.services import TENANT, Services, services_of
+
+_PROMPT = "The quick brown fox jumps over the lazy dog. In the beginning there was a question, and the answer was:"
+
+
+_ORACLE_SECONDS = 600.0
+ORACLES = ("nf4", "fp4", "none")  # quantisations that `adapters.offline.oracle` has too
+
+
+class VerifyBody(Body):
+    """What to score with and without the adapter, and whether by PEFT too: it loads a base of its own for that."""
+
+    prompt: str = Field(_PROMPT, min_length=1)
+    peft: bool = False
+
+
+async def warm(request: Request) -> Response:
+    """Bring the adapter onto the device; answers when it is there. Of a split, every version that answers."""
+    services, name = services_of(request), request.path_params["name"]
+    with ExitStack() as held:
+        versions = [await hold(services, name, "name", None, held)]
+        if "@" not in name:
+            others = services.store.pointer(TENANT, name).shares.keys() - {versions[0].digest}
+            versions += [await hold(services, f"{name}@{digest}", "name", None, held) for digest in sorted(others)]
+        try:
+            seconds = [await services.engine.warm(reference(version)) for version in versions]
+        except AdapterLoadFailed:
+            raise InternalError("The adapter could not be loaded.") from None
+    digests = [version.digest for version in versions]
+    return JSONResponse({"object": "adapter.residency", "name": name, "digests": digests, "seconds": sum(seconds)})
+
+
+async def verify(request: Request) -> Response:
+    """Score a prompt with the adapter and without: is it doing anything?"""
+    services, name = services_of(request), request.path_params["name"]
+    body = await read_body(request, VerifyBody) if _has_body(request) else VerifyBody.validate_object({})
+    if body.peft:
+        _check_oracle(services)
+    with ExitStack() as held:
+        version = await hold(services, name, "name", None, held)
+        (ids,) = await services.text.encode([body.prompt], add_special_tokens=True)
+        limit = services.engine_info.max_model_len
+        if not 1 < len(ids) <= limit:
+            raise ContextLengthExceeded(f"`prompt` has {len(ids)} tokens; 2 to {limit} can be scored.", param="prompt")
+        tickets = services.admission.enter([len(ids)] * 2)
+        try:
+            with_adapter = await _score(services, ids, [reference(version)])
+            without = await _score(services, ids, [])
+        finally:
+            for ticket in tickets:
+                ticket.leave(served=False)
+        oracle = await _ask_oracle(services, version, ids) if body.peft else None
+    return JSONResponse(
+        {
+            "object": "adapter.verification",
+            "name": name,
+            "digest": version.digest,
+            "prompt_tokens": len(ids),
+            "changes_anything": with_adapter != without,
+            "mean_logprob": {"adapter": _mean(with_adapter), "base": _mean(without)},
+            "logprob_difference": _difference(with_adapter, without),
+            "difference_from_peft": None if oracle is None else _difference(with_adapter, oracle),
+        },
+        headers={"X-Adapter-Digest": version.digest},
+    )
+
+
+def _has_body(request: Request) -> bool:
+    return "transfer-encoding" in request.headers or request.headers.get("content-length", "0") != "0"
+
+
+async def _score(services: Services, ids: list[int], adapters: list[AdapterRef]) -> list[float]:
+    """Log-probability of each token but the first."""
+    request = Generate(
+        id=uuid.uuid4().hex,
+        prompt=ids,
+        sampling=Sampling(max_tokens=0, prompt_logprobs=0),
+        adapters=adapters,
+        tenant=TENANT,
+    )
+    scores: list[float] = []
+    async with aclosing(services.engine.generate(request)) as outputs:
+        async for output in outputs:
+            raise_failure(output)
+            scores += [entry.logprob for entry in output.prompt_logprobs or [] if entry is not None]
+            if output.finish_reason is not None:
+                break
+    return scores
+
+
+def _check_oracle(services: Services) -> None:
+    if importlib.util.find_spec("peft") is None:
+        raise InvalidRequest("The package peft is not installed on the server.", param="peft")
+    quantization = services.settings.quantization
+    if quantization not in ORACLES:
+        raise InvalidRequest(
+            f"PEFT rounds activations on an {quantization} base: there is no comparison.", param="peft"
+        )
+
+
+async def _ask_oracle(services: Services, version: Version, ids: list[int]) -> list[float]:
+    settings = services.settings
+    order = {
+        "model": str(await asyncio.to_thread(resolve, settings.model, settings.cache_dir)),
+        "quantization": settings.quantization,
+        "adapter": str(version.path),
+        "prompt": ids,
+    }
+    await take_slot(services)
+    try:
+        scores: list[float] = await run_worker("adapters.offline.oracle", order, _ORACLE_SECONDS)
+    except WorkerTooSlow:
+        message = f"PEFT took more than {_ORACLE_SECONDS:g} s."
+        raise InvalidRequest(message, param="peft", code="peft_too_slow") from None
+    finally:
+        services.intake.upload_slots.release()
+    return scores
+
+
+def _difference(ours: list[float], theirs: list[float]) -> dict[str, float]:
+    differences = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+    return {"mean": _mean(differences), "max": max(differences)}
+
+
+def _mean(numbers: list[float]) -> float:
+    return sum(numbers) / len(numbers)
+
+
+routes: list[BaseRoute] = [
+    Route("/v1/adapters/{name:path}/warm", warm, methods=["POST"]),
+    Route("/v1/adapters/{name:path}/verify", verify, methods=["POST"]),
+]

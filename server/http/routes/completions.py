@@ -1,0 +1,214 @@
+"""`POST /v1/completions`: a prompt, as text or token ids, and what follows it."""
+
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field, PlainValidator
+from starlette.requests import Request
+from starlette.routing import BaseRoute, Route
+from starlette.types import Send
+
+from server.errors import InvalidRequest
+from server.http.answer import Answer, send_events, send_json
+from server.http.body import read_body
+from server.messages.protocol import Ready
+from server.openai.assembly import Piece
+from server.openai.generation import Generation, Prompt, check_vocabulary, fit_max_tokens
+from server.openai.logprobs import Columns, columns, extend, prompt_columns
+from server.openai.schema import INT32, GenerationBody
+from server.openai.target import Target, open_target
+from server.services import Services, services_of
+from server.text.detokenizer import Detokenizer
+from server.text.processor import TextProcessor
+
+DEFAULT_MAX_TOKENS = 16
+
+
+def _prompts(value: Any) -> list[str | list[int]]:
+    """Text, texts, ids or lists of ids, as a list of texts or lists of ids."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(isinstance(item, str) for item in value):
+            return value
+        if _are_ids(value):
+            return [value]
+        if all(isinstance(item, list) and item and _are_ids(item) for item in value):
+            return value
+    raise ValueError("must be a string, a list of strings, a list of token ids, or a list of such lists, and not empty")
+
+
+def _are_ids(value: list[Any]) -> bool:
+    return all(type(item) is int and 0 <= item <= INT32 for item in value)  # a bool is an int too
+
+
+class CompletionBody(GenerationBody):
+    """The request's body."""
+
+    no_ops: ClassVar[dict[str, tuple[Any, ...]]] = GenerationBody.no_ops | {"suffix": ("",)}
+
+    prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]
+    max_tokens: int | None = Field(None, ge=0, le=INT32)
+    logprobs: int | None = Field(None, ge=0, le=20)
+    echo: bool = False
+    add_special_tokens: bool = True
+
+
+async def create_completion(request: Request) -> Answer:
+    """The completion, whole or as server-sent events."""
+    body = await read_body(request, CompletionBody)
+    if body.max_tokens == 0 and not body.echo:
+        raise InvalidRequest("`max_tokens` may be 0 only with `echo`.", param="max_tokens")
+    return Answer(partial(_answer, services_of(request), body))
+
+
+async def _answer(services: Services, body: CompletionBody, send: Send) -> None:
+    services.admission.check_size(len(body.prompt) * body.n)
+    async with open_target(services, body.model, body.adapter_id, adapters=body.adapters, user=body.user) as target:
+        check_vocabulary(target.vocab_size, body)
+        prompts = await _prompts_of(services.engine_info, target, body)
+        echoes: list[_Echo] = []
+        if body.echo:
+            work = partial(_echoes, target.text, body, prompts)
+            echoes = await target.text.in_thread(sum(len(prompt.ids) for prompt in prompts), work)
+        sampling = body.sampling(logprobs=body.logprobs, prompt_logprobs=body.logprobs if body.echo else None)
+        writer = _Writer(target.text, body, Generation(services, body, target, prompts, sampling), echoes)
+        headers = {"X-Adapter-Digest": target.digest}
+        if body.stream:
+            async with aclosing(writer.chunks()) as chunks:
+                await send_events(send, chunks, headers)
+        else:
+            await send_json(send, await writer.whole(), headers)
+
+
+async def _prompts_of(info: Ready, target: Target, body: CompletionBody) -> list[Prompt]:
+    texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]  # all of them or none
+    encoded = await target.text.encode(texts, add_special_tokens=body.add_special_tokens)
+    prompts = []
+    for given, ids in zip(body.prompt, encoded or body.prompt, strict=True):
+        assert not isinstance(ids, str)
+        if not ids:
+            raise InvalidRequest("`prompt` is empty: there is nothing to continue.", param="prompt")
+        if max(ids) >= target.vocab_size:
+            message = f"`prompt`: token id {max(ids)} is outside the vocabulary of {target.vocab_size}."
+            raise InvalidRequest(message, param="prompt")
+        room = fit_max_tokens(info, body, ids, asked=body.max_tokens, default=DEFAULT_MAX_TOKENS, param="prompt")
+        prompts.append(Prompt(ids, room, given if isinstance(given, str) else None))
+    return prompts
+
+
+# --- echo -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Echo:
+    """A prompt as it is repeated before its completion."""
+
+    text: str
+    offsets: list[int]  # where each token starts; empty unless logprobs are asked for
+
+
+def _echoes(text: TextProcessor, body: CompletionBody, prompts: Sequence[Prompt]) -> list[_Echo]:
+    return [_echo(text, body, prompt) for prompt in prompts]
+
+
+def _echo(text: TextProcessor, body: CompletionBody, prompt: Prompt) -> _Echo:
+    if prompt.text is not None:
+        wanted = body.logprobs is not None
+        offsets = text.offsets(prompt.text, add_special_tokens=body.add_special_tokens) if wanted else []
+        return _Echo(prompt.text, offsets)
+    skip = body.skip_special_tokens
+    decode = partial(text.decode, skip_special_tokens=skip)
+    detokenizer = Detokenizer(decode, silent=text.special_ids if skip else ())
+    echoed, offsets = "", []
+    for token in prompt.ids:
+        offsets.append(len(echoed))
+        echoed += detokenizer.add(token)
+    return _Echo(echoed + detokenizer.flush(), offsets)
+
+
+# --- OpenAI's shapes --------------------------------------------------------------------------------
+
+
+class _Writer:
+    """Writes a generation's pieces down as a completion."""
+
+    def __init__(self, text: TextProcessor, body: CompletionBody, generation: Generation, echoes: list[_Echo]) -> None:
+        self._text = text
+        self._body = body
+        self._generation = generation
+        self._echoes = echoes
+        self._prompt_columns: dict[int, Columns] = {}  # of each prompt, once its first sample has them
+        self._begun: set[int] = set()  # choices whose echo is out
+        self._id = f"cmpl-{uuid.uuid4().hex}"
+
+    async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
+        """A chunk per piece; with `include_usage` a last one of usage."""
+        usage = {"usage": None} if self._body.include_usage else {}
+        async with aclosing(self._generation.pieces()) as pieces:
+            async for index, piece in pieces:
+                if choice := self._choice(index, piece):
+                    yield self._envelope([choice]) | usage
+        if self._body.include_usage:
+            yield self._envelope([]) | {"usage": self._generation.usage.as_json()}
+
+    async def whole(self) -> dict[str, Any]:
+        """Everything in one object."""
+        choices: dict[int, dict[str, Any]] = {}
+        async with aclosing(self._generation.pieces()) as pieces:
+            async for index, piece in pieces:
+                more = self._choice(index, piece)
+                if more is None:
+                    continue
+                made = choices.setdefault(index, more)
+                if made is not more:
+                    made["text"] += more["text"]
+                    if made["logprobs"] is not None:
+                        extend(made["logprobs"], more["logprobs"])
+                    made |= {key: more[key] for key in ("finish_reason", "stop_reason")}
+        ordered = [choices[index] for index in sorted(choices)]
+        return self._envelope(ordered) | {"usage": self._generation.usage.as_json()}
+
+    def _choice(self, index: int, piece: Piece) -> dict[str, Any] | None:
+        """What a piece adds to its choice; None when nothing is to be sent yet."""
+        prompt = index // self._body.n
+        echo = self._echoes[prompt] if self._echoes else None
+        with_logprobs = self._body.logprobs is not None
+        text = piece.text
+        logprobs = columns(self._text, piece.entries, start=len(echo.text) if echo else 0) if with_logprobs else None
+        if echo is not None and index not in self._begun:
+            self._begun.add(index)
+            text = echo.text + text
+            if logprobs is not None:
+                if piece.prompt_logprobs is not None:
+                    ids = self._generation.prompts[prompt].ids
+                    made = prompt_columns(self._text, ids, echo.offsets, piece.prompt_logprobs)
+                    self._prompt_columns[prompt] = made
+                before = self._prompt_columns[prompt]
+                logprobs = {name: before[name] + column for name, column in logprobs.items()}
+        elif not piece:
+            return None
+        return {
+            "index": index,
+            "text": text,
+            "logprobs": logprobs,
+            "finish_reason": piece.finish_reason,
+            "stop_reason": piece.stop_reason,
+        }
+
+    def _envelope(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": "text_completion",
+            "created": self._generation.created,
+            "model": self._generation.target.asked,
+            "system_fingerprint": self._generation.target.digest,
+            "choices": choices,
+        }
+
+
+routes: list[BaseRoute] = [Route("/v1/completions", create_completion, methods=["POST"])]

@@ -1,0 +1,107 @@
+"""`/v1/evaluations`: loss, perplexity and exact match of an adapter beside the base's."""
+
+from typing import Any
+
+from msgspec import to_builtins
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from server.errors import InvalidRequest, NotFound, shown
+from server.finetune.database import UnknownCursorError
+from server.finetune.evaluations import Evaluation, UnknownEvaluationError
+from server.finetune.files import UnknownFileError
+from server.http.body import read_body
+from server.http.paging import limit_of, page, unknown_cursor
+from server.openai.body import Body
+from server.openai.schema import INT32
+from server.openai.target import open_target
+from server.services import TENANT, services_of
+
+
+class EvaluationBody(Body):
+    """What is evaluated on what."""
+
+    model: str = Field(min_length=1)
+    file: str = Field(min_length=1)
+    max_examples: int | None = Field(default=None, ge=1, le=INT32)
+
+
+async def create_evaluation(request: Request) -> Response:
+    """Begin; the result is in the object once its status is `succeeded`."""
+    body = await read_body(request, EvaluationBody)
+    services = services_of(request)
+    try:
+        services.tuning.files.get(TENANT, body.file)
+    except UnknownFileError:
+        raise InvalidRequest(f"`file`: there is no file {shown(body.file)}.", param="file") from None
+    async with open_target(services, body.model) as target:
+        adapter, digest = target.adapters[0] if target.adapters else (None, None)
+        evaluation = services.tuning.evaluations.create(
+            TENANT,
+            model=body.model,
+            adapter=adapter,
+            digest=digest,
+            file=body.file,
+            max_examples=body.max_examples,
+        )
+    return JSONResponse(evaluation_object(evaluation))
+
+
+async def list_evaluations(request: Request) -> Response:
+    """A page of evaluations, newest first."""
+    try:
+        evaluations, more = services_of(request).tuning.evaluations.page(
+            TENANT, limit=limit_of(request, default=20, most=100), after=request.query_params.get("after")
+        )
+    except UnknownCursorError:
+        raise unknown_cursor() from None
+    return page([evaluation_object(evaluation) for evaluation in evaluations], more)
+
+
+async def get_evaluation(request: Request) -> Response:
+    """One evaluation."""
+    return JSONResponse(evaluation_object(_find(request)))
+
+
+async def delete_evaluation(request: Request) -> Response:
+    """Forget one; if it runs, it stops."""
+    evaluation = _find(request)
+    services_of(request).tuning.evaluations.delete(TENANT, evaluation.id)
+    return JSONResponse({"id": evaluation.id, "object": "evaluation", "deleted": True})
+
+
+def _find(request: Request) -> Evaluation:
+    evaluation_id = request.path_params["id"]
+    try:
+        return services_of(request).tuning.evaluations.get(TENANT, evaluation_id)
+    except UnknownEvaluationError:
+        raise NotFound(f"No such evaluation: {shown(evaluation_id)}", param="id") from None
+
+
+def evaluation_object(evaluation: Evaluation) -> dict[str, Any]:
+    """`results.adapter` is null when the base itself is evaluated."""
+    done = evaluation.status == "succeeded"
+    return {
+        "id": evaluation.id,
+        "object": "evaluation",
+        "status": evaluation.status,
+        "created_at": evaluation.created_at,
+        "finished_at": evaluation.finished_at,
+        "model": evaluation.model,
+        "digest": evaluation.digest,
+        "file": evaluation.file,
+        "examples": evaluation.examples if done else None,
+        "tokens": evaluation.tokens if done else None,
+        "results": {"base": to_builtins(evaluation.base), "adapter": to_builtins(evaluation.adapted)} if done else None,
+        "error": None if evaluation.error is None else to_builtins(evaluation.error),
+    }
+
+
+routes: list[BaseRoute] = [
+    Route("/v1/evaluations", create_evaluation, methods=["POST"]),
+    Route("/v1/evaluations", list_evaluations, methods=["GET"]),
+    Route("/v1/evaluations/{id}", get_evaluation, methods=["GET"]),
+    Route("/v1/evaluations/{id}", delete_evaluation, methods=["DELETE"]),
+]

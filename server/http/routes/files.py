@@ -1,0 +1,150 @@
+"""`/v1/files`: training data in, results out, in OpenAI's shapes. Data is checked line by line as it arrives."""
+
+import asyncio
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import Receive, Scope, Send
+
+from server.errors import InvalidRequest, NotFound, shown
+from server.finetune import hyperparameters as recipe
+from server.finetune.database import UnknownCursorError
+from server.finetune.dataset import DatasetError, load_dataset
+from server.finetune.files import StoredFile, UnknownFileError
+from server.finetune.tokenizer import TrainingTokenizer
+from server.http.multipart import Part, read_parts
+from server.http.paging import limit_of, page, unknown_cursor
+from server.http.routes.adapters import take_slot
+from server.registry.intake import disk_faults
+from server.services import TENANT, Services, services_of
+
+PURPOSE = "fine-tune"
+_MAX_FILENAME = 255
+
+
+async def upload(request: Request) -> Response:
+    """Receive a file, check every line of it, and keep it."""
+    services = services_of(request)
+    _ = services.engine_info  # without a base its lines cannot be checked, so do not receive them either
+    await take_slot(services)
+    try:
+        with disk_faults(), services.tuning.files.staging() as directory:
+            path, filename = await _receive(request, services, directory)
+            report = await asyncio.to_thread(_check, services, path)
+            add = partial(services.tuning.files.add, TENANT, path, filename=filename, purpose=PURPOSE, report=report)
+            stored = await asyncio.to_thread(add)
+    finally:
+        services.intake.upload_slots.release()
+    return JSONResponse(file_object(stored))
+
+
+async def _receive(request: Request, services: Services, directory: Path) -> tuple[Path, str]:
+    path, names = directory / "upload", ["upload.jsonl"]
+    parts = {
+        "file": Part(services.settings.max_upload_bytes, path, on_filename=names.append),
+        "purpose": Part(64),
+    }
+    values = await read_parts(request, parts, services.intake.receivers)
+    if values["purpose"] != PURPOSE.encode():
+        raise InvalidRequest(f"`purpose` must be `{PURPOSE}`: no other files are used here.", param="purpose")
+    return path, Path(names[-1]).name[:_MAX_FILENAME] or names[0]
+
+
+def _check(services: Services, path: Path) -> dict[str, int]:
+    """What the file holds. Raises InvalidRequest."""
+    base = services.engine_info
+    with path.open("rb") as file:
+        try:
+            data = load_dataset(
+                file,
+                TrainingTokenizer(services.text, base.eos_token_ids),
+                max_length=recipe.max_seq_len(recipe.TrainingOptions(), base),
+            )
+        except DatasetError as error:
+            raise InvalidRequest(str(error), param="file", code="invalid_file") from None
+    return data.report.as_dict()
+
+
+async def list_files(request: Request) -> Response:
+    """A page of files, newest first unless `order=asc`."""
+    query = request.query_params
+    order = query.get("order", "desc")
+    if order not in ("asc", "desc"):
+        raise InvalidRequest("`order` must be `asc` or `desc`.", param="order")
+    try:
+        files, more = services_of(request).tuning.files.page(
+            TENANT,
+            limit=limit_of(request, default=10_000, most=10_000),
+            after=query.get("after"),
+            purpose=query.get("purpose"),
+            newest_first=order == "desc",
+        )
+    except UnknownCursorError:
+        raise unknown_cursor() from None
+    return page([file_object(stored) for stored in files], more)
+
+
+async def get_file(request: Request) -> Response:
+    """One file's object."""
+    return JSONResponse(file_object(_find(request)))
+
+
+async def get_content(request: Request) -> Response:
+    """A file's bytes."""
+    stored = _find(request)
+    results = stored.purpose != PURPOSE
+    media_type = "text/csv" if results else "application/jsonl"
+    return _WholeFile(stored.path, media_type=media_type, filename=stored.filename)
+
+
+class _WholeFile(FileResponse):
+    """Always the whole file: starlette words a faulty Range in an error shape of its own."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = [(name, value) for name, value in scope["headers"] if name != b"range"]
+        await super().__call__({**scope, "headers": headers}, receive, send)
+
+
+async def delete_file(request: Request) -> Response:
+    """Remove a file. Jobs that have read it already do not need it any more."""
+    stored = _find(request)
+    await asyncio.to_thread(services_of(request).tuning.files.delete, TENANT, stored.id)
+    return JSONResponse({"id": stored.id, "object": "file", "deleted": True})
+
+
+def _find(request: Request) -> StoredFile:
+    file_id = request.path_params["id"]
+    try:
+        return services_of(request).tuning.files.get(TENANT, file_id)
+    except UnknownFileError:
+        raise NotFound(f"No such File object: {shown(file_id)}", param="id", code="file_not_found") from None
+
+
+def file_object(stored: StoredFile) -> dict[str, Any]:
+    """OpenAI's object; `report` is ours: what validation counted."""
+    counts = ", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in stored.report.items())
+    return {
+        "id": stored.id,
+        "object": "file",
+        "bytes": stored.bytes,
+        "created_at": stored.created_at,
+        "filename": stored.filename,
+        "purpose": stored.purpose,
+        "status": "processed",
+        "expires_at": None,
+        "status_details": counts or None,
+        "report": stored.report or None,
+    }
+
+
+routes: list[BaseRoute] = [
+    Route("/v1/files", upload, methods=["POST"]),
+    Route("/v1/files", list_files, methods=["GET"]),
+    Route("/v1/files/{id}", get_file, methods=["GET"]),
+    Route("/v1/files/{id}/content", get_content, methods=["GET"]),
+    Route("/v1/files/{id}", delete_file, methods=["DELETE"]),
+]

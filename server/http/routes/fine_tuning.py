@@ -1,0 +1,328 @@
+"""`/v1/fine_tuning`: jobs, their events and checkpoints in OpenAI's shapes, and an estimate of their memory."""
+
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+from msgspec import to_builtins
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import BaseRoute, Route
+
+from adapters.peft_format.config import AdapterError
+from adapters.peft_format.directory import AdapterSpec
+from server.errors import InvalidRequest, NotFound, shown
+from server.finetune import hyperparameters as recipe
+from server.finetune.database import UnknownCursorError
+from server.finetune.files import UnknownFileError
+from server.finetune.jobs import FINAL, Event, Job, JobSpec, JobStateError, StoredCheckpoint, UnknownJobError
+from server.finetune.preparation import question
+from server.http.answer import encode_json
+from server.http.body import read_body
+from server.http.paging import limit_of, page, unknown_cursor
+from server.messages.training import ModuleShape
+from server.openai.target import Target, open_target
+from server.openai.training_body import EstimateBody, JobBody, LoraBody
+from server.registry.fit import check_fit
+from server.services import TENANT, Services, services_of
+
+_POLL_SECONDS = 1.0  # between looks for a stream's next event, should no news come
+_STREAM_PAGE = 200
+_ORGANIZATION = "org-lorakeet"
+
+# --- creating ---------------------------------------------------------------------------------------
+
+
+async def create_job(request: Request) -> Response:
+    """Check what can be checked now, and queue the job."""
+    services = services_of(request)
+    body = await read_body(request, JobBody)
+    hyperparameters = body.chosen_hyperparameters
+    for param, file_id in (("training_file", body.training_file), ("validation_file", body.validation_file)):
+        if file_id is not None:
+            _check_file(services, param, file_id)
+    async with AsyncExitStack() as held:
+        target = await held.enter_async_context(open_target(services, body.model))
+        lora, _ = _shape(services, target, body.lora)
+        training = _training(services, body)
+        spec = JobSpec(
+            model=body.model,
+            base=services.settings.base_name,
+            adapter=target.digest if target.refs else None,
+            training_file=body.training_file,
+            validation_file=body.validation_file,
+            suffix=body.suffix or "",
+            seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
+            metadata=body.metadata,
+            hyperparameters=hyperparameters,
+            lora=lora,
+            training=training,
+            integrations=[integration.model_dump() for integration in body.integrations or []] or None,
+        )
+        job = await services.tuning.manager.create(TENANT, spec, Path(target.refs[0].path) if target.refs else None)
+    return JSONResponse(job_object(services, job))
+
+
+async def estimate(request: Request) -> Response:
+    """What a job of this shape would take, in bytes."""
+    services = services_of(request)
+    body = await read_body(request, EstimateBody)
+    base = services.engine_info
+    async with open_target(services, body.model) as target:
+        lora, shapes = _shape(services, target, body.lora)
+    training = _training(services, body)
+    tokens = max(recipe.micro_batch_tokens(training, base), recipe.max_seq_len(training, base))
+    plan = await services.tuning.manager.plan_memory(question(shapes, lora, recipe.optimizer(training, base), tokens))
+    return JSONResponse(
+        {
+            "object": "fine_tuning.estimate",
+            "parameters": recipe.parameters(shapes, base.linears),
+            "tokens": tokens,
+            "base": plan.base,
+            "adapter": plan.adapter,
+            "gradients": plan.gradients,
+            "optimizer": plan.optimizer,
+            "checkpoint": plan.checkpoint,
+            "activations": plan.activations,
+            "total": {mode: plan.total(mode) for mode in plan.activations},
+            "available": plan.available,
+            "mode": plan.mode,
+        }
+    )
+
+
+def _check_file(services: Services, param: str, file_id: str) -> None:
+    try:
+        stored = services.tuning.files.get(TENANT, file_id)
+    except UnknownFileError:
+        message = f"`{param}`: there is no file {shown(file_id)}."
+        raise InvalidRequest(message, param=param, code="file_not_found") from None
+    if stored.purpose != "fine-tune":
+        raise InvalidRequest(f"`{param}`: {file_id} is not a file for fine-tuning.", param=param)
+
+
+def _shape(
+    services: Services, target: Target, asked: LoraBody | None
+) -> tuple[recipe.LoraOptions, dict[str, ModuleShape]]:
+    """The adapter's shape, which must be one that can be served."""
+    base = services.engine_info
+    if target.refs:
+        if asked is not None and asked.model_fields_set - {"lora_dropout", "scale_vector"}:
+            message = f"`lora`: {shown(target.asked)} is an adapter, and its shape stays as it is."
+            raise InvalidRequest(message, param="lora")
+        spec = AdapterSpec.read(Path(target.refs[0].path))
+        if spec.variants.names:
+            beyond = ", ".join(spec.variants.names)
+            message = f"`model`: {shown(target.asked)} has more than A and B ({beyond}), which is not trained here."
+            raise InvalidRequest(message, param="model")
+        shapes = {name: ModuleShape(module.rank, module.scaling) for name, module in spec.modules.items()}
+        return (asked or LoraBody()).options(), shapes
+    lora = (asked or LoraBody()).options()
+    try:
+        shapes = recipe.modules(recipe.adapter_config(lora, services.settings.base_name), base.linears)
+        check_fit(recipe.saved(shapes), base)
+    except AdapterError as error:
+        param = f"lora.{error.param}"
+        raise InvalidRequest(f"`{param}`: {error}", param=param, code=error.code) from None
+    return lora, shapes
+
+
+def _training(services: Services, body: JobBody | EstimateBody) -> recipe.TrainingOptions:
+    longest = services.engine_info.max_model_len
+    training = recipe.TrainingOptions() if body.training is None else body.training.options()
+    if training.max_seq_len is not None and training.max_seq_len > longest:
+        message = f"`training.max_seq_len`: the base is served with at most {longest} tokens."
+        raise InvalidRequest(message, param="training.max_seq_len")
+    return training
+
+
+# --- asking ------------------------------------------------------------------------------------------
+
+
+async def list_jobs(request: Request) -> Response:
+    """A page of jobs, newest first; `metadata[key]=value` narrows it."""
+    services, query = services_of(request), request.query_params
+    wanted = {
+        key[len("metadata[") : -1]: value
+        for key, value in query.items()
+        if key.startswith("metadata[") and key.endswith("]")
+    }
+    try:
+        jobs, more = services.tuning.jobs.page(
+            TENANT, limit=limit_of(request, default=20, most=100), after=query.get("after"), metadata=wanted
+        )
+    except UnknownCursorError:
+        raise unknown_cursor() from None
+    return page([job_object(services, job) for job in jobs], more)
+
+
+async def get_job(request: Request) -> Response:
+    """One job."""
+    return JSONResponse(job_object(services_of(request), _find(request)))
+
+
+async def list_events(request: Request) -> Response:
+    """A page of a job's events, newest first; or, to who accepts `text/event-stream`, all of them as they happen."""
+    job = _find(request)
+    if "text/event-stream" in request.headers.get("accept", ""):
+        after = request.headers.get("last-event-id") or request.query_params.get("after")
+        return _stream_events(request, job, after)
+    try:
+        events, more = services_of(request).tuning.jobs.events(
+            job.id, limit=limit_of(request, default=20, most=1000), after=request.query_params.get("after")
+        )
+    except UnknownCursorError:
+        raise unknown_cursor() from None
+    return page([event_object(event) for event in events], more)
+
+
+def _stream_events(request: Request, job: Job, after: str | None) -> Response:
+    services = services_of(request)
+    try:
+        services.tuning.jobs.events(job.id, limit=1, after=after)
+    except UnknownCursorError:
+        raise unknown_cursor() from None
+
+    async def stream() -> AsyncIterator[bytes]:
+        last = after
+        while True:
+            ended = services.tuning.jobs.get(TENANT, job.id).status in FINAL or services.drain.draining
+            more = True
+            while more:
+                events, more = services.tuning.jobs.events(job.id, limit=_STREAM_PAGE, after=last, newest_first=False)
+                for event in events:
+                    last = event.id
+                    yield b"id: %b\ndata: %b\n\n" % (event.id.encode(), encode_json(event_object(event)))
+            if ended:
+                break
+            await services.tuning.manager.wait_for_news(_POLL_SECONDS)
+        yield b"data: [DONE]\n\n"
+
+    return StreamingResponse(stream(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+
+async def list_checkpoints(request: Request) -> Response:
+    """A page of a job's checkpoints, newest first."""
+    job = _find(request)
+    try:
+        checkpoints, more = services_of(request).tuning.jobs.checkpoints(
+            job.id, limit=limit_of(request, default=10, most=1000), after=request.query_params.get("after")
+        )
+    except UnknownCursorError:
+        raise unknown_cursor() from None
+    return page([checkpoint_object(job, checkpoint) for checkpoint in checkpoints], more)
+
+
+def _find(request: Request) -> Job:
+    job_id = request.path_params["id"]
+    try:
+        return services_of(request).tuning.jobs.get(TENANT, job_id)
+    except UnknownJobError:
+        message = f"Could not find fine tune: {shown(job_id)}"
+        raise NotFound(message, param="fine_tuning_job_id", code="fine_tune_not_found") from None
+
+
+# --- steering ------------------------------------------------------------------------------------------
+
+
+async def cancel_job(request: Request) -> Response:
+    """End a job for good; nothing of what it has not published is kept."""
+    return await _steer(request, services_of(request).tuning.manager.cancel)
+
+
+async def pause_job(request: Request) -> Response:
+    """Stop after the current step, saving it."""
+    return await _steer(request, services_of(request).tuning.manager.pause)
+
+
+async def resume_job(request: Request) -> Response:
+    """Go on with a paused job."""
+    return await _steer(request, services_of(request).tuning.manager.resume)
+
+
+async def _steer(request: Request, change: Callable[[Job], Awaitable[Job]]) -> Response:
+    try:
+        job = await change(_find(request))
+    except JobStateError as error:
+        raise InvalidRequest(str(error), code="invalid_job_state") from None
+    return JSONResponse(job_object(services_of(request), job))
+
+
+# --- objects -----------------------------------------------------------------------------------------------
+
+
+def job_object(services: Services, job: Job) -> dict[str, Any]:
+    """OpenAI's object. `lora`, `training`, `step` and `total_steps` are ours."""
+    spec, plan = job.spec, None if job.start is None else job.start.plan
+    hyperparameters = to_builtins(spec.hyperparameters)
+    if plan is not None:
+        hyperparameters |= {"n_epochs": plan.n_epochs, "batch_size": plan.batch_size}
+        if spec.hyperparameters.learning_rate_multiplier == "auto":
+            hyperparameters["learning_rate_multiplier"] = 1.0
+    return {
+        "id": job.id,
+        "object": "fine_tuning.job",
+        "created_at": job.created_at,
+        "finished_at": job.finished_at,
+        "estimated_finish": services.tuning.manager.estimated_finish(job),
+        "error": None if job.error is None else to_builtins(job.error),
+        "fine_tuned_model": job.fine_tuned_model,
+        "hyperparameters": hyperparameters,
+        "model": spec.model,
+        "organization_id": _ORGANIZATION,
+        "result_files": job.result_files,
+        "seed": spec.seed,
+        "status": job.status,
+        "trained_tokens": job.trained_tokens if job.status in FINAL else None,
+        "training_file": spec.training_file,
+        "validation_file": spec.validation_file,
+        "integrations": spec.integrations,
+        "metadata": spec.metadata,
+        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        "lora": to_builtins(spec.lora) if job.start is None else job.start.config,
+        "training": to_builtins(spec.training if plan is None else plan),
+        "step": job.step,
+        "total_steps": job.total_steps or None,
+    }
+
+
+def event_object(event: Event) -> dict[str, Any]:
+    """OpenAI's object."""
+    return {
+        "id": event.id,
+        "object": "fine_tuning.job.event",
+        "created_at": event.created_at,
+        "level": event.level,
+        "message": event.message,
+        "type": event.type,
+        "data": event.data,
+    }
+
+
+def checkpoint_object(job: Job, checkpoint: StoredCheckpoint) -> dict[str, Any]:
+    """OpenAI's object."""
+    return {
+        "id": checkpoint.id,
+        "object": "fine_tuning.job.checkpoint",
+        "created_at": checkpoint.created_at,
+        "fine_tuned_model_checkpoint": checkpoint.name,
+        "fine_tuning_job_id": job.id,
+        "step_number": checkpoint.metrics.step,
+        "metrics": {name: getattr(checkpoint.metrics, name) for name in checkpoint.metrics.__struct_fields__},
+    }
+
+
+_JOB = "/v1/fine_tuning/jobs/{id}"
+routes: list[BaseRoute] = [
+    Route("/v1/fine_tuning/jobs", create_job, methods=["POST"]),
+    Route("/v1/fine_tuning/jobs", list_jobs, methods=["GET"]),
+    Route("/v1/fine_tuning/estimate", estimate, methods=["POST"]),
+    Route(_JOB, get_job, methods=["GET"]),
+    Route(f"{_JOB}/events", list_events, methods=["GET"]),
+    Route(f"{_JOB}/checkpoints", list_checkpoints, methods=["GET"]),
+    Route(f"{_JOB}/cancel", cancel_job, methods=["POST"]),
+    Route(f"{_JOB}/pause", pause_job, methods=["POST"]),
+    Route(f"{_JOB}/resume", resume_job, methods=["POST"]),
+]

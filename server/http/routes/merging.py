@@ -1,0 +1,262 @@
+"""`/v1/adapters/{name}/merge`: an adapter merged into the base, as a checkpoint to be fetched, or to be served so.
+
+Both belong to a version. A checkpoint lies in `data_dir/checkpoints` under the version's digest, whole or not at all.
+What is resident lives in the engine, until it is undone, the engine ends, or no name means the version any more.
+"""
+
+import asyncio
+import shutil
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from adapters.offline.recipe import MergedDtype
+from adapters.storage.versions import Version
+from server.children.worker import WorkerTooSlow, run_worker
+from server.client.engine import MergeRefused
+from server.errors import (
+    Conflict,
+    InternalError,
+    InvalidRequest,
+    LorakeetError,
+    NotFound,
+    StorageFull,
+    TooManyRequests,
+    shown,
+)
+from server.http.body import read_body
+from server.messages.protocol import LOAD_FAILED, MergeReport
+from server.model_source import resolve
+from server.openai.body import Body
+from server.openai.target import hold, reference
+from server.registry.intake import disk_faults
+from server.services import Services, services_of
+
+_SECONDS = 3600.0
+_at_work: set[Path] = set()  # one process serves one data directory
+
+MAX_PROMPTS = 16
+MAX_PROMPT_TOKENS = 256
+_PROMPTS = (
+    "The capital of France is Paris, and the river that runs through it is the Seine.",
+    "def add(a, b):\n    return a + b\n\nprint(add(2, 3))\n",
+    "Question: Why is the sky blue?\nAnswer: Because air scatters short waves of light more than long ones.",
+    "Dear Ms Smith, thank you for your order. It was sent on Monday and should arrive within three days.",
+)
+_REFUSALS: dict[str, Callable[[str], LorakeetError]] = {
+    "merge_too_large": partial(StorageFull, param="dtype", code="merge_too_large"),
+    "merge_busy": partial(TooManyRequests, retry_after=30),
+    "merge_exists": partial(Conflict, param="dtype", code="merge_exists"),
+    "merge_given_up": partial(Conflict, param="name", code="merge_given_up"),
+    "merge_failed": lambda message: InternalError("The adapter could not be merged."),
+    LOAD_FAILED: lambda message: InternalError("The adapter could not be loaded."),
+}
+
+
+class MergeBody(Body):
+    """What to make of it."""
+
+    to: Literal["checkpoint", "resident"] = Field(...)
+    dtype: MergedDtype | None = None
+    prompts: list[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1, max_length=MAX_PROMPTS)
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> Self:
+        if self.to == "resident" and self.dtype is None:
+            raise InvalidRequest("A resident merge needs a `dtype`: `nf4` or `bf16`.", param="dtype")
+        for field in ("dtype", "prompts"):
+            if self.to == "checkpoint" and getattr(self, field) is not None:
+                raise InvalidRequest(f"A checkpoint has no `{field}`: it is bfloat16.", param=field)
+        return self
+
+
+async def merge(request: Request) -> Response:
+    """Make either. 201 when it was made, 200 when it was there."""
+    services, body = services_of(request), await read_body(request, MergeBody)
+    with ExitStack() as held:
+        version = await hold(services, request.path_params["name"], "name", None, held)
+        if body.dtype is None:
+            return await _checkpoint(services, version)
+        return await _resident(services, version, body.dtype, body.prompts or _PROMPTS)
+
+
+async def _resident(services: Services, version: Version, dtype: MergedDtype, texts: Sequence[str]) -> Response:
+    """Let the version's requests run on merged weights, and say what that changed."""
+    if variants := version.receipt.get("variants"):
+        message = f"Only plain LoRA can be merged, not {', '.join(variants)}."
+        raise InvalidRequest(message, param="to", code="unsupported_adapter_feature")
+    replaced = Conflict(f"No name means {version.digest}; merge what requests get.", param="name")
+    if not services.store.answers(version.digest):
+        raise replaced
+    prompts = await services.text.encode(texts, add_special_tokens=True)
+    for i, ids in enumerate(prompts):
+        if not 0 < len(ids) <= MAX_PROMPT_TOKENS:
+            message = f"`prompts.{i}` has {len(ids)} tokens; 1 to {MAX_PROMPT_TOKENS} are taken."
+            raise InvalidRequest(message, param=f"prompts.{i}")
+    there = version.digest in services.engine.merges
+    try:
+        report = await services.engine.merge(reference(version), dtype, prompts)
+    except MergeRefused as refusal:
+        known = _REFUSALS.get(refusal.code)
+        if known is not None:
+            raise known(f"{refusal}.") from None
+        raise InvalidRequest(f"{refusal}.", param="to", code=refusal.code) from None
+    if not services.store.answers(version.digest):  # replaced while it was built
+        await services.engine.unmerge(version.digest)
+        raise replaced
+    more = {} if there else {"prompts": list(texts)}
+    body = {"object": "merge", "name": version.name, "digest": version.digest, "resident": resident(report) | more}
+    return JSONResponse(body, status_code=200 if there else 201, headers={"X-Adapter-Digest": version.digest})
+
+
+def resident(report: MergeReport) -> dict[str, Any]:
+    """What merged weights cost, how far they are from the adapter itself, and what they gain."""
+    return {
+        "dtype": report.dtype,
+        "bytes": report.bytes,
+        "build_seconds": report.seconds,
+        "drift": {
+            "positions": report.positions,
+            "mean_kl": report.mean_kl,
+            "greedy_agreement": report.agreement,
+        },
+        "decode_tokens_per_second": [
+            {
+                "requests": speed.requests,
+                "adapter": speed.adapter,
+                "merged": speed.merged,
+                "gain": speed.merged / speed.adapter,
+            }
+            for speed in report.speeds
+        ],
+    }
+
+
+async def _checkpoint(services: Services, version: Version) -> Response:
+    """Write W + BA in bfloat16."""
+    target = _directory(services, version)
+    if target.is_dir():
+        return _receipt(version, target, 200)
+    if _at_work:
+        raise TooManyRequests("A checkpoint is being made already.", retry_after=30)
+    _at_work.add(target)
+    try:
+        await _make(services, version, target)
+    finally:
+        _at_work.discard(target)
+    return _receipt(version, target, 201)
+
+
+async def get_file(request: Request) -> Response:
+    """One file of the checkpoint."""
+    target, wanted = await _existing(request), request.path_params["file"]
+    if wanted not in {path.name for path in target.iterdir()}:
+        raise NotFound(f"The checkpoint has no file `{shown(wanted)}`.", param="file")
+    return FileResponse(target / wanted, filename=wanted, headers={"Accept-Ranges": "none"})
+
+
+async def get_merge(request: Request) -> Response:
+    """What there is of both."""
+    services, name = services_of(request), request.path_params["name"]
+    with ExitStack() as held:
+        version = await hold(services, name, "name", None, held)
+    target, report = _directory(services, version), services.engine.merges.get(version.digest)
+    if not target.is_dir() and report is None:
+        raise NotFound(f"`{shown(name)}` is not merged.", param="name", code="merge_not_found")
+    body = {
+        "object": "merge",
+        "name": version.name,
+        "digest": version.digest,
+        "checkpoint": _files(target) if target.is_dir() else None,
+        "resident": None if report is None else resident(report),
+    }
+    return JSONResponse(body, headers={"X-Adapter-Digest": version.digest})
+
+
+async def delete_merge(request: Request) -> Response:
+    """Remove the checkpoint and undo the resident merge, or with `to` one of them; the adapter stays."""
+    services, name, to = services_of(request), request.path_params["name"], request.query_params.get("to")
+    if to not in (None, "checkpoint", "resident"):
+        raise InvalidRequest("`to` is `checkpoint` or `resident`.", param="to")
+    with ExitStack() as held:
+        version = await hold(services, name, "name", None, held)
+    target, deleted = _directory(services, version), []
+    if to != "checkpoint" and await services.engine.unmerge(version.digest):
+        deleted.append("resident")
+    if to != "resident" and target.is_dir():
+        doomed = target.with_name(f".{uuid.uuid4().hex}")
+        target.rename(doomed)
+        await run_in_threadpool(shutil.rmtree, doomed, ignore_errors=True)
+        deleted.append("checkpoint")
+    if not deleted:
+        raise NotFound(f"`{shown(name)}` is not merged.", param="name", code="merge_not_found")
+    return JSONResponse({"object": "merge", "name": name, "digest": version.digest, "deleted": deleted})
+
+
+async def _make(services: Services, version: Version, target: Path) -> None:
+    settings = services.settings
+    base = await asyncio.to_thread(resolve, settings.model, settings.cache_dir)
+    work = target.with_name(f".{uuid.uuid4().hex}")
+    try:
+        with disk_faults():
+            await asyncio.to_thread(_clear, target.parent)
+            work.mkdir(mode=0o700)
+            order = {"base": str(base), "adapter": str(version.path), "target": str(work)}
+            await run_worker("adapters.offline.merge", order, _SECONDS)
+            work.rename(target)
+    except WorkerTooSlow:
+        message = f"Merging took more than {_SECONDS:g} s."
+        raise InvalidRequest(message, param="to", code="merge_too_slow") from None
+    finally:
+        await run_in_threadpool(shutil.rmtree, work, ignore_errors=True)
+
+
+def _clear(checkpoints: Path) -> None:
+    """Make the directory, and remove what was left of work that was cut off."""
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    for left in checkpoints.glob(".*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _directory(services: Services, version: Version) -> Path:
+    return services.settings.data_dir / "checkpoints" / version.digest.removeprefix("sha256:")
+
+
+async def _existing(request: Request) -> Path:
+    services, name = services_of(request), request.path_params["name"]
+    with ExitStack() as held:
+        target = _directory(services, await hold(services, name, "name", None, held))
+    if not target.is_dir():
+        raise NotFound(f"`{shown(name)}` has no merged checkpoint.", param="name", code="checkpoint_not_found")
+    return target
+
+
+def _receipt(version: Version, target: Path, status: int) -> Response:
+    body = {"object": "merge", "name": version.name, "digest": version.digest, "checkpoint": _files(target)}
+    return JSONResponse(body, status_code=status, headers={"X-Adapter-Digest": version.digest})
+
+
+def _files(target: Path) -> dict[str, Any]:
+    files = {path.name: path.stat().st_size for path in sorted(target.iterdir())}
+    return {
+        "dtype": "bfloat16",
+        "bytes": sum(files.values()),
+        "files": [{"name": name, "bytes": size} for name, size in files.items()],
+    }
+
+
+routes: list[BaseRoute] = [
+    Route("/v1/adapters/{name:path}/merge/{file}", get_file, methods=["GET"]),
+    Route("/v1/adapters/{name:path}/merge", merge, methods=["POST"]),
+    Route("/v1/adapters/{name:path}/merge", get_merge, methods=["GET"]),
+    Route("/v1/adapters/{name:path}/merge", delete_merge, methods=["DELETE"]),
+]

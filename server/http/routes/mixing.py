@@ -1,0 +1,92 @@
+"""The body of `POST /v1/adapters` in JSON: a new adapter made of others, as PEFT's `add_weighted_adapter` makes it."""
+
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+from starlette.requests import Request
+
+from adapters.offline.recipe import Method, Recipe
+from adapters.storage.versions import Version
+from server.children.worker import WorkerTooSlow, run_worker
+from server.errors import InvalidRequest
+from server.http.body import read_body
+from server.openai.body import Body
+from server.openai.target import hold
+from server.registry.intake import disk_faults
+from server.services import TENANT, services_of
+
+MAX_SOURCES = 16
+MAX_RANK = 1024
+_SECONDS = 600.0
+_PRUNING = ("ties", "dare", "magnitude")
+
+
+class Source(Body):
+    """One adapter of the mix."""
+
+    adapter: str = Field(min_length=1)
+    weight: float = Field(1.0, ge=-100, le=100)
+
+
+class MixBody(Body):
+    """What to mix, and how."""
+
+    name: str
+    mix: list[Source] = Field(min_length=1, max_length=MAX_SOURCES)
+    method: Method = "svd"
+    density: float | None = Field(None, gt=0, le=1)
+    majority_sign_method: Literal["total", "frequency"] = "total"
+    rank: int | None = Field(None, ge=1, le=MAX_RANK)
+    seed: int = Field(0, ge=0, le=2**63 - 1)
+    promote: bool = True
+
+    @model_validator(mode="after")
+    def _check_method(self) -> Self:
+        if self.method.startswith(_PRUNING) != (self.density is not None):
+            verb = "has no" if self.density is not None else "needs a"
+            raise InvalidRequest(f"The method `{self.method}` {verb} `density`.", param="density")
+        if self.rank is not None and not self.method.endswith("svd"):
+            raise InvalidRequest(f"The method `{self.method}` has no `rank`.", param="rank")
+        return self
+
+    @property
+    def recipe(self) -> Recipe:
+        """The same in the mixer's words."""
+        return Recipe(
+            method=self.method,
+            weights=tuple(source.weight for source in self.mix),
+            density=1.0 if self.density is None else self.density,
+            majority_sign=self.majority_sign_method,
+            rank=self.rank,
+            seed=self.seed,
+        )
+
+
+async def mix(request: Request) -> tuple[Version, bool]:
+    """Make the adapter and publish it. The version, and whether the name changed.
+
+    Raises what reading the body and admitting an upload do; `ModelNotFound` for a source that nobody has.
+    """
+    services, body = services_of(request), await read_body(request, MixBody)
+    intake = services.intake
+    intake.check_name(body.name)
+    with ExitStack() as held:
+        versions = [
+            await hold(services, source.adapter, f"mix.{i}.adapter", None, held) for i, source in enumerate(body.mix)
+        ]
+        async with intake.stage() as staging:
+            order = {
+                "sources": [str(version.path) for version in versions],
+                "recipe": asdict(body.recipe),
+                "target": str(staging.path),
+                "base": services.settings.base_name,
+            }
+            try:
+                with disk_faults():
+                    await run_worker("adapters.offline.mix", order, _SECONDS)
+            except WorkerTooSlow:
+                message = f"Mixing took more than {_SECONDS:g} s; mix fewer adapters, or by `cat`."
+                raise InvalidRequest(message, param="mix", code="mix_too_slow") from None
+            return await intake.admit(TENANT, body.name, staging, promote=body.promote)

@@ -1,0 +1,87 @@
+"""`/v1/models`: the base and every adapter as OpenAI's model objects, with vLLM's additions."""
+
+import time
+from contextlib import ExitStack
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from adapters.storage.versions import UnknownAdapter, Version
+from server.errors import ModelNotFound, PermissionDenied
+from server.http.paging import page, window
+from server.openai.target import hold
+from server.services import TENANT, Services, services_of
+
+_STARTED = int(time.time())  # the base has no birthday of its own
+
+
+async def list_models(request: Request) -> Response:
+    """The base first, then the adapters by name; all of them, unless `limit` and `after` ask for a page."""
+    services = services_of(request)
+    versions = services.store.list(TENANT)
+    part, more = window(request, [services.settings.base_name, *(version.name for version in versions)])
+    cards = [
+        _base_card(services) if version is None else _adapter_card(services, version)
+        for version in [None, *versions][part]
+    ]
+    return page(cards, more)
+
+
+async def get_model(request: Request) -> Response:
+    """One model by id: the base, an adapter, or one version of it as `name@digest prefix`."""
+    services, asked = services_of(request), request.path_params["id"]
+    if asked in services.settings.base_aliases:
+        return JSONResponse(_base_card(services))
+    if "@" in asked:
+        with ExitStack() as held:
+            version = await hold(services, asked, "model", None, held)
+            return JSONResponse(_adapter_card(services, version) | {"id": asked})
+    try:
+        return JSONResponse(_adapter_card(services, await services.intake.find(TENANT, asked)))
+    except UnknownAdapter:
+        raise ModelNotFound(asked) from None
+
+
+async def delete_model(request: Request) -> Response:
+    """Take an adapter's name away."""
+    services, name = services_of(request), request.path_params["id"]
+    if name in services.settings.base_aliases:
+        raise PermissionDenied(f"`{name}` is the base model, which cannot be deleted.", param="model")
+    try:
+        await services.intake.delete(TENANT, name)
+    except UnknownAdapter:
+        raise ModelNotFound(name) from None
+    return JSONResponse({"id": name, "object": "model", "deleted": True})
+
+
+def _base_card(services: Services) -> dict[str, Any]:
+    name = services.settings.base_name
+    return _card(services, name, _STARTED, root=name, parent=None)
+
+
+def _adapter_card(services: Services, version: Version) -> dict[str, Any]:
+    # vLLM's root is the adapter's path; the digest says the same without telling where files lie.
+    return _card(services, version.name, int(version.created), root=version.digest, parent=services.settings.base_name)
+
+
+def _card(services: Services, name: str, created: int, *, root: str, parent: str | None) -> dict[str, Any]:
+    info = services.engine.info
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "lorakeet",
+        "root": root,
+        "parent": parent,
+        "max_model_len": info.max_model_len if info else None,
+        "permission": [],
+    }
+
+
+routes: list[BaseRoute] = [
+    Route("/v1/models", list_models, methods=["GET"]),
+    Route("/v1/models/{id:path}", get_model, methods=["GET"]),
+    Route("/v1/models/{id:path}", delete_model, methods=["DELETE"]),
+]

@@ -1,0 +1,84 @@
+"""`POST /tokenize` and `/detokenize`: the base's tokenizer, with an adapter's own tokens, in vLLM's shapes."""
+
+from functools import partial
+from typing import Annotated, Any
+
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from server.errors import InvalidRequest
+from server.http.body import read_as, read_body
+from server.http.routes.chat import Conversation
+from server.openai.body import Body
+from server.openai.target import open_target
+from server.services import services_of
+
+
+class TokenizePromptBody(Body):
+    """A text."""
+
+    model: str | None = Field(None, min_length=1)
+    prompt: str
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+
+class TokenizeChatBody(Conversation):
+    """A conversation."""
+
+    model: str | None = Field(None, min_length=1)
+    return_token_strs: bool = False
+
+
+class DetokenizeBody(Body):
+    """Token ids."""
+
+    model: str | None = Field(None, min_length=1)
+    tokens: list[Annotated[int, Field(ge=0)]]
+
+
+async def tokenize(request: Request) -> Response:
+    """Token ids of a text or a conversation."""
+    body = await read_as(request, _tokenize_body)
+    services = services_of(request)
+    async with open_target(services, body.model or services.settings.base_name) as target:
+        text = target.text
+    if isinstance(body, TokenizeChatBody):
+        ids = await body.encode(text)
+    else:
+        (ids,) = await text.encode([body.prompt], add_special_tokens=body.add_special_tokens)
+    return JSONResponse(
+        {
+            "count": len(ids),
+            "max_model_len": services.engine_info.max_model_len,
+            "tokens": ids,
+            "token_strs": [text.token(id_).text for id_ in ids] if body.return_token_strs else None,
+        }
+    )
+
+
+def _tokenize_body(data: Any) -> TokenizePromptBody | TokenizeChatBody:
+    chat = isinstance(data, dict) and data.get("messages") is not None
+    return TokenizeChatBody.validate_object(data) if chat else TokenizePromptBody.validate_object(data)
+
+
+async def detokenize(request: Request) -> Response:
+    """The text of token ids."""
+    body = await read_body(request, DetokenizeBody)
+    services = services_of(request)
+    async with open_target(services, body.model or services.settings.base_name) as target:
+        text, vocabulary = target.text, target.vocab_size
+    for i, id_ in enumerate(body.tokens):
+        if id_ >= vocabulary:
+            message = f"`tokens`: {id_} is outside the vocabulary of {vocabulary}."
+            raise InvalidRequest(message, param=f"tokens.{i}")
+    decode = partial(text.decode, body.tokens, skip_special_tokens=False)
+    return JSONResponse({"prompt": await text.in_thread(len(body.tokens), decode)})
+
+
+routes: list[BaseRoute] = [
+    Route("/tokenize", tokenize, methods=["POST"]),
+    Route("/detokenize", detokenize, methods=["POST"]),
+]

@@ -1,0 +1,118 @@
+"""`/v1/adapters/{name}/versions`, `promote`, `rollback`: what a name means, and changing it under load.
+
+A change takes effect for requests that come after it; those that run keep their version. `If-Match` makes it a
+compare-and-swap on the ETag that every answer here carries.
+"""
+
+from collections.abc import Awaitable
+
+from pydantic import Field, model_validator
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from adapters.storage.store import Moved
+from adapters.storage.versions import AmbiguousDigest, Pointer, UnknownAdapter
+from server.errors import Conflict, InvalidRequest, NotFound, PreconditionFailed
+from server.http.body import read_body
+from server.http.routes.adapters import receipt, unknown_adapter
+from server.openai.body import Body
+from server.services import TENANT, services_of
+
+
+class PromoteBody(Body):
+    """Either one version, or shares of several."""
+
+    digest: str | None = Field(None, min_length=1)
+    split: dict[str, float] | None = None
+
+    @model_validator(mode="after")
+    def _check_choice(self) -> "PromoteBody":
+        if (self.digest is None) == (self.split is None):
+            raise InvalidRequest("Give either `digest` or `split`.", param="digest")
+        return self
+
+
+async def list_versions(request: Request) -> Response:
+    """Every retained version of a name, the current one first, with its share of the requests."""
+    name = await _name(request)
+    try:
+        return _answer(request, services_of(request).store.pointer(TENANT, name))
+    except UnknownAdapter:  # deleted this very moment
+        raise unknown_adapter(name) from None
+
+
+async def promote(request: Request) -> Response:
+    """Let a name mean one of its versions, or shares of several."""
+    body = await read_body(request, PromoteBody)
+    name = await _name(request)
+    intake, expected = services_of(request).intake, _expected(request)
+    if body.split is None:
+        assert body.digest is not None
+        return _answer(request, await _changed(intake.promote(TENANT, name, body.digest, expected), "digest"))
+    return _answer(request, await _changed(intake.divide(TENANT, name, body.split, expected), "split"))
+
+
+async def roll_back(request: Request) -> Response:
+    """End a split, or else go back to the version that was current before."""
+    name = await _name(request)
+    intake = services_of(request).intake
+    try:
+        pointer = await _changed(intake.roll_back(TENANT, name, _expected(request)), "name")
+    except NotFound as error:
+        raise Conflict(error.message, param="name", code="no_previous_version") from None
+    return _answer(request, pointer)
+
+
+async def _name(request: Request) -> str:
+    """The stored name in the path; a single version has no versions."""
+    name: str = request.path_params["name"]
+    try:
+        return (await services_of(request).intake.find(TENANT, name)).name
+    except UnknownAdapter:
+        raise unknown_adapter(name) from None
+
+
+async def _changed(change: Awaitable[Pointer], param: str) -> Pointer:
+    try:
+        return await change
+    except UnknownAdapter as fault:
+        raise NotFound(f"{fault}.", param=param, code="version_not_found") from None
+    except AmbiguousDigest as fault:
+        raise Conflict(f"{fault}.", param=param) from None
+    except Moved as fault:
+        raise PreconditionFailed(
+            f"The name changed meanwhile: its ETag is {fault.etag}.",
+            param="If-Match",
+            headers={"ETag": f'"{fault.etag}"'},
+        ) from None
+
+
+def _expected(request: Request) -> frozenset[str] | None:
+    """The ETags that `If-Match` allows; None: any."""
+    given = request.headers.get("if-match")
+    if given is None or given.strip() == "*":
+        return None
+    return frozenset(tag.strip().strip('"') for tag in given.split(","))
+
+
+def _answer(request: Request, pointer: Pointer) -> Response:
+    store, shares = services_of(request).store, pointer.shares
+    data = [
+        receipt(store, version)
+        | {
+            "current": version is pointer.current,
+            "staged": version.staged,
+            "share": shares.get(version.digest, 0.0),
+        }
+        for version in pointer.versions
+    ]
+    body = {"object": "list", "name": pointer.current.name, "split": dict(pointer.split) or None, "data": data}
+    return JSONResponse(body, headers={"ETag": f'"{pointer.etag}"'})
+
+
+routes: list[BaseRoute] = [
+    Route("/v1/adapters/{name:path}/versions", list_versions, methods=["GET"]),
+    Route("/v1/adapters/{name:path}/promote", promote, methods=["POST"]),
+    Route("/v1/adapters/{name:path}/rollback", roll_back, methods=["POST"]),
+]

@@ -1,0 +1,100 @@
+"""vLLM's endpoints for loading adapters from this machine's disk: same bodies, same status codes.
+
+They exist only with `--lora-dir`, and reach only what lies under it.
+"""
+
+from pathlib import Path
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME
+from adapters.storage.versions import UnknownAdapter
+from server.errors import InvalidRequest, NotFound, shown
+from server.http.body import read_body
+from server.openai.body import Body
+from server.services import TENANT, Services, services_of
+
+
+class InvalidUserInput(InvalidRequest):
+    """400 under vLLM's type."""
+
+    type = "InvalidUserInput"
+
+
+class NotFoundError(NotFound):
+    """404 under vLLM's type."""
+
+    type = "NotFoundError"
+
+
+class _Load(Body):
+    lora_name: str = ""
+    lora_path: str = ""
+    load_inplace: bool = False
+
+
+class _Unload(Body):
+    lora_name: str = ""
+    lora_int_id: int | None = None
+
+
+async def load(request: Request) -> Response:
+    """Serve the PEFT directory at `lora_path` as `lora_name`; `load_inplace` replaces what the name held."""
+    services = services_of(request)
+    root = services.settings.lora_dir
+    assert root is not None  # without it there is no such route
+    body = await read_body(request, _Load)
+    if not body.lora_name or not body.lora_path:
+        raise InvalidUserInput("Both 'lora_name' and 'lora_path' must be provided.")
+    if not body.load_inplace and _exists(services, body.lora_name):
+        message = f"The lora adapter '{shown(body.lora_name)}' has already been loaded."
+        raise InvalidUserInput(f"{message} Set 'load_inplace' to replace it.", param="lora_name")
+    directory = await run_in_threadpool(_directory_under, root, body.lora_path)
+    await services.intake.import_directory(TENANT, body.lora_name, directory)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+
+async def unload(request: Request) -> Response:
+    """Take the name away. `lora_int_id` is accepted and means nothing here."""
+    services = services_of(request)
+    body = await read_body(request, _Unload)
+    if not body.lora_name:
+        raise InvalidUserInput("'lora_name' must be provided.", param="lora_name")
+    if not _exists(services, body.lora_name):
+        raise NotFoundError(f"The lora adapter '{shown(body.lora_name)}' cannot be found.", param="lora_name")
+    await services.intake.delete(TENANT, body.lora_name)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+def _exists(services: Services, name: str) -> bool:
+    try:
+        services.store.get(TENANT, name)
+    except UnknownAdapter:
+        return False
+    return True
+
+
+def _directory_under(root: Path, path: str) -> Path:
+    """The directory that a client names, if it and its files really lie under `root`. Follows links first."""
+    missing = NotFoundError("'lora_path' names no adapter directory under the server's --lora-dir.", param="lora_path")
+    if "\0" in path:
+        raise missing
+    root = root.resolve()
+    try:
+        directory = (root / path).resolve()
+        files = [(directory / name).resolve() for name in (CONFIG_NAME, WEIGHTS_NAME)]
+        # Whether something exists outside is not a client's business: the answer is the same.
+        if not all(found.is_relative_to(root) for found in (directory, *files)) or not directory.is_dir():
+            raise missing
+    except (OSError, RuntimeError):  # too long, or a loop of links
+        raise missing from None
+    return directory
+
+
+routes: list[BaseRoute] = [
+    Route("/v1/load_lora_adapter", load, methods=["POST"]),
+    Route("/v1/unload_lora_adapter", unload, methods=["POST"]),
+]

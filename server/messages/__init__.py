@@ -1,0 +1,1 @@
+"""The messages that cross the socket between the API process and the engine process."""

@@ -1,0 +1,169 @@
+"""What the two processes say to each other about training.
+
+The API process starts and stops jobs and owns everything durable; the engine process trains and writes tensors only
+into the directories that it is given. Structs in the style of `server.messages.protocol`, and part of its unions.
+"""
+
+from typing import Literal
+
+import msgspec
+
+Optimizer = Literal["adamw", "paged_adamw_32bit", "paged_adamw_8bit"]
+Schedule = Literal["linear", "cosine", "constant"]
+Init = Literal["kaiming", "gaussian"]
+MemoryMode = Literal["recompute", "keep"]
+
+
+class _Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
+    """Base of what crosses the wire; the struct's name is its tag."""
+
+
+class ModuleShape(msgspec.Struct, frozen=True, array_like=True):
+    """What the adapter adds to one linear."""
+
+    rank: int
+    scaling: float
+
+
+class TrainingPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that decides a job's arithmetic. Fixed when the job first starts; load never changes it."""
+
+    seed: int
+    n_epochs: int
+    batch_size: int  # examples per optimiser step
+    micro_batch_tokens: int  # tokens per pass: splits a batch, changes nothing else
+    packing: bool = True  # several sequences per pass, without attention across them
+    learning_rate: float
+    lr_scheduler: Schedule = "linear"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0  # 0: no clipping
+    optimizer: Optimizer = "adamw"
+    lora_dropout: float = 0.0
+    init: Init = "kaiming"
+    scale_vector: bool = False  # a trained factor per output of each linear, folded into B when saved
+    memory: MemoryMode = "recompute"
+    checkpoint_every: int = 0  # steps; 0: at each epoch's end
+    eval_every: int = 0  # steps; 0: with each checkpoint only
+    early_stopping: int = 0  # full evaluations without a better validation loss until it stops; 0: never
+
+
+# --- API process -> engine --------------------------------------------------------------------------
+
+
+class StartJob(_Message, frozen=True, kw_only=True):
+    """Train, from the beginning or from a saved state. Answered by a stream of the messages below.
+
+    `directory` is the job's own: the engine writes `directory/checkpoints/step-N/` and names it in a `Checkpoint`.
+    """
+
+    id: str
+    directory: str
+    train_data: str  # `Dataset` files
+    valid_data: str | None = None
+    modules: dict[str, ModuleShape]  # full module name -> shape
+    config: dict[str, object]  # adapter_config.json of what comes out
+    plan: TrainingPlan
+    initial: str | None = None  # directory of an adapter to go on from
+    resume: str | None = None  # directory of a checkpoint of this job to go on from
+
+
+class StopJob(_Message, frozen=True):
+    """End after the current optimiser step. `save` writes a checkpoint first (pause); otherwise nothing is kept."""
+
+    id: str
+    save: bool
+
+
+class PlanMemory(_Message, frozen=True, kw_only=True):
+    """What would a job of this shape need? Answered by a `MemoryPlan` of the same id."""
+
+    id: str
+    modules: dict[str, ModuleShape]
+    optimizer: Optimizer
+    scale_vector: bool
+    tokens: int  # of its largest pass
+
+
+# --- engine -> API process --------------------------------------------------------------------------
+
+
+class Metrics(msgspec.Struct, frozen=True, omit_defaults=True):
+    """OpenAI's metrics of one step. Losses are means over trained tokens, in nats."""
+
+    step: int
+    train_loss: float | None = None
+    train_mean_token_accuracy: float | None = None
+    valid_loss: float | None = None
+    valid_mean_token_accuracy: float | None = None
+    full_valid_loss: float | None = None
+    full_valid_mean_token_accuracy: float | None = None
+
+
+class TrainingStep(_Message, frozen=True, kw_only=True):
+    """One optimiser step is done."""
+
+    id: str
+    metrics: Metrics
+    total_steps: int
+    learning_rate: float
+    grad_norm: float  # before clipping
+    trained_tokens: int  # tokens seen since the job's beginning
+    seconds: float  # wall time of the step
+    busy_seconds: float  # of these, device time spent on this job's passes
+
+
+class Checkpoint(_Message, frozen=True, kw_only=True):
+    """A complete checkpoint lies in `directory`, not yet synced: adapter files, optimiser state, where the job stood.
+
+    A "state" is only for going on from: taken when the job is paused, and every so often.
+    """
+
+    id: str
+    metrics: Metrics
+    directory: str
+    trained_tokens: int
+    kind: Literal["checkpoint", "state", "final"]
+
+
+class JobEnded(_Message, frozen=True, kw_only=True):
+    """The last message of a job."""
+
+    id: str
+    outcome: Literal["succeeded", "paused", "cancelled", "failed"]
+    code: str | None = None  # of a failure
+    message: str | None = None
+
+
+class JobNote(_Message, frozen=True):
+    """Something that the job's owner should know."""
+
+    id: str
+    level: Literal["info", "warn"]
+    message: str
+
+
+class MemoryPlan(_Message, frozen=True, kw_only=True):
+    """Bytes that a job would take beside the base, which is there already.
+
+    `checkpoint` is the copy that is held while a checkpoint is written. `mode` is the faster memory mode that fits
+    into what is available, None when neither does.
+    """
+
+    id: str
+    base: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    checkpoint: int
+    activations: dict[MemoryMode, int]
+    available: int
+    mode: MemoryMode | None
+
+    def total(self, mode: MemoryMode) -> int:
+        """All of a job's bytes in one mode, the base aside."""
+        return self.adapter + self.gradients + self.optimizer + self.checkpoint + self.activations[mode]
+
+
+JobRequest = StartJob | StopJob | PlanMemory
+JobReply = TrainingStep | Checkpoint | JobNote | JobEnded

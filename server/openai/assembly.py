@@ -1,0 +1,110 @@
+"""From an engine's token ids to what a client sees of one sequence: text, logprobs, the reason it ended.
+
+The engine knows ids only. Here they become text, stop strings are found, and the list of logprobs is cut where the text
+is. No I/O and no HTTP.
+"""
+
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from server.messages.protocol import Output, TokenLogprob
+from server.text.detokenizer import Detokenizer, StopStrings
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One token's logprobs and where its text starts, in characters of this sequence's text."""
+
+    offset: int
+    logprob: TokenLogprob
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one output adds to a sequence."""
+
+    text: str
+    entries: list[Entry] = field(default_factory=list)  # empty unless logprobs were asked for
+    finish_reason: Literal["stop", "length"] | None = None
+    stop_reason: int | str | None = None  # the stop token or stop string that the client named
+    prompt_logprobs: list[TokenLogprob | None] | None = None  # the whole prompt's, on the first piece of its sample 0
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to send."""
+        return bool(self.text or self.entries or self.finish_reason or self.prompt_logprobs)
+
+
+class Assembler:
+    """One sequence's text in the making.
+
+    Args:
+        decode: token ids -> text.
+        prompt: the prompt's ids, the left context of the first new token.
+        silent: ids that `decode` passes over.
+        stops: stop strings.
+        include_stop: whether what stopped it, string or token, is part of the text.
+        min_tokens: a stop string that ends within so many tokens does not count.
+        stop_token_ids: those the client named, for `stop_reason`.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[Sequence[int]], str],
+        prompt: Sequence[int],
+        *,
+        silent: Container[int] = (),
+        stops: Sequence[str] = (),
+        include_stop: bool = False,
+        min_tokens: int = 0,
+        stop_token_ids: Sequence[int] = (),
+    ) -> None:
+        self._detokenizer = Detokenizer(decode, prompt, silent)
+        self._stops = StopStrings(stops, include=include_stop)
+        self._include_stop = include_stop
+        self._min_tokens = min_tokens
+        self._stop_token_ids = stop_token_ids
+        self._decoded = 0  # characters decoded so far
+        self._emitted = 0  # of those, given away
+        self._pending: list[Entry] = []  # entries of text that is held back
+        self.tokens = 0  # used so far, those behind a stop string not counted
+
+    def add(self, output: Output) -> Piece:
+        """What this output adds. A piece with a `finish_reason` is the last: the engine may be told to stop."""
+        text = ""
+        for i, token in enumerate(output.tokens):
+            self.tokens += 1
+            if token == output.stop_token and i == len(output.tokens) - 1 and not self._include_stop:
+                break  # it ends the text without being part of it
+            if output.logprobs:
+                self._pending.append(Entry(self._decoded, output.logprobs[i]))
+            fragment, stop = self._feed(self._detokenizer.add(token))
+            text += fragment
+            if stop is not None:
+                return self._cut(text, stop)
+        if output.finish_reason is None:
+            return self._piece(text)
+        fragment, stop = self._feed(self._detokenizer.flush())
+        text += fragment
+        if stop is not None:
+            return self._cut(text, stop)
+        text += self._stops.flush()
+        self._emitted += len(text)
+        reason: Literal["stop", "length"] = "stop" if output.finish_reason == "stop" else "length"
+        named = output.stop_token if output.stop_token in self._stop_token_ids else None
+        return Piece(text, self._pending, reason, named)
+
+    def _feed(self, decoded: str) -> tuple[str, str | None]:
+        self._decoded += len(decoded)
+        return self._stops.add(decoded, may_stop=self.tokens > self._min_tokens)
+
+    def _cut(self, text: str, stop: str) -> Piece:
+        piece = self._piece(text)
+        return Piece(piece.text, piece.entries, "stop", stop)
+
+    def _piece(self, text: str) -> Piece:
+        """`text` goes out, and with it the entries of the tokens that began in it."""
+        self._emitted += len(text)
+        ready = sum(entry.offset < self._emitted for entry in self._pending)  # offsets never fall
+        entries, self._pending = self._pending[:ready], self._pending[ready:]
+        return Piece(text, entries)

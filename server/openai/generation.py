@@ -1,0 +1,264 @@
+"""Everything between a validated body and the pieces of its answer: the prompt's fit, admission, samples, usage.
+
+Completions and chat differ in how a prompt is made and how pieces are written down; both are none of this file's
+business.
+"""
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from server.admission import Ticket
+from server.errors import ContextLengthExceeded, EngineUnavailable, InternalError, InvalidRequest
+from server.messages.protocol import LOAD_FAILED, NON_FINITE, TOO_LONG, Generate, Output, Ready, Sampling
+from server.metrics import FinishedReason
+from server.openai.assembly import Assembler, Piece
+from server.openai.schema import GenerationBody
+from server.openai.target import Target
+from server.services import TENANT, Services
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Usage:
+    """Tokens of one request, over all its sequences. A prompt counts once, however many samples it has."""
+
+    prompt_tokens: int
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0  # of those
+
+    def as_json(self) -> dict[str, Any]:
+        """OpenAI's `usage` object; drafts are its predictions, present when there were any."""
+        predictions = {
+            "accepted_prediction_tokens": self.accepted_tokens,
+            "rejected_prediction_tokens": self.drafted_tokens - self.accepted_tokens,
+        }
+        details = {"completion_tokens_details": predictions} if self.drafted_tokens else {}
+        return details | {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: its ids, how much may follow, and the text it was given as, if any."""
+
+    ids: list[int]
+    max_tokens: int
+    text: str | None = None
+
+
+@dataclass
+class Generation:
+    """One request's sequences: every prompt `body.n` times.
+
+    Choice `i` is sample `i % n` of prompt `i // n`. Iterate `pieces` once; `usage` is complete when it ends.
+    """
+
+    services: Services
+    body: GenerationBody
+    target: Target
+    prompts: Sequence[Prompt]
+    sampling: Sampling
+    usage: Usage = field(init=False)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.usage = Usage(prompt_tokens=sum(len(prompt.ids) for prompt in self.prompts))
+
+    async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
+        """(choice, piece) as they come; closing it aborts what still runs.
+
+        Raises `TooManyRequests` before anything is submitted; `EngineUnavailable` and `LorakeetError` at any time.
+        """
+        n = self.body.n
+        lengths = [len(prompt.ids) for prompt in self.prompts for _ in range(n)]
+        tickets = self.services.admission.enter(lengths)
+        try:
+            if len(lengths) == 1:
+                async with aclosing(self._sample(0, tickets[0])) as pieces:
+                    async for piece in pieces:
+                        yield 0, piece
+            else:
+                async with aclosing(self._merge(tickets)) as merged:
+                    async for choice, piece in merged:
+                        yield choice, piece
+        finally:
+            for ticket in tickets:
+                ticket.leave(served=False)
+
+    async def _merge(self, tickets: list[Ticket]) -> AsyncGenerator[tuple[int, Piece], None]:
+        """All samples at once, except that a prompt's first goes ahead: the others find its KV in the prefix cache."""
+        arrived: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue()
+        prompt_computed = [asyncio.Event() for _ in self.prompts]
+
+        async def run(choice: int) -> None:
+            computed = prompt_computed[choice // self.body.n]
+            try:
+                if choice % self.body.n:
+                    await computed.wait()
+                async with aclosing(self._sample(choice, tickets[choice])) as pieces:
+                    async for piece in pieces:
+                        computed.set()
+                        arrived.put_nowait((choice, piece))
+                arrived.put_nowait((choice, None))
+            except Exception as exc:
+                arrived.put_nowait((choice, exc))
+
+        tasks = [asyncio.create_task(run(choice)) for choice in range(len(tickets))]
+        try:
+            running = len(tasks)
+            while running:
+                choice, item = await arrived.get()
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    running -= 1
+                else:
+                    yield choice, item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _sample(self, choice: int, ticket: Ticket) -> AsyncGenerator[Piece, None]:
+        """One sequence, from submission to its last piece."""
+        prompt = self.prompts[choice // self.body.n]
+        sample = choice % self.body.n
+        assembler = self._assembler(prompt.ids)
+        clock = self.services.metrics.request(*self.target.adapters)
+        reason: FinishedReason = "abort"
+        try:
+            outputs = self.services.engine.generate(self._request(prompt, sample))
+            async with aclosing(outputs):
+                async for output in outputs:
+                    raise_failure(output)
+                    ticket.leave(served=True)
+                    before = assembler.tokens
+                    piece = assembler.add(output)
+                    tokens = assembler.tokens - before
+                    clock.output(tokens, len(prompt.ids), output.queue_seconds)
+                    self.usage.completion_tokens += tokens
+                    if sample == 0:
+                        self.usage.cached_tokens += output.cached_tokens
+                    self.usage.drafted_tokens += output.drafted_tokens
+                    self.usage.accepted_tokens += min(output.accepted_tokens, tokens)
+                    if output.prompt_logprobs is not None:
+                        piece = replace(piece, prompt_logprobs=output.prompt_logprobs)
+                    if piece.finish_reason is not None:
+                        reason = piece.finish_reason
+                        await outputs.aclose()  # on a stop string the engine would go on
+                    yield piece
+                    if piece.finish_reason is not None:
+                        return
+        except Exception:
+            reason = "error"
+            raise
+        finally:
+            clock.finish(reason)
+
+    @property
+    def _speculative_tokens(self) -> int:
+        asked = self.body.speculative_tokens
+        return self.services.settings.speculative_tokens if asked is None else asked
+
+    def _request(self, prompt: Prompt, sample: int) -> Generate:
+        sampling = msgspec.structs.replace(
+            self.sampling,
+            max_tokens=prompt.max_tokens,
+            speculative_tokens=self._speculative_tokens,
+            seed=(self.sampling.seed + sample) % 2**63,
+            prompt_logprobs=None if sample else self.sampling.prompt_logprobs,
+        )
+        return Generate(
+            id=uuid.uuid4().hex,
+            prompt=prompt.ids,
+            sampling=sampling,
+            adapters=self.target.refs,
+            tenant=TENANT,
+            cache_salt=self.body.cache_salt or "",
+        )
+
+    def _assembler(self, prompt: list[int]) -> Assembler:
+        text, skip = self.target.text, self.body.skip_special_tokens
+        return Assembler(
+            partial(text.decode, skip_special_tokens=skip),
+            prompt,
+            silent=text.special_ids if skip else (),
+            stops=self.body.stop,
+            include_stop=self.body.include_stop_str_in_output,
+            min_tokens=self.body.min_tokens,
+            stop_token_ids=self.body.stop_token_ids,
+        )
+
+
+def fit_max_tokens(
+    info: Ready, body: GenerationBody, prompt: Sequence[int], *, asked: int | None, default: int | None, param: str
+) -> int:
+    """How many tokens may be generated after this prompt.
+
+    Args:
+        asked: what the client wants; it must fit.
+        default: otherwise; None is the rest of the context. It is cut to fit.
+        param: where the prompt came from, for the error.
+
+    Raises `ContextLengthExceeded`, naming the numbers, and `InvalidRequest` when `min_tokens` wants more.
+    """
+    room = info.max_model_len - len(prompt)
+    wanted = 1 if asked is None else asked
+    if wanted > room:
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {info.max_model_len} tokens, but this request needs "
+            f"{len(prompt) + wanted}: {len(prompt)} for the prompt and {wanted} for the completion.",
+            param="max_tokens" if asked and room > 0 else param,
+        )
+    if asked is None:
+        wanted = room if default is None else min(default, room)
+    if body.min_tokens > wanted:
+        raise InvalidRequest(
+            f"`min_tokens` is {body.min_tokens}, more than the {wanted} tokens that may be generated.",
+            param="min_tokens",
+        )
+    return wanted
+
+
+def check_vocabulary(vocab_size: int, body: GenerationBody) -> None:
+    """Raises `InvalidRequest` for a token id that the model does not have."""
+    for param, ids in (("logit_bias", body.logit_bias), ("stop_token_ids", body.stop_token_ids)):
+        for id_ in ids:
+            if id_ >= vocab_size:
+                raise InvalidRequest(
+                    f"`{param}`: token id {id_} is outside the vocabulary of {vocab_size}.", param=param
+                )
+
+
+_CLIENT_FAULTS: dict[str | None, type[InvalidRequest]] = {
+    TOO_LONG: ContextLengthExceeded,
+    NON_FINITE: InvalidRequest,
+}
+
+
+def raise_failure(output: Output) -> None:
+    """The error of a sequence that failed by itself while the engine goes on."""
+    if output.finish_reason == "abort":
+        raise EngineUnavailable("The engine gave this request up; try again.")
+    if output.error is None:
+        return
+    if (fault := _CLIENT_FAULTS.get(output.code)) is not None:
+        raise fault(output.error, code=output.code)
+    log.error("a sequence failed: %s (%s)", output.error, output.code)
+    raise InternalError("The adapter could not be loaded." if output.code == LOAD_FAILED else "The model failed.")

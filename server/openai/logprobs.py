@@ -1,0 +1,70 @@
+"""Log-probabilities in OpenAI's two shapes: columns for completions, a list of tokens for chat."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from server.messages.protocol import TokenLogprob
+from server.openai.assembly import Entry
+from server.text.processor import TextProcessor
+
+_LOWEST = -9999.0  # JSON has no infinity; vLLM's stand-in
+
+Columns = dict[str, list[Any]]
+
+
+def columns(text: TextProcessor, entries: Iterable[Entry], *, start: int = 0) -> Columns:
+    """`logprobs` of a completion's choice. `start`: characters of the choice's text before this sequence's own."""
+    made = no_columns()
+    for entry in entries:
+        _append(made, text, start + entry.offset, entry.logprob.token, entry.logprob)
+    return made
+
+
+def prompt_columns(
+    text: TextProcessor, ids: Sequence[int], offsets: Sequence[int], logprobs: Sequence[TokenLogprob | None]
+) -> Columns:
+    """The same for an echoed prompt: nothing precedes its first token, so that one has no logprob."""
+    made = no_columns()
+    for token, offset, logprob in zip(ids, offsets, logprobs, strict=True):
+        _append(made, text, offset, token, logprob)
+    return made
+
+
+def no_columns() -> Columns:
+    """No tokens yet."""
+    return {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
+
+
+def extend(made: Columns, more: Columns) -> None:
+    """Add later tokens in place."""
+    for name, column in made.items():
+        column += more[name]
+
+
+def _append(made: Columns, text: TextProcessor, offset: int, token: int, logprob: TokenLogprob | None) -> None:
+    token_text = text.token(token).text
+    made["text_offset"].append(offset)
+    made["tokens"].append(token_text)
+    if logprob is None:
+        made["token_logprobs"].append(None)
+        made["top_logprobs"].append(None)
+        return
+    value = max(logprob.logprob, _LOWEST)
+    top = {text.token(other).text: max(other_value, _LOWEST) for other, other_value in logprob.top}
+    top.setdefault(token_text, value)  # the chosen token is always among them, as the extra one if need be
+    made["token_logprobs"].append(value)
+    made["top_logprobs"].append(top)
+
+
+def chat_tokens(text: TextProcessor, entries: Iterable[Entry]) -> list[dict[str, Any]]:
+    """`logprobs.content` of a chat choice."""
+    return [
+        _chat_token(text, entry.logprob.token, entry.logprob.logprob)
+        | {"top_logprobs": [_chat_token(text, token, value) for token, value in entry.logprob.top]}
+        for entry in entries
+    ]
+
+
+def _chat_token(text: TextProcessor, token: int, logprob: float) -> dict[str, Any]:
+    shown = text.token(token)
+    return {"token": shown.text, "logprob": max(logprob, _LOWEST), "bytes": list(shown.bytes)}

@@ -1,0 +1,141 @@
+"""The parameters that completions and chat share: types, ranges, defaults, and what each may be left at.
+
+Only what a body says by itself is checked here; what depends on the model (vocabulary, context) is `generation`'s.
+"""
+
+import secrets
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from server.errors import InvalidRequest
+from server.messages.protocol import Sampling
+from server.openai.body import Body
+from server.settings import MAX_SPECULATIVE_TOKENS
+
+MAX_ADAPTERS = 8  # of one request
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 1024
+INT32 = 2**31 - 1
+INT64 = 2**63 - 1
+
+
+def _stops(value: Any) -> Any:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise ValueError("must be a string or a list of strings")
+    if not all(stops):
+        raise ValueError("must not contain an empty string")
+    if len(stops) > MAX_STOPS:
+        raise ValueError(f"at most {MAX_STOPS} stop strings are accepted")
+    if any(len(stop) > MAX_STOP_LENGTH for stop in stops):
+        raise ValueError(f"a stop string has at most {MAX_STOP_LENGTH} characters")
+    return tuple(stops)
+
+
+def _logit_bias(value: Any) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError("must be an object from token id to bias")
+    for key in value:
+        if not (key.isascii() and key.isdigit() and len(key) <= 10):
+            raise ValueError("every key must be a token id")
+    return {int(key): bias for key, bias in value.items()}
+
+
+class StreamOptions(Body):
+    """`stream_options`."""
+
+    no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {"continuous_usage_stats": (False,)}
+
+    include_usage: bool = False
+
+
+class WeightedAdapter(Body):
+    """One of several adapters that a request runs on the same tokens."""
+
+    id: str = Field(min_length=1)
+    weight: float = Field(1.0, ge=-100, le=100)
+
+
+class GenerationBody(Body):
+    """What both endpoints take. `metadata`, which has no effect on the answer, is checked and left alone."""
+
+    no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "best_of": (1,),
+        "use_beam_search": (False,),
+        "length_penalty": (1, 1.0),
+        "early_stopping": (False,),
+        "detokenize": (True,),
+        "spaces_between_special_tokens": (True,),
+        "bad_words": ([],),
+        "logits_processors": ([],),
+        "allowed_token_ids": ([],),
+        "response_format": ({"type": "text"},),
+        "tools": ([],),
+        "priority": (0,),
+        "return_token_ids": (False,),
+        "return_tokens_as_token_ids": (False,),
+        "store": (False,),
+        "service_tier": ("auto", "default"),
+        "documents": ([],),
+    }
+
+    model: str = Field(min_length=1)
+    adapter_id: str | None = Field(None, min_length=1)
+    adapter_source: Literal["local"] | None = None
+    adapters: list[WeightedAdapter] = Field([], max_length=MAX_ADAPTERS)
+
+    n: int = Field(1, ge=1, le=128)
+    min_tokens: int = Field(0, ge=0, le=INT32)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1, le=INT32)  # 0 and -1: off
+    min_p: float = Field(0.0, ge=0, le=1)
+    seed: int | None = Field(None, ge=-INT64 - 1, le=INT64)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, gt=0, le=2)
+    logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_logit_bias)] = Field({})
+
+    stop: Annotated[tuple[str, ...], BeforeValidator(_stops)] = ()
+    stop_token_ids: list[Annotated[int, Field(ge=0, le=INT32)]] = Field([])
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    speculative_tokens: int | None = Field(None, ge=0, le=MAX_SPECULATIVE_TOKENS)  # None: as the server is set
+
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    cache_salt: str | None = Field(None, min_length=1, max_length=256)
+    user: str | None = None  # who asks: a name whose requests are split gives the same version to the same user
+    metadata: dict[str, str] | None = None
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> "GenerationBody":
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("`stream_options` may only be given with `stream: true`.", param="stream_options")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        """Whether the stream ends with a chunk of usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def sampling(self, *, logprobs: int | None, prompt_logprobs: int | None = None) -> Sampling:
+        """The engine's parameters of sample 0, but for `max_tokens`, which depends on the prompt."""
+        return Sampling(
+            min_tokens=self.min_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=max(self.top_k, 0),
+            min_p=self.min_p,
+            seed=secrets.randbits(63) if self.seed is None else self.seed % 2**63,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=self.logit_bias,
+            stop_token_ids=self.stop_token_ids,
+            ignore_eos=self.ignore_eos,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+        )

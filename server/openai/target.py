@@ -1,0 +1,174 @@
+"""Which model a request means: the base, or versions of adapters, held on disk while they are used.
+
+`model` names either; with `adapter_id` (LoRAX) or `adapters` (several, weighted) `model` is the base. A name stands for
+its current version, or for its share of a split; `name@digest prefix` asks for one version.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+
+from adapters.peft_format.directory import AdapterSpec
+from adapters.storage.versions import SHORTEST_PREFIX, AmbiguousDigest, UnknownAdapter, Version, split_reference
+from server.errors import Conflict, InvalidRequest, ModelNotFound
+from server.messages.protocol import AdapterRef
+from server.openai.schema import WeightedAdapter
+from server.registry.fit import row_units
+from server.services import TENANT, Services
+from server.text.processor import TextProcessor
+
+_HEX = frozenset("0123456789abcdef")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What serves a request."""
+
+    asked: str  # the name as the client wrote it
+    digest: str  # of the adapter, or of the base; of several: each with its weight
+    text: TextProcessor
+    vocab_size: int
+    adapters: list[tuple[str, str]]  # (stored name, digest) of each adapter; none: the base
+    refs: list[AdapterRef]
+
+
+@asynccontextmanager
+async def open_target(
+    services: Services,
+    model: str,
+    adapter_id: str | None = None,
+    *,
+    adapters: Sequence[WeightedAdapter] = (),
+    user: str | None = None,
+) -> AsyncIterator[Target]:
+    """The target, leased: its files stay until the end, whatever happens to the name meanwhile.
+
+    Args:
+        adapters: run on the same tokens, in place of one.
+        user: who asks; one user always gets the same version of a name whose requests are split.
+
+    Raises `ModelNotFound` (404), `Conflict` (409, an ambiguous digest prefix), `InvalidRequest`, `EngineUnavailable`.
+    """
+    base = services.settings.base_aliases
+    with ExitStack() as held:
+        if adapters:
+            if adapter_id is not None:
+                raise InvalidRequest("Give either `adapter_id` or `adapters`.", param="adapters")
+            if model not in base:
+                await hold(services, model, "model", user, held)  # an unknown model is the worse mistake
+                raise InvalidRequest("With `adapters`, `model` is the base.", param="adapters")
+            yield await _several(services, model, adapters, user, held)
+            return
+        asked, param = model, "model"
+        if adapter_id is not None and adapter_id != model:
+            if model not in base:
+                await hold(services, model, "model", user, held)
+                raise InvalidRequest(
+                    "`model` and `adapter_id` name two adapters; give one of them.", param="adapter_id"
+                )
+            asked, param = adapter_id, "adapter_id"
+        if asked in base:
+            yield _base_target(services, asked)
+            return
+        version = await hold(services, asked, param, user, held)
+        yield await _adapter_target(services, asked, version)
+
+
+def _base_target(services: Services, asked: str) -> Target:
+    info = services.engine_info
+    return Target(asked, info.base_digest, services.text, info.vocab_size, [], [])
+
+
+async def _adapter_target(services: Services, asked: str, version: Version) -> Target:
+    text, receipt = services.text, version.receipt
+    if receipt.get("tokenizer_tokens") or (receipt.get("chat_template") and text.renderer is not None):
+        text = await text.adapted(version.digest, lambda: AdapterSpec.read(version.path).text)
+    vocab_size = services.engine_info.vocab_size + receipt.get("new_tokens", 0)
+    return Target(asked, version.digest, text, vocab_size, [(version.name, version.digest)], [reference(version)])
+
+
+async def _several(
+    services: Services, model: str, adapters: Sequence[WeightedAdapter], user: str | None, held: ExitStack
+) -> Target:
+    """Several adapters in normal form, so that the same mixture finds its KV whatever the order it was written in."""
+    weights: dict[str, float] = {}
+    versions: dict[str, Version] = {}
+    for i, adapter in enumerate(adapters):
+        version = await hold(services, adapter.id, f"adapters.{i}.id", user, held)
+        _check_mixable(version, f"adapters.{i}", alone=len(adapters) == 1 and adapter.weight == 1)
+        if version.digest in versions:
+            message = (
+                f"`adapters` has the content of `{version.name}` twice; give it once, with the sum of the weights."
+            )
+            raise InvalidRequest(message, param=f"adapters.{i}.id")
+        versions[version.digest] = version
+        weights[version.digest] = adapter.weight
+    _check_fit(services, list(versions.values()))
+    used = [versions[digest] for digest in sorted(versions) if weights[digest]]
+    if not used:
+        return _base_target(services, model)
+    if len(versions) == 1 and weights[used[0].digest] == 1:
+        alone = await _adapter_target(services, model, used[0])
+        return replace(alone, digest=f"{alone.digest}*1.0")
+    return Target(
+        model,
+        "+".join(f"{version.digest}*{weights[version.digest]!r}" for version in used),
+        services.text,
+        services.engine_info.vocab_size,
+        [(version.name, version.digest) for version in used],
+        [reference(version, weights[version.digest]) for version in used],
+    )
+
+
+def _check_mixable(version: Version, param: str, *, alone: bool) -> None:
+    """Raises InvalidRequest for adapters that replace something, so that no weight and no sum of them has a meaning."""
+    replacing = set(version.receipt.get("variants", ())) - {"alora"}
+    if replacing and not alone:
+        raise InvalidRequest(
+            f"`{version.name}` is more than plain LoRA ({', '.join(sorted(replacing))}): it runs alone, with weight 1.",
+            param=param,
+            code="unsupported_adapter_feature",
+        )
+
+
+def _check_fit(services: Services, versions: Sequence[Version]) -> None:
+    """Raises InvalidRequest for adapters that can never be on the device together."""
+    needed = row_units(versions)
+    for kind, capacity in services.engine_info.pool_rows.items():
+        if needed[kind] > capacity:
+            raise InvalidRequest(
+                f"`adapters` need {needed[kind]} rows of {kind} together; the device has {capacity} (--adapter-bytes).",
+                param="adapters",
+                code="adapter_too_large",
+            )
+
+
+def reference(version: Version, weight: float = 1.0) -> AdapterRef:
+    """How the engine is told of a version."""
+    return AdapterRef(digest=version.digest, path=str(version.path), weight=weight)
+
+
+async def hold(services: Services, asked: str, param: str, user: str | None, held: ExitStack) -> Version:
+    """Find a version and lease it until `held` closes."""
+    name, prefix = split_reference(asked)
+    if prefix is not None and not (len(prefix) >= SHORTEST_PREFIX and set(prefix.lower()) <= _HEX):
+        raise InvalidRequest(
+            f"A version is asked for as NAME@ and at least {SHORTEST_PREFIX} hexadecimal digits of its digest.",
+            param=param,
+        )
+    discovered = False
+    while True:
+        try:
+            pointer = services.store.pointer(TENANT, name)
+            version = pointer.choose(user) if prefix is None else pointer.find(prefix)
+        except UnknownAdapter:
+            if discovered or not await services.intake.discover(TENANT, name):
+                raise ModelNotFound(asked, param=param) from None
+            discovered = True
+            continue
+        except AmbiguousDigest:
+            raise Conflict(f"Several versions of `{name}` start with {prefix}.", param=param) from None
+        with suppress(UnknownAdapter):  # removed in this very moment: look again
+            held.enter_context(services.store.lease(version))
+            await services.intake.bring(version)
+            return version

@@ -1,0 +1,66 @@
+"""What fits on the device: one adapter into it all, several at once, those that are pinned.
+
+Arithmetic on rows of memory per kind of linear; knows no names' meaning and no HTTP.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+from adapters.device.rows import rounded
+from adapters.peft_format.directory import EXTRAS, AdapterError, AdapterSpec
+from adapters.storage.versions import Version
+from server.messages.protocol import Ready
+
+MAX_CUDA_RANK = 512  # of one adapter in the grouped LoRA kernels
+
+
+def check_fit(spec: AdapterSpec, base: Ready) -> None:
+    """Raises AdapterError when the adapter would not fit into an empty device pool, or the kernels of its device."""
+    if base.device.startswith("cuda") and spec.rank > MAX_CUDA_RANK:
+        raise AdapterError(
+            f"rank {spec.rank} is more than the {MAX_CUDA_RANK} that the GPU's kernels take", "r", "adapter_too_large"
+        )
+    vocabulary = base.vocab_size + spec.variants.new_tokens
+    if spec.text.tokens and spec.text.tokens[-1].id >= vocabulary:
+        raise AdapterError(
+            f"the tokenizer has the new token {spec.text.tokens[-1].id}; base and weights have {vocabulary} rows. Save "
+            "the adapter with its resized embeddings",
+            "tokenizer",
+        )
+    for kind, rows in spec.rows(base.linears).items():
+        capacity = base.pool_rows.get(kind, 0)
+        if rows > capacity and kind == EXTRAS:
+            raise AdapterError(
+                f"besides its rank rows the adapter needs {rows} KiB on the device, and {capacity} KiB are there for "
+                "that (see --adapter-bytes)",
+                "weights",
+                "adapter_too_large",
+            )
+        if rows > capacity:
+            largest = capacity * spec.rank // rows
+            raise AdapterError(
+                f"rank {spec.rank} in {spec.dtype} needs {rows} rows of {kind}, and the device's pool has {capacity}: "
+                f"the largest rank that can be served is {largest} (see --adapter-bytes)",
+                "r",
+                "adapter_too_large",
+            )
+
+
+def row_units(versions: Iterable[Version]) -> Counter[str]:
+    """Row units per kind that these take together."""
+    needed: Counter[str] = Counter()
+    for version in versions:
+        needed.update({kind: rounded(units) for kind, units in version.receipt["rows"].items()})
+    return needed
+
+
+def first_that_fit(versions: Iterable[Version], room: Mapping[str, int]) -> list[Version]:
+    """As many of the first versions as fit together."""
+    found: list[Version] = []
+    needed: Counter[str] = Counter()
+    for version in versions:
+        needed += row_units([version])
+        if any(units > room.get(kind, 0) for kind, units in needed.items()):
+            break
+        found.append(version)
+    return found

@@ -1,0 +1,1 @@
+"""The base's tokenizer and chat templates, and text that is streamed. API process."""

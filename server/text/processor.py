@@ -1,0 +1,277 @@
+"""The base's tokenizer and chat template, from its directory. Text in, token ids out, and back.
+
+Uses the `tokenizers` library directly: importing `transformers` would bring torch into the HTTP process.
+Streaming text back is `server.text.detokenizer`'s matter; requests and limits are the handlers'.
+"""
+
+import asyncio
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from copy import copy
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tokenizers import AddedToken, Tokenizer
+
+from adapters.peft_format.text import AdapterText
+from server.errors import InvalidRequest
+from server.text.chat_template import ChatTemplate
+from server.text.sandbox import TemplateRenderer
+
+T = TypeVar("T")
+
+_LONG = 2048  # characters or tokens; from here on work on them leaves the event loop
+_ADAPTED = 8  # tokenizers of adapters that are kept: tens of megabytes each
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class TokenizerError(Exception):
+    """The model's directory has no tokenizer that can be used; the message says which file and why."""
+
+
+@dataclass(frozen=True)
+class TokenText:
+    """What one token stands for, by itself: its exact bytes, and those as text for people."""
+
+    text: str
+    bytes: bytes
+
+
+class TextProcessor:
+    """The tokenizer and the chat template of one base model, and of adapters that bring some of their own.
+
+    Args:
+        tokenizer: the tokenizer.
+        chat_template: None when the base has none: chat is then refused.
+        special_tokens: `bos_token`, ... as templates see them.
+        renderer: of the templates that adapters bring; None: these are not used.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        chat_template: ChatTemplate | None,
+        special_tokens: Mapping[str, str] | None = None,
+        renderer: TemplateRenderer | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self.chat_template = chat_template
+        self.renderer = renderer
+        self._special_tokens = dict(special_tokens or {})
+        self._own_template: str | None = None  # an adapter's
+        self._adapted: OrderedDict[str, TextProcessor] = OrderedDict()  # least recently used first
+        self._piece_bytes = _piece_decoder(json.loads(tokenizer.to_str()))
+        added = tokenizer.get_added_tokens_decoder()
+        self._added = {id_: token.content for id_, token in added.items()}
+        self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
+        # One thread: tokenising must not take the engine's cores.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="text")
+
+    @classmethod
+    def load(cls, directory: Path, renderer: TemplateRenderer | None = None) -> "TextProcessor":
+        """From a Hugging Face layout: `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`.
+
+        Raises `TokenizerError`.
+        """
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise TokenizerError(
+                f"{directory} has no tokenizer.json. Make one with transformers: "
+                "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
+            )
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as exc:  # the library raises plain Exception
+            raise TokenizerError(f"{path}: {exc}") from exc
+        config = _read_json(directory / "tokenizer_config.json")
+        source = _chat_template_source(directory, config)
+        special_tokens = _special_tokens(directory, config)
+        template = ChatTemplate(source, special_tokens) if source else None
+        return cls(tokenizer, template, special_tokens, renderer)
+
+    def close(self) -> None:
+        """Stop the tokenising thread, and what renders adapters' templates."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        if self.renderer is not None:
+            self.renderer.close()
+
+    # --- adapters
+
+    async def adapted(self, key: str, read: Callable[[], AdapterText]) -> "TextProcessor":
+        """The same with what an adapter brings; kept under `key` for a while. `read` may wait for a disk."""
+        found = self._adapted.get(key)
+        if found is None:
+            found = await asyncio.to_thread(lambda: self._extended(read()))
+            self._adapted[key] = found
+            if len(self._adapted) > _ADAPTED:
+                self._adapted.popitem(last=False)
+        elif len(self._adapted) > 1:
+            self._adapted.move_to_end(key)
+        return found
+
+    def _extended(self, text: AdapterText) -> "TextProcessor":
+        other = copy(self)
+        if text.tokens:
+            other.tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
+            for token in text.tokens:
+                add = other.tokenizer.add_special_tokens if token.special else other.tokenizer.add_tokens
+                flags = {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word", "normalized")}
+                add([AddedToken(token.content, special=token.special, **flags)])
+            other._added = self._added | {token.id: token.content for token in text.tokens}
+            other.special_ids = self.special_ids | {token.id for token in text.tokens if token.special}
+        if self.renderer is not None:
+            other._own_template = text.chat_template
+        return other
+
+    # --- text -> tokens
+
+    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+        """Token ids of each text; `add_special_tokens` lets the tokenizer add what it puts around one (a BOS, say)."""
+        work = partial(self._encode, texts, add_special_tokens)
+        return await self.in_thread(sum(map(len, texts)) + len(texts), work)
+
+    def offsets(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Where in `text` each token of `encode` starts, in characters."""
+        encoding = self.tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+        return [start for start, _ in encoding.offsets]
+
+    async def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        arguments: Mapping[str, str | int | float | bool | None],
+    ) -> str:
+        """The prompt's text. Raises `InvalidRequest` when the template refuses, or when there is none."""
+        if self._own_template is not None and self.renderer is not None:
+            return await self.renderer.render(
+                self._own_template,
+                self._special_tokens,
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                arguments=dict(arguments),
+            )
+        if self.chat_template is None:
+            raise InvalidRequest("The base model has no chat template; use /v1/completions.", param="messages")
+        render = partial(
+            self.chat_template.render,
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            arguments=arguments,
+        )
+        return await self.in_thread(sum(len(message["content"]) for message in messages) + len(messages), render)
+
+    def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        # `encode_batch*` releases the interpreter's lock, `encode` does not.
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in encodings]
+
+    async def in_thread(self, size: int, work: Callable[[], T]) -> T:
+        """Run `work` here when `size` (characters or tokens) is small, else where it does not hold others up."""
+        if size < _LONG:
+            return work()
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    # --- tokens -> text
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """The text of whole token ids. Ids that the tokenizer does not know stand for nothing."""
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def token(self, id_: int) -> TokenText:
+        """One token by itself. Bytes that are no text by themselves read `bytes:\\xe2\\x82`, as OpenAI writes them."""
+        raw = self.token_bytes(id_)
+        try:
+            return TokenText(raw.decode(), raw)
+        except UnicodeDecodeError:
+            return TokenText("bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), raw)
+
+    def token_bytes(self, id_: int) -> bytes:
+        """The bytes that one token adds to a text; empty for an id that the tokenizer does not know."""
+        if (content := self._added.get(id_)) is not None:
+            return content.encode()
+        piece = self.tokenizer.id_to_token(id_)
+        return b"" if piece is None else self._piece_bytes(piece)
+
+
+# --- reading a model's directory ---------------------------------------------------------------------
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as exc:
+        raise TokenizerError(f"{path}: {exc}") from exc
+    return content if isinstance(content, dict) else {}
+
+
+def _chat_template_source(directory: Path, config: Mapping[str, Any]) -> str | None:
+    """Newer repositories keep the template in a file of its own, older ones in the tokenizer's config, some several."""
+    file = directory / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template") or _read_json(directory / "chat_template.json").get("chat_template")
+    if isinstance(template, list):
+        named = {entry["name"]: entry["template"] for entry in template}
+        template = named.get("default")
+    return template
+
+
+def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    known = _read_json(directory / "special_tokens_map.json") | dict(config)
+    tokens = {}
+    for name in _SPECIAL_TOKENS:
+        token = known.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str):
+            tokens[name] = token
+    return tokens
+
+
+# --- from a vocabulary's piece to bytes ----------------------------------------------------------------
+
+
+def _piece_decoder(tokenizer: Mapping[str, Any]) -> Any:
+    """How this kind of vocabulary writes bytes. Returns a function from piece to bytes."""
+    decoder = tokenizer.get("decoder") or {}
+    kinds = {step.get("type") for step in decoder.get("decoders", [decoder])}
+    if "ByteLevel" in kinds:
+        return _byte_level
+    if kinds & {"ByteFallback", "Metaspace", "Replace"}:
+        return _sentencepiece
+    return str.encode
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """GPT-2's: printable Latin-1 stands for itself, every other byte for the next character from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    alphabet = {chr(byte): byte for byte in printable}
+    return alphabet | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_ALPHABET = _byte_level_alphabet()
+
+
+def _byte_level(piece: str) -> bytes:
+    if all(char in _ALPHABET for char in piece):
+        return bytes(_ALPHABET[char] for char in piece)
+    return piece.encode()
+
+
+def _sentencepiece(piece: str) -> bytes:
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()

@@ -1,0 +1,1 @@
+"""QLoRA training on the resident base, in pieces between inference steps. Engine process."""

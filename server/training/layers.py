@@ -1,0 +1,123 @@
+"""A transformers decoder run one layer at a time, and how the sequences of a training pass attend.
+
+What a layer is called with is captured, not known: each layer's `forward` is replaced by a recorder that returns its
+input while the decoder runs once. The head runs through the model in the same way, so whatever a family does after its
+last layer (norms, scaling, soft caps) is done. Knows nothing of jobs or losses.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from server.model.base import Base
+
+
+@dataclass(frozen=True)
+class LayerCalls:
+    """The decoder's state before its first layer: hidden [1, T, H], and what each layer is called with beside it."""
+
+    hidden: Tensor
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+class LayeredModel:
+    """The base's decoder layers and head, callable one by one. The model itself is left as it is after every call."""
+
+    def __init__(self, base: Base) -> None:
+        self._model = base.model
+        self._decoder = base.decoder
+        lists = [module for module in base.decoder.children() if isinstance(module, nn.ModuleList)]
+        self.layers = next(layers for layers in lists if len(layers) == base.num_layers)
+        if any("forward" in layer.__dict__ for layer in self.layers):
+            raise ValueError("a hook has replaced the layers' forward: the base must lie on one device")
+        named = {module: name for name, module in base.model.named_modules()}
+        prefixes = [f"{named[layer]}." for layer in self.layers]
+        self.layer_of = {  # a LoraLinear's index -> its layer
+            linear.index: next(number for number, prefix in enumerate(prefixes) if linear.name.startswith(prefix))
+            for linear in base.linears
+            if linear.name.startswith(tuple(prefixes))
+        }
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @torch.no_grad()
+    def calls(self, ids: Tensor, positions: Tensor) -> LayerCalls:
+        """Embed packed tokens `[T]` and find out what the layers would be called with."""
+        inputs: list[Tensor] = []
+        arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            inputs.append(hidden)
+            arguments.append((args, kwargs))
+            return hidden
+
+        with self._replaced([record] * len(self.layers)):
+            self._decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False)
+        return LayerCalls(inputs[0], arguments)
+
+    def run(self, layer: int, hidden: Tensor, calls: LayerCalls) -> Tensor:
+        """One layer: `[1, T, H] -> [1, T, H]`."""
+        args, kwargs = calls.arguments[layer]
+        out: Tensor = self.layers[layer](hidden, *args, **kwargs)
+        return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """What follows the last layer: `[n, H] -> [n, V]`; differentiable."""
+
+        def same(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+            return hidden
+
+        def give(*_: Any, **__: Any) -> Tensor:
+            return hidden[None]
+
+        nothing = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        with self._replaced([*[same] * (len(self.layers) - 1), give]):
+            logits: Tensor = self._model(input_ids=nothing, position_ids=nothing, use_cache=False).logits
+        return logits[0]
+
+    @contextmanager
+    def _replaced(self, forwards: Sequence[Callable[..., Tensor]]) -> Iterator[None]:
+        """Every layer's `forward` replaced for a moment."""
+        try:
+            for layer, forward in zip(self.layers, forwards, strict=True):
+                layer.__dict__["forward"] = forward  # shadows the class's own
+            yield
+        finally:
+            for layer in self.layers:
+                del layer.__dict__["forward"]
+
+
+class PackedAttention:
+    """`adapters.device.lora.Attention` of a training pass: causal within each sequence, nothing across.
+
+    Args:
+        bounds: `(start, end)` of each packed sequence, covering all tokens.
+    """
+
+    def __init__(self, bounds: Sequence[tuple[int, int]]) -> None:
+        self._bounds = bounds
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int) -> Tensor:
+        groups = q.shape[1] // k.shape[1]
+        if groups > 1:  # spelled out: with enable_gqa a CPU takes the path that keeps all scores
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        parts = [_causal(q[i:j], k[i:j], v[i:j], scaling, window) for i, j in self._bounds]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int) -> Tensor:
+    """Attention of one sequence to itself: q, k, v [n, H, D] -> [n, H, D]."""
+    mask = None
+    if 0 < window < len(q):
+        position = torch.arange(len(q), device=q.device)
+        distance = position[:, None] - position[None, :]
+        mask = (distance >= 0) & (distance < window)
+    q, k, v = (states.transpose(0, 1)[None] for states in (q, k, v))  # [1, H, n, D]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
+    return out[0].transpose(0, 1)

@@ -1,0 +1,120 @@
+"""What a job would take, before it starts: arithmetic over the base's shapes, and one measured number.
+
+The measured number is what autograd keeps of one layer per token: families differ too much for a formula. Knows no
+jobs; `Trainer` asks.
+"""
+
+from functools import cached_property
+
+import psutil
+import torch
+from msgspec.structs import replace
+from torch import Tensor, nn
+
+from server.messages.training import MemoryMode, MemoryPlan, ModuleShape, PlanMemory
+from server.model.base import Base
+from server.training.layers import LayeredModel, PackedAttention
+from server.training.trainable import TrainableAdapter, TrainingDeltas, TrainingSegment
+
+HEADROOM = 0.9  # of what is available may be planned with
+KEEP_BELOW = 0.5  # of what is available: mode "keep" is worth its memory while there is plenty
+SAMPLE_TOKENS = 32
+OPTIMIZER_BYTES = {"adamw": 8.0, "paged_adamw_32bit": 8.0, "paged_adamw_8bit": 2.0 + 8 / 256}  # per parameter
+
+
+class MemoryModel:
+    """Predicts the memory of jobs on one base.
+
+    Args:
+        head_rows: rows of the head computed at once.
+    """
+
+    def __init__(self, base: Base, model: LayeredModel, head_rows: int) -> None:
+        self._base = base
+        self._model = model
+        self._head_rows = head_rows
+
+    def plan(self, asked: PlanMemory) -> MemoryPlan:
+        """Answer a question; `available` is as of now."""
+        parameters = sum(
+            shape.rank * (linear.in_features + linear.out_features) + linear.out_features * asked.scale_vector
+            for linear in self._base.linears
+            if (shape := asked.modules.get(linear.name))
+        )
+        optimizer = round(parameters * OPTIMIZER_BYTES[asked.optimizer])
+        activations = self._activations(asked)
+        plan = MemoryPlan(
+            id=asked.id,
+            base=_bytes_of(self._base.model),
+            adapter=4 * parameters,
+            gradients=4 * parameters,
+            optimizer=optimizer,
+            checkpoint=8 * parameters + optimizer,
+            activations=activations,
+            available=self._available(),
+            mode=None,
+        )
+        modes: list[tuple[MemoryMode, float]] = [("keep", KEEP_BELOW), ("recompute", HEADROOM)]
+        mode = next((mode for mode, part in modes if plan.total(mode) <= part * plan.available), None)
+        return replace(plan, mode=mode)
+
+    def _activations(self, asked: PlanMemory) -> dict[MemoryMode, int]:
+        tokens, layers, width = asked.tokens, len(self._model), self._base.dtype.itemsize
+        hidden = int(self._base.model.config.get_text_config().hidden_size)
+        vocabulary = self._base.vocab_size
+        per_layer = [self._layer_bytes * tokens for _ in range(layers)]
+        for linear in self._base.linears:  # what the adapter itself keeps: A x
+            if shape := asked.modules.get(linear.name):
+                per_layer[self._model.layer_of[linear.index]] += shape.rank * tokens * width
+        # Beside what is kept: gradients on their way through the widest part of a layer, or the logits of a chunk.
+        widest = max(linear.out_features for linear in self._base.linears)
+        decoded = 4 * max(linear.out_features * linear.in_features for linear in self._base.linears)
+        passing = 4 * widest * tokens * width + decoded
+        head = min(self._head_rows, tokens) * vocabulary * 4 * 3
+        extra = max(passing, head) + 3 * hidden * tokens * width
+        return {
+            "recompute": layers * hidden * tokens * width + max(per_layer) + extra,
+            "keep": sum(per_layer) + extra,
+        }
+
+    @cached_property
+    def _layer_bytes(self) -> int:
+        """Bytes that autograd keeps of one layer per token, adapters on every linear but without their own numbers."""
+        device = self._base.device
+        calls = self._model.calls(*(torch.arange(SAMPLE_TOKENS, device=device),) * 2)
+        shapes = {linear.name: ModuleShape(1, 1.0) for linear in self._base.linears}
+        adapter = TrainableAdapter(self._base.linears, shapes, device=device, seed=0)
+        resident = [*self._base.model.parameters(), *self._base.model.buffers(), adapter.values]
+        known = {tensor.untyped_storage().data_ptr() for tensor in resident}
+        kept: dict[int, int] = {}  # storage -> bytes
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        slot = self._base.slot
+        slot.deltas = TrainingDeltas([TrainingSegment(0, SAMPLE_TOKENS, adapter, None)])
+        slot.attention = PackedAttention([(0, SAMPLE_TOKENS)])
+        try:
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                # The graph stays alive until everything has been counted, so no storage is counted twice.
+                out = self._model.run(0, calls.hidden.requires_grad_(), calls)
+        finally:
+            slot.deltas = slot.attention = None
+        del out
+        return sum(kept.values()) // SAMPLE_TOKENS
+
+    def _available(self) -> int:
+        if self._base.device.type == "cuda":
+            return torch.cuda.mem_get_info(self._base.device)[0]
+        return psutil.virtual_memory().available
+
+
+def _bytes_of(model: nn.Module) -> int:
+    """Bytes of a model's distinct tensors."""
+    storages = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())
+    }
+    return sum(storages.values())

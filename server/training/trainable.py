@@ -1,0 +1,234 @@
+"""An adapter being trained: fp32 parameters, their gradients, and its part in a training pass.
+
+All of a job's numbers lie in one flat tensor and all gradients in another, so that clipping, optimiser, checkpoint and
+restore are a few operations on flat memory; A and B are views. Knows no data, no schedule and no files.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from adapters.device.lora import LoraLinear
+from server.messages.training import Init, ModuleShape
+
+
+def stream(device: torch.device, *key: object) -> torch.Generator:
+    """A random generator that depends on `key` alone: numbers drawn elsewhere cannot shift what comes from it."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest) >> 1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Module:
+    """The trained part of one linear: y += scaling * scale_vector * (B (A x)), and its derivative.
+
+    On a GPU activations are bf16: the fp32 parameters are rounded for the products, and updated in full.
+    """
+
+    a: nn.Parameter  # [rank, in]
+    b: nn.Parameter  # [out, rank]
+    scale_vector: nn.Parameter | None  # [out]
+    scaling: float
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """Adds to y [rows, out] in place; gives what `backward` wants again of x [rows, in]: A x [rows, rank]."""
+        down = x @ self.a.to(x.dtype).T
+        b = self.b.to(x.dtype)
+        if self.scale_vector is None:
+            y.addmm_(down, b.T, alpha=self.scaling)
+        else:
+            y.addcmul_(down @ b.T, (self.scaling * self.scale_vector).to(x.dtype))
+        return down
+
+    def backward(self, x: Tensor, down: Tensor, dy: Tensor) -> Tensor:
+        """dy [rows, out] -> dx [rows, in]; the parameters' gradients are added to their own."""
+        if self.scale_vector is not None:
+            _accumulate(self.scale_vector, ((down @ self.b.to(x.dtype).T) * dy).sum(0), self.scaling)
+            dy = dy * self.scale_vector.to(dy.dtype)
+        up = (dy @ self.b.to(dy.dtype)).mul_(self.scaling)  # [rows, rank]
+        _accumulate_product(self.b, dy.T, down, self.scaling)
+        _accumulate_product(self.a, up.T, x, 1.0)
+        return up @ self.a.to(up.dtype)
+
+
+def _accumulate(parameter: nn.Parameter, gradient: Tensor, factor: float) -> None:
+    assert parameter.grad is not None
+    parameter.grad.add_(gradient, alpha=factor)
+
+
+def _accumulate_product(parameter: nn.Parameter, left: Tensor, right: Tensor, factor: float) -> None:
+    if left.dtype == parameter.dtype:
+        assert parameter.grad is not None
+        parameter.grad.addmm_(left, right, alpha=factor)
+    else:
+        _accumulate(parameter, left @ right, factor)
+
+
+class TrainableAdapter:
+    """LoRA parameters over some linears of a base.
+
+    Args:
+        linears: every linear of the base.
+        shapes: full names of the linears to adapt, and how.
+        scale_vector: train a factor per output as well, from 1.
+        seed: decides A; B starts at zero.
+
+    Attributes:
+        values, grads: fp32 [parameters], what is trained and its accumulated gradient; scale vectors come last.
+        decayed: how many of the first numbers weight decay applies to (not the scale vectors: they belong near 1).
+    """
+
+    def __init__(
+        self,
+        linears: Iterable[LoraLinear],
+        shapes: Mapping[str, ModuleShape],
+        *,
+        device: torch.device,
+        seed: int,
+        init: Init = "kaiming",
+        scale_vector: bool = False,
+    ) -> None:
+        adapted = [linear for linear in linears if linear.name in shapes]
+        matrices = sum(shapes[linear.name].rank * (linear.in_features + linear.out_features) for linear in adapted)
+        vectors = sum(linear.out_features for linear in adapted) if scale_vector else 0
+        self.decayed = matrices
+        self.values = torch.zeros(matrices + vectors, device=device)
+        self.grads = torch.zeros_like(self.values)
+        self._names = {linear.index: linear.name for linear in adapted}
+        self._modules: dict[int, _Module] = {}
+        first, first_vector = 0, matrices
+        for linear in adapted:
+            rank, outputs = shapes[linear.name].rank, linear.out_features
+            a = self._parameter(first, rank, linear.in_features)
+            b = self._parameter(first + a.numel(), outputs, rank)
+            first += a.numel() + b.numel()
+            vector = None
+            if scale_vector:
+                vector = self._parameter(first_vector, outputs)
+                first_vector += outputs
+            self._modules[linear.index] = _Module(a, b, vector, shapes[linear.name].scaling)
+            with torch.no_grad():
+                generator = stream(device, seed, "init", linear.name)
+                if init == "gaussian":
+                    a.normal_(0.0, 1.0 / rank, generator=generator)
+                else:  # PEFT's default: Kaiming uniform with a = sqrt(5), that is 1 / sqrt(in)
+                    bound = 1.0 / math.sqrt(linear.in_features)
+                    a.uniform_(-bound, bound, generator=generator)
+        self.values[matrices:].fill_(1.0)
+
+    def _parameter(self, first: int, *shape: int) -> nn.Parameter:
+        """A part of the flat tensors, as a leaf whose gradient accumulates in place."""
+        part = slice(first, first + math.prod(shape))
+        parameter = nn.Parameter(self.values[part].view(shape))
+        parameter.grad = self.grads[part].view(shape)
+        return parameter
+
+    @property
+    def linears(self) -> set[int]:
+        """Indices of the linears that it adapts."""
+        return set(self._modules)
+
+    def __contains__(self, linear_index: int) -> bool:
+        return linear_index in self._modules
+
+    def tensors(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The adapter as PEFT knows it, detached: module -> (A [rank, in], B [out, rank]), the vector folded into B."""
+        return {
+            self._names[index]: (
+                module.a.detach(),
+                module.b.detach()
+                if module.scale_vector is None
+                else (module.scale_vector[:, None] * module.b).detach(),
+            )
+            for index, module in self._modules.items()
+        }
+
+    def load(self, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Go on from an adapter of the same modules and ranks (any scale vector starts at 1 again)."""
+        with torch.no_grad():
+            for index, module in self._modules.items():
+                a, b = tensors[self._names[index]]
+                module.a.copy_(a)
+                module.b.copy_(b)
+
+    def module(self, linear_index: int) -> _Module:
+        """What is trained of one linear."""
+        return self._modules[linear_index]
+
+
+@dataclass(frozen=True)
+class Dropout:
+    """What of a LoRA input is dropped, decided by the job, step and micro-batch: recomputing drops the same."""
+
+    probability: float
+    key: tuple[object, ...]
+
+    def mask(self, linear_index: int, x: Tensor) -> Tensor:
+        """0 or 1 / (1 - p) for each number of `x`."""
+        keep = 1.0 - self.probability
+        mask = torch.empty_like(x, requires_grad=False)
+        return mask.bernoulli_(keep, generator=stream(x.device, *self.key, linear_index)).div_(keep)
+
+
+class TrainingSegment(NamedTuple):
+    """A run of a pass's tokens that belongs to one job."""
+
+    start: int
+    end: int
+    adapter: TrainableAdapter
+    dropout: Dropout | None
+
+
+class TrainingDeltas:
+    """`adapters.device.lora.Deltas` of a training pass: segments do not overlap."""
+
+    def __init__(self, segments: Sequence[TrainingSegment]) -> None:
+        self._segments = segments
+
+    def add(self, linear: LoraLinear, x: Tensor, y: Tensor) -> Tensor:
+        segments = [segment for segment in self._segments if linear.index in segment.adapter]
+        if not segments:
+            return y
+        anchor = segments[0].adapter.module(linear.index).a  # has the pass come back here even if x wants no gradient
+        added: Tensor = _Deltas.apply(x, y, anchor, linear.index, segments)
+        return added
+
+
+class _Deltas(torch.autograd.Function):
+    """`y + delta(x)` for all segments of one linear, in place: one node of the graph, and no more kept than x and A x.
+
+    Parameters' gradients go straight into their `grad`; what was dropped is drawn again on the way back.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, anchor: Tensor, index: int, segments: Sequence[TrainingSegment]
+    ) -> Tensor:
+        ctx.mark_dirty(y)
+        ctx.index, ctx.segments = index, segments
+        downs = []
+        for start, end, adapter, dropout in segments:
+            part = x[start:end]
+            if dropout is not None:
+                part = part * dropout.mask(index, part)
+            downs.append(adapter.module(index).add(part, y[start:end]))
+        ctx.save_for_backward(x, *downs)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        dy = gradients[0]
+        x, *downs = ctx.saved_tensors
+        dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        for (start, end, adapter, dropout), down in zip(ctx.segments, downs, strict=True):
+            part = x[start:end]
+            mask = None if dropout is None else dropout.mask(ctx.index, part)
+            below = adapter.module(ctx.index).backward(part if mask is None else part * mask, down, dy[start:end])
+            if dx is not None:
+                dx[start:end] = below if mask is None else below.mul_(mask)
+        return dx, dy, None, None, None

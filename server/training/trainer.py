@@ -1,0 +1,320 @@
+"""Training on the resident base, in pieces short enough to fit between inference steps.
+
+One pass takes the next micro-batch of every running job, packed side by side: the base is decoded once for all. It
+goes forward without gradients, keeping each layer's input; then the head and the loss in chunks; then from the top
+layer down each layer is recomputed with gradients and left behind. (Mode "keep" keeps the layers' graphs instead.)
+The trainer knows how to run one piece and what the next will cost; when it runs is the engine loop's decision.
+"""
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adapters import kernels
+from server.messages.training import JobEnded, JobReply, MemoryPlan, PlanMemory, StartJob, StopJob
+from server.model.base import Base
+from server.training.layers import LayeredModel, PackedAttention
+from server.training.memory import MemoryModel
+from server.training.task import MicroBatch, Task
+from server.training.trainable import TrainingDeltas, TrainingSegment
+
+log = logging.getLogger("lorakeet.finetune")
+
+HEAD_FLOP = {"cpu": 4e9, "cuda": 4e12}  # arithmetic of one chunk of the head, about
+HEAD_LOGITS = 64 << 20  # most logits in one chunk
+WIDE = 256  # tokens of every job in a pass: then what torch does of it on a CPU is worth waking its threads
+
+
+class Piece(NamedTuple):
+    """The next bit of work, announced before it is done."""
+
+    kind: str
+    size: int
+
+
+@dataclass
+class _Share:
+    """One job's part of a pass."""
+
+    task: Task
+    batch: MicroBatch
+    start: int  # of its tokens in the pass
+    end: int
+    loss: list[Tensor] = field(default_factory=list)  # sums over labels, one a chunk
+    correct: list[Tensor] = field(default_factory=list)
+
+
+class Trainer:
+    """All training on one base.
+
+    Args:
+        base: the resident model; its bytes never change.
+
+    Attributes:
+        tasks: the jobs by id, in the order in which they came.
+        piece: what `run_piece` will do next.
+    """
+
+    def __init__(self, base: Base) -> None:
+        self._base = base
+        self._model = LayeredModel(base)
+        self.tasks: dict[str, Task] = {}
+        self.piece: Piece | None = None
+        self._group: list[Task] = []  # whose work the current piece is
+        self._native = kernels.runs_natively(base.device, base.dtype)
+        self._wide = False  # the current pass
+        self._replies: list[JobReply] = []
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
+        self._seconds: dict[tuple[str, int], float] = {}  # what pieces of a kind and size have cost lately
+        self._pieces = self._work()
+        head = base.model.get_output_embeddings().weight
+        rows = int(min(HEAD_FLOP[base.device.type] / (6 * head.shape[0] * head.shape[1]), HEAD_LOGITS / head.shape[0]))
+        self._head_rows = max(8, rows // 8 * 8)
+        self._memory = MemoryModel(base, self._model, self._head_rows)
+
+    # --- what the engine loop calls --------------------------------------------------------------------------
+
+    def start(self, message: StartJob) -> None:
+        """Begin or go on with a job; a fault is reported as the job's end."""
+        try:
+            self.tasks[message.id] = Task(message, self._base.linears, self._base.device)
+        except Exception as fault:
+            if _is_device_fault(fault):
+                raise
+            log.exception("job %s could not start", message.id)
+            code = "out_of_memory" if _is_out_of_memory(fault) else "start_failed"
+            text = f"The job could not start: {type(fault).__name__}: {fault}"
+            self._replies.append(JobEnded(id=message.id, outcome="failed", code=code, message=text))
+
+    def plan_memory(self, message: PlanMemory) -> MemoryPlan:
+        """What a job would need beside what is in use now."""
+        return self._memory.plan(message)
+
+    def stop(self, message: StopJob) -> None:
+        """Pause or cancel; unknown jobs are ignored."""
+        if task := self.tasks.get(message.id):
+            task.stop = "pause" if message.save else "cancel"
+
+    @property
+    def idle(self) -> bool:
+        """There is no job."""
+        return not self.tasks
+
+    @property
+    def ready(self) -> bool:
+        """There is a piece to run now."""
+        if self.piece is not None and self.piece.kind != "nothing":
+            return True
+        return any(task.stop == "cancel" or task.can_save or task.next is not None for task in self.tasks.values())
+
+    @property
+    def next_seconds(self) -> float:
+        """About how long the next piece will take; 0 when nothing like it has run yet."""
+        return 0.0 if self.piece is None else self._seconds.get(_bucket(self.piece), 0.0)
+
+    def run_piece(self) -> float:
+        """Run the next piece; the seconds it took. A fault ends the job that caused it and nothing else.
+
+        Raises a fault of the device, after which nothing works on it: jobs go on when the engine has been restarted.
+        """
+        began = time.monotonic()
+        piece = self.piece
+        try:
+            with kernels.one_torch_thread() if self._native and not self._wide else nullcontext():
+                self.piece = next(self._pieces)
+            if self._base.device.type == "cuda":  # launches return at once: only now the device has done the piece
+                torch.cuda.current_stream(self._base.device).synchronize()
+        except Exception as fault:
+            if _is_device_fault(fault):
+                raise
+            self._recover(fault)
+        seconds = time.monotonic() - began
+        if piece is not None:
+            key = _bucket(piece)
+            self._seconds[key] = 0.7 * self._seconds.get(key, seconds) + 0.3 * seconds
+        for task in self._group:
+            task.busy_seconds += seconds / len(self._group)
+        return seconds
+
+    def take_replies(self) -> list[JobReply]:
+        """What the jobs have to say since the last call."""
+        for task in list(self.tasks.values()):
+            task.poll()
+            self._replies += task.replies
+            if task.ended:
+                del self.tasks[task.id]
+            task.replies = []
+        replies, self._replies = self._replies, []
+        return replies
+
+    def close(self) -> None:
+        self._writer.shutdown(wait=False, cancel_futures=True)
+
+    # --- the pieces -------------------------------------------------------------------------------------------
+
+    def _work(self) -> Iterator[Piece]:
+        """Endless: announces a piece, and does it when asked for the next one."""
+        while True:
+            tasks = [task for task in self.tasks.values() if not task.ended]
+            for task in tasks:
+                if task.stop == "cancel":
+                    task.cancel()
+            self._group = [task for task in tasks if task.can_save][:1]
+            if self._group:
+                yield Piece("save", len(self._group[0].adapter.values))
+                self._group[0].save(self._writer)
+                continue
+            waiting = [(task, task.next) for task in tasks if task.next is not None and not task.ended]
+            evaluations = [(task, batch) for task, batch in waiting if batch.weight == 0.0]
+            chosen = evaluations or waiting
+            self._group = [task for task, _ in chosen]
+            if not chosen:
+                yield Piece("nothing", 0)
+                continue
+            yield from self._pass(_side_by_side(chosen), train=not evaluations)
+            for task, _ in chosen:
+                self._group = [task]
+                yield from self._after(task, train=not evaluations)
+
+    def _pass(self, shares: Sequence["_Share"], *, train: bool) -> Iterator[Piece]:
+        """One micro-batch of each job through the model, its gradients into the jobs' own."""
+        tokens = shares[-1].end
+        # Products of fewer rows differ in their last bits with torch's threads: no job's may hang on its neighbours.
+        self._wide = min(len(share.batch.ids) for share in shares) >= WIDE
+        adapted = {index for share in shares for index in share.task.adapter.linears}
+        lowest = min(self._model.layer_of[index] for index in adapted)  # below it nothing is trained
+        keep = train and all(share.task.plan.memory == "keep" for share in shares)
+        yield Piece("embed", tokens)
+        calls = self._model.calls(_joined([s.batch.ids for s in shares]), _joined([s.batch.positions for s in shares]))
+        hidden = calls.hidden  # [1, T, H]
+        inputs: list[Tensor] = []  # of the layers from `lowest` on
+        outputs: list[Tensor] = []  # of the same, with their graphs, in mode "keep"
+        for layer in range(len(self._model)):
+            yield Piece("forward", tokens)
+            with self._installed(shares), torch.set_grad_enabled(keep and layer >= lowest):
+                if train and layer >= lowest:
+                    hidden = hidden.detach().requires_grad_(keep and layer > lowest)
+                    inputs.append(hidden)
+                hidden = self._model.run(layer, hidden, calls)
+                if keep and layer >= lowest:
+                    outputs.append(hidden)
+        hidden = hidden.detach()
+        gradient = torch.zeros_like(hidden) if train else None
+        for share in shares:
+            for rows, labels in zip(
+                (share.batch.rows + share.start).split(self._head_rows),
+                share.batch.labels.split(self._head_rows),
+                strict=True,
+            ):
+                yield Piece("head", len(rows))
+                self._loss(share, hidden[0], rows, labels, gradient)
+        del hidden
+        for layer in reversed(range(lowest, len(self._model))) if train else ():
+            yield Piece("backward", tokens)
+            with self._installed(shares), torch.enable_grad():
+                below = inputs.pop()
+                if keep:
+                    above = outputs.pop()
+                else:
+                    below = below.requires_grad_(layer > lowest)
+                    above = self._model.run(layer, below, calls)
+                above.backward(gradient)
+                gradient = below.grad
+                del above, below
+        yield Piece("count", len(shares))
+        for share in shares:
+            share.task.took(float(sum(share.loss)), int(sum(share.correct)))
+
+    def _loss(self, share: "_Share", hidden: Tensor, rows: Tensor, labels: Tensor, gradient: Tensor | None) -> None:
+        """The loss of some rows of `hidden` [T, H], and what it says to `gradient` [1, T, H]."""
+        with torch.set_grad_enabled(gradient is not None):
+            picked = hidden[rows].requires_grad_(gradient is not None)  # [n, H]
+            logits = self._model.logits(picked).float()  # [n, V]
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            share.loss.append(loss.detach())
+            share.correct.append((logits.detach().argmax(-1) == labels).sum())
+            if gradient is not None:
+                (loss * share.batch.weight).backward()
+                assert picked.grad is not None
+                gradient[0, rows] = picked.grad.to(gradient.dtype)
+
+    def _after(self, task: Task, *, train: bool) -> Iterator[Piece]:
+        """The end of a job's step, if this pass was its last: clip, update, count; or the end of an evaluation."""
+        if task.next is not None:
+            return
+        if not train:
+            task.evaluated()
+            return
+        yield Piece("clip", len(task.adapter.values))
+        applied = task.clip()
+        if applied:
+            for update, learning_rate in task.updates():
+                yield Piece("update", update.size)
+                update.run(learning_rate)
+        task.stepped(applied=applied)
+
+    @contextmanager
+    def _installed(self, shares: Sequence["_Share"]) -> Iterator[None]:
+        """The pass as the model's current step."""
+        slot = self._base.slot
+        segments = [TrainingSegment(s.start, s.end, s.task.adapter, s.batch.dropout) for s in shares]
+        bounds = [(s.start + start, s.start + end) for s in shares for start, end in s.batch.bounds]
+        slot.deltas, slot.attention = TrainingDeltas(segments), PackedAttention(bounds)
+        try:
+            yield
+        finally:
+            slot.deltas = slot.attention = None
+
+    # --- when a piece fails -------------------------------------------------------------------------------------
+
+    def _recover(self, fault: Exception) -> None:
+        """End the newest job of those at work; the others begin their step again, which changes no result."""
+        log.error("training failed: %s: %s", type(fault).__name__, fault)
+        *others, blamed = self._group
+        if _is_out_of_memory(fault):
+            blamed.fail(
+                "out_of_memory", "Not enough memory for this job's passes: lower micro_batch_tokens or max_seq_len."
+            )
+        else:
+            blamed.fail("training_failed", f"Training failed: {type(fault).__name__}")
+        for task in others:
+            task.begin_step()
+        self._pieces, self.piece = self._work(), None
+        if self._base.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _side_by_side(chosen: Sequence[tuple[Task, MicroBatch]]) -> list[_Share]:
+    shares: list[_Share] = []
+    for task, batch in chosen:
+        start = shares[-1].end if shares else 0
+        shares.append(_Share(task, batch, start, start + len(batch.ids)))
+    return shares
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _bucket(piece: Piece) -> tuple[str, int]:
+    """Pieces that cost about the same: of one kind, and within a power of two of size."""
+    return piece.kind, piece.size.bit_length()
+
+
+def _is_device_fault(fault: Exception) -> bool:
+    """An illegal access or worse. Memory that ran out is none: what was there still is."""
+    texts = ("CUDA error", "Triton Error [CUDA]")  # of faults that come as plain RuntimeErrors
+    return isinstance(fault, torch.AcceleratorError) or any(text in str(fault) for text in texts)
+
+
+def _is_out_of_memory(fault: Exception) -> bool:
+    text = str(fault)
+    return isinstance(fault, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in text

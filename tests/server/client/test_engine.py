@@ -1,0 +1,198 @@
+"""A real engine process behind `LocalEngine`: streams, aborts, deaths and restarts."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from server.client.engine import AdapterLoadFailed, LocalEngine
+from server.errors import EngineUnavailable
+from server.messages.protocol import AdapterRef, EngineConfig, Generate, Stats
+from tests.support.offline import load_engine, publish, request
+from tests.support.tiny import tiny_adapter
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+def config(model: Path, cache: Path) -> EngineConfig:
+    return EngineConfig(
+        address="",
+        model=str(model),
+        cache_dir=str(cache),
+        kv_cache_bytes=8 << 20,
+        adapter_bytes=8 << 20,
+        max_batch_tokens=64,
+        max_batch_requests=16,
+        threads=1,
+    )
+
+
+async def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        await asyncio.sleep(0.02)
+
+
+async def collect(engine: LocalEngine, single: Generate) -> list[int]:
+    return [token async for output in engine.generate(single) for token in output.tokens]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def stats() -> list[Stats]:
+    return []
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def engine(model_dir: Path, cache_dir: Path, stats: list[Stats]) -> AsyncIterator[LocalEngine]:
+    client = LocalEngine(config(model_dir, cache_dir), stats.append)
+    with pytest.raises(EngineUnavailable):
+        await collect(client, request("early", [5, 6]))
+    await client.start()
+    assert client.unready_reason
+    await until(lambda: client.unready_reason is None)
+    yield client
+    pid = client.pid
+    await client.stop(grace=5)
+    assert pid is not None
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+async def test_answers_equal_the_engine_in_process(engine: LocalEngine, model_dir: Path, cache_dir: Path) -> None:
+    from tests.support.offline import run
+
+    prompts = [[7 + i, 8, 9, 10 + i] for i in range(4)]
+    requests = [request(f"q{i}", prompt, max_tokens=10) for i, prompt in enumerate(prompts)]
+    expected = run(load_engine(model_dir, cache_dir), requests)
+    answers = await asyncio.gather(*(collect(engine, single) for single in requests))
+    assert answers == [expected[single.id].tokens for single in requests]
+
+
+async def test_a_closed_stream_is_aborted(engine: LocalEngine, stats: list[Stats]) -> None:
+    stream = engine.generate(request("closed", [5, 6, 7], max_tokens=400))
+    await anext(stream)
+    await stream.aclose()  # type: ignore[attr-defined]
+    await until(lambda: stats[-1].running == 0, seconds=5)
+    assert await collect(engine, request("after", [5, 6, 7], max_tokens=3))
+
+
+async def test_adapters_are_warmed_and_forgotten(
+    engine: LocalEngine, model_dir: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    reference = publish(load_engine(model_dir, cache_dir), tiny_adapter(tmp_path / "a", model_dir))
+    assert await engine.warm(reference) >= 0
+    resident = (await engine.inspect()).resident_rows
+    assert engine.info is not None
+    assert {resident[linear.kind] for linear in engine.info.linears.values()} == {16}
+    await engine.forget(reference.digest)
+    report = await engine.inspect()
+    assert set(report.resident_rows.values()) == {0}
+    assert report.base_digest == engine.info.base_digest
+
+
+async def test_what_happens_between_requests_is_reported_too(
+    engine: LocalEngine, stats: list[Stats], model_dir: Path, cache_dir: Path, tmp_path: Path
+) -> None:
+    def residents() -> set[str]:
+        return {use.digest for use in next(said.adapters for said in reversed(stats) if said.adapters is not None)}
+
+    reference = publish(load_engine(model_dir, cache_dir), tiny_adapter(tmp_path / "a", model_dir, seed=5))
+    stats.clear()
+    await engine.warm(reference)
+    await until(lambda: reference.digest in [digest for said in stats for digest, _ in said.loads], seconds=5)
+    assert reference.digest in residents()
+    await engine.forget(reference.digest)
+    await until(lambda: [digest for said in stats for digest in said.evictions] == [reference.digest], seconds=5)
+    assert reference.digest not in residents()
+    assert not any(said.step_requests for said in stats)
+
+
+async def test_an_adapter_that_is_not_there_fails_alone(engine: LocalEngine, tmp_path: Path) -> None:
+    missing = AdapterRef("sha256:00", str(tmp_path / "nowhere"))
+    with pytest.raises(AdapterLoadFailed):
+        await engine.warm(missing)
+    outputs = [output async for output in engine.generate(request("x", [5, 6], missing))]
+    assert outputs[-1].error
+    assert await collect(engine, request("fine", [5, 6], max_tokens=2))
+
+
+async def test_killed_under_load_it_comes_back(engine: LocalEngine) -> None:
+    pid = engine.pid
+    assert pid is not None
+    running = [asyncio.create_task(collect(engine, request(f"k{i}", [5, 6], max_tokens=450))) for i in range(3)]
+    await asyncio.sleep(0.05)
+    os.kill(pid, signal.SIGKILL)
+    outcomes = await asyncio.gather(*running, return_exceptions=True)
+    assert all(isinstance(outcome, EngineUnavailable) for outcome in outcomes)
+    assert engine.unready_reason
+    await until(lambda: engine.unready_reason is None)
+    assert engine.pid != pid
+    assert await collect(engine, request("again", [5, 6], max_tokens=3))
+
+
+async def test_three_deaths_in_a_row_are_enough(model_dir: Path, cache_dir: Path) -> None:
+    client = LocalEngine(config(model_dir, cache_dir), lambda _: None)
+    await client.start()
+    killed: set[int] = set()
+    while len(killed) < 3:
+        await until(lambda: client.pid is not None and client.pid not in killed)
+        assert client.pid is not None
+        killed.add(client.pid)
+        os.kill(client.pid, signal.SIGKILL)
+    await asyncio.wait_for(client.failed_for_good.wait(), 30)
+    assert "3 times" in (client.unready_reason or "")
+    await client.stop(grace=0)
+
+
+async def test_a_base_that_cannot_be_served_is_not_retried(cache_dir: Path, tmp_path: Path) -> None:
+    from tests.support.tiny import tiny_model
+
+    model = tiny_model(tmp_path / "m", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    client = LocalEngine(config(model, cache_dir), lambda _: None)
+    await client.start()
+    await asyncio.wait_for(client.failed_for_good.wait(), 60)
+    assert "dynamic" in (client.unready_reason or "")
+    await client.stop(grace=0)
+
+
+async def test_the_engine_ends_with_its_parent(model_dir: Path, cache_dir: Path) -> None:
+    script = (
+        "import asyncio, sys\n"
+        "from server.client.engine import LocalEngine\n"
+        "from server.messages.protocol import decode_config\n"
+        "async def main():\n"
+        "    engine = LocalEngine(decode_config(sys.argv[1]), lambda _: None)\n"
+        "    await engine.start()\n"
+        "    while engine.unready_reason: await asyncio.sleep(0.05)\n"
+        "    print(engine.pid, flush=True)\n"
+        "    await asyncio.sleep(60)\n"
+        "asyncio.run(main())\n"
+    )
+    from server.messages.protocol import encode_config
+
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script, encode_config(config(model_dir, cache_dir)).decode()], stdout=subprocess.PIPE
+    )
+    assert parent.stdout is not None
+    pid = int(await asyncio.to_thread(parent.stdout.readline))
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+
+    def gone() -> bool:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        # A zombie that nobody reaps here has ended too.
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+    await until(gone, seconds=2)

@@ -1,0 +1,105 @@
+"""A wire to another socket: nothing is lost, however sending and receiving fall together."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+
+from server.client.wire import Wire
+
+SECONDS = 30
+
+
+@pytest.fixture
+def context() -> Iterator["zmq.Context[zmq.Socket[bytes]]"]:
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    yield context
+    context.destroy(linger=0)
+
+
+@pytest.fixture
+def address(tmp_path: Path) -> str:
+    return f"ipc://{tmp_path / 'wire.sock'}"
+
+
+class Taken:
+    """What was taken; `upto` waits for so many messages."""
+
+    def __init__(self) -> None:
+        self.messages: list[bytes] = []
+        self._more = asyncio.Event()
+
+    def __call__(self, message: bytes) -> None:
+        self.messages.append(message)
+        self._more.set()
+        if message == b"odd":
+            raise ValueError("what is this?")
+
+    async def upto(self, count: int) -> list[bytes]:
+        async with asyncio.timeout(SECONDS):
+            while len(self.messages) < count:
+                self._more.clear()
+                await self._more.wait()
+        return self.messages
+
+
+def other_end(context: "zmq.Context[zmq.Socket[bytes]]", address: str) -> "zmq.Socket[bytes]":
+    socket = context.socket(zmq.PAIR)
+    socket.set_hwm(0)
+    socket.connect(address)
+    return socket
+
+
+async def test_both_ways_at_once(context: "zmq.Context[zmq.Socket[bytes]]", address: str) -> None:
+    """An echo of every message crosses those that come of themselves."""
+    count = 5000
+    taken = Taken()
+    wire = Wire(context, address, taken)
+
+    def engine() -> None:
+        socket = other_end(context, address)
+        socket.send(b"ready")
+        for number in range(count):
+            socket.send(b"own %d" % number)
+            socket.send(socket.recv())
+        socket.close(linger=1000)
+
+    thread = threading.Thread(target=engine)
+    thread.start()
+    await taken.upto(1)
+    for number in range(count):
+        wire.send(b"%d" % number)
+        if number % 7 == 0:
+            await asyncio.sleep(0)
+    messages = await taken.upto(1 + 2 * count)
+    await asyncio.to_thread(thread.join)
+    assert [m for m in messages if not m.startswith(b"own")] == [b"ready", *(b"%d" % n for n in range(count))]
+    assert [m for m in messages if m.startswith(b"own")] == [b"own %d" % n for n in range(count)]
+    wire.close()
+
+
+async def test_one_that_is_not_understood_holds_nothing_up(
+    context: "zmq.Context[zmq.Socket[bytes]]", address: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    taken = Taken()
+    wire = Wire(context, address, taken)
+    socket = other_end(context, address)
+    for message in (b"a", b"odd", b"b"):
+        socket.send(message)
+    assert await taken.upto(3) == [b"a", b"odd", b"b"]
+    assert "not understood" in caplog.text
+    socket.close()
+    wire.close()
+
+
+async def test_nobody_there_and_closed(context: "zmq.Context[zmq.Socket[bytes]]", address: str) -> None:
+    wire = Wire(context, address, Taken())
+    with pytest.raises(zmq.ZMQError):
+        wire.send(b"x")
+    wire.close()
+    wire.close()
+    with pytest.raises(zmq.ZMQError):
+        wire.send(b"x")

@@ -1,0 +1,492 @@
+"""Files and jobs over HTTP, with a real trainer behind them."""
+
+import asyncio
+import importlib.machinery
+import random
+import sys
+import types
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from adapters.peft_format import directory as adapter_format
+from server.engine.engine import Engine
+from server.services import TENANT
+from tests.server.finetune.test_dataset import BAD
+from tests.support import offline as engines
+from tests.support.site import EXAMPLES, FINAL, TrainingEngine, TuningSite, as_file, eventually, tuning_site
+
+
+@pytest.fixture(scope="module")
+def tiny_engine(model_dir: Path, cache_dir: Path) -> Engine:
+    return engines.load_engine(model_dir, cache_dir)
+
+
+@pytest.fixture
+def engine(tiny_engine: Engine) -> Iterator[TrainingEngine]:
+    engine = TrainingEngine(tiny_engine)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+async def site(tmp_path: Path, engine: TrainingEngine) -> AsyncIterator[TuningSite]:
+    async with tuning_site(tmp_path / "data", engine) as site:
+        yield site
+
+
+def refused(response: httpx.Response, param: str | None, status: int = 400) -> str:
+    """The message of a refusal that names its culprit."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["param"] == param
+    return str(error["message"])
+
+
+# --- files ------------------------------------------------------------------------------------------------
+
+
+async def test_a_file_and_its_report(site: TuningSite) -> None:
+    lines = [*EXAMPLES, EXAMPLES[0], b"", {"prompt": "a", "completion": ""}]
+    response = await site.client.post("/v1/files", files=as_file(lines), data={"purpose": "fine-tune"})
+    uploaded = response.json()
+    assert (uploaded["object"], uploaded["purpose"], uploaded["status"]) == ("file", "fine-tune", "processed")
+    assert uploaded["filename"] == "train.jsonl"
+    report = uploaded["report"]
+    assert (report["examples"], report["duplicates"], report["empty"], report["over_long"]) == (13, 1, 2, 0)
+    assert (await site.client.get(f"/v1/files/{uploaded['id']}")).json() == uploaded
+    content = await site.client.get(f"/v1/files/{uploaded['id']}/content", headers={"Range": "bytes=nonsense"})
+    assert content.content == as_file(lines)["file"][1]
+    assert len(content.content) == uploaded["bytes"]
+
+
+async def test_files_are_listed_and_deleted(site: TuningSite) -> None:
+    ids = [await site.upload() for _ in range(3)]
+    listed = (await site.client.get("/v1/files?limit=2")).json()
+    assert ([f["id"] for f in listed["data"]], listed["has_more"]) == (ids[:0:-1], True)
+    rest = (await site.client.get(f"/v1/files?after={ids[1]}&order=desc")).json()
+    assert ([f["id"] for f in rest["data"]], rest["has_more"]) == (ids[:1], False)
+    gone = await site.client.delete(f"/v1/files/{ids[0]}")
+    assert gone.json() == {"id": ids[0], "object": "file", "deleted": True}
+    for path in (f"/v1/files/{ids[0]}", f"/v1/files/{ids[0]}/content"):
+        refused(await site.client.get(path), "id", 404)
+    refused(await site.client.delete(f"/v1/files/{ids[0]}"), "id", 404)
+
+
+@pytest.mark.parametrize("query", ["limit=0", "limit=x", "limit=-1", "limit=10001", "limit=99999999999999999999"])
+async def test_bad_limits(site: TuningSite, query: str) -> None:
+    for path in ("/v1/files", "/v1/fine_tuning/jobs"):
+        refused(await site.client.get(f"{path}?{query}"), "limit")
+
+
+async def test_bad_cursors(site: TuningSite) -> None:
+    for path in ("/v1/files", "/v1/fine_tuning/jobs"):
+        refused(await site.client.get(f"{path}?after=nobody"), "after")
+    refused(await site.client.get("/v1/files?order=random"), "order")
+
+
+@pytest.mark.parametrize(("line", "field"), BAD[::6], ids=range(len(BAD[::6])))
+async def test_bad_data_is_refused_with_line_and_field_and_nothing_kept(
+    site: TuningSite, line: Any, field: str | None
+) -> None:
+    response = await site.client.post("/v1/files", files=as_file([EXAMPLES[0], line]), data={"purpose": "fine-tune"})
+    message = refused(response, "file")
+    assert message.startswith("line 2")
+    assert field is None or f"`{field}`" in message
+    assert (await site.client.get("/v1/files")).json()["data"] == []
+    assert [path.name for path in (site.settings.data_dir / "files").iterdir()] == ["staging"]
+
+
+async def test_bad_uploads(site: TuningSite) -> None:
+    part = as_file(EXAMPLES)
+    refused(await site.client.post("/v1/files", files=part), "purpose")
+    refused(await site.client.post("/v1/files", files=part, data={"purpose": "batch"}), "purpose")
+    missing = {"other": ("train.jsonl", b"{}")}
+    refused(await site.client.post("/v1/files", files=missing, data={"purpose": "fine-tune"}), "other")
+    refused(await site.client.post("/v1/files", files=as_file([]), data={"purpose": "fine-tune"}), "file")
+
+
+# --- a job's life -------------------------------------------------------------------------------------------
+
+
+async def test_from_file_to_model(site: TuningSite) -> None:
+    validation = await site.upload(EXAMPLES[:3])
+    job = await site.create(
+        suffix="mine",
+        validation_file=validation,
+        metadata={"team": "a"},
+        method={"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 4}}},
+        lora={"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+    )
+    assert job["status"] == "validating_files"
+    done = await site.until(job["id"])
+    assert done["status"] == "succeeded", done["error"]
+    assert done["fine_tuned_model"] == f"ft:tiny:mine:{job['id'][6:14]}"
+    assert done["hyperparameters"] == {"n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 1.0}
+    assert done["error"] is None
+    assert done["finished_at"] >= done["created_at"]
+    assert done["metadata"] == {"team": "a"}
+
+    checkpoints = (await site.client.get(f"/v1/fine_tuning/jobs/{job['id']}/checkpoints")).json()["data"]
+    assert [c["step_number"] for c in checkpoints] == [6, 3]
+    names = {c["fine_tuned_model_checkpoint"] for c in checkpoints} | {done["fine_tuned_model"]}
+    assert names == {version.name for version in site.store.list(TENANT)}
+    assert all(c["metrics"]["full_valid_loss"] is not None for c in checkpoints)
+    config = (await site.client.get(f"/v1/adapters/{done['fine_tuned_model']}/config")).json()
+    assert (config["r"], config["target_modules"]) == (4, ["q_proj", "v_proj"])
+
+    (result_file,) = done["result_files"]
+    results = (await site.client.get(f"/v1/files/{result_file}/content")).text.splitlines()
+    assert results[0].startswith("step,train_loss,")
+    assert [line.split(",")[0] for line in results[1:]] == ["1", "2", "3", "4", "5", "6"]
+    await eventually(lambda: not list((site.settings.data_dir / "jobs").iterdir()))
+
+    messages = await site.messages(job["id"])
+    assert messages[-1] == "The job has successfully completed"
+    assert any(message.startswith("Step 6/6: training loss=") for message in messages)
+    page = (await site.client.get(f"/v1/fine_tuning/jobs/{job['id']}/events?limit=2")).json()
+    assert page["has_more"]
+    assert page["data"][0]["message"] == messages[-1]
+
+    metrics = (await site.client.get("/metrics")).text
+    assert 'lorakeet:finetune_jobs{status="succeeded"} 1.0' in metrics
+    assert "lorakeet:finetune_steps_total 6.0" in metrics
+    assert job["id"] not in metrics
+
+
+async def test_a_fine_tune_can_be_fine_tuned(site: TuningSite) -> None:
+    first = await site.until((await site.create(lora={"r": 2, "rank_pattern": {"o_proj": 4}}))["id"])
+    refused(
+        await site.client.post(
+            "/v1/fine_tuning/jobs",
+            json={"model": first["fine_tuned_model"], "training_file": first["training_file"], "lora": {"r": 8}},
+        ),
+        "lora",
+    )
+    second = await site.create(model=first["fine_tuned_model"], training={"learning_rate": 1e-12})
+    await site.client.delete(f"/v1/models/{first['fine_tuned_model']}")  # the job has its own copy
+    second = await site.until(second["id"])
+    assert second["status"] == "succeeded", second["error"]
+    paths = [
+        site.store.get(TENANT, name).path
+        for name in (f"{first['fine_tuned_model']}:ckpt-step-{first['step']}", second["fine_tuned_model"])
+    ]
+    before, after = (adapter_format.load(path) for path in paths)
+    for name in before:
+        for left, right in zip(before[name], after[name], strict=True):
+            assert (left - right).abs().max() < 1e-6
+
+
+async def test_events_live(site: TuningSite) -> None:
+    job = await site.create()
+
+    async def listen(headers: dict[str, str]) -> list[tuple[str, str]]:
+        url = f"/v1/fine_tuning/jobs/{job['id']}/events"
+        text = (await site.client.get(url, headers={"Accept": "text/event-stream"} | headers)).text
+        blocks = text.strip().split("\n\n")
+        assert blocks.pop() == "data: [DONE]"
+        return [tuple(line.partition(": ")[2] for line in block.splitlines()) for block in blocks]  # type: ignore[misc]
+
+    events = await listen({})
+    assert "successfully completed" in events[-1][1]
+    assert len(events) == len(await site.messages(job["id"]))
+    assert await listen({"Last-Event-ID": events[-3][0]}) == events[-2:]
+
+
+async def test_jobs_wait_for_a_slot_in_order(site: TuningSite, engine: TrainingEngine) -> None:
+    engine.held = True
+    first, second = [await site.create() for _ in range(2)]
+    await site.until(first["id"], "running")
+    await site.until(second["id"], "queued")
+    await asyncio.sleep(0.05)
+    assert (await site.job(second["id"]))["status"] == "queued"
+    engine.held = False
+    await site.until(second["id"], "running")
+    assert (await site.job(first["id"]))["status"] == "succeeded"
+    listed = (await site.client.get("/v1/fine_tuning/jobs?limit=1")).json()
+    assert ([job["id"] for job in listed["data"]], listed["has_more"]) == ([second["id"]], True)
+
+
+async def test_pause_and_resume_change_no_bit(site: TuningSite, engine: TrainingEngine) -> None:
+    file = await site.upload()
+    whole = await site.until((await site.create(training_file=file))["id"])
+    paused = await site.create(training_file=file)
+    await site.until(paused["id"], "running")
+    await eventually(lambda: site.tuning.jobs.get(TENANT, paused["id"]).step >= 2)
+    assert (await site.steer(paused["id"], "pause")).json()["status"] == "pausing"
+    await site.until(paused["id"], "paused")
+    at = engine.pieces
+    await asyncio.sleep(0.05)
+    assert engine.pieces == at
+    refused(await site.steer(paused["id"], "pause"), None)
+    assert (await site.steer(paused["id"], "resume")).json()["status"] == "queued"
+    done = await site.until(paused["id"])
+    assert digest(site, done) == digest(site, whole)
+    refused(await site.steer(paused["id"], "resume"), None)
+
+
+def digest(site: TuningSite, job: dict[str, Any]) -> str:
+    return site.store.get(TENANT, job["fine_tuned_model"]).digest
+
+
+async def test_a_waiting_job_pauses_at_once(site: TuningSite, engine: TrainingEngine) -> None:
+    engine.held = True
+    await site.until((await site.create())["id"], "running")
+    waiting = await site.create()
+    await site.until(waiting["id"], "queued")
+    assert (await site.steer(waiting["id"], "pause")).json()["status"] == "paused"
+    assert (await site.steer(waiting["id"], "resume")).json()["status"] == "queued"
+    assert (await site.steer(waiting["id"], "cancel")).json()["status"] == "cancelled"
+    assert not (site.settings.data_dir / "jobs" / waiting["id"]).exists()
+
+
+async def test_cancel(site: TuningSite) -> None:
+    job = await site.create(hyperparameters={"n_epochs": 100})
+    await site.until(job["id"], "running")
+    assert (await site.steer(job["id"], "cancel")).json()["status"] == "cancelled"
+    refused(await site.steer(job["id"], "cancel"), None)
+    await asyncio.sleep(0.05)
+    done = await site.job(job["id"])
+    assert (done["status"], done["fine_tuned_model"]) == ("cancelled", None)
+    again = await site.until((await site.create())["id"])  # the slot is free again
+    assert again["status"] == "succeeded"
+    refused(await site.steer(again["id"], "cancel"), None)
+
+
+async def test_a_file_deleted_before_it_was_read_fails_the_job(site: TuningSite, engine: TrainingEngine) -> None:
+    engine.unready_reason = "still loading"
+    job = await site.create()
+    await site.client.delete(f"/v1/files/{job['training_file']}")
+    engine.unready_reason = None
+    failed = await site.until(job["id"])
+    assert (failed["status"], failed["error"]["code"], failed["error"]["param"]) == (
+        "failed",
+        "file_not_found",
+        "training_file",
+    )
+
+
+async def test_a_job_that_cannot_fit_is_refused_before_it_starts(site: TuningSite, engine: TrainingEngine) -> None:
+    engine.memory = 1 << 20
+    failed = await site.until((await site.create())["id"])
+    assert failed["error"]["code"] == "out_of_memory"
+    assert "MiB" in failed["error"]["message"]
+    assert engine.pieces == 0
+
+
+# --- deaths ---------------------------------------------------------------------------------------------------
+
+
+async def test_ten_deaths_of_either_process_change_no_bit(
+    tmp_path: Path, tiny_engine: Engine, engine: TrainingEngine
+) -> None:
+    """The trainer, or the whole API side, vanishes at random moments; the job goes on as if nothing had been."""
+    body: dict[str, Any] = {
+        "hyperparameters": {"n_epochs": 4, "batch_size": 3},
+        "training": {"checkpoint_every": 1},
+        "lora": {"lora_dropout": 0.1, "r": 4},
+    }
+    async with tuning_site(tmp_path / "whole", engine) as site:
+        whole = await site.until((await site.create(**body))["id"])
+        expected, rows = digest(site, whole), await result_rows(site, whole)
+    choose = random.Random(4)
+    root, job_id = tmp_path / "killed", None
+
+    def until_pieces(site: TuningSite, pieces: int) -> Callable[[], bool]:
+        return lambda: engine.pieces >= pieces or site.tuning.jobs.get(TENANT, str(job_id)).status in FINAL
+
+    for death in range(11):
+        async with tuning_site(root, engine) as site:
+            if job_id is None:
+                job_id = (await site.create(**body))["id"]
+            if death == 10:
+                done = await site.until(job_id)
+                assert done["status"] == "succeeded", await site.messages(job_id)
+                assert digest(site, done) == expected
+                assert await result_rows(site, done) == rows
+                steps = [m for m in await site.messages(job_id) if m.startswith("Step ")]
+                assert len(steps) == len(set(steps)) == len(rows) - 1
+                break
+            await eventually(until_pieces(site, engine.pieces + choose.randrange(5, 90)))
+            if death % 2:
+                engine.kill()
+                await asyncio.sleep(0.01)
+
+
+async def result_rows(site: TuningSite, job: dict[str, Any]) -> list[str]:
+    return (await site.client.get(f"/v1/files/{job['result_files'][0]}/content")).text.splitlines()
+
+
+async def test_a_paused_job_stays_paused(tmp_path: Path, engine: TrainingEngine) -> None:
+    async with tuning_site(tmp_path / "data", engine) as site:
+        job = await site.create()
+        await site.until(job["id"], "running")
+        await site.steer(job["id"], "pause")
+        await site.until(job["id"], "paused")
+    async with tuning_site(tmp_path / "data", engine) as site:
+        await asyncio.sleep(0.05)
+        assert (await site.job(job["id"]))["status"] == "paused"
+        await site.steer(job["id"], "resume")
+        assert (await site.until(job["id"]))["status"] == "succeeded"
+
+
+async def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, engine: TrainingEngine) -> None:
+    body: dict[str, Any] = {"training": {"checkpoint_every": 1}}
+    async with tuning_site(tmp_path / "data", engine) as site:
+        file = await site.upload()
+        whole = await site.until((await site.create(training_file=file, **body))["id"])
+        job = await site.create(training_file=file, **body)
+        await eventually(lambda: len(site.tuning.jobs.resumable(job["id"])) >= 3)
+    newest = max((tmp_path / "data/jobs" / job["id"] / "checkpoints").iterdir(), key=lambda path: int(path.name[5:]))
+    state = newest / "state.safetensors"
+    state.write_bytes(state.read_bytes()[:-1] + b"\xff")
+    async with tuning_site(tmp_path / "data", engine) as site:
+        done = await site.until(job["id"])
+        assert digest(site, done) == digest(site, whole)
+
+
+async def test_left_over_directories_are_removed(tmp_path: Path, engine: TrainingEngine) -> None:
+    stray = tmp_path / "data/jobs/ftjob-stray"
+    stray.mkdir(parents=True)
+    async with tuning_site(tmp_path / "data", engine):
+        assert not stray.exists()
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------
+
+BAD_NUMBERS = [-1, 2**63, 1.5, "3", True, [1], {}]
+
+
+@pytest.mark.parametrize(
+    ("path", "values"),
+    [
+        ("hyperparameters.n_epochs", [0, 1001, *BAD_NUMBERS]),
+        ("hyperparameters.batch_size", [0, 4097, *BAD_NUMBERS]),
+        ("hyperparameters.learning_rate_multiplier", [0, -1.0, 1001, "1", True]),
+        ("seed", BAD_NUMBERS),
+        ("suffix", ["", "a" * 65, "a/b", "a:b", "ä", "a b", 5]),
+        ("metadata", [{str(n): "" for n in range(17)}, {"a" * 65: ""}, {"a": "b" * 513}, {"a": 1}, [], "x"]),
+        ("training.learning_rate", [0, -1, 1.1, "1e-4", True]),
+        ("training.lr_scheduler", ["Linear", 1]),
+        ("training.warmup_ratio", [-0.1, 1.1]),
+        ("training.warmup_steps", BAD_NUMBERS),
+        ("training.weight_decay", [-0.1, 1.1]),
+        ("training.max_grad_norm", [-1, 1e7]),
+        ("training.optimizer", ["sgd", 1]),
+        ("training.max_seq_len", [7, 513, *BAD_NUMBERS]),
+        ("training.micro_batch_tokens", [0, *BAD_NUMBERS]),
+        ("training.packing", [1, "true"]),
+        ("training.checkpoint_every", [0, *BAD_NUMBERS]),
+        ("training.eval_every", [0, *BAD_NUMBERS]),
+        ("training.early_stopping", [0, *BAD_NUMBERS]),
+        ("training.nonsense", [1]),
+        ("lora.r", [0, 100_000, *BAD_NUMBERS]),
+        ("lora.lora_alpha", [0, -1, 1e9, "32", True]),
+        ("lora.lora_dropout", [-0.1, 1.0, "0"]),
+        ("lora.target_modules", [["nobody"], [], "(", "", 5, [1]]),
+        ("lora.bias", ["all", "lora_only", 5]),
+        ("lora.modules_to_save", [["embed_tokens"], "x"]),
+        ("lora.layers_to_transform", [3, [99], -1, "x"]),
+        ("lora.rank_pattern", [{"nobody": 2}, {"q_proj": 0}, {"q_proj": "2"}, []]),
+        ("lora.alpha_pattern", [{"nobody": 2}, {"q_proj": -1}]),
+        ("lora.use_rslora", ["yes", 1]),
+        ("lora.init", ["pissa", True]),
+        ("lora.use_dora", [True]),
+        ("model", ["nobody", "", 5]),
+        ("training_file", ["file-nobody", "", 5]),
+        ("validation_file", ["file-nobody", "", 5]),
+        ("method", [{"type": "dpo"}, {"type": "reinforcement"}, {}, "supervised"]),
+        ("integrations", [[{"type": "nobody"}], [{"type": "wandb"}], {}]),
+        ("nonsense", [1]),
+    ],
+)
+async def test_a_bad_field_is_named(site: TuningSite, path: str, values: list[Any]) -> None:
+    file = await site.upload()
+    section, _, field = path.rpartition(".")
+    for value in values:
+        body: dict[str, Any] = {"model": "tiny", "training_file": file}
+        body |= {section: {field: value}} if section else {field: value}
+        response = await site.client.post("/v1/fine_tuning/jobs", json=body)
+        assert response.status_code in (400, 404), (value, response.text)
+        assert str(response.json()["error"]["param"]).startswith(path), (value, response.text)
+    assert (await site.client.get("/v1/fine_tuning/jobs")).json()["data"] == []
+
+
+async def test_a_rank_that_could_not_be_served_is_refused(site: TuningSite) -> None:
+    body = {"model": "tiny", "training_file": await site.upload(), "lora": {"r": 513}}  # fp32 rows: 1024 units at most
+    assert "513" in refused(await site.client.post("/v1/fine_tuning/jobs", json=body), "lora.r")
+
+
+async def test_wandb_is_refused_by_name_where_it_is_not_installed(
+    site: TuningSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    body = {
+        "model": "tiny",
+        "training_file": await site.upload(),
+        "integrations": [{"type": "wandb", "wandb": {"project": "p"}}],
+    }
+    response = await site.client.post("/v1/fine_tuning/jobs", json=body)
+    assert "wandb" in refused(response, "integrations.0")
+
+
+class FakeWandb(types.ModuleType):
+    """Records what it is told, and breaks down after two steps."""
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+        self.opened: list[dict[str, Any]] = []
+        self.steps: list[int] = []
+        self.codes: list[int] = []
+
+    def init(self, **settings: Any) -> "FakeWandb":
+        self.opened.append(settings)
+        return self
+
+    def log(self, data: dict[str, Any], step: int) -> None:
+        assert data["train_loss"] > 0
+        self.steps.append(step)
+        if step >= 2:
+            raise ConnectionError("the network is down")
+
+    def finish(self, exit_code: int) -> None:
+        self.codes.append(exit_code)
+
+
+async def test_wandb_gets_every_step_and_its_faults_touch_nothing(
+    site: TuningSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    integration = {"type": "wandb", "wandb": {"project": "p", "tags": ["a"]}}
+    job = await site.create(integrations=[integration], hyperparameters={"n_epochs": 1, "batch_size": 3})
+    done = await site.until(job["id"])
+    assert done["status"] == "succeeded"
+    assert done["integrations"][0]["wandb"]["project"] == "p"
+    await eventually(lambda: bool(wandb.codes))
+    (opened,) = wandb.opened
+    assert (opened["project"], opened["id"], opened["name"]) == ("p", job["id"], job["id"])
+    assert (wandb.steps, wandb.codes) == ([1, 2, 3, 4], [0])
+
+
+async def test_unknown_jobs(site: TuningSite) -> None:
+    for path in ("", "/events", "/checkpoints"):
+        refused(await site.client.get(f"/v1/fine_tuning/jobs/ftjob-nobody{path}"), "fine_tuning_job_id", 404)
+    for verb in ("cancel", "pause", "resume"):
+        refused(await site.steer("ftjob-nobody", verb), "fine_tuning_job_id", 404)
+
+
+async def test_estimate(site: TuningSite) -> None:
+    """A 512 x 512 matrix at r = 2 would be 2,048 numbers; here it is 64 x 64 in three layers."""
+    body = {"model": "tiny", "lora": {"r": 2, "target_modules": ["q_proj"]}, "training": {"max_seq_len": 64}}
+    plan = (await site.client.post("/v1/fine_tuning/estimate", json=body)).json()
+    assert plan["parameters"] == 3 * 2 * (64 + 64)
+    assert (plan["adapter"], plan["optimizer"]) == (4 * plan["parameters"], 8 * plan["parameters"])
+    assert plan["total"]["keep"] > plan["total"]["recompute"]
+    assert plan["mode"] == "keep"
+    refused(await site.client.post("/v1/fine_tuning/estimate", json=body | {"model": "nobody"}), "model", 404)

@@ -1,0 +1,287 @@
+"""Data sets: what is learned from a line, and what is refused with line and field."""
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.finetune.dataset import DatasetError, load_dataset
+from server.messages.dataset import Dataset
+from tests.support.tiny import _tokenizer
+
+
+class TinyTokenizer:
+    """The tiny model's real tokenizer behind the interface that data sets use."""
+
+    def __init__(self, template: str | None = None) -> None:
+        self.hf: transformers.PreTrainedTokenizerFast = _tokenizer()
+        self.template = template or self.hf.chat_template
+        self.eos_token_ids = [int(self.hf.eos_token_id)]
+
+    def render_chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        return self.hf.apply_chat_template(
+            list(messages),
+            chat_template=self.template,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+        )
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return self.hf.encode(text, add_special_tokens=add_special_tokens)
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoded = self.hf(text, add_special_tokens=False, return_offsets_mapping=True)
+        return encoded["input_ids"], encoded["offset_mapping"]
+
+    def trained_text(self, dataset: Dataset, index: int = 0) -> str:
+        tokens, trained = dataset.sequence(index)
+        return self.hf.decode(tokens[trained])
+
+
+TOKENIZER = TinyTokenizer()
+GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
+
+
+def read(*lines: Any, tokenizer: TinyTokenizer = TOKENIZER, max_length: int = 256, **options: Any) -> Dataset:
+    text = b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines)
+    return load_dataset(io.BytesIO(text), tokenizer, max_length=max_length, **options)
+
+
+def chat(*turns: tuple[str, str] | tuple[str, str, int]) -> dict[str, Any]:
+    return {
+        "messages": [
+            {"role": role, "content": content} | ({"weight": rest[0]} if rest else {}) for role, content, *rest in turns
+        ]
+    }
+
+
+# --- what is learned --------------------------------------------------------------------------------
+
+
+def test_chat_trains_on_assistant_turns_and_their_end() -> None:
+    data = read(
+        chat(("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Bye"), ("assistant", "Ciao"))
+    )
+    assert TOKENIZER.trained_text(data) == "Hello<|im_end|>Ciao<|im_end|>"
+    tokens, _ = data.sequence(0)
+    assert TOKENIZER.hf.decode(tokens).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi")
+
+
+def test_what_comes_before_a_trained_turn_is_the_prompt_that_serving_sends() -> None:
+    data = read(GOOD)
+    tokens, trained = data.sequence(0)
+    prompt = TOKENIZER.render_chat(GOOD["messages"][:1], add_generation_prompt=True)
+    assert tokens[: int(np.argmax(trained))].tolist() == TOKENIZER.encode(prompt, add_special_tokens=False)
+
+
+def test_weight_zero_keeps_a_turn_out() -> None:
+    data = read(chat(("user", "a"), ("assistant", "no", 0), ("user", "b"), ("assistant", "yes", 1)))
+    assert TOKENIZER.trained_text(data) == "yes<|im_end|>"
+
+
+def test_prompt_and_completion() -> None:
+    data = read({"prompt": "2+2=", "completion": " 4"})
+    assert TOKENIZER.trained_text(data) == " 4<|im_end|>"
+
+
+def test_text_trains_on_everything_but_its_first_token() -> None:
+    data = read({"text": "The quick brown fox"})
+    tokens, trained = data.sequence(0)
+    assert TOKENIZER.hf.decode(tokens) == "The quick brown fox<|im_end|>"
+    assert trained.tolist() == [False] + [True] * (len(tokens) - 1)
+
+
+@pytest.mark.parametrize("line", [GOOD, {"prompt": "2+2=", "completion": " 4"}])
+def test_prompts_are_trained_on_when_asked(line: dict[str, Any]) -> None:
+    data = read(line, completions_only=False)
+    assert data.trained.sum() == len(data.tokens) - 1
+
+
+def test_text_parts_are_joined() -> None:
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    data = read({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": parts}]})
+    assert data.tokens.tolist() == read(GOOD).tokens.tolist()
+
+
+def test_a_template_that_rewrites_history_gives_one_sequence_a_turn() -> None:
+    """Thinking models drop the thoughts of all turns but the last."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = TinyTokenizer(template)
+    data = read(chat(("user", "a"), ("assistant", "one"), ("user", "b"), ("assistant", "two")), tokenizer=tokenizer)
+    trained = [tokenizer.trained_text(data, i) for i in range(len(data))]
+    assert trained == ["<think></think>one<|im_end|>", "<think></think>two<|im_end|>"]
+    assert data.report.examples == 1
+
+
+def test_a_template_that_hides_the_turn_is_refused() -> None:
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    with pytest.raises(DatasetError, match=r"line 1, field `messages\[1\]`: .*template"):
+        read(GOOD, tokenizer=TinyTokenizer(template))
+
+
+def test_oddities_are_counted() -> None:
+    data = read(
+        GOOD,
+        b"",
+        GOOD,
+        {"prompt": "nothing", "completion": ""},
+        {"text": ""},
+        {"text": "0123456789 " * 40},
+        chat(("user", "a"), ("assistant", "b", 0)),
+        max_length=32,
+    )
+    report = data.report
+    assert (report.examples, report.duplicates, report.empty, report.over_long) == (3, 1, 4, 1)
+    assert max(data.lengths) == 32
+    assert report.tokens == len(data.tokens) == data.bounds[-1]
+    assert report.trained_tokens == data.trained.sum()
+    assert "1 duplicate" in str(report)
+
+
+def test_an_example_whose_answer_lies_beyond_the_limit_is_left_out() -> None:
+    data = read(GOOD, {"prompt": "0123456789 " * 40, "completion": "4"}, max_length=32)
+    assert (data.report.examples, data.report.empty, data.report.over_long) == (1, 1, 1)
+
+
+def test_line_endings_and_byte_order_mark() -> None:
+    plain = json.dumps(GOOD).encode()
+    data = load_dataset(io.BytesIO(b"\xef\xbb\xbf" + plain + b"\r\n" + plain + b"\r\n"), TOKENIZER, max_length=99)
+    assert (data.report.examples, data.report.empty) == (2, 0)
+
+
+def test_save_and_load(tmp_path: Path) -> None:
+    data = read(GOOD, {"text": "The quick brown fox"})
+    data.save(tmp_path / "data.safetensors")
+    loaded = Dataset.load(tmp_path / "data.safetensors")
+    for index in range(2):
+        for left, right in zip(data.sequence(index), loaded.sequence(index), strict=True):
+            assert np.array_equal(left, right)
+            assert left.dtype == right.dtype
+
+
+@given(st.lists(st.tuples(st.text(max_size=30), st.text(min_size=1, max_size=30)), min_size=1, max_size=4))
+def test_any_conversation_trains_on_just_its_answers(turns: list[tuple[str, str]]) -> None:
+    messages = [m for ask, answer in turns for m in (("user", ask), ("assistant", answer))]
+    data = read(chat(*messages), max_length=10_000)
+    text = TOKENIZER.trained_text(data)
+    marked = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+    if not any(mark in ask + answer for ask, answer in turns for mark in marked):
+        assert text == "".join(f"{answer}<|im_end|>" for _, answer in turns)
+    assert not data.trained[data.bounds[:-1]].any()
+
+
+# --- what is refused --------------------------------------------------------------------------------
+
+
+def _turn(**fields: Any) -> dict[str, Any]:
+    """A chat whose second message has these fields beside its role."""
+    return {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", **fields}]}
+
+
+BAD: list[tuple[Any, str | None]] = [
+    # not a JSON object at all
+    (b"{", None),
+    (b"not json", None),
+    (b'{"text": "a"} {"text": "b"}', None),
+    (b'{"text": "a",}', None),
+    (b"{'text': 'a'}", None),
+    (b'{"text": "a\x01b"}', None),
+    (b'{"text": "\xff\xfe"}', None),
+    (b'{"text": NaN}', None),
+    (b'{"text": Infinity}', None),
+    (b'{"text": "a", "text": "b"}', "text"),
+    (b'{"messages": [{"role": "user", "role": "user", "content": "x"}]}', "role"),
+    (b"[" * 100_000 + b"]" * 100_000, None),
+    ([1, 2], None),
+    ("text", None),
+    (5, None),
+    (None, None),
+    (True, None),
+    # the wrong kind of object
+    ({}, None),
+    ({"Text": "a"}, None),
+    ({"conversations": [{"from": "human", "value": "x"}]}, None),
+    ({"instruction": "a", "output": "b"}, None),
+    ({"text": "a", "prompt": "b"}, "prompt"),
+    ({"messages": GOOD["messages"], "text": "b"}, "text"),
+    ({"text": "a", "id": 1}, "id"),
+    ({**GOOD, "tools": [{"type": "function"}]}, "tools"),
+    ({**GOOD, "parallel_tool_calls": True}, "parallel_tool_calls"),
+    # text, prompt, completion
+    ({"text": None}, "text"),
+    ({"text": 5}, "text"),
+    ({"text": ["a"]}, "text"),
+    ({"text": True}, "text"),
+    ({"text": "\ud800"}, "text"),
+    ({"prompt": "a"}, "completion"),
+    ({"completion": "a"}, "prompt"),
+    ({"prompt": None, "completion": "a"}, "prompt"),
+    ({"prompt": ["a"], "completion": "a"}, "prompt"),
+    ({"prompt": "a", "completion": 4}, "completion"),
+    ({"prompt": "a", "completion": {"text": "b"}}, "completion"),
+    ({"prompt": "a", "completion": "b", "weight": 1}, "weight"),
+    # messages
+    ({"messages": []}, "messages"),
+    ({"messages": None}, "messages"),
+    ({"messages": "Hi"}, "messages"),
+    ({"messages": {"role": "user"}}, "messages"),
+    ({"messages": ["Hi"]}, "messages[0]"),
+    ({"messages": [None]}, "messages[0]"),
+    ({"messages": [[]]}, "messages[0]"),
+    ({"messages": [{"content": "Hi"}]}, "messages[0].role"),
+    ({"messages": [{"role": "user"}]}, "messages[0].content"),
+    ({"messages": [{"role": "human", "content": "Hi"}]}, "messages[0].role"),
+    ({"messages": [{"role": 1, "content": "Hi"}]}, "messages[0].role"),
+    ({"messages": [{"role": None, "content": "Hi"}]}, "messages[0].role"),
+    ({"messages": [{"role": "user", "content": "Hi"}]}, "messages"),
+    ({"messages": [{"role": "user", "content": "Hi", "weight": 1}, *GOOD["messages"]]}, "messages[0].weight"),
+    ({"messages": [*GOOD["messages"], {"role": "system", "content": "late"}]}, "messages[2].role"),
+    (_turn(content=None), "messages[1].content"),
+    (_turn(content=5), "messages[1].content"),
+    (_turn(content={"text": "a"}), "messages[1].content"),
+    (_turn(content=["a"]), "messages[1].content[0]"),
+    (_turn(content=[{"type": "image_url", "image_url": "x"}]), "messages[1].content[0].type"),
+    (_turn(content=[{"type": "text"}]), "messages[1].content[0].text"),
+    (_turn(content=[{"type": "text", "text": 1}]), "messages[1].content[0].text"),
+    (_turn(content="\udfff"), "messages[1].content"),
+    (_turn(content="a", weight=2), "messages[1].weight"),
+    (_turn(content="a", weight=0.5), "messages[1].weight"),
+    (_turn(content="a", weight=True), "messages[1].weight"),
+    (_turn(content="a", weight="1"), "messages[1].weight"),
+    (_turn(content="a", tool_calls=[]), "messages[1].tool_calls"),
+    (_turn(content="a", function_call={}), "messages[1].function_call"),
+    (_turn(content="a", name=5), "messages[1].name"),
+    (_turn(content="a", Role="user"), "messages[1].Role"),
+]
+
+
+@pytest.mark.parametrize(("line", "field"), BAD, ids=range(len(BAD)))
+def test_bad_line_is_refused_with_line_and_field(line: Any, field: str | None) -> None:
+    with pytest.raises(DatasetError) as caught:
+        read(GOOD, line, GOOD)
+    assert caught.value.line == 2
+    assert caught.value.field == field
+    assert str(caught.value).startswith("line 2")
+    assert field is None or f"`{field}`" in str(caught.value)
+
+
+def test_a_line_too_long_is_refused_unread() -> None:
+    with pytest.raises(DatasetError, match="line 2: longer than"):
+        read(GOOD, b'{"text": "' + b"a" * (5 << 20) + b'"}')
+
+
+@pytest.mark.parametrize("lines", [[], [b""], [b"", b"  "], [{"text": ""}], [{"prompt": "a", "completion": ""}]])
+def test_a_file_with_nothing_to_learn_is_refused(lines: list[Any]) -> None:
+    with pytest.raises(DatasetError, match="no line"):
+        read(*lines)

@@ -1,0 +1,168 @@
+"""Evaluations: the numbers against a straightforward computation, and their life on a real engine."""
+
+import asyncio
+import math
+from collections.abc import AsyncGenerator, AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.engine.engine import Engine
+from server.errors import EngineUnavailable
+from server.messages.protocol import Generate, Output
+from server.services import TENANT
+from tests.support import offline as engines
+from tests.support.site import EXAMPLES, TrainingEngine, TuningSite, eventually, tuning_site
+from tests.support.tiny import tiny_adapter
+
+
+class ServingEngine(TrainingEngine):
+    """Also generates, a step whenever the event loop comes by."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self._engine = engine
+        self._outputs: dict[str, list[Output]] = {}
+        self.deaths = 0  # how many more sequences die after their first step
+
+    async def generate(self, request: Generate) -> AsyncGenerator[Output, None]:
+        self._outputs[request.id] = []
+        self._engine.add(request)
+        while True:
+            for output in self._engine.step()[0]:
+                self._outputs[output.id].append(output)
+            if self.deaths:
+                self.deaths -= 1
+                self._engine.abort(request.id)
+                raise EngineUnavailable("died")
+            for output in self._outputs[request.id]:
+                yield output
+                if output.finish_reason or output.error:
+                    return
+            self._outputs[request.id].clear()
+            await asyncio.sleep(0)
+
+
+@pytest.fixture(scope="module")
+def tiny_engine(model_dir: Path, cache_dir: Path) -> Engine:
+    return engines.load_engine(model_dir, cache_dir)
+
+
+@pytest.fixture
+async def site(tmp_path: Path, tiny_engine: Engine) -> AsyncIterator[TuningSite]:
+    engine = ServingEngine(tiny_engine)
+    async with tuning_site(tmp_path / "data", engine) as site:
+        yield site
+    engine.close()
+
+
+async def evaluate(site: TuningSite, **body: Any) -> dict[str, Any]:
+    """An evaluation once it is over."""
+    response = await site.client.post("/v1/evaluations", json=body)
+    assert response.status_code == 200, response.text
+    return await over(site, response.json()["id"])
+
+
+async def over(site: TuningSite, evaluation_id: str) -> dict[str, Any]:
+    """The evaluation once it is over."""
+    await eventually(lambda: site.tuning.evaluations.get(TENANT, evaluation_id).status != "running")
+    found: dict[str, Any] = (await site.client.get(f"/v1/evaluations/{evaluation_id}")).json()
+    return found
+
+
+def by_hand(engine: Engine, site: TuningSite, line: dict[str, Any], adapter: Any) -> tuple[float, int, str]:
+    """Summed loss of the answer's tokens, how many they are, and what is generated instead."""
+    ask, answer = (message["content"] for message in line["messages"])
+    tokenizer = site.text.tokenizer
+    prompt = tokenizer.encode(f"<|im_start|>user\n{ask}<|im_end|>\n<|im_start|>assistant\n").ids
+    expected = tokenizer.encode(f"{answer}<|im_end|>").ids
+    score = engines.request("a", [*prompt, *expected], adapter, max_tokens=0, prompt_logprobs=0)
+    free = engines.request("b", prompt, adapter, max_tokens=len(expected) + 8, ignore_eos=False)
+    answers = engines.run(engine, [score, free])
+    logprobs = [entry.logprob for entry in answers["a"].prompt_logprobs[-len(expected) :] if entry is not None]
+    return -sum(logprobs), len(expected), tokenizer.decode(answers["b"].tokens)
+
+
+async def test_the_numbers(site: TuningSite, tiny_engine: Engine, model_dir: Path, tmp_path: Path) -> None:
+    directory = tiny_adapter(tmp_path / "adapter", model_dir)
+    version, _ = await site.services.intake.import_directory(TENANT, "mine", directory)
+    reference = engines.publish(tiny_engine, directory)
+    lines = EXAMPLES[:4]
+    done = await evaluate(site, model="mine", file=await site.upload(lines))
+    assert (done["status"], done["examples"], done["digest"]) == ("succeeded", 4, version.digest)
+    for name, adapter in (("base", None), ("adapter", reference)):
+        rows = [by_hand(tiny_engine, site, line, adapter) for line in lines]
+        tokens = sum(count for _, count, _ in rows)
+        assert done["tokens"] == tokens
+        loss = sum(loss for loss, _, _ in rows) / tokens
+        assert done["results"][name]["loss"] == pytest.approx(loss, rel=1e-5)
+        assert done["results"][name]["perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+        texts = [
+            (text.strip(), line["messages"][1]["content"].strip())
+            for (_, _, text), line in zip(rows, lines, strict=True)
+        ]
+        assert done["results"][name]["exact_match"] == sum(a == b for a, b in texts) / 4
+
+
+async def test_what_was_learned_by_heart_matches(site: TuningSite) -> None:
+    file = await site.upload(EXAMPLES[:1])
+    job = await site.create(
+        training_file=file, hyperparameters={"n_epochs": 60}, training={"learning_rate": 1e-2, "checkpoint_every": 60}
+    )
+    tuned = (await site.until(job["id"]))["fine_tuned_model"]
+    results = (await evaluate(site, model=tuned, file=file))["results"]
+    assert (results["base"]["exact_match"], results["adapter"]["exact_match"]) == (0.0, 1.0)
+    assert results["adapter"]["loss"] < 0.1 < results["base"]["loss"]
+
+
+async def test_the_base_alone_and_a_text_without_answer(site: TuningSite) -> None:
+    done = await evaluate(site, model="tiny", file=await site.upload([{"text": "The quick brown fox"}]))
+    assert done["results"]["adapter"] is None
+    assert done["results"]["base"]["exact_match"] is None
+    assert done["results"]["base"]["loss"] > 0
+
+
+async def test_an_engine_that_dies_costs_only_time(site: TuningSite) -> None:
+    file = await site.upload(EXAMPLES[:3])
+    calm = await evaluate(site, model="tiny", file=file)
+    assert isinstance(site.engine, ServingEngine)
+    site.engine.deaths = 3
+    assert (await evaluate(site, model="tiny", file=file))["results"] == calm["results"]
+
+
+async def test_an_evaluation_begins_again_after_a_restart(tmp_path: Path, tiny_engine: Engine) -> None:
+    engine = ServingEngine(tiny_engine)
+    async with tuning_site(tmp_path / "data", engine) as site:
+        file = await site.upload(EXAMPLES[:3])
+        response = await site.client.post("/v1/evaluations", json={"model": "tiny", "file": file, "max_examples": 2})
+    async with tuning_site(tmp_path / "data", engine) as site:
+        found = await over(site, response.json()["id"])
+    assert (found["status"], found["examples"]) == ("succeeded", 2)
+    engine.close()
+
+
+async def test_lists_and_refusals(site: TuningSite) -> None:
+    file = await site.upload(EXAMPLES[:1])
+    ids = [(await evaluate(site, model="tiny", file=file))["id"] for _ in range(2)]
+    listed = (await site.client.get("/v1/evaluations?limit=1")).json()
+    assert ([e["id"] for e in listed["data"]], listed["has_more"]) == (ids[:0:-1], True)
+    assert (await site.client.delete(f"/v1/evaluations/{ids[0]}")).json()["deleted"]
+    assert (await site.client.get(f"/v1/evaluations/{ids[0]}")).status_code == 404
+    for body, param in (
+        ({"model": "nobody", "file": file}, "model"),
+        ({"model": "tiny", "file": "nobody"}, "file"),
+        ({"model": "tiny"}, "file"),
+        ({"model": "tiny", "file": file, "max_examples": 0}, "max_examples"),
+        ({"model": "tiny", "file": file, "max_examples": 2**63}, "max_examples"),
+        ({"model": "tiny", "file": file, "max_examples": True}, "max_examples"),
+    ):
+        response = await site.client.post("/v1/evaluations", json=body)
+        assert response.status_code in (400, 404), response.text
+        assert response.json()["error"]["param"] == param
+    gone = await site.upload(EXAMPLES[:1])
+    site.engine.unready_reason = "still loading"
+    response = await site.client.post("/v1/evaluations", json={"model": "tiny", "file": gone})
+    await site.client.delete(f"/v1/files/{gone}")
+    site.engine.unready_reason = None
+    assert (await over(site, response.json()["id"]))["error"]["code"] == "file_not_found"

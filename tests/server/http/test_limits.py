@@ -1,0 +1,114 @@
+"""Request heads that are too large, too slow, or no HTTP, on a real socket."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+
+import pytest
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+
+from server.http import limits as http_limits
+from server.http.limits import LimitedHttpProtocol
+
+
+async def echo(request: Request) -> Response:
+    try:
+        return PlainTextResponse(str(len(await request.body())))
+    except ClientDisconnect:
+        return Response()
+
+
+@pytest.fixture
+async def port() -> AsyncIterator[int]:
+    app = Starlette(routes=[Route("/", echo, methods=["GET", "POST"])])
+    config = uvicorn.Config(app, port=0, http=LimitedHttpProtocol, ws="none", log_level="error", lifespan="off")
+    server = uvicorn.Server(config)
+    task = asyncio.create_task(server._serve())
+    while not server.started:  # noqa: ASYNC110 - uvicorn offers no event
+        await asyncio.sleep(0.01)
+    yield server.servers[0].sockets[0].getsockname()[1]
+    server.should_exit = True
+    await task
+
+
+async def answer(port: int, *pieces: bytes) -> tuple[int, bytes]:
+    """Status and body of the first response; the connection is read to its end."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for piece in pieces:
+        writer.write(piece)
+        await writer.drain()
+    raw = await asyncio.wait_for(reader.read(), 10)
+    writer.close()
+    head, _, body = raw.partition(b"\r\n\r\n")
+    return int(head.split(b" ", 2)[1]), body
+
+
+def is_error(body: bytes) -> bool:
+    return set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
+
+
+async def test_ordinary_requests_pass(port: int) -> None:
+    status, body = await answer(
+        port, b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 200000\r\n\r\n", b"x" * 200_000
+    )
+    assert (status, body) == (200, b"200000")
+
+
+async def test_chunked_bodies_are_not_mistaken_for_heads(port: int) -> None:
+    chunks = [b"400\r\n" + b"x" * 1024 + b"\r\n"] * 200
+    head = b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert await answer(port, head, *chunks, b"0\r\n\r\n") == (200, b"204800")
+
+
+@pytest.mark.parametrize("pieces", [1, 50])
+async def test_a_huge_header_is_refused(port: int, pieces: int) -> None:
+    value = [b"a" * (200_000 // pieces)] * pieces
+    status, body = await answer(port, b"GET / HTTP/1.1\r\nHost: x\r\nX-Big: ", *value, b"\r\n\r\n")
+    assert status == 431
+    assert is_error(body)
+
+
+async def test_a_header_without_end_is_refused_early(port: int) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nX-Big: " + b"a" * 100_000)
+    assert (await asyncio.wait_for(reader.readline(), 10)).startswith(b"HTTP/1.1 431")
+    writer.close()
+
+
+async def test_a_huge_trailer_closes_the_connection(port: int) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    writer.write(head + b"1\r\nx\r\n0\r\nX-Big: " + b"a" * 300_000)
+    with contextlib.suppress(ConnectionError):
+        assert await asyncio.wait_for(reader.read(), 10) == b""
+    writer.close()
+
+
+async def test_what_is_not_http_gets_the_error_shape(port: int) -> None:
+    status, body = await answer(port, b"\x16\x03\x01hello\r\n\r\n")
+    assert status == 400
+    assert is_error(body)
+
+
+async def test_a_slow_head_is_refused(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_limits, "HEAD_SECONDS", 0.2)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET / HTTP/1.1\r\nHost:")
+    assert (await asyncio.wait_for(reader.readline(), 10)).startswith(b"HTTP/1.1 408")
+    writer.close()
+
+
+async def test_two_requests_on_one_connection(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_limits, "HEAD_SECONDS", 0.2)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for _ in range(2):
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        response = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n0"), 10)
+        assert response.startswith(b"HTTP/1.1 200")
+        await asyncio.sleep(0.3)  # the head's timer must not run between requests
+    writer.close()

@@ -1,0 +1,169 @@
+"""The tokenizer, without torch, and chat templates, without trust in what they are applied to."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.errors import InvalidRequest
+from server.text import chat_template
+from server.text.chat_template import ChatTemplate
+from server.text.processor import TextProcessor, TokenizerError
+from tests.support.tiny import CHAT_TEMPLATE, _tokenizer
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    _tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def text(directory: Path) -> TextProcessor:
+    return TextProcessor.load(directory)
+
+
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi  \n"}]
+
+
+async def _render(text: TextProcessor, messages=MESSAGES, *, generation=True, final=False, **arguments) -> str:
+    return await text.render_chat(
+        messages, add_generation_prompt=generation, continue_final_message=final, arguments=arguments
+    )
+
+
+# --- tokens -------------------------------------------------------------------------------------------
+
+
+async def test_short_and_long_texts_tokenise_alike(text: TextProcessor) -> None:
+    sample = "Wörter mit Ümläuten, 漢字, emoji 🦜 and <|im_start|> specials.\n"
+    once, again = await text.encode([sample, sample], add_special_tokens=False)
+    assert once == again == _tokenizer().encode(sample, add_special_tokens=False)
+    assert await text.encode([sample * 200], add_special_tokens=False) == [_tokenizer().encode(sample * 200)]
+    assert text.decode(once, skip_special_tokens=False) == sample
+
+
+async def test_offsets_point_into_the_text(text: TextProcessor) -> None:
+    sample = "The quick 漢字 fox"
+    offsets = text.offsets(sample, add_special_tokens=False)
+    (ids,) = await text.encode([sample], add_special_tokens=False)
+    assert len(offsets) == len(ids)
+    assert offsets == sorted(offsets)
+    assert sample[offsets[1] :].startswith(text.token(ids[1]).text)
+
+
+@given(st.text())
+def test_bytes_of_tokens_joined_are_the_text(text: TextProcessor, sample: str) -> None:
+    ids = text.tokenizer.encode(sample, add_special_tokens=False).ids
+    assert b"".join(text.token_bytes(id_) for id_ in ids) == sample.encode()
+
+
+def test_a_token_that_is_no_text_by_itself_shows_its_bytes(text: TextProcessor) -> None:
+    first = text.tokenizer.encode("漢", add_special_tokens=False).ids[0]
+    assert text.token(first).text.startswith("bytes:\\xe6")
+    assert text.token(first).bytes[0] == 0xE6
+    assert text.token(10**6).bytes == b""
+
+
+def test_serving_does_not_bring_torch_in() -> None:
+    code = "import sys, server.http.app; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_directory_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
+        TextProcessor.load(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
+        TextProcessor.load(tmp_path)
+
+
+# --- chat templates ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("generation", [True, False])
+async def test_chat_renders_as_transformers_does(text: TextProcessor, generation: bool) -> None:
+    expected = _tokenizer().apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=generation)
+    assert await _render(text, generation=generation) == expected
+
+
+@pytest.mark.parametrize("final", ["to be", "to be  ", "\n to be"])
+@pytest.mark.parametrize("trims", [True, False])
+def test_continuing_a_message_renders_as_transformers_does(final: str, trims: bool) -> None:
+    source = CHAT_TEMPLATE.replace("m['content']", "m['content'] | trim") if trims else CHAT_TEMPLATE
+    messages = [*MESSAGES, {"role": "assistant", "content": final}]
+    expected = _tokenizer().apply_chat_template(
+        messages, chat_template=source, tokenize=False, continue_final_message=True
+    )
+    template = ChatTemplate(source, {})
+    assert template.render(messages, add_generation_prompt=False, continue_final_message=True) == expected
+
+
+def test_a_message_that_the_template_rewrites_cannot_be_continued() -> None:
+    template = ChatTemplate("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}", {})
+    with pytest.raises(InvalidRequest) as refusal:
+        template.render(MESSAGES, add_generation_prompt=False, continue_final_message=True)
+    assert refusal.value.param == "continue_final_message"
+
+
+def test_developer_is_the_system_unless_the_template_knows_better() -> None:
+    messages = [{"role": "developer", "content": "x"}]
+    assert "system" in ChatTemplate(CHAT_TEMPLATE, {}).render(messages)
+    assert "developer" in ChatTemplate("{# developer #}" + CHAT_TEMPLATE, {}).render(messages)
+
+
+def test_templates_see_special_tokens_arguments_and_what_transformers_offers() -> None:
+    source = (
+        "{{ bos_token }}{% generation %}{{ messages | tojson }}{% endgeneration %}"
+        "{{ thinking }}{{ strftime_now('%Y') | length }}{% for i in range(9) %}{% break %}{% endfor %}"
+    )
+    rendered = ChatTemplate(source, {"bos_token": "<s>"}).render(
+        [{"role": "user", "content": "<ä>"}], arguments={"thinking": False}
+    )
+    assert rendered == '<s>[{"role": "user", "content": "<ä>"}]False4'
+
+
+async def test_special_tokens_and_template_come_from_wherever_repositories_keep_them(tmp_path: Path) -> None:
+    _tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"bos_token": {"content": "<s>"}}
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "{{ bos_token }}!"}]
+    path.write_text(json.dumps(config | {"chat_template": named}))
+    assert await _render(TextProcessor.load(tmp_path)) == "<s>!"
+    path.write_text(json.dumps(config))
+    with pytest.raises(InvalidRequest, match="no chat template"):
+        await _render(TextProcessor.load(tmp_path))
+
+
+HOSTILE = {
+    "refused by the template": "{{ raise_exception('Conversation roles must alternate') }}",
+    "endless by output": "{% for i in range(99999) %}{% for j in range(99999) %}{{ i }}{% endfor %}{% endfor %}",
+    "endless by work": "{% for i in range(99999) %}{% for j in range(99999) %}{% set x = messages[0].role %}"
+    "{% endfor %}{% endfor %}",
+    "huge by repetition": "{{ 'x' * 10**6 * 10**6 }}",
+    "huge by repetition of an argument": "{{ 'x' * n * n }}",
+    "huge range": "{% for i in range(n) %}{% endfor %}",
+    "wrong types": "{{ messages[0].content + 1 }}",
+    "missing": "{{ nothing.at.all }}",
+    "sandbox": "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+    "changes its input": "{{ messages.append(1) }}",
+    "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_template_that_misbehaves_is_a_refusal_in_bounded_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 0.2)
+    template = ChatTemplate(HOSTILE[name], {})
+    started = time.monotonic()
+    with pytest.raises(InvalidRequest) as refusal:
+        template.render(MESSAGES, arguments={"n": 10**9})
+    assert time.monotonic() - started < 2
+    assert refusal.value.param == "messages"

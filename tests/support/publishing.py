@@ -1,0 +1,76 @@
+"""A store to publish into, without the cost of real adapters.
+
+As a program (`python -m tests.support.publishing ROOT FIRST`) it publishes until it is killed.
+"""
+
+import sqlite3
+import sys
+from pathlib import Path
+from typing import Any
+
+from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME, AdapterSpec, LoraModule
+from adapters.storage.names import LocalNames
+from adapters.storage.store import AdapterStore
+from adapters.storage.versions import Version
+
+
+class Box:
+    """A store over `root` that can be opened again, as after a restart."""
+
+    def __init__(self, root: Path, **options: Any) -> None:
+        self.root = root
+        self._options = options
+        self._open()
+
+    def _open(self) -> None:
+        self.database = sqlite3.connect(self.root / "test.db", isolation_level=None, check_same_thread=False)
+        self.store = AdapterStore(self.root / "adapters", LocalNames(self.database), **self._options)
+
+    def again(self) -> AdapterStore:
+        self.database.close()
+        self._open()
+        return self.store
+
+    def on_disk(self) -> tuple[int, list[str]]:
+        """How many directories are staged, and the contents that `versions` holds."""
+        staged = list((self.root / "adapters" / "staging").iterdir())
+        versions = (self.root / "adapters" / "versions").iterdir()
+        return len(staged), sorted(bytes.fromhex(path.name).rstrip(b"\0").decode() for path in versions)
+
+
+def spec_of(content: str) -> AdapterSpec:
+    """A spec as `inspect` would make it, with `content` in hex for a digest."""
+    modules = {f"layers.{i}.q_proj": LoraModule(4, 2.0, "a", "b") for i in range(2)}
+    digest = f"sha256:{content.encode().hex().ljust(64, '0')}"
+    return AdapterSpec(digest, {"base_model_name_or_path": "base"}, modules, "float32", 4, 1024, 4096)
+
+
+def put(store: AdapterStore, name: str, content: str, tenant: str = "t", **options: Any) -> tuple[Version, bool]:
+    """Publish an adapter whose weights are the text `content`."""
+    with store.stage() as staging:
+        (staging.path / CONFIG_NAME).write_text("{}")
+        (staging.path / WEIGHTS_NAME).write_text(content)
+        return store.publish(tenant, name, staging, spec_of(content), **options)
+
+
+def content_of(version: Version) -> str:
+    return (version.path / WEIGHTS_NAME).read_text()
+
+
+def main(root: Path, first: int) -> None:
+    """Publish c<i> as n<i mod 5> for ever, deleting the name again after each seventh; say so when it is done."""
+    store = Box(root, retain=2).store
+    print("ready", flush=True)
+    i = first
+    while True:
+        name = f"n{i % 5}"
+        put(store, name, f"c{i}")
+        print(f"put {i}", flush=True)
+        if i % 7 == 0:
+            store.delete("t", name)
+            print(f"delete {i}", flush=True)
+        i += 1
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,184 @@
+"""An engine that says what it is told, and the application around it: real tokenizer, real store, no model."""
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+from starlette.applications import Starlette
+
+from adapters.storage.names import LocalNames
+from adapters.storage.store import AdapterStore
+from server.admission import Admission, Drain
+from server.errors import EngineUnavailable
+from server.finetune.service import FineTuning
+from server.http.app import build_app
+from server.messages.protocol import Generate, Output, Ready, TokenLogprob
+from server.metrics import Metrics
+from server.registry.intake import AdapterIntake
+from server.services import TENANT, Services
+from server.settings import Settings
+from server.text.chat_template import ChatTemplate
+from server.text.processor import TextProcessor
+from tests.support.harness import BASE_DIGEST, IdleEngine, base_info, write_adapter
+from tests.support.tiny import CHAT_TEMPLATE, _tokenizer
+
+BASE = "tiny"
+EOS = 2
+TEXT = " The quick brown fox jumps over the lazy dog."
+
+__all__ = ["BASE", "BASE_DIGEST", "EOS", "TEXT", "ScriptedEngine", "Served", "serving"]
+
+
+@dataclass
+class ScriptedEngine(IdleEngine):
+    """Answers every sequence with `reply(request)`, one token per step, and remembers what was asked and what ended.
+
+    `gate`, when set, is awaited before every step. `fail` replaces a step of every sequence: an exception is raised,
+    an Output sent. `logprob(token)` makes the log-probabilities.
+    """
+
+    reply: Callable[[Generate], list[int]]
+    info: Ready | None = field(default_factory=base_info)
+    gate: Callable[[Generate, int], Any] | None = None
+    fail: dict[int, Exception | str] = field(default_factory=dict)
+    cached_tokens: int = 0
+    drafted: tuple[int, int] = (0, 0)  # tokens drafted in every step, and accepted
+    requests: list[Generate] = field(default_factory=list)
+    running: set[str] = field(default_factory=set)
+    aborted: list[str] = field(default_factory=list)
+    steps: int = 0
+
+    def __post_init__(self) -> None:
+        self.pid = 4242
+        self.unready_reason = None
+        self.forgotten = []
+        self.merges = {}
+        self.refuses_merges = None
+        self.pinned = []
+
+    async def generate(self, request: Generate) -> AsyncGenerator[Output, None]:
+        self.requests.append(request)
+        self.running.add(request.id)
+        sampling = request.sampling
+        tokens = self.reply(request)[: sampling.max_tokens]
+        try:
+            for step in range(max(len(tokens), 1)):
+                if self.gate is not None:
+                    await self.gate(request, step)
+                await asyncio.sleep(0)
+                failure = self.fail.get(step)
+                if isinstance(failure, Exception):
+                    raise failure
+                if failure is not None:
+                    yield Output(id=request.id, error="It failed.", code=failure)
+                    return
+                self.steps += 1
+                new = tokens[step : step + 1]
+                stops = {EOS} - ({EOS} if sampling.ignore_eos else set()) | set(sampling.stop_token_ids)
+                stopped = bool(new) and new[0] in stops and step >= sampling.min_tokens
+                last = stopped or step + 1 >= len(tokens)
+                yield Output(
+                    id=request.id,
+                    tokens=new,
+                    logprobs=[logprob(token, sampling.logprobs) for token in new]
+                    if sampling.logprobs is not None
+                    else [],
+                    prompt_logprobs=_prompt_logprobs(request) if step == 0 else None,
+                    finish_reason=("stop" if stopped else "length") if last else None,
+                    stop_token=new[0] if stopped else None,
+                    cached_tokens=self.cached_tokens if step == 0 else 0,
+                    drafted_tokens=self.drafted[0],
+                    accepted_tokens=self.drafted[1],
+                )
+                if last:
+                    self.running.discard(request.id)
+                    return
+        finally:
+            if request.id in self.running:
+                self.running.discard(request.id)
+                self.aborted.append(request.id)
+
+
+def logprob(token: int, alternatives: int) -> TokenLogprob:
+    """A logprob that tells its token: -token / 1000; the alternatives are the next ids."""
+    top = [(token + i, -(token + i) / 1000) for i in range(alternatives)]
+    return TokenLogprob(token=token, logprob=-token / 1000, rank=1, top=top)
+
+
+def _prompt_logprobs(request: Generate) -> list[TokenLogprob | None] | None:
+    alternatives = request.sampling.prompt_logprobs
+    if alternatives is None:
+        return None
+    return [None, *(logprob(token, alternatives) for token in request.prompt[1:])]
+
+
+def encode(text: str) -> list[int]:
+    """Token ids of the tiny tokenizer."""
+    ids: list[int] = _tokenizer().encode(text, add_special_tokens=False)
+    return ids
+
+
+@dataclass
+class Served:
+    """An application and its parts."""
+
+    engine: ScriptedEngine
+    services: Services
+    app: Starlette
+    client: httpx.AsyncClient
+
+    async def add_adapter(self, directory: Path, name: str, seed: int = 0) -> str:
+        """Put a random adapter in; returns its digest."""
+        version, _ = await self.services.intake.import_directory(TENANT, name, write_adapter(directory / name, seed))
+        return version.digest
+
+
+def make_services(directory: Path, engine: ScriptedEngine, database: sqlite3.Connection, **settings: Any) -> Services:
+    """Services around a scripted engine."""
+    chosen = Settings(**({"served_model_name": BASE, "data_dir": directory} | settings))
+    store = AdapterStore(directory / "adapters", LocalNames(database))
+    metrics = Metrics(chosen.metrics_adapters)
+    text = TextProcessor(_tokenizer().backend_tokenizer, ChatTemplate(CHAT_TEMPLATE, {}))
+    intake = AdapterIntake(chosen, engine, store, metrics, text=text)
+    return Services(
+        settings=chosen,
+        engine=engine,
+        text=text,
+        store=store,
+        metrics=metrics,
+        admission=Admission(chosen.max_queued_requests, chosen.max_queued_tokens),
+        drain=Drain(),
+        intake=intake,
+        tuning=FineTuning.open(
+            directory,
+            engine=engine,
+            store=store,
+            intake=intake,
+            text=text,
+            metrics=metrics,
+            max_running=chosen.max_training_jobs,
+        ),
+    )
+
+
+@asynccontextmanager
+async def serving(directory: Path, text: str = TEXT, **settings: Any) -> AsyncIterator[Served]:
+    """An application in this event loop that answers everything with `text` and the end of sequence."""
+    engine = ScriptedEngine(reply=lambda request: [*encode(text), EOS])
+    with closing(sqlite3.connect(directory / "test.db", isolation_level=None, check_same_thread=False)) as database:
+        services = make_services(directory, engine, database, **settings)
+        app = build_app(services)
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            yield Served(engine, services, app, client)
+        services.text.close()
+
+
+def unavailable() -> EngineUnavailable:
+    """What waiting requests get when the engine dies."""
+    return EngineUnavailable("The engine stopped while this request was running.")

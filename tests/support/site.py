@@ -1,0 +1,197 @@
+"""The whole application over a real trainer in this process: real files, jobs, store and tokenizer; no serving."""
+
+import asyncio
+import json
+import sqlite3
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+from msgspec.structs import replace
+
+from adapters.storage.names import LocalNames
+from adapters.storage.store import AdapterStore
+from server.admission import Admission, Drain
+from server.engine.engine import Engine
+from server.errors import EngineUnavailable
+from server.finetune.service import FineTuning
+from server.http.app import build_app
+from server.messages.training import JobEnded, JobReply, MemoryPlan, PlanMemory, StartJob, StopJob
+from server.metrics import Metrics
+from server.registry.intake import AdapterIntake
+from server.services import Services
+from server.settings import Settings
+from server.text.chat_template import ChatTemplate
+from server.text.processor import TextProcessor
+from server.training.trainer import Trainer
+from tests.support.harness import IdleEngine
+from tests.support.tiny import CHAT_TEMPLATE, _tokenizer
+
+FINAL = ("succeeded", "failed", "cancelled")
+
+
+class TrainingEngine(IdleEngine):
+    """An engine that only trains, a piece whenever the event loop comes by.
+
+    Attributes:
+        pieces: how many it has run.
+        memory: given, what every job is told to be available.
+        held: while set, jobs are started but nothing runs.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(replace(engine.ready(), pool_rows=dict.fromkeys(engine.pool.capacity, 1024)))
+        self._base = engine.base
+        self._trainer = Trainer(engine.base)
+        self._generation = 0
+        self.pieces = 0
+        self.memory: int | None = None
+        self.held = False
+
+    def kill(self) -> None:
+        """Die with everything in memory, and be up again."""
+        self._trainer.close()
+        self._trainer = Trainer(self._base)
+        self._generation += 1
+
+    async def train(self, job: StartJob) -> AsyncGenerator[JobReply, None]:
+        born = self._generation
+        self._trainer.start(job)
+        ended = False
+        try:
+            while not ended:
+                await asyncio.sleep(0.001)
+                if self._generation != born:
+                    raise EngineUnavailable("killed")
+                if self._trainer.ready and not self.held:
+                    self._trainer.run_piece()
+                    self.pieces += 1
+                for reply in self._trainer.take_replies():
+                    ended = isinstance(reply, JobEnded)
+                    yield reply
+        finally:
+            if not ended and self._generation == born:
+                self._trainer.stop(StopJob(job.id, save=False))
+
+    async def plan_memory(self, asked: PlanMemory) -> MemoryPlan:
+        plan = self._trainer.plan_memory(asked)
+        return plan if self.memory is None else replace(plan, available=self.memory, mode=None)
+
+    async def stop_job(self, message: StopJob) -> None:
+        self._trainer.stop(message)
+
+    def close(self) -> None:
+        self._trainer.close()
+
+
+class TuningSite:
+    """One life of the API process over a directory."""
+
+    def __init__(self, root: Path, engine: TrainingEngine, **settings: Any) -> None:
+        self.engine = engine
+        self.settings = Settings(**({"data_dir": root, "served_model_name": "tiny", "max_training_jobs": 1} | settings))
+        self._database = sqlite3.connect(root / "adapters.db", isolation_level=None, check_same_thread=False)
+        self.store = AdapterStore(root / "adapters", LocalNames(self._database))
+        self.metrics = Metrics()
+        self.text = TextProcessor(_tokenizer().backend_tokenizer, ChatTemplate(CHAT_TEMPLATE, {}))
+        intake = AdapterIntake(self.settings, engine, self.store, self.metrics)
+        self.tuning = FineTuning.open(
+            root,
+            engine=engine,
+            store=self.store,
+            intake=intake,
+            text=self.text,
+            metrics=self.metrics,
+            max_running=self.settings.max_training_jobs,
+        )
+        self.services = Services(
+            settings=self.settings,
+            engine=engine,
+            text=self.text,
+            store=self.store,
+            metrics=self.metrics,
+            admission=Admission(8, 1024),
+            drain=Drain(),
+            intake=intake,
+            tuning=self.tuning,
+        )
+        transport = httpx.ASGITransport(build_app(self.services))
+        self.client = httpx.AsyncClient(transport=transport, base_url="http://test", timeout=30)
+
+    async def close(self) -> None:
+        await self.tuning.stop()
+        await self.client.aclose()
+        self.text.close()
+        self._database.close()
+
+    # --- what tests do over and over -------------------------------------------------------------------
+
+    async def upload(self, examples: list[Any] | None = None) -> str:
+        """The id of a new training file."""
+        lines = EXAMPLES if examples is None else examples
+        response = await self.client.post("/v1/files", files=as_file(lines), data={"purpose": "fine-tune"})
+        assert response.status_code == 200, response.text
+        return str(response.json()["id"])
+
+    async def create(self, **body: Any) -> dict[str, Any]:
+        """A new job over the example data."""
+        fields = {"model": "tiny", "training_file": body.pop("training_file", None) or await self.upload()}
+        if "method" not in body:
+            fields["hyperparameters"] = {"batch_size": 3}  # few steps
+        response = await self.client.post("/v1/fine_tuning/jobs", json=fields | {"seed": 3} | body)
+        assert response.status_code == 200, response.text
+        job: dict[str, Any] = response.json()
+        return job
+
+    async def job(self, job_id: str) -> dict[str, Any]:
+        job: dict[str, Any] = (await self.client.get(f"/v1/fine_tuning/jobs/{job_id}")).json()
+        return job
+
+    async def steer(self, job_id: str, verb: str) -> httpx.Response:
+        return await self.client.post(f"/v1/fine_tuning/jobs/{job_id}/{verb}")
+
+    async def until(self, job_id: str, *statuses: str) -> dict[str, Any]:
+        """The job once it has one of these statuses (by default: an end)."""
+        wanted = statuses or FINAL
+        async with asyncio.timeout(60):
+            while (job := await self.job(job_id))["status"] not in wanted:
+                assert job["status"] not in FINAL, await self.messages(job_id)
+                await asyncio.sleep(0.005)
+        return job
+
+    async def messages(self, job_id: str) -> list[str]:
+        events = (await self.client.get(f"/v1/fine_tuning/jobs/{job_id}/events?limit=500")).json()["data"]
+        return [event["message"] for event in reversed(events)]
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    """Return once it is true."""
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110  # nothing tells
+            await asyncio.sleep(0.001)
+
+
+EXAMPLES = [
+    {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"it is {n}"}]}
+    for n in range(12)
+]
+
+
+def as_file(lines: list[Any]) -> dict[str, tuple[str, bytes]]:
+    """The multipart part of a JSONL file."""
+    text = b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines)
+    return {"file": ("train.jsonl", text)}
+
+
+@asynccontextmanager
+async def tuning_site(root: Path, engine: TrainingEngine, **settings: Any) -> AsyncIterator[TuningSite]:
+    """A site whose jobs go on from whatever lies in `root`."""
+    root.mkdir(exist_ok=True)
+    site = TuningSite(root, engine, **settings)
+    await site.tuning.start()
+    try:
+        yield site
+    finally:
+        await site.close()
