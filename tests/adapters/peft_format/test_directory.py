@@ -24,7 +24,7 @@ from adapters.peft_format.directory import AdapterSpec, inspect, load, write
 from adapters.peft_format.weights import MAX_HEADER_BYTES, read_header
 from tests.support.tiny import tiny_adapter
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CLASS = "LlamaForCausalLM"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Q0 = "model.layers.0.self_attn.q_proj"

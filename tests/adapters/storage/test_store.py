@@ -33,7 +33,7 @@ from adapters.storage.store import AdapterStore, Moved
 from adapters.storage.versions import AmbiguousDigest, UnknownAdapter, Version, check_name
 from tests.support.publishing import Box, content_of, put, spec_of
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from server.finetune.dataset import load_dataset
 from tests.server.finetune.test_dataset import TOKENIZER
 
-ORDERS = Path(__file__).parent.parent.parent / "docs/demo/orders"
+ORDERS = Path(__file__).parents[3] / "docs/demo/orders"
 
 
 def test_the_files_are_what_the_script_makes() -> None:
