@@ -35,6 +35,7 @@ from loadtest import (
     speculation,
     synthetic,
     training,
+    trees,
 )
 from loadtest.client import Client, Timeline
 from loadtest.compare import compare as run_comparison
@@ -254,6 +255,24 @@ def show_loading(
             )
         )
     _show_measured("loading", measured, loading.table(measured), out)
+
+
+@app.command("trees")
+def show_trees(
+    other: Annotated[Path, typer.Argument(help="Another checkout, such as a git worktree of an older commit.")],
+    rounds: Annotated[int, typer.Option(min=1, help="Alternating rounds.")] = 15,
+    starts: Annotated[int, typer.Option(min=0, help="Alternating starts of each server.")] = 5,
+    model_dir: ModelDir = None,
+    out: Out = None,
+) -> None:
+    """Compare this checkout's server with another checkout's: decode speed and start-up."""
+    with tempfile.TemporaryDirectory(prefix="loadtest-") as folder:
+        model = model_dir or _default_model()
+        kit = _kit(Path(folder), model, machine_threads=len(os.sched_getaffinity(0)), dtypes=("float32",))
+        measured = asyncio.run(
+            trees.measure(kit, other, rounds=rounds, starts=starts, report=lambda line: notes.print(escape(line)))
+        )
+    _show_measured("trees", measured, trees.table(measured), out)
 
 
 def _show_measured(kind: str, measured: dict[str, Any], shown: Table, out: Path | None) -> None:

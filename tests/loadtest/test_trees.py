@@ -1,0 +1,33 @@
+"""Two checkouts beside each other: which code each side runs, and what the ratios come to."""
+
+import sys
+from pathlib import Path
+
+from loadtest.peers.base import Kit
+from loadtest.trees import This, other, table, verdicts
+
+
+def test_each_side_runs_the_code_of_its_checkout(tmp_path: Path) -> None:
+    (tmp_path / "server").mkdir()
+    kit = Kit(model=tmp_path, adapters={}, rank=16, threads=2, folder=tmp_path)
+    side = other(tmp_path)()
+    command, environment = side.command(kit, 8000)
+    assert side.missing() is None
+    assert command[0] == sys.executable
+    assert command[3] == "serve"
+    assert environment["PYTHONPATH"] == str(tmp_path)
+    assert This().command(kit, 8000)[1]["PYTHONPATH"] == str(Path(__file__).parents[2])
+
+
+def test_a_folder_without_a_server_takes_no_part(tmp_path: Path) -> None:
+    assert other(tmp_path)().missing() == f"{tmp_path} is no checkout"
+
+
+def test_verdicts_go_by_the_median_of_neighbouring_rounds() -> None:
+    rates = {"this": [98.0, 50.0, 99.0], "other": [100.0, 50.0, 90.0]}
+    seconds = {"this": [4.0, 4.4], "other": [4.0, 4.0]}
+    measured = verdicts({"one": rates, "eight": rates | {"this": [97.0, 48.0, 99.0]}}, seconds)
+    assert [line["value"] for line in measured] == ["1.000", "0.970", "1.050"]
+    assert [line["holds"] for line in measured] == [True, False, True]
+    shown = table({"decode": {"one": rates}, "start_seconds": seconds})
+    assert shown.row_count == 2
