@@ -107,6 +107,7 @@ def _parse(line: bytes, number: int) -> Example:
         raise DatasetError(f"not JSON: {error}", number) from error
     if not isinstance(record, dict):
         raise DatasetError(f"a JSON object is wanted, not {type(record).__name__}", number)
+    record = _without_empty_fields(record)
     kind = _kind_of(record, number)
     try:
         example = msgspec.convert(record, kind, strict=True)
@@ -117,6 +118,35 @@ def _parse(line: bytes, number: int) -> Example:
         _check_chat(example, number)
     _check_unicode(record, number)
     return example
+
+
+_EMPTY: tuple[Any, ...] = (None, "", [], {})
+
+
+def _without_empty_fields(record: dict[str, Any]) -> dict[str, Any]:
+    """The record without fields that say nothing: unknown ones that are null or empty, and null ones of other kinds.
+
+    Answers of a chat endpoint carry such fields (`refusal`, `tool_calls`), and table exports one for every column.
+    """
+    given = [names for names in _FIELDS.values() if any(record.get(name) is not None for name in names)]
+    if given:
+        others = set().union(*_FIELDS.values()).difference(*given)
+        record = {name: value for name, value in record.items() if not (name in others and value is None)}
+    known = set().union(*_FIELDS.values())
+    record = {name: value for name, value in record.items() if name in known or value not in _EMPTY}
+    if isinstance(messages := record.get("messages"), list):
+        record["messages"] = [_plain_message(message) for message in messages]
+    return record
+
+
+def _plain_message(message: Any) -> Any:
+    if not isinstance(message, dict):
+        return message
+    plain = {name: value for name, value in message.items() if name in Message.__struct_fields__ or value not in _EMPTY}
+    weight = plain.get("weight")
+    if isinstance(weight, float) and weight in (0.0, 1.0):
+        plain["weight"] = int(weight)
+    return plain
 
 
 def _locate(message: str) -> tuple[str, str]:
@@ -226,16 +256,30 @@ def encode(example: Example, tokenizer: Tokenizer, *, completions_only: bool = T
     """
     match example:
         case TextExample():
-            tokens = [*tokenizer.encode(example.text, add_special_tokens=True), *tokenizer.eos_token_ids[:1]]
+            tokens = _ended(_opened(example.text, tokenizer), tokenizer)
             return [Encoded(tokens, [False] + [bool(example.text)] * (len(tokens) - 1))]
         case CompletionExample():
-            prompt = tokenizer.encode(example.prompt, add_special_tokens=True)
+            prompt = _opened(example.prompt, tokenizer)
             answer = tokenizer.encode(example.completion, add_special_tokens=False) if example.completion else []
-            tokens = [*prompt, *answer, *tokenizer.eos_token_ids[:1]]
+            tokens = prompt + _ended(answer, tokenizer)
             trained = [not completions_only] * len(prompt) + [bool(answer)] * (len(tokens) - len(prompt))
             return [Encoded(tokens, [False, *trained[1:]])]
         case ChatExample():
             return _encode_chat(example, tokenizer, completions_only)
+
+
+def _opened(text: str, tokenizer: Tokenizer) -> list[int]:
+    """Token ids with what the tokenizer adds, but no second BOS before a text that begins with one."""
+    added = tokenizer.encode(text, add_special_tokens=True)
+    plain = tokenizer.encode(text, add_special_tokens=False)
+    twice = len(added) > len(plain) > 0 and added[1 : len(plain) + 1] == plain and added[0] == plain[0]
+    return added[1:] if twice else added
+
+
+def _ended(tokens: list[int], tokenizer: Tokenizer) -> list[int]:
+    """The tokens with EOS behind them, unless they end so already."""
+    ends = bool(tokens) and tokens[-1] in tokenizer.eos_token_ids
+    return tokens if ends else [*tokens, *tokenizer.eos_token_ids[:1]]
 
 
 def _encode_chat(example: ChatExample, tokenizer: Tokenizer, completions_only: bool) -> list[Encoded]:
@@ -250,9 +294,14 @@ def _encode_chat(example: ChatExample, tokenizer: Tokenizer, completions_only: b
             continue
         before = _render(tokenizer, messages[:index], add_generation_prompt=True)
         through = _render(tokenizer, messages[: index + 1])
+        start = len(before)
         if not through.startswith(before):
-            raise DatasetError("the model's chat template hides where this turn begins", field=f"messages[{index}]")
-        turns.append((through, len(before)))
+            # A generation prompt may end in words put into the model's mouth (`<think>`) that no finished turn keeps.
+            # The turn then begins where the two part, which must be behind all that came before it.
+            start = next(i for i, (a, b) in enumerate(zip(before, through + "\0", strict=False)) if a != b)
+            if start <= len(_render(tokenizer, messages[:index])):
+                raise DatasetError("the model's chat template hides where this turn begins", field=f"messages[{index}]")
+        turns.append((through, start))
     if all(whole.startswith(through) for through, _ in turns):
         return [_mask_spans(whole, [(start, len(through)) for through, start in turns], tokenizer)]
     return [_mask_spans(through, [(start, len(through))], tokenizer) for through, start in turns]

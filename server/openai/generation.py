@@ -80,6 +80,12 @@ class Generation:
     def __post_init__(self) -> None:
         self.usage = Usage(prompt_tokens=sum(len(prompt.ids) for prompt in self.prompts))
 
+    def chunk_usage(self) -> dict[str, Any]:
+        """The `usage` field of a stream's chunk that is not its last."""
+        if not self.body.include_usage:
+            return {}
+        return {"usage": self.usage.as_json() if self.body.continuous_usage else None}
+
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """(choice, piece) as they come; closing it aborts what still runs.
 

@@ -45,9 +45,9 @@ def _logit_bias(value: Any) -> Any:
 class StreamOptions(Body):
     """`stream_options`."""
 
-    no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {"continuous_usage_stats": (False,)}
-
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # vLLM's: with `include_usage`, every chunk tells the usage so far
+    include_obfuscation: bool = False  # OpenAI's padding of chunks against eavesdroppers: none is added
 
 
 class WeightedAdapter(Body):
@@ -58,10 +58,9 @@ class WeightedAdapter(Body):
 
 
 class GenerationBody(Body):
-    """What both endpoints take. `metadata`, which has no effect on the answer, is checked and left alone."""
+    """What both endpoints take. Labels and hints that cannot change the answer are checked and left alone."""
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "best_of": (1,),
         "use_beam_search": (False,),
         "length_penalty": (1, 1.0),
         "early_stopping": (False,),
@@ -75,7 +74,6 @@ class GenerationBody(Body):
         "priority": (0,),
         "return_token_ids": (False,),
         "return_tokens_as_token_ids": (False,),
-        "store": (False,),
         "service_tier": ("auto", "default"),
         "documents": ([],),
     }
@@ -108,7 +106,13 @@ class GenerationBody(Body):
     stream_options: StreamOptions | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
     user: str | None = None  # who asks: a name whose requests are split gives the same version to the same user
+    best_of: int | None = Field(None, ge=1, le=128)  # as many as `n`: nothing is left to choose between
+
     metadata: dict[str, str] | None = None
+    store: bool = False
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> "GenerationBody":
@@ -116,10 +120,21 @@ class GenerationBody(Body):
             raise InvalidRequest("`stream_options` may only be given with `stream: true`.", param="stream_options")
         return self
 
+    @model_validator(mode="after")
+    def _check_best_of(self) -> "GenerationBody":
+        if self.best_of not in (None, self.n):
+            raise InvalidRequest("`best_of` must equal `n`: no more are generated than returned.", param="best_of")
+        return self
+
     @property
     def include_usage(self) -> bool:
         """Whether the stream ends with a chunk of usage."""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every chunk tells the usage so far."""
+        return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     def sampling(self, *, logprobs: int | None, prompt_logprobs: int | None = None) -> Sampling:
         """The engine's parameters of sample 0, but for `max_tokens`, which depends on the prompt."""

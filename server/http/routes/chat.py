@@ -115,6 +115,8 @@ class ChatBody(GenerationBody, Conversation):
     max_completion_tokens: int | None = Field(None, ge=1, le=INT32)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
+    reasoning_effort: str | None = None  # hints to models that have such a switch; the template's own arguments go in
+    verbosity: str | None = None  # `chat_template_kwargs`
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:
@@ -166,7 +168,6 @@ class _Writer:
 
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
         """A chunk per piece, each choice's first with its role; with `include_usage` a last one of usage."""
-        usage = {"usage": None} if self._body.include_usage else {}
         async with aclosing(self._generation.pieces()) as pieces:
             async for index, piece in pieces:
                 if index not in self._begun:
@@ -177,7 +178,7 @@ class _Writer:
                 else:
                     continue
                 choice = {"index": index, "delta": delta} | self._common(piece, chat_tokens(self._text, piece.entries))
-                yield self._envelope("chat.completion.chunk", [choice]) | usage
+                yield self._envelope("chat.completion.chunk", [choice]) | self._generation.chunk_usage()
         if self._body.include_usage:
             yield self._envelope("chat.completion.chunk", []) | {"usage": self._generation.usage.as_json()}
 

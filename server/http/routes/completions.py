@@ -148,11 +148,10 @@ class _Writer:
 
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
         """A chunk per piece; with `include_usage` a last one of usage."""
-        usage = {"usage": None} if self._body.include_usage else {}
         async with aclosing(self._generation.pieces()) as pieces:
             async for index, piece in pieces:
                 if choice := self._choice(index, piece):
-                    yield self._envelope([choice]) | usage
+                    yield self._envelope([choice]) | self._generation.chunk_usage()
         if self._body.include_usage:
             yield self._envelope([]) | {"usage": self._generation.usage.as_json()}
 

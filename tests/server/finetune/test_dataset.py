@@ -130,6 +130,65 @@ def test_a_template_that_hides_the_turn_is_refused() -> None:
         read(GOOD, tokenizer=TinyTokenizer(template))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"refusal": None},
+        {"refusal": "", "annotations": [], "audio": None, "function_call": None, "tool_calls": None},
+        {"tool_calls": [], "function_call": {}, "reasoning_content": ""},
+        {"weight": 1.0},
+        {"weight": None, "name": None},
+    ],
+)
+def test_fields_that_say_nothing_change_nothing(fields: dict[str, Any]) -> None:
+    """An answer of a chat endpoint, and a row of a table with a column for everything, are rows like others."""
+    row = {"messages": [GOOD["messages"][0] | {"weight": None}, GOOD["messages"][1] | fields]}
+    others = {"tools": None, "prompt": None, "completion": None, "text": None, "id": ""}
+    data = read(row | others, chat(("user", "a"), ("assistant", "b", 0)) | {"tools": []})
+    assert data.tokens.tolist() == read(GOOD).tokens.tolist()
+    assert read(_turn(content="a", weight=0.0), GOOD).report.empty == 1
+
+
+class BosTokenizer(TinyTokenizer):
+    """One that begins every text with a special token."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        begin = [self.hf.convert_tokens_to_ids("<|im_start|>")] if add_special_tokens else []
+        return begin + super().encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    ("plain", "marked"),
+    [
+        ({"text": "The fox"}, {"text": "The fox<|im_end|>"}),
+        ({"text": "The fox"}, {"text": "<|im_start|>The fox<|im_end|>"}),
+        ({"prompt": "The", "completion": " fox"}, {"prompt": "The", "completion": " fox<|im_end|>"}),
+        ({"prompt": "The", "completion": " fox"}, {"prompt": "<|im_start|>The", "completion": " fox"}),
+    ],
+)
+def test_markers_that_a_row_carries_are_not_written_twice(plain: dict[str, str], marked: dict[str, str]) -> None:
+    expected, found = (read(line, tokenizer=BosTokenizer()) for line in (plain, marked))
+    assert found.tokens.tolist() == expected.tokens.tolist()
+    assert found.trained.tolist() == expected.trained.tolist()
+    assert BosTokenizer().hf.decode(expected.tokens) == "<|im_start|>The fox<|im_end|>"
+
+
+@pytest.mark.parametrize("completions_only", [True, False])
+def test_a_generation_prompt_that_opens_a_thought_hides_no_turn(completions_only: bool) -> None:
+    """R1's template ends the prompt in `<think>` and renders finished turns without."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    tokenizer = TinyTokenizer(template)
+    row = chat(("user", "a"), ("assistant", "one"), ("user", "b"), ("assistant", "two"))
+    data = read(row, tokenizer=tokenizer, completions_only=completions_only)
+    if completions_only:
+        assert tokenizer.trained_text(data) == "one<|im_end|>two<|im_end|>"
+    else:
+        assert data.trained.sum() == len(data.tokens) - 1
+
+
 def test_oddities_are_counted() -> None:
     data = read(
         GOOD,
@@ -259,8 +318,8 @@ BAD: list[tuple[Any, str | None]] = [
     (_turn(content="a", weight=0.5), "messages[1].weight"),
     (_turn(content="a", weight=True), "messages[1].weight"),
     (_turn(content="a", weight="1"), "messages[1].weight"),
-    (_turn(content="a", tool_calls=[]), "messages[1].tool_calls"),
-    (_turn(content="a", function_call={}), "messages[1].function_call"),
+    (_turn(content="a", tool_calls=[{"id": "1"}]), "messages[1].tool_calls"),
+    (_turn(content="a", function_call={"name": "f"}), "messages[1].function_call"),
     (_turn(content="a", name=5), "messages[1].name"),
     (_turn(content="a", Role="user"), "messages[1].Role"),
 ]

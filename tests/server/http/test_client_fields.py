@@ -1,0 +1,69 @@
+"""Fields that clients' libraries send: accepted where they cannot change the answer; and usage in every chunk."""
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.scripted import BASE, Served, serving
+
+
+@pytest.fixture
+async def served(tmp_path: Path) -> AsyncIterator[Served]:
+    async with serving(tmp_path) as served:
+        yield served
+
+
+CHAT = {"model": BASE, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 100}
+COMPLETION = {"model": BASE, "prompt": "Hi", "max_tokens": 100}
+ENDPOINTS = [("/v1/chat/completions", CHAT), ("/v1/completions", COMPLETION)]
+HINTS: list[dict[str, Any]] = [
+    {"safety_identifier": "u1"},
+    {"prompt_cache_key": "k"},
+    {"prompt_cache_retention": "24h"},
+    {"store": True},
+    {"n": 2, "best_of": 2},
+    {"stream": True, "stream_options": {"include_obfuscation": False}},
+    {"stream": True, "stream_options": {"include_obfuscation": True}},
+]
+
+
+@pytest.mark.parametrize("hint", HINTS)
+@pytest.mark.parametrize(("path", "body"), ENDPOINTS)
+async def test_hints_and_labels_are_accepted(
+    served: Served, path: str, body: dict[str, Any], hint: dict[str, Any]
+) -> None:
+    assert (await served.client.post(path, json=body | hint)).status_code == 200
+
+
+@pytest.mark.parametrize("hint", [{"reasoning_effort": "low"}, {"verbosity": "high"}])
+async def test_hints_to_models_that_reason_are_accepted(served: Served, hint: dict[str, Any]) -> None:
+    assert (await served.client.post("/v1/chat/completions", json=CHAT | hint)).status_code == 200
+
+
+@pytest.mark.parametrize(("path", "body"), ENDPOINTS)
+async def test_best_of_more_than_n_is_refused_by_name(served: Served, path: str, body: dict[str, Any]) -> None:
+    response = await served.client.post(path, json=body | {"n": 1, "best_of": 2})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "best_of"
+
+
+@pytest.mark.parametrize(("path", "body"), ENDPOINTS)
+@pytest.mark.parametrize("continuous", [True, False])
+async def test_usage_so_far_is_in_every_chunk_when_asked_for(
+    served: Served, path: str, body: dict[str, Any], continuous: bool
+) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": continuous}
+    response = await served.client.post(path, json=body | {"stream": True, "stream_options": options})
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    chunks = [json.loads(line) for line in lines if line != "[DONE]"]
+    counts = [chunk["usage"] and chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts[-1] > 5
+    if continuous:
+        assert counts == sorted(counts)
+        assert counts[0] == 1
+        assert counts[-2] == counts[-1]
+    else:
+        assert counts[:-1] == [None] * (len(chunks) - 1)
