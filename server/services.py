@@ -3,7 +3,8 @@
 It holds and explains; it does nothing.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
@@ -33,6 +34,7 @@ class Services:
     drain: Drain
     intake: AdapterIntake
     tuning: FineTuning
+    sampling_defaults: Mapping[str, float] = field(default_factory=dict)  # the model's, by request field
 
     @property
     def engine_info(self) -> Ready:

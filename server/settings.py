@@ -191,6 +191,12 @@ class Settings:
         shown="the model's own, or what the KV cache holds",
     )
 
+    generation_config: str = _setting(
+        "auto",
+        "Where default sampling values come from: the model's own generation_config.json (auto), another directory's, "
+        "or none.",
+    )
+
     # --- where things are kept
     data_dir: Path = _setting(
         default_data_dir,

@@ -242,10 +242,11 @@ class Evaluations:
             loss = -sum(entry.logprob for i in example.trained if (entry := logprobs[i]) is not None)
             if not example.prompt:
                 return loss, None
-            answer = Sampling(max_tokens=len(example.answer) + SPARE_TOKENS, temperature=0.0)
+            stops = list(self._text.stop_tokens)
+            answer = Sampling(max_tokens=len(example.answer) + SPARE_TOKENS, temperature=0.0, stop_token_ids=stops)
             outputs = await self._generate(example.prompt, adapters, answer)
         found = [token for output in outputs for token in output.tokens]
-        ends = set(base.eos_token_ids)
+        ends = {*base.eos_token_ids, *self._text.stop_tokens}
         expected, given = (
             self._text.decode([token for token in tokens if token not in ends], skip_special_tokens=True).strip()
             for tokens in (example.answer, found)

@@ -10,12 +10,15 @@ class TrainingTokenizer:
     """`dataset.Tokenizer` over the text processor that also serves requests.
 
     Args:
-        eos_token_ids: tokens that end a completion, the usual one first.
+        eos_token_ids: the engine's end-of-text tokens, the usual one first.
+
+    Attributes:
+        eos_token_ids: every token that ends an answer when it is served.
     """
 
     def __init__(self, text: TextProcessor, eos_token_ids: Sequence[int]) -> None:
         self._text = text
-        self.eos_token_ids = tuple(eos_token_ids)
+        self.eos_token_ids = tuple(dict.fromkeys([*eos_token_ids, *text.stop_tokens]))
 
     def render_chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
         template = self._text.chat_template

@@ -52,6 +52,7 @@ from server.http.routes import (
 from server.messages.protocol import EngineConfig
 from server.metrics import Metrics
 from server.model_source import ModelError, resolve
+from server.openai.sampling_defaults import sampling_defaults
 from server.registry.intake import AdapterIntake
 from server.services import TENANT, Services
 from server.settings import SettingError, Settings
@@ -154,6 +155,7 @@ def _make_services(settings: Settings, model: Path) -> tuple[Services, LocalEngi
         metrics=metrics,
         admission=Admission(settings.max_queued_requests, settings.max_queued_tokens),
         drain=Drain(),
+        sampling_defaults=sampling_defaults(settings.generation_config, settings.model, model),
         intake=intake,
         tuning=FineTuning.open(
             settings.data_dir,

@@ -4,7 +4,8 @@ The engine knows ids only. Here they become text, stop strings are found, and th
 is. No I/O and no HTTP.
 """
 
-from collections.abc import Callable, Container, Sequence
+from collections import deque
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -43,6 +44,7 @@ class Assembler:
         prompt: the prompt's ids, the left context of the first new token.
         silent: ids that `decode` passes over.
         stops: stop strings.
+        hidden: special tokens, id -> text, that `decode` writes and stop strings see, but the client does not.
         include_stop: whether what stopped it, string or token, is part of the text.
         min_tokens: a stop string that ends within so many tokens does not count.
         stop_token_ids: those the client named, for `stop_reason`.
@@ -55,12 +57,15 @@ class Assembler:
         *,
         silent: Container[int] = (),
         stops: Sequence[str] = (),
+        hidden: Mapping[int, str] | None = None,
         include_stop: bool = False,
         min_tokens: int = 0,
         stop_token_ids: Sequence[int] = (),
     ) -> None:
         self._detokenizer = Detokenizer(decode, prompt, silent)
         self._stops = StopStrings(stops, include=include_stop)
+        self._hidden = hidden or {}
+        self._hidden_spans: deque[tuple[int, int]] = deque()  # of decoded characters that are not out yet
         self._include_stop = include_stop
         self._min_tokens = min_tokens
         self._stop_token_ids = stop_token_ids
@@ -78,7 +83,11 @@ class Assembler:
                 break  # it ends the text without being part of it
             if output.logprobs:
                 self._pending.append(Entry(self._decoded, output.logprobs[i]))
-            fragment, stop = self._feed(self._detokenizer.add(token))
+            decoded = self._detokenizer.add(token)
+            if token in self._hidden:
+                end = self._decoded + len(decoded)
+                self._hidden_spans.append((end - len(self._hidden[token]), end))
+            fragment, stop = self._feed(decoded)
             text += fragment
             if stop is not None:
                 return self._cut(text, stop)
@@ -88,8 +97,7 @@ class Assembler:
         text += fragment
         if stop is not None:
             return self._cut(text, stop)
-        text += self._stops.flush()
-        self._emitted += len(text)
+        text = self._shown(text + self._stops.flush())
         reason: Literal["stop", "length"] = "stop" if output.finish_reason == "stop" else "length"
         named = output.stop_token if output.stop_token in self._stop_token_ids else None
         return Piece(text, self._pending, reason, named)
@@ -99,12 +107,24 @@ class Assembler:
         return self._stops.add(decoded, may_stop=self.tokens > self._min_tokens)
 
     def _cut(self, text: str, stop: str) -> Piece:
+        if self._include_stop:
+            self._hidden_spans.clear()  # the string is shown whole, special tokens and all
         piece = self._piece(text)
         return Piece(piece.text, piece.entries, "stop", stop)
 
     def _piece(self, text: str) -> Piece:
         """`text` goes out, and with it the entries of the tokens that began in it."""
-        self._emitted += len(text)
+        shown = self._shown(text)
         ready = sum(entry.offset < self._emitted for entry in self._pending)  # offsets never fall
         entries, self._pending = self._pending[:ready], self._pending[ready:]
-        return Piece(text, entries)
+        return Piece(shown, entries)
+
+    def _shown(self, text: str) -> str:
+        """Decoded text on its way out, less what is hidden in it."""
+        start, self._emitted = self._emitted, self._emitted + len(text)
+        parts, position = [], start
+        while self._hidden_spans and self._hidden_spans[0][0] < self._emitted:
+            begin, end = self._hidden_spans.popleft()
+            parts.append(text[position - start : begin - start])
+            position = min(end, self._emitted)
+        return "".join([*parts, text[position - start :]]) if parts else text

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import msgspec
@@ -177,6 +177,13 @@ class Generation:
         finally:
             clock.finish(reason)
 
+    @cached_property
+    def _stop_token_ids(self) -> list[int]:
+        """Those the client named, and what the model's files and template name unless they are to be ignored."""
+        own = () if self.body.ignore_eos else self.target.text.stop_tokens
+        known = (id_ for id_ in own if id_ < self.target.vocab_size)
+        return list(dict.fromkeys([*self.body.stop_token_ids, *known]))
+
     @property
     def _speculative_tokens(self) -> int:
         asked = self.body.speculative_tokens
@@ -186,6 +193,7 @@ class Generation:
         sampling = msgspec.structs.replace(
             self.sampling,
             max_tokens=prompt.max_tokens,
+            stop_token_ids=self._stop_token_ids,
             speculative_tokens=self._speculative_tokens,
             seed=(self.sampling.seed + sample) % 2**63,
             prompt_logprobs=None if sample else self.sampling.prompt_logprobs,
@@ -201,11 +209,15 @@ class Generation:
 
     def _assembler(self, prompt: list[int]) -> Assembler:
         text, skip = self.target.text, self.body.skip_special_tokens
+        # A stop string may hold a special token: then text is decoded with these, and they are taken out behind it.
+        hidden = text.special_texts if skip and text.has_special(self.body.stop) else {}
+        skip = skip and not hidden
         return Assembler(
             partial(text.decode, skip_special_tokens=skip),
             prompt,
             silent=text.special_ids if skip else (),
             stops=self.body.stop,
+            hidden=hidden,
             include_stop=self.body.include_stop_str_in_output,
             min_tokens=self.body.min_tokens,
             stop_token_ids=self.body.stop_token_ids,

@@ -4,6 +4,7 @@ Only what a body says by itself is checked here; what depends on the model (voca
 """
 
 import secrets
+from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -136,18 +137,28 @@ class GenerationBody(Body):
         """Whether every chunk tells the usage so far."""
         return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
 
-    def sampling(self, *, logprobs: int | None, prompt_logprobs: int | None = None) -> Sampling:
-        """The engine's parameters of sample 0, but for `max_tokens`, which depends on the prompt."""
+    def sampling(
+        self, defaults: Mapping[str, float], *, logprobs: int | None, prompt_logprobs: int | None = None
+    ) -> Sampling:
+        """The engine's parameters of sample 0, but for `max_tokens` and stop tokens, which depend on more.
+
+        Args:
+            defaults: the model's, for fields that the client left out.
+        """
+
+        def chosen(name: str) -> Any:
+            return getattr(self, name) if name in self.model_fields_set else defaults.get(name, getattr(self, name))
+
         return Sampling(
             min_tokens=self.min_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=max(self.top_k, 0),
-            min_p=self.min_p,
+            temperature=chosen("temperature"),
+            top_p=chosen("top_p"),
+            top_k=max(chosen("top_k"), 0),
+            min_p=chosen("min_p"),
             seed=secrets.randbits(63) if self.seed is None else self.seed % 2**63,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
-            repetition_penalty=self.repetition_penalty,
+            repetition_penalty=chosen("repetition_penalty"),
             logit_bias=self.logit_bias,
             stop_token_ids=self.stop_token_ids,
             ignore_eos=self.ignore_eos,

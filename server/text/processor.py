@@ -9,6 +9,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,7 @@ T = TypeVar("T")
 
 _LONG = 2048  # characters or tokens; from here on work on them leaves the event loop
 _ADAPTED = 8  # tokenizers of adapters that are kept: tens of megabytes each
+_PROBE = ({"role": "user", "content": "Say it."}, {"role": "assistant", "content": "Ara ararauna"})
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -49,6 +51,10 @@ class TextProcessor:
         chat_template: None when the base has none: chat is then refused.
         special_tokens: `bos_token`, ... as templates see them.
         renderer: of the templates that adapters bring; None: these are not used.
+        stop_tokens: tokens that end an answer, and the files of the model that say so.
+
+    Attributes:
+        stop_tokens: id -> where it is named; the chat template's end of an assistant's turn is among them.
     """
 
     def __init__(
@@ -57,6 +63,7 @@ class TextProcessor:
         chat_template: ChatTemplate | None,
         special_tokens: Mapping[str, str] | None = None,
         renderer: TemplateRenderer | None = None,
+        stop_tokens: Mapping[int, Sequence[str]] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         tokenizer.no_truncation()
@@ -70,6 +77,8 @@ class TextProcessor:
         added = tokenizer.get_added_tokens_decoder()
         self._added = {id_: token.content for id_, token in added.items()}
         self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
+        self._named_stops = dict(stop_tokens or {})
+        self.stop_tokens = self._with_turn_end(_probed(chat_template))
         # One thread: tokenising must not take the engine's cores.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="text")
 
@@ -93,7 +102,8 @@ class TextProcessor:
         source = _chat_template_source(directory, config)
         special_tokens = _special_tokens(directory, config)
         template = ChatTemplate(source, special_tokens) if source else None
-        return cls(tokenizer, template, special_tokens, renderer)
+        stop_tokens = _stop_tokens(directory, tokenizer, special_tokens)
+        return cls(tokenizer, template, special_tokens, renderer, stop_tokens)
 
     def close(self) -> None:
         """Stop the tokenising thread, and what renders adapters' templates."""
@@ -108,6 +118,8 @@ class TextProcessor:
         found = self._adapted.get(key)
         if found is None:
             found = await asyncio.to_thread(lambda: self._extended(read()))
+            if found._own_template is not None:
+                found.stop_tokens = found._with_turn_end(await found._render_probe())
             self._adapted[key] = found
             if len(self._adapted) > _ADAPTED:
                 self._adapted.popitem(last=False)
@@ -128,6 +140,35 @@ class TextProcessor:
         if self.renderer is not None:
             other._own_template = text.chat_template
         return other
+
+    # --- the end of an answer
+
+    def _with_turn_end(self, rendered: str) -> dict[int, tuple[str, ...]]:
+        """The stop tokens that files name, and the special token that follows the answer in a rendered probe."""
+        stops = {id_: tuple(named) for id_, named in self._named_stops.items()}
+        _, found, rest = rendered.rpartition(_PROBE[-1]["content"])
+        for id_ in self._encode([rest], add_special_tokens=False)[0] if found else ():
+            if id_ in self._added:
+                stops[id_] = (*stops.get(id_, ()), "chat template")
+                break
+            if self.token_bytes(id_).strip():  # white space may come before it
+                break
+        return stops
+
+    async def _render_probe(self) -> str:
+        """A short conversation through an adapter's own template; empty when that refuses it."""
+        with suppress(InvalidRequest):
+            return await self.render_chat(
+                _PROBE, add_generation_prompt=False, continue_final_message=False, arguments={}
+            )
+        return ""
+
+    def stops_as_json(self) -> list[dict[str, Any]]:
+        """The stop tokens as the API lists them."""
+        return [
+            {"id": id_, "token": self.token(id_).text, "named_by": list(named)}
+            for id_, named in self.stop_tokens.items()
+        ]
 
     # --- text -> tokens
 
@@ -188,6 +229,15 @@ class TextProcessor:
         text: str = self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
         return text
 
+    @property
+    def special_texts(self) -> dict[int, str]:
+        """The text of every special token, by id."""
+        return {id_: self._added[id_] for id_ in self.special_ids}
+
+    def has_special(self, texts: Sequence[str]) -> bool:
+        """Whether a special token's text occurs in one of these."""
+        return bool(texts) and any(special in text for special in self.special_texts.values() for text in texts)
+
     def token(self, id_: int) -> TokenText:
         """One token by itself. Bytes that are no text by themselves read `bytes:\\xe2\\x82`, as OpenAI writes them."""
         raw = self.token_bytes(id_)
@@ -202,6 +252,13 @@ class TextProcessor:
             return content.encode()
         piece = self.tokenizer.id_to_token(id_)
         return b"" if piece is None else self._piece_bytes(piece)
+
+
+def _probed(template: ChatTemplate | None) -> str:
+    """A short conversation through the base's template; empty when that refuses it."""
+    with suppress(InvalidRequest):
+        return template.render(_PROBE, add_generation_prompt=False) if template is not None else ""
+    return ""
 
 
 # --- reading a model's directory ---------------------------------------------------------------------
@@ -227,6 +284,21 @@ def _chat_template_source(directory: Path, config: Mapping[str, Any]) -> str | N
         named = {entry["name"]: entry["template"] for entry in template}
         template = named.get("default")
     return template
+
+
+def _stop_tokens(directory: Path, tokenizer: Tokenizer, special_tokens: Mapping[str, str]) -> dict[int, list[str]]:
+    """Every token that a file of the model calls its end of text, and the names of these files."""
+    named: dict[int, list[str]] = {}
+    for name in ("generation_config.json", "config.json"):
+        content = _read_json(directory / name)
+        ids = content.get("eos_token_id", (content.get("text_config") or {}).get("eos_token_id"))
+        for id_ in ids if isinstance(ids, list) else [ids]:
+            if isinstance(id_, int):
+                named.setdefault(id_, []).append(name)
+    eos = tokenizer.token_to_id(special_tokens.get("eos_token", ""))
+    if eos is not None:
+        named.setdefault(eos, []).append("tokenizer")
+    return named
 
 
 def _special_tokens(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:

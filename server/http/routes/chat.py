@@ -143,7 +143,7 @@ async def _answer(services: Services, body: ChatBody, send: Send) -> None:
             raise InvalidRequest("The chat template makes an empty prompt of these messages.", param="messages")
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         room = fit_max_tokens(info, body, ids, asked=asked, default=None, param="messages")
-        sampling = body.sampling(logprobs=body.top_logprobs if body.logprobs else None)
+        sampling = body.sampling(services.sampling_defaults, logprobs=body.top_logprobs if body.logprobs else None)
         writer = _Writer(target.text, body, Generation(services, body, target, [Prompt(ids, room)], sampling))
         headers = {"X-Adapter-Digest": target.digest}
         if body.stream:

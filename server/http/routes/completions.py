@@ -75,7 +75,9 @@ async def _answer(services: Services, body: CompletionBody, send: Send) -> None:
         if body.echo:
             work = partial(_echoes, target.text, body, prompts)
             echoes = await target.text.in_thread(sum(len(prompt.ids) for prompt in prompts), work)
-        sampling = body.sampling(logprobs=body.logprobs, prompt_logprobs=body.logprobs if body.echo else None)
+        sampling = body.sampling(
+            services.sampling_defaults, logprobs=body.logprobs, prompt_logprobs=body.logprobs if body.echo else None
+        )
         writer = _Writer(target.text, body, Generation(services, body, target, prompts, sampling), echoes)
         headers = {"X-Adapter-Digest": target.digest}
         if body.stream:

@@ -32,6 +32,7 @@ async def ready(request: Request) -> Response:
         "status": "ready" if reason is None else "unavailable",
         "engine_pid": services.engine.pid,
         "base_digest": info.base_digest if info else None,
+        "stop_tokens": services.text.stops_as_json(),
         "int8_drift": msgspec.to_builtins(info.int8_drift) if info else None,
     }
     if reason is None:

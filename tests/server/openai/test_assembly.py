@@ -101,3 +101,41 @@ def test_an_unfinished_character_is_shown_when_nothing_follows() -> None:
     piece = assembler.add(_output(first, finish_reason="length"))
     assert piece.text == "\N{REPLACEMENT CHARACTER}"
     assert _tokens([piece]) == [first]
+
+
+IM_END, END = "<|im_end|>", "<|endoftext|>"
+
+
+@pytest.mark.parametrize("per_output", [1, 100])
+@pytest.mark.parametrize(
+    ("text", "stop", "include", "kept"),
+    [
+        (f"one{END}two", END, False, "one"),
+        (f"one{END}two", END, True, f"one{END}"),
+        (f"one{END} two three", f"{END} two", False, "one"),
+        (f"a{IM_END}one two{END}three", "two", False, "aone "),
+        (f"a{IM_END}one two{END}three", f"o{END}th", False, "aone tw"),
+        (f"a{IM_END}one{END}{END}two", f"{END}{IM_END}", False, "aonetwo"),
+    ],
+)
+def test_a_stop_string_sees_special_tokens_that_the_client_does_not(
+    text: str, stop: str, include: bool, kept: str, per_output: int
+) -> None:
+    tokenizer = _tokenizer()
+    hidden = {int(tokenizer.convert_tokens_to_ids(token)): token for token in (IM_END, END)}
+    assembler = Assembler(_raw, [], stops=[stop], hidden=hidden, include_stop=include)
+    tokens = encode(text)
+    shown, reason = "", None
+    for i in range(0, len(tokens), per_output):
+        last = i + per_output >= len(tokens)
+        piece = assembler.add(_output(*tokens[i : i + per_output], **({"finish_reason": "length"} if last else {})))
+        shown += piece.text
+        if piece.finish_reason is not None:
+            reason = piece.finish_reason
+            break
+    assert shown == kept
+    assert reason == ("length" if kept == "aonetwo" else "stop")
+
+
+def _raw(ids: Any) -> str:
+    return _tokenizer().backend_tokenizer.decode(ids, skip_special_tokens=False)

@@ -1,0 +1,56 @@
+"""The sampling values that a model's makers recommend: used for fields that a request leaves out."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from server.model_source import BUILT_IN
+from server.settings import SettingError
+
+FILE = "generation_config.json"
+# What vLLM reads of it too: name -> (lowest, highest). Whether to sample at all is the temperature's matter.
+_RANGES: Mapping[str, tuple[float, float]] = {
+    "temperature": (0.0, 2.0),
+    "top_p": (1e-9, 1.0),
+    "top_k": (-1, 2**31 - 1),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (1e-9, 2.0),
+}
+
+log = logging.getLogger(__name__)
+
+
+def sampling_defaults(source: str, ref: str, model: Path) -> dict[str, float]:
+    """Defaults by the request field's name; those that no request could ask for are left out, with a warning.
+
+    Args:
+        source: "auto" (the model's own file, or what is known of a built-in model), "none", or another directory.
+        ref: how the operator named the model.
+        model: its directory.
+
+    Raises SettingError for another directory without a file, and for a file that is no JSON object.
+    """
+    if source == "none":
+        return {}
+    if source == "auto" and ref in BUILT_IN:
+        return dict(BUILT_IN[ref].sampling)
+    path = (model if source == "auto" else Path(source)) / FILE
+    if not path.is_file():
+        if source == "auto":
+            return {}
+        raise SettingError(f"--generation-config: {path} does not exist")
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as fault:
+        raise SettingError(f"--generation-config: {path} is not JSON: {fault}") from None
+    if not isinstance(content, dict):
+        raise SettingError(f"--generation-config: {path} holds no JSON object")
+    defaults: dict[str, float] = {}
+    for name, (lowest, highest) in _RANGES.items():
+        value = content.get(name)
+        if isinstance(value, int | float) and not isinstance(value, bool) and lowest <= value <= highest:
+            defaults[name] = int(value) if name == "top_k" else float(value)
+        elif value is not None:
+            log.warning("%s: %s = %r is no value that a request may have; not used as a default", path, name, value)
+    return defaults
