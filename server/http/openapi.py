@@ -42,7 +42,7 @@ def document(operations: Sequence[Operation], settings: Settings, version: str) 
     refs, schemas = msgspec.json.schema_components(kinds, ref_template=f"{_COMPONENTS}{{name}}")
     bodies = {kind: (kind, "validation") for o in operations for kind in o.bodies}
     named, definitions = models_json_schema(list(bodies.values()), ref_template=f"{_COMPONENTS}{{model}}")  # type: ignore[arg-type]
-    schemas |= definitions["$defs"]
+    schemas |= definitions.get("$defs", {})
     known = dict(zip(map(repr, kinds), refs, strict=True)) | {repr(kind): ref for (kind, _), ref in named.items()}
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations:

@@ -237,8 +237,10 @@ _HTML = _ENVIRONMENT.from_string("""<!doctype html>
 {% if entry.fields %}{{ table(entry.fields, true) }}{% endif %}
 <pre>{{ entry.curl }}</pre>
 <details><summary>Answers</summary><table>
-{% for status, kind, text in entry.answers %}<tr><td>{{ status }}</td><td>{{ kind }}</td><td>{{ text | prose }}</td></tr>
-{% endfor %}</table></details>
+{% for status, kind, text in entry.answers %}
+<tr><td>{{ status }}</td><td>{{ kind }}</td><td>{{ text | prose }}</td></tr>
+{% endfor %}
+</table></details>
 {% endfor %}
 {% endfor %}
 <h2>Objects</h2>
