@@ -45,6 +45,7 @@ from server.http.routes import (
     merging,
     models,
     pins,
+    reference,
     tokenize,
     versions,
     vllm,
@@ -98,6 +99,7 @@ def build_app(services: Services) -> Starlette:
         fine_tuning,
         evaluations,
         health,
+        reference,
     ]
     if settings.lora_dir is not None:
         resources.append(vllm)

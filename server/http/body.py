@@ -12,20 +12,13 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 
 from server.errors import InvalidRequest, RequestTooLarge, UnsupportedMediaType, shown
-from server.openai.body import Body
 from server.services import services_of
 
 T = TypeVar("T")
-B = TypeVar("B", bound=Body)
 
 _MAX_DEPTH = 32
 _LARGE = 256 * 1024  # bytes
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # only an escape can bring half a surrogate pair into valid UTF-8
-
-
-async def read_body(request: Request, kind: type[B]) -> B:
-    """The request's body. Raises what `read_as` does, and pydantic's ValidationError."""
-    return await read_as(request, kind.validate_object)
 
 
 async def read_as(request: Request, validate: Callable[[Any], T]) -> T:

@@ -1,8 +1,9 @@
-"""Query parameters of lists, and OpenAI's list object."""
+"""Query parameters, and OpenAI's list object."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -10,28 +11,58 @@ from server.errors import InvalidRequest
 
 MOST = 100_000
 
-
-def limit_of(request: Request, *, default: int, most: int) -> int:
-    """The query's `limit`. Raises InvalidRequest."""
-    text = request.query_params.get("limit")
-    if text is None:
-        return default
-    if not (text.isascii() and text.isdigit() and len(text) <= 9 and 1 <= int(text) <= most):
-        raise InvalidRequest(f"`limit` must be a whole number from 1 to {most}.", param="limit")
-    return int(text)
+Q = TypeVar("Q", bound="Query")
 
 
-def window(request: Request, ids: Sequence[str]) -> tuple[slice, bool]:
-    """Which part of a list the query's `limit` and `after` ask for, everything by default, and whether more follows.
+def _whole(text: Any) -> Any:
+    if isinstance(text, str) and not (text.isascii() and text.isdigit() and len(text) <= 9):
+        raise ValueError("must be a whole number")
+    return text
 
-    Raises InvalidRequest.
-    """
-    after = request.query_params.get("after")
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+
+
+class Query(BaseModel):
+    """Known query parameters. Others are left alone; of one that is given twice the last counts."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class ListQuery(Query):
+    """Which part of a list: so many objects, after the one with this id."""
+
+    after: str | None = None
+
+
+class PageQuery(ListQuery):
+    limit: Whole = Field(20, ge=1, le=100)
+
+
+class WindowQuery(ListQuery):
+    limit: Whole | None = Field(None, ge=1, le=MOST)  # None: everything
+
+
+def read_query(request: Request, kind: type[Q]) -> Q:
+    """The query's parameters. `name[key]=value` is an entry of an object. Raises pydantic's ValidationError."""
+    plain: dict[str, Any] = {}
+    objects: dict[str, dict[str, str]] = {}
+    for name, value in request.query_params.multi_items():
+        outer, bracket, key = name.partition("[")
+        if bracket and key.endswith("]"):
+            objects.setdefault(outer, {})[key[:-1]] = value
+        else:
+            plain[name] = value
+    return kind.model_validate(plain | objects)
+
+
+def window(query: WindowQuery, ids: Sequence[str]) -> tuple[slice, bool]:
+    """Which part of a list is asked for, and whether more follows. Raises InvalidRequest."""
     try:
-        start = 0 if after is None else ids.index(after) + 1
+        start = 0 if query.after is None else ids.index(query.after) + 1
     except ValueError:
         raise unknown_cursor() from None
-    end = start + limit_of(request, default=len(ids) or 1, most=MOST)
+    end = start + (query.limit or len(ids) or 1)
     return slice(start, end), end < len(ids)
 
 

@@ -2,7 +2,8 @@
 
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic_core import CoreSchema
 
 from server.errors import InvalidRequest
 
@@ -25,11 +26,33 @@ class Body(BaseModel):
         return {k: v for k, v in data.items() if v is not None and not _same_as_one_of(v, cls.no_ops.get(k, ()))}
 
     @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """What is accepted: the fields, null in place of any that has a default, and what changes nothing."""
+        schema = handler(core_schema)
+        described = handler.resolve_ref_schema(schema)
+        required = described.get("required", ())
+        properties = described.get("properties", {})
+        described["properties"] = {
+            name: property_ if name in required else _or_null(property_) for name, property_ in properties.items()
+        } | {name: {"enum": [*values, None], "deprecated": True} for name, values in cls.no_ops.items()}
+        described["additionalProperties"] = {"type": "null"}
+        return schema
+
+    @classmethod
     def validate_object(cls, data: Any) -> Self:
         """Plain data as this body."""
         if not isinstance(data, dict):
             raise InvalidRequest("The body must be a JSON object.")
         return cls.model_validate(data)
+
+
+def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    null = {"type": "null"}
+    if null in schema.get("anyOf", ()):
+        return schema
+    outer = {key: schema[key] for key in ("default", "description") if key in schema}
+    inner = {key: value for key, value in schema.items() if key not in outer}
+    return {"anyOf": [*inner.get("anyOf", [inner]), null]} | outer
 
 
 def _same_as_one_of(value: Any, candidates: tuple[Any, ...]) -> bool:

@@ -43,6 +43,13 @@ def _logit_bias(value: Any) -> Any:
     return {int(key): bias for key, bias in value.items()}
 
 
+_Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+_STOPS = BeforeValidator(_stops, json_schema_input_type=_Stop | Annotated[list[_Stop], Field(max_length=MAX_STOPS)])
+_Bias = Annotated[float, Field(ge=-100, le=100)]
+_TOKEN_ID = Field(pattern=r"^[0-9]{1,10}$")
+_BIASES = BeforeValidator(_logit_bias, json_schema_input_type=dict[Annotated[str, _TOKEN_ID], _Bias])
+
+
 class StreamOptions(Body):
     """`stream_options`."""
 
@@ -94,9 +101,9 @@ class GenerationBody(Body):
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     repetition_penalty: float = Field(1.0, gt=0, le=2)
-    logit_bias: Annotated[dict[int, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_logit_bias)] = Field({})
+    logit_bias: Annotated[dict[int, _Bias], _BIASES] = Field({})
 
-    stop: Annotated[tuple[str, ...], BeforeValidator(_stops)] = ()
+    stop: Annotated[tuple[str, ...], _STOPS] = ()
     stop_token_ids: list[Annotated[int, Field(ge=0, le=INT32)]] = Field([])
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False

@@ -17,7 +17,7 @@ from adapters.offline.recipe import MergedDtype
 from adapters.storage.names import LocalNames
 from adapters.storage.store import AdapterStore
 from server.admission import Admission, Drain
-from server.client.engine import MergeRefused
+from server.client.engine import EngineClient, MergeRefused
 from server.errors import EngineUnavailable
 from server.finetune.service import FineTuning
 from server.http.app import build_app
@@ -36,6 +36,8 @@ from server.metrics import Metrics
 from server.registry.intake import AdapterIntake
 from server.services import TENANT, Services
 from server.settings import Settings
+from server.text.processor import TextProcessor
+from tests.support.conforming import client_of
 
 HIDDEN = 16
 LAYERS = 2
@@ -152,27 +154,46 @@ def write_adapter(directory: Path, seed: int = 0, **config: Any) -> Path:
     return directory
 
 
+def make_services(
+    settings: Settings, engine: EngineClient, store: AdapterStore, text: TextProcessor | None = None
+) -> Services:
+    """Everything that handlers use. Without `text`, for what reads none."""
+    processor = cast("TextProcessor", text)
+    metrics = Metrics(settings.metrics_adapters, settings.max_batch_requests)
+    intake = AdapterIntake(settings, engine, store, metrics, text=text)
+    return Services(
+        settings=settings,
+        engine=engine,
+        text=processor,
+        store=store,
+        metrics=metrics,
+        admission=Admission(settings.max_queued_requests, settings.max_queued_tokens),
+        drain=Drain(),
+        intake=intake,
+        tuning=FineTuning.open(
+            settings.data_dir,
+            engine=engine,
+            store=store,
+            intake=intake,
+            text=processor,
+            metrics=metrics,
+            max_running=settings.max_training_jobs,
+        ),
+    )
+
+
 class Site:
     """The adapter side of a server over a directory: real store and intake, an idle engine, no model."""
 
-    def __init__(self, root: Path, **settings: Any) -> None:
+    def __init__(self, root: Path, text: TextProcessor | None = None, **settings: Any) -> None:
         self.engine = IdleEngine(base_info())
         self.settings = Settings(data_dir=root, **settings)
-        self.metrics = Metrics(max_lora=self.settings.max_batch_requests)
         self._database = sqlite3.connect(root / "store.db", check_same_thread=False, isolation_level=None)
         self.store = self.open_store(root)
-        self.intake = AdapterIntake(self.settings, self.engine, self.store, self.metrics)
-        self.drain = Drain()
-        self.text = cast("Any", None)  # none of these routes reads text
-        self.tuning = FineTuning.open(
-            root,
-            engine=self.engine,
-            store=self.store,
-            intake=self.intake,
-            text=self.text,
-            metrics=self.metrics,
-            max_running=1,
-        )
+        self.services = make_services(self.settings, self.engine, self.store, text)
+        self.intake = self.services.intake
+        self.drain = self.services.drain
+        self.metrics = self.services.metrics
 
     def open_store(self, root: Path) -> AdapterStore:
         """Where its adapters are."""
@@ -180,22 +201,11 @@ class Site:
 
     def app(self) -> Starlette:
         """The whole application."""
-        services = Services(
-            settings=self.settings,
-            engine=self.engine,
-            text=self.text,
-            store=self.store,
-            metrics=self.metrics,
-            admission=Admission(8, 1024),
-            drain=self.drain,
-            intake=self.intake,
-            tuning=self.tuning,
-        )
-        return build_app(services)
+        return build_app(self.services)
 
     def client(self, **options: Any) -> httpx.AsyncClient:
         """A client of the whole application."""
-        return httpx.AsyncClient(transport=httpx.ASGITransport(self.app()), base_url="http://test", **options)
+        return client_of(self.app(), **options)
 
     def names(self) -> list[str]:
         return [version.name for version in self.store.list(TENANT)]

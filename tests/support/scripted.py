@@ -13,19 +13,14 @@ from starlette.applications import Starlette
 
 from adapters.storage.names import LocalNames
 from adapters.storage.store import AdapterStore
-from server.admission import Admission, Drain
 from server.errors import EngineUnavailable
-from server.finetune.service import FineTuning
 from server.http.app import build_app
 from server.messages.protocol import Generate, Output, Ready, TokenLogprob
-from server.metrics import Metrics
-from server.registry.intake import AdapterIntake
 from server.services import TENANT, Services
 from server.settings import Settings
-from server.text.chat_template import ChatTemplate
-from server.text.processor import TextProcessor
-from tests.support.harness import BASE_DIGEST, IdleEngine, base_info, write_adapter
-from tests.support.tiny import CHAT_TEMPLATE, _tokenizer
+from tests.support.conforming import client_of
+from tests.support.harness import BASE_DIGEST, IdleEngine, base_info, make_services, write_adapter
+from tests.support.tiny import _tokenizer, tiny_text
 
 BASE = "tiny"
 EOS = 2
@@ -138,43 +133,16 @@ class Served:
         return version.digest
 
 
-def make_services(directory: Path, engine: ScriptedEngine, database: sqlite3.Connection, **settings: Any) -> Services:
-    """Services around a scripted engine."""
-    chosen = Settings(**({"served_model_name": BASE, "data_dir": directory} | settings))
-    store = AdapterStore(directory / "adapters", LocalNames(database))
-    metrics = Metrics(chosen.metrics_adapters)
-    text = TextProcessor(_tokenizer().backend_tokenizer, ChatTemplate(CHAT_TEMPLATE, {}))
-    intake = AdapterIntake(chosen, engine, store, metrics, text=text)
-    return Services(
-        settings=chosen,
-        engine=engine,
-        text=text,
-        store=store,
-        metrics=metrics,
-        admission=Admission(chosen.max_queued_requests, chosen.max_queued_tokens),
-        drain=Drain(),
-        intake=intake,
-        tuning=FineTuning.open(
-            directory,
-            engine=engine,
-            store=store,
-            intake=intake,
-            text=text,
-            metrics=metrics,
-            max_running=chosen.max_training_jobs,
-        ),
-    )
-
-
 @asynccontextmanager
 async def serving(directory: Path, text: str = TEXT, **settings: Any) -> AsyncIterator[Served]:
     """An application in this event loop that answers everything with `text` and the end of sequence."""
     engine = ScriptedEngine(reply=lambda request: [*encode(text), EOS])
     with closing(sqlite3.connect(directory / "test.db", isolation_level=None, check_same_thread=False)) as database:
-        services = make_services(directory, engine, database, **settings)
+        chosen = Settings(**({"served_model_name": BASE, "data_dir": directory} | settings))
+        store = AdapterStore(directory / "adapters", LocalNames(database))
+        services = make_services(chosen, engine, store, tiny_text())
         app = build_app(services)
-        transport = httpx.ASGITransport(app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with client_of(app) as client:
             yield Served(engine, services, app, client)
         services.text.close()
 

@@ -13,21 +13,15 @@ from msgspec.structs import replace
 
 from adapters.storage.names import LocalNames
 from adapters.storage.store import AdapterStore
-from server.admission import Admission, Drain
 from server.engine.engine import Engine
 from server.errors import EngineUnavailable
-from server.finetune.service import FineTuning
 from server.http.app import build_app
 from server.messages.training import JobEnded, JobReply, MemoryPlan, PlanMemory, StartJob, StopJob
-from server.metrics import Metrics
-from server.registry.intake import AdapterIntake
-from server.services import Services
 from server.settings import Settings
-from server.text.chat_template import ChatTemplate
-from server.text.processor import TextProcessor
 from server.training.trainer import Trainer
-from tests.support.harness import IdleEngine
-from tests.support.tiny import CHAT_TEMPLATE, _tokenizer
+from tests.support.conforming import client_of
+from tests.support.harness import IdleEngine, make_services
+from tests.support.tiny import tiny_text
 
 FINAL = ("succeeded", "failed", "cancelled")
 
@@ -94,31 +88,11 @@ class TuningSite:
         self.settings = Settings(**({"data_dir": root, "served_model_name": "tiny", "max_training_jobs": 1} | settings))
         self._database = sqlite3.connect(root / "adapters.db", isolation_level=None, check_same_thread=False)
         self.store = AdapterStore(root / "adapters", LocalNames(self._database))
-        self.metrics = Metrics()
-        self.text = TextProcessor(_tokenizer().backend_tokenizer, ChatTemplate(CHAT_TEMPLATE, {}))
-        intake = AdapterIntake(self.settings, engine, self.store, self.metrics)
-        self.tuning = FineTuning.open(
-            root,
-            engine=engine,
-            store=self.store,
-            intake=intake,
-            text=self.text,
-            metrics=self.metrics,
-            max_running=self.settings.max_training_jobs,
-        )
-        self.services = Services(
-            settings=self.settings,
-            engine=engine,
-            text=self.text,
-            store=self.store,
-            metrics=self.metrics,
-            admission=Admission(8, 1024),
-            drain=Drain(),
-            intake=intake,
-            tuning=self.tuning,
-        )
-        transport = httpx.ASGITransport(build_app(self.services))
-        self.client = httpx.AsyncClient(transport=transport, base_url="http://test", timeout=30)
+        self.text = tiny_text()
+        self.services = make_services(self.settings, engine, self.store, self.text)
+        self.metrics = self.services.metrics
+        self.tuning = self.services.tuning
+        self.client = client_of(build_app(self.services), timeout=30)
 
     async def close(self) -> None:
         await self.tuning.stop()

@@ -1,12 +1,12 @@
 """`/v1/adapters`: upload, mix, list, look at, download and delete adapters. What a name means is `versions`' matter."""
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
-from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from adapters.peft_format.config import MAX_CONFIG_BYTES
@@ -18,25 +18,28 @@ from adapters.storage.store import AdapterStore
 from adapters.storage.versions import AmbiguousDigest, UnknownAdapter, Version, split_reference
 from server.errors import Conflict, InvalidRequest, NotFound, TooManyRequests, shown
 from server.http.multipart import Part, read_parts
-from server.http.paging import window
+from server.http.objects import AdapterObject, AdapterReceipt, DeletedAdapter, ListObject
+from server.http.operations import OPENING, PUBLISHING, Operation
+from server.http.paging import WindowQuery, window
 from server.http.routes.merging import resident
-from server.http.routes.mixing import mix
+from server.http.routes.mixing import MixBody, mix
 from server.registry.intake import disk_faults
 from server.services import TENANT, Services, services_of
+from server.settings import Settings
 
 _MAX_NAME_BYTES = 1024  # far more than a name may have, so that an over-long one is answered as such
 _MAX_WORD_BYTES = 64
 _SLOT_SECONDS = 30.0
 
 
-async def upload(request: Request) -> Response:
+async def upload_adapter(request: Request, body: MixBody | None = None) -> Response:
     """Receive an adapter, or make one of others. 201 when the name changed, 200 when it had this content already."""
     services = services_of(request)
     _ = services.intake.base  # without a base nothing can be checked, so do not receive it either
     await take_slot(services)
     try:
-        if "json" in request.headers.get("content-type", ""):
-            version, changed = await mix(request)
+        if body is not None:
+            version, changed = await mix(services, body)
         else:
             async with services.intake.stage() as staging:
                 with disk_faults():
@@ -44,15 +47,15 @@ async def upload(request: Request) -> Response:
                 version, changed = await services.intake.admit(TENANT, name, staging, promote=promote)
     finally:
         services.intake.upload_slots.release()
-    body = receipt(services.store, version)
-    return JSONResponse(body, status_code=201 if changed else 200, headers=_digest_header(version))
+    made = receipt(services.store, version)
+    return JSONResponse(made, status_code=201 if changed else 200, headers=_digest_header(version))
 
 
-async def list_adapters(request: Request) -> Response:
+async def list_adapters(request: Request, query: WindowQuery) -> Response:
     """Every adapter's receipt, by name; all of them, unless `limit` and `after` ask for a page."""
     store = services_of(request).store
     versions = store.list(TENANT)
-    part, more = window(request, [version.name for version in versions])
+    part, more = window(query, [version.name for version in versions])
     data = [receipt(store, version) for version in versions[part]]
     return JSONResponse({"object": "list", "data": data, "has_more": more})
 
@@ -122,14 +125,7 @@ async def take_slot(services: Services) -> None:
 
 async def _receive(request: Request, services: Services, staging: Staging) -> tuple[str, bool]:
     """Write the files to `staging`; returns the name, and whether it shall mean them."""
-    parts = {
-        "name": Part(_MAX_NAME_BYTES),
-        "promote": Part(_MAX_WORD_BYTES, required=False),
-        "config": Part(MAX_CONFIG_BYTES, staging.path / CONFIG_NAME),
-        "weights": Part(services.settings.max_upload_bytes, staging.path / WEIGHTS_NAME),
-        "tokenizer": Part(MAX_TOKENIZER_BYTES, staging.path / TOKENIZER_NAME, required=False),
-        "chat_template": Part(MAX_TEMPLATE_BYTES, staging.path / TEMPLATE_NAME, required=False),
-    }
+    parts = _parts(services.settings, staging.path)
     values = await read_parts(request, parts, services.intake.receivers)
     promote = values.get("promote", b"true")
     if promote not in (b"true", b"false"):
@@ -138,6 +134,17 @@ async def _receive(request: Request, services: Services, staging: Staging) -> tu
         return values["name"].decode(), promote == b"true"
     except UnicodeDecodeError:
         raise InvalidRequest("The name is not UTF-8.", param="name") from None
+
+
+def _parts(settings: Settings, directory: Path) -> dict[str, Part]:
+    return {
+        "name": Part(_MAX_NAME_BYTES),
+        "promote": Part(_MAX_WORD_BYTES, required=False),
+        "config": Part(MAX_CONFIG_BYTES, directory / CONFIG_NAME),
+        "weights": Part(settings.max_upload_bytes, directory / WEIGHTS_NAME),
+        "tokenizer": Part(MAX_TOKENIZER_BYTES, directory / TOKENIZER_NAME, required=False),
+        "chat_template": Part(MAX_TEMPLATE_BYTES, directory / TEMPLATE_NAME, required=False),
+    }
 
 
 async def _find(request: Request) -> Version:
@@ -182,11 +189,21 @@ class _StoredFile(Response):
 
 
 # A fine-tune's name contains its base's, which may have slashes.
-routes: list[BaseRoute] = [
-    Route("/v1/adapters", upload, methods=["POST"]),
-    Route("/v1/adapters", list_adapters, methods=["GET"]),
-    Route("/v1/adapters/{name:path}/config", get_config, methods=["GET"]),
-    Route("/v1/adapters/{name:path}/weights", get_weights, methods=["GET"]),
-    Route("/v1/adapters/{name:path}", get_adapter, methods=["GET"]),
-    Route("/v1/adapters/{name:path}", delete_adapter, methods=["DELETE"]),
+routes = [
+    Operation(
+        "POST",
+        "/v1/adapters",
+        upload_adapter,
+        form=_parts,
+        answers=AdapterReceipt,
+        statuses=(200, 201),
+        refuses=(*OPENING, *PUBLISHING),
+    ),
+    Operation("GET", "/v1/adapters", list_adapters, answers=ListObject[AdapterReceipt]),
+    Operation("GET", "/v1/adapters/{name:path}/config", get_config, answers="application/json", refuses=OPENING),
+    Operation(
+        "GET", "/v1/adapters/{name:path}/weights", get_weights, answers="application/octet-stream", refuses=OPENING
+    ),
+    Operation("GET", "/v1/adapters/{name:path}", get_adapter, answers=AdapterObject, refuses=OPENING),
+    Operation("DELETE", "/v1/adapters/{name:path}", delete_adapter, answers=DeletedAdapter),
 ]

@@ -6,14 +6,14 @@ from contextlib import aclosing
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 from starlette.requests import Request
-from starlette.routing import BaseRoute, Route
 from starlette.types import Send
 
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, TooManyRequests
 from server.http.answer import Answer, send_events, send_json
-from server.http.body import read_body
+from server.http.objects import ChatCompletion, ChatCompletionChunk
+from server.http.operations import OPENING, Operation
 from server.openai.assembly import Piece
 from server.openai.body import Body
 from server.openai.generation import Generation, Prompt, check_vocabulary, fit_max_tokens
@@ -50,6 +50,17 @@ def _template_arguments(value: Any) -> Any:
     return value
 
 
+class TextPart(BaseModel):
+    """Part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+_CONTENT = BeforeValidator(_content, json_schema_input_type=str | Annotated[list[TextPart], Field(min_length=1)])
+_ARGUMENTS = BeforeValidator(_template_arguments, json_schema_input_type=dict[str, str | int | float | bool | None])
+
+
 class Message(Body):
     """One message. What clients send back from an answer (`refusal: null`, `tool_calls: []`) is accepted."""
 
@@ -60,7 +71,7 @@ class Message(Body):
     }
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str, BeforeValidator(_content)]
+    content: Annotated[str, _CONTENT]
     name: str | None = None
     tool_call_id: str | None = None
 
@@ -76,7 +87,7 @@ class Conversation(Body):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False  # the template writes them
-    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_template_arguments)] = Field({})
+    chat_template_kwargs: Annotated[dict[str, Any], _ARGUMENTS] = Field({})
 
     @model_validator(mode="after")
     def _check_continuation(self) -> Self:
@@ -129,9 +140,9 @@ class ChatBody(GenerationBody, Conversation):
         return self
 
 
-async def create_chat_completion(request: Request) -> Answer:
+async def create_chat_completion(request: Request, body: ChatBody) -> Answer:
     """The next message, whole or as server-sent events."""
-    return Answer(partial(_answer, services_of(request), await read_body(request, ChatBody)))
+    return Answer(partial(_answer, services_of(request), body))
 
 
 async def _answer(services: Services, body: ChatBody, send: Send) -> None:
@@ -215,4 +226,13 @@ class _Writer:
         }
 
 
-routes: list[BaseRoute] = [Route("/v1/chat/completions", create_chat_completion, methods=["POST"])]
+routes = [
+    Operation(
+        "POST",
+        "/v1/chat/completions",
+        create_chat_completion,
+        answers=ChatCompletion,
+        events=ChatCompletionChunk,
+        refuses=(*OPENING, TooManyRequests),
+    )
+]

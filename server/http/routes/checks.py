@@ -8,13 +8,13 @@ from contextlib import ExitStack, aclosing
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Route
 
 from adapters.storage.versions import Version
 from server.children.worker import WorkerTooSlow, run_worker
 from server.client.engine import AdapterLoadFailed
-from server.errors import ContextLengthExceeded, InternalError, InvalidRequest
-from server.http.body import read_body
+from server.errors import ContextLengthExceeded, InternalError, InvalidRequest, TooManyRequests
+from server.http.objects import Residency, Verification
+from server.http.operations import OPENING, Operation
 from server.http.routes.adapters import take_slot
 from server.messages.protocol import AdapterRef, Generate, Sampling
 from server.model_source import resolve
@@ -53,10 +53,9 @@ async def warm(request: Request) -> Response:
     return JSONResponse({"object": "adapter.residency", "name": name, "digests": digests, "seconds": sum(seconds)})
 
 
-async def verify(request: Request) -> Response:
+async def verify(request: Request, body: VerifyBody = VerifyBody()) -> Response:  # noqa: B008 - it is frozen
     """Score a prompt with the adapter and without: is it doing anything?"""
     services, name = services_of(request), request.path_params["name"]
-    body = await read_body(request, VerifyBody) if _has_body(request) else VerifyBody.validate_object({})
     if body.peft:
         _check_oracle(services)
     with ExitStack() as held:
@@ -86,10 +85,6 @@ async def verify(request: Request) -> Response:
         },
         headers={"X-Adapter-Digest": version.digest},
     )
-
-
-def _has_body(request: Request) -> bool:
-    return "transfer-encoding" in request.headers or request.headers.get("content-length", "0") != "0"
 
 
 async def _score(services: Services, ids: list[int], adapters: list[AdapterRef]) -> list[float]:
@@ -149,7 +144,9 @@ def _mean(numbers: list[float]) -> float:
     return sum(numbers) / len(numbers)
 
 
-routes: list[BaseRoute] = [
-    Route("/v1/adapters/{name:path}/warm", warm, methods=["POST"]),
-    Route("/v1/adapters/{name:path}/verify", verify, methods=["POST"]),
+routes = [
+    Operation("POST", "/v1/adapters/{name:path}/warm", warm, answers=Residency, refuses=(*OPENING, InternalError)),
+    Operation(
+        "POST", "/v1/adapters/{name:path}/verify", verify, answers=Verification, refuses=(*OPENING, TooManyRequests)
+    ),
 ]

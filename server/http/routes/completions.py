@@ -9,12 +9,12 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, PlainValidator
 from starlette.requests import Request
-from starlette.routing import BaseRoute, Route
 from starlette.types import Send
 
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, TooManyRequests
 from server.http.answer import Answer, send_events, send_json
-from server.http.body import read_body
+from server.http.objects import Completion
+from server.http.operations import OPENING, Operation
 from server.messages.protocol import Ready
 from server.openai.assembly import Piece
 from server.openai.generation import Generation, Prompt, check_vocabulary, fit_max_tokens
@@ -46,21 +46,27 @@ def _are_ids(value: list[Any]) -> bool:
     return all(type(item) is int and 0 <= item <= INT32 for item in value)  # a bool is an int too
 
 
+_Ids = Annotated[list[Annotated[int, Field(ge=0, le=INT32)]], Field(min_length=1)]
+_Texts = Annotated[list[str], Field(min_length=1)]
+_PROMPTS = PlainValidator(
+    _prompts, json_schema_input_type=str | _Texts | _Ids | Annotated[list[_Ids], Field(min_length=1)]
+)
+
+
 class CompletionBody(GenerationBody):
     """The request's body."""
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = GenerationBody.no_ops | {"suffix": ("",)}
 
-    prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]
+    prompt: Annotated[list[str | list[int]], _PROMPTS]
     max_tokens: int | None = Field(None, ge=0, le=INT32)
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool = False
     add_special_tokens: bool = True
 
 
-async def create_completion(request: Request) -> Answer:
+async def create_completion(request: Request, body: CompletionBody) -> Answer:
     """The completion, whole or as server-sent events."""
-    body = await read_body(request, CompletionBody)
     if body.max_tokens == 0 and not body.echo:
         raise InvalidRequest("`max_tokens` may be 0 only with `echo`.", param="max_tokens")
     return Answer(partial(_answer, services_of(request), body))
@@ -212,4 +218,13 @@ class _Writer:
         }
 
 
-routes: list[BaseRoute] = [Route("/v1/completions", create_completion, methods=["POST"])]
+routes = [
+    Operation(
+        "POST",
+        "/v1/completions",
+        create_completion,
+        answers=Completion,
+        events=Completion,
+        refuses=(*OPENING, TooManyRequests),
+    )
+]

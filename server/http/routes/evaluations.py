@@ -6,14 +6,14 @@ from msgspec import to_builtins
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Route
 
 from server.errors import InvalidRequest, NotFound, shown
 from server.finetune.database import UnknownCursorError
 from server.finetune.evaluations import Evaluation, UnknownEvaluationError
 from server.finetune.files import UnknownFileError
-from server.http.body import read_body
-from server.http.paging import limit_of, page, unknown_cursor
+from server.http.objects import DeletedObject, EvaluationObject, ListObject
+from server.http.operations import OPENING, Operation
+from server.http.paging import PageQuery, page, unknown_cursor
 from server.openai.body import Body
 from server.openai.schema import INT32
 from server.openai.target import open_target
@@ -28,9 +28,8 @@ class EvaluationBody(Body):
     max_examples: int | None = Field(default=None, ge=1, le=INT32)
 
 
-async def create_evaluation(request: Request) -> Response:
+async def create_evaluation(request: Request, body: EvaluationBody) -> Response:
     """Begin; the result is in the object once its status is `succeeded`."""
-    body = await read_body(request, EvaluationBody)
     services = services_of(request)
     try:
         services.tuning.files.get(TENANT, body.file)
@@ -49,12 +48,10 @@ async def create_evaluation(request: Request) -> Response:
     return JSONResponse(evaluation_object(evaluation))
 
 
-async def list_evaluations(request: Request) -> Response:
+async def list_evaluations(request: Request, query: PageQuery) -> Response:
     """A page of evaluations, newest first."""
     try:
-        evaluations, more = services_of(request).tuning.evaluations.page(
-            TENANT, limit=limit_of(request, default=20, most=100), after=request.query_params.get("after")
-        )
+        evaluations, more = services_of(request).tuning.evaluations.page(TENANT, limit=query.limit, after=query.after)
     except UnknownCursorError:
         raise unknown_cursor() from None
     return page([evaluation_object(evaluation) for evaluation in evaluations], more)
@@ -99,9 +96,9 @@ def evaluation_object(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-routes: list[BaseRoute] = [
-    Route("/v1/evaluations", create_evaluation, methods=["POST"]),
-    Route("/v1/evaluations", list_evaluations, methods=["GET"]),
-    Route("/v1/evaluations/{id}", get_evaluation, methods=["GET"]),
-    Route("/v1/evaluations/{id}", delete_evaluation, methods=["DELETE"]),
+routes = [
+    Operation("POST", "/v1/evaluations", create_evaluation, answers=EvaluationObject, refuses=OPENING),
+    Operation("GET", "/v1/evaluations", list_evaluations, answers=ListObject[EvaluationObject]),
+    Operation("GET", "/v1/evaluations/{id}", get_evaluation, answers=EvaluationObject),
+    Operation("DELETE", "/v1/evaluations/{id}", delete_evaluation, answers=DeletedObject),
 ]

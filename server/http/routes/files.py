@@ -1,13 +1,14 @@
 """`/v1/files`: training data in, results out, in OpenAI's shapes. Data is checked line by line as it arrives."""
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
-from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from server.errors import InvalidRequest, NotFound, shown
@@ -17,16 +18,26 @@ from server.finetune.dataset import DatasetError, load_dataset
 from server.finetune.files import StoredFile, UnknownFileError
 from server.finetune.tokenizer import TrainingTokenizer
 from server.http.multipart import Part, read_parts
-from server.http.paging import limit_of, page, unknown_cursor
+from server.http.objects import DeletedObject, FileObject, ListObject
+from server.http.operations import PUBLISHING, Operation
+from server.http.paging import ListQuery, Whole, page, unknown_cursor
 from server.http.routes.adapters import take_slot
 from server.registry.intake import disk_faults
 from server.services import TENANT, Services, services_of
+from server.settings import Settings
 
 PURPOSE = "fine-tune"
 _MAX_FILENAME = 255
+_UPLOAD = "upload"
 
 
-async def upload(request: Request) -> Response:
+class FilesQuery(ListQuery):
+    limit: Whole = Field(10_000, ge=1, le=10_000)
+    order: Literal["asc", "desc"] = "desc"
+    purpose: str | None = None
+
+
+async def upload_file(request: Request) -> Response:
     """Receive a file, check every line of it, and keep it."""
     services = services_of(request)
     _ = services.engine_info  # without a base its lines cannot be checked, so do not receive them either
@@ -43,15 +54,19 @@ async def upload(request: Request) -> Response:
 
 
 async def _receive(request: Request, services: Services, directory: Path) -> tuple[Path, str]:
-    path, names = directory / "upload", ["upload.jsonl"]
-    parts = {
-        "file": Part(services.settings.max_upload_bytes, path, on_filename=names.append),
-        "purpose": Part(64),
-    }
+    names = ["upload.jsonl"]
+    parts = _parts(services.settings, directory, names.append)
     values = await read_parts(request, parts, services.intake.receivers)
     if values["purpose"] != PURPOSE.encode():
         raise InvalidRequest(f"`purpose` must be `{PURPOSE}`: no other files are used here.", param="purpose")
-    return path, Path(names[-1]).name[:_MAX_FILENAME] or names[0]
+    return directory / _UPLOAD, Path(names[-1]).name[:_MAX_FILENAME] or names[0]
+
+
+def _parts(settings: Settings, directory: Path, on_filename: Callable[[str], None] | None = None) -> dict[str, Part]:
+    return {
+        "file": Part(settings.max_upload_bytes, directory / _UPLOAD, on_filename=on_filename),
+        "purpose": Part(64),
+    }
 
 
 def _check(services: Services, path: Path) -> dict[str, int]:
@@ -69,19 +84,15 @@ def _check(services: Services, path: Path) -> dict[str, int]:
     return data.report.as_dict()
 
 
-async def list_files(request: Request) -> Response:
+async def list_files(request: Request, query: FilesQuery) -> Response:
     """A page of files, newest first unless `order=asc`."""
-    query = request.query_params
-    order = query.get("order", "desc")
-    if order not in ("asc", "desc"):
-        raise InvalidRequest("`order` must be `asc` or `desc`.", param="order")
     try:
         files, more = services_of(request).tuning.files.page(
             TENANT,
-            limit=limit_of(request, default=10_000, most=10_000),
-            after=query.get("after"),
-            purpose=query.get("purpose"),
-            newest_first=order == "desc",
+            limit=query.limit,
+            after=query.after,
+            purpose=query.purpose,
+            newest_first=query.order == "desc",
         )
     except UnknownCursorError:
         raise unknown_cursor() from None
@@ -141,10 +152,10 @@ def file_object(stored: StoredFile) -> dict[str, Any]:
     }
 
 
-routes: list[BaseRoute] = [
-    Route("/v1/files", upload, methods=["POST"]),
-    Route("/v1/files", list_files, methods=["GET"]),
-    Route("/v1/files/{id}", get_file, methods=["GET"]),
-    Route("/v1/files/{id}/content", get_content, methods=["GET"]),
-    Route("/v1/files/{id}", delete_file, methods=["DELETE"]),
+routes = [
+    Operation("POST", "/v1/files", upload_file, form=_parts, answers=FileObject, refuses=PUBLISHING),
+    Operation("GET", "/v1/files", list_files, answers=ListObject[FileObject]),
+    Operation("GET", "/v1/files/{id}", get_file, answers=FileObject),
+    Operation("GET", "/v1/files/{id}/content", get_content, answers="application/octet-stream"),
+    Operation("DELETE", "/v1/files/{id}", delete_file, answers=DeletedObject),
 ]

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from msgspec import to_builtins
+from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.routing import BaseRoute, Route
 
 from adapters.peft_format.config import AdapterError
 from adapters.peft_format.directory import AdapterSpec
@@ -20,8 +20,9 @@ from server.finetune.files import UnknownFileError
 from server.finetune.jobs import FINAL, Event, Job, JobSpec, JobStateError, StoredCheckpoint, UnknownJobError
 from server.finetune.preparation import question
 from server.http.answer import encode_json
-from server.http.body import read_body
-from server.http.paging import limit_of, page, unknown_cursor
+from server.http.objects import CheckpointObject, Estimate, EventObject, JobObject, ListObject
+from server.http.operations import OPENING, Operation
+from server.http.paging import ListQuery, PageQuery, Whole, page, unknown_cursor
 from server.messages.training import ModuleShape
 from server.openai.target import Target, open_target
 from server.openai.training_body import EstimateBody, JobBody, LoraBody
@@ -32,13 +33,25 @@ _POLL_SECONDS = 1.0  # between looks for a stream's next event, should no news c
 _STREAM_PAGE = 200
 _ORGANIZATION = "org-lorakeet"
 
+
+class JobsQuery(PageQuery):
+    metadata: dict[str, str] = Field({})
+
+
+class EventsQuery(ListQuery):
+    limit: Whole = Field(20, ge=1, le=1000)
+
+
+class CheckpointsQuery(ListQuery):
+    limit: Whole = Field(10, ge=1, le=1000)
+
+
 # --- creating ---------------------------------------------------------------------------------------
 
 
-async def create_job(request: Request) -> Response:
+async def create_job(request: Request, body: JobBody) -> Response:
     """Check what can be checked now, and queue the job."""
     services = services_of(request)
-    body = await read_body(request, JobBody)
     hyperparameters = body.chosen_hyperparameters
     for param, file_id in (("training_file", body.training_file), ("validation_file", body.validation_file)):
         if file_id is not None:
@@ -65,10 +78,9 @@ async def create_job(request: Request) -> Response:
     return JSONResponse(job_object(services, job))
 
 
-async def estimate(request: Request) -> Response:
+async def estimate(request: Request, body: EstimateBody) -> Response:
     """What a job of this shape would take, in bytes."""
     services = services_of(request)
-    body = await read_body(request, EstimateBody)
     base = services.engine_info
     async with open_target(services, body.model) as target:
         lora, shapes = _shape(services, target, body.lora)
@@ -141,18 +153,11 @@ def _training(services: Services, body: JobBody | EstimateBody) -> recipe.Traini
 # --- asking ------------------------------------------------------------------------------------------
 
 
-async def list_jobs(request: Request) -> Response:
+async def list_jobs(request: Request, query: JobsQuery) -> Response:
     """A page of jobs, newest first; `metadata[key]=value` narrows it."""
-    services, query = services_of(request), request.query_params
-    wanted = {
-        key[len("metadata[") : -1]: value
-        for key, value in query.items()
-        if key.startswith("metadata[") and key.endswith("]")
-    }
+    services = services_of(request)
     try:
-        jobs, more = services.tuning.jobs.page(
-            TENANT, limit=limit_of(request, default=20, most=100), after=query.get("after"), metadata=wanted
-        )
+        jobs, more = services.tuning.jobs.page(TENANT, limit=query.limit, after=query.after, metadata=query.metadata)
     except UnknownCursorError:
         raise unknown_cursor() from None
     return page([job_object(services, job) for job in jobs], more)
@@ -163,16 +168,14 @@ async def get_job(request: Request) -> Response:
     return JSONResponse(job_object(services_of(request), _find(request)))
 
 
-async def list_events(request: Request) -> Response:
+async def list_events(request: Request, query: EventsQuery) -> Response:
     """A page of a job's events, newest first; or, to who accepts `text/event-stream`, all of them as they happen."""
     job = _find(request)
     if "text/event-stream" in request.headers.get("accept", ""):
-        after = request.headers.get("last-event-id") or request.query_params.get("after")
+        after = request.headers.get("last-event-id") or query.after
         return _stream_events(request, job, after)
     try:
-        events, more = services_of(request).tuning.jobs.events(
-            job.id, limit=limit_of(request, default=20, most=1000), after=request.query_params.get("after")
-        )
+        events, more = services_of(request).tuning.jobs.events(job.id, limit=query.limit, after=query.after)
     except UnknownCursorError:
         raise unknown_cursor() from None
     return page([event_object(event) for event in events], more)
@@ -203,13 +206,11 @@ def _stream_events(request: Request, job: Job, after: str | None) -> Response:
     return StreamingResponse(stream(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
 
-async def list_checkpoints(request: Request) -> Response:
+async def list_checkpoints(request: Request, query: CheckpointsQuery) -> Response:
     """A page of a job's checkpoints, newest first."""
     job = _find(request)
     try:
-        checkpoints, more = services_of(request).tuning.jobs.checkpoints(
-            job.id, limit=limit_of(request, default=10, most=1000), after=request.query_params.get("after")
-        )
+        checkpoints, more = services_of(request).tuning.jobs.checkpoints(job.id, limit=query.limit, after=query.after)
     except UnknownCursorError:
         raise unknown_cursor() from None
     return page([checkpoint_object(job, checkpoint) for checkpoint in checkpoints], more)
@@ -315,14 +316,21 @@ def checkpoint_object(job: Job, checkpoint: StoredCheckpoint) -> dict[str, Any]:
 
 
 _JOB = "/v1/fine_tuning/jobs/{id}"
-routes: list[BaseRoute] = [
-    Route("/v1/fine_tuning/jobs", create_job, methods=["POST"]),
-    Route("/v1/fine_tuning/jobs", list_jobs, methods=["GET"]),
-    Route("/v1/fine_tuning/estimate", estimate, methods=["POST"]),
-    Route(_JOB, get_job, methods=["GET"]),
-    Route(f"{_JOB}/events", list_events, methods=["GET"]),
-    Route(f"{_JOB}/checkpoints", list_checkpoints, methods=["GET"]),
-    Route(f"{_JOB}/cancel", cancel_job, methods=["POST"]),
-    Route(f"{_JOB}/pause", pause_job, methods=["POST"]),
-    Route(f"{_JOB}/resume", resume_job, methods=["POST"]),
+routes = [
+    Operation("POST", "/v1/fine_tuning/jobs", create_job, answers=JobObject, refuses=OPENING),
+    Operation("GET", "/v1/fine_tuning/jobs", list_jobs, answers=ListObject[JobObject]),
+    Operation("POST", "/v1/fine_tuning/estimate", estimate, answers=Estimate, refuses=OPENING),
+    Operation("GET", _JOB, get_job, answers=JobObject),
+    Operation(
+        "GET",
+        f"{_JOB}/events",
+        list_events,
+        answers=ListObject[EventObject],
+        events=EventObject,
+        headers={"Last-Event-ID": "Of a stream: the event to go on after."},
+    ),
+    Operation("GET", f"{_JOB}/checkpoints", list_checkpoints, answers=ListObject[CheckpointObject]),
+    Operation("POST", f"{_JOB}/cancel", cancel_job, answers=JobObject),
+    Operation("POST", f"{_JOB}/pause", pause_job, answers=JobObject),
+    Operation("POST", f"{_JOB}/resume", resume_job, answers=JobObject),
 ]

@@ -6,9 +6,10 @@ import msgspec
 from prometheus_client.exposition import choose_encoder
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Route
 
 from server.errors import Unavailable
+from server.http.objects import Health, Readiness, Version
+from server.http.operations import Operation
 from server.services import services_of
 
 VERSION = version("lorakeet")
@@ -54,9 +55,9 @@ async def metrics(request: Request) -> Response:
     return Response(encode(services.metrics.registry), media_type=content_type)
 
 
-routes: list[BaseRoute] = [
-    Route("/health", health),
-    Route("/ready", ready),
-    Route("/version", server_version),
-    Route("/metrics", metrics),
+routes = [
+    Operation("GET", "/health", health, answers=Health),
+    Operation("GET", "/ready", ready, answers=Readiness, statuses=(200, 503)),
+    Operation("GET", "/version", server_version, answers=Version),
+    Operation("GET", "/metrics", metrics, answers="text/plain"),
 ]

@@ -17,7 +17,6 @@ from pydantic import Field, model_validator
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
-from starlette.routing import BaseRoute, Route
 
 from adapters.offline.recipe import MergedDtype
 from adapters.storage.versions import Version
@@ -33,7 +32,9 @@ from server.errors import (
     TooManyRequests,
     shown,
 )
-from server.http.body import read_body
+from server.http.objects import DeletedMerge, MergeObject
+from server.http.operations import OPENING, PUBLISHING, Operation
+from server.http.paging import Query
 from server.messages.protocol import LOAD_FAILED, MergeReport
 from server.model_source import resolve
 from server.openai.body import Body
@@ -79,9 +80,13 @@ class MergeBody(Body):
         return self
 
 
-async def merge(request: Request) -> Response:
+class DeleteMergeQuery(Query):
+    to: Literal["checkpoint", "resident"] | None = None
+
+
+async def merge(request: Request, body: MergeBody) -> Response:
     """Make either. 201 when it was made, 200 when it was there."""
-    services, body = services_of(request), await read_body(request, MergeBody)
+    services = services_of(request)
     with ExitStack() as held:
         version = await hold(services, request.path_params["name"], "name", None, held)
         if body.dtype is None:
@@ -156,7 +161,7 @@ async def _checkpoint(services: Services, version: Version) -> Response:
     return _receipt(version, target, 201)
 
 
-async def get_file(request: Request) -> Response:
+async def get_checkpoint_file(request: Request) -> Response:
     """One file of the checkpoint."""
     target, wanted = await _existing(request), request.path_params["file"]
     if wanted not in {path.name for path in target.iterdir()}:
@@ -182,11 +187,9 @@ async def get_merge(request: Request) -> Response:
     return JSONResponse(body, headers={"X-Adapter-Digest": version.digest})
 
 
-async def delete_merge(request: Request) -> Response:
+async def delete_merge(request: Request, query: DeleteMergeQuery) -> Response:
     """Remove the checkpoint and undo the resident merge, or with `to` one of them; the adapter stays."""
-    services, name, to = services_of(request), request.path_params["name"], request.query_params.get("to")
-    if to not in (None, "checkpoint", "resident"):
-        raise InvalidRequest("`to` is `checkpoint` or `resident`.", param="to")
+    services, name, to = services_of(request), request.path_params["name"], query.to
     with ExitStack() as held:
         version = await hold(services, name, "name", None, held)
     target, deleted = _directory(services, version), []
@@ -254,9 +257,22 @@ def _files(target: Path) -> dict[str, Any]:
     }
 
 
-routes: list[BaseRoute] = [
-    Route("/v1/adapters/{name:path}/merge/{file}", get_file, methods=["GET"]),
-    Route("/v1/adapters/{name:path}/merge", merge, methods=["POST"]),
-    Route("/v1/adapters/{name:path}/merge", get_merge, methods=["GET"]),
-    Route("/v1/adapters/{name:path}/merge", delete_merge, methods=["DELETE"]),
+routes = [
+    Operation(
+        "GET",
+        "/v1/adapters/{name:path}/merge/{file}",
+        get_checkpoint_file,
+        answers="application/octet-stream",
+        refuses=OPENING,
+    ),
+    Operation(
+        "POST",
+        "/v1/adapters/{name:path}/merge",
+        merge,
+        answers=MergeObject,
+        statuses=(200, 201),
+        refuses=(*OPENING, *PUBLISHING, InternalError),
+    ),
+    Operation("GET", "/v1/adapters/{name:path}/merge", get_merge, answers=MergeObject, refuses=OPENING),
+    Operation("DELETE", "/v1/adapters/{name:path}/merge", delete_merge, answers=DeletedMerge, refuses=OPENING),
 ]

@@ -5,17 +5,15 @@ from dataclasses import asdict
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
-from starlette.requests import Request
 
 from adapters.offline.recipe import Method, Recipe
 from adapters.storage.versions import Version
 from server.children.worker import WorkerTooSlow, run_worker
 from server.errors import InvalidRequest
-from server.http.body import read_body
 from server.openai.body import Body
 from server.openai.target import hold
 from server.registry.intake import disk_faults
-from server.services import TENANT, services_of
+from server.services import TENANT, Services
 
 MAX_SOURCES = 16
 MAX_RANK = 1024
@@ -64,12 +62,11 @@ class MixBody(Body):
         )
 
 
-async def mix(request: Request) -> tuple[Version, bool]:
+async def mix(services: Services, body: MixBody) -> tuple[Version, bool]:
     """Make the adapter and publish it. The version, and whether the name changed.
 
-    Raises what reading the body and admitting an upload do; `ModelNotFound` for a source that nobody has.
+    Raises what admitting an upload does; `ModelNotFound` for a source that nobody has.
     """
-    services, body = services_of(request), await read_body(request, MixBody)
     intake = services.intake
     intake.check_name(body.name)
     with ExitStack() as held:

@@ -6,22 +6,23 @@ from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Route
 
 from adapters.storage.versions import UnknownAdapter, Version
 from server.errors import ModelNotFound, PermissionDenied
-from server.http.paging import page, window
+from server.http.objects import DeletedObject, ListObject, ModelCard
+from server.http.operations import OPENING, Operation
+from server.http.paging import WindowQuery, page, window
 from server.openai.target import hold
 from server.services import TENANT, Services, services_of
 
 _STARTED = int(time.time())  # the base has no birthday of its own
 
 
-async def list_models(request: Request) -> Response:
+async def list_models(request: Request, query: WindowQuery) -> Response:
     """The base first, then the adapters by name; all of them, unless `limit` and `after` ask for a page."""
     services = services_of(request)
     versions = services.store.list(TENANT)
-    part, more = window(request, [services.settings.base_name, *(version.name for version in versions)])
+    part, more = window(query, [services.settings.base_name, *(version.name for version in versions)])
     cards = [
         _base_card(services) if version is None else _adapter_card(services, version)
         for version in [None, *versions][part]
@@ -80,8 +81,8 @@ def _card(services: Services, name: str, created: int, *, root: str, parent: str
     }
 
 
-routes: list[BaseRoute] = [
-    Route("/v1/models", list_models, methods=["GET"]),
-    Route("/v1/models/{id:path}", get_model, methods=["GET"]),
-    Route("/v1/models/{id:path}", delete_model, methods=["DELETE"]),
+routes = [
+    Operation("GET", "/v1/models", list_models, answers=ListObject[ModelCard]),
+    Operation("GET", "/v1/models/{id:path}", get_model, answers=ModelCard, refuses=OPENING),
+    Operation("DELETE", "/v1/models/{id:path}", delete_model, answers=DeletedObject, refuses=(PermissionDenied,)),
 ]

@@ -6,10 +6,12 @@ comes when it is decided; `warm` waits until the adapter is there.
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Route
 
 from adapters.storage.details import device_bytes
 from adapters.storage.versions import UnknownAdapter
+from server.errors import Conflict
+from server.http.objects import PinObject
+from server.http.operations import Operation
 from server.http.routes.adapters import unknown_adapter
 from server.services import TENANT, services_of
 
@@ -44,7 +46,7 @@ async def _answer(request: Request, *, pinned: bool) -> Response:
     )
 
 
-routes: list[BaseRoute] = [
-    Route("/v1/adapters/{name:path}/pin", pin, methods=["POST"]),
-    Route("/v1/adapters/{name:path}/pin", unpin, methods=["DELETE"]),
+routes = [
+    Operation("POST", "/v1/adapters/{name:path}/pin", pin, answers=PinObject, refuses=(Conflict,)),
+    Operation("DELETE", "/v1/adapters/{name:path}/pin", unpin, answers=PinObject),
 ]

@@ -1,15 +1,15 @@
 """`POST /tokenize` and `/detokenize`: the base's tokenizer, with an adapter's own tokens, in vLLM's shapes."""
 
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Route
 
 from server.errors import InvalidRequest
-from server.http.body import read_as, read_body
+from server.http.objects import Detokenized, Tokens
+from server.http.operations import OPENING, Operation
 from server.http.routes.chat import Conversation
 from server.openai.body import Body
 from server.openai.target import open_target
@@ -39,9 +39,8 @@ class DetokenizeBody(Body):
     tokens: list[Annotated[int, Field(ge=0)]]
 
 
-async def tokenize(request: Request) -> Response:
+async def tokenize(request: Request, body: TokenizeChatBody | TokenizePromptBody) -> Response:
     """Token ids of a text or a conversation."""
-    body = await read_as(request, _tokenize_body)
     services = services_of(request)
     async with open_target(services, body.model or services.settings.base_name) as target:
         text = target.text
@@ -59,14 +58,8 @@ async def tokenize(request: Request) -> Response:
     )
 
 
-def _tokenize_body(data: Any) -> TokenizePromptBody | TokenizeChatBody:
-    chat = isinstance(data, dict) and data.get("messages") is not None
-    return TokenizeChatBody.validate_object(data) if chat else TokenizePromptBody.validate_object(data)
-
-
-async def detokenize(request: Request) -> Response:
+async def detokenize(request: Request, body: DetokenizeBody) -> Response:
     """The text of token ids."""
-    body = await read_body(request, DetokenizeBody)
     services = services_of(request)
     async with open_target(services, body.model or services.settings.base_name) as target:
         text, vocabulary = target.text, target.vocab_size
@@ -78,7 +71,7 @@ async def detokenize(request: Request) -> Response:
     return JSONResponse({"prompt": await text.in_thread(len(body.tokens), decode)})
 
 
-routes: list[BaseRoute] = [
-    Route("/tokenize", tokenize, methods=["POST"]),
-    Route("/detokenize", detokenize, methods=["POST"]),
+routes = [
+    Operation("POST", "/tokenize", tokenize, answers=Tokens, refuses=OPENING),
+    Operation("POST", "/detokenize", detokenize, answers=Detokenized, refuses=OPENING),
 ]

@@ -5,16 +5,17 @@ compare-and-swap on the ETag that every answer here carries.
 """
 
 from collections.abc import Awaitable
+from typing import Any
 
 from pydantic import Field, model_validator
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Route
 
 from adapters.storage.store import Moved
 from adapters.storage.versions import AmbiguousDigest, Pointer, UnknownAdapter
 from server.errors import Conflict, InvalidRequest, NotFound, PreconditionFailed
-from server.http.body import read_body
+from server.http.objects import Versions
+from server.http.operations import Operation
 from server.http.routes.adapters import receipt, unknown_adapter
 from server.openai.body import Body
 from server.services import TENANT, services_of
@@ -42,9 +43,8 @@ async def list_versions(request: Request) -> Response:
         raise unknown_adapter(name) from None
 
 
-async def promote(request: Request) -> Response:
+async def promote(request: Request, body: PromoteBody) -> Response:
     """Let a name mean one of its versions, or shares of several."""
-    body = await read_body(request, PromoteBody)
     name = await _name(request)
     intake, expected = services_of(request).intake, _expected(request)
     if body.split is None:
@@ -111,8 +111,13 @@ def _answer(request: Request, pointer: Pointer) -> Response:
     return JSONResponse(body, headers={"ETag": f'"{pointer.etag}"'})
 
 
-routes: list[BaseRoute] = [
-    Route("/v1/adapters/{name:path}/versions", list_versions, methods=["GET"]),
-    Route("/v1/adapters/{name:path}/promote", promote, methods=["POST"]),
-    Route("/v1/adapters/{name:path}/rollback", roll_back, methods=["POST"]),
+_CHANGE: dict[str, Any] = {
+    "answers": Versions,
+    "refuses": (Conflict, PreconditionFailed),
+    "headers": {"If-Match": "The ETag that the versions must have still."},
+}
+routes = [
+    Operation("GET", "/v1/adapters/{name:path}/versions", list_versions, answers=Versions),
+    Operation("POST", "/v1/adapters/{name:path}/promote", promote, **_CHANGE),
+    Operation("POST", "/v1/adapters/{name:path}/rollback", roll_back, **_CHANGE),
 ]

@@ -8,12 +8,11 @@ from pathlib import Path
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
-from starlette.routing import BaseRoute, Route
 
 from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME
 from adapters.storage.versions import UnknownAdapter
 from server.errors import InvalidRequest, NotFound, shown
-from server.http.body import read_body
+from server.http.operations import PUBLISHING, Operation
 from server.openai.body import Body
 from server.services import TENANT, Services, services_of
 
@@ -30,23 +29,22 @@ class NotFoundError(NotFound):
     type = "NotFoundError"
 
 
-class _Load(Body):
+class LoadBody(Body):
     lora_name: str = ""
     lora_path: str = ""
     load_inplace: bool = False
 
 
-class _Unload(Body):
+class UnloadBody(Body):
     lora_name: str = ""
     lora_int_id: int | None = None
 
 
-async def load(request: Request) -> Response:
+async def load(request: Request, body: LoadBody) -> Response:
     """Serve the PEFT directory at `lora_path` as `lora_name`; `load_inplace` replaces what the name held."""
     services = services_of(request)
     root = services.settings.lora_dir
     assert root is not None  # without it there is no such route
-    body = await read_body(request, _Load)
     if not body.lora_name or not body.lora_path:
         raise InvalidUserInput("Both 'lora_name' and 'lora_path' must be provided.")
     if not body.load_inplace and _exists(services, body.lora_name):
@@ -57,10 +55,9 @@ async def load(request: Request) -> Response:
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
-async def unload(request: Request) -> Response:
+async def unload(request: Request, body: UnloadBody) -> Response:
     """Take the name away. `lora_int_id` is accepted and means nothing here."""
     services = services_of(request)
-    body = await read_body(request, _Unload)
     if not body.lora_name:
         raise InvalidUserInput("'lora_name' must be provided.", param="lora_name")
     if not _exists(services, body.lora_name):
@@ -94,7 +91,7 @@ def _directory_under(root: Path, path: str) -> Path:
     return directory
 
 
-routes: list[BaseRoute] = [
-    Route("/v1/load_lora_adapter", load, methods=["POST"]),
-    Route("/v1/unload_lora_adapter", unload, methods=["POST"]),
+routes = [
+    Operation("POST", "/v1/load_lora_adapter", load, answers="text/plain", refuses=(NotFoundError, *PUBLISHING)),
+    Operation("POST", "/v1/unload_lora_adapter", unload, answers="text/plain", refuses=(NotFoundError,)),
 ]

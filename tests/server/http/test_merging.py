@@ -11,9 +11,8 @@ from safetensors.torch import load, load_file, save_file
 
 from server.client.engine import MergeRefused
 from server.services import TENANT
-from server.text.processor import TextProcessor
 from tests.support.harness import HIDDEN, LAYERS, Site, adapter_files, write_adapter
-from tests.support.tiny import _tokenizer
+from tests.support.tiny import _tokenizer, tiny_text
 
 Q = "model.layers.0.self_attn.q_proj"
 
@@ -32,8 +31,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
         for kind in ("q_proj", "v_proj")
     }
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    with contextlib.closing(Site(tmp_path / "data", model=str(base))) as site:
-        site.text = TextProcessor(_tokenizer().backend_tokenizer, None)
+    with contextlib.closing(Site(tmp_path / "data", tiny_text(), model=str(base))) as site:
         yield site
 
 

@@ -1,0 +1,436 @@
+"""The JSON objects that answers are made of: OpenAI's where it has one, with vLLM's additions and ours.
+
+Types alone. The OpenAPI document describes answers with them, and the tests hold every answer that they get against it.
+"""
+
+from typing import Any, Generic, Literal, NotRequired, TypedDict, TypeVar
+
+from server.finetune.evaluations import Score
+from server.finetune.evaluations import Status as EvaluationStatus
+from server.finetune.jobs import JobError
+from server.finetune.jobs import Status as JobStatus
+from server.messages.protocol import Drift
+from server.messages.training import MemoryMode
+
+T = TypeVar("T")
+
+
+class ErrorDetail(TypedDict):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorObject(TypedDict):
+    error: ErrorDetail
+
+
+class ListObject(TypedDict, Generic[T]):
+    """`first_id` and `last_id` are there when the page is not empty."""
+
+    object: Literal["list"]
+    data: list[T]
+    has_more: NotRequired[bool]
+    first_id: NotRequired[str]
+    last_id: NotRequired[str]
+
+
+class DeletedObject(TypedDict):
+    id: str
+    object: str
+    deleted: Literal[True]
+
+
+# --- generation -------------------------------------------------------------------------------------
+
+
+class CachedTokens(TypedDict):
+    cached_tokens: int
+
+
+class Predictions(TypedDict):
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
+class UsageObject(TypedDict):
+    """Predictions are drafts of speculative decoding, there when any were made."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+    completion_tokens_details: NotRequired[Predictions]
+
+
+class Choice(TypedDict):
+    index: int
+    finish_reason: str | None
+    stop_reason: str | int | None
+
+
+class LogprobColumns(TypedDict):
+    text_offset: list[int]
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+
+
+class CompletionChoice(Choice):
+    text: str
+    logprobs: LogprobColumns | None
+
+
+class TokenAlternative(TypedDict):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatToken(TokenAlternative):
+    top_logprobs: list[TokenAlternative]
+
+
+class ChatLogprobs(TypedDict):
+    content: list[ChatToken]
+    refusal: None
+
+
+class ChatMessage(TypedDict):
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(Choice):
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+
+
+class ChatDelta(TypedDict, total=False):
+    role: Literal["assistant"]
+    content: str
+
+
+class ChatChunkChoice(Choice):
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+
+
+class Generated(TypedDict):
+    """`system_fingerprint` is the digest of what answered."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+
+class Completion(Generated):
+    """Whole, and each chunk of a stream; `usage` of a chunk is null but in the last, which has no choice."""
+
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+    usage: NotRequired[UsageObject | None]
+
+
+class ChatCompletion(Generated):
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+    usage: UsageObject
+
+
+class ChatCompletionChunk(Generated):
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChatChunkChoice]
+    usage: NotRequired[UsageObject | None]
+
+
+class Tokens(TypedDict):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Detokenized(TypedDict):
+    prompt: str
+
+
+# --- adapters ---------------------------------------------------------------------------------------
+
+
+class ModelCard(TypedDict):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: str | None
+    max_model_len: int | None
+    permission: list[Any]
+
+
+class AdapterReceipt(TypedDict):
+    """`scaling` is that of most modules; `rows` of device memory per kind of module, in 2-byte units."""
+
+    object: Literal["adapter"]
+    name: str
+    digest: str
+    created_at: int
+    pinned: bool
+    rank: int
+    scaling: float
+    modules_matched: int
+    variants: list[str]
+    parameters: int
+    bytes: int
+    dtype: str
+    rows: dict[str, int]
+    base_model_name_or_path: str | None
+    warnings: list[str]
+    new_tokens: NotRequired[int]
+    tokenizer_tokens: NotRequired[int]
+    chat_template: NotRequired[bool]
+
+
+class ModuleObject(TypedDict):
+    rank: int
+    scaling: float
+
+
+class DecodeSpeed(TypedDict):
+    requests: int
+    adapter: float
+    merged: float
+    gain: float
+
+
+class ResidentMerge(TypedDict):
+    dtype: str
+    bytes: int
+    build_seconds: float
+    drift: Drift
+    decode_tokens_per_second: list[DecodeSpeed]
+    prompts: NotRequired[list[str]]
+
+
+class AdapterObject(AdapterReceipt):
+    """`file_metadata` is that of the safetensors file; `bytes_on_device` is null while the engine starts."""
+
+    modules: dict[str, ModuleObject]
+    file_metadata: dict[str, str]
+    bytes_on_disk: int
+    bytes_on_device: int | None
+    versions: list[str]
+    split: dict[str, float] | None
+    merged: ResidentMerge | None
+
+
+class DeletedAdapter(TypedDict):
+    object: Literal["adapter"]
+    name: str
+    digest: str
+    deleted: Literal[True]
+
+
+class VersionObject(AdapterReceipt):
+    current: bool
+    staged: bool
+    share: float
+
+
+class Versions(TypedDict):
+    object: Literal["list"]
+    name: str
+    split: dict[str, float] | None
+    data: list[VersionObject]
+
+
+class PinObject(TypedDict):
+    object: Literal["adapter.pin"]
+    name: str
+    pinned: bool
+    digests: list[str]
+    bytes_on_device: int
+
+
+class Residency(TypedDict):
+    object: Literal["adapter.residency"]
+    name: str
+    digests: list[str]
+    seconds: float
+
+
+class MeanLogprobs(TypedDict):
+    adapter: float
+    base: float
+
+
+class Difference(TypedDict):
+    mean: float
+    max: float
+
+
+class Verification(TypedDict):
+    object: Literal["adapter.verification"]
+    name: str
+    digest: str
+    prompt_tokens: int
+    changes_anything: bool
+    mean_logprob: MeanLogprobs
+    logprob_difference: Difference
+    difference_from_peft: Difference | None
+
+
+class CheckpointFile(TypedDict):
+    name: str
+    bytes: int
+
+
+class MergedCheckpoint(TypedDict):
+    dtype: str
+    bytes: int
+    files: list[CheckpointFile]
+
+
+class MergeObject(TypedDict):
+    object: Literal["merge"]
+    name: str
+    digest: str
+    checkpoint: NotRequired[MergedCheckpoint | None]
+    resident: NotRequired[ResidentMerge | None]
+
+
+class DeletedMerge(TypedDict):
+    object: Literal["merge"]
+    name: str
+    digest: str
+    deleted: list[Literal["checkpoint", "resident"]]
+
+
+# --- training ---------------------------------------------------------------------------------------
+
+
+class FileObject(TypedDict):
+    """`report` counts what checking the file found."""
+
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: str
+    status: Literal["processed"]
+    expires_at: None
+    status_details: str | None
+    report: dict[str, int] | None
+
+
+class JobObject(TypedDict):
+    """`lora`, `training`, `step` and `total_steps` are ours."""
+
+    id: str
+    object: Literal["fine_tuning.job"]
+    created_at: int
+    finished_at: int | None
+    estimated_finish: int | None
+    error: JobError | None
+    fine_tuned_model: str | None
+    hyperparameters: dict[str, Any]
+    model: str
+    organization_id: str
+    result_files: list[str]
+    seed: int
+    status: JobStatus
+    trained_tokens: int | None
+    training_file: str
+    validation_file: str | None
+    integrations: list[dict[str, Any]] | None
+    metadata: dict[str, str] | None
+    method: dict[str, Any]
+    lora: dict[str, Any]
+    training: dict[str, Any]
+    step: int
+    total_steps: int | None
+
+
+class EventObject(TypedDict):
+    id: str
+    object: Literal["fine_tuning.job.event"]
+    created_at: int
+    level: Literal["info", "warn", "error"]
+    message: str
+    type: Literal["message", "metrics"]
+    data: dict[str, Any] | None
+
+
+class CheckpointObject(TypedDict):
+    id: str
+    object: Literal["fine_tuning.job.checkpoint"]
+    created_at: int
+    fine_tuned_model_checkpoint: str | None
+    fine_tuning_job_id: str
+    step_number: int
+    metrics: dict[str, float | None]
+
+
+class Estimate(TypedDict):
+    """Bytes; `activations` and `total` by memory mode. `mode` is the faster one that fits, null when neither does."""
+
+    object: Literal["fine_tuning.estimate"]
+    parameters: int
+    tokens: int
+    base: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    checkpoint: int
+    activations: dict[MemoryMode, int]
+    total: dict[MemoryMode, int]
+    available: int
+    mode: MemoryMode | None
+
+
+class Scores(TypedDict):
+    base: Score
+    adapter: Score | None
+
+
+class EvaluationObject(TypedDict):
+    """`results.adapter` is null when the base itself is evaluated."""
+
+    id: str
+    object: Literal["evaluation"]
+    status: EvaluationStatus
+    created_at: int
+    finished_at: int | None
+    model: str
+    digest: str | None
+    file: str
+    examples: int | None
+    tokens: int | None
+    results: Scores | None
+    error: JobError | None
+
+
+# --- the server -------------------------------------------------------------------------------------
+
+
+class Health(TypedDict):
+    status: Literal["ok"]
+
+
+class Readiness(TypedDict):
+    """`error` says what is missing."""
+
+    status: Literal["ready", "unavailable"]
+    engine_pid: int | None
+    base_digest: str | None
+    int8_drift: Drift | None
+    error: NotRequired[ErrorDetail]
+
+
+class Version(TypedDict):
+    version: str

@@ -1,0 +1,180 @@
+"""The OpenAPI 3.1 document of the application, made of its operations: their signatures, docstrings and errors."""
+
+import inspect
+import re
+import sys
+from collections.abc import Sequence
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from pydantic.json_schema import models_json_schema
+
+from server.errors import (
+    InvalidApiKey,
+    InvalidRequest,
+    LorakeetError,
+    NotFound,
+    RequestTimeout,
+    RequestTooLarge,
+    Unavailable,
+    UnsupportedMediaType,
+)
+from server.http.middleware import OPEN_PATHS
+from server.http.objects import ErrorObject
+from server.http.operations import Operation
+from server.settings import Settings
+
+_COMPONENTS = "#/components/schemas/"
+_DESCRIPTION = """One quantised base model, many LoRA adapters, fine-tuning beside them.
+
+`null` means not given. A field that is not listed is refused, unless it is `null`. Every answer has an `X-Request-Id`;
+what an adapter answered has its digest in `X-Adapter-Digest`. 429 and 503 say in `Retry-After` when to come again."""
+
+
+def document(operations: Sequence[Operation], settings: Settings, version: str) -> dict[str, Any]:
+    """The whole document, plain data. Every operation is in it."""
+    answers = [
+        kind for o in operations for kind in (o.answers, o.events) if not (kind is None or isinstance(kind, str))
+    ]
+    kinds = [ErrorObject, *answers]
+    refs, schemas = msgspec.json.schema_components(kinds, ref_template=f"{_COMPONENTS}{{name}}")
+    bodies = {kind: (kind, "validation") for o in operations for kind in o.bodies}
+    named, definitions = models_json_schema(list(bodies.values()), ref_template=f"{_COMPONENTS}{{model}}")  # type: ignore[arg-type]
+    schemas |= definitions.get("$defs", {})
+    known = dict(zip(map(repr, kinds), refs, strict=True)) | {repr(kind): ref for (kind, _), ref in named.items()}
+    paths: dict[str, dict[str, Any]] = {}
+    for operation in operations:
+        path = re.sub(r"{(\w+):path}", r"{\1}", operation.path)
+        paths.setdefault(path, {})[operation.method.lower()] = _operation(operation, settings, known)
+    secured = {"security": [{"key": []}]} if settings.api_key else {}
+    schemes = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}} if settings.api_key else {}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Lorakeet", "version": version, "description": _DESCRIPTION},
+        "tags": [{"name": tag, "description": text} for tag, text in dict(map(_tag, operations)).items()],
+        "paths": paths,
+        "components": {"schemas": _untitled(dict(sorted(schemas.items())))} | schemes,
+    } | secured
+
+
+def refusals(operation: Operation, settings: Settings) -> dict[int, list[type[LorakeetError]]]:
+    """The errors that an operation answers with, by status."""
+    found: list[type[LorakeetError]] = []
+    if operation.path not in OPEN_PATHS:
+        found += [InvalidApiKey, Unavailable] if settings.api_key else [Unavailable]
+    if operation.bodies or operation.form:
+        found += [InvalidRequest, RequestTimeout, RequestTooLarge]
+    if operation.bodies:
+        found.append(UnsupportedMediaType)
+    if operation.param_convertors:
+        found += [InvalidRequest, NotFound]
+    if operation.query:
+        found.append(InvalidRequest)
+    by_status: dict[int, list[type[LorakeetError]]] = {}
+    for error in dict.fromkeys([*found, *operation.refuses]):
+        by_status.setdefault(error.status, []).append(error)
+    return dict(sorted(by_status.items()))
+
+
+def _operation(operation: Operation, settings: Settings, known: dict[str, Any]) -> dict[str, Any]:
+    summary, _, more = inspect.cleandoc(operation.handler.__doc__ or "").partition("\n\n")
+    described: dict[str, Any] = {
+        "operationId": operation.name,
+        "summary": " ".join(summary.split()),
+        "tags": [_tag(operation)[0]],
+        "parameters": _parameters(operation),
+        "responses": _responses(operation, settings, known),
+    }
+    if more:
+        described["description"] = more
+    if content := _request_content(operation, settings, known):
+        required = operation.body_required or operation.form is not None
+        described["requestBody"] = {"required": required, "content": content}
+    if operation.path in OPEN_PATHS:
+        described["security"] = []
+    return described
+
+
+def _tag(operation: Operation) -> tuple[str, str]:
+    """The resource's module, and what its docstring says first."""
+    module = sys.modules[operation.handler.__module__]
+    return module.__name__.rpartition(".")[2], inspect.cleandoc(module.__doc__ or "").partition("\n")[0]
+
+
+def _parameters(operation: Operation) -> list[dict[str, Any]]:
+    parameters: list[dict[str, Any]] = []
+    for name in operation.param_convertors:
+        text = {"description": "May have slashes."} if f"{{{name}:path}}" in operation.path else {}
+        parameters.append({"name": name, "in": "path", "required": True, "schema": {"type": "string"}} | text)
+    if operation.query is not None:
+        schema = _untitled(operation.query.model_json_schema())
+        for name, property_ in schema["properties"].items():
+            style = {"style": "deepObject", "explode": True} if property_.get("type") == "object" else {}
+            parameters.append({"name": name, "in": "query", "schema": _not_null(property_)} | style)
+    for name, text in operation.headers.items():
+        parameters.append({"name": name, "in": "header", "schema": {"type": "string"}, "description": text})
+    return parameters
+
+
+def _request_content(operation: Operation, settings: Settings, known: dict[str, Any]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    if operation.form is not None:
+        parts = operation.form(settings, Path())
+        properties = {
+            name: {
+                "type": "string",
+                "maxLength": part.max_bytes,
+                **({} if part.path is None else {"contentMediaType": "application/octet-stream"}),
+            }
+            for name, part in parts.items()
+        }
+        content["multipart/form-data"] = {
+            "schema": {
+                "type": "object",
+                "properties": properties,
+                "required": [name for name, part in parts.items() if part.required],
+                "additionalProperties": False,
+            }
+        }
+    if operation.bodies:
+        refs = [known[repr(kind)] for kind in operation.bodies]
+        content["application/json"] = {"schema": refs[0] if len(refs) == 1 else {"anyOf": refs}}
+    return content
+
+
+def _responses(operation: Operation, settings: Settings, known: dict[str, Any]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    if isinstance(operation.answers, str):
+        content[operation.answers] = {}
+    elif operation.answers is not None:
+        content["application/json"] = {"schema": known[repr(operation.answers)]}
+    if operation.events is not None:
+        event = known[repr(operation.events)]
+        content["text/event-stream"] = {"schema": {"type": "string", "contentSchema": event}}
+    responses: dict[str, Any] = {
+        str(status): {"description": HTTPStatus(status).phrase, "content": content} for status in operation.statuses
+    }
+    error = {"application/json": {"schema": known[repr(ErrorObject)]}}
+    for status, errors in refusals(operation, settings).items():
+        texts = [(kind.__doc__ or "").partition(": ")[2].partition("\n")[0] for kind in errors]
+        described = {"description": " ".join(text[:1].upper() + text[1:] for text in texts), "content": error}
+        responses.setdefault(str(status), described)
+    return responses
+
+
+def _not_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """A query has no null: that of a parameter which may be missing goes away."""
+    kinds = [kind for kind in schema.get("anyOf", ()) if kind != {"type": "null"}]
+    rest = {key: value for key, value in schema.items() if key != "anyOf" and (key, value) != ("default", None)}
+    return rest | kinds[0] if kinds else rest
+
+
+def _untitled(schema: Any) -> Any:
+    """Without the titles that repeat a name in capitals."""
+    if isinstance(schema, list):
+        return [_untitled(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {key: _untitled(value) for key, value in schema.items() if key != "title" or not isinstance(value, str)}

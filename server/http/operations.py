@@ -1,0 +1,96 @@
+"""Operations: routes that say all that they read and answer, so that the OpenAPI document need not be told again.
+
+A handler declares its JSON body and its query by its signature, and gets them read and checked:
+
+    async def create_evaluation(request: Request, body: EvaluationBody) -> Response: ...
+    async def list_evaluations(request: Request, query: PageQuery) -> Response: ...
+
+A body with a default may be left out; of several (`A | B`) the first is taken whose required fields are given.
+"""
+
+import inspect
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+from starlette.requests import Request
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from server.errors import AdapterDamaged, Conflict, LorakeetError, ModelNotFound, StorageFull, TooManyRequests
+from server.http.body import read_as
+from server.http.multipart import Part
+from server.http.paging import Query, read_query
+from server.openai.body import Body
+from server.settings import Settings
+
+OPENING = (ModelNotFound, Conflict, AdapterDamaged)  # refusals of what opens a version of an adapter
+PUBLISHING = (Conflict, TooManyRequests, StorageFull)  # of what makes one
+
+Form = Callable[[Settings, Path], Mapping[str, Part]]  # the parts of a multipart body; files go to the directory
+
+
+class Operation(Route):
+    """One method of one path.
+
+    Args:
+        answers: the type of the JSON answer (of msgspec's kinds), or another answer's media type; None: no content.
+        events: the type of a server-sent event, where the answer may be a stream of them.
+        statuses: of answers.
+        refuses: errors that its kind of request does not bring with it (`openapi.refusals`).
+        headers: request headers with a meaning, and that meaning.
+        form: the parts of a multipart body, which the handler reads itself.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        path: str,
+        handler: Callable[..., Awaitable[ASGIApp]],
+        *,
+        answers: Any = None,
+        events: Any = None,
+        statuses: Sequence[int] = (200,),
+        refuses: Sequence[type[LorakeetError]] = (),
+        headers: Mapping[str, str] | None = None,
+        form: Form | None = None,
+    ) -> None:
+        hints = get_type_hints(handler)
+        declared = hints.get("body", NoneType)
+        self.handler = handler
+        self.bodies: list[type[Body]] = [kind for kind in get_args(declared) or [declared] if kind is not NoneType]
+        self.query: type[Query] | None = hints.get("query")
+        self.answers = answers
+        self.events = events
+        self.statuses = statuses
+        self.refuses = refuses
+        self.headers = headers or {}
+        self.form = form
+        self.method = method
+        self.body_required = (
+            bool(self.bodies) and inspect.signature(handler).parameters["body"].default is inspect.Parameter.empty
+        )
+        super().__init__(path, self._respond, methods=[method], name=handler.__name__)
+
+    async def _respond(self, request: Request) -> ASGIApp:
+        given: dict[str, Any] = {}
+        if self.query is not None:
+            given["query"] = read_query(request, self.query)
+        if self.bodies and (self.body_required or self._has_json(request)):
+            given["body"] = await read_as(request, self._validate)
+        return await self.handler(request, **given)
+
+    def _has_json(self, request: Request) -> bool:
+        """Whether a body that may be left out is there."""
+        if self.form is not None:
+            return "json" in request.headers.get("content-type", "")
+        return "transfer-encoding" in request.headers or request.headers.get("content-length", "0") != "0"
+
+    def _validate(self, data: Any) -> Body:
+        *others, last = self.bodies
+        for kind in others:
+            required = [name for name, field in kind.model_fields.items() if field.is_required()]
+            if isinstance(data, dict) and all(data.get(name) is not None for name in required):
+                return kind.validate_object(data)
+        return last.validate_object(data)

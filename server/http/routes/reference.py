@@ -1,0 +1,41 @@
+"""`/openapi.json` and `/docs`: this API, for programs and for people.
+
+Where the server has keys they need one, like all else: what a closed server can do is its users' matter.
+"""
+
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+
+from server.http import openapi, reference
+from server.http.operations import Operation
+from server.http.routes.health import VERSION
+from server.services import services_of
+
+
+async def get_openapi(request: Request) -> Response:
+    """The OpenAPI 3.1 document."""
+    return JSONResponse(_document(request))
+
+
+async def get_docs(request: Request) -> Response:
+    """The same as a page, without scripts."""
+    headers = {"Content-Security-Policy": reference.CONTENT_SECURITY_POLICY, "X-Content-Type-Options": "nosniff"}
+    return HTMLResponse(reference.html(_document(request)), headers=headers)
+
+
+def _document(request: Request) -> dict[str, Any]:
+    """Made once, when first asked for: it takes a tenth of a second."""
+    state = request.app.state
+    if not hasattr(state, "openapi"):
+        operations = [route for route in request.app.routes if isinstance(route, Operation)]
+        state.openapi = openapi.document(operations, services_of(request).settings, VERSION)
+    document: dict[str, Any] = state.openapi
+    return document
+
+
+routes = [
+    Operation("GET", "/openapi.json", get_openapi, answers=dict[str, Any]),
+    Operation("GET", "/docs", get_docs, answers="text/html"),
+]
