@@ -29,7 +29,7 @@ from loadtest import (
     kernels,
     loading,
     machine,
-    readme,
+    pages,
     registered,
     report,
     speculation,
@@ -296,7 +296,7 @@ def bench(model_dir: ModelDir = None, rounds: Rounds = 3, cell_seconds: CellSeco
     Console().print(kernels.table(measured))
     result = _compare(None, None, model_dir, rounds, cell_seconds, None)
     circumstances = result["machine"]
-    prefix = readme.results_folder() / f"{circumstances['date'][:10]}-{machine.slug(circumstances)}"
+    prefix = pages.results_folder() / f"{circumstances['date'][:10]}-{machine.slug(circumstances)}"
     _show(result | {"kernels": measured}, prefix)
 
 
@@ -353,11 +353,11 @@ def _show(result: dict[str, Any], out: Path | None) -> None:
     typer.echo(text)
     if out is not None:
         report.write_json(out.with_suffix(".json"), result)
-        out.with_suffix(".md").write_text(readme.section(result, f"{out.name}.json"), "utf-8")
+        out.with_suffix(".md").write_text(pages.section(result, f"{out.name}.json"), "utf-8")
         notes.print(f"written: {out}.json, {out}.md")
 
 
-# --- peers, README -------------------------------------------------------------------------------------------------
+# --- peers, pages --------------------------------------------------------------------------------------------------
 
 
 @peers_app.command("list")
@@ -377,14 +377,14 @@ def install_peer(name: Annotated[str, typer.Argument(help=f"One of {', '.join(RE
     typer.echo(f"{name}: installed")
 
 
-@app.command("readme")
-def write_readme(
-    file: Annotated[Path, typer.Option(help="The file with the marked block.")] = Path("README.md"),
+@app.command("docs")
+def write_docs(
+    root: Annotated[Path, typer.Option(help="The checkout to write in.")] = Path(),
     result: Annotated[Path | None, typer.Option(help="A result of `bench` [default: the newest].")] = None,
 ) -> None:
-    """Rewrite the README's performance section from a result file."""
-    changed = readme.rewrite(file, result or readme.newest(readme.results_folder()))
-    typer.echo(f"{file}: {'rewritten' if changed else 'was current'}")
+    """Rewrite the figures in README.md and docs/performance.md from a result file."""
+    for page in pages.rewrite_all(root, result or pages.newest(pages.results_folder())):
+        typer.echo(f"{page}: rewritten")
 
 
 def main() -> None:
@@ -393,7 +393,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         app()
-    except (ScenarioError, SideError, readme.ReadmeError, kernels.KernelsError, json.JSONDecodeError) as error:
+    except (ScenarioError, SideError, pages.PageError, kernels.KernelsError, json.JSONDecodeError) as error:
         notes.print("[red]error:[/red]", escape(str(error)))
         raise SystemExit(1) from None
 

@@ -127,6 +127,29 @@ def _apply(function: Callable[[float, float], float], first: float | None, secon
 
 # --- Markdown ------------------------------------------------------------------------------------------------------
 
+_PEERS = {
+    "llama-server": ("llama", "llama-q4_0"),
+    "llama-server, one adapter for all": ("llama-static", "llama-q4_0-static"),
+    "vLLM (CPU)": ("vllm", "vllm-bf16"),
+    "PEFT + bitsandbytes": ("peft", "peft-bf16", "peft-switching"),
+}
+_SUMMARY = (("one", "decode"), ("eight", "decode"), ("whole", "whole"))
+
+
+def summary(result: Result) -> str:
+    """A small table: our median and, for each peer, its best one and ours as a multiple of it."""
+    titles = {case["name"]: case["title"] for case in result["cases"]}
+    rows = []
+    for case, quantity in _SUMMARY:
+        if (mine := figure(result, case, "lorakeet", quantity)) is None:
+            continue
+        row = [titles[case], f"**{mine:.0f}**"]
+        for sides in _PEERS.values():
+            rivals = [value for side in sides if (value := figure(result, case, side, quantity)) is not None]
+            row.append(f"{max(rivals):.0f} ({mine / max(rivals):.1f}x)" if rivals else "")
+        rows.append(row)
+    return _table(["", "Lorakeet", *_PEERS], rows)
+
 
 def markdown(result: Result) -> str:
     """The tables of a result: every case's figures, then every claim with its verdict."""

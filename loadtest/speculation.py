@@ -24,6 +24,7 @@ DRAFTS = 8
 TOKENS = 64  # of an answer, at most
 ALONE, TOGETHER = 4, 8  # requests one after the other, and at once
 MOST_SLOWER = 0.05
+PROSE = Path(__file__).parents[1] / "docs/guides/adapters.md"  # texts to quote, edit and summarise
 TOPICS = (
     *("a lighthouse", "two rival bakers", "the last train", "a lost letter"),
     *("winter in Oslo", "a clockmaker", "an honest thief", "the deep sea"),
@@ -91,7 +92,7 @@ def _body(words: str) -> Body:
 
 async def measure(kit: Kit, *, rounds: int, report: Report) -> dict[str, Any]:
     """Run everything on a server of its own; JSON values."""
-    chosen = tasks(passages((Path(__file__).parents[1] / "README.md").read_text("utf-8")))
+    chosen = tasks(passages(PROSE.read_text("utf-8")))
     side = Lorakeet(upload=False)
     try:
         await side.start(kit)

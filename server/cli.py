@@ -51,10 +51,9 @@ def lorakeet(
 
 def _flag(row: Setting) -> inspect.Parameter:
     """One setting as a parameter that typer makes an option of; None means that it was not given."""
-    declaration = f"{row.flag}/--no-{row.flag[2:]}" if row.is_bool else row.flag
     metavar = None if row.is_bool else "|".join(row.choices or ["VALUE"])
     option = typer.Option(
-        declaration, help=f"{row.help} [default: {row.shown_default}]", metavar=metavar, show_default=False
+        *row.declarations, help=f"{row.help} [default: {row.shown_default}]", metavar=metavar, show_default=False
     )
     kind: Any = bool if row.is_bool else list[str] if row.repeatable else str
     return inspect.Parameter(

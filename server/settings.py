@@ -1,7 +1,8 @@
 """Every setting of the server, once: its name, type, default, range and explanation.
 
-The command line's flags, the `LORAKEET_*` variables and the README's table are made from this one definition.
-Precedence: flag, then environment, then default. Nothing here acts on a setting.
+The command line's flags, the `LORAKEET_*` variables and the table of docs/reference/settings.md are made from this one
+definition.
+Precedence: flag, then environment, then default. Aliases are flags only.
 """
 
 # ruff: noqa: RUF009  # `_setting` is `dataclasses.field` with our metadata
@@ -85,11 +86,17 @@ class Setting:
     minimum: float | None
     maximum: float | None
     repeatable: bool
+    aliases: tuple[str, ...]
 
     @property
     def flag(self) -> str:
         """The command line's flag. A boolean also has `--no-...`."""
         return "--" + self.name.replace("_", "-")
+
+    @property
+    def declarations(self) -> list[str]:
+        """The flag and its aliases, as typer declares options."""
+        return [f"{flag}/--no-{flag[2:]}" if self.is_bool else flag for flag in (self.flag, *self.aliases)]
 
     @property
     def env(self) -> str:
@@ -133,6 +140,7 @@ def _setting(
     repeatable: bool = False,
     shown: str | None = None,
     secret: bool = False,
+    vllm: str | None = None,
 ) -> Any:
     metadata = {
         "help": help,
@@ -142,6 +150,7 @@ def _setting(
         "maximum": maximum,
         "repeatable": repeatable,
         "shown": shown,
+        "aliases": (vllm,) if vllm else (),  # flags by which vLLM's users look for it
     }
     if callable(default):
         return field(default_factory=default, metadata=metadata)
@@ -246,6 +255,7 @@ class Settings:
         minimum=MIB,
         maximum=2**50,
         shown="a share of what is free",
+        vllm="--kv-cache-memory-bytes",
     )
     adapter_bytes: int | None = _setting(
         None,
@@ -286,9 +296,14 @@ class Settings:
         minimum=16,
         maximum=2**20,
         shown="256 on a CPU, 2048 on CUDA",
+        vllm="--max-num-batched-tokens",
     )
-    max_batch_requests: int = _setting(32, "Most sequences in one step.", parse=_integer, minimum=1, maximum=4096)
-    prefix_caching: bool = _setting(True, "Reuse the KV of prompts that begin alike.", parse=parse_bool)
+    max_batch_requests: int = _setting(
+        32, "Most sequences in one step.", parse=_integer, minimum=1, maximum=4096, vllm="--max-num-seqs"
+    )
+    prefix_caching: bool = _setting(
+        True, "Reuse the KV of prompts that begin alike.", parse=parse_bool, vllm="--enable-prefix-caching"
+    )
     deterministic: bool = _setting(
         False,
         "On a GPU, fix all tiles and splits: a request's tokens are the same to the bit whatever runs beside it, at a "
@@ -315,7 +330,7 @@ class Settings:
 
     # --- adapters
     adapter: tuple[str, ...] = _setting(
-        (), "An adapter to serve from the start, as NAME=DIR.", repeatable=True, shown="none"
+        (), "An adapter to serve from the start, as NAME=DIR.", repeatable=True, shown="none", vllm="--lora-modules"
     )
     adapter_dir: Path | None = _setting(
         None,
@@ -480,20 +495,24 @@ def settings_fields() -> list[Setting]:
                 minimum=metadata["minimum"],
                 maximum=metadata["maximum"],
                 repeatable=metadata["repeatable"],
+                aliases=metadata["aliases"],
             )
         )
     return rows
 
 
 def settings_table() -> str:
-    """The README's table, in Markdown."""
-    lines = ["| Flag | Variable | Default | Meaning |", "|---|---|---|---|"]
+    """The table of docs/reference/settings.md, in Markdown."""
+    lines = ["| Flag | Alias | Variable | Default | Meaning |", "|---|---|---|---|---|"]
     for row in settings_fields():
-        flag = f"`{row.flag}`, `--no-{row.flag[2:]}`" if row.is_bool and row.default else f"`{row.flag}`"
+        flag, *aliases = (
+            f"`{declared.replace('/', '`, `')}`" if row.default else f"`{declared.partition('/')[0]}`"
+            for declared in row.declarations
+        )
         meaning = row.help
         if row.choices:
             meaning += " One of " + ", ".join(f"`{choice}`" for choice in row.choices) + "."
         if row.repeatable:
             meaning += " Repeatable; comma-separated in the variable."
-        lines.append(f"| {flag} | `{row.env}` | {row.shown_default} | {meaning} |")
+        lines.append(f"| {flag} | {', '.join(aliases)} | `{row.env}` | {row.shown_default} | {meaning} |")
     return "\n".join(lines) + "\n"

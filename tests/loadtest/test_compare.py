@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from loadtest import cases, claims, kernels, readme
+from loadtest import cases, claims, kernels, pages
 from loadtest.client import Timeline
 from loadtest.compare import Case, Cell, Comparison, compare
 from loadtest.peers.base import Kit, Side, SideError, Work
@@ -241,7 +241,7 @@ def test_kernels_are_judged_by_their_worst_shape() -> None:
     assert "10.0x" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
-# --- README --------------------------------------------------------------------------------------------------------
+# --- pages ---------------------------------------------------------------------------------------------------------
 
 MACHINE = {
     "date": "2026-01-02T03:04:05+00:00",
@@ -255,31 +255,38 @@ MACHINE = {
 }
 
 
-def test_the_readme_block_is_rewritten_from_a_result(tmp_path: Path) -> None:
-    page = tmp_path / "README.md"
-    page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+def test_the_pages_are_rewritten_from_a_result(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    readme, full = tmp_path / "README.md", tmp_path / "docs/performance.md"
+    for page in (readme, full):
+        page.write_text(f"before\n{pages.BEGIN}\nold\n{pages.END}\nafter\n")
     file = tmp_path / "2026-01-02-a.json"
-    cell = result(eight__lorakeet=100) | {"kind": "compare", "machine": MACHINE}
+    cell = result(eight__lorakeet=100, eight__peft=8, **{"eight__peft-bf16": 10}) | {
+        "kind": "compare",
+        "machine": MACHINE,
+    }
     cell["cells"]["eight"]["llama"] = {"error": "x"}
     file.write_text(json.dumps(cell))
     (tmp_path / "2025-12-31-b.json").write_text('{"kind": "compare"}')
     (tmp_path / "2026-01-03-c.json").write_text('{"kind": "kernels"}')
-    assert readme.newest(tmp_path) == file
-    assert readme.rewrite(page, file)
-    text = page.read_text()
-    assert "old" not in text
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
+    assert pages.newest(tmp_path) == file
+    assert pages.rewrite_all(tmp_path, file) == [readme, full]
+    for text in (readme.read_text(), full.read_text()):
+        assert "old" not in text
+        assert text.startswith("before\n")
+        assert text.endswith("after\n")
+    assert "| **100** |  |  |  | 10 (10.0x) |" in readme.read_text()
+    text = full.read_text()
     assert "100.0 (100.0-100.0)" in text
     assert "**vllm**: not measured, not installed" in text
     assert "2026-01-02-a.json" in text
-    assert not readme.rewrite(page, file)
+    assert not pages.rewrite_all(tmp_path, file)
 
 
-def test_a_readme_without_the_block_is_refused(tmp_path: Path) -> None:
+def test_a_page_without_the_block_is_refused(tmp_path: Path) -> None:
     page = tmp_path / "README.md"
     page.write_text("nothing")
-    with pytest.raises(readme.ReadmeError, match="block"):
-        readme.rewrite(page, page)
-    with pytest.raises(readme.ReadmeError, match="no comparison"):
-        readme.newest(tmp_path / "empty")
+    with pytest.raises(pages.PageError, match="block"):
+        pages.rewrite(page, "block")
+    with pytest.raises(pages.PageError, match="no comparison"):
+        pages.newest(tmp_path / "empty")

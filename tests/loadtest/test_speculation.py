@@ -2,15 +2,13 @@
 
 from pathlib import Path
 
-from loadtest.speculation import ALONE, TOGETHER, Cell, passages, run, summary, table, tasks
+from loadtest.speculation import ALONE, PROSE, TOGETHER, Cell, passages, run, summary, table, tasks
 from server.messages.protocol import Generate
 from tests.support.scripted import TEXT, encode, serving
 
-ROOT = Path(__file__).parents[2]
 
-
-def test_the_readme_has_enough_prose() -> None:
-    prose = passages((ROOT / "README.md").read_text("utf-8"))
+def test_the_documentation_has_enough_prose() -> None:
+    prose = passages(PROSE.read_text("utf-8"))
     assert len(prose) >= TOGETHER
     assert not any(mark in passage for passage in prose for mark in ("```", "<!--", "| ", "**"))
     assert {len(task.bodies) for task in tasks(prose)} == {TOGETHER}

@@ -85,7 +85,7 @@ def test_every_setting_is_a_flag_with_its_explanation(
     assert run(monkeypatch, "serve", "--help") == 0
     shown = "".join(capsys.readouterr().out.split())
     for row in settings_fields():
-        assert row.flag in shown
+        assert all(flag in shown for flag in (row.flag, *row.aliases))
         assert "".join(row.help.split()) in shown
 
 
@@ -104,6 +104,19 @@ def test_flags_become_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert settings.prefix_caching is False
     assert settings.data_dir == tmp_path
     assert settings.model == Settings().model
+
+
+def test_vllms_flags_become_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    served: list[Settings] = []
+    monkeypatch.setattr(app, "serve", served.append, raising=False)
+    flags = ["--max-num-seqs", "4", "--max-num-batched-tokens", "64", "--kv-cache-memory-bytes", "64MiB"]
+    flags += ["--lora-modules", "a=x", "--adapter", "b=y", "--no-enable-prefix-caching"]
+    assert run(monkeypatch, "serve", *flags) == 0
+    assert run(monkeypatch, "serve", "--enable-prefix-caching") == 0
+    assert [settings.prefix_caching for settings in served] == [False, True]
+    settings = served[0]
+    assert (settings.max_batch_requests, settings.max_batch_tokens, settings.kv_cache_bytes) == (4, 64, 64 * 1024**2)
+    assert settings.adapter == ("a=x", "b=y")
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,27 @@ def test_every_field_is_a_row_with_flag_variable_and_help() -> None:
         assert row.help.endswith(".")
         assert f"`{row.flag}`" in settings_table()
         assert f"`{row.env}`" in settings_table()
+        assert all(f"`{alias}`" in settings_table() for alias in row.aliases)
+
+
+def test_vllms_names_are_aliases() -> None:
+    aliases = {alias: row.flag for row in settings_fields() for alias in row.aliases}
+    assert aliases == {
+        "--max-num-seqs": "--max-batch-requests",
+        "--max-num-batched-tokens": "--max-batch-tokens",
+        "--enable-prefix-caching": "--prefix-caching",
+        "--kv-cache-memory-bytes": "--kv-cache-bytes",
+        "--lora-modules": "--adapter",
+    }
+    # Named alike on both sides.
+    assert {"--model", "--served-model-name", "--max-model-len", "--dtype", "--quantization", "--api-key"} <= {
+        row.flag for row in settings_fields()
+    }
+
+
+def test_no_flag_is_declared_twice() -> None:
+    declared = [flag for row in settings_fields() for both in row.declarations for flag in both.split("/")]
+    assert len(declared) == len(set(declared))
 
 
 @pytest.mark.parametrize("row", settings_fields(), ids=lambda row: row.name)
