@@ -6,7 +6,7 @@ Trusts the files: they are the operator's. Knows nothing of adapters.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +41,16 @@ class Outline:
         for path in sorted(directory / name for name in names):
             parameters |= _parameters(path)
         return cls(parameters)
+
+    def loaded(self, *, tied: bool) -> "Outline":
+        """The outline of the model as it was loaded: `tied` when head and embedding became one matrix.
+
+        A checkpoint may hold the head of a tied base once more, and the loaded model has one matrix all the same.
+        """
+        head = self._named(HEAD)
+        if not tied or head is None or self.embedding is None:
+            return self
+        return replace(self, parameters={name: p for name, p in self.parameters.items() if name != f"{head}.weight"})
 
     @property
     def embedding(self) -> str | None:

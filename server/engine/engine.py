@@ -129,7 +129,7 @@ class Engine:
         if config.sketch_head:
             model.sketch_head(base)
         kernels.prepare([linear.weight for linear in base.linears], base.dtype)
-        max_model_len = min(config.max_model_len or base.max_model_len, base.max_model_len)
+        max_model_len = base.context_length(config.max_model_len)
         num_blocks = _num_blocks(base, config.kv_cache_bytes)
         if num_blocks * BLOCK_SIZE < max_model_len:
             if config.max_model_len is not None:
@@ -181,6 +181,7 @@ class Engine:
             device=str(base.device),
             dtype=str(base.dtype).removeprefix("torch."),
             int8_drift=self.int8_drift,
+            tied=base.tied,
         )
 
     # --- requests ------------------------------------------------------------------------------------------

@@ -1,35 +1,55 @@
 """Before a base serves for the first time: does our engine agree with stock transformers on it?
 
-A custom attention function gets no mask from transformers and is trusted to do right, so every new base scores one
-prompt both ways, longer than its sliding window. What passed is remembered by digest and versions.
+A custom attention function gets no mask from transformers and is trusted to do right, and a family may keep state or
+count positions where the engine cannot see it. So every new base first answers two requests of one batch, one of them
+through a random adapter on every linear, in several chunks and ten decoded tokens; all of it is compared with stock
+eager attention over the same tokens at once. What passed is remembered by digest and versions.
 """
 
 import hashlib
+import inspect
 import json
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import save_file
+from torch import Tensor
 
+from adapters.device.lora import LoraLinear
 from adapters.kernels import native, triton
+from adapters.peft_format import directory as adapter_format
 from server.engine.engine import Engine
-from server.messages.protocol import Generate, Sampling
+from server.messages.protocol import AdapterRef, Forget, Generate, Sampling, TokenLogprob
 from server.model import attention
-from server.model.base import UnservableModel
+from server.model.base import Base, UnservableModel, refusing
 
-SCORED = 64  # prompt positions compared, the last ones
+REVISION = 2  # of this check: what passed an earlier one is checked again
+SCORED = 64  # prompt positions compared, the last ones of the first chunk
+PLAIN = 48  # prompt tokens of the request without an adapter
+DECODED = 10
+ALTERNATIVES = 20  # log-probabilities compared at each drawn token, beside its own
+RANK = 4
+B_STD = 0.05  # of the adapter's B: about a tenth of what usual weights give
 TOLERANCE = {torch.float32: 5e-3}  # of a log-probability; bf16 and fp16 get LOOSE
 LOOSE = 0.5
+_POLL_SECONDS = 1e-3
 
 
 def run(engine: Engine, cache_dir: Path) -> None:
     """Compare and remember. Raises UnservableModel when the two disagree."""
     identity = [engine.base_digest, engine.base.architecture, str(engine.base.device), transformers.__version__]
-    name = hashlib.sha256(json.dumps([*identity, torch.__version__]).encode()).hexdigest()[:24]
+    name = hashlib.sha256(json.dumps([*identity, torch.__version__, REVISION]).encode()).hexdigest()[:24]
     passed = cache_dir / "selfcheck" / name
     if passed.exists():
         return
-    difference = compare(engine)
+    with refusing(engine.base.architecture):
+        check_attention(engine.base)
+        difference = compare(engine)
     limit = TOLERANCE.get(engine.base.dtype, LOOSE)
     if not difference <= limit:  # NaN fails too
         raise UnservableModel(
@@ -40,42 +60,176 @@ def run(engine: Engine, cache_dir: Path) -> None:
     passed.write_text(json.dumps({"digest": engine.base_digest, "difference": difference}))
 
 
-def compare(engine: Engine) -> float:
-    """Largest difference between our log-probabilities of a prompt's tokens and those of stock eager attention.
-
-    The stock side decodes the weights with their own library, so that it shares no kernel with ours.
-    """
-    length = min(max(engine.base.windows) + SCORED + 16, engine.max_model_len - 1)
-    generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(engine.base.vocab_size, (length,), generator=generator).tolist()
-    scored = min(SCORED, length - 1)
-    ours = torch.tensor(_score(engine, prompt)[-scored:])
-    return float((ours - _stock(engine, prompt, scored)).abs().max())
+# --- does attention pass through the server's? ------------------------------------------------------
 
 
-def _score(engine: Engine, prompt: list[int]) -> list[float]:
-    """Log-probability of every prompt token but the first, through scheduler, chunks, blocks and our attention."""
-    sampling = Sampling(max_tokens=0, prompt_logprobs=0)
-    engine.add(Generate(id="selfcheck", prompt=prompt, sampling=sampling))
-    while not engine.idle:
-        for output in engine.step()[0]:
-            if output.error is not None:
-                raise UnservableModel(f"the self-check failed: {output.error}")
-            scores = output.prompt_logprobs or []
-    engine.blocks.reset_cache()
-    return [entry.logprob for entry in scores if entry is not None]
+@dataclass
+class _Recorder:
+    """Attention that computes nothing and notes what it was asked for."""
+
+    entered: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int) -> Tensor:
+        self.entered.append((layer, tuple(k.shape[1:]), tuple(v.shape[1:])))
+        return torch.zeros_like(q)
 
 
 @torch.no_grad()
-def _stock(engine: Engine, prompt: list[int], scored: int) -> torch.Tensor:
-    base, model = engine.base, engine.base.model
-    ids = torch.tensor([prompt], device=base.device)
-    keep = torch.arange(len(prompt) - 1 - scored, len(prompt) - 1, device=base.device)
+def check_attention(base: Base) -> None:
+    """Every layer of the base enters `attend` exactly once in a step, with keys and values of the cache's shape.
+
+    Raises UnservableModel.
+    """
+    recorder = _Recorder()
+    base.slot.attention = recorder
+    try:
+        ids = torch.zeros(1, 2, dtype=torch.long, device=base.device)
+        base.model(input_ids=ids, position_ids=ids, use_cache=False)
+    finally:
+        base.slot.attention = None
+    layers = [layer for layer, _, _ in recorder.entered]
+    if sorted(layers) != list(range(base.num_layers)):
+        raise UnservableModel(
+            f"a step of this {base.architecture} attends {len(layers)} times through the server's cache, "
+            f"{base.num_layers} expected, once in each layer: its attention cannot be served"
+        )
+    expected = (base.kv_heads, base.head_dim)
+    for layer, keys, values in recorder.entered:
+        if keys != expected or values != expected:
+            raise UnservableModel(
+                f"layer {layer} of this {base.architecture} has keys of {keys} and values of {values} heads and "
+                f"features, {expected} expected: layers of several shapes are not served"
+            )
+
+
+# --- does it compute the same? ----------------------------------------------------------------------
+
+
+@dataclass
+class _Answer:
+    """One sequence, and the log-probabilities that the engine gave along it."""
+
+    prompt: list[int]
+    tokens: list[int] = field(default_factory=list)  # drawn after the whole prompt
+    found: list[tuple[int, int, float]] = field(default_factory=list)  # (position before it, token, log-probability)
+
+    def take(self, position: int, entry: TokenLogprob) -> None:
+        """Note what the engine says of the token after `position`."""
+        self.found += [(position, token, logprob) for token, logprob in [(entry.token, entry.logprob), *entry.top]]
+
+
+def compare(engine: Engine) -> float:
+    """Largest difference between our log-probabilities and those of stock eager attention and the adapter's formula.
+
+    The stock side decodes the weights with their own library, so that it shares no kernel with ours. Raises
+    UnservableModel when a request fails.
+    """
+    longest = engine.max_model_len - DECODED
+    length = max(3, min(max(engine.base.windows) + SCORED + 16, longest))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(engine.base.vocab_size, (2, length), generator=generator).tolist()
+    adapted, plain = _Answer(ids[0]), _Answer(ids[1][:PLAIN])
+    with tempfile.TemporaryDirectory(prefix="lorakeet-selfcheck-") as folder:
+        adapter, rows = _random_adapter(engine, Path(folder))
+        try:
+            # Three rounds over growing prompts: what an earlier one computed is in the cache, so each is a chunk.
+            for part in (1, 2, 3):
+                _answer(engine, {"adapted": (adapted, adapter), "plain": (plain, None)}, part)
+        finally:
+            engine.blocks.reset_cache()
+            engine.forget(Forget(id="selfcheck", digest=adapter.digest))
+            engine.take_done()
+    return max(_difference(engine.base, adapted, rows), _difference(engine.base, plain, {}))
+
+
+def _answer(engine: Engine, requests: Mapping[str, tuple[_Answer, AdapterRef | None]], part: int) -> None:
+    """Answer the first `part` thirds of every prompt in one batch; the whole ones are decoded from."""
+    ends = {}
+    for name, (answer, adapter) in requests.items():
+        ends[name] = max(1, len(answer.prompt) * part // 3)
+        sampling = Sampling(
+            max_tokens=DECODED if part == 3 else 1,
+            temperature=0.0,
+            ignore_eos=True,
+            logprobs=min(ALTERNATIVES, engine.base.vocab_size),
+            prompt_logprobs=0 if part == 1 else None,
+        )
+        prompt = answer.prompt[: ends[name]]
+        engine.add(Generate(id=name, prompt=prompt, sampling=sampling, adapters=[adapter] if adapter else []))
+    drawn = dict.fromkeys(requests, 0)
+    while not engine.idle:
+        outputs, _ = engine.step()
+        for output in outputs:
+            if output.error is not None:
+                raise UnservableModel(f"the self-check failed: {output.error}")
+            answer, _ = requests[output.id]
+            scores = output.prompt_logprobs or []
+            for position, score in list(enumerate(scores))[-SCORED:]:
+                if score is not None:
+                    answer.take(position - 1, score)
+            for token, logprob in zip(output.tokens, output.logprobs, strict=True):
+                answer.take(ends[output.id] - 1 + drawn[output.id], logprob)
+                drawn[output.id] += 1
+                if part == 3:
+                    answer.tokens.append(token)
+        if not outputs and engine.loading:
+            time.sleep(_POLL_SECONDS)
+
+
+# --- the stock side ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Mathematics:
+    """An adapter as its formula, for all tokens: linear -> (A [rank, in], B [out, rank]) in fp32, scaling within B."""
+
+    rows: Mapping[str, tuple[Tensor, Tensor]]
+
+    def add(self, linear: LoraLinear, x: Tensor, y: Tensor) -> Tensor:
+        a, b = self.rows[linear.name]
+        return y + (x.float() @ a.T @ b.T).to(y.dtype)
+
+
+@torch.no_grad()
+def _difference(base: Base, answer: _Answer, rows: Mapping[str, tuple[Tensor, Tensor]]) -> float:
+    """Largest difference of an answer from the stock model's over the same tokens at once; NaN stays NaN."""
+    model = base.model
+    ids = torch.tensor([answer.prompt + answer.tokens], device=base.device)
+    positions = sorted({position for position, _, _ in answer.found})
+    keep = torch.tensor(positions, device=base.device)
     model.set_attn_implementation("eager")
+    base.slot.deltas = _Mathematics(rows) if rows else None
     try:
         with native.switched_off(), triton.switched_off():
-            logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[0].float()
+            if "logits_to_keep" in inspect.signature(model.forward).parameters:
+                logits = model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[0]
+            else:
+                logits = model(input_ids=ids, use_cache=False).logits[0, keep]
     finally:
+        base.slot.deltas = None
         model.set_attn_implementation(attention.ATTENTION)
-    following = ids[0, keep + 1]
-    return logits.log_softmax(-1).gather(1, following[:, None])[:, 0].cpu()
+    stock = logits.float().log_softmax(-1).cpu()
+    row_of = {position: row for row, position in enumerate(positions)}
+    index = torch.tensor([(row_of[position], token) for position, token, _ in answer.found])
+    ours = torch.tensor([logprob for _, _, logprob in answer.found])
+    return float((ours - stock[index[:, 0], index[:, 1]]).abs().max())
+
+
+def _random_adapter(engine: Engine, folder: Path) -> tuple[AdapterRef, dict[str, tuple[Tensor, Tensor]]]:
+    """An adapter on every linear, saved and checked as an upload; its mathematics are the same rows, B scaled."""
+    ready = engine.ready()
+    rank = max(1, min(RANK, min(ready.pool_rows[linear.kind] for linear in ready.linears.values()) // 2))
+    generator = torch.Generator().manual_seed(1)
+    tensors, rows = {}, {}
+    for linear in engine.base.linears:
+        a = torch.randn(rank, linear.in_features, generator=generator) * linear.in_features**-0.5
+        b = torch.randn(linear.out_features, rank, generator=generator) * B_STD
+        tensors[f"base_model.model.{linear.name}.lora_A.weight"] = a
+        tensors[f"base_model.model.{linear.name}.lora_B.weight"] = b
+        rows[linear.name] = (a.to(engine.base.device), 2 * b.to(engine.base.device))
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(rows)}
+    (folder / adapter_format.CONFIG_NAME).write_text(json.dumps(config))
+    save_file(tensors, folder / adapter_format.WEIGHTS_NAME)
+    spec = adapter_format.inspect(folder, ready.linears, ready.architecture)
+    spec.save(folder)
+    return AdapterRef(spec.digest, str(folder)), rows

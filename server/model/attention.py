@@ -17,7 +17,15 @@ from adapters.device.memory import zeros
 ATTENTION = "lorakeet"
 
 # Keywords that models pass along and that change nothing here: the step already knows positions and has no mask.
-_IGNORED = {"position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "is_causal"}
+_IGNORED = {
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+    "is_causal",
+    "output_router_logits",
+}
 
 
 def register() -> None:

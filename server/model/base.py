@@ -8,10 +8,11 @@ import copy
 import dataclasses
 import hashlib
 import json
+import logging
 import shutil
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -27,8 +28,18 @@ from adapters.device.lora import FrozenLinear, LoraLinear, StepSlot, wrap_linear
 from adapters.kernels import QuantizedWeight, native
 from server.model import attention
 
+log = logging.getLogger("lorakeet.engine")
+
 SERVED_LAYERS = {"full_attention", "sliding_attention"}
-UNSERVED_ROPE = {"dynamic", "longrope"}  # their frequencies depend on the longest sequence of the batch
+ADAPTER_CONFIG = "adapter_config.json"
+# Features whose config entry alone tells that the engine cannot serve them, and their names for people.
+UNSERVED = {
+    "num_local_experts": "mixture-of-experts models are",
+    "num_experts": "mixture-of-experts models are",
+    "n_routed_experts": "mixture-of-experts models are",
+    "attn_logit_softcapping": "this attention variant is",
+    "kv_lora_rank": "this attention variant is",
+}
 
 
 class UnservableModel(ValueError):
@@ -48,8 +59,9 @@ class Base:
     kv_heads: int
     head_dim: int
     windows: list[int]  # per layer, 0 for full attention
-    max_model_len: int
+    max_model_len: int  # the longest context that its positions allow
     eos_token_ids: list[int]
+    tied: bool  # head and input embedding are one matrix
 
     @property
     def decoder(self) -> nn.Module:
@@ -63,6 +75,18 @@ class Base:
     @property
     def architecture(self) -> str:
         return type(self.model).__name__
+
+    def context_length(self, asked: int | None) -> int:
+        """The context to serve: `asked` tokens, or all that the positions allow.
+
+        Raises UnservableModel when more is asked than they allow: beyond it, answers would be wrong.
+        """
+        if asked is not None and asked > self.max_model_len:
+            raise UnservableModel(
+                f"--max-model-len {asked} is more than the {self.max_model_len} tokens that this "
+                f"{self.architecture} allows ({_positions(self.model.config.get_text_config())})"
+            )
+        return asked or self.max_model_len
 
     def digest(self) -> str:
         """Hash of every byte that defines the base: weights, quantisation state, biases, norms, embeddings."""
@@ -84,8 +108,10 @@ def load(directory: Path, quantization: str, dtype: str, device: str, cache_dir:
         cache_dir: holds quantised copies, so that the next start takes seconds.
 
     Raises:
-        UnservableModel: the architecture, its attention or its rope cannot be served.
+        UnservableModel: the model, its attention or its positions cannot be served, or the device is not there.
     """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise UnservableModel(f"--device {device}: this machine has no CUDA device that torch can use")
     torch_device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     if torch_device.type == "cuda" and ":" in device:
         torch.cuda.set_device(torch_device)  # kernels run on the current device, wherever their tensors lie
@@ -93,13 +119,44 @@ def load(directory: Path, quantization: str, dtype: str, device: str, cache_dir:
         torch_dtype = torch.bfloat16 if torch_device.type == "cuda" else torch.float32
     else:
         torch_dtype = getattr(torch, dtype)
-    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-    check_servable(config)
+    with refusing(str(directory)):
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+        check_servable(config)
     attention.register()
-    model = _load_quantized(directory, config, quantization, torch_dtype, torch_device, cache_dir)
-    model.requires_grad_(False)
-    model.eval()
-    return _wrap(model, torch_dtype, torch_device)
+    with refusing(_name(config)):
+        model = _load_quantized(directory, config, quantization, torch_dtype, torch_device, cache_dir)
+        model.requires_grad_(False)
+        model.eval()
+        return _wrap(model, torch_dtype, torch_device)
+
+
+@contextmanager
+def refusing(model: str) -> Iterator[None]:
+    """Turn what libraries raise over a model into one line that names it; faults of the device pass through.
+
+    Raises UnservableModel.
+    """
+    try:
+        yield
+    except (UnservableModel, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as fault:
+        log.debug("a library's fault over this model", exc_info=True)
+        if isinstance(fault, KeyError) and fault.args == (attention.ATTENTION,):
+            reason = "its attention cannot be replaced by the server's, which transformers must look up by name"
+        else:
+            reason = f"{type(fault).__name__}: {_first_line(fault)}"
+        raise UnservableModel(f"{model} cannot be served: {reason}") from fault
+
+
+def _first_line(fault: Exception) -> str:
+    lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
+    return lines[0] if lines else "no reason given"
+
+
+def _name(config: Any) -> str:
+    """The class that the model's config names, or its type."""
+    return str((getattr(config, "architectures", None) or [config.model_type])[0])
 
 
 def with_weights(base: Base, weights: Mapping[str, QuantizedWeight]) -> Base:
@@ -142,16 +199,62 @@ def check_servable(config: Any) -> None:
         raise UnservableModel(
             f"layers of type {sorted(kinds - SERVED_LAYERS)} are not served (only full and sliding attention)"
         )
-    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
+    for name, kind in UNSERVED.items():
         if getattr(text, name, None):
-            raise UnservableModel(f"mixture-of-experts models are not served ({name} = {getattr(text, name)})")
-    for name in ("attn_logit_softcapping", "kv_lora_rank"):
-        if getattr(text, name, None):
-            raise UnservableModel(f"this attention variant is not served ({name} = {getattr(text, name)})")
+            raise UnservableModel(f"{kind} not served ({name} = {getattr(text, name)})")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnservableModel(f"{_name(config)} is an encoder with a decoder: only decoders are served")
+    longest_context(text)
+
+
+# --- positions -------------------------------------------------------------------------------------
+
+
+def longest_context(text: Any) -> int:
+    """The most tokens whose positions a text model encodes as its makers meant. Raises UnservableModel without any.
+
+    Yarn and linear scaling reach `factor` times the positions of pretraining. Rope that changes with the longest
+    sequence of the batch (dynamic, longrope) is served as far as it has not changed yet, where it depends on nothing.
+    """
+    most = getattr(text, "max_position_embeddings", None)
+    if not isinstance(most, int) or most < 1:
+        raise UnservableModel(
+            f"{_name(text)} states no max_position_embeddings: models without a longest context are not served"
+        )
     rope = getattr(text, "rope_parameters", None) or {}
-    types = {rope.get("rope_type")} | {value.get("rope_type") for value in rope.values() if isinstance(value, dict)}
-    for kind in types & UNSERVED_ROPE:
-        raise UnservableModel(f"rope type {kind!r} depends on the batch and is not served")
+    scalings = [rope] if "rope_type" in rope else [value for value in rope.values() if isinstance(value, dict)]
+    return min((_reach(scaling, most) for scaling in scalings), default=most)
+
+
+def _reach(scaling: Mapping[str, Any], most: int) -> int:
+    original = scaling.get("original_max_position_embeddings") or most
+    match scaling.get("rope_type"):
+        case "yarn" | "linear":
+            return max(most, int(original * (scaling.get("factor") or 1)))
+        case "longrope":
+            return min(most, int(original))
+        case _:
+            return most
+
+
+def _positions(text: Any) -> str:
+    """How a text model's longest context comes about, for messages."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    names = ("rope_type", "factor", "original_max_position_embeddings")
+    scaling = {name: rope[name] for name in names if rope.get(name) not in {None, "default"}}
+    stated = {"max_position_embeddings": text.max_position_embeddings} | scaling
+    return ", ".join(f"{name} {value}" for name, value in stated.items())
+
+
+def _fix_rope(model: nn.Module) -> None:
+    """Keep the frequencies of rope that would change beyond the longest context: it ends before."""
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        if isinstance(kind, str) and kind in {"dynamic", "longrope"}:
+            module.rope_type = "default"  # type: ignore[assignment]
+        elif isinstance(kind, dict):
+            fixed = {name: "default" if value in {"dynamic", "longrope"} else value for name, value in kind.items()}
+            module.rope_type = fixed  # type: ignore[assignment]
 
 
 # --- quantisation ----------------------------------------------------------------------------------
@@ -182,18 +285,34 @@ def _load_quantized(
 def _from_pretrained(
     directory: Path, dtype: torch.dtype, device: torch.device, **kwargs: Any
 ) -> transformers.PreTrainedModel:
-    # transformers 5 types this as returning Any.
-    model: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
-        directory,
-        dtype=dtype,
-        device_map={"": str(device)},
-        attn_implementation=attention.ATTENTION,
-        local_files_only=True,
-        trust_remote_code=False,
-        use_safetensors=True,
-        **kwargs,
-    )
+    with _without_adapter(directory) as weights:
+        # transformers 5 types this as returning Any.
+        model: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
+            weights,
+            dtype=dtype,
+            device_map={"": str(device)},
+            attn_implementation=attention.ATTENTION,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            **kwargs,
+        )
+    model.name_or_path = str(directory)
     return model
+
+
+@contextmanager
+def _without_adapter(directory: Path) -> Iterator[Path]:
+    """The model's directory; one that holds an adapter as well is shown without it, or it would be loaded too."""
+    if not (directory / ADAPTER_CONFIG).exists():
+        yield directory
+        return
+    log.warning("%s holds an adapter beside the model: the model is served without it", directory)
+    with tempfile.TemporaryDirectory(prefix="lorakeet-model-") as view:
+        for path in directory.resolve().iterdir():
+            if not path.name.startswith("adapter_"):
+                (Path(view) / path.name).symlink_to(path)
+        yield Path(view)
 
 
 def _bnb_config(quantization: str, dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
@@ -259,12 +378,20 @@ def _wrap(model: transformers.PreTrainedModel, dtype: torch.dtype, device: torch
     config = model.config.get_text_config()
     slot = StepSlot()
     decoder = model.get_decoder()
+    lists = [module for module in decoder.children() if isinstance(module, nn.ModuleList)]
+    if not any(len(layers) == config.num_hidden_layers for layers in lists):
+        raise UnservableModel(f"{type(model).__name__} has no list of its {config.num_hidden_layers} decoder layers")
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if not isinstance(head, nn.Linear) or not isinstance(embedding, nn.Embedding):
+        raise UnservableModel(f"{type(model).__name__} has no plain input embedding or no linear head")
+    tied = head.weight.data_ptr() == embedding.weight.data_ptr()
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     linears = wrap_linears(decoder, f"{prefix}.", slot)
     if not linears:
         raise UnservableModel("the model has no linear layers that adapters could use")
     _narrow_head(model, dtype)
     attention.attach(model, slot)
+    _fix_rope(model)
     window = getattr(config, "sliding_window", None) or 0
     # Families without `layer_types` (Mistral) slide in every layer or in none.
     uniform = ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
@@ -282,8 +409,9 @@ def _wrap(model: transformers.PreTrainedModel, dtype: torch.dtype, device: torch
         kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         windows=[window if kind == "sliding_attention" else 0 for kind in layer_types],
-        max_model_len=config.max_position_embeddings,
+        max_model_len=longest_context(config),
         eos_token_ids=[] if eos is None else [eos] if isinstance(eos, int) else list(eos),
+        tied=tied,
     )
 
 

@@ -144,7 +144,9 @@ class AdapterIntake:
         self.check_name(name, fine_tuned=fine_tuned)
         text, warnings = await self._text_beside(staging.path, strict=strict_text)
         with disk_faults():
-            spec = await self._check(Check(staging.path, _shapes(base), base.architecture, self._outline, text))
+            spec = await self._check(
+                Check(staging.path, _shapes(base), base.architecture, self._outline.loaded(tied=base.tied), text)
+            )
         check_fit(spec, base)
         spec = self._with_warnings(dataclasses.replace(spec, warnings=(*spec.warnings, *warnings)))
         before = self._shares(tenant, name)

@@ -1,9 +1,11 @@
 """Engine limits and faults that no other test of the engine is about."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from adapters.device.pool import host_adapter
 from server.engine.engine import Engine
@@ -39,13 +41,40 @@ def test_a_small_cache_shortens_the_context(model_dir: Path, cache_dir: Path) ->
     assert engine.ready().max_model_len == engine.blocks.num_blocks * 16 < 512
 
 
-@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
-def test_rope_that_depends_on_the_batch_is_refused(rope: str, cache_dir: Path, tmp_path: Path) -> None:
-    factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 256}
-    parameters = {"rope_type": rope, "factor": 2.0, "rope_theta": 1e4} | (factors if rope == "longrope" else {})
-    model = tiny_model(tmp_path / "m", rope_parameters=parameters)
-    with pytest.raises(UnservableModel, match=rope):
-        load_engine(model, cache_dir)
+ROPES: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 128},
+    "dynamic": {"factor": 2.0},
+    "longrope": {
+        "factor": 2.0,
+        "short_factor": [1.5] * 8,
+        "long_factor": [2.0] * 8,
+        "original_max_position_embeddings": 96,
+    },
+}
+
+
+@pytest.mark.parametrize(("rope", "longest"), [("linear", 512), ("yarn", 512), ("dynamic", 128), ("longrope", 96)])
+def test_the_context_is_what_rope_allows(rope: str, longest: int, cache_dir: Path, tmp_path: Path) -> None:
+    parameters = {"rope_type": rope, "rope_theta": 1e4} | ROPES[rope]
+    model = tiny_model(tmp_path / "m", rope_parameters=parameters, max_position_embeddings=128)
+    with pytest.raises(UnservableModel, match=rf"--max-model-len {longest + 1} is more than the {longest}.*{rope}"):
+        load_engine(model, cache_dir, max_model_len=longest + 1)
+    engine = load_engine(model, cache_dir, max_model_len=longest, quantization="none")
+    assert engine.ready().max_model_len == longest
+    prompt = [3 + 7 * i % 500 for i in range(longest - 4)]
+    answer = run(engine, [request("a", prompt, max_tokens=4, prompt_logprobs=0)])["a"]
+    stock = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+    ids = torch.tensor([[*prompt, *answer.tokens]])
+    with torch.no_grad():
+        scores = stock(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    given = [entry.logprob for entry in [*answer.prompt_logprobs, *answer.logprobs] if entry is not None]
+    assert torch.allclose(torch.tensor(given), scores, atol=1e-3)
+
+
+def test_a_context_beyond_the_positions_is_an_error_not_a_cut(model_dir: Path, cache_dir: Path) -> None:
+    with pytest.raises(UnservableModel, match=r"--max-model-len 513 is more than the 512.*max_position_embeddings 512"):
+        load_engine(model_dir, cache_dir, max_model_len=513)
 
 
 def test_a_request_that_overflows_fails_alone(engine: Engine) -> None:
