@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapters.device.pool import host_adapter
+from adapters.device.host import host_adapter
 from server.engine.engine import Engine
 from server.messages.protocol import AdapterRef
 from server.model.base import UnservableModel
