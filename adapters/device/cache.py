@@ -13,7 +13,8 @@ from concurrent.futures import Future
 from typing import Literal, NamedTuple
 
 from adapters.background import Priority, threads
-from adapters.device.pool import HostAdapter, RowPool
+from adapters.device.host import HostAdapter
+from adapters.device.pool import RowPool
 from adapters.device.rows import rounded
 
 FRESH_SECONDS = 1.0  # for which an adapter stays that was brought for somebody who has not had its turn yet
@@ -246,7 +247,7 @@ class Residency:
                 return False  # for now: rows that are being filled cannot be moved
             if adapter.digest in self._host:
                 self._host.move_to_end(adapter.digest)
-            if self._pool.fills_at_once(adapter):
+            if adapter.fills_at_once:
                 self._pool.fill(adapter)
                 self._device[adapter.digest] = adapter.rank
             else:

@@ -7,7 +7,6 @@ and offline runs drive it directly; process.py drives it from messages.
 import dataclasses
 import math
 import os
-import sys
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -19,12 +18,13 @@ import torch
 from adapters import kernels
 from adapters.background import Priority
 from adapters.device.cache import Residency
-from adapters.device.pool import HostAdapter, RowPool, filed_adapter, host_adapter
+from adapters.device.host import HostAdapter, filed_adapter, host_adapter
+from adapters.device.pool import RowPool
 from adapters.device.variants import build as build_extras
 from adapters.peft_format import directory as adapter_format
 from adapters.peft_format import packed_rows as rowfile
-from adapters.peft_format.directory import EXTRAS, EXTRAS_UNIT
 from adapters.peft_format.outline import Outline
+from adapters.peft_format.sizes import EXTRAS, EXTRAS_UNIT
 from server.engine.blocks import BlockPool
 from server.engine.merges import Merges
 from server.engine.runner import Flight, Runner, WorkResult
@@ -85,8 +85,9 @@ class Engine:
         cache = KVCache(base.num_layers, base.kv_heads, base.head_dim, num_blocks, BLOCK_SIZE, base.dtype, base.device)
         self.blocks = BlockPool(num_blocks, BLOCK_SIZE, prefix_caching)
         self._linears = {linear.name: linear for linear in base.linears}
-        capacity = {linear.kind: pool_units for linear in base.linears} | {EXTRAS: extra_bytes // EXTRAS_UNIT}
-        self.pool = RowPool(self._linears, capacity, base.device)
+        sizes = base.linear_sizes
+        capacity = {size.kind: pool_units for size in sizes.values()} | {EXTRAS: extra_bytes // EXTRAS_UNIT}
+        self.pool = RowPool(sizes, capacity, base.device)
         self.residency = Residency(self.pool, self._load_adapter, adapter_host_bytes, background_priority)
         self.runner = Runner(base, cache, self.pool, max_model_len)
         self.merges = Merges(
@@ -171,10 +172,7 @@ class Engine:
             vocab_size=base.vocab_size,
             max_model_len=self.max_model_len,
             eos_token_ids=base.eos_token_ids,
-            linears={
-                linear.name: protocol.Linear(linear.kind, linear.in_features, linear.out_features)
-                for linear in base.linears
-            },
+            linears=base.linear_sizes,
             block_size=BLOCK_SIZE,
             num_blocks=self.blocks.num_blocks,
             pool_rows=self.pool.capacity,
@@ -382,7 +380,7 @@ class Engine:
         directory = Path(path)
         spec = adapter_format.AdapterSpec.read(directory)
         dtype: torch.dtype = getattr(torch, spec.dtype)
-        rows = rowfile.find(directory, spec, self._linears)
+        rows = rowfile.find(directory, spec, self.base.linear_sizes)
         if rows is not None:
             return filed_adapter(digest, rows, dtype, self.base.device)
         tensors = adapter_format.load(directory, spec)
@@ -404,17 +402,8 @@ class Engine:
 
     def _starts(self, key: AdapterKey, prompt: Seq[int]) -> dict[str, int]:
         """Where in a prompt the activated ones among resident adapters come into force; beyond it, if they do not."""
-        invocations = self.pool.invocations
-        return {digest: _last_occurrence(prompt, invocations[digest]) for digest, _ in key if digest in invocations}
-
-
-def _last_occurrence(prompt: Seq[int], tokens: tuple[int, ...]) -> int:
-    """Where `tokens` begin for the last time; as in PEFT, an adapter that is not invoked in the prompt never is."""
-    count = len(tokens)
-    for start in range(len(prompt) - count, -1, -1):
-        if prompt[start] == tokens[0] and tuple(prompt[start : start + count]) == tokens:
-            return start
-    return sys.maxsize
+        adapters = ((digest, self.pool.adapter(digest)) for digest, _ in key)
+        return {digest: adapter.start_in(prompt) for digest, adapter in adapters if adapter and adapter.invocation}
 
 
 # --- how much of the device goes where --------------------------------------------------------------------
@@ -446,7 +435,7 @@ def _adapter_bytes(base: Base) -> int:
 
 
 def _pool_units(base: Base, adapter_bytes: int) -> int:
-    unit = sum(2 * (linear.in_features + linear.out_features) for linear in base.linears)
+    unit = sum(size.unit_bytes for size in base.linear_sizes.values())
     units = adapter_bytes // unit
     if units < 2:
         raise UnservableModel(f"adapter_bytes {adapter_bytes} holds no rank-row: one takes {2 * unit} bytes in fp32")

@@ -231,7 +231,9 @@ class Merges:
             raise AdapterError(self._residency.error(unmerged), "name", LOAD_FAILED)
         installed = False
         try:
-            if digest in self._pool.extras or digest in self._pool.invocations:
+            resident = self._pool.adapter(digest)
+            assert resident is not None  # it was acquired
+            if not resident.plain:
                 raise AdapterError("only plain LoRA can be merged", "to", "unsupported_adapter_feature")
             taken, rank = self._check(digest, order.dtype)
             weights = yield from self._weights(digest, order.dtype)

@@ -21,7 +21,7 @@ from adapters import kernels
 from adapters.device.lora import FrozenLinear
 from adapters.device.memory import sent
 from adapters.device.pool import RowPool, SegmentDeltas, Use
-from adapters.device.variants import ExtraUse, StepExtras
+from adapters.device.variants import Extras, ExtraUse, StepExtras
 from server.engine.graphs import DecodeGraphs, DecodeStep
 from server.engine.sampling import Draw, Drawn, Row, sample, token_logprobs
 from server.engine.sequence import Sequence, Step, Work
@@ -221,13 +221,11 @@ class Runner:
 
         A request takes the same path whatever its neighbours, or its bits would depend on them.
         """
-        passes: dict[tuple[str, bool, int], list[int]] = {("", False, 0): list(range(len(works)))}
-        if self._merged or self._pool.extras:
-            passes = {}
-            for index, work in enumerate(works):
-                sequence = work.sequence
-                path = self._merge_of(sequence), self._through_modules(sequence), self._new_tokens(sequence)
-                passes.setdefault(path, []).append(index)
+        passes: dict[tuple[str, bool, int], list[int]] = {}
+        for index, work in enumerate(works):
+            sequence = work.sequence
+            path = self._merge_of(sequence), self._through_modules(sequence), self._new_tokens(sequence)
+            passes.setdefault(path, []).append(index)
         return list(passes.values())
 
     def _merge_of(self, sequence: Sequence) -> str:
@@ -237,15 +235,18 @@ class Runner:
 
     def _through_modules(self, sequence: Sequence) -> bool:
         """Whether its adapters change the decoder in ways that a plan does not know."""
-        extras = self._pool.extras
-        if not extras or self._model.plan is None:
+        if self._model.plan is None:
             return False
-        return any(digest in extras and extras[digest].in_decoder for digest, _ in sequence.adapter)
+        return any(extras.in_decoder for extras in self._extras(sequence))
+
+    def _extras(self, sequence: Sequence) -> list[Extras]:
+        """Its adapters' effects beside rank rows. A merge's key is no resident adapter, and it has none."""
+        adapters = (self._pool.adapter(digest) for digest, _ in sequence.adapter)
+        return [adapter.extras for adapter in adapters if adapter is not None and adapter.extras is not None]
 
     def _new_tokens(self, sequence: Sequence) -> int:
         """By how much its vocabulary is larger than the base's; it has one adapter then."""
-        extras = self._pool.extras.get(sequence.adapter[0][0]) if sequence.adapter else None
-        return 0 if extras is None else extras.new_tokens
+        return sum(extras.new_tokens for extras in self._extras(sequence))
 
     def _run(self, works: Seq[Work], before: Flight | None) -> _Pass:
         model = self._model_of(works)
@@ -298,8 +299,8 @@ class Runner:
                 if begin >= len(ids):  # an activated adapter that is not in force yet
                     continue
                 uses.append(Use(begin, len(ids), digest, weight))
-                extras = self._pool.extras.get(digest)
-                if extras is not None:
+                adapter = self._pool.adapter(digest)
+                if adapter is not None and (extras := adapter.extras) is not None:
                     skipped = sum(token < begin for token in kept)
                     extra_uses.append(ExtraUse(begin, len(ids), extras, weight))
                     extra_kept.append(ExtraUse(len(keep) - len(kept) + skipped, len(keep), extras, weight))

@@ -11,6 +11,7 @@ import msgspec
 
 from adapters.background import Priority
 from adapters.offline.recipe import MergedDtype
+from adapters.peft_format.sizes import LinearSize
 from server.messages.training import JobReply, JobRequest, MemoryPlan
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -156,14 +157,6 @@ class Drain(_Message):
 # --- engine -> API process ------------------------------------------------------------------------
 
 
-class Linear(msgspec.Struct, frozen=True):
-    """One linear of the base that adapters may touch: its kind (last name component) and local sizes."""
-
-    kind: str
-    in_features: int
-    out_features: int
-
-
 class Drift(msgspec.Struct, frozen=True):
     """How far one way of computing logits is from another, over so many positions of a text."""
 
@@ -181,10 +174,10 @@ class Ready(_Message, kw_only=True):
     vocab_size: int
     max_model_len: int
     eos_token_ids: list[int]
-    linears: dict[str, Linear]  # full module name -> linear
+    linears: dict[str, LinearSize]  # by full module name
     block_size: int
     num_blocks: int
-    pool_rows: dict[str, int]  # kind -> capacity in 2-byte row units (an fp32 row takes two)
+    pool_rows: dict[str, int]  # kind -> capacity in row units
     device: str
     dtype: str
     tied: bool = False  # head and input embedding are one matrix

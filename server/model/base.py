@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from adapters import kernels
 from adapters.device.lora import FrozenLinear, LoraLinear, StepSlot, wrap_linears
 from adapters.kernels import QuantizedWeight, native
+from adapters.peft_format.sizes import LinearSize
 from server.model import attention
 
 log = logging.getLogger("lorakeet.engine")
@@ -62,6 +63,11 @@ class Base:
     max_model_len: int  # the longest context that its positions allow
     eos_token_ids: list[int]
     tied: bool  # head and input embedding are one matrix
+
+    @property
+    def linear_sizes(self) -> dict[str, LinearSize]:
+        """Of every linear that adapters may touch, by full name, in the order of their indices."""
+        return {linear.name: linear.size for linear in self.linears}
 
     @property
     def decoder(self) -> nn.Module:

@@ -7,7 +7,7 @@ comes when it is decided; `warm` waits until the adapter is there.
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from adapters.storage.details import device_bytes
+from adapters.peft_format.sizes import device_bytes
 from adapters.storage.versions import UnknownAdapter
 from server.errors import Conflict
 from server.http.objects import PinObject

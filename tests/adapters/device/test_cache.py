@@ -10,9 +10,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from adapters.device import pool as pool_module
+from adapters.device import host
 from adapters.device.cache import Key, Residency
-from adapters.device.pool import HostAdapter, RowPool, host_adapter
+from adapters.device.host import HostAdapter, host_adapter
+from adapters.device.pool import RowPool
 from adapters.device.rows import rounded
 from tests.adapters.device.test_pool import LINEARS
 
@@ -25,6 +26,12 @@ def load(digest: str, path: str) -> HostAdapter:
         raise OSError("the file is gone")
     rank = int(path)
     return host_adapter(digest, {"layers.0.q_proj": (torch.zeros(rank, 8), torch.zeros(12, rank), 1.0)}, torch.float32)
+
+
+def windows_of(pool: RowPool, digest: str) -> dict[str, int]:
+    resident = pool.adapter(digest)
+    assert resident is not None
+    return dict(resident.windows)
 
 
 def key(*names: str) -> Key:
@@ -52,7 +59,7 @@ class Fixture:
 @pytest.fixture(params=["filled at once", "filled beside steps"])
 def tiers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fixture]:
     if request.param == "filled beside steps":
-        monkeypatch.setattr(pool_module, "AT_ONCE_BYTES", 0)
+        monkeypatch.setattr(host, "AT_ONCE_BYTES", 0)
     fixture = Fixture()
     for name, rank in (("a", 4), ("b", 4), ("c", 4), ("big", 8)):
         fixture.residency.register(name, str(rank))
@@ -129,7 +136,7 @@ def test_the_host_tier_is_bounded_in_bytes() -> None:
 
 
 def test_rows_are_not_moved_while_others_are_filled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "AT_ONCE_BYTES", 0)
+    monkeypatch.setattr(host, "AT_ONCE_BYTES", 0)
     fixture = Fixture()
     tiers, pool = fixture.residency, fixture.pool
     ranks = {"a": 2, "b": 2, "c": 2, "d": 1, "e": 3}  # of 8 that fit
@@ -153,9 +160,9 @@ def test_rows_are_not_moved_while_others_are_filled(monkeypatch: pytest.MonkeyPa
         assert tiers.acquire(key("d")) == "loading"
     tiers.forget("a")
     tiers._host["e"] = load("e", "3")
-    before = dict(pool._placements["b"].windows)
+    before = windows_of(pool, "b")
     assert tiers.acquire(key("e")) == "full"
-    assert pool._placements["b"].windows == before
+    assert windows_of(pool, "b") == before
     gate.set()
     come_to_rest(fixture)
     assert fixture.settle(key("e")) == "ready"
@@ -164,7 +171,7 @@ def test_rows_are_not_moved_while_others_are_filled(monkeypatch: pytest.MonkeyPa
 
 
 def test_what_was_just_filled_stays_until_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "AT_ONCE_BYTES", 0)
+    monkeypatch.setattr(host, "AT_ONCE_BYTES", 0)
     fixture = Fixture()
     for name in "ab":
         fixture.residency.register(name, "8")
@@ -293,7 +300,7 @@ TestTiers = TiersMachine.TestCase
 
 
 def test_rows_that_cannot_be_filled_are_given_back_and_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "AT_ONCE_BYTES", 0)
+    monkeypatch.setattr(host, "AT_ONCE_BYTES", 0)
     fixture = Fixture()
     fixture.residency.register("a", "4")
 

@@ -1,30 +1,25 @@
 """The pool's segment tables against plain matrix products, through insertions, removals and compactions."""
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from adapters.device.host import HostAdapter, host_adapter, moved
 from adapters.device.lora import LoraLinear, StepSlot
-from adapters.device.pool import HostAdapter, RowPool, Use, host_adapter, moved
+from adapters.device.pool import RowPool, Use
+from adapters.peft_format.sizes import LinearSize
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Size(NamedTuple):
-    kind: str
-    in_features: int
-    out_features: int
-
-
 LINEARS = {
-    "layers.0.q_proj": Size("q_proj", 8, 12),
-    "layers.0.down_proj": Size("down_proj", 16, 8),
-    "layers.1.q_proj": Size("q_proj", 8, 12),
-    "layers.1.down_proj": Size("down_proj", 16, 8),
+    "layers.0.q_proj": LinearSize("q_proj", 8, 12),
+    "layers.0.down_proj": LinearSize("down_proj", 16, 8),
+    "layers.1.q_proj": LinearSize("q_proj", 8, 12),
+    "layers.1.down_proj": LinearSize("down_proj", 16, 8),
 }
 
 

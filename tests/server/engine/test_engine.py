@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from adapters.device.pool import host_adapter
+from adapters.device.host import host_adapter
 from server.engine.engine import Engine
 from server.messages.protocol import AdapterRef
 from server.model.base import UnservableModel
