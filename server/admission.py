@@ -7,11 +7,14 @@ It counts; it knows no engine and no HTTP.
 import asyncio
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
+from adapters.background import threads
 from server.errors import InvalidRequest, TooManyRequests
 
 _LONGEST_RETRY = 60
+_SLOT_SECONDS = 30.0
 
 
 class Ticket:
@@ -72,6 +75,29 @@ class Admission:
     def _full(self, message: str) -> TooManyRequests:
         retry_after = min(max(math.ceil(self._typical_wait), 1), _LONGEST_RETRY)
         return TooManyRequests(message, retry_after=retry_after)
+
+
+class UploadSlots:
+    """How many uploads are received at once, and the threads that write them to disk, one for each."""
+
+    def __init__(self, count: int) -> None:
+        self.threads = threads(count, "upload", "normal")
+        self._count = count
+        self._free = asyncio.Semaphore(count)
+
+    @asynccontextmanager
+    async def slot(self) -> AsyncIterator[None]:
+        """One of them. Raises TooManyRequests when none has become free for a while."""
+        try:
+            async with asyncio.timeout(_SLOT_SECONDS):
+                await self._free.acquire()
+        except TimeoutError:
+            message = f"{self._count} uploads are being received already."
+            raise TooManyRequests(message, retry_after=int(_SLOT_SECONDS)) from None
+        try:
+            yield
+        finally:
+            self._free.release()
 
 
 class Drain:

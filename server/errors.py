@@ -4,7 +4,8 @@ The body is OpenAI's: `{"error": {"message", "type", "param", "code"}}`. Message
 carry a traceback, a path or an address. This file knows HTTP statuses and no route.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from pydantic import ValidationError
@@ -14,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ExceptionHandler
 
+from adapters.disk import is_full
 from adapters.peft_format.config import AdapterError
 from adapters.storage.versions import DamagedAdapter, RemoteUnavailable
 
@@ -202,6 +204,17 @@ class StorageFull(LorakeetError):
     status = 507
     type = "insufficient_storage"
     default_code = "storage_full"
+
+
+@contextmanager
+def disk_faults() -> Iterator[None]:
+    """A full disk, wherever it was met, becomes StorageFull."""
+    try:
+        yield
+    except OSError as error:
+        if is_full(error):
+            raise StorageFull("The disk is full; nothing was kept.") from None
+        raise
 
 
 def as_error(exc: Exception) -> LorakeetError:

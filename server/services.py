@@ -3,18 +3,19 @@
 It holds and explains; it does nothing.
 """
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
 from adapters.storage.store import AdapterStore
-from server.admission import Admission, Drain
-from server.client.engine import EngineClient
+from server.admission import Admission, Drain, UploadSlots
+from server.client.engine import EngineClient, served_base
 from server.finetune.service import FineTuning
 from server.messages.protocol import Ready
 from server.metrics import Metrics
-from server.registry.intake import AdapterIntake
+from server.registry.open import Registry
 from server.settings import Settings
 from server.text.processor import TextProcessor
 
@@ -32,14 +33,16 @@ class Services:
     metrics: Metrics
     admission: Admission
     drain: Drain
-    intake: AdapterIntake
+    registry: Registry
+    uploads: UploadSlots
     tuning: FineTuning
+    checkpointing: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a merged checkpoint is made
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)  # the model's, by request field
 
     @property
     def engine_info(self) -> Ready:
         """What the engine serves. Raises `EngineUnavailable` before the first engine has come up."""
-        return self.intake.base
+        return served_base(self.engine)
 
 
 def services_of(request: Request) -> Services:

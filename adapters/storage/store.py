@@ -49,6 +49,7 @@ class AdapterStore:
         remote: where the files are kept, if not here.
         disk_bytes: with `remote`, how much of it may be here; what is leased stays beyond that.
         retain: how many versions of a name are kept, the current one included.
+        check_pins: called before these become all versions that answer for pinned names; raises to forbid the change.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class AdapterStore:
         remote: Remote | None = None,
         disk_bytes: int | None = None,
         retain: int = RETAINED_VERSIONS,
+        check_pins: Callable[[Collection[Version]], None] = lambda versions: None,
     ) -> None:
         if retain < 1:
             raise ValueError(f"retain must be at least 1, for the current version, not {retain}")
@@ -69,8 +71,7 @@ class AdapterStore:
         self._names: dict[str, dict[str, Pointer]] = {}  # tenant -> name -> what it means
         self._pins: dict[tuple[str, str], Pointer] = {}  # those of the names that are pinned
         self._answering: Counter[str] = Counter()  # digest -> names whose requests it may get
-        self.check_pins: Callable[[list[Version]], None] = lambda versions: None
-        """Called before these become all versions that answer for pinned names; raises to forbid the change."""
+        self._check_pins = check_pins
         self._recover()
 
     def close(self) -> None:
@@ -267,7 +268,7 @@ class AdapterStore:
             after = replace(after, versions=after.retained(self._retain, keep.digest))
         if after is not None and after.pinned:
             others = [pin for name, pin in self._pins.items() if name != (owner.tenant, owner.name)]
-            self.check_pins(_answering_all([*others, after]))
+            self._check_pins(_answering_all([*others, after]))
         self._kept.save(owner.tenant, owner.name, after)
         self._point(owner.tenant, owner.name, after)
         for version in before.versions if before else ():

@@ -125,6 +125,13 @@ class EngineClient(Protocol):
         """Let running sequences finish for at most `grace` seconds, then end the process."""
 
 
+def served_base(engine: EngineClient) -> Ready:
+    """What the engine serves. Raises EngineUnavailable before the first engine has come up."""
+    if engine.info is None:
+        raise EngineUnavailable(engine.unready_reason or "The engine is starting.")
+    return engine.info
+
+
 async def engine_up(engine: EngineClient) -> Ready:
     """Wait until an engine can be asked; what it serves."""
     while engine.unready_reason is not None or engine.info is None:  # noqa: ASYNC110 - the interface has no event

@@ -19,10 +19,8 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
-from adapters.storage.store import AdapterStore
-from adapters.storage.versions import UnknownAdapter
 from server.client.engine import EngineClient, engine_up
-from server.errors import EngineUnavailable
+from server.errors import EngineUnavailable, ModelNotFound
 from server.finetune import hyperparameters as recipe
 from server.finetune.database import Database
 from server.finetune.dataset import DatasetError, load_dataset
@@ -31,6 +29,7 @@ from server.finetune.jobs import JobError, JobFailedError
 from server.finetune.tokenizer import TrainingTokenizer
 from server.messages.dataset import Dataset
 from server.messages.protocol import AdapterRef, Generate, Output, Ready, Sampling
+from server.registry.open import Registry
 from server.text.processor import TextProcessor
 
 log = logging.getLogger("lorakeet.finetune")
@@ -87,11 +86,11 @@ class Evaluations:
     """All evaluations of one server, kept in the database; unfinished ones begin again when the server starts."""
 
     def __init__(
-        self, database: Database, files: FileStore, store: AdapterStore, engine: EngineClient, text: TextProcessor
+        self, database: Database, files: FileStore, registry: Registry, engine: EngineClient, text: TextProcessor
     ) -> None:
         self._database = database
         self._files = files
-        self._store = store
+        self._registry = registry
         self._engine = engine
         self._text = text
         self._slots = asyncio.Semaphore(CONCURRENT)
@@ -191,14 +190,12 @@ class Evaluations:
         examples = await asyncio.to_thread(self._read, evaluation, base)
         references: list[AdapterRef] = []
         adapted = None
-        with contextlib.ExitStack() as held:
+        async with contextlib.AsyncExitStack() as held:
             if evaluation.adapter is not None and evaluation.digest is not None:
+                asked = f"{evaluation.adapter}@{evaluation.digest.removeprefix('sha256:')}"
                 try:
-                    digest = evaluation.digest.removeprefix("sha256:")
-                    version = self._store.get(evaluation.tenant, evaluation.adapter, digest)
-                    held.enter_context(self._store.lease(version))
-                    await self._store.ready(version)
-                except UnknownAdapter:
+                    version = await held.enter_async_context(self._registry.open(evaluation.tenant, asked))
+                except ModelNotFound:
                     message = f"The adapter {evaluation.adapter} no longer has that version."
                     raise JobFailedError("adapter_not_found", message, "model") from None
                 references = [AdapterRef(version.digest, str(version.path))]

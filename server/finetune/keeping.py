@@ -20,7 +20,7 @@ from server.finetune.database import Database
 from server.finetune.files import FileStore
 from server.finetune.jobs import Job, JobFailedError, JobStore
 from server.messages.training import Checkpoint, Metrics
-from server.registry.intake import AdapterIntake
+from server.registry.publish import Publisher
 
 KEPT_CHECKPOINTS = 2  # directories to go on from: the last, and the one before should its files be damaged
 RESULTS = "fine-tune-results"
@@ -33,11 +33,11 @@ _COLUMNS = (
 class Keeping:
     """Checkpoints and results of all jobs."""
 
-    def __init__(self, database: Database, files: FileStore, jobs: JobStore, intake: AdapterIntake) -> None:
+    def __init__(self, database: Database, files: FileStore, jobs: JobStore, publisher: Publisher) -> None:
         self._database = database
         self._files = files
         self._jobs = jobs
-        self._intake = intake
+        self._publisher = publisher
 
     async def keep(self, job: Job, checkpoint: Checkpoint) -> None:
         """Sync a checkpoint, publish it, and only then write it down; with the last one the job has succeeded.
@@ -59,10 +59,10 @@ class Keeping:
 
     async def _publish(self, job: Job, name: str, directory: Path) -> None:
         """Make a checkpoint's adapter servable under a name."""
-        async with self._intake.stage() as staging:
+        async with self._publisher.stage() as staging:
             for file in (CONFIG_NAME, WEIGHTS_NAME):
                 await asyncio.to_thread(shutil.copyfile, directory / file, staging.path / file)
-            await self._intake.admit(job.tenant, name, staging, fine_tuned=True)
+            await self._publisher.admit(job.tenant, name, staging, fine_tuned=True)
 
     def _commit(self, job: Job, checkpoint: Checkpoint, name: str | None, hashes: dict[str, str]) -> None:
         with self._database.transaction():

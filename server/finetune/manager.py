@@ -34,7 +34,7 @@ from server.messages.training import (
     StopJob,
     TrainingStep,
 )
-from server.registry.intake import AdapterIntake
+from server.registry.publish import Publisher
 from server.text.processor import TextProcessor
 
 log = logging.getLogger("lorakeet.finetune")
@@ -56,7 +56,7 @@ class JobManager:
         files: FileStore,
         jobs: JobStore,
         engine: EngineClient,
-        intake: AdapterIntake,
+        publisher: Publisher,
         text: TextProcessor,
         metrics: TrainingMetrics,
         max_running: int,
@@ -66,7 +66,7 @@ class JobManager:
         self._jobs = jobs
         self._engine = engine
         self._preparation = Preparation(files, jobs, text)
-        self._keeping = Keeping(database, files, jobs, intake)
+        self._keeping = Keeping(database, files, jobs, publisher)
         self._metrics = metrics
         self._wandb = WandbRuns()
         self._slots = asyncio.Semaphore(max_running)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters.storage.store import AdapterStore
 from server.client.engine import EngineClient
 from server.finetune.database import Database
 from server.finetune.evaluations import Evaluations
@@ -12,7 +11,7 @@ from server.finetune.jobs import JobStore
 from server.finetune.manager import JobManager
 from server.finetune.metrics import TrainingMetrics
 from server.metrics import Metrics
-from server.registry.intake import AdapterIntake
+from server.registry.open import Registry
 from server.text.processor import TextProcessor
 
 
@@ -41,8 +40,7 @@ class FineTuning:
         data_dir: Path,
         *,
         engine: EngineClient,
-        store: AdapterStore,
-        intake: AdapterIntake,
+        registry: Registry,
         text: TextProcessor,
         metrics: Metrics,
         max_running: int,
@@ -57,9 +55,9 @@ class FineTuning:
             files=files,
             jobs=jobs,
             engine=engine,
-            intake=intake,
+            publisher=registry.publisher,
             text=text,
             metrics=TrainingMetrics(metrics.registry, jobs.counts),
             max_running=max_running,
         )
-        return cls(files, jobs, manager, Evaluations(database, files, store, engine, text))
+        return cls(files, jobs, manager, Evaluations(database, files, registry, engine, text))

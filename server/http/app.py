@@ -26,7 +26,7 @@ from adapters.storage.names import LocalNames
 from adapters.storage.store import AdapterStore
 from adapters.storage.versions import RemoteUnavailable
 from server import logs
-from server.admission import Admission, Drain
+from server.admission import Admission, Drain, UploadSlots
 from server.children.checker import Checker
 from server.client.engine import LocalEngine
 from server.errors import EXCEPTION_HANDLERS, LorakeetError
@@ -54,7 +54,8 @@ from server.messages.protocol import EngineConfig
 from server.metrics import Metrics
 from server.model_source import ModelError, resolve
 from server.openai.sampling_defaults import sampling_defaults
-from server.registry.intake import AdapterIntake
+from server.registry.open import Registry
+from server.registry.pins import PinLimit
 from server.services import TENANT, Services
 from server.settings import SettingError, Settings
 from server.text.processor import TextProcessor, TokenizerError
@@ -74,14 +75,14 @@ def build_app(services: Services) -> Starlette:
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         await services.engine.start()
         await services.tuning.start()
-        collecting = asyncio.create_task(services.intake.collect_orphans())
+        collecting = asyncio.create_task(services.registry.collect_orphans())
         try:
             yield
         finally:
             collecting.cancel()
             await services.tuning.stop()
             await services.engine.stop(grace=0.0)
-            await services.intake.close()
+            await services.registry.publisher.close()
 
     settings = services.settings
     # An adapter's name may have slashes: what follows the name goes before it.
@@ -146,9 +147,9 @@ def _make_services(settings: Settings, model: Path) -> tuple[Services, LocalEngi
         raise ModelError(str(error)) from None
     metrics = Metrics(settings.metrics_adapters, settings.max_batch_requests)
     engine = LocalEngine(_engine_config(settings, model), metrics.engine_stats)
-    store = open_store(settings)
+    store = open_store(settings, PinLimit(settings, engine))
     checker = Checker(settings.background_priority)
-    intake = AdapterIntake(settings, engine, store, metrics, Outline.read(model), text, checker)
+    registry = Registry.make(settings, engine, store, metrics, Outline.read(model), text, checker)
     services = Services(
         settings=settings,
         engine=engine,
@@ -158,12 +159,12 @@ def _make_services(settings: Settings, model: Path) -> tuple[Services, LocalEngi
         admission=Admission(settings.max_queued_requests, settings.max_queued_tokens),
         drain=Drain(),
         sampling_defaults=sampling_defaults(settings.generation_config, settings.model, model),
-        intake=intake,
+        registry=registry,
+        uploads=UploadSlots(settings.max_uploads),
         tuning=FineTuning.open(
             settings.data_dir,
             engine=engine,
-            store=store,
-            intake=intake,
+            registry=registry,
             text=text,
             metrics=metrics,
             max_running=settings.max_training_jobs,
@@ -172,12 +173,14 @@ def _make_services(settings: Settings, model: Path) -> tuple[Services, LocalEngi
     return services, engine
 
 
-def open_store(settings: Settings) -> AdapterStore:
+def open_store(settings: Settings, pin_limit: PinLimit) -> AdapterStore:
     """Names and files of adapters, where the settings say. Raises SettingError."""
     database = sqlite3.connect(settings.data_dir / "adapters.db", isolation_level=None, check_same_thread=False)
     local = LocalNames(database)
     if settings.adapter_store is None:
-        return AdapterStore(settings.data_dir / "adapters", local, retain=settings.keep_versions)
+        return AdapterStore(
+            settings.data_dir / "adapters", local, retain=settings.keep_versions, check_pins=pin_limit.check
+        )
     from adapters.storage.remote import RemoteStore  # whoever keeps adapters on this disk does not need its library
 
     if left := sum(1 for _ in local.load(Path)):
@@ -190,6 +193,7 @@ def open_store(settings: Settings) -> AdapterStore:
             remote=remote,
             disk_bytes=settings.adapter_disk_bytes,
             retain=settings.keep_versions,
+            check_pins=pin_limit.check,
         )
     except (ValueError, RemoteUnavailable) as fault:
         raise SettingError(f"--adapter-store: {fault}") from None
@@ -266,7 +270,7 @@ class _Server(uvicorn.Server):
         self._coming_up = asyncio.create_task(self._come_up())
 
     async def _come_up(self) -> None:
-        imported = asyncio.ensure_future(self._services.intake.import_configured(TENANT))
+        imported = asyncio.ensure_future(self._services.registry.discovery.import_configured(TENANT))
         given_up = asyncio.ensure_future(self._engine.failed_for_good.wait())
         try:
             await asyncio.wait({imported, given_up}, return_when=asyncio.FIRST_COMPLETED)

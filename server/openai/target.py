@@ -4,20 +4,18 @@
 its current version, or for its share of a split; `name@digest prefix` asks for one version.
 """
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 
 from adapters.peft_format.directory import AdapterSpec
-from adapters.storage.versions import SHORTEST_PREFIX, AmbiguousDigest, UnknownAdapter, Version, split_reference
-from server.errors import Conflict, InvalidRequest, ModelNotFound
+from adapters.storage.versions import Version
+from server.errors import InvalidRequest
 from server.messages.protocol import AdapterRef
 from server.openai.schema import WeightedAdapter
 from server.registry.fit import row_units
 from server.services import TENANT, Services
 from server.text.processor import TextProcessor
-
-_HEX = frozenset("0123456789abcdef")
 
 
 @dataclass(frozen=True)
@@ -50,19 +48,23 @@ async def open_target(
     Raises `ModelNotFound` (404), `Conflict` (409, an ambiguous digest prefix), `InvalidRequest`, `EngineUnavailable`.
     """
     base = services.settings.base_aliases
-    with ExitStack() as held:
+    async with AsyncExitStack() as held:
+
+        async def opened(name: str, param: str) -> Version:
+            return await held.enter_async_context(services.registry.open(TENANT, name, user=user, param=param))
+
         if adapters:
             if adapter_id is not None:
                 raise InvalidRequest("Give either `adapter_id` or `adapters`.", param="adapters")
             if model not in base:
-                await hold(services, model, "model", user, held)  # an unknown model is the worse mistake
+                await opened(model, "model")  # an unknown model is the worse mistake
                 raise InvalidRequest("With `adapters`, `model` is the base.", param="adapters")
-            yield await _several(services, model, adapters, user, held)
+            yield await _several(services, model, adapters, opened)
             return
         asked, param = model, "model"
         if adapter_id is not None and adapter_id != model:
             if model not in base:
-                await hold(services, model, "model", user, held)
+                await opened(model, "model")
                 raise InvalidRequest(
                     "`model` and `adapter_id` name two adapters; give one of them.", param="adapter_id"
                 )
@@ -70,7 +72,7 @@ async def open_target(
         if asked in base:
             yield _base_target(services, asked)
             return
-        version = await hold(services, asked, param, user, held)
+        version = await opened(asked, param)
         yield await _adapter_target(services, asked, version)
 
 
@@ -80,21 +82,22 @@ def _base_target(services: Services, asked: str) -> Target:
 
 
 async def _adapter_target(services: Services, asked: str, version: Version) -> Target:
-    text, receipt = services.text, version.receipt
-    if receipt.get("tokenizer_tokens") or (receipt.get("chat_template") and text.renderer is not None):
-        text = await text.adapted(version.digest, lambda: AdapterSpec.read(version.path).text)
-    vocab_size = services.engine_info.vocab_size + receipt.get("new_tokens", 0)
+    text = await text_of(services, version)
+    vocab_size = services.engine_info.vocab_size + version.receipt.get("new_tokens", 0)
     return Target(asked, version.digest, text, vocab_size, [(version.name, version.digest)], [reference(version)])
 
 
 async def _several(
-    services: Services, model: str, adapters: Sequence[WeightedAdapter], user: str | None, held: ExitStack
+    services: Services,
+    model: str,
+    adapters: Sequence[WeightedAdapter],
+    opened: Callable[[str, str], Awaitable[Version]],
 ) -> Target:
     """Several adapters in normal form, so that the same mixture finds its KV whatever the order it was written in."""
     weights: dict[str, float] = {}
     versions: dict[str, Version] = {}
     for i, adapter in enumerate(adapters):
-        version = await hold(services, adapter.id, f"adapters.{i}.id", user, held)
+        version = await opened(adapter.id, f"adapters.{i}.id")
         _check_mixable(version, f"adapters.{i}", alone=len(adapters) == 1 and adapter.weight == 1)
         if version.digest in versions:
             message = (
@@ -143,32 +146,18 @@ def _check_fit(services: Services, versions: Sequence[Version]) -> None:
             )
 
 
+async def text_of(services: Services, version: Version) -> TextProcessor:
+    """The tokenizer and the chat template that serve a version."""
+    if brings_text(version):
+        return await services.text.adapted(version.digest, lambda: AdapterSpec.read(version.path).text)
+    return services.text
+
+
+def brings_text(version: Version) -> bool:
+    """Whether it has tokens or a chat template of its own."""
+    return bool(version.receipt.get("tokenizer_tokens") or version.receipt.get("chat_template"))
+
+
 def reference(version: Version, weight: float = 1.0) -> AdapterRef:
     """How the engine is told of a version."""
     return AdapterRef(digest=version.digest, path=str(version.path), weight=weight)
-
-
-async def hold(services: Services, asked: str, param: str, user: str | None, held: ExitStack) -> Version:
-    """Find a version and lease it until `held` closes."""
-    name, prefix = split_reference(asked)
-    if prefix is not None and not (len(prefix) >= SHORTEST_PREFIX and set(prefix.lower()) <= _HEX):
-        raise InvalidRequest(
-            f"A version is asked for as NAME@ and at least {SHORTEST_PREFIX} hexadecimal digits of its digest.",
-            param=param,
-        )
-    discovered = False
-    while True:
-        try:
-            pointer = services.store.pointer(TENANT, name)
-            version = pointer.choose(user) if prefix is None else pointer.find(prefix)
-        except UnknownAdapter:
-            if discovered or not await services.intake.discover(TENANT, name):
-                raise ModelNotFound(asked, param=param) from None
-            discovered = True
-            continue
-        except AmbiguousDigest:
-            raise Conflict(f"Several versions of `{name}` start with {prefix}.", param=param) from None
-        with suppress(UnknownAdapter):  # removed in this very moment: look again
-            held.enter_context(services.store.lease(version))
-            await services.intake.bring(version)
-            return version

@@ -17,7 +17,7 @@ from adapters.offline.recipe import MergedDtype
 from adapters.peft_format.sizes import LinearSize
 from adapters.storage.names import LocalNames
 from adapters.storage.store import AdapterStore
-from server.admission import Admission, Drain
+from server.admission import Admission, Drain, UploadSlots
 from server.client.engine import EngineClient, MergeRefused
 from server.errors import EngineUnavailable
 from server.finetune.service import FineTuning
@@ -33,7 +33,8 @@ from server.messages.protocol import (
 )
 from server.messages.training import JobReply, MemoryPlan, PlanMemory, StartJob, StopJob
 from server.metrics import Metrics
-from server.registry.intake import AdapterIntake
+from server.registry.open import Registry
+from server.registry.pins import PinLimit
 from server.services import TENANT, Services
 from server.settings import Settings
 from server.text.processor import TextProcessor
@@ -160,7 +161,7 @@ def make_services(
     """Everything that handlers use. Without `text`, for what reads none."""
     processor = cast("TextProcessor", text)
     metrics = Metrics(settings.metrics_adapters, settings.max_batch_requests)
-    intake = AdapterIntake(settings, engine, store, metrics, text=text)
+    registry = Registry.make(settings, engine, store, metrics, text=text)
     return Services(
         settings=settings,
         engine=engine,
@@ -169,12 +170,12 @@ def make_services(
         metrics=metrics,
         admission=Admission(settings.max_queued_requests, settings.max_queued_tokens),
         drain=Drain(),
-        intake=intake,
+        registry=registry,
+        uploads=UploadSlots(settings.max_uploads),
         tuning=FineTuning.open(
             settings.data_dir,
             engine=engine,
-            store=store,
-            intake=intake,
+            registry=registry,
             text=processor,
             metrics=metrics,
             max_running=settings.max_training_jobs,
@@ -183,7 +184,7 @@ def make_services(
 
 
 class Site:
-    """The adapter side of a server over a directory: real store and intake, an idle engine, no model."""
+    """The adapter side of a server over a directory: real store and registry, an idle engine, no model."""
 
     def __init__(self, root: Path, text: TextProcessor | None = None, **settings: Any) -> None:
         self.engine = IdleEngine(base_info())
@@ -191,13 +192,16 @@ class Site:
         self._database = sqlite3.connect(root / "store.db", check_same_thread=False, isolation_level=None)
         self.store = self.open_store(root)
         self.services = make_services(self.settings, self.engine, self.store, text)
-        self.intake = self.services.intake
+        self.registry = self.services.registry
+        self.publisher = self.registry.publisher
         self.drain = self.services.drain
         self.metrics = self.services.metrics
 
     def open_store(self, root: Path) -> AdapterStore:
         """Where its adapters are."""
-        return AdapterStore(root / "store", LocalNames(self._database))
+        return AdapterStore(
+            root / "store", LocalNames(self._database), check_pins=PinLimit(self.settings, self.engine).check
+        )
 
     def app(self) -> Starlette:
         """The whole application."""

@@ -129,7 +129,8 @@ class Served:
 
     async def add_adapter(self, directory: Path, name: str, seed: int = 0) -> str:
         """Put a random adapter in; returns its digest."""
-        version, _ = await self.services.intake.import_directory(TENANT, name, write_adapter(directory / name, seed))
+        publisher = self.services.registry.publisher
+        version, _ = await publisher.import_directory(TENANT, name, write_adapter(directory / name, seed))
         return version.digest
 
 

@@ -1,8 +1,6 @@
 """`/v1/adapters`: upload, mix, list, look at, download and delete adapters. What a name means is `versions`' matter."""
 
-import asyncio
 from pathlib import Path
-from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -14,39 +12,34 @@ from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME
 from adapters.peft_format.text import MAX_TEMPLATE_BYTES, MAX_TOKENIZER_BYTES, TEMPLATE_NAME, TOKENIZER_NAME
 from adapters.storage.details import details_of
 from adapters.storage.files import Staging
-from adapters.storage.store import AdapterStore
 from adapters.storage.versions import AmbiguousDigest, UnknownAdapter, Version, split_reference
-from server.errors import Conflict, InvalidRequest, NotFound, TooManyRequests, shown
+from server.errors import Conflict, InvalidRequest, disk_faults
+from server.http.mixing import MixBody, mix
 from server.http.multipart import Part, read_parts
 from server.http.objects import AdapterObject, AdapterReceipt, DeletedAdapter, ListObject
 from server.http.operations import OPENING, PUBLISHING, Operation
 from server.http.paging import WindowQuery, window
-from server.http.routes.merging import resident
-from server.http.routes.mixing import MixBody, mix
-from server.registry.intake import disk_faults
+from server.http.receipts import receipt, resident, unknown_adapter
 from server.services import TENANT, Services, services_of
 from server.settings import Settings
 
 _MAX_NAME_BYTES = 1024  # far more than a name may have, so that an over-long one is answered as such
 _MAX_WORD_BYTES = 64
-_SLOT_SECONDS = 30.0
 
 
 async def upload_adapter(request: Request, body: MixBody | None = None) -> Response:
     """Receive an adapter, or make one of others. 201 when the name changed, 200 when it had this content already."""
     services = services_of(request)
-    _ = services.intake.base  # without a base nothing can be checked, so do not receive it either
-    await take_slot(services)
-    try:
+    _ = services.engine_info  # without a base nothing can be checked, so do not receive it either
+    async with services.uploads.slot():
         if body is not None:
             version, changed = await mix(services, body)
         else:
-            async with services.intake.stage() as staging:
+            publisher = services.registry.publisher
+            async with publisher.stage() as staging:
                 with disk_faults():
                     name, promote = await _receive(request, services, staging)
-                version, changed = await services.intake.admit(TENANT, name, staging, promote=promote)
-    finally:
-        services.intake.upload_slots.release()
+                version, changed = await publisher.admit(TENANT, name, staging, promote=promote)
     made = receipt(services.store, version)
     return JSONResponse(made, status_code=201 if changed else 200, headers=_digest_header(version))
 
@@ -65,8 +58,7 @@ async def get_adapter(request: Request) -> Response:
     services, version = services_of(request), await _find(request)
     try:
         pointer = services.store.pointer(TENANT, version.name)
-        with services.store.lease(version):
-            await services.intake.bring(version)
+        async with services.registry.hold(version):
             base = services.engine.info
             details = await run_in_threadpool(details_of, version.path, base.linears if base else None)
     except UnknownAdapter:  # deleted this very moment
@@ -85,7 +77,7 @@ async def delete_adapter(request: Request) -> Response:
     """Take the name away; requests that run finish with the version they began with."""
     name = request.path_params["name"]
     try:
-        version = await services_of(request).intake.delete(TENANT, name)
+        version = await services_of(request).registry.delete(TENANT, name)
     except UnknownAdapter:
         raise unknown_adapter(name) from None
     return JSONResponse({"object": "adapter", "name": version.name, "digest": version.digest, "deleted": True})
@@ -101,32 +93,10 @@ async def get_weights(request: Request) -> Response:
     return _StoredFile(services_of(request), await _find(request), WEIGHTS_NAME, "application/octet-stream")
 
 
-def receipt(store: AdapterStore, version: Version) -> dict[str, Any]:
-    """What an owner wants to check after an upload: that it is the adapter, and all of it. And whether it is pinned."""
-    return {
-        "object": "adapter",
-        "name": version.name,
-        "digest": version.digest,
-        "created_at": int(version.created),
-        "pinned": store.pinned(version.tenant, version.name),
-        **version.receipt,
-    }
-
-
-async def take_slot(services: Services) -> None:
-    """Wait for one of the `upload_slots`, to be released by the caller. Raises TooManyRequests after a while."""
-    try:
-        async with asyncio.timeout(_SLOT_SECONDS):
-            await services.intake.upload_slots.acquire()
-    except TimeoutError:
-        message = f"{services.settings.max_uploads} uploads are being received already."
-        raise TooManyRequests(message, retry_after=int(_SLOT_SECONDS)) from None
-
-
 async def _receive(request: Request, services: Services, staging: Staging) -> tuple[str, bool]:
     """Write the files to `staging`; returns the name, and whether it shall mean them."""
     parts = _parts(services.settings, staging.path)
-    values = await read_parts(request, parts, services.intake.receivers)
+    values = await read_parts(request, parts, services.uploads.threads)
     promote = values.get("promote", b"true")
     if promote not in (b"true", b"false"):
         raise InvalidRequest("`promote` is `true` or `false`.", param="promote")
@@ -152,16 +122,11 @@ async def _find(request: Request) -> Version:
     asked = request.path_params["name"]
     name, prefix = split_reference(asked)
     try:
-        return await services_of(request).intake.find(TENANT, name, prefix)
+        return await services_of(request).registry.find(TENANT, name, prefix)
     except UnknownAdapter:
         raise unknown_adapter(asked) from None
     except AmbiguousDigest:
         raise Conflict(f"Several versions of `{name}` start with {prefix}.", param="name") from None
-
-
-def unknown_adapter(name: str) -> NotFound:
-    """404 for a name that nobody has."""
-    return NotFound(f"The adapter `{shown(name)}` does not exist.", param="name", code="adapter_not_found")
 
 
 def _digest_header(version: Version) -> dict[str, str]:
@@ -181,8 +146,7 @@ class _StoredFile(Response):
         # Always the whole file: starlette words a faulty Range in an error shape of its own.
         whole = {**scope, "headers": [(name, value) for name, value in scope["headers"] if name != b"range"]}
         try:
-            with self._services.store.lease(self._version):
-                await self._services.intake.bring(self._version)
+            async with self._services.registry.hold(self._version):
                 await self._file(whole, receive, send)
         except UnknownAdapter:  # deleted this very moment
             raise unknown_adapter(self._version.name) from None

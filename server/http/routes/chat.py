@@ -4,9 +4,9 @@ import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 from starlette.requests import Request
 from starlette.types import Send
 
@@ -15,99 +15,13 @@ from server.http.answer import Answer, send_events, send_json
 from server.http.objects import ChatCompletion, ChatCompletionChunk
 from server.http.operations import OPENING, Operation
 from server.openai.assembly import Piece
-from server.openai.body import Body
+from server.openai.conversation import Conversation
 from server.openai.generation import Generation, Prompt, check_vocabulary, fit_max_tokens
 from server.openai.logprobs import chat_tokens
 from server.openai.schema import INT32, GenerationBody
 from server.openai.target import open_target
 from server.services import Services, services_of
-from server.text.chat_template import RESERVED
 from server.text.processor import TextProcessor
-
-
-def _content(value: Any) -> Any:
-    """Text, or text parts, which are joined by line breaks as vLLM does."""
-    if not isinstance(value, list):
-        return value
-    texts = []
-    for i, part in enumerate(value):
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise ValueError(f'part {i} is not of the form {{"type": "text", "text": "..."}}; only text is supported')
-        texts.append(part["text"])
-    if not texts:
-        raise ValueError("must not be an empty list")
-    return "\n".join(texts)
-
-
-def _template_arguments(value: Any) -> Any:
-    if not isinstance(value, dict):
-        raise ValueError("must be an object")
-    for name, argument in value.items():
-        if name in RESERVED or not name.isidentifier():
-            raise ValueError(f"{name[:100]!r} cannot be given")
-        if not (argument is None or isinstance(argument, str | int | float)):
-            raise ValueError(f"{name[:100]!r} must be a string, a number, true, false or null")
-    return value
-
-
-class TextPart(BaseModel):
-    """Part of a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-_CONTENT = BeforeValidator(_content, json_schema_input_type=str | Annotated[list[TextPart], Field(min_length=1)])
-_ARGUMENTS = BeforeValidator(_template_arguments, json_schema_input_type=dict[str, str | int | float | bool | None])
-
-
-class Message(Body):
-    """One message. What clients send back from an answer (`refusal: null`, `tool_calls: []`) is accepted."""
-
-    no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "tool_calls": ([],),
-        "annotations": ([],),
-        "reasoning_content": ("",),
-    }
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str, _CONTENT]
-    name: str | None = None
-    tool_call_id: str | None = None
-
-    def for_template(self) -> dict[str, Any]:
-        """The message as a chat template sees it."""
-        return self.model_dump(exclude_none=True)
-
-
-class Conversation(Body):
-    """What makes a prompt of messages; `/tokenize` takes it too."""
-
-    messages: list[Message] = Field(min_length=1)
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
-    add_special_tokens: bool = False  # the template writes them
-    chat_template_kwargs: Annotated[dict[str, Any], _ARGUMENTS] = Field({})
-
-    @model_validator(mode="after")
-    def _check_continuation(self) -> Self:
-        if self.continue_final_message and self.add_generation_prompt:
-            raise InvalidRequest(
-                "`continue_final_message` needs `add_generation_prompt: false`: the prompt ends in the last message.",
-                param="continue_final_message",
-            )
-        return self
-
-    async def encode(self, text: TextProcessor) -> list[int]:
-        """The prompt's token ids. Raises `InvalidRequest` when the template refuses."""
-        prompt = await text.render_chat(
-            [message.for_template() for message in self.messages],
-            add_generation_prompt=self.add_generation_prompt,
-            continue_final_message=self.continue_final_message,
-            arguments=self.chat_template_kwargs,
-        )
-        (ids,) = await text.encode([prompt], add_special_tokens=self.add_special_tokens)
-        return ids
 
 
 class ChatBody(GenerationBody, Conversation):

@@ -3,7 +3,7 @@
 import asyncio
 import importlib.util
 import uuid
-from contextlib import ExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing
 
 from pydantic import Field
 from starlette.requests import Request
@@ -15,12 +15,11 @@ from server.client.engine import AdapterLoadFailed
 from server.errors import ContextLengthExceeded, InternalError, InvalidRequest, TooManyRequests
 from server.http.objects import Residency, Verification
 from server.http.operations import OPENING, Operation
-from server.http.routes.adapters import take_slot
 from server.messages.protocol import AdapterRef, Generate, Sampling
 from server.model_source import resolve
 from server.openai.body import Body
 from server.openai.generation import raise_failure
-from server.openai.target import hold, reference
+from server.openai.target import reference
 from server.services import TENANT, Services, services_of
 
 _PROMPT = "The quick brown fox jumps over the lazy dog. In the beginning there was a question, and the answer was:"
@@ -40,11 +39,15 @@ class VerifyBody(Body):
 async def warm(request: Request) -> Response:
     """Bring the adapter onto the device; answers when it is there. Of a split, every version that answers."""
     services, name = services_of(request), request.path_params["name"]
-    with ExitStack() as held:
-        versions = [await hold(services, name, "name", None, held)]
+    async with AsyncExitStack() as held:
+
+        async def version_of(asked: str) -> Version:
+            return await held.enter_async_context(services.registry.open(TENANT, asked, param="name"))
+
+        versions = [await version_of(name)]
         if "@" not in name:
             others = services.store.pointer(TENANT, name).shares.keys() - {versions[0].digest}
-            versions += [await hold(services, f"{name}@{digest}", "name", None, held) for digest in sorted(others)]
+            versions += [await version_of(f"{name}@{digest}") for digest in sorted(others)]
         try:
             seconds = [await services.engine.warm(reference(version)) for version in versions]
         except AdapterLoadFailed:
@@ -58,8 +61,7 @@ async def verify(request: Request, body: VerifyBody = VerifyBody()) -> Response:
     services, name = services_of(request), request.path_params["name"]
     if body.peft:
         _check_oracle(services)
-    with ExitStack() as held:
-        version = await hold(services, name, "name", None, held)
+    async with services.registry.open(TENANT, name, param="name") as version:
         (ids,) = await services.text.encode([body.prompt], add_special_tokens=True)
         limit = services.engine_info.max_model_len
         if not 1 < len(ids) <= limit:
@@ -124,14 +126,12 @@ async def _ask_oracle(services: Services, version: Version, ids: list[int]) -> l
         "adapter": str(version.path),
         "prompt": ids,
     }
-    await take_slot(services)
-    try:
-        scores: list[float] = await run_worker("adapters.offline.oracle", order, _ORACLE_SECONDS)
-    except WorkerTooSlow:
-        message = f"PEFT took more than {_ORACLE_SECONDS:g} s."
-        raise InvalidRequest(message, param="peft", code="peft_too_slow") from None
-    finally:
-        services.intake.upload_slots.release()
+    async with services.uploads.slot():
+        try:
+            scores: list[float] = await run_worker("adapters.offline.oracle", order, _ORACLE_SECONDS)
+        except WorkerTooSlow:
+            message = f"PEFT took more than {_ORACLE_SECONDS:g} s."
+            raise InvalidRequest(message, param="peft", code="peft_too_slow") from None
     return scores
 
 

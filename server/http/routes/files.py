@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from server.errors import InvalidRequest, NotFound, shown
+from server.errors import InvalidRequest, NotFound, disk_faults, shown
 from server.finetune import hyperparameters as recipe
 from server.finetune.database import UnknownCursorError
 from server.finetune.dataset import DatasetError, load_dataset
@@ -21,8 +21,6 @@ from server.http.multipart import Part, read_parts
 from server.http.objects import DeletedObject, FileObject, ListObject
 from server.http.operations import PUBLISHING, Operation
 from server.http.paging import ListQuery, Whole, page, unknown_cursor
-from server.http.routes.adapters import take_slot
-from server.registry.intake import disk_faults
 from server.services import TENANT, Services, services_of
 from server.settings import Settings
 
@@ -41,22 +39,19 @@ async def upload_file(request: Request) -> Response:
     """Receive a file, check every line of it, and keep it."""
     services = services_of(request)
     _ = services.engine_info  # without a base its lines cannot be checked, so do not receive them either
-    await take_slot(services)
-    try:
+    async with services.uploads.slot():
         with disk_faults(), services.tuning.files.staging() as directory:
             path, filename = await _receive(request, services, directory)
             report = await asyncio.to_thread(_check, services, path)
             add = partial(services.tuning.files.add, TENANT, path, filename=filename, purpose=PURPOSE, report=report)
             stored = await asyncio.to_thread(add)
-    finally:
-        services.intake.upload_slots.release()
     return JSONResponse(file_object(stored))
 
 
 async def _receive(request: Request, services: Services, directory: Path) -> tuple[Path, str]:
     names = ["upload.jsonl"]
     parts = _parts(services.settings, directory, names.append)
-    values = await read_parts(request, parts, services.intake.receivers)
+    values = await read_parts(request, parts, services.uploads.threads)
     if values["purpose"] != PURPOSE.encode():
         raise InvalidRequest(f"`purpose` must be `{PURPOSE}`: no other files are used here.", param="purpose")
     return directory / _UPLOAD, Path(names[-1]).name[:_MAX_FILENAME] or names[0]

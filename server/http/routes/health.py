@@ -26,7 +26,7 @@ async def ready(request: Request) -> Response:
     reason = services.engine.unready_reason
     if services.drain.draining:
         reason = "The server is shutting down."
-    elif reason is None and services.intake.pending:
+    elif reason is None and services.registry.discovery.pending:
         reason = "Adapters named on the command line are being imported."
     info = services.engine.info
     body = {

@@ -8,7 +8,6 @@ import asyncio
 import shutil
 import uuid
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -30,20 +29,20 @@ from server.errors import (
     NotFound,
     StorageFull,
     TooManyRequests,
+    disk_faults,
     shown,
 )
 from server.http.objects import DeletedMerge, MergeObject
 from server.http.operations import OPENING, PUBLISHING, Operation
 from server.http.paging import Query
-from server.messages.protocol import LOAD_FAILED, MergeReport
+from server.http.receipts import resident
+from server.messages.protocol import LOAD_FAILED
 from server.model_source import resolve
 from server.openai.body import Body
-from server.openai.target import hold, reference
-from server.registry.intake import disk_faults
-from server.services import Services, services_of
+from server.openai.target import reference
+from server.services import TENANT, Services, services_of
 
 _SECONDS = 3600.0
-_at_work: set[Path] = set()  # one process serves one data directory
 
 MAX_PROMPTS = 16
 MAX_PROMPT_TOKENS = 256
@@ -87,8 +86,7 @@ class DeleteMergeQuery(Query):
 async def merge(request: Request, body: MergeBody) -> Response:
     """Make either. 201 when it was made, 200 when it was there."""
     services = services_of(request)
-    with ExitStack() as held:
-        version = await hold(services, request.path_params["name"], "name", None, held)
+    async with services.registry.open(TENANT, request.path_params["name"], param="name") as version:
         if body.dtype is None:
             return await _checkpoint(services, version)
         return await _resident(services, version, body.dtype, body.prompts or _PROMPTS)
@@ -123,41 +121,15 @@ async def _resident(services: Services, version: Version, dtype: MergedDtype, te
     return JSONResponse(body, status_code=200 if there else 201, headers={"X-Adapter-Digest": version.digest})
 
 
-def resident(report: MergeReport) -> dict[str, Any]:
-    """What merged weights cost, how far they are from the adapter itself, and what they gain."""
-    return {
-        "dtype": report.dtype,
-        "bytes": report.bytes,
-        "build_seconds": report.seconds,
-        "drift": {
-            "positions": report.positions,
-            "mean_kl": report.mean_kl,
-            "greedy_agreement": report.agreement,
-        },
-        "decode_tokens_per_second": [
-            {
-                "requests": speed.requests,
-                "adapter": speed.adapter,
-                "merged": speed.merged,
-                "gain": speed.merged / speed.adapter,
-            }
-            for speed in report.speeds
-        ],
-    }
-
-
 async def _checkpoint(services: Services, version: Version) -> Response:
     """Write W + BA in bfloat16."""
     target = _directory(services, version)
     if target.is_dir():
         return _receipt(version, target, 200)
-    if _at_work:
+    if services.checkpointing.locked():
         raise TooManyRequests("A checkpoint is being made already.", retry_after=30)
-    _at_work.add(target)
-    try:
+    async with services.checkpointing:
         await _make(services, version, target)
-    finally:
-        _at_work.discard(target)
     return _receipt(version, target, 201)
 
 
@@ -172,8 +144,7 @@ async def get_checkpoint_file(request: Request) -> Response:
 async def get_merge(request: Request) -> Response:
     """What there is of both."""
     services, name = services_of(request), request.path_params["name"]
-    with ExitStack() as held:
-        version = await hold(services, name, "name", None, held)
+    version = await _version(services, name)
     target, report = _directory(services, version), services.engine.merges.get(version.digest)
     if not target.is_dir() and report is None:
         raise NotFound(f"`{shown(name)}` is not merged.", param="name", code="merge_not_found")
@@ -190,8 +161,7 @@ async def get_merge(request: Request) -> Response:
 async def delete_merge(request: Request, query: DeleteMergeQuery) -> Response:
     """Remove the checkpoint and undo the resident merge, or with `to` one of them; the adapter stays."""
     services, name, to = services_of(request), request.path_params["name"], query.to
-    with ExitStack() as held:
-        version = await hold(services, name, "name", None, held)
+    version = await _version(services, name)
     target, deleted = _directory(services, version), []
     if to != "checkpoint" and await services.engine.unmerge(version.digest):
         deleted.append("resident")
@@ -234,10 +204,15 @@ def _directory(services: Services, version: Version) -> Path:
     return services.settings.data_dir / "checkpoints" / version.digest.removeprefix("sha256:")
 
 
+async def _version(services: Services, name: str) -> Version:
+    """The record of the version that a request would get."""
+    async with services.registry.open(TENANT, name, param="name") as version:
+        return version
+
+
 async def _existing(request: Request) -> Path:
     services, name = services_of(request), request.path_params["name"]
-    with ExitStack() as held:
-        target = _directory(services, await hold(services, name, "name", None, held))
+    target = _directory(services, await _version(services, name))
     if not target.is_dir():
         raise NotFound(f"`{shown(name)}` has no merged checkpoint.", param="name", code="checkpoint_not_found")
     return target

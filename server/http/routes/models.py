@@ -1,7 +1,6 @@
 """`/v1/models`: the base and every adapter as OpenAI's model objects, with vLLM's additions."""
 
 import time
-from contextlib import ExitStack
 from typing import Any
 
 from starlette.requests import Request
@@ -12,7 +11,7 @@ from server.errors import ModelNotFound, PermissionDenied
 from server.http.objects import DeletedObject, ListObject, ModelCard
 from server.http.operations import OPENING, Operation
 from server.http.paging import WindowQuery, page, window
-from server.openai.target import hold
+from server.openai.target import brings_text, text_of
 from server.services import TENANT, Services, services_of
 
 _STARTED = int(time.time())  # the base has no birthday of its own
@@ -34,13 +33,13 @@ async def get_model(request: Request) -> Response:
     """One model by id: the base, an adapter, or one version of it as `name@digest prefix`."""
     services, asked = services_of(request), request.path_params["id"]
     if asked in services.settings.base_aliases:
-        return JSONResponse(_base_card(services))
+        return JSONResponse(_base_card(services) | {"stop_tokens": services.text.stops_as_json()})
     if "@" in asked:
-        with ExitStack() as held:
-            version = await hold(services, asked, "model", None, held)
-            return JSONResponse(_adapter_card(services, version) | {"id": asked})
+        async with services.registry.open(TENANT, asked, param="model") as version:
+            return JSONResponse(await _adapter_details(services, version) | {"id": asked})
     try:
-        return JSONResponse(_adapter_card(services, await services.intake.find(TENANT, asked)))
+        version = await services.registry.find(TENANT, asked)
+        return JSONResponse(await _adapter_details(services, version))
     except UnknownAdapter:
         raise ModelNotFound(asked) from None
 
@@ -51,10 +50,19 @@ async def delete_model(request: Request) -> Response:
     if name in services.settings.base_aliases:
         raise PermissionDenied(f"`{name}` is the base model, which cannot be deleted.", param="model")
     try:
-        await services.intake.delete(TENANT, name)
+        await services.registry.delete(TENANT, name)
     except UnknownAdapter:
         raise ModelNotFound(name) from None
     return JSONResponse({"id": name, "object": "model", "deleted": True})
+
+
+async def _adapter_details(services: Services, version: Version) -> dict[str, Any]:
+    """The card, and the tokens that end the adapter's answers. Raises UnknownAdapter when it was just removed."""
+    text = services.text
+    if brings_text(version):
+        async with services.registry.hold(version):
+            text = await text_of(services, version)
+    return _adapter_card(services, version) | {"stop_tokens": text.stops_as_json()}
 
 
 def _base_card(services: Services) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from adapters.storage.versions import UnknownAdapter
 from server.errors import Conflict
 from server.http.objects import PinObject
 from server.http.operations import Operation
-from server.http.routes.adapters import unknown_adapter
+from server.http.receipts import unknown_adapter
 from server.services import TENANT, services_of
 
 
@@ -29,8 +29,8 @@ async def unpin(request: Request) -> Response:
 async def _answer(request: Request, *, pinned: bool) -> Response:
     services, name = services_of(request), request.path_params["name"]
     try:
-        version = await services.intake.find(TENANT, name)
-        pointer = await services.intake.pin(TENANT, version.name, pinned)
+        version = await services.registry.find(TENANT, name)
+        pointer = await services.registry.publisher.pin(TENANT, version.name, pinned)
     except UnknownAdapter:
         raise unknown_adapter(name) from None
     linears = services.engine_info.linears

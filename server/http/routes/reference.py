@@ -3,6 +3,7 @@
 Where the server has keys they need one, like all else: what a closed server can do is its users' matter.
 """
 
+from importlib.metadata import version
 from typing import Any
 
 from starlette.requests import Request
@@ -10,7 +11,6 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 
 from server.http import openapi, reference
 from server.http.operations import Operation
-from server.http.routes.health import VERSION
 from server.services import services_of
 
 
@@ -30,7 +30,7 @@ def _document(request: Request) -> dict[str, Any]:
     state = request.app.state
     if not hasattr(state, "openapi"):
         operations = [route for route in request.app.routes if isinstance(route, Operation)]
-        state.openapi = openapi.document(operations, services_of(request).settings, VERSION)
+        state.openapi = openapi.document(operations, services_of(request).settings, version("lorakeet"))
     document: dict[str, Any] = state.openapi
     return document
 

@@ -10,8 +10,8 @@ from starlette.responses import JSONResponse, Response
 from server.errors import InvalidRequest
 from server.http.objects import Detokenized, Tokens
 from server.http.operations import OPENING, Operation
-from server.http.routes.chat import Conversation
 from server.openai.body import Body
+from server.openai.conversation import Conversation
 from server.openai.target import open_target
 from server.services import services_of
 

@@ -16,7 +16,7 @@ from adapters.storage.versions import AmbiguousDigest, Pointer, UnknownAdapter
 from server.errors import Conflict, InvalidRequest, NotFound, PreconditionFailed
 from server.http.objects import Versions
 from server.http.operations import Operation
-from server.http.routes.adapters import receipt, unknown_adapter
+from server.http.receipts import receipt, unknown_adapter
 from server.openai.body import Body
 from server.services import TENANT, services_of
 
@@ -46,19 +46,19 @@ async def list_versions(request: Request) -> Response:
 async def promote(request: Request, body: PromoteBody) -> Response:
     """Let a name mean one of its versions, or shares of several."""
     name = await _name(request)
-    intake, expected = services_of(request).intake, _expected(request)
+    publisher, expected = services_of(request).registry.publisher, _expected(request)
     if body.split is None:
         assert body.digest is not None
-        return _answer(request, await _changed(intake.promote(TENANT, name, body.digest, expected), "digest"))
-    return _answer(request, await _changed(intake.divide(TENANT, name, body.split, expected), "split"))
+        return _answer(request, await _changed(publisher.promote(TENANT, name, body.digest, expected), "digest"))
+    return _answer(request, await _changed(publisher.divide(TENANT, name, body.split, expected), "split"))
 
 
 async def roll_back(request: Request) -> Response:
     """End a split, or else go back to the version that was current before."""
     name = await _name(request)
-    intake = services_of(request).intake
+    publisher = services_of(request).registry.publisher
     try:
-        pointer = await _changed(intake.roll_back(TENANT, name, _expected(request)), "name")
+        pointer = await _changed(publisher.roll_back(TENANT, name, _expected(request)), "name")
     except NotFound as error:
         raise Conflict(error.message, param="name", code="no_previous_version") from None
     return _answer(request, pointer)
@@ -68,7 +68,7 @@ async def _name(request: Request) -> str:
     """The stored name in the path; a single version has no versions."""
     name: str = request.path_params["name"]
     try:
-        return (await services_of(request).intake.find(TENANT, name)).name
+        return (await services_of(request).registry.find(TENANT, name)).name
     except UnknownAdapter:
         raise unknown_adapter(name) from None
 

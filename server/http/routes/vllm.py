@@ -51,7 +51,7 @@ async def load(request: Request, body: LoadBody) -> Response:
         message = f"The lora adapter '{shown(body.lora_name)}' has already been loaded."
         raise InvalidUserInput(f"{message} Set 'load_inplace' to replace it.", param="lora_name")
     directory = await run_in_threadpool(_directory_under, root, body.lora_path)
-    await services.intake.import_directory(TENANT, body.lora_name, directory)
+    await services.registry.publisher.import_directory(TENANT, body.lora_name, directory)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
@@ -62,7 +62,7 @@ async def unload(request: Request, body: UnloadBody) -> Response:
         raise InvalidUserInput("'lora_name' must be provided.", param="lora_name")
     if not _exists(services, body.lora_name):
         raise NotFoundError(f"The lora adapter '{shown(body.lora_name)}' cannot be found.", param="lora_name")
-    await services.intake.delete(TENANT, body.lora_name)
+    await services.registry.delete(TENANT, body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 

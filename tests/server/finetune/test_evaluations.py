@@ -86,7 +86,7 @@ def by_hand(engine: Engine, site: TuningSite, line: dict[str, Any], adapter: Any
 
 async def test_the_numbers(site: TuningSite, tiny_engine: Engine, model_dir: Path, tmp_path: Path) -> None:
     directory = tiny_adapter(tmp_path / "adapter", model_dir)
-    version, _ = await site.services.intake.import_directory(TENANT, "mine", directory)
+    version, _ = await site.services.registry.publisher.import_directory(TENANT, "mine", directory)
     reference = engines.publish(tiny_engine, directory)
     lines = EXAMPLES[:4]
     done = await evaluate(site, model="mine", file=await site.upload(lines))

@@ -111,7 +111,7 @@ async def test_a_download_outlives_its_name(site: Site) -> None:
     await push(site, "legal")
     version = site.store.get(TENANT, "legal")
     with site.store.lease(version):
-        await site.intake.delete(TENANT, "legal")
+        await site.registry.delete(TENANT, "legal")
         assert read(version.path / "adapter_model.safetensors") == weights
     async with asyncio.timeout(5):
         while kept(site):  # noqa: ASYNC110 - removed by a thread
@@ -214,19 +214,19 @@ async def test_a_client_that_leaves_leaves_nothing(site: Site) -> None:
 
 async def test_uploads_beyond_the_limit_wait_their_turn(tmp_path: Path) -> None:
     with contextlib.closing(Site(tmp_path, max_uploads=1)) as site:
-        await site.intake.upload_slots.acquire()
-        waiting = asyncio.create_task(push(site, "legal"))
-        await asyncio.sleep(0.02)
-        assert not waiting.done()
-        site.intake.upload_slots.release()
+        async with site.services.uploads.slot():
+            waiting = asyncio.create_task(push(site, "legal"))
+            await asyncio.sleep(0.02)
+            assert not waiting.done()
         assert (await waiting).status_code == 201
 
 
 async def test_and_not_for_ever(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.http.routes.adapters._SLOT_SECONDS", 0.01)
-    for _ in range(site.settings.max_uploads):
-        await site.intake.upload_slots.acquire()
-    response = await push(site, "legal")
+    monkeypatch.setattr("server.admission._SLOT_SECONDS", 0.01)
+    async with contextlib.AsyncExitStack() as taken:
+        for _ in range(site.settings.max_uploads):
+            await taken.enter_async_context(site.services.uploads.slot())
+        response = await push(site, "legal")
     assert response.status_code == 429
     assert "Retry-After" in response.headers
 

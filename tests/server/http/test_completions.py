@@ -469,7 +469,7 @@ async def test_the_adapters_files_stay_while_it_answers(served: Served, tmp_path
 
     async def gate(request: Generate, step: int) -> None:
         if step == 1:
-            await served.services.intake.delete("", "poet")
+            await served.services.registry.delete("", "poet")
         present.append((Path(request.adapters[0].path) / "adapter_model.safetensors").is_file())
 
     served.engine.gate = gate

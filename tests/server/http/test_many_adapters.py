@@ -94,7 +94,7 @@ async def test_publishing_one_more_looks_at_no_other(
     first = write_adapter(tmp_path / "one", 1)
     second = write_adapter(tmp_path / "two", 2)
     for directory in (first, second):
-        _, changed = await many.intake.import_directory(TENANT, "zz", directory)
+        _, changed = await many.publisher.import_directory(TENANT, "zz", directory)
         assert changed
-    await many.intake.roll_back(TENANT, "zz", None)
-    await many.intake.delete(TENANT, "zz")
+    await many.publisher.roll_back(TENANT, "zz", None)
+    await many.registry.delete(TENANT, "zz")

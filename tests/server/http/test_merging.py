@@ -36,7 +36,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
 
 
 async def test_a_checkpoint_is_made_once_fetched_and_removed(site: Site) -> None:
-    await site.intake.import_directory(TENANT, "legal", write_adapter(site.settings.data_dir / "legal"))
+    await site.publisher.import_directory(TENANT, "legal", write_adapter(site.settings.data_dir / "legal"))
     async with site.client() as client:
         assert (await client.get("/v1/adapters/legal/merge")).status_code == 404
         made = await client.post("/v1/adapters/legal/merge", json={"to": "checkpoint"})
@@ -79,7 +79,7 @@ async def test_a_checkpoint_is_made_once_fetched_and_removed(site: Site) -> None
     ],
 )
 async def test_orders_that_make_no_sense(site: Site, body: dict[str, Any], param: str) -> None:
-    await site.intake.import_directory(TENANT, "legal", write_adapter(site.settings.data_dir / "legal"))
+    await site.publisher.import_directory(TENANT, "legal", write_adapter(site.settings.data_dir / "legal"))
     async with site.client() as client:
         response = await client.post("/v1/adapters/legal/merge", json=body)
         assert (response.status_code, response.json()["error"]["param"]) == (400, param)
@@ -87,7 +87,7 @@ async def test_orders_that_make_no_sense(site: Site, body: dict[str, Any], param
 
 
 async def test_a_merge_that_fails_leaves_nothing(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    await site.intake.import_directory(TENANT, "legal", write_adapter(site.settings.data_dir / "legal"))
+    await site.publisher.import_directory(TENANT, "legal", write_adapter(site.settings.data_dir / "legal"))
     weights = Path(site.settings.model) / "model.safetensors"
     tensors = load_file(weights)
     del tensors[f"{Q}.weight"]
@@ -104,7 +104,7 @@ async def test_a_merge_that_fails_leaves_nothing(site: Site, monkeypatch: pytest
 
 
 async def test_a_resident_merge_is_shown_and_undone(site: Site) -> None:
-    await site.intake.import_directory(TENANT, "legal", write_adapter(site.settings.data_dir / "legal"))
+    await site.publisher.import_directory(TENANT, "legal", write_adapter(site.settings.data_dir / "legal"))
     async with site.client() as client:
         assert (await client.get("/v1/adapters/legal")).json()["merged"] is None
         order = {"to": "resident", "dtype": "nf4", "prompts": ["The quick brown fox."]}
@@ -141,7 +141,7 @@ async def test_a_resident_merge_is_shown_and_undone(site: Site) -> None:
     ],
 )
 async def test_what_the_engine_refuses(site: Site, code: str, status: int) -> None:
-    await site.intake.import_directory(TENANT, "legal", write_adapter(site.settings.data_dir / "legal"))
+    await site.publisher.import_directory(TENANT, "legal", write_adapter(site.settings.data_dir / "legal"))
     site.engine.refuses_merges = MergeRefused("the words", code)
     async with site.client() as client:
         response = await client.post("/v1/adapters/legal/merge", json={"to": "resident", "dtype": "nf4"})
@@ -151,12 +151,12 @@ async def test_what_the_engine_refuses(site: Site, code: str, status: int) -> No
 
 
 async def test_only_what_a_name_means_is_merged(site: Site) -> None:
-    first, _ = await site.intake.import_directory(TENANT, "legal", write_adapter(site.settings.data_dir / "one"))
-    await site.intake.import_directory(TENANT, "legal", write_adapter(site.settings.data_dir / "two", 1))
+    first, _ = await site.publisher.import_directory(TENANT, "legal", write_adapter(site.settings.data_dir / "one"))
+    await site.publisher.import_directory(TENANT, "legal", write_adapter(site.settings.data_dir / "two", 1))
     async with site.client() as client:
         order = {"to": "resident", "dtype": "nf4"}
         older = f"legal@{first.digest.removeprefix('sha256:')[:12]}"
         assert (await client.post(f"/v1/adapters/{older}/merge", json=order)).status_code == 409
         assert (await client.post("/v1/adapters/legal/merge", json=order)).status_code == 201
-        await site.intake.import_directory(TENANT, "legal", write_adapter(site.settings.data_dir / "three", 2))
+        await site.publisher.import_directory(TENANT, "legal", write_adapter(site.settings.data_dir / "three", 2))
         assert (await client.get("/v1/adapters/legal")).json()["merged"] is None, "another version"

@@ -32,7 +32,7 @@ async def mix(site: Site, **body: Any) -> httpx.Response:
 
 async def sources(site: Site) -> None:
     for seed, name in enumerate(("one", "two")):
-        await site.intake.import_directory(TENANT, name, write_adapter(site.settings.data_dir / name, seed))
+        await site.publisher.import_directory(TENANT, name, write_adapter(site.settings.data_dir / name, seed))
 
 
 def delta(weights: bytes, scaling: float) -> np.ndarray:
@@ -96,7 +96,7 @@ async def test_refusals_name_the_field_and_keep_nothing(site: Site, case: str) -
 
 async def test_what_the_mixer_refuses_is_a_400(site: Site) -> None:
     await sources(site)
-    await site.intake.import_directory(TENANT, "small", write_adapter(site.settings.data_dir / "small", 5, rank=2))
+    await site.publisher.import_directory(TENANT, "small", write_adapter(site.settings.data_dir / "small", 5, rank=2))
     response = await mix(site, name="blend", mix=[SOURCE, {"adapter": "small"}], method="linear")
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (400, "mix")
@@ -105,7 +105,7 @@ async def test_what_the_mixer_refuses_is_a_400(site: Site) -> None:
 
 async def test_a_mix_that_takes_too_long_ends(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     await sources(site)
-    monkeypatch.setattr("server.http.routes.mixing._SECONDS", 0.01)
+    monkeypatch.setattr("server.http.mixing._SECONDS", 0.01)
     error = (await mix(site, name="blend", mix=[SOURCE])).json()["error"]
     assert error["code"] == "mix_too_slow"
 

@@ -21,7 +21,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
 
 async def add(site: Site, name: str, seed: int = 0) -> str:
     source = write_adapter(site.settings.data_dir / f"source-{name}", seed)
-    version, _ = await site.intake.import_directory(TENANT, name, source)
+    version, _ = await site.publisher.import_directory(TENANT, name, source)
     return version.digest
 
 
@@ -42,7 +42,7 @@ async def test_the_base_and_its_adapters_are_models(site: Site) -> None:
 
 async def test_a_version_is_a_model_too(site: Site) -> None:
     digest = await add(site, "legal")
-    current = await site.intake.import_directory(TENANT, "legal", write_adapter(site.settings.data_dir / "new", 1))
+    current = await site.publisher.import_directory(TENANT, "legal", write_adapter(site.settings.data_dir / "new", 1))
     async with site.client() as client:
         for asked in (f"legal@{digest[7:15]}", f"legal@{digest}"):
             card = (await client.get(f"/v1/models/{asked}")).json()
@@ -102,9 +102,9 @@ async def test_ready_means_that_a_request_would_be_served(site: Site) -> None:
 
 async def test_not_ready_while_draining_or_importing(site: Site) -> None:
     async with site.client() as client:
-        site.intake.pending = True
+        site.registry.discovery.pending = True
         assert (await client.get("/ready")).status_code == 503
-        site.intake.pending = False
+        site.registry.discovery.pending = False
         assert (await client.get("/ready")).status_code == 200
         site.drain.begin()
         assert (await client.get("/ready")).status_code == 503

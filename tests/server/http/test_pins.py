@@ -105,7 +105,7 @@ async def test_pins_survive_a_restart(tmp_path: Path) -> None:
         digest = (await push(site, "legal")).json()["digest"]
         await pin(site, "legal")
     with contextlib.closing(Site(tmp_path)) as site:
-        await site.intake.import_configured(TENANT)
+        await site.registry.discovery.import_configured(TENANT)
         assert site.engine.pinned == [digest]
         assert (await details(site, "legal"))["pinned"] is True
 
@@ -138,7 +138,7 @@ async def test_the_limit_in_bytes(tmp_path: Path) -> None:
         assert (await pin(site, "small")).status_code == 200
         assert (await pin(site, "large")).status_code == 409
     with contextlib.closing(Site(tmp_path, adapter_pinned_bytes=0)) as site:
-        await site.intake.import_configured(TENANT)
+        await site.registry.discovery.import_configured(TENANT)
         assert site.engine.pinned == [], "a limit lowered meanwhile holds"
 
 

@@ -153,7 +153,7 @@ async def test_a_damaged_object_is_a_502(cold: RemoteSite, monkeypatch: pytest.M
 async def test_pinned_files_come_by_themselves_and_stay_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.registry.intake._RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("server.registry.pins._RETRY_SECONDS", 0.01)
     with contextlib.closing(open_site(tmp_path, "first")) as site:
         await push(site, "legal", 1)
         await push(site, "poet", 2)
@@ -162,7 +162,7 @@ async def test_pinned_files_come_by_themselves_and_stay_on_disk(
     with contextlib.closing(open_site(tmp_path, "second", adapter_disk_bytes=0)) as site:
         version = site.store.get(TENANT, "legal")
         with failing(monkeypatch, RemoteUnavailable("down"), "get"):
-            await site.intake.import_configured(TENANT)
+            await site.registry.discovery.import_configured(TENANT)
             await asyncio.sleep(0.05)
             assert site.engine.pinned == []
         async with asyncio.timeout(5):

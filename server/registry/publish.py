@@ -1,7 +1,7 @@
-"""How an adapter gets in, and out: checked against the base, sure to fit, published under a name, forgotten when gone.
+"""Changes of what names mean: publish (checked against the base, sure to fit), promote, split, roll back, pin, delete.
 
-Uploads, directories named on the command line, vLLM's load endpoint and finished fine-tunes all come through here, so
-whatever the store holds can be served. It knows neither HTTP nor what a request is.
+Uploads, directories of the command line, vLLM's load endpoint and finished fine-tunes all come through here, so
+whatever the store holds can be served.
 """
 
 import asyncio
@@ -9,20 +9,16 @@ import contextlib
 import dataclasses
 import logging
 import shutil
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
-
-from starlette.concurrency import run_in_threadpool
+from typing import TypeVar
 
 from adapters.background import run_in, threads
-from adapters.disk import is_full
 from adapters.offline.checker import Check
 from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME, AdapterError, AdapterSpec
 from adapters.peft_format.fields import shorten
 from adapters.peft_format.outline import Outline
-from adapters.peft_format.sizes import EXTRAS, device_bytes
 from adapters.peft_format.text import (
     NO_TEXT,
     TEMPLATE_NAME,
@@ -34,19 +30,17 @@ from adapters.peft_format.text import (
 )
 from adapters.storage.files import Staging
 from adapters.storage.store import AdapterStore
-from adapters.storage.versions import DamagedAdapter, Pointer, RemoteUnavailable, UnknownAdapter, Version, check_name
+from adapters.storage.versions import Pointer, UnknownAdapter, Version, check_name
 from server.children.checker import Checker
-from server.client.engine import EngineClient
-from server.errors import Conflict, EngineUnavailable, InvalidRequest, StorageFull
+from server.client.engine import EngineClient, served_base
+from server.errors import InvalidRequest, disk_faults
 from server.logs import FIELDS
-from server.messages.protocol import AdapterRef, Ready
 from server.metrics import Metrics
-from server.registry.fit import check_fit, first_that_fit, row_units
-from server.settings import SettingError, Settings
+from server.registry.fit import check_fit
+from server.registry.pins import Pins
+from server.settings import Settings
 from server.text.processor import TextProcessor
 
-_POLL_SECONDS = 0.1
-_RETRY_SECONDS = 10.0  # until the files of a pinned adapter are asked for again
 _CHANGES = 8  # that are checked, or wait for a disk or a network, at once
 
 T = TypeVar("T")
@@ -55,11 +49,12 @@ log = logging.getLogger(__name__)
 audit_log = logging.getLogger("server.audit")  # one line per change of what a name means
 
 
-class AdapterIntake:
+class Publisher:
     """The one door through which stored adapters change.
 
     Args:
-        settings: `adapter`, `adapter_dir`, `max_uploads` and the base's names are read.
+        settings: the base's names and the threads' priority are read.
+        pins: renewed whenever a name means something else.
         outline: the base's parameters beside its linears; without, adapters may touch nothing but linears.
         text: the base's, to which an adapter's own is added; without, no adapter brings any.
         checker: the process to check adapters in; without, a thread does.
@@ -71,10 +66,12 @@ class AdapterIntake:
         engine: EngineClient,
         store: AdapterStore,
         metrics: Metrics,
+        pins: Pins,
         outline: Outline | None = None,
         text: TextProcessor | None = None,
         checker: Checker | None = None,
     ) -> None:
+        self.pins = pins
         self._settings = settings
         self._engine = engine
         self._store = store
@@ -82,15 +79,8 @@ class AdapterIntake:
         self._outline = outline
         self._text = text
         self._checker = checker
-        self._discovering = asyncio.Lock()
-        self._unwanted: dict[str, object] = {}  # name in `adapter_dir` -> signature of the files refused or deleted
-        self._background: set[asyncio.Task[None]] = set()
-        self._workers = threads(_CHANGES, "adapter-intake", settings.background_priority)
-        self._pinned: dict[str, contextlib.ExitStack] = {}  # digest -> the lease that keeps its files
-        store.check_pins = self._check_pins
-        self.upload_slots = asyncio.Semaphore(settings.max_uploads)
-        self.receivers = threads(settings.max_uploads, "upload", "normal")  # one for each slot
-        self.pending = bool(settings.adapter)  # adapters of the command line are not all there yet
+        self._forgetting: set[asyncio.Task[None]] = set()
+        self._workers = threads(_CHANGES, "publisher", settings.background_priority)
 
     async def close(self) -> None:
         """End the process that checks."""
@@ -103,17 +93,9 @@ class AdapterIntake:
         if name in self._settings.base_aliases:
             raise AdapterError(f"'{name}' is the base model's name.", "name")
 
-    @property
-    def base(self) -> Ready:
-        """What adapters are checked against. Raises EngineUnavailable before the first engine has come up."""
-        info = self._engine.info
-        if info is None:
-            raise EngineUnavailable(self._engine.unready_reason or "The engine is starting.")
-        return info
-
     @contextlib.asynccontextmanager
     async def stage(self) -> AsyncIterator[Staging]:
-        """A private directory for files on their way in; gone afterwards unless `admit` took them. StorageFull."""
+        """A private directory for incoming files, removed afterwards unless `admit` took them. Raises StorageFull."""
         clean_up = contextlib.ExitStack()
         with disk_faults():
             staging = clean_up.enter_context(self._store.stage())
@@ -140,7 +122,7 @@ class AdapterIntake:
         Returns the version and whether the name changed. Raises AdapterError (its fault), StorageFull,
         EngineUnavailable.
         """
-        base = self.base
+        base = served_base(self._engine)
         self.check_name(name, fine_tuned=fine_tuned)
         text, warnings = await self._text_beside(staging.path, strict=strict_text)
         with disk_faults():
@@ -155,7 +137,7 @@ class AdapterIntake:
         version, changed = await self._change(publish)
         if changed:
             _audit(name, "upload" if promote or not before else "stage", before, version.digest)
-            self._renew_pins()
+            self.pins.renew()
             self._forget_unused(before)
         return version, changed
 
@@ -231,7 +213,7 @@ class AdapterIntake:
         pointer = await self._change(partial(self._store.pin, tenant, name, pinned))
         if before != pinned:
             _audit(name, "pin" if pinned else "unpin", pointer.shares, pointer.etag)
-            self._renew_pins()
+            self.pins.renew()
         return pointer
 
     async def _repoint(self, action: str, tenant: str, name: str, change: Callable[[], Pointer]) -> Pointer:
@@ -239,7 +221,7 @@ class AdapterIntake:
         pointer = await self._change(change)
         if before != pointer.shares:
             _audit(name, action, before, pointer.etag, split=dict(pointer.split) or None)
-            self._renew_pins()
+            self.pins.renew()
             self._forget_unused(before)
         return pointer
 
@@ -251,100 +233,11 @@ class AdapterIntake:
         """Take the name away; requests that run keep their version. Raises UnknownAdapter."""
         before = self._shares(tenant, name)
         version = await self._change(partial(self._store.delete, tenant, name))
-        if self._settings.adapter_dir is not None:  # or the next request would bring it back
-            self._unwanted[name] = await run_in_threadpool(_signature, self._settings.adapter_dir / name)
         self._metrics.adapter_deleted(name)
         _audit(name, "delete", before, None)
-        self._renew_pins()
+        self.pins.renew()
         self._forget_unused(before)
         return version
-
-    async def find(self, tenant: str, name: str, digest_prefix: str | None = None) -> Version:
-        """A stored version, if need be after a look into `adapter_dir`. Raises UnknownAdapter, AmbiguousDigest."""
-        try:
-            return self._store.get(tenant, name, digest_prefix)
-        except UnknownAdapter:
-            if not await self.discover(tenant, name):
-                raise
-            return self._store.get(tenant, name, digest_prefix)
-
-    async def collect_orphans(self) -> None:
-        """Again and again, remove from the object store what no name has: a deletion that it did not hear of, an upload
-        that a crash cut short."""
-        seconds = self._settings.adapter_orphan_hours * 3600
-        while seconds and self._settings.adapter_store is not None:
-            try:
-                count = await self._store.remove_orphans(seconds)
-                if count:
-                    log.info("removed %d versions from the object store that no name had", count)
-            except RemoteUnavailable as fault:
-                log.warning("what no name has stays in the object store: %s", fault)
-            await asyncio.sleep(seconds)
-
-    async def bring(self, version: Version) -> None:
-        """Wait until a leased version's files are here, for `adapter_store_seconds` at most.
-
-        Raises RemoteUnavailable, DamagedAdapter, StorageFull.
-        """
-        if self._store.has(version):
-            return
-        try:
-            with disk_faults():
-                async with asyncio.timeout(self._settings.adapter_store_seconds):
-                    await self._store.ready(version)
-        except TimeoutError:
-            log.warning("%s took more than --adapter-store-seconds to come from the store", version.digest)
-            raise RemoteUnavailable("its files have not come in time") from None
-        except (RemoteUnavailable, DamagedAdapter) as fault:
-            log.warning("adapter %s (%s) cannot be served: %s", version.name, version.digest, fault)
-            raise
-
-    async def discover(self, tenant: str, name: str) -> bool:
-        """Look for an unknown name in `adapter_dir`; whether it is in the store now."""
-        root = self._settings.adapter_dir
-        if root is None:
-            return False
-        try:
-            self.check_name(name)
-        except AdapterError:
-            return False
-        async with self._discovering:
-            return await self._import_found(tenant, name, root / name)
-
-    async def import_configured(self, tenant: str) -> None:
-        """Once an engine is up, bring in `adapter` and everything in `adapter_dir`.
-
-        Raises SettingError when an adapter named by `--adapter` is refused: the server must not start without it.
-        """
-        while self._engine.info is None:  # noqa: ASYNC110 - the engine's interface has no event
-            await asyncio.sleep(_POLL_SECONDS)
-        self._renew_pins()
-        for name, directory in self._settings.adapter_directories.items():
-            try:
-                version, changed = await self.import_directory(tenant, name, directory)
-            except (AdapterError, OSError, RemoteUnavailable) as error:
-                raise SettingError(f"--adapter {name}: {error}") from None
-            log.info("adapter %s is %s%s", name, version.digest, "" if changed else " (unchanged)")
-        self.pending = False
-        root = self._settings.adapter_dir
-        for directory in sorted(root.iterdir()) if root is not None and root.is_dir() else ():
-            if directory.is_dir():
-                async with self._discovering:
-                    await self._import_found(tenant, directory.name, directory)
-
-    async def _import_found(self, tenant: str, name: str, directory: Path) -> bool:
-        signature = await run_in_threadpool(_signature, directory)
-        if signature is None or self._unwanted.get(name) == signature:
-            return False
-        try:
-            # Whoever gave the name another version since, over HTTP, meant it: the same old files do not undo that.
-            await self.import_directory(tenant, name, directory, again=False)
-        except (AdapterError, OSError, StorageFull, Conflict, RemoteUnavailable) as error:
-            self._unwanted[name] = signature  # until its files change
-            log.warning("--adapter-dir: %s is not served: %s", name, error)
-            return False
-        self._unwanted.pop(name, None)
-        return True
 
     def _with_warnings(self, spec: AdapterSpec) -> AdapterSpec:
         """Tell the owner when the config names another base than the one that serves."""
@@ -369,72 +262,9 @@ class AdapterIntake:
         """
         for digest in digests:
             if not self._store.answers(digest):
-                self._in_background(self._engine.forget(digest))
-
-    # --- pins ------------------------------------------------------------------------------------------
-
-    def _renew_pins(self) -> None:
-        """Lease what is pinned now, and tell the engine; what is not here yet follows when it has been fetched."""
-        versions = self._store.pinned_versions()
-        base = self._engine.info
-        if base is None or not (versions or self._pinned):  # when the first engine is up, all this follows
-            return
-        fitting = first_that_fit(versions, self._room_for_pins(base))
-        for version in versions[len(fitting) :]:
-            log.warning("%s is pinned beyond --adapter-pinned-bytes; it may be evicted", version.name)
-        wanted = {version.digest: version for version in fitting}
-        for digest in self._pinned.keys() - wanted.keys():
-            self._pinned.pop(digest).close()
-        here = []
-        for digest, version in wanted.items():
-            if digest not in self._pinned:
-                held = contextlib.ExitStack()
-                with contextlib.suppress(UnknownAdapter):  # removed this very moment: another change follows
-                    held.enter_context(self._store.lease(version))
-                    self._pinned[digest] = held
-                    if not self._store.has(version):
-                        self._in_background(self._bring_pinned(version))
-            if digest in self._pinned and self._store.has(version):
-                here.append(AdapterRef(digest=digest, path=str(version.path)))
-        self._engine.pin(here)
-        size = sum(device_bytes(version.receipt["rows"], base.linears) for version in fitting)
-        self._metrics.pinned(len(fitting), size)
-
-    async def _bring_pinned(self, version: Version) -> None:
-        while version.digest in self._pinned:
-            try:
-                await self.bring(version)
-            except (RemoteUnavailable, DamagedAdapter, StorageFull):
-                await asyncio.sleep(_RETRY_SECONDS)
-            else:
-                self._renew_pins()
-                return
-
-    def _check_pins(self, versions: list[Version]) -> None:
-        """Raises Conflict when these are too much to be pinned together."""
-        room = self._room_for_pins(self.base)
-        fitting = first_that_fit(versions, room)
-        if len(fitting) < len(versions):
-            excess = row_units([*fitting, versions[len(fitting)]])
-            kind = next(kind for kind in excess if excess[kind] > room.get(kind, 0))
-            raise Conflict(
-                f"Pinned adapters would take {excess[kind]} rows of {kind} on the device, and may take "
-                f"{room.get(kind, 0)} (--adapter-pinned-bytes). Unpin one.",
-                param="name",
-                code="pin_limit",
-            )
-
-    def _room_for_pins(self, base: Ready) -> dict[str, int]:
-        """Row units per kind that pinned adapters may take: as large a share of each as of all the memory."""
-        total = device_bytes({kind: units for kind, units in base.pool_rows.items() if kind != EXTRAS}, base.linears)
-        allowed = self._settings.adapter_pinned_bytes
-        share = 0.5 if allowed is None else min(1.0, allowed / max(total, 1))
-        return {kind: int(units * share) for kind, units in base.pool_rows.items()}
-
-    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
+                task = asyncio.create_task(self._engine.forget(digest))
+                self._forgetting.add(task)
+                task.add_done_callback(self._forgetting.discard)
 
 
 def _audit(name: str, action: str, before: Mapping[str, float], after: str | None, **more: object) -> None:
@@ -442,17 +272,6 @@ def _audit(name: str, action: str, before: Mapping[str, float], after: str | Non
     was = ", ".join(before) or "nothing"
     fields = {"action": action, "adapter": name, "before": dict(before), "after": after, **more}
     audit_log.info("%s %s: %s -> %s", action, name, was, after or "nothing", extra={FIELDS: fields})
-
-
-@contextlib.contextmanager
-def disk_faults() -> Iterator[None]:
-    """A full disk, whoever met it, becomes the HTTP side's StorageFull."""
-    try:
-        yield
-    except OSError as error:
-        if is_full(error):
-            raise StorageFull("The disk is full; nothing was kept.") from None
-        raise
 
 
 def _new_tokens(tokenizer: Path, known: Callable[[str], int | None], size: int) -> tuple[NewToken, ...]:
@@ -463,12 +282,3 @@ def _copy(directory: Path, target: Path) -> None:
     for name in (CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME, TEMPLATE_NAME):
         if (directory / name).is_file():  # what is missing is named by the validation
             shutil.copyfile(directory / name, target / name)
-
-
-def _signature(directory: Path) -> tuple[tuple[int, int], ...] | None:
-    """Changes whenever the directory's files do; None when it is no adapter at all."""
-    try:
-        stats = [(directory / name).stat() for name in (CONFIG_NAME, WEIGHTS_NAME)]
-    except OSError:
-        return None
-    return tuple((stat.st_mtime_ns, stat.st_size) for stat in stats)

@@ -11,8 +11,7 @@ import pytest
 
 from adapters.peft_format.directory import AdapterError
 from adapters.storage.versions import UnknownAdapter
-from server.errors import EngineUnavailable, StorageFull
-from server.registry.intake import disk_faults
+from server.errors import EngineUnavailable, StorageFull, disk_faults
 from server.services import TENANT
 from server.settings import SettingError
 from tests.support.harness import Site, base_info, write_adapter
@@ -28,25 +27,25 @@ def site(tmp_path: Path) -> Iterator[Site]:
 
 async def test_new_content_changes_the_name_and_the_same_does_not(site: Site) -> None:
     one, two = write_adapter(site.settings.data_dir / "one", 1), write_adapter(site.settings.data_dir / "two", 2)
-    first, changed = await site.intake.import_directory(T, "legal", one)
+    first, changed = await site.publisher.import_directory(T, "legal", one)
     assert changed
-    again, changed = await site.intake.import_directory(T, "legal", one)
+    again, changed = await site.publisher.import_directory(T, "legal", one)
     assert (again.digest, changed) == (first.digest, False)
-    second, changed = await site.intake.import_directory(T, "legal", two)
+    second, changed = await site.publisher.import_directory(T, "legal", two)
     assert changed
     assert second.digest != first.digest
-    back, changed = await site.intake.import_directory(T, "legal", one)
+    back, changed = await site.publisher.import_directory(T, "legal", one)
     assert (back.digest, changed) == (first.digest, True)
 
 
 async def test_the_engine_forgets_what_no_name_points_at(site: Site) -> None:
     one, two = write_adapter(site.settings.data_dir / "one", 1), write_adapter(site.settings.data_dir / "two", 2)
-    shared, _ = await site.intake.import_directory(T, "a", one)
-    await site.intake.import_directory(T, "b", one)
-    await site.intake.import_directory(T, "a", two)  # b still holds the old content
+    shared, _ = await site.publisher.import_directory(T, "a", one)
+    await site.publisher.import_directory(T, "b", one)
+    await site.publisher.import_directory(T, "a", two)  # b still holds the old content
     await asyncio.sleep(0)
     assert site.engine.forgotten == []
-    await site.intake.delete(T, "b")
+    await site.registry.delete(T, "b")
     await asyncio.sleep(0)
     assert site.engine.forgotten == [shared.digest]
 
@@ -55,25 +54,25 @@ async def test_a_rank_beyond_the_gpus_kernels_is_refused_on_a_gpu_only(site: Sit
     directory = write_adapter(site.settings.data_dir / "one", rank=513)
     site.engine.info = msgspec.structs.replace(base_info(pool_rows=4096), device="cuda:0")
     with pytest.raises(AdapterError, match="513 is more than the 512") as refusal:
-        await site.intake.import_directory(T, "wide", directory)
+        await site.publisher.import_directory(T, "wide", directory)
     assert refusal.value.param == "r"
     site.engine.info = base_info(pool_rows=4096)
-    await site.intake.import_directory(T, "wide", directory)
+    await site.publisher.import_directory(T, "wide", directory)
 
 
 async def test_what_cannot_ever_fit_is_refused_with_the_limit(site: Site) -> None:
     site.engine.info = base_info(pool_rows=6)  # an fp32 row takes two
     with pytest.raises(AdapterError, match=r"rank 4 .* needs 8 rows .* has 6: the largest rank .* is 3") as refusal:
-        await site.intake.import_directory(T, "legal", write_adapter(site.settings.data_dir / "one", rank=4))
+        await site.publisher.import_directory(T, "legal", write_adapter(site.settings.data_dir / "one", rank=4))
     assert refusal.value.param == "r"
-    await site.intake.import_directory(T, "legal", write_adapter(site.settings.data_dir / "one", rank=3))
+    await site.publisher.import_directory(T, "legal", write_adapter(site.settings.data_dir / "one", rank=3))
     assert site.names() == ["legal"]
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m-instruct", "", ".hidden", "a/b", "../x", "a b", "x" * 129, "ä", "ft:x"])
 async def test_names_that_no_adapter_may_have(site: Site, name: str) -> None:
     with pytest.raises(AdapterError) as refusal:
-        await site.intake.import_directory(T, name, write_adapter(site.settings.data_dir / "one"))
+        await site.publisher.import_directory(T, name, write_adapter(site.settings.data_dir / "one"))
     assert refusal.value.param == "name"
     assert site.names() == []
 
@@ -81,12 +80,12 @@ async def test_names_that_no_adapter_may_have(site: Site, name: str) -> None:
 async def test_without_a_base_nothing_is_admitted(site: Site) -> None:
     site.engine.info = None
     with pytest.raises(EngineUnavailable):
-        await site.intake.import_directory(T, "legal", write_adapter(site.settings.data_dir / "one"))
+        await site.publisher.import_directory(T, "legal", write_adapter(site.settings.data_dir / "one"))
 
 
 async def test_concurrent_changes_of_one_name_are_never_mixed(site: Site) -> None:
     sources = [write_adapter(site.settings.data_dir / str(seed), seed) for seed in range(6)]
-    results = await asyncio.gather(*(site.intake.import_directory(T, "legal", source) for source in sources))
+    results = await asyncio.gather(*(site.publisher.import_directory(T, "legal", source) for source in sources))
     current = site.store.get(T, "legal")
     assert current.digest in {version.digest for version, _ in results}
     source = next(s for s, (v, _) in zip(sources, results, strict=True) if v.digest == current.digest)
@@ -100,12 +99,12 @@ async def test_the_command_lines_adapters_are_there_before_it_is_ready(tmp_path:
     source = write_adapter(tmp_path / "source")
     site = Site(tmp_path, adapter=(f"legal={source}",))
     site.engine.info = None
-    task = asyncio.create_task(site.intake.import_configured(T))
+    task = asyncio.create_task(site.registry.discovery.import_configured(T))
     await asyncio.sleep(0.01)
-    assert site.intake.pending
+    assert site.registry.discovery.pending
     site.engine.info = base_info()
     await task
-    assert not site.intake.pending
+    assert not site.registry.discovery.pending
     assert site.names() == ["legal"]
     site.close()
 
@@ -117,7 +116,7 @@ async def test_a_bad_adapter_on_the_command_line_is_an_error(tmp_path: Path, fau
         write_adapter(source, use_dora=True)
     site = Site(tmp_path, adapter=(f"legal={source}",))
     with pytest.raises(SettingError, match="--adapter legal"):
-        await site.intake.import_configured(T)
+        await site.registry.discovery.import_configured(T)
     site.close()
 
 
@@ -128,24 +127,24 @@ async def test_a_directory_of_adapters(tmp_path: Path, caplog: pytest.LogCapture
     write_adapter(root / "bad name")
     (root / "empty").mkdir()
     site = Site(tmp_path, adapter_dir=root)
-    await site.intake.import_configured(T)
+    await site.registry.discovery.import_configured(T)
     assert site.names() == ["good"]
     assert "bad is not served" in caplog.text
 
-    assert (await site.intake.find(T, "good")).name == "good"
+    assert (await site.registry.find(T, "good")).name == "good"
     with pytest.raises(UnknownAdapter):
-        await site.intake.find(T, "late")
+        await site.registry.find(T, "late")
     write_adapter(root / "late", 3)
-    assert (await site.intake.find(T, "late")).name == "late"
+    assert (await site.registry.find(T, "late")).name == "late"
 
     caplog.clear()
-    assert not await site.intake.discover(T, "bad")
+    assert not await site.registry.discovery.discover(T, "bad")
     assert not caplog.records  # looked at once, until its files change
     write_adapter(root / "bad", 4, r=5, lora_alpha=17)
-    assert not await site.intake.discover(T, "bad")  # ranks differ from the tensors'
+    assert not await site.registry.discovery.discover(T, "bad")  # ranks differ from the tensors'
     assert "bad is not served" in caplog.text
     for name in ("../adapters/good", ".", "..", "empty", "x" * 300):
-        assert not await site.intake.discover(T, name)
+        assert not await site.registry.discovery.discover(T, name)
     site.close()
 
 
@@ -153,12 +152,12 @@ async def test_a_deleted_adapter_of_the_directory_stays_deleted_until_its_files_
     root = tmp_path / "adapters"
     write_adapter(root / "good")
     site = Site(tmp_path, adapter_dir=root)
-    await site.intake.import_configured(T)
-    await site.intake.delete(T, "good")
+    await site.registry.discovery.import_configured(T)
+    await site.registry.delete(T, "good")
     with pytest.raises(UnknownAdapter):
-        await site.intake.find(T, "good")
+        await site.registry.find(T, "good")
     write_adapter(root / "good", 3)
-    assert (await site.intake.find(T, "good")).name == "good"
+    assert (await site.registry.find(T, "good")).name == "good"
     site.close()
 
 
@@ -167,19 +166,19 @@ async def test_an_upload_outlives_a_restart_with_the_same_directory(tmp_path: Pa
     write_adapter(root / "good")
     write_adapter(tmp_path / "better", 3)
     site = Site(tmp_path, adapter_dir=root)
-    await site.intake.import_configured(T)
-    uploaded, _ = await site.intake.import_directory(T, "good", tmp_path / "better")
+    await site.registry.discovery.import_configured(T)
+    uploaded, _ = await site.publisher.import_directory(T, "good", tmp_path / "better")
     site.close()
 
     site = Site(tmp_path, adapter_dir=root)
-    await site.intake.import_configured(T)
-    assert (await site.intake.find(T, "good")).digest == uploaded.digest
+    await site.registry.discovery.import_configured(T)
+    assert (await site.registry.find(T, "good")).digest == uploaded.digest
     site.close()
 
     write_adapter(root / "good", 4)
     site = Site(tmp_path, adapter_dir=root)
-    await site.intake.import_configured(T)
-    assert (await site.intake.find(T, "good")).digest != uploaded.digest
+    await site.registry.discovery.import_configured(T)
+    assert (await site.registry.find(T, "good")).digest != uploaded.digest
     site.close()
 
 

@@ -1,6 +1,6 @@
 """The body of `POST /v1/adapters` in JSON: a new adapter made of others, as PEFT's `add_weighted_adapter` makes it."""
 
-from contextlib import ExitStack
+from contextlib import AsyncExitStack
 from dataclasses import asdict
 from typing import Literal, Self
 
@@ -9,10 +9,8 @@ from pydantic import Field, model_validator
 from adapters.offline.recipe import Method, Recipe
 from adapters.storage.versions import Version
 from server.children.worker import WorkerTooSlow, run_worker
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, disk_faults
 from server.openai.body import Body
-from server.openai.target import hold
-from server.registry.intake import disk_faults
 from server.services import TENANT, Services
 
 MAX_SOURCES = 16
@@ -67,13 +65,14 @@ async def mix(services: Services, body: MixBody) -> tuple[Version, bool]:
 
     Raises what admitting an upload does; `ModelNotFound` for a source that nobody has.
     """
-    intake = services.intake
-    intake.check_name(body.name)
-    with ExitStack() as held:
+    registry, publisher = services.registry, services.registry.publisher
+    publisher.check_name(body.name)
+    async with AsyncExitStack() as held:
         versions = [
-            await hold(services, source.adapter, f"mix.{i}.adapter", None, held) for i, source in enumerate(body.mix)
+            await held.enter_async_context(registry.open(TENANT, source.adapter, param=f"mix.{i}.adapter"))
+            for i, source in enumerate(body.mix)
         ]
-        async with intake.stage() as staging:
+        async with publisher.stage() as staging:
             order = {
                 "sources": [str(version.path) for version in versions],
                 "recipe": asdict(body.recipe),
@@ -86,4 +85,4 @@ async def mix(services: Services, body: MixBody) -> tuple[Version, bool]:
             except WorkerTooSlow:
                 message = f"Mixing took more than {_SECONDS:g} s; mix fewer adapters, or by `cat`."
                 raise InvalidRequest(message, param="mix", code="mix_too_slow") from None
-            return await intake.admit(TENANT, body.name, staging, promote=body.promote)
+            return await publisher.admit(TENANT, body.name, staging, promote=body.promote)

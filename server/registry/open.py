@@ -1,0 +1,141 @@
+"""The one way to a version of an adapter: found by name, leased, its files fetched.
+
+    async with registry.open(tenant, "support@3f8a2c11") as version: ...
+
+A name stands for its current version or for its share of a split; `name@digest prefix` asks for one version. While it
+is open its files stay, whatever happens to the name meanwhile.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+
+from adapters.peft_format.outline import Outline
+from adapters.storage.store import AdapterStore
+from adapters.storage.versions import (
+    SHORTEST_PREFIX,
+    AmbiguousDigest,
+    RemoteUnavailable,
+    UnknownAdapter,
+    Version,
+    split_reference,
+)
+from server.children.checker import Checker
+from server.client.engine import EngineClient
+from server.errors import Conflict, InvalidRequest, ModelNotFound
+from server.metrics import Metrics
+from server.registry.discovery import Discovery
+from server.registry.fetch import fetch
+from server.registry.pins import Pins
+from server.registry.publish import Publisher
+from server.settings import Settings
+from server.text.processor import TextProcessor
+
+log = logging.getLogger(__name__)
+
+_HEX = frozenset("0123456789abcdef")
+
+
+class Registry:
+    """Names of adapters.
+
+    Attributes:
+        publisher: changes what they mean.
+        discovery: finds them on this machine's disk.
+    """
+
+    def __init__(self, settings: Settings, store: AdapterStore, publisher: Publisher, discovery: Discovery) -> None:
+        self.publisher = publisher
+        self.discovery = discovery
+        self._store = store
+        self._seconds = settings.adapter_store_seconds
+        self._orphan_seconds = settings.adapter_orphan_hours * 3600 if settings.adapter_store is not None else 0.0
+
+    @classmethod
+    def make(
+        cls,
+        settings: Settings,
+        engine: EngineClient,
+        store: AdapterStore,
+        metrics: Metrics,
+        outline: Outline | None = None,
+        text: TextProcessor | None = None,
+        checker: Checker | None = None,
+    ) -> "Registry":
+        """The registry and its parts; see `Publisher` for what may be left out."""
+        pins = Pins(settings, engine, store, metrics)
+        publisher = Publisher(settings, engine, store, metrics, pins, outline, text, checker)
+        return cls(settings, store, publisher, Discovery(settings, engine, publisher))
+
+    @asynccontextmanager
+    async def open(
+        self, tenant: str, asked: str, *, user: str | None = None, param: str = "model"
+    ) -> AsyncIterator[Version]:
+        """A version with its files, until the end.
+
+        Args:
+            asked: a name, or `name@digest prefix`.
+            user: who asks; one user always gets the same version of a name whose requests are split.
+            param: where the name came from, for the error.
+
+        Raises ModelNotFound (404), Conflict (409, an ambiguous digest prefix), InvalidRequest, RemoteUnavailable,
+        DamagedAdapter, StorageFull.
+        """
+        name, prefix = split_reference(asked)
+        if prefix is not None and not (len(prefix) >= SHORTEST_PREFIX and set(prefix.lower()) <= _HEX):
+            raise InvalidRequest(
+                f"A version is asked for as NAME@ and at least {SHORTEST_PREFIX} hexadecimal digits of its digest.",
+                param=param,
+            )
+        async with AsyncExitStack() as held:
+            while True:
+                try:
+                    await self.find(tenant, name, prefix)
+                    pointer = self._store.pointer(tenant, name)
+                    version = pointer.choose(user) if prefix is None else pointer.find(prefix)
+                except UnknownAdapter:
+                    raise ModelNotFound(asked, param=param) from None
+                except AmbiguousDigest:
+                    raise Conflict(f"Several versions of `{name}` start with {prefix}.", param=param) from None
+                with suppress(UnknownAdapter):  # removed in this very moment: look again
+                    await held.enter_async_context(self.hold(version))
+                    break
+            yield version
+
+    @asynccontextmanager
+    async def hold(self, version: Version) -> AsyncIterator[Version]:
+        """A version that was found, with its files, until the end.
+
+        Raises UnknownAdapter when it was removed since, RemoteUnavailable, DamagedAdapter, StorageFull.
+        """
+        with self._store.lease(version):
+            await fetch(self._store, version, self._seconds)
+            yield version
+
+    async def find(self, tenant: str, name: str, digest_prefix: str | None = None) -> Version:
+        """A version's record, its files not asked for. Raises UnknownAdapter, AmbiguousDigest."""
+        try:
+            return self._store.get(tenant, name, digest_prefix)
+        except UnknownAdapter:
+            if not await self.discovery.discover(tenant, name):
+                raise
+            return self._store.get(tenant, name, digest_prefix)
+
+    async def delete(self, tenant: str, name: str) -> Version:
+        """Take the name away; requests that run keep their version. Raises UnknownAdapter."""
+        version = await self.publisher.delete(tenant, name)
+        await self.discovery.forget(name)
+        return version
+
+    async def collect_orphans(self) -> None:
+        """Again and again, remove versions from the object store that no name has: deletions that it did not hear of,
+        uploads that a crash cut short."""
+        while self._orphan_seconds:
+            try:
+                count = await self._store.remove_orphans(self._orphan_seconds)
+                if count:
+                    log.info("removed %d unnamed versions from the object store", count)
+            except RemoteUnavailable as fault:
+                log.warning("unnamed versions were not removed from the object store: %s", fault)
+            await asyncio.sleep(self._orphan_seconds)

@@ -1,0 +1,104 @@
+"""Pinned names: what they mean stays on the device, within a limit, and its files here."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Collection
+
+from adapters.peft_format.sizes import EXTRAS, device_bytes
+from adapters.storage.store import AdapterStore
+from adapters.storage.versions import DamagedAdapter, RemoteUnavailable, UnknownAdapter, Version
+from server.client.engine import EngineClient, served_base
+from server.errors import Conflict, StorageFull
+from server.messages.protocol import AdapterRef, Ready
+from server.metrics import Metrics
+from server.registry.fetch import fetch
+from server.registry.fit import first_that_fit, row_units
+from server.settings import Settings
+
+_RETRY_SECONDS = 10.0  # until the files of a pinned adapter are asked for again
+
+log = logging.getLogger(__name__)
+
+
+class PinLimit:
+    """How much of the device pinned adapters may take (`--adapter-pinned-bytes`)."""
+
+    def __init__(self, settings: Settings, engine: EngineClient) -> None:
+        self._allowed = settings.adapter_pinned_bytes
+        self._engine = engine
+
+    def room(self, base: Ready) -> dict[str, int]:
+        """Row units per module kind: as large a share of each as of all the memory."""
+        total = device_bytes({kind: units for kind, units in base.pool_rows.items() if kind != EXTRAS}, base.linears)
+        share = 0.5 if self._allowed is None else min(1.0, self._allowed / max(total, 1))
+        return {kind: int(units * share) for kind, units in base.pool_rows.items()}
+
+    def check(self, versions: Collection[Version]) -> None:
+        """Raises Conflict when these are too much to be pinned together; EngineUnavailable while that is unknown."""
+        room = self.room(served_base(self._engine))
+        fitting = first_that_fit(versions, room)
+        if len(fitting) < len(versions):
+            excess = row_units([*fitting, list(versions)[len(fitting)]])
+            kind = next(kind for kind in excess if excess[kind] > room.get(kind, 0))
+            raise Conflict(
+                f"Pinned adapters would take {excess[kind]} rows of {kind} on the device, and may take "
+                f"{room.get(kind, 0)} (--adapter-pinned-bytes). Unpin one.",
+                param="name",
+                code="pin_limit",
+            )
+
+
+class Pins:
+    """Leases of what is pinned, and the engine's knowledge of it."""
+
+    def __init__(self, settings: Settings, engine: EngineClient, store: AdapterStore, metrics: Metrics) -> None:
+        self._engine = engine
+        self._store = store
+        self._metrics = metrics
+        self._limit = PinLimit(settings, engine)
+        self._seconds = settings.adapter_store_seconds
+        self._leases: dict[str, contextlib.ExitStack] = {}  # by digest
+        self._fetching: set[asyncio.Task[None]] = set()
+
+    def renew(self) -> None:
+        """Lease what is pinned now, and tell the engine; what is not here yet follows when it has been fetched."""
+        versions = self._store.pinned_versions()
+        base = self._engine.info
+        if base is None or not (versions or self._leases):  # when the first engine is up, all this follows
+            return
+        fitting = first_that_fit(versions, self._limit.room(base))
+        for version in versions[len(fitting) :]:
+            log.warning("%s: pinned beyond --adapter-pinned-bytes, so it may be evicted", version.name)
+        wanted = {version.digest: version for version in fitting}
+        for digest in self._leases.keys() - wanted.keys():
+            self._leases.pop(digest).close()
+        here = []
+        for digest, version in wanted.items():
+            if digest not in self._leases:
+                self._lease(version)
+            if digest in self._leases and self._store.has(version):
+                here.append(AdapterRef(digest=digest, path=str(version.path)))
+        self._engine.pin(here)
+        size = sum(device_bytes(version.receipt["rows"], base.linears) for version in fitting)
+        self._metrics.pinned(len(fitting), size)
+
+    def _lease(self, version: Version) -> None:
+        held = contextlib.ExitStack()
+        with contextlib.suppress(UnknownAdapter):  # removed this very moment: another change follows
+            held.enter_context(self._store.lease(version))
+            self._leases[version.digest] = held
+            if not self._store.has(version):
+                task = asyncio.create_task(self._fetch(version))
+                self._fetching.add(task)
+                task.add_done_callback(self._fetching.discard)
+
+    async def _fetch(self, version: Version) -> None:
+        while version.digest in self._leases:
+            try:
+                await fetch(self._store, version, self._seconds)
+            except (RemoteUnavailable, DamagedAdapter, StorageFull):
+                await asyncio.sleep(_RETRY_SECONDS)
+            else:
+                self.renew()
+                return
