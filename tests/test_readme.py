@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from adapters.peft_format.config import FIELDS
 from server.finetune.metrics import TrainingMetrics
@@ -56,7 +56,7 @@ def test_generated_tables_are_current(block: str, generate: Callable[[], str]) -
 
 
 def test_every_endpoint_is_in_the_table() -> None:
-    routes = []
+    routes: list[BaseRoute] = []
     for path in (ROOT / "server/http/routes").glob("*.py"):
         routes += getattr(importlib.import_module(f"server.http.routes.{path.stem}"), "routes", [])
     assert len(routes) > 10

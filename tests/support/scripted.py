@@ -140,7 +140,7 @@ async def serving(
     """An application in this event loop that answers everything with `text` and the end of sequence."""
     scripted = engine(reply=lambda request: [*encode(text), EOS])
     with closing(sqlite3.connect(directory / "test.db", isolation_level=None, check_same_thread=False)) as database:
-        chosen = Settings(**({"served_model_name": BASE, "data_dir": directory} | settings))
+        chosen = Settings(**dict[str, Any](served_model_name=BASE, data_dir=directory) | settings)
         store = AdapterStore(directory / "adapters", LocalNames(database))
         services = make_services(chosen, scripted, store, tiny_text())
         app = build_app(services)

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import hypothesis
 import pytest
@@ -14,6 +14,7 @@ import requests
 import schemathesis
 from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
+from schemathesis.core.result import Ok
 from schemathesis.schemas import APIOperation
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
@@ -29,6 +30,7 @@ from tests.support.harness import adapter_files
 from tests.support.scripted import BASE, ScriptedEngine, Served, serving
 
 KEY = "sk-secret"
+Case = schemathesis.Case[Any]
 CHECKS = [
     not_a_server_error,
     status_code_conformance,
@@ -177,14 +179,14 @@ class Api:
         answer: dict[str, Any] = response.json()
         return answer
 
-    def call(self, case: schemathesis.Case) -> None:
+    def call(self, case: Case) -> None:
         """Send it, and check the answer."""
         sent = requests.Request(**_request_fields(case)).prepare()
         assert sent.method is not None
         assert sent.url is not None
-        response = self._runner.run(
-            self.served.client.request(sent.method, sent.url, headers=dict(sent.headers), content=sent.body)
-        )
+        headers = {name: value if isinstance(value, str) else value.decode() for name, value in sent.headers.items()}
+        content = sent.body.encode() if isinstance(sent.body, str) else cast("bytes | None", sent.body)
+        response = self._runner.run(self.served.client.request(sent.method, sent.url, headers=headers, content=content))
         self.statuses[case.operation.label, response.status_code] += 1
         case.validate_response(response, checks=CHECKS)
         running = {name for name in self.served.engine.running if not name.startswith("eval-")}  # those go on
@@ -195,7 +197,7 @@ class Api:
         self._runner.close()
 
 
-def _request_fields(case: schemathesis.Case) -> dict[str, Any]:
+def _request_fields(case: Case) -> dict[str, Any]:
     fields = case.as_transport_kwargs(base_url="http://test")
     known = ("method", "url", "headers", "params", "data", "json", "files")
     return {name: fields[name] for name in known if name in fields}
@@ -214,7 +216,7 @@ TAGS = (
 )
 
 
-def _requests(operation: APIOperation[Any, Any, Any, Any], tag: str, api: Api) -> st.SearchStrategy[schemathesis.Case]:
+def _requests(operation: APIOperation[Any, Any, Any, Any], tag: str, api: Api) -> st.SearchStrategy[Case]:
     """Right and wrong ones, of things that are there and that are not."""
     names = {"id": api.known.get(tag, "legal"), "name": "legal"}
     there = {name: value for name, value in names.items() if f"{{{name}}}" in operation.path}
@@ -233,6 +235,7 @@ def _requests(operation: APIOperation[Any, Any, Any, Any], tag: str, api: Api) -
 def test_answers_are_as_described_whatever_is_asked(api: Api, tag: str) -> None:
     labels = []
     for found in api.schema.get_all_operations():
+        assert isinstance(found, Ok)
         operation = found.ok()
         if operation.tags != [tag]:
             continue
@@ -242,8 +245,9 @@ def test_answers_are_as_described_whatever_is_asked(api: Api, tag: str) -> None:
 
         @hypothesis.settings(max_examples=examples, suppress_health_check=list(hypothesis.HealthCheck))
         @hypothesis.given(_requests(operation, tag, api), st.booleans())
-        def any_request(case: schemathesis.Case, real: bool) -> None:
-            if real and isinstance(case.body, dict) and case.meta.generation.mode.is_positive:
+        def any_request(case: Case, real: bool) -> None:
+            meta = case.meta
+            if real and isinstance(case.body, dict) and meta is not None and meta.generation.mode.is_positive:
                 case.body |= {name: value for name, value in api.fields.items() if name in case.body}
             api.call(case)
 

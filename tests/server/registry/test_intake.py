@@ -102,7 +102,8 @@ async def test_the_command_lines_adapters_are_there_before_it_is_ready(tmp_path:
     site.engine.info = None
     task = asyncio.create_task(site.intake.import_configured(T))
     await asyncio.sleep(0.01)
-    assert site.intake.pending
+    waits = site.intake.pending
+    assert waits
     site.engine.info = base_info()
     await task
     assert not site.intake.pending
