@@ -48,7 +48,8 @@ def launches() -> None:
     int32 = torch.int32
     kernels.linear_forward(torch.zeros(64, 4096, dtype=BF16), weight(1024, 4096))  # autotuned
     fix_tiles(True)
-    for dtype, kind in ((BF16, "fp4"), (torch.float16, "nf4"), (torch.float32, "nf4")):
+    kinds: dict[torch.dtype, WeightKind] = {BF16: "fp4", torch.float16: "nf4", torch.float32: "nf4"}
+    for dtype, kind in kinds.items():
         x, bias = torch.zeros(3, 4096, dtype=dtype), torch.zeros(1024, dtype=dtype)
         kernels.linear_forward(x, weight(1024, 4096, kind, nested=dtype == BF16), bias)
     fix_tiles(False)
