@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from pydantic.json_schema import models_json_schema
+from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from server.errors import (
     InvalidApiKey,
@@ -24,6 +24,7 @@ from server.errors import (
 from server.http.middleware import OPEN_PATHS
 from server.http.objects import ErrorObject
 from server.http.operations import Operation
+from server.openai.body import Body
 from server.settings import Settings
 
 _COMPONENTS = "#/components/schemas/"
@@ -40,23 +41,26 @@ def document(operations: Sequence[Operation], settings: Settings, version: str) 
     ]
     kinds = [ErrorObject, *answers]
     refs, schemas = msgspec.json.schema_components(kinds, ref_template=f"{_COMPONENTS}{{name}}")
-    bodies = {kind: (kind, "validation") for o in operations for kind in o.bodies}
-    named, definitions = models_json_schema(list(bodies.values()), ref_template=f"{_COMPONENTS}{{model}}")  # type: ignore[arg-type]
+    bodies = dict.fromkeys(kind for o in operations for kind in o.bodies)
+    inputs: list[tuple[type[Body], JsonSchemaMode]] = [(kind, "validation") for kind in bodies]
+    named, definitions = models_json_schema(inputs, ref_template=f"{_COMPONENTS}{{model}}")
     schemas |= definitions.get("$defs", {})
     known = dict(zip(map(repr, kinds), refs, strict=True)) | {repr(kind): ref for (kind, _), ref in named.items()}
     paths: dict[str, dict[str, Any]] = {}
     for operation in operations:
         path = re.sub(r"{(\w+):path}", r"{\1}", operation.path)
         paths.setdefault(path, {})[operation.method.lower()] = _operation(operation, settings, known)
-    secured = {"security": [{"key": []}]} if settings.api_key else {}
-    schemes = {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}} if settings.api_key else {}
-    return {
+    described: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "Lorakeet", "version": version, "description": _DESCRIPTION},
         "tags": [{"name": tag, "description": text} for tag, text in dict(map(_tag, operations)).items()],
         "paths": paths,
-        "components": {"schemas": _untitled(dict(sorted(schemas.items())))} | schemes,
-    } | secured
+        "components": {"schemas": _untitled(dict(sorted(schemas.items())))},
+    }
+    if settings.api_key:
+        described["security"] = [{"key": []}]
+        described["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    return described
 
 
 def refusals(operation: Operation, settings: Settings) -> dict[int, list[type[LorakeetError]]]:
@@ -106,8 +110,10 @@ def _tag(operation: Operation) -> tuple[str, str]:
 def _parameters(operation: Operation) -> list[dict[str, Any]]:
     parameters: list[dict[str, Any]] = []
     for name in operation.param_convertors:
-        text = {"description": "May have slashes."} if f"{{{name}:path}}" in operation.path else {}
-        parameters.append({"name": name, "in": "path", "required": True, "schema": {"type": "string"}} | text)
+        parameter: dict[str, Any] = {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+        if f"{{{name}:path}}" in operation.path:
+            parameter["description"] = "May have slashes."
+        parameters.append(parameter)
     if operation.query is not None:
         schema = _untitled(operation.query.model_json_schema())
         for name, property_ in schema["properties"].items():
@@ -147,7 +153,7 @@ def _request_content(operation: Operation, settings: Settings, known: dict[str, 
 def _responses(operation: Operation, settings: Settings, known: dict[str, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {}
     if isinstance(operation.answers, str):
-        content[operation.answers] = {}
+        content = {media_type: {} for media_type in operation.answers.split(", ")}
     elif operation.answers is not None:
         content["application/json"] = {"schema": known[repr(operation.answers)]}
     if operation.events is not None:

@@ -35,7 +35,7 @@ class Operation(Route):
     """One method of one path.
 
     Args:
-        answers: the type of the JSON answer (of msgspec's kinds), or another answer's media type; None: no content.
+        answers: the type of the JSON answer (of msgspec's kinds), or the media types of another answer, after commas.
         events: the type of a server-sent event, where the answer may be a stream of them.
         statuses: of answers.
         refuses: errors that its kind of request does not bring with it (`openapi.refusals`).
@@ -49,7 +49,7 @@ class Operation(Route):
         path: str,
         handler: Callable[..., Awaitable[ASGIApp]],
         *,
-        answers: Any = None,
+        answers: Any,
         events: Any = None,
         statuses: Sequence[int] = (200,),
         refuses: Sequence[type[LorakeetError]] = (),

@@ -30,7 +30,8 @@ NUMBERS: dict[str, tuple[float | None, float | None]] = {
     "logprobs": (0, 20),
 }
 CHAT_ONLY = {"max_completion_tokens": (1, None), "top_logprobs": (0, 20)}
-WRONG = [json.dumps(value) for value in ("1", True, [], {}, [1], "NaN")] + ["NaN", "Infinity", "-Infinity", "1e999"]
+_VALUES: tuple[Any, ...] = ("1", True, [], {}, [1], "NaN")
+WRONG = [json.dumps(value) for value in _VALUES] + ["NaN", "Infinity", "-Infinity", "1e999"]
 
 
 def junk(low: float | None, high: float | None) -> Iterator[str]:

@@ -188,7 +188,7 @@ def result(**figures: float) -> dict[str, Any]:
     }
 
 
-def verdicts(found: dict[str, Any]) -> dict[str, tuple[float | None, str]]:
+def verdicts(found: dict[str, Any]) -> dict[str, tuple[Any, str]]:
     return {claim.title: (claim.value, claim.verdict) for claim in claims.claims(found)}
 
 

@@ -229,7 +229,7 @@ def _write_gguf(model: Path, path: Path) -> None:
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
     core = json.loads(tokenizer.backend_tokenizer.to_str())
-    vocabulary = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    vocabulary = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     special = set(tokenizer.all_special_tokens)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
@@ -249,7 +249,9 @@ def _write_gguf(model: Path, path: Path) -> None:
             heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
             rows, width = tensor.shape
             tensor = tensor.view(heads, 2, rows // heads // 2, width).transpose(1, 2).reshape(rows, width)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.contiguous().numpy())
+        gguf_name = names.get_name(name, try_suffixes=(".weight",))
+        assert gguf_name is not None
+        writer.add_tensor(gguf_name, tensor.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -290,7 +292,7 @@ def test_a_damaged_gguf_file_is_refused_with_the_reason(tmp_path: Path) -> None:
 def test_the_default_model_chats_in_chatml() -> None:
     directory = resolve(DEFAULT, models.default_cache_dir())
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    prompt = str(tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False))
     assert prompt.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
     assert prompt.endswith("<|im_start|>user\nHi<|im_end|>\n")
     assert tokenizer.eos_token == "<|im_end|>"

@@ -19,7 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from adapters.kernels.triton import fix_tiles, linear
 from adapters.kernels.triton import functions as kernels
-from adapters.kernels.weight import QuantizedWeight
+from adapters.kernels.weight import QuantizedWeight, WeightKind
 
 BF16 = torch.bfloat16
 
@@ -48,7 +48,8 @@ def launches() -> None:
     int32 = torch.int32
     kernels.linear_forward(torch.zeros(64, 4096, dtype=BF16), weight(1024, 4096))  # autotuned
     fix_tiles(True)
-    for dtype, kind in ((BF16, "fp4"), (torch.float16, "nf4"), (torch.float32, "nf4")):
+    kinds: dict[torch.dtype, WeightKind] = {BF16: "fp4", torch.float16: "nf4", torch.float32: "nf4"}
+    for dtype, kind in kinds.items():
         x, bias = torch.zeros(3, 4096, dtype=dtype), torch.zeros(1024, dtype=dtype)
         kernels.linear_forward(x, weight(1024, 4096, kind, nested=dtype == BF16), bias)
     fix_tiles(False)
@@ -73,10 +74,10 @@ def launches() -> None:
     kernels.silu_mul(hidden, hidden)
 
 
-def weight(outs: int, ins: int, kind: str = "nf4", *, nested: bool = True) -> QuantizedWeight:
+def weight(outs: int, ins: int, kind: WeightKind = "nf4", *, nested: bool = True) -> QuantizedWeight:
     """Zeros in bitsandbytes' layout."""
     blocks = outs * ins // 64
-    absmax = {"absmax": torch.zeros(blocks), "code": torch.zeros(16), "blocksize": 64}
+    absmax: dict[str, Any] = {"absmax": torch.zeros(blocks), "code": torch.zeros(16), "blocksize": 64}
     if nested:
         absmax |= {"absmax": torch.zeros(blocks, dtype=torch.uint8), "nested_absmax": torch.zeros(blocks // 256)}
         absmax |= {"nested_code": torch.zeros(256), "nested_blocksize": 256, "offset": 0.1}
@@ -89,7 +90,7 @@ def usage(kernel: Any) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        command = [tool, "--dump-resource-usage", file.name]
+        command = [str(tool), "--dump-resource-usage", file.name]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     [line] = [line for line in done.stdout.splitlines() if "REG:" in line]
     pairs = dict(pair.split(":") for pair in line.split() if pair.count(":") == 1)

@@ -3,7 +3,7 @@
 import json
 import re
 import sqlite3
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -68,6 +68,14 @@ def base_info(pool_rows: int = 64) -> Ready:
     )
 
 
+async def _refusing(message: str) -> AsyncGenerator[Any, None]:
+    """A stream that fails before its first item."""
+    nothing: list[Any] = []
+    for item in nothing:
+        yield item
+    raise EngineUnavailable(message)
+
+
 class IdleEngine:
     """An EngineClient that serves nothing and remembers what it was asked to forget."""
 
@@ -100,9 +108,8 @@ class IdleEngine:
     async def unmerge(self, digest: str) -> bool:
         return self.merges.pop(digest, None) is not None
 
-    async def generate(self, request: Generate) -> AsyncIterator[Output]:
-        raise EngineUnavailable("this engine serves nothing")
-        yield
+    def generate(self, request: Generate) -> AsyncGenerator[Output, None]:
+        return _refusing("this engine serves nothing")
 
     async def warm(self, adapter: AdapterRef) -> float:
         return 0.0
@@ -116,9 +123,8 @@ class IdleEngine:
     async def inspect(self) -> Inspection:
         raise EngineUnavailable("this engine serves nothing")
 
-    async def train(self, job: StartJob) -> AsyncGenerator[JobReply, None]:
-        raise EngineUnavailable("this engine trains nothing")
-        yield
+    def train(self, job: StartJob) -> AsyncGenerator[JobReply, None]:
+        return _refusing("this engine trains nothing")
 
     async def plan_memory(self, asked: PlanMemory) -> MemoryPlan:
         raise EngineUnavailable("this engine trains nothing")

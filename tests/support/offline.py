@@ -42,7 +42,7 @@ def tight_engine(like: Engine, model: Path, cache: Path, blocks: int, longest: i
 def publish(engine: Engine, directory: Path) -> AdapterRef:
     """Check an adapter's directory as an upload would, and say how requests refer to it."""
     ready = engine.ready()
-    outline = adapter_format.Outline.read(Path(engine.base.model.name_or_path)).loaded(tied=ready.tied)
+    outline = adapter_format.Outline.read(Path(str(engine.base.model.name_or_path))).loaded(tied=ready.tied)
     spec = adapter_format.inspect(directory, ready.linears, ready.architecture, outline)
     spec.save(directory)
     return AdapterRef(spec.digest, str(directory))

@@ -135,16 +135,18 @@ class Served:
 
 
 @asynccontextmanager
-async def serving(directory: Path, text: str = TEXT, **settings: Any) -> AsyncIterator[Served]:
+async def serving(
+    directory: Path, text: str = TEXT, engine: type[ScriptedEngine] = ScriptedEngine, **settings: Any
+) -> AsyncIterator[Served]:
     """An application in this event loop that answers everything with `text` and the end of sequence."""
-    engine = ScriptedEngine(reply=lambda request: [*encode(text), EOS])
+    scripted = engine(reply=lambda request: [*encode(text), EOS])
     with closing(sqlite3.connect(directory / "test.db", isolation_level=None, check_same_thread=False)) as database:
-        chosen = Settings(**({"served_model_name": BASE, "data_dir": directory} | settings))
+        chosen = Settings(**dict[str, Any](served_model_name=BASE, data_dir=directory) | settings)
         store = AdapterStore(directory / "adapters", LocalNames(database))
-        services = make_services(chosen, engine, store, tiny_text())
+        services = make_services(chosen, scripted, store, tiny_text())
         app = build_app(services)
         async with client_of(app) as client:
-            yield Served(engine, services, app, client)
+            yield Served(scripted, services, app, client)
         services.text.close()
 
 

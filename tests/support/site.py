@@ -85,7 +85,9 @@ class TuningSite:
 
     def __init__(self, root: Path, engine: TrainingEngine, **settings: Any) -> None:
         self.engine = engine
-        self.settings = Settings(**({"data_dir": root, "served_model_name": "tiny", "max_training_jobs": 1} | settings))
+        self.settings = Settings(
+            **dict[str, Any](data_dir=root, served_model_name="tiny", max_training_jobs=1) | settings
+        )
         self._database = sqlite3.connect(root / "adapters.db", isolation_level=None, check_same_thread=False)
         self.store = AdapterStore(root / "adapters", LocalNames(self._database))
         self.text = tiny_text()

@@ -32,7 +32,7 @@ ORACLES = ("nf4", "fp4", "none")  # quantisations that `adapters.offline.oracle`
 class VerifyBody(Body):
     """What to score with and without the adapter, and whether by PEFT too: it loads a base of its own for that."""
 
-    prompt: str = Field(_PROMPT, min_length=1)
+    prompt: str = Field(default=_PROMPT, min_length=1)
     peft: bool = False
 
 

@@ -151,6 +151,6 @@ routes = [
     Operation("POST", "/v1/files", upload_file, form=_parts, answers=FileObject, refuses=PUBLISHING),
     Operation("GET", "/v1/files", list_files, answers=ListObject[FileObject]),
     Operation("GET", "/v1/files/{id}", get_file, answers=FileObject),
-    Operation("GET", "/v1/files/{id}/content", get_content, answers="application/octet-stream"),
+    Operation("GET", "/v1/files/{id}/content", get_content, answers="application/jsonl, text/csv"),
     Operation("DELETE", "/v1/files/{id}", delete_file, answers=DeletedObject),
 ]

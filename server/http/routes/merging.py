@@ -237,7 +237,7 @@ routes = [
         "GET",
         "/v1/adapters/{name:path}/merge/{file}",
         get_checkpoint_file,
-        answers="application/octet-stream",
+        answers="*/*",
         refuses=OPENING,
     ),
     Operation(

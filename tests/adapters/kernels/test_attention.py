@@ -88,7 +88,7 @@ def test_chunks_and_neighbours_change_nothing(kernels: Any, data: st.DataObject,
 def test_a_poisoned_request_stays_alone(kernels: Any) -> None:
     requests = Requests(kernels, [70, 70], 4, 2, 16, 16)
     clean = requests.attend([(0, 69, 70), (1, 69, 70)])
-    requests.k_cache[requests.tables[1, 0].item()] = torch.nan
+    requests.k_cache[int(requests.tables[1, 0])] = torch.nan
     spoilt = requests.attend([(0, 69, 70), (1, 69, 70)])
     assert torch.equal(spoilt[0], clean[0])
     assert spoilt[1].isnan().all()

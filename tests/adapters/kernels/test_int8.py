@@ -106,5 +106,6 @@ def test_only_for_whole_4_bit_blocks(kind: str, shape: tuple[int, int], blocksiz
 def test_the_twin_stands_in() -> None:
     weight: QuantizedWeight = make_weight("nf4", 40, 128).with_int8_inputs()
     x = torch.randn(5, 128)
+    assert weight.int8 is not None
     with native.switched_off():
         torch.testing.assert_close(dispatched.base_linear(x, weight), reference.int8_linear(x, weight, weight.int8))

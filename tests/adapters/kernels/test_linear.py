@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ def make_weight(kind: str, out_features: int, in_features: int, blocksize: int =
         linear.weight.data = dense
         return QuantizedWeight.from_linear(linear.to("cpu"))
     linear = Linear4bit(in_features, out_features, bias=False)
-    linear.weight = type(linear.weight)(
+    linear.weight = Params4bit(
         dense,
         requires_grad=False,
         quant_type=kind.removesuffix("-flat"),
@@ -153,7 +153,12 @@ def test_gradient_reaches_x_alone() -> None:
 def test_nothing_but_the_input_gradient_is_kept() -> None:
     weight = make_weight("nf4", 40, 128)
     saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         dispatched.base_linear(torch.randn(6, 128, requires_grad=True), weight)
     assert saved == []
 

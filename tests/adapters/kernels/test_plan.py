@@ -132,7 +132,8 @@ class Model:
             if hasattr(attention, "q_norm"):
                 q, k = norm(attention.q_norm, q), norm(attention.k_norm, k)
             kernels.rope_(q, k, cos, sin)
-            out = self._attend(attention, *(t.transpose(0, 1)[None] for t in (q, k, v)), None, attention.scaling)[0][0]
+            q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+            out = self._attend(attention, q, k, v, None, attention.scaling)[0][0]
             hidden = hidden + linear(attention.o_proj, out.reshape(len(x), -1))
             x = norm(layer.post_attention_layernorm, hidden)
             gate = kernels.silu_mul(linear(mlp.gate_proj, x), linear(mlp.up_proj, x))

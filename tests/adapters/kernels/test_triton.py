@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -64,7 +64,7 @@ def near(actual: Tensor, exact: Tensor) -> bool:
 def make_weight(outs: int, ins: int, kind: str = "nf4", nested: bool = True, blocksize: int = 64) -> QuantizedWeight:
     linear = Linear4bit(ins, outs, bias=False, device="cpu")
     dense = torch.randn(outs, ins).cpu() * ins**-0.5
-    linear.weight = type(linear.weight)(
+    linear.weight = Params4bit(
         dense, requires_grad=False, quant_type=kind, compress_statistics=nested, blocksize=blocksize, module=linear
     )
     return QuantizedWeight.from_linear(linear.to(DEVICE))

@@ -48,7 +48,7 @@ def refusal(raw: bytes) -> AdapterError:
 
 def test_the_table_has_every_field_of_peft_with_its_default(tmp_path: Path) -> None:
     assert {field.name for field in dataclasses.fields(peft.LoraConfig)} == FIELDS.keys()
-    peft.LoraConfig(target_modules=["q_proj"]).save_pretrained(tmp_path)
+    peft.LoraConfig(target_modules=["q_proj"]).save_pretrained(str(tmp_path))
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     for name in saved.keys() - {"peft_type", "target_modules", "peft_version"}:
         assert FIELDS[name].parse(name, saved[name]) == FIELDS[name].default, name
@@ -66,7 +66,7 @@ def test_what_peft_saves_is_accepted(tmp_path: Path) -> None:
         init_lora_weights="eva",
         eva_config=peft.EvaConfig(rho=1.0),
         base_model_name_or_path="someone/some-model",
-    ).save_pretrained(tmp_path)
+    ).save_pretrained(str(tmp_path))
     config = parse_config((tmp_path / "adapter_config.json").read_bytes())
     assert config.recorded["base_model_name_or_path"] == "someone/some-model"
     assert config.recorded["eva_config"]["rho"] == 1.0
@@ -175,6 +175,10 @@ def test_all_linear_leaves_the_output_head_out() -> None:
     assert "lm_head" not in parse(target_modules="all-linear").resolve([*MODULES, "lm_head"])
 
 
+def each(name: str, *values: Any) -> list[tuple[str, Any]]:
+    return [(name, value) for value in values]
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 HOSTILE: list[tuple[str, Any]] = [
@@ -192,9 +196,9 @@ HOSTILE: list[tuple[str, Any]] = [
     ("base_model_name_or_path", "x" * 5000),
     ("revision", {"ref": "main"}),
     ("inference_mode", "yes"),
-    *[("r", value) for value in (0, -1, 2**16 + 1, 2**63, 8.0, "8", True, None, [8])],
-    *[("lora_alpha", value) for value in (0, -1, 1_000_001, 2**63, "16", True, None, {})],
-    *[("lora_dropout", value) for value in (-0.1, 1.1, "0", None, False)],
+    *each("r", 0, -1, 2**16 + 1, 2**63, 8.0, "8", True, None, [8]),
+    *each("lora_alpha", 0, -1, 1_000_001, 2**63, "16", True, None, {}),
+    *each("lora_dropout", -0.1, 1.1, "0", None, False),
     ("use_rslora", 1),
     ("target_modules", None),
     ("target_modules", []),
@@ -213,7 +217,7 @@ HOSTILE: list[tuple[str, Any]] = [
     ("exclude_modules", "(?!q).*"),
     ("exclude_modules", ["q_proj", "v_proj"]),
     ("exclude_modules", ".*"),
-    *[("layers_to_transform", value) for value in (-1, 12, [0, 12], 2**63, 1.0, "0", True, [None], {})],
+    *each("layers_to_transform", -1, 12, [0, 12], 2**63, 1.0, "0", True, [None], {}),
     ("layers_pattern", "layers"),
     ("rank_pattern", {"q_proj": 0}),
     ("rank_pattern", {"q_proj": 2**63}),
@@ -242,14 +246,14 @@ HOSTILE: list[tuple[str, Any]] = [
     ("modules_to_save", "lm_head"),
     ("modules_to_save", [""]),
     ("modules_to_save", [f"norm{i}" for i in range(1025)]),
-    *[("trainable_token_indices", value) for value in (7, [-1], [2**31], [1.0], [True], [3, 3], {"lm_head": []})],
+    *each("trainable_token_indices", 7, [-1], [2**31], [1.0], [True], [3, 3], {"lm_head": []}),
     ("trainable_token_indices", list(range(2**16 + 1))),
     ("trainable_token_indices", {"embed_tokens": [1], "lm_head": [1], "wte": [1]}),
     ("trainable_token_indices", {"": [1]}),
     ("ensure_weight_tying", 1),
     ("target_parameters", ["mlp.experts.gate_up_proj"]),
     ("layer_replication", [[0, 4], [2, 5]]),
-    *[("alora_invocation_tokens", value) for value in ([], 7, [-1], [2**31], ["x"], [None], {}, [1] * 257)],
+    *each("alora_invocation_tokens", [], 7, [-1], [2**31], ["x"], [None], {}, [1] * 257),
     ("megatron_config", {"tensor_model_parallel_size": 1}),
     ("megatron_core", "os"),
     ("use_qalora", True),

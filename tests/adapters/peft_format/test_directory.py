@@ -106,7 +106,7 @@ def test_what_peft_saves_is_what_we_read(
 
     base = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     oracle = peft.PeftModel.from_pretrained(base, tmp_path, autocast_adapter_dtype=False)
-    layers = {
+    layers: dict[str, Any] = {
         name.removeprefix("base_model.model."): layer
         for name, layer in oracle.named_modules()
         if isinstance(layer, peft.tuners.lora.LoraLayer)
@@ -134,7 +134,7 @@ def test_what_we_write_peft_loads(tmp_path: Path, model_dir: Path, linears: dict
     spec = inspect(tmp_path, linears, CLASS)
     assert spec.modules[Q0].scaling == 0.5
     base = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
-    layer = peft.PeftModel.from_pretrained(base, tmp_path).get_submodule(f"base_model.model.{Q0}")
+    layer: Any = peft.PeftModel.from_pretrained(base, tmp_path).get_submodule(f"base_model.model.{Q0}")
     for loaded, ours, oracle in zip(load(tmp_path, spec)[Q0], tensors[Q0], (layer.lora_A, layer.lora_B), strict=True):
         assert torch.equal(loaded, ours)
         assert torch.equal(oracle["default"].weight, ours)

@@ -25,6 +25,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from adapters import disk
 from adapters.disk import StorageFull
 from adapters.peft_format.config import AdapterError
 from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME, AdapterSpec
@@ -322,7 +323,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, call: int, number: int) -> None:
 
         return wrapper
 
-    monkeypatch.setattr(files_module, "sync", counted(files_module.sync))
+    monkeypatch.setattr(files_module, "sync", counted(disk.sync))
     monkeypatch.setattr(AdapterSpec, "save", counted(AdapterSpec.save))
 
 

@@ -79,7 +79,7 @@ async def test_answers_equal_the_engine_in_process(engine: LocalEngine, model_di
 async def test_a_closed_stream_is_aborted(engine: LocalEngine, stats: list[Stats]) -> None:
     stream = engine.generate(request("closed", [5, 6, 7], max_tokens=400))
     await anext(stream)
-    await stream.aclose()  # type: ignore[attr-defined]
+    await stream.aclose()
     await until(lambda: stats[-1].running == 0, seconds=5)
     assert await collect(engine, request("after", [5, 6, 7], max_tokens=3))
 

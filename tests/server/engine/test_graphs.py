@@ -64,6 +64,7 @@ def test_a_step_is_padded_to_its_bucket(count: int, adapters: bool) -> None:
     assert (seen.seqs[count:] == torch.tensor([size, size, 0])).all(), "padding asks nothing, and starts ascend"
     assert seen.segments == (size if adapters else 0)
     if seen.table is not None:
+        assert given.table is not None
         assert torch.equal(seen.table[:, :count], given.table)
         assert (seen.table[:, count:, 3] == 0).all(), "a segment without rank does nothing"
 

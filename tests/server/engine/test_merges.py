@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from adapters.offline.merge import merge
 from adapters.offline.mix import read_factors
+from adapters.offline.recipe import MergedDtype
 from server.engine import comparison
 from server.engine.engine import Engine
 from server.messages.protocol import AdapterRef, Done, Forget, Generate, Merge, MergeReport, Unmerge
@@ -62,7 +63,9 @@ def rounded(model: Path) -> Path:
     return model
 
 
-def build(engine: Engine, reference: AdapterRef, dtype: str = "bf16", prompts: Any = PROMPTS) -> MergeReport | Done:
+def build(
+    engine: Engine, reference: AdapterRef, dtype: MergedDtype = "bf16", prompts: Any = PROMPTS
+) -> MergeReport | Done:
     """Merge, with steps in between as the engine's loop has them."""
     engine.merges.start(Merge("m", reference, dtype, prompts))
     while not (replies := engine.merges.take_replies()):
@@ -73,7 +76,7 @@ def build(engine: Engine, reference: AdapterRef, dtype: str = "bf16", prompts: A
     return reply
 
 
-def built(engine: Engine, reference: AdapterRef, dtype: str = "bf16") -> MergeReport:
+def built(engine: Engine, reference: AdapterRef, dtype: MergedDtype = "bf16") -> MergeReport:
     report = build(engine, reference, dtype)
     assert isinstance(report, MergeReport), report
     return report
@@ -92,7 +95,7 @@ def scores(answer: Any) -> torch.Tensor:
 @pytest.mark.parametrize("planned", [True, False])
 @pytest.mark.parametrize("dtype", ["bf16", "nf4"])
 def test_a_merged_adapter_equals_its_checkpoint_and_others_notice_nothing(
-    dtype: str, planned: bool, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: MergedDtype, planned: bool, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine, references = world.load()
     if not planned:

@@ -1,6 +1,7 @@
 """Adapters saved after `resize_token_embeddings`, against PEFT on a resized base: alone and among others."""
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def save_resized(path: Path, model: Path, config: dict[str, Any], seed: int) -> 
                 parameter.add_(0.05 * torch.randn_like(parameter))
             if "magnitude" in name:
                 parameter.abs_().add_(0.5)
-    wrapped.save_pretrained(path)
+    wrapped.save_pretrained(str(path))
     return path
 
 
@@ -105,7 +106,7 @@ def test_resized_adapters_equal_peft_alone_and_among_others(world: World) -> Non
     for kind, adapter in world.adapters.items():
         expected = peft_scores(world.model, adapter, PROMPT_WITH_NEW)
         ours = torch.tensor([entry.logprob for entry in alone[kind].prompt_logprobs if entry is not None])
-        torch.testing.assert_close(ours, expected, atol=1e-3, rtol=0, msg=lambda text, kind=kind: f"{kind}: {text}")
+        torch.testing.assert_close(ours, expected, atol=1e-3, rtol=0, msg=partial("{}: {}".format, kind))
     assert engine.base.digest() == engine.base_digest
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in engine.base.model.modules())
 

@@ -42,7 +42,7 @@ def quantisation(name: str) -> transformers.BitsAndBytesConfig | None:
     )
 
 
-def dequantised(module: torch.nn.Module) -> torch.nn.Linear:
+def dequantised(module: Any) -> torch.nn.Linear:
     """The int8 weights as they are, without LLM.int8's rounding of activations, which depends on the batch."""
     linear = torch.nn.Linear(module.in_features, module.out_features, bias=False)
     linear.weight.data = module.weight.CB.float() * module.weight.SCB[:, None] / 127
@@ -51,7 +51,7 @@ def dequantised(module: torch.nn.Module) -> torch.nn.Linear:
 
 def peft_logprobs(model: Path, adapter: Path | None, name: str, prompt: list[int]) -> torch.Tensor:
     """Log-probability of each prompt token but the first, by transformers, bitsandbytes and PEFT."""
-    base = transformers.AutoModelForCausalLM.from_pretrained(
+    base: Any = transformers.AutoModelForCausalLM.from_pretrained(
         model, quantization_config=quantisation(name), dtype=torch.float32, device_map={"": "cpu"}
     )
     for path, module in list(base.named_modules()):

@@ -1,6 +1,7 @@
 """Several adapters on the same tokens: as PEFT mixes them, and the same alone or in company."""
 
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -25,10 +26,11 @@ def peft_logprobs(model: Path, adapters: list[Path]) -> torch.Tensor:
     base = transformers.AutoModelForCausalLM.from_pretrained(
         model, quantization_config=quantisation, dtype=torch.float32, device_map={"": "cpu"}
     )
+    module: Any
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False  # it would repack the weight
-    wrapped = peft.PeftModel.from_pretrained(base, adapters[0], adapter_name="0", torch_device="cpu")
+    wrapped: Any = peft.PeftModel.from_pretrained(base, adapters[0], adapter_name="0", torch_device="cpu")
     wrapped.load_adapter(adapters[1], "1", torch_device="cpu")
     wrapped.base_model.add_weighted_adapter(["0", "1"], list(WEIGHTS), "mix", combination_type="cat")
     wrapped.set_adapter("mix")
@@ -45,7 +47,7 @@ def logprobs(answer: Answer) -> torch.Tensor:
 def test_several_adapters_equal_pefts_mixture_alone_and_in_company(
     model_dir: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
-    shapes = [{"r": 8}, {"r": 5, "target_modules": ["q_proj", "down_proj"]}]
+    shapes: list[dict[str, Any]] = [{"r": 8}, {"r": 5, "target_modules": ["q_proj", "down_proj"]}]
     paths = [tiny_adapter(tmp_path / str(i), model_dir, seed=i, **shape) for i, shape in enumerate(shapes)]
     engine = load_engine(model_dir, cache_dir, prefix_caching=False)
     refs = [publish(engine, path) for path in paths]

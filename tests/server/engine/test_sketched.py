@@ -91,7 +91,7 @@ def test_until_a_stop_is_allowed_its_logits_are_masked(engine: Engine, found: li
     [expected] = run(engine, [request("r", PROMPT, max_tokens=8, logprobs=None)]).values()
     found.clear()
     never = expected.tokens[0]
-    wish = {"min_tokens": 3, "stop_token_ids": [never], "max_tokens": 8, "logprobs": None}
+    wish: dict[str, Any] = {"min_tokens": 3, "stop_token_ids": [never], "max_tokens": 8, "logprobs": None}
     answer = run(engine, [request("r", PROMPT, **wish)])["r"]
     assert never not in answer.tokens[:3]
     assert len(found) == len(answer.tokens) - 3

@@ -4,6 +4,7 @@ import functools
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -77,9 +78,12 @@ def test_plain_adapters_keep_their_path(world: Callable[[str], World], monkeypat
     modules: list[int] = []
     runner = here.engine.runner
     forward = runner._forward_modules
-    monkeypatch.setattr(
-        runner, "_forward_modules", lambda batch, base: modules.append(len(batch.keep)) or forward(batch, base)
-    )
+
+    def counted(batch: Any, base: Any) -> Any:
+        modules.append(len(batch.keep))
+        return forward(batch, base)
+
+    monkeypatch.setattr(runner, "_forward_modules", counted)
     for name in ("plain", "base", "embedding", "head", "tokens", "activated", "saved head"):
         run(here.engine, [single for single in here.requests() if single.id == name])
     assert modules == []
@@ -145,7 +149,8 @@ def test_an_initialisation_that_changed_the_base_is_right_after_pefts_conversion
 ) -> None:
     model = make_base("tied", tmp_path / "model")
     base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    trained = peft.get_peft_model(base, peft.LoraConfig(init_lora_weights=init, target_modules=["q_proj", "up_proj"]))
+    options: dict[str, Any] = {"init_lora_weights": init, "target_modules": ["q_proj", "up_proj"]}
+    trained: Any = peft.get_peft_model(base, peft.LoraConfig(**options))
     trained.peft_config["default"].init_lora_weights = True
     trained.save_pretrained(tmp_path / "before")
     trained.peft_config["default"].init_lora_weights = init

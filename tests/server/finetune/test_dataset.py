@@ -26,12 +26,14 @@ class TinyTokenizer:
         self.eos_token_ids = [int(self.hf.eos_token_id)]
 
     def render_chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
-        return self.hf.apply_chat_template(
+        text = self.hf.apply_chat_template(
             list(messages),
             chat_template=self.template,
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
         )
+        assert isinstance(text, str)
+        return text
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return self.hf.encode(text, add_special_tokens=add_special_tokens)
@@ -42,7 +44,7 @@ class TinyTokenizer:
 
     def trained_text(self, dataset: Dataset, index: int = 0) -> str:
         tokens, trained = dataset.sequence(index)
-        return self.hf.decode(tokens[trained])
+        return str(self.hf.decode(tokens[trained]))
 
 
 TOKENIZER = TinyTokenizer()
@@ -71,7 +73,7 @@ def test_chat_trains_on_assistant_turns_and_their_end() -> None:
     )
     assert TOKENIZER.trained_text(data) == "Hello<|im_end|>Ciao<|im_end|>"
     tokens, _ = data.sequence(0)
-    assert TOKENIZER.hf.decode(tokens).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi")
+    assert str(TOKENIZER.hf.decode(tokens)).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi")
 
 
 def test_what_comes_before_a_trained_turn_is_the_prompt_that_serving_sends() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.server.http.test_completions import events
+from tests.support.completions import events
 from tests.support.scripted import BASE, BASE_DIGEST, EOS, TEXT, Served, encode, serving
 
 HELLO = [{"role": "user", "content": "Hi"}]

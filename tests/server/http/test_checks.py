@@ -1,6 +1,6 @@
 """Receipts in full, warming and verifying, in front of a scripted engine."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ async def test_an_adapter_that_cannot_be_warmed(
 def scored_by(served: Served, shift: float) -> None:
     """Let the engine score every token of a prompt, with an adapter by so much more."""
 
-    async def generate(request: Generate) -> AsyncIterator[Output]:
+    async def generate(request: Generate) -> AsyncGenerator[Output, None]:
         served.engine.requests.append(request)
         logprob = -1.0 + (shift if request.adapters else 0.0)
         entries: list[TokenLogprob | None] = [None, *(TokenLogprob(t, logprob, 1) for t in request.prompt[1:])]

@@ -63,13 +63,13 @@ async def test_lists_are_whole_by_default_and_paged_on_request(many: Site, path:
             seen += [item[key] for item in body["data"]]
             more = body["has_more"]
         assert seen == names
-        for query, param in (
+        for faulty, param in (
             ({"limit": "0"}, "limit"),
             ({"limit": "1e3"}, "limit"),
             ({"limit": "9" * 5000}, "limit"),
             ({"after": "nobody"}, "after"),
         ):
-            response = await client.get(path, params=query)
+            response = await client.get(path, params=faulty)
             assert (response.status_code, response.json()["error"]["param"]) == (400, param)
 
 

@@ -52,7 +52,7 @@ async def test_a_valid_request_id_is_echoed(given: str) -> None:
 
 @pytest.mark.parametrize("given", ["", "x" * 129, "a b", 'a"b', "ü"])
 async def test_any_other_is_replaced(given: str) -> None:
-    response = await client().get("/v1/echo", headers={"X-Request-Id": given.encode()})
+    response = await client().get("/v1/echo", headers={b"X-Request-Id": given.encode()})
     assert response.headers["X-Request-Id"].startswith("req-")
 
 
@@ -76,7 +76,7 @@ async def test_an_unexpected_failure_says_nothing_of_the_inside(caplog: pytest.L
     "header", [None, "", KEY, f"Basic {KEY}", "Bearer", "Bearer ", f"Bearer {KEY}x", "Bearer sk-secre", "Bearer ü"]
 )
 async def test_without_a_known_key_guarded_paths_are_closed(header: str | None) -> None:
-    headers = {} if header is None else {"Authorization": header.encode()}
+    headers = {} if header is None else {b"Authorization": header.encode()}
     for path in ("/v1/echo", "/nowhere", "/health/", "//health"):
         response = await client(keys=[KEY]).get(path, headers=headers)
         assert response.status_code == 401, path
@@ -87,7 +87,7 @@ async def test_without_a_known_key_guarded_paths_are_closed(header: str | None) 
 
 @pytest.mark.parametrize("key", [KEY, "zweiter-schlüssel"])
 async def test_every_configured_key_opens(key: str) -> None:
-    headers = {"Authorization": f"Bearer {key}".encode()}
+    headers = {b"Authorization": f"Bearer {key}".encode()}
     response = await client(keys=[KEY, "zweiter-schlüssel"]).get("/v1/echo", headers=headers)
     assert response.status_code == 200
 
@@ -103,7 +103,7 @@ async def test_probes_and_metrics_need_no_key() -> None:
 
 
 async def test_keys_are_not_kept_as_they_are() -> None:
-    guard = middleware_module.ApiKeys(echo, [KEY])
+    guard = middleware_module.ApiKeys(PlainTextResponse(), [KEY])
     assert KEY not in repr(vars(guard))
 
 

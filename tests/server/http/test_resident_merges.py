@@ -3,6 +3,7 @@
 import asyncio
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from tests.support.running import BASE, RunningServer, eventually
 from tests.support.tiny import tiny_adapter, tiny_model
 
 NAMES = ("merged", "other", "third")
+
+
+def has_merged_bytes(server: RunningServer, expected: int) -> bool:
+    return server.metric("merged_weight_bytes") == expected
 
 
 async def fetch_checkpoint(client: httpx.AsyncClient, name: str, target: Path) -> None:
@@ -55,7 +60,7 @@ async def test_merged_and_unmerged_in_one_batch(cache_dir: Path, tmp_path: Path)
                 assert resident["drift"]["mean_kl"] > 0  # of random weights, it says nothing
                 assert [speed["requests"] for speed in resident["decode_tokens_per_second"]] == [1, 8]
                 taken = resident["bytes"]
-                eventually(lambda taken=taken: server.metric("merged_weight_bytes") == taken, 10, "the metrics")
+                eventually(partial(has_merged_bytes, server, taken), 10, "the metrics")
                 assert server.metric("lora_adapter_loaded", adapter_name="merged", level="merged") == 1
 
                 alone = {name: await score(client, name) for name in before}

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,6 @@ async def test_every_variant_is_served_as_peft_computes_it(base: str, cache_dir:
     for name, directory in made.items():
         expected = peft_logprobs(model, directory, "nf4", PROMPT)
         ours = torch.tensor(alone[name][: len(expected)])
-        torch.testing.assert_close(ours, expected, atol=1e-3, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(ours, expected, atol=1e-3, rtol=0, msg=partial("{}: {}".format, name))
         difference = (ours - torch.tensor(alone[BASE][: len(expected)])).abs()
         assert difference.max() > 0.01, f"{name} must matter, or this test shows nothing"

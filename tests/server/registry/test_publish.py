@@ -101,7 +101,8 @@ async def test_the_command_lines_adapters_are_there_before_it_is_ready(tmp_path:
     site.engine.info = None
     task = asyncio.create_task(site.registry.discovery.import_configured(T))
     await asyncio.sleep(0.01)
-    assert site.registry.discovery.pending
+    waits = site.registry.discovery.pending
+    assert waits
     site.engine.info = base_info()
     await task
     assert not site.registry.discovery.pending

@@ -1,6 +1,6 @@
 """Text that grows token by token: incremental decoding and stop strings."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 import pytest
@@ -31,7 +31,13 @@ SENTENCEPIECE = _sentencepiece()
 BYTES = {byte: SENTENCEPIECE.token_to_id(f"<0x{byte:02X}>") for byte in range(256)}
 
 
-def _decoder(tokenizer: Tokenizer, skip: bool = True):
+def _id(tokenizer: Tokenizer, piece: str) -> int:
+    found = tokenizer.token_to_id(piece)
+    assert found is not None
+    return found
+
+
+def _decoder(tokenizer: Tokenizer, skip: bool = True) -> Callable[[Sequence[int]], str]:
     return lambda ids: tokenizer.decode(ids, skip_special_tokens=skip)
 
 
@@ -73,7 +79,7 @@ def test_sentencepiece_pieces_follow_the_prompt_as_the_whole_does(
 
 
 def test_the_space_before_the_first_new_word_survives() -> None:
-    ids = [SENTENCEPIECE.token_to_id(piece) for piece in ("a", "▁a", "▁a")]
+    ids = [_id(SENTENCEPIECE, piece) for piece in ("a", "▁a", "▁a")]
     assert _stream(SENTENCEPIECE, ids[1:], ids[:1]) == [" a", " a", ""]
 
 
@@ -92,7 +98,7 @@ def test_work_per_token_stays_small_whatever_the_tokens() -> None:
         return BYTE_LEVEL.decode(ids)
 
     half = BYTE_LEVEL.encode("漢", add_special_tokens=False).ids[0]
-    unknown, special = VOCABULARY + 1, BYTE_LEVEL.token_to_id("<|im_end|>")
+    unknown, special = VOCABULARY + 1, _id(BYTE_LEVEL, "<|im_end|>")
     detokenizer = Detokenizer(decode, silent={special})
     for token in [*[special] * 300, *[unknown] * 300, *[half] * 300]:
         detokenizer.add(token)

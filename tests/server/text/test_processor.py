@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -32,7 +33,14 @@ def text(directory: Path) -> TextProcessor:
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi  \n"}]
 
 
-async def _render(text: TextProcessor, messages=MESSAGES, *, generation=True, final=False, **arguments) -> str:
+async def _render(
+    text: TextProcessor,
+    messages: list[dict[str, str]] = MESSAGES,
+    *,
+    generation: bool = True,
+    final: bool = False,
+    **arguments: Any,
+) -> str:
     return await text.render_chat(
         messages, add_generation_prompt=generation, continue_final_message=final, arguments=arguments
     )

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -29,7 +30,7 @@ async def renderer() -> AsyncIterator[TemplateRenderer]:
 async def test_it_renders_as_the_bases_template_would(renderer: TemplateRenderer) -> None:
     tokens = {"bos_token": "<s>"}
     source = "{{ bos_token }}" + CHAT_TEMPLATE + "{{ flag }}"
-    options = {"add_generation_prompt": True, "continue_final_message": False, "arguments": {"flag": 1}}
+    options: dict[str, Any] = {"add_generation_prompt": True, "continue_final_message": False, "arguments": {"flag": 1}}
     expected = ChatTemplate(source, tokens).render(MESSAGES, **options)
     for _ in range(3):
         assert await renderer.render(source, tokens, MESSAGES, **options) == expected

@@ -16,7 +16,7 @@ import transformers
 from adapters.peft_format import directory as adapter_format
 from server.engine.engine import Engine
 from server.messages.dataset import Dataset
-from server.messages.training import Checkpoint, StartJob, StopJob
+from server.messages.training import Checkpoint, StartJob, StopJob, TrainingStep
 from server.model.base import Base
 from server.training.plan import Steps
 from server.training.task import Task
@@ -81,13 +81,18 @@ def peft_loss(model: peft.PeftModel, data: Dataset, group: list[int]) -> torch.T
     return total
 
 
+def gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
 def peft_gradients(model: peft.PeftModel) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     named = dict(model.named_parameters())
     suffix = ".lora_A.default.weight"
     return {
         name.removeprefix("base_model.model.").removesuffix(suffix): (
-            parameter.grad,
-            named[name.replace("lora_A", "lora_B")].grad,
+            gradient(parameter),
+            gradient(named[name.replace("lora_A", "lora_B")]),
         )
         for name, parameter in named.items()
         if name.endswith(suffix)
@@ -193,12 +198,12 @@ def test_gradients_with_dropout_and_accumulation_equal_peft(
     trainer.start(job(engine.base, tmp_path / "job", DATA, initial=adapter, packing=False, lora_dropout=0.3, seed=7))
     run_until(trainer, "clip")
     (task,) = trainer.tasks.values()
-    model = peft_model(model_dir, "nf4", adapter)
-    drops = []
+    model: Any = peft_model(model_dir, "nf4", adapter)
+    drops: list[SharedDropout] = []
     for linear in engine.base.linears:
         layer = model.base_model.model.get_submodule(linear.name)
-        layer.lora_dropout["default"] = SharedDropout(linear.index)
-        drops.append(layer.lora_dropout["default"])
+        drops.append(SharedDropout(linear.index))
+        layer.lora_dropout["default"] = drops[-1]
     groups = task.steps.micro_batches(0)
     assert len(groups) == 4
     labels = sum(DATA.sequence(index)[1].sum() for group in groups for index in group)
@@ -350,9 +355,9 @@ def test_ten_kills_change_no_bit(base: Base, trainer: Trainer, tmp_path: Path) -
 
 def test_company_changes_no_bit(base: Base, trainer: Trainer, tmp_path: Path) -> None:
     def start(name: str, n: int) -> StartJob:
-        lora = [{"r": 8}, {"r": 3, "target_modules": ["v_proj", "down_proj"]}][n]
+        shapes: list[dict[str, Any]] = [{"r": 8}, {"r": 3, "target_modules": ["v_proj", "down_proj"]}]
         return job(
-            base, tmp_path / name / str(n), dataset(9 + n, seed=n), id=str(n), lora=lora, seed=n,
+            base, tmp_path / name / str(n), dataset(9 + n, seed=n), id=str(n), lora=shapes[n], seed=n,
             n_epochs=2, lora_dropout=0.1 * n, micro_batch_tokens=40, valid=dataset(3, seed=9) if n else None,
         )  # fmt: skip
 
@@ -400,7 +405,7 @@ def test_cancel_keeps_nothing(base: Base, trainer: Trainer, tmp_path: Path) -> N
 
 def test_validation_checkpoints_and_counts(base: Base, trainer: Trainer, tmp_path: Path) -> None:
     replies = run(trainer, job(base, tmp_path / "job", DATA, valid=dataset(5, seed=3), n_epochs=2, eval_every=2))
-    steps = [reply for reply in replies if hasattr(reply, "grad_norm")]
+    steps = [reply for reply in replies if isinstance(reply, TrainingStep)]
     assert [step.metrics.step for step in steps] == [1, 2, 3, 4, 5, 6]
     assert [step.metrics.step for step in steps if step.metrics.full_valid_loss] == [2, 3, 4, 6]
     assert steps[-1].trained_tokens == 2 * len(DATA.tokens)
@@ -418,7 +423,7 @@ def test_the_validation_loss_is_the_mean_over_trained_tokens(
         trainer,
         job(engine.base, tmp_path / "job", DATA, valid=valid, initial=adapter, batch_size=12, learning_rate=1e-12),
     )
-    (step,) = [reply for reply in replies if hasattr(reply, "grad_norm")]
+    (step,) = [reply for reply in replies if isinstance(reply, TrainingStep)]
     with torch.no_grad():
         expected = peft_loss(peft_model(model_dir, "nf4", adapter), valid, list(range(5))) / valid.trained.sum()
     assert step.metrics.full_valid_loss == pytest.approx(float(expected), rel=1e-5)
