@@ -1,7 +1,4 @@
-"""What a handler may use: every collaborator of the HTTP side in one frozen object, made once at start.
-
-It holds and explains; it does nothing.
-"""
+"""The collaborators that handlers use, in one frozen object, made once at start."""
 
 from dataclasses import dataclass
 
@@ -36,7 +33,7 @@ class Services:
 
     @property
     def engine_info(self) -> Ready:
-        """What the engine serves. Raises `EngineUnavailable` before the first engine has come up."""
+        """The engine's base and limits. Raises `EngineUnavailable` before the first engine has come up."""
         return self.intake.base
 
 
