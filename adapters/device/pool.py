@@ -2,7 +2,7 @@
 
 Each LoraLinear has one A tensor and one B tensor of 2-byte units; an adapter owns a window of rows per module kind, the
 same rows in every layer. Addresses never change after construction. Knows adapters as `HostAdapter`s (rows ready to be
-copied) by digest; does not know files, requests, or who should be resident (residency.py).
+copied) by digest.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,7 @@
 """How an adapter gets in, and out: checked against the base, sure to fit, published under a name, forgotten when gone.
 
 Uploads, directories named on the command line, vLLM's load endpoint and finished fine-tunes all come through here, so
-whatever the store holds can be served. It knows neither HTTP nor what a request is.
+whatever the store holds can be served.
 """
 
 import asyncio
