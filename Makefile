@@ -3,7 +3,9 @@
 
 VENV  := .venv
 BIN   := $(VENV)/bin
-STAMP := $(VENV)/.installed
+# One environment, filled in two steps: a server needs no linters, fakes or peers.
+SERVING := $(VENV)/.serving
+TESTING := $(VENV)/.testing
 
 # An interpreter is taken only if it runs (a version manager's shim may not), is new enough and can make environments.
 PYTHONS = $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14)
@@ -17,33 +19,41 @@ help: ## this list
 
 # --- everyday ------------------------------------------------------------------------------------
 
-install: $(STAMP) ## create .venv with the pinned dependencies; instant when nothing changed
+install: $(TESTING) ## create .venv with everything that serving and testing need; instant when nothing changed
 
-$(STAMP): pyproject.toml constraints.txt
+# Install this project with the extras given, into an environment that is made first where there is none.
+define install
 	@if ! $(BIN)/python -c 'import pip' 2>/dev/null; then \
 		for python in $(PYTHONS); do "$$python" -c '$(USABLE)' 2>/dev/null && break; python=; done; \
 		[ -n "$$python" ] || { echo 'No usable Python >= 3.11 with venv found; name one: make PYTHON=/path/to/python' >&2; exit 1; }; \
 		echo "Creating $(VENV) with $$("$$python" --version)"; \
 		"$$python" -m venv --clear $(VENV); \
 	fi
-	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.$(1)'
 	@touch $@
+endef
 
-serve: $(STAMP) ## fetch the default model if needed and serve it on http://127.0.0.1:8000
+$(SERVING): pyproject.toml constraints.txt
+	$(call install)
+
+$(TESTING): $(SERVING)
+	$(call install,[test])
+
+serve: $(SERVING) ## fetch the default model if needed and serve it on http://127.0.0.1:8000
 	$(BIN)/lorakeet serve $(ARGS)
 
-check: $(STAMP) ## lint, formatting, types
+check: $(TESTING) ## lint, formatting, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: $(STAMP) check ## all checks and the whole test suite
+test: $(TESTING) check ## all checks and the whole test suite
 	$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
 
-interpret: $(STAMP) ## the engine's tests with the GPU's kernels, in Triton's interpreter
+interpret: $(TESTING) ## the engine's tests with the GPU's kernels, in Triton's interpreter
 	LORAKEET_TRITON=interpret $(BIN)/pytest --numprocesses 2 --timeout 900 tests/server/engine $(ARGS)
 
-docs: $(STAMP) ## rewrite the generated tables of docs/ and the README
+docs: $(TESTING) ## rewrite the generated tables of docs/ and the README
 	UPDATE_DOCS=1 $(BIN)/pytest -q tests/test_docs.py -k tables
 	$(BIN)/python -m loadtest docs
 
@@ -53,12 +63,12 @@ clean: ## remove the environment and everything the tools leave behind
 
 # --- benchmarks and demonstrations ---------------------------------------------------------------
 
-bench: $(STAMP) ## the whole CPU table, beside every peer that is installed; kept under loadtest/results
+bench: $(TESTING) ## the whole CPU table, beside every peer that is installed; kept under loadtest/results
 	$(BIN)/python -m loadtest bench $(ARGS)
 
 # The environment where there is one, else whatever Python the machine has: it may have no network.
 gpu: ## on a machine with an NVIDIA GPU: its tests and benchmarks, a verdict per line; kept under loadtest/results
 	$(or $(PYTHON),$(firstword $(wildcard $(BIN)/python) python3)) -m loadtest.gpu $(ARGS)
 
-demo: $(STAMP) ## serve, fine-tune on the example orders and compare with the base, in a few minutes
+demo: $(SERVING) ## serve, fine-tune on the example orders and compare with the base, in a few minutes
 	$(BIN)/python docs/demo/demo.py

@@ -1,5 +1,4 @@
 """Load tests: drive a running server from outside, and measure it beside its peers.
 
-Knows HTTP, time and files; imports neither `server` nor `adapters`, so that it can say nothing about them that a
-client could not see.
+Imports neither `server` nor `adapters`: it measures only what a client can see.
 """

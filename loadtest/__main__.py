@@ -219,7 +219,7 @@ def show_beside(
     model_dir: ModelDir = None,
     out: Out = None,
 ) -> None:
-    """What a fine-tuning job costs the requests beside it, and what they leave of it."""
+    """The cost of a fine-tuning job to the requests beside it, and of these to the job."""
     with tempfile.TemporaryDirectory(prefix="loadtest-") as folder:
         kit = _kit(Path(folder), model_dir or _default_model(), machine_threads=len(os.sched_getaffinity(0)))
         measured = asyncio.run(
@@ -230,7 +230,7 @@ def show_beside(
 
 @app.command("speculation")
 def show_speculation(rounds: Rounds = 3, model_dir: ModelDir = None, out: Out = None) -> None:
-    """What drafts by prompt lookup gain on texts that repeat what they were given, and cost on those that do not."""
+    """The gain of drafts by prompt lookup on texts that repeat their prompt, and the cost on those that do not."""
     with tempfile.TemporaryDirectory(prefix="loadtest-") as folder:
         kit = _kit(Path(folder), model_dir or _default_model(), machine_threads=len(os.sched_getaffinity(0)))
         measured = asyncio.run(speculation.measure(kit, rounds=rounds, report=lambda line: notes.print(escape(line))))
@@ -245,7 +245,7 @@ def show_loading(
     model_dir: ModelDir = None,
     out: Out = None,
 ) -> None:
-    """What loading and uploading adapters costs the requests beside them, and a cold adapter's first token."""
+    """The cost of loading and uploading adapters to the requests beside them; a cold adapter's first token."""
     with tempfile.TemporaryDirectory(prefix="loadtest-") as folder:
         model = model_dir or _default_model()
         kit = _kit(Path(folder), model, machine_threads=len(os.sched_getaffinity(0)), dtypes=("float32",))
@@ -276,7 +276,7 @@ def show_trees(
 
 
 def _show_measured(kind: str, measured: dict[str, Any], shown: Table, out: Path | None) -> None:
-    """A table, the verdicts on what is promised, and the file."""
+    """A table, a verdict for each promise, and the file."""
     Console().print(shown)
     for verdict in measured["verdicts"]:
         typer.echo(f"{'holds' if verdict['holds'] else 'FAILS'}  {verdict['claim']}: {verdict['value']}")
@@ -388,7 +388,7 @@ def write_docs(
 
 
 def main() -> None:
-    """Run the command; what a person can mend is said in one line, without a traceback."""
+    """Run the command. An error that the user can fix is printed in one line, without a traceback."""
     # Ended from outside, it must still stop the servers that it started: as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:

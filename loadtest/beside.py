@@ -1,4 +1,4 @@
-"""What training costs those who are served meanwhile, and what serving leaves of training.
+"""The cost of training to requests served meanwhile, and of serving to training.
 
 One server: the request rate that keeps 8 clients busy is measured, then Poisson arrivals at half of it, without and
 with a fine-tuning job, the very same requests both times. The job's speed beside them is compared with its speed alone.

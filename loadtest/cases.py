@@ -1,4 +1,4 @@
-"""The comparison's standing cases: prompt 64, rank 16 on all linears, and who takes part in which."""
+"""The comparison's standing cases (prompt 64, rank 16 on all linears) and the sides that take part in each."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What the figures are worth: the ratios that the project promises, with a verdict each.
+"""The ratios that the project promises, with a verdict each.
 
 Reads result files (plain JSON values); measures nothing. A claim whose figures were not measured says so.
 """
@@ -81,7 +81,7 @@ def claims(result: Result) -> list[Claim]:
         Claim(
             "Base-only requests: cost of 16 loaded adapters",
             tax("base", "base", side="lorakeet-bare"),
-            0.03,  # what two runs of the same server differ by
+            0.03,  # the difference between two runs of one server
             at_most=True,
             percent=True,
         ),

@@ -1,8 +1,8 @@
-"""A streaming HTTP client that times what arrives and does nothing else meanwhile.
+"""A streaming HTTP client that times arrivals and does nothing else meanwhile.
 
 On a small machine the client competes with the server for cores. So bytes are stamped as the socket delivers them
-(httptools parses the HTTP framing in C) and are taken apart only after the run. Knows server-sent events and two
-dialects of completions; what the times mean is decided in `metrics`.
+(httptools parses the HTTP framing in C) and are parsed only after the run, as server-sent events in one of two
+dialects of completions. `metrics` turns the times into latencies.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ _decode_json = msgspec.json.Decoder().decode
 
 @dataclass(slots=True)
 class Timeline:
-    """What happened to one request. Times are `perf_counter` seconds."""
+    """The course of one request. Times are `perf_counter` seconds."""
 
     scheduled: float
     sent: float
@@ -38,7 +38,7 @@ class Timeline:
 
 
 class ProtocolError(Exception):
-    """The server's answer is not what its dialect promises."""
+    """The server's answer does not follow its dialect."""
 
 
 @dataclass(frozen=True, slots=True)

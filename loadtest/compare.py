@@ -3,7 +3,7 @@
 A *case* is a burst of equal requests sent at once (how many, on which adapters, how long). A *cell* is one side's
 measurements of one case. Rounds go through all cases and, within a case, through all sides in rotating order, so that
 a machine that slows down meanwhile slows everybody. Every request must return its full token count; a cell with an
-error has no figures. Knows no side in particular (see `peers`); what a ratio is worth is said in `claims`.
+error has no figures. `peers` has the sides, `claims` the verdicts.
 """
 
 import asyncio
@@ -62,7 +62,7 @@ class Figure:
 
 @dataclass(slots=True)
 class Cell:
-    """What one side did in one case."""
+    """One side's figures in one case."""
 
     decode: list[float] = field(default_factory=list)  # tokens/s, see metrics.decode_rate
     whole: list[float] = field(default_factory=list)  # output tokens / (first sending to last end)

@@ -1,6 +1,6 @@
 """Runs planned requests against a server: an open loop by the clock, a closed loop by its clients.
 
-Knows when to send; not what is measured (`metrics`) nor how it is shown (`report`).
+`metrics` has the definitions of the figures, `report` their display.
 """
 
 import asyncio

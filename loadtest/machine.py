@@ -1,4 +1,4 @@
-"""Says what a result was measured on: machine, versions, command, date."""
+"""The circumstances of a result: machine, versions, command, date."""
 
 import datetime
 import importlib.metadata

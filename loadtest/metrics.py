@@ -1,4 +1,4 @@
-"""What timelines amount to. The definitions are vLLM's benchmark's, written out here; all times are seconds.
+"""From timelines to latencies and throughput. The definitions are those of vLLM's benchmark; times are seconds.
 
 For one request with n output tokens:
 

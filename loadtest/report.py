@@ -22,7 +22,7 @@ from loadtest.scenario import Open, Scenario
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One run of a scenario: what was asked, what came, and the single requests' latencies (seconds)."""
+    """One run of a scenario: its load, its figures, and the single requests' latencies (seconds)."""
 
     scenario: Scenario
     summary: Summary
@@ -44,7 +44,7 @@ class Point:
 
     @property
     def label(self) -> str:
-        """What sets this point apart from others of a sweep."""
+        """This point's place in a sweep."""
         load = self.scenario.load
         pace = f"{load.rate:g} requests/s" if isinstance(load, Open) else f"{load.concurrency} clients"
         count = self.summary.adapters

@@ -1,4 +1,4 @@
-"""What to ask of a server, as a TOML file: arrivals, lengths, adapters, limits.
+"""A load for a server, as a TOML file: arrivals, lengths, adapters, limits.
 
 Describes a load and checks the description; it draws nothing (see `workload`) and sends nothing (see `drive`).
 """
@@ -150,7 +150,7 @@ class Scenario(_Table, frozen=True):
 
 
 def load_scenario(path: Path) -> Scenario:
-    """Read and check a scenario file. Raises `ScenarioError` naming what is wrong."""
+    """Read and check a scenario file. Raises `ScenarioError` naming the field."""
     try:
         scenario = msgspec.convert(tomllib.loads(path.read_text("utf-8")), Scenario)
     except OSError as error:

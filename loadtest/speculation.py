@@ -1,8 +1,8 @@
-"""What drafting ahead by prompt lookup gains where a text repeats what it was given, and what it costs where not.
+"""The gain of drafts by prompt lookup on texts that repeat their prompt, and the cost on texts that do not.
 
 One server; the same requests without drafts and with them directly after one another, alone and eight at once: the two
 of such a pair are compared. Answers end where the model ends them, and must be equal both times. Prompts are in the
-prefix cache already: what is timed is decoding, over HTTP.
+prefix cache already: the time is that of decoding, over HTTP.
 """
 
 import asyncio
@@ -69,7 +69,7 @@ def passages(text: str) -> list[str]:
 
 
 def tasks(prose: Sequence[str]) -> list[Task]:
-    """Four kinds of work, from what repeats most to what repeats least."""
+    """Four kinds of work, from the most repetitive to the least."""
 
     def about(words: str) -> list[Body]:
         return [_body(f"{words}\n\n{passage}") for passage in prose[:TOGETHER]]

@@ -1,8 +1,8 @@
 """Makes random adapters in PEFT's file layout, and random prompts.
 
-Speed does not depend on what an adapter says, but the weights must be real: B's deviation of 0.08 is about what it
-takes for a random adapter to change greedy tokens, so that a server that ignores it can be seen to.
-Knows the shapes of Llama-like decoders' linears; imports torch only where a file is written.
+Speed does not depend on an adapter's values, but they must not be zero: with a deviation of about 0.08 in B a random
+adapter changes greedy tokens, so a server that ignores it is noticed. Llama-like decoders only; torch is imported only
+where a file is written.
 """
 
 import json

@@ -24,7 +24,7 @@ NARROW: dict[str, Any] = {"batch_size": 4, "length": 32, "micro_batch_tokens": 3
 
 @dataclass
 class Configuration:
-    """One row: what runs, and what it measured so far."""
+    """One row: a configuration and its measurements so far."""
 
     name: str
     module: str
@@ -78,7 +78,7 @@ def run(model: Path, cache_dir: Path, *, threads: int, rounds: int, steps: int) 
 
 
 def _verdicts(rows: Sequence[Configuration]) -> list[dict[str, Any]]:
-    """What is promised, and whether it held."""
+    """Each promise, and whether it held."""
     row = {row.name: row for row in rows}
     peft, checkpointed = row["PEFT"], row["PEFT, gradient checkpointing"]
     keep, recompute = row["keep"], row["recompute"]

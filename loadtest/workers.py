@@ -1,4 +1,4 @@
-"""A worker process that is asked in JSON lines and answers in kind: settings first, answered when it is ready."""
+"""A worker process with a protocol of JSON lines: it reads its settings first, and answers once it is ready."""
 
 import contextlib
 import json
@@ -13,14 +13,14 @@ Ask = Callable[[dict[str, Any]], Any]
 
 
 class WorkerError(RuntimeError):
-    """A worker ended; the message holds the end of what it printed."""
+    """A worker ended early; the message holds the end of its output."""
 
 
 @contextlib.contextmanager
 def worker(
     module: str, settings: dict[str, Any], environment: Mapping[str, str] | None = None
 ) -> Iterator[tuple[Ask, Any]]:
-    """Start `python -m module`; what asks it, and its first answer. Raises WorkerError when it ends before its time."""
+    """Start `python -m module`; a function that asks it, and its first answer. Raises WorkerError if it ends early."""
     with (
         tempfile.TemporaryFile("w+") as log,
         subprocess.Popen(

@@ -1,7 +1,6 @@
-"""How much may wait, and whether anything may come: queue limits, and draining.
+"""Queue limits and draining.
 
-Beyond a limit a request is refused at once, with an honest guess of when to come back, instead of waiting for ever.
-It counts; it knows no engine and no HTTP.
+A request beyond a limit is refused at once, with an estimate of when to try again, instead of waiting without end.
 """
 
 import asyncio
@@ -34,7 +33,7 @@ class Ticket:
 
 
 class Admission:
-    """The two limits and what counts against them."""
+    """The two limits, on sequences and on prompt tokens, and the counts against them."""
 
     def __init__(self, max_requests: int, max_tokens: int) -> None:
         self._max_requests = max_requests

@@ -102,7 +102,7 @@ app.command("eval")(finetune.evaluate)
 
 
 def main() -> None:
-    """Run the command; what a person can mend is said in one line, without a traceback."""
+    """Run the command. An error that the user can fix is printed in one line, without a traceback."""
     try:
         app()
     except (CommandError, ModelError, SettingError) as error:

@@ -1,7 +1,7 @@
-"""Every way a request can be refused: one exception tree, one JSON body, one way from exceptions to responses.
+"""Refusals of requests: one exception tree, one JSON body, one way from exceptions to responses.
 
-The body is OpenAI's: `{"error": {"message", "type", "param", "code"}}`. Messages name what the client sent and never
-carry a traceback, a path or an address. This file knows HTTP statuses and no route.
+The body is OpenAI's: `{"error": {"message", "type", "param", "code"}}`. Messages name the client's input and never
+carry a traceback, a path or an address.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ from adapters.storage.versions import DamagedAdapter, RemoteUnavailable
 
 
 class LorakeetError(Exception):
-    """A refusal with an HTTP status. Subclasses fix status, type and default code; an instance says what and where."""
+    """A refusal with an HTTP status. Subclasses fix status, type and default code."""
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
@@ -120,7 +120,7 @@ class RequestTimeout(InvalidRequest):
 
 
 class PreconditionFailed(InvalidRequest):
-    """412: what the client expected to change has changed already."""
+    """412: the resource is no longer in the state that the client expected."""
 
     status = 412
     default_code = "precondition_failed"
@@ -275,7 +275,7 @@ def _unknown_route(request: Request, exc: HTTPException) -> LorakeetError:
 
 
 def _methods(request: Request) -> set[str]:
-    """What may be asked of a path: each method has a route of its own, and the exception knows that of one only."""
+    """The methods of a path: each has a route of its own, and the exception carries those of one route only."""
     matched: Route = request.scope["route"]
     routes = [route for route in request.app.routes if isinstance(route, Route) and route.path == matched.path]
     return {method for route in routes for method in route.methods or ()}

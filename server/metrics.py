@@ -1,11 +1,10 @@
-"""What the server counts: one object around its own Prometheus registry.
+"""The server's Prometheus metrics: one object around a registry of its own.
 
 Names are vLLM's under the prefix `lorakeet:`. Two sources feed it: the HTTP handlers, one `RequestMetrics` per
 sequence, and the engine's `Stats`: gauges and *increments*, so counters stay monotonic when the engine restarts.
 
 Adapters are labelled by name, and only by names that were resolved to a stored version: a junk name never reaches this
 file. At most `top_adapters` names have series of their own; the least recently used one is folded into `other`.
-It knows neither HTTP nor the store.
 """
 
 import time
@@ -149,7 +148,7 @@ class _AdapterMetrics(Collector):
         yield total
 
     def _requests_info(self) -> Metric:
-        """What the Kubernetes Gateway's inference extension reads: names in labels, the time as the value."""
+        """The metric of the Kubernetes Gateway's inference extension: names in labels, the time as the value."""
         info = GaugeMetricFamily(
             f"{PREFIX}lora_requests_info",
             "Adapters of running and waiting requests, as comma-separated names; the value is the Unix time",

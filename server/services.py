@@ -1,7 +1,4 @@
-"""What a handler may use: every collaborator of the HTTP side in one frozen object, made once at start.
-
-It holds and explains; it does nothing.
-"""
+"""The collaborators that handlers use, in one frozen object, made once at start."""
 
 import asyncio
 from collections.abc import Mapping

@@ -159,7 +159,7 @@ def _setting(
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the operator decided. Made by `Settings.load`; checked also when built directly."""
+    """The operator's choices. Made by `Settings.load`; checked also when built directly."""
 
     # --- the base model
     model: str = _setting(
@@ -178,8 +178,8 @@ class Settings:
     device: str = _setting("auto", "Where the base lives: auto, cpu, cuda or cuda:N.")
     activations: Literal["exact", "int8"] = _setting(
         "exact",
-        "What 4-bit linears of the base multiply on a CPU: exact inputs, or inputs rounded to 8 bits, which is faster. "
-        "How far off that is gets measured at start, logged, and shown by `GET /ready`.",
+        "Inputs of the base's 4-bit linears on a CPU: exact, or rounded to 8 bits, which is faster. The difference is "
+        "measured at start, logged, and shown by `GET /ready`.",
         choices=("exact", "int8"),
     )
     sketch_head: bool = _setting(
@@ -209,13 +209,13 @@ class Settings:
     # --- where things are kept
     data_dir: Path = _setting(
         default_data_dir,
-        "Adapters, files and jobs: what must not be lost.",
+        "Adapters, files and jobs: durable data.",
         parse=_path,
         shown="~/.local/share/lorakeet",
     )
     cache_dir: Path = _setting(
         default_cache_dir,
-        "Fetched models and quantised weights: what can be made again.",
+        "Fetched models and quantised weights: data that can be made again.",
         parse=_path,
         shown="~/.cache/lorakeet",
     )
@@ -239,8 +239,8 @@ class Settings:
     max_uploads: int = _setting(4, "Uploads received at once.", parse=_integer, minimum=1, maximum=1024)
     background_priority: Priority = _setting(
         "low",
-        "When threads that load adapters and take uploads in run: low, with a tenth of a serving thread's share; idle, "
-        "in what serving leaves of the processor, which may be next to nothing; normal, as others do.",
+        "Priority of threads that load adapters and receive uploads: low, a tenth of a serving thread's share; idle, "
+        "only while serving leaves the processor free, which may be next to never; normal, an equal share.",
         choices=PRIORITIES,
     )
     drain_seconds: float = _setting(
@@ -275,7 +275,7 @@ class Settings:
     )
     merged_bytes: int | None = _setting(
         None,
-        "Device memory for the weights of adapters that are merged into the base; 0 merges none.",
+        "Device memory for merged weights (adapters merged into the base); 0 merges none.",
         parse=parse_size,
         minimum=0,
         maximum=2**50,
@@ -335,7 +335,7 @@ class Settings:
     adapter_dir: Path | None = _setting(
         None,
         "Each subdirectory is an adapter; read at start and when an unknown name is asked for. "
-        "What a name was given since over HTTP stays until the files change.",
+        "Versions uploaded over HTTP since then stay current until the files change.",
         parse=_path,
         shown="none",
     )
@@ -377,7 +377,7 @@ class Settings:
 
     adapter_orphan_hours: float = _setting(
         24.0,
-        "Files in --adapter-store that no name has are removed when they are so old, at start and as often again; "
+        "Age at which files in --adapter-store that no name means are removed, at start and at that interval; "
         "0 leaves them.",
         parse=_number,
         minimum=0,
@@ -390,10 +390,19 @@ class Settings:
         2.0, "How long rendering an adapter's chat template may take.", parse=_number, minimum=0.1, maximum=60
     )
     adapter_template_cpu_seconds: int = _setting(
-        2, "Processor time of that, in whole seconds.", parse=_integer, minimum=1, maximum=60
+        2,
+        "Processor time for rendering an adapter's chat template, in whole seconds.",
+        parse=_integer,
+        minimum=1,
+        maximum=60,
     )
     adapter_template_bytes: int = _setting(
-        256 * MIB, "Memory of that.", parse=parse_size, minimum=16 * MIB, maximum=2**40, shown="256MiB"
+        256 * MIB,
+        "Memory for rendering an adapter's chat template.",
+        parse=parse_size,
+        minimum=16 * MIB,
+        maximum=2**40,
+        shown="256MiB",
     )
 
     # --- fine-tuning

@@ -94,6 +94,18 @@ def _within(name: str, packages: tuple[str, ...]) -> bool:
             id="the engine knows no HTTP",
         ),
         pytest.param(
+            ("server.messages",),
+            (),
+            (*ENGINE_SIDE, *API_SIDE, "torch", *WEB),
+            id="messages know neither side",
+        ),
+        pytest.param(
+            ("server.text", "server.finetune", "server.client", "server.children", "server.messages"),
+            (),
+            ("server.http", "server.openai", "starlette", "uvicorn", "httpx", "python_multipart"),
+            id="HTTP ends at the handlers",
+        ),
+        pytest.param(
             ("server.engine.scheduler", "server.engine.blocks", "adapters.device.rows", "adapters.device.cache"),
             (),
             ("numpy", *HEAVY),

@@ -73,7 +73,7 @@ def test_figures_are_those_of_the_newest_comparison() -> None:
 
 
 def test_every_endpoint_is_in_the_table() -> None:
-    routes = []
+    routes: list[object] = []
     for path in (ROOT / "server/http/routes").glob("*.py"):
         routes += getattr(importlib.import_module(f"server.http.routes.{path.stem}"), "routes", [])
     assert len(routes) > 10

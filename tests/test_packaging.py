@@ -96,11 +96,23 @@ def test_every_file_that_code_reads_is_shipped() -> None:
     data = PROJECT["tool"]["setuptools"]["package-data"]
     shipped = set()
     for package, patterns in data.items():
-        folder = ROOT / package.replace(".", "/")
-        shipped |= {path for pattern in patterns for path in folder.glob(pattern)}
+        folders = [ROOT / name for name in PACKAGES] if package == "*" else [ROOT / package.replace(".", "/")]
+        shipped |= {path for folder in folders for pattern in patterns for path in folder.glob(pattern)}
     listed = subprocess.run(["git", "ls-files", *PACKAGES], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode != 0:
         pytest.skip("not a git checkout")
     lying = {ROOT / line for line in listed.stdout.splitlines() if not line.endswith((".py", ".md"))}
     lying = {path for path in lying if path.exists() and ROOT / "loadtest/results" not in path.parents}
     assert lying <= shipped, lying - shipped
+
+
+def test_types_are_visible_to_type_checkers() -> None:
+    assert all((ROOT / package / "py.typed").exists() for package in PACKAGES)
+    assert "py.typed" in PROJECT["tool"]["setuptools"]["package-data"]["*"]
+
+
+@pytest.mark.parametrize(("target", "installed"), [("serve", ["."]), ("demo", ["."]), ("test", [".", ".[test]"])])
+def test_a_target_installs_what_it_needs_and_nothing_else(target: str, installed: list[str]) -> None:
+    dry = ["make", "--dry-run", "--always-make", target]
+    done = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert re.findall(r"--constraint constraints.txt --editable '(.*)'", done.stdout) == installed

@@ -2,8 +2,7 @@
 
 The scheduler asks `acquire` for a sequence's adapters and gets an answer at once; worker threads read files and fill
 rows where that takes time; `poll` (between steps) takes in what they finished. An adapter in use is never evicted, a
-pinned one only for somebody who could not run beside it. Knows no requests and no scheduling policy; the rows
-themselves are pool.py's.
+pinned one only for somebody who could not run beside it. The rows themselves are pool.py's.
 """
 
 import time

@@ -1,7 +1,7 @@
 """LoraLinear: one frozen linear of the base, plus whatever the current step adds to it.
 
 A step (serving or training) installs itself in the model's one `StepSlot`; every LoraLinear asks it for the adapters'
-part. This file knows neither where adapter rows live (pool.py) nor what a request or a training job is.
+part.
 """
 
 from typing import Protocol

@@ -2,7 +2,7 @@
 
 `build` makes an adapter's `Extras` from its tensors and the base; `StepExtras` applies those of one step, by hooks on
 the base's modules that exist only while the step runs, so that a step without extras runs exactly what it ran before.
-Knows neither files nor where rank rows live; every row's result is independent of the rows beside it.
+Every row's result is independent of the rows beside it.
 """
 
 import copy

@@ -3,7 +3,7 @@
 One library per instruction set, from plain C++ without torch's headers, so a build takes seconds. A built library is
 kept in the user's cache under a name that holds the hash of everything that shaped it; concurrent builds are safe, the
 last rename wins with equal content. Ahead of time, all instruction sets are put beside the sources, where they are
-found first. Knows nothing of what the kernels do (native.py).
+found first.
 """
 
 import hashlib

@@ -2,7 +2,7 @@
 
 A plan is built once from a loaded model: it holds the addresses of everything that a step reads (weights, norms,
 adapter pools, KV caches) and calls the same C++ kernels that are offered one by one, without the Python between them.
-Knows how transformers names the parts of the architectures below; knows no requests and no head.
+Knows how transformers names the parts of the architectures below.
 """
 
 from collections.abc import Sequence

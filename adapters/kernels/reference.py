@@ -1,8 +1,8 @@
 """The kernels in plain torch: the fallback on any device, the oracle of the native ones, and the autograd path.
 
 Every function gives a row the same bits whatever rows stand beside it. A library matrix product does not promise that
-(its blocking follows the row count), so row counts are padded to `ROW_MULTIPLE`, which `probe_row_multiple` finds for
-a machine at start-up. Knows nothing of models, requests or adapters: tensors in, tensors out.
+(its blocking follows the row count), so row counts are padded to `ROW_MULTIPLE`, which `probe_row_multiple` finds for a
+machine at start-up.
 """
 
 from collections.abc import Callable, Sequence

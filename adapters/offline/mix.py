@@ -1,9 +1,9 @@
 """A new LoRA adapter made of several, equal to PEFT's `add_weighted_adapter`.
 
-The mathematics follow PEFT (`tuners/lora/model.py`, `utils/merge_utils.py`) but for two things: the result's scaling
-is 1 for rsLoRA sources too, and random pruning draws from a generator of its own, so that a mix can be made again.
-Works on factors alone; it knows no base and no names. As a program (`python -m adapters.offline.mix`, an order in JSON
-on standard input) it mixes directories, so that a server need not load torch nor wait.
+The mathematics follow PEFT (`tuners/lora/model.py`, `utils/merge_utils.py`) but for two things: the result's scaling is
+1 for rsLoRA sources too, and random pruning draws from a generator of its own, so that a mix can be made again. Works
+on factors alone. As a program (`python -m adapters.offline.mix`, an order in JSON on standard input) it mixes
+directories, so that a server need not load torch nor wait.
 """
 
 import math

@@ -1,6 +1,6 @@
 """What an `adapter_config.json` means: a strict reader, and the modules, ranks and scalings that it selects.
 
-Regular expressions of a client run only through RE2, in linear time. Knows no weights and no files.
+Regular expressions of a client run only through RE2, in linear time.
 """
 
 import math

@@ -1,7 +1,7 @@
 """PEFT LoRA directories: `inspect` validates one, `load` reads its tensors, `write` makes one.
 
 `inspect` trusts nothing: it reads the safetensors header itself, finds a use for every tensor (layout.py) and looks at
-every value, with numpy only, so that it can run in a process without torch. Knows no names, versions or device memory.
+every value, with numpy only, so that it can run in a process without torch.
 """
 
 import dataclasses

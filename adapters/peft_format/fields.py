@@ -1,7 +1,7 @@
 """Every field of PEFT's `LoraConfig`, and what it may hold when an adapter is to be served.
 
 `FIELDS` is the rule, one line per field: it works, it is recorded without effect, or it must hold PEFT's default.
-Nothing that a field names is ever imported, opened or fetched. Knows no base and no whole config.
+Nothing that a field names is ever imported, opened or fetched.
 """
 
 import json

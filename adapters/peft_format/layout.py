@@ -1,6 +1,6 @@
 """Which tensors the file of an adapter must hold, given its config and its base, and what each of them does.
 
-Names and shapes only: knows neither the file's bytes nor what is done with the tensors later.
+Names and shapes only.
 """
 
 from collections.abc import Collection, Mapping

@@ -1,7 +1,7 @@
 """What a base's own files say of it: the parameters beside its linears, and their values when somebody asks.
 
 Read from safetensors headers, with numpy only, so that an upload can be checked in a process that holds no model.
-Trusts the files: they are the operator's. Knows nothing of adapters.
+Trusts the files: they are the operator's.
 """
 
 import json

@@ -1,7 +1,7 @@
 """An adapter's rank rows in one file, as the pool keeps them: whoever loads the adapter only reads.
 
 Made when an adapter comes in, beside its own files. All of it follows from those, so that it is no part of the digest,
-need not be kept elsewhere, and may be missing. With numpy only. Knows neither the pool nor what a row is used for.
+need not be kept elsewhere, and may be missing. With numpy only.
 """
 
 import os

@@ -1,7 +1,7 @@
 """What an adapter brings for the text around it: tokens that its base's tokenizer does not have, and a chat template.
 
 Of an uploaded tokenizer only its added tokens are used: everything else (normaliser, splitting, merges) is the base's,
-so a hostile tokenizer can do nothing but add words. Knows JSON; knows no tokenizer library.
+so a hostile tokenizer can do nothing but add words.
 """
 
 import json

@@ -1,6 +1,6 @@
 """The safetensors file of an adapter, distrusted: what it declares, and its bytes, each looked at.
 
-With numpy only. Knows no names: what a tensor is for is layout.py's matter.
+With numpy only.
 """
 
 import json

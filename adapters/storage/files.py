@@ -1,8 +1,8 @@
 """The files of adapter versions: complete directories by digest, here as long as a name or a lease wants them.
 
 A version is a directory `versions/<digest>`, complete before it gets that name and never changed after. With a `Remote`
-the files are kept there and this disk is a cache of them: what is not here is fetched when somebody leases it. Knows no
-names: whoever has these says which digests they want. One process at a time may use a directory.
+the files are kept there and this disk is a cache of them: what is not here is fetched when somebody leases it. One
+process at a time may use a directory.
 """
 
 import asyncio

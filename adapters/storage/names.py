@@ -1,7 +1,7 @@
 """Where it is kept what every name means: a table of one local database.
 
 The store reads all of it once and writes a name's `Pointer` whole; `adapters.storage.remote` keeps the same beside the
-files in an object store. Knows no files.
+files in an object store.
 """
 
 import json

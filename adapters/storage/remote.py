@@ -3,7 +3,6 @@
 `versions/<digest>/<file>` holds what a version's directory holds, `names/<tenant>/<name>.json` what a name means, one
 small object each, replaced whole. An object appears whole or not at all, and a name is written after its files: who
 reads finds the old state or the new one. One server at a time should change names; others see that when they start.
-Knows no local directory but those that it is handed.
 """
 
 import contextlib

@@ -1,8 +1,8 @@
 """Names of adapters and the versions that they mean, files included.
 
 What a name means is its `Pointer`, kept by `adapters.storage.names` and changed at once, after the files are safe with
-`adapters.storage.files`, so that `kill -9` at any moment leaves the old state or the new one. Knows nothing of
-validation: it publishes what `adapters.peft_format.directory.inspect` has passed.
+`adapters.storage.files`, so that `kill -9` at any moment leaves the old state or the new one. It publishes what
+`adapters.peft_format.directory.inspect` has passed.
 """
 
 import logging

@@ -1,7 +1,7 @@
 """Names of adapters, and what a name means: one of its versions, or shares of several.
 
-Values only: a `Pointer` is replaced as a whole, so whoever holds one sees one state of the name. Knows no database, no
-files and no HTTP; the store decides when a pointer changes.
+Values only: a `Pointer` is replaced as a whole, so whoever holds one sees one state of the name. The store decides when
+a pointer changes.
 """
 
 import hashlib

@@ -1,5 +1,5 @@
 """Everything that needs an NVIDIA GPU, in one command: `python -m loadtest.gpu`, or `make gpu`.
 
-`parts` measures, `lines` says what is promised and what became of it, `models` makes what is measured upon. Imports
-nothing that a machine with torch, transformers, bitsandbytes, PEFT and msgspec would lack.
+`parts` measures, `lines` compares figures with promises, `models` makes the models. Imports only torch, transformers,
+bitsandbytes, PEFT and msgspec.
 """

@@ -1,4 +1,4 @@
-"""Promises and what became of them: the lines of a GPU result, and the files that they are kept in."""
+"""Promises and their verdicts: the lines of a GPU result, and the files that keep them."""
 
 import json
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ HEADERS = ("line", "what", "promised", "measured", "verdict")
 
 @dataclass(frozen=True)
 class Line:
-    """One promise and what became of it."""
+    """One promise with its verdict."""
 
     name: str  # the letter that the promise goes by
     what: str
@@ -41,7 +41,7 @@ def at_most(name: str, what: str, value: float, limit: float, unit: str = "x", n
 
 @dataclass(frozen=True)
 class Part:
-    """What one part of the command found, and on what."""
+    """The findings of one part of the command, and the device."""
 
     name: str
     machine: dict[str, Any]

@@ -1,4 +1,4 @@
-"""What is measured upon: shapes of real models, random weights in Hugging Face layout, and their arithmetic."""
+"""Models for measurements: shapes of real ones, random weights in Hugging Face layout, and their arithmetic."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +110,7 @@ def make_model(folder: Path, shape: dict[str, Any], device: str) -> Path:
 
 
 def bytes_per_token(shape: dict[str, Any]) -> float:
-    """What decoding one token has to read: NF4 weights with their scales, and the bf16 head."""
+    """Bytes that decoding one token reads: NF4 weights with their scales, and the bf16 head."""
     weights = sum(ins * outs for ins, outs in linear_shapes(shape).values())
     return weights * (1 / 2 + 1 / 64) + 2 * shape["hidden_size"] * shape["vocab_size"]
 

@@ -1,4 +1,4 @@
-"""The parts of the GPU measurement, one for each letter or group of letters of what is promised."""
+"""The parts of the GPU measurement, one for each letter or group of letters of the promises."""
 
 import json
 import math
@@ -302,7 +302,7 @@ PARTS: dict[str, Callable[[Bench], list[Line]]] = {
 
 
 def run_json(module: str, *arguments: str) -> Any:
-    """What `python -m module` prints. Raises RuntimeError with the end of its errors."""
+    """The output of `python -m module`. Raises RuntimeError with the end of its errors."""
     interpreted = {"LORAKEET_TRITON": "interpret", "TRITON_INTERPRET": "1"}  # Triton looks when it is imported
     environment = os.environ | (interpreted if "--smoke" in arguments else {})
     done = subprocess.run([sys.executable, "-m", module, *arguments], capture_output=True, text=True, env=environment)

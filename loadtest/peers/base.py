@@ -1,6 +1,6 @@
-"""What a comparison needs of a side: be installed, start, answer a burst of requests, stop.
+"""The interface of a side in a comparison: install, start, answer a burst of requests, stop; and what sides share.
 
-Knows processes, venvs and ports; nothing of any one system (each has a module of its own beside this one).
+Each system has a module of its own beside this one.
 """
 
 import asyncio
@@ -41,7 +41,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Kit:
-    """What every side is given: the base model's folder, PEFT adapter folders, threads, a folder for its files."""
+    """Every side's input: the base model's folder, PEFT adapter folders, threads, a folder for its files."""
 
     model: Path
     adapters: dict[AdapterId, Path]
@@ -83,7 +83,7 @@ class Side(ABC):
 
     @abstractmethod
     async def stop(self) -> None:
-        """Stop whatever was started; harmless when nothing was."""
+        """Stop the side's processes, if there are any."""
 
 
 @dataclass

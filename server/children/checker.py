@@ -1,7 +1,7 @@
 """Adapters are checked in a process of its own: a thread would hold the interpreter while those served wait for it.
 
 The more so at a priority that gives way: what has the interpreter and no core keeps everybody waiting. The other end is
-`adapters.offline.checker`. Knows no names, no store and no HTTP.
+`adapters.offline.checker`.
 """
 
 import asyncio

@@ -1,6 +1,6 @@
 """Heavy arithmetic in a process of its own: torch stays out of this one, and whoever waits can stop waiting.
 
-The other end is `adapters.offline.worker`. Neither knows anything of HTTP.
+The other end is `adapters.offline.worker`.
 """
 
 import asyncio

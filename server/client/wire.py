@@ -1,7 +1,7 @@
 """A ZeroMQ PAIR socket on the event loop: what arrives is handed over at once, message by message.
 
 ZeroMQ's own asyncio sockets make several futures and callbacks of each message. With an engine that reports every few
-milliseconds on cores that compute, those were a third of what the API process took. Knows no messages' meaning.
+milliseconds on cores that compute, those were a third of what the API process took.
 """
 
 import asyncio

@@ -69,7 +69,7 @@ def pull(
     api_key: ApiKey = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an adapter that is already in DIR.")] = False,
 ) -> None:
-    """Download an adapter. DIR is then what PEFT's from_pretrained reads."""
+    """Download an adapter. PEFT's from_pretrained reads DIR."""
     targets = [directory / CONFIG, directory / WEIGHTS]
     if not force and (existing := next((path for path in targets if path.exists()), None)):
         raise CommandError(f"{existing} exists; --force replaces it")
@@ -131,7 +131,7 @@ def remove(
 
 
 def pin(name: Name, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
-    """Keep an adapter on the device, and whatever takes over its name."""
+    """Keep an adapter on the device, and every later version of its name."""
     with connect(url, api_key) as client:
         answer = checked(client.post(adapter_path(name, "pin"))).json()
     Console().print(f"{name} is pinned: {_size(answer['bytes_on_device'])} of the device", highlight=False)

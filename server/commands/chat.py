@@ -49,7 +49,7 @@ def _base(client: httpx.Client) -> str:
 
 
 def _lines() -> Iterator[str]:
-    """What the user types, without the empty lines, until end of file."""
+    """The user's lines, without the empty ones, until end of file."""
     interactive = sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ImportError):
@@ -64,7 +64,7 @@ def _lines() -> Iterator[str]:
 
 
 def _answer(client: httpx.Client, options: dict[str, Any], messages: list[Message]) -> str:
-    """Print the answer as it comes; Ctrl-C ends it early, and what was said so far is kept."""
+    """Print the answer as it comes; Ctrl-C ends it early and keeps the text so far."""
     pieces: list[str] = []
     body = {**options, "messages": messages, "stream": True}
     with contextlib.suppress(KeyboardInterrupt), client.stream("POST", "/v1/chat/completions", json=body) as response:
@@ -90,4 +90,4 @@ def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:
             return
         if line.startswith("data: "):
             yield json.loads(line.removeprefix("data: "))
-    raise CommandError("the server broke off in the middle of the answer")
+    raise CommandError("the stream broke off before the end of the answer; is the server still running?")

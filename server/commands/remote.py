@@ -1,7 +1,4 @@
-"""Talking to a running server from the command line: where it is, who we are, and errors in one line.
-
-Knows HTTP and the shape of the API's errors; what is asked for is each command's own business.
-"""
+"""HTTP from the command line to a running server: its address, the key, and errors in one line."""
 
 import contextlib
 from collections.abc import Iterator

@@ -1,7 +1,7 @@
 """The paged KV cache's bookkeeping: who holds which block, and which finished blocks can be found again.
 
-A block is a number; its keys and values live in tensors that this file never sees. It knows nothing of sequences,
-adapters or the device either: a block's content is named by an opaque key, and equal keys mean equal content.
+A block is a number; its keys and values live in tensors that this file never sees. A block's content is named by an
+opaque key; equal keys mean equal content.
 
 A block is in exactly one of three states. *Free*: nobody refers to it and its content is worthless. *Cached*: nobody
 refers to it, but it was published under a key and `match` finds it until it is evicted. *Used*: somebody refers to it

@@ -2,7 +2,7 @@
 
 A graph reads and writes fixed addresses, so a step is copied into static buffers of its bucket and padded there: to
 scratch slots of the KV cache, to requests without queries, to segments without rank. What a graph launches depends on
-its bucket alone; adapters that come and go change tables, never a recording. Knows no scheduling and no sampling.
+its bucket alone; adapters that come and go change tables, never a recording.
 """
 
 from collections.abc import Callable

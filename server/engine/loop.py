@@ -2,7 +2,7 @@
 
     drain messages -> schedule -> run -> hand back what came out -> (train or merge a little)
 
-Knows no sockets of any library: whatever polls, receives and sends will do.
+Any object that polls, receives and sends serves as its socket.
 """
 
 import time

@@ -1,7 +1,7 @@
 """The engine process, which owns the device: its birth, its loop over a socket, its end.
 
-Started as `python -m server.engine.process CONFIG_JSON` by the API process, and exits when that is gone. Knows no HTTP,
-no names, no database: requests come with token ids and adapter digests, and nothing here is durable.
+Started as `python -m server.engine.process CONFIG_JSON` by the API process, and exits when that is gone. Requests come
+with token ids and adapter digests, and nothing here is durable.
 """
 
 import logging

@@ -3,7 +3,7 @@
 A text that quotes, edits or repeats itself continues as it did before. A `Drafter` finds where the last few tokens
 occurred earlier, and proposes what followed them there. It also keeps count of how often its proposals come true, of
 those that were not worth computing too, and so drafts less, or nothing, where a text does not repeat itself, and starts
-again where it does. Knows tokens as numbers; no model, no sampling, no scheduling.
+again where it does.
 """
 
 from collections.abc import Sequence

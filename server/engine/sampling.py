@@ -5,7 +5,7 @@ What is done to a row, in vLLM's order: allowed tokens, `min_tokens`, `logit_bia
 
 A row's outcome is a function of that row alone. Its randomness is a hash of (seed, position), so neighbours, preemption
 and speculation change nothing; and no reduction here depends on the number of rows (torch splits a sum over threads
-when it yields a single number, so long sums go through blocks). Knows no sequences, no scheduling and no text.
+when it yields a single number, so long sums go through blocks).
 """
 
 from array import array

@@ -5,8 +5,8 @@ on decodes first, then on chunks of prompts under way, then on newcomers in orde
 drafts of sequences that speculate. `schedule` decides a step, the caller runs it, and `advance` (or `fail`) takes in
 what came out, one work at a time. Where only tokens are lacking to decide the next, `follow` does so before that.
 
-Knows blocks as numbers and adapters as hashable keys whose residency it asks for. Knows no tensors, no loading, no
-text: stop strings are the business of whoever reads the tokens (and calls `abort`).
+Knows blocks as numbers and adapters as hashable keys whose residency it asks for. Holds no tensors. Stop strings are
+the business of whoever reads the tokens (and calls `abort`).
 
 Who waits, and why nobody waits for ever:
 

@@ -1,7 +1,7 @@
 """One SQLite file, one connection, used from any thread: what fine-tuning must not forget.
 
 A transaction that has returned is on disk (`synchronous=FULL`). One connection only, guarded by a lock: SQLite's
-write-ahead log has had faults with several. Knows no tables.
+write-ahead log has had faults with several.
 """
 
 import sqlite3

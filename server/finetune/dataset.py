@@ -5,8 +5,7 @@
     {"text": "..."}
 
 The loss falls on completions: a chat's assistant turns (through the chat template), a completion, a whole text. Every
-line is checked, and a bad one is named together with its field. Knows nothing of jobs, HTTP or the model; the tokenizer
-comes in as a `Tokenizer`.
+line is checked, and a bad one is named together with its field. The tokenizer comes in as a `Tokenizer`.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """Evaluations: an adapter beside the base on held-out examples, through the same engine that serves requests.
 
 Loss is read off prompt log-probabilities, so it is the loss of what is served, not of what was trained. Exact match
-generates each example's last trained turn greedily and compares the text. Knows no HTTP.
+generates each example's last trained turn greedily and compares the text.
 """
 
 import asyncio

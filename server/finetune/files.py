@@ -1,7 +1,6 @@
 """Uploaded and produced files: bytes on disk, a row for each in the database.
 
-A file exists when its row does; the row is written last, after the bytes are synced. Knows neither HTTP nor what a
-file's content means.
+A file exists when its row does; the row is written last, after the bytes are synced.
 """
 
 import json

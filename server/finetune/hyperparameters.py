@@ -1,6 +1,6 @@
 """What a client asks of a fine-tune, and the numbers that it comes down to: every "auto" is decided here, once.
 
-Pure functions of the request, the base and the data set's size. Knows no files, jobs or device.
+Pure functions of the request, the base and the data set's size.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Fine-tuning jobs as the database knows them: state machine, events, steps, checkpoints.
 
-Every change is on disk when the call returns. Knows neither HTTP nor the engine: who runs a job is `manager`'s affair.
+Every change is on disk when the call returns.
 
     validating_files -> queued -> running -> succeeded | failed | cancelled
                      any of these -> (pausing ->) paused -> validating_files | queued

@@ -1,6 +1,6 @@
 """Makes durable what a job brings forth: checkpoints synced, published and written down; the result file; the end.
 
-A checkpoint counts once its row is committed, with the hashes of its files, after these are on disk. Knows no engine.
+A checkpoint counts once its row is committed, with the hashes of its files, after these are on disk.
 """
 
 import asyncio

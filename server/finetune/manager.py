@@ -1,7 +1,7 @@
 """Runs fine-tuning jobs: one asyncio task per unfinished job, from its files to its end.
 
 The engine may die at any moment, and so may this process: a job then goes on from its last checkpoint. What a job needs
-before it starts is preparation.py's matter, what becomes of its checkpoints keeping.py's. Knows no HTTP.
+before it starts is preparation.py's matter, what becomes of its checkpoints keeping.py's.
 """
 
 import asyncio

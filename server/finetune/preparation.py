@@ -1,6 +1,6 @@
 """From a job's request and files to what the engine is told: the data encoded, every number decided, the memory asked.
 
-What comes out is stored with the job and never decided again. Knows neither HTTP nor what happens next.
+What comes out is stored with the job and never decided again.
 """
 
 import asyncio

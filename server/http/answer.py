@@ -1,6 +1,6 @@
 """How an answer reaches the client: as JSON at once or as server-sent events, and not a token further once it left.
 
-Pure ASGI. It knows connections and nothing of what is sent.
+Pure ASGI.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
 """The HTTP application, and the server around it.
 
 `build_app` is pure: collaborators come in, nothing is opened. `serve` makes the collaborators from the settings, runs
-until it is told to stop, and lets requests in flight finish. Torch stays in the engine's process.
+until SIGTERM or Ctrl-C, and lets requests in flight finish.
 """
 
 import asyncio
@@ -63,7 +63,7 @@ from server.text.sandbox import TemplateLimits, TemplateRenderer
 
 _LAST_WORDS_SECONDS = 5  # for answers that are on their way out when everything else has stopped
 _KEEP_ALIVE_SECONDS = 75
-_SWITCH_SECONDS = 5e-4  # how long a thread that checks an upload may keep the interpreter from those who stream
+_SWITCH_SECONDS = 5e-4  # longest that a background thread keeps the interpreter from streaming responses
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def build_app(services: Services) -> Starlette:
             await services.registry.publisher.close()
 
     settings = services.settings
-    # An adapter's name may have slashes: what follows the name goes before it.
+    # An adapter's name may have slashes: routes with a suffix after the name come before the bare name.
     resources = [
         completions,
         chat,
@@ -181,10 +181,10 @@ def open_store(settings: Settings, pin_limit: PinLimit) -> AdapterStore:
         return AdapterStore(
             settings.data_dir / "adapters", local, retain=settings.keep_versions, check_pins=pin_limit.check
         )
-    from adapters.storage.remote import RemoteStore  # whoever keeps adapters on this disk does not need its library
+    from adapters.storage.remote import RemoteStore  # its library is needed only with an object store
 
     if left := sum(1 for _ in local.load(Path)):
-        log.warning("%d adapters under %s are not served: they are not in --adapter-store", left, settings.data_dir)
+        log.warning("%d adapters under %s are not served: push them again, to --adapter-store", left, settings.data_dir)
     try:
         remote = RemoteStore(settings.adapter_store)
         return AdapterStore(
@@ -332,12 +332,18 @@ class _Server(uvicorn.Server):
 
     async def _drain(self) -> None:
         services, seconds = self._services, self._services.settings.drain_seconds
-        log.info("stopping: %d requests may go on for %g s", services.drain.open_requests, seconds)
+        log.info(
+            "shutting down: %d requests in flight get %g s to finish (--drain-seconds)",
+            services.drain.open_requests,
+            seconds,
+        )
         services.drain.begin()
         try:
             async with asyncio.timeout(seconds):
                 await services.drain.idle()
         except TimeoutError:
-            log.warning("%d requests are cut off", services.drain.open_requests)
-        await services.engine.stop(grace=0.0)  # whoever still waits for it gets an error
+            log.warning(
+                "%d requests did not finish within --drain-seconds and were ended", services.drain.open_requests
+            )
+        await services.engine.stop(grace=0.0)  # requests that still wait for it get an error
         self.should_exit = True

@@ -1,6 +1,6 @@
 """uvicorn's HTTP/1.1 protocol with limits that it lacks: how large a request's head may be and how long it may take.
 
-It also words the refusals it makes before any handler runs in the API's error shape. It knows no routes.
+Refusals made here, before any handler runs, have the API's error shape.
 """
 
 import asyncio
@@ -63,7 +63,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """What uvicorn calls when the bytes are not HTTP, or a callback above raised."""
+        """Called by uvicorn when the bytes are not HTTP, or a callback above raised."""
         status, message = self._reason or (HTTPStatus.BAD_REQUEST, msg)
         self._refuse(status, message)
 

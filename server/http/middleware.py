@@ -1,6 +1,6 @@
-"""What wraps every request: its id, the access log, draining, slow bodies, API keys, CORS. Pure ASGI throughout.
+"""Middleware around every request: request id, access log, draining, slow bodies, API keys, CORS. Pure ASGI.
 
-It knows paths only as open or guarded, and nothing of what handlers do.
+Paths are open or guarded (`OPEN_PATHS`); nothing else distinguishes them here.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 class RequestGate:
-    """Gives the request an id, counts it, logs it, refuses it while draining, words unexpected failures."""
+    """Gives the request an id, counts it, logs it, refuses it while draining, answers unexpected exceptions."""
 
     def __init__(self, app: ASGIApp, drain: Drain) -> None:
         self._app = app
@@ -116,8 +116,13 @@ class _Exchange:
         """Where it happened. The exception's own text may quote a prompt, so that needs the debug level."""
         frame = traceback.extract_tb(exc.__traceback__)[-1]
         place = f"{Path(frame.filename).name}:{frame.lineno}"
-        log.error("%s at %s", type(exc).__name__, place, extra={FIELDS: {"request_id": self.request_id}})
-        log.debug("the failure in full", exc_info=exc)
+        log.error(
+            "unexpected %s at %s; the client got a 500",
+            type(exc).__name__,
+            place,
+            extra={FIELDS: {"request_id": self.request_id}},
+        )
+        log.debug("the exception in full", exc_info=exc)
 
     def log(self) -> None:
         path = self._scope.get("raw_path", self._scope["path"].encode())[:256].decode("ascii", "backslashreplace")

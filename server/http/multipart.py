@@ -3,7 +3,7 @@
 The event loop only receives; a thread parses and writes.
 
 The caller names the parts it wants and how large each may be; anything missing, repeated, unknown or too large is an
-error naming the part. It knows nothing of what the parts mean.
+error naming the part.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -1,7 +1,7 @@
 """Load the base model once: quantise it (or read the quantised copy), check that it is servable, wrap its linears.
 
 What comes out is transformers' own model with our attention function and `LoraLinear`s; its bytes never change again,
-and `Base.digest()` can prove it. Knows no requests and no adapters.
+and `Base.digest()` can prove it.
 """
 
 import copy

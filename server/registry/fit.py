@@ -1,6 +1,6 @@
 """What fits on the device: one adapter into it all, several at once, those that are pinned.
 
-Arithmetic on rows of memory per kind of linear; knows no names' meaning and no HTTP.
+Arithmetic on rows of memory per kind of linear.
 """
 
 from collections import Counter

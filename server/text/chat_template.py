@@ -1,8 +1,8 @@
 """A model's chat template: messages in, the prompt's text out.
 
 Templates are Jinja and come with the base, so they mean well; what they are applied to comes from clients. Hence the
-sandbox, a deadline, a bound on the output, and only scalars as further arguments.
-Renders as `transformers`' `apply_chat_template` does, without importing it. Knows no tokens.
+sandbox, a deadline, a bound on the output, and only scalars as further arguments. Renders as `transformers`'
+`apply_chat_template` does, without importing it.
 """
 
 import json

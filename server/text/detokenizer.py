@@ -1,6 +1,6 @@
 """Text that grows token by token: never half a character, never part of a stop string.
 
-Pure bookkeeping over a decode function; it knows no engine and no HTTP.
+Pure bookkeeping over a decode function.
 """
 
 from collections.abc import Callable, Container, Sequence

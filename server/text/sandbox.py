@@ -1,7 +1,7 @@
 """Chat templates of adapters, rendered in processes that can be killed, within limits of time and memory.
 
 A few helper processes wait (started when first needed); each takes one rendering at a time and gives it a child of its
-own. Knows neither adapters nor tokens.
+own.
 """
 
 import asyncio

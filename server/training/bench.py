@@ -3,7 +3,7 @@
 The first line says what to load and, unless the others do, what to train; it is answered when the base is there. Each
 further one is `{"steps": n}`, with any setting that changes: so many optimiser steps of every job, answered with the
 seconds each took, the tokens of one, and the peak of memory above what the loaded base takes (on a GPU its own memory,
-else resident bytes). Knows nothing of serving.
+else resident bytes).
 """
 
 import json

@@ -2,7 +2,7 @@
 
 What a layer is called with is captured, not known: each layer's `forward` is replaced by a recorder that returns its
 input while the decoder runs once. The head runs through the model in the same way, so whatever a family does after its
-last layer (norms, scaling, soft caps) is done. Knows nothing of jobs or losses.
+last layer (norms, scaling, soft caps) is done.
 """
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,6 @@
 """What a job would take, before it starts: arithmetic over the base's shapes, and one measured number.
 
-The measured number is what autograd keeps of one layer per token: families differ too much for a formula. Knows no
-jobs; `Trainer` asks.
+The measured number is what autograd keeps of one layer per token: families differ too much for a formula.
 """
 
 from functools import cached_property

@@ -1,7 +1,7 @@
 """AdamW over a job's flat parameters, a slice at a time, so that an update is several short pieces of work.
 
 torch's fused AdamW, or bitsandbytes' paged ones: on a CPU there is nothing to page, so only the width of their state
-differs there. The state can be taken out and put back bit for bit. Knows no schedule and no gradients' origin.
+differs there. The state can be taken out and put back bit for bit.
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,4 @@
-"""How much of the device training may take while requests run. Arithmetic on seconds; knows neither side."""
+"""How much of the device training may take while requests run. Arithmetic on seconds."""
 
 import time
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 """Which examples a job trains on in which step, and how fast: pure arithmetic, decided when the job starts.
 
 A step's examples depend on (seed, epoch) alone and its micro-batches on their lengths alone, so that a restarted job
-does exactly what an undisturbed one would have done. Knows no tensors and no device.
+does exactly what an undisturbed one would have done.
 """
 
 import math

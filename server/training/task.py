@@ -1,7 +1,7 @@
 """One job inside the engine: its data, parameters, optimiser, and where it stands.
 
 The trainer asks it for micro-batches, tells it what came out and lets it save; what it has to say to the API process
-collects in `replies`. Knows no layers, and does not decide when it runs.
+collects in `replies`.
 """
 
 import time

@@ -1,7 +1,7 @@
 """An adapter being trained: fp32 parameters, their gradients, and its part in a training pass.
 
 All of a job's numbers lie in one flat tensor and all gradients in another, so that clipping, optimiser, checkpoint and
-restore are a few operations on flat memory; A and B are views. Knows no data, no schedule and no files.
+restore are a few operations on flat memory; A and B are views.
 """
 
 import hashlib

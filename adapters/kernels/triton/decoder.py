@@ -1,7 +1,7 @@
 """All decoder layers of a step as a plain sequence of kernels, for models shaped like Llama.
 
 The counterpart of `plan.DecoderPlan` on a GPU: same models, same arguments. The launches of a step depend only on
-tensor shapes, so a CUDA graph may hold them. Knows no requests and no head.
+tensor shapes, so a CUDA graph may hold them.
 """
 
 from collections.abc import Sequence
