@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import psutil
 import torch
@@ -27,7 +28,7 @@ from adapters.peft_format.directory import EXTRAS, EXTRAS_UNIT
 from adapters.peft_format.outline import Outline
 from server.engine.blocks import BlockPool
 from server.engine.merges import Merges
-from server.engine.runner import Flight, Runner, WorkResult
+from server.engine.runner import InFlightStep, Runner, WorkResult
 from server.engine.scheduler import Counters, Scheduler
 from server.engine.sequence import AdapterKey, Sequence, Work
 from server.messages import protocol
@@ -62,6 +63,7 @@ class Engine:
         extra_bytes: what adapters may take on the device besides rows.
         merged_bytes: what merged weights may take there.
         outline: of the base's files; without, nothing can be merged.
+        depth: steps that may be in flight when the next is decided, 0 or 1; None: as is best for the device.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Engine:
         outline: Outline | None = None,
         prefix_caching: bool = True,
         background_priority: Priority = "low",
+        depth: Literal[0, 1] | None = None,
     ) -> None:
         self.base = base
         self.max_model_len = max_model_len
@@ -111,15 +114,17 @@ class Engine:
         )
         self.base_digest = base.digest()
         self.int8_drift: protocol.Drift | None = None  # see `activations`
-        self._runs_ahead = base.device.type == "cuda"  # a CPU's step is over when it was given
-        self._flight: Flight | None = None  # the step that was given ahead
+        # A CPU has computed a step when it was given.
+        self._depth = int(base.device.type == "cuda") if depth is None else depth
+        self._in_flight: InFlightStep | None = None
+        self._waited = 0.0  # seconds, for the step in flight
         self._live: dict[str, _Live] = {}
         self._warming: list[tuple[protocol.Warm, float]] = []
         self._done: list[protocol.Done] = []
         self._reported: list[AdapterUse] | None = None
 
     @classmethod
-    def load(cls, config: EngineConfig) -> "Engine":
+    def load(cls, config: EngineConfig, *, depth: Literal[0, 1] | None = None) -> "Engine":
         """Load the base and size KV cache and row pool for the device. Raises UnservableModel."""
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -159,6 +164,7 @@ class Engine:
             outline=Outline.read(Path(config.model)),
             prefix_caching=config.prefix_caching,
             background_priority=config.background_priority,
+            depth=depth,
         )
 
     def ready(self) -> Ready:
@@ -187,13 +193,15 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """Nothing runs and nothing waits."""
+        """Nothing runs, nothing waits, and nothing is in flight."""
         return self.scheduler.idle
 
     @property
     def busy(self) -> bool:
         """The next step has something to compute, as far as anyone can tell."""
-        return bool(self.scheduler.running) or (bool(self.scheduler.waiting) and not self.residency.loading)
+        scheduler = self.scheduler
+        there = scheduler.running or self._in_flight is not None
+        return bool(there) or (bool(scheduler.waiting) and not self.residency.loading)
 
     @property
     def loading(self) -> bool:
@@ -259,49 +267,53 @@ class Engine:
 
     # --- a step ----------------------------------------------------------------------------------------------
 
-    def step(self, *, ahead: bool = True) -> tuple[list[Output], Stats]:
-        """Schedule and run one step, if anything can run. Returns every sequence's output and the gauges.
+    def step(self) -> tuple[list[Output], Stats]:
+        """Decide a step, give it to the device, and collect one: the same at depth 0, the one before it at depth 1.
 
-        Args:
-            ahead: where the device works by itself, and the step after this one is certain but for its tokens, give it
-                that as well before looking at what this one brought. Then the next call begins with it.
+        Returns every sequence's output and the gauges.
         """
         started = time.monotonic()
         self.residency.poll()
         self._answer_warming()
-        flight, self._flight = self._flight, None
-        if flight is None or all(work.sequence.ended for work in flight.step.works):
-            step = self.scheduler.schedule(started)
-            flight = None if step is None else self.runner.submit(step)
-        outputs: list[Output] = []
-        if flight is not None:
-            if ahead and self._runs_ahead and self.runner.lets_follow(flight.step):
-                step = self.scheduler.follow(flight.step)
-                self._flight = None if step is None else self.runner.submit(step, flight)
-            for work, result in zip(flight.step.works, flight.results(), strict=True):
-                output = None if work.sequence.ended else self._take_in(work, result)
-                if output is not None:
-                    outputs.append(output)
+        step = self.scheduler.schedule(started)
+        given = None if step is None else self.runner.submit(step, self._in_flight)
+        collected, self._in_flight = (self._in_flight, given) if self._depth else (given, None)
+        outputs = [] if collected is None else self._collect(collected)
         for sequence in self.scheduler.take_failed():
             self._end(sequence.id)
             outputs.append(Output(id=sequence.id, error=sequence.error, code=sequence.code))
+        waited, self._waited = self._waited, 0.0
         stats = self._stats(
-            requests=0 if flight is None else len(flight.step.works),
-            adapters=0 if flight is None else flight.step.num_adapters,
-            seconds=time.monotonic() - started,
+            requests=0 if collected is None else len(collected.step.works),
+            adapters=0 if collected is None else collected.step.num_adapters,
+            seconds=waited + time.monotonic() - started,
         )
         return outputs, stats
+
+    def wait(self) -> None:
+        """Wait until the device has computed all it was given: what runs next has it to itself, and can be timed."""
+        if self._in_flight is not None and self.base.device.type == "cuda":
+            started = time.monotonic()
+            torch.cuda.current_stream(self.base.device).synchronize()
+            self._waited += time.monotonic() - started
 
     def take_done(self) -> list[protocol.Done]:
         """Answers to `warm` and `forget` since the last call."""
         done, self._done = self._done, []
         return done
 
+    def _collect(self, given: InFlightStep) -> list[Output]:
+        outputs = (self._take_in(*pair) for pair in zip(given.step.works, given.results(), strict=True))
+        return [output for output in outputs if output is not None]
+
     def _take_in(self, work: Work, result: WorkResult) -> Output | None:
-        sequence, live = work.sequence, self._live[work.sequence.id]
-        if result.failed:
+        sequence = work.sequence
+        if result.failed and not sequence.ended:
             self.scheduler.fail(sequence.id, "The model's logits are not finite for this request.", protocol.NON_FINITE)
+        if sequence.ended:
+            self.scheduler.advance(work)
             return None
+        live = self._live[sequence.id]
         live.prompt_logprobs += result.prompt_logprobs
         kept = self.scheduler.advance(work, result.tokens)
         if not work.samples and sequence.finish_reason is None:

@@ -52,9 +52,7 @@ class Loop:
         self._send(self._engine.ready())
         while not (self._draining and self._engine.idle):
             self._take_messages()
-            # What is done in gaps is timed there, and a step given ahead would run in them.
-            fills_gaps = self._trainer.ready or self._engine.merges.ready
-            outputs, stats = self._engine.step(ahead=not fills_gaps)
+            outputs, stats = self._engine.step()
             for done in self._engine.take_done():
                 self._send(done)
             if outputs or self._is_news(stats) or time.monotonic() - self._last_word > HEARTBEAT_SECONDS:
@@ -125,6 +123,7 @@ class Loop:
         else:
             pacer.served(step_seconds)
             while worker.ready and pacer.allows(worker.next_seconds):
+                self._engine.wait()  # or the piece would be charged for a step in flight
                 pacer.spent(worker.run_piece())
 
     def _send(self, message: protocol.Reply) -> None:

@@ -40,7 +40,7 @@ class _Merged:
     key: str
     report: MergeReport
     rank: int
-    sequences: int = 0
+    references: int = 0  # one of each sequence, and one more while the scheduler has it
     undone: bool = False  # gone with its last sequence
 
 
@@ -85,10 +85,15 @@ class Merges:
     # --- what the scheduler asks -----------------------------------------------------------------------
 
     def acquire(self, key: AdapterKey) -> Literal["ready", "loading", "full", "failed"]:
-        return "ready" if self.has(key) else self._residency.acquire(key)
+        if not self.has(key):
+            return self._residency.acquire(key)
+        self._merged[key[0][0]].references += 1
+        return "ready"
 
     def release(self, key: AdapterKey) -> None:
-        if not self.has(key):
+        if self.has(key):
+            self.leave(key)  # not at once when its sequence is gone: a step may be in flight
+        else:
             self._residency.release(key)
 
     def error(self, key: AdapterKey) -> str:
@@ -105,14 +110,14 @@ class Merges:
         merged = self._in_force.get(key[0][0]) if len(key) == 1 and key[0][1] == 1 else None
         if merged is None:
             return key
-        merged.sequences += 1
+        merged.references += 1
         return ((merged.key, 1.0),)
 
     def leave(self, key: AdapterKey) -> None:
         """A sequence that entered under this key is gone."""
         if self.has(key):
             merged = self._merged[key[0][0]]
-            merged.sequences -= 1
+            merged.references -= 1
             self._drop_if_unused(merged)
 
     def uses(self, running: dict[str, int], waiting: dict[str, int]) -> list[AdapterUse]:
@@ -182,7 +187,7 @@ class Merges:
         self._replies.append(Done(id=id, error=message, code=code))
 
     def _drop_if_unused(self, merged: _Merged) -> None:
-        if merged.undone and not merged.sequences:
+        if merged.undone and not merged.references:
             del self._merged[merged.key]
             self._runner.remove(merged.key)
 

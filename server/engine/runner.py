@@ -2,14 +2,13 @@
 
 Packs the step's tokens into one row, installs the step in the model's slot (segments for the linears, block tables for
 attention), runs the model and the sampler. A step is given to the device as a whole, and the next may be as well before
-anybody has looked at what it drew: the device passes the tokens on. Knows the device; does not decide what runs
-(scheduler.py) nor what a token means for a sequence's life.
+the tokens that it drew were read: those are taken on the device. What runs is decided by scheduler.py.
 """
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 from typing import Any
 
@@ -23,7 +22,7 @@ from adapters.device.memory import sent
 from adapters.device.pool import RowPool, SegmentDeltas, Use
 from adapters.device.variants import ExtraUse, StepExtras
 from server.engine.graphs import DecodeGraphs, DecodeStep
-from server.engine.sampling import Draw, Drawn, Row, sample, token_logprobs
+from server.engine.sampling import Draw, Drawn, Logprobs, Row, sample
 from server.engine.sequence import Sequence, Step, Work
 from server.messages.protocol import TokenLogprob
 from server.model.attention import KVCache, PagedAttention
@@ -77,9 +76,13 @@ class _Pass:
     results: list[WorkResult]
     sampling: list[tuple[Work, WorkResult]]  # those among the works that draw, in order
     drawn: Drawn | None  # for each of them one row, and one more for each draft
+    scored: list[tuple[WorkResult, Tensor, Logprobs]]  # parts of prompts: whether their logits are finite, and these
 
     def finish(self) -> list[WorkResult]:
-        """Wait for what was drawn."""
+        """Wait for what came out."""
+        for result, finite, logprobs in self.scored:
+            result.failed = not finite
+            result.prompt_logprobs = [] if result.failed else logprobs.read()
         if self.drawn is not None:
             draws = iter(self.drawn.draws())
             for work, result in self.sampling:
@@ -88,18 +91,28 @@ class _Pass:
 
 
 @dataclass(frozen=True)
-class Flight:
-    """A step on its way through the device."""
+class InFlightStep:
+    """A step that was given to the device."""
 
     step: Step
     _passes: list[tuple[list[int], _Pass]]  # the works of each by index
 
-    @property
-    def drawn(self) -> Tensor:
-        """What a step of one pass draws: int64 [rows], on the device, which may not have got so far."""
-        [(_, only)] = self._passes
-        assert only.drawn is not None
-        return only.drawn.tokens
+    def tokens_after(self, sequences: Seq[Sequence]) -> Tensor:
+        """The token that each of them is given by this step: int64, on the device, which may not have got so far."""
+        rows: dict[Sequence, int] = {}
+        drawn: list[Tensor] = []
+        count = 0
+        for _, part in self._passes:
+            if part.drawn is not None:
+                drawn.append(part.drawn.tokens)
+                for work, _ in part.sampling:
+                    rows[work.sequence] = count
+                    count += 1 + len(work.drafts)
+        tokens = drawn[0] if len(drawn) == 1 else torch.cat(drawn)
+        places = [rows[sequence] for sequence in sequences]
+        if places != list(range(len(tokens))):
+            tokens = tokens[sent(torch.tensor(places), tokens.device)]
+        return tokens.clamp(min=0)  # any, where the logits were not finite
 
     def results(self) -> list[WorkResult]:
         """Wait for what came out. One result per work, in order; to be asked for once."""
@@ -180,31 +193,20 @@ class Runner:
             self._model.graphs.warm_up(requests)
 
     @torch.no_grad()
-    def submit(self, step: Step, before: Flight | None = None) -> Flight:
-        """Give a step to the device.
+    def submit(self, step: Step, before: InFlightStep | None = None) -> InFlightStep:
+        """Give a step to the device, which is not waited for.
 
         Args:
-            before: the step before it, where works await its tokens. See `lets_follow`.
+            before: the step that was given before it, if that is in flight: pending tokens are taken from there.
         """
         with self._threads():
-            return Flight(
+            return InFlightStep(
                 step,
                 [
                     (indices, self._run([step.works[index] for index in indices], before))
                     for indices in self._passes(step.works)
                 ],
             )
-
-    def lets_follow(self, step: Step) -> bool:
-        """Whether a step's tokens need not be known for its sequences' next to be drawn.
-
-        They must be for penalties; other changes to logits, log-probabilities and further passes are waited for
-        anyway; and merged weights may be gone before a step given ahead is over.
-        """
-        if len(self._passes(step.works)) > 1 or self._merge_of(step.works[0].sequence):
-            return False
-        rows = (row for work in step.works for row in _rows(work))
-        return all(row.plain and row.sampling.logprobs is None for row in rows)
 
     @torch.no_grad()
     def logits(self, works: Seq[Work]) -> Tensor:
@@ -247,7 +249,7 @@ class Runner:
         extras = self._pool.extras.get(sequence.adapter[0][0]) if sequence.adapter else None
         return 0 if extras is None else extras.new_tokens
 
-    def _run(self, works: Seq[Work], before: Flight | None) -> _Pass:
+    def _run(self, works: Seq[Work], before: InFlightStep | None) -> _Pass:
         model = self._model_of(works)
         batch, wanted = self._pack(works, before, merged=model is not self._model)
         planned = batch.extras is None and model.plan is not None
@@ -261,7 +263,7 @@ class Runner:
 
     # --- in --------------------------------------------------------------------------------------------
 
-    def _pack(self, works: Seq[Work], before: Flight | None, *, merged: bool) -> tuple[Batch, list[int]]:
+    def _pack(self, works: Seq[Work], before: InFlightStep | None, *, merged: bool) -> tuple[Batch, list[int]]:
         """A forward pass as tensors, and how many kept logit rows each work has. `merged`: adapters add nothing."""
         size = self._cache.block_size
         ids: list[int] = []
@@ -271,6 +273,7 @@ class Runner:
         uses: list[Use] = []
         wanted: list[int] = []
         seqs: list[tuple[int, int, int]] = []
+        pending: list[tuple[int, Sequence]] = []  # whose last token is pending, and where that comes among the ids
         extra_uses: list[ExtraUse] = []
         extra_kept: list[ExtraUse] = []
         width = max(-(-(work.start + work.count) // size) for work in works)
@@ -279,8 +282,11 @@ class Runner:
         for work in works:
             sequence, first, last = work.sequence, work.start, work.start + work.count
             offset = len(ids)
-            ids += sequence.tokens[first : last - len(work.drafts)] if work.awaits is None else [0]
-            ids += work.drafts
+            ids += sequence.tokens[first : last - len(work.drafts)]
+            ids += work.drafts  # none after a pending token
+            if work.pending:
+                pending.append((len(ids), sequence))
+                ids.append(0)
             blocks = sequence.blocks[: -(-last // size)]
             positions += range(first, last)
             slots += [blocks[position // size] * size + position % size for position in range(first, last)]
@@ -314,8 +320,16 @@ class Runner:
             tensor(seqs, np.int32),
             sent(torch.from_numpy(tables), device),
         )
+        packed = tensor(ids)
+        if pending:
+            assert before is not None
+            tokens = before.tokens_after([sequence for _, sequence in pending])
+            if len(pending) == len(ids):
+                packed = tokens
+            else:
+                packed[tensor([place for place, _ in pending])] = tokens
         batch = Batch(
-            ids=tensor(ids) if before is None else _awaited(works, before.drawn),
+            ids=packed,
             positions=tensor(positions),
             attention=attention,
             deltas=self._pool.deltas(_merged(uses)),
@@ -364,37 +378,35 @@ class Runner:
         """Tokens that are drawn already, in the order of the works that draw."""
         results = [WorkResult() for _ in works]
         sampling = [(work, result) for work, result in zip(works, results, strict=True) if work.samples]
-        return _Pass(results, sampling, Drawn(tokens, {}))
+        return _Pass(results, sampling, Drawn(tokens), [])
 
     def _draw(self, works: Seq[Work], logits: Tensor, wanted: list[int]) -> _Pass:
         """Score prompts and draw tokens. `wanted`: how many consecutive logit rows are each work's own."""
-        results = [WorkResult() for _ in works]
-        sampling: list[tuple[Work, WorkResult]] = []
+        made = _Pass([WorkResult() for _ in works], [], None, [])
         drawn: list[int] = []  # logit rows
         rows: list[Row] = []
         end = 0
-        for work, result, count in zip(works, results, wanted, strict=True):
+        for work, result, count in zip(works, made.results, wanted, strict=True):
             begin, end = end, end + count
             if work.prompt_rows:
-                self._score_prompt(work, logits[begin : begin + len(work.prompt_rows)], result)
+                made.scored.append((result, *_score_prompt(work, logits[begin : begin + len(work.prompt_rows)])))
             if work.samples:
-                sampling.append((work, result))
+                made.sampling.append((work, result))
                 drawn += range(end - 1 - len(work.drafts), end)
                 rows += _rows(work)
-        if not sampling:
-            return _Pass(results, [], None)
-        chosen = logits if len(drawn) == len(logits) else logits[drawn]  # mostly all of them: no copy
-        return _Pass(results, sampling, sample(chosen, rows, self._base.eos_token_ids))
+        if not rows:
+            return made
+        # Mostly all of them: no copy.
+        chosen = logits if len(drawn) == len(logits) else logits[sent(torch.tensor(drawn), logits.device)]
+        return replace(made, drawn=sample(chosen, rows, self._base.eos_token_ids))
 
-    @staticmethod
-    def _score_prompt(work: Work, logits: Tensor, result: WorkResult) -> None:
-        sequence = work.sequence
-        if not logits.isfinite().all():
-            result.failed = True
-            return
-        following = torch.tensor([sequence.tokens[position + 1] for position in work.prompt_rows], device=logits.device)
-        alternatives = sequence.sampling.prompt_logprobs or 0
-        result.prompt_logprobs = token_logprobs(logits, following, [alternatives] * len(following))
+
+def _score_prompt(work: Work, logits: Tensor) -> tuple[Tensor, Logprobs]:
+    """Whether all logits are finite, and the log-probabilities of the prompt tokens that follow."""
+    sequence = work.sequence
+    following = torch.tensor([sequence.tokens[position + 1] for position in work.prompt_rows])
+    alternatives = sequence.sampling.prompt_logprobs or 0
+    return logits.isfinite().all(), Logprobs(logits, sent(following, logits.device), [alternatives] * len(following))
 
 
 def accept(work: Work, draws: list[Draw], result: WorkResult) -> None:
@@ -410,14 +422,6 @@ def accept(work: Work, draws: list[Draw], result: WorkResult) -> None:
             return
 
 
-def _awaited(works: Seq[Work], drawn: Tensor) -> Tensor:
-    """The one token of each work, int64 [works], out of those `drawn` before them; any where none was."""
-    places = [work.awaits for work in works]
-    if places != list(range(len(drawn))):
-        drawn = drawn[sent(torch.tensor(places), drawn.device)]
-    return drawn.clamp(min=0)
-
-
 def _takes_likeliest(work: Work) -> bool:
     """Whether a work's tokens are the likeliest ones, and nothing else is wanted of its logits."""
     row = next(_rows(work))  # those after drafts are no different
@@ -427,7 +431,7 @@ def _takes_likeliest(work: Work) -> bool:
 def _rows(work: Work) -> Iterator[Row]:
     """How a work's tokens are to be drawn: after the last known one, and after each draft as if it were right."""
     sequence, drafts = work.sequence, work.drafts
-    yield Row(sequence.sampling, sequence.tokens, len(sequence.prompt), unknown=int(work.awaits is not None))
+    yield Row(sequence.sampling, sequence.tokens, len(sequence.prompt), pending=work.pending)
     for count in range(1, len(drafts) + 1):
         yield Row(sequence.sampling, [*sequence.tokens, *drafts[:count]], len(sequence.prompt))
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from adapters.kernels.triton import interpreted
 from adapters.peft_format import directory as adapter_format
@@ -11,7 +11,7 @@ from server.engine.engine import Engine
 from server.messages.protocol import AdapterRef, EngineConfig, Generate, Output, Sampling, TokenLogprob
 
 
-def load_engine(model: Path, cache: Path, **overrides: Any) -> Engine:
+def load_engine(model: Path, cache: Path, *, depth: Literal[0, 1] | None = None, **overrides: Any) -> Engine:
     """An engine over the model in `model`, small enough to have several of."""
     settings: dict[str, Any] = {
         "kv_cache_bytes": 4 << 20,
@@ -23,7 +23,8 @@ def load_engine(model: Path, cache: Path, **overrides: Any) -> Engine:
         # Tests say of every engine what holds of a CPU's: its kernels, interpreted, need to be told.
         "deterministic": interpreted(),
     }
-    return Engine.load(EngineConfig(address="", model=str(model), cache_dir=str(cache), **(settings | overrides)))
+    config = EngineConfig(address="", model=str(model), cache_dir=str(cache), **(settings | overrides))
+    return Engine.load(config, depth=depth)
 
 
 def tight_engine(like: Engine, model: Path, cache: Path, blocks: int, longest: int) -> Engine:

@@ -188,7 +188,7 @@ def test_merging_leaves_nothing_behind(world: World) -> None:
     engine.add(request("gone", PROMPT, references[0], max_tokens=50))
     engine.step()
     engine.abort("gone")
-    assert engine.merges._merged[f"{references[0].digest}/bf16"].sequences == 0
+    assert engine.merges._merged[f"{references[0].digest}/bf16"].references == 0
     engine.forget(Forget("f", references[0].digest))
     assert engine.blocks.counts.free == engine.blocks.num_blocks
     assert all(not rows for rows in engine.pool.resident.values())
