@@ -28,7 +28,10 @@ from adapters.peft_format.directory import EXTRAS, EXTRAS_UNIT
 from adapters.peft_format.outline import Outline
 from server.engine.blocks import BlockPool
 from server.engine.merges import Merges
-from server.engine.runner import InFlightStep, Runner, WorkResult
+from server.engine.outcome import InFlightStep, WorkResult
+from server.engine.packing import Packer
+from server.engine.routing import Router
+from server.engine.runner import Runner
 from server.engine.scheduler import Counters, Scheduler
 from server.engine.sequence import AdapterKey, Sequence, Work
 from server.messages import protocol
@@ -64,6 +67,7 @@ class Engine:
         merged_bytes: what merged weights may take there.
         outline: of the base's files; without, nothing can be merged.
         depth: steps that may be in flight when the next is decided, 0 or 1; None: as is best for the device.
+        planned: whether the model may run by our kernels as a whole; else through transformers' modules.
     """
 
     def __init__(
@@ -82,16 +86,20 @@ class Engine:
         prefix_caching: bool = True,
         background_priority: Priority = "low",
         depth: Literal[0, 1] | None = None,
+        planned: bool = True,
     ) -> None:
         self.base = base
         self.max_model_len = max_model_len
-        cache = KVCache(base.num_layers, base.kv_heads, base.head_dim, num_blocks, BLOCK_SIZE, base.dtype, base.device)
+        self.cache = cache = KVCache(
+            base.num_layers, base.kv_heads, base.head_dim, num_blocks, BLOCK_SIZE, base.dtype, base.device
+        )
         self.blocks = BlockPool(num_blocks, BLOCK_SIZE, prefix_caching)
         self._linears = {linear.name: linear for linear in base.linears}
         capacity = {linear.kind: pool_units for linear in base.linears} | {EXTRAS: extra_bytes // EXTRAS_UNIT}
         self.pool = RowPool(self._linears, capacity, base.device)
         self.residency = Residency(self.pool, self._load_adapter, adapter_host_bytes, background_priority)
-        self.runner = Runner(base, cache, self.pool, max_model_len)
+        self.router = Router(base, cache, self.pool, max_model_len, planned=planned)
+        self.runner = Runner(self.router, Packer(cache, self.pool))
         self.merges = Merges(
             base,
             outline or Outline(),
@@ -124,7 +132,7 @@ class Engine:
         self._reported: list[AdapterUse] | None = None
 
     @classmethod
-    def load(cls, config: EngineConfig, *, depth: Literal[0, 1] | None = None) -> "Engine":
+    def load(cls, config: EngineConfig, *, depth: Literal[0, 1] | None = None, planned: bool = True) -> "Engine":
         """Load the base and size KV cache and row pool for the device. Raises UnservableModel."""
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -165,6 +173,7 @@ class Engine:
             prefix_caching=config.prefix_caching,
             background_priority=config.background_priority,
             depth=depth,
+            planned=planned,
         )
 
     def ready(self) -> Ready:

@@ -189,7 +189,7 @@ class Merges:
     def _drop_if_unused(self, merged: _Merged) -> None:
         if merged.undone and not merged.references:
             del self._merged[merged.key]
-            self._runner.remove(merged.key)
+            self._runner.router.remove(merged.key)
 
     # --- building, between steps ---------------------------------------------------------------------------------
 
@@ -240,7 +240,7 @@ class Merges:
                 raise AdapterError("only plain LoRA can be merged", "to", "unsupported_adapter_feature")
             taken, rank = self._check(digest, order.dtype)
             weights = yield from self._weights(digest, order.dtype)
-            self._runner.install(key, with_weights(self._runner.base, weights))
+            self._runner.router.install(key, with_weights(self._runner.router.base, weights))
             installed = True
             sides = unmerged, ((key, 1.0),)
             found = yield from compare(self._runner, self._blocks, sides, order.prompts, self._max_requests)
@@ -248,7 +248,7 @@ class Merges:
                 raise AdapterError("the merged weights give logits that are not finite", "dtype")
         except BaseException:
             if installed:
-                self._runner.remove(key)
+                self._runner.router.remove(key)
             raise
         finally:
             self._residency.release(unmerged)

@@ -11,7 +11,9 @@ from server.engine.engine import Engine
 from server.messages.protocol import AdapterRef, EngineConfig, Generate, Output, Sampling, TokenLogprob
 
 
-def load_engine(model: Path, cache: Path, *, depth: Literal[0, 1] | None = None, **overrides: Any) -> Engine:
+def load_engine(
+    model: Path, cache: Path, *, depth: Literal[0, 1] | None = None, planned: bool = True, **overrides: Any
+) -> Engine:
     """An engine over the model in `model`, small enough to have several of."""
     settings: dict[str, Any] = {
         "kv_cache_bytes": 4 << 20,
@@ -24,7 +26,7 @@ def load_engine(model: Path, cache: Path, *, depth: Literal[0, 1] | None = None,
         "deterministic": interpreted(),
     }
     config = EngineConfig(address="", model=str(model), cache_dir=str(cache), **(settings | overrides))
-    return Engine.load(config, depth=depth)
+    return Engine.load(config, depth=depth, planned=planned)
 
 
 def tight_engine(like: Engine, model: Path, cache: Path, blocks: int, longest: int) -> Engine:

@@ -29,8 +29,8 @@ def adapter(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_adapter(tmp_path_factory.mktemp("adapter"), model_dir)
 
 
-def load_int8(model_dir: Path, cache_dir: Path) -> Engine:
-    engine = load_engine(model_dir, cache_dir)
+def load_int8(model_dir: Path, cache_dir: Path, *, planned: bool = True) -> Engine:
+    engine = load_engine(model_dir, cache_dir, planned=planned)
     activations.round_to_int8(engine, model_dir)
     return engine
 
@@ -69,9 +69,8 @@ def test_batched_equals_solo_bit_for_bit(model_dir: Path, cache_dir: Path, adapt
 
 @pytest.mark.parametrize("planned", [True, False])
 def test_near_the_exact_path_and_says_how_far(planned: bool, model_dir: Path, cache_dir: Path, adapter: Path) -> None:
-    exact, rounded = load_engine(model_dir, cache_dir), load_int8(model_dir, cache_dir)
-    if not planned:
-        exact.runner._model.plan = rounded.runner._model.plan = None
+    exact = load_engine(model_dir, cache_dir, planned=planned)
+    rounded = load_int8(model_dir, cache_dir, planned=planned)
     for reference in (None, publish(exact, adapter)):
         expected = scores(exact, reference)
         apart = (scores(rounded, reference) - expected).abs().mean()
@@ -91,7 +90,7 @@ def test_only_serving_is_rounded(model_dir: Path, cache_dir: Path) -> None:
     assert not torch.equal(scores(engine), before)
     assert all(linear.weight.int8 is None for linear in engine.base.linears), "what is trained on is exact"
     assert engine.base.digest() == engine.base_digest
-    engine.runner.rebase(engine.base)
+    engine.router.rebase(engine.base)
     assert torch.equal(scores(engine), before)
 
 
@@ -149,5 +148,5 @@ def test_what_a_merge_leaves_alone_stays_rounded(model_dir: Path, cache_dir: Pat
             engine.merges.run_piece()
     [report] = replies
     assert isinstance(report, MergeReport), report
-    [merged] = engine.runner._merged.values()
+    [merged] = engine.router.merged.values()
     assert {linear.kind for linear in merged.base.linears if linear.weight.int8 is None} == {"q_proj"}

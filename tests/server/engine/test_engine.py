@@ -71,7 +71,7 @@ def test_blocks_full_of_nan_do_no_harm(engine: Engine) -> None:
     engine.blocks.reset_cache()
     expected = run(engine, plain)
     engine.blocks.reset_cache()
-    for cache in (*engine.runner._cache.k, *engine.runner._cache.v):
+    for cache in (*engine.cache.k, *engine.cache.v):
         cache.fill_(torch.nan)
     assert run(engine, plain) == expected
 

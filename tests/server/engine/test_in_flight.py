@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from server.engine.engine import Engine
 from server.engine.loop import Loop
 from server.engine.offline import Script
-from server.engine.runner import InFlightStep
+from server.engine.outcome import InFlightStep
 from server.engine.sequence import Step
 from server.messages.protocol import NON_FINITE, AdapterRef, EngineConfig, Generate, Merge
 from server.training import bench
@@ -222,7 +222,7 @@ def test_logits_that_are_not_finite(watched: Watched, monkeypatch: pytest.Monkey
     engine = watched.engine
     for name in ("a", "b"):
         engine.add(request(name, [5, 6, 7], max_tokens=8, logprobs=None))
-    hidden, calls = engine.runner._hidden, 0
+    hidden, calls = engine.router.weights.hidden, 0
 
     def poisoned(*arguments: Any) -> torch.Tensor:
         nonlocal calls
@@ -232,7 +232,7 @@ def test_logits_that_are_not_finite(watched: Watched, monkeypatch: pytest.Monkey
             states[0] = torch.nan
         return states
 
-    monkeypatch.setattr(engine.runner, "_hidden", poisoned)
+    monkeypatch.setattr(engine.router.weights, "hidden", poisoned)
     answers = {"a": Answer(), "b": Answer()}
     while not engine.idle:
         for output in engine.step()[0]:

@@ -92,12 +92,9 @@ def scores(answer: Any) -> torch.Tensor:
 @pytest.mark.parametrize("planned", [True, False])
 @pytest.mark.parametrize("dtype", ["bf16", "nf4"])
 def test_a_merged_adapter_equals_its_checkpoint_and_others_notice_nothing(
-    dtype: str, planned: bool, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: str, planned: bool, world: World, tmp_path: Path
 ) -> None:
-    engine, references = world.load()
-    if not planned:
-        engine.runner._model.plan = None
-        monkeypatch.setattr("adapters.kernels.plan_decoder", lambda *args: None)
+    engine, references = world.load(planned=planned)
     before = run(engine, requests(references))
     built(engine, references[0], dtype)
     alone = {single.id: run(engine, [single])[single.id] for single in requests(references)}
@@ -177,7 +174,7 @@ def test_who_runs_on_a_merge_that_is_undone_ends_on_it(how: str, world: World) -
             break
     assert (answer.tokens, answer.logprobs) == (expected.tokens, expected.logprobs)
     assert not engine.merges._merged
-    assert not engine.runner._merged
+    assert not engine.router.merged
     engine.merges.stop(Unmerge("u", references[0].digest))
     assert engine.merges.take_replies()[-1] == Done("u", code="merge_not_found")
 
@@ -205,13 +202,13 @@ def test_merging_leaves_nothing_behind(world: World) -> None:
         assert reply.code == "merge_given_up"
         assert engine.blocks.counts.free == engine.blocks.num_blocks
         assert all(not rows for rows in engine.pool.resident.values())
-        assert not engine.runner._merged
+        assert not engine.router.merged
 
 
 def test_merged_weights_are_freed_with_the_merge(world: World) -> None:
     engine, references = world.load()
     built(engine, references[0])
-    [model] = engine.runner._merged.values()
+    [model] = engine.router.merged.values()
     weights = [weakref.ref(linear.weight) for linear in model.base.linears]
     del model
     engine.merges.stop(Unmerge("u", references[0].digest))
@@ -287,6 +284,6 @@ def test_an_adapter_of_some_modules_merges_those(world: World, tmp_path: Path) -
     partial = tiny_adapter(tmp_path / "partial", world.model, target_modules=["q_proj"], layers_to_transform=[1])
     report = built(engine, publish(engine, partial))
     assert report.bytes == 2 * 64 * 64
-    [model] = engine.runner._merged.values()
+    [model] = engine.router.merged.values()
     other = [new.name for new, old in zip(model.base.linears, engine.base.linears, strict=True) if new is not old]
     assert other == ["model.layers.1.self_attn.q_proj"]
