@@ -197,7 +197,7 @@ class Scheduler:
         while position < len(self.running):
             sequence = self.running[position]
             # One with more to compute got all of its blocks at admission.
-            if sequence.remaining != 1 or sequence is held or not self._may_decode(sequence):
+            if sequence.remaining != 1 or sequence is held or (sequence.pending and self._must_wait(sequence)):
                 position += 1
             elif self._grow(sequence, sequence.length):
                 works.append(self._work(sequence, 1))
@@ -213,9 +213,9 @@ class Scheduler:
                 self._preempt(self.running[-1])
         return held
 
-    def _may_decode(self, sequence: Sequence) -> bool:
-        """Whether nothing that its pending token may be has to be known first."""
-        return not sequence.pending or not (sequence.needs_tokens or self._left(sequence) == 0)
+    def _must_wait(self, sequence: Sequence) -> bool:
+        """Whether a sequence goes no further until its pending token is read."""
+        return sequence.needs_tokens or self._left(sequence) == 0
 
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
         """See that so many tokens have their slots; False when blocks run out."""
@@ -320,13 +320,12 @@ class Scheduler:
         return min(wanted, len(sequence.blocks) * self._blocks.block_size - known)
 
     def _work(self, sequence: Sequence, budget: int) -> Work:
-        start = sequence.num_computed
-        count = min(sequence.remaining, budget)
+        start, remaining = sequence.num_computed, sequence.remaining
+        count = min(remaining, budget)
         scored = range(0)
         if sequence.sampling.prompt_logprobs is not None:
             scored = range(max(start, sequence.prompt_scored), min(start + count, len(sequence.prompt) - 1))
-        reaches_end = count == sequence.remaining
-        return Work(sequence, start, count, reaches_end and self._left(sequence) > 0, scored)
+        return Work(sequence, start, count, count == remaining and self._left(sequence) > 0, scored)
 
     def _limit(self, sequence: Sequence) -> int:
         """Most tokens that this sequence may generate."""

@@ -72,7 +72,7 @@ class Sequence:
     @property
     def remaining(self) -> int:
         """Tokens that no step has yet been given; 1 while decoding."""
-        return self.length - self.num_computed
+        return len(self.tokens) + self.pending - self.num_computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,8 @@ class Work:
     @property
     def pending(self) -> int:
         """How many of its tokens were not read when it was given."""
-        return max(0, self.start + self.count - len(self.drafts) - len(self.sequence.tokens))
+        missing = self.start + self.count - len(self.drafts) - len(self.sequence.tokens)
+        return missing if missing > 0 else 0
 
 
 @dataclass(frozen=True, slots=True)
