@@ -7,6 +7,7 @@ from typing import Any
 
 from adapters.kernels.triton import interpreted
 from adapters.peft_format import directory as adapter_format
+from server.engine import boot
 from server.engine.engine import Engine
 from server.messages.protocol import AdapterRef, EngineConfig, Generate, Output, Sampling, TokenLogprob
 
@@ -23,7 +24,7 @@ def load_engine(model: Path, cache: Path, **overrides: Any) -> Engine:
         # Tests say of every engine what holds of a CPU's: its kernels, interpreted, need to be told.
         "deterministic": interpreted(),
     }
-    return Engine.load(EngineConfig(address="", model=str(model), cache_dir=str(cache), **(settings | overrides)))
+    return boot.load(EngineConfig(address="", model=str(model), cache_dir=str(cache), **(settings | overrides)))
 
 
 def tight_engine(like: Engine, model: Path, cache: Path, blocks: int, longest: int) -> Engine:
