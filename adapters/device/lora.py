@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from adapters import kernels
+from adapters.peft_format.sizes import LinearSize
 
 
 class Deltas(Protocol):
@@ -70,11 +71,7 @@ class LoraLinear(FrozenLinear):
         self.name = name
         self.index = index
         self.slot = slot
-
-    @property
-    def kind(self) -> str:
-        """Last component of the name: `q_proj`, `down_proj`, ..."""
-        return self.name.rsplit(".", 1)[-1]
+        self.size = LinearSize(name.rpartition(".")[2], self.in_features, self.out_features)
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         rows = x.reshape(-1, self.in_features)

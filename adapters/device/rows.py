@@ -1,7 +1,7 @@
 """Which rows of one module kind are taken: first-fit windows over a fixed number of row units.
 
-Pure bookkeeping; holds no tensor and knows no adapter. A unit is two bytes wide, so a bf16 rank-row takes one and an
-fp32 rank-row two. Windows start and end on even units, which keeps an fp32 row aligned wherever it lands.
+Pure bookkeeping; holds no tensor and knows no adapter. Windows start and end on even row
+units, which keeps an fp32 row aligned wherever it lands.
 """
 
 from typing import NamedTuple

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from adapters import kernels
 from adapters.device.lora import Deltas, FrozenLinear, LoraLinear
-from adapters.device.pool import DTYPE_CODES, as_units
+from adapters.device.units import DTYPE_CODES, as_units
 from adapters.peft_format.layout import LoraModule, Variants
 
 
@@ -37,7 +37,7 @@ class Affine(NamedTuple):
 
 
 class LowRank(NamedTuple):
-    """A pair of A and B with storage of its own: int16 units as in the pool, `[units, in]` and `[units, out]`."""
+    """A pair of A and B with storage of its own: row units as in the pool, `[units, in]` and `[units, out]`."""
 
     a: Tensor
     b: Tensor

@@ -146,7 +146,7 @@ def lora_add_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, table: Tensor, scale: 
     Args:
         y: `[T, out]`.
         x: `[T, in]`.
-        a: int16 `[units, in]`, the pool's raw 2-byte units; an fp32 rank-row is two consecutive units.
+        a: int16 `[units, in]`, the pool's row units; an fp32 rank-row is two consecutive units.
         b: int16 `[units, out]`, B transposed, in the same units.
         table: int32 `[S, 5]`, columns start, end, first_unit, rank, dtype (`FP32`, `BF16`, `FP16`).
         scale: fp32 `[S]`.

@@ -11,22 +11,14 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from adapters.background import Priority, give_way
 from adapters.peft_format import packed_rows as rowfile
 from adapters.peft_format.directory import AdapterSpec, inspect
 from adapters.peft_format.fields import AdapterError
 from adapters.peft_format.outline import Outline
+from adapters.peft_format.sizes import LinearSize
 from adapters.peft_format.text import AdapterText
-
-
-class Shape(NamedTuple):
-    """One linear of the base."""
-
-    kind: str
-    in_features: int
-    out_features: int
 
 
 @dataclass(frozen=True)
@@ -34,7 +26,7 @@ class Check:
     """What `adapters.peft_format.directory.inspect` wants to know."""
 
     directory: Path
-    linears: Mapping[str, Shape]
+    linears: Mapping[str, LinearSize]
     model_class: str
     outline: Outline | None
     text: AdapterText

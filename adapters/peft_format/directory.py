@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from adapters.disk import sync
 from adapters.peft_format.config import MAX_CONFIG_BYTES, AdapterConfig, AdapterError, parse_config
 from adapters.peft_format.fields import shorten
-from adapters.peft_format.layout import GROWN, PREFIX, Layout, LinearShape, LoraModule, Variants, layout
+from adapters.peft_format.layout import GROWN, PREFIX, Layout, LoraModule, Variants, layout
 from adapters.peft_format.outline import Outline
+from adapters.peft_format.sizes import EXTRAS, LinearSize, extra_units, units_per_row
 from adapters.peft_format.text import NO_TEXT, AdapterText
 from adapters.peft_format.weights import FORMATS, Dtype, TensorEntry, check_finite, chunks, read_header
 
@@ -29,7 +30,7 @@ __all__ = [
     "AdapterConfig",
     "AdapterError",
     "AdapterSpec",
-    "LinearShape",
+    "LinearSize",
     "LoraModule",
     "Outline",
     "Variants",
@@ -44,8 +45,6 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 SPEC_NAME = "spec.json"  # what `inspect` found, kept beside the files so that nobody need look at every value again
 
-EXTRAS = "extras"  # the kind under which `AdapterSpec.rows` counts what is no rank row, in units of EXTRAS_UNIT bytes
-EXTRAS_UNIT = 1024
 MAX_NEW_TOKENS = 65536
 
 
@@ -81,17 +80,16 @@ class AdapterSpec:
         """Every pair of A and B, those of embedding and head included."""
         return self.modules | self.variants.tables
 
-    def rows(self, linears: Mapping[str, LinearShape] | None = None) -> dict[str, int]:
-        """Row units of two bytes that this adapter needs per kind: the largest rank there, twice that in float32.
+    def rows(self, linears: Mapping[str, LinearSize] | None = None) -> dict[str, int]:
+        """Row units that this adapter needs per kind, for the largest rank there (see `adapters.peft_format.sizes`).
 
-        What is no rank row counts under `EXTRAS`. Without `linears` a module's kind is the last part of its name.
+        Without `linears` a module's kind is the last part of its name.
         """
         units: dict[str, int] = {}
         for name, module in self.modules.items():
             kind = name.rpartition(".")[2] if linears is None else linears[name].kind
             units[kind] = max(units.get(kind, 0), module.rank)
-        width = 2 if self.dtype == "float32" else 1
-        extras = -(-self.variants.device_bytes // EXTRAS_UNIT)
+        width, extras = units_per_row(self.dtype), extra_units(self.variants.device_bytes)
         return {kind: width * rank for kind, rank in units.items()} | ({EXTRAS: extras} if extras else {})
 
     def save(self, directory: Path) -> None:
@@ -116,7 +114,7 @@ class AdapterSpec:
 
 def inspect(
     directory: Path,
-    linears: Mapping[str, LinearShape],
+    linears: Mapping[str, LinearSize],
     model_class: str,
     outline: Outline | None = None,
     text: AdapterText = NO_TEXT,
@@ -271,9 +269,7 @@ def _read_config(directory: Path) -> bytes:
         return file.read(MAX_CONFIG_BYTES + 1)
 
 
-def _fit(
-    tensors: Mapping[str, TensorEntry], plan: Layout, linears: Mapping[str, LinearShape], outline: Outline
-) -> None:
+def _fit(tensors: Mapping[str, TensorEntry], plan: Layout, linears: Mapping[str, LinearSize], outline: Outline) -> None:
     """Every tensor of the file is one that the layout expects or allows, and every one that it expects is there."""
     for name in tensors:
         if not any(name in known for known in (plan.expected, plan.copies, plan.twins)):

@@ -5,26 +5,16 @@ Names and shapes only: knows neither the file's bytes nor what is done with the 
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from adapters.peft_format.config import AdapterConfig, AdapterError
 from adapters.peft_format.fields import shorten
 from adapters.peft_format.outline import Outline
+from adapters.peft_format.sizes import LinearSize
 
 PREFIX = "base_model.model."
 # What PEFT may call a resized embedding or head in a file; all but the first are the base's part of something.
 GROWN = ("weight", "base_layer.weight", "token_adapter.base_layer.weight", "original_module.weight")
-
-
-class LinearShape(Protocol):
-    """What this file needs to know of one linear of the base."""
-
-    @property
-    def kind(self) -> str: ...
-    @property
-    def in_features(self) -> int: ...
-    @property
-    def out_features(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -117,7 +107,7 @@ class Layout(NamedTuple):
 
 
 def layout(
-    config: AdapterConfig, linears: Mapping[str, LinearShape], outline: Outline, tensors: Collection[str] = ()
+    config: AdapterConfig, linears: Mapping[str, LinearSize], outline: Outline, tensors: Collection[str] = ()
 ) -> Layout:
     """Lay an adapter's file out. `tensors`: the names in it, which say where new tokens are.
 
@@ -128,7 +118,7 @@ def layout(
 
 
 class _Builder:
-    def __init__(self, config: AdapterConfig, linears: Mapping[str, LinearShape], outline: Outline) -> None:
+    def __init__(self, config: AdapterConfig, linears: Mapping[str, LinearSize], outline: Outline) -> None:
         self._config = config
         self._linears = linears
         self._outline = outline

@@ -13,11 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from adapters.peft_format.directory import WEIGHTS_NAME, AdapterSpec
-from adapters.peft_format.layout import LinearShape
+from adapters.peft_format.sizes import UNIT_BYTES, LinearSize, units_per_row
 from adapters.peft_format.weights import TensorEntry, read_header
 
 ROWS_NAME = "rows.bin"
-UNIT_BYTES = 2
 
 _READ_BYTES = 1 << 20  # at once: some 200 us, after which whoever serves may go on
 _READ_BUFFERS = 256  # at once, at most; the system allows 1024
@@ -61,12 +60,12 @@ class RowFile:
                 position += size
 
 
-def find(directory: Path, spec: AdapterSpec, linears: Mapping[str, LinearShape]) -> RowFile | None:
+def find(directory: Path, spec: AdapterSpec, linears: Mapping[str, LinearSize]) -> RowFile | None:
     """The rows of a published adapter; None where they were not laid out. `linears`: the base's, by full name."""
     path = directory / ROWS_NAME
     if spec.variants.names or not path.exists():
         return None
-    width = 2 if spec.dtype == "float32" else 1
+    width = units_per_row(spec.dtype)
     parts = tuple(
         RowShape(name, width * m.rank, linears[name].in_features, linears[name].out_features, m.rank, m.scaling)
         for name, m in spec.modules.items()

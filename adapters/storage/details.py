@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adapters.peft_format.directory import EXTRAS, EXTRAS_UNIT, WEIGHTS_NAME, AdapterSpec, LinearShape
+from adapters.peft_format.directory import WEIGHTS_NAME, AdapterSpec
+from adapters.peft_format.sizes import LinearSize, device_bytes
 
 
-def details_of(directory: Path, linears: Mapping[str, LinearShape] | None) -> dict[str, Any]:
+def details_of(directory: Path, linears: Mapping[str, LinearSize] | None) -> dict[str, Any]:
     """Rank and scaling per module, the file's own metadata, and bytes per tier.
 
     Args:
@@ -26,12 +27,6 @@ def details_of(directory: Path, linears: Mapping[str, LinearShape] | None) -> di
         "bytes_on_disk": sum(path.stat().st_size for path in directory.iterdir()),
         "bytes_on_device": None if linears is None else device_bytes(spec.rows(linears), linears),
     }
-
-
-def device_bytes(units: Mapping[str, int], linears: Mapping[str, LinearShape]) -> int:
-    """Memory of so many row units per kind (`AdapterSpec.rows`): a kind has as many in each of its linears."""
-    rows = sum(units.get(linear.kind, 0) * (linear.in_features + linear.out_features) for linear in linears.values())
-    return 2 * rows + EXTRAS_UNIT * units.get(EXTRAS, 0)
 
 
 def _metadata(weights: Path) -> dict[str, str]:

@@ -7,7 +7,7 @@ from adapters.peft_format.directory import AdapterSpec
 
 
 def receipt_of(spec: AdapterSpec) -> dict[str, Any]:
-    """What the owner of an adapter is told. `scaling` is that of most modules, `rows` are per kind, in 2-byte units.
+    """What the owner of an adapter is told. `scaling` is that of most modules, `rows` are row units per kind.
 
     What few adapters bring (new tokens, text of their own) is there only for those.
     """

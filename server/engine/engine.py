@@ -4,44 +4,33 @@
 and offline runs drive it directly; process.py drives it from messages.
 """
 
-import dataclasses
-import math
 import os
-import sys
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
-import psutil
 import torch
 
-from adapters import kernels
-from adapters.background import Priority
-from adapters.device.cache import Residency
-from adapters.device.pool import HostAdapter, RowPool, filed_adapter, host_adapter
-from adapters.device.variants import build as build_extras
-from adapters.peft_format import directory as adapter_format
-from adapters.peft_format import packed_rows as rowfile
-from adapters.peft_format.directory import EXTRAS, EXTRAS_UNIT
-from adapters.peft_format.outline import Outline
+from adapters.device.cache import AdapterCache
+from adapters.device.loader import AdapterLoader
+from adapters.device.pool import RowPool
+from adapters.peft_format.sizes import EXTRAS, EXTRAS_UNIT
 from server.engine.blocks import BlockPool
-from server.engine.merges import Merges
+from server.engine.memory_plan import BLOCK_SIZE, DevicePlan
+from server.engine.merged_registry import MergedRegistry
 from server.engine.outcome import InFlightStep, WorkResult
 from server.engine.packing import Packer
+from server.engine.report import Reporter
 from server.engine.routing import Router
 from server.engine.runner import Runner
-from server.engine.scheduler import Counters, Scheduler
+from server.engine.scheduler import Scheduler
 from server.engine.sequence import AdapterKey, Sequence, Work
 from server.messages import protocol
-from server.messages.protocol import AdapterUse, EngineConfig, Generate, Output, Ready, Stats, TokenLogprob
-from server.model import base as model
+from server.messages.protocol import EngineConfig, Generate, Output, Ready, Stats, TokenLogprob
 from server.model.attention import KVCache
-from server.model.base import Base, UnservableModel
+from server.model.base import Base
 
-BLOCK_SIZE = 16
-DEFAULT_BATCH_TOKENS = {"cpu": 256, "cuda": 2048}
 # How many more tokens double the time of a decoding step. CPU: as measured with the default model, 6 ms and 2 ms for
 # each token. A GPU's step waits for launches and weights for longer.
 FREE_ROWS = {"cpu": 3, "cuda": 64}
@@ -61,11 +50,7 @@ class Engine:
 
     Args:
         base: the loaded model.
-        num_blocks: KV blocks of BLOCK_SIZE tokens.
-        pool_units: adapter row units per module kind.
-        extra_bytes: what adapters may take on the device besides rows.
-        merged_bytes: what merged weights may take there.
-        outline: of the base's files; without, nothing can be merged.
+        plan: how much of the device goes where.
         depth: steps that may be in flight when the next is decided, 0 or 1; None: as is best for the device.
         planned: whether the model may run by our kernels as a whole; else through transformers' modules.
     """
@@ -73,49 +58,34 @@ class Engine:
     def __init__(
         self,
         base: Base,
+        plan: DevicePlan,
+        config: EngineConfig,
         *,
-        num_blocks: int,
-        pool_units: int,
-        extra_bytes: int,
-        max_model_len: int,
-        max_batch_tokens: int,
-        max_batch_requests: int,
-        adapter_host_bytes: int = 4 << 30,
-        merged_bytes: int = 0,
-        outline: Outline | None = None,
-        prefix_caching: bool = True,
-        background_priority: Priority = "low",
         depth: Literal[0, 1] | None = None,
         planned: bool = True,
     ) -> None:
         self.base = base
-        self.max_model_len = max_model_len
+        self.max_model_len = plan.max_model_len
+        self.max_batch_requests = config.max_batch_requests
+        blocks = plan.num_blocks
         self.cache = cache = KVCache(
-            base.num_layers, base.kv_heads, base.head_dim, num_blocks, BLOCK_SIZE, base.dtype, base.device
+            base.num_layers, base.kv_heads, base.head_dim, blocks, BLOCK_SIZE, base.dtype, base.device
         )
-        self.blocks = BlockPool(num_blocks, BLOCK_SIZE, prefix_caching)
-        self._linears = {linear.name: linear for linear in base.linears}
-        capacity = {linear.kind: pool_units for linear in base.linears} | {EXTRAS: extra_bytes // EXTRAS_UNIT}
-        self.pool = RowPool(self._linears, capacity, base.device)
-        self.residency = Residency(self.pool, self._load_adapter, adapter_host_bytes, background_priority)
-        self.router = Router(base, cache, self.pool, max_model_len, planned=planned)
+        self.blocks = BlockPool(blocks, BLOCK_SIZE, config.prefix_caching)
+        sizes = base.linear_sizes
+        capacity = {size.kind: plan.pool_units for size in sizes.values()} | {EXTRAS: plan.extra_bytes // EXTRAS_UNIT}
+        self.pool = RowPool(sizes, capacity, base.device)
+        loader = AdapterLoader(base.model, base.linears, base.device)
+        self.residency = AdapterCache(self.pool, loader, config.adapter_host_bytes, config.background_priority)
+        self.router = Router(base, cache, self.pool, plan.max_model_len, planned=planned)
         self.runner = Runner(self.router, Packer(cache, self.pool))
-        self.merges = Merges(
-            base,
-            outline or Outline(),
-            self.runner,
-            self.pool,
-            self.residency,
-            self.blocks,
-            budget=merged_bytes,
-            max_requests=max_batch_requests,
-        )
+        self.merges = MergedRegistry(self.router, self.residency, plan.merged_bytes)
         self.scheduler = Scheduler(
             self.blocks,
             self.merges,
-            max_batch_tokens=max_batch_tokens,
-            max_batch_requests=max_batch_requests,
-            max_model_len=max_model_len,
+            max_batch_tokens=plan.max_batch_tokens,
+            max_batch_requests=config.max_batch_requests,
+            max_model_len=plan.max_model_len,
             eos_token_ids=base.eos_token_ids,
             starts=self._starts,
             free_rows=FREE_ROWS.get(base.device.type, 3),
@@ -129,52 +99,7 @@ class Engine:
         self._live: dict[str, _Live] = {}
         self._warming: list[tuple[protocol.Warm, float]] = []
         self._done: list[protocol.Done] = []
-        self._reported: list[AdapterUse] | None = None
-
-    @classmethod
-    def load(cls, config: EngineConfig, *, depth: Literal[0, 1] | None = None, planned: bool = True) -> "Engine":
-        """Load the base and size KV cache and row pool for the device. Raises UnservableModel."""
-        if config.threads:
-            torch.set_num_threads(config.threads)
-            kernels.set_threads(config.threads)
-        kernels.set_deterministic(config.deterministic)
-        base = model.load(Path(config.model), config.quantization, config.dtype, config.device, Path(config.cache_dir))
-        if config.sketch_head:
-            model.sketch_head(base)
-        kernels.prepare([linear.weight for linear in base.linears], base.dtype)
-        max_model_len = min(config.max_model_len or base.max_model_len, base.max_model_len)
-        num_blocks = _num_blocks(base, config.kv_cache_bytes)
-        if num_blocks * BLOCK_SIZE < max_model_len:
-            if config.max_model_len is not None:
-                raise UnservableModel(
-                    f"max_model_len {max_model_len} needs more KV cache than there is "
-                    f"({num_blocks * BLOCK_SIZE} tokens): raise kv_cache_bytes or lower max_model_len"
-                )
-            max_model_len = num_blocks * BLOCK_SIZE
-        max_batch_tokens = config.max_batch_tokens or DEFAULT_BATCH_TOKENS.get(base.device.type, 512)
-        if max_batch_tokens <= config.max_batch_requests:
-            raise UnservableModel(
-                f"max_batch_tokens {max_batch_tokens} must exceed max_batch_requests {config.max_batch_requests}, "
-                "or decoding would leave no room for prompts"
-            )
-        adapter_bytes = _adapter_bytes(base) if config.adapter_bytes is None else config.adapter_bytes
-        merged_bytes = _adapter_bytes(base) if config.merged_bytes is None else config.merged_bytes
-        return cls(
-            base,
-            num_blocks=num_blocks,
-            pool_units=_pool_units(base, adapter_bytes),
-            extra_bytes=adapter_bytes,
-            max_model_len=max_model_len,
-            max_batch_tokens=max_batch_tokens,
-            max_batch_requests=config.max_batch_requests,
-            adapter_host_bytes=config.adapter_host_bytes,
-            merged_bytes=merged_bytes,
-            outline=Outline.read(Path(config.model)),
-            prefix_caching=config.prefix_caching,
-            background_priority=config.background_priority,
-            depth=depth,
-            planned=planned,
-        )
+        self._reporter = Reporter(self.scheduler, self.blocks, self.residency, self.merges)
 
     def ready(self) -> Ready:
         """What this engine serves."""
@@ -186,10 +111,7 @@ class Engine:
             vocab_size=base.vocab_size,
             max_model_len=self.max_model_len,
             eos_token_ids=base.eos_token_ids,
-            linears={
-                linear.name: protocol.Linear(linear.kind, linear.in_features, linear.out_features)
-                for linear in base.linears
-            },
+            linears=base.linear_sizes,
             block_size=BLOCK_SIZE,
             num_blocks=self.blocks.num_blocks,
             pool_rows=self.pool.capacity,
@@ -234,6 +156,7 @@ class Engine:
             arrival=time.monotonic(),
         )
         self._live[request.id] = _Live(key)
+        self._reporter.entered(key)
         self.scheduler.add(sequence)
 
     def abort(self, id: str) -> None:  # noqa: A002
@@ -245,6 +168,7 @@ class Engine:
         live = self._live.pop(id, None)
         if live is not None:
             self.merges.leave(live.adapter)
+            self._reporter.left(live.adapter)
 
     def warm(self, request: protocol.Warm) -> None:
         """Make an adapter resident; `take_done` tells when it is."""
@@ -292,7 +216,7 @@ class Engine:
             self._end(sequence.id)
             outputs.append(Output(id=sequence.id, error=sequence.error, code=sequence.code))
         waited, self._waited = self._waited, 0.0
-        stats = self._stats(
+        stats = self._reporter.stats(
             requests=0 if collected is None else len(collected.step.works),
             adapters=0 if collected is None else collected.step.num_adapters,
             seconds=waited + time.monotonic() - started,
@@ -360,114 +284,7 @@ class Engine:
                     waiting.append((request, started))
         self._warming = waiting
 
-    def _stats(self, requests: int, adapters: int, seconds: float) -> Stats:
-        scheduler, residency = self.scheduler, self.residency
-        counters, scheduler.counters = scheduler.counters, Counters()
-        evictions, residency.evictions = residency.evictions, []
-        loads, residency.loads = residency.loads, []
-        uses = self._adapter_uses()
-        changed, self._reported = uses != self._reported, uses
-        return Stats(
-            running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
-            waiting_tokens=scheduler.waiting_tokens,
-            step_requests=requests,
-            step_adapters=adapters,
-            step_seconds=seconds,
-            kv_usage=self.blocks.counts.used / self.blocks.num_blocks,
-            prefix_queries=counters.prefix_queries,
-            prefix_hits=counters.prefix_hits,
-            preemptions=counters.preemptions,
-            drafted_tokens=counters.drafted,
-            accepted_tokens=counters.accepted,
-            evictions=evictions,
-            loads=loads,
-            adapters=uses if changed else None,
-            merges=self.merges.news(),
-        )
-
-    def _adapter_uses(self) -> list[AdapterUse]:
-        running: dict[str, int] = {}
-        waiting: dict[str, int] = {}
-        for counts, sequences in ((running, self.scheduler.running), (waiting, self.scheduler.waiting)):
-            for sequence in sequences:
-                for digest, _ in sequence.adapter:
-                    counts[digest] = counts.get(digest, 0) + 1
-        return [
-            AdapterUse(entry.digest, entry.tier, entry.rank, running.get(entry.digest, 0), waiting.get(entry.digest, 0))
-            for entry in self.residency.resident()
-        ] + self.merges.uses(running, waiting)
-
-    def _load_adapter(self, digest: str, path: str) -> HostAdapter:
-        directory = Path(path)
-        spec = adapter_format.AdapterSpec.read(directory)
-        dtype: torch.dtype = getattr(torch, spec.dtype)
-        rows = rowfile.find(directory, spec, self._linears)
-        if rows is not None:
-            return filed_adapter(digest, rows, dtype, self.base.device)
-        tensors = adapter_format.load(directory, spec)
-        modules = {name: (a, b, spec.modules[name].scaling) for name, (a, b) in tensors.items()}
-        adapter = host_adapter(digest, modules, dtype, pin=self.base.device.type == "cuda")
-        if not spec.variants.names:
-            return adapter
-        values = adapter_format.load_variants(directory, spec)
-        with torch.no_grad():
-            extras = build_extras(spec.variants, values, modules, self._linears, self.base.model)
-        return dataclasses.replace(
-            adapter,
-            bytes=adapter.bytes + spec.variants.device_bytes,
-            rank=spec.rank,
-            extras=extras,
-            extra_bytes=spec.variants.device_bytes,
-            invocation=tuple(spec.variants.invocation),
-        )
-
     def _starts(self, key: AdapterKey, prompt: Seq[int]) -> dict[str, int]:
         """Where in a prompt the activated ones among resident adapters come into force; beyond it, if they do not."""
-        invocations = self.pool.invocations
-        return {digest: _last_occurrence(prompt, invocations[digest]) for digest, _ in key if digest in invocations}
-
-
-def _last_occurrence(prompt: Seq[int], tokens: tuple[int, ...]) -> int:
-    """Where `tokens` begin for the last time; as in PEFT, an adapter that is not invoked in the prompt never is."""
-    count = len(tokens)
-    for start in range(len(prompt) - count, -1, -1):
-        if prompt[start] == tokens[0] and tuple(prompt[start : start + count]) == tokens:
-            return start
-    return sys.maxsize
-
-
-# --- how much of the device goes where --------------------------------------------------------------------
-
-
-def _num_blocks(base: Base, kv_cache_bytes: int | None) -> int:
-    block = KVCache.block_bytes(base.num_layers, base.kv_heads, base.head_dim, BLOCK_SIZE, base.dtype)
-    if kv_cache_bytes is None:
-        if base.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(base.device)
-            kv_cache_bytes = int(free * 0.7)
-        else:
-            kv_cache_bytes = min(2 << 30, psutil.virtual_memory().available // 4)
-    blocks = kv_cache_bytes // block
-    if blocks < 2:
-        raise UnservableModel(
-            f"kv_cache_bytes {kv_cache_bytes} holds {blocks} blocks of {block} bytes: at least 2 are needed"
-        )
-    # More than every sequence of a full batch could use would never be touched.
-    return min(blocks, math.ceil(base.max_model_len / BLOCK_SIZE) * 256)
-
-
-def _adapter_bytes(base: Base) -> int:
-    """Memory for rank rows when nobody says how much, and at most as much again, when wanted, for what is not rows."""
-    if base.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(base.device)
-        return int(free * 0.1)
-    return min(1 << 30, psutil.virtual_memory().available // 8)
-
-
-def _pool_units(base: Base, adapter_bytes: int) -> int:
-    unit = sum(2 * (linear.in_features + linear.out_features) for linear in base.linears)
-    units = adapter_bytes // unit
-    if units < 2:
-        raise UnservableModel(f"adapter_bytes {adapter_bytes} holds no rank-row: one takes {2 * unit} bytes in fp32")
-    return int(units)
+        adapters = ((digest, self.pool.adapter(digest)) for digest, _ in key)
+        return {digest: adapter.start_in(prompt) for digest, adapter in adapters if adapter and adapter.invocation}

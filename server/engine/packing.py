@@ -110,8 +110,8 @@ class Packer:
                 if begin >= len(ids):  # an activated adapter that is not in force yet
                     continue
                 uses.append(Use(begin, len(ids), digest, weight))
-                extras = self._pool.extras.get(digest)
-                if extras is not None:
+                adapter = self._pool.adapter(digest)
+                if adapter is not None and (extras := adapter.extras) is not None:
                     skipped = sum(token < begin for token in own)
                     extra_uses.append(ExtraUse(begin, len(ids), extras, weight))
                     extra_kept.append(ExtraUse(len(keep) - len(own) + skipped, len(keep), extras, weight))

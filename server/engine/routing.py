@@ -47,16 +47,16 @@ class Router:
         """The path that a sequence takes."""
         if sequence.adapter and sequence.adapter[0][0] in self.merged:
             return self.merged[sequence.adapter[0][0]].path()
-        extras = [found for digest, _ in sequence.adapter if (found := self._pool.extras.get(digest))]
-        return self.weights.path(
-            modules=any(extra.in_decoder for extra in extras),
-            new_tokens=max((extra.new_tokens for extra in extras), default=0),
-        )
+        modules, new_tokens = False, 0
+        for digest, _ in sequence.adapter:
+            adapter = self._pool.adapter(digest)
+            if adapter is not None and adapter.extras is not None:
+                modules |= adapter.extras.in_decoder
+                new_tokens += adapter.extras.new_tokens  # one that has some is alone
+        return self.weights.path(modules=modules, new_tokens=new_tokens)
 
     def passes(self, works: Seq[Work]) -> list[tuple[ForwardPath, Seq[int]]]:
         """The forward passes that works need: a path, and the places of those that take it."""
-        if not self.merged and not self._pool.extras:
-            return [(self.weights.path(), range(len(works)))]
         places: dict[ForwardPath, list[int]] = {}
         for place, work in enumerate(works):
             places.setdefault(self.route(work.sequence), []).append(place)

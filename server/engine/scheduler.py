@@ -45,7 +45,7 @@ class Counters:
     accepted: int = 0  # those among them that were right and used
 
 
-class Residency(Protocol):
+class AdapterResidency(Protocol):
     """Where adapters are. The scheduler asks, and never loads anything itself."""
 
     def acquire(self, key: AdapterKey) -> Literal["ready", "loading", "full", "failed"]:
@@ -81,7 +81,7 @@ class Scheduler:
     def __init__(
         self,
         blocks: BlockPool,
-        residency: Residency,
+        residency: AdapterResidency,
         *,
         max_batch_tokens: int,
         max_batch_requests: int,

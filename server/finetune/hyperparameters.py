@@ -12,7 +12,8 @@ from typing import Any, Literal
 import msgspec
 
 from adapters.peft_format.config import AdapterError, parse_config
-from adapters.peft_format.directory import AdapterSpec, LinearShape, LoraModule
+from adapters.peft_format.directory import AdapterSpec, LoraModule
+from adapters.peft_format.sizes import LinearSize
 from server.messages.protocol import Ready
 from server.messages.training import Init, MemoryMode, ModuleShape, Optimizer, Schedule, TrainingPlan
 
@@ -88,7 +89,7 @@ def adapter_config(lora: LoraOptions, base: str) -> dict[str, Any]:
     }
 
 
-def modules(config: Mapping[str, Any], linears: Mapping[str, LinearShape]) -> dict[str, ModuleShape]:
+def modules(config: Mapping[str, Any], linears: Mapping[str, LinearSize]) -> dict[str, ModuleShape]:
     """The linears that a config adapts, and how.
 
     Raises:
@@ -103,7 +104,7 @@ def modules(config: Mapping[str, Any], linears: Mapping[str, LinearShape]) -> di
     return {name: ModuleShape(rank, scaling) for name, (rank, scaling) in resolved.items()}
 
 
-def parameters(shapes: Mapping[str, ModuleShape], linears: Mapping[str, LinearShape]) -> int:
+def parameters(shapes: Mapping[str, ModuleShape], linears: Mapping[str, LinearSize]) -> int:
     """How many numbers A and B hold: rank x (in + out) for each linear."""
     return sum(shape.rank * (linears[name].in_features + linears[name].out_features) for name, shape in shapes.items())
 

@@ -11,6 +11,7 @@ import msgspec
 
 from adapters.background import Priority
 from adapters.offline.recipe import MergedDtype
+from adapters.peft_format.sizes import LinearSize
 from server.messages.training import JobReply, JobRequest, MemoryPlan
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -156,14 +157,6 @@ class Drain(_Message):
 # --- engine -> API process ------------------------------------------------------------------------
 
 
-class Linear(msgspec.Struct, frozen=True):
-    """One linear of the base that adapters may touch: its kind (last name component) and local sizes."""
-
-    kind: str
-    in_features: int
-    out_features: int
-
-
 class Drift(msgspec.Struct, frozen=True):
     """How far one way of computing logits is from another, over so many positions of a text."""
 
@@ -181,10 +174,10 @@ class Ready(_Message, kw_only=True):
     vocab_size: int
     max_model_len: int
     eos_token_ids: list[int]
-    linears: dict[str, Linear]  # full module name -> linear
+    linears: dict[str, LinearSize]  # by full module name
     block_size: int
     num_blocks: int
-    pool_rows: dict[str, int]  # kind -> capacity in 2-byte row units (an fp32 row takes two)
+    pool_rows: dict[str, int]  # kind -> capacity in row units
     device: str
     dtype: str
     int8_drift: Drift | None = None  # from exact activations; None: they are exact
@@ -217,13 +210,14 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class AdapterUse(msgspec.Struct, frozen=True, array_like=True):
-    """Residency of one adapter digest, for metrics."""
+    """One adapter digest in one tier of memory. Not `present`: it has left that tier."""
 
     digest: str
     tier: Literal["device", "host", "merged"]
-    rank: int
-    running: int
-    waiting: int
+    rank: int = 0
+    running: int = 0  # sequences
+    waiting: int = 0
+    present: bool = True
 
 
 class MergeSpeed(msgspec.Struct, frozen=True):
@@ -265,7 +259,7 @@ class Stats(msgspec.Struct, frozen=True, omit_defaults=True):
     accepted_tokens: int = 0  # those among them that were right and used
     evictions: list[str] = []  # digests that left the device since the last report
     loads: list[tuple[str, float]] = []  # (digest, seconds) that arrived on the device since the last report
-    adapters: list[AdapterUse] | None = None  # present when it changed
+    adapters: list[AdapterUse] = []  # those that changed since the last report
     merges: list[MergeReport] | None = None  # those in force; present when it changed
 
 

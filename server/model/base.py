@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from adapters import kernels
 from adapters.device.lora import FrozenLinear, LoraLinear, StepSlot, wrap_linears
 from adapters.kernels import QuantizedWeight, native
+from adapters.peft_format.sizes import LinearSize
 from server.model import attention
 
 SERVED_LAYERS = {"full_attention", "sliding_attention"}
@@ -50,6 +51,11 @@ class Base:
     windows: list[int]  # per layer, 0 for full attention
     max_model_len: int
     eos_token_ids: list[int]
+
+    @property
+    def linear_sizes(self) -> dict[str, LinearSize]:
+        """Of every linear that adapters may touch, by full name, in the order of their indices."""
+        return {linear.name: linear.size for linear in self.linears}
 
     @property
     def decoder(self) -> nn.Module:

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from adapters.device.rows import rounded
-from adapters.peft_format.directory import EXTRAS, AdapterError, AdapterSpec
+from adapters.peft_format.directory import AdapterError, AdapterSpec
+from adapters.peft_format.sizes import EXTRAS
 from adapters.storage.versions import Version
 from server.messages.protocol import Ready
 

@@ -18,10 +18,11 @@ from starlette.concurrency import run_in_threadpool
 
 from adapters.background import run_in, threads
 from adapters.disk import is_full
-from adapters.offline.checker import Check, Shape
-from adapters.peft_format.directory import CONFIG_NAME, EXTRAS, WEIGHTS_NAME, AdapterError, AdapterSpec
+from adapters.offline.checker import Check
+from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME, AdapterError, AdapterSpec
 from adapters.peft_format.fields import shorten
 from adapters.peft_format.outline import Outline
+from adapters.peft_format.sizes import EXTRAS, device_bytes
 from adapters.peft_format.text import (
     NO_TEXT,
     TEMPLATE_NAME,
@@ -31,7 +32,6 @@ from adapters.peft_format.text import (
     check_template,
     read_new_tokens,
 )
-from adapters.storage.details import device_bytes
 from adapters.storage.files import Staging
 from adapters.storage.store import AdapterStore
 from adapters.storage.versions import DamagedAdapter, Pointer, RemoteUnavailable, UnknownAdapter, Version, check_name
@@ -144,7 +144,7 @@ class AdapterIntake:
         self.check_name(name, fine_tuned=fine_tuned)
         text, warnings = await self._text_beside(staging.path, strict=strict_text)
         with disk_faults():
-            spec = await self._check(Check(staging.path, _shapes(base), base.architecture, self._outline, text))
+            spec = await self._check(Check(staging.path, base.linears, base.architecture, self._outline, text))
         check_fit(spec, base)
         spec = self._with_warnings(dataclasses.replace(spec, warnings=(*spec.warnings, *warnings)))
         before = self._shares(tenant, name)
@@ -452,10 +452,6 @@ def disk_faults() -> Iterator[None]:
         if is_full(error):
             raise StorageFull("The disk is full; nothing was kept.") from None
         raise
-
-
-def _shapes(base: Ready) -> dict[str, Shape]:
-    return {name: Shape(linear.kind, linear.in_features, linear.out_features) for name, linear in base.linears.items()}
 
 
 def _new_tokens(tokenizer: Path, known: Callable[[str], int | None], size: int) -> tuple[NewToken, ...]:

@@ -14,6 +14,7 @@ from starlette.applications import Starlette
 from starlette.routing import Route
 
 from adapters.offline.recipe import MergedDtype
+from adapters.peft_format.sizes import LinearSize
 from adapters.storage.names import LocalNames
 from adapters.storage.store import AdapterStore
 from server.admission import Admission, Drain
@@ -25,7 +26,6 @@ from server.messages.protocol import (
     AdapterRef,
     Generate,
     Inspection,
-    Linear,
     MergeReport,
     MergeSpeed,
     Output,
@@ -45,7 +45,7 @@ BASE_DIGEST = "sha256:" + "b" * 64
 def base_info(pool_rows: int = 64) -> Ready:
     """A base with q_proj and v_proj in two layers."""
     linears = {
-        f"model.layers.{layer}.self_attn.{kind}": Linear(kind, HIDDEN, HIDDEN)
+        f"model.layers.{layer}.self_attn.{kind}": LinearSize(kind, HIDDEN, HIDDEN)
         for layer in range(LAYERS)
         for kind in ("q_proj", "v_proj")
     }

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from adapters.kernels.triton import interpreted
 from adapters.peft_format import directory as adapter_format
+from server.engine import boot
 from server.engine.engine import Engine
 from server.messages.protocol import AdapterRef, EngineConfig, Generate, Output, Sampling, TokenLogprob
 
@@ -26,7 +27,7 @@ def load_engine(
         "deterministic": interpreted(),
     }
     config = EngineConfig(address="", model=str(model), cache_dir=str(cache), **(settings | overrides))
-    return Engine.load(config, depth=depth, planned=planned)
+    return boot.load(config, depth=depth, planned=planned)
 
 
 def tight_engine(like: Engine, model: Path, cache: Path, blocks: int, longest: int) -> Engine:

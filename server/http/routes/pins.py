@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from adapters.storage.details import device_bytes
+from adapters.peft_format.sizes import device_bytes
 from adapters.storage.versions import UnknownAdapter
 from server.http.routes.adapters import unknown_adapter
 from server.services import TENANT, services_of

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import peft
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from adapters.peft_format.config import AdapterError
 from adapters.peft_format.directory import AdapterSpec, inspect, load, write
+from adapters.peft_format.sizes import LinearSize
 from adapters.peft_format.weights import MAX_HEADER_BYTES, read_header
 from tests.support.tiny import tiny_adapter
 
@@ -31,15 +32,9 @@ Q0 = "model.layers.0.self_attn.q_proj"
 A0 = f"base_model.model.{Q0}.lora_A.weight"
 
 
-class Shape(NamedTuple):
-    kind: str
-    in_features: int
-    out_features: int
-
-
 # Two layers of a base with two kinds of linears: enough for everything but PEFT's own adapters.
 LINEARS = {
-    f"model.layers.{i}.self_attn.{kind}": Shape(kind, 64, out)
+    f"model.layers.{i}.self_attn.{kind}": LinearSize(kind, 64, out)
     for i in range(2)
     for kind, out in [("q_proj", 64), ("v_proj", 32)]
 }
@@ -73,10 +68,10 @@ def refusal(directory: Path) -> AdapterError:
 
 
 @pytest.fixture(scope="module")
-def linears(model_dir: Path) -> dict[str, Shape]:
+def linears(model_dir: Path) -> dict[str, LinearSize]:
     model = transformers.AutoModelForCausalLM.from_pretrained(model_dir)
     return {
-        name: Shape(name.rpartition(".")[2], module.in_features, module.out_features)
+        name: LinearSize(name.rpartition(".")[2], module.in_features, module.out_features)
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear)
     }
@@ -103,7 +98,7 @@ def linears(model_dir: Path) -> dict[str, Shape]:
     ids=["fp32", "rslora-bf16", "subset-fp16", "regex", "all-linear", "layers", "patterns"],
 )
 def test_what_peft_saves_is_what_we_read(
-    tmp_path: Path, model_dir: Path, linears: dict[str, Shape], options: dict[str, Any], dtype: torch.dtype
+    tmp_path: Path, model_dir: Path, linears: dict[str, LinearSize], options: dict[str, Any], dtype: torch.dtype
 ) -> None:
     tiny_adapter(tmp_path, model_dir, dtype=dtype, **options)
     spec = inspect(tmp_path, linears, CLASS)
@@ -133,7 +128,7 @@ def test_what_peft_saves_is_what_we_read(
         assert units == width * max(m.rank for name, m in spec.modules.items() if name.endswith(kind))
 
 
-def test_what_we_write_peft_loads(tmp_path: Path, model_dir: Path, linears: dict[str, Shape]) -> None:
+def test_what_we_write_peft_loads(tmp_path: Path, model_dir: Path, linears: dict[str, LinearSize]) -> None:
     tensors = {Q0: (torch.randn(4, 64), torch.randn(64, 4)[:, :4])}
     write(tmp_path, {"r": 4, "lora_alpha": 2, "target_modules": [Q0], "task_type": "CAUSAL_LM"}, tensors)
     spec = inspect(tmp_path, linears, CLASS)
@@ -270,7 +265,7 @@ def test_the_largest_and_smallest_finite_values_are_accepted(tmp_path: Path, dty
 
 
 def test_large_tensors_are_looked_at_to_the_end(tmp_path: Path) -> None:
-    linears = {"layers.0.wide": Shape("wide", 3 << 20, 1)}  # 12 MiB: several chunks
+    linears = {"layers.0.wide": LinearSize("wide", 3 << 20, 1)}  # 12 MiB: several chunks
     a = torch.zeros(1, 3 << 20)
     write(tmp_path, {"r": 1, "target_modules": ["wide"]}, {"layers.0.wide": (a, torch.ones(1, 1))})
     inspect(tmp_path, linears, CLASS)
@@ -404,9 +399,8 @@ def test_validation_needs_no_torch(tmp_path: Path) -> None:
     program = f"""
 import sys
 from pathlib import Path
-from collections import namedtuple
+from adapters.peft_format.sizes import LinearSize
 from adapters.peft_format.directory import inspect
-Shape = namedtuple("Shape", "kind in_features out_features")
 linears = {LINEARS!r}
 print(inspect(Path({str(tmp_path)!r}), linears, {CLASS!r}).digest)
 assert not {{"torch", "peft", "transformers", "safetensors"}} & set(sys.modules)

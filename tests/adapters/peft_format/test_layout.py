@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from adapters.peft_format.directory import AdapterError, AdapterSpec, Outline, inspect, load_variants
+from adapters.peft_format.sizes import LinearSize
 from tests.support.tiny import VOCAB
 from tests.support.variants import VARIANTS, Variant, make_base
 
@@ -21,26 +22,20 @@ CLASSES = {"tied": "LlamaForCausalLM", "untied": "Qwen3ForCausalLM", "fused": "P
 pytestmark = pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning", "ignore::UserWarning:peft")
 
 
-class Shape(NamedTuple):
-    kind: str
-    in_features: int
-    out_features: int
-
-
 class Shelf:
     """Bases, and adapters for them that PEFT saved once."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.models: dict[str, Path] = {}
-        self.linears: dict[str, dict[str, Shape]] = {}
+        self.linears: dict[str, dict[str, LinearSize]] = {}
 
     def base(self, name: str) -> Path:
         if name not in self.models:
             self.models[name] = make_base(name, self.root / name)
             model = transformers.AutoModelForCausalLM.from_pretrained(self.models[name]).get_decoder()
             self.linears[name] = {
-                f"model.{path}": Shape(path.rpartition(".")[2], module.in_features, module.out_features)
+                f"model.{path}": LinearSize(path.rpartition(".")[2], module.in_features, module.out_features)
                 for path, module in model.named_modules()
                 if isinstance(module, torch.nn.Linear)
             }

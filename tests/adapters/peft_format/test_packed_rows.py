@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapters.device import pool as pool_module
-from adapters.device.pool import HostAdapter, RowPool, filed_adapter, host_adapter
+from adapters.device import host
+from adapters.device.host import HostAdapter, filed_adapter, host_adapter
+from adapters.device.pool import RowPool
 from adapters.peft_format import packed_rows as rowfile
 from adapters.peft_format.directory import WEIGHTS_NAME, AdapterSpec, Variants, inspect, load
 from tests.support.harness import LAYERS, base_info, write_adapter
@@ -50,7 +51,7 @@ def from_tensors(directory: Path, spec: AdapterSpec) -> HostAdapter:
 def test_the_pool_holds_the_same_either_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtypes: list[torch.dtype], at_once: int
 ) -> None:
-    monkeypatch.setattr(pool_module, "AT_ONCE_BYTES", at_once)
+    monkeypatch.setattr(host, "AT_ONCE_BYTES", at_once)
     monkeypatch.setattr(rowfile, "_READ_BYTES", 100)  # so that reads begin and end anywhere
     directory = write_adapter(tmp_path / "one", rank_pattern={"layers.0.self_attn.q_proj": 4})
     cast(directory, *dtypes)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters.offline.checker import Check, Shape
+from adapters.offline.checker import Check
 from adapters.peft_format import packed_rows as rowfile
 from adapters.peft_format.directory import inspect
 from adapters.peft_format.fields import AdapterError
@@ -16,11 +16,10 @@ from server.children.checker import Checker, CheckerDied
 from tests.support.harness import base_info, write_adapter
 
 BASE = base_info()
-SHAPES = {name: Shape(one.kind, one.in_features, one.out_features) for name, one in BASE.linears.items()}
 
 
 def check(directory: Path) -> Check:
-    return Check(directory, SHAPES, BASE.architecture, None, NO_TEXT)
+    return Check(directory, BASE.linears, BASE.architecture, None, NO_TEXT)
 
 
 @contextlib.asynccontextmanager

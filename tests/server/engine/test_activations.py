@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from adapters.kernels import native
+from adapters.peft_format.outline import Outline
 from server.client.engine import LocalEngine
 from server.engine import activations
 from server.engine.engine import Engine
+from server.engine.merge_builder import MergeBuilder
 from server.messages.protocol import AdapterRef, EngineConfig, Generate, Merge, MergeReport
 from server.model.base import UnservableModel
 from tests.support import interpreter
@@ -141,12 +143,13 @@ def test_refused_without_the_kernels(model_dir: Path, cache_dir: Path) -> None:
 def test_what_a_merge_leaves_alone_stays_rounded(model_dir: Path, cache_dir: Path, tmp_path: Path) -> None:
     engine = load_int8(model_dir, cache_dir)
     reference = publish(engine, tiny_adapter(tmp_path, model_dir, target_modules=["q_proj"]))
-    engine.merges.start(Merge("m", reference, "bf16", [list(range(3, 40))]))
-    while not (replies := engine.merges.take_replies()):
+    merging = MergeBuilder(engine, Outline.read(model_dir))
+    merging.handle(Merge("m", reference, "bf16", [list(range(3, 40))]))
+    while not (replies := merging.take_replies()):
         engine.step()
-        if engine.merges.ready:
-            engine.merges.run_piece()
+        if merging.ready:
+            merging.run_piece()
     [report] = replies
     assert isinstance(report, MergeReport), report
     [merged] = engine.router.merged.values()
-    assert {linear.kind for linear in merged.base.linears if linear.weight.int8 is None} == {"q_proj"}
+    assert {linear.size.kind for linear in merged.base.linears if linear.weight.int8 is None} == {"q_proj"}

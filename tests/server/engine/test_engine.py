@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapters.device.pool import host_adapter
+from adapters.device.host import host_adapter
 from server.engine.engine import Engine
 from server.messages.protocol import AdapterRef
 from server.model.base import UnservableModel
@@ -54,7 +54,7 @@ def test_a_request_that_overflows_fails_alone(engine: Engine) -> None:
         for linear in engine.base.linears
     }
     overflowing = host_adapter("sha256:huge", huge, torch.float32)
-    engine.residency._host[overflowing.digest] = overflowing
+    engine.residency.insert(overflowing)
     reference = AdapterRef(overflowing.digest, "")
     plain = [request(f"plain{i}", range(20 + i, 60), max_tokens=8) for i in range(3)]
     expected = run(engine, plain)

@@ -9,13 +9,17 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+from adapters.peft_format.outline import Outline
 from server.engine.engine import Engine
+from server.engine.gap_work import Gaps
 from server.engine.loop import Loop
+from server.engine.merge_builder import MergeBuilder
 from server.engine.offline import Script
 from server.engine.outcome import InFlightStep
 from server.engine.sequence import Step
-from server.messages.protocol import NON_FINITE, AdapterRef, EngineConfig, Generate, Merge
+from server.messages.protocol import NON_FINITE, AdapterRef, Generate, Merge
 from server.training import bench
+from server.training.pacing import Pacer
 from server.training.trainer import Trainer
 from tests.support import interpreter
 from tests.support.offline import Answer, load_engine, publish, request, run
@@ -137,9 +141,6 @@ def test_one_clients_options_hold_up_nobody_else(plain: Engine, watched: Watched
 
 def test_nor_does_a_training_job(watched: Watched, shallow_dir: Path, tmp_path: Path) -> None:
     engine = watched.engine
-    config = EngineConfig(
-        address="", model=str(shallow_dir), cache_dir="", finetune_share=0.9, finetune_max_stall_ms=1000
-    )
     trainer = Trainer(engine.base)
     settings = {"batch_size": 1, "length": 16, "rank": 4, "micro_batch_tokens": 64, "memory": "recompute"}
     bench.random_data(settings, engine.base.vocab_size).save(tmp_path / bench.DATA)
@@ -153,7 +154,7 @@ def test_nor_does_a_training_job(watched: Watched, shallow_dir: Path, tmp_path: 
 
     trainer.run_piece = counted  # type: ignore[method-assign]
     sent = [request(name, [5, 6, 7], max_tokens=12, logprobs=None) for name in "ab"]
-    Loop(engine, trainer, config, Script([(0.0, single) for single in sent])).run()
+    Loop(engine, Gaps([(trainer, Pacer(1.0, 0.9))]), Script([(0.0, single) for single in sent])).run()
     assert pieces
     assert watched.ahead == {"a": 11, "b": 11}
 
@@ -165,13 +166,14 @@ def test_nor_do_merged_weights(shallow_dir: Path, cache_dir: Path, adapters: lis
         watched = Watched(load_engine(shallow_dir, cache_dir, deterministic=True, depth=depth))
         engine = watched.engine
         references = [publish(engine, directory) for directory in adapters]
-        engine.merges.start(Merge("m", references[0], "bf16", [[5, 6, 7, 8]]))
+        merging = MergeBuilder(engine, Outline.read(shallow_dir))
+        merging.handle(Merge("m", references[0], "bf16", [[5, 6, 7, 8]]))
         engine.add(request("meanwhile", [5, 6, 7], max_tokens=200, logprobs=None))
-        while not engine.merges.take_replies():
+        while not merging.take_replies():
             engine.step()
-            if engine.merges.ready:
+            if merging.ready:
                 engine.wait()
-                engine.merges.run_piece()
+                merging.run_piece()
         assert not engine.idle
         assert watched.ahead["meanwhile"] > 10 or not depth
         engine.abort("meanwhile")

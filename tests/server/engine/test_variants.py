@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers
 
-from adapters.peft_format.directory import EXTRAS, AdapterError
+from adapters.peft_format.directory import AdapterError
+from adapters.peft_format.sizes import EXTRAS
 from server.engine.engine import Engine
 from server.engine.paths import ModulesPath
 from server.messages.protocol import AdapterRef, Generate
@@ -134,8 +135,8 @@ def test_what_is_no_rank_row_is_accounted_for_and_given_back(world: Callable[[st
         assert run(engine, [single])[name] == expected
     for reference in here.references.values():
         engine.residency.forget(reference.digest)
+        assert engine.pool.adapter(reference.digest) is None
     assert engine.pool.resident[EXTRAS] == 0
-    assert not engine.pool.extras
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])

@@ -1,0 +1,42 @@
+"""Sizes of the base's linears, and of adapters on the device.
+
+Adapters' rows are counted in row units, cells of two bytes for each input (or output) of a linear: a rank row takes one
+in bf16 or fp16 and two, one after the other, in fp32. So adapters of every dtype share one pool. Anything else that an
+adapter keeps on the device is counted under the kind `EXTRAS`, in units of `EXTRAS_UNIT` bytes. No torch here.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+UNIT_BYTES = 2
+EXTRAS = "extras"
+EXTRAS_UNIT = 1024
+
+
+class LinearSize(NamedTuple):
+    """One linear of the base: its kind (last component of its name: `q_proj`, `down_proj`, ...) and its sizes."""
+
+    kind: str
+    in_features: int
+    out_features: int
+
+    @property
+    def unit_bytes(self) -> int:
+        """Device memory of one row unit of A and one of B."""
+        return UNIT_BYTES * (self.in_features + self.out_features)
+
+
+def units_per_row(dtype: str) -> int:
+    """Row units of one rank row. `dtype`: "float32", "bfloat16" or "float16"."""
+    return 2 if dtype == "float32" else 1
+
+
+def extra_units(size: int) -> int:
+    """Units under `EXTRAS` for so many bytes."""
+    return -(-size // EXTRAS_UNIT)
+
+
+def device_bytes(units: Mapping[str, int], linears: Mapping[str, LinearSize]) -> int:
+    """Memory of so many units per kind: a kind has as many rows in each of its linears."""
+    rows = sum(units.get(linear.kind, 0) * linear.unit_bytes for linear in linears.values())
+    return rows + EXTRAS_UNIT * units.get(EXTRAS, 0)
