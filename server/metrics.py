@@ -58,7 +58,7 @@ class _AdapterMetrics(Collector):
     """Per-adapter series of bounded number, produced at scrape time."""
 
     def __init__(self, top: int, max_lora: int) -> None:
-        self.resident: list[AdapterUse] = []
+        self.resident: dict[tuple[str, str], AdapterUse] = {}  # by digest and tier
         self._top = top
         self._max_lora = max_lora
         self._by_name: OrderedDict[str, _AdapterCounts] = OrderedDict()  # least recently used first
@@ -134,7 +134,7 @@ class _AdapterMetrics(Collector):
         )
         per_name: Multiset[tuple[str, str]] = Multiset()
         per_tier: Multiset[str] = Multiset({"device": 0, "host": 0, "merged": 0})
-        for use in self.resident:
+        for use in self.resident.values():
             per_name[self._names.get(use.digest, OTHER), use.tier] += 1
             per_tier[use.tier] += 1
         for (name, tier), count in sorted(per_name.items()):
@@ -154,8 +154,8 @@ class _AdapterMetrics(Collector):
             "Adapters of running and waiting requests, as comma-separated names; the value is the Unix time",
             labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
         )
-        running = {use.digest for use in self.resident if use.running}
-        waiting = {use.digest for use in self.resident if use.waiting}
+        running = {use.digest for use in self.resident.values() if use.running}
+        waiting = {use.digest for use in self.resident.values() if use.waiting}
         waiting |= self._in_flight.keys() - running  # of those still being read the engine reports nothing yet
         info.add_metric([str(self._max_lora), self._names_of(running), self._names_of(waiting)], time.time())
         return info
@@ -242,8 +242,11 @@ class Metrics:
             counts = self._adapters.of_digest(digest)
             counts.loads += 1
             counts.load_seconds += seconds
-        if stats.adapters is not None:
-            self._adapters.resident = stats.adapters
+        for use in stats.adapters:
+            if use.present:
+                self._adapters.resident[use.digest, use.tier] = use
+            else:
+                self._adapters.resident.pop((use.digest, use.tier), None)
         if stats.merges is not None:
             self._merged_bytes.set(sum(report.bytes for report in stats.merges))
 
@@ -253,7 +256,7 @@ class Metrics:
         if not alive:
             for gauge in (self._running, self._waiting, self._kv_usage, self._merged_bytes):
                 gauge.set(0)
-            self._adapters.resident = []
+            self._adapters.resident = {}
 
     def _gauge(self, name: str, help_text: str) -> Gauge:
         return Gauge(PREFIX + name, help_text, registry=self.registry)

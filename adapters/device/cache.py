@@ -1,13 +1,13 @@
-"""Who is resident: device rows <- host memory <- disk, each tier a least-recently-used cache of the next.
+"""The adapter cache: device rows <- host memory <- disk, each tier a least-recently-used cache of the next.
 
 The scheduler asks `acquire` for a sequence's adapters and gets an answer at once; worker threads read files and fill
 rows where that takes time; `poll` (between steps) takes in what they finished. An adapter in use is never evicted, a
-pinned one only for somebody who could not run beside it. The rows themselves are pool.py's.
+pinned one only for an adapter that could not run beside it. The rows themselves are pool.py's.
 """
 
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Literal, NamedTuple
 
@@ -20,17 +20,45 @@ FRESH_SECONDS = 1.0  # for which an adapter stays that was brought for somebody 
 
 Key = tuple[tuple[str, float], ...]  # (digest, weight) of each adapter of a sequence; () is the bare base
 Answer = Literal["ready", "loading", "full", "failed"]
+Units = Mapping[str, int]  # row units per kind
 
 
 class Resident(NamedTuple):
-    """One line of `Residency.resident()`."""
+    """Where an adapter is, and its largest rank."""
 
-    digest: str
     tier: Literal["device", "host"]
     rank: int
 
 
-class Residency:
+def choose_victims(
+    need: Units, free: Units, candidates: Iterable[str], units_of: Callable[[str], Units]
+) -> list[str] | None:
+    """The adapters to evict until `need` is free; None when not even all candidates would make that room.
+
+    Args:
+        need, free: units per kind.
+        candidates: digests in the order in which they should leave; passed over where their rows are of no use.
+        units_of: units per kind that a candidate gives back.
+    """
+    room = Counter(free)
+    victims: list[str] = []
+    remaining = iter(candidates)
+    while not _covers(room, need):
+        digest = next(remaining, None)
+        if digest is None:
+            return None
+        held = units_of(digest)
+        if any(room[kind] < need.get(kind, 0) for kind in held):
+            victims.append(digest)
+            room.update(held)
+    return victims
+
+
+def _covers(room: Units, need: Units) -> bool:
+    return all(room.get(kind, 0) >= units for kind, units in need.items())
+
+
+class AdapterCache:
     """Tiers of adapters over one `RowPool`.
 
     Args:
@@ -51,6 +79,7 @@ class Residency:
         self._host_bytes = host_bytes
         self._paths: dict[str, str] = {}
         self._host: OrderedDict[str, HostAdapter] = OrderedDict()  # least recently used first
+        self._held = 0  # bytes, in the host tier
         self._device: OrderedDict[str, int] = OrderedDict()  # digest -> rank, least recently used first
         self._references: Counter[str] = Counter()
         self._loading: dict[str, tuple[Future[HostAdapter], float]] = {}
@@ -63,6 +92,7 @@ class Residency:
         self._filler = threads(1, "adapter-filler", priority)
         self.loads: list[tuple[str, float]] = []  # (digest, seconds) since the reader of this list last cleared it
         self.evictions: list[str] = []
+        self._changed: set[str] = set()  # digests that came into a tier or left one
 
     # --- what the scheduler asks ---------------------------------------------------------------
 
@@ -75,8 +105,15 @@ class Residency:
         """Start reading an adapter that will be asked for, unless the host tier is full (it would push others out)."""
         if digest in self._device or digest in self._host or digest in self._errors:
             return
-        if self._held() < self._host_bytes:
+        if self._held < self._host_bytes:
             self._start_loading(digest)
+
+    def insert(self, adapter: HostAdapter) -> None:
+        """Take an adapter that has been read into the host tier."""
+        self._let_go(adapter.digest)
+        self._host[adapter.digest] = adapter
+        self._held += adapter.bytes
+        self._changed.add(adapter.digest)
 
     def pin(self, adapters: Mapping[str, str]) -> None:
         """Keep these on the device, and no longer those named before. `adapters`: digest -> path."""
@@ -137,7 +174,7 @@ class Residency:
             del self._filling[digest]
             fault = filled.exception()
             if fault is None:
-                self._device[digest] = adapter.rank
+                self._arrive(adapter)
                 if digest not in self._pinned:
                     self._fresh[digest] = time.monotonic()
                 if adapter.file is not None:
@@ -145,7 +182,7 @@ class Residency:
             else:
                 self._errors[digest] = str(fault) or type(fault).__name__
                 self._pool.remove(digest)
-                self._host.pop(digest, None)
+                self._let_go(digest)
             if digest in self._forgotten:
                 self._drop(digest)
         arrived: set[str] = set()
@@ -157,8 +194,9 @@ class Residency:
             if fault is not None:
                 self._errors[digest] = str(fault) or type(fault).__name__
                 continue
-            self._host[digest] = future.result()
-            if self._host[digest].file is None:
+            adapter = future.result()
+            self.insert(adapter)
+            if adapter.file is None:
                 self.loads.append((digest, time.monotonic() - started))
             arrived.add(digest)
         for digest in self._pinned:
@@ -173,14 +211,17 @@ class Residency:
         if digest not in self._references:
             self._drop(digest)
 
-    def resident(self) -> list[Resident]:
-        """Every adapter on the device or, failing that, in host memory."""
-        on_device = [Resident(digest, "device", rank) for digest, rank in self._device.items()]
-        return on_device + [
-            Resident(digest, "host", adapter.rank)
-            for digest, adapter in self._host.items()
-            if digest not in self._device
-        ]
+    def find(self, digest: str) -> Resident | None:
+        """An adapter on the device or, failing that, in host memory; None when it is in neither."""
+        if digest in self._device:
+            return Resident("device", self._device[digest])
+        adapter = self._host.get(digest)
+        return None if adapter is None else Resident("host", adapter.rank)
+
+    def take_changed(self) -> set[str]:
+        """Adapters that came into a tier or left one since the last call; `find` has where each of them is now."""
+        changed, self._changed = self._changed, set()
+        return changed
 
     def close(self) -> None:
         for worker in (self._reader, self._filler):
@@ -199,16 +240,18 @@ class Residency:
         if digest not in self._loading and digest not in self._filling:
             self._loading[digest] = (self._reader.submit(self._load, digest, self._paths[digest]), time.monotonic())
 
-    def _held(self) -> int:
-        return sum(adapter.bytes for adapter in self._host.values())
+    def _let_go(self, digest: str) -> None:
+        """Out of the host tier, if it is there."""
+        adapter = self._host.pop(digest, None)
+        if adapter is not None:
+            self._held -= adapter.bytes
+            self._changed.add(digest)
 
     def _trim_host(self, arrived: set[str]) -> None:
         """Keep the host tier within its bound; what has just arrived stays, it is on its way to the device."""
-        held = self._held()
-        for digest in [digest for digest in self._host if digest not in arrived]:
-            if held <= self._host_bytes:
-                return
-            held -= self._host.pop(digest).bytes
+        leaving = (digest for digest in list(self._host) if digest not in arrived)
+        while self._held > self._host_bytes and (digest := next(leaving, None)) is not None:
+            self._let_go(digest)
 
     def _place(self, digests: Sequence[str], keep: Collection[str]) -> bool:
         """Copy adapters from the host tier to the device, or begin to, evicting idle ones. False: there is no room."""
@@ -216,48 +259,56 @@ class Residency:
         need: Counter[str] = Counter()
         for adapter in adapters:
             need.update({kind: rounded(units) for kind, units in adapter.units(self._pool.kinds).items()})
-        idle = [digest for digest in self._device if digest not in self._references and digest not in keep]
-        if self._fresh:
-            now = time.monotonic()
-            idle = [digest for digest in idle if now - self._fresh.get(digest, 0.0) > FRESH_SECONDS]
-        pinned = [digest for digest in idle if digest in self._pinned]
-        if pinned:
-            beside = Counter(self._pool.capacity)
-            for digest in self._device.keys() & self._pinned.keys() | set(keep) & self._device.keys():
-                beside.subtract(self._pool.units_of(digest))
-            idle = [digest for digest in idle if digest not in self._pinned]
-            if any(beside[kind] < units for kind, units in need.items()):
-                idle += pinned
-        free = Counter(self._pool.free)
-        victims: list[str] = []
-        for digest in idle:
-            if all(free[kind] >= units for kind, units in need.items()):
-                break
-            held = self._pool.units_of(digest)
-            if any(free[kind] < need[kind] for kind in held):
-                victims.append(digest)
-                free.update(held)
-        if any(free[kind] < units for kind, units in need.items()):
+        victims = choose_victims(need, self._pool.free, self._candidates(need, keep), self._pool.units_of)
+        if victims is None:
             return False
         for digest in victims:
             self._evict(digest)
-        for adapter in adapters:
-            if not self._pool.reserve(adapter, compact=not self._filling):
-                return False  # for now: rows that are being filled cannot be moved
-            if adapter.digest in self._host:
-                self._host.move_to_end(adapter.digest)
-            if adapter.fills_at_once:
-                self._pool.fill(adapter)
-                self._device[adapter.digest] = adapter.rank
-            else:
-                filled = self._filler.submit(self._pool.fill, adapter)
-                self._filling[adapter.digest] = (filled, adapter, time.monotonic())
+        return all(self._fill(adapter) for adapter in adapters)
+
+    def _candidates(self, need: Units, keep: Collection[str]) -> Iterator[str]:
+        """Adapters that may leave the device for those that need so much, in the order in which they should."""
+        soonest = time.monotonic() - FRESH_SECONDS
+
+        def idle(digest: str) -> bool:
+            used = digest in self._references or digest in keep
+            return not used and self._fresh.get(digest, 0.0) < soonest
+
+        yield from (digest for digest in self._device if digest not in self._pinned and idle(digest))
+        staying = (self._pinned.keys() | set(keep)) & self._device.keys()
+        if not self._fits_beside(need, staying):
+            yield from [digest for digest in self._device if digest in self._pinned and idle(digest)]
+
+    def _fits_beside(self, need: Units, staying: Collection[str]) -> bool:
+        """Whether so much would be free if these alone were on the device."""
+        room = Counter(self._pool.capacity)
+        for digest in staying:
+            room.subtract(self._pool.units_of(digest))
+        return _covers(room, need)
+
+    def _fill(self, adapter: HostAdapter) -> bool:
+        """Reserve an adapter's rows and copy it there, or begin to."""
+        if not self._pool.reserve(adapter, compact=not self._filling):
+            return False  # for now: rows that are being filled cannot be moved
+        if adapter.digest in self._host:
+            self._host.move_to_end(adapter.digest)
+        if adapter.fills_at_once:
+            self._pool.fill(adapter)
+            self._arrive(adapter)
+        else:
+            filled = self._filler.submit(self._pool.fill, adapter)
+            self._filling[adapter.digest] = (filled, adapter, time.monotonic())
         return True
+
+    def _arrive(self, adapter: HostAdapter) -> None:
+        self._device[adapter.digest] = adapter.rank
+        self._changed.add(adapter.digest)
 
     def _evict(self, digest: str) -> None:
         self._fresh.pop(digest, None)
         self._pool.remove(digest)
         del self._device[digest]
+        self._changed.add(digest)
         self.evictions.append(digest)
 
     def _drop(self, digest: str) -> None:
@@ -266,4 +317,4 @@ class Residency:
         self._forgotten.discard(digest)
         if digest in self._device:
             self._evict(digest)
-        self._host.pop(digest, None)  # its path stays: a sequence may still be waiting for it
+        self._let_go(digest)  # its path stays: a sequence may still be waiting for it

@@ -30,7 +30,7 @@ TESTS = [
     "tests/adapters/device/test_pool.py",
     "tests/server/engine/test_triton_engine.py",
     "tests/server/engine/test_graphs.py",
-    "tests/server/engine/test_ahead.py",
+    "tests/server/engine/test_in_flight.py",
     "tests/server/training/test_triton.py",
 ]
 RANK = 16

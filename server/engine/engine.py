@@ -4,40 +4,33 @@
 and offline runs drive it directly; process.py drives it from messages.
 """
 
-import dataclasses
-import math
 import os
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Literal
 
-import psutil
 import torch
 
-from adapters import kernels
-from adapters.background import Priority
-from adapters.device.cache import Residency
-from adapters.device.host import HostAdapter, filed_adapter, host_adapter
+from adapters.device.cache import AdapterCache
+from adapters.device.loader import AdapterLoader
 from adapters.device.pool import RowPool
-from adapters.device.variants import build as build_extras
-from adapters.peft_format import directory as adapter_format
-from adapters.peft_format import packed_rows as rowfile
-from adapters.peft_format.outline import Outline
 from adapters.peft_format.sizes import EXTRAS, EXTRAS_UNIT
 from server.engine.blocks import BlockPool
-from server.engine.merges import Merges
-from server.engine.runner import Flight, Runner, WorkResult
-from server.engine.scheduler import Counters, Scheduler
+from server.engine.memory_plan import BLOCK_SIZE, DevicePlan
+from server.engine.merged_registry import MergedRegistry
+from server.engine.outcome import InFlightStep, WorkResult
+from server.engine.packing import Packer
+from server.engine.report import Reporter
+from server.engine.routing import Router
+from server.engine.runner import Runner
+from server.engine.scheduler import Scheduler
 from server.engine.sequence import AdapterKey, Sequence, Work
 from server.messages import protocol
-from server.messages.protocol import AdapterUse, EngineConfig, Generate, Output, Ready, Stats, TokenLogprob
-from server.model import base as model
+from server.messages.protocol import EngineConfig, Generate, Output, Ready, Stats, TokenLogprob
 from server.model.attention import KVCache
-from server.model.base import Base, UnservableModel
+from server.model.base import Base
 
-BLOCK_SIZE = 16
-DEFAULT_BATCH_TOKENS = {"cpu": 256, "cuda": 2048}
 # How many more tokens double the time of a decoding step. CPU: as measured with the default model, 6 ms and 2 ms for
 # each token. A GPU's step waits for launches and weights for longer.
 FREE_ROWS = {"cpu": 3, "cuda": 64}
@@ -57,110 +50,56 @@ class Engine:
 
     Args:
         base: the loaded model.
-        num_blocks: KV blocks of BLOCK_SIZE tokens.
-        pool_units: adapter row units per module kind.
-        extra_bytes: what adapters may take on the device besides rows.
-        merged_bytes: what merged weights may take there.
-        outline: of the base's files; without, nothing can be merged.
+        plan: how much of the device goes where.
+        depth: steps that may be in flight when the next is decided, 0 or 1; None: as is best for the device.
+        planned: whether the model may run by our kernels as a whole; else through transformers' modules.
     """
 
     def __init__(
         self,
         base: Base,
+        plan: DevicePlan,
+        config: EngineConfig,
         *,
-        num_blocks: int,
-        pool_units: int,
-        extra_bytes: int,
-        max_model_len: int,
-        max_batch_tokens: int,
-        max_batch_requests: int,
-        adapter_host_bytes: int = 4 << 30,
-        merged_bytes: int = 0,
-        outline: Outline | None = None,
-        prefix_caching: bool = True,
-        background_priority: Priority = "low",
+        depth: Literal[0, 1] | None = None,
+        planned: bool = True,
     ) -> None:
         self.base = base
-        self.max_model_len = max_model_len
-        cache = KVCache(base.num_layers, base.kv_heads, base.head_dim, num_blocks, BLOCK_SIZE, base.dtype, base.device)
-        self.blocks = BlockPool(num_blocks, BLOCK_SIZE, prefix_caching)
-        self._linears = {linear.name: linear for linear in base.linears}
-        sizes = base.linear_sizes
-        capacity = {size.kind: pool_units for size in sizes.values()} | {EXTRAS: extra_bytes // EXTRAS_UNIT}
-        self.pool = RowPool(sizes, capacity, base.device)
-        self.residency = Residency(self.pool, self._load_adapter, adapter_host_bytes, background_priority)
-        self.runner = Runner(base, cache, self.pool, max_model_len)
-        self.merges = Merges(
-            base,
-            outline or Outline(),
-            self.runner,
-            self.pool,
-            self.residency,
-            self.blocks,
-            budget=merged_bytes,
-            max_requests=max_batch_requests,
+        self.max_model_len = plan.max_model_len
+        self.max_batch_requests = config.max_batch_requests
+        blocks = plan.num_blocks
+        self.cache = cache = KVCache(
+            base.num_layers, base.kv_heads, base.head_dim, blocks, BLOCK_SIZE, base.dtype, base.device
         )
+        self.blocks = BlockPool(blocks, BLOCK_SIZE, config.prefix_caching)
+        sizes = base.linear_sizes
+        capacity = {size.kind: plan.pool_units for size in sizes.values()} | {EXTRAS: plan.extra_bytes // EXTRAS_UNIT}
+        self.pool = RowPool(sizes, capacity, base.device)
+        loader = AdapterLoader(base.model, base.linears, base.device)
+        self.residency = AdapterCache(self.pool, loader, config.adapter_host_bytes, config.background_priority)
+        self.router = Router(base, cache, self.pool, plan.max_model_len, planned=planned)
+        self.runner = Runner(self.router, Packer(cache, self.pool))
+        self.merges = MergedRegistry(self.router, self.residency, plan.merged_bytes)
         self.scheduler = Scheduler(
             self.blocks,
             self.merges,
-            max_batch_tokens=max_batch_tokens,
-            max_batch_requests=max_batch_requests,
-            max_model_len=max_model_len,
+            max_batch_tokens=plan.max_batch_tokens,
+            max_batch_requests=config.max_batch_requests,
+            max_model_len=plan.max_model_len,
             eos_token_ids=base.eos_token_ids,
             starts=self._starts,
             free_rows=FREE_ROWS.get(base.device.type, 3),
         )
         self.base_digest = base.digest()
         self.int8_drift: protocol.Drift | None = None  # see `activations`
-        self._runs_ahead = base.device.type == "cuda"  # a CPU's step is over when it was given
-        self._flight: Flight | None = None  # the step that was given ahead
+        # A CPU has computed a step when it was given.
+        self._depth = int(base.device.type == "cuda") if depth is None else depth
+        self._in_flight: InFlightStep | None = None
+        self._waited = 0.0  # seconds, for the step in flight
         self._live: dict[str, _Live] = {}
         self._warming: list[tuple[protocol.Warm, float]] = []
         self._done: list[protocol.Done] = []
-        self._reported: list[AdapterUse] | None = None
-
-    @classmethod
-    def load(cls, config: EngineConfig) -> "Engine":
-        """Load the base and size KV cache and row pool for the device. Raises UnservableModel."""
-        if config.threads:
-            torch.set_num_threads(config.threads)
-            kernels.set_threads(config.threads)
-        kernels.set_deterministic(config.deterministic)
-        base = model.load(Path(config.model), config.quantization, config.dtype, config.device, Path(config.cache_dir))
-        if config.sketch_head:
-            model.sketch_head(base)
-        kernels.prepare([linear.weight for linear in base.linears], base.dtype)
-        max_model_len = base.context_length(config.max_model_len)
-        num_blocks = _num_blocks(base, config.kv_cache_bytes)
-        if num_blocks * BLOCK_SIZE < max_model_len:
-            if config.max_model_len is not None:
-                raise UnservableModel(
-                    f"max_model_len {max_model_len} needs more KV cache than there is "
-                    f"({num_blocks * BLOCK_SIZE} tokens): raise kv_cache_bytes or lower max_model_len"
-                )
-            max_model_len = num_blocks * BLOCK_SIZE
-        max_batch_tokens = config.max_batch_tokens or DEFAULT_BATCH_TOKENS.get(base.device.type, 512)
-        if max_batch_tokens <= config.max_batch_requests:
-            raise UnservableModel(
-                f"max_batch_tokens {max_batch_tokens} must exceed max_batch_requests {config.max_batch_requests}, "
-                "or decoding would leave no room for prompts"
-            )
-        adapter_bytes = _adapter_bytes(base) if config.adapter_bytes is None else config.adapter_bytes
-        merged_bytes = _adapter_bytes(base) if config.merged_bytes is None else config.merged_bytes
-        return cls(
-            base,
-            num_blocks=num_blocks,
-            pool_units=_pool_units(base, adapter_bytes),
-            extra_bytes=adapter_bytes,
-            max_model_len=max_model_len,
-            max_batch_tokens=max_batch_tokens,
-            max_batch_requests=config.max_batch_requests,
-            adapter_host_bytes=config.adapter_host_bytes,
-            merged_bytes=merged_bytes,
-            outline=Outline.read(Path(config.model)),
-            prefix_caching=config.prefix_caching,
-            background_priority=config.background_priority,
-        )
+        self._reporter = Reporter(self.scheduler, self.blocks, self.residency, self.merges)
 
     def ready(self) -> Ready:
         """What this engine serves."""
@@ -186,13 +125,15 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """Nothing runs and nothing waits."""
+        """Nothing runs, nothing waits, and nothing is in flight."""
         return self.scheduler.idle
 
     @property
     def busy(self) -> bool:
         """The next step has something to compute, as far as anyone can tell."""
-        return bool(self.scheduler.running) or (bool(self.scheduler.waiting) and not self.residency.loading)
+        scheduler = self.scheduler
+        there = scheduler.running or self._in_flight is not None
+        return bool(there) or (bool(scheduler.waiting) and not self.residency.loading)
 
     @property
     def loading(self) -> bool:
@@ -216,6 +157,7 @@ class Engine:
             arrival=time.monotonic(),
         )
         self._live[request.id] = _Live(key)
+        self._reporter.entered(key)
         self.scheduler.add(sequence)
 
     def abort(self, id: str) -> None:  # noqa: A002
@@ -227,6 +169,7 @@ class Engine:
         live = self._live.pop(id, None)
         if live is not None:
             self.merges.leave(live.adapter)
+            self._reporter.left(live.adapter)
 
     def warm(self, request: protocol.Warm) -> None:
         """Make an adapter resident; `take_done` tells when it is."""
@@ -258,49 +201,53 @@ class Engine:
 
     # --- a step ----------------------------------------------------------------------------------------------
 
-    def step(self, *, ahead: bool = True) -> tuple[list[Output], Stats]:
-        """Schedule and run one step, if anything can run. Returns every sequence's output and the gauges.
+    def step(self) -> tuple[list[Output], Stats]:
+        """Decide a step, give it to the device, and collect one: the same at depth 0, the one before it at depth 1.
 
-        Args:
-            ahead: where the device works by itself, and the step after this one is certain but for its tokens, give it
-                that as well before looking at what this one brought. Then the next call begins with it.
+        Returns every sequence's output and the gauges.
         """
         started = time.monotonic()
         self.residency.poll()
         self._answer_warming()
-        flight, self._flight = self._flight, None
-        if flight is None or all(work.sequence.ended for work in flight.step.works):
-            step = self.scheduler.schedule(started)
-            flight = None if step is None else self.runner.submit(step)
-        outputs: list[Output] = []
-        if flight is not None:
-            if ahead and self._runs_ahead and self.runner.lets_follow(flight.step):
-                step = self.scheduler.follow(flight.step)
-                self._flight = None if step is None else self.runner.submit(step, flight)
-            for work, result in zip(flight.step.works, flight.results(), strict=True):
-                output = None if work.sequence.ended else self._take_in(work, result)
-                if output is not None:
-                    outputs.append(output)
+        step = self.scheduler.schedule(started)
+        given = None if step is None else self.runner.submit(step, self._in_flight)
+        collected, self._in_flight = (self._in_flight, given) if self._depth else (given, None)
+        outputs = [] if collected is None else self._collect(collected)
         for sequence in self.scheduler.take_failed():
             self._end(sequence.id)
             outputs.append(Output(id=sequence.id, error=sequence.error, code=sequence.code))
-        stats = self._stats(
-            requests=0 if flight is None else len(flight.step.works),
-            adapters=0 if flight is None else flight.step.num_adapters,
-            seconds=time.monotonic() - started,
+        waited, self._waited = self._waited, 0.0
+        stats = self._reporter.stats(
+            requests=0 if collected is None else len(collected.step.works),
+            adapters=0 if collected is None else collected.step.num_adapters,
+            seconds=waited + time.monotonic() - started,
         )
         return outputs, stats
+
+    def wait(self) -> None:
+        """Wait until the device has computed all it was given: what runs next has it to itself, and can be timed."""
+        if self._in_flight is not None and self.base.device.type == "cuda":
+            started = time.monotonic()
+            torch.cuda.current_stream(self.base.device).synchronize()
+            self._waited += time.monotonic() - started
 
     def take_done(self) -> list[protocol.Done]:
         """Answers to `warm` and `forget` since the last call."""
         done, self._done = self._done, []
         return done
 
+    def _collect(self, given: InFlightStep) -> list[Output]:
+        outputs = (self._take_in(*pair) for pair in zip(given.step.works, given.results(), strict=True))
+        return [output for output in outputs if output is not None]
+
     def _take_in(self, work: Work, result: WorkResult) -> Output | None:
-        sequence, live = work.sequence, self._live[work.sequence.id]
-        if result.failed:
+        sequence = work.sequence
+        if result.failed and not sequence.ended:
             self.scheduler.fail(sequence.id, "The model's logits are not finite for this request.", protocol.NON_FINITE)
+        if sequence.ended:
+            self.scheduler.advance(work)
             return None
+        live = self._live[sequence.id]
         live.prompt_logprobs += result.prompt_logprobs
         kept = self.scheduler.advance(work, result.tokens)
         if not work.samples and sequence.finish_reason is None:
@@ -338,105 +285,7 @@ class Engine:
                     waiting.append((request, started))
         self._warming = waiting
 
-    def _stats(self, requests: int, adapters: int, seconds: float) -> Stats:
-        scheduler, residency = self.scheduler, self.residency
-        counters, scheduler.counters = scheduler.counters, Counters()
-        evictions, residency.evictions = residency.evictions, []
-        loads, residency.loads = residency.loads, []
-        uses = self._adapter_uses()
-        changed, self._reported = uses != self._reported, uses
-        return Stats(
-            running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
-            waiting_tokens=scheduler.waiting_tokens,
-            step_requests=requests,
-            step_adapters=adapters,
-            step_seconds=seconds,
-            kv_usage=self.blocks.counts.used / self.blocks.num_blocks,
-            prefix_queries=counters.prefix_queries,
-            prefix_hits=counters.prefix_hits,
-            preemptions=counters.preemptions,
-            drafted_tokens=counters.drafted,
-            accepted_tokens=counters.accepted,
-            evictions=evictions,
-            loads=loads,
-            adapters=uses if changed else None,
-            merges=self.merges.news(),
-        )
-
-    def _adapter_uses(self) -> list[AdapterUse]:
-        running: dict[str, int] = {}
-        waiting: dict[str, int] = {}
-        for counts, sequences in ((running, self.scheduler.running), (waiting, self.scheduler.waiting)):
-            for sequence in sequences:
-                for digest, _ in sequence.adapter:
-                    counts[digest] = counts.get(digest, 0) + 1
-        return [
-            AdapterUse(entry.digest, entry.tier, entry.rank, running.get(entry.digest, 0), waiting.get(entry.digest, 0))
-            for entry in self.residency.resident()
-        ] + self.merges.uses(running, waiting)
-
-    def _load_adapter(self, digest: str, path: str) -> HostAdapter:
-        directory = Path(path)
-        spec = adapter_format.AdapterSpec.read(directory)
-        dtype: torch.dtype = getattr(torch, spec.dtype)
-        rows = rowfile.find(directory, spec, self.base.linear_sizes)
-        if rows is not None:
-            return filed_adapter(digest, rows, dtype, self.base.device)
-        tensors = adapter_format.load(directory, spec)
-        modules = {name: (a, b, spec.modules[name].scaling) for name, (a, b) in tensors.items()}
-        adapter = host_adapter(digest, modules, dtype, pin=self.base.device.type == "cuda")
-        if not spec.variants.names:
-            return adapter
-        values = adapter_format.load_variants(directory, spec)
-        with torch.no_grad():
-            extras = build_extras(spec.variants, values, modules, self._linears, self.base.model)
-        return dataclasses.replace(
-            adapter,
-            bytes=adapter.bytes + spec.variants.device_bytes,
-            rank=spec.rank,
-            extras=extras,
-            extra_bytes=spec.variants.device_bytes,
-            invocation=tuple(spec.variants.invocation),
-        )
-
     def _starts(self, key: AdapterKey, prompt: Seq[int]) -> dict[str, int]:
         """Where in a prompt the activated ones among resident adapters come into force; beyond it, if they do not."""
         adapters = ((digest, self.pool.adapter(digest)) for digest, _ in key)
         return {digest: adapter.start_in(prompt) for digest, adapter in adapters if adapter and adapter.invocation}
-
-
-# --- how much of the device goes where --------------------------------------------------------------------
-
-
-def _num_blocks(base: Base, kv_cache_bytes: int | None) -> int:
-    block = KVCache.block_bytes(base.num_layers, base.kv_heads, base.head_dim, BLOCK_SIZE, base.dtype)
-    if kv_cache_bytes is None:
-        if base.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(base.device)
-            kv_cache_bytes = int(free * 0.7)
-        else:
-            kv_cache_bytes = min(2 << 30, psutil.virtual_memory().available // 4)
-    blocks = kv_cache_bytes // block
-    if blocks < 2:
-        raise UnservableModel(
-            f"kv_cache_bytes {kv_cache_bytes} holds {blocks} blocks of {block} bytes: at least 2 are needed"
-        )
-    # More than every sequence of a full batch could use would never be touched.
-    return min(blocks, math.ceil(base.max_model_len / BLOCK_SIZE) * 256)
-
-
-def _adapter_bytes(base: Base) -> int:
-    """Memory for rank rows when nobody says how much, and at most as much again, when wanted, for what is not rows."""
-    if base.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(base.device)
-        return int(free * 0.1)
-    return min(1 << 30, psutil.virtual_memory().available // 8)
-
-
-def _pool_units(base: Base, adapter_bytes: int) -> int:
-    unit = sum(size.unit_bytes for size in base.linear_sizes.values())
-    units = adapter_bytes // unit
-    if units < 2:
-        raise UnservableModel(f"adapter_bytes {adapter_bytes} holds no rank-row: one takes {2 * unit} bytes in fp32")
-    return int(units)

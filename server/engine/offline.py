@@ -22,14 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from adapters.peft_format import directory as adapter_format
-from server.engine import activations, selfcheck
+from server.engine import boot, selfcheck
 from server.engine.engine import Engine
 from server.engine.loop import Loop
 from server.messages import protocol
 from server.messages.protocol import AdapterRef, EngineConfig, Generate, Sampling
 from server.messages.training import JobEnded, TrainingStep
 from server.training import bench
-from server.training.trainer import Trainer
 
 
 class Script:
@@ -64,12 +63,11 @@ class Script:
 
 
 class Bench:
-    """An engine, its trainer, and the loop over both."""
+    """An engine, its gap work, and the loop over both."""
 
     def __init__(self, engine: Engine, config: EngineConfig) -> None:
         self.engine = engine
-        self._config = config
-        self._trainer = Trainer(engine.base)
+        self._gaps = boot.gap_work(engine, config)
         self._trained = self._told = 0  # tokens in all, and at the last watch
         self._watched = time.perf_counter()
 
@@ -104,7 +102,7 @@ class Bench:
     def start_job(self, settings: dict[str, Any], directory: Path) -> None:
         """Begin to train."""
         bench.random_data(settings, self.engine.base.vocab_size).save(directory / bench.DATA)
-        self._trainer.start(bench.endless_job("0", directory, self.engine.base, settings))
+        self._gaps.handle(bench.endless_job("0", directory, self.engine.base, settings))
 
     def watch(self, seconds: float) -> dict[str, float]:
         """Run without requests for a while; what has been trained since this was last asked."""
@@ -120,7 +118,7 @@ class Bench:
     ) -> list[tuple[float, protocol.Reply]]:
         """One run of the process's loop. Raises RuntimeError when the job ends."""
         script = Script(due, until)
-        Loop(self.engine, self._trainer, self._config, script).run()
+        Loop(self.engine, self._gaps, script).run()
         said = script.said()
         for _, reply in said:
             if isinstance(reply, JobEnded):
@@ -142,13 +140,13 @@ def main() -> None:
         config = EngineConfig(
             address="", model=settings["model"], cache_dir=settings["cache_dir"], **settings.get("engine", {})
         )
-        engine = Engine.load(config)
         ready: dict[str, Any] = {"ready": True}
-        if settings.get("check"):
-            ready["difference"] = selfcheck.compare(engine)
-        if config.activations == "int8":
-            activations.round_to_int8(engine, Path(config.model))
-        engine.runner.warm_up(config.max_batch_requests)
+
+        def check(engine: Engine) -> None:
+            if settings.get("check"):
+                ready["difference"] = selfcheck.compare(engine)
+
+        engine = boot.boot(config, check)
         runner = Bench(engine, config)
         adapters = {name: runner.accept(Path(path)) for name, path in settings["adapters"].items()}
         answer(ready)

@@ -15,12 +15,10 @@ from pathlib import Path
 import transformers
 import zmq
 
-from server.engine import activations, selfcheck
-from server.engine.engine import Engine
+from server.engine import boot, selfcheck
 from server.engine.loop import Loop
 from server.messages import protocol
 from server.model.base import UnservableModel
-from server.training.trainer import Trainer
 
 log = logging.getLogger("lorakeet.engine")
 
@@ -47,12 +45,8 @@ def main() -> int:
     socket.set_hwm(0)
     socket.connect(config.address)
     try:
-        engine = Engine.load(config)
-        selfcheck.run(engine, Path(config.cache_dir))
-        if config.activations == "int8":
-            activations.round_to_int8(engine, Path(config.model))
-        engine.runner.warm_up(config.max_batch_requests)
-        Loop(engine, Trainer(engine.base), config, socket).run()
+        engine = boot.boot(config, lambda engine: selfcheck.run(engine, Path(config.cache_dir)))
+        Loop(engine, boot.gap_work(engine, config), socket).run()
     except UnservableModel as fault:
         socket.send(protocol.encode(protocol.Fatal(message=str(fault), retry=False)))
         status = 2

@@ -6,12 +6,16 @@ What is done to a row, in vLLM's order: allowed tokens, `min_tokens`, `logit_bia
 A row's outcome is a function of that row alone. Its randomness is a hash of (seed, position), so neighbours, preemption
 and speculation change nothing; and no reduction here depends on the number of rows (torch splits a sum over threads
 when it yields a single number, so long sums go through blocks).
+
+A GPU is given its work and never waited for: what it made is read later, from copies that are on their way to the host.
 """
 
 from array import array
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,12 +40,12 @@ class Row:
     tokens: Sequence[int]  # everything before the token to be drawn: the prompt, then what was generated
     num_prompt: int
     allowed: Tensor | None = None  # int32 [ceil(vocabulary / 32)]: bit i % 32 of word i // 32 allows token i
-    unknown: int = 0  # how many tokens, being drawn still, lie between `tokens` and this one
+    pending: int = 0  # tokens after those, before the one to be drawn, that nobody has read yet; 0 with penalties
 
     @property
     def position(self) -> int:
         """How many tokens are generated before this one."""
-        return len(self.tokens) - self.num_prompt + self.unknown
+        return len(self.tokens) - self.num_prompt + self.pending
 
     @property
     def greedy(self) -> bool:
@@ -70,49 +74,93 @@ class Draw:
     logprob: TokenLogprob | None = None  # present when asked for
 
 
+class _Readback:
+    """Tensors on their way to the host."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._tensors = tensors
+        self._copied: torch.cuda.Event | None = None
+        device = tensors[0].device
+        if device.type == "cuda":
+            self._tensors = tuple(torch.empty(t.shape, dtype=t.dtype, pin_memory=True) for t in tensors)
+            for copy, tensor in zip(self._tensors, tensors, strict=True):
+                copy.copy_(tensor, non_blocking=True)
+            self._copied = torch.cuda.current_stream(device).record_event()
+
+    def lists(self) -> list[list[Any]]:
+        """Their numbers; waits for them."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        return [tensor.tolist() for tensor in self._tensors]
+
+
+class Logprobs:
+    """Log-probabilities of given tokens under untouched logits, with ranks and the likeliest alternatives.
+
+    Serves generated and prompt tokens alike. What `logits` hold may change once this is made.
+
+    Args:
+        logits: float32 [rows, vocabulary].
+        tokens: int64 [rows].
+        counts: how many alternatives each row wants; equal ones are taken in order of id.
+    """
+
+    def __init__(self, logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> None:
+        self._counts = counts
+        self._parts = [
+            _Readback(tokens[part], *_logprobs(logits[part], tokens[part], max(counts[part])))
+            for part in _slices(logits)
+        ]
+
+    def read(self) -> list[TokenLogprob]:
+        """One per row; waits for them."""
+        lines: list[TokenLogprob] = []
+        for part in self._parts:
+            for token, value, rank, ids, values in zip(*part.lists(), strict=True):
+                count = self._counts[len(lines)]
+                lines.append(TokenLogprob(token, value, rank, list(zip(ids[:count], values[:count], strict=True))))
+        return lines
+
+
 class Drawn:
     """One token per row, perhaps still being drawn.
 
     tokens: int64 [rows], where the logits are; `NOTHING` for a row whose logits were not all finite, or whose every
         token was forbidden.
+    logprobs: of the rows `scored`, in order.
     """
 
-    def __init__(self, tokens: Tensor, logprobs: Mapping[int, TokenLogprob]) -> None:
+    def __init__(self, tokens: Tensor, logprobs: Logprobs | None = None, scored: Sequence[int] = ()) -> None:
         self.tokens = tokens
+        self._host = _Readback(tokens)
         self._logprobs = logprobs
-        self._host = tokens
-        self._there: torch.cuda.Event | None = None
-        if tokens.device.type == "cuda":
-            self._host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
-            self._host.copy_(tokens, non_blocking=True)
-            self._there = torch.cuda.current_stream(tokens.device).record_event()
+        self._scored = scored
 
     def draws(self) -> list[Draw]:
         """What was drawn; waits for it."""
-        if self._there is not None:
-            self._there.synchronize()
+        [tokens] = self._host.lists()
+        logprobs = dict(zip(self._scored, self._logprobs.read(), strict=True)) if self._logprobs else {}
         return [
-            Draw(None) if token == NOTHING else Draw(token, self._logprobs.get(index))
-            for index, token in enumerate(self._host.tolist())
+            Draw(None) if token == NOTHING else Draw(token, logprobs.get(index)) for index, token in enumerate(tokens)
         ]
 
 
 def sample(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int] = ()) -> Drawn:
     """Draw one token per row.
 
-    A GPU is given its work and not waited for, unless a row wants log-probabilities or its logits changed.
-
     Args:
         logits: float32 [rows, vocabulary]; left as they are.
         rows: one per row of logits.
         eos_token_ids: forbidden, with the row's stop tokens, until `min_tokens` are there (unless it ignores EOS).
     """
-    tokens: list[Tensor] = []
-    logprobs: dict[int, TokenLogprob] = {}
-    for part in _slices(logits):
-        tokens.append(_sample(logits[part], rows[part], eos_token_ids))
-        logprobs |= _asked_logprobs(logits[part], rows[part], tokens[-1], part.start)
-    return Drawn(torch.cat(tokens) if tokens else torch.empty(0, dtype=torch.int64), logprobs)
+    parts = [_sample(logits[part], rows[part], eos_token_ids) for part in _slices(logits)]
+    tokens = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+    scored = [index for index, row in enumerate(rows) if row.sampling.logprobs is not None]
+    if not scored:
+        return Drawn(tokens)
+    places = _places_of(scored, logits)
+    counts = [rows[index].sampling.logprobs or 0 for index in scored]
+    return Drawn(tokens, Logprobs(logits[places], tokens[places].clamp(min=0), counts), scored)
 
 
 def _sample(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int]) -> Tensor:
@@ -135,49 +183,25 @@ def _places_of(rows: Sequence[int], logits: Tensor) -> slice | Tensor:
     return slice(None) if len(rows) == len(logits) else sent(torch.tensor(rows), logits.device)
 
 
-def _asked_logprobs(logits: Tensor, rows: Sequence[Row], tokens: Tensor, first: int) -> dict[int, TokenLogprob]:
-    """Those of the rows that want them, by row; `first` is the number of the first row here."""
-    asking = [index for index, row in enumerate(rows) if row.sampling.logprobs is not None]
-    if not asking:
-        return {}
-    counts = [rows[index].sampling.logprobs or 0 for index in asking]
-    found = token_logprobs(logits[asking], tokens[asking].clamp(min=0), counts)
-    return {first + index: logprob for index, logprob in zip(asking, found, strict=True)}
-
-
-def token_logprobs(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[TokenLogprob]:
-    """Log-probabilities of given tokens under untouched logits, with ranks and the likeliest alternatives.
-
-    Serves generated and prompt tokens alike.
-
-    Args:
-        logits: float32 [rows, vocabulary].
-        tokens: int64 [rows].
-        counts: how many alternatives each row wants; equal ones are taken in order of id.
-    """
-    lines: list[TokenLogprob] = []
-    for part in _slices(logits):
-        lines += _token_logprobs(logits[part], tokens[part], counts[part])
-    return lines
-
-
-def _token_logprobs(logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> list[TokenLogprob]:
+def _logprobs(logits: Tensor, tokens: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of each token its log-probability and rank, and ids [rows, most] and log-probabilities of the likeliest."""
+    vocabulary = logits.shape[1]
     peak = logits.amax(-1, keepdim=True)
     total = _block_sums((logits - peak).exp_()).sum(-1)  # float64 [rows]
-    log_total = peak.squeeze(1).double() + total.log()
+    log_total = peak.double() + total.log()[:, None]  # [rows, 1]
     own = logits.gather(1, tokens[:, None])  # [rows, 1]
-    values = (own.squeeze(1).double() - log_total).tolist()
-    ranks = ((logits > own).sum(-1) + 1).tolist()
-    tops: list[list[tuple[int, float]]] = [[] for _ in counts]
-    if most := min(max(counts), logits.shape[1]):
-        # Candidates by threshold, not topk's own indices: which of equals it picks is not defined.
-        candidates = logits >= logits.topk(most).values[:, -1:]
-        where, ids = candidates.nonzero(as_tuple=True)  # in order of row, then id
-        alternatives = (logits[where, ids].double() - log_total[where]).tolist()
-        for row, token, value in zip(where.tolist(), ids.tolist(), alternatives, strict=True):
-            tops[row].append((token, value))
-        tops = [sorted(top, key=lambda pair: -pair[1])[:count] for top, count in zip(tops, counts, strict=True)]
-    return [TokenLogprob(*line) for line in zip(tokens.tolist(), values, ranks, tops, strict=True)]
+    values = (own.double() - log_total).squeeze(1)
+    ranks = (logits > own).sum(-1) + 1
+    if not most:
+        nothing = tokens.new_empty(len(tokens), 0)
+        return values, ranks, nothing, nothing.double()
+    # Which of equals topk picks is not defined; so it ranks keys that differ: a logit's bits, in an order that is that
+    # of the logits, and below them the id, the lowest first.
+    bits = (logits + 0.0).view(torch.int32)  # -0 becomes 0
+    ids = torch.arange(vocabulary - 1, -1, -1, device=logits.device)
+    keys = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32) | ids
+    best = vocabulary - 1 - (keys.topk(min(most, vocabulary)).values & 0xFFFFFFFF)
+    return values, ranks, best, logits.gather(1, best).double() - log_total
 
 
 def _slices(logits: Tensor) -> Iterator[slice]:
@@ -198,7 +222,7 @@ def _adjust(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int])
     scores = logits.clone()
     for index, row in enumerate(rows):
         if row.allowed is not None:
-            scores[index].masked_fill_(~_unpack(row.allowed.to(logits.device), logits.shape[1]), -torch.inf)
+            scores[index].masked_fill_(~_unpack(sent(row.allowed, logits.device), logits.shape[1]), -torch.inf)
 
     early = [
         (index, token)
@@ -211,7 +235,7 @@ def _adjust(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int])
 
     biases = {(index, token): bias for index, row in enumerate(rows) for token, bias in row.sampling.logit_bias.items()}
     if biases:
-        scores[_places(biases, logits)] += torch.tensor(list(biases.values()), device=logits.device)
+        scores[_places(biases, logits)] += sent(torch.tensor(list(biases.values())), logits.device)
 
     repeating = [index for index, row in enumerate(rows) if row.sampling.repetition_penalty != 1.0]
     if repeating:
@@ -222,13 +246,12 @@ def _adjust(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int])
 
     counting = [i for i, row in enumerate(rows) if row.sampling.frequency_penalty or row.sampling.presence_penalty]
     if counting:
-        outputs = [rows[index].tokens[rows[index].num_prompt :] for index in counting]
-        where, ids = _histories(counting, outputs, logits)
-        flat, counts = (where * logits.shape[1] + ids).unique(return_counts=True)
-        where = flat // logits.shape[1]
+        counts = [Counter(rows[index].tokens[rows[index].num_prompt :]) for index in counting]
+        where, ids = _histories(counting, [list(count) for count in counts], logits)
+        times = torch.tensor([times for count in counts for times in count.values()], dtype=torch.float32)
         frequency = _column(rows, lambda sampling: sampling.frequency_penalty, logits)[where]
         presence = _column(rows, lambda sampling: sampling.presence_penalty, logits)[where]
-        scores.view(-1)[flat] -= frequency * counts + presence
+        scores[where, ids] -= frequency * sent(times, logits.device) + presence
     return scores
 
 
@@ -241,7 +264,7 @@ def _unpack(words: Tensor, vocabulary: int) -> Tensor:
 def _places(pairs: Iterable[tuple[int, int]], logits: Tensor) -> tuple[Tensor, Tensor]:
     """(row, token) pairs as an index into the logits."""
     rows, tokens = zip(*pairs, strict=True)
-    return torch.tensor(rows, device=logits.device), torch.tensor(tokens, device=logits.device)
+    return sent(torch.tensor(rows), logits.device), sent(torch.tensor(tokens), logits.device)
 
 
 def _histories(rows: Sequence[int], tokens: Sequence[Sequence[int]], logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,7 +274,7 @@ def _histories(rows: Sequence[int], tokens: Sequence[Sequence[int]], logits: Ten
         flat.extend(line)
     ids = torch.frombuffer(flat, dtype=torch.int64) if flat else torch.empty(0, dtype=torch.int64)
     lengths = torch.tensor([len(line) for line in tokens])
-    return torch.tensor(rows).repeat_interleave(lengths).to(logits.device), ids.to(logits.device)
+    return sent(torch.tensor(rows).repeat_interleave(lengths), logits.device), sent(ids, logits.device)
 
 
 def _column(rows: Sequence[Row], value: Callable[[Sampling], float], like: Tensor) -> Tensor:

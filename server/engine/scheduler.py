@@ -1,12 +1,17 @@
 """Which tokens of which sequences go through the model next.
 
-There are no phases: a sequence has `num_computed` chasing the tokens it knows, and every step spends one token budget,
-on decodes first, then on chunks of prompts under way, then on newcomers in order of arrival; what is left may go to
-drafts of sequences that speculate. `schedule` decides a step, the caller runs it, and `advance` (or `fail`) takes in
-what came out, one work at a time. Where only tokens are lacking to decide the next, `follow` does so before that.
+There are no phases: a sequence has `num_computed` chasing its length, and every step spends one token budget, on
+decodes first, then on chunks of prompts under way, then on newcomers in order of arrival; what is left may go to drafts
+of sequences that speculate. `schedule` decides a step, the caller gives it to the device, and `advance` takes in what
+came out, one work at a time.
 
-Knows blocks as numbers and adapters as hashable keys whose residency it asks for. Holds no tensors. Stop strings are
-the business of whoever reads the tokens (and calls `abort`).
+Lengths advance when a step is given, so `schedule` decides the next one just as well before the tokens of the last were
+read. Only a sequence that needs those on the host (penalties, drafts) is passed over until they are. One that an
+in-flight step turns out to end is computed once more for nothing; what a sequence leaves is given back when no step in
+flight computes it any more.
+
+Blocks are numbers here, and adapters hashable keys whose residency is asked for. Stop strings are the business of
+whoever reads the tokens (and calls `abort`).
 
 Who waits, and why nobody waits for ever:
 
@@ -14,7 +19,8 @@ Who waits, and why nobody waits for ever:
 - A sequence refused room for `patience` steps lets no younger one in on any adapter; as others finish, it gets room.
 - A sequence that lacks blocks or a place in the batch lets nobody younger in.
 - When running sequences need more blocks than exist, the youngest is preempted: it gives everything back and waits in
-  its old place. What it generated is kept and later recomputed as if it were prompt, never drawn again.
+  its old place. What it generated is kept and later recomputed as if it were prompt, never drawn again. If it is in
+  flight, it is held back first, and so is the one in need.
 """
 
 from bisect import insort
@@ -39,7 +45,7 @@ class Counters:
     accepted: int = 0  # those among them that were right and used
 
 
-class Residency(Protocol):
+class AdapterResidency(Protocol):
     """Where adapters are. The scheduler asks, and never loads anything itself."""
 
     def acquire(self, key: AdapterKey) -> Literal["ready", "loading", "full", "failed"]:
@@ -75,7 +81,7 @@ class Scheduler:
     def __init__(
         self,
         blocks: BlockPool,
-        residency: Residency,
+        residency: AdapterResidency,
         *,
         max_batch_tokens: int,
         max_batch_requests: int,
@@ -91,6 +97,7 @@ class Scheduler:
             )
         self.running: list[Sequence] = []  # these two are in order of arrival, for others to read
         self.waiting: list[Sequence] = []
+        self.leaving: list[Sequence] = []  # ended, and still in flight: they hold what they held
         self.counters = Counters()
         self._blocks = blocks
         self._residency = residency
@@ -108,8 +115,8 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        """Nothing runs and nothing waits."""
-        return not self._by_id
+        """Nothing runs, nothing waits, and nothing is in flight."""
+        return not self._by_id and not self.leaving
 
     @property
     def waiting_tokens(self) -> int:
@@ -126,7 +133,7 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def abort(self, sequence_id: str) -> bool:
-        """Forget a sequence and give back all it holds; False when it is not here (any more)."""
+        """Forget a sequence; False when it is not here (any more)."""
         sequence = self._by_id.get(sequence_id)
         if sequence is None:
             return False
@@ -153,65 +160,62 @@ class Scheduler:
     # --- deciding a step -------------------------------------------------------------------------
 
     def schedule(self, now: float) -> Step | None:
-        """Decide the next step; None when nothing can run now. Every work must then be advanced or its sequence ended.
+        """Decide the next step, to be given to the device at once; None when nothing can run now.
+
+        Every work must be advanced in the end, in order. Steps may be scheduled before the last one was collected.
 
         Args:
             now: seconds on the clock of `Sequence.arrival`; only stamps `first_scheduled`.
         """
         self._steps += 1
         works: list[Work] = []
-        self._schedule_decodes(works)
+        held = self._schedule_decodes(works)
         budget = self._max_batch_tokens - len(works)
         for sequence in self.running:
-            if sequence.remaining > 1 and budget:
+            if sequence.remaining > 1 and budget and sequence is not held:
                 works.append(self._work(sequence, budget))
                 budget -= works[-1].count
         self._admit(works, budget, now)
         if not works:
             return None
         self._speculate(works)
+        for work in works:
+            sequence = work.sequence
+            sequence.num_computed += work.count - len(work.drafts)
+            sequence.pending += work.samples
+            sequence.in_flight += 1
         works.sort(key=lambda work: (work.sequence.adapter, work.sequence._order))
         return Step(tuple(works))
 
-    def follow(self, step: Step) -> Step | None:
-        """Decide the step after one that is still being computed: one more token of each of its sequences.
+    def _schedule_decodes(self, works: list[Work]) -> Sequence | None:
+        """One token of each decoding sequence, oldest first; the youngest give way when blocks run out.
 
-        None where that is not what `schedule` would decide as well, whatever tokens come out; an end is the exception.
-        A sequence that `step` turns out to end is computed once more for nothing, and `advance` ignores it.
+        Returns the one that will give way when it was collected, and is not to be computed before that.
         """
-        if self.waiting and len(self.running) < self._max_batch_requests:
-            return None
-        works: list[Work] = []
-        going = 0
-        for place, work in enumerate(step.works):
-            sequence = work.sequence
-            if not work.samples or work.prompt_rows or sequence._drafter is not None:
-                return None
-            if sequence.ended:
-                continue
-            going += 1
-            if sequence.num_generated + 1 == self._limit(sequence):
-                continue
-            if not self._grow(sequence, len(sequence.tokens) + 1):
-                return None  # somebody must give way
-            start = work.start + work.count
-            works.append(Work(sequence, start, 1, samples=True, prompt_rows=range(0), awaits=place))
-        return Step(tuple(works)) if works and going == len(self.running) else None
-
-    def _schedule_decodes(self, works: list[Work]) -> None:
-        """One token of each decoding sequence, oldest first; the youngest give way when blocks run out."""
         position = 0
+        held = None
         while position < len(self.running):
             sequence = self.running[position]
-            if sequence.remaining > 1:  # its blocks were all allocated at admission
+            # One with more to compute got all of its blocks at admission.
+            if sequence.remaining != 1 or sequence is held or (sequence.pending and self._must_wait(sequence)):
                 position += 1
-            elif self._grow(sequence, len(sequence.tokens)):
+            elif self._grow(sequence, sequence.length):
                 works.append(self._work(sequence, 1))
+                position += 1
+            elif self.leaving:  # there are blocks on their way back
+                position += 1
+            elif self.running[-1].in_flight:
+                held = self.running[-1]
                 position += 1
             elif len(self.running) == 1:
                 self._fail_too_long(sequence)
             else:  # the youngest is this one, or one not looked at yet
                 self._preempt(self.running[-1])
+        return held
+
+    def _must_wait(self, sequence: Sequence) -> bool:
+        """Whether a sequence goes no further until its pending token is read."""
+        return sequence.needs_tokens or self._left(sequence) == 0
 
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
         """See that so many tokens have their slots; False when blocks run out."""
@@ -299,7 +303,7 @@ class Scheduler:
                 continue
             # A row's part of the step's cost is what it brings there in tokens, or it does not pay.
             price = rows / (rows + self._free_rows)
-            most = min(self._max_batch_tokens - rows, self._limit(sequence) - sequence.num_generated - 1)
+            most = min(self._max_batch_tokens - rows, self._left(sequence) - 1)
             drafts = sequence._drafter.draft(sequence.tokens, most, price)
             drafts = drafts[: self._room_for_drafts(sequence, len(drafts))]
             if drafts:
@@ -316,17 +320,20 @@ class Scheduler:
         return min(wanted, len(sequence.blocks) * self._blocks.block_size - known)
 
     def _work(self, sequence: Sequence, budget: int) -> Work:
-        start = sequence.num_computed
-        count = min(sequence.remaining, budget)
+        start, remaining = sequence.num_computed, sequence.remaining
+        count = min(remaining, budget)
         scored = range(0)
         if sequence.sampling.prompt_logprobs is not None:
             scored = range(max(start, sequence.prompt_scored), min(start + count, len(sequence.prompt) - 1))
-        reaches_end = count == sequence.remaining
-        return Work(sequence, start, count, reaches_end and sequence.num_generated < self._limit(sequence), scored)
+        return Work(sequence, start, count, count == remaining and self._left(sequence) > 0, scored)
 
     def _limit(self, sequence: Sequence) -> int:
         """Most tokens that this sequence may generate."""
         return min(sequence.sampling.max_tokens, self._max_model_len - len(sequence.prompt))
+
+    def _left(self, sequence: Sequence) -> int:
+        """How many tokens it may generate after those it has, pending ones included."""
+        return self._limit(sequence) - (sequence.length - len(sequence.prompt))
 
     def _fits_ever(self, sequence: Sequence) -> bool:
         needed = self._blocks.blocks_for(len(sequence.tokens))
@@ -342,14 +349,18 @@ class Scheduler:
 
         Returns:
             The tokens that count: all, or those up to the one that ended the sequence; then its `finish_reason` is set
-            and it is gone from here. None for a sequence that ended since this work was scheduled.
+            and it is gone from here. None for a sequence that has ended since this work was scheduled.
         """
         sequence = work.sequence
-        if self._by_id.get(sequence.id) is not sequence:
+        sequence.in_flight -= 1
+        if sequence.ended:
+            if not sequence.in_flight:
+                self.leaving.remove(sequence)
+                self._give_back(sequence)
             return []
-        assert sequence.num_computed == work.start
         assert work.samples or not new_tokens
         assert len(new_tokens) <= 1 + len(work.drafts)
+        sequence.pending -= work.samples
         kept: list[int] = []
         for token in new_tokens:
             kept.append(token)
@@ -359,13 +370,14 @@ class Scheduler:
                 break
         accepted = max(0, len(kept) - 1)
         # The keys and values of the other drafts are left for the next work to overwrite.
-        sequence.num_computed += work.count - len(work.drafts) + accepted
+        sequence.num_computed += accepted
         sequence.prompt_scored = max(sequence.prompt_scored, work.prompt_rows.stop)
-        self._publish(sequence, work.start)
+        self._publish(sequence, work.start, work.start + work.count - len(work.drafts) + accepted)
         self.counters.accepted += accepted
         if sequence._drafter is not None:
             sequence._drafter.learn(new_tokens)
-        if not sequence.remaining:  # nothing was to be drawn: max_tokens is 0, or the prompt fills the context
+        # Nothing was to be drawn: max_tokens is 0, or the prompt fills the context.
+        if not sequence.remaining and not sequence.in_flight:
             sequence.finish_reason = "length"
         if sequence.finish_reason is not None:
             self._remove(sequence)
@@ -380,11 +392,11 @@ class Scheduler:
             return "stop"
         return "length" if sequence.num_generated >= self._limit(sequence) else None
 
-    def _publish(self, sequence: Sequence, start: int) -> None:
-        """Offer the blocks that became full since position `start`."""
-        self._extend_keys(sequence, sequence.num_computed)
+    def _publish(self, sequence: Sequence, start: int, end: int) -> None:
+        """Offer the blocks that became full by positions [start, end), whose tokens are known."""
+        self._extend_keys(sequence, end)
         size = self._blocks.block_size
-        for index in range(start // size, min(sequence.num_computed // size, len(sequence._keys))):
+        for index in range(start // size, min(end // size, len(sequence._keys))):
             self._blocks.publish(sequence.blocks[index], sequence._keys[index])
 
     def _extend_keys(self, sequence: Sequence, tokens: int) -> None:
@@ -401,23 +413,27 @@ class Scheduler:
     # --- leaving -------------------------------------------------------------------------------------
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._leave_running(sequence)
+        self.running.remove(sequence)
+        self._give_back(sequence)
         sequence.num_computed = 0
         self.counters.preemptions += 1
         insort(self.waiting, sequence, key=_order)
 
-    def _leave_running(self, sequence: Sequence) -> None:
+    def _remove(self, sequence: Sequence) -> None:
+        del self._by_id[sequence.id]
+        if not sequence.blocks:  # running sequences hold blocks, waiting ones none
+            self.waiting.remove(sequence)
+            return
         self.running.remove(sequence)
+        if sequence.in_flight:
+            self.leaving.append(sequence)
+        else:
+            self._give_back(sequence)
+
+    def _give_back(self, sequence: Sequence) -> None:
         self._blocks.release(sequence.blocks)
         sequence.blocks = []
         self._residency.release(sequence.adapter)
-
-    def _remove(self, sequence: Sequence) -> None:
-        del self._by_id[sequence.id]
-        if sequence.blocks:  # running sequences hold blocks, waiting ones none
-            self._leave_running(sequence)
-        else:
-            self.waiting.remove(sequence)
 
     def _fail_too_long(self, sequence: Sequence) -> None:
         capacity = self._blocks.num_blocks * self._blocks.block_size

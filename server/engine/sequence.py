@@ -1,6 +1,7 @@
-"""What a step is made of: sequences, and what each of them has computed in it. `scheduler` decides, `runner` computes.
+"""What a step is made of: sequences, and the tokens of each that it computes. `scheduler` decides, `runner` computes.
 
-Knows tokens and blocks as numbers, adapters as keys; decides nothing.
+A step is *given* to the device, is in flight, and is *collected* when the tokens that it drew have been read. A
+sequence's lengths advance when a step is given, its `tokens` when that is collected: `pending` counts the difference.
 """
 
 from collections.abc import Mapping
@@ -26,8 +27,11 @@ class Sequence:
     arrival: float = 0.0  # seconds, on the clock that `schedule` is given
 
     tokens: list[int] = field(init=False)  # prompt, then what was generated
-    num_computed: int = field(init=False, default=0)  # leading tokens whose keys and values lie in `blocks`
+    pending: int = field(init=False, default=0)  # tokens after those, drawn on the device and not yet read
+    num_computed: int = field(init=False, default=0)  # leading tokens that a step was given
+    in_flight: int = field(init=False, default=0)  # works given and not yet collected
     blocks: list[int] = field(init=False, default_factory=list)  # the block table; entry i holds tokens [i * size, ...)
+    needs_tokens: bool = field(init=False)  # the next is drawn, or drafted, by what the host knows of the last ones
     prompt_scored: int = field(init=False, default=0)  # prompt positions whose log-probabilities were delivered
     starts: Mapping[str, int] = field(init=False, default_factory=dict)  # digest -> first position under that adapter
     cached_tokens: int = field(init=False, default=0)  # prompt tokens found in the prefix cache at first admission
@@ -44,12 +48,20 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
-        if self.sampling.speculative_tokens:
-            self._drafter = Drafter(self.sampling.speculative_tokens)
+        sampling = self.sampling
+        penalized = sampling.repetition_penalty != 1.0 or sampling.frequency_penalty or sampling.presence_penalty
+        self.needs_tokens = bool(penalized or sampling.speculative_tokens)
+        if sampling.speculative_tokens:
+            self._drafter = Drafter(sampling.speculative_tokens)
+
+    @property
+    def length(self) -> int:
+        """All of its tokens, those included that are pending."""
+        return len(self.tokens) + self.pending
 
     @property
     def num_generated(self) -> int:
-        """Tokens generated so far."""
+        """Generated tokens that were read."""
         return len(self.tokens) - len(self.prompt)
 
     @property
@@ -59,8 +71,8 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        """Known tokens that the model has yet to see; 1 while decoding."""
-        return len(self.tokens) - self.num_computed
+        """Tokens that no step has yet been given; 1 while decoding."""
+        return len(self.tokens) + self.pending - self.num_computed
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +85,15 @@ class Work:
     sequence: Sequence
     start: int
     count: int
-    samples: bool  # the last known token is among these: its logits give the next token, as do those of right drafts
+    samples: bool  # the last token is among these: its logits give the next token, as do those of right drafts
     prompt_rows: range  # positions within the chunk whose logits score the prompt token that follows them
     drafts: Seq[int] = ()
-    awaits: int | None = None  # its one token is still being drawn: by the work at this place of the step before
+
+    @property
+    def pending(self) -> int:
+        """How many of its tokens were not read when it was given."""
+        missing = self.start + self.count - len(self.drafts) - len(self.sequence.tokens)
+        return missing if missing > 0 else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -211,13 +211,14 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class AdapterUse(msgspec.Struct, frozen=True, array_like=True):
-    """Residency of one adapter digest, for metrics."""
+    """One adapter digest in one tier of memory. Not `present`: it has left that tier."""
 
     digest: str
     tier: Literal["device", "host", "merged"]
-    rank: int
-    running: int
-    waiting: int
+    rank: int = 0
+    running: int = 0  # sequences
+    waiting: int = 0
+    present: bool = True
 
 
 class MergeSpeed(msgspec.Struct, frozen=True):
@@ -259,7 +260,7 @@ class Stats(msgspec.Struct, frozen=True, omit_defaults=True):
     accepted_tokens: int = 0  # those among them that were right and used
     evictions: list[str] = []  # digests that left the device since the last report
     loads: list[tuple[str, float]] = []  # (digest, seconds) that arrived on the device since the last report
-    adapters: list[AdapterUse] | None = None  # present when it changed
+    adapters: list[AdapterUse] = []  # those that changed since the last report
     merges: list[MergeReport] | None = None  # those in force; present when it changed
 
 

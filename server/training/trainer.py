@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adapters import kernels
+from server.messages.protocol import Request
 from server.messages.training import JobEnded, JobReply, MemoryPlan, PlanMemory, StartJob, StopJob
 from server.model.base import Base
 from server.training.layers import LayeredModel, PackedAttention
@@ -59,9 +60,12 @@ class Trainer:
         base: the resident model; its bytes never change.
 
     Attributes:
+        handles: the messages that are for it.
         tasks: the jobs by id, in the order in which they came.
         piece: what `run_piece` will do next.
     """
+
+    handles = (StartJob, StopJob, PlanMemory)
 
     def __init__(self, base: Base) -> None:
         self._base = base
@@ -71,7 +75,7 @@ class Trainer:
         self._group: list[Task] = []  # whose work the current piece is
         self._native = kernels.runs_natively(base.device, base.dtype)
         self._wide = False  # the current pass
-        self._replies: list[JobReply] = []
+        self._replies: list[JobReply | MemoryPlan] = []
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
         self._seconds: dict[tuple[str, int], float] = {}  # what pieces of a kind and size have cost lately
         self._pieces = self._work()
@@ -80,7 +84,17 @@ class Trainer:
         self._head_rows = max(8, rows // 8 * 8)
         self._memory = MemoryModel(base, self._model, self._head_rows)
 
-    # --- what the engine loop calls --------------------------------------------------------------------------
+    # --- what the engine loop calls (a `GapWorker`) -------------------------------------------------------------
+
+    def handle(self, message: Request) -> None:
+        """Start or stop a job, or answer by a `MemoryPlan`."""
+        match message:
+            case StartJob():
+                self.start(message)
+            case StopJob():
+                self.stop(message)
+            case PlanMemory():
+                self._replies.append(self.plan_memory(message))
 
     def start(self, message: StartJob) -> None:
         """Begin or go on with a job; a fault is reported as the job's end."""
@@ -144,8 +158,8 @@ class Trainer:
             task.busy_seconds += seconds / len(self._group)
         return seconds
 
-    def take_replies(self) -> list[JobReply]:
-        """What the jobs have to say since the last call."""
+    def take_replies(self) -> list[JobReply | MemoryPlan]:
+        """Messages about jobs since the last call."""
         for task in list(self.tasks.values()):
             task.poll()
             self._replies += task.replies

@@ -113,6 +113,17 @@ def test_adapters_are_counted_by_name() -> None:
     assert value(metrics, "lora_adapter_loaded", adapter_name="other", level="device") == 1
 
 
+def test_adapters_are_told_by_their_changes() -> None:
+    metrics = Metrics()
+    served(metrics, "legal", "sha256:1")
+    metrics.engine_stats(Stats(adapters=[AdapterUse("sha256:1", "host", 8), AdapterUse("sha256:2", "device", 4)]))
+    metrics.engine_stats(Stats())
+    moved = [AdapterUse("sha256:1", "host", present=False), AdapterUse("sha256:1", "device", 8)]
+    metrics.engine_stats(Stats(adapters=[*moved, AdapterUse("sha256:2", "device", present=False)]))
+    loaded = {labels: count for (name, labels), count in scrape(metrics).items() if name == "lora_adapter_loaded"}
+    assert loaded == {(("adapter_name", "legal"), ("level", "device")): 1}
+
+
 def test_ten_thousand_adapters_make_a_bounded_number_of_series() -> None:
     metrics = Metrics(top_adapters=4)
     served(metrics, "a0", "d0")

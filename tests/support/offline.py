@@ -3,15 +3,18 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from adapters.kernels.triton import interpreted
 from adapters.peft_format import directory as adapter_format
+from server.engine import boot
 from server.engine.engine import Engine
 from server.messages.protocol import AdapterRef, EngineConfig, Generate, Output, Sampling, TokenLogprob
 
 
-def load_engine(model: Path, cache: Path, **overrides: Any) -> Engine:
+def load_engine(
+    model: Path, cache: Path, *, depth: Literal[0, 1] | None = None, planned: bool = True, **overrides: Any
+) -> Engine:
     """An engine over the model in `model`, small enough to have several of."""
     settings: dict[str, Any] = {
         "kv_cache_bytes": 4 << 20,
@@ -23,7 +26,8 @@ def load_engine(model: Path, cache: Path, **overrides: Any) -> Engine:
         # Tests say of every engine what holds of a CPU's: its kernels, interpreted, need to be told.
         "deterministic": interpreted(),
     }
-    return Engine.load(EngineConfig(address="", model=str(model), cache_dir=str(cache), **(settings | overrides)))
+    config = EngineConfig(address="", model=str(model), cache_dir=str(cache), **(settings | overrides))
+    return boot.load(config, depth=depth, planned=planned)
 
 
 def tight_engine(like: Engine, model: Path, cache: Path, blocks: int, longest: int) -> Engine:

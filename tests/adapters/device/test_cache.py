@@ -1,17 +1,17 @@
 """Tiers: who is resident, who is evicted, and what a load that fails or lags does."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import ClassVar
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from adapters.device import host
-from adapters.device.cache import Key, Residency
+from adapters.device.cache import AdapterCache, Key, choose_victims
 from adapters.device.host import HostAdapter, host_adapter
 from adapters.device.pool import RowPool
 from adapters.device.rows import rounded
@@ -41,18 +41,18 @@ def key(*names: str) -> Key:
 class Fixture:
     def __init__(self, host_bytes: int = 1 << 20) -> None:
         self.pool = RowPool(LINEARS, {"q_proj": UNITS, "down_proj": UNITS}, torch.device("cpu"))
-        self.residency = Residency(self.pool, load, host_bytes)
+        self.cache = AdapterCache(self.pool, load, host_bytes)
 
     def settle(self, wanted: Key) -> str:
         """Ask until the answer is no longer "loading"."""
-        answer = self.residency.acquire(wanted)
+        answer = self.cache.acquire(wanted)
         for _ in range(10):
             if answer != "loading":
                 break
-            while self.residency.loading:
+            while self.cache.loading:
                 threading.Event().wait(0.001)
-                self.residency.poll()
-            answer = self.residency.acquire(wanted)
+                self.cache.poll()
+            answer = self.cache.acquire(wanted)
         return answer
 
 
@@ -62,83 +62,83 @@ def tiers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         monkeypatch.setattr(host, "AT_ONCE_BYTES", 0)
     fixture = Fixture()
     for name, rank in (("a", 4), ("b", 4), ("c", 4), ("big", 8)):
-        fixture.residency.register(name, str(rank))
+        fixture.cache.register(name, str(rank))
     yield fixture
-    fixture.residency.close()
+    fixture.cache.close()
 
 
 def test_a_load_is_off_the_path_then_ready(tiers: Fixture) -> None:
-    assert tiers.residency.acquire(key("a")) == "loading"
+    assert tiers.cache.acquire(key("a")) == "loading"
     assert tiers.settle(key("a")) == "ready"
     assert "a" in tiers.pool
-    assert [digest for digest, _ in tiers.residency.loads] == ["a"]
+    assert [digest for digest, _ in tiers.cache.loads] == ["a"]
 
 
 def test_a_prefetched_adapter_is_ready_when_asked_for(tiers: Fixture) -> None:
-    tiers.residency.prefetch("a")
-    while tiers.residency.loading:
-        tiers.residency.poll()
+    tiers.cache.prefetch("a")
+    while tiers.cache.loading:
+        tiers.cache.poll()
     assert tiers.settle(key("a")) == "ready"
-    tiers.residency.prefetch("a")
-    assert not tiers.residency.loading
+    tiers.cache.prefetch("a")
+    assert not tiers.cache.loading
 
 
 def test_the_least_recently_used_leaves_first(tiers: Fixture) -> None:
     for name in ("a", "b", "a"):
         assert tiers.settle(key(name)) == "ready"
-        tiers.residency.release(key(name))
+        tiers.cache.release(key(name))
     assert tiers.settle(key("c")) == "ready"
-    assert tiers.residency.evictions == ["b"]
+    assert tiers.cache.evictions == ["b"]
 
 
 def test_what_is_in_use_stays(tiers: Fixture) -> None:
     assert tiers.settle(key("a")) == "ready"
     assert tiers.settle(key("big")) == "full"
-    assert tiers.residency.evictions == [], "nothing is evicted for someone who would not fit anyway"
-    tiers.residency.release(key("a"))
+    assert tiers.cache.evictions == [], "nothing is evicted for someone who would not fit anyway"
+    tiers.cache.release(key("a"))
     assert tiers.settle(key("big")) == "ready"
 
 
 def test_several_adapters_come_together_or_not_at_all(tiers: Fixture) -> None:
     assert tiers.settle(key("a", "b")) == "ready"
     assert tiers.settle(key("a", "c")) == "full"
-    tiers.residency.release(key("a", "b"))
+    tiers.cache.release(key("a", "b"))
     assert tiers.settle(key("a", "c")) == "ready"
-    assert tiers.residency.evictions == ["b"]
+    assert tiers.cache.evictions == ["b"]
 
 
 def test_a_failed_load_is_told_once_and_tried_again(tiers: Fixture) -> None:
-    tiers.residency.register("x", "bad")
+    tiers.cache.register("x", "bad")
     assert tiers.settle(key("x")) == "failed"
-    assert "gone" in tiers.residency.error(key("x"))
-    tiers.residency.register("x", "2")
+    assert "gone" in tiers.cache.error(key("x"))
+    tiers.cache.register("x", "2")
     assert tiers.settle(key("x")) == "ready"
 
 
 def test_a_forgotten_adapter_leaves_when_its_last_user_does(tiers: Fixture) -> None:
     assert tiers.settle(key("a")) == "ready"
-    tiers.residency.forget("a")
+    tiers.cache.forget("a")
     assert "a" in tiers.pool
-    tiers.residency.release(key("a"))
+    tiers.cache.release(key("a"))
     assert "a" not in tiers.pool
-    assert tiers.residency.resident() == []
+    assert tiers.cache.find("a") is None
 
 
 def test_the_host_tier_is_bounded_in_bytes() -> None:
     fixture = Fixture(host_bytes=2 * load("x", "4").bytes)
     for name in "abc":
-        fixture.residency.register(name, "4")
+        fixture.cache.register(name, "4")
         assert fixture.settle(key(name)) == "ready"
-        fixture.residency.release(key(name))
-    assert [entry.digest for entry in fixture.residency.resident() if entry.tier == "device"] == ["b", "c"]
-    assert list(fixture.residency._host) == ["b", "c"]
-    fixture.residency.close()
+        fixture.cache.release(key(name))
+    assert on_device(fixture) == {"b", "c"}
+    assert list(fixture.cache._host) == ["b", "c"]
+    fixture.cache.close()
 
 
 def test_rows_are_not_moved_while_others_are_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "AT_ONCE_BYTES", 0)
     fixture = Fixture()
-    tiers, pool = fixture.residency, fixture.pool
+    tiers, pool = fixture.cache, fixture.pool
     ranks = {"a": 2, "b": 2, "c": 2, "d": 1, "e": 3}  # of 8 that fit
     for name, rank in ranks.items():
         tiers.register(name, str(rank))
@@ -159,7 +159,7 @@ def test_rows_are_not_moved_while_others_are_filled(monkeypatch: pytest.MonkeyPa
         tiers.poll()
         assert tiers.acquire(key("d")) == "loading"
     tiers.forget("a")
-    tiers._host["e"] = load("e", "3")
+    tiers.insert(load("e", "3"))
     before = windows_of(pool, "b")
     assert tiers.acquire(key("e")) == "full"
     assert windows_of(pool, "b") == before
@@ -174,76 +174,78 @@ def test_what_was_just_filled_stays_until_its_turn(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(host, "AT_ONCE_BYTES", 0)
     fixture = Fixture()
     for name in "ab":
-        fixture.residency.register(name, "8")
-    fixture.residency.acquire(key("a"))
+        fixture.cache.register(name, "8")
+    fixture.cache.acquire(key("a"))
     come_to_rest(fixture)
-    assert fixture.residency.acquire(key("a")) == "loading"
+    assert fixture.cache.acquire(key("a")) == "loading"
     come_to_rest(fixture)
-    fixture.residency._host["b"] = load("b", "8")
-    assert fixture.residency.acquire(key("b")) == "full"
-    assert fixture.residency.acquire(key("a")) == "ready"
-    fixture.residency.release(key("a"))
+    fixture.cache.insert(load("b", "8"))
+    assert fixture.cache.acquire(key("b")) == "full"
+    assert fixture.cache.acquire(key("a")) == "ready"
+    fixture.cache.release(key("a"))
     assert fixture.settle(key("b")) == "ready"
-    fixture.residency.close()
+    fixture.cache.close()
 
 
 def put_on_device(tiers: Fixture, *names: str) -> None:
     for name in names:
         assert tiers.settle(key(name)) == "ready"
-        tiers.residency.release(key(name))
+        tiers.cache.release(key(name))
 
 
 def on_device(tiers: Fixture) -> set[str]:
-    return {entry.digest for entry in tiers.residency.resident() if entry.tier == "device"}
+    """Of the adapters that these tests know."""
+    found = {name: tiers.cache.find(name) for name in (*"abcde", "big")}
+    return {name for name, entry in found.items() if entry is not None and entry.tier == "device"}
 
 
 def come_to_rest(tiers: Fixture) -> None:
-    tiers.residency.poll()
-    while tiers.residency.loading:
-        tiers.residency.poll()
+    tiers.cache.poll()
+    while tiers.cache.loading:
+        tiers.cache.poll()
 
 
 def test_a_pinned_adapter_comes_by_itself_and_stays(tiers: Fixture) -> None:
-    tiers.residency.pin({"a": "4"})
+    tiers.cache.pin({"a": "4"})
     come_to_rest(tiers)
     assert on_device(tiers) == {"a"}
     put_on_device(tiers, "b", "c", "b", "c")
     assert on_device(tiers) == {"a", "c"}
-    assert "a" not in tiers.residency.evictions
-    tiers.residency.pin({})
+    assert "a" not in tiers.cache.evictions
+    tiers.cache.pin({})
     put_on_device(tiers, "b", "big")
     assert on_device(tiers) == {"big"}
 
 
 def test_a_pin_gives_way_only_to_what_could_not_run_beside_it_and_comes_back(tiers: Fixture) -> None:
-    tiers.residency.pin({"a": "4"})
+    tiers.cache.pin({"a": "4"})
     come_to_rest(tiers)
     assert tiers.settle(key("b")) == "ready"
     assert tiers.settle(key("c")) == "full", "it fits beside the pin, so it waits for those in use"
-    tiers.residency.release(key("b"))
+    tiers.cache.release(key("b"))
     assert tiers.settle(key("big")) == "ready", "it never fits beside the pin"
     come_to_rest(tiers)
     assert on_device(tiers) == {"big"}
-    tiers.residency.release(key("big"))
+    tiers.cache.release(key("big"))
     come_to_rest(tiers)
     assert on_device(tiers) == {"a"}
 
 
 def test_pins_that_do_not_fit_together_do_not_push_each_other_out(tiers: Fixture) -> None:
-    tiers.residency.pin({"a": "4", "b": "4", "c": "4"})
+    tiers.cache.pin({"a": "4", "b": "4", "c": "4"})
     for _ in range(3):
         come_to_rest(tiers)
     assert len(on_device(tiers)) == 2
-    assert tiers.residency.evictions == []
+    assert tiers.cache.evictions == []
 
 
 def test_a_pinned_adapter_that_cannot_be_read_is_not_read_for_ever(tiers: Fixture) -> None:
-    tiers.residency.pin({"x": "bad"})
+    tiers.cache.pin({"x": "bad"})
     come_to_rest(tiers)
-    tiers.residency.poll()
-    assert not tiers.residency.loading
+    tiers.cache.poll()
+    assert not tiers.cache.loading
     assert tiers.settle(key("x")) == "failed"
-    assert "gone" in tiers.residency.error(key("x"))
+    assert "gone" in tiers.cache.error(key("x"))
 
 
 class TiersMachine(RuleBasedStateMachine):
@@ -255,7 +257,7 @@ class TiersMachine(RuleBasedStateMachine):
         super().__init__()
         self.fixture = Fixture(host_bytes=500)
         for name, rank in self.ranks.items():
-            self.fixture.residency.register(name, str(rank))
+            self.fixture.cache.register(name, str(rank))
         self.held: list[Key] = []
 
     @rule(names=st.lists(st.sampled_from("abcd"), min_size=1, max_size=2, unique=True))
@@ -271,15 +273,15 @@ class TiersMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         if self.held:
-            self.fixture.residency.release(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
+            self.fixture.cache.release(self.held.pop(data.draw(st.integers(0, len(self.held) - 1))))
 
     @rule(name=st.sampled_from("abcd"))
     def forget(self, name: str) -> None:
-        self.fixture.residency.forget(name)
+        self.fixture.cache.forget(name)
 
     @rule(names=st.sets(st.sampled_from("abcd")))
     def pin(self, names: set[str]) -> None:
-        self.fixture.residency.pin({name: str(self.ranks[name]) for name in sorted(names)})
+        self.fixture.cache.pin({name: str(self.ranks[name]) for name in sorted(names)})
 
     @invariant()
     def adds_up(self) -> None:
@@ -287,12 +289,48 @@ class TiersMachine(RuleBasedStateMachine):
         come_to_rest(self.fixture)
         for held in self.held:
             assert all(name in pool for name, _ in held)
-        on_device = [entry.digest for entry in self.fixture.residency.resident() if entry.tier == "device"]
-        assert pool.resident["q_proj"] == sum(rounded(2 * self.ranks[name]) for name in on_device)
+        assert pool.resident["q_proj"] == sum(rounded(2 * self.ranks[name]) for name in on_device(self.fixture))
         assert pool.free["q_proj"] + pool.resident["q_proj"] == UNITS
 
     def teardown(self) -> None:
-        self.fixture.residency.close()
+        self.fixture.cache.close()
+
+
+KINDS = ("q_proj", "down_proj")
+UNITS_PER_KIND = st.dictionaries(st.sampled_from(KINDS), st.integers(1, 8))
+
+
+@given(need=UNITS_PER_KIND, free=UNITS_PER_KIND, held=st.lists(UNITS_PER_KIND, max_size=6))
+def test_victims_are_the_first_that_make_room(
+    need: dict[str, int], free: dict[str, int], held: list[dict[str, int]]
+) -> None:
+    """Against all that could be evicted: enough, no more than the first that suffice, and none without use."""
+
+    def room(gone: Iterable[str]) -> dict[str, int]:
+        return {kind: free.get(kind, 0) + sum(units[one].get(kind, 0) for one in gone) for kind in KINDS}
+
+    def enough(gone: Iterable[str]) -> bool:
+        return all(room(gone)[kind] >= wanted for kind, wanted in need.items())
+
+    units = {str(place): each for place, each in enumerate(held)}
+    asked: list[str] = []
+
+    def units_of(digest: str) -> dict[str, int]:
+        asked.append(digest)
+        return units[digest]
+
+    victims = choose_victims(need, free, units, units_of)
+    if victims is None:
+        assert not enough(units)
+        return
+    assert enough(victims)
+    assert [one for one in units if one in victims] == victims, "in order"
+    for place, victim in enumerate(victims):
+        lacking = {kind for kind, wanted in need.items() if room(victims[:place])[kind] < wanted}
+        assert lacking & units[victim].keys(), "its rows are of use when its turn comes"
+        passed = [one for one in units if int(one) < int(victim) and one not in victims]
+        assert not any(enough([*victims[:place], one]) for one in passed), "no earlier one would have done"
+    assert len(asked) <= (int(victims[-1]) + 1 if victims else 0), "those behind the last victim are not looked at"
 
 
 TiersMachine.TestCase.settings = settings(max_examples=25, stateful_step_count=20, deadline=None)
@@ -302,7 +340,7 @@ TestTiers = TiersMachine.TestCase
 def test_rows_that_cannot_be_filled_are_given_back_and_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "AT_ONCE_BYTES", 0)
     fixture = Fixture()
-    fixture.residency.register("a", "4")
+    fixture.cache.register("a", "4")
 
     def fail(adapter: HostAdapter) -> None:
         raise OSError("the file is gone")
@@ -310,8 +348,8 @@ def test_rows_that_cannot_be_filled_are_given_back_and_the_reason_is_told(monkey
     with monkeypatch.context() as patch:
         patch.setattr(fixture.pool, "fill", fail)
         assert fixture.settle(key("a")) == "failed"
-    assert fixture.residency.error(key("a")) == "the file is gone"
+    assert fixture.cache.error(key("a")) == "the file is gone"
     assert fixture.pool.free == fixture.pool.capacity
-    assert fixture.residency.resident() == []
+    assert fixture.cache.find("a") is None
     assert fixture.settle(key("a")) == "ready"
-    fixture.residency.close()
+    fixture.cache.close()

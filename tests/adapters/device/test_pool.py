@@ -1,6 +1,8 @@
 """The pool's segment tables against plain matrix products, through insertions, removals and compactions."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -99,6 +101,34 @@ def test_what_does_not_fit_changes_nothing() -> None:
     assert "sha256:2" not in pool
     assert pool.free == {"q_proj": 4, "down_proj": 12}
     assert all(torch.equal(old, new) for old, new in zip(before, (*pool.a, *pool.b), strict=True))
+
+
+def test_a_reservation_that_fails_halfway_gives_everything_back() -> None:
+    pool = make_pool(units=12)
+    for seed in (1, 2, 3):
+        assert pool.insert(adapter(seed, {"layers.0.down_proj": 2}))
+    pool.remove("sha256:1")
+    pool.remove("sha256:3")
+    free = dict(pool.free)
+    wide = adapter(4, {"layers.0.q_proj": 2, "layers.0.down_proj": 3})  # 6 of 8 units are free, 4 on either side
+    assert not pool.reserve(wide, compact=False)
+    assert "sha256:4" not in pool
+    assert pool.free == free, "rows of q_proj had been taken"
+    assert pool.reserve(wide)
+
+
+def test_a_fault_while_reserving_gives_everything_back() -> None:
+    class OutOfMemory:
+        def to(self, device: torch.device) -> None:
+            raise MemoryError
+
+    pool = make_pool()
+    refused = replace(adapter(1, dict.fromkeys(LINEARS, 2)), extras=cast("Any", OutOfMemory()))
+    free = dict(pool.free)
+    with pytest.raises(MemoryError):
+        pool.reserve(refused)
+    assert "sha256:1" not in pool
+    assert pool.free == free
 
 
 def test_compaction_moves_rows_and_keeps_answers_and_addresses() -> None:

@@ -102,7 +102,8 @@ async def test_what_happens_between_requests_is_reported_too(
     engine: LocalEngine, stats: list[Stats], model_dir: Path, cache_dir: Path, tmp_path: Path
 ) -> None:
     def residents() -> set[str]:
-        return {use.digest for use in next(said.adapters for said in reversed(stats) if said.adapters is not None)}
+        last = {(use.digest, use.tier): use.present for said in stats for use in said.adapters}
+        return {digest for (digest, _), present in last.items() if present}
 
     reference = publish(load_engine(model_dir, cache_dir), tiny_adapter(tmp_path / "a", model_dir, seed=5))
     stats.clear()

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from adapters.kernels import native
+from adapters.peft_format.outline import Outline
 from server.client.engine import LocalEngine
 from server.engine import activations
 from server.engine.engine import Engine
+from server.engine.merge_builder import MergeBuilder
 from server.messages.protocol import AdapterRef, EngineConfig, Generate, Merge, MergeReport
 from server.model.base import UnservableModel
 from tests.support import interpreter
@@ -29,8 +31,8 @@ def adapter(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_adapter(tmp_path_factory.mktemp("adapter"), model_dir)
 
 
-def load_int8(model_dir: Path, cache_dir: Path) -> Engine:
-    engine = load_engine(model_dir, cache_dir)
+def load_int8(model_dir: Path, cache_dir: Path, *, planned: bool = True) -> Engine:
+    engine = load_engine(model_dir, cache_dir, planned=planned)
     activations.round_to_int8(engine, model_dir)
     return engine
 
@@ -69,9 +71,8 @@ def test_batched_equals_solo_bit_for_bit(model_dir: Path, cache_dir: Path, adapt
 
 @pytest.mark.parametrize("planned", [True, False])
 def test_near_the_exact_path_and_says_how_far(planned: bool, model_dir: Path, cache_dir: Path, adapter: Path) -> None:
-    exact, rounded = load_engine(model_dir, cache_dir), load_int8(model_dir, cache_dir)
-    if not planned:
-        exact.runner._model.plan = rounded.runner._model.plan = None
+    exact = load_engine(model_dir, cache_dir, planned=planned)
+    rounded = load_int8(model_dir, cache_dir, planned=planned)
     for reference in (None, publish(exact, adapter)):
         expected = scores(exact, reference)
         apart = (scores(rounded, reference) - expected).abs().mean()
@@ -91,7 +92,7 @@ def test_only_serving_is_rounded(model_dir: Path, cache_dir: Path) -> None:
     assert not torch.equal(scores(engine), before)
     assert all(linear.weight.int8 is None for linear in engine.base.linears), "what is trained on is exact"
     assert engine.base.digest() == engine.base_digest
-    engine.runner.rebase(engine.base)
+    engine.router.rebase(engine.base)
     assert torch.equal(scores(engine), before)
 
 
@@ -142,12 +143,13 @@ def test_refused_without_the_kernels(model_dir: Path, cache_dir: Path) -> None:
 def test_what_a_merge_leaves_alone_stays_rounded(model_dir: Path, cache_dir: Path, tmp_path: Path) -> None:
     engine = load_int8(model_dir, cache_dir)
     reference = publish(engine, tiny_adapter(tmp_path, model_dir, target_modules=["q_proj"]))
-    engine.merges.start(Merge("m", reference, "bf16", [list(range(3, 40))]))
-    while not (replies := engine.merges.take_replies()):
+    merging = MergeBuilder(engine, Outline.read(model_dir))
+    merging.handle(Merge("m", reference, "bf16", [list(range(3, 40))]))
+    while not (replies := merging.take_replies()):
         engine.step()
-        if engine.merges.ready:
-            engine.merges.run_piece()
+        if merging.ready:
+            merging.run_piece()
     [report] = replies
     assert isinstance(report, MergeReport), report
-    [merged] = engine.runner._merged.values()
-    assert {linear.kind for linear in merged.base.linears if linear.weight.int8 is None} == {"q_proj"}
+    [merged] = engine.router.merged.values()
+    assert {linear.size.kind for linear in merged.base.linears if linear.weight.int8 is None} == {"q_proj"}

@@ -83,7 +83,7 @@ def test_a_request_that_overflows_fails_alone(engine: Engine) -> None:
         for linear in engine.base.linears
     }
     overflowing = host_adapter("sha256:huge", huge, torch.float32)
-    engine.residency._host[overflowing.digest] = overflowing
+    engine.residency.insert(overflowing)
     reference = AdapterRef(overflowing.digest, "")
     plain = [request(f"plain{i}", range(20 + i, 60), max_tokens=8) for i in range(3)]
     expected = run(engine, plain)
@@ -100,7 +100,7 @@ def test_blocks_full_of_nan_do_no_harm(engine: Engine) -> None:
     engine.blocks.reset_cache()
     expected = run(engine, plain)
     engine.blocks.reset_cache()
-    for cache in (*engine.runner._cache.k, *engine.runner._cache.v):
+    for cache in (*engine.cache.k, *engine.cache.v):
         cache.fill_(torch.nan)
     assert run(engine, plain) == expected
 

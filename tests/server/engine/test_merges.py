@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from adapters.offline.merge import merge
 from adapters.offline.mix import read_factors
 from adapters.offline.recipe import MergedDtype
+from adapters.peft_format.outline import Outline
 from server.engine import comparison
 from server.engine.engine import Engine
-from server.messages.protocol import AdapterRef, Done, Forget, Generate, Merge, MergeReport, Unmerge
+from server.engine.merge_builder import MergeBuilder
+from server.messages.protocol import AdapterRef, AdapterUse, Done, Forget, Generate, Merge, MergeReport, Unmerge
 from tests.server.engine.test_parity import PROMPT, peft_logprobs
 from tests.support import interpreter
 from tests.support.offline import Answer, load_engine, publish, request, run
@@ -40,9 +42,10 @@ class World:
         self.adapters = [tiny_adapter(root / f"a{seed}", self.model, seed=seed) for seed in range(2)]
         self._cache = cache
 
-    def load(self, **settings: Any) -> tuple[Engine, list[AdapterRef]]:
+    def load(self, **settings: Any) -> tuple[Engine, MergeBuilder, list[AdapterRef]]:
         engine = load_engine(self.model, self._cache, **settings)
-        return engine, [publish(engine, directory) for directory in self.adapters]
+        merging = MergeBuilder(engine, Outline.read(self.model))
+        return engine, merging, [publish(engine, directory) for directory in self.adapters]
 
     def checkpoint_logprobs(self, root: Path, quantization: str) -> torch.Tensor:
         """Of the first adapter merged and exported, by transformers."""
@@ -64,22 +67,28 @@ def rounded(model: Path) -> Path:
 
 
 def build(
-    engine: Engine, reference: AdapterRef, dtype: MergedDtype = "bf16", prompts: Any = PROMPTS
+    engine: Engine, merging: MergeBuilder, reference: AdapterRef, dtype: MergedDtype = "bf16", prompts: Any = PROMPTS
 ) -> MergeReport | Done:
     """Merge, with steps in between as the engine's loop has them."""
-    engine.merges.start(Merge("m", reference, dtype, prompts))
-    while not (replies := engine.merges.take_replies()):
+    merging.handle(Merge("m", reference, dtype, prompts))
+    while not (replies := merging.take_replies()):
         engine.step()
-        if engine.merges.ready:
-            engine.merges.run_piece()
+        if merging.ready:
+            merging.run_piece()
     [reply] = replies
     return reply
 
 
-def built(engine: Engine, reference: AdapterRef, dtype: MergedDtype = "bf16") -> MergeReport:
-    report = build(engine, reference, dtype)
+def built(engine: Engine, merging: MergeBuilder, reference: AdapterRef, dtype: MergedDtype = "bf16") -> MergeReport:
+    report = build(engine, merging, reference, dtype)
     assert isinstance(report, MergeReport), report
     return report
+
+
+def forget(engine: Engine, merging: MergeBuilder, digest: str) -> None:
+    """As the engine's loop does."""
+    merging.handle(Forget("f", digest))
+    engine.forget(Forget("f", digest))
 
 
 def requests(references: list[AdapterRef]) -> list[Generate]:
@@ -95,14 +104,11 @@ def scores(answer: Any) -> torch.Tensor:
 @pytest.mark.parametrize("planned", [True, False])
 @pytest.mark.parametrize("dtype", ["bf16", "nf4"])
 def test_a_merged_adapter_equals_its_checkpoint_and_others_notice_nothing(
-    dtype: MergedDtype, planned: bool, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: MergedDtype, planned: bool, world: World, tmp_path: Path
 ) -> None:
-    engine, references = world.load()
-    if not planned:
-        engine.runner._model.plan = None
-        monkeypatch.setattr("adapters.kernels.plan_decoder", lambda *args: None)
+    engine, merging, references = world.load(planned=planned)
     before = run(engine, requests(references))
-    built(engine, references[0], dtype)
+    built(engine, merging, references[0], dtype)
     alone = {single.id: run(engine, [single])[single.id] for single in requests(references)}
     mixed = run(engine, requests(references), every=2)
     assert mixed == alone, "what a request gets does not depend on who else runs"
@@ -115,8 +121,8 @@ def test_a_merged_adapter_equals_its_checkpoint_and_others_notice_nothing(
 
 
 def test_the_drift_is_that_of_full_distributions(world: World) -> None:
-    engine, references = world.load()
-    report = built(engine, references[0], "nf4")
+    engine, merging, references = world.load()
+    report = built(engine, merging, references[0], "nf4")
     divergence, agreeing, positions = 0.0, 0, 0
     for prompt in PROMPTS:
         # The engine's own top-k of everything: the whole vocabulary.
@@ -141,24 +147,24 @@ def test_the_drift_is_that_of_full_distributions(world: World) -> None:
 
 
 def test_merged_and_unmerged_never_share_keys_and_values(world: World) -> None:
-    engine, references = world.load()
+    engine, merging, references = world.load()
     single = request("a", PROMPT, references[0], max_tokens=4)
     cold = run(engine, [single])["a"]
-    built(engine, references[0])
+    built(engine, merging, references[0])
     merged = run(engine, [single])["a"]
     assert (merged.cached_tokens, merged.logprobs != cold.logprobs) == (0, True)
     assert run(engine, [single])["a"].cached_tokens == 80
     again = run(engine, [request("b", PROMPT, references[1], max_tokens=4)])["b"]
     assert again.cached_tokens == 0
-    engine.merges.stop(Unmerge("u", references[0].digest))
+    merging.handle(Unmerge("u", references[0].digest))
     unmerged = run(engine, [single])["a"]
     assert (unmerged.cached_tokens, unmerged.tokens, unmerged.logprobs) == (80, cold.tokens, cold.logprobs)
 
 
 @pytest.mark.parametrize("how", ["undone", "forgotten"])
 def test_who_runs_on_a_merge_that_is_undone_ends_on_it(how: str, world: World) -> None:
-    engine, references = world.load()
-    built(engine, references[0])
+    engine, merging, references = world.load()
+    built(engine, merging, references[0])
     [key] = engine.merges._merged
     long = request("long", PROMPT, references[0], max_tokens=20)
     expected = run(engine, [long])["long"]
@@ -166,8 +172,8 @@ def test_who_runs_on_a_merge_that_is_undone_ends_on_it(how: str, world: World) -
     answer = Answer()
     engine.add(long)
     undo = {
-        "undone": lambda: engine.merges.stop(Unmerge("u", references[0].digest)),
-        "forgotten": lambda: engine.forget(Forget("f", references[0].digest)),
+        "undone": lambda: merging.handle(Unmerge("u", references[0].digest)),
+        "forgotten": lambda: forget(engine, merging, references[0].digest),
     }[how]
     for step in range(100):
         for output in engine.step()[0]:
@@ -180,116 +186,122 @@ def test_who_runs_on_a_merge_that_is_undone_ends_on_it(how: str, world: World) -
             break
     assert (answer.tokens, answer.logprobs) == (expected.tokens, expected.logprobs)
     assert not engine.merges._merged
-    assert not engine.runner._merged
-    engine.merges.stop(Unmerge("u", references[0].digest))
-    assert engine.merges.take_replies()[-1] == Done("u", code="merge_not_found")
+    assert not engine.router.merged
+    merging.handle(Unmerge("u", references[0].digest))
+    assert merging.take_replies()[-1] == Done("u", code="merge_not_found")
 
 
 def test_merging_leaves_nothing_behind(world: World) -> None:
-    engine, references = world.load(prefix_caching=False)
-    built(engine, references[0])
+    engine, merging, references = world.load(prefix_caching=False)
+    built(engine, merging, references[0])
     engine.add(request("gone", PROMPT, references[0], max_tokens=50))
     engine.step()
     engine.abort("gone")
-    assert engine.merges._merged[f"{references[0].digest}/bf16"].sequences == 0
-    engine.forget(Forget("f", references[0].digest))
+    assert engine.merges._merged[f"{references[0].digest}/bf16"].references == 0
+    forget(engine, merging, references[0].digest)
     assert engine.blocks.counts.free == engine.blocks.num_blocks
     assert all(not rows for rows in engine.pool.resident.values())
     # Given up in every stage of building: the rows, the blocks and the weights come back.
     for pieces in range(0, 60, 7):
-        engine.merges.start(Merge("m", references[1], "nf4", PROMPTS))
+        merging.handle(Merge("m", references[1], "nf4", PROMPTS))
         while engine.residency.loading:
             engine.step()
         for _ in range(pieces):
-            engine.merges.run_piece()
-        engine.forget(Forget("f", references[1].digest))
-        [reply] = engine.merges.take_replies()
+            merging.run_piece()
+        forget(engine, merging, references[1].digest)
+        [reply] = merging.take_replies()
         assert isinstance(reply, Done)
         assert reply.code == "merge_given_up"
         assert engine.blocks.counts.free == engine.blocks.num_blocks
         assert all(not rows for rows in engine.pool.resident.values())
-        assert not engine.runner._merged
+        assert not engine.router.merged
 
 
 def test_merged_weights_are_freed_with_the_merge(world: World) -> None:
-    engine, references = world.load()
-    built(engine, references[0])
-    [model] = engine.runner._merged.values()
+    engine, merging, references = world.load()
+    built(engine, merging, references[0])
+    [model] = engine.router.merged.values()
     weights = [weakref.ref(linear.weight) for linear in model.base.linears]
     del model
-    engine.merges.stop(Unmerge("u", references[0].digest))
+    merging.handle(Unmerge("u", references[0].digest))
     gc.collect()
     assert all(weight() is None for weight in weights)
 
 
 def test_an_order_given_twice_is_carried_out_once(world: World) -> None:
-    engine, references = world.load()
-    first = built(engine, references[0])
-    assert build(engine, references[0]) == first
+    engine, merging, references = world.load()
+    first = built(engine, merging, references[0])
+    assert build(engine, merging, references[0]) == first
     assert engine.merges.news() == [first]
     assert engine.merges.news() is None
-    other = build(engine, references[0], "nf4")
+    other = build(engine, merging, references[0], "nf4")
     assert isinstance(other, Done)
     assert other.code == "merge_exists"
-    engine.merges.start(Merge("one", references[1], "nf4", PROMPTS))
-    engine.merges.start(Merge("two", references[1], "nf4", PROMPTS))
-    [reply] = engine.merges.take_replies()
+    merging.handle(Merge("one", references[1], "nf4", PROMPTS))
+    merging.handle(Merge("two", references[1], "nf4", PROMPTS))
+    [reply] = merging.take_replies()
     assert isinstance(reply, Done)
     assert (reply.id, reply.code) == ("two", "merge_busy")
 
 
 def test_merges_that_cannot_be(world: World, tmp_path: Path, cache_dir: Path) -> None:
-    engine, references = world.load(merged_bytes=500_000)
-    used = built(engine, references[0], "bf16").bytes
+    engine, merging, references = world.load(merged_bytes=500_000)
+    used = built(engine, merging, references[0], "bf16").bytes
     assert 250_000 < used <= 500_000, "room for one"
-    reply = build(engine, references[1], "bf16")
+    reply = build(engine, merging, references[1], "bf16")
     assert isinstance(reply, Done)
     assert reply.code == "merge_too_large"
     assert "--merged-bytes" in (reply.error or "")
-    assert isinstance(build(engine, references[1], "nf4"), MergeReport)
+    assert isinstance(build(engine, merging, references[1], "nf4"), MergeReport)
 
     dora = publish(engine, tiny_adapter(tmp_path / "dora", world.model, use_dora=True))
-    reply = build(engine, dora)
+    reply = build(engine, merging, dora)
     assert isinstance(reply, Done)
     assert reply.code == "unsupported_adapter_feature"
 
-    broken = build(engine, AdapterRef("sha256:" + "0" * 64, str(tmp_path / "nowhere")))
+    broken = build(engine, merging, AdapterRef("sha256:" + "0" * 64, str(tmp_path / "nowhere")))
     assert isinstance(broken, Done)
     assert broken.code == "adapter_load_failed"
 
     odd = World(tmp_path / "odd", cache_dir, hidden_size=80, num_attention_heads=5, num_key_value_heads=1)
-    engine, references = odd.load()
-    reply = build(engine, references[0], "nf4")
+    engine, merging, references = odd.load()
+    reply = build(engine, merging, references[0], "nf4")
     assert isinstance(reply, Done)
     assert "merge it as bf16" in (reply.error or "")
-    assert isinstance(build(engine, references[0], "bf16"), MergeReport)
+    assert isinstance(build(engine, merging, references[0], "bf16"), MergeReport)
 
 
 def test_a_fault_while_merging_ends_the_merge_and_nothing_else(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine, references = world.load()
-    monkeypatch.setattr("server.engine.merges.with_weights", lambda *args: 1 / 0)
-    reply = build(engine, references[0])
+    engine, merging, references = world.load()
+    monkeypatch.setattr("server.engine.merge_builder.with_weights", lambda *args: 1 / 0)
+    reply = build(engine, merging, references[0])
     assert isinstance(reply, Done)
     assert (reply.code, "ZeroDivisionError" in caplog.text) == ("merge_failed", True)
     assert run(engine, requests(references))["first"].error is None
 
 
 def test_uses_are_told(world: World) -> None:
-    engine, references = world.load()
-    report = built(engine, references[0])
+    engine, merging, references = world.load()
+    report = built(engine, merging, references[0])
     engine.add(request("a", PROMPT, references[0], max_tokens=30))
-    engine.step()
-    [use] = [use for use in engine._adapter_uses() if use.tier == "merged"]
+    _, stats = engine.step()
+    [use] = [use for use in stats.adapters if use.tier == "merged"]
     assert (use.digest, use.rank, use.running, use.waiting) == (report.digest, 8, 1, 0)
+    engine.abort("a")
+    merging.handle(Unmerge("u", report.digest))
+    _, stats = engine.step()
+    assert [use for use in stats.adapters if use.tier == "merged"] == [
+        AdapterUse(report.digest, "merged", present=False)
+    ]
 
 
 def test_an_adapter_of_some_modules_merges_those(world: World, tmp_path: Path) -> None:
-    engine, _ = world.load()
+    engine, merging, _ = world.load()
     partial = tiny_adapter(tmp_path / "partial", world.model, target_modules=["q_proj"], layers_to_transform=[1])
-    report = built(engine, publish(engine, partial))
+    report = built(engine, merging, publish(engine, partial))
     assert report.bytes == 2 * 64 * 64
-    [model] = engine.runner._merged.values()
+    [model] = engine.router.merged.values()
     other = [new.name for new, old in zip(model.base.linears, engine.base.linears, strict=True) if new is not old]
     assert other == ["model.layers.1.self_attn.q_proj"]

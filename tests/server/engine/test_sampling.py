@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from server.engine import sampling
-from server.engine.sampling import Draw, Row, token_logprobs, uniform
+from server.engine.sampling import Draw, Logprobs, Row, uniform
 from server.messages.protocol import Sampling
 
 EOS = 0
@@ -319,13 +319,13 @@ def test_logprobs_are_those_of_the_untouched_logits() -> None:
 def test_equal_alternatives_come_in_order_of_id() -> None:
     logits = torch.zeros(1, 300)
     logits[0, 200] = 1.0
-    (got,) = token_logprobs(logits, torch.tensor([5]), [4])
+    (got,) = Logprobs(logits, torch.tensor([5]), [4]).read()
     assert [token for token, _ in got.top] == [200, 0, 1, 2]
     assert got.rank == 2
 
 
 def test_more_alternatives_than_tokens() -> None:
-    (got,) = token_logprobs(torch.tensor([[0.0, 1.0]]), torch.tensor([1]), [20])
+    (got,) = Logprobs(torch.tensor([[0.0, 1.0]]), torch.tensor([1]), [20]).read()
     assert [token for token, _ in got.top] == [1, 0]
     assert math.fsum(math.exp(value) for _, value in got.top) == pytest.approx(1.0)
 
@@ -334,7 +334,7 @@ def test_many_rows_are_scored_slice_by_slice() -> None:
     """A prompt's worth of rows, each with its own number of alternatives."""
     logits = torch.randn(40, 20_000, generator=torch.Generator().manual_seed(2))
     tokens = torch.arange(40)
-    got = token_logprobs(logits, tokens, [index % 3 for index in range(40)])
+    got = Logprobs(logits, tokens, [index % 3 for index in range(40)]).read()
     expected = logits.double().log_softmax(-1)[range(40), range(40)]
     assert [line.logprob for line in got] == pytest.approx(expected.tolist(), abs=1e-6)
     assert [len(line.top) for line in got] == [index % 3 for index in range(40)]

@@ -8,6 +8,7 @@ import torch
 from adapters.kernels import native
 from server.engine import selfcheck
 from server.engine.engine import Engine
+from server.engine.paths import ModulesPath, PlannedPath
 from server.model.base import UnservableModel
 from tests.support.offline import load_engine
 
@@ -26,8 +27,8 @@ def test_a_right_engine_passes_once(engine: Engine, tmp_path: Path, monkeypatch:
     selfcheck.run(engine, tmp_path)
 
 
-def test_without_native_kernels_it_passes_too(engine: Engine) -> None:
-    engine.runner._model.plan = None
+def test_without_native_kernels_it_passes_too(model_dir: Path, cache_dir: Path) -> None:
+    engine = load_engine(model_dir, cache_dir, planned=False)
     with native.switched_off():
         assert selfcheck.compare(engine) < 1e-4
 
@@ -47,7 +48,8 @@ def test_a_wrong_engine_is_refused(fault: str, engine: Engine, tmp_path: Path, m
 
         return score
 
-    monkeypatch.setattr(engine.runner, "_forward", wrong(engine.runner._forward))
+    for path in (PlannedPath, ModulesPath):
+        monkeypatch.setattr(path, "logits", wrong(path.logits))
     with pytest.raises(UnservableModel, match=r"self-check|disagrees"):
         selfcheck.run(engine, tmp_path)
     assert not (tmp_path / "selfcheck").exists()

@@ -14,6 +14,7 @@ import transformers
 from adapters.peft_format.directory import AdapterError
 from adapters.peft_format.sizes import EXTRAS
 from server.engine.engine import Engine
+from server.engine.paths import ModulesPath
 from server.messages.protocol import AdapterRef, Generate
 from tests.server.engine.test_parity import peft_logprobs
 from tests.support import interpreter
@@ -72,18 +73,14 @@ def test_company_changes_no_bit(base: str, world: Callable[[str], World]) -> Non
 
 def test_plain_adapters_keep_their_path(world: Callable[[str], World], monkeypatch: pytest.MonkeyPatch) -> None:
     here = world("tied")
-    if here.engine.runner._model.plan is None:
+    if here.engine.router.weights.plan is None:
         pytest.skip("there is no other path here")
     run(here.engine, here.requests())  # all are resident
     modules: list[int] = []
-    runner = here.engine.runner
-    forward = runner._forward_modules
-
-    def counted(batch: Any, base: Any) -> Any:
-        modules.append(len(batch.keep))
-        return forward(batch, base)
-
-    monkeypatch.setattr(runner, "_forward_modules", counted)
+    logits = ModulesPath.logits
+    monkeypatch.setattr(
+        ModulesPath, "logits", lambda path, batch: modules.append(len(batch.keep)) or logits(path, batch)
+    )
     for name in ("plain", "base", "embedding", "head", "tokens", "activated", "saved head"):
         run(here.engine, [single for single in here.requests() if single.id == name])
     assert modules == []

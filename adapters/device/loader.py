@@ -1,0 +1,54 @@
+"""An adapter's directory, read into host memory: rows straight from its row file where there is one, else laid out."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from adapters.device.host import HostAdapter, filed_adapter, host_adapter
+from adapters.device.lora import LoraLinear
+from adapters.device.variants import build
+from adapters.peft_format import packed_rows
+from adapters.peft_format.directory import AdapterSpec, load, load_variants
+
+
+class AdapterLoader:
+    """Reads adapters of one base. May be called in any thread.
+
+    Args:
+        model: the base, in transformers' shape.
+        linears: those of it that adapters may touch.
+        device: for which rows are laid out; a GPU's come in pinned memory.
+    """
+
+    def __init__(self, model: nn.Module, linears: Sequence[LoraLinear], device: torch.device) -> None:
+        self._model = model
+        self._linears = {linear.name: linear for linear in linears}
+        self._sizes = {linear.name: linear.size for linear in linears}
+        self._device = device
+
+    def __call__(self, digest: str, path: str) -> HostAdapter:
+        """Read a published adapter. Raises OSError and others for a directory that is damaged or gone."""
+        directory = Path(path)
+        spec = AdapterSpec.read(directory)
+        dtype: torch.dtype = getattr(torch, spec.dtype)
+        rows = packed_rows.find(directory, spec, self._sizes)
+        if rows is not None:
+            return filed_adapter(digest, rows, dtype, self._device)
+        modules = {name: (a, b, spec.modules[name].scaling) for name, (a, b) in load(directory, spec).items()}
+        adapter = host_adapter(digest, modules, dtype, pin=self._device.type == "cuda")
+        if not spec.variants.names:
+            return adapter
+        values = load_variants(directory, spec)
+        with torch.no_grad():
+            extras = build(spec.variants, values, modules, self._linears, self._model)
+        return dataclasses.replace(
+            adapter,
+            bytes=adapter.bytes + spec.variants.device_bytes,
+            rank=spec.rank,
+            extras=extras,
+            extra_bytes=spec.variants.device_bytes,
+            invocation=tuple(spec.variants.invocation),
+        )

@@ -1,0 +1,56 @@
+"""Starting an engine, the same way for a server, a measurement and a test: load, check, switch, warm up."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from adapters import kernels
+from adapters.peft_format.outline import Outline
+from server.engine import activations, memory_plan
+from server.engine.engine import Engine
+from server.engine.gap_work import Gaps
+from server.engine.merge_builder import MergeBuilder
+from server.messages.protocol import EngineConfig
+from server.model import base as model
+from server.training.pacing import Pacer
+from server.training.trainer import Trainer
+
+
+def load(config: EngineConfig, *, depth: Literal[0, 1] | None = None, planned: bool = True) -> Engine:
+    """Load the base and put an engine over it, sized for the device. Raises UnservableModel."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+        kernels.set_threads(config.threads)
+    kernels.set_deterministic(config.deterministic)
+    base = model.load(Path(config.model), config.quantization, config.dtype, config.device, Path(config.cache_dir))
+    if config.sketch_head:
+        model.sketch_head(base)
+    kernels.prepare([linear.weight for linear in base.linears], base.dtype)
+    return Engine(base, memory_plan.plan(base, config), config, depth=depth, planned=planned)
+
+
+def boot(config: EngineConfig, check: Callable[[Engine], object]) -> Engine:
+    """Load an engine and make it ready to serve. Raises UnservableModel.
+
+    Args:
+        check: of the exact engine, before anything else runs on it; raises for one that must not serve.
+    """
+    engine = load(config)
+    check(engine)
+    if config.activations == "int8":
+        activations.round_to_int8(engine, Path(config.model))
+    engine.runner.warm_up(config.max_batch_requests)
+    return engine
+
+
+def gap_work(engine: Engine, config: EngineConfig) -> Gaps:
+    """All work in the gaps of an engine's steps, each at the pace that the settings allow."""
+    stall = config.finetune_max_stall_ms / 1e3
+    return Gaps(
+        [
+            (Trainer(engine.base), Pacer(stall, config.finetune_share)),
+            (MergeBuilder(engine, Outline.read(Path(config.model))), Pacer(stall, config.merge_share)),
+        ]
+    )

@@ -1,0 +1,144 @@
+"""What steps give: tokens drawn on the device, log-probabilities, and whether logits were finite.
+
+An outcome is made when its forward pass is given to the device, and read when the step is collected.
+"""
+
+from collections.abc import Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from adapters.device.memory import sent
+from server.engine.packing import Batch
+from server.engine.sampling import Draw, Drawn, Logprobs, Row, sample
+from server.engine.sequence import Sequence, Step, Work
+from server.messages.protocol import TokenLogprob
+
+
+@dataclass
+class WorkResult:
+    """What one work of a step gave."""
+
+    tokens: list[int] = field(default_factory=list)  # drawn after it: none in the middle of a prompt
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of those tokens, when asked for
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # one per entry of `Work.prompt_rows`
+    failed: bool = False  # its logits are not finite
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of the works of one forward pass.
+
+    drawn: for each work that samples one row, and one more for each of its drafts; None where none samples.
+    scored: by work's index, of a part of a prompt: whether all logits are finite, and the log-probabilities.
+    """
+
+    works: Seq[Work]
+    drawn: Drawn | None
+    scored: dict[int, tuple[Tensor, Logprobs]] = field(default_factory=dict)
+
+    def results(self) -> list[WorkResult]:
+        """Wait for what came out. One result per work, in order."""
+        results = [WorkResult() for _ in self.works]
+        for index, (finite, logprobs) in self.scored.items():
+            if finite:
+                results[index].prompt_logprobs = logprobs.read()
+            else:
+                results[index].failed = True
+        if self.drawn is not None:
+            draws = iter(self.drawn.draws())
+            for work, result in zip(self.works, results, strict=True):
+                if work.samples:
+                    accept(work, list(islice(draws, 1 + len(work.drafts))), result)
+        return results
+
+
+@dataclass(frozen=True)
+class InFlightStep:
+    """A step that was given to the device."""
+
+    step: Step
+    outcomes: list[tuple[Seq[int], Outcome]]  # of each forward pass, and the places of its works in the step
+
+    def tokens_after(self, sequences: Seq[Sequence]) -> Tensor:
+        """The token that each of them is given by this step: int64, on the device, which may not have got so far."""
+        rows: dict[Sequence, int] = {}
+        drawn: list[Tensor] = []
+        count = 0
+        for _, outcome in self.outcomes:
+            if outcome.drawn is not None:
+                drawn.append(outcome.drawn.tokens)
+                for work in outcome.works:
+                    if work.samples:
+                        rows[work.sequence] = count
+                        count += 1 + len(work.drafts)
+        tokens = drawn[0] if len(drawn) == 1 else torch.cat(drawn)
+        places = [rows[sequence] for sequence in sequences]
+        if places != list(range(len(tokens))):
+            tokens = tokens[sent(torch.tensor(places), tokens.device)]
+        return tokens.clamp(min=0)  # any, where the logits were not finite
+
+    def results(self) -> list[WorkResult]:
+        """Wait for what came out. One result per work, in order; to be asked for once."""
+        results: dict[int, WorkResult] = {}
+        for places, outcome in self.outcomes:
+            results |= zip(places, outcome.results(), strict=True)
+        return [results[place] for place in range(len(self.step.works))]
+
+
+def draw(batch: Batch, logits: Tensor, eos_token_ids: Seq[int]) -> Outcome:
+    """Score prompts and draw tokens. logits: fp32 [K, V], of the batch's kept rows."""
+    scored: dict[int, tuple[Tensor, Logprobs]] = {}
+    drawn: list[int] = []  # logit rows
+    rows: list[Row] = []
+    end = 0
+    for index, (work, count) in enumerate(zip(batch.works, batch.kept, strict=True)):
+        begin, end = end, end + count
+        if work.prompt_rows:
+            scored[index] = _score_prompt(work, logits[begin : begin + len(work.prompt_rows)])
+        if work.samples:
+            drawn += range(end - 1 - len(work.drafts), end)
+            rows += _rows(work)
+    if not rows:
+        return Outcome(batch.works, None, scored)
+    # Mostly all of them: no copy.
+    chosen = logits if len(drawn) == len(logits) else logits[sent(torch.tensor(drawn), logits.device)]
+    return Outcome(batch.works, sample(chosen, rows, eos_token_ids), scored)
+
+
+def takes_argmax(work: Work) -> bool:
+    """Whether a work's tokens are its logits' argmax, and nothing else is wanted of those."""
+    row = next(_rows(work))  # those after drafts are no different
+    return not work.prompt_rows and row.greedy and row.plain and row.sampling.logprobs is None
+
+
+def accept(work: Work, draws: list[Draw], result: WorkResult) -> None:
+    """Take draws for as long as what was drafted is what was drawn: then they are those of single steps."""
+    for draw, draft in zip(draws, [*work.drafts, None], strict=True):
+        if draw.token is None:
+            result.failed = not result.tokens  # else once more in a step of its own, to fail there
+            return
+        result.tokens.append(draw.token)
+        if draw.logprob is not None:
+            result.logprobs.append(draw.logprob)
+        if draw.token != draft:
+            return
+
+
+def _score_prompt(work: Work, logits: Tensor) -> tuple[Tensor, Logprobs]:
+    """Whether all logits are finite, and the log-probabilities of the prompt tokens that follow."""
+    sequence = work.sequence
+    following = torch.tensor([sequence.tokens[position + 1] for position in work.prompt_rows])
+    alternatives = sequence.sampling.prompt_logprobs or 0
+    return logits.isfinite().all(), Logprobs(logits, sent(following, logits.device), [alternatives] * len(following))
+
+
+def _rows(work: Work) -> Iterator[Row]:
+    """How a work's tokens are to be drawn: after the last known one, and after each draft as if it were right."""
+    sequence, drafts = work.sequence, work.drafts
+    yield Row(sequence.sampling, sequence.tokens, len(sequence.prompt), pending=work.pending)
+    for count in range(1, len(drafts) + 1):
+        yield Row(sequence.sampling, [*sequence.tokens, *drafts[:count]], len(sequence.prompt))

@@ -1,0 +1,93 @@
+"""What a step reports: gauges, counts since the report before, and the adapters whose tier or use has changed.
+
+The cost is that of the running sequences and of the changes, however many adapters are resident.
+"""
+
+from collections import Counter
+
+from adapters.device.cache import AdapterCache
+from server.engine.blocks import BlockPool
+from server.engine.merged_registry import MergedRegistry
+from server.engine.scheduler import Counters, Scheduler
+from server.engine.sequence import AdapterKey
+from server.messages.protocol import AdapterUse, Stats
+
+
+class Reporter:
+    """Makes the `Stats` of one engine's steps. Each is to be sent, or its changes are never told."""
+
+    def __init__(self, scheduler: Scheduler, blocks: BlockPool, cache: AdapterCache, merges: MergedRegistry) -> None:
+        self._scheduler = scheduler
+        self._blocks = blocks
+        self._cache = cache
+        self._merges = merges
+        self._sequences: Counter[str] = Counter()  # running and waiting, by adapter or merge
+        self._running: Counter[str] = Counter()  # likewise, as last told
+        self._touched: set[str] = set()  # adapters that sequences came for or left
+        self._told: dict[str, AdapterUse] = {}
+
+    def entered(self, key: AdapterKey) -> None:
+        """A sequence is queued."""
+        for name, _ in key:
+            self._sequences[name] += 1
+            self._touched.add(name)
+
+    def left(self, key: AdapterKey) -> None:
+        """A sequence has ended."""
+        for name, _ in key:
+            self._sequences[name] -= 1
+            if not self._sequences[name]:
+                del self._sequences[name]
+            self._touched.add(name)
+
+    def stats(self, requests: int, adapters: int, seconds: float) -> Stats:
+        """After a step of so many requests on so many adapters that took so long."""
+        scheduler, cache = self._scheduler, self._cache
+        counters, scheduler.counters = scheduler.counters, Counters()
+        evictions, cache.evictions = cache.evictions, []
+        loads, cache.loads = cache.loads, []
+        return Stats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            waiting_tokens=scheduler.waiting_tokens,
+            step_requests=requests,
+            step_adapters=adapters,
+            step_seconds=seconds,
+            kv_usage=self._blocks.counts.used / self._blocks.num_blocks,
+            prefix_queries=counters.prefix_queries,
+            prefix_hits=counters.prefix_hits,
+            preemptions=counters.preemptions,
+            drafted_tokens=counters.drafted,
+            accepted_tokens=counters.accepted,
+            evictions=evictions,
+            loads=loads,
+            adapters=self._changes(),
+            merges=self._merges.news(),
+        )
+
+    def _changes(self) -> list[AdapterUse]:
+        running = Counter(name for sequence in self._scheduler.running for name, _ in sequence.adapter)
+        names = self._touched | self._cache.take_changed() | self._merges.take_changed()
+        if running != self._running:
+            names |= {name for name in running | self._running if running[name] != self._running[name]}
+        self._running, self._touched = running, set()
+        return [change for name in sorted(names) for change in self._told_anew(name)]
+
+    def _told_anew(self, name: str) -> list[AdapterUse]:
+        """One adapter's or merge's change: out of the tier where it was, and as it is now."""
+        before, now = self._told.pop(name, None), self._use(name)
+        if now is not None:
+            self._told[name] = now
+        if now == before:
+            return []
+        gone = before is not None and (now is None or now.tier != before.tier)
+        changes = [AdapterUse(before.digest, before.tier, present=False)] if gone and before is not None else []
+        return changes if now is None else [*changes, now]
+
+    def _use(self, name: str) -> AdapterUse | None:
+        running = self._running[name]
+        waiting = self._sequences[name] - running
+        if (merged := self._merges.find(name)) is not None:
+            return AdapterUse(merged.report.digest, "merged", merged.rank, running, waiting)
+        entry = self._cache.find(name)
+        return None if entry is None else AdapterUse(name, entry.tier, entry.rank, running, waiting)

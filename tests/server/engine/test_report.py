@@ -1,0 +1,112 @@
+"""What a step reports of adapters: every change once, and nothing is looked at that did not change."""
+
+from collections import OrderedDict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from adapters.device.host import HostAdapter, host_adapter
+from server.engine.engine import Engine
+from server.messages.protocol import AdapterRef, AdapterUse
+from tests.support.offline import load_engine, request
+
+RESIDENT = 10_000
+
+
+@pytest.fixture
+def engine(model_dir: Path, cache_dir: Path) -> Engine:
+    return load_engine(model_dir, cache_dir)
+
+
+def small(engine: Engine, digest: str) -> HostAdapter:
+    linear = engine.base.linears[0]
+    pair = torch.zeros(1, linear.in_features), torch.zeros(linear.out_features, 1), 1.0
+    return host_adapter(digest, {linear.name: pair}, torch.float32)
+
+
+class Watched(OrderedDict[str, Any]):
+    """Counts the entries that anybody looks at."""
+
+    looks = 0
+
+    def __getitem__(self, key: str) -> Any:
+        self.looks += 1
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self.looks += 1
+        return super().__contains__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.looks += 1
+        return super().get(key, default)
+
+    def __iter__(self) -> Any:
+        for key in super().__iter__():
+            self.looks += 1
+            yield key
+
+    def keys(self) -> Any:
+        return list(self)
+
+    def values(self) -> Any:
+        return [self[key] for key in self]
+
+    def items(self) -> Any:
+        return [(key, self[key]) for key in self]
+
+
+def test_a_step_looks_at_no_resident_adapter_that_did_not_change(engine: Engine) -> None:
+    cache = engine.residency
+    one = small(engine, "")
+    for number in range(RESIDENT):
+        cache.insert(replace(one, digest=f"sha256:{number}"))
+    assert len(engine.step()[1].adapters) == RESIDENT, "news once"
+    cache._host, cache._device = Watched(cache._host), Watched(cache._device)
+    for _ in range(2):
+        assert engine.step()[1].adapters == []
+    engine.add(request("a", range(20, 40), AdapterRef("sha256:7", ""), max_tokens=3))
+    seen = []
+    while not engine.idle:
+        seen += engine.step()[1].adapters
+    assert seen == [
+        AdapterUse("sha256:7", "host", present=False),
+        AdapterUse("sha256:7", "device", 1, running=1),
+        AdapterUse("sha256:7", "device", 1),
+    ]
+    assert cache._host.looks + cache._device.looks < 50
+
+
+def test_every_change_of_tier_and_use_is_told_once(engine: Engine) -> None:
+    told: dict[tuple[str, str], AdapterUse] = {}
+
+    def step() -> None:
+        for use in engine.step()[1].adapters:
+            if use.present:
+                assert told.get((use.digest, use.tier)) != use, "not news"
+                told[use.digest, use.tier] = use
+            else:
+                del told[use.digest, use.tier]
+
+    digests = ["sha256:1", "sha256:2"]
+    for digest in digests:
+        engine.residency.insert(small(engine, digest))
+    engine.add(request("a", range(20, 40), AdapterRef(digests[0], ""), max_tokens=2))
+    engine.add(request("b", range(20, 40), AdapterRef(digests[0], ""), max_tokens=4))
+    step()
+    assert told == {
+        (digests[0], "device"): AdapterUse(digests[0], "device", 1, running=2),
+        (digests[1], "host"): AdapterUse(digests[1], "host", 1),
+    }
+    step()
+    assert told[digests[0], "device"].running == 1
+    engine.abort("b")
+    step()
+    assert told[digests[0], "device"] == AdapterUse(digests[0], "device", 1)
+    for digest in digests:
+        engine.residency.forget(digest)
+    step()
+    assert told == {}

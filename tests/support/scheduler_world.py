@@ -1,0 +1,272 @@
+"""The scheduler in a simulated world: a fake model whose next token is a hash of all it should have seen.
+
+`World` keeps what each KV slot holds and lets a sequence read only through its block table, so a block shared too
+widely, reused too early or published too soon shows as a wrong read. Every stream must equal the one computed alone.
+"""
+
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from server.engine.blocks import BlockPool
+from server.engine.scheduler import AdapterKey, Scheduler, Sequence, Step, Work
+from server.messages.protocol import Sampling
+
+EOS = 0
+VOCABULARY = 12
+
+BASE: AdapterKey = ()
+A: AdapterKey = (("a", 1.0),)
+B: AdapterKey = (("b", 1.0),)
+BIG: AdapterKey = (("big", 1.0),)
+BOTH: AdapterKey = (("a", 1.0), ("b", 0.5))
+BROKEN: AdapterKey = (("broken", 1.0),)
+ROWS = {"a": 1, "b": 1, "big": 3, "broken": 1}
+MOST_ROWS = 3
+
+
+def next_token(sequence: Sequence, tokens: list[int]) -> int:
+    """It depends on all of the tokens, but mostly as if on the last one alone: it repeats itself."""
+    everything = zlib.crc32(repr((sequence.adapter, tokens)).encode())
+    return (everything >> 8 if everything % 4 == 0 else zlib.crc32(bytes(tokens[-1:]))) % VOCABULARY
+
+
+@dataclass
+class FakeResidency:
+    """Three rows, least recently used out first; an adapter takes `delay` steps to be read."""
+
+    delay: int = 0
+    device: list[str] = field(default_factory=list)
+    references: Counter[str] = field(default_factory=Counter)
+    due: dict[str, int] = field(default_factory=dict)
+    errors_read: int = 0
+
+    def tick(self) -> None:
+        self.due = {digest: max(0, steps - 1) for digest, steps in self.due.items()}
+
+    def acquire(self, key: AdapterKey) -> Literal["ready", "loading", "full", "failed"]:
+        digests = [digest for digest, _ in key]
+        if "broken" in digests:
+            return "failed"
+        for digest in digests:
+            self.due.setdefault(digest, self.delay)
+        if any(self.due[digest] for digest in digests):
+            return "loading"
+        kept = [digest for digest in self.device if self.references[digest] or digest in digests]
+        wanted = kept + [digest for digest in digests if digest not in kept]
+        if sum(ROWS[digest] for digest in wanted) > MOST_ROWS:
+            return "full"
+        idle = [digest for digest in self.device if digest not in kept]
+        while sum(ROWS[digest] for digest in idle + wanted) > MOST_ROWS:
+            idle.pop(0)
+        self.device = idle + wanted
+        self.references.update(digests)
+        return "ready"
+
+    def release(self, key: AdapterKey) -> None:
+        for digest, _ in key:
+            assert self.references[digest] > 0
+            self.references[digest] -= 1
+
+    def error(self, key: AdapterKey) -> str:
+        self.errors_read += 1
+        return f"{key[0][0]} is broken"
+
+
+Slot = tuple[int, int]  # block, and place in it
+
+
+@dataclass(frozen=True)
+class Given:
+    """A step that the device has, and what it makes of it."""
+
+    step: Step
+    drawn: list[list[int] | None]  # by each work; None: its logits are not finite
+    written: dict[Slot, object]
+
+
+class World:
+    """A scheduler with everything around it played; of `depth` 1: a step is collected after the next was given."""
+
+    def __init__(
+        self,
+        *,
+        num_blocks: int = 16,
+        caching: bool = True,
+        delay: int = 0,
+        batch_tokens: int = 8,
+        batch_requests: int = 4,
+        model_len: int = 40,
+        patience: int = 4,
+        free_rows: int = 8,
+        depth: int = 0,
+    ) -> None:
+        self.blocks = BlockPool(num_blocks, 4, caching)
+        self.residency = FakeResidency(delay)
+        self.scheduler = Scheduler(
+            self.blocks,
+            self.residency,
+            max_batch_tokens=batch_tokens,
+            max_batch_requests=batch_requests,
+            max_model_len=model_len,
+            eos_token_ids=[EOS],
+            patience=patience,
+            free_rows=free_rows,
+        )
+        self.batch_tokens, self.batch_requests, self.model_len = batch_tokens, batch_requests, model_len
+        self.depth = depth
+        self.kv: dict[Slot, object] = {}
+        self.sequences: dict[str, Sequence] = {}
+        self.outputs: dict[str, list[int]] = {}
+        self.scored: dict[str, list[int]] = {}
+        self.poisoned: set[str] = set()
+        self.steps = 0
+        self.in_flight: Given | None = None
+        self.unread: dict[str, list[int]] = {}  # tokens that only the device knows
+        self.ahead: Counter[str] = Counter()  # works of each sequence that took such a token
+
+    def add(self, prompt: list[int], adapter: AdapterKey = BASE, *, tenant: str = "", **sampling: object) -> Sequence:
+        sequence = Sequence(
+            id=str(len(self.sequences)),
+            prompt=prompt,
+            sampling=Sampling(**{"ignore_eos": True, **sampling}),  # type: ignore[arg-type]
+            adapter=adapter,
+            tenant=tenant,
+            arrival=float(self.steps),
+        )
+        self.sequences[sequence.id] = sequence
+        self.outputs[sequence.id] = []
+        self.scored[sequence.id] = []
+        self.unread[sequence.id] = []
+        self.scheduler.add(sequence)
+        return sequence
+
+    def schedule(self) -> Step | None:
+        self.steps += 1
+        self.residency.tick()
+        step = self.scheduler.schedule(float(self.steps))
+        works = {} if step is None else {work.sequence.id: work for work in step.works}
+        for sequence in self.scheduler.running:
+            # Whatever others want, a sequence goes on unless what it needs is not there yet.
+            waits = self.unread[sequence.id] and (sequence.needs_tokens or self.is_full(sequence))
+            if sequence.id not in works and sequence.remaining == 1 and not waits:
+                assert self.depth
+                assert not self.blocks.available
+        if step is None:
+            assert not self.scheduler.running or self.in_flight is not None
+            return None
+        assert 0 < sum(work.count for work in step.works) <= self.batch_tokens
+        assert len(step.works) <= self.batch_requests
+        assert len(works) == len(step.works)
+        keys = [work.sequence.adapter for work in step.works]
+        assert keys == sorted(keys)
+        return step
+
+    def is_full(self, sequence: Sequence) -> bool:
+        """Whether it has all the tokens that it may have."""
+        generated = len(self.inputs(sequence)) - len(sequence.prompt)
+        return generated == min(sequence.sampling.max_tokens, self.model_len - len(sequence.prompt))
+
+    def inputs(self, sequence: Sequence) -> list[int]:
+        """Its tokens, those that only the device knows included."""
+        return [*sequence.tokens, *self.unread[sequence.id]]
+
+    def compute(self, step: Step) -> Given:
+        """What the model does: write every key and value, then look at all that a row may see, and draw."""
+        written: dict[Slot, object] = {}
+        drawn: list[list[int] | None] = []
+        for work in step.works:
+            sequence = work.sequence
+            assert all(self.residency.references[digest] for digest, _ in sequence.adapter)
+            assert not (work.drafts and self.unread[sequence.id])
+            for position in range(work.start, work.start + work.count):
+                slot = sequence.blocks[position // 4], position % 4
+                assert slot not in written
+                written[slot] = self.content(work, position)
+        self.kv |= written
+        for work in step.works:
+            sequence, end = work.sequence, work.start + work.count
+            for position in range(end):
+                slot = (sequence.blocks[position // 4], position % 4)
+                assert self.kv[slot] == self.content(work, position), "read a slot that holds something else"
+            if work.samples:
+                assert end == len(self.inputs(sequence)) + len(work.drafts)
+                assert not (sequence.needs_tokens and self.unread[sequence.id])
+            drawn.append(None if sequence.id in self.poisoned else self.draw(work))
+        for work, tokens in zip(step.works, drawn, strict=True):
+            self.ahead[work.sequence.id] += bool(self.unread[work.sequence.id])
+            self.unread[work.sequence.id] += [1] * work.samples if tokens is None else tokens
+        return Given(step, drawn, written)
+
+    def content(self, work: Work, position: int) -> object:
+        sequence = work.sequence
+        return sequence.tenant, sequence.adapter, (*self.inputs(sequence), *work.drafts)[: position + 1]
+
+    def draw(self, work: Work) -> list[int]:
+        """The next token, and one more for each right draft."""
+        drawn: list[int] = []
+        for draft in [*work.drafts, None] if work.samples else []:
+            drawn.append(next_token(work.sequence, [*self.inputs(work.sequence), *drawn]))
+            if drawn[-1] != draft:
+                break
+        return drawn
+
+    def take_in(self, given: Given) -> None:
+        for slot, content in given.written.items():
+            assert self.kv[slot] == content, "others were given a block of a step in flight"
+        for work, drawn in zip(given.step.works, given.drawn, strict=True):
+            sequence = work.sequence
+            del self.unread[sequence.id][: work.samples if drawn is None else len(drawn)]
+            if drawn is None and not sequence.ended:
+                self.scheduler.fail(sequence.id, "not finite", "non_finite")
+            if sequence.ended:
+                assert self.scheduler.advance(work, drawn or []) == []
+                continue
+            assert drawn is not None
+            self.scored[sequence.id] += work.prompt_rows
+            kept = self.scheduler.advance(work, drawn)
+            assert kept == drawn[: len(kept)]
+            assert len(kept) == len(drawn) or sequence.finish_reason
+            self.outputs[sequence.id] += kept
+
+    def step(self, meanwhile: Callable[[], None] = lambda: None) -> Step | None:
+        """Decide a step and give it to the device, then collect one; `meanwhile` happens between."""
+        step = self.schedule()
+        given = None if step is None else self.compute(step)
+        meanwhile()
+        collected, self.in_flight = (self.in_flight, given) if self.depth else (given, None)
+        if collected is not None:
+            self.take_in(collected)
+        return step
+
+    def run(self, most: int = 2000) -> None:
+        for _ in range(most):
+            if self.scheduler.idle:
+                break
+            self.step()
+        assert self.scheduler.idle, "still busy"
+        assert self.in_flight is None
+        assert self.blocks.counts.used == 0
+        assert not +self.residency.references
+
+    def alone(self, sequence: Sequence) -> tuple[list[int], str]:
+        """The tokens and the finish reason of a sequence that has the world for itself."""
+        sampling, tokens = sequence.sampling, list(sequence.prompt)
+        most = min(sampling.max_tokens, self.model_len - len(sequence.prompt))
+        for count in range(1, most + 1):
+            token = next_token(sequence, tokens)
+            tokens.append(token)
+            stops = token in sampling.stop_token_ids or (token == EOS and not sampling.ignore_eos)
+            if stops and count >= sampling.min_tokens:
+                return tokens[len(sequence.prompt) :], "stop"
+        return tokens[len(sequence.prompt) :], "length"
+
+    def check_finished(self, sequence: Sequence) -> None:
+        tokens, reason = self.alone(sequence)
+        assert (self.outputs[sequence.id], sequence.finish_reason) == (tokens, reason)
+        assert sequence.tokens == [*sequence.prompt, *tokens]
+        assert sequence.stop_token == (tokens[-1] if reason == "stop" else None)
+        wanted = sequence.sampling.prompt_logprobs is not None
+        assert self.scored[sequence.id] == list(range(len(sequence.prompt) - 1) if wanted else [])
