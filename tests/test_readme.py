@@ -29,7 +29,7 @@ def _adapter_fields() -> str:
 
 def _metrics() -> str:
     metrics = Metrics()
-    TrainingMetrics(metrics.registry, lambda: {"running": 0})
+    TrainingMetrics(metrics.registry).jobs({"running": 0})
     rows = []
     for metric in metrics.registry.collect():
         if metric.name.startswith(PREFIX):

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sqlite3
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -159,7 +158,7 @@ class Site:
         self.engine = IdleEngine(base_info())
         self.settings = Settings(data_dir=root, **settings)
         self.metrics = Metrics(max_lora=self.settings.max_batch_requests)
-        self._database = sqlite3.connect(root / "store.db", check_same_thread=False, isolation_level=None)
+        self._names = LocalNames(root / "store.db")
         self.store = self.open_store(root)
         self.intake = AdapterIntake(self.settings, self.engine, self.store, self.metrics)
         self.drain = Drain()
@@ -176,7 +175,7 @@ class Site:
 
     def open_store(self, root: Path) -> AdapterStore:
         """Where its adapters are."""
-        return AdapterStore(root / "store", LocalNames(self._database))
+        return AdapterStore(root / "store", self._names)
 
     def app(self) -> Starlette:
         """The whole application."""
@@ -201,7 +200,7 @@ class Site:
         return [version.name for version in self.store.list(TENANT)]
 
     def close(self) -> None:
-        self._database.close()
+        self._names.close()
 
 
 def paths(app: Starlette) -> list[str]:

@@ -1,7 +1,6 @@
 """An engine that says what it is told, and the application around it: real tokenizer, real store, no model."""
 
 import asyncio
-import sqlite3
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
@@ -138,10 +137,10 @@ class Served:
         return version.digest
 
 
-def make_services(directory: Path, engine: ScriptedEngine, database: sqlite3.Connection, **settings: Any) -> Services:
+def make_services(directory: Path, engine: ScriptedEngine, names: LocalNames, **settings: Any) -> Services:
     """Services around a scripted engine."""
     chosen = Settings(**({"served_model_name": BASE, "data_dir": directory} | settings))
-    store = AdapterStore(directory / "adapters", LocalNames(database))
+    store = AdapterStore(directory / "adapters", names)
     metrics = Metrics(chosen.metrics_adapters)
     text = TextProcessor(_tokenizer().backend_tokenizer, ChatTemplate(CHAT_TEMPLATE, {}))
     intake = AdapterIntake(chosen, engine, store, metrics, text=text)
@@ -170,8 +169,8 @@ def make_services(directory: Path, engine: ScriptedEngine, database: sqlite3.Con
 async def serving(directory: Path, text: str = TEXT, **settings: Any) -> AsyncIterator[Served]:
     """An application in this event loop that answers everything with `text` and the end of sequence."""
     engine = ScriptedEngine(reply=lambda request: [*encode(text), EOS])
-    with closing(sqlite3.connect(directory / "test.db", isolation_level=None, check_same_thread=False)) as database:
-        services = make_services(directory, engine, database, **settings)
+    with closing(LocalNames(directory / "test.db")) as names:
+        services = make_services(directory, engine, names, **settings)
         app = build_app(services)
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:

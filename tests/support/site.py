@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import sqlite3
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -92,8 +91,8 @@ class TuningSite:
     def __init__(self, root: Path, engine: TrainingEngine, **settings: Any) -> None:
         self.engine = engine
         self.settings = Settings(**({"data_dir": root, "served_model_name": "tiny", "max_training_jobs": 1} | settings))
-        self._database = sqlite3.connect(root / "adapters.db", isolation_level=None, check_same_thread=False)
-        self.store = AdapterStore(root / "adapters", LocalNames(self._database))
+        self._names = LocalNames(root / "adapters.db")
+        self.store = AdapterStore(root / "adapters", self._names)
         self.metrics = Metrics()
         self.text = TextProcessor(_tokenizer().backend_tokenizer, ChatTemplate(CHAT_TEMPLATE, {}))
         intake = AdapterIntake(self.settings, engine, self.store, self.metrics)
@@ -124,7 +123,7 @@ class TuningSite:
         await self.tuning.stop()
         await self.client.aclose()
         self.text.close()
-        self._database.close()
+        self._names.close()
 
     # --- what tests do over and over -------------------------------------------------------------------
 
