@@ -4,12 +4,12 @@ A receipt is kept in memory for every version of every name, so it is short; wha
 was written into the file by whoever made it, is here. Numpy only.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from adapters.peft_format.directory import EXTRAS, EXTRAS_UNIT, WEIGHTS_NAME, AdapterSpec, LinearShape
+from adapters.safetensors_header import read_header
 
 
 def details_of(directory: Path, linears: Mapping[str, LinearShape] | None) -> dict[str, Any]:
@@ -20,9 +20,11 @@ def details_of(directory: Path, linears: Mapping[str, LinearShape] | None) -> di
         linears: full module name -> sizes, of the base that serves; None while that is not known.
     """
     spec = AdapterSpec.read(directory)
+    with (directory / WEIGHTS_NAME).open("rb") as file:
+        metadata = read_header(file).metadata
     return {
         "modules": {name: {"rank": m.rank, "scaling": m.scaling} for name, m in sorted(spec.adapted.items())},
-        "file_metadata": _metadata(directory / WEIGHTS_NAME),
+        "file_metadata": metadata,
         "bytes_on_disk": sum(path.stat().st_size for path in directory.iterdir()),
         "bytes_on_device": None if linears is None else device_bytes(spec.rows(linears), linears),
     }
@@ -32,10 +34,3 @@ def device_bytes(units: Mapping[str, int], linears: Mapping[str, LinearShape]) -
     """Memory of so many row units per kind (`AdapterSpec.rows`): a kind has as many in each of its linears."""
     rows = sum(units.get(linear.kind, 0) * (linear.in_features + linear.out_features) for linear in linears.values())
     return 2 * rows + EXTRAS_UNIT * units.get(EXTRAS, 0)
-
-
-def _metadata(weights: Path) -> dict[str, str]:
-    with weights.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        metadata: dict[str, str] = json.loads(file.read(length)).get("__metadata__", {})
-    return metadata
