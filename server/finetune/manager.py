@@ -14,6 +14,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from adapters.disk import sync
 from adapters.peft_format.directory import CONFIG_NAME, SPEC_NAME, WEIGHTS_NAME
 from adapters.storage.database import Database
 from server.client.engine import EngineClient, engine_up
@@ -125,6 +126,10 @@ class JobManager:
                 (directory / INITIAL).mkdir()
                 for name in (CONFIG_NAME, WEIGHTS_NAME, SPEC_NAME):
                     shutil.copyfile(initial / name, directory / INITIAL / name)
+                    sync(directory / INITIAL / name)
+                sync(directory / INITIAL)
+            sync(directory)
+            sync(self._directory)
         return job
 
     async def cancel(self, job: Job) -> Job:
