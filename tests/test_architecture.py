@@ -1,6 +1,8 @@
 """The direction of imports: who may know whom, read from the source without importing it."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -143,6 +145,37 @@ def test_the_api_process_starts_without_torch(entry: str) -> None:
                 paths[target] = [*paths[name], target]
                 queue.append(target)
     assert len(queue) > 3
+
+
+SANDBOX = "server.children.programs.template_sandbox"
+
+
+def test_the_template_sandbox_needs_nothing_but_jinja() -> None:
+    """Counts every import of every module in its closure, and the packages that these lie in."""
+    ours, foreign, queue = set(), set(), [SANDBOX]
+    while queue:
+        name = queue.pop()
+        if name not in modules():
+            foreign.add(name.partition(".")[0])
+        elif name not in ours:
+            ours.add(name)
+            queue += modules()[name].ever
+            queue += filter(None, [name.rpartition(".")[0]])
+    assert "server.text.chat_template" in ours
+    assert foreign - sys.stdlib_module_names == {"jinja2"}
+
+
+def test_the_template_sandbox_loads_nothing_but_jinja() -> None:
+    code = f"import sys, {SANDBOX}; print(*{{name.partition('.')[0] for name in sys.modules}})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    plain = subprocess.run(
+        [sys.executable, "-c", "import sys, jinja2; print(*{name.partition('.')[0] for name in sys.modules})"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    beyond = set(run.stdout.split()) - sys.stdlib_module_names - set(plain.stdout.split())
+    assert beyond == {"server"}
 
 
 def _package(name: str) -> str:

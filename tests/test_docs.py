@@ -35,7 +35,7 @@ def _adapter_fields() -> str:
 
 def _metrics() -> str:
     metrics = Metrics()
-    TrainingMetrics(metrics.registry, lambda: {"running": 0})
+    TrainingMetrics(metrics.registry)
     rows = []
     for metric in metrics.registry.collect():
         if metric.name.startswith(PREFIX):

@@ -5,13 +5,13 @@ Nothing that a field names is ever imported, opened or fetched.
 """
 
 import json
-import math
 import re
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, TypeAlias
+
+from adapters.strict_json import JsonFault, check_characters, parse_json
 
 MAX_RANK = 1 << 16
 MAX_ALPHA = 1_000_000
@@ -55,33 +55,11 @@ def strict_json(raw: bytes, param: str) -> dict[str, Json]:
     Raises:
         AdapterError: naming `param`.
     """
-
-    def unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)
-            raise AdapterError(f"{param} has the key '{shorten(twice)}' twice", param)
-        return found
-
-    def refuse_constant(name: str) -> Json:
-        raise AdapterError(f"{param} holds {name}, which is not JSON", param)
-
-    def finite(text: str) -> float:
-        value = float(text)
-        if not math.isfinite(value):
-            raise AdapterError(f"{param} holds a number that is out of range: {shorten(text, 40)}", param)
-        return value
-
     try:
-        value = json.loads(raw.decode(), object_pairs_hook=unique, parse_constant=refuse_constant, parse_float=finite)
-        # Escapes such as \ud800 survive parsing, but no later answer could carry them.
-        json.dumps(value, ensure_ascii=False).encode()
-    except AdapterError:
-        raise
-    except RecursionError:
-        raise AdapterError(f"{param} is nested too deeply", param) from None
-    except ValueError as fault:  # not UTF-8, not JSON, an integer of thousands of digits
-        raise AdapterError(f"{param} is not valid JSON in UTF-8: {shorten(str(fault))}", param) from None
+        value = parse_json(raw, finite=True)
+        check_characters(raw, value)
+    except JsonFault as fault:
+        raise AdapterError(shorten(f"{param} {fault}"), param) from None
     if not isinstance(value, dict):
         raise AdapterError(f"{param} must be a JSON object", param)
     return value

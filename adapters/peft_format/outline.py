@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from adapters.safetensors_header import read_header
+
 EMBEDDING, HEAD = "embed_tokens", "lm_head"  # the last parts of their names in every family that is served
 _INDEX = "model.safetensors.index.json"
 
@@ -115,12 +117,10 @@ class Outline:
 
 def _parameters(path: Path) -> dict[str, Parameter]:
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
+        header = read_header(file)
     return {
-        name: Parameter(tuple(entry["shape"]), entry["dtype"], path, 8 + length + entry["data_offsets"][0])
-        for name, entry in header.items()
+        name: Parameter(tuple(entry["shape"]), entry["dtype"], path, header.data_start + entry["data_offsets"][0])
+        for name, entry in header.tensors.items()
         if name.endswith((".weight", ".bias"))
     }
 

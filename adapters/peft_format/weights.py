@@ -11,7 +11,8 @@ from typing import Any, BinaryIO, Final, Literal, NamedTuple
 
 import numpy as np
 
-from adapters.peft_format.fields import AdapterError, shorten, strict_json
+from adapters import safetensors_header
+from adapters.peft_format.fields import AdapterError, shorten
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -49,25 +50,15 @@ def read_header(file: BinaryIO) -> dict[str, TensorEntry]:
         AdapterError: the header is not JSON, larger than 1 MiB, or describes anything but floating vectors and
             matrices that lie one behind the other and fill the file exactly.
     """
+    try:
+        header = safetensors_header.read_header(file, MAX_HEADER_BYTES)
+    except safetensors_header.HeaderFault as fault:
+        raise AdapterError(shorten(f"weights {fault}"), "weights") from None
+    if not 0 < len(header.tensors) <= MAX_TENSORS:
+        raise AdapterError(f"weights hold {len(header.tensors)} tensors; 1 to {MAX_TENSORS} are allowed", "weights")
+    tensors = {name: _parse_entry(name, entry, header.data_start) for name, entry in header.tensors.items()}
     size = os.fstat(file.fileno()).st_size
-    start = file.read(8)
-    length = int.from_bytes(start, "little")
-    if len(start) < 8 or length > size - 8:
-        if start.startswith((b"PK\x03\x04", b"\x80")):
-            raise AdapterError("weights are a pickle, not safetensors: save with safe_serialization=True", "weights")
-        raise AdapterError("weights are cut short, or not a safetensors file: the header does not fit in", "weights")
-    if length > MAX_HEADER_BYTES:
-        raise AdapterError(
-            f"weights have a header of {length} bytes; at most {MAX_HEADER_BYTES} are allowed", "weights"
-        )
-    header = strict_json(file.read(length), "weights")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise AdapterError("weights have a __metadata__ that is not an object of strings", "weights")
-    if not 0 < len(header) <= MAX_TENSORS:
-        raise AdapterError(f"weights hold {len(header)} tensors; 1 to {MAX_TENSORS} are allowed", "weights")
-    tensors = {name: _parse_entry(name, entry, 8 + length) for name, entry in header.items()}
-    position = 8 + length
+    position = header.data_start
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
         if tensor.start != position:
             raise AdapterError(f"tensor '{shorten(name)}' overlaps another or leaves a gap before it", name)

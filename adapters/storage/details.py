@@ -4,13 +4,13 @@ A receipt is kept in memory for every version of every name, so it is short; wha
 was written into the file by whoever made it, is here. Numpy only.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from adapters.peft_format.directory import WEIGHTS_NAME, AdapterSpec
 from adapters.peft_format.sizes import LinearSize, device_bytes
+from adapters.safetensors_header import read_header
 
 
 def details_of(directory: Path, linears: Mapping[str, LinearSize] | None) -> dict[str, Any]:
@@ -21,16 +21,11 @@ def details_of(directory: Path, linears: Mapping[str, LinearSize] | None) -> dic
         linears: full module name -> sizes, of the base that serves; None while that is not known.
     """
     spec = AdapterSpec.read(directory)
+    with (directory / WEIGHTS_NAME).open("rb") as file:
+        metadata = read_header(file).metadata
     return {
         "modules": {name: {"rank": m.rank, "scaling": m.scaling} for name, m in sorted(spec.adapted.items())},
-        "file_metadata": _metadata(directory / WEIGHTS_NAME),
+        "file_metadata": metadata,
         "bytes_on_disk": sum(path.stat().st_size for path in directory.iterdir()),
         "bytes_on_device": None if linears is None else device_bytes(spec.rows(linears), linears),
     }
-
-
-def _metadata(weights: Path) -> dict[str, str]:
-    with weights.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        metadata: dict[str, str] = json.loads(file.read(length)).get("__metadata__", {})
-    return metadata

@@ -9,7 +9,6 @@ line is checked, and a bad one is named together with its field. The tokenizer c
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from adapters.strict_json import JsonFault, parse_json
 from server.messages.dataset import Dataset, Report
 
 MAX_LINE_BYTES = 4 << 20
@@ -95,15 +95,11 @@ def read_examples(lines: Iterable[bytes]) -> Iterator[tuple[int, Example | None]
 
 def _parse(line: bytes, number: int) -> Example:
     try:
-        record = json.loads(line.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-    except UnicodeDecodeError as error:
-        raise DatasetError("not UTF-8", number) from error
-    except RecursionError as error:
-        raise DatasetError("nested too deeply", number) from error
-    except _DuplicateKeyError as error:
-        raise DatasetError("given twice", number, str(error)) from error
-    except ValueError as error:
-        raise DatasetError(f"not JSON: {error}", number) from error
+        record = parse_json(line)
+    except JsonFault as fault:
+        if fault.key is not None:
+            raise DatasetError("given twice", number, fault.key) from fault
+        raise DatasetError(str(fault), number) from fault
     if not isinstance(record, dict):
         raise DatasetError(f"a JSON object is wanted, not {type(record).__name__}", number)
     record = _without_empty_fields(record)
@@ -198,22 +194,6 @@ def _check_unicode(value: Any, number: int, path: str = "") -> None:
         case list():
             for index, item in enumerate(value):
                 _check_unicode(item, number, f"{path}[{index}]")
-
-
-class _DuplicateKeyError(Exception):
-    pass
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise _DuplicateKeyError(next(name for name in names if names.count(name) > 1))
-    return record
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON number")
 
 
 # --- examples -> tokens -----------------------------------------------------------------------------

@@ -19,10 +19,10 @@ import msgspec
 import numpy as np
 from msgspec.structs import replace
 
+from adapters.storage.database import Database
 from server.client.engine import EngineClient, engine_up
 from server.errors import EngineUnavailable, ModelNotFound
 from server.finetune import hyperparameters as recipe
-from server.finetune.database import Database
 from server.finetune.dataset import DatasetError, load_dataset
 from server.finetune.files import FileStore, UnknownFileError, new_id
 from server.finetune.jobs import JobError, JobFailedError
@@ -95,15 +95,10 @@ class Evaluations:
         self._text = text
         self._slots = asyncio.Semaphore(CONCURRENT)
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        with database.transaction() as connection:
-            connection.execute(
-                "CREATE TABLE IF NOT EXISTS evaluations (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT "
-                "NULL, tenant TEXT NOT NULL, status TEXT NOT NULL, record TEXT NOT NULL)"
-            )
 
     # --- what clients ask ---------------------------------------------------------------------------------
 
-    def create(
+    async def create(
         self, tenant: str, *, model: str, adapter: str | None, digest: str | None, file: str, max_examples: int | None
     ) -> Evaluation:
         """Record an evaluation and begin with it."""
@@ -118,17 +113,17 @@ class Evaluations:
             file=file,
             max_examples=max_examples,
         )
-        with self._database.transaction() as connection:
-            connection.execute(
-                "INSERT INTO evaluations (id, tenant, status, record) VALUES (?, ?, ?, ?)",
-                (evaluation.id, tenant, evaluation.status, _encode(evaluation)),
-            )
+        await asyncio.to_thread(
+            self._write,
+            "INSERT INTO evaluations (id, tenant, status, record) VALUES (?, ?, ?, ?)",
+            (evaluation.id, tenant, evaluation.status, _encode(evaluation)),
+        )
         self._begin(evaluation)
         return evaluation
 
     def get(self, tenant: str, evaluation_id: str) -> Evaluation:
         """Raises UnknownEvaluationError."""
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             row = connection.execute(
                 "SELECT record FROM evaluations WHERE id = ? AND tenant = ?", (evaluation_id, tenant)
             ).fetchone()
@@ -141,22 +136,19 @@ class Evaluations:
         rows, more = self._database.page("evaluations", "tenant = ?", [tenant], limit=limit, after=after)
         return [msgspec.json.decode(row["record"], type=Evaluation) for row in rows], more
 
-    def delete(self, tenant: str, evaluation_id: str) -> None:
+    async def delete(self, tenant: str, evaluation_id: str) -> None:
         """Forget an evaluation; one that runs is stopped. Raises UnknownEvaluationError."""
-        self.get(tenant, evaluation_id)
-        with self._database.transaction() as connection:
-            connection.execute("DELETE FROM evaluations WHERE id = ?", (evaluation_id,))
+        await asyncio.to_thread(self.get, tenant, evaluation_id)
+        await asyncio.to_thread(self._write, "DELETE FROM evaluations WHERE id = ?", (evaluation_id,))
         if task := self._tasks.get(evaluation_id):
             task.cancel()
 
     # --- its life --------------------------------------------------------------------------------------------
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """Begin again with what was under way."""
-        with self._database.transaction() as connection:
-            rows = connection.execute("SELECT record FROM evaluations WHERE status = 'running'").fetchall()
-        for row in rows:
-            self._begin(msgspec.json.decode(row["record"], type=Evaluation))
+        for evaluation in await asyncio.to_thread(self._running):
+            self._begin(evaluation)
 
     async def stop(self) -> None:
         tasks = list(self._tasks.values())
@@ -178,10 +170,17 @@ class Evaluations:
             log.exception("evaluation %s failed", evaluation.id)
             done = replace(evaluation, status="failed", error=JobError("server_error", "A fault in the server."))
         done = replace(done, finished_at=int(time.time()))
+        update = "UPDATE evaluations SET status = ?, record = ? WHERE id = ?"
+        await asyncio.to_thread(self._write, update, (done.status, _encode(done), done.id))
+
+    def _running(self) -> list[Evaluation]:
+        with self._database.reading() as connection:
+            rows = connection.execute("SELECT record FROM evaluations WHERE status = 'running'").fetchall()
+        return [msgspec.json.decode(row["record"], type=Evaluation) for row in rows]
+
+    def _write(self, statement: str, values: Sequence[str]) -> None:
         with self._database.transaction() as connection:
-            connection.execute(
-                "UPDATE evaluations SET status = ?, record = ? WHERE id = ?", (done.status, _encode(done), done.id)
-            )
+            connection.execute(statement, values)
 
     # --- the work ----------------------------------------------------------------------------------------------
 

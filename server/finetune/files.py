@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from adapters.disk import sync
-from server.finetune.database import Database
+from adapters.storage.database import Database
 
 _ALPHABET = string.ascii_letters + string.digits
 
@@ -56,12 +56,7 @@ class FileStore:
         self._database = database
         shutil.rmtree(self._staging, ignore_errors=True)
         self._staging.mkdir(parents=True)
-        with database.transaction() as connection:
-            connection.execute(
-                "CREATE TABLE IF NOT EXISTS files (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, "
-                "tenant TEXT NOT NULL, filename TEXT NOT NULL, purpose TEXT NOT NULL, bytes INTEGER NOT NULL, "
-                "created_at INTEGER NOT NULL, report TEXT NOT NULL)"
-            )
+        with database.reading() as connection:
             known = {row["id"] for row in connection.execute("SELECT id FROM files")}
         for path in root.iterdir():
             if path.is_file() and path.name not in known:
@@ -98,7 +93,7 @@ class FileStore:
 
     def get(self, tenant: str, file_id: str) -> StoredFile:
         """Raises UnknownFileError."""
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             row = connection.execute("SELECT * FROM files WHERE id = ? AND tenant = ?", (file_id, tenant)).fetchone()
         if row is None:
             raise UnknownFileError(file_id)

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import msgspec
 
-from server.finetune.database import Database
+from adapters.storage.database import Database
 from server.finetune.files import new_id
 from server.finetune.hyperparameters import Hyperparameters, LoraOptions, TrainingOptions
 from server.messages.training import Metrics, StartJob, TrainingStep
@@ -117,23 +117,6 @@ class StoredCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
     hashes: dict[str, str]  # file name -> blake2b of its content
 
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS jobs (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, tenant TEXT NOT NULL, status TEXT NOT NULL,
-    record TEXT NOT NULL);
-CREATE TABLE IF NOT EXISTS events (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, job TEXT NOT NULL REFERENCES jobs(id),
-    record TEXT NOT NULL);
-CREATE INDEX IF NOT EXISTS events_of_job ON events (job, number);
-CREATE TABLE IF NOT EXISTS steps (
-    job TEXT NOT NULL REFERENCES jobs(id), step INTEGER NOT NULL, record TEXT NOT NULL, PRIMARY KEY (job, step));
-CREATE TABLE IF NOT EXISTS checkpoints (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, job TEXT NOT NULL REFERENCES jobs(id),
-    step INTEGER NOT NULL, served INTEGER NOT NULL, record TEXT NOT NULL);
-CREATE INDEX IF NOT EXISTS checkpoints_of_job ON checkpoints (job, number);
-"""
-
-
 def _encode(record: object) -> str:
     return msgspec.json.encode(record).decode()
 
@@ -143,9 +126,6 @@ class JobStore:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        with database.transaction() as connection:
-            for statement in _SCHEMA.split(";"):
-                connection.execute(statement)
 
     # --- jobs --------------------------------------------------------------------------------------
 
@@ -161,7 +141,7 @@ class JobStore:
 
     def get(self, tenant: str, job_id: str) -> Job:
         """Raises UnknownJobError."""
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             row = connection.execute("SELECT record FROM jobs WHERE id = ? AND tenant = ?", (job_id, tenant)).fetchone()
         if row is None:
             raise UnknownJobError(job_id)
@@ -181,7 +161,7 @@ class JobStore:
     def unfinished(self) -> Sequence[Job]:
         """Every tenant's jobs that are not at an end, oldest first."""
         marks = ", ".join("?" * len(FINAL))
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             rows = connection.execute(
                 f"SELECT record FROM jobs WHERE status NOT IN ({marks}) ORDER BY number", sorted(FINAL)
             ).fetchall()
@@ -189,7 +169,7 @@ class JobStore:
 
     def counts(self) -> dict[Status, int]:
         """How many jobs are in each status."""
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             rows = connection.execute("SELECT status, COUNT(*) AS n FROM jobs GROUP BY status").fetchall()
         return dict.fromkeys(get_args(Status), 0) | {row["status"]: row["n"] for row in rows}
 
@@ -281,7 +261,7 @@ class JobStore:
 
     def steps(self, job_id: str) -> Sequence[Metrics]:
         """Every recorded step's metrics, in order."""
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             rows = connection.execute("SELECT record FROM steps WHERE job = ? ORDER BY step", (job_id,)).fetchall()
         return [msgspec.json.decode(row["record"], type=Metrics) for row in rows]
 
@@ -327,7 +307,7 @@ class JobStore:
 
     def resumable(self, job_id: str) -> Sequence[StoredCheckpoint]:
         """Every checkpoint, the latest step first."""
-        with self._database.transaction() as connection:
+        with self._database.reading() as connection:
             rows = connection.execute(
                 "SELECT record FROM checkpoints WHERE job = ? ORDER BY step DESC", (job_id,)
             ).fetchall()

@@ -15,8 +15,8 @@ from pathlib import Path
 from adapters.disk import sync
 from adapters.peft_format.config import AdapterError
 from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME
+from adapters.storage.database import Database
 from server.errors import StorageFull
-from server.finetune.database import Database
 from server.finetune.files import FileStore
 from server.finetune.jobs import Job, JobFailedError, JobStore
 from server.messages.training import Checkpoint, Metrics

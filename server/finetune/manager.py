@@ -14,10 +14,11 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from adapters.disk import sync
 from adapters.peft_format.directory import CONFIG_NAME, SPEC_NAME, WEIGHTS_NAME
+from adapters.storage.database import Database
 from server.client.engine import EngineClient, engine_up
 from server.errors import EngineUnavailable
-from server.finetune.database import Database
 from server.finetune.files import FileStore
 from server.finetune.jobs import FINAL, Job, JobError, JobFailedError, JobSpec, JobStateError, JobStore, Status
 from server.finetune.keeping import Keeping
@@ -80,14 +81,14 @@ class JobManager:
     async def start(self) -> None:
         """Go on with every job that was under way; paused ones stay paused."""
         self._directory.mkdir(parents=True, exist_ok=True)
-        unfinished = self._jobs.unfinished()
+        unfinished = await asyncio.to_thread(self._jobs.unfinished)
         for left in {path.name for path in self._directory.iterdir()} - {job.id for job in unfinished}:
             shutil.rmtree(self._directory / left, ignore_errors=True)
         for job in unfinished:
             if job.status == "pausing":
-                self._jobs.move(job, "paused", "Job paused")
+                await self._move(job, "paused", "Job paused")
             elif job.status == "running":
-                self._begin(self._jobs.move(job, "queued", "The server restarted; the job is queued again"))
+                self._begin(await self._move(job, "queued", "The server restarted; the job is queued again"))
             elif job.status != "paused":
                 self._begin(job)
 
@@ -125,6 +126,10 @@ class JobManager:
                 (directory / INITIAL).mkdir()
                 for name in (CONFIG_NAME, WEIGHTS_NAME, SPEC_NAME):
                     shutil.copyfile(initial / name, directory / INITIAL / name)
+                    sync(directory / INITIAL / name)
+                sync(directory / INITIAL)
+            sync(directory)
+            sync(self._directory)
         return job
 
     async def cancel(self, job: Job) -> Job:
@@ -137,14 +142,14 @@ class JobManager:
 
     async def pause(self, job: Job) -> Job:
         """A waiting job is paused at once, a running one when its step is saved. Raises JobStateError otherwise."""
-        running = self._now(job).status == "running"
+        running = (await self._now(job)).status == "running"
         moved = await self._move(job, "pausing" if running else "paused", "Job pausing" if running else "Job paused")
         await self._let_go(moved, save=True)
         return moved
 
     async def resume(self, job: Job) -> Job:
         """Raises JobStateError unless the job is paused."""
-        if self._now(job).status == "paused" and (task := self._tasks.get(job.id)):
+        if (await self._now(job)).status == "paused" and (task := self._tasks.get(job.id)):
             await asyncio.wait({task})  # it is about to end, after the pause
         resumed = await self._move(job, "validating_files" if job.start is None else "queued", "Job resumed")
         self._begin(resumed)
@@ -204,15 +209,15 @@ class JobManager:
             log.exception("job %s failed", job.id)
             await self._fail(job, JobError("server_error", "The job failed because of a fault in the server."))
         finally:
-            if self._now(job).status in FINAL:
+            if (await self._now(job)).status in FINAL:
                 await self._clean_up(job)
 
     async def _fail(self, job: Job, error: JobError) -> None:
         with contextlib.suppress(JobStateError):
             await self._move(job, "failed", error.message, error=error)
 
-    def _now(self, job: Job) -> Job:
-        return self._jobs.get(job.tenant, job.id)
+    async def _now(self, job: Job) -> Job:
+        return await asyncio.to_thread(self._jobs.get, job.tenant, job.id)
 
     async def _ask_memory(self, question: PlanMemory) -> MemoryPlan:
         while True:
@@ -231,10 +236,10 @@ class JobManager:
                 with contextlib.suppress(EngineUnavailable):
                     await engine_up(self._engine)
                     await self._run_once(job)
-                job = self._now(job)
+                job = await self._now(job)
                 if job.status == "running":
                     message = "The engine restarts; the job goes on from its last checkpoint"
-                    self._jobs.add_event(job.id, message, level="warn")
+                    await asyncio.to_thread(self._jobs.add_event, job.id, message, level="warn")
                     self._announce()
             if job.status == "pausing":  # the engine went before it could save: the last checkpoint it is
                 await self._move(job, "paused", "Job paused")
@@ -242,7 +247,7 @@ class JobManager:
             self._training.discard(job.id)
             self._pace.pop(job.id, None)
             self._metrics.ended(job.id)
-            await asyncio.to_thread(self._wandb.ended, self._now(job))
+            await asyncio.to_thread(self._wandb.ended, await self._now(job))
 
     async def _run_once(self, job: Job) -> None:
         """One life of the job on the engine. Raises EngineUnavailable, JobFailedError."""
@@ -251,7 +256,7 @@ class JobManager:
         replies = self._engine.train(replace(job.start, resume=resume))
         try:
             async for reply in replies:
-                await self._take(self._now(job), reply)
+                await self._take(await self._now(job), reply)
         finally:
             await replies.aclose()
 

@@ -1,6 +1,6 @@
 """What fine-tuning counts, in the server's registry: jobs by status, progress, and what it takes of the device."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -12,27 +12,24 @@ from server.metrics import PREFIX
 
 
 class _Jobs(Collector):
-    """Jobs by status, asked for at scrape time."""
+    """Jobs by status, as last counted."""
 
-    def __init__(self, counts: Callable[[], Mapping[Status, int]]) -> None:
-        self._counts = counts
+    def __init__(self) -> None:
+        self.counts: Mapping[Status, int] = {}
 
     def collect(self) -> Iterator[Metric]:
         family = GaugeMetricFamily(f"{PREFIX}finetune_jobs", "Fine-tuning jobs", labels=["status"])
-        for status, count in self._counts().items():
+        for status, count in self.counts.items():
             family.add_metric([status], count)
         yield family
 
 
 class TrainingMetrics:
-    """Counters over all jobs, and gauges of the jobs that run now.
+    """Counters over all jobs, and gauges of the jobs that run now."""
 
-    Args:
-        counts: how many jobs are in each status.
-    """
-
-    def __init__(self, registry: CollectorRegistry, counts: Callable[[], Mapping[Status, int]]) -> None:
-        registry.register(_Jobs(counts))
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._jobs = _Jobs()
+        registry.register(self._jobs)
 
         def counter(name: str, text: str) -> Counter:
             return Counter(f"{PREFIX}finetune_{name}", text, registry=registry)
@@ -53,6 +50,10 @@ class TrainingMetrics:
                 lambda step: step.busy_seconds / step.seconds if step.seconds else 0.0,
             ),
         ]
+
+    def jobs(self, counts: Mapping[Status, int]) -> None:
+        """How many jobs are in each status, to be said before every scrape."""
+        self._jobs.counts = counts
 
     def step(self, step: TrainingStep, tokens: int) -> None:
         """An optimiser step is done, over so many tokens."""

@@ -1,10 +1,11 @@
 """Everything about fine-tuning that handlers use, in one object made once at start."""
 
+import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 
 from server.client.engine import EngineClient
-from server.finetune.database import Database
+from server.finetune.database import open_database
 from server.finetune.evaluations import Evaluations
 from server.finetune.files import FileStore
 from server.finetune.jobs import JobStore
@@ -23,16 +24,21 @@ class FineTuning:
     jobs: JobStore
     manager: JobManager
     evaluations: Evaluations
+    metrics: TrainingMetrics
 
     async def start(self) -> None:
         """Go on with what was under way."""
         await self.manager.start()
-        self.evaluations.start()
+        await self.evaluations.start()
 
     async def stop(self) -> None:
         """Let go of everything; the next `start` goes on with it."""
         await self.manager.stop()
         await self.evaluations.stop()
+
+    async def count_jobs(self) -> None:
+        """Bring the metrics of jobs by status up to date."""
+        self.metrics.jobs(await asyncio.to_thread(self.jobs.counts))
 
     @classmethod
     def open(
@@ -46,9 +52,10 @@ class FineTuning:
         max_running: int,
     ) -> "FineTuning":
         """Open what lies in `data_dir`, or begin there."""
-        database = Database(data_dir / "finetuning.db")
+        database = open_database(data_dir / "finetuning.db")
         files = FileStore(data_dir / "files", database)
         jobs = JobStore(database)
+        counted = TrainingMetrics(metrics.registry)
         manager = JobManager(
             directory=data_dir / "jobs",
             database=database,
@@ -57,7 +64,7 @@ class FineTuning:
             engine=engine,
             publisher=registry.publisher,
             text=text,
-            metrics=TrainingMetrics(metrics.registry, jobs.counts),
+            metrics=counted,
             max_running=max_running,
         )
-        return cls(files, jobs, manager, Evaluations(database, files, registry, engine, text))
+        return cls(files, jobs, manager, Evaluations(database, files, registry, engine, text), counted)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from server.errors import InvalidRequest
+from server.text.chat_template import TemplateRefusal
 from server.text.processor import TextProcessor
 
 
@@ -26,7 +26,7 @@ class TrainingTokenizer:
             raise ValueError("the base model has none; use `prompt` and `completion`")
         try:
             return template.render(messages, add_generation_prompt=add_generation_prompt)
-        except InvalidRequest as error:
+        except TemplateRefusal as error:
             raise ValueError(error.message) from None
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:

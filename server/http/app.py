@@ -10,7 +10,6 @@ import logging
 import os
 import shlex
 import socket
-import sqlite3
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -175,8 +174,7 @@ def _make_services(settings: Settings, model: Path) -> tuple[Services, LocalEngi
 
 def open_store(settings: Settings, pin_limit: PinLimit) -> AdapterStore:
     """Names and files of adapters, where the settings say. Raises SettingError."""
-    database = sqlite3.connect(settings.data_dir / "adapters.db", isolation_level=None, check_same_thread=False)
-    local = LocalNames(database)
+    local = LocalNames(settings.data_dir / "adapters.db")
     if settings.adapter_store is None:
         return AdapterStore(
             settings.data_dir / "adapters", local, retain=settings.keep_versions, check_pins=pin_limit.check

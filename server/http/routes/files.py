@@ -11,9 +11,9 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from adapters.storage.database import UnknownCursorError
 from server.errors import InvalidRequest, NotFound, disk_faults, shown
 from server.finetune import hyperparameters as recipe
-from server.finetune.database import UnknownCursorError
 from server.finetune.dataset import DatasetError, load_dataset
 from server.finetune.files import StoredFile, UnknownFileError
 from server.finetune.tokenizer import TrainingTokenizer
@@ -82,7 +82,8 @@ def _check(services: Services, path: Path) -> dict[str, int]:
 async def list_files(request: Request, query: FilesQuery) -> Response:
     """A page of files, newest first unless `order=asc`."""
     try:
-        files, more = services_of(request).tuning.files.page(
+        files, more = await asyncio.to_thread(
+            services_of(request).tuning.files.page,
             TENANT,
             limit=query.limit,
             after=query.after,
@@ -96,12 +97,12 @@ async def list_files(request: Request, query: FilesQuery) -> Response:
 
 async def get_file(request: Request) -> Response:
     """One file's object."""
-    return JSONResponse(file_object(_find(request)))
+    return JSONResponse(file_object(await _find(request)))
 
 
 async def get_content(request: Request) -> Response:
     """A file's bytes."""
-    stored = _find(request)
+    stored = await _find(request)
     results = stored.purpose != PURPOSE
     media_type = "text/csv" if results else "application/jsonl"
     return _WholeFile(stored.path, media_type=media_type, filename=stored.filename)
@@ -117,15 +118,15 @@ class _WholeFile(FileResponse):
 
 async def delete_file(request: Request) -> Response:
     """Remove a file. Jobs that have read it already do not need it any more."""
-    stored = _find(request)
+    stored = await _find(request)
     await asyncio.to_thread(services_of(request).tuning.files.delete, TENANT, stored.id)
     return JSONResponse({"id": stored.id, "object": "file", "deleted": True})
 
 
-def _find(request: Request) -> StoredFile:
+async def _find(request: Request) -> StoredFile:
     file_id = request.path_params["id"]
     try:
-        return services_of(request).tuning.files.get(TENANT, file_id)
+        return await asyncio.to_thread(services_of(request).tuning.files.get, TENANT, file_id)
     except UnknownFileError:
         raise NotFound(f"No such File object: {shown(file_id)}", param="id", code="file_not_found") from None
 

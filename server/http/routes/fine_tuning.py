@@ -1,5 +1,6 @@
 """`/v1/fine_tuning`: jobs, their events and checkpoints in OpenAI's shapes, and an estimate of their memory."""
 
+import asyncio
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -13,9 +14,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from adapters.peft_format.config import AdapterError
 from adapters.peft_format.directory import AdapterSpec
+from adapters.storage.database import UnknownCursorError
 from server.errors import InvalidRequest, NotFound, shown
 from server.finetune import hyperparameters as recipe
-from server.finetune.database import UnknownCursorError
 from server.finetune.files import UnknownFileError
 from server.finetune.jobs import FINAL, Event, Job, JobSpec, JobStateError, StoredCheckpoint, UnknownJobError
 from server.finetune.preparation import question
@@ -55,7 +56,7 @@ async def create_job(request: Request, body: JobBody) -> Response:
     hyperparameters = body.chosen_hyperparameters
     for param, file_id in (("training_file", body.training_file), ("validation_file", body.validation_file)):
         if file_id is not None:
-            _check_file(services, param, file_id)
+            await asyncio.to_thread(_check_file, services, param, file_id)
     async with AsyncExitStack() as held:
         target = await held.enter_async_context(open_target(services, body.model))
         lora, _ = _shape(services, target, body.lora)
@@ -157,7 +158,9 @@ async def list_jobs(request: Request, query: JobsQuery) -> Response:
     """A page of jobs, newest first; `metadata[key]=value` narrows it."""
     services = services_of(request)
     try:
-        jobs, more = services.tuning.jobs.page(TENANT, limit=query.limit, after=query.after, metadata=query.metadata)
+        jobs, more = await asyncio.to_thread(
+            services.tuning.jobs.page, TENANT, limit=query.limit, after=query.after, metadata=query.metadata
+        )
     except UnknownCursorError:
         raise unknown_cursor() from None
     return page([job_object(services, job) for job in jobs], more)
@@ -165,36 +168,42 @@ async def list_jobs(request: Request, query: JobsQuery) -> Response:
 
 async def get_job(request: Request) -> Response:
     """One job."""
-    return JSONResponse(job_object(services_of(request), _find(request)))
+    return JSONResponse(job_object(services_of(request), await _find(request)))
 
 
 async def list_events(request: Request, query: EventsQuery) -> Response:
     """A page of a job's events, newest first; or, to who accepts `text/event-stream`, all of them as they happen."""
-    job = _find(request)
+    job = await _find(request)
     if "text/event-stream" in request.headers.get("accept", ""):
         after = request.headers.get("last-event-id") or query.after
-        return _stream_events(request, job, after)
+        return await _stream_events(request, job, after)
     try:
-        events, more = services_of(request).tuning.jobs.events(job.id, limit=query.limit, after=query.after)
+        events, more = await asyncio.to_thread(
+            services_of(request).tuning.jobs.events, job.id, limit=query.limit, after=query.after
+        )
     except UnknownCursorError:
         raise unknown_cursor() from None
     return page([event_object(event) for event in events], more)
 
 
-def _stream_events(request: Request, job: Job, after: str | None) -> Response:
+async def _stream_events(request: Request, job: Job, after: str | None) -> Response:
     services = services_of(request)
+    jobs = services.tuning.jobs
     try:
-        services.tuning.jobs.events(job.id, limit=1, after=after)
+        await asyncio.to_thread(jobs.events, job.id, limit=1, after=after)
     except UnknownCursorError:
         raise unknown_cursor() from None
 
     async def stream() -> AsyncIterator[bytes]:
         last = after
         while True:
-            ended = services.tuning.jobs.get(TENANT, job.id).status in FINAL or services.drain.draining
+            now = await asyncio.to_thread(jobs.get, TENANT, job.id)
+            ended = now.status in FINAL or services.drain.draining
             more = True
             while more:
-                events, more = services.tuning.jobs.events(job.id, limit=_STREAM_PAGE, after=last, newest_first=False)
+                events, more = await asyncio.to_thread(
+                    jobs.events, job.id, limit=_STREAM_PAGE, after=last, newest_first=False
+                )
                 for event in events:
                     last = event.id
                     yield b"id: %b\ndata: %b\n\n" % (event.id.encode(), encode_json(event_object(event)))
@@ -208,18 +217,20 @@ def _stream_events(request: Request, job: Job, after: str | None) -> Response:
 
 async def list_checkpoints(request: Request, query: CheckpointsQuery) -> Response:
     """A page of a job's checkpoints, newest first."""
-    job = _find(request)
+    job = await _find(request)
     try:
-        checkpoints, more = services_of(request).tuning.jobs.checkpoints(job.id, limit=query.limit, after=query.after)
+        checkpoints, more = await asyncio.to_thread(
+            services_of(request).tuning.jobs.checkpoints, job.id, limit=query.limit, after=query.after
+        )
     except UnknownCursorError:
         raise unknown_cursor() from None
     return page([checkpoint_object(job, checkpoint) for checkpoint in checkpoints], more)
 
 
-def _find(request: Request) -> Job:
+async def _find(request: Request) -> Job:
     job_id = request.path_params["id"]
     try:
-        return services_of(request).tuning.jobs.get(TENANT, job_id)
+        return await asyncio.to_thread(services_of(request).tuning.jobs.get, TENANT, job_id)
     except UnknownJobError:
         message = f"Could not find fine tune: {shown(job_id)}"
         raise NotFound(message, param="fine_tuning_job_id", code="fine_tune_not_found") from None
@@ -245,7 +256,7 @@ async def resume_job(request: Request) -> Response:
 
 async def _steer(request: Request, change: Callable[[Job], Awaitable[Job]]) -> Response:
     try:
-        job = await change(_find(request))
+        job = await change(await _find(request))
     except JobStateError as error:
         raise InvalidRequest(str(error), code="invalid_job_state") from None
     return JSONResponse(job_object(services_of(request), job))

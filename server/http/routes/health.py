@@ -51,6 +51,7 @@ async def metrics(request: Request) -> Response:
     """Everything counted, as Prometheus reads it."""
     services = services_of(request)
     services.metrics.engine_process(alive=services.engine.pid is not None)
+    await services.tuning.count_jobs()
     encode, content_type = choose_encoder(request.headers.get("accept", ""))
     return Response(encode(services.metrics.registry), media_type=content_type)
 

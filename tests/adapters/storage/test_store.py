@@ -48,7 +48,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 def box(tmp_path: Path) -> Iterator[Box]:
     box = Box(tmp_path, retain=3)
     yield box
-    box.database.close()
+    box.names.close()
 
 
 # --- names -----------------------------------------------------------------------------------------
@@ -240,8 +240,10 @@ def test_a_split_survives_a_restart_and_keeps_its_versions(box: Box) -> None:
 
 def test_a_store_from_before_splits_is_read(box: Box) -> None:
     put(box.store, "x", "one")
-    box.database.execute("ALTER TABLE adapter_versions DROP COLUMN staged")
-    box.database.execute("DROP TABLE adapter_splits")
+    with box.names.database.transaction() as connection:
+        connection.execute("ALTER TABLE adapter_versions DROP COLUMN staged")
+        connection.execute("DROP TABLE adapter_splits")
+        connection.execute("PRAGMA user_version = 0")
     assert contents(box.again()) == ["one"]
     put(box.store, "x", "two", promote=False)
     assert contents(box.again()) == ["one", "two"]
@@ -345,8 +347,9 @@ def test_a_full_disk_keeps_nothing_and_loses_nothing(
 
 def test_a_full_database_keeps_nothing_and_loses_nothing(box: Box) -> None:
     put(box.store, "x", "one")
-    (pages,) = box.database.execute("PRAGMA page_count").fetchone()
-    box.database.execute(f"PRAGMA max_page_count = {pages}")
+    with box.names.database.transaction() as connection:
+        (pages,) = connection.execute("PRAGMA page_count").fetchone()
+        connection.execute(f"PRAGMA max_page_count = {pages}")
     published: list[str] = []
 
     def publish_until_full() -> None:
@@ -361,16 +364,18 @@ def test_a_full_database_keeps_nothing_and_loses_nothing(box: Box) -> None:
         box.store.get("t", failed)
     staged, versions = box.on_disk()
     assert (staged, len(versions)) == (0, len(published) + 1)
-    box.database.execute("PRAGMA max_page_count = 1000000")
+    with box.names.database.transaction() as connection:
+        connection.execute("PRAGMA max_page_count = 1000000")
     assert put(box.store, failed, "later")[1]
     assert len(box.again().list("t")) == len(published) + 2
 
 
 def test_a_refused_transaction_leaves_the_store_working(box: Box) -> None:
-    box.database.execute(
-        "CREATE TEMP TRIGGER refuse BEFORE INSERT ON adapter_versions WHEN new.name = 'bad' "
-        "BEGIN SELECT RAISE(ABORT, 'refused'); END"
-    )
+    with box.names.database.transaction() as connection:
+        connection.execute(
+            "CREATE TEMP TRIGGER refuse BEFORE INSERT ON adapter_versions WHEN new.name = 'bad' "
+            "BEGIN SELECT RAISE(ABORT, 'refused'); END"
+        )
     with pytest.raises(sqlite3.IntegrityError):
         put(box.store, "bad", "one")
     assert box.on_disk() == (0, [])
@@ -449,7 +454,7 @@ def test_kill_at_any_moment_loses_nothing_acknowledged_and_shows_nothing_half_wr
             assert (version.path / CONFIG_NAME).read_text() == "{}"
         retained = {content_of(version) for name in found for version in box.store.versions("t", name)}
         assert box.on_disk() == (0, sorted(retained))
-        box.database.close()
+        box.names.close()
         state = {name: content_of(found[name]) if name in found else "" for name in allowed}
         first = last + 2
 
@@ -533,7 +538,7 @@ class StoreMachine(RuleBasedStateMachine):
         for _, _, lease in self.leases:
             lease.__exit__(None, None, None)
         wait_for(lambda: not any(thread.name == "adapter-collector" for thread in threading.enumerate()))
-        self.box.database.close()
+        self.box.names.close()
         self.directory.cleanup()
 
 

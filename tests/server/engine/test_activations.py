@@ -3,6 +3,7 @@
 import asyncio
 import random
 import time
+from typing import Any
 from pathlib import Path
 
 import pytest
@@ -128,7 +129,7 @@ def test_the_process_measures_it_after_its_self_check(model_dir: Path, cache_dir
     ("change", "message"),
     [({"dtype": "bfloat16"}, "float32 on a CPU"), ({"quantization": "none"}, "nf4 or fp4")],
 )
-def test_refused_for_another_base(change: dict[str, str], message: str, model_dir: Path, cache_dir: Path) -> None:
+def test_refused_for_another_base(change: dict[str, Any], message: str, model_dir: Path, cache_dir: Path) -> None:
     engine = load_engine(model_dir, cache_dir, **change)
     with pytest.raises(UnservableModel, match=f"--activations int8.*{message}"):
         activations.round_to_int8(engine, model_dir)

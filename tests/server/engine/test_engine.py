@@ -30,7 +30,7 @@ def engine(model_dir: Path, cache_dir: Path) -> Engine:
     ],
 )
 def test_settings_that_cannot_work_are_named(
-    settings: dict[str, int], named: str, model_dir: Path, cache_dir: Path
+    settings: dict[str, Any], named: str, model_dir: Path, cache_dir: Path
 ) -> None:
     with pytest.raises(UnservableModel, match=named):
         load_engine(model_dir, cache_dir, **settings)

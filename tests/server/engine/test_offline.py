@@ -49,7 +49,7 @@ def test_a_failing_request_is_an_error(model_dir: Path, cache_dir: Path) -> None
 
 
 def bench_of(engine: Engine) -> offline.Bench:
-    return offline.Bench(engine, EngineConfig(address="", model=engine.base.model.name_or_path, cache_dir=""))
+    return offline.Bench(engine, EngineConfig(address="", model=str(engine.base.model.name_or_path), cache_dir=""))
 
 
 def test_requests_come_when_they_are_due(model_dir: Path, cache_dir: Path) -> None:

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from server.engine.scheduler import LOAD_FAILED, TOO_LONG, AdapterKey, Sequence
+from server.engine.sequence import AdapterKey, Sequence
+from server.messages.protocol import LOAD_FAILED, TOO_LONG
 from tests.support.scheduler_world import BASE, BIG, BOTH, BROKEN, A, B, World
 
 prompts = st.lists(st.integers(1, 2), min_size=1, max_size=26)  # two letters, so that prefixes meet

@@ -78,9 +78,12 @@ def test_plain_adapters_keep_their_path(world: Callable[[str], World], monkeypat
     run(here.engine, here.requests())  # all are resident
     modules: list[int] = []
     logits = ModulesPath.logits
-    monkeypatch.setattr(
-        ModulesPath, "logits", lambda path, batch: modules.append(len(batch.keep)) or logits(path, batch)
-    )
+
+    def counted(path: ModulesPath, batch: Any) -> Any:
+        modules.append(len(batch.keep))
+        return logits(path, batch)
+
+    monkeypatch.setattr(ModulesPath, "logits", counted)
     for name in ("plain", "base", "embedding", "head", "tokens", "activated", "saved head"):
         run(here.engine, [single for single in here.requests() if single.id == name])
     assert modules == []

@@ -155,7 +155,7 @@ class BosTokenizer(TinyTokenizer):
     """One that begins every text with a special token."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        begin = [self.hf.convert_tokens_to_ids("<|im_start|>")] if add_special_tokens else []
+        begin = self.hf.encode("<|im_start|>", add_special_tokens=False) if add_special_tokens else []
         return begin + super().encode(text, add_special_tokens=False)
 
 

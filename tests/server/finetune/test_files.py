@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from server.finetune.database import Database, UnknownCursorError
+from adapters.storage.database import UnknownCursorError
+from server.finetune.database import open_database
 from server.finetune.files import FileStore, StoredFile, UnknownFileError
 
 
@@ -17,24 +18,24 @@ def _add(store: FileStore, content: bytes = b"x", tenant: str = "", purpose: str
 
 @pytest.fixture
 def store(tmp_path: Path) -> FileStore:
-    return FileStore(tmp_path / "files", Database(tmp_path / "db.sqlite3"))
+    return FileStore(tmp_path / "files", open_database(tmp_path / "db.sqlite3"))
 
 
 def test_a_file_survives_the_process(tmp_path: Path) -> None:
-    database = Database(tmp_path / "db.sqlite3")
+    database = open_database(tmp_path / "db.sqlite3")
     added = _add(FileStore(tmp_path / "files", database), b"content")
     database.close()
-    again = FileStore(tmp_path / "files", Database(tmp_path / "db.sqlite3"))
+    again = FileStore(tmp_path / "files", open_database(tmp_path / "db.sqlite3"))
     assert again.get("", added.id) == added
     assert again.get("", added.id).path.read_bytes() == b"content"
 
 
 def test_what_was_never_acknowledged_is_gone_after_a_restart(tmp_path: Path) -> None:
-    store = FileStore(tmp_path / "files", Database(tmp_path / "db.sqlite3"))
+    store = FileStore(tmp_path / "files", open_database(tmp_path / "db.sqlite3"))
     kept = _add(store)
     (tmp_path / "files" / "file-without-row").write_bytes(b"renamed, then killed")
     (tmp_path / "files" / "staging" / "half").write_bytes(b"hal")
-    again = FileStore(tmp_path / "files", Database(tmp_path / "db.sqlite3"))
+    again = FileStore(tmp_path / "files", open_database(tmp_path / "db.sqlite3"))
     assert [path.name for path in (tmp_path / "files").iterdir() if path.is_file()] == [kept.id]
     assert not list((tmp_path / "files" / "staging").iterdir())
     assert again.page("", limit=10)[0] == [kept]

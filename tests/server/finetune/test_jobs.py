@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.finetune.database import Database, UnknownCursorError
+from adapters.storage.database import UnknownCursorError
+from server.finetune.database import open_database
 from server.finetune.hyperparameters import LoraOptions
 from server.finetune.jobs import FINAL, Job, JobError, JobSpec, JobStateError, JobStore, Status, UnknownJobError
 from server.messages.training import Metrics, TrainingStep
@@ -39,21 +40,21 @@ def training_step(job: Job, loss: float) -> TrainingStep:
 
 @pytest.fixture
 def store(tmp_path: Path) -> JobStore:
-    return JobStore(Database(tmp_path / "db.sqlite3"))
+    return JobStore(open_database(tmp_path / "db.sqlite3"))
 
 
 def test_a_job_survives_the_process(tmp_path: Path) -> None:
-    database = Database(tmp_path / "db.sqlite3")
+    database = open_database(tmp_path / "db.sqlite3")
     store = JobStore(database)
     job = store.create("", spec(metadata={"a": "b"}, suffix="mine"))
     job = store.move(job, "queued")
     store.record_step(job, training_step(job, 0.5))
     database.close()
-    again = JobStore(Database(tmp_path / "db.sqlite3"))
+    again = JobStore(open_database(tmp_path / "db.sqlite3"))
     (found,) = again.unfinished()
     assert (found.status, found.spec, found.step, found.trained_tokens) == ("queued", job.spec, 1, 10)
     assert again.steps(job.id) == [Metrics(step=1, train_loss=0.5)]
-    assert again.events(job.id, limit=9) == JobStore(Database(tmp_path / "db.sqlite3")).events(job.id, limit=9)
+    assert again.events(job.id, limit=9) == JobStore(open_database(tmp_path / "db.sqlite3")).events(job.id, limit=9)
 
 
 def test_the_model_name_carries_base_suffix_and_id(store: JobStore) -> None:
@@ -158,7 +159,7 @@ def test_checkpoints(store: JobStore) -> None:
 def test_any_sequence_of_moves_keeps_the_record_whole(
     tmp_path_factory: pytest.TempPathFactory, moves: list[Status]
 ) -> None:
-    database = Database(tmp_path_factory.mktemp("jobs") / "db.sqlite3")
+    database = open_database(tmp_path_factory.mktemp("jobs") / "db.sqlite3")
     store = JobStore(database)
     job = store.create("", spec())
     for status in moves:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.errors import InvalidRequest
-from server.http.body import parse_json
+from server.http.body import parse_body
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ from server.http.body import parse_json
 )
 def test_what_readers_disagree_on_is_refused(raw: bytes, reason: str) -> None:
     with pytest.raises(InvalidRequest, match=reason):
-        parse_json(raw)
+        parse_body(raw)
 
 
 _JSON = st.recursive(
@@ -50,12 +50,12 @@ _JSON = st.recursive(
 
 @given(_JSON, st.booleans())
 def test_everything_else_is_read_as_it_is(value: Any, ascii_only: bool) -> None:
-    assert parse_json(json.dumps(value, ensure_ascii=ascii_only).encode()) == value
+    assert parse_body(json.dumps(value, ensure_ascii=ascii_only).encode()) == value
 
 
 @given(st.binary(max_size=40))
 def test_no_bytes_are_more_than_a_refusal(raw: bytes) -> None:
     try:
-        parse_json(raw)
+        parse_body(raw)
     except InvalidRequest as refusal:
         assert refusal.status == 400  # noqa: PT017

@@ -14,10 +14,11 @@ from adapters.storage.remote import RemoteStore
 from adapters.storage.store import AdapterStore
 from adapters.storage.versions import DamagedAdapter, RemoteUnavailable
 from server.http.app import open_store
+from server.registry.pins import PinLimit
 from server.services import TENANT
 from server.settings import SettingError, Settings
 from tests.server.http.test_adapters import push, read
-from tests.support.harness import Site
+from tests.support.harness import IdleEngine, Site, base_info
 
 
 class RemoteSite(Site):
@@ -180,4 +181,5 @@ async def test_pinned_files_come_by_themselves_and_stay_on_disk(
 @pytest.mark.parametrize("url", ["nonsense", "ftp://host/x", "file:///proc/nowhere"])
 def test_a_store_that_cannot_be_is_named_at_start(url: str, tmp_path: Path) -> None:
     with pytest.raises(SettingError, match=r"^--adapter-store: "):
-        open_store(Settings(data_dir=tmp_path, adapter_store=url))
+        settings = Settings(data_dir=tmp_path, adapter_store=url)
+        open_store(settings, PinLimit(settings, IdleEngine(base_info())))

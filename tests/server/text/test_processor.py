@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from server.errors import InvalidRequest
 from server.text import chat_template
-from server.text.chat_template import ChatTemplate
+from server.text.chat_template import ChatTemplate, TemplateRefusal
 from server.text.processor import TextProcessor, TokenizerError
 from tests.support.tiny import CHAT_TEMPLATE, _tokenizer
 
@@ -115,7 +115,7 @@ def test_continuing_a_message_renders_as_transformers_does(final: str, trims: bo
 
 def test_a_message_that_the_template_rewrites_cannot_be_continued() -> None:
     template = ChatTemplate("{% for m in messages %}{{ m['content'] | upper }}{% endfor %}", {})
-    with pytest.raises(InvalidRequest) as refusal:
+    with pytest.raises(TemplateRefusal) as refusal:
         template.render(MESSAGES, add_generation_prompt=False, continue_final_message=True)
     assert refusal.value.param == "continue_final_message"
 
@@ -171,7 +171,7 @@ def test_a_template_that_misbehaves_is_a_refusal_in_bounded_time(name: str, monk
     monkeypatch.setattr(chat_template, "RENDER_SECONDS", 0.2)
     template = ChatTemplate(HOSTILE[name], {})
     started = time.monotonic()
-    with pytest.raises(InvalidRequest) as refusal:
+    with pytest.raises(TemplateRefusal) as refusal:
         template.render(MESSAGES, arguments={"n": 10**9})
     assert time.monotonic() - started < 2
     assert refusal.value.param == "messages"

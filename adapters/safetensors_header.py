@@ -1,0 +1,49 @@
+"""The header of a safetensors file: what it declares, before anybody believes it."""
+
+import os
+from typing import Any, BinaryIO, NamedTuple
+
+from adapters.strict_json import JsonFault, check_characters, parse_json
+
+
+class HeaderFault(ValueError):
+    """The file has no header that can be read. The message is a predicate of something plural, as weights are."""
+
+
+class Header(NamedTuple):
+    """What a file declares."""
+
+    tensors: dict[str, Any]  # name -> dtype, shape and data_offsets, each still to be checked
+    metadata: dict[str, str]
+    data_start: int  # in bytes, from the beginning of the file
+
+
+def read_header(file: BinaryIO, max_bytes: int | None = None) -> Header:
+    """The header of an open file, read from its beginning.
+
+    Args:
+        max_bytes: the longest header that is read.
+
+    Raises:
+        HeaderFault: it is cut short, too long, a pickle, or not one JSON object with a map of strings for metadata.
+    """
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or length > os.fstat(file.fileno()).st_size - 8:
+        if start.startswith((b"PK\x03\x04", b"\x80")):
+            raise HeaderFault("are a pickle, not safetensors: save with safe_serialization=True")
+        raise HeaderFault("are cut short, or not a safetensors file: the header does not fit in")
+    if max_bytes is not None and length > max_bytes:
+        raise HeaderFault(f"have a header of {length} bytes; at most {max_bytes} are allowed")
+    raw = file.read(length)
+    try:
+        tensors = parse_json(raw, finite=True)
+        check_characters(raw, tensors)
+    except JsonFault as fault:
+        raise HeaderFault(f"have a header that {fault}") from None
+    if not isinstance(tensors, dict):
+        raise HeaderFault("have a header that is not a JSON object")
+    metadata = tensors.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise HeaderFault("have a __metadata__ that is not an object of strings")
+    return Header(tensors, metadata, 8 + length)

@@ -1,0 +1,98 @@
+"""JSON read strictly: one meaning only, and nothing that another JSON reader would refuse or read otherwise."""
+
+import json
+import math
+import re
+from typing import Any
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # only an escape can bring half a surrogate pair into valid UTF-8
+
+
+class JsonFault(ValueError):
+    """Text that is not strict JSON. The message is a predicate: "is not valid UTF-8", "is nested too deep".
+
+    Attributes:
+        key: the key that an object has twice.
+    """
+
+    def __init__(self, message: str, key: str | None = None) -> None:
+        super().__init__(message)
+        self.key = key
+
+
+def parse_json(raw: bytes, *, max_depth: int | None = None, finite: bool = False) -> Any:
+    """The JSON value in `raw`: UTF-8, no key twice in an object, no NaN or Infinity, bounded nesting.
+
+    Args:
+        max_depth: containers that may lie in one another; None: as many as Python's parser takes.
+        finite: refuse numbers that are beyond the range of a double, which are infinite otherwise.
+
+    Raises:
+        JsonFault: it is anything else. Client-chosen text in the message is not made fit for display.
+    """
+    try:
+        value = json.loads(
+            raw.decode(),
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant,
+            parse_float=_finite if finite else None,
+        )
+    except RecursionError:
+        raise JsonFault("is nested too deep") from None
+    except UnicodeDecodeError:
+        raise JsonFault("is not valid UTF-8") from None
+    except json.JSONDecodeError as fault:
+        raise JsonFault(f"is not valid JSON: {fault.msg} (line {fault.lineno}, column {fault.colno})") from None
+    except JsonFault:
+        raise
+    except ValueError:  # Python's limit on integers
+        raise JsonFault("is not valid JSON: a number has too many digits") from None
+    if max_depth is not None and _deeper(value, max_depth):
+        raise JsonFault(f"is nested more than {max_depth} levels deep")
+    return value
+
+
+def check_characters(raw: bytes, value: Any) -> None:
+    r"""Refuse half surrogate pairs (`\ud800`), which no later answer could carry. Raises JsonFault.
+
+    Args:
+        raw: the text that `value` was parsed from.
+    """
+    if _SURROGATE.search(raw):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise JsonFault("has half a surrogate pair in a string; send whole characters") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise JsonFault(f"has the key {key[:80]!r} twice", key)
+            seen.add(key)
+    return found
+
+
+def _refuse_constant(name: str) -> Any:
+    raise JsonFault(f"is not valid JSON: {name} is not a number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise JsonFault(f"holds a number that is out of range: {text[:40]}")
+    return value
+
+
+def _deeper(value: Any, depth: int) -> bool:
+    """Iterative, and only into containers."""
+    level = [value]
+    for _ in range(depth + 1):
+        level = [item for item in level if isinstance(item, dict | list)]
+        if not level:
+            return False
+        level = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]
+    return True

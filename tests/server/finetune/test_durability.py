@@ -1,0 +1,59 @@
+"""What was acknowledged survives a power cut: its bytes and its directory entries were synced, in this order.
+
+Rows in a database are SQLite's to sync, which tests/adapters/storage/test_database.py holds it to.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from adapters.peft_format.directory import CONFIG_NAME, SPEC_NAME, WEIGHTS_NAME
+from server.finetune.database import open_database
+from server.finetune.files import FileStore
+from server.finetune.jobs import JobSpec
+from server.finetune.keeping import _sync_and_hash
+from server.services import TENANT
+from tests.support.power_cut import Synced
+from tests.support.publishing import Box, put
+from tests.support.scripted import serving
+
+
+def test_published_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = Synced(monkeypatch)
+    box = Box(tmp_path)
+    for content in ("one", "two"):
+        version, _ = put(box.store, "x", content)
+        assert not synced.lost_below(tmp_path / "adapters", version.path)
+    box.names.close()
+
+
+def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    database = open_database(tmp_path / "db")
+    store, synced = FileStore(tmp_path / "files", database), Synced(monkeypatch)
+    with store.staging() as staging:
+        (staging / "upload").write_bytes(b"content")
+        stored = store.add(TENANT, staging / "upload", filename="a", purpose="fine-tune")
+    assert not synced.lost(tmp_path / "files", stored.path)
+    database.close()
+
+
+def test_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = tmp_path / "job" / "step-1"
+    directory.mkdir(parents=True)
+    for name in ("state", WEIGHTS_NAME):
+        (directory / name).write_bytes(b"content")
+    synced = Synced(monkeypatch)
+    assert _sync_and_hash(directory).keys() == {"state", WEIGHTS_NAME}
+    assert not synced.lost_below(tmp_path / "job", directory)
+
+
+async def test_the_adapter_that_a_job_starts_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    initial = tmp_path / "initial"
+    initial.mkdir()
+    for name in (CONFIG_NAME, WEIGHTS_NAME, SPEC_NAME):
+        (initial / name).write_text(name)
+    async with serving(tmp_path) as served:
+        synced = Synced(monkeypatch)
+        spec = JobSpec(model="m", base="m", training_file="file-x", seed=0)
+        job = served.services.tuning.manager._create(TENANT, spec, initial)
+        assert not synced.lost_below(tmp_path / "jobs", tmp_path / "jobs" / job.id)
