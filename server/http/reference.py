@@ -1,4 +1,4 @@
-"""The OpenAPI document for people: one page of HTML without scripts or anything from elsewhere, or Markdown."""
+"""The OpenAPI document for people: one page of HTML without scripts or anything from elsewhere."""
 
 import base64
 import hashlib
@@ -43,11 +43,6 @@ class Entry:
 def html(document: Schema) -> str:
     """The page."""
     return _HTML.render(_contents(document), style=Markup(_STYLE))
-
-
-def markdown(document: Schema) -> str:
-    """The same for a file in a repository."""
-    return _MARKDOWN.render(_contents(document))
 
 
 def _contents(document: Schema) -> dict[str, Any]:
@@ -250,33 +245,4 @@ _HTML = _ENVIRONMENT.from_string("""<!doctype html>
 {% if fields %}{{ table(fields, false) }}{% endif %}
 {% endfor %}
 </body></html>
-""")
-_MARKDOWN = Environment(trim_blocks=True, lstrip_blocks=True).from_string("""{{ info.description }}
-{% macro cell(text) %}{{ text | string | striptags | replace("|", "\\\\|") }}{% endmacro %}
-{% for tag in tags %}
-
-## {{ tag.name }}
-
-{{ tag.description }}
-{% for entry in entries[tag.name] %}
-
-### `{{ entry.method }} {{ entry.path }}`
-
-{{ entry.summary }}{% if entry.text %} {{ entry.text }}{% endif %}
-
-{% if entry.fields %}
-
-| Name | In | Type | Default |
-|---|---|---|---|
-{% for field in entry.fields %}
-| `{{ field.name }}` | {{ field.place }} | {{ cell(field.kind ~ (". " ~ field.text if field.text else "")) }} | \
-{% if field.required %}required{% elif field.default %}`{{ field.default }}`{% endif %} |
-{% endfor %}
-{% endif %}
-
-```bash
-{{ entry.curl }}
-```
-{% endfor %}
-{% endfor %}
 """)
