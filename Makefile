@@ -10,7 +10,7 @@ PYTHONS = $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14)
 USABLE  = import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve check test interpret readme clean bench gpu demo
+.PHONY: help install serve check test interpret sweep readme clean bench gpu demo
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,9 @@ test: $(STAMP) check ## all checks and the whole test suite
 
 interpret: $(STAMP) ## the engine's tests with the GPU's kernels, in Triton's interpreter
 	LORAKEET_TRITON=interpret $(BIN)/pytest --numprocesses 2 --timeout 900 tests/server/engine $(ARGS)
+
+sweep: $(STAMP) ## serve a tiny model of every type that transformers registers; writes docs/reference/models.md
+	$(BIN)/python -m tests.sweep $(ARGS)
 
 readme: $(STAMP) ## rewrite the README's generated tables
 	UPDATE_README=1 $(BIN)/pytest -q tests/test_readme.py

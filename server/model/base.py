@@ -198,6 +198,8 @@ def check_servable(config: Any) -> None:
         raise UnservableModel(
             f"{_name(config)} is not served: transformers has no causal language model of type '{config.model_type}'"
         )
+    if config.model_type.endswith("_assistant"):
+        raise UnservableModel(f"{_name(config)} is not served: it drafts for another model, whose keys it reads")
     if getattr(config, "is_encoder_decoder", False):
         raise UnservableModel(f"{_name(config)} is an encoder with a decoder: only decoders are served")
     text = config.get_text_config(decoder=True)
@@ -206,6 +208,8 @@ def check_servable(config: Any) -> None:
         raise UnservableModel(
             f"layers of type {sorted(kinds - SERVED_LAYERS)} are not served (only full and sliding attention)"
         )
+    if text.to_dict().get("per_layer_config"):
+        raise UnservableModel("layers of several shapes are not served (per_layer_config)")
     for name, kind in UNSERVED.items():
         if getattr(text, name, None):
             raise UnservableModel(f"{kind} not served ({name} = {getattr(text, name)})")

@@ -55,6 +55,7 @@ SIZES: dict[str, int] = (
         "patch_size": 8,
     }
 )
+DERIVED = {"head_dim": 16, "num_key_value_heads": 4}  # where the class has None
 LISTS_BY_LAYER = (
     "layer_types",
     "mlp_layer_types",
@@ -63,11 +64,40 @@ LISTS_BY_LAYER = (
     "activation_sparsity_pattern",
 )
 # What a type needs beside small sizes, where its parts must fit together or its default leaves something out.
-OTHER: dict[str, dict[str, Any]] = {"gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 32}}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}
+OTHER: dict[str, dict[str, Any]] = {
+    "bamba": MAMBA,
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        },
+    },
+    "dbrx": {
+        "attn_config": {"clip_qkv": 8.0, "kv_n_heads": 2, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "dots1": {"n_routed_experts": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
+    "granitemoehybrid": MAMBA,
+    "lfm2": {"layer_types": ["conv", "full_attention"], "full_attn_idxs": None},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8},
+    "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [16, 32], "attn_layers": ["local", "lsh"]},
+    "zamba": {"attention_head_dim": 32, "attention_hidden_size": 128, "mamba_dt_rank": 8},
+    "zamba2": {"attention_head_dim": 32, "attention_hidden_size": 128},
+}
 
 
 def tiny_config(model_type: str) -> Any:
     """The config of a tiny model of this type. Raises whatever the class raises when it cannot have one."""
+    if model_type == "gemma4_assistant":  # its own default is none that it accepts
+        text = tiny_config("gemma4_text").to_dict() | {
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
+        }
+        return CONFIG_MAPPING[model_type](text_config=text)
     settings = _shrunk(CONFIG_MAPPING[model_type]().to_dict()) | OTHER.get(model_type, {})
     return CONFIG_MAPPING[model_type](**settings)
 
@@ -75,16 +105,21 @@ def tiny_config(model_type: str) -> Any:
 def _shrunk(default: dict[str, Any]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for name, value in default.items():
-        if name in ("transformers_version", "architectures", "dtype", "torch_dtype"):
+        if name in ("transformers_version", "architectures", "dtype"):
             continue
-        if isinstance(value, dict) and name.endswith("config"):
+        if value is None and name in DERIVED:
+            settings[name] = DERIVED[name]
+            continue
+        if name == "rope_parameters" and not value:
+            continue
+        if name == "per_layer_config" and value:
+            settings[name] = {LAYERS - 1: {key: 2 * SIZES[key] for key in next(iter(value.values())) if key in SIZES}}
+        elif isinstance(value, dict) and name.endswith("config"):
             settings[name] = _shrunk(value)
         elif name in SIZES and isinstance(value, int) and not isinstance(value, bool) and value:
             settings[name] = SIZES[name]
         elif name in SIZES and isinstance(value, list):
             settings[name] = [SIZES[name]] * LAYERS
-        elif name == "per_layer_config" and value:
-            settings[name] = {LAYERS - 1: next(iter(value.values()))}
         elif name == "num_key_value_heads" and value:
             heads = default.get("num_attention_heads") or value
             settings[name] = 4 if value == heads else 1 if value == 1 else 2
