@@ -16,7 +16,8 @@ ABOUT = """\
 For every causal and image-text model type that transformers registers, a tiny random model with its makers' settings is
 loaded as it is and quantised to nf4. A type is served when two requests of one batch, one of them through an adapter on
 every linear, in chunks and ten decoded tokens, and the losses of two training steps equal those of eager transformers
-with PEFT within 1e-3, or its jobs are refused by name. Every other type is refused before it serves, in one line that names the reason."""
+with PEFT within 1e-3, or its jobs are refused by name. Every other type is refused before it serves, in one line that
+names the reason."""
 
 
 def table(verdicts: dict[str, tuple[str, str]], versions: str) -> str:
