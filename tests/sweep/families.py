@@ -40,6 +40,8 @@ SIZES: dict[str, int] = (
     | dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"], 4)
     | dict.fromkeys(["num_experts_per_tok", "moe_top_k", "experts_per_token"], 2)
     | {
+        "encoder_hash_byte_group_vocab": 1024,
+        "hidden_size_global": 64,
         "sliding_window": 32,
         "rotary_dim": 8,
         "hidden_size_per_layer_input": 32,
