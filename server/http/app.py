@@ -123,7 +123,10 @@ def serve(settings: Settings) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are the engine's
     sys.setswitchinterval(_SWITCH_SECONDS)
     directory = resolve(settings.model, settings.cache_dir, log.info)
-    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise SettingError(f"--data-dir: {settings.data_dir} cannot be made: {fault.strerror}") from None
     lock = FileLock(settings.data_dir / "server.lock")
     try:
         lock.acquire(timeout=0)

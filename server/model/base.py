@@ -22,6 +22,7 @@ import bitsandbytes
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from adapters import kernels
 from adapters.device.lora import FrozenLinear, LoraLinear, StepSlot, wrap_linears
@@ -199,17 +200,25 @@ def sketch_head(base: Base) -> None:
 
 def check_servable(config: Any) -> None:
     """Raise UnservableModel for what the engine's attention and batching cannot do right."""
-    text = config.get_text_config()
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UnservableModel(
+            f"{_name(config)} is not served: transformers has no causal language model of type '{config.model_type}'"
+        )
+    if config.model_type.endswith("_assistant"):
+        raise UnservableModel(f"{_name(config)} is not served: it drafts for another model, whose keys it reads")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnservableModel(f"{_name(config)} is an encoder with a decoder: only decoders are served")
+    text = config.get_text_config(decoder=True)
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     if kinds - SERVED_LAYERS:
         raise UnservableModel(
             f"layers of type {sorted(kinds - SERVED_LAYERS)} are not served (only full and sliding attention)"
         )
+    if text.to_dict().get("per_layer_config"):
+        raise UnservableModel("layers of several shapes are not served (per_layer_config)")
     for name, kind in UNSERVED.items():
         if getattr(text, name, None):
             raise UnservableModel(f"{kind} not served ({name} = {getattr(text, name)})")
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnservableModel(f"{_name(config)} is an encoder with a decoder: only decoders are served")
     longest_context(text)
 
 

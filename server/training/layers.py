@@ -17,6 +17,10 @@ from torch import Tensor, nn
 from server.model.base import Base
 
 
+class Untrainable(ValueError):
+    """The base serves, but its layers cannot be run one by one; the message says why."""
+
+
 @dataclass(frozen=True)
 class LayerCalls:
     """The decoder's state before its first layer: hidden [1, T, H], and what each layer is called with beside it."""
@@ -48,7 +52,7 @@ class LayeredModel:
 
     @torch.no_grad()
     def calls(self, ids: Tensor, positions: Tensor) -> LayerCalls:
-        """Embed packed tokens `[T]` and find out what the layers would be called with."""
+        """Embed packed tokens `[T]` and find out what the layers would be called with. Raises Untrainable."""
         inputs: list[Tensor] = []
         arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -59,6 +63,8 @@ class LayeredModel:
 
         with self._replaced([record] * len(self.layers)):
             self._decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False)
+        if inputs[0].dim() != 3:
+            raise Untrainable(f"the layers of {type(self._model).__name__} pass on several streams: it is not trained")
         return LayerCalls(inputs[0], arguments)
 
     def run(self, layer: int, hidden: Tensor, calls: LayerCalls) -> Tensor:

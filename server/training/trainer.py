@@ -22,7 +22,7 @@ from adapters import kernels
 from server.messages.protocol import Request
 from server.messages.training import JobEnded, JobReply, MemoryPlan, PlanMemory, StartJob, StopJob
 from server.model.base import Base
-from server.training.layers import LayeredModel, PackedAttention
+from server.training.layers import LayeredModel, PackedAttention, Untrainable
 from server.training.memory import MemoryModel
 from server.training.task import MicroBatch, Task
 from server.training.trainable import TrainingDeltas, TrainingSegment
@@ -297,6 +297,8 @@ class Trainer:
             blamed.fail(
                 "out_of_memory", "Not enough memory for this job's passes: lower micro_batch_tokens or max_seq_len."
             )
+        elif isinstance(fault, Untrainable):
+            blamed.fail("not_trainable", f"This base cannot be trained: {fault}.")
         else:
             blamed.fail("training_failed", f"Training failed: {type(fault).__name__}")
         for task in others:

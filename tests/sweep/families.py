@@ -1,0 +1,153 @@
+"""Tiny random models of every type that transformers registers, with settings like those of real ones but for size.
+
+A config is the class's own default with its sizes made small, in nested configs too: what makes a family special
+(windows, norms, scalings, tied matrices, experts) stays as its makers set it.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+CAUSAL = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+WRAPPERS = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+VOCAB = 512
+LAYERS = 2
+# Attribute of a config -> tiny value, where the class sets the attribute at all.
+SIZES: dict[str, int] = (
+    dict.fromkeys(
+        ["hidden_size", "d_model", "n_embd", "emb_dim", "embed_dim", "dim_model", "dim", "embedding_size"], 64
+    )
+    | dict.fromkeys(["word_embed_proj_dim", "d_embed", "hidden_dim", "output_dim", "projection_dim"], 64)
+    | dict.fromkeys(["intermediate_size", "ffn_dim", "ffn_hidden_size", "d_ff", "dim_ff", "n_inner", "d_inner"], 128)
+    | dict.fromkeys(["encoder_ffn_dim", "decoder_ffn_dim", "mlp_hidden_size", "intermediate_size_mlp"], 128)
+    | dict.fromkeys(
+        ["moe_intermediate_size", "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"], 32
+    )
+    | dict.fromkeys(
+        ["num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers"], LAYERS
+    )
+    | dict.fromkeys(["num_encoder_layers", "num_decoder_layers", "depth"], LAYERS)
+    | dict.fromkeys(["num_attention_heads", "n_head", "n_heads", "num_heads"], 4)
+    | dict.fromkeys(["encoder_attention_heads", "decoder_attention_heads"], 4)
+    | dict.fromkeys(["head_dim", "attention_head_size", "global_head_dim", "kv_channels", "dim_head", "d_head"], 16)
+    | dict.fromkeys(["max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length"], 512)
+    | dict.fromkeys(["vocab_size", "vocab_size_per_layer_input"], VOCAB)
+    | dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"], 4)
+    | dict.fromkeys(["num_experts_per_tok", "moe_top_k", "experts_per_token"], 2)
+    | {
+        "encoder_hash_byte_group_vocab": 1024,
+        "hidden_size_global": 64,
+        "sliding_window": 32,
+        "rotary_dim": 8,
+        "hidden_size_per_layer_input": 32,
+        "num_kv_shared_layers": 0,
+        "lru_width": 64,
+        "attention_window_size": 32,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 16,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+)
+DERIVED = {"head_dim": 16, "num_key_value_heads": 4}  # where the class has None
+LISTS_BY_LAYER = (
+    "layer_types",
+    "mlp_layer_types",
+    "no_rope_layers",
+    "layers_block_type",
+    "activation_sparsity_pattern",
+)
+# What a type needs beside small sizes, where its parts must fit together or its default leaves something out.
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}
+OTHER: dict[str, dict[str, Any]] = {
+    "bamba": MAMBA,
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+        },
+    },
+    "dbrx": {
+        "attn_config": {"clip_qkv": 8.0, "kv_n_heads": 2, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "dots1": {"n_routed_experts": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
+    "granitemoehybrid": MAMBA,
+    "lfm2": {"layer_types": ["conv", "full_attention"], "full_attn_idxs": None},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": {"num_heads": 8},
+    "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [16, 32], "attn_layers": ["local", "lsh"]},
+    "zamba": {"attention_head_dim": 32, "attention_hidden_size": 128, "mamba_dt_rank": 8},
+    "zamba2": {"attention_head_dim": 32, "attention_hidden_size": 128},
+}
+
+
+def tiny_config(model_type: str) -> Any:
+    """The config of a tiny model of this type. Raises whatever the class raises when it cannot have one."""
+    if model_type == "gemma4_assistant":  # its own default is none that it accepts
+        text = tiny_config("gemma4_text").to_dict() | {
+            "hidden_size_per_layer_input": 0,
+            "vocab_size_per_layer_input": 0,
+        }
+        return CONFIG_MAPPING[model_type](text_config=text)
+    settings = _shrunk(CONFIG_MAPPING[model_type]().to_dict()) | OTHER.get(model_type, {})
+    return CONFIG_MAPPING[model_type](**settings)
+
+
+def _shrunk(default: dict[str, Any]) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for name, value in default.items():
+        if name in ("transformers_version", "architectures", "dtype"):
+            continue
+        if value is None and name in DERIVED:
+            settings[name] = DERIVED[name]
+            continue
+        if name == "rope_parameters" and not value:
+            continue
+        if name == "per_layer_config" and value:
+            settings[name] = {LAYERS - 1: {key: 2 * SIZES[key] for key in next(iter(value.values())) if key in SIZES}}
+        elif isinstance(value, dict) and name.endswith("config"):
+            settings[name] = _shrunk(value)
+        elif name in SIZES and isinstance(value, int) and not isinstance(value, bool) and value:
+            settings[name] = SIZES[name]
+        elif name in SIZES and isinstance(value, list):
+            settings[name] = [SIZES[name]] * LAYERS
+        elif name == "num_key_value_heads" and value:
+            heads = default.get("num_attention_heads") or value
+            settings[name] = 4 if value == heads else 1 if value == 1 else 2
+        elif name in LISTS_BY_LAYER and isinstance(value, list) and value:
+            kinds = list(dict.fromkeys(value))[:LAYERS]
+            settings[name] = [*kinds, *[kinds[-1]] * (LAYERS - len(kinds))]
+        elif name.endswith("_token_id") and isinstance(value, int) and value >= VOCAB:
+            settings[name] = 2
+        elif name.endswith("_token_id") and isinstance(value, list):
+            settings[name] = [min(token, 2 + i) for i, token in enumerate(value)]
+        elif name == "is_decoder":
+            settings[name] = True  # of families that are encoders otherwise
+        else:
+            settings[name] = value
+    return settings
+
+
+def tiny_family(model_type: str, path: Path, seed: int = 0) -> None:
+    """Write a tiny random causal model of this type to `path`. Raises what transformers raises when there is none."""
+    config = tiny_config(model_type)
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config).float()
+    with torch.no_grad():  # the default initialisation is so small that every logit is alike
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0.0, 1.0 if "embed" in name or "wte" in name else 1.5 * parameter.shape[1] ** -0.5)
+            elif name.endswith("bias"):
+                parameter.normal_(0.0, 0.1)
+    model.save_pretrained(path)

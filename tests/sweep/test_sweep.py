@@ -1,0 +1,46 @@
+"""A slice of the sweep: types that are served as transformers and PEFT would, and types refused in one line by name."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.sweep.__main__ import table
+from tests.sweep.verdict import judge
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and PEFT, about families
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "phi3", "cohere2", "hunyuan_v1_dense", "nemotron"])
+def test_served_types_answer_and_train_as_transformers_and_peft(family: str, tmp_path: Path) -> None:
+    verdict = judge(family, tmp_path)
+    assert verdict.word == "served", verdict.reason
+
+
+@pytest.mark.parametrize(
+    ("family", "named"),
+    [
+        ("mixtral", "mixture-of-experts"),
+        ("qwen3_next", "linear_attention"),
+        ("bloom", "max_position_embeddings"),
+        ("mpt", "max_position_embeddings"),
+        ("bart", "encoder"),
+        ("llava", "no causal language model of type 'llava'"),
+        ("gptj", "attention cannot be replaced"),
+        ("falcon", "attention cannot be replaced"),
+        ("gemma4_text", "per_layer_config"),
+        ("gemma4_assistant", "drafts for another model"),
+        ("granite_swa", "s_aux"),
+    ],
+)
+def test_refused_types_are_refused_by_name(family: str, named: str, tmp_path: Path) -> None:
+    verdict = judge(family, tmp_path)
+    assert verdict.word == "refused", verdict.reason
+    assert named in verdict.reason
+
+
+def test_the_table_tells_served_from_refused() -> None:
+    text = table({"b": ("refused", "for a|b"), "a": ("served", "answers 1.0e-06, losses 1.0e-06")}, "transformers 5")
+    served, refused = text.split("## Refused (1)")
+    assert "## Served (1)" in served
+    assert "| `a` | answers" in served
+    assert "| `b` | for a/b |" in refused

@@ -1,0 +1,35 @@
+"""With the lists of names lifted, the self-check alone refuses families that keep state where the engine has none."""
+
+from pathlib import Path
+
+import pytest
+
+from server.engine import selfcheck
+from server.model import base
+from server.model.base import UnservableModel
+from tests.support.offline import load_engine
+from tests.sweep.families import tiny_family
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about families that nobody serves
+
+FAST = ["lfm2", "qwen3_next", "diffllama", "gpt_neox_japanese", "xglm", "openai-gpt", "xlm"]
+REST = [
+    *["bailing_hybrid", "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "mamba"],
+    *["mamba2", "minimax", "nemotron_h", "olmo_hybrid", "qwen3_5_text", "recurrent_gemma", "rwkv", "xlstm", "zamba"],
+    *["zamba2", "lfm2_moe", "lfm3"],
+]
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("family", [*FAST, *(pytest.param(family, marks=pytest.mark.slow) for family in REST)])
+def test_the_check_refuses_without_the_lists(
+    family: str, quantization: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_family(family, tmp_path / "model")
+    monkeypatch.setattr(base, "check_servable", lambda config: None)
+    monkeypatch.setattr(base, "longest_context", lambda text: 512)
+    with pytest.raises(UnservableModel) as refusal:
+        selfcheck.run(load_engine(tmp_path / "model", tmp_path / "cache", quantization=quantization), tmp_path)
+    print(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "selfcheck").exists()
