@@ -9,7 +9,7 @@ from torch import nn
 
 from adapters.device.host import HostAdapter, filed_adapter, host_adapter
 from adapters.device.lora import LoraLinear
-from adapters.device.variants import build
+from adapters.device.variant_builder import build
 from adapters.peft_format import packed_rows
 from adapters.peft_format.directory import AdapterSpec, load, load_variants
 

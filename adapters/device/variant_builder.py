@@ -1,0 +1,171 @@
+"""An adapter's `Extras` out of its tensors and the base: what DoRA, biases, norms, tables and new tokens come to."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapters import kernels
+from adapters.device.lora import LoraLinear
+from adapters.device.units import DTYPE_CODES, as_units
+from adapters.device.variants import (
+    Affine,
+    EmbeddingExtras,
+    Extras,
+    HeadExtras,
+    LowRank,
+    TrainedRows,
+    like_norm,
+)
+from adapters.peft_format.layout import LoraModule, Variants
+
+
+def build(
+    variants: Variants,
+    tensors: Mapping[str, Tensor],
+    pairs: Mapping[str, tuple[Tensor, Tensor, float]],
+    linears: Mapping[str, LoraLinear],
+    model: nn.Module,
+) -> Extras | None:
+    """An adapter's extras, in host memory, or None when it has none.
+
+    Args:
+        variants: of its spec.
+        tensors: what `adapters.peft_format.directory.load_variants` read.
+        pairs: linear -> (A [rank, in], B [out, rank], scaling).
+        linears: the base's, by full name.
+        model: the base, in transformers' shape; what needs its weights is computed where they are.
+    """
+    builder = _Builder(variants, tensors, pairs, linears, model)
+    extras = Extras(
+        linears={name: affine for name in linears if (affine := builder.linear(name)) is not None},
+        norms=builder.norms(),
+        embedding=builder.embedding(),
+        head=builder.head(),
+        new_tokens=variants.new_tokens,
+    )
+    return extras.to(torch.device("cpu")) if extras.in_decoder or extras.embedding or extras.head else None
+
+
+class _Builder:
+    def __init__(
+        self,
+        variants: Variants,
+        tensors: Mapping[str, Tensor],
+        pairs: Mapping[str, tuple[Tensor, Tensor, float]],
+        linears: Mapping[str, LoraLinear],
+        model: Any,
+    ) -> None:
+        self._variants = variants
+        self._tensors = tensors
+        self._pairs = pairs
+        self._linears = linears
+        self._model = model
+        self._embedding, self._head = model.get_input_embeddings(), model.get_output_embeddings()
+        self._device = self._embedding.weight.device
+        names = {id(module): name for name, module in model.named_modules()}
+        self._embedding_name, self._head_name = names[id(self._embedding)], names[id(self._head)]
+
+    def _vector(self, name: str | None) -> Tensor | None:
+        return None if name is None else self._tensors[name].float().to(self._device)
+
+    def _matrix(self, name: str) -> Tensor:
+        """In the file's dtype if that is one that the kernels read in place."""
+        matrix = self._tensors[name]
+        return (matrix.float() if matrix.dtype == torch.float16 else matrix).to(self._device)
+
+    def linear(self, name: str) -> Affine | None:
+        linear = self._linears[name]
+        pair = self._pairs.get(name)
+        return self._affine(name, linear.bias, pair, lambda: linear.weight.dequantize())
+
+    def _affine(self, name: str, bias: Tensor | None, pair: Any, weight: Any) -> Affine | None:
+        """`gain * (W x + s (B A x + b)) + bias'` as a gain and a shift of `W x + bias + s B A x`."""
+        gain = self._gain(name, pair, weight)
+        added = self._vector(self._variants.delta_biases.get(name))
+        new = self._vector(self._variants.parameters.get(f"{name}.bias"))
+        shift = None if added is None else added * pair[2]  # PEFT has no DoRA with a bias of lora_B
+        if bias is not None and (gain is not None or new is not None):
+            old = bias.float()
+            change = (old if new is None else new) - (old if gain is None else gain * old)
+            shift = change if shift is None else shift + change
+        return None if gain is None and shift is None else Affine(gain, shift)
+
+    def _gain(self, name: str, pair: Any, weight: Any) -> Tensor | None:
+        """DoRA's m / ||W + s B A||, the norm over each output's inputs."""
+        magnitude = self._vector(self._variants.magnitudes.get(name))
+        if magnitude is None:
+            return None
+        a, b, scaling = (part.float().to(self._device) if isinstance(part, Tensor) else part for part in pair)
+        directed: Tensor = weight().addmm(b, a, alpha=scaling)
+        return magnitude / torch.linalg.norm(directed, dim=1)
+
+    def norms(self) -> dict[str, nn.Module]:
+        changed: dict[str, dict[str, Tensor]] = {}
+        for parameter, tensor in self._variants.parameters.items():
+            module, _, kind = parameter.rpartition(".")
+            if module not in self._linears and module not in (self._embedding_name, self._head_name):
+                changed.setdefault(module, {})[kind] = self._tensors[tensor]
+        return {name: like_norm(self._model.get_submodule(name), parameters) for name, parameters in changed.items()}
+
+    def _new(self, name: str) -> Tensor | None:
+        """Rows of embedding or head beyond the base's."""
+        grown = self._variants.grown.get(name)
+        return None if grown is None else self._matrix(grown)[-self._variants.new_tokens :].contiguous()
+
+    def _whole(self, name: str, base: Tensor) -> Tensor:
+        """fp32 [vocabulary, width] with the new rows."""
+        new = self._new(name)
+        return base.float() if new is None else torch.cat([base.float(), new.float()])
+
+    def embedding(self) -> EmbeddingExtras | None:
+        name, variants = self._embedding_name, self._variants
+        new = self._new(name)
+        whole, rows = variants.parameters.get(f"{name}.weight"), variants.tokens.get(name)
+        module = variants.tables.get(name)
+        if module is None:
+            if whole is not None:
+                return EmbeddingExtras(weight=self._matrix(whole))
+            if rows is None:
+                return None if new is None else EmbeddingExtras(new=new)
+            ids, order = torch.tensor(variants.token_ids[name], device=self._device).sort()
+            return EmbeddingExtras(new=new, trained=TrainedRows(ids, self._matrix(rows)[order]))
+        a, b = self._tensors[module.a], self._tensors[module.b]  # [rank, vocabulary], [width, rank]
+        # DoRA's norm is over the vocabulary, one for each column of the table.
+        weight = partial(self._whole, name, self._embedding.weight)
+        affine = self._affine(name, None, (a, b, module.scaling), lambda: weight().T)
+        identity = torch.eye(module.rank, dtype=b.dtype)
+        lora = self._low_rank(LoraModule(module.rank, module.scaling, "", ""), identity, b)
+        return EmbeddingExtras(new=new, columns=a.T.contiguous().to(self._device), lora=lora, affine=affine)
+
+    def head(self) -> HeadExtras | None:
+        name, variants = self._head_name, self._variants
+        whole, rows = variants.parameters.get(f"{name}.weight"), variants.tokens.get(name)
+        module = variants.tables.get(name)
+        pair = None if module is None else (self._tensors[module.a], self._tensors[module.b], module.scaling)
+        affine = self._affine(name, self._head.bias, pair, lambda: self._whole(name, self._head.weight.dequantize()))
+        new = self._new(name)
+        lora = None if module is None or pair is None else self._low_rank(module, pair[0], pair[1])
+        if all(part is None for part in (whole, rows, lora, affine, new)):
+            return None
+        return HeadExtras(
+            new=None if new is None else _dense(new),
+            weight=None if whole is None else _dense(self._matrix(whole)),
+            trained_ids=None if rows is None else torch.tensor(variants.token_ids[name], device=self._device),
+            trained=None if rows is None else _dense(self._matrix(rows)),
+            lora=lora,
+            affine=affine,
+        )
+
+    def _low_rank(self, module: LoraModule, a: Tensor, b: Tensor) -> LowRank:
+        if a.dtype != b.dtype:
+            a, b = a.float(), b.float()
+        units = (as_units(a).to(self._device), as_units(b.T).to(self._device))
+        return LowRank(*units, module.rank, module.scaling, DTYPE_CODES[a.dtype])
+
+
+def _dense(matrix: Tensor) -> kernels.QuantizedWeight:
+    out_features, in_features = matrix.shape
+    return kernels.QuantizedWeight(kind="dense", data=matrix.contiguous(), shape=(out_features, in_features))
