@@ -10,7 +10,7 @@ PYTHONS = $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14)
 USABLE  = import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve check test interpret readme clean bench gpu demo
+.PHONY: help install serve check test interpret operators readme clean bench gpu demo
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,10 +38,13 @@ check: $(STAMP) ## lint, formatting, types
 	$(BIN)/mypy
 
 test: $(STAMP) check ## all checks and the whole test suite
-	$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m 'not prometheus' $(ARGS)
 
 interpret: $(STAMP) ## the engine's tests with the GPU's kernels, in Triton's interpreter
 	LORAKEET_TRITON=interpret $(BIN)/pytest --numprocesses 2 --timeout 900 tests/server/engine $(ARGS)
+
+operators: $(STAMP) ## what deploy/ holds and every metric's name, against Prometheus's own programs (Debian: prometheus)
+	$(BIN)/pytest tests/deploy $(ARGS)
 
 readme: $(STAMP) ## rewrite the README's generated tables
 	UPDATE_README=1 $(BIN)/pytest -q tests/test_readme.py

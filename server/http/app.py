@@ -141,7 +141,7 @@ def _make_services(settings: Settings, model: Path) -> tuple[Services, LocalEngi
         text = TextProcessor.load(model, _template_renderer(settings))
     except TokenizerError as error:
         raise ModelError(str(error)) from None
-    metrics = Metrics(settings.metrics_adapters, settings.max_batch_requests)
+    metrics = Metrics(settings.metrics_adapters, settings.metrics_prefix)
     engine = LocalEngine(_engine_config(settings, model), metrics.engine_stats)
     store = open_store(settings)
     checker = Checker(settings.background_priority)

@@ -397,7 +397,7 @@ class AdapterIntake:
                 here.append(AdapterRef(digest=digest, path=str(version.path)))
         self._engine.pin(here)
         size = sum(device_bytes(version.receipt["rows"], base.linears) for version in fitting)
-        self._metrics.pinned(len(fitting), size)
+        self._metrics.pinned([(version.name, version.digest) for version in fitting], size)
 
     async def _bring_pinned(self, version: Version) -> None:
         while version.digest in self._pinned:

@@ -158,7 +158,7 @@ class Site:
     def __init__(self, root: Path, **settings: Any) -> None:
         self.engine = IdleEngine(base_info())
         self.settings = Settings(data_dir=root, **settings)
-        self.metrics = Metrics(max_lora=self.settings.max_batch_requests)
+        self.metrics = Metrics()
         self._database = sqlite3.connect(root / "store.db", check_same_thread=False, isolation_level=None)
         self.store = self.open_store(root)
         self.intake = AdapterIntake(self.settings, self.engine, self.store, self.metrics)
