@@ -143,7 +143,7 @@ def make_services(directory: Path, engine: ScriptedEngine, database: sqlite3.Con
     chosen = Settings(**({"served_model_name": BASE, "data_dir": directory} | settings))
     store = AdapterStore(directory / "adapters", LocalNames(database))
     metrics = Metrics(chosen.metrics_adapters, chosen.metrics_prefix)
-    text = TextProcessor(_tokenizer().backend_tokenizer, ChatTemplate(CHAT_TEMPLATE, {}))
+    text = TextProcessor(_tokenizer().backend_tokenizer, ChatTemplate(CHAT_TEMPLATE, {}), {"eos_token": "<|im_end|>"})
     intake = AdapterIntake(chosen, engine, store, metrics, text=text)
     return Services(
         settings=chosen,
