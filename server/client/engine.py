@@ -23,6 +23,7 @@ import msgspec
 import zmq
 
 from adapters.offline.recipe import MergedDtype
+from adapters.storage.details import device_bytes
 from server.client.wire import Wire
 from server.errors import EngineUnavailable
 from server.messages import protocol
@@ -123,6 +124,16 @@ class EngineClient(Protocol):
 
     async def stop(self, grace: float) -> None:
         """Let running sequences finish for at most `grace` seconds, then end the process."""
+
+
+def _summary(ready: Ready) -> str:
+    """What an engine that came up has, in one line."""
+    adapters = device_bytes(ready.pool_rows, ready.linears) / 2**20
+    return (
+        f"engine ready: {ready.architecture} on {ready.device} in {ready.dtype}, KV cache of "
+        f"{ready.num_blocks * ready.block_size} tokens, {adapters:.0f} MiB for adapters, "
+        f"{ready.kernels or 'unknown'} kernels"
+    )
 
 
 async def engine_up(engine: EngineClient) -> Ready:
@@ -401,6 +412,7 @@ class LocalEngine:
             case protocol.Ready():
                 self._info = message
                 self._reason = None
+                log.info("%s", _summary(message))
                 self._send_soon(protocol.Pin(self._pinned))
             case protocol.Done() | MergeReport() | protocol.Inspection() | MemoryPlan():
                 if isinstance(message, MergeReport):

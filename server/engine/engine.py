@@ -180,6 +180,7 @@ class Engine:
             pool_rows=self.pool.capacity,
             device=str(base.device),
             dtype=str(base.dtype).removeprefix("torch."),
+            kernels=kernels.implementation(base.device, base.dtype),
             int8_drift=self.int8_drift,
         )
 

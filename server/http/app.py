@@ -5,6 +5,8 @@ until it is told to stop, and lets requests in flight finish. Torch stays in the
 """
 
 import asyncio
+import contextlib
+import errno
 import json
 import logging
 import os
@@ -119,6 +121,12 @@ def serve(settings: Settings) -> None:
     logs.configure(settings.log_level, as_json=settings.log_json)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are the engine's
     sys.setswitchinterval(_SWITCH_SECONDS)
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(listener) for listener in _bind(settings.host, settings.port)]
+        _serve_on(sockets, settings)
+
+
+def _serve_on(sockets: list[socket.socket], settings: Settings) -> None:
     directory = resolve(settings.model, settings.cache_dir, log.info)
     settings.data_dir.mkdir(parents=True, exist_ok=True)
     lock = FileLock(settings.data_dir / "server.lock")
@@ -129,11 +137,35 @@ def serve(settings: Settings) -> None:
     with lock:
         services, engine = _make_services(settings, directory)
         server = _Server(services, engine)
-        server.run()
+        server.run(sockets)
         services.text.close()
         services.store.close()
     if server.failure is not None:
         raise server.failure
+
+
+def _bind(host: str, port: int) -> list[socket.socket]:
+    """Sockets on every address of `host`, before anything is loaded. Raises `SettingError`."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise SettingError(f"--host: {host}: {error.strerror}") from None
+    sockets: list[socket.socket] = []
+    for family, kind, protocol, _, address in found[:1] if port == 0 else found:  # a free port is one address's
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        try:
+            listener.bind(address)
+        except OSError as error:
+            for bound in (*sockets, listener):
+                bound.close()
+            if error.errno == errno.EADDRINUSE:
+                raise SettingError(f"--port: {port} on {host} is in use by another program") from None
+            raise SettingError(f"--host: cannot listen on {host} port {port}: {error.strerror}") from None
+        sockets.append(listener)
+    return sockets
 
 
 def _make_services(settings: Settings, model: Path) -> tuple[Services, LocalEngine]:
@@ -259,6 +291,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen at once, so that probes can ask; become ready when the engine is."""
         await super().startup(sockets)
+        log.info("listening on %s port %d; the engine is loading", *self.servers[0].sockets[0].getsockname()[:2])
         self._coming_up = asyncio.create_task(self._come_up())
 
     async def _come_up(self) -> None:
@@ -324,7 +357,11 @@ class _Server(uvicorn.Server):
 
     async def _drain(self) -> None:
         services, seconds = self._services, self._services.settings.drain_seconds
-        log.info("stopping: %d requests may go on for %g s", services.drain.open_requests, seconds)
+        log.info(
+            "stopping: %d requests may go on for %g s; Ctrl-C again ends them at once",
+            services.drain.open_requests,
+            seconds,
+        )
         services.drain.begin()
         try:
             async with asyncio.timeout(seconds):

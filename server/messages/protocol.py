@@ -187,6 +187,7 @@ class Ready(_Message, kw_only=True):
     pool_rows: dict[str, int]  # kind -> capacity in 2-byte row units (an fp32 row takes two)
     device: str
     dtype: str
+    kernels: str = ""  # which compute a step: native with its instruction set, triton, or plain torch
     int8_drift: Drift | None = None  # from exact activations; None: they are exact
 
 
