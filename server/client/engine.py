@@ -128,7 +128,9 @@ class EngineClient(Protocol):
 
 def _summary(ready: Ready) -> str:
     """What an engine that came up has, in one line."""
-    adapters = device_bytes(ready.pool_rows, ready.linears) / 2**20
+    kinds = {linear.kind for linear in ready.linears.values()}  # rank rows alone: what --adapter-bytes says
+    rows = {kind: units for kind, units in ready.pool_rows.items() if kind in kinds}
+    adapters = device_bytes(rows, ready.linears) / 2**20
     return (
         f"engine ready: {ready.architecture} on {ready.device} in {ready.dtype}, KV cache of "
         f"{ready.num_blocks * ready.block_size} tokens, {adapters:.0f} MiB for adapters, "
