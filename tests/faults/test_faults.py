@@ -297,7 +297,7 @@ async def test_a_second_interrupt_ends_at_once_and_in_silence(server: RunningSer
     engine, before = server.engine_pid, len(server.log)
     async with client_of(server) as client:
         started = asyncio.Event()
-        stream = asyncio.create_task(read_stream(client, "red", 4000, started))
+        stream = asyncio.create_task(read_stream(client, "red", 480, started))
         await started.wait()
         server.process.send_signal(signal.SIGINT)
         await asyncio.to_thread(
