@@ -12,7 +12,7 @@ RUN python -m venv /opt/lorakeet
 ENV PATH=/opt/lorakeet/bin:$PATH
 
 # torch first, in a layer of its own: it is most of the image and rarely changes. The usual wheel brings CUDA's libraries;
-# for a small image without them, build with --build-arg TORCH_INDEX=(PyTorch's index of CPU wheels).
+# for a small image without them, build with --target cpu --build-arg TORCH_INDEX=(PyTorch's index of CPU wheels).
 ARG TORCH_INDEX=
 WORKDIR /src
 COPY constraints.txt .
@@ -23,8 +23,8 @@ RUN pip install --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url "$
 WORKDIR /
 RUN python -m adapters.kernels.build
 
-# --- run: no compiler, no root, nothing baked in that changes ----------------------------------------
-FROM python:3.12-slim
+# --- cpu: no compiler, no root, nothing baked in that changes ----------------------------------------
+FROM python:3.12-slim AS cpu
 
 RUN useradd --system --uid 10001 --create-home lorakeet \
  && install --directory --owner=lorakeet /data /cache
@@ -50,3 +50,21 @@ HEALTHCHECK --interval=15s --timeout=5s --start-period=10m \
 # `docker stop` sends SIGTERM, which drains: give it more time than --drain-seconds (30), as in `docker stop -t 40`.
 ENTRYPOINT ["lorakeet"]
 CMD ["serve"]
+
+# --- the default, which serves on an NVIDIA GPU too ---------------------------------------------------
+# Plain Python is enough of a base: torch's wheels bring CUDA's libraries and Triton's brings ptxas, so nvidia/cuda would
+# hold them a second time; libcuda.so comes from the host's driver, through the NVIDIA container toolkit.
+FROM cpu
+
+# Triton compiles a small C module against Python.h and its own copy of cuda.h when it first meets the GPU. gcc only
+# recommends libc6-dev, so that it is named here.
+USER root
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends gcc libc6-dev \
+ && rm -rf /var/lib/apt/lists/*
+USER lorakeet
+
+# `compute` is CUDA, `utility` nvidia-smi. Kernels that were compiled once are kept with what else can be made again.
+ENV NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility \
+    TRITON_CACHE_DIR=/cache/triton

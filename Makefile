@@ -12,7 +12,7 @@ PYTHONS = $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14)
 USABLE  = import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve check test interpret sweep docs clean bench gpu demo
+.PHONY: help install serve check test interpret operators sweep docs clean bench gpu demo
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,10 +48,13 @@ check: $(TESTING) ## lint, formatting, types
 	$(BIN)/mypy
 
 test: $(TESTING) check ## all checks and the whole test suite
-	$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m 'not prometheus' $(ARGS)
 
 interpret: $(TESTING) ## the engine's tests with the GPU's kernels, in Triton's interpreter
 	LORAKEET_TRITON=interpret $(BIN)/pytest --numprocesses 2 --timeout 900 tests/server/engine $(ARGS)
+
+operators: $(TESTING) ## deploy/ and every metric's name, held against Prometheus's own programs (Debian: prometheus)
+	$(BIN)/pytest tests/deploy $(ARGS)
 
 sweep: $(TESTING) ## serve a tiny model of every type that transformers registers; writes docs/reference/models.md
 	$(BIN)/python -m tests.sweep $(ARGS)

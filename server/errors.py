@@ -18,6 +18,7 @@ from starlette.types import ExceptionHandler
 from adapters.disk import is_full
 from adapters.peft_format.config import AdapterError
 from adapters.storage.versions import DamagedAdapter, RemoteUnavailable
+from server.logs import note
 
 
 class LorakeetError(Exception):
@@ -236,7 +237,8 @@ def as_error(exc: Exception) -> LorakeetError:
 
 
 def error_response(error: LorakeetError) -> Response:
-    """The error as an HTTP response."""
+    """The error as an HTTP response. Its code goes into the access line."""
+    note(code=error.code or error.type)
     return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
 
 

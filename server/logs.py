@@ -1,12 +1,29 @@
 """Logging: one line per record, as text or as JSON. Never holds prompts, bodies or keys: callers pass none."""
 
+import asyncio
 import json
 import logging
 import sys
 import time
+from contextvars import ContextVar
 from typing import Any, Literal
 
 FIELDS = "fields"  # the `extra` key under which structured fields travel
+
+_notes: ContextVar[dict[str, Any] | None] = ContextVar("notes", default=None)
+
+
+def begin_notes() -> dict[str, Any]:
+    """What `note` adds to from here on in this request, and in tasks that it starts."""
+    notes: dict[str, Any] = {}
+    _notes.set(notes)
+    return notes
+
+
+def note(**fields: Any) -> None:
+    """Add to the access line of the request that is being served, if one is. None is left out."""
+    if (notes := _notes.get()) is not None:
+        notes.update({name: value for name, value in fields.items() if value is not None})
 
 
 class JsonFormatter(logging.Formatter):
@@ -31,5 +48,11 @@ def configure(level: Literal["debug", "info", "warning", "error"], *, as_json: b
     handler = logging.StreamHandler(sys.stderr)
     plain = logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     handler.setFormatter(JsonFormatter() if as_json else plain)
+    handler.addFilter(_is_no_cut)
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     logging.getLogger("uvicorn.access").disabled = True  # ours carries the request's id and duration
+
+
+def _is_no_cut(record: logging.LogRecord) -> bool:
+    """Keeps uvicorn from calling a request that the operator cut off a failure, with its traceback."""
+    return not (record.name == "uvicorn.error" and record.exc_info and record.exc_info[0] is asyncio.CancelledError)

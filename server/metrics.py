@@ -1,7 +1,8 @@
 """The server's Prometheus metrics: one object around a registry of its own.
 
-Names are vLLM's under the prefix `lorakeet:`. Two sources feed it: the HTTP handlers, one `RequestMetrics` per
-sequence, and the engine's `Stats`: gauges and *increments*, so counters stay monotonic when the engine restarts.
+Names are vLLM's under the prefix `lorakeet:`, or under the one that the operator chose. Two sources feed it: the HTTP
+handlers, one `RequestMetrics` per sequence, and the engine's `Stats`: gauges and *increments*, so counters stay
+monotonic when the engine restarts.
 
 Adapters are labelled by name, and only by names that were resolved to a stored version: a junk name never reaches this
 file. At most `top_adapters` names have series of their own; the least recently used one is folded into `other`.
@@ -10,20 +11,29 @@ file. At most `top_adapters` names have series of their own; the least recently 
 import time
 from collections import Counter as Multiset
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, disable_created_metrics
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server.messages.protocol import AdapterUse, Stats
+from server.messages.protocol import AdapterUse, Ready, Stats
 
 FinishedReason = Literal["stop", "length", "abort", "error"]
 
 OTHER = "other"
 PREFIX = "lorakeet:"
+USUAL_RANK = 16  # of the adapters that `max_gpu_lora_adapters` counts
 
 _FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
 _BETWEEN_TOKENS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
@@ -57,10 +67,11 @@ class _AdapterCounts:
 class _AdapterMetrics(Collector):
     """Per-adapter series of bounded number, produced at scrape time."""
 
-    def __init__(self, top: int, max_lora: int) -> None:
+    def __init__(self, top: int) -> None:
         self.resident: dict[tuple[str, str], AdapterUse] = {}  # by digest and tier
+        self.pinned: Sequence[tuple[str, str]] = ()  # (name, digest)
+        self.room = 0  # adapters of `USUAL_RANK` that fit on the device
         self._top = top
-        self._max_lora = max_lora
         self._by_name: OrderedDict[str, _AdapterCounts] = OrderedDict()  # least recently used first
         self._names: dict[str, str] = {}  # digest -> name, for names in `_by_name`
         self._other = _AdapterCounts()
@@ -124,55 +135,97 @@ class _AdapterMetrics(Collector):
             evictions.add_metric([name], counts.evictions)
         yield from (requests, prompt, generation, loads, seconds, evictions)
         yield from self._residency()
-        yield self._requests_info()
 
     def _residency(self) -> Iterator[Metric]:
-        loaded = GaugeMetricFamily(
-            f"{PREFIX}lora_adapter_loaded",
-            "Adapter versions held per memory tier, 0 or 1 for a named adapter",
-            labels=["adapter_name", "level"],
+        loaded = _gauge(
+            "lora_adapter_loaded",
+            "Adapter versions held per memory tier, 0 or 1 for a named adapter; of the rest no rank is told",
+            "adapter_name",
+            "level",
+            "pinned",
+            "rank",
         )
-        per_name: Multiset[tuple[str, str]] = Multiset()
+        pinned = {digest for _, digest in self.pinned}
+        per_series: Multiset[tuple[str, str, str, str]] = Multiset()
         per_tier: Multiset[str] = Multiset({"device": 0, "host": 0, "merged": 0})
         for use in self.resident.values():
-            per_name[self._names.get(use.digest, OTHER), use.tier] += 1
+            name = self._names.get(use.digest, OTHER)
+            rank = "" if name == OTHER else str(use.rank)  # any number of ranks would be as many series
+            per_series[name, use.tier, str(use.digest in pinned).lower(), rank] += 1
             per_tier[use.tier] += 1
-        for (name, tier), count in sorted(per_name.items()):
-            loaded.add_metric([name, tier], count)
+        for labels, count in sorted(per_series.items()):
+            loaded.add_metric(labels, count)
         yield loaded
-        total = GaugeMetricFamily(
-            f"{PREFIX}num_loaded_lora_adapters", "Adapter versions held per memory tier", labels=["level"]
-        )
+        total = _gauge("num_loaded_lora_adapters", "Adapter versions held per memory tier", "level")
         for tier, count in per_tier.items():
             total.add_metric([tier], count)
         yield total
-
-    def _requests_info(self) -> Metric:
-        """The metric of the Kubernetes Gateway's inference extension: names in labels, the time as the value."""
-        info = GaugeMetricFamily(
-            f"{PREFIX}lora_requests_info",
-            "Adapters of running and waiting requests, as comma-separated names; the value is the Unix time",
-            labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+        on_device = len(self._on_device())
+        yield GaugeMetricFamily(
+            f"{PREFIX}num_gpu_loaded_lora_adapters", "Adapter versions held on the device, merged ones too", on_device
         )
-        running = {use.digest for use in self.resident.values() if use.running}
+        room = max(self.room, on_device)
+        yield GaugeMetricFamily(
+            f"{PREFIX}max_gpu_lora_adapters",
+            f"Adapters of rank {USUAL_RANK} on every linear that the device holds, or those it holds if they are more",
+            room,
+        )
+        yield self._requests_info(room)
+
+    def _on_device(self) -> set[str]:
+        return {use.digest for use in self.resident.values() if use.tier != "host"}
+
+    def _requests_info(self, room: int) -> Metric:
+        """What the Kubernetes Gateway's inference extension reads: names in labels, the time as the value."""
+        info = _gauge(
+            "lora_requests_info",
+            "Adapters that are resident on the device (running) or waited for, as comma-separated names; the value is "
+            "the Unix time",
+            "max_lora",
+            "running_lora_adapters",
+            "waiting_lora_adapters",
+        )
+        resident = self._on_device()
         waiting = {use.digest for use in self.resident.values() if use.waiting}
-        waiting |= self._in_flight.keys() - running  # of those still being read the engine reports nothing yet
-        info.add_metric([str(self._max_lora), self._names_of(running), self._names_of(waiting)], time.time())
+        waiting |= self._in_flight.keys() - resident  # of those still being read the engine reports nothing yet
+        names = [(name, counts.digest) for name, counts in self._by_name.items()]
+        names += [(name, digest) for digest, open_ in self._in_flight.items() for name in +open_]
+        running = {name for name, digest in (*names, *self.pinned) if digest in resident}
+        waited_for = {name for digest in waiting for name in +self._in_flight.get(digest, Multiset())}
+        info.add_metric([str(room), ",".join(sorted(running)), ",".join(sorted(waited_for))], time.time())
         return info
 
-    def _names_of(self, digests: Iterable[str]) -> str:
-        return ",".join(sorted({name for digest in digests for name in +self._in_flight.get(digest, Multiset())}))
+
+class _Renamed(Collector):
+    """A registry's metrics under another prefix."""
+
+    def __init__(self, registry: CollectorRegistry, prefix: str) -> None:
+        self._registry = registry
+        self._prefix = prefix
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._registry.collect():
+            if metric.name.startswith(PREFIX):
+                metric.name = self._renamed(metric.name)
+                metric.samples = [sample._replace(name=self._renamed(sample.name)) for sample in metric.samples]
+            yield metric
+
+    def _renamed(self, name: str) -> str:
+        return self._prefix + name.removeprefix(PREFIX)
 
 
 class Metrics:
-    """All of the server's metrics; `registry` is what `/metrics` renders."""
+    """All of the server's metrics, in `registry`; `page` renders them."""
 
-    def __init__(self, top_adapters: int = 100, max_lora: int = 0) -> None:
-        """`top_adapters`: how many names have their own series; `max_lora`: distinct adapters one step can hold."""
+    def __init__(self, top_adapters: int = 100, prefix: str = PREFIX.removesuffix(":")) -> None:
+        """`top_adapters`: how many names have their own series; `prefix`: of metric names, before a colon."""
         disable_created_metrics()
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        self._adapters = _AdapterMetrics(top_adapters, max_lora)
+        self._shown: Collector = self.registry
+        if f"{prefix}:" != PREFIX:
+            self._shown = _Renamed(self.registry, f"{prefix}:")
+        self._adapters = _AdapterMetrics(top_adapters)
         self.registry.register(self._adapters)
 
         self._running = self._gauge("num_requests_running", "Sequences in the batch")
@@ -180,6 +233,9 @@ class Metrics:
         self._kv_usage = self._gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1")
         self._merged_bytes = self._gauge("merged_weight_bytes", "Device memory of adapters merged into the base")
         self._engine_up = self._gauge("engine_up", "1 while there is an engine process, else 0")
+        self._cache_config = self._gauge(
+            "cache_config_info", "The KV cache: tokens of a block, and blocks", "block_size", "num_gpu_blocks"
+        )
         self._pinned = self._gauge("num_pinned_lora_adapters", "Adapter versions that stay on the device")
         self._pinned_bytes = self._gauge("pinned_lora_adapter_bytes", "Device memory of pinned adapters")
         self._prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
@@ -204,9 +260,17 @@ class Metrics:
         for reason in get_args(FinishedReason):
             self.success.labels(reason)
 
-    def pinned(self, versions: int, size: int) -> None:
-        """How many adapter versions are pinned, and the bytes that they take on the device."""
-        self._pinned.set(versions)
+    def page(self) -> bytes:
+        """Everything in Prometheus's text format 0.0.4, with which every version of it keeps names as they are.
+
+        In OpenMetrics, and in text format 1.0.0, the client library escapes colons: `lorakeet_engine_up`.
+        """
+        return generate_latest(self._shown)
+
+    def pinned(self, versions: Sequence[tuple[str, str]], size: int) -> None:
+        """The pinned adapter versions as (name, digest), and the bytes that they take on the device."""
+        self._adapters.pinned = versions
+        self._pinned.set(len(versions))
         self._pinned_bytes.set(size)
 
     def request(self, *adapters: tuple[str, str]) -> "RequestMetrics":
@@ -250,16 +314,24 @@ class Metrics:
         if stats.merges is not None:
             self._merged_bytes.set(sum(report.bytes for report in stats.merges))
 
-    def engine_process(self, alive: bool) -> None:
-        """Whether there is an engine process now: without one nothing runs and nothing is resident."""
+    def engine_process(self, alive: bool, info: Ready | None = None) -> None:
+        """Whether there is an engine process now: without one nothing runs and nothing is resident.
+
+        `info`: what it serves, once the first has come up.
+        """
         self._engine_up.set(alive)
+        if info is not None:
+            self._cache_config.clear()
+            self._cache_config.labels(info.block_size, info.num_blocks).set(1)
+            rows = [info.pool_rows.get(kind, 0) for kind in {linear.kind for linear in info.linears.values()}]
+            self._adapters.room = min(rows, default=0) // USUAL_RANK
         if not alive:
             for gauge in (self._running, self._waiting, self._kv_usage, self._merged_bytes):
                 gauge.set(0)
             self._adapters.resident = {}
 
-    def _gauge(self, name: str, help_text: str) -> Gauge:
-        return Gauge(PREFIX + name, help_text, registry=self.registry)
+    def _gauge(self, name: str, help_text: str, *labels: str) -> Gauge:
+        return Gauge(PREFIX + name, help_text, labels, registry=self.registry)
 
     def _counter(self, name: str, help_text: str) -> Counter:
         return Counter(PREFIX + name, help_text, registry=self.registry)
@@ -313,3 +385,7 @@ class RequestMetrics:
 
 def _counter(name: str, help_text: str) -> CounterMetricFamily:
     return CounterMetricFamily(PREFIX + name, help_text, labels=["adapter_name"])
+
+
+def _gauge(name: str, help_text: str, *labels: str) -> GaugeMetricFamily:
+    return GaugeMetricFamily(PREFIX + name, help_text, labels=labels)

@@ -67,6 +67,12 @@ def _path(text: str) -> Path:
     return Path(text).expanduser()
 
 
+def _metrics_prefix(text: str) -> str:
+    if not re.fullmatch("[a-zA-Z_][a-zA-Z0-9_]*", text):
+        raise ValueError("expected letters, digits and underscores, no digit first")
+    return text
+
+
 def _text(text: str) -> str:
     if not text:
         raise ValueError("expected a value")
@@ -430,6 +436,11 @@ class Settings:
     # --- watching it
     metrics_adapters: int = _setting(
         50, "Adapters with metric series of their own; the rest share one.", parse=_integer, minimum=0, maximum=10_000
+    )
+    metrics_prefix: str = _setting(
+        "lorakeet",
+        "What metric names begin with, before a colon: vllm where dashboards, alerts or gateways expect vLLM's names.",
+        parse=_metrics_prefix,
     )
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
         "info", "How much is logged.", choices=("debug", "info", "warning", "error")

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from adapters.kernels import native, reference, triton
+from adapters.kernels import build, native, reference, triton
 from adapters.kernels.plan import DecoderPlan
 from adapters.kernels.reference import BF16, FP16, FP32, LinearFunction, probe_row_multiple
 from adapters.kernels.weight import QuantizedWeight
@@ -25,6 +25,7 @@ __all__ = [
     "DecoderPlan",
     "QuantizedWeight",
     "base_linear",
+    "implementation",
     "is_deterministic",
     "likeliest",
     "likeliest_output",
@@ -75,6 +76,13 @@ def is_deterministic() -> bool:
 def runs_natively(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the CPU's native kernels are there and compute in this dtype."""
     return device.type == "cpu" and dtype == torch.float32 and native.load() is not None
+
+
+def implementation(device: torch.device, dtype: torch.dtype) -> str:
+    """The name of what computes on this device in this dtype: native (avx512), triton or torch."""
+    if runs_natively(device, dtype):
+        return f"native ({build.best_instruction_set()})"
+    return "triton" if device.type == "cuda" and triton.load() is not None else "torch"
 
 
 def prepare(weights: Iterable[QuantizedWeight], dtype: torch.dtype) -> None:

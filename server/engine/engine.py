@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from adapters import kernels
 from adapters.device.cache import AdapterCache
 from adapters.device.loader import AdapterLoader
 from adapters.device.pool import RowPool
@@ -117,6 +118,7 @@ class Engine:
             pool_rows=self.pool.capacity,
             device=str(base.device),
             dtype=str(base.dtype).removeprefix("torch."),
+            kernels=kernels.implementation(base.device, base.dtype),
             int8_drift=self.int8_drift,
             tied=base.tied,
         )

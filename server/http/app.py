@@ -5,6 +5,8 @@ until SIGTERM or Ctrl-C, and lets requests in flight finish.
 """
 
 import asyncio
+import contextlib
+import errno
 import json
 import logging
 import os
@@ -122,6 +124,12 @@ def serve(settings: Settings) -> None:
     logs.configure(settings.log_level, as_json=settings.log_json)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are the engine's
     sys.setswitchinterval(_SWITCH_SECONDS)
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(listener) for listener in _bind(settings.host, settings.port)]
+        _serve_on(sockets, settings)
+
+
+def _serve_on(sockets: list[socket.socket], settings: Settings) -> None:
     directory = resolve(settings.model, settings.cache_dir, log.info)
     try:
         settings.data_dir.mkdir(parents=True, exist_ok=True)
@@ -135,11 +143,35 @@ def serve(settings: Settings) -> None:
     with lock:
         services, engine = _make_services(settings, directory)
         server = _Server(services, engine)
-        server.run()
+        server.run(sockets)
         services.text.close()
         services.store.close()
     if server.failure is not None:
         raise server.failure
+
+
+def _bind(host: str, port: int) -> list[socket.socket]:
+    """Sockets on every address of `host`, before anything is loaded. Raises `SettingError`."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise SettingError(f"--host: {host}: {error.strerror}") from None
+    sockets: list[socket.socket] = []
+    for family, kind, protocol, _, address in found[:1] if port == 0 else found:  # a free port is one address's
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        try:
+            listener.bind(address)
+        except OSError as error:
+            for bound in (*sockets, listener):
+                bound.close()
+            if error.errno == errno.EADDRINUSE:
+                raise SettingError(f"--port: {port} on {host} is in use by another program") from None
+            raise SettingError(f"--host: cannot listen on {host} port {port}: {error.strerror}") from None
+        sockets.append(listener)
+    return sockets
 
 
 def _make_services(settings: Settings, model: Path) -> tuple[Services, LocalEngine]:
@@ -147,7 +179,7 @@ def _make_services(settings: Settings, model: Path) -> tuple[Services, LocalEngi
         text = TextProcessor.load(model, _template_renderer(settings))
     except TokenizerError as error:
         raise ModelError(str(error)) from None
-    metrics = Metrics(settings.metrics_adapters, settings.max_batch_requests)
+    metrics = Metrics(settings.metrics_adapters, settings.metrics_prefix)
     engine = LocalEngine(_engine_config(settings, model), metrics.engine_stats)
     store = open_store(settings, PinLimit(settings, engine))
     checker = Checker(settings.background_priority)
@@ -268,6 +300,7 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen at once, so that probes can ask; become ready when the engine is."""
         await super().startup(sockets)
+        log.info("listening on %s port %d; the engine is loading", *self.servers[0].sockets[0].getsockname()[:2])
         self._coming_up = asyncio.create_task(self._come_up())
 
     async def _come_up(self) -> None:
@@ -334,7 +367,7 @@ class _Server(uvicorn.Server):
     async def _drain(self) -> None:
         services, seconds = self._services, self._services.settings.drain_seconds
         log.info(
-            "shutting down: %d requests in flight get %g s to finish (--drain-seconds)",
+            "shutting down: %d requests in flight get %g s to finish (--drain-seconds); Ctrl-C again ends them at once",
             services.drain.open_requests,
             seconds,
         )

@@ -30,9 +30,10 @@ from server.errors import (
     as_error,
     error_response,
 )
-from server.logs import FIELDS
+from server.logs import FIELDS, begin_notes
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"})  # no key needed, served while draining
+POLLED_PATHS = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds: logged at debug
 BODY_IDLE_SECONDS = 60.0
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
@@ -90,6 +91,7 @@ class _Exchange:
         given = dict(scope["headers"]).get(b"x-request-id", b"")
         self.request_id = given.decode() if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = self.request_id
+        self._notes = begin_notes()
 
     async def receive(self) -> Message:
         if self._body_complete:  # the next message is the disconnect, which may take as long as it likes
@@ -129,12 +131,14 @@ class _Exchange:
         method = self._scope["method"]
         seconds = time.perf_counter() - self._started
         status = self.status or _CLIENT_CLOSED_REQUEST
-        access_log.info(
-            "%s %s %d %.3f s",
+        access_log.log(
+            logging.DEBUG if self._scope["path"] in POLLED_PATHS else logging.INFO,
+            "%s %s %d %.3f s%s",
             method,
             path,
             status,
             seconds,
+            "".join(f" {name}={value}" for name, value in self._notes.items()),
             extra={
                 FIELDS: {
                     "request_id": self.request_id,
@@ -143,6 +147,7 @@ class _Exchange:
                     "status": status,
                     "seconds": round(seconds, 6),
                     "client": (self._scope.get("client") or [None])[0],
+                    **self._notes,
                 }
             },
         )

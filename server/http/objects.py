@@ -161,6 +161,21 @@ class Detokenized(TypedDict):
 # --- adapters ---------------------------------------------------------------------------------------
 
 
+class TokenizerInfo(TypedDict):
+    """Special tokens are there by the names that the tokenizer has: `eos_token`, `bos_token`, ..."""
+
+    tokenizer_class: str
+    chat_template: str | None
+    model_max_length: int
+    bos_token: NotRequired[str]
+    eos_token: NotRequired[str]
+    unk_token: NotRequired[str]
+    sep_token: NotRequired[str]
+    pad_token: NotRequired[str]
+    cls_token: NotRequired[str]
+    mask_token: NotRequired[str]
+
+
 class ModelCard(TypedDict):
     id: str
     object: Literal["model"]
@@ -170,6 +185,18 @@ class ModelCard(TypedDict):
     parent: str | None
     max_model_len: int | None
     permission: list[Any]
+
+
+class StopToken(TypedDict):
+    """`named_by`: the model's files, or its chat template, that make it end an answer."""
+
+    id: int
+    token: str
+    named_by: list[str]
+
+
+class ModelDetails(ModelCard):
+    stop_tokens: list[StopToken]
 
 
 class AdapterReceipt(TypedDict):
@@ -428,6 +455,7 @@ class Readiness(TypedDict):
     status: Literal["ready", "unavailable"]
     engine_pid: int | None
     base_digest: str | None
+    stop_tokens: list[StopToken]
     int8_drift: Drift | None
     error: NotRequired[ErrorDetail]
 

@@ -181,6 +181,7 @@ class Ready(_Message, kw_only=True):
     device: str
     dtype: str
     tied: bool = False  # head and input embedding are one matrix
+    kernels: str = ""  # which compute a step: native with its instruction set, triton, or plain torch
     int8_drift: Drift | None = None  # from exact activations; None: they are exact
 
 

@@ -18,6 +18,7 @@ import msgspec
 
 from server.admission import Ticket
 from server.errors import ContextLengthExceeded, EngineUnavailable, InternalError, InvalidRequest
+from server.logs import note
 from server.messages.protocol import LOAD_FAILED, NON_FINITE, TOO_LONG, Generate, Output, Ready, Sampling
 from server.metrics import FinishedReason
 from server.openai.assembly import Assembler, Piece
@@ -106,6 +107,11 @@ class Generation:
         finally:
             for ticket in tickets:
                 ticket.leave(served=False)
+            note(
+                adapter="+".join(name for name, _ in self.target.adapters) or None,
+                prompt_tokens=self.usage.prompt_tokens,
+                completion_tokens=self.usage.completion_tokens,
+            )
 
     async def _merge(self, tickets: list[Ticket]) -> AsyncGenerator[tuple[int, Piece], None]:
         """All samples at once, except that a prompt's first goes ahead: the others find its KV in the prefix cache."""

@@ -111,6 +111,11 @@ class TextProcessor:
         if self.renderer is not None:
             self.renderer.close()
 
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """`bos_token`, `eos_token`, ... as the model's files name them."""
+        return self._special_tokens
+
     # --- adapters
 
     async def adapted(self, key: str, read: Callable[[], AdapterText]) -> "TextProcessor":

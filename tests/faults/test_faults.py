@@ -11,6 +11,8 @@ import re
 import resource
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -281,7 +283,7 @@ def test_a_server_that_still_loads_its_model_stops_in_silence(server: RunningSer
     server.stop()
     before = len(server.log)
     server.begin()
-    eventually(lambda: "Uvicorn running" in server.log[before:], 60, "it listens")
+    eventually(lambda: "listening on" in server.log[before:], 60, "it listens")
     for _ in range(told):
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.01)
@@ -289,6 +291,42 @@ def test_a_server_that_still_loads_its_model_stops_in_silence(server: RunningSer
     said = server.log[before:]
     assert "Finished server process" in said
     assert not re.search("Traceback|ERROR|WARNING", said), said
+
+
+async def test_a_second_interrupt_ends_at_once_and_in_silence(server: RunningServer) -> None:
+    engine, before = server.engine_pid, len(server.log)
+    async with client_of(server) as client:
+        started = asyncio.Event()
+        stream = asyncio.create_task(read_stream(client, "red", 480, started))
+        await started.wait()
+        server.process.send_signal(signal.SIGINT)
+        await asyncio.to_thread(
+            eventually, lambda: "Ctrl-C again ends them at once" in server.log[before:], 10, "it says so"
+        )
+        assert server.process.poll() is None
+        server.process.send_signal(signal.SIGINT)
+        assert await asyncio.to_thread(server.process.wait, 10) == 0
+        with contextlib.suppress(httpx.TransportError):
+            assert "[DONE]" not in await stream
+    assert not alive(engine)
+    said = server.log[before:]
+    assert not re.search("Traceback|ERROR", said), said
+
+
+def test_a_port_in_use_is_one_line(server: RunningServer, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from server.cli import main; main()", "serve", "--port", str(server.port)]
+    done = subprocess.run([*command, "--data-dir", str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [f"error: --port: {server.port} on 127.0.0.1 is in use by another program"]
+
+
+def test_the_start_tells_what_there_is_in_one_line(server: RunningServer) -> None:
+    [line] = [line for line in server.log.splitlines() if "engine ready" in line][-1:]
+    assert re.search(
+        r"engine ready: LlamaForCausalLM on cpu in float32, KV cache of \d+ tokens, [34] MiB for adapters, "
+        r"(native \(\w+\)|torch) kernels$",
+        line,
+    )
 
 
 def refusal(server: RunningServer) -> int | None:

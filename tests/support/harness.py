@@ -165,7 +165,7 @@ def make_services(
 ) -> Services:
     """Everything that handlers use. Without `text`, for what reads none."""
     processor = cast("TextProcessor", text)
-    metrics = Metrics(settings.metrics_adapters, settings.max_batch_requests)
+    metrics = Metrics(settings.metrics_adapters, settings.metrics_prefix)
     registry = Registry.make(settings, engine, store, metrics, text=text)
     return Services(
         settings=settings,

@@ -9,7 +9,16 @@ import numpy as np
 
 from adapters.peft_format.config import parse_config
 from server.messages.dataset import Dataset
-from server.messages.training import Checkpoint, JobEnded, JobReply, MemoryPlan, ModuleShape, StartJob, TrainingPlan, TrainingStep
+from server.messages.training import (
+    Checkpoint,
+    JobEnded,
+    JobReply,
+    MemoryPlan,
+    ModuleShape,
+    StartJob,
+    TrainingPlan,
+    TrainingStep,
+)
 from server.model.base import Base
 from server.training.trainer import Trainer
 from tests.support.tiny import ALL_LINEAR

@@ -99,7 +99,8 @@ def tiny_config(model_type: str) -> Any:
             "hidden_size_per_layer_input": 0,
             "vocab_size_per_layer_input": 0,
         }
-        return CONFIG_MAPPING[model_type](text_config=text)
+        made: Any = CONFIG_MAPPING[model_type]
+        return made(text_config=text)
     settings = _shrunk(CONFIG_MAPPING[model_type]().to_dict()) | OTHER.get(model_type, {})
     return CONFIG_MAPPING[model_type](**settings)
 

@@ -10,15 +10,16 @@ import traceback
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import peft
 import torch
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import save_file
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from server.engine import selfcheck
+from server.engine import boot, selfcheck
 from server.engine.engine import Engine
 from server.messages.protocol import AdapterRef, EngineConfig
 from server.model.base import UnservableModel, check_servable
@@ -27,7 +28,7 @@ from server.training.trainer import Trainer
 from tests.support import offline
 from tests.support.training import dataset, ended, job, losses
 from tests.support.training import run as train
-from tests.sweep.families import CAUSAL, CONFIG_MAPPING, VOCAB, tiny_config, tiny_family
+from tests.sweep.families import CAUSAL, VOCAB, tiny_config, tiny_family
 
 Word = Literal["served", "refused", "wrong", "unclear"]
 TOLERANCE = 1e-3  # of a log-probability, of a loss
@@ -112,7 +113,7 @@ def _compare(model: Path, quantization: str, directory: Path) -> Mapping[str, fl
         max_batch_tokens=BATCH_TOKENS,
         max_batch_requests=16,
     )
-    engine = Engine.load(config)
+    engine = boot.load(config)
     selfcheck.run(engine, directory / "cache")
     names = [linear.name for linear in engine.base.linears]
     adapted = _adapted(_stock(model, quantization), names, directory / "adapter")
@@ -146,7 +147,7 @@ def _stock(model: Path, quantization: str) -> Any:
     )
     for module in stock.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # it would repack the weight
+            cast("Any", module).support_avx512bf16_for_cpu = False  # it would repack the weight
     return stock.requires_grad_(False).eval()
 
 
@@ -159,7 +160,7 @@ def _adapted(stock: Any, names: list[str], directory: Path) -> Any:
         for name, parameter in wrapped.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(0.0, 0.08)
-    wrapped.save_pretrained(directory)
+    wrapped.save_pretrained(str(directory))
     return wrapped
 
 

@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 import msgspec
-from prometheus_client.exposition import choose_encoder
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -48,12 +48,11 @@ async def server_version(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
-    """Everything counted, as Prometheus reads it."""
+    """Everything counted, in Prometheus's text format whatever the client would rather have."""
     services = services_of(request)
-    services.metrics.engine_process(alive=services.engine.pid is not None)
+    services.metrics.engine_process(alive=services.engine.pid is not None, info=services.engine.info)
     await services.tuning.count_jobs()
-    encode, content_type = choose_encoder(request.headers.get("accept", ""))
-    return Response(encode(services.metrics.registry), media_type=content_type)
+    return Response(services.metrics.page(), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
 
 
 routes = [

@@ -8,7 +8,7 @@ from starlette.responses import JSONResponse, Response
 
 from adapters.storage.versions import UnknownAdapter, Version
 from server.errors import ModelNotFound, PermissionDenied
-from server.http.objects import DeletedObject, ListObject, ModelCard
+from server.http.objects import DeletedObject, ListObject, ModelCard, ModelDetails
 from server.http.operations import OPENING, Operation
 from server.http.paging import WindowQuery, page, window
 from server.openai.target import brings_text, text_of
@@ -91,6 +91,6 @@ def _card(services: Services, name: str, created: int, *, root: str, parent: str
 
 routes = [
     Operation("GET", "/v1/models", list_models, answers=ListObject[ModelCard]),
-    Operation("GET", "/v1/models/{id:path}", get_model, answers=ModelCard, refuses=OPENING),
+    Operation("GET", "/v1/models/{id:path}", get_model, answers=ModelDetails, refuses=OPENING),
     Operation("DELETE", "/v1/models/{id:path}", delete_model, answers=DeletedObject, refuses=(PermissionDenied,)),
 ]

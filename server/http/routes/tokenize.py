@@ -1,4 +1,7 @@
-"""`POST /tokenize` and `/detokenize`: the base's tokenizer, with an adapter's own tokens, in vLLM's shapes."""
+"""`POST /tokenize` and `/detokenize`: the base's tokenizer, with an adapter's own tokens, in vLLM's shapes.
+
+`GET /tokenizer_info` is how lm-eval's remote tokenizer learns the special tokens and renders chats by itself.
+"""
 
 from functools import partial
 from typing import Annotated
@@ -8,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from server.errors import InvalidRequest
-from server.http.objects import Detokenized, Tokens
+from server.http.objects import Detokenized, TokenizerInfo, Tokens
 from server.http.operations import OPENING, Operation
 from server.openai.body import Body
 from server.openai.conversation import Conversation
@@ -71,7 +74,22 @@ async def detokenize(request: Request, body: DetokenizeBody) -> Response:
     return JSONResponse({"prompt": await text.in_thread(len(body.tokens), decode)})
 
 
+async def tokenizer_info(request: Request) -> Response:
+    """The base's special tokens by name, its chat template (null: none) and the longest context, in tokens."""
+    services = services_of(request)
+    template = services.text.chat_template
+    return JSONResponse(
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",  # what transformers makes of any tokenizer.json
+            "chat_template": template.source if template is not None else None,
+            "model_max_length": services.engine_info.max_model_len,
+            **services.text.special_tokens,
+        }
+    )
+
+
 routes = [
+    Operation("GET", "/tokenizer_info", tokenizer_info, answers=TokenizerInfo),
     Operation("POST", "/tokenize", tokenize, answers=Tokens, refuses=OPENING),
     Operation("POST", "/detokenize", detokenize, answers=Detokenized, refuses=OPENING),
 ]

@@ -3,8 +3,8 @@
 import asyncio
 import random
 import time
-from typing import Any
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch

@@ -1,6 +1,7 @@
 """`/v1/completions` in front of a scripted engine: answers, stopping, adapters, failures."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -384,3 +385,21 @@ async def test_requests_are_counted(served: Served, tmp_path: Path) -> None:
     assert value("lorakeet:request_success_total", {"finished_reason": "error"}) == 1
     assert value("lorakeet:lora_requests_total", {"adapter_name": "poet"}) == 1
     assert value("lorakeet:generation_tokens_total") == len(encode(TEXT)) + 2
+
+
+async def test_the_access_line_tells_adapter_and_tokens(
+    served: Served, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    await served.add_adapter(tmp_path, "poet")
+    with caplog.at_level(logging.INFO, "server.access"):
+        for stream in (False, True):
+            await served.client.post("/v1/completions", json={"model": "poet", "prompt": "Hi", "stream": stream})
+        await served.client.post("/v1/completions", json={"model": BASE, "prompt": "Hi"})
+        await served.client.post("/v1/completions", json={"model": BASE, "prompt": "Hi" * 10_000})
+    tokens = f"prompt_tokens={len(encode('Hi'))} completion_tokens={len(encode(TEXT)) + 1}"
+    assert [record.getMessage().split(" s ")[1] for record in caplog.records if record.name == "server.access"] == [
+        f"adapter=poet {tokens}",
+        f"adapter=poet {tokens}",
+        tokens,
+        "code=context_length_exceeded",
+    ]

@@ -187,6 +187,30 @@ async def test_the_access_log_is_structured_and_holds_no_secrets(caplog: pytest.
     assert KEY not in logged
 
 
+async def test_polls_are_logged_at_debug(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG):
+        for path in ("/health", "/ready", "/metrics", "/v1/echo"):
+            await client().get(path)
+    records = [record for record in caplog.records if record.name == "server.access"]
+    levels = {record.getMessage().split()[1]: record.levelname for record in records}
+    assert levels == {"/health": "DEBUG", "/ready": "DEBUG", "/metrics": "DEBUG", "/v1/echo": "INFO"}
+
+
+async def test_a_refusal_is_logged_with_its_code(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        await client(keys=[KEY]).get("/v1/echo")
+        await client().get("/v1/fail")
+        await client().get("/v1/echo")
+    records = [record for record in caplog.records if record.name == "server.access"]
+    lines = [json.loads(JsonFormatter().format(record)) for record in records]
+    assert [line.get("code") for line in lines] == ["invalid_api_key", "internal_error", None]
+    assert [record.getMessage().split(" s ")[1:] for record in records] == [
+        ["code=invalid_api_key"],
+        ["code=internal_error"],
+        [],
+    ]
+
+
 async def test_a_path_cannot_forge_a_log_line(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         await client().get("/a%0Ab%1b[31m")

@@ -126,6 +126,26 @@ async def test_the_metrics_page(site: Site) -> None:
         assert "lorakeet:engine_up 0.0" in (await client.get("/metrics")).text
 
 
+async def test_every_prometheus_gets_the_names_that_are_documented(site: Site) -> None:
+    asked = [  # by Prometheus 2.42, 2.53 and 3.5
+        "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
+        "text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
+        "application/openmetrics-text;version=1.0.0;q=0.5,application/openmetrics-text;version=0.0.1;q=0.4,"
+        "text/plain;version=0.0.4;q=0.3,*/*;q=0.2",
+        "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,"
+        "application/openmetrics-text;version=0.0.1;q=0.5,text/plain;version=1.0.0;escaping=allow-utf-8;q=0.4,"
+        "text/plain;version=0.0.4;q=0.3,*/*;q=0.2",
+    ]
+    async with site.client() as client:
+        for accept in asked:
+            page = await client.get("/metrics", headers={"Accept": accept})
+            assert page.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+            samples = {line.split("{")[0].split(" ")[0] for line in page.text.splitlines() if line[0] != "#"}
+            assert "lorakeet:engine_up" in samples
+            assert not [name for name in samples if name.startswith("lorakeet_")]
+            assert "# TYPE lorakeet:engine_up gauge" in page.text
+
+
 async def test_junk_names_make_no_series(site: Site) -> None:
     async with site.client() as client:
         before = (await client.get("/metrics")).text.count("\n")

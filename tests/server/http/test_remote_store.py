@@ -180,6 +180,7 @@ async def test_pinned_files_come_by_themselves_and_stay_on_disk(
 
 @pytest.mark.parametrize("url", ["nonsense", "ftp://host/x", "file:///proc/nowhere"])
 def test_a_store_that_cannot_be_is_named_at_start(url: str, tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path, adapter_store=url)
+    limit = PinLimit(settings, IdleEngine(base_info()))
     with pytest.raises(SettingError, match=r"^--adapter-store: "):
-        settings = Settings(data_dir=tmp_path, adapter_store=url)
-        open_store(settings, PinLimit(settings, IdleEngine(base_info())))
+        open_store(settings, limit)

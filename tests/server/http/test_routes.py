@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from server.http.middleware import OPEN_PATHS
+from server.text.processor import TextProcessor
 from tests.support.harness import Site, paths
+from tests.support.tiny import _tokenizer
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "BREW")
 KEY = "sk-secret"
@@ -15,7 +17,8 @@ KEY = "sk-secret"
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
-    with contextlib.closing(Site(tmp_path, api_key=(KEY,), lora_dir=tmp_path)) as site:
+    text = TextProcessor(_tokenizer().backend_tokenizer, None)
+    with contextlib.closing(Site(tmp_path, text, api_key=(KEY,), lora_dir=tmp_path)) as site:
         yield site
 
 

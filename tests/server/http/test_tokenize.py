@@ -4,9 +4,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import pytest
 
-from tests.support.scripted import BASE, Served, encode, serving
+from tests.support.scripted import BASE, EOS, Served, encode, serving
 
 
 @pytest.fixture
@@ -26,6 +27,20 @@ async def test_a_text_there_and_back(served: Served) -> None:
 async def test_token_strings_on_request(served: Served) -> None:
     body = (await served.client.post("/tokenize", json={"prompt": "The fox", "return_token_strs": True})).json()
     assert "".join(body["token_strs"]) == "The fox"
+
+
+async def test_what_lm_eval_asks_of_a_remote_tokenizer(served: Served) -> None:
+    """As its `RemoteTokenizer` does: special tokens by name, their ids by /tokenize, chats by the template itself."""
+    info = (await served.client.get("/tokenizer_info")).json()
+    assert info["eos_token"] == "<|im_end|>"
+    assert info["model_max_length"] == 256
+    assert "bos_token" not in info
+    body = {"prompt": info["eos_token"], "add_special_tokens": False}
+    assert (await served.client.post("/tokenize", json=body)).json()["tokens"] == [EOS]
+    messages = [{"role": "user", "content": "Hi"}]
+    rendered = jinja2.Template(info["chat_template"]).render(messages=messages, add_generation_prompt=True)
+    asked = await served.client.post("/tokenize", json={"messages": messages})
+    assert asked.json()["tokens"] == encode(rendered)
 
 
 async def test_a_conversation_is_tokenised_as_chat_does(served: Served) -> None:

@@ -121,7 +121,6 @@ IM_END, END = "<|im_end|>", "<|endoftext|>"
 def test_a_stop_string_sees_special_tokens_that_the_client_does_not(
     text: str, stop: str, include: bool, kept: str, per_output: int
 ) -> None:
-    tokenizer = _tokenizer()
     hidden = {encode(token)[0]: token for token in (IM_END, END)}
     assembler = Assembler(_raw, [], stops=[stop], hidden=hidden, include_stop=include)
     tokens = encode(text)
