@@ -79,7 +79,7 @@ class AdapterIntake:
         self._engine = engine
         self._store = store
         self._metrics = metrics
-        self._outline = outline
+        self._outline = outline or Outline()
         self._text = text
         self._checker = checker
         self._discovering = asyncio.Lock()
