@@ -87,7 +87,13 @@ OTHER: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [16, 32], "attn_layers": ["local", "lsh"]},
-    "zamba": {"attention_head_dim": 32, "attention_hidden_size": 128, "mamba_dt_rank": 8},
+    "zamba": {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "attention_head_dim": 32,
+        "attention_hidden_size": 128,
+        "mamba_dt_rank": 8,
+    },
     "zamba2": {"attention_head_dim": 32, "attention_hidden_size": 128},
 }
 
