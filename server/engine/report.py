@@ -8,8 +8,8 @@ from collections import Counter
 from adapters.device.cache import AdapterCache
 from server.engine.blocks import BlockPool
 from server.engine.merged_registry import MergedRegistry
-from server.engine.scheduler import Counters, Scheduler
-from server.engine.sequence import AdapterKey
+from server.engine.scheduler import Scheduler
+from server.engine.sequence import AdapterKey, Counters
 from server.messages.protocol import AdapterUse, Stats
 
 

@@ -26,40 +26,13 @@ Who waits, and why nobody waits for ever:
 from bisect import insort
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from dataclasses import replace
+from operator import attrgetter
 
-from server.engine.blocks import BlockPool, adapter_spec, chain_key, root_key
-from server.engine.sequence import AdapterKey, Sequence, Step, Work
+from server.engine import prefix
+from server.engine.blocks import BlockPool
+from server.engine.sequence import AdapterKey, AdapterResidency, Counters, Sequence, Step, Work
 from server.messages.protocol import LOAD_FAILED, TOO_LONG, FinishReason
-
-
-@dataclass(slots=True)
-class Counters:
-    """Totals since the caller last put a fresh one in place."""
-
-    prefix_queries: int = 0  # prompt tokens of the sequences admitted (for the first time)
-    prefix_hits: int = 0  # those among them that the prefix cache held
-    preemptions: int = 0
-    drafted: int = 0  # tokens computed on speculation
-    accepted: int = 0  # those among them that were right and used
-
-
-class AdapterResidency(Protocol):
-    """Where adapters are. The scheduler asks, and never loads anything itself."""
-
-    def acquire(self, key: AdapterKey) -> Literal["ready", "loading", "full", "failed"]:
-        """Ask for the adapters' rows on the device.
-
-        "ready": they are there, and a reference was taken. "loading": they are on their way. "full": those in use
-        leave no room. "failed": they will not come, and `error` says why.
-        """
-
-    def release(self, key: AdapterKey) -> None:
-        """Give back the reference that a "ready" took."""
-
-    def error(self, key: AdapterKey) -> str:
-        """Why the last `acquire` of this key failed, in words fit for the client."""
 
 
 class Scheduler:
@@ -248,7 +221,7 @@ class Scheduler:
                 self._residency.release(sequence.adapter)
                 break
             self.waiting.remove(sequence)
-            insort(self.running, sequence, key=_order)
+            insort(self.running, sequence, key=attrgetter("_order"))
             sequence._refused_since = None
             if sequence.first_scheduled is None:
                 sequence.first_scheduled = now
@@ -277,7 +250,7 @@ class Scheduler:
         reusable = len(sequence.tokens) - 1
         if sequence.sampling.prompt_logprobs is not None:
             reusable = min(reusable, sequence.prompt_scored)
-        self._extend_keys(sequence, len(sequence.tokens))
+        prefix.name_blocks(self._blocks, sequence, len(sequence.tokens))
         cached = self._blocks.match(sequence._keys[: reusable // self._blocks.block_size])
         missing = self._blocks.blocks_for(len(sequence.tokens)) - len(cached)
         # One block in hand for each running sequence, or the newcomer would be preempted by the next that grows.
@@ -372,7 +345,7 @@ class Scheduler:
         # The keys and values of the other drafts are left for the next work to overwrite.
         sequence.num_computed += accepted
         sequence.prompt_scored = max(sequence.prompt_scored, work.prompt_rows.stop)
-        self._publish(sequence, work.start, work.start + work.count - len(work.drafts) + accepted)
+        prefix.publish(self._blocks, sequence, work.start, work.start + work.count - len(work.drafts) + accepted)
         self.counters.accepted += accepted
         if sequence._drafter is not None:
             sequence._drafter.learn(new_tokens)
@@ -392,24 +365,6 @@ class Scheduler:
             return "stop"
         return "length" if sequence.num_generated >= self._limit(sequence) else None
 
-    def _publish(self, sequence: Sequence, start: int, end: int) -> None:
-        """Offer the blocks that became full by positions [start, end), whose tokens are known."""
-        self._extend_keys(sequence, end)
-        size = self._blocks.block_size
-        for index in range(start // size, min(end // size, len(sequence._keys))):
-            self._blocks.publish(sequence.blocks[index], sequence._keys[index])
-
-    def _extend_keys(self, sequence: Sequence, tokens: int) -> None:
-        """Name the full blocks among the first `tokens` tokens that have no name yet."""
-        size, keys = self._blocks.block_size, sequence._keys
-        if not self._blocks.caching or len(keys) >= tokens // size:
-            return
-        parent = keys[-1] if keys else root_key(sequence.tenant, sequence.cache_salt)
-        for index in range(len(keys), tokens // size):
-            spec = adapter_spec(_in_force(sequence, index * size, (index + 1) * size))
-            parent = chain_key(parent, spec, sequence.tokens[index * size : (index + 1) * size])
-            keys.append(parent)
-
     # --- leaving -------------------------------------------------------------------------------------
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -417,7 +372,7 @@ class Scheduler:
         self._give_back(sequence)
         sequence.num_computed = 0
         self.counters.preemptions += 1
-        insort(self.waiting, sequence, key=_order)
+        insort(self.waiting, sequence, key=attrgetter("_order"))
 
     def _remove(self, sequence: Sequence) -> None:
         del self._by_id[sequence.id]
@@ -441,23 +396,3 @@ class Scheduler:
         self.fail(
             sequence.id, f"This sequence needs {len(sequence.tokens)} tokens of context, {most} are there.", TOO_LONG
         )
-
-
-def _order(sequence: Sequence) -> int:
-    return sequence._order
-
-
-def _in_force(sequence: Sequence, begin: int, end: int) -> AdapterKey:
-    """The adapters of tokens [begin, end); one that comes into force within them is another than one in force before.
-
-    So the blocks before an activated adapter's invocation are the base's, and found by everybody who shares them.
-    """
-    starts = sequence.starts
-    if not starts:
-        return sequence.adapter
-    found = []
-    for digest, weight in sequence.adapter:
-        start = starts.get(digest, 0)
-        if start < end:
-            found.append((f"{digest}+{start - begin}" if start > begin else digest, weight))
-    return tuple(found)

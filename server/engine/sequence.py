@@ -7,6 +7,7 @@ sequence's lengths advance when a step is given, its `tokens` when that is colle
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
 from server.engine.prompt_lookup import Drafter
 from server.messages.protocol import FinishReason, Sampling
@@ -106,3 +107,31 @@ class Step:
     def num_adapters(self) -> int:
         """Distinct adapter keys, the bare base not counted."""
         return len({work.sequence.adapter for work in self.works} - {()})
+
+
+@dataclass(slots=True)
+class Counters:
+    """Totals since the caller last put a fresh one in place."""
+
+    prefix_queries: int = 0  # prompt tokens of the sequences admitted (for the first time)
+    prefix_hits: int = 0  # those among them that the prefix cache held
+    preemptions: int = 0
+    drafted: int = 0  # tokens computed on speculation
+    accepted: int = 0  # those among them that were right and used
+
+
+class AdapterResidency(Protocol):
+    """Where adapters are. The scheduler asks, and never loads anything itself."""
+
+    def acquire(self, key: AdapterKey) -> Literal["ready", "loading", "full", "failed"]:
+        """Ask for the adapters' rows on the device.
+
+        "ready": they are there, and a reference was taken. "loading": they are on their way. "full": those in use
+        leave no room. "failed": they will not come, and `error` says why.
+        """
+
+    def release(self, key: AdapterKey) -> None:
+        """Give back the reference that a "ready" took."""
+
+    def error(self, key: AdapterKey) -> str:
+        """Why the last `acquire` of this key failed, in words fit for the client."""
