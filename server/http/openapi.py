@@ -158,7 +158,9 @@ def _responses(operation: Operation, settings: Settings, known: dict[str, Any]) 
         content["application/json"] = {"schema": known[repr(operation.answers)]}
     if operation.events is not None:
         event = known[repr(operation.events)]
-        content["text/event-stream"] = {"schema": {"type": "string", "contentSchema": event}}
+        data = {"type": "string", "contentMediaType": "application/json", "contentSchema": event}
+        schema = {"type": "object", "properties": {"data": data}, "required": ["data"]}  # of one event
+        content["text/event-stream"] = {"schema": schema}
     responses: dict[str, Any] = {
         str(status): {"description": HTTPStatus(status).phrase, "content": content} for status in operation.statuses
     }

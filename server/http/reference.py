@@ -88,7 +88,7 @@ def _default(schema: Schema, owner: Schema) -> tuple[str, bool]:
 
 def _answer(content: Schema) -> Markup:
     kinds = [
-        Markup("{}: {}").format(media_type, _kind(body["schema"]["contentSchema"]))
+        Markup("{}: {}").format(media_type, _kind(body["schema"]["properties"]["data"]["contentSchema"]))
         if media_type == "text/event-stream"
         else _kind(body["schema"])
         if "schema" in body

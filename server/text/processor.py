@@ -265,7 +265,7 @@ class TextProcessor:
 
 def _probed(template: ChatTemplate | None) -> str:
     """A short conversation through the base's template; empty when that refuses it."""
-    with suppress(InvalidRequest):
+    with suppress(TemplateRefusal):
         return template.render(_PROBE, add_generation_prompt=False) if template is not None else ""
     return ""
 

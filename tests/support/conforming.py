@@ -81,15 +81,17 @@ def _described(operation: Operation, keys: bool) -> dict[int, dict[str, Any]]:
     ((methods),) = document["paths"].values()
     (described,) = methods.values()
     return {
-        int(status): {name: _validator(body, components) for name, body in response["content"].items()}
+        int(status): {name: _validator(name, body, components) for name, body in response["content"].items()}
         for status, response in described["responses"].items()
     }
 
 
-def _validator(body: dict[str, Any], components: dict[str, Any]) -> Any:
+def _validator(media_type: str, body: dict[str, Any], components: dict[str, Any]) -> Any:
     if "schema" not in body:
         return None
-    schema = body["schema"].get("contentSchema", body["schema"])
+    schema = body["schema"]
+    if media_type == "text/event-stream":
+        schema = schema["properties"]["data"]["contentSchema"]
     return jsonschema_rs.validator_for({"components": components, **schema})
 
 

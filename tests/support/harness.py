@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import httpx
 import numpy as np
@@ -38,6 +38,7 @@ from server.services import TENANT, Services
 from server.settings import Settings
 from server.text.processor import TextProcessor
 from tests.support.conforming import client_of
+from tests.support.tiny import tiny_text
 
 HIDDEN = 16
 LAYERS = 2
@@ -163,8 +164,8 @@ def write_adapter(directory: Path, seed: int = 0, **config: Any) -> Path:
 def make_services(
     settings: Settings, engine: EngineClient, store: AdapterStore, text: TextProcessor | None = None
 ) -> Services:
-    """Everything that handlers use. Without `text`, for what reads none."""
-    processor = cast("TextProcessor", text)
+    """Everything that handlers use. Without `text`, adapters bring none, and the tiny tokenizer is the base's."""
+    processor = tiny_text() if text is None else text
     metrics = Metrics(settings.metrics_adapters, settings.metrics_prefix)
     registry = Registry.make(settings, engine, store, metrics, text=text)
     return Services(

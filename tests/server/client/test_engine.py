@@ -156,11 +156,11 @@ async def test_three_deaths_in_a_row_are_enough(model_dir: Path, cache_dir: Path
 async def test_a_base_that_cannot_be_served_is_not_retried(cache_dir: Path, tmp_path: Path) -> None:
     from tests.support.tiny import tiny_model
 
-    model = tiny_model(tmp_path / "m", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    model = tiny_model(tmp_path / "m", num_local_experts=4)
     client = LocalEngine(config(model, cache_dir), lambda _: None)
     await client.start()
     await asyncio.wait_for(client.failed_for_good.wait(), 60)
-    assert "dynamic" in (client.unready_reason or "")
+    assert "mixture-of-experts" in (client.unready_reason or "")
     await client.stop(grace=0)
 
 

@@ -2,14 +2,15 @@
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.blocks import BlockCounts
-from server.engine.scheduler import LOAD_FAILED, TOO_LONG, AdapterKey, Sequence, Step, Work
-from server.messages.protocol import Sampling
+from server.engine.sequence import AdapterKey, Sequence, Step, Work
+from server.messages.protocol import LOAD_FAILED, TOO_LONG, Sampling
 from tests.support.scheduler_world import BASE, BIG, BROKEN, EOS, A, B, World
 
 prompts = st.lists(st.integers(1, 2), min_size=1, max_size=26)  # two letters, so that prefixes meet
@@ -89,14 +90,15 @@ class TestInFlight:
         assert sequence.finish_reason == "stop"
         assert world.scheduler.leaving == [sequence]
         assert sequence.blocks
-        assert not world.scheduler.idle
+        busy = not world.scheduler.idle
+        assert busy
         assert world.step() is None
         assert world.scheduler.idle
         assert not world.blocks.counts.used
         world.check_finished(sequence)
 
     @pytest.mark.parametrize("needs", [{"frequency_penalty": 0.5}, {"repetition_penalty": 1.2}])
-    def test_one_that_needs_its_tokens_waits_for_them_alone(self, needs: dict[str, float]) -> None:
+    def test_one_that_needs_its_tokens_waits_for_them_alone(self, needs: dict[str, Any]) -> None:
         world = World(depth=1)
         other, needing = world.add([1, 2], max_tokens=6), world.add([2, 1], max_tokens=3, **needs)
         sizes = [len(step.works) for _ in range(6) if (step := world.step())]
@@ -303,7 +305,7 @@ class TestLimits:
 class TestSpeculation:
     """Prompts of one letter that go on in one letter: every draft is right, until the world says otherwise."""
 
-    def world(self, **settings: int) -> World:
+    def world(self, **settings: Any) -> World:
         return World(**{"batch_tokens": 16} | settings)
 
     def drafts(self, world: World) -> list[int]:

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -22,7 +23,14 @@ def registered(root: Path, count: int) -> Site:
     """A site whose store was left with so many names, as a restart finds them."""
     root.mkdir()
     with contextlib.closing(Site(root)) as site:
-        receipt = json.dumps({"rank": 4, "rows": {"q_proj": 8}, "warnings": []})
+        fields = {"rank": 4, "scaling": 2.0, "modules_matched": 4, "variants": [], "parameters": 512, "bytes": 2048}
+        more: dict[str, Any] = {
+            "dtype": "float32",
+            "rows": {"q_proj": 8},
+            "base_model_name_or_path": None,
+            "warnings": [],
+        }
+        receipt = json.dumps(fields | more)
     database = sqlite3.connect(root / "store.db", isolation_level=None)
     insert = "INSERT INTO adapter_versions (tenant, name, digest, created, receipt) VALUES (?, ?, ?, 0, ?)"
     database.execute("BEGIN")

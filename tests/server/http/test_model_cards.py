@@ -36,8 +36,9 @@ async def test_the_base_and_its_adapters_are_models(site: Site) -> None:
         assert adapter["parent"] == BASE
         assert adapter["object"] == "model"
         assert adapter["max_model_len"] == base["max_model_len"] == 256
-        assert (await client.get("/v1/models/legal")).json() == adapter
-        assert (await client.get(f"/v1/models/{BASE}")).json() == base
+        stops = {"stop_tokens": [{"id": 2, "token": "<|im_end|>", "named_by": ["chat template"]}]}
+        assert (await client.get("/v1/models/legal")).json() == adapter | stops
+        assert (await client.get(f"/v1/models/{BASE}")).json() == base | stops
 
 
 async def test_a_version_is_a_model_too(site: Site) -> None:
@@ -88,6 +89,7 @@ async def test_ready_means_that_a_request_would_be_served(site: Site) -> None:
             "status": "ready",
             "engine_pid": 4242,
             "base_digest": BASE_DIGEST,
+            "stop_tokens": [{"id": 2, "token": "<|im_end|>", "named_by": ["chat template"]}],
             "int8_drift": None,
         }
 

@@ -1,5 +1,6 @@
 """The tokens that end an answer: every one that the model's files name, and the template's end of a turn."""
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ END, START, IM_END = 0, 1, 2
 
 
 def load(directory: Path, template: str | None = None, **files: dict[str, Any]) -> TextProcessor:
-    tokenizer = _tokenizer()
+    tokenizer = copy.deepcopy(_tokenizer())  # it is shared
     if template is not None:
         tokenizer.chat_template = template
     tokenizer.save_pretrained(directory)

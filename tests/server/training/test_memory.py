@@ -79,7 +79,7 @@ def test_predicted_and_measured_agree(memory: MemoryMode, engine: Engine, tmp_pa
 
 def test_the_plan_is_arithmetic_over_the_adapter(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = Trainer(engine.base)
-    q = next(linear for linear in engine.base.linears if linear.kind == "q_proj")
+    q = next(linear for linear in engine.base.linears if linear.size.kind == "q_proj")
     shape = {q.name: ModuleShape(2, 1.0)}
 
     def plan(**changes: Any) -> Any:
