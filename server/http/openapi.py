@@ -158,7 +158,8 @@ def _responses(operation: Operation, settings: Settings, known: dict[str, Any]) 
         content["application/json"] = {"schema": known[repr(operation.answers)]}
     if operation.events is not None:
         event = known[repr(operation.events)]
-        data = {"type": "string", "contentMediaType": "application/json", "contentSchema": event}
+        text = "JSON of this schema; of a generation the last is `[DONE]`, which is none."
+        data = {"type": "string", "description": text, "contentSchema": event}
         schema = {"type": "object", "properties": {"data": data}, "required": ["data"]}  # of one event
         content["text/event-stream"] = {"schema": schema}
     responses: dict[str, Any] = {
