@@ -53,8 +53,8 @@ def test_upload(server: RunningServer, adapter: Path) -> None:
 def test_fine_tune(server: RunningServer, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"{n} is", "completion": f" {n}"}) + "\n" for n in range(8)))
-    *_, answer = run(server, "fine_tune.py", str(data), "numbers")
-    name = answer.rpartition(": ")[0]
+    lines = run(server, "fine_tune.py", str(data), "numbers")
+    name = next(line for line in lines if line.startswith("ft:")).partition(": ")[0]
     assert name.startswith(f"ft:{BASE}:numbers:")
     assert server.get(f"/v1/adapters/{name}").status_code == 200
 

@@ -121,7 +121,8 @@ def test_adapters_are_told_by_their_changes() -> None:
     moved = [AdapterUse("sha256:1", "host", present=False), AdapterUse("sha256:1", "device", 8)]
     metrics.engine_stats(Stats(adapters=[*moved, AdapterUse("sha256:2", "device", present=False)]))
     loaded = {labels: count for (name, labels), count in scrape(metrics).items() if name == "lora_adapter_loaded"}
-    assert loaded == {(("adapter_name", "legal"), ("level", "device")): 1}
+    labels = {"adapter_name": "legal", "level": "device", "pinned": "false", "rank": "8"}
+    assert loaded == {tuple(sorted(labels.items())): 1}
 
 
 def test_ten_thousand_adapters_make_a_bounded_number_of_series() -> None:
@@ -169,7 +170,8 @@ def test_gateway_info_names_running_and_waiting_adapters() -> None:
     assert value(metrics, "lora_requests_info", **labels) > 1.6e9
     for request in requests:
         request.finish("stop")
-    metrics.engine_stats(Stats(adapters=[AdapterUse("sha256:2", "device", 8, 0, 0)]))
+    gone = [AdapterUse("sha256:1", "device", present=False), AdapterUse("sha256:2", "host", present=False)]
+    metrics.engine_stats(Stats(adapters=[*gone, AdapterUse("sha256:2", "device", 8, 0, 0)]))
     labels = {"max_lora": "1", "running_lora_adapters": "c", "waiting_lora_adapters": ""}  # nobody asks, it is there
     assert value(metrics, "lora_requests_info", **labels) > 1.6e9
 

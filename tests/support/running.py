@@ -106,11 +106,10 @@ class RunningServer:
         return pid
 
     def metric(self, name: str, **labels: str) -> float:
-        """One sample of the metrics page, 0 when it is not there."""
-        shown = ",".join(f'{key}="{value}"' for key, value in labels.items())
-        series = f"lorakeet:{name}" + (f"{{{shown}}}" if shown else "")
+        """The first sample of the metrics page that has these labels, 0 when there is none."""
         for line in self.get("/metrics").text.splitlines():
-            if line.startswith(f"{series} "):
+            named = line.startswith((f"lorakeet:{name} ", f"lorakeet:{name}{{"))
+            if named and all(f'{key}="{value}"' in line for key, value in labels.items()):
                 return float(line.rpartition(" ")[2])
         return 0.0
 
