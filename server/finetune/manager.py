@@ -1,7 +1,7 @@
 """Runs fine-tuning jobs: one asyncio task per unfinished job, from its files to its end.
 
 The engine may die at any moment, and so may this process: a job then goes on from its last checkpoint. What a job needs
-before it starts is preparation.py's matter, what becomes of its checkpoints keeping.py's.
+before it starts is preparation.py's matter, how its checkpoints become adapters checkpoints.py's.
 """
 
 import asyncio
@@ -19,9 +19,9 @@ from adapters.peft_format.directory import CONFIG_NAME, SPEC_NAME, WEIGHTS_NAME
 from adapters.storage.database import Database
 from server.client.engine import EngineClient, engine_up
 from server.errors import EngineUnavailable
+from server.finetune.checkpoints import CheckpointAdapters
 from server.finetune.files import FileStore
 from server.finetune.jobs import FINAL, Job, JobError, JobFailedError, JobSpec, JobStateError, JobStore, Status
-from server.finetune.keeping import Keeping
 from server.finetune.metrics import TrainingMetrics
 from server.finetune.preparation import INITIAL, Preparation
 from server.finetune.wandb_runs import WandbRuns
@@ -67,7 +67,7 @@ class JobManager:
         self._jobs = jobs
         self._engine = engine
         self._preparation = Preparation(files, jobs, text)
-        self._keeping = Keeping(database, files, jobs, publisher)
+        self._checkpoints = CheckpointAdapters(database, files, jobs, publisher)
         self._metrics = metrics
         self._wandb = WandbRuns()
         self._slots = asyncio.Semaphore(max_running)
@@ -252,7 +252,7 @@ class JobManager:
     async def _run_once(self, job: Job) -> None:
         """One life of the job on the engine. Raises EngineUnavailable, JobFailedError."""
         assert job.start is not None
-        resume = await asyncio.to_thread(self._keeping.last_good, job)
+        resume = await asyncio.to_thread(self._checkpoints.last_good, job)
         replies = self._engine.train(replace(job.start, resume=resume))
         try:
             async for reply in replies:
@@ -273,7 +273,7 @@ class JobManager:
             case JobNote():
                 await asyncio.to_thread(self._jobs.add_event, job.id, reply.message, level=reply.level)
             case Checkpoint():
-                await self._keeping.keep(job, reply)
+                await self._checkpoints.keep(job, reply)
             case JobEnded(outcome="failed"):
                 raise JobFailedError(reply.code or "training_failed", reply.message or "Training failed.")
             case JobEnded(outcome="paused"):

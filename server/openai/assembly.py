@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from server.messages.protocol import Output, TokenLogprob
-from server.text.detokenizer import Detokenizer, StopStrings
+from server.text.detokenizer import Detokenizer
+from server.text.stop_strings import StopStrings
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from adapters.peft_format.directory import CONFIG_NAME, SPEC_NAME, WEIGHTS_NAME
+from server.finetune.checkpoints import _sync_and_hash
 from server.finetune.database import open_database
 from server.finetune.files import FileStore
 from server.finetune.jobs import JobSpec
-from server.finetune.keeping import _sync_and_hash
 from server.services import TENANT
 from tests.support.power_cut import Synced
 from tests.support.publishing import Box, put

@@ -1,4 +1,4 @@
-"""Makes durable what a job brings forth: checkpoints synced, published and written down; the result file; the end.
+"""A job's checkpoint becomes an adapter: synced, published, written down. Also the result file and the job's end.
 
 A checkpoint counts once its row is committed, with the hashes of its files, after these are on disk.
 """
@@ -30,7 +30,7 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-class Keeping:
+class CheckpointAdapters:
     """Checkpoints and results of all jobs."""
 
     def __init__(self, database: Database, files: FileStore, jobs: JobStore, publisher: Publisher) -> None:
