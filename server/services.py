@@ -1,4 +1,4 @@
-"""The collaborators that handlers use, in one frozen object, made once at start."""
+"""The collaborators of all handlers, in one frozen object, made once at start."""
 
 import asyncio
 from collections.abc import Mapping
@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 
 from starlette.requests import Request
 
+from adapters.peft_format.outline import Outline
 from adapters.storage.store import AdapterStore
 from server.admission import Admission, Drain, UploadSlots
+from server.children.checker import Checker
 from server.client.engine import EngineClient, served_base
 from server.finetune.service import FineTuning
 from server.messages.protocol import Ready
@@ -40,6 +42,48 @@ class Services:
     def engine_info(self) -> Ready:
         """What the engine serves. Raises `EngineUnavailable` before the first engine has come up."""
         return served_base(self.engine)
+
+
+def make_services(
+    settings: Settings,
+    engine: EngineClient,
+    store: AdapterStore,
+    text: TextProcessor,
+    *,
+    metrics: Metrics | None = None,
+    outline: Outline | None = None,
+    checker: Checker | None = None,
+    sampling_defaults: Mapping[str, float] | None = None,
+) -> Services:
+    """The collaborators over an engine and a store.
+
+    Args:
+        metrics: those that the engine reports to.
+        outline, checker: see `Publisher`.
+        sampling_defaults: the model's.
+    """
+    metrics = metrics or Metrics(settings.metrics_adapters, settings.metrics_prefix)
+    registry = Registry.make(settings, engine, store, metrics, outline, text, checker)
+    return Services(
+        settings=settings,
+        engine=engine,
+        text=text,
+        store=store,
+        metrics=metrics,
+        admission=Admission(settings.max_queued_requests, settings.max_queued_tokens),
+        drain=Drain(),
+        registry=registry,
+        uploads=UploadSlots(settings.max_uploads),
+        tuning=FineTuning.open(
+            settings.data_dir,
+            engine=engine,
+            registry=registry,
+            text=text,
+            metrics=metrics,
+            max_running=settings.max_training_jobs,
+        ),
+        sampling_defaults=sampling_defaults or {},
+    )
 
 
 def services_of(request: Request) -> Services:

@@ -10,6 +10,7 @@ Precedence: flag, then environment, then default. Aliases are flags only.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -478,14 +479,14 @@ class Settings:
                 values[name] = row.read(environ[row.env], row.env)
         return cls(**values)
 
-    @property
+    @cached_property
     def base_name(self) -> str:
         """The base's name in the API."""
         return self.served_model_name or (Path(self.model).name or Path(self.model).resolve().name).removesuffix(
             ".gguf"
         )
 
-    @property
+    @cached_property
     def base_aliases(self) -> frozenset[str]:
         """Every name that means the base in a request."""
         return frozenset({self.base_name, self.model})

@@ -134,6 +134,13 @@ def test_who_never_imports_whom(who: tuple[str, ...], but: tuple[str, ...], neve
     assert not offences, offences
 
 
+def test_no_route_module_imports_another() -> None:
+    routes = {name for name in modules() if name.startswith("server.http.routes.")}
+    assert len(routes) > 10
+    shared = {name: modules()[name].ever & routes for name in routes if modules()[name].ever & routes}
+    assert not shared, f"move what they share out of server/http/routes: {shared}"
+
+
 @pytest.mark.parametrize("entry", ["server.http.app", "server.cli"])
 def test_the_api_process_starts_without_torch(entry: str) -> None:
     paths = {entry: [entry]}

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -40,6 +41,7 @@ def instruction_sets() -> dict[str, list[str]]:
     return X86 if platform.machine() in {"x86_64", "AMD64"} else {"portable": []}
 
 
+@cache
 def best_instruction_set() -> str:
     """What this CPU can run; `ATEN_CPU_CAPABILITY` (torch's own switch) can ask for less."""
     capability = torch.backends.cpu.get_cpu_capability().lower()

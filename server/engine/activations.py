@@ -69,7 +69,7 @@ def round_to_int8(engine: Engine, directory: Path) -> None:
         raise UnservableModel(
             "--activations int8 is for linears in nf4 or fp4 (--quantization), and this base has none"
         )
-    engine.router.rebase(with_weights(base, rounded))
+    engine.runner.rebase(with_weights(base, rounded))
     engine.int8_drift = found = _measure(engine, directory)
     log.info(
         "activations are rounded to int8 in %d of %d linears: mean KL %.4f nats from exact, the same most likely token "
@@ -84,12 +84,12 @@ def _measure(engine: Engine, directory: Path) -> Drift:
     prompt = [token for token in ids if token < engine.base.vocab_size]
     longest = min(engine.max_model_len, engine.blocks.num_blocks // 4 * engine.blocks.block_size)
     found = Comparison()
-    engine.router.install(_EXACT, engine.base)
+    engine.runner.install(_EXACT, engine.base)
     try:
         for _ in drift(engine.runner, engine.blocks, (((_EXACT, 1.0),), ()), prompt[:longest], found, _CHUNK):
             pass
     finally:
-        engine.router.remove(_EXACT)
+        engine.runner.remove(_EXACT)
     if not math.isfinite(found.divergence):
         raise UnservableModel("--activations int8 makes logits of this base that are not finite: leave it out")
     return Drift(found.positions, found.divergence / found.positions, found.agreeing / found.positions)

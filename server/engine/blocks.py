@@ -1,7 +1,7 @@
-"""The paged KV cache's bookkeeping: who holds which block, and which finished blocks can be found again.
+"""The paged KV cache's bookkeeping: blocks in use, and finished blocks that the prefix cache finds again.
 
-A block is a number; its keys and values live in tensors that this file never sees. A block's content is named by an
-opaque key; equal keys mean equal content.
+A block is a number; its keys and values live in tensors that this file never sees. A block's content is named by a
+key; equal keys mean equal content.
 
 A block is in exactly one of three states. *Free*: nobody refers to it and its content is worthless. *Cached*: nobody
 refers to it, but it was published under a key and `match` finds it until it is evicted. *Used*: somebody refers to it
@@ -10,9 +10,12 @@ refers to it, but it was published under a key and `match` finds it until it is 
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from hashlib import blake2b
+
+from server.engine.sequence import AdapterKey, Sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +77,7 @@ class BlockPool:
             blocks.append(block)
         return blocks
 
-    def release(self, blocks: Sequence[int]) -> None:
+    def release(self, blocks: Seq[int]) -> None:
         """Give back one reference to each block of a chain (given from its start)."""
         # From the end: a chain's deepest block is then evicted first, and what remains of it stays findable.
         for block in reversed(blocks):
@@ -136,7 +139,7 @@ def root_key(tenant: str, cache_salt: str) -> bytes:
     return digest.digest()
 
 
-def chain_key(parent: bytes, spec: bytes, tokens: Sequence[int]) -> bytes:
+def chain_key(parent: bytes, spec: bytes, tokens: Seq[int]) -> bytes:
     """Name a full block's content.
 
     Args:
@@ -154,3 +157,39 @@ def chain_key(parent: bytes, spec: bytes, tokens: Sequence[int]) -> bytes:
 def adapter_spec(adapters: Iterable[tuple[str, float]]) -> bytes:
     """Adapters (digest, weight), in the order in which they are applied, as bytes that only equal lists share."""
     return repr([(digest, float(weight)) for digest, weight in adapters]).encode()
+
+
+def name_blocks(blocks: BlockPool, sequence: Sequence, tokens: int) -> None:
+    """Extend the chain of keys over the full blocks among the first `tokens` tokens."""
+    size, keys = blocks.block_size, sequence._keys
+    if not blocks.caching or len(keys) >= tokens // size:
+        return
+    parent = keys[-1] if keys else root_key(sequence.tenant, sequence.cache_salt)
+    for index in range(len(keys), tokens // size):
+        spec = adapter_spec(_in_force(sequence, index * size, (index + 1) * size))
+        parent = chain_key(parent, spec, sequence.tokens[index * size : (index + 1) * size])
+        keys.append(parent)
+
+
+def publish_blocks(blocks: BlockPool, sequence: Sequence, start: int, end: int) -> None:
+    """Offer the blocks that became full by positions [start, end), whose tokens are known."""
+    name_blocks(blocks, sequence, end)
+    size = blocks.block_size
+    for index in range(start // size, min(end // size, len(sequence._keys))):
+        blocks.publish(sequence.blocks[index], sequence._keys[index])
+
+
+def _in_force(sequence: Sequence, begin: int, end: int) -> AdapterKey:
+    """The adapters of tokens [begin, end); one that comes into force within them is another than one in force before.
+
+    So the blocks before an activated adapter's invocation are the base's, and found by everybody who shares them.
+    """
+    starts = sequence.starts
+    if not starts:
+        return sequence.adapter
+    found = []
+    for digest, weight in sequence.adapter:
+        start = starts.get(digest, 0)
+        if start < end:
+            found.append((f"{digest}+{start - begin}" if start > begin else digest, weight))
+    return tuple(found)

@@ -10,7 +10,7 @@ from adapters import kernels
 from adapters.peft_format.outline import Outline
 from server.engine import activations, memory_plan
 from server.engine.engine import Engine
-from server.engine.gap_work import Gaps
+from server.engine.loop import Gaps
 from server.engine.merge_builder import MergeBuilder
 from server.messages.protocol import EngineConfig
 from server.model import base as model

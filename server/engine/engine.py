@@ -17,13 +17,11 @@ from adapters.device.cache import AdapterCache
 from adapters.device.loader import AdapterLoader
 from adapters.device.pool import RowPool
 from adapters.peft_format.sizes import EXTRAS, EXTRAS_UNIT
+from server.engine.batch import InFlightStep, WorkResult
 from server.engine.blocks import BlockPool
 from server.engine.memory_plan import BLOCK_SIZE, DevicePlan
 from server.engine.merged_registry import MergedRegistry
-from server.engine.outcome import InFlightStep, WorkResult
-from server.engine.packing import Packer
 from server.engine.report import Reporter
-from server.engine.routing import Router
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import AdapterKey, Sequence, Work
@@ -78,9 +76,8 @@ class Engine:
         self.pool = RowPool(sizes, capacity, base.device)
         loader = AdapterLoader(base.model, base.linears, base.device)
         self.residency = AdapterCache(self.pool, loader, config.adapter_host_bytes, config.background_priority)
-        self.router = Router(base, cache, self.pool, plan.max_model_len, planned=planned)
-        self.runner = Runner(self.router, Packer(cache, self.pool))
-        self.merges = MergedRegistry(self.router, self.residency, plan.merged_bytes)
+        self.runner = Runner(base, cache, self.pool, plan.max_model_len, planned=planned)
+        self.merges = MergedRegistry(self.runner, self.residency, plan.merged_bytes)
         self.scheduler = Scheduler(
             self.blocks,
             self.merges,

@@ -1,20 +1,106 @@
 """The engine process's loop: messages in, steps run, outputs out, and gap work in between.
 
-    drain messages -> schedule -> run -> hand back what came out -> fill the gap
+    drain messages -> schedule -> run -> hand back the outputs -> fill the gap
+
+Gap work is work that can wait: training, merging. A `GapWorker` does it in pieces, each announced with its cost before
+it is run; `Gaps` decides which run when. Beside requests every worker has a share of the device's time and a longest
+stall; without them, a piece runs at each turn of the loop.
 
 The socket may be anything that polls, receives and sends.
 """
 
 import time
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from server.engine.engine import Engine
-from server.engine.gap_work import Gaps
 from server.messages import protocol
+from server.training.pacing import Pacer
 
 HEARTBEAT_SECONDS = 1.0
 LOADING_POLL_MS = 2  # how soon a finished adapter load is noticed while nothing else runs
 WRITING_POLL_MS = 20  # the same for what gap work has under way in a thread, as a checkpoint
+
+
+class GapWorker(Protocol):
+    """Work that runs in pieces short enough to fit between inference steps."""
+
+    @property
+    def handles(self) -> tuple[type, ...]:
+        """The types of message that are for it."""
+
+    def handle(self, message: protocol.Request) -> None:
+        """Take a message of one of the types in `handles`."""
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is under way, in this thread or another."""
+
+    @property
+    def ready(self) -> bool:
+        """There is a piece to run now."""
+
+    @property
+    def next_seconds(self) -> float:
+        """About how long the next piece will take; 0 when nothing like it has run yet."""
+
+    def run_piece(self) -> float:
+        """Run the next piece; the seconds it took."""
+
+    def take_replies(self) -> Sequence[protocol.Reply]:
+        """Messages for the API process since the last call."""
+
+
+class Gaps:
+    """The gaps of one engine's loop.
+
+    Args:
+        workers: each with the pacer of its pieces.
+    """
+
+    def __init__(self, workers: Sequence[tuple[GapWorker, Pacer]]) -> None:
+        self._workers = workers
+        self._active: list[tuple[GapWorker, Pacer]] = []  # those that were sent a message and have not finished since
+
+    @property
+    def idle(self) -> bool:
+        """No worker has anything under way."""
+        return all(worker.idle for worker, _ in self._active)
+
+    @property
+    def ready(self) -> bool:
+        """A worker has a piece to run now."""
+        return any(worker.ready for worker, _ in self._active)
+
+    def handle(self, message: protocol.Request) -> None:
+        """Hand a message to the workers that it is for, if any."""
+        for pair in self._workers:
+            if isinstance(message, pair[0].handles):
+                pair[0].handle(message)
+                if pair not in self._active:
+                    self._active.append(pair)
+
+    def fill(self, step_seconds: float, wait: Callable[[], None], *, busy: bool) -> list[protocol.Reply]:
+        """Run what fits after a step that took so long; the workers' replies.
+
+        Args:
+            wait: waits for the step in flight, for whose time a piece would be charged.
+            busy: requests are there.
+        """
+        if not self._active:
+            return []
+        for worker, pacer in self._active:
+            if not busy:
+                if worker.ready:
+                    worker.run_piece()
+            elif not worker.idle:
+                pacer.served(step_seconds)
+                while worker.ready and pacer.allows(worker.next_seconds):
+                    wait()
+                    pacer.spent(worker.run_piece())
+        replies = [reply for worker, _ in self._active for reply in worker.take_replies()]
+        self._active = [pair for pair in self._active if pair[0].ready or not pair[0].idle]
+        return replies
 
 
 class Socket(Protocol):

@@ -148,7 +148,7 @@ class MergeBuilder:
                 raise AdapterError("only plain LoRA can be merged", "to", "unsupported_adapter_feature")
             taken, rank = self._check(digest, order.dtype)
             weights = yield from self._weights(digest, order.dtype)
-            engine.router.install(key, with_weights(engine.router.base, weights))
+            runner.install(key, with_weights(runner.base, weights))
             installed = True
             sides = unmerged, ((key, 1.0),)
             found = yield from compare(runner, engine.blocks, sides, order.prompts, engine.max_batch_requests)
@@ -156,7 +156,7 @@ class MergeBuilder:
                 raise AdapterError("the merged weights give logits that are not finite", "dtype")
         except BaseException:
             if installed:
-                engine.router.remove(key)
+                runner.remove(key)
             raise
         finally:
             cache.release(unmerged)

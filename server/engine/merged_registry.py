@@ -1,7 +1,7 @@
 """Adapters merged into weights of their own, beside the base: which there are, and which sequences run on them.
 
 A merge is an adapter under another key. `enter` gives a new sequence that key, its KV blocks are named by it, and the
-router has the weights under it; the scheduler sees an adapter that is always ready. So a sequence ends as it began,
+runner has the weights under it; the scheduler sees an adapter that is always ready. So a sequence ends as it began,
 whatever is merged or undone meanwhile, and merged and unmerged keys and values never meet.
 
 A merge belongs to a digest and lasts as long as the engine, or until it is undone or its digest forgotten.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from adapters.device.cache import AdapterCache
-from server.engine.routing import Router
+from server.engine.runner import Runner
 from server.engine.sequence import AdapterKey
 from server.messages.protocol import MergeReport
 
@@ -34,9 +34,9 @@ class MergedRegistry:
         budget: bytes on the device, for all merges together.
     """
 
-    def __init__(self, router: Router, cache: AdapterCache, budget: int) -> None:
+    def __init__(self, runner: Runner, cache: AdapterCache, budget: int) -> None:
         self.budget = budget
-        self._router = router
+        self._runner = runner
         self._cache = cache
         self._merged: dict[str, Merged] = {}  # by key, undone ones with sequences included
         self._in_force: dict[str, Merged] = {}  # by digest
@@ -97,7 +97,7 @@ class MergedRegistry:
         return self._in_force.get(digest)
 
     def add(self, merged: Merged) -> None:
-        """New sequences run on these weights, which the router has; an undone merge is in force again."""
+        """New sequences run on these weights, which the runner has; an undone merge is in force again."""
         merged.undone = False
         self._merged[merged.key] = self._in_force[merged.report.digest] = merged
         self._changed.add(merged.key)
@@ -115,7 +115,7 @@ class MergedRegistry:
         if merged.undone and not merged.references:
             del self._merged[merged.key]
             self._changed.add(merged.key)
-            self._router.remove(merged.key)
+            self._runner.remove(merged.key)
 
     # --- what is reported ----------------------------------------------------------------------------------
 

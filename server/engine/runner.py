@@ -1,33 +1,216 @@
-"""Gives scheduled steps to the device: routed into forward passes, packed into tensors, run along their paths.
+"""Gives scheduled steps to the device: routed into forward passes, packed into tensors, run along forward paths.
+
+A forward path is a way through a model: works in tensors -> logits -> drawn tokens. It is chosen for a sequence alone,
+and works of one path share a forward pass: were it chosen by the company, a request's bits would depend on its
+neighbours.
 
 A step is given as a whole and not waited for, and the next may be given before the tokens that it drew were read: those
-are taken on the device. What runs is decided by scheduler.py.
+are taken on the device.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence as Seq
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from server.engine.outcome import InFlightStep, Outcome
-from server.engine.packing import Batch, Packer
-from server.engine.paths import ForwardPath
-from server.engine.routing import Router
-from server.engine.sequence import Step, Work
+from adapters import kernels
+from adapters.device.lora import FrozenLinear
+from adapters.device.pool import RowPool
+from server.engine.batch import Batch, InFlightStep, Outcome, Packer, draw, takes_argmax
+from server.engine.graphs import DecodeGraphs, DecodeStep
+from server.engine.sampling import Drawn
+from server.engine.sequence import Sequence, Step, Work
+from server.model.attention import KVCache
+from server.model.base import Base
+
+
+class Weights:
+    """What a forward pass multiplies with: the base's weights, or merged ones.
+
+    Args:
+        merged: adapters are in the weights already, and add nothing.
+        planned: whether the model may run by our kernels as a whole, where there are some for its shape.
+    """
+
+    def __init__(
+        self, base: Base, cache: KVCache, pool: RowPool, max_model_len: int, *, merged: bool, planned: bool
+    ) -> None:
+        self.base = base
+        self.merged = merged
+        self._embedding: nn.Module = base.model.get_input_embeddings()
+        self._head: FrozenLinear = base.model.get_output_embeddings()
+        # Hidden states to the argmax of each row's logits, where that reads less than all of them; or None.
+        self.argmax = kernels.plan_likeliest(self._head.weight, self._head.bias)
+        # All decoder layers at once, where the model is of a known shape; None: through its modules.
+        self.plan = (
+            kernels.plan_decoder(base.decoder, pool.a, pool.b, cache.k, cache.v, base.windows) if planned else None
+        )
+        self.graphs = (
+            DecodeGraphs(
+                lambda step: self.head(self.hidden(step)),
+                linears=len(base.linears),
+                max_blocks=-(-max_model_len // cache.block_size),
+                device=base.device,
+            )
+            if base.device.type == "cuda" and self.plan is not None
+            else None
+        )
+        self._paths: dict[tuple[bool, int], ForwardPath] = {}
+
+    def path(self, *, modules: bool = False, new_tokens: int = 0) -> "ForwardPath":
+        """The way through these weights.
+
+        Args:
+            modules: the decoder's modules must run, for what adapters do there.
+            new_tokens: by how much the vocabulary is larger than the base's: a forward pass has one.
+        """
+        modules = modules or self.plan is None
+        key = modules, new_tokens
+        if key not in self._paths:
+            self._paths[key] = (ModulesPath if modules else PlannedPath)(self)
+        return self._paths[key]
+
+    def threads(self) -> AbstractContextManager[None]:
+        """How many of torch's threads work while these weights are used."""
+        return nullcontext() if self.plan is None else kernels.one_torch_thread()
+
+    def hidden(self, step: DecodeStep) -> Tensor:
+        """Through the planned decoder: [T, hidden]."""
+        assert self.plan is not None
+        embedded = self._embedding(step.ids)
+        paging = step.slots, step.seqs, step.block_tables
+        return self.plan.run(embedded, step.positions, *paging, step.table, step.scale)
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits, fp32 [K, V]."""
+        logits: Tensor = self._head(hidden)
+        return logits.float()
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardPath(ABC):
+    """A way through some weights."""
+
+    weights: Weights
+
+    @abstractmethod
+    def logits(self, batch: Batch) -> Tensor:
+        """Of the kept rows, fp32 [K, V]."""
+
+    def run(self, batch: Batch) -> Outcome:
+        """Give a forward pass, and the draw from its logits, to the device."""
+        return draw(batch, self.logits(batch), self.weights.base.eos_token_ids)
+
+    def installed(self, batch: Batch) -> AbstractContextManager[None]:
+        """What adapters do besides rank rows is done in here."""
+        return batch.extras.installed(self.weights.base.model) if batch.extras else nullcontext()
+
+
+class PlannedPath(ForwardPath):
+    """Our kernels run all decoder layers; under a recording where each request computes one token."""
+
+    def run(self, batch: Batch) -> Outcome:
+        argmax = self.weights.argmax
+        if argmax is not None and batch.extras is None and all(map(takes_argmax, batch.works)):
+            return Outcome(batch.works, Drawn(argmax(self._hidden(batch))))
+        return super().run(batch)
+
+    def logits(self, batch: Batch) -> Tensor:
+        weights = self.weights
+        if weights.graphs is not None and batch.extras is None and batch.decodes:
+            logits = weights.graphs.run(batch.planned())
+            if logits is not None:
+                return logits
+        with self.installed(batch):
+            return weights.head(self._hidden(batch))
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        """What the planned decoder makes of the kept rows, fp32 [K, hidden]."""
+        hidden = self.weights.hidden(batch.planned())
+        return hidden if len(batch.keep) == len(hidden) else hidden[batch.keep]
+
+
+class ModulesPath(ForwardPath):
+    """Transformers' modules run; they find the batch in the model's slot."""
+
+    def logits(self, batch: Batch) -> Tensor:
+        base = self.weights.base
+        slot, model = base.slot, base.model
+        slot.deltas = batch.extras.over(batch.deltas) if batch.extras else batch.deltas
+        slot.attention = batch.attention
+        try:
+            with self.installed(batch):
+                inputs = {"input_ids": batch.ids[None], "position_ids": batch.positions[None], "use_cache": False}
+                if not len(batch.keep):  # the middle of prompts: no head
+                    base.decoder(**inputs)
+                    return torch.empty(0, base.vocab_size)
+                return model(**inputs, logits_to_keep=batch.keep).logits[0].float()
+        finally:
+            slot.deltas = slot.attention = None
 
 
 class Runner:
-    """Runs works along the paths of one router."""
+    """Runs steps on the base's weights, and on merged ones: these by the key that their sequences' adapter has.
 
-    def __init__(self, router: Router, packer: Packer) -> None:
-        self.router = router
-        self._packer = packer
+    Args:
+        planned: see `Weights`.
+    """
+
+    def __init__(self, base: Base, cache: KVCache, pool: RowPool, max_model_len: int, *, planned: bool = True) -> None:
+        self._pool = pool
+        self._packer = Packer(cache, pool)
+        self._settings = (cache, pool, max_model_len)
+        self._planned = planned
+        self.weights = self._made(base, merged=False)
+        self.merged: dict[str, Weights] = {}
+
+    @property
+    def base(self) -> Base:
+        """The base as requests run on it: with inputs rounded to int8, where that was asked for."""
+        return self.weights.base
+
+    def _made(self, base: Base, *, merged: bool) -> Weights:
+        return Weights(base, *self._settings, merged=merged, planned=self._planned)
+
+    def rebase(self, base: Base) -> None:
+        """From now on run what is not merged on this view of the base. Nothing may be in flight."""
+        self.weights = self._made(base, merged=False)
+
+    def install(self, key: str, merged: Base) -> None:
+        """From now on sequences whose adapter is called `key` run on this base, and its rows are nobody's."""
+        self.merged[key] = self._made(merged, merged=True)
+
+    def remove(self, key: str) -> None:
+        """Undo `install`; no sequence may use it any more."""
+        del self.merged[key]
+
+    def route(self, sequence: Sequence) -> ForwardPath:
+        """The path that a sequence takes."""
+        if sequence.adapter and sequence.adapter[0][0] in self.merged:
+            return self.merged[sequence.adapter[0][0]].path()
+        modules, new_tokens = False, 0
+        for digest, _ in sequence.adapter:
+            adapter = self._pool.adapter(digest)
+            if adapter is not None and adapter.extras is not None:
+                modules |= adapter.extras.in_decoder
+                new_tokens += adapter.extras.new_tokens  # one that has some is alone
+        return self.weights.path(modules=modules, new_tokens=new_tokens)
+
+    def _passes(self, works: Seq[Work]) -> list[tuple[ForwardPath, Seq[int]]]:
+        """The forward passes that works need: a path, and the places of those that take it."""
+        places: dict[ForwardPath, list[int]] = {}
+        for place, work in enumerate(works):
+            places.setdefault(self.route(work.sequence), []).append(place)
+        return list(places.items())
 
     @torch.no_grad()
     def warm_up(self, requests: int) -> None:
         """Compile, tune and record on a GPU what decoding up to `requests` requests will need."""
-        if self.router.weights.graphs is not None:
-            self.router.weights.graphs.warm_up(requests)
+        if self.weights.graphs is not None:
+            self.weights.graphs.warm_up(requests)
 
     @torch.no_grad()
     def submit(self, step: Step, before: InFlightStep | None = None) -> InFlightStep:
@@ -37,7 +220,7 @@ class Runner:
             before: the step that was given before it, if that is in flight: pending tokens are taken from there.
         """
         outcomes: list[tuple[Seq[int], Outcome]] = []
-        for path, places in self.router.passes(step.works):
+        for path, places in self._passes(step.works):
             works = step.works if len(places) == len(step.works) else [step.works[place] for place in places]
             with path.weights.threads():
                 outcomes.append((places, path.run(self._packed(path, works, before))))
@@ -46,7 +229,7 @@ class Runner:
     @torch.no_grad()
     def logits(self, works: Seq[Work]) -> Tensor:
         """Of works that share a forward pass, fp32 [K, V]: one row per prompt row, work by work."""
-        path = self.router.route(works[0].sequence)
+        path = self.route(works[0].sequence)
         with path.weights.threads():
             return path.logits(self._packed(path, works))
 

@@ -29,8 +29,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 from operator import attrgetter
 
-from server.engine import prefix
-from server.engine.blocks import BlockPool
+from server.engine.blocks import BlockPool, name_blocks, publish_blocks
 from server.engine.sequence import AdapterKey, AdapterResidency, Counters, Sequence, Step, Work
 from server.messages.protocol import LOAD_FAILED, TOO_LONG, FinishReason
 
@@ -250,7 +249,7 @@ class Scheduler:
         reusable = len(sequence.tokens) - 1
         if sequence.sampling.prompt_logprobs is not None:
             reusable = min(reusable, sequence.prompt_scored)
-        prefix.name_blocks(self._blocks, sequence, len(sequence.tokens))
+        name_blocks(self._blocks, sequence, len(sequence.tokens))
         cached = self._blocks.match(sequence._keys[: reusable // self._blocks.block_size])
         missing = self._blocks.blocks_for(len(sequence.tokens)) - len(cached)
         # One block in hand for each running sequence, or the newcomer would be preempted by the next that grows.
@@ -345,7 +344,7 @@ class Scheduler:
         # The keys and values of the other drafts are left for the next work to overwrite.
         sequence.num_computed += accepted
         sequence.prompt_scored = max(sequence.prompt_scored, work.prompt_rows.stop)
-        prefix.publish(self._blocks, sequence, work.start, work.start + work.count - len(work.drafts) + accepted)
+        publish_blocks(self._blocks, sequence, work.start, work.start + work.count - len(work.drafts) + accepted)
         self.counters.accepted += accepted
         if sequence._drafter is not None:
             sequence._drafter.learn(new_tokens)

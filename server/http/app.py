@@ -27,11 +27,9 @@ from adapters.storage.names import LocalNames
 from adapters.storage.store import AdapterStore
 from adapters.storage.versions import RemoteUnavailable
 from server import logs
-from server.admission import Admission, Drain, UploadSlots
 from server.children.checker import Checker
 from server.client.engine import LocalEngine
 from server.errors import EXCEPTION_HANDLERS, LorakeetError
-from server.finetune.service import FineTuning
 from server.http.limits import LimitedHttpProtocol
 from server.http.middleware import middleware
 from server.http.routes import (
@@ -55,9 +53,8 @@ from server.messages.protocol import EngineConfig
 from server.metrics import Metrics
 from server.model_source import ModelError, resolve
 from server.openai.sampling_defaults import sampling_defaults
-from server.registry.open import Registry
 from server.registry.pins import PinLimit
-from server.services import TENANT, Services
+from server.services import TENANT, Services, make_services
 from server.settings import SettingError, Settings
 from server.text.processor import TextProcessor, TokenizerError
 from server.text.sandbox import TemplateLimits, TemplateRenderer
@@ -141,7 +138,7 @@ def _serve_on(sockets: list[socket.socket], settings: Settings) -> None:
     except Timeout:
         raise SettingError(f"--data-dir: another server is using {settings.data_dir}") from None
     with lock:
-        services, engine = _make_services(settings, directory)
+        services, engine = _open_services(settings, directory)
         server = _Server(services, engine)
         server.run(sockets)
         services.text.close()
@@ -174,35 +171,22 @@ def _bind(host: str, port: int) -> list[socket.socket]:
     return sockets
 
 
-def _make_services(settings: Settings, model: Path) -> tuple[Services, LocalEngine]:
+def _open_services(settings: Settings, model: Path) -> tuple[Services, LocalEngine]:
     try:
         text = TextProcessor.load(model, _template_renderer(settings))
     except TokenizerError as error:
         raise ModelError(str(error)) from None
     metrics = Metrics(settings.metrics_adapters, settings.metrics_prefix)
     engine = LocalEngine(_engine_config(settings, model), metrics.engine_stats)
-    store = open_store(settings, PinLimit(settings, engine))
-    checker = Checker(settings.background_priority)
-    registry = Registry.make(settings, engine, store, metrics, Outline.read(model), text, checker)
-    services = Services(
-        settings=settings,
-        engine=engine,
-        text=text,
-        store=store,
+    services = make_services(
+        settings,
+        engine,
+        open_store(settings, PinLimit(settings, engine)),
+        text,
         metrics=metrics,
-        admission=Admission(settings.max_queued_requests, settings.max_queued_tokens),
-        drain=Drain(),
+        outline=Outline.read(model),
+        checker=Checker(settings.background_priority),
         sampling_defaults=sampling_defaults(settings.generation_config, settings.model, model),
-        registry=registry,
-        uploads=UploadSlots(settings.max_uploads),
-        tuning=FineTuning.open(
-            settings.data_dir,
-            engine=engine,
-            registry=registry,
-            text=text,
-            metrics=metrics,
-            max_running=settings.max_training_jobs,
-        ),
     )
     return services, engine
 
@@ -292,6 +276,7 @@ class _Server(uvicorn.Server):
         self._services = services
         self._engine = engine
         self._told_to_stop = False
+        self._loop: asyncio.AbstractEventLoop | None = None  # once it is up
         self._coming_up: asyncio.Task[None] | None = None
         self._going_down: asyncio.Task[None] | None = None
 
@@ -302,6 +287,9 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         log.info("listening on %s port %d; the engine is loading", *self.servers[0].sockets[0].getsockname()[:2])
         self._coming_up = asyncio.create_task(self._come_up())
+        self._loop = asyncio.get_running_loop()
+        if self._told_to_stop:
+            self._begin_drain()
 
     async def _come_up(self) -> None:
         imported = asyncio.ensure_future(self._services.registry.discovery.import_configured(TENANT))
@@ -356,13 +344,12 @@ class _Server(uvicorn.Server):
         """Drain on the first signal, leave on the second. Not uvicorn's way: it would end by the signal, not with 0."""
         if self._told_to_stop:
             self.should_exit = self.force_exit = True
+        elif self._loop is not None:
+            self._loop.call_soon_threadsafe(self._begin_drain)
         self._told_to_stop = True
 
-    async def on_tick(self, counter: int) -> bool:
-        """Called ten times a second."""
-        if self._told_to_stop and self._going_down is None:
-            self._going_down = asyncio.create_task(self._drain())
-        return await super().on_tick(counter)
+    def _begin_drain(self) -> None:
+        self._going_down = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
         services, seconds = self._services, self._services.settings.drain_seconds

@@ -87,6 +87,17 @@ class Generation:
             return {}
         return {"usage": self.usage.as_json() if self.body.continuous_usage else None}
 
+    def envelope(self, id: str, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:  # noqa: A002
+        """An answer, or a chunk of one, around its choices."""
+        return {
+            "id": id,
+            "object": kind,
+            "created": self.created,
+            "model": self.target.asked,
+            "system_fingerprint": self.target.digest,
+            "choices": choices,
+        }
+
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """(choice, piece) as they come; closing it aborts what still runs.
 

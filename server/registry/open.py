@@ -10,12 +10,14 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
 
 from adapters.peft_format.outline import Outline
 from adapters.storage.store import AdapterStore
 from adapters.storage.versions import (
     SHORTEST_PREFIX,
     AmbiguousDigest,
+    DamagedAdapter,
     RemoteUnavailable,
     UnknownAdapter,
     Version,
@@ -23,11 +25,10 @@ from adapters.storage.versions import (
 )
 from server.children.checker import Checker
 from server.client.engine import EngineClient
-from server.errors import Conflict, InvalidRequest, ModelNotFound
+from server.errors import Conflict, InvalidRequest, ModelNotFound, disk_faults
 from server.metrics import Metrics
 from server.registry.discovery import Discovery
-from server.registry.fetch import fetch
-from server.registry.pins import Pins
+from server.registry.pins import Fetch, Pins
 from server.registry.publish import Publisher
 from server.settings import Settings
 from server.text.processor import TextProcessor
@@ -45,11 +46,13 @@ class Registry:
         discovery: finds them on this machine's disk.
     """
 
-    def __init__(self, settings: Settings, store: AdapterStore, publisher: Publisher, discovery: Discovery) -> None:
+    def __init__(
+        self, settings: Settings, store: AdapterStore, fetch: Fetch, publisher: Publisher, discovery: Discovery
+    ) -> None:
         self.publisher = publisher
         self.discovery = discovery
         self._store = store
-        self._seconds = settings.adapter_store_seconds
+        self._fetch = fetch
         self._orphan_seconds = settings.adapter_orphan_hours * 3600 if settings.adapter_store is not None else 0.0
 
     @classmethod
@@ -64,9 +67,10 @@ class Registry:
         checker: Checker | None = None,
     ) -> "Registry":
         """The registry and its parts; see `Publisher` for what may be left out."""
-        pins = Pins(settings, engine, store, metrics)
+        fetch = partial(_fetch, store, seconds=settings.adapter_store_seconds)
+        pins = Pins(settings, engine, store, metrics, fetch)
         publisher = Publisher(settings, engine, store, metrics, pins, outline, text, checker)
-        return cls(settings, store, publisher, Discovery(settings, engine, publisher))
+        return cls(settings, store, fetch, publisher, Discovery(settings, engine, publisher))
 
     @asynccontextmanager
     async def open(
@@ -110,7 +114,7 @@ class Registry:
         Raises UnknownAdapter when it was removed since, RemoteUnavailable, DamagedAdapter, StorageFull.
         """
         with self._store.lease(version):
-            await fetch(self._store, version, self._seconds)
+            await self._fetch(version)
             yield version
 
     async def find(self, tenant: str, name: str, digest_prefix: str | None = None) -> Version:
@@ -139,3 +143,25 @@ class Registry:
             except RemoteUnavailable as fault:
                 log.warning("unnamed versions were not removed from the object store: %s", fault)
             await asyncio.sleep(self._orphan_seconds)
+
+
+async def _fetch(store: AdapterStore, version: Version, seconds: float) -> None:
+    """Return once a leased version's files are on this disk.
+
+    Args:
+        seconds: the longest wait (`--adapter-store-seconds`).
+
+    Raises RemoteUnavailable, DamagedAdapter, StorageFull.
+    """
+    if store.has(version):
+        return
+    try:
+        with disk_faults():
+            async with asyncio.timeout(seconds):
+                await store.ready(version)
+    except TimeoutError:
+        log.warning("%s: not fetched within --adapter-store-seconds (%g s)", version.digest, seconds)
+        raise RemoteUnavailable("its files have not come in time") from None
+    except (RemoteUnavailable, DamagedAdapter) as fault:
+        log.warning("adapter %s (%s) cannot be served: %s", version.name, version.digest, fault)
+        raise

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Collection
+from collections.abc import Awaitable, Callable, Collection
 
 from adapters.peft_format.sizes import EXTRAS, device_bytes
 from adapters.storage.store import AdapterStore
@@ -12,11 +12,12 @@ from server.client.engine import EngineClient, served_base
 from server.errors import Conflict, StorageFull
 from server.messages.protocol import AdapterRef, Ready
 from server.metrics import Metrics
-from server.registry.fetch import fetch
 from server.registry.fit import first_that_fit, row_units
 from server.settings import Settings
 
 _RETRY_SECONDS = 10.0  # until the files of a pinned adapter are asked for again
+
+Fetch = Callable[[Version], Awaitable[None]]  # returns once the files of a leased version are on this disk
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +53,14 @@ class PinLimit:
 class Pins:
     """Leases of what is pinned, and the engine's knowledge of it."""
 
-    def __init__(self, settings: Settings, engine: EngineClient, store: AdapterStore, metrics: Metrics) -> None:
+    def __init__(
+        self, settings: Settings, engine: EngineClient, store: AdapterStore, metrics: Metrics, fetch: Fetch
+    ) -> None:
         self._engine = engine
         self._store = store
         self._metrics = metrics
         self._limit = PinLimit(settings, engine)
-        self._seconds = settings.adapter_store_seconds
+        self._fetch_files = fetch
         self._leases: dict[str, contextlib.ExitStack] = {}  # by digest
         self._fetching: set[asyncio.Task[None]] = set()
 
@@ -96,7 +99,7 @@ class Pins:
     async def _fetch(self, version: Version) -> None:
         while version.digest in self._leases:
             try:
-                await fetch(self._store, version, self._seconds)
+                await self._fetch_files(version)
             except (RemoteUnavailable, DamagedAdapter, StorageFull):
                 await asyncio.sleep(_RETRY_SECONDS)
             else:

@@ -16,10 +16,8 @@ from adapters.offline.recipe import MergedDtype
 from adapters.peft_format.sizes import LinearSize
 from adapters.storage.names import LocalNames
 from adapters.storage.store import AdapterStore
-from server.admission import Admission, Drain, UploadSlots
-from server.client.engine import EngineClient, MergeRefused
+from server.client.engine import MergeRefused
 from server.errors import EngineUnavailable
-from server.finetune.service import FineTuning
 from server.http.app import build_app
 from server.messages.protocol import (
     AdapterRef,
@@ -31,10 +29,8 @@ from server.messages.protocol import (
     Ready,
 )
 from server.messages.training import JobReply, MemoryPlan, PlanMemory, StartJob, StopJob
-from server.metrics import Metrics
-from server.registry.open import Registry
 from server.registry.pins import PinLimit
-from server.services import TENANT, Services
+from server.services import TENANT, make_services
 from server.settings import Settings
 from server.text.processor import TextProcessor
 from tests.support.conforming import client_of
@@ -161,34 +157,6 @@ def write_adapter(directory: Path, seed: int = 0, **config: Any) -> Path:
     return directory
 
 
-def make_services(
-    settings: Settings, engine: EngineClient, store: AdapterStore, text: TextProcessor | None = None
-) -> Services:
-    """Everything that handlers use. Without `text`, adapters bring none, and the tiny tokenizer is the base's."""
-    processor = tiny_text() if text is None else text
-    metrics = Metrics(settings.metrics_adapters, settings.metrics_prefix)
-    registry = Registry.make(settings, engine, store, metrics, text=text)
-    return Services(
-        settings=settings,
-        engine=engine,
-        text=processor,
-        store=store,
-        metrics=metrics,
-        admission=Admission(settings.max_queued_requests, settings.max_queued_tokens),
-        drain=Drain(),
-        registry=registry,
-        uploads=UploadSlots(settings.max_uploads),
-        tuning=FineTuning.open(
-            settings.data_dir,
-            engine=engine,
-            registry=registry,
-            text=processor,
-            metrics=metrics,
-            max_running=settings.max_training_jobs,
-        ),
-    )
-
-
 class Site:
     """The adapter side of a server over a directory: real store and registry, an idle engine, no model."""
 
@@ -197,6 +165,7 @@ class Site:
         self.settings = Settings(data_dir=root, **settings)
         self._names = LocalNames(root / "store.db")
         self.store = self.open_store(root)
+        text = tiny_text() if text is None else text
         self.services = make_services(self.settings, self.engine, self.store, text)
         self.registry = self.services.registry
         self.publisher = self.registry.publisher

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 
 BASE = "tiny"
 START_SECONDS = 120.0  # importing the libraries on a busy machine takes most of it
+# A process's part, by a word of its command line.
+PARTS = {"API": "server.cli", "engine": "server.engine.process", "checker": "adapters.offline.checker"}
 REPOSITORY = Path(__file__).parent.parent.parent
 
 
@@ -52,6 +55,8 @@ class RunningServer:
             *("--data-dir", str(data_dir), "--cache-dir", str(root / "cache")),
             *("--threads", "1", "--kv-cache-bytes", "4MiB", "--adapter-bytes", "4MiB", *flags),
         ]
+        self._visits = root / "visits"
+        self._visits.mkdir()
         self._process: subprocess.Popen[bytes] | None = None
 
     def ensure(self) -> None:
@@ -64,6 +69,7 @@ class RunningServer:
         if self._process is None or self._process.poll() is not None:
             environment = {key: value for key, value in os.environ.items() if not key.startswith("LORAKEET_")}
             environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "FAULT_FILE": str(self.fault)}
+            environment["VISITS"] = str(self._visits)
             environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent / "inject"), str(REPOSITORY)])
             with self._log.open("ab") as log:
                 self._process = subprocess.Popen(
@@ -112,6 +118,25 @@ class RunningServer:
             if named and all(f'{key}="{value}"' in line for key, value in labels.items()):
                 return float(line.rpartition(" ")[2])
         return 0.0
+
+    def files_entered(self, work: Callable[[], object]) -> dict[str, set[str]]:
+        """The product's files whose functions are entered while `work` runs, by part: API, engine, checker."""
+        family = [psutil.Process(self.process.pid), *psutil.Process(self.process.pid).children(recursive=True)]
+        lines = {process.pid: " ".join(process.cmdline()) for process in family}
+        parts = {name: pid for name, word in PARTS.items() for pid, line in lines.items() if word in line}
+        for answer in self._visits.iterdir():
+            answer.unlink()
+        found = {}
+        for ending, number in (("begun", signal.SIGUSR1), ("files", signal.SIGUSR2)):
+            for pid in parts.values():
+                os.kill(pid, number)
+            for name, pid in parts.items():
+                answer = self._visits / f"{pid}.{ending}"
+                eventually(answer.exists, 10, f"an answer of the {name} process")
+                found[name] = set(answer.read_text().split())
+            if ending == "begun":
+                work()
+        return found
 
     def kill(self) -> None:
         """SIGKILL to the API process."""

@@ -15,10 +15,10 @@ from adapters.storage.store import AdapterStore
 from server.errors import EngineUnavailable
 from server.http.app import build_app
 from server.messages.protocol import Generate, Output, Ready, TokenLogprob
-from server.services import TENANT, Services
+from server.services import TENANT, Services, make_services
 from server.settings import Settings
 from tests.support.conforming import client_of
-from tests.support.harness import BASE_DIGEST, IdleEngine, base_info, make_services, write_adapter
+from tests.support.harness import BASE_DIGEST, IdleEngine, base_info, write_adapter
 from tests.support.tiny import _tokenizer, tiny_text
 
 BASE = "tiny"

@@ -16,10 +16,11 @@ from server.engine.engine import Engine
 from server.errors import EngineUnavailable
 from server.http.app import build_app
 from server.messages.training import JobEnded, JobReply, MemoryPlan, PlanMemory, StartJob, StopJob
+from server.services import make_services
 from server.settings import Settings
 from server.training.trainer import Trainer
 from tests.support.conforming import client_of
-from tests.support.harness import IdleEngine, make_services
+from tests.support.harness import IdleEngine
 from tests.support.tiny import tiny_text
 
 FINAL = ("succeeded", "failed", "cancelled")

@@ -130,14 +130,7 @@ class _Writer:
         }
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "object": kind,
-            "created": self._generation.created,
-            "model": self._generation.target.asked,
-            "system_fingerprint": self._generation.target.digest,
-            "choices": choices,
-        }
+        return self._generation.envelope(self._id, kind, choices)
 
 
 routes = [

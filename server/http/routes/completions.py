@@ -208,14 +208,7 @@ class _Writer:
         }
 
     def _envelope(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "id": self._id,
-            "object": "text_completion",
-            "created": self._generation.created,
-            "model": self._generation.target.asked,
-            "system_fingerprint": self._generation.target.digest,
-            "choices": choices,
-        }
+        return self._generation.envelope(self._id, "text_completion", choices)
 
 
 routes = [

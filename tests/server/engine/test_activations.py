@@ -93,7 +93,7 @@ def test_only_serving_is_rounded(model_dir: Path, cache_dir: Path) -> None:
     assert not torch.equal(scores(engine), before)
     assert all(linear.weight.int8 is None for linear in engine.base.linears), "what is trained on is exact"
     assert engine.base.digest() == engine.base_digest
-    engine.router.rebase(engine.base)
+    engine.runner.rebase(engine.base)
     assert torch.equal(scores(engine), before)
 
 
@@ -152,5 +152,5 @@ def test_what_a_merge_leaves_alone_stays_rounded(model_dir: Path, cache_dir: Pat
             merging.run_piece()
     [report] = replies
     assert isinstance(report, MergeReport), report
-    [merged] = engine.router.merged.values()
+    [merged] = engine.runner.merged.values()
     assert {linear.size.kind for linear in merged.base.linears if linear.weight.int8 is None} == {"q_proj"}

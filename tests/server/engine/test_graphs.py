@@ -105,12 +105,12 @@ def test_graphs_answer_as_launches_do(model_dir: Path, cache_dir: Path, tmp_path
 
     def answers(graphs: bool) -> tuple[list[list[int]], int]:
         engine = load_engine(model_dir, cache_dir, device="cuda", dtype="float32", adapter_bytes=1 << 20)
-        recordings = engine.router.weights.graphs
+        recordings = engine.runner.weights.graphs
         assert recordings is not None
         engine.runner.warm_up(16)
         before = len(recordings._recorded)
         if not graphs:
-            engine.router.weights.graphs = None
+            engine.runner.weights.graphs = None
         references = [*(publish(engine, directory) for directory in directories), None]
         requests = [
             request(f"r{i}", range(5 + i, 30), reference, max_tokens=10) for i, reference in enumerate(references)

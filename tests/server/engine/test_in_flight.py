@@ -10,12 +10,11 @@ import torch
 from msgspec.structs import replace
 
 from adapters.peft_format.outline import Outline
+from server.engine.batch import InFlightStep
 from server.engine.engine import Engine
-from server.engine.gap_work import Gaps
-from server.engine.loop import Loop
+from server.engine.loop import Gaps, Loop
 from server.engine.merge_builder import MergeBuilder
 from server.engine.offline import Script
-from server.engine.outcome import InFlightStep
 from server.engine.sequence import Step
 from server.messages.protocol import NON_FINITE, AdapterRef, Generate, Merge
 from server.training import bench
@@ -144,7 +143,8 @@ def test_nor_does_a_training_job(watched: Watched, shallow_dir: Path, tmp_path: 
     trainer = Trainer(engine.base)
     settings = {"batch_size": 1, "length": 16, "rank": 4, "micro_batch_tokens": 64, "memory": "recompute"}
     bench.random_data(settings, engine.base.vocab_size).save(tmp_path / bench.DATA)
-    trainer.start(bench.endless_job("1", tmp_path, engine.base, settings))
+    gaps = Gaps([(trainer, Pacer(1.0, 0.9))])
+    gaps.handle(bench.endless_job("1", tmp_path, engine.base, settings))
     pieces, run_piece = 0, trainer.run_piece
 
     def counted() -> float:
@@ -154,7 +154,7 @@ def test_nor_does_a_training_job(watched: Watched, shallow_dir: Path, tmp_path: 
 
     trainer.run_piece = counted  # type: ignore[method-assign]
     sent = [request(name, [5, 6, 7], max_tokens=12, logprobs=None) for name in "ab"]
-    Loop(engine, Gaps([(trainer, Pacer(1.0, 0.9))]), Script([(0.0, single) for single in sent])).run()
+    Loop(engine, gaps, Script([(0.0, single) for single in sent])).run()
     assert pieces
     assert watched.ahead == {"a": 11, "b": 11}
 
@@ -224,8 +224,8 @@ def test_logits_that_are_not_finite(watched: Watched, monkeypatch: pytest.Monkey
     engine = watched.engine
     for name in ("a", "b"):
         engine.add(request(name, [5, 6, 7], max_tokens=8, logprobs=None))
-    engine.router.weights.graphs = None  # a recording would not ask for hidden states again
-    hidden, calls = engine.router.weights.hidden, 0
+    engine.runner.weights.graphs = None  # a recording would not ask for hidden states again
+    hidden, calls = engine.runner.weights.hidden, 0
 
     def poisoned(*arguments: Any) -> torch.Tensor:
         nonlocal calls
@@ -235,7 +235,7 @@ def test_logits_that_are_not_finite(watched: Watched, monkeypatch: pytest.Monkey
             states[0] = torch.nan
         return states
 
-    monkeypatch.setattr(engine.router.weights, "hidden", poisoned)
+    monkeypatch.setattr(engine.runner.weights, "hidden", poisoned)
     answers = {"a": Answer(), "b": Answer()}
     while not engine.idle:
         for output in engine.step()[0]:

@@ -186,7 +186,7 @@ def test_who_runs_on_a_merge_that_is_undone_ends_on_it(how: str, world: World) -
             break
     assert (answer.tokens, answer.logprobs) == (expected.tokens, expected.logprobs)
     assert not engine.merges._merged
-    assert not engine.router.merged
+    assert not engine.runner.merged
     merging.handle(Unmerge("u", references[0].digest))
     assert merging.take_replies()[-1] == Done("u", code="merge_not_found")
 
@@ -214,13 +214,13 @@ def test_merging_leaves_nothing_behind(world: World) -> None:
         assert reply.code == "merge_given_up"
         assert engine.blocks.counts.free == engine.blocks.num_blocks
         assert all(not rows for rows in engine.pool.resident.values())
-        assert not engine.router.merged
+        assert not engine.runner.merged
 
 
 def test_merged_weights_are_freed_with_the_merge(world: World) -> None:
     engine, merging, references = world.load()
     built(engine, merging, references[0])
-    [model] = engine.router.merged.values()
+    [model] = engine.runner.merged.values()
     weights = [weakref.ref(linear.weight) for linear in model.base.linears]
     del model
     merging.handle(Unmerge("u", references[0].digest))
@@ -302,6 +302,6 @@ def test_an_adapter_of_some_modules_merges_those(world: World, tmp_path: Path) -
     partial = tiny_adapter(tmp_path / "partial", world.model, target_modules=["q_proj"], layers_to_transform=[1])
     report = built(engine, merging, publish(engine, partial))
     assert report.bytes == 2 * 64 * 64
-    [model] = engine.router.merged.values()
+    [model] = engine.runner.merged.values()
     other = [new.name for new, old in zip(model.base.linears, engine.base.linears, strict=True) if new is not old]
     assert other == ["model.layers.1.self_attn.q_proj"]

@@ -8,7 +8,7 @@ import torch
 from adapters.kernels import native
 from server.engine import selfcheck
 from server.engine.engine import Engine
-from server.engine.paths import ModulesPath, PlannedPath
+from server.engine.runner import ModulesPath, PlannedPath
 from server.model.base import UnservableModel
 from tests.support.offline import load_engine
 

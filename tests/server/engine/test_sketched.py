@@ -28,14 +28,14 @@ def engine(model_dir: Path, cache_dir: Path) -> Engine:
 def found(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Of how many rows an argmax was found without all logits, step by step."""
     rows: list[int] = []
-    argmax = engine.router.weights.argmax
+    argmax = engine.runner.weights.argmax
     assert argmax is not None
 
     def counted(hidden: Tensor) -> Tensor:
         rows.append(len(hidden))
         return argmax(hidden)
 
-    monkeypatch.setattr(engine.router.weights, "argmax", counted)
+    monkeypatch.setattr(engine.runner.weights, "argmax", counted)
     return rows
 
 
@@ -43,7 +43,7 @@ def test_tokens_are_those_of_all_logits(
     model_dir: Path, cache_dir: Path, engine: Engine, found: list[int], tmp_path: Path
 ) -> None:
     plain = load_engine(model_dir, cache_dir, sketch_head=False)
-    assert plain.router.weights.argmax is None
+    assert plain.runner.weights.argmax is None
     references = [None, *(publish(engine, tiny_adapter(tmp_path / str(rank), model_dir, r=rank)) for rank in (4, 16))]
     wish = {"max_tokens": 24, "logprobs": None}
     requests = [request(f"r{i}", PROMPT[i:], references[i % 3], **wish) for i in range(6)]

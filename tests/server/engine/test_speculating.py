@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from server.engine import prompt_lookup as speculation
+from server.engine.batch import WorkResult, accept
 from server.engine.engine import Engine
 from server.engine.graphs import DecodeGraphs
-from server.engine.outcome import WorkResult, accept
 from server.engine.sampling import Draw
 from server.messages.protocol import AdapterRef, Generate
 from tests.support import interpreter
@@ -159,7 +159,7 @@ def test_where_drafts_attend_as_requests_of_their_own(
     engine: Engine, adapters: list[AdapterRef], expected: dict[str, Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As under graphs, which are recorded for one token of each request."""
-    model, sizes = engine.router.weights, set()
+    model, sizes = engine.runner.weights, set()
 
     class Recorded(DecodeGraphs):
         def run(self, step: Any) -> torch.Tensor | None:

@@ -28,7 +28,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def engine_of(model: Path, cache: Path, **overrides: Any) -> Engine:
     engine = load_engine(model, cache, device=DEVICE, dtype="float32", **overrides)
-    assert isinstance(engine.router.weights.plan, decoder_class())
+    assert isinstance(engine.runner.weights.plan, decoder_class())
     return engine
 
 

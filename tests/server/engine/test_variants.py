@@ -14,7 +14,7 @@ import transformers
 from adapters.peft_format.directory import AdapterError
 from adapters.peft_format.sizes import EXTRAS
 from server.engine.engine import Engine
-from server.engine.paths import ModulesPath
+from server.engine.runner import ModulesPath
 from server.messages.protocol import AdapterRef, Generate
 from tests.server.engine.test_parity import peft_logprobs
 from tests.support import interpreter
@@ -73,7 +73,7 @@ def test_company_changes_no_bit(base: str, world: Callable[[str], World]) -> Non
 
 def test_plain_adapters_keep_their_path(world: Callable[[str], World], monkeypatch: pytest.MonkeyPatch) -> None:
     here = world("tied")
-    if here.engine.router.weights.plan is None:
+    if here.engine.runner.weights.plan is None:
         pytest.skip("there is no other path here")
     run(here.engine, here.requests())  # all are resident
     modules: list[int] = []

@@ -1,14 +1,21 @@
-"""Imported by every Python process that finds this folder on its path: makes an engine's steps fail when told to.
+"""Imported by every Python process that finds this folder on its path: makes an engine's steps fail when told to, and
+notes which files a request enters.
 
 When the file named by FAULT_FILE appears, the next step (or piece of training, for a kind that begins with "training")
 takes it away and meets the fault that it names.
 """
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
+
+ROOT = f"{Path(__file__).parent.parent.parent.parent}/"
+PRODUCT = (f"{ROOT}server/", f"{ROOT}adapters/")
 
 
 def illegal_access() -> None:
@@ -59,3 +66,40 @@ if "server.engine.process" in sys.orig_argv:
 
     Runner.submit = failing(Runner.submit, "serving")  # type: ignore[method-assign]
     LayeredModel.run = failing(LayeredModel.run, "training")  # type: ignore[method-assign]
+
+
+class Visits:
+    """The product's files whose functions this process enters between SIGUSR1 and SIGUSR2.
+
+    Answers by files of its directory: `PID.begun`, and `PID.files` with a name a line.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._seen: dict[str, None] | None = None
+        signal.signal(signal.SIGUSR1, self._begin)
+        signal.signal(signal.SIGUSR2, self._end)
+        threading.setprofile(self._note)  # for threads to come: nothing reaches one that runs already
+
+    def _begin(self, *_: object) -> None:
+        self._seen = {}
+        sys.setprofile(self._note)
+        (self._directory / f"{os.getpid()}.begun").touch()
+
+    def _end(self, *_: object) -> None:
+        sys.setprofile(None)
+        whole = self._directory / f"{os.getpid()}.tmp"
+        whole.write_text("".join(f"{name.removeprefix(ROOT)}\n" for name in self._seen or ()))
+        whole.rename(whole.with_suffix(".files"))
+        self._seen = None
+
+    def _note(self, frame: FrameType, event: str, _: object) -> None:
+        seen, code = self._seen, frame.f_code
+        if seen is None or event != "call" or code.co_filename in seen or not code.co_filename.startswith(PRODUCT):
+            return
+        if code.co_code[frame.f_lasti + 1] == 0 and code.co_name != "<module>":  # begun, not resumed after a yield
+            seen[code.co_filename] = None
+
+
+if "VISITS" in os.environ:
+    Visits(Path(os.environ["VISITS"]))

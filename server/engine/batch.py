@@ -1,0 +1,290 @@
+"""A forward pass's works as tensors, and the results that come back: tokens, log-probabilities, failures.
+
+`Packer` lays the tokens in one row, with the places of keys, values and adapters. An `Outcome` is made when the forward
+pass is given to the device, and read when the step is collected.
+"""
+
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from itertools import islice, pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from adapters.device.memory import sent
+from adapters.device.pool import RowPool, SegmentDeltas, Use
+from adapters.device.variants import ExtraUse, StepExtras
+from server.engine.graphs import DecodeStep
+from server.engine.sampling import Draw, Drawn, Logprobs, Row, sample
+from server.engine.sequence import Sequence, Step, Work
+from server.messages.protocol import TokenLogprob
+from server.model.attention import KVCache, PagedAttention
+
+
+@dataclass(frozen=True)
+class Batch:
+    """T packed tokens of R requests."""
+
+    works: Seq[Work]
+    ids: Tensor  # int64 [T]
+    positions: Tensor  # int64 [T]
+    attention: PagedAttention
+    deltas: SegmentDeltas | None
+    keep: Tensor  # int64 [K], the logits indices: rows whose logits somebody wants
+    kept: list[int]  # how many consecutive ones of them are each work's own
+    extras: StepExtras | None  # what its adapters do besides rank rows
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it is one token of each request, and all of their logits are wanted."""
+        return len(self.ids) == len(self.attention.seqs) == len(self.keep)
+
+    def planned(self) -> DecodeStep:
+        """As a planned decoder takes it."""
+        attention, deltas = self.attention, self.deltas
+        return DecodeStep(
+            ids=self.ids,
+            positions=self.positions,
+            slots=attention.slots,
+            seqs=attention.seqs,
+            block_tables=attention.block_tables,
+            table=None if deltas is None else deltas.table,
+            scale=None if deltas is None else deltas.scale,
+        )
+
+
+class Packer:
+    """Packs works over one KV cache and one row pool."""
+
+    def __init__(self, cache: KVCache, pool: RowPool) -> None:
+        self._cache = cache
+        self._pool = pool
+
+    def pack(
+        self,
+        works: Seq[Work],
+        tokens_after: Callable[[Seq[Sequence]], Tensor] | None,
+        *,
+        adapters: bool,
+        drafts_apart: bool,
+    ) -> Batch:
+        """Works that share a forward pass.
+
+        Args:
+            tokens_after: gives the pending tokens of sequences, on the device; see `InFlightStep`.
+            adapters: whether sequences' adapters add anything.
+            drafts_apart: a draft attends as a request of its own: as decoding is recorded.
+        """
+        size = self._cache.block_size
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        keep: list[int] = []
+        uses: list[Use] = []
+        kept: list[int] = []
+        seqs: list[tuple[int, int, int]] = []
+        pending: list[tuple[int, Sequence]] = []  # whose last token is pending, and where that comes among the ids
+        extra_uses: list[ExtraUse] = []
+        extra_kept: list[ExtraUse] = []
+        width = max(-(-(work.start + work.count) // size) for work in works)
+        tables = np.zeros((len(works) + drafts_apart * sum(len(work.drafts) for work in works), width), np.int32)
+        for work in works:
+            sequence, first, last = work.sequence, work.start, work.start + work.count
+            offset = len(ids)
+            ids += sequence.tokens[first : last - len(work.drafts)]
+            ids += work.drafts  # none after a pending token
+            if work.pending:
+                pending.append((len(ids), sequence))
+                ids.append(0)
+            blocks = sequence.blocks[: -(-last // size)]
+            positions += range(first, last)
+            slots += [blocks[position // size] * size + position % size for position in range(first, last)]
+            begins = [first, *range(last - len(work.drafts), last)] if drafts_apart and work.drafts else [first]
+            for begin, end in pairwise([*begins, last]):
+                tables[len(seqs), : len(blocks)] = blocks
+                seqs.append((offset + begin - first, offset + end - first, end))
+            own = [offset + p - first for p in work.prompt_rows]
+            if work.samples:
+                own += range(len(ids) - 1 - len(work.drafts), len(ids))
+            keep += own
+            kept.append(len(own))
+            for digest, weight in sequence.adapter if adapters else ():
+                begin = max(offset, offset + sequence.starts.get(digest, 0) - first)
+                if begin >= len(ids):  # an activated adapter that is not in force yet
+                    continue
+                uses.append(Use(begin, len(ids), digest, weight))
+                adapter = self._pool.adapter(digest)
+                if adapter is not None and (extras := adapter.extras) is not None:
+                    skipped = sum(token < begin for token in own)
+                    extra_uses.append(ExtraUse(begin, len(ids), extras, weight))
+                    extra_kept.append(ExtraUse(len(keep) - len(own) + skipped, len(keep), extras, weight))
+        device = self._pool.device
+
+        def tensor(numbers: list[Any], dtype: type[np.generic] = np.int64) -> Tensor:
+            return sent(torch.from_numpy(np.array(numbers, dtype)), device)  # half as long as a tensor from a list
+
+        attention = PagedAttention(
+            self._cache,
+            tensor(slots),
+            tensor(seqs, np.int32),
+            sent(torch.from_numpy(tables), device),
+        )
+        packed = tensor(ids)
+        if pending:
+            assert tokens_after is not None
+            tokens = tokens_after([sequence for _, sequence in pending])
+            if len(pending) == len(ids):
+                packed = tokens
+            else:
+                packed[tensor([place for place, _ in pending])] = tokens
+        return Batch(
+            works=works,
+            ids=packed,
+            positions=tensor(positions),
+            attention=attention,
+            deltas=self._pool.deltas(_joined(uses)),
+            keep=tensor(keep),
+            kept=kept,
+            extras=StepExtras(extra_uses, extra_kept) if extra_uses else None,
+        )
+
+
+def _joined(uses: list[Use]) -> list[Use]:
+    """Neighbouring runs of one adapter become one, unless several adapters lie on the same tokens."""
+    joined: list[Use] = []
+    for use in uses:
+        last = joined[-1] if joined else None
+        if last is not None and last.end == use.start and last[2:] == use[2:]:
+            joined[-1] = last._replace(end=use.end)
+        else:
+            joined.append(use)
+    return joined
+
+
+@dataclass
+class WorkResult:
+    """What one work of a step gave."""
+
+    tokens: list[int] = field(default_factory=list)  # drawn after it: none in the middle of a prompt
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of those tokens, when asked for
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # one per entry of `Work.prompt_rows`
+    failed: bool = False  # its logits are not finite
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of the works of one forward pass.
+
+    drawn: for each work that samples one row, and one more for each of its drafts; None where none samples.
+    scored: by work's index, of a part of a prompt: whether all logits are finite, and the log-probabilities.
+    """
+
+    works: Seq[Work]
+    drawn: Drawn | None
+    scored: dict[int, tuple[Tensor, Logprobs]] = field(default_factory=dict)
+
+    def results(self) -> list[WorkResult]:
+        """Wait for what came out. One result per work, in order."""
+        results = [WorkResult() for _ in self.works]
+        for index, (finite, logprobs) in self.scored.items():
+            if finite:
+                results[index].prompt_logprobs = logprobs.read()
+            else:
+                results[index].failed = True
+        if self.drawn is not None:
+            draws = iter(self.drawn.draws())
+            for work, result in zip(self.works, results, strict=True):
+                if work.samples:
+                    accept(work, list(islice(draws, 1 + len(work.drafts))), result)
+        return results
+
+
+@dataclass(frozen=True)
+class InFlightStep:
+    """A step that was given to the device."""
+
+    step: Step
+    outcomes: list[tuple[Seq[int], Outcome]]  # of each forward pass, and the places of its works in the step
+
+    def tokens_after(self, sequences: Seq[Sequence]) -> Tensor:
+        """The token that each of them is given by this step: int64, on the device, which may not have got so far."""
+        rows: dict[Sequence, int] = {}
+        drawn: list[Tensor] = []
+        count = 0
+        for _, outcome in self.outcomes:
+            if outcome.drawn is not None:
+                drawn.append(outcome.drawn.tokens)
+                for work in outcome.works:
+                    if work.samples:
+                        rows[work.sequence] = count
+                        count += 1 + len(work.drafts)
+        tokens = drawn[0] if len(drawn) == 1 else torch.cat(drawn)
+        places = [rows[sequence] for sequence in sequences]
+        if places != list(range(len(tokens))):
+            tokens = tokens[sent(torch.tensor(places), tokens.device)]
+        return tokens.clamp(min=0)  # any, where the logits were not finite
+
+    def results(self) -> list[WorkResult]:
+        """Wait for what came out. One result per work, in order; to be asked for once."""
+        results: dict[int, WorkResult] = {}
+        for places, outcome in self.outcomes:
+            results |= zip(places, outcome.results(), strict=True)
+        return [results[place] for place in range(len(self.step.works))]
+
+
+def draw(batch: Batch, logits: Tensor, eos_token_ids: Seq[int]) -> Outcome:
+    """Score prompts and draw tokens. logits: fp32 [K, V], of the batch's kept rows."""
+    scored: dict[int, tuple[Tensor, Logprobs]] = {}
+    drawn: list[int] = []  # logit rows
+    rows: list[Row] = []
+    end = 0
+    for index, (work, count) in enumerate(zip(batch.works, batch.kept, strict=True)):
+        begin, end = end, end + count
+        if work.prompt_rows:
+            scored[index] = _score_prompt(work, logits[begin : begin + len(work.prompt_rows)])
+        if work.samples:
+            drawn += range(end - 1 - len(work.drafts), end)
+            rows += _rows(work)
+    if not rows:
+        return Outcome(batch.works, None, scored)
+    # Mostly all of them: no copy.
+    chosen = logits if len(drawn) == len(logits) else logits[sent(torch.tensor(drawn), logits.device)]
+    return Outcome(batch.works, sample(chosen, rows, eos_token_ids), scored)
+
+
+def takes_argmax(work: Work) -> bool:
+    """Whether a work's tokens are its logits' argmax, and nothing else is wanted of those."""
+    row = next(_rows(work))  # those after drafts are no different
+    return not work.prompt_rows and row.greedy and row.plain and row.sampling.logprobs is None
+
+
+def accept(work: Work, draws: list[Draw], result: WorkResult) -> None:
+    """Take draws for as long as what was drafted is what was drawn: then they are those of single steps."""
+    for draw, draft in zip(draws, [*work.drafts, None], strict=True):
+        if draw.token is None:
+            result.failed = not result.tokens  # else once more in a step of its own, to fail there
+            return
+        result.tokens.append(draw.token)
+        if draw.logprob is not None:
+            result.logprobs.append(draw.logprob)
+        if draw.token != draft:
+            return
+
+
+def _score_prompt(work: Work, logits: Tensor) -> tuple[Tensor, Logprobs]:
+    """Whether all logits are finite, and the log-probabilities of the prompt tokens that follow."""
+    sequence = work.sequence
+    following = torch.tensor([sequence.tokens[position + 1] for position in work.prompt_rows])
+    alternatives = sequence.sampling.prompt_logprobs or 0
+    return logits.isfinite().all(), Logprobs(logits, sent(following, logits.device), [alternatives] * len(following))
+
+
+def _rows(work: Work) -> Iterator[Row]:
+    """How a work's tokens are to be drawn: after the last known one, and after each draft as if it were right."""
+    sequence, drafts = work.sequence, work.drafts
+    yield Row(sequence.sampling, sequence.tokens, len(sequence.prompt), pending=work.pending)
+    for count in range(1, len(drafts) + 1):
+        yield Row(sequence.sampling, [*sequence.tokens, *drafts[:count]], len(sequence.prompt))

@@ -1,0 +1,95 @@
+"""How many of our files one request enters: as few as are listed in docs/architecture.md, in all processes together."""
+
+import os
+import re
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.faults.conftest import Files
+from tests.support import interpreter
+from tests.support.running import REPOSITORY, RunningServer
+from tests.support.tiny import tiny_adapter
+
+pytestmark = pytest.mark.skipif(interpreter.DEVICE == "cuda", reason="the list is a CPU's: a GPU has other kernels")
+
+PAGE = REPOSITORY / "docs/architecture.md"
+HEARTBEAT = 1.2  # seconds, within which an idle engine reports
+
+
+def chat(server: RunningServer) -> None:
+    """One request on an adapter that has answered before."""
+    body = {"model": "red", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 8}
+    response = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+    assert response.status_code == 200, response.text
+
+
+def listed(files: Mapping[str, set[str]]) -> str:
+    """A line a process: how many files, and these by folder."""
+    lines = []
+    for part, names in files.items():
+        folders: dict[str, list[str]] = {}
+        for name in sorted(names):
+            folder, _, file = name.rpartition("/")
+            folders.setdefault(folder, []).append(file.removesuffix(".py"))
+        lines.append(f"- {part}, {len(names)}: " + "; ".join(f"{at}: {', '.join(of)}" for at, of in folders.items()))
+    return "\n".join(lines) + "\n"
+
+
+def check(block: str, made: Callable[[], Mapping[str, set[str]]], beside: Mapping[str, set[str]]) -> None:
+    """The list in the page is what was entered, but for what an idle server enters `beside` requests."""
+    begin, end = f"<!-- {block}: begin -->\n", f"<!-- {block}: end -->"
+    head, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
+    old, _, tail = rest.partition(end)
+    entered = made()
+    if os.environ.get("UPDATE_DOCS"):
+        PAGE.write_text(head + begin + listed(entered) + end + tail, encoding="utf-8")
+        return
+    known: dict[str, set[str]] = {}
+    for part, names in re.findall(r"- (\w+), \d+: (.*)", old):
+        folders = [folder.split(": ") for folder in names.split("; ")]
+        known[part] = {f"{at}/{name}.py" for at, files in folders for name in files.split(", ")}
+    for part, files in entered.items():
+        idle = beside.get(part, set())
+        assert files - idle == known.get(part, set()) - idle, f"{part}: run with UPDATE_DOCS=1"
+
+
+@pytest.fixture
+def beside(server: RunningServer) -> dict[str, set[str]]:
+    chat(server)
+    return server.files_entered(lambda: time.sleep(HEARTBEAT))
+
+
+def test_a_chat_request_enters_few_files(server: RunningServer, beside: dict[str, set[str]]) -> None:
+    def made() -> dict[str, set[str]]:
+        entered = server.files_entered(lambda: chat(server))
+        assert "server/http/routes/chat.py" in entered["API"]
+        assert "server/engine/scheduler.py" in entered["engine"]
+        assert len(set.union(*entered.values())) <= 48
+        return {part: files for part, files in entered.items() if files}
+
+    check("files of a chat request", made, beside)
+
+
+def test_an_upload_enters_few_files(
+    server: RunningServer, beside: dict[str, set[str]], made: Files, tmp_path: Path
+) -> None:
+    directory = tiny_adapter(tmp_path / "new", made.model, seed=77)
+    files = Files(made.model, {"new": directory})
+
+    def upload() -> None:
+        assert files.upload(server, "new", "new").status_code == 201
+
+    def entered() -> dict[str, set[str]]:
+        found = server.files_entered(upload)
+        assert "adapters/peft_format/layout.py" in found["checker"]
+        assert len(found["API"] - {"server/client/wire.py", "server/metrics.py"}) <= 28  # those take in heartbeats
+        return {part: names for part, names in found.items() if part != "engine"}
+
+    try:
+        check("files of an upload", entered, beside)
+    finally:
+        server.delete("/v1/adapters/new")
