@@ -180,7 +180,9 @@ def _make_services(settings: Settings, model: Path) -> tuple[Services, LocalEngi
     except TokenizerError as error:
         raise ModelError(str(error)) from None
     metrics = Metrics(settings.metrics_adapters, settings.metrics_prefix)
-    engine = LocalEngine(_engine_config(settings, model), metrics.engine_stats)
+    engine = LocalEngine(
+        _engine_config(settings, model), metrics.engine_stats, stall_seconds=settings.engine_stall_seconds
+    )
     store = open_store(settings, PinLimit(settings, engine))
     checker = Checker(settings.background_priority)
     registry = Registry.make(settings, engine, store, metrics, Outline.read(model), text, checker)
