@@ -212,9 +212,9 @@ def disk_faults() -> Iterator[None]:
     """A full disk, wherever it was met, becomes StorageFull."""
     try:
         yield
-    except OSError as error:
+    except Exception as error:
         if is_full(error):
-            raise StorageFull("The disk is full; nothing was kept.") from None
+            raise as_error(error) from None
         raise
 
 
@@ -233,7 +233,7 @@ def as_error(exc: Exception) -> LorakeetError:
             return _from_validation(exc)
         case HTTPException():
             return _from_http(exc)
-    return InternalError()
+    return StorageFull("The disk is full; nothing was kept.") if is_full(exc) else InternalError()
 
 
 def error_response(error: LorakeetError) -> Response:

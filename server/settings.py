@@ -327,6 +327,15 @@ class Settings:
         maximum=MAX_SPECULATIVE_TOKENS,
     )
 
+    engine_stall_seconds: float = _setting(
+        300.0,
+        "How long a loaded engine may say nothing before it is killed and started again; what waits for it gets a 503. "
+        "It reports at least after every step and every piece of training.",
+        parse=_number,
+        minimum=5,
+        maximum=86400,
+    )
+
     # --- the queue
     max_queued_requests: int = _setting(
         1024, "Sequences that may wait for their first token; beyond it, 429.", parse=_integer, minimum=1, maximum=10**6

@@ -60,8 +60,12 @@ def _pad_rows(x: Tensor) -> Tensor:
 
 
 def padded_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight.T` with the row count padded: `[..., rows, in] x [..., out, in] -> [..., rows, out]`."""
-    return (_pad_rows(x) @ weight.transpose(-1, -2))[..., : x.shape[-2], :]
+    """`x @ weight.T` with the row count padded: `[..., rows, in] x [..., out, in] -> [..., rows, out]`.
+
+    Never a view of the padded product: autograd refuses to have that changed in place.
+    """
+    y = _pad_rows(x) @ weight.transpose(-1, -2)
+    return y if y.shape[-2] == x.shape[-2] else y[..., : x.shape[-2], :].clone()
 
 
 # --- linears ------------------------------------------------------------------------------------

@@ -8,9 +8,13 @@ same instant; the second one here is opened read-only, does neither, and is clos
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from adapters.disk import full_disk_named
+
+RESERVE_BYTES = 256 * 1024  # beside the file, so that a full disk lets go
 
 Migration = Callable[[sqlite3.Connection], object]  # from the layout before it to the next
 
@@ -62,6 +66,8 @@ class Database:
             f"{path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
         )
         self._reader.row_factory = sqlite3.Row
+        self._reserve = path.with_name(f"{path.name}-reserve")
+        self._keep_back()
 
     def _migrate(self, path: Path, migrations: Sequence[Migration]) -> None:
         with self.transaction() as connection:
@@ -73,12 +79,20 @@ class Database:
             connection.execute(f"PRAGMA user_version = {len(migrations)}")
 
     @contextmanager
-    def transaction(self) -> Iterator[sqlite3.Connection]:
-        """All or nothing, on disk on return. Nested use joins the outer transaction."""
-        with self._lock:
+    def transaction(self, *, removing: bool = False) -> Iterator[sqlite3.Connection]:
+        """All or nothing, on disk on return. Nested use joins the outer transaction.
+
+        Args:
+            removing: it will free space: on a full disk it takes what is kept back for that.
+
+        Raises StorageFull.
+        """
+        with self._lock, full_disk_named():
             if self._writer is not None:
                 yield self._connection
                 return
+            if removing:
+                self._reserve.write_bytes(b"")
             self._connection.execute("BEGIN IMMEDIATE")
             self._writer = threading.get_ident()
             try:
@@ -90,6 +104,17 @@ class Database:
                 raise
             finally:
                 self._writer = None
+                if removing:
+                    self._keep_back()
+
+    def _keep_back(self) -> None:
+        """Take from the disk what removing needs, or as much of it as there is."""
+        with suppress(OSError, sqlite3.Error):
+            try:
+                self._reserve.write_bytes(bytes(RESERVE_BYTES))
+            except OSError:
+                self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                self._reserve.write_bytes(bytes(RESERVE_BYTES))
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:

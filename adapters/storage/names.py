@@ -94,7 +94,7 @@ class LocalNames:
 
     def save(self, tenant: str, name: str, pointer: Pointer | None) -> None:
         owner = (tenant, name)
-        with self.database.transaction() as connection:
+        with self.database.transaction(removing=pointer is None) as connection:
             for table in _TABLES:
                 connection.execute(f"DELETE FROM {table} WHERE tenant = ? AND name = ?", owner)
             if pointer is None:

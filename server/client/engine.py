@@ -43,25 +43,35 @@ from server.messages.training import (
 log = logging.getLogger("lorakeet.engine")
 
 _POLL_SECONDS = 0.2
+_WATCH_SECONDS = 1.0  # between looks at whether the engine has said anything
+_QUIET_SECONDS = 60.0  # without a word from a loaded engine, after which it is not called ready
 
 _Call = protocol.Warm | protocol.Forget | protocol.Merge | protocol.Unmerge | protocol.Inspect | PlanMemory
 _Answer = protocol.Done | MergeReport | Inspection | MemoryPlan  # of a call
 
 
-class AdapterLoadFailed(Exception):
-    """The engine could not make an adapter resident; `code` says how in one word."""
+class EngineRefusal(Exception):
+    """The engine cannot do what it was asked; `code` says why in one word."""
 
     def __init__(self, message: str, code: str) -> None:
         super().__init__(message)
         self.code = code
 
 
-class MergeRefused(Exception):
-    """The engine did not make a merge; `code` says why in one word."""
+class AdapterLoadFailed(EngineRefusal):
+    """An adapter did not become resident."""
 
-    def __init__(self, message: str, code: str) -> None:
-        super().__init__(message)
-        self.code = code
+
+class MergeRefused(EngineRefusal):
+    """A merge was not made."""
+
+
+class TrainingRefused(EngineRefusal):
+    """A job of this shape cannot run."""
+
+
+class EngineDied(EngineUnavailable):
+    """503: the engine died while it had this message, which may have been the reason."""
 
 
 class EngineClient(Protocol):
@@ -110,11 +120,12 @@ class EngineClient(Protocol):
     def train(self, job: StartJob) -> AsyncGenerator[JobReply, None]:
         """Run a fine-tuning job: what it has to say, `JobEnded` last. Closing the iterator cancels the job.
 
-        Raises EngineUnavailable when the engine is not there or dies meanwhile; the job can then be started again.
+        Raises EngineUnavailable when the engine is not there, EngineDied when it dies meanwhile; the job can then be
+        started again.
         """
 
     async def plan_memory(self, asked: PlanMemory) -> MemoryPlan:
-        """What a job would need."""
+        """What a job would need. Raises TrainingRefused; EngineUnavailable and EngineDied as `train` does."""
 
     async def stop_job(self, message: StopJob) -> None:
         """Pause or cancel a running job; its `train` goes on to the `JobEnded`."""
@@ -167,8 +178,9 @@ class LocalEngine:
     Args:
         config: what to start it with (`address` is filled in here).
         on_stats: called with every step's `Stats`.
-        stall_seconds: without a word from a loaded engine for this long, it is not ready.
-        give_up_after: deaths in a row (no step served in between) after which it is not restarted.
+        stall_seconds: without a word for this long, a loaded engine stands still: it is killed and started again.
+        give_up_after: deaths in a row (no step served in between) after which it is not restarted. Those that a job was
+            there for do not count: it is never sent to more than two engines that die.
     """
 
     def __init__(
@@ -176,7 +188,7 @@ class LocalEngine:
         config: EngineConfig,
         on_stats: Callable[[Stats], None],
         *,
-        stall_seconds: float = 60.0,
+        stall_seconds: float = 300.0,
         give_up_after: int = 3,
     ) -> None:
         self._config = config
@@ -191,7 +203,7 @@ class LocalEngine:
         self._context = zmq.Context()
         self._now: _Incarnation | None = None
         self._streams: dict[str, asyncio.Queue[Output | EngineUnavailable]] = {}
-        self._calls: dict[str, asyncio.Future[_Answer]] = {}
+        self._calls: dict[str, tuple[_Call, asyncio.Future[_Answer]]] = {}
         self._jobs: dict[str, asyncio.Queue[JobReply | EngineUnavailable]] = {}
         self._merges: dict[str, MergeReport] = {}
         self._supervisor: asyncio.Task[None] | None = None
@@ -210,8 +222,9 @@ class LocalEngine:
 
     @property
     def unready_reason(self) -> str | None:
-        if self._reason is None and time.monotonic() - self._last_word > self._stall_seconds:
-            return f"the engine has not answered for {self._stall_seconds:.0f} s"
+        silence = time.monotonic() - self._last_word
+        if self._reason is None and silence > _QUIET_SECONDS:
+            return f"the engine has not answered for {silence:.0f} s"
         return self._reason
 
     async def generate(self, request: Generate) -> AsyncGenerator[Output, None]:
@@ -292,6 +305,8 @@ class LocalEngine:
 
     async def plan_memory(self, asked: PlanMemory) -> MemoryPlan:
         plan = await self._call(asked)
+        if isinstance(plan, protocol.Done):
+            raise TrainingRefused(plan.error or "", plan.code or "")
         assert isinstance(plan, MemoryPlan)
         return plan
 
@@ -300,7 +315,7 @@ class LocalEngine:
 
     async def _call(self, message: _Call) -> _Answer:
         future: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()
-        self._calls[message.id] = future
+        self._calls[message.id] = message, future
         try:
             await self._send(message)
             return await future
@@ -360,15 +375,17 @@ class LocalEngine:
             if self._told_to_stop():
                 return
             # One that lived long was well: only deaths soon after birth or without a served step add up.
-            self._deaths = 1 if time.monotonic() - born > self._stall_seconds else self._deaths + 1
+            if time.monotonic() - born > _QUIET_SECONDS:
+                self._deaths = 0
+            self._deaths += not self._training
             if not retry or self._deaths >= self._give_up_after:
                 self._reason = reason if not retry else f"the engine died {self._deaths} times in a row: {reason}"
-                self._release_everyone()
+                self._release_everyone(EngineDied)
                 log.error("the engine will not be restarted: %s", self._reason)
                 self.failed_for_good.set()
                 return
             self._reason = f"the engine is being restarted ({reason})"
-            self._release_everyone()
+            self._release_everyone(EngineDied)
             log.warning("%s", self._reason)
 
     async def _live(self, directory: Path) -> tuple[str, bool]:
@@ -387,21 +404,35 @@ class LocalEngine:
         )
         self._now = _Incarnation(process, wire, time.monotonic())
         death = asyncio.create_task(process.wait())
-        ends: set[asyncio.Future[Any]] = {fatal, death}
+        stall = asyncio.create_task(self._stall())
+        ends: set[asyncio.Future[Any]] = {fatal, death, stall}
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            if not death.done():  # it said that it cannot go on
+            if fatal.done():  # it said that it cannot go on
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(asyncio.shield(death), 5)
-            if fatal.done():
                 return fatal.result().message, fatal.result().retry
+            if not death.done():
+                return f"it stood still for {self._stall_seconds:.0f} s (--engine-stall-seconds)", True
             return f"engine process ended with status {process.returncode}", True
         finally:
+            stall.cancel()
             if process.returncode is None:
                 with contextlib.suppress(ProcessLookupError):
                     process.kill()
                 await process.wait()
             wire.close()
+
+    async def _stall(self) -> None:
+        """Return once a loaded engine has said nothing for too long.
+
+        Time counts in which this process could have heard it: when both were stopped, the engine is not to blame.
+        """
+        heard, silence = self._last_word, 0.0
+        while silence < self._stall_seconds:
+            await asyncio.sleep(_WATCH_SECONDS)
+            silence = silence + _WATCH_SECONDS if self._reason is None and heard == self._last_word else 0.0
+            heard = self._last_word
 
     def _hear(self, fatal: asyncio.Future[protocol.Fatal], data: bytes) -> None:
         """Give a message to whom it concerns; that the engine cannot go on, to `fatal`."""
@@ -426,7 +457,7 @@ class LocalEngine:
             case protocol.Done() | MergeReport() | protocol.Inspection() | MemoryPlan():
                 if isinstance(message, MergeReport):
                     self._merges[message.digest] = message
-                future = self._calls.get(message.id)
+                _, future = self._calls.get(message.id, (None, None))
                 if future is not None and not future.done():
                     future.set_result(message)
             case TrainingStep() | Checkpoint() | JobNote() | JobEnded():
@@ -435,15 +466,20 @@ class LocalEngine:
             case protocol.Fatal():
                 fatal.set_result(message)
 
-    def _release_everyone(self) -> None:
+    @property
+    def _training(self) -> bool:
+        """A job is on the engine, or was asked about."""
+        return bool(self._jobs) or any(isinstance(message, PlanMemory) for message, _ in self._calls.values())
+
+    def _release_everyone(self, error: type[EngineUnavailable] = EngineUnavailable) -> None:
         """Tell every waiting request and call that this engine will not answer."""
         for queue in self._streams.values():
-            queue.put_nowait(EngineUnavailable("The engine stopped while this request was running."))
+            queue.put_nowait(error("The engine stopped while this request was running."))
         self._streams.clear()
         for job in self._jobs.values():
-            job.put_nowait(EngineUnavailable("The engine stopped while this job was running."))
+            job.put_nowait(error("The engine stopped while this job was running."))
         self._jobs.clear()
-        for future in self._calls.values():
+        for _, future in self._calls.values():
             if not future.done():
-                future.set_exception(EngineUnavailable("The engine stopped."))
+                future.set_exception(error("The engine stopped."))
         self._calls.clear()

@@ -12,11 +12,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from adapters.disk import sync
+from adapters.disk import is_full, sync
 from adapters.peft_format.config import AdapterError
 from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME
 from adapters.storage.database import Database
-from server.errors import StorageFull
 from server.finetune.files import FileStore
 from server.finetune.jobs import Job, JobFailedError, JobStore
 from server.messages.training import Checkpoint, Metrics
@@ -44,6 +43,7 @@ class CheckpointAdapters:
 
         Raises:
             JobFailedError: its files cannot be stored or served.
+            StorageFull, OSError: the disk is full.
         """
         directory = Path(checkpoint.directory)
         name = None if checkpoint.kind == "state" else f"{job.model_name}:ckpt-step-{checkpoint.metrics.step}"
@@ -54,7 +54,9 @@ class CheckpointAdapters:
             if checkpoint.kind == "final":
                 await self._publish(job, job.model_name, directory)
             await asyncio.to_thread(self._commit, job, checkpoint, name, hashes)
-        except (AdapterError, StorageFull, OSError) as error:
+        except (AdapterError, OSError) as error:
+            if is_full(error):
+                raise
             raise JobFailedError("checkpoint_not_kept", f"A checkpoint could not be kept: {error}") from error
 
     async def _publish(self, job: Job, name: str, directory: Path) -> None:

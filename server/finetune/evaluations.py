@@ -13,19 +13,22 @@ import uuid
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import msgspec
 import numpy as np
 from msgspec.structs import replace
 
+from adapters.disk import StorageFull
 from adapters.storage.database import Database
-from server.client.engine import EngineClient, engine_up
-from server.errors import EngineUnavailable, ModelNotFound
+from server.client.engine import EngineClient, EngineDied, engine_up
+from server.errors import EngineUnavailable, InternalError, ModelNotFound, as_error
 from server.finetune import hyperparameters as recipe
 from server.finetune.dataset import DatasetError, load_dataset
 from server.finetune.files import FileStore, UnknownFileError, new_id
 from server.finetune.jobs import JobError, JobFailedError
+from server.finetune.manager import MAX_DEATHS, SPACE_SECONDS
 from server.finetune.tokenizer import TrainingTokenizer
 from server.messages.dataset import Dataset
 from server.messages.protocol import AdapterRef, Generate, Output, Ready, Sampling
@@ -66,6 +69,7 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     base: Score | None = None
     adapted: Score | None = None
     error: JobError | None = None
+    deaths: int = 0  # of engines that had one of its sequences
 
 
 class UnknownEvaluationError(LookupError):
@@ -139,7 +143,8 @@ class Evaluations:
     async def delete(self, tenant: str, evaluation_id: str) -> None:
         """Forget an evaluation; one that runs is stopped. Raises UnknownEvaluationError."""
         await asyncio.to_thread(self.get, tenant, evaluation_id)
-        await asyncio.to_thread(self._write, "DELETE FROM evaluations WHERE id = ?", (evaluation_id,))
+        delete = partial(self._write, "DELETE FROM evaluations WHERE id = ?", (evaluation_id,), removing=True)
+        await asyncio.to_thread(delete)
         if task := self._tasks.get(evaluation_id):
             task.cancel()
 
@@ -162,24 +167,42 @@ class Evaluations:
         task.add_done_callback(lambda _: self._tasks.pop(evaluation.id, None))
 
     async def _work(self, evaluation: Evaluation) -> None:
-        try:
-            done = await self._evaluate(evaluation)
-        except JobFailedError as fault:
-            done = replace(evaluation, status="failed", error=fault.error)
-        except Exception:
-            log.exception("evaluation %s failed", evaluation.id)
-            done = replace(evaluation, status="failed", error=JobError("server_error", "A fault in the server."))
-        done = replace(done, finished_at=int(time.time()))
+        while True:
+            try:
+                done = await self._evaluate(evaluation)
+            except EngineDied as death:
+                evaluation = done = replace(evaluation, deaths=evaluation.deaths + 1)
+                if done.deaths >= MAX_DEATHS:
+                    done = replace(done, status="failed", error=JobError("engine_died", death.message))
+            except JobFailedError as fault:
+                done = replace(evaluation, status="failed", error=fault.error)
+            except Exception as fault:
+                error = as_error(fault)
+                if isinstance(error, InternalError):
+                    log.exception("evaluation %s failed", evaluation.id)
+                done = replace(evaluation, status="failed", error=JobError(error.code or error.type, error.message))
+            if done.status != "running":
+                done = replace(done, finished_at=int(time.time()))
+            await self._save(done)
+            if done.status != "running":
+                return
+
+    async def _save(self, evaluation: Evaluation) -> None:
+        """Write down how it stands, as soon as the disk has room for it."""
         update = "UPDATE evaluations SET status = ?, record = ? WHERE id = ?"
-        await asyncio.to_thread(self._write, update, (done.status, _encode(done), done.id))
+        while True:
+            with contextlib.suppress(StorageFull):
+                row = (evaluation.status, _encode(evaluation), evaluation.id)
+                return await asyncio.to_thread(self._write, update, row)
+            await asyncio.sleep(SPACE_SECONDS)
 
     def _running(self) -> list[Evaluation]:
         with self._database.reading() as connection:
             rows = connection.execute("SELECT record FROM evaluations WHERE status = 'running'").fetchall()
         return [msgspec.json.decode(row["record"], type=Evaluation) for row in rows]
 
-    def _write(self, statement: str, values: Sequence[str]) -> None:
-        with self._database.transaction() as connection:
+    def _write(self, statement: str, values: Sequence[str], *, removing: bool = False) -> None:
+        with self._database.transaction(removing=removing) as connection:
             connection.execute(statement, values)
 
     # --- the work ----------------------------------------------------------------------------------------------
@@ -222,7 +245,12 @@ class Evaluations:
 
     async def _score(self, examples: Sequence[_Example], adapters: list[AdapterRef], base: Ready) -> Score:
         """One model over all examples."""
-        results = await asyncio.gather(*(self._examine(example, adapters, base) for example in examples))
+        examining = [asyncio.create_task(self._examine(example, adapters, base)) for example in examples]
+        try:
+            results = await asyncio.gather(*examining)
+        finally:
+            for task in examining:
+                task.cancel()
         tokens = sum(len(example.trained) for example in examples)
         loss = sum(loss for loss, _ in results) / tokens
         matches = [match for _, match in results if match is not None]
@@ -250,13 +278,15 @@ class Evaluations:
         return loss, given == expected
 
     async def _generate(self, prompt: list[int], adapters: list[AdapterRef], sampling: Sampling) -> list[Output]:
-        """All outputs of one sequence, begun again should the engine die."""
+        """All outputs of one sequence, once there is an engine. Raises EngineDied."""
         while True:
             await engine_up(self._engine)
             request = Generate(id=f"eval-{uuid.uuid4().hex}", prompt=prompt, sampling=sampling, adapters=adapters)
             try:
                 async with aclosing(self._engine.generate(request)) as stream:
                     outputs = [output async for output in stream]
+            except EngineDied:
+                raise
             except EngineUnavailable:
                 continue
             if outputs[-1].error is not None:

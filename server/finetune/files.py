@@ -118,7 +118,7 @@ class FileStore:
     def delete(self, tenant: str, file_id: str) -> None:
         """Raises UnknownFileError. A reader that has the file open keeps its bytes."""
         stored = self.get(tenant, file_id)
-        with self._database.transaction() as connection:
+        with self._database.transaction(removing=True) as connection:
             connection.execute("DELETE FROM files WHERE id = ?", (file_id,))
         stored.path.unlink(missing_ok=True)
 

@@ -4,6 +4,7 @@ Every change is on disk when the call returns.
 
     validating_files -> queued -> running -> succeeded | failed | cancelled
                      any of these -> (pausing ->) paused -> validating_files | queued
+                                      pausing -> running: resumed before it had stopped
 """
 
 import math
@@ -20,11 +21,12 @@ from server.messages.training import Metrics, StartJob, TrainingStep
 
 Status = Literal["validating_files", "queued", "running", "pausing", "paused", "succeeded", "failed", "cancelled"]
 FINAL: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})
+_GOING_ON: frozenset[Status] = frozenset({"validating_files", "queued", "running"})
 _NEXT: dict[Status, set[Status]] = {
     "validating_files": {"queued", "paused", "failed", "cancelled"},
     "queued": {"running", "paused", "failed", "cancelled"},
-    "running": {"queued", "pausing", "succeeded", "failed", "cancelled"},
-    "pausing": {"paused", "succeeded", "failed", "cancelled"},
+    "running": {"queued", "pausing", "paused", "succeeded", "failed", "cancelled"},
+    "pausing": {"paused", "running", "succeeded", "failed", "cancelled"},
     "paused": {"validating_files", "queued", "cancelled"},
 }
 
@@ -86,6 +88,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     result_files: list[str] = []
     step: int = 0
     total_steps: int = 0
+    deaths: int = 0  # of engines that had it, since its last checkpoint
+    waits_for_space: bool = False  # paused by a full disk
 
     @property
     def model_name(self) -> str:
@@ -174,12 +178,13 @@ class JobStore:
         return dict.fromkeys(get_args(Status), 0) | {row["status"]: row["n"] for row in rows}
 
     def move(self, job: Job, status: Status, message: str | None = None, **changes: Any) -> Job:
-        """Change the status, and further fields with it; `message` becomes an event.
+        """Change the status, and further fields with it; `message` becomes an event. Going on needs space on the disk,
+        stopping does not.
 
         Raises:
             JobStateError: that step is not allowed from the status that the job has *now*.
         """
-        with self._database.transaction():
+        with self._database.transaction(removing=status not in _GOING_ON):
             current = self.get(job.tenant, job.id)
             if status not in _NEXT.get(current.status, ()):
                 raise JobStateError(f"Job {job.id} is {current.status}; it cannot become {status}.")
@@ -297,6 +302,7 @@ class JobStore:
                 "ON CONFLICT (id) DO UPDATE SET served = excluded.served, record = excluded.record",
                 (checkpoint.id, job.id, metrics.step, checkpoint.name is not None, _encode(checkpoint)),
             )
+            self.update(job, deaths=0)
             if checkpoint.name is not None and (known is None or known.name is None):
                 self.add_event(job.id, f"Checkpoint created at step {metrics.step}: {checkpoint.name}")
 

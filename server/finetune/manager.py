@@ -9,6 +9,7 @@ import contextlib
 import logging
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from msgspec.structs import replace
 from adapters.disk import sync
 from adapters.peft_format.directory import CONFIG_NAME, SPEC_NAME, WEIGHTS_NAME
 from adapters.storage.database import Database
-from server.client.engine import EngineClient, engine_up
-from server.errors import EngineUnavailable
+from server.client.engine import EngineClient, EngineDied, TrainingRefused, engine_up
+from server.errors import EngineUnavailable, StorageFull, as_error
+from server.finetune import hyperparameters as recipe
 from server.finetune.checkpoints import CheckpointAdapters
 from server.finetune.files import FileStore
 from server.finetune.jobs import FINAL, Job, JobError, JobFailedError, JobSpec, JobStateError, JobStore, Status
@@ -26,6 +28,7 @@ from server.finetune.metrics import TrainingMetrics
 from server.finetune.preparation import INITIAL, Preparation
 from server.finetune.wandb_runs import WandbRuns
 from server.messages.training import (
+    STORAGE_FULL,
     Checkpoint,
     JobEnded,
     JobNote,
@@ -39,6 +42,12 @@ from server.registry.publish import Publisher
 from server.text.processor import TextProcessor
 
 log = logging.getLogger("lorakeet.finetune")
+
+MAX_DEATHS = 2  # of engines that had a job, without a checkpoint in between: it is not sent to a third
+SPACE_SECONDS = 5.0  # between looks at a disk that was full
+_SPARE_BYTES = 1 << 20  # for rows of the database
+_BYTES_PER_PARAMETER = 24  # fp32: values, two moments, the adapter; and where it is published, its file and its rows
+_FULL = "The disk is full; the job is paused, and goes on when there is space"
 
 
 class JobManager:
@@ -85,11 +94,7 @@ class JobManager:
         for left in {path.name for path in self._directory.iterdir()} - {job.id for job in unfinished}:
             shutil.rmtree(self._directory / left, ignore_errors=True)
         for job in unfinished:
-            if job.status == "pausing":
-                await self._move(job, "paused", "Job paused")
-            elif job.status == "running":
-                self._begin(await self._move(job, "queued", "The server restarted; the job is queued again"))
-            elif job.status != "paused":
+            if job.status != "paused" or job.waits_for_space:
                 self._begin(job)
 
     async def stop(self) -> None:
@@ -121,20 +126,24 @@ class JobManager:
         with self._database.transaction():
             job = self._jobs.create(tenant, spec)
             directory = self._directory / job.id
-            directory.mkdir(parents=True)
-            if initial is not None:  # a copy: the name may be deleted before the job starts
-                (directory / INITIAL).mkdir()
-                for name in (CONFIG_NAME, WEIGHTS_NAME, SPEC_NAME):
-                    shutil.copyfile(initial / name, directory / INITIAL / name)
-                    sync(directory / INITIAL / name)
-                sync(directory / INITIAL)
-            sync(directory)
-            sync(self._directory)
+            try:
+                directory.mkdir(parents=True)
+                if initial is not None:  # a copy: the name may be deleted before the job starts
+                    (directory / INITIAL).mkdir()
+                    for name in (CONFIG_NAME, WEIGHTS_NAME, SPEC_NAME):
+                        shutil.copyfile(initial / name, directory / INITIAL / name)
+                        sync(directory / INITIAL / name)
+                    sync(directory / INITIAL)
+                sync(directory)
+                sync(self._directory)
+            except OSError:
+                shutil.rmtree(directory, ignore_errors=True)
+                raise
         return job
 
     async def cancel(self, job: Job) -> Job:
         """Raises JobStateError when the job is at an end already."""
-        cancelled = await self._move(job, "cancelled", "Fine-tuning job cancelled")
+        cancelled = await self._move(job, "cancelled", "Fine-tuning job cancelled", waits_for_space=False)
         await self._let_go(cancelled, save=False)
         if job.id not in self._training:  # else its task cleans up when the engine has let go
             await self._clean_up(job)
@@ -142,16 +151,29 @@ class JobManager:
 
     async def pause(self, job: Job) -> Job:
         """A waiting job is paused at once, a running one when its step is saved. Raises JobStateError otherwise."""
-        running = (await self._now(job)).status == "running"
+        now = await self._now(job)
+        if now.waits_for_space:
+            await self._end_task(job)
+            return await asyncio.to_thread(self._jobs.update, job, waits_for_space=False)
+        running = now.status == "running"
         moved = await self._move(job, "pausing" if running else "paused", "Job pausing" if running else "Job paused")
-        await self._let_go(moved, save=True)
+        if not await self._let_go(moved, save=True) and running:
+            with contextlib.suppress(JobStateError):  # it got there by itself
+                return await self._move(job, "paused", "Job paused")
         return moved
 
     async def resume(self, job: Job) -> Job:
-        """Raises JobStateError unless the job is paused."""
-        if (await self._now(job)).status == "paused" and (task := self._tasks.get(job.id)):
+        """Raises JobStateError unless the job is paused, or about to be."""
+        if (await self._now(job)).status == "pausing":
+            with contextlib.suppress(JobStateError):  # it has paused in this very moment
+                return await self._move(job, "running", "Job resumed")
+        now = await self._now(job)
+        if now.waits_for_space:
+            await self._end_task(job)
+        elif now.status == "paused" and (task := self._tasks.get(job.id)):
             await asyncio.wait({task})  # it is about to end, after the pause
-        resumed = await self._move(job, "validating_files" if job.start is None else "queued", "Job resumed")
+        status: Status = "validating_files" if now.start is None else "queued"
+        resumed = await self._move(job, status, "Job resumed", waits_for_space=False)
         self._begin(resumed)
         return resumed
 
@@ -166,12 +188,17 @@ class JobManager:
             return None
         return int(time.time() + pace * (job.total_steps - job.step))
 
-    async def _let_go(self, job: Job, *, save: bool) -> None:
-        """Tell whoever works on the job that its status has changed."""
+    async def _let_go(self, job: Job, *, save: bool) -> bool:
+        """Tell whoever works on the job that its status has changed; whether that is the engine."""
         if job.id in self._training:
-            with contextlib.suppress(EngineUnavailable):  # then its task sees the status when it tries again
+            with contextlib.suppress(EngineUnavailable):
                 await self._engine.stop_job(StopJob(job.id, save=save))
-        elif task := self._tasks.get(job.id):
+                return True
+        await self._end_task(job)
+        return False
+
+    async def _end_task(self, job: Job) -> None:
+        if task := self._tasks.get(job.id):
             task.cancel()
             await asyncio.wait({task})
 
@@ -194,13 +221,14 @@ class JobManager:
     async def _work(self, job: Job) -> None:
         """From wherever the job stands to its end, or to a pause."""
         try:
-            if job.start is None:
-                start = await self._preparation.start_message(
-                    job, await engine_up(self._engine), self._directory / job.id, self._ask_memory
-                )
-                job = await self._move(job, "queued", "Files validated, moving job to queued state", start=start)
-            async with self._slots:
-                await self._train(job)
+            while True:
+                try:
+                    await self._advance(job)
+                    break
+                except Exception as fault:
+                    if not isinstance(as_error(fault), StorageFull):
+                        raise
+                job = await self._wait_for_space(job)
         except JobFailedError as fault:
             await self._fail(job, fault.error)
         except JobStateError:  # cancelled or paused in this very moment
@@ -212,18 +240,68 @@ class JobManager:
             if (await self._now(job)).status in FINAL:
                 await self._clean_up(job)
 
+    async def _advance(self, job: Job) -> None:
+        """As far as disk and engine let it."""
+        if job.waits_for_space:
+            job = await self._wait_for_space(job)
+        if job.status == "pausing":  # the server has restarted
+            await self._move(job, "paused", "Job paused")
+            return
+        if job.status == "running":
+            job = await self._move(job, "queued", "The server restarted; the job is queued again")
+        if job.start is None:
+            start = await self._preparation.start_message(
+                job, await engine_up(self._engine), self._directory / job.id, partial(self._ask_memory, job)
+            )
+            job = await self._move(job, "queued", "Files validated, moving job to queued state", start=start)
+        async with self._slots:
+            await self._train(job)
+
+    async def _wait_for_space(self, job: Job) -> Job:
+        """Pause a job that met a full disk until there is space; the job as it goes on from there."""
+        while True:
+            with contextlib.suppress(OSError):  # not even that can be written now
+                now = await self._now(job)
+                if not now.waits_for_space:
+                    # One that was to pause does so without its last steps, and its task ends as if it had been refused.
+                    await self._move(job, "paused", _FULL, waits_for_space=now.status != "pausing")
+                elif shutil.disk_usage(self._directory).free >= self._space_for(now):
+                    status: Status = "validating_files" if now.start is None else "queued"
+                    return await self._move(job, status, "There is space again", waits_for_space=False)
+            await asyncio.sleep(SPACE_SECONDS)
+
+    def _space_for(self, job: Job) -> int:
+        """Bytes that a job needs until its next checkpoint is published, about."""
+        base = self._engine.info
+        if base is None or job.start is None:
+            return _SPARE_BYTES
+        return _SPARE_BYTES + _BYTES_PER_PARAMETER * recipe.parameters(job.start.modules, base.linears)
+
     async def _fail(self, job: Job, error: JobError) -> None:
         with contextlib.suppress(JobStateError):
             await self._move(job, "failed", error.message, error=error)
 
+    async def _died(self, job: Job) -> None:
+        """Remember that an engine died while it had the job. Raises JobFailedError when that was one too many."""
+        deaths = (await self._now(job)).deaths + 1
+        await asyncio.to_thread(self._jobs.update, job, deaths=deaths)
+        if deaths >= MAX_DEATHS:
+            raise JobFailedError("engine_died", f"The engine died {deaths} times while it had this job; see its log.")
+
     async def _now(self, job: Job) -> Job:
         return await asyncio.to_thread(self._jobs.get, job.tenant, job.id)
 
-    async def _ask_memory(self, question: PlanMemory) -> MemoryPlan:
+    async def _ask_memory(self, job: Job, question: PlanMemory) -> MemoryPlan:
         while True:
             await engine_up(self._engine)
-            with contextlib.suppress(EngineUnavailable):
+            try:
                 return await self._engine.plan_memory(question)
+            except TrainingRefused as refusal:
+                raise JobFailedError(refusal.code, str(refusal)) from None
+            except EngineDied:
+                await self._died(job)
+            except EngineUnavailable:
+                continue
 
     # --- while it runs ---------------------------------------------------------------------------------------
 
@@ -232,17 +310,21 @@ class JobManager:
         self._training.add(job.id)
         try:
             job = await self._move(job, "running", "Fine-tuning job started")
-            while job.status == "running":
-                with contextlib.suppress(EngineUnavailable):
-                    await engine_up(self._engine)
-                    await self._run_once(job)
+            while job.status in ("running", "pausing"):
+                if job.status == "pausing":  # the engine went before it could save: the last checkpoint it is
+                    with contextlib.suppress(JobStateError):  # resumed, or cancelled
+                        await self._move(job, "paused", "Job paused")
+                else:
+                    try:
+                        await engine_up(self._engine)
+                        await self._run_once(job)
+                    except EngineUnavailable as gone:
+                        if isinstance(gone, EngineDied):
+                            await self._died(job)
+                        message = "The engine restarts; the job goes on from its last checkpoint"
+                        await asyncio.to_thread(self._jobs.add_event, job.id, message, level="warn")
+                        self._announce()
                 job = await self._now(job)
-                if job.status == "running":
-                    message = "The engine restarts; the job goes on from its last checkpoint"
-                    await asyncio.to_thread(self._jobs.add_event, job.id, message, level="warn")
-                    self._announce()
-            if job.status == "pausing":  # the engine went before it could save: the last checkpoint it is
-                await self._move(job, "paused", "Job paused")
         finally:
             self._training.discard(job.id)
             self._pace.pop(job.id, None)
@@ -274,10 +356,13 @@ class JobManager:
                 await asyncio.to_thread(self._jobs.add_event, job.id, reply.message, level=reply.level)
             case Checkpoint():
                 await self._checkpoints.keep(job, reply)
+            case JobEnded(outcome="failed", code=code) if code == STORAGE_FULL:
+                raise StorageFull(reply.message or _FULL)
             case JobEnded(outcome="failed"):
                 raise JobFailedError(reply.code or "training_failed", reply.message or "Training failed.")
             case JobEnded(outcome="paused"):
-                await self._move(job, "paused", f"Job paused at step {job.step}")
+                with contextlib.suppress(JobStateError):  # resumed meanwhile: it goes on from what was saved
+                    await self._move(job, "paused", f"Job paused at step {job.step}")
         self._announce()
 
     def _take_step(self, job: Job, step: TrainingStep) -> None:

@@ -177,7 +177,9 @@ def _open_services(settings: Settings, model: Path) -> tuple[Services, LocalEngi
     except TokenizerError as error:
         raise ModelError(str(error)) from None
     metrics = Metrics(settings.metrics_adapters, settings.metrics_prefix)
-    engine = LocalEngine(_engine_config(settings, model), metrics.engine_stats)
+    engine = LocalEngine(
+        _engine_config(settings, model), metrics.engine_stats, stall_seconds=settings.engine_stall_seconds
+    )
     services = make_services(
         settings,
         engine,

@@ -273,7 +273,7 @@ class Step(_Message):
 
 
 class Done(_Message):
-    """Answer to `Warm`, `Forget` and `Unmerge`, and to a `Merge` that cannot be."""
+    """Answer to `Warm`, `Forget` and `Unmerge`, and to a `Merge` or a `PlanMemory` that cannot be."""
 
     id: str
     error: str | None = None

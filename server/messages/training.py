@@ -14,6 +14,9 @@ Init = Literal["kaiming", "gaussian"]
 MemoryMode = Literal["recompute", "keep"]
 
 
+STORAGE_FULL = "storage_full"  # the `code` of a `JobEnded` whose checkpoint found no room
+
+
 class _Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
     """Base of what crosses the wire; the struct's name is its tag."""
 
@@ -76,7 +79,7 @@ class StopJob(_Message, frozen=True):
 
 
 class PlanMemory(_Message, frozen=True, kw_only=True):
-    """What would a job of this shape need? Answered by a `MemoryPlan` of the same id."""
+    """What would a job of this shape need? Answered by a `MemoryPlan` of the same id, or `Done` with an error."""
 
     id: str
     modules: dict[str, ModuleShape]

@@ -39,13 +39,17 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def write(directory: Path, snapshot: Snapshot, config: Mapping[str, Any]) -> None:
-    """Write a checkpoint into `directory`, replacing a half-written one. Blocks on the disk."""
+    """Write a checkpoint into `directory`, replacing a half-written one. Blocks on the disk; all or nothing stays."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    adapter_format.write(directory, config, snapshot.adapter)
-    tensors = {"values": snapshot.values, **{f"optimizer.{name}": t for name, t in snapshot.optimizer.items()}}
-    save_file({name: tensor.cpu() for name, tensor in tensors.items()}, directory / STATE_TENSORS)
-    (directory / STATE).write_bytes(msgspec.json.encode(snapshot.state))
+    try:
+        adapter_format.write(directory, config, snapshot.adapter)
+        tensors = {"values": snapshot.values, **{f"optimizer.{name}": t for name, t in snapshot.optimizer.items()}}
+        save_file({name: tensor.cpu() for name, tensor in tensors.items()}, directory / STATE_TENSORS)
+        (directory / STATE).write_bytes(msgspec.json.encode(snapshot.state))
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
 
 
 def read(directory: Path) -> tuple[State, Tensor, dict[str, Tensor]]:

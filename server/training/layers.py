@@ -30,15 +30,21 @@ class LayerCalls:
 
 
 class LayeredModel:
-    """The base's decoder layers and head, callable one by one. The model itself is left as it is after every call."""
+    """The base's decoder layers and head, callable one by one. The model itself is left as it is after every call.
+
+    Raises Untrainable.
+    """
 
     def __init__(self, base: Base) -> None:
         self._model = base.model
         self._decoder = base.decoder
         lists = [module for module in base.decoder.children() if isinstance(module, nn.ModuleList)]
-        self.layers = next(layers for layers in lists if len(layers) == base.num_layers)
+        layers = next((layers for layers in lists if len(layers) == base.num_layers), None)
+        if layers is None:
+            raise Untrainable(f"{type(base.model).__name__} has no list of its {base.num_layers} layers")
+        self.layers = layers
         if any("forward" in layer.__dict__ for layer in self.layers):
-            raise ValueError("a hook has replaced the layers' forward: the base must lie on one device")
+            raise Untrainable("a hook has replaced the layers' forward: the base must lie on one device")
         named = {module: name for name, module in base.model.named_modules()}
         prefixes = [f"{named[layer]}." for layer in self.layers]
         self.layer_of = {  # a LoraLinear's index -> its layer

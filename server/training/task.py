@@ -19,9 +19,19 @@ from msgspec.structs import replace
 from torch import Tensor
 
 from adapters.device.lora import LoraLinear
+from adapters.disk import is_full
 from adapters.peft_format import directory as adapter_format
 from server.messages.dataset import Dataset
-from server.messages.training import Checkpoint, JobEnded, JobNote, JobReply, Metrics, StartJob, TrainingStep
+from server.messages.training import (
+    STORAGE_FULL,
+    Checkpoint,
+    JobEnded,
+    JobNote,
+    JobReply,
+    Metrics,
+    StartJob,
+    TrainingStep,
+)
 from server.training import checkpoint
 from server.training.checkpoint import Snapshot, State
 from server.training.optimizer import AdamW, Update
@@ -304,7 +314,8 @@ class Task:
             return
         (future, reply), self._writing = self._writing, None
         if fault := future.exception():
-            self.fail("checkpoint_not_written", f"A checkpoint could not be written: {fault}")
+            code = STORAGE_FULL if is_full(fault) else "checkpoint_not_written"
+            self.fail(code, f"A checkpoint could not be written: {fault}")
             return
         self.replies.append(reply)
         if self._outcome is not None and not self.must_save:

@@ -8,10 +8,11 @@ The trainer knows how to run one piece and what the next will cost; when it runs
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -19,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adapters import kernels
-from server.messages.protocol import Request
-from server.messages.training import JobEnded, JobReply, MemoryPlan, PlanMemory, StartJob, StopJob
+from server.messages.protocol import Done, Request
+from server.messages.training import JobEnded, JobReply, MemoryPlan, ModuleShape, PlanMemory, StartJob, StopJob
 from server.model.base import Base
 from server.training.layers import LayeredModel, PackedAttention, Untrainable
 from server.training.memory import MemoryModel
@@ -69,20 +70,32 @@ class Trainer:
 
     def __init__(self, base: Base) -> None:
         self._base = base
-        self._model = LayeredModel(base)
         self.tasks: dict[str, Task] = {}
         self.piece: Piece | None = None
         self._group: list[Task] = []  # whose work the current piece is
         self._native = kernels.runs_natively(base.device, base.dtype)
         self._wide = False  # the current pass
-        self._replies: list[JobReply | MemoryPlan] = []
+        self._replies: list[JobReply | MemoryPlan | Done] = []
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
         self._seconds: dict[tuple[str, int], float] = {}  # what pieces of a kind and size have cost lately
         self._pieces = self._work()
-        head = base.model.get_output_embeddings().weight
-        rows = int(min(HEAD_FLOP[base.device.type] / (6 * head.shape[0] * head.shape[1]), HEAD_LOGITS / head.shape[0]))
-        self._head_rows = max(8, rows // 8 * 8)
-        self._memory = MemoryModel(base, self._model, self._head_rows)
+
+    # Made when the first job asks: a base that cannot be trained is served all the same.
+
+    @cached_property
+    def _model(self) -> LayeredModel:
+        return LayeredModel(self._base)
+
+    @cached_property
+    def _head_rows(self) -> int:
+        """Rows of the head computed at once."""
+        out, width = self._base.model.get_output_embeddings().weight.shape
+        rows = int(min(HEAD_FLOP[self._base.device.type] / (6 * out * width), HEAD_LOGITS / out))
+        return max(8, rows // 8 * 8)
+
+    @cached_property
+    def _memory(self) -> MemoryModel:
+        return MemoryModel(self._base, self._model, self._head_rows)
 
     # --- what the engine loop calls (a `GapWorker`) -------------------------------------------------------------
 
@@ -94,23 +107,34 @@ class Trainer:
             case StopJob():
                 self.stop(message)
             case PlanMemory():
-                self._replies.append(self.plan_memory(message))
+                self._replies.append(self._plan(message))
 
     def start(self, message: StartJob) -> None:
         """Begin or go on with a job; a fault is reported as the job's end."""
         try:
+            self._check(message.modules)
             self.tasks[message.id] = Task(message, self._base.linears, self._base.device)
         except Exception as fault:
-            if _is_device_fault(fault):
-                raise
-            log.exception("job %s could not start", message.id)
-            code = "out_of_memory" if _is_out_of_memory(fault) else "start_failed"
-            text = f"The job could not start: {type(fault).__name__}: {fault}"
+            code, text = _reason(fault, "start_failed")
             self._replies.append(JobEnded(id=message.id, outcome="failed", code=code, message=text))
 
     def plan_memory(self, message: PlanMemory) -> MemoryPlan:
-        """What a job would need beside what is in use now."""
+        """What a job would need beside what is in use now. Raises whatever training it would raise."""
+        self._check(message.modules)
         return self._memory.plan(message)
+
+    def _plan(self, message: PlanMemory) -> MemoryPlan | Done:
+        try:
+            return self.plan_memory(message)
+        except Exception as fault:
+            code, text = _reason(fault, "training_failed")
+            return Done(id=message.id, error=text, code=code)
+
+    def _check(self, modules: Mapping[str, ModuleShape]) -> None:
+        """Raises Untrainable unless all of these are linears of the layers, which are run one by one."""
+        inside = {linear.name for linear in self._base.linears if linear.index in self._model.layer_of}
+        if outside := sorted(modules.keys() - inside):
+            raise Untrainable(f"{outside[0]} is no linear of its layers, and only these are trained")
 
     def stop(self, message: StopJob) -> None:
         """Pause or cancel; unknown jobs are ignored."""
@@ -147,8 +171,6 @@ class Trainer:
             if self._base.device.type == "cuda":  # launches return at once: only now the device has done the piece
                 torch.cuda.current_stream(self._base.device).synchronize()
         except Exception as fault:
-            if _is_device_fault(fault):
-                raise
             self._recover(fault)
         seconds = time.monotonic() - began
         if piece is not None:
@@ -158,7 +180,7 @@ class Trainer:
             task.busy_seconds += seconds / len(self._group)
         return seconds
 
-    def take_replies(self) -> list[JobReply | MemoryPlan]:
+    def take_replies(self) -> list[JobReply | MemoryPlan | Done]:
         """Messages about jobs since the last call."""
         for task in list(self.tasks.values()):
             task.poll()
@@ -291,19 +313,15 @@ class Trainer:
 
     def _recover(self, fault: Exception) -> None:
         """End the newest job of those at work; the others begin their step again, which changes no result."""
-        log.error("training failed: %s: %s", type(fault).__name__, fault)
-        *others, blamed = self._group
-        if _is_out_of_memory(fault):
-            blamed.fail(
-                "out_of_memory", "Not enough memory for this job's passes: lower micro_batch_tokens or max_seq_len."
-            )
-        elif isinstance(fault, Untrainable):
-            blamed.fail("not_trainable", f"This base cannot be trained: {fault}.")
-        else:
-            blamed.fail("training_failed", f"Training failed: {type(fault).__name__}")
-        for task in others:
-            task.begin_step()
+        code, text = _reason(fault, "training_failed")
         self._pieces, self.piece = self._work(), None
+        *others, blamed = self._group or list(self.tasks.values())
+        blamed.fail(code, text)
+        for task in others:
+            try:
+                task.begin_step()
+            except Exception as another:
+                task.fail(*_reason(another, "training_failed"))
         if self._base.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -323,6 +341,19 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 def _bucket(piece: Piece) -> tuple[str, int]:
     """Pieces that cost about the same: of one kind, and within a power of two of size."""
     return piece.kind, piece.size.bit_length()
+
+
+def _reason(fault: Exception, code: str) -> tuple[str, str]:
+    """Why a job ends, as a code and in words; `code` for a fault of no known kind. A fault of the device is raised."""
+    if _is_device_fault(fault):
+        raise fault
+    log.error("a fine-tuning job fails", exc_info=fault)
+    if _is_out_of_memory(fault):
+        return "out_of_memory", "Not enough memory for this job's passes: lower micro_batch_tokens or max_seq_len."
+    if isinstance(fault, Untrainable):
+        return "not_trainable", f"This base cannot be trained so: {fault}."
+    text = " ".join(str(fault).split())[:300]
+    return code, f"Training failed: {type(fault).__name__}: {text}"
 
 
 def _is_device_fault(fault: Exception) -> bool:

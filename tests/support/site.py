@@ -12,9 +12,10 @@ from msgspec.structs import replace
 
 from adapters.storage.names import LocalNames
 from adapters.storage.store import AdapterStore
+from server.client.engine import EngineDied, TrainingRefused
 from server.engine.engine import Engine
-from server.errors import EngineUnavailable
 from server.http.app import build_app
+from server.messages.protocol import Done
 from server.messages.training import JobEnded, JobReply, MemoryPlan, PlanMemory, StartJob, StopJob
 from server.services import make_services
 from server.settings import Settings
@@ -58,12 +59,12 @@ class TrainingEngine(IdleEngine):
             while not ended:
                 await asyncio.sleep(0.001)
                 if self._generation != born:
-                    raise EngineUnavailable("killed")
+                    raise EngineDied("killed")
                 if self._trainer.ready and not self.held:
                     self._trainer.run_piece()
                     self.pieces += 1
                 for reply in self._trainer.take_replies():
-                    assert not isinstance(reply, MemoryPlan)
+                    assert not isinstance(reply, MemoryPlan | Done)
                     ended = isinstance(reply, JobEnded)
                     yield reply
         finally:
@@ -71,7 +72,9 @@ class TrainingEngine(IdleEngine):
                 self._trainer.stop(StopJob(job.id, save=False))
 
     async def plan_memory(self, asked: PlanMemory) -> MemoryPlan:
-        plan = self._trainer.plan_memory(asked)
+        plan = self._trainer._plan(asked)
+        if isinstance(plan, Done):
+            raise TrainingRefused(plan.error or "", plan.code or "")
         return plan if self.memory is None else replace(plan, available=self.memory, mode=None)
 
     async def stop_job(self, message: StopJob) -> None:

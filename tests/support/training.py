@@ -9,6 +9,7 @@ import numpy as np
 
 from adapters.peft_format.config import parse_config
 from server.messages.dataset import Dataset
+from server.messages.protocol import Done
 from server.messages.training import (
     Checkpoint,
     JobEnded,
@@ -75,11 +76,11 @@ def job(
     )
 
 
-def run(trainer: Trainer, *starts: StartJob) -> list[JobReply | MemoryPlan]:
+def run(trainer: Trainer, *starts: StartJob) -> list[JobReply | MemoryPlan | Done]:
     """Start jobs and run until none is left; everything they said."""
     for start in starts:
         trainer.start(start)
-    replies: list[JobReply | MemoryPlan] = []
+    replies: list[JobReply | MemoryPlan | Done] = []
     while not trainer.idle:
         if trainer.ready:
             trainer.run_piece()
@@ -95,18 +96,18 @@ def run_until(trainer: Trainer, kind: str) -> None:
             return
 
 
-def losses(replies: Sequence[JobReply | MemoryPlan], id: str = "job") -> list[float]:  # noqa: A002
+def losses(replies: Sequence[JobReply | MemoryPlan | Done], id: str = "job") -> list[float]:  # noqa: A002
     """The training loss of every step."""
     steps = [reply for reply in replies if isinstance(reply, TrainingStep) and reply.id == id]
     return [step.metrics.train_loss for step in steps if step.metrics.train_loss is not None]
 
 
-def ended(replies: Sequence[JobReply | MemoryPlan], id: str = "job") -> JobEnded:  # noqa: A002
+def ended(replies: Sequence[JobReply | MemoryPlan | Done], id: str = "job") -> JobEnded:  # noqa: A002
     (end,) = [reply for reply in replies if isinstance(reply, JobEnded) and reply.id == id]
     return end
 
 
-def final(replies: Sequence[JobReply | MemoryPlan], id: str = "job") -> Path:  # noqa: A002
+def final(replies: Sequence[JobReply | MemoryPlan | Done], id: str = "job") -> Path:  # noqa: A002
     """The directory of the finished adapter."""
     (last,) = [r for r in replies if isinstance(r, Checkpoint) and r.id == id and r.kind == "final"]
     return Path(last.directory)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from server.client.engine import EngineDied
 from server.engine.engine import Engine
-from server.errors import EngineUnavailable
 from server.messages.protocol import Generate, Output
 from server.services import TENANT
 from tests.support import offline as engines
@@ -35,7 +35,7 @@ class ServingEngine(TrainingEngine):
             if self.deaths:
                 self.deaths -= 1
                 self._engine.abort(request.id)
-                raise EngineUnavailable("died")
+                raise EngineDied("died")
             for output in self._outputs[request.id]:
                 yield output
                 if output.finish_reason or output.error:
@@ -127,7 +127,7 @@ async def test_an_engine_that_dies_costs_only_time(site: TuningSite) -> None:
     file = await site.upload(EXAMPLES[:3])
     calm = await evaluate(site, model="tiny", file=file)
     assert isinstance(site.engine, ServingEngine)
-    site.engine.deaths = 3
+    site.engine.deaths = 1
     assert (await evaluate(site, model="tiny", file=file))["results"] == calm["results"]
 
 
