@@ -107,7 +107,7 @@ def build_app(services: Services) -> Starlette:
         resources.append(vllm)
     app = Starlette(
         routes=[route for resource in resources for route in resource.routes],
-        middleware=middleware(services.drain, settings.api_key, settings.allowed_origins),
+        middleware=middleware(services.drain, settings),
         exception_handlers=EXCEPTION_HANDLERS,
         lifespan=lifespan,
     )
