@@ -232,9 +232,9 @@ def _adjust(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int])
 
     for index, row in enumerate(rows):
         if row.sampling.logit_bias:
-            ids, biases = row.sampling.biases
-            where = sent(torch.frombuffer(ids, dtype=torch.int64), logits.device)
-            scores[index].index_add_(0, where, sent(torch.frombuffer(biases, dtype=torch.float32), logits.device))
+            tokens, biases = row.sampling.biases
+            columns = sent(torch.frombuffer(tokens, dtype=torch.int64), logits.device)
+            scores[index].index_add_(0, columns, sent(torch.frombuffer(biases, dtype=torch.float32), logits.device))
 
     repeating = [index for index, row in enumerate(rows) if row.sampling.repetition_penalty != 1.0]
     if repeating:
