@@ -133,6 +133,9 @@ class RequestTooLarge(InvalidRequest):
     status = 413
     default_code = "request_too_large"
 
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message, param=param, headers={"Connection": "close"})  # the rest of it is not read
+
 
 class UnsupportedMediaType(InvalidRequest):
     """415: the body is not of the type that the route reads."""

@@ -240,6 +240,29 @@ class Settings:
     max_body_bytes: int = _setting(
         8 * MIB, "Largest JSON body.", parse=parse_size, minimum=1024, maximum=GIB, shown="8MiB"
     )
+    max_body_items: int = _setting(
+        2**19,
+        "Most elements of lists and entries of objects in one JSON body, all together.",
+        parse=_integer,
+        minimum=1024,
+        maximum=2**32,
+    )
+    max_response_bytes: int = _setting(
+        32 * MIB,
+        "Largest JSON answer of a generation, where log-probabilities add up; a stream has no limit.",
+        parse=parse_size,
+        minimum=1024,
+        maximum=GIB,
+        shown="32MiB",
+    )
+    min_body_rate: int = _setting(
+        4096,
+        "Slowest that a body or an upload may arrive, after ten seconds, in bytes per second; 0 allows any.",
+        parse=parse_size,
+        minimum=0,
+        maximum=GIB,
+        shown="4KiB",
+    )
     max_upload_bytes: int = _setting(
         2 * GIB, "Largest upload of one adapter or file.", parse=parse_size, minimum=1024, maximum=2**50, shown="2GiB"
     )
@@ -451,6 +474,9 @@ class Settings:
         "lorakeet",
         "What metric names begin with, before a colon: vllm where dashboards, alerts or gateways expect vLLM's names.",
         parse=_metrics_prefix,
+    )
+    guard_metrics: bool = _setting(
+        False, "Ask for an API key on /metrics and /ready, too; /health and /version stay open.", parse=parse_bool
     )
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
         "info", "How much is logged.", choices=("debug", "info", "warning", "error")

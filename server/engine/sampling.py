@@ -12,7 +12,7 @@ A GPU is given its work and never waited for: what it made is read later, from c
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
@@ -224,18 +224,17 @@ def _adjust(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int])
         if row.allowed is not None:
             scores[index].masked_fill_(~_unpack(sent(row.allowed, logits.device), logits.shape[1]), -torch.inf)
 
-    early = [
-        (index, token)
-        for index, row in enumerate(rows)
-        if row.position < row.sampling.min_tokens
-        for token in {*row.sampling.stop_token_ids, *(() if row.sampling.ignore_eos else eos_token_ids)}
-    ]
+    early = [index for index, row in enumerate(rows) if row.position < row.sampling.min_tokens]
     if early:
-        scores[_places(early, logits)] = -torch.inf
+        ends = {True: array("q"), False: array("q", eos_token_ids)}
+        stops = [rows[index].sampling.stops[1] + ends[rows[index].sampling.ignore_eos] for index in early]
+        scores[_histories(early, stops, logits)] = -torch.inf
 
-    biases = {(index, token): bias for index, row in enumerate(rows) for token, bias in row.sampling.logit_bias.items()}
-    if biases:
-        scores[_places(biases, logits)] += sent(torch.tensor(list(biases.values())), logits.device)
+    for index, row in enumerate(rows):
+        if row.sampling.logit_bias:
+            tokens, biases = row.sampling.biases
+            columns = sent(torch.frombuffer(tokens, dtype=torch.int64), logits.device)
+            scores[index].index_add_(0, columns, sent(torch.frombuffer(biases, dtype=torch.float32), logits.device))
 
     repeating = [index for index, row in enumerate(rows) if row.sampling.repetition_penalty != 1.0]
     if repeating:
@@ -259,12 +258,6 @@ def _unpack(words: Tensor, vocabulary: int) -> Tensor:
     """Packed int32 bits [words] as booleans [vocabulary]."""
     bits = (words[:, None] >> torch.arange(32, dtype=torch.int32, device=words.device)) & 1
     return bits.flatten()[:vocabulary].bool()
-
-
-def _places(pairs: Iterable[tuple[int, int]], logits: Tensor) -> tuple[Tensor, Tensor]:
-    """(row, token) pairs as an index into the logits."""
-    rows, tokens = zip(*pairs, strict=True)
-    return sent(torch.tensor(rows), logits.device), sent(torch.tensor(tokens), logits.device)
 
 
 def _histories(rows: Sequence[int], tokens: Sequence[Sequence[int]], logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -358,7 +358,7 @@ class Scheduler:
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
         """Why the newest token ends its sequence, if it does."""
         token, sampling = sequence.tokens[-1], sequence.sampling
-        ends = token in sampling.stop_token_ids or (token in self._eos and not sampling.ignore_eos)
+        ends = token in sampling.stops[0] or (token in self._eos and not sampling.ignore_eos)
         if ends and sequence.num_generated >= sampling.min_tokens:
             sequence.stop_token = token
             return "stop"

@@ -7,6 +7,7 @@ until SIGTERM or Ctrl-C, and lets requests in flight finish.
 import asyncio
 import contextlib
 import errno
+import gc
 import json
 import logging
 import os
@@ -104,7 +105,7 @@ def build_app(services: Services) -> Starlette:
         resources.append(vllm)
     app = Starlette(
         routes=[route for resource in resources for route in resource.routes],
-        middleware=middleware(services.drain, settings.api_key, settings.allowed_origins),
+        middleware=middleware(services.drain, settings),
         exception_handlers=EXCEPTION_HANDLERS,
         lifespan=lifespan,
     )
@@ -139,6 +140,7 @@ def _serve_on(sockets: list[socket.socket], settings: Settings) -> None:
         raise SettingError(f"--data-dir: another server is using {settings.data_dir}") from None
     with lock:
         services, engine = _open_services(settings, directory)
+        gc.freeze()  # what is there now stays: collections need not look at it, which holds everybody up
         server = _Server(services, engine)
         server.run(sockets)
         services.text.close()

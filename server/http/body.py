@@ -5,34 +5,44 @@ What it lets through is plain data for a pydantic model; which fields there are 
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 
-from adapters.strict_json import JsonFault, check_characters, parse_json
+from adapters.background import threads
+from adapters.strict_json import JsonFault, check_characters, count_items, parse_json
 from server.errors import InvalidRequest, RequestTooLarge, UnsupportedMediaType, shown
+from server.http.answer import unless_gone
 from server.services import services_of
 
 T = TypeVar("T")
 
 _MAX_DEPTH = 32
-_LARGE = 256 * 1024  # bytes
+_LARGE = 32 * 1024  # bytes; less is read at once
+_reader = threads(1, "body", "normal")  # of large bodies, one after the other
 
 
 async def read_as(request: Request, validate: Callable[[Any], T]) -> T:
     """The body as `validate` makes it of plain data. Large ones are parsed where they do not hold up others.
 
     Raises `RequestTooLarge` beyond `max_body_bytes`, `UnsupportedMediaType` for another content type, `InvalidRequest`
-    for anything that is not one well-formed value (duplicate keys, NaN, half surrogates, too deep), and what
-    `validate` raises.
+    for anything that is not one well-formed value (duplicate keys, NaN, half surrogates, too deep) of `max_body_items`
+    at most, `ClientDisconnect`, and what `validate` raises.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise UnsupportedMediaType("The body must be JSON: send `Content-Type: application/json`.")
-    raw = await _read_bytes(request, services_of(request).settings.max_body_bytes)
+    settings = services_of(request).settings
+    raw = await _read_bytes(request, settings.max_body_bytes)
+    read = partial(_read, raw, settings.max_body_items, validate)
     if len(raw) < _LARGE:
-        return validate(parse_body(raw))
-    return await asyncio.to_thread(lambda: validate(parse_body(raw)))
+        return read()
+    return await unless_gone(request.receive, asyncio.get_running_loop().run_in_executor(_reader, read))
+
+
+def _read(raw: bytes, max_items: int, validate: Callable[[Any], T]) -> T:
+    return validate(parse_body(raw, max_items))
 
 
 async def _read_bytes(request: Request, limit: int) -> bytes:
@@ -48,8 +58,13 @@ async def _read_bytes(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-def parse_body(raw: bytes) -> Any:
+def parse_body(raw: bytes, max_items: int = 2**19) -> Any:
     """One JSON value. Raises `InvalidRequest`."""
+    if count_items(raw, max_items) > max_items:
+        raise InvalidRequest(
+            f"The body has more than {max_items} elements of lists and entries of objects (--max-body-items).",
+            code="too_many_items",
+        )
     try:
         data = parse_json(raw, max_depth=_MAX_DEPTH)
         check_characters(raw, data)

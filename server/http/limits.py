@@ -5,11 +5,13 @@ Refusals made here, before any handler runs, have the API's error shape.
 
 import asyncio
 import json
+from collections.abc import Callable
 from http import HTTPStatus
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 64 * 1024  # request line and headers; also trailers and chunk framing without any body byte
+MAX_UNREAD_BYTES = 64 * 1024  # of a body that nobody reads: it is taken in, so that the connection can go on
 HEAD_SECONDS = 30.0
 LINGER_SECONDS = 1.0  # closing with unread input resets the connection, and the client would not see the answer
 
@@ -52,7 +54,15 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                 f"Headers exceed {MAX_HEAD_BYTES} bytes.",
             )
             raise ValueError("head too large")  # ends the parse; answered by send_400_response
+        if self._transfer_coding() not in (None, b"chunked"):
+            self._reason = (HTTPStatus.BAD_REQUEST, "The only Transfer-Encoding that is read is `chunked`.")
+            raise ValueError("unknown transfer coding")
         super().on_headers_complete()
+        self.cycle.transport = _Ending(self.transport, self._end)  # type: ignore[assignment]  # all that it uses
+
+    def _transfer_coding(self) -> bytes | None:
+        given = [value.strip().lower() for name, value in self.headers if name == b"transfer-encoding"]
+        return b", ".join(given) if given else None
 
     def on_body(self, body: bytes) -> None:
         self._silent_bytes = 0
@@ -61,6 +71,27 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._silent_bytes = 0
         super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.cycle.response_complete and self.cycle.more_body and not self._refused:
+            length = dict(self.headers).get(b"content-length", b"")
+            if not (length.isdigit() and int(length[:20]) <= MAX_UNREAD_BYTES):
+                self._linger()
+
+    def _end(self) -> None:
+        """The answer is out, and no other will follow."""
+        if self.cycle.more_body:
+            self._linger()
+        else:
+            self.transport.close()
+
+    def _linger(self) -> None:
+        """Read nothing more of this client, and close once it can have seen the answer."""
+        self._refused = True
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
     def send_400_response(self, msg: str) -> None:
         """Called by uvicorn when the bytes are not HTTP, or a callback above raised."""
@@ -82,9 +113,9 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def _refuse(self, status: HTTPStatus, message: str) -> None:
         self._stop_timer()
-        self._refused = True
         responding = self.cycle is not None and not self.cycle.response_complete  # type: ignore[redundant-expr]
         if responding or self.transport.is_closing():
+            self._refused = True
             self.transport.close()
             return
         error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
@@ -94,6 +125,13 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             f"content-type: application/json\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
-        self.loop.call_later(LINGER_SECONDS, self.transport.close)
+        self._linger()
+
+
+class _Ending:
+    """A response's transport, whose end is the connection's business."""
+
+    def __init__(self, transport: asyncio.Transport, end: Callable[[], None]) -> None:
+        self.write = transport.write
+        self.is_closing = transport.is_closing
+        self.close = end

@@ -11,7 +11,7 @@ import re
 import time
 import traceback
 import uuid
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -31,10 +31,12 @@ from server.errors import (
     error_response,
 )
 from server.logs import FIELDS, begin_notes
+from server.settings import Settings
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"})  # no key needed, served while draining
+OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"})  # served while draining, mostly without a key
 POLLED_PATHS = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds: logged at debug
-BODY_IDLE_SECONDS = 60.0
+BODY_IDLE_SECONDS = 60.0  # for the next bytes of a body
+BODY_GRACE_SECONDS = 10.0  # by which a body may be behind the least rate
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 _CLIENT_CLOSED_REQUEST = 499  # nginx's code; only ever logged
@@ -46,9 +48,10 @@ log = logging.getLogger(__name__)
 class RequestGate:
     """Gives the request an id, counts it, logs it, refuses it while draining, answers unexpected exceptions."""
 
-    def __init__(self, app: ASGIApp, drain: Drain) -> None:
+    def __init__(self, app: ASGIApp, drain: Drain, min_body_rate: int) -> None:
         self._app = app
         self._drain = drain
+        self._min_body_rate = min_body_rate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -57,7 +60,7 @@ class RequestGate:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
             return
-        exchange = _Exchange(scope, receive, send)
+        exchange = _Exchange(scope, receive, send, self._min_body_rate)
         guarded = scope["path"] not in OPEN_PATHS
         if guarded:
             self._drain.enter()
@@ -81,7 +84,10 @@ class RequestGate:
 class _Exchange:
     """One request and its response on their way through the gate."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, min_body_rate: int) -> None:
+        self._min_body_rate = min_body_rate
+        self._waited = 0.0  # seconds for the body
+        self._received = 0  # bytes of it
         self._scope = scope
         self._receive = receive
         self._send = send
@@ -96,11 +102,18 @@ class _Exchange:
     async def receive(self) -> Message:
         if self._body_complete:  # the next message is the disconnect, which may take as long as it likes
             return await self._receive()
+        patience = BODY_IDLE_SECONDS
+        if self._min_body_rate:
+            due = BODY_GRACE_SECONDS + self._received / self._min_body_rate
+            patience = min(patience, due - self._waited)
+        since = time.monotonic()
         try:
-            async with asyncio.timeout(BODY_IDLE_SECONDS):
+            async with asyncio.timeout(patience):
                 message = await self._receive()
         except TimeoutError:
             raise RequestTimeout() from None
+        self._waited += time.monotonic() - since
+        self._received += len(message.get("body", b""))
         self._body_complete = not message.get("more_body", False)
         return message
 
@@ -154,14 +167,15 @@ class _Exchange:
 
 
 class ApiKeys:
-    """Lets a request through to anything but `OPEN_PATHS` only with a known key. Keys are kept as SHA-256 digests."""
+    """Lets a request through to anything but open paths only with a known key. Keys are kept as SHA-256 digests."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[str], open_paths: Container[str]) -> None:
         self._app = app
+        self._open_paths = open_paths
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._known(Headers(scope=scope)):
+        if scope["type"] == "http" and scope["path"] not in self._open_paths and not self._known(Headers(scope=scope)):
             await error_response(InvalidApiKey())(scope, receive, send)
             return
         await self._app(scope, receive, send)
@@ -177,20 +191,25 @@ class ApiKeys:
         return scheme.lower() == "bearer" and any(matches)
 
 
-def middleware(drain: Drain, api_keys: Sequence[str], allowed_origins: Sequence[str]) -> list[Middleware]:
+def open_paths(settings: Settings) -> frozenset[str]:
+    """Those that need no key."""
+    return OPEN_PATHS - {"/metrics", "/ready"} if settings.guard_metrics else OPEN_PATHS
+
+
+def middleware(drain: Drain, settings: Settings) -> list[Middleware]:
     """Outermost first."""
     stack = []
-    if allowed_origins:
+    if settings.allowed_origins:
         stack.append(
             Middleware(
                 CORSMiddleware,
-                allow_origins=list(allowed_origins),
+                allow_origins=list(settings.allowed_origins),
                 allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["*"],
                 expose_headers=["ETag", "X-Request-Id", "X-Adapter-Digest", "Retry-After"],
             )
         )
-    stack.append(Middleware(RequestGate, drain=drain))
-    if api_keys:
-        stack.append(Middleware(ApiKeys, keys=api_keys))
+    stack.append(Middleware(RequestGate, drain=drain, min_body_rate=settings.min_body_rate))
+    if settings.api_key:
+        stack.append(Middleware(ApiKeys, keys=settings.api_key, open_paths=open_paths(settings)))
     return stack

@@ -10,7 +10,7 @@ from adapters.offline.recipe import Method, Recipe
 from adapters.storage.versions import Version
 from server.children.worker import WorkerTooSlow, run_worker
 from server.errors import InvalidRequest, disk_faults
-from server.openai.body import Body
+from server.openai.body import Body, Items
 from server.services import TENANT, Services
 
 MAX_SOURCES = 16
@@ -30,7 +30,7 @@ class MixBody(Body):
     """What to mix, and how."""
 
     name: str
-    mix: list[Source] = Field(min_length=1, max_length=MAX_SOURCES)
+    mix: Items[Source] = Field(min_length=1, max_length=MAX_SOURCES)
     method: Method = "svd"
     density: float | None = Field(None, gt=0, le=1)
     majority_sign_method: Literal["total", "frequency"] = "total"

@@ -68,6 +68,7 @@ class Choice(TypedDict):
     index: int
     finish_reason: str | None
     stop_reason: str | int | None
+    token_ids: NotRequired[list[int]]  # these and the next with `return_token_ids`
 
 
 class LogprobColumns(TypedDict):
@@ -80,6 +81,7 @@ class LogprobColumns(TypedDict):
 class CompletionChoice(Choice):
     text: str
     logprobs: LogprobColumns | None
+    prompt_token_ids: NotRequired[list[int]]
 
 
 class TokenAlternative(TypedDict):
@@ -139,12 +141,14 @@ class ChatCompletion(Generated):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: UsageObject
+    prompt_token_ids: NotRequired[list[int]]
 
 
 class ChatCompletionChunk(Generated):
     object: Literal["chat.completion.chunk"]
     choices: list[ChatChunkChoice]
     usage: NotRequired[UsageObject | None]
+    prompt_token_ids: NotRequired[list[int]]
 
 
 class Tokens(TypedDict):

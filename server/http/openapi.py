@@ -21,7 +21,7 @@ from server.errors import (
     Unavailable,
     UnsupportedMediaType,
 )
-from server.http.middleware import OPEN_PATHS
+from server.http.middleware import OPEN_PATHS, open_paths
 from server.http.objects import ErrorObject
 from server.http.operations import Operation
 from server.openai.body import Body
@@ -66,8 +66,10 @@ def document(operations: Sequence[Operation], settings: Settings, version: str) 
 def refusals(operation: Operation, settings: Settings) -> dict[int, list[type[LorakeetError]]]:
     """The errors that an operation answers with, by status."""
     found: list[type[LorakeetError]] = []
+    if settings.api_key and operation.path not in open_paths(settings):
+        found.append(InvalidApiKey)
     if operation.path not in OPEN_PATHS:
-        found += [InvalidApiKey, Unavailable] if settings.api_key else [Unavailable]
+        found.append(Unavailable)
     if operation.bodies or operation.form:
         found += [InvalidRequest, RequestTimeout, RequestTooLarge]
     if operation.bodies:
@@ -96,7 +98,7 @@ def _operation(operation: Operation, settings: Settings, known: dict[str, Any]) 
     if content := _request_content(operation, settings, known):
         required = operation.body_required or operation.form is not None
         described["requestBody"] = {"required": required, "content": content}
-    if operation.path in OPEN_PATHS:
+    if operation.path in open_paths(settings):
         described["security"] = []
     return described
 

@@ -5,6 +5,8 @@ Weights never travel: an adapter is named by its digest and the directory that h
 This file knows the shape of the conversation and nothing of either side.
 """
 
+from array import array
+from functools import cached_property
 from typing import Literal
 
 import msgspec
@@ -67,7 +69,7 @@ class AdapterRef(msgspec.Struct, frozen=True):
     weight: float = 1.0
 
 
-class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """How to draw tokens. Validated by the API process; the engine trusts the ranges."""
 
     max_tokens: int = 16
@@ -86,6 +88,19 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None = None  # how many alternatives beside the sampled token; None: no logprobs
     prompt_logprobs: int | None = None  # the same for every prompt token
     speculative_tokens: int = 0  # most tokens drafted ahead in a step; 0: no speculation
+
+    # Made once, for every step needs them and there may be as many as tokens in the vocabulary.
+
+    @cached_property
+    def biases(self) -> "tuple[array[int], array[float]]":
+        """`logit_bias` as ids and their biases."""
+        return array("q", self.logit_bias), array("f", self.logit_bias.values())
+
+    @cached_property
+    def stops(self) -> "tuple[frozenset[int], array[int]]":
+        """`stop_token_ids` to look a token up in, and to go through."""
+        known = frozenset(self.stop_token_ids)
+        return known, array("q", known)
 
 
 # --- API process -> engine ------------------------------------------------------------------------

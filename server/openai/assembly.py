@@ -31,10 +31,11 @@ class Piece:
     finish_reason: Literal["stop", "length"] | None = None
     stop_reason: int | str | None = None  # the stop token or stop string that the client named
     prompt_logprobs: list[TokenLogprob | None] | None = None  # the whole prompt's, on the first piece of its sample 0
+    tokens: Sequence[int] = ()  # its ids, if they were asked for; text that is held back comes later than these
 
     def __bool__(self) -> bool:
         """Whether there is anything to send."""
-        return bool(self.text or self.entries or self.finish_reason or self.prompt_logprobs)
+        return bool(self.text or self.entries or self.finish_reason or self.prompt_logprobs or self.tokens)
 
 
 class Assembler:

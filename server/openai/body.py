@@ -1,11 +1,52 @@
 """A JSON object with known fields: the base of every request body."""
 
-from typing import Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    GetJsonSchemaHandler,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 from pydantic_core import CoreSchema
 
 from server.errors import InvalidRequest
+
+K = TypeVar("K")
+T = TypeVar("T")
+
+
+def _one_by_one(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """Entries validated each by itself: pydantic would look at all of them and collect every fault."""
+    if not isinstance(value, dict):
+        return validate(value)
+    return {name: item for pair in value.items() for name, item in validate(dict([pair])).items()}
+
+
+class _FirstFault(FailFast):
+    """Hashable, as parts of a union must be."""
+
+    __hash__ = object.__hash__
+
+
+# Lists and maps of a body: the first fault ends the validation, for an error names one and there may be a million.
+Items = Annotated[list[T], _FirstFault()]
+Entries = Annotated[dict[K, T], WrapValidator(_one_by_one)]
+
+
+def _metadata(value: dict[str, str]) -> dict[str, str]:
+    if len(value) > 16:
+        raise ValueError("at most 16 pairs are accepted")
+    if any(len(key) > 64 or len(text) > 512 for key, text in value.items()):
+        raise ValueError("a key has at most 64 characters and a value at most 512")
+    return value
+
+
+Metadata = Annotated[Entries[str, str], AfterValidator(_metadata)]
 
 
 class Body(BaseModel):
@@ -23,7 +64,11 @@ class Body(BaseModel):
     def _drop_what_changes_nothing(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        return {k: v for k, v in data.items() if v is not None and not _same_as_one_of(v, cls.no_ops.get(k, ()))}
+        given = {k: v for k, v in data.items() if v is not None and not _same_as_one_of(v, cls.no_ops.get(k, ()))}
+        unknown = next((k for k in given if k not in cls.model_fields), None)
+        if unknown is None:
+            return given
+        return {unknown: given[unknown]} | {k: v for k, v in given.items() if k in cls.model_fields}
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
 from server.errors import InvalidRequest
-from server.openai.body import Body
+from server.openai.body import Body, Items
 from server.text.chat_template import RESERVED
 from server.text.processor import TextProcessor
 
@@ -68,7 +68,7 @@ class Message(Body):
 class Conversation(Body):
     """What makes a prompt of messages; `/tokenize` takes it too."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Items[Message] = Field(min_length=1)
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False  # the template writes them
@@ -83,13 +83,14 @@ class Conversation(Body):
             )
         return self
 
-    async def encode(self, text: TextProcessor) -> list[int]:
-        """The prompt's token ids. Raises `InvalidRequest` when the template refuses."""
+    async def encode(self, text: TextProcessor, max_tokens: int) -> list[int]:
+        """The prompt's token ids. Raises `InvalidRequest` when the template refuses, or it must be too long."""
         prompt = await text.render_chat(
-            [message.for_template() for message in self.messages],
+            await text.in_thread(20 * len(self.messages), lambda: [each.for_template() for each in self.messages]),
             add_generation_prompt=self.add_generation_prompt,
             continue_final_message=self.continue_final_message,
             arguments=self.chat_template_kwargs,
         )
-        (ids,) = await text.encode([prompt], add_special_tokens=self.add_special_tokens)
+        special = self.add_special_tokens
+        (ids,) = await text.encode([prompt], add_special_tokens=special, max_tokens=max_tokens, param="messages")
         return ids

@@ -182,6 +182,8 @@ class Generation:
                     self.usage.accepted_tokens += min(output.accepted_tokens, tokens)
                     if output.prompt_logprobs is not None:
                         piece = replace(piece, prompt_logprobs=output.prompt_logprobs)
+                    if self.body.return_token_ids:
+                        piece = replace(piece, tokens=output.tokens[:tokens])
                     if piece.finish_reason is not None:
                         reason = piece.finish_reason
                         await outputs.aclose()  # on a stop string the engine would go on

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from server.errors import InvalidRequest
 from server.messages.protocol import TokenLogprob
 from server.openai.assembly import Entry
 from server.text.processor import TextProcessor
@@ -10,6 +11,32 @@ from server.text.processor import TextProcessor
 _LOWEST = -9999.0  # JSON has no infinity; vLLM's stand-in
 
 Columns = dict[str, list[Any]]
+
+
+class AnswerSize:
+    """Bytes of an answer's log-probabilities, about, against a limit: what is written at once is held at once.
+
+    Args:
+        limit: `max_response_bytes`.
+        alternatives: of each token, beside itself; None: there are no log-probabilities.
+        each: bytes of one token's number and name.
+    """
+
+    def __init__(self, limit: int, alternatives: int | None, each: int) -> None:
+        self._limit = limit
+        self._per_token = 0 if alternatives is None else 40 + each * (1 + alternatives)
+        self._bytes = 0
+
+    def add(self, tokens: int, text: int = 0) -> None:
+        """So many more tokens, and characters of text. Raises InvalidRequest."""
+        self._bytes += tokens * self._per_token + text
+        if self._bytes > self._limit:
+            raise InvalidRequest(
+                f"The answer has about {self._bytes} bytes or more, of {self._limit} that it may have "
+                "(--max-response-bytes). Ask for less (`n`, `logprobs`, `max_tokens`, `echo`), or for a stream.",
+                param="logprobs" if self._per_token else "echo",
+                code="response_too_large",
+            )
 
 
 def columns(text: TextProcessor, entries: Iterable[Entry], *, start: int = 0) -> Columns:

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from server.errors import InvalidRequest
 from server.messages.protocol import Sampling
-from server.openai.body import Body
+from server.openai.body import Body, Entries, Items, Metadata
 from server.settings import MAX_SPECULATIVE_TOKENS
 
 MAX_ADAPTERS = 8  # of one request
@@ -80,7 +80,6 @@ class GenerationBody(Body):
         "response_format": ({"type": "text"},),
         "tools": ([],),
         "priority": (0,),
-        "return_token_ids": (False,),
         "return_tokens_as_token_ids": (False,),
         "service_tier": ("auto", "default"),
         "documents": ([],),
@@ -89,7 +88,7 @@ class GenerationBody(Body):
     model: str = Field(min_length=1)
     adapter_id: str | None = Field(None, min_length=1)
     adapter_source: Literal["local"] | None = None
-    adapters: list[WeightedAdapter] = Field([], max_length=MAX_ADAPTERS)
+    adapters: Items[WeightedAdapter] = Field([], max_length=MAX_ADAPTERS)
 
     n: int = Field(1, ge=1, le=128)
     min_tokens: int = Field(0, ge=0, le=INT32)
@@ -101,13 +100,14 @@ class GenerationBody(Body):
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     repetition_penalty: float = Field(1.0, gt=0, le=2)
-    logit_bias: Annotated[dict[int, _Bias], _BIASES] = Field({})
+    logit_bias: Annotated[Entries[int, _Bias], _BIASES] = Field({})
 
     stop: Annotated[tuple[str, ...], _STOPS] = ()
-    stop_token_ids: list[Annotated[int, Field(ge=0, le=INT32)]] = Field([])
+    stop_token_ids: Items[Annotated[int, Field(ge=0, le=INT32)]] = Field([])
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    return_token_ids: bool = False  # vLLM's: the prompt's and the answer's
     speculative_tokens: int | None = Field(None, ge=0, le=MAX_SPECULATIVE_TOKENS)  # None: as the server is set
 
     stream: bool = False
@@ -116,7 +116,7 @@ class GenerationBody(Body):
     user: str | None = None  # who asks: a name whose requests are split gives the same version to the same user
     best_of: int | None = Field(None, ge=1, le=128)  # as many as `n`: nothing is left to choose between
 
-    metadata: dict[str, str] | None = None
+    metadata: Metadata | None = None
     store: bool = False
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None

@@ -6,11 +6,11 @@ Only what a body says by itself is checked here; what depends on the base and th
 import importlib.util
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from server.errors import InvalidRequest
 from server.finetune import hyperparameters as recipe
-from server.openai.body import Body
+from server.openai.body import Body, Entries, Items, Metadata
 from server.openai.schema import INT32
 
 Auto = Literal["auto"]
@@ -43,12 +43,12 @@ class LoraBody(Body):
     r: int | None = None
     lora_alpha: float | None = None
     lora_dropout: float | None = Field(default=None, ge=0, lt=1)
-    target_modules: str | list[str] | None = None
+    target_modules: str | Items[str] | None = None
     bias: str | None = None
-    modules_to_save: list[str] | None = None
-    layers_to_transform: int | list[int] | None = None
-    rank_pattern: dict[str, int] | None = None
-    alpha_pattern: dict[str, float] | None = None
+    modules_to_save: Items[str] | None = None
+    layers_to_transform: int | Items[int] | None = None
+    rank_pattern: Entries[str, int] | None = None
+    alpha_pattern: Entries[str, float] | None = None
     use_rslora: bool | None = None
     init: Literal["kaiming", "gaussian"] | None = None
     scale_vector: bool | None = None
@@ -83,7 +83,7 @@ class WandbBody(Body):
     project: str = Field(min_length=1, max_length=128)
     entity: str | None = Field(default=None, min_length=1, max_length=128)
     name: str | None = Field(default=None, min_length=1, max_length=128)
-    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field(default=[], max_length=50)
+    tags: Items[Annotated[str, Field(min_length=1, max_length=64)]] = Field(default=[], max_length=50)
 
 
 class IntegrationBody(Body):
@@ -97,14 +97,6 @@ class IntegrationBody(Body):
         return self
 
 
-def _metadata(value: dict[str, str]) -> dict[str, str]:
-    if len(value) > 16:
-        raise ValueError("at most 16 pairs are accepted")
-    if any(len(key) > 64 or len(text) > 512 for key, text in value.items()):
-        raise ValueError("a key has at most 64 characters and a value at most 512")
-    return value
-
-
 class JobBody(Body):
     """`POST /v1/fine_tuning/jobs`."""
 
@@ -115,10 +107,10 @@ class JobBody(Body):
     validation_file: str | None = Field(default=None, min_length=1)
     suffix: str | None = Field(default=None, pattern=_SUFFIX)
     seed: int | None = Field(default=None, ge=0, le=INT32)
-    metadata: Annotated[dict[str, str], AfterValidator(_metadata)] | None = None
+    metadata: Metadata | None = None
     method: MethodBody | None = None
     hyperparameters: HyperparametersBody | None = None
-    integrations: list[IntegrationBody] | None = Field(default=None, max_length=1)
+    integrations: Items[IntegrationBody] | None = Field(default=None, max_length=1)
     lora: LoraBody | None = None
     training: TrainingBody | None = None
 

@@ -7,7 +7,7 @@ Streaming text back is `server.text.detokenizer`'s matter; requests and limits a
 import asyncio
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from copy import copy
@@ -19,13 +19,14 @@ from typing import Any, TypeVar
 from tokenizers import AddedToken, Tokenizer
 
 from adapters.peft_format.text import AdapterText
-from server.errors import InvalidRequest
+from server.errors import ContextLengthExceeded, InvalidRequest
 from server.text.chat_template import ChatTemplate, TemplateRefusal
 from server.text.sandbox import TemplateRenderer
 
 T = TypeVar("T")
 
 _LONG = 2048  # characters or tokens; from here on work on them leaves the event loop
+_TURN = 2**16  # characters of several texts that are encoded before other requests have their turn
 _ADAPTED = 8  # tokenizers of adapters that are kept: tens of megabytes each
 _PROBE = ({"role": "user", "content": "Say it."}, {"role": "assistant", "content": "Ara ararauna"})
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -55,6 +56,7 @@ class TextProcessor:
 
     Attributes:
         stop_tokens: id -> where it is named; the chat template's end of an assistant's turn is among them.
+        longest_token: bytes of text that one token stands for, at most.
     """
 
     def __init__(
@@ -77,6 +79,9 @@ class TextProcessor:
         added = tokenizer.get_added_tokens_decoder()
         self._added = {id_: token.content for id_, token in added.items()}
         self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
+        characters = self._piece_bytes is _byte_level  # each of which is a byte
+        pieces = tokenizer.get_vocab(with_added_tokens=True)
+        self.longest_token = max((len(p) if characters else len(p.encode()) for p in pieces), default=1)
         self._named_stops = dict(stop_tokens or {})
         self.stop_tokens = self._with_turn_end(_probed(chat_template))
         # One thread: tokenising must not take the engine's cores.
@@ -142,6 +147,7 @@ class TextProcessor:
                 add([AddedToken(token.content, special=token.special, **flags)])
             other._added = self._added | {token.id: token.content for token in text.tokens}
             other.special_ids = self.special_ids | {token.id for token in text.tokens if token.special}
+            other.longest_token = max(self.longest_token, *(len(token.content.encode()) for token in text.tokens))
         if self.renderer is not None:
             other._own_template = text.chat_template
         return other
@@ -177,10 +183,27 @@ class TextProcessor:
 
     # --- text -> tokens
 
-    async def encode(self, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
-        """Token ids of each text; `add_special_tokens` lets the tokenizer add what it puts around one (a BOS, say)."""
-        work = partial(self._encode, texts, add_special_tokens)
-        return await self.in_thread(sum(map(len, texts)) + len(texts), work)
+    async def encode(
+        self, texts: Sequence[str], *, add_special_tokens: bool, max_tokens: int, param: str
+    ) -> list[list[int]]:
+        """Token ids of each text; `add_special_tokens` lets the tokenizer add what it puts around one (a BOS, say).
+
+        Raises `ContextLengthExceeded`, before any work, for a text whose bytes are more than `max_tokens` could stand
+        for. (A tokenizer that drops white space could make fewer of it: by hundreds of kilobytes of that only.)
+        """
+        most = max_tokens * self.longest_token
+        for text in texts:
+            size = len(text) if len(text) > most or 4 * len(text) <= most else len(text.encode())
+            if size > most:
+                raise ContextLengthExceeded(
+                    f"`{param}` has a text of more than {most} bytes, which cannot fit into {max_tokens} tokens.",
+                    param=param,
+                )
+        ids: list[list[int]] = []
+        for turn in _turns(texts):
+            work = partial(self._encode, turn, add_special_tokens)
+            ids += await self.in_thread(sum(map(len, turn)) + len(turn), work)
+        return ids
 
     def offsets(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Where in `text` each token of `encode` starts, in characters."""
@@ -235,7 +258,10 @@ class TextProcessor:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         """The text of whole token ids. Ids that the tokenizer does not know stand for nothing."""
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        if len(ids) < _LONG:
+            text: str = self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        else:  # releases the interpreter's lock, at the price of a thread pool
+            [text] = self.tokenizer.decode_batch([ids], skip_special_tokens=skip_special_tokens)
         return text
 
     @property
@@ -261,6 +287,20 @@ class TextProcessor:
             return content.encode()
         piece = self.tokenizer.id_to_token(id_)
         return b"" if piece is None else self._piece_bytes(piece)
+
+
+def _turns(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Texts a few at a time, so that requests with many of them let others in between."""
+    turn: list[str] = []
+    size = 0
+    for text in texts:
+        turn.append(text)
+        size += len(text)
+        if size >= _TURN:
+            yield turn
+            turn, size = [], 0
+    if turn:
+        yield turn
 
 
 def _probed(template: ChatTemplate | None) -> str:

@@ -3,6 +3,7 @@
 import uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Self
 
@@ -17,7 +18,7 @@ from server.http.operations import OPENING, Operation
 from server.openai.assembly import Piece
 from server.openai.conversation import Conversation
 from server.openai.generation import Generation, Prompt, check_vocabulary, fit_max_tokens
-from server.openai.logprobs import chat_tokens
+from server.openai.logprobs import AnswerSize, chat_tokens
 from server.openai.schema import INT32, GenerationBody
 from server.openai.target import open_target
 from server.services import Services, services_of
@@ -63,7 +64,7 @@ async def _answer(services: Services, body: ChatBody, send: Send) -> None:
     info = services.engine_info
     async with open_target(services, body.model, body.adapter_id, adapters=body.adapters, user=body.user) as target:
         check_vocabulary(target.vocab_size, body)
-        ids = await body.encode(target.text)
+        ids = await body.encode(target.text, info.max_model_len)
         if not ids:
             raise InvalidRequest("The chat template makes an empty prompt of these messages.", param="messages")
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
@@ -89,21 +90,25 @@ class _Writer:
         self._body = body
         self._generation = generation
         self._begun: set[int] = set()  # choices whose role is out
+        limit = generation.services.settings.max_response_bytes
+        self._size = AnswerSize(limit, body.top_logprobs if body.logprobs else None, 65)
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
 
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
         """A chunk per piece, each choice's first with its role; with `include_usage` a last one of usage."""
         async with aclosing(self._generation.pieces()) as pieces:
             async for index, piece in pieces:
+                first = {}
                 if index not in self._begun:
                     self._begun.add(index)
                     delta = {"role": "assistant", "content": piece.text}
+                    first = self._prompt_ids()
                 elif piece:
                     delta = {"content": piece.text} if piece.text else {}
                 else:
                     continue
                 choice = {"index": index, "delta": delta} | self._common(piece, chat_tokens(self._text, piece.entries))
-                yield self._envelope("chat.completion.chunk", [choice]) | self._generation.chunk_usage()
+                yield self._envelope("chat.completion.chunk", [choice]) | first | self._generation.chunk_usage()
         if self._body.include_usage:
             yield self._envelope("chat.completion.chunk", []) | {"usage": self._generation.usage.as_json()}
 
@@ -112,22 +117,32 @@ class _Writer:
         texts: dict[int, str] = {}
         tokens: dict[int, list[dict[str, Any]]] = {}
         choices: dict[int, dict[str, Any]] = {}
+        ids: dict[int, list[int]] = {}
         async with aclosing(self._generation.pieces()) as pieces:
             async for index, piece in pieces:
+                self._size.add(len(piece.entries))
+                ids.setdefault(index, []).extend(piece.tokens)
                 texts[index] = texts.get(index, "") + piece.text
                 tokens.setdefault(index, []).extend(chat_tokens(self._text, piece.entries))
                 if piece.finish_reason is not None:
                     message = {"role": "assistant", "content": texts[index], "refusal": None}
-                    choices[index] = {"index": index, "message": message} | self._common(piece, tokens[index])
+                    choices[index] = {"index": index, "message": message} | self._common(
+                        replace(piece, tokens=ids[index]), tokens[index]
+                    )
         ordered = [choices[index] for index in sorted(choices)]
-        return self._envelope("chat.completion", ordered) | {"usage": self._generation.usage.as_json()}
+        answer = self._envelope("chat.completion", ordered) | self._prompt_ids()
+        return answer | {"usage": self._generation.usage.as_json()}
+
+    def _prompt_ids(self) -> dict[str, list[int]]:
+        [prompt] = self._generation.prompts
+        return {"prompt_token_ids": prompt.ids} if self._body.return_token_ids else {}
 
     def _common(self, piece: Piece, tokens: list[dict[str, Any]]) -> dict[str, Any]:
         return {
             "logprobs": {"content": tokens, "refusal": None} if self._body.logprobs else None,
             "finish_reason": piece.finish_reason,
             "stop_reason": piece.stop_reason,
-        }
+        } | ({"token_ids": list(piece.tokens)} if self._body.return_token_ids else {})
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return self._generation.envelope(self._id, kind, choices)

@@ -62,8 +62,8 @@ async def verify(request: Request, body: VerifyBody = VerifyBody()) -> Response:
     if body.peft:
         _check_oracle(services)
     async with services.registry.open(TENANT, name, param="name") as version:
-        (ids,) = await services.text.encode([body.prompt], add_special_tokens=True)
         limit = services.engine_info.max_model_len
+        (ids,) = await services.text.encode([body.prompt], add_special_tokens=True, max_tokens=limit, param="prompt")
         if not 1 < len(ids) <= limit:
             raise ContextLengthExceeded(f"`prompt` has {len(ids)} tokens; 2 to {limit} can be scored.", param="prompt")
         tickets = services.admission.enter([len(ids)] * 2)

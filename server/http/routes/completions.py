@@ -18,7 +18,7 @@ from server.http.operations import OPENING, Operation
 from server.messages.protocol import Ready
 from server.openai.assembly import Piece
 from server.openai.generation import Generation, Prompt, check_vocabulary, fit_max_tokens
-from server.openai.logprobs import Columns, columns, extend, prompt_columns
+from server.openai.logprobs import AnswerSize, Columns, columns, extend, prompt_columns
 from server.openai.schema import INT32, GenerationBody
 from server.openai.target import Target, open_target
 from server.services import Services, services_of
@@ -84,7 +84,8 @@ async def _answer(services: Services, body: CompletionBody, send: Send) -> None:
         sampling = body.sampling(
             services.sampling_defaults, logprobs=body.logprobs, prompt_logprobs=body.logprobs if body.echo else None
         )
-        writer = _Writer(target.text, body, Generation(services, body, target, prompts, sampling), echoes)
+        generation = Generation(services, body, target, prompts, sampling)
+        writer = _Writer(target.text, body, generation, echoes, services.settings.max_response_bytes)
         headers = {"X-Adapter-Digest": target.digest}
         if body.stream:
             async with aclosing(writer.chunks()) as chunks:
@@ -95,7 +96,9 @@ async def _answer(services: Services, body: CompletionBody, send: Send) -> None:
 
 async def _prompts_of(info: Ready, target: Target, body: CompletionBody) -> list[Prompt]:
     texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]  # all of them or none
-    encoded = await target.text.encode(texts, add_special_tokens=body.add_special_tokens)
+    encoded = await target.text.encode(
+        texts, add_special_tokens=body.add_special_tokens, max_tokens=info.max_model_len, param="prompt"
+    )
     prompts = []
     for given, ids in zip(body.prompt, encoded or body.prompt, strict=True):
         assert not isinstance(ids, str)
@@ -145,12 +148,21 @@ def _echo(text: TextProcessor, body: CompletionBody, prompt: Prompt) -> _Echo:
 class _Writer:
     """Writes a generation's pieces down as a completion."""
 
-    def __init__(self, text: TextProcessor, body: CompletionBody, generation: Generation, echoes: list[_Echo]) -> None:
+    def __init__(
+        self, text: TextProcessor, body: CompletionBody, generation: Generation, echoes: list[_Echo], max_bytes: int
+    ) -> None:
         self._text = text
         self._body = body
         self._generation = generation
         self._echoes = echoes
         self._prompt_columns: dict[int, Columns] = {}  # of each prompt, once its first sample has them
+        size = partial(AnswerSize, max_bytes, body.logprobs, 25)
+        self._size = size()
+        for prompt, echo in zip(generation.prompts, echoes, strict=bool(echoes)):
+            if body.stream:
+                size().add(len(prompt.ids), len(echo.text))  # an event has all of a prompt
+            else:
+                self._size.add(len(prompt.ids) * body.n, len(echo.text) * body.n)
         self._begun: set[int] = set()  # choices whose echo is out
         self._id = f"cmpl-{uuid.uuid4().hex}"
 
@@ -158,6 +170,7 @@ class _Writer:
         """A chunk per piece; with `include_usage` a last one of usage."""
         async with aclosing(self._generation.pieces()) as pieces:
             async for index, piece in pieces:
+                await self._take_prompt(index, piece)
                 if choice := self._choice(index, piece):
                     yield self._envelope([choice]) | self._generation.chunk_usage()
         if self._body.include_usage:
@@ -168,6 +181,8 @@ class _Writer:
         choices: dict[int, dict[str, Any]] = {}
         async with aclosing(self._generation.pieces()) as pieces:
             async for index, piece in pieces:
+                self._size.add(len(piece.entries))
+                await self._take_prompt(index, piece)
                 more = self._choice(index, piece)
                 if more is None:
                     continue
@@ -176,9 +191,19 @@ class _Writer:
                     made["text"] += more["text"]
                     if made["logprobs"] is not None:
                         extend(made["logprobs"], more["logprobs"])
+                    if self._body.return_token_ids:
+                        made["token_ids"] += more["token_ids"]
                     made |= {key: more[key] for key in ("finish_reason", "stop_reason")}
         ordered = [choices[index] for index in sorted(choices)]
         return self._envelope(ordered) | {"usage": self._generation.usage.as_json()}
+
+    async def _take_prompt(self, index: int, piece: Piece) -> None:
+        """Write the log-probabilities of a prompt down, once for all of its samples."""
+        if piece.prompt_logprobs is not None:
+            prompt = index // self._body.n
+            ids, offsets = self._generation.prompts[prompt].ids, self._echoes[prompt].offsets
+            work = partial(prompt_columns, self._text, ids, offsets, piece.prompt_logprobs)
+            self._prompt_columns[prompt] = await self._text.in_thread(100 * len(ids), work)
 
     def _choice(self, index: int, piece: Piece) -> dict[str, Any] | None:
         """What a piece adds to its choice; None when nothing is to be sent yet."""
@@ -186,26 +211,27 @@ class _Writer:
         echo = self._echoes[prompt] if self._echoes else None
         with_logprobs = self._body.logprobs is not None
         text = piece.text
+        begins = index not in self._begun
         logprobs = columns(self._text, piece.entries, start=len(echo.text) if echo else 0) if with_logprobs else None
-        if echo is not None and index not in self._begun:
-            self._begun.add(index)
+        if echo is not None and begins:
             text = echo.text + text
             if logprobs is not None:
-                if piece.prompt_logprobs is not None:
-                    ids = self._generation.prompts[prompt].ids
-                    made = prompt_columns(self._text, ids, echo.offsets, piece.prompt_logprobs)
-                    self._prompt_columns[prompt] = made
                 before = self._prompt_columns[prompt]
                 logprobs = {name: before[name] + column for name, column in logprobs.items()}
         elif not piece:
             return None
-        return {
+        self._begun.add(index)
+        choice = {
             "index": index,
             "text": text,
             "logprobs": logprobs,
             "finish_reason": piece.finish_reason,
             "stop_reason": piece.stop_reason,
         }
+        if self._body.return_token_ids:
+            ids = self._generation.prompts[prompt].ids
+            choice |= {"token_ids": list(piece.tokens)} | ({"prompt_token_ids": ids} if begins else {})
+        return choice
 
     def _envelope(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return self._generation.envelope(self._id, "text_completion", choices)

@@ -38,7 +38,7 @@ from server.http.paging import Query
 from server.http.receipts import resident
 from server.messages.protocol import LOAD_FAILED
 from server.model_source import resolve
-from server.openai.body import Body
+from server.openai.body import Body, Items
 from server.openai.target import reference
 from server.services import TENANT, Services, services_of
 
@@ -67,7 +67,7 @@ class MergeBody(Body):
 
     to: Literal["checkpoint", "resident"] = Field(...)
     dtype: MergedDtype | None = None
-    prompts: list[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1, max_length=MAX_PROMPTS)
+    prompts: Items[Annotated[str, Field(min_length=1)]] | None = Field(None, min_length=1, max_length=MAX_PROMPTS)
 
     @model_validator(mode="after")
     def _check_kind(self) -> Self:
@@ -100,7 +100,7 @@ async def _resident(services: Services, version: Version, dtype: MergedDtype, te
     replaced = Conflict(f"No name means {version.digest}; merge what requests get.", param="name")
     if not services.store.answers(version.digest):
         raise replaced
-    prompts = await services.text.encode(texts, add_special_tokens=True)
+    prompts = await services.text.encode(texts, add_special_tokens=True, max_tokens=MAX_PROMPT_TOKENS, param="prompts")
     for i, ids in enumerate(prompts):
         if not 0 < len(ids) <= MAX_PROMPT_TOKENS:
             message = f"`prompts.{i}` has {len(ids)} tokens; 1 to {MAX_PROMPT_TOKENS} are taken."

@@ -9,14 +9,16 @@ from typing import Annotated
 from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.types import Send
 
 from server.errors import InvalidRequest
+from server.http.answer import Answer, send_json
 from server.http.objects import Detokenized, TokenizerInfo, Tokens
 from server.http.operations import OPENING, Operation
-from server.openai.body import Body
+from server.openai.body import Body, Items
 from server.openai.conversation import Conversation
 from server.openai.target import open_target
-from server.services import services_of
+from server.services import Services, services_of
 
 
 class TokenizePromptBody(Body):
@@ -39,39 +41,43 @@ class DetokenizeBody(Body):
     """Token ids."""
 
     model: str | None = Field(None, min_length=1)
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: Items[Annotated[int, Field(ge=0)]]
 
 
-async def tokenize(request: Request, body: TokenizeChatBody | TokenizePromptBody) -> Response:
+async def tokenize(request: Request, body: TokenizeChatBody | TokenizePromptBody) -> Answer:
     """Token ids of a text or a conversation."""
-    services = services_of(request)
+    return Answer(partial(_tokenize, services_of(request), body))
+
+
+async def _tokenize(services: Services, body: TokenizeChatBody | TokenizePromptBody, send: Send) -> None:
+    longest = services.engine_info.max_model_len
     async with open_target(services, body.model or services.settings.base_name) as target:
         text = target.text
     if isinstance(body, TokenizeChatBody):
-        ids = await body.encode(text)
+        ids = await body.encode(text, longest)
     else:
-        (ids,) = await text.encode([body.prompt], add_special_tokens=body.add_special_tokens)
-    return JSONResponse(
-        {
-            "count": len(ids),
-            "max_model_len": services.engine_info.max_model_len,
-            "tokens": ids,
-            "token_strs": [text.token(id_).text for id_ in ids] if body.return_token_strs else None,
-        }
-    )
+        special = body.add_special_tokens
+        (ids,) = await text.encode([body.prompt], add_special_tokens=special, max_tokens=longest, param="prompt")
+    texts = None
+    if body.return_token_strs:
+        texts = await text.in_thread(10 * len(ids), lambda: [text.token(id_).text for id_ in ids])
+    await send_json(send, {"count": len(ids), "max_model_len": longest, "tokens": ids, "token_strs": texts}, {})
 
 
-async def detokenize(request: Request, body: DetokenizeBody) -> Response:
+async def detokenize(request: Request, body: DetokenizeBody) -> Answer:
     """The text of token ids."""
-    services = services_of(request)
+    return Answer(partial(_detokenize, services_of(request), body))
+
+
+async def _detokenize(services: Services, body: DetokenizeBody, send: Send) -> None:
     async with open_target(services, body.model or services.settings.base_name) as target:
         text, vocabulary = target.text, target.vocab_size
-    for i, id_ in enumerate(body.tokens):
-        if id_ >= vocabulary:
-            message = f"`tokens`: {id_} is outside the vocabulary of {vocabulary}."
-            raise InvalidRequest(message, param=f"tokens.{i}")
+    if max(body.tokens, default=0) >= vocabulary:
+        i, id_ = next((i, id_) for i, id_ in enumerate(body.tokens) if id_ >= vocabulary)
+        message = f"`tokens`: {id_} is outside the vocabulary of {vocabulary}."
+        raise InvalidRequest(message, param=f"tokens.{i}")
     decode = partial(text.decode, body.tokens, skip_special_tokens=False)
-    return JSONResponse({"prompt": await text.in_thread(len(body.tokens), decode)})
+    await send_json(send, {"prompt": await text.in_thread(len(body.tokens), decode)}, {})
 
 
 async def tokenizer_info(request: Request) -> Response:

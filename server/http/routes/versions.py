@@ -17,7 +17,7 @@ from server.errors import Conflict, InvalidRequest, NotFound, PreconditionFailed
 from server.http.objects import Versions
 from server.http.operations import Operation
 from server.http.receipts import receipt, unknown_adapter
-from server.openai.body import Body
+from server.openai.body import Body, Entries
 from server.services import TENANT, services_of
 
 
@@ -25,7 +25,7 @@ class PromoteBody(Body):
     """Either one version, or shares of several."""
 
     digest: str | None = Field(None, min_length=1)
-    split: dict[str, float] | None = None
+    split: Entries[str, float] | None = None
 
     @model_validator(mode="after")
     def _check_choice(self) -> "PromoteBody":

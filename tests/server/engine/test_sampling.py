@@ -2,6 +2,7 @@
 
 import math
 import random
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -243,6 +244,20 @@ def test_stop_tokens_are_impossible_before_min_tokens() -> None:
     for tokens, expected in [(early, 2), (late, 0)]:
         assert one(logits, row(tokens, temperature=0.0, min_tokens=2, stop_token_ids=[1])) == expected
     assert one(logits, row(early, temperature=0.0, min_tokens=2, ignore_eos=True)) == EOS
+
+
+@pytest.mark.parametrize(
+    "every", [{"logit_bias": dict.fromkeys(range(20_000), 1.0)}, {"stop_token_ids": [*range(20_000)], "min_tokens": 9}]
+)
+def test_fields_that_name_the_whole_vocabulary_cost_a_step_little(every: dict[str, Any]) -> None:
+    logits = torch.randn(32, 20_001)
+    rows = [row(**every, temperature=0.0)] * 32
+    sample(logits, rows)  # what is made once is made
+    before = time.thread_time()
+    draws = sample(logits, rows)
+    assert time.thread_time() - before < 0.4
+    if "min_tokens" in every:
+        assert {draw.token for draw in draws} == {20_000}
 
 
 def test_penalties_do_not_see_what_they_should_not() -> None:

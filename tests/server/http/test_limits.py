@@ -23,9 +23,13 @@ async def echo(request: Request) -> Response:
         return Response()
 
 
+async def refuse(request: Request) -> Response:
+    return PlainTextResponse("too large", 413, headers={"Connection": "close"})
+
+
 @pytest.fixture
 async def port() -> AsyncIterator[int]:
-    app = Starlette(routes=[Route("/", echo, methods=["GET", "POST"])])
+    app = Starlette(routes=[Route("/", echo, methods=["GET", "POST"]), Route("/refuse", refuse, methods=["POST"])])
     config = uvicorn.Config(app, port=0, http=LimitedHttpProtocol, ws="none", log_level="error", lifespan="off")
     server = uvicorn.Server(config)
     task = asyncio.create_task(server._serve())
@@ -93,6 +97,48 @@ async def test_what_is_not_http_gets_the_error_shape(port: int) -> None:
     status, body = await answer(port, b"\x16\x03\x01hello\r\n\r\n")
     assert status == 400
     assert is_error(body)
+
+
+@pytest.mark.parametrize(
+    "coding", [b"xchunked", b"gzip", b"chunked, identity", b"identity\r\nTransfer-Encoding: chunked"]
+)
+async def test_an_unknown_transfer_coding_is_refused(port: int, coding: bytes) -> None:
+    status, body = await answer(
+        port, b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: " + coding + b"\r\n\r\n1\r\nx\r\n0\r\n\r\n"
+    )
+    assert status == 400
+    assert is_error(body)
+
+
+@pytest.mark.parametrize("path", [b"/refuse", b"/nowhere"])
+async def test_a_body_that_was_refused_is_not_read_on(port: int, path: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_limits, "LINGER_SECONDS", 0.3)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = b"POST " + path + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n"
+    writer.write(head + b"x" * 100_000)
+    answered = await asyncio.wait_for(reader.read(), 3)  # to its end: the server sends nothing more
+    assert answered.startswith((b"HTTP/1.1 413", b"HTTP/1.1 404"))
+    assert answered.partition(b"\r\n\r\n")[2]
+    sent = 0
+    with contextlib.suppress(ConnectionError):  # and, a little later, reads nothing more
+        async with asyncio.timeout(5):
+            while sent < 500_000_000:
+                writer.write(b"x" * 1_000_000)
+                sent += 1_000_000
+                await writer.drain()
+                await asyncio.sleep(0.01)
+    assert sent < 100_000_000
+    writer.close()
+
+
+async def test_small_bodies_that_nobody_reads_leave_the_connection_open(port: int) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for _ in range(2):
+        writer.write(b"POST /nowhere HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n")
+        assert (await asyncio.wait_for(reader.readuntil(b"Not Found"), 10)).startswith(b"HTTP/1.1 404")
+        assert b"Not Found" in await asyncio.wait_for(reader.readuntil(b"\r\n\r\nNot Found"), 10)
+        writer.write(b"x" * 1000)
+    writer.close()
 
 
 async def test_a_slow_head_is_refused(port: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from server.errors import EXCEPTION_HANDLERS
 from server.http import middleware as middleware_module
 from server.http.middleware import middleware
 from server.logs import JsonFormatter
+from server.settings import Settings
 
 KEY = "sk-secret"
 
@@ -30,10 +31,12 @@ async def fail(request: Request) -> Response:
     raise RuntimeError("the prompt was: hunter2")
 
 
-def client(drain: Drain | None = None, keys: Sequence[str] = (), origins: Sequence[str] = ()) -> httpx.AsyncClient:
+def client(
+    drain: Drain | None = None, keys: Sequence[str] = (), origins: Sequence[str] = (), **settings: Any
+) -> httpx.AsyncClient:
     paths = ["/v1/echo", "/health", "/ready", "/metrics", "/version"]
     routes = [Route(path, echo, methods=["GET", "POST"]) for path in paths] + [Route("/v1/fail", fail)]
-    stack = middleware(drain or Drain(), keys, origins)
+    stack = middleware(drain or Drain(), Settings(api_key=tuple(keys), allowed_origins=tuple(origins), **settings))
     app = Starlette(routes=routes, middleware=stack, exception_handlers=EXCEPTION_HANDLERS)
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
 
@@ -102,8 +105,15 @@ async def test_probes_and_metrics_need_no_key() -> None:
         assert (await client(keys=[KEY]).get(path)).status_code == 200
 
 
+async def test_metrics_and_readiness_may_ask_for_the_key() -> None:
+    guarded = client(keys=[KEY], guard_metrics=True)
+    for path, status in (("/health", 200), ("/version", 200), ("/ready", 401), ("/metrics", 401)):
+        assert (await guarded.get(path)).status_code == status, path
+        assert (await guarded.get(path, headers={"Authorization": f"Bearer {KEY}"})).status_code == 200
+
+
 async def test_keys_are_not_kept_as_they_are() -> None:
-    guard = middleware_module.ApiKeys(PlainTextResponse(), [KEY])
+    guard = middleware_module.ApiKeys(PlainTextResponse(), [KEY], ())
     assert KEY not in repr(vars(guard))
 
 
@@ -149,6 +159,19 @@ async def test_a_body_that_stops_coming_is_refused(monkeypatch: pytest.MonkeyPat
     response = await client().post("/v1/echo", content=body())
     assert response.status_code == 408
     assert error(response)["code"] == "request_timeout"
+
+
+async def test_a_body_that_only_drips_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware_module, "BODY_GRACE_SECONDS", 0.1)
+
+    async def body() -> Any:
+        for _ in range(200):
+            yield b"a"
+            await asyncio.sleep(0.01)
+
+    assert (await client().post("/v1/echo", content=body())).status_code == 408
+    assert (await client(min_body_rate=50).post("/v1/echo", content=body())).status_code == 200
+    assert (await client(min_body_rate=0).post("/v1/echo", content=body())).status_code == 200
 
 
 async def test_cors_is_off_unless_an_origin_is_allowed() -> None:

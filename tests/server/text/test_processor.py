@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +52,17 @@ async def _render(
 
 async def test_short_and_long_texts_tokenise_alike(text: TextProcessor) -> None:
     sample = "Wörter mit Ümläuten, 漢字, emoji 🦜 and <|im_start|> specials.\n"
-    once, again = await text.encode([sample, sample], add_special_tokens=False)
+    encode = partial(text.encode, add_special_tokens=False, max_tokens=4096, param="prompt")
+    once, again = await encode([sample, sample])
     assert once == again == _tokenizer().encode(sample, add_special_tokens=False)
-    assert await text.encode([sample * 200], add_special_tokens=False) == [_tokenizer().encode(sample * 200)]
+    assert await encode([sample * 200]) == [_tokenizer().encode(sample * 200)]
     assert text.decode(once, skip_special_tokens=False) == sample
 
 
 async def test_offsets_point_into_the_text(text: TextProcessor) -> None:
     sample = "The quick 漢字 fox"
     offsets = text.offsets(sample, add_special_tokens=False)
-    (ids,) = await text.encode([sample], add_special_tokens=False)
+    (ids,) = await text.encode([sample], add_special_tokens=False, max_tokens=99, param="prompt")
     assert len(offsets) == len(ids)
     assert offsets == sorted(offsets)
     assert sample[offsets[1] :].startswith(text.token(ids[1]).text)

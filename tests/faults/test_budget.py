@@ -1,0 +1,40 @@
+"""No body, however bad, costs more than a little: time in proportion to its size, and nobody waits for it."""
+
+import gc
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from server.http.operations import Operation
+from tests.support.abuse import ADAPTER, ask, cases
+from tests.support.scripted import Served, serving
+
+SIZE = 48 * 1024  # `make abuse` takes the largest that are accepted
+
+
+@pytest.fixture
+async def served(tmp_path: Path) -> AsyncIterator[Served]:
+    async with serving(tmp_path, lora_dir=tmp_path) as served:
+        await served.add_adapter(tmp_path, ADAPTER)
+        yield served
+
+
+async def test_every_body_of_every_operation_keeps_the_budget(served: Served) -> None:
+    operations = [route for route in served.app.routes if isinstance(route, Operation)]
+    assert len(operations) == len(served.app.routes)
+    gc.freeze()  # as the server does: what a collection costs is not the body's
+    tried, slow = 0, []
+    for case in cases(operations):
+        method, path = case.operation.method, case.path
+        whole = await ask(served.app, method, path, case.body(SIZE))
+        assert 200 <= whole.status < 500, (case, whole)
+        assert whole.answer < 20 * SIZE, (case, whole)
+        if whole.seconds > 0.1:
+            half = await ask(served.app, method, path, case.body(SIZE // 2))
+            whole = await ask(served.app, method, path, case.body(SIZE))
+            if whole.gap > 0.25 or whole.seconds > 3 * half.seconds + 0.02:
+                slow.append((str(case), half, whole))
+        tried += 1
+    assert not slow
+    assert tried > 1000
