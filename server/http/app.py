@@ -84,6 +84,8 @@ def build_app(services: Services) -> Starlette:
             await services.tuning.stop()
             await services.engine.stop(grace=0.0)
             await services.registry.publisher.close()
+            if services.text.renderer is not None:
+                await services.text.renderer.close()
 
     settings = services.settings
     # An adapter's name may have slashes: routes with a suffix after the name come before the bare name.
@@ -182,7 +184,7 @@ def _make_services(settings: Settings, model: Path) -> tuple[Services, LocalEngi
     metrics = Metrics(settings.metrics_adapters, settings.metrics_prefix)
     engine = LocalEngine(_engine_config(settings, model), metrics.engine_stats)
     store = open_store(settings, PinLimit(settings, engine))
-    checker = Checker(settings.background_priority)
+    checker = Checker(settings.background_priority, settings.adapter_check_bytes, settings.adapter_check_seconds)
     registry = Registry.make(settings, engine, store, metrics, Outline.read(model), text, checker)
     services = Services(
         settings=settings,

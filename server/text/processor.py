@@ -106,10 +106,8 @@ class TextProcessor:
         return cls(tokenizer, template, special_tokens, renderer, stop_tokens)
 
     def close(self) -> None:
-        """Stop the tokenising thread, and what renders adapters' templates."""
+        """Stop the tokenising thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
-        if self.renderer is not None:
-            self.renderer.close()
 
     @property
     def special_tokens(self) -> Mapping[str, str]:
@@ -136,10 +134,9 @@ class TextProcessor:
         other = copy(self)
         if text.tokens:
             other.tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
-            for token in text.tokens:
-                add = other.tokenizer.add_special_tokens if token.special else other.tokenizer.add_tokens
-                flags = {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word", "normalized")}
-                add([AddedToken(token.content, special=token.special, **flags)])
+            # All at once: each call goes through the tokens that there are.
+            fields = [{name: value for name, value in vars(token).items() if name != "id"} for token in text.tokens]
+            other.tokenizer.add_tokens([AddedToken(**each) for each in fields])
             other._added = self._added | {token.id: token.content for token in text.tokens}
             other.special_ids = self.special_ids | {token.id for token in text.tokens if token.special}
         if self.renderer is not None:
