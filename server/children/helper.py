@@ -105,7 +105,10 @@ class Helper:
         except TimeoutError:
             raise HelperLimit(f"takes more than {seconds:g} s") from None
         except _DIED:
-            log.error("%s ended with %s", " ".join(self._command[1:]), await self._end())
+            status = await self._end()
+            log.error("%s ended with status %s", " ".join(self._command[1:]), status)
+            if status is not None and status < 0 and not self._closed:  # for want of memory, as a rule
+                raise HelperLimit("ended the process that did it") from None
             raise HelperFailed("the helper process ended") from None
         finally:
             if raw is None:

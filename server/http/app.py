@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 from starlette.applications import Starlette
 
 from adapters.peft_format.outline import Outline
+from adapters.scratch import sweep
 from adapters.storage.names import LocalNames
 from adapters.storage.store import AdapterStore
 from adapters.storage.versions import RemoteUnavailable
@@ -142,6 +143,7 @@ def _serve_on(sockets: list[socket.socket], settings: Settings) -> None:
         lock.acquire(timeout=0)
     except Timeout:
         raise SettingError(f"--data-dir: another server is using {settings.data_dir}") from None
+    sweep()  # what servers left that were killed
     with lock:
         services, engine = _make_services(settings, directory)
         server = _Server(services, engine)

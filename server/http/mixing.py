@@ -82,7 +82,7 @@ async def mix(services: Services, body: MixBody) -> tuple[Version, bool]:
             try:
                 with disk_faults():
                     await ask_once("adapters.offline.mix.carry_out", order, _SECONDS)
-            except HelperLimit:
-                message = f"Mixing took more than {_SECONDS:g} s; mix fewer adapters, or by `cat`."
+            except HelperLimit as limit:
+                message = f"Mixing {limit}; mix fewer adapters, or by `cat`."
                 raise InvalidRequest(message, param="mix", code="mix_too_slow") from None
             return await publisher.admit(TENANT, body.name, staging, promote=body.promote)

@@ -83,13 +83,14 @@ class Conversation(Body):
             )
         return self
 
-    async def encode(self, text: TextProcessor) -> list[int]:
-        """The prompt's token ids. Raises `InvalidRequest` when the template refuses."""
+    async def encode(self, text: TextProcessor, max_tokens: int) -> list[int]:
+        """The prompt's token ids. Raises `InvalidRequest` when the template refuses, or it must be too long."""
         prompt = await text.render_chat(
             [message.for_template() for message in self.messages],
             add_generation_prompt=self.add_generation_prompt,
             continue_final_message=self.continue_final_message,
             arguments=self.chat_template_kwargs,
+            max_tokens=max_tokens,
         )
         (ids,) = await text.encode([prompt], add_special_tokens=self.add_special_tokens)
         return ids

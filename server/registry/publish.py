@@ -91,7 +91,7 @@ class Publisher:
     def check_name(self, name: str, *, fine_tuned: bool = False) -> None:
         """Raises AdapterError when an adapter may not be called so."""
         check_name(name, fine_tuned=fine_tuned)
-        if name in self._settings.base_aliases:
+        if name.casefold() in {alias.casefold() for alias in self._settings.base_aliases}:
             raise AdapterError(f"'{name}' is the base model's name.", "name")
 
     @contextlib.asynccontextmanager
@@ -125,6 +125,7 @@ class Publisher:
         """
         base = served_base(self._engine)
         self.check_name(name, fine_tuned=fine_tuned)
+        self._store.check_case(tenant, name)
         text, warnings = await self._text_beside(name, staging.path, strict=strict_text)
         with disk_faults():
             outline = self._outline.loaded(tied=base.tied) if self._outline else None

@@ -55,6 +55,7 @@ class TextProcessor:
 
     Attributes:
         stop_tokens: id -> where it is named; the chat template's end of an assistant's turn is among them.
+        longest_token: bytes of text that one token stands for, at most.
     """
 
     def __init__(
@@ -77,6 +78,9 @@ class TextProcessor:
         added = tokenizer.get_added_tokens_decoder()
         self._added = {id_: token.content for id_, token in added.items()}
         self.special_ids = frozenset(id_ for id_, token in added.items() if token.special)
+        characters = self._piece_bytes is _byte_level  # each of which is a byte
+        pieces = tokenizer.get_vocab(with_added_tokens=True)
+        self.longest_token = max((len(p) if characters else len(p.encode()) for p in pieces), default=1)
         self._named_stops = dict(stop_tokens or {})
         self.stop_tokens = self._with_turn_end(_probed(chat_template))
         # One thread: tokenising must not take the engine's cores.
@@ -139,6 +143,7 @@ class TextProcessor:
             other.tokenizer.add_tokens([AddedToken(**each) for each in fields])
             other._added = self._added | {token.id: token.content for token in text.tokens}
             other.special_ids = self.special_ids | {token.id for token in text.tokens if token.special}
+            other.longest_token = max(self.longest_token, *(len(token.content.encode()) for token in text.tokens))
         if self.renderer is not None:
             other._own_template = text.chat_template
         return other
@@ -161,7 +166,11 @@ class TextProcessor:
         """A short conversation through an adapter's own template; empty when that refuses it."""
         with suppress(InvalidRequest):
             return await self.render_chat(
-                _PROBE, add_generation_prompt=False, continue_final_message=False, arguments={}
+                _PROBE,
+                add_generation_prompt=False,
+                continue_final_message=False,
+                arguments={},
+                max_tokens=1024,
             )
         return ""
 
@@ -191,13 +200,16 @@ class TextProcessor:
         add_generation_prompt: bool,
         continue_final_message: bool,
         arguments: Mapping[str, str | int | float | bool | None],
+        max_tokens: int,
     ) -> str:
-        """The prompt's text. Raises `InvalidRequest` when the template refuses, or when there is none."""
+        """The prompt's text. Raises `InvalidRequest` when the template refuses, or when there is none, and when an
+        adapter's template writes more than `max_tokens` could stand for."""
         if self._own_template is not None and self.renderer is not None:
             return await self.renderer.render(
                 self._own_template,
                 self._special_tokens,
                 messages,
+                max_tokens * self.longest_token,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 arguments=dict(arguments),

@@ -63,7 +63,7 @@ async def _answer(services: Services, body: ChatBody, send: Send) -> None:
     info = services.engine_info
     async with open_target(services, body.model, body.adapter_id, adapters=body.adapters, user=body.user) as target:
         check_vocabulary(target.vocab_size, body)
-        ids = await body.encode(target.text)
+        ids = await body.encode(target.text, info.max_model_len)
         if not ids:
             raise InvalidRequest("The chat template makes an empty prompt of these messages.", param="messages")
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens

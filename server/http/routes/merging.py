@@ -186,8 +186,8 @@ async def _make(services: Services, version: Version, target: Path) -> None:
             order = {"base": str(base), "adapter": str(version.path), "target": str(work)}
             await ask_once("adapters.offline.merge.carry_out", order, _SECONDS)
             work.rename(target)
-    except HelperLimit:
-        message = f"Merging took more than {_SECONDS:g} s."
+    except HelperLimit as limit:
+        message = f"Merging {limit}."
         raise InvalidRequest(message, param="to", code="merge_too_slow") from None
     finally:
         await run_in_threadpool(shutil.rmtree, work, ignore_errors=True)

@@ -48,7 +48,7 @@ async def tokenize(request: Request, body: TokenizeChatBody | TokenizePromptBody
     async with open_target(services, body.model or services.settings.base_name) as target:
         text = target.text
     if isinstance(body, TokenizeChatBody):
-        ids = await body.encode(text)
+        ids = await body.encode(text, services.engine_info.max_model_len)
     else:
         (ids,) = await text.encode([body.prompt], add_special_tokens=body.add_special_tokens)
     return JSONResponse(
