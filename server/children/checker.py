@@ -1,78 +1,43 @@
-"""Adapters are checked in a process of its own: a thread would hold the interpreter while those served wait for it.
+"""Uploads are checked in processes of their own: a thread would hold the interpreter while those served wait for it."""
 
-The more so at a priority that gives way: what has the interpreter and no core keeps everybody waiting. The other end is
-`adapters.offline.checker`.
-"""
-
-import asyncio
-import logging
-import pickle
-import sys
-from asyncio.subprocess import PIPE, Process
+from collections.abc import Callable
+from typing import TypeVar, get_type_hints
 
 from adapters.background import Priority
-from adapters.offline.checker import Answer, Check, Refused
-from adapters.peft_format.directory import AdapterSpec
 from adapters.peft_format.fields import AdapterError
+from server.children.helper import WORK, HelperLimit, Helpers, Limits
 
-log = logging.getLogger(__name__)
+_PROCESSES = 2
 
-
-class CheckerDied(RuntimeError):
-    """The process ended while it was checking, twice."""
+A = TypeVar("A")
+T = TypeVar("T")
 
 
 class Checker:
-    """One process that checks adapters in turn, started when it is first needed."""
+    """Runs functions of `adapters.offline.check`, started when first needed.
 
-    def __init__(self, priority: Priority) -> None:
-        self._priority = priority
-        self._turn = asyncio.Lock()
-        self._process: Process | None = None
+    Args:
+        memory: bytes that a process may take.
+        seconds: how long one order may take.
+    """
 
-    async def check(self, check: Check) -> AdapterSpec:
-        """Run it there. Raises AdapterError, OSError, CheckerDied; whoever is cancelled ends the process."""
-        async with self._turn:
-            try:
-                answer = await self._ask(check)
-            except (asyncio.IncompleteReadError, OSError):
-                log.warning("the process that checks adapters ended; it is started again")
-                await self._end()
-                try:
-                    answer = await self._ask(check)
-                except (asyncio.IncompleteReadError, OSError):
-                    await self._end()
-                    raise CheckerDied("the process that checks adapters ended twice") from None
-            except BaseException:
-                await self._end()
-                raise
-        if isinstance(answer, Refused):
-            raise AdapterError(answer.message, answer.param, answer.code)
-        if isinstance(answer, OSError):
-            raise answer
-        return answer
+    def __init__(self, priority: Priority, memory: int, seconds: float) -> None:
+        self._helpers = Helpers(_PROCESSES, WORK, limits=Limits(priority, memory))
+        self._seconds = seconds
+
+    async def run(self, key: str, function: Callable[[A], T], order: A, param: str) -> T:
+        """What `function(order)` returns, in `key`'s turn; whoever is cancelled ends the work.
+
+        Raises AdapterError, of `param` when it takes too much; OSError; HelperFailed.
+        """
+        named = {"function": f"{function.__module__}.{function.__qualname__}", "order": order}
+        try:
+            result: T = await self._helpers.ask(key, named, self._seconds, get_type_hints(function)["return"])
+        except HelperLimit as limit:
+            message = f"checking it {limit} (--adapter-check-seconds, --adapter-check-bytes)"
+            raise AdapterError(message, param, "adapter_too_large") from None
+        return result
 
     async def close(self) -> None:
-        """End the process."""
-        async with self._turn:
-            await self._end()
-
-    async def _ask(self, check: Check) -> Answer:
-        if self._process is None or self._process.returncode is not None:
-            self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "adapters.offline.checker", self._priority), stdin=PIPE, stdout=PIPE
-            )
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        content = pickle.dumps(check)
-        self._process.stdin.write(len(content).to_bytes(8, "little") + content)
-        await self._process.stdin.drain()
-        size = int.from_bytes(await self._process.stdout.readexactly(8), "little")
-        answer: Answer = pickle.loads(await self._process.stdout.readexactly(size))
-        return answer
-
-    async def _end(self) -> None:
-        process, self._process = self._process, None
-        if process is not None and process.returncode is None:
-            process.kill()
-            await process.wait()
+        """End the processes."""
+        await self._helpers.close()

@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import sys
-import tempfile
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ import zmq
 
 from adapters.offline.recipe import MergedDtype
 from adapters.peft_format.sizes import device_bytes
+from adapters.scratch import scratch
 from server.client.wire import Wire
 from server.errors import EngineUnavailable
 from server.messages import protocol
@@ -368,8 +368,8 @@ class LocalEngine:
         """Run one engine process after another until stopped or given up."""
         while not self._told_to_stop():
             born = time.monotonic()
-            with tempfile.TemporaryDirectory(prefix="lorakeet-") as directory:
-                reason, retry = await self._live(Path(directory))
+            with scratch() as directory:
+                reason, retry = await self._live(directory)
             self._now = None
             self._merges = {}
             if self._told_to_stop():

@@ -9,7 +9,6 @@ eager attention over the same tokens at once. What passed is remembered by diges
 import hashlib
 import inspect
 import json
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from torch import Tensor
 from adapters.device.lora import LoraLinear
 from adapters.kernels import native, triton
 from adapters.peft_format import directory as adapter_format
+from adapters.scratch import scratch
 from server.engine.engine import Engine
 from server.messages.protocol import AdapterRef, Forget, Generate, Sampling, TokenLogprob
 from server.model import attention
@@ -129,8 +129,8 @@ def compare(engine: Engine) -> float:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(engine.base.vocab_size, (2, length), generator=generator).tolist()
     adapted, plain = _Answer(ids[0]), _Answer(ids[1][:PLAIN])
-    with tempfile.TemporaryDirectory(prefix="lorakeet-selfcheck-") as folder:
-        adapter, rows = _random_adapter(engine, Path(folder))
+    with scratch() as folder:
+        adapter, rows = _random_adapter(engine, folder)
         try:
             # Three rounds over growing prompts: what an earlier one computed is in the cache, so each is a chunk.
             for part in (1, 2, 3):

@@ -9,8 +9,10 @@ line is checked, and a bad one is named together with its field. The tokenizer c
 """
 
 import hashlib
+import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, Protocol
 
@@ -22,6 +24,9 @@ from adapters.strict_json import JsonFault, parse_json
 from server.messages.dataset import Dataset, Report
 
 MAX_LINE_BYTES = 4 << 20
+MAX_TURNS = 256  # trained, of a chat whose exchanges the template does not render alike by themselves
+_FEW_TURNS = 16
+_REPETITION = 128  # how often as much as a chat may be rendered to find its turns
 
 
 class DatasetError(ValueError):
@@ -267,10 +272,27 @@ def _encode_chat(example: ChatExample, tokenizer: Tokenizer, completions_only: b
     if not completions_only:
         tokens, _ = tokenizer.encode_with_offsets(whole)
         return [Encoded(tokens, [False] + [True] * (len(tokens) - 1))]
-    turns: list[tuple[str, int]] = []  # (the text up to and including a trained turn, where the turn begins)
-    for index, message in enumerate(example.messages):
-        if message.role != "assistant" or message.weight == 0 or not message.text:
-            continue
+    trained = [
+        index
+        for index, message in enumerate(example.messages)
+        if message.role == "assistant" and message.weight != 0 and message.text
+    ]
+    if len(trained) > _FEW_TURNS:
+        if (spans := _by_exchange(whole, messages, set(trained), tokenizer)) is not None:
+            return [_mask_spans(whole, spans, tokenizer)]
+        if len(trained) > MAX_TURNS:
+            reason = f"has {len(trained)} assistant turns; this chat template allows {MAX_TURNS}: divide the chat"
+            raise DatasetError(reason, field="messages")
+    turns = _turns(messages, trained, tokenizer)
+    if all(whole.startswith(through) for through, _ in turns):
+        return [_mask_spans(whole, [(start, len(through)) for through, start in turns], tokenizer)]
+    return [_mask_spans(through, [(start, len(through))], tokenizer) for through, start in turns]
+
+
+def _turns(messages: list[dict[str, str]], trained: Iterable[int], tokenizer: Tokenizer) -> list[tuple[str, int]]:
+    """For each trained message: the text up to and including it, and where it begins."""
+    turns: list[tuple[str, int]] = []
+    for index in trained:
         before = _render(tokenizer, messages[:index], add_generation_prompt=True)
         through = _render(tokenizer, messages[: index + 1])
         start = len(before)
@@ -281,9 +303,47 @@ def _encode_chat(example: ChatExample, tokenizer: Tokenizer, completions_only: b
             if start <= len(_render(tokenizer, messages[:index])):
                 raise DatasetError("the model's chat template hides where this turn begins", field=f"messages[{index}]")
         turns.append((through, start))
-    if all(whole.startswith(through) for through, _ in turns):
-        return [_mask_spans(whole, [(start, len(through)) for through, start in turns], tokenizer)]
-    return [_mask_spans(through, [(start, len(through))], tokenizer) for through, start in turns]
+    return turns
+
+
+def _by_exchange(
+    whole: str, messages: list[dict[str, str]], trained: Container[int], tokenizer: Tokenizer
+) -> list[tuple[int, int]] | None:
+    """Where a long chat's trained turns lie, found in time that grows with its length.
+
+    Each exchange, a user's message and the answers to it, is rendered by itself behind the chat's system message. None
+    when these texts do not make up the whole one's.
+    """
+    opening = next((i for i, message in enumerate(messages) if message["role"] not in ("system", "developer")), 0)
+    first, *others = [i for i, message in enumerate(messages) if message["role"] == "user"] or [0]
+    bounds = [opening, *(others if first == opening else [first, *others]), len(messages)]
+    exchanges = list(itertools.pairwise(bounds))
+    size = sum(len(message["content"]) for message in messages[:opening])
+    if len(exchanges) < 2 or size * len(exchanges) > _REPETITION * len(whole):
+        return None
+    spans: list[tuple[int, int]] = []
+    texts: list[str] = []
+    try:
+        for begin, end in exchanges:
+            part = messages[:opening] + messages[begin:end]
+            texts.append(_render(tokenizer, part))
+        repeated = (sum(map(len, texts)) - len(whole)) // (len(texts) - 1)  # by each but the first: the opening
+        if repeated < 0 or whole != texts[0] + "".join(text[repeated:] for text in texts[1:]):
+            return None
+        position = 0
+        for (begin, end), text in zip(exchanges, texts, strict=True):
+            part = messages[:opening] + messages[begin:end]
+            inside = [i - begin + opening for i in range(begin, end) if i in trained]
+            if len(inside) > _FEW_TURNS:
+                return None
+            for through, start in _turns(part, inside, tokenizer):
+                if not text.startswith(through):
+                    return None
+                spans.append((position + start, position + len(through)))
+            position += len(text) - repeated
+    except DatasetError:  # a template may refuse an exchange alone
+        return None
+    return spans
 
 
 def _render(tokenizer: Tokenizer, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
@@ -297,11 +357,14 @@ def _mask_spans(text: str, spans: list[tuple[int, int]], tokenizer: Tokenizer) -
     """Train on the tokens inside `spans` of the text, up to each span's end-of-turn token: nothing follows it."""
     tokens, offsets = tokenizer.encode_with_offsets(text)
     trained = [False] * len(tokens)
+    lefts = [left for left, _ in offsets]
     for start, end in spans:
-        inside = [i for i, (left, right) in enumerate(offsets) if left >= start and right <= end and right > left]
-        stop = next((n for n, i in enumerate(inside, 1) if tokens[i] in tokenizer.eos_token_ids), len(inside))
-        for i in inside[:stop]:
-            trained[i] = True
+        for i in range(bisect_left(lefts, start), bisect_left(lefts, end)):
+            left, right = offsets[i]
+            if left < right <= end:
+                trained[i] = True
+                if tokens[i] in tokenizer.eos_token_ids:
+                    break
     if trained:
         trained[0] = False  # nothing comes before it to predict it from
     return Encoded(tokens, trained)

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 from starlette.applications import Starlette
 
 from adapters.peft_format.outline import Outline
+from adapters.scratch import sweep
 from adapters.storage.names import LocalNames
 from adapters.storage.store import AdapterStore
 from adapters.storage.versions import RemoteUnavailable
@@ -82,6 +83,8 @@ def build_app(services: Services) -> Starlette:
             await services.tuning.stop()
             await services.engine.stop(grace=0.0)
             await services.registry.publisher.close()
+            if services.text.renderer is not None:
+                await services.text.renderer.close()
 
     settings = services.settings
     # An adapter's name may have slashes: routes with a suffix after the name come before the bare name.
@@ -138,6 +141,7 @@ def _serve_on(sockets: list[socket.socket], settings: Settings) -> None:
         lock.acquire(timeout=0)
     except Timeout:
         raise SettingError(f"--data-dir: another server is using {settings.data_dir}") from None
+    sweep()  # what servers left that were killed
     with lock:
         services, engine = _open_services(settings, directory)
         gc.freeze()  # what is there now stays: collections need not look at it, which holds everybody up
@@ -189,7 +193,7 @@ def _open_services(settings: Settings, model: Path) -> tuple[Services, LocalEngi
         text,
         metrics=metrics,
         outline=Outline.read(model),
-        checker=Checker(settings.background_priority),
+        checker=Checker(settings.background_priority, settings.adapter_check_bytes, settings.adapter_check_seconds),
         sampling_defaults=sampling_defaults(settings.generation_config, settings.model, model),
     )
     return services, engine

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from adapters.offline.recipe import Method, Recipe
 from adapters.storage.versions import Version
-from server.children.worker import WorkerTooSlow, run_worker
+from server.children.helper import HelperLimit, ask_once
 from server.errors import InvalidRequest, disk_faults
 from server.openai.body import Body, Items
 from server.services import TENANT, Services
@@ -81,8 +81,8 @@ async def mix(services: Services, body: MixBody) -> tuple[Version, bool]:
             }
             try:
                 with disk_faults():
-                    await run_worker("adapters.offline.mix", order, _SECONDS)
-            except WorkerTooSlow:
-                message = f"Mixing took more than {_SECONDS:g} s; mix fewer adapters, or by `cat`."
+                    await ask_once("adapters.offline.mix.carry_out", order, _SECONDS)
+            except HelperLimit as limit:
+                message = f"Mixing {limit}; mix fewer adapters, or by `cat`."
                 raise InvalidRequest(message, param="mix", code="mix_too_slow") from None
             return await publisher.admit(TENANT, body.name, staging, promote=body.promote)

@@ -28,6 +28,7 @@ from adapters import kernels
 from adapters.device.lora import FrozenLinear, LoraLinear, StepSlot, wrap_linears
 from adapters.kernels import QuantizedWeight, native
 from adapters.peft_format.sizes import LinearSize
+from adapters.scratch import scratch
 from server.model import attention
 
 log = logging.getLogger("lorakeet.engine")
@@ -323,11 +324,11 @@ def _without_adapter(directory: Path) -> Iterator[Path]:
         yield directory
         return
     log.warning("%s holds an adapter beside the model: the model is served without it", directory)
-    with tempfile.TemporaryDirectory(prefix="lorakeet-model-") as view:
+    with scratch() as view:
         for path in directory.resolve().iterdir():
             if not path.name.startswith("adapter_"):
-                (Path(view) / path.name).symlink_to(path)
-        yield Path(view)
+                (view / path.name).symlink_to(path)
+        yield view
 
 
 def _bnb_config(quantization: str, dtype: torch.dtype) -> transformers.BitsAndBytesConfig:

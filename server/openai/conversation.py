@@ -90,6 +90,7 @@ class Conversation(Body):
             add_generation_prompt=self.add_generation_prompt,
             continue_final_message=self.continue_final_message,
             arguments=self.chat_template_kwargs,
+            max_tokens=max_tokens,
         )
         special = self.add_special_tokens
         (ids,) = await text.encode([prompt], add_special_tokens=special, max_tokens=max_tokens, param="messages")

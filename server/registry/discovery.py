@@ -43,7 +43,7 @@ class Discovery:
         except AdapterError:
             return False
         async with self._importing:
-            return await self._import(tenant, name, root / name)
+            return await self._import(tenant, name, root)
 
     async def forget(self, name: str) -> None:
         """A name was deleted: its directory is not brought in again until its files change."""
@@ -69,15 +69,16 @@ class Discovery:
         for directory in sorted(root.iterdir()) if root is not None and root.is_dir() else ():
             if directory.is_dir():
                 async with self._importing:
-                    await self._import(tenant, directory.name, directory)
+                    await self._import(tenant, directory.name, directory.parent)
 
-    async def _import(self, tenant: str, name: str, directory: Path) -> bool:
+    async def _import(self, tenant: str, name: str, root: Path) -> bool:
+        directory = root / name
         signature = await run_in_threadpool(_signature, directory)
         if signature is None or self._unwanted.get(name) == signature:
             return False
         try:
             # Whoever gave the name another version since, over HTTP, meant it: the same old files do not undo that.
-            await self._publisher.import_directory(tenant, name, directory, again=False)
+            await self._publisher.import_directory(tenant, name, directory, root=root, again=False)
         except (AdapterError, OSError, StorageFull, Conflict, RemoteUnavailable) as error:
             self._unwanted[name] = signature  # until its files change
             log.warning("--adapter-dir: %s is not served: %s", name, error)

@@ -8,14 +8,13 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-import shutil
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from adapters.background import run_in, threads
-from adapters.offline.checker import Check
+from adapters.offline.check import Check, added_tokens, inspect_adapter
 from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME, AdapterError, AdapterSpec
 from adapters.peft_format.fields import shorten
 from adapters.peft_format.outline import Outline
@@ -24,10 +23,10 @@ from adapters.peft_format.text import (
     TEMPLATE_NAME,
     TOKENIZER_NAME,
     AdapterText,
-    NewToken,
     check_template,
-    read_new_tokens,
+    new_tokens,
 )
+from adapters.storage.copying import copy_files
 from adapters.storage.files import Staging
 from adapters.storage.store import AdapterStore
 from adapters.storage.versions import Pointer, UnknownAdapter, Version, check_name
@@ -41,8 +40,10 @@ from server.registry.pins import Pins
 from server.settings import Settings
 from server.text.processor import TextProcessor
 
+FILES = (CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME, TEMPLATE_NAME)  # of a directory that is brought in
 _CHANGES = 8  # that are checked, or wait for a disk or a network, at once
 
+A = TypeVar("A")
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class Publisher:
         pins: renewed whenever a name means something else.
         outline: the base's parameters beside its linears; without, adapters may touch nothing but linears.
         text: the base's, to which an adapter's own is added; without, no adapter brings any.
-        checker: the process to check adapters in; without, a thread does.
+        checker: the processes to check adapters in; without, a thread does.
     """
 
     def __init__(
@@ -83,14 +84,14 @@ class Publisher:
         self._workers = threads(_CHANGES, "publisher", settings.background_priority)
 
     async def close(self) -> None:
-        """End the process that checks."""
+        """End the processes that check."""
         if self._checker is not None:
             await self._checker.close()
 
     def check_name(self, name: str, *, fine_tuned: bool = False) -> None:
         """Raises AdapterError when an adapter may not be called so."""
         check_name(name, fine_tuned=fine_tuned)
-        if name in self._settings.base_aliases:
+        if name.casefold() in {alias.casefold() for alias in self._settings.base_aliases}:
             raise AdapterError(f"'{name}' is the base model's name.", "name")
 
     @contextlib.asynccontextmanager
@@ -124,10 +125,12 @@ class Publisher:
         """
         base = served_base(self._engine)
         self.check_name(name, fine_tuned=fine_tuned)
-        text, warnings = await self._text_beside(staging.path, strict=strict_text)
+        self._store.check_case(tenant, name)
+        text, warnings = await self._text_beside(name, staging.path, strict=strict_text)
         with disk_faults():
             outline = self._outline.loaded(tied=base.tied) if self._outline else None
-            spec = await self._check(Check(staging.path, base.linears, base.architecture, outline, text))
+            check = Check(staging.path, base.linears, base.architecture, outline, text)
+            spec = await self._run(name, inspect_adapter, check, "weights")
         check_fit(spec, base)
         spec = self._with_warnings(dataclasses.replace(spec, warnings=(*spec.warnings, *warnings)))
         before = self._shares(tenant, name)
@@ -141,23 +144,27 @@ class Publisher:
             self._forget_unused(before)
         return version, changed
 
-    async def _check(self, check: Check) -> AdapterSpec:
+    async def _run(self, name: str, function: Callable[[A], T], order: A, param: str) -> T:
         if self._checker is not None:
-            return await self._checker.check(check)
-        return await run_in(self._workers, check.run)
+            return await self._checker.run(name, function, order, param)
+        return await run_in(self._workers, partial(function, order))
 
     async def import_directory(
-        self, tenant: str, name: str, directory: Path, *, again: bool = True
+        self, tenant: str, name: str, directory: Path, *, root: Path = Path("/"), again: bool = True
     ) -> tuple[Version, bool]:
-        """Copy a PEFT directory of this machine and admit the copy."""
+        """Copy a PEFT directory of this machine and admit the copy.
+
+        Args:
+            root: files outside of it are refused, whatever links lead to them.
+        """
         self.check_name(name)
         async with self.stage() as staging:
             with disk_faults():
-                await run_in(self._workers, partial(_copy, directory, staging.path))
+                await run_in(self._workers, partial(copy_files, FILES, directory, staging.path, root))
             # Whatever trained it may have saved its tokenizer there, adapted to its own needs.
             return await self.admit(tenant, name, staging, again=again, strict_text=False)
 
-    async def _text_beside(self, directory: Path, *, strict: bool) -> tuple[AdapterText, list[str]]:
+    async def _text_beside(self, name: str, directory: Path, *, strict: bool) -> tuple[AdapterText, list[str]]:
         """The tokens and the template in a staged directory, whose files are then removed; and warnings."""
         tokenizer, template = directory / TOKENIZER_NAME, directory / TEMPLATE_NAME
         made: AdapterText = NO_TEXT
@@ -167,11 +174,13 @@ class Publisher:
             return made, warnings
         try:
             if tokenizer.exists():
+                added = await self._run(name, added_tokens, tokenizer, "tokenizer")
                 size = base.tokenizer.get_vocab_size()
-                read = partial(_new_tokens, tokenizer, base.tokenizer.token_to_id, size)
-                made = AdapterText(await run_in(self._workers, read))
+                made = AdapterText(
+                    await run_in(self._workers, partial(new_tokens, added, base.tokenizer.token_to_id, size))
+                )
             if template.exists():
-                source = check_template(template.read_bytes())
+                source = check_template(template)
                 if base.chat_template is not None and source == base.chat_template.source:
                     pass  # many who train save the base's own
                 elif base.renderer is None:
@@ -272,13 +281,3 @@ def _audit(name: str, action: str, before: Mapping[str, float], after: str | Non
     was = ", ".join(before) or "nothing"
     fields = {"action": action, "adapter": name, "before": dict(before), "after": after, **more}
     audit_log.info("%s %s: %s -> %s", action, name, was, after or "nothing", extra={FIELDS: fields})
-
-
-def _new_tokens(tokenizer: Path, known: Callable[[str], int | None], size: int) -> tuple[NewToken, ...]:
-    return read_new_tokens(tokenizer.read_bytes(), known, size)
-
-
-def _copy(directory: Path, target: Path) -> None:
-    for name in (CONFIG_NAME, WEIGHTS_NAME, TOKENIZER_NAME, TEMPLATE_NAME):
-        if (directory / name).is_file():  # what is missing is named by the validation
-            shutil.copyfile(directory / name, target / name)

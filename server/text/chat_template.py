@@ -45,7 +45,7 @@ class TemplateRefusal(Exception):
 
 
 class _OverrunError(Exception):
-    """Rendering takes too long or writes too much."""
+    """Rendering takes too long or writes too much. The message is a predicate."""
 
 
 class _Generation(jinja2.ext.Extension):
@@ -63,11 +63,12 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset({"*", "**"})
 
-    def __init__(self) -> None:
+    def __init__(self, max_characters: int) -> None:
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
         self.filters["tojson"] = _tojson
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
         self._render = threading.local()
+        self._max_characters = max_characters
 
     def start_clock(self) -> None:
         """Give the rendering that begins in this thread its time."""
@@ -75,7 +76,11 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def check_clock(self) -> None:
         if time.monotonic() > self._render.deadline:
-            raise _OverrunError
+            raise _OverrunError("takes too long")
+
+    def check_size(self, characters: int) -> None:
+        if characters > self._max_characters:
+            raise _OverrunError(f"writes more than {self._max_characters} characters")
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         self.check_clock()
@@ -92,8 +97,9 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         length = len(left) if isinstance(left, str | list | tuple) else abs(left)
         times = len(right) if isinstance(right, str | list | tuple) else abs(right)
-        if operator == "**" or length * times > MAX_OUTPUT:
-            raise _OverrunError
+        if operator == "**":
+            raise _OverrunError("takes too long")
+        self.check_size(length * times)
         return super().call_binop(context, operator, left, right)
 
 
@@ -103,11 +109,12 @@ class ChatTemplate:
     Args:
         source: the Jinja text.
         special_tokens: `bos_token`, `eos_token`, ... as the template sees them.
+        max_characters: that it may write.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+    def __init__(self, source: str, special_tokens: Mapping[str, str], max_characters: int = MAX_OUTPUT) -> None:
         self.source = source
-        self._environment = _Environment()
+        self._environment = _Environment(max_characters)
         self._template = self._environment.from_string(source)
         self._special_tokens = dict(special_tokens)
         self._knows_developer = "developer" in source
@@ -155,10 +162,9 @@ class ChatTemplate:
                 self._environment.check_clock()
                 pieces.append(piece)
                 size += len(piece)
-                if size > MAX_OUTPUT:
-                    raise _OverrunError
-        except _OverrunError:
-            raise TemplateRefusal("The chat template takes too long on these messages.") from None
+                self._environment.check_size(size)
+        except _OverrunError as overrun:
+            raise TemplateRefusal(f"The chat template {overrun} on these messages.") from None
         except jinja2.TemplateError as exc:  # what templates raise by themselves: "roles must alternate"
             raise TemplateRefusal(f"The chat template refuses these messages: {exc}") from None
         except Exception as exc:

@@ -111,10 +111,8 @@ class TextProcessor:
         return cls(tokenizer, template, special_tokens, renderer, stop_tokens)
 
     def close(self) -> None:
-        """Stop the tokenising thread, and what renders adapters' templates."""
+        """Stop the tokenising thread."""
         self._thread.shutdown(wait=False, cancel_futures=True)
-        if self.renderer is not None:
-            self.renderer.close()
 
     @property
     def special_tokens(self) -> Mapping[str, str]:
@@ -141,10 +139,9 @@ class TextProcessor:
         other = copy(self)
         if text.tokens:
             other.tokenizer = Tokenizer.from_str(self.tokenizer.to_str())
-            for token in text.tokens:
-                add = other.tokenizer.add_special_tokens if token.special else other.tokenizer.add_tokens
-                flags = {name: getattr(token, name) for name in ("lstrip", "rstrip", "single_word", "normalized")}
-                add([AddedToken(token.content, special=token.special, **flags)])
+            # All at once: each call goes through the tokens that there are.
+            fields = [{name: value for name, value in vars(token).items() if name != "id"} for token in text.tokens]
+            other.tokenizer.add_tokens([AddedToken(**each) for each in fields])
             other._added = self._added | {token.id: token.content for token in text.tokens}
             other.special_ids = self.special_ids | {token.id for token in text.tokens if token.special}
             other.longest_token = max(self.longest_token, *(len(token.content.encode()) for token in text.tokens))
@@ -170,7 +167,11 @@ class TextProcessor:
         """A short conversation through an adapter's own template; empty when that refuses it."""
         with suppress(InvalidRequest):
             return await self.render_chat(
-                _PROBE, add_generation_prompt=False, continue_final_message=False, arguments={}
+                _PROBE,
+                add_generation_prompt=False,
+                continue_final_message=False,
+                arguments={},
+                max_tokens=1024,
             )
         return ""
 
@@ -217,13 +218,16 @@ class TextProcessor:
         add_generation_prompt: bool,
         continue_final_message: bool,
         arguments: Mapping[str, str | int | float | bool | None],
+        max_tokens: int,
     ) -> str:
-        """The prompt's text. Raises `InvalidRequest` when the template refuses, or when there is none."""
+        """The prompt's text. Raises `InvalidRequest` when the template refuses, or when there is none, and when an
+        adapter's template writes more than `max_tokens` could stand for."""
         if self._own_template is not None and self.renderer is not None:
             return await self.renderer.render(
                 self._own_template,
                 self._special_tokens,
                 messages,
+                max_tokens * self.longest_token,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 arguments=dict(arguments),

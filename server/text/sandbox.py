@@ -1,21 +1,16 @@
-"""Chat templates of adapters, rendered in processes that can be killed, within limits of time and memory.
+"""Chat templates of adapters, rendered in processes that can be killed, within limits of time, memory and text."""
 
-A few helper processes wait (started when first needed); each takes one rendering at a time and gives it a child of its
-own.
-"""
-
-import asyncio
-import json
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from adapters.peft_format.fields import AdapterError
+from server.children.helper import HelperFailed, HelperLimit, Helpers
 from server.errors import InvalidRequest
+from server.text.chat_template import MAX_OUTPUT
 
 PROCESSES = 2
 _GRACE_SECONDS = 2.0  # beyond the limit, for a process to start and to tell
-_MAX_ANSWER = 256 * 1024 * 1024  # bytes; what a template may write is bounded by its memory
 
 
 @dataclass(frozen=True)
@@ -27,76 +22,44 @@ class TemplateLimits:
     memory_bytes: int = 256 * 1024 * 1024
 
 
-@dataclass
 class TemplateRenderer:
-    """Renders any template. `close` ends its processes."""
+    """Renders any template, every template in its turn. `close` ends its processes."""
 
-    limits: TemplateLimits
-    _idle: list[asyncio.subprocess.Process] = field(default_factory=list)
-    _places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(PROCESSES))
+    def __init__(self, limits: TemplateLimits) -> None:
+        self._seconds = limits.seconds + _GRACE_SECONDS
+        arguments = (str(limits.seconds), str(limits.cpu_seconds), str(limits.memory_bytes))
+        self._helpers = Helpers(PROCESSES, "server.children.programs.template_sandbox", *arguments)
 
     async def check(self, source: str) -> None:
         """Raises `InvalidRequest` for what is no template."""
-        await self._ask({"source": source, "special_tokens": {}})
+        await self._ask(source, {"special_tokens": {}})
 
     async def render(
         self,
         source: str,
         special_tokens: Mapping[str, str],
         messages: Sequence[Mapping[str, Any]],
+        max_characters: int = MAX_OUTPUT,
         **options: Any,
     ) -> str:
         """As `ChatTemplate.render`. Raises `InvalidRequest` also for one that exceeds its limits."""
-        order = {"source": source, "special_tokens": special_tokens, "messages": messages, "options": options}
-        return await self._ask(order)
+        order = {"special_tokens": special_tokens, "messages": messages, "options": options}
+        return await self._ask(source, order, max_characters)
 
-    def close(self) -> None:
-        """End the processes that wait; those at work end with their work."""
-        for process in self._idle:
-            _kill(process)
-        self._idle.clear()
+    async def close(self) -> None:
+        """End the processes."""
+        await self._helpers.close()
 
-    async def _ask(self, order: Mapping[str, Any]) -> str:
-        async with self._places:
-            process = await self._take()
-            try:
-                assert process.stdin is not None
-                assert process.stdout is not None
-                async with asyncio.timeout(self.limits.seconds + _GRACE_SECONDS):
-                    process.stdin.write(json.dumps(order).encode() + b"\n")
-                    await process.stdin.drain()
-                    line = await process.stdout.readline()
-                answer = json.loads(line)
-            except (TimeoutError, ValueError, OSError):
-                _kill(process)
-                raise InvalidRequest("The adapter's chat template takes too long.", param="messages") from None
-            except BaseException:
-                _kill(process)
-                raise
-            self._idle.append(process)
-        if "text" in answer:
-            text: str = answer["text"]
+    async def _ask(self, source: str, order: Mapping[str, Any], max_characters: int = MAX_OUTPUT) -> str:
+        param = "messages"
+        try:
+            order = {"source": source, "max_characters": max_characters, **order}
+            text: str = await self._helpers.ask(source, order, self._seconds, str)
             return text
-        raise InvalidRequest(answer["error"], param=answer.get("param") or "messages", code="chat_template_failed")
-
-    async def _take(self) -> asyncio.subprocess.Process:
-        while self._idle:
-            process = self._idle.pop()
-            if process.returncode is None:
-                return process
-        return await self._start()
-
-    async def _start(self) -> asyncio.subprocess.Process:
-        limits = self.limits
-        return await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "server.children.programs.template_sandbox"),
-            *(str(limits.seconds), str(limits.cpu_seconds), str(limits.memory_bytes)),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            limit=_MAX_ANSWER,
-        )
-
-
-def _kill(process: asyncio.subprocess.Process) -> None:
-    if process.returncode is None:
-        process.kill()
+        except AdapterError as refusal:
+            message, param = f"The adapter's {str(refusal).removeprefix('The ')}", refusal.param
+        except HelperLimit as limit:
+            message = f"The adapter's chat template {limit}."
+        except HelperFailed:
+            message = "The adapter's chat template takes too long, or too much memory."
+        raise InvalidRequest(message, param=param, code="chat_template_failed")

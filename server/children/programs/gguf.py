@@ -1,15 +1,15 @@
-"""`python -m server.children.programs.gguf FILE DIRECTORY`: a GGUF file becomes a Hugging Face directory.
+"""A GGUF file becomes a Hugging Face directory.
 
-Run as a program of its own, because it needs torch and several times the file's size in memory, and the process
-that asks for it (see `server.model_source`) wants to keep neither.
+For a process of its own: it needs torch and several times the file's size in memory, and whoever asks for it (see
+`server.model_source`) wants to keep neither.
 """
 
-import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 
-def convert(source: Path, destination: Path) -> None:
-    """Write `source` as bf16 safetensors with config, tokenizer and chat template into `destination`.
+def convert(order: Mapping[str, Path]) -> None:
+    """Write `order["source"]` as bf16 safetensors with config, tokenizer and chat template into `order["target"]`.
 
     Quantised blocks are unpacked: the server quantises in its own way, which adapters and training rely on.
 
@@ -17,8 +17,12 @@ def convert(source: Path, destination: Path) -> None:
         ValueError, KeyError, OSError: the file is damaged, or of an architecture that transformers cannot read.
     """
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    source, destination = order["source"], order["target"]
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     packed = AutoModelForCausalLM.from_pretrained(
         source.parent,
@@ -36,7 +40,3 @@ def convert(source: Path, destination: Path) -> None:
     model.generation_config = packed.generation_config
     model.save_pretrained(destination)
     tokenizer.save_pretrained(destination)
-
-
-if __name__ == "__main__":
-    convert(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,54 +1,43 @@
 """A program that renders chat templates which nobody vouches for, each in a child of its own.
 
-One order a line on standard input, one answer a line on standard output, in JSON. For each order it forks: the child
-limits itself, renders and is gone, so no template meets another one's messages, and what loops or explodes takes only
-its child with it. `server.text.sandbox` is the other end.
+For each order it forks: the child limits itself, renders and is gone, so no template meets another one's messages, and
+what loops or explodes takes only its child with it. `server.text.sandbox` is the other end.
 """
 
-import contextlib
 import json
 import os
 import resource
 import signal
 import sys
+from functools import partial
 from typing import Any
 
 import jinja2
 
+from server.children.frames import end_with_parent, serve
 from server.text.chat_template import ChatTemplate, TemplateRefusal
 
-Answer = dict[str, Any]  # "text", or "error" and "param"
 
-
-def main() -> None:
-    """Serve until standard input ends. Arguments: wall seconds, CPU seconds, bytes of memory."""
-    seconds, cpu_seconds, memory = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides
-    for line in sys.stdin.buffer:
-        sys.stdout.buffer.write(_in_a_child(line, seconds, cpu_seconds, memory) + b"\n")
-        sys.stdout.buffer.flush()
-
-
-def _in_a_child(line: bytes, seconds: float, cpu_seconds: int, memory: int) -> bytes:
+def answer(seconds: float, cpu_seconds: int, memory: int, order: bytes) -> bytes:
+    """The child's answer, or one in its place."""
     source, sink = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             os.close(source)
+            end_with_parent()
             _limit(seconds, cpu_seconds, memory)
-            answer = json.dumps(_carry_out(json.loads(line))).encode()
+            made = json.dumps(_carry_out(json.loads(order)), ensure_ascii=False).encode()
             with os.fdopen(sink, "wb") as pipe:
-                pipe.write(answer)
+                pipe.write(made)
             os._exit(0)
         finally:
             os._exit(1)
     os.close(sink)
     with os.fdopen(source, "rb") as pipe:
-        answer = pipe.read()
+        made = pipe.read()
     _, status = os.waitpid(child, 0)
-    if status == 0:
-        return answer
-    return json.dumps({"error": "The adapter's chat template takes too long, or too much memory."}).encode()
+    return made if status == 0 else json.dumps({"limit": "takes too long, or too much memory"}).encode()
 
 
 def _limit(seconds: float, cpu_seconds: int, memory: int) -> None:
@@ -65,19 +54,27 @@ def _limit(seconds: float, cpu_seconds: int, memory: int) -> None:
         os.dup2(nowhere, descriptor)
 
 
-def _carry_out(order: dict[str, Any]) -> Answer:
-    with contextlib.suppress(MemoryError):
-        try:
-            template = ChatTemplate(order["source"], order["special_tokens"])
-            return {"text": template.render(order["messages"], **order["options"]) if "messages" in order else ""}
-        except TemplateRefusal as refusal:
-            return {"error": refusal.message, "param": refusal.param}
-        except jinja2.TemplateError as fault:
-            return {"error": f"The chat template is not valid: {fault}", "param": "chat_template"}
-        except RecursionError:
-            return {"error": "The chat template is nested too deep.", "param": "chat_template"}
-    return {"error": "The adapter's chat template takes too much memory."}
+def _carry_out(order: dict[str, Any]) -> dict[str, Any]:
+    try:
+        template = ChatTemplate(order["source"], order["special_tokens"], order["max_characters"])
+        text = template.render(order["messages"], **order["options"]) if "messages" in order else ""
+        text.encode()
+        return {"answer": text}
+    except TemplateRefusal as refusal:
+        return _refused(refusal.message, refusal.param)
+    except jinja2.TemplateError as fault:
+        return _refused(f"The chat template is not valid: {fault}", "chat_template")
+    except RecursionError:
+        return _refused("The chat template is nested too deep.", "chat_template")
+    except UnicodeEncodeError:
+        return _refused("The chat template writes half a surrogate pair.", "messages")
+    except MemoryError:
+        return {"limit": "takes too much memory"}
+
+
+def _refused(message: str, param: str) -> dict[str, Any]:
+    return {"refused": {"message": message, "param": param}}
 
 
 if __name__ == "__main__":
-    main()
+    serve(partial(answer, float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])))

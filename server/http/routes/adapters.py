@@ -14,6 +14,7 @@ from adapters.storage.details import details_of
 from adapters.storage.files import Staging
 from adapters.storage.versions import AmbiguousDigest, UnknownAdapter, Version, split_reference
 from server.errors import Conflict, InvalidRequest, disk_faults
+from server.http.answer import unless_gone
 from server.http.mixing import MixBody, mix
 from server.http.multipart import Part, read_parts
 from server.http.objects import AdapterObject, AdapterReceipt, DeletedAdapter, ListObject
@@ -33,13 +34,14 @@ async def upload_adapter(request: Request, body: MixBody | None = None) -> Respo
     _ = services.engine_info  # without a base nothing can be checked, so do not receive it either
     async with services.uploads.slot():
         if body is not None:
-            version, changed = await mix(services, body)
+            version, changed = await unless_gone(request.receive, mix(services, body))
         else:
             publisher = services.registry.publisher
             async with publisher.stage() as staging:
                 with disk_faults():
                     name, promote = await _receive(request, services, staging)
-                version, changed = await publisher.admit(TENANT, name, staging, promote=promote)
+                admitted = publisher.admit(TENANT, name, staging, promote=promote)
+                version, changed = await unless_gone(request.receive, admitted)
     made = receipt(services.store, version)
     return JSONResponse(made, status_code=201 if changed else 200, headers=_digest_header(version))
 

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from adapters.storage.versions import Version
-from server.children.worker import WorkerTooSlow, run_worker
+from server.children.helper import HelperLimit, ask_once
 from server.client.engine import AdapterLoadFailed
 from server.errors import ContextLengthExceeded, InternalError, InvalidRequest, TooManyRequests
 from server.http.objects import Residency, Verification
@@ -128,8 +128,8 @@ async def _ask_oracle(services: Services, version: Version, ids: list[int]) -> l
     }
     async with services.uploads.slot():
         try:
-            scores: list[float] = await run_worker("adapters.offline.oracle", order, _ORACLE_SECONDS)
-        except WorkerTooSlow:
+            scores: list[float] = await ask_once("adapters.offline.oracle.carry_out", order, _ORACLE_SECONDS)
+        except HelperLimit:
             message = f"PEFT took more than {_ORACLE_SECONDS:g} s."
             raise InvalidRequest(message, param="peft", code="peft_too_slow") from None
     return scores

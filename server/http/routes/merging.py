@@ -19,7 +19,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 
 from adapters.offline.recipe import MergedDtype
 from adapters.storage.versions import Version
-from server.children.worker import WorkerTooSlow, run_worker
+from server.children.helper import HelperLimit, ask_once
 from server.client.engine import MergeRefused
 from server.errors import (
     Conflict,
@@ -184,10 +184,10 @@ async def _make(services: Services, version: Version, target: Path) -> None:
             await asyncio.to_thread(_clear, target.parent)
             work.mkdir(mode=0o700)
             order = {"base": str(base), "adapter": str(version.path), "target": str(work)}
-            await run_worker("adapters.offline.merge", order, _SECONDS)
+            await ask_once("adapters.offline.merge.carry_out", order, _SECONDS)
             work.rename(target)
-    except WorkerTooSlow:
-        message = f"Merging took more than {_SECONDS:g} s."
+    except HelperLimit as limit:
+        message = f"Merging {limit}."
         raise InvalidRequest(message, param="to", code="merge_too_slow") from None
     finally:
         await run_in_threadpool(shutil.rmtree, work, ignore_errors=True)

@@ -9,11 +9,11 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
-from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME
 from adapters.storage.versions import UnknownAdapter
 from server.errors import InvalidRequest, NotFound, shown
 from server.http.operations import PUBLISHING, Operation
 from server.openai.body import Body
+from server.registry.publish import FILES
 from server.services import TENANT, Services, services_of
 
 
@@ -51,7 +51,7 @@ async def load(request: Request, body: LoadBody) -> Response:
         message = f"The lora adapter '{shown(body.lora_name)}' has already been loaded."
         raise InvalidUserInput(f"{message} Set 'load_inplace' to replace it.", param="lora_name")
     directory = await run_in_threadpool(_directory_under, root, body.lora_path)
-    await services.registry.publisher.import_directory(TENANT, body.lora_name, directory)
+    await services.registry.publisher.import_directory(TENANT, body.lora_name, directory, root=root)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
@@ -82,7 +82,7 @@ def _directory_under(root: Path, path: str) -> Path:
     root = root.resolve()
     try:
         directory = (root / path).resolve()
-        files = [(directory / name).resolve() for name in (CONFIG_NAME, WEIGHTS_NAME)]
+        files = [(directory / name).resolve() for name in FILES]
         # Whether something exists outside is not a client's business: the answer is the same.
         if not all(found.is_relative_to(root) for found in (directory, *files)) or not directory.is_dir():
             raise missing

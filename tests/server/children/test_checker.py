@@ -1,46 +1,53 @@
-"""A process that checks adapters: what it says comes through, and it may die."""
+"""Uploads checked in processes of their own, as a thread would check them and within limits."""
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from adapters.offline.checker import Check
+from adapters.offline.check import Check, added_tokens, inspect_adapter
 from adapters.peft_format import packed_rows as rowfile
-from adapters.peft_format.directory import inspect
+from adapters.peft_format.directory import AdapterSpec, inspect
 from adapters.peft_format.fields import AdapterError
-from adapters.peft_format.text import NO_TEXT
-from server.children.checker import Checker, CheckerDied
+from adapters.peft_format.outline import Outline
+from adapters.peft_format.text import AdapterText, NewToken
+from server.children.checker import Checker
 from tests.support.harness import base_info, write_adapter
 
 BASE = base_info()
+TEXT = AdapterText((NewToken(9, "<new>", special=True),), "{{ messages }}")
 
 
 def check(directory: Path) -> Check:
-    return Check(directory, BASE.linears, BASE.architecture, None, NO_TEXT)
+    return Check(directory, BASE.linears, BASE.architecture, Outline(), TEXT)
 
 
 @contextlib.asynccontextmanager
-async def running() -> AsyncIterator[Checker]:
-    checker = Checker("idle")
+async def running(memory: int = 1 << 30, seconds: float = 60) -> AsyncIterator[Checker]:
+    checker = Checker("idle", memory, seconds)
     try:
         yield checker
     finally:
         await checker.close()
 
 
+async def inspected(checker: Checker, directory: Path) -> AdapterSpec:
+    return await checker.run("name", inspect_adapter, check(directory), "weights")
+
+
 async def test_it_finds_what_a_thread_would_find_and_lays_out_rows(tmp_path: Path) -> None:
     good, bad = write_adapter(tmp_path / "good", 1), write_adapter(tmp_path / "bad", 2, r=0)
     async with running() as checker:
-        spec = await checker.check(check(good))
-        assert spec == inspect(good, BASE.linears, BASE.architecture)
+        spec = await inspected(checker, good)
+        assert spec == inspect(good, BASE.linears, BASE.architecture, None, TEXT)
         assert rowfile.find(good, spec, BASE.linears) is not None
         with pytest.raises(AdapterError) as here:
             inspect(bad, BASE.linears, BASE.architecture)
         with pytest.raises(AdapterError) as there:
-            await checker.check(check(bad))
+            await inspected(checker, bad)
         assert (str(there.value), there.value.param, there.value.code) == (
             str(here.value),
             here.value.param,
@@ -49,31 +56,36 @@ async def test_it_finds_what_a_thread_would_find_and_lays_out_rows(tmp_path: Pat
         (good / rowfile.ROWS_NAME).unlink()
         (good / rowfile.ROWS_NAME).mkdir()  # whoever runs this, rows cannot be written there
         with pytest.raises(OSError, match="directory"):
-            await checker.check(check(good))
-
-
-async def test_it_is_started_again_when_it_died_and_given_up_when_it_always_does(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    directory = write_adapter(tmp_path / "good", 1)
-    async with running() as checker:
-        first = await checker.check(check(directory))
-        assert checker._process is not None
-        checker._process.kill()
-        assert await checker.check(check(directory)) == first
-    monkeypatch.setattr("sys.executable", "/bin/false")
-    async with running() as checker:
-        with pytest.raises(CheckerDied):
-            await checker.check(check(directory))
+            await inspected(checker, good)
 
 
 async def test_who_stops_waiting_leaves_it_ready_for_the_next(tmp_path: Path) -> None:
     one, other = (write_adapter(tmp_path / str(seed), seed) for seed in (1, 2))
     async with running() as checker:
-        await checker.check(check(one))
-        waiting = asyncio.create_task(checker.check(check(one)))
+        await inspected(checker, one)
+        waiting = asyncio.create_task(inspected(checker, one))
         await asyncio.sleep(0)
         waiting.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await waiting
-        assert await checker.check(check(other)) == inspect(other, BASE.linears, BASE.architecture)
+        assert await inspected(checker, other) == inspect(other, BASE.linears, BASE.architecture, None, TEXT)
+
+
+async def test_a_tokenizer_of_empty_lists_costs_little_and_one_of_tokens_is_limited(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(b'{"added_tokens": [{"id": 1, "content": "x"}], "model": [' + b"[]," * (4 << 20) + b"[]]}")
+    async with running(memory=256 << 20) as checker:
+        assert await checker.run("name", added_tokens, path, "tokenizer") == (NewToken(1, "x"),)
+        path.write_bytes(b'{"added_tokens": [' + b'{"id":1,"content":"x"},' * 70_000 + b'{"id":1,"content":"x"}]}')
+        with pytest.raises(AdapterError, match="70001 added tokens") as refusal:
+            await checker.run("name", added_tokens, path, "tokenizer")
+        assert refusal.value.param == "tokenizer"
+
+
+async def test_what_takes_too_long_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({"added_tokens": []}))
+    async with running(seconds=0.01) as checker:
+        with pytest.raises(AdapterError, match="--adapter-check-seconds") as refusal:
+            await checker.run("name", added_tokens, path, "tokenizer")
+        assert (refusal.value.param, refusal.value.code) == ("tokenizer", "adapter_too_large")

@@ -12,6 +12,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.finetune import dataset
 from server.finetune.dataset import DatasetError, load_dataset
 from server.messages.dataset import Dataset
 from tests.support.tiny import _tokenizer
@@ -240,6 +241,80 @@ def test_any_conversation_trains_on_just_its_answers(turns: list[tuple[str, str]
     if not any(mark in ask + answer for ask, answer in turns for mark in marked):
         assert text == "".join(f"{answer}<|im_end|>" for _, answer in turns)
     assert not data.trained[data.bounds[:-1]].any()
+
+
+# --- long chats -------------------------------------------------------------------------------------
+
+BODY = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+LOCAL_TEMPLATES = {
+    "plain": f"{{% for m in messages %}}{BODY}{{% endfor %}}{PROMPT}",
+    "with a default system message": (
+        "{% if messages[0].role != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+        f"{{% for m in messages %}}{BODY}{{% endfor %}}{PROMPT}"
+    ),
+    "with roles that alternate": (
+        "{% for m in messages if m.role != 'system' %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+        f"{{{{ raise_exception('roles must alternate') }}}}{{% endif %}}{BODY}{{% endfor %}}{PROMPT}"
+    ),
+    "with a thought opened": f"{{% for m in messages %}}{BODY}{{% endfor %}}{PROMPT.replace('nt', 'nt<think>', 1)}",
+}
+
+
+class CountingTokenizer(TinyTokenizer):
+    """Counts the messages that it renders."""
+
+    rendered = 0
+
+    def render_chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        self.rendered += len(messages)
+        return super().render_chat(messages, add_generation_prompt=add_generation_prompt)
+
+
+def long_chat(exchanges: int, *, opening: str = "system") -> dict[str, Any]:
+    turns: list[Any] = [(opening, "Be brief.")]
+    for i in range(exchanges):
+        turns += [("user", f"q{i}"), ("assistant", f"a{i}", int(i % 5 != 0))]
+    return chat(*turns)
+
+
+@pytest.mark.parametrize("opening", ["system", "assistant"])
+@pytest.mark.parametrize("kind", LOCAL_TEMPLATES)
+def test_a_long_chat_is_masked_as_a_short_one(kind: str, opening: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, example = CountingTokenizer(LOCAL_TEMPLATES[kind]), long_chat(40, opening=opening)
+    if "alternate" in kind and opening == "assistant":
+        return
+    quick = read(example, tokenizer=tokenizer, max_length=10_000)
+    assert tokenizer.rendered < 10 * len(example["messages"])
+    monkeypatch.setattr(dataset, "_FEW_TURNS", 1000)
+    slow = read(example, tokenizer=tokenizer, max_length=10_000)
+    assert tokenizer.rendered > 30 * len(example["messages"])
+    assert (quick.tokens.tolist(), quick.trained.tolist()) == (slow.tokens.tolist(), slow.trained.tolist())
+    assert len(quick) == 1
+
+
+def test_checking_a_chat_takes_time_that_grows_with_its_length() -> None:
+    tokenizer, example = CountingTokenizer(), long_chat(2000)
+    data = read(example, tokenizer=tokenizer, max_length=1 << 20)
+    assert tokenizer.rendered < 10 * len(example["messages"])
+    assert tokenizer.trained_text(data).count("<|im_end|>") == 1600
+
+
+def test_a_template_that_rewrites_history_bounds_the_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = "{% for m in messages %}{% if loop.last %}<think>{% endif %}" + BODY + "{% endfor %}" + PROMPT
+    tokenizer = TinyTokenizer(template)
+    assert len(read(long_chat(25), tokenizer=tokenizer)) == 20
+    monkeypatch.setattr(dataset, "MAX_TURNS", 19)
+    with pytest.raises(DatasetError, match="20 assistant turns; this chat template allows 19") as refusal:
+        read(long_chat(25), tokenizer=tokenizer)
+    assert refusal.value.field == "messages"
+
+
+@pytest.mark.parametrize("role", ["assistant", "tool"])
+def test_answers_without_questions_bound_the_turns(role: str) -> None:
+    turns = [("user", "q"), *[(role, "a"), ("assistant", "b")] * 300]
+    with pytest.raises(DatasetError, match="assistant turns; this chat template allows 256"):
+        read(chat(*turns))
 
 
 # --- what is refused --------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Adapters with tokens and a chat template of their own on a real server; others notice nothing of either."""
 
 import asyncio
+import contextlib
 import json
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -151,6 +153,41 @@ async def test_chat_templates_of_adapters(world: tuple[RunningServer, Path, Path
         assert [answer.status_code for answer in answers] == [400, 400, 400, 200, 200]
         assert answers[0].json()["error"]["code"] == "chat_template_failed"
         assert time.monotonic() - began < 15
+
+
+async def test_a_template_that_writes_too_much_is_refused_by_name(
+    world: tuple[RunningServer, Path, Path, Path],
+) -> None:
+    server, _, _, plain = world
+    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+        flood = "{% for i in range(3000) %}{{ 'x' * 10000 }}{% endfor %}"
+        assert (await upload(client, "flood", plain, chat_template=flood)).status_code == 201
+        for path in ("/v1/chat/completions", "/tokenize"):
+            refused = await client.post(path, json={"model": "flood", "messages": MESSAGES})
+            error = refused.json()["error"]
+            assert (refused.status_code, error["code"]) == (400, "chat_template_failed")
+            assert "The adapter's chat template writes more than" in error["message"]
+
+
+async def test_a_rendered_template_leaves_nothing_at_the_end(world: tuple[RunningServer, Path, Path, Path]) -> None:
+    server, _, _, plain = world
+    server.ensure()
+    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+        assert (await upload(client, "last", plain, chat_template=TEMPLATE)).status_code in (200, 201)
+        assert (await client.post("/tokenize", json={"model": "last", "messages": MESSAGES})).status_code == 200
+    helpers = [path for path in Path("/proc").glob("[0-9]*") if _is_helper(path, server.process.pid)]
+    assert helpers
+    server.process.send_signal(signal.SIGTERM)
+    assert await asyncio.to_thread(server.process.wait, 20) == 0
+    assert not any(helper.exists() for helper in helpers)
+    assert "Traceback" not in server.log
+
+
+def _is_helper(process: Path, parent: int) -> bool:
+    with contextlib.suppress(OSError):
+        fields = (process / "stat").read_text().rpartition(")")[2].split()
+        return int(fields[1]) == parent and b"server.children.programs" in (process / "cmdline").read_bytes()
+    return False
 
 
 async def test_without_permission_a_template_is_left_out_with_a_warning(tmp_path: Path) -> None:

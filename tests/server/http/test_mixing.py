@@ -1,6 +1,5 @@
 """`POST /v1/adapters` with a recipe instead of files."""
 
-import asyncio
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +10,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
-from adapters.offline.worker import DISK_FULL
-from server.children.worker import WorkerFailed, WorkerTooSlow, run_worker
 from server.services import TENANT
 from tests.support.harness import Site, adapter_files, write_adapter
 
@@ -108,45 +105,3 @@ async def test_a_mix_that_takes_too_long_ends(site: Site, monkeypatch: pytest.Mo
     monkeypatch.setattr("server.http.mixing._SECONDS", 0.01)
     error = (await mix(site, name="blend", mix=[SOURCE])).json()["error"]
     assert error["code"] == "mix_too_slow"
-
-
-# --- workers ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A module that does as it is told."""
-    source = "import json, sys, time\norder = json.load(sys.stdin)\nexec(order['do'])\n"
-    (tmp_path / "obedient_worker.py").write_text(source)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    return "obedient_worker"
-
-
-async def test_a_worker_answers(worker: str) -> None:
-    assert await run_worker(worker, {"do": "print(json.dumps(order))"}, 30) == {"do": "print(json.dumps(order))"}
-
-
-async def test_a_worker_that_breaks_down_says_nothing_to_clients(worker: str, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(WorkerFailed, match="ended with 1"):
-        await run_worker(worker, {"do": "raise ValueError('secret')"}, 30)
-    assert "secret" in caplog.text
-
-
-async def test_a_worker_whose_disk_is_full(worker: str) -> None:
-    with pytest.raises(OSError, match="No space left"):
-        await run_worker(worker, {"do": f"sys.exit({DISK_FULL})"}, 30)
-
-
-async def test_a_worker_ends_with_its_time_and_with_its_caller(worker: str, tmp_path: Path) -> None:
-    pid = tmp_path / "pid"
-    linger = f"import os; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-    with pytest.raises(WorkerTooSlow):
-        await run_worker(worker, {"do": "time.sleep(60)"}, 0.2)
-    task = asyncio.create_task(run_worker(worker, {"do": linger}, 60))
-    async with asyncio.timeout(30):
-        while not (pid.exists() and pid.read_text()):  # noqa: ASYNC110 - written by another process
-            await asyncio.sleep(0.02)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert not Path(f"/proc/{pid.read_text()}").exists()

@@ -213,6 +213,9 @@ async def test_only_under_the_directory(lora_site: Site, tmp_path: Path) -> None
     (root / "files").mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (root / "files" / name).symlink_to(outside / name)
+    write_adapter(root / "template")
+    (outside / "chat_template.jinja").write_text("secret")
+    (root / "template" / "chat_template.jinja").symlink_to(outside / "chat_template.jinja")
     (root / "loop").symlink_to(root / "loop")
     paths = [
         str(outside),
@@ -220,6 +223,7 @@ async def test_only_under_the_directory(lora_site: Site, tmp_path: Path) -> None
         "x/../../outside",
         "link",
         "files",
+        "template",
         "loop",
         "/etc",
         "nowhere",

@@ -69,12 +69,47 @@ async def test_what_cannot_ever_fit_is_refused_with_the_limit(site: Site) -> Non
     assert site.names() == ["legal"]
 
 
-@pytest.mark.parametrize("name", ["smollm2-135m-instruct", "", ".hidden", "a/b", "../x", "a b", "x" * 129, "ä", "ft:x"])
+@pytest.mark.parametrize(
+    "name",
+    ["smollm2-135m-instruct", "SmolLM2-135M-Instruct", "", ".hidden", "a/b", "../x", "a b", "x" * 129, "ä", "ft:x"],
+)
 async def test_names_that_no_adapter_may_have(site: Site, name: str) -> None:
     with pytest.raises(AdapterError) as refusal:
         await site.publisher.import_directory(T, name, write_adapter(site.settings.data_dir / "one"))
     assert refusal.value.param == "name"
     assert site.names() == []
+
+
+async def test_a_name_that_is_anothers_in_other_case_is_refused(site: Site) -> None:
+    one, two = write_adapter(site.settings.data_dir / "one", 1), write_adapter(site.settings.data_dir / "two", 2)
+    await site.publisher.import_directory(T, "Legal", one)
+    with pytest.raises(AdapterError, match="differs from the adapter 'Legal' in upper and lower case only") as refusal:
+        await site.publisher.import_directory(T, "legal", two)
+    assert refusal.value.param == "name"
+    await site.publisher.import_directory(T, "Legal", two)
+    assert site.names() == ["Legal"]
+    await site.registry.delete(T, "Legal")
+    both = (site.publisher.import_directory(T, name, one) for name in ("legal", "LEGAL"))
+    outcomes = await asyncio.gather(*both, return_exceptions=True)
+    assert sorted(isinstance(outcome, AdapterError) for outcome in outcomes) == [False, True], "at once, too"
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"])
+async def test_links_out_of_the_directory_of_adapters_are_not_followed(name: str, tmp_path: Path) -> None:
+    root, outside = tmp_path / "adapters", write_adapter(tmp_path / "outside", 1)
+    (outside / "tokenizer.json").write_text('{"added_tokens": []}')
+    write_adapter(root / "linked", 1)
+    (root / "linked" / name).unlink(missing_ok=True)
+    (root / "linked" / name).symlink_to(outside / name)
+    (root / "away").symlink_to(outside)
+    write_adapter(root / ".blobs", 2)
+    (root / "inside").symlink_to(root / ".blobs")
+    with contextlib.closing(Site(tmp_path, adapter_dir=root)) as site:
+        for linked in ("linked", "away"):
+            assert not await site.registry.discovery.discover(T, linked)
+        assert await site.registry.discovery.discover(T, "inside")
+        await site.publisher.import_directory(T, "told", root / "away")  # the operator's own word
+        assert site.names() == ["inside", "told"]
 
 
 async def test_without_a_base_nothing_is_admitted(site: Site) -> None:

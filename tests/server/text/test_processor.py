@@ -43,7 +43,11 @@ async def _render(
     **arguments: Any,
 ) -> str:
     return await text.render_chat(
-        messages, add_generation_prompt=generation, continue_final_message=final, arguments=arguments
+        messages,
+        add_generation_prompt=generation,
+        continue_final_message=final,
+        arguments=arguments,
+        max_tokens=4096,
     )
 
 

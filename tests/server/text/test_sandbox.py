@@ -10,7 +10,7 @@ import pytest_asyncio
 
 from server.errors import InvalidRequest
 from server.text.chat_template import ChatTemplate
-from server.text.sandbox import PROCESSES, TemplateLimits, TemplateRenderer
+from server.text.sandbox import TemplateLimits, TemplateRenderer
 from tests.support.tiny import CHAT_TEMPLATE
 
 MESSAGES = [{"role": "user", "content": "Hi 🦜"}]
@@ -21,10 +21,7 @@ LIMITS = TemplateLimits(seconds=0.5, cpu_seconds=1, memory_bytes=64 << 20)
 async def renderer() -> AsyncIterator[TemplateRenderer]:
     made = TemplateRenderer(LIMITS)
     yield made
-    processes = list(made._idle)
-    made.close()
-    for process in processes:
-        await process.wait()
+    await made.close()
 
 
 async def test_it_renders_as_the_bases_template_would(renderer: TemplateRenderer) -> None:
@@ -34,7 +31,6 @@ async def test_it_renders_as_the_bases_template_would(renderer: TemplateRenderer
     expected = ChatTemplate(source, tokens).render(MESSAGES, **options)
     for _ in range(3):
         assert await renderer.render(source, tokens, MESSAGES, **options) == expected
-    assert len(renderer._idle) == 1, "one process serves one after the other"
 
 
 HOSTILE = {
@@ -73,27 +69,39 @@ async def test_what_is_no_template_is_refused(source: str, renderer: TemplateRen
     assert caught.value.param in ("chat_template", "messages")
 
 
-async def test_a_process_that_dies_is_replaced(renderer: TemplateRenderer) -> None:
-    await renderer.check("x")
-    [process] = renderer._idle
-    process.kill()
-    await process.wait()
-    assert await renderer.render("a", {}, MESSAGES) == "a"
-
-
 async def test_many_at_once_wait_their_turn(renderer: TemplateRenderer) -> None:
     texts = await asyncio.gather(*(renderer.render(f"{i}", {}, MESSAGES) for i in range(12)))
     assert texts == [f"{i}" for i in range(12)]
-    assert len(renderer._idle) <= PROCESSES
 
 
-async def test_one_whose_caller_left_ends(renderer: TemplateRenderer) -> None:
-    await renderer.check("warm up")
-    [process] = renderer._idle
-    task = asyncio.create_task(renderer.render(HOSTILE["loops"], {}, MESSAGES))
-    await asyncio.sleep(0.1)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    await asyncio.wait_for(process.wait(), 5)
-    assert not renderer._idle
+async def test_twelve_slow_templates_do_not_delay_another_adapters(renderer: TemplateRenderer) -> None:
+    for source in ("fine", "warm up"):
+        await renderer.check(source)
+    with pytest.raises(InvalidRequest):
+        await renderer.render(HOSTILE["loops"], {}, MESSAGES)
+    slow = [asyncio.create_task(renderer.render(HOSTILE["loops"], {}, MESSAGES)) for _ in range(12)]
+    await asyncio.sleep(0.05)
+    for _ in range(3):
+        began = time.monotonic()
+        assert await renderer.render("fine", {}, MESSAGES) == "fine"
+        assert time.monotonic() - began < 1.5, "six seconds of others' work wait"
+    assert not slow[-1].done()
+    for task in slow:
+        task.cancel()
+    await asyncio.gather(*slow, return_exceptions=True)
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{% for i in range(99) %}{{ 'x' * 20 }}{% endfor %}", "{{ 'x' * 1001 }}", "{{ messages[0].content * 999 }}"],
+)
+async def test_a_text_that_can_never_fit_does_not_cross(source: str, renderer: TemplateRenderer) -> None:
+    with pytest.raises(InvalidRequest, match="The adapter's chat template writes more than 1000 characters") as refusal:
+        await renderer.render(source, {}, MESSAGES, max_characters=1000)
+    assert refusal.value.code == "chat_template_failed"
+    assert await renderer.render("{{ 'x' * 1000 }}", {}, MESSAGES, max_characters=1000) == "x" * 1000
+
+
+async def test_half_a_surrogate_pair_is_refused(renderer: TemplateRenderer) -> None:
+    with pytest.raises(InvalidRequest, match="surrogate"):
+        await renderer.render("{{ '\\ud800' }}", {}, MESSAGES)

@@ -1,0 +1,48 @@
+"""Directories for a while, under the system's temporary one. A killed process leaves its own; `sweep` removes these."""
+
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+_PREFIX = "lorakeet-"
+_LOCK = ".lock"  # held by the process that uses the directory
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A new private directory, gone on exit."""
+    path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    # Under its name it is locked from the beginning.
+    lock = os.open(path / f"{_LOCK}.new", os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (path / f"{_LOCK}.new").rename(path / _LOCK)
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+        os.close(lock)
+
+
+def sweep() -> list[Path]:
+    """Remove this user's directories of processes that are no more."""
+    swept = []
+    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with suppress(OSError):  # not one of ours, or in use
+            directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                lock = os.open(_LOCK, os.O_RDWR | os.O_NOFOLLOW, dir_fd=directory)
+            finally:
+                os.close(directory)
+            try:
+                if os.fstat(lock).st_uid != os.geteuid():
+                    continue
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path)
+                swept.append(path)
+            finally:
+                os.close(lock)
+    return swept

@@ -1,0 +1,55 @@
+"""Directories for a while: gone at the end, and after a kill with the next start."""
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from adapters.scratch import scratch, sweep
+
+HOLD = """
+import time
+from adapters.scratch import scratch
+with scratch() as path:
+    (path / "engine.sock").touch()
+    print(path, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    return tmp_path
+
+
+def test_it_is_gone_at_the_end() -> None:
+    with scratch() as path:
+        (path / "folder").mkdir()
+        assert sweep() == []
+        assert path.is_dir()
+    assert not path.exists()
+
+
+def test_what_a_killed_process_left_is_swept_and_a_living_ones_is_not(temporary: Path) -> None:
+    holders = [subprocess.Popen([sys.executable, "-c", HOLD], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        left, used = (Path((holder.stdout or sys.stdin).readline().strip()) for holder in holders)
+        holders[0].kill()
+        holders[0].wait()
+        (temporary / "lorakeet-data").mkdir()  # somebody's own
+        (temporary / "lorakeet-file").touch()
+        (temporary / "lorakeet-link").symlink_to(used)
+        assert left.exists()
+        assert sweep() == [left]
+        assert not left.exists()
+        assert (used / "engine.sock").exists()
+        assert (temporary / "lorakeet-data").exists()
+    finally:
+        for holder in holders:
+            holder.kill()
+            holder.communicate()
+    assert sweep() == [used]
