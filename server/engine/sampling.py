@@ -229,6 +229,7 @@ def _adjust(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int])
         for index, row in enumerate(rows)
         if row.position < row.sampling.min_tokens
         for token in {*row.sampling.stop_token_ids, *(() if row.sampling.ignore_eos else eos_token_ids)}
+        if token < logits.shape[1]
     ]
     if early:
         scores[_places(early, logits)] = -torch.inf

@@ -199,12 +199,12 @@ class Model:
             return httpx.Response(200, json={"data": [{"id": "base", "parent": None}]})
         if request.url.path.startswith("/v1/models/"):
             known = request.url.path == "/v1/models/org/parrot"
-            return httpx.Response(*((200,) if known else (404,)), json={"error": {"message": "Unknown."}})
+            return httpx.Response(200 if known else 404, json={"error": {"message": "Unknown."}})
         body = json.loads(request.content)
         self.bodies.append(body)
         if body.get("max_tokens", 0) > self.context:
             return httpx.Response(400, json={"error": {"message": "Long.", "code": "context_length_exceeded"}})
-        choices = [{"delta": {"content": piece}} for piece in self.pieces]
+        choices: list[dict[str, Any]] = [{"delta": {"content": piece}} for piece in self.pieces]
         choices.append({"delta": {}, "finish_reason": self.finish})
         events = "".join(f"data: {json.dumps({'choices': [choice]})}\n\n" for choice in choices)
         return httpx.Response(200, text=events + "data: [DONE]\n\n")
