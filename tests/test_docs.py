@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 REFERENCE = ROOT / "docs/reference"
 # Flags in the guides that are not settings of `lorakeet serve`.
-OTHER_FLAGS = {"--url", "--help", "--cancel", "--pause", "--resume", "--build-arg"}
+OTHER_FLAGS = {"--url", "--help", "--cancel", "--pause", "--resume", "--json", "--max-tokens", "--build-arg"}
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
@@ -129,6 +129,21 @@ def test_every_page_is_found_from_the_readme() -> None:
 
 def test_the_readme_stays_short() -> None:
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 200
+
+
+def test_examples_stream_and_have_a_limit() -> None:
+    """Without, an example's answer may be thousands of tokens long, and nothing is seen of it until the end."""
+    programs = list((ROOT / "examples").glob("*.py"))
+    found = 0
+    for path in (*PAGES, *programs):
+        text = path.read_text(encoding="utf-8")
+        bodies = re.findall(r"-d '({[^']*})'", text) + re.findall(r"completions\.create\((?:[^()]|\([^()]*\))*\)", text)
+        for body in bodies:
+            if re.search(r"messages|prompt", body):
+                found += 1
+                assert "max_tokens" in body, (path.name, body)
+                assert path in programs or "stream" in body, (path.name, body)
+    assert found > 5
 
 
 def test_tests_and_files_named_by_the_architecture_exist() -> None:

@@ -84,12 +84,24 @@ class LoraLinear(FrozenLinear):
 def wrap_linears(decoder: nn.Module, prefix: str, slot: StepSlot) -> list[LoraLinear]:
     """Replace every linear below `decoder` by a LoraLinear, in module order; their names start with `prefix`."""
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    from transformers.pytorch_utils import Conv1D
 
     wrapped: list[LoraLinear] = []
     for name, module in list(decoder.named_modules()):
+        if isinstance(module, Conv1D):
+            module = _as_linear(module.weight, module.bias)
         if isinstance(module, nn.Linear | Linear4bit | Linear8bitLt):
             linear = LoraLinear(module, f"{prefix}{name}", len(wrapped), slot)
             parent, _, child = name.rpartition(".")
             setattr(decoder.get_submodule(parent), child, linear)
             wrapped.append(linear)
     return wrapped
+
+
+def _as_linear(weight: nn.Parameter, bias: nn.Parameter) -> nn.Linear:
+    """A linear out of a weight [in, out]."""
+    in_features, out_features = weight.shape
+    linear = nn.Linear(in_features, out_features, device="meta")
+    linear.weight = nn.Parameter(weight.data.T.contiguous(), requires_grad=False)
+    linear.bias = nn.Parameter(bias.data, requires_grad=False)
+    return linear

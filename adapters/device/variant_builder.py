@@ -116,9 +116,13 @@ class _Builder:
         return None if grown is None else self._matrix(grown)[-self._variants.new_tokens :].contiguous()
 
     def _whole(self, name: str, base: Tensor) -> Tensor:
-        """fp32 [vocabulary, width] with the new rows."""
+        """A table of the base's, or its bias, in the adapter's vocabulary; fp32."""
+        if self._variants.new_tokens < 0:
+            return base[: self._variants.new_tokens].float()
         new = self._new(name)
-        return base.float() if new is None else torch.cat([base.float(), new.float()])
+        if new is None:  # what is not the base's has no need of it
+            new = base.new_zeros(self._variants.new_tokens, *base.shape[1:])
+        return torch.cat([base.float(), new.float()])
 
     def embedding(self) -> EmbeddingExtras | None:
         name, variants = self._embedding_name, self._variants
@@ -141,14 +145,17 @@ class _Builder:
         return EmbeddingExtras(new=new, columns=a.T.contiguous().to(self._device), lora=lora, affine=affine)
 
     def head(self) -> HeadExtras | None:
-        name, variants = self._head_name, self._variants
+        name, variants, bias = self._head_name, self._variants, self._head.bias
+        bias = None if bias is None else self._whole(f"{name}.bias", bias)
         whole, rows = variants.parameters.get(f"{name}.weight"), variants.tokens.get(name)
         module = variants.tables.get(name)
         pair = None if module is None else (self._tensors[module.a], self._tensors[module.b], module.scaling)
-        affine = self._affine(name, self._head.bias, pair, lambda: self._whole(name, self._head.weight.dequantize()))
+        affine = self._affine(name, bias, pair, lambda: self._whole(name, self._head.weight.dequantize()))
+        if rows is not None and bias is not None:
+            affine = Affine(None, -bias)  # PEFT leaves the bias out where single tokens are trained
         new = self._new(name)
         lora = None if module is None or pair is None else self._low_rank(module, pair[0], pair[1])
-        if all(part is None for part in (whole, rows, lora, affine, new)):
+        if variants.new_tokens == 0 and all(part is None for part in (whole, rows, lora, affine)):
             return None
         return HeadExtras(
             new=None if new is None else _dense(new),
@@ -157,6 +164,7 @@ class _Builder:
             trained=None if rows is None else _dense(self._matrix(rows)),
             lora=lora,
             affine=affine,
+            bias=bias,
         )
 
     def _low_rank(self, module: LoraModule, a: Tensor, b: Tensor) -> LowRank:

@@ -81,13 +81,14 @@ class EmbeddingExtras:
             beyond = ids >= vocabulary
             y[beyond] = self.new[ids[beyond] - vocabulary].to(y.dtype) * scale
         if self.weight is not None:
-            y.copy_(self.weight[ids]).mul_(scale)
+            y.copy_(self.weight[ids.clamp(max=len(self.weight) - 1)]).mul_(scale)
         if self.trained is not None:
             at = torch.searchsorted(self.trained.ids, ids).clamp_(max=len(self.trained.ids) - 1)
             found = self.trained.ids[at] == ids
             y[found] = self.trained.rows[at[found]].to(y.dtype) * scale
         if self.lora is not None and self.columns is not None:
-            self.lora.add_(y, self.columns[ids].to(y.dtype), weight * scale)
+            columns = self.columns[ids.clamp(max=len(self.columns) - 1)]
+            self.lora.add_(y, columns.to(y.dtype), weight * scale)
         if self.affine is not None:
             self.affine.apply_(y)
 
@@ -102,15 +103,19 @@ class HeadExtras:
     trained: kernels.QuantizedWeight | None = None
     lora: LowRank | None = None
     affine: Affine | None = None
+    bias: Tensor | None = None  # the base's, in the adapter's vocabulary
 
-    def apply_(self, y: Tensor, x: Tensor, weight: float, bias: Tensor | None) -> None:
-        """Change the logits y [n, vocabulary] of normed states x [n, width]; `bias` is the base's."""
+    def apply_(self, y: Tensor, x: Tensor, weight: float) -> None:
+        """Change the logits y [n, vocabulary] of normed states x [n, width]."""
+        bias = self.bias
         if self.new is not None:
-            y[:, -self.new.shape[0] :] = kernels.base_linear(x, self.new, None)
+            new = self.new.shape[0]
+            y[:, -new:] = kernels.base_linear(x, self.new, None if bias is None else bias[-new:])
         if self.weight is not None:
             y.copy_(kernels.base_linear(x, self.weight, bias))
         if self.trained is not None and self.trained_ids is not None:
-            y[:, self.trained_ids] = kernels.base_linear(x, self.trained, None)
+            added = None if bias is None else bias[self.trained_ids]
+            y[:, self.trained_ids] = kernels.base_linear(x, self.trained, added)
         if self.lora is not None:
             self.lora.add_(y, x, weight)
         if self.affine is not None:
@@ -125,7 +130,7 @@ class Extras:
     norms: dict[str, nn.Module]  # by full module name; as the base's, with other parameters
     embedding: EmbeddingExtras | None
     head: HeadExtras | None
-    new_tokens: int = 0  # beyond the base's vocabulary: logits are as much wider
+    new_tokens: int = 0  # beyond the base's vocabulary: logits are as much wider, or narrower
 
     @property
     def in_decoder(self) -> bool:
@@ -269,7 +274,7 @@ def _head_hook(uses: Sequence[ExtraUse]) -> Any:
         x, logits = args[0].reshape(-1, args[0].shape[-1]), output.view(-1, output.shape[-1])
         for start, end, extras, weight in uses:
             assert extras.head is not None
-            extras.head.apply_(logits[start:end], x[start:end], weight, module.bias)
+            extras.head.apply_(logits[start:end], x[start:end], weight)
         return output
 
     return hook

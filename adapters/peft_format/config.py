@@ -5,13 +5,14 @@ Regular expressions of a client run only through RE2, in linear time.
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from adapters.peft_format.fields import (
     ALL_LINEAR,
     FIELDS,
+    PEFT_VERSION,
     AdapterError,
     Json,
     compile_regex,
@@ -55,6 +56,7 @@ class AdapterConfig:
     task_type: str | None
     auto_mapping: Mapping[str, Json] | None
     recorded: Mapping[str, Json]
+    unknown: tuple[str, ...] = ()  # fields that PEFT does not have, and would pass over
 
     def check_class(self, model_class: str) -> None:
         """Raises AdapterError when `auto_mapping` names another class than the served model's."""
@@ -75,7 +77,12 @@ class AdapterConfig:
                 raise AdapterError(f"{name} is not supported here: only plain LoRA is", name)
 
     def resolve(
-        self, linears: Collection[str], tables: Collection[str] = (), *, tied: bool = False
+        self,
+        linears: Collection[str],
+        tables: Collection[str] = (),
+        *,
+        tied: bool = False,
+        warnings: list[str] | None = None,
     ) -> dict[str, tuple[int, float]]:
         """The modules of the base that this config selects: full name -> (rank, scaling), as PEFT would.
 
@@ -83,15 +90,24 @@ class AdapterConfig:
             linears: full names of the base's linears, such as "model.layers.0.self_attn.q_proj".
             tables: those of its embedding and head, which are adapted only when named.
             tied: whether embedding and head are one matrix.
+            warnings: takes one for entries that match nothing, which PEFT passes over; without, they are refused.
 
         Raises:
-            AdapterError: an entry of `target_modules`, a layer index or a pattern key matches nothing.
+            AdapterError: no module is selected, or an entry of `target_modules`, a layer index or a pattern key
+                matches nothing.
         """
         modules = [*linears, *tables]
-        ranks = _match_patterns("rank_pattern", self.rank_pattern, modules)
-        alphas = _match_patterns("alpha_pattern", self.alpha_pattern, modules)
+        ranks, idle_ranks = _match_patterns("rank_pattern", self.rank_pattern, modules)
+        alphas, idle_alphas = _match_patterns("alpha_pattern", self.alpha_pattern, modules)
         found: dict[str, tuple[int, float]] = {}
-        chosen = self._select(modules, linears)
+        chosen, idle_targets, idle_layers = self._select(modules, linears)
+        for field, idle, reason in (
+            ("rank_pattern", idle_ranks, "matches no linear of the base"),
+            ("alpha_pattern", idle_alphas, "matches no linear of the base"),
+            ("target_modules", idle_targets, "matches no linear of the base"),
+            ("layers_to_transform", idle_layers, "is a layer without any of the target modules"),
+        ):
+            _passed_over(field, idle, reason, warnings)
         if self.ensure_weight_tying and tied and not set(tables).isdisjoint(chosen):
             chosen += [table for table in tables if table not in chosen]
         for module in chosen:
@@ -101,8 +117,9 @@ class AdapterConfig:
         forget_regexes()
         return found
 
-    def _select(self, modules: Collection[str], linears: Collection[str]) -> list[str]:
-        chosen = self._targets(modules, linears)
+    def _select(self, modules: Collection[str], linears: Collection[str]) -> tuple[list[str], list[str], list[str]]:
+        """The modules, and entries of `target_modules` and `layers_to_transform` that match nothing."""
+        chosen, idle = self._targets(modules, linears)
         if not chosen:
             raise AdapterError(
                 f"target_modules {show(self.target_modules)} matches no linear of the base", "target_modules"
@@ -110,22 +127,20 @@ class AdapterConfig:
         chosen = self._not_excluded(chosen)
         if not chosen:
             raise AdapterError("exclude_modules leaves no module to adapt", "exclude_modules")
-        return self._in_layers(chosen) if self.layers_to_transform else chosen
+        chosen, absent = self._in_layers(chosen) if self.layers_to_transform else (chosen, [])
+        if not chosen:
+            _passed_over("layers_to_transform", absent, "is a layer without any of the target modules", None)
+        return chosen, idle, absent
 
-    def _targets(self, modules: Collection[str], linears: Collection[str]) -> list[str]:
+    def _targets(self, modules: Collection[str], linears: Collection[str]) -> tuple[list[str], list[str]]:
         if isinstance(self.target_modules, tuple):
             wanted = set(self.target_modules)
-            unmatched = wanted.difference(*map(_suffixes, modules))
-            if unmatched:
-                raise AdapterError(
-                    f"target_modules has '{shorten(min(unmatched))}', which matches no linear of the base",
-                    "target_modules",
-                )
-            return [module for module in modules if _suffixes(module) & wanted]
+            idle = wanted.difference(*map(_suffixes, modules))
+            return [module for module in modules if _suffixes(module) & wanted], sorted(idle)
         if self.target_modules.lower() == ALL_LINEAR:
-            return [module for module in linears if module.rpartition(".")[2] != OUTPUT_HEAD]
+            return [module for module in linears if module.rpartition(".")[2] != OUTPUT_HEAD], []
         regex = compile_regex("target_modules", self.target_modules)
-        return [module for module in modules if regex.fullmatch(module)]
+        return [module for module in modules if regex.fullmatch(module)], []
 
     def _not_excluded(self, modules: list[str]) -> list[str]:
         if isinstance(self.exclude_modules, tuple):
@@ -134,17 +149,12 @@ class AdapterConfig:
         regex = compile_regex("exclude_modules", self.exclude_modules)
         return [module for module in modules if not regex.fullmatch(module)]
 
-    def _in_layers(self, modules: list[str]) -> list[str]:
-        """Those in the layers asked for, and, as in PEFT, those that `target_modules` names in full."""
+    def _in_layers(self, modules: list[str]) -> tuple[list[str], list[str]]:
+        """Those in the layers asked for, and, as in PEFT, those that `target_modules` names in full; absent layers."""
         layers = {module: self._layer_index(module) for module in modules}
         kept = [m for m, index in layers.items() if index in self.layers_to_transform or m in self.target_modules]
         absent = set(self.layers_to_transform).difference(layers[module] for module in kept)
-        if absent:
-            raise AdapterError(
-                f"layers_to_transform has {min(absent)}, a layer without any of the target modules",
-                "layers_to_transform",
-            )
-        return kept
+        return kept, [str(index) for index in sorted(absent)]
 
     def _layer_index(self, module: str) -> int | None:
         """The first index in a module's name; with `layers_pattern` the one that follows such a name."""
@@ -158,7 +168,7 @@ class AdapterConfig:
         return None
 
 
-_ATTRIBUTES = AdapterConfig.__dataclass_fields__.keys() - {"recorded"}
+_ATTRIBUTES = AdapterConfig.__dataclass_fields__.keys() - {"recorded", "unknown"}
 
 
 def parse_config(raw: bytes) -> AdapterConfig:
@@ -175,9 +185,17 @@ def parse_config(raw: bytes) -> AdapterConfig:
     values = {
         name: field.parse(name, given[name]) if name in given else field.default for name, field in FIELDS.items()
     }
-    for name, value in given.items():
-        if name not in FIELDS and value is not None and value is not False and value not in ("", [], {}):
-            raise AdapterError(f"config has the unknown field '{shorten(name)}' with a value", name)
+    unknown = tuple(
+        name
+        for name, value in given.items()
+        if name not in FIELDS and value is not None and value is not False and value not in ("", [], {})
+    )
+    if unknown and _newer(values["peft_version"]):
+        raise AdapterError(
+            f"config has the unknown field '{shorten(unknown[0])}' of a newer PEFT ({values['peft_version']}), which "
+            "may change what is served",
+            unknown[0],
+        )
     if not values["target_modules"]:
         raise AdapterError(
             "target_modules is missing or empty: nothing says which modules are adapted", "target_modules"
@@ -188,7 +206,24 @@ def parse_config(raw: bytes) -> AdapterConfig:
         raise AdapterError("layers_pattern needs layers_to_transform", "layers_pattern")
     _check_combination(values)
     recorded = {name: values[name] for name, field in FIELDS.items() if field.effect == "recorded"}
-    return AdapterConfig(**{name: values[name] for name in _ATTRIBUTES}, recorded=recorded)
+    return AdapterConfig(**{name: values[name] for name in _ATTRIBUTES}, recorded=recorded, unknown=unknown)
+
+
+def _newer(version: str | None) -> bool:
+    """Whether this is a PEFT that may have fields with a meaning that is not known here."""
+    match = re.match(r"(\d{1,6})\.(\d{1,6})", version or "")
+    return match is not None and (int(match[1]), int(match[2])) > PEFT_VERSION
+
+
+def _passed_over(field: str, entries: Sequence[str], reason: str, warnings: list[str] | None) -> None:
+    """Warn of entries without effect. Raises AdapterError where there is nowhere to warn."""
+    if not entries:
+        return
+    more = f" (and {len(entries) - 1} more like it)" if len(entries) > 1 else ""
+    message = f"{field} has '{shorten(entries[0])}', which {reason}{more}"
+    if warnings is None:
+        raise AdapterError(message, field)
+    warnings.append(message)
 
 
 def _check_combination(values: Mapping[str, Json]) -> None:
@@ -206,9 +241,13 @@ def _suffixes(module: str) -> set[str]:
     return {".".join(parts[i:]) for i in range(len(parts))}
 
 
-def _match_patterns(field: str, patterns: Mapping[str, Any], modules: Collection[str]) -> dict[str, Any]:
-    """Module -> value of the first pattern that matches the end of its name (PEFT's `get_pattern_key`)."""
+def _match_patterns(
+    field: str, patterns: Mapping[str, Any], modules: Collection[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Module -> value of the first pattern that matches the end of its name (PEFT's `get_pattern_key`); and patterns
+    that match none."""
     values: dict[str, Any] = {}
+    idle: list[str] = []
     size = 0
     for pattern, value in patterns.items():
         regex = compile_regex(field, pattern, suffix=True)
@@ -217,7 +256,7 @@ def _match_patterns(field: str, patterns: Mapping[str, Any], modules: Collection
             raise AdapterError(f"{field} has patterns that are too large together", field)
         matched = [module for module in modules if regex.match(module)]
         if not matched:
-            raise AdapterError(f"{field} has '{shorten(pattern)}', which matches no linear of the base", field)
+            idle.append(pattern)
         for module in matched:
             values.setdefault(module, value)
-    return values
+    return values, idle

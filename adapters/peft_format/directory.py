@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from adapters.disk import sync
 from adapters.peft_format.config import MAX_CONFIG_BYTES, AdapterConfig, AdapterError, parse_config
 from adapters.peft_format.fields import shorten
-from adapters.peft_format.layout import GROWN, PREFIX, Layout, LoraModule, Variants, layout
+from adapters.peft_format.layout import PREFIX, LoraModule, Variants, layout
+from adapters.peft_format.matching import match, new_tokens
 from adapters.peft_format.outline import Outline
 from adapters.peft_format.sizes import EXTRAS, LinearSize, extra_units, units_per_row
 from adapters.peft_format.text import NO_TEXT, AdapterText
@@ -44,8 +44,6 @@ __all__ = [
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 SPEC_NAME = "spec.json"  # what `inspect` found, kept beside the files so that nobody need look at every value again
-
-MAX_NEW_TOKENS = 65536
 
 
 @dataclass(frozen=True)
@@ -141,9 +139,9 @@ def inspect(
         )
     with path.open("rb") as file:
         tensors = read_header(file)
-        outline = outline.grown(_new_tokens(tensors, outline))
+        outline = outline.grown(new_tokens(tensors, outline))
         plan = layout(config, linears, outline, tensors)
-        _fit(tensors, plan, linears, outline)
+        warnings = [*_unknown_fields(config), *plan.warnings, *match(tensors, plan, linears, outline)]
         digest = hashlib.sha256(_mathematics(plan.modules, plan.variants, text))
         for name, tensor in sorted(tensors.items()):
             digest.update(_heading(name, tensor))
@@ -153,14 +151,19 @@ def inspect(
             twin = plan.twins.get(name)
             if twin is not None and not _same(file, tensor, tensors[twin]):
                 raise AdapterError(f"tensor '{name}' differs from '{twin}', which is the same by another name", name)
-            theirs = tensor._replace(end=tensor.end - _new_bytes(tensor, outline.new_tokens))
-            if name in plan.copies and not outline.equals(plan.copies[name], tensor.dtype, chunks(file, theirs)):
+            theirs = tensor._replace(end=tensor.end - _new_bytes(tensor, max(outline.new_tokens, 0)))
+            if name not in plan.copies:
+                continue
+            rounded_to = outline.equals(plan.copies[name], tensor.dtype, chunks(file, theirs))
+            if rounded_to is None:
                 raise AdapterError(
                     f"tensor '{name}' is not what the served base has there: the adapter belongs to another base, or "
                     "changed this one. List the module in modules_to_save to serve it with these weights",
                     name,
                     "base_mismatch",
                 )
+            if rounded_to != outline.stored(plan.copies[name]).dtype:
+                warnings.append(f"'{name}' is the base's, rounded to {rounded_to}: the base's own is served")
     spec = AdapterSpec(
         digest=f"sha256:{digest.hexdigest()}",
         config=config.normalised(),
@@ -169,7 +172,8 @@ def inspect(
         rank=0,
         parameters=sum(math.prod(tensor.shape) for tensor in tensors.values()),
         bytes=sum(tensor.end - tensor.start for tensor in tensors.values()),
-        variants=dataclasses.replace(plan.variants, device_bytes=_device_bytes(plan.variants, tensors)),
+        warnings=tuple(warnings),
+        variants=dataclasses.replace(plan.variants, device_bytes=_device_bytes(plan.variants, tensors, outline)),
         text=text,
     )
     dtypes = {FORMATS[tensors[name].dtype].name for module in spec.adapted.values() for name in (module.a, module.b)}
@@ -269,33 +273,8 @@ def _read_config(directory: Path) -> bytes:
         return file.read(MAX_CONFIG_BYTES + 1)
 
 
-def _fit(tensors: Mapping[str, TensorEntry], plan: Layout, linears: Mapping[str, LinearSize], outline: Outline) -> None:
-    """Every tensor of the file is one that the layout expects or allows, and every one that it expects is there."""
-    for name in tensors:
-        if not any(name in known for known in (plan.expected, plan.copies, plan.twins)):
-            _refuse_homeless(name, {*linears, *outline.tables})
-    for name, (shape, asked_by) in plan.expected.items():
-        if name not in tensors:
-            raise AdapterError(f"the config's {asked_by} asks for '{name}', which the weights lack", name)
-        _check_shape(name, tensors[name], shape)
-    for name in plan.copies.keys() & tensors.keys():
-        try:
-            _check_shape(name, tensors[name], outline.table_shape)
-        except AdapterError as fault:
-            reason = "embedding and head must both have the base's rows, and as many new ones after them"
-            raise AdapterError(f"{fault}; {reason}", name, "base_mismatch") from None
-
-
-def _new_tokens(tensors: Mapping[str, TensorEntry], outline: Outline) -> int:
-    """How many rows the file's embedding and head have beyond the base's; 0 where they have none, or fewer."""
-    if outline.embedding is None:
-        return 0
-    names = [f"{PREFIX}{table}.{kind}" for table in outline.tables for kind in GROWN]
-    rows = [tensors[name].shape[0] for name in names if name in tensors]
-    new = max(rows, default=0) - outline.table_shape[0]
-    if new > MAX_NEW_TOKENS:
-        raise AdapterError(f"the weights have {new} new tokens; at most {MAX_NEW_TOKENS} are served", "weights")
-    return max(new, 0)
+def _unknown_fields(config: AdapterConfig) -> list[str]:
+    return [f"config has the unknown field '{shorten(name)}', which is passed over" for name in config.unknown]
 
 
 def _new_bytes(tensor: TensorEntry, rows: int) -> int:
@@ -308,29 +287,6 @@ def _same(file: BinaryIO, one: TensorEntry, other: TensorEntry) -> bool:
         return False
     with open(file.name, "rb") as again:  # noqa: PTH123 - two places of one file, read side by side
         return all(a == b for a, b in zip(chunks(file, one), chunks(again, other), strict=True))
-
-
-def _check_shape(name: str, tensor: TensorEntry, wanted: tuple[int, ...]) -> None:
-    if tensor.shape != wanted:
-        raise AdapterError(
-            f"tensor '{name}' has shape {list(tensor.shape)}; config and base ask for {list(wanted)}", name
-        )
-
-
-def _refuse_homeless(name: str, modules: set[str]) -> None:
-    def refuse(reason: str) -> AdapterError:
-        return AdapterError(f"tensor '{shorten(name)}' {reason}", name)
-
-    if not name.startswith(PREFIX):
-        raise refuse(f"is none of a LoRA adapter's: these begin with '{PREFIX}'")
-    match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(embedding_)?[AB](\.weight|\.bias)?", name)
-    if match is None:
-        if re.fullmatch(r".+\.lora_[AB]\.[^.]+\.weight", name):
-            raise refuse("carries an adapter's name: save with PEFT's save_pretrained, which leaves it out")
-        raise refuse("is none of those that the config asks for")
-    if match[1] not in modules:
-        raise refuse("adapts a module that the base does not have, or that cannot be adapted")
-    raise refuse("is none of those that the config asks for: it does not select this module, or not so")
 
 
 def _heading(name: str, tensor: TensorEntry) -> bytes:
@@ -352,9 +308,9 @@ def _mathematics(modules: Mapping[str, LoraModule], variants: Variants, text: Ad
     return lines.encode()
 
 
-def _device_bytes(variants: Variants, tensors: Mapping[str, TensorEntry]) -> int:
+def _device_bytes(variants: Variants, tensors: Mapping[str, TensorEntry], outline: Outline) -> int:
     """At most as much memory as `adapters.device.variants` takes for all this."""
-    total = 0
+    total = 8 * outline.head_bias[0] if outline.head_bias and variants.names else 0
     for module in variants.tables.values():
         total += 4 * module.rank**2 + sum(_numbers(tensors, name, 4) for name in (module.a, module.b))
     for name in (*variants.magnitudes.values(), *variants.delta_biases.values()):
@@ -362,7 +318,7 @@ def _device_bytes(variants: Variants, tensors: Mapping[str, TensorEntry]) -> int
     for name in (*variants.parameters.values(), *variants.tokens.values()):
         total += _numbers(tensors, name, 8 if len(tensors[name].shape) == 1 else 4)
     for name in variants.grown.values():
-        total += 4 * variants.new_tokens * tensors[name].shape[1]
+        total += max(variants.new_tokens, 0) * _numbers(tensors, name, 4) // tensors[name].shape[0]
     return total + sum(8 * len(ids) for ids in variants.token_ids.values())
 
 

@@ -20,6 +20,7 @@ MAX_REGEX_CHARACTERS = 4096
 MAX_TOKENS = 1 << 16  # trained token embeddings of one adapter
 MAX_INVOCATION_TOKENS = 256
 ALL_LINEAR = "all-linear"
+PEFT_VERSION = (0, 21)  # whose fields these are
 
 Json: TypeAlias = Any
 
@@ -357,19 +358,26 @@ FIELDS: dict[str, Field] = {
     "r": _works(8, _rank, f"rank, 1 to {MAX_RANK}"),
     "lora_alpha": _works(8, _alpha, "scaling is lora_alpha / r"),
     "use_rslora": _works(False, _flag, "scaling is lora_alpha / sqrt(r)"),
-    "target_modules": _works(None, _names_or_regex, "list of names, regular expression (RE2), or all-linear"),
+    "target_modules": _works(
+        None,
+        _names_or_regex,
+        "list of names, regular expression (RE2), or all-linear; a name that matches nothing is a warning",
+    ),
     "exclude_modules": _works((), _names_or_regex, "list of names or regular expression (RE2)"),
-    "layers_to_transform": _works((), _layers, "layer indices; each must exist"),
+    "layers_to_transform": _works((), _layers, "layer indices; one without target modules is a warning"),
     "layers_pattern": _works((), _layer_lists, "plain names of the list of layers"),
-    "rank_pattern": _works({}, _patterns(_rank), "ranks per module; every key must match a module"),
-    "alpha_pattern": _works({}, _patterns(_alpha), "alphas per module; every key must match a module"),
+    "rank_pattern": _works({}, _patterns(_rank), "ranks per module; a key that matches none is a warning"),
+    "alpha_pattern": _works({}, _patterns(_alpha), "alphas per module; a key that matches none is a warning"),
     "use_dora": _works(False, _flag, "weight-decomposed (DoRA): linears, embedding and head"),
     "lora_bias": _works(False, _flag, "a bias of lora_B"),
     "bias": _works("none", _one_of("none", "all", "lora_only"), "none, all or lora_only: trained biases of the base"),
-    "modules_to_save": _works((), _modules, "embed_tokens, lm_head (resized too) and norms, by suffix as in PEFT"),
+    "modules_to_save": _works((), _modules, "embedding, head (resized too) and norms, by suffix as in PEFT"),
     "trainable_token_indices": _works({}, _trained_tokens, "trained rows of embedding and head, new tokens included"),
     "ensure_weight_tying": _works(False, _flag, "on a tied base the head follows the embedding"),
     "alora_invocation_tokens": _works((), _invocation, "activated (aLoRA): in force from their last occurrence on"),
+    "fan_in_fan_out": _recorded(
+        False, _one_of(True, False, None), "how the base stores its weights; A and B are laid out alike"
+    ),
     "base_model_name_or_path": _recorded(None, _text, "shown in the receipt; never opened"),
     "revision": _recorded(None, _text, "never fetched"),
     "peft_version": _recorded(None, _text, "the PEFT version that saved it"),
@@ -382,7 +390,6 @@ FIELDS: dict[str, Field] = {
     "eva_config": _recorded(None, _settings, "initialisation only"),
     "corda_config": _recorded(None, _settings, "initialisation only"),
     "lora_ga_config": _recorded(None, _settings, "initialisation only"),
-    "fan_in_fan_out": _refused(False, "transposed (Conv1D) base weights are not served"),
     "target_parameters": _refused(None, "adapters on bare parameters (experts) are not served", []),
     "layer_replication": _refused(None, "it changes the base's layers", []),
     "megatron_config": _refused(None, "Megatron layers are not served"),

@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 from adapters.peft_format.config import AdapterConfig, AdapterError
 from adapters.peft_format.fields import shorten
-from adapters.peft_format.outline import Outline
+from adapters.peft_format.outline import EMBEDDING, Outline
 from adapters.peft_format.sizes import LinearSize
 
 PREFIX = "base_model.model."
-# What PEFT may call a resized embedding or head in a file; all but the first are the base's part of something.
-GROWN = ("weight", "base_layer.weight", "token_adapter.base_layer.weight", "original_module.weight")
+# Where PEFT may have an embedding's or head's own parameters in a file; all but the first are the base's part of
+# something.
+PLACES = ("", "base_layer.", "token_adapter.base_layer.", "original_module.")
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ class Variants:
         parameters: parameter of the base -> tensor in its place (a bias, a norm's weight, a whole embedding or head).
         tokens: embedding or head -> tensor of trained rows [n, width].
         token_ids: embedding or head -> the ids of these rows.
-        new_tokens: how many rows the adapter's embedding and head have beyond the base's.
-        grown: embedding or head -> tensor as large as the adapter's vocabulary, whose last rows are the new ones.
+        new_tokens: how many rows the adapter's embedding and head have beyond the base's; negative: as many fewer.
+        grown: embedding, head or the head's bias -> tensor as large as a larger vocabulary, whose last rows are the
+            new ones.
         invocation: token ids from whose last occurrence in the prompt on the adapter is in force; empty: everywhere.
         device_bytes: at most as much device memory does all this take.
     """
@@ -73,7 +75,8 @@ class Variants:
                 "adapted_embeddings": self.tables,
                 "saved_modules": norms,
                 "trained_tokens": self.tokens,
-                "new_tokens": self.new_tokens,
+                "new_tokens": self.new_tokens > 0,
+                "fewer_tokens": self.new_tokens < 0,
                 "alora": self.invocation,
             }.items()
             if used
@@ -97,6 +100,7 @@ class Layout(NamedTuple):
             embeddings where these are adapted, or believed to be resized). With new tokens these come after it.
         twins: tensor that may be there too -> the tensor that it must equal (PEFT saves a resized embedding under every
             name that it has).
+        warnings: entries of the config without effect.
     """
 
     modules: dict[str, LoraModule]
@@ -104,6 +108,7 @@ class Layout(NamedTuple):
     expected: dict[str, Expected]
     copies: dict[str, str]
     twins: dict[str, str]
+    warnings: list[str]
 
 
 def layout(
@@ -122,14 +127,18 @@ class _Builder:
         self._config = config
         self._linears = linears
         self._outline = outline
-        self._adapted = config.resolve(linears, outline.tables, tied=outline.tied)
+        self._warnings: list[str] = []
+        self._adapted = config.resolve(linears, outline.tables, tied=outline.tied, warnings=self._warnings)
         self._expected: dict[str, Expected] = {}
-        self._copies = {f"{PREFIX}{table}.weight": f"{table}.weight" for table in outline.tables}
+        self._copies = {f"{PREFIX}{name}": name for name in self._table_parameters()}
         self._twins: dict[str, str] = {}
 
     def build(self, tensors: Collection[str]) -> Layout:
-        if self._outline.new_tokens:
-            self._check_growth()
+        if self._outline.new_tokens and self._config.alora_invocation_tokens:
+            raise AdapterError(
+                "an activated adapter cannot add or drop tokens: before its invocation the base runs",
+                "alora_invocation_tokens",
+            )
         adapted, config, token_ids = self._adapted, self._config, self._token_ids()
         variants = Variants(
             tables={name: self._table(name) for name in self._outline.tables if name in adapted},
@@ -144,7 +153,12 @@ class _Builder:
         modules = {name: self._linear(name) for name in adapted if name in self._linears}
         if self._outline.new_tokens:
             variants = replace(variants, grown=self._grown(variants, tensors))
-        return Layout(modules, variants, self._expected, self._copies, self._twins)
+        return Layout(modules, variants, self._expected, self._copies, self._twins, self._warnings)
+
+    def _table_parameters(self) -> list[str]:
+        """Full names of the parameters of embedding and head, the matrix of a tied head included."""
+        weights = [f"{table}.weight" for table in self._outline.tables]
+        return weights + ([f"{self._outline.head}.bias"] if self._outline.head_bias else [])
 
     def _expect(self, name: str, shape: tuple[int, ...], asked_by: str) -> str:
         self._expected[f"{PREFIX}{name}"] = Expected(shape, asked_by)
@@ -153,42 +167,36 @@ class _Builder:
 
     # --- new tokens --------------------------------------------------------------------------------------
 
-    def _check_growth(self) -> None:
-        if self._config.alora_invocation_tokens:
-            raise AdapterError(
-                "an activated adapter cannot add tokens: before its invocation the base runs", "alora_invocation_tokens"
-            )
-        if f"{self._outline.head}.bias" in self._outline.parameters:
-            raise AdapterError("tokens cannot be added to a base whose head has a bias", "weights")
-
     def _grown(self, variants: Variants, tensors: Collection[str]) -> dict[str, str]:
         """Where the new rows of embedding and head are, unless the whole matrix is the adapter's."""
         found: dict[str, str] = {}
-        for table in self._outline.tables:
-            names = [f"{PREFIX}{table}.{kind}" for kind in GROWN]
-            if f"{table}.weight" in variants.parameters:
-                self._twins[f"{PREFIX}{table}.modules_to_save.weight"] = f"{PREFIX}{table}.weight"
+        for parameter in self._table_parameters():
+            table, _, kind = parameter.rpartition(".")
+            names = [f"{PREFIX}{table}.{place}{kind}" for place in PLACES]
+            if parameter in variants.parameters:
+                self._twins[f"{PREFIX}{table}.modules_to_save.{kind}"] = f"{PREFIX}{parameter}"
             elif present := [name for name in names if name in tensors]:
-                found[table] = present[0]
+                found[table if kind == "weight" else parameter] = present[0]
             for name in names:
                 if name not in self._expected:
-                    self._copies[name] = f"{table}.weight"
+                    self._copies[name] = parameter
         embedding, head = self._outline.tables
         if self._outline.tied and head not in found and f"{head}.weight" not in variants.parameters:
             source = found.get(embedding) or variants.parameters.get(f"{embedding}.weight")
             if source is not None:
                 found[head] = source
-        for table in (embedding, head):
-            if table not in found and f"{table}.weight" not in variants.parameters:
+        for name in self._table_parameters():
+            if name not in variants.parameters and name.removesuffix(".weight") not in found:
+                have = "new tokens" if self._outline.new_tokens > 0 else "fewer tokens than the base"
                 raise AdapterError(
-                    f"the weights have new tokens but no '{PREFIX}{table}.weight' with their rows: save with PEFT's "
+                    f"the weights have {have} but no '{PREFIX}{name}' with their rows: save with PEFT's "
                     "save_pretrained(save_embedding_layers=True)",
                     "weights",
                 )
         delta = "token_adapter.trainable_tokens_delta"  # of a tied head, once more
         if self._outline.tied and variants.tokens.get(head) == f"{PREFIX}{embedding}.{delta}":
             self._twins[f"{PREFIX}{head}.{delta}"] = f"{PREFIX}{embedding}.{delta}"
-        return found
+        return found if self._outline.new_tokens > 0 else {}
 
     # --- pairs of A and B -----------------------------------------------------------------------------
 
@@ -198,7 +206,9 @@ class _Builder:
 
     def _table(self, name: str) -> LoraModule:
         vocabulary, width = self._outline.table_shape
-        self._copies[f"{PREFIX}{name}.base_layer.weight"] = f"{name}.weight"
+        for kind in ("weight", "bias"):
+            if f"{name}.{kind}" in self._table_parameters():
+                self._copies[f"{PREFIX}{name}.base_layer.{kind}"] = f"{name}.{kind}"
         if self._config.alora_invocation_tokens:
             raise AdapterError(f"an activated adapter cannot adapt '{name}' (target_modules)", "target_modules")
         if name == self._outline.head:
@@ -231,14 +241,21 @@ class _Builder:
 
     # --- the base's own parameters ----------------------------------------------------------------------
 
+    def _shape(self, name: str) -> tuple[int, ...]:
+        """Of a parameter, in the adapter's vocabulary if it is an embedding's or a head's."""
+        module, _, kind = name.rpartition(".")
+        if module not in self._outline.tables:
+            return self._outline.parameters[name].shape
+        return self._outline.table_shape if kind == "weight" else (self._outline.table_shape[0],)
+
     def _biases(self) -> dict[str, str]:
         config, found = self._config, {}
-        for name, parameter in self._outline.parameters.items():
+        for name in self._outline.parameters:
             module, _, kind = name.rpartition(".")
             adapted = module in self._adapted
             if kind == "bias" and (config.bias == "all" or (config.bias == "lora_only" and adapted)):
                 inner = f"{module}.base_layer.bias" if adapted else name
-                found[name] = self._expect(inner, parameter.shape, "bias")
+                found[name] = self._expect(inner, self._shape(name), "bias")
         return found
 
     def _saved(self) -> dict[str, str]:
@@ -251,9 +268,7 @@ class _Builder:
         for ending in config.modules_to_save:
             matched = {module for module in every if module.endswith(ending)}
             if not matched:
-                raise AdapterError(
-                    f"modules_to_save has '{shorten(ending)}', which matches no module of the base", "modules_to_save"
-                )
+                self._warnings.append(f"modules_to_save has '{shorten(ending)}', which matches no module of the base")
             for module in sorted(matched):
                 if module in self._linears or module not in modules:
                     raise AdapterError(
@@ -266,16 +281,9 @@ class _Builder:
             chosen |= matched
         if config.ensure_weight_tying and outline.tied and not chosen.isdisjoint(tables):
             chosen |= set(tables)
-        found = {}
-        for module in sorted(chosen):
-            for kind in ("weight", "bias"):
-                name = f"{module}.{kind}"
-                if name in outline.parameters:
-                    shape = outline.table_shape if module in tables else outline.parameters[name].shape
-                    found[name] = self._expect(name, shape, "modules_to_save")
-                elif kind == "weight":  # a tied head's
-                    found[name] = self._expect(name, outline.table_shape, "modules_to_save")
-        return found
+        names = [f"{module}.{kind}" for module in sorted(chosen) for kind in ("weight", "bias")]
+        there = {*outline.parameters, *self._table_parameters()}
+        return {name: self._expect(name, self._shape(name), "modules_to_save") for name in names if name in there}
 
     # --- tokens ---------------------------------------------------------------------------------------------
 
@@ -298,6 +306,8 @@ class _Builder:
         found: dict[str, list[int]] = {}
         for asked, ids in self._config.trainable_token_indices.items():
             module = next((table for table in outline.tables if f".{table}".endswith(f".{asked}")), None)
+            if asked == EMBEDDING:  # PEFT's name for it in any base
+                module = outline.embedding
             if module is None:
                 raise AdapterError(
                     f"{field_name} has '{shorten(asked)}', which is neither the embedding nor the head of the base",

@@ -5,7 +5,7 @@ Trusts the files: they are the operator's.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +14,7 @@ import numpy as np
 
 from adapters.safetensors_header import read_header
 
-EMBEDDING, HEAD = "embed_tokens", "lm_head"  # the last parts of their names in every family that is served
+EMBEDDING, HEAD = "embed_tokens", "lm_head"  # the last parts of their names in most families
 _INDEX = "model.safetensors.index.json"
 
 
@@ -29,45 +29,60 @@ class Parameter(NamedTuple):
 
 @dataclass(frozen=True)
 class Outline:
-    """The parameters of a base by their full names. Without any, adapters may touch nothing but linears."""
+    """The parameters of a base by their full names. Without any, adapters may touch nothing but linears.
+
+    Attributes:
+        embedding: full name of the input embedding.
+        head: full name of the output head, which may have no parameters of its own.
+        tied: the head's matrix is the embedding's.
+        aside: full names of modules that text does not pass, such as an image encoder.
+        new_tokens: how many tokens an adapter adds to the vocabulary; negative: it has as many fewer.
+    """
 
     parameters: dict[str, Parameter] = field(default_factory=dict)
-    new_tokens: int = 0  # that an adapter adds to the vocabulary
+    embedding: str | None = None
+    head: str | None = None
+    tied: bool = True
+    aside: tuple[str, ...] = ()
+    new_tokens: int = 0
 
     @classmethod
     def read(cls, directory: Path) -> "Outline":
-        """The outline of the model in `directory` (Hugging Face layout)."""
+        """The outline of the model in `directory` (Hugging Face layout), as far as its files tell."""
         index = directory / _INDEX
         names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
         parameters: dict[str, Parameter] = {}
         for path in sorted(directory / name for name in names):
             parameters |= _parameters(path)
-        return cls(parameters)
+        embedding, head = (_named(parameters, last) for last in (EMBEDDING, HEAD))
+        return cls(parameters, embedding, head or (HEAD if embedding else None), tied=head is None)
 
-    def loaded(self, *, tied: bool) -> "Outline":
-        """The outline of the model as it was loaded: `tied` when head and embedding became one matrix.
+    def loaded(
+        self,
+        *,
+        tied: bool,
+        embedding: str | None = None,
+        head: str | None = None,
+        aside: Sequence[str] = (),
+        renamed: Mapping[str, str] | None = None,
+    ) -> "Outline":
+        """The outline of the model as it was loaded.
 
-        A checkpoint may hold the head of a tied base once more, and the loaded model has one matrix all the same.
+        Args:
+            tied: head and embedding became one matrix; the files may hold it twice all the same.
+            renamed: name in the files -> name in the model, of parameters for which these differ.
         """
-        head = self._named(HEAD)
-        if not tied or head is None or self.embedding is None:
-            return self
-        return replace(self, parameters={name: p for name, p in self.parameters.items() if name != f"{head}.weight"})
-
-    @property
-    def embedding(self) -> str | None:
-        """Full name of the input embedding."""
-        return self._named(EMBEDDING)
-
-    @property
-    def head(self) -> str | None:
-        """Full name of the output head, which may have no parameters of its own."""
-        return self._named(HEAD) or (HEAD if self.embedding else None)
-
-    @property
-    def tied(self) -> bool:
-        """Whether the head's matrix is the embedding's."""
-        return self._named(HEAD) is None
+        renamed = renamed or {}
+        embedding, head = embedding or self.embedding, head or self.head
+        parameters = {renamed.get(name, name): parameter for name, parameter in self.parameters.items()}
+        twin = f"{head}.weight" if tied else None
+        if twin in parameters:
+            parameters.setdefault(f"{embedding}.weight", parameters[twin])
+        if f"{embedding}.weight" not in parameters:
+            embedding = head = None
+        beside = tuple(f"{module}." for module in aside)
+        parameters = {n: p for n, p in parameters.items() if n != twin and not n.startswith(beside)}
+        return Outline(parameters, embedding, head, tied, tuple(aside))
 
     @property
     def tables(self) -> list[str]:
@@ -80,39 +95,58 @@ class Outline:
         vocabulary, width = self.parameters[f"{self.embedding}.weight"].shape
         return vocabulary + self.new_tokens, width
 
-    def grown(self, new_tokens: int) -> "Outline":
-        """The same base with as many rows more in embedding and head."""
-        return Outline(self.parameters, new_tokens)
+    @property
+    def head_bias(self) -> tuple[int] | None:
+        """The shape of the head's bias, if it has one."""
+        return (self.table_shape[0],) if f"{self.head}.bias" in self.parameters else None
 
-    def equals(self, name: str, dtype: str, chunks: Iterator[bytes]) -> bool:
-        """Whether a parameter's values, rounded to a dtype, are these.
+    def grown(self, new_tokens: int) -> "Outline":
+        """The same base with as many rows more in embedding and head, or fewer."""
+        return replace(self, new_tokens=new_tokens)
+
+    def stored(self, name: str) -> Parameter:
+        """A parameter by its full name; the weight of a tied head is the embedding's."""
+        return self.parameters.get(name) or self.parameters[f"{self.embedding}.weight"]
+
+    def equals(self, name: str, dtype: str, chunks: Iterator[bytes]) -> str | None:
+        """Whether a parameter's first values are these in another dtype, perhaps rounded to a narrower one on the way:
+        models are often trained in bf16 and saved in fp32.
 
         Args:
-            name: full name; the weight of a tied head is the embedding's.
+            name: full name, as for `stored`.
             dtype: "F32", "BF16" or "F16".
             chunks: the values to compare with, in that dtype.
+
+        Returns:
+            The dtype that they were rounded to on the way, such as the parameter's own; None when they differ.
         """
-        if name not in self.parameters:
-            name = f"{self.embedding}.weight"
-        parameter = self.parameters[name]
+        parameter = self.stored(name)
         if parameter.dtype not in _ITEMS:
-            return False
+            return None
+        ways = [parameter.dtype, "BF16", "F16"]
         with parameter.file.open("rb") as file:
             file.seek(parameter.start)
             size = _ITEMS[parameter.dtype]().itemsize
             for chunk in chunks:
                 theirs = np.frombuffer(chunk, _ITEMS[dtype])
                 ours = np.frombuffer(file.read(size * len(theirs)), _ITEMS[parameter.dtype])
-                if not np.array_equal(_converted(ours, parameter.dtype, dtype), theirs):
-                    return False
-        return True
+                ways = [
+                    way
+                    for way in ways
+                    if np.array_equal(_converted(_converted(ours, parameter.dtype, way), way, dtype), theirs)
+                ]
+                if not ways:
+                    return None
+        return ways[0]
 
-    def _named(self, last: str) -> str | None:
-        for name in self.parameters:
-            module, _, kind = name.rpartition(".")
-            if kind == "weight" and module.rpartition(".")[2] == last:
-                return module
-        return None
+
+def _named(parameters: Mapping[str, Parameter], last: str) -> str | None:
+    """The full name of the first module with a weight whose name ends so."""
+    for name in parameters:
+        module, _, kind = name.rpartition(".")
+        if kind == "weight" and module.rpartition(".")[2] == last:
+            return module
+    return None
 
 
 def _parameters(path: Path) -> dict[str, Parameter]:

@@ -7,8 +7,8 @@ from typing import IO, Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
-from rich.table import Table
 
+from server.commands.listing import AsJson, show_json, show_rows
 from server.commands.remote import (
     DEFAULT_URL,
     ApiKey,
@@ -95,18 +95,19 @@ def pull(
     Console().print(f"{name} ({_short(digest)}) is in {directory}", highlight=False, soft_wrap=True)
 
 
-def list_adapters(url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
+def list_adapters(as_json: AsJson = False, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
     """Show the adapters that the server knows."""
     with connect(url, api_key) as client:
         adapters = get_json(client, "/v1/adapters")["data"]
-    table = Table(box=None, pad_edge=False)
-    table.add_column("NAME", overflow="fold")
-    table.add_column("DIGEST", no_wrap=True)
-    for heading in ("RANK", "MODULES", "PARAMETERS", "SIZE"):
-        table.add_column(heading, justify="right")
-    table.add_column("PINNED")
-    for adapter in adapters:
-        table.add_row(
+    if as_json:
+        show_json(adapters)
+        return
+    if not adapters:
+        Console().print("No adapters yet; `lorakeet push NAME DIR` uploads one.", soft_wrap=True)
+        return
+    numbers = ("RANK", "MODULES", "PARAMETERS", "SIZE")
+    rows = [
+        (
             adapter["name"],
             _short(adapter["digest"]),
             str(adapter["rank"]),
@@ -115,7 +116,9 @@ def list_adapters(url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
             _size(adapter["bytes"]),
             "yes" if adapter["pinned"] else "",
         )
-    Console().print(table if adapters else "No adapters yet; `lorakeet push NAME DIR` uploads one.")
+        for adapter in adapters
+    ]
+    show_rows(("NAME", "DIGEST", *numbers, "PINNED"), rows, right=numbers)
 
 
 def remove(
@@ -127,21 +130,23 @@ def remove(
     with connect(url, api_key) as client:
         for name in names:
             checked(client.delete(adapter_path(name)))
-            Console().print(f"{name} is gone", highlight=False)
+            Console().print(f"{name} is gone", highlight=False, soft_wrap=True)
 
 
 def pin(name: Name, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
     """Keep an adapter on the device, and every later version of its name."""
     with connect(url, api_key) as client:
         answer = checked(client.post(adapter_path(name, "pin"))).json()
-    Console().print(f"{name} is pinned: {_size(answer['bytes_on_device'])} of the device", highlight=False)
+    Console().print(
+        f"{name} is pinned: {_size(answer['bytes_on_device'])} of the device", highlight=False, soft_wrap=True
+    )
 
 
 def unpin(name: Name, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
     """Let an adapter leave the device when others need the room."""
     with connect(url, api_key) as client:
         checked(client.delete(adapter_path(name, "pin")))
-    Console().print(f"{name} is no longer pinned", highlight=False)
+    Console().print(f"{name} is no longer pinned", highlight=False, soft_wrap=True)
 
 
 def _progress() -> Progress:

@@ -2,50 +2,158 @@
 
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Iterator
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import httpx
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 
-from server.commands.remote import DEFAULT_URL, ApiKey, CommandError, Url, checked, connect, get_json
+from server.commands.remote import DEFAULT_URL, ApiKey, CommandError, Url, base_name, checked, connect, get_json
 
 Message = dict[str, str]
 
+MAX_TOKENS = 512  # small models sometimes find no end
+_HELP = """/adapter NAME  talk to another adapter, or without NAME to the base; the conversation goes on
+/clear         forget the conversation
+/help          show this
+/quit          end (so does Ctrl-D); Ctrl-C ends an answer"""
+
+_PARTS = re.compile(r"\n|[^\S\n]*\S+|[^\S\n]+")  # ends of lines, words with the spaces before them
+
 
 def chat(
-    adapter: Annotated[str | None, typer.Option(help="Whom to talk to; the base when not given.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="The adapter to talk to; the base when not given.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
     temperature: Annotated[float, typer.Option(min=0, max=2)] = 0.7,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = MAX_TOKENS,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
-    """Chat with the base or an adapter. /clear forgets the conversation, /quit ends it."""
-    console = Console(highlight=False)
-    opening: list[Message] = [{"role": "system", "content": system}] if system else []
+    """Chat with the base or an adapter. /help shows the commands within a chat."""
     with connect(url, api_key) as client:
-        model = adapter or _base(client)
-        options = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
+        _Chat(client, adapter, system, {"temperature": temperature, "max_tokens": max_tokens}).run()
+
+
+class _Chat:
+    """One conversation, with one model after another."""
+
+    def __init__(self, client: httpx.Client, adapter: str | None, system: str | None, options: dict[str, Any]) -> None:
+        self._client = client
+        self._options = options
+        self._opening: list[Message] = [{"role": "system", "content": system}] if system else []
+        self._history = list(self._opening)
+        self._notes = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+        self._model = self._known(adapter)
+
+    def run(self) -> None:
         if sys.stdin.isatty():
-            console.print(f"[dim]Talking to {model}. /clear forgets, /quit ends, Ctrl-C stops an answer.[/dim]")
-        history = list(opening)
+            self._notes.print(f"Talking to {self._model}. /help shows the commands.", style="dim")
         for line in _lines():
-            if line == "/quit":
-                return
-            if line == "/clear":
-                history = list(opening)
-                continue
-            history.append({"role": "user", "content": line})
-            history.append({"role": "assistant", "content": _answer(client, options, history)})
+            command, _, argument = line.partition(" ")
+            match command:
+                case "/quit":
+                    return
+                case "/clear":
+                    self._history = list(self._opening)
+                case "/help":
+                    self._notes.print(_HELP)
+                case "/adapter":
+                    self._switch(argument.strip() or None)
+                case _ if re.fullmatch(r"/[a-z]+", command):
+                    self._notes.print(f"There is no {command}; /help shows the commands.")
+                case _:
+                    self._history.append({"role": "user", "content": line})
+                    self._history.append({"role": "assistant", "content": self._answer()})
+
+    def _known(self, adapter: str | None) -> str:
+        """The name of a model that is there; the base's for None. Raises CommandError."""
+        if adapter is None:
+            return base_name(self._client)
+        get_json(self._client, f"/v1/models/{quote(adapter, safe='')}")
+        return adapter
+
+    def _switch(self, adapter: str | None) -> None:
+        try:
+            self._model = self._known(adapter)
+        except CommandError as error:
+            self._notes.print(f"{error}; still talking to {self._model}.")
+        else:
+            self._notes.print(f"Talking to {self._model}.", style="dim")
+
+    def _answer(self) -> str:
+        """Print the answer as it comes; Ctrl-C ends it early and keeps the text so far."""
+        pieces: list[str] = []
+        finish = None
+        body = {**self._options, "model": self._model, "messages": self._history, "stream": True}
+        console = Console()
+        page = _Wrapped(console.width if console.is_terminal else None)
+        with contextlib.suppress(KeyboardInterrupt), self._stream(body) as response:
+            for event in _events(response):
+                if error := event.get("error"):
+                    page.end()
+                    raise CommandError(error["message"])
+                for choice in event["choices"]:
+                    piece = choice["delta"].get("content") or ""
+                    finish = choice.get("finish_reason") or finish
+                    pieces.append(piece)
+                    page.write(piece)
+        page.end()
+        if finish == "length":
+            self._notes.print(f"[cut at its limit of tokens: --max-tokens {body['max_tokens']}]", style="dim")
+        return "".join(pieces)
+
+    @contextlib.contextmanager
+    def _stream(self, body: dict[str, Any]) -> Iterator[httpx.Response]:
+        """The answer to a request. One whose longest answer has no room in the context may fill what room there is."""
+        with contextlib.ExitStack() as stack:
+            for asked in (body, {name: value for name, value in body.items() if name != "max_tokens"}):
+                response = stack.enter_context(self._client.stream("POST", "/v1/chat/completions", json=asked))
+                if response.status_code != 400 or b"context_length_exceeded" not in response.read():
+                    break
+            yield checked(response)
 
 
-def _base(client: httpx.Client) -> str:
-    """The name of the model that every adapter belongs to."""
-    models = get_json(client, "/v1/models")["data"]
-    return str(next(model["id"] for model in models if not model.get("parent")))
+class _Wrapped:
+    """Text that is printed as it comes, broken between words where a line is full.
+
+    Args:
+        width: of the terminal, in cells; None: the text is printed as it is.
+    """
+
+    def __init__(self, width: int | None) -> None:
+        self._width = width
+        self._column = 0
+        self._held = ""  # a part that may go on
+
+    def write(self, piece: str) -> None:
+        if self._width is None:
+            print(piece, end="", flush=True)
+            return
+        *whole, self._held = _PARTS.findall(self._held + piece) or [""]
+        for part in whole:
+            self._put(part)
+        sys.stdout.flush()
+
+    def end(self) -> None:
+        """Print the rest, and end the line."""
+        self._put(self._held)
+        self._held, self._column = "", 0
+        print(flush=True)
+
+    def _put(self, part: str) -> None:
+        if part == "\n":
+            self._column = 0
+        elif self._width is not None:
+            if self._column and self._column + cell_len(part) > self._width:
+                part = f"\n{part.lstrip()}"
+                self._column = 0
+            self._column += cell_len(part.lstrip("\n"))
+        print(part, end="")
 
 
 def _lines() -> Iterator[str]:
@@ -61,22 +169,6 @@ def _lines() -> Iterator[str]:
             return
         if line:
             yield line
-
-
-def _answer(client: httpx.Client, options: dict[str, Any], messages: list[Message]) -> str:
-    """Print the answer as it comes; Ctrl-C ends it early and keeps the text so far."""
-    pieces: list[str] = []
-    body = {**options, "messages": messages, "stream": True}
-    with contextlib.suppress(KeyboardInterrupt), client.stream("POST", "/v1/chat/completions", json=body) as response:
-        for event in _events(checked(response)):
-            if error := event.get("error"):
-                raise CommandError(error["message"])
-            for choice in event["choices"]:
-                piece = choice["delta"].get("content") or ""
-                pieces.append(piece)
-                print(piece, end="", flush=True)
-    print()
-    return "".join(pieces)
 
 
 def _events(response: httpx.Response) -> Iterator[dict[str, Any]]:

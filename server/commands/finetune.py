@@ -9,13 +9,23 @@ import httpx
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-from server.commands.remote import DEFAULT_URL, ApiKey, CommandError, Url, checked, connect, get_json
+from server.commands.listing import AsJson, show_json, show_rows
+from server.commands.remote import (
+    DEFAULT_URL,
+    ApiKey,
+    CommandError,
+    Url,
+    base_name,
+    checked,
+    connect,
+    get_json,
+)
 
 JOBS = "/v1/fine_tuning/jobs"
 _ENDS = ("succeeded", "failed", "cancelled")
 _POLL_SECONDS = 0.5
+_INTERRUPTED = 130  # a shell's status for a command that Ctrl-C ended
 
 Data = Annotated[
     Path, typer.Argument(metavar="DATA.jsonl", help="One example per line: messages, prompt and completion, or text.")
@@ -45,7 +55,7 @@ def finetune(
         given = {"n_epochs": epochs, "batch_size": batch_size}
         lora = {"r": rank, "lora_alpha": alpha if alpha is not None or rank is None else 2 * rank}
         body = {
-            "model": model or _base(client),
+            "model": model or base_name(client),
             "suffix": name,
             "seed": seed,
             **files,
@@ -55,9 +65,16 @@ def finetune(
         }
         job = checked(client.post(JOBS, json=_without_none(body))).json()
         if not watch:
-            Console().print(job["id"])
+            print(job["id"])
             return
-        job = _watch(client, job)
+        try:
+            job = _watch(client, job)
+        except KeyboardInterrupt:
+            look = f"lorakeet jobs {job['id']}" + ("" if url == DEFAULT_URL else f" --url {url}")
+            Console(stderr=True, highlight=False, soft_wrap=True).print(
+                f"The job goes on. `{look}` shows its log, `{look} --cancel` ends it."
+            )
+            raise typer.Exit(_INTERRUPTED) from None
     if job["status"] != "succeeded":
         reason = (job["error"] or {}).get("message", "")
         raise CommandError(f"job {job['id']} {job['status']}" + (f": {reason}" if reason else ""))
@@ -69,6 +86,7 @@ def jobs(
     cancel: Annotated[bool, typer.Option("--cancel", help="End it for good.")] = False,
     pause: Annotated[bool, typer.Option("--pause", help="Stop after the current step, saving it.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with it.")] = False,
+    as_json: AsJson = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
@@ -78,12 +96,20 @@ def jobs(
         raise CommandError("give an ID and one of --cancel, --pause and --resume")
     with connect(url, api_key) as client:
         if job_id is None:
-            _list(get_json(client, f"{JOBS}?limit=100")["data"])
+            found = _all_jobs(client)
+            if as_json:
+                show_json(found)
+            else:
+                _list(found)
         elif verbs:
             job = checked(client.post(f"{JOBS}/{job_id}/{verbs[0]}")).json()
-            Console().print(f"{job['id']} is {job['status']}", highlight=False)
+            Console().print(f"{job['id']} is {job['status']}", highlight=False, soft_wrap=True)
         else:
-            for event in reversed(get_json(client, f"{JOBS}/{job_id}/events?limit=1000")["data"]):
+            events = get_json(client, f"{JOBS}/{job_id}/events?limit=1000")["data"]
+            if as_json:
+                show_json(events)
+                return
+            for event in reversed(events):
                 when = time.strftime("%H:%M:%S", time.localtime(event["created_at"]))
                 Console().print(f"{when} {event['message']}", highlight=False, markup=False, soft_wrap=True)
 
@@ -92,6 +118,7 @@ def evaluate(
     data: Data,
     adapter: Annotated[str, typer.Option("--adapter", help="The adapter's name.")],
     examples: Annotated[int | None, typer.Option("--examples", help="Look at the first so many only.")] = None,
+    as_json: AsJson = False,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
@@ -105,14 +132,16 @@ def evaluate(
             found = get_json(client, f"/v1/evaluations/{found['id']}")
     if found["status"] != "succeeded":
         raise CommandError(f"the evaluation failed: {found['error']['message']}")
-    table = Table(box=None, pad_edge=False, title=f"{found['examples']} examples, {found['tokens']} tokens")
-    for heading in ("", "LOSS", "PERPLEXITY", "EXACT MATCH"):
-        table.add_column(heading, justify="right" if heading else "left")
+    if as_json:
+        show_json(found)
+        return
+    rows = []
     for label, score in (("base", found["results"]["base"]), (adapter, found["results"]["adapter"])):
         if score is not None:
             exact = "-" if score["exact_match"] is None else f"{score['exact_match']:.1%}"
-            table.add_row(label, f"{score['loss']:.4f}", f"{score['perplexity']:.2f}", exact)
-    Console().print(table)
+            rows.append((label, f"{score['loss']:.4f}", f"{score['perplexity']:.2f}", exact))
+    numbers = ("LOSS", "PERPLEXITY", "EXACT MATCH")
+    show_rows((f"{found['examples']} examples, {found['tokens']} tokens", *numbers), rows, right=numbers)
 
 
 def _upload(client: httpx.Client, path: Path) -> str:
@@ -121,12 +150,6 @@ def _upload(client: httpx.Client, path: Path) -> str:
     with path.open("rb") as file:
         response = client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": (path.name, file)})
     return str(checked(response).json()["id"])
-
-
-def _base(client: httpx.Client) -> str:
-    """The base's name: it has no parent."""
-    models = get_json(client, "/v1/models")["data"]
-    return str(next(model["id"] for model in models if model["parent"] is None))
 
 
 def _watch(client: httpx.Client, job: dict[str, Any]) -> dict[str, Any]:
@@ -169,14 +192,26 @@ def _watch(client: httpx.Client, job: dict[str, Any]) -> dict[str, Any]:
     return job
 
 
+def _all_jobs(client: httpx.Client) -> list[dict[str, Any]]:
+    """Every job, newest first."""
+    found: list[dict[str, Any]] = []
+    more = True
+    while more:
+        after = f"&after={found[-1]['id']}" if found else ""
+        page = get_json(client, f"{JOBS}?limit=100{after}")
+        found, more = found + page["data"], page["has_more"]
+    return found
+
+
 def _list(found: list[dict[str, Any]]) -> None:
-    table = Table(box=None, pad_edge=False)
-    for heading in ("ID", "STATUS", "STEP", "MODEL", "RESULT"):
-        table.add_column(heading, overflow="fold")
+    if not found:
+        Console().print("No jobs yet; `lorakeet finetune DATA.jsonl --name NAME` starts one.", soft_wrap=True)
+        return
+    rows = []
     for job in found:
         step = f"{job['step']}/{job['total_steps']}" if job["total_steps"] else "-"
-        table.add_row(job["id"], job["status"], step, job["model"], job["fine_tuned_model"] or "-")
-    Console().print(table if found else "No jobs yet; `lorakeet finetune DATA.jsonl --name NAME` starts one.")
+        rows.append((job["id"], job["status"], step, job["model"], job["fine_tuned_model"] or "-"))
+    show_rows(("ID", "STATUS", "STEP", "MODEL", "RESULT"), rows)
 
 
 def _progress(*columns: Any) -> Progress:

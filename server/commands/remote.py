@@ -8,7 +8,7 @@ from urllib.parse import quote
 import httpx
 import typer
 
-Url = Annotated[str, typer.Option("--url", envvar="LORAKEET_URL", help="The server.")]
+Url = Annotated[str, typer.Option("--url", envvar="LORAKEET_URL", help="The server; http:// and /v1 may be left out.")]
 ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="LORAKEET_API_KEY", help="A key that it accepts.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -24,11 +24,13 @@ class CommandError(Exception):
 def connect(url: str, api_key: str | None) -> Iterator[httpx.Client]:
     """A client for the server at `url`; any failure inside the block that HTTP explains becomes a `CommandError`.
 
-    `api_key` may be the comma-separated list that `serve` reads from the same variable: the first one is used.
+    `url` may lack its scheme and may end in /v1, as OpenAI's clients want it. `api_key` may be the comma-separated
+    list that `serve` reads from the same variable: the first one is used.
     """
     headers = {"Authorization": f"Bearer {api_key.split(',')[0]}"} if api_key else {}
+    server = (url if "://" in url else f"http://{url}").rstrip("/").removesuffix("/v1")
     try:
-        with httpx.Client(base_url=url, headers=headers, timeout=_TIMEOUT) as client:
+        with httpx.Client(base_url=server, headers=headers, timeout=_TIMEOUT) as client:
             yield client
     except (httpx.ConnectError, httpx.ConnectTimeout):
         raise CommandError(f"no server answers at {url}; start one with `lorakeet serve`, or set --url") from None
@@ -57,6 +59,12 @@ def checked(response: httpx.Response) -> httpx.Response:
 def get_json(client: httpx.Client, path: str) -> Any:
     """The body of `GET path`."""
     return checked(client.get(path)).json()
+
+
+def base_name(client: httpx.Client) -> str:
+    """The name of the model that every adapter belongs to: it has no parent."""
+    models = get_json(client, "/v1/models")["data"]
+    return str(next(model["id"] for model in models if not model.get("parent")))
 
 
 def adapter_path(name: str, *rest: str) -> str:

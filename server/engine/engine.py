@@ -118,6 +118,11 @@ class Engine:
             kernels=kernels.implementation(base.device, base.dtype),
             int8_drift=self.int8_drift,
             tied=base.tied,
+            embedding=base.embedding,
+            head=base.head,
+            aside=base.aside,
+            renamed=base.renamed,
+            transposed=base.transposed,
         )
 
     # --- requests ------------------------------------------------------------------------------------------

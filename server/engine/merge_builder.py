@@ -176,6 +176,8 @@ class MergeBuilder:
     def _check(self, digest: str, dtype: MergedDtype) -> tuple[int, int]:
         """The bytes of a merge and the adapter's rank. Raises AdapterError for one that cannot be."""
         base, budget = self._engine.base, self._registry.budget
+        if base.transposed:
+            raise AdapterError("the base's files hold transposed weights (Conv1D), which cannot be merged into", "to")
         need, rank = 0, 0
         for linear in base.linears:
             if (factors := self._engine.pool.factors(digest, linear.name)) is not None:

@@ -227,7 +227,10 @@ def _adjust(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int])
     early = [index for index, row in enumerate(rows) if row.position < row.sampling.min_tokens]
     if early:
         ends = {True: array("q"), False: array("q", eos_token_ids)}
-        stops = [rows[index].sampling.stops[1] + ends[rows[index].sampling.ignore_eos] for index in early]
+        stops = [
+            [token for token in row.sampling.stops[1] + ends[row.sampling.ignore_eos] if token < logits.shape[1]]
+            for row in (rows[index] for index in early)
+        ]
         scores[_histories(early, stops, logits)] = -torch.inf
 
     for index, row in enumerate(rows):

@@ -326,16 +326,17 @@ class _Server(uvicorn.Server):
         key = ' -H "Authorization: Bearer $LORAKEET_API_KEY"' if settings.api_key else ""
         json_type = f"{key} -H 'Content-Type: application/json'"
         base = settings.base_name
-        question = {"model": base, "messages": [{"role": "user", "content": "What is a lorikeet?"}]}
-        prompt = {"model": "NAME", "prompt": "Once upon a time", "max_tokens": 32}
+        brief = {"max_tokens": 64, "stream": True}
+        question = {"model": base, "messages": [{"role": "user", "content": "What is a lorikeet?"}], **brief}
+        prompt = {"model": "NAME", "prompt": "Once upon a time", **brief}
         return "\n".join(
             [
                 f"Serving {base} on {url}. Try:",
                 "",
-                f"  curl {url}/v1/chat/completions{json_type} -d {shlex.quote(json.dumps(question))}",
+                f"  curl -N {url}/v1/chat/completions{json_type} -d {shlex.quote(json.dumps(question))}",
                 f"  curl {url}/v1/adapters{key} -F name=NAME"
                 " -F config=@DIR/adapter_config.json -F weights=@DIR/adapter_model.safetensors",
-                f"  curl {url}/v1/completions{json_type} -d {shlex.quote(json.dumps(prompt))}",
+                f"  curl -N {url}/v1/completions{json_type} -d {shlex.quote(json.dumps(prompt))}",
                 "",
             ]
         )

@@ -196,6 +196,11 @@ class Ready(_Message, kw_only=True):
     device: str
     dtype: str
     tied: bool = False  # head and input embedding are one matrix
+    embedding: str = ""  # full name of the input embedding, and of the head
+    head: str = ""
+    aside: list[str] = []  # full names of modules that text does not pass, such as an image encoder
+    renamed: dict[str, str] = {}  # parameter in the base's files -> in the model, where these differ
+    transposed: bool = False  # the base's files hold weights of linears as [in, out]
     kernels: str = ""  # which compute a step: native with its instruction set, triton, or plain torch
     int8_drift: Drift | None = None  # from exact activations; None: they are exact
 

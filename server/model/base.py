@@ -29,7 +29,7 @@ from adapters.device.lora import FrozenLinear, LoraLinear, StepSlot, wrap_linear
 from adapters.kernels import QuantizedWeight, native
 from adapters.peft_format.sizes import LinearSize
 from adapters.scratch import scratch
-from server.model import attention
+from server.model import attention, naming
 
 log = logging.getLogger("lorakeet.engine")
 
@@ -65,6 +65,11 @@ class Base:
     max_model_len: int  # the longest context that its positions allow
     eos_token_ids: list[int]
     tied: bool  # head and input embedding are one matrix
+    embedding: str  # full name
+    head: str
+    aside: list[str]  # full names of modules that text does not pass
+    renamed: dict[str, str]  # parameter in the files -> in the model, where these differ
+    transposed: bool  # the files hold weights of linears as [in, out]
 
     @property
     def linear_sizes(self) -> dict[str, LinearSize]:
@@ -135,7 +140,7 @@ def load(directory: Path, quantization: str, dtype: str, device: str, cache_dir:
         model = _load_quantized(directory, config, quantization, torch_dtype, torch_device, cache_dir)
         model.requires_grad_(False)
         model.eval()
-        return _wrap(model, torch_dtype, torch_device)
+        return _wrap(model, directory, torch_dtype, torch_device)
 
 
 @contextmanager
@@ -390,7 +395,7 @@ class NarrowEmbedding(nn.Module):
         return nn.functional.embedding(ids, self.weight).to(self.dtype)
 
 
-def _wrap(model: transformers.PreTrainedModel, dtype: torch.dtype, device: torch.device) -> Base:
+def _wrap(model: transformers.PreTrainedModel, directory: Path, dtype: torch.dtype, device: torch.device) -> Base:
     config = model.config.get_text_config()
     slot = StepSlot()
     decoder = model.get_decoder()
@@ -401,7 +406,9 @@ def _wrap(model: transformers.PreTrainedModel, dtype: torch.dtype, device: torch
     if not isinstance(head, nn.Linear) or not isinstance(embedding, nn.Embedding):
         raise UnservableModel(f"{type(model).__name__} has no plain input embedding or no linear head")
     tied = head.weight.data_ptr() == embedding.weight.data_ptr()
-    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    names = {id(module): name for name, module in model.named_modules()}
+    prefix = names[id(decoder)]
+    renamed, transposed = naming.renamed(model, directory), naming.transposed(model)
     linears = wrap_linears(decoder, f"{prefix}.", slot)
     if not linears:
         raise UnservableModel("the model has no linear layers that adapters could use")
@@ -428,6 +435,11 @@ def _wrap(model: transformers.PreTrainedModel, dtype: torch.dtype, device: torch
         max_model_len=longest_context(config),
         eos_token_ids=[] if eos is None else [eos] if isinstance(eos, int) else list(eos),
         tied=tied,
+        embedding=names[id(embedding)],
+        head=names[id(head)],
+        aside=naming.aside(model),
+        renamed=renamed,
+        transposed=transposed,
     )
 
 

@@ -34,6 +34,7 @@ from server.children.checker import Checker
 from server.client.engine import EngineClient, served_base
 from server.errors import InvalidRequest, disk_faults
 from server.logs import FIELDS
+from server.messages.protocol import Ready
 from server.metrics import Metrics
 from server.registry.fit import check_fit
 from server.registry.pins import Pins
@@ -128,7 +129,7 @@ class Publisher:
         self._store.check_case(tenant, name)
         text, warnings = await self._text_beside(name, staging.path, strict=strict_text)
         with disk_faults():
-            outline = self._outline.loaded(tied=base.tied) if self._outline else None
+            outline = outline_of(self._outline, base) if self._outline else None
             check = Check(staging.path, base.linears, base.architecture, outline, text)
             spec = await self._run(name, inspect_adapter, check, "weights")
         check_fit(spec, base)
@@ -274,6 +275,13 @@ class Publisher:
                 task = asyncio.create_task(self._engine.forget(digest))
                 self._forgetting.add(task)
                 task.add_done_callback(self._forgetting.discard)
+
+
+def outline_of(files: Outline, base: Ready) -> Outline:
+    """The outline of a base as its engine loaded it, out of that of its files."""
+    return files.loaded(
+        tied=base.tied, embedding=base.embedding, head=base.head, aside=base.aside, renamed=base.renamed
+    )
 
 
 def _audit(name: str, action: str, before: Mapping[str, float], after: str | None, **more: object) -> None:

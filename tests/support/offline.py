@@ -10,6 +10,7 @@ from adapters.peft_format import directory as adapter_format
 from server.engine import boot
 from server.engine.engine import Engine
 from server.messages.protocol import AdapterRef, EngineConfig, Generate, Output, Sampling, TokenLogprob
+from server.registry.publish import outline_of
 
 
 def load_engine(
@@ -46,7 +47,7 @@ def tight_engine(like: Engine, model: Path, cache: Path, blocks: int, longest: i
 def publish(engine: Engine, directory: Path) -> AdapterRef:
     """Check an adapter's directory as an upload would, and say how requests refer to it."""
     ready = engine.ready()
-    outline = adapter_format.Outline.read(Path(str(engine.base.model.name_or_path))).loaded(tied=ready.tied)
+    outline = outline_of(adapter_format.Outline.read(Path(str(engine.base.model.name_or_path))), ready)
     spec = adapter_format.inspect(directory, ready.linears, ready.architecture, outline)
     spec.save(directory)
     return AdapterRef(spec.digest, str(directory))

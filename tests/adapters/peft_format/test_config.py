@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
 from adapters.peft_format.config import FIELDS, MAX_CONFIG_BYTES, AdapterConfig, AdapterError, parse_config
+from adapters.peft_format.fields import PEFT_VERSION
 
 KINDS = {
     "self_attn": ["q_proj", "k_proj", "v_proj", "o_proj"],
@@ -240,7 +241,7 @@ HOSTILE: list[tuple[str, Any]] = [
     ("lora_ga_config", True),
     ("bias", "some"),
     ("bias", True),
-    ("fan_in_fan_out", True),
+    ("fan_in_fan_out", 1),
     ("use_dora", 0),
     ("lora_bias", "yes"),
     ("modules_to_save", "lm_head"),
@@ -264,9 +265,6 @@ HOSTILE: list[tuple[str, Any]] = [
     ("arrow_config", {}),
     ("kasa_config", {}),
     ("runtime_config", {"ephemeral_gpu_offload": True}),
-    ("no_such_field", 0),
-    ("no_such_field", "x"),
-    ("chat_template", "{{ 1 }}"),
 ]
 
 
@@ -281,6 +279,43 @@ def test_a_hostile_value_is_refused_by_the_fields_name(field: str, value: Any) -
 
 def test_every_field_has_a_hostile_value_above() -> None:
     assert FIELDS.keys() <= {field for field, _ in HOSTILE}
+
+
+def test_fields_that_peft_does_not_have_are_passed_over_by_name() -> None:
+    config = parse(unsloth_version="2026.1", lora_plus_ratio=0, no=None, nothing=False, empty={}, peft_version="0.21.2")
+    assert config.unknown == ("unsloth_version", "lora_plus_ratio")
+    assert config.normalised() == parse(peft_version="0.21.2").normalised()
+
+
+def test_those_of_a_newer_peft_are_refused() -> None:
+    """They may change what is served without a tensor of their own, as use_rslora did."""
+    for version in ("0.22.0", "1.0", "0.22.0.dev0@abc"):
+        fault = refusal(json.dumps(BASE | {"use_new_scaling": True, "peft_version": version}).encode())
+        assert fault.param == "use_new_scaling"
+        assert version in str(fault)
+    assert tuple(map(int, peft.__version__.split(".")[:2])) == PEFT_VERSION
+
+
+@pytest.mark.parametrize(
+    ("fields", "modules", "warned"),
+    [
+        ({"target_modules": ["q_proj", "fc1", "fc2"]}, 12, "target_modules has 'fc1', which matches no linear of the"),
+        ({"rank_pattern": {"no_such": 3}}, 24, "rank_pattern has 'no_such', which matches no linear of the base"),
+        ({"alpha_pattern": {"a": 3, "b": 4, "q_proj": 1}}, 24, "alpha_pattern has 'a', which matches no linear"),
+        ({"layers_to_transform": [0, 12]}, 2, "layers_to_transform has '12', which is a layer without any"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_entries_that_match_nothing_are_passed_over_with_a_warning(
+    fields: dict[str, Any], modules: int, warned: str
+) -> None:
+    warnings: list[str] = []
+    assert len(parse(**fields).resolve(MODULES, warnings=warnings)) == modules
+    [warning] = warnings
+    assert warned in warning
+    for nothing in ({"target_modules": ["fc1"]}, {"layers_to_transform": [12]}):
+        with pytest.raises(AdapterError):
+            parse(**nothing).resolve(MODULES, warnings=[])
 
 
 @pytest.mark.parametrize("value", ["layers(", "(a+)+", "x|y", "(?P<idx>layers)", "", 3, {}])

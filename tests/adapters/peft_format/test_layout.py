@@ -143,8 +143,6 @@ def put(name: str, *shape: int, fill: float = 0.5) -> Callable[[dict[str, torch.
                 "down_proj": "target_modules",
                 "mlp": "only embedding, head and norms",
                 "model": "only embedding, head and norms",
-                "score": "matches no module",
-                "x" * 1000: "matches no module",
             }.items()
         ],
         ("tokens", {"trainable_token_indices": [70, 5, VOCAB]}, same, "trainable_token_indices", f"{VOCAB} tokens"),
@@ -177,6 +175,32 @@ def test_what_does_not_fit_is_refused_by_name(
     assert caught.value.param.endswith(param)
     assert words in str(caught.value)
     assert len(str(caught.value)) < 1000
+
+
+def test_modules_to_save_that_are_not_there_are_passed_over(shelf: Shelf, tmp_path: Path) -> None:
+    directory = shelf.copy("plain", tmp_path / "adapter")
+    spoil(directory, {"modules_to_save": ["score", "x" * 1000]}, same)
+    assert [warning[:30] for warning in shelf.inspect("tied", directory).warnings] == [
+        "modules_to_save has 'score', w",
+        "modules_to_save has 'xxxxxxxxx",
+    ]
+    spoil(directory, {}, put("base_model.model.score.weight", 2, 64))
+    with pytest.raises(AdapterError, match=r"score\.weight"):
+        shelf.inspect("tied", directory)
+
+
+def test_embeddings_that_were_rounded_on_the_way_are_the_bases(shelf: Shelf, tmp_path: Path) -> None:
+    directory = shelf.copy("embedding", tmp_path / "adapter")
+    name = f"{EMBEDDING}.base_layer.weight"
+    for dtype in (torch.bfloat16, torch.float16):
+        rounded = load_file(shelf.base("tied") / "model.safetensors")["model.embed_tokens.weight"].to(dtype).float()
+        spoil(directory, {}, lambda tensors: tensors.update({name: rounded}))  # noqa: B023 - called at once
+        [warning] = shelf.inspect("tied", directory).warnings
+        assert f"'{name}' is the base's, rounded to {'BF16' if dtype == torch.bfloat16 else 'F16'}" in warning
+        rounded.view(torch.int32)[-1, -1] ^= 1 << 16
+        spoil(directory, {}, lambda tensors: tensors.update({name: rounded}))  # noqa: B023
+        with pytest.raises(AdapterError, match="another base"):
+            shelf.inspect("tied", directory)
 
 
 def test_the_bases_embeddings_may_lie_beside_in_any_dtype(shelf: Shelf, tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""Whether the tensors of an adapter's file are those that its layout asks for. Names and shapes only."""
+
+import re
+from collections.abc import Mapping
+
+from adapters.peft_format.fields import AdapterError, shorten
+from adapters.peft_format.layout import PLACES, PREFIX, Layout
+from adapters.peft_format.outline import Outline
+from adapters.peft_format.sizes import LinearSize
+from adapters.peft_format.weights import TensorEntry
+
+MAX_NEW_TOKENS = 65536
+
+
+def match(
+    tensors: Mapping[str, TensorEntry], plan: Layout, linears: Mapping[str, LinearSize], outline: Outline
+) -> list[str]:
+    """Every tensor of the file is one that the layout expects or allows, and every one that it expects is there.
+
+    Returns warnings of those that play no part.
+    """
+    idle = dict.fromkeys(outline.aside, 0)
+    for name in tensors:
+        beside = next((module for module in outline.aside if name.startswith(f"{PREFIX}{module}.")), None)
+        if beside is not None:
+            idle[beside] += 1
+        elif not any(name in known for known in (plan.expected, plan.copies, plan.twins)):
+            _refuse_homeless(name, {*linears, *outline.tables})
+    for name, (shape, asked_by) in plan.expected.items():
+        if name not in tensors:
+            raise AdapterError(f"the config's {asked_by} asks for '{name}', which the weights lack", name)
+        _check_shape(name, tensors[name], shape)
+    for name in plan.copies.keys() & tensors.keys():
+        shape = outline.table_shape if name.endswith(".weight") else outline.table_shape[:1]
+        try:
+            _check_shape(name, tensors[name], shape)
+        except AdapterError as fault:
+            reason = "embedding and head must both have the base's rows, and as many new ones after them"
+            raise AdapterError(f"{fault}; {reason}", name, "base_mismatch") from None
+    warnings = [
+        f"{count} tensors of '{name}' play no part: text does not pass it" for name, count in idle.items() if count
+    ]
+    if outline.new_tokens < 0:
+        warnings.append(f"the weights have {-outline.new_tokens} tokens fewer than the base: these are never drawn")
+    return warnings
+
+
+def new_tokens(tensors: Mapping[str, TensorEntry], outline: Outline) -> int:
+    """How many rows the file's embedding and head have beyond the base's; negative for fewer, 0 without any."""
+    if outline.embedding is None:
+        return 0
+    rows = {
+        table: tensors[name].shape[0]
+        for table in outline.tables
+        for place in PLACES
+        if (name := f"{PREFIX}{table}.{place}weight") in tensors
+    }
+    new = max(rows.values(), default=0) - outline.table_shape[0]
+    if new > MAX_NEW_TOKENS:
+        raise AdapterError(f"the weights have {new} new tokens; at most {MAX_NEW_TOKENS} are served", "weights")
+    # Models are shrunk to the length of their tokenizer in both; anything else is told when shapes are compared.
+    return new if new > 0 or rows.get(outline.embedding) else 0
+
+
+def _check_shape(name: str, tensor: TensorEntry, wanted: tuple[int, ...]) -> None:
+    if tensor.shape != wanted:
+        raise AdapterError(
+            f"tensor '{name}' has shape {list(tensor.shape)}; config and base ask for {list(wanted)}", name
+        )
+
+
+def _refuse_homeless(name: str, modules: set[str]) -> None:
+    def refuse(reason: str) -> AdapterError:
+        return AdapterError(f"tensor '{shorten(name)}' {reason}", name)
+
+    if not name.startswith(PREFIX):
+        raise refuse(f"is none of a LoRA adapter's: these begin with '{PREFIX}'")
+    match = re.fullmatch(r"base_model\.model\.(.+)\.lora_(embedding_)?[AB](\.weight|\.bias)?", name)
+    if match is None:
+        if re.fullmatch(r".+\.lora_[AB]\.[^.]+\.weight", name):
+            raise refuse("carries an adapter's name: save with PEFT's save_pretrained, which leaves it out")
+        raise refuse("is none of those that the config asks for")
+    if match[1] not in modules:
+        raise refuse("adapts a module that the base does not have, or that cannot be adapted")
+    raise refuse("is none of those that the config asks for: it does not select this module, or not so")

@@ -1,0 +1,47 @@
+"""How a model's modules and parameters are called, in the model and in its files."""
+
+from pathlib import Path
+
+import transformers
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.pytorch_utils import Conv1D
+
+from adapters.peft_format.outline import Outline
+
+
+def renamed(model: transformers.PreTrainedModel, directory: Path) -> dict[str, str]:
+    """Parameter in the files of `directory` -> the model's name for it, where these differ.
+
+    The model's linears must not have been wrapped yet.
+    """
+    conversions = get_model_conversion_mapping(model)
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+    here = model.state_dict()
+    found = {}
+    for name in Outline.read(directory).parameters:
+        ours, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, here)
+        if ours != name and ours in here:
+            found[name] = ours
+    return found
+
+
+def aside(model: transformers.PreTrainedModel) -> list[str]:
+    """The modules that text does not pass: of a model of text and more, whatever is beside its decoder and head."""
+    if model.config.get_text_config() is model.config:
+        return []
+    passed = (model.get_decoder(), model.get_output_embeddings(), model.get_input_embeddings())
+    names = [f"{name}." for name, module in model.named_modules() if any(module is one for one in passed)]
+    found: list[str] = []
+    for name, _ in model.named_modules():
+        known = (*names, *(f"{other}." for other in found))
+        # Neither such a module, nor in one, nor around one.
+        if name and not any(f"{name}.".startswith(one) or one.startswith(f"{name}.") for one in known):
+            found.append(name)
+    return found
+
+
+def transposed(model: transformers.PreTrainedModel) -> bool:
+    """Whether it was made of linears that hold their weight as [in, out]."""
+    return any(issubclass(getattr(module, "source_cls", type(module)), Conv1D) for module in model.modules())
