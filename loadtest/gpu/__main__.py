@@ -8,6 +8,7 @@ import argparse
 import sys
 import tempfile
 import traceback
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 
 from loadtest import machine
 from loadtest.gpu.lines import Line, Part, keep
-from loadtest.gpu.models import FULL, SMOKE
+from loadtest.gpu.models import FULL, SMOKE, Size
 from loadtest.gpu.parts import PARTS, Bench
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -28,6 +29,10 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("python -m loadtest.gpu", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="LETTERS", help=f"of {', '.join(PARTS)} [default: all]")
     parser.add_argument("--smoke", action="store_true", help="tiny, on the CPU, nothing kept but under --results")
+    parser.add_argument("--models", nargs="+", choices=FULL.models, help="of these shapes only")
+    parser.add_argument("--layers", type=int, help="of each model, in place of all: for a GPU that is lent for minutes")
+    parser.add_argument("--rounds", type=int, help=f"of each measurement [default: {FULL.rounds}]")
+    parser.add_argument("--window", type=float, help=f"seconds of standing load [default: {FULL.window:.0f}]")
     parser.add_argument("--folder", type=Path, help="where models are made, and kept for the next run")
     parser.add_argument("--results", type=Path, help="where results go [default: loadtest/results]")
     asked = parser.parse_args(arguments)
@@ -39,12 +44,23 @@ def main(arguments: list[str]) -> int:
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         print(f"Not installed, so that some lines cannot be measured: {', '.join(missing)}", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="lorakeet-gpu-") as folder:
-        bench = Bench(asked.folder or Path(folder), SMOKE if asked.smoke else FULL)
+        bench = Bench(asked.folder or Path(folder), SMOKE if asked.smoke else size_of(asked))
         parts = [run(name, bench, arguments) for name in asked.parts or PARTS]
     results = asked.results or (None if asked.smoke else RESULTS)
     if results is not None:
         keep(results / f"gpu-{'-'.join(parts[0].machine['gpu'].lower().split())}", parts)
     return 0 if all(line.held for part in parts for line in part.lines) else 1
+
+
+def size_of(asked: argparse.Namespace) -> Size:
+    """The full size, with what the arguments change."""
+    layers = {} if asked.layers is None else {"num_hidden_layers": asked.layers}
+    return replace(
+        FULL,
+        models={name: FULL.models[name] | layers for name in asked.models or FULL.models},
+        rounds=asked.rounds or FULL.rounds,
+        window=asked.window or FULL.window,
+    )
 
 
 def run(name: str, bench: Bench, arguments: list[str]) -> Part:

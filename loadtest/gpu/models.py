@@ -58,6 +58,11 @@ class Size:
     steps: int
     window: float  # seconds of standing load
 
+    @property
+    def full(self) -> bool:
+        """Whether figures mean something."""
+        return self.device == "cuda"
+
 
 FULL = Size(
     device="cuda",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from loadtest.gpu.lines import Line, at_least, at_most
-from loadtest.gpu.models import FULL, Size, adapter_bytes, bytes_per_token, make_model
+from loadtest.gpu.models import Size, adapter_bytes, bytes_per_token, make_model
 from loadtest.synthetic import make_adapters, random_prompts
 from loadtest.workers import Ask, worker
 
@@ -80,11 +80,11 @@ class Bench:
     @property
     def threads(self) -> int:
         """Of libraries on the host."""
-        return min(8, os.cpu_count() or 1) if self.size is FULL else 1
+        return min(8, os.cpu_count() or 1) if self.size.full else 1
 
     @property
     def flags(self) -> list[str]:
-        return [] if self.size is FULL else ["--smoke"]
+        return [] if self.size.full else ["--smoke"]
 
     @contextmanager
     def engine(self, name: str, adapters: dict[str, str], **config: Any) -> Iterator[tuple[Ask, Any]]:
@@ -107,8 +107,8 @@ def tests(bench: Bench) -> list[Line]:
     """(a) The kernels', the graphs' and the trainer's tests, the wide ones too."""
     # Without the project's own settings, which name plugins that such a machine may lack.
     command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, "--rootdir=.", "--import-mode=importlib"]
-    command += ["-m", "slow or not slow"] if bench.size is FULL else ["--collect-only"]
-    if bench.size is FULL and find_spec("xdist"):
+    command += ["-m", "slow or not slow"] if bench.size.full else ["--collect-only"]
+    if bench.size.full and find_spec("xdist"):
         command += ["-n", "8"]
     done = subprocess.run([*command, *TESTS], capture_output=True, text=True)
     bench.raw["output"] = (done.stdout + done.stderr)[-20_000:]
@@ -387,7 +387,7 @@ def trained(ask: Ask, settings: dict[str, Any], steps: int) -> Trained:
 
 def requests_per_second(bench: Bench, ask: Ask, adapters: Sequence[str]) -> float:
     """How many requests the engine gets through when more than it takes at once are there."""
-    count = 4 * 32 if bench.size is FULL else 8
+    count = 4 * 32 if bench.size.full else 8
     names = [adapters[i % len(adapters)] for i in range(count)]
     for seed in (3, 4):  # the first warms up
         answers = ask({"prompts": bench.prompts(count, seed), "tokens": bench.size.tokens, "adapters": names})

@@ -59,11 +59,11 @@ def _attend(
     r = tl.arange(0, REQUESTS)
     starts = tl.load(seqs + r * 3, mask=r < requests, other=0)
     mine = (r < requests) & (starts // POSITIONS + r <= tile)
-    request = tl.sum(mine.to(tl.int32), axis=0) - 1
+    request = tl.maximum(tl.sum(mine.to(tl.int32), axis=0) - 1, 0)  # requests of padding alone start beyond all tiles
     q_start, q_end = tl.load(seqs + request * 3), tl.load(seqs + request * 3 + 1)
     kv_len = tl.load(seqs + request * 3 + 2)
     first_query = q_start + (tile - (q_start // POSITIONS + request)) * POSITIONS
-    if first_query < q_end:
+    if (first_query >= q_start) & (first_query < q_end):
         m = tl.arange(0, BLOCK_M)
         token = first_query + m // GROUP
         head = kv_head * GROUP + m % GROUP

@@ -1,16 +1,20 @@
 """4-bit linears for few rows, on bitsandbytes' storage: codes are looked up and multiplied, never written out.
 
 A program decodes a tile of weights once for up to 64 rows. Codes enter the tensor cores as they are; each block's scale
-(double quantisation undone on the way) multiplies the block's fp32 sums. Long inputs are split over programs, and the
-last one to arrive adds the partial sums in their order. More rows, and other weights, go by `reference`'s way:
-dequantise, then a library product.
+(double quantisation undone on the way) multiplies the block's fp32 sums. One row is summed without the tensor cores.
+Long inputs are split over programs, and the last one to arrive adds the partial sums in their order. More rows, and
+other weights, go by `reference`'s way: dequantise, then a library product.
+
+On a GPU 16-bit codes are looked up in registers, four at a time, by permuting bytes (`lookup_asm`): a gather from
+memory for each weight took half of the time.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # A kernel's parameters are pointers and numbers of Triton's, which has no types for them.
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +27,46 @@ from adapters.kernels.triton import deterministic, few_programs, interpreted
 from adapters.kernels.weight import QuantizedWeight
 
 MAX_ROWS = 64
-MAX_SPLITS = 8
 CHUNK: tl.constexpr = tl.constexpr(64)  # weights of one row that share a scale, at least
+
+
+@triton.jit
+def _look_up(packed, code, LOOKUP: tl.constexpr, DOT: tl.constexpr):
+    """The codes of bytes' high and low nibbles."""
+    if LOOKUP == "":
+        nibbles = packed.to(tl.int32)
+        high = tl.load(code + (nibbles >> 4)).to(DOT)
+        low = tl.load(code + (nibbles & 15)).to(DOT)
+    elif tl.bfloat16 == DOT:
+        high, low = tl.inline_asm_elementwise(
+            LOOKUP, "=r,=r,=r,=r,r", [packed], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        )
+    else:
+        high, low = tl.inline_asm_elementwise(
+            LOOKUP, "=r,=r,=r,=r,r", [packed], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
+        )
+    return high, low
+
+
+@triton.jit
+def _inputs(x, at, mask, PAIRED: tl.constexpr, DOT: tl.constexpr):
+    """Pairs of neighbouring inputs, `at` counting pairs: the even ones and the odd ones."""
+    if PAIRED:  # 16 bits each: one load for both
+        pairs = tl.load(x.to(tl.pointer_type(tl.int32)) + at, mask=mask, other=0)
+        even = pairs.to(tl.int16).to(x.dtype.element_ty, bitcast=True)
+        odd = (pairs >> 16).to(tl.int16).to(x.dtype.element_ty, bitcast=True)
+    else:
+        even = tl.load(x + 2 * at, mask=mask, other=0.0)
+        odd = tl.load(x + 2 * at + 1, mask=mask, other=0.0)
+    return even.to(DOT), odd.to(DOT)
+
+
+@triton.jit
+def _levels(absmax, nested_absmax, at, known, NESTED: tl.constexpr):
+    """What scales are made of, of blocks: their absmax and, where that is quantised itself, the scale of it."""
+    level = tl.load(absmax + at, mask=known, other=0)
+    outer = tl.load(nested_absmax + at // NESTED, mask=known, other=0.0) if NESTED > 0 else level
+    return level, outer
 
 
 @triton.jit(do_not_specialize=["rows"])  # or every other step would compile anew
@@ -46,6 +88,7 @@ def _linear(
     BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,  # blocks that share a nested absmax; 0 without double quantisation
     BIAS: tl.constexpr,
+    LOOKUP: tl.constexpr,  # of `lookup_asm`, or empty: codes are gathered from memory
     DOT: tl.constexpr,  # dtype of the factors of products
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -55,44 +98,54 @@ def _linear(
     tile_n, tile_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    column, byte = tl.arange(0, CHUNK), tl.arange(0, CHUNK // 2)
+    byte, ahead = tl.arange(0, CHUNK // 2), tl.arange(0, UNROLL)
     first_weight = n.to(tl.int64) * ins
-    first_x = m.to(tl.int64) * ins
+    first_pair = m.to(tl.int64) * (ins // 2)
 
     chunks = ins // CHUNK
     per_split = tl.cdiv(tl.cdiv(chunks, UNROLL), SPLITS) * UNROLL
     begin = split * per_split
     end = tl.minimum(begin + per_split, chunks)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    sums = tl.zeros([BLOCK_N], tl.float32)  # in place of `acc` for a single row
+    # A scale takes two loads, one after the other: the first of them is always one turn ahead.
+    at = (first_weight // BLOCKSIZE)[:, None] + ((begin + ahead) * CHUNK // BLOCKSIZE)[None, :]
+    known = (n < outs)[:, None] & (begin + ahead < end)[None, :]
+    level, outer = _levels(absmax, nested_absmax, at, known, NESTED)
     for first in range(begin, end, UNROLL):
+        if NESTED > 0:
+            scales = tl.load(nested_code + level.to(tl.int32)) * outer + offset  # [BLOCK_N, UNROLL]
+        else:
+            scales = level
+        following = first + UNROLL + ahead
+        at = (first_weight // BLOCKSIZE)[:, None] + (following * CHUNK // BLOCKSIZE)[None, :]
+        known = (n < outs)[:, None] & (following < end)[None, :]
+        level, outer = _levels(absmax, nested_absmax, at, known, NESTED)
         for step in tl.static_range(UNROLL):
             chunk = first + step
             there = chunk < end
-            inside = n < tl.where(there, outs, 0)
             packed = tl.load(
                 data + (first_weight // 2 + chunk * (CHUNK // 2))[:, None] + byte[None, :],
-                mask=inside[:, None],
+                mask=(n < tl.where(there, outs, 0))[:, None],
                 other=0,
                 eviction_policy="evict_first",
-            ).to(tl.int32)
-            high = tl.load(code + (packed >> 4)).to(DOT)
-            low = tl.load(code + (packed & 15)).to(DOT)
-            pairs = tl.load(
-                x + first_x[:, None] + chunk * CHUNK + column[None, :],
-                mask=(m < tl.where(there, rows, 0))[:, None],
-                other=0.0,
-            ).to(DOT)
-            even, odd = tl.split(tl.reshape(pairs, [BLOCK_M, CHUNK // 2, 2]))  # [BLOCK_M, CHUNK / 2]
-            sums = tl.dot(high, tl.trans(even), input_precision="ieee")
-            sums = tl.dot(low, tl.trans(odd), sums, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
-            block = (first_weight + chunk * CHUNK) // BLOCKSIZE
-            if NESTED > 0:
-                level = tl.load(absmax + block, mask=inside, other=0).to(tl.int32)
-                scale = tl.load(nested_absmax + block // NESTED, mask=inside, other=0.0)
-                scale = tl.load(nested_code + level) * scale + offset
+            )
+            high, low = _look_up(packed, code, LOOKUP, DOT)
+            scale = tl.sum(tl.where(ahead[None, :] == step, scales, 0.0), axis=1)
+            if BLOCK_M == 1:
+                there_too = byte < tl.where(there, CHUNK // 2, 0)
+                even, odd = _inputs(x, chunk * (CHUNK // 2) + byte, there_too, LOOKUP != "", tl.float32)
+                products = high.to(tl.float32) * even[None, :] + low.to(tl.float32) * odd[None, :]
+                sums += tl.sum(products, axis=1) * scale
             else:
-                scale = tl.load(absmax + block, mask=inside, other=0.0)
-            acc += sums * scale[:, None]
+                pair = first_pair[None, :] + (chunk * (CHUNK // 2) + byte)[:, None]
+                real = (m < tl.where(there, rows, 0))[None, :]
+                even, odd = _inputs(x, pair, real, LOOKUP != "", DOT)  # [CHUNK / 2, BLOCK_M]
+                dots = tl.dot(high, even, input_precision="ieee")
+                dots = tl.dot(low, odd, dots, input_precision="ieee")  # [BLOCK_N, BLOCK_M]
+                acc += dots * scale[:, None]
+    if BLOCK_M == 1:
+        acc = sums[:, None]
 
     target = m.to(tl.int64)[None, :] * outs + n[:, None]
     mask = (n < outs)[:, None] & (m < rows)[None, :]
@@ -115,33 +168,22 @@ def _linear(
         tl.store(y + target, acc.to(y.dtype.element_ty), mask=mask)
 
 
-CONFIGS = [
-    triton.Config({"BLOCK_N": block_n, "UNROLL": unroll, "SPLITS": splits}, num_warps=warps, num_stages=stages)
-    for block_n, warps in ((16, 2), (32, 4), (64, 4))
-    for unroll, stages in ((1, 4), (2, 3), (4, 2))
-    for splits in (1, 2, 4, MAX_SPLITS)
-]
+class Tiles(NamedTuple):
+    """How a launch is divided. The fastest of those tried on an H200, for 4-bit linears of 8B models."""
+
+    outs: int
+    unroll: int
+    splits: int  # at most
+    warps: int
+    stages: int
 
 
-def _worth_timing(configs: list[Any], arguments: dict[str, Any], **_: Any) -> list[Any]:
-    """Without splits that would leave most of a GPU idle, or most programs hardly anything to do."""
+_ONE_ROW = Tiles(16, 4, 8, 1, 2)
+_FEW_ROWS = Tiles(32, 2, 8, 2, 3)  # up to 16
+_MORE_ROWS = Tiles(64, 2, 4, 4, 3)
+_CHUNKS = 8  # of a split, at least
 
-    def worth(block_n: int, splits: int) -> bool:
-        programs = triton.cdiv(arguments["outs"], block_n) * splits
-        return (splits == 1 or programs <= 1024) and (splits == MAX_SPLITS or programs >= 128)
-
-    return [config for config in configs if worth(config.kwargs["BLOCK_N"], config.kwargs["SPLITS"])]
-
-
-# Timed once per GPU, shape and dtype (which Triton adds to the key itself); Triton keeps the choice on disk.
-_tuned = triton.autotune(
-    CONFIGS,
-    key=["outs", "ins", "BLOCK_M"],
-    prune_configs_by={"early_config_prune": _worth_timing},
-    cache_results=True,
-)(_linear)
-
-_tables: dict[Any, Tensor] = {}  # (kind, dtype, device) -> the 16 code values in that dtype
+_tables: dict[Any, tuple[Tensor, str]] = {}  # (kind, dtype, device) -> the 16 codes in that dtype, and `lookup_asm`
 _counters: dict[Any, Tensor] = {}  # (device, stream) -> int32 zeros, one for each tile of a launch
 _COUNTERS = 1 << 16
 
@@ -157,9 +199,7 @@ def linear_forward(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = Non
     few = 0 < len(x) <= MAX_ROWS or (deterministic() and len(x) > 0)
     if not (few and takes_weight(weight)):
         return _fixed_rows(x, weight, bias) if deterministic() else reference.linear_forward(x, weight, bias)
-    if deterministic() or interpreted():
-        return few_rows(x, weight, bias, fixed_config(weight.shape))
-    return few_rows(x, weight, bias, None)
+    return few_rows(x, weight, bias, tiles_of(len(x), weight.shape))
 
 
 def _fixed_rows(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
@@ -173,58 +213,60 @@ def _fixed_rows(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tens
     return y
 
 
-def fixed_config(shape: tuple[int, int]) -> dict[str, int]:
-    """Tiles that depend on nothing but the weight's shape: enough programs for a large GPU."""
+def tiles_of(rows: int, shape: tuple[int, int]) -> Tiles:
+    """Tiles for so many rows; fixed ones depend on nothing but the weight's shape."""
     outs, ins = shape
     if few_programs():
-        return {"BLOCK_N": min(256, triton.next_power_of_2(outs)), "UNROLL": 1, "SPLITS": 1}
+        return Tiles(min(256, triton.next_power_of_2(outs)), 1, 1, 4, 3)
+    tiles = _MORE_ROWS if deterministic() or rows > 16 else _FEW_ROWS if rows > 1 else _ONE_ROW
     splits = 1
-    while splits < MAX_SPLITS and outs // 32 * splits < 256 and ins // (CHUNK.value * splits) >= 8:
+    while splits < tiles.splits and ins // (CHUNK.value * 2 * splits) >= _CHUNKS:
         splits *= 2
-    return {"BLOCK_N": 32, "UNROLL": 2, "SPLITS": splits}
+    return tiles._replace(splits=splits)
 
 
-def few_rows(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, config: dict[str, int] | None) -> Tensor:
-    """Run the kernel, with one of `CONFIGS`' settings or, given None, with the fastest."""
+def few_rows(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, tiles: Tiles) -> Tensor:
+    """Run the kernel."""
     x = x.contiguous()
+    if x.data_ptr() % 4:  # 16-bit inputs are read in pairs
+        x = x.clone()
     (rows, ins), outs = x.shape, weight.shape[0]
     y = x.new_empty(rows, outs)
-    block_m = MAX_ROWS if deterministic() else max(16, triton.next_power_of_2(min(rows, MAX_ROWS)))
-    tiles_m = triton.cdiv(rows, block_m)
-    splits = MAX_SPLITS if config is None else config["SPLITS"]
+    if deterministic():
+        block_m = MAX_ROWS
+    else:
+        block_m = 1 if rows == 1 else max(16, triton.next_power_of_2(min(rows, MAX_ROWS)))
+    grid = triton.cdiv(outs, tiles.outs), triton.cdiv(rows, block_m), tiles.splits
+    assert grid[0] * grid[1] <= _COUNTERS
     nested = weight.nested_absmax is not None
-    arguments = (
+    code, lookup = _table(weight, x.dtype)
+    _linear[grid](
         x,
         weight.data,
         weight.absmax,
-        _table(weight, x.dtype),
+        code,
         weight.nested_absmax if nested else weight.absmax,
         weight.nested_code if nested else weight.absmax,
         weight.offset,
         y if bias is None else bias,
         y,
-        y if splits == 1 else x.new_empty(splits, rows, outs, dtype=torch.float32),
+        y if tiles.splits == 1 else x.new_empty(tiles.splits, rows, outs, dtype=torch.float32),
         _arrivals(x.device),
         rows,
         outs,
         ins,
+        BLOCKSIZE=weight.blocksize,
+        NESTED=weight.nested_blocksize if nested else 0,
+        BIAS=bias is not None,
+        LOOKUP=lookup,
+        DOT=dot_dtype(x.dtype),
+        BLOCK_M=block_m,
+        BLOCK_N=tiles.outs,
+        UNROLL=tiles.unroll,
+        SPLITS=tiles.splits,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
     )
-    options: dict[str, Any] = {
-        "BLOCKSIZE": weight.blocksize,
-        "NESTED": weight.nested_blocksize if nested else 0,
-        "BIAS": bias is not None,
-        "DOT": dot_dtype(x.dtype),
-        "BLOCK_M": block_m,
-    }
-
-    def grid(chosen: dict[str, int]) -> tuple[int, int, int]:
-        return triton.cdiv(outs, chosen["BLOCK_N"]), tiles_m, chosen["SPLITS"]
-
-    if config is None:
-        _tuned[grid](*arguments, **options)
-    else:
-        assert triton.cdiv(outs, config["BLOCK_N"]) * tiles_m <= _COUNTERS
-        _linear[grid](*arguments, **options, **config)
     return y
 
 
@@ -236,12 +278,48 @@ def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     return tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
 
 
-def _table(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+def _table(weight: QuantizedWeight, dtype: torch.dtype) -> tuple[Tensor, str]:
     key = (weight.kind, dtype, weight.device)
     if key not in _tables:
         assert weight.code is not None
-        _tables[key] = weight.code.to(dtype)
+        code = weight.code.to(dtype)
+        in_registers = dtype != torch.float32 and not interpreted()
+        _tables[key] = code, lookup_asm(code.view(torch.int16).tolist()) if in_registers else ""
     return _tables[key]
+
+
+def lookup_asm(values: Sequence[int]) -> str:
+    """PTX that looks four bytes' nibbles up among 16 values of 16 bits.
+
+    Args:
+        values: their bits.
+
+    Returns:
+        Instructions from `$4`, four bytes, to the values of their high nibbles in `$0` and `$1`, two each, and of
+        their low nibbles in `$2` and `$3`.
+    """
+    # `prmt` picks four bytes, each among eight, by three bits: two of them for sixteen, and a third by the fourth bit.
+    low_bytes, high_bytes = ([value >> shift & 255 for value in values] for shift in (0, 8))
+    lines = [
+        "{ .reg .b32 three, fourth, a, b, low, high;",
+        "and.b32 three, $4, 0x77777777;",
+        "shr.u32 fourth, $4, 1;",
+        "and.b32 fourth, fourth, 0x44444444;",
+        "or.b32 fourth, fourth, 0x32103210;",
+    ]
+    for half in range(2):
+        if half:
+            lines += ["shr.u32 three, three, 16;", "shr.u32 fourth, fourth, 16;"]
+        for name, chosen in (("low", low_bytes), ("high", high_bytes)):
+            words = [int.from_bytes(bytes(chosen[first : first + 4]), "little") for first in range(0, 16, 4)]
+            lines += [
+                f"prmt.b32 a, {words[0]:#x}, {words[1]:#x}, three;",
+                f"prmt.b32 b, {words[2]:#x}, {words[3]:#x}, three;",
+                f"prmt.b32 {name}, a, b, fourth;",
+            ]
+        # Of four nibbles the first and third are low ones.
+        lines += [f"prmt.b32 ${half}, low, high, 0x7351;", f"prmt.b32 ${2 + half}, low, high, 0x6240;"]
+    return " ".join([*lines, "}"])
 
 
 def _arrivals(device: torch.device) -> Tensor:

@@ -152,31 +152,32 @@ def _expand(
     down += linear.to(tl.int64) * segments * SPLITS * tokens * ranks
     t = low + tl.arange(0, BLOCK_T)
     n = first_column + tl.arange(0, BLOCK_N)
-    first, last = _touching(table, segments, low, low + BLOCK_T, SEGMENTS)
-    if (first <= last) & (first_column < width):
-        place = y + t.to(tl.int64)[:, None] * width + n[None, :]
-        inside = (t < tokens)[:, None] & (n < width)[None, :]
-        acc = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        for segment in range(first, last + 1):
-            row = table + segment * 5
-            start, end, first_unit = tl.load(row), tl.load(row + 1), tl.load(row + 2)
-            rank, dtype = tl.load(row + 3), tl.load(row + 4)
-            if (start < low + BLOCK_T) & (end > low):
-                mine = (t >= start) & (t < end)
-                for first_rank in range(0, rank, BLOCK_R):
-                    r = first_rank + tl.arange(0, BLOCK_R)
-                    known = mine[:, None] & (r < rank)[None, :]
-                    values = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
-                    for split in tl.static_range(SPLITS):
-                        plane = (segment * SPLITS + split) * tokens
-                        values += tl.load(down + (plane + t)[:, None] * ranks + r[None, :], mask=known, other=0.0)
-                    mask = (r < rank)[:, None] & (n < width)[None, :]
-                    rows = _rank_rows(b, first_unit, width, r, n, mask, dtype)  # [BLOCK_R, BLOCK_N]
-                    if BLOCK_T == 1:
-                        acc += tl.sum(tl.trans(values) * rows, axis=0)[None, :]
-                    else:
-                        acc = tl.dot(values, rows, acc, input_precision=PRECISION)
-        tl.store(place, acc.to(y.dtype.element_ty), mask=inside)
+    if first_column < width:  # linears of one launch differ in width
+        first, last = _touching(table, segments, low, low + BLOCK_T, SEGMENTS)
+        if first <= last:
+            place = y + t.to(tl.int64)[:, None] * width + n[None, :]
+            inside = (t < tokens)[:, None] & (n < width)[None, :]
+            acc = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+            for segment in range(first, last + 1):
+                row = table + segment * 5
+                start, end, first_unit = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+                rank, dtype = tl.load(row + 3), tl.load(row + 4)
+                if (start < low + BLOCK_T) & (end > low):
+                    mine = (t >= start) & (t < end)
+                    for first_rank in range(0, rank, BLOCK_R):
+                        r = first_rank + tl.arange(0, BLOCK_R)
+                        known = mine[:, None] & (r < rank)[None, :]
+                        values = tl.zeros([BLOCK_T, BLOCK_R], tl.float32)
+                        for split in tl.static_range(SPLITS):
+                            plane = (segment * SPLITS + split) * tokens
+                            values += tl.load(down + (plane + t)[:, None] * ranks + r[None, :], mask=known, other=0.0)
+                        mask = (r < rank)[:, None] & (n < width)[None, :]
+                        rows = _rank_rows(b, first_unit, width, r, n, mask, dtype)  # [BLOCK_R, BLOCK_N]
+                        if BLOCK_T == 1:
+                            acc += tl.sum(tl.trans(values) * rows, axis=0)[None, :]
+                        else:
+                            acc = tl.dot(values, rows, acc, input_precision=PRECISION)
+            tl.store(place, acc.to(y.dtype.element_ty), mask=inside)
 
 
 def lora_add_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, table: Tensor, scale: Tensor) -> None:

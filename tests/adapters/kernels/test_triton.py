@@ -4,7 +4,8 @@ Errors are relative, in the Frobenius norm, against float64: 2e-6 with fp32 acti
 factors and results with bf16 (1.6e-2: the interpreter truncates, 2^-7 at each of two roundings) and fp16 (1.5e-3).
 """
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -82,10 +83,11 @@ def check_linear(data: st.DataObject, most_out: int, most_chunks: int) -> None:
     blocksize = data.draw(st.sampled_from([size for size in (64, 128, 256) if chunks * 64 % size == 0]))
     kind, nested, dtype = data.draw(st.sampled_from(["nf4", "fp4"])), data.draw(st.booleans()), data.draw(dtypes)
     weight = make_weight(outs, 64 * chunks, kind, nested, blocksize)
-    x = torch.randn(data.draw(st.integers(1, 64)), 64 * chunks).to(dtype)
+    x = torch.randn(data.draw(st.just(1) | st.integers(2, 64)), 64 * chunks).to(dtype)
     bias = data.draw(st.sampled_from([None, torch.randn(outs).to(dtype)]))
-    options = data.draw(st.sampled_from([config.kwargs for config in linear.CONFIGS]))
-    assert near(linear.few_rows(x, weight, bias, options), product(x, weight, bias))
+    tiles = data.draw(st.sampled_from([linear._ONE_ROW, linear._FEW_ROWS, linear._MORE_ROWS]))
+    tiles = tiles._replace(splits=data.draw(st.sampled_from([1, 2, tiles.splits])))
+    assert near(linear.few_rows(x, weight, bias, tiles), product(x, weight, bias))
 
 
 @given(data=st.data())
@@ -120,10 +122,45 @@ def test_split_sums_leave_the_counters_at_zero(kernels: Any) -> None:
 
     weight = make_weight(48, 512)
     x = torch.randn(2, 512)
-    options = {"BLOCK_N": 16, "UNROLL": 1, "SPLITS": 8}
-    first, second = (linear.few_rows(x, weight, None, options) for _ in range(2))
+    first, second = (linear.few_rows(x, weight, None, linear.Tiles(16, 1, 8, 2, 2)) for _ in range(2))
     assert torch.equal(first, second)
     assert not linear._arrivals(x.device).any()
+
+
+def permute_bytes(first: int, second: int, selector: int) -> int:
+    """`prmt.b32` of PTX, for selectors that ask for no sign."""
+    choice = first.to_bytes(4, "little") + second.to_bytes(4, "little")
+    return int.from_bytes(bytes(choice[selector >> 4 * i & 7] for i in range(4)), "little")
+
+
+def execute(program: str, word: int) -> list[int]:
+    """The results of a few instructions of PTX."""
+    registers = {"$4": word}
+    operations: dict[str, Callable[..., int]] = {
+        "and": operator.and_,
+        "or": operator.or_,
+        "shr": operator.rshift,
+        "prmt": permute_bytes,
+    }
+    for line in program.strip("{} ").split(";")[1:-1]:
+        name, _, operands = line.strip().partition(" ")
+        target, *given = operands.split(", ")
+        numbers = [registers[operand] if operand in registers else int(operand, 0) for operand in given]
+        registers[target] = operations[name.split(".")[0]](*numbers)
+    return [registers[f"${i}"] for i in range(4)]
+
+
+def test_nibbles_are_looked_up_among_any_values() -> None:
+    from adapters.kernels.triton import linear
+
+    values = [0x1100 * i + 17 * (15 - i) for i in range(16)]
+    program = linear.lookup_asm([value - 2**16 if value >= 2**15 else value for value in values])
+    for low in range(256):
+        given = bytes([low, (low + 77) % 256, 255 - low, low ^ 0x5A])
+        high, low_nibbles = ([byte >> 4 for byte in given], [byte & 15 for byte in given])
+        words = execute(program, int.from_bytes(given, "little"))
+        found = [word >> shift & 0xFFFF for word in words for shift in (0, 16)]
+        assert found == [values[nibble] for nibble in high + low_nibbles]
 
 
 # --- adapters -----------------------------------------------------------------------------------
@@ -241,6 +278,18 @@ def test_attention_joins_split_keys(kernels: Any) -> None:
         assert near(out, requests.expected(request)[-1:])
     (windowed,) = requests.attend([(0, 699, 700)], window=90)
     assert near(windowed, requests.expected(0, 90)[-1:])
+
+
+def test_attention_of_padding_alone_reads_nothing_before_its_requests(kernels: Any) -> None:
+    """A graph is recorded with a step in which every request is padding: all start beyond the last token."""
+    tokens = 16
+    before = torch.tensor([[0, tokens, 48]] * 3, dtype=torch.int32)  # whatever lies there must not count as requests
+    seqs = torch.cat([before, torch.tensor([[tokens, tokens, 0]] * tokens, dtype=torch.int32)])[3:]
+    cache = torch.randn(4, 2, 16, 16)
+    out = kernels.paged_attention(
+        torch.randn(tokens, 4, 16), cache, cache, seqs, torch.ones(tokens, 3, dtype=torch.int32), 0.25
+    )
+    assert not out.any()
 
 
 def test_attention_with_scores_far_apart(kernels: Any) -> None:

@@ -107,6 +107,7 @@ def test_graphs_answer_as_launches_do(model_dir: Path, cache_dir: Path, tmp_path
         engine = load_engine(model_dir, cache_dir, device="cuda", dtype="float32", adapter_bytes=1 << 20)
         recordings = engine.runner.weights.graphs
         assert recordings is not None
+        engine.runner.warm_up(16)
         before = len(recordings._recorded)
         if not graphs:
             engine.runner.weights.graphs = None

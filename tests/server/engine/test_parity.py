@@ -49,10 +49,13 @@ def dequantised(module: Any) -> torch.nn.Linear:
     return linear
 
 
-def peft_logprobs(model: Path, adapter: Path | None, name: str, prompt: list[int]) -> torch.Tensor:
-    """Log-probability of each prompt token but the first, by transformers, bitsandbytes and PEFT."""
+def peft_logprobs(model: Path, adapter: Path | None, name: str, prompt: list[int], device: str = "cpu") -> torch.Tensor:
+    """Log-probability of each prompt token but the first, by transformers, bitsandbytes and PEFT.
+
+    On the engine's own device: where a weight lies between two codes, another device may round it the other way.
+    """
     base: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        model, quantization_config=quantisation(name), dtype=torch.float32, device_map={"": "cpu"}
+        model, quantization_config=quantisation(name), dtype=torch.float32, device_map={"": device}
     )
     for path, module in list(base.named_modules()):
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -60,9 +63,9 @@ def peft_logprobs(model: Path, adapter: Path | None, name: str, prompt: list[int
         if name == "int8" and hasattr(module.weight if hasattr(module, "weight") else None, "SCB"):
             base.set_submodule(path, dequantised(module))
     if adapter is not None:
-        base = peft.PeftModel.from_pretrained(base, adapter, torch_device="cpu")
+        base = peft.PeftModel.from_pretrained(base, adapter, torch_device=device)
     with torch.no_grad():
-        logits = base(torch.tensor([prompt])).logits[0]
+        logits = base(torch.tensor([prompt], device=device)).logits[0].cpu()
     return logits[:-1].log_softmax(-1).gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
 
 

@@ -42,7 +42,7 @@ def decoder_class() -> type:
 def test_adapters_equal_peft(name: str, small: Path, cache_dir: Path, tmp_path: Path) -> None:
     engine = engine_of(small, cache_dir)
     adapter = tiny_adapter(tmp_path / "adapter", small, seed=len(name), **ADAPTERS[name])
-    expected = peft_logprobs(small, adapter, "nf4", PROMPT)
+    expected = peft_logprobs(small, adapter, "nf4", PROMPT, DEVICE)
     torch.testing.assert_close(our_logprobs(engine, adapter, PROMPT), expected, atol=1e-3, rtol=0)
 
 
@@ -51,7 +51,7 @@ def test_adapters_equal_peft(name: str, small: Path, cache_dir: Path, tmp_path: 
 @pytest.mark.parametrize("name", ["qwen3, norms on q and k", "mistral, sliding window", "qwen2, biases"])
 def test_families_equal_peft(name: str, cache_dir: Path, tmp_path: Path) -> None:
     model = tiny_model(tmp_path / "model", num_hidden_layers=1, **FAMILIES[name])
-    expected = peft_logprobs(model, None, "nf4", PROMPT * 3)
+    expected = peft_logprobs(model, None, "nf4", PROMPT * 3, DEVICE)
     actual = our_logprobs(engine_of(model, cache_dir), None, PROMPT * 3)
     torch.testing.assert_close(actual, expected, atol=1e-3, rtol=0)
 
