@@ -154,6 +154,13 @@ def test_the_api_process_starts_without_torch(entry: str) -> None:
     assert len(queue) > 3
 
 
+def test_the_engine_starts_without_torchs_compiler() -> None:
+    """Which takes seconds to import, and which bitsandbytes would import for functions that nobody calls."""
+    code = "import sys, adapters.kernels; print(*({'bitsandbytes', 'torch._inductor.lowering'} & set(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout.split() == ["bitsandbytes"]
+
+
 SANDBOX = "server.children.programs.template_sandbox"
 
 

@@ -12,8 +12,14 @@ import torch
 
 # Otherwise its import warns, on some CPUs, that a kernel of its own is missing which is never called here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# Its import also hands functions to torch.compile, none of which is called here. That alone imports the compiler: two
+# seconds of every start.
+_compile, torch.compile = torch.compile, lambda function, **options: function  # type: ignore[assignment]
+try:
+    from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+finally:
+    torch.compile = _compile
 
-from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 WeightKind = Literal["nf4", "fp4", "int8", "dense"]
