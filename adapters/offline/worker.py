@@ -25,7 +25,7 @@ def carry_out(work: Callable[[Mapping[str, Any]], Any]) -> None:
     except AdapterError as refusal:
         json.dump({"message": str(refusal), "param": refusal.param, "code": refusal.code}, sys.stdout)
         sys.exit(REFUSED)
-    except OSError as fault:
+    except Exception as fault:
         if not is_full(fault):
             raise
         sys.exit(DISK_FULL)

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import logging
 import shutil
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -114,10 +114,12 @@ class Publisher:
         promote: bool = True,
         again: bool = True,
         strict_text: bool = True,
+        stop_tokens: Sequence[int] = (),
     ) -> tuple[Version, bool]:
         """Validate what lies in `staging` and make it the current content of `name`, or with `promote=False` a version
         of it that waits; with `again=False` leave a name that has this version already as it is. A tokenizer or chat
-        template that cannot be used is refused, or with `strict_text=False` left out with a warning.
+        template that cannot be used is refused, or with `strict_text=False` left out with a warning. `stop_tokens`
+        end its answers beside the base's.
 
         Returns the version and whether the name changed. Raises AdapterError (its fault), StorageFull,
         EngineUnavailable.
@@ -125,6 +127,7 @@ class Publisher:
         base = served_base(self._engine)
         self.check_name(name, fine_tuned=fine_tuned)
         text, warnings = await self._text_beside(staging.path, strict=strict_text)
+        text = dataclasses.replace(text, stop_tokens=tuple(stop_tokens))
         with disk_faults():
             outline = self._outline.loaded(tied=base.tied) if self._outline else None
             spec = await self._check(Check(staging.path, base.linears, base.architecture, outline, text))
