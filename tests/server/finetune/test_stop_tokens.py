@@ -20,8 +20,8 @@ END, IM_END = 0, 2
 # Nothing that looks at the template without a system message learns how its turns end.
 TEMPLATE = (
     "{% if messages[0].role != 'system' %}{{ raise_exception('a system message first') }}{% endif %}"
-    "{% for m in messages %}{{ m.role + ': ' + m.content }}{% if m.role == 'assistant' %}ENDS{% endif %}{{ '\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+    "{% for m in messages %}{{ m.role + ':\n' + m.content }}{% if m.role == 'assistant' %}ENDS{% endif %}{{ '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
 )
 MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "say 7"}]
 ROW = {"messages": [*MESSAGES, {"role": "assistant", "content": "it is seven"}]}
@@ -56,7 +56,8 @@ def test_what_the_rows_teach(tmp_path: Path, turn: str, stops: tuple[int, ...] |
     text = text_ending(turn)
     if stops is None:
         token = text.tokenizer.token_to_id(turn)
-        stops = (token,) if completions_only else ()
+        assert token is not None
+        stops = (token,)
     assert END not in text.stop_tokens
     path = tmp_path / "rows"
     path.write_bytes(as_file([ROW, ROW])["file"][1])
