@@ -1,7 +1,6 @@
 """A fine-tune on whatever can be served: it trains, or fails with a reason, and the engine serves on."""
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,7 +15,7 @@ from adapters.kernels import native
 from tests.support import offline as engines
 from tests.support.running import RunningServer, eventually
 from tests.support.site import EXAMPLES, TrainingEngine, as_file, tuning_site
-from tests.support.tiny import tiny_model
+from tests.support.tiny import _tokenizer, tiny_model
 from tests.sweep.families import tiny_family
 
 
@@ -75,28 +74,30 @@ async def test_it_trains_or_fails_with_a_reason(case: Case, tmp_path: Path) -> N
 
 
 @pytest.fixture
-def in_bf16(model_dir: Path, tmp_path: Path) -> Any:
-    server = RunningServer(model_dir, tmp_path, tmp_path / "data", "--dtype", "bfloat16")
+def untrainable(tmp_path: Path) -> Iterator[RunningServer]:
+    tiny_family("gemma3n_text", tmp_path / "model")
+    _tokenizer().save_pretrained(tmp_path / "model")
+    server = RunningServer(tmp_path / "model", tmp_path, tmp_path / "data")
     server.ensure()
     yield server
     server.stop()
 
 
-def test_the_engine_process_stays(in_bf16: RunningServer) -> None:
-    """Where a product's rows are padded, as they are in bfloat16, planning a job once killed every engine."""
-    pid = in_bf16.engine_pid
+def test_the_engine_process_stays(untrainable: RunningServer) -> None:
+    """Planning the memory of a job that cannot be once killed every engine, until there was none."""
+    server = untrainable
+    pid = server.engine_pid
     files, data = as_file(EXAMPLES[:3]), {"purpose": "fine-tune"}
-    file = httpx.post(f"{in_bf16.url}/v1/files", files=files, data=data, timeout=60).json()["id"]
+    file = httpx.post(f"{server.url}/v1/files", files=files, data=data, timeout=60).json()["id"]
     body = {"model": "tiny", "training_file": file}
-    path = (
-        f"/v1/fine_tuning/jobs/{httpx.post(f'{in_bf16.url}/v1/fine_tuning/jobs', json=body, timeout=60).json()['id']}"
-    )
+    created = httpx.post(f"{server.url}/v1/fine_tuning/jobs", json=body, timeout=60).json()
 
     def ended() -> Any:
-        job = in_bf16.get(path).json()
+        job = server.get(f"/v1/fine_tuning/jobs/{created['id']}").json()
         return job if job["finished_at"] else None
 
     done = eventually(ended, 120, "the job ends")
-    assert (done["status"], done["error"]) == ("succeeded", None)
-    assert in_bf16.engine_pid == pid
-    os.kill(pid, 0)
+    assert (done["status"], done["error"]["code"]) == ("failed", "not_trainable")
+    assert server.engine_pid == pid
+    prompt = {"model": "tiny", "prompt": "Hello", "max_tokens": 2}
+    assert httpx.post(f"{server.url}/v1/completions", json=prompt, timeout=60).status_code == 200
