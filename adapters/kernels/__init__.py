@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from adapters.kernels import build, native, reference, triton
 from adapters.kernels.plan import DecoderPlan
-from adapters.kernels.reference import BF16, FP16, FP32, LinearFunction, probe_row_multiple
+from adapters.kernels.reference import BF16, FP16, FP32, LinearFunction, row_multiple
 from adapters.kernels.weight import QuantizedWeight
 
 __all__ = [
@@ -35,7 +35,6 @@ __all__ = [
     "plan_decoder",
     "plan_likeliest",
     "prepare",
-    "probe_row_multiple",
     "rms_norm",
     "rope_",
     "runs_natively",
@@ -86,13 +85,14 @@ def implementation(device: torch.device, dtype: torch.dtype) -> str:
 
 
 def prepare(weights: Iterable[QuantizedWeight], dtype: torch.dtype) -> None:
-    """Once per base: make the library's products batch-invariant for CPU weights that are not the native kernels'."""
+    """Once per base: learn how the library's products are batch-invariant for CPU weights that are not the native
+    kernels'."""
     ours = runs_natively(torch.device("cpu"), dtype)
     rest = {
         weight.shape for weight in weights if weight.device.type == "cpu" and not (ours and native.takes_weight(weight))
     }
-    if rest:
-        probe_row_multiple(sorted(rest), dtype)
+    for out_features, in_features in sorted(rest):
+        row_multiple(out_features, in_features, dtype, torch.get_num_threads())
 
 
 def _compiled(*tensors: Tensor) -> Any:

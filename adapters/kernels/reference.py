@@ -1,11 +1,11 @@
 """The kernels in plain torch: the fallback on any device, the oracle of the native ones, and the autograd path.
 
 Every function gives a row the same bits whatever rows stand beside it. A library matrix product does not promise that
-(its blocking follows the row count), so row counts are padded to `ROW_MULTIPLE`, which `probe_row_multiple` finds for a
-machine at start-up.
+(its blocking follows the row count), so row counts are padded to a `row_multiple`, which is found by trying.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,18 +14,19 @@ from torch import Tensor
 
 from adapters.kernels.weight import Int8Copy, QuantizedWeight
 
-ROW_MULTIPLE = 4
 KEY_GROUP = 64  # attention reduces over keys in groups of this many, aligned to the sequence's start
+PROBED_OUTPUTS = 8192  # of a weight, at most, to find its row multiple with
 
 FP32, BF16, FP16 = 0, 1, 2  # the dtype column of a segment table
 _UNIT_DTYPES = {FP32: torch.float32, BF16: torch.bfloat16, FP16: torch.float16}
 
 
-def probe_row_multiple(shapes: Sequence[tuple[int, int]], dtype: torch.dtype = torch.float32) -> int:
-    """Find and set the smallest row multiple at which `F.linear` is batch-invariant for weights of these shapes.
+@cache
+def row_multiple(out_features: int, in_features: int, dtype: torch.dtype, threads: int) -> int:
+    """The smallest row multiple at which `F.linear` is batch-invariant on this CPU for weights of this shape.
 
     Args:
-        shapes: the `(out, in)` of the weights in use.
+        threads: that torch has now; its products may depend on them.
 
     Returns:
         A divisor of 64: among row counts that are multiples of it, equal rows give equal bits.
@@ -33,19 +34,14 @@ def probe_row_multiple(shapes: Sequence[tuple[int, int]], dtype: torch.dtype = t
     Raises:
         RuntimeError: none of 1, 2, 4, ..., 64 will do.
     """
-    global ROW_MULTIPLE
-    multiple = 1
     generator = torch.Generator().manual_seed(0)
-    for out_features, in_features in sorted(set(shapes)):
-        x = torch.randn(192, in_features, generator=generator).to(dtype)
-        weight = torch.randn(out_features, in_features, generator=generator).to(dtype)
-        whole = F.linear(x, weight)
-        while not _rows_agree(x, weight, whole, multiple):
-            multiple *= 2
-            if multiple > 64:
-                raise RuntimeError(f"no row multiple makes {dtype} products of {(out_features, in_features)} invariant")
-    ROW_MULTIPLE = multiple
-    return multiple
+    x = torch.randn(192, in_features, generator=generator).to(dtype)
+    weight = torch.randn(min(out_features, PROBED_OUTPUTS), in_features, generator=generator).to(dtype)
+    whole = F.linear(x, weight)
+    for multiple in (1, 2, 4, 8, 16, 32, 64):
+        if _rows_agree(x, weight, whole, multiple):
+            return multiple
+    raise RuntimeError(f"no row multiple makes {dtype} products of {(out_features, in_features)} invariant")
 
 
 def _rows_agree(x: Tensor, weight: Tensor, whole: Tensor, multiple: int) -> bool:
@@ -53,9 +49,11 @@ def _rows_agree(x: Tensor, weight: Tensor, whole: Tensor, multiple: int) -> bool
     return all(torch.equal(F.linear(x[:rows], weight), whole[:rows]) for rows in sorted(counts) if rows <= len(x))
 
 
-def _pad_rows(x: Tensor) -> Tensor:
-    """Zero rows appended along dimension -2 up to a multiple of `ROW_MULTIPLE`."""
-    missing = -x.shape[-2] % ROW_MULTIPLE
+def _pad_rows(x: Tensor, weight: Tensor) -> Tensor:
+    """Zero rows appended along dimension -2, up to a multiple that suits the weight."""
+    out_features, in_features = weight.shape[-2:]
+    multiple = row_multiple(out_features, in_features, x.dtype, torch.get_num_threads()) if x.is_cpu else 4
+    missing = -x.shape[-2] % multiple
     return F.pad(x, (0, 0, 0, missing)) if missing else x
 
 
@@ -64,7 +62,7 @@ def padded_linear(x: Tensor, weight: Tensor) -> Tensor:
 
     Never a view of the padded product: autograd refuses to have that changed in place.
     """
-    y = _pad_rows(x) @ weight.transpose(-1, -2)
+    y = _pad_rows(x, weight) @ weight.transpose(-1, -2)
     return y if y.shape[-2] == x.shape[-2] else y[..., : x.shape[-2], :].clone()
 
 

@@ -304,7 +304,10 @@ def _mathematics(modules: Mapping[str, LoraModule], variants: Variants, text: Ad
     if variants != Variants():
         lines += f"variants {json.dumps([pairs(variants.tables), variants.token_ids, variants.invocation])}\n"
     if text != NO_TEXT:
-        lines += f"text {json.dumps(dataclasses.asdict(text))}\n"
+        fields = dataclasses.asdict(text)
+        if not text.stop_tokens:  # there were none when the first digests were made
+            del fields["stop_tokens"]
+        lines += f"text {json.dumps(fields)}\n"
     return lines.encode()
 
 

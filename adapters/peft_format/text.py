@@ -40,11 +40,13 @@ class AdapterText:
 
     tokens: tuple[NewToken, ...] = ()
     chat_template: str | None = None
+    stop_tokens: tuple[int, ...] = ()  # that ended the turns it was trained on
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> "AdapterText":
         """From what `dataclasses.asdict` and JSON made of one."""
-        return cls(tuple(NewToken(**token) for token in fields["tokens"]), fields["chat_template"])
+        tokens = tuple(NewToken(**token) for token in fields["tokens"])
+        return cls(tokens, fields["chat_template"], tuple(fields.get("stop_tokens", ())))
 
 
 NO_TEXT = AdapterText()

@@ -15,6 +15,7 @@ def receipt_of(spec: AdapterSpec) -> dict[str, Any]:
         "new_tokens": spec.variants.new_tokens,
         "tokenizer_tokens": len(spec.text.tokens),
         "chat_template": spec.text.chat_template is not None,
+        "stop_token_ids": list(spec.text.stop_tokens),
     }
     [(scaling, _)] = Counter(module.scaling for module in spec.adapted.values()).most_common(1)
     return {

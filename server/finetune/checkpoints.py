@@ -64,7 +64,7 @@ class CheckpointAdapters:
         async with self._publisher.stage() as staging:
             for file in (CONFIG_NAME, WEIGHTS_NAME):
                 await asyncio.to_thread(shutil.copyfile, directory / file, staging.path / file)
-            await self._publisher.admit(job.tenant, name, staging, fine_tuned=True)
+            await self._publisher.admit(job.tenant, name, staging, fine_tuned=True, stop_tokens=job.stop_tokens)
 
     def _commit(self, job: Job, checkpoint: Checkpoint, name: str | None, hashes: dict[str, str]) -> None:
         with self._database.transaction():

@@ -211,6 +211,7 @@ class Evaluations:
         base = await engine_up(self._engine)
         examples = await asyncio.to_thread(self._read, evaluation, base)
         references: list[AdapterRef] = []
+        taught: Sequence[int] = ()
         adapted = None
         async with contextlib.AsyncExitStack() as held:
             if evaluation.adapter is not None and evaluation.digest is not None:
@@ -221,9 +222,11 @@ class Evaluations:
                     message = f"The adapter {evaluation.adapter} no longer has that version."
                     raise JobFailedError("adapter_not_found", message, "model") from None
                 references = [AdapterRef(version.digest, str(version.path))]
-            plain = await self._score(examples, [], base)
+                taught = version.receipt.get("stop_token_ids", ())
+            stops = {*base.eos_token_ids, *self._text.stop_tokens}
+            plain = await self._score(examples, [], stops)
             if references:
-                adapted = await self._score(examples, references, base)
+                adapted = await self._score(examples, references, {*stops, *taught})
         tokens = sum(len(example.trained) for example in examples)
         return replace(
             evaluation, status="succeeded", base=plain, adapted=adapted, examples=len(examples), tokens=tokens
@@ -243,9 +246,9 @@ class Evaluations:
         count = min(len(data), evaluation.max_examples or len(data))
         return [_example(data, index) for index in range(count)]
 
-    async def _score(self, examples: Sequence[_Example], adapters: list[AdapterRef], base: Ready) -> Score:
+    async def _score(self, examples: Sequence[_Example], adapters: list[AdapterRef], stops: set[int]) -> Score:
         """One model over all examples."""
-        examining = [asyncio.create_task(self._examine(example, adapters, base)) for example in examples]
+        examining = [asyncio.create_task(self._examine(example, adapters, stops)) for example in examples]
         try:
             results = await asyncio.gather(*examining)
         finally:
@@ -257,7 +260,9 @@ class Evaluations:
         exact = sum(matches) / len(matches) if matches else None
         return Score(loss, math.exp(min(loss, 700.0)), exact)
 
-    async def _examine(self, example: _Example, adapters: list[AdapterRef], base: Ready) -> tuple[float, bool | None]:
+    async def _examine(
+        self, example: _Example, adapters: list[AdapterRef], stops: set[int]
+    ) -> tuple[float, bool | None]:
         """Summed loss over the trained tokens, and whether the answer is word for word the expected one."""
         score = Sampling(max_tokens=0, temperature=0.0, prompt_logprobs=0)
         async with self._slots:
@@ -266,13 +271,12 @@ class Evaluations:
             loss = -sum(entry.logprob for i in example.trained if (entry := logprobs[i]) is not None)
             if not example.prompt:
                 return loss, None
-            stops = list(self._text.stop_tokens)
-            answer = Sampling(max_tokens=len(example.answer) + SPARE_TOKENS, temperature=0.0, stop_token_ids=stops)
+            most = len(example.answer) + SPARE_TOKENS
+            answer = Sampling(max_tokens=most, temperature=0.0, stop_token_ids=sorted(stops))
             outputs = await self._generate(example.prompt, adapters, answer)
         found = [token for output in outputs for token in output.tokens]
-        ends = {*base.eos_token_ids, *self._text.stop_tokens}
         expected, given = (
-            self._text.decode([token for token in tokens if token not in ends], skip_special_tokens=True).strip()
+            self._text.decode([token for token in tokens if token not in stops], skip_special_tokens=True).strip()
             for tokens in (example.answer, found)
         )
         return loss, given == expected

@@ -5,8 +5,9 @@ Pure functions of the request, the base and the data set's size.
 
 import json
 import math
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -23,6 +24,7 @@ DEFAULT_EPOCHS = 3
 LARGEST_AUTO_BATCH = 8
 DEFAULT_MAX_SEQ_LEN = 2048
 MICRO_BATCH_TOKENS = {"cpu": 128, "cuda": 4096}
+_IN_A_LAYER = re.compile(r"\.\d+\.")  # a module's name, below an entry of a list
 
 
 class Hyperparameters(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,8 +71,15 @@ class TrainingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     early_stopping: int | None = None  # evaluations without a better validation loss; None: never
 
 
-def adapter_config(lora: LoraOptions, base: str) -> dict[str, Any]:
-    """The `adapter_config.json` of what the job makes, in PEFT's words."""
+def adapter_config(lora: LoraOptions, base: str, linears: Collection[str]) -> dict[str, Any]:
+    """The `adapter_config.json` of what the job makes, in PEFT's words.
+
+    Only linears of the layers are trained, so "all-linear" is spelled out where the base has `linears` beside them.
+    """
+    targets = lora.target_modules
+    outside = {_kind(name) for name in linears if not _IN_A_LAYER.search(name)}
+    if targets == "all-linear" and outside:
+        targets = sorted({_kind(name) for name in linears} - outside)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -79,7 +88,7 @@ def adapter_config(lora: LoraOptions, base: str) -> dict[str, Any]:
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": lora.lora_dropout,
-        "target_modules": lora.target_modules,
+        "target_modules": targets,
         "bias": lora.bias,
         "modules_to_save": lora.modules_to_save,
         "layers_to_transform": lora.layers_to_transform,
@@ -87,6 +96,10 @@ def adapter_config(lora: LoraOptions, base: str) -> dict[str, Any]:
         "alpha_pattern": lora.alpha_pattern or {},
         "use_rslora": lora.use_rslora,
     }
+
+
+def _kind(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def modules(config: Mapping[str, Any], linears: Mapping[str, LinearSize]) -> dict[str, ModuleShape]:

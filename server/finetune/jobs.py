@@ -89,6 +89,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     step: int = 0
     total_steps: int = 0
     deaths: int = 0  # of engines that had it, since its last checkpoint
+    stop_tokens: list[int] = []  # that ended the turns of its training data
     waits_for_space: bool = False  # paused by a full disk
 
     @property
@@ -177,16 +178,18 @@ class JobStore:
             rows = connection.execute("SELECT status, COUNT(*) AS n FROM jobs GROUP BY status").fetchall()
         return dict.fromkeys(get_args(Status), 0) | {row["status"]: row["n"] for row in rows}
 
-    def move(self, job: Job, status: Status, message: str | None = None, **changes: Any) -> Job:
+    def move(
+        self, job: Job, status: Status, message: str | None = None, *, expected: Status | None = None, **changes: Any
+    ) -> Job:
         """Change the status, and further fields with it; `message` becomes an event. Going on needs space on the disk,
         stopping does not.
 
         Raises:
-            JobStateError: that step is not allowed from the status that the job has *now*.
+            JobStateError: that step is not allowed from the status that the job has *now*, or that is not `expected`.
         """
         with self._database.transaction(removing=status not in _GOING_ON):
             current = self.get(job.tenant, job.id)
-            if status not in _NEXT.get(current.status, ()):
+            if status not in _NEXT.get(current.status, ()) or expected not in (None, current.status):
                 raise JobStateError(f"Job {job.id} is {current.status}; it cannot become {status}.")
             if status in FINAL:
                 changes["finished_at"] = int(time.time())
@@ -196,8 +199,8 @@ class JobStore:
         return moved
 
     def update(self, job: Job, **changes: Any) -> Job:
-        """Change fields other than the status."""
-        with self._database.transaction():
+        """Change fields other than the status. Needs no space on the disk."""
+        with self._database.transaction(removing=True):
             return self._write(msgspec.structs.replace(self.get(job.tenant, job.id), **changes))
 
     def _write(self, job: Job) -> Job:

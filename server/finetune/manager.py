@@ -159,7 +159,7 @@ class JobManager:
         moved = await self._move(job, "pausing" if running else "paused", "Job pausing" if running else "Job paused")
         if not await self._let_go(moved, save=True) and running:
             with contextlib.suppress(JobStateError):  # it got there by itself
-                return await self._move(job, "paused", "Job paused")
+                return await self._move(job, "paused", "Job paused", expected="pausing")
         return moved
 
     async def resume(self, job: Job) -> Job:
@@ -178,7 +178,7 @@ class JobManager:
         return resumed
 
     async def plan_memory(self, question: PlanMemory) -> MemoryPlan:
-        """What a job would take. Raises EngineUnavailable."""
+        """What a job would take. Raises EngineUnavailable, TrainingRefused."""
         return await self._engine.plan_memory(question)
 
     def estimated_finish(self, job: Job) -> int | None:
@@ -250,10 +250,11 @@ class JobManager:
         if job.status == "running":
             job = await self._move(job, "queued", "The server restarted; the job is queued again")
         if job.start is None:
-            start = await self._preparation.start_message(
+            start, stops = await self._preparation.start_message(
                 job, await engine_up(self._engine), self._directory / job.id, partial(self._ask_memory, job)
             )
-            job = await self._move(job, "queued", "Files validated, moving job to queued state", start=start)
+            message = "Files validated, moving job to queued state"
+            job = await self._move(job, "queued", message, start=start, stop_tokens=stops)
         async with self._slots:
             await self._train(job)
 
@@ -313,7 +314,7 @@ class JobManager:
             while job.status in ("running", "pausing"):
                 if job.status == "pausing":  # the engine went before it could save: the last checkpoint it is
                     with contextlib.suppress(JobStateError):  # resumed, or cancelled
-                        await self._move(job, "paused", "Job paused")
+                        await self._move(job, "paused", "Job paused", expected="pausing")
                 else:
                     try:
                         await engine_up(self._engine)
@@ -362,7 +363,7 @@ class JobManager:
                 raise JobFailedError(reply.code or "training_failed", reply.message or "Training failed.")
             case JobEnded(outcome="paused"):
                 with contextlib.suppress(JobStateError):  # resumed meanwhile: it goes on from what was saved
-                    await self._move(job, "paused", f"Job paused at step {job.step}")
+                    await self._move(job, "paused", f"Job paused at step {job.step}", expected="pausing")
         self._announce()
 
     def _take_step(self, job: Job, step: TrainingStep) -> None:

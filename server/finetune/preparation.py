@@ -38,8 +38,8 @@ class Preparation:
 
     async def start_message(
         self, job: Job, base: Ready, directory: Path, ask_memory: Callable[[PlanMemory], Awaitable[MemoryPlan]]
-    ) -> StartJob:
-        """What to tell the engine.
+    ) -> tuple[StartJob, list[int]]:
+        """What to tell the engine, and the stop tokens that the training data teaches.
 
         Args:
             directory: the job's own; the encoded data goes there.
@@ -67,7 +67,7 @@ class Preparation:
             raise JobFailedError(
                 "out_of_memory", f"The job needs {needed} MiB and {available} MiB are available: {advice}."
             )
-        return StartJob(
+        start = StartJob(
             id=job.id,
             directory=str(directory),
             train_data=str(train_data),
@@ -77,6 +77,7 @@ class Preparation:
             plan=replace(plan, memory=memory.mode),
             initial=str(directory / INITIAL) if spec.adapter is not None else None,
         )
+        return start, list(train.stop_tokens)
 
     async def _encode(self, job: Job, base: Ready, file_id: str, param: str, target: Path) -> Dataset:
         """Validate a file and write its token ids to `target`."""
@@ -114,7 +115,7 @@ def _adapter(job: Job, base: Ready, directory: Path) -> tuple[dict[str, Any], di
             raise JobFailedError("invalid_adapter", f"Only plain LoRA can be trained on; this has {kinds}.", "adapter")
         shapes = {name: ModuleShape(module.rank, module.scaling) for name, module in initial.modules.items()}
         return json.loads((directory / INITIAL / CONFIG_NAME).read_bytes()), shapes
-    config = recipe.adapter_config(job.spec.lora, job.spec.base)
+    config = recipe.adapter_config(job.spec.lora, job.spec.base, base.linears)
     try:
         return config, recipe.modules(config, base.linears)
     except AdapterError as error:

@@ -192,7 +192,7 @@ class ModelCard(TypedDict):
 
 
 class StopToken(TypedDict):
-    """`named_by`: the model's files, or its chat template, that make it end an answer."""
+    """`named_by`: the model's files, its chat template, or the adapter's fine-tune, that make it end an answer."""
 
     id: int
     token: str
@@ -224,6 +224,7 @@ class AdapterReceipt(TypedDict):
     new_tokens: NotRequired[int]
     tokenizer_tokens: NotRequired[int]
     chat_template: NotRequired[bool]
+    stop_token_ids: NotRequired[list[int]]
 
 
 class ModuleObject(TypedDict):
@@ -257,6 +258,7 @@ class AdapterObject(AdapterReceipt):
     versions: list[str]
     split: dict[str, float] | None
     merged: ResidentMerge | None
+    stop_tokens: list[StopToken]
 
 
 class DeletedAdapter(TypedDict):
@@ -360,7 +362,7 @@ class FileObject(TypedDict):
 
 
 class JobObject(TypedDict):
-    """`lora`, `training`, `step` and `total_steps` are ours."""
+    """`lora`, `training`, `step`, `total_steps` and `stop_token_ids`, which its rows taught, are ours."""
 
     id: str
     object: Literal["fine_tuning.job"]
@@ -385,6 +387,7 @@ class JobObject(TypedDict):
     training: dict[str, Any]
     step: int
     total_steps: int | None
+    stop_token_ids: list[int]
 
 
 class EventObject(TypedDict):

@@ -18,6 +18,7 @@ from server.errors import (
     NotFound,
     RequestTimeout,
     RequestTooLarge,
+    StorageFull,
     Unavailable,
     UnsupportedMediaType,
 )
@@ -78,6 +79,8 @@ def refusals(operation: Operation, settings: Settings) -> dict[int, list[type[Lo
         found += [InvalidRequest, NotFound]
     if operation.query:
         found.append(InvalidRequest)
+    if (operation.methods or set()) - {"GET", "HEAD"}:
+        found.append(StorageFull)
     by_status: dict[int, list[type[LorakeetError]]] = {}
     for error in dict.fromkeys([*found, *operation.refuses]):
         by_status.setdefault(error.status, []).append(error)

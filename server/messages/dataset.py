@@ -36,6 +36,7 @@ class Dataset:
     trained: npt.NDArray[np.bool_]  # [total]
     bounds: npt.NDArray[np.int64]  # [sequences + 1]
     report: Report = field(default_factory=Report)
+    stop_tokens: tuple[int, ...] = ()  # that followed the turns of its chats; like the report, not saved
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
@@ -51,7 +52,7 @@ class Dataset:
         return self.tokens[span], self.trained[span]
 
     def save(self, path: Path) -> None:
-        """Write the arrays (not the report) as one safetensors file."""
+        """Write the arrays alone as one safetensors file."""
         save_file({"tokens": self.tokens, "trained": self.trained, "bounds": self.bounds}, path)
 
     @classmethod

@@ -113,10 +113,11 @@ async def _several(
     if len(versions) == 1 and weights[used[0].digest] == 1:
         alone = await _adapter_target(services, model, used[0])
         return replace(alone, digest=f"{alone.digest}*1.0")
+    taught = sorted({token for version in used for token in stop_tokens(version)})
     return Target(
         model,
         "+".join(f"{version.digest}*{weights[version.digest]!r}" for version in used),
-        services.text,
+        services.text.with_stops(taught, "fine-tune"),
         services.engine_info.vocab_size,
         [(version.name, version.digest) for version in used],
         [reference(version, weights[version.digest]) for version in used],
@@ -147,10 +148,17 @@ def _check_fit(services: Services, versions: Sequence[Version]) -> None:
 
 
 async def text_of(services: Services, version: Version) -> TextProcessor:
-    """The tokenizer and the chat template that serve a version."""
+    """The tokenizer, chat template and stop tokens that serve a version."""
+    text = services.text
     if brings_text(version):
-        return await services.text.adapted(version.digest, lambda: AdapterSpec.read(version.path).text)
-    return services.text
+        text = await text.adapted(version.digest, lambda: AdapterSpec.read(version.path).text)
+    return text.with_stops(stop_tokens(version), "fine-tune")
+
+
+def stop_tokens(version: Version) -> Sequence[int]:
+    """Those that a fine-tune taught it."""
+    taught: Sequence[int] = version.receipt.get("stop_token_ids", ())
+    return taught
 
 
 def brings_text(version: Version) -> bool:

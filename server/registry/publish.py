@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -116,10 +116,12 @@ class Publisher:
         promote: bool = True,
         again: bool = True,
         strict_text: bool = True,
+        stop_tokens: Sequence[int] = (),
     ) -> tuple[Version, bool]:
         """Validate what lies in `staging` and make it the current content of `name`, or with `promote=False` a version
         of it that waits; with `again=False` leave a name that has this version already as it is. A tokenizer or chat
-        template that cannot be used is refused, or with `strict_text=False` left out with a warning.
+        template that cannot be used is refused, or with `strict_text=False` left out with a warning. `stop_tokens`
+        end its answers beside the base's.
 
         Returns the version and whether the name changed. Raises AdapterError (its fault), StorageFull,
         EngineUnavailable.
@@ -128,6 +130,7 @@ class Publisher:
         self.check_name(name, fine_tuned=fine_tuned)
         self._store.check_case(tenant, name)
         text, warnings = await self._text_beside(name, staging.path, strict=strict_text)
+        text = dataclasses.replace(text, stop_tokens=tuple(stop_tokens))
         with disk_faults():
             outline = outline_of(self._outline, base) if self._outline else None
             check = Check(staging.path, base.linears, base.architecture, outline, text)

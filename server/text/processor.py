@@ -175,6 +175,19 @@ class TextProcessor:
             )
         return ""
 
+    def with_stops(self, ids: Iterable[int], named_by: str) -> "TextProcessor":
+        """The same with further tokens that end an answer."""
+        other = copy(self)
+        other.stop_tokens = dict(self.stop_tokens)
+        for id_ in ids:
+            other.stop_tokens[id_] = (*self.stop_tokens.get(id_, ()), named_by)
+        return other
+
+    @property
+    def added_tokens(self) -> Mapping[int, str]:
+        """Tokens beside the vocabulary that texts are split into, special ones among them."""
+        return self._added
+
     def stops_as_json(self) -> list[dict[str, Any]]:
         """The stop tokens as the API lists them."""
         return [

@@ -134,7 +134,7 @@ class Trainer:
         """Raises Untrainable unless all of these are linears of the layers, which are run one by one."""
         inside = {linear.name for linear in self._base.linears if linear.index in self._model.layer_of}
         if outside := sorted(modules.keys() - inside):
-            raise Untrainable(f"{outside[0]} is no linear of its layers, and only these are trained")
+            raise Untrainable(f"{outside[0]} is outside its layers; leave it out of target_modules")
 
     def stop(self, message: StopJob) -> None:
         """Pause or cancel; unknown jobs are ignored."""
@@ -351,7 +351,7 @@ def _reason(fault: Exception, code: str) -> tuple[str, str]:
     if _is_out_of_memory(fault):
         return "out_of_memory", "Not enough memory for this job's passes: lower micro_batch_tokens or max_seq_len."
     if isinstance(fault, Untrainable):
-        return "not_trainable", f"This base cannot be trained so: {fault}."
+        return "not_trainable", f"This base cannot be trained: {fault}."
     text = " ".join(str(fault).split())[:300]
     return code, f"Training failed: {type(fault).__name__}: {text}"
 

@@ -4,13 +4,16 @@ Whoever sends the orders is trusted; the files that they name need not be. A fun
 says what the order becomes.
 """
 
+import errno
 import importlib
+import os
 import traceback
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import msgspec
 
+from adapters.disk import is_full
 from adapters.peft_format.fields import AdapterError
 from server.children.frames import serve
 
@@ -33,7 +36,9 @@ def answer(content: bytes) -> bytes:
         result = {"limit": "takes too much memory"}
     except Exception as fault:
         result = {"failed": traceback.format_exc()}
-        if isinstance(fault, OSError) and fault.errno is not None:
+        if is_full(fault):
+            result = {"system": (errno.ENOSPC, os.strerror(errno.ENOSPC))}
+        elif isinstance(fault, OSError) and fault.errno is not None:
             result = {"system": (fault.errno, fault.strerror)}
     return msgspec.json.encode(result)
 

@@ -21,6 +21,7 @@ from server.http.objects import AdapterObject, AdapterReceipt, DeletedAdapter, L
 from server.http.operations import OPENING, PUBLISHING, Operation
 from server.http.paging import WindowQuery, window
 from server.http.receipts import receipt, resident, unknown_adapter
+from server.openai.target import text_of
 from server.services import TENANT, Services, services_of
 from server.settings import Settings
 
@@ -63,6 +64,7 @@ async def get_adapter(request: Request) -> Response:
         async with services.registry.hold(version):
             base = services.engine.info
             details = await run_in_threadpool(details_of, version.path, base.linears if base else None)
+            text = await text_of(services, version)
     except UnknownAdapter:  # deleted this very moment
         raise unknown_adapter(version.name) from None
     merged = services.engine.merges.get(version.digest)
@@ -70,6 +72,7 @@ async def get_adapter(request: Request) -> Response:
         "versions": [other.digest for other in pointer.versions],
         "split": dict(pointer.split) or None,
         "merged": None if merged is None else resident(merged),
+        "stop_tokens": text.stops_as_json(),
     }
     headers = {**_digest_header(version), "ETag": f'"{pointer.etag}"'}
     return JSONResponse(receipt(services.store, version) | details | more, headers=headers)

@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from adapters.peft_format.config import AdapterError
 from adapters.peft_format.directory import AdapterSpec
 from adapters.storage.database import UnknownCursorError
+from server.client.engine import TrainingRefused
 from server.errors import InvalidRequest, NotFound, shown
 from server.finetune import hyperparameters as recipe
 from server.finetune.files import UnknownFileError
@@ -87,7 +88,11 @@ async def estimate(request: Request, body: EstimateBody) -> Response:
         lora, shapes = _shape(services, target, body.lora)
     training = _training(services, body)
     tokens = max(recipe.micro_batch_tokens(training, base), recipe.max_seq_len(training, base))
-    plan = await services.tuning.manager.plan_memory(question(shapes, lora, recipe.optimizer(training, base), tokens))
+    asked = question(shapes, lora, recipe.optimizer(training, base), tokens)
+    try:
+        plan = await services.tuning.manager.plan_memory(asked)
+    except TrainingRefused as refusal:
+        raise InvalidRequest(str(refusal), param="model", code=refusal.code) from None
     return JSONResponse(
         {
             "object": "fine_tuning.estimate",
@@ -134,7 +139,7 @@ def _shape(
         return (asked or LoraBody()).options(), shapes
     lora = (asked or LoraBody()).options()
     try:
-        shapes = recipe.modules(recipe.adapter_config(lora, services.settings.base_name), base.linears)
+        shapes = recipe.modules(recipe.adapter_config(lora, services.settings.base_name, base.linears), base.linears)
         check_fit(recipe.saved(shapes), base)
     except AdapterError as error:
         param = f"lora.{error.param}"
@@ -266,7 +271,7 @@ async def _steer(request: Request, change: Callable[[Job], Awaitable[Job]]) -> R
 
 
 def job_object(services: Services, job: Job) -> dict[str, Any]:
-    """OpenAI's object. `lora`, `training`, `step` and `total_steps` are ours."""
+    """OpenAI's object. `lora`, `training`, `step`, `total_steps` and `stop_token_ids` are ours."""
     spec, plan = job.spec, None if job.start is None else job.start.plan
     hyperparameters = to_builtins(spec.hyperparameters)
     if plan is not None:
@@ -297,6 +302,7 @@ def job_object(services: Services, job: Job) -> dict[str, Any]:
         "training": to_builtins(spec.training if plan is None else plan),
         "step": job.step,
         "total_steps": job.total_steps or None,
+        "stop_token_ids": job.stop_tokens,
     }
 
 

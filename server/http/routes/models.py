@@ -1,6 +1,7 @@
 """`/v1/models`: the base and every adapter as OpenAI's model objects, with vLLM's additions."""
 
 import time
+from contextlib import nullcontext
 from typing import Any
 
 from starlette.requests import Request
@@ -58,10 +59,8 @@ async def delete_model(request: Request) -> Response:
 
 async def _adapter_details(services: Services, version: Version) -> dict[str, Any]:
     """The card, and the tokens that end the adapter's answers. Raises UnknownAdapter when it was just removed."""
-    text = services.text
-    if brings_text(version):
-        async with services.registry.hold(version):
-            text = await text_of(services, version)
+    async with services.registry.hold(version) if brings_text(version) else nullcontext():
+        text = await text_of(services, version)
     return _adapter_card(services, version) | {"stop_tokens": text.stops_as_json()}
 
 

@@ -94,14 +94,24 @@ def test_a_row_is_alone_what_it_is_in_company(
     assert torch.equal(compiled.linear_forward(x[first:last], weight), together[first:last])
 
 
-def test_the_probe_makes_the_twin_invariant(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "ROW_MULTIPLE", 1)
+def test_the_row_multiple_makes_the_twin_invariant() -> None:
     weight = make_weight("nf4", 192, 576)
-    assert reference.probe_row_multiple([weight.shape]) in {1, 2, 4, 8, 16, 32, 64}
+    multiple = reference.row_multiple(*weight.shape, torch.float32, torch.get_num_threads())
+    assert multiple in {1, 2, 4, 8, 16, 32, 64}
     x = torch.randn(37, 576)
     together = reference.linear_forward(x, weight)
     for rows in (1, 2, 3, 5, 16, 31):
         assert torch.equal(reference.linear_forward(x[:rows], weight), together[:rows])
+
+
+def test_a_padded_product_can_be_changed_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As training adds an adapter's part to it."""
+    monkeypatch.setattr(reference, "row_multiple", lambda *_: 64)
+    x, weight = torch.randn(5, 64, requires_grad=True), make_weight("nf4", 32, 64)
+    y = reference.base_linear(x, weight)
+    assert not y._is_view()
+    y.add_(1.0).sum().backward()
+    assert x.grad is not None
 
 
 def test_neighbouring_rows_do_not_leak(kernels: Any) -> None:

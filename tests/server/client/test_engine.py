@@ -139,6 +139,26 @@ async def test_killed_under_load_it_comes_back(engine: LocalEngine) -> None:
     assert await collect(engine, request("again", [5, 6], max_tokens=3))
 
 
+async def test_one_that_stands_still_is_replaced(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What waits for it learns so, what comes meanwhile too; loading the next one takes longer, and is no stall."""
+    pid = engine.pid
+    assert pid is not None
+    monkeypatch.setattr(engine, "_stall_seconds", 4.0)
+    running = asyncio.create_task(collect(engine, request("stuck", [5, 6], max_tokens=450)))
+    await asyncio.sleep(0.05)
+    os.kill(pid, signal.SIGSTOP)
+    late = asyncio.create_task(collect(engine, request("late", [5, 6], max_tokens=2)))
+    for outcome in await asyncio.wait_for(asyncio.gather(running, late, return_exceptions=True), 60):
+        assert isinstance(outcome, EngineUnavailable)
+        assert int(outcome.headers["Retry-After"]) > 0
+    assert "--engine-stall-seconds" in (engine.unready_reason or "")
+    await until(lambda: engine.unready_reason is None)
+    assert engine.pid != pid
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    assert await collect(engine, request("again", [5, 6], max_tokens=3))
+
+
 async def test_three_deaths_in_a_row_are_enough(model_dir: Path, cache_dir: Path) -> None:
     client = LocalEngine(config(model_dir, cache_dir), lambda _: None)
     await client.start()

@@ -131,6 +131,37 @@ async def test_an_engine_that_dies_costs_only_time(site: TuningSite) -> None:
     assert (await evaluate(site, model="tiny", file=file))["results"] == calm["results"]
 
 
+async def test_an_engine_that_dies_twice_ends_it(site: TuningSite) -> None:
+    file = await site.upload(EXAMPLES[:3])
+    assert isinstance(site.engine, ServingEngine)
+    site.engine.deaths = 100
+    failed = await evaluate(site, model="tiny", file=file)
+    assert (failed["status"], failed["error"]["code"]) == ("failed", "engine_died")
+
+
+async def test_it_waits_for_its_adapter_no_longer_than_a_request_does(
+    tmp_path: Path, tiny_engine: Engine, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--adapter-store-seconds is kept wherever a version is opened."""
+    engine = ServingEngine(tiny_engine)
+    async with tuning_site(tmp_path / "data", engine, adapter_store_seconds=0.1) as site:
+        directory = tiny_adapter(tmp_path / "adapter", model_dir)
+        await site.services.registry.publisher.import_directory(TENANT, "mine", directory)
+        file = await site.upload(EXAMPLES[:1])
+        engine.unready_reason = "still loading"
+        created = (await site.client.post("/v1/evaluations", json={"model": "mine", "file": file})).json()
+
+        async def never(_: object) -> None:
+            await asyncio.Event().wait()
+
+        monkeypatch.setattr(site.store, "has", lambda _: False)
+        monkeypatch.setattr(site.store, "ready", never)
+        engine.unready_reason = None
+        failed = await over(site, created["id"])
+        assert (failed["status"], failed["error"]["code"]) == ("failed", "adapter_store_unavailable")
+    engine.close()
+
+
 async def test_an_evaluation_begins_again_after_a_restart(tmp_path: Path, tiny_engine: Engine) -> None:
     engine = ServingEngine(tiny_engine)
     async with tuning_site(tmp_path / "data", engine) as site:

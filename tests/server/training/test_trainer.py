@@ -1,237 +1,25 @@
-"""The trainer against PEFT on the same quantised base, and against itself in company, after kills, beside requests."""
+"""The trainer's whole jobs, beside PEFT's and beside themselves: in company, after kills, beside requests."""
 
 import contextlib
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import peft
 import pytest
 import torch
-import torch.nn.functional as F
-import transformers
 
 from adapters.peft_format import directory as adapter_format
 from server.engine.engine import Engine
-from server.messages.dataset import Dataset
 from server.messages.training import Checkpoint, StartJob, StopJob, TrainingStep
 from server.model.base import Base
 from server.training.plan import Steps
-from server.training.task import Task
-from server.training.trainable import Dropout
 from server.training.trainer import Trainer
-from tests.server.engine.test_parity import dequantised, quantisation
 from tests.support import offline as engines
-from tests.support.tiny import ALL_LINEAR, tiny_adapter, tiny_model
+from tests.support.peft_side import initial_adapter, peft_loss, peft_model
 from tests.support.training import dataset, ended, final, job, losses, run, run_until
 
 DATA = dataset(12)
-
-
-@pytest.fixture(scope="module")
-def engine(model_dir: Path, cache_dir: Path) -> Engine:
-    return engines.load_engine(model_dir, cache_dir)
-
-
-@pytest.fixture
-def base(engine: Engine) -> Base:
-    return engine.base
-
-
-@pytest.fixture
-def trainer(base: Base) -> Iterator[Trainer]:
-    trainer = Trainer(base)
-    yield trainer
-    trainer.close()
-
-
-def initial_adapter(engine: Engine, directory: Path, model: Path, **config: Any) -> Path:
-    """A random adapter with B != 0, so that A has a gradient."""
-    tiny_adapter(directory, model, **config)
-    engines.publish(engine, directory)
-    return directory
-
-
-# --- PEFT's side -------------------------------------------------------------------------------------
-
-
-def peft_model(model: Path, quantization: str, adapter: Path) -> peft.PeftModel:
-    """The same adapter on the same base, by transformers, bitsandbytes and PEFT."""
-    base = transformers.AutoModelForCausalLM.from_pretrained(
-        model, quantization_config=quantisation(quantization), dtype=torch.float32, device_map={"": "cpu"}
-    )
-    for path, module in list(base.named_modules()):
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-        if quantization == "int8" and hasattr(getattr(module, "weight", None), "SCB"):
-            base.set_submodule(path, dequantised(module))
-    base.requires_grad_(False)
-    return peft.PeftModel.from_pretrained(base, adapter, is_trainable=True, torch_device="cpu")
-
-
-def peft_loss(model: peft.PeftModel, data: Dataset, group: list[int]) -> torch.Tensor:
-    """Sum of the losses of some sequences, each run by itself."""
-    total = torch.zeros(())
-    for index in group:
-        ids, trained = (torch.from_numpy(part) for part in data.sequence(index))
-        logits = model(ids.long()[None]).logits[0, :-1]
-        total = total + F.cross_entropy(logits[trained[1:]], ids[1:][trained[1:]].long(), reduction="sum")
-    return total
-
-
-def gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
-
-
-def peft_gradients(model: peft.PeftModel) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    named = dict(model.named_parameters())
-    suffix = ".lora_A.default.weight"
-    return {
-        name.removeprefix("base_model.model.").removesuffix(suffix): (
-            gradient(parameter),
-            gradient(named[name.replace("lora_A", "lora_B")]),
-        )
-        for name, parameter in named.items()
-        if name.endswith(suffix)
-    }
-
-
-def our_gradients(task: Task) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """The task's gradients by the names and shapes of its tensors."""
-    values = task.adapter.values.clone()
-    task.adapter.values.copy_(task.adapter.grads)
-    gradients = {name: (a.clone(), b.clone()) for name, (a, b) in task.adapter.tensors().items()}
-    task.adapter.values.copy_(values)
-    return gradients
-
-
-def assert_same_gradients(task: Task, model: peft.PeftModel) -> None:
-    ours, theirs = our_gradients(task), peft_gradients(model)
-    assert ours.keys() == theirs.keys()
-    for name, pair in theirs.items():
-        for mine, expected in zip(ours[name], pair, strict=True):
-            assert expected is not None
-            assert expected.norm() > 0
-            assert (mine - expected).norm() <= 1e-4 * expected.norm(), name
-
-
-class SharedDropout(torch.nn.Module):
-    """PEFT's dropout, dropping what the trainer dropped."""
-
-    def __init__(self, linear: int) -> None:
-        super().__init__()
-        self.linear = linear
-        self.current: Dropout | None = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        assert self.current is not None
-        return x * self.current.mask(self.linear, x[0])
-
-
-# --- gradients -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "lora",
-    [
-        {"r": 1, "lora_alpha": 3},
-        {"r": 8, "lora_alpha": 32, "target_modules": ["q_proj", "v_proj"]},
-        {"r": 17, "lora_alpha": 16, "use_rslora": True},
-        {"r": 4, "rank_pattern": {"down_proj": 12}, "layers_to_transform": [1, 2]},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("memory", ["recompute", "keep"])
-def test_gradients_of_a_packed_two_job_step_equal_peft_for_each_job_alone(
-    lora: dict[str, Any], memory: str, engine: Engine, trainer: Trainer, model_dir: Path, tmp_path: Path
-) -> None:
-    configs = [
-        {"target_modules": ALL_LINEAR} | lora,
-        {"r": 5, "lora_alpha": 5, "target_modules": ["o_proj", "up_proj"]},
-    ]
-    data = [DATA, dataset(8, seed=1)]
-    adapters = [
-        initial_adapter(engine, tmp_path / f"initial-{n}", model_dir, seed=n, **config)
-        for n, config in enumerate(configs)
-    ]
-    for n in range(2):
-        trainer.start(
-            job(
-                engine.base, tmp_path / f"job-{n}", data[n], id=str(n), lora=configs[n], initial=adapters[n],
-                seed=n, memory=memory, micro_batch_tokens=200,
-            )
-        )  # fmt: skip
-    run_until(trainer, "clip")
-    for n, task in enumerate(trainer.tasks.values()):
-        model = peft_model(model_dir, "nf4", adapters[n])
-        group = task.steps.batch(0)
-        labels = sum(data[n].sequence(index)[1].sum() for index in group)
-        (peft_loss(model, data[n], group) / labels).backward()
-        assert_same_gradients(task, model)
-
-
-@pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "none"])
-def test_gradients_equal_peft_on_every_quantisation(
-    quantization: str, model_dir: Path, cache_dir: Path, tmp_path: Path
-) -> None:
-    engine = engines.load_engine(model_dir, cache_dir, quantization=quantization)
-    adapter = initial_adapter(engine, tmp_path / "initial", model_dir)
-    trainer = Trainer(engine.base)
-    trainer.start(job(engine.base, tmp_path / "job", DATA, initial=adapter))
-    run_until(trainer, "clip")
-    (task,) = trainer.tasks.values()
-    model = peft_model(model_dir, quantization, adapter)
-    group = task.steps.batch(0)
-    (peft_loss(model, DATA, group) / sum(DATA.sequence(index)[1].sum() for index in group)).backward()
-    assert_same_gradients(task, model)
-    trainer.close()
-
-
-def test_gradients_with_dropout_and_accumulation_equal_peft(
-    engine: Engine, trainer: Trainer, model_dir: Path, tmp_path: Path
-) -> None:
-    """One sequence a micro-batch, so that PEFT sees the same rows in the same places."""
-    adapter = initial_adapter(engine, tmp_path / "initial", model_dir)
-    trainer.start(job(engine.base, tmp_path / "job", DATA, initial=adapter, packing=False, lora_dropout=0.3, seed=7))
-    run_until(trainer, "clip")
-    (task,) = trainer.tasks.values()
-    model: Any = peft_model(model_dir, "nf4", adapter)
-    drops: list[SharedDropout] = []
-    for linear in engine.base.linears:
-        layer = model.base_model.model.get_submodule(linear.name)
-        drops.append(SharedDropout(linear.index))
-        layer.lora_dropout["default"] = drops[-1]
-    groups = task.steps.micro_batches(0)
-    assert len(groups) == 4
-    labels = sum(DATA.sequence(index)[1].sum() for group in groups for index in group)
-    for number, group in enumerate(groups):
-        for drop in drops:
-            drop.current = Dropout(0.3, (7, "dropout", 0, number))
-        (peft_loss(model, DATA, group) / labels).backward()
-    assert_same_gradients(task, model)
-
-
-def test_a_window_is_honoured(cache_dir: Path, tmp_path: Path) -> None:
-    model = tiny_model(
-        tmp_path / "mistral",
-        config_class=transformers.MistralConfig,
-        model_class=transformers.MistralForCausalLM,
-        sliding_window=8,
-    )
-    engine = engines.load_engine(model, cache_dir)
-    adapter = initial_adapter(engine, tmp_path / "initial", model)
-    trainer = Trainer(engine.base)
-    trainer.start(job(engine.base, tmp_path / "job", DATA, initial=adapter))
-    run_until(trainer, "clip")
-    (task,) = trainer.tasks.values()
-    reference = peft_model(model, "nf4", adapter)
-    group = task.steps.batch(0)
-    (peft_loss(reference, DATA, group) / sum(DATA.sequence(index)[1].sum() for index in group)).backward()
-    assert_same_gradients(task, reference)
-    trainer.close()
 
 
 def test_the_scale_vector_is_trained_and_folded_into_b(base: Base, trainer: Trainer, tmp_path: Path) -> None:

@@ -1,0 +1,97 @@
+"""The stop tokens that a fine-tune's rows taught: recorded with the job, in force and listed for its adapter."""
+
+from pathlib import Path
+
+import pytest
+
+from server.engine.engine import Engine
+from server.finetune.dataset import load_dataset
+from server.finetune.tokenizer import TrainingTokenizer
+from server.services import TENANT
+from server.text.chat_template import ChatTemplate
+from server.text.processor import TextProcessor
+from tests.server.finetune.test_evaluations import ServingEngine
+from tests.support import offline as engines
+from tests.support import site as sites
+from tests.support.site import as_file, tuning_site
+from tests.support.tiny import _tokenizer
+
+END, IM_END = 0, 2
+# Nothing that looks at the template without a system message learns how its turns end.
+TEMPLATE = (
+    "{% if messages[0].role != 'system' %}{{ raise_exception('a system message first') }}{% endif %}"
+    "{% for m in messages %}{{ m.role + ':\n' + m.content }}{% if m.role == 'assistant' %}ENDS{% endif %}{{ '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}"
+)
+MESSAGES = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "say 7"}]
+ROW = {"messages": [*MESSAGES, {"role": "assistant", "content": "it is seven"}]}
+
+
+def text_ending(turn: str) -> TextProcessor:
+    """A base whose files name <|im_end|>, and whose template ends turns in another way."""
+    template = ChatTemplate(TEMPLATE.replace("ENDS", turn), {})
+    stops = {IM_END: ["config.json"]}
+    return TextProcessor(_tokenizer().backend_tokenizer, template, {"eos_token": "<|im_end|>"}, stop_tokens=stops)
+
+
+@pytest.fixture(scope="module")
+def tiny_engine(model_dir: Path, cache_dir: Path) -> Engine:
+    return engines.load_engine(model_dir, cache_dir)
+
+
+@pytest.mark.parametrize(
+    ("turn", "stops"),
+    [
+        ("<|endoftext|>", (END,)),
+        (" <|endoftext|>", (END,)),
+        ("<|im_end|>", (IM_END,)),
+        ("", ()),
+        (" and so on<|endoftext|>", ()),
+        ("]", None),  # an ordinary token that no answer holds
+        ("v", ()),  # one that this answer does
+    ],
+)
+@pytest.mark.parametrize("completions_only", [True, False])
+def test_what_the_rows_teach(tmp_path: Path, turn: str, stops: tuple[int, ...] | None, completions_only: bool) -> None:
+    text = text_ending(turn)
+    if stops is None:
+        token = text.tokenizer.token_to_id(turn)
+        assert token is not None
+        stops = (token,)
+    assert END not in text.stop_tokens
+    path = tmp_path / "rows"
+    path.write_bytes(as_file([ROW, ROW])["file"][1])
+    with path.open("rb") as file:
+        data = load_dataset(file, TrainingTokenizer(text, [IM_END]), max_length=500, completions_only=completions_only)
+    assert data.stop_tokens == stops
+    text.close()
+
+
+async def test_a_chat_fine_tune_stops_in_serving(
+    tmp_path: Path, tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sites, "tiny_text", lambda: text_ending("<|endoftext|>"))
+    engine = ServingEngine(tiny_engine)
+    async with tuning_site(tmp_path / "data", engine) as site:
+        file = await site.upload([ROW])
+        job = await site.create(
+            training_file=file,
+            hyperparameters={"n_epochs": 60},
+            training={"learning_rate": 1e-2, "checkpoint_every": 60},
+        )
+        done = await site.until(job["id"])
+        assert done["stop_token_ids"] == [END]
+        name = done["fine_tuned_model"]
+        taught = {"id": END, "token": "<|endoftext|>", "named_by": ["fine-tune"]}
+        for path in (f"/v1/models/{name}", f"/v1/adapters/{name}"):
+            assert taught in (await site.client.get(path)).json()["stop_tokens"], path
+        assert taught not in (await site.client.get("/v1/models/tiny")).json()["stop_tokens"]
+        chat = {"model": name, "messages": MESSAGES, "temperature": 0, "max_tokens": 60}
+        choice = (await site.client.post("/v1/chat/completions", json=chat)).json()["choices"][0]
+        assert (choice["message"]["content"].strip(), choice["finish_reason"]) == ("it is seven", "stop")
+        body = {"model": name, "file": file}
+        evaluation = (await site.client.post("/v1/evaluations", json=body)).json()["id"]
+        await sites.eventually(lambda: site.tuning.evaluations.get(TENANT, evaluation).status != "running")
+        results = (await site.client.get(f"/v1/evaluations/{evaluation}")).json()["results"]
+        assert results["adapter"]["exact_match"] == 1.0
+    engine.close()
