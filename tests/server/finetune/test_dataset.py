@@ -272,7 +272,7 @@ class CountingTokenizer(TinyTokenizer):
 
 
 def long_chat(exchanges: int, *, opening: str = "system") -> dict[str, Any]:
-    turns: list[Any] = [(opening, "Be brief.")]
+    turns: list[Any] = [(opening, "Be brief.") if opening == "system" else (opening, "Hello!", 0)]
     for i in range(exchanges):
         turns += [("user", f"q{i}"), ("assistant", f"a{i}", int(i % 5 != 0))]
     return chat(*turns)
@@ -301,9 +301,11 @@ def test_checking_a_chat_takes_time_that_grows_with_its_length() -> None:
 
 
 def test_a_template_that_rewrites_history_bounds_the_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    template = "{% for m in messages %}{% if loop.last %}<think>{% endif %}" + BODY + "{% endfor %}" + PROMPT
+    template = (
+        f"{{% for m in messages %}}{BODY.replace('<|im_end|>', '{{ loop.last }}<|im_end|>')}{{% endfor %}}{PROMPT}"
+    )
     tokenizer = TinyTokenizer(template)
-    assert len(read(long_chat(25), tokenizer=tokenizer)) == 20
+    assert len(read(long_chat(25), tokenizer=tokenizer, max_length=10_000)) == 20
     monkeypatch.setattr(dataset, "MAX_TURNS", 19)
     with pytest.raises(DatasetError, match="20 assistant turns; this chat template allows 19") as refusal:
         read(long_chat(25), tokenizer=tokenizer)
