@@ -301,9 +301,9 @@ def test_checking_a_chat_takes_time_that_grows_with_its_length() -> None:
 
 
 def test_a_template_that_rewrites_history_bounds_the_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    template = (
-        f"{{% for m in messages %}}{BODY.replace('<|im_end|>', '{{ loop.last }}<|im_end|>')}{{% endfor %}}{PROMPT}"
-    )
+    thought = "{% if m.role == 'assistant' and loop.last %}<think>{% endif %}"
+    body = BODY.replace("{{ m.content", thought + "{{ m.content")
+    template = f"{{% for m in messages %}}{body}{{% endfor %}}{PROMPT}"
     tokenizer = TinyTokenizer(template)
     assert len(read(long_chat(25), tokenizer=tokenizer, max_length=10_000)) == 20
     monkeypatch.setattr(dataset, "MAX_TURNS", 19)
