@@ -5,7 +5,7 @@ from typing import TypeVar, get_type_hints
 
 from adapters.background import Priority
 from adapters.peft_format.fields import AdapterError
-from server.children.helper import WORK, HelperLimit, Helpers, Limits
+from server.children.helper import WORK, HelperLimit, Helpers
 
 _PROCESSES = 2
 
@@ -13,16 +13,11 @@ A = TypeVar("A")
 T = TypeVar("T")
 
 
-class Checker:
-    """Runs functions of `adapters.offline.check`, started when first needed.
-
-    Args:
-        memory: bytes that a process may take.
-        seconds: how long one order may take.
-    """
+class Checker(Helpers):
+    """Runs functions of `adapters.offline.check`, each for `seconds` at most and in `memory` bytes."""
 
     def __init__(self, priority: Priority, memory: int, seconds: float) -> None:
-        self._helpers = Helpers(_PROCESSES, WORK, limits=Limits(priority, memory))
+        super().__init__(_PROCESSES, WORK, priority=priority, memory=memory)
         self._seconds = seconds
 
     async def run(self, key: str, function: Callable[[A], T], order: A, param: str) -> T:
@@ -32,12 +27,8 @@ class Checker:
         """
         named = {"function": f"{function.__module__}.{function.__qualname__}", "order": order}
         try:
-            result: T = await self._helpers.ask(key, named, self._seconds, get_type_hints(function)["return"])
+            result: T = await self.ask(key, named, self._seconds, get_type_hints(function)["return"])
         except HelperLimit as limit:
             message = f"checking it {limit} (--adapter-check-seconds, --adapter-check-bytes)"
             raise AdapterError(message, param, "adapter_too_large") from None
         return result
-
-    async def close(self) -> None:
-        """End the processes."""
-        await self._helpers.close()

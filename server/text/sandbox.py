@@ -9,7 +9,7 @@ from server.children.helper import HelperFailed, HelperLimit, Helpers
 from server.errors import InvalidRequest
 from server.text.chat_template import MAX_OUTPUT
 
-PROCESSES = 2
+_PROCESSES = 2
 _GRACE_SECONDS = 2.0  # beyond the limit, for a process to start and to tell
 
 
@@ -23,37 +23,33 @@ class TemplateLimits:
 
 
 class TemplateRenderer:
-    """Renders any template, every template in its turn. `close` ends its processes."""
+    """Renders any template, each in its turn. `close` ends its processes."""
 
     def __init__(self, limits: TemplateLimits) -> None:
         self._seconds = limits.seconds + _GRACE_SECONDS
         arguments = (str(limits.seconds), str(limits.cpu_seconds), str(limits.memory_bytes))
-        self._helpers = Helpers(PROCESSES, "server.children.programs.template_sandbox", *arguments)
-
-    async def check(self, source: str) -> None:
-        """Raises `InvalidRequest` for what is no template."""
-        await self._ask(source, {"special_tokens": {}})
-
-    async def render(
-        self,
-        source: str,
-        special_tokens: Mapping[str, str],
-        messages: Sequence[Mapping[str, Any]],
-        max_characters: int = MAX_OUTPUT,
-        **options: Any,
-    ) -> str:
-        """As `ChatTemplate.render`. Raises `InvalidRequest` also for one that exceeds its limits."""
-        order = {"special_tokens": special_tokens, "messages": messages, "options": options}
-        return await self._ask(source, order, max_characters)
+        self._helpers = Helpers(_PROCESSES, "server.children.programs.template_sandbox", *arguments)
 
     async def close(self) -> None:
         """End the processes."""
         await self._helpers.close()
 
-    async def _ask(self, source: str, order: Mapping[str, Any], max_characters: int = MAX_OUTPUT) -> str:
-        param = "messages"
+    async def check(self, source: str) -> None:
+        """Raises `InvalidRequest` for what is no template."""
+        await self.render(source, {}, None)
+
+    async def render(
+        self,
+        source: str,
+        special_tokens: Mapping[str, str],
+        messages: Sequence[Mapping[str, Any]] | None,
+        max_characters: int = MAX_OUTPUT,
+        **options: Any,
+    ) -> str:
+        """As `ChatTemplate.render`. Raises `InvalidRequest` also for one that exceeds its limits."""
+        known = {"source": source, "special_tokens": special_tokens, "max_characters": max_characters}
+        order, param = known | {"messages": messages, "options": options}, "messages"
         try:
-            order = {"source": source, "max_characters": max_characters, **order}
             text: str = await self._helpers.ask(source, order, self._seconds, str)
             return text
         except AdapterError as refusal:

@@ -24,18 +24,18 @@ class Order(msgspec.Struct):
 
 def answer(content: bytes) -> bytes:
     """The frame's content in answer to another's; see `server.children.helper`."""
+    result: Any
     try:
         result = {"answer": _carry_out(msgspec.json.decode(content, type=Order))}
-        return msgspec.json.encode(result, enc_hook=str)
     except AdapterError as refusal:
         result = {"refused": {"message": str(refusal), "param": refusal.param, "code": refusal.code}}
     except MemoryError:
         result = {"limit": "takes too much memory"}
     except Exception as fault:
-        result = {"failed": traceback.format_exc()}
+        result = traceback.format_exc()
         if isinstance(fault, OSError) and fault.errno is not None:
             result = {"system": (fault.errno, fault.strerror)}
-    return msgspec.json.encode(result)
+    return msgspec.json.encode(result, enc_hook=str)
 
 
 def _carry_out(order: Order) -> Any:
