@@ -29,7 +29,7 @@ from adapters.storage.store import AdapterStore
 from adapters.storage.versions import RemoteUnavailable
 from server import logs
 from server.admission import Admission, Drain, UploadSlots
-from server.children.checker import Checker
+from server.children.helper import WORK, Helpers
 from server.client.engine import LocalEngine
 from server.errors import EXCEPTION_HANDLERS, LorakeetError
 from server.finetune.service import FineTuning
@@ -61,8 +61,9 @@ from server.registry.pins import PinLimit
 from server.services import TENANT, Services
 from server.settings import SettingError, Settings
 from server.text.processor import TextProcessor, TokenizerError
-from server.text.sandbox import TemplateLimits, TemplateRenderer
+from server.text.sandbox import TemplateRenderer
 
+_CHECKERS = 2  # processes that check uploads
 _LAST_WORDS_SECONDS = 5  # for answers that are on their way out when everything else has stopped
 _KEEP_ALIVE_SECONDS = 75
 _SWITCH_SECONDS = 5e-4  # longest that a background thread keeps the interpreter from streaming responses
@@ -186,7 +187,7 @@ def _make_services(settings: Settings, model: Path) -> tuple[Services, LocalEngi
     metrics = Metrics(settings.metrics_adapters, settings.metrics_prefix)
     engine = LocalEngine(_engine_config(settings, model), metrics.engine_stats)
     store = open_store(settings, PinLimit(settings, engine))
-    checker = Checker(settings.background_priority, settings.adapter_check_bytes, settings.adapter_check_seconds)
+    checker = Helpers(_CHECKERS, WORK, priority=settings.background_priority, memory=settings.adapter_check_bytes)
     registry = Registry.make(settings, engine, store, metrics, Outline.read(model), text, checker)
     services = Services(
         settings=settings,
@@ -240,9 +241,7 @@ def _template_renderer(settings: Settings) -> TemplateRenderer | None:
     if not settings.allow_adapter_chat_templates:
         return None
     return TemplateRenderer(
-        TemplateLimits(
-            settings.adapter_template_seconds, settings.adapter_template_cpu_seconds, settings.adapter_template_bytes
-        )
+        settings.adapter_template_seconds, settings.adapter_template_cpu_seconds, settings.adapter_template_bytes
     )
 
 

@@ -1,7 +1,6 @@
 """Chat templates of adapters, rendered in processes that can be killed, within limits of time, memory and text."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from adapters.peft_format.fields import AdapterError
@@ -13,22 +12,13 @@ _PROCESSES = 2
 _GRACE_SECONDS = 2.0  # beyond the limit, for a process to start and to tell
 
 
-@dataclass(frozen=True)
-class TemplateLimits:
-    """What rendering once may cost."""
-
-    seconds: float = 2.0
-    cpu_seconds: int = 2
-    memory_bytes: int = 256 * 1024 * 1024
-
-
 class TemplateRenderer:
-    """Renders any template, each in its turn. `close` ends its processes."""
+    """Renders any template, each in its turn and within these limits. `close` ends its processes."""
 
-    def __init__(self, limits: TemplateLimits) -> None:
-        self._seconds = limits.seconds + _GRACE_SECONDS
-        arguments = (str(limits.seconds), str(limits.cpu_seconds), str(limits.memory_bytes))
-        self._helpers = Helpers(_PROCESSES, "server.children.programs.template_sandbox", *arguments)
+    def __init__(self, seconds: float, cpu_seconds: int, memory_bytes: int) -> None:
+        self._seconds = seconds + _GRACE_SECONDS
+        program = "server.children.programs.template_sandbox"
+        self._helpers = Helpers(_PROCESSES, program, str(seconds), str(cpu_seconds), str(memory_bytes))
 
     async def close(self) -> None:
         """End the processes."""
