@@ -9,7 +9,7 @@ from starlette.requests import Request
 from adapters.peft_format.outline import Outline
 from adapters.storage.store import AdapterStore
 from server.admission import Admission, Drain, UploadSlots
-from server.children.checker import Checker
+from server.children.helper import Helpers
 from server.client.engine import EngineClient, served_base
 from server.finetune.service import FineTuning
 from server.messages.protocol import Ready
@@ -52,7 +52,7 @@ def make_services(
     *,
     metrics: Metrics | None = None,
     outline: Outline | None = None,
-    checker: Checker | None = None,
+    checker: Helpers | None = None,
     sampling_defaults: Mapping[str, float] | None = None,
 ) -> Services:
     """The collaborators over an engine and a store.

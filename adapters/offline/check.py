@@ -8,7 +8,7 @@ from adapters.peft_format import packed_rows as rowfile
 from adapters.peft_format.directory import AdapterSpec, inspect
 from adapters.peft_format.outline import Outline
 from adapters.peft_format.sizes import LinearSize
-from adapters.peft_format.text import AdapterText, NewToken, read_added_tokens
+from adapters.peft_format.text import AdapterText
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,3 @@ def inspect_adapter(check: Check) -> AdapterSpec:
     spec = inspect(check.directory, check.linears, check.model_class, check.outline, check.text)
     rowfile.make(check.directory, spec)
     return spec
-
-
-def added_tokens(tokenizer: Path) -> tuple[NewToken, ...]:
-    """See `read_added_tokens`."""
-    return read_added_tokens(tokenizer)

@@ -11,9 +11,7 @@ import resource
 import signal
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -38,82 +36,52 @@ class HelperLimit(Exception):
     """The order took more time or memory than it may, and was ended. The message is a predicate."""
 
 
-class _Refusal(msgspec.Struct):
-    message: str
-    param: str
-    code: str | None = None
-
-
-class _Answer(msgspec.Struct):
-    """What a program sends: one of these."""
-
-    answer: msgspec.Raw = msgspec.Raw(b"null")
-    refused: _Refusal | None = None
-    limit: str | None = None
-    system: tuple[int, str] | None = None  # an OSError
-    failed: str | None = None  # a traceback
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a helper process may take.
-
-    Attributes:
-        memory: bytes of data, those of the interpreter included.
-    """
-
-    priority: Priority = "normal"
-    memory: int | None = None
-
-
 class Helper:
     """One process, started when it is first asked and again when it has ended. Asked one thing at a time.
 
     Args:
-        module: the program, as `python -m` runs it, and its arguments.
+        command: the program's module, and its arguments.
+        memory: bytes of data that the process may have.
     """
 
-    def __init__(self, module: str, *arguments: str, limits: Limits = Limits()) -> None:
-        self._command = (sys.executable, "-m", module, *arguments)
-        self._limits = limits
+    def __init__(self, *command: str, priority: Priority = "normal", memory: int | None = None) -> None:
+        self._command = command
+        self._priority: Priority = priority
+        self._memory = memory
         self._process: Process | None = None
         self._closed = False
 
     async def ask(self, order: Any, seconds: float | None, kind: Any = Any) -> Any:
-        """The answer to an order. Whoever stops waiting for it ends the process.
-
-        Args:
-            order: anything that JSON can say.
-            kind: type of the answer.
+        """The answer, of type `kind`, to whatever JSON can say. Whoever stops waiting for it ends the process.
 
         Raises:
             AdapterError: the program refuses the order.
             OSError: the disk's fault.
             HelperLimit, HelperFailed.
         """
-        content, raw = frame(msgspec.json.encode(order, enc_hook=str)), None
+        content, answer = frame(msgspec.json.encode(order, enc_hook=str)), None
         served_before = self._process is not None
         try:
             async with asyncio.timeout(seconds):
                 try:
-                    raw = await self._exchange(content)
+                    answer = await self._exchange(content)
                 except _DIED:
                     if not served_before:
                         raise
                     await self._end()  # it may have died since its last answer
-                    raw = await self._exchange(content)
+                    answer = await self._exchange(content)
         except TimeoutError:
             raise HelperLimit(f"takes more than {seconds:g} s") from None
         except _DIED:
-            status = await self._end()
-            log.error("%s ended with status %s", " ".join(self._command[1:]), status)
-            if status is not None and status < 0 and not self._closed:  # for want of memory, as a rule
+            status = await self._end() or 0
+            log.error("%s ended with status %d", " ".join(self._command), status)
+            if status < 0 and not self._closed:  # for want of memory, as a rule
                 raise HelperLimit("ended the process that did it") from None
             raise HelperFailed("the helper process ended") from None
         finally:
-            if raw is None:
+            if answer is None:
                 await self._end()
-        return _opened(raw, kind)
+        return _opened(answer, kind)
 
     async def close(self) -> None:
         """End the process, whatever it does."""
@@ -121,27 +89,33 @@ class Helper:
         await self._end()
 
     async def _exchange(self, content: bytes) -> bytes:
-        if self._process is None and not self._closed:
-            self._process = await asyncio.create_subprocess_exec(
-                *self._command, stdin=PIPE, stdout=PIPE, env=self._environment, start_new_session=True
-            )
-            _confine(self._process.pid, self._limits)
-        if self._process is None or self._closed:
+        if self._closed:
             raise HelperFailed("the server is shutting down")
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(content)
-        await self._process.stdin.drain()
-        size = int.from_bytes(await self._process.stdout.readexactly(PREFIX_BYTES), "little")
+        process = self._process or await self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(content)
+        await process.stdin.drain()
+        size = int.from_bytes(await process.stdout.readexactly(PREFIX_BYTES), "little")
         if size > _MAX_ANSWER:
             raise HelperLimit(f"makes an answer of more than {_MAX_ANSWER} bytes")
-        return await self._process.stdout.readexactly(size)
+        return await process.stdout.readexactly(size)
 
-    @property
-    def _environment(self) -> Mapping[str, str]:
+    async def _start(self) -> Process:
         # Idle threads must sleep, not spin; and those of numpy's BLAS take memory that is never used.
-        threads = {} if self._limits.memory is None else {"OPENBLAS_NUM_THREADS": "1"}
-        return {"OMP_WAIT_POLICY": "PASSIVE", **threads, **os.environ}
+        environment = {"OMP_WAIT_POLICY": "PASSIVE"} | ({"OPENBLAS_NUM_THREADS": "1"} if self._memory else {})
+        self._process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", *self._command),
+            stdin=PIPE,
+            stdout=PIPE,
+            env=environment | dict(os.environ),
+            start_new_session=True,
+        )
+        with suppress(ProcessLookupError):  # the interpreter still starts
+            give_way(self._priority, self._process.pid)
+            if self._memory and sys.platform == "linux":
+                resource.prlimit(self._process.pid, resource.RLIMIT_DATA, (self._memory, self._memory))
+        return self._process
 
     async def _end(self) -> int | None:
         """Its exit status."""
@@ -155,10 +129,10 @@ class Helper:
 
 
 class Helpers:
-    """Processes that run one program, shared out among keys: see `Turns`."""
+    """Several processes that run one program, shared out among keys: see `Turns`."""
 
-    def __init__(self, count: int, module: str, *arguments: str, limits: Limits = Limits()) -> None:
-        self._all = [Helper(module, *arguments, limits=limits) for _ in range(count)]
+    def __init__(self, count: int, *command: str, priority: Priority = "normal", memory: int | None = None) -> None:
+        self._all = [Helper(*command, priority=priority, memory=memory) for _ in range(count)]
         self._idle = list(self._all)
         self._turns = Turns(count)
 
@@ -178,30 +152,23 @@ class Helpers:
 
 async def ask_once(function: str, order: Any, seconds: float | None) -> Any:
     """Let a process of its own run a function (`package.module.function`). Raises what `Helper.ask` does."""
-    helper = Helper(WORK, limits=Limits("low"))
+    helper = Helper(WORK, priority="low")
     try:
         return await helper.ask({"function": function, "order": order}, seconds)
     finally:
         await helper.close()
 
 
-def _confine(pid: int, limits: Limits) -> None:
-    """While the interpreter starts, which takes longer; the first order comes after it."""
-    with suppress(ProcessLookupError):
-        give_way(limits.priority, pid)
-        if limits.memory is not None and sys.platform == "linux":
-            resource.prlimit(pid, resource.RLIMIT_DATA, (limits.memory, limits.memory))
-
-
-def _opened(raw: bytes, kind: Any) -> Any:
-    answer = msgspec.json.decode(raw, type=_Answer)
-    if answer.refused is not None:
-        raise AdapterError(answer.refused.message, answer.refused.param, answer.refused.code)
-    if answer.limit is not None:
-        raise HelperLimit(answer.limit)
-    if answer.system is not None:
-        raise OSError(*answer.system)
-    if answer.failed is not None:
-        log.error("a helper process failed: %s", answer.failed)
-        raise HelperFailed(answer.failed.strip().rpartition("\n")[2])
-    return msgspec.json.decode(answer.answer, type=kind)
+def _opened(content: bytes, kind: Any) -> Any:
+    match msgspec.json.decode(content):
+        case {"answer": answer}:
+            return msgspec.convert(answer, kind)
+        case {"refused": fields}:
+            raise AdapterError(**fields)
+        case {"limit": predicate}:
+            raise HelperLimit(predicate)
+        case {"system": fault}:
+            raise OSError(*fault)
+        case other:  # a traceback
+            log.error("a helper process failed: %s", other)
+            raise HelperFailed(str(other).strip().rpartition("\n")[2])

@@ -29,7 +29,7 @@ from adapters.storage.names import LocalNames
 from adapters.storage.store import AdapterStore
 from adapters.storage.versions import RemoteUnavailable
 from server import logs
-from server.children.checker import Checker
+from server.children.helper import WORK, Helpers
 from server.client.engine import LocalEngine
 from server.errors import EXCEPTION_HANDLERS, LorakeetError
 from server.http.limits import LimitedHttpProtocol
@@ -59,8 +59,9 @@ from server.registry.pins import PinLimit
 from server.services import TENANT, Services, make_services
 from server.settings import SettingError, Settings
 from server.text.processor import TextProcessor, TokenizerError
-from server.text.sandbox import TemplateLimits, TemplateRenderer
+from server.text.sandbox import TemplateRenderer
 
+_CHECKERS = 2  # processes that check uploads
 _LAST_WORDS_SECONDS = 5  # for answers that are on their way out when everything else has stopped
 _KEEP_ALIVE_SECONDS = 75
 _SWITCH_SECONDS = 5e-4  # longest that a background thread keeps the interpreter from streaming responses
@@ -193,7 +194,7 @@ def _open_services(settings: Settings, model: Path) -> tuple[Services, LocalEngi
         text,
         metrics=metrics,
         outline=Outline.read(model),
-        checker=Checker(settings.background_priority, settings.adapter_check_bytes, settings.adapter_check_seconds),
+        checker=Helpers(_CHECKERS, WORK, priority=settings.background_priority, memory=settings.adapter_check_bytes),
         sampling_defaults=sampling_defaults(settings.generation_config, settings.model, model),
     )
     return services, engine
@@ -228,9 +229,7 @@ def _template_renderer(settings: Settings) -> TemplateRenderer | None:
     if not settings.allow_adapter_chat_templates:
         return None
     return TemplateRenderer(
-        TemplateLimits(
-            settings.adapter_template_seconds, settings.adapter_template_cpu_seconds, settings.adapter_template_bytes
-        )
+        settings.adapter_template_seconds, settings.adapter_template_cpu_seconds, settings.adapter_template_bytes
     )
 
 

@@ -23,7 +23,7 @@ from adapters.storage.versions import (
     Version,
     split_reference,
 )
-from server.children.checker import Checker
+from server.children.helper import Helpers
 from server.client.engine import EngineClient
 from server.errors import Conflict, InvalidRequest, ModelNotFound, disk_faults
 from server.metrics import Metrics
@@ -64,7 +64,7 @@ class Registry:
         metrics: Metrics,
         outline: Outline | None = None,
         text: TextProcessor | None = None,
-        checker: Checker | None = None,
+        checker: Helpers | None = None,
     ) -> "Registry":
         """The registry and its parts; see `Publisher` for what may be left out."""
         fetch = partial(_fetch, store, seconds=settings.adapter_store_seconds)

@@ -11,10 +11,10 @@ import logging
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_type_hints
 
 from adapters.background import run_in, threads
-from adapters.offline.check import Check, added_tokens, inspect_adapter
+from adapters.offline.check import Check, inspect_adapter
 from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME, AdapterError, AdapterSpec
 from adapters.peft_format.fields import shorten
 from adapters.peft_format.outline import Outline
@@ -25,12 +25,13 @@ from adapters.peft_format.text import (
     AdapterText,
     check_template,
     new_tokens,
+    read_added_tokens,
 )
 from adapters.storage.copying import copy_files
 from adapters.storage.files import Staging
 from adapters.storage.store import AdapterStore
 from adapters.storage.versions import Pointer, UnknownAdapter, Version, check_name
-from server.children.checker import Checker
+from server.children.helper import HelperLimit, Helpers
 from server.client.engine import EngineClient, served_base
 from server.errors import InvalidRequest, disk_faults
 from server.logs import FIELDS
@@ -71,7 +72,7 @@ class Publisher:
         pins: Pins,
         outline: Outline | None = None,
         text: TextProcessor | None = None,
-        checker: Checker | None = None,
+        checker: Helpers | None = None,
     ) -> None:
         self.pins = pins
         self._settings = settings
@@ -149,9 +150,17 @@ class Publisher:
         return version, changed
 
     async def _run(self, name: str, function: Callable[[A], T], order: A, param: str) -> T:
-        if self._checker is not None:
-            return await self._checker.run(name, function, order, param)
-        return await run_in(self._workers, partial(function, order))
+        """What `function(order)` returns, in the name's turn. Raises AdapterError of `param` when it takes too much."""
+        if self._checker is None:
+            return await run_in(self._workers, partial(function, order))
+        named = {"function": f"{function.__module__}.{function.__qualname__}", "order": order}
+        seconds, kind = self._settings.adapter_check_seconds, get_type_hints(function)["return"]
+        try:
+            result: T = await self._checker.ask(name, named, seconds, kind)
+        except HelperLimit as limit:
+            message = f"checking it {limit} (--adapter-check-seconds, --adapter-check-bytes)"
+            raise AdapterError(message, param, "adapter_too_large") from None
+        return result
 
     async def import_directory(
         self, tenant: str, name: str, directory: Path, *, root: Path = Path("/"), again: bool = True
@@ -178,7 +187,7 @@ class Publisher:
             return made, warnings
         try:
             if tokenizer.exists():
-                added = await self._run(name, added_tokens, tokenizer, "tokenizer")
+                added = await self._run(name, read_added_tokens, tokenizer, "tokenizer")
                 size = base.tokenizer.get_vocab_size()
                 made = AdapterText(
                     await run_in(self._workers, partial(new_tokens, added, base.tokenizer.token_to_id, size))

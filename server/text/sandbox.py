@@ -1,7 +1,6 @@
 """Chat templates of adapters, rendered in processes that can be killed, within limits of time, memory and text."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from adapters.peft_format.fields import AdapterError
@@ -9,51 +8,38 @@ from server.children.helper import HelperFailed, HelperLimit, Helpers
 from server.errors import InvalidRequest
 from server.text.chat_template import MAX_OUTPUT
 
-PROCESSES = 2
+_PROCESSES = 2
 _GRACE_SECONDS = 2.0  # beyond the limit, for a process to start and to tell
 
 
-@dataclass(frozen=True)
-class TemplateLimits:
-    """What rendering once may cost."""
-
-    seconds: float = 2.0
-    cpu_seconds: int = 2
-    memory_bytes: int = 256 * 1024 * 1024
-
-
 class TemplateRenderer:
-    """Renders any template, every template in its turn. `close` ends its processes."""
+    """Renders any template, each in its turn and within these limits. `close` ends its processes."""
 
-    def __init__(self, limits: TemplateLimits) -> None:
-        self._seconds = limits.seconds + _GRACE_SECONDS
-        arguments = (str(limits.seconds), str(limits.cpu_seconds), str(limits.memory_bytes))
-        self._helpers = Helpers(PROCESSES, "server.children.programs.template_sandbox", *arguments)
-
-    async def check(self, source: str) -> None:
-        """Raises `InvalidRequest` for what is no template."""
-        await self._ask(source, {"special_tokens": {}})
-
-    async def render(
-        self,
-        source: str,
-        special_tokens: Mapping[str, str],
-        messages: Sequence[Mapping[str, Any]],
-        max_characters: int = MAX_OUTPUT,
-        **options: Any,
-    ) -> str:
-        """As `ChatTemplate.render`. Raises `InvalidRequest` also for one that exceeds its limits."""
-        order = {"special_tokens": special_tokens, "messages": messages, "options": options}
-        return await self._ask(source, order, max_characters)
+    def __init__(self, seconds: float, cpu_seconds: int, memory_bytes: int) -> None:
+        self._seconds = seconds + _GRACE_SECONDS
+        program = "server.children.programs.template_sandbox"
+        self._helpers = Helpers(_PROCESSES, program, str(seconds), str(cpu_seconds), str(memory_bytes))
 
     async def close(self) -> None:
         """End the processes."""
         await self._helpers.close()
 
-    async def _ask(self, source: str, order: Mapping[str, Any], max_characters: int = MAX_OUTPUT) -> str:
-        param = "messages"
+    async def check(self, source: str) -> None:
+        """Raises `InvalidRequest` for what is no template."""
+        await self.render(source, {}, None)
+
+    async def render(
+        self,
+        source: str,
+        special_tokens: Mapping[str, str],
+        messages: Sequence[Mapping[str, Any]] | None,
+        max_characters: int = MAX_OUTPUT,
+        **options: Any,
+    ) -> str:
+        """As `ChatTemplate.render`. Raises `InvalidRequest` also for one that exceeds its limits."""
+        known = {"source": source, "special_tokens": special_tokens, "max_characters": max_characters}
+        order, param = known | {"messages": messages, "options": options}, "messages"
         try:
-            order = {"source": source, "max_characters": max_characters, **order}
             text: str = await self._helpers.ask(source, order, self._seconds, str)
             return text
         except AdapterError as refusal:

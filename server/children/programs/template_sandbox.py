@@ -57,7 +57,7 @@ def _limit(seconds: float, cpu_seconds: int, memory: int) -> None:
 def _carry_out(order: dict[str, Any]) -> dict[str, Any]:
     try:
         template = ChatTemplate(order["source"], order["special_tokens"], order["max_characters"])
-        text = template.render(order["messages"], **order["options"]) if "messages" in order else ""
+        text = template.render(order["messages"], **order["options"]) if order["messages"] is not None else ""
         text.encode()
         return {"answer": text}
     except TemplateRefusal as refusal:

@@ -8,7 +8,6 @@ import errno
 import importlib
 import os
 import traceback
-from pathlib import Path
 from typing import Any, get_type_hints
 
 import msgspec
@@ -18,24 +17,17 @@ from adapters.peft_format.fields import AdapterError
 from server.children.frames import serve
 
 
-class Order(msgspec.Struct):
-    """A function by its full name, and its argument."""
-
-    function: str
-    order: msgspec.Raw
-
-
 def answer(content: bytes) -> bytes:
     """The frame's content in answer to another's; see `server.children.helper`."""
+    result: Any
     try:
-        result = {"answer": _carry_out(msgspec.json.decode(content, type=Order))}
-        return msgspec.json.encode(result, enc_hook=str)
+        return msgspec.json.encode({"answer": _carry_out(**msgspec.json.decode(content))}, enc_hook=str)
     except AdapterError as refusal:
         result = {"refused": {"message": str(refusal), "param": refusal.param, "code": refusal.code}}
     except MemoryError:
         result = {"limit": "takes too much memory"}
     except Exception as fault:
-        result = {"failed": traceback.format_exc()}
+        result = traceback.format_exc()
         if is_full(fault):
             result = {"system": (errno.ENOSPC, os.strerror(errno.ENOSPC))}
         elif isinstance(fault, OSError) and fault.errno is not None:
@@ -43,18 +35,11 @@ def answer(content: bytes) -> bytes:
     return msgspec.json.encode(result)
 
 
-def _carry_out(order: Order) -> Any:
-    module, _, name = order.function.rpartition(".")
-    function = getattr(importlib.import_module(module), name)
-    hints = {key: hint for key, hint in get_type_hints(function).items() if key != "return"}
-    (kind,) = hints.values()
-    return function(msgspec.json.decode(order.order, type=kind, dec_hook=_path))
-
-
-def _path(kind: type, value: Any) -> Any:
-    if kind is not Path:
-        raise NotImplementedError(kind)
-    return Path(value)
+def _carry_out(function: str, order: Any) -> Any:
+    module, _, name = function.rpartition(".")
+    work = getattr(importlib.import_module(module), name)
+    kind = next(hint for key, hint in get_type_hints(work).items() if key != "return")
+    return work(msgspec.convert(order, kind, dec_hook=lambda kind, value: kind(value)))
 
 
 if __name__ == "__main__":

@@ -2,20 +2,22 @@
 
 import asyncio
 import contextlib
-import json
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from adapters.offline.check import Check, added_tokens, inspect_adapter
+from adapters.offline.check import Check, inspect_adapter
 from adapters.peft_format import packed_rows as rowfile
 from adapters.peft_format.directory import AdapterSpec, inspect
 from adapters.peft_format.fields import AdapterError
 from adapters.peft_format.outline import Outline
-from adapters.peft_format.text import AdapterText, NewToken
-from server.children.checker import Checker
-from tests.support.harness import base_info, write_adapter
+from adapters.peft_format.text import AdapterText, NewToken, read_added_tokens
+from server.children.helper import WORK, Helpers
+from server.registry.publish import Publisher
+from tests.support.harness import Site, base_info, write_adapter
 
 BASE = base_info()
 TEXT = AdapterText((NewToken(9, "<new>", special=True),), "{{ messages }}")
@@ -26,28 +28,28 @@ def check(directory: Path) -> Check:
 
 
 @contextlib.asynccontextmanager
-async def running(memory: int = 1 << 30, seconds: float = 60) -> AsyncIterator[Checker]:
-    checker = Checker("idle", memory, seconds)
-    try:
-        yield checker
-    finally:
-        await checker.close()
+async def running(root: Path, memory: int = 1 << 30, **settings: Any) -> AsyncIterator[Publisher]:
+    checker = Helpers(2, WORK, priority="idle", memory=memory)
+    with contextlib.closing(Site(root, **settings)) as site:
+        site.publisher._checker = checker
+        yield site.publisher
+        await site.publisher.close()
 
 
-async def inspected(checker: Checker, directory: Path) -> AdapterSpec:
-    return await checker.run("name", inspect_adapter, check(directory), "weights")
+async def inspected(publisher: Publisher, directory: Path) -> AdapterSpec:
+    return await publisher._run("name", inspect_adapter, check(directory), "weights")
 
 
 async def test_it_finds_what_a_thread_would_find_and_lays_out_rows(tmp_path: Path) -> None:
     good, bad = write_adapter(tmp_path / "good", 1), write_adapter(tmp_path / "bad", 2, r=0)
-    async with running() as checker:
-        spec = await inspected(checker, good)
+    async with running(tmp_path) as publisher:
+        spec = await inspected(publisher, good)
         assert spec == inspect(good, BASE.linears, BASE.architecture, None, TEXT)
         assert rowfile.find(good, spec, BASE.linears) is not None
         with pytest.raises(AdapterError) as here:
             inspect(bad, BASE.linears, BASE.architecture)
         with pytest.raises(AdapterError) as there:
-            await inspected(checker, bad)
+            await inspected(publisher, bad)
         assert (str(there.value), there.value.param, there.value.code) == (
             str(here.value),
             here.value.param,
@@ -56,36 +58,36 @@ async def test_it_finds_what_a_thread_would_find_and_lays_out_rows(tmp_path: Pat
         (good / rowfile.ROWS_NAME).unlink()
         (good / rowfile.ROWS_NAME).mkdir()  # whoever runs this, rows cannot be written there
         with pytest.raises(OSError, match="directory"):
-            await inspected(checker, good)
+            await inspected(publisher, good)
 
 
 async def test_who_stops_waiting_leaves_it_ready_for_the_next(tmp_path: Path) -> None:
     one, other = (write_adapter(tmp_path / str(seed), seed) for seed in (1, 2))
-    async with running() as checker:
-        await inspected(checker, one)
-        waiting = asyncio.create_task(inspected(checker, one))
+    async with running(tmp_path) as publisher:
+        await inspected(publisher, one)
+        waiting = asyncio.create_task(inspected(publisher, one))
         await asyncio.sleep(0)
         waiting.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await waiting
-        assert await inspected(checker, other) == inspect(other, BASE.linears, BASE.architecture, None, TEXT)
+        assert await inspected(publisher, other) == inspect(other, BASE.linears, BASE.architecture, None, TEXT)
 
 
 async def test_a_tokenizer_of_empty_lists_costs_little_and_one_of_tokens_is_limited(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_bytes(b'{"added_tokens": [{"id": 1, "content": "x"}], "model": [' + b"[]," * (4 << 20) + b"[]]}")
-    async with running(memory=256 << 20) as checker:
-        assert await checker.run("name", added_tokens, path, "tokenizer") == (NewToken(1, "x"),)
+    async with running(tmp_path, memory=256 << 20) as publisher:
+        assert await publisher._run("name", read_added_tokens, path, "tokenizer") == (NewToken(1, "x"),)
         path.write_bytes(b'{"added_tokens": [' + b'{"id":1,"content":"x"},' * 70_000 + b'{"id":1,"content":"x"}]}')
         with pytest.raises(AdapterError, match="70001 added tokens") as refusal:
-            await checker.run("name", added_tokens, path, "tokenizer")
+            await publisher._run("name", read_added_tokens, path, "tokenizer")
         assert refusal.value.param == "tokenizer"
 
 
 async def test_what_takes_too_long_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "tokenizer.json"
-    path.write_text(json.dumps({"added_tokens": []}))
-    async with running(seconds=0.01) as checker:
-        with pytest.raises(AdapterError, match="--adapter-check-seconds") as refusal:
-            await checker.run("name", added_tokens, path, "tokenizer")
+    pipe = tmp_path / "tokenizer.json"
+    os.mkfifo(pipe)  # nobody ever writes into it
+    async with running(tmp_path, adapter_check_seconds=3) as publisher:
+        with pytest.raises(AdapterError, match="takes more than 3 s") as refusal:
+            await publisher._run("name", read_added_tokens, pipe, "tokenizer")
         assert (refusal.value.param, refusal.value.code) == ("tokenizer", "adapter_too_large")

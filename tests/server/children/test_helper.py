@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from adapters.peft_format.fields import AdapterError
-from server.children.helper import WORK, Helper, HelperFailed, HelperLimit, Helpers, Limits, ask_once
+from server.children.helper import WORK, Helper, HelperFailed, HelperLimit, Helpers, ask_once
 from server.children.turns import Turns
 
 PROGRAM = """
@@ -42,7 +42,7 @@ def order(code: str, function: str = "run") -> dict[str, str]:
 
 @contextlib.asynccontextmanager
 async def helper(**limits: Any) -> AsyncIterator[Helper]:
-    made = Helper(WORK, limits=Limits(**limits))
+    made = Helper(WORK, **limits)
     try:
         yield made
     finally:

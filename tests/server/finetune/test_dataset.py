@@ -273,7 +273,7 @@ class CountingTokenizer(TinyTokenizer):
 
 
 def long_chat(exchanges: int, *, opening: str = "system") -> dict[str, Any]:
-    turns: list[Any] = [(opening, "Be brief.")]
+    turns: list[Any] = [(opening, "Be brief.") if opening == "system" else (opening, "Hello!", 0)]
     for i in range(exchanges):
         turns += [("user", f"q{i}"), ("assistant", f"a{i}", int(i % 5 != 0))]
     return chat(*turns)
@@ -302,9 +302,11 @@ def test_checking_a_chat_takes_time_that_grows_with_its_length() -> None:
 
 
 def test_a_template_that_rewrites_history_bounds_the_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    template = "{% for m in messages %}{% if loop.last %}<think>{% endif %}" + BODY + "{% endfor %}" + PROMPT
+    thought = "{% if m.role == 'assistant' and loop.last %}<think>{% endif %}"
+    body = BODY.replace("{{ m.content", thought + "{{ m.content")
+    template = f"{{% for m in messages %}}{body}{{% endfor %}}{PROMPT}"
     tokenizer = TinyTokenizer(template)
-    assert len(read(long_chat(25), tokenizer=tokenizer)) == 20
+    assert len(read(long_chat(25), tokenizer=tokenizer, max_length=10_000)) == 20
     monkeypatch.setattr(dataset, "MAX_TURNS", 19)
     with pytest.raises(DatasetError, match="20 assistant turns; this chat template allows 19") as refusal:
         read(long_chat(25), tokenizer=tokenizer)

@@ -155,7 +155,7 @@ async def test_chat_templates_of_adapters(world: tuple[RunningServer, Path, Path
         assert time.monotonic() - began < 15
 
 
-async def test_a_template_that_writes_too_much_is_refused_by_name(
+async def test_a_template_that_writes_too_much_is_refused(
     world: tuple[RunningServer, Path, Path, Path],
 ) -> None:
     server, _, _, plain = world

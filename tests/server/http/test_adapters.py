@@ -212,6 +212,39 @@ async def test_a_client_that_leaves_leaves_nothing(site: Site) -> None:
     assert list((site.settings.data_dir / "store").rglob("*weights*")) == []
 
 
+async def test_checking_ends_with_its_client(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    checking, ended = asyncio.Event(), asyncio.Event()
+
+    async def endless(*args: Any) -> None:
+        checking.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(site.publisher, "_run", endless)
+    config, weights = adapter_files(1)
+    request = httpx.Request(
+        "POST", "http://x/v1/adapters", data={"name": "a"}, files={"config": config, "weights": weights}
+    )
+    bodies = [{"type": "http.request", "body": request.read(), "more_body": False}]
+
+    async def receive() -> Any:
+        if bodies:
+            return bodies.pop()
+        await checking.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        raise AssertionError(message)
+
+    headers = [(b"content-type", request.headers["content-type"].encode())]
+    scope = {"type": "http", "method": "POST", "path": "/v1/adapters", "headers": headers, "query_string": b""}
+    await asyncio.wait_for(site.app()(scope, receive, send), 10)
+    assert ended.is_set()
+    assert kept(site) == []
+
+
 async def test_uploads_beyond_the_limit_wait_their_turn(tmp_path: Path) -> None:
     with contextlib.closing(Site(tmp_path, max_uploads=1)) as site:
         async with site.services.uploads.slot():

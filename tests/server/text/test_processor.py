@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adapters.peft_format.text import AdapterText, NewToken
 from server.errors import InvalidRequest
 from server.text import chat_template
 from server.text.chat_template import ChatTemplate, TemplateRefusal
@@ -96,6 +97,21 @@ def test_a_directory_without_a_tokenizer_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
         TextProcessor.load(tmp_path)
+
+
+async def test_many_tokens_of_an_adapter_are_added_at_once(text: TextProcessor) -> None:
+    """Of both kinds in turns; one by one these took half a minute."""
+    first = text.tokenizer.get_vocab_size()
+    tokens = tuple(NewToken(first + i, f"<new_{i}>", special=i % 2 == 0, lstrip=i % 3 == 0) for i in range(12_000))
+    began = time.monotonic()
+    adapted = await text.adapted("many", lambda: AdapterText(tokens))
+    assert time.monotonic() - began < 5
+    assert {adapted.tokenizer.token_to_id(token.content) for token in tokens} == {token.id for token in tokens}
+    known = adapted.tokenizer.get_added_tokens_decoder()
+    assert all((known[t.id].special, known[t.id].lstrip) == (t.special, t.lstrip) for t in tokens)
+    prompt = f"Hi <new_7>{tokens[11_998].content}"
+    [ids] = await adapted.encode([prompt], add_special_tokens=False, max_tokens=99, param="prompt")
+    assert ids[-2:] == [first + 7, first + 11_998]
 
 
 # --- chat templates ------------------------------------------------------------------------------------

@@ -10,16 +10,16 @@ import pytest_asyncio
 
 from server.errors import InvalidRequest
 from server.text.chat_template import ChatTemplate
-from server.text.sandbox import TemplateLimits, TemplateRenderer
+from server.text.sandbox import TemplateRenderer
 from tests.support.tiny import CHAT_TEMPLATE
 
 MESSAGES = [{"role": "user", "content": "Hi 🦜"}]
-LIMITS = TemplateLimits(seconds=0.5, cpu_seconds=1, memory_bytes=64 << 20)
+SECONDS = 0.5
 
 
 @pytest_asyncio.fixture
 async def renderer() -> AsyncIterator[TemplateRenderer]:
-    made = TemplateRenderer(LIMITS)
+    made = TemplateRenderer(SECONDS, cpu_seconds=1, memory_bytes=64 << 20)
     yield made
     await made.close()
 
@@ -53,7 +53,7 @@ async def test_hostile_templates_end_in_time_and_harm_nobody(kind: str, renderer
     began = time.monotonic()
     with pytest.raises(InvalidRequest):
         await renderer.render(HOSTILE[kind], {}, MESSAGES)
-    assert time.monotonic() - began < LIMITS.seconds + 3
+    assert time.monotonic() - began < SECONDS + 3
     assert await renderer.render("fine", {}, MESSAGES) == "fine"
 
 
