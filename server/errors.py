@@ -247,8 +247,8 @@ def error_response(error: LorakeetError) -> Response:
 
 def shown(text: str) -> str:
     """Client text as part of a message: printable and not too long."""
-    printable = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return printable if len(printable) <= 200 else printable[:200] + "..."
+    printable = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[:200])
+    return printable if len(text) <= 200 else printable + "..."
 
 
 async def handle_exception(request: Request, exc: Exception) -> Response:

@@ -40,6 +40,8 @@ def seeded() -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("cuda") and interpreter.DEVICE != "cuda":
         pytest.skip("needs an NVIDIA GPU")
+    if item.get_closest_marker("abuse") and "abuse" not in item.config.option.markexpr:
+        pytest.skip("takes minutes: run by make abuse")
     if item.get_closest_marker("slow") and "slow" not in item.config.option.markexpr:
         pytest.skip("takes minutes: ask for it with -m slow")
 

@@ -87,7 +87,7 @@ class Generation:
             return {}
         return {"usage": self.usage.as_json() if self.body.continuous_usage else None}
 
-    def envelope(self, id: str, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:  # noqa: A002
+    def envelope(self, id: str, kind: str, choices: Sequence[Any]) -> dict[str, Any]:  # noqa: A002
         """An answer, or a chunk of one, around its choices."""
         return {
             "id": id,

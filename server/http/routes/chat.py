@@ -1,18 +1,19 @@
 """`POST /v1/chat/completions`: a conversation, through the base's chat template, and the next message."""
 
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Self
 
+from msgspec import Raw
 from pydantic import Field, model_validator
 from starlette.requests import Request
 from starlette.types import Send
 
 from server.errors import InvalidRequest, TooManyRequests
-from server.http.answer import Answer, send_events, send_json
+from server.http.answer import Answer, encode_json, send_events, send_json
 from server.http.objects import ChatCompletion, ChatCompletionChunk
 from server.http.operations import OPENING, Operation
 from server.openai.assembly import Piece
@@ -116,7 +117,7 @@ class _Writer:
         """Everything in one object."""
         texts: dict[int, str] = {}
         tokens: dict[int, list[dict[str, Any]]] = {}
-        choices: dict[int, dict[str, Any]] = {}
+        choices: dict[int, Raw] = {}  # written down as soon as it can be: far smaller, and not all at once
         ids: dict[int, list[int]] = {}
         async with aclosing(self._generation.pieces()) as pieces:
             async for index, piece in pieces:
@@ -126,9 +127,8 @@ class _Writer:
                 tokens.setdefault(index, []).extend(chat_tokens(self._text, piece.entries))
                 if piece.finish_reason is not None:
                     message = {"role": "assistant", "content": texts[index], "refusal": None}
-                    choices[index] = {"index": index, "message": message} | self._common(
-                        replace(piece, tokens=ids[index]), tokens[index]
-                    )
+                    whole = self._common(replace(piece, tokens=ids[index]), tokens.pop(index))
+                    choices[index] = Raw(encode_json({"index": index, "message": message} | whole))
         ordered = [choices[index] for index in sorted(choices)]
         answer = self._envelope("chat.completion", ordered) | self._prompt_ids()
         return answer | {"usage": self._generation.usage.as_json()}
@@ -144,7 +144,7 @@ class _Writer:
             "stop_reason": piece.stop_reason,
         } | ({"token_ids": list(piece.tokens)} if self._body.return_token_ids else {})
 
-    def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _envelope(self, kind: str, choices: Sequence[Any]) -> dict[str, Any]:
         return self._generation.envelope(self._id, kind, choices)
 
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, ClassVar
 
+from msgspec import Raw
 from pydantic import Field, PlainValidator
 from starlette.requests import Request
 from starlette.types import Send
 
 from server.errors import InvalidRequest, TooManyRequests
-from server.http.answer import Answer, send_events, send_json
+from server.http.answer import Answer, encode_json, send_events, send_json
 from server.http.objects import Completion
 from server.http.operations import OPENING, Operation
 from server.messages.protocol import Ready
@@ -179,6 +180,7 @@ class _Writer:
     async def whole(self) -> dict[str, Any]:
         """Everything in one object."""
         choices: dict[int, dict[str, Any]] = {}
+        ended: dict[int, Raw] = {}
         async with aclosing(self._generation.pieces()) as pieces:
             async for index, piece in pieces:
                 self._size.add(len(piece.entries))
@@ -194,7 +196,9 @@ class _Writer:
                     if self._body.return_token_ids:
                         made["token_ids"] += more["token_ids"]
                     made |= {key: more[key] for key in ("finish_reason", "stop_reason")}
-        ordered = [choices[index] for index in sorted(choices)]
+                if piece.finish_reason is not None:
+                    ended[index] = Raw(encode_json(choices.pop(index)))  # far smaller, and not all at once
+        ordered = [ended[index] for index in sorted(ended)]
         return self._envelope(ordered) | {"usage": self._generation.usage.as_json()}
 
     async def _take_prompt(self, index: int, piece: Piece) -> None:
@@ -233,7 +237,7 @@ class _Writer:
             choice |= {"token_ids": list(piece.tokens)} | ({"prompt_token_ids": ids} if begins else {})
         return choice
 
-    def _envelope(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _envelope(self, choices: Sequence[Any]) -> dict[str, Any]:
         return self._generation.envelope(self._id, "text_completion", choices)
 
 

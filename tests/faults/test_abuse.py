@@ -1,0 +1,248 @@
+"""`make abuse`: the budget at full size, on a real server, while somebody else asks and listens.
+
+API process at most 300 MB above rest, nobody else's wait longer by 0.25 s, time in proportion to size.
+"""
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import pytest
+
+from server.http.operations import Operation
+from server.settings import Settings
+from tests.faults.conftest import Files
+from tests.support.abuse import ADAPTER, Case, cases
+from tests.support.harness import Site
+from tests.support.running import BASE, RunningServer
+from tests.support.tiny import tiny_model
+
+pytestmark = [pytest.mark.abuse, pytest.mark.timeout(3600)]
+
+LARGEST = 8 * 2**20 - 4096
+MEMORY = 300e6
+GAP = 0.25
+CONTEXT = 8192
+
+
+@pytest.fixture(scope="module")
+def server(made: Files, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    root = tmp_path_factory.mktemp("abused")
+    model = tiny_model(root / "model", max_position_embeddings=CONTEXT)
+    data = root / "data"
+    data.mkdir()
+    server = RunningServer(model, root, data, "--lora-dir", str(data), "--kv-cache-bytes", "64MiB")
+    server.ensure()
+    assert made.upload(server, ADAPTER, "red").status_code == 201
+    yield server
+    server.stop()
+
+
+@dataclass
+class Bystander:
+    """Asks for `/health` all the time; what it saw since it was last asked."""
+
+    url: str
+    pid: int
+    waits: list[float] = field(default_factory=list)
+    ended: bool = False
+
+    def run(self) -> None:
+        with httpx.Client(base_url=self.url, timeout=60) as client:
+            while not self.ended:
+                before = time.perf_counter()
+                client.get("/health")
+                self.waits.append(time.perf_counter() - before)
+                time.sleep(0.01)
+
+    def begin(self) -> int:
+        """Bytes of the API process now; its peak and the waits are counted from here on."""
+        Path(f"/proc/{self.pid}/clear_refs").write_text("5")
+        self.waits.clear()
+        return self._memory("VmRSS")
+
+    def peak(self) -> int:
+        return self._memory("VmHWM")
+
+    def _memory(self, name: str) -> int:
+        status = Path(f"/proc/{self.pid}/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in status if line.startswith(name))
+
+
+@pytest.fixture
+def bystander(server: RunningServer) -> Iterator[Bystander]:
+    bystander = Bystander(server.url, server.process.pid)
+    thread = threading.Thread(target=bystander.run)
+    thread.start()
+    time.sleep(2)
+    yield bystander
+    bystander.ended = True
+    thread.join()
+
+
+@pytest.fixture
+def rest(bystander: Bystander) -> float:
+    """How long the machine keeps the bystander waiting when nobody asks for anything else."""
+    bystander.waits.clear()
+    time.sleep(10)
+    return max(bystander.waits)
+
+
+@dataclass
+class Cost:
+    status: int
+    seconds: float
+    memory: int
+    gap: float
+
+
+def cost(bystander: Bystander, client: httpx.Client, method: str, path: str, body: bytes) -> tuple[Cost, str]:
+    before = bystander.begin()
+    since = time.perf_counter()
+    response = client.request(method, path, content=body, headers={"Content-Type": "application/json"})
+    seconds = time.perf_counter() - since
+    time.sleep(0.02)
+    gap = max(bystander.waits, default=0.0)
+    code = str(response.json()["error"]["code"]) if response.status_code >= 400 else ""
+    return Cost(response.status_code, seconds, bystander.peak() - before, gap), code
+
+
+def sizes(bystander: Bystander, client: httpx.Client, case: Case) -> Iterator[Cost]:
+    """The costs of half of the largest body and of the largest."""
+    most, method, path = LARGEST, case.operation.method, case.path
+    whole, code = cost(bystander, client, method, path, case.body(most))
+    if code == "too_many_items":
+        yield whole
+        while code == "too_many_items":
+            most = int(most * 0.9)
+            whole, code = cost(bystander, client, method, path, case.body(most))
+    yield cost(bystander, client, method, path, case.body(most // 2))[0]
+    yield whole
+
+
+def test_full_bodies_keep_the_budget(server: RunningServer, bystander: Bystander, rest: float, tmp_path: Path) -> None:
+    with contextlib.closing(Site(tmp_path, lora_dir=tmp_path)) as site:
+        operations = [route for route in site.app().routes if isinstance(route, Operation)]
+    faults = []
+    with httpx.Client(base_url=server.url, timeout=300) as client:
+        for case in cases(operations):
+            seen = list(sizes(bystander, client, case))
+            half, whole = seen[-2:]
+            worst = max(seen, key=lambda each: each.gap)
+            if worst.gap > GAP + rest:  # somebody else may have had the processor: it must be seen twice
+                seen = list(sizes(bystander, client, case))
+                half, whole = seen[-2:]
+                worst = max(seen, key=lambda each: each.gap)
+            kept = (
+                all(200 <= each.status < 500 for each in seen)
+                and max(each.memory for each in seen) <= MEMORY
+                and worst.gap <= GAP + rest
+                and whole.seconds <= 3 * half.seconds + 1
+            )
+            if not kept:
+                faults.append((str(case), seen))
+                print(case, *seen, sep="\n  ", flush=True)
+    assert not faults
+
+
+def test_what_is_asked_for_many_times_is_bounded(server: RunningServer, bystander: Bystander, rest: float) -> None:
+    prompt = [5] * (CONTEXT - 2)
+    body = {"model": BASE, "prompt": prompt, "max_tokens": 1, "echo": True, "logprobs": 20}
+    with httpx.Client(base_url=server.url, timeout=300) as client:
+        refused, code = cost(bystander, client, "POST", "/v1/completions", json.dumps(body | {"n": 128}).encode())
+        assert (refused.status, code) == (400, "response_too_large")
+        for more in ({"n": 6}, {"n": 32, "stream": True}, {"n": 128, "logprobs": None}):
+            raw = json.dumps(body | more).encode()
+            seen = [cost(bystander, client, "POST", "/v1/completions", raw)[0] for _ in range(2)]
+            assert all(each.status == 200 for each in seen)
+            assert max(each.memory for each in seen) <= MEMORY, (more, seen)
+            assert min(each.gap for each in seen) <= GAP + rest, (more, seen)
+
+
+def test_a_bias_of_all_tokens_keeps_nobody_waiting(server: RunningServer) -> None:
+    gaps: list[float] = []
+
+    def listen() -> None:
+        body = {"model": BASE, "prompt": "Hi", "max_tokens": 400, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=300) as answer:
+            last = time.perf_counter()
+            for _ in answer.iter_lines():
+                now = time.perf_counter()
+                gaps.append(now - last)
+                last = now
+
+    listen()
+    rest = max(gaps)
+    gaps.clear()
+    listener = threading.Thread(target=listen)
+    listener.start()
+    every = {"logit_bias": {str(i): 1 for i in range(512)}, "stop_token_ids": [*range(3, 512)] * 900, "min_tokens": 30}
+    body = {"model": BASE, "prompt": "Hi", "n": 31, "max_tokens": 30} | every
+    assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=300).status_code == 200
+    listener.join()
+    assert max(gaps) <= GAP + rest
+
+
+def test_clients_that_left_hold_nothing(made: Files, server: RunningServer) -> None:
+    body = b'{"model": "tiny", "messages": [' + b'{"role":"user","content":"a"},' * 70_000 + b"{}]}"
+    head = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    )
+    for _ in range(8):
+        with contextlib.closing(_connect(server)) as connection:
+            connection.sendall(head % len(body) + body)
+    since = time.perf_counter()
+    honest = {"model": BASE, "prompt": "Hi", "user": "u" * 300_000, "max_tokens": 1}
+    assert httpx.post(f"{server.url}/v1/completions", json=honest, timeout=60).status_code == 200
+    assert made.upload(server, "other", "green").status_code == 201
+    assert time.perf_counter() - since < 10
+
+
+def test_uploads_that_drip_give_their_slots_back(made: Files, server: RunningServer) -> None:
+    slots = Settings().max_uploads
+    head = (
+        b"POST /v1/adapters HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n"
+        b"Content-Type: multipart/form-data; boundary=b\r\n\r\n"
+    )
+    connections = [_connect(server) for _ in range(slots)]
+    for connection in connections:
+        connection.sendall(head)
+    ended = threading.Event()
+
+    def drip() -> None:
+        while not ended.wait(2):
+            for connection in connections:
+                with contextlib.suppress(OSError):
+                    connection.sendall(b"-")
+
+    dripping = threading.Thread(target=drip)
+    dripping.start()
+    try:
+        assert made.upload(server, "honest", "blue").status_code == 201
+    finally:
+        ended.set()
+        dripping.join()
+        for connection in connections:
+            connection.close()
+
+
+def test_it_stops_when_told_with_bodies_waiting(server: RunningServer) -> None:
+    body = b'{"model": "tiny", "messages": [' + b'{"role":"user","content":"a"},' * 70_000 + b"{}]}"
+    head = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    )
+    for _ in range(8):
+        with contextlib.closing(_connect(server)) as connection:
+            connection.sendall(head % len(body) + body)
+    server.process.terminate()
+    assert server.process.wait(15) == 0
+
+
+def _connect(server: RunningServer) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", server.port), timeout=60)
