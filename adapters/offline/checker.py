@@ -4,6 +4,7 @@ Orders come pickled on standard input and answers go out on standard output; it 
 is trusted, what it checks is not. `server.children.checker` is the other end.
 """
 
+import dataclasses
 import os
 import pickle
 import signal
@@ -14,7 +15,8 @@ from pathlib import Path
 
 from adapters.background import Priority, give_way
 from adapters.peft_format import packed_rows as rowfile
-from adapters.peft_format.directory import AdapterSpec, inspect
+from adapters.peft_format.conversion import convert
+from adapters.peft_format.directory import WEIGHTS_NAME, AdapterSpec, inspect
 from adapters.peft_format.fields import AdapterError
 from adapters.peft_format.outline import Outline
 from adapters.peft_format.sizes import LinearSize
@@ -32,8 +34,11 @@ class Check:
     text: AdapterText
 
     def run(self) -> AdapterSpec:
-        """Inspect the adapter, and lay its rows out beside it. Raises AdapterError, OSError."""
+        """Convert and inspect the adapter, and lay its rows out beside it. Raises AdapterError, OSError."""
+        weights = self.directory / WEIGHTS_NAME
+        converted = convert(weights) if weights.is_file() else []
         spec = inspect(self.directory, self.linears, self.model_class, self.outline, self.text)
+        spec = dataclasses.replace(spec, warnings=(*converted, *spec.warnings))
         rowfile.make(self.directory, spec)
         return spec
 

@@ -130,6 +130,7 @@ class Publisher:
             outline = outline_of(self._outline, base) if self._outline else None
             spec = await self._check(Check(staging.path, base.linears, base.architecture, outline, text))
         check_fit(spec, base)
+        self._check_vocabulary(spec, base)
         spec = self._with_warnings(dataclasses.replace(spec, warnings=(*spec.warnings, *warnings)))
         before = self._shares(tenant, name)
         if before and not again and spec.digest in {known.digest for known in self._store.versions(tenant, name)}:
@@ -146,6 +147,14 @@ class Publisher:
         if self._checker is not None:
             return await self._checker.check(check)
         return await run_in(self._workers, check.run)
+
+    def _check_vocabulary(self, spec: AdapterSpec, base: Ready) -> None:
+        """Raises AdapterError for an adapter that lacks tokens which the tokenizer makes of text."""
+        have, size = base.vocab_size + spec.variants.new_tokens, 0
+        if self._text is not None and spec.variants.new_tokens < 0:
+            size = max(self._text.tokenizer.get_vocab().values(), default=-1) + 1
+        if have < size:
+            raise AdapterError(f"the weights have {have} tokens, fewer than the {size} of the tokenizer", "weights")
 
     async def import_directory(
         self, tenant: str, name: str, directory: Path, *, again: bool = True
