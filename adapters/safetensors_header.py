@@ -5,6 +5,13 @@ from typing import Any, BinaryIO, NamedTuple
 
 from adapters.strict_json import JsonFault, check_characters, parse_json
 
+# For whoever has pickled weights only.
+CONVERT = (
+    'Convert them where they are trusted, for reading them may run what they hold: python -c "import torch, '
+    "safetensors.torch as s; s.save_file({k: v.clone() for k, v in torch.load('adapter_model.bin', weights_only=True, "
+    "map_location='cpu').items()}, 'adapter_model.safetensors')\""
+)
+
 
 class HeaderFault(ValueError):
     """The file has no header that can be read. The message is a predicate of something plural, as weights are."""
@@ -31,7 +38,7 @@ def read_header(file: BinaryIO, max_bytes: int | None = None) -> Header:
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > os.fstat(file.fileno()).st_size - 8:
         if start.startswith((b"PK\x03\x04", b"\x80")):
-            raise HeaderFault("are a pickle, not safetensors: save with safe_serialization=True")
+            raise HeaderFault(f"are pickled, not safetensors. {CONVERT}")
         raise HeaderFault("are cut short, or not a safetensors file: the header does not fit in")
     if max_bytes is not None and length > max_bytes:
         raise HeaderFault(f"have a header of {length} bytes; at most {max_bytes} are allowed")

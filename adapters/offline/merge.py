@@ -22,12 +22,21 @@ _INDEX = "model.safetensors.index.json"
 _CONFIG = "config.json"
 
 
-def merge(base: Path, factors: Mapping[str, Factors], target: Path) -> None:
+def merge(
+    base: Path,
+    factors: Mapping[str, Factors],
+    target: Path,
+    *,
+    renamed: Mapping[str, str] | None = None,
+    transposed: bool = False,
+) -> None:
     """Write the base with `factors` merged in to the existing directory `target`, fsync'ed.
 
     Args:
         base: a directory in Hugging Face layout with safetensors.
         factors: full module name -> factors.
+        renamed: parameter in the base's files -> its full name, where these differ.
+        transposed: the files hold weights of linears as [in, out].
 
     Raises:
         AdapterError: a module has no weight of its shape in the base's files.
@@ -39,9 +48,9 @@ def merge(base: Path, factors: Mapping[str, Factors], target: Path) -> None:
             metadata = file.metadata()
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 weight = file.get_tensor(name)
-                module = left.pop(name.removesuffix(".weight"), None)
+                module = left.pop((renamed or {}).get(name, name).removesuffix(".weight"), None)
                 if module is not None:
-                    weight = _added(name, weight, module)
+                    weight = _added(name, weight, module.delta.T if transposed else module.delta)
                 merged[name] = weight.bfloat16() if weight.is_floating_point() else weight
         save_file(merged, target / source.name, metadata=metadata)
     if left:
@@ -51,8 +60,7 @@ def merge(base: Path, factors: Mapping[str, Factors], target: Path) -> None:
         sync(path)
 
 
-def _added(name: str, weight: torch.Tensor, module: Factors) -> torch.Tensor:
-    delta = module.delta
+def _added(name: str, weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     if delta.shape != weight.shape:
         raise AdapterError(f"'{name}' has shape {list(weight.shape)}, not {list(delta.shape)}", "merge")
     return weight.float() + delta
@@ -73,4 +81,6 @@ def _copy_the_rest(base: Path, target: Path) -> None:
 
 def carry_out(order: Mapping[str, Any]) -> None:
     """Merge the adapter in `order["adapter"]` into the base in `order["base"]`; write to `order["target"]`."""
-    merge(Path(order["base"]), read_factors(Path(order["adapter"])), Path(order["target"]))
+    factors = read_factors(Path(order["adapter"]))
+    files = {name: order[name] for name in ("renamed", "transposed")}
+    merge(Path(order["base"]), factors, Path(order["target"]), **files)

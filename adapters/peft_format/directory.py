@@ -21,7 +21,16 @@ from adapters.peft_format.matching import match, new_tokens
 from adapters.peft_format.outline import Outline
 from adapters.peft_format.sizes import EXTRAS, LinearSize, extra_units, units_per_row
 from adapters.peft_format.text import NO_TEXT, AdapterText
-from adapters.peft_format.weights import FORMATS, Dtype, TensorEntry, check_finite, chunks, read_header
+from adapters.peft_format.weights import (
+    FORMATS,
+    MAX_HEADER_BYTES,
+    Dtype,
+    TensorEntry,
+    check_finite,
+    chunks,
+    read_header,
+)
+from adapters.safetensors_header import CONVERT
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,7 +144,7 @@ def inspect(
     path = directory / WEIGHTS_NAME
     if not path.is_file():
         raise AdapterError(
-            f"the adapter has no {WEIGHTS_NAME}: pickled weights (.bin, .pt) are not accepted", "weights"
+            f"the adapter has no {WEIGHTS_NAME}: pickled weights (.bin, .pt) are not accepted. {CONVERT}", "weights"
         )
     with path.open("rb") as file:
         tensors = read_header(file)
@@ -270,7 +279,15 @@ def _read_config(directory: Path) -> bytes:
     if not path.is_file():
         raise AdapterError(f"the adapter has no {CONFIG_NAME}", "config")
     with path.open("rb") as file:
-        return file.read(MAX_CONFIG_BYTES + 1)
+        raw = file.read(MAX_CONFIG_BYTES + 1)
+    check_beginning(raw)
+    return raw
+
+
+def check_beginning(raw: bytes) -> None:
+    """Raises AdapterError when a config begins as weights do: the two were swapped."""
+    if raw[8:9] == b"{" and int.from_bytes(raw[:8], "little") <= MAX_HEADER_BYTES:
+        raise AdapterError("config holds safetensors: config and weights are swapped", "config", "parts_swapped")
 
 
 def _unknown_fields(config: AdapterConfig) -> list[str]:

@@ -6,7 +6,7 @@ With numpy only.
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO, Final, Literal, NamedTuple
 
 import numpy as np
@@ -17,16 +17,18 @@ from adapters.peft_format.fields import AdapterError, shorten
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
-class _Format(NamedTuple):
+class Format(NamedTuple):
+    """How numbers of a dtype lie in a file, and what torch calls them."""
+
     name: Dtype
     itemsize: int
     exponent: int  # mask of the exponent's bits; all set means infinite or NaN
 
 
 FORMATS: Final = {
-    "F32": _Format("float32", 4, 0x7F800000),
-    "BF16": _Format("bfloat16", 2, 0x7F80),
-    "F16": _Format("float16", 2, 0x7C00),
+    "F32": Format("float32", 4, 0x7F800000),
+    "BF16": Format("bfloat16", 2, 0x7F80),
+    "F16": Format("float16", 2, 0x7C00),
 }
 MAX_HEADER_BYTES = 1 << 20
 MAX_TENSORS = 100_000
@@ -43,8 +45,11 @@ class TensorEntry(NamedTuple):
     end: int
 
 
-def read_header(file: BinaryIO) -> dict[str, TensorEntry]:
+def read_header(file: BinaryIO, formats: Mapping[str, Format] = FORMATS) -> dict[str, TensorEntry]:
     """The tensors that a safetensors file declares, once the declaration is known to be true of the file.
+
+    Args:
+        formats: the dtypes that they may have.
 
     Raises:
         AdapterError: the header is not JSON, larger than 1 MiB, or describes anything but floating vectors and
@@ -53,10 +58,10 @@ def read_header(file: BinaryIO) -> dict[str, TensorEntry]:
     try:
         header = safetensors_header.read_header(file, MAX_HEADER_BYTES)
     except safetensors_header.HeaderFault as fault:
-        raise AdapterError(shorten(f"weights {fault}"), "weights") from None
+        raise AdapterError(shorten(f"weights {fault}", 600), "weights") from None
     if not 0 < len(header.tensors) <= MAX_TENSORS:
         raise AdapterError(f"weights hold {len(header.tensors)} tensors; 1 to {MAX_TENSORS} are allowed", "weights")
-    tensors = {name: _parse_entry(name, entry, header.data_start) for name, entry in header.tensors.items()}
+    tensors = {name: _parse_entry(name, entry, header.data_start, formats) for name, entry in header.tensors.items()}
     size = os.fstat(file.fileno()).st_size
     position = header.data_start
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].end)):
@@ -68,15 +73,16 @@ def read_header(file: BinaryIO) -> dict[str, TensorEntry]:
     return tensors
 
 
-def _parse_entry(name: str, entry: Any, data_start: int) -> TensorEntry:
+def _parse_entry(name: str, entry: Any, data_start: int, formats: Mapping[str, Format]) -> TensorEntry:
     def refuse(reason: str) -> AdapterError:
         return AdapterError(f"tensor '{shorten(name)}' {reason}", name)
 
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise refuse("must be declared by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in FORMATS:
-        raise refuse(f"has a dtype that is not served: {shorten(json.dumps(dtype), 40)} (F32, F16 or BF16)")
+    if not isinstance(dtype, str) or dtype not in formats:
+        known = "F32, F16, BF16, F64, F8_E4M3 or F8_E5M2"
+        raise refuse(f"has a dtype that is not served: {shorten(json.dumps(dtype), 40)} ({known})")
     for numbers, counts, what in (
         (shape, (1, 2), "a shape of one or two natural numbers"),
         (offsets, (2,), "data_offsets [begin, end] of two natural numbers"),
@@ -84,7 +90,7 @@ def _parse_entry(name: str, entry: Any, data_start: int) -> TensorEntry:
         natural = isinstance(numbers, list) and all(type(n) is int and n >= 0 for n in numbers)
         if not natural or len(numbers) not in counts:
             raise refuse(f"needs {what}, not {shorten(json.dumps(numbers), 40)}")
-    if max(shape) > MAX_DIMENSION or offsets[1] - offsets[0] != math.prod(shape) * FORMATS[dtype].itemsize:
+    if max(shape) > MAX_DIMENSION or offsets[1] - offsets[0] != math.prod(shape) * formats[dtype].itemsize:
         raise refuse(f"has data_offsets that do not fit its shape {shorten(json.dumps(shape), 40)}")
     return TensorEntry(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
 

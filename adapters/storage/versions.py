@@ -16,7 +16,11 @@ from typing import Any
 
 from adapters.peft_format.fields import AdapterError, shorten
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_WORD = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+NAME = re.compile(rf"{_WORD}([/:]{_WORD})*")
+MAX_NAME = 128
+# What URLs have behind a name: a name with slashes must not end, or go on, like one.
+RESERVED = frozenset({"config", "weights", "versions", "promote", "rollback", "pin", "warm", "verify", "merge"})
 FINE_TUNED_NAME = re.compile(r"ft:[A-Za-z0-9._/-]{1,256}(:[A-Za-z0-9._-]{0,128}){1,4}")
 SHORTEST_PREFIX = 8
 MAX_SHARES = 16
@@ -184,9 +188,14 @@ def check_name(name: str, *, fine_tuned: bool = False) -> None:
             raise AdapterError(f"'{shorten(name)}' is not the name of a fine-tuned adapter", "name", "invalid_name")
     elif name.startswith("ft:"):
         raise AdapterError("names that begin with 'ft:' belong to fine-tunes", "name", "invalid_name")
-    elif not NAME.fullmatch(name):
+    elif len(name) > MAX_NAME or not NAME.fullmatch(name):
         raise AdapterError(
-            f"'{shorten(name)}' is not a valid name: 1 to 128 of A-Z a-z 0-9 . _ -, the first a letter or digit",
+            f"'{shorten(name)}' is not a valid name: 1 to {MAX_NAME} of A-Z a-z 0-9 . _ - in words joined by / or :, "
+            "each of which begins with a letter or digit",
             "name",
             "invalid_name",
+        )
+    elif taken := RESERVED.intersection(name.split("/")[1:]):
+        raise AdapterError(
+            f"'{shorten(name)}' has '/{min(taken)}', which URLs have behind a name", "name", "invalid_name"
         )

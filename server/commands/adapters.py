@@ -36,7 +36,9 @@ def push(
     """Upload an adapter. It can be requested as soon as the command returns."""
     for file in (CONFIG, WEIGHTS):
         if not (directory / file).is_file():
-            raise CommandError(f"{directory / file}: no such file; a PEFT adapter has {CONFIG} and {WEIGHTS}")
+            pickled = " (adapter_model.bin is not accepted: save it again with PEFT's save_pretrained)"
+            there = pickled if (directory / "adapter_model.bin").exists() else ""
+            raise CommandError(f"{directory / file}: no such file; a PEFT adapter has {CONFIG} and {WEIGHTS}{there}")
     with (
         connect(url, api_key) as client,
         _progress() as progress,

@@ -35,6 +35,7 @@ class Part:
     path: Path | None = None
     required: bool = True
     on_filename: Callable[[str], None] | None = None  # called with what the client says that its file is called
+    on_beginning: Callable[[bytes], None] | None = None  # called with the first bytes, as they come
 
 
 async def read_parts(request: Request, parts: Mapping[str, Part], thread: ThreadPoolExecutor) -> dict[str, bytes]:
@@ -160,6 +161,8 @@ class _Form:
 
     def _part_data(self, data: bytes, start: int, end: int) -> None:
         assert self._current is not None  # part data only follows a part's headers
+        if not self._current.size and self._current.part.on_beginning is not None:
+            self._current.part.on_beginning(data[start:end])
         self._current.size += end - start
         if self._current.size > self._current.part.max_bytes:
             limit = self._current.part.max_bytes

@@ -137,6 +137,7 @@ class Publisher:
             check = Check(staging.path, base.linears, base.architecture, outline, text)
             spec = await self._run(name, inspect_adapter, check, "weights")
         check_fit(spec, base)
+        self._check_vocabulary(spec, base)
         spec = self._with_warnings(dataclasses.replace(spec, warnings=(*spec.warnings, *warnings)))
         before = self._shares(tenant, name)
         if before and not again and spec.digest in {known.digest for known in self._store.versions(tenant, name)}:
@@ -161,6 +162,14 @@ class Publisher:
             message = f"checking it {limit} (--adapter-check-seconds, --adapter-check-bytes)"
             raise AdapterError(message, param, "adapter_too_large") from None
         return result
+
+    def _check_vocabulary(self, spec: AdapterSpec, base: Ready) -> None:
+        """Raises AdapterError for an adapter that lacks tokens which the tokenizer makes of text."""
+        have, size = base.vocab_size + spec.variants.new_tokens, 0
+        if self._text is not None and spec.variants.new_tokens < 0:
+            size = max(self._text.tokenizer.get_vocab().values(), default=-1) + 1
+        if have < size:
+            raise AdapterError(f"the weights have {have} tokens, fewer than the {size} of the tokenizer", "weights")
 
     async def import_directory(
         self, tenant: str, name: str, directory: Path, *, root: Path = Path("/"), again: bool = True

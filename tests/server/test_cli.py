@@ -220,7 +220,9 @@ def test_push_of_no_adapter_names_the_missing_file(
 ) -> None:
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     assert run(monkeypatch, "push", "parrot", str(adapter)) == 1
-    assert "adapter_model.safetensors: no such file" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "adapter_model.safetensors: no such file" in said
+    assert "adapter_model.bin is not accepted: save it again" in said
 
 
 def test_the_first_api_key_is_sent(

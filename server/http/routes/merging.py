@@ -183,7 +183,9 @@ async def _make(services: Services, version: Version, target: Path) -> None:
         with disk_faults():
             await asyncio.to_thread(_clear, target.parent)
             work.mkdir(mode=0o700)
-            order = {"base": str(base), "adapter": str(version.path), "target": str(work)}
+            info = services.engine_info
+            files = {"renamed": info.renamed, "transposed": info.transposed}
+            order = {"base": str(base), "adapter": str(version.path), "target": str(work), **files}
             await ask_once("adapters.offline.merge.carry_out", order, _SECONDS)
             work.rename(target)
     except HelperLimit as limit:

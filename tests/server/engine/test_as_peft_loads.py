@@ -13,11 +13,15 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from adapters.offline.check import Check, inspect_adapter
+from adapters.offline.merge import merge
+from adapters.offline.mix import read_factors
 from adapters.peft_format.directory import Outline
+from adapters.peft_format.text import NO_TEXT
 from server.engine import selfcheck
 from server.engine.engine import Engine
 from server.engine.merge_builder import MergeBuilder
-from server.messages.protocol import Done, Merge
+from server.messages.protocol import AdapterRef, Done, Merge
 from server.registry.publish import outline_of
 from tests.server.engine.test_parity import our_logprobs, peft_logprobs
 from tests.support.offline import load_engine, publish, request, run
@@ -180,6 +184,67 @@ def test_a_transposed_base_is_not_merged_into(world: World, tmp_path: Path) -> N
     [reply] = builder.take_replies()
     assert isinstance(reply, Done)
     assert "transposed" in str(reply.error)
+
+
+@pytest.mark.parametrize(
+    ("base", "targets"), [("gpt2", ["c_attn", "attn.c_proj"]), ("gemma3", ["q_proj", "down_proj"])]
+)
+def test_a_merged_checkpoint_of_other_names_and_shapes(
+    base: str, targets: list[str], world: World, tmp_path: Path
+) -> None:
+    adapter = tiny_adapter(tmp_path / "adapter", world.model(base), target_modules=targets)
+    ready = world.engine(base).ready()
+    publish(world.engine(base), adapter)
+    (tmp_path / "merged").mkdir()
+    factors = read_factors(adapter)
+    merge(world.model(base), factors, tmp_path / "merged", renamed=ready.renamed, transposed=ready.transposed)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(world.model(base), dtype=torch.float32)
+    expected: Any = peft.PeftModel.from_pretrained(plain, adapter)
+    theirs = expected.merge_and_unload().state_dict()
+    ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").state_dict()
+    for name in factors:
+        torch.testing.assert_close(ours[f"{name}.weight"].float(), theirs[f"{name}.weight"], rtol=2**-8, atol=1e-6)
+
+
+# --- other trainers' files -----------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning", "ignore:Unexpected keyword")  # PEFT's, of the same
+def test_entries_without_effect_and_unknown_fields_are_warnings(world: World, tmp_path: Path) -> None:
+    tiny_adapter(tmp_path, world.model("llama"), target_modules=["q_proj", "up_proj"])
+    edit(
+        tmp_path,
+        target_modules=["q_proj", "up_proj", "query_key_value", "c_attn"],
+        rank_pattern={"c_attn": 3},
+        alpha_pattern={"query_key_value": 5},
+        modules_to_save=["classifier"],
+        unsloth_version="2026.1",
+        train_config={"lora_plus_ratio": 16},
+    )
+    assert [warning.partition(",")[0] for warning in world.check("llama", tmp_path)] == [
+        "config has the unknown field 'unsloth_version'",
+        "config has the unknown field 'train_config'",
+        "rank_pattern has 'c_attn'",
+        "alpha_pattern has 'query_key_value'",
+        "target_modules has 'c_attn'",
+        "modules_to_save has 'classifier'",
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_in_other_dtypes(dtype: torch.dtype, world: World, tmp_path: Path) -> None:
+    source = tiny_adapter(tmp_path / "source", world.model("llama"))
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(source / WEIGHTS).items()}
+    save_file(tensors, source / WEIGHTS)
+    directory = shutil.copytree(source, tmp_path / "published")
+    engine = world.engine("llama")
+    ready = engine.ready()
+    spec = inspect_adapter(Check(directory, ready.linears, ready.architecture, None, NO_TEXT))
+    spec.save(directory)
+    single = request("a", PROMPT, AdapterRef(spec.digest, str(directory)), max_tokens=0, prompt_logprobs=0)
+    ours = [entry.logprob for entry in run(engine, [single])["a"].prompt_logprobs if entry is not None]
+    expected = peft_logprobs(world.model("llama"), source, "none", PROMPT)
+    torch.testing.assert_close(torch.tensor(ours), expected, atol=1e-3, rtol=0)
 
 
 # --- vocabularies ------------------------------------------------------------------------------------

@@ -7,9 +7,12 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
+import numpy as np
 import pytest
+from safetensors.numpy import save as save_safetensors
 
 from adapters.storage.store import AdapterStore
 from server.services import TENANT
@@ -120,12 +123,31 @@ async def test_a_download_outlives_its_name(site: Site) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".x", "a/b", "..", "a b", "a\n", "x" * 129, "x" * 2000, "ä", "ft:x:y:z", "smollm2-135m-instruct", "a@b"],
+    [
+        *("", ".x", "..", "a b", "a\n", "x" * 129, "x" * 2000, "ä", "ft:x:y:z", "smollm2-135m-instruct", "a@b"),
+        *("/a", "a/", "a//b", "a/../b", "a/.b", "a:", ":a", "a::b", "a/-b", "a/config", "a/merge/b", "a/pin/b", "a\\b"),
+    ],
 )
 async def test_bad_names(site: Site, name: str) -> None:
     response = await push(site, name)
     status = 413 if len(name) > 1024 else 400
     await refused(site, response, status, "name")
+
+
+@pytest.mark.parametrize("name", ["org/adapter", "support:v2", "org/team/support:v2.1", "config/a", "a:config"])
+async def test_a_name_may_have_slashes_and_colons(site: Site, name: str) -> None:
+    """Percent-encoded in paths or not, as clients have it."""
+    digest = (await push(site, name)).json()["digest"]
+    async with site.client() as client:
+        for path in (quote(name, safe=""), quote(name), name):
+            for rest in ("", "/versions", "/config", "/weights", f"@{digest[7:19]}"):
+                assert (await client.get(f"/v1/adapters/{path}{rest}")).status_code == 200, (path, rest)
+            assert (await client.get(f"/v1/models/{path}")).json()["id"] == name
+            assert (await client.post(f"/v1/adapters/{path}/pin")).json()["name"] == name
+            assert (await client.delete(f"/v1/adapters/{path}/pin")).status_code == 200
+        assert [item["name"] for item in (await client.get("/v1/adapters")).json()["data"]] == [name]
+        assert (await client.delete(f"/v1/adapters/{quote(name, safe='')}")).json()["name"] == name
+        assert (await client.get("/v1/adapters")).json()["data"] == []
 
 
 async def test_a_name_that_is_not_text(site: Site) -> None:
@@ -159,6 +181,18 @@ async def test_bad_configs_and_weights_name_the_culprit(site: Site) -> None:
         await refused(site, await post(config, b"\x80\x04\x95pickled"), 400, "weights")
     error = await refused(site, await push(site, "legal", rank=40), 400, "r")
     assert error["code"] == "adapter_too_large"
+
+
+@pytest.mark.parametrize("size", [0, 2 << 20])
+async def test_config_and_weights_swapped(site: Site, size: int) -> None:
+    """However large the weights are: a config's own limit is not what is wrong."""
+    config, _ = adapter_files()
+    weights = save_safetensors({"a": np.zeros(size, np.float32)})
+    async with site.client() as client:
+        response = await client.post("/v1/adapters", data={"name": "legal"}, files=files(weights, config))
+    error = await refused(site, response, 400, "config")
+    assert "config and weights are swapped" in error["message"]
+    assert error["code"] == "parts_swapped"
 
 
 async def test_an_upload_over_the_limit(tmp_path: Path) -> None:
