@@ -67,6 +67,18 @@ class AdapterRef(msgspec.Struct, frozen=True):
     weight: float = 1.0
 
 
+class Grammar(msgspec.Struct, frozen=True):
+    """What an answer's text must be.
+
+    kind: how `text` says it. "json": a JSON Schema, as JSON. "json_object": any JSON object, `text` is empty or options.
+        "regex". "choice": a JSON array of texts. "lark": llguidance's dialect of Lark. "structural_tag": free text with
+        tags in it, as vLLM writes these in JSON.
+    """
+
+    kind: Literal["json", "json_object", "regex", "choice", "lark", "structural_tag"]
+    text: str
+
+
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     """How to draw tokens. Validated by the API process; the engine trusts the ranges."""
 
@@ -86,6 +98,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None = None  # how many alternatives beside the sampled token; None: no logprobs
     prompt_logprobs: int | None = None  # the same for every prompt token
     speculative_tokens: int = 0  # most tokens drafted ahead in a step; 0: no speculation
+    grammar: Grammar | None = None  # of the answer's text
 
 
 # --- API process -> engine ------------------------------------------------------------------------
