@@ -102,7 +102,7 @@ class Packer:
                 seqs.append((offset + begin - first, offset + end - first, end))
             own = [offset + p - first for p in work.prompt_rows]
             if work.samples:
-                own += range(len(ids) - 1 - len(work.drafts), len(ids))
+                own += range(len(ids) - 1 - len(work.drafts) + work.skipped, len(ids))
             keep += own
             kept.append(len(own))
             for digest, weight in sequence.adapter if adapters else ():

@@ -59,8 +59,9 @@ from server.registry.open import Registry
 from server.registry.pins import PinLimit
 from server.services import TENANT, Services
 from server.settings import SettingError, Settings
+from server.text.grammar import GrammarChecker
 from server.text.processor import TextProcessor, TokenizerError
-from server.text.sandbox import TemplateLimits, TemplateRenderer
+from server.text.sandbox import Limits, TemplateRenderer
 
 _LAST_WORDS_SECONDS = 5  # for answers that are on their way out when everything else has stopped
 _KEEP_ALIVE_SECONDS = 75
@@ -145,6 +146,7 @@ def _serve_on(sockets: list[socket.socket], settings: Settings) -> None:
         server = _Server(services, engine)
         server.run(sockets)
         services.text.close()
+        services.grammars.close()
         services.store.close()
     if server.failure is not None:
         raise server.failure
@@ -195,6 +197,7 @@ def _make_services(settings: Settings, model: Path) -> tuple[Services, LocalEngi
         sampling_defaults=sampling_defaults(settings.generation_config, settings.model, model),
         registry=registry,
         uploads=UploadSlots(settings.max_uploads),
+        grammars=GrammarChecker(settings.grammar_seconds, settings.grammar_bytes),
         tuning=FineTuning.open(
             settings.data_dir,
             engine=engine,
@@ -236,7 +239,7 @@ def _template_renderer(settings: Settings) -> TemplateRenderer | None:
     if not settings.allow_adapter_chat_templates:
         return None
     return TemplateRenderer(
-        TemplateLimits(
+        Limits(
             settings.adapter_template_seconds, settings.adapter_template_cpu_seconds, settings.adapter_template_bytes
         )
     )
@@ -265,6 +268,7 @@ def _engine_config(settings: Settings, model: Path) -> EngineConfig:
         finetune_max_stall_ms=settings.finetune_max_stall_ms,
         finetune_share=settings.finetune_share,
         merge_share=settings.merge_share,
+        grammar_bytes=settings.grammar_bytes,
         background_priority=settings.background_priority,
     )
 

@@ -20,6 +20,7 @@ FinishReason = Literal["stop", "length", "abort"]
 TOO_LONG = "context_length_exceeded"
 LOAD_FAILED = "adapter_load_failed"
 NON_FINITE = "non_finite_logits"
+INVALID_GRAMMAR = "invalid_grammar"
 
 
 class _Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
@@ -53,7 +54,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     finetune_max_stall_ms: float = 20.0  # training between two inference steps, at most
     finetune_share: float = 0.3  # of the device's time while requests run, at most
     merge_share: float = 0.3  # likewise, for building merges
-    background_priority: Priority = "low"  # of the threads that load adapters
+    grammar_bytes: int = 256 << 20  # of compiled grammars that are kept
+    background_priority: Priority = "low"  # of the threads that load adapters, and compile grammars
 
 
 # --- what a request is -----------------------------------------------------------------------
@@ -65,18 +67,21 @@ class AdapterRef(msgspec.Struct, frozen=True):
     digest: str
     path: str
     weight: float = 1.0
+    tokens: bool = False  # it brings tokens of its own
 
 
 class Grammar(msgspec.Struct, frozen=True):
     """What an answer's text must be.
 
-    kind: how `text` says it. "json": a JSON Schema, as JSON. "json_object": any JSON object, `text` is empty or options.
-        "regex". "choice": a JSON array of texts. "lark": llguidance's dialect of Lark. "structural_tag": free text with
+    kind: how `text` says it. "json": a JSON Schema, as JSON. "json_object": any JSON object; `text` is empty. "regex".
+        "choice": a JSON array of texts. "lark": llguidance's dialect of Lark, or GBNF. "structural_tag": free text with
         tags in it, as vLLM writes these in JSON.
+    size: bytes that compiling it took, as the check before found.
     """
 
     kind: Literal["json", "json_object", "regex", "choice", "lark", "structural_tag"]
     text: str
+    size: int = 0
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,7 +1,7 @@
-"""Chat templates of adapters, rendered in processes that can be killed, within limits of time and memory.
+"""Work that may explode, done in processes that can be killed, within limits of time and memory: chat templates of
+adapters, for one.
 
-A few helper processes wait (started when first needed); each takes one rendering at a time and gives it a child of its
-own.
+A few helper processes wait (started when first needed); each takes one order at a time and gives it a child of its own.
 """
 
 import asyncio
@@ -15,12 +15,12 @@ from server.errors import InvalidRequest
 
 PROCESSES = 2
 _GRACE_SECONDS = 2.0  # beyond the limit, for a process to start and to tell
-_MAX_ANSWER = 256 * 1024 * 1024  # bytes; what a template may write is bounded by its memory
+_MAX_ANSWER = 256 * 1024 * 1024  # bytes; an answer is bounded by its child's memory
 
 
 @dataclass(frozen=True)
-class TemplateLimits:
-    """What rendering once may cost."""
+class Limits:
+    """What one order may cost."""
 
     seconds: float = 2.0
     cpu_seconds: int = 2
@@ -28,27 +28,13 @@ class TemplateLimits:
 
 
 @dataclass
-class TemplateRenderer:
-    """Renders any template. `close` ends its processes."""
+class Sandbox:
+    """Lets a program of `server.children.programs` carry out orders. `close` ends its processes."""
 
-    limits: TemplateLimits
+    program: str
+    limits: Limits
     _idle: list[asyncio.subprocess.Process] = field(default_factory=list)
     _places: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(PROCESSES))
-
-    async def check(self, source: str) -> None:
-        """Raises `InvalidRequest` for what is no template."""
-        await self._ask({"source": source, "special_tokens": {}})
-
-    async def render(
-        self,
-        source: str,
-        special_tokens: Mapping[str, str],
-        messages: Sequence[Mapping[str, Any]],
-        **options: Any,
-    ) -> str:
-        """As `ChatTemplate.render`. Raises `InvalidRequest` also for one that exceeds its limits."""
-        order = {"source": source, "special_tokens": special_tokens, "messages": messages, "options": options}
-        return await self._ask(order)
 
     def close(self) -> None:
         """End the processes that wait; those at work end with their work."""
@@ -56,7 +42,8 @@ class TemplateRenderer:
             _kill(process)
         self._idle.clear()
 
-    async def _ask(self, order: Mapping[str, Any]) -> str:
+    async def ask(self, order: Mapping[str, Any]) -> Any:
+        """The program's answer; None when the order exceeded its limits."""
         async with self._places:
             process = await self._take()
             try:
@@ -69,15 +56,12 @@ class TemplateRenderer:
                 answer = json.loads(line)
             except (TimeoutError, ValueError, OSError):
                 _kill(process)
-                raise InvalidRequest("The adapter's chat template takes too long.", param="messages") from None
+                return None
             except BaseException:
                 _kill(process)
                 raise
             self._idle.append(process)
-        if "text" in answer:
-            text: str = answer["text"]
-            return text
-        raise InvalidRequest(answer["error"], param=answer.get("param") or "messages", code="chat_template_failed")
+        return answer
 
     async def _take(self) -> asyncio.subprocess.Process:
         while self._idle:
@@ -89,12 +73,43 @@ class TemplateRenderer:
     async def _start(self) -> asyncio.subprocess.Process:
         limits = self.limits
         return await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "server.children.programs.template_sandbox"),
+            *(sys.executable, "-m", f"server.children.programs.{self.program}"),
             *(str(limits.seconds), str(limits.cpu_seconds), str(limits.memory_bytes)),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             limit=_MAX_ANSWER,
         )
+
+
+class TemplateRenderer(Sandbox):
+    """Renders any template."""
+
+    def __init__(self, limits: Limits) -> None:
+        super().__init__("template_sandbox", limits)
+
+    async def check(self, source: str) -> None:
+        """Raises `InvalidRequest` for what is no template."""
+        await self._render({"source": source, "special_tokens": {}})
+
+    async def render(
+        self,
+        source: str,
+        special_tokens: Mapping[str, str],
+        messages: Sequence[Mapping[str, Any]],
+        **options: Any,
+    ) -> str:
+        """As `ChatTemplate.render`. Raises `InvalidRequest` also for one that exceeds its limits."""
+        order = {"source": source, "special_tokens": special_tokens, "messages": messages, "options": options}
+        return await self._render(order)
+
+    async def _render(self, order: Mapping[str, Any]) -> str:
+        answer = await self.ask(order)
+        if answer is None:
+            answer = {"error": "The adapter's chat template takes too long, or too much memory."}
+        if "text" in answer:
+            text: str = answer["text"]
+            return text
+        raise InvalidRequest(answer["error"], param=answer.get("param") or "messages", code="chat_template_failed")
 
 
 def _kill(process: asyncio.subprocess.Process) -> None:

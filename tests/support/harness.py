@@ -36,6 +36,7 @@ from server.registry.open import Registry
 from server.registry.pins import PinLimit
 from server.services import TENANT, Services
 from server.settings import Settings
+from server.text.grammar import GrammarChecker
 from server.text.processor import TextProcessor
 from tests.support.conforming import client_of
 from tests.support.tiny import tiny_text
@@ -178,6 +179,7 @@ def make_services(
         drain=Drain(),
         registry=registry,
         uploads=UploadSlots(settings.max_uploads),
+        grammars=GrammarChecker(settings.grammar_seconds, settings.grammar_bytes),
         tuning=FineTuning.open(
             settings.data_dir,
             engine=engine,

@@ -10,11 +10,11 @@ import pytest_asyncio
 
 from server.errors import InvalidRequest
 from server.text.chat_template import ChatTemplate
-from server.text.sandbox import PROCESSES, TemplateLimits, TemplateRenderer
+from server.text.sandbox import PROCESSES, Limits, TemplateRenderer
 from tests.support.tiny import CHAT_TEMPLATE
 
 MESSAGES = [{"role": "user", "content": "Hi 🦜"}]
-LIMITS = TemplateLimits(seconds=0.5, cpu_seconds=1, memory_bytes=64 << 20)
+LIMITS = Limits(seconds=0.5, cpu_seconds=1, memory_bytes=64 << 20)
 
 
 @pytest_asyncio.fixture

@@ -1,0 +1,84 @@
+"""Grammars of requests, compiled on trial in a process that can be killed, before an engine sees them."""
+
+import asyncio
+import json
+import math
+from collections import OrderedDict
+from hashlib import blake2b
+from typing import Any
+
+import msgspec
+
+from server.errors import InvalidRequest, shown
+from server.messages.protocol import INVALID_GRAMMAR, Grammar
+from server.text.sandbox import Limits, Sandbox
+
+_KEPT = 1024  # answers: a few numbers each
+
+
+class GrammarChecker:
+    """Refuses what no engine could follow, or not within limits. `close` ends its processes.
+
+    Args:
+        seconds: that compiling may take.
+        memory: bytes that it may take.
+    """
+
+    def __init__(self, seconds: float, memory: int) -> None:
+        self._limits = Limits(seconds, math.ceil(seconds), memory)
+        self._sandbox = Sandbox("grammar_check", self._limits)
+        self._answers: OrderedDict[bytes, dict[str, Any] | None] = OrderedDict()
+
+    def close(self) -> None:
+        """End the processes that wait."""
+        self._sandbox.close()
+
+    async def check(self, grammar: Grammar, param: str) -> Grammar:
+        """The grammar, with its size. Raises `InvalidRequest`; for a schema that names the keyword and its path.
+
+        Args:
+            param: where the client gave it.
+        """
+        key = blake2b(msgspec.msgpack.encode(grammar)).digest()
+        if key in self._answers:
+            self._answers.move_to_end(key)
+            answer = self._answers[key]
+        else:
+            half = self._limits.seconds / 2  # the rest is for the search of the culprit
+            answer = await self._sandbox.ask({"grammar": msgspec.to_builtins(grammar), "seconds": half})
+            if answer is None and grammar.kind == "json":
+                answer = {"path": await asyncio.to_thread(_heaviest, grammar.text)}
+            self._answers[key] = answer
+            if len(self._answers) > _KEPT:
+                self._answers.popitem(last=False)
+        if answer is not None and "size" in answer:
+            return msgspec.structs.replace(grammar, size=answer["size"])
+        raise self._refusal(answer or {}, param)
+
+    def _refusal(self, answer: dict[str, Any], param: str) -> InvalidRequest:
+        path = answer.get("path") or []
+        limits = (
+            f"{self._limits.seconds:g} s (--grammar-seconds), {self._limits.memory_bytes >> 20} MiB (--grammar-bytes)"
+        )
+        reason = answer.get("error") or f"it takes more than is allowed to compile: {limits}"
+        place = f" at `{shown('/' + '/'.join(path))}`" if path else ""
+        where = ".".join([param, *path])[:200]
+        return InvalidRequest(f"`{param}` is not supported{place}: {shown(reason)}", param=where, code=INVALID_GRAMMAR)
+
+
+def _heaviest(text: str) -> list[str]:
+    """The path to the part of a schema that makes it large; empty when it is nested too deep to be read."""
+    path: list[str] = []
+    try:
+        part: Any = json.loads(text)
+        while isinstance(part, dict | list) and part:
+            members = list(part.items()) if isinstance(part, dict) else list(enumerate(part))
+            sizes = [len(json.dumps(member)) for _, member in members]
+            largest = max(range(len(members)), key=sizes.__getitem__)
+            if sizes[largest] * 2 < sum(sizes):
+                break
+            key, part = members[largest]
+            path.append(str(key))
+    except RecursionError:
+        return []
+    return path
