@@ -49,7 +49,7 @@ def _tags(text: str) -> list[StructTag]:
         tag = StructTag(
             trigger=max(triggers, key=len),
             begin=structure["begin"],
-            grammar=structure["schema"],
+            grammar={"x-guidance": _COMPACT} | structure["schema"],
             end=structure["end"],
         )
         tags.append(tag)

@@ -205,7 +205,7 @@ def test_text_is_free_until_a_trigger(engine: Engine, tokenizer: Tokenizer) -> N
     tags = {"triggers": ["<f="], "structures": [{"begin": "<f=one>", "schema": PERSON, "end": "</f>"}]}
     bias = {tokenizer.token_to_id(token): 60.0 for token in "<f="}
     grammar = Grammar("structural_tag", json.dumps(tags))
-    answers = run(engine, [constrained(f"{i}", grammar, seed=i, logit_bias=bias) for i in range(12)])
+    answers = run(engine, [constrained(f"{i}", grammar, seed=i, logit_bias=bias, temperature=8.0) for i in range(12)])
     calls = 0
     for answer in answers.values():
         text = tokenizer.decode(answer.tokens)
