@@ -73,7 +73,7 @@ def _heaviest(text: str) -> list[str]:
         part: Any = json.loads(text)
         while isinstance(part, dict | list) and part:
             members = list(part.items()) if isinstance(part, dict) else list(enumerate(part))
-            sizes = [len(json.dumps(member)) for _, member in members]
+            sizes = [len(json.dumps(m) if isinstance(m, dict | list) else str(m)) for _, m in members]
             largest = max(range(len(members)), key=sizes.__getitem__)
             if sizes[largest] * 2 < sum(sizes):
                 break

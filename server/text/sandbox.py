@@ -14,7 +14,8 @@ from typing import Any
 from server.errors import InvalidRequest
 
 PROCESSES = 2
-_GRACE_SECONDS = 2.0  # beyond the limit, for a process to start and to tell
+_START_SECONDS = 60.0  # for a process to come up, on the busiest of machines
+_GRACE_SECONDS = 2.0  # beyond the limit, for a child to be ended and its parent to tell
 _MAX_ANSWER = 256 * 1024 * 1024  # bytes; an answer is bounded by its child's memory
 
 
@@ -45,7 +46,10 @@ class Sandbox:
     async def ask(self, order: Mapping[str, Any]) -> Any:
         """The program's answer; None when the order exceeded its limits."""
         async with self._places:
-            process = await self._take()
+            try:
+                process = await self._take()
+            except TimeoutError:
+                return None
             try:
                 assert process.stdin is not None
                 assert process.stdout is not None
@@ -72,13 +76,20 @@ class Sandbox:
 
     async def _start(self) -> asyncio.subprocess.Process:
         limits = self.limits
-        return await asyncio.create_subprocess_exec(
+        process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", f"server.children.programs.{self.program}"),
             *(str(limits.seconds), str(limits.cpu_seconds), str(limits.memory_bytes)),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             limit=_MAX_ANSWER,
         )
+        assert process.stdout is not None
+        try:
+            await asyncio.wait_for(process.stdout.readline(), _START_SECONDS)  # it is ready; no order's time passes
+        except BaseException:
+            _kill(process)
+            raise
+        return process
 
 
 class TemplateRenderer(Sandbox):

@@ -1,8 +1,8 @@
 """A loop for programs whose work may explode: each order is carried out in a child of its own, within limits.
 
-One order a line on standard input, one answer a line on standard output, in JSON. The child limits itself, works and is
-gone, so no order meets another one's, and what loops or explodes takes only its child with it: then the answer is null.
-`server.text.sandbox` is the other end.
+One order a line on standard input, one answer a line on standard output, in JSON; an empty line says that it is ready.
+The child limits itself, works and is gone, so no order meets another one's, and what loops or explodes takes only its
+child with it: then the answer is null. `server.text.sandbox` is the other end.
 """
 
 import json
@@ -20,6 +20,8 @@ def serve(carry_out: Callable[[Any], Any]) -> None:
     """Serve until standard input ends. Arguments: wall seconds, CPU seconds, bytes of memory."""
     seconds, cpu_seconds, memory = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the server decides
+    sys.stdout.buffer.write(b"\n")  # ready
+    sys.stdout.buffer.flush()
     for line in sys.stdin.buffer:
         sys.stdout.buffer.write(_in_a_child(carry_out, line, seconds, cpu_seconds, memory) + b"\n")
         sys.stdout.buffer.flush()

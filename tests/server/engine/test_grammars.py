@@ -11,10 +11,12 @@ import pytest
 from llguidance import LLParserLimits
 from tokenizers import Tokenizer
 
+from adapters.peft_format.directory import AdapterSpec
 from adapters.peft_format.text import AdapterText, NewToken
 from server.engine import grammar as grammars
 from server.engine.engine import Engine
-from server.engine.sequence import Step
+from server.engine.outcome import InFlightStep
+from server.engine.sequence import Sequence, Step
 from server.messages.protocol import INVALID_GRAMMAR, AdapterRef, Generate, Grammar
 from tests.support import interpreter
 from tests.support.offline import Answer, load_engine, publish, request, run, solo, tight_engine
@@ -110,8 +112,7 @@ def test_a_finished_answer_is_valid_and_free_neighbours_never_notice(
         check(answers[f"c{i}"], SCHEMAS[i % len(SCHEMAS)], tokenizer)
     finished = sum(answers[f"c{i}"].finish_reason == "stop" for i in range(rounds))
     assert finished > 0.9 * rounds
-    for one in free:
-        assert answers[one.id] == alone[one.id]
+    assert {name: answers[name] for name in alone} == alone
     for one, answer in solo(
         engine, constrained_ones[: len(SCHEMAS)]
     ).items():  # and neither does a constrained one notice its neighbours
@@ -135,7 +136,12 @@ def test_speculation_logprobs_and_preemption_change_no_token(
     tight = tight_engine(engine, shallow_dir, cache_dir, blocks=9, longest=100)
     preempted: list[str] = []
     preempt = tight.scheduler._preempt
-    monkeypatch.setattr(tight.scheduler, "_preempt", lambda one: preempted.append(one.id) or preempt(one))
+
+    def watched(sequence: Sequence) -> None:
+        preempted.append(sequence.id)
+        preempt(sequence)
+
+    monkeypatch.setattr(tight.scheduler, "_preempt", watched)
     variants = {
         "speculation": run(engine, all_with(speculative_tokens=5)),
         "logprobs": run(engine, all_with(logprobs=1)),
@@ -166,7 +172,12 @@ def test_forced_tokens_take_one_pass_and_no_draw(
     schema = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
     steps: list[Step] = []
     submit = engine.runner.submit
-    monkeypatch.setattr(engine.runner, "submit", lambda step, before: steps.append(step) or submit(step, before))
+
+    def watched(step: Step, before: InFlightStep | None) -> InFlightStep:
+        steps.append(step)
+        return submit(step, before)
+
+    monkeypatch.setattr(engine.runner, "submit", watched)
     answer = run(engine, [constrained("a", of_schema(schema))])["a"]
     assert json.loads(tokenizer.decode(answer.tokens)).keys() == properties.keys()
     assert len(answer.tokens) > 30
@@ -249,7 +260,6 @@ def test_a_request_whose_grammar_is_being_compiled_waits_alone(engine: Engine) -
     outputs = [output for _ in range(8) for output in engine.step()[0]]
     assert {output.id for output in outputs} == {"free"}
     assert outputs[-1].finish_reason == "length"
-    assert not engine.idle
     assert engine.loading
     engine.abort("given up")
     go_on.set()
@@ -305,7 +315,7 @@ def test_adapters_with_tokens_of_their_own_may_say_them(
 ) -> None:
     first = tokenizer.get_vocab_size()  # new tokens are numbered from there
     text = AdapterText(tokens=(NewToken(first, "<polly>", special=True), NewToken(first + 1, "squawk")))
-    monkeypatch.setattr(grammars.AdapterSpec, "read", lambda path: type("Spec", (), {"text": text}))
+    monkeypatch.setattr(AdapterSpec, "read", lambda path: type("Spec", (), {"text": text}))
     kept = grammars.Grammars(shallow_dir, VOCAB, [2], budget=1 << 30, priority="normal")
     adapter = AdapterRef("sha256:1", str(tmp_path), tokens=True)
     compiled = kept.compile(Grammar("lark", 'start: <polly> "squawk"'), [adapter]).result()

@@ -103,6 +103,6 @@ def test_what_is_not_understood_is_refused_by_name(name: str) -> None:
     body, param = REFUSED[name]
     with pytest.raises(Exception) as caught:  # noqa: PT011 - pydantic's or ours
         ConstrainedBody.validate_object(body).asked_grammar()
-    error: LorakeetError = as_error(caught.value)  # type: ignore[arg-type]
+    error: LorakeetError = as_error(caught.value)
     assert isinstance(error, InvalidRequest)
     assert error.param == param

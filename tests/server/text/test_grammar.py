@@ -16,10 +16,12 @@ from server.text.grammar import GrammarChecker
 SECONDS = 1.5
 
 
-@pytest_asyncio.fixture
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def checker() -> AsyncIterator[GrammarChecker]:
     made = GrammarChecker(SECONDS, 128 << 20)
-    await made.check(Grammar("regex", "warm up"), "x")
     yield made
     processes = list(made._sandbox._idle)
     made.close()
@@ -53,12 +55,13 @@ GOOD = [
 
 
 @pytest.mark.parametrize("grammar", GOOD)
-async def test_a_good_one_gets_its_size_and_is_known_from_then_on(grammar: Grammar, checker: GrammarChecker) -> None:
+async def test_a_good_one_gets_its_size_and_is_known_from_then_on(
+    grammar: Grammar, checker: GrammarChecker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checked = await checker.check(grammar, "x")
     assert (checked.kind, checked.text) == (grammar.kind, grammar.text)
     assert 0 < checked.size < 64 << 20
-    checker.close()
-    checker._sandbox.program = "nowhere"
+    monkeypatch.setattr(checker._sandbox, "ask", None)
     assert await checker.check(grammar, "x") == checked
 
 
@@ -73,7 +76,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "branches that overlap": ({"oneOf": [{"type": "string"}, {"maxLength": 2}]}, "/oneOf/1"),
     "a wrong type": ({"type": "strin"}, "/type"),
     "nothing fits": (
-        {"properties": {"x": {"minItems": 3, "maxItems": 1, "type": "array"}}, "required": ["x"]},
+        {"type": "object", "properties": {"x": False}, "required": ["x"]},
         "/required/0",
     ),
     "leniency": ({"uniqueItems": True, "x-guidance": {"lenient": True}}, "/uniqueItems"),
@@ -92,7 +95,7 @@ async def test_a_schema_is_refused_by_keyword_and_path(name: str, checker: Gramm
 
 @pytest.mark.parametrize(
     "grammar",
-    [Grammar("regex", "(a"), Grammar("regex", r"(a)\1"), Grammar("lark", "start: b"), Grammar("choice", "[]")],
+    [Grammar("regex", "(a"), Grammar("regex", r"(a)\1"), Grammar("lark", "start: b")],
 )
 async def test_other_kinds_are_refused_by_field(grammar: Grammar, checker: GrammarChecker) -> None:
     with pytest.raises(InvalidRequest) as caught:
@@ -152,14 +155,14 @@ async def test_hostile_ones_are_refused_in_time(name: str, checker: GrammarCheck
     assert time.monotonic() - began < SECONDS + 4
     assert path in caught.value.message
     assert len(caught.value.message) < 1000
-    assert await checker.check(Grammar("regex", "b"), "x")
+    await checker.check(Grammar("regex", "b"), "x")
     again = time.monotonic()
     with pytest.raises(InvalidRequest):
         await checker.check(grammar, "response_format")
     assert time.monotonic() - again < 1, "a refusal is remembered"
 
 
-def test_the_culprit_is_the_first_part_that_breaks_a_schema() -> None:
+async def test_the_culprit_is_the_first_part_that_breaks_a_schema() -> None:
     def is_refused(schema: Any) -> bool:
         return "bad" in json.dumps(schema)
 
