@@ -16,6 +16,7 @@ from server.messages.protocol import Ready
 from server.metrics import Metrics
 from server.registry.open import Registry
 from server.settings import Settings
+from server.text.grammar import GrammarChecker
 from server.text.processor import TextProcessor
 
 TENANT = ""  # every stored row has a tenant; there is one so far
@@ -34,6 +35,7 @@ class Services:
     drain: Drain
     registry: Registry
     uploads: UploadSlots
+    grammars: GrammarChecker
     tuning: FineTuning
     checkpointing: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a merged checkpoint is made
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)  # the model's, by request field
@@ -74,6 +76,7 @@ def make_services(
         drain=Drain(),
         registry=registry,
         uploads=UploadSlots(settings.max_uploads),
+        grammars=GrammarChecker(settings.grammar_seconds, settings.grammar_bytes),
         tuning=FineTuning.open(
             settings.data_dir,
             engine=engine,

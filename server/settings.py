@@ -455,6 +455,22 @@ class Settings:
         shown="256MiB",
     )
 
+    grammar_seconds: float = _setting(
+        5.0,
+        "How long a grammar (`response_format`, `structured_outputs`) may take to compile.",
+        parse=_number,
+        minimum=0.1,
+        maximum=600,
+    )
+    grammar_bytes: int = _setting(
+        256 * MIB,
+        "Memory for compiled grammars; one that takes more by itself is refused.",
+        parse=parse_size,
+        minimum=16 * MIB,
+        maximum=2**40,
+        shown="256MiB",
+    )
+
     # --- fine-tuning
     max_training_jobs: int = _setting(
         2, "Fine-tuning jobs that train at once; the rest are queued.", parse=_integer, minimum=1, maximum=1024

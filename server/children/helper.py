@@ -23,6 +23,7 @@ from server.children.turns import Turns
 
 WORK = "server.children.programs.work"
 _MAX_ANSWER = 256 * 1024 * 1024  # bytes
+_START_SECONDS = 60.0  # for a program to come up, on the busiest of machines
 _DIED = (asyncio.IncompleteReadError, ConnectionError)
 
 log = logging.getLogger(__name__)
@@ -59,9 +60,14 @@ class Helper:
             OSError: the disk's fault.
             HelperLimit, HelperFailed.
         """
+        if self._closed:
+            raise HelperFailed("the server is shutting down")
         content, answer = frame(msgspec.json.encode(order, enc_hook=str)), None
         served_before = self._process is not None
         try:
+            if not served_before:  # whose time is not the order's
+                async with asyncio.timeout(_START_SECONDS):
+                    await self._start()
             async with asyncio.timeout(seconds):
                 try:
                     answer = await self._exchange(content)
@@ -89,8 +95,6 @@ class Helper:
         await self._end()
 
     async def _exchange(self, content: bytes) -> bytes:
-        if self._closed:
-            raise HelperFailed("the server is shutting down")
         process = self._process or await self._start()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -104,7 +108,7 @@ class Helper:
     async def _start(self) -> Process:
         # Idle threads must sleep, not spin; and those of numpy's BLAS take memory that is never used.
         environment = {"OMP_WAIT_POLICY": "PASSIVE"} | ({"OPENBLAS_NUM_THREADS": "1"} if self._memory else {})
-        self._process = await asyncio.create_subprocess_exec(
+        self._process = process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", *self._command),
             stdin=PIPE,
             stdout=PIPE,
@@ -112,10 +116,12 @@ class Helper:
             start_new_session=True,
         )
         with suppress(ProcessLookupError):  # the interpreter still starts
-            give_way(self._priority, self._process.pid)
+            give_way(self._priority, process.pid)
             if self._memory and sys.platform == "linux":
-                resource.prlimit(self._process.pid, resource.RLIMIT_DATA, (self._memory, self._memory))
-        return self._process
+                resource.prlimit(process.pid, resource.RLIMIT_DATA, (self._memory, self._memory))
+        assert process.stdout is not None
+        await process.stdout.readexactly(PREFIX_BYTES)  # it is ready
+        return process
 
     async def _end(self) -> int | None:
         """Its exit status."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from msgspec.structs import replace
 from torch import Tensor
 
 from adapters.device.memory import sent
@@ -108,7 +109,7 @@ class Packer:
                 seqs.append((offset + begin - first, offset + end - first, end))
             own = [offset + p - first for p in work.prompt_rows]
             if work.samples:
-                own += range(len(ids) - 1 - len(work.drafts), len(ids))
+                own += range(len(ids) - 1 - len(work.drafts) + work.skipped, len(ids))
             keep += own
             kept.append(len(own))
             for digest, weight in sequence.adapter if adapters else ():
@@ -178,7 +179,8 @@ class WorkResult:
 class Outcome:
     """Of the works of one forward pass.
 
-    drawn: for each work that samples one row, and one more for each of its drafts; None where none samples.
+    drawn: for each work that samples one row, and one more for each of its drafts that is looked at; None where none
+        samples.
     scored: by work's index, of a part of a prompt: whether all logits are finite, and the log-probabilities.
     """
 
@@ -198,7 +200,7 @@ class Outcome:
             draws = iter(self.drawn.draws())
             for work, result in zip(self.works, results, strict=True):
                 if work.samples:
-                    accept(work, list(islice(draws, 1 + len(work.drafts))), result)
+                    accept(work, list(islice(draws, _draws_of(work))), result)
         return results
 
 
@@ -220,7 +222,7 @@ class InFlightStep:
                 for work in outcome.works:
                     if work.samples:
                         rows[work.sequence] = count
-                        count += 1 + len(work.drafts)
+                        count += _draws_of(work)
         tokens = drawn[0] if len(drawn) == 1 else torch.cat(drawn)
         places = [rows[sequence] for sequence in sequences]
         if places != list(range(len(tokens))):
@@ -246,7 +248,7 @@ def draw(batch: Batch, logits: Tensor, eos_token_ids: Seq[int]) -> Outcome:
         if work.prompt_rows:
             scored[index] = _score_prompt(work, logits[begin : begin + len(work.prompt_rows)])
         if work.samples:
-            drawn += range(end - 1 - len(work.drafts), end)
+            drawn += range(end - _draws_of(work), end)
             rows += _rows(work)
     if not rows:
         return Outcome(batch.works, None, scored)
@@ -257,13 +259,16 @@ def draw(batch: Batch, logits: Tensor, eos_token_ids: Seq[int]) -> Outcome:
 
 def takes_argmax(work: Work) -> bool:
     """Whether a work's tokens are its logits' argmax, and nothing else is wanted of those."""
+    if work.sequence.constraint is not None:
+        return False
     row = next(_rows(work))  # those after drafts are no different
     return not work.prompt_rows and row.greedy and row.plain and row.sampling.logprobs is None
 
 
 def accept(work: Work, draws: list[Draw], result: WorkResult) -> None:
     """Take draws for as long as what was drafted is what was drawn: then they are those of single steps."""
-    for draw, draft in zip(draws, [*work.drafts, None], strict=True):
+    result.tokens += work.drafts[: work.skipped]
+    for draw, draft in zip(draws, [*work.drafts[work.skipped :], None], strict=True):
         if draw.token is None:
             result.failed = not result.tokens  # else once more in a step of its own, to fail there
             return
@@ -282,9 +287,21 @@ def _score_prompt(work: Work, logits: Tensor) -> tuple[Tensor, Logprobs]:
     return logits.isfinite().all(), Logprobs(logits, sent(following, logits.device), [alternatives] * len(following))
 
 
+def _draws_of(work: Work) -> int:
+    """How many rows of a work are drawn from."""
+    return 1 + len(work.drafts) - work.skipped
+
+
 def _rows(work: Work) -> Iterator[Row]:
     """How a work's tokens are to be drawn: after the last known one, and after each draft as if it were right."""
     sequence, drafts = work.sequence, work.drafts
+    if sequence.constraint is not None:
+        for count, (mask, ends) in enumerate(sequence.constraint.masks(), work.skipped):
+            # Where a grammar has nothing more, the text ends, however short it is.
+            sampling = replace(sequence.sampling, min_tokens=0) if ends else sequence.sampling
+            before = [*sequence.tokens, *drafts[:count]]
+            yield Row(sampling, before, len(sequence.prompt), torch.from_numpy(mask))
+        return
     yield Row(sequence.sampling, sequence.tokens, len(sequence.prompt), pending=work.pending)
     for count in range(1, len(drafts) + 1):
         yield Row(sequence.sampling, [*sequence.tokens, *drafts[:count]], len(sequence.prompt))

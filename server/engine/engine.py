@@ -7,7 +7,9 @@ and offline runs drive it directly; process.py drives it from messages.
 import os
 import time
 from collections.abc import Sequence as Seq
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -16,15 +18,17 @@ from adapters import kernels
 from adapters.device.cache import AdapterCache
 from adapters.device.loader import AdapterLoader
 from adapters.device.pool import RowPool
+from adapters.peft_format.fields import AdapterError
 from adapters.peft_format.sizes import EXTRAS, EXTRAS_UNIT
 from server.engine.batch import InFlightStep, WorkResult
 from server.engine.blocks import BlockPool
+from server.engine.grammar import Compiled, Grammars, InvalidGrammar
 from server.engine.memory_plan import BLOCK_SIZE, DevicePlan
 from server.engine.merged_registry import MergedRegistry
 from server.engine.report import Reporter
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
-from server.engine.sequence import AdapterKey, Sequence, Work
+from server.engine.sequence import AdapterKey, Sequence, Step, Work
 from server.messages import protocol
 from server.messages.protocol import EngineConfig, Generate, Output, Ready, Stats, TokenLogprob
 from server.model.attention import KVCache
@@ -40,6 +44,7 @@ class _Live:
     """What the engine remembers of a sequence besides the scheduler's state."""
 
     adapter: AdapterKey = ()
+    constrained: bool = False
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     announced: bool = False  # its first output, with cached tokens and queue time, is out
 
@@ -88,6 +93,11 @@ class Engine:
             starts=self._starts,
             free_rows=FREE_ROWS.get(base.device.type, 3),
         )
+        self.grammars = Grammars(
+            Path(config.model), base.vocab_size, base.eos_token_ids, config.grammar_bytes, config.background_priority
+        )
+        self._compiling: dict[str, tuple[Sequence, Future[Compiled]]] = {}  # nobody waits for a grammar but its own
+        self._constrained = 0  # sequences with a grammar
         self.base_digest = base.digest()
         self.int8_drift: protocol.Drift | None = None  # see `activations`
         # A CPU has computed a step when it was given.
@@ -130,7 +140,7 @@ class Engine:
     @property
     def idle(self) -> bool:
         """Nothing runs, nothing waits, and nothing is in flight."""
-        return self.scheduler.idle
+        return self.scheduler.idle and not self._compiling
 
     @property
     def busy(self) -> bool:
@@ -141,8 +151,8 @@ class Engine:
 
     @property
     def loading(self) -> bool:
-        """An adapter is on its way from disk."""
-        return self.residency.loading
+        """An adapter is on its way from disk, or a grammar is being compiled."""
+        return self.residency.loading or bool(self._compiling)
 
     def add(self, request: Generate) -> None:
         """Queue a sequence."""
@@ -160,18 +170,24 @@ class Engine:
             cache_salt=request.cache_salt,
             arrival=time.monotonic(),
         )
-        self._live[request.id] = _Live(key)
+        self._live[request.id] = _Live(key, request.sampling.grammar is not None)
         self._reporter.entered(key)
-        self.scheduler.add(sequence)
+        if request.sampling.grammar is None:
+            self.scheduler.add(sequence)
+        else:
+            self._constrained += 1
+            self._compiling[request.id] = sequence, self.grammars.compile(request.sampling.grammar, request.adapters)
 
     def abort(self, id: str) -> None:  # noqa: A002
         """Forget a sequence; unknown ids are ignored."""
-        self.scheduler.abort(id)
+        if self._compiling.pop(id, None) is None:
+            self.scheduler.abort(id)
         self._end(id)
 
     def _end(self, id: str) -> None:  # noqa: A002
         live = self._live.pop(id, None)
         if live is not None:
+            self._constrained -= live.constrained
             self.merges.leave(live.adapter)
             self._reporter.left(live.adapter)
 
@@ -213,10 +229,14 @@ class Engine:
         started = time.monotonic()
         self.residency.poll()
         self._answer_warming()
+        outputs = self._take_compiled() if self._compiling else []
         step = self.scheduler.schedule(started)
+        if self._constrained and step is not None:
+            self._prepare_masks(step)
         given = None if step is None else self.runner.submit(step, self._in_flight)
         collected, self._in_flight = (self._in_flight, given) if self._depth else (given, None)
-        outputs = [] if collected is None else self._collect(collected)
+        if collected is not None:
+            outputs += self._collect(collected)
         for sequence in self.scheduler.take_failed():
             self._end(sequence.id)
             outputs.append(Output(id=sequence.id, error=sequence.error, code=sequence.code))
@@ -240,6 +260,33 @@ class Engine:
         done, self._done = self._done, []
         return done
 
+    def _take_compiled(self) -> list[Output]:
+        """Queue sequences whose grammar has been compiled; what becomes of the others."""
+        failed = []
+        for id_, (sequence, compiled) in list(self._compiling.items()):
+            if not compiled.done():
+                continue
+            del self._compiling[id_]
+            try:
+                sequence.constraint = compiled.result().constraint(sequence.sampling.stop_token_ids)
+            except (InvalidGrammar, AdapterError, OSError) as fault:
+                self._end(id_)
+                known = isinstance(fault, InvalidGrammar)
+                code = protocol.INVALID_GRAMMAR if known else protocol.LOAD_FAILED
+                failed.append(Output(id=id_, error=str(fault), code=code))
+            else:
+                self.scheduler.add(sequence)
+        return failed
+
+    def _prepare_masks(self, step: Step) -> None:
+        constrained = [
+            (work.sequence.constraint, work.drafts, work.skipped)
+            for work in step.works
+            if work.samples and work.sequence.constraint is not None
+        ]
+        if constrained:
+            self.grammars.prepare(constrained)
+
     def _collect(self, given: InFlightStep) -> list[Output]:
         outputs = (self._take_in(*pair) for pair in zip(given.step.works, given.results(), strict=True))
         return [output for output in outputs if output is not None]
@@ -247,7 +294,12 @@ class Engine:
     def _take_in(self, work: Work, result: WorkResult) -> Output | None:
         sequence = work.sequence
         if result.failed and not sequence.ended:
-            self.scheduler.fail(sequence.id, "The model's logits are not finite for this request.", protocol.NON_FINITE)
+            if sequence.constraint is not None and sequence.constraint.error is not None:
+                message = f"The grammar cannot be followed any further: {sequence.constraint.error}"
+                self.scheduler.fail(sequence.id, message, protocol.INVALID_GRAMMAR)
+            else:
+                message = "The model's logits are not finite for this request."
+                self.scheduler.fail(sequence.id, message, protocol.NON_FINITE)
         if sequence.ended:
             self.scheduler.advance(work)
             return None
@@ -270,8 +322,8 @@ class Engine:
             stop_token=sequence.stop_token,
             cached_tokens=sequence.cached_tokens if first else 0,
             queue_seconds=(sequence.first_scheduled or 0.0) - sequence.arrival if first else 0.0,
-            drafted_tokens=len(work.drafts),
-            accepted_tokens=max(0, len(kept) - 1),
+            drafted_tokens=len(work.drafts) - work.forced,
+            accepted_tokens=0 if work.forced else max(0, min(len(kept), len(result.tokens)) - 1),
         )
 
     def _answer_warming(self) -> None:

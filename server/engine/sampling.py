@@ -39,7 +39,7 @@ class Row:
     sampling: Sampling
     tokens: Sequence[int]  # everything before the token to be drawn: the prompt, then what was generated
     num_prompt: int
-    allowed: Tensor | None = None  # int32 [ceil(vocabulary / 32)]: bit i % 32 of word i // 32 allows token i
+    allowed: Tensor | None = None  # int32 [words]: bit i % 32 of word i // 32 allows token i
     pending: int = 0  # tokens after those, before the one to be drawn, that nobody has read yet; 0 with penalties
 
     @property
@@ -220,9 +220,10 @@ def _slices(logits: Tensor) -> Iterator[slice]:
 def _adjust(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int]) -> Tensor:
     """A copy of the logits with masks, biases and penalties applied."""
     scores = logits.clone()
-    for index, row in enumerate(rows):
-        if row.allowed is not None:
-            scores[index].masked_fill_(~_unpack(sent(row.allowed, logits.device), logits.shape[1]), -torch.inf)
+    masked = [index for index, row in enumerate(rows) if row.allowed is not None]
+    if masked:
+        places = _places_of(masked, scores)
+        scores[places] = scores[places].masked_fill(~_allowed([rows[index] for index in masked], logits), -torch.inf)
 
     early = [index for index, row in enumerate(rows) if row.position < row.sampling.min_tokens]
     if early:
@@ -257,10 +258,17 @@ def _adjust(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int])
     return scores
 
 
-def _unpack(words: Tensor, vocabulary: int) -> Tensor:
-    """Packed int32 bits [words] as booleans [vocabulary]."""
-    bits = (words[:, None] >> torch.arange(32, dtype=torch.int32, device=words.device)) & 1
-    return bits.flatten()[:vocabulary].bool()
+def _allowed(rows: Sequence[Row], logits: Tensor) -> Tensor:
+    """The rows' masks as booleans [rows, vocabulary]; tokens beyond a mask are not allowed."""
+    vocabulary = logits.shape[1]
+    words = torch.zeros(len(rows), -(-vocabulary // 32), dtype=torch.int32)
+    for line, row in zip(words, rows, strict=True):
+        assert row.allowed is not None
+        known = row.allowed[: len(line)]
+        line[: len(known)] = known
+    words = sent(words, logits.device)
+    bits = (words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=words.device)) & 1
+    return bits.flatten(1)[:, :vocabulary].bool()
 
 
 def _histories(rows: Sequence[int], tokens: Sequence[Sequence[int]], logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -267,21 +267,29 @@ class Scheduler:
         return True
 
     def _speculate(self, works: list[Work]) -> None:
-        """Add drafts to decodes, where they should pay, within what the step leaves of budget and blocks."""
+        """Add drafts, within what the step leaves of budget and blocks: forced ones, or to decodes where they pay."""
         rows = sum(work.count for work in works)
         for index, work in enumerate(works):
             sequence = work.sequence
-            if sequence._drafter is None or not work.samples or work.count > 1:
+            forced = () if sequence.constraint is None else sequence.constraint.forced
+            if not work.samples or not (forced or (sequence._drafter is not None and work.count == 1)):
                 continue
-            # A row's part of the step's cost is what it brings there in tokens, or it does not pay.
-            price = rows / (rows + self._free_rows)
             most = min(self._max_batch_tokens - rows, self._left(sequence) - 1)
-            drafts = sequence._drafter.draft(sequence.tokens, most, price)
+            drafts = list(forced[:most]) if forced else self._guess(sequence, most, rows)
             drafts = drafts[: self._room_for_drafts(sequence, len(drafts))]
             if drafts:
-                works[index] = replace(work, count=1 + len(drafts), drafts=drafts)
-                rows += len(drafts)
-                self.counters.drafted += len(drafts)
+                count = len(drafts)
+                works[index] = replace(work, count=work.count + count, drafts=drafts, forced=count if forced else 0)
+                rows += count
+                self.counters.drafted += 0 if forced else count
+
+    def _guess(self, sequence: Sequence, most: int, rows: int) -> list[int]:
+        """What a sequence will probably say next, as far as it pays in a step of so many rows."""
+        assert sequence._drafter is not None
+        # A row's part of the step's cost is what it brings there in tokens, or it does not pay.
+        price = rows / (rows + self._free_rows)
+        drafts = sequence._drafter.draft(sequence.tokens, most, price)
+        return drafts if sequence.constraint is None else sequence.constraint.valid(drafts)
 
     def _room_for_drafts(self, sequence: Sequence, wanted: int) -> int:
         """How many drafts find a slot. Fresh blocks are taken only while each running sequence has one in hand."""
@@ -320,7 +328,8 @@ class Scheduler:
             new_tokens: one, and one more for each draft that was right: the first ones are these drafts.
 
         Returns:
-            The tokens that count: all, or those up to the one that ended the sequence; then its `finish_reason` is set
+            The tokens that count: all, or those up to the one that ended the sequence (forced ones that end it
+            are added, unless their log-probabilities are wanted); then its `finish_reason` is set
             and it is gone from here. None for a sequence that has ended since this work was scheduled.
         """
         sequence = work.sequence
@@ -334,18 +343,21 @@ class Scheduler:
         assert len(new_tokens) <= 1 + len(work.drafts)
         sequence.pending -= work.samples
         kept: list[int] = []
-        for token in new_tokens:
+        coming = list(new_tokens)
+        for token in coming:
             kept.append(token)
             sequence.tokens.append(token)
             sequence.finish_reason = self._finish_reason(sequence)
             if sequence.finish_reason is not None:
                 break
-        accepted = max(0, len(kept) - 1)
+            if sequence.constraint is not None and len(kept) == len(coming):
+                coming += sequence.constraint.last_words(sequence.sampling)
+        accepted = max(0, min(len(kept), len(new_tokens)) - 1)
         # The keys and values of the other drafts are left for the next work to overwrite.
         sequence.num_computed += accepted
         sequence.prompt_scored = max(sequence.prompt_scored, work.prompt_rows.stop)
         publish_blocks(self._blocks, sequence, work.start, work.start + work.count - len(work.drafts) + accepted)
-        self.counters.accepted += accepted
+        self.counters.accepted += max(0, accepted - work.forced)
         if sequence._drafter is not None:
             sequence._drafter.learn(new_tokens)
         # Nothing was to be drawn: max_tokens is 0, or the prompt fills the context.
@@ -362,6 +374,10 @@ class Scheduler:
         if ends and sequence.num_generated >= sampling.min_tokens:
             sequence.stop_token = token
             return "stop"
+        if sequence.constraint is not None:
+            sequence.constraint.take(token)
+            if sequence.constraint.complete:
+                return "stop"
         return "length" if sequence.num_generated >= self._limit(sequence) else None
 
     # --- leaving -------------------------------------------------------------------------------------

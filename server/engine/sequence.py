@@ -9,6 +9,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from server.engine.grammar import Constraint
 from server.engine.prompt_lookup import Drafter
 from server.messages.protocol import FinishReason, Sampling
 
@@ -26,6 +27,7 @@ class Sequence:
     tenant: str = ""
     cache_salt: str = ""
     arrival: float = 0.0  # seconds, on the clock that `schedule` is given
+    constraint: Constraint | None = None  # by its grammar
 
     tokens: list[int] = field(init=False)  # prompt, then what was generated
     pending: int = field(init=False, default=0)  # tokens after those, drawn on the device and not yet read
@@ -51,7 +53,7 @@ class Sequence:
         self.tokens = list(self.prompt)
         sampling = self.sampling
         penalized = sampling.repetition_penalty != 1.0 or sampling.frequency_penalty or sampling.presence_penalty
-        self.needs_tokens = bool(penalized or sampling.speculative_tokens)
+        self.needs_tokens = bool(penalized or sampling.speculative_tokens or sampling.grammar is not None)
         if sampling.speculative_tokens:
             self._drafter = Drafter(sampling.speculative_tokens)
 
@@ -80,7 +82,8 @@ class Sequence:
 class Work:
     """A sequence's part in a step: tokens [start, start + count) go through the model, drafts being the last of them.
 
-    Drafts follow the last known token. Each is right if it is what the logits before it give.
+    Drafts follow the last known token. Each is right if it is what the logits before it give; those that a grammar
+    forces are right whatever these are.
     """
 
     sequence: Sequence
@@ -89,6 +92,12 @@ class Work:
     samples: bool  # the last token is among these: its logits give the next token, as do those of right drafts
     prompt_rows: range  # positions within the chunk whose logits score the prompt token that follows them
     drafts: Seq[int] = ()
+    forced: int = 0  # all of the drafts, or none
+
+    @property
+    def skipped(self) -> int:
+        """How many drafts are taken without a look at logits."""
+        return self.forced if self.sequence.sampling.logprobs is None else 0
 
     @property
     def pending(self) -> int:

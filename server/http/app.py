@@ -84,6 +84,7 @@ def build_app(services: Services) -> Starlette:
             await services.tuning.stop()
             await services.engine.stop(grace=0.0)
             await services.registry.publisher.close()
+            await services.grammars.close()
             if services.text.renderer is not None:
                 await services.text.renderer.close()
 
@@ -256,6 +257,7 @@ def _engine_config(settings: Settings, model: Path) -> EngineConfig:
         finetune_max_stall_ms=settings.finetune_max_stall_ms,
         finetune_share=settings.finetune_share,
         merge_share=settings.merge_share,
+        grammar_bytes=settings.grammar_bytes,
         background_priority=settings.background_priority,
     )
 

@@ -22,6 +22,7 @@ FinishReason = Literal["stop", "length", "abort"]
 TOO_LONG = "context_length_exceeded"
 LOAD_FAILED = "adapter_load_failed"
 NON_FINITE = "non_finite_logits"
+INVALID_GRAMMAR = "invalid_grammar"
 
 
 class _Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
@@ -55,7 +56,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     finetune_max_stall_ms: float = 20.0  # training between two inference steps, at most
     finetune_share: float = 0.3  # of the device's time while requests run, at most
     merge_share: float = 0.3  # likewise, for building merges
-    background_priority: Priority = "low"  # of the threads that load adapters
+    grammar_bytes: int = 256 << 20  # of compiled grammars that are kept
+    background_priority: Priority = "low"  # of the threads that load adapters, and compile grammars
 
 
 # --- what a request is -----------------------------------------------------------------------
@@ -67,6 +69,21 @@ class AdapterRef(msgspec.Struct, frozen=True):
     digest: str
     path: str
     weight: float = 1.0
+    tokens: bool = False  # it brings tokens of its own
+
+
+class Grammar(msgspec.Struct, frozen=True):
+    """What an answer's text must be.
+
+    kind: how `text` says it. "json": a JSON Schema, as JSON. "json_object": any JSON object; `text` is empty. "regex".
+        "choice": a JSON array of texts. "lark": llguidance's dialect of Lark, or GBNF. "structural_tag": free text with
+        tags in it, as vLLM writes these in JSON.
+    size: bytes that compiling it took, as the check before found.
+    """
+
+    kind: Literal["json", "json_object", "regex", "choice", "lark", "structural_tag"]
+    text: str
+    size: int = 0
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, dict=True):
@@ -88,6 +105,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     logprobs: int | None = None  # how many alternatives beside the sampled token; None: no logprobs
     prompt_logprobs: int | None = None  # the same for every prompt token
     speculative_tokens: int = 0  # most tokens drafted ahead in a step; 0: no speculation
+    grammar: Grammar | None = None  # of the answer's text
 
     # Made once, for every step needs them and there may be as many as tokens in the vocabulary.
 

@@ -19,7 +19,17 @@ import msgspec
 from server.admission import Ticket
 from server.errors import ContextLengthExceeded, EngineUnavailable, InternalError, InvalidRequest
 from server.logs import note
-from server.messages.protocol import LOAD_FAILED, NON_FINITE, TOO_LONG, Generate, Output, Ready, Sampling
+from server.messages.protocol import (
+    INVALID_GRAMMAR,
+    LOAD_FAILED,
+    NON_FINITE,
+    TOO_LONG,
+    Generate,
+    Grammar,
+    Output,
+    Ready,
+    Sampling,
+)
 from server.metrics import FinishedReason
 from server.openai.assembly import Assembler, Piece
 from server.openai.schema import GenerationBody
@@ -273,6 +283,12 @@ def fit_max_tokens(
     return wanted
 
 
+async def checked_grammar(services: Services, body: GenerationBody) -> Grammar | None:
+    """What the body says of its answer's text. Raises `InvalidRequest` when that cannot be followed."""
+    asked = body.asked_grammar()
+    return None if asked is None else await services.grammars.check(*asked)
+
+
 def check_vocabulary(vocab_size: int, body: GenerationBody) -> None:
     """Raises `InvalidRequest` for a token id that the model does not have."""
     for param, ids in (("logit_bias", body.logit_bias), ("stop_token_ids", body.stop_token_ids)):
@@ -286,6 +302,7 @@ def check_vocabulary(vocab_size: int, body: GenerationBody) -> None:
 _CLIENT_FAULTS: dict[str | None, type[InvalidRequest]] = {
     TOO_LONG: ContextLengthExceeded,
     NON_FINITE: InvalidRequest,
+    INVALID_GRAMMAR: InvalidRequest,
 }
 
 

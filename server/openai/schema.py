@@ -10,8 +10,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from server.errors import InvalidRequest
-from server.messages.protocol import Sampling
+from server.messages.protocol import Grammar, Sampling
 from server.openai.body import Body, Entries, Items, Metadata
+from server.openai.grammars import ConstrainedBody
 from server.settings import MAX_SPECULATIVE_TOKENS
 
 MAX_ADAPTERS = 8  # of one request
@@ -65,7 +66,7 @@ class WeightedAdapter(Body):
     weight: float = Field(1.0, ge=-100, le=100)
 
 
-class GenerationBody(Body):
+class GenerationBody(ConstrainedBody):
     """What both endpoints take. Labels and hints that cannot change the answer are checked and left alone."""
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -77,7 +78,6 @@ class GenerationBody(Body):
         "bad_words": ([],),
         "logits_processors": ([],),
         "allowed_token_ids": ([],),
-        "response_format": ({"type": "text"},),
         "tools": ([],),
         "priority": (0,),
         "return_tokens_as_token_ids": (False,),
@@ -145,12 +145,18 @@ class GenerationBody(Body):
         return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     def sampling(
-        self, defaults: Mapping[str, float], *, logprobs: int | None, prompt_logprobs: int | None = None
+        self,
+        defaults: Mapping[str, float],
+        *,
+        logprobs: int | None,
+        prompt_logprobs: int | None = None,
+        grammar: Grammar | None = None,
     ) -> Sampling:
         """The engine's parameters of sample 0, but for `max_tokens` and stop tokens, which depend on more.
 
         Args:
             defaults: the model's, for fields that the client left out.
+            grammar: of the answer, as it was checked.
         """
 
         def chosen(name: str) -> Any:
@@ -171,4 +177,5 @@ class GenerationBody(Body):
             ignore_eos=self.ignore_eos,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            grammar=grammar,
         )

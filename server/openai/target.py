@@ -168,4 +168,5 @@ def brings_text(version: Version) -> bool:
 
 def reference(version: Version, weight: float = 1.0) -> AdapterRef:
     """How the engine is told of a version."""
-    return AdapterRef(digest=version.digest, path=str(version.path), weight=weight)
+    tokens = bool(version.receipt.get("tokenizer_tokens"))
+    return AdapterRef(digest=version.digest, path=str(version.path), weight=weight, tokens=tokens)

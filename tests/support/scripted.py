@@ -147,6 +147,7 @@ async def serving(
         async with client_of(app) as client:
             yield Served(scripted, services, app, client)
         services.text.close()
+        await services.grammars.close()
 
 
 def unavailable() -> EngineUnavailable:

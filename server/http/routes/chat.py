@@ -18,7 +18,7 @@ from server.http.objects import ChatCompletion, ChatCompletionChunk
 from server.http.operations import OPENING, Operation
 from server.openai.assembly import Piece
 from server.openai.conversation import Conversation
-from server.openai.generation import Generation, Prompt, check_vocabulary, fit_max_tokens
+from server.openai.generation import Generation, Prompt, check_vocabulary, checked_grammar, fit_max_tokens
 from server.openai.logprobs import AnswerSize, chat_tokens
 from server.openai.schema import INT32, GenerationBody
 from server.openai.target import open_target
@@ -70,7 +70,11 @@ async def _answer(services: Services, body: ChatBody, send: Send) -> None:
             raise InvalidRequest("The chat template makes an empty prompt of these messages.", param="messages")
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         room = fit_max_tokens(info, body, ids, asked=asked, default=None, param="messages")
-        sampling = body.sampling(services.sampling_defaults, logprobs=body.top_logprobs if body.logprobs else None)
+        sampling = body.sampling(
+            services.sampling_defaults,
+            logprobs=body.top_logprobs if body.logprobs else None,
+            grammar=await checked_grammar(services, body),
+        )
         writer = _Writer(target.text, body, Generation(services, body, target, [Prompt(ids, room)], sampling))
         headers = {"X-Adapter-Digest": target.digest}
         if body.stream:

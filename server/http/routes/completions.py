@@ -18,7 +18,7 @@ from server.http.objects import Completion
 from server.http.operations import OPENING, Operation
 from server.messages.protocol import Ready
 from server.openai.assembly import Piece
-from server.openai.generation import Generation, Prompt, check_vocabulary, fit_max_tokens
+from server.openai.generation import Generation, Prompt, check_vocabulary, checked_grammar, fit_max_tokens
 from server.openai.logprobs import AnswerSize, Columns, columns, extend, prompt_columns
 from server.openai.schema import INT32, GenerationBody
 from server.openai.target import Target, open_target
@@ -83,7 +83,10 @@ async def _answer(services: Services, body: CompletionBody, send: Send) -> None:
             work = partial(_echoes, target.text, body, prompts)
             echoes = await target.text.in_thread(sum(len(prompt.ids) for prompt in prompts), work)
         sampling = body.sampling(
-            services.sampling_defaults, logprobs=body.logprobs, prompt_logprobs=body.logprobs if body.echo else None
+            services.sampling_defaults,
+            logprobs=body.logprobs,
+            prompt_logprobs=body.logprobs if body.echo else None,
+            grammar=await checked_grammar(services, body),
         )
         generation = Generation(services, body, target, prompts, sampling)
         writer = _Writer(target.text, body, generation, echoes, services.settings.max_response_bytes)

@@ -160,7 +160,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "tool calls": ({"messages": [HELLO[0] | {"tool_calls": [{"id": "x"}]}]}, "messages.0.tool_calls"),
     "tools": ({"tools": [{"type": "function"}]}, "tools"),
     "tool_choice": ({"tool_choice": "required"}, "tool_choice"),
-    "response_format": ({"response_format": {"type": "json_object"}}, "response_format"),
+    "response_format": ({"response_format": {"type": "xml"}}, "response_format"),
     "modalities": ({"modalities": ["text", "audio"]}, "modalities"),
     "max_tokens 0": ({"max_tokens": 0}, "max_tokens"),
     "max_completion_tokens 0": ({"max_completion_tokens": 0}, "max_completion_tokens"),

@@ -119,7 +119,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "unknown with a false value": ({"frobnicate": 0}, "frobnicate"),
     "not quite a no-op": ({"store": 0}, "store"),
     "best_of": ({"best_of": 2}, "best_of"),
-    "response_format": ({"response_format": {"type": "json_object"}}, "response_format"),
+    "response_format": ({"response_format": {"type": "xml"}}, "response_format"),
     "tools": ({"tools": [{"type": "function"}]}, "tools"),
     "stop of a wrong type": ({"stop": 5}, "stop"),
     "stop with an empty string": ({"stop": ["a", ""]}, "stop"),

@@ -1,0 +1,63 @@
+"""A loop for programs whose work may explode: each order is carried out in a child of its own, within limits.
+
+The child limits itself, works and is gone, so no order meets another one's, and what loops or explodes takes only its
+child with it. Needs nothing but the standard library, as the program does that renders templates.
+"""
+
+import json
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from server.children.frames import end_with_parent, serve
+
+STACK_BYTES = 4 << 20  # less than any thread has that does the same work later
+_LIMIT = json.dumps({"limit": "takes too long, or too much memory"}).encode()
+
+
+def serve_forked(carry_out: Callable[[Any], dict[str, Any]]) -> None:
+    """Answer orders; see `server.children.helper`. The program's arguments: wall seconds, CPU seconds, bytes."""
+    seconds, cpu_seconds, memory = float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    serve(partial(_answer, carry_out, seconds, cpu_seconds, memory))
+
+
+def _answer(
+    carry_out: Callable[[Any], dict[str, Any]], seconds: float, cpu_seconds: int, memory: int, order: bytes
+) -> bytes:
+    source, sink = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(source)
+            end_with_parent()
+            _limit(seconds, cpu_seconds, memory)
+            made = json.dumps(carry_out(json.loads(order)), ensure_ascii=False).encode()
+            with os.fdopen(sink, "wb") as pipe:
+                pipe.write(made)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(sink)
+    with os.fdopen(source, "rb") as pipe:
+        made = pipe.read()
+    _, status = os.waitpid(child, 0)
+    return made if status == 0 else _LIMIT
+
+
+def _limit(seconds: float, cpu_seconds: int, memory: int) -> None:
+    """What this process may use from now on; who exceeds it is ended by the kernel."""
+    with open("/proc/self/statm", "rb") as statm:  # noqa: PTH123
+        taken = int(statm.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + memory, taken + memory))
+    resource.setrlimit(resource.RLIMIT_STACK, (STACK_BYTES, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(nowhere, descriptor)

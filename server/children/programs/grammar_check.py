@@ -1,0 +1,101 @@
+"""A program that compiles grammars which nobody vouches for: some take all memory, some overflow the stack.
+
+An answer is `{"size": bytes that it took}`, or `{"error": why it cannot be, "path": of the culprit in a JSON Schema}`.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+from llguidance import LLMatcher
+
+from server.children.forked import serve_forked
+from server.messages.grammar import LIMITS, definition
+from server.messages.protocol import Grammar
+
+_LATE = ("$defs", "definitions")  # members that others refer to are looked into last
+
+
+def _carry_out(order: dict[str, Any]) -> dict[str, Any]:
+    grammar = msgspec.convert(order["grammar"], Grammar)
+    begun = time.monotonic()
+    before = _resident()
+    error = _error(grammar)
+    if error is None:
+        return {"size": max(0, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)}
+    answer: dict[str, Any] = {"error": " ".join(error.split())}
+    if grammar.kind == "json":
+        with contextlib.suppress(TimeoutError):
+            answer["path"] = culprit(json.loads(grammar.text), _is_refused_like(error, begun + order["seconds"]))
+    return answer
+
+
+def _resident() -> int:
+    with open("/proc/self/statm", "rb") as statm:  # noqa: PTH123
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _error(grammar: Grammar) -> str | None:
+    try:
+        return LLMatcher.validate_grammar(definition(grammar), limits=LIMITS) or None
+    except (ValueError, TypeError, KeyError, AssertionError, RecursionError) as fault:
+        return f"{fault}" or type(fault).__name__
+
+
+def _is_refused_like(error: str, until: float) -> Callable[[Any], bool]:
+    """Whether a schema is refused for the same reason; raises TimeoutError when there is no time left to say."""
+    kind = error.partition(":")[0].split("'")[0]
+
+    def is_refused(schema: Any) -> bool:
+        if time.monotonic() > until:
+            raise TimeoutError
+        found = _error(Grammar("json", json.dumps(schema)))
+        return found is not None and found.startswith(kind)
+
+    return is_refused
+
+
+def culprit(schema: Any, is_refused: Callable[[Any], bool]) -> list[str]:
+    """The path to the first part for which a schema is refused: with it and what comes before it is, without not."""
+    path: list[str] = []
+    part = schema
+    while isinstance(part, dict | list) and part:
+        members = _members(part)
+        fewest, most = 0, len(members)  # leading members that it takes
+        while fewest < most:
+            count = (fewest + most) // 2
+            _keep(part, members[:count])
+            if is_refused(schema):
+                most = count
+            else:
+                fewest = count + 1
+        _keep(part, members[:fewest])
+        if not fewest:
+            break
+        key, part = members[fewest - 1]
+        path.append(str(key))
+    return path
+
+
+def _members(part: dict[str, Any] | list[Any]) -> list[tuple[Any, Any]]:
+    """Words and numbers first, for they say what the rest is."""
+    if isinstance(part, list):
+        return list(enumerate(part))
+    return sorted(part.items(), key=lambda item: (item[0] in _LATE, isinstance(item[1], dict | list)))
+
+
+def _keep(part: dict[str, Any] | list[Any], members: list[tuple[Any, Any]]) -> None:
+    if isinstance(part, list):
+        part[:] = [member for _, member in members]
+    else:
+        part.clear()
+        part.update(members)
+
+
+if __name__ == "__main__":
+    serve_forked(lambda order: {"answer": _carry_out(order)})

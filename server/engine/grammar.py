@@ -1,0 +1,237 @@
+"""Grammars of answers: compiled on a thread, kept, and followed token by token. llguidance does the work.
+
+A sequence with a grammar has a `Constraint`. It knows which tokens may come next (a bit mask, made while the device
+computes) and which must: those need no drawing, and a run of them takes one forward pass.
+"""
+
+import json
+from collections import OrderedDict
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from llguidance import LLMatcher, LLTokenizer
+from numpy.typing import NDArray
+
+from adapters.background import Priority, threads
+from adapters.peft_format.directory import AdapterSpec
+from adapters.peft_format.text import NO_TEXT, AdapterText
+from server.messages.grammar import LIMITS, definition
+from server.messages.protocol import AdapterRef, Grammar, Sampling
+
+Mask = NDArray[np.int32]  # [ceil(vocabulary / 32)]: bit i % 32 of word i // 32 allows token i
+
+_TOKENIZERS = 8  # of adapters with tokens of their own, kept: 60 MB each and more
+_LEAST_SIZE = 1 << 20  # bytes that a compiled grammar is taken for, at least
+
+
+class InvalidGrammar(ValueError):
+    """A grammar that cannot be followed; the message is fit for the client."""
+
+
+class Constraint:
+    """One sequence's way through its grammar.
+
+    Args:
+        matcher: at its beginning, and nobody else's.
+        stops: tokens that may end the text wherever the grammar lets it end, besides the tokenizer's own.
+    """
+
+    def __init__(self, matcher: LLMatcher, tokenizer: LLTokenizer, stops: Seq[int]) -> None:
+        self.forced: list[int] = []  # tokens that must come next; the matcher has been told of them already
+        self.stopped = False  # nothing follows these
+        self.error: str | None = None
+        self._matcher = matcher
+        self._stops = frozenset(stops)
+        self._words = -(-tokenizer.vocab_size // 32)
+        self._ends = self._bits([*tokenizer.eos_tokens, *stops])
+        self._prepared: Future[None] | None = None
+        self._rows: list[tuple[Mask, bool]] = []
+        self._force()
+
+    @property
+    def complete(self) -> bool:
+        """Nothing follows."""
+        return self.stopped and not self.forced
+
+    def take(self, token: int) -> None:
+        """The sequence goes on with this token."""
+        if self.forced:
+            assert token == self.forced[0], "a forced token was drawn otherwise"
+            del self.forced[0]
+        elif self._matcher.consume_token(token):
+            self._force()
+        elif token in self._stops:
+            self.stopped = True
+        else:
+            self.error = self._matcher.get_error()
+
+    def last_words(self, sampling: Sampling) -> list[int]:
+        """The forced tokens, where they are the last and nothing is to be computed for them."""
+        return list(self.forced) if self.stopped and sampling.logprobs is None else []
+
+    def valid(self, drafts: list[int]) -> list[int]:
+        """Those of the drafts, from the first on, that the grammar allows."""
+        return drafts[: self._matcher.validate_tokens(drafts)] if drafts else drafts
+
+    def _force(self) -> None:
+        while forced := self._matcher.compute_ff_tokens():
+            self._matcher.consume_tokens(forced)
+            self.forced += forced
+        self.stopped = self._matcher.is_stopped() and not self._matcher.is_error()
+
+    # --- masks ---------------------------------------------------------------------------------------
+
+    def masks(self) -> list[tuple[Mask, bool]]:
+        """Those that `Grammars.prepare` began to make, and whether the text can only end there; waits for them."""
+        assert self._prepared is not None
+        self._prepared.result()
+        return self._rows
+
+    def _make(self, drafts: Seq[int], skipped: int) -> None:
+        """The masks of a draw, and of one after each of the drafts, the first `skipped` ones left out."""
+        rows: list[tuple[Mask, bool]] = []
+        forced, walked = list(self.forced), 0
+        for index in range(len(drafts) + 1):
+            if walked and not forced:
+                forced = self._matcher.compute_ff_tokens()
+            if index >= skipped:
+                rows.append((self._bits(forced[:1]), False) if forced else self._allowed())
+            if index == len(drafts):
+                break
+            if forced and forced.pop(0) != drafts[index]:  # nothing is drawn after it
+                rows += [(self._ends, False)] * (len(drafts) - index)
+                break
+            if not self.forced:
+                self._matcher.consume_token(drafts[index])
+                walked += 1
+        if walked:
+            self._matcher.rollback(walked)
+        if self._matcher.is_error():
+            self.error = self._matcher.get_error()
+        self._rows = rows
+
+    def _allowed(self) -> tuple[Mask, bool]:
+        mask = np.zeros(self._words, np.int32)
+        if not self._matcher.is_error():
+            self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if self._matcher.is_error():
+            return np.zeros_like(mask), False
+        if (mask & self._ends).any():
+            mask |= self._ends
+        return mask, not (mask & ~self._ends).any()
+
+    def _bits(self, tokens: Iterable[int]) -> Mask:
+        mask = np.zeros(self._words, np.uint32)
+        for token in tokens:
+            if token < 32 * self._words:
+                mask[token // 32] |= np.uint32(1 << token % 32)
+        return mask.view(np.int32)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A grammar as it begins, over one tokenizer."""
+
+    tokenizer: LLTokenizer
+    matcher: LLMatcher
+
+    def constraint(self, stops: Seq[int]) -> Constraint:
+        """A way through it for one sequence; see there."""
+        return Constraint(self.matcher.deep_copy(), self.tokenizer, stops)
+
+
+class Grammars:
+    """Compiles grammars and keeps them, and makes masks, each on a thread of its own.
+
+    Args:
+        model: the base's directory; its tokenizer is read at once.
+        vocabulary: of the base's logits.
+        eos_token_ids: the base's.
+        budget: bytes of compiled grammars that are kept.
+        priority: of the thread that compiles.
+    """
+
+    def __init__(self, model: Path, vocabulary: int, eos_token_ids: Seq[int], budget: int, priority: Priority) -> None:
+        self._vocabulary = vocabulary
+        self._eos = list(eos_token_ids) or None
+        self._budget = budget
+        self._compiler = threads(1, "grammar", priority)
+        self._masks = ThreadPoolExecutor(1, "masks")
+        self._compiled: OrderedDict[tuple[str, str, str], tuple[Future[Compiled], int]] = OrderedDict()
+        self._size = 0
+        self._adapted: OrderedDict[str, LLTokenizer] = OrderedDict()  # by adapter's digest
+        self._source = ""
+        self._base: LLTokenizer | None = None
+        self._fault = "the model has no tokenizer.json"
+        try:  # it holds the interpreter's lock for its whole second, so nobody may be waiting
+            self._source = (model / "tokenizer.json").read_text(encoding="utf-8")
+            self._base = self._tokenizer(NO_TEXT)
+        except OSError:
+            pass
+        except ValueError as fault:
+            self._fault = str(fault)
+
+    def compile(self, grammar: Grammar, adapters: Seq[AdapterRef]) -> Future[Compiled]:
+        """Compiled, now or later; fails with `InvalidGrammar`."""
+        own = adapters[0] if len(adapters) == 1 and adapters[0].tokens else None
+        key = (own.digest if own else "", grammar.kind, grammar.text)
+        found = self._compiled.get(key)
+        if found is None:
+            size = max(grammar.size, _LEAST_SIZE)
+            found = self._compiled[key] = self._compiler.submit(self._compile, grammar, own), size
+            self._size += size
+            while self._size > self._budget and len(self._compiled) > 1:
+                self._size -= self._compiled.popitem(last=False)[1][1]
+        self._compiled.move_to_end(key)
+        return found[0]
+
+    def prepare(self, works: Iterable[tuple[Constraint, Seq[int], int]]) -> None:
+        """Begin to make the masks of sequences with these drafts, so many of which need none."""
+        works = list(works)
+        prepared = self._masks.submit(_make_all, works)
+        for constraint, _, _ in works:
+            constraint._prepared = prepared
+
+    def _compile(self, grammar: Grammar, own: AdapterRef | None) -> Compiled:
+        tokenizer = self._base if own is None else self._own_tokenizer(own)
+        if tokenizer is None:
+            raise InvalidGrammar(f"This model's answers cannot follow a grammar: {self._fault}.")
+        try:
+            matcher = LLMatcher(tokenizer, definition(grammar), log_level=0, limits=LIMITS)
+        except (ValueError, TypeError, KeyError, AssertionError) as fault:
+            raise InvalidGrammar(f"The grammar is not valid: {fault}") from None
+        if matcher.is_error():
+            raise InvalidGrammar(f"The grammar is not valid: {' '.join(matcher.get_error().split())[:500]}")
+        return Compiled(tokenizer, matcher)
+
+    def _own_tokenizer(self, adapter: AdapterRef) -> LLTokenizer | None:
+        if self._base is None:
+            return None
+        if adapter.digest not in self._adapted:
+            self._adapted[adapter.digest] = self._tokenizer(AdapterSpec.read(Path(adapter.path)).text)
+            if len(self._adapted) > _TOKENIZERS:
+                self._adapted.popitem(last=False)
+        self._adapted.move_to_end(adapter.digest)
+        return self._adapted[adapter.digest]
+
+    def _tokenizer(self, text: AdapterText) -> LLTokenizer:
+        source = self._source
+        if text.tokens:
+            document = json.loads(source)
+            document["added_tokens"] += [asdict(token) for token in text.tokens]
+            source = json.dumps(document)
+        try:
+            return LLTokenizer(source, n_vocab=self._vocabulary, eos_token=self._eos)
+        except ValueError as fault:
+            if "too small" not in str(fault):
+                raise
+            return LLTokenizer(source, eos_token=self._eos)  # some have more tokens than the model has logits
+
+
+def _make_all(works: Iterable[tuple[Constraint, Seq[int], int]]) -> None:
+    for constraint, drafts, skipped in works:
+        constraint._make(drafts, skipped)

@@ -1,0 +1,56 @@
+"""Grammars in llguidance's words: the engine compiles what was checked before, by the same rules."""
+
+import json
+from typing import TYPE_CHECKING
+
+from llguidance import LLMatcher, LLParserLimits, StructTag
+from llguidance.gbnf_to_lark import any_to_lark
+
+from server.messages.protocol import Grammar
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions  # in its stubs only
+
+# Of compiling, and of each token's step: 14 ms of lexer at most. States are memory of every sequence: 2 kB each.
+LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
+# JSON is written without white space, so that more of it is forced; a schema's own `x-guidance` may say otherwise.
+_COMPACT: "JsonCompileOptions" = {"whitespace_flexible": False}
+_SPACED = {"whitespace_pattern": r"[ \t\n\r]{0,40}"}  # bounded: some models go on with spaces for ever
+_EXACT: "JsonCompileOptions" = {"lenient": False, "coerce_one_of": False}
+
+
+def definition(grammar: Grammar) -> str:
+    """As llguidance takes it. Raises ValueError where the text is not of its kind."""
+    text = grammar.text
+    match grammar.kind:
+        case "json":
+            return LLMatcher.grammar_from_json_schema(text, _COMPACT, _EXACT)
+        case "json_object":
+            return LLMatcher.grammar_from_json_schema({"type": "object", "x-guidance": _SPACED})
+        case "regex":
+            return LLMatcher.grammar_from_regex(text)
+        case "choice":
+            return LLMatcher.grammar_from_lark(
+                "start: " + " | ".join(json.dumps(choice) for choice in json.loads(text))
+            )
+        case "lark":
+            return LLMatcher.grammar_from_lark(any_to_lark(text))
+        case "structural_tag":
+            return LLMatcher.grammar_from_lark(StructTag.to_grammar(_tags(text), assume_special=False))
+
+
+def _tags(text: str) -> list[StructTag]:
+    given = json.loads(text)
+    tags = []
+    for structure in given["structures"]:
+        triggers = [trigger for trigger in given["triggers"] if structure["begin"].startswith(trigger)]
+        if not triggers:
+            raise ValueError(f"no trigger begins {json.dumps(structure['begin'])}")
+        tag = StructTag(
+            trigger=max(triggers, key=len),
+            begin=structure["begin"],
+            grammar={"x-guidance": _COMPACT} | structure["schema"],
+            end=structure["end"],
+        )
+        tags.append(tag)
+    return tags

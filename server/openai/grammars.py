@@ -1,0 +1,186 @@
+"""The ways in which a request says what its answer's text must be, and the one grammar that they all become.
+
+OpenAI's `response_format`, vLLM's `structured_outputs`, and the names it had for these before.
+"""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from server.errors import InvalidRequest
+from server.messages.protocol import Grammar
+from server.openai.body import Body
+
+Schema = dict[str, Any]
+
+
+class TextFormat(Body):
+    """Any text."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Body):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchema(Body):
+    """A schema with a name. It is kept to whether it is `strict` or not."""
+
+    name: str = Field(min_length=1, max_length=256)
+    description: str | None = None
+    schema_: Schema = Field({}, alias="schema")
+    strict: bool = False
+
+
+class JsonSchemaFormat(Body):
+    """JSON of a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+class TaggedStructure(Body):
+    """What is between two tags."""
+
+    begin: str = Field(min_length=1)
+    schema_: Schema = Field({}, alias="schema")
+    end: str
+
+
+class StructuralTags(Body):
+    """Free text in which a trigger begins a tag."""
+
+    type: Literal["structural_tag"] = "structural_tag"
+    structures: list[TaggedStructure] = Field(min_length=1)
+    triggers: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1)
+
+
+ResponseFormat = Annotated[
+    TextFormat | JsonObjectFormat | JsonSchemaFormat | StructuralTags, Field(discriminator="type")
+]
+Choices = Annotated[list[str], Field(min_length=1)]
+
+
+class StructuredOutputs(Body):
+    """vLLM's: one of these kinds."""
+
+    json_: Schema | str | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: Choices | None = None
+    grammar: str | None = None  # Lark or GBNF
+    json_object: bool = False
+    structural_tag: StructuralTags | str | None = None
+    whitespace_pattern: str | None = None  # a regex: white space between the parts of JSON
+    disable_any_whitespace: bool = False  # there is none without a pattern
+    disable_fallback: bool = False
+
+
+class ConstrainedBody(Body):
+    """A body's fields that constrain the answer."""
+
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
+
+    def asked_grammar(self) -> tuple[Grammar, str] | None:
+        """The grammar, and the field that has it. Raises `InvalidRequest` when there are several."""
+        outputs = self.structured_outputs or StructuredOutputs.model_construct()
+        spaces = outputs.whitespace_pattern, self.guided_whitespace_pattern
+        found = [
+            *_from_response_format(self.response_format),
+            *_from_kinds(
+                "structured_outputs.",
+                spaces[0],
+                json=outputs.json_,
+                regex=outputs.regex,
+                choice=outputs.choice,
+                grammar=outputs.grammar,
+                json_object=outputs.json_object or None,
+                structural_tag=outputs.structural_tag,
+            ),
+            *_from_kinds(
+                "guided_",
+                spaces[1],
+                json=self.guided_json,
+                regex=self.guided_regex,
+                choice=self.guided_choice,
+                grammar=self.guided_grammar,
+            ),
+        ]
+        if len(found) > 1:
+            names = " and ".join(f"`{param}`" for _, param in found)
+            raise InvalidRequest(f"{names} both say what the answer must be; give one.", param=found[1][1])
+        if self.structured_outputs is not None and not found:
+            raise InvalidRequest("`structured_outputs` names no kind of output.", param="structured_outputs")
+        return found[0] if found else None
+
+
+def _from_response_format(
+    asked: TextFormat | JsonObjectFormat | JsonSchemaFormat | StructuralTags | None,
+) -> list[tuple[Grammar, str]]:
+    match asked:
+        case JsonObjectFormat():
+            return [(Grammar("json_object", ""), "response_format")]
+        case JsonSchemaFormat():
+            schema = asked.json_schema.schema_
+            return [(Grammar("json", json.dumps(schema)), "response_format.json_schema.schema")]
+        case StructuralTags():
+            return [(_tags(asked, "response_format"), "response_format")]
+    return []
+
+
+def _from_kinds(prefix: str, spaces: str | None, **kinds: Any) -> list[tuple[Grammar, str]]:
+    found = []
+    for kind, value in kinds.items():
+        if value is None:
+            continue
+        param = prefix + kind
+        match kind:
+            case "json":
+                grammar = _json(value, spaces, param)
+            case "json_object":
+                grammar = _json({"type": "object"}, spaces, param) if spaces else Grammar("json_object", "")
+            case "choice":
+                grammar = Grammar("choice", json.dumps(value))
+            case "structural_tag":
+                grammar = _tags(value, param)
+            case _:
+                grammar = Grammar("regex" if kind == "regex" else "lark", value)
+        found.append((grammar, param))
+    return found
+
+
+def _json(schema: Schema | str, spaces: str | None, param: str) -> Grammar:
+    schema = _object(schema, param)
+    if spaces is not None:
+        schema = schema | {"x-guidance": {"whitespace_pattern": spaces}}
+    return Grammar("json", json.dumps(schema))
+
+
+def _tags(tags: StructuralTags | str, param: str) -> Grammar:
+    if isinstance(tags, str):
+        tags = StructuralTags.validate_object(_object(tags, param))
+    for index, structure in enumerate(tags.structures):
+        if not any(structure.begin.startswith(trigger) for trigger in tags.triggers):
+            message = f"`structures.{index}.begin` begins with none of the `triggers`."
+            raise InvalidRequest(message, param=f"{param}.structures.{index}.begin")
+    return Grammar("structural_tag", tags.model_dump_json(by_alias=True))
+
+
+def _object(value: Schema | str, param: str) -> Schema:
+    """JSON that may come as text."""
+    try:
+        read = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        raise InvalidRequest(f"`{param}` is not valid JSON.", param=param) from None
+    if not isinstance(read, dict):
+        raise InvalidRequest(f"`{param}` must be a JSON object.", param=param)
+    return read

@@ -1,0 +1,90 @@
+"""Grammars of requests, compiled on trial in a process that can be killed, before an engine sees them."""
+
+import asyncio
+import json
+import math
+from collections import OrderedDict
+from contextlib import suppress
+from hashlib import blake2b
+from typing import Any
+
+import msgspec
+
+from server.children.helper import HelperFailed, HelperLimit, Helpers
+from server.errors import InvalidRequest, shown
+from server.messages.protocol import INVALID_GRAMMAR, Grammar
+
+_PROCESSES = 2
+_GRACE_SECONDS = 2.0  # beyond the limit, for a child to be ended and its parent to tell
+_KEPT = 1024  # answers: a few numbers each
+
+
+class GrammarChecker:
+    """Refuses what no engine could follow, or not within limits. `close` ends its processes.
+
+    Args:
+        seconds: that compiling may take.
+        memory: bytes that it may take.
+    """
+
+    def __init__(self, seconds: float, memory: int) -> None:
+        self._seconds = seconds
+        self._memory = memory
+        program = "server.children.programs.grammar_check"
+        self._helpers = Helpers(_PROCESSES, program, str(seconds), str(math.ceil(seconds)), str(memory))
+        self._answers: OrderedDict[bytes, dict[str, Any] | None] = OrderedDict()
+
+    async def close(self) -> None:
+        """End the processes."""
+        await self._helpers.close()
+
+    async def check(self, grammar: Grammar, param: str) -> Grammar:
+        """The grammar, with its size. Raises `InvalidRequest`; for a schema that names the keyword and its path.
+
+        Args:
+            param: where the client gave it.
+        """
+        key = blake2b(msgspec.msgpack.encode(grammar)).digest()
+        if key in self._answers:
+            self._answers.move_to_end(key)
+            answer = self._answers[key]
+        else:
+            # Half of the time is for the search of the culprit.
+            order = {"grammar": msgspec.to_builtins(grammar), "seconds": self._seconds / 2}
+            answer = None
+            with suppress(HelperLimit, HelperFailed):
+                answer = await self._helpers.ask(key.hex(), order, self._seconds + _GRACE_SECONDS)
+            if answer is None and grammar.kind == "json":
+                answer = {"path": await asyncio.to_thread(_heaviest, grammar.text)}
+            self._answers[key] = answer
+            if len(self._answers) > _KEPT:
+                self._answers.popitem(last=False)
+        if answer is not None and "size" in answer:
+            return msgspec.structs.replace(grammar, size=answer["size"])
+        raise self._refusal(answer or {}, param)
+
+    def _refusal(self, answer: dict[str, Any], param: str) -> InvalidRequest:
+        path = answer.get("path") or []
+        limits = f"{self._seconds:g} s (--grammar-seconds), {self._memory >> 20} MiB (--grammar-bytes)"
+        reason = answer.get("error") or f"it takes more than is allowed to compile: {limits}"
+        place = f" at `{shown('/' + '/'.join(path))}`" if path else ""
+        where = ".".join([param, *path])[:200]
+        return InvalidRequest(f"`{param}` is not supported{place}: {shown(reason)}", param=where, code=INVALID_GRAMMAR)
+
+
+def _heaviest(text: str) -> list[str]:
+    """The path to the part of a schema that makes it large; empty when it is nested too deep to be read."""
+    path: list[str] = []
+    try:
+        part: Any = json.loads(text)
+        while isinstance(part, dict | list) and part:
+            members = list(part.items()) if isinstance(part, dict) else list(enumerate(part))
+            sizes = [len(json.dumps(m) if isinstance(m, dict | list) else str(m)) for _, m in members]
+            largest = max(range(len(members)), key=sizes.__getitem__)
+            if sizes[largest] * 2 < sum(sizes):
+                break
+            key, part = members[largest]
+            path.append(str(key))
+    except RecursionError:
+        return []
+    return path
