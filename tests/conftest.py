@@ -4,6 +4,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+# Before torch: its idle threads must sleep, not spin, or two test processes on two cores stand in each other's way.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import hypothesis
 import pytest
 import torch
@@ -35,6 +38,28 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "lorakeet"
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+# Their files take longest, and begin first, so that no worker has one left when the others are done.
+LONGEST = (
+    "tests/faults/",
+    "tests/server/training/",
+    "tests/server/http/test_openapi.py",
+    "tests/server/engine/test_churn.py",
+    "tests/server/engine/",
+    "tests/examples/",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # xdist would begin with the files of the most tests
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        return next((i for i, path in enumerate(LONGEST) if item.nodeid.startswith(path)), len(LONGEST))
+
+    items.sort(key=place)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -16,7 +16,7 @@ from adapters.device.host import HostAdapter
 from adapters.device.pool import RowPool
 from adapters.device.rows import rounded
 
-FRESH_SECONDS = 1.0  # for which an adapter stays that was brought for somebody who has not had its turn yet
+FRESH_SECONDS = 1.0  # for which an adapter stays that was loaded for a sequence not yet scheduled
 
 Key = tuple[tuple[str, float], ...]  # (digest, weight) of each adapter of a sequence; () is the bare base
 Answer = Literal["ready", "loading", "full", "failed"]
@@ -84,7 +84,7 @@ class AdapterCache:
         self._references: Counter[str] = Counter()
         self._loading: dict[str, tuple[Future[HostAdapter], float]] = {}
         self._filling: dict[str, tuple[Future[None], HostAdapter, float]] = {}  # on their way to the device, since when
-        self._fresh: dict[str, float] = {}  # digest -> when it was filled; until somebody has it
+        self._fresh: dict[str, float] = {}  # digest -> when it was filled; until first acquired
         self._errors: dict[str, str] = {}
         self._forgotten: set[str] = set()
         self._pinned: dict[str, str] = {}  # digest -> path, in order of preference
@@ -147,7 +147,7 @@ class AdapterCache:
         return "ready"
 
     def release(self, key: Key) -> None:
-        """Give back what `acquire` took."""
+        """Give back the references of `acquire`."""
         for digest, _ in key:
             self._references[digest] -= 1
             if not self._references[digest]:
@@ -233,7 +233,7 @@ class AdapterCache:
         """See a pinned adapter onto the device, as soon as there is room beside those in use and the other pins."""
         if digest in self._host:
             self._place([digest], keep=self._pinned)
-        elif digest not in self._errors:  # until somebody asks for it and is told
+        elif digest not in self._errors:  # until a request has been given the error
             self._start_loading(digest)
 
     def _start_loading(self, digest: str) -> None:
@@ -248,7 +248,7 @@ class AdapterCache:
             self._changed.add(digest)
 
     def _trim_host(self, arrived: set[str]) -> None:
-        """Keep the host tier within its bound; what has just arrived stays, it is on its way to the device."""
+        """Keep the host tier within its bound; new arrivals stay, they are on their way to the device."""
         leaving = (digest for digest in list(self._host) if digest not in arrived)
         while self._held > self._host_bytes and (digest := next(leaving, None)) is not None:
             self._let_go(digest)

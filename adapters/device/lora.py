@@ -1,4 +1,4 @@
-"""LoraLinear: one frozen linear of the base, plus whatever the current step adds to it.
+"""LoraLinear: one frozen linear of the base, plus the current step's deltas.
 
 A step (serving or training) installs itself in the model's one `StepSlot`; every LoraLinear asks it for the adapters'
 part.

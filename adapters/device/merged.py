@@ -1,7 +1,7 @@
 """W + BA on the device: weights of an adapter's own, to be kept beside those of its base.
 
 W is the base as its files hold it, as in merge.py, so a bf16 merge holds what a checkpoint would; an NF4 merge is that,
-rounded as the base itself is. Works in pieces, so that whoever computes need not stop. Knows one linear at a time.
+rounded as the base itself is. Works in pieces, between which steps run. Knows one linear at a time.
 """
 
 from collections.abc import Generator

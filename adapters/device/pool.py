@@ -99,7 +99,7 @@ class RowPool:
         # On a GPU rows are filled by a stream of its own, beside the steps'.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._adapters: dict[str, ResidentAdapter] = {}
-        self._last: tuple[list[Use], SegmentDeltas] | None = None  # what `deltas` gave last, while that holds
+        self._last: tuple[list[Use], SegmentDeltas] | None = None  # the last result of `deltas`, while it is valid
 
         # Zeros, not empty: an unused row may be read (and multiplied by nothing) by a kernel that works in whole tiles.
         def storage(linear: LinearSize, width: int) -> Tensor:
@@ -185,7 +185,7 @@ class RowPool:
         return placed
 
     def fill(self, adapter: HostAdapter) -> None:
-        """Copy an adapter into its rows. May run beside steps, in another thread: nobody reads them yet.
+        """Copy an adapter into its rows. May run beside steps, in another thread: no step reads them yet.
 
         Raises OSError when its file cannot be read.
         """
@@ -197,7 +197,7 @@ class RowPool:
             assert reserved is not None
             self._stream.wait_event(reserved)
             self._copy(adapter)
-        self._stream.synchronize()  # whoever hears that rows are filled reads them on another stream
+        self._stream.synchronize()  # steps read the filled rows on another stream
 
     def _copy(self, adapter: HostAdapter) -> None:
         windows = self._adapters[adapter.digest].windows

@@ -1,4 +1,4 @@
-"""An adapter's `Extras` out of its tensors and the base: what DoRA, biases, norms, tables and new tokens come to."""
+"""Makes an adapter's `Extras` of its tensors and the base: DoRA, biases, norms, tables and new tokens."""
 
 from collections.abc import Mapping
 from functools import partial

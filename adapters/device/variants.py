@@ -1,7 +1,7 @@
-"""What an adapter does on the device besides its rank rows: DoRA, biases, norms, embeddings, heads, single tokens.
+"""An adapter's effects on the device besides rank rows: DoRA, biases, norms, embeddings, heads, single tokens.
 
 `variant_builder` makes an adapter's `Extras`; `StepExtras` applies those of one step, by hooks on the base's modules
-that exist only while the step runs, so that a step without extras runs exactly what it ran before. Every row's result
+that exist only while the step runs, so that a step without extras runs the base's modules alone. Every row's result
 is independent of the rows beside it.
 """
 
@@ -73,7 +73,7 @@ class EmbeddingExtras:
     affine: Affine | None = None
 
     def apply_(self, y: Tensor, ids: Tensor, weight: float, scale: float, vocabulary: int) -> None:
-        """Change the embedded tokens y [n, width] of ids [n]; `scale` is what the base multiplies its rows with.
+        """Change the embedded tokens y [n, width] of ids [n]; `scale` is the factor of the base's rows.
 
         `vocabulary` is the base's: tokens from there on have nothing embedded yet.
         """
@@ -221,7 +221,7 @@ class StepExtras:
 
     @contextmanager
     def installed(self, model: Any) -> Iterator[None]:
-        """Embedding, norms and head of `model` give what these adapters make of them."""
+        """Within it these adapters change the outputs of embedding, norms and head of `model`."""
         with ExitStack() as stack:
 
             def hook(module: nn.Module, function: Any) -> None:
@@ -243,7 +243,7 @@ class StepExtras:
 
 
 class _Asked:
-    """A hook before an embedding: it is asked for tokens that it has, and who comes after it knows which were meant."""
+    """A hook before an embedding: clamps ids to its vocabulary, and keeps the ids asked for."""
 
     def __init__(self, vocabulary: int) -> None:
         self.vocabulary = vocabulary

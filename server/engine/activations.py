@@ -1,4 +1,4 @@
-"""The optional int8 tier: steps whose 4-bit linears round their inputs to eight bits, and what that changes.
+"""The optional int8 tier: steps whose 4-bit linears round their inputs to eight bits, and the drift of that.
 
 Serving alone is switched: training, merging, the head and adapters' own rows go on with exact inputs, on the same base.
 What it changes is measured when it is switched on, against the exact path, on a text that never changes.
@@ -59,7 +59,9 @@ def round_to_int8(engine: Engine, directory: Path) -> None:
         dtype = str(base.dtype).removeprefix("torch.")
         raise UnservableModel(f"--activations int8 is for float32 on a CPU; here it would be {dtype} on {base.device}")
     if native.load() is None:
-        raise UnservableModel("--activations int8 needs the C++ kernels, which cannot be had here: leave it out")
+        raise UnservableModel(
+            "--activations int8 needs the C++ kernels, which this machine can neither load nor compile: leave it out"
+        )
     rounded = {}
     for linear in base.linears:
         if native.takes_weight(linear.weight):

@@ -34,7 +34,7 @@ class Batch:
     positions: Tensor  # int64 [T]
     attention: PagedAttention
     deltas: SegmentDeltas | None
-    keep: Tensor  # int64 [K], the logits indices: rows whose logits somebody wants
+    keep: Tensor  # int64 [K], the logits indices: rows whose logits are wanted
     kept: list[int]  # how many consecutive ones of them are each work's own
     extras: StepExtras | None  # what its adapters do besides rank rows
 
@@ -189,7 +189,7 @@ class Outcome:
     scored: dict[int, tuple[Tensor, Logprobs]] = field(default_factory=dict)
 
     def results(self) -> list[WorkResult]:
-        """Wait for what came out. One result per work, in order."""
+        """Wait for the device. One result per work, in order."""
         results = [WorkResult() for _ in self.works]
         for index, (finite, logprobs) in self.scored.items():
             if finite:
@@ -230,7 +230,7 @@ class InFlightStep:
         return tokens.clamp(min=0)  # any, where the logits were not finite
 
     def results(self) -> list[WorkResult]:
-        """Wait for what came out. One result per work, in order; to be asked for once."""
+        """Wait for the device. One result per work, in order; to be called once."""
         results: dict[int, WorkResult] = {}
         for places, outcome in self.outcomes:
             results |= zip(places, outcome.results(), strict=True)
@@ -266,7 +266,7 @@ def takes_argmax(work: Work) -> bool:
 
 
 def accept(work: Work, draws: list[Draw], result: WorkResult) -> None:
-    """Take draws for as long as what was drafted is what was drawn: then they are those of single steps."""
+    """Accept drawn tokens up to the first that differs from its draft: they equal those of single steps."""
     result.tokens += work.drafts[: work.skipped]
     for draw, draft in zip(draws, [*work.drafts[work.skipped :], None], strict=True):
         if draw.token is None:

@@ -3,9 +3,9 @@
 A block is a number; its keys and values live in tensors that this file never sees. A block's content is named by a
 key; equal keys mean equal content.
 
-A block is in exactly one of three states. *Free*: nobody refers to it and its content is worthless. *Cached*: nobody
-refers to it, but it was published under a key and `match` finds it until it is evicted. *Used*: somebody refers to it
-(it may be findable at the same time, so that running sequences share it).
+A block is in exactly one of three states. *Free*: it has no reference and no content. *Cached*: it has no reference,
+but was published under a key, and `match` finds it until it is evicted. *Used*: it has references (`match` may
+find it at the same time, so that running sequences share it).
 """
 
 from array import array
@@ -144,7 +144,7 @@ def chain_key(parent: bytes, spec: bytes, tokens: Seq[int]) -> bytes:
 
     Args:
         parent: the preceding block's key, or the root's; 32 bytes.
-        spec: what was computed there beside the tokens: the adapters in force, as `adapter_spec` writes them.
+        spec: the adapters in force, as `adapter_spec` writes them.
         tokens: the block's token ids.
     """
     digest = blake2b(parent, digest_size=32, person=b"kv-block")

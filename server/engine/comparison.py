@@ -1,7 +1,7 @@
 """Two ways of running one adapter, beside each other: how far apart their answers are, and how fast each of them is.
 
 Works in pieces between the engine's steps, on sequences that the scheduler never sees, with KV blocks of their own that
-are given back. Knows adapter keys, not what is behind them.
+are given back. Knows adapters by their keys alone.
 """
 
 import time
@@ -20,7 +20,7 @@ CONTEXT_BLOCKS = 2  # before the tokens whose speed is measured
 STEPS, WARM_UP = 14, 2  # tokens whose speed is measured, and how many of them do not count
 BATCHES = (1, 8)  # requests at once
 
-Pieces = Generator[str, None, None]  # what kind of piece comes next: alike in what they cost
+Pieces = Generator[str, None, None]  # the kind of the next piece: those of a kind cost alike
 
 
 class NoRoom(ValueError):
@@ -98,7 +98,7 @@ def _speed(
     requests: int,
     found: Comparison,
 ) -> Pieces:
-    """Sequences of a side share the context's blocks and have one each for what they generate."""
+    """Sequences of a side share the context's blocks and have one each for their generated tokens."""
     assert pool.block_size > STEPS
     taken = yield from _take(pool, 2 * (CONTEXT_BLOCKS + requests))
     try:
@@ -126,7 +126,7 @@ def _speed(
 
 
 def _take(pool: BlockPool, count: int) -> Generator[str, None, list[int]]:
-    """Blocks, as soon as taking them leaves some for those who run."""
+    """Blocks, as soon as as many are left for running sequences."""
     while pool.available < 2 * count or (taken := pool.allocate(count)) is None:
         yield "waiting"
     return taken

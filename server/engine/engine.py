@@ -41,7 +41,7 @@ FREE_ROWS = {"cpu": 3, "cuda": 64}
 
 @dataclass
 class _Live:
-    """What the engine remembers of a sequence besides the scheduler's state."""
+    """A sequence's state beside the scheduler's."""
 
     adapter: AdapterKey = ()
     constrained: bool = False
@@ -144,7 +144,7 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """The next step has something to compute, as far as anyone can tell."""
+        """The next step probably has something to compute."""
         scheduler = self.scheduler
         there = scheduler.running or self._in_flight is not None
         return bool(there) or (bool(scheduler.waiting) and not self.residency.loading)
@@ -249,7 +249,7 @@ class Engine:
         return outputs, stats
 
     def wait(self) -> None:
-        """Wait until the device has computed all it was given: what runs next has it to itself, and can be timed."""
+        """Wait until the device is idle: the next piece of work has it to itself, and can be timed."""
         if self._in_flight is not None and self.base.device.type == "cuda":
             started = time.monotonic()
             torch.cuda.current_stream(self.base.device).synchronize()

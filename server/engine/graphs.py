@@ -152,7 +152,7 @@ class CudaRecorder:
         self._stream = torch.cuda.Stream()
 
     def __call__(self, run: Run) -> Run:
-        # Two runs ahead compile and tune kernels, and make what they keep.
+        # Two runs ahead compile and tune kernels, and allocate the memory that they keep.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             for _ in range(2):

@@ -81,7 +81,7 @@ class Gaps:
                     self._active.append(pair)
 
     def fill(self, step_seconds: float, wait: Callable[[], None], *, busy: bool) -> list[protocol.Reply]:
-        """Run what fits after a step that took so long; the workers' replies.
+        """Run the pieces that fit after a step of so many seconds; the workers' replies.
 
         Args:
             wait: waits for the step in flight, for whose time a piece would be charged.
@@ -142,13 +142,13 @@ class Loop:
                 self._send(reply)
 
     def _is_news(self, stats: protocol.Stats) -> bool:
-        """Whether there is more to tell than that nothing happened; the increments among it are told once or never."""
+        """Whether these statistics are worth a message: their increments and changes are sent now or never."""
         counted = stats.step_requests or stats.loads or stats.evictions
         changed = stats.adapters or stats.merges is not None
         return bool(counted or changed) or (stats.running, stats.waiting) != self._told
 
     def _take_messages(self) -> None:
-        """Handle what has arrived; wait for more only when there is nothing to compute."""
+        """Handle the messages that have arrived; wait for more only when there is nothing to compute."""
         if self._engine.busy or self._gaps.ready:
             timeout = 0
         elif self._engine.loading:

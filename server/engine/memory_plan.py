@@ -1,4 +1,4 @@
-"""How much of the device goes where: KV blocks, adapter rows, the adapters' other parts, merged weights."""
+"""The device's memory divided: KV blocks, adapter rows, the adapters' variants, merged weights."""
 
 import math
 from typing import NamedTuple
@@ -32,14 +32,14 @@ def plan(base: Base, config: EngineConfig) -> DevicePlan:
     if num_blocks * BLOCK_SIZE < max_model_len:
         if config.max_model_len is not None:
             raise UnservableModel(
-                f"max_model_len {max_model_len} needs more KV cache than there is "
-                f"({num_blocks * BLOCK_SIZE} tokens): raise kv_cache_bytes or lower max_model_len"
+                f"--max-model-len {max_model_len} needs more KV cache than there is "
+                f"({num_blocks * BLOCK_SIZE} tokens): raise --kv-cache-bytes or lower --max-model-len"
             )
         max_model_len = num_blocks * BLOCK_SIZE
     max_batch_tokens = config.max_batch_tokens or DEFAULT_BATCH_TOKENS.get(base.device.type, 512)
     if max_batch_tokens <= config.max_batch_requests:
         raise UnservableModel(
-            f"max_batch_tokens {max_batch_tokens} must exceed max_batch_requests {config.max_batch_requests}, "
+            f"--max-batch-tokens {max_batch_tokens} must exceed --max-batch-requests {config.max_batch_requests}, "
             "or decoding would leave no room for prompts"
         )
     adapter_bytes = _share(base, 8, 1 << 30, 0.1) if config.adapter_bytes is None else config.adapter_bytes
@@ -59,7 +59,7 @@ def _num_blocks(base: Base, kv_cache_bytes: int | None) -> int:
     size = _share(base, 4, 2 << 30, 0.7) if kv_cache_bytes is None else kv_cache_bytes
     blocks = size // block
     if blocks < 2:
-        raise UnservableModel(f"kv_cache_bytes {size} holds {blocks} blocks of {block} bytes: at least 2 are needed")
+        raise UnservableModel(f"--kv-cache-bytes {size} holds {blocks} blocks of {block} bytes: at least 2 are needed")
     # More than every sequence of a full batch could use would never be touched.
     return min(blocks, math.ceil(base.max_model_len / BLOCK_SIZE) * 256)
 
@@ -76,5 +76,5 @@ def _pool_units(base: Base, adapter_bytes: int) -> int:
     unit = sum(size.unit_bytes for size in base.linear_sizes.values())
     units = adapter_bytes // unit
     if units < 2:
-        raise UnservableModel(f"adapter_bytes {adapter_bytes} holds no rank-row: one takes {2 * unit} bytes in fp32")
+        raise UnservableModel(f"--adapter-bytes {adapter_bytes} holds no rank row: one takes {2 * unit} bytes in fp32")
     return units

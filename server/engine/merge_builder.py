@@ -1,6 +1,6 @@
 """Builds merged weights between steps: waits for the adapter, merges linear by linear, compares, puts them in force.
 
-One order at a time, in pieces (a `GapWorker`). A fault ends the order and nothing else, and leaves nothing behind.
+One order at a time, in pieces (a `GapWorker`). A fault ends its order alone and leaves nothing behind.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""Adapters merged into weights of their own, beside the base: which there are, and which sequences run on them.
+"""The registry of merged weights beside the base, and of the sequences that run on them.
 
 A merge is an adapter under another key. `enter` gives a new sequence that key, its KV blocks are named by it, and the
 runner has the weights under it; the scheduler sees an adapter that is always ready. So a sequence ends as it began,

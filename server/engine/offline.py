@@ -1,4 +1,4 @@
-"""The engine process's loop without a server around it: JSON lines in, what happened and when as JSON lines out.
+"""The engine process's loop without a server around it: JSON lines in, timed results as JSON lines out.
 
 For measuring, on machines that need not have what a server needs. Started as `python -m server.engine.offline`; its
 first line is `{"model", "cache_dir", "adapters": {name: directory}}`, with more of `EngineConfig` under "engine" and
@@ -32,7 +32,7 @@ from server.training import bench
 
 
 class Script:
-    """Stands for the loop's socket: requests come at their times, and what is said is kept with its own.
+    """Stands for the loop's socket: requests arrive at their times, and replies are kept with theirs.
 
     Args:
         due: requests by ascending time; the loop is drained after the last, but not before `until`.
@@ -105,7 +105,7 @@ class Bench:
         self._gaps.handle(bench.endless_job("0", directory, self.engine.base, settings))
 
     def watch(self, seconds: float) -> dict[str, float]:
-        """Run without requests for a while; what has been trained since this was last asked."""
+        """Run without requests for a while; the training done since the last call."""
         for _ in self._loop([], time.perf_counter() + seconds):
             pass
         now = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What a sequence will probably say next, looked up in what it knows already: drafts for self-speculation.
+"""Prompt lookup: drafts for speculative decoding, found where a sequence's last tokens occurred before.
 
 A text that quotes, edits or repeats itself continues as it did before. A `Drafter` finds where the last few tokens
 occurred earlier, and proposes what followed them there. It also keeps count of how often its proposals come true, of

@@ -1,4 +1,4 @@
-"""What a step reports: gauges, counts since the report before, and the adapters whose tier or use has changed.
+"""A step's statistics: gauges, counts since the last report, and the adapters whose tier or use has changed.
 
 The cost is that of the running sequences and of the changes, however many adapters are resident.
 """
@@ -14,7 +14,7 @@ from server.messages.protocol import AdapterUse, Stats
 
 
 class Reporter:
-    """Makes the `Stats` of one engine's steps. Each is to be sent, or its changes are never told."""
+    """Makes the `Stats` of one engine's steps. Each must be sent: changes are reported once."""
 
     def __init__(self, scheduler: Scheduler, blocks: BlockPool, cache: AdapterCache, merges: MergedRegistry) -> None:
         self._scheduler = scheduler

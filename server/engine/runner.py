@@ -28,7 +28,7 @@ from server.model.base import Base
 
 
 class Weights:
-    """What a forward pass multiplies with: the base's weights, or merged ones.
+    """The weights of a forward pass: the base's, or merged ones.
 
     Args:
         merged: adapters are in the weights already, and add nothing.
@@ -105,7 +105,7 @@ class ForwardPath(ABC):
         return draw(batch, self.logits(batch), self.weights.base.eos_token_ids)
 
     def installed(self, batch: Batch) -> AbstractContextManager[None]:
-        """What adapters do besides rank rows is done in here."""
+        """Within it the batch's adapters apply their variants."""
         return batch.extras.installed(self.weights.base.model) if batch.extras else nullcontext()
 
 
@@ -128,7 +128,7 @@ class PlannedPath(ForwardPath):
             return weights.head(self._hidden(batch))
 
     def _hidden(self, batch: Batch) -> Tensor:
-        """What the planned decoder makes of the kept rows, fp32 [K, hidden]."""
+        """The planned decoder's output for the kept rows, fp32 [K, hidden]."""
         hidden = self.weights.hidden(batch.planned())
         return hidden if len(batch.keep) == len(hidden) else hidden[batch.keep]
 
@@ -176,11 +176,11 @@ class Runner:
         return Weights(base, *self._settings, merged=merged, planned=self._planned)
 
     def rebase(self, base: Base) -> None:
-        """From now on run what is not merged on this view of the base. Nothing may be in flight."""
+        """From now on run unmerged sequences on this view of the base. Nothing may be in flight."""
         self.weights = self._made(base, merged=False)
 
     def install(self, key: str, merged: Base) -> None:
-        """From now on sequences whose adapter is called `key` run on this base, and its rows are nobody's."""
+        """From now on sequences whose adapter is `key` run on this base, without rank rows."""
         self.merged[key] = self._made(merged, merged=True)
 
     def remove(self, key: str) -> None:
@@ -208,7 +208,7 @@ class Runner:
 
     @torch.no_grad()
     def warm_up(self, requests: int) -> None:
-        """Compile, tune and record on a GPU what decoding up to `requests` requests will need."""
+        """Compile, tune and record a GPU's kernels for decoding up to `requests` requests."""
         if self.weights.graphs is not None:
             self.weights.graphs.warm_up(requests)
 

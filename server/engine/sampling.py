@@ -7,7 +7,7 @@ A row's outcome is a function of that row alone. Its randomness is a hash of (se
 and speculation change nothing; and no reduction here depends on the number of rows (torch splits a sum over threads
 when it yields a single number, so long sums go through blocks).
 
-A GPU is given its work and never waited for: what it made is read later, from copies that are on their way to the host.
+A GPU is given its work and never waited for: results are read later, from copies that are on their way to the host.
 """
 
 from array import array
@@ -39,8 +39,8 @@ class Row:
     sampling: Sampling
     tokens: Sequence[int]  # everything before the token to be drawn: the prompt, then what was generated
     num_prompt: int
-    allowed: Tensor | None = None  # int32 [words]: bit i % 32 of word i // 32 allows token i
-    pending: int = 0  # tokens after those, before the one to be drawn, that nobody has read yet; 0 with penalties
+    allowed: Tensor | None = None  # int32 [ceil(vocabulary / 32)]: bit i % 32 of word i // 32 allows token i
+    pending: int = 0  # tokens between those and the one to be drawn, not yet read back; 0 with penalties
 
     @property
     def position(self) -> int:
@@ -292,8 +292,8 @@ def _column(rows: Sequence[Row], value: Callable[[Sampling], float], like: Tenso
 def _draw(scores: Tensor, rows: Sequence[Row]) -> Tensor:
     """One random token per row: int64 [rows].
 
-    Truncation is a floor under the weights, so what is kept never depends on how a sort orders equals: they stay or go
-    together (where vLLM's `top_p` may split them).
+    Truncation is a floor under the weights, so the kept tokens never depend on how a sort orders equals: they stay
+    or go together (where vLLM's `top_p` may split them).
     """
     # Relative to the peak before dividing: no temperature can overflow, and the likeliest token weighs exactly 1.
     weights = scores - scores.amax(-1, keepdim=True)  # [rows, vocabulary]

@@ -2,18 +2,17 @@
 
 There are no phases: a sequence has `num_computed` chasing its length, and every step spends one token budget, on
 decodes first, then on chunks of prompts under way, then on newcomers in order of arrival; what is left may go to drafts
-of sequences that speculate. `schedule` decides a step, the caller gives it to the device, and `advance` takes in what
-came out, one work at a time.
+of sequences that speculate. `schedule` decides a step, the caller gives it to the device, and `advance` takes in the
+results, one work at a time.
 
 Lengths advance when a step is given, so `schedule` decides the next one just as well before the tokens of the last were
 read. Only a sequence that needs those on the host (penalties, drafts) is passed over until they are. One that an
 in-flight step turns out to end is computed once more for nothing; what a sequence leaves is given back when no step in
 flight computes it any more.
 
-Blocks are numbers here, and adapters hashable keys whose residency is asked for. Stop strings are the business of
-whoever reads the tokens (and calls `abort`).
+Blocks are numbers here, and adapters hashable keys. Stop strings are found by the API process, which calls `abort`.
 
-Who waits, and why nobody waits for ever:
+Order and fairness:
 
 - An adapter that is being loaded, or has no room yet, holds up only its own sequences; others pass.
 - A sequence refused room for `patience` steps lets no younger one in on any adapter; as others finish, it gets room.
@@ -69,7 +68,7 @@ class Scheduler:
             )
         self.running: list[Sequence] = []  # these two are in order of arrival, for others to read
         self.waiting: list[Sequence] = []
-        self.leaving: list[Sequence] = []  # ended, and still in flight: they hold what they held
+        self.leaving: list[Sequence] = []  # ended, and still in flight: they keep their blocks and adapters
         self.counters = Counters()
         self._blocks = blocks
         self._residency = residency
@@ -114,7 +113,7 @@ class Scheduler:
         return True
 
     def fail(self, sequence_id: str, message: str, code: str) -> None:
-        """End one sequence with an error; what its last step computed is not offered to others. Unknown: no effect.
+        """End one sequence with an error; its last step's blocks are not published. Unknown ids are ignored.
 
         Its keys and values need not be finite: attention never reads what lies beyond a sequence's own tokens.
         """
@@ -244,7 +243,7 @@ class Scheduler:
         return False
 
     def _take_blocks(self, sequence: Sequence) -> bool:
-        """Find what is cached of a newcomer and allocate the rest of its known tokens' blocks, or change nothing."""
+        """Take a newcomer's cached blocks and allocate the rest for its known tokens, or change nothing."""
         # The last token is always computed, since its logits are wanted; so is every prompt token still to be scored.
         reusable = len(sequence.tokens) - 1
         if sequence.sampling.prompt_logprobs is not None:
@@ -286,7 +285,7 @@ class Scheduler:
     def _guess(self, sequence: Sequence, most: int, rows: int) -> list[int]:
         """What a sequence will probably say next, as far as it pays in a step of so many rows."""
         assert sequence._drafter is not None
-        # A row's part of the step's cost is what it brings there in tokens, or it does not pay.
+        # A draft pays if its chance of being right is at least its row's share of the step's cost.
         price = rows / (rows + self._free_rows)
         drafts = sequence._drafter.draft(sequence.tokens, most, price)
         return drafts if sequence.constraint is None else sequence.constraint.valid(drafts)

@@ -65,7 +65,7 @@ def run(engine: Engine, cache_dir: Path) -> None:
 
 @dataclass
 class _Recorder:
-    """Attention that computes nothing and notes what it was asked for."""
+    """Attention that computes nothing and records its calls."""
 
     entered: list[tuple[int, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
 
@@ -114,7 +114,7 @@ class _Answer:
     found: list[tuple[int, int, float]] = field(default_factory=list)  # (position before it, token, log-probability)
 
     def take(self, position: int, entry: TokenLogprob) -> None:
-        """Note what the engine says of the token after `position`."""
+        """Record the engine's log-probabilities of the token after `position`."""
         self.found += [(position, token, logprob) for token, logprob in [(entry.token, entry.logprob), *entry.top]]
 
 

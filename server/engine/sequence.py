@@ -1,4 +1,4 @@
-"""What a step is made of: sequences, and the tokens of each that it computes. `scheduler` decides, `runner` computes.
+"""Sequences, and the parts of them that a step computes. `scheduler` decides, `runner` computes.
 
 A step is *given* to the device, is in flight, and is *collected* when the tokens that it drew have been read. A
 sequence's lengths advance when a step is given, its `tokens` when that is collected: `pending` counts the difference.
@@ -108,7 +108,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one forward pass computes. Works of one adapter are neighbours, the bare base's come first."""
+    """The works of one step. Those of one adapter are neighbours, the bare base's come first."""
 
     works: tuple[Work, ...]
 

@@ -46,7 +46,7 @@ UNSERVED = {
 
 
 class UnservableModel(ValueError):
-    """This base cannot be served as asked; the message says why and what to do."""
+    """This base cannot be served with these settings; the message gives the reason and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def load(directory: Path, quantization: str, dtype: str, device: str, cache_dir:
 
 @contextmanager
 def refusing(model: str) -> Iterator[None]:
-    """Turn what libraries raise over a model into one line that names it; faults of the device pass through.
+    """Turn libraries' exceptions over a model into one line that names it; faults of the device pass through.
 
     Raises UnservableModel.
     """
@@ -205,7 +205,7 @@ def sketch_head(base: Base) -> None:
 
 
 def check_servable(config: Any) -> None:
-    """Raise UnservableModel for what the engine's attention and batching cannot do right."""
+    """Raise UnservableModel for features that the engine's attention and batching do not support."""
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UnservableModel(
             f"{_name(config)} is not served: transformers has no causal language model of type '{config.model_type}'"

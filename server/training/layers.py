@@ -23,7 +23,7 @@ class Untrainable(ValueError):
 
 @dataclass(frozen=True)
 class LayerCalls:
-    """The decoder's state before its first layer: hidden [1, T, H], and what each layer is called with beside it."""
+    """The decoder's state before its first layer: hidden [1, T, H], and each layer's other arguments."""
 
     hidden: Tensor
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
@@ -58,7 +58,7 @@ class LayeredModel:
 
     @torch.no_grad()
     def calls(self, ids: Tensor, positions: Tensor) -> LayerCalls:
-        """Embed packed tokens `[T]` and find out what the layers would be called with. Raises Untrainable."""
+        """Embed packed tokens `[T]` and catch the layers' arguments. Raises Untrainable."""
         inputs: list[Tensor] = []
         arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 

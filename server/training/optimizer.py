@@ -51,7 +51,7 @@ class AdamW:
         return found
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from what `state` gave."""
+        """Restore what `state` returned."""
         for number, optimizer in enumerate(self._slices):
             parameter = _parameter(optimizer)
             prefix = f"{number}."

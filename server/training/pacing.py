@@ -1,4 +1,4 @@
-"""How much of the device training may take while requests run. Arithmetic on seconds."""
+"""Gap work's share of the device's time while requests run."""
 
 import time
 from collections.abc import Callable
@@ -7,7 +7,7 @@ STARVED_SECONDS = 1.0
 
 
 class Pacer:
-    """Admits pieces of training between inference steps.
+    """Admits pieces of gap work between inference steps.
 
     Args:
         max_stall: seconds of training that may lie between two inference steps.
@@ -24,7 +24,7 @@ class Pacer:
 
     def served(self, seconds: float) -> None:
         """An inference step is over, and with it a new gap begins."""
-        # What cannot be spent in one gap is not saved up for long: a burst of training would be felt.
+        # Time not spent in a gap is saved up for a few only: a burst of work would delay requests.
         self._earned = min(self._earned + seconds * self._per_second, 4 * self.max_stall)
         self._left = self.max_stall
 

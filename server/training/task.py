@@ -44,7 +44,7 @@ AUTOSAVE_SECONDS = 60.0  # so much work, at most, is done again after a kill
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Packed sequences of one job, and what is to be done with them."""
+    """Packed sequences of one job, with labels and weight."""
 
     ids: Tensor  # int64 [T]
     positions: Tensor  # int64 [T], from 0 in each sequence

@@ -18,7 +18,7 @@ from server.messages.training import Init, ModuleShape
 
 
 def stream(device: torch.device, *key: object) -> torch.Generator:
-    """A random generator that depends on `key` alone: numbers drawn elsewhere cannot shift what comes from it."""
+    """A random generator that depends on `key` alone: numbers drawn elsewhere do not shift its own."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest) >> 1)
 
@@ -36,7 +36,7 @@ class _Module:
     scaling: float
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
-        """Adds to y [rows, out] in place; gives what `backward` wants again of x [rows, in]: A x [rows, rank]."""
+        """Adds to y [rows, out] in place; returns A x [rows, rank], which `backward` needs again."""
         down = x @ self.a.to(x.dtype).T
         b = self.b.to(x.dtype)
         if self.scale_vector is None:
@@ -79,7 +79,7 @@ class TrainableAdapter:
         seed: decides A; B starts at zero.
 
     Attributes:
-        values, grads: fp32 [parameters], what is trained and its accumulated gradient; scale vectors come last.
+        values, grads: fp32 [parameters], trained parameters and their accumulated gradient; scale vectors come last.
         decayed: how many of the first numbers weight decay applies to (not the scale vectors: they belong near 1).
     """
 

@@ -119,7 +119,7 @@ class Trainer:
             self._replies.append(JobEnded(id=message.id, outcome="failed", code=code, message=text))
 
     def plan_memory(self, message: PlanMemory) -> MemoryPlan:
-        """What a job would need beside what is in use now. Raises whatever training it would raise."""
+        """A job's memory, and what is free beside that in use now. Raises whatever training it would raise."""
         self._check(message.modules)
         return self._memory.plan(message)
 
@@ -270,7 +270,7 @@ class Trainer:
             share.task.took(float(sum(share.loss)), int(sum(share.correct)))
 
     def _loss(self, share: "_Share", hidden: Tensor, rows: Tensor, labels: Tensor, gradient: Tensor | None) -> None:
-        """The loss of some rows of `hidden` [T, H], and what it says to `gradient` [1, T, H]."""
+        """The loss of some rows of `hidden` [T, H], and its gradient into `gradient` [1, T, H]."""
         with torch.set_grad_enabled(gradient is not None):
             picked = hidden[rows].requires_grad_(gradient is not None)  # [n, H]
             logits = self._model.logits(picked).float()  # [n, V]
@@ -357,7 +357,7 @@ def _reason(fault: Exception, code: str) -> tuple[str, str]:
 
 
 def _is_device_fault(fault: Exception) -> bool:
-    """An illegal access or worse. Memory that ran out is none: what was there still is."""
+    """An illegal access or worse. Out of memory is none: the device's tensors are still there."""
     texts = ("CUDA error", "Triton Error [CUDA]")  # of faults that come as plain RuntimeErrors
     return isinstance(fault, torch.AcceleratorError) or any(text in str(fault) for text in texts)
 
