@@ -409,7 +409,7 @@ async def test_the_access_line_tells_adapter_and_tokens(
 
 
 async def test_an_answer_that_would_be_too_large_is_refused_before_any_work(tmp_path: Path) -> None:
-    async with serving(tmp_path, max_response_bytes=100_000) as served:
+    async with serving(tmp_path, max_response_bytes=120_000) as served:
         asked = {"prompt": [5] * 200, "echo": True, "logprobs": 20, "max_tokens": 1}
         assert (await complete(served, **asked | {"logprobs": 10})).status_code == 200
         served.engine.requests.clear()
@@ -418,7 +418,7 @@ async def test_an_answer_that_would_be_too_large_is_refused_before_any_work(tmp_
         assert (response.status_code, error["code"], error["param"]) == (400, "response_too_large", "logprobs")
         assert "`n`" in error["message"]
         assert served.engine.requests == []
-        response = await complete(served, prompt="x" * 3000, echo=True, n=128, max_tokens=1)
+        response = await complete(served, prompt=["x" * 240] * 7, echo=True, n=128, max_tokens=1)
         assert response.json()["error"]["param"] == "echo"
         assert served.engine.requests == []
         assert events(await complete(served, **(asked | {"stream": True, "n": 2})))[-1] == "[DONE]"
