@@ -64,7 +64,7 @@ def count_items(raw: bytes, enough: int) -> int:
     if b"\\" in raw:
         raw = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
     if (strings := raw.count(b'"') // 2) > 2 * enough:
-        return strings // 2  # each is an element, or the key or the value of an entry
+        return (strings + 1) // 2  # each is an element, or the key or the value of an entry
     outside = b"".join(raw.split(b'"')[::2])
     return sum(map(outside.count, _BEFORE_ITEMS))
 

@@ -241,7 +241,7 @@ class Settings:
         8 * MIB, "Largest JSON body.", parse=parse_size, minimum=1024, maximum=GIB, shown="8MiB"
     )
     max_body_items: int = _setting(
-        2**19,
+        2**18,
         "Most elements of lists and entries of objects in one JSON body, all together.",
         parse=_integer,
         minimum=1024,

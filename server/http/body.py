@@ -58,7 +58,7 @@ async def _read_bytes(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-def parse_body(raw: bytes, max_items: int = 2**19) -> Any:
+def parse_body(raw: bytes, max_items: int = 2**18) -> Any:
     """One JSON value. Raises `InvalidRequest`."""
     if count_items(raw, max_items) > max_items:
         raise InvalidRequest(

@@ -64,11 +64,14 @@ class Body(BaseModel):
     def _drop_what_changes_nothing(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        given = {k: v for k, v in data.items() if v is not None and not _same_as_one_of(v, cls.no_ops.get(k, ()))}
-        unknown = next((k for k in given if k not in cls.model_fields), None)
-        if unknown is None:
-            return given
-        return {unknown: given[unknown]} | {k: v for k, v in given.items() if k in cls.model_fields}
+        given: dict[str, Any] = {}
+        for name, value in data.items():
+            if value is None or _same_as_one_of(value, cls.no_ops.get(name, ())):
+                continue
+            given[name] = value
+            if name not in cls.model_fields:  # one is enough, and there may be a million
+                return given | {known: data[known] for known in cls.model_fields if data.get(known) is not None}
+        return given
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:

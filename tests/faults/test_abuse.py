@@ -114,16 +114,26 @@ def cost(bystander: Bystander, client: httpx.Client, method: str, path: str, bod
 
 
 def sizes(bystander: Bystander, client: httpx.Client, case: Case) -> Iterator[Cost]:
-    """The costs of half of the largest body and of the largest."""
+    """The costs of the largest body, of one with as many items as are taken, and, if that is slow, of half of it."""
     most, method, path = LARGEST, case.operation.method, case.path
     whole, code = cost(bystander, client, method, path, case.body(most))
-    if code == "too_many_items":
-        yield whole
-        while code == "too_many_items":
-            most = int(most * 0.9)
-            whole, code = cost(bystander, client, method, path, case.body(most))
-    yield cost(bystander, client, method, path, case.body(most // 2))[0]
     yield whole
+    while code == "too_many_items":
+        most = int(most * 0.8)
+        whole, code = cost(bystander, client, method, path, case.body(most))
+        yield whole
+    if whole.seconds > 1:
+        yield cost(bystander, client, method, path, case.body(most // 2))[0]
+
+
+def keeps(seen: list[Cost], rest: float) -> bool:
+    *_, whole, half = seen if len(seen) > 1 else seen * 2
+    return (
+        all(200 <= each.status < 500 for each in seen)
+        and max(each.memory for each in seen) <= MEMORY
+        and max(each.gap for each in seen) <= GAP + rest
+        and (whole.seconds <= 1 or whole.seconds <= 3 * half.seconds + 0.5)
+    )
 
 
 def test_full_bodies_keep_the_budget(server: RunningServer, bystander: Bystander, rest: float, tmp_path: Path) -> None:
@@ -132,20 +142,11 @@ def test_full_bodies_keep_the_budget(server: RunningServer, bystander: Bystander
     faults = []
     with httpx.Client(base_url=server.url, timeout=300) as client:
         for case in cases(operations):
-            seen = list(sizes(bystander, client, case))
-            half, whole = seen[-2:]
-            worst = max(seen, key=lambda each: each.gap)
-            if worst.gap > GAP + rest:  # somebody else may have had the processor: it must be seen twice
+            for _ in range(3):  # somebody else on this machine may have had the processor
                 seen = list(sizes(bystander, client, case))
-                half, whole = seen[-2:]
-                worst = max(seen, key=lambda each: each.gap)
-            kept = (
-                all(200 <= each.status < 500 for each in seen)
-                and max(each.memory for each in seen) <= MEMORY
-                and worst.gap <= GAP + rest
-                and whole.seconds <= 3 * half.seconds + 1
-            )
-            if not kept:
+                if keeps(seen, rest):
+                    break
+            else:
                 faults.append((str(case), seen))
                 print(case, *seen, sep="\n  ", flush=True)
     assert not faults

@@ -37,7 +37,8 @@ def _list(item: bytes) -> Callable[[int], bytes]:
 
 def _map(value: bytes, digits: int = 8) -> Callable[[int], bytes]:
     def made(size: int) -> bytes:
-        return b"{" + b",".join(b'"%0*d":%b' % (digits, i, value) for i in range(size // (digits + 4))) + b"}"
+        count = size // (digits + 4 + len(value))
+        return b"{" + b",".join(b'"%0*d":%b' % (digits, i, value) for i in range(count)) + b"}"
 
     return made
 

@@ -5,9 +5,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
-from tests.support.scripted import BASE, Served, serving
+from tests.support.scripted import BASE, EOS, TEXT, Served, encode, serving
 
 
 @pytest.fixture
@@ -67,3 +68,48 @@ async def test_usage_so_far_is_in_every_chunk_when_asked_for(
         assert counts[-2] == counts[-1]
     else:
         assert counts[:-1] == [None] * (len(chunks) - 1)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stop", [None, "lazy"])
+async def test_token_ids_are_where_vllm_has_them(served: Served, stream: bool, stop: str | None) -> None:
+    generated = [*encode(TEXT), EOS]
+    if stop:
+        generated = generated[: next(i for i in range(99) if stop in decoded(served, generated[:i]))]
+    for path, body in ENDPOINTS:
+        asked = body | {"return_token_ids": True, "stream": stream, "n": 2, "stop": stop}
+        objects = _objects(await served.client.post(path, json=asked))
+        choices = [choice for each in objects for choice in each["choices"]]
+        prompt = served.engine.requests[-1].prompt
+        for index in range(2):
+            ids = [choice["token_ids"] for choice in choices if choice["index"] == index]
+            assert [id_ for piece in ids for id_ in piece] == generated
+        holders = choices if path == "/v1/completions" else objects
+        found = [each["prompt_token_ids"] for each in holders if "prompt_token_ids" in each]
+        assert found == [prompt] * (2 if stream or path == "/v1/completions" else 1)
+
+
+@pytest.mark.parametrize(("path", "body"), ENDPOINTS)
+async def test_token_ids_are_left_out_unless_asked_for(served: Served, path: str, body: dict[str, Any]) -> None:
+    response = await served.client.post(path, json=body | {"return_token_ids": False})
+    assert "token_ids" not in response.text
+
+
+def decoded(served: Served, ids: list[int]) -> str:
+    return served.services.text.decode(ids, skip_special_tokens=True)
+
+
+def _objects(response: httpx.Response) -> list[dict[str, Any]]:
+    if not response.headers["content-type"].startswith("text/event-stream"):
+        return [response.json()]
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    return [json.loads(line) for line in lines if line != "[DONE]"]
+
+
+@pytest.mark.parametrize("pairs", [{str(i): "x" for i in range(17)}, {"k" * 65: "x"}, {"k": "x" * 513}, {"k": 1}])
+@pytest.mark.parametrize(("path", "body"), ENDPOINTS)
+async def test_labels_have_limits(served: Served, path: str, body: dict[str, Any], pairs: dict[str, Any]) -> None:
+    assert (await served.client.post(path, json=body | {"metadata": {"a": "b"}})).status_code == 200
+    response = await served.client.post(path, json=body | {"metadata": pairs})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"].startswith("metadata")

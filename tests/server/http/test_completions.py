@@ -403,3 +403,45 @@ async def test_the_access_line_tells_adapter_and_tokens(
         tokens,
         "code=context_length_exceeded",
     ]
+
+
+# --- the size of an answer -----------------------------------------------------------------------------------
+
+
+async def test_an_answer_that_would_be_too_large_is_refused_before_any_work(tmp_path: Path) -> None:
+    async with serving(tmp_path, max_response_bytes=120_000) as served:
+        asked = {"prompt": [5] * 200, "echo": True, "logprobs": 20, "max_tokens": 1}
+        assert (await complete(served, **asked | {"logprobs": 10})).status_code == 200
+        served.engine.requests.clear()
+        response = await complete(served, **asked, n=2)
+        error = response.json()["error"]
+        assert (response.status_code, error["code"], error["param"]) == (400, "response_too_large", "logprobs")
+        assert "`n`" in error["message"]
+        assert served.engine.requests == []
+        response = await complete(served, prompt=["x" * 240] * 7, echo=True, n=128, max_tokens=1)
+        assert response.json()["error"]["param"] == "echo"
+        assert served.engine.requests == []
+        assert events(await complete(served, **(asked | {"stream": True, "n": 2})))[-1] == "[DONE]"
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_an_answer_that_grows_too_large_ends(tmp_path: Path, path: str) -> None:
+    async with serving(tmp_path, max_response_bytes=4000) as served:
+        body: dict[str, Any] = {"model": BASE, "max_tokens": 100, "n": 20}
+        body |= (
+            {"prompt": "Hi", "logprobs": 5}
+            if path == "/v1/completions"
+            else {"messages": [{"role": "user", "content": "Hi"}], "logprobs": True, "top_logprobs": 5}
+        )
+        response = await served.client.post(path, json=body)
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "response_too_large")
+        assert served.engine.running == set()
+        streamed = await served.client.post(path, json=body | {"stream": True})
+        assert events(streamed)[-1] == "[DONE]"
+
+
+async def test_the_estimate_of_an_answer_is_near_its_size(served: Served) -> None:
+    for logprobs in (0, 5, 20):
+        asked = {"prompt": [*range(100, 300)], "echo": True, "logprobs": logprobs, "max_tokens": 0}
+        size = len((await complete(served, **asked)).content)
+        assert 0.5 < 200 * (40 + 25 * (1 + logprobs)) / size < 3

@@ -3,16 +3,21 @@
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import uvicorn
 
+from server.http import body as body_module
+from server.http import middleware as middleware_module
 from server.http.limits import LimitedHttpProtocol
 from server.messages.protocol import Generate
+from tests.support.harness import adapter_files
 from tests.support.scripted import BASE, TEXT, Served, encode, serving, unavailable
 
 
@@ -24,6 +29,12 @@ async def served(tmp_path: Path) -> AsyncIterator[Served]:
 
 @pytest.fixture
 async def port(served: Served) -> AsyncIterator[int]:
+    async with _listening(served) as port:
+        yield port
+
+
+@contextlib.asynccontextmanager
+async def _listening(served: Served) -> AsyncIterator[int]:
     config = uvicorn.Config(served.app, port=0, http=LimitedHttpProtocol, log_config=None, timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     running = asyncio.create_task(server._serve())  # without its signal handlers
@@ -168,3 +179,45 @@ async def test_a_client_that_leaves_while_sending_its_body_is_no_request(served:
     writer.close()
     await _until(lambda: served.services.drain.open_requests == 0)
     assert served.engine.requests == []
+
+
+async def test_large_bodies_of_clients_that_left_are_not_read(
+    served: Served, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+
+    def slow(raw: bytes, max_items: int) -> Any:
+        read.append(len(raw))
+        time.sleep(0.3)
+        return json.loads(raw)
+
+    monkeypatch.setattr(body_module, "parse_body", slow)
+    writers = []
+    for _ in range(8):
+        _, writer = await _open(port, "/v1/completions", {"model": BASE, "prompt": "Hi", "user": "u" * 100_000})
+        writers.append(writer)
+    await _until(lambda: served.services.drain.open_requests == 8 and read)
+    for writer in writers:
+        writer.close()
+    await _until(lambda: served.services.drain.open_requests == 0)
+    reader, writer = await _open(port, "/v1/completions", {"model": BASE, "prompt": "Hi", "user": "u" * 50_000})
+    assert b"200 OK" in await asyncio.wait_for(reader.readuntil(b"\r\n"), 5)
+    writer.close()
+    assert len(read) <= 3  # those that ran when they left, and the honest one
+
+
+async def test_an_upload_that_drips_gives_its_slot_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(middleware_module, "BODY_GRACE_SECONDS", 0.2)
+    async with serving(tmp_path, max_uploads=1) as served, _listening(served) as port:
+        head = b"POST /v1/adapters HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n"
+        _, dripping = await asyncio.open_connection("127.0.0.1", port)
+        dripping.write(head + b"Content-Type: multipart/form-data; boundary=b\r\n\r\n")
+        config, weights = adapter_files()
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+            files = {"config": config, "weights": weights}
+            uploading = asyncio.create_task(client.post("/v1/adapters", data={"name": "a"}, files=files, timeout=20))
+            while not uploading.done():
+                dripping.write(b"-")
+                await asyncio.sleep(0.02)
+            assert (await uploading).status_code == 201
+        dripping.close()

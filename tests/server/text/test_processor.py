@@ -1,5 +1,6 @@
 """The tokenizer, without torch, and chat templates, without trust in what they are applied to."""
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapters.peft_format.text import AdapterText, NewToken
-from server.errors import InvalidRequest
+from server.errors import ContextLengthExceeded, InvalidRequest
 from server.text import chat_template
 from server.text.chat_template import ChatTemplate, TemplateRefusal
 from server.text.processor import TextProcessor, TokenizerError
@@ -62,6 +63,46 @@ async def test_short_and_long_texts_tokenise_alike(text: TextProcessor) -> None:
     assert once == again == _tokenizer().encode(sample, add_special_tokens=False)
     assert await encode([sample * 200]) == [_tokenizer().encode(sample * 200)]
     assert text.decode(once, skip_special_tokens=False) == sample
+
+
+async def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(
+    text: TextProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits = "a" * (10 * text.longest_token)
+    await text.encode([fits], add_special_tokens=False, max_tokens=10, param="prompt")
+    monkeypatch.setattr(text, "_encode", None)
+    for too_long in (fits + "a", "漢" * (len(fits) // 3 + 1)):
+        with pytest.raises(ContextLengthExceeded) as refusal:
+            await text.encode(["short", too_long], add_special_tokens=False, max_tokens=10, param="messages")
+        assert refusal.value.param == "messages"
+
+
+def test_no_token_stands_for_more_bytes_than_the_longest(text: TextProcessor) -> None:
+    sizes = [len(text.token_bytes(id_)) for id_ in range(text.tokenizer.get_vocab_size())]
+    assert max(sizes) == text.longest_token
+
+
+async def test_encoding_ends_with_those_who_asked(text: TextProcessor, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int] = []
+
+    def encode(texts: list[str], special: bool) -> list[list[int]]:
+        begun.append(len(texts))
+        time.sleep(0.05)
+        return [[1]] * len(texts)
+
+    monkeypatch.setattr(text, "_encode", encode)
+    many = ["a" * 40_000] * 20
+    encoding = [
+        asyncio.create_task(text.encode(many, add_special_tokens=False, max_tokens=10_000, param="prompt"))
+        for _ in range(8)
+    ]
+    await asyncio.sleep(0.02)
+    for task in encoding:
+        task.cancel()
+    before = time.monotonic()
+    await text.encode(["b" * 5000], add_special_tokens=False, max_tokens=10_000, param="prompt")
+    assert time.monotonic() - before < 1
+    assert begun == [2, 1]  # what ran when they went, and the one that came then
 
 
 async def test_offsets_point_into_the_text(text: TextProcessor) -> None:
