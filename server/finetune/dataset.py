@@ -10,10 +10,9 @@ line is checked, and a bad one is named together with its field. The tokenizer c
 
 import hashlib
 import re
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, Protocol
 
 import msgspec
@@ -209,8 +208,8 @@ class Tokenizer(Protocol):
         """Tokens that end a completion, the usual one first."""
 
     @property
-    def special_token_ids(self) -> Collection[int]:
-        """Tokens that no ordinary text is made of."""
+    def special_tokens(self) -> Mapping[int, str]:
+        """Tokens that no ordinary text is made of, and their texts."""
 
     def render_chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
         """The chat template's text. Raises ValueError when the template refuses these messages."""
@@ -224,14 +223,10 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Encoded:
-    """One training sequence: `trained[i]` says that token i, given those before it, counts in the loss.
-
-    `turn_ends` has the token that follows each trained turn of a chat, where there is one.
-    """
+    """One training sequence: `trained[i]` says that token i, given those before it, counts in the loss."""
 
     tokens: list[int]
     trained: list[bool]
-    turn_ends: Sequence[int] = ()
 
 
 def encode(example: Example, tokenizer: Tokenizer, *, completions_only: bool = True) -> list[Encoded]:
@@ -275,14 +270,9 @@ def _encode_chat(example: ChatExample, tokenizer: Tokenizer, completions_only: b
     messages = [{"role": message.role, "content": message.text} for message in example.messages]
     whole = _render(tokenizer, messages)
     if not completions_only:
-        spans, end = [], 0
-        for message in example.messages:
-            if message.role == "assistant" and (start := whole.find(message.text.strip(), end)) >= 0:
-                end = start + len(message.text.strip())
-                spans.append((start, len(whole), message.text))
-        found = _mask_spans(whole, spans, tokenizer)
-        return [replace(found, trained=[False] + [True] * (len(found.tokens) - 1))]
-    turns: list[tuple[str, int, str]] = []  # (the text up to and including a trained turn, its beginning, its content)
+        tokens, _ = tokenizer.encode_with_offsets(whole)
+        return [Encoded(tokens, [False] + [True] * (len(tokens) - 1))]
+    turns: list[tuple[str, int]] = []  # (the text up to and including a trained turn, where the turn begins)
     for index, message in enumerate(example.messages):
         if message.role != "assistant" or message.weight == 0 or not message.text:
             continue
@@ -295,10 +285,10 @@ def _encode_chat(example: ChatExample, tokenizer: Tokenizer, completions_only: b
             start = next(i for i, (a, b) in enumerate(zip(before, through + "\0", strict=False)) if a != b)
             if start <= len(_render(tokenizer, messages[:index])):
                 raise DatasetError("the model's chat template hides where this turn begins", field=f"messages[{index}]")
-        turns.append((through, start, message.text))
-    if all(whole.startswith(through) for through, _, _ in turns):
-        return [_mask_spans(whole, [(start, len(through), said) for through, start, said in turns], tokenizer)]
-    return [_mask_spans(through, [(start, len(through), said)], tokenizer) for through, start, said in turns]
+        turns.append((through, start))
+    if all(whole.startswith(through) for through, _ in turns):
+        return [_mask_spans(whole, [(start, len(through)) for through, start in turns], tokenizer)]
+    return [_mask_spans(through, [(start, len(through))], tokenizer) for through, start in turns]
 
 
 def _render(tokenizer: Tokenizer, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
@@ -308,34 +298,38 @@ def _render(tokenizer: Tokenizer, messages: list[dict[str, str]], *, add_generat
         raise DatasetError(f"the model's chat template refuses it: {error}", field="messages") from error
 
 
-def _mask_spans(text: str, spans: list[tuple[int, int, str]], tokenizer: Tokenizer) -> Encoded:
-    """Train on the tokens inside `spans` of the text, up to each span's end-of-turn token: nothing follows it.
-
-    Args:
-        spans: start, end and content of each turn.
-    """
+def _mask_spans(text: str, spans: list[tuple[int, int]], tokenizer: Tokenizer) -> Encoded:
+    """Train on the tokens inside `spans` of the text, up to each span's end-of-turn token: nothing follows it."""
     tokens, offsets = tokenizer.encode_with_offsets(text)
     trained = [False] * len(tokens)
-    begins = [left for left, _ in offsets]
-    turn_ends: list[int] = []
-    for start, end, content in spans:
-        found = text.rfind(content.strip(), start, end)  # a template may change it
-        behind = end if found < 0 else found + len(content.strip())
-        rest = range(bisect_left(begins, behind), bisect_left(begins, end))
-        follows = next((i for i in rest if text[slice(*offsets[i])].strip()), None)
-        # A special token ends the turn; so does an ordinary one with nothing else behind the content.
-        if follows is not None and (
-            tokens[follows] in tokenizer.special_token_ids
-            or text[behind:end].strip() == text[slice(*offsets[follows])].strip()
-        ):
-            turn_ends.append(tokens[follows])
+    for start, end in spans:
         inside = [i for i, (left, right) in enumerate(offsets) if left >= start and right <= end and right > left]
         stop = next((n for n, i in enumerate(inside, 1) if tokens[i] in tokenizer.eos_token_ids), len(inside))
         for i in inside[:stop]:
             trained[i] = True
     if trained:
         trained[0] = False  # nothing comes before it to predict it from
-    return Encoded(tokens, trained, turn_ends)
+    return Encoded(tokens, trained)
+
+
+def turn_ends(example: ChatExample, tokenizer: Tokenizer) -> list[int]:
+    """The token that follows each trained turn of a chat as it is rendered, white space aside.
+
+    It must be a special one; behind the last turn an ordinary one will do if nothing else is there.
+    """
+    said = "Ara ararauna"  # in place of what was said: what is behind it is the template's
+    trained = [message.role == "assistant" and message.weight != 0 for message in example.messages]
+    messages = [
+        {"role": message.role, "content": said if counts else message.text}
+        for message, counts in zip(example.messages, trained, strict=True)
+    ]
+    _, *behind = _render(tokenizer, messages).split(said)
+    ends: list[int] = []
+    for rest in (text.strip() for text in behind):
+        ends += [id_ for id_, text in tokenizer.special_tokens.items() if rest.startswith(text)][:1]
+    if behind and not ends and len(ids := tokenizer.encode(behind[-1].strip(), add_special_tokens=False)) == 1:
+        ends = ids
+    return ends
 
 
 # --- whole files ------------------------------------------------------------------------------------
@@ -360,7 +354,7 @@ def load_dataset(
     report = Report()
     tokens: list[npt.NDArray[np.int32]] = []
     trained: list[npt.NDArray[np.bool_]] = []
-    turn_ends: Counter[int] = Counter()
+    ends: Counter[int] = Counter()
     seen: set[bytes] = set()
     for number, example in read_examples(_bounded_lines(file)):
         if example is None:
@@ -371,12 +365,12 @@ def load_dataset(
         seen.add(digest)
         try:
             sequences = encode(example, tokenizer, completions_only=completions_only)
+            ends.update(turn_ends(example, tokenizer) if isinstance(example, ChatExample) else ())
         except DatasetError as error:
             raise DatasetError(error.reason, number, error.field) from error
         report.over_long += any(len(sequence.tokens) > max_length for sequence in sequences)
         ids = [np.asarray(sequence.tokens[:max_length], np.int32) for sequence in sequences]
         masks = [np.asarray(sequence.trained[:max_length], np.bool_) for sequence in sequences]
-        turn_ends.update(token for sequence in sequences for token in sequence.turn_ends)
         kept = [pair for pair in zip(ids, masks, strict=True) if pair[1].any()]
         if not kept:
             report.empty += 1
@@ -391,9 +385,9 @@ def load_dataset(
     bounds = np.concatenate([[0], np.cumsum([len(part) for part in tokens])]).astype(np.int64)
     # An ordinary token that occurs within answers, too, would cut them short.
     stops = tuple(
-        token
-        for token, count in sorted(turn_ends.items())
-        if token in tokenizer.special_token_ids or np.count_nonzero(all_tokens[all_trained] == token) <= count
+        id_
+        for id_, count in sorted(ends.items())
+        if id_ in tokenizer.special_tokens or np.count_nonzero(all_tokens[all_trained] == id_) <= count
     )
     return Dataset(all_tokens, all_trained, bounds, report, stops)
 
