@@ -13,8 +13,8 @@ import itertools
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Collection, Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, BinaryIO, Literal, Protocol
 
 import msgspec
@@ -213,8 +213,8 @@ class Tokenizer(Protocol):
         """Tokens that end a completion, the usual one first."""
 
     @property
-    def special_token_ids(self) -> Collection[int]:
-        """Tokens that no ordinary text is made of."""
+    def special_tokens(self) -> Mapping[int, str]:
+        """Tokens that no ordinary text is made of, and their texts."""
 
     def render_chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
         """The chat template's text. Raises ValueError when the template refuses these messages."""
@@ -228,14 +228,10 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Encoded:
-    """One training sequence: `trained[i]` says that token i, given those before it, counts in the loss.
-
-    `turn_ends` has the token that follows each trained turn of a chat, where there is one.
-    """
+    """One training sequence: `trained[i]` says that token i, given those before it, counts in the loss."""
 
     tokens: list[int]
     trained: list[bool]
-    turn_ends: Sequence[int] = ()
 
 
 def encode(example: Example, tokenizer: Tokenizer, *, completions_only: bool = True) -> list[Encoded]:
@@ -279,13 +275,8 @@ def _encode_chat(example: ChatExample, tokenizer: Tokenizer, completions_only: b
     messages = [{"role": message.role, "content": message.text} for message in example.messages]
     whole = _render(tokenizer, messages)
     if not completions_only:
-        spans, end = [], 0
-        for message in example.messages:
-            if message.role == "assistant" and (start := whole.find(message.text.strip(), end)) >= 0:
-                end = start + len(message.text.strip())
-                spans.append((start, len(whole), message.text))
-        found = _mask_spans(whole, spans, tokenizer)
-        return [replace(found, trained=[False] + [True] * (len(found.tokens) - 1))]
+        tokens, _ = tokenizer.encode_with_offsets(whole)
+        return [Encoded(tokens, [False] + [True] * (len(tokens) - 1))]
     trained = [
         index
         for index, message in enumerate(example.messages)
@@ -298,14 +289,14 @@ def _encode_chat(example: ChatExample, tokenizer: Tokenizer, completions_only: b
             reason = f"has {len(trained)} assistant turns; this chat template allows {MAX_TURNS}: divide the chat"
             raise DatasetError(reason, field="messages")
     rendered = _turns(messages, trained, tokenizer)
-    if all(whole.startswith(through) for through, _, _ in rendered):
-        return [_mask_spans(whole, [(start, len(through), said) for through, start, said in rendered], tokenizer)]
-    return [_mask_spans(through, [(start, len(through), said)], tokenizer) for through, start, said in rendered]
+    if all(whole.startswith(through) for through, _ in rendered):
+        return [_mask_spans(whole, [(start, len(through)) for through, start in rendered], tokenizer)]
+    return [_mask_spans(through, [(start, len(through))], tokenizer) for through, start in rendered]
 
 
-def _turns(messages: list[dict[str, str]], trained: Iterable[int], tokenizer: Tokenizer) -> list[tuple[str, int, str]]:
-    """For each trained message: the text up to and including it, where it begins, and its content."""
-    turns: list[tuple[str, int, str]] = []
+def _turns(messages: list[dict[str, str]], trained: Iterable[int], tokenizer: Tokenizer) -> list[tuple[str, int]]:
+    """For each trained message: the text up to and including it, and where it begins."""
+    turns: list[tuple[str, int]] = []
     for index in trained:
         before = _render(tokenizer, messages[:index], add_generation_prompt=True)
         through = _render(tokenizer, messages[: index + 1])
@@ -316,13 +307,13 @@ def _turns(messages: list[dict[str, str]], trained: Iterable[int], tokenizer: To
             start = next(i for i, (a, b) in enumerate(zip(before, through + "\0", strict=False)) if a != b)
             if start <= len(_render(tokenizer, messages[:index])):
                 raise DatasetError("the model's chat template hides where this turn begins", field=f"messages[{index}]")
-        turns.append((through, start, messages[index]["content"]))
+        turns.append((through, start))
     return turns
 
 
 def _by_exchange(
     whole: str, messages: list[dict[str, str]], trained: Container[int], tokenizer: Tokenizer
-) -> list[tuple[int, int, str]] | None:
+) -> list[tuple[int, int]] | None:
     """Where a long chat's trained turns lie, found in time that grows with its length.
 
     Each exchange, a user's message and the answers to it, is rendered by itself behind the chat's system message. None
@@ -335,7 +326,7 @@ def _by_exchange(
     size = sum(len(message["content"]) for message in messages[:opening])
     if len(exchanges) < 2 or size * len(exchanges) > _REPETITION * len(whole):
         return None
-    spans: list[tuple[int, int, str]] = []
+    spans: list[tuple[int, int]] = []
     texts: list[str] = []
     try:
         for begin, end in exchanges:
@@ -350,10 +341,10 @@ def _by_exchange(
             inside = [i - begin + opening for i in range(begin, end) if i in trained]
             if len(inside) > _FEW_TURNS:
                 return None
-            for through, start, said in _turns(part, inside, tokenizer):
+            for through, start in _turns(part, inside, tokenizer):
                 if not text.startswith(through):
                     return None
-                spans.append((position + start, position + len(through), said))
+                spans.append((position + start, position + len(through)))
             position += len(text) - repeated
     except DatasetError:  # a template may refuse an exchange alone
         return None
@@ -367,27 +358,12 @@ def _render(tokenizer: Tokenizer, messages: list[dict[str, str]], *, add_generat
         raise DatasetError(f"the model's chat template refuses it: {error}", field="messages") from error
 
 
-def _mask_spans(text: str, spans: list[tuple[int, int, str]], tokenizer: Tokenizer) -> Encoded:
-    """Train on the tokens inside `spans` of the text, up to each span's end-of-turn token: nothing follows it.
-
-    Args:
-        spans: start, end and content of each turn.
-    """
+def _mask_spans(text: str, spans: list[tuple[int, int]], tokenizer: Tokenizer) -> Encoded:
+    """Train on the tokens inside `spans` of the text, up to each span's end-of-turn token: nothing follows it."""
     tokens, offsets = tokenizer.encode_with_offsets(text)
     trained = [False] * len(tokens)
     begins = [left for left, _ in offsets]
-    turn_ends: list[int] = []
-    for start, end, content in spans:
-        found = text.rfind(content.strip(), start, end)  # a template may change it
-        behind = end if found < 0 else found + len(content.strip())
-        rest = range(bisect_left(begins, behind), bisect_left(begins, end))
-        follows = next((i for i in rest if text[slice(*offsets[i])].strip()), None)
-        # A special token ends the turn; so does an ordinary one with nothing else behind the content.
-        if follows is not None and (
-            tokens[follows] in tokenizer.special_token_ids
-            or text[behind:end].strip() == text[slice(*offsets[follows])].strip()
-        ):
-            turn_ends.append(tokens[follows])
+    for start, end in spans:
         for i in range(bisect_left(begins, start), bisect_left(begins, end)):
             left, right = offsets[i]
             if left < right <= end:
@@ -396,7 +372,27 @@ def _mask_spans(text: str, spans: list[tuple[int, int, str]], tokenizer: Tokeniz
                     break
     if trained:
         trained[0] = False  # nothing comes before it to predict it from
-    return Encoded(tokens, trained, turn_ends)
+    return Encoded(tokens, trained)
+
+
+def turn_ends(example: ChatExample, tokenizer: Tokenizer) -> list[int]:
+    """The token that follows each trained turn of a chat as it is rendered, white space aside.
+
+    It must be a special one; behind the last turn an ordinary one will do if nothing else is there.
+    """
+    said = "Ara ararauna"  # in place of what was said: what is behind it is the template's
+    trained = [message.role == "assistant" and message.weight != 0 for message in example.messages]
+    messages = [
+        {"role": message.role, "content": said if counts else message.text}
+        for message, counts in zip(example.messages, trained, strict=True)
+    ]
+    _, *behind = _render(tokenizer, messages).split(said)
+    ends: list[int] = []
+    for rest in (text.strip() for text in behind):
+        ends += [id_ for id_, text in tokenizer.special_tokens.items() if rest.startswith(text)][:1]
+    if behind and not ends and len(ids := tokenizer.encode(behind[-1].strip(), add_special_tokens=False)) == 1:
+        ends = ids
+    return ends
 
 
 # --- whole files ------------------------------------------------------------------------------------
@@ -421,7 +417,7 @@ def load_dataset(
     report = Report()
     tokens: list[npt.NDArray[np.int32]] = []
     trained: list[npt.NDArray[np.bool_]] = []
-    turn_ends: Counter[int] = Counter()
+    ends: Counter[int] = Counter()
     seen: set[bytes] = set()
     for number, example in read_examples(_bounded_lines(file)):
         if example is None:
@@ -432,12 +428,12 @@ def load_dataset(
         seen.add(digest)
         try:
             sequences = encode(example, tokenizer, completions_only=completions_only)
+            ends.update(turn_ends(example, tokenizer) if isinstance(example, ChatExample) else ())
         except DatasetError as error:
             raise DatasetError(error.reason, number, error.field) from error
         report.over_long += any(len(sequence.tokens) > max_length for sequence in sequences)
         ids = [np.asarray(sequence.tokens[:max_length], np.int32) for sequence in sequences]
         masks = [np.asarray(sequence.trained[:max_length], np.bool_) for sequence in sequences]
-        turn_ends.update(token for sequence in sequences for token in sequence.turn_ends)
         kept = [pair for pair in zip(ids, masks, strict=True) if pair[1].any()]
         if not kept:
             report.empty += 1
@@ -452,9 +448,9 @@ def load_dataset(
     bounds = np.concatenate([[0], np.cumsum([len(part) for part in tokens])]).astype(np.int64)
     # An ordinary token that occurs within answers, too, would cut them short.
     stops = tuple(
-        token
-        for token, count in sorted(turn_ends.items())
-        if token in tokenizer.special_token_ids or np.count_nonzero(all_tokens[all_trained] == token) <= count
+        id_
+        for id_, count in sorted(ends.items())
+        if id_ in tokenizer.special_tokens or np.count_nonzero(all_tokens[all_trained] == id_) <= count
     )
     return Dataset(all_tokens, all_trained, bounds, report, stops)
 

@@ -280,7 +280,11 @@ class JobManager:
 
     async def _fail(self, job: Job, error: JobError) -> None:
         with contextlib.suppress(JobStateError):
-            await self._move(job, "failed", error.message, error=error)
+            while True:
+                with contextlib.suppress(OSError):  # the disk is full to the last byte
+                    await self._move(job, "failed", error.message, error=error)
+                    return
+                await asyncio.sleep(SPACE_SECONDS)
 
     async def _died(self, job: Job) -> None:
         """Remember that an engine died while it had the job. Raises JobFailedError when that was one too many."""

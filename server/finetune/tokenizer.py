@@ -14,13 +14,13 @@ class TrainingTokenizer:
 
     Attributes:
         eos_token_ids: every token that ends an answer when it is served.
-        special_token_ids: the tokenizer's added tokens.
+        special_tokens: the tokenizer's added tokens, and their texts.
     """
 
     def __init__(self, text: TextProcessor, eos_token_ids: Sequence[int]) -> None:
         self._text = text
         self.eos_token_ids = tuple(dict.fromkeys([*eos_token_ids, *text.stop_tokens]))
-        self.special_token_ids = text.added_tokens.keys()
+        self.special_tokens = text.added_tokens
 
     def render_chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
         template = self._text.chat_template

@@ -25,7 +25,7 @@ class TinyTokenizer:
         self.hf: transformers.PreTrainedTokenizerFast = _tokenizer()
         self.template = template or self.hf.chat_template
         self.eos_token_ids = [int(self.hf.eos_token_id)]
-        self.special_token_ids = self.hf.added_tokens_decoder.keys()
+        self.special_tokens = {id_: token.content for id_, token in self.hf.added_tokens_decoder.items()}
 
     def render_chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
         text = self.hf.apply_chat_template(
