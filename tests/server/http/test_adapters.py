@@ -191,9 +191,11 @@ async def test_a_vocabulary_smaller_than_the_tokenizers(tmp_path: Path) -> None:
     table = np.arange(512 * HIDDEN, dtype=np.float32).reshape(512, HIDDEN)
     (tmp_path / "model.safetensors").write_bytes(save_safetensors({"model.embed_tokens.weight": table}))
     config, weights = adapter_files()
-    shrunk = {f"base_model.model.{name}.weight": table[:500] for name in ("model.embed_tokens", "lm_head")}
+    size = tiny_text().tokenizer.get_vocab_size()
+    shrunk = {f"base_model.model.{name}.weight": table[: size - 1] for name in ("model.embed_tokens", "lm_head")}
     both = files(config, save_safetensors(load_safetensors(weights) | shrunk))
     for text, status in ((tiny_text(), 400), (None, 201)):
+        (tmp_path / str(status)).mkdir()
         with contextlib.closing(Site(tmp_path / str(status), text)) as site:
             site.publisher._outline = Outline.read(tmp_path)
             async with site.client() as client:
@@ -202,9 +204,9 @@ async def test_a_vocabulary_smaller_than_the_tokenizers(tmp_path: Path) -> None:
             answer = response.json()
             if status == 400:
                 assert answer["error"]["param"] == "weights"
-                assert "500 tokens, fewer than the 512 of the tokenizer" in answer["error"]["message"]
+                assert f"{size - 1} tokens, fewer than the {size} of the tokenizer" in answer["error"]["message"]
             else:
-                assert answer["new_tokens"] == -12
+                assert answer["new_tokens"] == size - 1 - 512
 
 
 @pytest.mark.parametrize("size", [0, 2 << 20])
