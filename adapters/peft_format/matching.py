@@ -58,8 +58,9 @@ def new_tokens(tensors: Mapping[str, TensorEntry], outline: Outline) -> int:
     new = max(rows.values(), default=0) - outline.table_shape[0]
     if new > MAX_NEW_TOKENS:
         raise AdapterError(f"the weights have {new} new tokens; at most {MAX_NEW_TOKENS} are served", "weights")
-    # Models are shrunk to the length of their tokenizer in both; anything else is told when shapes are compared.
-    return new if new > 0 or rows.get(outline.embedding) else 0
+    # A model is shrunk in both tables, and PEFT saves both; or only the embedding's, adapted, where the head is tied.
+    adapted = f"{PREFIX}{outline.embedding}.base_layer.weight" in tensors
+    return new if new > 0 or len(rows) == len(outline.tables) or adapted else 0
 
 
 def _check_shape(name: str, tensor: TensorEntry, wanted: tuple[int, ...]) -> None:

@@ -47,10 +47,11 @@ def boot(config: EngineConfig, check: Callable[[Engine], object]) -> Engine:
 
 def gap_work(engine: Engine, config: EngineConfig) -> Gaps:
     """All work in the gaps of an engine's steps, each at the pace that the settings allow."""
-    stall = config.finetune_max_stall_ms / 1e3
+    stall, base = config.finetune_max_stall_ms / 1e3, engine.base
+    files = Outline.read(Path(config.model)).loaded(tied=base.tied, renamed=base.renamed)
     return Gaps(
         [
-            (Trainer(engine.base), Pacer(stall, config.finetune_share)),
-            (MergeBuilder(engine, Outline.read(Path(config.model))), Pacer(stall, config.merge_share)),
+            (Trainer(base), Pacer(stall, config.finetune_share)),
+            (MergeBuilder(engine, files), Pacer(stall, config.merge_share)),
         ]
     )

@@ -287,6 +287,7 @@ def resized_logprobs(model: Path, adapter: Path, tokens: int) -> torch.Tensor:
 RESIZED: dict[str, dict[str, Any]] = {
     "frozen": {},
     "adapted": {"target_modules": ["q_proj", "embed_tokens", "lm_head"]},
+    "adapted embedding": {"target_modules": ["q_proj", "embed_tokens"]},
     "DoRA": {"target_modules": ["q_proj", "embed_tokens", "lm_head"], "use_dora": True},
     "saved": {"modules_to_save": ["embed_tokens", "lm_head"]},
     "saved head": {"modules_to_save": ["lm_head"], "bias": "all"},
@@ -299,6 +300,8 @@ RESIZED: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", RESIZED)
 def test_a_vocabulary_of_another_size(base: str, kind: str, tokens: int, world: World, tmp_path: Path) -> None:
     """Shrunk to the length of the tokenizer, as many scripts do; and on a head with a bias (phi)."""
+    if (base, kind) == ("phi", "adapted embedding"):
+        pytest.skip("PEFT saves no head beside an adapted embedding: only a tied one is whole")
     save_resized(tmp_path, world.model(base), tokens, **RESIZED[kind])
     ours = our_logprobs(world.engine(base), tmp_path, PROMPT)
     torch.testing.assert_close(ours, resized_logprobs(world.model(base), tmp_path, tokens), atol=1e-3, rtol=0)

@@ -12,11 +12,14 @@ from urllib.parse import quote
 import httpx
 import numpy as np
 import pytest
+from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
+from adapters.peft_format.outline import Outline
 from adapters.storage.store import AdapterStore
 from server.services import TENANT
-from tests.support.harness import Site, adapter_files
+from tests.support.harness import HIDDEN, Site, adapter_files
+from tests.support.tiny import tiny_text
 
 CODES = {"message", "type", "param", "code"}
 
@@ -181,6 +184,29 @@ async def test_bad_configs_and_weights_name_the_culprit(site: Site) -> None:
         await refused(site, await post(config, b"\x80\x04\x95pickled"), 400, "weights")
     error = await refused(site, await push(site, "legal", rank=40), 400, "r")
     assert error["code"] == "adapter_too_large"
+
+
+async def test_a_vocabulary_smaller_than_the_tokenizers(tmp_path: Path) -> None:
+    """Text would become tokens that the adapter does not have."""
+    table = np.arange(512 * HIDDEN, dtype=np.float32).reshape(512, HIDDEN)
+    (tmp_path / "model.safetensors").write_bytes(save_safetensors({"model.embed_tokens.weight": table}))
+    config, weights = adapter_files()
+    size = tiny_text().tokenizer.get_vocab_size()
+    shrunk = {f"base_model.model.{name}.weight": table[: size - 1] for name in ("model.embed_tokens", "lm_head")}
+    both = files(config, save_safetensors(load_safetensors(weights) | shrunk))
+    for text, status in ((tiny_text(), 400), (None, 201)):
+        (tmp_path / str(status)).mkdir()
+        with contextlib.closing(Site(tmp_path / str(status), text)) as site:
+            site.publisher._outline = Outline.read(tmp_path)
+            async with site.client() as client:
+                response = await client.post("/v1/adapters", data={"name": "legal"}, files=both)
+            assert response.status_code == status, response.text
+            answer = response.json()
+            if status == 400:
+                assert answer["error"]["param"] == "weights"
+                assert f"{size - 1} tokens, fewer than the {size} of the tokenizer" in answer["error"]["message"]
+            else:
+                assert answer["new_tokens"] == size - 1 - 512
 
 
 @pytest.mark.parametrize("size", [0, 2 << 20])
