@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from asyncio.subprocess import PIPE, Process
 from contextlib import suppress
 from typing import Any
@@ -49,6 +50,7 @@ class Helper:
         self._priority: Priority = priority
         self._memory = memory
         self._process: Process | None = None
+        self.ready = 0.0  # since when, on the monotonic clock
         self._closed = False
 
     async def ask(self, order: Any, seconds: float | None, kind: Any = Any) -> Any:
@@ -93,13 +95,9 @@ class Helper:
             raise HelperFailed("the server is shutting down")
         process = self._process or await self._start()
         assert process.stdin is not None
-        assert process.stdout is not None
         process.stdin.write(content)
         await process.stdin.drain()
-        size = int.from_bytes(await process.stdout.readexactly(PREFIX_BYTES), "little")
-        if size > _MAX_ANSWER:
-            raise HelperLimit(f"makes an answer of more than {_MAX_ANSWER} bytes")
-        return await process.stdout.readexactly(size)
+        return await _read(process)
 
     async def _start(self) -> Process:
         # Idle threads must sleep, not spin; and those of numpy's BLAS take memory that is never used.
@@ -115,7 +113,10 @@ class Helper:
             give_way(self._priority, self._process.pid)
             if self._memory and sys.platform == "linux":
                 resource.prlimit(self._process.pid, resource.RLIMIT_DATA, (self._memory, self._memory))
-        return self._process
+        process = self._process
+        await _read(process)
+        self.ready = time.monotonic()
+        return process
 
     async def _end(self) -> int | None:
         """Its exit status."""
@@ -136,13 +137,14 @@ class Helpers:
         self._idle = list(self._all)
         self._turns = Turns(count)
 
-    async def ask(self, key: str, order: Any, seconds: float, kind: Any = Any) -> Any:
-        """As `Helper.ask`, in turn. `seconds` begin with the turn."""
-        async with self._turns.take(key):
+    async def ask(self, key: str, order: Any, seconds: float, kind: Any = Any, work: str | None = None) -> Any:
+        """As `Helper.ask`, in turn; `seconds` begin with it. `work`: of orders that take as long, if not `key`."""
+        async with self._turns.take(key, work or key) as call:
             helper = self._idle.pop()
             try:
                 return await helper.ask(order, seconds, kind)
             finally:
+                call.began = max(call.began, helper.ready)  # starting a process says nothing of the work
                 self._idle.append(helper)
 
     async def close(self) -> None:
@@ -157,6 +159,14 @@ async def ask_once(function: str, order: Any, seconds: float | None) -> Any:
         return await helper.ask({"function": function, "order": order}, seconds)
     finally:
         await helper.close()
+
+
+async def _read(process: Process) -> bytes:
+    assert process.stdout is not None
+    size = int.from_bytes(await process.stdout.readexactly(PREFIX_BYTES), "little")
+    if size > _MAX_ANSWER:
+        raise HelperLimit(f"makes an answer of more than {_MAX_ANSWER} bytes")
+    return await process.stdout.readexactly(size)
 
 
 def _opened(content: bytes, kind: Any) -> Any:
