@@ -19,11 +19,11 @@ def frame(content: bytes) -> bytes:
 
 
 def serve(answer: Callable[[bytes], bytes]) -> None:
-    """Say that it is ready, and answer orders from standard input until that ends, or whoever sends them does."""
+    """Send an empty frame, and answer orders from standard input until that ends, or whoever sends them does."""
     end_with_parent()
     orders, answers = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
-    answers.write(frame(b""))  # it is ready
+    answers.write(frame(b""))
     answers.flush()
     while prefix := orders.read(PREFIX_BYTES):
         answers.write(frame(answer(orders.read(int.from_bytes(prefix, "little")))))

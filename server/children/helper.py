@@ -10,6 +10,7 @@ import os
 import resource
 import signal
 import sys
+import time
 from asyncio.subprocess import PIPE, Process
 from contextlib import suppress
 from typing import Any
@@ -23,7 +24,6 @@ from server.children.turns import Turns
 
 WORK = "server.children.programs.work"
 _MAX_ANSWER = 256 * 1024 * 1024  # bytes
-_START_SECONDS = 60.0  # for a program to come up, on the busiest of machines
 _DIED = (asyncio.IncompleteReadError, ConnectionError)
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,7 @@ class Helper:
         self._priority: Priority = priority
         self._memory = memory
         self._process: Process | None = None
+        self.ready = 0.0  # since when, on the monotonic clock
         self._closed = False
 
     async def ask(self, order: Any, seconds: float | None, kind: Any = Any) -> Any:
@@ -60,14 +61,9 @@ class Helper:
             OSError: the disk's fault.
             HelperLimit, HelperFailed.
         """
-        if self._closed:
-            raise HelperFailed("the server is shutting down")
         content, answer = frame(msgspec.json.encode(order, enc_hook=str)), None
         served_before = self._process is not None
         try:
-            if not served_before:  # whose time is not the order's
-                async with asyncio.timeout(_START_SECONDS):
-                    await self._start()
             async with asyncio.timeout(seconds):
                 try:
                     answer = await self._exchange(content)
@@ -95,20 +91,18 @@ class Helper:
         await self._end()
 
     async def _exchange(self, content: bytes) -> bytes:
+        if self._closed:
+            raise HelperFailed("the server is shutting down")
         process = self._process or await self._start()
         assert process.stdin is not None
-        assert process.stdout is not None
         process.stdin.write(content)
         await process.stdin.drain()
-        size = int.from_bytes(await process.stdout.readexactly(PREFIX_BYTES), "little")
-        if size > _MAX_ANSWER:
-            raise HelperLimit(f"makes an answer of more than {_MAX_ANSWER} bytes")
-        return await process.stdout.readexactly(size)
+        return await _read(process)
 
     async def _start(self) -> Process:
         # Idle threads must sleep, not spin; and those of numpy's BLAS take memory that is never used.
         environment = {"OMP_WAIT_POLICY": "PASSIVE"} | ({"OPENBLAS_NUM_THREADS": "1"} if self._memory else {})
-        self._process = process = await asyncio.create_subprocess_exec(
+        self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", *self._command),
             stdin=PIPE,
             stdout=PIPE,
@@ -116,11 +110,12 @@ class Helper:
             start_new_session=True,
         )
         with suppress(ProcessLookupError):  # the interpreter still starts
-            give_way(self._priority, process.pid)
+            give_way(self._priority, self._process.pid)
             if self._memory and sys.platform == "linux":
-                resource.prlimit(process.pid, resource.RLIMIT_DATA, (self._memory, self._memory))
-        assert process.stdout is not None
-        await process.stdout.readexactly(PREFIX_BYTES)  # it is ready
+                resource.prlimit(self._process.pid, resource.RLIMIT_DATA, (self._memory, self._memory))
+        process = self._process
+        await _read(process)
+        self.ready = time.monotonic()
         return process
 
     async def _end(self) -> int | None:
@@ -142,13 +137,14 @@ class Helpers:
         self._idle = list(self._all)
         self._turns = Turns(count)
 
-    async def ask(self, key: str, order: Any, seconds: float, kind: Any = Any) -> Any:
-        """As `Helper.ask`, in turn. `seconds` begin with the turn."""
-        async with self._turns.take(key):
+    async def ask(self, key: str, order: Any, seconds: float, kind: Any = Any, work: str | None = None) -> Any:
+        """As `Helper.ask`, in turn; `seconds` begin with it. `work`: of orders that take as long, if not `key`."""
+        async with self._turns.take(key, work or key) as call:
             helper = self._idle.pop()
             try:
                 return await helper.ask(order, seconds, kind)
             finally:
+                call.began = max(call.began, helper.ready)  # starting a process says nothing of the work
                 self._idle.append(helper)
 
     async def close(self) -> None:
@@ -163,6 +159,14 @@ async def ask_once(function: str, order: Any, seconds: float | None) -> Any:
         return await helper.ask({"function": function, "order": order}, seconds)
     finally:
         await helper.close()
+
+
+async def _read(process: Process) -> bytes:
+    assert process.stdout is not None
+    size = int.from_bytes(await process.stdout.readexactly(PREFIX_BYTES), "little")
+    if size > _MAX_ANSWER:
+        raise HelperLimit(f"makes an answer of more than {_MAX_ANSWER} bytes")
+    return await process.stdout.readexactly(size)
 
 
 def _opened(content: bytes, kind: Any) -> Any:

@@ -74,6 +74,7 @@ class TextProcessor:
         self.renderer = renderer
         self._special_tokens = dict(special_tokens or {})
         self._own_template: str | None = None  # an adapter's
+        self._key = ""  # the adapter's
         self._adapted: OrderedDict[str, TextProcessor] = OrderedDict()  # least recently used first
         self._piece_bytes = _piece_decoder(json.loads(tokenizer.to_str()))
         added = tokenizer.get_added_tokens_decoder()
@@ -126,6 +127,7 @@ class TextProcessor:
         found = self._adapted.get(key)
         if found is None:
             found = await asyncio.to_thread(lambda: self._extended(read()))
+            found._key = key
             if found._own_template is not None:
                 found.stop_tokens = found._with_turn_end(await found._render_probe())
             self._adapted[key] = found
@@ -241,6 +243,7 @@ class TextProcessor:
                 self._special_tokens,
                 messages,
                 max_tokens * self.longest_token,
+                self._key,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 arguments=dict(arguments),

@@ -1,6 +1,7 @@
 """Chat templates of adapters, rendered in processes that can be killed, within limits of time, memory and text."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from adapters.peft_format.fields import AdapterError
@@ -9,6 +10,7 @@ from server.errors import InvalidRequest
 from server.text.chat_template import MAX_OUTPUT
 
 _PROCESSES = 2
+_PROBE = ({"role": "user", "content": "Hello"},)
 _GRACE_SECONDS = 2.0  # beyond the limit, for a process to start and to tell
 
 
@@ -25,8 +27,10 @@ class TemplateRenderer:
         await self._helpers.close()
 
     async def check(self, source: str) -> None:
-        """Raises `InvalidRequest` for what is no template."""
+        """Raises `InvalidRequest` for what is no template. Learns whether it is slow."""
         await self.render(source, {}, None)
+        with suppress(InvalidRequest):
+            await self.render(source, {}, _PROBE, 2**20)
 
     async def render(
         self,
@@ -34,13 +38,14 @@ class TemplateRenderer:
         special_tokens: Mapping[str, str],
         messages: Sequence[Mapping[str, Any]] | None,
         max_characters: int = MAX_OUTPUT,
+        adapter: str = "",
         **options: Any,
     ) -> str:
-        """As `ChatTemplate.render`. Raises `InvalidRequest` also for one that exceeds its limits."""
+        """As `ChatTemplate.render`, in `adapter`'s turn. Raises `InvalidRequest` also for what exceeds its limits."""
         known = {"source": source, "special_tokens": special_tokens, "max_characters": max_characters}
         order, param = known | {"messages": messages, "options": options}, "messages"
         try:
-            text: str = await self._helpers.ask(source, order, self._seconds, str)
+            text: str = await self._helpers.ask(adapter, order, self._seconds, str, str(hash(source)))
             return text
         except AdapterError as refusal:
             message, param = f"The adapter's {str(refusal).removeprefix('The ')}", refusal.param

@@ -188,7 +188,7 @@ async def test_slow_work_of_one_holds_up_nobody_else() -> None:
 
 
 async def _take(turns: Turns, key: str, seconds: float, done: list[str]) -> None:
-    async with turns.take(key):
+    async with turns.take(key, key):
         await asyncio.sleep(seconds)
     done.append(key)
 
@@ -223,7 +223,7 @@ async def test_many_calls_of_one_do_not_go_before_others() -> None:
 
 async def test_whoever_stops_waiting_gives_his_turn_away() -> None:
     turns, done = Turns(1), list[str]()
-    async with turns.take("a"):
+    async with turns.take("a", "a"):
         waiting = [asyncio.create_task(_take(turns, key, 0, done)) for key in "bcd"]
         await asyncio.sleep(0)
         waiting[0].cancel()

@@ -74,21 +74,34 @@ async def test_many_at_once_wait_their_turn(renderer: TemplateRenderer) -> None:
     assert texts == [f"{i}" for i in range(12)]
 
 
-async def test_twelve_slow_templates_do_not_delay_another_adapters(renderer: TemplateRenderer) -> None:
-    for source in ("fine", "warm up"):
+@pytest.mark.parametrize("variants", [1, 3])
+async def test_twelve_slow_templates_do_not_delay_another_adapters(variants: int, renderer: TemplateRenderer) -> None:
+    sources = [HOSTILE["loops"] + "x" * (i % variants) for i in range(12)]
+    for source in ("fine", "warm up", *set(sources)):
         await renderer.check(source)
-    with pytest.raises(InvalidRequest):
-        await renderer.render(HOSTILE["loops"], {}, MESSAGES)
-    slow = [asyncio.create_task(renderer.render(HOSTILE["loops"], {}, MESSAGES)) for _ in range(12)]
+    slow = [
+        asyncio.create_task(renderer.render(source, {}, MESSAGES, adapter=f"slow {i}"))
+        for i, source in enumerate(sources)
+    ]
     await asyncio.sleep(0.05)
     for _ in range(3):
         began = time.monotonic()
-        assert await renderer.render("fine", {}, MESSAGES) == "fine"
+        assert await renderer.render("fine", {}, MESSAGES, adapter="fine") == "fine"
         assert time.monotonic() - began < 1.5, "six seconds of others' work wait"
     assert not slow[-1].done()
     for task in slow:
         task.cancel()
     await asyncio.gather(*slow, return_exceptions=True)
+
+
+async def test_many_chats_of_one_adapter_do_not_delay_anothers_of_the_same_template(renderer: TemplateRenderer) -> None:
+    source = "{% for i in range(20000) %}{% if i is odd %}{% endif %}{% endfor %}fine"
+    await renderer.check(source)
+    many = [asyncio.create_task(renderer.render(source, {}, MESSAGES, adapter="busy")) for _ in range(60)]
+    await asyncio.sleep(0.05)
+    assert await renderer.render(source, {}, MESSAGES, adapter="other") == "fine"
+    assert sum(task.done() for task in many) < 20
+    await asyncio.gather(*many)
 
 
 @pytest.mark.parametrize(
