@@ -77,6 +77,11 @@ class Sequence:
         """Tokens that no step has yet been given; 1 while decoding."""
         return len(self.tokens) + self.pending - self.num_computed
 
+    def guess(self, most: int, price: float) -> list[int]:
+        """What it will probably say next, where each token must be right with the probability `price`."""
+        drafts = [] if self._drafter is None else self._drafter.draft(self.tokens, most, price)
+        return drafts if self.constraint is None else self.constraint.valid(drafts)
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
