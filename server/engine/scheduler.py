@@ -275,21 +275,14 @@ class Scheduler:
             if not work.samples or not (forced or (sequence._drafter is not None and work.count == 1)):
                 continue
             most = min(self._max_batch_tokens - rows, sequence.left - 1)
-            drafts = list(forced[:most]) if forced else self._guess(sequence, most, rows)
+            # A draft pays if its chance of being right is at least its row's share of the step's cost.
+            drafts = list(forced[:most]) if forced else sequence.guess(most, rows / (rows + self._free_rows))
             drafts = drafts[: self._room_for_drafts(sequence, len(drafts))]
             if drafts:
                 count = len(drafts)
                 works[index] = replace(work, count=work.count + count, drafts=drafts, forced=count if forced else 0)
                 rows += count
                 self.counters.drafted += 0 if forced else count
-
-    def _guess(self, sequence: Sequence, most: int, rows: int) -> list[int]:
-        """What a sequence will probably say next, as far as it pays in a step of so many rows."""
-        assert sequence._drafter is not None
-        # A draft pays if its chance of being right is at least its row's share of the step's cost.
-        price = rows / (rows + self._free_rows)
-        drafts = sequence._drafter.draft(sequence.tokens, most, price)
-        return drafts if sequence.constraint is None else sequence.constraint.valid(drafts)
 
     def _room_for_drafts(self, sequence: Sequence, wanted: int) -> int:
         """How many drafts find a slot. Fresh blocks are taken only while each running sequence has one in hand."""

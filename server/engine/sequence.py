@@ -92,6 +92,11 @@ class Sequence:
             scored = range(max(start, self.prompt_scored), min(start + count, len(self.prompt) - 1))
         return Work(self, start, count, count == remaining and self.left > 0, scored)
 
+    def guess(self, most: int, price: float) -> list[int]:
+        """What it will probably say next, where each token must be right with the probability `price`."""
+        drafts = [] if self._drafter is None else self._drafter.draft(self.tokens, most, price)
+        return drafts if self.constraint is None else self.constraint.valid(drafts)
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
