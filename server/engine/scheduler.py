@@ -278,8 +278,7 @@ class Scheduler:
             most = min(self._max_batch_tokens - rows, self._left(sequence) - 1)
             # A row's part of the step's cost is what it brings there in tokens, or it does not pay.
             drafts = list(forced[:most]) if forced else sequence.guess(most, rows / (rows + self._free_rows))
-            drafts = drafts[: self._room_for_drafts(sequence, len(drafts))]
-            if drafts:
+            if drafts := drafts[: self._room_for_drafts(sequence, len(drafts))]:
                 works[index] = replace(work, count=work.count + len(drafts), drafts=drafts, forced=bool(forced))
                 rows += len(drafts)
                 self.counters.drafted += 0 if forced else len(drafts)
