@@ -322,7 +322,7 @@ class Engine:
             stop_token=sequence.stop_token,
             cached_tokens=sequence.cached_tokens if first else 0,
             queue_seconds=(sequence.first_scheduled or 0.0) - sequence.arrival if first else 0.0,
-            drafted_tokens=len(work.drafts) - work.forced,
+            drafted_tokens=0 if work.forced else len(work.drafts),
             accepted_tokens=0 if work.forced else max(0, min(len(kept), len(result.tokens)) - 1),
         )
 

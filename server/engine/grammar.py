@@ -52,13 +52,8 @@ class Constraint:
         self._rows: list[tuple[Mask, bool]] = []
         self._force()
 
-    @property
-    def complete(self) -> bool:
-        """Nothing follows."""
-        return self.stopped and not self.forced
-
-    def take(self, token: int) -> None:
-        """The sequence goes on with this token."""
+    def take(self, token: int) -> bool:
+        """The sequence goes on with this token; whether nothing follows it."""
         if self.forced:
             assert token == self.forced[0], "a forced token was drawn otherwise"
             del self.forced[0]
@@ -68,6 +63,7 @@ class Constraint:
             self.stopped = True
         else:
             self.error = self._matcher.get_error()
+        return self.stopped and not self.forced
 
     def last_words(self, sampling: Sampling) -> list[int]:
         """The forced tokens, where they are the last and nothing is to be computed for them."""

@@ -277,12 +277,10 @@ class Scheduler:
             most = min(self._max_batch_tokens - rows, sequence.left - 1)
             # A draft pays if its chance of being right is at least its row's share of the step's cost.
             drafts = list(forced[:most]) if forced else sequence.guess(most, rows / (rows + self._free_rows))
-            drafts = drafts[: self._room_for_drafts(sequence, len(drafts))]
-            if drafts:
-                count = len(drafts)
-                works[index] = replace(work, count=work.count + count, drafts=drafts, forced=count if forced else 0)
-                rows += count
-                self.counters.drafted += 0 if forced else count
+            if drafts := drafts[: self._room_for_drafts(sequence, len(drafts))]:
+                works[index] = replace(work, count=work.count + len(drafts), drafts=drafts, forced=bool(forced))
+                rows += len(drafts)
+                self.counters.drafted += 0 if forced else len(drafts)
 
     def _room_for_drafts(self, sequence: Sequence, wanted: int) -> int:
         """How many drafts find a slot. Fresh blocks are taken only while each running sequence has one in hand."""
@@ -305,9 +303,8 @@ class Scheduler:
             new_tokens: one, and one more for each draft that was right: the first ones are these drafts.
 
         Returns:
-            The tokens that count: all, or those up to the one that ended the sequence (forced ones that end it
-            are added, unless their log-probabilities are wanted); then its `finish_reason` is set
-            and it is gone from here. None for a sequence that has ended since this work was scheduled.
+            The tokens that count, forced ones that end the text included, up to the one that ended the sequence: then
+            `finish_reason` is set and it is gone from here. None for one that has ended since this was scheduled.
         """
         sequence = work.sequence
         sequence.in_flight -= 1
@@ -334,7 +331,7 @@ class Scheduler:
         sequence.num_computed += accepted
         sequence.prompt_scored = max(sequence.prompt_scored, work.prompt_rows.stop)
         publish_blocks(self._blocks, sequence, work.start, work.start + work.count - len(work.drafts) + accepted)
-        self.counters.accepted += max(0, accepted - work.forced)
+        self.counters.accepted += 0 if work.forced else accepted
         if sequence._drafter is not None:
             sequence._drafter.learn(new_tokens)
         # Nothing was to be drawn: max_tokens is 0, or the prompt fills the context.
@@ -351,10 +348,8 @@ class Scheduler:
         if ends and sequence.num_generated >= sampling.min_tokens:
             sequence.stop_token = token
             return "stop"
-        if sequence.constraint is not None:
-            sequence.constraint.take(token)
-            if sequence.constraint.complete:
-                return "stop"
+        if sequence.constraint is not None and sequence.constraint.take(token):
+            return "stop"
         return "length" if sequence.num_generated >= sequence.limit else None
 
     # --- leaving -------------------------------------------------------------------------------------
@@ -383,8 +378,6 @@ class Scheduler:
         self._residency.release(sequence.adapter)
 
     def _fail_too_long(self, sequence: Sequence) -> None:
-        capacity = self._blocks.num_blocks * self._blocks.block_size
-        most = min(self._max_model_len, capacity)
-        self.fail(
-            sequence.id, f"This sequence needs {len(sequence.tokens)} tokens of context, {most} are there.", TOO_LONG
-        )
+        most = min(self._max_model_len, self._blocks.num_blocks * self._blocks.block_size)
+        message = f"This sequence needs {len(sequence.tokens)} tokens of context, {most} are there."
+        self.fail(sequence.id, message, TOO_LONG)

@@ -112,12 +112,12 @@ class Work:
     samples: bool  # the last token is among these: its logits give the next token, as do those of right drafts
     prompt_rows: range  # positions within the chunk whose logits score the prompt token that follows them
     drafts: Seq[int] = ()
-    forced: int = 0  # all of the drafts, or none
+    forced: bool = False  # a grammar allows nothing but these drafts
 
     @property
     def skipped(self) -> int:
         """How many drafts are taken without a look at logits."""
-        return self.forced if self.sequence.sampling.logprobs is None else 0
+        return len(self.drafts) if self.forced and self.sequence.sampling.logprobs is None else 0
 
     @property
     def pending(self) -> int:

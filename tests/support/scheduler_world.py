@@ -42,13 +42,14 @@ class FakeConstraint:
     def complete(self) -> bool:
         return self.stopped and not self.forced
 
-    def take(self, token: int) -> None:
+    def take(self, token: int) -> bool:
         assert not self.complete
         if self.forced:
             assert self.forced.pop(0) == token
         elif token % 5 == 3:
             self.forced = [(token + 1) % VOCABULARY, 11]
             self.stopped = token == 8
+        return self.complete
 
     def last_words(self, sampling: Sampling) -> list[int]:
         return list(self.forced) if self.stopped and sampling.logprobs is None else []

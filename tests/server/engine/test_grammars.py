@@ -343,7 +343,7 @@ def test_drafts_are_walked_as_single_tokens_would_be(engine: Engine) -> None:
         if walked.forced:
             walked.take(walked.forced[0])
             continue
-        if walked.complete:
+        if walked.stopped:
             break
         walked._make([], 0)
         [(mask, _)] = walked._rows
