@@ -7,16 +7,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 
 
 class StorageFull(OSError):
-    """The disk is full, and nothing was kept."""
+    """The disk takes nothing more, being full or read-only, and nothing was kept."""
 
 
 def is_full(fault: OSError) -> bool:
-    """Whether this says that there is no room for a file, or none for one so large."""
+    """Whether this says that there is no room for a file, none for one so large, or none for any."""
     return fault.errno in _FULL
+
+
+def why_full(number: int | None) -> str:
+    """The same in words, of an error's number."""
+    return f"the disk is {'read-only' if number == errno.EROFS else 'full'}; nothing was kept"
 
 
 @contextmanager
@@ -26,12 +31,23 @@ def full_disk_named() -> Iterator[None]:
         yield
     except OSError as fault:
         if is_full(fault):
-            raise StorageFull(fault.errno, "the disk is full; nothing was kept") from None
+            raise StorageFull(fault.errno, why_full(fault.errno)) from None
         raise
     except sqlite3.OperationalError as fault:
-        if fault.sqlite_errorcode == sqlite3.SQLITE_FULL:
-            raise StorageFull(errno.ENOSPC, "the disk is full; nothing was kept") from None
+        number = {sqlite3.SQLITE_FULL: errno.ENOSPC, sqlite3.SQLITE_READONLY: errno.EROFS}.get(
+            fault.sqlite_errorcode & 0xFF
+        )
+        if number is not None:
+            raise StorageFull(number, why_full(number)) from None
         raise
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file whole: whoever opens it meanwhile, or after a crash, finds the old content or the new one."""
+    new = path.with_name(f".{path.name}.new")
+    new.write_bytes(content)
+    sync(new)
+    new.replace(path)
 
 
 def sync(path: Path) -> None:

@@ -9,10 +9,10 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from adapters.peft_format.fields import AdapterError, shorten
 
@@ -36,7 +36,24 @@ class RemoteUnavailable(Exception):
 
 
 class DamagedAdapter(Exception):
-    """What the object store has of a version is not that version."""
+    """The files of a version are not those of that version, here or in the object store, and cannot be mended."""
+
+
+class Remote(Protocol):
+    """Files of versions, kept elsewhere. Everything here waits for a network, and raises RemoteUnavailable."""
+
+    def put(self, digest: str, directory: Path) -> None:
+        """Keep a version's files."""
+
+    def get(self, digest: str, directory: Path) -> None:
+        """Copy a version's files into an empty directory. Raises DamagedAdapter when there are none."""
+
+    def remove(self, digest: str) -> None:
+        """Keep them no longer."""
+
+    def unnamed(self, seconds: float) -> Iterator[str]:
+        """Digests that no name there has, and none of whose files came in the last so many seconds. None of them while
+        a name cannot be read."""
 
 
 @dataclass(frozen=True)

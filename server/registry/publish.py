@@ -28,7 +28,7 @@ from adapters.peft_format.text import (
     check_template,
     read_new_tokens,
 )
-from adapters.storage.files import Staging
+from adapters.storage.staging import Staging
 from adapters.storage.store import AdapterStore
 from adapters.storage.versions import Pointer, UnknownAdapter, Version, check_name
 from server.children.checker import Checker

@@ -11,7 +11,7 @@ from adapters.peft_format.config import MAX_CONFIG_BYTES
 from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME
 from adapters.peft_format.text import MAX_TEMPLATE_BYTES, MAX_TOKENIZER_BYTES, TEMPLATE_NAME, TOKENIZER_NAME
 from adapters.storage.details import details_of
-from adapters.storage.files import Staging
+from adapters.storage.staging import Staging
 from adapters.storage.versions import AmbiguousDigest, UnknownAdapter, Version, split_reference
 from server.errors import Conflict, InvalidRequest, disk_faults
 from server.http.mixing import MixBody, mix

@@ -395,9 +395,11 @@ def test_what_a_dead_process_left_is_removed(box: Box) -> None:
     put(box.store, "x", "one")
     staging = box.store.stage()
     (staging.path / WEIGHTS_NAME).write_text("half")
-    (box.root / "adapters" / "versions" / b"placed-only".hex()).mkdir()
+    with box.store.stage() as placed:
+        box.store._files.place(placed.path, digest_of("placed only"))
     assert content_of(box.again().get("t", "x")) == "one"
     assert box.on_disk() == (0, ["one"])
+    assert not box.set_aside()
 
 
 def test_a_name_whose_files_were_taken_away_is_not_served_by_an_older_version(
@@ -454,6 +456,7 @@ def test_kill_at_any_moment_loses_nothing_acknowledged_and_shows_nothing_half_wr
             assert (version.path / CONFIG_NAME).read_text() == "{}"
         retained = {content_of(version) for name in found for version in box.store.versions("t", name)}
         assert box.on_disk() == (0, sorted(retained))
+        assert not box.set_aside(), "what was never acknowledged is known as such"
         box.names.close()
         state = {name: content_of(found[name]) if name in found else "" for name in allowed}
         first = last + 2
@@ -533,6 +536,7 @@ class StoreMachine(RuleBasedStateMachine):
         needed = {content for contents in self.model.values() for content in contents}
         needed |= {content for _, content, _ in self.leases}
         wait_for(lambda: self.box.on_disk() == (0, sorted(needed)))
+        assert not self.box.set_aside()
 
     def teardown(self) -> None:
         for _, _, lease in self.leases:
