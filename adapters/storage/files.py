@@ -101,8 +101,8 @@ class VersionFiles:
             entries.complete(pointer)
 
     def has(self, digest: str) -> bool:
-        """Whether the files are here; as long as they are leased, that lasts."""
-        return digest in self._stored
+        """Whether the files are here, not damaged beyond mending; as long as they are leased, that lasts."""
+        return digest in self._stored and digest not in self._beyond_mending
 
     def obtainable(self, digest: str) -> bool:
         """Whether the files are here or can be fetched."""
@@ -173,7 +173,7 @@ class VersionFiles:
     def repair(self, staging: Staging, spec: AdapterSpec) -> None:
         """Should this version be here and damaged: put the staged files, which are whole, in place of its own."""
         with self._mending:
-            if not self.has(spec.digest):
+            if spec.digest not in self._stored:
                 return
             try:
                 record.check(self.path(spec.digest))

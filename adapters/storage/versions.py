@@ -9,7 +9,7 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -180,6 +180,11 @@ class Pointer:
         if len(split) == 1:
             return self.promoted(split[0][0])
         return replace(self, split=split)
+
+    def followed_by(self, versions: Iterable[Version]) -> "Pointer":
+        """This name with further versions behind its own, as older ones."""
+        known = {version.digest for version in self.versions}
+        return replace(self, versions=(*self.versions, *(one for one in versions if one.digest not in known)))
 
     def promoted(self, digest: str) -> "Pointer":
         """This name with the version of this whole digest current, answering everything."""

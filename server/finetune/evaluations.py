@@ -21,11 +21,11 @@ from msgspec.structs import replace
 
 from adapters.storage.database import Database
 from server.client.engine import EngineClient, engine_up
-from server.errors import EngineUnavailable, ModelNotFound
+from server.errors import AdapterDamaged, EngineUnavailable, ModelNotFound
 from server.finetune import hyperparameters as recipe
 from server.finetune.dataset import DatasetError, load_dataset
 from server.finetune.files import FileStore, UnknownFileError, new_id
-from server.finetune.jobs import JobError, JobFailedError
+from server.finetune.jobs import JobError, JobFailedError, readable
 from server.finetune.tokenizer import TrainingTokenizer
 from server.messages.dataset import Dataset
 from server.messages.protocol import AdapterRef, Generate, Output, Ready, Sampling
@@ -134,7 +134,7 @@ class Evaluations:
     def page(self, tenant: str, *, limit: int, after: str | None = None) -> tuple[list[Evaluation], bool]:
         """Newest first. Raises UnknownCursorError."""
         rows, more = self._database.page("evaluations", "tenant = ?", [tenant], limit=limit, after=after)
-        return [msgspec.json.decode(row["record"], type=Evaluation) for row in rows], more
+        return readable(rows, Evaluation), more
 
     async def delete(self, tenant: str, evaluation_id: str) -> None:
         """Forget an evaluation; one that runs is stopped. Raises UnknownEvaluationError."""
@@ -166,6 +166,8 @@ class Evaluations:
             done = await self._evaluate(evaluation)
         except JobFailedError as fault:
             done = replace(evaluation, status="failed", error=fault.error)
+        except AdapterDamaged as fault:
+            done = replace(evaluation, status="failed", error=JobError(fault.code or "", fault.message, "model"))
         except Exception:
             log.exception("evaluation %s failed", evaluation.id)
             done = replace(evaluation, status="failed", error=JobError("server_error", "A fault in the server."))
@@ -175,8 +177,8 @@ class Evaluations:
 
     def _running(self) -> list[Evaluation]:
         with self._database.reading() as connection:
-            rows = connection.execute("SELECT record FROM evaluations WHERE status = 'running'").fetchall()
-        return [msgspec.json.decode(row["record"], type=Evaluation) for row in rows]
+            rows = connection.execute("SELECT id, record FROM evaluations WHERE status = 'running'").fetchall()
+        return readable(rows, Evaluation)
 
     def _write(self, statement: str, values: Sequence[str]) -> None:
         with self._database.transaction() as connection:

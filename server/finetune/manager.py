@@ -9,16 +9,21 @@ import contextlib
 import logging
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from msgspec.structs import replace
 
-from adapters.disk import sync
+from adapters.disk import StorageFull, sync
+from adapters.peft_format import record
 from adapters.peft_format.directory import CONFIG_NAME, SPEC_NAME, WEIGHTS_NAME
-from adapters.storage.database import Database
+from adapters.peft_format.record import RECORD_NAME
+from adapters.storage import lost
+from adapters.storage.database import Database, DatabaseBusy
 from server.client.engine import EngineClient, engine_up
 from server.errors import EngineUnavailable
+from server.finetune import restore
 from server.finetune.checkpoints import CheckpointAdapters
 from server.finetune.files import FileStore
 from server.finetune.jobs import FINAL, Job, JobError, JobFailedError, JobSpec, JobStateError, JobStore, Status
@@ -63,6 +68,7 @@ class JobManager:
         max_running: int,
     ) -> None:
         self._directory = directory
+        self._pending = lost.Pending(directory)
         self._database = database
         self._jobs = jobs
         self._engine = engine
@@ -80,17 +86,32 @@ class JobManager:
 
     async def start(self) -> None:
         """Go on with every job that was under way; paused ones stay paused."""
-        self._directory.mkdir(parents=True, exist_ok=True)
-        unfinished = await asyncio.to_thread(self._jobs.unfinished)
-        for left in {path.name for path in self._directory.iterdir()} - {job.id for job in unfinished}:
-            shutil.rmtree(self._directory / left, ignore_errors=True)
+        for job in await asyncio.to_thread(self._sort_out):
+            try:
+                if job.status == "pausing":
+                    await self._move(job, "paused", "Job paused")
+                elif job.status == "running":
+                    self._begin(await self._move(job, "queued", "The server restarted; the job is queued again"))
+                elif job.status != "paused":
+                    self._begin(job)
+            except (StorageFull, DatabaseBusy) as fault:
+                log.error("job %s does not go on before the next start: %s", job.id, fault)
+
+    def _sort_out(self) -> Sequence[Job]:
+        """Remove what finished jobs left, set aside what the database does not know; the jobs that are to go on."""
+        aside = self._directory.parent / lost.LOST_AND_FOUND
+        lost.directory_at(self._directory, aside)
+        unfinished, known = self._jobs.unfinished(), self._jobs.ids()
+        going_on = {job.id for job in unfinished}
+        left = [path for path in lost.entries(self._directory) if path.name not in going_on]
+        for path in left:
+            if path.name in known:
+                lost.remove(path)
+        unknown = [path for path in left if path.name not in known]
+        lost.sort_out(unknown, self._pending, aside / self._directory.name, self._database.path.name)
         for job in unfinished:
-            if job.status == "pausing":
-                await self._move(job, "paused", "Job paused")
-            elif job.status == "running":
-                self._begin(await self._move(job, "queued", "The server restarted; the job is queued again"))
-            elif job.status != "paused":
-                self._begin(job)
+            restore.note(self._directory / job.id, restore.JOB, job)
+        return unfinished
 
     async def stop(self) -> None:
         """Let go of all jobs; the next `start` goes on with them."""
@@ -118,18 +139,26 @@ class JobManager:
         return job
 
     def _create(self, tenant: str, spec: JobSpec, initial: Path | None) -> Job:
-        with self._database.transaction():
+        if initial is not None:
+            record.check(initial, [CONFIG_NAME, WEIGHTS_NAME, SPEC_NAME])
+        with self._database.transaction(), contextlib.ExitStack() as undo:
             job = self._jobs.create(tenant, spec)
             directory = self._directory / job.id
+            self._pending.mark(job.id)
+            undo.callback(self._pending.clear, job.id)
+            undo.callback(shutil.rmtree, directory, ignore_errors=True)
             directory.mkdir(parents=True)
             if initial is not None:  # a copy: the name may be deleted before the job starts
                 (directory / INITIAL).mkdir()
-                for name in (CONFIG_NAME, WEIGHTS_NAME, SPEC_NAME):
+                for name in (CONFIG_NAME, WEIGHTS_NAME, SPEC_NAME, RECORD_NAME):
                     shutil.copyfile(initial / name, directory / INITIAL / name)
                     sync(directory / INITIAL / name)
                 sync(directory / INITIAL)
+            restore.note(directory, restore.JOB, job)
             sync(directory)
             sync(self._directory)
+            undo.pop_all()
+            self._database.after_commit(lambda: self._pending.clear(job.id))
         return job
 
     async def cancel(self, job: Job) -> Job:
@@ -199,6 +228,7 @@ class JobManager:
                     job, await engine_up(self._engine), self._directory / job.id, self._ask_memory
                 )
                 job = await self._move(job, "queued", "Files validated, moving job to queued state", start=start)
+                await asyncio.to_thread(restore.note, self._directory / job.id, restore.JOB, job)
             async with self._slots:
                 await self._train(job)
         except JobFailedError as fault:

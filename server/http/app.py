@@ -19,14 +19,12 @@ from pathlib import Path
 from types import FrameType
 
 import uvicorn
-from filelock import FileLock, Timeout
 from starlette.applications import Starlette
 
 from adapters.peft_format.outline import Outline
-from adapters.storage.names import LocalNames
 from adapters.storage.store import AdapterStore
 from adapters.storage.versions import RemoteUnavailable
-from server import logs
+from server import data_dir, logs
 from server.admission import Admission, Drain, UploadSlots
 from server.children.checker import Checker
 from server.client.engine import LocalEngine
@@ -131,16 +129,7 @@ def serve(settings: Settings) -> None:
 
 def _serve_on(sockets: list[socket.socket], settings: Settings) -> None:
     directory = resolve(settings.model, settings.cache_dir, log.info)
-    try:
-        settings.data_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as fault:
-        raise SettingError(f"--data-dir: {settings.data_dir} cannot be made: {fault.strerror}") from None
-    lock = FileLock(settings.data_dir / "server.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise SettingError(f"--data-dir: another server is using {settings.data_dir}") from None
-    with lock:
+    with data_dir.taken(settings.data_dir):
         services, engine = _make_services(settings, directory)
         server = _Server(services, engine)
         server.run(sockets)
@@ -184,6 +173,17 @@ def _make_services(settings: Settings, model: Path) -> tuple[Services, LocalEngi
     store = open_store(settings, PinLimit(settings, engine))
     checker = Checker(settings.background_priority)
     registry = Registry.make(settings, engine, store, metrics, Outline.read(model), text, checker)
+    engine.mend = registry.mend
+    with data_dir.readable():
+        tuning = FineTuning.open(
+            settings.data_dir,
+            engine=engine,
+            registry=registry,
+            text=text,
+            metrics=metrics,
+            max_running=settings.max_training_jobs,
+            busy_seconds=settings.database_seconds,
+        )
     services = Services(
         settings=settings,
         engine=engine,
@@ -195,21 +195,14 @@ def _make_services(settings: Settings, model: Path) -> tuple[Services, LocalEngi
         sampling_defaults=sampling_defaults(settings.generation_config, settings.model, model),
         registry=registry,
         uploads=UploadSlots(settings.max_uploads),
-        tuning=FineTuning.open(
-            settings.data_dir,
-            engine=engine,
-            registry=registry,
-            text=text,
-            metrics=metrics,
-            max_running=settings.max_training_jobs,
-        ),
+        tuning=tuning,
     )
     return services, engine
 
 
 def open_store(settings: Settings, pin_limit: PinLimit) -> AdapterStore:
     """Names and files of adapters, where the settings say. Raises SettingError."""
-    local = LocalNames(settings.data_dir / "adapters.db")
+    local = data_dir.open_names(settings.data_dir, settings.database_seconds)
     if settings.adapter_store is None:
         return AdapterStore(
             settings.data_dir / "adapters", local, retain=settings.keep_versions, check_pins=pin_limit.check

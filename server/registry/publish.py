@@ -146,6 +146,21 @@ class Publisher:
             return await self._checker.check(check)
         return await run_in(self._workers, check.run)
 
+    async def remake(self, version: Version) -> None:
+        """Find anew, from a leased version's own config and weights, what its damaged files said of it.
+
+        Raises AdapterError when these are damaged, too, EngineUnavailable, StorageFull.
+        """
+        base = served_base(self._engine)
+        async with self.stage() as staging:
+            with disk_faults():
+                await run_in(self._workers, partial(_copy, version.path, staging.path))
+                outline = self._outline.loaded(tied=base.tied) if self._outline else None
+                spec = await self._check(Check(staging.path, base.linears, base.architecture, outline, NO_TEXT))
+                if spec.digest != version.digest:
+                    raise AdapterError(f"its config and weights are those of {spec.digest}", "weights")
+                await run_in(self._workers, partial(self._store.repair, staging, spec))
+
     async def import_directory(
         self, tenant: str, name: str, directory: Path, *, again: bool = True
     ) -> tuple[Version, bool]:
