@@ -12,6 +12,7 @@ from tests.support import interpreter
 
 interpreter.prepare()
 
+from tests.support.loop_guard import guarded  # noqa: E402
 from tests.support.tiny import tiny_model  # noqa: E402 - transformers imports Triton
 
 
@@ -35,6 +36,12 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "lorakeet"
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_database_on_the_event_loop() -> Iterator[None]:
+    with guarded():
+        yield
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

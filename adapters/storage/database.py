@@ -12,7 +12,7 @@ import sqlite3
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,16 @@ def script(sql: str) -> Migration:
             connection.execute(statement)
 
     return run
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a database file, which is only read; None when it is whole."""
+    try:
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+            found: str = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    except sqlite3.DatabaseError as fault:
+        return str(fault)
+    return None if found == "ok" else " ".join(found.split())
 
 
 class Database:

@@ -19,10 +19,10 @@ log = logging.getLogger(__name__)
 
 
 class Pending:
-    """Marks of changes under way, by the name of what they change, in a directory of their own beside it."""
+    """Marks of changes under way below one directory, by the name of what they change; beside it, out of the way."""
 
     def __init__(self, root: Path) -> None:
-        self._directory = root / PENDING
+        self._directory = root.parent / PENDING / root.name
 
     def mark(self, *names: str) -> None:
         """Before the first step. A disk that takes no mark takes the change, if it can."""
@@ -51,11 +51,11 @@ def entries(directory: Path) -> list[Path]:
 
 def sort_out(unknown: Iterable[Path], pending: Pending, aside: Path, database: str) -> None:
     """Once, at start: remove what was never acknowledged of all that `database` does not know, and move the rest to
-    `aside`. Marks belong to a name up to its first dot."""
+    `aside`."""
     marked = pending.names()
     lost = []
     for path in unknown:
-        if path.name.partition(".")[0] in marked:
+        if path.name in marked:
             remove(path)
         else:
             lost.append(path)

@@ -22,7 +22,7 @@ from adapters.disk import sync, write_synced
 from adapters.storage import lost
 from adapters.storage.database import Database
 
-RECORD = ".json"  # behind a file's name: its row, beside it
+RECORDS = "records"  # beside the files: the row of each
 _COLUMNS = ("id", "tenant", "filename", "purpose", "bytes", "created_at", "report")
 _ALPHABET = string.ascii_letters + string.digits
 
@@ -70,9 +70,13 @@ class FileStore:
         for left in lost.entries(self._staging):
             lost.remove(left)
         with database.reading() as connection:
-            known = {row["id"] for row in connection.execute("SELECT id FROM files")} | {self._staging.name}
-        unknown = [path for path in lost.entries(root) if path.name.removesuffix(RECORD) not in known]
+            known = {row["id"] for row in connection.execute("SELECT id FROM files")}
+        unknown = [path for path in lost.entries(root) if path.name not in known | {self._staging.name, RECORDS}]
         lost.sort_out(unknown, self._pending, aside, database.path.name)
+        here = {path.name for path in (*lost.entries(root), *lost.entries(aside))}
+        for record in lost.entries(root / RECORDS):
+            if record.stem not in here:
+                lost.remove(record)
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
@@ -96,7 +100,9 @@ class FileStore:
         self._pending.mark(file_id)
         try:
             source.rename(target)
-            write_synced(_record_of(target), json.dumps(_row(stored) | {"digest": _digest(target)}).encode())
+            record = record_of(self._root, file_id)
+            record.parent.mkdir(exist_ok=True)
+            write_synced(record, json.dumps(_row(stored) | {"digest": _digest(target)}).encode())
             sync(self._root)
             with self._database.transaction() as connection:
                 insert(connection, _row(stored))
@@ -139,7 +145,7 @@ class FileStore:
         self._remove(stored.path)
 
     def _remove(self, path: Path) -> None:
-        for doomed in (path, _record_of(path)):
+        for doomed in (path, record_of(self._root, path.name)):
             doomed.unlink(missing_ok=True)
         self._pending.clear(path.name)
 
@@ -162,19 +168,24 @@ def insert(connection: sqlite3.Connection, row: Mapping[str, Any]) -> None:
     connection.execute(f"INSERT INTO files ({', '.join(_COLUMNS)}) VALUES (?, ?, ?, ?, ?, ?, ?)", values)
 
 
-def recorded(path: Path) -> dict[str, Any] | None:
-    """The row that lies beside a file's bytes, and their digest; None where none can be read."""
+def recorded(root: Path, file_id: str) -> dict[str, Any] | None:
+    """The row that was written beside a file, and the digest of its bytes; None where none can be read."""
     try:
-        row = json.loads(_record_of(path).read_bytes())
+        row = json.loads(record_of(root, file_id).read_bytes())
     except (OSError, ValueError):
         return None
     return row if isinstance(row, dict) and all(column in row for column in _COLUMNS) else None
 
 
+def record_of(root: Path, file_id: str) -> Path:
+    """Where that is."""
+    return root / RECORDS / f"{file_id}.json"
+
+
 def whole(path: Path) -> bool:
     """Whether a file has the bytes that were uploaded, as far as that was noted."""
-    row = recorded(path)
-    return row is None or (path.is_file() and row.get("digest") == _digest(path))
+    row = recorded(path.parent, path.name)
+    return row is None or row.get("digest") == _digest(path)
 
 
 def _row(file: StoredFile) -> dict[str, Any]:
@@ -188,10 +199,6 @@ def _report(row: Any) -> dict[str, Any]:
         log.error("what was found in the file %s cannot be read: %s", row["id"], fault)
         return {}
     return report
-
-
-def _record_of(path: Path) -> Path:
-    return path.with_name(path.name + RECORD)
 
 
 def _digest(path: Path) -> str:

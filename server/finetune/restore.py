@@ -41,9 +41,9 @@ def opened(data_dir: Path, busy_seconds: float) -> Database:
 
 
 def restore_files(database: Database, paths: Iterable[Path]) -> Iterable[str]:
-    """Rows for these files; the ids of those that could be restored."""
+    """Rows for these files, which lie in their place; the ids of those that could be restored."""
     for path in paths:
-        row = None if path.name.endswith(files.RECORD) else files.recorded(path)
+        row = files.recorded(path.parent, path.name)
         if row is not None and row["id"] == path.name:
             with database.transaction() as connection:
                 files.insert(connection, row)

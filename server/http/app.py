@@ -14,6 +14,7 @@ import shlex
 import socket
 import sys
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import FrameType
@@ -62,6 +63,7 @@ from server.text.sandbox import TemplateLimits, TemplateRenderer
 
 _LAST_WORDS_SECONDS = 5  # for answers that are on their way out when everything else has stopped
 _KEEP_ALIVE_SECONDS = 75
+_THREADS = 64
 _SWITCH_SECONDS = 5e-4  # longest that a background thread keeps the interpreter from streaming responses
 
 log = logging.getLogger(__name__)
@@ -72,6 +74,8 @@ def build_app(services: Services) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        # Those who wait for a database that somebody holds must not take the threads of everybody else.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, "worker"))
         await services.engine.start()
         await services.tuning.start()
         collecting = asyncio.create_task(services.registry.collect_orphans())
