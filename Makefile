@@ -12,7 +12,7 @@ PYTHONS = $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14)
 USABLE  = import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve check test interpret operators sweep docs clean bench gpu demo
+.PHONY: help install serve check test interpret operators kills sweep docs clean bench gpu demo
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ interpret: $(TESTING) ## the engine's tests with the GPU's kernels, in Triton's 
 
 operators: $(TESTING) ## deploy/ and every metric's name, held against Prometheus's own programs (Debian: prometheus)
 	$(BIN)/pytest tests/deploy $(ARGS)
+
+kills: $(TESTING) ## 200 random kill -9 of a server under changes, on a disk that fills and frees; KILLS=20 for fewer
+	$(BIN)/pytest -m slow tests/faults/test_kills.py $(ARGS)
 
 sweep: $(TESTING) ## serve a tiny model of every type that transformers registers; writes docs/reference/models.md
 	$(BIN)/python -m tests.sweep $(ARGS)

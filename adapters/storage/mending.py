@@ -12,14 +12,18 @@ from adapters.storage.versions import DamagedAdapter
 
 def mend(directory: Path, digest: str) -> None:
     """Make anew what can be made, in place. Raises DamagedAdapter when config, spec or weights are damaged."""
-    noted: dict[str, str] = {}
-    with contextlib.suppress(record.DamagedFile):  # versions of earlier releases have none
-        noted = record.read(directory)
-    try:
-        record.check(directory, noted.keys() & {CONFIG_NAME, SPEC_NAME})
-    except record.DamagedFile as fault:
-        raise DamagedAdapter(f"{digest}: {fault}") from None
+    check_noted(directory, CONFIG_NAME, SPEC_NAME)
     complete(directory, verified(directory, digest))
+
+
+def check_noted(directory: Path, *names: str) -> None:
+    """Raises DamagedAdapter when one of these files is not what was noted, where that can be read."""
+    with contextlib.suppress(record.DamagedFile):  # versions of earlier releases have no record
+        noted = record.read(directory)
+        try:
+            record.check(directory, noted.keys() & set(names))
+        except record.DamagedFile as fault:
+            raise DamagedAdapter(f"{directory.name}: {fault}") from None
 
 
 def verified(directory: Path, digest: str) -> AdapterSpec:

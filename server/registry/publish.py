@@ -28,6 +28,7 @@ from adapters.peft_format.text import (
     check_template,
     read_new_tokens,
 )
+from adapters.storage.mending import check_noted
 from adapters.storage.staging import Staging
 from adapters.storage.store import AdapterStore
 from adapters.storage.versions import Pointer, UnknownAdapter, Version, check_name
@@ -149,9 +150,10 @@ class Publisher:
     async def remake(self, version: Version) -> None:
         """Find anew, from a leased version's own config and weights, what its damaged files said of it.
 
-        Raises AdapterError when these are damaged, too, EngineUnavailable, StorageFull.
+        Raises AdapterError or DamagedAdapter when these are damaged, too, EngineUnavailable, StorageFull.
         """
         base = served_base(self._engine)
+        await run_in(self._workers, partial(check_noted, version.path, CONFIG_NAME))
         async with self.stage() as staging:
             with disk_faults():
                 await run_in(self._workers, partial(_copy, version.path, staging.path))

@@ -185,6 +185,7 @@ def make_services(
             text=processor,
             metrics=metrics,
             max_running=settings.max_training_jobs,
+            busy_seconds=settings.database_seconds,
         ),
     )
 
@@ -195,7 +196,7 @@ class Site:
     def __init__(self, root: Path, text: TextProcessor | None = None, **settings: Any) -> None:
         self.engine = IdleEngine(base_info())
         self.settings = Settings(data_dir=root, **settings)
-        self._names = LocalNames(root / "store.db")
+        self._names = LocalNames(root / "store.db", self.settings.database_seconds)
         self.store = self.open_store(root)
         self.services = make_services(self.settings, self.engine, self.store, text)
         self.registry = self.services.registry
