@@ -15,6 +15,8 @@ from tests.faults.conftest import Files
 from tests.faults.test_faults import body, complete
 from tests.support.running import RunningServer, eventually
 
+pytestmark = pytest.mark.timeout(900)  # engines come up slowly on a busy machine
+
 
 def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())

@@ -14,7 +14,7 @@ from adapters.peft_format import packed_rows as rowfile
 from adapters.peft_format.directory import WEIGHTS_NAME, inspect
 from adapters.storage.names import LocalNames
 from adapters.storage.store import AdapterStore
-from adapters.storage.versions import Version
+from adapters.storage.versions import DamagedAdapter, Version
 from server import data_dir
 from server.cli import app
 from server.settings import SettingError
@@ -225,6 +225,22 @@ def test_the_doctor_verifies_everything(tmp_path: Path, kept: dict[str, list[str
     first, second = sorted(said.splitlines()[:2], key=lambda line: a.name not in line)
     assert "rows.bin: damaged; its weights are whole: the server mends it" in first
     assert "adapter_model.safetensors: damaged; upload it again" in second
+
+
+def test_rows_are_made_anew_from_the_weights_and_no_more_than_that(tmp_path: Path) -> None:
+    with opened(tmp_path) as store:
+        version = put(store, "a", 1)
+        rows = version.path / rowfile.ROWS_NAME
+        before = rows.read_bytes()
+        flip(rows)
+        store.mend(version)
+        assert rows.read_bytes() == before
+        flip(version.path / WEIGHTS_NAME)
+        with pytest.raises(DamagedAdapter, match="their digest is"):
+            store.mend(version)
+        assert not store.has(version)
+        assert put(store, "a", 1) == version
+        assert store.has(version)
 
 
 def flip(path: Path, place: int = -100) -> None:
