@@ -40,13 +40,13 @@ def guarded() -> Iterator[None]:
     caught: list[AskedOnTheLoop] = []
 
     def watched(real: Any) -> Any:
-        def call(self: Database, *args: Any) -> Any:
+        def call(self: Database, **options: Any) -> Any:
             try:
                 check()
             except AskedOnTheLoop as fault:
                 caught.append(fault)
                 raise
-            return real(self, *args)
+            return real(self, **options)
 
         return call
 

@@ -17,7 +17,7 @@ def box(tmp_path: Path) -> Iterator[Box]:
     box.names.close()
 
 
-@pytest.mark.parametrize("name", ["a", "0", "legal-v1.2_final", "A" * 128])
+@pytest.mark.parametrize("name", ["a", "0", "legal-v1.2_final", "org/adapter", "support:v2", "A" * 128])
 def test_names_that_are_allowed(name: str) -> None:
     check_name(name)
 
@@ -31,7 +31,9 @@ def test_names_that_are_allowed(name: str) -> None:
         ".hidden",
         "-x",
         "_x",
-        "a/b",
+        "a//b",
+        "a/.b",
+        "a/versions",
         "a\\b",
         "../x",
         "a b",
@@ -39,7 +41,7 @@ def test_names_that_are_allowed(name: str) -> None:
         "a\0",
         "ü",
         "a@b",
-        "a:b",
+        "a:",
         "A" * 129,
         "ft:x:y:z",
     ],
