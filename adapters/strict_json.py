@@ -7,7 +7,7 @@ from typing import Any
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # only an escape can bring half a surrogate pair into valid UTF-8
 
-_BEFORE_ITEMS = (b",", b"[", b"{")
+_BEFORE_ITEMS = (b",", b"[", b"{", b":")
 
 
 class JsonFault(ValueError):
@@ -55,7 +55,7 @@ def parse_json(raw: bytes, *, max_depth: int | None = None, finite: bool = False
 
 
 def count_items(raw: bytes, enough: int) -> int:
-    """Elements of lists and entries of objects in JSON text, each empty one counted as one; or more than `enough`.
+    """Elements of lists, keys and values of objects in JSON text, an empty one counted as one; or more than `enough`.
 
     It is counted what separates and opens them, at a fraction of the cost of parsing, which would hold them all.
     """
@@ -63,8 +63,8 @@ def count_items(raw: bytes, enough: int) -> int:
         return sum(map(raw.count, _BEFORE_ITEMS))
     if b"\\" in raw:
         raw = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
-    if (strings := raw.count(b'"') // 2) > 2 * enough:
-        return (strings + 1) // 2  # each is an element, or the key or the value of an entry
+    if (strings := raw.count(b'"') // 2) > enough:
+        return strings  # each is an element, a key or a value
     outside = b"".join(raw.split(b'"')[::2])
     return sum(map(outside.count, _BEFORE_ITEMS))
 

@@ -249,7 +249,7 @@ class Settings:
     )
     max_body_items: int = _setting(
         2**18,
-        "Most elements of lists and entries of objects in one JSON body, all together.",
+        "Most elements of lists, keys and values of objects in one JSON body, all together.",
         parse=_integer,
         minimum=1024,
         maximum=2**32,

@@ -98,6 +98,7 @@ class Scheduler:
         """Queue a new sequence. One that can never run is reported by `take_failed` after the next `schedule`."""
         if sequence.id in self._by_id:
             raise ValueError(f"sequence {sequence.id} is already here")
+        sequence.limit = min(sequence.sampling.max_tokens, self._max_model_len - len(sequence.prompt))
         sequence._order = self._arrivals
         self._arrivals += 1
         self._by_id[sequence.id] = sequence
@@ -144,7 +145,7 @@ class Scheduler:
         budget = self._max_batch_tokens - len(works)
         for sequence in self.running:
             if sequence.remaining > 1 and budget and sequence is not held:
-                works.append(self._work(sequence, budget))
+                works.append(sequence.work(budget))
                 budget -= works[-1].count
         self._admit(works, budget, now)
         if not works:
@@ -171,7 +172,7 @@ class Scheduler:
             if sequence.remaining != 1 or sequence is held or (sequence.pending and self._must_wait(sequence)):
                 position += 1
             elif self._grow(sequence, sequence.length):
-                works.append(self._work(sequence, 1))
+                works.append(sequence.work(1))
                 position += 1
             elif self.leaving:  # there are blocks on their way back
                 position += 1
@@ -186,7 +187,7 @@ class Scheduler:
 
     def _must_wait(self, sequence: Sequence) -> bool:
         """Whether a sequence goes no further until its pending token is read."""
-        return sequence.needs_tokens or self._left(sequence) == 0
+        return sequence.needs_tokens or sequence.left == 0
 
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
         """See that so many tokens have their slots; False when blocks run out."""
@@ -223,7 +224,7 @@ class Scheduler:
             sequence._refused_since = None
             if sequence.first_scheduled is None:
                 sequence.first_scheduled = now
-            works.append(self._work(sequence, budget))
+            works.append(sequence.work(budget))
             budget -= works[-1].count
 
     def _acquire_adapter(self, sequence: Sequence, refused: dict[AdapterKey, str | None]) -> bool:
@@ -273,22 +274,15 @@ class Scheduler:
             forced = () if sequence.constraint is None else sequence.constraint.forced
             if not work.samples or not (forced or (sequence._drafter is not None and work.count == 1)):
                 continue
-            most = min(self._max_batch_tokens - rows, self._left(sequence) - 1)
-            drafts = list(forced[:most]) if forced else self._guess(sequence, most, rows)
+            most = min(self._max_batch_tokens - rows, sequence.left - 1)
+            # A draft pays if its chance of being right is at least its row's share of the step's cost.
+            drafts = list(forced[:most]) if forced else sequence.guess(most, rows / (rows + self._free_rows))
             drafts = drafts[: self._room_for_drafts(sequence, len(drafts))]
             if drafts:
                 count = len(drafts)
                 works[index] = replace(work, count=work.count + count, drafts=drafts, forced=count if forced else 0)
                 rows += count
                 self.counters.drafted += 0 if forced else count
-
-    def _guess(self, sequence: Sequence, most: int, rows: int) -> list[int]:
-        """What a sequence will probably say next, as far as it pays in a step of so many rows."""
-        assert sequence._drafter is not None
-        # A draft pays if its chance of being right is at least its row's share of the step's cost.
-        price = rows / (rows + self._free_rows)
-        drafts = sequence._drafter.draft(sequence.tokens, most, price)
-        return drafts if sequence.constraint is None else sequence.constraint.valid(drafts)
 
     def _room_for_drafts(self, sequence: Sequence, wanted: int) -> int:
         """How many drafts find a slot. Fresh blocks are taken only while each running sequence has one in hand."""
@@ -297,22 +291,6 @@ class Scheduler:
         if 0 < missing <= self._blocks.available - len(self.running):
             sequence.blocks += self._blocks.allocate(missing) or ()
         return min(wanted, len(sequence.blocks) * self._blocks.block_size - known)
-
-    def _work(self, sequence: Sequence, budget: int) -> Work:
-        start, remaining = sequence.num_computed, sequence.remaining
-        count = min(remaining, budget)
-        scored = range(0)
-        if sequence.sampling.prompt_logprobs is not None:
-            scored = range(max(start, sequence.prompt_scored), min(start + count, len(sequence.prompt) - 1))
-        return Work(sequence, start, count, count == remaining and self._left(sequence) > 0, scored)
-
-    def _limit(self, sequence: Sequence) -> int:
-        """Most tokens that this sequence may generate."""
-        return min(sequence.sampling.max_tokens, self._max_model_len - len(sequence.prompt))
-
-    def _left(self, sequence: Sequence) -> int:
-        """How many tokens it may generate after those it has, pending ones included."""
-        return self._limit(sequence) - (sequence.length - len(sequence.prompt))
 
     def _fits_ever(self, sequence: Sequence) -> bool:
         needed = self._blocks.blocks_for(len(sequence.tokens))
@@ -377,7 +355,7 @@ class Scheduler:
             sequence.constraint.take(token)
             if sequence.constraint.complete:
                 return "stop"
-        return "length" if sequence.num_generated >= self._limit(sequence) else None
+        return "length" if sequence.num_generated >= sequence.limit else None
 
     # --- leaving -------------------------------------------------------------------------------------
 

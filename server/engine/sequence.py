@@ -31,6 +31,7 @@ class Sequence:
 
     tokens: list[int] = field(init=False)  # prompt, then what was generated
     pending: int = field(init=False, default=0)  # tokens after those, drawn on the device and not yet read
+    limit: int = field(init=False, default=0)  # tokens that it may generate
     num_computed: int = field(init=False, default=0)  # leading tokens that a step was given
     in_flight: int = field(init=False, default=0)  # works given and not yet collected
     blocks: list[int] = field(init=False, default_factory=list)  # the block table; entry i holds tokens [i * size, ...)
@@ -76,6 +77,25 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens that no step has yet been given; 1 while decoding."""
         return len(self.tokens) + self.pending - self.num_computed
+
+    @property
+    def left(self) -> int:
+        """Tokens that it may generate after those it has, pending ones included."""
+        return self.limit - (self.length - len(self.prompt))
+
+    def work(self, budget: int) -> "Work":
+        """What it may compute next, of so many tokens at most."""
+        start, remaining = self.num_computed, self.remaining
+        count = min(remaining, budget)
+        scored = range(0)
+        if self.sampling.prompt_logprobs is not None:
+            scored = range(max(start, self.prompt_scored), min(start + count, len(self.prompt) - 1))
+        return Work(self, start, count, count == remaining and self.left > 0, scored)
+
+    def guess(self, most: int, price: float) -> list[int]:
+        """What it will probably say next, where each token must be right with the probability `price`."""
+        drafts = [] if self._drafter is None else self._drafter.draft(self.tokens, most, price)
+        return drafts if self.constraint is None else self.constraint.valid(drafts)
 
 
 @dataclass(frozen=True, slots=True)

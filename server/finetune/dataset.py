@@ -9,12 +9,12 @@ line is checked, and a bad one is named together with its field. The tokenizer c
 """
 
 import hashlib
-import itertools
 import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, BinaryIO, Literal, Protocol
 
 import msgspec
@@ -22,12 +22,11 @@ import numpy as np
 import numpy.typing as npt
 
 from adapters.strict_json import JsonFault, parse_json
+from server.finetune.turns import FEW_TURNS, HiddenTurn, spans_by_exchange, trained_turns
 from server.messages.dataset import Dataset, Report
 
 MAX_LINE_BYTES = 4 << 20
 MAX_TURNS = 256  # trained, of a chat whose exchanges the template does not render alike by themselves
-_FEW_TURNS = 16
-_REPETITION = 128  # how often as much as a chat may be rendered to find its turns
 
 
 class DatasetError(ValueError):
@@ -282,73 +281,20 @@ def _encode_chat(example: ChatExample, tokenizer: Tokenizer, completions_only: b
         for index, message in enumerate(example.messages)
         if message.role == "assistant" and message.weight != 0 and message.text
     ]
-    if len(trained) > _FEW_TURNS:
-        if (turns := _by_exchange(whole, messages, set(trained), tokenizer)) is not None:
-            return [_mask_spans(whole, turns, tokenizer)]
+    render = partial(_render, tokenizer)
+    if len(trained) > FEW_TURNS:
+        if (spans := spans_by_exchange(whole, messages, set(trained), render)) is not None:
+            return [_mask_spans(whole, spans, tokenizer)]
         if len(trained) > MAX_TURNS:
             reason = f"has {len(trained)} assistant turns; this chat template allows {MAX_TURNS}: divide the chat"
             raise DatasetError(reason, field="messages")
-    rendered = _turns(messages, trained, tokenizer)
-    if all(whole.startswith(through) for through, _ in rendered):
-        return [_mask_spans(whole, [(start, len(through)) for through, start in rendered], tokenizer)]
-    return [_mask_spans(through, [(start, len(through))], tokenizer) for through, start in rendered]
-
-
-def _turns(messages: list[dict[str, str]], trained: Iterable[int], tokenizer: Tokenizer) -> list[tuple[str, int]]:
-    """For each trained message: the text up to and including it, and where it begins."""
-    turns: list[tuple[str, int]] = []
-    for index in trained:
-        before = _render(tokenizer, messages[:index], add_generation_prompt=True)
-        through = _render(tokenizer, messages[: index + 1])
-        start = len(before)
-        if not through.startswith(before):
-            # A generation prompt may end in words put into the model's mouth (`<think>`) that no finished turn keeps.
-            # The turn then begins where the two part, which must be behind all that came before it.
-            start = next(i for i, (a, b) in enumerate(zip(before, through + "\0", strict=False)) if a != b)
-            if start <= len(_render(tokenizer, messages[:index])):
-                raise DatasetError("the model's chat template hides where this turn begins", field=f"messages[{index}]")
-        turns.append((through, start))
-    return turns
-
-
-def _by_exchange(
-    whole: str, messages: list[dict[str, str]], trained: Container[int], tokenizer: Tokenizer
-) -> list[tuple[int, int]] | None:
-    """Where a long chat's trained turns lie, found in time that grows with its length.
-
-    Each exchange, a user's message and the answers to it, is rendered by itself behind the chat's system message. None
-    when these texts do not make up the whole one's.
-    """
-    opening = next((i for i, message in enumerate(messages) if message["role"] not in ("system", "developer")), 0)
-    first, *others = [i for i, message in enumerate(messages) if message["role"] == "user"] or [0]
-    bounds = [opening, *(others if first == opening else [first, *others]), len(messages)]
-    exchanges = list(itertools.pairwise(bounds))
-    size = sum(len(message["content"]) for message in messages[:opening])
-    if len(exchanges) < 2 or size * len(exchanges) > _REPETITION * len(whole):
-        return None
-    spans: list[tuple[int, int]] = []
-    texts: list[str] = []
     try:
-        for begin, end in exchanges:
-            part = messages[:opening] + messages[begin:end]
-            texts.append(_render(tokenizer, part))
-        repeated = (sum(map(len, texts)) - len(whole)) // (len(texts) - 1)  # by each but the first: the opening
-        if repeated < 0 or whole != texts[0] + "".join(text[repeated:] for text in texts[1:]):
-            return None
-        position = 0
-        for (begin, end), text in zip(exchanges, texts, strict=True):
-            part = messages[:opening] + messages[begin:end]
-            inside = [i - begin + opening for i in range(begin, end) if i in trained]
-            if len(inside) > _FEW_TURNS:
-                return None
-            for through, start in _turns(part, inside, tokenizer):
-                if not text.startswith(through):
-                    return None
-                spans.append((position + start, position + len(through)))
-            position += len(text) - repeated
-    except DatasetError:  # a template may refuse an exchange alone
-        return None
-    return spans
+        turns = trained_turns(messages, trained, render)
+    except HiddenTurn as hidden:
+        raise DatasetError("the model's chat template hides where this turn begins", field=str(hidden)) from hidden
+    if all(whole.startswith(through) for through, _ in turns):
+        return [_mask_spans(whole, [(start, len(through)) for through, start in turns], tokenizer)]
+    return [_mask_spans(through, [(start, len(through))], tokenizer) for through, start in turns]
 
 
 def _render(tokenizer: Tokenizer, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:

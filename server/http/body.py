@@ -62,7 +62,7 @@ def parse_body(raw: bytes, max_items: int = 2**18) -> Any:
     """One JSON value. Raises `InvalidRequest`."""
     if count_items(raw, max_items) > max_items:
         raise InvalidRequest(
-            f"The body has more than {max_items} elements of lists and entries of objects (--max-body-items).",
+            f"The body has more than {max_items} elements of lists, keys and values (--max-body-items).",
             code="too_many_items",
         )
     try:

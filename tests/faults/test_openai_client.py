@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import httpx
 import openai
 import pytest
+from openai.types.chat import ChatCompletionMessageParam
+from pydantic import BaseModel, Field
 
 from tests.faults.conftest import ADAPTERS, Files
 from tests.support.running import BASE, RunningServer
@@ -54,6 +56,28 @@ def test_a_streamed_chat_says_what_the_whole_one_does(client: openai.OpenAI) -> 
         assert "".join(deltas) == choice.message.content
     assert chunks[-1].choices == []
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+
+
+class Parrot(BaseModel):
+    name: str = Field(max_length=6)
+    age: int = Field(ge=0, le=99)
+
+
+def test_parse_gives_objects_and_a_hostile_schema_harms_nobody(client: openai.OpenAI, server: RunningServer) -> None:
+    engine = server.engine_pid
+    messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": "hi"}]
+    answer = client.chat.completions.parse(
+        model="red", messages=messages, response_format=Parrot, max_tokens=60, seed=1
+    )
+    assert isinstance(answer.choices[0].message.parsed, Parrot)
+    links = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(20_000)}  # overflows llguidance's stack
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(
+            model=BASE, prompt=PROMPT, extra_body={"guided_json": {"$ref": "#/$defs/a0", "$defs": links}}, stream=True
+        )
+    assert refused.value.code == "invalid_grammar"
+    assert "/$defs" in refused.value.message
+    assert server.engine_pid == engine
 
 
 def test_errors_are_the_clients_own(client: openai.OpenAI) -> None:

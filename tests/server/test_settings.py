@@ -65,6 +65,8 @@ def test_every_setting_is_read_alike_from_flag_and_environment(row: Any) -> None
         "adapter_template_cpu_seconds": "1",
         "adapter_template_bytes": "1GiB",
         "adapter_check_bytes": "1GiB",
+        "grammar_seconds": "1",
+        "grammar_bytes": "1GiB",
         "metrics_prefix": "vllm",
     }
     text = sample.get(row.name) or (row.choices[-1] if row.choices else "true" if row.is_bool else "100")

@@ -13,7 +13,7 @@ from typing import Literal
 from server.engine.blocks import BlockPool
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import AdapterKey, Sequence, Step, Work
-from server.messages.protocol import Sampling
+from server.messages.protocol import Grammar, Sampling
 
 EOS = 0
 VOCABULARY = 12
@@ -28,8 +28,49 @@ ROWS = {"a": 1, "b": 1, "big": 3, "broken": 1}
 MOST_ROWS = 3
 
 
+GRAMMAR = Grammar("regex", "")
+
+
+class FakeConstraint:
+    """A grammar in which some tokens force the next two, and one ends the text after them."""
+
+    def __init__(self) -> None:
+        self.forced: list[int] = []
+        self.stopped = False
+
+    @property
+    def complete(self) -> bool:
+        return self.stopped and not self.forced
+
+    def take(self, token: int) -> None:
+        assert not self.complete
+        if self.forced:
+            assert self.forced.pop(0) == token
+        elif token % 5 == 3:
+            self.forced = [(token + 1) % VOCABULARY, 11]
+            self.stopped = token == 8
+
+    def last_words(self, sampling: Sampling) -> list[int]:
+        return list(self.forced) if self.stopped and sampling.logprobs is None else []
+
+    def valid(self, drafts: list[int]) -> list[int]:
+        return [draft for draft in drafts if draft != 5]
+
+
+def followed(tokens: list[int]) -> FakeConstraint:
+    """The constraint of a sequence that has generated these tokens."""
+    constraint = FakeConstraint()
+    for token in tokens:
+        constraint.take(token)
+    return constraint
+
+
 def next_token(sequence: Sequence, tokens: list[int]) -> int:
     """It depends on all of the tokens, but mostly as if on the last one alone: it repeats itself."""
+    if sequence.sampling.grammar is not None:
+        forced = followed(tokens[len(sequence.prompt) :]).forced
+        if forced:
+            return forced[0]
     everything = zlib.crc32(repr((sequence.adapter, tokens)).encode())
     return (everything >> 8 if everything % 4 == 0 else zlib.crc32(bytes(tokens[-1:]))) % VOCABULARY
 
@@ -136,6 +177,7 @@ class World:
             adapter=adapter,
             tenant=tenant,
             arrival=float(self.steps),
+            constraint=FakeConstraint() if sampling.get("grammar") else None,  # type: ignore[arg-type]
         )
         self.sequences[sequence.id] = sequence
         self.outputs[sequence.id] = []
@@ -209,7 +251,11 @@ class World:
         """The next token, and one more for each right draft."""
         drawn: list[int] = []
         for draft in [*work.drafts, None] if work.samples else []:
-            drawn.append(next_token(work.sequence, [*self.inputs(work.sequence), *drawn]))
+            known = [*self.inputs(work.sequence), *drawn]
+            if work.sequence.sampling.grammar is not None and followed(known[len(work.sequence.prompt) :]).complete:
+                drawn.append(EOS)  # drawn for nothing
+                break
+            drawn.append(next_token(work.sequence, known))
             if drawn[-1] != draft:
                 break
         return drawn
@@ -228,7 +274,7 @@ class World:
             assert drawn is not None
             self.scored[sequence.id] += work.prompt_rows
             kept = self.scheduler.advance(work, drawn)
-            assert kept == drawn[: len(kept)]
+            assert kept[: len(drawn)] == drawn[: len(kept)]
             assert len(kept) == len(drawn) or sequence.finish_reason
             self.outputs[sequence.id] += kept
 
@@ -262,12 +308,15 @@ class World:
             stops = token in sampling.stop_token_ids or (token == EOS and not sampling.ignore_eos)
             if stops and count >= sampling.min_tokens:
                 return tokens[len(sequence.prompt) :], "stop"
+            if sampling.grammar is not None and followed(tokens[len(sequence.prompt) :]).complete:
+                return tokens[len(sequence.prompt) :], "stop"
         return tokens[len(sequence.prompt) :], "length"
 
     def check_finished(self, sequence: Sequence) -> None:
         tokens, reason = self.alone(sequence)
         assert (self.outputs[sequence.id], sequence.finish_reason) == (tokens, reason)
         assert sequence.tokens == [*sequence.prompt, *tokens]
-        assert sequence.stop_token == (tokens[-1] if reason == "stop" else None)
+        if sequence.sampling.grammar is None or sequence.stop_token is not None:
+            assert sequence.stop_token == (tokens[-1] if reason == "stop" else None)
         wanted = sequence.sampling.prompt_logprobs is not None
         assert self.scored[sequence.id] == list(range(len(sequence.prompt) - 1) if wanted else [])

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from server.engine.sequence import AdapterKey, Sequence
-from server.messages.protocol import LOAD_FAILED, TOO_LONG
-from tests.support.scheduler_world import BASE, BIG, BOTH, BROKEN, A, B, World
+from server.messages.protocol import LOAD_FAILED, TOO_LONG, Grammar
+from tests.support.scheduler_world import BASE, BIG, BOTH, BROKEN, GRAMMAR, A, B, World
 
 prompts = st.lists(st.integers(1, 2), min_size=1, max_size=26)  # two letters, so that prefixes meet
 
@@ -37,6 +37,8 @@ class AnythingMayHappen(RuleBasedStateMachine):
         prompt_logprobs=st.sampled_from([None, None, 1]),
         speculative_tokens=st.sampled_from([0, 0, 1, 3, 6]),
         penalty=st.sampled_from([0.0, 0.0, 0.5]),
+        grammar=st.sampled_from([None, None, GRAMMAR]),
+        logprobs=st.sampled_from([None, 0]),
     )
     def arrive(
         self,
@@ -50,6 +52,8 @@ class AnythingMayHappen(RuleBasedStateMachine):
         prompt_logprobs: int | None,
         speculative_tokens: int,
         penalty: float,
+        grammar: Grammar | None,
+        logprobs: int | None,
     ) -> None:
         self.world.add(
             prompt,
@@ -61,6 +65,8 @@ class AnythingMayHappen(RuleBasedStateMachine):
             stop_token_ids=stop,
             prompt_logprobs=prompt_logprobs,
             speculative_tokens=speculative_tokens,
+            grammar=grammar,
+            logprobs=logprobs,
             presence_penalty=penalty,  # the model knows no penalties: only who waits for tokens changes
         )
 

@@ -287,7 +287,7 @@ def test_a_long_chat_is_masked_as_a_short_one(kind: str, opening: str, monkeypat
         return
     quick = read(example, tokenizer=tokenizer, max_length=10_000)
     assert tokenizer.rendered < 10 * len(example["messages"])
-    monkeypatch.setattr(dataset, "_FEW_TURNS", 1000)
+    monkeypatch.setattr(dataset, "FEW_TURNS", 1000)
     slow = read(example, tokenizer=tokenizer, max_length=10_000)
     assert tokenizer.rendered > 30 * len(example["messages"])
     assert (quick.tokens.tolist(), quick.trained.tolist()) == (slow.tokens.tolist(), slow.trained.tolist())

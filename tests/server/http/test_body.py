@@ -73,7 +73,7 @@ def _items(value: Any) -> int:
     if not isinstance(value, list | dict):
         return 0
     inner = value.values() if isinstance(value, dict) else value
-    return max(len(value), 1) + sum(map(_items, inner))
+    return max(len(value) * (1 + isinstance(value, dict)), 1) + sum(map(_items, inner))
 
 
 @given(_JSON, st.booleans())
@@ -93,9 +93,9 @@ def test_too_many_items_are_refused_before_they_are_made(raw: bytes) -> None:
 
 
 def test_a_key_given_twice_is_found_in_linear_time() -> None:
-    raw = b"{" + b",".join(b'"%d":1' % i for i in range(250_000)) + b',"249999":1}'
+    raw = b"{" + b",".join(b'"%d":1' % i for i in range(130_000)) + b',"129999":1}'
     before = time.thread_time()
-    with pytest.raises(InvalidRequest, match="'249999' twice"):
+    with pytest.raises(InvalidRequest, match="'129999' twice"):
         parse_body(raw)
     assert time.thread_time() - before < 3
 

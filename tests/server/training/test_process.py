@@ -86,10 +86,16 @@ def test_a_job_by_the_openai_client_and_again_through_kills(server: RunningServe
     expected = digest(server, job.fine_tuned_model)
 
     killed = start(client, file.id)
-    eventually(lambda: client.fine_tuning.jobs.checkpoints.list(killed).data, 60, "a checkpoint")
+
+    def saved() -> int:
+        return max((found.step_number for found in client.fine_tuning.jobs.checkpoints.list(killed).data), default=0)
+
+    eventually(saved, 60, "a checkpoint")
     engine = server.engine_pid
     os.kill(engine, signal.SIGKILL)
     failing = eventually(lambda: (pid := server.wait_ready()["engine_pid"]) != engine and pid, 60, "another engine")
+    kept = saved()
+    eventually(lambda: saved() > kept, 60, "a checkpoint of that engine's: without, the job is not tried again")
     server.fault.write_text("training accelerator")
     eventually(
         lambda: server.wait_ready()["engine_pid"] != failing, 60, "a third, for the device has failed in training"
