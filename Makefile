@@ -12,7 +12,7 @@ PYTHONS = $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14)
 USABLE  = import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve check test interpret operators abuse sweep docs clean bench gpu demo
+.PHONY: help install serve check test interpret operators abuse kills sweep docs clean bench gpu demo
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ operators: $(TESTING) ## deploy/ and every metric's name, held against Prometheu
 
 abuse: $(TESTING) ## every operation with its worst bodies in full size, beside a client who must not notice; minutes
 	$(BIN)/pytest -m abuse -s tests/faults/test_abuse.py $(ARGS)
+
+kills: $(TESTING) ## 200 random kill -9 of a server under changes, on a disk that fills and frees; KILLS=20 for fewer
+	$(BIN)/pytest -m slow tests/faults/test_kills.py $(ARGS)
 
 sweep: $(TESTING) ## serve a tiny model of every type that transformers registers; writes docs/reference/models.md
 	$(BIN)/python -m tests.sweep $(ARGS)

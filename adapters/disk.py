@@ -8,22 +8,39 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
+# SQLite calls a full disk full, and a quota a failed write.
+_SQLITE = {
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    sqlite3.SQLITE_IOERR_WRITE: errno.EDQUOT,
+    sqlite3.SQLITE_READONLY: errno.EROFS,
+}
 _RUST = re.compile(r"\(os error (\d+)\)")  # how the safetensors library tells of a fault of the system
 
 
 class StorageFull(OSError):
-    """The disk is full, and nothing was kept."""
+    """The disk takes nothing more, being full or read-only, and nothing was kept."""
 
 
 def is_full(fault: BaseException) -> bool:
-    """Whether this says, in the words of the system or a library, that there is no room for a file or one so large."""
-    if isinstance(fault, sqlite3.OperationalError):  # it calls a full disk full, and a quota a failed write
-        return fault.sqlite_errorcode in {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE}
+    """Whether this says, in the words of the system or a library, that a file has no room, or none that is so large."""
+    return _number(fault) in _FULL
+
+
+def why_full(fault: BaseException) -> str:
+    """The same in words."""
+    return f"the disk is {'read-only' if _number(fault) == errno.EROFS else 'full'}; nothing was kept"
+
+
+def _number(fault: BaseException) -> int | None:
+    """The system's number of a fault, where the fault tells it."""
+    if isinstance(fault, sqlite3.Error):
+        code = getattr(fault, "sqlite_errorcode", 0)
+        return _SQLITE.get(code) or _SQLITE.get(code & 0xFF)
     if isinstance(fault, OSError):
-        return fault.errno in _FULL
-    number = _RUST.search(str(fault))
-    return number is not None and int(number[1]) in _FULL
+        return fault.errno
+    told = _RUST.search(str(fault))
+    return None if told is None else int(told[1])
 
 
 @contextmanager
@@ -33,7 +50,19 @@ def full_disk_named() -> Iterator[None]:
         yield
     except Exception as fault:
         if is_full(fault):
-            raise StorageFull(errno.ENOSPC, "the disk is full; nothing was kept") from None
+            raise StorageFull(_number(fault), why_full(fault)) from None
+        raise
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file whole: whoever opens it meanwhile, or after a crash, finds the old content or the new one."""
+    new = path.with_name(f".{path.name}.new")
+    try:
+        new.write_bytes(content)
+        sync(new)
+        new.replace(path)
+    except OSError:
+        new.unlink(missing_ok=True)
         raise
 
 

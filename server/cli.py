@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from server.commands import adapters, chat, finetune
+from server.commands import adapters, chat, doctor, finetune
 from server.commands.remote import CommandError
 from server.model_source import DEFAULT, ModelError, default_cache_dir, resolve
 from server.settings import Setting, SettingError, Settings, settings_fields
@@ -85,6 +85,9 @@ def fetch(
     """Fetch a base model ahead of serve. Prints its directory."""
     notes = Console(stderr=True, highlight=False)
     typer.echo(resolve(ref, cache_dir or default_cache_dir(), lambda line: notes.print(line, soft_wrap=True)))
+
+
+app.command("doctor")(doctor.doctor)
 
 
 # --- clients ---------------------------------------------------------------------------------------

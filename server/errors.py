@@ -15,8 +15,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ExceptionHandler
 
-from adapters.disk import is_full
+from adapters import disk
+from adapters.disk import is_full, why_full
 from adapters.peft_format.config import AdapterError
+from adapters.peft_format.record import DamagedFile
+from adapters.storage.database import DatabaseBusy
 from adapters.storage.versions import DamagedAdapter, RemoteUnavailable
 from server.logs import note
 
@@ -192,14 +195,24 @@ class AdapterStoreUnavailable(Unavailable):
         super().__init__("The store that keeps the adapters does not answer.", retry_after=5)
 
 
+class DatabaseHeld(Unavailable):
+    """503: another process holds the database, for longer than --database-seconds."""
+
+    default_code = "database_busy"
+
+    def __init__(self) -> None:
+        super().__init__("The server's database is in use by another process; nothing was changed.", retry_after=5)
+
+
 class AdapterDamaged(LorakeetError):
-    """502: the object store has other files than the adapter's, or none; nothing was served from them."""
+    """502: the adapter has other files than it came with, or none, and no way to mend them; nothing was served."""
 
     status = 502
     default_code = "adapter_damaged"
 
-    def __init__(self) -> None:
-        super().__init__("The files of this adapter in the adapter store are damaged or missing; upload it again.")
+    def __init__(self, name: str | None = None, digest: str = "") -> None:
+        which = "this adapter" if name is None else f"the adapter `{shown(name)}` ({digest})"
+        super().__init__(f"The files of {which} are damaged or missing; upload it again.")
 
 
 class StorageFull(LorakeetError):
@@ -210,6 +223,11 @@ class StorageFull(LorakeetError):
     default_code = "storage_full"
 
 
+def storage_full(error: Exception) -> StorageFull:
+    """What a client is told of a disk that takes nothing more."""
+    return StorageFull(f"{why_full(error).capitalize()}.")
+
+
 @contextmanager
 def disk_faults() -> Iterator[None]:
     """A full disk, wherever it was met, becomes StorageFull."""
@@ -217,7 +235,7 @@ def disk_faults() -> Iterator[None]:
         yield
     except Exception as error:
         if is_full(error):
-            raise as_error(error) from None
+            raise storage_full(error) from None
         raise
 
 
@@ -228,15 +246,17 @@ def as_error(exc: Exception) -> LorakeetError:
             return exc
         case RemoteUnavailable():
             return AdapterStoreUnavailable()
-        case DamagedAdapter():
+        case DamagedAdapter() | DamagedFile():
             return AdapterDamaged()
+        case DatabaseBusy():
+            return DatabaseHeld()
         case AdapterError():
             return InvalidRequest(str(exc), param=exc.param, code=exc.code)
         case ValidationError():
             return _from_validation(exc)
         case HTTPException():
             return _from_http(exc)
-    return StorageFull("The disk is full; nothing was kept.") if is_full(exc) else InternalError()
+    return storage_full(exc) if is_full(exc) else InternalError()
 
 
 def error_response(error: LorakeetError) -> Response:
@@ -260,7 +280,7 @@ async def handle_exception(request: Request, exc: Exception) -> Response:
     return error_response(error)
 
 
-_FROM_BELOW = (RemoteUnavailable, DamagedAdapter, AdapterError)
+_FROM_BELOW = (RemoteUnavailable, DamagedAdapter, DamagedFile, DatabaseBusy, disk.StorageFull, AdapterError)
 _HANDLED = (LorakeetError, *_FROM_BELOW, ValidationError, HTTPException)
 EXCEPTION_HANDLERS: dict[Any, ExceptionHandler] = dict.fromkeys(_HANDLED, handle_exception)
 

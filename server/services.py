@@ -84,6 +84,7 @@ def make_services(
             text=text,
             metrics=metrics,
             max_running=settings.max_training_jobs,
+            busy_seconds=settings.database_seconds,
         ),
         sampling_defaults=sampling_defaults or {},
     )

@@ -226,6 +226,13 @@ class Settings:
         parse=_path,
         shown="~/.cache/lorakeet",
     )
+    database_seconds: float = _setting(
+        5.0,
+        "How long a change waits for a database under --data-dir that another process holds; beyond it, 503.",
+        parse=_number,
+        minimum=0.1,
+        maximum=60,
+    )
 
     # --- the listener
     host: str = _setting("127.0.0.1", "Address to listen on.")

@@ -15,6 +15,7 @@ from tests.support import interpreter
 
 interpreter.prepare()
 
+from tests.support.loop_guard import guarded  # noqa: E402
 from tests.support.tiny import tiny_model  # noqa: E402 - transformers imports Triton
 
 
@@ -60,6 +61,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((i for i, path in enumerate(LONGEST) if item.nodeid.startswith(path)), len(LONGEST))
 
     items.sort(key=place)
+
+
+@pytest.fixture(autouse=True)
+def no_database_on_the_event_loop() -> Iterator[None]:
+    with guarded():
+        yield
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -17,7 +17,8 @@ HEAVY = ("torch", "transformers", "bitsandbytes", "peft")
 ENGINE_SIDE = ("server.engine", "server.model", "server.training")
 API_SIDE = (
     *(f"server.{part}" for part in ("http", "openai", "text", "registry", "finetune", "client", "children")),
-    *(f"server.{part}" for part in ("admission", "errors", "metrics", "model_source", "services", "settings")),
+    *(f"server.{part}" for part in ("admission", "data_dir", "errors", "metrics", "model_source")),
+    *(f"server.{part}" for part in ("services", "settings", "doctor")),
 )
 WEB = ("starlette", "uvicorn", "pydantic", "httpx", "python_multipart")
 

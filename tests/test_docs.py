@@ -21,6 +21,7 @@ README = ROOT / "README.md"
 REFERENCE = ROOT / "docs/reference"
 # Flags in the guides that are not settings of `lorakeet serve`.
 OTHER_FLAGS = {"--url", "--help", "--cancel", "--pause", "--resume", "--json", "--max-tokens", "--build-arg"}
+OTHER_FLAGS |= {"--restore", "--remove", "--verify", "--all"}  # of `lorakeet doctor`
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 

@@ -10,8 +10,8 @@ from torch import nn
 from adapters.device.host import HostAdapter, filed_adapter, host_adapter
 from adapters.device.lora import LoraLinear
 from adapters.device.variant_builder import build
-from adapters.peft_format import packed_rows
-from adapters.peft_format.directory import AdapterSpec, load, load_variants
+from adapters.peft_format import packed_rows, record
+from adapters.peft_format.directory import WEIGHTS_NAME, AdapterSpec, load, load_variants
 
 
 class AdapterLoader:
@@ -30,13 +30,17 @@ class AdapterLoader:
         self._device = device
 
     def __call__(self, digest: str, path: str) -> HostAdapter:
-        """Read a published adapter. Raises OSError and others for a directory that is damaged or gone."""
+        """Read a published adapter, and hold every byte that is used against what was noted when it came in.
+
+        Raises DamagedFile, OSError and others for a directory that is damaged or gone.
+        """
         directory = Path(path)
         spec = AdapterSpec.read(directory)
         dtype: torch.dtype = getattr(torch, spec.dtype)
         rows = packed_rows.find(directory, spec, self._sizes)
         if rows is not None:
             return filed_adapter(digest, rows, dtype, self._device)
+        record.check(directory, [WEIGHTS_NAME])
         modules = {name: (a, b, spec.modules[name].scaling) for name, (a, b) in load(directory, spec).items()}
         adapter = host_adapter(digest, modules, dtype, pin=self._device.type == "cuda")
         if not spec.variants.names:

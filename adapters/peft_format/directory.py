@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from adapters.disk import sync
+from adapters.disk import sync, write_synced
+from adapters.peft_format import record
 from adapters.peft_format.config import MAX_CONFIG_BYTES, AdapterConfig, AdapterError, parse_config
 from adapters.peft_format.fields import shorten
 from adapters.peft_format.layout import PREFIX, LoraModule, Variants, layout
@@ -100,13 +101,19 @@ class AdapterSpec:
         return {kind: width * rank for kind, rank in units.items()} | ({EXTRAS: extras} if extras else {})
 
     def save(self, directory: Path) -> None:
-        """Keep this spec in `directory`, beside the files that it describes (fsync'ed)."""
-        _write_synced(directory / SPEC_NAME, json.dumps(dataclasses.asdict(self)).encode())
+        """Keep this spec in `directory` beside the files that it describes, and note them all (fsync'ed)."""
+        write_synced(directory / SPEC_NAME, json.dumps(dataclasses.asdict(self)).encode())
+        record.write(directory)
 
     @classmethod
     def read(cls, directory: Path) -> "AdapterSpec":
-        """The spec that `save` left. Trusts the directory: for published versions only."""
-        fields = json.loads((directory / SPEC_NAME).read_bytes())
+        """The spec that `save` left, for published versions only. Raises DamagedFile when it is no longer that one."""
+        return cls.parse(record.checked(directory, SPEC_NAME).decode())
+
+    @classmethod
+    def parse(cls, document: str) -> "AdapterSpec":
+        """From what `save` wrote."""
+        fields = json.loads(document)
         modules = {name: LoraModule(**module) for name, module in fields.pop("modules").items()}
         variants = fields.get("variants", {})  # directories of earlier releases have none
         tables = {name: LoraModule(**module) for name, module in variants.pop("tables", {}).items()}
@@ -196,9 +203,9 @@ def inspect(
 def digest_of(directory: Path) -> str:
     """The digest of an adapter that passed `inspect`, computed anew from its spec and all its numbers.
 
-    Raises AdapterError or what reading JSON raises when the files are not whole.
+    Raises AdapterError, or what reading JSON raises, when the files are not whole.
     """
-    spec = AdapterSpec.read(directory)
+    spec = AdapterSpec.parse((directory / SPEC_NAME).read_text())
     digest = hashlib.sha256(_mathematics(spec.modules, spec.variants, spec.text))
     with (directory / WEIGHTS_NAME).open("rb") as file:
         for name, tensor in sorted(read_header(file).items()):
@@ -365,10 +372,5 @@ def write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, tupl
     save_file(named, directory / WEIGHTS_NAME, metadata={"format": "pt"})
     sync(directory / WEIGHTS_NAME)
     document = json.dumps({"peft_type": "LORA", **config}, indent=2, sort_keys=True)
-    _write_synced(directory / CONFIG_NAME, document.encode())
+    write_synced(directory / CONFIG_NAME, document.encode())
     sync(directory)
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
-    sync(path)

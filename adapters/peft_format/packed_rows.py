@@ -4,6 +4,7 @@ Made when an adapter comes in, beside its own files. All of it follows from thos
 need not be kept elsewhere, and may be missing. With numpy only.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from adapters.disk import sync
+from adapters.peft_format import record
 from adapters.peft_format.directory import WEIGHTS_NAME, AdapterSpec
+from adapters.peft_format.record import DamagedFile
 from adapters.peft_format.sizes import UNIT_BYTES, LinearSize, units_per_row
 from adapters.peft_format.weights import TensorEntry, read_header
 
@@ -37,10 +41,11 @@ class RowShape(NamedTuple):
 
 @dataclass(frozen=True)
 class RowFile:
-    """Where it is and what lies in it, part after part. See `find`."""
+    """Where it is, what lies in it, part after part, and the digest of it all. See `find`."""
 
     path: Path
     parts: tuple[RowShape, ...]
+    digest: str
 
     @property
     def bytes(self) -> int:
@@ -50,34 +55,41 @@ class RowFile:
     def read_into(self, rows: Sequence[np.ndarray]) -> None:
         """Fill arrays of units, together as large as the file, from its beginning to its end.
 
-        Leaves Python's lock alone but for moments, and the processor often. Raises OSError.
+        Leaves Python's lock alone but for moments, and the processor often. Raises OSError; DamagedFile when what was
+        read is not what had been laid out.
         """
+        seen = hashlib.sha256()
         with self.path.open("rb", buffering=0) as file:
             position = 0
             for batch, size in _batches(rows):
                 if os.preadv(file.fileno(), batch, position) != size:
-                    raise OSError(f"{self.path.name} of an adapter was cut short")
+                    raise DamagedFile(f"{self.path.name} was cut short")
                 position += size
+                for piece in batch:
+                    seen.update(piece)
+        if seen.hexdigest() != self.digest:
+            raise DamagedFile(f"{self.path.name} is damaged")
 
 
 def find(directory: Path, spec: AdapterSpec, linears: Mapping[str, LinearSize]) -> RowFile | None:
     """The rows of a published adapter; None where they were not laid out. `linears`: the base's, by full name."""
     path = directory / ROWS_NAME
-    if spec.variants.names or not path.exists():
+    if spec.variants.names or not path.exists() or (digest := record.read(directory).get(ROWS_NAME)) is None:
         return None
     width = units_per_row(spec.dtype)
     parts = tuple(
         RowShape(name, width * m.rank, linears[name].in_features, linears[name].out_features, m.rank, m.scaling)
         for name, m in spec.modules.items()
     )
-    return RowFile(path, parts)
+    return RowFile(path, parts, digest)
 
 
 def make(directory: Path, spec: AdapterSpec) -> None:
-    """Lay out the rows of an adapter that passed `inspect`, unless there is more to it than rank rows."""
+    """Lay out the rows of an adapter that passed `inspect`, unless there is more to it than rank rows (fsync'ed)."""
     if spec.variants.names:
         return
-    with (directory / WEIGHTS_NAME).open("rb") as weights, (directory / ROWS_NAME).open("wb") as rows:
+    new = directory / f".{ROWS_NAME}.new"  # until it is whole
+    with (directory / WEIGHTS_NAME).open("rb") as weights, new.open("wb") as rows:
         entries = read_header(weights)
         for module in spec.modules.values():
             for name, transposed in ((module.a, False), (module.b, True)):
@@ -85,6 +97,8 @@ def make(directory: Path, spec: AdapterSpec) -> None:
                 weights.seek(entry.start)
                 numbers = _as(spec.dtype, weights.read(entry.end - entry.start), entry)
                 rows.write(np.ascontiguousarray(numbers.T if transposed else numbers).data)
+    sync(new)
+    new.replace(directory / ROWS_NAME)
 
 
 def _as(dtype: str, content: bytes, entry: TensorEntry) -> np.ndarray:

@@ -5,22 +5,40 @@ wait for a writer or its fsync. SQLite before 3.51.3 can damage the log when two
 same instant; the second one here is opened read-only, does neither, and is closed first.
 """
 
+import errno
+import logging
+import shutil
 import sqlite3
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from adapters.disk import full_disk_named
-
-RESERVE_BYTES = 256 * 1024  # beside the file, so that a full disk lets go
+from adapters.disk import StorageFull, full_disk_named
 
 Migration = Callable[[sqlite3.Connection], object]  # from the layout before it to the next
+
+BUSY_SECONDS = 5.0
+RESERVE_BYTES = 256 * 1024  # beside the file, so that a full disk lets go
+_BUSY = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
+_DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+_UNOPENED = frozenset({sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN})  # for want of room beside it, say
+
+log = logging.getLogger(__name__)
 
 
 class NewerLayoutError(RuntimeError):
     """The file was written by a newer release."""
+
+
+class DatabaseBusy(Exception):
+    """Another process holds the file, for longer than is waited."""
+
+
+class DatabaseDamaged(Exception):
+    """The file is no SQLite database, or not a whole one."""
 
 
 class UnknownCursorError(LookupError):
@@ -37,46 +55,128 @@ def script(sql: str) -> Migration:
     return run
 
 
+def damage(path: Path) -> str | None:
+    """What is wrong with a database file, which is only read; None when it is whole."""
+    try:
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+            found: str = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    except sqlite3.DatabaseError as fault:
+        return str(fault)
+    return None if found == "ok" else " ".join(found.split())
+
+
 class Database:
     """The two connections and their locks; used from any thread.
+
+    A file that another process holds, or on a disk that takes nothing more, is read from a copy in memory until it can
+    be opened for writing, which each transaction tries.
 
     Args:
         path: the database file; its directory must exist.
         migrations: the first makes the tables, each further one changes them. `PRAGMA user_version` counts those that
             the file has been through; the first must also accept a file of the time before they were counted.
+        busy_seconds: how long a change waits for others, in this process and in another.
 
     Raises:
         NewerLayoutError: the file has been through more migrations than there are.
+        DatabaseDamaged: see there.
     """
 
-    def __init__(self, path: Path, migrations: Sequence[Migration]) -> None:
-        self._lock = threading.RLock()
+    def __init__(self, path: Path, migrations: Sequence[Migration], busy_seconds: float = BUSY_SECONDS) -> None:
+        self.path = path
+        self._migrations = migrations
+        self._busy_seconds = busy_seconds
+        self._lock = threading.Lock()
         self._read_lock = threading.Lock()
-        self._writer: int | None = None  # the thread whose transaction is open
-        self._connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
-        self._connection.row_factory = sqlite3.Row
-        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-            self._connection.execute(f"PRAGMA {pragma}")
-        try:
-            self._migrate(path, migrations)
-        except BaseException:
-            self._connection.close()
-            raise
-        self._reader = sqlite3.connect(
-            f"{path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
-        )
-        self._reader.row_factory = sqlite3.Row
+        self._owner: int | None = None  # the thread whose transaction is open
+        self._committed: list[Callable[[], object]] = []  # what that shall be followed by
+        self._connection: sqlite3.Connection | None = None
         self._reserve = path.with_name(f"{path.name}-reserve")
-        self._keep_back()
+        try:
+            self._open()
+            self._keep_back()
+        except (DatabaseBusy, StorageFull) as fault:
+            log.warning("%s: %s; it is read only, until it can be written", path, fault)
+            self._reader = self._copied()
 
-    def _migrate(self, path: Path, migrations: Sequence[Migration]) -> None:
-        with self.transaction() as connection:
-            done: int = connection.execute("PRAGMA user_version").fetchone()[0]
-            if done > len(migrations):
-                raise NewerLayoutError(f"{path.name} was written by a newer release (layout {done})")
-            for migrate in migrations[done:]:
+    def _open(self) -> None:
+        with self._named_faults(full=_UNOPENED):
+            connection = sqlite3.connect(
+                self.path, timeout=self._busy_seconds, isolation_level=None, check_same_thread=False
+            )
+            try:
+                for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+                    connection.execute(f"PRAGMA {pragma}")
+                self._prepare(connection)
+                reader = sqlite3.connect(
+                    f"{self.path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
+                )
+            except BaseException:
+                connection.close()
+                raise
+        connection.row_factory = reader.row_factory = sqlite3.Row
+        self._connection = connection
+        with self._read_lock:
+            copy, self._reader = getattr(self, "_reader", None), reader
+        if copy is not None:
+            copy.close()
+            log.info("%s can be written again", self.path)
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        """See that the file is whole, and of the newest layout."""
+        found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if found != "ok":
+            raise DatabaseDamaged(f"{self.path.name} is damaged: {' '.join(found.split())}")
+        done: int = connection.execute("PRAGMA user_version").fetchone()[0]
+        if done > len(self._migrations):
+            raise NewerLayoutError(f"{self.path.name} was written by a newer release (layout {done})")
+        if done == len(self._migrations):
+            return
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            for migrate in self._migrations[done:]:
                 migrate(connection)
-            connection.execute(f"PRAGMA user_version = {len(migrations)}")
+            connection.execute(f"PRAGMA user_version = {len(self._migrations)}")
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+    def _copied(self) -> sqlite3.Connection:
+        """What the file and its write-ahead log say now, in memory."""
+        memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
+        memory.row_factory = sqlite3.Row
+        with self._named_faults(), tempfile.TemporaryDirectory(prefix="lorakeet-") as directory:
+            copy = Path(directory) / "copy"
+            for suffix in ("", "-wal"):
+                source = self.path.with_name(self.path.name + suffix)
+                if source.exists():
+                    shutil.copyfile(source, copy.with_name(copy.name + suffix))
+            opened = sqlite3.connect(copy)
+            opened.backup(memory)
+            opened.close()
+            self._prepare(memory)
+        return memory
+
+    @contextmanager
+    def _named_faults(self, full: frozenset[int] = frozenset()) -> Iterator[None]:
+        """SQLite's words for a file that is held, damaged, or on a disk that takes nothing more become our own.
+
+        `full`: codes that mean the last of these here.
+        """
+        try:
+            with full_disk_named():
+                yield
+        except sqlite3.DatabaseError as fault:
+            code = getattr(fault, "sqlite_errorcode", 0) & 0xFF
+            if code in _BUSY:
+                raise DatabaseBusy(f"another process holds {self.path.name}") from None
+            if code in _DAMAGED:
+                raise DatabaseDamaged(f"{self.path.name} is damaged: {fault}") from None
+            if code in full:
+                raise StorageFull(errno.ENOSPC, f"the disk does not take {self.path.name}: {fault}") from None
+            raise
 
     @contextmanager
     def transaction(self, *, removing: bool = False) -> Iterator[sqlite3.Connection]:
@@ -85,27 +185,42 @@ class Database:
         Args:
             removing: it will free space: on a full disk it takes what is kept back for that.
 
-        Raises StorageFull.
+        Raises DatabaseBusy, DatabaseDamaged, StorageFull; nothing has changed then.
         """
-        with self._lock, full_disk_named():
-            if self._writer is not None:
-                yield self._connection
-                return
+        if self._owner == threading.get_ident():
+            assert self._connection is not None
+            yield self._connection
+            return
+        if not self._lock.acquire(timeout=self._busy_seconds):
+            raise DatabaseBusy(f"others are changing {self.path.name}")
+        try:
             if removing:
-                self._reserve.write_bytes(b"")
-            self._connection.execute("BEGIN IMMEDIATE")
-            self._writer = threading.get_ident()
-            try:
-                yield self._connection
-                self._connection.execute("COMMIT")
-            except BaseException:
-                if self._connection.in_transaction:  # SQLite may have rolled back by itself
-                    self._connection.execute("ROLLBACK")
-                raise
-            finally:
-                self._writer = None
-                if removing:
-                    self._keep_back()
+                with suppress(OSError):
+                    self._reserve.write_bytes(b"")
+            if self._connection is None:
+                self._open()
+            connection = self._connection
+            assert connection is not None
+            with self._named_faults():
+                connection.execute("BEGIN IMMEDIATE")
+                self._owner = threading.get_ident()
+                try:
+                    yield connection
+                    connection.execute("COMMIT")
+                except BaseException:
+                    self._committed.clear()
+                    if connection.in_transaction:  # SQLite may have rolled back by itself
+                        connection.execute("ROLLBACK")
+                    raise
+                finally:
+                    self._owner = None
+            committed, self._committed = self._committed, []
+            for follow in committed:
+                follow()
+        finally:
+            if removing:
+                self._keep_back()
+            self._lock.release()
 
     def _keep_back(self) -> None:
         """Take from the disk what removing needs, or as much of it as there is."""
@@ -113,16 +228,25 @@ class Database:
             try:
                 self._reserve.write_bytes(bytes(RESERVE_BYTES))
             except OSError:
-                self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                if self._connection is not None:
+                    self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
                 self._reserve.write_bytes(bytes(RESERVE_BYTES))
+
+    def after_commit(self, follow: Callable[[], object]) -> None:
+        """Call this once the transaction that is open is on disk, and never if it is not."""
+        self._committed.append(follow)
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
-        """The last committed state, one for the whole block; inside a transaction, what that has written."""
-        if self._writer == threading.get_ident():
+        """The last committed state, one for the whole block; inside a transaction, what that has written.
+
+        Raises DatabaseBusy, DatabaseDamaged.
+        """
+        if self._owner == threading.get_ident():
+            assert self._connection is not None
             yield self._connection
             return
-        with self._read_lock:
+        with self._read_lock, self._named_faults():
             self._reader.execute("BEGIN")
             try:
                 yield self._reader
@@ -160,4 +284,5 @@ class Database:
         with self._read_lock:
             self._reader.close()
         with self._lock:
-            self._connection.close()
+            if self._connection is not None:
+                self._connection.close()

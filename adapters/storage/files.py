@@ -15,57 +15,25 @@ from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol
 
 from adapters.disk import full_disk_named, sync
-from adapters.peft_format import packed_rows as rowfile
-from adapters.peft_format.directory import AdapterError, AdapterSpec, digest_of
-from adapters.storage.versions import DamagedAdapter, RemoteUnavailable, UnknownAdapter, Version
+from adapters.peft_format import record
+from adapters.peft_format.directory import AdapterSpec
+from adapters.storage import entries, lost, mending
+from adapters.storage.lost import Pending
+from adapters.storage.staging import Staging
+from adapters.storage.versions import DamagedAdapter, Pointer, Remote, RemoteUnavailable, UnknownAdapter, Version
 
 _FETCHERS = 8  # versions fetched at once
 
 log = logging.getLogger(__name__)
 
 
-class Remote(Protocol):
-    """Files of versions, kept elsewhere. Everything here waits for a network, and raises RemoteUnavailable."""
-
-    def put(self, digest: str, directory: Path) -> None:
-        """Keep a version's files."""
-
-    def get(self, digest: str, directory: Path) -> None:
-        """Copy a version's files into an empty directory. Raises DamagedAdapter when there are none."""
-
-    def remove(self, digest: str) -> None:
-        """Keep them no longer."""
-
-    def unnamed(self, seconds: float) -> Iterator[str]:
-        """Digests that no name there has, and none of whose files came in the last so many seconds. None of them while
-        a name cannot be read."""
-
-
-class Staging:
-    """A private directory to write an adapter's files into, gone on exit unless published. See `VersionFiles.stage`."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.mkdir(mode=0o700)
-
-    def __enter__(self) -> "Staging":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-
-
 class VersionFiles:
     """The directories of versions, and who holds them.
 
     What is asked about leases (`lease`, `has`) never waits for a disk; the rest does, or for the network. Creating one
-    removes uploads that an earlier process left unfinished; `settle` then says what else may go.
+    removes uploads that an earlier process left unfinished; `settle` then says what else is not wanted.
 
     Args:
         root: directory of its own, made if missing, on one file system.
@@ -87,6 +55,10 @@ class VersionFiles:
         self._disk_used = 0  # bytes of `_stored`; like them, counted only with a remote
         self._removing: set[str] = set()  # digests whose files are on their way out
         self._fetching: dict[str, Future[None]] = {}
+        self._mending = threading.Lock()
+        self._beyond_mending: dict[str, str] = {}  # digest -> what is wrong with its files
+        self._pending = Pending(root)  # marks of versions that come or go
+        self._aside = root.parent / lost.LOST_AND_FOUND / "versions"
         self._fetchers = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="adapter-fetcher")
         self._closed = False
         self._recover()
@@ -100,18 +72,37 @@ class VersionFiles:
 
     def path(self, digest: str) -> Path:
         """Where the files are, or would be."""
-        return self._versions / digest.removeprefix("sha256:")
+        return self._versions / _key(digest)
 
-    def want(self, more: Collection[str], less: Collection[str] = ()) -> None:
+    def want(self, more: Collection[str], less: Collection[str]) -> None:
         """Count these digests as wanted once more, and `less` of them once less. Removes nothing."""
         with self._counting:
             self._wanted.update(more)
             for digest in less:
                 _count_down(self._wanted, digest)
 
+    @contextmanager
+    def renaming(self, before: Pointer | None, after: Pointer | None) -> Iterator[None]:
+        """Around the moment at which a name comes to mean something else; then its versions' directories say so."""
+        if self._remote is not None:  # which has the names, too
+            yield
+            return
+        concerned = {version.digest for pointer in (before, after) if pointer for version in pointer.versions}
+        self._pending.mark(*map(_key, concerned))
+        try:
+            yield
+        finally:  # those that nobody wants now keep their mark until they are gone
+            self._pending.clear(*(_key(digest) for digest in concerned & self._wanted.keys()))
+        entries.note(before, after)
+
+    def complete(self, pointer: Pointer) -> None:
+        """See that the directories of a name's versions say so."""
+        if self._remote is None:
+            entries.complete(pointer)
+
     def has(self, digest: str) -> bool:
-        """Whether the files are here; as long as they are leased, that lasts."""
-        return digest in self._stored
+        """Whether the files are here, not damaged beyond mending; as long as they are leased, that lasts."""
+        return digest in self._stored and digest not in self._beyond_mending
 
     def obtainable(self, digest: str) -> bool:
         """Whether the files are here or can be fetched."""
@@ -148,15 +139,57 @@ class VersionFiles:
             DamagedAdapter: what the remote has is not this version.
             StorageFull: there is no room for them.
         """
+        if digest in self._beyond_mending:
+            raise DamagedAdapter(self._beyond_mending[digest])
         if not self.has(digest):
             # Several may wait for one: whoever stops waiting must not stop it.
             await asyncio.shield(asyncio.wrap_future(self._fetch_soon(digest)))
+
+    # --- damage --------------------------------------------------------------------------------------
+
+    def mend(self, digest: str) -> None:
+        """Read all of a leased version's files, and make anew, or fetch again, what is not as it was.
+
+        Raises DamagedAdapter when it cannot be mended: it is not served until it is uploaded again. RemoteUnavailable.
+        """
+        directory = self.path(digest)
+        with self._mending, full_disk_named():
+            try:
+                record.check(directory)
+                return
+            except record.DamagedFile as fault:
+                log.warning("%s: %s", digest, fault)
+            try:
+                mending.mend(directory, digest)
+            except DamagedAdapter as fault:
+                if self._remote is None:
+                    self._beyond_mending[digest] = str(fault)
+                    raise
+                with self.stage() as staging:
+                    self._receive(digest, staging.path)
+                    mending.replace_files(staging.path, directory)
+            log.warning("%s: mended", digest)
+
+    def repair(self, staging: Staging, spec: AdapterSpec) -> None:
+        """Should this version be here and damaged: put the staged files, which are whole, in place of its own."""
+        with self._mending:
+            if spec.digest not in self._stored:
+                return
+            try:
+                record.check(self.path(spec.digest))
+            except record.DamagedFile as fault:
+                spec.save(staging.path)
+                mending.replace_files(staging.path, self.path(spec.digest))
+                log.warning("%s: %s; replaced by what was uploaded", spec.digest, fault)
+            self._beyond_mending.pop(spec.digest, None)
 
     # --- coming --------------------------------------------------------------------------------------
 
     def stage(self) -> Staging:
         """A new private directory, to be used as a context manager. Raises StorageFull."""
         with full_disk_named():
+            for directory in (self._staging, self._versions):  # the disk may not have let `_recover` make them
+                directory.mkdir(parents=True, exist_ok=True)
             return Staging(self._staging / uuid.uuid4().hex)
 
     @contextmanager
@@ -170,10 +203,11 @@ class VersionFiles:
         with self._counting:
             self._counting.wait_for(lambda: spec.digest not in self._removing)
             self._leases[spec.digest] += 1
-            kept = spec.digest in self._wanted
+            kept = spec.digest in self._wanted and spec.digest not in self._beyond_mending
         try:
             if self._remote and not kept:
                 self._remote.put(spec.digest, staging.path)
+            self.repair(staging, spec)
             yield
         finally:
             self._let_go(spec.digest)
@@ -187,6 +221,8 @@ class VersionFiles:
                 self._counting.wait_for(lambda: digest not in self._removing)
                 if digest in self._stored:
                     return
+            if self._remote is None:
+                self._pending.mark(_key(digest))
             staged.rename(self.path(digest))
             with self._counting:
                 self._stored[digest] = size
@@ -205,15 +241,22 @@ class VersionFiles:
             with full_disk_named(), self.stage() as staging:
                 if digest in self._stored:  # since it was asked for
                     return
-                self._remote.get(digest, staging.path)
-                _check_digest(staging.path, digest)
-                rowfile.make(staging.path, AdapterSpec.read(staging.path))
+                self._receive(digest, staging.path)
                 _sync_all(staging.path)
                 self.place(staging.path, digest)
         finally:
             with self._counting:
                 del self._fetching[digest]
         self._collect(digest)  # nobody may want it by now
+
+    def _receive(self, digest: str, directory: Path) -> None:
+        """Get a version from the remote, whole. Raises DamagedAdapter, also for who asks for it before long."""
+        assert self._remote is not None
+        self._remote.get(digest, directory)
+        try:
+            mending.complete(directory, mending.verified(directory, digest))
+        except DamagedAdapter as fault:
+            raise DamagedAdapter(f"in the object store, {fault}") from None
 
     # --- going ---------------------------------------------------------------------------------------
 
@@ -250,12 +293,18 @@ class VersionFiles:
             count += 1
         return count
 
-    def settle(self, known: Collection[str]) -> None:
-        """Once, before anything else comes: remove from here what is not among these, and what is too much."""
-        for digest in self._stored.keys() - known:
-            del self._stored[digest]
-            self._removing.add(digest)
-            self._take_away(digest)  # from here only: another server may be about to name it
+    def settle(self, known: Collection[str], database: str) -> None:
+        """Once, before anything else comes: take from here what is not among these, and what is too much.
+
+        Where a remote has the files it goes, from here only: another server may be about to name it.
+        """
+        unknown = [path for path in lost.entries(self._versions) if f"sha256:{path.name}" not in known]
+        for path in unknown:
+            self._stored.pop(f"sha256:{path.name}", None)
+            if self._remote is not None:
+                lost.remove(path)
+        if self._remote is None:
+            lost.sort_out(unknown, self._pending, self._aside, database)
         self._disk_used = sum(self._stored.values())
         self._trim()
 
@@ -308,15 +357,17 @@ class VersionFiles:
             with self._counting:
                 self._removing.remove(digest)
                 self._counting.notify_all()
+            self._pending.clear(_key(digest))
 
     def _recover(self) -> None:
         """Remove unfinished uploads, and see what is here."""
         for directory in (self._staging, self._versions):
-            directory.mkdir(parents=True, exist_ok=True)
-        sync(self._versions.parent)
-        for left in self._staging.iterdir():
-            shutil.rmtree(left)
-        here = sorted(self._versions.iterdir(), key=_age) if self._remote else self._versions.iterdir()
+            lost.directory_at(directory, self._aside.parent)
+        with suppress(OSError):  # a disk that takes nothing now is met again by whoever uploads
+            sync(self._versions.parent)
+        for left in lost.entries(self._staging):
+            lost.remove(left)
+        here = sorted((path for path in lost.entries(self._versions) if path.is_dir()), key=_age)
         self._stored.update((f"sha256:{path.name}", _size(path) if self._remote else 0) for path in here)
 
 
@@ -334,13 +385,8 @@ def _size(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.iterdir())
 
 
-def _check_digest(directory: Path, digest: str) -> None:
-    try:
-        found = digest_of(directory)
-    except (AdapterError, ValueError, LookupError, TypeError) as fault:
-        raise DamagedAdapter(f"the object store's files of {digest} are damaged: {fault}") from None
-    if found != digest:
-        raise DamagedAdapter(f"the object store's files of {digest} are damaged: their digest is {found}")
+def _key(digest: str) -> str:
+    return digest.removeprefix("sha256:")
 
 
 def _sync_all(directory: Path) -> None:

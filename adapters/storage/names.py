@@ -5,12 +5,16 @@ files in an object store.
 """
 
 import json
+import logging
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from adapters.storage.database import Database, script
+from adapters.peft_format.directory import AdapterSpec
+from adapters.peft_format.record import DamagedFile
+from adapters.storage.database import BUSY_SECONDS, Database, script
+from adapters.storage.receipt import receipt_of
 from adapters.storage.versions import Pointer, Version
 
 _SCHEMA = """
@@ -51,13 +55,24 @@ def _add_staged(database: sqlite3.Connection) -> None:
 _MIGRATIONS = (script(_SCHEMA), _add_staged)
 
 Locate = Callable[[str], Path]  # digest -> where its files are, or would be
+Split = tuple[tuple[str, float], ...]
+
+log = logging.getLogger(__name__)
 
 
 class Names(Protocol):
-    """What every name means, durably."""
+    """What every name means, durably.
+
+    Attributes:
+        title: where it is written, in one word.
+        unreadable: digests of versions whose rows `load` could not read.
+    """
+
+    title: str
+    unreadable: set[str]
 
     def load(self, locate: Locate) -> Iterator[Pointer]:
-        """All of them, each as it was last saved."""
+        """All of them, each as it was last saved; what cannot be read is logged and left out."""
 
     def save(self, tenant: str, name: str, pointer: Pointer | None) -> None:
         """Let a name mean this, or nothing. Durable when it returns; unchanged when it raises."""
@@ -70,27 +85,55 @@ class LocalNames:
 
     Args:
         path: the database file; its directory must exist. Made or migrated.
+        busy_seconds: how long a change waits for another process.
 
-    Raises:
-        NewerLayoutError: a newer release has written it.
+    Raises what `Database` does.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.database = Database(path, _MIGRATIONS)
+    def __init__(self, path: Path, busy_seconds: float = BUSY_SECONDS) -> None:
+        self.database = Database(path, _MIGRATIONS, busy_seconds)
+        self.title = path.name
+        self.unreadable: set[str] = set()
 
     def load(self, locate: Locate) -> Iterator[Pointer]:
-        rows: dict[tuple[str, str], list[Version]] = {}
         with self.database.reading() as connection:
-            for tenant, name, digest, created, receipt, staged in connection.execute(_SELECT):
-                version = Version(tenant, name, digest, locate(digest), created, json.loads(receipt), bool(staged))
-                rows.setdefault((tenant, name), []).append(version)
-            splits = {
-                (tenant, name): tuple((digest, share) for digest, share in json.loads(split))
-                for tenant, name, split in connection.execute("SELECT tenant, name, split FROM adapter_splits")
-            }
-            pins = {(tenant, name) for tenant, name in connection.execute("SELECT tenant, name FROM adapter_pins")}
-        for owner, versions in rows.items():
-            yield Pointer(tuple(versions), splits.get(owner, ()), owner in pins)
+            rows = connection.execute(_SELECT).fetchall()
+            splits = connection.execute("SELECT tenant, name, split FROM adapter_splits").fetchall()
+            pins = {tuple(row) for row in connection.execute("SELECT tenant, name FROM adapter_pins")}
+        found: dict[tuple[str, str], list[Version | None]] = {}
+        for row in rows:
+            found.setdefault((row["tenant"], row["name"]), []).append(self._version(row, locate))
+        divided = {(row["tenant"], row["name"]): self._split(row) for row in splits}
+        for owner, versions in found.items():
+            readable = tuple(version for version in versions if version is not None)
+            if versions[0] is not None:  # an older one would be a lie
+                yield Pointer(readable, _within(divided.get(owner, ()), readable), owner in pins)
+            else:
+                self.unreadable.update(version.digest for version in readable)
+                log.error("adapter %s is not served: the row of its current version cannot be read", owner[1])
+
+    def _version(self, row: sqlite3.Row, locate: Locate) -> Version | None:
+        tenant, name, digest, created, receipt, staged = row
+        try:
+            try:
+                found = json.loads(receipt)
+                _ = found["rows"]
+            except (ValueError, TypeError, LookupError):
+                found = receipt_of(AdapterSpec.read(locate(digest)))
+                log.warning("%s: the receipt of adapter %s could not be read; it was made anew", self.title, name)
+            return Version(tenant, name, digest, locate(digest), float(created), found, bool(staged))
+        except (DamagedFile, ValueError, TypeError, LookupError, AttributeError) as fault:
+            log.error("%s: a row of adapter %s cannot be read: %s", self.title, name, fault)
+            if isinstance(digest, str):
+                self.unreadable.add(digest)
+            return None
+
+    def _split(self, row: sqlite3.Row) -> Split:
+        try:
+            return tuple((digest, float(share)) for digest, share in json.loads(row["split"]))
+        except (ValueError, TypeError) as fault:
+            log.error("%s: the split of adapter %s cannot be read: %s", self.title, row["name"], fault)
+            return ()
 
     def save(self, tenant: str, name: str, pointer: Pointer | None) -> None:
         owner = (tenant, name)
@@ -111,3 +154,8 @@ class LocalNames:
     def close(self) -> None:
         """Close the database."""
         self.database.close()
+
+
+def _within(split: Split, versions: Sequence[Version]) -> Split:
+    """A split, as long as all its versions are there."""
+    return split if {digest for digest, _ in split} <= {version.digest for version in versions} else ()

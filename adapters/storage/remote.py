@@ -20,6 +20,7 @@ from obstore.store import from_url
 
 from adapters.peft_format.directory import CONFIG_NAME, SPEC_NAME, WEIGHTS_NAME
 from adapters.peft_format.packed_rows import ROWS_NAME
+from adapters.peft_format.record import RECORD_NAME
 from adapters.storage.names import Locate
 from adapters.storage.versions import DamagedAdapter, Pointer, RemoteUnavailable, Version
 
@@ -54,7 +55,10 @@ class RemoteStore:
         ValueError: no such kind of store, or its configuration is not complete.
     """
 
+    title = "the object store"
+
     def __init__(self, url: str) -> None:
+        self.unreadable: set[str] = set()
         try:
             if url.startswith("file:"):
                 self._store: ObjectStore = from_url(url, mkdir=True)
@@ -100,9 +104,8 @@ class RemoteStore:
     def put(self, digest: str, directory: Path) -> None:
         with _faults():
             for path in directory.iterdir():
-                if path.name == ROWS_NAME:  # whoever gets the others makes it
-                    continue
-                obstore.put(self._store, _path(digest, path.name), path)
+                if path.name not in (ROWS_NAME, RECORD_NAME):  # whoever gets the others makes them
+                    obstore.put(self._store, _path(digest, path.name), path)
 
     def get(self, digest: str, directory: Path) -> None:
         with _faults():

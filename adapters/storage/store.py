@@ -18,10 +18,11 @@ from pathlib import Path
 from adapters.disk import full_disk_named
 from adapters.peft_format.directory import AdapterSpec
 from adapters.peft_format.fields import AdapterError, shorten
-from adapters.storage.files import Remote, Staging, VersionFiles
+from adapters.storage.files import VersionFiles
 from adapters.storage.names import Names
 from adapters.storage.receipt import receipt_of
-from adapters.storage.versions import Pointer, UnknownAdapter, Version, check_name
+from adapters.storage.staging import Staging
+from adapters.storage.versions import Pointer, Remote, UnknownAdapter, Version, check_name
 
 RETAINED_VERSIONS = 5
 
@@ -141,6 +142,22 @@ class AdapterStore:
         twins = () if name in names else [other for other in list(names) if other.casefold() == name.casefold()]
         for other in twins:
             raise AdapterError(f"'{name}' differs from the adapter '{other}' in upper and lower case only", "name")
+
+    def mend(self, version: Version) -> None:
+        """Make anew what is damaged of a leased version's files. Waits for the disk, and perhaps for the remote.
+
+        Raises DamagedAdapter when it cannot be mended, RemoteUnavailable, StorageFull.
+        """
+        self._files.mend(version.digest)
+
+    def repair(self, staging: Staging, spec: AdapterSpec) -> None:
+        """Put staged files, which `inspect` described by `spec`, in place of a damaged version's."""
+        self._files.repair(staging, spec)
+
+    def named(self, digest: str) -> Version | None:
+        """A version with this content, under any name."""
+        versions = (one for names in self._names.values() for pointer in names.values() for one in pointer.versions)
+        return next((version for version in versions if version.digest == digest), None)
 
     # --- changing --------------------------------------------------------------------------------
 
@@ -277,8 +294,9 @@ class AdapterStore:
         if after is not None and after.pinned:
             others = [pin for name, pin in self._pins.items() if name != (owner.tenant, owner.name)]
             self._check_pins(_answering_all([*others, after]))
-        self._kept.save(owner.tenant, owner.name, after)
-        self._point(owner.tenant, owner.name, after)
+        with self._files.renaming(before, after):
+            self._kept.save(owner.tenant, owner.name, after)
+            self._point(owner.tenant, owner.name, after)
         for version in before.versions if before else ():
             self._files.remove_unused(version.digest)
 
@@ -302,7 +320,7 @@ class AdapterStore:
                 del self._answering[digest]
 
     def _recover(self) -> None:
-        """Read the names, and remove the files that no name has: versions placed but never named."""
+        """Read the names, and take away the files that no name has."""
         known: set[str] = set()
         for pointer in self._kept.load(self._files.path):
             owner = pointer.current
@@ -313,7 +331,8 @@ class AdapterStore:
                 continue
             present = tuple(version for version in pointer.versions if self._files.obtainable(version.digest))
             self._point(owner.tenant, owner.name, replace(pointer, versions=present))
-        self._files.settle(known)
+            self._files.complete(pointer)
+        self._files.settle(known | self._kept.unreadable, self._kept.title)
 
     # Last, because its name hides the type of that name from what follows.
     def list(self, tenant: str) -> list[Version]:

@@ -9,10 +9,10 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from adapters.peft_format.fields import AdapterError, shorten
 
@@ -40,7 +40,24 @@ class RemoteUnavailable(Exception):
 
 
 class DamagedAdapter(Exception):
-    """What the object store has of a version is not that version."""
+    """The files of a version are not those of that version, here or in the object store, and cannot be mended."""
+
+
+class Remote(Protocol):
+    """Files of versions, kept elsewhere. Everything here waits for a network, and raises RemoteUnavailable."""
+
+    def put(self, digest: str, directory: Path) -> None:
+        """Keep a version's files."""
+
+    def get(self, digest: str, directory: Path) -> None:
+        """Copy a version's files into an empty directory. Raises DamagedAdapter when there are none."""
+
+    def remove(self, digest: str) -> None:
+        """Keep them no longer."""
+
+    def unnamed(self, seconds: float) -> Iterator[str]:
+        """Digests that no name there has, and none of whose files came in the last so many seconds. None of them while
+        a name cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +184,11 @@ class Pointer:
         if len(split) == 1:
             return self.promoted(split[0][0])
         return replace(self, split=split)
+
+    def followed_by(self, versions: Iterable[Version]) -> "Pointer":
+        """This name with further versions behind its own, as older ones."""
+        known = {version.digest for version in self.versions}
+        return replace(self, versions=(*self.versions, *(one for one in versions if one.digest not in known)))
 
     def promoted(self, digest: str) -> "Pointer":
         """This name with the version of this whole digest current, answering everything."""

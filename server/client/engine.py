@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -208,6 +208,7 @@ class LocalEngine:
         self._merges: dict[str, MergeReport] = {}
         self._supervisor: asyncio.Task[None] | None = None
         self._stopping = False
+        self.mend: Callable[[Sequence[AdapterRef]], Awaitable[None]] | None = None  # files that could not be loaded
         self.failed_for_good = asyncio.Event()  # set when no restart will be tried any more
 
     # --- what the API asks ---------------------------------------------------------------------------
@@ -230,12 +231,18 @@ class LocalEngine:
     async def generate(self, request: Generate) -> AsyncGenerator[Output, None]:
         queue: asyncio.Queue[Output | EngineUnavailable] = asyncio.Queue()
         self._streams[request.id] = queue
+        mend = self.mend
         try:
             await self._send(request)
             while True:
                 item = await queue.get()
                 if isinstance(item, EngineUnavailable):
                     raise item
+                if item.code == protocol.LOAD_FAILED and mend is not None:
+                    await mend(request.adapters)
+                    mend = None  # if it fails again, these are whole
+                    await self._send(request)
+                    continue
                 if item.finish_reason is not None or item.error is not None:
                     del self._streams[request.id]  # over: nothing to abort
                     yield item
@@ -247,7 +254,7 @@ class LocalEngine:
                 self._send_soon(protocol.Abort(id=request.id))
 
     async def warm(self, adapter: AdapterRef) -> float:
-        done = await self._call(protocol.Warm(id=uuid.uuid4().hex, adapter=adapter))
+        done = await self._load(adapter, lambda: protocol.Warm(id=uuid.uuid4().hex, adapter=adapter))
         assert isinstance(done, protocol.Done)
         if done.error is not None:
             raise AdapterLoadFailed(done.error, done.code or protocol.LOAD_FAILED)
@@ -267,7 +274,7 @@ class LocalEngine:
         return self._merges
 
     async def merge(self, adapter: AdapterRef, dtype: MergedDtype, prompts: list[list[int]]) -> MergeReport:
-        report = await self._call(protocol.Merge(uuid.uuid4().hex, adapter, dtype, prompts))
+        report = await self._load(adapter, lambda: protocol.Merge(uuid.uuid4().hex, adapter, dtype, prompts))
         if isinstance(report, protocol.Done):
             raise MergeRefused(report.error or "", report.code or "")
         assert isinstance(report, MergeReport)
@@ -312,6 +319,14 @@ class LocalEngine:
 
     async def stop_job(self, message: StopJob) -> None:
         await self._send(message)
+
+    async def _load(self, adapter: AdapterRef, message: Callable[[], _Call]) -> _Answer:
+        """A call for which the adapter is loaded, made again after its files were mended, if they had to be."""
+        answer = await self._call(message())
+        if not (isinstance(answer, protocol.Done) and answer.code == protocol.LOAD_FAILED and self.mend is not None):
+            return answer
+        await self.mend([adapter])
+        return await self._call(message())
 
     async def _call(self, message: _Call) -> _Answer:
         future: asyncio.Future[_Answer] = asyncio.get_running_loop().create_future()

@@ -16,6 +16,7 @@ from adapters.disk import is_full, sync
 from adapters.peft_format.config import AdapterError
 from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME
 from adapters.storage.database import Database
+from server.finetune import restore
 from server.finetune.files import FileStore
 from server.finetune.jobs import Job, JobFailedError, JobStore
 from server.messages.training import Checkpoint, Metrics
@@ -78,7 +79,9 @@ class CheckpointAdapters:
             )
             if checkpoint.kind == "final":
                 self._succeed(job, checkpoint.trained_tokens)
-        for old in self._jobs.resumable(job.id)[KEPT_CHECKPOINTS:]:
+        resumable = self._jobs.resumable(job.id)
+        restore.note(Path(checkpoint.directory), restore.CHECKPOINT, resumable[0])
+        for old in resumable[KEPT_CHECKPOINTS:]:
             shutil.rmtree(old.directory, ignore_errors=True)
 
     def _succeed(self, job: Job, trained_tokens: int) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from adapters.storage.database import Database, script
+from adapters.storage.database import BUSY_SECONDS, Database, script
 
 _MIGRATIONS = (
     script("""
@@ -29,6 +29,6 @@ CREATE TABLE IF NOT EXISTS evaluations (
 )
 
 
-def open_database(path: Path) -> Database:
-    """The database of one server's fine-tuning, made or migrated. Raises NewerLayoutError."""
-    return Database(path, _MIGRATIONS)
+def open_database(path: Path, busy_seconds: float = BUSY_SECONDS) -> Database:
+    """The database of one server's fine-tuning, made or migrated. Raises what `Database` does."""
+    return Database(path, _MIGRATIONS, busy_seconds)

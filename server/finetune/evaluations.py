@@ -21,13 +21,13 @@ import numpy as np
 from msgspec.structs import replace
 
 from adapters.disk import StorageFull
-from adapters.storage.database import Database
+from adapters.storage.database import Database, DatabaseBusy
 from server.client.engine import EngineClient, EngineDied, engine_up
 from server.errors import EngineUnavailable, InternalError, ModelNotFound, as_error
 from server.finetune import hyperparameters as recipe
 from server.finetune.dataset import DatasetError, load_dataset
 from server.finetune.files import FileStore, UnknownFileError, new_id
-from server.finetune.jobs import JobError, JobFailedError
+from server.finetune.jobs import JobError, JobFailedError, readable
 from server.finetune.manager import MAX_DEATHS, SPACE_SECONDS
 from server.finetune.tokenizer import TrainingTokenizer
 from server.messages.dataset import Dataset
@@ -138,7 +138,7 @@ class Evaluations:
     def page(self, tenant: str, *, limit: int, after: str | None = None) -> tuple[list[Evaluation], bool]:
         """Newest first. Raises UnknownCursorError."""
         rows, more = self._database.page("evaluations", "tenant = ?", [tenant], limit=limit, after=after)
-        return [msgspec.json.decode(row["record"], type=Evaluation) for row in rows], more
+        return readable(rows, Evaluation), more
 
     async def delete(self, tenant: str, evaluation_id: str) -> None:
         """Forget an evaluation; one that runs is stopped. Raises UnknownEvaluationError."""
@@ -180,7 +180,9 @@ class Evaluations:
                 error = as_error(fault)
                 if isinstance(error, InternalError):
                     log.exception("evaluation %s failed", evaluation.id)
-                done = replace(evaluation, status="failed", error=JobError(error.code or error.type, error.message))
+                done = replace(
+                    evaluation, status="failed", error=JobError(error.code or error.type, error.message, error.param)
+                )
             if done.status != "running":
                 done = replace(done, finished_at=int(time.time()))
             await self._save(done)
@@ -188,18 +190,18 @@ class Evaluations:
                 return
 
     async def _save(self, evaluation: Evaluation) -> None:
-        """Write down how it stands, as soon as the disk has room for it."""
+        """Write down how it stands, as soon as the disk has room for it and nobody holds the database."""
         update = "UPDATE evaluations SET status = ?, record = ? WHERE id = ?"
         while True:
-            with contextlib.suppress(StorageFull):
+            with contextlib.suppress(StorageFull, DatabaseBusy):
                 row = (evaluation.status, _encode(evaluation), evaluation.id)
                 return await asyncio.to_thread(self._write, update, row)
             await asyncio.sleep(SPACE_SECONDS)
 
     def _running(self) -> list[Evaluation]:
         with self._database.reading() as connection:
-            rows = connection.execute("SELECT record FROM evaluations WHERE status = 'running'").fetchall()
-        return [msgspec.json.decode(row["record"], type=Evaluation) for row in rows]
+            rows = connection.execute("SELECT id, record FROM evaluations WHERE status = 'running'").fetchall()
+        return readable(rows, Evaluation)
 
     def _write(self, statement: str, values: Sequence[str], *, removing: bool = False) -> None:
         with self._database.transaction(removing=removing) as connection:

@@ -1,23 +1,32 @@
-"""Uploaded and produced files: bytes on disk, a row for each in the database.
+"""Uploaded and produced files: bytes on disk, a row for each in the database, and the same row beside the bytes.
 
-A file exists when its row does; the row is written last, after the bytes are synced.
+A file exists when its row does; the row is written last, after the bytes are synced. The one beside the bytes is for a
+database that is lost.
 """
 
+import hashlib
 import json
+import logging
 import secrets
 import shutil
+import sqlite3
 import string
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adapters.disk import sync
+from adapters.disk import sync, write_synced
+from adapters.storage import lost
 from adapters.storage.database import Database
 
+RECORDS = "records"  # beside the files: the row of each
+_COLUMNS = ("id", "tenant", "filename", "purpose", "bytes", "created_at", "report")
 _ALPHABET = string.ascii_letters + string.digits
+
+log = logging.getLogger(__name__)
 
 
 def new_id(prefix: str) -> str:
@@ -54,19 +63,26 @@ class FileStore:
         self._root = root
         self._staging = root / "staging"
         self._database = database
-        shutil.rmtree(self._staging, ignore_errors=True)
-        self._staging.mkdir(parents=True)
+        self._pending = lost.Pending(root)
+        aside = root.parent / lost.LOST_AND_FOUND / root.name
+        for directory in (root, self._staging):
+            lost.directory_at(directory, aside.parent)
+        for left in lost.entries(self._staging):
+            lost.remove(left)
         with database.reading() as connection:
             known = {row["id"] for row in connection.execute("SELECT id FROM files")}
-        for path in root.iterdir():
-            if path.is_file() and path.name not in known:
-                path.unlink()  # synced, but its row never was
+        unknown = [path for path in lost.entries(root) if path.name not in known | {self._staging.name, RECORDS}]
+        lost.sort_out(unknown, self._pending, aside, database.path.name)
+        here = {path.name for path in (*lost.entries(root), *lost.entries(aside))}
+        for record in lost.entries(root / RECORDS):
+            if record.stem not in here:
+                lost.remove(record)
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
         """A private directory for an upload on its way; gone afterwards."""
         directory = self._staging / new_id("")
-        directory.mkdir()
+        directory.mkdir(parents=True)
         try:
             yield directory
         finally:
@@ -80,15 +96,20 @@ class FileStore:
         target = self._root / file_id
         sync(source)
         size = source.stat().st_size
-        source.rename(target)
-        sync(self._root)
         stored = StoredFile(file_id, tenant, filename, purpose, size, int(time.time()), target, report or {})
-        with self._database.transaction() as connection:
-            connection.execute(
-                "INSERT INTO files (id, tenant, filename, purpose, bytes, created_at, report) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (file_id, tenant, filename, purpose, size, stored.created_at, json.dumps(stored.report)),
-            )
+        self._pending.mark(file_id)
+        try:
+            source.rename(target)
+            record = record_of(self._root, file_id)
+            record.parent.mkdir(exist_ok=True)
+            write_synced(record, json.dumps(_row(stored) | {"digest": _digest(target)}).encode())
+            sync(self._root)
+            with self._database.transaction() as connection:
+                insert(connection, _row(stored))
+                self._database.after_commit(lambda: self._pending.clear(file_id))
+        except BaseException:
+            self._remove(target)
+            raise
         return stored
 
     def get(self, tenant: str, file_id: str) -> StoredFile:
@@ -118,9 +139,15 @@ class FileStore:
     def delete(self, tenant: str, file_id: str) -> None:
         """Raises UnknownFileError. A reader that has the file open keeps its bytes."""
         stored = self.get(tenant, file_id)
+        self._pending.mark(file_id)
         with self._database.transaction(removing=True) as connection:
             connection.execute("DELETE FROM files WHERE id = ?", (file_id,))
-        stored.path.unlink(missing_ok=True)
+        self._remove(stored.path)
+
+    def _remove(self, path: Path) -> None:
+        for doomed in (path, record_of(self._root, path.name)):
+            doomed.unlink(missing_ok=True)
+        self._pending.clear(path.name)
 
     def _stored(self, row: Any) -> StoredFile:
         return StoredFile(
@@ -131,5 +158,49 @@ class FileStore:
             row["bytes"],
             row["created_at"],
             self._root / row["id"],
-            json.loads(row["report"]),
+            _report(row),
         )
+
+
+def insert(connection: sqlite3.Connection, row: Mapping[str, Any]) -> None:
+    """Write a file's row. Raises LookupError for one that is none."""
+    values = [row[column] for column in _COLUMNS]
+    connection.execute(f"INSERT INTO files ({', '.join(_COLUMNS)}) VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+
+
+def recorded(root: Path, file_id: str) -> dict[str, Any] | None:
+    """The row that was written beside a file, and the digest of its bytes; None where none can be read."""
+    try:
+        row = json.loads(record_of(root, file_id).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return row if isinstance(row, dict) and all(column in row for column in _COLUMNS) else None
+
+
+def record_of(root: Path, file_id: str) -> Path:
+    """Where that is."""
+    return root / RECORDS / f"{file_id}.json"
+
+
+def whole(path: Path) -> bool:
+    """Whether a file has the bytes that were uploaded, as far as that was noted."""
+    row = recorded(path.parent, path.name)
+    return row is None or row.get("digest") == _digest(path)
+
+
+def _row(file: StoredFile) -> dict[str, Any]:
+    return {column: getattr(file, column) for column in _COLUMNS[:-1]} | {"report": json.dumps(file.report)}
+
+
+def _report(row: Any) -> dict[str, Any]:
+    try:
+        report: dict[str, Any] = json.loads(row["report"])
+    except ValueError as fault:
+        log.error("what was found in the file %s cannot be read: %s", row["id"], fault)
+        return {}
+    return report
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,10 +7,11 @@ Every change is on disk when the call returns.
                                       pausing -> running: resumed before it had stopped
 """
 
+import logging
 import math
 import time
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import msgspec
 
@@ -20,6 +21,10 @@ from server.finetune.hyperparameters import Hyperparameters, LoraOptions, Traini
 from server.messages.training import Metrics, StartJob, TrainingStep
 
 Status = Literal["validating_files", "queued", "running", "pausing", "paused", "succeeded", "failed", "cancelled"]
+log = logging.getLogger("lorakeet.finetune")
+
+T = TypeVar("T")
+
 FINAL: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})
 _GOING_ON: frozenset[Status] = frozenset({"validating_files", "queued", "running"})
 _NEXT: dict[Status, set[Status]] = {
@@ -126,6 +131,17 @@ def _encode(record: object) -> str:
     return msgspec.json.encode(record).decode()
 
 
+def readable(rows: Sequence[Any], kind: type[T]) -> list[T]:
+    """The records of rows, but for those that cannot be read."""
+    found = []
+    for row in rows:
+        try:
+            found.append(msgspec.json.decode(row["record"], type=kind))
+        except (msgspec.DecodeError, TypeError) as fault:
+            log.error("the row of %s cannot be read, and is left out: %s", row["id"], fault)
+    return found
+
+
 class JobStore:
     """All jobs, one tenant's at a time."""
 
@@ -161,16 +177,34 @@ class JobStore:
             where += " AND EXISTS (SELECT 1 FROM json_each(record, '$.spec.metadata') WHERE key = ? AND value = ?)"
             values += [key, value]
         rows, more = self._database.page("jobs", where, values, limit=limit, after=after)
-        return [msgspec.json.decode(row["record"], type=Job) for row in rows], more
+        return readable(rows, Job), more
+
+    def restore(self, job: Job, checkpoints: Sequence[StoredCheckpoint]) -> None:
+        """Write the rows of a job that the database has lost, paused where its last checkpoint is."""
+        last = max(checkpoints, key=lambda checkpoint: checkpoint.metrics.step, default=None)
+        step = {} if last is None else {"step": last.metrics.step, "trained_tokens": last.trained_tokens}
+        job = msgspec.structs.replace(job, status="paused", waits_for_space=False, **step)
+        with self._database.transaction() as connection:
+            insert = "INSERT INTO jobs (id, tenant, status, record) VALUES (?, ?, ?, ?)"
+            connection.execute(insert, (job.id, job.tenant, job.status, _encode(job)))
+            insert = "INSERT INTO checkpoints (id, job, step, served, record) VALUES (?, ?, ?, ?, ?)"
+            for one in checkpoints:
+                connection.execute(insert, (one.id, job.id, one.metrics.step, one.name is not None, _encode(one)))
+            self.add_event(job.id, "The database was lost; the job is known again, and paused", level="warn")
+
+    def ids(self) -> set[str]:
+        """Of all jobs."""
+        with self._database.reading() as connection:
+            return {row["id"] for row in connection.execute("SELECT id FROM jobs")}
 
     def unfinished(self) -> Sequence[Job]:
         """Every tenant's jobs that are not at an end, oldest first."""
         marks = ", ".join("?" * len(FINAL))
         with self._database.reading() as connection:
             rows = connection.execute(
-                f"SELECT record FROM jobs WHERE status NOT IN ({marks}) ORDER BY number", sorted(FINAL)
+                f"SELECT id, record FROM jobs WHERE status NOT IN ({marks}) ORDER BY number", sorted(FINAL)
             ).fetchall()
-        return [msgspec.json.decode(row["record"], type=Job) for row in rows]
+        return readable(rows, Job)
 
     def counts(self) -> dict[Status, int]:
         """How many jobs are in each status."""

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import shutil
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,15 @@ from typing import Any
 from msgspec.structs import replace
 
 from adapters.disk import sync
+from adapters.peft_format import record
 from adapters.peft_format.directory import CONFIG_NAME, SPEC_NAME, WEIGHTS_NAME
-from adapters.storage.database import Database
+from adapters.peft_format.record import RECORD_NAME
+from adapters.storage import lost
+from adapters.storage.database import Database, DatabaseBusy
 from server.client.engine import EngineClient, EngineDied, TrainingRefused, engine_up
 from server.errors import EngineUnavailable, StorageFull, as_error
 from server.finetune import hyperparameters as recipe
+from server.finetune import restore
 from server.finetune.checkpoints import CheckpointAdapters
 from server.finetune.files import FileStore
 from server.finetune.jobs import FINAL, Job, JobError, JobFailedError, JobSpec, JobStateError, JobStore, Status
@@ -72,6 +77,7 @@ class JobManager:
         max_running: int,
     ) -> None:
         self._directory = directory
+        self._pending = lost.Pending(directory)
         self._database = database
         self._jobs = jobs
         self._engine = engine
@@ -89,13 +95,25 @@ class JobManager:
 
     async def start(self) -> None:
         """Go on with every job that was under way; paused ones stay paused."""
-        self._directory.mkdir(parents=True, exist_ok=True)
-        unfinished = await asyncio.to_thread(self._jobs.unfinished)
-        for left in {path.name for path in self._directory.iterdir()} - {job.id for job in unfinished}:
-            shutil.rmtree(self._directory / left, ignore_errors=True)
-        for job in unfinished:
+        for job in await asyncio.to_thread(self._sort_out):
             if job.status != "paused" or job.waits_for_space:
                 self._begin(job)
+
+    def _sort_out(self) -> Sequence[Job]:
+        """Remove what finished jobs left, set aside what the database does not know; the jobs that are to go on."""
+        aside = self._directory.parent / lost.LOST_AND_FOUND
+        lost.directory_at(self._directory, aside)
+        unfinished, known = self._jobs.unfinished(), self._jobs.ids()
+        going_on = {job.id for job in unfinished}
+        left = [path for path in lost.entries(self._directory) if path.name not in going_on]
+        for path in left:
+            if path.name in known:
+                lost.remove(path)
+        unknown = [path for path in left if path.name not in known]
+        lost.sort_out(unknown, self._pending, aside / self._directory.name, self._database.path.name)
+        for job in unfinished:
+            restore.note(self._directory / job.id, restore.JOB, job)
+        return unfinished
 
     async def stop(self) -> None:
         """Let go of all jobs; the next `start` goes on with them."""
@@ -123,22 +141,26 @@ class JobManager:
         return job
 
     def _create(self, tenant: str, spec: JobSpec, initial: Path | None) -> Job:
-        with self._database.transaction():
+        if initial is not None:
+            record.check(initial, [CONFIG_NAME, WEIGHTS_NAME, SPEC_NAME])
+        with contextlib.ExitStack() as undo, self._database.transaction():
             job = self._jobs.create(tenant, spec)
             directory = self._directory / job.id
-            try:
-                directory.mkdir(parents=True)
-                if initial is not None:  # a copy: the name may be deleted before the job starts
-                    (directory / INITIAL).mkdir()
-                    for name in (CONFIG_NAME, WEIGHTS_NAME, SPEC_NAME):
-                        shutil.copyfile(initial / name, directory / INITIAL / name)
-                        sync(directory / INITIAL / name)
-                    sync(directory / INITIAL)
-                sync(directory)
-                sync(self._directory)
-            except OSError:
-                shutil.rmtree(directory, ignore_errors=True)
-                raise
+            undo.callback(self._pending.clear, job.id)
+            undo.callback(shutil.rmtree, directory, ignore_errors=True)
+            self._pending.mark(job.id)
+            directory.mkdir(parents=True)
+            if initial is not None:  # a copy: the name may be deleted before the job starts
+                (directory / INITIAL).mkdir()
+                for name in (CONFIG_NAME, WEIGHTS_NAME, SPEC_NAME, RECORD_NAME):
+                    shutil.copyfile(initial / name, directory / INITIAL / name)
+                    sync(directory / INITIAL / name)
+                sync(directory / INITIAL)
+            restore.note(directory, restore.JOB, job)
+            sync(directory)
+            sync(self._directory)
+            self._database.after_commit(undo.pop_all)
+            self._database.after_commit(partial(self._pending.clear, job.id))
         return job
 
     async def cancel(self, job: Job) -> Job:
@@ -225,10 +247,14 @@ class JobManager:
                 try:
                     await self._advance(job)
                     break
+                except DatabaseBusy as fault:
+                    log.warning("job %s waits: %s", job.id, fault)
+                    await asyncio.sleep(SPACE_SECONDS)
+                    job = await self._now(job)
                 except Exception as fault:
                     if not isinstance(as_error(fault), StorageFull):
                         raise
-                job = await self._wait_for_space(job)
+                    job = await self._wait_for_space(job)
         except JobFailedError as fault:
             await self._fail(job, fault.error)
         except JobStateError:  # cancelled or paused in this very moment
@@ -255,13 +281,14 @@ class JobManager:
             )
             message = "Files validated, moving job to queued state"
             job = await self._move(job, "queued", message, start=start, stop_tokens=stops)
+            await asyncio.to_thread(restore.note, self._directory / job.id, restore.JOB, job)
         async with self._slots:
             await self._train(job)
 
     async def _wait_for_space(self, job: Job) -> Job:
         """Pause a job that met a full disk until there is space; the job as it goes on from there."""
         while True:
-            with contextlib.suppress(OSError):  # not even that can be written now
+            with contextlib.suppress(OSError, DatabaseBusy):  # not even that can be written now
                 now = await self._now(job)
                 if not now.waits_for_space:
                     # One that was to pause does so without its last steps, and its task ends as if it had been refused.
@@ -281,7 +308,7 @@ class JobManager:
     async def _fail(self, job: Job, error: JobError) -> None:
         with contextlib.suppress(JobStateError):
             while True:
-                with contextlib.suppress(OSError):  # the disk is full to the last byte
+                with contextlib.suppress(OSError, DatabaseBusy):  # the disk is full to the last byte
                     await self._move(job, "failed", error.message, error=error)
                     return
                 await asyncio.sleep(SPACE_SECONDS)

@@ -4,8 +4,9 @@ import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 
+from adapters.storage.database import BUSY_SECONDS
 from server.client.engine import EngineClient
-from server.finetune.database import open_database
+from server.finetune import restore
 from server.finetune.evaluations import Evaluations
 from server.finetune.files import FileStore
 from server.finetune.jobs import JobStore
@@ -50,9 +51,10 @@ class FineTuning:
         text: TextProcessor,
         metrics: Metrics,
         max_running: int,
+        busy_seconds: float = BUSY_SECONDS,
     ) -> "FineTuning":
-        """Open what lies in `data_dir`, or begin there."""
-        database = open_database(data_dir / "finetuning.db")
+        """Open what lies in `data_dir`, or begin there. Raises what `Database` does."""
+        database = restore.opened(data_dir, busy_seconds)
         files = FileStore(data_dir / "files", database)
         jobs = JobStore(database)
         counted = TrainingMetrics(metrics.registry)

@@ -15,20 +15,19 @@ import shlex
 import socket
 import sys
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
-from filelock import FileLock, Timeout
 from starlette.applications import Starlette
 
 from adapters.peft_format.outline import Outline
 from adapters.scratch import sweep
-from adapters.storage.names import LocalNames
 from adapters.storage.store import AdapterStore
 from adapters.storage.versions import RemoteUnavailable
-from server import logs
+from server import data_dir, logs
 from server.children.helper import WORK, Helpers
 from server.client.engine import LocalEngine
 from server.errors import EXCEPTION_HANDLERS, LorakeetError
@@ -64,6 +63,7 @@ from server.text.sandbox import TemplateRenderer
 _CHECKERS = 2  # processes that check uploads
 _LAST_WORDS_SECONDS = 5  # for answers that are on their way out when everything else has stopped
 _KEEP_ALIVE_SECONDS = 75
+_THREADS = 64
 _SWITCH_SECONDS = 5e-4  # longest that a background thread keeps the interpreter from streaming responses
 
 log = logging.getLogger(__name__)
@@ -74,6 +74,8 @@ def build_app(services: Services) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        # Those who wait for a database that somebody holds must not take the threads of everybody else.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, "worker"))
         await services.engine.start()
         await services.tuning.start()
         collecting = asyncio.create_task(services.registry.collect_orphans())
@@ -134,17 +136,8 @@ def serve(settings: Settings) -> None:
 
 def _serve_on(sockets: list[socket.socket], settings: Settings) -> None:
     directory = resolve(settings.model, settings.cache_dir, log.info)
-    try:
-        settings.data_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as fault:
-        raise SettingError(f"--data-dir: {settings.data_dir} cannot be made: {fault.strerror}") from None
-    lock = FileLock(settings.data_dir / "server.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise SettingError(f"--data-dir: another server is using {settings.data_dir}") from None
-    sweep()  # what servers left that were killed
-    with lock:
+    with data_dir.taken(settings.data_dir):
+        sweep()  # what servers left that were killed
         services, engine = _open_services(settings, directory)
         gc.freeze()  # what is there now stays: collections need not look at it, which holds everybody up
         server = _Server(services, engine)
@@ -188,22 +181,27 @@ def _open_services(settings: Settings, model: Path) -> tuple[Services, LocalEngi
     engine = LocalEngine(
         _engine_config(settings, model), metrics.engine_stats, stall_seconds=settings.engine_stall_seconds
     )
-    services = make_services(
-        settings,
-        engine,
-        open_store(settings, PinLimit(settings, engine)),
-        text,
-        metrics=metrics,
-        outline=Outline.read(model),
-        checker=Helpers(_CHECKERS, WORK, priority=settings.background_priority, memory=settings.adapter_check_bytes),
-        sampling_defaults=sampling_defaults(settings.generation_config, settings.model, model),
-    )
+    store, outline = open_store(settings, PinLimit(settings, engine)), Outline.read(model)
+    checker = Helpers(_CHECKERS, WORK, priority=settings.background_priority, memory=settings.adapter_check_bytes)
+    defaults = sampling_defaults(settings.generation_config, settings.model, model)
+    with data_dir.readable():
+        services = make_services(
+            settings,
+            engine,
+            store,
+            text,
+            metrics=metrics,
+            outline=outline,
+            checker=checker,
+            sampling_defaults=defaults,
+        )
+    engine.mend = services.registry.mend
     return services, engine
 
 
 def open_store(settings: Settings, pin_limit: PinLimit) -> AdapterStore:
     """Names and files of adapters, where the settings say. Raises SettingError."""
-    local = LocalNames(settings.data_dir / "adapters.db")
+    local = data_dir.open_names(settings.data_dir, settings.database_seconds)
     if settings.adapter_store is None:
         return AdapterStore(
             settings.data_dir / "adapters", local, retain=settings.keep_versions, check_pins=pin_limit.check

@@ -69,7 +69,7 @@ async def mix(services: Services, body: MixBody) -> tuple[Version, bool]:
     publisher.check_name(body.name)
     async with AsyncExitStack() as held:
         versions = [
-            await held.enter_async_context(registry.open(TENANT, source.adapter, param=f"mix.{i}.adapter"))
+            await held.enter_async_context(registry.open(TENANT, source.adapter, param=f"mix.{i}.adapter", whole=True))
             for i, source in enumerate(body.mix)
         ]
         async with publisher.stage() as staging:

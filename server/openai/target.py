@@ -150,7 +150,7 @@ def _check_fit(services: Services, versions: Sequence[Version]) -> None:
 async def text_of(services: Services, version: Version) -> TextProcessor:
     """The tokenizer, chat template and stop tokens that serve a version."""
     text = services.text
-    if brings_text(version):
+    if brings_text(services, version):
         text = await text.adapted(version.digest, lambda: AdapterSpec.read(version.path).text)
     return text.with_stops(stop_tokens(version), "fine-tune")
 
@@ -161,9 +161,10 @@ def stop_tokens(version: Version) -> Sequence[int]:
     return taught
 
 
-def brings_text(version: Version) -> bool:
-    """Whether it has tokens or a chat template of its own."""
-    return bool(version.receipt.get("tokenizer_tokens") or version.receipt.get("chat_template"))
+def brings_text(services: Services, version: Version) -> bool:
+    """Whether it has tokens of its own, or a chat template that is allowed."""
+    templates = services.text.renderer is not None
+    return bool(version.receipt.get("tokenizer_tokens") or (templates and version.receipt.get("chat_template")))
 
 
 def reference(version: Version, weight: float = 1.0) -> AdapterRef:

@@ -8,16 +8,20 @@ is open its files stay, whatever happens to the name meanwhile.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
+from typing import TypeVar
 
+from adapters.peft_format.fields import AdapterError
 from adapters.peft_format.outline import Outline
+from adapters.peft_format.record import DamagedFile
 from adapters.storage.store import AdapterStore
 from adapters.storage.versions import (
     SHORTEST_PREFIX,
     AmbiguousDigest,
     DamagedAdapter,
+    Pointer,
     RemoteUnavailable,
     UnknownAdapter,
     Version,
@@ -25,7 +29,8 @@ from adapters.storage.versions import (
 )
 from server.children.helper import Helpers
 from server.client.engine import EngineClient
-from server.errors import Conflict, InvalidRequest, ModelNotFound, disk_faults
+from server.errors import AdapterDamaged, Conflict, InvalidRequest, ModelNotFound, disk_faults
+from server.messages.protocol import AdapterRef
 from server.metrics import Metrics
 from server.registry.discovery import Discovery
 from server.registry.pins import Fetch, Pins
@@ -34,6 +39,8 @@ from server.settings import Settings
 from server.text.processor import TextProcessor
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _HEX = frozenset("0123456789abcdef")
 
@@ -74,7 +81,7 @@ class Registry:
 
     @asynccontextmanager
     async def open(
-        self, tenant: str, asked: str, *, user: str | None = None, param: str = "model"
+        self, tenant: str, asked: str, *, user: str | None = None, param: str = "model", whole: bool = False
     ) -> AsyncIterator[Version]:
         """A version with its files, until the end.
 
@@ -82,9 +89,10 @@ class Registry:
             asked: a name, or `name@digest prefix`.
             user: who asks; one user always gets the same version of a name whose requests are split.
             param: where the name came from, for the error.
+            whole: see `hold`.
 
         Raises ModelNotFound (404), Conflict (409, an ambiguous digest prefix), InvalidRequest, RemoteUnavailable,
-        DamagedAdapter, StorageFull.
+        AdapterDamaged, StorageFull.
         """
         name, prefix = split_reference(asked)
         if prefix is not None and not (len(prefix) >= SHORTEST_PREFIX and set(prefix.lower()) <= _HEX):
@@ -95,36 +103,74 @@ class Registry:
         async with AsyncExitStack() as held:
             while True:
                 try:
-                    await self.find(tenant, name, prefix)
-                    pointer = self._store.pointer(tenant, name)
+                    pointer = await self._pointer(tenant, name)
                     version = pointer.choose(user) if prefix is None else pointer.find(prefix)
                 except UnknownAdapter:
                     raise ModelNotFound(asked, param=param) from None
                 except AmbiguousDigest:
                     raise Conflict(f"Several versions of `{name}` start with {prefix}.", param=param) from None
                 with suppress(UnknownAdapter):  # removed in this very moment: look again
-                    await held.enter_async_context(self.hold(version))
+                    await held.enter_async_context(self.hold(version, whole=whole))
                     break
             yield version
 
     @asynccontextmanager
-    async def hold(self, version: Version) -> AsyncIterator[Version]:
+    async def hold(self, version: Version, *, whole: bool = False) -> AsyncIterator[Version]:
         """A version that was found, with its files, until the end.
 
-        Raises UnknownAdapter when it was removed since, RemoteUnavailable, DamagedAdapter, StorageFull.
+        The engine holds what it reads against the version's record by itself. `whole`: for who reads files without
+        that, all are read and, where they are damaged, mended first.
+
+        Raises UnknownAdapter when it was removed since, RemoteUnavailable, AdapterDamaged, StorageFull.
         """
         with self._store.lease(version):
-            await self._fetch(version)
-            yield version
+            try:
+                await self._fetch(version)
+                if whole:
+                    await self._mend(version)
+                yield version
+            except (DamagedAdapter, DamagedFile):
+                raise AdapterDamaged(version.name, version.digest) from None
+
+    async def read(self, version: Version, work: Callable[[], T]) -> T:
+        """What `work` makes of a held version's files, in a thread; once more after mending, if they are damaged."""
+        try:
+            return await asyncio.to_thread(work)
+        except DamagedFile:
+            await self._mend(version)
+            return await asyncio.to_thread(work)
+
+    async def mend(self, adapters: Sequence[AdapterRef]) -> None:
+        """The engine could not load one of these: see that their files are whole. Raises AdapterDamaged."""
+        for adapter in adapters:
+            version = self._store.named(adapter.digest)
+            if version is not None:
+                await self._mend(version)
+
+    async def _mend(self, version: Version) -> None:
+        try:
+            try:
+                with disk_faults():
+                    await asyncio.to_thread(self._store.mend, version)
+            except DamagedAdapter as fault:
+                log.warning("adapter %s: %s", version.name, fault)
+                await self.publisher.remake(version)
+        except (DamagedAdapter, AdapterError, FileNotFoundError) as fault:
+            log.error("adapter %s (%s) cannot be served: %s", version.name, version.digest, fault)
+            raise AdapterDamaged(version.name, version.digest) from None
 
     async def find(self, tenant: str, name: str, digest_prefix: str | None = None) -> Version:
         """A version's record, its files not asked for. Raises UnknownAdapter, AmbiguousDigest."""
+        pointer = await self._pointer(tenant, name)
+        return pointer.current if digest_prefix is None else pointer.find(digest_prefix)
+
+    async def _pointer(self, tenant: str, name: str) -> Pointer:
         try:
-            return self._store.get(tenant, name, digest_prefix)
+            return self._store.pointer(tenant, name)
         except UnknownAdapter:
             if not await self.discovery.discover(tenant, name):
                 raise
-            return self._store.get(tenant, name, digest_prefix)
+            return self._store.pointer(tenant, name)
 
     async def delete(self, tenant: str, name: str) -> Version:
         """Take the name away; requests that run keep their version. Raises UnknownAdapter."""

@@ -28,7 +28,8 @@ from adapters.peft_format.text import (
     read_added_tokens,
 )
 from adapters.storage.copying import copy_files
-from adapters.storage.files import Staging
+from adapters.storage.mending import check_noted
+from adapters.storage.staging import Staging
 from adapters.storage.store import AdapterStore
 from adapters.storage.versions import Pointer, UnknownAdapter, Version, check_name
 from server.children.helper import HelperLimit, Helpers
@@ -133,9 +134,7 @@ class Publisher:
         text, warnings = await self._text_beside(name, staging.path, strict=strict_text)
         text = dataclasses.replace(text, stop_tokens=tuple(stop_tokens))
         with disk_faults():
-            outline = outline_of(self._outline, base) if self._outline else None
-            check = Check(staging.path, base.linears, base.architecture, outline, text)
-            spec = await self._run(name, inspect_adapter, check, "weights")
+            spec = await self._inspect(name, staging.path, base, text)
         check_fit(spec, base)
         self._check_vocabulary(spec, base)
         spec = self._with_warnings(dataclasses.replace(spec, warnings=(*spec.warnings, *warnings)))
@@ -149,6 +148,11 @@ class Publisher:
             self.pins.renew()
             self._forget_unused(before)
         return version, changed
+
+    async def _inspect(self, name: str, directory: Path, base: Ready, text: AdapterText) -> AdapterSpec:
+        outline = outline_of(self._outline, base) if self._outline else None
+        check = Check(directory, base.linears, base.architecture, outline, text)
+        return await self._run(name, inspect_adapter, check, "weights")
 
     async def _run(self, name: str, function: Callable[[A], T], order: A, param: str) -> T:
         """What `function(order)` returns, in the name's turn. Raises AdapterError of `param` when it takes too much."""
@@ -170,6 +174,23 @@ class Publisher:
             size = max(self._text.tokenizer.get_vocab().values(), default=-1) + 1
         if have < size:
             raise AdapterError(f"the weights have {have} tokens, fewer than the {size} of the tokenizer", "weights")
+
+    async def remake(self, version: Version) -> None:
+        """Find anew, from a leased version's own config and weights, what its damaged files said of it.
+
+        Raises AdapterError or DamagedAdapter when these are damaged, too, EngineUnavailable, StorageFull.
+        """
+        base = served_base(self._engine)
+        await run_in(self._workers, partial(check_noted, version.path, CONFIG_NAME))
+        async with self.stage() as staging:
+            with disk_faults():
+                files = (CONFIG_NAME, WEIGHTS_NAME)
+                await run_in(self._workers, partial(copy_files, files, version.path, staging.path, version.path))
+                text = AdapterText(stop_tokens=tuple(version.receipt.get("stop_token_ids", ())))
+                spec = await self._inspect(version.name, staging.path, base, text)
+                if spec.digest != version.digest:
+                    raise AdapterError(f"its config and weights are those of {spec.digest}", "weights")
+                await run_in(self._workers, partial(self._store.repair, staging, spec))
 
     async def import_directory(
         self, tenant: str, name: str, directory: Path, *, root: Path = Path("/"), again: bool = True

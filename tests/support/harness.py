@@ -163,7 +163,7 @@ class Site:
     def __init__(self, root: Path, text: TextProcessor | None = None, **settings: Any) -> None:
         self.engine = IdleEngine(base_info())
         self.settings = Settings(data_dir=root, **settings)
-        self._names = LocalNames(root / "store.db")
+        self._names = LocalNames(root / "store.db", self.settings.database_seconds)
         self.store = self.open_store(root)
         text = tiny_text() if text is None else text
         self.services = make_services(self.settings, self.engine, self.store, text)

@@ -30,6 +30,10 @@ class Box:
         self._open()
         return self.store
 
+    def set_aside(self) -> list[str]:
+        """The names of what lies in `lost+found`."""
+        return sorted(path.name for path in (self.root / "lost+found").glob("*/*"))
+
     def on_disk(self) -> tuple[int, list[str]]:
         """How many directories are staged, and the contents that `versions` holds."""
         staged = list((self.root / "adapters" / "staging").iterdir())

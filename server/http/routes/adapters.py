@@ -1,8 +1,8 @@
 """`/v1/adapters`: upload, mix, list, look at, download and delete adapters. What a name means is `versions`' matter."""
 
+from functools import partial
 from pathlib import Path
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -11,7 +11,7 @@ from adapters.peft_format.config import MAX_CONFIG_BYTES
 from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME, check_beginning
 from adapters.peft_format.text import MAX_TEMPLATE_BYTES, MAX_TOKENIZER_BYTES, TEMPLATE_NAME, TOKENIZER_NAME
 from adapters.storage.details import details_of
-from adapters.storage.files import Staging
+from adapters.storage.staging import Staging
 from adapters.storage.versions import AmbiguousDigest, UnknownAdapter, Version, split_reference
 from server.errors import Conflict, InvalidRequest, disk_faults
 from server.http.answer import unless_gone
@@ -63,7 +63,8 @@ async def get_adapter(request: Request) -> Response:
         pointer = services.store.pointer(TENANT, version.name)
         async with services.registry.hold(version):
             base = services.engine.info
-            details = await run_in_threadpool(details_of, version.path, base.linears if base else None)
+            read = partial(details_of, version.path, base.linears if base else None)
+            details = await services.registry.read(version, read)
             text = await text_of(services, version)
     except UnknownAdapter:  # deleted this very moment
         raise unknown_adapter(version.name) from None
@@ -151,7 +152,7 @@ class _StoredFile(Response):
         # Always the whole file: starlette words a faulty Range in an error shape of its own.
         whole = {**scope, "headers": [(name, value) for name, value in scope["headers"] if name != b"range"]}
         try:
-            async with self._services.registry.hold(self._version):
+            async with self._services.registry.hold(self._version, whole=True):
                 await self._file(whole, receive, send)
         except UnknownAdapter:  # deleted this very moment
             raise unknown_adapter(self._version.name) from None

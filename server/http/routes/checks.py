@@ -61,7 +61,7 @@ async def verify(request: Request, body: VerifyBody = VerifyBody()) -> Response:
     services, name = services_of(request), request.path_params["name"]
     if body.peft:
         _check_oracle(services)
-    async with services.registry.open(TENANT, name, param="name") as version:
+    async with services.registry.open(TENANT, name, param="name", whole=body.peft) as version:
         limit = services.engine_info.max_model_len
         (ids,) = await services.text.encode([body.prompt], add_special_tokens=True, max_tokens=limit, param="prompt")
         if not 1 < len(ids) <= limit:

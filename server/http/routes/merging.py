@@ -86,7 +86,8 @@ class DeleteMergeQuery(Query):
 async def merge(request: Request, body: MergeBody) -> Response:
     """Make either. 201 when it was made, 200 when it was there."""
     services = services_of(request)
-    async with services.registry.open(TENANT, request.path_params["name"], param="name") as version:
+    whole = body.dtype is None
+    async with services.registry.open(TENANT, request.path_params["name"], param="name", whole=whole) as version:
         if body.dtype is None:
             return await _checkpoint(services, version)
         return await _resident(services, version, body.dtype, body.prompts or _PROMPTS)

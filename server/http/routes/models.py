@@ -59,7 +59,7 @@ async def delete_model(request: Request) -> Response:
 
 async def _adapter_details(services: Services, version: Version) -> dict[str, Any]:
     """The card, and the tokens that end the adapter's answers. Raises UnknownAdapter when it was just removed."""
-    async with services.registry.hold(version) if brings_text(version) else nullcontext():
+    async with services.registry.hold(version) if brings_text(services, version) else nullcontext():
         text = await text_of(services, version)
     return _adapter_card(services, version) | {"stop_tokens": text.stops_as_json()}
 

@@ -13,6 +13,7 @@ from adapters.device.host import HostAdapter, filed_adapter, host_adapter
 from adapters.device.pool import RowPool
 from adapters.peft_format import packed_rows as rowfile
 from adapters.peft_format.directory import WEIGHTS_NAME, AdapterSpec, Variants, inspect, load
+from adapters.peft_format.record import DamagedFile
 from tests.support.harness import LAYERS, base_info, write_adapter
 
 BASE = base_info()
@@ -22,8 +23,8 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def accepted(directory: Path) -> AdapterSpec:
     spec = inspect(directory, BASE.linears, BASE.architecture)
-    spec.save(directory)
     rowfile.make(directory, spec)
+    spec.save(directory)
     return spec
 
 
@@ -80,7 +81,7 @@ def test_a_file_that_is_cut_short_is_not_half_an_adapter(tmp_path: Path) -> None
     found = rowfile.find(directory, spec, BASE.linears)
     assert found is not None
     found.path.write_bytes(found.path.read_bytes()[:-1])
-    with pytest.raises(OSError, match="cut short"):
+    with pytest.raises(DamagedFile, match="cut short"):
         found.read_into([np.zeros(found.bytes // 2, np.int16)])
 
 

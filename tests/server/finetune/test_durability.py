@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from adapters.peft_format import record
 from adapters.peft_format.directory import CONFIG_NAME, SPEC_NAME, WEIGHTS_NAME
+from adapters.storage.entries import NAMES
 from server.finetune.checkpoints import _sync_and_hash
 from server.finetune.database import open_database
 from server.finetune.files import FileStore
@@ -23,7 +25,9 @@ def test_published_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     box = Box(tmp_path)
     for content in ("one", "two"):
         version, _ = put(box.store, "x", content)
-        assert not synced.lost_below(tmp_path / "adapters", version.path)
+        lost = synced.lost_below(tmp_path / "adapters", version.path)
+        assert not [path for path in lost if path.is_file() and path.parent.name != NAMES]  # written again at a start
+        assert not synced.lost(tmp_path / "adapters", version.path / WEIGHTS_NAME)
     box.names.close()
 
 
@@ -52,6 +56,7 @@ async def test_the_adapter_that_a_job_starts_from(tmp_path: Path, monkeypatch: p
     initial.mkdir()
     for name in (CONFIG_NAME, WEIGHTS_NAME, SPEC_NAME):
         (initial / name).write_text(name)
+    record.write(initial)
     async with serving(tmp_path) as served:
         synced = Synced(monkeypatch)
         spec = JobSpec(model="m", base="m", training_file="file-x", seed=0)

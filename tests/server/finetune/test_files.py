@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from adapters.storage.database import UnknownCursorError
+from adapters.storage.database import Database, UnknownCursorError
+from server.finetune import restore
 from server.finetune.database import open_database
 from server.finetune.files import FileStore, StoredFile, UnknownFileError
 
@@ -30,15 +31,56 @@ def test_a_file_survives_the_process(tmp_path: Path) -> None:
     assert again.get("", added.id).path.read_bytes() == b"content"
 
 
-def test_what_was_never_acknowledged_is_gone_after_a_restart(tmp_path: Path) -> None:
-    store = FileStore(tmp_path / "files", open_database(tmp_path / "db.sqlite3"))
-    kept = _add(store)
-    (tmp_path / "files" / "file-without-row").write_bytes(b"renamed, then killed")
+def test_what_was_never_acknowledged_is_gone_after_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process dies before a row is written, and after one was deleted: either way the bytes go."""
+    database = open_database(tmp_path / "db.sqlite3")
+    store = FileStore(tmp_path / "files", database)
+    kept, deleted = _add(store), _add(store)
     (tmp_path / "files" / "staging" / "half").write_bytes(b"hal")
+    with monkeypatch.context() as patch:
+        patch.setattr(FileStore, "_remove", lambda *_: None)
+        store.delete("", deleted.id)
+        patch.setattr(Database, "transaction", _killed)
+        with pytest.raises(Killed):
+            _add(store)
+    assert len(list((tmp_path / "files").glob("file-*"))) == 3
     again = FileStore(tmp_path / "files", open_database(tmp_path / "db.sqlite3"))
-    assert [path.name for path in (tmp_path / "files").iterdir() if path.is_file()] == [kept.id]
+    assert {path.name for path in (tmp_path / "files").rglob("file-*")} == {kept.id, f"{kept.id}.json"}
     assert not list((tmp_path / "files" / "staging").iterdir())
+    assert not (tmp_path / "lost+found").exists()
     assert again.page("", limit=10)[0] == [kept]
+
+
+class Killed(Exception):
+    """What a process does no more."""
+
+
+def _killed(self: Database) -> None:
+    raise Killed
+
+
+def test_a_lost_database_costs_no_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    database = open_database(tmp_path / "finetuning.db")
+    added = _add(FileStore(tmp_path / "files", database), b"content")
+    database.close()
+    for path in tmp_path.glob("finetuning.db*"):
+        path.unlink()
+    assert FileStore(tmp_path / "files", open_database(tmp_path / "finetuning.db")).page("", limit=1)[0] == []
+    assert (tmp_path / "lost+found" / "files" / added.id).read_bytes() == b"content"
+    assert "lorakeet doctor" in caplog.text
+
+
+def test_files_are_known_again_after_their_database_was_damaged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    database = open_database(tmp_path / "finetuning.db")
+    added = _add(FileStore(tmp_path / "files", database), b"content")
+    database.close()
+    (tmp_path / "finetuning.db").write_bytes(b"no database" * 1000)
+    again = FileStore(tmp_path / "files", restore.opened(tmp_path, 5.0))
+    assert again.page("", limit=9)[0] == [added]
+    assert len(list(tmp_path.glob("finetuning.db.damaged-*"))) == 1
+    assert "1 files and 0 jobs are known again" in caplog.text
 
 
 def test_pages(store: FileStore) -> None:

@@ -1,0 +1,100 @@
+"""Each version's directory says which names have it, and as what: enough to make a lost database anew.
+
+One small file for each name, beside the version's own, written after the name has changed. They are read when a
+database is lost and at no other time, so that they are not synced: those that a power cut takes are written again at
+the next start.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from adapters.peft_format.directory import AdapterSpec
+from adapters.peft_format.record import DamagedFile
+from adapters.storage.receipt import receipt_of
+from adapters.storage.versions import Pointer, Version
+
+NAMES = "names"  # in a version's directory
+
+log = logging.getLogger(__name__)
+
+
+def note(before: Pointer | None, after: Pointer | None) -> None:
+    """See that the directories of a name's versions say what the name means now, and no longer what it meant."""
+    meant, means = _entries(before), _entries(after)
+    for path in meant.keys() - means.keys():
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+    for path, entry in means.items():
+        if meant.get(path) != entry:
+            _write(path, entry)
+
+
+def complete(pointer: Pointer) -> None:
+    """Write what is missing of it."""
+    for path, entry in _entries(pointer).items():
+        if not (path.exists() and path.stat().st_size):
+            _write(path, entry)
+
+
+def restored(directories: Iterable[Path]) -> dict[tuple[str, str], Pointer]:
+    """What the names of these versions mean, by tenant and name, as far as their directories say."""
+    found: dict[tuple[str, str], list[tuple[dict[str, Any], Version]]] = {}
+    for directory in directories:
+        try:
+            spec = AdapterSpec.read(directory)
+        except (DamagedFile, ValueError, LookupError, TypeError) as fault:
+            log.error("%s: its names are not restored: %s", directory.name, fault)
+            continue
+        for entry in read(directory):
+            owner = (entry["tenant"], entry["name"])
+            digest = f"sha256:{directory.name.partition('~')[0]}"
+            version = Version(*owner, digest, directory, entry["created"], receipt_of(spec), entry["staged"])
+            found.setdefault(owner, []).append((entry, version))
+    return {owner: _pointer(versions) for owner, versions in found.items()}
+
+
+def read(directory: Path) -> Iterator[dict[str, Any]]:
+    """What a version's directory says of its names; entries that cannot be read are passed over."""
+    for path in sorted((directory / NAMES).glob("*.json")):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            entry = json.loads(path.read_bytes())
+            if all(isinstance(entry[key], str) for key in ("tenant", "name")) and entry["since"] + entry["created"]:
+                yield {"staged": False, "current": False, "split": [], "pinned": False} | entry
+
+
+def _pointer(found: list[tuple[dict[str, Any], Version]]) -> Pointer:
+    found.sort(key=lambda pair: (pair[0]["current"], not pair[0]["staged"], pair[0]["since"]), reverse=True)
+    first = found[0][0]
+    versions = tuple(version for _, version in found)
+    split = tuple((digest, share) for digest, share in first["split"])
+    known = {version.digest for version in versions}
+    return Pointer(versions, split if {digest for digest, _ in split} <= known else (), first["pinned"])
+
+
+def _entries(pointer: Pointer | None) -> dict[Path, dict[str, Any]]:
+    if pointer is None:
+        return {}
+    owner = pointer.current
+    word = hashlib.sha256(f"{owner.tenant}\0{owner.name}".encode()).hexdigest()[:32]
+    common = {"tenant": owner.tenant, "name": owner.name}
+    current = {"current": True, "split": list(map(list, pointer.split)), "pinned": pointer.pinned}
+    return {
+        version.path / NAMES / f"{word}.json": common
+        | {"created": version.created, "staged": version.staged}
+        | (current if version is owner else {})
+        for version in pointer.versions
+    }
+
+
+def _write(path: Path, entry: dict[str, Any]) -> None:
+    try:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(entry | {"since": time.time()}))
+    except OSError as fault:  # the database has it, and the next start tries again
+        log.debug("%s was not written: %s", path, fault)

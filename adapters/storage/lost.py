@@ -1,0 +1,116 @@
+"""What lies on the disk and no database knows: set aside in `lost+found/`, never deleted on a guess.
+
+A change that takes several steps (a version placed, then named; a file's row deleted, then its bytes) is marked while
+it is under way. At the next start, what the database does not know was never acknowledged if it has a mark, and goes;
+what has none was known once, so that it is the database that has lost it. `lorakeet doctor` deals with that.
+"""
+
+import contextlib
+import logging
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+LOST_AND_FOUND = "lost+found"
+PENDING = ".pending"
+
+log = logging.getLogger(__name__)
+
+
+class Pending:
+    """Marks of changes under way below one directory, by the name of what they change; beside it, out of the way."""
+
+    def __init__(self, root: Path) -> None:
+        self._directory = root.parent / PENDING / root.name
+
+    def mark(self, *names: str) -> None:
+        """Before the first step. A disk that takes no mark takes the change, if it can."""
+        with contextlib.suppress(OSError):
+            self._directory.mkdir(parents=True, exist_ok=True)
+            for name in names:
+                (self._directory / name).touch()
+
+    def clear(self, *names: str) -> None:
+        """After the last step."""
+        for name in names:
+            with contextlib.suppress(OSError):
+                (self._directory / name).unlink(missing_ok=True)
+
+    def names(self) -> set[str]:
+        """What was under way when the last process died."""
+        return {path.name for path in entries(self._directory)}
+
+
+def entries(directory: Path) -> list[Path]:
+    """What lies in a directory, but for hidden files; nothing where there is none."""
+    with contextlib.suppress(OSError):
+        return sorted(path for path in directory.iterdir() if path.name[0] != ".")
+    return []
+
+
+def sort_out(unknown: Iterable[Path], pending: Pending, aside: Path, database: str) -> None:
+    """Once, at start: remove what was never acknowledged of all that `database` does not know, and move the rest to
+    `aside`."""
+    marked = pending.names()
+    lost = []
+    for path in unknown:
+        if path.name in marked:
+            remove(path)
+        else:
+            lost.append(path)
+    pending.clear(*marked)
+    if lost:
+        _set_aside(lost, aside, database)
+
+
+def _set_aside(lost: list[Path], aside: Path, database: str) -> None:
+    try:
+        aside.mkdir(parents=True, exist_ok=True)
+        for path in lost:
+            path.rename(vacant(aside / path.name))
+    except OSError as fault:
+        log.error("%d entries of %s are unknown to %s and left alone: %s", len(lost), lost[0].parent, database, fault)
+        return
+    log.error(
+        "%d entries of %s are unknown to %s: set aside in %s, where `lorakeet doctor` finds them",
+        *(len(lost), lost[0].parent, database, aside),
+    )
+
+
+def set_aside_database(path: Path) -> Path:
+    """Give a damaged database another name; which. Its write-ahead log goes with it."""
+    damaged = vacant(path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%dT%H%M%S')}"))
+    for suffix in ("-wal", "-shm", ""):
+        with contextlib.suppress(FileNotFoundError):
+            path.with_name(path.name + suffix).rename(damaged.with_name(damaged.name + suffix))
+    return damaged
+
+
+def directory_at(path: Path, aside: Path) -> None:
+    """See that there is a directory, moving a plain file that has its place to `aside`. A disk that takes none is met
+    again by whoever writes there."""
+    with contextlib.suppress(OSError):
+        if path.exists() and not path.is_dir():
+            aside.mkdir(parents=True, exist_ok=True)
+            log.error("%s is no directory: set aside as %s", path, moved := vacant(aside / path.name))
+            path.rename(moved)
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def remove(path: Path) -> None:
+    """A file, or a directory with all in it. What cannot be removed stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def vacant(path: Path) -> Path:
+    """This path, or the first with a number behind it where nothing lies yet."""
+    candidate, number = path, 1
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}~{number}")
+    return candidate

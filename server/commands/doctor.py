@@ -1,0 +1,54 @@
+"""`lorakeet doctor`: what a server has set aside in its data directory, and whether all that it keeps is whole."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from server.commands.remote import CommandError
+from server.model_source import default_data_dir
+
+
+def doctor(
+    ids: Annotated[list[str] | None, typer.Argument(metavar="[ID...]", help="Things that were set aside.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option("--data-dir", envvar="LORAKEET_DATA_DIR", help="As of serve.")
+    ] = None,
+    restore: Annotated[bool, typer.Option("--restore", help="Register these things again, in their place.")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="Delete these things for good.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="With --restore or --remove: all that is listed.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read all that is kept; exit 1 if any is damaged.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line.")] = False,
+) -> None:
+    """Show what a server set aside because no database knows it; register it again, remove it, or verify the rest.
+
+    Works on the data directory itself. Restoring and removing need the server to be stopped.
+    """
+    from server import doctor as surgery  # late: it knows every store
+
+    root = data_dir or default_data_dir()
+    if not root.is_dir():
+        raise CommandError(f"--data-dir: {root} is no directory")
+    if restore and remove:
+        raise CommandError("give --restore or --remove, not both")
+
+    def show(what: surgery.Lost | surgery.Fault, line: str) -> None:
+        typer.echo(json.dumps(asdict(what)) if as_json else line)
+
+    if restore or remove:
+        try:
+            chosen = surgery.treat(root, ids or [], everything=everything, restored=restore)
+        except surgery.DoctorError as reason:
+            raise CommandError(str(reason)) from None
+        for thing in chosen:
+            show(thing, f"{thing.id} {'is registered again' if restore else 'is gone'}")
+        return
+    for thing in surgery.found(root):
+        show(thing, f"{thing.id}  {thing.kind}  {', '.join(thing.names) or '-'}  {thing.path}")
+    faults = list(surgery.faults(root, verify=verify))
+    for fault in faults:
+        show(fault, f"{fault.path}: {fault.fault}; {fault.remedy}")
+    if verify and faults:
+        raise typer.Exit(1)

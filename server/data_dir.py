@@ -1,0 +1,83 @@
+"""The data directory when a server starts: taken by one server, its databases opened, or set aside and made anew."""
+
+import contextlib
+import fcntl
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from adapters.storage import entries, lost
+from adapters.storage.database import DatabaseBusy, DatabaseDamaged, NewerLayoutError
+from adapters.storage.names import LocalNames
+from server.settings import SettingError
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def taken(data_dir: Path) -> Iterator[None]:
+    """Keep other servers out of the directory, which is made if missing. Raises SettingError."""
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise SettingError(f"--data-dir: {data_dir} cannot be made: {fault.strerror}") from None
+    lock = FileLock(data_dir / "server.lock")
+    with contextlib.ExitStack() as held:
+        try:
+            lock.acquire(timeout=0)
+            held.callback(lock.release)
+        except (Timeout, BlockingIOError):
+            raise SettingError(f"--data-dir: another server is using {data_dir}") from None
+        except OSError as fault:
+            log.warning("%s takes no lock file (%s)", data_dir, fault.strerror)
+            _lock_itself(data_dir, held)
+        yield
+
+
+def _lock_itself(data_dir: Path, held: contextlib.ExitStack) -> None:
+    """On a read-only disk the directory stands in for a file in it."""
+    with readable():
+        descriptor = os.open(data_dir, os.O_RDONLY)
+        held.callback(os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise SettingError(f"--data-dir: another server is using {data_dir}") from None
+
+
+@contextlib.contextmanager
+def readable() -> Iterator[None]:
+    """What makes it impossible to tell what to serve becomes SettingError: one line for the operator."""
+    try:
+        yield
+    except (NewerLayoutError, DatabaseBusy, DatabaseDamaged, OSError) as fault:
+        raise SettingError(f"--data-dir: {fault}") from None
+
+
+def open_names(data_dir: Path, busy_seconds: float) -> LocalNames:
+    """The names of this disk's adapters. A damaged database is set aside, and made anew from the versions' directories.
+
+    Raises SettingError.
+    """
+    path = data_dir / "adapters.db"
+    with readable():
+        try:
+            return LocalNames(path, busy_seconds)
+        except DatabaseDamaged as fault:
+            aside = lost.set_aside_database(path)
+            names = LocalNames(path, busy_seconds)
+            count = restore_names(names, lost.entries(data_dir / "adapters" / "versions"))
+            log.error("%s: set aside as %s; %d names are made anew from their versions", fault, aside.name, count)
+            return names
+
+
+def restore_names(names: LocalNames, versions: list[Path]) -> int:
+    """Let names mean the versions in these directories again, as older ones where they mean others; how many names."""
+    known = {(found.current.tenant, found.current.name): found for found in names.load(Path)}
+    restored = entries.restored(versions)
+    for owner, pointer in restored.items():
+        names.save(*owner, known[owner].followed_by(pointer.versions) if owner in known else pointer)
+    return len(restored)

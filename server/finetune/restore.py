@@ -1,0 +1,67 @@
+"""Rows of files and jobs made anew from what lies beside their bytes, for a database that has lost them."""
+
+import contextlib
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+from adapters.disk import write_synced
+from adapters.storage import lost
+from adapters.storage.database import Database, DatabaseDamaged
+from server.finetune import files
+from server.finetune.database import open_database
+from server.finetune.jobs import Job, JobStore, StoredCheckpoint
+
+JOB, CHECKPOINT = "job.json", "checkpoint.json"
+
+log = logging.getLogger(__name__)
+
+
+def note(directory: Path, name: str, record: Job | StoredCheckpoint) -> None:
+    """Write a row beside what it describes; a disk that does not take it goes without."""
+    with contextlib.suppress(OSError):
+        write_synced(directory / name, msgspec.json.encode(record))
+
+
+def opened(data_dir: Path, busy_seconds: float) -> Database:
+    """The database of a data directory; a damaged one is set aside, and made anew as far as can be. Raises what
+    `Database` does, and OSError."""
+    path = data_dir / "finetuning.db"
+    try:
+        return open_database(path, busy_seconds)
+    except DatabaseDamaged as fault:
+        aside = lost.set_aside_database(path)
+        database = open_database(path, busy_seconds)
+        kept = [*restore_files(database, lost.entries(data_dir / "files"))]
+        jobs = [*restore_jobs(database, lost.entries(data_dir / "jobs"))]
+        log.error("%s: set aside as %s; %d files and %d jobs are known again", fault, aside.name, len(kept), len(jobs))
+        return database
+
+
+def restore_files(database: Database, paths: Iterable[Path]) -> Iterable[str]:
+    """Rows for these files, which lie in their place; the ids of those that could be restored."""
+    for path in paths:
+        row = files.recorded(path.parent, path.name)
+        if row is not None and row["id"] == path.name:
+            with database.transaction() as connection:
+                files.insert(connection, row)
+            yield path.name
+
+
+def restore_jobs(database: Database, directories: Iterable[Path]) -> Iterable[str]:
+    """Rows for jobs with these directories, paused where they stood; the ids of those that could be restored."""
+    jobs = JobStore(database)
+    for directory in directories:
+        with contextlib.suppress(OSError, msgspec.DecodeError):
+            job = msgspec.json.decode((directory / JOB).read_bytes(), type=Job)
+            if job.id == directory.name:
+                jobs.restore(job, list(_checkpoints(directory)))
+                yield job.id
+
+
+def _checkpoints(directory: Path) -> Iterable[StoredCheckpoint]:
+    for path in directory.glob(f"*/{CHECKPOINT}"):
+        with contextlib.suppress(OSError, msgspec.DecodeError):
+            yield msgspec.json.decode(path.read_bytes(), type=StoredCheckpoint)

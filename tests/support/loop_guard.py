@@ -1,0 +1,58 @@
+"""Raises where the server asks a database in the thread of an event loop, where everybody would wait for it."""
+
+import asyncio
+import contextlib
+import inspect
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.storage.database import Database
+
+TESTS = str(Path(__file__).parent.parent)
+
+
+class AskedOnTheLoop(AssertionError):
+    """A database call kept an event loop waiting."""
+
+
+def check() -> None:
+    """Raise when an event loop runs in this thread, unless it is a test's own coroutine that called."""
+    if asyncio._get_running_loop() is None:
+        return
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_flags & (inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR):
+            if code.co_filename.startswith(TESTS):
+                return
+            break
+        frame = frame.f_back  # type: ignore[assignment]  # None ends it
+    raise AskedOnTheLoop("a database call on the event loop: use asyncio.to_thread")
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """Every database of this process is watched, and a call that was swallowed is raised at the end."""
+    caught: list[AskedOnTheLoop] = []
+
+    def watched(real: Any) -> Any:
+        def call(self: Database, **options: Any) -> Any:
+            try:
+                check()
+            except AskedOnTheLoop as fault:
+                caught.append(fault)
+                raise
+            return real(self, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("transaction", "reading"):
+            patch.setattr(Database, name, watched(getattr(Database, name)))
+        yield
+    if caught:
+        raise caught[0]
