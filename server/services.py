@@ -16,7 +16,7 @@ from server.messages.protocol import Ready
 from server.metrics import Metrics
 from server.registry.open import Registry
 from server.settings import Settings
-from server.text.grammar import GrammarChecker
+from server.text.grammar_checker import GrammarChecker
 from server.text.processor import TextProcessor
 
 TENANT = ""  # every stored row has a tenant; there is one so far

@@ -78,7 +78,7 @@ class Helper:
             status = await self._end() or 0
             log.error("%s ended with status %d", " ".join(self._command), status)
             if status < 0 and not self._closed:  # for want of memory, as a rule
-                raise HelperLimit("ended the process that did it") from None
+                raise HelperLimit("ran out of memory, or was killed") from None
             raise HelperFailed("the helper process ended") from None
         finally:
             if answer is None:

@@ -51,4 +51,4 @@ class Wire:
             try:
                 self._take(message)
             except Exception:  # or those behind it would lie there until another comes
-                log.exception("a message was not understood")
+                log.exception("handling a message from the engine failed")

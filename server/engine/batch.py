@@ -177,7 +177,7 @@ class WorkResult:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of the works of one forward pass.
+    """Tokens drawn and prompt positions scored by one forward pass; `results` reads them.
 
     drawn: for each work that samples one row, and one more for each of its drafts that is looked at; None where none
         samples.

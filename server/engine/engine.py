@@ -36,7 +36,7 @@ from server.model.base import Base
 
 # How many more tokens double the time of a decoding step. CPU: as measured with the default model, 6 ms and 2 ms for
 # each token. A GPU's step waits for launches and weights for longer.
-FREE_ROWS = {"cpu": 3, "cuda": 64}
+DOUBLING_TOKENS = {"cpu": 3, "cuda": 64}
 
 
 @dataclass
@@ -91,7 +91,7 @@ class Engine:
             max_model_len=plan.max_model_len,
             eos_token_ids=base.eos_token_ids,
             starts=self._starts,
-            free_rows=FREE_ROWS.get(base.device.type, 3),
+            doubling_tokens=DOUBLING_TOKENS.get(base.device.type, 3),
         )
         self.grammars = Grammars(
             Path(config.model), base.vocab_size, base.eos_token_ids, config.grammar_bytes, config.background_priority
@@ -100,7 +100,7 @@ class Engine:
         self._constrained = 0  # sequences with a grammar
         self.base_digest = base.digest()
         self.int8_drift: protocol.Drift | None = None  # see `activations`
-        # A CPU has computed a step when it was given.
+        # On a CPU the step is finished when `submit` returns.
         self._depth = int(base.device.type == "cuda") if depth is None else depth
         self._in_flight: InFlightStep | None = None
         self._waited = 0.0  # seconds, for the step in flight

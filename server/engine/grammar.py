@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from adapters.background import Priority, threads
 from adapters.peft_format.directory import AdapterSpec
 from adapters.peft_format.text import NO_TEXT, AdapterText
-from server.messages.grammar import LIMITS, definition
+from server.messages.grammar_definition import LIMITS, definition
 from server.messages.protocol import AdapterRef, Grammar, Sampling
 
 Mask = NDArray[np.int32]  # [ceil(vocabulary / 32)]: bit i % 32 of word i // 32 allows token i
@@ -82,7 +82,7 @@ class Constraint:
     # --- masks ---------------------------------------------------------------------------------------
 
     def masks(self) -> list[tuple[Mask, bool]]:
-        """Those that `Grammars.prepare` began to make, and whether the text can only end there; waits for them."""
+        """The masks that `Grammars.prepare` started, and whether the text can only end there. Waits for them."""
         assert self._prepared is not None
         self._prepared.result()
         return self._rows
@@ -186,7 +186,7 @@ class Grammars:
         return found[0]
 
     def prepare(self, works: Iterable[tuple[Constraint, Seq[int], int]]) -> None:
-        """Begin to make the masks of sequences with these drafts, so many of which need none."""
+        """Start computing masks in the background, for (constraint, drafts, leading drafts that need no mask)."""
         works = list(works)
         prepared = self._masks.submit(_make_all, works)
         for constraint, _, _ in works:

@@ -46,7 +46,7 @@ class Scheduler:
         starts: where in a prompt resident adapters come into force (digest -> position); those left out, from the
             first token.
         patience: steps for which a sequence refused room for its adapter lets younger ones pass.
-        free_rows: how many more tokens in a step double its time: the fewer, the likelier a draft must be right to pay.
+        doubling_tokens: extra tokens that double a step's time; the fewer, the likelier a draft must be right.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Scheduler:
         eos_token_ids: Seq[int] = (),
         starts: Callable[[AdapterKey, Seq[int]], Mapping[str, int]] = lambda key, prompt: {},
         patience: int = 64,
-        free_rows: int = 3,
+        doubling_tokens: int = 3,
     ) -> None:
         if not 1 <= max_batch_requests < max_batch_tokens:
             raise ValueError(
@@ -78,7 +78,7 @@ class Scheduler:
         self._eos = frozenset(eos_token_ids)
         self._starts = starts
         self._patience = patience
-        self._free_rows = free_rows
+        self._doubling_tokens = doubling_tokens
         self._by_id: dict[str, Sequence] = {}
         self._failed: list[Sequence] = []
         self._arrivals = 0
@@ -162,7 +162,7 @@ class Scheduler:
     def _schedule_decodes(self, works: list[Work]) -> Sequence | None:
         """One token of each decoding sequence, oldest first; the youngest give way when blocks run out.
 
-        Returns the one that will give way when it was collected, and is not to be computed before that.
+        Returns the sequence to preempt once its step in flight is collected: it is not scheduled until then.
         """
         position = 0
         held = None
@@ -276,7 +276,7 @@ class Scheduler:
                 continue
             most = min(self._max_batch_tokens - rows, sequence.left - 1)
             # A draft pays if its chance of being right is at least its row's share of the step's cost.
-            drafts = list(forced[:most]) if forced else sequence.guess(most, rows / (rows + self._free_rows))
+            drafts = list(forced[:most]) if forced else sequence.guess(most, rows / (rows + self._doubling_tokens))
             if drafts := drafts[: self._room_for_drafts(sequence, len(drafts))]:
                 works[index] = replace(work, count=work.count + len(drafts), drafts=drafts, forced=bool(forced))
                 rows += len(drafts)
@@ -304,7 +304,7 @@ class Scheduler:
 
         Returns:
             The tokens that count, forced ones that end the text included, up to the one that ended the sequence: then
-            `finish_reason` is set and it is gone from here. None for one that has ended since this was scheduled.
+            `finish_reason` is set and it is gone from here. Empty if it ended after this work was scheduled.
         """
         sequence = work.sequence
         sequence.in_flight -= 1
@@ -379,5 +379,5 @@ class Scheduler:
 
     def _fail_too_long(self, sequence: Sequence) -> None:
         most = min(self._max_model_len, self._blocks.num_blocks * self._blocks.block_size)
-        message = f"This sequence needs {len(sequence.tokens)} tokens of context, {most} are there."
+        message = f"This sequence needs {len(sequence.tokens)} tokens of context; at most {most} fit."
         self.fail(sequence.id, message, TOO_LONG)

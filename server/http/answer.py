@@ -1,4 +1,4 @@
-"""How an answer reaches the client: as JSON at once or as server-sent events, and not a token further once it left.
+"""Answers as JSON at once or as server-sent events; generation stops when the client disconnects.
 
 Pure ASGI.
 """

@@ -156,7 +156,7 @@ class World:
             max_model_len=model_len,
             eos_token_ids=[EOS],
             patience=patience,
-            free_rows=free_rows,
+            doubling_tokens=free_rows,
         )
         self.batch_tokens, self.batch_requests, self.model_len = batch_tokens, batch_requests, model_len
         self.depth = depth

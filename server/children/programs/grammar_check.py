@@ -15,7 +15,7 @@ import msgspec
 from llguidance import LLMatcher
 
 from server.children.forked import serve_forked
-from server.messages.grammar import LIMITS, definition
+from server.messages.grammar_definition import LIMITS, definition
 from server.messages.protocol import Grammar
 
 _LATE = ("$defs", "definitions")  # members that others refer to are looked into last

@@ -11,7 +11,7 @@ import pytest_asyncio
 from server.children.programs.grammar_check import culprit
 from server.errors import InvalidRequest
 from server.messages.protocol import INVALID_GRAMMAR, Grammar
-from server.text.grammar import GrammarChecker
+from server.text.grammar_checker import GrammarChecker
 
 SECONDS = 1.5
 
