@@ -3,7 +3,10 @@
 As a program (`python -m tests.support.publishing ROOT FIRST`) it publishes until it is killed.
 """
 
+import sqlite3
 import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,15 @@ from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME, AdapterSpe
 from adapters.storage.names import LocalNames
 from adapters.storage.store import AdapterStore
 from adapters.storage.versions import Version
+
+
+@contextmanager
+def held(database: Path) -> Iterator[None]:
+    """Another process in the middle of a change."""
+    with closing(sqlite3.connect(database, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        yield
+        other.execute("ROLLBACK")
 
 
 class Box:

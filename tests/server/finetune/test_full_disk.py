@@ -1,4 +1,4 @@
-"""A disk that is full: a 507 from every writer, jobs that wait for space, and deletions that always work."""
+"""A disk that is full: a 507 from every writer, jobs that wait for space (or a busy database), deletions that work."""
 
 import asyncio
 import contextlib
@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from adapters.disk import StorageFull
 from server.children.programs import work
 from server.engine.engine import Engine
 from server.finetune import manager
+from server.finetune.database import open_database
 from server.services import TENANT
 from tests.support import offline as engines
+from tests.support.publishing import held
 from tests.support.site import EXAMPLES, TrainingEngine, TuningSite, as_file, eventually, tuning_site
 from tests.support.tiny import tiny_adapter
 
@@ -46,7 +49,7 @@ def tiny_engine(model_dir: Path, cache_dir: Path) -> Engine:
 async def site(disk: Path, tiny_engine: Engine, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[TuningSite]:
     monkeypatch.setattr(manager, "SPACE_SECONDS", 0.05)
     engine = TrainingEngine(tiny_engine)
-    async with tuning_site(disk / "data", engine) as site:
+    async with tuning_site(disk / "data", engine, database_seconds=1.0) as site:
         yield site
     engine.close()
 
@@ -98,6 +101,22 @@ async def test_every_writer_answers_507_and_everything_can_be_deleted(
     for id_ in (running, waiting):
         assert (await site.steer(id_, "cancel")).json()["status"] == "cancelled"
         fill(disk)
+
+
+def test_what_starts_on_a_full_disk_can_delete(disk: Path) -> None:
+    database = open_database(disk / "db")
+    with database.transaction() as connection:
+        connection.execute("INSERT INTO jobs (id, tenant, status, record) VALUES ('a', '', 'failed', '{}')")
+    database.close()
+    fill(disk)
+    database = open_database(disk / "db")
+    with pytest.raises(StorageFull), database.transaction():
+        pass
+    with database.transaction(removing=True) as connection:
+        connection.execute("DELETE FROM jobs")
+    with database.reading() as connection:
+        assert connection.execute("SELECT COUNT(*) FROM jobs").fetchone()[0] == 0
+    database.close()
 
 
 def test_libraries_tell_of_a_full_disk_in_their_own_words(disk: Path) -> None:
@@ -156,4 +175,16 @@ async def test_a_job_that_waits_for_space_is_paused_resumed_and_goes_on_after_a_
     await site.tuning.stop()
     (disk / "filling").unlink()
     await site.tuning.start()
+    assert (await site.until(job))["status"] == "succeeded"
+
+
+async def test_a_job_waits_for_a_database_that_another_process_holds(
+    site: TuningSite, disk: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    site.engine.held = True
+    job = (await site.create())["id"]
+    await site.until(job, "running")
+    with held(disk / "data" / "finetuning.db"):
+        site.engine.held = False
+        await eventually(lambda: "another process holds finetuning.db" in caplog.text)
     assert (await site.until(job))["status"] == "succeeded"

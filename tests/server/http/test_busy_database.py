@@ -3,8 +3,7 @@
 import asyncio
 import sqlite3
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,15 +12,7 @@ from adapters.storage.database import Database
 from server.finetune.database import open_database
 from tests.support.harness import Site, write_adapter
 from tests.support.loop_guard import AskedOnTheLoop, check
-
-
-@contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Another process in the middle of a change."""
-    with closing(sqlite3.connect(path, isolation_level=None)) as other:
-        other.execute("BEGIN EXCLUSIVE")
-        yield
-        other.execute("ROLLBACK")
+from tests.support.publishing import held
 
 
 async def test_busy_is_a_503_in_time_and_nobody_else_waits(tmp_path: Path) -> None:
