@@ -16,7 +16,7 @@ import psutil
 BASE = "tiny"
 START_SECONDS = 120.0  # importing the libraries on a busy machine takes most of it
 # A process's part, by a word of its command line.
-PARTS = {"API": "server.cli", "engine": "server.engine.process", "checker": "adapters.offline.checker"}
+PARTS = {"API": "server.cli", "engine": "server.engine.process", "checker": "server.children.programs.work"}
 REPOSITORY = Path(__file__).parent.parent.parent
 
 
