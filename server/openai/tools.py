@@ -109,6 +109,9 @@ class Calling:
         strict = any(tool.function.strict for tool in self.tools)
         if asked is None and self.parallel and not strict and not self.required:
             return None
+        if asked is not None and not self.required and not self.format.frame.marker:
+            message = f"`{asked[1]}` beside `tools` needs `tool_choice`: this model's calls look like JSON."
+            raise InvalidRequest(message, param=asked[1])
         lark = calls_grammar(
             self.format.frame,
             [(tool.function.name, self._schema(tool)) for tool in self._callable],

@@ -33,7 +33,7 @@ def calls_grammar(
         tokens: that a text is split into before all others, such as special ones.
         required: there is a call at least; otherwise free text may come before it, or in its place.
         several: there may be more calls than one.
-        answer: the schema of an answer without calls; None: free text.
+        answer: the schema of an answer without calls, where calls have a marker; None: free text.
     """
 
     def written(text: str) -> str:

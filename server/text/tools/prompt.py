@@ -1,11 +1,13 @@
 """Tools, calls and results as a chat template takes them."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
+from itertools import groupby
 from typing import Any
 
-from server.text.tools.format import ToolFormat
+from server.text.tools.format import Frame, ToolFormat
 from server.text.tools.table import knows_tools
 
 Message = Mapping[str, Any]
@@ -33,12 +35,17 @@ def for_template(
     """
     chat = [dict(message) for message in messages]
     if not knows_tools(template):
-        return _as_text(chat, tools), None
+        return _with_system_text(_with_results_as_text(_with_calls_as_text(chat, tool_format.frame)), tools), None
+    if "tool_calls" not in template:
+        chat = _with_calls_as_text(chat, tool_format.frame)
     for message in chat:
         if message.get("tool_calls"):
             message["tool_calls"] = [_call(call, tool_format) for call in message["tool_calls"]]
         if "tool_call_id" in message:
             message["tool_call_id"] = _id(message["tool_call_id"], tool_format.id_length)
+    if tools and re.search(r"""message(\.tools\b|\[["']tools["']\])""", template):
+        chat = _with_system(chat, "")
+        chat[0]["tools"] = json.dumps([tool["function"] for tool in tools], ensure_ascii=False)
     return chat, [dict(tool) for tool in tools] or None
 
 
@@ -56,30 +63,38 @@ def _id(id_: str, length: int | None) -> str:
     return blake2b(id_.encode()).hexdigest()[:length]
 
 
-def _as_text(chat: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    written: list[dict[str, Any]] = []
+def _with_calls_as_text(chat: list[dict[str, Any]], frame: Frame) -> list[dict[str, Any]]:
     for message in chat:
-        if message["role"] == "tool":
-            result = f"<tool_response>\n{message['content']}\n</tool_response>"
-            if written and written[-1].get("tool_response"):
-                written[-1]["content"] += "\n" + result
-            else:
-                written.append({"role": "user", "content": result, "tool_response": True})
-            continue
-        calls = message.pop("tool_calls", ())
-        texts = [message["content"]] * bool(message["content"] or not calls)
-        texts += [
-            f'<tool_call>\n{{"name": {json.dumps(call["function"]["name"])}, '
-            f'"arguments": {call["function"]["arguments"]}}}\n</tool_call>'
-            for call in calls
-        ]
-        written.append(message | {"content": "\n".join(texts)})
-    for message in written:
-        message.pop("tool_response", None)
-    if tools:
-        text = SYSTEM_TEXT.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
-        if written[0]["role"] in ("system", "developer"):
-            written[0]["content"] += "\n\n" + text
+        functions = [call["function"] for call in message.pop("tool_calls", ())]
+        if functions:
+            calls = [f"{frame.head}{f['name']}{frame.middle}{f['arguments']}{frame.tail}" for f in functions]
+            text = frame.begin + frame.separator.join(calls) + frame.end
+            message["content"] = "\n".join(filter(None, [message["content"], text]))
+    return chat
+
+
+def _with_results_as_text(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results as users' messages, those that follow each other as one."""
+    written: list[dict[str, Any]] = []
+    for is_result, group in groupby(chat, lambda message: message["role"] == "tool"):
+        if is_result:
+            texts = [f"<tool_response>\n{message['content']}\n</tool_response>" for message in group]
+            written.append({"role": "user", "content": "\n".join(texts)})
         else:
-            written.insert(0, {"role": "system", "content": text})
+            written += group
     return written
+
+
+def _with_system_text(chat: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    if not tools:
+        return chat
+    listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    return _with_system(chat, SYSTEM_TEXT.format(tools=listed))
+
+
+def _with_system(chat: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    """With this at the end of the system's message."""
+    if chat[0]["role"] not in ("system", "developer"):
+        return [{"role": "system", "content": text}, *chat]
+    chat[0]["content"] = "\n\n".join(filter(None, [chat[0]["content"], text]))
+    return chat

@@ -27,12 +27,20 @@ _ALL = (
     LLAMA3_JSON,
     HERMES,
 )
+_FIELD = re.compile(r"""\[["']tools["']\]""")
+_TEXTS = re.compile(r"""'[^']*'|"[^"]*["]""")
+
 FORMATS = {each.name: each for each in _ALL}
 
 
 def knows_tools(template: str) -> bool:
-    """Whether a chat template's source does anything with `tools`."""
-    return re.search(r"\btools\b", template) is not None
+    """Whether a chat template's source does anything with `tools`, be it a variable or a field of a message."""
+    for part in re.split(r"[%}]\}", template):
+        begin = max(part.rfind("{%"), part.rfind("{{"))
+        code = _TEXTS.sub("", _FIELD.sub(" tools ", part[begin:])) if begin >= 0 else ""
+        if re.search(r"\btools\b", code):
+            return True
+    return False
 
 
 def format_of(template: str, named: str | None = None) -> ToolFormat:
