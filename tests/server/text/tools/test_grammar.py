@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 from llguidance import LLMatcher, LLTokenizer
-from server.messages.grammar import definition
 from tokenizers import AddedToken, Tokenizer
 
+from server.messages.grammar_definition import definition
 from server.messages.protocol import Grammar
 from server.text.tools.grammar import calls_grammar
 from server.text.tools.table import FORMATS
