@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 
 from adapters.background import PRIORITIES, Priority
 from server.model_source import DEFAULT, default_cache_dir, default_data_dir
+from server.text.tools.table import FORMATS
 
 ENV_PREFIX = "LORAKEET_"
 MAX_SPECULATIVE_TOKENS = 32
@@ -462,6 +463,13 @@ class Settings:
         shown="256MiB",
     )
 
+    tool_parser: str | None = _setting(
+        None,
+        "The format in which answers call tools, for chat templates that know tools.",
+        choices=tuple(sorted(FORMATS)),
+        shown="recognised from the template",
+        vllm="--tool-call-parser",
+    )
     grammar_seconds: float = _setting(
         5.0,
         "How long a grammar (`response_format`, `structured_outputs`) may take to compile.",

@@ -99,10 +99,24 @@ class ChatLogprobs(TypedDict):
     refusal: None
 
 
+class FunctionCall(TypedDict):
+    name: str
+    arguments: str
+
+
+class ToolCallObject(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
 class ChatMessage(TypedDict):
+    """`content` is null beside calls of tools when there is no text."""
+
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    tool_calls: NotRequired[list[ToolCallObject]]
 
 
 class ChatChoice(Choice):
@@ -110,9 +124,24 @@ class ChatChoice(Choice):
     logprobs: ChatLogprobs | None
 
 
+class FunctionCallDelta(TypedDict):
+    name: NotRequired[str]
+    arguments: str
+
+
+class ToolCallDelta(TypedDict):
+    """The first of a call has its `id`, `type` and name; the others more of its arguments."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: FunctionCallDelta
+
+
 class ChatDelta(TypedDict, total=False):
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    tool_calls: list[ToolCallDelta]
 
 
 class ChatChunkChoice(Choice):
@@ -200,7 +229,10 @@ class StopToken(TypedDict):
 
 
 class ModelDetails(ModelCard):
+    """`tool_format` is how it calls tools; null without a chat template."""
+
     stop_tokens: list[StopToken]
+    tool_format: str | None
 
 
 class AdapterReceipt(TypedDict):
@@ -259,6 +291,7 @@ class AdapterObject(AdapterReceipt):
     split: dict[str, float] | None
     merged: ResidentMerge | None
     stop_tokens: list[StopToken]
+    tool_format: str | None
 
 
 class DeletedAdapter(TypedDict):

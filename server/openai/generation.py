@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -85,6 +85,7 @@ class Generation:
     target: Target
     prompts: Sequence[Prompt]
     sampling: Sampling
+    markers: Collection[str] = ()  # special tokens that stay in the text: they begin calls of tools
     usage: Usage = field(init=False)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -239,8 +240,9 @@ class Generation:
     def _assembler(self, prompt: list[int]) -> Assembler:
         text, skip = self.target.text, self.body.skip_special_tokens
         # A stop string may hold a special token: then text is decoded with these, and they are taken out behind it.
-        hidden = text.special_texts if skip and text.has_special(self.body.stop) else {}
-        skip = skip and not hidden
+        hidden = text.special_texts if skip and text.has_special([*self.body.stop, *self.markers]) else {}
+        hidden = {id_: special for id_, special in hidden.items() if special not in self.markers}
+        skip = skip and not hidden and not text.has_special(list(self.markers))
         return Assembler(
             partial(text.decode, skip_special_tokens=skip),
             prompt,

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from server.errors import InvalidRequest
 from server.messages.protocol import Grammar
-from server.openai.body import Body
+from server.openai.body import Body, Items
 
 Schema = dict[str, Any]
 
@@ -55,14 +55,14 @@ class StructuralTags(Body):
     """Free text in which a trigger begins a tag."""
 
     type: Literal["structural_tag"] = "structural_tag"
-    structures: list[TaggedStructure] = Field(min_length=1)
-    triggers: list[Annotated[str, Field(min_length=1)]] = Field(min_length=1)
+    structures: Items[TaggedStructure] = Field(min_length=1)
+    triggers: Items[Annotated[str, Field(min_length=1)]] = Field(min_length=1)
 
 
 ResponseFormat = Annotated[
     TextFormat | JsonObjectFormat | JsonSchemaFormat | StructuralTags, Field(discriminator="type")
 ]
-Choices = Annotated[list[str], Field(min_length=1)]
+Choices = Annotated[Items[str], Field(min_length=1)]
 
 
 class StructuredOutputs(Body):

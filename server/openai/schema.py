@@ -78,7 +78,6 @@ class GenerationBody(ConstrainedBody):
         "bad_words": ([],),
         "logits_processors": ([],),
         "allowed_token_ids": ([],),
-        "tools": ([],),
         "priority": (0,),
         "return_tokens_as_token_ids": (False,),
         "service_tier": ("auto", "default"),

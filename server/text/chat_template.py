@@ -126,8 +126,9 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         arguments: Mapping[str, str | int | float | bool | None] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
-        """The prompt's text for messages of `role` and `content` (text).
+        """The prompt's text for messages of `role` and `content` (text), and calls whose arguments are objects.
 
         `continue_final_message` ends the prompt inside the last message, so that the completion carries on from it.
         Raises `TemplateRefusal` for what the template refuses, and when it takes too long.
@@ -136,11 +137,12 @@ class ChatTemplate:
         if not self._knows_developer:  # OpenAI's newer name for the system's role; most templates predate it
             for message in chat:
                 message["role"] = "system" if message["role"] == "developer" else message["role"]
+        context = dict(arguments or {}) | {"tools": tools, "add_generation_prompt": add_generation_prompt}
         if not continue_final_message:
-            return self._render(chat, add_generation_prompt, arguments)
+            return self._render(chat, context)
         final = chat[-1]["content"]
         chat[-1]["content"] = final + _TAG
-        text = self._render(chat, add_generation_prompt, arguments)
+        text = self._render(chat, context)
         end = text.rfind(_TAG.strip())
         if end < 0 or final.strip() not in text:
             raise TemplateRefusal(
@@ -150,11 +152,8 @@ class ChatTemplate:
         keeps_spaces = text.startswith(_TAG, end)
         return text[:end] if keeps_spaces else text[:end].rstrip()
 
-    def _render(
-        self, chat: list[dict[str, Any]], add_generation_prompt: bool, arguments: Mapping[str, Any] | None
-    ) -> str:
-        context = self._special_tokens | dict(arguments or {})
-        context |= {"messages": chat, "add_generation_prompt": add_generation_prompt, "tools": None, "documents": None}
+    def _render(self, chat: list[dict[str, Any]], context: Mapping[str, Any]) -> str:
+        context = self._special_tokens | dict(context) | {"messages": chat, "documents": None}
         pieces, size = [], 0
         self._environment.start_clock()
         try:

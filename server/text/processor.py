@@ -22,6 +22,9 @@ from adapters.peft_format.text import AdapterText
 from server.errors import ContextLengthExceeded, InvalidRequest
 from server.text.chat_template import ChatTemplate, TemplateRefusal
 from server.text.sandbox import TemplateRenderer
+from server.text.tools.format import ToolFormat
+from server.text.tools.prompt import for_template
+from server.text.tools.table import format_of
 
 T = TypeVar("T")
 
@@ -53,6 +56,7 @@ class TextProcessor:
         special_tokens: `bos_token`, ... as templates see them.
         renderer: of the templates that adapters bring; None: these are not used.
         stop_tokens: tokens that end an answer, and the files of the model that say so.
+        tool_parser: the name of the templates' format of tool calls, where these know tools; None: by their text.
 
     Attributes:
         stop_tokens: id -> where it is named; the chat template's end of an assistant's turn is among them.
@@ -66,12 +70,14 @@ class TextProcessor:
         special_tokens: Mapping[str, str] | None = None,
         renderer: TemplateRenderer | None = None,
         stop_tokens: Mapping[int, Sequence[str]] | None = None,
+        tool_parser: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.chat_template = chat_template
         self.renderer = renderer
+        self._tool_parser = tool_parser
         self._special_tokens = dict(special_tokens or {})
         self._own_template: str | None = None  # an adapter's
         self._key = ""  # the adapter's
@@ -89,7 +95,9 @@ class TextProcessor:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="text")
 
     @classmethod
-    def load(cls, directory: Path, renderer: TemplateRenderer | None = None) -> "TextProcessor":
+    def load(
+        cls, directory: Path, renderer: TemplateRenderer | None = None, tool_parser: str | None = None
+    ) -> "TextProcessor":
         """From a Hugging Face layout: `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`.
 
         Raises `TokenizerError`.
@@ -109,7 +117,7 @@ class TextProcessor:
         special_tokens = _special_tokens(directory, config)
         template = ChatTemplate(source, special_tokens) if source else None
         stop_tokens = _stop_tokens(directory, tokenizer, special_tokens)
-        return cls(tokenizer, template, special_tokens, renderer, stop_tokens)
+        return cls(tokenizer, template, special_tokens, renderer, stop_tokens, tool_parser)
 
     def close(self) -> None:
         """Stop the tokenising thread."""
@@ -119,6 +127,17 @@ class TextProcessor:
     def special_tokens(self) -> Mapping[str, str]:
         """`bos_token`, `eos_token`, ... as the model's files name them."""
         return self._special_tokens
+
+    @property
+    def tool_format(self) -> ToolFormat | None:
+        """How answers call functions; None without a chat template."""
+        source = self._template_source
+        return None if source is None else format_of(source, self._tool_parser)
+
+    @property
+    def _template_source(self) -> str | None:
+        own = self.chat_template.source if self.chat_template is not None else None
+        return own if self._own_template is None or self.renderer is None else self._own_template
 
     # --- adapters
 
@@ -197,6 +216,11 @@ class TextProcessor:
             for id_, named in self.stop_tokens.items()
         ]
 
+    def details(self) -> dict[str, Any]:
+        """How answers end and call tools, as the API tells it."""
+        tool_format = self.tool_format
+        return {"stop_tokens": self.stops_as_json(), "tool_format": tool_format.name if tool_format else None}
+
     # --- text -> tokens
 
     async def encode(
@@ -234,30 +258,36 @@ class TextProcessor:
         continue_final_message: bool,
         arguments: Mapping[str, str | int | float | bool | None],
         max_tokens: int,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
         """The prompt's text. Raises `InvalidRequest` when the template refuses, or when there is none, and when an
         adapter's template writes more than `max_tokens` could stand for."""
+        source, tool_format = self._template_source, self.tool_format
+        if source is None or tool_format is None:
+            raise InvalidRequest("The base model has no chat template; use /v1/completions.", param="messages")
+        size = sum(len(message["content"]) for message in messages) + len(messages) + _LONG * bool(tools)
+        chat, shown = await self.in_thread(size, partial(for_template, messages, tools, source, tool_format))
         if self._own_template is not None and self.renderer is not None:
             return await self.renderer.render(
                 self._own_template,
                 self._special_tokens,
-                messages,
+                chat,
                 max_tokens * self.longest_token,
                 self._key,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 arguments=dict(arguments),
+                tools=shown,
             )
-        if self.chat_template is None:
-            raise InvalidRequest("The base model has no chat template; use /v1/completions.", param="messages")
+        assert self.chat_template is not None
         render = partial(
             self.chat_template.render,
-            messages,
+            chat,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             arguments=arguments,
+            tools=shown,
         )
-        size = sum(len(message["content"]) for message in messages) + len(messages)
         try:
             return await self.in_thread(size, render)
         except TemplateRefusal as refusal:

@@ -73,7 +73,7 @@ async def get_adapter(request: Request) -> Response:
         "versions": [other.digest for other in pointer.versions],
         "split": dict(pointer.split) or None,
         "merged": None if merged is None else resident(merged),
-        "stop_tokens": text.stops_as_json(),
+        **text.details(),
     }
     headers = {**_digest_header(version), "ETag": f'"{pointer.etag}"'}
     return JSONResponse(receipt(services.store, version) | details | more, headers=headers)

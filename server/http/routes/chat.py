@@ -22,6 +22,7 @@ from server.openai.generation import Generation, Prompt, check_vocabulary, check
 from server.openai.logprobs import AnswerSize, chat_tokens
 from server.openai.schema import INT32, GenerationBody
 from server.openai.target import open_target
+from server.openai.tools import Calling, Message, Tool, ToolChoice, check_choice
 from server.services import Services, services_of
 from server.text.processor import TextProcessor
 
@@ -30,14 +31,14 @@ class ChatBody(GenerationBody, Conversation):
     """The request's body."""
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = GenerationBody.no_ops | {
-        "tool_choice": ("none", "auto"),
-        "parallel_tool_calls": (True, False),
         "functions": ([],),
         "function_call": ("none", "auto"),
         "modalities": (["text"],),
         "echo": (False,),
     }
 
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
     max_tokens: int | None = Field(None, ge=1, le=INT32)
     max_completion_tokens: int | None = Field(None, ge=1, le=INT32)
     logprobs: bool = False
@@ -53,7 +54,20 @@ class ChatBody(GenerationBody, Conversation):
             raise InvalidRequest(
                 "`max_tokens` and `max_completion_tokens` differ; give one of them.", param="max_completion_tokens"
             )
+        check_choice(self.tool_choice, self.tools)
         return self
+
+    @property
+    def shown_tools(self) -> list[Tool]:
+        """None of them, if none may be called."""
+        return [] if self.tool_choice == "none" else self.tools
+
+    def calling(self, text: TextProcessor) -> Calling | None:
+        """How tools are called; None where there are none to call."""
+        tools, tool_format = self.shown_tools, text.tool_format
+        if not tools or tool_format is None:
+            return None
+        return Calling(text, tool_format, tools, self.tool_choice, self.parallel_tool_calls)
 
 
 async def create_chat_completion(request: Request, body: ChatBody) -> Answer:
@@ -70,12 +84,17 @@ async def _answer(services: Services, body: ChatBody, send: Send) -> None:
             raise InvalidRequest("The chat template makes an empty prompt of these messages.", param="messages")
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         room = fit_max_tokens(info, body, ids, asked=asked, default=None, param="messages")
+        calling = body.calling(target.text)
         sampling = body.sampling(
             services.sampling_defaults,
             logprobs=body.top_logprobs if body.logprobs else None,
-            grammar=await checked_grammar(services, body),
+            grammar=await checked_grammar(services, body)
+            if calling is None
+            else await calling.grammar(services, body.asked_grammar()),
         )
-        writer = _Writer(target.text, body, Generation(services, body, target, [Prompt(ids, room)], sampling))
+        markers = calling.format.markers if calling else ()
+        generation = Generation(services, body, target, [Prompt(ids, room)], sampling, markers)
+        writer = _Writer(target.text, body, generation, calling)
         headers = {"X-Adapter-Digest": target.digest}
         if body.stream:
             async with aclosing(writer.chunks()) as chunks:
@@ -87,39 +106,48 @@ async def _answer(services: Services, body: ChatBody, send: Send) -> None:
 # --- OpenAI's shapes --------------------------------------------------------------------------------
 
 
+_NOTHING = Piece("")
+
+
 class _Writer:
     """Writes a generation's pieces down as chat messages."""
 
-    def __init__(self, text: TextProcessor, body: ChatBody, generation: Generation) -> None:
+    def __init__(self, text: TextProcessor, body: ChatBody, generation: Generation, calling: Calling | None) -> None:
         self._text = text
         self._body = body
         self._generation = generation
-        self._begun: set[int] = set()  # choices whose role is out
+        self._calling = calling
+        self._messages: dict[int, Message] = {}  # by choice
         limit = generation.services.settings.max_response_bytes
         self._size = AnswerSize(limit, body.top_logprobs if body.logprobs else None, 65)
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
 
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
-        """A chunk per piece, each choice's first with its role; with `include_usage` a last one of usage."""
+        """A chunk per delta, each choice's first with its role; with `include_usage` a last one of usage."""
         async with aclosing(self._generation.pieces()) as pieces:
             async for index, piece in pieces:
-                first = {}
-                if index not in self._begun:
-                    self._begun.add(index)
-                    delta = {"role": "assistant", "content": piece.text}
+                first: dict[str, Any] = {}
+                begins = index not in self._messages
+                message = self._messages.setdefault(index, Message(self._calling))
+                deltas = message.add(piece.text, last=piece.finish_reason is not None)
+                if begins:
                     first = self._prompt_ids()
-                elif piece:
-                    delta = {"content": piece.text} if piece.text else {}
-                else:
-                    continue
-                choice = {"index": index, "delta": delta} | self._common(piece, chat_tokens(self._text, piece.entries))
-                yield self._envelope("chat.completion.chunk", [choice]) | first | self._generation.chunk_usage()
+                    content = deltas.pop(0) if deltas and "content" in deltas[0] else {"content": self._nothing}
+                    deltas.insert(0, {"role": "assistant"} | content)
+                elif not deltas and (piece.entries or piece.finish_reason or piece.tokens):
+                    deltas = [{}]
+                tokens = chat_tokens(self._text, piece.entries)
+                for i, delta in enumerate(deltas):  # the last one has all that is not text
+                    last = i == len(deltas) - 1
+                    common = self._common(piece, tokens, message) if last else self._common(_NOTHING, [], message)
+                    choice = {"index": index, "delta": delta} | common
+                    yield self._envelope("chat.completion.chunk", [choice]) | first | self._generation.chunk_usage()
+                    first = {}
         if self._body.include_usage:
             yield self._envelope("chat.completion.chunk", []) | {"usage": self._generation.usage.as_json()}
 
     async def whole(self) -> dict[str, Any]:
         """Everything in one object."""
-        texts: dict[int, str] = {}
         tokens: dict[int, list[dict[str, Any]]] = {}
         choices: dict[int, Raw] = {}  # written down as soon as it can be: far smaller, and not all at once
         ids: dict[int, list[int]] = {}
@@ -127,12 +155,12 @@ class _Writer:
             async for index, piece in pieces:
                 self._size.add(len(piece.entries))
                 ids.setdefault(index, []).extend(piece.tokens)
-                texts[index] = texts.get(index, "") + piece.text
+                message = self._messages.setdefault(index, Message(self._calling))
+                message.add(piece.text, last=piece.finish_reason is not None)
                 tokens.setdefault(index, []).extend(chat_tokens(self._text, piece.entries))
                 if piece.finish_reason is not None:
-                    message = {"role": "assistant", "content": texts[index], "refusal": None}
-                    whole = self._common(replace(piece, tokens=ids[index]), tokens.pop(index))
-                    choices[index] = Raw(encode_json({"index": index, "message": message} | whole))
+                    whole = self._common(replace(piece, tokens=ids[index]), tokens.pop(index), message)
+                    choices[index] = Raw(encode_json({"index": index, "message": message.whole()} | whole))
         ordered = [choices[index] for index in sorted(choices)]
         answer = self._envelope("chat.completion", ordered) | self._prompt_ids()
         return answer | {"usage": self._generation.usage.as_json()}
@@ -141,10 +169,15 @@ class _Writer:
         [prompt] = self._generation.prompts
         return {"prompt_token_ids": prompt.ids} if self._body.return_token_ids else {}
 
-    def _common(self, piece: Piece, tokens: list[dict[str, Any]]) -> dict[str, Any]:
+    @property
+    def _nothing(self) -> str | None:
+        """Content before there is any."""
+        return "" if self._calling is None else None
+
+    def _common(self, piece: Piece, tokens: list[dict[str, Any]], message: Message) -> dict[str, Any]:
         return {
             "logprobs": {"content": tokens, "refusal": None} if self._body.logprobs else None,
-            "finish_reason": piece.finish_reason,
+            "finish_reason": message.finish_reason(piece.finish_reason),
             "stop_reason": piece.stop_reason,
         } | ({"token_ids": list(piece.tokens)} if self._body.return_token_ids else {})
 

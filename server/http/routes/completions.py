@@ -57,7 +57,7 @@ _PROMPTS = PlainValidator(
 class CompletionBody(GenerationBody):
     """The request's body."""
 
-    no_ops: ClassVar[dict[str, tuple[Any, ...]]] = GenerationBody.no_ops | {"suffix": ("",)}
+    no_ops: ClassVar[dict[str, tuple[Any, ...]]] = GenerationBody.no_ops | {"suffix": ("",), "tools": ([],)}
 
     prompt: Annotated[list[str | list[int]], _PROMPTS]
     max_tokens: int | None = Field(None, ge=0, le=INT32)

@@ -34,7 +34,7 @@ async def get_model(request: Request) -> Response:
     """One model by id: the base, an adapter, or one version of it as `name@digest prefix`."""
     services, asked = services_of(request), request.path_params["id"]
     if asked in services.settings.base_aliases:
-        return JSONResponse(_base_card(services) | {"stop_tokens": services.text.stops_as_json()})
+        return JSONResponse(_base_card(services) | services.text.details())
     if "@" in asked:
         async with services.registry.open(TENANT, asked, param="model") as version:
             return JSONResponse(await _adapter_details(services, version) | {"id": asked})
@@ -58,10 +58,10 @@ async def delete_model(request: Request) -> Response:
 
 
 async def _adapter_details(services: Services, version: Version) -> dict[str, Any]:
-    """The card, and the tokens that end the adapter's answers. Raises UnknownAdapter when it was just removed."""
+    """The card, and how the adapter answers. Raises UnknownAdapter when it was just removed."""
     async with services.registry.hold(version) if brings_text(services, version) else nullcontext():
         text = await text_of(services, version)
-    return _adapter_card(services, version) | {"stop_tokens": text.stops_as_json()}
+    return _adapter_card(services, version) | text.details()
 
 
 def _base_card(services: Services) -> dict[str, Any]:

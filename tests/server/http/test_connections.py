@@ -87,7 +87,7 @@ async def test_errors_reach_the_openai_client(served: Served, client: openai.Asy
     assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
     with pytest.raises(openai.BadRequestError) as refused:
         await client.chat.completions.create(model=BASE, messages=HELLO, tools=[{"type": "function"}])  # type: ignore[list-item]
-    assert refused.value.param == "tools"
+    assert refused.value.param == "tools.0.function"
     served.engine.fail = {2: unavailable()}
     stream = await client.completions.create(model=BASE, prompt="Hi", stream=True)
     with pytest.raises(openai.APIError, match="engine stopped"):

@@ -36,7 +36,10 @@ async def test_the_base_and_its_adapters_are_models(site: Site) -> None:
         assert adapter["parent"] == BASE
         assert adapter["object"] == "model"
         assert adapter["max_model_len"] == base["max_model_len"] == 256
-        stops = {"stop_tokens": [{"id": 2, "token": "<|im_end|>", "named_by": ["chat template"]}]}
+        stops = {
+            "stop_tokens": [{"id": 2, "token": "<|im_end|>", "named_by": ["chat template"]}],
+            "tool_format": "hermes",
+        }
         assert (await client.get("/v1/models/legal")).json() == adapter | stops
         assert (await client.get(f"/v1/models/{BASE}")).json() == base | stops
 

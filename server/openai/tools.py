@@ -1,0 +1,203 @@
+"""Tools in OpenAI's shapes: of a request, and calls in an answer."""
+
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from server.errors import InvalidRequest
+from server.messages.protocol import Grammar
+from server.openai.body import Body
+from server.services import Services
+from server.text.processor import TextProcessor
+from server.text.tools.format import ToolFormat
+from server.text.tools.grammar import calls_grammar
+from server.text.tools.source import Arguments, Begin, Parser, Text
+
+FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")]
+_NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
+
+
+class FunctionTool(Body):
+    """A function: without `parameters` it takes none. Arguments of a `strict` one always validate."""
+
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] = Field(_NO_ARGUMENTS)
+    strict: bool = False
+
+
+class Tool(Body):
+    """One tool of a request."""
+
+    type: Literal["function"]
+    function: FunctionTool
+
+    def for_template(self) -> dict[str, Any]:
+        """As a chat template sees it."""
+        return self.model_dump(exclude_none=True, exclude={"function": {"strict"}})
+
+
+class NamedFunction(Body):
+    """A function's name."""
+
+    name: FunctionName
+
+
+class NamedTool(Body):
+    """The one function that is to be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
+
+
+def check_tools(tools: Sequence[Tool]) -> None:
+    """Raises `InvalidRequest` for a name that is there twice, and for arguments that are no object."""
+    seen = set()
+    for i, tool in enumerate(tools):
+        name = tool.function.name
+        if name in seen:
+            raise InvalidRequest(f"`tools` has two functions named `{name}`.", param=f"tools.{i}.function.name")
+        seen.add(name)
+        if tool.function.parameters.get("type", "object") != "object":
+            param = f"tools.{i}.function.parameters"
+            raise InvalidRequest(f"`{param}` must be the schema of an object: arguments have names.", param=param)
+
+
+def check_choice(choice: ToolChoice, tools: Sequence[Tool]) -> None:
+    """Raises `InvalidRequest` for a choice that the tools do not allow."""
+    if choice == "required" and not tools:
+        raise InvalidRequest("`tool_choice` needs `tools`.", param="tool_choice")
+    if isinstance(choice, NamedTool) and choice.function.name not in {tool.function.name for tool in tools}:
+        message = f"`tool_choice` names `{choice.function.name}`, which is none of the `tools`."
+        raise InvalidRequest(message, param="tool_choice.function.name")
+
+
+@dataclass(frozen=True)
+class Calling:
+    """How the calls in one request's answers are enforced and read."""
+
+    text: TextProcessor
+    format: ToolFormat
+    tools: Sequence[Tool]
+    choice: ToolChoice
+    parallel: bool
+
+    @property
+    def required(self) -> bool:
+        """Whether there must be a call."""
+        return self.choice == "required" or isinstance(self.choice, NamedTool)
+
+    def parser(self) -> Parser:
+        """Of one answer."""
+        return Parser(self.format.reader, {tool.function.name: tool.function.parameters for tool in self.tools})
+
+    async def grammar(self, services: Services, asked: tuple[Grammar, str] | None) -> Grammar | None:
+        """The answer's grammar, checked; None where any text will do.
+
+        Args:
+            asked: what an answer without calls must be, and the field that says so.
+
+        Raises `InvalidRequest`.
+        """
+        strict = any(tool.function.strict for tool in self.tools)
+        if asked is None and self.parallel and not strict and not self.required:
+            return None
+        if asked is not None and not self.required and not self.format.frame.marker:
+            message = f"`{asked[1]}` beside `tools` needs `tool_choice`: this model's calls look like JSON."
+            raise InvalidRequest(message, param=asked[1])
+        lark = calls_grammar(
+            self.format.frame,
+            [(tool.function.name, self._schema(tool)) for tool in self._callable],
+            {token: id_ for id_, token in self.text.added_tokens.items() if token in self.format.markers},
+            required=self.required,
+            several=self.parallel and not isinstance(self.choice, NamedTool),
+            answer=None if asked is None or self.required else _schema_of(*asked),
+        )
+        try:
+            return await services.grammars.check(Grammar("lark", lark), "tools")
+        except InvalidRequest:  # which of them?
+            if asked is not None:
+                await services.grammars.check(*asked)
+            for i, tool in enumerate(self.tools):
+                schema = Grammar("json", json.dumps(self._schema(tool)))
+                await services.grammars.check(schema, f"tools.{i}.function.parameters")
+            raise
+
+    @property
+    def _callable(self) -> Sequence[Tool]:
+        if not isinstance(self.choice, NamedTool):
+            return self.tools
+        return [tool for tool in self.tools if tool.function.name == self.choice.function.name]
+
+    def _schema(self, tool: Tool) -> Mapping[str, Any]:
+        enforced = self.required or tool.function.strict
+        return {"type": "object"} | (tool.function.parameters if enforced else {})
+
+
+def _schema_of(grammar: Grammar, param: str) -> Mapping[str, Any]:
+    """Of an answer beside calls."""
+    if grammar.kind == "json_object":
+        return {"type": "object"}
+    if grammar.kind == "json":
+        schema: dict[str, Any] = json.loads(grammar.text)
+        return schema
+    raise InvalidRequest(
+        f"`{param}` cannot be combined with `tools` that may be called, unless it is a JSON Schema.", param=param
+    )
+
+
+class Message:
+    """The message of one choice in the making: its text in pieces, OpenAI's deltas out.
+
+    Args:
+        calling: None where there are no tools.
+    """
+
+    def __init__(self, calling: Calling | None) -> None:
+        self._parser = calling.parser() if calling else None
+        self.content: str | None = None
+        self.calls: list[dict[str, Any]] = []
+
+    def add(self, text: str, *, last: bool) -> list[dict[str, Any]]:
+        """The deltas that this text makes; `last`: nothing follows."""
+        if self._parser is None:
+            events: list[Text | Begin | Arguments] = [Text(text)] if text else []
+        else:
+            events = self._parser.feed(text, last=last)
+        deltas = [self._delta(event) for event in events]
+        if last and self.content is None and not self.calls:
+            self.content = ""
+            deltas.append({"content": ""})
+        return deltas
+
+    def _delta(self, event: Text | Begin | Arguments) -> dict[str, Any]:
+        match event:
+            case Text(text):
+                self.content = (self.content or "") + text
+                return {"content": text}
+            case Begin(name):
+                call = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function"}
+                self.calls.append(call | {"function": {"name": name, "arguments": ""}})
+                return self._call(call | {"function": {"name": name, "arguments": ""}})
+            case Arguments(text):
+                self.calls[-1]["function"]["arguments"] += text
+                return self._call({"function": {"arguments": text}})
+
+    def _call(self, part: dict[str, Any]) -> dict[str, Any]:
+        return {"tool_calls": [{"index": len(self.calls) - 1} | part]}
+
+    def whole(self) -> dict[str, Any]:
+        """All of it."""
+        calls = {"tool_calls": self.calls} if self.calls else {}
+        return {"role": "assistant", "content": self.content, "refusal": None} | calls
+
+    def finish_reason(self, reason: str | None) -> str | None:
+        """OpenAI's word for it."""
+        return "tool_calls" if reason == "stop" and self.calls else reason

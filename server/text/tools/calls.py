@@ -1,0 +1,149 @@
+"""What formats have in common: calls in JSON, calls behind a marker, arguments as text that a schema gives types."""
+
+import ast
+import json
+from collections.abc import Callable, Collection
+from typing import Any
+
+from server.text.tools.source import Malformed, Reader, Source, Step
+
+
+def marked(read: Callable[[Source, str], Step[None]], *markers: str) -> Reader:
+    """Text, and calls behind any of these markers; `read` is told which."""
+
+    def reader(source: Source) -> Step[None]:
+        while (marker := (yield from source.text(*markers))) is not None:
+            try:
+                yield from read(source, marker)
+            except Malformed:
+                source.give_back()
+
+    return reader
+
+
+def leading(read: Reader) -> Reader:
+    """Calls that are the beginning of the answer; everything else is text."""
+
+    def reader(source: Source) -> Step[None]:
+        source.attempt()
+        try:
+            yield from source.space()
+            yield from read(source)
+        except Malformed:
+            pass
+        source.give_back()
+        yield from source.text()
+
+    return reader
+
+
+def json_call(source: Source, known: Collection[str] | None = None) -> Step[None]:
+    """`{"name": ..., "arguments": {...}}`, in any order; `parameters` are arguments, and so is JSON in a string."""
+    name, early, written = None, None, False
+    yield from source.expect("{")
+    while True:
+        yield from source.space()
+        if (yield from source.follows("}")):
+            break
+        key = yield from source.json()
+        yield from source.expect(":")
+        yield from source.space()
+        is_object = (yield from source.next()) == "{"
+        if key == "function" and is_object:
+            yield from json_call(source, known)
+            name, written = "", True
+        elif key in ("name", "function") and name is None:
+            name = yield from source.json()
+            source.begin(name, known)
+            if early is not None:
+                source.write(early)
+                written = True
+        elif key in ("arguments", "parameters") and is_object and name and not written:
+            written = True
+            yield from source.value(source.write)
+        elif key in ("arguments", "parameters") and not written and early is None:
+            text = yield from source.value_text()
+            early = text if is_object else _object_in(text)
+            if name:
+                source.write(early)
+                written = True
+        else:
+            yield from source.value_text()
+        yield from source.space()
+        if not (yield from source.follows(",")):
+            yield from source.expect("}")
+            break
+    if name is None:
+        raise Malformed
+    if not written:
+        source.write("{}")
+
+
+def _object_in(text: str) -> str:
+    """The arguments that a JSON value stands for which is no object."""
+    try:
+        inner = json.loads(text)
+        if isinstance(inner, str) and isinstance(json.loads(inner), dict):
+            return inner
+    except (ValueError, RecursionError):
+        pass
+    return "{}"
+
+
+def listed(source: Source, read: Callable[[], Step[None]]) -> Step[None]:
+    """A list in brackets of what `read` reads."""
+    yield from source.expect("[")
+    while True:
+        yield from read()
+        yield from source.space()
+        if not (yield from source.follows(",")):
+            yield from source.expect("]")
+            return
+
+
+def json_calls(source: Source) -> Step[None]:
+    """A list of them, or one."""
+    yield from source.space()
+    if (yield from source.next()) == "[":
+        yield from listed(source, lambda: json_call(source))
+    else:
+        yield from json_call(source)
+
+
+def literal(text: str) -> Any:
+    """A value in JSON or in Python's syntax; text that is neither stands for itself."""
+    for read in (json.loads, ast.literal_eval):
+        try:
+            value = read(text)
+            json.dumps(value, allow_nan=False)
+            return value
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            continue
+    return text
+
+
+def typed(source: Source, function: str, key: str, text: str) -> Any:
+    """An argument that is written as bare text, as the function's schema has it."""
+    schema = source.parameters.get(function, {}).get("properties", {}).get(key)
+    types = _types(schema)
+    if "null" in types and text.strip().lower() in ("null", "none"):
+        return None
+    return text if "string" in types else literal(text.strip()) if types else _loose(text)
+
+
+def _loose(text: str) -> Any:
+    """Of an argument without a type: JSON if it is any."""
+    value = literal(text.strip())
+    return text if isinstance(value, str) else value
+
+
+def _types(schema: Any) -> set[str]:
+    if not isinstance(schema, dict):
+        return set()
+    named = schema.get("type", [])
+    types = {named} if isinstance(named, str) else {each for each in named if isinstance(each, str)}
+    for part in (*schema.get("anyOf", ()), *schema.get("oneOf", ())):
+        types |= _types(part)
+    if not types and any(isinstance(each, str) for each in schema.get("enum", ())):
+        types = {"string"}
+    return types

@@ -1,0 +1,76 @@
+"""The grammar of answers that call functions: llguidance's Lark, with a JSON Schema for each function's arguments."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from server.text.tools.format import Frame
+
+# As models are taught to write JSON; nothing of a schema is passed over.
+_AS_WRITTEN = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "lenient": False,
+    "coerce_one_of": False,
+}
+
+
+def calls_grammar(
+    frame: Frame,
+    functions: Sequence[tuple[str, Mapping[str, Any]]],
+    tokens: Mapping[str, int],
+    *,
+    required: bool,
+    several: bool,
+    answer: Mapping[str, Any] | None,
+) -> str:
+    """Lark of an answer.
+
+    Args:
+        functions: names, and schemas of their arguments.
+        tokens: that a text is split into before all others, such as special ones.
+        required: there is a call at least; otherwise free text may come before it, or in its place.
+        several: there may be more calls than one.
+        answer: the schema of an answer without calls, where calls have a marker; None: free text.
+    """
+
+    def written(text: str) -> str:
+        pattern = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)"
+        parts = re.split(f"({pattern})", text)
+        return " ".join(f"<[{tokens[p]}]>" if p in tokens else json.dumps(p, ensure_ascii=False) for p in parts if p)
+
+    opening = frame.begin + frame.head
+    rules = []
+    if required or answer is not None:
+        first = written(opening)
+        other = "" if required else "answer"
+    elif frame.marker:
+        first = f"opening {written(opening.removeprefix(frame.marker))}"
+        marker = tokens.get(frame.marker)
+        rules.append(
+            f"opening[lazy]: TEXT {json.dumps(frame.marker, ensure_ascii=False)}"
+            if marker is None
+            else f"opening: TEXT <[{marker}]>"
+        )
+        rules.append(r"TEXT: /(.|\n)*/")
+        other = "text"
+        rules.append("text: TEXT")
+    else:
+        first, other = written(opening), "text"
+        rules.append(f"text: TEXT\nTEXT: /{frame.free}/")
+    if answer is not None:
+        rules.append(f"answer: {_json(answer)}")
+    more = f"({written(frame.separator + frame.head)} call)*" if several else ""
+    rules.append(f"calls: {first} call {more} {written(frame.end)}")
+    rules.append("call: " + " | ".join(f"call_{i}" for i in range(len(functions))))
+    for i, (name, schema) in enumerate(functions):
+        rules.append(f"call_{i}: {written(name + frame.middle)} arguments_{i} {written(frame.tail)}")
+        rules.append(f"arguments_{i}: {_json(schema)}")
+    start = "start: calls" + (f" | {other}" if other else "")
+    return "\n".join(["%llguidance {}", start, *rules]) + "\n"
+
+
+def _json(schema: Mapping[str, Any]) -> str:
+    return "%json " + json.dumps({"x-guidance": _AS_WRITTEN} | dict(schema))

@@ -1,0 +1,100 @@
+"""Tools, calls and results as a chat template takes them."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from itertools import groupby
+from typing import Any
+
+from server.text.tools.format import Frame, ToolFormat
+from server.text.tools.table import knows_tools
+
+Message = Mapping[str, Any]
+
+SYSTEM_TEXT = """\
+# Tools
+
+You may call functions to help with the request. These are the functions, one JSON object per line:
+<tools>
+{tools}
+</tools>
+
+To call a function, write a JSON object with its name and arguments between <tool_call> and </tool_call>:
+<tool_call>
+{{"name": <name of the function>, "arguments": <object of arguments>}}
+</tool_call>"""
+
+
+def for_template(
+    messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], template: str, tool_format: ToolFormat
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+    """Messages and tools for this template; tools are None where it is to see none.
+
+    Arguments of calls become objects. A template that knows no tools gets them as text, in the Hermes format.
+    """
+    chat = [dict(message) for message in messages]
+    if not knows_tools(template):
+        return _with_system_text(_with_results_as_text(_with_calls_as_text(chat, tool_format.frame)), tools), None
+    if "tool_calls" not in template:
+        chat = _with_calls_as_text(chat, tool_format.frame)
+    for message in chat:
+        if message.get("tool_calls"):
+            message["tool_calls"] = [_call(call, tool_format) for call in message["tool_calls"]]
+        if "tool_call_id" in message:
+            message["tool_call_id"] = _id(message["tool_call_id"], tool_format.id_length)
+    if tools and re.search(r"""message(\.tools\b|\[["']tools["']\])""", template):
+        chat = _with_system(chat, "")
+        chat[0]["tools"] = json.dumps([tool["function"] for tool in tools], ensure_ascii=False)
+    return chat, [dict(tool) for tool in tools] or None
+
+
+def _call(call: Mapping[str, Any], tool_format: ToolFormat) -> dict[str, Any]:
+    function = dict(call["function"])
+    if not tool_format.arguments_as_text:
+        function["arguments"] = json.loads(function["arguments"])
+    return {**call, "id": _id(call["id"], tool_format.id_length), "function": function}
+
+
+def _id(id_: str, length: int | None) -> str:
+    """Some templates refuse ids of another length."""
+    if length is None or (len(id_) == length and id_.isalnum()):
+        return id_
+    return blake2b(id_.encode()).hexdigest()[:length]
+
+
+def _with_calls_as_text(chat: list[dict[str, Any]], frame: Frame) -> list[dict[str, Any]]:
+    for message in chat:
+        functions = [call["function"] for call in message.pop("tool_calls", ())]
+        if functions:
+            calls = [f"{frame.head}{f['name']}{frame.middle}{f['arguments']}{frame.tail}" for f in functions]
+            text = frame.begin + frame.separator.join(calls) + frame.end
+            message["content"] = "\n".join(filter(None, [message["content"], text]))
+    return chat
+
+
+def _with_results_as_text(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results as users' messages, those that follow each other as one."""
+    written: list[dict[str, Any]] = []
+    for is_result, group in groupby(chat, lambda message: message["role"] == "tool"):
+        if is_result:
+            texts = [f"<tool_response>\n{message['content']}\n</tool_response>" for message in group]
+            written.append({"role": "user", "content": "\n".join(texts)})
+        else:
+            written += group
+    return written
+
+
+def _with_system_text(chat: list[dict[str, Any]], tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    if not tools:
+        return chat
+    listed = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    return _with_system(chat, SYSTEM_TEXT.format(tools=listed))
+
+
+def _with_system(chat: list[dict[str, Any]], text: str) -> list[dict[str, Any]]:
+    """With this at the end of the system's message."""
+    if chat[0]["role"] not in ("system", "developer"):
+        return [{"role": "system", "content": text}, *chat]
+    chat[0]["content"] = "\n\n".join(filter(None, [chat[0]["content"], text]))
+    return chat

@@ -1,0 +1,61 @@
+"""Llama 3.2 and 4, and LFM: a list of Python's calls, `[get_weather(city="Rome", days=2), now()]`."""
+
+from collections.abc import Collection
+
+from server.text.tools.calls import json_call, leading, listed, literal, marked
+from server.text.tools.format import Frame, ToolFormat
+from server.text.tools.source import Source, Step
+
+_JSON = {"head": '{"name": "', "middle": '", "arguments": ', "tail": "}", "separator": ", "}
+
+
+def _calls(source: Source, known: Collection[str] | None) -> Step[None]:
+    yield from listed(source, lambda: _call(source, known))
+
+
+def _call(source: Source, known: Collection[str] | None) -> Step[None]:
+    yield from source.space()
+    if (yield from source.next()) == "{":  # how a grammar has it written
+        yield from json_call(source, known)
+        return
+    name = yield from source.name()
+    yield from source.expect("(")
+    source.begin(name, known)
+    first = True
+    while True:
+        yield from source.space()
+        if (yield from source.follows(")")):
+            break
+        key = yield from source.name()
+        yield from source.expect("=")
+        yield from source.space()
+        value = yield from source.value_text("\"'", ",")
+        source.write_member(first, key, literal(value.strip()))
+        first = False
+        if not (yield from source.follows(",")):
+            yield from source.expect(")")
+            break
+    source.close(first)
+
+
+PYTHONIC = ToolFormat(
+    "pythonic",
+    ("[func_name1(",),
+    leading(lambda source: _calls(source, source.parameters)),
+    Frame(**_JSON, begin="[", end="]", free=r"([^\[\s](.|\n)*)?"),
+)
+
+
+def _lfm(source: Source, marker: str) -> Step[None]:
+    yield from _calls(source, None)
+    yield from source.space()
+    yield from source.follows("<|tool_call_end|>")
+
+
+LFM = ToolFormat(
+    "lfm",
+    ("<|tool_list_start|>", "<|tool_call_start|>"),
+    marked(_lfm, "<|tool_call_start|>"),
+    Frame(**_JSON, begin="<|tool_call_start|>[", end="]<|tool_call_end|>", marker="<|tool_call_start|>"),
+    ("<|tool_call_start|>", "<|tool_call_end|>"),
+)

@@ -1,0 +1,268 @@
+"""Text that arrives in pieces, and a parser of tool calls over it.
+
+A format's reader is a generator: straight code that yields wherever it needs more text. So it cannot depend on where
+the text was cut.
+"""
+
+import json
+import re
+from collections.abc import Callable, Collection, Generator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+_NAME = re.compile(r"^[\w.:/-]*")
+Step = Generator[None, None, T]
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Text outside of calls."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    """A call of this function begins."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """More of the JSON of the last call's arguments."""
+
+    text: str
+
+
+Event = Text | Begin | Arguments
+
+
+class Malformed(Exception):  # caught by every reader, and no error of ours
+    """No call is written like this."""
+
+
+class Source:
+    """What has arrived and is not read yet, and the events that reading it made.
+
+    Args:
+        parameters: JSON Schemas of the functions' arguments, by the functions' names.
+    """
+
+    def __init__(self, parameters: dict[str, dict[str, Any]]) -> None:
+        self.parameters = parameters
+        self.buffer = ""
+        self.ended = False
+        self.events: list[Event] = []
+        self._attempt: str | None = None  # read since a call may have begun; text, if it has not
+        self._spaces = ""  # at the end of the text: none of it, if a call follows
+        self._called = False
+        self._texted = False  # since the last call
+
+    # --- events
+
+    def emit(self, text: str) -> None:
+        """Text outside of calls. White space before and after these is none of it."""
+        text = self._spaces + text
+        if self._called and not self._texted:
+            text = text.lstrip()
+        shown = text.rstrip()
+        self._spaces = text[len(shown) :]
+        if shown:
+            self._texted = True
+            self.events.append(Text(shown))
+
+    def begin(self, name: Any, known: Collection[str] | None = None) -> None:
+        """A call begins. Raises Malformed if it is none of the `known`."""
+        if not isinstance(name, str) or not name or (known is not None and name not in known):
+            raise Malformed
+        self._spaces, self._attempt = "", None
+        self._called, self._texted = True, False
+        self.events.append(Begin(name))
+
+    def write(self, text: str) -> None:
+        """More of the call's arguments."""
+        if text:
+            self.events.append(Arguments(text))
+
+    def write_member(self, first: bool, key: str, value: Any) -> None:
+        """One of the call's arguments; `close` ends them."""
+        self.write(("{" if first else ", ") + f"{json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}")
+
+    def close(self, empty: bool) -> None:
+        """The end of arguments that were written one by one."""
+        self.write("{}" if empty else "}")
+
+    def give_back(self) -> None:
+        """What was read is no call: it is text, unless a call has begun in it."""
+        attempt, self._attempt = self._attempt, None
+        self.emit(attempt or "")
+
+    def finish(self) -> None:
+        """Nothing follows."""
+        if self._spaces and not self._called:
+            self.events.append(Text(self._spaces))
+
+    # --- reading
+
+    def attempt(self) -> None:
+        """A call may begin here."""
+        self._attempt = ""
+
+    def more(self) -> Step[bool]:
+        """Wait for more text; false if there is none."""
+        size = len(self.buffer)
+        while not self.ended and len(self.buffer) == size:
+            yield
+        return len(self.buffer) > size
+
+    def take(self, count: int) -> str:
+        """The next characters."""
+        text, self.buffer = self.buffer[:count], self.buffer[count:]
+        if self._attempt is not None:
+            self._attempt += text
+        return text
+
+    def text(self, *markers: str) -> Step[str | None]:
+        """Everything up to the next marker is text. Returns the marker; None at the end."""
+        self._attempt = None
+        while True:
+            found = [(at, marker) for marker in markers if (at := self.buffer.find(marker)) >= 0]
+            if found:
+                at, marker = min(found)
+                self.emit(self.take(at))
+                self.attempt()
+                return self.take(len(marker)) and marker
+            held = max((_overlap(self.buffer, marker) for marker in markers), default=0)
+            self.emit(self.take(len(self.buffer) - held))
+            if not (yield from self.more()):
+                self.emit(self.take(held))
+                return None
+
+    def space(self) -> Step[None]:
+        """Skip white space."""
+        while True:
+            self.take(len(self.buffer) - len(self.buffer.lstrip()))
+            if self.buffer or not (yield from self.more()):
+                return
+
+    def follows(self, literal: str) -> Step[bool]:
+        """Whether this comes next; it is read if so."""
+        while len(self.buffer) < len(literal) and literal.startswith(self.buffer):
+            if not (yield from self.more()):
+                return False
+        return self.buffer.startswith(literal) and bool(self.take(len(literal)))
+
+    def expect(self, literal: str) -> Step[None]:
+        """Read this, and white space before it."""
+        yield from self.space()
+        if not (yield from self.follows(literal)):
+            raise Malformed
+
+    def next(self) -> Step[str]:
+        """The next character, which stays; empty at the end."""
+        if not self.buffer:
+            yield from self.more()
+        return self.buffer[:1]
+
+    def name(self) -> Step[str]:
+        """A name, as functions have them. Raises Malformed for none."""
+        parts: list[str] = []
+        while True:
+            [part] = _NAME.findall(self.buffer)[:1]
+            parts.append(self.take(len(part)))
+            if self.buffer or not (yield from self.more()):
+                if not any(parts):
+                    raise Malformed
+                return "".join(parts)
+
+    def until(self, *ends: str) -> Step[tuple[str, str]]:
+        """What comes before the first of these, and which; both are read."""
+        start, longest = 0, max(map(len, ends))
+        while True:
+            found = [(at, end) for end in ends if (at := self.buffer.find(end, start)) >= 0]
+            if found:
+                at, end = min(found)
+                text = self.take(at)
+                return text, self.take(len(end))
+            start = max(0, len(self.buffer) - longest + 1)
+            if not (yield from self.more()):
+                raise Malformed
+
+    def value(self, write: Callable[[str], None], quotes: str = '"', ends: str = ",:; \t\r\n") -> Step[None]:
+        """One value in JSON, or in Python's syntax, passed on as it comes.
+
+        Args:
+            quotes: that begin a string.
+            ends: characters that follow a value; a closing bracket does, too.
+        """
+        depth, at, quote, escaped, ended = 0, 0, "", False, False
+        while True:
+            while at < len(self.buffer) and not ended:
+                c = self.buffer[at]
+                if quote:
+                    closes = c == quote and not escaped
+                    escaped = c == "\\" and not escaped
+                    quote = "" if closes else quote
+                    ended = closes and not depth and quotes == '"'
+                elif c in quotes:
+                    quote = c
+                elif c in "{[(":
+                    depth += 1
+                elif not depth and c in f"{ends}}}])":
+                    break
+                elif c in "}])":
+                    depth -= 1
+                    ended = not depth and quotes == '"'
+                at += 1
+            stopped = at < len(self.buffer)
+            write(self.take(at))
+            if ended or stopped:
+                return
+            at = 0
+            if not (yield from self.more()):
+                if depth or quote:
+                    raise Malformed
+                return
+
+    def value_text(self, quotes: str = '"', ends: str = ",:; \t\r\n") -> Step[str]:
+        """The same, whole."""
+        parts: list[str] = []
+        yield from self.value(parts.append, quotes, ends)
+        return "".join(parts)
+
+    def json(self) -> Step[Any]:
+        """One JSON value, read."""
+        text = yield from self.value_text()
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            raise Malformed from None
+
+
+def _overlap(text: str, marker: str) -> int:
+    """How many characters at the end of the text may be the marker's beginning."""
+    return next((n for n in range(min(len(text), len(marker) - 1), 0, -1) if text.endswith(marker[:n])), 0)
+
+
+Reader = Callable[[Source], Step[None]]
+
+
+class Parser:
+    """Text of one answer in pieces, events out."""
+
+    def __init__(self, reader: Reader, parameters: dict[str, dict[str, Any]]) -> None:
+        self._source = Source(parameters)
+        self._steps = reader(self._source)
+
+    def feed(self, text: str, *, last: bool = False) -> list[Event]:
+        """What this text adds; with `last` nothing follows."""
+        source = self._source
+        source.buffer += text
+        source.ended = last
+        next(self._steps, None)
+        if last:
+            source.finish()
+        events, source.events = source.events, []
+        return events

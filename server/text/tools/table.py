@@ -1,0 +1,52 @@
+"""All formats of tool calls, in the order in which a chat template is held against them."""
+
+import re
+
+from server.text.tools.deepseek import DEEPSEEK
+from server.text.tools.format import ToolFormat
+from server.text.tools.gemma import GEMMA
+from server.text.tools.glm import GLM
+from server.text.tools.granite import GRANITE, PHI4
+from server.text.tools.hermes import HERMES
+from server.text.tools.llama3_json import LLAMA3_JSON
+from server.text.tools.mistral import MISTRAL, MISTRAL_ARGS
+from server.text.tools.pythonic import LFM, PYTHONIC
+from server.text.tools.qwen3_coder import QWEN3_CODER
+
+_ALL = (
+    LFM,
+    DEEPSEEK,
+    GEMMA,
+    GLM,
+    QWEN3_CODER,
+    MISTRAL_ARGS,
+    MISTRAL,
+    PHI4,
+    GRANITE,
+    PYTHONIC,
+    LLAMA3_JSON,
+    HERMES,
+)
+_FIELD = re.compile(r"""\[["']tools["']\]""")
+_TEXTS = re.compile(r"""'[^']*'|"[^"]*["]""")
+
+FORMATS = {each.name: each for each in _ALL}
+
+
+def knows_tools(template: str) -> bool:
+    """Whether a chat template's source does anything with `tools`, be it a variable or a field of a message."""
+    for part in re.split(r"[%}]\}", template):
+        begin = max(part.rfind("{%"), part.rfind("{{"))
+        code = _TEXTS.sub("", _FIELD.sub(" tools ", part[begin:])) if begin >= 0 else ""
+        if re.search(r"\btools\b", code):
+            return True
+    return False
+
+
+def format_of(template: str, named: str | None = None) -> ToolFormat:
+    """The format of a chat template's source; `named` has it where the template knows tools."""
+    if not knows_tools(template):
+        return HERMES
+    if named is not None:
+        return FORMATS[named]
+    return next((each for each in _ALL if any(sign in template for sign in each.signs)), HERMES)

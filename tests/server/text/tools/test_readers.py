@@ -1,0 +1,242 @@
+"""Readers of tool calls: each format's own text, wherever it is cut."""
+
+import json
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from server.text.tools.source import Arguments, Begin, Event, Parser, Text
+from server.text.tools.table import FORMATS
+
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"type": "string"}, "days": {"type": "integer"}, "tags": {"type": "array"}},
+    "required": ["city"],
+}
+PARAMETERS: dict[str, dict[str, Any]] = {"get_weather": WEATHER, "now": {"type": "object", "properties": {}}}
+DEEPSEEK = (
+    "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>{}<｜tool▁call▁end｜>\n"
+    "<｜tool▁call▁begin｜>{}<｜tool▁call▁end｜><｜tool▁calls▁end｜>"
+)
+
+# How models of each family write get_weather(city="Rome", days=2) and then now().
+WRITTEN: list[tuple[str, str]] = [
+    (
+        "hermes",
+        '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}\n</tool_call>\n'
+        '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>',
+    ),
+    (
+        "hermes",
+        '<tool_call>{"arguments": {"city": "Rome", "days": 2}, "name": "get_weather"}</tool_call>'
+        '<tool_call>{"name": "now"}</tool_call>',
+    ),
+    (
+        "hermes",
+        '<tool_call>{"type": "function", "function": {"name": "get_weather", "arguments": '
+        '"{\\"city\\": \\"Rome\\", \\"days\\": 2}"}}</tool_call><tool_call>{"name": "now", "parameters": null}',
+    ),
+    (
+        "llama3_json",
+        '{"name": "get_weather", "parameters": {"city": "Rome", "days": 2}}; {"name": "now", "parameters": {}}',
+    ),
+    (
+        "llama3_json",
+        '<|python_tag|>{"type": "function", "name": "get_weather", "parameters": {"city": "Rome", "days": 2}};'
+        '{"name": "now"}',
+    ),
+    ("pythonic", "[get_weather(city='Rome', days=2), now()]"),
+    ("lfm", '<|tool_call_start|>[get_weather(city="Rome", days=2), now()]<|tool_call_end|>'),
+    (
+        "mistral",
+        '[TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}, '
+        '{"name": "now", "arguments": {}}]',
+    ),
+    ("mistral_args", '[TOOL_CALLS]get_weather[ARGS]{"city": "Rome", "days": 2}[TOOL_CALLS]now[ARGS]{}'),
+    (
+        "mistral_args",
+        '[TOOL_CALLS]get_weather[CALL_ID]a1b2c3d4e[ARGS]{"city": "Rome", "days": 2}[TOOL_CALLS]now{}',
+    ),
+    (
+        "qwen3_coder",
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\nRome\n</parameter>\n<parameter=days>\n2\n</parameter>\n"
+        "</function>\n</tool_call>\n<tool_call>\n<function=now>\n</function>\n</tool_call>",
+    ),
+    (
+        "granite",
+        '<|tool_call|>[{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}, '
+        '{"name": "now", "arguments": {}}]',
+    ),
+    (
+        "phi4",
+        'functools[{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}, {"name": "now"}]',
+    ),
+    (
+        "phi4",
+        '<|tool_call|>[{"name": "get_weather", "arguments": {"city": "Rome", "days": 2}},{"name":"now"}]<|/tool_call|>',
+    ),
+    (
+        "glm",
+        "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Rome</arg_value>\n<arg_key>days</arg_key>\n"
+        "<arg_value>2</arg_value>\n</tool_call>\n<tool_call>now\n</tool_call>",
+    ),
+    (
+        "deepseek",
+        DEEPSEEK.format(
+            'function<｜tool▁sep｜>get_weather\n```json\n{"city": "Rome", "days": 2}\n```',
+            "function<｜tool▁sep｜>now\n```json\n{}\n```",
+        ),
+    ),
+    (
+        "deepseek",
+        DEEPSEEK.format('get_weather<｜tool▁sep｜>{"city": "Rome", "days": 2}', "now<｜tool▁sep｜>{}"),
+    ),
+    (
+        "gemma",
+        "<start_function_call>call:get_weather{city:<escape>Rome<escape>,days:2}<end_function_call>"
+        "<start_function_call>call:now{}<end_function_call>",
+    ),
+]
+
+
+def read(name: str, *pieces: str) -> list[Event]:
+    """All events, text and arguments that follow each other joined."""
+    parser = Parser(FORMATS[name].reader, PARAMETERS)
+    events = [event for piece in pieces for event in parser.feed(piece)]
+    joined: list[Event] = []
+    for event in [*events, *parser.feed("", last=True)]:
+        match joined[-1] if joined else None, event:
+            case Text(before), Text(text):
+                joined[-1] = Text(before + text)
+            case Arguments(before), Arguments(text):
+                joined[-1] = Arguments(before + text)
+            case _:
+                joined.append(event)
+    return joined
+
+
+def calls(events: list[Event]) -> list[tuple[str, Any]]:
+    """Names and arguments."""
+    found: list[tuple[str, Any]] = []
+    for event in events:
+        if isinstance(event, Begin):
+            found.append((event.name, None))
+        elif isinstance(event, Arguments):
+            found[-1] = (found[-1][0], json.loads(event.text))
+    return found
+
+
+def cut(text: str, at: list[int]) -> list[str]:
+    """The text, cut at these places."""
+    bounds = [0, *sorted(place % (len(text) + 1) for place in at), len(text)]
+    return [text[a:b] for a, b in pairwise(bounds)]
+
+
+def test_every_format_is_tested() -> None:
+    assert {name for name, _ in WRITTEN} == set(FORMATS)
+
+
+@pytest.mark.parametrize(("name", "text"), WRITTEN)
+def test_calls_are_read_as_models_write_them(name: str, text: str) -> None:
+    events = read(name, text)
+    assert calls(events) == [("get_weather", {"city": "Rome", "days": 2}), ("now", {})]
+    assert not any(isinstance(event, Text) for event in events)
+
+
+@pytest.mark.parametrize(("name", "text"), WRITTEN)
+@settings(max_examples=25, deadline=None)
+@given(at=st.lists(st.integers(0, 10_000), max_size=12), before=st.sampled_from(["", "Let me see.\n\n", " <too"]))
+def test_a_cut_changes_nothing(name: str, text: str, at: list[int], before: str) -> None:
+    whole = before + text
+    assert read(name, *cut(whole, at)) == read(name, whole) == read(name, *whole)
+    if FORMATS[name].frame.marker:
+        shown = [event.text for event in read(name, whole) if isinstance(event, Text)]
+        assert "".join(shown) == before.rstrip()
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**6), 10**6) | st.text(max_size=12),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@settings(max_examples=60, deadline=None)
+@given(
+    arguments=st.dictionaries(st.sampled_from(["city", "days", "tags"]), VALUES),
+    at=st.lists(st.integers(0, 10_000), max_size=8),
+)
+def test_any_arguments_in_the_format_s_frame(name: str, arguments: dict[str, Any], at: list[int]) -> None:
+    """Braces, quotes, markers, any characters: as a grammar has them written."""
+    frame = FORMATS[name].frame
+    written = json.dumps(arguments, ensure_ascii=False)
+    call = frame.head + "get_weather" + frame.middle + written + frame.tail
+    text = frame.begin + call + frame.separator + call + frame.end
+    assert calls(read(name, *cut(text, at))) == [("get_weather", arguments)] * 2
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    city=st.text(max_size=20),
+    tags=st.lists(st.text(max_size=6), max_size=3),
+    at=st.lists(st.integers(0, 999), max_size=6),
+)
+def test_python_s_literals_of_any_text(city: str, tags: list[str], at: list[int]) -> None:
+    text = f"[get_weather(city={city!r}, tags={tags!r}, days=None)]"
+    assert calls(read("pythonic", *cut(text, at))) == [("get_weather", {"city": city, "tags": tags, "days": None})]
+
+
+@pytest.mark.parametrize("name", ["qwen3_coder", "glm"])
+@settings(max_examples=80, deadline=None)
+@given(city=st.text(max_size=20).filter(lambda text: "</" not in text), at=st.lists(st.integers(0, 999), max_size=6))
+def test_bare_text_stays_text_where_the_schema_says_so(name: str, city: str, at: list[int]) -> None:
+    pair = {
+        "qwen3_coder": "<function=get_weather><parameter=city>\n{}\n</parameter>"
+        "<parameter=tags>[1, {{}}]</parameter></function>",
+        "glm": "get_weather<arg_key>city</arg_key><arg_value>{}</arg_value><arg_key>tags</arg_key>"
+        "<arg_value>[1, {{}}]</arg_value>",
+    }
+    text = f"<tool_call>{pair[name].format(city)}</tool_call>"
+    assert calls(read(name, *cut(text, at))) == [("get_weather", {"city": city, "tags": [1, {}]})]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    "text",
+    ["", "Hello.", "  two words \n", '{"a": 1}', "[1, 2]", "< tool", '{"name": "Bob", "age": 3}', "[f(x)", "x = {"],
+)
+def test_what_is_no_call_is_text_as_it_is(name: str, text: str) -> None:
+    assert read(name, *text) == ([Text(text)] if text else [])
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if FORMATS[name].frame.marker and name != "deepseek"])
+def test_a_marker_without_a_call_is_text(name: str) -> None:
+    text = f"See {FORMATS[name].frame.marker} ! and so on"
+    assert read(name, *text) == [Text(text)]
+
+
+@pytest.mark.parametrize(("name", "text"), WRITTEN)
+def test_an_answer_cut_short_is_no_fault(name: str, text: str) -> None:
+    """The arguments are what there was of them, as OpenAI has it."""
+    for length in range(len(text)):
+        names = [event.name for event in read(name, text[:length]) if isinstance(event, Begin)]
+        assert names == ["get_weather", "now"][: len(names)]
+
+
+def test_arguments_come_in_pieces_before_their_end() -> None:
+    parser = Parser(FORMATS["hermes"].reader, PARAMETERS)
+    assert parser.feed('<tool_call>{"name": "get_weather", "arguments": {"city": "R') == [
+        Begin("get_weather"),
+        Arguments('{"city": "R'),
+    ]
+    assert parser.feed('ome"') == [Arguments('ome"')]
+    assert parser.feed("}}") == [Arguments("}")]
+
+
+def test_text_around_calls() -> None:
+    text = 'I look. <tool_call>{"name": "now", "arguments": {}}</tool_call>\n Done.\n'
+    assert read("hermes", *text) == [Text("I look."), Begin("now"), Arguments("{}"), Text("Done.")]
