@@ -1,10 +1,12 @@
 """Opening a version: its name is looked up once, and what it brings is told exactly."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from adapters.peft_format.directory import SPEC_NAME, AdapterSpec
 from adapters.storage.store import AdapterStore
 from adapters.storage.versions import Pointer
 from server.openai.target import brings_text
@@ -36,4 +38,15 @@ async def test_a_template_that_is_not_allowed_brings_no_text(tmp_path: Path) -> 
     with_template = replace(version, receipt=version.receipt | {"chat_template": True})
     assert not brings_text(site.services, with_template)
     assert brings_text(site.services, replace(version, receipt=version.receipt | {"tokenizer_tokens": 1}))
+    site.close()
+
+
+async def test_a_lost_spec_is_made_anew_with_the_stop_tokens_that_a_fine_tune_taught(tmp_path: Path) -> None:
+    site = Site(tmp_path)
+    async with site.publisher.stage() as staging:
+        shutil.copytree(write_adapter(tmp_path / "a"), staging.path, dirs_exist_ok=True)
+        version, _ = await site.publisher.admit("", "a", staging, stop_tokens=[7])
+    (version.path / SPEC_NAME).unlink()
+    async with site.registry.open("", "a", whole=True) as opened:
+        assert AdapterSpec.read(opened.path).text.stop_tokens == (7,)
     site.close()
