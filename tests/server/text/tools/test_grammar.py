@@ -54,7 +54,7 @@ def written(name: str, *calls: tuple[str, Any]) -> str:
 
 
 ONE = ("get_weather", {"city": 'R}"o', "unit": "C"})
-TWO = (ONE, ("now", {}))
+TWO: Any = (ONE, ("now", {}))
 WRONG: list[tuple[str, Any]] = [
     ("get_weather", {"unit": "C"}),
     ("get_weather", {"city": 5}),
