@@ -109,7 +109,7 @@ async def test_fields_have_their_types_ranges_and_defaults(tmp_path: Path) -> No
         "anyOf": [{"maximum": 2, "minimum": 0, "type": "number"}, {"type": "null"}],
         "default": 1.0,
     }
-    assert fields["tool_choice"] == {"enum": ["none", "auto", None], "deprecated": True}
+    assert fields["function_call"] == {"enum": ["none", "auto", None], "deprecated": True}
     rows = re.sub(r"<.*?>", " ", page)
     assert re.search(r"temperature\s+body\s+number, 0 to 2\s+1\.0", rows)
     assert re.search(r"limit\s+query\s+integer, 1 to 100\s+20", rows)
