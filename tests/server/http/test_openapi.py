@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import hypothesis
+import msgspec
 import pytest
 import requests
 import schemathesis
@@ -154,10 +155,13 @@ class Api:
             directory, lora_dir=directory, quantization="int8", model=str(directory), engine=PlanningEngine
         )
         self.served = self._runner.run(self._application.__aenter__())
+        assert self.served.engine.info is not None
+        self.served.engine.info = msgspec.structs.replace(self.served.engine.info, max_model_len=4096)
         refusals = {"expected-statuses": ["400", "401", "404", "406", "408", "413", "415", "422"]}
         config = schemathesis.Config.from_dict({"checks": {"negative_data_rejection": refusals}})
         self.schema = schemathesis.openapi.from_dict(self._runner.run(document_of(self.served)), config=config)
         self.known: dict[str, str] = {}
+        self.fields: dict[str, Any] = {}
         self.statuses = Counter[tuple[str, int]]()
         self.provide()
 
@@ -171,7 +175,9 @@ class Api:
         job = self._post("/v1/fine_tuning/jobs", json={"model": BASE, "training_file": file["id"]})
         evaluation = self._post("/v1/evaluations", json={"model": BASE, "file": file["id"]})
         self.known = {"files": file["id"], "fine_tuning": job["id"], "evaluations": evaluation["id"]}
+        messages = [{"role": "user", "content": "a"}]
         self.fields = {"model": BASE, "training_file": file["id"], "file": file["id"]}
+        self.fields |= {"messages": messages, "tool_choice": "auto"}
 
     def _post(self, path: str, **body: Any) -> dict[str, Any]:
         response = self._runner.run(self.served.client.post(path, **body))
