@@ -54,11 +54,7 @@ def written(name: str, *calls: tuple[str, Any]) -> str:
 
 
 ONE = ("get_weather", {"city": 'R}"o', "unit": "C"})
-<<<<<<< HEAD
 TWO: tuple[tuple[str, Any], ...] = (ONE, ("now", {}))
-=======
-TWO: Any = (ONE, ("now", {}))
->>>>>>> wt-tools
 WRONG: list[tuple[str, Any]] = [
     ("get_weather", {"unit": "C"}),
     ("get_weather", {"city": 5}),
