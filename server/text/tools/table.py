@@ -1,6 +1,7 @@
 """All formats of tool calls, in the order in which a chat template is held against them."""
 
 import re
+from functools import lru_cache
 
 from server.text.tools.deepseek import DEEPSEEK
 from server.text.tools.format import ToolFormat
@@ -33,6 +34,7 @@ _TEXTS = re.compile(r"""'[^']*'|"[^"]*["]""")
 FORMATS = {each.name: each for each in _ALL}
 
 
+@lru_cache(64)
 def knows_tools(template: str) -> bool:
     """Whether a chat template's source does anything with `tools`, be it a variable or a field of a message."""
     for part in re.split(r"[%}]\}", template):
@@ -43,6 +45,7 @@ def knows_tools(template: str) -> bool:
     return False
 
 
+@lru_cache(64)
 def format_of(template: str, named: str | None = None) -> ToolFormat:
     """The format of a chat template's source; `named` has it where the template knows tools."""
     if not knows_tools(template):

@@ -178,7 +178,7 @@ class Api:
         self.known = {"files": file["id"], "fine_tuning": job["id"], "evaluations": evaluation["id"]}
         messages = [{"role": "user", "content": "a"}]
         self.fields = {"model": BASE, "training_file": file["id"], "file": file["id"]}
-        self.fields |= {"messages": messages, "tool_choice": "auto"}
+        self.fields |= {"messages": messages, "tool_choice": "auto", "prompt": "a"}
 
     def _post(self, path: str, **body: Any) -> dict[str, Any]:
         response = self._runner.run(self.served.client.post(path, **body))
@@ -265,7 +265,7 @@ def test_answers_are_as_described_whatever_is_asked(api: Api, tag: str) -> None:
             api.provide()
     assert labels
     if tag not in ("merging", "vllm"):  # those need a base, and a directory
-        assert any(api.statuses[label, 200] for label in labels)
+        assert any(api.statuses[label, 200] for label in labels), api.statuses
 
 
 def test_no_resource_is_left_out(api: Api) -> None:
