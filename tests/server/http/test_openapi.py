@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import hypothesis
+import msgspec
 import pytest
 import requests
 import schemathesis
@@ -110,7 +111,7 @@ async def test_fields_have_their_types_ranges_and_defaults(tmp_path: Path) -> No
         "anyOf": [{"maximum": 2, "minimum": 0, "type": "number"}, {"type": "null"}],
         "default": 1.0,
     }
-    assert fields["tool_choice"] == {"enum": ["none", "auto", None], "deprecated": True}
+    assert fields["function_call"] == {"enum": ["none", "auto", None], "deprecated": True}
     rows = re.sub(r"<.*?>", " ", page)
     assert re.search(r"temperature\s+body\s+number, 0 to 2\s+1\.0", rows)
     assert re.search(r"limit\s+query\s+integer, 1 to 100\s+20", rows)
@@ -155,10 +156,13 @@ class Api:
             directory, lora_dir=directory, quantization="int8", model=str(directory), engine=PlanningEngine
         )
         self.served = self._runner.run(self._application.__aenter__())
+        assert self.served.engine.info is not None
+        self.served.engine.info = msgspec.structs.replace(self.served.engine.info, max_model_len=4096)
         refusals = {"expected-statuses": ["400", "401", "404", "406", "408", "413", "415", "422"]}
         config = schemathesis.Config.from_dict({"checks": {"negative_data_rejection": refusals}})
         self.schema = schemathesis.openapi.from_dict(self._runner.run(document_of(self.served)), config=config)
         self.known: dict[str, str] = {}
+        self.fields: dict[str, Any] = {}
         self.statuses = Counter[tuple[str, int]]()
         self.provide()
 
@@ -172,7 +176,9 @@ class Api:
         job = self._post("/v1/fine_tuning/jobs", json={"model": BASE, "training_file": file["id"]})
         evaluation = self._post("/v1/evaluations", json={"model": BASE, "file": file["id"]})
         self.known = {"files": file["id"], "fine_tuning": job["id"], "evaluations": evaluation["id"]}
+        messages = [{"role": "user", "content": "a"}]
         self.fields = {"model": BASE, "training_file": file["id"], "file": file["id"]}
+        self.fields |= {"messages": messages, "tool_choice": "auto"}
 
     def _post(self, path: str, **body: Any) -> dict[str, Any]:
         response = self._runner.run(self.served.client.post(path, **body))
