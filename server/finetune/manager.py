@@ -17,9 +17,6 @@ from typing import Any
 from msgspec.structs import replace
 
 from adapters.disk import sync
-from adapters.peft_format import record
-from adapters.peft_format.directory import CONFIG_NAME, SPEC_NAME, WEIGHTS_NAME
-from adapters.peft_format.record import RECORD_NAME
 from adapters.storage import lost
 from adapters.storage.database import Database, DatabaseBusy
 from server.client.engine import EngineClient, EngineDied, TrainingRefused, engine_up
@@ -30,7 +27,7 @@ from server.finetune.checkpoints import CheckpointAdapters
 from server.finetune.files import FileStore
 from server.finetune.jobs import FINAL, Job, JobError, JobFailedError, JobSpec, JobStateError, JobStore, Status
 from server.finetune.metrics import TrainingMetrics
-from server.finetune.preparation import INITIAL, Preparation
+from server.finetune.preparation import Preparation, copy_initial
 from server.finetune.wandb_runs import WandbRuns
 from server.messages.training import (
     STORAGE_FULL,
@@ -141,8 +138,6 @@ class JobManager:
         return job
 
     def _create(self, tenant: str, spec: JobSpec, initial: Path | None) -> Job:
-        if initial is not None:
-            record.check(initial, [CONFIG_NAME, WEIGHTS_NAME, SPEC_NAME])
         with contextlib.ExitStack() as undo, self._database.transaction():
             job = self._jobs.create(tenant, spec)
             directory = self._directory / job.id
@@ -150,12 +145,8 @@ class JobManager:
             undo.callback(shutil.rmtree, directory, ignore_errors=True)
             self._pending.mark(job.id)
             directory.mkdir(parents=True)
-            if initial is not None:  # a copy: the name may be deleted before the job starts
-                (directory / INITIAL).mkdir()
-                for name in (CONFIG_NAME, WEIGHTS_NAME, SPEC_NAME, RECORD_NAME):
-                    shutil.copyfile(initial / name, directory / INITIAL / name)
-                    sync(directory / INITIAL / name)
-                sync(directory / INITIAL)
+            if initial is not None:
+                copy_initial(initial, directory)
             restore.note(directory, restore.JOB, job)
             sync(directory)
             sync(self._directory)

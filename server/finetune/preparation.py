@@ -5,6 +5,7 @@ What comes out is stored with the job and never decided again.
 
 import asyncio
 import json
+import shutil
 import uuid
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any
 
 from msgspec.structs import replace
 
+from adapters.disk import sync
+from adapters.peft_format import record
 from adapters.peft_format.config import AdapterError
-from adapters.peft_format.directory import CONFIG_NAME, AdapterSpec
+from adapters.peft_format.directory import CONFIG_NAME, SPEC_NAME, WEIGHTS_NAME, AdapterSpec
 from server.finetune import hyperparameters as recipe
 from server.finetune.dataset import DatasetError, load_dataset
 from server.finetune.files import FileStore, UnknownFileError
@@ -25,6 +28,18 @@ from server.messages.training import MemoryPlan, ModuleShape, Optimizer, PlanMem
 from server.text.processor import TextProcessor
 
 INITIAL = "initial"  # in a job's directory: the adapter that it goes on from
+
+
+def copy_initial(version: Path, directory: Path) -> None:
+    """Copy the version that a job goes on from: its name may be deleted before the job starts. Raises DamagedFile."""
+    files = (CONFIG_NAME, WEIGHTS_NAME, SPEC_NAME)
+    record.check(version, files)
+    target = directory / INITIAL
+    target.mkdir()
+    for name in (*files, record.RECORD_NAME):
+        shutil.copyfile(version / name, target / name)
+        sync(target / name)
+    sync(target)
 
 
 class Preparation:
