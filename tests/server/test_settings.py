@@ -35,6 +35,7 @@ def test_vllms_names_are_aliases() -> None:
         "--enable-prefix-caching": "--prefix-caching",
         "--kv-cache-memory-bytes": "--kv-cache-bytes",
         "--lora-modules": "--adapter",
+        "--tool-call-parser": "--tool-parser",
     }
     # Named alike on both sides.
     assert {"--model", "--served-model-name", "--max-model-len", "--dtype", "--quantization", "--api-key"} <= {
@@ -65,6 +66,7 @@ def test_every_setting_is_read_alike_from_flag_and_environment(row: Any) -> None
         "adapter_template_cpu_seconds": "1",
         "adapter_template_bytes": "1GiB",
         "adapter_check_bytes": "1GiB",
+        "grammar_bytes": "1GiB",
         "metrics_prefix": "vllm",
     }
     text = sample.get(row.name) or (row.choices[-1] if row.choices else "true" if row.is_bool else "100")
