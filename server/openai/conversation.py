@@ -116,7 +116,8 @@ class Conversation(Body):
 
     @model_validator(mode="after")
     def _check_tools(self) -> Self:
-        check_tools(self.tools)
+        if self.tools:
+            check_tools(self.tools)
         for i, message in enumerate(self.messages):
             if message.tool_calls and message.role != "assistant":
                 param = f"messages.{i}.tool_calls"

@@ -1,7 +1,6 @@
-"""Tools in OpenAI's shapes: of a request, and calls in an answer."""
+"""Tools in OpenAI's shapes, and what they make of an answer: its grammar, its parser."""
 
 import json
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -15,7 +14,7 @@ from server.services import Services
 from server.text.processor import TextProcessor
 from server.text.tools.format import ToolFormat
 from server.text.tools.grammar import calls_grammar
-from server.text.tools.source import Arguments, Begin, Parser, Text
+from server.text.tools.source import Parser
 
 FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")]
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -151,53 +150,3 @@ def _schema_of(grammar: Grammar, param: str) -> Mapping[str, Any]:
     raise InvalidRequest(
         f"`{param}` cannot be combined with `tools` that may be called, unless it is a JSON Schema.", param=param
     )
-
-
-class Message:
-    """The message of one choice in the making: its text in pieces, OpenAI's deltas out.
-
-    Args:
-        calling: None where there are no tools.
-    """
-
-    def __init__(self, calling: Calling | None) -> None:
-        self._parser = calling.parser() if calling else None
-        self.content: str | None = None
-        self.calls: list[dict[str, Any]] = []
-
-    def add(self, text: str, *, last: bool) -> list[dict[str, Any]]:
-        """The deltas that this text makes; `last`: nothing follows."""
-        if self._parser is None:
-            events: list[Text | Begin | Arguments] = [Text(text)] if text else []
-        else:
-            events = self._parser.feed(text, last=last)
-        deltas = [self._delta(event) for event in events]
-        if last and self.content is None and not self.calls:
-            self.content = ""
-            deltas.append({"content": ""})
-        return deltas
-
-    def _delta(self, event: Text | Begin | Arguments) -> dict[str, Any]:
-        match event:
-            case Text(text):
-                self.content = (self.content or "") + text
-                return {"content": text}
-            case Begin(name):
-                call = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function"}
-                self.calls.append(call | {"function": {"name": name, "arguments": ""}})
-                return self._call(call | {"function": {"name": name, "arguments": ""}})
-            case Arguments(text):
-                self.calls[-1]["function"]["arguments"] += text
-                return self._call({"function": {"arguments": text}})
-
-    def _call(self, part: dict[str, Any]) -> dict[str, Any]:
-        return {"tool_calls": [{"index": len(self.calls) - 1} | part]}
-
-    def whole(self) -> dict[str, Any]:
-        """All of it."""
-        calls = {"tool_calls": self.calls} if self.calls else {}
-        return {"role": "assistant", "content": self.content, "refusal": None} | calls
-
-    def finish_reason(self, reason: str | None) -> str | None:
-        """OpenAI's word for it."""
-        return "tool_calls" if reason == "stop" and self.calls else reason

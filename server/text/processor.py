@@ -266,7 +266,9 @@ class TextProcessor:
         if source is None or tool_format is None:
             raise InvalidRequest("The base model has no chat template; use /v1/completions.", param="messages")
         size = sum(len(message["content"]) for message in messages) + len(messages) + _LONG * bool(tools)
-        chat, shown = await self.in_thread(size, partial(for_template, messages, tools, source, tool_format))
+        chat, shown = messages, None
+        if tools or any(message["role"] == "tool" or "tool_calls" in message for message in messages):
+            chat, shown = await self.in_thread(size, partial(for_template, messages, tools, source, tool_format))
         if self._own_template is not None and self.renderer is not None:
             return await self.renderer.render(
                 self._own_template,

@@ -35,6 +35,7 @@ def test_vllms_names_are_aliases() -> None:
         "--enable-prefix-caching": "--prefix-caching",
         "--kv-cache-memory-bytes": "--kv-cache-bytes",
         "--lora-modules": "--adapter",
+        "--tool-call-parser": "--tool-parser",
     }
     # Named alike on both sides.
     assert {"--model", "--served-model-name", "--max-model-len", "--dtype", "--quantization", "--api-key"} <= {

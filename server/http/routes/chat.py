@@ -16,13 +16,13 @@ from server.errors import InvalidRequest, TooManyRequests
 from server.http.answer import Answer, encode_json, send_events, send_json
 from server.http.objects import ChatCompletion, ChatCompletionChunk
 from server.http.operations import OPENING, Operation
-from server.openai.assembly import Piece
+from server.openai.assembly import Message, Piece
 from server.openai.conversation import Conversation
 from server.openai.generation import Generation, Prompt, check_vocabulary, checked_grammar, fit_max_tokens
 from server.openai.logprobs import AnswerSize, chat_tokens
 from server.openai.schema import INT32, GenerationBody
 from server.openai.target import open_target
-from server.openai.tools import Calling, Message, Tool, ToolChoice, check_choice
+from server.openai.tools import Calling, Tool, ToolChoice, check_choice
 from server.services import Services, services_of
 from server.text.processor import TextProcessor
 
@@ -54,7 +54,8 @@ class ChatBody(GenerationBody, Conversation):
             raise InvalidRequest(
                 "`max_tokens` and `max_completion_tokens` differ; give one of them.", param="max_completion_tokens"
             )
-        check_choice(self.tool_choice, self.tools)
+        if self.tool_choice != "auto":
+            check_choice(self.tool_choice, self.tools)
         return self
 
     @property
@@ -128,7 +129,7 @@ class _Writer:
             async for index, piece in pieces:
                 first: dict[str, Any] = {}
                 begins = index not in self._messages
-                message = self._messages.setdefault(index, Message(self._calling))
+                message = self._message(index)
                 deltas = message.add(piece.text, last=piece.finish_reason is not None)
                 if begins:
                     first = self._prompt_ids()
@@ -155,7 +156,7 @@ class _Writer:
             async for index, piece in pieces:
                 self._size.add(len(piece.entries))
                 ids.setdefault(index, []).extend(piece.tokens)
-                message = self._messages.setdefault(index, Message(self._calling))
+                message = self._message(index)
                 message.add(piece.text, last=piece.finish_reason is not None)
                 tokens.setdefault(index, []).extend(chat_tokens(self._text, piece.entries))
                 if piece.finish_reason is not None:
@@ -168,6 +169,11 @@ class _Writer:
     def _prompt_ids(self) -> dict[str, list[int]]:
         [prompt] = self._generation.prompts
         return {"prompt_token_ids": prompt.ids} if self._body.return_token_ids else {}
+
+    def _message(self, index: int) -> Message:
+        if index not in self._messages:
+            self._messages[index] = Message(self._calling.parser() if self._calling else None)
+        return self._messages[index]
 
     @property
     def _nothing(self) -> str | None:

@@ -15,7 +15,7 @@ def marked(read: Callable[[Source, str], Step[None]], *markers: str) -> Reader:
         while (marker := (yield from source.text(*markers))) is not None:
             try:
                 yield from read(source, marker)
-            except Malformed:
+            except (Malformed, RecursionError):
                 source.give_back()
 
     return reader
@@ -29,7 +29,7 @@ def leading(read: Reader) -> Reader:
         try:
             yield from source.space()
             yield from read(source)
-        except Malformed:
+        except (Malformed, RecursionError):
             pass
         source.give_back()
         yield from source.text()

@@ -252,6 +252,18 @@ async def test_refusals_name_the_field(served: Served, name: str) -> None:
     assert served.engine.requests == []
 
 
+@pytest.mark.parametrize("depth", [90, 900, 20_000])
+@pytest.mark.parametrize("choice", ["auto", "required"])
+async def test_schemas_and_arguments_nested_deep_are_no_fault(served: Served, depth: int, choice: str) -> None:
+    deep = '{"a": ' * depth + "1" + "}" * depth
+    asked = {"model": BASE, "messages": HELLO, "tools": function(parameters="DEEP"), "tool_choice": choice}
+    headers = {"Content-Type": "application/json"}
+    for body in (asked, {"model": BASE, "messages": called(function={"name": "now", "arguments": deep})}):
+        content = json.dumps(body).replace('"DEEP"', deep)
+        response = await served.client.post("/v1/chat/completions", content=content, headers=headers)
+        assert response.status_code in (200, 400), response.text
+
+
 async def test_the_format_in_force_is_told(served: Served, tmp_path: Path) -> None:
     await served.add_adapter(tmp_path, "mine")
     for path in (f"/v1/models/{BASE}", "/v1/models/mine", "/v1/adapters/mine"):

@@ -227,6 +227,11 @@ def test_an_answer_cut_short_is_no_fault(name: str, text: str) -> None:
         assert names == ["get_weather", "now"][: len(names)]
 
 
+def test_nesting_without_end_is_no_call() -> None:
+    text = "<tool_call>" + '{"function": ' * 5000
+    assert read("hermes", text) == [Text(text)]
+
+
 def test_arguments_come_in_pieces_before_their_end() -> None:
     parser = Parser(FORMATS["hermes"].reader, PARAMETERS)
     assert parser.feed('<tool_call>{"name": "get_weather", "arguments": {"city": "R') == [
