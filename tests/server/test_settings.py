@@ -67,6 +67,7 @@ def test_every_setting_is_read_alike_from_flag_and_environment(row: Any) -> None
         "adapter_template_bytes": "1GiB",
         "adapter_check_bytes": "1GiB",
         "grammar_seconds": "1",
+        "database_seconds": "1",
         "grammar_bytes": "1GiB",
         "metrics_prefix": "vllm",
     }
