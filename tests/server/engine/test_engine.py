@@ -23,10 +23,10 @@ def engine(model_dir: Path, cache_dir: Path) -> Engine:
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"max_batch_tokens": 16, "max_batch_requests": 16}, "max_batch_tokens"),
-        ({"kv_cache_bytes": 1000}, "kv_cache_bytes"),
-        ({"adapter_bytes": 100}, "adapter_bytes"),
-        ({"kv_cache_bytes": 1 << 18, "max_model_len": 500}, "max_model_len"),
+        ({"max_batch_tokens": 16, "max_batch_requests": 16}, "--max-batch-tokens"),
+        ({"kv_cache_bytes": 1000}, "--kv-cache-bytes"),
+        ({"adapter_bytes": 100}, "--adapter-bytes"),
+        ({"kv_cache_bytes": 1 << 18, "max_model_len": 500}, "--max-model-len"),
     ],
 )
 def test_settings_that_cannot_work_are_named(
