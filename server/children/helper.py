@@ -22,6 +22,7 @@ from adapters.peft_format.fields import AdapterError
 from server.children.frames import PREFIX_BYTES, frame
 from server.children.turns import Turns
 
+FORK_GRACE_SECONDS = 2.0  # beyond an order's limit, for its child to be ended and the program to tell
 WORK = "server.children.programs.work"
 _MAX_ANSWER = 256 * 1024 * 1024  # bytes
 _DIED = (asyncio.IncompleteReadError, ConnectionError)
@@ -150,6 +151,14 @@ class Helpers:
     async def close(self) -> None:
         """End the processes, whatever they do."""
         await asyncio.gather(*(helper.close() for helper in self._all))
+
+
+def forking(program: str, seconds: float, cpu_seconds: int, memory: int) -> Helpers:
+    """Two helpers of a program that gives each order a child of its own, within these limits: `server.children.forked`.
+
+    Whoever asks them waits `FORK_GRACE_SECONDS` longer.
+    """
+    return Helpers(2, f"server.children.programs.{program}", str(seconds), str(cpu_seconds), str(memory))
 
 
 async def ask_once(function: str, order: Any, seconds: float | None) -> Any:

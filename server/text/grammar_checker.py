@@ -10,12 +10,10 @@ from typing import Any
 
 import msgspec
 
-from server.children.helper import HelperFailed, HelperLimit, Helpers
+from server.children.helper import FORK_GRACE_SECONDS, HelperFailed, HelperLimit, forking
 from server.errors import InvalidRequest, shown
 from server.messages.protocol import INVALID_GRAMMAR, Grammar
 
-_PROCESSES = 2
-_GRACE_SECONDS = 2.0  # beyond the limit, for a child to be ended and its parent to tell
 _KEPT = 1024  # answers: a few numbers each
 
 
@@ -30,8 +28,7 @@ class GrammarChecker:
     def __init__(self, seconds: float, memory: int) -> None:
         self._seconds = seconds
         self._memory = memory
-        program = "server.children.programs.grammar_check"
-        self._helpers = Helpers(_PROCESSES, program, str(seconds), str(math.ceil(seconds)), str(memory))
+        self._helpers = forking("grammar_check", seconds, math.ceil(seconds), memory)
         self._answers: OrderedDict[bytes, dict[str, Any] | None] = OrderedDict()
 
     async def close(self) -> None:
@@ -53,7 +50,7 @@ class GrammarChecker:
             order = {"grammar": msgspec.to_builtins(grammar), "seconds": self._seconds / 2}
             answer = None
             with suppress(HelperLimit, HelperFailed):
-                answer = await self._helpers.ask(key.hex(), order, self._seconds + _GRACE_SECONDS)
+                answer = await self._helpers.ask(key.hex(), order, self._seconds + FORK_GRACE_SECONDS)
             if answer is None and grammar.kind == "json":
                 answer = {"path": await asyncio.to_thread(_heaviest, grammar.text)}
             self._answers[key] = answer

@@ -5,22 +5,19 @@ from contextlib import suppress
 from typing import Any
 
 from adapters.peft_format.fields import AdapterError
-from server.children.helper import HelperFailed, HelperLimit, Helpers
+from server.children.helper import FORK_GRACE_SECONDS, HelperFailed, HelperLimit, forking
 from server.errors import InvalidRequest
 from server.text.chat_template import MAX_OUTPUT
 
-_PROCESSES = 2
 _PROBE = ({"role": "user", "content": "Hello"},)
-_GRACE_SECONDS = 2.0  # beyond the limit, for a process to start and to tell
 
 
 class TemplateRenderer:
     """Renders any template, each in its turn and within these limits. `close` ends its processes."""
 
     def __init__(self, seconds: float, cpu_seconds: int, memory_bytes: int) -> None:
-        self._seconds = seconds + _GRACE_SECONDS
-        program = "server.children.programs.template_sandbox"
-        self._helpers = Helpers(_PROCESSES, program, str(seconds), str(cpu_seconds), str(memory_bytes))
+        self._seconds = seconds + FORK_GRACE_SECONDS
+        self._helpers = forking("template_sandbox", seconds, cpu_seconds, memory_bytes)
 
     async def close(self) -> None:
         """End the processes."""
