@@ -30,7 +30,7 @@ class Piece:
     entries: list[Entry] = field(default_factory=list)  # empty unless logprobs were asked for
     finish_reason: Literal["stop", "length"] | None = None
     stop_reason: int | str | None = None  # the stop token or stop string that the client named
-    prompt_logprobs: list[TokenLogprob | None] | None = None  # the whole prompt's, on the first piece of its sample 0
+    prompt_logprobs: Sequence[TokenLogprob | None] = ()  # the whole prompt's, on the first piece of its sample 0
     tokens: Sequence[int] = ()  # its ids, if they were asked for; text that is held back comes later than these
 
     def __bool__(self) -> bool:
