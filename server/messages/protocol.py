@@ -250,7 +250,7 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     id: str
     tokens: list[int] = []
     logprobs: list[TokenLogprob] = []  # one per token, when asked for
-    prompt_logprobs: list[TokenLogprob | None] | None = None  # whole prompt at once, the first null
+    prompt_logprobs: list[TokenLogprob | None] = []  # of the prompt tokens that the step scored; the first is null
     finish_reason: FinishReason | None = None
     stop_token: int | None = None  # the stop token or EOS that ended it (also the last of `tokens`)
     cached_tokens: int = 0  # prompt tokens served from the prefix cache (on the first output)
