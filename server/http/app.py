@@ -46,6 +46,7 @@ from server.http.routes import (
     models,
     pins,
     reference,
+    responses,
     tokenize,
     versions,
     vllm,
@@ -83,6 +84,7 @@ def build_app(services: Services) -> Starlette:
             yield
         finally:
             collecting.cancel()
+            await services.responses.stop()
             await services.tuning.stop()
             await services.engine.stop(grace=0.0)
             await services.registry.publisher.close()
@@ -95,6 +97,7 @@ def build_app(services: Services) -> Starlette:
     resources = [
         completions,
         chat,
+        responses,
         tokenize,
         versions,
         checks,

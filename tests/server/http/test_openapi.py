@@ -175,10 +175,12 @@ class Api:
         file = self._post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("train.jsonl", line)})
         job = self._post("/v1/fine_tuning/jobs", json={"model": BASE, "training_file": file["id"]})
         evaluation = self._post("/v1/evaluations", json={"model": BASE, "file": file["id"]})
+        response = self._post("/v1/responses", json={"model": BASE, "input": "a", "background": True})
         self.known = {"files": file["id"], "fine_tuning": job["id"], "evaluations": evaluation["id"]}
+        self.known["responses"] = response["id"]
         messages = [{"role": "user", "content": "a"}]
         self.fields = {"model": BASE, "training_file": file["id"], "file": file["id"]}
-        self.fields |= {"messages": messages, "tool_choice": "auto", "prompt": "a"}
+        self.fields |= {"messages": messages, "tool_choice": "auto", "prompt": "a", "input": "a"}
 
     def _post(self, path: str, **body: Any) -> dict[str, Any]:
         response = self._runner.run(self.served.client.post(path, **body))
@@ -218,7 +220,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
 
 
 TAGS = (
-    *("completions", "chat", "tokenize", "versions", "checks", "pins", "merging", "adapters", "models", "files"),
+    *("completions", "chat", "responses", "tokenize", "versions", "checks", "pins", "merging", "adapters", "models", "files"),
     *("fine_tuning", "evaluations", "health", "vllm", "reference"),
 )
 
