@@ -267,7 +267,7 @@ class Engine:
                 continue
             del self._compiling[id_]
             try:
-                sequence.constraint = compiled.result().constraint(sequence.sampling.stop_token_ids)
+                sequence.constraint = compiled.result().constraint(sequence.sampling)
             except (InvalidGrammar, AdapterError, OSError) as fault:
                 self._end(id_)
                 known = isinstance(fault, InvalidGrammar)
