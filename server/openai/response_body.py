@@ -78,7 +78,7 @@ ToolChoice = Annotated[
 ]
 
 
-class StreamOptions(Body):
+class ResponseStreamOptions(Body):
     """`stream_options`."""
 
     include_obfuscation: bool = False  # OpenAI's padding of events against eavesdroppers: none is added
@@ -134,7 +134,7 @@ class ResponseBody(Body):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     include: Items[Include] = Field([])
     stream: bool = False
-    stream_options: StreamOptions | None = None
+    stream_options: ResponseStreamOptions | None = None
     store: bool | None = None
     background: bool = False
     metadata: Metadata = Field({})
