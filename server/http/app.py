@@ -43,9 +43,11 @@ from server.http.routes import (
     fine_tuning,
     health,
     merging,
+    messages,
     models,
     pins,
     reference,
+    responses,
     tokenize,
     versions,
     vllm,
@@ -83,6 +85,7 @@ def build_app(services: Services) -> Starlette:
             yield
         finally:
             collecting.cancel()
+            await services.responses.stop()
             await services.tuning.stop()
             await services.engine.stop(grace=0.0)
             await services.registry.publisher.close()
@@ -95,6 +98,8 @@ def build_app(services: Services) -> Starlette:
     resources = [
         completions,
         chat,
+        responses,
+        messages,
         tokenize,
         versions,
         checks,
