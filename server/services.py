@@ -12,6 +12,7 @@ from server.admission import Admission, Drain, UploadSlots
 from server.children.helper import Helpers
 from server.client.engine import EngineClient, served_base
 from server.finetune.service import FineTuning
+from server.history import History
 from server.messages.protocol import Ready
 from server.metrics import Metrics
 from server.registry.open import Registry
@@ -37,6 +38,7 @@ class Services:
     uploads: UploadSlots
     grammars: GrammarChecker
     tuning: FineTuning
+    history: History
     checkpointing: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a merged checkpoint is made
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)  # the model's, by request field
 
@@ -86,6 +88,7 @@ def make_services(
             max_running=settings.max_training_jobs,
             busy_seconds=settings.database_seconds,
         ),
+        history=History(metrics, engine, store),
         sampling_defaults=sampling_defaults or {},
     )
 

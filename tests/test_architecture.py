@@ -18,7 +18,7 @@ ENGINE_SIDE = ("server.engine", "server.model", "server.training")
 API_SIDE = (
     *(f"server.{part}" for part in ("http", "openai", "text", "registry", "finetune", "client", "children")),
     *(f"server.{part}" for part in ("admission", "data_dir", "errors", "metrics", "model_source")),
-    *(f"server.{part}" for part in ("services", "settings", "doctor")),
+    *(f"server.{part}" for part in ("services", "settings", "doctor", "usage", "history", "ui")),
 )
 WEB = ("starlette", "uvicorn", "pydantic", "httpx", "python_multipart")
 
