@@ -78,7 +78,7 @@ export const digest = (value) => value
 
 export const button = (label, onclick, props) => h("button", { type: "button", onclick, ...props }, label);
 export const field = (label, control, hint) =>
-  h("label", { class: "field" }, h("span", {}, label), control, hint ? h("small", {}, hint) : null);
+  h("div", { class: "field" }, h("label", {}, h("span", {}, label), control), hint ? h("small", {}, hint) : null);
 export const facts = (pairs) => h("dl", { class: "facts" },
   pairs.filter(([, value]) => value != null).map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
 export const empty = (title, ...next) => h("div", { class: "empty" }, h("h3", {}, title), h("p", {}, next));
