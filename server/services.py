@@ -12,6 +12,7 @@ from server.admission import Admission, Drain, UploadSlots
 from server.children.helper import Helpers
 from server.client.engine import EngineClient, served_base
 from server.finetune.service import FineTuning
+from server.history import History
 from server.messages.protocol import Ready
 from server.metrics import Metrics
 from server.registry.open import Registry
@@ -39,6 +40,7 @@ class Services:
     grammars: GrammarChecker
     tuning: FineTuning
     responses: ResponseStore
+    history: History
     checkpointing: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a merged checkpoint is made
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)  # the model's, by request field
 
@@ -90,6 +92,7 @@ def make_services(
         grammars=GrammarChecker(settings.grammar_seconds, settings.grammar_bytes),
         tuning=tuning,
         responses=ResponseStore(tuning.database, settings.response_days, settings.response_bytes),
+        history=History(metrics, engine, store),
         sampling_defaults=sampling_defaults or {},
     )
 

@@ -547,6 +547,7 @@ class Settings:
     guard_metrics: bool = _setting(
         False, "Ask for an API key on /metrics and /ready, too; /health and /version stay open.", parse=parse_bool
     )
+    ui: bool = _setting(True, "Serve the console, a page for people, at /ui.", parse=parse_bool)
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
         "info", "How much is logged.", choices=("debug", "info", "warning", "error")
     )

@@ -21,7 +21,7 @@ API_SIDE = (
         for part in ("http", "openai", "anthropic", "text", "registry", "finetune", "client", "children")
     ),
     *(f"server.{part}" for part in ("admission", "data_dir", "errors", "metrics", "model_source")),
-    *(f"server.{part}" for part in ("services", "settings", "doctor", "response_store")),
+    *(f"server.{part}" for part in ("services", "settings", "doctor", "usage", "history", "ui", "response_store")),
 )
 WEB = ("starlette", "uvicorn", "pydantic", "httpx", "python_multipart")
 

@@ -32,9 +32,12 @@ from server.errors import (
 )
 from server.logs import FIELDS, begin_notes
 from server.settings import Settings
+from server.ui import PATHS
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"})  # served while draining, mostly without a key
-POLLED_PATHS = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds: logged at debug
+POLLED_PATHS = frozenset(
+    {"/health", "/ready", "/metrics", "/v1/server/history"}
+)  # asked every few seconds: logged at debug
 BODY_IDLE_SECONDS = 60.0  # for the next bytes of a body
 BODY_GRACE_SECONDS = 10.0  # by which a body may be behind the least rate
 
@@ -193,7 +196,8 @@ class ApiKeys:
 
 def open_paths(settings: Settings) -> frozenset[str]:
     """Those that need no key."""
-    return OPEN_PATHS - {"/metrics", "/ready"} if settings.guard_metrics else OPEN_PATHS
+    paths = OPEN_PATHS - {"/metrics", "/ready"} if settings.guard_metrics else OPEN_PATHS
+    return paths | PATHS if settings.ui else paths
 
 
 def middleware(drain: Drain, settings: Settings) -> list[Middleware]:
