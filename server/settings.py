@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 
 from adapters.background import PRIORITIES, Priority
 from server.model_source import DEFAULT, default_cache_dir, default_data_dir
+from server.text.reasoning import REASONING_FORMATS
 from server.text.tools.table import FORMATS
 
 ENV_PREFIX = "LORAKEET_"
@@ -474,6 +475,11 @@ class Settings:
         choices=tuple(sorted(FORMATS)),
         shown="recognised from the template",
         vllm="--tool-call-parser",
+    )
+    reasoning_parser: str = _setting(
+        "auto",
+        "How answers tell a thought from what follows it; `auto`: recognised from the chat template.",
+        choices=("auto", "none", *sorted(REASONING_FORMATS)),
     )
     grammar_seconds: float = _setting(
         5.0,
