@@ -7,6 +7,7 @@ from typing import Any
 
 import peft
 import pytest
+import safetensors
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -91,7 +92,7 @@ def test_only_the_text_tower_is_loaded_and_read(
     model: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     read: list[str] = []
-    opened = transformers.modeling_utils.safe_open
+    opened = safetensors.safe_open
 
     class Slice:
         def __init__(self, name: str, inner: Any) -> None:
@@ -156,7 +157,7 @@ def test_text_of_a_wrapper_equals_the_real_one(quantization: str, model: Path, c
 def test_adapters_call_the_text_model_by_any_name_in_use(
     theirs: str, config: dict[str, Any], engine: Engine, model: Path, tmp_path: Path
 ) -> None:
-    made = {"target_modules": r".*language_model.*layers\.\d+\.(self_attn|mlp)\.(q|v|down)_proj"}
+    made: dict[str, Any] = {"target_modules": r".*language_model.*layers\.\d+\.(self_attn|mlp)\.(q|v|down)_proj"}
     if isinstance(config.get("target_modules"), list):
         made = {"target_modules": [f"{OURS}layers.0.mlp.down_proj"]}
     directory, expected = adapter(tmp_path, model, **made)
