@@ -442,6 +442,11 @@ class Settings:
         maximum=2**50,
         shown="2GiB",
     )
+    ignore_vision_adapters: bool = _setting(
+        False,
+        "Serve adapters that also change a base's encoders of images or sound, without that part.",
+        parse=parse_bool,
+    )
     allow_adapter_chat_templates: bool = _setting(
         False, "Use the chat templates that adapters bring, each rendered in a process of its own.", parse=parse_bool
     )

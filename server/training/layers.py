@@ -69,8 +69,9 @@ class LayeredModel:
 
         with self._replaced([record] * len(self.layers)):
             self._decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False)
-        if inputs[0].dim() != 3:
-            raise Untrainable(f"the layers of {type(self._model).__name__} pass on several streams: it is not trained")
+        if any(hidden.dim() != 3 for hidden in inputs):
+            name = type(self._model).__name__
+            raise Untrainable(f"the layers of {name} pass on several streams, or more than these: it is not trained")
         return LayerCalls(inputs[0], arguments)
 
     def run(self, layer: int, hidden: Tensor, calls: LayerCalls) -> Tensor:

@@ -94,7 +94,7 @@ class _Writer:
         self._body = body
         self._chat = chat
         self._messages: dict[int, _Message] = {}  # by choice
-        self._size = AnswerSize(max_bytes, body.top_logprobs if body.logprobs else None, 65)
+        self._size = AnswerSize(max_bytes, body.top_logprobs, 65) if body.logprobs else None
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
 
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
@@ -128,13 +128,14 @@ class _Writer:
         async with aclosing(self._chat.additions()) as additions:
             async for addition in additions:
                 index = addition.choice
-                self._size.add(len(addition.entries))
                 ids.setdefault(index, []).extend(addition.tokens)
                 message = self._messages.setdefault(index, _Message())
                 message.deltas(addition)
-                tokens.setdefault(index, []).extend(chat_tokens(self._chat.text, addition.entries))
+                if self._size is not None:
+                    self._size.add(len(addition.entries))
+                    tokens.setdefault(index, []).extend(chat_tokens(self._chat.text, addition.entries))
                 if addition.finish is not None:
-                    common = self._common(replace(addition, entries=[], tokens=ids[index]), tokens.pop(index))
+                    common = self._common(replace(addition, entries=[], tokens=ids[index]), tokens.pop(index, []))
                     choices[index] = Raw(encode_json({"index": index, "message": message.whole()} | common))
         ordered = [choices[index] for index in sorted(choices)]
         answer = self._envelope("chat.completion", ordered) | self._prompt_ids()
@@ -150,9 +151,12 @@ class _Writer:
         return "" if self._chat.calling is None else None
 
     def _common(self, addition: Addition, tokens: list[dict[str, Any]] | None = None) -> dict[str, Any]:
-        content = chat_tokens(self._chat.text, addition.entries) if tokens is None else tokens
+        logprobs = None
+        if self._body.logprobs:
+            content = chat_tokens(self._chat.text, addition.entries) if tokens is None else tokens
+            logprobs = {"content": content, "refusal": None}
         return {
-            "logprobs": {"content": content, "refusal": None} if self._body.logprobs else None,
+            "logprobs": logprobs,
             "finish_reason": addition.finish and addition.finish.reason,
             "stop_reason": addition.finish and addition.finish.stop_reason,
         } | ({"token_ids": list(addition.tokens)} if self._body.return_token_ids else {})
