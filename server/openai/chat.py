@@ -166,13 +166,15 @@ async def open_chat(services: Services, body: ChatBody) -> AsyncIterator[Chat]:
             raise InvalidRequest("The chat template makes an empty prompt of these messages.", param="messages")
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         room = fit_max_tokens(info, body, ids, asked=asked, default=None, param="messages")
-        calling, thinking = body.calling(target.text), Thinking.after(target.text, prompt, body.continued)
+        calling = body.calling(target.text)
         grammar = (
             await checked_grammar(services, body)
             if calling is None
             else await calling.grammar(services, body.asked_grammar())
         )
-        budget = None
+        thinking = budget = None
+        if (reasoning := target.text.reasoning_format) is not None:
+            thinking = Thinking.after(target.text, reasoning, prompt, body.continued)
         if thinking is not None:
             grammar, budget = await thinking.grammar(grammar, body.max_reasoning_tokens)
         sampling = body.sampling(

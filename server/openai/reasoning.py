@@ -28,11 +28,12 @@ class Thinking:
     stops: Collection[int]
 
     @classmethod
-    def after(cls, text: TextProcessor, prompt: str, continued: str | None) -> "Thinking | None":
+    def after(
+        cls, text: TextProcessor, reasoning: ReasoningFormat, prompt: str, continued: str | None
+    ) -> "Thinking | None":
         """Of answers to this prompt, whose last message's text they may continue; None where none can think."""
-        reasoning = text.reasoning_format
-        inside = None if reasoning is None else begun(reasoning, prompt, continued)
-        return None if reasoning is None or inside is False else cls(text, reasoning, inside, list(text.stop_tokens))
+        inside = begun(reasoning, prompt, continued)
+        return None if inside is False else cls(text, reasoning, inside, list(text.stop_tokens))
 
     def reader(self, then: Reader) -> Reader:
         """Of a thought, and of what comes after it."""

@@ -235,10 +235,11 @@ async def test_a_thought_ends_with_its_budget_and_an_answer_follows(following: S
 
 async def test_required_calls_after_a_thought(following: Served, client: openai.AsyncOpenAI) -> None:
     use_template(following, "{% if tools %}Call! {% endif %}" + following.services.text.chat_template.source)  # type: ignore[union-attr]
+    tools: Any = [STRICT]
     answer = await client.chat.completions.create(
         model=BASE,
         messages=HELLO,
-        tools=[STRICT],
+        tools=tools,
         tool_choice="required",
         parallel_tool_calls=False,
         max_tokens=200,
