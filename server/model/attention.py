@@ -49,6 +49,8 @@ def _attention(
     scaling: float,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     unknown = [name for name, value in kwargs.items() if value is not None and name not in _IGNORED]
@@ -58,7 +60,9 @@ def _attention(
     assert slot.attention is not None, "no step is installed"
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # [T, heads, D]
     layer: int = module.layer_idx  # type: ignore[assignment]
-    return slot.attention.attend(layer, q, k, v, scaling, sliding_window or 0).unsqueeze(0), None
+    sinks = None if s_aux is None else s_aux.float()
+    out = slot.attention.attend(layer, q, k, v, scaling, sliding_window or 0, softcap or 0.0, sinks)
+    return out.unsqueeze(0), None
 
 
 class KVCache:
@@ -104,9 +108,21 @@ class PagedAttention:
         self.seqs = seqs
         self.block_tables = block_tables
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scaling: float,
+        window: int,
+        softcap: float,
+        sinks: Tensor | None,
+    ) -> Tensor:
         keys, values = self.cache.k[layer], self.cache.v[layer]
         # fp32 norms can upcast q and k: store in the cache's dtype, answer in the query's.
         kernels.write_kv(k.to(keys.dtype), v.to(values.dtype), keys, values, self.slots)
-        out = kernels.paged_attention(q.to(keys.dtype), keys, values, self.seqs, self.block_tables, scaling, window)
+        out = kernels.paged_attention(
+            q.to(keys.dtype), keys, values, self.seqs, self.block_tables, scaling, window, softcap, sinks
+        )
         return out.to(q.dtype)

@@ -40,7 +40,6 @@ UNSERVED = {
     "num_local_experts": "mixture-of-experts models are",
     "num_experts": "mixture-of-experts models are",
     "n_routed_experts": "mixture-of-experts models are",
-    "attn_logit_softcapping": "this attention variant is",
     "kv_lora_rank": "this attention variant is",
 }
 

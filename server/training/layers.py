@@ -115,21 +115,43 @@ class PackedAttention:
     def __init__(self, bounds: Sequence[tuple[int, int]]) -> None:
         self._bounds = bounds
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scaling: float,
+        window: int,
+        softcap: float,
+        sinks: Tensor | None,
+    ) -> Tensor:
         groups = q.shape[1] // k.shape[1]
         if groups > 1:  # spelled out: with enable_gqa a CPU takes the path that keeps all scores
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        parts = [_causal(q[i:j], k[i:j], v[i:j], scaling, window) for i, j in self._bounds]
+        parts = [_causal(q[i:j], k[i:j], v[i:j], scaling, window, softcap, sinks) for i, j in self._bounds]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int) -> Tensor:
+def _causal(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int, softcap: float, sinks: Tensor | None
+) -> Tensor:
     """Attention of one sequence to itself: q, k, v [n, H, D] -> [n, H, D]."""
     mask = None
-    if 0 < window < len(q):
+    if 0 < window < len(q) or softcap or sinks is not None:
         position = torch.arange(len(q), device=q.device)
         distance = position[:, None] - position[None, :]
-        mask = (distance >= 0) & (distance < window)
+        mask = (distance >= 0) & (distance < (window or len(q)))
     q, k, v = (states.transpose(0, 1)[None] for states in (q, k, v))  # [1, H, n, D]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
-    return out[0].transpose(0, 1)
+    if not softcap and sinks is None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
+        return out[0].transpose(0, 1)
+    assert mask is not None
+    scores = (q @ k.transpose(-1, -2)).float() * scaling
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(1, -1, len(mask), 1)], dim=-1)
+    weights = scores.softmax(-1).to(v.dtype)[..., : len(mask)]
+    return (weights @ v)[0].transpose(0, 1)

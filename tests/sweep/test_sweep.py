@@ -10,7 +10,10 @@ from tests.sweep.verdict import judge
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and PEFT, about families
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "phi3", "cohere2", "hunyuan_v1_dense", "nemotron"])
+@pytest.mark.parametrize(
+    "family",
+    ["llama", "qwen3", "gemma2", "gemma3_text", "granite_swa", "phi3", "cohere2", "hunyuan_v1_dense", "nemotron"],
+)
 def test_served_types_answer_and_train_as_transformers_and_peft(family: str, tmp_path: Path) -> None:
     verdict = judge(family, tmp_path)
     assert verdict.word == "served", verdict.reason
@@ -29,7 +32,6 @@ def test_served_types_answer_and_train_as_transformers_and_peft(family: str, tmp
         ("falcon", "attention cannot be replaced"),
         ("gemma4_text", "per_layer_config"),
         ("gemma4_assistant", "drafts for another model"),
-        ("granite_swa", "s_aux"),
     ],
 )
 def test_refused_types_are_refused_by_name(family: str, named: str, tmp_path: Path) -> None:
