@@ -12,7 +12,7 @@ PYTHONS = $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14)
 USABLE  = import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve check test interpret operators abuse kills sweep docs clean bench gpu demo
+.PHONY: help install serve check test slow interpret operators abuse kills sweep docs clean bench gpu demo
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -49,6 +49,9 @@ check: $(TESTING) ## lint, formatting, types
 
 test: $(TESTING) check ## all checks and the whole test suite
 	$(BIN)/pytest --numprocesses 2 --dist loadfile -m 'not prometheus' $(ARGS)
+
+slow: $(TESTING) ## the tests that `make test` leaves out because they take long
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --timeout 900 -m slow --deselect tests/faults/test_kills.py $(ARGS)
 
 interpret: $(TESTING) ## the engine's tests with the GPU's kernels, in Triton's interpreter
 	LORAKEET_TRITON=interpret $(BIN)/pytest --numprocesses 2 --timeout 900 tests/server/engine $(ARGS)

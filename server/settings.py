@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 
 from adapters.background import PRIORITIES, Priority
 from server.model_source import DEFAULT, default_cache_dir, default_data_dir
+from server.text.reasoning import REASONING_FORMATS
 from server.text.tools.table import FORMATS
 
 ENV_PREFIX = "LORAKEET_"
@@ -441,6 +442,11 @@ class Settings:
         maximum=2**50,
         shown="2GiB",
     )
+    ignore_vision_adapters: bool = _setting(
+        False,
+        "Serve adapters that also change a base's encoders of images or sound, without that part.",
+        parse=parse_bool,
+    )
     allow_adapter_chat_templates: bool = _setting(
         False, "Use the chat templates that adapters bring, each rendered in a process of its own.", parse=parse_bool
     )
@@ -469,6 +475,11 @@ class Settings:
         choices=tuple(sorted(FORMATS)),
         shown="recognised from the template",
         vllm="--tool-call-parser",
+    )
+    reasoning_parser: str = _setting(
+        "auto",
+        "How answers tell a thought from what follows it; `auto`: recognised from the chat template.",
+        choices=("auto", "none", *sorted(REASONING_FORMATS)),
     )
     grammar_seconds: float = _setting(
         5.0,

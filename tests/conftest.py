@@ -75,7 +75,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("abuse") and "abuse" not in item.config.option.markexpr:
         pytest.skip("takes minutes: run by make abuse")
     if item.get_closest_marker("slow") and "slow" not in item.config.option.markexpr:
-        pytest.skip("takes minutes: ask for it with -m slow")
+        pytest.skip("takes long: run by make slow")
 
 
 @pytest.fixture(scope="session")

@@ -22,13 +22,15 @@ class Check:
     model_class: str
     outline: Outline | None
     text: AdapterText
+    ignore_vision: bool = False
 
 
 def inspect_adapter(check: Check) -> AdapterSpec:
     """Convert and inspect the adapter, and lay its rows out beside it. Raises AdapterError, OSError."""
     weights = check.directory / WEIGHTS_NAME
     converted = convert(weights) if weights.is_file() else []
-    spec = inspect(check.directory, check.linears, check.model_class, check.outline, check.text)
+    asked = check.directory, check.linears, check.model_class, check.outline, check.text
+    spec = inspect(*asked, ignore_vision=check.ignore_vision)
     spec = dataclasses.replace(spec, warnings=(*converted, *spec.warnings))
     rowfile.make(check.directory, spec)
     return spec

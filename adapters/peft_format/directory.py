@@ -21,6 +21,7 @@ from adapters.peft_format.layout import PREFIX, LoraModule, Variants, layout
 from adapters.peft_format.matching import match, new_tokens
 from adapters.peft_format.outline import Outline
 from adapters.peft_format.sizes import EXTRAS, LinearSize, extra_units, units_per_row
+from adapters.peft_format.spelling import beside, respelled, respelled_layout, respelled_outline, spelling
 from adapters.peft_format.text import NO_TEXT, AdapterText
 from adapters.peft_format.weights import (
     FORMATS,
@@ -29,6 +30,7 @@ from adapters.peft_format.weights import (
     TensorEntry,
     check_finite,
     chunks,
+    is_zero,
     read_header,
 )
 from adapters.safetensors_header import CONVERT
@@ -132,6 +134,8 @@ def inspect(
     model_class: str,
     outline: Outline | None = None,
     text: AdapterText = NO_TEXT,
+    *,
+    ignore_vision: bool = False,
 ) -> AdapterSpec:
     """Validate the adapter in `directory` against a base, reading every byte of it.
 
@@ -140,6 +144,7 @@ def inspect(
         model_class: the base's class, such as "LlamaForCausalLM".
         outline: its other parameters; without, an adapter may touch nothing but linears.
         text: what came with the adapter besides config and weights.
+        ignore_vision: accept one that also changes parts of its base which text does not pass.
 
     Raises:
         AdapterError: naming the config field, the tensor, or the file (`config`, `weights`) at fault.
@@ -155,15 +160,27 @@ def inspect(
         )
     with path.open("rb") as file:
         tensors = read_header(file)
+        names = spelling(tensors, linears, outline)
+        linears, outline = respelled(linears, names), respelled_outline(outline, names)
         outline = outline.grown(new_tokens(tensors, outline))
         plan = layout(config, linears, outline, tensors)
         warnings = [*_unknown_fields(config), *plan.warnings, *match(tensors, plan, linears, outline)]
+        plan = respelled_layout(plan, {theirs: ours for ours, theirs in names.items()})
         digest = hashlib.sha256(_mathematics(plan.modules, plan.variants, text))
         for name, tensor in sorted(tensors.items()):
             digest.update(_heading(name, tensor))
+            changes = not ignore_vision and beside(name, outline) is not None and ".lora_A." not in name
             for chunk in chunks(file, tensor):
                 digest.update(chunk)
                 check_finite(chunk, name, tensor)
+                # A tower that text has never passed keeps the zeros of its B, and is not changed.
+                if changes and not (".lora_B." in name and is_zero(chunk, tensor)):
+                    raise AdapterError(
+                        f"tensor '{shorten(name)}' changes '{beside(name, outline)}', which text does not pass: images "
+                        "and sound are not served. --ignore-vision-adapters serves the rest",
+                        name,
+                        "unsupported_adapter_feature",
+                    )
             twin = plan.twins.get(name)
             if twin is not None and not _same(file, tensor, tensors[twin]):
                 raise AdapterError(f"tensor '{name}' differs from '{twin}', which is the same by another name", name)

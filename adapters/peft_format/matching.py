@@ -1,12 +1,14 @@
 """Whether the tensors of an adapter's file are those that its layout asks for. Names and shapes only."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 
 from adapters.peft_format.fields import AdapterError, shorten
 from adapters.peft_format.layout import PLACES, PREFIX, Layout
 from adapters.peft_format.outline import Outline
 from adapters.peft_format.sizes import LinearSize
+from adapters.peft_format.spelling import beside
 from adapters.peft_format.weights import TensorEntry
 
 MAX_NEW_TOKENS = 65536
@@ -19,11 +21,11 @@ def match(
 
     Returns warnings of those that play no part.
     """
-    idle = dict.fromkeys(outline.aside, 0)
+    idle: Counter[str] = Counter()
     for name in tensors:
-        beside = next((module for module in outline.aside if name.startswith(f"{PREFIX}{module}.")), None)
-        if beside is not None:
-            idle[beside] += 1
+        part = beside(name, outline)
+        if part is not None:
+            idle[part] += 1
         elif not any(name in known for known in (plan.expected, plan.copies, plan.twins)):
             _refuse_homeless(name, {*linears, *outline.tables})
     for name, (shape, asked_by) in plan.expected.items():
@@ -37,9 +39,7 @@ def match(
         except AdapterError as fault:
             reason = "embedding and head must both have the base's rows, and as many new ones after them"
             raise AdapterError(f"{fault}; {reason}", name, "base_mismatch") from None
-    warnings = [
-        f"{count} tensors of '{name}' play no part: text does not pass it" for name, count in idle.items() if count
-    ]
+    warnings = [f"{count} tensors of '{name}' play no part: text does not pass it" for name, count in idle.items()]
     if outline.new_tokens < 0:
         warnings.append(f"the weights have {-outline.new_tokens} tokens fewer than the base: these are never drawn")
     return warnings

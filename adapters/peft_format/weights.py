@@ -113,3 +113,9 @@ def check_finite(chunk: bytes, name: str, tensor: TensorEntry) -> None:
     bits = np.frombuffer(chunk, dtype=f"<u{number.itemsize}")
     if np.any(bits & number.exponent == number.exponent):
         raise AdapterError(f"tensor '{shorten(name)}' holds NaN or infinite values", name, "non_finite_weights")
+
+
+def is_zero(chunk: bytes, tensor: TensorEntry) -> bool:
+    """Whether all of these numbers are 0 or -0."""
+    bits = np.frombuffer(chunk, dtype=f"<u{FORMATS[tensor.dtype].itemsize}")
+    return not np.any(bits << 1)

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -46,7 +46,6 @@ class _Live:
 
     adapter: AdapterKey = ()
     constrained: bool = False
-    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     announced: bool = False  # its first output, with cached tokens and queue time, is out
 
 
@@ -267,7 +266,7 @@ class Engine:
                 continue
             del self._compiling[id_]
             try:
-                sequence.constraint = compiled.result().constraint(sequence.sampling.stop_token_ids)
+                sequence.constraint = compiled.result().constraint(sequence.sampling)
             except (InvalidGrammar, AdapterError, OSError) as fault:
                 self._end(id_)
                 known = isinstance(fault, InvalidGrammar)
@@ -303,20 +302,19 @@ class Engine:
             self.scheduler.advance(work)
             return None
         live = self._live[sequence.id]
-        live.prompt_logprobs += result.prompt_logprobs
         kept = self.scheduler.advance(work, result.tokens)
-        if not work.samples and sequence.finish_reason is None:
+        if not work.samples and not result.prompt_logprobs and sequence.finish_reason is None:
             return None
         if sequence.finish_reason is not None:
             self._end(sequence.id)
         first = not live.announced
         live.announced = True
-        scored = first and sequence.sampling.prompt_logprobs is not None
+        unscored: list[TokenLogprob | None] = [None] if first and sequence.sampling.prompt_logprobs is not None else []
         return Output(
             id=sequence.id,
             tokens=kept,
             logprobs=result.logprobs[: len(kept)],
-            prompt_logprobs=live.prompt_logprobs if scored else None,
+            prompt_logprobs=[*unscored, *result.prompt_logprobs],
             finish_reason=sequence.finish_reason,
             stop_token=sequence.stop_token,
             cached_tokens=sequence.cached_tokens if first else 0,

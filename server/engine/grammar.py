@@ -20,7 +20,7 @@ from adapters.background import Priority, threads
 from adapters.peft_format.directory import AdapterSpec
 from adapters.peft_format.text import NO_TEXT, AdapterText
 from server.messages.grammar_definition import LIMITS, definition
-from server.messages.protocol import AdapterRef, Grammar, Sampling
+from server.messages.protocol import AdapterRef, Grammar, Sampling, ThoughtBudget
 
 Mask = NDArray[np.int32]  # [ceil(vocabulary / 32)]: bit i % 32 of word i // 32 allows token i
 
@@ -32,15 +32,39 @@ class InvalidGrammar(ValueError):
     """A grammar that cannot be followed; the message is fit for the client."""
 
 
+class _Thought:
+    """A thought that may have to be ended."""
+
+    def __init__(self, budget: ThoughtBudget, tokenizer: LLTokenizer) -> None:
+        self.taken: list[int] = []
+        self.close = budget.close
+        self.room = max(0, budget.most - len(budget.close))
+        self._budget = budget
+        self._tokenizer = tokenizer
+
+    def due(self, more: Seq[int] = ()) -> bool | None:
+        """Whether it has to end, after `more` tokens; None: it is over, or there will be none."""
+        tokens = [*self.taken, *more]
+        if len(tokens) < self.room:
+            return False
+        text = self._tokenizer.decode_str(tokens).lstrip()
+        if text.startswith(self._budget.begin) and self._budget.end not in text:
+            return True
+        return False if self._budget.begin.startswith(text) else None
+
+
 class Constraint:
     """One sequence's way through its grammar.
 
     Args:
         matcher: at its beginning, and nobody else's.
         stops: tokens that may end the text wherever the grammar lets it end, besides the tokenizer's own.
+        thought: how long it may think first.
     """
 
-    def __init__(self, matcher: LLMatcher, tokenizer: LLTokenizer, stops: Seq[int]) -> None:
+    def __init__(
+        self, matcher: LLMatcher, tokenizer: LLTokenizer, stops: Seq[int], thought: ThoughtBudget | None = None
+    ) -> None:
         self.forced: list[int] = []  # tokens that must come next; the matcher has been told of them already
         self.stopped = False  # nothing follows these
         self.error: str | None = None
@@ -50,7 +74,9 @@ class Constraint:
         self._ends = self._bits([*tokenizer.eos_tokens, *stops])
         self._prepared: Future[None] | None = None
         self._rows: list[tuple[Mask, bool]] = []
+        self._thought = None if thought is None else _Thought(thought, tokenizer)
         self._force()
+        self._end_thought()
 
     def take(self, token: int) -> bool:
         """The sequence goes on with this token; whether nothing follows it."""
@@ -63,6 +89,9 @@ class Constraint:
             self.stopped = True
         else:
             self.error = self._matcher.get_error()
+        if self._thought is not None:
+            self._thought.taken.append(token)
+            self._end_thought()
         return self.stopped and not self.forced
 
     def last_words(self, sampling: Sampling) -> list[int]:
@@ -71,7 +100,21 @@ class Constraint:
 
     def valid(self, drafts: list[int]) -> list[int]:
         """Those of the drafts, from the first on, that the grammar allows."""
+        if self._thought is not None:
+            drafts = drafts[: max(0, self._thought.room - len(self._thought.taken) - 1)]
         return drafts[: self._matcher.validate_tokens(drafts)] if drafts else drafts
+
+    def _end_thought(self) -> None:
+        """Force the end of a thought that has had its tokens."""
+        if self._thought is None or self.forced:
+            return
+        due = self._thought.due()
+        if due:
+            self._matcher.consume_tokens(self._thought.close)
+            self.forced += self._thought.close
+            self._force()
+        if due is not False:
+            self._thought = None
 
     def _force(self) -> None:
         while forced := self._matcher.compute_ff_tokens():
@@ -94,6 +137,8 @@ class Constraint:
         for index in range(len(drafts) + 1):
             if walked and not forced:
                 forced = self._matcher.compute_ff_tokens()
+            if self._thought is not None and not forced and index == len(drafts) and self._thought.due(drafts):
+                forced = self._thought.close
             if index >= skipped:
                 rows.append((self._bits(forced[:1]), False) if forced else self._allowed())
             if index == len(drafts):
@@ -135,9 +180,9 @@ class Compiled:
     tokenizer: LLTokenizer
     matcher: LLMatcher
 
-    def constraint(self, stops: Seq[int]) -> Constraint:
+    def constraint(self, sampling: Sampling) -> Constraint:
         """A way through it for one sequence; see there."""
-        return Constraint(self.matcher.deep_copy(), self.tokenizer, stops)
+        return Constraint(self.matcher.deep_copy(), self.tokenizer, sampling.stop_token_ids, sampling.thought)
 
 
 class Grammars:
@@ -174,7 +219,7 @@ class Grammars:
     def compile(self, grammar: Grammar, adapters: Seq[AdapterRef]) -> Future[Compiled]:
         """Compiled, now or later; fails with `InvalidGrammar`."""
         own = adapters[0] if len(adapters) == 1 and adapters[0].tokens else None
-        key = (own.digest if own else "", grammar.kind, grammar.text)
+        key = (own.digest if own else "", grammar.kind, grammar.thought + grammar.text)
         found = self._compiled.get(key)
         if found is None:
             size = max(grammar.size, _LEAST_SIZE)

@@ -114,16 +114,18 @@ def _answer(engine: Engine, requests: Mapping[str, tuple[_Answer, AdapterRef | N
         prompt = answer.prompt[: ends[name]]
         engine.add(Generate(id=name, prompt=prompt, sampling=sampling, adapters=[adapter] if adapter else []))
     drawn = dict.fromkeys(requests, 0)
+    scores: dict[str, list[TokenLogprob | None]] = {name: [] for name in requests}
     while not engine.idle:
         outputs, _ = engine.step()
         for output in outputs:
             if output.error is not None:
                 raise UnservableModel(f"the self-check failed: {output.error}")
             answer, _ = requests[output.id]
-            scores = output.prompt_logprobs or []
-            for position, score in list(enumerate(scores))[-SCORED:]:
-                if score is not None:
-                    answer.take(position - 1, score)
+            scores[output.id] += output.prompt_logprobs
+            if output.tokens and not drawn[output.id]:
+                for position, score in list(enumerate(scores[output.id]))[-SCORED:]:
+                    if score is not None:
+                        answer.take(position - 1, score)
             for token, logprob in zip(output.tokens, output.logprobs, strict=True):
                 answer.take(ends[output.id] - 1 + drawn[output.id], logprob)
                 drawn[output.id] += 1

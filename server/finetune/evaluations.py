@@ -269,7 +269,7 @@ class Evaluations:
         score = Sampling(max_tokens=0, temperature=0.0, prompt_logprobs=0)
         async with self._slots:
             outputs = await self._generate(example.tokens, adapters, score)
-            logprobs = [entry for output in outputs for entry in output.prompt_logprobs or []]
+            logprobs = [entry for output in outputs for entry in output.prompt_logprobs]
             loss = -sum(entry.logprob for i in example.trained if (entry := logprobs[i]) is not None)
             if not example.prompt:
                 return loss, None

@@ -180,22 +180,25 @@ class JobStore:
         return readable(rows, Job), more
 
     def restore(self, job: Job, checkpoints: Sequence[StoredCheckpoint]) -> None:
-        """Write the rows of a job that the database has lost, paused where its last checkpoint is."""
+        """Write the rows of a job that the database has lost or cannot read, paused where its last checkpoint is."""
         last = max(checkpoints, key=lambda checkpoint: checkpoint.metrics.step, default=None)
         step = {} if last is None else {"step": last.metrics.step, "trained_tokens": last.trained_tokens}
         job = msgspec.structs.replace(job, status="paused", waits_for_space=False, **step)
         with self._database.transaction() as connection:
-            insert = "INSERT INTO jobs (id, tenant, status, record) VALUES (?, ?, ?, ?)"
+            insert = (
+                "INSERT INTO jobs (id, tenant, status, record) VALUES (?, ?, ?, ?) "
+                "ON CONFLICT (id) DO UPDATE SET status = excluded.status, record = excluded.record"
+            )
             connection.execute(insert, (job.id, job.tenant, job.status, _encode(job)))
-            insert = "INSERT INTO checkpoints (id, job, step, served, record) VALUES (?, ?, ?, ?, ?)"
+            insert = "INSERT OR IGNORE INTO checkpoints (id, job, step, served, record) VALUES (?, ?, ?, ?, ?)"
             for one in checkpoints:
                 connection.execute(insert, (one.id, job.id, one.metrics.step, one.name is not None, _encode(one)))
-            self.add_event(job.id, "The database was lost; the job is known again, and paused", level="warn")
+            self.add_event(job.id, "The job's row was lost or damaged; it is known again, and paused", level="warn")
 
-    def ids(self) -> set[str]:
-        """Of all jobs."""
+    def statuses(self) -> dict[str, Status]:
+        """Of all jobs, by id."""
         with self._database.reading() as connection:
-            return {row["id"] for row in connection.execute("SELECT id FROM jobs")}
+            return {row["id"]: row["status"] for row in connection.execute("SELECT id, status FROM jobs")}
 
     def unfinished(self) -> Sequence[Job]:
         """Every tenant's jobs that are not at an end, oldest first."""

@@ -100,13 +100,15 @@ class JobManager:
         """Remove what finished jobs left, set aside what the database does not know; the jobs that are to go on."""
         aside = self._directory.parent / lost.LOST_AND_FOUND
         lost.directory_at(self._directory, aside)
-        unfinished, known = self._jobs.unfinished(), self._jobs.ids()
-        going_on = {job.id for job in unfinished}
-        left = [path for path in lost.entries(self._directory) if path.name not in going_on]
-        for path in left:
-            if path.name in known:
+        statuses, unfinished = self._jobs.statuses(), self._jobs.unfinished()
+        readable = {job.id for job in unfinished}
+        unreadable = [path for path in lost.entries(self._directory) if path.name in statuses.keys() - readable]
+        for path in unreadable:
+            if statuses[path.name] in FINAL:
                 lost.remove(path)
-        unknown = [path for path in left if path.name not in known]
+            else:
+                restore.restore_job(self._jobs, path)
+        unknown = [path for path in lost.entries(self._directory) if path.name not in statuses]
         lost.sort_out(unknown, self._pending, aside / self._directory.name, self._database.path.name)
         for job in unfinished:
             restore.note(self._directory / job.id, restore.JOB, job)

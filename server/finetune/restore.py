@@ -53,12 +53,17 @@ def restore_files(database: Database, paths: Iterable[Path]) -> Iterable[str]:
 def restore_jobs(database: Database, directories: Iterable[Path]) -> Iterable[str]:
     """Rows for jobs with these directories, paused where they stood; the ids of those that could be restored."""
     jobs = JobStore(database)
-    for directory in directories:
-        with contextlib.suppress(OSError, msgspec.DecodeError):
-            job = msgspec.json.decode((directory / JOB).read_bytes(), type=Job)
-            if job.id == directory.name:
-                jobs.restore(job, list(_checkpoints(directory)))
-                yield job.id
+    return (directory.name for directory in directories if restore_job(jobs, directory))
+
+
+def restore_job(jobs: JobStore, directory: Path) -> bool:
+    """Write a job's rows anew, as `restore_jobs` does; whether its directory told enough."""
+    with contextlib.suppress(OSError, msgspec.DecodeError):
+        job = msgspec.json.decode((directory / JOB).read_bytes(), type=Job)
+        if job.id == directory.name:
+            jobs.restore(job, list(_checkpoints(directory)))
+            return True
+    return False
 
 
 def _checkpoints(directory: Path) -> Iterable[StoredCheckpoint]:

@@ -174,7 +174,7 @@ def _bind(host: str, port: int) -> list[socket.socket]:
 
 def _open_services(settings: Settings, model: Path) -> tuple[Services, LocalEngine]:
     try:
-        text = TextProcessor.load(model, _template_renderer(settings), settings.tool_parser)
+        text = TextProcessor.load(model, _template_renderer(settings), settings.tool_parser, settings.reasoning_parser)
     except TokenizerError as error:
         raise ModelError(str(error)) from None
     metrics = Metrics(settings.metrics_adapters, settings.metrics_prefix)

@@ -229,10 +229,11 @@ class StopToken(TypedDict):
 
 
 class ModelDetails(ModelCard):
-    """`tool_format` is how it calls tools; null without a chat template."""
+    """`tool_format` and `reasoning_format` are how it calls tools and how it thinks; null where it does not."""
 
     stop_tokens: list[StopToken]
     tool_format: str | None
+    reasoning_format: str | None
 
 
 class AdapterReceipt(TypedDict):
@@ -292,6 +293,7 @@ class AdapterObject(AdapterReceipt):
     merged: ResidentMerge | None
     stop_tokens: list[StopToken]
     tool_format: str | None
+    reasoning_format: str | None
 
 
 class DeletedAdapter(TypedDict):

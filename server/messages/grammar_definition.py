@@ -21,6 +21,15 @@ _EXACT: "JsonCompileOptions" = {"lenient": False, "coerce_one_of": False}
 
 def definition(grammar: Grammar) -> str:
     """As llguidance takes it. Raises ValueError where the text is not of its kind."""
+    answer = _of_answer(grammar)
+    if not grammar.thought:
+        return answer
+    is_lark = grammar.kind in ("choice", "lark", "structural_tag")
+    parts = {"lark_grammar": answer} if is_lark else json.loads(answer)["grammars"][0]
+    return json.dumps({"grammars": [{"lark_grammar": grammar.thought}, parts | {"name": "answer"}]})
+
+
+def _of_answer(grammar: Grammar) -> str:
     text = grammar.text
     match grammar.kind:
         case "json":

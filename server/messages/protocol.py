@@ -78,12 +78,23 @@ class Grammar(msgspec.Struct, frozen=True):
     kind: how `text` says it. "json": a JSON Schema, as JSON. "json_object": any JSON object; `text` is empty. "regex".
         "choice": a JSON array of texts. "lark": llguidance's dialect of Lark, or GBNF. "structural_tag": free text with
         tags in it, as vLLM writes these in JSON.
+    thought: Lark of a thought before that text, which is its `@answer`; empty: there is none.
     size: bytes that compiling it took, as the check before found.
     """
 
     kind: Literal["json", "json_object", "regex", "choice", "lark", "structural_tag"]
     text: str
+    thought: str = ""
     size: int = 0
+
+
+class ThoughtBudget(msgspec.Struct, frozen=True):
+    """How many tokens an answer may think for. It needs a grammar."""
+
+    most: int
+    begin: str  # empty: the prompt has begun the thought
+    end: str
+    close: list[int]  # tokens that end a thought, forced where it has had its tokens
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, dict=True):
@@ -106,6 +117,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     prompt_logprobs: int | None = None  # the same for every prompt token
     speculative_tokens: int = 0  # most tokens drafted ahead in a step; 0: no speculation
     grammar: Grammar | None = None  # of the answer's text
+    thought: ThoughtBudget | None = None
 
     # Made once, for every step needs them and there may be as many as tokens in the vocabulary.
 
@@ -238,7 +250,7 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     id: str
     tokens: list[int] = []
     logprobs: list[TokenLogprob] = []  # one per token, when asked for
-    prompt_logprobs: list[TokenLogprob | None] | None = None  # whole prompt at once, the first null
+    prompt_logprobs: list[TokenLogprob | None] = []  # of the prompt tokens that the step scored; the first is null
     finish_reason: FinishReason | None = None
     stop_token: int | None = None  # the stop token or EOS that ended it (also the last of `tokens`)
     cached_tokens: int = 0  # prompt tokens served from the prefix cache (on the first output)

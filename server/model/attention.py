@@ -27,6 +27,7 @@ _IGNORED = {
     "output_hidden_states",
     "is_causal",
     "output_router_logits",
+    "logits_to_keep",
 }
 
 

@@ -7,10 +7,7 @@ and `Base.digest()` can prove it.
 import copy
 import dataclasses
 import hashlib
-import json
 import logging
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,24 +15,23 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from adapters import kernels
 from adapters.device.lora import FrozenLinear, LoraLinear, StepSlot, wrap_linears
 from adapters.kernels import QuantizedWeight, native
 from adapters.peft_format.sizes import LinearSize
-from adapters.scratch import scratch
-from server.model import attention, geometry, naming
+from server.model import attention, geometry, loading, naming
 from server.model.geometry import LayerKV
+from server.model.loading import UnservableModel, model_class
+
+__all__ = ["Base", "UnservableModel", "check_servable", "load", "refusing", "sketch_head", "with_weights"]
 
 log = logging.getLogger("lorakeet.engine")
 
 SERVED_LAYERS = {"full_attention", "sliding_attention"}
-ADAPTER_CONFIG = "adapter_config.json"
 # Features whose config entry alone tells that the engine cannot serve them, and their names for people.
 UNSERVED = {
     "num_local_experts": "mixture-of-experts models are",
@@ -44,10 +40,6 @@ UNSERVED = {
     "moe_num_experts": "mixture-of-experts models are",
     "kv_lora_rank": "this attention variant is",
 }
-
-
-class UnservableModel(ValueError):
-    """This base cannot be served with these settings; the message gives the reason and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +131,7 @@ def load(directory: Path, quantization: str, dtype: str, device: str, cache_dir:
         check_servable(config)
     attention.register()
     with refusing(_name(config)):
-        model = _load_quantized(directory, config, quantization, torch_dtype, torch_device, cache_dir)
+        model = loading.load_quantized(directory, config, quantization, torch_dtype, torch_device, cache_dir)
         model.requires_grad_(False)
         model.eval()
         return _wrap(model, directory, torch_dtype, torch_device)
@@ -208,7 +200,7 @@ def sketch_head(base: Base) -> None:
 
 def check_servable(config: Any) -> None:
     """Raise UnservableModel for features that the engine's attention and batching do not support."""
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if model_class(config) is None:
         raise UnservableModel(
             f"{_name(config)} is not served: transformers has no causal language model of type '{config.model_type}'"
         )
@@ -278,108 +270,6 @@ def _fix_rope(model: nn.Module) -> None:
             module.rope_type = fixed  # type: ignore[assignment]
 
 
-# --- quantisation ----------------------------------------------------------------------------------
-
-
-def _load_quantized(
-    directory: Path, config: Any, quantization: str, dtype: torch.dtype, device: torch.device, cache_dir: Path
-) -> transformers.PreTrainedModel:
-    stored = getattr(config, "quantization_config", None)
-    if stored is not None:
-        method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", "?")
-        if "bitsandbytes" not in str(method):
-            raise UnservableModel(
-                f"the base is already quantised with {method}: serve the original weights instead, "
-                f"they are quantised to --quantization {quantization} at load"
-            )
-        return _from_pretrained(directory, dtype, device)
-    if quantization == "none":
-        return _from_pretrained(directory, dtype, device)
-    cached = cache_dir / "quantized" / _cache_key(directory, quantization, dtype)
-    if not cached.exists():
-        model = _from_pretrained(directory, dtype, device, quantization_config=_bnb_config(quantization, dtype))
-        _save_atomically(model, cached)
-        return model
-    return _from_pretrained(cached, dtype, device)
-
-
-def _from_pretrained(
-    directory: Path, dtype: torch.dtype, device: torch.device, **kwargs: Any
-) -> transformers.PreTrainedModel:
-    with _without_adapter(directory) as weights:
-        # transformers 5 types this as returning Any.
-        model: transformers.PreTrainedModel = transformers.AutoModelForCausalLM.from_pretrained(
-            weights,
-            dtype=dtype,
-            device_map={"": str(device)},
-            attn_implementation=attention.ATTENTION,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            **kwargs,
-        )
-    model.name_or_path = str(directory)
-    return model
-
-
-@contextmanager
-def _without_adapter(directory: Path) -> Iterator[Path]:
-    """The model's directory; one that holds an adapter as well is shown without it, or it would be loaded too."""
-    if not (directory / ADAPTER_CONFIG).exists():
-        yield directory
-        return
-    log.warning("%s holds an adapter beside the model: the model is served without it", directory)
-    with scratch() as view:
-        for path in directory.resolve().iterdir():
-            if not path.name.startswith("adapter_"):
-                (view / path.name).symlink_to(path)
-        yield view
-
-
-def _bnb_config(quantization: str, dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
-    if quantization == "int8":
-        return transformers.BitsAndBytesConfig(load_in_8bit=True)
-    return transformers.BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantization,
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-
-
-def _cache_key(directory: Path, quantization: str, dtype: torch.dtype) -> str:
-    """Names a quantised copy by its source files and everything that shapes the result."""
-    files = [
-        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
-        for path in sorted(directory.resolve().iterdir())
-        if path.suffix in {".safetensors", ".json"}
-    ]
-    identity = [
-        str(directory.resolve()),
-        files,
-        quantization,
-        str(dtype),
-        bitsandbytes.__version__,
-        transformers.__version__,
-    ]
-    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
-
-
-def _save_atomically(model: transformers.PreTrainedModel, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        model.save_pretrained(staging)
-        staging.rename(target)
-    except FileExistsError:  # another process was first; its copy is as good
-        pass
-    except OSError as fault:
-        if not target.exists():
-            raise UnservableModel(f"the quantised base could not be written to the cache: {fault}") from fault
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
 # --- wrapping --------------------------------------------------------------------------------------
 
 
@@ -421,7 +311,7 @@ def _wrap(model: transformers.PreTrainedModel, directory: Path, dtype: torch.dty
         raise UnservableModel(str(fault)) from fault
     generation = getattr(model, "generation_config", None)
     eos = getattr(generation, "eos_token_id", None) if generation is not None else None
-    eos = config.eos_token_id if eos is None else eos
+    eos = getattr(config, "eos_token_id", None) if eos is None else eos
     return Base(
         model=model,
         slot=slot,

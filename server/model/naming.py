@@ -1,5 +1,6 @@
 """How a model's modules and parameters are called, in the model and in its files."""
 
+import re
 from pathlib import Path
 
 import transformers
@@ -9,28 +10,47 @@ from transformers.pytorch_utils import Conv1D
 
 from adapters.peft_format.outline import Outline
 
+_WHOLE = "_lorakeet_whole"  # attribute of a model without parts: names of all its parameters, and of the parts
+
 
 def renamed(model: transformers.PreTrainedModel, directory: Path) -> dict[str, str]:
-    """Parameter in the files of `directory` -> the model's name for it, where these differ.
+    """Parameter in the files of `directory` -> the model's name for it, where these differ; dropped parts included.
 
     The model's linears must not have been wrapped yet.
     """
     conversions = get_model_conversion_mapping(model)
     renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
     converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
-    here = model.state_dict()
+    parameters, parts = getattr(model, _WHOLE)
+    within = tuple(f"{part}." for part in parts)
     found = {}
     for name in Outline.read(directory).parameters:
-        ours, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, here)
-        if ours != name and ours in here:
+        ours, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
+        if ours != name and (ours in parameters or ours.startswith(within)):
             found[name] = ours
     return found
 
 
+def drop_aside(model: transformers.PreTrainedModel) -> None:
+    """Take out of a model what text does not pass: of one of text and more, whatever is beside its decoder and head."""
+    parameters, parts = dict.fromkeys(model.state_dict(), True), []
+    if model.config.get_text_config() is not model.config:
+        parts = _aside(model)
+    for name in parts:
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, None)
+    setattr(model, _WHOLE, (parameters, parts))
+    # transformers would warn of their weights in the files.
+    known = model._keys_to_ignore_on_load_unexpected or ()
+    model._keys_to_ignore_on_load_unexpected = {*known, *(rf"^{re.escape(name)}\." for name in parts)}
+
+
 def aside(model: transformers.PreTrainedModel) -> list[str]:
-    """The modules that text does not pass: of a model of text and more, whatever is beside its decoder and head."""
-    if model.config.get_text_config() is model.config:
-        return []
+    """Full names of the parts that `drop_aside` took out of a model."""
+    return list(getattr(model, _WHOLE)[1])
+
+
+def _aside(model: transformers.PreTrainedModel) -> list[str]:
     passed = (model.get_decoder(), model.get_output_embeddings(), model.get_input_embeddings())
     names = [f"{name}." for name, module in model.named_modules() if any(module is one for one in passed)]
     found: list[str] = []

@@ -1,19 +1,17 @@
-"""From an engine's token ids to what a client sees of one sequence: text, logprobs, the reason it ended, a message.
+"""From an engine's token ids to what a client sees of one sequence: text, logprobs, the reason it ended.
 
 The engine knows ids only. Here they become text, stop strings are found, and the list of logprobs is cut where the text
 is. No I/O and no HTTP.
 """
 
-import uuid
 from collections import deque
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from server.messages.protocol import Output, TokenLogprob
 from server.text.detokenizer import Detokenizer
 from server.text.stop_strings import StopStrings
-from server.text.tools.source import Arguments, Begin, Event, Parser, Text
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +30,7 @@ class Piece:
     entries: list[Entry] = field(default_factory=list)  # empty unless logprobs were asked for
     finish_reason: Literal["stop", "length"] | None = None
     stop_reason: int | str | None = None  # the stop token or stop string that the client named
-    prompt_logprobs: list[TokenLogprob | None] | None = None  # the whole prompt's, on the first piece of its sample 0
+    prompt_logprobs: Sequence[TokenLogprob | None] = ()  # the whole prompt's, on the first piece of its sample 0
     tokens: Sequence[int] = ()  # its ids, if they were asked for; text that is held back comes later than these
 
     def __bool__(self) -> bool:
@@ -132,53 +130,3 @@ class Assembler:
             parts.append(text[position - start : begin - start])
             position = min(end, self._emitted)
         return "".join([*parts, text[position - start :]]) if parts else text
-
-
-class Message:
-    """The message of one choice in the making: its text in pieces, OpenAI's deltas out.
-
-    Args:
-        parser: of calls; None where there are no tools.
-    """
-
-    def __init__(self, parser: Parser | None) -> None:
-        self._parser = parser
-        self.content: str | None = None
-        self.calls: list[dict[str, Any]] = []
-
-    def add(self, text: str, *, last: bool) -> list[dict[str, Any]]:
-        """The deltas that this text makes; `last`: nothing follows."""
-        if self._parser is None:
-            events: list[Event] = [Text(text)] if text else []
-        else:
-            events = self._parser.feed(text, last=last)
-        deltas = [self._delta(event) for event in events]
-        if last and self.content is None and not self.calls:
-            self.content = ""
-            deltas.append({"content": ""})
-        return deltas
-
-    def _delta(self, event: Event) -> dict[str, Any]:
-        match event:
-            case Text(text):
-                self.content = (self.content or "") + text
-                return {"content": text}
-            case Begin(name):
-                call = {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function"}
-                self.calls.append(call | {"function": {"name": name, "arguments": ""}})
-                return self._call(call | {"function": {"name": name, "arguments": ""}})
-            case Arguments(text):
-                self.calls[-1]["function"]["arguments"] += text
-                return self._call({"function": {"arguments": text}})
-
-    def _call(self, part: dict[str, Any]) -> dict[str, Any]:
-        return {"tool_calls": [{"index": len(self.calls) - 1} | part]}
-
-    def whole(self) -> dict[str, Any]:
-        """All of it."""
-        calls = {"tool_calls": self.calls} if self.calls else {}
-        return {"role": "assistant", "content": self.content, "refusal": None} | calls
-
-    def finish_reason(self, reason: str | None) -> str | None:
-        """OpenAI's word for it."""
-        return "tool_calls" if reason == "stop" and self.calls else reason

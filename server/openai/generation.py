@@ -29,6 +29,7 @@ from server.messages.protocol import (
     Output,
     Ready,
     Sampling,
+    TokenLogprob,
 )
 from server.metrics import FinishedReason
 from server.openai.assembly import Assembler, Piece
@@ -176,6 +177,7 @@ class Generation:
         assembler = self._assembler(prompt.ids)
         clock = self.services.metrics.request(*self.target.adapters)
         reason: FinishedReason = "abort"
+        scores: list[TokenLogprob | None] = []  # of the prompt
         try:
             outputs = self.services.engine.generate(self._request(prompt, sample))
             async with aclosing(outputs):
@@ -191,8 +193,11 @@ class Generation:
                         self.usage.cached_tokens += output.cached_tokens
                     self.usage.drafted_tokens += output.drafted_tokens
                     self.usage.accepted_tokens += min(output.accepted_tokens, tokens)
-                    if output.prompt_logprobs is not None:
-                        piece = replace(piece, prompt_logprobs=output.prompt_logprobs)
+                    scores += output.prompt_logprobs
+                    if not output.tokens and output.finish_reason is None:
+                        continue  # a part of the prompt was scored
+                    if scores:
+                        piece, scores = replace(piece, prompt_logprobs=scores), []
                     if self.body.return_token_ids:
                         piece = replace(piece, tokens=output.tokens[:tokens])
                     if piece.finish_reason is not None:

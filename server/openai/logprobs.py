@@ -3,11 +3,15 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import msgspec
+from msgspec import Raw
+
 from server.errors import InvalidRequest
 from server.messages.protocol import TokenLogprob
 from server.openai.assembly import Entry
 from server.text.processor import TextProcessor
 
+_PART = 256  # tokens whose columns are written down at once
 _LOWEST = -9999.0  # JSON has no infinity; vLLM's stand-in
 
 Columns = dict[str, list[Any]]
@@ -47,14 +51,31 @@ def columns(text: TextProcessor, entries: Iterable[Entry], *, start: int = 0) ->
     return made
 
 
-def prompt_columns(
+def echoed_columns(
     text: TextProcessor, ids: Sequence[int], offsets: Sequence[int], logprobs: Sequence[TokenLogprob | None]
-) -> Columns:
-    """The same for an echoed prompt: nothing precedes its first token, so that one has no logprob."""
-    made = no_columns()
-    for token, offset, logprob in zip(ids, offsets, logprobs, strict=True):
-        _append(made, text, offset, token, logprob)
-    return made
+) -> dict[str, bytes]:
+    """The same for an echoed prompt, each column as the inside of a JSON list.
+
+    Written down once for all samples, and in parts: what holds the interpreter at once is short. Nothing precedes the
+    first token, so that one has no logprob.
+    """
+    parts: dict[str, list[bytes]] = {name: [] for name in no_columns()}
+    for start in range(0, len(ids), _PART):
+        made = no_columns()
+        part = slice(start, start + _PART)
+        for token, offset, logprob in zip(ids[part], offsets[part], logprobs[part], strict=True):
+            _append(made, text, offset, token, logprob)
+        for name, column in made.items():
+            parts[name].append(msgspec.json.encode(column)[1:-1])
+    return {name: b",".join(written) for name, written in parts.items()}
+
+
+def behind_echo(echoed: dict[str, bytes], made: Columns) -> dict[str, Raw]:
+    """Columns of an echoed prompt and of what follows it, as JSON."""
+    return {
+        name: Raw(b"[%b%b%b]" % (echoed[name], b"," if column else b"", msgspec.json.encode(column)[1:-1]))
+        for name, column in made.items()
+    }
 
 
 def no_columns() -> Columns:

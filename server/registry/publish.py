@@ -151,7 +151,8 @@ class Publisher:
 
     async def _inspect(self, name: str, directory: Path, base: Ready, text: AdapterText) -> AdapterSpec:
         outline = outline_of(self._outline, base) if self._outline else None
-        check = Check(directory, base.linears, base.architecture, outline, text)
+        ignore_vision = self._settings.ignore_vision_adapters
+        check = Check(directory, base.linears, base.architecture, outline, text, ignore_vision)
         return await self._run(name, inspect_adapter, check, "weights")
 
     async def _run(self, name: str, function: Callable[[A], T], order: A, param: str) -> T:

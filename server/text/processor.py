@@ -21,6 +21,7 @@ from tokenizers import AddedToken, Tokenizer
 from adapters.peft_format.text import AdapterText
 from server.errors import ContextLengthExceeded, InvalidRequest
 from server.text.chat_template import ChatTemplate, TemplateRefusal
+from server.text.reasoning import REASONING_FORMATS, ReasoningFormat, reasoning_of, with_thoughts
 from server.text.sandbox import TemplateRenderer
 from server.text.tools.format import ToolFormat
 from server.text.tools.prompt import for_template
@@ -57,6 +58,7 @@ class TextProcessor:
         renderer: of the templates that adapters bring; None: these are not used.
         stop_tokens: tokens that end an answer, and the files of the model that say so.
         tool_parser: the name of the templates' format of tool calls, where these know tools; None: by their text.
+        reasoning_parser: the name of the answers' format of thoughts; "auto": by the template's text; "none".
 
     Attributes:
         stop_tokens: id -> where it is named; the chat template's end of an assistant's turn is among them.
@@ -71,6 +73,7 @@ class TextProcessor:
         renderer: TemplateRenderer | None = None,
         stop_tokens: Mapping[int, Sequence[str]] | None = None,
         tool_parser: str | None = None,
+        reasoning_parser: str = "auto",
     ) -> None:
         self.tokenizer = tokenizer
         tokenizer.no_truncation()
@@ -78,6 +81,7 @@ class TextProcessor:
         self.chat_template = chat_template
         self.renderer = renderer
         self._tool_parser = tool_parser
+        self._reasoning_parser = reasoning_parser
         self._special_tokens = dict(special_tokens or {})
         self._own_template: str | None = None  # an adapter's
         self._key = ""  # the adapter's
@@ -96,7 +100,11 @@ class TextProcessor:
 
     @classmethod
     def load(
-        cls, directory: Path, renderer: TemplateRenderer | None = None, tool_parser: str | None = None
+        cls,
+        directory: Path,
+        renderer: TemplateRenderer | None = None,
+        tool_parser: str | None = None,
+        reasoning_parser: str = "auto",
     ) -> "TextProcessor":
         """From a Hugging Face layout: `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`.
 
@@ -117,7 +125,7 @@ class TextProcessor:
         special_tokens = _special_tokens(directory, config)
         template = ChatTemplate(source, special_tokens) if source else None
         stop_tokens = _stop_tokens(directory, tokenizer, special_tokens)
-        return cls(tokenizer, template, special_tokens, renderer, stop_tokens, tool_parser)
+        return cls(tokenizer, template, special_tokens, renderer, stop_tokens, tool_parser, reasoning_parser)
 
     def close(self) -> None:
         """Stop the tokenising thread."""
@@ -133,6 +141,14 @@ class TextProcessor:
         """How answers call functions; None without a chat template."""
         source = self._template_source
         return None if source is None else format_of(source, self._tool_parser)
+
+    @property
+    def reasoning_format(self) -> ReasoningFormat | None:
+        """How answers think; None where they do not."""
+        source = self._template_source
+        if source is None or self._reasoning_parser == "none":
+            return None
+        return reasoning_of(source) if self._reasoning_parser == "auto" else REASONING_FORMATS[self._reasoning_parser]
 
     @property
     def _template_source(self) -> str | None:
@@ -218,8 +234,8 @@ class TextProcessor:
 
     def details(self) -> dict[str, Any]:
         """How answers end and call tools, as the API tells it."""
-        tool_format = self.tool_format
-        return {"stop_tokens": self.stops_as_json(), "tool_format": tool_format.name if tool_format else None}
+        formats = {"tool_format": self.tool_format, "reasoning_format": self.reasoning_format}
+        return {"stop_tokens": self.stops_as_json()} | {key: each and each.name for key, each in formats.items()}
 
     # --- text -> tokens
 
@@ -262,13 +278,12 @@ class TextProcessor:
     ) -> str:
         """The prompt's text. Raises `InvalidRequest` when the template refuses, or when there is none, and when an
         adapter's template writes more than `max_tokens` could stand for."""
-        source, tool_format = self._template_source, self.tool_format
-        if source is None or tool_format is None:
+        if self._template_source is None:
             raise InvalidRequest("The base model has no chat template; use /v1/completions.", param="messages")
         size = sum(len(message["content"]) for message in messages) + len(messages) + _LONG * bool(tools)
         chat, shown = messages, None
-        if tools or any(message["role"] == "tool" or "tool_calls" in message for message in messages):
-            chat, shown = await self.in_thread(size, partial(for_template, messages, tools, source, tool_format))
+        if tools or any(_is_more_than_text(message) for message in messages):
+            chat, shown = await self.in_thread(size, partial(self.for_template, messages, tools))
         if self._own_template is not None and self.renderer is not None:
             return await self.renderer.render(
                 self._own_template,
@@ -294,6 +309,16 @@ class TextProcessor:
             return await self.in_thread(size, render)
         except TemplateRefusal as refusal:
             raise InvalidRequest(refusal.message, param=refusal.param) from refusal
+
+    def for_template(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+        """Messages and tools as the chat template takes them; tools are None where it is to see none."""
+        source, tool_format = self._template_source, self.tool_format
+        assert source is not None
+        assert tool_format is not None
+        chat = with_thoughts([dict(message) for message in messages], source, self.reasoning_format)
+        return for_template(chat, tools, source, tool_format)
 
     def _encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         # `encode_batch*` releases the interpreter's lock, `encode` does not.
@@ -339,6 +364,10 @@ class TextProcessor:
             return content.encode()
         piece = self.tokenizer.id_to_token(id_)
         return b"" if piece is None else self._piece_bytes(piece)
+
+
+def _is_more_than_text(message: Mapping[str, Any]) -> bool:
+    return message["role"] == "tool" or "tool_calls" in message or "reasoning" in message
 
 
 def _turns(texts: Iterable[str]) -> Iterator[list[str]]:

@@ -112,6 +112,11 @@ class LayeredModel:
 
         with self._replaced([record] * len(self.layers)):
             self._decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False)
+        if any(hidden.shape != inputs[0].shape or hidden.shape[-2] != len(ids) for hidden in inputs):
+            name = type(self._model).__name__
+            raise Untrainable(
+                f"the layers of {name} pass on streams within a token, or more than these: it is not trained"
+            )
         shared = SharedStates()
         for _, keywords in arguments:
             if isinstance(keywords.get("shared_kv_states"), KVSharingDict):

@@ -68,7 +68,7 @@ class Answer:
     def take(self, output: Output) -> None:
         self.tokens += output.tokens
         self.logprobs += output.logprobs
-        self.prompt_logprobs += output.prompt_logprobs or []
+        self.prompt_logprobs += output.prompt_logprobs
         self.finish_reason = output.finish_reason
         self.error, self.code = output.error, output.code
         self.cached_tokens += output.cached_tokens

@@ -82,7 +82,7 @@ class ScriptedEngine(IdleEngine):
                     logprobs=[logprob(token, sampling.logprobs) for token in new]
                     if sampling.logprobs is not None
                     else [],
-                    prompt_logprobs=_prompt_logprobs(request) if step == 0 else None,
+                    prompt_logprobs=_prompt_logprobs(request) if step == 0 else [],
                     finish_reason=("stop" if stopped else "length") if last else None,
                     stop_token=new[0] if stopped else None,
                     cached_tokens=self.cached_tokens if step == 0 else 0,
@@ -104,10 +104,10 @@ def logprob(token: int, alternatives: int) -> TokenLogprob:
     return TokenLogprob(token=token, logprob=-token / 1000, rank=1, top=top)
 
 
-def _prompt_logprobs(request: Generate) -> list[TokenLogprob | None] | None:
+def _prompt_logprobs(request: Generate) -> list[TokenLogprob | None]:
     alternatives = request.sampling.prompt_logprobs
     if alternatives is None:
-        return None
+        return []
     return [None, *(logprob(token, alternatives) for token in request.prompt[1:])]
 
 

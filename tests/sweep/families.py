@@ -22,7 +22,9 @@ SIZES: dict[str, int] = (
     dict.fromkeys(
         ["hidden_size", "d_model", "n_embd", "emb_dim", "embed_dim", "dim_model", "dim", "embedding_size"], 64
     )
-    | dict.fromkeys(["word_embed_proj_dim", "d_embed", "hidden_dim", "output_dim", "projection_dim"], 64)
+    | dict.fromkeys(
+        ["word_embed_proj_dim", "d_embed", "hidden_dim", "output_dim", "projection_dim", "out_hidden_size"], 64
+    )
     | dict.fromkeys(["intermediate_size", "ffn_dim", "ffn_hidden_size", "d_ff", "dim_ff", "n_inner", "d_inner"], 128)
     | dict.fromkeys(["encoder_ffn_dim", "decoder_ffn_dim", "mlp_hidden_size", "intermediate_size_mlp"], 128)
     | dict.fromkeys(
@@ -76,15 +78,29 @@ GEMMA4 = {  # of its sizes at once: K = V in full layers, fewer and larger heads
     "final_logit_softcapping": 30.0,
     "per_layer_config": {layer: {"head_dim": 32, "num_key_value_heads": 1} for layer in (1, 3)},
 }
-OTHER: dict[str, dict[str, Any]] = {
-    "bamba": MAMBA,
-    "cohere_compass_text": {
-        "layer_types": ["sliding_attention", "full_attention"],
-        "rope_parameters": {
-            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-            "full_attention": {"rope_type": "default", "rope_theta": 1e6},
-        },
+COMPASS = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
     },
+}
+MROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}  # half a head
+MULTIMODAL_ROPE = (
+    *("qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "paddleocr_vl", "glm4v", "glm46v", "glm_ocr", "glmga"),
+    "video_llama_3",
+)
+OTHER: dict[str, dict[str, Any]] = {
+    **{name: {"text_config": {"rope_parameters": MROPE}} for name in MULTIMODAL_ROPE},
+    "hunyuan_vl": {"text_config": {"rope_parameters": MROPE | {"mrope_section": [2, 2, 2, 2]}}},
+    "chameleon": {"vocabulary_map": {"<image>": 5, "IMGIMGAZ": 6}},
+    "emu3": {"vocabulary_map": {"<image>": 5, "<|extra_200|>": 6, "<|visual token 000000|>": 7}},
+    "mllama": {"text_config": {"cross_attention_layers": [1]}},
+    "granite4_vision": {"downsample_rate": "1/2", "deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1]},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "bamba": MAMBA,
+    "cohere_compass_text": COMPASS,
+    "cohere_compass": {"text_config": COMPASS},
     "dbrx": {
         "attn_config": {"clip_qkv": 8.0, "kv_n_heads": 2, "rope_theta": 1e4},
         "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2},
@@ -125,7 +141,9 @@ def tiny_config(model_type: str) -> Any:
         }
         made: Any = CONFIG_MAPPING[model_type]
         return made(text_config=text)
-    settings = _shrunk(CONFIG_MAPPING[model_type]().to_dict()) | OTHER.get(model_type, {})
+    settings = _shrunk(CONFIG_MAPPING[model_type]().to_dict())
+    for name, value in OTHER.get(model_type, {}).items():
+        settings[name] = settings[name] | value if name in ("text_config", "adapter_config") else value
     return CONFIG_MAPPING[model_type](**settings)
 
 
@@ -139,6 +157,8 @@ def _shrunk(default: dict[str, Any]) -> dict[str, Any]:
             continue
         if name == "rope_parameters" and not value:
             continue
+        if name == "rope_parameters" and "mrope_section" in value:
+            value = value | {"mrope_section": MROPE["mrope_section"]}
         if name == "per_layer_config" and value:
             settings[name] = {LAYERS - 1: {key: 2 * SIZES[key] for key in next(iter(value.values())) if key in SIZES}}
         elif isinstance(value, dict) and name.endswith("config"):
@@ -164,11 +184,16 @@ def _shrunk(default: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
+def auto_class(model_type: str) -> Any:
+    """transformers' own way to load a type: as a wrapper of text and images where it is one, or as a causal model."""
+    return transformers.AutoModelForImageTextToText if model_type in WRAPPERS else transformers.AutoModelForCausalLM
+
+
 def tiny_family(model_type: str, path: Path, seed: int = 0) -> None:
-    """Write a tiny random causal model of this type to `path`. Raises what transformers raises when there is none."""
+    """Write a tiny random model of this type to `path`. Raises what transformers raises when there is none."""
     config = tiny_config(model_type)
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config).float()
+    model = auto_class(model_type).from_config(config).float()
     with torch.no_grad():  # the default initialisation is so small that every logit is alike
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2:

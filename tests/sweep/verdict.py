@@ -28,7 +28,7 @@ from server.training.trainer import Trainer
 from tests.support import offline
 from tests.support.training import dataset, ended, job, losses
 from tests.support.training import run as train
-from tests.sweep.families import CAUSAL, VOCAB, tiny_config, tiny_family
+from tests.sweep.families import VOCAB, auto_class, tiny_config, tiny_family
 
 Word = Literal["served", "refused", "wrong", "unclear"]
 TOLERANCE = 1e-3  # of a log-probability, of a loss
@@ -64,16 +64,13 @@ def judge(model_type: str, directory: Path) -> Verdict:
             return _unclear("no config", other)
         return _unclear("no tiny config", fault)
     model = directory / "model"
-    if model_type in CAUSAL:
-        try:
-            tiny_family(model_type, model)
-        except ImportError:  # a part of the model needs a library that nothing else does: any weights will do
-            tiny_config(model_type).save_pretrained(model)
-            save_file({"none": torch.zeros(1)}, model / "model.safetensors", metadata={"format": "pt"})
-        except Exception as fault:
-            return _unclear("no tiny model", fault)
-    else:  # a wrapper that is no causal model for transformers: its config alone must be refused
+    try:
+        tiny_family(model_type, model)
+    except ImportError:  # a part of the model needs a library that nothing else does: any weights will do
         tiny_config(model_type).save_pretrained(model)
+        save_file({"none": torch.zeros(1)}, model / "model.safetensors", metadata={"format": "pt"})
+    except Exception as fault:
+        return _unclear("no tiny model", fault)
     try:
         differences = [_compare(model, quantization, directory / quantization) for quantization in ("none", "nf4")]
     except UnservableModel as refusal:
@@ -142,7 +139,8 @@ def _stock(model: Path, quantization: str) -> Any:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.float32,
         )
-    stock = transformers.AutoModelForCausalLM.from_pretrained(
+    model_type = transformers.AutoConfig.from_pretrained(model).model_type
+    stock = auto_class(model_type).from_pretrained(
         model, dtype=torch.float32, attn_implementation="eager", device_map={"": "cpu"}, **settings
     )
     for module in stock.modules():

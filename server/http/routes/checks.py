@@ -102,7 +102,7 @@ async def _score(services: Services, ids: list[int], adapters: list[AdapterRef])
     async with aclosing(services.engine.generate(request)) as outputs:
         async for output in outputs:
             raise_failure(output)
-            scores += [entry.logprob for entry in output.prompt_logprobs or [] if entry is not None]
+            scores += [entry.logprob for entry in output.prompt_logprobs if entry is not None]
             if output.finish_reason is not None:
                 break
     return scores

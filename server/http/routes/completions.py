@@ -19,7 +19,7 @@ from server.http.operations import OPENING, Operation
 from server.messages.protocol import Ready
 from server.openai.assembly import Piece
 from server.openai.generation import Generation, Prompt, check_vocabulary, checked_grammar, fit_max_tokens
-from server.openai.logprobs import AnswerSize, Columns, columns, extend, prompt_columns
+from server.openai.logprobs import AnswerSize, behind_echo, columns, echoed_columns, extend
 from server.openai.schema import INT32, GenerationBody
 from server.openai.target import Target, open_target
 from server.services import Services, services_of
@@ -159,7 +159,7 @@ class _Writer:
         self._body = body
         self._generation = generation
         self._echoes = echoes
-        self._prompt_columns: dict[int, Columns] = {}  # of each prompt, once its first sample has them
+        self._echoed: dict[int, dict[str, bytes]] = {}  # columns of each prompt, once its first sample has them
         size = partial(AnswerSize, max_bytes, body.logprobs, 25)
         self._size = size()
         for prompt, echo in zip(generation.prompts, echoes, strict=bool(echoes)):
@@ -175,7 +175,10 @@ class _Writer:
         async with aclosing(self._generation.pieces()) as pieces:
             async for index, piece in pieces:
                 await self._take_prompt(index, piece)
+                begins = index not in self._begun
                 if choice := self._choice(index, piece):
+                    if begins:
+                        choice = self._behind_echo(index, choice)
                     yield self._envelope([choice]) | self._generation.chunk_usage()
         if self._body.include_usage:
             yield self._envelope([]) | {"usage": self._generation.usage.as_json()}
@@ -200,17 +203,18 @@ class _Writer:
                         made["token_ids"] += more["token_ids"]
                     made |= {key: more[key] for key in ("finish_reason", "stop_reason")}
                 if piece.finish_reason is not None:
-                    ended[index] = Raw(encode_json(choices.pop(index)))  # far smaller, and not all at once
+                    whole = self._behind_echo(index, choices.pop(index))
+                    ended[index] = Raw(encode_json(whole))  # far smaller, and not all at once
         ordered = [ended[index] for index in sorted(ended)]
         return self._envelope(ordered) | {"usage": self._generation.usage.as_json()}
 
     async def _take_prompt(self, index: int, piece: Piece) -> None:
         """Write the log-probabilities of a prompt down, once for all of its samples."""
-        if piece.prompt_logprobs is not None:
+        if piece.prompt_logprobs:
             prompt = index // self._body.n
             ids, offsets = self._generation.prompts[prompt].ids, self._echoes[prompt].offsets
-            work = partial(prompt_columns, self._text, ids, offsets, piece.prompt_logprobs)
-            self._prompt_columns[prompt] = await self._text.in_thread(100 * len(ids), work)
+            work = partial(echoed_columns, self._text, ids, offsets, piece.prompt_logprobs)
+            self._echoed[prompt] = await self._text.in_thread(100 * len(ids), work)
 
     def _choice(self, index: int, piece: Piece) -> dict[str, Any] | None:
         """What a piece adds to its choice; None when nothing is to be sent yet."""
@@ -222,9 +226,6 @@ class _Writer:
         logprobs = columns(self._text, piece.entries, start=len(echo.text) if echo else 0) if with_logprobs else None
         if echo is not None and begins:
             text = echo.text + text
-            if logprobs is not None:
-                before = self._prompt_columns[prompt]
-                logprobs = {name: before[name] + column for name, column in logprobs.items()}
         elif not piece:
             return None
         self._begun.add(index)
@@ -239,6 +240,11 @@ class _Writer:
             ids = self._generation.prompts[prompt].ids
             choice |= {"token_ids": list(piece.tokens)} | ({"prompt_token_ids": ids} if begins else {})
         return choice
+
+    def _behind_echo(self, index: int, choice: dict[str, Any]) -> dict[str, Any]:
+        """A choice whose prompt's log-probabilities come first, if they were asked for."""
+        echoed = self._echoed.get(index // self._body.n)
+        return choice if echoed is None else choice | {"logprobs": behind_echo(echoed, choice["logprobs"])}
 
     def _envelope(self, choices: Sequence[Any]) -> dict[str, Any]:
         return self._generation.envelope(self._id, "text_completion", choices)

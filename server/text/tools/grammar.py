@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from server.text.tools.format import Frame
@@ -15,6 +16,13 @@ _AS_WRITTEN = {
     "lenient": False,
     "coerce_one_of": False,
 }
+
+
+def as_lark(text: str, tokens: Mapping[str, int]) -> str:
+    """A text as a rule has it, the tokens among it by their ids."""
+    pattern = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)"
+    parts = re.split(f"({pattern})", text)
+    return " ".join(f"<[{tokens[p]}]>" if p in tokens else json.dumps(p, ensure_ascii=False) for p in parts if p)
 
 
 def calls_grammar(
@@ -36,11 +44,7 @@ def calls_grammar(
         answer: the schema of an answer without calls, where calls have a marker; None: free text.
     """
 
-    def written(text: str) -> str:
-        pattern = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)"
-        parts = re.split(f"({pattern})", text)
-        return " ".join(f"<[{tokens[p]}]>" if p in tokens else json.dumps(p, ensure_ascii=False) for p in parts if p)
-
+    written = partial(as_lark, tokens=tokens)
     opening = frame.begin + frame.head
     rules = []
     if required or answer is not None:

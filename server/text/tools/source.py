@@ -36,7 +36,14 @@ class Arguments:
     text: str
 
 
-Event = Text | Begin | Arguments
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """What the model thinks before it answers."""
+
+    text: str
+
+
+Event = Text | Begin | Arguments | Thought
 
 
 class Malformed(Exception):  # caught by every reader, and no error of ours
@@ -48,6 +55,10 @@ class Source:
 
     Args:
         parameters: JSON Schemas of the functions' arguments, by the functions' names.
+
+    Attributes:
+        thinking: whether what comes next is a thought; None before that is known.
+        silent: texts that are left out wherever they stand.
     """
 
     def __init__(self, parameters: dict[str, dict[str, Any]]) -> None:
@@ -55,22 +66,24 @@ class Source:
         self.buffer = ""
         self.ended = False
         self.events: list[Event] = []
+        self.thinking: bool | None = None
+        self.silent: tuple[str, ...] = ()
         self._attempt: str | None = None  # read since a call may have begun; text, if it has not
         self._spaces = ""  # at the end of the text: none of it, if a call follows
         self._called = False
-        self._texted = False  # since the last call
+        self._begins = False  # white space that comes next is no text
 
     # --- events
 
     def emit(self, text: str) -> None:
-        """Text outside of calls. White space before and after these is none of it."""
+        """Text outside of calls. White space before and after these is none of it, nor is any after a thought."""
         text = self._spaces + text
-        if self._called and not self._texted:
+        if self._begins:
             text = text.lstrip()
         shown = text.rstrip()
         self._spaces = text[len(shown) :]
         if shown:
-            self._texted = True
+            self._begins = False
             self.events.append(Text(shown))
 
     def begin(self, name: Any, known: Collection[str] | None = None) -> None:
@@ -78,7 +91,7 @@ class Source:
         if not isinstance(name, str) or not name or (known is not None and name not in known):
             raise Malformed
         self._spaces, self._attempt = "", None
-        self._called, self._texted = True, False
+        self._called = self._begins = True
         self.events.append(Begin(name))
 
     def write(self, text: str) -> None:
@@ -127,11 +140,16 @@ class Source:
     def text(self, *markers: str) -> Step[str | None]:
         """Everything up to the next marker is text. Returns the marker; None at the end."""
         self._attempt = None
+        markers += self.silent
         while True:
             found = [(at, marker) for marker in markers if (at := self.buffer.find(marker)) >= 0]
             if found:
                 at, marker = min(found)
                 self.emit(self.take(at))
+                if marker in self.silent:
+                    self.take(len(marker))
+                    self._spaces, self._begins = "", True
+                    continue
                 self.attempt()
                 return self.take(len(marker)) and marker
             held = max((_overlap(self.buffer, marker) for marker in markers), default=0)
@@ -139,6 +157,28 @@ class Source:
             if not (yield from self.more()):
                 self.emit(self.take(held))
                 return None
+
+    def thought(self, end: str) -> Step[None]:
+        """Everything up to this, which is read, is a thought; white space around it is none of it."""
+        self.thinking, self._attempt = True, None
+        spaces, begun = "", False
+        while True:
+            at = self.buffer.find(end)
+            held = 0 if self.ended else _overlap(self.buffer, end)
+            text = spaces + self.take(at if at >= 0 else len(self.buffer) - held)
+            text = text if begun else text.lstrip()
+            shown = text.rstrip()
+            spaces = text[len(shown) :]
+            if shown:
+                begun = True
+                self.events.append(Thought(shown))
+            if at >= 0:
+                self.take(len(end))
+                self.thinking, self._begins = False, True
+                return
+            if self.ended:
+                return
+            yield from self.more()
 
     def space(self) -> Step[None]:
         """Skip white space."""
@@ -255,6 +295,11 @@ class Parser:
     def __init__(self, reader: Reader, parameters: dict[str, dict[str, Any]]) -> None:
         self._source = Source(parameters)
         self._steps = reader(self._source)
+
+    @property
+    def thinking(self) -> bool | None:
+        """Whether what comes next is a thought; None before that is known."""
+        return self._source.thinking
 
     def feed(self, text: str, *, last: bool = False) -> list[Event]:
         """What this text adds; with `last` nothing follows."""

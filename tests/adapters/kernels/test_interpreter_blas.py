@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[3]
 @pytest.mark.parametrize(
     "environment",
     [
-        pytest.param({"OPENBLAS_NUM_THREADS": "1"}, id="one thread"),
+        pytest.param({"OPENBLAS_NUM_THREADS": "1"}, id="one thread", marks=pytest.mark.slow),
         pytest.param({"OPENBLAS_CORETYPE": "Haswell", "OPENBLAS_NUM_THREADS": "2"}, id="Haswell, two threads"),
     ],
 )

@@ -17,7 +17,7 @@ from server.engine import grammar as grammars
 from server.engine.batch import InFlightStep
 from server.engine.engine import Engine
 from server.engine.sequence import Sequence, Step
-from server.messages.protocol import INVALID_GRAMMAR, AdapterRef, Generate, Grammar
+from server.messages.protocol import INVALID_GRAMMAR, AdapterRef, Generate, Grammar, Sampling, ThoughtBudget
 from tests.support import interpreter
 from tests.support.offline import Answer, load_engine, publish, request, run, solo, tight_engine
 from tests.support.tiny import VOCAB, tiny_adapter
@@ -319,7 +319,7 @@ def test_adapters_with_tokens_of_their_own_may_say_them(
     kept = grammars.Grammars(shallow_dir, VOCAB, [2], budget=1 << 30, priority="normal")
     adapter = AdapterRef("sha256:1", str(tmp_path), tokens=True)
     compiled = kept.compile(Grammar("lark", 'start: <polly> "squawk"'), [adapter]).result()
-    constraint = compiled.constraint([])
+    constraint = compiled.constraint(Sampling())
     assert constraint.forced == [first, first + 1]
     with pytest.raises(grammars.InvalidGrammar, match="polly"):
         kept.compile(Grammar("lark", 'start: <polly> "squawk"'), []).result()
@@ -338,7 +338,7 @@ def test_drafts_are_walked_as_single_tokens_would_be(engine: Engine) -> None:
     """The masks after drafts equal those of a constraint that was given these tokens one by one."""
     compiled = engine.grammars.compile(of_schema(PERSON), []).result()
     draw = random.Random(0)
-    walked = compiled.constraint([])
+    walked = compiled.constraint(Sampling())
     for _ in range(30):
         if walked.forced:
             walked.take(walked.forced[0])
@@ -358,3 +358,41 @@ def test_drafts_are_walked_as_single_tokens_would_be(engine: Engine) -> None:
         walked._make(drafts, 0)
         assert all((a[0] == b[0]).all() for a, b in zip(again, walked._rows, strict=True))
         walked.take(drafts[0] if drafts else allowed[0])
+
+
+THOUGHT = (
+    '%llguidance {}\nstart: begin thought SPACE @answer | @answer\nbegin[lazy]: "<a>"\n'
+    "thought[lazy]: /(.|\\n)*<\\/a>/\nSPACE: /[ \\n]{0,4}/\n"
+)
+
+
+@pytest.mark.parametrize("asked", [{}, {"speculative_tokens": 4}, {"logprobs": 1}, {"temperature": 0.0}])
+@pytest.mark.parametrize("most", [0, 1, 9, 30])
+def test_a_thought_ends_with_its_budget(most: int, asked: dict[str, Any], engine: Engine, tokenizer: Tokenizer) -> None:
+    """Whether the prompt has begun it or the answer does, and the grammar holds after it."""
+    close = tokenizer.encode("\n</a>\n", add_special_tokens=False).ids
+    begun = THOUGHT.replace("begin thought SPACE @answer | @answer", "thought SPACE @answer")
+    for begin, lark in (("", begun), ("<a>", THOUGHT.replace(" | @answer", ""))):
+        grammar = Grammar("json", json.dumps(PERSON), lark)
+        budget = ThoughtBudget(most, begin, "</a>", close)
+        answer = run(engine, [constrained("t", grammar, thought=budget, **asked)])["t"]
+        assert answer.error is None
+        text = tokenizer.decode(answer.tokens, skip_special_tokens=False)
+        thought, end, rest = text.partition("\n</a>\n")
+        assert end
+        assert thought.startswith(begin)
+        opened = len(tokenizer.encode(begin).ids)
+        spent = len(tokenizer.encode(thought + end).ids)
+        assert spent <= max(most, opened + len(close)) + 2, "and a token or two, where it is split otherwise"
+        if answer.finish_reason == "stop":
+            jsonschema_rs.validator_for(PERSON).validate(json.loads(rest.removesuffix("<|im_end|>")))
+
+
+def test_a_budget_never_ends_what_is_no_thought(engine: Engine, tokenizer: Tokenizer) -> None:
+    free = Grammar("lark", "%llguidance {}\nstart: <[*]>*\n")
+    budget = ThoughtBudget(3, "<a>", "</a>", tokenizer.encode("</a>").ids)
+    plain = run(engine, [constrained("p", free, seed=5, max_tokens=40)])["p"]
+    limited = run(engine, [constrained("l", free, seed=5, max_tokens=40, thought=budget)])["l"]
+    assert plain.tokens == limited.tokens
+    alone = request("f", [5, 6, 7, 8, 7, 6], seed=5, temperature=1.5, max_tokens=40, ignore_eos=False, logprobs=None)
+    assert run(engine, [alone])["f"].tokens == plain.tokens, "a grammar of any text changes nothing"

@@ -10,10 +10,11 @@ import pytest
 from adapters.peft_format import record
 from adapters.peft_format.directory import CONFIG_NAME, SPEC_NAME, WEIGHTS_NAME
 from adapters.storage.entries import NAMES
+from server.finetune import restore
 from server.finetune.checkpoints import _sync_and_hash
 from server.finetune.database import open_database
 from server.finetune.files import FileStore
-from server.finetune.jobs import JobSpec
+from server.finetune.jobs import JobSpec, Status
 from server.services import TENANT
 from tests.support.power_cut import Synced
 from tests.support.publishing import Box, put
@@ -62,3 +63,21 @@ async def test_the_adapter_that_a_job_starts_from(tmp_path: Path, monkeypatch: p
         spec = JobSpec(model="m", base="m", training_file="file-x", seed=0)
         job = served.services.tuning.manager._create(TENANT, spec, initial)
         assert not synced.lost_below(tmp_path / "jobs", tmp_path / "jobs" / job.id)
+
+
+@pytest.mark.parametrize(("status", "kept"), [("queued", True), ("failed", False)])
+async def test_a_job_whose_row_cannot_be_read_keeps_its_directory(tmp_path: Path, status: Status, kept: bool) -> None:
+    async with serving(tmp_path) as served:
+        manager = served.services.tuning.manager
+        job = manager._create(TENANT, JobSpec(model="m", base="m", training_file="file-x", seed=0), None)
+        if status != "queued":
+            manager._jobs.move(job, status)
+        directory = tmp_path / "jobs" / job.id
+        directory.mkdir(exist_ok=True)
+        restore.note(directory, restore.JOB, job)
+        with manager._database.transaction() as connection:
+            connection.execute("UPDATE jobs SET record = '{' || record")
+        manager._sort_out()
+        assert directory.exists() is kept
+        if kept:
+            assert manager._jobs.get(TENANT, job.id).status == "paused"

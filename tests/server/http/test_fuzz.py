@@ -8,8 +8,8 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.http.routes.chat import ChatBody
 from server.http.routes.completions import CompletionBody
+from server.openai.chat import ChatBody
 from tests.support.scripted import BASE, serving
 
 _NUMBERS = st.one_of(

@@ -43,7 +43,9 @@ async def score(client: httpx.AsyncClient, name: str) -> list[float]:
     return logprobs[1:]
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(
+    "base", [base if base == "untied" else pytest.param(base, marks=pytest.mark.slow) for base in BASES]
+)
 async def test_every_variant_is_served_as_peft_computes_it(base: str, cache_dir: Path, tmp_path: Path) -> None:
     model = make_base(base, tmp_path / "model")
     kinds = {name.replace(" ", "-").replace(",", ""): name for name, made in VARIANTS.items() if made.base == base}

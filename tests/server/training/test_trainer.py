@@ -88,7 +88,9 @@ def test_the_classic_configuration_trains(base: Base, trainer: Trainer, tmp_path
     assert {(module.rank, module.scaling) for module in spec.modules.values()} == {(8, 4.0)}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw_32bit", "paged_adamw_8bit"])
+@pytest.mark.parametrize(
+    "optimizer", [pytest.param("adamw", marks=pytest.mark.slow), "paged_adamw_8bit", "paged_adamw_32bit"]
+)
 def test_every_optimizer_learns_and_resumes_bit_for_bit(
     optimizer: str, base: Base, trainer: Trainer, tmp_path: Path
 ) -> None:

@@ -10,59 +10,9 @@ from server.text.chat_template import ChatTemplate
 from server.text.processor import TextProcessor
 from server.text.tools.prompt import for_template
 from server.text.tools.table import FORMATS, format_of, knows_tools
+from tests.support.templates import TOOL_TEMPLATES
 from tests.support.tiny import CHAT_TEMPLATE, _tokenizer
 
-# Shortened to how each family writes tools, calls and results.
-TEMPLATES = {
-    "qwen2.5": """{%- if tools %}{{- '<|im_start|>system\n# Tools\n<tools>' }}{%- for tool in tools %}{{- "\n" }}\
-{{- tool | tojson }}{%- endfor %}{{- '\n</tools>\n<tool_call>\n{"name": <function-name>, "arguments": <args>}\n\
-</tool_call><|im_end|>\n' }}{%- endif %}{%- for message in messages %}{%- if message.role == "assistant" %}\
-{{- '<|im_start|>assistant' }}{%- if message.content %}{{- '\n' + message.content }}{%- endif %}\
-{%- for tool_call in message.tool_calls %}{%- if tool_call.function is defined %}\
-{%- set tool_call = tool_call.function %}{%- endif %}{{- '\n<tool_call>\n{"name": "' }}{{- tool_call.name }}\
-{{- '", "arguments": ' }}{{- tool_call.arguments | tojson }}{{- '}\n</tool_call>' }}{%- endfor %}{{- '<|im_end|>\n' }}\
-{%- elif message.role == "tool" %}{{- '<|im_start|>user\n<tool_response>\n' + message.content + '\n</tool_response>' }}\
-{{- '<|im_end|>\n' }}{%- else %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}\
-{%- endif %}{%- endfor %}""",
-    "llama3.1": """{{- bos_token }}{%- if tools is not none %}{{- 'Respond in the format {"name": function name, \
-"parameters": dictionary of argument name and its value}.' }}{%- for t in tools %}{{- t | tojson(indent=4) }}\
-{%- endfor %}{%- endif %}{%- for message in messages %}{%- if 'tool_calls' in message %}\
-{%- set tool_call = message.tool_calls[0].function %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}\
-{{- '{"name": "' + tool_call.name + '", "parameters": ' }}{{- tool_call.arguments | tojson }}{{- "}<|eot_id|>" }}\
-{%- elif message.role == "tool" %}{{- "<|start_header_id|>ipython<|end_header_id|>\n\n" }}\
-{{- message.content | tojson }}{%- else %}{{- message['content'] | trim }}{%- endif %}{%- endfor %}""",
-    "llama3.2_pythonic": """{%- if tools is not none %}{{- 'Respond in the format [func_name1(params_name1=\
-params_value1), func_name2(params)] ' }}{%- for t in tools %}{{- t | tojson(indent=4) }}{%- endfor %}{%- endif %}\
-{%- for message in messages %}{%- if 'tool_calls' in message %}{{- '[' }}{%- for tool_call in message.tool_calls %}\
-{{- tool_call.function.name + '(' }}{%- for p in tool_call.function.arguments %}{{- p + '=' }}\
-{{- tool_call.function.arguments[p] }}{%- endfor %}{{- ')' }}{%- endfor %}{{- ']<|eot_id|>' }}{%- else %}\
-{{- message['content'] }}{%- endif %}{%- endfor %}""",
-    "mistral": """{{- bos_token }}{%- if tools is not none %}{{- '[AVAILABLE_TOOLS] ' + tools | tojson + \
-'[/AVAILABLE_TOOLS]' }}{%- endif %}{%- for message in messages %}{%- if message.tool_calls is defined and \
-message.tool_calls is not none %}{{- '[TOOL_CALLS] [' }}{%- for tool_call in message.tool_calls %}\
-{%- set out = tool_call.function | tojson %}{{- out[:-1] }}{%- if tool_call.id | length != 9 %}\
-{{- raise_exception('ids have 9 characters') }}{%- endif %}{{- ', "id": "' + tool_call.id + '"}' }}{%- endfor %}\
-{{- ']' + eos_token }}{%- elif message.role == 'tool' %}{%- if message.tool_call_id | length != 9 %}\
-{{- raise_exception('ids have 9 characters') }}{%- endif %}{{- '[TOOL_RESULTS] {"content": ' + message.content + \
-', "call_id": "' + message.tool_call_id + '"}[/TOOL_RESULTS]' }}{%- else %}\
-{{- '[INST] ' + message.content + '[/INST]' }}{%- endif %}{%- endfor %}""",
-    "qwen3_coder": """{%- for tool in tools or [] %}{{- tool.function.description }}{%- endfor %}{{- '<tool_call>\n\
-<function=example_function_name>\n<parameter=example>' }}{%- for message in messages %}\
-{%- for tool_call in message.tool_calls or [] %}{{- '\n<tool_call>\n<function=' + tool_call.function.name + '>\n' }}\
-{%- for name, value in tool_call.function.arguments | items %}{{- '<parameter=' + name + '>\n' + value | string + \
-'\n</parameter>\n' }}{%- endfor %}{{- '</function>\n</tool_call>' }}{%- endfor %}{{- message.content }}{%- endfor %}""",
-    "deepseek_v3.1": """{%- for tool in tools or [] %}{{- tool.function.description }}{%- endfor %}\
-{%- for message in messages %}{%- for tool in message['tool_calls'] or [] %}{{- '<｜tool▁call▁begin｜>' + \
-tool['function']['name'] + '<｜tool▁sep｜>' + tool['function']['arguments'] + '<｜tool▁call▁end｜>' }}{%- endfor %}\
-{{- message['content'] }}{%- endfor %}""",
-    "phi4_mini": """{% for message in messages %}{% if message['role'] == 'system' and 'tools' in message and \
-message['tools'] is not none %}{{ '<|system|>' + message['content'] + '<|tool|>' + message['tools'] + \
-'<|/tool|><|end|>' }}{% else %}{{ '<|' + message['role'] + '|>' + \
-message['content'] + '<|end|>' }}{% endif %}{% endfor %}""",
-    "granite3": """{%- if tools %}{{- '<|start_of_role|>tools<|end_of_role|>' + tools | tojson }}{%- endif %}\
-{{- 'write <|tool_call|> and a list' }}{%- for message in messages %}{{- '<|start_of_role|>' + message['role'] + \
-'<|end_of_role|>' + message['content'] + '<|end_of_text|>\n' }}{%- endfor %}""",
-}
 WEATHER: dict[str, Any] = {
     "type": "function",
     "function": {
@@ -111,8 +61,8 @@ async def rendered(template: str, messages: list[dict[str, Any]], tools: list[di
     ],
 )
 def test_a_format_is_recognised_from_the_template(name: str, tool_format: str) -> None:
-    assert format_of(TEMPLATES[name]).name == tool_format
-    assert format_of(TEMPLATES[name], "lfm").name == "lfm"
+    assert format_of(TOOL_TEMPLATES[name]).name == tool_format
+    assert format_of(TOOL_TEMPLATES[name], "lfm").name == "lfm"
 
 
 @pytest.mark.parametrize(
@@ -145,15 +95,15 @@ def test_marks_of_other_families(sign: str, tool_format: str) -> None:
     ],
 )
 async def test_history_and_tools_in_the_template_s_own_way(name: str, expected: str) -> None:
-    prompt = await rendered(TEMPLATES[name], HISTORY, [WEATHER])
+    prompt = await rendered(TOOL_TEMPLATES[name], HISTORY, [WEATHER])
     assert expected in prompt
     assert "sunny" in prompt
     assert "The weather." in prompt
-    assert "The weather." not in await rendered(TEMPLATES[name], HISTORY, [])
+    assert "The weather." not in await rendered(TOOL_TEMPLATES[name], HISTORY, [])
 
 
 async def test_mistral_s_ids_have_nine_characters_and_still_belong_together() -> None:
-    prompt = await rendered(TEMPLATES["mistral"], HISTORY, [])
+    prompt = await rendered(TOOL_TEMPLATES["mistral"], HISTORY, [])
     [id_] = {part.split('"')[0] for part in prompt.split('"id": "')[1:]}
     assert len(id_) == 9
     assert f'"call_id": "{id_}"' in prompt
@@ -162,7 +112,7 @@ async def test_mistral_s_ids_have_nine_characters_and_still_belong_together() ->
         HISTORY[1] | {"tool_calls": [CALL | {"id": "a1b2c3d4e"}]},
         HISTORY[2] | {"tool_call_id": "a1b2c3d4e"},
     ]
-    assert prompt.replace(id_, "a1b2c3d4e") == await rendered(TEMPLATES["mistral"], kept, [])
+    assert prompt.replace(id_, "a1b2c3d4e") == await rendered(TOOL_TEMPLATES["mistral"], kept, [])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,85 @@
+"""How an adapter's file calls the text model of its base.
+
+Wrappers of text and images name it differently from release to release (`model.language_model.layers`,
+`language_model.model.layers`), and one and the same text model is trained alone (`model.layers`) or within one.
+"""
+
+import dataclasses
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any, TypeVar
+
+from adapters.peft_format.layout import PREFIX, Layout, Variants
+from adapters.peft_format.outline import Outline
+
+T = TypeVar("T")
+
+# What text models are called in wrappers, and wrappers' other parts.
+_TEXT = {"model", "language_model", "text_model", "llm", "thinker"}
+_BESIDE = {
+    *("vision_tower", "vision_model", "vision_encoder", "visual", "vision_embed_tokens", "vision_resampler"),
+    *("multi_modal_projector", "mm_projector", "embed_vision", "connector", "aligner", "image_projection"),
+    *("audio_tower", "audio_model", "embed_audio"),
+}
+_PLACE = re.compile(r"(?P<before>(?:[^.]+\.)*?)(?P<list>[^.]+)\.\d+\.")  # of a layer: prefix, name of the list
+
+
+def spelling(tensors: Iterable[str], linears: Collection[str], outline: Outline) -> dict[str, str]:
+    """What these tensors of a file call the base's linears, tables and parameters, where the base calls them otherwise.
+
+    Empty unless all tensors agree on one other way.
+    """
+    places = [place for linear in linears if (place := _PLACE.match(linear))]
+    if not places:
+        return {}
+    ours, layers = places[0]["before"], places[0]["list"]
+    theirs, head = set(), outline.head or ""
+    for name in tensors:
+        module = name.removeprefix(PREFIX)
+        place = _PLACE.match(module)
+        if place is not None and place["list"] == layers and _is_text(place["before"]):
+            theirs.add(place["before"])
+        before, found, _ = module.partition(f"{(outline.head or '').rpartition('.')[2]}.")
+        if outline.head and found and _is_text(before):
+            head = (before + found).removesuffix(".")
+    if len(theirs) != 1 or theirs == {ours}:
+        return {}
+    prefixes = [*([(outline.head, head)] if outline.head else []), (ours, theirs.pop())]
+    names = {}
+    for name in (*linears, *outline.tables, *outline.parameters):
+        before, after = next((pair for pair in prefixes if name.startswith(pair[0])), ("", ""))
+        names[name] = after + name.removeprefix(before)
+    return names
+
+
+def respelled(values: Mapping[str, T], names: Mapping[str, str]) -> dict[str, T]:
+    """The same values by other names."""
+    return {names.get(name, name): value for name, value in values.items()}
+
+
+def respelled_outline(outline: Outline, names: Mapping[str, str]) -> Outline:
+    """The same base by other names."""
+    return dataclasses.replace(
+        outline,
+        parameters=respelled(outline.parameters, names),
+        embedding=names.get(outline.embedding or "", outline.embedding),
+        head=names.get(outline.head or "", outline.head),
+    )
+
+
+def respelled_layout(plan: Layout, names: Mapping[str, str]) -> Layout:
+    """The same layout, its modules and parameters by other names; tensors keep theirs."""
+    fields: dict[str, Any] = {field.name: getattr(plan.variants, field.name) for field in dataclasses.fields(Variants)}
+    fields |= {name: respelled(value, names) for name, value in fields.items() if isinstance(value, dict)}
+    return plan._replace(modules=respelled(plan.modules, names), variants=Variants(**fields))
+
+
+def _is_text(prefix: str) -> bool:
+    return _TEXT.issuperset(prefix.split(".")[:-1])
+
+
+def beside(name: str, outline: Outline) -> str | None:
+    """The part of a wrapper that a tensor of a file belongs to and that text does not pass; None for any other."""
+    parts = name.removeprefix(PREFIX).split(".")[:-1]
+    others = _BESIDE.union(module.rpartition(".")[2] for module in outline.aside)
+    return next((".".join(parts[: i + 1]) for i, part in enumerate(parts) if part in others), None)

@@ -1,0 +1,158 @@
+"""The weights of a base: read from its files, quantised, or read from the quantised copy.
+
+Of a wrapper (a text model among encoders of images and sound) only the text tower is built and read: its class is
+transformers' own, whose other parts are dropped before any weight is looked at.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import bitsandbytes
+import torch
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from adapters.scratch import scratch
+from server.model import attention, naming
+
+log = logging.getLogger("lorakeet.engine")
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+class UnservableModel(ValueError):
+    """This base cannot be served with these settings; the message gives the reason and the remedy."""
+
+
+def model_class(config: Any) -> type[transformers.PreTrainedModel] | None:
+    """transformers' class for this type: a wrapper of text and images, or a causal model; None when it has neither."""
+    for mapping in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
+        if type(config) in mapping:
+            return cast("type[transformers.PreTrainedModel]", mapping[type(config)])
+    return None
+
+
+def text_tower(whole: type[transformers.PreTrainedModel]) -> type[transformers.PreTrainedModel]:
+    """The same class, by the same name, without the modules and parameters that text does not pass."""
+
+    def initialise(self: transformers.PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
+        whole.__init__(self, config, *args, **kwargs)
+        naming.drop_aside(self)
+
+    made: type[transformers.PreTrainedModel] = type(
+        whole.__name__, (whole,), {"__init__": initialise, "__module__": whole.__module__}
+    )
+    return made
+
+
+def load_quantized(
+    directory: Path, config: Any, quantization: str, dtype: torch.dtype, device: torch.device, cache_dir: Path
+) -> transformers.PreTrainedModel:
+    """The model of this config, its weights as `quantization` asks. Raises UnservableModel."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", "?")
+        if "bitsandbytes" not in str(method):
+            raise UnservableModel(
+                f"the base is already quantised with {method}: serve the original weights instead, "
+                f"they are quantised to --quantization {quantization} at load"
+            )
+        return _from_pretrained(directory, dtype, device)
+    if quantization == "none":
+        return _from_pretrained(directory, dtype, device)
+    cached = cache_dir / "quantized" / _cache_key(directory, quantization, dtype)
+    if not cached.exists():
+        model = _from_pretrained(directory, dtype, device, quantization_config=_bnb_config(quantization, dtype))
+        _save_atomically(model, cached)
+        return model
+    return _from_pretrained(cached, dtype, device)
+
+
+def _from_pretrained(
+    directory: Path, dtype: torch.dtype, device: torch.device, **kwargs: Any
+) -> transformers.PreTrainedModel:
+    config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    whole = model_class(config)
+    assert whole is not None, "check_servable comes first"
+    text = config.get_text_config(decoder=True)
+    ours = {name: attention.ATTENTION for name in config.sub_configs if getattr(config, name, None) is text}
+    ours[""] = attention.ATTENTION
+    with _without_adapter(directory) as weights:
+        # transformers 5 types this as returning Any.
+        model: transformers.PreTrainedModel = text_tower(whole).from_pretrained(
+            weights,
+            config=config,
+            dtype=dtype,
+            device_map={"": str(device)},
+            attn_implementation=dict.fromkeys(config.sub_configs, "eager") | ours,
+            local_files_only=True,
+            use_safetensors=True,
+            **kwargs,
+        )
+    model.name_or_path = str(directory)
+    return model
+
+
+@contextmanager
+def _without_adapter(directory: Path) -> Iterator[Path]:
+    """The model's directory; one that holds an adapter as well is shown without it, or it would be loaded too."""
+    if not (directory / ADAPTER_CONFIG).exists():
+        yield directory
+        return
+    log.warning("%s holds an adapter beside the model: the model is served without it", directory)
+    with scratch() as view:
+        for path in directory.resolve().iterdir():
+            if not path.name.startswith("adapter_"):
+                (view / path.name).symlink_to(path)
+        yield view
+
+
+def _bnb_config(quantization: str, dtype: torch.dtype) -> transformers.BitsAndBytesConfig:
+    if quantization == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _cache_key(directory: Path, quantization: str, dtype: torch.dtype) -> str:
+    """Names a quantised copy by its source files and everything that shapes the result."""
+    files = [
+        (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+        for path in sorted(directory.resolve().iterdir())
+        if path.suffix in {".safetensors", ".json"}
+    ]
+    identity = [
+        str(directory.resolve()),
+        files,
+        quantization,
+        str(dtype),
+        bitsandbytes.__version__,
+        transformers.__version__,
+    ]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
+
+
+def _save_atomically(model: transformers.PreTrainedModel, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        model.save_pretrained(staging)
+        staging.rename(target)
+    except FileExistsError:  # another process was first; its copy is as good
+        pass
+    except OSError as fault:
+        if not target.exists():
+            raise UnservableModel(f"the quantised base could not be written to the cache: {fault}") from fault
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

@@ -1,0 +1,165 @@
+"""A chat request, and the events of its answer, whichever API it came through."""
+
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from server.errors import InvalidRequest
+from server.openai.assembly import Entry, Piece
+from server.openai.conversation import Conversation
+from server.openai.generation import Generation, Prompt, check_vocabulary, checked_grammar, fit_max_tokens
+from server.openai.schema import INT32, GenerationBody
+from server.openai.target import open_target
+from server.openai.tools import Calling, Tool, ToolChoice, check_choice
+from server.services import Services
+from server.text.processor import TextProcessor
+from server.text.tools.source import Arguments, Begin, Parser, Text
+
+
+class ChatBody(GenerationBody, Conversation):
+    """The request's body."""
+
+    no_ops: ClassVar[dict[str, tuple[Any, ...]]] = GenerationBody.no_ops | {
+        "functions": ([],),
+        "function_call": ("none", "auto"),
+        "modalities": (["text"],),
+        "echo": (False,),
+    }
+
+    tool_choice: ToolChoice = "auto"
+    parallel_tool_calls: bool = True
+    max_tokens: int | None = Field(None, ge=1, le=INT32)
+    max_completion_tokens: int | None = Field(None, ge=1, le=INT32)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=20)
+    reasoning_effort: str | None = None  # hints to models that have such a switch; the template's own arguments go in
+    verbosity: str | None = None  # `chat_template_kwargs`
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> Self:
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequest("`top_logprobs` needs `logprobs: true`.", param="top_logprobs")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise InvalidRequest(
+                "`max_tokens` and `max_completion_tokens` differ; give one of them.", param="max_completion_tokens"
+            )
+        if self.tool_choice != "auto":
+            check_choice(self.tool_choice, self.tools)
+        return self
+
+    @property
+    def shown_tools(self) -> list[Tool]:
+        """None of them, if none may be called."""
+        return [] if self.tool_choice == "none" else self.tools
+
+    def calling(self, text: TextProcessor) -> Calling | None:
+        """How tools are called; None where there are none to call."""
+        tools, tool_format = self.shown_tools, text.tool_format
+        if not tools or tool_format is None:
+            return None
+        return Calling(text, tool_format, tools, self.tool_choice, self.parallel_tool_calls)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call of a function begins; its arguments follow."""
+
+    id: str
+    name: str
+
+
+Event = Text | Call | Arguments
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Why an answer ended, and the stop token or stop string that the client named, if that is why."""
+
+    reason: Literal["stop", "length", "tool_calls"]
+    stop_reason: int | str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Addition:
+    """What one output of the engine adds to a choice's answer; the last one has a `finish`."""
+
+    choice: int
+    events: list[Event]
+    entries: list[Entry]  # log-probabilities, if they were asked for
+    tokens: Sequence[int]  # ids, if they were asked for
+    finish: Finish | None
+
+
+@dataclass
+class Chat:
+    """A chat request that is under way. Iterate `additions` once; the usage is complete when it ends."""
+
+    text: TextProcessor
+    generation: Generation
+    calling: Calling | None
+
+    async def additions(self) -> AsyncGenerator[Addition, None]:
+        """As they come, of all choices; closing it aborts what still runs."""
+        answers: dict[int, _Answer] = {}
+        async with aclosing(self.generation.pieces()) as pieces:
+            async for choice, piece in pieces:
+                if choice not in answers:
+                    answers[choice] = _Answer(self.calling.parser() if self.calling else None)
+                events, finish = answers[choice].read(piece)
+                yield Addition(choice, events, piece.entries, piece.tokens, finish)
+
+
+class _Answer:
+    """One choice's text, read: text and calls apart.
+
+    Args:
+        parser: of calls; None where there are no tools.
+    """
+
+    def __init__(self, parser: Parser | None) -> None:
+        self._parser = parser
+        self._called = False
+
+    def read(self, piece: Piece) -> tuple[list[Event], Finish | None]:
+        """What the piece says."""
+        if self._parser is None:
+            events: list[Event] = [Text(piece.text)] if piece.text else []
+        else:
+            found = self._parser.feed(piece.text, last=piece.finish_reason is not None)
+            events = [_identified(event) for event in found]
+        self._called = self._called or any(isinstance(event, Call) for event in events)
+        if piece.finish_reason is None:
+            return events, None
+        called = piece.finish_reason == "stop" and self._called
+        return events, Finish("tool_calls" if called else piece.finish_reason, piece.stop_reason)
+
+
+def _identified(event: Text | Begin | Arguments) -> Event:
+    return Call(f"call_{uuid.uuid4().hex[:24]}", event.name) if isinstance(event, Begin) else event
+
+
+@asynccontextmanager
+async def open_chat(services: Services, body: ChatBody) -> AsyncIterator[Chat]:
+    """A request, checked against what it asks for, which stays open; nothing is generated yet. Raises LorakeetError."""
+    info = services.engine_info
+    async with open_target(services, body.model, body.adapter_id, adapters=body.adapters, user=body.user) as target:
+        check_vocabulary(target.vocab_size, body)
+        ids = await body.encode(target.text, info.max_model_len)
+        if not ids:
+            raise InvalidRequest("The chat template makes an empty prompt of these messages.", param="messages")
+        asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        room = fit_max_tokens(info, body, ids, asked=asked, default=None, param="messages")
+        calling = body.calling(target.text)
+        sampling = body.sampling(
+            services.sampling_defaults,
+            logprobs=body.top_logprobs if body.logprobs else None,
+            grammar=await checked_grammar(services, body)
+            if calling is None
+            else await calling.grammar(services, body.asked_grammar()),
+        )
+        markers = calling.format.markers if calling else ()
+        yield Chat(target.text, Generation(services, body, target, [Prompt(ids, room)], sampling, markers), calling)
