@@ -37,7 +37,7 @@ def responses() -> Any:
 
 
 def test_text(responses: Any) -> None:
-    agent = agents.Agent("plain", instructions="Be brief.", model=responses, model_settings=SHORT)
+    agent = agents.Agent("plain", model=responses, model_settings=SHORT)
     assert isinstance(asyncio.run(agents.Runner.run(agent, "Hello")).final_output, str)
 
 
