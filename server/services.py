@@ -16,6 +16,7 @@ from server.history import History
 from server.messages.protocol import Ready
 from server.metrics import Metrics
 from server.registry.open import Registry
+from server.response_store import ResponseStore
 from server.settings import Settings
 from server.text.grammar_checker import GrammarChecker
 from server.text.processor import TextProcessor
@@ -38,6 +39,7 @@ class Services:
     uploads: UploadSlots
     grammars: GrammarChecker
     tuning: FineTuning
+    responses: ResponseStore
     history: History
     checkpointing: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a merged checkpoint is made
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)  # the model's, by request field
@@ -68,6 +70,15 @@ def make_services(
     """
     metrics = metrics or Metrics(settings.metrics_adapters, settings.metrics_prefix)
     registry = Registry.make(settings, engine, store, metrics, outline, text, checker)
+    tuning = FineTuning.open(
+        settings.data_dir,
+        engine=engine,
+        registry=registry,
+        text=text,
+        metrics=metrics,
+        max_running=settings.max_training_jobs,
+        busy_seconds=settings.database_seconds,
+    )
     return Services(
         settings=settings,
         engine=engine,
@@ -79,15 +90,8 @@ def make_services(
         registry=registry,
         uploads=UploadSlots(settings.max_uploads),
         grammars=GrammarChecker(settings.grammar_seconds, settings.grammar_bytes),
-        tuning=FineTuning.open(
-            settings.data_dir,
-            engine=engine,
-            registry=registry,
-            text=text,
-            metrics=metrics,
-            max_running=settings.max_training_jobs,
-            busy_seconds=settings.database_seconds,
-        ),
+        tuning=tuning,
+        responses=ResponseStore(tuning.database, settings.response_days, settings.response_bytes),
         history=History(metrics, engine, store),
         sampling_defaults=sampling_defaults or {},
     )

@@ -43,9 +43,11 @@ from server.http.routes import (
     fine_tuning,
     health,
     merging,
+    messages,
     models,
     pins,
     reference,
+    responses,
     server_history,
     tokenize,
     ui,
@@ -87,6 +89,7 @@ def build_app(services: Services) -> Starlette:
         finally:
             for task in background:
                 task.cancel()
+            await services.responses.stop()
             await services.tuning.stop()
             await services.engine.stop(grace=0.0)
             await services.registry.publisher.close()
@@ -99,6 +102,8 @@ def build_app(services: Services) -> Starlette:
     resources = [
         completions,
         chat,
+        responses,
+        messages,
         tokenize,
         versions,
         checks,

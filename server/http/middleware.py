@@ -128,7 +128,7 @@ class _Exchange:
 
     async def fail(self, error: LorakeetError) -> None:
         if self.status is None:
-            await error_response(error)(self._scope, self._receive, self.send)
+            await error_response(error, self._scope["path"])(self._scope, self._receive, self.send)
 
     def log_failure(self, exc: Exception) -> None:
         """Where it happened. The exception's own text may quote a prompt, so that needs the debug level."""
@@ -179,12 +179,12 @@ class ApiKeys:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in self._open_paths and not self._known(Headers(scope=scope)):
-            await error_response(InvalidApiKey())(scope, receive, send)
+            await error_response(InvalidApiKey(), scope["path"])(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
     def _known(self, headers: Headers) -> bool:
-        given = headers.getlist("authorization")
+        given = headers.getlist("authorization") or [f"Bearer {key}" for key in headers.getlist("x-api-key")]
         if len(given) != 1:
             return False
         scheme, _, key = given[0].partition(" ")

@@ -50,19 +50,22 @@ class CachedTokens(TypedDict):
     cached_tokens: int
 
 
-class Predictions(TypedDict):
+class CompletionDetails(TypedDict, total=False):
+    """Predictions are drafts of speculative decoding, there when any were made."""
+
+    reasoning_tokens: int
     accepted_prediction_tokens: int
     rejected_prediction_tokens: int
 
 
 class UsageObject(TypedDict):
-    """Predictions are drafts of speculative decoding, there when any were made."""
+    """`completion_tokens_details` are there where the model thinks, or drafts were made."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
-    completion_tokens_details: NotRequired[Predictions]
+    completion_tokens_details: NotRequired[CompletionDetails]
 
 
 class Choice(TypedDict):
@@ -117,6 +120,8 @@ class ChatMessage(TypedDict):
     role: Literal["assistant"]
     content: str | None
     refusal: None
+    reasoning: NotRequired[str]  # the thought before the answer, and again
+    reasoning_content: NotRequired[str]
     tool_calls: NotRequired[list[ToolCallObject]]
 
 
@@ -142,6 +147,8 @@ class ToolCallDelta(TypedDict):
 class ChatDelta(TypedDict, total=False):
     role: Literal["assistant"]
     content: str | None
+    reasoning: str
+    reasoning_content: str
     tool_calls: list[ToolCallDelta]
 
 
