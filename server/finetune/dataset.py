@@ -240,7 +240,7 @@ def load_dataset(
     ends: Counter[int] = Counter()
     seen: set[bytes] = set()
     calls = thoughts = False
-    for number, example in read_examples(_bounded_lines(file)):
+    for number, example in read_examples(read_lines(file)):
         if example is None:
             report.empty += 1
             continue
@@ -288,7 +288,7 @@ def load_dataset(
     )
 
 
-def _bounded_lines(file: BinaryIO) -> Iterator[bytes]:
+def read_lines(file: BinaryIO) -> Iterator[bytes]:
     """Lines, none read further than what is needed to see that it is too long."""
     while line := file.readline(MAX_LINE_BYTES + 1):
         yield line

@@ -27,11 +27,12 @@ class ErrorObject(TypedDict):
 
 
 class ListObject(TypedDict, Generic[T]):
-    """`first_id` and `last_id` are there when the page is not empty."""
+    """`first_id` and `last_id` are there when the page is not empty; `total` counts all pages' objects."""
 
     object: Literal["list"]
     data: list[T]
     has_more: NotRequired[bool]
+    total: NotRequired[int]
     first_id: NotRequired[str]
     last_id: NotRequired[str]
 
@@ -269,6 +270,15 @@ class AdapterReceipt(TypedDict):
     trained_reasoning_format: NotRequired[str]
 
 
+class ListedAdapter(AdapterReceipt):
+    """`tier` is the nearest that holds it. Since the server began: requests, tokens, the last one's Unix time."""
+
+    tier: Literal["merged", "device", "host", "disk"]
+    requests: int
+    tokens: int
+    last_used: float | None
+
+
 class ModuleObject(TypedDict):
     rank: int
     scaling: float
@@ -290,7 +300,7 @@ class ResidentMerge(TypedDict):
     prompts: NotRequired[list[str]]
 
 
-class AdapterObject(AdapterReceipt):
+class AdapterObject(ListedAdapter):
     """`file_metadata` is that of the safetensors file; `bytes_on_device` is null while the engine starts."""
 
     modules: dict[str, ModuleObject]
@@ -405,6 +415,22 @@ class FileObject(TypedDict):
     report: dict[str, int] | None
 
 
+class PreviewedSequence(TypedDict):
+    """A text for each token, and whether it counts in the loss."""
+
+    tokens: list[str]
+    trained: list[bool]
+
+
+class PreviewedLine(TypedDict):
+    """`length` in tokens; longer sequences than are trained on are `cut`. No sequence: there is nothing to learn."""
+
+    line: int
+    length: int
+    cut: bool
+    sequences: list[PreviewedSequence]
+
+
 class JobObject(TypedDict):
     """`lora`, `training`, `step`, `total_steps` are ours, and `stop_token_ids` and formats, which its rows taught."""
 
@@ -479,7 +505,7 @@ class Scores(TypedDict):
 
 
 class EvaluationObject(TypedDict):
-    """`results.adapter` is null when the base itself is evaluated."""
+    """`results.adapter` is null when the base itself is evaluated; the result file has a line for each example."""
 
     id: str
     object: Literal["evaluation"]
@@ -492,6 +518,7 @@ class EvaluationObject(TypedDict):
     examples: int | None
     tokens: int | None
     results: Scores | None
+    result_files: list[str]
     error: JobError | None
 
 
@@ -515,3 +542,12 @@ class Readiness(TypedDict):
 
 class Version(TypedDict):
     version: str
+
+
+class ServerHistory(TypedDict):
+    """Columns of equal length, oldest sample first. What a sample cannot know is null."""
+
+    object: Literal["server.history"]
+    interval_seconds: float
+    limits: dict[str, int | None]
+    samples: dict[str, list[float | None]]

@@ -156,8 +156,12 @@ def _identified(event: Text | Begin | Arguments | Thought) -> Event:
 
 
 @asynccontextmanager
-async def open_chat(services: Services, body: ChatBody) -> AsyncIterator[Chat]:
-    """A request, checked against what it asks for, which stays open; nothing is generated yet. Raises LorakeetError."""
+async def open_chat(services: Services, body: ChatBody, *, most: int | None = None) -> AsyncIterator[Chat]:
+    """A request, checked against what it asks for, which stays open; nothing is generated yet. Raises LorakeetError.
+
+    Args:
+        most: tokens of the answer where the body does not say how many; fewer, if the context ends before.
+    """
     info = services.engine_info
     async with open_target(services, body.model, body.adapter_id, adapters=body.adapters, user=body.user) as target:
         check_vocabulary(target.vocab_size, body)
@@ -165,7 +169,7 @@ async def open_chat(services: Services, body: ChatBody) -> AsyncIterator[Chat]:
         if not ids:
             raise InvalidRequest("The chat template makes an empty prompt of these messages.", param="messages")
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        room = fit_max_tokens(info, body, ids, asked=asked, default=None, param="messages")
+        room = fit_max_tokens(info, body, ids, asked=asked, default=most, param="messages")
         calling = body.calling(target.text)
         grammar = (
             await checked_grammar(services, body)

@@ -8,8 +8,8 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Collection, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -91,6 +91,7 @@ class Generation:
     thinking: Thinking | None = None
     usage: Usage = field(init=False)
     created: int = field(default_factory=lambda: int(time.time()))
+    _tickets: list[Ticket] | None = None
 
     def __post_init__(self) -> None:
         self.usage = Usage(sum(len(prompt.ids) for prompt in self.prompts))
@@ -119,16 +120,27 @@ class Generation:
             "choices": choices,
         }
 
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """In the queue before `pieces` are asked for. Raises `TooManyRequests`."""
+        self._tickets = self._enter()
+        try:
+            yield
+        finally:
+            for ticket in self._tickets:
+                ticket.leave(served=False)
+
+    def _enter(self) -> list[Ticket]:
+        return self.services.admission.enter([len(prompt.ids) for prompt in self.prompts for _ in range(self.body.n)])
+
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """(choice, piece) as they come; closing it aborts what still runs.
 
         Raises `TooManyRequests` before anything is submitted; `EngineUnavailable` and `LorakeetError` at any time.
         """
-        n = self.body.n
-        lengths = [len(prompt.ids) for prompt in self.prompts for _ in range(n)]
-        tickets = self.services.admission.enter(lengths)
+        tickets = self._enter() if self._tickets is None else self._tickets
         try:
-            if len(lengths) == 1:
+            if len(tickets) == 1:
                 async with aclosing(self._sample(0, tickets[0])) as pieces:
                     async for piece in pieces:
                         yield 0, piece
