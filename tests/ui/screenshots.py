@@ -1,8 +1,8 @@
 """`python -m tests.ui.screenshots`: pictures of the console's views, from a real run, into docs/console.
 
-It starts a server with the default model, fine-tunes on the example orders, evaluates, talks, and takes each view in both
-schemes. `--url` takes a server that runs already; what it has from an earlier run is used again. `--check DIRECTORY` takes
-every view at three widths instead, to be looked at.
+It starts a server with the default model, fine-tunes on the example orders, evaluates, talks, and takes each view in
+both schemes. `--url` takes a server that runs already; what it has from an earlier run is used again. `--check
+DIRECTORY` takes every view at three widths instead, to be looked at.
 """
 
 import io
