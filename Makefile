@@ -86,4 +86,4 @@ gpu: ## on a machine with an NVIDIA GPU: its tests and benchmarks, a verdict per
 	$(or $(PYTHON),$(firstword $(wildcard $(BIN)/python) python3)) -m loadtest.gpu $(ARGS)
 
 demo: $(SERVING) ## serve, fine-tune on the example orders and compare with the base, in a few minutes
-	$(BIN)/python docs/demo/demo.py
+	$(BIN)/python docs/demo/demo.py $(ARGS)

@@ -1,6 +1,7 @@
 """The whole story in a few minutes on two cores: serve, upload, fine-tune on the resident base, compare.
 
     make demo
+    make demo ARGS="--model gemma-3-270m"     flags of `lorakeet serve`
 
 Starts a server of its own on a free port with an empty data directory, trains on `orders/train.jsonl` through the
 command line, and measures base and adapter on `orders/held_out.jsonl`. Ends with status 1 if the adapter did not learn.
@@ -34,13 +35,13 @@ console = Console(highlight=False)
 
 @contextlib.contextmanager
 def server(data_dir: Path) -> Iterator[str]:
-    """The URL of a fresh server over the default model (or what LORAKEET_MODEL names)."""
+    """The URL of a fresh server, with the command line's flags."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     log = data_dir / "server.log"
-    command = [*LORAKEET, "serve", "--port", str(port), "--data-dir", str(data_dir / "data")]
+    command = [*LORAKEET, "serve", "--port", str(port), "--data-dir", str(data_dir / "data"), *sys.argv[1:]]
     with log.open("wb") as sink:
         process = subprocess.Popen(command, cwd=HERE.parent.parent, stdout=sink, stderr=sink)
     try:
@@ -106,7 +107,7 @@ def side_by_side(client: httpx.Client, base: str, adapter: str) -> Table:
 def main() -> int:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="lorakeet-demo-") as directory:
-        console.print("Starting the server (a first start also fetches the default model, 93 MB) ...")
+        console.print("Starting the server (a first start also fetches the model) ...")
         with server(Path(directory)) as url, httpx.Client(base_url=url, timeout=None) as client:
             base = client.get("/v1/models").json()["data"][0]["id"]
             console.print(f"Serving {base} at {url}. Fine-tuning on {TRAINING.relative_to(HERE.parent)}:")
