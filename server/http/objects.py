@@ -9,7 +9,7 @@ from server.finetune.evaluations import Score
 from server.finetune.evaluations import Status as EvaluationStatus
 from server.finetune.jobs import JobError
 from server.finetune.jobs import Status as JobStatus
-from server.messages.protocol import Drift
+from server.messages.protocol import Drift, KVInfo
 from server.messages.training import MemoryMode
 
 T = TypeVar("T")
@@ -537,6 +537,7 @@ class Readiness(TypedDict):
     base_digest: str | None
     stop_tokens: list[StopToken]
     int8_drift: Drift | None
+    kv_cache: KVInfo | None
     error: NotRequired[ErrorDetail]
 
 
