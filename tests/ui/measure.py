@@ -1,4 +1,4 @@
-"""`python -m tests.ui.measure`: what the console costs. Ratios of interleaved rounds, for the machine may do other things.
+"""`python -m tests.ui.measure`: the cost of the console, in ratios of interleaved rounds.
 
     --url URL --pid PID    of a server with a real model that runs, and its API process
 
@@ -41,7 +41,7 @@ def main(
         base = httpx.get(f"{url}/v1/models?limit=1").json()["data"][0]["id"]
         page, plain = _columns(browser, url, pid, base)
         print(
-            f"API process, 4 streams of {TOKENS} tokens: {page:.2f} s of CPU for columns, {plain:.2f} s for plain streams: "
+            f"API process, 4 streams of {TOKENS} tokens: {page:.2f} s of CPU for columns, {plain:.2f} s plain: "
             f"{page / plain:.2f}x"
         )
         with_page, without = _decode(browser, url, base)
