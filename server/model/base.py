@@ -295,13 +295,15 @@ def _fix_rope(model: nn.Module, longest: int) -> None:
 class NarrowEmbedding(nn.Module):
     """An embedding table kept in a narrower dtype that holds it exactly; rows are widened as they are looked up."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.dtype = dtype
+        self.scale = scale  # of the rows, as Gemma has it
 
     def forward(self, ids: Tensor) -> Tensor:
-        return nn.functional.embedding(ids, self.weight).to(self.dtype)
+        rows = nn.functional.embedding(ids, self.weight).to(self.dtype)
+        return rows if self.scale is None else rows * self.scale.to(self.dtype)
 
 
 def _wrap(
@@ -370,10 +372,15 @@ def _narrow_head(model: transformers.PreTrainedModel, dtype: torch.dtype) -> Non
     assert isinstance(head, nn.Linear)
     assert isinstance(embedding, nn.Embedding)
     tied = head.weight.data_ptr() == embedding.weight.data_ptr()
-    if dtype == torch.float32 and native.load() is not None and _exact_in_bf16(head.weight):
-        head.weight.data = head.weight.data.bfloat16()
-        if tied and type(embedding) is nn.Embedding:
-            model.set_input_embeddings(NarrowEmbedding(head.weight.data, dtype))
+    scale = getattr(embedding, "embed_scale", None)
+    scaled = isinstance(scale, Tensor) and type(embedding).__name__.endswith("TextScaledWordEmbedding")
+    # Any other kind of tied embedding computes in the dtype of its matrix.
+    narrows = not tied or scaled or type(embedding) is nn.Embedding
+    if narrows and dtype == torch.float32 and native.load() is not None and _exact_in_bf16(head.weight):
+        narrow = head.weight.data.bfloat16()
+        if tied:
+            model.set_input_embeddings(NarrowEmbedding(narrow, dtype, scale if scaled else None))
+        head.weight = nn.Parameter(narrow, requires_grad=False)
     model.set_output_embeddings(FrozenLinear(head))
 
 
