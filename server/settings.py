@@ -497,6 +497,22 @@ class Settings:
         shown="256MiB",
     )
 
+    response_days: float = _setting(
+        30.0,
+        "How long answers of /v1/responses are kept, in days; 0: none is.",
+        parse=_number,
+        minimum=0,
+        maximum=3650,
+    )
+    response_bytes: int = _setting(
+        GIB,
+        "Disk for answers of /v1/responses that are kept; the oldest go first.",
+        parse=parse_size,
+        minimum=MIB,
+        maximum=2**50,
+        shown="1GiB",
+    )
+
     # --- fine-tuning
     max_training_jobs: int = _setting(
         2, "Fine-tuning jobs that train at once; the rest are queued.", parse=_integer, minimum=1, maximum=1024
@@ -531,6 +547,7 @@ class Settings:
     guard_metrics: bool = _setting(
         False, "Ask for an API key on /metrics and /ready, too; /health and /version stay open.", parse=parse_bool
     )
+    ui: bool = _setting(True, "Serve the console, a page for people, at /ui.", parse=parse_bool)
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
         "info", "How much is logged.", choices=("debug", "info", "warning", "error")
     )

@@ -146,9 +146,13 @@ def paged_attention(
     block_tables: Tensor,
     scaling: float,
     window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     kernels = _compiled(q, k_cache, v_cache) if _in_place(k_cache, v_cache) else None
-    return (kernels or reference).paged_attention(q, k_cache, v_cache, seqs, block_tables, scaling, window)
+    return (kernels or reference).paged_attention(
+        q, k_cache, v_cache, seqs, block_tables, scaling, window, softcap, sinks
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -92,6 +92,8 @@ class AttentionStruct(Structure):
         ("max_blocks", c_int32),
         ("scaling", c_float),
         ("window", c_int32),
+        ("softcap", c_float),
+        ("sinks", c_void_p),
         ("cache", KvCacheStruct),
     ]
 
@@ -229,7 +231,10 @@ class Kernels:
         block_tables: Tensor,
         scaling: float,
         window: int = 0,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
     ) -> Tensor:
+        sinks = None if sinks is None else _plain(sinks)
         q, seqs, block_tables = _plain(q), seqs.contiguous(), block_tables.contiguous()
         out = torch.empty_like(q)
         tokens, heads, head_dim = q.shape
@@ -246,6 +251,8 @@ class Kernels:
             block_tables.shape[1],
             scaling,
             window,
+            softcap,
+            address(sinks),
             KvCacheStruct(k_cache.data_ptr(), v_cache.data_ptr(), k_cache.shape[2]),
         )
         self._lib.lk_attention(byref(attention))

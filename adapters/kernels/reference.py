@@ -180,6 +180,8 @@ def paged_attention(
     block_tables: Tensor,
     scaling: float,
     window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of each request's new tokens over its paged keys, `[T, H, D] -> [T, H, D]`.
 
@@ -194,6 +196,8 @@ def paged_attention(
             `kv_len - (q_end - i)`.
         block_tables: int32 `[R, max_blocks]`.
         window: when positive, a query at position p sees keys in `(p - window, p]`.
+        softcap: when positive, a score s becomes `softcap * tanh(s / softcap)`.
+        sinks: fp32 `[H]`, a score of each head's that takes part in the softmax and has no value.
     """
     out = torch.zeros_like(q)
     kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
@@ -205,7 +209,10 @@ def paged_attention(
         queries = q[q_start:q_end].float() * scaling
         queries = queries.view(len(queries), kv_heads, -1, q.shape[2]).permute(1, 2, 0, 3)  # [Hkv, H / Hkv, n, D]
         last = torch.arange(kv_len - (q_end - q_start), kv_len, device=q.device)  # each query's own position
-        attended = _grouped_softmax(queries, keys, values, last, kv_len, window)
+        attended, top, total = _grouped_softmax(queries, keys, values, last, kv_len, window, softcap)
+        if sinks is not None:
+            total = total + torch.exp(sinks.view(kv_heads, -1, 1, 1) - top)
+        attended = attended / total
         out[q_start:q_end] = attended.permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype)
     return out
 
@@ -216,8 +223,13 @@ def _gather_blocks(cache: Tensor, table: Tensor, kv_len: int) -> Tensor:
     return F.pad(rows, (0, 0, 0, -kv_len % KEY_GROUP))
 
 
-def _grouped_softmax(q: Tensor, keys: Tensor, values: Tensor, last: Tensor, kv_len: int, window: int) -> Tensor:
-    """Running softmax over key groups: `q [Hkv, G, n, D]`, `keys, values [Hkv, groups * 64, D]` -> `[Hkv, G, n, D]`."""
+def _grouped_softmax(
+    q: Tensor, keys: Tensor, values: Tensor, last: Tensor, kv_len: int, window: int, softcap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Running softmax over key groups: `q [Hkv, G, n, D]`, `keys, values [Hkv, groups * 64, D]`.
+
+    Returns `[Hkv, G, n, D]`, not yet divided by the sums of weights, each row's largest score, and these sums.
+    """
     top = q.new_full((*q.shape[:-1], 1), float("-inf"))
     total = torch.zeros_like(top)
     acc = torch.zeros_like(q)
@@ -229,7 +241,10 @@ def _grouped_softmax(q: Tensor, keys: Tensor, values: Tensor, last: Tensor, kv_l
         visible = position <= last[:, None]  # [n, 64]
         if window:
             visible &= position > last[:, None] - window
-        scores = padded_linear(q, key).masked_fill(~visible, float("-inf"))
+        scores = padded_linear(q, key)
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~visible, float("-inf"))
         new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
         shift = torch.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen no key yet
         weights = torch.exp(scores - shift)
@@ -237,7 +252,7 @@ def _grouped_softmax(q: Tensor, keys: Tensor, values: Tensor, last: Tensor, kv_l
         total = total * decay + weights.sum(-1, keepdim=True)
         acc = acc * decay + padded_linear(weights, value.transpose(-1, -2))
         top = new_top
-    return acc / total
+    return acc, top, total
 
 
 # --- what stands between the linears --------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 
 from adapters.kernels import native
-from server.engine.comparison import Comparison, drift
+from server.engine.comparison import Comparison, drift, longest_text
 from server.engine.engine import Engine
 from server.messages.protocol import Drift
 from server.model.base import UnservableModel, with_weights
@@ -84,7 +84,7 @@ def _measure(engine: Engine, directory: Path) -> Drift:
     """Raises UnservableModel when logits are not finite."""
     ids = Tokenizer.from_file(str(directory / "tokenizer.json")).encode(_TEXT).ids
     prompt = [token for token in ids if token < engine.base.vocab_size]
-    longest = min(engine.max_model_len, engine.blocks.num_blocks // 4 * engine.blocks.block_size)
+    longest = min(engine.max_model_len, longest_text(engine.blocks))
     found = Comparison()
     engine.runner.install(_EXACT, engine.base)
     try:

@@ -18,10 +18,11 @@ from adapters import kernels
 from adapters.device.cache import AdapterCache
 from adapters.device.loader import AdapterLoader
 from adapters.device.pool import RowPool
+from adapters.kernels.reference import KEY_GROUP
 from adapters.peft_format.fields import AdapterError
 from adapters.peft_format.sizes import EXTRAS, EXTRAS_UNIT
 from server.engine.batch import InFlightStep, WorkResult
-from server.engine.blocks import BlockPool
+from server.engine.blocks import BlockGroups, BlockPool
 from server.engine.grammar import Compiled, Grammars, InvalidGrammar
 from server.engine.memory_plan import BLOCK_SIZE, DevicePlan
 from server.engine.merged_registry import MergedRegistry
@@ -70,11 +71,9 @@ class Engine:
         self.base = base
         self.max_model_len = plan.max_model_len
         self.max_batch_requests = config.max_batch_requests
-        blocks = plan.num_blocks
-        self.cache = cache = KVCache(
-            base.num_layers, base.kv_heads, base.head_dim, blocks, BLOCK_SIZE, base.dtype, base.device
-        )
-        self.blocks = BlockPool(blocks, BLOCK_SIZE, config.prefix_caching)
+        self.cache = cache = KVCache(base.layers, plan.blocks, BLOCK_SIZE, base.dtype, base.device)
+        pools = [BlockPool(count, BLOCK_SIZE, config.prefix_caching) for count in plan.blocks]
+        self.blocks = BlockGroups(pools, cache.windows, plan.max_batch_tokens, KEY_GROUP)
         sizes = base.linear_sizes
         capacity = {size.kind: plan.pool_units for size in sizes.values()} | {EXTRAS: plan.extra_bytes // EXTRAS_UNIT}
         self.pool = RowPool(sizes, capacity, base.device)
@@ -120,7 +119,7 @@ class Engine:
             eos_token_ids=base.eos_token_ids,
             linears=base.linear_sizes,
             block_size=BLOCK_SIZE,
-            num_blocks=self.blocks.num_blocks,
+            num_blocks=self.blocks.capacity,
             pool_rows=self.pool.capacity,
             device=str(base.device),
             dtype=str(base.dtype).removeprefix("torch."),

@@ -365,7 +365,7 @@ def load_dataset(
     trained: list[npt.NDArray[np.bool_]] = []
     ends: Counter[int] = Counter()
     seen: set[bytes] = set()
-    for number, example in read_examples(_bounded_lines(file)):
+    for number, example in read_examples(read_lines(file)):
         if example is None:
             report.empty += 1
             continue
@@ -401,7 +401,7 @@ def load_dataset(
     return Dataset(all_tokens, all_trained, bounds, report, stops)
 
 
-def _bounded_lines(file: BinaryIO) -> Iterator[bytes]:
+def read_lines(file: BinaryIO) -> Iterator[bytes]:
     """Lines, none read further than what is needed to see that it is too long."""
     while line := file.readline(MAX_LINE_BYTES + 1):
         yield line

@@ -6,6 +6,7 @@ Streaming text back is `server.text.detokenizer`'s matter; requests and limits a
 
 import asyncio
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -150,6 +151,10 @@ class TextProcessor:
             return None
         return reasoning_of(source) if self._reasoning_parser == "auto" else REASONING_FORMATS[self._reasoning_parser]
 
+    def template_takes(self, argument: str) -> bool:
+        """Whether the chat template's source has this name."""
+        return re.search(rf"\b{argument}\b", self._template_source or "") is not None
+
     @property
     def _template_source(self) -> str | None:
         own = self.chat_template.source if self.chat_template is not None else None
@@ -281,6 +286,7 @@ class TextProcessor:
         if self._template_source is None:
             raise InvalidRequest("The base model has no chat template; use /v1/completions.", param="messages")
         size = sum(len(message["content"]) for message in messages) + len(messages) + _LONG * bool(tools)
+        size += sum(len(message.get("reasoning", "")) for message in messages)
         chat, shown = messages, None
         if tools or any(_is_more_than_text(message) for message in messages):
             chat, shown = await self.in_thread(size, partial(self.for_template, messages, tools))

@@ -69,6 +69,15 @@ LISTS_BY_LAYER = (
 )
 # What a type needs beside small sizes, where its parts must fit together or its default leaves something out.
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}
+GEMMA4 = {  # of its sizes at once: K = V in full layers, fewer and larger heads there, layers that read others' keys
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "attention_k_eq_v": True,
+    "use_double_wide_mlp": True,
+    "final_logit_softcapping": 30.0,
+    "per_layer_config": {layer: {"head_dim": 32, "num_key_value_heads": 1} for layer in (1, 3)},
+}
 COMPASS = {
     "layer_types": ["sliding_attention", "full_attention"],
     "rope_parameters": {
@@ -97,6 +106,15 @@ OTHER: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "dots1": {"n_routed_experts": 4},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "intermediate_size": [128] * 4,
+        "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+    },
+    "gemma4_text": GEMMA4,
+    "gemma4_unified_text": {k: v for k, v in GEMMA4.items() if k not in {"attention_k_eq_v", "use_double_wide_mlp"}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
     "granitemoehybrid": MAMBA,
     "lfm2": {"layer_types": ["conv", "full_attention"], "full_attn_idxs": None},

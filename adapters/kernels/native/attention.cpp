@@ -78,6 +78,12 @@ INLINE void weigh_values(const float* weights, const float* values, int count, i
     if (d < dim) weigh_some<M, 1, true>(weights, values + d, count, dim, acc + d, dim - d);
 }
 
+// Each score s becomes limit * tanh(s / limit).
+void cap(float* scores, float limit) {
+    const vf one = set1(1.f), two = set1(2.f), factor = set1(2.f / limit), most = set1(limit);
+    for (int i = 0; i < GROUP; i += W) store(scores + i, most * (one - two / (exp(load(scores + i) * factor) + one)));
+}
+
 // Turns a row's scores into weights and brings its running maximum, total and sum up to date.
 void soften(float* scores, float* top_score, float* total, float* acc, int dim) {
     vf highest = load(scores);
@@ -118,6 +124,7 @@ void attend_group(const Attention& a, const Rows& rows, int kv_head, const int32
     });
     for (int m = 0; m < rows.count; m++) {
         float* scores = rows.scores + m * GROUP;
+        if (a.softcap > 0) cap(scores, a.softcap);
         const int last = rows.position(m) - begin, first = a.window ? last - a.window + 1 : 0;
         for (int n = 0; n < first && n < GROUP; n++) scores[n] = -INFINITY;
         for (int n = last < 0 ? 0 : last + 1; n < GROUP; n++) scores[n] = -INFINITY;
@@ -153,8 +160,10 @@ void attend_rows(const Attention& a, int request, int kv_head, int first, int la
     for (int begin = first_key > 0 ? first_key / GROUP * GROUP : 0; begin <= last_position; begin += GROUP)
         attend_group(a, rows, kv_head, blocks, begin, kv_len);
     for (int m = 0; m < count; m++) {
-        float* out = a.out + ((int64_t)(first + m / share) * a.heads + kv_head * share + m % share) * dim;
-        for (int d = 0; d < dim; d++) out[d] = rows.acc[m * dim + d] / rows.total[m];
+        const int head = kv_head * share + m % share;
+        float* out = a.out + ((int64_t)(first + m / share) * a.heads + head) * dim;
+        const float total = a.sinks ? rows.total[m] + exp(set1(a.sinks[head] - rows.top[m]))[0] : rows.total[m];
+        for (int d = 0; d < dim; d++) out[d] = rows.acc[m * dim + d] / total;
     }
 }
 

@@ -19,6 +19,8 @@ struct Attention {
     int32_t tokens, heads, kv_heads, head_dim, requests, max_blocks;
     float scaling;
     int32_t window;
+    float softcap;       // 0 for none
+    const float* sinks;  // [heads] or null
     KvCache cache;
 };
 

@@ -133,7 +133,7 @@ struct Run {
         const Layer& l = layer();
         const int head_dim = d.head_dim;
         const Attention attention{q, attended, s.seqs, s.block_tables, s.tokens, d.heads, d.kv_heads, head_dim, s.requests,
-                                  s.max_blocks, d.scaling, l.window, {l.k_cache, l.v_cache, d.block_size}};
+                                  s.max_blocks, d.scaling, l.window, 0.f, nullptr, {l.k_cache, l.v_cache, d.block_size}};
         Ahead soon;
         attend_ahead(attention, soon);
         shrink_ahead(adapters(l, O), soon);

@@ -18,7 +18,7 @@ from adapters.kernels.triton import deterministic, few_programs
 from adapters.kernels.triton.elementwise import rows_of_tile
 from adapters.kernels.triton.linear import dot_dtype
 
-LOG2E = 1.4426950408889634
+LOG2E = tl.constexpr(1.4426950408889634)
 MAX_SPLITS = 64
 MIN_SPLIT = 256  # keys
 FEW_TOKENS = 256  # up to here keys are split and query tiles small
@@ -42,8 +42,10 @@ def _attend(
     max_blocks,
     block_size,
     split_keys,
-    scaling,  # times log2(e)
+    scaling,  # times log2(e), unless SOFTCAP
     window,
+    softcap,
+    sinks,  # fp32 [heads]
     DIM: tl.constexpr,
     PADDED: tl.constexpr,  # DIM up to a power of two
     REQUESTS: tl.constexpr,
@@ -52,6 +54,8 @@ def _attend(
     KEYS: tl.constexpr,
     SPLIT: tl.constexpr,
     DOT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
 ):
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     POSITIONS: tl.constexpr = BLOCK_M // GROUP  # queries of a tile
@@ -94,6 +98,8 @@ def _attend(
             inside = known[:, None] & (d < DIM)[None, :]
             keys = tl.load(k_cache + place, mask=inside, other=0.0).to(DOT)
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scaling  # [BLOCK_M, KEYS]
+            if SOFTCAP:  # LOG2E * softcap * tanh(scores / softcap)
+                scores = LOG2E * softcap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2E / softcap)) + 1.0))
             visible = key[None, :] <= position[:, None]
             if window > 0:
                 visible = visible & (key[None, :] > (position - window)[:, None])
@@ -110,6 +116,8 @@ def _attend(
 
         if not SPLIT:
             total = tl.where(total == 0.0, 1.0, total)  # rows of no query
+            if SINKS:
+                total += tl.exp2(tl.load(sinks + head, mask=real, other=0.0) * LOG2E - top)
             tl.store(out + at, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
         else:
             plane = split * tokens * heads
@@ -127,6 +135,7 @@ def _combine(
     part_top,
     part_sum,
     seqs,
+    sinks,
     tokens,
     heads,
     requests,
@@ -134,6 +143,7 @@ def _combine(
     PADDED: tl.constexpr,
     REQUESTS: tl.constexpr,
     SPLITS: tl.constexpr,
+    SINKS: tl.constexpr,
 ):
     token, head = tl.program_id(0), tl.program_id(1)
     r = tl.arange(0, REQUESTS)
@@ -156,6 +166,8 @@ def _combine(
             total += tl.load(part_sum + at) * weight
             width = tl.where(own > float("-inf"), DIM, 0)
             acc += tl.load(part + at * DIM + d, mask=d < width, other=0.0) * weight
+        if SINKS:
+            total += tl.exp2(tl.load(sinks + head) * LOG2E - shift)
         tl.store(out + row * DIM + d, (acc / total).to(out.dtype.element_ty), mask=d < DIM)
     else:
         tl.store(out + row * DIM + d, tl.zeros([PADDED], out.dtype.element_ty), mask=d < DIM)
@@ -169,6 +181,8 @@ def paged_attention(
     block_tables: Tensor,
     scaling: float,
     window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """As `reference.paged_attention`, for requests whose q_start ascend; weights are rounded to the cache's dtype."""
     q, seqs, block_tables = q.contiguous(), seqs.contiguous(), block_tables.contiguous()
@@ -210,19 +224,36 @@ def paged_attention(
         max_blocks,
         block_size,
         split_keys,
-        scaling * LOG2E,
+        scaling if softcap else scaling * LOG2E,
         window,
+        softcap,
+        q if sinks is None else sinks,
         GROUP=group,
         BLOCK_M=block_m,
         KEYS=KEY_GROUP,
         SPLIT=splits > 1,
         DOT=dot_dtype(q.dtype),
+        SOFTCAP=softcap > 0,
+        SINKS=sinks is not None,
         num_warps=4,
         num_stages=2 if dim <= 128 else 1,  # keys and values on their way take shared memory
         **sizes,
     )
     if splits > 1:
-        _combine[(tokens, heads)](out, part, top, total, seqs, tokens, heads, requests, SPLITS=splits, **sizes)
+        _combine[(tokens, heads)](
+            out,
+            part,
+            top,
+            total,
+            seqs,
+            q if sinks is None else sinks,
+            tokens,
+            heads,
+            requests,
+            SPLITS=splits,
+            SINKS=sinks is not None,
+            **sizes,
+        )
     return out
 
 

@@ -27,7 +27,7 @@ class Requests:
             slots = self.tables[row].long()[at // block_size] * block_size + at % block_size
             kernels.write_kv(self.k[row], self.v[row], self.k_cache, self.v_cache, slots)
 
-    def attend(self, spans: list[tuple[int, int, int]], window: int = 0, padding: int = 0) -> list[Tensor]:
+    def attend(self, spans: list[tuple[int, int, int]], window: int = 0, padding: int = 0, **more: Any) -> list[Tensor]:
         """Queries first..last of given requests in one call, with rows of no request before, between and behind."""
         pieces, seqs, at = [torch.full_like(self.q[0][:1], 7.0)] * padding, [], padding
         for request, first, last in spans:
@@ -43,6 +43,7 @@ class Requests:
             tables,
             self.q[0].shape[-1] ** -0.5,
             window,
+            **more,
         )
         inside = torch.zeros(len(out), dtype=torch.bool)
         for start, end, _ in seqs:
@@ -50,15 +51,24 @@ class Requests:
         assert (out[~inside] == 0).all()
         return [out[start:end] for start, end, _ in seqs]
 
-    def expected(self, request: int, window: int = 0) -> Tensor:
+    def expected(self, request: int, window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None) -> Tensor:
         n = self.lengths[request]
         at = torch.arange(n)
         mask = at[None] <= at[:, None]
         if window:
             mask &= at[None] > at[:, None] - window
         q, k, v = (states[request].double().transpose(0, 1)[None] for states in (self.q, self.k, self.v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        return out[0].transpose(0, 1)
+        if not softcap and sinks is None:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+            return out[0].transpose(0, 1)
+        k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for states in (k, v))
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~mask, -torch.inf)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.double().view(1, -1, 1, 1).expand(1, -1, n, 1)], dim=-1)
+        return (scores.softmax(-1)[..., :n] @ v)[0].transpose(0, 1)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +93,21 @@ def test_chunks_and_neighbours_change_nothing(kernels: Any, data: st.DataObject,
     assert torch.equal(other, whole[1])
     row = data.draw(st.integers(0, 76))
     assert torch.equal(requests.attend([(1, row, row + 1)], window)[0], whole[1][row : row + 1])
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0, 50.0])
+@pytest.mark.parametrize("sunk", [False, True])
+@pytest.mark.parametrize("window", [0, 70])
+def test_softcap_and_sinks(kernels: Any, softcap: float, sunk: bool, window: int) -> None:
+    requests = Requests(kernels, [150, 1, 64], 6, 2, 24, 16)
+    # One head's sink takes nearly all, another's nothing, and one is beyond what exp can hold.
+    sinks = torch.tensor([-200.0, -1.0, 0.5, 3.0, 12.0, 200.0]) if sunk else None
+    more: dict[str, Any] = {"softcap": softcap, "sinks": sinks}
+    outs = requests.attend([(r, 0, n) for r, n in enumerate(requests.lengths)], window, padding=1, **more)
+    for request, out in enumerate(outs):
+        torch.testing.assert_close(out.double(), requests.expected(request, window, **more), rtol=1e-5, atol=1e-5)
+    first, second, _ = requests.attend([(0, 0, 71), (0, 71, 150), (2, 63, 64)], window, **more)
+    assert torch.equal(torch.cat([first, second]), outs[0]), "chunks and neighbours change nothing"
 
 
 def test_a_poisoned_request_stays_alone(kernels: Any) -> None:
