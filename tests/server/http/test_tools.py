@@ -367,3 +367,22 @@ async def test_an_answer_of_a_schema_or_a_call(following: Served) -> None:
             check(choice["message"]["tool_calls"][0])
         elif choice["finish_reason"] == "stop":
             assert jsonschema_rs.is_valid(schema, json.loads(choice["message"]["content"]))
+
+
+async def test_what_openais_parse_adds_to_an_answer_may_come_back(served: Served) -> None:
+    function = {"name": "weather", "arguments": '{"city": "Paris"}'}
+
+    def history(**more: Any) -> list[dict[str, Any]]:
+        added = {key: {"city": "Paris"} for key in more}
+        call = {"id": "c1", "type": "function", "function": function | added}
+        return [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "so", "tool_calls": [call]}]
+
+    plain, parsed = history(), history(parsed_arguments=True)
+    parsed[1]["parsed"] = {"a": 1}
+    for messages in (plain, parsed):
+        response = await served.client.post(
+            "/v1/chat/completions", json={"model": BASE, "messages": messages, "max_tokens": 2}
+        )
+        assert response.status_code == 200, response.text
+    first, second = served.engine.requests[-2:]
+    assert first.prompt == second.prompt
