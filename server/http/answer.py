@@ -91,7 +91,7 @@ async def send_events(
             if not started:
                 started = True
                 await _start(send, _EVENT_STREAM | dict(headers))
-            await _send_body(send, _written(event, named))
+            await _send_body(send, (_name(event) if named else b"") + b"data: " + encode_json(event) + b"\n\n")
     except Exception as exc:
         if not started:
             raise
@@ -99,7 +99,7 @@ async def send_events(
         if isinstance(error, InternalError):
             log.exception("a stream failed")
         event = error.body() if failed is None else failed(error)
-        await _send_body(send, _written(event, named))
+        await _send_body(send, (_name(event) if named else b"") + b"data: " + encode_json(event) + b"\n\n")
     else:
         if not started:
             await _start(send, _EVENT_STREAM | dict(headers))
@@ -108,13 +108,9 @@ async def send_events(
     await _send_body(send, b"", more=False)
 
 
-def _written(event: Any, named: bool) -> bytes:
-    """One event, as it is sent."""
-    data = b"data: " + encode_json(event) + b"\n\n"
-    if not named:
-        return data
+def _name(event: Any) -> bytes:
     kind = event["type"] if isinstance(event, dict) else type(event).__struct_config__.tag
-    return f"event: {kind}\n".encode() + data
+    return f"event: {kind}\n".encode()
 
 
 async def _start(send: Send, headers: Mapping[str, str]) -> None:
