@@ -296,6 +296,12 @@ class Settings:
         shown="a share of what is free",
         vllm="--kv-cache-memory-bytes",
     )
+    kv_cache_dtype: str = _setting(
+        "auto",
+        "Numbers of the KV cache: auto is the model's on a GPU and float32 on a CPU. Fewer bits hold more tokens; the "
+        "difference is measured at start, logged, and shown by `GET /ready`.",
+        choices=("auto", "float32", "bfloat16", "float16", "fp8", "int8"),
+    )
     adapter_bytes: int | None = _setting(
         None,
         "Device memory for resident adapters.",

@@ -54,7 +54,7 @@ def compare(
     if longest < blocks.block_size * (CONTEXT_BLOCKS + 1):
         raise NoRoom(f"a KV cache of {blocks.capacity} blocks leaves no room to compare (--kv-cache-bytes)")
     for prompt in prompts:
-        yield from drift(runner, blocks, sides, prompt[:longest], found, CHUNK)
+        yield from drift((runner, runner), (blocks, blocks), sides, prompt[:longest], found, CHUNK)
     context = [token for prompt in prompts for token in prompt]
     needed = CONTEXT_BLOCKS * blocks.block_size
     context = (context * needed)[:needed]
@@ -65,32 +65,32 @@ def compare(
 
 
 def drift(
-    runner: Runner,
-    pool: BlockGroups,
+    runners: tuple[Runner, Runner],
+    pools: tuple[BlockGroups, BlockGroups],
     sides: tuple[AdapterKey, AdapterKey],
     prompt: Seq[int],
     found: Comparison,
     chunk: int,
 ) -> Pieces:
     """Run both ways over a prompt, `chunk` tokens at a time, and add up in `found` how far apart they are."""
-    count = pool.blocks_for(len(prompt))
-    taken = yield from _take(pool, 2 * count)
+    count = pools[0].blocks_for(len(prompt))
+    taken: list[list[list[int]]] = []
     try:
-        first, second = (
-            _sequence(prompt, key, [blocks[i * count : (i + 1) * count] for blocks in taken])
-            for i, key in enumerate(sides)
-        )
+        for pool in pools:
+            taken += [(yield from _take(pool, count))]
+        first, second = (_sequence(prompt, key, tables) for key, tables in zip(sides, taken, strict=True))
         for start in range(0, len(prompt), chunk):
             length = min(chunk, len(prompt) - start)
             yield "drift"
-            one = runner.logits([_work(first, start, length)]).log_softmax(-1)
+            one = runners[0].logits([_work(first, start, length)]).log_softmax(-1)
             yield "drift"
-            other = runner.logits([_work(second, start, length)]).log_softmax(-1)
+            other = runners[1].logits([_work(second, start, length)]).log_softmax(-1)
             found.positions += length
             found.divergence += float((one.exp() * (one - other)).sum())
             found.agreeing += int((one.argmax(-1) == other.argmax(-1)).sum())
     finally:
-        pool.give(taken)
+        for pool, tables in zip(pools, taken, strict=False):
+            pool.give(tables)
 
 
 def _speed(

@@ -9,7 +9,7 @@ import torch
 from adapters.kernels.reference import KEY_GROUP
 from server.engine.blocks import blocks_of_window
 from server.messages.protocol import EngineConfig
-from server.model.attention import block_bytes, windows
+from server.model.attention import KV_DTYPES, block_bytes, windows
 from server.model.base import Base, UnservableModel
 
 BLOCK_SIZE = 16  # tokens
@@ -19,6 +19,7 @@ DEFAULT_BATCH_TOKENS = {"cpu": 256, "cuda": 2048}
 class DevicePlan(NamedTuple):
     """Sizes of an engine's parts."""
 
+    kv_dtype: torch.dtype
     blocks: list[int]  # KV blocks of BLOCK_SIZE tokens, per group of layers
     max_model_len: int  # tokens
     max_batch_tokens: int
@@ -36,7 +37,8 @@ def plan(base: Base, config: EngineConfig) -> DevicePlan:
             "or decoding would leave no room for prompts"
         )
     max_model_len = base.context_length(config.max_model_len)
-    blocks = _blocks(base, config.kv_cache_bytes, max_batch_tokens, config.max_batch_requests)
+    kv_dtype = _kv_dtype(base, config.kv_cache_dtype)
+    blocks = _blocks(base, kv_dtype, config.kv_cache_bytes, max_batch_tokens, config.max_batch_requests)
     held = min(blocks[0] * BLOCK_SIZE, max_model_len)
     window = windows(base.layers)[0]
     if window and blocks[0] >= blocks_of_window(window, 2 * max_batch_tokens, KEY_GROUP, BLOCK_SIZE):
@@ -51,6 +53,7 @@ def plan(base: Base, config: EngineConfig) -> DevicePlan:
     adapter_bytes = _share(base, 8, 1 << 30, 0.1) if config.adapter_bytes is None else config.adapter_bytes
     merged_bytes = _share(base, 8, 1 << 30, 0.1) if config.merged_bytes is None else config.merged_bytes
     return DevicePlan(
+        kv_dtype=kv_dtype,
         blocks=blocks,
         max_model_len=max_model_len,
         max_batch_tokens=max_batch_tokens,
@@ -60,9 +63,22 @@ def plan(base: Base, config: EngineConfig) -> DevicePlan:
     )
 
 
-def _blocks(base: Base, kv_cache_bytes: int | None, chunk: int, requests: int) -> list[int]:
+def exact_kv_dtype(base: Base) -> torch.dtype:
+    """What attention computes in: the model's dtype on a GPU, fp32 on a CPU."""
+    return torch.float32 if base.device.type == "cpu" else base.dtype
+
+
+def _kv_dtype(base: Base, asked: str) -> torch.dtype:
+    if asked == "auto":
+        return exact_kv_dtype(base)
+    if asked == "int8" and (odd := [layer.head_dim for layer in base.layers if layer.head_dim % 4]):
+        raise UnservableModel(f"--kv-cache-dtype int8 is for heads of a multiple of 4 numbers; here they have {odd[0]}")
+    return KV_DTYPES[asked]
+
+
+def _blocks(base: Base, dtype: torch.dtype, kv_cache_bytes: int | None, chunk: int, requests: int) -> list[int]:
     """KV blocks of each group. Groups whose layers see a window get what a full batch can hold, if there is more."""
-    sizes = block_bytes(base.layers, BLOCK_SIZE, base.dtype)
+    sizes = block_bytes(base.layers, BLOCK_SIZE, dtype)
     size = _share(base, 4, 2 << 30, 0.7) if kv_cache_bytes is None else kv_cache_bytes
     equal = size // sum(sizes)
     if equal < 2:

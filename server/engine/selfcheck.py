@@ -42,14 +42,16 @@ _POLL_SECONDS = 1e-3
 
 def run(engine: Engine, cache_dir: Path) -> None:
     """Compare and remember. Raises UnservableModel when the two disagree."""
-    identity = [engine.base_digest, engine.base.architecture, str(engine.base.device), transformers.__version__]
+    kept = str(engine.cache.dtype)
+    identity = [engine.base_digest, engine.base.architecture, str(engine.base.device), kept, transformers.__version__]
     name = hashlib.sha256(json.dumps([*identity, torch.__version__, REVISION]).encode()).hexdigest()[:24]
     passed = cache_dir / "selfcheck" / name
     if passed.exists():
         return
     with refusing(engine.base.architecture):
         difference = compare(engine)
-    limit = TOLERANCE.get(engine.base.dtype, LOOSE)
+    exact = engine.cache.dtype == engine.cache.compute
+    limit = TOLERANCE.get(engine.base.dtype, LOOSE) if exact else LOOSE
     if not difference <= limit:  # NaN fails too
         raise UnservableModel(
             f"the engine disagrees with transformers on this {engine.base.architecture}: log-probabilities differ by "

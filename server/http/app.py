@@ -256,6 +256,7 @@ def _engine_config(settings: Settings, model: Path) -> EngineConfig:
         sketch_head=settings.sketch_head,
         max_model_len=settings.max_model_len,
         kv_cache_bytes=settings.kv_cache_bytes,
+        kv_cache_dtype=settings.kv_cache_dtype,
         adapter_bytes=settings.adapter_bytes,
         adapter_host_bytes=settings.adapter_host_bytes,
         merged_bytes=settings.merged_bytes,

@@ -17,6 +17,13 @@ from adapters.device.memory import zeros
 from server.model.geometry import LayerKV, reaches
 
 ATTENTION = "lorakeet"
+KV_DTYPES = {  # by setting
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
 
 # Keywords that models pass along and that change nothing here: the step already knows positions and has no mask.
 _IGNORED = {
@@ -76,6 +83,8 @@ class KVCache:
 
     Args:
         blocks: per group of `windows`.
+        dtype: of the numbers kept, one of `KV_DTYPES`.
+        compute: dtype that attention computes in.
 
     Attributes:
         windows: per group how many of the last keys its layers see; 0 for all, which comes first.
@@ -88,9 +97,12 @@ class KVCache:
         blocks: Sequence[int],
         block_size: int,
         dtype: torch.dtype,
+        compute: torch.dtype,
         device: torch.device,
     ) -> None:
         self.block_size = block_size
+        self.dtype = dtype
+        self.compute = compute
         self.windows = windows(layers)
         self.layers = layers
         self.group_of = [self.windows.index(reach) for reach in reaches(layers)]
@@ -101,9 +113,9 @@ class KVCache:
                 if layer.source < index:
                     tensors.append(tensors[layer.source])
                     continue
-                shape = (1 + blocks[self.group_of[index]], layer.kv_heads, block_size, layer.head_dim)
+                shape = (1 + blocks[self.group_of[index]], layer.kv_heads, block_size, _row_bytes(layer, dtype))
                 # Zeros: a fresh block read beyond its filled part must not hold NaN.
-                tensors.append(zeros(shape, dtype, device))
+                tensors.append(zeros(shape, torch.int8, device).view(dtype))
 
 
 def windows(layers: Sequence[LayerKV]) -> list[int]:
@@ -116,8 +128,12 @@ def block_bytes(layers: Sequence[LayerKV], block_size: int, dtype: torch.dtype) 
     sizes = dict.fromkeys(windows(layers), 0)
     for index, (layer, reach) in enumerate(zip(layers, reaches(layers), strict=True)):
         if layer.source == index:
-            sizes[reach] += 2 * layer.kv_heads * layer.head_dim * block_size * dtype.itemsize
+            sizes[reach] += 2 * layer.kv_heads * block_size * _row_bytes(layer, dtype)
     return list(sizes.values())
+
+
+def _row_bytes(layer: LayerKV, dtype: torch.dtype) -> int:
+    return layer.head_dim * dtype.itemsize + (kernels.SCALE_BYTES if dtype == torch.int8 else 0)
 
 
 class PagedAttention:
@@ -148,13 +164,17 @@ class PagedAttention:
     ) -> Tensor:
         cache, group = self.cache, self.cache.group_of[layer]
         keys, values = cache.k[layer], cache.v[layer]
-        width, used = keys.shape[3], v.shape[2]
-        # fp32 norms can upcast q and k: store in the cache's dtype, answer in the query's. Heads of keys and of values
-        # may differ in size: the narrower ones are padded, which adds nothing to a score.
+
+        def fit(states: Tensor) -> Tensor:
+            # Heads of keys and of values may differ in size: padding the narrower ones adds nothing to a score.
+            missing = cache.layers[layer].head_dim - states.shape[2]
+            return (nn.functional.pad(states, (0, missing)) if missing else states).to(cache.compute)
+
+        # fp32 norms can upcast q and k: compute in one dtype, answer in the query's.
         if cache.layers[layer].source == layer:
-            kernels.write_kv(_as(k, keys, width), _as(v, values, width), keys, values, self.slots[group])
+            kernels.write_kv(fit(k), fit(v), keys, values, self.slots[group])
         out = kernels.paged_attention(
-            _as(q, keys, width),
+            fit(q),
             keys,
             values,
             self.seqs,
@@ -164,9 +184,4 @@ class PagedAttention:
             softcap,
             sinks,
         )
-        return out[..., :used].to(q.dtype)
-
-
-def _as(states: Tensor, cache: Tensor, width: int) -> Tensor:
-    missing = width - states.shape[2]
-    return nn.functional.pad(states, (0, missing)).to(cache.dtype) if missing else states.to(cache.dtype)
+        return out[..., : v.shape[2]].to(q.dtype)

@@ -225,6 +225,13 @@ class TextProcessor:
             other.stop_tokens[id_] = (*self.stop_tokens.get(id_, ()), named_by)
         return other
 
+    def with_formats(self, tool_parser: str | None, reasoning_parser: str | None) -> "TextProcessor":
+        """The same with these formats, where they are named."""
+        other = copy(self)
+        other._tool_parser = tool_parser or self._tool_parser
+        other._reasoning_parser = reasoning_parser or self._reasoning_parser
+        return other
+
     @property
     def added_tokens(self) -> Mapping[int, str]:
         """Tokens beside the vocabulary that texts are split into, special ones among them."""

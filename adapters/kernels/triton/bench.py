@@ -219,6 +219,15 @@ def attention_errors(size: Size) -> Iterator[tuple[str, float]]:
             f"{queries} queries, window {window}" + (", softcap and sinks" if softcap else ""),
             relative(kernels.paged_attention(q, k_cache, v_cache, *arguments), exact),
         )
+        if softcap:
+            continue
+        for kept in (torch.float8_e4m3fn, torch.int8):
+            k_kept, v_kept = (reference.cache_rows(cache, kept) for cache in (k_cache, v_cache))
+            exact = reference.paged_attention(q.float(), k_kept, v_kept, *arguments)
+            yield (
+                f"{queries} queries, window {window}, {kept}",
+                relative(kernels.paged_attention(q, k_kept, v_kept, *arguments), exact),
+            )
 
 
 @torch.no_grad()

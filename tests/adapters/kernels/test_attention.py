@@ -9,11 +9,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from adapters.kernels import reference
+
+KINDS = [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8]  # of caches that round
+
 
 class Requests:
     """Sequences of given lengths in a paged cache whose other slots are NaN."""
 
-    def __init__(self, kernels: Any, lengths: list[int], heads: int, kv_heads: int, dim: int, block_size: int) -> None:
+    def __init__(
+        self,
+        kernels: Any,
+        lengths: list[int],
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        block_size: int,
+        kept: torch.dtype = torch.float32,
+    ) -> None:
         self.kernels, self.lengths = kernels, lengths
         self.q = [torch.randn(n, heads, dim) for n in lengths]
         self.k, self.v = ([torch.randn(n, kv_heads, dim) for n in lengths] for _ in range(2))
@@ -21,11 +34,17 @@ class Requests:
         blocks = torch.randperm(width * len(lengths) + 3)[: width * len(lengths)]
         self.tables = blocks.view(len(lengths), width).int()
         shape = (width * len(lengths) + 3, kv_heads, block_size, dim)
-        self.k_cache, self.v_cache = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
+        stale = reference.cache_rows(torch.full(shape, torch.nan), kept)
+        self.k_cache, self.v_cache = stale, stale.clone()
         for row, n in enumerate(lengths):
             at = torch.arange(n)
             slots = self.tables[row].long()[at // block_size] * block_size + at % block_size
             kernels.write_kv(self.k[row], self.v[row], self.k_cache, self.v_cache, slots)
+        if kept != torch.float32:  # what is attended to
+            self.k, self.v = (
+                [reference.cache_numbers(reference.cache_rows(states, kept)) for states in kind]
+                for kind in (self.k, self.v)
+            )
 
     def attend(self, spans: list[tuple[int, int, int]], window: int = 0, padding: int = 0, **more: Any) -> list[Tensor]:
         """Queries first..last of given requests in one call, with rows of no request before, between and behind."""
@@ -108,6 +127,38 @@ def test_softcap_and_sinks(kernels: Any, softcap: float, sunk: bool, window: int
         torch.testing.assert_close(out.double(), requests.expected(request, window, **more), rtol=1e-5, atol=1e-5)
     first, second, _ = requests.attend([(0, 0, 71), (0, 71, 150), (2, 63, 64)], window, **more)
     assert torch.equal(torch.cat([first, second]), outs[0]), "chunks and neighbours change nothing"
+
+
+@pytest.mark.parametrize("kept", KINDS)
+@pytest.mark.parametrize("dim", [24, 64, 80])
+def test_caches_of_fewer_bits(kernels: Any, kept: torch.dtype, dim: int) -> None:
+    requests = Requests(kernels, [150, 1, 64], 6, 2, dim, 16, kept)
+    outs = requests.attend([(r, 0, n) for r, n in enumerate(requests.lengths)], 90, padding=1)
+    for request, out in enumerate(outs):
+        torch.testing.assert_close(out.double(), requests.expected(request, 90), rtol=1e-5, atol=1e-5)
+    first, second, _ = requests.attend([(0, 0, 71), (0, 71, 150), (2, 63, 64)], 90)
+    assert torch.equal(torch.cat([first, second]), outs[0]), "chunks and neighbours change nothing"
+
+
+@pytest.mark.parametrize("kept", KINDS)
+def test_numbers_are_rounded_alike_everywhere(kernels: Any, kept: torch.dtype) -> None:
+    """Halves between neighbours, subnormal numbers, ones too large, infinity and NaN among them."""
+    states = torch.cat([torch.randn(4096), torch.randn(4096) * 1e-3, torch.randn(4096) * 300, torch.randn(4096) * 1e-7])
+    states[:20] = torch.tensor(
+        [0.0, -0.0, 448, 464, -1e6, 65519, 65520, 1.0625, 1.1875, 2**-9, 2**-10, 3 * 2**-10, *[0] * 8]
+    )
+    odd = torch.tensor([torch.inf, -torch.inf, torch.nan, 1.0]).repeat(16).view(1, 1, 64)
+    rows = torch.cat([states.view(-1, 1, 64), odd])
+    cache = reference.cache_rows(torch.zeros(17, 1, 16, 64), kept)
+    other = cache.clone()
+    kernels.write_kv(rows, -rows, cache, other, torch.arange(len(rows)))
+    for held, written in ((cache, rows), (other, -rows)):
+        found = reference.cache_numbers(held.flatten(0, 2)[: len(rows)])
+        expected = reference.cache_numbers(reference.cache_rows(written[:, 0], kept))
+        assert torch.equal(found[:-1], expected[:-1])
+        assert torch.equal(found[-1].isfinite(), expected[-1].isfinite())
+        if kept == torch.float8_e4m3fn:
+            assert found[-1, :2].abs().eq(448).all(), "what is too large is cut off"
 
 
 def test_a_poisoned_request_stays_alone(kernels: Any) -> None:

@@ -286,6 +286,20 @@ def test_attention_joins_split_keys(kernels: Any) -> None:
     assert near(capped, requests.expected(0, 90, **more)[-1:])
 
 
+@pytest.mark.parametrize("kept", [torch.float16, torch.float8_e4m3fn, torch.int8])
+def test_attention_over_caches_of_fewer_bits(kernels: Any, kept: torch.dtype) -> None:
+    requests = Requests(kernels, [70, 3], 4, 2, 24, 16, kept)
+    outs = requests.attend([(0, 60, 70), (1, 0, 3)], window=40)
+    assert near(outs[0], requests.expected(0, 40)[60:])
+    assert near(outs[1], requests.expected(1, 40))
+    states = torch.cat([torch.randn(8, 2, 24) * 300, torch.randn(8, 2, 24) * 0.01, torch.zeros(1, 2, 24)])
+    states[0, 0, :3] = torch.tensor([448.0, 464.0, 3 * 2**-10])
+    cache = reference.cache_rows(torch.zeros(2, 2, 16, 24), kept)
+    kernels.write_kv(states, states, cache, cache.clone(), torch.arange(17))
+    found = reference.cache_numbers(cache.transpose(1, 2).flatten(0, 1)[:17])
+    assert torch.equal(found, reference.cache_numbers(reference.cache_rows(states, kept)))
+
+
 def test_attention_of_padding_alone_reads_nothing_before_its_requests(kernels: Any) -> None:
     """A graph is recorded with a step in which every request is padding: all start beyond the last token."""
     tokens = 16

@@ -95,6 +95,7 @@ async def test_ready_means_that_a_request_would_be_served(site: Site) -> None:
             "base_digest": BASE_DIGEST,
             "stop_tokens": [{"id": 2, "token": "<|im_end|>", "named_by": ["chat template"]}],
             "int8_drift": None,
+            "kv_cache": None,
         }
 
         site.engine.unready_reason, site.engine.pid = "the engine is being restarted", None
