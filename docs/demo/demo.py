@@ -64,10 +64,10 @@ def _wait_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None
     raise SystemExit(f"the server did not start:\n{log.read_text(errors='replace')[-2000:]}")
 
 
-def fine_tune(url: str) -> str:
+def fine_tune(url: str, training: Path, name: str, *, batch_size: int = 8, learning_rate: float = 0.0015) -> str:
     """Train with the command line, progress bar and all; the adapter's name."""
-    arguments = ["finetune", str(TRAINING), "--name", "orders", "--epochs", "1", "--batch-size", "8"]
-    options = ["--learning-rate", "0.0015", "--seed", "1", "--url", url]
+    arguments = ["finetune", str(training), "--name", name, "--epochs", "1", "--batch-size", str(batch_size)]
+    options = ["--learning-rate", str(learning_rate), "--seed", "1", "--url", url]
     done = subprocess.run([*LORAKEET, *arguments, *options], cwd=HERE.parent.parent, stdout=subprocess.PIPE, check=True)
     return done.stdout.decode().split()[-1]
 
@@ -112,7 +112,7 @@ def main() -> int:
             base = client.get("/v1/models").json()["data"][0]["id"]
             console.print(f"Serving {base} at {url}. Fine-tuning on {TRAINING.relative_to(HERE.parent)}:")
             began = time.monotonic()
-            adapter = fine_tune(url)
+            adapter = fine_tune(url, TRAINING, "orders")
             console.print(f"Trained in {time.monotonic() - began:.0f} s; served at once as {adapter}.\n")
             console.print(side_by_side(client, base, adapter))
             found = evaluate(client, adapter)

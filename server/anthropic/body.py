@@ -119,7 +119,9 @@ class InputMessage(Body):
             if isinstance(block, ToolUseInput)
         ]
         if text or calls or not any(isinstance(block, ToolResultInput) for block in self.content):
-            yield {"role": self.role, "content": text} | ({"tool_calls": calls} if calls else {})
+            thought = "\n".join(block.thinking for block in self.content if isinstance(block, ThinkingInput))
+            more = {"tool_calls": calls, "reasoning": thought}
+            yield {"role": self.role, "content": text} | {name: value for name, value in more.items() if value}
 
 
 class MessageTool(_Cached):
@@ -189,6 +191,7 @@ _NAMES = (  # of the chat request's fields
     ("reasoning_effort", "output_config.effort"),
     ("max_completion_tokens", "max_tokens"),
     ("stop", "stop_sequences"),
+    ("max_reasoning_tokens", "thinking.budget_tokens"),
 )
 
 
@@ -240,6 +243,7 @@ class CountBody(_Cached):
             "response_format": schema and {"type": "json_schema", "json_schema": schema},
             "reasoning_effort": self.output_config.effort,
             "chat_template_kwargs": {"enable_thinking": self.thinking.type != "disabled"},
+            "max_reasoning_tokens": self.thinking.budget_tokens,
         }
 
 

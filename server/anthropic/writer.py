@@ -8,7 +8,7 @@ from pydantic_core import from_json
 
 from server.anthropic import objects as o
 from server.openai.chat import Addition, Call, Chat, Finish
-from server.text.tools.source import Arguments, Text
+from server.text.tools.source import Arguments, Text, Thought
 
 _REASONS: dict[str, Literal["end_turn", "tool_use"]] = {"stop": "end_turn", "tool_calls": "tool_use"}
 
@@ -39,6 +39,8 @@ class MessageWriter:
             match event:
                 case Text(text):
                     yield from self._write(o.TextBlock(text=""), o.TextBlockDelta(text=text), text)
+                case Thought(text):
+                    yield from self._write(o.ThinkingBlock(thinking=""), o.ThinkingDelta(thinking=text), text)
                 case Call(id_, name):
                     yield from self._open(o.ToolUseBlock(id=id_, name=name, input={}))
                 case Arguments(text):

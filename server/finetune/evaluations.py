@@ -25,10 +25,11 @@ from adapters.storage.database import Database, DatabaseBusy
 from server.client.engine import EngineClient, EngineDied, engine_up
 from server.errors import EngineUnavailable, InternalError, ModelNotFound, as_error
 from server.finetune import hyperparameters as recipe
-from server.finetune.dataset import DatasetError, load_dataset
+from server.finetune.dataset import load_dataset
 from server.finetune.files import FileStore, UnknownFileError, new_id
 from server.finetune.jobs import JobError, JobFailedError, readable
 from server.finetune.manager import MAX_DEATHS, SPACE_SECONDS
+from server.finetune.rows import DatasetError
 from server.finetune.tokenizer import TrainingTokenizer
 from server.messages.dataset import Dataset
 from server.messages.protocol import AdapterRef, Generate, Output, Ready, Sampling

@@ -4,7 +4,8 @@ import codecs
 from pathlib import Path
 from typing import Any
 
-from server.finetune.dataset import Encoded, encode, read_examples, read_lines
+from server.finetune.dataset import Encoded, encode, read_lines
+from server.finetune.rows import read_examples
 from server.finetune.tokenizer import TrainingTokenizer
 from server.text.processor import TextProcessor
 

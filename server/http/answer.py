@@ -91,7 +91,7 @@ async def send_events(
             if not started:
                 started = True
                 await _start(send, _EVENT_STREAM | dict(headers))
-            await _send_body(send, _name(event) * named + b"data: " + encode_json(event) + b"\n\n")
+            await _send_body(send, (_name(event) if named else b"") + b"data: " + encode_json(event) + b"\n\n")
     except Exception as exc:
         if not started:
             raise
@@ -99,7 +99,7 @@ async def send_events(
         if isinstance(error, InternalError):
             log.exception("a stream failed")
         event = error.body() if failed is None else failed(error)
-        await _send_body(send, _name(event) * named + b"data: " + encode_json(event) + b"\n\n")
+        await _send_body(send, (_name(event) if named else b"") + b"data: " + encode_json(event) + b"\n\n")
     else:
         if not started:
             await _start(send, _EVENT_STREAM | dict(headers))

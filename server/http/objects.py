@@ -266,6 +266,8 @@ class AdapterReceipt(TypedDict):
     tokenizer_tokens: NotRequired[int]
     chat_template: NotRequired[bool]
     stop_token_ids: NotRequired[list[int]]
+    trained_tool_format: NotRequired[str]
+    trained_reasoning_format: NotRequired[str]
 
 
 class ListedAdapter(AdapterReceipt):
@@ -430,7 +432,7 @@ class PreviewedLine(TypedDict):
 
 
 class JobObject(TypedDict):
-    """`lora`, `training`, `step`, `total_steps` and `stop_token_ids`, which its rows taught, are ours."""
+    """`lora`, `training`, `step`, `total_steps` are ours, and `stop_token_ids` and formats, which its rows taught."""
 
     id: str
     object: Literal["fine_tuning.job"]
@@ -456,6 +458,8 @@ class JobObject(TypedDict):
     step: int
     total_steps: int | None
     stop_token_ids: list[int]
+    tool_format: str | None
+    reasoning_format: str | None
 
 
 class EventObject(TypedDict):

@@ -150,20 +150,26 @@ def as_item(item: Body, number: str) -> Item:
 
 
 def messages_of(items: Sequence[Item], instructions: str | None) -> list[dict[str, Any]]:
-    """The messages that items are. Calls that follow each other, and the text before them, are one message."""
+    """The messages that items are. A thought, the text after it, and calls that follow each other are one message."""
     messages: list[dict[str, Any]] = []
     if instructions:
         messages.append({"role": "system", "content": instructions})
+    thought: dict[str, str] = {}
     for item in items:
         match item["type"]:
             case "message":
                 text = "\n".join(part["text"] for part in item["content"])
-                messages.append({"role": item["role"], "content": text})
+                spoken = item["role"] == "assistant"
+                messages.append({"role": item["role"], "content": text} | (thought if spoken else {}))
+                thought = {}
+            case "reasoning":
+                thought = {"reasoning": "\n".join(part["text"] for part in item["content"] or item["summary"])}
             case "function_call_output":
                 messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": item["output"]})
             case "function_call":
-                if not messages or messages[-1]["role"] != "assistant":
-                    messages.append({"role": "assistant", "content": ""})
+                if thought or not messages or messages[-1]["role"] != "assistant":
+                    messages.append({"role": "assistant", "content": ""} | thought)
+                    thought = {}
                 function = {"name": item["name"], "arguments": item["arguments"]}
                 call = {"id": item["call_id"], "type": "function", "function": function}
                 messages[-1].setdefault("tool_calls", []).append(call)

@@ -12,7 +12,7 @@ from server.openai import response_objects as o
 from server.openai.chat import Addition, Call, Chat
 from server.openai.logprobs import AnswerSize, chat_tokens
 from server.openai.response_body import ResponseBody
-from server.text.tools.source import Arguments, Text
+from server.text.tools.source import Arguments, Text, Thought
 
 _PREFIX = {"message": "msg", "function_call": "fc", "reasoning": "rs"}
 
@@ -87,6 +87,8 @@ class ResponseWriter:
             match event:
                 case Text(text):
                     events += self._write("message", text)
+                case Thought(text):
+                    events += self._write("reasoning", text)
                 case Call():
                     events += self._open("function_call", event)
                 case Arguments(text):
@@ -177,7 +179,7 @@ class ResponseWriter:
                 input_tokens=usage.prompt_tokens,
                 input_tokens_details=o.InputTokens(cached_tokens=usage.cached_tokens),
                 output_tokens=usage.completion_tokens,
-                output_tokens_details=o.OutputTokens(reasoning_tokens=0),
+                output_tokens_details=o.OutputTokens(reasoning_tokens=usage.reasoning_tokens or 0),
                 total_tokens=usage.prompt_tokens + usage.completion_tokens,
             ),
         )

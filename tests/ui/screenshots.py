@@ -6,6 +6,7 @@ DIRECTORY` takes every view at three widths instead, to be looked at.
 """
 
 import io
+import socket
 import subprocess
 import sys
 import tempfile
@@ -26,30 +27,44 @@ PICTURES = ROOT / "docs/console"
 SCHEMES = ("light", "dark")
 WIDTHS = {360: 740, 1280: 800, 2560: 1300}
 NAME = "orders"
+LINES = {"train": 64, "held_out": 12}  # of the shipped files: a curve, in minutes on two cores
 QUESTION = "We need six tables in yellow, delivered to Berlin on Tuesday."
 SYSTEM = "Write the order as one line."
 
 
 def main(
-    url: Annotated[str | None, typer.Option(help="A server that runs.")] = None,
+    url: Annotated[str | None, typer.Option(help="A server that runs. It gets files, jobs and adapters.")] = None,
     check: Annotated[Path | None, typer.Option(help="Take every view at three widths, into this directory.")] = None,
 ) -> None:
     if url is not None:
         _take(url, check)
         return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as data:
-        command = [sys.executable, "-m", "server.cli", "serve", "--port", "8765", "--data-dir", data]
+        command = [
+            sys.executable,
+            "-c",
+            "from server.cli import main; main()",
+            "serve",
+            "--port",
+            str(port),
+            "--data-dir",
+            data,
+        ]
         server = subprocess.Popen(command, cwd=ROOT)
         try:
-            _take("http://127.0.0.1:8765", check)
+            _take(f"http://127.0.0.1:{port}", check, server)
         finally:
             server.terminate()
             server.wait()
 
 
-def _take(url: str, check: Path | None) -> None:
+def _take(url: str, check: Path | None, server: "subprocess.Popen[bytes] | None" = None) -> None:
     with httpx.Client(base_url=url, timeout=600) as client:
         while not _ready(client):
+            assert server is None or server.poll() is None, "the server ended"
             time.sleep(1)
         views = _provide(client)
         with chromium() as browser:
@@ -75,7 +90,7 @@ def _provide(client: httpx.Client) -> dict[str, str]:
     base = client.get("/v1/models?limit=1").json()["data"][0]["id"]
     jobs = client.get("/v1/fine_tuning/jobs").json()["data"]
     if not jobs:
-        files = {name: _upload(client, ORDERS / f"{name}.jsonl") for name in ("train", "held_out")}
+        files = {name: _upload(client, ORDERS / f"{name}.jsonl", lines) for name, lines in LINES.items()}
         for rank in (4, 16):
             body = {
                 "model": base,
@@ -83,12 +98,13 @@ def _provide(client: httpx.Client) -> dict[str, str]:
                 "validation_file": files["held_out"],
                 "suffix": NAME,
                 "metadata": {"name": f"{NAME}, rank {rank}"},
-                "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}},
+                "method": {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2, "batch_size": 4}}},
                 "lora": {"r": rank, "lora_alpha": 2 * rank},
-                "training": {"checkpoint_every": 20},
+                "training": {"checkpoint_every": 8},
             }
-            jobs.insert(0, _over(client, "/v1/fine_tuning/jobs", body, "succeeded"))
-    tuned = [job["fine_tuned_model"] for job in jobs]
+            client.post("/v1/fine_tuning/jobs", json=body).raise_for_status()
+        jobs = client.get("/v1/fine_tuning/jobs").json()["data"]
+    tuned = [_checkpoint(client, job["id"]) for job in jobs]
     for name, weights in (("orders/soft", (0.5, 0.5)), ("orders/strong", (1.0, 0.4)), ("orders/soft", (0.4, 0.6))):
         mix = [{"adapter": model, "weight": weight} for model, weight in zip(tuned, weights, strict=False)]
         client.post("/v1/adapters", json={"name": name, "mix": mix, "method": "svd"}).raise_for_status()
@@ -97,8 +113,9 @@ def _provide(client: httpx.Client) -> dict[str, str]:
     if not evaluations:
         held_out = jobs[0]["validation_file"]
         for model in tuned:
-            body = {"model": model, "file": held_out, "max_examples": 12}
-            evaluations.insert(0, _over(client, "/v1/evaluations", body, "succeeded"))
+            body = {"model": model, "file": held_out, "max_examples": 8}
+            made = client.post("/v1/evaluations", json=body).raise_for_status().json()
+            evaluations.insert(0, _over(client, "/v1/evaluations", made))
     return {
         "adapters": "adapters/orders%2Fsoft",
         "playground": f"playground?m={base}&m={tuned[0]}&max_tokens=24&temperature=0&logprobs=1&system={SYSTEM}",
@@ -108,15 +125,22 @@ def _provide(client: httpx.Client) -> dict[str, str]:
     }
 
 
-def _upload(client: httpx.Client, path: Path) -> str:
-    answer = client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": (path.name, path.read_bytes())})
+def _upload(client: httpx.Client, path: Path, lines: int) -> str:
+    content = b"".join(path.read_bytes().splitlines(keepends=True)[:lines])
+    answer = client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": (path.name, content)})
     return str(answer.raise_for_status().json()["id"])
 
 
-def _over(client: httpx.Client, path: str, body: dict[str, Any], status: str) -> dict[str, Any]:
-    """What was begun, once it has that status."""
-    made: dict[str, Any] = client.post(path, json=body).raise_for_status().json()
-    while made["status"] != status:
+def _checkpoint(client: httpx.Client, job: str) -> str:
+    """The newest adapter of a job, which may go on: its curve is then seen as it grows."""
+    while not (made := client.get(f"/v1/fine_tuning/jobs/{job}/checkpoints").json()["data"]):
+        time.sleep(1)
+    return str(made[0]["fine_tuned_model_checkpoint"])
+
+
+def _over(client: httpx.Client, path: str, made: dict[str, Any]) -> dict[str, Any]:
+    """What was begun, once it has succeeded."""
+    while made["status"] != "succeeded":
         assert made["status"] not in ("failed", "cancelled"), made["error"]
         time.sleep(1)
         made = client.get(f"{path}/{made['id']}").json()
@@ -155,7 +179,7 @@ def _pictures(
 def _save(page: Page, path: Path) -> None:
     """With a palette: the pictures have few colours."""
     picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-    picture.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+    picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 if __name__ == "__main__":

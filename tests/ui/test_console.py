@@ -9,7 +9,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from tests.support.running import RunningServer
+from tests.support.running import RunningServer, eventually
 from tests.support.tiny import tiny_adapter
 from tests.ui.browser import Console, chromium
 
@@ -186,7 +186,7 @@ STEPS = "(document.querySelector('.job .plot path')?.getAttribute('d').match(/[M
 
 def curve(page: Page, more_than: int) -> int:
     """How many steps the chart of the loss shows, once they are more."""
-    page.wait_for_function(f"{STEPS} > {more_than}", timeout=30_000)
+    eventually(lambda: page.evaluate(STEPS) > more_than, 30, f"more than {more_than} steps in the chart")
     return int(page.evaluate(STEPS))
 
 

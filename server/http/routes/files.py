@@ -14,9 +14,10 @@ from starlette.types import Receive, Scope, Send
 from adapters.storage.database import UnknownCursorError
 from server.errors import InvalidRequest, NotFound, disk_faults, shown
 from server.finetune import hyperparameters as recipe
-from server.finetune.dataset import DatasetError, load_dataset
+from server.finetune.dataset import load_dataset
 from server.finetune.files import StoredFile, UnknownFileError
 from server.finetune.preview import preview
+from server.finetune.rows import DatasetError
 from server.finetune.tokenizer import TrainingTokenizer
 from server.http.multipart import Part, read_parts
 from server.http.objects import DeletedObject, FileObject, ListObject, PreviewedLine

@@ -58,7 +58,7 @@ async def count_message_tokens(request: Request, body: CountBody) -> Response:
     try:
         chat = body.chat()
         async with open_target(services, chat.model) as target:
-            ids = await chat.encode(target.text, services.engine_info.max_model_len)
+            _, ids = await chat.encode(target.text, services.engine_info.max_model_len)
     except LorakeetError as error:
         raise body.refusal(error) from None
     return Response(encode_json(TokenCount(input_tokens=len(ids))), media_type="application/json")

@@ -11,7 +11,9 @@ import msgspec
 import pytest
 
 from server.errors import EngineUnavailable
+from tests.server.http.test_tools import use_template
 from tests.support.scripted import BASE, BASE_DIGEST, EOS, TEXT, Served, encode, serving
+from tests.support.templates import REASONING_TEMPLATES
 
 HELLO = [{"role": "user", "content": "Hi"}]
 PROMPT = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
@@ -317,3 +319,34 @@ async def test_the_key_may_come_as_x_api_key(tmp_path: Path) -> None:
             ({"Authorization": "Bearer sk-2", "x-api-key": "sk-1"}, 401),
         ):
             assert (await served.client.post(path, json=body, headers=headers)).status_code == status
+
+
+# --- thoughts -----------------------------------------------------------------------------------------------
+
+
+async def test_a_thought_is_a_block_before_the_answer(served: Served) -> None:
+    use_template(served, REASONING_TEMPLATES["qwen3"])
+    say(served, "<think>\nIs it far?\n</think>\n\nYes.")
+    body = await made(served, thinking={"type": "enabled", "budget_tokens": 100})
+    assert served.engine.requests[-1].sampling.thought is not None
+    assert body["content"] == [
+        {"type": "thinking", "thinking": "Is it far?", "signature": ""},
+        {"type": "text", "text": "Yes."},
+    ]
+    stream = events(await post(served, thinking={"type": "adaptive"}, stream=True))
+    deltas = [e["delta"] for e in stream if e["type"] == "content_block_delta" and e["index"] == 0]
+    assert {delta["type"] for delta in deltas} == {"thinking_delta"}
+    assert "".join(delta["thinking"] for delta in deltas) == "Is it far?"
+    use = {"type": "tool_use", "id": "t", "name": "f", "input": {}}
+    result = {"type": "tool_result", "tool_use_id": "t", "content": "x"}
+    turns = [{"role": "assistant", "content": [body["content"][0], use]}, {"role": "user", "content": [result]}]
+    await made(served, messages=[*HELLO, *turns], thinking={"type": "enabled", "budget_tokens": 100})
+    assert "<think>\nIs it far?\n</think>" in sent_prompt(served)
+
+
+async def test_there_is_no_thought_unless_it_is_asked_for(served: Served) -> None:
+    use_template(served, REASONING_TEMPLATES["qwen3"])
+    for thinking, prompt in ((None, True), ({"type": "disabled"}, True), ({"type": "adaptive"}, False)):
+        say(served, "Yes.")
+        await made(served, thinking=thinking)
+        assert sent_prompt(served).endswith("<think>\n\n</think>\n\n") == prompt

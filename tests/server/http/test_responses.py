@@ -12,7 +12,9 @@ import msgspec
 import pytest
 
 from server.errors import EngineUnavailable
+from tests.server.http.test_tools import use_template
 from tests.support.scripted import BASE, BASE_DIGEST, EOS, TEXT, Served, encode, serving
+from tests.support.templates import REASONING_TEMPLATES
 
 PROMPT = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
 WEATHER: dict[str, Any] = {
@@ -493,3 +495,39 @@ async def test_a_restart_keeps_what_is_done_and_fails_what_is_not(tmp_path: Path
         assert await get(served, done["id"]) == done
         left = await get(served, body["id"])
         assert (left["status"], left["error"]["code"]) == ("failed", "server_error")
+
+
+# --- thoughts -----------------------------------------------------------------------------------------------
+
+
+async def test_a_thought_is_an_item_before_the_answer(served: Served) -> None:
+    use_template(served, REASONING_TEMPLATES["qwen3"])
+    say(served, "<think>\nIs it far?\n</think>\n\nYes.")
+    body = await made(served, reasoning={"effort": "low"})
+    thought, message = body["output"]
+    text = {"type": "reasoning_text", "text": "Is it far?"}
+    assert thought | {"id": ""} == {
+        "id": "",
+        "type": "reasoning",
+        "status": "completed",
+        "summary": [],
+        "content": [text],
+    }
+    assert message["content"][0]["text"] == "Yes."
+    assert body["usage"]["output_tokens_details"]["reasoning_tokens"] > 3
+    stream = events(await post(served, stream=True))
+    mine = [event for event in stream if event.get("output_index") == 0]
+    deltas = [event["delta"] for event in mine if event["type"] == "response.reasoning_text.delta"]
+    assert [event["type"] for event in mine] == [
+        "response.output_item.added",
+        "response.content_part.added",
+        *["response.reasoning_text.delta"] * len(deltas),
+        "response.reasoning_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+    ]
+    assert "".join(deltas) == mine[-3]["text"] == "Is it far?"
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+    items = [{"role": "user", "content": "Hi"}, thought, call]
+    await made(served, input=[*items, {"type": "function_call_output", "call_id": "c", "output": "x"}])
+    assert "<think>\nIs it far?\n</think>" in sent_prompt(served)
