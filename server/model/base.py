@@ -23,8 +23,8 @@ from adapters import kernels
 from adapters.device.lora import FrozenLinear, LoraLinear, StepSlot, wrap_linears
 from adapters.kernels import QuantizedWeight, native
 from adapters.peft_format.sizes import LinearSize
-from server.model import attention, loading, naming
-from server.model.loading import UnservableModel, model_class
+from server.model import UnservableModel, attention, experts, loading, naming
+from server.model.loading import model_class
 
 __all__ = ["Base", "UnservableModel", "check_servable", "load", "refusing", "sketch_head", "with_weights"]
 
@@ -33,9 +33,6 @@ log = logging.getLogger("lorakeet.engine")
 SERVED_LAYERS = {"full_attention", "sliding_attention"}
 # Features whose config entry alone tells that the engine cannot serve them, and their names for people.
 UNSERVED = {
-    "num_local_experts": "mixture-of-experts models are",
-    "num_experts": "mixture-of-experts models are",
-    "n_routed_experts": "mixture-of-experts models are",
     "attn_logit_softcapping": "this attention variant is",
     "kv_lora_rank": "this attention variant is",
 }
@@ -128,6 +125,7 @@ def load(directory: Path, quantization: str, dtype: str, device: str, cache_dir:
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
         check_servable(config)
     attention.register()
+    experts.register()
     with refusing(_name(config)):
         model = loading.load_quantized(directory, config, quantization, torch_dtype, torch_device, cache_dir)
         model.requires_grad_(False)
@@ -303,6 +301,7 @@ def _wrap(model: transformers.PreTrainedModel, directory: Path, dtype: torch.dty
     if not linears:
         raise UnservableModel("the model has no linear layers that adapters could use")
     _narrow_head(model, dtype)
+    experts.pad_routers(model)
     attention.attach(model, slot)
     _fix_rope(model)
     window = getattr(config, "sliding_window", None) or 0

@@ -10,7 +10,9 @@ from tests.sweep.verdict import judge
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and PEFT, about families
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "phi3", "cohere2", "hunyuan_v1_dense", "nemotron"])
+@pytest.mark.parametrize(
+    "family", ["llama", "qwen3", "gemma3_text", "phi3", "cohere2", "hunyuan_v1_dense", "nemotron", "qwen3_moe"]
+)
 def test_served_types_answer_and_train_as_transformers_and_peft(family: str, tmp_path: Path) -> None:
     verdict = judge(family, tmp_path)
     assert verdict.word == "served", verdict.reason
@@ -19,7 +21,7 @@ def test_served_types_answer_and_train_as_transformers_and_peft(family: str, tmp
 @pytest.mark.parametrize(
     ("family", "named"),
     [
-        ("mixtral", "mixture-of-experts"),
+        ("jetmoe", "mixture-of-experts"),
         ("qwen3_next", "linear_attention"),
         ("bloom", "max_position_embeddings"),
         ("mpt", "max_position_embeddings"),
