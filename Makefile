@@ -12,7 +12,7 @@ PYTHONS = $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14)
 USABLE  = import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve check test slow interpret operators abuse kills sweep docs clean bench gpu demo
+.PHONY: help install serve check test slow interpret operators abuse kills sweep docs clean bench gpu demo demo-tools
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -86,4 +86,7 @@ gpu: ## on a machine with an NVIDIA GPU: its tests and benchmarks, a verdict per
 	$(or $(PYTHON),$(firstword $(wildcard $(BIN)/python) python3)) -m loadtest.gpu $(ARGS)
 
 demo: $(SERVING) ## serve, fine-tune on the example orders and compare with the base, in a few minutes
-	$(BIN)/python docs/demo/demo.py
+	$(BIN)/python docs/demo/demo.py $(ARGS)
+
+demo-tools: $(TESTING) ## the same on calls of functions, asked through OpenAI's client
+	$(BIN)/python docs/demo/tools.py $(ARGS)

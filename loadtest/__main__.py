@@ -25,6 +25,7 @@ from loadtest import (
     beside,
     cases,
     claims,
+    constrained,
     drive,
     kernels,
     loading,
@@ -235,6 +236,16 @@ def show_speculation(rounds: Rounds = 3, model_dir: ModelDir = None, out: Out = 
         kit = _kit(Path(folder), model_dir or _default_model(), machine_threads=len(os.sched_getaffinity(0)))
         measured = asyncio.run(speculation.measure(kit, rounds=rounds, report=lambda line: notes.print(escape(line))))
     _show_measured("speculation", measured, speculation.table(measured), out)
+
+
+@app.command("constrained")
+def show_constrained(rounds: Rounds = 5, model_dir: ModelDir = None, out: Out = None) -> None:
+    """The cost and the gain of answers that follow a grammar, and the cost to others of compiling it."""
+    with tempfile.TemporaryDirectory(prefix="loadtest-") as folder:
+        model = model_dir or _default_model()
+        kit = _kit(Path(folder), model, machine_threads=len(os.sched_getaffinity(0)), dtypes=("float32",))
+        measured = asyncio.run(constrained.measure(kit, rounds=rounds, report=lambda line: notes.print(escape(line))))
+    _show_measured("constrained", measured, constrained.table(measured), out)
 
 
 @app.command("loading")

@@ -1,7 +1,7 @@
 """Refusals of requests: one exception tree, one JSON body, one way from exceptions to responses.
 
-The body is OpenAI's: `{"error": {"message", "type", "param", "code"}}`. Messages name the client's input and never
-carry a traceback, a path or an address.
+The body is OpenAI's: `{"error": {"message", "type", "param", "code"}}`, or Anthropic's. Messages name the
+client's input and never carry a traceback, a path or an address.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,6 +22,17 @@ from adapters.peft_format.record import DamagedFile
 from adapters.storage.database import DatabaseBusy
 from adapters.storage.versions import DamagedAdapter, RemoteUnavailable
 from server.logs import note
+
+_ANTHROPIC = "/v1/messages"  # paths with Anthropic's errors
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 
 class LorakeetError(Exception):
@@ -259,10 +270,18 @@ def as_error(exc: Exception) -> LorakeetError:
     return storage_full(exc) if is_full(exc) else InternalError()
 
 
-def error_response(error: LorakeetError) -> Response:
-    """The error as an HTTP response. Its code goes into the access line."""
+def error_response(error: LorakeetError, path: str = "") -> Response:
+    """The error as an HTTP response, in the shape of that path. Its code goes into the access line."""
     note(code=error.code or error.type)
-    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
+    anthropic = path == _ANTHROPIC or path.startswith(f"{_ANTHROPIC}/")
+    body = anthropic_body(error) if anthropic else error.body()
+    return JSONResponse(body, status_code=error.status, headers=error.headers)
+
+
+def anthropic_body(error: LorakeetError) -> dict[str, Any]:
+    """The JSON body as Anthropic has it."""
+    kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
 
 
 def shown(text: str) -> str:
@@ -277,7 +296,7 @@ async def handle_exception(request: Request, exc: Exception) -> Response:
         error: LorakeetError = _unknown_route(request, exc)
     else:
         error = as_error(exc)
-    return error_response(error)
+    return error_response(error, request.url.path)
 
 
 _FROM_BELOW = (RemoteUnavailable, DamagedAdapter, DamagedFile, DatabaseBusy, disk.StorageFull, AdapterError)

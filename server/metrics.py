@@ -11,7 +11,7 @@ file. At most `top_adapters` names have series of their own; the least recently 
 import time
 from collections import Counter as Multiset
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -28,6 +28,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from server.messages.protocol import AdapterUse, Ready, Stats
+from server.usage import AdapterUsage
 
 FinishedReason = Literal["stop", "length", "abort", "error"]
 
@@ -225,7 +226,9 @@ class Metrics:
         self._shown: Collector = self.registry
         if f"{prefix}:" != PREFIX:
             self._shown = _Renamed(self.registry, f"{prefix}:")
+        self.usage = AdapterUsage()
         self._adapters = _AdapterMetrics(top_adapters)
+        self.resident: Mapping[tuple[str, str], AdapterUse] = self._adapters.resident  # by digest and tier
         self.registry.register(self._adapters)
 
         self._running = self._gauge("num_requests_running", "Sequences in the batch")
@@ -280,6 +283,7 @@ class Metrics:
     def adapter_deleted(self, name: str) -> None:
         """The name no longer exists: its series end, their sums live on in `other`."""
         self._adapters.forget(name)
+        self.usage.forget(name)
 
     def engine_stats(self, stats: Stats) -> None:
         """One report of the engine."""
@@ -328,7 +332,7 @@ class Metrics:
         if not alive:
             for gauge in (self._running, self._waiting, self._kv_usage, self._merged_bytes):
                 gauge.set(0)
-            self._adapters.resident = {}
+            self._adapters.resident.clear()
 
     def _gauge(self, name: str, help_text: str, *labels: str) -> Gauge:
         return Gauge(PREFIX + name, help_text, labels, registry=self.registry)
@@ -347,6 +351,7 @@ class RequestMetrics:
         self._metrics = metrics
         self._adapters = adapters
         self._used = used
+        self._usage = metrics.usage.begin([name for name, _ in used])
         self._arrived = time.monotonic()
         self._prompt_counted = False
         self._last_token: float | None = None
@@ -357,6 +362,8 @@ class RequestMetrics:
         """An output with `tokens` new tokens, maybe none; prompt and queue time count on the first output only."""
         now = time.monotonic()
         counts = [self._adapters.of_name(name) for name, _ in self._used]
+        for usage in self._usage:
+            usage.tokens += tokens + (0 if self._prompt_counted else prompt_tokens)
         if not self._prompt_counted:
             self._prompt_counted = True
             self._metrics.queue_time.observe(queue_seconds)

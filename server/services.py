@@ -12,9 +12,11 @@ from server.admission import Admission, Drain, UploadSlots
 from server.children.helper import Helpers
 from server.client.engine import EngineClient, served_base
 from server.finetune.service import FineTuning
+from server.history import History
 from server.messages.protocol import Ready
 from server.metrics import Metrics
 from server.registry.open import Registry
+from server.response_store import ResponseStore
 from server.settings import Settings
 from server.text.grammar_checker import GrammarChecker
 from server.text.processor import TextProcessor
@@ -37,6 +39,8 @@ class Services:
     uploads: UploadSlots
     grammars: GrammarChecker
     tuning: FineTuning
+    responses: ResponseStore
+    history: History
     checkpointing: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a merged checkpoint is made
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)  # the model's, by request field
 
@@ -66,6 +70,15 @@ def make_services(
     """
     metrics = metrics or Metrics(settings.metrics_adapters, settings.metrics_prefix)
     registry = Registry.make(settings, engine, store, metrics, outline, text, checker)
+    tuning = FineTuning.open(
+        settings.data_dir,
+        engine=engine,
+        registry=registry,
+        text=text,
+        metrics=metrics,
+        max_running=settings.max_training_jobs,
+        busy_seconds=settings.database_seconds,
+    )
     return Services(
         settings=settings,
         engine=engine,
@@ -77,15 +90,9 @@ def make_services(
         registry=registry,
         uploads=UploadSlots(settings.max_uploads),
         grammars=GrammarChecker(settings.grammar_seconds, settings.grammar_bytes),
-        tuning=FineTuning.open(
-            settings.data_dir,
-            engine=engine,
-            registry=registry,
-            text=text,
-            metrics=metrics,
-            max_running=settings.max_training_jobs,
-            busy_seconds=settings.database_seconds,
-        ),
+        tuning=tuning,
+        responses=ResponseStore(tuning.database, settings.response_days, settings.response_bytes),
+        history=History(metrics, engine, store),
         sampling_defaults=sampling_defaults or {},
     )
 

@@ -296,6 +296,12 @@ class Settings:
         shown="a share of what is free",
         vllm="--kv-cache-memory-bytes",
     )
+    kv_cache_dtype: str = _setting(
+        "auto",
+        "Numbers of the KV cache: auto is the model's on a GPU and float32 on a CPU. Fewer bits hold more tokens; the "
+        "difference is measured at start, logged, and shown by `GET /ready`.",
+        choices=("auto", "float32", "bfloat16", "float16", "fp8", "int8"),
+    )
     adapter_bytes: int | None = _setting(
         None,
         "Device memory for resident adapters.",
@@ -497,6 +503,22 @@ class Settings:
         shown="256MiB",
     )
 
+    response_days: float = _setting(
+        30.0,
+        "How long answers of /v1/responses are kept, in days; 0: none is.",
+        parse=_number,
+        minimum=0,
+        maximum=3650,
+    )
+    response_bytes: int = _setting(
+        GIB,
+        "Disk for answers of /v1/responses that are kept; the oldest go first.",
+        parse=parse_size,
+        minimum=MIB,
+        maximum=2**50,
+        shown="1GiB",
+    )
+
     # --- fine-tuning
     max_training_jobs: int = _setting(
         2, "Fine-tuning jobs that train at once; the rest are queued.", parse=_integer, minimum=1, maximum=1024
@@ -531,6 +553,7 @@ class Settings:
     guard_metrics: bool = _setting(
         False, "Ask for an API key on /metrics and /ready, too; /health and /version stay open.", parse=parse_bool
     )
+    ui: bool = _setting(True, "Serve the console, a page for people, at /ui.", parse=parse_bool)
     log_level: Literal["debug", "info", "warning", "error"] = _setting(
         "info", "How much is logged.", choices=("debug", "info", "warning", "error")
     )

@@ -16,9 +16,12 @@ HEAVY = ("torch", "transformers", "bitsandbytes", "peft")
 # What runs in the engine's process, what runs in the API's; `server.messages` is all that both import.
 ENGINE_SIDE = ("server.engine", "server.model", "server.training")
 API_SIDE = (
-    *(f"server.{part}" for part in ("http", "openai", "text", "registry", "finetune", "client", "children")),
+    *(
+        f"server.{part}"
+        for part in ("http", "openai", "anthropic", "text", "registry", "finetune", "client", "children")
+    ),
     *(f"server.{part}" for part in ("admission", "data_dir", "errors", "metrics", "model_source")),
-    *(f"server.{part}" for part in ("services", "settings", "doctor")),
+    *(f"server.{part}" for part in ("services", "settings", "doctor", "usage", "history", "ui", "response_store")),
 )
 WEB = ("starlette", "uvicorn", "pydantic", "httpx", "python_multipart")
 
@@ -82,7 +85,7 @@ def _within(name: str, packages: tuple[str, ...]) -> bool:
             ("server", "adapters"), ("adapters.offline.oracle",), ("tests", "peft"), id="neither needs what tests need"
         ),
         pytest.param(
-            ("server.http.routes", "server.openai"),
+            ("server.http.routes", "server.openai", "server.anthropic"),
             (),
             ("server.http.app", "server.cli", *HEAVY),
             id="handlers are built upon",

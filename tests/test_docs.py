@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from starlette.routing import Route
 
 from adapters.peft_format.config import FIELDS
 from loadtest import pages
 from server.finetune.metrics import TrainingMetrics
+from server.http.operations import Operation
 from server.metrics import PREFIX, Metrics
 from server.settings import settings_fields, settings_table
 
@@ -81,7 +81,7 @@ def test_every_endpoint_is_in_the_table() -> None:
     served = {
         f"{method} {route.path.replace(':path', '')}"
         for route in routes
-        if isinstance(route, Route)
+        if isinstance(route, Operation)
         for method in (route.methods or set()) - {"HEAD"}
     }
     page = (REFERENCE / "http-api.md").read_text(encoding="utf-8")

@@ -22,8 +22,18 @@ class Deltas(Protocol):
 class Attention(Protocol):
     """How the tokens of one step attend."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int) -> Tensor:
-        """q [T, H, D], k and v [T, Hkv, D] after rope -> [T, H, D]; `window` 0 means all earlier keys."""
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scaling: float,
+        window: int,
+        softcap: float,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """q [T, H, D], k and v [T, Hkv, D] after rope -> [T, H, D]; the rest as `kernels.paged_attention` takes it."""
 
 
 class StepSlot:

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from adapters.kernels import build, native, reference, triton
 from adapters.kernels.experts import ExpertWeights
 from adapters.kernels.plan import DecoderPlan
-from adapters.kernels.reference import BF16, FP16, FP32, GroupedFunction, LinearFunction, row_multiple
+from adapters.kernels.reference import BF16, FP16, FP32, SCALE_BYTES, GroupedFunction, LinearFunction, row_multiple
 from adapters.kernels.weight import QuantizedWeight
 
 __all__ = [
     "BF16",
     "FP16",
     "FP32",
+    "SCALE_BYTES",
     "Decoder",
     "DecoderPlan",
     "ExpertWeights",
@@ -148,7 +149,7 @@ def lora_add_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, table: Tensor, scale: 
 
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    kernels = _compiled(k, v, k_cache, v_cache) if _in_place(k_cache, v_cache) else None
+    kernels = _compiled(k, v) if _in_place(k_cache, v_cache) else None
     (kernels or reference).write_kv(k, v, k_cache, v_cache, slots)
 
 
@@ -160,9 +161,13 @@ def paged_attention(
     block_tables: Tensor,
     scaling: float,
     window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    kernels = _compiled(q, k_cache, v_cache) if _in_place(k_cache, v_cache) else None
-    return (kernels or reference).paged_attention(q, k_cache, v_cache, seqs, block_tables, scaling, window)
+    kernels = _compiled(q) if _in_place(k_cache, v_cache) else None
+    return (kernels or reference).paged_attention(
+        q, k_cache, v_cache, seqs, block_tables, scaling, window, softcap, sinks
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -223,7 +228,8 @@ def plan_decoder(
     windows: Sequence[int],
 ) -> Decoder | None:
     """The way through a decoder without its Python modules (arguments: `plan.DecoderPlan.build`), or None."""
-    if triton.takes(*k_caches) and triton.load():
+    numbers = [tensor for tensor in decoder.parameters() if tensor.is_floating_point()][:1]  # its dtype is the model's
+    if triton.takes(*numbers) and triton.load():
         from adapters.kernels.triton.decoder import TritonDecoder
 
         return TritonDecoder.build(decoder, pool_a, pool_b, k_caches, v_caches, windows)

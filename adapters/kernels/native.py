@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 _off = False
 
 _BLOCK = 64  # the kernels' blocks of inputs: of linear.cpp
+KV_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3, torch.int8: 4}
 _DENSE_KINDS = {torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
 
 
@@ -73,7 +74,7 @@ class AdaptersStruct(Structure):
 class KvCacheStruct(Structure):
     """`KvCache` of attention.h."""
 
-    _fields_ = [("k", c_void_p), ("v", c_void_p), ("block_size", c_int32)]
+    _fields_ = [("k", c_void_p), ("v", c_void_p), ("block_size", c_int32), ("kind", c_int32)]
 
 
 class AttentionStruct(Structure):
@@ -92,6 +93,8 @@ class AttentionStruct(Structure):
         ("max_blocks", c_int32),
         ("scaling", c_float),
         ("window", c_int32),
+        ("softcap", c_float),
+        ("sinks", c_void_p),
         ("cache", KvCacheStruct),
     ]
 
@@ -217,7 +220,7 @@ class Kernels:
 
     def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
         k, v, slots = _plain(k), _plain(v), slots.contiguous()
-        cache = KvCacheStruct(k_cache.data_ptr(), v_cache.data_ptr(), k_cache.shape[2])
+        cache = _kv_struct(k_cache, v_cache)
         self._lib.lk_write_kv(k.data_ptr(), v.data_ptr(), slots.data_ptr(), *k.shape, byref(cache))
 
     def paged_attention(
@@ -229,7 +232,10 @@ class Kernels:
         block_tables: Tensor,
         scaling: float,
         window: int = 0,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
     ) -> Tensor:
+        sinks = None if sinks is None else _plain(sinks)
         q, seqs, block_tables = _plain(q), seqs.contiguous(), block_tables.contiguous()
         out = torch.empty_like(q)
         tokens, heads, head_dim = q.shape
@@ -246,7 +252,9 @@ class Kernels:
             block_tables.shape[1],
             scaling,
             window,
-            KvCacheStruct(k_cache.data_ptr(), v_cache.data_ptr(), k_cache.shape[2]),
+            softcap,
+            address(sinks),
+            _kv_struct(k_cache, v_cache),
         )
         self._lib.lk_attention(byref(attention))
         return out
@@ -315,6 +323,10 @@ class Kernels:
     def multiply_add(self, millions: int) -> None:
         """Do so many million fused multiply-adds on registers: what the fp32 peak is measured by."""
         self._lib.lk_multiply_add(millions)
+
+
+def _kv_struct(k_cache: Tensor, v_cache: Tensor) -> KvCacheStruct:
+    return KvCacheStruct(k_cache.data_ptr(), v_cache.data_ptr(), k_cache.shape[2], KV_KINDS[k_cache.dtype])
 
 
 def _weight_struct(weight: QuantizedWeight) -> tuple[WeightStruct, Tensor | None]:

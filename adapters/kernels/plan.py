@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from adapters.kernels import native
 from adapters.kernels.native import WeightStruct, address
+from adapters.kernels.reference import head_size
 from adapters.kernels.weight import QuantizedWeight
 
 ARCHITECTURES = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"}  # of transformers, by class name
@@ -66,6 +67,7 @@ class DecoderStruct(Structure):
         ("kv_heads", c_int32),
         ("head_dim", c_int32),
         ("block_size", c_int32),
+        ("kv_kind", c_int32),
         ("eps", c_float),
         ("scaling", c_float),
     ]
@@ -136,7 +138,8 @@ class DecoderPlan:
         except _Unplannable:
             return None
         first = modules.layers[0]
-        _, kv_heads, block_size, head_dim = k_caches[0].shape
+        _, kv_heads, block_size, _ = k_caches[0].shape
+        head_dim = head_size(k_caches[0])
         struct = DecoderStruct(
             layers,
             final_norm,
@@ -146,6 +149,7 @@ class DecoderPlan:
             kv_heads,
             head_dim,
             block_size,
+            native.KV_KINDS[k_caches[0].dtype],
             first.input_layernorm.variance_epsilon,
             first.self_attn.scaling,
         )
@@ -251,8 +255,8 @@ class _Builder:
                 for pool in self._pools
             ),
             (c_int32 * len(SITES))(*(linear.index for linear in linears)),
-            self.fp32(k_cache),
-            self.fp32(v_cache),
+            self._address(k_cache, k_cache.dtype),
+            self._address(v_cache, k_cache.dtype),
             window,
         )
 

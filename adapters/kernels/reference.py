@@ -18,6 +18,9 @@ from adapters.kernels.weight import Int8Copy, QuantizedWeight
 KEY_GROUP = 64  # attention reduces over keys in groups of this many, aligned to the sequence's start
 PROBED_OUTPUTS = 8192  # of a weight, at most, to find its row multiple with
 
+SCALE_BYTES = 4  # of an int8 row of the KV cache
+FP8_MOST = 448.0  # the greatest number of fp8 (e4m3)
+
 FP32, BF16, FP16 = 0, 1, 2  # the dtype column of a segment table
 _UNIT_DTYPES = {FP32: torch.float32, BF16: torch.bfloat16, FP16: torch.float16}
 
@@ -212,12 +215,38 @@ def lora_add_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, table: Tensor, scale: 
 # --- attention ----------------------------------------------------------------------------------
 
 
+def head_size(cache: Tensor) -> int:
+    """D of a cache: rows of int8 have their scale behind them."""
+    return cache.shape[-1] - SCALE_BYTES if cache.dtype == torch.int8 else cache.shape[-1]
+
+
+def cache_rows(states: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers `[..., D]` as a cache of this dtype holds them: rounded, in fp8 cut off at its greatest number."""
+    if dtype == torch.int8:
+        scale = states.float().abs().amax(-1, keepdim=True) / 127.0
+        codes = (states.float() / torch.where(scale > 0, scale, 1.0)).round().nan_to_num().to(torch.int8)
+        return torch.cat([codes, scale.view(torch.int8)], dim=-1)
+    if dtype == torch.float8_e4m3fn:
+        states = states.clamp(-FP8_MOST, FP8_MOST)
+    return states.to(dtype)
+
+
+def cache_numbers(rows: Tensor) -> Tensor:
+    """What rows of a cache stand for, fp32 `[..., D]`."""
+    if rows.dtype == torch.int8:
+        return rows[..., :-SCALE_BYTES].float() * rows[..., -SCALE_BYTES:].contiguous().view(torch.float32)
+    return rows.float()
+
+
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """Store `k, v [T, Hkv, D]` in `[blocks, Hkv, block_size, D]` caches; slots int64 `[T]` = block * size + offset."""
+    """Store `k, v [T, Hkv, D]` in `[blocks, Hkv, block_size, D]` caches; slots int64 `[T]` = block * size + offset.
+
+    Caches are fp32, bf16, fp16, fp8 (e4m3) or int8: `[..., D + 4]`, each row's fp32 scale in its last four bytes.
+    """
     block_size = k_cache.shape[2]
     block, offset = slots // block_size, slots % block_size
-    k_cache[block, :, offset] = k.to(k_cache.dtype)
-    v_cache[block, :, offset] = v.to(v_cache.dtype)
+    k_cache[block, :, offset] = cache_rows(k, k_cache.dtype)
+    v_cache[block, :, offset] = cache_rows(v, v_cache.dtype)
 
 
 def paged_attention(
@@ -228,6 +257,8 @@ def paged_attention(
     block_tables: Tensor,
     scaling: float,
     window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of each request's new tokens over its paged keys, `[T, H, D] -> [T, H, D]`.
 
@@ -236,12 +267,14 @@ def paged_attention(
 
     Args:
         q: `[T, H, D]`; rows that belong to no request give zeros.
-        k_cache, v_cache: `[blocks, Hkv, block_size, D]`, the step's own keys already written; block_size divides
-            `KEY_GROUP` or is a multiple of it.
+        k_cache, v_cache: `[blocks, Hkv, block_size, D]` as `write_kv` has them, the step's own keys already written;
+            block_size divides `KEY_GROUP` or is a multiple of it.
         seqs: int32 `[R, 3]`, columns q_start, q_end, kv_len (keys after this step). Query i is at position
             `kv_len - (q_end - i)`.
         block_tables: int32 `[R, max_blocks]`.
         window: when positive, a query at position p sees keys in `(p - window, p]`.
+        softcap: when positive, a score s becomes `softcap * tanh(s / softcap)`.
+        sinks: fp32 `[H]`, a score of each head's that takes part in the softmax and has no value.
     """
     out = torch.zeros_like(q)
     kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
@@ -253,19 +286,27 @@ def paged_attention(
         queries = q[q_start:q_end].float() * scaling
         queries = queries.view(len(queries), kv_heads, -1, q.shape[2]).permute(1, 2, 0, 3)  # [Hkv, H / Hkv, n, D]
         last = torch.arange(kv_len - (q_end - q_start), kv_len, device=q.device)  # each query's own position
-        attended = _grouped_softmax(queries, keys, values, last, kv_len, window)
+        attended, top, total = _grouped_softmax(queries, keys, values, last, kv_len, window, softcap)
+        if sinks is not None:
+            total = total + torch.exp(sinks.view(kv_heads, -1, 1, 1) - top)
+        attended = attended / total
         out[q_start:q_end] = attended.permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype)
     return out
 
 
 def _gather_blocks(cache: Tensor, table: Tensor, kv_len: int) -> Tensor:
     """A request's first `kv_len` cache rows as fp32 `[Hkv, groups * KEY_GROUP, D]`; what lies beyond reads as zero."""
-    rows = cache[table].transpose(0, 1).flatten(1, 2)[:, :kv_len].float()
+    rows = cache_numbers(cache[table].transpose(0, 1).flatten(1, 2)[:, :kv_len])
     return F.pad(rows, (0, 0, 0, -kv_len % KEY_GROUP))
 
 
-def _grouped_softmax(q: Tensor, keys: Tensor, values: Tensor, last: Tensor, kv_len: int, window: int) -> Tensor:
-    """Running softmax over key groups: `q [Hkv, G, n, D]`, `keys, values [Hkv, groups * 64, D]` -> `[Hkv, G, n, D]`."""
+def _grouped_softmax(
+    q: Tensor, keys: Tensor, values: Tensor, last: Tensor, kv_len: int, window: int, softcap: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Running softmax over key groups: `q [Hkv, G, n, D]`, `keys, values [Hkv, groups * 64, D]`.
+
+    Returns `[Hkv, G, n, D]`, not yet divided by the sums of weights, each row's largest score, and these sums.
+    """
     top = q.new_full((*q.shape[:-1], 1), float("-inf"))
     total = torch.zeros_like(top)
     acc = torch.zeros_like(q)
@@ -277,7 +318,10 @@ def _grouped_softmax(q: Tensor, keys: Tensor, values: Tensor, last: Tensor, kv_l
         visible = position <= last[:, None]  # [n, 64]
         if window:
             visible &= position > last[:, None] - window
-        scores = padded_linear(q, key).masked_fill(~visible, float("-inf"))
+        scores = padded_linear(q, key)
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~visible, float("-inf"))
         new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
         shift = torch.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen no key yet
         weights = torch.exp(scores - shift)
@@ -285,7 +329,7 @@ def _grouped_softmax(q: Tensor, keys: Tensor, values: Tensor, last: Tensor, kv_l
         total = total * decay + weights.sum(-1, keepdim=True)
         acc = acc * decay + padded_linear(weights, value.transpose(-1, -2))
         top = new_top
-    return acc / total
+    return acc, top, total
 
 
 # --- what stands between the linears --------------------------------------------------------------

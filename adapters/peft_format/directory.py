@@ -346,8 +346,9 @@ def _mathematics(modules: Mapping[str, LoraModule], variants: Variants, text: Ad
         lines += f"variants {json.dumps([pairs(variants.tables), variants.token_ids, variants.invocation])}\n"
     if text != NO_TEXT:
         fields = dataclasses.asdict(text)
-        if not text.stop_tokens:  # there were none when the first digests were made
-            del fields["stop_tokens"]
+        for name in ("stop_tokens", "tool_format", "reasoning_format"):  # the first digests had none
+            if not fields[name]:
+                del fields[name]
         lines += f"text {json.dumps(fields)}\n"
     return lines.encode()
 

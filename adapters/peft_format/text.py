@@ -41,12 +41,15 @@ class AdapterText:
     tokens: tuple[NewToken, ...] = ()
     chat_template: str | None = None
     stop_tokens: tuple[int, ...] = ()  # that ended the turns it was trained on
+    tool_format: str | None = None  # in which calls of tools were written there
+    reasoning_format: str | None = None
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> "AdapterText":
         """From what `dataclasses.asdict` and JSON made of one."""
         tokens = tuple(NewToken(**token) for token in fields["tokens"])
-        return cls(tokens, fields["chat_template"], tuple(fields.get("stop_tokens", ())))
+        formats = fields.get("tool_format"), fields.get("reasoning_format")
+        return cls(tokens, fields["chat_template"], tuple(fields.get("stop_tokens", ())), *formats)
 
 
 NO_TEXT = AdapterText()

@@ -16,6 +16,8 @@ def receipt_of(spec: AdapterSpec) -> dict[str, Any]:
         "tokenizer_tokens": len(spec.text.tokens),
         "chat_template": spec.text.chat_template is not None,
         "stop_token_ids": list(spec.text.stop_tokens),
+        "trained_tool_format": spec.text.tool_format,
+        "trained_reasoning_format": spec.text.reasoning_format,
     }
     [(scaling, _)] = Counter(module.scaling for module in spec.adapted.values()).most_common(1)
     return {

@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from operator import attrgetter
@@ -156,8 +156,11 @@ class AdapterStore:
 
     def named(self, digest: str) -> Version | None:
         """A version with this content, under any name."""
-        versions = (one for names in self._names.values() for pointer in names.values() for one in pointer.versions)
-        return next((version for version in versions if version.digest == digest), None)
+        return next((version for version in self.all_versions() if version.digest == digest), None)
+
+    def all_versions(self) -> Iterator[Version]:
+        """Every version of every name."""
+        return (one for names in self._names.values() for pointer in names.values() for one in pointer.versions)
 
     # --- changing --------------------------------------------------------------------------------
 

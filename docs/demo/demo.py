@@ -1,6 +1,7 @@
 """The whole story in a few minutes on two cores: serve, upload, fine-tune on the resident base, compare.
 
     make demo
+    make demo ARGS="--model gemma-3-270m"     flags of `lorakeet serve`
 
 Starts a server of its own on a free port with an empty data directory, trains on `orders/train.jsonl` through the
 command line, and measures base and adapter on `orders/held_out.jsonl`. Ends with status 1 if the adapter did not learn.
@@ -34,13 +35,13 @@ console = Console(highlight=False)
 
 @contextlib.contextmanager
 def server(data_dir: Path) -> Iterator[str]:
-    """The URL of a fresh server over the default model (or what LORAKEET_MODEL names)."""
+    """The URL of a fresh server, with the command line's flags."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     log = data_dir / "server.log"
-    command = [*LORAKEET, "serve", "--port", str(port), "--data-dir", str(data_dir / "data")]
+    command = [*LORAKEET, "serve", "--port", str(port), "--data-dir", str(data_dir / "data"), *sys.argv[1:]]
     with log.open("wb") as sink:
         process = subprocess.Popen(command, cwd=HERE.parent.parent, stdout=sink, stderr=sink)
     try:
@@ -63,10 +64,10 @@ def _wait_ready(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None
     raise SystemExit(f"the server did not start:\n{log.read_text(errors='replace')[-2000:]}")
 
 
-def fine_tune(url: str) -> str:
+def fine_tune(url: str, training: Path, name: str, *, batch_size: int = 8, learning_rate: float = 0.0015) -> str:
     """Train with the command line, progress bar and all; the adapter's name."""
-    arguments = ["finetune", str(TRAINING), "--name", "orders", "--epochs", "1", "--batch-size", "8"]
-    options = ["--learning-rate", "0.0015", "--seed", "1", "--url", url]
+    arguments = ["finetune", str(training), "--name", name, "--epochs", "1", "--batch-size", str(batch_size)]
+    options = ["--learning-rate", str(learning_rate), "--seed", "1", "--url", url]
     done = subprocess.run([*LORAKEET, *arguments, *options], cwd=HERE.parent.parent, stdout=subprocess.PIPE, check=True)
     return done.stdout.decode().split()[-1]
 
@@ -106,12 +107,12 @@ def side_by_side(client: httpx.Client, base: str, adapter: str) -> Table:
 def main() -> int:
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="lorakeet-demo-") as directory:
-        console.print("Starting the server (a first start also fetches the default model, 93 MB) ...")
+        console.print("Starting the server (a first start also fetches the model) ...")
         with server(Path(directory)) as url, httpx.Client(base_url=url, timeout=None) as client:
             base = client.get("/v1/models").json()["data"][0]["id"]
             console.print(f"Serving {base} at {url}. Fine-tuning on {TRAINING.relative_to(HERE.parent)}:")
             began = time.monotonic()
-            adapter = fine_tune(url)
+            adapter = fine_tune(url, TRAINING, "orders")
             console.print(f"Trained in {time.monotonic() - began:.0f} s; served at once as {adapter}.\n")
             console.print(side_by_side(client, base, adapter))
             found = evaluate(client, adapter)

@@ -1,4 +1,4 @@
-"""The optional int8 tier: steps whose 4-bit linears round their inputs to eight bits, and the drift of that.
+"""Optional rounding: 4-bit linears whose inputs have eight bits, a KV cache of fewer bits, and the drift of each.
 
 Serving alone is switched: training, merging, the head and adapters' own rows go on with exact inputs, on the same base.
 What it changes is measured when it is switched on, against the exact path, on a text that never changes.
@@ -13,9 +13,13 @@ import torch
 from tokenizers import Tokenizer
 
 from adapters.kernels import native
-from server.engine.comparison import Comparison, drift
+from server.engine.blocks import BlockGroups, BlockPool
+from server.engine.comparison import Comparison, drift, longest_text
 from server.engine.engine import Engine
+from server.engine.runner import Runner
+from server.engine.sequence import AdapterKey
 from server.messages.protocol import Drift
+from server.model.attention import KVCache
 from server.model.base import UnservableModel, with_weights
 
 log = logging.getLogger("lorakeet.engine")
@@ -80,18 +84,59 @@ def round_to_int8(engine: Engine, directory: Path) -> None:
     )
 
 
+def measure_kv(engine: Engine, directory: Path) -> None:
+    """Say in `engine.kv_drift` how far an idle engine's answers are from those with a cache that does not round.
+
+    Raises UnservableModel.
+    """
+    cache, base = engine.cache, engine.base
+    if cache.dtype == cache.compute:
+        return
+    prompt = _prompt(engine, directory)
+    count = 2 * engine.blocks.blocks_for(len(prompt))  # half of them may be taken
+    layout = base.layers, [count] * len(cache.windows), cache.block_size
+    runner = Runner(
+        base, KVCache(*layout, cache.compute, cache.compute, base.device), engine.pool, engine.max_model_len
+    )
+    pools = BlockGroups([BlockPool(count, cache.block_size, False) for _ in cache.windows], cache.windows, _CHUNK, 1)
+    sides: tuple[AdapterKey, AdapterKey] = (), ()
+    engine.kv_drift = found = _drift((runner, engine.runner), (pools, engine.blocks), sides, prompt, "--kv-cache-dtype")
+    log.info(
+        "the KV cache is kept in %s: mean KL %.4f nats from %s, the same most likely token at %.1f%% of %d positions",
+        *(str(cache.dtype).removeprefix("torch."), found.mean_kl, str(cache.compute).removeprefix("torch.")),
+        *(100 * found.greedy_agreement, found.positions),
+    )
+
+
 def _measure(engine: Engine, directory: Path) -> Drift:
     """Raises UnservableModel when logits are not finite."""
-    ids = Tokenizer.from_file(str(directory / "tokenizer.json")).encode(_TEXT).ids
-    prompt = [token for token in ids if token < engine.base.vocab_size]
-    longest = min(engine.max_model_len, engine.blocks.num_blocks // 4 * engine.blocks.block_size)
-    found = Comparison()
     engine.runner.install(_EXACT, engine.base)
     try:
-        for _ in drift(engine.runner, engine.blocks, (((_EXACT, 1.0),), ()), prompt[:longest], found, _CHUNK):
-            pass
+        prompt, sides = _prompt(engine, directory), (((_EXACT, 1.0),), ())
+        return _drift(
+            (engine.runner, engine.runner), (engine.blocks, engine.blocks), sides, prompt, "--activations int8"
+        )
     finally:
         engine.runner.remove(_EXACT)
+
+
+def _prompt(engine: Engine, directory: Path) -> list[int]:
+    ids = Tokenizer.from_file(str(directory / "tokenizer.json")).encode(_TEXT).ids
+    longest = min(engine.max_model_len, longest_text(engine.blocks))
+    return [token for token in ids if token < engine.base.vocab_size][:longest]
+
+
+def _drift(
+    runners: tuple[Runner, Runner],
+    pools: tuple[BlockGroups, BlockGroups],
+    sides: tuple[AdapterKey, AdapterKey],
+    prompt: list[int],
+    setting: str,
+) -> Drift:
+    """Of the second way from the first. Raises UnservableModel when logits are not finite."""
+    found = Comparison()
+    for _ in drift(runners, pools, sides, prompt, found, _CHUNK):
+        pass
     if not math.isfinite(found.divergence):
-        raise UnservableModel("--activations int8 makes logits of this base that are not finite: leave it out")
+        raise UnservableModel(f"{setting} makes logits of this base that are not finite: leave it out")
     return Drift(found.positions, found.divergence / found.positions, found.agreeing / found.positions)

@@ -49,9 +49,9 @@ class Batch:
         return DecodeStep(
             ids=self.ids,
             positions=self.positions,
-            slots=attention.slots,
+            slots=attention.slots[0],  # of a planned decoder's one group
             seqs=attention.seqs,
-            block_tables=attention.block_tables,
+            block_tables=attention.block_tables[0],
             table=None if deltas is None else deltas.table,
             scale=None if deltas is None else deltas.scale,
         )
@@ -82,7 +82,7 @@ class Packer:
         size = self._cache.block_size
         ids: list[int] = []
         positions: list[int] = []
-        slots: list[int] = []
+        slots: list[list[int]] = [[] for _ in self._cache.windows]  # per group of KV layers
         keep: list[int] = []
         uses: list[Use] = []
         kept: list[int] = []
@@ -91,7 +91,8 @@ class Packer:
         extra_uses: list[ExtraUse] = []
         extra_kept: list[ExtraUse] = []
         width = max(-(-(work.start + work.count) // size) for work in works)
-        tables = np.zeros((len(works) + drafts_apart * sum(len(work.drafts) for work in works), width), np.int32)
+        height = len(works) + drafts_apart * sum(len(work.drafts) for work in works)
+        tables = np.zeros((len(slots), height, width), np.int32)
         for work in works:
             sequence, first, last = work.sequence, work.start, work.start + work.count
             offset = len(ids)
@@ -100,12 +101,15 @@ class Packer:
             if work.pending:
                 pending.append((len(ids), sequence))
                 ids.append(0)
-            blocks = sequence.blocks[: -(-last // size)]
-            positions += range(first, last)
-            slots += [blocks[position // size] * size + position % size for position in range(first, last)]
+            places = range(first, last)
+            positions += places
+            for table, group in zip(sequence.tables, slots, strict=True):
+                group += [table[position // size] * size + position % size for position in places]
             begins = [first, *range(last - len(work.drafts), last)] if drafts_apart and work.drafts else [first]
             for begin, end in pairwise([*begins, last]):
-                tables[len(seqs), : len(blocks)] = blocks
+                for table, rows in zip(sequence.tables, tables, strict=True):
+                    blocks = table[: -(-last // size)]
+                    rows[len(seqs), : len(blocks)] = blocks
                 seqs.append((offset + begin - first, offset + end - first, end))
             own = [offset + p - first for p in work.prompt_rows]
             if work.samples:
@@ -129,9 +133,9 @@ class Packer:
 
         attention = PagedAttention(
             self._cache,
-            tensor(slots),
+            [tensor(group) for group in slots],
             tensor(seqs, np.int32),
-            sent(torch.from_numpy(tables), device),
+            [sent(torch.from_numpy(group), device) for group in tables],
         )
         packed = tensor(ids)
         if pending:

@@ -12,7 +12,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from hashlib import blake2b
 
 from server.engine.sequence import AdapterKey, Sequence
@@ -102,6 +102,10 @@ class BlockPool:
             blocks.append(block)
         return blocks
 
+    def has(self, key: bytes) -> bool:
+        """Whether `match` would find this key."""
+        return key in self._by_key
+
     def publish(self, block: int, key: bytes) -> None:
         """Make a used block findable: all its slots now hold the content that `key` names.
 
@@ -128,6 +132,172 @@ class BlockPool:
         del self._by_key[key]
         self._key[block] = None
         return block
+
+
+class BlockGroups:
+    """The blocks of all groups of KV layers: a sequence has a table in each.
+
+    In a group whose layers see a window, a sequence gives back the blocks that no later token sees; its table says 0
+    (scratch) there. Such a group holds those of its tokens that are about to be computed and the window before them.
+
+    Args:
+        pools: one per group, of one block size.
+        windows: per group how many of the last keys a token sees; 0 for all.
+        chunk: most tokens of one step.
+        key_group: attention reads keys in groups of this many, aligned to the sequence's start.
+    """
+
+    def __init__(self, pools: Seq[BlockPool], windows: Seq[int], chunk: int, key_group: int) -> None:
+        self.pools = pools
+        self.block_size = pools[0].block_size
+        self.caching = pools[0].caching
+        self._windows = windows
+        self._chunk = chunk
+        self._key_group = key_group
+
+    @property
+    def capacity(self) -> int:
+        """Blocks of the group that a long sequence needs most of."""
+        return self.pools[0].num_blocks
+
+    @property
+    def counts(self) -> BlockCounts:
+        """Blocks of all groups."""
+        return BlockCounts(*map(sum, zip(*(astuple(pool.counts) for pool in self.pools), strict=True)))
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of all groups."""
+        return sum(pool.num_blocks for pool in self.pools)
+
+    @property
+    def usage(self) -> float:
+        """Share of blocks in use, of the group that has the fewest left."""
+        return max(pool.counts.used / pool.num_blocks for pool in self.pools)
+
+    def blocks_for(self, tokens: int) -> int:
+        """The number of blocks that hold this many tokens."""
+        return -(-tokens // self.block_size)
+
+    def first_seen(self, group: int, position: int) -> int:
+        """The place in a group's table of the first block that the token at a position, or a later one, reads."""
+        window = self._windows[group]
+        oldest = max(0, position - window + 1) if window else 0
+        return oldest // self._key_group * self._key_group // self.block_size
+
+    def fits(self, tokens: int) -> bool:
+        """Whether a sequence of so many tokens finds room when it is alone."""
+        needed = self.blocks_for(tokens)
+        return all(
+            pool.num_blocks >= needed
+            or (window and pool.num_blocks >= blocks_of_window(window, self._chunk, self._key_group, self.block_size))
+            for pool, window in zip(self.pools, self._windows, strict=True)
+        )
+
+    def grow(self, sequence: Sequence, tokens: int, spare: int = 0) -> bool:
+        """See that so many tokens have their slots in every group; False, and nothing changes, when blocks run out.
+
+        Args:
+            spare: blocks of each group that must be left.
+        """
+        missing = [self.blocks_for(tokens) - len(table) for table in sequence.tables]
+        if any(count > 0 and pool.available - spare < count for count, pool in zip(missing, self.pools, strict=True)):
+            return False
+        for count, pool, table in zip(missing, self.pools, sequence.tables, strict=True):
+            if count > 0:
+                table += pool.allocate(count) or ()
+        return True
+
+    def room(self, sequence: Sequence) -> int:
+        """How many tokens of a sequence have their slots."""
+        return min(map(len, sequence.tables)) * self.block_size
+
+    def admit(self, sequence: Sequence, keys: Seq[bytes], spare: int) -> bool:
+        """Give a newcomer the cached blocks of these keys, and others for its tokens, or change nothing.
+
+        Args:
+            spare: blocks of each group that must be left.
+        """
+        cached = self._cached(keys)
+        sequence.tables = []
+        for group, pool in enumerate(self.pools):
+            first = self.first_seen(group, cached * self.block_size)
+            sequence.tables.append([0] * first + pool.match(keys[first:cached]))
+        sequence.num_computed = cached * self.block_size
+        tokens = len(sequence.tokens)
+        soon = min(tokens, sequence.num_computed + self._chunk)
+        wanted = [self.blocks_for(soon if window else tokens) for window in self._windows]
+        missing = [count - len(table) for count, table in zip(wanted, sequence.tables, strict=True)]
+        if any(pool.available < count + spare for count, pool in zip(missing, self.pools, strict=True)):
+            self.release(sequence)
+            sequence.num_computed = 0
+            return False
+        for count, pool, table in zip(missing, self.pools, sequence.tables, strict=True):
+            table += pool.allocate(count) or ()
+        return True
+
+    def _cached(self, keys: Seq[bytes]) -> int:
+        """How many leading blocks of a chain need not be computed: each group has what later tokens see of them."""
+        found = len(keys)
+        runs: dict[int, list[int]] = {}  # sliding group -> per place how many blocks up to it are there without a gap
+        for group, (pool, window) in enumerate(zip(self.pools, self._windows, strict=True)):
+            if window:
+                run = [0]
+                for key in keys:
+                    run.append(run[-1] + 1 if pool.has(key) else 0)
+                runs[group] = run
+            else:
+                found = next((place for place, key in enumerate(keys[:found]) if not pool.has(key)), found)
+        while found and any(
+            run[found] < found - self.first_seen(g, found * self.block_size) for g, run in runs.items()
+        ):
+            found -= 1
+        return found
+
+    def publish(self, sequence: Sequence, place: int, key: bytes) -> None:
+        """Make a sequence's blocks at a place of its tables findable: all of their slots hold what `key` names."""
+        for pool, table in zip(self.pools, sequence.tables, strict=True):
+            if table[place]:
+                pool.publish(table[place], key)
+
+    def give_back_unseen(self, sequence: Sequence, position: int) -> None:
+        """Give back the blocks that the token at a position and those after it do not see."""
+        for group, (pool, table) in enumerate(zip(self.pools, sequence.tables, strict=True)):
+            if not self._windows[group]:
+                continue
+            end = begin = min(self.first_seen(group, position), len(table))
+            while begin and table[begin - 1]:
+                begin -= 1
+            pool.release(table[begin:end][::-1])  # what lies nearest to the end stays findable longest
+            table[begin:end] = [0] * (end - begin)
+
+    def release(self, sequence: Sequence) -> None:
+        """Take back all that a sequence has."""
+        for window, pool, table in zip(self._windows, self.pools, sequence.tables, strict=False):
+            held = [block for block in table if block]
+            pool.release(held[::-1] if window else held)
+        sequence.tables = []
+
+    def take(self, count: int) -> list[list[int]] | None:
+        """So many blocks of each group for other uses; None while they would leave fewer than that."""
+        if any(pool.available < 2 * count for pool in self.pools):
+            return None
+        return [pool.allocate(count) or [] for pool in self.pools]
+
+    def give(self, taken: Seq[Seq[int]]) -> None:
+        """Give back what `take` gave."""
+        for pool, blocks in zip(self.pools, taken, strict=True):
+            pool.release(blocks)
+
+    def reset_cache(self) -> None:
+        """Forget every key; blocks in use stay with their holders."""
+        for pool in self.pools:
+            pool.reset_cache()
+
+
+def blocks_of_window(window: int, chunk: int, key_group: int, block_size: int) -> int:
+    """The blocks that hold a window of keys, read in aligned groups, and a chunk of tokens behind it."""
+    return -(-(window + key_group + chunk) // block_size) + 1
 
 
 def root_key(tenant: str, cache_salt: str) -> bytes:
@@ -159,7 +329,7 @@ def adapter_spec(adapters: Iterable[tuple[str, float]]) -> bytes:
     return repr([(digest, float(weight)) for digest, weight in adapters]).encode()
 
 
-def name_blocks(blocks: BlockPool, sequence: Sequence, tokens: int) -> None:
+def name_blocks(blocks: BlockGroups, sequence: Sequence, tokens: int) -> None:
     """Extend the chain of keys over the full blocks among the first `tokens` tokens."""
     size, keys = blocks.block_size, sequence._keys
     if not blocks.caching or len(keys) >= tokens // size:
@@ -171,12 +341,12 @@ def name_blocks(blocks: BlockPool, sequence: Sequence, tokens: int) -> None:
         keys.append(parent)
 
 
-def publish_blocks(blocks: BlockPool, sequence: Sequence, start: int, end: int) -> None:
+def publish_blocks(blocks: BlockGroups, sequence: Sequence, start: int, end: int) -> None:
     """Offer the blocks that became full by positions [start, end), whose tokens are known."""
     name_blocks(blocks, sequence, end)
     size = blocks.block_size
     for index in range(start // size, min(end // size, len(sequence._keys))):
-        blocks.publish(sequence.blocks[index], sequence._keys[index])
+        blocks.publish(sequence, index, sequence._keys[index])
 
 
 def _in_force(sequence: Sequence, begin: int, end: int) -> AdapterKey:

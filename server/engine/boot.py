@@ -39,6 +39,7 @@ def boot(config: EngineConfig, check: Callable[[Engine], object]) -> Engine:
     """
     engine = load(config)
     check(engine)
+    activations.measure_kv(engine, Path(config.model))
     if config.activations == "int8":
         activations.round_to_int8(engine, Path(config.model))
     engine.runner.warm_up(config.max_batch_requests)

@@ -10,7 +10,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from statistics import median
 
-from server.engine.blocks import BlockPool
+from server.engine.blocks import BlockGroups
 from server.engine.runner import Runner
 from server.engine.sequence import AdapterKey, Sequence, Work
 from server.messages.protocol import MergeSpeed, Sampling
@@ -39,7 +39,7 @@ class Comparison:
 
 def compare(
     runner: Runner,
-    blocks: BlockPool,
+    blocks: BlockGroups,
     sides: tuple[AdapterKey, AdapterKey],
     prompts: Seq[Seq[int]],
     max_requests: int,
@@ -50,11 +50,11 @@ def compare(
         NoRoom: the KV cache has too few blocks.
     """
     found = Comparison()
-    longest = blocks.num_blocks // 4 * blocks.block_size
+    longest = longest_text(blocks)
     if longest < blocks.block_size * (CONTEXT_BLOCKS + 1):
-        raise NoRoom(f"a KV cache of {blocks.num_blocks} blocks leaves no room to compare (--kv-cache-bytes)")
+        raise NoRoom(f"a KV cache of {blocks.capacity} blocks leaves no room to compare (--kv-cache-bytes)")
     for prompt in prompts:
-        yield from drift(runner, blocks, sides, prompt[:longest], found, CHUNK)
+        yield from drift((runner, runner), (blocks, blocks), sides, prompt[:longest], found, CHUNK)
     context = [token for prompt in prompts for token in prompt]
     needed = CONTEXT_BLOCKS * blocks.block_size
     context = (context * needed)[:needed]
@@ -65,34 +65,37 @@ def compare(
 
 
 def drift(
-    runner: Runner,
-    pool: BlockPool,
+    runners: tuple[Runner, Runner],
+    pools: tuple[BlockGroups, BlockGroups],
     sides: tuple[AdapterKey, AdapterKey],
     prompt: Seq[int],
     found: Comparison,
     chunk: int,
 ) -> Pieces:
     """Run both ways over a prompt, `chunk` tokens at a time, and add up in `found` how far apart they are."""
-    count = pool.blocks_for(len(prompt))
-    taken = yield from _take(pool, 2 * count)
+    count = pools[0].blocks_for(len(prompt))
+    taken: list[list[list[int]]] = []
     try:
-        first, second = (_sequence(prompt, key, taken[i * count : (i + 1) * count]) for i, key in enumerate(sides))
+        for pool in pools:
+            taken += [(yield from _take(pool, count))]
+        first, second = (_sequence(prompt, key, tables) for key, tables in zip(sides, taken, strict=True))
         for start in range(0, len(prompt), chunk):
             length = min(chunk, len(prompt) - start)
             yield "drift"
-            one = runner.logits([_work(first, start, length)]).log_softmax(-1)
+            one = runners[0].logits([_work(first, start, length)]).log_softmax(-1)
             yield "drift"
-            other = runner.logits([_work(second, start, length)]).log_softmax(-1)
+            other = runners[1].logits([_work(second, start, length)]).log_softmax(-1)
             found.positions += length
             found.divergence += float((one.exp() * (one - other)).sum())
             found.agreeing += int((one.argmax(-1) == other.argmax(-1)).sum())
     finally:
-        pool.release(taken)
+        for pool, tables in zip(pools, taken, strict=False):
+            pool.give(tables)
 
 
 def _speed(
     runner: Runner,
-    pool: BlockPool,
+    pool: BlockGroups,
     sides: tuple[AdapterKey, AdapterKey],
     context: Seq[int],
     requests: int,
@@ -102,11 +105,16 @@ def _speed(
     assert pool.block_size > STEPS
     taken = yield from _take(pool, 2 * (CONTEXT_BLOCKS + requests))
     try:
-        left = list(taken)
+        left = list(zip(*taken, strict=True))  # each a block of every group
         both: list[list[Sequence]] = []
         for key in sides:
             shared = [left.pop() for _ in range(CONTEXT_BLOCKS)]
-            both.append([_sequence([*context, context[0]], key, [*shared, left.pop()]) for _ in range(requests)])
+            both.append(
+                [
+                    _sequence([*context, context[0]], key, list(map(list, zip(*shared, left.pop(), strict=True))))
+                    for _ in range(requests)
+                ]
+            )
             for start in range(0, len(context), CHUNK):
                 yield "drift"
                 runner.logits([_work(both[-1][0], start, CHUNK)])
@@ -122,19 +130,24 @@ def _speed(
         first, second = (requests / median(times[WARM_UP:]) for times in seconds)
         found.speeds.append(MergeSpeed(requests, first, second))
     finally:
-        pool.release(taken)
+        pool.give(taken)
 
 
-def _take(pool: BlockPool, count: int) -> Generator[str, None, list[int]]:
-    """Blocks, as soon as as many are left for running sequences."""
-    while pool.available < 2 * count or (taken := pool.allocate(count)) is None:
+def longest_text(blocks: BlockGroups) -> int:
+    """How many tokens may be compared: both sides' blocks are half of those there are, at most."""
+    return min(pool.num_blocks for pool in blocks.pools) // 4 * blocks.block_size
+
+
+def _take(pool: BlockGroups, count: int) -> Generator[str, None, list[list[int]]]:
+    """Blocks of every group, as soon as as many are left for running sequences."""
+    while (taken := pool.take(count)) is None:
         yield "waiting"
     return taken
 
 
-def _sequence(tokens: Seq[int], key: AdapterKey, blocks: list[int]) -> Sequence:
+def _sequence(tokens: Seq[int], key: AdapterKey, tables: list[list[int]]) -> Sequence:
     sequence = Sequence(id="", prompt=tokens, sampling=Sampling(), adapter=key)
-    sequence.blocks = blocks
+    sequence.tables = tables
     return sequence
 
 

@@ -18,12 +18,13 @@ from adapters import kernels
 from adapters.device.cache import AdapterCache
 from adapters.device.loader import AdapterLoader
 from adapters.device.pool import RowPool
+from adapters.kernels.reference import KEY_GROUP
 from adapters.peft_format.fields import AdapterError
 from adapters.peft_format.sizes import EXTRAS, EXTRAS_UNIT
 from server.engine.batch import InFlightStep, WorkResult
-from server.engine.blocks import BlockPool
+from server.engine.blocks import BlockGroups, BlockPool
 from server.engine.grammar import Compiled, Grammars, InvalidGrammar
-from server.engine.memory_plan import BLOCK_SIZE, DevicePlan
+from server.engine.memory_plan import BLOCK_SIZE, DevicePlan, exact_kv_dtype
 from server.engine.merged_registry import MergedRegistry
 from server.engine.report import Reporter
 from server.engine.runner import Runner
@@ -31,7 +32,7 @@ from server.engine.scheduler import Scheduler
 from server.engine.sequence import AdapterKey, Sequence, Step, Work
 from server.messages import protocol
 from server.messages.protocol import EngineConfig, Generate, Output, Ready, Stats, TokenLogprob
-from server.model.attention import KVCache
+from server.model.attention import KVCache, block_bytes
 from server.model.base import Base
 
 # How many more tokens double the time of a decoding step. CPU: as measured with the default model, 6 ms and 2 ms for
@@ -70,11 +71,11 @@ class Engine:
         self.base = base
         self.max_model_len = plan.max_model_len
         self.max_batch_requests = config.max_batch_requests
-        blocks = plan.num_blocks
         self.cache = cache = KVCache(
-            base.num_layers, base.kv_heads, base.head_dim, blocks, BLOCK_SIZE, base.dtype, base.device
+            base.layers, plan.blocks, BLOCK_SIZE, plan.kv_dtype, exact_kv_dtype(base), base.device
         )
-        self.blocks = BlockPool(blocks, BLOCK_SIZE, config.prefix_caching)
+        pools = [BlockPool(count, BLOCK_SIZE, config.prefix_caching) for count in plan.blocks]
+        self.blocks = BlockGroups(pools, cache.windows, plan.max_batch_tokens, KEY_GROUP)
         sizes = base.linear_sizes
         capacity = {size.kind: plan.pool_units for size in sizes.values()} | {EXTRAS: plan.extra_bytes // EXTRAS_UNIT}
         self.pool = RowPool(sizes, capacity, base.device)
@@ -98,7 +99,8 @@ class Engine:
         self._compiling: dict[str, tuple[Sequence, Future[Compiled]]] = {}  # nobody waits for a grammar but its own
         self._constrained = 0  # sequences with a grammar
         self.base_digest = base.digest()
-        self.int8_drift: protocol.Drift | None = None  # see `activations`
+        self.int8_drift: protocol.Drift | None = None  # see `activations`, as the next
+        self.kv_drift: protocol.Drift | None = None
         # On a CPU the step is finished when `submit` returns.
         self._depth = int(base.device.type == "cuda") if depth is None else depth
         self._in_flight: InFlightStep | None = None
@@ -120,18 +122,29 @@ class Engine:
             eos_token_ids=base.eos_token_ids,
             linears=base.linear_sizes,
             block_size=BLOCK_SIZE,
-            num_blocks=self.blocks.num_blocks,
+            num_blocks=self.blocks.capacity,
             pool_rows=self.pool.capacity,
             device=str(base.device),
             dtype=str(base.dtype).removeprefix("torch."),
             kernels=kernels.implementation(base.device, base.dtype),
             int8_drift=self.int8_drift,
+            kv_cache=self._kv_info(),
             tied=base.tied,
             embedding=base.embedding,
             head=base.head,
             aside=base.aside,
             renamed=base.renamed,
             transposed=base.transposed,
+        )
+
+    def _kv_info(self) -> protocol.KVInfo:
+        sizes = block_bytes(self.base.layers, BLOCK_SIZE, self.cache.dtype)
+        groups = zip(self.blocks.pools, self.cache.windows, sizes, strict=True)
+        return protocol.KVInfo(
+            dtype=str(self.cache.dtype).removeprefix("torch."),
+            bytes=sum(pool.num_blocks * size for pool, size in zip(self.blocks.pools, sizes, strict=True)),
+            groups=[protocol.KVGroup(window, pool.num_blocks, size // BLOCK_SIZE) for pool, window, size in groups],
+            drift=self.kv_drift,
         )
 
     # --- requests ------------------------------------------------------------------------------------------

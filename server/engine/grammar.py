@@ -49,7 +49,7 @@ class _Thought:
             return False
         text = self._tokenizer.decode_str(tokens).lstrip()
         if text.startswith(self._budget.begin) and self._budget.end not in text:
-            return True
+            return not text.endswith("\N{REPLACEMENT CHARACTER}")  # never in the middle of a character
         return False if self._budget.begin.startswith(text) else None
 
 

@@ -6,8 +6,10 @@ from typing import NamedTuple
 import psutil
 import torch
 
+from adapters.kernels.reference import KEY_GROUP
+from server.engine.blocks import blocks_of_window
 from server.messages.protocol import EngineConfig
-from server.model.attention import KVCache
+from server.model.attention import KV_DTYPES, block_bytes, windows
 from server.model.base import Base, UnservableModel
 
 BLOCK_SIZE = 16  # tokens
@@ -17,7 +19,8 @@ DEFAULT_BATCH_TOKENS = {"cpu": 256, "cuda": 2048}
 class DevicePlan(NamedTuple):
     """Sizes of an engine's parts."""
 
-    num_blocks: int  # KV blocks of BLOCK_SIZE tokens
+    kv_dtype: torch.dtype
+    blocks: list[int]  # KV blocks of BLOCK_SIZE tokens, per group of layers
     max_model_len: int  # tokens
     max_batch_tokens: int
     pool_units: int  # adapter row units per module kind
@@ -27,25 +30,31 @@ class DevicePlan(NamedTuple):
 
 def plan(base: Base, config: EngineConfig) -> DevicePlan:
     """Divide a loaded base's device. Raises UnservableModel for settings that cannot work."""
-    num_blocks = _num_blocks(base, config.kv_cache_bytes)
-    max_model_len = base.context_length(config.max_model_len)
-    if num_blocks * BLOCK_SIZE < max_model_len:
-        if config.max_model_len is not None:
-            raise UnservableModel(
-                f"--max-model-len {max_model_len} needs more KV cache than there is "
-                f"({num_blocks * BLOCK_SIZE} tokens): raise --kv-cache-bytes or lower --max-model-len"
-            )
-        max_model_len = num_blocks * BLOCK_SIZE
     max_batch_tokens = config.max_batch_tokens or DEFAULT_BATCH_TOKENS.get(base.device.type, 512)
     if max_batch_tokens <= config.max_batch_requests:
         raise UnservableModel(
             f"--max-batch-tokens {max_batch_tokens} must exceed --max-batch-requests {config.max_batch_requests}, "
             "or decoding would leave no room for prompts"
         )
+    max_model_len = base.context_length(config.max_model_len)
+    kv_dtype = _kv_dtype(base, config.kv_cache_dtype)
+    blocks = _blocks(base, kv_dtype, config.kv_cache_bytes, max_batch_tokens, config.max_batch_requests)
+    held = min(blocks[0] * BLOCK_SIZE, max_model_len)
+    window = windows(base.layers)[0]
+    if window and blocks[0] >= blocks_of_window(window, 2 * max_batch_tokens, KEY_GROUP, BLOCK_SIZE):
+        held = max_model_len  # no token sees more than there is room for
+    if held < max_model_len:
+        if config.max_model_len is not None:
+            raise UnservableModel(
+                f"--max-model-len {max_model_len} needs more KV cache than there is "
+                f"({held} tokens): raise --kv-cache-bytes or lower --max-model-len"
+            )
+        max_model_len = held
     adapter_bytes = _share(base, 8, 1 << 30, 0.1) if config.adapter_bytes is None else config.adapter_bytes
     merged_bytes = _share(base, 8, 1 << 30, 0.1) if config.merged_bytes is None else config.merged_bytes
     return DevicePlan(
-        num_blocks=num_blocks,
+        kv_dtype=kv_dtype,
+        blocks=blocks,
         max_model_len=max_model_len,
         max_batch_tokens=max_batch_tokens,
         pool_units=_pool_units(base, adapter_bytes),
@@ -54,14 +63,36 @@ def plan(base: Base, config: EngineConfig) -> DevicePlan:
     )
 
 
-def _num_blocks(base: Base, kv_cache_bytes: int | None) -> int:
-    block = KVCache.block_bytes(base.num_layers, base.kv_heads, base.head_dim, BLOCK_SIZE, base.dtype)
+def exact_kv_dtype(base: Base) -> torch.dtype:
+    """What attention computes in: the model's dtype on a GPU, fp32 on a CPU."""
+    return torch.float32 if base.device.type == "cpu" else base.dtype
+
+
+def _kv_dtype(base: Base, asked: str) -> torch.dtype:
+    if asked == "auto":
+        return exact_kv_dtype(base)
+    if asked == "int8" and (odd := [layer.head_dim for layer in base.layers if layer.head_dim % 4]):
+        raise UnservableModel(f"--kv-cache-dtype int8 is for heads of a multiple of 4 numbers; here they have {odd[0]}")
+    return KV_DTYPES[asked]
+
+
+def _blocks(base: Base, dtype: torch.dtype, kv_cache_bytes: int | None, chunk: int, requests: int) -> list[int]:
+    """KV blocks of each group. Groups whose layers see a window get what a full batch can hold, if there is more."""
+    sizes = block_bytes(base.layers, BLOCK_SIZE, dtype)
     size = _share(base, 4, 2 << 30, 0.7) if kv_cache_bytes is None else kv_cache_bytes
-    blocks = size // block
-    if blocks < 2:
-        raise UnservableModel(f"--kv-cache-bytes {size} holds {blocks} blocks of {block} bytes: at least 2 are needed")
+    equal = size // sum(sizes)
+    if equal < 2:
+        raise UnservableModel(
+            f"--kv-cache-bytes {size} holds {equal} blocks of {sum(sizes)} bytes: at least 2 are needed"
+        )
     # More than every sequence of a full batch could use would never be touched.
-    return min(blocks, math.ceil(base.max_model_len / BLOCK_SIZE) * 256)
+    longest = math.ceil(base.max_model_len / BLOCK_SIZE) * 256
+    sliding = [
+        min(equal, longest, requests * blocks_of_window(window, 0, KEY_GROUP, BLOCK_SIZE) + 2 * chunk // BLOCK_SIZE)
+        for window in windows(base.layers)[1:]
+    ]
+    left = size - sum(count * size for count, size in zip(sliding, sizes[1:], strict=True))
+    return [min(left // sizes[0], longest), *sliding]
 
 
 def _share(base: Base, divisor: int, most: int, of_gpu: float) -> int:

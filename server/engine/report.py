@@ -6,7 +6,7 @@ The cost is that of the running sequences and of the changes, however many adapt
 from collections import Counter
 
 from adapters.device.cache import AdapterCache
-from server.engine.blocks import BlockPool
+from server.engine.blocks import BlockGroups
 from server.engine.merged_registry import MergedRegistry
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import AdapterKey, Counters
@@ -16,7 +16,7 @@ from server.messages.protocol import AdapterUse, Stats
 class Reporter:
     """Makes the `Stats` of one engine's steps. Each must be sent: changes are reported once."""
 
-    def __init__(self, scheduler: Scheduler, blocks: BlockPool, cache: AdapterCache, merges: MergedRegistry) -> None:
+    def __init__(self, scheduler: Scheduler, blocks: BlockGroups, cache: AdapterCache, merges: MergedRegistry) -> None:
         self._scheduler = scheduler
         self._blocks = blocks
         self._cache = cache
@@ -53,7 +53,7 @@ class Reporter:
             step_requests=requests,
             step_adapters=adapters,
             step_seconds=seconds,
-            kv_usage=self._blocks.counts.used / self._blocks.num_blocks,
+            kv_usage=self._blocks.usage,
             prefix_queries=counters.prefix_queries,
             prefix_hits=counters.prefix_hits,
             preemptions=counters.preemptions,

@@ -45,8 +45,13 @@ class Weights:
         # Hidden states to the argmax of each row's logits, where that reads less than all of them; or None.
         self.argmax = kernels.plan_likeliest(self._head.weight, self._head.bias)
         # All decoder layers at once, where the model is of a known shape; None: through its modules.
+        # Such a one has a single block table, so its layers are of one group.
         self.plan = (
-            kernels.plan_decoder(base.decoder, pool.a, pool.b, cache.k, cache.v, base.windows) if planned else None
+            kernels.plan_decoder(
+                base.decoder, pool.a, pool.b, cache.k, cache.v, [layer.window for layer in base.layers]
+            )
+            if planned and len(cache.windows) == 1
+            else None
         )
         self.graphs = (
             DecodeGraphs(

@@ -28,7 +28,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 from operator import attrgetter
 
-from server.engine.blocks import BlockPool, name_blocks, publish_blocks
+from server.engine.blocks import BlockGroups, name_blocks, publish_blocks
 from server.engine.sequence import AdapterKey, AdapterResidency, Counters, Sequence, Step, Work
 from server.messages.protocol import LOAD_FAILED, TOO_LONG, FinishReason
 
@@ -51,7 +51,7 @@ class Scheduler:
 
     def __init__(
         self,
-        blocks: BlockPool,
+        blocks: BlockGroups,
         residency: AdapterResidency,
         *,
         max_batch_tokens: int,
@@ -144,11 +144,13 @@ class Scheduler:
         held = self._schedule_decodes(works)
         budget = self._max_batch_tokens - len(works)
         for sequence in self.running:
-            if sequence.remaining > 1 and budget and sequence is not held:
-                works.append(sequence.work(budget))
+            if sequence.remaining > 1 and budget and sequence is not held and (count := self._chunk(sequence, budget)):
+                works.append(sequence.work(count))
                 budget -= works[-1].count
         self._admit(works, budget, now)
         if not works:
+            if len(self.running) > 1 and not any(sequence.in_flight for sequence in self.running):
+                self._preempt(self.running[-1])  # all of them are prompts that wait for blocks
             return None
         self._speculate(works)
         for work in works:
@@ -171,7 +173,7 @@ class Scheduler:
             # One with more to compute got all of its blocks at admission.
             if sequence.remaining != 1 or sequence is held or (sequence.pending and self._must_wait(sequence)):
                 position += 1
-            elif self._grow(sequence, sequence.length):
+            elif self._blocks.grow(sequence, sequence.length):
                 works.append(sequence.work(1))
                 position += 1
             elif self.leaving:  # there are blocks on their way back
@@ -189,16 +191,12 @@ class Scheduler:
         """Whether a sequence goes no further until its pending token is read."""
         return sequence.needs_tokens or sequence.left == 0
 
-    def _grow(self, sequence: Sequence, tokens: int) -> bool:
-        """See that so many tokens have their slots; False when blocks run out."""
-        missing = self._blocks.blocks_for(tokens) - len(sequence.blocks)
-        if missing <= 0:
-            return True
-        fresh = self._blocks.allocate(missing)
-        if fresh is None:
-            return False
-        sequence.blocks += fresh
-        return True
+    def _chunk(self, sequence: Sequence, budget: int) -> int:
+        """How many more tokens of a prompt find their slots, within the budget: layers that slide get theirs late."""
+        wanted = sequence.num_computed + min(budget, sequence.remaining)
+        if self._blocks.grow(sequence, wanted):
+            return wanted - sequence.num_computed
+        return min(wanted, self._blocks.room(sequence)) - sequence.num_computed
 
     def _admit(self, works: list[Work], budget: int, now: float) -> None:
         """Start waiting sequences, in order of arrival, as far as budget, places, adapters and blocks allow."""
@@ -250,16 +248,10 @@ class Scheduler:
         if sequence.sampling.prompt_logprobs is not None:
             reusable = min(reusable, sequence.prompt_scored)
         name_blocks(self._blocks, sequence, len(sequence.tokens))
-        cached = self._blocks.match(sequence._keys[: reusable // self._blocks.block_size])
-        missing = self._blocks.blocks_for(len(sequence.tokens)) - len(cached)
+        keys = sequence._keys[: reusable // self._blocks.block_size]
         # One block in hand for each running sequence, or the newcomer would be preempted by the next that grows.
-        if self._blocks.available < missing + len(self.running):
-            self._blocks.release(cached)
+        if not self._blocks.admit(sequence, keys, len(self.running)):
             return False
-        fresh = self._blocks.allocate(missing)
-        assert fresh is not None
-        sequence.blocks = cached + fresh
-        sequence.num_computed = len(cached) * self._blocks.block_size
         if sequence.first_scheduled is None:
             sequence.cached_tokens = sequence.num_computed
             self.counters.prefix_queries += len(sequence.prompt)
@@ -285,14 +277,11 @@ class Scheduler:
     def _room_for_drafts(self, sequence: Sequence, wanted: int) -> int:
         """How many drafts find a slot. Fresh blocks are taken only while each running sequence has one in hand."""
         known = len(sequence.tokens)
-        missing = self._blocks.blocks_for(known + wanted) - len(sequence.blocks)
-        if 0 < missing <= self._blocks.available - len(self.running):
-            sequence.blocks += self._blocks.allocate(missing) or ()
-        return min(wanted, len(sequence.blocks) * self._blocks.block_size - known)
+        self._blocks.grow(sequence, known + wanted, len(self.running))
+        return min(wanted, self._blocks.room(sequence) - known)
 
     def _fits_ever(self, sequence: Sequence) -> bool:
-        needed = self._blocks.blocks_for(len(sequence.tokens))
-        return len(sequence.prompt) <= self._max_model_len and needed <= self._blocks.num_blocks
+        return len(sequence.prompt) <= self._max_model_len and self._blocks.fits(len(sequence.tokens))
 
     # --- taking in its outcome -----------------------------------------------------------------------
 
@@ -330,7 +319,9 @@ class Scheduler:
         # The keys and values of the other drafts are left for the next work to overwrite.
         sequence.num_computed += accepted
         sequence.prompt_scored = max(sequence.prompt_scored, work.prompt_rows.stop)
-        publish_blocks(self._blocks, sequence, work.start, work.start + work.count - len(work.drafts) + accepted)
+        known = work.start + work.count - len(work.drafts) + accepted
+        publish_blocks(self._blocks, sequence, work.start, known)
+        self._blocks.give_back_unseen(sequence, known)
         self.counters.accepted += 0 if work.forced else accepted
         if sequence._drafter is not None:
             sequence._drafter.learn(new_tokens)
@@ -363,7 +354,7 @@ class Scheduler:
 
     def _remove(self, sequence: Sequence) -> None:
         del self._by_id[sequence.id]
-        if not sequence.blocks:  # running sequences hold blocks, waiting ones none
+        if not sequence.tables:  # running sequences have tables, waiting ones none
             self.waiting.remove(sequence)
             return
         self.running.remove(sequence)
@@ -373,11 +364,10 @@ class Scheduler:
             self._give_back(sequence)
 
     def _give_back(self, sequence: Sequence) -> None:
-        self._blocks.release(sequence.blocks)
-        sequence.blocks = []
+        self._blocks.release(sequence)
         self._residency.release(sequence.adapter)
 
     def _fail_too_long(self, sequence: Sequence) -> None:
-        most = min(self._max_model_len, self._blocks.num_blocks * self._blocks.block_size)
+        most = min(self._max_model_len, self._blocks.capacity * self._blocks.block_size)
         message = f"This sequence needs {len(sequence.tokens)} tokens of context; at most {most} fit."
         self.fail(sequence.id, message, TOO_LONG)

@@ -34,7 +34,8 @@ class Sequence:
     limit: int = field(init=False, default=0)  # tokens that it may generate
     num_computed: int = field(init=False, default=0)  # leading tokens that a step was given
     in_flight: int = field(init=False, default=0)  # works given and not yet collected
-    blocks: list[int] = field(init=False, default_factory=list)  # the block table; entry i holds tokens [i * size, ...)
+    # Per group of KV layers a block table: entry i holds tokens [i * size, ...). None: it does not run.
+    tables: list[list[int]] = field(init=False, default_factory=list)
     needs_tokens: bool = field(init=False)  # the next is drawn, or drafted, by what the host knows of the last ones
     prompt_scored: int = field(init=False, default=0)  # prompt positions whose log-probabilities were delivered
     starts: Mapping[str, int] = field(init=False, default_factory=dict)  # digest -> first position under that adapter

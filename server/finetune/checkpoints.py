@@ -15,6 +15,7 @@ from pathlib import Path
 from adapters.disk import is_full, sync
 from adapters.peft_format.config import AdapterError
 from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME
+from adapters.peft_format.text import AdapterText
 from adapters.storage.database import Database
 from server.finetune import restore
 from server.finetune.files import FileStore
@@ -65,7 +66,12 @@ class CheckpointAdapters:
         async with self._publisher.stage() as staging:
             for file in (CONFIG_NAME, WEIGHTS_NAME):
                 await asyncio.to_thread(shutil.copyfile, directory / file, staging.path / file)
-            await self._publisher.admit(job.tenant, name, staging, fine_tuned=True, stop_tokens=job.stop_tokens)
+            taught = AdapterText(
+                stop_tokens=tuple(job.stop_tokens),
+                tool_format=job.tool_format,
+                reasoning_format=job.reasoning_format,
+            )
+            await self._publisher.admit(job.tenant, name, staging, fine_tuned=True, taught=taught)
 
     def _commit(self, job: Job, checkpoint: Checkpoint, name: str | None, hashes: dict[str, str]) -> None:
         with self._database.transaction():

@@ -1,4 +1,4 @@
-"""The tables of fine-tuning: files, jobs with their events, steps and checkpoints, evaluations."""
+"""The tables of the job database: files, jobs with events, steps and checkpoints, evaluations, responses."""
 
 from pathlib import Path
 
@@ -25,6 +25,13 @@ CREATE INDEX IF NOT EXISTS checkpoints_of_job ON checkpoints (job, number);
 CREATE TABLE IF NOT EXISTS evaluations (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, tenant TEXT NOT NULL, status TEXT NOT NULL,
     record TEXT NOT NULL)
+"""),
+    script("""
+CREATE TABLE IF NOT EXISTS responses (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, tenant TEXT NOT NULL,
+    created_at INTEGER NOT NULL, bytes INTEGER NOT NULL, record TEXT NOT NULL, items TEXT NOT NULL,
+    events TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS bytes_of_responses ON responses (bytes)
 """),
 )
 

@@ -4,201 +4,35 @@
     {"prompt": "...", "completion": "..."}
     {"text": "..."}
 
-The loss falls on completions: a chat's assistant turns (through the chat template), a completion, a whole text. Every
-line is checked, and a bad one is named together with its field. The tokenizer comes in as a `Tokenizer`.
+The loss falls on completions: a chat's assistant turns (through the chat template, with thoughts and calls of tools), a
+completion, a whole text. A bad line is named together with its field. The tokenizer comes in as a `Tokenizer`.
 """
 
 import hashlib
-import re
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, BinaryIO, Literal, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from adapters.strict_json import JsonFault, parse_json
+from server.finetune.rows import (
+    MAX_LINE_BYTES,
+    ChatExample,
+    CompletionExample,
+    DatasetError,
+    Example,
+    TextExample,
+    read_examples,
+)
 from server.finetune.turns import FEW_TURNS, HiddenTurn, spans_by_exchange, trained_turns
 from server.messages.dataset import Dataset, Report
 
-MAX_LINE_BYTES = 4 << 20
 MAX_TURNS = 256  # trained, of a chat whose exchanges the template does not render alike by themselves
-
-
-class DatasetError(ValueError):
-    """A data set that is refused; `line` counts from 1 and `field` is the culprit's path within the line."""
-
-    def __init__(self, reason: str, line: int | None = None, field: str | None = None) -> None:
-        where = [f"line {line}"] if line is not None else []
-        where += [f"field `{field}`"] if field else []
-        super().__init__(f"{', '.join(where)}: {reason}" if where else reason)
-        self.reason = reason
-        self.line = line
-        self.field = field
-
-
-# --- what a line may hold -------------------------------------------------------------------------
-
-
-class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    type: Literal["text"]
-    text: str
-
-
-class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One turn. `weight` 0 keeps an assistant turn out of the loss."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart]
-    name: str | None = None
-    weight: Literal[0, 1] | None = None
-
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-
-class ChatExample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    messages: list[Message]
-
-
-class CompletionExample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    prompt: str
-    completion: str
-
-
-class TextExample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    text: str
-
-
-Example = ChatExample | CompletionExample | TextExample
-ExampleType = type[ChatExample] | type[CompletionExample] | type[TextExample]
-_FIELDS: dict[ExampleType, set[str]] = {
-    ChatExample: {"messages"},
-    CompletionExample: {"prompt", "completion"},
-    TextExample: {"text"},
-}
-
-
-def read_examples(lines: Iterable[bytes]) -> Iterator[tuple[int, Example | None]]:
-    """Parse JSONL: `(line number, example)`, with None for a blank line.
-
-    Raises:
-        DatasetError: naming the line, and the field where one is to blame.
-    """
-    for number, line in enumerate(lines, start=1):
-        if len(line) > MAX_LINE_BYTES:
-            raise DatasetError(f"longer than {MAX_LINE_BYTES} bytes", number)
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some editors write
-        yield number, (_parse(line, number) if line.strip() else None)
-
-
-def _parse(line: bytes, number: int) -> Example:
-    try:
-        record = parse_json(line)
-    except JsonFault as fault:
-        if fault.key is not None:
-            raise DatasetError("given twice", number, fault.key) from fault
-        raise DatasetError(str(fault), number) from fault
-    if not isinstance(record, dict):
-        raise DatasetError(f"a JSON object is wanted, not {type(record).__name__}", number)
-    record = _without_empty_fields(record)
-    kind = _kind_of(record, number)
-    try:
-        example = msgspec.convert(record, kind, strict=True)
-    except msgspec.ValidationError as error:
-        reason, name = _locate(str(error))
-        raise DatasetError(reason, number, name) from error
-    if isinstance(example, ChatExample):
-        _check_chat(example, number)
-    _check_unicode(record, number)
-    return example
-
-
-_EMPTY: tuple[Any, ...] = (None, "", [], {})
-
-
-def _without_empty_fields(record: dict[str, Any]) -> dict[str, Any]:
-    """The record without fields that say nothing: unknown ones that are null or empty, and null ones of other kinds.
-
-    Answers of a chat endpoint carry such fields (`refusal`, `tool_calls`), and table exports one for every column.
-    """
-    given = [names for names in _FIELDS.values() if any(record.get(name) is not None for name in names)]
-    if given:
-        others = set().union(*_FIELDS.values()).difference(*given)
-        record = {name: value for name, value in record.items() if not (name in others and value is None)}
-    known = set().union(*_FIELDS.values())
-    record = {name: value for name, value in record.items() if name in known or value not in _EMPTY}
-    if isinstance(messages := record.get("messages"), list):
-        record["messages"] = [_plain_message(message) for message in messages]
-    return record
-
-
-def _plain_message(message: Any) -> Any:
-    if not isinstance(message, dict):
-        return message
-    plain = {name: value for name, value in message.items() if name in Message.__struct_fields__ or value not in _EMPTY}
-    weight = plain.get("weight")
-    if isinstance(weight, float) and weight in (0.0, 1.0):
-        plain["weight"] = int(weight)
-    return plain
-
-
-def _locate(message: str) -> tuple[str, str]:
-    """msgspec's "Object missing required field `role` - at `$.messages[0]`" as (reason, field's path)."""
-    reason, _, place = message.partition(" - at `$")
-    path = place.rstrip("`").lstrip(".")
-    if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", reason):
-        return "not known here", f"{path}.{unknown[1]}".lstrip(".")
-    if missing := re.fullmatch(r"Object missing required field `(.*)`", reason):
-        return "missing", f"{path}.{missing[1]}".lstrip(".")
-    return reason, path
-
-
-def _kind_of(record: dict[str, Any], number: int) -> ExampleType:
-    """Which of the three shapes a record has, by the fields it carries."""
-    present = [kind for kind, names in _FIELDS.items() if names & record.keys()]
-    if not present:
-        raise DatasetError("has neither `messages`, nor `prompt` and `completion`, nor `text`", number)
-    for name in record:
-        if not any(name in _FIELDS[kind] for kind in present):
-            raise DatasetError("not known here", number, name)
-    if len(present) > 1:
-        raise DatasetError(f"mixes kinds of example: {', '.join(record)}", number, list(record)[-1])
-    return present[0]
-
-
-def _check_chat(example: ChatExample, number: int) -> None:
-    if not example.messages:
-        raise DatasetError("is empty", number, "messages")
-    for index, message in enumerate(example.messages):
-        if message.weight is not None and message.role != "assistant":
-            raise DatasetError("only an assistant message has a weight", number, f"messages[{index}].weight")
-        if message.role == "system" and index > 0:
-            raise DatasetError("a system message comes first", number, f"messages[{index}].role")
-    if not any(message.role == "assistant" for message in example.messages):
-        raise DatasetError("no assistant message to learn from", number, "messages")
-
-
-def _check_unicode(value: Any, number: int, path: str = "") -> None:
-    """Refuse lone surrogates, which JSON can spell and no tokenizer can read."""
-    match value:
-        case str():
-            try:
-                value.encode("utf-8")
-            except UnicodeEncodeError as error:
-                raise DatasetError("holds a lone surrogate", number, path) from error
-        case dict():
-            for name, item in value.items():
-                _check_unicode(item, number, f"{path}.{name}" if path else name)
-        case list():
-            for index, item in enumerate(value):
-                _check_unicode(item, number, f"{path}[{index}]")
 
 
 # --- examples -> tokens -----------------------------------------------------------------------------
@@ -215,7 +49,21 @@ class Tokenizer(Protocol):
     def special_tokens(self) -> Mapping[int, str]:
         """Tokens that no ordinary text is made of, and their texts."""
 
-    def render_chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    @property
+    def markers(self) -> Collection[str]:
+        """Tokens that belong to calls of tools or to thoughts, and end no turn."""
+
+    @property
+    def formats(self) -> tuple[str | None, str | None]:
+        """How calls of tools are written, and how thoughts are."""
+
+    def render_chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[dict[str, Any]] = (),
+    ) -> str:
         """The chat template's text. Raises ValueError when the template refuses these messages."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -271,19 +119,16 @@ def _ended(tokens: list[int], tokenizer: Tokenizer) -> list[int]:
 
 
 def _encode_chat(example: ChatExample, tokenizer: Tokenizer, completions_only: bool) -> list[Encoded]:
-    messages = [{"role": message.role, "content": message.text} for message in example.messages]
-    whole = _render(tokenizer, messages)
+    messages = example.shown_messages()
+    render = partial(_render, tokenizer, tools=example.shown_tools())
+    whole = render(messages)
     if not completions_only:
         tokens, _ = tokenizer.encode_with_offsets(whole)
         return [Encoded(tokens, [False] + [True] * (len(tokens) - 1))]
-    trained = [
-        index
-        for index, message in enumerate(example.messages)
-        if message.role == "assistant" and message.weight != 0 and message.text
-    ]
-    render = partial(_render, tokenizer)
+    trained = [index for index, message in enumerate(example.messages) if message.trained]
     if len(trained) > FEW_TURNS:
         if (spans := spans_by_exchange(whole, messages, set(trained), render)) is not None:
+            _check_kept(example, trained, [whole[start:end] for start, end in spans])
             return [_mask_spans(whole, spans, tokenizer)]
         if len(trained) > MAX_TURNS:
             reason = f"has {len(trained)} assistant turns; this chat template allows {MAX_TURNS}: divide the chat"
@@ -292,14 +137,36 @@ def _encode_chat(example: ChatExample, tokenizer: Tokenizer, completions_only: b
         turns = trained_turns(messages, trained, render)
     except HiddenTurn as hidden:
         raise DatasetError("the model's chat template hides where this turn begins", field=str(hidden)) from hidden
+    _check_kept(example, trained, [through[start:] for through, start in turns])
     if all(whole.startswith(through) for through, _ in turns):
         return [_mask_spans(whole, [(start, len(through)) for through, start in turns], tokenizer)]
     return [_mask_spans(through, [(start, len(through))], tokenizer) for through, start in turns]
 
 
-def _render(tokenizer: Tokenizer, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
+def _check_kept(example: ChatExample, trained: Sequence[int], said: Sequence[str]) -> None:
+    """Raises DatasetError where the template leaves out a thought or a call."""
+    for index, text in zip(trained, said, strict=True):
+        message = example.messages[index]
+        if message.thought.strip() not in text:
+            raise DatasetError(
+                "the model's chat template leaves this thought out", field=f"messages[{index}].reasoning"
+            )
+        names = [call.function.name for call in message.tool_calls or ()]
+        for i, name in enumerate(names):
+            if text.count(name) < names[: i + 1].count(name):
+                reason = "the model's chat template leaves this call out"
+                raise DatasetError(reason, field=f"messages[{index}].tool_calls[{i}]")
+
+
+def _render(
+    tokenizer: Tokenizer,
+    messages: list[dict[str, Any]],
+    *,
+    add_generation_prompt: bool = False,
+    tools: Sequence[dict[str, Any]] = (),
+) -> str:
     try:
-        return tokenizer.render_chat(messages, add_generation_prompt=add_generation_prompt)
+        return tokenizer.render_chat(messages, add_generation_prompt=add_generation_prompt, tools=tools)
     except ValueError as error:
         raise DatasetError(f"the model's chat template refuses it: {error}", field="messages") from error
 
@@ -324,15 +191,22 @@ def _mask_spans(text: str, spans: list[tuple[int, int]], tokenizer: Tokenizer) -
 def turn_ends(example: ChatExample, tokenizer: Tokenizer) -> list[int]:
     """The token that follows each trained turn of a chat as it is rendered, white space aside.
 
-    It must be a special one; behind the last turn an ordinary one will do if nothing else is there.
+    It must be a special one; behind the last turn an ordinary one will do if nothing else is there. Where there are
+    calls or thoughts, only the last turn's end is looked at.
     """
+    if any(message.tool_calls or message.thought for message in example.messages):
+        last = max((i for i, message in enumerate(example.messages) if message.trained), default=-1)
+        shown = example.shown_messages()[: last + 1]
+        text = _render(tokenizer, shown, tools=example.shown_tools()).rstrip() if shown else ""
+        special = tokenizer.special_tokens.items()
+        return [id_ for id_, token in special if text.endswith(token) and token not in tokenizer.markers][:1]
     said = "Ara ararauna"  # in place of what was said: what is behind it is the template's
     trained = [message.role == "assistant" and message.weight != 0 for message in example.messages]
     messages = [
-        {"role": message.role, "content": said if counts else message.text}
-        for message, counts in zip(example.messages, trained, strict=True)
+        shown | ({"content": said} if counts else {})
+        for shown, counts in zip(example.shown_messages(), trained, strict=True)
     ]
-    _, *behind = _render(tokenizer, messages).split(said)
+    _, *behind = _render(tokenizer, messages, tools=example.shown_tools()).split(said)
     ends: list[int] = []
     for rest in (text.strip() for text in behind):
         ends += [id_ for id_, text in tokenizer.special_tokens.items() if rest.startswith(text)][:1]
@@ -365,7 +239,8 @@ def load_dataset(
     trained: list[npt.NDArray[np.bool_]] = []
     ends: Counter[int] = Counter()
     seen: set[bytes] = set()
-    for number, example in read_examples(_bounded_lines(file)):
+    calls = thoughts = False
+    for number, example in read_examples(read_lines(file)):
         if example is None:
             report.empty += 1
             continue
@@ -377,6 +252,9 @@ def load_dataset(
             ends.update(turn_ends(example, tokenizer) if isinstance(example, ChatExample) else ())
         except DatasetError as error:
             raise DatasetError(error.reason, number, error.field) from error
+        if isinstance(example, ChatExample):
+            calls = calls or bool(example.tools) or any(message.tool_calls for message in example.messages)
+            thoughts = thoughts or any(message.thought for message in example.messages)
         report.over_long += any(len(sequence.tokens) > max_length for sequence in sequences)
         ids = [np.asarray(sequence.tokens[:max_length], np.int32) for sequence in sequences]
         masks = [np.asarray(sequence.trained[:max_length], np.bool_) for sequence in sequences]
@@ -398,10 +276,19 @@ def load_dataset(
         for id_, count in sorted(ends.items())
         if id_ in tokenizer.special_tokens or np.count_nonzero(all_tokens[all_trained] == id_) <= count
     )
-    return Dataset(all_tokens, all_trained, bounds, report, stops)
+    tool_format, reasoning_format = tokenizer.formats
+    return Dataset(
+        all_tokens,
+        all_trained,
+        bounds,
+        report,
+        stops,
+        tool_format=tool_format if calls else None,
+        reasoning_format=reasoning_format if thoughts else None,
+    )
 
 
-def _bounded_lines(file: BinaryIO) -> Iterator[bytes]:
+def read_lines(file: BinaryIO) -> Iterator[bytes]:
     """Lines, none read further than what is needed to see that it is too long."""
     while line := file.readline(MAX_LINE_BYTES + 1):
         yield line

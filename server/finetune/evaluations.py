@@ -25,10 +25,11 @@ from adapters.storage.database import Database, DatabaseBusy
 from server.client.engine import EngineClient, EngineDied, engine_up
 from server.errors import EngineUnavailable, InternalError, ModelNotFound, as_error
 from server.finetune import hyperparameters as recipe
-from server.finetune.dataset import DatasetError, load_dataset
+from server.finetune.dataset import load_dataset
 from server.finetune.files import FileStore, UnknownFileError, new_id
 from server.finetune.jobs import JobError, JobFailedError, readable
 from server.finetune.manager import MAX_DEATHS, SPACE_SECONDS
+from server.finetune.rows import DatasetError
 from server.finetune.tokenizer import TrainingTokenizer
 from server.messages.dataset import Dataset
 from server.messages.protocol import AdapterRef, Generate, Output, Ready, Sampling
@@ -38,6 +39,7 @@ from server.text.processor import TextProcessor
 log = logging.getLogger("lorakeet.finetune")
 
 CONCURRENT = 8  # sequences in the engine at once: requests of clients come first
+RESULTS = "evaluation-results"
 SPARE_TOKENS = 8  # beyond the expected answer, so that one that goes on is seen to differ
 
 Status = Literal["running", "succeeded", "failed"]
@@ -68,8 +70,27 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int = 0
     base: Score | None = None
     adapted: Score | None = None
+    result_files: list[str] = []
     error: JobError | None = None
     deaths: int = 0  # of engines that had one of its sequences
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """One model on one example: the mean loss of its trained tokens, and its greedy answer."""
+
+    loss: float
+    answer: str | None  # None: a text, which has no answer to compare
+    exact_match: bool | None
+
+
+class Row(msgspec.Struct, frozen=True):
+    """A line of the result file."""
+
+    example: int
+    prompt: str
+    expected: str
+    base: Answer
+    adapter: Answer | None
 
 
 class UnknownEvaluationError(LookupError):
@@ -142,11 +163,14 @@ class Evaluations:
 
     async def delete(self, tenant: str, evaluation_id: str) -> None:
         """Forget an evaluation; one that runs is stopped. Raises UnknownEvaluationError."""
-        await asyncio.to_thread(self.get, tenant, evaluation_id)
+        evaluation = await asyncio.to_thread(self.get, tenant, evaluation_id)
         delete = partial(self._write, "DELETE FROM evaluations WHERE id = ?", (evaluation_id,), removing=True)
         await asyncio.to_thread(delete)
         if task := self._tasks.get(evaluation_id):
             task.cancel()
+        for file_id in evaluation.result_files:
+            with contextlib.suppress(UnknownFileError):
+                await asyncio.to_thread(self._files.delete, tenant, file_id)
 
     # --- its life --------------------------------------------------------------------------------------------
 
@@ -226,13 +250,49 @@ class Evaluations:
                 references = [AdapterRef(version.digest, str(version.path))]
                 taught = version.receipt.get("stop_token_ids", ())
             stops = {*base.eos_token_ids, *self._text.stop_tokens}
-            plain = await self._score(examples, [], stops)
+            plain = await self._answers(examples, [], stops)
             if references:
-                adapted = await self._score(examples, references, {*stops, *taught})
-        tokens = sum(len(example.trained) for example in examples)
+                adapted = await self._answers(examples, references, {*stops, *taught})
         return replace(
-            evaluation, status="succeeded", base=plain, adapted=adapted, examples=len(examples), tokens=tokens
+            evaluation,
+            status="succeeded",
+            base=_score(examples, plain),
+            adapted=None if adapted is None else _score(examples, adapted),
+            examples=len(examples),
+            tokens=sum(len(example.trained) for example in examples),
+            result_files=[await self._keep(evaluation.tenant, self._rows(examples, stops, plain, adapted))],
         )
+
+    def _rows(
+        self, examples: Sequence[_Example], stops: set[int], base: Sequence[Answer], adapted: Sequence[Answer] | None
+    ) -> list[Row]:
+        others: Sequence[Answer | None] = adapted or [None] * len(base)
+        return [
+            Row(
+                number,
+                self._text.decode(example.prompt, skip_special_tokens=False),
+                self._shown(example.answer, stops),
+                plain,
+                other,
+            )
+            for number, (example, plain, other) in enumerate(zip(examples, base, others, strict=True), start=1)
+        ]
+
+    async def _keep(self, tenant: str, rows: Sequence[Row]) -> str:
+        """Write the result file, as soon as the disk has room for it; its id."""
+
+        def write() -> str:
+            with self._files.staging() as staging:
+                path = staging / "rows.jsonl"
+                path.write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
+                return self._files.add(tenant, path, filename=path.name, purpose=RESULTS).id
+
+        while True:
+            try:
+                return await asyncio.to_thread(write)
+            except (OSError, StorageFull, DatabaseBusy) as fault:
+                log.warning("the rows of an evaluation wait for the disk: %s", type(fault).__name__)
+            await asyncio.sleep(SPACE_SECONDS)
 
     def _read(self, evaluation: Evaluation, base: Ready) -> list[_Example]:
         try:
@@ -248,40 +308,34 @@ class Evaluations:
         count = min(len(data), evaluation.max_examples or len(data))
         return [_example(data, index) for index in range(count)]
 
-    async def _score(self, examples: Sequence[_Example], adapters: list[AdapterRef], stops: set[int]) -> Score:
+    async def _answers(self, examples: Sequence[_Example], adapters: list[AdapterRef], stops: set[int]) -> list[Answer]:
         """One model over all examples."""
         examining = [asyncio.create_task(self._examine(example, adapters, stops)) for example in examples]
         try:
-            results = await asyncio.gather(*examining)
+            return await asyncio.gather(*examining)
         finally:
             for task in examining:
                 task.cancel()
-        tokens = sum(len(example.trained) for example in examples)
-        loss = sum(loss for loss, _ in results) / tokens
-        matches = [match for _, match in results if match is not None]
-        exact = sum(matches) / len(matches) if matches else None
-        return Score(loss, math.exp(min(loss, 700.0)), exact)
 
-    async def _examine(
-        self, example: _Example, adapters: list[AdapterRef], stops: set[int]
-    ) -> tuple[float, bool | None]:
-        """Summed loss over the trained tokens, and whether the answer is word for word the expected one."""
+    async def _examine(self, example: _Example, adapters: list[AdapterRef], stops: set[int]) -> Answer:
+        """One model on one example."""
         score = Sampling(max_tokens=0, temperature=0.0, prompt_logprobs=0)
         async with self._slots:
             outputs = await self._generate(example.tokens, adapters, score)
             logprobs = [entry for output in outputs for entry in output.prompt_logprobs]
             loss = -sum(entry.logprob for i in example.trained if (entry := logprobs[i]) is not None)
+            loss /= len(example.trained)
             if not example.prompt:
-                return loss, None
+                return Answer(loss, None, None)
             most = len(example.answer) + SPARE_TOKENS
             answer = Sampling(max_tokens=most, temperature=0.0, stop_token_ids=sorted(stops))
             outputs = await self._generate(example.prompt, adapters, answer)
-        found = [token for output in outputs for token in output.tokens]
-        expected, given = (
-            self._text.decode([token for token in tokens if token not in stops], skip_special_tokens=True).strip()
-            for tokens in (example.answer, found)
-        )
-        return loss, given == expected
+        given = self._shown([token for output in outputs for token in output.tokens], stops)
+        return Answer(loss, given, given == self._shown(example.answer, stops))
+
+    def _shown(self, tokens: Sequence[int], stops: set[int]) -> str:
+        """An answer's text, without the tokens that end it."""
+        return self._text.decode([token for token in tokens if token not in stops], skip_special_tokens=True).strip()
 
     async def _generate(self, prompt: list[int], adapters: list[AdapterRef], sampling: Sampling) -> list[Output]:
         """All outputs of one sequence, once there is an engine. Raises EngineDied."""
@@ -309,6 +363,14 @@ def _example(data: Dataset, index: int) -> _Example:
     # A text has no prompt: all but its first token is trained on.
     prompt = tokens[:first] if first > 1 else []
     return _Example(tokens, trained, prompt, tokens[first : last + 1])
+
+
+def _score(examples: Sequence[_Example], answers: Sequence[Answer]) -> Score:
+    """One model over all examples; a token counts as much as any other."""
+    lengths = [len(example.trained) for example in examples]
+    loss = sum(answer.loss * length for answer, length in zip(answers, lengths, strict=True)) / sum(lengths)
+    matches = [answer.exact_match for answer in answers if answer.exact_match is not None]
+    return Score(loss, math.exp(min(loss, 700.0)), sum(matches) / len(matches) if matches else None)
 
 
 def _encode(evaluation: Evaluation) -> str:

@@ -95,6 +95,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     total_steps: int = 0
     deaths: int = 0  # of engines that had it, since its last checkpoint
     stop_tokens: list[int] = []  # that ended the turns of its training data
+    tool_format: str | None = None  # in which its calls of tools are written
+    reasoning_format: str | None = None
     waits_for_space: bool = False  # paused by a full disk
 
     @property

@@ -269,11 +269,11 @@ class JobManager:
         if job.status == "running":
             job = await self._move(job, "queued", "The server restarted; the job is queued again")
         if job.start is None:
-            start, stops = await self._preparation.start_message(
+            start, taught = await self._preparation.start_message(
                 job, await engine_up(self._engine), self._directory / job.id, partial(self._ask_memory, job)
             )
             message = "Files validated, moving job to queued state"
-            job = await self._move(job, "queued", message, start=start, stop_tokens=stops)
+            job = await self._move(job, "queued", message, start=start, **taught)
             await asyncio.to_thread(restore.note, self._directory / job.id, restore.JOB, job)
         async with self._slots:
             await self._train(job)

@@ -18,9 +18,10 @@ from adapters.peft_format import record
 from adapters.peft_format.config import AdapterError
 from adapters.peft_format.directory import CONFIG_NAME, SPEC_NAME, WEIGHTS_NAME, AdapterSpec
 from server.finetune import hyperparameters as recipe
-from server.finetune.dataset import DatasetError, load_dataset
+from server.finetune.dataset import load_dataset
 from server.finetune.files import FileStore, UnknownFileError
 from server.finetune.jobs import Job, JobFailedError, JobStore
+from server.finetune.rows import DatasetError
 from server.finetune.tokenizer import TrainingTokenizer
 from server.messages.dataset import Dataset
 from server.messages.protocol import Ready
@@ -53,8 +54,8 @@ class Preparation:
 
     async def start_message(
         self, job: Job, base: Ready, directory: Path, ask_memory: Callable[[PlanMemory], Awaitable[MemoryPlan]]
-    ) -> tuple[StartJob, list[int]]:
-        """What to tell the engine, and the stop tokens that the training data teaches.
+    ) -> tuple[StartJob, dict[str, Any]]:
+        """What to tell the engine, and what the training data teaches: fields of the job.
 
         Args:
             directory: the job's own; the encoded data goes there.
@@ -92,7 +93,8 @@ class Preparation:
             plan=replace(plan, memory=memory.mode),
             initial=str(directory / INITIAL) if spec.adapter is not None else None,
         )
-        return start, list(train.stop_tokens)
+        formats = {"tool_format": train.tool_format, "reasoning_format": train.reasoning_format}
+        return start, {"stop_tokens": list(train.stop_tokens)} | formats
 
     async def _encode(self, job: Job, base: Ready, file_id: str, param: str, target: Path) -> Dataset:
         """Validate a file and write its token ids to `target`."""

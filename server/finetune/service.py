@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters.storage.database import BUSY_SECONDS
+from adapters.storage.database import BUSY_SECONDS, Database
 from server.client.engine import EngineClient
 from server.finetune import restore
 from server.finetune.evaluations import Evaluations
@@ -26,6 +26,7 @@ class FineTuning:
     manager: JobManager
     evaluations: Evaluations
     metrics: TrainingMetrics
+    database: Database
 
     async def start(self) -> None:
         """Go on with what was under way."""
@@ -69,4 +70,4 @@ class FineTuning:
             metrics=counted,
             max_running=max_running,
         )
-        return cls(files, jobs, manager, Evaluations(database, files, registry, engine, text), counted)
+        return cls(files, jobs, manager, Evaluations(database, files, registry, engine, text), counted, database)

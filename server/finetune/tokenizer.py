@@ -1,9 +1,11 @@
 """The served model's tokenizer as data sets use it: synchronously, in a worker thread."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from server.text.chat_template import TemplateRefusal
 from server.text.processor import TextProcessor
+from server.text.reasoning import THINK
 
 
 class TrainingTokenizer:
@@ -18,16 +20,34 @@ class TrainingTokenizer:
     """
 
     def __init__(self, text: TextProcessor, eos_token_ids: Sequence[int]) -> None:
-        self._text = text
+        # A template that knows no thoughts gets them as text.
+        self._text = text = text if text.reasoning_format is not None else text.with_formats(None, THINK.name)
         self.eos_token_ids = tuple(dict.fromkeys([*eos_token_ids, *text.stop_tokens]))
         self.special_tokens = text.added_tokens
 
-    def render_chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    @property
+    def formats(self) -> tuple[str | None, str | None]:
+        tools, reasoning = self._text.tool_format, self._text.reasoning_format
+        return tools.name if tools else None, reasoning.name if reasoning else None
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        known = self._text.tool_format, self._text.reasoning_format
+        return tuple(marker for each in known if each is not None for marker in each.markers)
+
+    def render_chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        add_generation_prompt: bool,
+        tools: Sequence[dict[str, Any]] = (),
+    ) -> str:
         template = self._text.chat_template
         if template is None:
             raise ValueError("the base model has none; use `prompt` and `completion`")
+        chat, shown = self._text.for_template(messages, tools)
         try:
-            return template.render(messages, add_generation_prompt=add_generation_prompt)
+            return template.render(chat, add_generation_prompt=add_generation_prompt, tools=shown)
         except TemplateRefusal as error:
             raise ValueError(error.message) from None
 

@@ -5,6 +5,7 @@
 
 import itertools
 from collections.abc import Callable, Container, Iterable
+from typing import Any
 
 FEW_TURNS = 16
 _REPETITION = 128  # how often as much as a chat may be rendered to find its turns
@@ -15,7 +16,7 @@ class HiddenTurn(ValueError):
 
 
 def trained_turns(
-    messages: list[dict[str, str]], trained: Iterable[int], render: Callable[..., str]
+    messages: list[dict[str, Any]], trained: Iterable[int], render: Callable[..., str]
 ) -> list[tuple[str, int]]:
     """For each trained message: the text up to and including it, and where it begins."""
     turns: list[tuple[str, int]] = []
@@ -34,7 +35,7 @@ def trained_turns(
 
 
 def spans_by_exchange(
-    whole: str, messages: list[dict[str, str]], trained: Container[int], render: Callable[..., str]
+    whole: str, messages: list[dict[str, Any]], trained: Container[int], render: Callable[..., str]
 ) -> list[tuple[int, int]] | None:
     """Where a long chat's trained turns lie, found in time that grows with its length.
 

@@ -12,7 +12,7 @@ import msgspec
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from server.errors import InternalError, as_error
+from server.errors import InternalError, LorakeetError, as_error
 
 log = logging.getLogger(__name__)
 
@@ -73,31 +73,44 @@ async def send_json(send: Send, content: Any, headers: Mapping[str, str]) -> Non
     await _send_body(send, body, more=False)
 
 
-async def send_events(send: Send, events: AsyncIterator[Any], headers: Mapping[str, str]) -> None:
+async def send_events(
+    send: Send,
+    events: AsyncIterator[Any],
+    headers: Mapping[str, str],
+    failed: Callable[[LorakeetError], Any] | None = None,
+) -> None:
     """Server-sent events, one per item, and `[DONE]`.
 
+    With `failed`, which makes the event of an error, each event has its type as its name, and there is no `[DONE]`.
     The head waits for the first event: what fails before it is an ordinary error response. What fails later ends the
     stream with an error event and without `[DONE]`.
     """
-    started = False
+    started, named = False, failed is not None
     try:
         async for event in events:
             if not started:
                 started = True
                 await _start(send, _EVENT_STREAM | dict(headers))
-            await _send_body(send, b"data: " + encode_json(event) + b"\n\n")
+            await _send_body(send, _name(event) * named + b"data: " + encode_json(event) + b"\n\n")
     except Exception as exc:
         if not started:
             raise
         error = as_error(exc)
         if isinstance(error, InternalError):
             log.exception("a stream failed")
-        await _send_body(send, b"data: " + encode_json(error.body()) + b"\n\n")
+        event = error.body() if failed is None else failed(error)
+        await _send_body(send, _name(event) * named + b"data: " + encode_json(event) + b"\n\n")
     else:
         if not started:
             await _start(send, _EVENT_STREAM | dict(headers))
-        await _send_body(send, b"data: [DONE]\n\n")
+        if not named:
+            await _send_body(send, b"data: [DONE]\n\n")
     await _send_body(send, b"", more=False)
+
+
+def _name(event: Any) -> bytes:
+    kind = event["type"] if isinstance(event, dict) else type(event).__struct_config__.tag
+    return f"event: {kind}\n".encode()
 
 
 async def _start(send: Send, headers: Mapping[str, str]) -> None:

@@ -43,10 +43,14 @@ from server.http.routes import (
     fine_tuning,
     health,
     merging,
+    messages,
     models,
     pins,
     reference,
+    responses,
+    server_history,
     tokenize,
+    ui,
     versions,
     vllm,
 )
@@ -78,11 +82,14 @@ def build_app(services: Services) -> Starlette:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, "worker"))
         await services.engine.start()
         await services.tuning.start()
-        collecting = asyncio.create_task(services.registry.collect_orphans())
+        working = [services.registry.collect_orphans(), services.history.run()]
+        background = [asyncio.create_task(work) for work in working]
         try:
             yield
         finally:
-            collecting.cancel()
+            for task in background:
+                task.cancel()
+            await services.responses.stop()
             await services.tuning.stop()
             await services.engine.stop(grace=0.0)
             await services.registry.publisher.close()
@@ -95,6 +102,8 @@ def build_app(services: Services) -> Starlette:
     resources = [
         completions,
         chat,
+        responses,
+        messages,
         tokenize,
         versions,
         checks,
@@ -106,10 +115,13 @@ def build_app(services: Services) -> Starlette:
         fine_tuning,
         evaluations,
         health,
+        server_history,
         reference,
     ]
     if settings.lora_dir is not None:
         resources.append(vllm)
+    if settings.ui:
+        resources.append(ui)
     app = Starlette(
         routes=[route for resource in resources for route in resource.routes],
         middleware=middleware(services.drain, settings),
@@ -244,6 +256,7 @@ def _engine_config(settings: Settings, model: Path) -> EngineConfig:
         sketch_head=settings.sketch_head,
         max_model_len=settings.max_model_len,
         kv_cache_bytes=settings.kv_cache_bytes,
+        kv_cache_dtype=settings.kv_cache_dtype,
         adapter_bytes=settings.adapter_bytes,
         adapter_host_bytes=settings.adapter_host_bytes,
         merged_bytes=settings.merged_bytes,

@@ -32,9 +32,12 @@ from server.errors import (
 )
 from server.logs import FIELDS, begin_notes
 from server.settings import Settings
+from server.ui import PATHS
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"})  # served while draining, mostly without a key
-POLLED_PATHS = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds: logged at debug
+POLLED_PATHS = frozenset(
+    {"/health", "/ready", "/metrics", "/v1/server/history"}
+)  # asked every few seconds: logged at debug
 BODY_IDLE_SECONDS = 60.0  # for the next bytes of a body
 BODY_GRACE_SECONDS = 10.0  # by which a body may be behind the least rate
 
@@ -125,7 +128,7 @@ class _Exchange:
 
     async def fail(self, error: LorakeetError) -> None:
         if self.status is None:
-            await error_response(error)(self._scope, self._receive, self.send)
+            await error_response(error, self._scope["path"])(self._scope, self._receive, self.send)
 
     def log_failure(self, exc: Exception) -> None:
         """Where it happened. The exception's own text may quote a prompt, so that needs the debug level."""
@@ -176,12 +179,12 @@ class ApiKeys:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in self._open_paths and not self._known(Headers(scope=scope)):
-            await error_response(InvalidApiKey())(scope, receive, send)
+            await error_response(InvalidApiKey(), scope["path"])(scope, receive, send)
             return
         await self._app(scope, receive, send)
 
     def _known(self, headers: Headers) -> bool:
-        given = headers.getlist("authorization")
+        given = headers.getlist("authorization") or [f"Bearer {key}" for key in headers.getlist("x-api-key")]
         if len(given) != 1:
             return False
         scheme, _, key = given[0].partition(" ")
@@ -193,7 +196,8 @@ class ApiKeys:
 
 def open_paths(settings: Settings) -> frozenset[str]:
     """Those that need no key."""
-    return OPEN_PATHS - {"/metrics", "/ready"} if settings.guard_metrics else OPEN_PATHS
+    paths = OPEN_PATHS - {"/metrics", "/ready"} if settings.guard_metrics else OPEN_PATHS
+    return paths | PATHS if settings.ui else paths
 
 
 def middleware(drain: Drain, settings: Settings) -> list[Middleware]:

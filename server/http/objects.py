@@ -9,7 +9,7 @@ from server.finetune.evaluations import Score
 from server.finetune.evaluations import Status as EvaluationStatus
 from server.finetune.jobs import JobError
 from server.finetune.jobs import Status as JobStatus
-from server.messages.protocol import Drift
+from server.messages.protocol import Drift, KVInfo
 from server.messages.training import MemoryMode
 
 T = TypeVar("T")
@@ -27,11 +27,12 @@ class ErrorObject(TypedDict):
 
 
 class ListObject(TypedDict, Generic[T]):
-    """`first_id` and `last_id` are there when the page is not empty."""
+    """`first_id` and `last_id` are there when the page is not empty; `total` counts all pages' objects."""
 
     object: Literal["list"]
     data: list[T]
     has_more: NotRequired[bool]
+    total: NotRequired[int]
     first_id: NotRequired[str]
     last_id: NotRequired[str]
 
@@ -49,19 +50,22 @@ class CachedTokens(TypedDict):
     cached_tokens: int
 
 
-class Predictions(TypedDict):
+class CompletionDetails(TypedDict, total=False):
+    """Predictions are drafts of speculative decoding, there when any were made."""
+
+    reasoning_tokens: int
     accepted_prediction_tokens: int
     rejected_prediction_tokens: int
 
 
 class UsageObject(TypedDict):
-    """Predictions are drafts of speculative decoding, there when any were made."""
+    """`completion_tokens_details` are there where the model thinks, or drafts were made."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
-    completion_tokens_details: NotRequired[Predictions]
+    completion_tokens_details: NotRequired[CompletionDetails]
 
 
 class Choice(TypedDict):
@@ -116,6 +120,8 @@ class ChatMessage(TypedDict):
     role: Literal["assistant"]
     content: str | None
     refusal: None
+    reasoning: NotRequired[str]  # the thought before the answer, and again
+    reasoning_content: NotRequired[str]
     tool_calls: NotRequired[list[ToolCallObject]]
 
 
@@ -141,6 +147,8 @@ class ToolCallDelta(TypedDict):
 class ChatDelta(TypedDict, total=False):
     role: Literal["assistant"]
     content: str | None
+    reasoning: str
+    reasoning_content: str
     tool_calls: list[ToolCallDelta]
 
 
@@ -258,6 +266,17 @@ class AdapterReceipt(TypedDict):
     tokenizer_tokens: NotRequired[int]
     chat_template: NotRequired[bool]
     stop_token_ids: NotRequired[list[int]]
+    trained_tool_format: NotRequired[str]
+    trained_reasoning_format: NotRequired[str]
+
+
+class ListedAdapter(AdapterReceipt):
+    """`tier` is the nearest that holds it. Since the server began: requests, tokens, the last one's Unix time."""
+
+    tier: Literal["merged", "device", "host", "disk"]
+    requests: int
+    tokens: int
+    last_used: float | None
 
 
 class ModuleObject(TypedDict):
@@ -281,7 +300,7 @@ class ResidentMerge(TypedDict):
     prompts: NotRequired[list[str]]
 
 
-class AdapterObject(AdapterReceipt):
+class AdapterObject(ListedAdapter):
     """`file_metadata` is that of the safetensors file; `bytes_on_device` is null while the engine starts."""
 
     modules: dict[str, ModuleObject]
@@ -396,8 +415,24 @@ class FileObject(TypedDict):
     report: dict[str, int] | None
 
 
+class PreviewedSequence(TypedDict):
+    """A text for each token, and whether it counts in the loss."""
+
+    tokens: list[str]
+    trained: list[bool]
+
+
+class PreviewedLine(TypedDict):
+    """`length` in tokens; longer sequences than are trained on are `cut`. No sequence: there is nothing to learn."""
+
+    line: int
+    length: int
+    cut: bool
+    sequences: list[PreviewedSequence]
+
+
 class JobObject(TypedDict):
-    """`lora`, `training`, `step`, `total_steps` and `stop_token_ids`, which its rows taught, are ours."""
+    """`lora`, `training`, `step`, `total_steps` are ours, and `stop_token_ids` and formats, which its rows taught."""
 
     id: str
     object: Literal["fine_tuning.job"]
@@ -423,6 +458,8 @@ class JobObject(TypedDict):
     step: int
     total_steps: int | None
     stop_token_ids: list[int]
+    tool_format: str | None
+    reasoning_format: str | None
 
 
 class EventObject(TypedDict):
@@ -468,7 +505,7 @@ class Scores(TypedDict):
 
 
 class EvaluationObject(TypedDict):
-    """`results.adapter` is null when the base itself is evaluated."""
+    """`results.adapter` is null when the base itself is evaluated; the result file has a line for each example."""
 
     id: str
     object: Literal["evaluation"]
@@ -481,6 +518,7 @@ class EvaluationObject(TypedDict):
     examples: int | None
     tokens: int | None
     results: Scores | None
+    result_files: list[str]
     error: JobError | None
 
 
@@ -499,8 +537,18 @@ class Readiness(TypedDict):
     base_digest: str | None
     stop_tokens: list[StopToken]
     int8_drift: Drift | None
+    kv_cache: KVInfo | None
     error: NotRequired[ErrorDetail]
 
 
 class Version(TypedDict):
     version: str
+
+
+class ServerHistory(TypedDict):
+    """Columns of equal length, oldest sample first. What a sample cannot know is null."""
+
+    object: Literal["server.history"]
+    interval_seconds: float
+    limits: dict[str, int | None]
+    samples: dict[str, list[float | None]]

@@ -23,7 +23,6 @@ from server.errors import (
     UnsupportedMediaType,
 )
 from server.http.middleware import OPEN_PATHS, open_paths
-from server.http.objects import ErrorObject
 from server.http.operations import Operation
 from server.openai.body import Body
 from server.settings import Settings
@@ -38,9 +37,12 @@ what an adapter answered has its digest in `X-Adapter-Digest`. 429 and 503 say i
 def document(operations: Sequence[Operation], settings: Settings, version: str) -> dict[str, Any]:
     """The whole document, plain data. Every operation is in it."""
     answers = [
-        kind for o in operations for kind in (o.answers, o.events) if not (kind is None or isinstance(kind, str))
+        kind
+        for o in operations
+        for kind in (o.answers, o.events, o.error)
+        if not (kind is None or isinstance(kind, str))
     ]
-    kinds = [ErrorObject, *answers]
+    kinds = list({repr(kind): kind for kind in answers}.values())
     refs, schemas = msgspec.json.schema_components(kinds, ref_template=f"{_COMPONENTS}{{name}}")
     bodies = dict.fromkeys(kind for o in operations for kind in o.bodies)
     inputs: list[tuple[type[Body], JsonSchemaMode]] = [(kind, "validation") for kind in bodies]
@@ -170,7 +172,7 @@ def _responses(operation: Operation, settings: Settings, known: dict[str, Any]) 
     responses: dict[str, Any] = {
         str(status): {"description": HTTPStatus(status).phrase, "content": content} for status in operation.statuses
     }
-    error = {"application/json": {"schema": known[repr(ErrorObject)]}}
+    error = {"application/json": {"schema": known[repr(operation.error)]}}
     for status, errors in refusals(operation, settings).items():
         texts = [(kind.__doc__ or "").partition(": ")[2].partition("\n")[0] for kind in errors]
         described = {"description": " ".join(text[:1].upper() + text[1:] for text in texts), "content": error}

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp
 from server.errors import AdapterDamaged, Conflict, LorakeetError, ModelNotFound, StorageFull, TooManyRequests
 from server.http.body import read_as
 from server.http.multipart import Part
+from server.http.objects import ErrorObject
 from server.http.paging import Query, read_query
 from server.openai.body import Body
 from server.settings import Settings
@@ -41,6 +42,7 @@ class Operation(Route):
         refuses: errors that its kind of request does not bring with it (`openapi.refusals`).
         headers: request headers with a meaning, and that meaning.
         form: the parts of a multipart body, which the handler reads itself.
+        error: the type of a refusal.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Operation(Route):
         refuses: Sequence[type[LorakeetError]] = (),
         headers: Mapping[str, str] | None = None,
         form: Form | None = None,
+        error: Any = ErrorObject,
     ) -> None:
         hints = get_type_hints(handler)
         declared = hints.get("body", NoneType)
@@ -67,6 +70,7 @@ class Operation(Route):
         self.refuses = refuses
         self.headers = headers or {}
         self.form = form
+        self.error = error
         self.method = method
         self.body_required = (
             bool(self.bodies) and inspect.signature(handler).parameters["body"].default is inspect.Parameter.empty

@@ -6,6 +6,9 @@ from adapters.storage.store import AdapterStore
 from adapters.storage.versions import Version
 from server.errors import NotFound, shown
 from server.messages.protocol import MergeReport
+from server.services import Services
+
+TIERS = ("merged", "device", "host")  # of memory, nearest first
 
 
 def receipt(store: AdapterStore, version: Version) -> dict[str, Any]:
@@ -18,6 +21,30 @@ def receipt(store: AdapterStore, version: Version) -> dict[str, Any]:
         "pinned": store.pinned(version.tenant, version.name),
         **version.receipt,
     }
+
+
+def listed(services: Services, version: Version) -> dict[str, Any]:
+    """The receipt, the nearest tier of memory that holds the adapter, and its use since the server started."""
+    tier, usage = tier_of(services, version), services.metrics.usage.of(version.name)
+    use = {"tier": tier, "requests": usage.requests, "tokens": usage.tokens, "last_used": usage.last_used}
+    return receipt(services.store, version) | use
+
+
+def tier_of(services: Services, version: Version) -> str:
+    """`disk` is where all others are, in the object store or on this machine."""
+    resident = services.metrics.resident
+    return next((tier for tier in TIERS if (version.digest, tier) in resident), "disk")
+
+
+def sort_key(services: Services, column: str, version: Version) -> Any:
+    """A version's place among others by a column of `listed`."""
+    if column == "created_at":
+        return version.created
+    if column == "tier":
+        return [*TIERS, "disk"].index(tier_of(services, version))
+    if column in version.receipt:
+        return version.receipt[column]
+    return getattr(services.metrics.usage.of(version.name), column) or 0
 
 
 def resident(report: MergeReport) -> dict[str, Any]:

@@ -37,6 +37,8 @@ class Dataset:
     bounds: npt.NDArray[np.int64]  # [sequences + 1]
     report: Report = field(default_factory=Report)
     stop_tokens: tuple[int, ...] = ()  # that followed the turns of its chats; like the report, not saved
+    tool_format: str | None = None  # in which its calls of tools are written, if it has any; likewise
+    reasoning_format: str | None = None
 
     def __len__(self) -> int:
         return len(self.bounds) - 1

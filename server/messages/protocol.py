@@ -45,6 +45,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     sketch_head: bool = True  # greedy tokens are found without reading all of the head, on a CPU
     max_model_len: int | None = None
     kv_cache_bytes: int | None = None
+    kv_cache_dtype: str = "auto"
     adapter_bytes: int | None = None
     adapter_host_bytes: int = 4 << 30
     merged_bytes: int | None = None
@@ -210,6 +211,23 @@ class Drift(msgspec.Struct, frozen=True):
     greedy_agreement: float  # share of positions with the same most likely token
 
 
+class KVGroup(msgspec.Struct, frozen=True):
+    """Layers whose sequences need the same keys: blocks, and bytes that a token takes over all of them."""
+
+    window: int  # a token sees so many of the last keys; 0 for all
+    blocks: int
+    bytes_per_token: int
+
+
+class KVInfo(msgspec.Struct, frozen=True):
+    """The KV cache."""
+
+    dtype: str
+    bytes: int
+    groups: list[KVGroup]
+    drift: Drift | None = None  # from a cache that does not round; None: this one does not
+
+
 class Ready(_Message, kw_only=True):
     """First message of an engine: what it serves and how much it holds."""
 
@@ -233,6 +251,7 @@ class Ready(_Message, kw_only=True):
     transposed: bool = False  # the base's files hold weights of linears as [in, out]
     kernels: str = ""  # which compute a step: native with its instruction set, triton, or plain torch
     int8_drift: Drift | None = None  # from exact activations; None: they are exact
+    kv_cache: KVInfo | None = None
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

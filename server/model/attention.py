@@ -4,6 +4,7 @@
 the step's tokens attend. `PagedAttention` is the serving answer. Knows block tables, not who owns the blocks.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,8 +14,16 @@ from transformers import AttentionInterface
 from adapters import kernels
 from adapters.device.lora import StepSlot
 from adapters.device.memory import zeros
+from server.model.geometry import LayerKV, reaches
 
 ATTENTION = "lorakeet"
+KV_DTYPES = {  # by setting
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp8": torch.float8_e4m3fn,
+    "int8": torch.int8,
+}
 
 # Keywords that models pass along and that change nothing here: the step already knows positions and has no mask.
 _IGNORED = {
@@ -50,6 +59,8 @@ def _attention(
     scaling: float,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     unknown = [name for name, value in kwargs.items() if value is not None and name not in _IGNORED]
@@ -59,55 +70,118 @@ def _attention(
     assert slot.attention is not None, "no step is installed"
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))  # [T, heads, D]
     layer: int = module.layer_idx  # type: ignore[assignment]
-    return slot.attention.attend(layer, q, k, v, scaling, sliding_window or 0).unsqueeze(0), None
+    sinks = None if s_aux is None else s_aux.float()
+    out = slot.attention.attend(layer, q, k, v, scaling, sliding_window or 0, softcap or 0.0, sinks)
+    return out.unsqueeze(0), None
 
 
 class KVCache:
-    """Keys and values of every layer in blocks. Block 0 is scratch for padding rows.
+    """Keys and values of every layer in blocks. Block 0 of each group is scratch for padding rows.
 
-    k, v: one `[1 + num_blocks, Hkv, block_size, D]` tensor per layer.
+    Layers whose sequences need the same keys are a group, with blocks of its own: all that see everything, and those of
+    each window. Shapes are each layer's own; a layer that reads another's keys and values has no more than these.
+
+    Args:
+        blocks: per group of `windows`.
+        dtype: of the numbers kept, one of `KV_DTYPES`.
+        compute: dtype that attention computes in.
+
+    Attributes:
+        windows: per group how many of the last keys its layers see; 0 for all, which comes first.
+        k, v: per layer `[1 + blocks, Hkv, block_size, D]`.
     """
 
     def __init__(
         self,
-        layers: int,
-        kv_heads: int,
-        head_dim: int,
-        num_blocks: int,
+        layers: Sequence[LayerKV],
+        blocks: Sequence[int],
         block_size: int,
         dtype: torch.dtype,
+        compute: torch.dtype,
         device: torch.device,
     ) -> None:
         self.block_size = block_size
-        shape = (1 + num_blocks, kv_heads, block_size, head_dim)
-        # Zeros: a fresh block read beyond its filled part must not hold NaN.
-        self.k = [zeros(shape, dtype, device) for _ in range(layers)]
-        self.v = [zeros(shape, dtype, device) for _ in range(layers)]
+        self.dtype = dtype
+        self.compute = compute
+        self.windows = windows(layers)
+        self.layers = layers
+        self.group_of = [self.windows.index(reach) for reach in reaches(layers)]
+        self.k: list[Tensor] = []
+        self.v: list[Tensor] = []
+        for index, layer in enumerate(layers):
+            for tensors in (self.k, self.v):
+                if layer.source < index:
+                    tensors.append(tensors[layer.source])
+                    continue
+                shape = (1 + blocks[self.group_of[index]], layer.kv_heads, block_size, _row_bytes(layer, dtype))
+                # Zeros: a fresh block read beyond its filled part must not hold NaN.
+                tensors.append(zeros(shape, torch.int8, device).view(dtype))
 
-    @staticmethod
-    def block_bytes(layers: int, kv_heads: int, head_dim: int, block_size: int, dtype: torch.dtype) -> int:
-        """Bytes that one block takes over all layers."""
-        return 2 * layers * kv_heads * head_dim * block_size * dtype.itemsize
+
+def windows(layers: Sequence[LayerKV]) -> list[int]:
+    """The groups of a cache for these layers: their windows, ascending."""
+    return sorted(set(reaches(layers)))
+
+
+def block_bytes(layers: Sequence[LayerKV], block_size: int, dtype: torch.dtype) -> list[int]:
+    """Bytes that one block of each group takes over all of its layers."""
+    sizes = dict.fromkeys(windows(layers), 0)
+    for index, (layer, reach) in enumerate(zip(layers, reaches(layers), strict=True)):
+        if layer.source == index:
+            sizes[reach] += 2 * layer.kv_heads * block_size * _row_bytes(layer, dtype)
+    return list(sizes.values())
+
+
+def _row_bytes(layer: LayerKV, dtype: torch.dtype) -> int:
+    return layer.head_dim * dtype.itemsize + (kernels.SCALE_BYTES if dtype == torch.int8 else 0)
 
 
 class PagedAttention:
     """One serving step: write the new keys and values, then attend over each request's blocks.
 
     Args:
-        slots: int64 [T], where each token's key goes (block * block_size + offset).
+        slots: per group int64 [T], where each token's key goes (block * block_size + offset).
         seqs: int32 [R, 3], columns q_start, q_end, kv_len after this step.
-        block_tables: int32 [R, max_blocks].
+        block_tables: per group int32 [R, max_blocks].
     """
 
-    def __init__(self, cache: KVCache, slots: Tensor, seqs: Tensor, block_tables: Tensor) -> None:
+    def __init__(self, cache: KVCache, slots: Sequence[Tensor], seqs: Tensor, block_tables: Sequence[Tensor]) -> None:
         self.cache = cache
         self.slots = slots
         self.seqs = seqs
         self.block_tables = block_tables
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int) -> Tensor:
-        keys, values = self.cache.k[layer], self.cache.v[layer]
-        # fp32 norms can upcast q and k: store in the cache's dtype, answer in the query's.
-        kernels.write_kv(k.to(keys.dtype), v.to(values.dtype), keys, values, self.slots)
-        out = kernels.paged_attention(q.to(keys.dtype), keys, values, self.seqs, self.block_tables, scaling, window)
-        return out.to(q.dtype)
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scaling: float,
+        window: int,
+        softcap: float,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        cache, group = self.cache, self.cache.group_of[layer]
+        keys, values = cache.k[layer], cache.v[layer]
+
+        def fit(states: Tensor) -> Tensor:
+            # Heads of keys and of values may differ in size: padding the narrower ones adds nothing to a score.
+            missing = cache.layers[layer].head_dim - states.shape[2]
+            return (nn.functional.pad(states, (0, missing)) if missing else states).to(cache.compute)
+
+        # fp32 norms can upcast q and k: compute in one dtype, answer in the query's.
+        if cache.layers[layer].source == layer:
+            kernels.write_kv(fit(k), fit(v), keys, values, self.slots[group])
+        out = kernels.paged_attention(
+            fit(q),
+            keys,
+            values,
+            self.seqs,
+            self.block_tables[group],
+            scaling,
+            window,
+            softcap,
+            sinks,
+        )
+        return out[..., : v.shape[2]].to(q.dtype)

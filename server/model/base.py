@@ -23,7 +23,8 @@ from adapters import kernels
 from adapters.device.lora import FrozenLinear, LoraLinear, StepSlot, wrap_linears
 from adapters.kernels import QuantizedWeight, native
 from adapters.peft_format.sizes import LinearSize
-from server.model import UnservableModel, attention, experts, loading, naming
+from server.model import UnservableModel, attention, experts, geometry, loading, naming
+from server.model.geometry import LayerKV
 from server.model.loading import model_class
 
 __all__ = ["Base", "UnservableModel", "check_servable", "load", "refusing", "sketch_head", "with_weights"]
@@ -33,7 +34,6 @@ log = logging.getLogger("lorakeet.engine")
 SERVED_LAYERS = {"full_attention", "sliding_attention"}
 # Features whose config entry alone tells that the engine cannot serve them, and their names for people.
 UNSERVED = {
-    "attn_logit_softcapping": "this attention variant is",
     "kv_lora_rank": "this attention variant is",
 }
 
@@ -47,10 +47,7 @@ class Base:
     linears: list[LoraLinear]
     dtype: torch.dtype
     device: torch.device
-    num_layers: int
-    kv_heads: int
-    head_dim: int
-    windows: list[int]  # per layer, 0 for full attention
+    layers: list[LayerKV]
     max_model_len: int  # the longest context that its positions allow
     eos_token_ids: list[int]
     tied: bool  # head and input embedding are one matrix
@@ -64,6 +61,10 @@ class Base:
     def linear_sizes(self) -> dict[str, LinearSize]:
         """Of every linear that adapters may touch, by full name, in the order of their indices."""
         return {linear.name: linear.size for linear in self.linears}
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
 
     @property
     def decoder(self) -> nn.Module:
@@ -210,8 +211,6 @@ def check_servable(config: Any) -> None:
         raise UnservableModel(
             f"layers of type {sorted(kinds - SERVED_LAYERS)} are not served (only full and sliding attention)"
         )
-    if text.to_dict().get("per_layer_config"):
-        raise UnservableModel("layers of several shapes are not served (per_layer_config)")
     for name, kind in UNSERVED.items():
         if getattr(text, name, None):
             raise UnservableModel(f"{kind} not served ({name} = {getattr(text, name)})")
@@ -304,10 +303,10 @@ def _wrap(model: transformers.PreTrainedModel, directory: Path, dtype: torch.dty
     experts.pad_routers(model)
     attention.attach(model, slot)
     _fix_rope(model)
-    window = getattr(config, "sliding_window", None) or 0
-    # Families without `layer_types` (Mistral) slide in every layer or in none.
-    uniform = ["sliding_attention" if window else "full_attention"] * config.num_hidden_layers
-    layer_types = getattr(config, "layer_types", None) or uniform
+    try:
+        layers = geometry.probe(model, slot, config.num_hidden_layers, device)
+    except geometry.Irregular as fault:
+        raise UnservableModel(str(fault)) from fault
     generation = getattr(model, "generation_config", None)
     eos = getattr(generation, "eos_token_id", None) if generation is not None else None
     eos = getattr(config, "eos_token_id", None) if eos is None else eos
@@ -317,10 +316,7 @@ def _wrap(model: transformers.PreTrainedModel, directory: Path, dtype: torch.dty
         linears=linears,
         dtype=dtype,
         device=device,
-        num_layers=config.num_hidden_layers,
-        kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        windows=[window if kind == "sliding_attention" else 0 for kind in layer_types],
+        layers=layers,
         max_model_len=longest_context(config),
         eos_token_ids=[] if eos is None else [eos] if isinstance(eos, int) else list(eos),
         tied=tied,

@@ -41,7 +41,9 @@ def register() -> None:
 
 def declared(config: Any) -> str | None:
     """What a text model's config says of experts, or None."""
-    return next((f"{name} = {getattr(config, name)}" for name in _COUNTS if getattr(config, name, None)), None)
+    parts = [part for part in (config, getattr(config, "ffn_config", None)) if part is not None]
+    counts = ((name, getattr(part, name, None)) for part in parts for name in _COUNTS)
+    return next((f"{name} = {count}" for name, count in counts if count), None)
 
 
 def take_out(model: transformers.PreTrainedModel) -> None:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from server.messages.protocol import Output, TokenLogprob
 from server.text.detokenizer import Detokenizer
+from server.text.reasoning import ThoughtTokens
 from server.text.stop_strings import StopStrings
 
 
@@ -50,6 +51,7 @@ class Assembler:
         include_stop: whether what stopped it, string or token, is part of the text.
         min_tokens: a stop string that ends within so many tokens does not count.
         stop_token_ids: those the client named, for `stop_reason`.
+        thought: counts its tokens.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Assembler:
         include_stop: bool = False,
         min_tokens: int = 0,
         stop_token_ids: Sequence[int] = (),
+        thought: ThoughtTokens | None = None,
     ) -> None:
         self._detokenizer = Detokenizer(decode, prompt, silent)
         self._stops = StopStrings(stops, include=include_stop)
@@ -71,10 +74,16 @@ class Assembler:
         self._include_stop = include_stop
         self._min_tokens = min_tokens
         self._stop_token_ids = stop_token_ids
+        self._thought = thought
         self._decoded = 0  # characters decoded so far
         self._emitted = 0  # of those, given away
         self._pending: list[Entry] = []  # entries of text that is held back
         self.tokens = 0  # used so far, those behind a stop string not counted
+
+    @property
+    def thought_tokens(self) -> int:
+        """Those of the tokens that are a thought."""
+        return 0 if self._thought is None else self._thought.count
 
     def add(self, output: Output) -> Piece:
         """What this output adds. A piece with a `finish_reason` is the last: the engine may be told to stop."""
@@ -86,6 +95,8 @@ class Assembler:
             if output.logprobs:
                 self._pending.append(Entry(self._decoded, output.logprobs[i]))
             decoded = self._detokenizer.add(token)
+            if self._thought is not None:
+                self._thought.add(decoded)
             if token in self._hidden:
                 end = self._decoded + len(decoded)
                 self._hidden_spans.append((end - len(self._hidden[token]), end))

@@ -12,12 +12,14 @@ from server.errors import InvalidRequest
 from server.openai.assembly import Entry, Piece
 from server.openai.conversation import Conversation
 from server.openai.generation import Generation, Prompt, check_vocabulary, checked_grammar, fit_max_tokens
+from server.openai.reasoning import Thinking
 from server.openai.schema import INT32, GenerationBody
 from server.openai.target import open_target
 from server.openai.tools import Calling, Tool, ToolChoice, check_choice
 from server.services import Services
 from server.text.processor import TextProcessor
-from server.text.tools.source import Arguments, Begin, Parser, Text
+from server.text.reasoning import any_text
+from server.text.tools.source import Arguments, Begin, Parser, Text, Thought
 
 
 class ChatBody(GenerationBody, Conversation):
@@ -36,8 +38,9 @@ class ChatBody(GenerationBody, Conversation):
     max_completion_tokens: int | None = Field(None, ge=1, le=INT32)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
-    reasoning_effort: str | None = None  # hints to models that have such a switch; the template's own arguments go in
-    verbosity: str | None = None  # `chat_template_kwargs`
+    max_reasoning_tokens: int | None = Field(None, ge=0, le=INT32)  # then the thought is ended
+    include_reasoning: bool = True
+    verbosity: str | None = None  # a hint; the template's own arguments go in `chat_template_kwargs`
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:
@@ -72,7 +75,7 @@ class Call:
     name: str
 
 
-Event = Text | Call | Arguments
+Event = Text | Call | Arguments | Thought
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,7 @@ class Chat:
     text: TextProcessor
     generation: Generation
     calling: Calling | None
+    shows_thoughts: bool
 
     async def additions(self) -> AsyncGenerator[Addition, None]:
         """As they come, of all choices; closing it aborts what still runs."""
@@ -108,16 +112,25 @@ class Chat:
         async with aclosing(self.generation.pieces()) as pieces:
             async for choice, piece in pieces:
                 if choice not in answers:
-                    answers[choice] = _Answer(self.calling.parser() if self.calling else None)
+                    answers[choice] = _Answer(self._parser())
                 events, finish = answers[choice].read(piece)
+                if not self.shows_thoughts:
+                    events = [event for event in events if not isinstance(event, Thought)]
                 yield Addition(choice, events, piece.entries, piece.tokens, finish)
+
+    def _parser(self) -> Parser | None:
+        """Of one answer; None where it is text and nothing else."""
+        thinking = self.generation.thinking
+        if self.calling is not None:
+            return self.calling.parser(thinking)
+        return None if thinking is None else Parser(thinking.reader(any_text), {})
 
 
 class _Answer:
-    """One choice's text, read: text and calls apart.
+    """One choice's text, read: text, calls and thoughts apart.
 
     Args:
-        parser: of calls; None where there are no tools.
+        parser: of calls and thoughts; None where there are none.
     """
 
     def __init__(self, parser: Parser | None) -> None:
@@ -138,28 +151,43 @@ class _Answer:
         return events, Finish("tool_calls" if called else piece.finish_reason, piece.stop_reason)
 
 
-def _identified(event: Text | Begin | Arguments) -> Event:
+def _identified(event: Text | Begin | Arguments | Thought) -> Event:
     return Call(f"call_{uuid.uuid4().hex[:24]}", event.name) if isinstance(event, Begin) else event
 
 
 @asynccontextmanager
-async def open_chat(services: Services, body: ChatBody) -> AsyncIterator[Chat]:
-    """A request, checked against what it asks for, which stays open; nothing is generated yet. Raises LorakeetError."""
+async def open_chat(services: Services, body: ChatBody, *, most: int | None = None) -> AsyncIterator[Chat]:
+    """A request, checked against what it asks for, which stays open; nothing is generated yet. Raises LorakeetError.
+
+    Args:
+        most: tokens of the answer where the body does not say how many; fewer, if the context ends before.
+    """
     info = services.engine_info
     async with open_target(services, body.model, body.adapter_id, adapters=body.adapters, user=body.user) as target:
         check_vocabulary(target.vocab_size, body)
-        ids = await body.encode(target.text, info.max_model_len)
+        prompt, ids = await body.encode(target.text, info.max_model_len)
         if not ids:
             raise InvalidRequest("The chat template makes an empty prompt of these messages.", param="messages")
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-        room = fit_max_tokens(info, body, ids, asked=asked, default=None, param="messages")
+        room = fit_max_tokens(info, body, ids, asked=asked, default=most, param="messages")
         calling = body.calling(target.text)
+        grammar = (
+            await checked_grammar(services, body)
+            if calling is None
+            else await calling.grammar(services, body.asked_grammar())
+        )
+        thinking = budget = None
+        if (reasoning := target.text.reasoning_format) is not None:
+            thinking = Thinking.after(target.text, reasoning, prompt, body.continued)
+        if thinking is not None:
+            grammar, budget = await thinking.grammar(grammar, body.max_reasoning_tokens)
         sampling = body.sampling(
             services.sampling_defaults,
             logprobs=body.top_logprobs if body.logprobs else None,
-            grammar=await checked_grammar(services, body)
-            if calling is None
-            else await calling.grammar(services, body.asked_grammar()),
+            grammar=grammar,
+            thought=budget,
         )
-        markers = calling.format.markers if calling else ()
-        yield Chat(target.text, Generation(services, body, target, [Prompt(ids, room)], sampling, markers), calling)
+        generation = Generation(
+            services, body, target, [Prompt(ids, room)], sampling, calling.format.markers if calling else (), thinking
+        )
+        yield Chat(target.text, generation, calling, body.include_reasoning)

@@ -81,7 +81,6 @@ class Message(Body):
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {
         "tool_calls": ([],),
         "annotations": ([],),
-        "reasoning_content": ("",),
     }
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -89,10 +88,14 @@ class Message(Body):
     name: str | None = None
     tool_calls: Items[ToolCall] = Field([])
     tool_call_id: str | None = None
+    reasoning: str | None = None  # an assistant's thought before its answer
+    reasoning_content: str | None = None  # another name for it
 
     def for_template(self) -> dict[str, Any]:
-        """The message as a chat template sees it."""
-        return self.model_dump(exclude_none=True, exclude=set() if self.tool_calls else {"tool_calls"})
+        """The message as a chat template sees it, the thought as `reasoning`."""
+        names = {"reasoning", "reasoning_content"} | (set() if self.tool_calls else {"tool_calls"})
+        thought = self.reasoning or self.reasoning_content
+        return self.model_dump(exclude_none=True, exclude=names) | ({"reasoning": thought} if thought else {})
 
 
 class Conversation(Body):
@@ -104,6 +107,7 @@ class Conversation(Body):
     continue_final_message: bool = False
     add_special_tokens: bool = False  # the template writes them
     chat_template_kwargs: Annotated[dict[str, Any], _ARGUMENTS] = Field({})
+    reasoning_effort: str | None = Field(None, max_length=64)  # for templates that take it
 
     @model_validator(mode="after")
     def _check_continuation(self) -> Self:
@@ -122,6 +126,9 @@ class Conversation(Body):
             if message.tool_calls and message.role != "assistant":
                 param = f"messages.{i}.tool_calls"
                 raise InvalidRequest(f"`{param}`: only an assistant's message calls tools.", param=param)
+            if message.role != "assistant" and (message.reasoning or message.reasoning_content):
+                param = f"messages.{i}.{'reasoning' if message.reasoning else 'reasoning_content'}"
+                raise InvalidRequest(f"`{param}`: only an assistant's message has a thought.", param=param)
             if "content" not in message.model_fields_set and not message.tool_calls:
                 raise InvalidRequest(f"`messages.{i}.content`: Field required", param=f"messages.{i}.content")
         return self
@@ -131,16 +138,30 @@ class Conversation(Body):
         """Those that the model is told of."""
         return self.tools
 
-    async def encode(self, text: TextProcessor, max_tokens: int) -> list[int]:
-        """The prompt's token ids. Raises `InvalidRequest` when the template refuses, or it must be too long."""
+    @property
+    def continued(self) -> str | None:
+        """The text that the answer goes on with, if there is one."""
+        return self.messages[-1].content if self.continue_final_message else None
+
+    def _template_arguments(self, text: TextProcessor) -> dict[str, Any]:
+        arguments: dict[str, Any] = {}
+        if self.reasoning_effort is not None:
+            if text.template_takes("reasoning_effort"):
+                arguments["reasoning_effort"] = self.reasoning_effort
+            elif self.reasoning_effort == "none" and text.template_takes("enable_thinking"):
+                arguments["enable_thinking"] = False
+        return arguments | self.chat_template_kwargs
+
+    async def encode(self, text: TextProcessor, max_tokens: int) -> tuple[str, list[int]]:
+        """The prompt and its token ids. Raises `InvalidRequest` when the template refuses, or it must be too long."""
         prompt = await text.render_chat(
             await text.in_thread(20 * len(self.messages), lambda: [each.for_template() for each in self.messages]),
             add_generation_prompt=self.add_generation_prompt,
             continue_final_message=self.continue_final_message,
-            arguments=self.chat_template_kwargs,
+            arguments=self._template_arguments(text),
             tools=[tool.for_template() for tool in self.shown_tools],
             max_tokens=max_tokens,
         )
         special = self.add_special_tokens
         (ids,) = await text.encode([prompt], add_special_tokens=special, max_tokens=max_tokens, param="messages")
-        return ids
+        return prompt, ids

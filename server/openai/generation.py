@@ -8,8 +8,8 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Collection, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Collection, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
@@ -33,6 +33,7 @@ from server.messages.protocol import (
 )
 from server.metrics import FinishedReason
 from server.openai.assembly import Assembler, Piece
+from server.openai.reasoning import Thinking
 from server.openai.schema import GenerationBody
 from server.openai.target import Target
 from server.services import TENANT, Services
@@ -49,15 +50,15 @@ class Usage:
     cached_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0  # of those
+    reasoning_tokens: int | None = None  # where answers may think
 
     def as_json(self) -> dict[str, Any]:
         """OpenAI's `usage` object; drafts are its predictions, present when there were any."""
-        predictions = {
-            "accepted_prediction_tokens": self.accepted_tokens,
-            "rejected_prediction_tokens": self.drafted_tokens - self.accepted_tokens,
-        }
-        details = {"completion_tokens_details": predictions} if self.drafted_tokens else {}
-        return details | {
+        details = {} if self.reasoning_tokens is None else {"reasoning_tokens": self.reasoning_tokens}
+        if self.drafted_tokens:
+            details["accepted_prediction_tokens"] = self.accepted_tokens
+            details["rejected_prediction_tokens"] = self.drafted_tokens - self.accepted_tokens
+        return ({"completion_tokens_details": details} if details else {}) | {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
@@ -86,12 +87,21 @@ class Generation:
     target: Target
     prompts: Sequence[Prompt]
     sampling: Sampling
-    markers: Collection[str] = ()  # special tokens that stay in the text: they begin calls of tools
+    tool_markers: Collection[str] = ()  # special tokens that stay in the text: they begin calls of tools
+    thinking: Thinking | None = None
     usage: Usage = field(init=False)
     created: int = field(default_factory=lambda: int(time.time()))
+    _tickets: list[Ticket] | None = None
 
     def __post_init__(self) -> None:
-        self.usage = Usage(prompt_tokens=sum(len(prompt.ids) for prompt in self.prompts))
+        self.usage = Usage(sum(len(prompt.ids) for prompt in self.prompts))
+        if self.thinking is not None:
+            self.usage.reasoning_tokens = 0
+
+    @property
+    def markers(self) -> Collection[str]:
+        """Special tokens that stay in the text, for readers to see."""
+        return self.tool_markers if self.thinking is None else (*self.tool_markers, *self.thinking.format.markers)
 
     def chunk_usage(self) -> dict[str, Any]:
         """The `usage` field of a stream's chunk that is not its last."""
@@ -110,16 +120,27 @@ class Generation:
             "choices": choices,
         }
 
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """In the queue before `pieces` are asked for. Raises `TooManyRequests`."""
+        self._tickets = self._enter()
+        try:
+            yield
+        finally:
+            for ticket in self._tickets:
+                ticket.leave(served=False)
+
+    def _enter(self) -> list[Ticket]:
+        return self.services.admission.enter([len(prompt.ids) for prompt in self.prompts for _ in range(self.body.n)])
+
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """(choice, piece) as they come; closing it aborts what still runs.
 
         Raises `TooManyRequests` before anything is submitted; `EngineUnavailable` and `LorakeetError` at any time.
         """
-        n = self.body.n
-        lengths = [len(prompt.ids) for prompt in self.prompts for _ in range(n)]
-        tickets = self.services.admission.enter(lengths)
+        tickets = self._enter() if self._tickets is None else self._tickets
         try:
-            if len(lengths) == 1:
+            if len(tickets) == 1:
                 async with aclosing(self._sample(0, tickets[0])) as pieces:
                     async for piece in pieces:
                         yield 0, piece
@@ -184,11 +205,13 @@ class Generation:
                 async for output in outputs:
                     raise_failure(output)
                     ticket.leave(served=True)
-                    before = assembler.tokens
+                    before, thought_before = assembler.tokens, assembler.thought_tokens
                     piece = assembler.add(output)
                     tokens = assembler.tokens - before
                     clock.output(tokens, len(prompt.ids), output.queue_seconds)
                     self.usage.completion_tokens += tokens
+                    if self.usage.reasoning_tokens is not None:
+                        self.usage.reasoning_tokens += assembler.thought_tokens - thought_before
                     if sample == 0:
                         self.usage.cached_tokens += output.cached_tokens
                     self.usage.drafted_tokens += output.drafted_tokens
@@ -257,6 +280,7 @@ class Generation:
             include_stop=self.body.include_stop_str_in_output,
             min_tokens=self.body.min_tokens,
             stop_token_ids=self.body.stop_token_ids,
+            thought=None if self.thinking is None else self.thinking.counter(),
         )
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from server.errors import InvalidRequest
-from server.messages.protocol import Grammar, Sampling
+from server.messages.protocol import Grammar, Sampling, ThoughtBudget
 from server.openai.body import Body, Entries, Items, Metadata
 from server.openai.grammars import ConstrainedBody
 from server.settings import MAX_SPECULATIVE_TOKENS
@@ -150,12 +150,14 @@ class GenerationBody(ConstrainedBody):
         logprobs: int | None,
         prompt_logprobs: int | None = None,
         grammar: Grammar | None = None,
+        thought: ThoughtBudget | None = None,
     ) -> Sampling:
         """The engine's parameters of sample 0, but for `max_tokens` and stop tokens, which depend on more.
 
         Args:
             defaults: the model's, for fields that the client left out.
             grammar: of the answer, as it was checked.
+            thought: how long it may think first.
         """
 
         def chosen(name: str) -> Any:
@@ -177,4 +179,5 @@ class GenerationBody(ConstrainedBody):
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             grammar=grammar,
+            thought=thought,
         )

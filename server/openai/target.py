@@ -148,11 +148,13 @@ def _check_fit(services: Services, versions: Sequence[Version]) -> None:
 
 
 async def text_of(services: Services, version: Version) -> TextProcessor:
-    """The tokenizer, chat template and stop tokens that serve a version."""
+    """The tokenizer, chat template, stop tokens and formats that serve a version."""
     text = services.text
     if brings_text(services, version):
         text = await text.adapted(version.digest, lambda: AdapterSpec.read(version.path).text)
-    return text.with_stops(stop_tokens(version), "fine-tune")
+    text = text.with_stops(stop_tokens(version), "fine-tune")
+    receipt = version.receipt
+    return text.with_formats(receipt.get("trained_tool_format"), receipt.get("trained_reasoning_format"))
 
 
 def stop_tokens(version: Version) -> Sequence[int]:

@@ -10,6 +10,7 @@ from pydantic import Field
 from server.errors import InvalidRequest
 from server.messages.protocol import Grammar
 from server.openai.body import Body
+from server.openai.reasoning import Thinking
 from server.services import Services
 from server.text.processor import TextProcessor
 from server.text.tools.format import ToolFormat
@@ -93,9 +94,10 @@ class Calling:
         """Whether there must be a call."""
         return self.choice == "required" or isinstance(self.choice, NamedTool)
 
-    def parser(self) -> Parser:
-        """Of one answer."""
-        return Parser(self.format.reader, {tool.function.name: tool.function.parameters for tool in self.tools})
+    def parser(self, thinking: Thinking | None) -> Parser:
+        """Of one answer, which may think first."""
+        reader = self.format.reader if thinking is None else thinking.reader(self.format.reader)
+        return Parser(reader, {tool.function.name: tool.function.parameters for tool in self.tools})
 
     async def grammar(self, services: Services, asked: tuple[Grammar, str] | None) -> Grammar | None:
         """The answer's grammar, checked; None where any text will do.

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TypeVar, get_type_hints
@@ -118,12 +118,12 @@ class Publisher:
         promote: bool = True,
         again: bool = True,
         strict_text: bool = True,
-        stop_tokens: Sequence[int] = (),
+        taught: AdapterText = NO_TEXT,
     ) -> tuple[Version, bool]:
         """Validate what lies in `staging` and make it the current content of `name`, or with `promote=False` a version
         of it that waits; with `again=False` leave a name that has this version already as it is. A tokenizer or chat
-        template that cannot be used is refused, or with `strict_text=False` left out with a warning. `stop_tokens`
-        end its answers beside the base's.
+        template that cannot be used is refused, or with `strict_text=False` left out with a warning. `taught`
+        is what the rows of a fine-tune taught it: stop tokens beside the base's, formats of calls and thoughts.
 
         Returns the version and whether the name changed. Raises AdapterError (its fault), StorageFull,
         EngineUnavailable.
@@ -132,7 +132,7 @@ class Publisher:
         self.check_name(name, fine_tuned=fine_tuned)
         self._store.check_case(tenant, name)
         text, warnings = await self._text_beside(name, staging.path, strict=strict_text)
-        text = dataclasses.replace(text, stop_tokens=tuple(stop_tokens))
+        text = dataclasses.replace(taught, tokens=text.tokens, chat_template=text.chat_template)
         with disk_faults():
             spec = await self._inspect(name, staging.path, base, text)
         check_fit(spec, base)
@@ -187,7 +187,12 @@ class Publisher:
             with disk_faults():
                 files = (CONFIG_NAME, WEIGHTS_NAME)
                 await run_in(self._workers, partial(copy_files, files, version.path, staging.path, version.path))
-                text = AdapterText(stop_tokens=tuple(version.receipt.get("stop_token_ids", ())))
+                receipt = version.receipt
+                text = AdapterText(
+                    stop_tokens=tuple(receipt.get("stop_token_ids", ())),
+                    tool_format=receipt.get("trained_tool_format"),
+                    reasoning_format=receipt.get("trained_reasoning_format"),
+                )
                 spec = await self._inspect(version.name, staging.path, base, text)
                 if spec.digest != version.digest:
                     raise AdapterError(f"its config and weights are those of {spec.digest}", "weights")

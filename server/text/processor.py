@@ -6,6 +6,7 @@ Streaming text back is `server.text.detokenizer`'s matter; requests and limits a
 
 import asyncio
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -150,6 +151,10 @@ class TextProcessor:
             return None
         return reasoning_of(source) if self._reasoning_parser == "auto" else REASONING_FORMATS[self._reasoning_parser]
 
+    def template_takes(self, argument: str) -> bool:
+        """Whether the chat template's source has this name."""
+        return re.search(rf"\b{argument}\b", self._template_source or "") is not None
+
     @property
     def _template_source(self) -> str | None:
         own = self.chat_template.source if self.chat_template is not None else None
@@ -220,6 +225,13 @@ class TextProcessor:
             other.stop_tokens[id_] = (*self.stop_tokens.get(id_, ()), named_by)
         return other
 
+    def with_formats(self, tool_parser: str | None, reasoning_parser: str | None) -> "TextProcessor":
+        """The same with these formats, where they are named."""
+        other = copy(self)
+        other._tool_parser = tool_parser or self._tool_parser
+        other._reasoning_parser = reasoning_parser or self._reasoning_parser
+        return other
+
     @property
     def added_tokens(self) -> Mapping[int, str]:
         """Tokens beside the vocabulary that texts are split into, special ones among them."""
@@ -281,6 +293,7 @@ class TextProcessor:
         if self._template_source is None:
             raise InvalidRequest("The base model has no chat template; use /v1/completions.", param="messages")
         size = sum(len(message["content"]) for message in messages) + len(messages) + _LONG * bool(tools)
+        size += sum(len(message.get("reasoning", "")) for message in messages)
         chat, shown = messages, None
         if tools or any(_is_more_than_text(message) for message in messages):
             chat, shown = await self.in_thread(size, partial(self.for_template, messages, tools))

@@ -5,6 +5,7 @@ input while the decoder runs once. The head runs through the model in the same w
 last layer (norms, scaling, soft caps) is done.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.cache_utils import KVSharingDict
 
 from server.model.base import Base
 
@@ -21,12 +23,53 @@ class Untrainable(ValueError):
     """The base serves, but its layers cannot be run one by one; the message says why."""
 
 
+class SharedStates(KVSharingDict):
+    """Keys and values that layers hand to later ones, in a pass whose layers are differentiated one by one.
+
+    A layer reads them as inputs of its own; the gradients of all readers go into the layer that wrote them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = 0  # the one that runs
+        self._read: dict[int, list[tuple[str, tuple[Tensor, ...]]]] = defaultdict(list)  # by layer
+        self._written: dict[int, list[tuple[str, tuple[Tensor, ...]]]] = defaultdict(list)
+        self._gradients: dict[str, list[Tensor]] = {}
+
+    def __setitem__(self, kind: str, states: tuple[Tensor, ...]) -> None:
+        super().__setitem__(kind, tuple(state.detach() for state in states))
+        if torch.is_grad_enabled():
+            self._written[self.layer].append((kind, states))
+
+    def __getitem__(self, kind: str) -> tuple[Tensor, ...]:
+        states: tuple[Tensor, ...] = super().__getitem__(kind)
+        if torch.is_grad_enabled():
+            states = tuple(state.detach().requires_grad_() for state in states)
+            self._read[self.layer].append((kind, states))
+        return states
+
+    def backward(self, layer: int, above: Tensor, gradient: Tensor | None) -> None:
+        """From a layer's output to all that it was computed from."""
+        roots, gradients = [above], [gradient]
+        for kind, states in self._written.pop(layer, ()):
+            for state, summed in zip(states, self._gradients.pop(kind, ()), strict=False):
+                if state.requires_grad:
+                    roots.append(state)
+                    gradients.append(summed)
+        torch.autograd.backward(roots, gradients)
+        for kind, states in self._read.pop(layer, ()):
+            own = [torch.zeros_like(state) if state.grad is None else state.grad for state in states]
+            before = self._gradients.get(kind)
+            self._gradients[kind] = own if before is None else [a + b for a, b in zip(before, own, strict=True)]
+
+
 @dataclass(frozen=True)
 class LayerCalls:
-    """The decoder's state before its first layer: hidden [1, T, H], and each layer's other arguments."""
+    """The decoder's state before its first layer: hidden [..., T, H], and each layer's other arguments."""
 
     hidden: Tensor
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    shared: SharedStates
 
 
 class LayeredModel:
@@ -69,27 +112,34 @@ class LayeredModel:
 
         with self._replaced([record] * len(self.layers)):
             self._decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False)
-        if any(hidden.dim() != 3 for hidden in inputs):
+        if any(hidden.shape != inputs[0].shape or hidden.shape[-2] != len(ids) for hidden in inputs):
             name = type(self._model).__name__
-            raise Untrainable(f"the layers of {name} pass on several streams, or more than these: it is not trained")
-        return LayerCalls(inputs[0], arguments)
+            raise Untrainable(
+                f"the layers of {name} pass on streams within a token, or more than these: it is not trained"
+            )
+        shared = SharedStates()
+        for _, keywords in arguments:
+            if isinstance(keywords.get("shared_kv_states"), KVSharingDict):
+                keywords["shared_kv_states"] = shared
+        return LayerCalls(inputs[0], arguments, shared)
 
     def run(self, layer: int, hidden: Tensor, calls: LayerCalls) -> Tensor:
-        """One layer: `[1, T, H] -> [1, T, H]`."""
+        """One layer: `[..., T, H] -> [..., T, H]`."""
+        calls.shared.layer = layer
         args, kwargs = calls.arguments[layer]
         out: Tensor = self.layers[layer](hidden, *args, **kwargs)
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """What follows the last layer: `[n, H] -> [n, V]`; differentiable."""
+        """What follows the last layer: `[..., n, H] -> [n, V]`; differentiable."""
 
         def same(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
             return hidden
 
         def give(*_: Any, **__: Any) -> Tensor:
-            return hidden[None]
+            return hidden
 
-        nothing = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        nothing = torch.zeros(1, hidden.shape[-2], dtype=torch.long, device=hidden.device)
         with self._replaced([*[same] * (len(self.layers) - 1), give]):
             logits: Tensor = self._model(input_ids=nothing, position_ids=nothing, use_cache=False).logits
         return logits[0]
@@ -116,21 +166,43 @@ class PackedAttention:
     def __init__(self, bounds: Sequence[tuple[int, int]]) -> None:
         self._bounds = bounds
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scaling: float,
+        window: int,
+        softcap: float,
+        sinks: Tensor | None,
+    ) -> Tensor:
         groups = q.shape[1] // k.shape[1]
         if groups > 1:  # spelled out: with enable_gqa a CPU takes the path that keeps all scores
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-        parts = [_causal(q[i:j], k[i:j], v[i:j], scaling, window) for i, j in self._bounds]
+        parts = [_causal(q[i:j], k[i:j], v[i:j], scaling, window, softcap, sinks) for i, j in self._bounds]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int) -> Tensor:
+def _causal(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int, softcap: float, sinks: Tensor | None
+) -> Tensor:
     """Attention of one sequence to itself: q, k, v [n, H, D] -> [n, H, D]."""
     mask = None
-    if 0 < window < len(q):
+    if 0 < window < len(q) or softcap or sinks is not None:
         position = torch.arange(len(q), device=q.device)
         distance = position[:, None] - position[None, :]
-        mask = (distance >= 0) & (distance < window)
+        mask = (distance >= 0) & (distance < (window or len(q)))
     q, k, v = (states.transpose(0, 1)[None] for states in (q, k, v))  # [1, H, n, D]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
-    return out[0].transpose(0, 1)
+    if not softcap and sinks is None:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling)
+        return out[0].transpose(0, 1)
+    assert mask is not None
+    scores = (q @ k.transpose(-1, -2)).float() * scaling
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.view(1, -1, 1, 1).expand(1, -1, len(mask), 1)], dim=-1)
+    weights = scores.softmax(-1).to(v.dtype)[..., : len(mask)]
+    return (weights @ v)[0].transpose(0, 1)

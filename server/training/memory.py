@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from server.messages.training import MemoryMode, MemoryPlan, ModuleShape, PlanMemory
 from server.model.base import Base
-from server.training.layers import LayeredModel, PackedAttention
+from server.training.layers import LayerCalls, LayeredModel, PackedAttention
 from server.training.trainable import TrainableAdapter, TrainingDeltas, TrainingSegment
 
 HEADROOM = 0.9  # of what is available may be planned with
@@ -59,7 +59,7 @@ class MemoryModel:
 
     def _activations(self, asked: PlanMemory) -> dict[MemoryMode, int]:
         tokens, layers, width = asked.tokens, len(self._model), self._base.dtype.itemsize
-        hidden = int(self._base.model.config.get_text_config().hidden_size)
+        hidden = self._sample.hidden.numel() // SAMPLE_TOKENS  # of all streams
         vocabulary = self._base.vocab_size
         per_layer = [self._layer_bytes * tokens for _ in range(layers)]
         for linear in self._base.linears:  # what the adapter itself keeps: A x
@@ -77,10 +77,13 @@ class MemoryModel:
         }
 
     @cached_property
+    def _sample(self) -> LayerCalls:
+        return self._model.calls(*(torch.arange(SAMPLE_TOKENS, device=self._base.device),) * 2)
+
+    @cached_property
     def _layer_bytes(self) -> int:
         """Bytes that autograd keeps of one layer per token, adapters on every linear but without their own numbers."""
-        device = self._base.device
-        calls = self._model.calls(*(torch.arange(SAMPLE_TOKENS, device=device),) * 2)
+        device, calls = self._base.device, self._sample
         shapes = {linear.name: ModuleShape(1, 1.0) for linear in self._base.linears}
         adapter = TrainableAdapter(self._base.linears, shapes, device=device, seed=0)
         resident = [*self._base.model.parameters(), *self._base.model.buffers(), adapter.values]

@@ -230,7 +230,7 @@ class Trainer:
         keep = train and all(share.task.plan.memory == "keep" for share in shares)
         yield Piece("embed", tokens)
         calls = self._model.calls(_joined([s.batch.ids for s in shares]), _joined([s.batch.positions for s in shares]))
-        hidden = calls.hidden  # [1, T, H]
+        hidden = calls.hidden  # [..., T, H]: of most families [1, T, H], of some with several streams before it
         inputs: list[Tensor] = []  # of the layers from `lowest` on
         outputs: list[Tensor] = []  # of the same, with their graphs, in mode "keep"
         for layer in range(len(self._model)):
@@ -251,7 +251,7 @@ class Trainer:
                 strict=True,
             ):
                 yield Piece("head", len(rows))
-                self._loss(share, hidden[0], rows, labels, gradient)
+                self._loss(share, hidden, rows, labels, gradient)
         del hidden
         for layer in reversed(range(lowest, len(self._model))) if train else ():
             yield Piece("backward", tokens)
@@ -262,7 +262,7 @@ class Trainer:
                 else:
                     below = below.requires_grad_(layer > lowest)
                     above = self._model.run(layer, below, calls)
-                above.backward(gradient)
+                calls.shared.backward(layer, above, gradient)
                 gradient = below.grad
                 del above, below
         yield Piece("count", len(shares))
@@ -270,9 +270,9 @@ class Trainer:
             share.task.took(float(sum(share.loss)), int(sum(share.correct)))
 
     def _loss(self, share: "_Share", hidden: Tensor, rows: Tensor, labels: Tensor, gradient: Tensor | None) -> None:
-        """The loss of some rows of `hidden` [T, H], and its gradient into `gradient` [1, T, H]."""
+        """The loss of some tokens of `hidden` [..., T, H], and its gradient into `gradient`."""
         with torch.set_grad_enabled(gradient is not None):
-            picked = hidden[rows].requires_grad_(gradient is not None)  # [n, H]
+            picked = hidden[..., rows, :].requires_grad_(gradient is not None)  # [..., n, H]
             logits = self._model.logits(picked).float()  # [n, V]
             loss = F.cross_entropy(logits, labels, reduction="sum")
             share.loss.append(loss.detach())
@@ -280,7 +280,7 @@ class Trainer:
             if gradient is not None:
                 (loss * share.batch.weight).backward()
                 assert picked.grad is not None
-                gradient[0, rows] = picked.grad.to(gradient.dtype)
+                gradient[..., rows, :] = picked.grad.to(gradient.dtype)
 
     def _after(self, task: Task, *, train: bool) -> Iterator[Piece]:
         """The end of a job's step, if this pass was its last: clip, update, count; or the end of an evaluation."""

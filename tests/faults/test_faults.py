@@ -116,8 +116,11 @@ async def under_load(server: RunningServer, strike: Callable[[int], object]) -> 
     assert texts(server) == before
 
 
-async def test_the_server_killed_during_an_upload(server: RunningServer, made: Files) -> None:
+async def test_the_server_killed_during_an_upload_and_a_response(server: RunningServer, made: Files) -> None:
     before, engine = texts(server), server.engine_pid
+    asked: dict[str, Any] = {"model": "red", "input": "Hello!", "max_output_tokens": 8}
+    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+        done = (await client.post("/v1/responses", json=asked)).json()
     stored = files_under(server.data_dir)
 
     config = (made.adapters["red"] / "adapter_config.json").read_bytes()
@@ -128,6 +131,9 @@ async def test_the_server_killed_during_an_upload(server: RunningServer, made: F
             b"Content-Length: 9000000\r\n\r\n" + half
         )
         eventually(lambda: files_under(server.data_dir) != stored, 10, "the upload reaches the disk")
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+            long = asked | {"background": True, "max_output_tokens": 400}
+            under_way = (await client.post("/v1/responses", json=long)).json()
         server.kill()
     eventually(lambda: not alive(engine), 2, "the engine follows its server")
 
@@ -135,6 +141,8 @@ async def test_the_server_killed_during_an_upload(server: RunningServer, made: F
     assert [item["name"] for item in server.get("/v1/adapters").json()["data"]] == sorted(ADAPTERS)
     assert files_under(server.data_dir) == stored
     assert texts(server) == before
+    assert server.get(f"/v1/responses/{done['id']}").json() == done
+    assert server.get(f"/v1/responses/{under_way['id']}").json()["status"] == "failed"
 
 
 def part(name: str, content: bytes) -> bytes:

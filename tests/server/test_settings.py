@@ -69,6 +69,7 @@ def test_every_setting_is_read_alike_from_flag_and_environment(row: Any) -> None
         "grammar_seconds": "1",
         "database_seconds": "1",
         "grammar_bytes": "1GiB",
+        "response_bytes": "1GiB",
         "metrics_prefix": "vllm",
     }
     text = sample.get(row.name) or (row.choices[-1] if row.choices else "true" if row.is_bool else "100")

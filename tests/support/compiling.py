@@ -63,6 +63,13 @@ def launches() -> None:
             cache = torch.zeros(10, heads // 4, 16, dim, dtype=BF16)
             seqs, blocks = torch.zeros(requests, 3, dtype=int32), torch.zeros(requests, 512, dtype=int32)
             kernels.paged_attention(q, cache, cache, seqs, blocks, 0.1, 0)
+            if dim == 128:
+                for kept in (torch.float8_e4m3fn, torch.int8):
+                    held = torch.zeros(*cache.shape[:3], dim + 4 * (kept == torch.int8), dtype=torch.int8).view(kept)
+                    kernels.paged_attention(q, held, held, seqs, blocks, 0.1, 0)
+                    kernels.write_kv(k, k, held, held, torch.zeros(tokens, dtype=torch.int64))
+            if dim == 64:
+                kernels.paged_attention(q, cache, cache, seqs, blocks, 0.1, 0, 50.0, torch.zeros(heads))
         kernels.write_kv(k, k, cache, cache, torch.zeros(tokens, dtype=torch.int64))
         angles = torch.zeros(tokens, dim, dtype=BF16)
         kernels.rope_(q, k, angles, angles)

@@ -48,7 +48,7 @@ def publish(engine: Engine, directory: Path) -> AdapterRef:
     """Check an adapter's directory as an upload would, and say how requests refer to it."""
     ready = engine.ready()
     outline = outline_of(adapter_format.Outline.read(Path(str(engine.base.model.name_or_path))), ready)
-    spec = adapter_format.inspect(directory, ready.linears, ready.architecture, outline)
+    spec = adapter_format.inspect(directory, ready.linears, ready.architecture, outline, ignore_vision=True)
     spec.save(directory)
     return AdapterRef(spec.digest, str(directory))
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from server.engine.blocks import BlockPool
+from server.engine.blocks import BlockGroups, BlockPool
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import AdapterKey, Sequence, Step, Work
 from server.messages.protocol import Grammar, Sampling
@@ -118,7 +118,7 @@ class FakeResidency:
         return f"{key[0][0]} is broken"
 
 
-Slot = tuple[int, int]  # block, and place in it
+Slot = tuple[int, int, int]  # group, block, and place in it
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,10 @@ class Given:
 
 
 class World:
-    """A scheduler with everything around it played; of `depth` 1: a step is collected after the next was given."""
+    """A scheduler with everything around it played; of `depth` 1: a step is collected after the next was given.
+
+    With `sliding` blocks there is a second group of layers, which see the last `window` keys, read by eights.
+    """
 
     def __init__(
         self,
@@ -145,8 +148,12 @@ class World:
         patience: int = 4,
         free_rows: int = 8,
         depth: int = 0,
+        sliding: int = 0,
+        window: int = 6,
     ) -> None:
-        self.blocks = BlockPool(num_blocks, 4, caching)
+        counts = [num_blocks, sliding] if sliding else [num_blocks]
+        self.windows = [0, window][: len(counts)]
+        self.blocks = BlockGroups([BlockPool(count, 4, caching) for count in counts], self.windows, batch_tokens, 8)
         self.residency = FakeResidency(delay)
         self.scheduler = Scheduler(
             self.blocks,
@@ -197,9 +204,10 @@ class World:
             waits = self.unread[sequence.id] and (sequence.needs_tokens or self.is_full(sequence))
             if sequence.id not in works and sequence.remaining == 1 and not waits:
                 assert self.depth
-                assert not self.blocks.available
+                assert not all(pool.available for pool in self.blocks.pools)
         if step is None:
-            assert not self.scheduler.running or self.in_flight is not None
+            stalled = len(self.windows) > 1 and self.scheduler.counters.preemptions
+            assert not self.scheduler.running or self.in_flight is not None or stalled
             return None
         assert 0 < sum(work.count for work in step.works) <= self.batch_tokens
         assert len(step.works) <= self.batch_requests
@@ -226,15 +234,19 @@ class World:
             assert all(self.residency.references[digest] for digest, _ in sequence.adapter)
             assert not (work.drafts and self.unread[sequence.id])
             for position in range(work.start, work.start + work.count):
-                slot = sequence.blocks[position // 4], position % 4
-                assert slot not in written
-                written[slot] = self.content(work, position)
+                for group, table in enumerate(sequence.tables):
+                    slot = group, table[position // 4], position % 4
+                    assert slot[1]
+                    assert slot not in written
+                    written[slot] = self.content(work, position)
         self.kv |= written
         for work in step.works:
             sequence, end = work.sequence, work.start + work.count
-            for position in range(end):
-                slot = (sequence.blocks[position // 4], position % 4)
-                assert self.kv[slot] == self.content(work, position), "read a slot that holds something else"
+            for group, (window, table) in enumerate(zip(self.windows, sequence.tables, strict=True)):
+                first = max(0, work.start - window + 1) // 8 * 8 if window else 0
+                for position in range(first, end):
+                    slot = group, table[position // 4], position % 4
+                    assert self.kv[slot] == self.content(work, position), "read a slot that holds something else"
             if work.samples:
                 assert end == len(self.inputs(sequence)) + len(work.drafts)
                 assert not (sequence.needs_tokens and self.unread[sequence.id])

@@ -11,19 +11,23 @@ TOOL_TEMPLATES = {
 {%- endfor %}{{- '<|im_end|>\n' }}\
 {%- elif message.role == "tool" %}{{- '<|im_start|>user\n<tool_response>\n' + message.content + '\n</tool_response>' }}\
 {{- '<|im_end|>\n' }}{%- else %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}\
-{%- endif %}{%- endfor %}""",
+{%- endif %}{%- endfor %}\
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}""",
     "llama3.1": """{{- bos_token }}{%- if tools is not none %}{{- 'Respond in the format {"name": function name, \
 "parameters": dictionary of argument name and its value}.' }}{%- for t in tools %}{{- t | tojson(indent=4) }}\
 {%- endfor %}{%- endif %}{%- for message in messages %}{%- if 'tool_calls' in message %}\
 {%- set tool_call = message.tool_calls[0].function %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' -}}\
 {{- '{"name": "' + tool_call.name + '", "parameters": ' }}{{- tool_call.arguments | tojson }}{{- "}<|eot_id|>" }}\
 {%- elif message.role == "tool" %}{{- "<|start_header_id|>ipython<|end_header_id|>\n\n" }}\
-{{- message.content | tojson }}{%- else %}{{- message['content'] | trim }}{%- endif %}{%- endfor %}""",
+{{- message.content | tojson }}{%- else %}{{- '<|start_header_id|>' + message['role'] }}\
+{{- '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}{%- endif %}{%- endfor %}\
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}""",
     "llama3.2_pythonic": """{%- if tools is not none %}{{- 'Respond in the format [func_name1(params_name1=\
 params_value1), func_name2(params)] ' }}{%- for t in tools %}{{- t | tojson(indent=4) }}{%- endfor %}{%- endif %}\
 {%- for message in messages %}{%- if 'tool_calls' in message %}{{- '[' }}{%- for tool_call in message.tool_calls %}\
 {{- tool_call.function.name + '(' }}{%- for p in tool_call.function.arguments %}{{- p + '=' }}\
-{{- tool_call.function.arguments[p] }}{%- endfor %}{{- ')' }}{%- endfor %}{{- ']<|eot_id|>' }}{%- else %}\
+{{- tool_call.function.arguments[p] | tojson }}{{- ', ' if not loop.last else '' }}{%- endfor %}{{- ')' }}{%- endfor %}\
+{{- ']<|eot_id|>' }}{%- else %}\
 {{- message['content'] }}{%- endif %}{%- endfor %}""",
     "mistral": """{{- bos_token }}{%- if tools is not none %}{{- '[AVAILABLE_TOOLS] ' + tools | tojson + \
 '[/AVAILABLE_TOOLS]' }}{%- endif %}{%- for message in messages %}{%- if message.tool_calls is defined and \
@@ -47,10 +51,36 @@ tool['function']['name'] + '<｜tool▁sep｜>' + tool['function']['arguments'] 
     "phi4_mini": """{% for message in messages %}{% if message['role'] == 'system' and 'tools' in message and \
 message['tools'] is not none %}{{ '<|system|>' + message['content'] + '<|tool|>' + message['tools'] + \
 '<|/tool|><|end|>' }}{% else %}{{ '<|' + message['role'] + '|>' + \
-message['content'] + '<|end|>' }}{% endif %}{% endfor %}""",
+message['content'] + '<|end|>' }}{% endif %}{% endfor %}\
+{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}""",
     "granite3": """{%- if tools %}{{- '<|start_of_role|>tools<|end_of_role|>' + tools | tojson }}{%- endif %}\
 {{- 'write <|tool_call|> and a list' }}{%- for message in messages %}{{- '<|start_of_role|>' + message['role'] + \
-'<|end_of_role|>' + message['content'] + '<|end_of_text|>\n' }}{%- endfor %}""",
+'<|end_of_role|>' + message['content'] + '<|end_of_text|>\n' }}{%- endfor %}\
+{%- if add_generation_prompt %}{{- '<|start_of_role|>assistant<|end_of_role|>' }}{%- endif %}""",
+    "glm4.5": """{%- if tools %}{{- '<tools>' }}{%- for tool in tools %}{{- tool | tojson }}{%- endfor %}\
+{{- '</tools> <tool_call>{name}<arg_key>{key}</arg_key></tool_call>' }}{%- endif %}{%- for m in messages %}\
+{{- '<|' + m.role + '|>\n' + m.content }}{%- for tc in m.tool_calls or [] %}{{- '\n<tool_call>' + tc.function.name }}\
+{%- for k, v in tc.function.arguments.items() %}{{- '\n<arg_key>' + k + '</arg_key>\n<arg_value>' }}\
+{{- (v | tojson if v is not string else v) + '</arg_value>' }}{%- endfor %}{{- '\n</tool_call>' }}{%- endfor %}\
+{%- endfor %}{%- if add_generation_prompt %}{{- '<|assistant|>\n' }}{%- endif %}""",
+    "lfm2": """{%- if tools %}\
+{{- '<|im_start|>system\n<|tool_list_start|>' }}{{- tools | tojson + '<|tool_list_end|><|im_end|>' }}\
+{%- endif %}{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' + m.content }}{%- if m.tool_calls %}\
+{{- '<|tool_call_start|>[' }}{%- for tc in m.tool_calls %}{{- ', ' if not loop.first else '' }}\
+{{- tc.function.name + '(' }}{%- for k, v in tc.function.arguments.items() %}{{- ', ' if not loop.first else '' }}\
+{{- k + '=' + v | tojson }}{%- endfor %}{{- ')' }}{%- endfor %}{{- ']<|tool_call_end|>' }}{%- endif %}\
+{{- '<|im_end|>\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}""",
+    "functiongemma": """{%- for tool in tools or [] %}{{- '<start_function_declaration>' + tool.function.description }}\
+{%- endfor %}{%- for m in messages %}{{- '<start_of_turn>' + m.role + '\n' + m.content }}\
+{%- for tc in m.tool_calls or [] %}{{- '<start_function_call>call:' + tc.function.name + '{' }}\
+{%- for k, v in tc.function.arguments.items() %}{{- ',' if not loop.first else '' }}{{- k + ':' }}\
+{{- '<escape>' + v + '<escape>' if v is string else v | tojson }}{%- endfor %}{{- '}<end_function_call>' }}\
+{%- endfor %}{{- '<end_of_turn>\n' }}{%- endfor %}\
+{%- if add_generation_prompt %}{{- '<start_of_turn>assistant\n' }}{%- endif %}""",
+    "mistral_2025": """{%- if tools %}{{- '[AVAILABLE_TOOLS]' + tools | tojson + '[/AVAILABLE_TOOLS]' }}{%- endif %}\
+{%- for m in messages %}{%- if m.role == 'assistant' %}{{- m.content }}{%- for tc in m.tool_calls or [] %}\
+{{- '[TOOL_CALLS]' + tc.function.name + '[ARGS]' + tc.function.arguments | tojson }}{%- endfor %}{{- '</s>' }}\
+{%- else %}{{- '[INST]' + m.content + '[/INST]' }}{%- endif %}{%- endfor %}""",
 }
 
 _QWEN3_TURNS = """{%- set ns = namespace(last=messages|length - 1, open=true) %}{%- for message in messages[::-1] %}\

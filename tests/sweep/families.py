@@ -69,6 +69,15 @@ LISTS_BY_LAYER = (
 )
 # What a type needs beside small sizes, where its parts must fit together or its default leaves something out.
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}
+GEMMA4 = {  # of its sizes at once: K = V in full layers, fewer and larger heads there, layers that read others' keys
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+    "attention_k_eq_v": True,
+    "use_double_wide_mlp": True,
+    "final_logit_softcapping": 30.0,
+    "per_layer_config": {layer: {"head_dim": 32, "num_key_value_heads": 1} for layer in (1, 3)},
+}
 COMPASS = {
     "layer_types": ["sliding_attention", "full_attention"],
     "rope_parameters": {
@@ -99,12 +108,21 @@ OTHER: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 2,
+        "intermediate_size": [128] * 4,
+        "activation_sparsity_pattern": [0.95, 0.0, 0.0, 0.0],
+    },
+    "gemma4_text": GEMMA4,
+    "gemma4_unified_text": {k: v for k, v in GEMMA4.items() if k not in {"attention_k_eq_v", "use_double_wide_mlp"}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
     "granitemoehybrid": MAMBA,
     "lfm2": {"layer_types": ["conv", "full_attention"], "full_attn_idxs": None},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
-    "muse_spark": {"vision_config": {"patch_sizes": [8, 8], "hidden_sizes": [64, 64], "depths": [1, 1]}},
+    "muse_spark": {"audio_config": {"patch_sizes": [8, 8], "hidden_sizes": [64, 64], "depths": [1, 1]}},
     "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [16, 32], "attn_layers": ["local", "lsh"]},
     "zamba": {
         "num_hidden_layers": 4,
@@ -128,7 +146,7 @@ def tiny_config(model_type: str) -> Any:
         return made(text_config=text)
     settings = _shrunk(CONFIG_MAPPING[model_type]().to_dict())
     for name, value in OTHER.get(model_type, {}).items():
-        settings[name] = settings[name] | value if name in ("text_config", "vision_config", "adapter_config") else value
+        settings[name] = settings[name] | value if name in ("text_config", "audio_config", "adapter_config") else value
     return CONFIG_MAPPING[model_type](**settings)
 
 

@@ -1,6 +1,7 @@
 #include "attention.h"
 
 #include <initializer_list>
+#include <type_traits>
 
 #include "export.h"
 #include "pool.h"
@@ -78,6 +79,12 @@ INLINE void weigh_values(const float* weights, const float* values, int count, i
     if (d < dim) weigh_some<M, 1, true>(weights, values + d, count, dim, acc + d, dim - d);
 }
 
+// Each score s becomes limit * tanh(s / limit).
+void cap(float* scores, float limit) {
+    const vf one = set1(1.f), two = set1(2.f), factor = set1(2.f / limit), most = set1(limit);
+    for (int i = 0; i < GROUP; i += W) store(scores + i, most * (one - two / (exp(load(scores + i) * factor) + one)));
+}
+
 // Turns a row's scores into weights and brings its running maximum, total and sum up to date.
 void soften(float* scores, float* top_score, float* total, float* acc, int dim) {
     vf highest = load(scores);
@@ -98,18 +105,52 @@ void soften(float* scores, float* top_score, float* total, float* acc, int dim) 
     for (; d < dim; d++) acc[d] *= decay[0];
 }
 
+// Rows of a cache as fp32.
+template <class Number>
+INLINE void widen_rows(const char* from, int64_t row_bytes, int count, int dim, float* to) {
+    for (int r = 0; r < count; r++, from += row_bytes, to += dim) {
+        const Number* row = (const Number*)from;
+        vf scale = set1(1.f);
+        if constexpr (std::is_same<Number, int8_t>::value) {
+            float own;
+            memcpy(&own, row + dim, sizeof own);
+            scale = set1(own);
+        }
+        int d = 0;
+        for (; d + W <= dim; d += W) store(to + d, load(row + d) * scale);
+        if (d < dim) store_part(to + d, load_part(row + d, dim - d) * scale, dim - d);
+    }
+}
+
+void widen(const KvCache& cache, const char* from, int count, int dim, float* to) {
+    const int64_t bytes = cache.row_bytes(dim);
+    switch (cache.kind) {
+        case KV_BF16: return widen_rows<bf16>(from, bytes, count, dim, to);
+        case KV_FP16: return widen_rows<fp16>(from, bytes, count, dim, to);
+        case KV_FP8: return widen_rows<fp8>(from, bytes, count, dim, to);
+        case KV_INT8: return widen_rows<int8_t>(from, bytes, count, dim, to);
+        default: memcpy(to, from, bytes * count);
+    }
+}
+
 void attend_group(const Attention& a, const Rows& rows, int kv_head, const int32_t* blocks, int begin, int kv_len) {
     const int dim = a.head_dim, size = a.cache.block_size;
     const int keys = least(GROUP, kv_len - begin);  // slots beyond hold stale numbers: never read
-    auto place = [&](int at) { return (((int64_t)blocks[at / size] * a.kv_heads + kv_head) * size + at % size) * dim; };
-    // Visits runs of keys that lie together in the cache; each is told where the next one lies, the last one `behind`.
-    // Runs are pages apart, so the hardware does not see them coming.
-    auto spans = [&](const float* cache, const float* behind, auto&& visit) {
+    const int64_t row_bytes = a.cache.row_bytes(dim);
+    const bool exact = a.cache.kind == KV_FP32;
+    auto place = [&](int at) { return (((int64_t)blocks[at / size] * a.kv_heads + kv_head) * size + at % size) * row_bytes; };
+    // Visits runs of keys that lie together; each is told where the next one lies, the last one `behind`. Runs are pages
+    // apart, so the hardware does not see them coming. Of a cache that is not fp32, the group is widened before, as one run.
+    auto spans = [&](const char* cache, const char* behind, auto&& visit) {
+        float* wide = exact ? nullptr : scratch(WIDENED, (size_t)GROUP * dim);
         for (int n = 0; n < keys;) {
             const int at = begin + n, count = least(keys - n, size - at % size);
-            visit(n, count, cache + place(at), n + count < keys ? cache + place(at + count) : behind);
+            const char *here = cache + place(at), *next = n + count < keys ? cache + place(at + count) : behind;
+            if (exact) visit(n, count, (const float*)here, (const float*)next);
+            else widen(a.cache, here, count, dim, wide + (int64_t)n * dim);
             n += count;
         }
+        if (!exact) visit(0, keys, (const float*)wide, (const float*)nullptr);
     };
     spans(a.cache.k, a.cache.v + place(begin), [&](int n, int count, const float* here, const float* next) {
         by_fours(rows.count, [&]<int M>(int m) {
@@ -118,12 +159,13 @@ void attend_group(const Attention& a, const Rows& rows, int kv_head, const int32
     });
     for (int m = 0; m < rows.count; m++) {
         float* scores = rows.scores + m * GROUP;
+        if (a.softcap > 0) cap(scores, a.softcap);
         const int last = rows.position(m) - begin, first = a.window ? last - a.window + 1 : 0;
         for (int n = 0; n < first && n < GROUP; n++) scores[n] = -INFINITY;
         for (int n = last < 0 ? 0 : last + 1; n < GROUP; n++) scores[n] = -INFINITY;
         soften(scores, rows.top + m, rows.total + m, rows.acc + m * dim, dim);
     }
-    const float* const next_group = begin + GROUP < kv_len ? a.cache.k + place(begin + GROUP) : nullptr;
+    const char* const next_group = begin + GROUP < kv_len ? a.cache.k + place(begin + GROUP) : nullptr;
     spans(a.cache.v, next_group, [&](int n, int count, const float* here, const float* next) {
         by_fours(rows.count, [&]<int M>(int m) {
             weigh_values<M>(rows.scores + m * GROUP + n, here, count, dim, rows.acc + m * dim, m ? nullptr : next);
@@ -153,8 +195,10 @@ void attend_rows(const Attention& a, int request, int kv_head, int first, int la
     for (int begin = first_key > 0 ? first_key / GROUP * GROUP : 0; begin <= last_position; begin += GROUP)
         attend_group(a, rows, kv_head, blocks, begin, kv_len);
     for (int m = 0; m < count; m++) {
-        float* out = a.out + ((int64_t)(first + m / share) * a.heads + kv_head * share + m % share) * dim;
-        for (int d = 0; d < dim; d++) out[d] = rows.acc[m * dim + d] / rows.total[m];
+        const int head = kv_head * share + m % share;
+        float* out = a.out + ((int64_t)(first + m / share) * a.heads + head) * dim;
+        const float total = a.sinks ? rows.total[m] + exp(set1(a.sinks[head] - rows.top[m]))[0] : rows.total[m];
+        for (int d = 0; d < dim; d++) out[d] = rows.acc[m * dim + d] / total;
     }
 }
 
@@ -176,26 +220,56 @@ void attend(const Attention& a) {
 
 void attend_ahead(const Attention& a, Ahead& ahead) {
     const int size = a.cache.block_size;
-    const int64_t block = (int64_t)a.kv_heads * size * a.head_dim;  // all heads' keys of one lie together
-    const int most = a.requests ? (int)(NEAR * pool_threads() / a.requests / (2 * block * (int64_t)sizeof(float))) : 0;
+    const int64_t block = a.kv_heads * size * a.cache.row_bytes(a.head_dim);  // bytes: all heads' keys of one lie together
+    const int most = a.requests ? (int)(NEAR * pool_threads() / a.requests / (2 * block)) : 0;
     for (int r = 0; r < a.requests; r++) {
         const int32_t *seq = a.seqs + r * 3, *blocks = a.block_tables + (int64_t)r * a.max_blocks;
         const int first_key = a.window ? seq[2] - (seq[1] - seq[0]) - a.window + 1 : 0;
         const int first = first_key > 0 ? first_key / size : 0, last = least((seq[2] + size - 1) / size, first + most);
-        for (const float* cache : {a.cache.k, a.cache.v})
-            for (int b = first; b < last; b++) ahead.add(cache + blocks[b] * block, block * sizeof(float));
+        for (const char* cache : {a.cache.k, a.cache.v})
+            for (int b = first; b < last; b++) ahead.add(cache + blocks[b] * block, block);
+    }
+}
+
+// One row into a cache, rounded as `cache_rows` of reference.py does.
+void narrow(const float* from, KvKind kind, int dim, char* to) {
+    switch (kind) {
+        case KV_BF16:
+            for (int d = 0; d < dim; d++) ((bf16*)to)[d] = rounded_bf16(from[d]);
+            return;
+        case KV_FP16:
+            for (int d = 0; d < dim; d++) ((fp16*)to)[d] = rounded_fp16(from[d]);
+            return;
+        case KV_FP8:
+            for (int d = 0; d < dim; d++) ((fp8*)to)[d] = rounded_fp8(from[d]);
+            return;
+        case KV_INT8: {
+            float top = 0;
+            for (int d = 0; d < dim; d++) {
+                const float size = fabsf(from[d]);
+                if (size > top || size != size) top = size;  // NaN stays
+            }
+            const float scale = top / 127.f;
+            for (int d = 0; d < dim; d++) {
+                const float code = scale > 0 && scale < INFINITY ? nearbyintf(from[d] / scale) : 0.f;
+                ((int8_t*)to)[d] = (int8_t)code;
+            }
+            memcpy(to + dim, &scale, sizeof scale);
+            return;
+        }
+        default: memcpy(to, from, sizeof(float) * dim);
     }
 }
 
 void write_kv(const float* k, const float* v, const int64_t* slots, int tokens, int kv_heads, int head_dim, const KvCache& cache) {
-    const size_t bytes = sizeof(float) * head_dim;
+    const int64_t bytes = cache.row_bytes(head_dim);
     for (int t = 0; t < tokens; t++) {
         const int64_t block = slots[t] / cache.block_size, offset = slots[t] % cache.block_size;
         for (int h = 0; h < kv_heads; h++) {
-            const int64_t to = ((block * kv_heads + h) * cache.block_size + offset) * head_dim;
+            const int64_t to = ((block * kv_heads + h) * cache.block_size + offset) * bytes;
             const int64_t from = ((int64_t)t * kv_heads + h) * head_dim;
-            memcpy(cache.k + to, k + from, bytes);
-            memcpy(cache.v + to, v + from, bytes);
+            narrow(k + from, cache.kind, head_dim, cache.k + to);
+            narrow(v + from, cache.kind, head_dim, cache.v + to);
         }
     }
 }

@@ -5,9 +5,16 @@
 
 #include "ahead.h"
 
+enum KvKind : int32_t { KV_FP32, KV_BF16, KV_FP16, KV_FP8, KV_INT8 };
+
 struct KvCache {
-    float *k, *v;  // [blocks, kv_heads, block_size, head_dim]
+    char *k, *v;  // rows of head_dim numbers, [blocks, kv_heads, block_size]
     int32_t block_size;
+    KvKind kind;
+
+    int64_t row_bytes(int head_dim) const {
+        return kind == KV_FP32 ? 4 * head_dim : kind == KV_FP8 ? head_dim : kind == KV_INT8 ? head_dim + 4 : 2 * head_dim;
+    }
 };
 
 // What a step asks of attention; `paged_attention` in reference.py says what each means. Mirrored in native.py.
@@ -19,6 +26,8 @@ struct Attention {
     int32_t tokens, heads, kv_heads, head_dim, requests, max_blocks;
     float scaling;
     int32_t window;
+    float softcap;       // 0 for none
+    const float* sinks;  // [heads] or null
     KvCache cache;
 };
 

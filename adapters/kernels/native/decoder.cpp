@@ -28,7 +28,7 @@ struct Layer {
     Weight weights[SITES];
     const int16_t *a[SITES], *b[SITES];  // the adapters' pools, or null
     int32_t linear[SITES];               // each linear's row of the segment tables
-    float *k_cache, *v_cache;
+    char *k_cache, *v_cache;
     int32_t window;
 };
 
@@ -36,6 +36,7 @@ struct Decoder {
     const Layer* layers;
     const float* final_norm;
     int32_t count, hidden, heads, kv_heads, head_dim, block_size;
+    KvKind kv_kind;
     float eps, scaling;
 };
 
@@ -133,7 +134,7 @@ struct Run {
         const Layer& l = layer();
         const int head_dim = d.head_dim;
         const Attention attention{q, attended, s.seqs, s.block_tables, s.tokens, d.heads, d.kv_heads, head_dim, s.requests,
-                                  s.max_blocks, d.scaling, l.window, {l.k_cache, l.v_cache, d.block_size}};
+                                  s.max_blocks, d.scaling, l.window, 0.f, nullptr, {l.k_cache, l.v_cache, d.block_size, d.kv_kind}};
         Ahead soon;
         attend_ahead(attention, soon);
         shrink_ahead(adapters(l, O), soon);

@@ -39,6 +39,9 @@ struct bf16 {
 struct fp16 {
     uint16_t bits;
 };
+struct fp8 {  // e4m3, without infinity
+    uint8_t bits;
+};
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -216,6 +219,54 @@ INLINE vf load(const int8_t* p) {
     for (int i = 0; i < W; i++) v[i] = (float)p[i];
     return v;
 #endif
+}
+
+// The four bits of exponent and three of mantissa lie in an fp32 as they do in an fp8, but for the exponent's bias:
+// 2^120 is between them, for subnormal numbers as well.
+INLINE vf load(const fp8* p) {
+#if defined(__AVX512F__)
+    const vi bits = (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+    const vi bits = (vi)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+#else
+    vi bits;
+    for (int i = 0; i < W; i++) bits[i] = p[i].bits;
+#endif
+    const vf number = (vf)((bits & 0x80) << 24 | (bits & 0x7f) << 20) * set1(0x1p120f);
+    return (vf)((bits & 0x7f) == 0x7f ? set1(NAN) : number);
+}
+
+// --- fp32 rounded to other numbers, half to even -------------------------------------------------------------------------
+
+INLINE uint32_t bits_of(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, 4);
+    return bits;
+}
+
+INLINE bf16 rounded_bf16(float f) {
+    const uint32_t bits = bits_of(f);
+    if (f != f) return {(uint16_t)(bits >> 16 | 0x40)};
+    return {(uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+INLINE fp16 rounded_fp16(float f) {
+    const uint16_t sign = bits_of(f) >> 16 & 0x8000;
+    const float size = fabsf(f);
+    if (size != size) return {(uint16_t)(sign | 0x7e00)};
+    if (size >= 65520.f) return {(uint16_t)(sign | 0x7c00)};
+    if (size < 0x1p-14f) return {(uint16_t)(sign | (int)nearbyintf(size * 0x1p24f))};
+    const uint32_t bits = bits_of(size * 0x1p-112f);
+    return {(uint16_t)(sign | (bits + 0xfff + (bits >> 13 & 1)) >> 13)};
+}
+
+INLINE fp8 rounded_fp8(float f) {
+    const uint8_t sign = bits_of(f) >> 24 & 0x80;
+    const float size = fabsf(f);
+    if (size != size) return {(uint8_t)(sign | 0x7f)};
+    if (size < 0x1p-6f) return {(uint8_t)(sign | (int)nearbyintf(size * 512.f))};
+    const uint32_t bits = bits_of((size < 448.f ? size : 448.f) * 0x1p-120f);
+    return {(uint8_t)(sign | (bits + 0x7ffff + (bits >> 20 & 1)) >> 20)};
 }
 
 template <class Number>

@@ -18,17 +18,38 @@ from adapters.kernels.triton import deterministic, few_programs
 from adapters.kernels.triton.elementwise import rows_of_tile
 from adapters.kernels.triton.linear import dot_dtype
 
-LOG2E = 1.4426950408889634
+LOG2E = tl.constexpr(1.4426950408889634)
+EXPONENT_GAP = tl.constexpr(2.0**120)  # between the exponents' biases of fp32 and fp8
+EXPONENT_GAP_BACK = tl.constexpr(2.0**-120)
+ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer
+PLAIN, FP8, INT8 = (tl.constexpr(kind) for kind in range(3))  # caches: as they are, e4m3, int8 with a scale by row
 MAX_SPLITS = 64
 MIN_SPLIT = 256  # keys
 FEW_TOKENS = 256  # up to here keys are split and query tiles small
 
 
+@triton.jit
+def _numbers(cache, scale, place, line, inside, known, DIM: tl.constexpr, STRIDE: tl.constexpr, KIND: tl.constexpr):
+    """Rows of a cache: its own numbers, or fp32."""
+    numbers = tl.load(cache + place, mask=inside, other=0)
+    if KIND == FP8:  # see `load` of simd.h
+        bits = numbers.to(tl.int32)
+        size = bits & 0x7F
+        numbers = (((bits & 0x80) << 24) | (size << 20)).to(tl.float32, bitcast=True) * EXPONENT_GAP
+        numbers = tl.where(size == 0x7F, float("nan"), numbers)
+    if KIND == INT8:
+        factor = tl.load(scale + line * (STRIDE // 4) + DIM // 4, mask=known, other=0.0)
+        numbers = numbers.to(tl.float32) * factor[:, None]
+    return numbers
+
+
 @triton.jit(do_not_specialize=["tokens", "requests", "max_blocks"])  # or every other step would compile anew
 def _attend(
     q,  # [tokens, heads, DIM]
-    k_cache,  # [blocks, kv_heads, block_size, DIM]
+    k_cache,  # [blocks, kv_heads, block_size, STRIDE]; fp8 as uint8
     v_cache,
+    k_scale,  # the same as fp32: an int8 row's scale stands behind its numbers
+    v_scale,
     seqs,  # int32 [requests, 3]: q_start, q_end, kv_len, ascending
     block_tables,  # int32 [requests, max_blocks]
     out,  # as q unless SPLIT
@@ -42,8 +63,10 @@ def _attend(
     max_blocks,
     block_size,
     split_keys,
-    scaling,  # times log2(e)
+    scaling,  # times log2(e), unless SOFTCAP
     window,
+    softcap,
+    sinks,  # fp32 [heads]
     DIM: tl.constexpr,
     PADDED: tl.constexpr,  # DIM up to a power of two
     REQUESTS: tl.constexpr,
@@ -52,6 +75,10 @@ def _attend(
     KEYS: tl.constexpr,
     SPLIT: tl.constexpr,
     DOT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    STRIDE: tl.constexpr,  # of a cache's rows
+    KIND: tl.constexpr,  # of the cache: PLAIN, FP8, INT8
 ):
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     POSITIONS: tl.constexpr = BLOCK_M // GROUP  # queries of a tile
@@ -90,10 +117,12 @@ def _attend(
             known = key < kv_len
             block = tl.load(block_tables + request * max_blocks + key // block_size, mask=known, other=0)
             line = (block.to(tl.int64) * kv_heads + kv_head) * block_size + key % block_size
-            place = line[:, None] * DIM + d[None, :]
+            place = line[:, None] * STRIDE + d[None, :]
             inside = known[:, None] & (d < DIM)[None, :]
-            keys = tl.load(k_cache + place, mask=inside, other=0.0).to(DOT)
+            keys = _numbers(k_cache, k_scale, place, line, inside, known, DIM, STRIDE, KIND).to(DOT)
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scaling  # [BLOCK_M, KEYS]
+            if SOFTCAP:  # LOG2E * softcap * tanh(scores / softcap)
+                scores = LOG2E * softcap * (1.0 - 2.0 / (tl.exp2(scores * (2.0 * LOG2E / softcap)) + 1.0))
             visible = key[None, :] <= position[:, None]
             if window > 0:
                 visible = visible & (key[None, :] > (position - window)[:, None])
@@ -103,13 +132,15 @@ def _attend(
             weights = tl.exp2(scores - shift[:, None])
             decay = tl.exp2(top - shift)
             total = total * decay + tl.sum(weights, axis=1)
-            values = tl.load(v_cache + place, mask=inside, other=0.0).to(DOT)
-            rounded = weights.to(v_cache.dtype.element_ty).to(DOT)
+            values = _numbers(v_cache, v_scale, place, line, inside, known, DIM, STRIDE, KIND).to(DOT)
+            rounded = weights.to(q.dtype.element_ty).to(DOT)
             acc = acc * decay[:, None] + tl.dot(rounded, values, input_precision="ieee")
             top = new_top
 
         if not SPLIT:
             total = tl.where(total == 0.0, 1.0, total)  # rows of no query
+            if SINKS:
+                total += tl.exp2(tl.load(sinks + head, mask=real, other=0.0) * LOG2E - top)
             tl.store(out + at, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
         else:
             plane = split * tokens * heads
@@ -127,6 +158,7 @@ def _combine(
     part_top,
     part_sum,
     seqs,
+    sinks,
     tokens,
     heads,
     requests,
@@ -134,6 +166,7 @@ def _combine(
     PADDED: tl.constexpr,
     REQUESTS: tl.constexpr,
     SPLITS: tl.constexpr,
+    SINKS: tl.constexpr,
 ):
     token, head = tl.program_id(0), tl.program_id(1)
     r = tl.arange(0, REQUESTS)
@@ -156,6 +189,8 @@ def _combine(
             total += tl.load(part_sum + at) * weight
             width = tl.where(own > float("-inf"), DIM, 0)
             acc += tl.load(part + at * DIM + d, mask=d < width, other=0.0) * weight
+        if SINKS:
+            total += tl.exp2(tl.load(sinks + head) * LOG2E - shift)
         tl.store(out + row * DIM + d, (acc / total).to(out.dtype.element_ty), mask=d < DIM)
     else:
         tl.store(out + row * DIM + d, tl.zeros([PADDED], out.dtype.element_ty), mask=d < DIM)
@@ -169,8 +204,10 @@ def paged_attention(
     block_tables: Tensor,
     scaling: float,
     window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """As `reference.paged_attention`, for requests whose q_start ascend; weights are rounded to the cache's dtype."""
+    """As `reference.paged_attention`, for requests whose q_start ascend; weights are rounded to the dtype of q."""
     q, seqs, block_tables = q.contiguous(), seqs.contiguous(), block_tables.contiguous()
     tokens, heads, dim = q.shape
     _, kv_heads, block_size, _ = k_cache.shape
@@ -193,10 +230,11 @@ def paged_attention(
         out = torch.empty_like(q)
         part = q.new_empty(splits, tokens, heads, dim, dtype=torch.float32)
         top, total = q.new_empty(2, splits, tokens, heads, dtype=torch.float32)
+    kind, dtype = _layout(k_cache)
     _attend[(tokens // (block_m // group) + requests, kv_heads, splits)](
         q,
-        k_cache,
-        v_cache,
+        *(cache.view(dtype) for cache in (k_cache, v_cache)),
+        *(cache.view(torch.float32) if kind == INT8.value else q for cache in (k_cache, v_cache)),
         seqs,
         block_tables,
         out,
@@ -210,19 +248,38 @@ def paged_attention(
         max_blocks,
         block_size,
         split_keys,
-        scaling * LOG2E,
+        scaling if softcap else scaling * LOG2E,
         window,
+        softcap,
+        q if sinks is None else sinks,
         GROUP=group,
         BLOCK_M=block_m,
         KEYS=KEY_GROUP,
         SPLIT=splits > 1,
         DOT=dot_dtype(q.dtype),
+        SOFTCAP=softcap > 0,
+        SINKS=sinks is not None,
+        STRIDE=k_cache.shape[3],
+        KIND=kind,
         num_warps=4,
         num_stages=2 if dim <= 128 else 1,  # keys and values on their way take shared memory
         **sizes,
     )
     if splits > 1:
-        _combine[(tokens, heads)](out, part, top, total, seqs, tokens, heads, requests, SPLITS=splits, **sizes)
+        _combine[(tokens, heads)](
+            out,
+            part,
+            top,
+            total,
+            seqs,
+            q if sinks is None else sinks,
+            tokens,
+            heads,
+            requests,
+            SPLITS=splits,
+            SINKS=sinks is not None,
+            **sizes,
+        )
     return out
 
 
@@ -235,12 +292,48 @@ def _splits(tokens: int, max_keys: int) -> tuple[int, int]:
     return splits, triton.cdiv(triton.cdiv(max_keys, splits), KEY_GROUP) * KEY_GROUP
 
 
+def _layout(cache: Tensor) -> tuple[int, torch.dtype]:
+    """A cache's kind, and the dtype that the kernels see it in."""
+    match cache.dtype:
+        case torch.float8_e4m3fn:
+            return FP8.value, torch.uint8
+        case torch.int8:
+            return INT8.value, torch.int8
+        case dtype:
+            return PLAIN.value, dtype
+
+
+@triton.jit
+def _store(cache, scale, states, target, line, mask, real, DIM: tl.constexpr, STRIDE: tl.constexpr, KIND: tl.constexpr):
+    """Rows into a cache, rounded as `reference.cache_rows` does."""
+    if KIND == FP8:
+        states = states.to(tl.float32)
+        near = tl.minimum(tl.abs(states), 448.0)
+        bits = (near * EXPONENT_GAP_BACK).to(tl.int32, bitcast=True)
+        size = (bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20
+        size = tl.where(near < 0.015625, ((near * 512.0 + ROUNDING) - ROUNDING).to(tl.int32), size)  # subnormal
+        size = tl.where(states == states, size, 0x7F)
+        sign = (states.to(tl.int32, bitcast=True) >> 24) & 0x80
+        tl.store(cache + target, (sign | size).to(tl.uint8), mask=mask)
+    elif KIND == INT8:
+        states = states.to(tl.float32)
+        factor = tl.max(tl.abs(states), axis=1) / 127.0
+        codes = states / tl.where(factor > 0, factor, 1.0)[:, None]
+        codes = (codes + ROUNDING) - ROUNDING
+        tl.store(cache + target, codes.to(tl.int8), mask=mask)
+        tl.store(scale + line * (STRIDE // 4) + DIM // 4, factor, mask=real)
+    else:
+        tl.store(cache + target, states.to(cache.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _write(
     k,
     v,
     k_cache,
     v_cache,
+    k_scale,
+    v_scale,
     slots,
     rows,
     kv_heads,
@@ -248,6 +341,8 @@ def _write(
     DIM: tl.constexpr,
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
+    STRIDE: tl.constexpr,
+    KIND: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # one head of one token
     token, head = row // kv_heads, row % kv_heads
@@ -255,11 +350,11 @@ def _write(
     d = tl.arange(0, PADDED)
     mask = (row < rows)[:, None] & (d < DIM)[None, :]
     line = (slot // block_size * kv_heads + head) * block_size + slot % block_size
-    target = line[:, None] * DIM + d[None, :]
+    target = line[:, None] * STRIDE + d[None, :]
     source = row.to(tl.int64)[:, None] * DIM + d[None, :]
     key, value = tl.load(k + source, mask=mask, other=0.0), tl.load(v + source, mask=mask, other=0.0)
-    tl.store(k_cache + target, key.to(k_cache.dtype.element_ty), mask=mask)
-    tl.store(v_cache + target, value.to(v_cache.dtype.element_ty), mask=mask)
+    _store(k_cache, k_scale, key, target, line, mask, row < rows, DIM, STRIDE, KIND)
+    _store(v_cache, v_scale, value, target, line, mask, row < rows, DIM, STRIDE, KIND)
 
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
@@ -268,5 +363,19 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     tokens, heads, dim = k.shape
     if tokens:
         rows, tile = tokens * heads, rows_of_tile(triton.next_power_of_2(heads))
-        sizes = {"DIM": dim, "PADDED": triton.next_power_of_2(dim), "ROWS": tile}
-        _write[(triton.cdiv(rows, tile),)](k, v, k_cache, v_cache, slots, rows, heads, k_cache.shape[2], **sizes)
+        kind, dtype = _layout(k_cache)
+        _write[(triton.cdiv(rows, tile),)](
+            k,
+            v,
+            *(cache.view(dtype) for cache in (k_cache, v_cache)),
+            *(cache.view(torch.float32) if kind == INT8.value else k for cache in (k_cache, v_cache)),
+            slots,
+            rows,
+            heads,
+            k_cache.shape[2],
+            DIM=dim,
+            PADDED=triton.next_power_of_2(dim),
+            ROWS=tile,
+            STRIDE=k_cache.shape[3],
+            KIND=kind,
+        )

@@ -205,16 +205,29 @@ def attention_errors(size: Size) -> Iterator[tuple[str, float]]:
     requests, blocks, heads = (8, 256, 32) if full else (2, 4, 4)
     k_cache, v_cache = (torch.randn(requests * blocks, heads // 4, 16, 128, dtype=torch.bfloat16) for _ in range(2))
     tables = torch.randperm(requests * blocks).view(requests, blocks).int()
-    for queries, window in ((1, 0), (1, blocks * 4), (blocks // 2, 0), (blocks // 2, blocks * 4)):
+    sinks = torch.randn(heads)
+    for queries, window, softcap in (
+        *((1, 0, 0.0), (1, blocks * 4, 0.0), (blocks // 2, 0, 0.0), (blocks // 2, blocks * 4, 0.0)),
+        *((1, 0, 30.0), (blocks // 2, blocks * 4, 30.0)),
+    ):
         lengths = [(i * queries, (i + 1) * queries, 16 * blocks - i * blocks) for i in range(requests)]
         seqs = torch.tensor(lengths, dtype=torch.int32)
         q = torch.randn(requests * queries, heads, 128, dtype=torch.bfloat16)
-        arguments = (seqs, tables, 128**-0.5, window)
+        arguments = (seqs, tables, 128**-0.5, window, softcap, sinks if softcap else None)
         exact = reference.paged_attention(q.float(), k_cache.float(), v_cache.float(), *arguments)
         yield (
-            f"{queries} queries, window {window}",
+            f"{queries} queries, window {window}" + (", softcap and sinks" if softcap else ""),
             relative(kernels.paged_attention(q, k_cache, v_cache, *arguments), exact),
         )
+        if softcap:
+            continue
+        for kept in (torch.float8_e4m3fn, torch.int8):
+            k_kept, v_kept = (reference.cache_rows(cache, kept) for cache in (k_cache, v_cache))
+            exact = reference.paged_attention(q.float(), k_kept, v_kept, *arguments)
+            yield (
+                f"{queries} queries, window {window}, {kept}",
+                relative(kernels.paged_attention(q, k_kept, v_kept, *arguments), exact),
+            )
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.kernels.plan import PlannedLinear, known
+from adapters.kernels.reference import head_size
 from adapters.kernels.triton import functions as kernels
 
 
@@ -85,7 +86,7 @@ class TritonDecoder:
         following = [layer.input_norm for layer in self._layers[1:]] + [self._decoder.norm]
         for layer, next_norm in zip(self._layers, following, strict=True):
             attention, mlp, norm = layer.attention, layer.mlp, layer.post_norm
-            head_dim = layer.k_cache.shape[3]
+            head_dim = head_size(layer.k_cache)
             projected = linears(x, attention.q_proj, attention.k_proj, attention.v_proj)
             q, k, v = (y.view(len(x), -1, head_dim) for y in projected)
             if hasattr(attention, "q_norm"):

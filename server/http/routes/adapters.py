@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
@@ -17,10 +18,10 @@ from server.errors import Conflict, InvalidRequest, disk_faults
 from server.http.answer import unless_gone
 from server.http.mixing import MixBody, mix
 from server.http.multipart import Part, read_parts
-from server.http.objects import AdapterObject, AdapterReceipt, DeletedAdapter, ListObject
+from server.http.objects import AdapterObject, AdapterReceipt, DeletedAdapter, ListedAdapter, ListObject
 from server.http.operations import OPENING, PUBLISHING, Operation
 from server.http.paging import WindowQuery, window
-from server.http.receipts import receipt, resident, unknown_adapter
+from server.http.receipts import listed, receipt, resident, sort_key, unknown_adapter
 from server.openai.target import text_of
 from server.services import TENANT, Services, services_of
 from server.settings import Settings
@@ -47,13 +48,26 @@ async def upload_adapter(request: Request, body: MixBody | None = None) -> Respo
     return JSONResponse(made, status_code=201 if changed else 200, headers=_digest_header(version))
 
 
-async def list_adapters(request: Request, query: WindowQuery) -> Response:
+class AdaptersQuery(WindowQuery):
+    """`search` is part of a name or of a digest, in any case; of equals in `sort` the names decide."""
+
+    search: str = ""
+    sort: Literal["name", "created_at", "rank", "bytes", "tier", "requests", "tokens", "last_used"] = "name"
+    order: Literal["asc", "desc"] = "asc"
+
+
+async def list_adapters(request: Request, query: AdaptersQuery) -> Response:
     """Every adapter's receipt, by name; all of them, unless `limit` and `after` ask for a page."""
-    store = services_of(request).store
-    versions = store.list(TENANT)
+    services = services_of(request)
+    wanted = query.search.lower()
+    versions = [one for one in services.store.list(TENANT) if wanted in one.name.lower() or wanted in one.digest]
+    if query.sort != "name":
+        versions.sort(key=partial(sort_key, services, query.sort), reverse=query.order == "desc")
+    elif query.order == "desc":
+        versions.reverse()
     part, more = window(query, [version.name for version in versions])
-    data = [receipt(store, version) for version in versions[part]]
-    return JSONResponse({"object": "list", "data": data, "has_more": more})
+    data = [listed(services, version) for version in versions[part]]
+    return JSONResponse({"object": "list", "data": data, "has_more": more, "total": len(versions)})
 
 
 async def get_adapter(request: Request) -> Response:
@@ -76,7 +90,7 @@ async def get_adapter(request: Request) -> Response:
         **text.details(),
     }
     headers = {**_digest_header(version), "ETag": f'"{pointer.etag}"'}
-    return JSONResponse(receipt(services.store, version) | details | more, headers=headers)
+    return JSONResponse(listed(services, version) | details | more, headers=headers)
 
 
 async def delete_adapter(request: Request) -> Response:
@@ -169,7 +183,7 @@ routes = [
         statuses=(200, 201),
         refuses=(*OPENING, *PUBLISHING),
     ),
-    Operation("GET", "/v1/adapters", list_adapters, answers=ListObject[AdapterReceipt]),
+    Operation("GET", "/v1/adapters", list_adapters, answers=ListObject[ListedAdapter]),
     Operation("GET", "/v1/adapters/{name:path}/config", get_config, answers="application/json", refuses=OPENING),
     Operation(
         "GET", "/v1/adapters/{name:path}/weights", get_weights, answers="application/octet-stream", refuses=OPENING

@@ -18,7 +18,7 @@ from server.http.operations import OPENING, Operation
 from server.openai.chat import Addition, Call, Chat, ChatBody, Event, open_chat
 from server.openai.logprobs import AnswerSize, chat_tokens
 from server.services import Services, services_of
-from server.text.tools.source import Arguments, Text
+from server.text.tools.source import Arguments, Text, Thought
 
 
 async def create_chat_completion(request: Request, body: ChatBody) -> Answer:
@@ -45,6 +45,7 @@ class _Message:
 
     def __init__(self) -> None:
         self.content: str | None = None
+        self.thought = ""
         self.calls: list[dict[str, Any]] = []
 
     def add(self, event: Event) -> dict[str, Any]:
@@ -53,6 +54,9 @@ class _Message:
             case Text(text):
                 self.content = (self.content or "") + text
                 return {"content": text}
+            case Thought(text):
+                self.thought += text
+                return _thought(text)
             case Call(id_, name):
                 self.calls.append({"id": id_, "type": "function", "function": {"name": name, "arguments": ""}})
                 call = self.calls[-1]
@@ -74,7 +78,13 @@ class _Message:
     def whole(self) -> dict[str, Any]:
         """All of it."""
         calls = {"tool_calls": self.calls} if self.calls else {}
-        return {"role": "assistant", "content": self.content, "refusal": None} | calls
+        thought = _thought(self.thought) if self.thought else {}
+        return {"role": "assistant", "content": self.content, "refusal": None} | thought | calls
+
+
+def _thought(text: str) -> dict[str, str]:
+    """Under both of the names that clients know."""
+    return {"reasoning": text, "reasoning_content": text}
 
 
 class _Writer:

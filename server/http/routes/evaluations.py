@@ -95,6 +95,7 @@ def evaluation_object(evaluation: Evaluation) -> dict[str, Any]:
         "examples": evaluation.examples if done else None,
         "tokens": evaluation.tokens if done else None,
         "results": {"base": to_builtins(evaluation.base), "adapter": to_builtins(evaluation.adapted)} if done else None,
+        "result_files": evaluation.result_files,
         "error": None if evaluation.error is None else to_builtins(evaluation.error),
     }
 

@@ -14,13 +14,15 @@ from starlette.types import Receive, Scope, Send
 from adapters.storage.database import UnknownCursorError
 from server.errors import InvalidRequest, NotFound, disk_faults, shown
 from server.finetune import hyperparameters as recipe
-from server.finetune.dataset import DatasetError, load_dataset
+from server.finetune.dataset import load_dataset
 from server.finetune.files import StoredFile, UnknownFileError
+from server.finetune.preview import preview
+from server.finetune.rows import DatasetError
 from server.finetune.tokenizer import TrainingTokenizer
 from server.http.multipart import Part, read_parts
-from server.http.objects import DeletedObject, FileObject, ListObject
+from server.http.objects import DeletedObject, FileObject, ListObject, PreviewedLine
 from server.http.operations import PUBLISHING, Operation
-from server.http.paging import ListQuery, Whole, page, unknown_cursor
+from server.http.paging import ListQuery, Query, Whole, page, unknown_cursor
 from server.services import TENANT, Services, services_of
 from server.settings import Settings
 
@@ -33,6 +35,13 @@ class FilesQuery(ListQuery):
     limit: Whole = Field(10_000, ge=1, le=10_000)
     order: Literal["asc", "desc"] = "desc"
     purpose: str | None = None
+
+
+class PreviewQuery(Query):
+    """Lines after the one of this number."""
+
+    after: Whole = 0
+    limit: Whole = Field(20, ge=1, le=100)
 
 
 async def upload_file(request: Request) -> Response:
@@ -103,9 +112,27 @@ async def get_file(request: Request) -> Response:
 async def get_content(request: Request) -> Response:
     """A file's bytes."""
     stored = await _find(request)
-    results = stored.purpose != PURPOSE
-    media_type = "text/csv" if results else "application/jsonl"
+    media_type = "text/csv" if stored.filename.endswith(".csv") else "application/jsonl"
     return _WholeFile(stored.path, media_type=media_type, filename=stored.filename)
+
+
+async def preview_file(request: Request, query: PreviewQuery) -> Response:
+    """A page of a data file's lines as tokens, with those marked that are trained on."""
+    services, stored = services_of(request), await _find(request)
+    if stored.purpose != PURPOSE:
+        raise InvalidRequest("Only data for fine-tuning has a preview.", param="id")
+    base = services.engine_info
+    look = partial(
+        preview,
+        stored.path,
+        services.text,
+        TrainingTokenizer(services.text, base.eos_token_ids),
+        after=query.after,
+        limit=query.limit,
+        max_length=recipe.max_seq_len(recipe.TrainingOptions(), base),
+    )
+    lines, more = await asyncio.to_thread(look)
+    return JSONResponse({"object": "list", "data": lines, "has_more": more})
 
 
 class _WholeFile(FileResponse):
@@ -153,5 +180,6 @@ routes = [
     Operation("GET", "/v1/files", list_files, answers=ListObject[FileObject]),
     Operation("GET", "/v1/files/{id}", get_file, answers=FileObject),
     Operation("GET", "/v1/files/{id}/content", get_content, answers="application/jsonl, text/csv"),
+    Operation("GET", "/v1/files/{id}/preview", preview_file, answers=ListObject[PreviewedLine]),
     Operation("DELETE", "/v1/files/{id}", delete_file, answers=DeletedObject),
 ]

@@ -271,7 +271,7 @@ async def _steer(request: Request, change: Callable[[Job], Awaitable[Job]]) -> R
 
 
 def job_object(services: Services, job: Job) -> dict[str, Any]:
-    """OpenAI's object. `lora`, `training`, `step`, `total_steps` and `stop_token_ids` are ours."""
+    """OpenAI's object. `lora`, `training`, `step`, `total_steps`, `stop_token_ids` and the formats are ours."""
     spec, plan = job.spec, None if job.start is None else job.start.plan
     hyperparameters = to_builtins(spec.hyperparameters)
     if plan is not None:
@@ -303,6 +303,8 @@ def job_object(services: Services, job: Job) -> dict[str, Any]:
         "step": job.step,
         "total_steps": job.total_steps or None,
         "stop_token_ids": job.stop_tokens,
+        "tool_format": job.tool_format,
+        "reasoning_format": job.reasoning_format,
     }
 
 

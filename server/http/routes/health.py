@@ -35,6 +35,7 @@ async def ready(request: Request) -> Response:
         "base_digest": info.base_digest if info else None,
         "stop_tokens": services.text.stops_as_json(),
         "int8_drift": msgspec.to_builtins(info.int8_drift) if info else None,
+        "kv_cache": msgspec.to_builtins(info.kv_cache) if info else None,
     }
     if reason is None:
         return JSONResponse(body)

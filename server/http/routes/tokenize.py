@@ -54,7 +54,7 @@ async def _tokenize(services: Services, body: TokenizeChatBody | TokenizePromptB
     async with open_target(services, body.model or services.settings.base_name) as target:
         text = target.text
     if isinstance(body, TokenizeChatBody):
-        ids = await body.encode(text, longest)
+        _, ids = await body.encode(text, longest)
     else:
         special = body.add_special_tokens
         (ids,) = await text.encode([body.prompt], add_special_tokens=special, max_tokens=longest, param="prompt")

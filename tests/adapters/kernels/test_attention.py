@@ -9,11 +9,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from adapters.kernels import reference
+
+KINDS = [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8]  # of caches that round
+
 
 class Requests:
     """Sequences of given lengths in a paged cache whose other slots are NaN."""
 
-    def __init__(self, kernels: Any, lengths: list[int], heads: int, kv_heads: int, dim: int, block_size: int) -> None:
+    def __init__(
+        self,
+        kernels: Any,
+        lengths: list[int],
+        heads: int,
+        kv_heads: int,
+        dim: int,
+        block_size: int,
+        kept: torch.dtype = torch.float32,
+    ) -> None:
         self.kernels, self.lengths = kernels, lengths
         self.q = [torch.randn(n, heads, dim) for n in lengths]
         self.k, self.v = ([torch.randn(n, kv_heads, dim) for n in lengths] for _ in range(2))
@@ -21,13 +34,19 @@ class Requests:
         blocks = torch.randperm(width * len(lengths) + 3)[: width * len(lengths)]
         self.tables = blocks.view(len(lengths), width).int()
         shape = (width * len(lengths) + 3, kv_heads, block_size, dim)
-        self.k_cache, self.v_cache = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
+        stale = reference.cache_rows(torch.full(shape, torch.nan), kept)
+        self.k_cache, self.v_cache = stale, stale.clone()
         for row, n in enumerate(lengths):
             at = torch.arange(n)
             slots = self.tables[row].long()[at // block_size] * block_size + at % block_size
             kernels.write_kv(self.k[row], self.v[row], self.k_cache, self.v_cache, slots)
+        if kept != torch.float32:  # what is attended to
+            self.k, self.v = (
+                [reference.cache_numbers(reference.cache_rows(states, kept)) for states in kind]
+                for kind in (self.k, self.v)
+            )
 
-    def attend(self, spans: list[tuple[int, int, int]], window: int = 0, padding: int = 0) -> list[Tensor]:
+    def attend(self, spans: list[tuple[int, int, int]], window: int = 0, padding: int = 0, **more: Any) -> list[Tensor]:
         """Queries first..last of given requests in one call, with rows of no request before, between and behind."""
         pieces, seqs, at = [torch.full_like(self.q[0][:1], 7.0)] * padding, [], padding
         for request, first, last in spans:
@@ -43,6 +62,7 @@ class Requests:
             tables,
             self.q[0].shape[-1] ** -0.5,
             window,
+            **more,
         )
         inside = torch.zeros(len(out), dtype=torch.bool)
         for start, end, _ in seqs:
@@ -50,15 +70,24 @@ class Requests:
         assert (out[~inside] == 0).all()
         return [out[start:end] for start, end, _ in seqs]
 
-    def expected(self, request: int, window: int = 0) -> Tensor:
+    def expected(self, request: int, window: int = 0, softcap: float = 0.0, sinks: Tensor | None = None) -> Tensor:
         n = self.lengths[request]
         at = torch.arange(n)
         mask = at[None] <= at[:, None]
         if window:
             mask &= at[None] > at[:, None] - window
         q, k, v = (states[request].double().transpose(0, 1)[None] for states in (self.q, self.k, self.v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        return out[0].transpose(0, 1)
+        if not softcap and sinks is None:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+            return out[0].transpose(0, 1)
+        k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for states in (k, v))
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~mask, -torch.inf)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.double().view(1, -1, 1, 1).expand(1, -1, n, 1)], dim=-1)
+        return (scores.softmax(-1)[..., :n] @ v)[0].transpose(0, 1)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +112,53 @@ def test_chunks_and_neighbours_change_nothing(kernels: Any, data: st.DataObject,
     assert torch.equal(other, whole[1])
     row = data.draw(st.integers(0, 76))
     assert torch.equal(requests.attend([(1, row, row + 1)], window)[0], whole[1][row : row + 1])
+
+
+@pytest.mark.parametrize("softcap", [0.0, 2.0, 50.0])
+@pytest.mark.parametrize("sunk", [False, True])
+@pytest.mark.parametrize("window", [0, 70])
+def test_softcap_and_sinks(kernels: Any, softcap: float, sunk: bool, window: int) -> None:
+    requests = Requests(kernels, [150, 1, 64], 6, 2, 24, 16)
+    # One head's sink takes nearly all, another's nothing, and one is beyond what exp can hold.
+    sinks = torch.tensor([-200.0, -1.0, 0.5, 3.0, 12.0, 200.0]) if sunk else None
+    more: dict[str, Any] = {"softcap": softcap, "sinks": sinks}
+    outs = requests.attend([(r, 0, n) for r, n in enumerate(requests.lengths)], window, padding=1, **more)
+    for request, out in enumerate(outs):
+        torch.testing.assert_close(out.double(), requests.expected(request, window, **more), rtol=1e-5, atol=1e-5)
+    first, second, _ = requests.attend([(0, 0, 71), (0, 71, 150), (2, 63, 64)], window, **more)
+    assert torch.equal(torch.cat([first, second]), outs[0]), "chunks and neighbours change nothing"
+
+
+@pytest.mark.parametrize("kept", KINDS)
+@pytest.mark.parametrize("dim", [24, 64, 80])
+def test_caches_of_fewer_bits(kernels: Any, kept: torch.dtype, dim: int) -> None:
+    requests = Requests(kernels, [150, 1, 64], 6, 2, dim, 16, kept)
+    outs = requests.attend([(r, 0, n) for r, n in enumerate(requests.lengths)], 90, padding=1)
+    for request, out in enumerate(outs):
+        torch.testing.assert_close(out.double(), requests.expected(request, 90), rtol=1e-5, atol=1e-5)
+    first, second, _ = requests.attend([(0, 0, 71), (0, 71, 150), (2, 63, 64)], 90)
+    assert torch.equal(torch.cat([first, second]), outs[0]), "chunks and neighbours change nothing"
+
+
+@pytest.mark.parametrize("kept", KINDS)
+def test_numbers_are_rounded_alike_everywhere(kernels: Any, kept: torch.dtype) -> None:
+    """Halves between neighbours, subnormal numbers, ones too large, infinity and NaN among them."""
+    states = torch.cat([torch.randn(4096), torch.randn(4096) * 1e-3, torch.randn(4096) * 300, torch.randn(4096) * 1e-7])
+    states[:20] = torch.tensor(
+        [0.0, -0.0, 448, 464, -1e6, 65519, 65520, 1.0625, 1.1875, 2**-9, 2**-10, 3 * 2**-10, *[0] * 8]
+    )
+    odd = torch.tensor([torch.inf, -torch.inf, torch.nan, 1.0]).repeat(16).view(1, 1, 64)
+    rows = torch.cat([states.view(-1, 1, 64), odd])
+    cache = reference.cache_rows(torch.zeros(17, 1, 16, 64), kept)
+    other = cache.clone()
+    kernels.write_kv(rows, -rows, cache, other, torch.arange(len(rows)))
+    for held, written in ((cache, rows), (other, -rows)):
+        found = reference.cache_numbers(held.flatten(0, 2)[: len(rows)])
+        expected = reference.cache_numbers(reference.cache_rows(written[:, 0], kept))
+        assert torch.equal(found[:-1], expected[:-1])
+        assert torch.equal(found[-1].isfinite(), expected[-1].isfinite())
+        if kept == torch.float8_e4m3fn:
+            assert found[-1, :2].abs().eq(448).all(), "what is too large is cut off"
 
 
 def test_a_poisoned_request_stays_alone(kernels: Any) -> None:

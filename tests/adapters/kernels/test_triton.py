@@ -252,9 +252,12 @@ def check_attention(kernels: Any, data: st.DataObject, most: int) -> None:
     requests = TypedRequests(kernels, dtype, lengths, kv_heads * group, kv_heads, dim, 16)
     window = data.draw(st.sampled_from([0, 1, 30, 100]))
     firsts = [data.draw(st.integers(max(0, n - 40), n - 1)) for n in lengths]
-    outs = requests.attend([(r, firsts[r], n) for r, n in enumerate(lengths)], window, data.draw(st.integers(0, 2)))
+    sinks = torch.randn(kv_heads * group) if data.draw(st.booleans()) else None
+    more: dict[str, Any] = {"softcap": data.draw(st.sampled_from([0.0, 3.0])), "sinks": sinks}
+    spans = [(r, firsts[r], n) for r, n in enumerate(lengths)]
+    outs = requests.attend(spans, window, data.draw(st.integers(0, 2)), **more)
     for request, out in enumerate(outs):
-        assert near(out, requests.expected(request, window)[firsts[request] :])
+        assert near(out, requests.expected(request, window, **more)[firsts[request] :])
 
 
 @given(data=st.data())
@@ -278,6 +281,23 @@ def test_attention_joins_split_keys(kernels: Any) -> None:
         assert near(out, requests.expected(request)[-1:])
     (windowed,) = requests.attend([(0, 699, 700)], window=90)
     assert near(windowed, requests.expected(0, 90)[-1:])
+    more: dict[str, Any] = {"softcap": 1.5, "sinks": torch.tensor([2.0, -1.0])}
+    (capped,) = requests.attend([(0, 699, 700)], window=90, **more)
+    assert near(capped, requests.expected(0, 90, **more)[-1:])
+
+
+@pytest.mark.parametrize("kept", [torch.float16, torch.float8_e4m3fn, torch.int8])
+def test_attention_over_caches_of_fewer_bits(kernels: Any, kept: torch.dtype) -> None:
+    requests = Requests(kernels, [70, 3], 4, 2, 24, 16, kept)
+    outs = requests.attend([(0, 60, 70), (1, 0, 3)], window=40)
+    assert near(outs[0], requests.expected(0, 40)[60:])
+    assert near(outs[1], requests.expected(1, 40))
+    states = torch.cat([torch.randn(8, 2, 24) * 300, torch.randn(8, 2, 24) * 0.01, torch.zeros(1, 2, 24)])
+    states[0, 0, :3] = torch.tensor([448.0, 464.0, 3 * 2**-10])
+    cache = reference.cache_rows(torch.zeros(2, 2, 16, 24), kept)
+    kernels.write_kv(states, states, cache, cache.clone(), torch.arange(17))
+    found = reference.cache_numbers(cache.transpose(1, 2).flatten(0, 1)[:17])
+    assert torch.equal(found, reference.cache_numbers(reference.cache_rows(states, kept)))
 
 
 def test_attention_of_padding_alone_reads_nothing_before_its_requests(kernels: Any) -> None:

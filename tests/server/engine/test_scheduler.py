@@ -89,7 +89,7 @@ class TestInFlight:
             world.step()
         assert sequence.finish_reason == "stop"
         assert world.scheduler.leaving == [sequence]
-        assert sequence.blocks
+        assert sequence.tables
         busy = not world.scheduler.idle
         assert busy
         assert world.step() is None
@@ -296,7 +296,7 @@ class TestLimits:
         step = world.schedule()
         assert step is not None
         work = replace(step.works[0], count=2 + len(drawn) - 1, drafts=drawn[:-1])
-        sequence.blocks += world.blocks.allocate(1) or []
+        assert world.blocks.grow(sequence, 8)
         assert world.scheduler.advance(work, drawn) == kept
         assert (sequence.finish_reason, sequence.stop_token) == (reason, stop_token)
         assert world.scheduler.idle == (reason is not None)
@@ -368,7 +368,7 @@ class TestSpeculation:
         step = world.schedule()
         assert step is not None
         assert [len(work.drafts) for work in step.works] == [0, 0], "8 tokens fill its two blocks"
-        assert len(sequence.blocks) == 2
+        assert len(sequence.tables[0]) == 2
         for work in step.works:
             world.scheduler.advance(work, [1] if work.sequence is sequence else [2])
         world.scheduler.abort(other.id)

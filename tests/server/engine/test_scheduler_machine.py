@@ -20,10 +20,11 @@ class AnythingMayHappen(RuleBasedStateMachine):
     """Arrivals, aborts, overflowing logits and steps in any order, in a world too small for them."""
 
     depth = 0
+    sliding = 0  # blocks of a second group of layers
 
     def __init__(self) -> None:
         super().__init__()
-        self.world = World(num_blocks=8, delay=2, depth=self.depth)
+        self.world = World(num_blocks=8, delay=2, depth=self.depth, sliding=self.sliding)
         self.aborted: set[str] = set()
 
     @rule(
@@ -102,14 +103,23 @@ class AnythingMayHappen(RuleBasedStateMachine):
     def accounting(self) -> None:
         world = self.world
         holding = [*world.scheduler.running, *world.scheduler.leaving]
-        assert world.blocks.counts.used == len({block for sequence in holding for block in sequence.blocks})
+        for group, pool in enumerate(world.blocks.pools):
+            held = {block for sequence in holding for block in sequence.tables[group] if block}
+            assert pool.counts.used == len(held)
+        for sequence in holding:
+            # It has nothing behind its window, but for the step in flight.
+            assert self.depth or not any(
+                block
+                for group, table in enumerate(sequence.tables)
+                for block in table[: world.blocks.first_seen(group, sequence.num_computed)]
+            )
         references = Counter(digest for sequence in holding for digest, _ in sequence.adapter)
         assert +world.residency.references == references
         assert all(sequence.in_flight and sequence.ended for sequence in world.scheduler.leaving)
         assert self.depth or not world.scheduler.leaving
         for queue in (world.scheduler.running, world.scheduler.waiting):
             assert [int(sequence.id) for sequence in queue] == sorted(int(sequence.id) for sequence in queue)
-        assert not any(sequence.blocks for sequence in world.scheduler.waiting)
+        assert not any(sequence.tables for sequence in world.scheduler.waiting)
 
     def teardown(self) -> None:
         self.world.run()
@@ -134,10 +144,24 @@ class AnythingMayHappenInFlight(AnythingMayHappen):
     depth = 1
 
 
+class SlidingLayers(AnythingMayHappen):
+    """Some layers see a window, and their blocks run out now and then before the others'."""
+
+    sliding = 7
+
+
+class SlidingLayersInFlight(SlidingLayers):
+    depth = 1
+
+
 TestAnythingMayHappen = AnythingMayHappen.TestCase
 TestAnythingMayHappenInFlight = AnythingMayHappenInFlight.TestCase
+TestSlidingLayers = SlidingLayers.TestCase
+TestSlidingLayersInFlight = SlidingLayersInFlight.TestCase
 for case in (TestAnythingMayHappen, TestAnythingMayHappenInFlight):
     case.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+for case in (TestSlidingLayers, TestSlidingLayersInFlight):
+    case.settings = settings(max_examples=75, stateful_step_count=30, deadline=None)
 
 
 @settings(max_examples=80, deadline=None)

@@ -77,6 +77,28 @@ async def test_files_are_listed_and_deleted(site: TuningSite) -> None:
     refused(await site.client.delete(f"/v1/files/{ids[0]}"), "id", 404)
 
 
+async def test_a_file_is_looked_at_line_by_line(site: TuningSite) -> None:
+    lines = [EXAMPLES[0], b"", {"prompt": "a\U0001f99c", "completion": "b"}, {"text": "word " * 3000}]
+    uploaded = (await site.client.post("/v1/files", files=as_file(lines), data={"purpose": "fine-tune"})).json()
+    preview = f"/v1/files/{uploaded['id']}/preview"
+    first = (await site.client.get(f"{preview}?limit=1")).json()
+    assert ([line["line"] for line in first["data"]], first["has_more"]) == ([1], True)
+    rest = (await site.client.get(f"{preview}?after=1")).json()
+    assert ([line["line"] for line in rest["data"]], rest["has_more"]) == ([3, 4], False)
+    completion, text = rest["data"]
+    [sequence] = completion["sequences"]
+    trained = [token for token, counts in zip(sequence["tokens"], sequence["trained"], strict=True) if counts]
+    assert trained == ["b", "<|im_end|>"]
+    assert "".join(sequence["tokens"]) == "a\U0001f99cb<|im_end|>"
+    assert text["cut"]
+    assert text["length"] > len(text["sequences"][0]["tokens"])
+    shown = [*first["data"], *rest["data"]]
+    counts = [sum(sequence["trained"]) for line in shown for sequence in line["sequences"]]
+    assert sum(counts) == uploaded["report"]["trained_tokens"]
+    refused(await site.client.get(f"{preview}?limit=101"), "limit")
+    refused(await site.client.get("/v1/files/file-nobody/preview"), "id", 404)
+
+
 @pytest.mark.parametrize("query", ["limit=0", "limit=x", "limit=-1", "limit=10001", "limit=99999999999999999999"])
 async def test_bad_limits(site: TuningSite, query: str) -> None:
     for path in ("/v1/files", "/v1/fine_tuning/jobs"):

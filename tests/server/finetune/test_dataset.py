@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.finetune import dataset
-from server.finetune.dataset import DatasetError, load_dataset
+from server.finetune.dataset import load_dataset
+from server.finetune.rows import DatasetError
 from server.messages.dataset import Dataset
 from tests.support.tiny import _tokenizer
 
@@ -25,9 +26,13 @@ class TinyTokenizer:
         self.hf: transformers.PreTrainedTokenizerFast = _tokenizer()
         self.template = template or self.hf.chat_template
         self.eos_token_ids = [int(self.hf.eos_token_id)]
+        self.markers = ()
+        self.formats = (None, None)
         self.special_tokens = {id_: token.content for id_, token in self.hf.added_tokens_decoder.items()}
 
-    def render_chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    def render_chat(
+        self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool, tools: Sequence[dict[str, Any]] = ()
+    ) -> str:
         text = self.hf.apply_chat_template(
             list(messages),
             chat_template=self.template,
@@ -267,7 +272,9 @@ class CountingTokenizer(TinyTokenizer):
 
     rendered = 0
 
-    def render_chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    def render_chat(
+        self, messages: Sequence[dict[str, Any]], *, add_generation_prompt: bool, tools: Sequence[dict[str, Any]] = ()
+    ) -> str:
         self.rendered += len(messages)
         return super().render_chat(messages, add_generation_prompt=add_generation_prompt)
 
@@ -323,6 +330,11 @@ def test_answers_without_questions_bound_the_turns(role: str) -> None:
 # --- what is refused --------------------------------------------------------------------------------
 
 
+def _calling(arguments: Any) -> dict[str, Any]:
+    """A chat whose second message calls a function with these."""
+    return _turn(tool_calls=[{"function": {"name": "f", "arguments": arguments}}])
+
+
 def _turn(**fields: Any) -> dict[str, Any]:
     """A chat whose second message has these fields beside its role."""
     return {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", **fields}]}
@@ -355,8 +367,12 @@ BAD: list[tuple[Any, str | None]] = [
     ({"text": "a", "prompt": "b"}, "prompt"),
     ({"messages": GOOD["messages"], "text": "b"}, "text"),
     ({"text": "a", "id": 1}, "id"),
-    ({**GOOD, "tools": [{"type": "function"}]}, "tools"),
-    ({**GOOD, "parallel_tool_calls": True}, "parallel_tool_calls"),
+    ({**GOOD, "tools": [{"type": "function"}]}, "tools[0].function"),
+    ({**GOOD, "tools": [{"type": "search", "function": {"name": "f"}}]}, "tools[0].type"),
+    ({**GOOD, "tools": [{"function": {"name": "f", "body": "x"}}]}, "tools[0].function.body"),
+    ({**GOOD, "tools": [{"function": {"name": "f"}}, {"function": {"name": "f"}}]}, "tools"),
+    ({**GOOD, "parallel_tool_calls": "yes"}, "parallel_tool_calls"),
+    ({"text": "a", "tools": [{"function": {"name": "f"}}]}, "tools"),
     # text, prompt, completion
     ({"text": None}, "text"),
     ({"text": 5}, "text"),
@@ -398,7 +414,22 @@ BAD: list[tuple[Any, str | None]] = [
     (_turn(content="a", weight=0.5), "messages[1].weight"),
     (_turn(content="a", weight=True), "messages[1].weight"),
     (_turn(content="a", weight="1"), "messages[1].weight"),
-    (_turn(content="a", tool_calls=[{"id": "1"}]), "messages[1].tool_calls"),
+    (_turn(content="a", tool_calls=[{"id": "1"}]), "messages[1].tool_calls[0].function"),
+    (_calling("{"), "messages[1].tool_calls[0].function.arguments"),
+    (
+        _turn(tool_calls=[{"function": {"name": "f", "arguments": "[]"}}]),
+        "messages[1].tool_calls[0].function.arguments",
+    ),
+    (_calling(5), "messages[1].tool_calls[0].function.arguments"),
+    (_turn(tool_calls=[{"function": {}}]), "messages[1].tool_calls[0].function.name"),
+    (_turn(tool_calls=[]), "messages[1].content"),
+    (
+        {**_turn(tool_calls=[{"function": {"name": "f"}}] * 2), "parallel_tool_calls": False},
+        "messages[1].tool_calls",
+    ),
+    (_turn(content="a", reasoning=["so"]), "messages[1].reasoning"),
+    (_turn(content="a", reasoning_details=[{"text": "so"}]), "messages[1].reasoning_details"),
+    ({"messages": [{"role": "user", "content": "a", "thinking": "b"}, *GOOD["messages"]]}, "messages[0]"),
     (_turn(content="a", function_call={"name": "f"}), "messages[1].function_call"),
     (_turn(content="a", name=5), "messages[1].name"),
     (_turn(content="a", Role="user"), "messages[1].Role"),

@@ -1,6 +1,7 @@
 """Evaluations: the numbers against a straightforward computation, and their life on a real engine."""
 
 import asyncio
+import json
 import math
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
@@ -114,6 +115,24 @@ async def test_what_was_learned_by_heart_matches(site: TuningSite) -> None:
     results = (await evaluate(site, model=tuned, file=file))["results"]
     assert (results["base"]["exact_match"], results["adapter"]["exact_match"]) == (0.0, 1.0)
     assert results["adapter"]["loss"] < 0.1 < results["base"]["loss"]
+
+
+async def test_every_example_has_a_row_in_the_result_file(site: TuningSite, tmp_path: Path, model_dir: Path) -> None:
+    directory = tiny_adapter(tmp_path / "adapter", model_dir)
+    await site.services.registry.publisher.import_directory(TENANT, "mine", directory)
+    done = await evaluate(site, model="mine", file=await site.upload(EXAMPLES[:3]))
+    [result] = done["result_files"]
+    content = (await site.client.get(f"/v1/files/{result}/content")).text
+    rows = [json.loads(line) for line in content.splitlines()]
+    assert [row["example"] for row in rows] == [1, 2, 3]
+    asked = [[message["content"] for message in line["messages"]] for line in EXAMPLES[:3]]
+    for row, (question, answer) in zip(rows, asked, strict=True):
+        assert question in row["prompt"]
+        assert row["expected"] == answer.strip()
+        assert row["adapter"]["exact_match"] == (row["adapter"]["answer"] == row["expected"])
+        assert row["adapter"]["loss"] != row["base"]["loss"]
+    await site.client.delete(f"/v1/evaluations/{done['id']}")
+    assert (await site.client.get(f"/v1/files/{result}")).status_code == 404
 
 
 async def test_the_base_alone_and_a_text_without_answer(site: TuningSite) -> None:

@@ -95,3 +95,30 @@ async def test_a_chat_fine_tune_stops_in_serving(
         results = (await site.client.get(f"/v1/evaluations/{evaluation}")).json()["results"]
         assert results["adapter"]["exact_match"] == 1.0
     engine.close()
+
+
+async def test_a_fine_tune_on_calls_serves_with_the_formats_of_its_rows(tmp_path: Path, tiny_engine: Engine) -> None:
+    call = {"function": {"name": "look", "arguments": {"at": "it"}}}
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+    asked = [{"role": "user", "content": "say 7"}]
+    row = {"messages": [*asked, {"role": "assistant", "tool_calls": [call], "reasoning": "so"}], "tools": tools}
+    engine = ServingEngine(tiny_engine)
+    async with tuning_site(tmp_path / "data", engine) as site:
+        job = await site.create(
+            training_file=await site.upload([row]),
+            hyperparameters={"n_epochs": 60},
+            training={"learning_rate": 1e-2, "checkpoint_every": 60},
+        )
+        done = await site.until(job["id"])
+        assert (done["tool_format"], done["reasoning_format"]) == ("hermes", "think")
+        name = done["fine_tuned_model"]
+        adapter = (await site.client.get(f"/v1/adapters/{name}")).json()
+        assert (adapter["tool_format"], adapter["reasoning_format"]) == ("hermes", "think")
+        assert (await site.client.get("/v1/models/tiny")).json()["reasoning_format"] is None
+        body = {"model": name, "messages": asked, "tools": tools, "temperature": 0, "max_tokens": 80}
+        choice = (await site.client.post("/v1/chat/completions", json=body)).json()["choices"][0]
+        assert choice["finish_reason"] == "tool_calls"
+        assert choice["message"]["reasoning"] == "so"
+        [said] = choice["message"]["tool_calls"]
+        assert said["function"] == {"name": "look", "arguments": '{"at": "it"}'}
+    engine.close()

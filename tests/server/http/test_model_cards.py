@@ -39,6 +39,7 @@ async def test_the_base_and_its_adapters_are_models(site: Site) -> None:
         stops = {
             "stop_tokens": [{"id": 2, "token": "<|im_end|>", "named_by": ["chat template"]}],
             "tool_format": "hermes",
+            "reasoning_format": None,
         }
         assert (await client.get("/v1/models/legal")).json() == adapter | stops
         assert (await client.get(f"/v1/models/{BASE}")).json() == base | stops
@@ -94,6 +95,7 @@ async def test_ready_means_that_a_request_would_be_served(site: Site) -> None:
             "base_digest": BASE_DIGEST,
             "stop_tokens": [{"id": 2, "token": "<|im_end|>", "named_by": ["chat template"]}],
             "int8_drift": None,
+            "kv_cache": None,
         }
 
         site.engine.unready_reason, site.engine.pid = "the engine is being restarted", None

@@ -28,6 +28,7 @@ from starlette.routing import Route
 from server.http.operations import Operation
 from server.messages.training import MemoryPlan, PlanMemory
 from server.openai.grammars import ConstrainedBody
+from server.ui import PATHS as CONSOLE_PATHS
 from tests.support.harness import adapter_files
 from tests.support.scripted import BASE, ScriptedEngine, Served, serving
 
@@ -53,7 +54,7 @@ async def document_of(served: Served, **headers: str) -> dict[str, Any]:
 async def test_every_method_of_every_path_is_described(tmp_path: Path) -> None:
     async with serving(tmp_path, lora_dir=tmp_path) as served:
         document = await document_of(served)
-        routes = [route for route in served.app.routes if isinstance(route, Route)]
+        routes = [route for route in served.app.routes if isinstance(route, Route) and route.path not in CONSOLE_PATHS]
     described = {(path, method.upper()) for path, methods in document["paths"].items() for method in methods}
     served_methods = {
         (route.path.replace(":path", ""), method) for route in routes for method in (route.methods or set()) - {"HEAD"}
@@ -175,10 +176,12 @@ class Api:
         file = self._post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("train.jsonl", line)})
         job = self._post("/v1/fine_tuning/jobs", json={"model": BASE, "training_file": file["id"]})
         evaluation = self._post("/v1/evaluations", json={"model": BASE, "file": file["id"]})
+        response = self._post("/v1/responses", json={"model": BASE, "input": "a", "background": True})
         self.known = {"files": file["id"], "fine_tuning": job["id"], "evaluations": evaluation["id"]}
+        self.known["responses"] = response["id"]
         messages = [{"role": "user", "content": "a"}]
         self.fields = {"model": BASE, "training_file": file["id"], "file": file["id"]}
-        self.fields |= {"messages": messages, "tool_choice": "auto", "prompt": "a"}
+        self.fields |= {"messages": messages, "tool_choice": "auto", "prompt": "a", "input": "a", "max_tokens": 5}
 
     def _post(self, path: str, **body: Any) -> dict[str, Any]:
         response = self._runner.run(self.served.client.post(path, **body))
@@ -195,9 +198,15 @@ class Api:
         content = sent.body.encode() if isinstance(sent.body, str) else cast("bytes | None", sent.body)
         response = self._runner.run(self.served.client.request(sent.method, sent.url, headers=headers, content=content))
         self.statuses[case.operation.label, response.status_code] += 1
+        self._runner.run(self._settled())
         case.validate_response(response, checks=CHECKS)
         running = {name for name in self.served.engine.running if not name.startswith("eval-")}  # those go on
         assert (running, self.served.services.admission.requests) == (set(), 0)
+
+    async def _settled(self) -> None:
+        """Once nothing is made in the background."""
+        tasks = [running.task for running in self.served.services.responses.running.values() if running.task]
+        await asyncio.gather(*tasks)
 
     def close(self) -> None:
         self._runner.run(self._application.__aexit__(None, None, None))
@@ -218,8 +227,8 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
 
 
 TAGS = (
-    *("completions", "chat", "tokenize", "versions", "checks", "pins", "merging", "adapters", "models", "files"),
-    *("fine_tuning", "evaluations", "health", "vllm", "reference"),
+    *("completions", "chat", "responses", "messages", "tokenize", "versions", "checks", "pins", "merging", "adapters"),
+    *("models", "files", "fine_tuning", "evaluations", "health", "server_history", "vllm", "reference"),
 )
 
 

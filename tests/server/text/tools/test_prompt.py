@@ -86,7 +86,7 @@ def test_marks_of_other_families(sign: str, tool_format: str) -> None:
     [
         ("qwen2.5", '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call>'),
         ("llama3.1", '{"name": "get_weather", "parameters": {"city": "Rome"}}<|eot_id|>'),
-        ("llama3.2_pythonic", "[get_weather(city=Rome)]<|eot_id|>"),
+        ("llama3.2_pythonic", '[get_weather(city="Rome")]<|eot_id|>'),
         ("mistral", '[TOOL_CALLS] [{"name": "get_weather", "arguments": {"city": "Rome"}, "id": "'),
         ("qwen3_coder", "<tool_call>\n<function=get_weather>\n<parameter=city>\nRome\n</parameter>\n</function>"),
         ("deepseek_v3.1", 'get_weather<｜tool▁sep｜>{"city": "Rome"}<｜tool▁call▁end｜>'),

@@ -1,0 +1,257 @@
+"""The cost and the gain of answers that follow a grammar, and of compiling it, beside free ones.
+
+One server, eight requests on eight adapters; free and constrained bursts alternate, and neighbours are compared. Then
+eight streams on eight adapters while others ask for one token each, without a schema and with a new one of 10 kB every
+time. Where llama.cpp's server is installed, both answer the same schema on the base, in turns.
+"""
+
+import asyncio
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import numpy as np
+from rich.table import Table
+
+from loadtest.peers.base import Kit, ServerSide
+from loadtest.peers.llama import Llama
+from loadtest.peers.lorakeet import Lorakeet, adapter_name
+
+TOGETHER = 8
+TOKENS = 96  # of an answer that a grammar never ends
+LEAST_DECODE, LEAST_FORCED, MOST_SLOWER = 0.95, 1.4, 1.1
+SCHEMA_BYTES = 10_000
+STREAMED = 400  # tokens of each stream beside which schemas are compiled
+PAUSE = 0.25  # seconds between those
+WORDS = ("order", "customer", "delivery", "address", "quantity", "article", "priority", "remark", "storage", "invoice")
+
+# Nothing of it is forced, and nearly every token is allowed, as within a string.
+OPEN = {"structured_outputs": {"regex": r"[^\x00]{4000}"}}
+# About half of the text is forced: names and punctuation are, values are not.
+_VALUE = {"type": "string", "pattern": "^[a-z]{12}$"}
+_NAMES = ("name_of_customer", "city_of_delivery", "article_number", "preferred_colour", "contact_person")
+RECORD: dict[str, Any] = {
+    "type": "object",
+    "properties": dict.fromkeys(_NAMES, _VALUE),
+    "required": list(_NAMES),
+    "additionalProperties": False,
+}
+_MESSAGES = [{"role": "user", "content": "Write down an order of a customer as JSON."}]
+
+Report = Callable[[str], None]
+Body = dict[str, Any]
+
+
+def of_schema(schema: Body) -> Body:
+    """The field of a request whose answer follows a JSON Schema."""
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}}
+
+
+def large_schema(seed: int) -> Body:
+    """One of about `SCHEMA_BYTES` that nobody has asked for yet."""
+    draws = random.Random(seed)
+    schema: Body = {"type": "object", "properties": {}, "required": []}
+    while len(json.dumps(schema)) < SCHEMA_BYTES:
+        name = f"{draws.choice(WORDS)}_{draws.choice(WORDS)}_{draws.randrange(10**6)}"
+        schema["properties"][name] = draws.choice(
+            (
+                {"type": "string", "maxLength": draws.randrange(10, 90)},
+                {"type": "integer", "minimum": 0, "maximum": draws.randrange(10, 9999)},
+                {"enum": draws.sample(WORDS, 4)},
+                {"type": "array", "items": {"type": "number"}, "maxItems": draws.randrange(2, 9)},
+            )
+        )
+        schema["required"].append(name)
+    return schema
+
+
+@dataclass
+class Pairs:
+    """Output tokens/s of neighbouring bursts."""
+
+    free: list[float] = field(default_factory=list)
+    constrained: list[float] = field(default_factory=list)
+
+    @property
+    def ratio(self) -> float:
+        """Constrained speed as a multiple of the free one: the median over pairs."""
+        return statistics.median(mine / other for mine, other in zip(self.constrained, self.free, strict=True))
+
+
+@dataclass
+class Streams:
+    """Seconds between tokens of the streams, and to the other requests' only token."""
+
+    gaps: list[float] = field(default_factory=list)
+    answers: list[float] = field(default_factory=list)
+
+    @property
+    def p99(self) -> float:
+        return float(np.percentile(self.gaps, 99))
+
+
+async def measure(kit: Kit, *, rounds: int, report: Report) -> dict[str, Any]:
+    """Run everything; JSON values."""
+    side = Lorakeet()
+    names = [adapter_name(adapter) for adapter in kit.adapters][:TOGETHER]
+    try:
+        await side.start(kit)
+        async with httpx.AsyncClient(base_url=side.url, timeout=300) as http:
+            pairs = {
+                kind: await decode(http, names, more, rounds=rounds, report=report)
+                for kind, more in (("nothing forced", OPEN), ("half forced", of_schema(RECORD)))
+            }
+            without, with_schema = await beside_streams(http, names, rounds=rounds, report=report)
+    finally:
+        await side.stop()
+    return summary(pairs, without, with_schema) | {"peers": await beside_llama(kit, rounds=rounds, report=report)}
+
+
+async def decode(http: httpx.AsyncClient, names: Sequence[str], more: Body, *, rounds: int, report: Report) -> Pairs:
+    """Bursts that follow a grammar, and free ones of as many tokens."""
+    bodies = [{"model": name, "messages": _MESSAGES, "temperature": 1.0, "seed": 1} for name in names]
+    limits = [TOKENS if more is OPEN else 4 * TOKENS] * len(bodies)
+    for body in bodies:
+        await _ask(http, body | more | {"max_tokens": 1})  # its prompt into the prefix cache, its grammar compiled
+    pairs = Pairs()
+    for index in range(rounds):
+        rates, limits = await _burst(http, [body | more for body in bodies], limits, ended=more is not OPEN)
+        pairs.constrained.append(rates)
+        rates, _ = await _burst(http, [body | {"ignore_eos": True} for body in bodies], limits, ended=False)
+        pairs.free.append(rates)
+        limits = [TOKENS if more is OPEN else 4 * TOKENS] * len(bodies)
+        speeds = f"{pairs.constrained[-1]:.1f} tokens/s, free ones {pairs.free[-1]:.1f}"
+        report(f"round {index + 1}/{rounds}  {'nothing' if more is OPEN else 'half'} forced: {speeds}")
+    return pairs
+
+
+async def _burst(
+    http: httpx.AsyncClient, bodies: Sequence[Body], limits: Sequence[int], *, ended: bool
+) -> tuple[float, list[int]]:
+    """Every body at once: output tokens/s, and the tokens of each answer. `ended`: whether a grammar ends them."""
+    begin = time.perf_counter()
+    limited = [body | {"max_tokens": limit} for body, limit in zip(bodies, limits, strict=True)]
+    answers = await asyncio.gather(*(_ask(http, body) for body in limited))
+    seconds = time.perf_counter() - begin
+    assert {answer["choices"][0]["finish_reason"] for answer in answers} == {"stop" if ended else "length"}
+    tokens = [answer["usage"]["completion_tokens"] for answer in answers]
+    return sum(tokens) / seconds, tokens
+
+
+async def beside_streams(
+    http: httpx.AsyncClient, names: Sequence[str], *, rounds: int, report: Report
+) -> tuple[Streams, Streams]:
+    """Streams, while others ask for one token: first without a schema, then with one that is new each time."""
+    without, with_schema = Streams(), Streams()
+    for index in range(rounds):
+        for kind, found in (("without", without), ("with", with_schema)):
+            ended = asyncio.Event()
+            others = asyncio.create_task(
+                _others(http, names[0], found, ended, schemas=kind == "with", seed=1000 * index)
+            )
+            await asyncio.gather(*(_stream(http, name, found) for name in names))
+            ended.set()
+            await others
+            report(f"round {index + 1}/{rounds}  streams {kind} new schemas: ITL P99 {found.p99 * 1e3:.1f} ms so far")
+    return without, with_schema
+
+
+async def _others(
+    http: httpx.AsyncClient, name: str, found: Streams, ended: asyncio.Event, *, schemas: bool, seed: int
+) -> None:
+    while not ended.is_set():
+        more = of_schema(large_schema(seed := seed + 1)) if schemas else {}
+        begin = time.perf_counter()
+        await _ask(http, {"model": name, "messages": _MESSAGES, "max_tokens": 1} | more)
+        found.answers.append(time.perf_counter() - begin)
+        await asyncio.sleep(PAUSE)
+
+
+async def _stream(http: httpx.AsyncClient, name: str, found: Streams) -> None:
+    body = {"model": name, "messages": _MESSAGES, "max_tokens": STREAMED, "ignore_eos": True, "stream": True}
+    async with http.stream("POST", "/v1/chat/completions", json=body) as answer:
+        answer.raise_for_status()
+        last: float | None = None
+        async for line in answer.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            now = time.perf_counter()
+            if last is not None:
+                found.gaps.append(now - last)
+            last = now
+
+
+async def beside_llama(kit: Kit, *, rounds: int, report: Report) -> dict[str, Any]:
+    """Output tokens/s of the same schema on the base, one request and eight, by both servers in turns."""
+    sides: list[ServerSide] = [Lorakeet(upload=False), Llama()]
+    if missing := sides[1].missing():
+        return {"missing": missing}
+    rates: dict[str, dict[int, list[float]]] = {side.name: {1: [], TOGETHER: []} for side in sides}
+    try:
+        for side in sides:
+            await side.start(kit)
+        for index in range(rounds):
+            for side in sides if index % 2 else sides[::-1]:
+                async with httpx.AsyncClient(base_url=side.url, timeout=300) as http:
+                    body = {"model": "base", "messages": _MESSAGES, "temperature": 1.0} | of_schema(RECORD)
+                    await _ask(http, body | {"max_tokens": 1})
+                    for count, found in rates[side.name].items():
+                        bodies = [body | {"seed": seed} for seed in range(count)]
+                        rate, _ = await _burst(http, bodies, [4 * TOKENS] * count, ended=True)
+                        found.append(rate)
+                        report(f"round {index + 1}/{rounds}  {side.name}, {count} at once: {rate:.1f} tokens/s")
+    finally:
+        for side in sides:
+            await side.stop()
+    return {"tokens_per_second": rates}
+
+
+async def _ask(http: httpx.AsyncClient, body: Body) -> Any:
+    answer = await http.post("/v1/chat/completions", json=body)
+    answer.raise_for_status()
+    return answer.json()
+
+
+def summary(pairs: dict[str, Pairs], without: Streams, with_schema: Streams) -> dict[str, Any]:
+    """Figures and verdicts."""
+    least = {"nothing forced": LEAST_DECODE, "half forced": LEAST_FORCED}
+    slower = with_schema.p99 / without.p99
+    first, usual = statistics.median(with_schema.answers), statistics.median(without.answers)
+    return {
+        "requests": TOGETHER,
+        "decode": {kind: {"free": each.free, "constrained": each.constrained} for kind, each in pairs.items()},
+        "itl_p99_ms": {"without": without.p99 * 1e3, "with": with_schema.p99 * 1e3},
+        "first_token_ms": {"without": usual * 1e3, "with": first * 1e3, "schemas": len(with_schema.answers)},
+        "verdicts": [
+            *(
+                {
+                    "claim": f"{kind}: at least {least[kind]} x the speed of free answers",
+                    "value": round(each.ratio, 3),
+                    "holds": each.ratio >= least[kind],
+                }
+                for kind, each in pairs.items()
+            ),
+            {
+                "claim": f"others' P99 ITL within {MOST_SLOWER} x while new schemas of 10 kB are compiled",
+                "value": round(slower, 3),
+                "holds": slower <= MOST_SLOWER,
+            },
+        ],
+    }
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The result for a terminal."""
+    shown = Table("", "free", "constrained", title=f"Output tokens/s of {result['requests']} requests, medians")
+    for kind, rates in result["decode"].items():
+        shown.add_row(kind, *(f"{statistics.median(rates[which]):.1f}" for which in ("free", "constrained")))
+    first = result["first_token_ms"]
+    shown.add_row("ms to a first token", f"{first['without']:.0f}", f"{first['with']:.0f} with a new schema of 10 kB")
+    for name, rates in result.get("peers", {}).get("tokens_per_second", {}).items():
+        shown.add_row(f"{name}, half forced", "", ", ".join(f"{statistics.median(r):.1f}" for r in rates.values()))
+    return shown

@@ -1,0 +1,1 @@
+"""Anthropic's request and response shapes, over the chat request of `server/openai/`. API process."""

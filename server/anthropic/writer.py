@@ -1,0 +1,113 @@
+"""A chat's events as the events and the message of `/v1/messages`."""
+
+import uuid
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic_core import from_json
+
+from server.anthropic import objects as o
+from server.openai.chat import Addition, Call, Chat, Finish
+from server.text.tools.source import Arguments, Text, Thought
+
+_REASONS: dict[str, Literal["end_turn", "tool_use"]] = {"stop": "end_turn", "tool_calls": "tool_use"}
+
+
+class MessageWriter:
+    """Writes a chat's additions down.
+
+    Args:
+        most: the client's `max_tokens`.
+    """
+
+    def __init__(self, chat: Chat, most: int) -> None:
+        self._chat = chat
+        self._most = most
+        self._id = f"msg_{uuid.uuid4().hex}"
+        self._blocks: list[o.Block] = []  # the last one is as it was begun while it is open
+        self._texts: list[str] | None = None  # of the last block, while that is open
+        self._ending = o.Ending(stop_reason="end_turn", stop_sequence=None)
+
+    def begin(self) -> Iterator[o.MessageEvent]:
+        """It is under way."""
+        yield o.MessageStart(message=self._message(None))
+        yield o.Ping()
+
+    def add(self, addition: Addition) -> Iterator[o.MessageEvent]:
+        """The events that the addition makes."""
+        for event in addition.events:
+            match event:
+                case Text(text):
+                    yield from self._write(o.TextBlock(text=""), o.TextBlockDelta(text=text), text)
+                case Thought(text):
+                    yield from self._write(o.ThinkingBlock(thinking=""), o.ThinkingDelta(thinking=text), text)
+                case Call(id_, name):
+                    yield from self._open(o.ToolUseBlock(id=id_, name=name, input={}))
+                case Arguments(text):
+                    yield self._delta(o.InputDelta(partial_json=text), text)
+        if addition.finish is not None:
+            yield from self._close()
+            self._ending = self._end(addition.finish)
+            yield o.MessageDelta(delta=self._ending, usage=self._usage())
+            yield o.MessageStop()
+
+    def message(self) -> o.MessageObject:
+        """All of it."""
+        return self._message(self._ending)
+
+    def _write(self, block: o.Block, delta: Any, text: str) -> Iterator[o.MessageEvent]:
+        if self._texts is None or type(self._blocks[-1]) is not type(block):
+            yield from self._open(block)
+        yield self._delta(delta, text)
+
+    def _delta(self, delta: Any, text: str) -> o.MessageEvent:
+        assert self._texts is not None
+        self._texts.append(text)
+        return o.BlockDelta(index=len(self._blocks) - 1, delta=delta)
+
+    def _open(self, block: o.Block) -> Iterator[o.MessageEvent]:
+        yield from self._close()
+        self._blocks.append(block)
+        self._texts = []
+        yield o.BlockStart(index=len(self._blocks) - 1, content_block=block)
+
+    def _close(self) -> Iterator[o.MessageEvent]:
+        if self._texts is None:
+            return
+        text, self._texts = "".join(self._texts), None
+        match self._blocks[-1]:
+            case o.ToolUseBlock(id=id_, name=name):
+                given = from_json(text or "{}", allow_partial=True)  # as far as it came
+                self._blocks[-1] = o.ToolUseBlock(id=id_, name=name, input=given)
+            case o.ThinkingBlock():
+                self._blocks[-1] = o.ThinkingBlock(thinking=text)
+            case o.TextBlock():
+                self._blocks[-1] = o.TextBlock(text=text)
+        yield o.BlockStop(index=len(self._blocks) - 1)
+
+    def _end(self, finish: Finish) -> o.Ending:
+        if finish.reason == "length":
+            asked = self._chat.generation.usage.completion_tokens >= self._most
+            reason: o.StopReason = "max_tokens" if asked else "model_context_window_exceeded"
+            return o.Ending(stop_reason=reason, stop_sequence=None)
+        if isinstance(finish.stop_reason, str):
+            return o.Ending(stop_reason="stop_sequence", stop_sequence=finish.stop_reason)
+        return o.Ending(stop_reason=_REASONS[finish.reason], stop_sequence=None)
+
+    def _message(self, ending: o.Ending | None) -> o.MessageObject:
+        return o.MessageObject(
+            id=self._id,
+            model=self._chat.generation.target.asked,
+            content=list(self._blocks),
+            stop_reason=None if ending is None else ending.stop_reason,
+            stop_sequence=None if ending is None else ending.stop_sequence,
+            usage=self._usage(),
+        )
+
+    def _usage(self) -> o.MessageUsage:
+        usage = self._chat.generation.usage
+        return o.MessageUsage(
+            input_tokens=usage.prompt_tokens - usage.cached_tokens,
+            cache_read_input_tokens=usage.cached_tokens,
+            output_tokens=usage.completion_tokens,
+        )

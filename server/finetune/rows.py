@@ -1,0 +1,295 @@
+"""Lines of training data: what one may hold, and the checks that name a bad line and its field.
+
+Messages, tools and calls are those of chat requests; arguments may be objects, too, and ids may be missing.
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+import msgspec
+
+from adapters.strict_json import JsonFault, parse_json
+
+MAX_LINE_BYTES = 4 << 20
+
+
+class DatasetError(ValueError):
+    """A data set that is refused; `line` counts from 1 and `field` is the culprit's path within the line."""
+
+    def __init__(self, reason: str, line: int | None = None, field: str | None = None) -> None:
+        where = [f"line {line}"] if line is not None else []
+        where += [f"field `{field}`"] if field else []
+        super().__init__(f"{', '.join(where)}: {reason}" if where else reason)
+        self.reason = reason
+        self.line = line
+        self.field = field
+
+
+NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}  # of a tool without `parameters`
+
+
+class TextPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    name: str
+    arguments: str | dict[str, Any] | None = None
+
+    @property
+    def json(self) -> str:
+        if isinstance(self.arguments, dict):
+            return json.dumps(self.arguments, ensure_ascii=False)
+        return self.arguments or "{}"
+
+
+class ToolCall(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    function: CalledFunction
+    id: str | None = None
+    type: Literal["function"] = "function"
+    index: int | None = None
+
+
+class Function(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    function: Function
+    type: Literal["function"] = "function"
+
+    def for_template(self) -> dict[str, Any]:
+        """As requests' tools are shown."""
+        shown: dict[str, Any] = {"name": self.function.name, "description": self.function.description}
+        shown["parameters"] = NO_ARGUMENTS if self.function.parameters is None else self.function.parameters
+        return {"type": "function", "function": {name: value for name, value in shown.items() if value is not None}}
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One turn. `weight` 0 keeps an assistant turn out of the loss; a thought has any of three names."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None  # missing beside calls only
+    name: str | None = None
+    weight: Literal[0, 1] | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    thinking: str | None = None
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, list):
+            return "".join(part.text for part in self.content)
+        return self.content or ""
+
+    @property
+    def thought(self) -> str:
+        return self.reasoning or self.reasoning_content or self.thinking or ""
+
+    @property
+    def trained(self) -> bool:
+        """Whether its tokens count in the loss."""
+        return self.role == "assistant" and self.weight != 0 and bool(self.text or self.tool_calls or self.thought)
+
+
+class ChatExample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    messages: list[Message]
+    tools: list[Tool] | None = None
+    parallel_tool_calls: bool | None = None
+
+    def shown_tools(self) -> list[dict[str, Any]]:
+        """The tools as the chat template gets them."""
+        return [tool.for_template() for tool in self.tools or ()]
+
+    def shown_messages(self) -> list[dict[str, Any]]:
+        """The messages as those of requests. Calls without ids have numbers, which results take in their order."""
+        numbers, open_calls = itertools.count(), []
+        shown = []
+        for message in self.messages:
+            each: dict[str, Any] = {"role": message.role, "content": message.text}
+            if message.tool_calls:
+                calls = [
+                    {
+                        "id": call.id or f"call_{next(numbers)}",
+                        "type": "function",
+                        "function": {"name": call.function.name, "arguments": call.function.json},
+                    }
+                    for call in message.tool_calls
+                ]
+                each["tool_calls"] = calls
+                open_calls = [call["id"] for call in calls]
+            if message.thought:
+                each["reasoning"] = message.thought
+            if message.name is not None:
+                each["name"] = message.name
+            if message.role == "tool":
+                taken = message.tool_call_id or (open_calls[0] if open_calls else None)
+                open_calls = [id_ for id_ in open_calls if id_ != taken]
+                each |= {} if taken is None else {"tool_call_id": taken}
+            shown.append(each)
+        return shown
+
+
+class CompletionExample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    prompt: str
+    completion: str
+
+
+class TextExample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    text: str
+
+
+Example = ChatExample | CompletionExample | TextExample
+ExampleType = type[ChatExample] | type[CompletionExample] | type[TextExample]
+_FIELDS: dict[ExampleType, set[str]] = {  # those that tell an example's kind
+    ChatExample: {"messages"},
+    CompletionExample: {"prompt", "completion"},
+    TextExample: {"text"},
+}
+
+
+def read_examples(lines: Iterable[bytes]) -> Iterator[tuple[int, Example | None]]:
+    """Parse JSONL: `(line number, example)`, with None for a blank line.
+
+    Raises:
+        DatasetError: naming the line, and the field where one is to blame.
+    """
+    for number, line in enumerate(lines, start=1):
+        if len(line) > MAX_LINE_BYTES:
+            raise DatasetError(f"longer than {MAX_LINE_BYTES} bytes", number)
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some editors write
+        yield number, (_parse(line, number) if line.strip() else None)
+
+
+def _parse(line: bytes, number: int) -> Example:
+    try:
+        record = parse_json(line)
+    except JsonFault as fault:
+        if fault.key is not None:
+            raise DatasetError("given twice", number, fault.key) from fault
+        raise DatasetError(str(fault), number) from fault
+    if not isinstance(record, dict):
+        raise DatasetError(f"a JSON object is wanted, not {type(record).__name__}", number)
+    record = _without_empty_fields(record)
+    kind = _kind_of(record, number)
+    try:
+        example = msgspec.convert(record, kind, strict=True)
+    except msgspec.ValidationError as error:
+        reason, name = _locate(str(error))
+        raise DatasetError(reason, number, name) from error
+    if isinstance(example, ChatExample):
+        _check_chat(example, number)
+    _check_unicode(record, number)
+    return example
+
+
+_EMPTY: tuple[Any, ...] = (None, "", [], {})
+
+
+def _without_empty_fields(record: dict[str, Any]) -> dict[str, Any]:
+    """The record without fields that say nothing: unknown ones that are null or empty, and null ones of other kinds.
+
+    Answers of a chat endpoint carry such fields (`refusal`, `tool_calls`), and table exports one for every column.
+    """
+    given = [names for names in _FIELDS.values() if any(record.get(name) is not None for name in names)]
+    if given:
+        others = set().union(*_FIELDS.values()).difference(*given)
+        record = {name: value for name, value in record.items() if not (name in others and value is None)}
+    known = set().union(*_FIELDS.values())
+    record = {name: value for name, value in record.items() if name in known or value not in _EMPTY}
+    if isinstance(messages := record.get("messages"), list):
+        record["messages"] = [_plain_message(message) for message in messages]
+    return record
+
+
+def _plain_message(message: Any) -> Any:
+    if not isinstance(message, dict):
+        return message
+    plain = {name: value for name, value in message.items() if name in Message.__struct_fields__ or value not in _EMPTY}
+    weight = plain.get("weight")
+    if isinstance(weight, float) and weight in (0.0, 1.0):
+        plain["weight"] = int(weight)
+    return plain
+
+
+def _locate(message: str) -> tuple[str, str]:
+    """msgspec's "Object missing required field `role` - at `$.messages[0]`" as (reason, field's path)."""
+    reason, _, place = message.partition(" - at `$")
+    path = place.rstrip("`").lstrip(".")
+    if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", reason):
+        return "not known here", f"{path}.{unknown[1]}".lstrip(".")
+    if missing := re.fullmatch(r"Object missing required field `(.*)`", reason):
+        return "missing", f"{path}.{missing[1]}".lstrip(".")
+    return reason, path
+
+
+def _kind_of(record: dict[str, Any], number: int) -> ExampleType:
+    """Which of the three shapes a record has, by the fields it carries."""
+    present = [kind for kind, names in _FIELDS.items() if names & record.keys()]
+    if not present:
+        raise DatasetError("has neither `messages`, nor `prompt` and `completion`, nor `text`", number)
+    for name in record:
+        if not any(name in kind.__struct_fields__ for kind in present):
+            raise DatasetError("not known here", number, name)
+    if len(present) > 1:
+        raise DatasetError(f"mixes kinds of example: {', '.join(record)}", number, list(record)[-1])
+    return present[0]
+
+
+def _check_chat(example: ChatExample, number: int) -> None:
+    if not example.messages:
+        raise DatasetError("is empty", number, "messages")
+    for index, message in enumerate(example.messages):
+        if message.weight is not None and message.role != "assistant":
+            raise DatasetError("only an assistant message has a weight", number, f"messages[{index}].weight")
+        if message.role == "system" and index > 0:
+            raise DatasetError("a system message comes first", number, f"messages[{index}].role")
+        if message.content is None and not message.tool_calls:
+            raise DatasetError("missing", number, f"messages[{index}].content")
+        if (message.tool_calls or message.thought) and message.role != "assistant":
+            raise DatasetError("only an assistant message calls tools or thinks", number, f"messages[{index}]")
+        if example.parallel_tool_calls is False and len(message.tool_calls or ()) > 1:
+            reason = "several calls, where `parallel_tool_calls` is false"
+            raise DatasetError(reason, number, f"messages[{index}].tool_calls")
+        for i, call in enumerate(message.tool_calls or ()):
+            if not _is_object(call.function.json):
+                path = f"messages[{index}].tool_calls[{i}].function.arguments"
+                raise DatasetError("must be an object, or the JSON text of one", number, path)
+    names = [tool.function.name for tool in example.tools or ()]
+    if len(set(names)) < len(names):
+        raise DatasetError("two functions of one name", number, "tools")
+    if not any(message.role == "assistant" for message in example.messages):
+        raise DatasetError("no assistant message to learn from", number, "messages")
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _check_unicode(value: Any, number: int, path: str = "") -> None:
+    """Refuse lone surrogates, which JSON can spell and no tokenizer can read."""
+    match value:
+        case str():
+            try:
+                value.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise DatasetError("holds a lone surrogate", number, path) from error
+        case dict():
+            for name, item in value.items():
+                _check_unicode(item, number, f"{path}.{name}" if path else name)
+        case list():
+            for index, item in enumerate(value):
+                _check_unicode(item, number, f"{path}[{index}]")

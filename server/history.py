@@ -1,0 +1,102 @@
+"""The last hour of the server in memory: a sample every few seconds of what its metrics say."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Collection, Mapping
+
+from adapters.peft_format.sizes import device_bytes
+from adapters.storage.store import AdapterStore
+from server.client.engine import EngineClient
+from server.metrics import PREFIX, Metrics
+
+SECONDS = 5.0  # between samples
+KEPT = int(3600 / SECONDS)
+# Rates per second, by the counters that they are made of.
+_RATES = {
+    "generation_tokens_per_second": "generation_tokens_total",
+    "prompt_tokens_per_second": "prompt_tokens_total",
+    "trained_tokens_per_second": "finetune_trained_tokens_total",
+    "training_share": "finetune_busy_seconds_total",
+}
+_GAUGES = {"requests_running": "num_requests_running", "requests_waiting": "num_requests_waiting"}
+_KV, _ERRORS = "kv_cache_usage_perc", "request_success_total"
+_STEPS, _STEP_ADAPTERS = "engine_step_adapters_count", "engine_step_adapters_sum"
+_READ = [*_RATES.values(), *_GAUGES.values(), _KV, _ERRORS, _STEPS, _STEP_ADAPTERS]
+COLUMNS = (
+    *("time", *_RATES, *_GAUGES, "kv_usage", "adapters_per_step", "errors", "engine_restarts"),
+    *("adapters_on_device", "adapters_in_host_memory", "adapter_device_bytes", "adapter_host_bytes"),
+)
+
+Sample = dict[str, float | None]
+
+
+class History:
+    """Samples of one server, oldest first. Counts (`errors`, `engine_restarts`) are those since the sample before."""
+
+    def __init__(self, metrics: Metrics, engine: EngineClient, store: AdapterStore) -> None:
+        self._metrics = metrics
+        self._engine = engine
+        self._store = store
+        self._samples: deque[Sample] = deque(maxlen=KEPT)
+        self._read = metrics.registry.restricted_registry([PREFIX + name for name in _READ])
+        self._before: tuple[float, dict[str, float]] | None = None
+        self._pid: int | None = None
+        self._sizes: dict[str, int] = {}  # digest -> bytes on the device
+
+    async def run(self) -> None:
+        """Sample until cancelled."""
+        while True:
+            self.sample()
+            await asyncio.sleep(SECONDS)
+
+    def sample(self) -> None:
+        """Take a sample now."""
+        now, values = time.time(), self._values()
+        seconds, before = self._before or (now, values)
+        self._before = now, values
+        passed = max(now - seconds, 1e-3)
+        grown = {name: values[name] - before.get(name, 0.0) for name in values}
+        steps = grown[_STEPS]
+        restarted = self._pid is not None and self._engine.pid not in (None, self._pid)
+        self._pid = self._engine.pid or self._pid
+        tiers = {tier: {digest for digest, at in self._metrics.resident if at == tier} for tier in ("device", "host")}
+        sizes = self._bytes(tiers["device"] | tiers["host"])
+        self._samples.append(
+            {
+                "time": round(now, 3),
+                **{column: round(grown[name] / passed, 3) for column, name in _RATES.items()},
+                **{column: values[name] for column, name in _GAUGES.items()},
+                "kv_usage": round(values[_KV], 4),
+                "adapters_per_step": round(grown[_STEP_ADAPTERS] / steps, 2) if steps else None,
+                "errors": grown[_ERRORS],
+                "engine_restarts": float(restarted),
+                "adapters_on_device": len(tiers["device"]),
+                "adapters_in_host_memory": len(tiers["host"]),
+                "adapter_device_bytes": sum(sizes[digest] for digest in tiers["device"]),
+                "adapter_host_bytes": sum(sizes[digest] for digest in tiers["host"]),
+            }
+        )
+
+    def since(self, after: float) -> dict[str, list[float | None]]:
+        """Samples that are newer, as columns."""
+        samples = [sample for sample in self._samples if (sample["time"] or 0) > after]
+        return {column: [sample[column] for sample in samples] for column in COLUMNS}
+
+    def _values(self) -> dict[str, float]:
+        """The metrics' values by name without the prefix; of finished requests those that failed."""
+        values = dict.fromkeys(_READ, 0.0)
+        for metric in self._read.collect():
+            for sample in metric.samples:
+                name = sample.name.removeprefix(PREFIX)
+                if name in values and sample.labels.get("finished_reason", "error") == "error":
+                    values[name] = sample.value
+        return values
+
+    def _bytes(self, digests: Collection[str]) -> Mapping[str, int]:
+        """What these take on the device; in host memory an adapter is as large."""
+        self._sizes = {digest: size for digest, size in self._sizes.items() if digest in digests}
+        if (new := set(digests) - self._sizes.keys()) and (info := self._engine.info) is not None:
+            rows = {version.digest: version.receipt["rows"] for version in self._store.all_versions()}
+            self._sizes |= {digest: device_bytes(rows.get(digest, {}), info.linears) for digest in new}
+        return self._sizes

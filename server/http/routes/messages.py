@@ -1,0 +1,85 @@
+"""`/v1/messages`: a conversation in Anthropic's shapes, and the next message."""
+
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from functools import partial
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Send
+
+from server.anthropic.body import CountBody, MessageBody
+from server.anthropic.objects import MessageError, MessageEvent, MessageObject, TokenCount
+from server.anthropic.writer import MessageWriter
+from server.errors import LorakeetError, TooManyRequests, anthropic_body
+from server.http.answer import Answer, encode_json, send_events, send_json
+from server.http.operations import OPENING, Operation
+from server.openai.chat import Chat, open_chat
+from server.openai.target import open_target
+from server.services import Services, services_of
+
+
+async def create_message(request: Request, body: MessageBody) -> Answer:
+    """The next message, whole or as server-sent events."""
+    return Answer(partial(_answer, services_of(request), body))
+
+
+async def _answer(services: Services, body: MessageBody, send: Send) -> None:
+    try:
+        async with open_chat(services, body.chat(), most=body.max_tokens) as chat:
+            writer = MessageWriter(chat, body.max_tokens)
+            headers = {"X-Adapter-Digest": chat.generation.target.digest}
+            async with aclosing(_events(writer, chat)) as events:
+                if body.stream:
+                    await send_events(send, events, headers, anthropic_body)
+                else:
+                    async for _ in events:
+                        pass
+                    await send_json(send, writer.message(), headers)
+    except LorakeetError as error:
+        raise body.refusal(error) from None
+
+
+async def _events(writer: MessageWriter, chat: Chat) -> AsyncGenerator[MessageEvent, None]:
+    begun = False
+    async with aclosing(chat.additions()) as additions:
+        async for addition in additions:
+            if not begun:
+                begun = True
+                for event in writer.begin():
+                    yield event
+            for event in writer.add(addition):
+                yield event
+
+
+async def count_message_tokens(request: Request, body: CountBody) -> Response:
+    """How many tokens the prompt has."""
+    services = services_of(request)
+    try:
+        chat = body.chat()
+        async with open_target(services, chat.model) as target:
+            _, ids = await chat.encode(target.text, services.engine_info.max_model_len)
+    except LorakeetError as error:
+        raise body.refusal(error) from None
+    return Response(encode_json(TokenCount(input_tokens=len(ids))), media_type="application/json")
+
+
+routes = [
+    Operation(
+        "POST",
+        "/v1/messages",
+        create_message,
+        answers=MessageObject,
+        events=MessageEvent,
+        refuses=(*OPENING, TooManyRequests),
+        error=MessageError,
+    ),
+    Operation(
+        "POST",
+        "/v1/messages/count_tokens",
+        count_message_tokens,
+        answers=TokenCount,
+        refuses=OPENING,
+        error=MessageError,
+    ),
+]

@@ -1,0 +1,233 @@
+"""`/v1/responses`: a conversation in items, and the model's next ones; kept, if wanted, and made in the background."""
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from functools import partial
+from typing import Any, Literal
+
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Send
+
+from server.errors import InvalidRequest, LorakeetError, TooManyRequests, as_error
+from server.http.answer import Answer, encode_json, send_events, send_json
+from server.http.operations import OPENING, Operation
+from server.http.paging import Query, Whole, WindowQuery, window
+from server.openai.chat import Chat, ChatBody, open_chat
+from server.openai.response_body import ResponseBody
+from server.openai.response_input import Item, ItemReference, as_item
+from server.openai.response_objects import DeletedResponse, InputItems, ResponseEvent, ResponseObject
+from server.openai.responses import ResponseWriter
+from server.response_store import Running
+from server.services import TENANT, Services, services_of
+
+
+class RetrieveQuery(Query):
+    stream: Literal["true", "false"] = "false"
+    starting_after: Whole | None = Field(None, ge=0)
+
+
+class ItemsQuery(WindowQuery):
+    limit: Whole = Field(20, ge=1, le=100)
+    order: Literal["asc", "desc"] = "desc"
+
+
+class _Work:
+    """A request for a response: what it answers, and as what it is kept."""
+
+    def __init__(self, services: Services, body: ResponseBody, number: str, items: list[Item]) -> None:
+        self.services = services
+        self.body = body
+        self.items = items
+        self.chat: ChatBody = body.chat(items)
+        self.kept = body.store is not False and services.responses.enabled
+        self._number = number
+
+    @property
+    def id(self) -> str:
+        return f"resp_{self._number}"
+
+    def writer(self, chat: Chat) -> ResponseWriter:
+        limit = self.services.settings.max_response_bytes
+        return ResponseWriter(self.body, chat, self._number, kept=self.kept, max_bytes=limit)
+
+    async def keep(self, writer: ResponseWriter, events: list[Any] | None = None) -> None:
+        if self.kept:
+            save = self.services.responses.save
+            await asyncio.to_thread(save, TENANT, writer.response, self.items, events)
+
+
+async def create_response(request: Request, body: ResponseBody) -> Answer:
+    """The model's next items, whole or as server-sent events; with `background` at once, to be fetched later."""
+    services = services_of(request)
+    if not services.responses.enabled and (body.store or body.background):
+        param = "store" if body.store else "background"
+        raise InvalidRequest(f"`{param}`: this server keeps no responses (--response-days).", param=param)
+    number = uuid.uuid4().hex
+    work = _Work(services, body, number, await asyncio.to_thread(_items, services, body, number))
+    return Answer(partial(_in_background if body.background else _answer, work))
+
+
+def _items(services: Services, body: ResponseBody, number: str) -> list[Item]:
+    """What is to be answered, earlier responses first. Raises NotFound."""
+    items: list[Item] = []
+    if body.previous_response_id is not None:
+        earlier = services.responses.get(TENANT, body.previous_response_id, param="previous_response_id")
+        if earlier.response["status"] == "in_progress":
+            message = "The response `previous_response_id` is not finished."
+            raise InvalidRequest(message, param="previous_response_id")
+        items += [*earlier.items, *earlier.response["output"]]
+    for i, item in enumerate(body.input):
+        if isinstance(item, ItemReference):
+            items.append(services.responses.item(TENANT, item.id, f"input.{i}.id"))
+        else:
+            items.append(as_item(item, f"{number}_in{i}"))
+    return items
+
+
+async def _answer(work: _Work, send: Send) -> None:
+    try:
+        async with open_chat(work.services, work.chat) as chat:
+            writer = work.writer(chat)
+            headers = {"X-Adapter-Digest": chat.generation.target.digest}
+            async with aclosing(_events(work, writer, chat)) as events:
+                if work.body.stream:
+                    await send_events(send, events, headers, writer.fail)
+                else:
+                    async for _ in events:
+                        pass
+                    await send_json(send, writer.response, headers)
+    except LorakeetError as error:
+        raise work.body.refusal(error) from None
+
+
+async def _events(work: _Work, writer: ResponseWriter, chat: Chat) -> AsyncGenerator[ResponseEvent, None]:
+    """The answer's events. It is kept before the last one is there."""
+    async with aclosing(chat.additions()) as additions:
+        async for addition in additions:
+            for event in writer.add(addition):
+                yield event
+    await work.keep(writer)
+    yield writer.last()
+
+
+async def _in_background(work: _Work, send: Send) -> None:
+    """Begin; the answer tells that it has, or follows the events."""
+    running = Running()
+    begun: asyncio.Future[ResponseObject] = asyncio.get_running_loop().create_future()
+    work.services.responses.begin(work.id, running, _run(work, running, begun))
+    response = await asyncio.shield(begun)
+    headers = {"X-Adapter-Digest": response.system_fingerprint}
+    if work.body.stream:
+        await _send_log(send, running, -1, headers)
+    else:
+        await send_json(send, response, headers)
+
+
+async def _run(work: _Work, running: Running, begun: asyncio.Future[ResponseObject]) -> None:
+    """Make a response while its events are published; what comes of it is kept."""
+    drain = work.services.drain
+    drain.enter()
+    try:
+        async with open_chat(work.services, work.chat) as chat:
+            with chat.generation.admitted():
+                writer = work.writer(chat)
+                log = running.events if work.body.stream else None
+                await work.keep(writer)
+                for event in writer.begin():
+                    running.publish(event)
+                begun.set_result(writer.response)
+                try:
+                    async with aclosing(chat.additions()) as additions:
+                        async for addition in additions:
+                            for event in writer.add(addition):
+                                running.publish(event)
+                    last = writer.last()
+                except asyncio.CancelledError:
+                    if not running.cancelled:
+                        raise
+                    writer.cancel()
+                    await work.keep(writer, log)
+                    return
+                except Exception as fault:
+                    last = writer.fail(work.body.refusal(as_error(fault)))
+                await work.keep(writer, None if log is None else [*log, last])
+                running.publish(last)
+    except Exception as fault:
+        if begun.done():
+            raise
+        begun.set_exception(work.body.refusal(as_error(fault)))
+    finally:
+        drain.leave()
+
+
+async def get_response(request: Request, query: RetrieveQuery) -> Response | Answer:
+    """A response that is kept. With `stream` its events, of one that was begun as a stream in the background."""
+    services, id_ = services_of(request), request.path_params["id"]
+    kept = await asyncio.to_thread(services.responses.get, TENANT, id_)
+    if query.stream == "false":
+        return _json(kept.response)
+    running = services.responses.running.get(id_)
+    if running is None:
+        if not kept.events:
+            message = "`stream` needs a response that was begun with `background` and `stream`."
+            raise InvalidRequest(message, param="stream")
+        running = Running(kept.events)
+        running.end()
+    after = -1 if query.starting_after is None else query.starting_after
+    return Answer(partial(_send_log, running=running, after=after, headers={}))
+
+
+async def _send_log(send: Send, running: Running, after: int, headers: dict[str, str]) -> None:
+    async with aclosing(running.follow(after)) as events:
+        await send_events(send, events, headers, LorakeetError.body)
+
+
+async def list_input_items(request: Request, query: ItemsQuery) -> Response:
+    """A page of the items that a response answered, newest first."""
+    kept = await asyncio.to_thread(services_of(request).responses.get, TENANT, request.path_params["id"])
+    items = kept.items if query.order == "asc" else kept.items[::-1]
+    part, more = window(query, [item["id"] for item in items])
+    page = items[part]
+    ends = {"first_id": page[0]["id"], "last_id": page[-1]["id"]} if page else {"first_id": None, "last_id": None}
+    return _json(InputItems(data=page, has_more=more, **ends))
+
+
+async def cancel_response(request: Request) -> Response:
+    """Stop a response in the background; one that has ended stays as it is."""
+    services, id_ = services_of(request), request.path_params["id"]
+    kept = await asyncio.to_thread(services.responses.get, TENANT, id_)
+    if not kept.response["background"]:
+        raise InvalidRequest("Only responses with `background` can be cancelled.", param="id")
+    await services.responses.cancel(id_)
+    return _json((await asyncio.to_thread(services.responses.get, TENANT, id_)).response)
+
+
+async def delete_response(request: Request) -> Response:
+    """Forget a response; if it runs, it stops."""
+    id_ = request.path_params["id"]
+    await services_of(request).responses.delete(TENANT, id_)
+    return _json(DeletedResponse(id=id_))
+
+
+def _json(content: Any) -> Response:
+    return Response(encode_json(content), media_type="application/json")
+
+
+routes = [
+    Operation(
+        "POST",
+        "/v1/responses",
+        create_response,
+        answers=ResponseObject,
+        events=ResponseEvent,
+        refuses=(*OPENING, TooManyRequests),
+    ),
+    Operation("GET", "/v1/responses/{id}", get_response, answers=ResponseObject, events=ResponseEvent),
+    Operation("GET", "/v1/responses/{id}/input_items", list_input_items, answers=InputItems),
+    Operation("POST", "/v1/responses/{id}/cancel", cancel_response, answers=ResponseObject),
+    Operation("DELETE", "/v1/responses/{id}", delete_response, answers=DeletedResponse),
+]

@@ -1,0 +1,41 @@
+"""`/v1/server/history`: the last hour of the server, kept in its memory, for charts."""
+
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from adapters.peft_format.sizes import device_bytes
+from server import history
+from server.http.objects import ServerHistory
+from server.http.operations import Operation
+from server.http.paging import Query
+from server.services import services_of
+
+
+class HistoryQuery(Query):
+    """Samples that are newer than this Unix time."""
+
+    after: float = Field(0.0, ge=0, allow_inf_nan=False)
+
+
+async def get_history(request: Request, query: HistoryQuery) -> Response:
+    """Samples of the last hour, in columns, and the sizes that they are to be held against."""
+    services = services_of(request)
+    info, settings = services.engine.info, services.settings
+    limits = {
+        "adapter_device_bytes": None if info is None else device_bytes(info.pool_rows, info.linears),
+        "adapter_host_bytes": settings.adapter_host_bytes,
+        "kv_tokens": None if info is None else info.block_size * info.num_blocks,
+        "batch_requests": settings.max_batch_requests,
+    }
+    return JSONResponse(
+        {
+            "object": "server.history",
+            "interval_seconds": history.SECONDS,
+            "limits": limits,
+            "samples": services.history.since(query.after),
+        }
+    )
+
+
+routes = [Operation("GET", "/v1/server/history", get_history, answers=ServerHistory)]

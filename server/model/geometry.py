@@ -1,0 +1,71 @@
+"""What each layer of a model keeps of a token: heads, their size, and whose keys and values it reads.
+
+Read off one step of the model itself: configs say it in too many ways.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapters.device.lora import StepSlot
+
+
+class Irregular(ValueError):
+    """The model's attention does not pass through the server's as a cache needs it; the message says how."""
+
+
+@dataclass(frozen=True)
+class LayerKV:
+    """One layer's keys and values."""
+
+    kv_heads: int
+    head_dim: int  # the wider one of keys and values
+    window: int  # a token sees so many of the last keys; 0 for all
+    source: int  # the layer that they belong to: itself, or an earlier one
+
+
+def reaches(layers: Sequence[LayerKV]) -> list[int]:
+    """Per layer the widest window of the layers that read the same keys; 0 for all."""
+    windows = [[other.window for other in layers if other.source == layer.source] for layer in layers]
+    return [0 if 0 in seen else max(seen) for seen in windows]
+
+
+@dataclass
+class _Recorder:
+    """Attention that computes nothing and records its calls."""
+
+    calls: list[tuple[int, int, Tensor, Tensor]] = field(default_factory=list)  # layer, window, keys, values
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int, *_: Any) -> Tensor:
+        self.calls.append((layer, window, k, v))
+        return q.new_zeros(*q.shape[:2], v.shape[2])
+
+
+@torch.no_grad()
+def probe(model: nn.Module, slot: StepSlot, layers: int, device: torch.device) -> list[LayerKV]:
+    """Run two tokens through a model whose attention asks `slot`, and see what each layer keeps.
+
+    Raises Irregular unless every layer attends exactly once.
+    """
+    recorder = _Recorder()
+    slot.attention = recorder
+    try:
+        ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+        model(input_ids=ids, position_ids=ids, use_cache=False)
+    finally:
+        slot.attention = None
+    order = [layer for layer, *_ in recorder.calls]
+    if sorted(order) != list(range(layers)):
+        raise Irregular(
+            f"a step of this {type(model).__name__} attends {len(order)} times through the server's cache, "
+            f"{layers} expected, once in each layer: its attention cannot be served"
+        )
+    found: dict[int, LayerKV] = {}
+    owners: dict[tuple[int, int], int] = {}  # addresses of keys and values -> the layer that made them
+    for layer, window, k, v in recorder.calls:
+        source = owners.setdefault((k.data_ptr(), v.data_ptr()), layer)
+        found[layer] = LayerKV(k.shape[1], max(k.shape[2], v.shape[2]), window, source)
+    return [found[layer] for layer in range(layers)]

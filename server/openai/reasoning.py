@@ -1,0 +1,57 @@
+"""Thoughts of one request's answers: how they are read, kept apart from grammars, counted and limited."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import msgspec
+
+from server.messages.protocol import Grammar, ThoughtBudget
+from server.text.processor import TextProcessor
+from server.text.reasoning import ReasoningFormat, ThoughtTokens, begun, lark_of_thought, thinking
+from server.text.tools.source import Reader
+
+_ANY_TEXT = Grammar("lark", "%llguidance {}\nstart: <[*]>*\n")
+
+
+@dataclass(frozen=True)
+class Thinking:
+    """How answers to one prompt think.
+
+    Attributes:
+        inside: whether the prompt ends within a thought; None where the answer may begin with one.
+        stops: tokens that end an answer.
+    """
+
+    text: TextProcessor
+    format: ReasoningFormat
+    inside: bool | None
+    stops: Collection[int]
+
+    @classmethod
+    def after(
+        cls, text: TextProcessor, reasoning: ReasoningFormat, prompt: str, continued: str | None
+    ) -> "Thinking | None":
+        """Of answers to this prompt, whose last message's text they may continue; None where none can think."""
+        inside = begun(reasoning, prompt, continued)
+        return None if inside is False else cls(text, reasoning, inside, list(text.stop_tokens))
+
+    def reader(self, then: Reader) -> Reader:
+        """Of a thought, and of what comes after it."""
+        return thinking(self.format, self.inside, then)
+
+    def counter(self) -> ThoughtTokens:
+        """Of one answer's thought."""
+        return ThoughtTokens(self.format, self.inside)
+
+    async def grammar(self, answer: Grammar | None, most: int | None) -> tuple[Grammar | None, ThoughtBudget | None]:
+        """The grammar of thought and answer, and what the thought may take: `most` tokens, if that is set."""
+        if answer is not None:
+            tokens = {token: id_ for id_, token in self.text.added_tokens.items()}
+            lark = lark_of_thought(self.format, self.inside, tokens, self.stops)
+            answer = msgspec.structs.replace(answer, thought=lark)
+        if most is None:
+            return answer, None
+        close = self.format.close
+        [ids] = await self.text.encode([close], add_special_tokens=False, max_tokens=len(close), param="messages")
+        begin = "" if self.inside else self.format.begin
+        return answer or _ANY_TEXT, ThoughtBudget(most, begin, self.format.end, ids)

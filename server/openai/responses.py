@@ -1,0 +1,190 @@
+"""A chat's events as the events and the object of `/v1/responses`."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from msgspec.structs import replace
+
+from server.errors import InvalidRequest, LorakeetError, TooManyRequests
+from server.openai import response_objects as o
+from server.openai.chat import Addition, Call, Chat
+from server.openai.logprobs import AnswerSize, chat_tokens
+from server.openai.response_body import ResponseBody
+from server.text.tools.source import Arguments, Text, Thought
+
+_PREFIX = {"message": "msg", "function_call": "fc", "reasoning": "rs"}
+
+
+@dataclass
+class _Open:
+    """The item of the output that is being written."""
+
+    kind: Literal["message", "function_call", "reasoning"]
+    id: str
+    index: int
+    call: Call | None = None
+    text: list[str] = field(default_factory=list)
+    logprobs: o.Logprobs = field(default_factory=list)
+
+    def part(self) -> o.OutputText | o.ReasoningText:
+        """Its text so far."""
+        text = "".join(self.text)
+        return o.OutputText(text=text, logprobs=self.logprobs) if self.kind == "message" else o.ReasoningText(text=text)
+
+    def item(self, status: o.ItemStatus) -> o.OutputItem:
+        """As it stands."""
+        if self.call is not None:
+            name, arguments = self.call.name, "".join(self.text)
+            return o.OutputCall(id=self.id, status=status, call_id=self.call.id, name=name, arguments=arguments)
+        content: list[Any] = [] if status == "in_progress" else [self.part()]
+        kind = o.OutputMessage if self.kind == "message" else o.OutputReasoning
+        return kind(id=self.id, status=status, content=content)
+
+
+class ResponseWriter:
+    """Writes a chat's additions down.
+
+    Args:
+        number: of the response; its id and those of its items end with it.
+        kept: whether it can be retrieved.
+        max_bytes: `max_response_bytes`.
+    """
+
+    def __init__(self, body: ResponseBody, chat: Chat, number: str, *, kept: bool, max_bytes: int) -> None:
+        self._body = body
+        self._chat = chat
+        self._number = number
+        self._events = 0
+        self._item: _Open | None = None
+        self._pending: o.Logprobs = []  # of text that is held back
+        self._size = AnswerSize(max_bytes, body.top_logprobs or 0 if body.logprobs else None, 65)
+        sampling, target = chat.generation.sampling, chat.generation.target
+        self.response = o.ResponseObject(
+            id=f"resp_{number}",
+            created_at=int(time.time()),
+            status="in_progress",
+            model=target.asked,
+            system_fingerprint=target.digest,
+            store=kept,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            **body.shown(),
+        )
+
+    def begin(self) -> list[o.ResponseEvent]:
+        """It is under way."""
+        return [self._of(o.Created, response=self.response), self._of(o.InProgress, response=self.response)]
+
+    def add(self, addition: Addition) -> list[o.ResponseEvent]:
+        """The events that the addition makes."""
+        events = [] if self._events else self.begin()
+        if self._body.logprobs:
+            self._size.add(len(addition.entries))
+            self._pending += chat_tokens(self._chat.text, addition.entries)
+        for event in addition.events:
+            match event:
+                case Text(text):
+                    events += self._write("message", text)
+                case Thought(text):
+                    events += self._write("reasoning", text)
+                case Call():
+                    events += self._open("function_call", event)
+                case Arguments(text):
+                    events += self._write("function_call", text)
+        if addition.finish is not None:
+            if self._item is None and not self.response.output:
+                events += self._write("message", "")
+            cut = addition.finish.reason == "length"
+            events += self._close("incomplete" if cut else "completed")
+            self._end("incomplete" if cut else "completed")
+        return events
+
+    def last(self) -> o.ResponseEvent:
+        """The event of its end."""
+        kind = {"completed": o.Completed, "incomplete": o.IncompleteEvent}.get(self.response.status, o.Failed)
+        return self._of(kind, response=self.response)
+
+    def fail(self, error: LorakeetError) -> o.ResponseEvent:
+        """It cannot be finished."""
+        code = {InvalidRequest: "invalid_prompt", TooManyRequests: "rate_limit_exceeded"}
+        named = next((name for kind, name in code.items() if isinstance(error, kind)), "server_error")
+        self._end("failed", o.ResponseFault(code=named, message=error.message))
+        return self.last()
+
+    def cancel(self) -> None:
+        """The client wants no more of it."""
+        list(self._close("incomplete"))
+        self._end("cancelled")
+
+    # --- items
+
+    def _write(self, kind: Literal["message", "function_call", "reasoning"], text: str) -> Iterator[o.ResponseEvent]:
+        if self._item is None or self._item.kind != kind:
+            yield from self._open(kind)
+        assert self._item is not None
+        item, logprobs = self._item, self._pending
+        self._pending = []
+        item.text.append(text)
+        at = {"item_id": item.id, "output_index": item.index}
+        if kind == "message":
+            item.logprobs += logprobs
+            if text:
+                yield self._of(o.TextDelta, **at, delta=text, logprobs=logprobs)
+        elif kind == "reasoning":
+            yield self._of(o.ReasoningDelta, **at, delta=text)
+        else:
+            yield self._of(o.ArgumentsDelta, **at, delta=text)
+
+    def _open(
+        self, kind: Literal["message", "function_call", "reasoning"], call: Call | None = None
+    ) -> Iterator[o.ResponseEvent]:
+        yield from self._close("completed")
+        index = len(self.response.output)
+        self._item = item = _Open(kind, f"{_PREFIX[kind]}_{self._number}_{index}", index, call)
+        yield self._of(o.ItemAdded, output_index=index, item=item.item("in_progress"))
+        if call is None:
+            yield self._of(o.PartAdded, item_id=item.id, output_index=index, part=item.part())
+
+    def _close(self, status: o.ItemStatus) -> Iterator[o.ResponseEvent]:
+        item, self._item = self._item, None
+        if item is None:
+            return
+        at: dict[str, Any] = {"item_id": item.id, "output_index": item.index}
+        text = "".join(item.text)
+        if item.call is not None:
+            yield self._of(o.ArgumentsDone, **at, name=item.call.name, arguments=text)
+        else:
+            if item.kind == "message":
+                item.logprobs += self._pending
+                yield self._of(o.TextDone, **at, text=text, logprobs=item.logprobs)
+            else:
+                yield self._of(o.ReasoningDone, **at, text=text)
+            yield self._of(o.PartDone, **at, part=item.part())
+        self._pending = []
+        done = item.item(status)
+        self.response.output.append(done)
+        yield self._of(o.ItemDone, output_index=item.index, item=done)
+
+    def _end(self, status: o.Status, error: o.ResponseFault | None = None) -> None:
+        usage = self._chat.generation.usage
+        self.response = replace(
+            self.response,
+            status=status,
+            error=error,
+            completed_at=int(time.time()) if status == "completed" else None,
+            incomplete_details=o.Incomplete() if status == "incomplete" else None,
+            usage=o.ResponseUsage(
+                input_tokens=usage.prompt_tokens,
+                input_tokens_details=o.InputTokens(cached_tokens=usage.cached_tokens),
+                output_tokens=usage.completion_tokens,
+                output_tokens_details=o.OutputTokens(reasoning_tokens=usage.reasoning_tokens or 0),
+                total_tokens=usage.prompt_tokens + usage.completion_tokens,
+            ),
+        )
+
+    def _of(self, kind: Any, **fields: Any) -> o.ResponseEvent:
+        event: o.ResponseEvent = kind(sequence_number=self._events, **fields)
+        self._events += 1
+        return event

@@ -1,0 +1,533 @@
+"""`/v1/responses` in front of a scripted engine. What it shares with chat is tested there."""
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import msgspec
+import pytest
+
+from server.errors import EngineUnavailable
+from tests.server.http.test_tools import use_template
+from tests.support.scripted import BASE, BASE_DIGEST, EOS, TEXT, Served, encode, serving
+from tests.support.templates import REASONING_TEMPLATES
+
+PROMPT = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+WEATHER: dict[str, Any] = {
+    "type": "function",
+    "name": "get_weather",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    "strict": False,
+}
+CALL = 'Let me see.\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+
+
+@pytest.fixture
+async def served(tmp_path: Path) -> AsyncIterator[Served]:
+    async with serving(tmp_path) as served:
+        assert served.engine.info is not None
+        served.engine.info = msgspec.structs.replace(served.engine.info, max_model_len=4096)
+        yield served
+
+
+def say(served: Served, text: str) -> None:
+    served.engine.reply = lambda request: [*encode(text), EOS]
+
+
+async def post(served: Served, **body: Any) -> httpx.Response:
+    return await served.client.post("/v1/responses", json={"model": BASE, "input": "Hi"} | body)
+
+
+async def made(served: Served, **body: Any) -> dict[str, Any]:
+    response = await post(served, **body)
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+async def get(served: Served, path: str, **query: Any) -> Any:
+    response = await served.client.get(f"/v1/responses/{path}", params=query)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+async def ended(served: Served, id_: str) -> dict[str, Any]:
+    """A response in the background once it is no longer in progress."""
+    if (running := served.services.responses.running.get(id_)) is not None:
+        async with asyncio.timeout(10):
+            _ = [event async for event in running.follow(-1)]
+    found: dict[str, Any] = await get(served, id_)
+    return found
+
+
+def events(response: httpx.Response) -> list[dict[str, Any]]:
+    assert response.status_code == 200, response.text
+    blocks = [block.split("\n") for block in response.text.strip().split("\n\n")]
+    read = [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in blocks]
+    assert all(name == event["type"] for name, event in read)
+    return [event for _, event in read]
+
+
+def sent_prompt(served: Served) -> str:
+    return served.services.text.decode(served.engine.requests[-1].prompt, skip_special_tokens=False)
+
+
+# --- answers ------------------------------------------------------------------------------------------------
+
+
+async def test_an_answer_has_openais_shape(served: Served) -> None:
+    response = await post(served, temperature=0.5, metadata={"a": "b"}, max_output_tokens=200)
+    assert response.headers["x-adapter-digest"] == BASE_DIGEST
+    body = response.json()
+    assert sent_prompt(served) == PROMPT
+    number = body["id"].removeprefix("resp_")
+    assert body.pop("created_at") <= body.pop("completed_at")
+    usage = body.pop("usage")
+    assert usage["input_tokens"] == len(encode(PROMPT))
+    assert usage["output_tokens"] == len(encode(TEXT)) + 1
+    assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
+    text = {"type": "output_text", "text": TEXT, "annotations": [], "logprobs": []}
+    message = {"id": f"msg_{number}_0", "type": "message", "role": "assistant", "status": "completed"}
+    assert body == {
+        "id": body["id"],
+        "object": "response",
+        "status": "completed",
+        "error": None,
+        "incomplete_details": None,
+        "model": BASE,
+        "system_fingerprint": BASE_DIGEST,
+        "output": [message | {"content": [text]}],
+        "background": False,
+        "instructions": None,
+        "max_output_tokens": 200,
+        "max_tool_calls": None,
+        "metadata": {"a": "b"},
+        "parallel_tool_calls": True,
+        "previous_response_id": None,
+        "prompt_cache_key": None,
+        "reasoning": {"effort": None, "summary": None},
+        "safety_identifier": None,
+        "service_tier": "default",
+        "store": True,
+        "temperature": 0.5,
+        "text": {"format": {"type": "text"}},
+        "tool_choice": "auto",
+        "tools": [],
+        "top_logprobs": 0,
+        "top_p": 1.0,
+        "truncation": "disabled",
+        "user": None,
+    }
+
+
+async def test_a_stream_of_text_has_all_its_events(served: Served) -> None:
+    say(served, "Hi there")
+    whole = (await made(served))["output"]
+    stream = events(await post(served, stream=True))
+    assert [event["sequence_number"] for event in stream] == list(range(len(stream)))
+    kinds = [event["type"] for event in stream]
+    deltas = [event for event in stream if event["type"] == "response.output_text.delta"]
+    assert kinds == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+        *["response.output_text.delta"] * len(deltas),
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+    assert len(deltas) > 1
+    assert "".join(delta["delta"] for delta in deltas) == "Hi there" == stream[-4]["text"]
+    assert stream[0]["response"]["status"] == "in_progress"
+    assert stream[0]["response"]["output"] == []
+    assert stream[2]["item"] | {"id": ""} == whole[0] | {"id": "", "status": "in_progress", "content": []}
+    assert stream[3]["part"]["text"] == ""
+    last = stream[-1]["response"]
+    assert (last["status"], last["output"]) == ("completed", [stream[-2]["item"]])
+    assert last["output"][0] | {"id": ""} == whole[0] | {"id": ""}
+    assert {event["item_id"] for event in deltas} == {last["output"][0]["id"]}
+
+
+async def test_calls_are_items_of_their_own(served: Served) -> None:
+    say(served, CALL)
+    message, call = (await made(served, tools=[WEATHER]))["output"]
+    assert message["content"][0]["text"] == "Let me see."
+    assert call["call_id"].startswith("call_")
+    assert call | {"id": "", "call_id": ""} == {
+        "id": "",
+        "type": "function_call",
+        "status": "completed",
+        "call_id": "",
+        "name": "get_weather",
+        "arguments": '{"city": "Rome"}',
+    }
+    stream = events(await post(served, tools=[WEATHER], stream=True))
+    mine = [event for event in stream if event.get("output_index") == 1]
+    deltas = [event["delta"] for event in mine if event["type"] == "response.function_call_arguments.delta"]
+    assert [event["type"] for event in mine] == [
+        "response.output_item.added",
+        *["response.function_call_arguments.delta"] * len(deltas),
+        "response.function_call_arguments.done",
+        "response.output_item.done",
+    ]
+    assert "".join(deltas) == mine[-2]["arguments"] == '{"city": "Rome"}'
+    assert mine[0]["item"]["arguments"] == ""
+
+
+async def test_an_answer_cut_short_is_incomplete(served: Served) -> None:
+    body = await made(served, max_output_tokens=3)
+    assert (body["status"], body["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+    assert body["output"][0]["status"] == "incomplete"
+    stream = events(await post(served, max_output_tokens=3, stream=True))
+    assert stream[-1]["type"] == "response.incomplete"
+
+
+async def test_an_empty_answer_is_an_empty_message(served: Served) -> None:
+    say(served, "")
+    assert (await made(served))["output"][0]["content"][0]["text"] == ""
+
+
+async def test_log_probabilities_spell_the_text(served: Served) -> None:
+    say(served, "a 漢")
+    body = await made(served, include=["message.output_text.logprobs"], top_logprobs=2)
+    logprobs = body["output"][0]["content"][0]["logprobs"]
+    assert bytes(byte for token in logprobs for byte in token["bytes"]).decode() == "a 漢"
+    assert all(len(token["top_logprobs"]) == 2 for token in logprobs)
+    stream = events(await post(served, top_logprobs=2, stream=True))
+    deltas = [event for event in stream if event["type"] == "response.output_text.delta"]
+    assert [token for delta in deltas for token in delta["logprobs"]] == logprobs
+
+
+async def test_a_failure_ends_the_stream_with_an_event(served: Served) -> None:
+    served.engine.fail = {3: EngineUnavailable("The engine stopped while this request was running.")}
+    stream = events(await post(served, stream=True))
+    assert stream[-1]["type"] == "response.failed"
+    assert stream[-1]["response"]["error"]["code"] == "server_error"
+    assert stream[-1]["sequence_number"] == len(stream) - 1
+    served.engine.fail = {0: EngineUnavailable("The engine stopped while this request was running.")}
+    assert (await post(served, stream=True)).status_code == 503
+
+
+async def test_adapters_answer(served: Served, tmp_path: Path) -> None:
+    digest = await served.add_adapter(tmp_path, "poet")
+    body = await made(served, model="poet")
+    assert (body["model"], body["system_fingerprint"]) == ("poet", digest)
+
+
+# --- input --------------------------------------------------------------------------------------------------
+
+
+async def test_instructions_and_items_make_the_prompt(served: Served) -> None:
+    items = [
+        {"role": "developer", "content": "D"},
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Rome?"}]},
+        {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "hm"}]},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "Let me see.", "annotations": []}]},
+        {"type": "function_call", "call_id": "c1", "name": "get_weather", "arguments": '{"city": "Rome"}'},
+        {"type": "function_call_output", "call_id": "c1", "output": [{"type": "input_text", "text": "sunny"}]},
+    ]
+    await made(served, instructions="Be brief.", input=items)
+    responses = sent_prompt(served)
+    function = {"name": "get_weather", "arguments": '{"city": "Rome"}'}
+    call = {"id": "c1", "type": "function", "function": function}
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "developer", "content": "D"},
+        {"role": "user", "content": "Rome?"},
+        {"role": "assistant", "content": "Let me see.", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "sunny"},
+    ]
+    await served.client.post("/v1/chat/completions", json={"model": BASE, "messages": messages})
+    assert sent_prompt(served) == responses
+
+
+async def test_formats_and_choices_are_those_of_chat(served: Served) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+    await post(served, text={"format": {"type": "json_schema", "name": "x", "schema": schema, "strict": True}})
+    grammar = served.engine.requests[-1].sampling.grammar
+    assert grammar is not None
+    assert json.loads(grammar.text) == schema
+    await post(served, text={"format": {"type": "json_object"}})
+    grammar = served.engine.requests[-1].sampling.grammar
+    assert grammar is not None
+    assert grammar.kind == "json_object"
+    other = WEATHER | {"name": "other"}
+    for choice in (
+        {"type": "function", "name": "other"},
+        {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "other"}]},
+    ):
+        body = await made(served, tools=[WEATHER, other], tool_choice=choice)
+        grammar = served.engine.requests[-1].sampling.grammar
+        assert grammar is not None
+        assert "get_weather" not in grammar.text
+        assert body["tool_choice"] == choice
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "no input": ({"input": None}, "input"),
+    "empty input": ({"input": []}, "input"),
+    "input number": ({"input": 5}, "input"),
+    "image": (
+        {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
+        "input.0.content.0.type",
+    ),
+    "file": ({"input": [{"role": "user", "content": [{"type": "input_file"}]}]}, "input.0.content.0.type"),
+    "role": ({"input": [{"role": "narrator", "content": "x"}]}, "input.0.role"),
+    "item": ({"input": [{"type": "computer_call", "id": "x"}]}, "input.0.type"),
+    "arguments": (
+        {"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": "["}]},
+        "input.0.arguments",
+    ),
+    "web search": ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
+    "mcp": ({"tools": [WEATHER, {"type": "mcp", "server_label": "x"}]}, "tools.1.type"),
+    "tool twice": ({"tools": [WEATHER, WEATHER]}, "tools.1.name"),
+    "tool schema": (
+        {"tools": [WEATHER | {"strict": True, "parameters": {"type": "object", "patternProperties": {"(": {}}}}]},
+        "tools.0.parameters.patternProperties.(",
+    ),
+    "tool field": ({"tools": [WEATHER | {"colour": "red"}]}, "tools.0.colour"),
+    "choice": ({"tool_choice": "required"}, "tool_choice"),
+    "choice name": ({"tools": [WEATHER], "tool_choice": {"type": "function", "name": "x"}}, "tool_choice.name"),
+    "choice of a built-in": ({"tool_choice": {"type": "web_search_preview"}}, "tool_choice"),
+    "format": ({"text": {"format": {"type": "xml"}}}, "text.format"),
+    "schema": (
+        {"text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "colour"}}}},
+        "text.format.schema.type",
+    ),
+    "too long": ({"max_output_tokens": 100_000}, "max_output_tokens"),
+    "long input": ({"input": "漢" * 5000}, "input"),
+    "truncation": ({"truncation": "auto"}, "truncation"),
+    "conversation": ({"conversation": "conv_1"}, "conversation"),
+    "prompt": ({"prompt": {"id": "p"}}, "prompt"),
+    "include": ({"include": ["everything"]}, "include.0"),
+    "temperature": ({"temperature": 3}, "temperature"),
+    "background without store": ({"background": True, "store": False}, "store"),
+    "stream_options": ({"stream_options": {"include_obfuscation": False}}, "stream_options"),
+    "n": ({"n": 2}, "n"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+async def test_refusals_name_the_field(served: Served, name: str) -> None:
+    body, param = REFUSED[name]
+    response = await post(served, **body)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param), error
+    assert not re.search(r"`(messages|response_format|max_completion)|\.function", error["message"]), error
+    assert served.engine.requests == []
+
+
+# --- kept ones ----------------------------------------------------------------------------------------------
+
+
+async def test_a_response_is_kept_unless_told_otherwise(served: Served) -> None:
+    body = await made(served)
+    assert await get(served, body["id"]) == body
+    stream = events(await post(served, stream=True))
+    assert await get(served, stream[-1]["response"]["id"]) == stream[-1]["response"]
+    other = await made(served, store=False)
+    assert other["store"] is False
+    response = await served.client.get(f"/v1/responses/{other['id']}")
+    assert (response.status_code, response.json()["error"]["param"]) == (404, "id")
+
+
+async def test_a_response_goes_on_from_an_earlier_one(served: Served) -> None:
+    say(served, "One.")
+    first = await made(served, instructions="Forget this.")
+    say(served, "Two.")
+    second = await made(served, input="More", previous_response_id=first["id"])
+    await served.client.delete(f"/v1/responses/{first['id']}")
+    await made(served, input="And more", previous_response_id=second["id"])
+    texts = [("user", "Hi"), ("assistant", "One."), ("user", "More"), ("assistant", "Two."), ("user", "And more")]
+    turns = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in texts)
+    assert sent_prompt(served) == f"{turns}<|im_start|>assistant\n"
+    error = (await post(served, previous_response_id=first["id"])).json()["error"]
+    assert error["param"] == "previous_response_id"
+
+
+async def test_items_are_named_by_reference(served: Served) -> None:
+    say(served, "One.")
+    first = await made(served)
+    reference = {"type": "item_reference", "id": first["output"][0]["id"]}
+    await made(served, input=[reference, {"role": "user", "content": "More"}])
+    assert "<|im_start|>assistant\nOne.<|im_end|>" in sent_prompt(served)
+    response = await post(served, input=[{"role": "user", "content": "x"}, {"id": "msg_nobody_0"}])
+    assert (response.status_code, response.json()["error"]["param"]) == (404, "input.1.id")
+
+
+async def test_input_items_come_in_pages(served: Served) -> None:
+    first = await made(served)
+    body = await made(served, input="More", previous_response_id=first["id"])
+    whole = await get(served, f"{body['id']}/input_items", order="asc")
+    assert [item["role"] for item in whole["data"]] == ["user", "assistant", "user"]
+    assert whole["data"][0]["content"] == [{"type": "input_text", "text": "Hi"}]
+    assert whole["data"][1] == first["output"][0]
+    newest = await get(served, f"{body['id']}/input_items", limit=2)
+    assert newest["data"] == whole["data"][:0:-1]
+    assert newest["has_more"]
+    rest = await get(served, f"{body['id']}/input_items", limit=2, after=newest["last_id"])
+    assert (rest["data"], rest["has_more"]) == (whole["data"][:1], False)
+
+
+async def test_a_deleted_response_is_gone(served: Served) -> None:
+    body = await made(served)
+    for status in (200, 404):
+        response = await served.client.delete(f"/v1/responses/{body['id']}")
+        assert response.status_code == status
+    assert (await served.client.get(f"/v1/responses/{body['id']}")).status_code == 404
+
+
+async def test_old_responses_and_too_many_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(tmp_path, response_bytes=1024**2, response_days=1.0) as served:
+        served.engine.info = msgspec.structs.replace(served.engine.info, max_model_len=2**20)  # type: ignore[type-var]
+        first = await made(served)
+        second = await made(served)
+        monkeypatch.setattr("server.response_store.time.time", lambda: first["created_at"] + 86401 + 5)
+        assert (await served.client.get(f"/v1/responses/{second['id']}")).status_code == 404
+        monkeypatch.undo()
+        large = [await made(served, input="x" * 400_000) for _ in range(3)]
+        statuses = [(await served.client.get(f"/v1/responses/{one['id']}")).status_code for one in (first, *large)]
+        assert statuses == [404, 404, 200, 200]
+        error = (await post(served, input='"' * 600_000)).json()["error"]
+        assert "--response-bytes" in error["message"]
+
+
+async def test_a_server_may_keep_none(tmp_path: Path) -> None:
+    async with serving(tmp_path, response_days=0) as served:
+        body = await made(served)
+        assert body["store"] is False
+        assert (await served.client.get(f"/v1/responses/{body['id']}")).status_code == 404
+        for field in ("store", "background"):
+            error = (await post(served, **{field: True})).json()["error"]
+            assert error["param"] == field
+            assert "--response-days" in error["message"]
+
+
+# --- in the background --------------------------------------------------------------------------------------
+
+
+def hold(served: Served, step: int) -> asyncio.Event:
+    """The engine waits before this step of a sequence."""
+    going = asyncio.Event()
+
+    async def gate(request: Any, at: int) -> None:
+        if at == step:
+            await going.wait()
+
+    served.engine.gate = gate
+    return going
+
+
+async def test_a_response_is_made_in_the_background(served: Served) -> None:
+    going = hold(served, 2)
+    body = await made(served, background=True)
+    assert (body["status"], body["output"], body["background"]) == ("in_progress", [], True)
+    assert await get(served, body["id"]) == body
+    assert (await post(served, previous_response_id=body["id"])).status_code == 400
+    going.set()
+    done = await ended(served, body["id"])
+    assert (done["status"], done["output"][0]["content"][0]["text"]) == ("completed", TEXT)
+
+
+async def test_one_in_the_background_can_be_cancelled(served: Served) -> None:
+    hold(served, 4)
+    body = await made(served, background=True)
+    await asyncio.sleep(0.05)
+    for _ in range(2):
+        response = await served.client.post(f"/v1/responses/{body['id']}/cancel")
+        cancelled = response.json()
+        assert cancelled["status"] == "cancelled"
+        assert TEXT.startswith(cancelled["output"][0]["content"][0]["text"])
+    assert served.engine.running == set()
+    assert served.services.drain.open_requests == 0
+    served.engine.gate = None
+    plain = await made(served)
+    assert (await served.client.post(f"/v1/responses/{plain['id']}/cancel")).status_code == 400
+
+
+async def test_a_stream_in_the_background_can_be_taken_up_again(served: Served) -> None:
+    going = hold(served, 6)
+    reading = asyncio.create_task(post(served, background=True, stream=True))
+    await asyncio.sleep(0.1)
+    (id_,) = served.services.responses.running
+    other = asyncio.create_task(served.client.get(f"/v1/responses/{id_}?stream=true&starting_after=2"))
+    await asyncio.sleep(0.05)
+    going.set()
+    stream = events(await reading)
+    assert stream[-1]["type"] == "response.completed"
+    assert events(await other) == stream[3:]
+    again = await served.client.get(f"/v1/responses/{id_}?stream=true&starting_after=4")
+    assert events(again) == stream[5:]
+    plain = await made(served)
+    response = await served.client.get(f"/v1/responses/{plain['id']}?stream=true")
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "stream")
+
+
+async def test_refusals_come_before_the_background(served: Served) -> None:
+    response = await post(served, background=True, model="nobody")
+    assert (response.status_code, response.json()["error"]["param"]) == (404, "model")
+    response = await post(served, background=True, max_output_tokens=10**6)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "max_output_tokens")
+
+
+async def test_a_failure_in_the_background_is_told(served: Served) -> None:
+    served.engine.fail = {2: EngineUnavailable("The engine stopped while this request was running.")}
+    body = await made(served, background=True)
+    done = await ended(served, body["id"])
+    assert (done["status"], done["error"]["code"]) == ("failed", "server_error")
+    await served.client.delete(f"/v1/responses/{body['id']}")
+    assert (await served.client.get(f"/v1/responses/{body['id']}")).status_code == 404
+
+
+async def test_a_restart_keeps_what_is_done_and_fails_what_is_not(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        done = await made(served)
+        hold(served, 1)
+        body = await made(served, background=True)
+        await served.services.responses.stop()
+    async with serving(tmp_path) as served:
+        assert await get(served, done["id"]) == done
+        left = await get(served, body["id"])
+        assert (left["status"], left["error"]["code"]) == ("failed", "server_error")
+
+
+# --- thoughts -----------------------------------------------------------------------------------------------
+
+
+async def test_a_thought_is_an_item_before_the_answer(served: Served) -> None:
+    use_template(served, REASONING_TEMPLATES["qwen3"])
+    say(served, "<think>\nIs it far?\n</think>\n\nYes.")
+    body = await made(served, reasoning={"effort": "low"})
+    thought, message = body["output"]
+    text = {"type": "reasoning_text", "text": "Is it far?"}
+    assert thought | {"id": ""} == {
+        "id": "",
+        "type": "reasoning",
+        "status": "completed",
+        "summary": [],
+        "content": [text],
+    }
+    assert message["content"][0]["text"] == "Yes."
+    assert body["usage"]["output_tokens_details"]["reasoning_tokens"] > 3
+    stream = events(await post(served, stream=True))
+    mine = [event for event in stream if event.get("output_index") == 0]
+    deltas = [event["delta"] for event in mine if event["type"] == "response.reasoning_text.delta"]
+    assert [event["type"] for event in mine] == [
+        "response.output_item.added",
+        "response.content_part.added",
+        *["response.reasoning_text.delta"] * len(deltas),
+        "response.reasoning_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+    ]
+    assert "".join(deltas) == mine[-3]["text"] == "Is it far?"
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+    items = [{"role": "user", "content": "Hi"}, thought, call]
+    await made(served, input=[*items, {"type": "function_call_output", "call_id": "c", "output": "x"}])
+    assert "<think>\nIs it far?\n</think>" in sent_prompt(served)
