@@ -316,7 +316,13 @@ async def test_required_calls_parse_and_validate(following: Served) -> None:
 async def test_of_500_required_calls_none_is_malformed_and_streams_say_the_same(following: Served) -> None:
     total = 0
     for seed in range(20):
-        body = {"n": 25, "seed": 1000 * seed, "temperature": 1.5, "max_tokens": 120, "parallel_tool_calls": False}
+        body: dict[str, Any] = {
+            "n": 25,
+            "seed": 1000 * seed,
+            "temperature": 1.5,
+            "max_tokens": 120,
+            "parallel_tool_calls": False,
+        }
         body |= {"tool_choice": "required"}
         choices = (await chat(following, **body)).json()["choices"]
         chunks = events(await chat(following, stream=True, **body))
