@@ -61,7 +61,7 @@ def _operation(app: Starlette, method: str, path: str) -> Operation | None:
 
 
 def _events(text: str) -> list[Any]:
-    lines = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    lines = [line.removeprefix("data: ") for line in text.split("\n") if line.startswith("data: ")]
     events = [json.loads(line) for line in lines if line != "[DONE]"]
     return [event for event in events if set(event) != {"error"}]
 
