@@ -11,8 +11,7 @@ _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 def as_units(matrix: Tensor) -> Tensor:
     """`[rank, width]` numbers -> int16 `[units, width]`."""
-    matrix = matrix.contiguous()
-    return matrix.view(torch.int16).view(-1, matrix.shape[1])
+    return matrix.flatten().view(torch.int16).view(-1, matrix.shape[1])  # strides of one column may be anything
 
 
 def from_units(storage: Tensor, first: int, rank: int, code: int) -> Tensor:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from adapters.kernels import build, native, reference, triton
+from adapters.kernels.experts import ExpertWeights
 from adapters.kernels.plan import DecoderPlan
-from adapters.kernels.reference import BF16, FP16, FP32, SCALE_BYTES, LinearFunction, row_multiple
+from adapters.kernels.reference import BF16, FP16, FP32, SCALE_BYTES, GroupedFunction, LinearFunction, row_multiple
 from adapters.kernels.weight import QuantizedWeight
 
 __all__ = [
@@ -24,8 +25,10 @@ __all__ = [
     "SCALE_BYTES",
     "Decoder",
     "DecoderPlan",
+    "ExpertWeights",
     "QuantizedWeight",
     "base_linear",
+    "grouped_linear",
     "implementation",
     "is_deterministic",
     "likeliest",
@@ -129,6 +132,17 @@ def base_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) 
     return y
 
 
+def grouped_forward(x: Tensor, weights: ExpertWeights, counts: Tensor) -> Tensor:
+    return reference.each_expert(x, weights, counts, linear_forward)
+
+
+def grouped_linear(x: Tensor, weights: ExpertWeights, counts: Tensor) -> Tensor:
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return grouped_forward(x, weights, counts)
+    y: Tensor = GroupedFunction.apply(x, weights, counts, grouped_forward, linear_backward)
+    return y
+
+
 def lora_add_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, table: Tensor, scale: Tensor) -> None:
     kernels = _compiled(y, x) if _in_place(y, a, b) else None
     (kernels or reference).lora_add_(y, x, a, b, table, scale)
@@ -224,6 +238,7 @@ def plan_decoder(
 
 for _function in (
     base_linear,
+    grouped_linear,
     lora_add_,
     write_kv,
     paged_attention,

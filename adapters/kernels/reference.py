@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from adapters.kernels.experts import ExpertWeights
 from adapters.kernels.weight import Int8Copy, QuantizedWeight
 
 KEY_GROUP = 64  # attention reduces over keys in groups of this many, aligned to the sequence's start
@@ -52,7 +53,7 @@ def _rows_agree(x: Tensor, weight: Tensor, whole: Tensor, multiple: int) -> bool
     return all(torch.equal(F.linear(x[:rows], weight), whole[:rows]) for rows in sorted(counts) if rows <= len(x))
 
 
-def _pad_rows(x: Tensor, weight: Tensor) -> Tensor:
+def pad_rows(x: Tensor, weight: Tensor) -> Tensor:
     """Zero rows appended along dimension -2, up to a multiple that suits the weight."""
     out_features, in_features = weight.shape[-2:]
     multiple = row_multiple(out_features, in_features, x.dtype, torch.get_num_threads()) if x.is_cpu else 4
@@ -65,7 +66,7 @@ def padded_linear(x: Tensor, weight: Tensor) -> Tensor:
 
     Never a view of the padded product: autograd refuses to have that changed in place.
     """
-    y = _pad_rows(x, weight) @ weight.transpose(-1, -2)
+    y = pad_rows(x, weight) @ weight.transpose(-1, -2)
     return y if y.shape[-2] == x.shape[-2] else y[..., : x.shape[-2], :].clone()
 
 
@@ -133,6 +134,53 @@ def int8_linear(x: Tensor, weight: QuantizedWeight, copy: Int8Copy) -> Tensor:
 def linear_backward(dy: Tensor, weight: QuantizedWeight) -> Tensor:
     """`dy @ W`: `[rows, out] -> [rows, in]`."""
     return padded_linear(dy, weight.dequantize(dy.dtype).T)
+
+
+def each_expert(
+    rows: Tensor, weights: ExpertWeights, counts: Tensor, product: Callable[[Tensor, QuantizedWeight], Tensor]
+) -> Tensor:
+    """`product` of the rows that each expert has, `counts` in order, with its weight."""
+    parts, start = [], 0
+    for expert, count in enumerate(counts.tolist()):
+        if count:
+            parts.append(product(rows[start : start + count], weights[expert]))
+            start += count
+    return torch.cat(parts)
+
+
+def grouped_linear(x: Tensor, weights: ExpertWeights, counts: Tensor) -> Tensor:
+    """`x [rows, in] -> [rows, out]`, rows sorted by expert; differentiable with respect to x alone.
+
+    Args:
+        counts: int64 `[experts]`, rows of each.
+    """
+    y: Tensor = GroupedFunction.apply(x, weights, counts, grouped_forward, linear_backward)
+    return y
+
+
+def grouped_forward(x: Tensor, weights: ExpertWeights, counts: Tensor) -> Tensor:
+    """`grouped_linear`, outside autograd."""
+    return each_expert(x, weights, counts, linear_forward)
+
+
+class GroupedFunction(torch.autograd.Function):
+    """`grouped_linear`: a `LinearFunction` of many weights."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weights: ExpertWeights,
+        counts: Tensor,
+        forward: Callable[[Tensor, ExpertWeights, Tensor], Tensor],
+        backward: Callable[[Tensor, QuantizedWeight], Tensor],
+    ) -> Tensor:
+        ctx.weights, ctx.counts, ctx.backward_of_x = weights, counts, backward
+        return forward(x, weights, counts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return each_expert(grads[0], ctx.weights, ctx.counts, ctx.backward_of_x), None, None, None, None
 
 
 # --- adapters -----------------------------------------------------------------------------------

@@ -147,6 +147,11 @@ class QuantizedWeight:
     def device(self) -> torch.device:
         return self.data.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is stored; some routers ask for it."""
+        return self.data.dtype
+
     def with_int8_inputs(self) -> "QuantizedWeight":
         """The same weight, multiplied as `reference.int8_linear` says: faster on a CPU, and not exact.
 

@@ -27,6 +27,13 @@ class Parameter(NamedTuple):
     start: int  # in bytes, from the beginning of the file
 
 
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold the weights of the model in `directory` (Hugging Face layout)."""
+    index = directory / _INDEX
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    return sorted(directory / name for name in names)
+
+
 @dataclass(frozen=True)
 class Outline:
     """The parameters of a base by their full names. Without any, adapters may touch nothing but linears.
@@ -49,10 +56,8 @@ class Outline:
     @classmethod
     def read(cls, directory: Path) -> "Outline":
         """The outline of the model in `directory` (Hugging Face layout), as far as its files tell."""
-        index = directory / _INDEX
-        names = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
         parameters: dict[str, Parameter] = {}
-        for path in sorted(directory / name for name in names):
+        for path in weight_files(directory):
             parameters |= _parameters(path)
         embedding, head = (_named(parameters, last) for last in (EMBEDDING, HEAD))
         return cls(parameters, embedding, head or (HEAD if embedding else None), tied=head is None)

@@ -25,7 +25,7 @@ from adapters.peft_format import directory as adapter_format
 from adapters.scratch import scratch
 from server.engine.engine import Engine
 from server.messages.protocol import AdapterRef, Forget, Generate, Sampling, TokenLogprob
-from server.model import attention
+from server.model import attention, experts
 from server.model.base import Base, UnservableModel, refusing
 
 REVISION = 3  # of this check: what passed an earlier one is checked again
@@ -159,6 +159,7 @@ def _difference(base: Base, answer: _Answer, rows: Mapping[str, tuple[Tensor, Te
     positions = sorted({position for position, _, _ in answer.found})
     keep = torch.tensor(positions, device=base.device)
     model.set_attn_implementation("eager")
+    model.set_experts_implementation("eager")
     base.slot.deltas = _Mathematics(rows) if rows else None
     try:
         with native.switched_off(), triton.switched_off():
@@ -169,6 +170,7 @@ def _difference(base: Base, answer: _Answer, rows: Mapping[str, tuple[Tensor, Te
     finally:
         base.slot.deltas = None
         model.set_attn_implementation(attention.ATTENTION)
+        model.set_experts_implementation(experts.EXPERTS)
     stock = logits.float().log_softmax(-1).cpu()
     row_of = {position: row for row, position in enumerate(positions)}
     index = torch.tensor([(row_of[position], token) for position, token, _ in answer.found])

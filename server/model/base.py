@@ -23,9 +23,9 @@ from adapters import kernels
 from adapters.device.lora import FrozenLinear, LoraLinear, StepSlot, wrap_linears
 from adapters.kernels import QuantizedWeight, native
 from adapters.peft_format.sizes import LinearSize
-from server.model import attention, geometry, loading, naming
+from server.model import UnservableModel, attention, experts, geometry, loading, naming
 from server.model.geometry import LayerKV
-from server.model.loading import UnservableModel, model_class
+from server.model.loading import model_class
 
 __all__ = ["Base", "UnservableModel", "check_servable", "load", "refusing", "sketch_head", "with_weights"]
 
@@ -35,10 +35,6 @@ SERVED_LAYERS = {"full_attention", "sliding_attention"}
 ALIBI = {"bloom", "mpt"}  # model types
 # Features whose config entry alone tells that the engine cannot serve them, and their names for people.
 UNSERVED = {
-    "num_local_experts": "mixture-of-experts models are",
-    "num_experts": "mixture-of-experts models are",
-    "n_routed_experts": "mixture-of-experts models are",
-    "moe_num_experts": "mixture-of-experts models are",
     "kv_lora_rank": "this attention variant is",
 }
 
@@ -134,6 +130,7 @@ def load(
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
         check_servable(config)
     attention.register()
+    experts.register()
     with refusing(_name(config)):
         model = loading.load_quantized(directory, config, quantization, torch_dtype, torch_device, cache_dir)
         model.requires_grad_(False)
@@ -221,8 +218,8 @@ def check_servable(config: Any) -> None:
             f"layers of type {sorted(kinds - SERVED_LAYERS)} are not served (only full and sliding attention)"
         )
     for name, kind in UNSERVED.items():
-        if value := getattr(text, name, None) or getattr(getattr(text, "ffn_config", None), name, None):
-            raise UnservableModel(f"{kind} not served ({name} = {value})")
+        if getattr(text, name, None):
+            raise UnservableModel(f"{kind} not served ({name} = {getattr(text, name)})")
     longest_context(text)
 
 
@@ -333,6 +330,7 @@ def _wrap(
     if not linears:
         raise UnservableModel("the model has no linear layers that adapters could use")
     _narrow_head(model, dtype)
+    experts.pad_routers(model)
     attention.attach(model, slot)
     _fix_rope(model, longest)
     try:

@@ -20,15 +20,11 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from adapters.scratch import scratch
-from server.model import attention, naming
+from server.model import UnservableModel, attention, experts, naming
 
 log = logging.getLogger("lorakeet.engine")
 
 ADAPTER_CONFIG = "adapter_config.json"
-
-
-class UnservableModel(ValueError):
-    """This base cannot be served with these settings; the message gives the reason and the remedy."""
 
 
 def model_class(config: Any) -> type[transformers.PreTrainedModel] | None:
@@ -45,6 +41,7 @@ def text_tower(whole: type[transformers.PreTrainedModel]) -> type[transformers.P
     def initialise(self: transformers.PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
         whole.__init__(self, config, *args, **kwargs)
         naming.drop_aside(self)
+        experts.take_out(self)
 
     made: type[transformers.PreTrainedModel] = type(
         whole.__name__, (whole,), {"__init__": initialise, "__module__": whole.__module__}
@@ -64,15 +61,17 @@ def load_quantized(
                 f"the base is already quantised with {method}: serve the original weights instead, "
                 f"they are quantised to --quantization {quantization} at load"
             )
-        return _from_pretrained(directory, dtype, device)
-    if quantization == "none":
-        return _from_pretrained(directory, dtype, device)
     cached = cache_dir / "quantized" / _cache_key(directory, quantization, dtype)
-    if not cached.exists():
-        model = _from_pretrained(directory, dtype, device, quantization_config=_bnb_config(quantization, dtype))
-        _save_atomically(model, cached)
+    if stored is None and quantization != "none" and cached.exists():
+        model = _from_pretrained(cached, dtype, device)
+        experts.load(model, cached, dtype, device)
         return model
-    return _from_pretrained(cached, dtype, device)
+    quantize = {} if stored or quantization == "none" else {"quantization_config": _bnb_config(quantization, dtype)}
+    model = _from_pretrained(directory, dtype, device, **quantize)
+    experts.read(model, directory, quantization, dtype, device)
+    if quantize:
+        _save_atomically(model, cached)
+    return model
 
 
 def _from_pretrained(
@@ -92,6 +91,7 @@ def _from_pretrained(
             dtype=dtype,
             device_map={"": str(device)},
             attn_implementation=dict.fromkeys(config.sub_configs, "eager") | ours,
+            experts_implementation=experts.EXPERTS,
             local_files_only=True,
             use_safetensors=True,
             **kwargs,
@@ -148,6 +148,7 @@ def _save_atomically(model: transformers.PreTrainedModel, target: Path) -> None:
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         model.save_pretrained(staging)
+        experts.save(model, staging)
         staging.rename(target)
     except FileExistsError:  # another process was first; its copy is as good
         pass

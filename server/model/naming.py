@@ -1,6 +1,7 @@
 """How a model's modules and parameters are called, in the model and in its files."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import transformers
@@ -18,17 +19,23 @@ def renamed(model: transformers.PreTrainedModel, directory: Path) -> dict[str, s
 
     The model's linears must not have been wrapped yet.
     """
-    conversions = get_model_conversion_mapping(model)
-    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
-    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
     parameters, parts = getattr(model, _WHOLE)
-    within = tuple(f"{part}." for part in parts)
+    within, find = tuple(f"{part}." for part in parts), in_model(model)
     found = {}
     for name in Outline.read(directory).parameters:
-        ours, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
+        ours, _ = find(name)
         if ours != name and (ours in parameters or ours.startswith(within)):
             found[name] = ours
     return found
+
+
+def in_model(model: transformers.PreTrainedModel) -> Callable[[str], tuple[str, str | None]]:
+    """A parameter's name in the files -> the model's, and the source pattern of the conversion that makes it."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
+    converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
+    parameters, _ = getattr(model, _WHOLE)
+    return lambda name: rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)
 
 
 def drop_aside(model: transformers.PreTrainedModel) -> None:

@@ -40,7 +40,7 @@ SIZES: dict[str, int] = (
     | dict.fromkeys(["max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "seq_length"], 512)
     | dict.fromkeys(["vocab_size", "vocab_size_per_layer_input"], VOCAB)
     | dict.fromkeys(["num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"], 4)
-    | dict.fromkeys(["num_experts_per_tok", "moe_top_k", "experts_per_token"], 2)
+    | dict.fromkeys(["num_experts_per_tok", "moe_top_k", "experts_per_token", "moe_k"], 2)
     | {
         "encoder_hash_byte_group_vocab": 1024,
         "hidden_size_global": 64,
@@ -92,6 +92,8 @@ MULTIMODAL_ROPE = (
 )
 OTHER: dict[str, dict[str, Any]] = {
     **{name: {"text_config": {"rope_parameters": MROPE}} for name in MULTIMODAL_ROPE},
+    "glm4v_moe": {"text_config": {"rope_parameters": MROPE | {"mrope_section": [1, 1, 2]}}},
+    "laguna": {"num_attention_heads_per_layer": [4] * LAYERS},
     "hunyuan_vl": {"text_config": {"rope_parameters": MROPE | {"mrope_section": [2, 2, 2, 2]}}},
     "chameleon": {"vocabulary_map": {"<image>": 5, "IMGIMGAZ": 6}},
     "emu3": {"vocabulary_map": {"<image>": 5, "<|extra_200|>": 6, "<|visual token 000000|>": 7}},
@@ -105,7 +107,7 @@ OTHER: dict[str, dict[str, Any]] = {
         "attn_config": {"clip_qkv": 8.0, "kv_n_heads": 2, "rope_theta": 1e4},
         "ffn_config": {"ffn_hidden_size": 128, "moe_num_experts": 4, "moe_top_k": 2},
     },
-    "dots1": {"n_routed_experts": 4},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "gemma3n_text": {
         "num_hidden_layers": 4,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -120,6 +122,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"], "full_attn_idxs": None},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
+    "muse_spark": {"audio_config": {"patch_sizes": [8, 8], "hidden_sizes": [64, 64], "depths": [1, 1]}},
     "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [16, 32], "attn_layers": ["local", "lsh"]},
     "zamba": {
         "num_hidden_layers": 4,
@@ -159,7 +162,8 @@ def tiny_config(model_type: str) -> Any:
         return made(text_config=text)
     settings = _shrunk(CONFIG_MAPPING[model_type]().to_dict())
     for name, value in OTHER.get(model_type, {}).items():
-        settings[name] = settings[name] | value if name in ("text_config", "adapter_config") else value
+        nested = name in ("text_config", "audio_config", "adapter_config")
+        settings[name] = settings[name] | value if nested else value
     return CONFIG_MAPPING[model_type](**settings | variant)
 
 
@@ -212,8 +216,8 @@ def tiny_family(model_type: str, path: Path, seed: int = 0) -> None:
     model = auto_class(model_type).from_config(config).float()
     with torch.no_grad():  # the default initialisation is so small that every logit is alike
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(0.0, 1.0 if "embed" in name or "wte" in name else 1.5 * parameter.shape[1] ** -0.5)
+            if parameter.dim() == 2 or (parameter.dim() == 3 and "experts." in name):
+                parameter.normal_(0.0, 1.0 if "embed" in name or "wte" in name else 1.5 * parameter.shape[-1] ** -0.5)
             elif name.endswith("bias"):
                 parameter.normal_(0.0, 0.1)
     model.save_pretrained(path)

@@ -9,10 +9,10 @@ from tests.sweep.verdict import judge
 
 TYPES = [
     *("llama", "qwen3", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "granite_swa", "phi3", "cohere2"),
-    *("hunyuan_v1_dense", "nemotron", "mistral3"),
+    *("hunyuan_v1_dense", "nemotron", "mistral3", "qwen3_moe"),
 ]
 # Wrappers, each with names or positions of its own, and variants of a type.
-MORE = ["qwen3_vl", "smolvlm", "deepseek_vl", "hunyuan_vl", "granitemoehybrid, dense", "phi3, longrope"]
+MORE = ["ernie4_5_moe", "qwen3_vl", "smolvlm", "deepseek_vl", "hunyuan_vl", "granitemoehybrid, dense", "phi3, longrope"]
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and PEFT, about families
 
 
@@ -25,7 +25,7 @@ def test_served_types_answer_and_train_as_transformers_and_peft(family: str, tmp
 @pytest.mark.parametrize(
     ("family", "named"),
     [
-        ("mixtral", "mixture-of-experts"),
+        ("jetmoe", "mixture-of-experts"),
         ("qwen3_next", "linear_attention"),
         ("bloom", "ALiBi"),
         ("mpt", "ALiBi"),

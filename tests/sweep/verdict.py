@@ -11,11 +11,14 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
+from unittest import mock
 
+import bitsandbytes.functional as bnb
 import peft
 import torch
 import torch.nn.functional as F
 import transformers
+from peft.utils import transformers_weight_conversion
 from safetensors.torch import save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -146,13 +149,27 @@ def _stock(model: Path, quantization: str) -> Any:
     for module in stock.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             cast("Any", module).support_avx512bf16_for_cpu = False  # it would repack the weight
+        if hasattr(module, "is_transposed") and quantization != "none":
+            round_experts(module, quantization)
     return stock.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def round_experts(module: Any, quantization: str) -> None:
+    """Quantise each expert's weights `[out, in]` and decode them again: transformers leaves them as they are."""
+    for weights in (parameter for parameter in module.parameters() if parameter.dim() == 3):
+        for expert in range(len(weights)):
+            dense = weights[expert].T if module.is_transposed else weights[expert]
+            data, state = bnb.quantize_4bit(dense.contiguous(), quant_type=quantization, compress_statistics=True)
+            decoded = bnb.dequantize_4bit(data, state)
+            weights[expert] = decoded.T if module.is_transposed else decoded
 
 
 def _adapted(stock: Any, names: list[str], directory: Path) -> Any:
     """A model like `stock` with a random adapter on every linear, as PEFT has it and saves it."""
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=names)
-    wrapped = peft.get_peft_model(stock, config)
+    with mock.patch.object(transformers_weight_conversion, "convert_peft_config_for_transformers"):
+        wrapped = peft.get_peft_model(stock, config)  # it would add experts that are called like other linears
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():

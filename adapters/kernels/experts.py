@@ -1,0 +1,101 @@
+"""The weights of one linear of every expert of a layer, quantised each by itself, side by side in memory."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+import bitsandbytes.functional as bnb
+import torch
+from torch import Tensor
+
+from adapters.kernels.weight import QuantizedWeight, WeightKind
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertWeights:
+    """The weights `[out, in]` of so many experts. Each is a `QuantizedWeight`, whose tensors are stacked here."""
+
+    kind: WeightKind
+    shape: tuple[int, int]  # (out, in) of one
+    data: Tensor  # [experts, ...], and so are absmax, nested_absmax and offset
+    absmax: Tensor | None = None
+    nested_absmax: Tensor | None = None
+    offset: Tensor | None = None  # fp32 [experts]
+    code: Tensor | None = None
+    nested_code: Tensor | None = None
+    blocksize: int = 0
+    nested_blocksize: int = 0
+
+    @classmethod
+    def quantize(cls, experts: Iterable[Tensor], kind: str, dtype: torch.dtype) -> "ExpertWeights":
+        """Quantise dense weights `[out, in]` one by one as bitsandbytes does a linear's; 4-bit scales doubly.
+
+        Args:
+            kind: nf4, fp4, int8, or none for dense weights in `dtype`.
+        """
+        singles = [_quantized(dense, kind, dtype) for dense in experts]
+        first = singles[0]
+        stacked = {
+            name: torch.stack([getattr(single, name) for single in singles])
+            for name in ("data", "absmax", "nested_absmax")
+            if getattr(first, name) is not None
+        }
+        if first.nested_absmax is not None:
+            stacked["offset"] = torch.tensor([single.offset for single in singles], device=first.device)
+        return cls(
+            first.kind,
+            first.shape,
+            code=first.code,
+            nested_code=first.nested_code,
+            blocksize=first.blocksize,
+            nested_blocksize=first.nested_blocksize,
+            **stacked,
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors, by their names here."""
+        found = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: value for name, value in found if isinstance(value, Tensor)}
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, expert: int) -> QuantizedWeight:
+        """One expert's weight, where it lies."""
+        absmax, nested_absmax = (
+            None if whole is None else whole[expert] for whole in (self.absmax, self.nested_absmax)
+        )
+        return QuantizedWeight(
+            self.kind,
+            self.data[expert],
+            self.shape,
+            absmax,
+            self.code,
+            self.blocksize,
+            nested_absmax,
+            self.nested_code,
+            self.nested_blocksize,
+            0.0 if self.offset is None else float(self.offset[expert]),
+        )
+
+
+def _quantized(dense: Tensor, kind: str, dtype: torch.dtype) -> QuantizedWeight:
+    shape = (dense.shape[0], dense.shape[1])
+    if kind == "none":
+        return QuantizedWeight("dense", dense.to(dtype), shape)
+    if kind == "int8":
+        data, absmax, _ = bnb.int8_vectorwise_quant(dense.to(torch.float16))
+        return QuantizedWeight("int8", data, shape, absmax)
+    data, state = bnb.quantize_4bit(dense.to(dtype).contiguous(), quant_type=kind, compress_statistics=True)
+    nested = state.state2
+    return QuantizedWeight(
+        state.quant_type,
+        data,
+        shape,
+        state.absmax,
+        state.code,
+        state.blocksize,
+        nested.absmax,
+        nested.code,
+        nested.blocksize,
+        float(state.offset),
+    )

@@ -1,0 +1,186 @@
+"""Mixtures of experts: taken out of a model before its weights are read, read expert by expert, quantised and kept.
+
+transformers holds each linear of a layer's experts as one parameter, which its own loading would read whole and leave
+unquantised. Files have it like that, or as one tensor an expert; its own conversions tell.
+"""
+
+import copy
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import MergeModulelist, WeightConverter, dot_natural_key
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from adapters.device import experts
+from adapters.device.experts import ExpertLinear
+from adapters.kernels import ExpertWeights
+from adapters.peft_format.outline import weight_files
+from server.model import UnservableModel, naming
+
+EXPERTS = "lorakeet"
+FILE = "experts.safetensors"  # of a quantised copy
+
+_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+def register() -> None:
+    """Make `EXPERTS` an experts implementation of transformers. Must precede `from_pretrained`."""
+    ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts.forward)
+
+
+def declared(config: Any) -> str | None:
+    """What a text model's config says of experts, or None."""
+    parts = [part for part in (config, getattr(config, "ffn_config", None)) if part is not None]
+    counts = ((name, getattr(part, name, None)) for part in parts for name in _COUNTS)
+    return next((f"{name} = {count}" for name, count in counts if count), None)
+
+
+def take_out(model: transformers.PreTrainedModel) -> None:
+    """Put empty `ExpertLinear`s in place of the experts' weights.
+
+    Raises UnservableModel for experts that are not held as transformers' interface for experts has them.
+    """
+    found = []
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "is_transposed") and hasattr(module, "has_post_expert_norm"):
+            for part in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+                shape = getattr(module, part).shape
+                delattr(module, part)
+                setattr(module, part, ExpertLinear(shape, bool(module.is_transposed)))
+                found.append(f"{name}.{part}")
+    text = declared(model.config.get_text_config())
+    left = [name for name, weight in model.get_decoder().named_parameters() if "expert" in name and weight.dim() > 2]
+    if left or (text and not found):
+        where = f"{text}; {left[0]}" if text and left else text or left[0]
+        raise UnservableModel(f"mixture-of-experts models of this shape are not served ({where})")
+    model._keys_to_ignore_on_load_unexpected = {
+        *(model._keys_to_ignore_on_load_unexpected or ()),
+        *(rf"{re.escape(name.partition('.')[2])}$" for name in found),
+    }
+
+
+def linears(model: nn.Module) -> dict[str, ExpertLinear]:
+    """The experts' linears of a model, by full name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ExpertLinear)}
+
+
+def read(
+    model: transformers.PreTrainedModel, directory: Path, kind: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Read the experts from the model's files, one at a time, and quantise them (`ExpertWeights.quantize`).
+
+    Raises UnservableModel for files that lack some, or hold them otherwise.
+    """
+    targets = linears(model)
+    if not targets:
+        return
+    in_model = naming.in_model(model)
+    converters = {
+        pattern: conversion
+        for conversion in get_model_conversion_mapping(model)
+        if isinstance(conversion, WeightConverter)
+        for pattern in conversion.source_patterns
+    }
+    sources: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    with ExitStack() as files:
+        opened = [files.enter_context(safe_open(path, "pt")) for path in weight_files(directory)]
+        file_of = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - it is no dict
+        for name in sorted(file_of, key=dot_natural_key):
+            target, pattern = in_model(name)
+            if target in targets:
+                sources[target][pattern or ""].append(name)
+
+        def tensor(name: str, expert: int | None) -> Tensor:
+            part = file_of[name].get_slice(name)
+            read: Tensor = part[:] if expert is None else part[expert : expert + 1]
+            if not read.is_floating_point():
+                raise UnservableModel(f"{name} is stored as {read.dtype}: serve the original weights instead")
+            return read.to(dtype)
+
+        def dense(target: str, linear: ExpertLinear) -> Iterator[Tensor]:
+            for expert in range(linear.shape[0]):
+                weight = _expert(target, linear.shape, sources[target], converters, expert, tensor)
+                if weight.shape != (1, *linear.shape[1:]):
+                    raise UnservableModel(f"{target} has experts of shape {tuple(weight.shape)} in the files")
+                yield (weight[0].T if linear.transposed else weight[0]).to(device)
+
+        for target, linear in targets.items():
+            linear.fill(ExpertWeights.quantize(dense(target, linear), kind, dtype), dtype)
+
+
+def _expert(
+    target: str,
+    shape: torch.Size,
+    sources: dict[str, list[str]],
+    converters: dict[str, WeightConverter],
+    expert: int,
+    read: Callable[[str, int | None], Tensor],
+) -> Tensor:
+    """One expert's part of a parameter, `[1, ...]`, by the conversion that makes the whole of it."""
+    if not sources:
+        raise UnservableModel(f"{target} is not in the files")
+    if "" in sources:
+        return read(sources[""][0], expert)
+    converter: Any = copy.deepcopy(converters[next(iter(sources))])
+    apart = any(isinstance(operation, MergeModulelist) for operation in converter.operations)
+    for pattern, names in sources.items():
+        if apart and len(names) <= expert:
+            raise UnservableModel(f"{target} lacks expert {expert} in the files")
+        name = names[expert] if apart else names[0]
+        converter.collected_tensors[pattern].append(read(name, None if apart else expert))
+    # A model of one expert, for conversions that look at the parameter's shape.
+    alone = SimpleNamespace(get_parameter=lambda _: torch.empty((1, *shape[1:]), device="meta"))
+    made: Tensor | list[Tensor] = converter.convert(target, model=alone)[target]
+    return made[0] if isinstance(made, list) else made
+
+
+def save(model: nn.Module, directory: Path) -> None:
+    """Write the experts of a quantised copy, if there are any."""
+    tensors: dict[str, Tensor] = {}
+    kept: dict[str, str] = {}
+    for name, linear in linears(model).items():
+        tensors |= {f"{name}.{part}": tensor.clone() for part, tensor in linear.weights.tensors().items()}
+        kept = {part: str(getattr(linear.weights, part)) for part in ("kind", "blocksize", "nested_blocksize")}
+    if tensors:
+        save_file(tensors, directory / FILE, metadata=kept)
+
+
+def load(model: nn.Module, directory: Path, dtype: torch.dtype, device: torch.device) -> None:
+    """Read what `save` wrote."""
+    if not linears(model):
+        return
+    with safe_open(directory / FILE, "pt", device=str(device)) as file:
+        kept, stored = file.metadata(), list(file.keys())
+        for name, linear in linears(model).items():
+            parts = {key.removeprefix(f"{name}."): file.get_tensor(key) for key in stored if key.startswith(f"{name}.")}
+            out, inner = linear.shape[:0:-1] if linear.transposed else linear.shape[1:]
+            weights = ExpertWeights(
+                kind=kept["kind"],
+                shape=(out, inner),
+                blocksize=int(kept["blocksize"]),
+                nested_blocksize=int(kept["nested_blocksize"]),
+                **parts,
+            )
+            linear.fill(weights, dtype)
+
+
+def pad_routers(model: nn.Module) -> None:
+    """Make routers batch-invariant: all modules beside experts that multiply by a parameter of their own."""
+    for name, module in list(model.named_modules()):
+        if not any(isinstance(child, ExpertLinear) for child in module.children()):
+            continue
+        for router in model.get_submodule(name.rpartition(".")[0]).modules():
+            own = [weight for weight in router._parameters.values() if weight is not None and weight.dim() == 2]
+            if own and router is not module and not isinstance(router, nn.Linear | nn.Embedding):
+                experts.pad_router(router, own[0])

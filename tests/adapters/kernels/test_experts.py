@@ -1,0 +1,82 @@
+"""Experts' linears: small, near float64 whatever the routing, each row its own, differentiable."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from adapters import kernels
+from adapters.kernels import ExpertWeights, native, reference
+
+KINDS = ["nf4", "fp4", "int8", "none"]
+SHAPE = (96, 128)
+COUNTS = torch.tensor([3, 0, 1, 9, 40])
+
+
+def make(kind: str, shape: tuple[int, int] = SHAPE) -> ExpertWeights:
+    dense = (torch.randn(shape) * shape[1] ** -0.5 for _ in COUNTS)
+    return ExpertWeights.quantize(dense, kind, torch.float32)
+
+
+def expected(x: Tensor, weights: ExpertWeights) -> Tensor:
+    parts = enumerate(x.split(COUNTS.tolist()))
+    return torch.cat([part.double() @ weights[expert].dequantize().double().T for expert, part in parts])
+
+
+def test_experts_take_few_bits() -> None:
+    weights = ExpertWeights.quantize((torch.randn(1536, 512) for _ in range(8)), "nf4", torch.float32)
+    held = sum(tensor.nbytes for name, tensor in weights.tensors().items() if name not in ("code", "nested_code"))
+    assert held * 8 / (8 * 1536 * 512) <= 4.2
+
+
+def test_an_expert_is_the_linear_that_bitsandbytes_makes() -> None:
+    from tests.adapters.kernels.test_linear import make_weight
+
+    torch.manual_seed(0)
+    single = make_weight("nf4", *SHAPE)
+    torch.manual_seed(0)
+    assert torch.equal(make("nf4")[0].dequantize(), single.dequantize())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [SHAPE, (33, 96), (64, 32)])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_against_float64(kind: str, shape: tuple[int, int], compiled: bool) -> None:
+    weights = make(kind, shape)
+    x = torch.randn(int(COUNTS.sum()), shape[1])
+    y = (kernels if compiled else reference).grouped_linear(x, weights, COUNTS)
+    torch.testing.assert_close(y.double(), expected(x, weights), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_row_keeps_its_bits_in_any_company(kind: str, compiled: bool) -> None:
+    product = (kernels if compiled else reference).grouped_linear
+    weights = make(kind)
+    x = torch.randn(int(COUNTS.sum()), SHAPE[1])
+    y = product(x, weights, COUNTS)
+    owner = torch.repeat_interleave(torch.arange(len(COUNTS)), COUNTS)
+    for row, expert in enumerate(owner.tolist()):
+        alone = torch.nn.functional.one_hot(torch.tensor(expert), len(COUNTS))
+        assert torch.equal(product(x[row : row + 1], weights, alone), y[row : row + 1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients(kind: str) -> None:
+    weights = make(kind)
+    x = torch.randn(int(COUNTS.sum()), SHAPE[1], requires_grad=True)
+    dy = torch.randn(len(x), SHAPE[0])
+    kernels.grouped_linear(x, weights, COUNTS).backward(dy)
+    exact = x.detach().double().requires_grad_()
+    expected(exact, weights).backward(dy.double())
+    assert x.grad is not None
+    assert exact.grad is not None
+    torch.testing.assert_close(x.grad.double(), exact.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_the_native_product_is_the_one_that_runs() -> None:
+    if native.load() is None:
+        pytest.skip("no C++ compiler, or LORAKEET_NATIVE=0")
+    weights, x = make("nf4"), torch.randn(int(COUNTS.sum()), SHAPE[1])
+    with native.switched_off():
+        plain = kernels.grouped_linear(x, weights, COUNTS)
+    assert not torch.equal(kernels.grouped_linear(x, weights, COUNTS), plain)

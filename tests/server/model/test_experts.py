@@ -1,0 +1,138 @@
+"""Mixtures of experts: read from either layout, kept quantised, and each token's answer its own."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from adapters.kernels import ExpertWeights
+from adapters.peft_format.fields import AdapterError
+from server.engine.engine import Engine
+from server.model import UnservableModel
+from tests.support.offline import load_engine, publish, request, run, solo
+from tests.support.tiny import tiny_adapter, tiny_model
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+SIZES = {
+    "num_hidden_layers": 2,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "head_dim": 16,
+    "norm_topk_prob": True,
+}
+
+
+def mixture(path: Path, config: str = "Qwen3Moe", **settings: Any) -> Path:
+    return tiny_model(
+        path,
+        config_class=getattr(transformers, f"{config}Config"),
+        model_class=getattr(transformers, f"{config}ForCausalLM"),
+        **(SIZES | settings),
+    )
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return mixture(tmp_path_factory.mktemp("mixture") / "model")
+
+
+@pytest.fixture(scope="module")
+def engine(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    return load_engine(model, tmp_path_factory.mktemp("cache"))
+
+
+def test_fused_and_single_experts_in_the_files_give_one_base(model: Path, engine: Engine, tmp_path: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    assert any(".experts.7.up_proj." in name for name in tensors)  # transformers writes one tensor an expert
+    for layer in range(2):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        parts = {
+            part: torch.stack([tensors.pop(f"{prefix}{expert}.{part}.weight") for expert in range(8)])
+            for part in ("gate_proj", "up_proj", "down_proj")
+        }
+        tensors[f"{prefix}gate_up_proj"] = torch.cat([parts["gate_proj"], parts["up_proj"]], 1)
+        tensors[f"{prefix}down_proj"] = parts["down_proj"]
+    fused = tmp_path / "fused"
+    fused.mkdir()
+    for path in model.iterdir():
+        (fused / path.name).write_bytes(path.read_bytes())
+    save_file(tensors, fused / "model.safetensors", metadata={"format": "pt"})
+    assert load_engine(fused, tmp_path / "cache").base_digest == engine.base_digest
+    assert load_engine(fused, tmp_path / "cache").base_digest == engine.base_digest  # from the quantised copy
+
+
+def test_experts_are_quantised_one_at_a_time(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alive, quantised = 0, []
+    quantize = ExpertWeights.quantize
+
+    def counting(dense: Any, *args: Any) -> Any:
+        def one_by_one() -> Any:
+            nonlocal alive
+            for weight in dense:
+                quantised.append(tuple(weight.shape))
+                yield weight
+
+        return quantize(one_by_one(), *args)
+
+    monkeypatch.setattr(ExpertWeights, "quantize", counting)
+    base = load_engine(model, tmp_path / "cache").base
+    assert sorted(set(quantised)) == [(64, 64), (128, 64)]
+    assert len(quantised) == 2 * 2 * 8
+    floating = [name for name, tensor in base.model.named_parameters() if "experts" in name and tensor.dim() > 2]
+    assert not floating
+
+
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [
+        ("Qwen3Moe", {}),
+        ("Mixtral", {"num_local_experts": 8, "intermediate_size": 64}),
+        ("Glm4Moe", {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}),
+    ],
+)
+def test_company_changes_no_bit(config: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    directory = mixture(tmp_path / "model", config, **settings)
+    engine = load_engine(directory, tmp_path / "cache")
+    adapters = [
+        publish(engine, tiny_adapter(tmp_path / str(rank), directory, r=rank, seed=rank, target_modules=ATTENTION))
+        for rank in (3, 8)
+    ]
+    generator = torch.Generator().manual_seed(0)
+    work = [
+        request(
+            f"r{i}",
+            torch.randint(3, 500, (5 + 11 * i,), generator=generator).tolist(),
+            [*adapters, None][i % 3],
+            max_tokens=8 + i,
+            prompt_logprobs=0,
+        )
+        for i in range(6)
+    ]
+    expected = solo(engine, work)
+    assert run(load_engine(directory, tmp_path / "cache", prefix_caching=False), work, every=2) == expected
+    small = load_engine(directory, tmp_path / "cache", max_batch_tokens=19, prefix_caching=False)
+    assert run(small, work) == expected
+
+
+def test_adapters_of_experts_are_refused_by_name(model: Path, engine: Engine, tmp_path: Path) -> None:
+    directory = tiny_adapter(
+        tmp_path / "a", model, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"]
+    )
+    with pytest.raises(AdapterError, match="experts"):
+        publish(engine, directory)
+
+
+def test_files_without_an_expert_are_refused_by_its_name(model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in model.iterdir():
+        (broken / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.layers.1.mlp.experts.7.down_proj.weight"]
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UnservableModel, match=r"layers\.1\.mlp\.experts\.down_proj lacks expert 7"):
+        load_engine(broken, tmp_path / "cache")
