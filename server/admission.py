@@ -8,6 +8,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from contextvars import ContextVar
 
 from adapters.background import threads
 from server.errors import InvalidRequest, TooManyRequests
@@ -16,14 +17,18 @@ _LONGEST_RETRY = 60
 _SLOT_SECONDS = 30.0
 
 
+# Set in the task of a request that no client waits for: it takes nobody's place in the queue, nor in a step.
+BACKGROUND: ContextVar[bool] = ContextVar("background", default=False)
+
+
 class Ticket:
     """One sequence's place in the queue, given back by `leave`: at its first output, or when it ends without one."""
 
-    def __init__(self, admission: "Admission", tokens: int) -> None:
+    def __init__(self, admission: "Admission", tokens: int, *, waiting: bool = True) -> None:
         self._admission = admission
         self._tokens = tokens
         self._since = time.monotonic()
-        self._waiting = True
+        self._waiting = waiting
 
     def leave(self, *, served: bool) -> None:
         """Stop counting as waiting. Further calls do nothing. `served`: the wait tells how long others may wait."""
@@ -56,6 +61,8 @@ class Admission:
         there is no room now. Prompt tokens alone never refuse a request that finds the queue empty.
         """
         self.check_size(len(prompt_lengths))
+        if BACKGROUND.get():
+            return [Ticket(self, length, waiting=False) for length in prompt_lengths]
         tokens = sum(prompt_lengths)
         if self.requests + len(prompt_lengths) > self._max_requests:
             raise self._full(f"{self.requests} sequences are waiting; at most {self._max_requests} may.")

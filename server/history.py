@@ -11,20 +11,23 @@ from server.client.engine import EngineClient
 from server.metrics import PREFIX, Metrics
 
 SECONDS = 5.0  # between samples
+MINUTE = int(60 / SECONDS)  # over which rates of training are taken: it is counted by steps, which may take long
 KEPT = int(3600 / SECONDS)
 # Rates per second, by the counters that they are made of.
 _RATES = {
     "generation_tokens_per_second": "generation_tokens_total",
     "prompt_tokens_per_second": "prompt_tokens_total",
+}
+_SLOW_RATES = {
     "trained_tokens_per_second": "finetune_trained_tokens_total",
     "training_share": "finetune_busy_seconds_total",
 }
 _GAUGES = {"requests_running": "num_requests_running", "requests_waiting": "num_requests_waiting"}
 _KV, _ERRORS = "kv_cache_usage_perc", "request_success_total"
 _STEPS, _STEP_ADAPTERS = "engine_step_adapters_count", "engine_step_adapters_sum"
-_READ = [*_RATES.values(), *_GAUGES.values(), _KV, _ERRORS, _STEPS, _STEP_ADAPTERS]
+_READ = [*_RATES.values(), *_SLOW_RATES.values(), *_GAUGES.values(), _KV, _ERRORS, _STEPS, _STEP_ADAPTERS]
 COLUMNS = (
-    *("time", *_RATES, *_GAUGES, "kv_usage", "adapters_per_step", "errors", "engine_restarts"),
+    *("time", *_RATES, *_SLOW_RATES, *_GAUGES, "kv_usage", "adapters_per_step", "errors", "engine_restarts"),
     *("adapters_on_device", "adapters_in_host_memory", "adapter_device_bytes", "adapter_host_bytes"),
 )
 
@@ -40,7 +43,7 @@ class History:
         self._store = store
         self._samples: deque[Sample] = deque(maxlen=KEPT)
         self._read = metrics.registry.restricted_registry([PREFIX + name for name in _READ])
-        self._before: tuple[float, dict[str, float]] | None = None
+        self._read_before: deque[tuple[float, dict[str, float]]] = deque(maxlen=MINUTE)
         self._pid: int | None = None
         self._sizes: dict[str, int] = {}  # digest -> bytes on the device
 
@@ -53,10 +56,12 @@ class History:
     def sample(self) -> None:
         """Take a sample now."""
         now, values = time.time(), self._values()
-        seconds, before = self._before or (now, values)
-        self._before = now, values
-        passed = max(now - seconds, 1e-3)
-        grown = {name: values[name] - before.get(name, 0.0) for name in values}
+        self._read_before = self._read_before or deque([(now, values)], maxlen=MINUTE)
+        (long_ago, first), (lately, before) = self._read_before[0], self._read_before[-1]
+        self._read_before.append((now, values))
+        passed, minute = max(now - lately, 1e-3), max(now - long_ago, 1e-3)
+        grown = {name: values[name] - before[name] for name in values}
+        slow = {column: (values[name] - first[name]) / minute for column, name in _SLOW_RATES.items()}
         steps = grown[_STEPS]
         restarted = self._pid is not None and self._engine.pid not in (None, self._pid)
         self._pid = self._engine.pid or self._pid
@@ -66,6 +71,8 @@ class History:
             {
                 "time": round(now, 3),
                 **{column: round(grown[name] / passed, 3) for column, name in _RATES.items()},
+                "trained_tokens_per_second": round(slow["trained_tokens_per_second"], 3),
+                "training_share": round(min(1.0, slow["training_share"]), 3),  # jobs share passes: each counts them
                 **{column: values[name] for column, name in _GAUGES.items()},
                 "kv_usage": round(values[_KV], 4),
                 "adapters_per_step": round(grown[_STEP_ADAPTERS] / steps, 2) if steps else None,

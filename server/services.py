@@ -9,6 +9,9 @@ from starlette.requests import Request
 from adapters.peft_format.outline import Outline
 from adapters.storage.store import AdapterStore
 from server.admission import Admission, Drain, UploadSlots
+from server.batches.metrics import BatchMetrics
+from server.batches.runner import Batches
+from server.batches.store import BatchStore
 from server.children.helper import Helpers
 from server.client.engine import EngineClient, served_base
 from server.finetune.service import FineTuning
@@ -39,6 +42,7 @@ class Services:
     uploads: UploadSlots
     grammars: GrammarChecker
     tuning: FineTuning
+    batches: Batches
     responses: ResponseStore
     history: History
     checkpointing: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a merged checkpoint is made
@@ -91,6 +95,14 @@ def make_services(
         uploads=UploadSlots(settings.max_uploads),
         grammars=GrammarChecker(settings.grammar_seconds, settings.grammar_bytes),
         tuning=tuning,
+        batches=Batches(
+            settings.data_dir / "batches",
+            BatchStore(tuning.database),
+            tuning.files,
+            BatchMetrics(metrics.registry),
+            at_once=settings.batch_requests,
+            max_rows=settings.batch_file_requests,
+        ),
         responses=ResponseStore(tuning.database, settings.response_days, settings.response_bytes),
         history=History(metrics, engine, store),
         sampling_defaults=sampling_defaults or {},

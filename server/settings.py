@@ -519,6 +519,18 @@ class Settings:
         shown="1GiB",
     )
 
+    # --- batches
+    batch_requests: int = _setting(
+        8,
+        "Requests of `/v1/batches` that are under way at once, in steps that no client's request can use.",
+        parse=_integer,
+        minimum=1,
+        maximum=4096,
+    )
+    batch_file_requests: int = _setting(
+        50_000, "Most requests in a batch's file.", parse=_integer, minimum=1, maximum=10_000_000
+    )
+
     # --- fine-tuning
     max_training_jobs: int = _setting(
         2, "Fine-tuning jobs that train at once; the rest are queued.", parse=_integer, minimum=1, maximum=1024

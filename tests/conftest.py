@@ -52,6 +52,9 @@ LONGEST = (
 )
 
 
+collect_ignore = ["clients"]  # run by `make clients`, in environments of their own
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False  # xdist would begin with the files of the most tests
 

@@ -11,6 +11,7 @@ import pytest
 
 from adapters.peft_format.config import FIELDS
 from loadtest import pages
+from server.batches.metrics import BatchMetrics
 from server.finetune.metrics import TrainingMetrics
 from server.http.operations import Operation
 from server.metrics import PREFIX, Metrics
@@ -37,6 +38,7 @@ def _adapter_fields() -> str:
 def _metrics() -> str:
     metrics = Metrics()
     TrainingMetrics(metrics.registry)
+    BatchMetrics(metrics.registry)
     rows = []
     for metric in metrics.registry.collect():
         if metric.name.startswith(PREFIX):
@@ -45,9 +47,22 @@ def _metrics() -> str:
     return "\n".join(["| Name | Type | Meaning |", "|---|---|---|", *sorted(rows)]) + "\n"
 
 
+def _clients() -> str:
+    found: list[tuple[str, str, str]] = []
+    for file in sorted((ROOT / "tests/clients").glob("*/requirements.txt")):
+        pins = re.findall(r"^([^#\s=]+)==(\S+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+        found += [(name, version, file.parent.name) for name, version in pins if not name.startswith("pytest")]
+    for file in sorted((ROOT / "tests/clients").glob("*/package.json")):
+        pins = json.loads(file.read_text(encoding="utf-8"))["dependencies"].items()
+        found += [(name, version, file.parent.name) for name, version in pins]
+    rows = [f"| `{name}` | {version} | {home} |" for name, version, home in sorted(found)]
+    return "\n".join(["| Package | Version | Environment |", "|---|---|---|", *rows]) + "\n"
+
+
 @pytest.mark.parametrize(
     ("page", "block", "generate"),
     [
+        ("clients.md", "clients", _clients),
         ("settings.md", "settings", settings_table),
         ("metrics.md", "metrics", _metrics),
         ("adapter-fields.md", "adapter fields", _adapter_fields),

@@ -24,7 +24,8 @@ def load(config: EngineConfig, *, depth: Literal[0, 1] | None = None, planned: b
         torch.set_num_threads(config.threads)
         kernels.set_threads(config.threads)
     kernels.set_deterministic(config.deterministic)
-    base = model.load(Path(config.model), config.quantization, config.dtype, config.device, Path(config.cache_dir))
+    how = config.quantization, config.dtype, config.device
+    base = model.load(Path(config.model), *how, Path(config.cache_dir), config.max_model_len)
     if config.sketch_head:
         model.sketch_head(base)
     kernels.prepare([linear.weight for linear in base.linears], base.dtype)

@@ -181,6 +181,7 @@ class Engine:
             tenant=request.tenant,
             cache_salt=request.cache_salt,
             arrival=time.monotonic(),
+            background=request.background,
         )
         self._live[request.id] = _Live(key, request.sampling.grammar is not None)
         self._reporter.entered(key)

@@ -20,6 +20,8 @@ Order and fairness:
 - When running sequences need more blocks than exist, the youngest is preempted: it gives everything back and waits in
   its old place. What it generated is kept and later recomputed as if it were prompt, never drawn again. If it is in
   flight, it is held back first, and so is the one in need.
+- Sequences in the background are younger than all others, and a step has them only if nothing else can run in it. They
+  give place, blocks and rows of adapters to the first newcomer that lacks them.
 """
 
 from bisect import insort
@@ -31,6 +33,8 @@ from operator import attrgetter
 from server.engine.blocks import BlockGroups, name_blocks, publish_blocks
 from server.engine.sequence import AdapterKey, AdapterResidency, Counters, Sequence, Step, Work
 from server.messages.protocol import LOAD_FAILED, TOO_LONG, FinishReason
+
+_BACKGROUND_TOKENS = 128  # of a step's prompts, on a CPU about a tenth of a second
 
 
 class Scheduler:
@@ -66,7 +70,7 @@ class Scheduler:
             raise ValueError(
                 f"max_batch_tokens ({max_batch_tokens}) must exceed max_batch_requests ({max_batch_requests})"
             )
-        self.running: list[Sequence] = []  # these two are in order of arrival, for others to read
+        self.running: list[Sequence] = []  # these two are in order (`Sequence._order`), for others to read
         self.waiting: list[Sequence] = []
         self.leaving: list[Sequence] = []  # ended, and still in flight: they keep their blocks and adapters
         self.counters = Counters()
@@ -83,6 +87,7 @@ class Scheduler:
         self._failed: list[Sequence] = []
         self._arrivals = 0
         self._steps = 0
+        self._yielding = False  # in this step nothing in the background runs, for somebody needs what it holds
 
     @property
     def idle(self) -> bool:
@@ -99,10 +104,10 @@ class Scheduler:
         if sequence.id in self._by_id:
             raise ValueError(f"sequence {sequence.id} is already here")
         sequence.limit = min(sequence.sampling.max_tokens, self._max_model_len - len(sequence.prompt))
-        sequence._order = self._arrivals
+        sequence._order = (sequence.background, self._arrivals)
         self._arrivals += 1
         self._by_id[sequence.id] = sequence
-        self.waiting.append(sequence)
+        insort(self.waiting, sequence, key=attrgetter("_order"))
 
     def abort(self, sequence_id: str) -> bool:
         """Forget a sequence; False when it is not here (any more)."""
@@ -140,14 +145,10 @@ class Scheduler:
             now: seconds on the clock of `Sequence.arrival`; only stamps `first_scheduled`.
         """
         self._steps += 1
-        works: list[Work] = []
-        held = self._schedule_decodes(works)
-        budget = self._max_batch_tokens - len(works)
-        for sequence in self.running:
-            if sequence.remaining > 1 and budget and sequence is not held and (count := self._chunk(sequence, budget)):
-                works.append(sequence.work(count))
-                budget -= works[-1].count
-        self._admit(works, budget, now)
+        self._yielding = False
+        works = self._schedule_those(now, background=False)
+        if not works and not self._yielding and all(sequence.background for sequence in self.running):
+            works = self._schedule_those(now, background=True)
         if not works:
             if len(self.running) > 1 and not any(sequence.in_flight for sequence in self.running):
                 self._preempt(self.running[-1])  # all of them are prompts that wait for blocks
@@ -161,7 +162,25 @@ class Scheduler:
         works.sort(key=lambda work: (work.sequence.adapter, work.sequence._order))
         return Step(tuple(works))
 
-    def _schedule_decodes(self, works: list[Work]) -> Sequence | None:
+    def _schedule_those(self, now: float, *, background: bool) -> list[Work]:
+        """What those in the background, or all others, may compute now."""
+        works: list[Work] = []
+        held = self._schedule_decodes(works, background)
+        # Whoever comes meanwhile waits for the end of a step.
+        most = min(_BACKGROUND_TOKENS, self._max_batch_tokens) if background else self._max_batch_tokens
+        budget = max(0, most - len(works))
+        for sequence in self.running:
+            if sequence.background != background or sequence.remaining <= 1 or not budget or sequence is held:
+                continue
+            while not (count := self._chunk(sequence, budget)) and self._gives_way(background):
+                pass
+            if count:
+                works.append(sequence.work(count))
+                budget -= works[-1].count
+        self._admit(works, budget, now, background)
+        return works
+
+    def _schedule_decodes(self, works: list[Work], background: bool) -> Sequence | None:
         """One token of each decoding sequence, oldest first; the youngest give way when blocks run out.
 
         Returns the sequence to preempt once its step in flight is collected: it is not scheduled until then.
@@ -171,7 +190,8 @@ class Scheduler:
         while position < len(self.running):
             sequence = self.running[position]
             # One with more to compute got all of its blocks at admission.
-            if sequence.remaining != 1 or sequence is held or (sequence.pending and self._must_wait(sequence)):
+            waits = sequence.pending and self._must_wait(sequence)
+            if sequence.background != background or sequence.remaining != 1 or sequence is held or waits:
                 position += 1
             elif self._blocks.grow(sequence, sequence.length):
                 works.append(sequence.work(1))
@@ -180,6 +200,7 @@ class Scheduler:
                 position += 1
             elif self.running[-1].in_flight:
                 held = self.running[-1]
+                self._yielding = True
                 position += 1
             elif len(self.running) == 1:
                 self._fail_too_long(sequence)
@@ -198,12 +219,12 @@ class Scheduler:
             return wanted - sequence.num_computed
         return min(wanted, self._blocks.room(sequence)) - sequence.num_computed
 
-    def _admit(self, works: list[Work], budget: int, now: float) -> None:
+    def _admit(self, works: list[Work], budget: int, now: float, background: bool) -> None:
         """Start waiting sequences, in order of arrival, as far as budget, places, adapters and blocks allow."""
         refused: dict[AdapterKey, str | None] = {}
         starving = False
-        for sequence in list(self.waiting):
-            if not budget or len(self.running) == self._max_batch_requests:
+        for sequence in [one for one in self.waiting if one.background == background]:
+            if not budget or not (self._has_place or self._may_give_way(background)):
                 break
             if not self._fits_ever(sequence):
                 self._fail_too_long(sequence)
@@ -214,7 +235,9 @@ class Scheduler:
                 since = sequence._refused_since
                 starving |= since is not None and self._steps - since >= self._patience
                 continue
-            if not self._take_blocks(sequence):
+            while not (placed := self._has_place and self._take_blocks(sequence)) and self._gives_way(background):
+                pass
+            if not placed:
                 self._residency.release(sequence.adapter)
                 break
             self.waiting.remove(sequence)
@@ -225,11 +248,30 @@ class Scheduler:
             works.append(sequence.work(budget))
             budget -= works[-1].count
 
+    @property
+    def _has_place(self) -> bool:
+        return len(self.running) < self._max_batch_requests
+
+    def _may_give_way(self, background: bool) -> bool:
+        """Whether one in the background holds what somebody needs who is not."""
+        return not background and bool(self.running) and self.running[-1].background
+
+    def _gives_way(self, background: bool) -> bool:
+        """Whether the youngest of those was preempted; one in flight is when its step has been collected."""
+        if not self._may_give_way(background):
+            return False
+        if self.running[-1].in_flight:
+            self._yielding = True
+            return False
+        self._preempt(self.running[-1])
+        return True
+
     def _acquire_adapter(self, sequence: Sequence, refused: dict[AdapterKey, str | None]) -> bool:
         """Whether the sequence got its adapter; `refused` holds this step's other answers (a failure with its text)."""
         key = sequence.adapter
         if key not in refused:
-            answer = self._residency.acquire(key)
+            while (answer := self._residency.acquire(key)) == "full" and self._gives_way(sequence.background):
+                pass
             if answer == "ready":
                 sequence.starts = self._starts(key, sequence.prompt)
                 return True

@@ -27,6 +27,7 @@ class Sequence:
     tenant: str = ""
     cache_salt: str = ""
     arrival: float = 0.0  # seconds, on the clock that `schedule` is given
+    background: bool = False  # it runs only in steps that no other sequence can use
     constraint: Constraint | None = None  # by its grammar
 
     tokens: list[int] = field(init=False)  # prompt, then what was generated
@@ -46,7 +47,7 @@ class Sequence:
     error: str | None = field(init=False, default=None)
     code: str | None = field(init=False, default=None)
 
-    _order: int = field(init=False, default=-1)  # place in the order of arrival
+    _order: tuple[bool, int] = field(init=False, default=(False, -1))  # those in the background come last; by arrival
     _refused_since: int | None = field(init=False, default=None)  # the step in which its adapter first found no room
     _keys: list[bytes] = field(init=False, default_factory=list)  # chain keys of the leading full blocks
     _drafter: Drafter | None = field(init=False, default=None)  # None: it does not speculate

@@ -1,4 +1,4 @@
-"""The tables of the job database: files, jobs with events, steps and checkpoints, evaluations, responses."""
+"""The tables of the job database: files, jobs with events, steps and checkpoints, evaluations, responses, batches."""
 
 from pathlib import Path
 
@@ -32,6 +32,11 @@ CREATE TABLE IF NOT EXISTS responses (
     created_at INTEGER NOT NULL, bytes INTEGER NOT NULL, record TEXT NOT NULL, items TEXT NOT NULL,
     events TEXT NOT NULL);
 CREATE INDEX IF NOT EXISTS bytes_of_responses ON responses (bytes)
+"""),
+    script("""
+CREATE TABLE batches (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, tenant TEXT NOT NULL, status TEXT NOT NULL,
+    record TEXT NOT NULL)
 """),
 )
 

@@ -22,6 +22,7 @@ from adapters.disk import sync, write_synced
 from adapters.storage import lost
 from adapters.storage.database import Database
 
+TRAINING, BATCH = PURPOSES = ("fine-tune", "batch")  # of files that are uploaded
 RECORDS = "records"  # beside the files: the row of each
 _COLUMNS = ("id", "tenant", "filename", "purpose", "bytes", "created_at", "report")
 _ALPHABET = string.ascii_letters + string.digits

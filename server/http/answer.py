@@ -91,7 +91,7 @@ async def send_events(
             if not started:
                 started = True
                 await _start(send, _EVENT_STREAM | dict(headers))
-            await _send_body(send, _name(event) * named + b"data: " + encode_json(event) + b"\n\n")
+            await _send_body(send, _line(event, named=named))
     except Exception as exc:
         if not started:
             raise
@@ -99,7 +99,7 @@ async def send_events(
         if isinstance(error, InternalError):
             log.exception("a stream failed")
         event = error.body() if failed is None else failed(error)
-        await _send_body(send, _name(event) * named + b"data: " + encode_json(event) + b"\n\n")
+        await _send_body(send, _line(event, named=named))
     else:
         if not started:
             await _start(send, _EVENT_STREAM | dict(headers))
@@ -108,9 +108,12 @@ async def send_events(
     await _send_body(send, b"", more=False)
 
 
-def _name(event: Any) -> bytes:
+def _line(event: Any, *, named: bool) -> bytes:
+    data = b"data: " + encode_json(event) + b"\n\n"
+    if not named:
+        return data
     kind = event["type"] if isinstance(event, dict) else type(event).__struct_config__.tag
-    return f"event: {kind}\n".encode()
+    return f"event: {kind}\n".encode() + data
 
 
 async def _start(send: Send, headers: Mapping[str, str]) -> None:

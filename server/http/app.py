@@ -17,6 +17,7 @@ import sys
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -31,13 +32,16 @@ from server import data_dir, logs
 from server.children.helper import WORK, Helpers
 from server.client.engine import LocalEngine
 from server.errors import EXCEPTION_HANDLERS, LorakeetError
+from server.http.inside import answered
 from server.http.limits import LimitedHttpProtocol
 from server.http.middleware import middleware
 from server.http.routes import (
     adapters,
+    batches,
     chat,
     checks,
     completions,
+    embeddings,
     evaluations,
     files,
     fine_tuning,
@@ -82,6 +86,7 @@ def build_app(services: Services) -> Starlette:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, "worker"))
         await services.engine.start()
         await services.tuning.start()
+        await services.batches.start(partial(answered, app))
         working = [services.registry.collect_orphans(), services.history.run()]
         background = [asyncio.create_task(work) for work in working]
         try:
@@ -90,6 +95,7 @@ def build_app(services: Services) -> Starlette:
             for task in background:
                 task.cancel()
             await services.responses.stop()
+            await services.batches.stop()
             await services.tuning.stop()
             await services.engine.stop(grace=0.0)
             await services.registry.publisher.close()
@@ -112,6 +118,8 @@ def build_app(services: Services) -> Starlette:
         adapters,
         models,
         files,
+        batches,
+        embeddings,
         fine_tuning,
         evaluations,
         health,

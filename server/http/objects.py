@@ -5,6 +5,7 @@ Types alone. The OpenAPI document describes answers with them, and the tests hol
 
 from typing import Any, Generic, Literal, NotRequired, TypedDict, TypeVar
 
+from server.batches.store import Status as BatchStatus
 from server.finetune.evaluations import Score
 from server.finetune.evaluations import Status as EvaluationStatus
 from server.finetune.jobs import JobError
@@ -520,6 +521,49 @@ class EvaluationObject(TypedDict):
     results: Scores | None
     result_files: list[str]
     error: JobError | None
+
+
+class BatchFaultObject(TypedDict):
+    code: str
+    message: str
+    param: str | None
+    line: int | None
+
+
+class BatchFaultsObject(TypedDict):
+    object: Literal["list"]
+    data: list[BatchFaultObject]
+
+
+class RequestCounts(TypedDict):
+    total: int
+    completed: int
+    failed: int
+
+
+class BatchObject(TypedDict):
+    """`errors` are faults of the input file; those of single requests are in the error file."""
+
+    id: str
+    object: Literal["batch"]
+    endpoint: str
+    errors: BatchFaultsObject | None
+    input_file_id: str
+    completion_window: Literal["24h"]
+    status: BatchStatus
+    output_file_id: str | None
+    error_file_id: str | None
+    created_at: int
+    in_progress_at: int | None
+    expires_at: int
+    finalizing_at: int | None
+    completed_at: int | None
+    failed_at: int | None
+    expired_at: int | None
+    cancelling_at: int | None
+    cancelled_at: int | None
+    request_counts: RequestCounts
+    metadata: dict[str, str] | None
 
 
 # --- the server -------------------------------------------------------------------------------------

@@ -146,6 +146,7 @@ class Generate(_Message):
     adapters: list[AdapterRef] = []
     tenant: str = ""
     cache_salt: str = ""
+    background: bool = False  # only in steps that nothing else can use
 
 
 class Abort(_Message):

@@ -32,6 +32,7 @@ __all__ = ["Base", "UnservableModel", "check_servable", "load", "refusing", "ske
 log = logging.getLogger("lorakeet.engine")
 
 SERVED_LAYERS = {"full_attention", "sliding_attention"}
+ALIBI = {"bloom", "mpt"}  # model types
 # Features whose config entry alone tells that the engine cannot serve them, and their names for people.
 UNSERVED = {
     "kv_lora_rank": "this attention variant is",
@@ -101,7 +102,9 @@ class Base:
         return f"sha256:{digest.hexdigest()}"
 
 
-def load(directory: Path, quantization: str, dtype: str, device: str, cache_dir: Path) -> Base:
+def load(
+    directory: Path, quantization: str, dtype: str, device: str, cache_dir: Path, max_model_len: int | None = None
+) -> Base:
     """Load the base in `directory` (Hugging Face layout).
 
     Args:
@@ -109,6 +112,7 @@ def load(directory: Path, quantization: str, dtype: str, device: str, cache_dir:
         dtype: "auto" (bf16 on CUDA, fp32 on CPU) or a torch dtype's name.
         device: "auto", "cpu" or "cuda[:N]".
         cache_dir: holds quantised copies, so that the next start takes seconds.
+        max_model_len: the context asked for, by which longrope has its short or its long factors.
 
     Raises:
         UnservableModel: the model, its attention or its positions cannot be served, or the device is not there.
@@ -131,7 +135,7 @@ def load(directory: Path, quantization: str, dtype: str, device: str, cache_dir:
         model = loading.load_quantized(directory, config, quantization, torch_dtype, torch_device, cache_dir)
         model.requires_grad_(False)
         model.eval()
-        return _wrap(model, directory, torch_dtype, torch_device)
+        return _wrap(model, directory, torch_dtype, torch_device, max_model_len)
 
 
 @contextmanager
@@ -205,6 +209,8 @@ def check_servable(config: Any) -> None:
         raise UnservableModel(f"{_name(config)} is not served: it drafts for another model, whose keys it reads")
     if getattr(config, "is_encoder_decoder", False):
         raise UnservableModel(f"{_name(config)} is an encoder with a decoder: only decoders are served")
+    if config.model_type in ALIBI:
+        raise UnservableModel(f"{_name(config)} is not served: its attention is biased by distance (ALiBi)")
     text = config.get_text_config(decoder=True)
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     if kinds - SERVED_LAYERS:
@@ -220,28 +226,33 @@ def check_servable(config: Any) -> None:
 # --- positions -------------------------------------------------------------------------------------
 
 
-def longest_context(text: Any) -> int:
+def longest_context(text: Any, asked: int | None = None) -> int:
     """The most tokens whose positions a text model encodes as its makers meant. Raises UnservableModel without any.
 
     Yarn and linear scaling reach `factor` times the positions of pretraining. Rope that changes with the longest
-    sequence of the batch (dynamic, longrope) is served as far as it has not changed yet, where it depends on nothing.
+    sequence of the batch (dynamic, longrope) is served as far as it has not changed yet, where it depends on nothing;
+    when more is asked of longrope, with its long factors for every length.
     """
     most = getattr(text, "max_position_embeddings", None)
     if not isinstance(most, int) or most < 1:
         raise UnservableModel(
             f"{_name(text)} states no max_position_embeddings: models without a longest context are not served"
         )
+    return min((_reach(scaling, most, asked or 0) for scaling in _scalings(text)), default=most)
+
+
+def _scalings(text: Any) -> list[Mapping[str, Any]]:
+    """The settings of rope, of each kind of layer where these differ."""
     rope = getattr(text, "rope_parameters", None) or {}
-    scalings = [rope] if "rope_type" in rope else [value for value in rope.values() if isinstance(value, dict)]
-    return min((_reach(scaling, most) for scaling in scalings), default=most)
+    return [rope] if "rope_type" in rope else [value for value in rope.values() if isinstance(value, dict)]
 
 
-def _reach(scaling: Mapping[str, Any], most: int) -> int:
+def _reach(scaling: Mapping[str, Any], most: int, asked: int) -> int:
     original = scaling.get("original_max_position_embeddings") or most
     match scaling.get("rope_type"):
         case "yarn" | "linear":
             return max(most, int(original * (scaling.get("factor") or 1)))
-        case "longrope":
+        case "longrope" if asked <= original:
             return min(most, int(original))
         case _:
             return most
@@ -256,10 +267,18 @@ def _positions(text: Any) -> str:
     return ", ".join(f"{name} {value}" for name, value in stated.items())
 
 
-def _fix_rope(model: nn.Module) -> None:
-    """Keep the frequencies of rope that would change beyond the longest context: it ends before."""
+def _fix_rope(model: nn.Module, longest: int) -> None:
+    """Keep the frequencies of rope that would change with a batch's longest sequence: those of `longest` tokens."""
+    last = torch.tensor([[longest - 1]], device=next(model.parameters()).device)
     for module in model.modules():
         kind = getattr(module, "rope_type", None)
+        for layer_type, name in kind.items() if isinstance(kind, dict) else [(None, kind)]:
+            if name == "longrope":  # computes its frequencies when it is called
+                module(
+                    torch.zeros(1, device=last.device),
+                    last,
+                    **({} if layer_type is None else {"layer_type": layer_type}),
+                )
         if isinstance(kind, str) and kind in {"dynamic", "longrope"}:
             module.rope_type = "default"  # type: ignore[assignment]
         elif isinstance(kind, dict):
@@ -273,17 +292,28 @@ def _fix_rope(model: nn.Module) -> None:
 class NarrowEmbedding(nn.Module):
     """An embedding table kept in a narrower dtype that holds it exactly; rows are widened as they are looked up."""
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.dtype = dtype
+        self.scale = scale  # of the rows, as Gemma has it
 
     def forward(self, ids: Tensor) -> Tensor:
-        return nn.functional.embedding(ids, self.weight).to(self.dtype)
+        rows = nn.functional.embedding(ids, self.weight).to(self.dtype)
+        return rows if self.scale is None else rows * self.scale.to(self.dtype)
 
 
-def _wrap(model: transformers.PreTrainedModel, directory: Path, dtype: torch.dtype, device: torch.device) -> Base:
+def _wrap(
+    model: transformers.PreTrainedModel,
+    directory: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_model_len: int | None,
+) -> Base:
     config = model.config.get_text_config()
+    longest = longest_context(config, max_model_len)
+    if longest > longest_context(config):
+        log.info("longrope with its long factors, for every length: --max-model-len %s asks for them", max_model_len)
     slot = StepSlot()
     decoder = model.get_decoder()
     lists = [module for module in decoder.children() if isinstance(module, nn.ModuleList)]
@@ -302,7 +332,7 @@ def _wrap(model: transformers.PreTrainedModel, directory: Path, dtype: torch.dty
     _narrow_head(model, dtype)
     experts.pad_routers(model)
     attention.attach(model, slot)
-    _fix_rope(model)
+    _fix_rope(model, longest)
     try:
         layers = geometry.probe(model, slot, config.num_hidden_layers, device)
     except geometry.Irregular as fault:
@@ -317,7 +347,7 @@ def _wrap(model: transformers.PreTrainedModel, directory: Path, dtype: torch.dty
         dtype=dtype,
         device=device,
         layers=layers,
-        max_model_len=longest_context(config),
+        max_model_len=longest,
         eos_token_ids=[] if eos is None else [eos] if isinstance(eos, int) else list(eos),
         tied=tied,
         embedding=names[id(embedding)],
@@ -337,10 +367,15 @@ def _narrow_head(model: transformers.PreTrainedModel, dtype: torch.dtype) -> Non
     assert isinstance(head, nn.Linear)
     assert isinstance(embedding, nn.Embedding)
     tied = head.weight.data_ptr() == embedding.weight.data_ptr()
-    if dtype == torch.float32 and native.load() is not None and _exact_in_bf16(head.weight):
-        head.weight.data = head.weight.data.bfloat16()
-        if tied and type(embedding) is nn.Embedding:
-            model.set_input_embeddings(NarrowEmbedding(head.weight.data, dtype))
+    scale = getattr(embedding, "embed_scale", None)
+    scaled = isinstance(scale, Tensor) and type(embedding).__name__.endswith("TextScaledWordEmbedding")
+    # Any other kind of tied embedding computes in the dtype of its matrix.
+    narrows = not tied or scaled or type(embedding) is nn.Embedding
+    if narrows and dtype == torch.float32 and native.load() is not None and _exact_in_bf16(head.weight):
+        narrow = head.weight.data.bfloat16()
+        if tied:
+            model.set_input_embeddings(NarrowEmbedding(narrow, dtype, scale if scaled else None))
+        head.weight = nn.Parameter(narrow, requires_grad=False)
     model.set_output_embeddings(FrozenLinear(head))
 
 

@@ -63,6 +63,7 @@ class CalledFunction(Body):
 
     name: FunctionName
     arguments: Annotated[str, BeforeValidator(_arguments)]
+    parsed_arguments: Any = Field(None, exclude=True)  # OpenAI's `parse` leaves them in the answer that it returns
 
 
 class ToolCall(Body):
@@ -88,6 +89,7 @@ class Message(Body):
     name: str | None = None
     tool_calls: Items[ToolCall] = Field([])
     tool_call_id: str | None = None
+    parsed: Any = Field(None, exclude=True)  # likewise
     reasoning: str | None = None  # an assistant's thought before its answer
     reasoning_content: str | None = None  # another name for it
 

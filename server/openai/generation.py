@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from server.admission import Ticket
+from server.admission import BACKGROUND, Ticket
 from server.errors import ContextLengthExceeded, EngineUnavailable, InternalError, InvalidRequest
 from server.logs import note
 from server.messages.protocol import (
@@ -263,6 +263,7 @@ class Generation:
             adapters=self.target.refs,
             tenant=TENANT,
             cache_salt=self.body.cache_salt or "",
+            background=BACKGROUND.get(),
         )
 
     def _assembler(self, prompt: list[int]) -> Assembler:

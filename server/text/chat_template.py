@@ -153,6 +153,24 @@ class ChatTemplate:
         return text[:end] if keeps_spaces else text[:end].rstrip()
 
     def _render(self, chat: list[dict[str, Any]], context: Mapping[str, Any]) -> str:
+        """The text; templates of image models that pass over a string get it as a list of parts."""
+        text = self._written(chat, context)
+        contents = [message["content"].strip() for message in chat if isinstance(message.get("content"), str)]
+        if not any(contents) or any(content and content in text for content in contents):
+            return text
+        parted = [
+            message | {"content": [{"type": "text", "text": message["content"]}]}
+            if isinstance(message.get("content"), str)
+            else message
+            for message in chat
+        ]
+        try:
+            other = self._written(parted, context)
+        except TemplateRefusal:
+            return text
+        return other if all(content in other for content in contents) else text
+
+    def _written(self, chat: list[dict[str, Any]], context: Mapping[str, Any]) -> str:
         context = self._special_tokens | dict(context) | {"messages": chat, "documents": None}
         pieces, size = [], 0
         self._environment.start_clock()

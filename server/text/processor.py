@@ -422,7 +422,8 @@ def _chat_template_source(directory: Path, config: Mapping[str, Any]) -> str | N
     file = directory / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    template = config.get("chat_template") or _read_json(directory / "chat_template.json").get("chat_template")
+    places = [config, *(_read_json(directory / name) for name in ("chat_template.json", "processor_config.json"))]
+    template = next((place["chat_template"] for place in places if place.get("chat_template")), None)
     if isinstance(template, list):
         named = {entry["name"]: entry["template"] for entry in template}
         template = named.get("default")

@@ -177,13 +177,22 @@ class World:
         self.unread: dict[str, list[int]] = {}  # tokens that only the device knows
         self.ahead: Counter[str] = Counter()  # works of each sequence that took such a token
 
-    def add(self, prompt: list[int], adapter: AdapterKey = BASE, *, tenant: str = "", **sampling: object) -> Sequence:
+    def add(
+        self,
+        prompt: list[int],
+        adapter: AdapterKey = BASE,
+        *,
+        tenant: str = "",
+        background: bool = False,
+        **sampling: object,
+    ) -> Sequence:
         sequence = Sequence(
             id=str(len(self.sequences)),
             prompt=prompt,
             sampling=Sampling(**{"ignore_eos": True, **sampling}),  # type: ignore[arg-type]
             adapter=adapter,
             tenant=tenant,
+            background=background,
             arrival=float(self.steps),
             constraint=FakeConstraint() if sampling.get("grammar") else None,  # type: ignore[arg-type]
         )
@@ -202,6 +211,11 @@ class World:
         for sequence in self.scheduler.running:
             # Whatever others want, a sequence goes on unless what it needs is not there yet.
             waits = self.unread[sequence.id] and (sequence.needs_tokens or self.is_full(sequence))
+            if sequence.background and not all(other.background for other in self.scheduler.running):
+                assert sequence.id not in works, "something in the background runs beside others"
+                continue
+            if sequence.background and self.scheduler._yielding:
+                continue
             if sequence.id not in works and sequence.remaining == 1 and not waits:
                 assert self.depth
                 assert not all(pool.available for pool in self.blocks.pools)

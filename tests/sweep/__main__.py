@@ -54,11 +54,11 @@ def table(verdicts: dict[str, tuple[str, str]], versions: str) -> str:
 
 def main() -> int:
     """Judge the types named on the command line, or all and write the table."""
-    from tests.sweep.families import CAUSAL, WRAPPERS  # torch comes with it: children have their own limits
+    from tests.sweep.families import CAUSAL, VARIANTS, WRAPPERS  # torch comes with it: children have their own limits
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     named = sys.argv[1:]
-    every = sorted({*CAUSAL, *WRAPPERS})
+    every = sorted({*CAUSAL, *WRAPPERS, *VARIANTS})
     verdicts = sweep(named or every, workers=os.cpu_count() or 1)
     bad = {name for name, (word, _) in verdicts.items() if word in {"wrong", "unclear"}}
     counts = {word: sum(w == word for w, _ in verdicts.values()) for word in ("served", "refused", "wrong", "unclear")}

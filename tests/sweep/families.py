@@ -134,9 +134,25 @@ OTHER: dict[str, dict[str, Any]] = {
     "zamba2": {"attention_head_dim": 32, "attention_hidden_size": 128},
 }
 
+# Further settings in which makers publish a type, by the type's name and theirs.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "granitemoehybrid, dense": {"num_local_experts": 0, "layer_types": ["attention"] * LAYERS},  # Granite 4 micro
+    "phi3, longrope": {
+        "original_max_position_embeddings": 256,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "original_max_position_embeddings": 256,
+            "short_factor": [1.0, 1.1, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2],
+            "long_factor": [1.0, 1.3, 2.0, 4.0, 8.0, 16.0, 24.0, 32.0],
+        },
+    },
+}
+
 
 def tiny_config(model_type: str) -> Any:
-    """The config of a tiny model of this type. Raises whatever the class raises when it cannot have one."""
+    """The config of a tiny model of this type, or variant. Raises whatever the class raises when it cannot have one."""
+    model_type, variant = model_type.partition(",")[0], VARIANTS.get(model_type, {})
     if model_type == "gemma4_assistant":  # its own default is none that it accepts
         text = tiny_config("gemma4_text").to_dict() | {
             "hidden_size_per_layer_input": 0,
@@ -146,8 +162,9 @@ def tiny_config(model_type: str) -> Any:
         return made(text_config=text)
     settings = _shrunk(CONFIG_MAPPING[model_type]().to_dict())
     for name, value in OTHER.get(model_type, {}).items():
-        settings[name] = settings[name] | value if name in ("text_config", "audio_config", "adapter_config") else value
-    return CONFIG_MAPPING[model_type](**settings)
+        nested = name in ("text_config", "audio_config", "adapter_config")
+        settings[name] = settings[name] | value if nested else value
+    return CONFIG_MAPPING[model_type](**settings | variant)
 
 
 def _shrunk(default: dict[str, Any]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def judge(model_type: str, directory: Path) -> Verdict:
     except Exception as fault:
         # Too small a config for its class: whether its own default is refused is known all the same.
         try:
-            check_servable(CONFIG_MAPPING[model_type]())
+            check_servable(CONFIG_MAPPING[model_type.partition(",")[0]]())
         except UnservableModel as refusal:
             return _refused(refusal)
         except Exception as other:

@@ -1,4 +1,4 @@
-"""`python -m tests.ui.measure`: the cost of the console, in ratios of interleaved rounds.
+"""`python -m tests.ui.measure`: what the console costs, in ratios of interleaved rounds.
 
     --url URL --pid PID    of a server with a real model that runs, and its API process
 
@@ -35,13 +35,11 @@ def main(
 ) -> None:
     with chromium() as browser:
         paints = _first_paints(browser)
-        print(
-            f"rows of {MANY} adapters drawn after {statistics.median(paints):.2f} s (median; worst {max(paints):.2f} s)"
-        )
+        print(f"rows of {MANY} adapters after {statistics.median(paints):.2f} s (median; worst {max(paints):.2f} s)")
         base = httpx.get(f"{url}/v1/models?limit=1").json()["data"][0]["id"]
         page, plain = _columns(browser, url, pid, base)
         print(
-            f"API process, 4 streams of {TOKENS} tokens: {page:.2f} s of CPU for columns, {plain:.2f} s plain: "
+            f"API, 4 streams of {TOKENS} tokens: {page:.2f} s of CPU as columns, {plain:.2f} s as plain ones: "
             f"{page / plain:.2f}x"
         )
         with_page, without = _decode(browser, url, base)

@@ -104,8 +104,7 @@ def _provide(client: httpx.Client) -> dict[str, str]:
             }
             client.post("/v1/fine_tuning/jobs", json=body).raise_for_status()
         jobs = client.get("/v1/fine_tuning/jobs").json()["data"]
-    jobs = [_over(client, "/v1/fine_tuning/jobs", job) for job in jobs]
-    tuned = [job["fine_tuned_model"] for job in jobs]
+    tuned = [_checkpoint(client, job["id"]) for job in jobs]
     for name, weights in (("orders/soft", (0.5, 0.5)), ("orders/strong", (1.0, 0.4)), ("orders/soft", (0.4, 0.6))):
         mix = [{"adapter": model, "weight": weight} for model, weight in zip(tuned, weights, strict=False)]
         client.post("/v1/adapters", json={"name": name, "mix": mix, "method": "svd"}).raise_for_status()
@@ -114,7 +113,7 @@ def _provide(client: httpx.Client) -> dict[str, str]:
     if not evaluations:
         held_out = jobs[0]["validation_file"]
         for model in tuned:
-            body = {"model": model, "file": held_out, "max_examples": 12}
+            body = {"model": model, "file": held_out, "max_examples": 8}
             made = client.post("/v1/evaluations", json=body).raise_for_status().json()
             evaluations.insert(0, _over(client, "/v1/evaluations", made))
     return {
@@ -130,6 +129,13 @@ def _upload(client: httpx.Client, path: Path, lines: int) -> str:
     content = b"".join(path.read_bytes().splitlines(keepends=True)[:lines])
     answer = client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": (path.name, content)})
     return str(answer.raise_for_status().json()["id"])
+
+
+def _checkpoint(client: httpx.Client, job: str) -> str:
+    """The newest adapter of a job, which may go on: its curve is then seen as it grows."""
+    while not (made := client.get(f"/v1/fine_tuning/jobs/{job}/checkpoints").json()["data"]):
+        time.sleep(1)
+    return str(made[0]["fine_tuned_model_checkpoint"])
 
 
 def _over(client: httpx.Client, path: str, made: dict[str, Any]) -> dict[str, Any]:
@@ -173,7 +179,7 @@ def _pictures(
 def _save(page: Page, path: Path) -> None:
     """With a palette: the pictures have few colours."""
     picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
-    picture.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+    picture.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 if __name__ == "__main__":

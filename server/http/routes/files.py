@@ -1,4 +1,4 @@
-"""`/v1/files`: training data in, results out, in OpenAI's shapes. Data is checked line by line as it arrives."""
+"""`/v1/files`: training data and batches in, results out, in OpenAI's shapes. Training data is checked line by line."""
 
 import asyncio
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from adapters.storage.database import UnknownCursorError
 from server.errors import InvalidRequest, NotFound, disk_faults, shown
 from server.finetune import hyperparameters as recipe
 from server.finetune.dataset import load_dataset
-from server.finetune.files import StoredFile, UnknownFileError
+from server.finetune.files import PURPOSES, TRAINING, StoredFile, UnknownFileError
 from server.finetune.preview import preview
 from server.finetune.rows import DatasetError
 from server.finetune.tokenizer import TrainingTokenizer
@@ -26,7 +26,6 @@ from server.http.paging import ListQuery, Query, Whole, page, unknown_cursor
 from server.services import TENANT, Services, services_of
 from server.settings import Settings
 
-PURPOSE = "fine-tune"
 _MAX_FILENAME = 255
 _UPLOAD = "upload"
 
@@ -45,25 +44,27 @@ class PreviewQuery(Query):
 
 
 async def upload_file(request: Request) -> Response:
-    """Receive a file, check every line of it, and keep it."""
+    """Receive a file, check every line of it if it is training data, and keep it."""
     services = services_of(request)
     _ = services.engine_info  # without a base its lines cannot be checked, so do not receive them either
     async with services.uploads.slot():
         with disk_faults(), services.tuning.files.staging() as directory:
-            path, filename = await _receive(request, services, directory)
-            report = await asyncio.to_thread(_check, services, path)
-            add = partial(services.tuning.files.add, TENANT, path, filename=filename, purpose=PURPOSE, report=report)
+            path, filename, purpose = await _receive(request, services, directory)
+            report = await asyncio.to_thread(_check, services, path) if purpose == TRAINING else None
+            add = partial(services.tuning.files.add, TENANT, path, filename=filename, purpose=purpose, report=report)
             stored = await asyncio.to_thread(add)
     return JSONResponse(file_object(stored))
 
 
-async def _receive(request: Request, services: Services, directory: Path) -> tuple[Path, str]:
+async def _receive(request: Request, services: Services, directory: Path) -> tuple[Path, str, str]:
     names = ["upload.jsonl"]
     parts = _parts(services.settings, directory, names.append)
     values = await read_parts(request, parts, services.uploads.threads)
-    if values["purpose"] != PURPOSE.encode():
-        raise InvalidRequest(f"`purpose` must be `{PURPOSE}`: no other files are used here.", param="purpose")
-    return directory / _UPLOAD, Path(names[-1]).name[:_MAX_FILENAME] or names[0]
+    purpose = values["purpose"].decode(errors="replace")
+    if purpose not in PURPOSES:
+        known = " or ".join(f"`{each}`" for each in PURPOSES)
+        raise InvalidRequest(f"`purpose` must be {known}: no other files are used here.", param="purpose")
+    return directory / _UPLOAD, Path(names[-1]).name[:_MAX_FILENAME] or names[0], purpose
 
 
 def _parts(settings: Settings, directory: Path, on_filename: Callable[[str], None] | None = None) -> dict[str, Part]:
@@ -119,7 +120,7 @@ async def get_content(request: Request) -> Response:
 async def preview_file(request: Request, query: PreviewQuery) -> Response:
     """A page of a data file's lines as tokens, with those marked that are trained on."""
     services, stored = services_of(request), await _find(request)
-    if stored.purpose != PURPOSE:
+    if stored.purpose != TRAINING:
         raise InvalidRequest("Only data for fine-tuning has a preview.", param="id")
     base = services.engine_info
     look = partial(

@@ -53,6 +53,7 @@ async def metrics(request: Request) -> Response:
     services = services_of(request)
     services.metrics.engine_process(alive=services.engine.pid is not None, info=services.engine.info)
     await services.tuning.count_jobs()
+    await services.batches.count()
     return Response(services.metrics.page(), headers={"Content-Type": CONTENT_TYPE_PLAIN_0_0_4})
 
 

@@ -183,7 +183,7 @@ async def get_response(request: Request, query: RetrieveQuery) -> Response | Ans
 
 async def _send_log(send: Send, running: Running, after: int, headers: dict[str, str]) -> None:
     async with aclosing(running.follow(after)) as events:
-        await send_events(send, events, headers, LorakeetError.body)
+        await send_events(send, events, headers, lambda error: error.body()["error"] | {"type": "error"})
 
 
 async def list_input_items(request: Request, query: ItemsQuery) -> Response:

@@ -31,6 +31,7 @@ class AnythingMayHappen(RuleBasedStateMachine):
         prompt=prompts,
         adapter=st.sampled_from([BASE, A, B, BIG, BOTH, BROKEN]),
         tenant=st.sampled_from(["", "other"]),
+        background=st.sampled_from([False, False, True]),
         max_tokens=st.integers(0, 12),
         min_tokens=st.integers(0, 3),
         ignore_eos=st.booleans(),
@@ -46,6 +47,7 @@ class AnythingMayHappen(RuleBasedStateMachine):
         prompt: list[int],
         adapter: AdapterKey,
         tenant: str,
+        background: bool,
         max_tokens: int,
         min_tokens: int,
         ignore_eos: bool,
@@ -60,6 +62,7 @@ class AnythingMayHappen(RuleBasedStateMachine):
             prompt,
             adapter,
             tenant=tenant,
+            background=background,
             max_tokens=max_tokens,
             min_tokens=min_tokens,
             ignore_eos=ignore_eos,
@@ -118,7 +121,8 @@ class AnythingMayHappen(RuleBasedStateMachine):
         assert all(sequence.in_flight and sequence.ended for sequence in world.scheduler.leaving)
         assert self.depth or not world.scheduler.leaving
         for queue in (world.scheduler.running, world.scheduler.waiting):
-            assert [int(sequence.id) for sequence in queue] == sorted(int(sequence.id) for sequence in queue)
+            order = [(sequence.background, int(sequence.id)) for sequence in queue]
+            assert order == sorted(order)
         assert not any(sequence.tables for sequence in world.scheduler.waiting)
 
     def teardown(self) -> None:

@@ -228,7 +228,18 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
 
 TAGS = (
     *("completions", "chat", "responses", "messages", "tokenize", "versions", "checks", "pins", "merging", "adapters"),
-    *("models", "files", "fine_tuning", "evaluations", "health", "server_history", "vllm", "reference"),
+    *(
+        "models",
+        "files",
+        "batches",
+        "embeddings",
+        "fine_tuning",
+        "evaluations",
+        "health",
+        "server_history",
+        "vllm",
+        "reference",
+    ),
 )
 
 

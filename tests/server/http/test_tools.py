@@ -312,6 +312,24 @@ async def test_required_calls_parse_and_validate(following: Served) -> None:
     assert names == {"get_weather", "now"}
 
 
+@pytest.mark.slow
+async def test_of_500_required_calls_none_is_malformed_and_streams_say_the_same(following: Served) -> None:
+    total = 0
+    for seed in range(20):
+        body = {"n": 25, "seed": 1000 * seed, "temperature": 1.5, "max_tokens": 120, "parallel_tool_calls": False}
+        body |= {"tool_choice": "required"}
+        choices = (await chat(following, **body)).json()["choices"]
+        chunks = events(await chat(following, stream=True, **body))
+        for choice in choices:
+            [call] = choice["message"]["tool_calls"]
+            check(call)
+            streamed = assembled(chunks, choice["index"])
+            assert streamed["tool_calls"] == [[call["function"]["name"], call["function"]["arguments"]]]
+            assert streamed["finish_reason"] == choice["finish_reason"] == "tool_calls"
+            total += 1
+    assert total == 500
+
+
 async def test_several_calls_a_named_one_and_a_strict_one(following: Served) -> None:
     free = {"n": 8, "seed": 3, "temperature": 1.5, "max_tokens": 200}
     choices = (await chat(following, tool_choice="required", **free)).json()["choices"]
@@ -367,3 +385,22 @@ async def test_an_answer_of_a_schema_or_a_call(following: Served) -> None:
             check(choice["message"]["tool_calls"][0])
         elif choice["finish_reason"] == "stop":
             assert jsonschema_rs.is_valid(schema, json.loads(choice["message"]["content"]))
+
+
+async def test_what_openais_parse_adds_to_an_answer_may_come_back(served: Served) -> None:
+    function = {"name": "weather", "arguments": '{"city": "Paris"}'}
+
+    def history(**more: Any) -> list[dict[str, Any]]:
+        added = {key: {"city": "Paris"} for key in more}
+        call = {"id": "c1", "type": "function", "function": function | added}
+        return [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "so", "tool_calls": [call]}]
+
+    plain, parsed = history(), history(parsed_arguments=True)
+    parsed[1]["parsed"] = {"a": 1}
+    for messages in (plain, parsed):
+        response = await served.client.post(
+            "/v1/chat/completions", json={"model": BASE, "messages": messages, "max_tokens": 2}
+        )
+        assert response.status_code == 200, response.text
+    first, second = served.engine.requests[-2:]
+    assert first.prompt == second.prompt

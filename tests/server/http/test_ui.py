@@ -9,6 +9,8 @@ import pytest
 
 from server import history
 from server.messages.protocol import AdapterUse, Stats
+from server.messages.training import Metrics as StepMetrics
+from server.messages.training import TrainingStep
 from server.ui import FILES
 from tests.support.harness import Site, adapter_files
 
@@ -133,6 +135,18 @@ async def test_the_history_has_rates_counts_and_sizes(site: Site, monkeypatch: p
                 adapters=[AdapterUse(digest, "device", 1)],
             )
         )
+    for job in ("one", "two"):  # that share the passes of a step of 4 s
+        step = TrainingStep(
+            id=job,
+            metrics=StepMetrics(1),
+            total_steps=9,
+            learning_rate=1e-3,
+            grad_norm=1.0,
+            trained_tokens=50,
+            seconds=4.0,
+            busy_seconds=4.0,
+        )
+        site.services.tuning.metrics.step(step, 50)
     site.engine.pid = (site.engine.pid or 0) + 1
     now = 1005.0
     hour.sample()
@@ -149,6 +163,8 @@ async def test_the_history_has_rates_counts_and_sizes(site: Site, monkeypatch: p
     assert samples["prompt_tokens_per_second"] == [0, 4, 0]
     assert samples["adapters_per_step"] == [None, 2, None]
     assert samples["errors"] == [0, 1, 0]
+    assert samples["training_share"] == [0, 1, 0.8]
+    assert samples["trained_tokens_per_second"] == [0, 20, 10]
     assert samples["engine_restarts"] == [0, 1, 0]
     assert samples["adapters_on_device"] == [0, 1, 1]
     assert samples["adapter_device_bytes"] == [0, receipt["bytes_on_device"], receipt["bytes_on_device"]]

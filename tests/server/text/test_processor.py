@@ -213,6 +213,25 @@ async def test_special_tokens_and_template_come_from_wherever_repositories_keep_
         await _render(TextProcessor.load(tmp_path))
 
 
+def test_templates_of_image_models_that_take_parts_only_get_the_text_as_one() -> None:
+    source = (
+        "{% for m in messages %}{{ m.role }}:{% for part in m.content %}{% if part.type == 'text' %}{{ part.text }}"
+        "{% endif %}{% endfor %};{% endfor %}"
+    )
+    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
+    template = ChatTemplate(source, {})
+    assert template.render(chat) == "user:Hello;assistant:Hi;"
+    assert template.render(chat, continue_final_message=True) == "user:Hello;assistant:Hi"
+
+
+@pytest.mark.parametrize("name", ["chat_template.json", "processor_config.json"])
+async def test_a_processors_directory_has_the_template(name: str, tmp_path: Path) -> None:
+    _tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    (tmp_path / name).write_text(json.dumps({"chat_template": "{{ messages[0].content }}!"}))
+    assert (await _render(TextProcessor.load(tmp_path))).endswith("!")
+
+
 HOSTILE = {
     "refused by the template": "{{ raise_exception('Conversation roles must alternate') }}",
     "endless by output": "{% for i in range(99999) %}{% for j in range(99999) %}{{ i }}{% endfor %}{% endfor %}",

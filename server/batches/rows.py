@@ -1,0 +1,146 @@
+"""The rows of a batch's file: read, checked, and their answers as they are written down."""
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from adapters.disk import full_disk_named, sync
+from adapters.strict_json import JsonFault, parse_json
+from server.batches.store import Fault
+from server.errors import shown
+from server.finetune.files import new_id
+
+MAX_FAULTS = 100  # of a file that are reported
+_MAX_DEPTH = 40
+_MAX_ID = 512
+
+
+class Row(msgspec.Struct, frozen=True):
+    """One request: its place in the file, the client's name for it, its body in JSON."""
+
+    line: int
+    custom_id: str
+    body: bytes
+
+
+def read(path: Path) -> Iterator[Row]:
+    """The rows of a file that has been checked."""
+    for line, text in _lines(path):
+        row = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+        yield Row(line, msgspec.json.decode(row["custom_id"], type=str), bytes(row["body"]))
+
+
+def check(path: Path, endpoint: str, max_rows: int) -> tuple[int, list[Fault]]:
+    """How many rows there are, and all that is wrong with the file: without faults it can be `read`."""
+    faults: list[Fault] = []
+    seen: set[str] = set()
+    for line, text in _lines(path):
+        try:
+            custom_id = _checked(text, endpoint)
+            if custom_id in seen:
+                raise _Faulty("duplicate_custom_id", f"`custom_id` {shown(custom_id)} was used before", "custom_id")
+        except _Faulty as fault:
+            faults.append(Fault(fault.code, f"Line {line}: {fault}.", fault.param, line))
+            if len(faults) == MAX_FAULTS:
+                break
+        else:
+            seen.add(custom_id)
+            if len(seen) > max_rows:
+                message = f"The file has more than {max_rows} requests (--batch-file-requests)."
+                return len(seen), [Fault("too_many_requests", message)]
+    if not seen and not faults:
+        faults.append(Fault("empty_file", "The file has no requests."))
+    return len(seen), faults
+
+
+class _Faulty(Exception):
+    def __init__(self, code: str, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.code, self.param = code, param
+
+
+def _checked(text: bytes, endpoint: str) -> str:
+    """The row's `custom_id`. Raises _Faulty."""
+    try:
+        row: Any = parse_json(text, max_depth=_MAX_DEPTH)
+    except JsonFault as fault:
+        raise _Faulty("invalid_json_line", shown(f"this {fault}")) from None
+    if not isinstance(row, dict):
+        raise _Faulty("invalid_json_line", "a row is an object")
+    if unknown := sorted(row.keys() - {"custom_id", "method", "url", "body"}):
+        raise _Faulty("unknown_field", f"unknown field {shown(unknown[0])}", unknown[0][:_MAX_ID])
+    custom_id = row.get("custom_id")
+    if not isinstance(custom_id, str) or not 0 < len(custom_id) <= _MAX_ID:
+        raise _Faulty("invalid_custom_id", f"`custom_id` must be a string of 1 to {_MAX_ID} characters", "custom_id")
+    if row.get("method") != "POST":
+        raise _Faulty("invalid_method", "`method` must be `POST`", "method")
+    if row.get("url") != endpoint:
+        raise _Faulty("mismatched_url", f"`url` must be the batch's endpoint, `{endpoint}`", "url")
+    if not isinstance(row.get("body"), dict):
+        raise _Faulty("invalid_body", "`body` must be an object", "body")
+    if row["body"].get("stream"):
+        raise _Faulty("invalid_body", "an answer in a batch cannot be streamed", "body.stream")
+    return custom_id
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    with path.open("rb") as file:
+        for number, text in enumerate(file, start=1):
+            if stripped := text.strip():
+                yield number, stripped
+
+
+class Journal:
+    """The answers of one batch, in the two files that they are given out in. A row is in one of them once at most.
+
+    What an `add` that has returned wrote is on disk; a line that a crash cut short is taken off when it is opened.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.paths = {True: directory / "output.jsonl", False: directory / "errors.jsonl"}
+        self.counts = dict.fromkeys(self.paths, 0)
+        self.done: set[str] = set()
+        self._lock = threading.Lock()
+        for good, path in self.paths.items():
+            path.touch()
+            with path.open("r+b") as file:
+                whole = 0
+                for text in file:
+                    if text.endswith(b"\n"):
+                        whole += len(text)
+                        self.counts[good] += 1
+                        self.done.add(msgspec.json.decode(text, type=_Named).custom_id)
+                file.truncate(whole)
+            sync(path)
+
+    def add(self, custom_id: str, response: dict[str, Any] | None, error: dict[str, str] | None) -> bool:
+        """Write down how a row ended; False when that is written already. Raises StorageFull with nothing written."""
+        good = response is not None and response["status_code"] < 400
+        line = {"id": new_id("batch_req_"), "custom_id": custom_id, "response": response, "error": error}
+        with self._lock:
+            if custom_id in self.done:
+                return False
+            self._append(self.paths[good], msgspec.json.encode(line) + b"\n")
+            self.done.add(custom_id)
+            self.counts[good] += 1
+        return True
+
+    def _append(self, path: Path, text: bytes) -> None:
+        with full_disk_named(), path.open("ab", buffering=0) as file:
+            before = os.fstat(file.fileno()).st_size
+            try:
+                left = memoryview(text)
+                while left:
+                    left = left[file.write(left) :]
+                os.fsync(file.fileno())
+            except BaseException:
+                file.truncate(before)
+                raise
+
+
+class _Named(msgspec.Struct):
+    custom_id: str

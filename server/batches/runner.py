@@ -1,0 +1,301 @@
+"""Runs batches: one asyncio task per unfinished batch, from its file to its results.
+
+A row's request is answered by the code that answers a client's, in the background (`server.admission.BACKGROUND`). Its
+answer is on disk before it counts, so that after any death only rows without one are asked again.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import shutil
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+from adapters.disk import StorageFull, full_disk_named, sync
+from adapters.storage import lost
+from adapters.storage.database import DatabaseBusy
+from server.admission import BACKGROUND
+from server.batches import rows
+from server.batches.metrics import BatchMetrics
+from server.batches.rows import Journal, Row
+from server.batches.store import FINAL, Batch, BatchStateError, BatchStore, Fault, Status
+from server.finetune.files import FileStore, StoredFile, new_id
+from server.finetune.manager import MAX_DEATHS, SPACE_SECONDS
+
+log = logging.getLogger("lorakeet.batches")
+
+INPUT = "input.jsonl"
+RESULTS = "batch_output"
+AGAIN = (429, 503)  # statuses of answers that say: not now
+AGAIN_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a request was answered. `died`: the engine did, while it had the request."""
+
+    status: int
+    body: bytes
+    died: bool = False
+
+
+Answer = Callable[[str, bytes], Awaitable[Reply]]  # an endpoint and a body -> its answer
+
+
+class Batches:
+    """All batches of one server.
+
+    Args:
+        directory: where batches keep their file and their answers while they run.
+        at_once: requests that are under way at once, of all batches together.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        store: BatchStore,
+        files: FileStore,
+        metrics: BatchMetrics,
+        *,
+        at_once: int,
+        max_rows: int,
+    ) -> None:
+        self._directory = directory
+        self._pending = lost.Pending(directory)
+        self.store = store
+        self._files = files
+        self._metrics = metrics
+        self._max_rows = max_rows
+        self._places = asyncio.Semaphore(at_once)
+        self._alone = asyncio.Lock()  # held by a request that may have been an engine's death
+        self._checking = asyncio.Lock()
+        self._answer: Answer | None = None
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._stops: dict[str, asyncio.Event] = {}
+        self._journals: dict[str, Journal] = {}
+
+    # --- its life -------------------------------------------------------------------------------------
+
+    async def start(self, answer: Answer) -> None:
+        """Go on with every batch that was under way."""
+        self._answer = answer
+        for batch in await asyncio.to_thread(self._sort_out):
+            self._begin(batch)
+
+    def _sort_out(self) -> list[Batch]:
+        aside = self._directory.parent / lost.LOST_AND_FOUND
+        lost.directory_at(self._directory, aside)
+        known = self.store.statuses()
+        for path in (left := lost.entries(self._directory)):
+            if known.get(path.name) in FINAL:
+                lost.remove(path)
+        unknown = [path for path in left if path.name not in known]
+        lost.sort_out(unknown, self._pending, aside / self._directory.name, self.store.database.path.name)
+        return list(self.store.unfinished())
+
+    async def stop(self) -> None:
+        """Let go of all batches; the next `start` goes on with them."""
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def count(self) -> None:
+        """Bring the metrics of batches by status up to date."""
+        self._metrics.batches(await asyncio.to_thread(self.store.counts))
+
+    # --- what clients ask -------------------------------------------------------------------------------
+
+    async def create(self, endpoint: str, file: StoredFile, metadata: dict[str, str] | None) -> Batch:
+        """Record a batch and begin with it."""
+        batch = await asyncio.to_thread(self._create, endpoint, file, metadata)
+        self._begin(batch)
+        return batch
+
+    def _create(self, endpoint: str, file: StoredFile, metadata: dict[str, str] | None) -> Batch:
+        with contextlib.ExitStack() as undo, self.store.database.transaction():
+            batch = self.store.create(file.tenant, endpoint, file.id, metadata)
+            directory = self._directory / batch.id
+            undo.callback(self._pending.clear, batch.id)
+            undo.callback(shutil.rmtree, directory, ignore_errors=True)
+            self._pending.mark(batch.id)
+            directory.mkdir(parents=True)
+            _same_file(file.path, directory / INPUT)  # the client may delete its own
+            sync(directory)
+            sync(self._directory)
+            self.store.database.after_commit(undo.pop_all)
+            self.store.database.after_commit(partial(self._pending.clear, batch.id))
+        return batch
+
+    async def cancel(self, batch: Batch) -> Batch:
+        """Raises BatchStateError when the batch is at an end, or about to be."""
+        moved = await asyncio.to_thread(self.store.move, batch, "cancelling")
+        if stop := self._stops.get(batch.id):
+            stop.set()
+        return moved
+
+    def progress(self, batch: Batch) -> tuple[int, int]:
+        """How many requests were answered well, and how many with an error."""
+        journal = self._journals.get(batch.id)
+        return (batch.completed, batch.failed) if journal is None else (journal.counts[True], journal.counts[False])
+
+    # --- one batch ---------------------------------------------------------------------------------------
+
+    def _begin(self, batch: Batch) -> None:
+        self._stops[batch.id] = asyncio.Event()
+        task = asyncio.create_task(self._work(batch), name=batch.id)
+        self._tasks[batch.id] = task
+        task.add_done_callback(lambda _: self._forget(batch.id))
+
+    def _forget(self, batch_id: str) -> None:
+        for each in (self._tasks, self._stops, self._journals):
+            each.pop(batch_id, None)
+
+    async def _work(self, batch: Batch) -> None:
+        """From wherever the batch stands to its end."""
+        BACKGROUND.set(True)
+        while True:
+            try:
+                now = await asyncio.to_thread(self.store.get, batch.tenant, batch.id)
+                if now.status in FINAL:
+                    break
+                await self._advance(now)
+            except BatchStateError:  # cancelled in this very moment
+                continue
+            except (StorageFull, DatabaseBusy) as fault:
+                log.warning("batch %s waits: %s", batch.id, fault)
+                await asyncio.sleep(SPACE_SECONDS)
+            except Exception:
+                log.exception("batch %s failed", batch.id)
+                ours = Fault("server_error", "The batch failed because of a fault in the server.")
+                with contextlib.suppress(BatchStateError):
+                    await self._move(batch, "failed", faults=[ours])
+                break
+        await asyncio.to_thread(shutil.rmtree, self._directory / batch.id, ignore_errors=True)
+
+    async def _move(self, batch: Batch, status: Status, **changes: object) -> Batch:
+        return await asyncio.to_thread(partial(self.store.move, batch, status, **changes))
+
+    async def _advance(self, batch: Batch) -> None:
+        """One status further."""
+        directory = self._directory / batch.id
+        match batch.status:
+            case "validating":
+                async with self._checking:
+                    total, faults = await asyncio.to_thread(
+                        rows.check, directory / INPUT, batch.endpoint, self._max_rows
+                    )
+                if faults:
+                    await self._move(batch, "failed", total=total, faults=faults)
+                else:
+                    await self._move(batch, "in_progress", total=total)
+            case "in_progress":
+                journal = self._journals[batch.id] = await asyncio.to_thread(self._opened, directory)
+                if await self._answered(batch, journal):
+                    await self._move(batch, "finalizing")
+                elif not self._stops[batch.id].is_set():  # else it is being cancelled
+                    message = "The completion window ended before this request was answered."
+                    await self._finish(batch, "expired", {"code": "batch_expired", "message": message})
+            case "finalizing":
+                await self._finish(batch, "completed")
+            case "cancelling":
+                message = "The batch was cancelled before this request was answered."
+                await self._finish(batch, "cancelled", {"code": "batch_cancelled", "message": message})
+
+    def _opened(self, directory: Path) -> Journal:
+        with full_disk_named():
+            return Journal(directory)
+
+    async def _answered(self, batch: Batch, journal: Journal) -> bool:
+        """Answer all rows that have no answer; False when it was stopped, or the batch's time is up."""
+        answering = asyncio.create_task(self._answer_rows(batch, journal))
+        stopped = asyncio.create_task(self._stops[batch.id].wait())
+        try:
+            left = max(0.0, batch.expires_at - time.time())
+            await asyncio.wait({answering, stopped}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if answering.done():
+                answering.result()
+            return answering.done()
+        finally:
+            answering.cancel()
+            stopped.cancel()
+            await asyncio.gather(answering, stopped, return_exceptions=True)
+
+    async def _answer_rows(self, batch: Batch, journal: Journal) -> None:
+        under_way: set[asyncio.Task[None]] = set()
+        left = rows.read(self._directory / batch.id / INPUT)
+        try:
+            while (row := await asyncio.to_thread(_next, left, journal)) is not None:
+                await self._places.acquire()
+                task = asyncio.create_task(self._answer_row(batch, row, journal))
+                task.add_done_callback(lambda _: self._places.release())
+                under_way.add(task)
+                for done in [one for one in under_way if one.done()]:
+                    under_way.remove(done)
+                    done.result()
+            await asyncio.gather(*under_way)
+        finally:
+            for task in under_way:
+                task.cancel()
+            await asyncio.gather(*under_way, return_exceptions=True)
+
+    async def _answer_row(self, batch: Batch, row: Row, journal: Journal) -> None:
+        assert self._answer is not None
+        deaths = 0
+        while True:
+            async with self._alone if deaths else contextlib.nullcontext():
+                reply = await self._answer(batch.endpoint, row.body)
+            deaths += reply.died
+            if deaths == MAX_DEATHS or (reply.status not in AGAIN and not reply.died):
+                break
+            await asyncio.sleep(AGAIN_SECONDS)
+        response = {"status_code": reply.status, "request_id": new_id("req_"), "body": msgspec.Raw(reply.body)}
+        if await asyncio.to_thread(journal.add, row.custom_id, response, None):
+            self._metrics.ended("completed" if reply.status < 400 else "failed")
+
+    async def _finish(self, batch: Batch, status: Status, unanswered: dict[str, str] | None = None) -> None:
+        """Make files of the answers. `unanswered`: what is said of the rows that have none."""
+        finished = partial(self._finished, batch, status, unanswered)
+        for _ in range(await asyncio.to_thread(finished)):
+            self._metrics.ended(status)
+
+    def _finished(self, batch: Batch, status: Status, unanswered: dict[str, str] | None) -> int:
+        """How many rows had no answer."""
+        directory = self._directory / batch.id
+        # The one that answers may still be added to: they are of a row before it is said to have none, or not at all.
+        journal = self._journals.get(batch.id) or self._opened(directory)
+        count = 0
+        if unanswered is not None and batch.total:  # of a file that has been checked
+            for row in rows.read(directory / INPUT):
+                if row.custom_id not in journal.done:
+                    count += journal.add(row.custom_id, None, unanswered)
+        with full_disk_named(), self._files.staging() as staging, self.store.database.transaction():
+            made: dict[bool, str | None] = {True: None, False: None}
+            for good, path in journal.paths.items():
+                if journal.counts[good]:
+                    _same_file(path, staging / path.name)
+                    name = f"{batch.id}_{path.name}"
+                    made[good] = self._files.add(batch.tenant, staging / path.name, filename=name, purpose=RESULTS).id
+            done = {"completed": journal.counts[True], "failed": journal.counts[False]}
+            self.store.move(batch, status, output_file=made[True], error_file=made[False], **done)
+        return count
+
+
+def _next(left: Iterator[Row], journal: Journal) -> Row | None:
+    """The next row that has no answer."""
+    return next((row for row in left if row.custom_id not in journal.done), None)
+
+
+def _same_file(source: Path, target: Path) -> None:
+    """The file under a second name, which keeps its bytes when the first is gone."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+        sync(target)

@@ -1,0 +1,52 @@
+"""A request to one of our own endpoints that comes over no connection: what a client would be answered."""
+
+import asyncio
+import logging
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.types import Message
+
+from server.batches.runner import Reply
+from server.client.engine import EngineDied
+from server.errors import InternalError, as_error
+from server.http.answer import encode_json
+
+log = logging.getLogger(__name__)
+
+
+async def answered(app: Starlette, path: str, body: bytes) -> Reply:
+    """The answer to a POST of JSON, whatever goes wrong. It is behind the middleware: no key is asked for."""
+    pieces: list[bytes] = []
+    status = 500
+    received = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Message:
+        if received:
+            return received.pop()
+        await asyncio.Event().wait()  # this client never goes
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        nonlocal status
+        status = message.get("status", status)
+        pieces.append(message.get("body", b""))
+
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    scope: dict[str, Any] = {
+        "type": "http",
+        "method": "POST",
+        "path": path,
+        "root_path": "",
+        "query_string": b"",
+        "headers": headers,
+        "app": app,
+    }
+    try:
+        await app.router(scope, receive, send)
+    except Exception as fault:
+        error = as_error(fault)
+        if isinstance(error, InternalError):
+            log.exception("a request in a batch failed")
+        return Reply(error.status, encode_json(error.body()), died=isinstance(fault, EngineDied))
+    return Reply(status, b"".join(pieces))

@@ -1,0 +1,113 @@
+"""`/v1/batches`: files of requests that are answered in what serving leaves free, in OpenAI's shapes."""
+
+import asyncio
+from typing import Any, Literal
+
+from msgspec import to_builtins
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from adapters.storage.database import UnknownCursorError
+from server.batches.store import Batch, BatchStateError, UnknownBatchError
+from server.errors import Conflict, InvalidRequest, NotFound, StorageFull, disk_faults, shown
+from server.finetune.files import BATCH, UnknownFileError
+from server.http.objects import BatchObject, ListObject
+from server.http.operations import Operation
+from server.http.paging import PageQuery, page, unknown_cursor
+from server.openai.body import Body, Metadata
+from server.services import TENANT, services_of
+
+
+class BatchBody(Body):
+    """Which requests to which endpoint."""
+
+    input_file_id: str = Field(min_length=1)
+    endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/responses"]
+    completion_window: Literal["24h"]
+    metadata: Metadata | None = None
+
+
+async def create_batch(request: Request, body: BatchBody) -> Response:
+    """Begin; the file is checked first, and its faults are in the object then."""
+    services = services_of(request)
+    try:
+        file = await asyncio.to_thread(services.tuning.files.get, TENANT, body.input_file_id)
+    except UnknownFileError:
+        message = f"`input_file_id`: there is no file {shown(body.input_file_id)}."
+        raise InvalidRequest(message, param="input_file_id") from None
+    if file.purpose != BATCH:
+        message = f"`input_file_id`: the file is for `{file.purpose}`; upload it with the purpose `{BATCH}`."
+        raise InvalidRequest(message, param="input_file_id")
+    with disk_faults():
+        batch = await services.batches.create(body.endpoint, file, body.metadata)
+    return JSONResponse(_shown(request, batch))
+
+
+async def list_batches(request: Request, query: PageQuery) -> Response:
+    """A page of batches, newest first."""
+    try:
+        batches, more = await asyncio.to_thread(
+            services_of(request).batches.store.page, TENANT, limit=query.limit, after=query.after
+        )
+    except UnknownCursorError:
+        raise unknown_cursor() from None
+    return page([_shown(request, batch) for batch in batches], more)
+
+
+async def get_batch(request: Request) -> Response:
+    """One batch."""
+    return JSONResponse(_shown(request, await _find(request)))
+
+
+async def cancel_batch(request: Request) -> Response:
+    """Stop; what has been answered is in the output file once the status is `cancelled`."""
+    try:
+        batch = await services_of(request).batches.cancel(await _find(request))
+    except BatchStateError as refusal:
+        raise Conflict(str(refusal)) from None
+    return JSONResponse(_shown(request, batch))
+
+
+async def _find(request: Request) -> Batch:
+    batch_id = request.path_params["id"]
+    try:
+        return await asyncio.to_thread(services_of(request).batches.store.get, TENANT, batch_id)
+    except UnknownBatchError:
+        raise NotFound(f"No such batch: {shown(batch_id)}", param="id", code="batch_not_found") from None
+
+
+def _shown(request: Request, batch: Batch) -> dict[str, Any]:
+    """OpenAI's object."""
+    completed, failed = services_of(request).batches.progress(batch)
+    faults = {"object": "list", "data": to_builtins(batch.faults)} if batch.faults else None
+    return {
+        "id": batch.id,
+        "object": "batch",
+        "endpoint": batch.endpoint,
+        "errors": faults,
+        "input_file_id": batch.input_file,
+        "completion_window": "24h",
+        "status": batch.status,
+        "output_file_id": batch.output_file,
+        "error_file_id": batch.error_file,
+        "created_at": batch.created_at,
+        "in_progress_at": batch.times.get("in_progress"),
+        "expires_at": batch.expires_at,
+        "finalizing_at": batch.times.get("finalizing"),
+        "completed_at": batch.times.get("completed"),
+        "failed_at": batch.times.get("failed"),
+        "expired_at": batch.times.get("expired"),
+        "cancelling_at": batch.times.get("cancelling"),
+        "cancelled_at": batch.times.get("cancelled"),
+        "request_counts": {"total": batch.total, "completed": completed, "failed": failed},
+        "metadata": batch.metadata,
+    }
+
+
+routes = [
+    Operation("POST", "/v1/batches", create_batch, answers=BatchObject, refuses=(StorageFull,)),
+    Operation("GET", "/v1/batches", list_batches, answers=ListObject[BatchObject]),
+    Operation("GET", "/v1/batches/{id}", get_batch, answers=BatchObject),
+    Operation("POST", "/v1/batches/{id}/cancel", cancel_batch, answers=BatchObject, refuses=(Conflict,)),
+]

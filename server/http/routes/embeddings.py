@@ -1,0 +1,40 @@
+"""`POST /v1/embeddings`: refused, with the reason. Only a model that says how its states are pooled could answer."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.errors import InvalidRequest
+from server.http.operations import OPENING, Operation
+from server.openai.body import Body, Items
+from server.openai.schema import INT32
+from server.openai.target import open_target
+from server.services import services_of
+
+
+class EmbeddingBody(Body):
+    """OpenAI's."""
+
+    model: str = Field(min_length=1)
+    input: Annotated[str, Field(min_length=1)] | Items[Any]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, ge=1, le=INT32)
+    user: str | None = None
+
+
+async def create_embedding(request: Request, body: EmbeddingBody) -> Response:
+    """Say why there is none."""
+    async with open_target(services_of(request), body.model, user=body.user):
+        raise InvalidRequest(
+            "This server's model generates text; nothing says how its states would be pooled to an embedding "
+            "(sentence-transformers' `modules.json` and `1_Pooling/config.json`), and no such model is served.",
+            param="model",
+            code="embeddings_unsupported",
+        )
+
+
+routes = [
+    Operation("POST", "/v1/embeddings", create_embedding, answers=dict[str, Any], refuses=OPENING),
+]

@@ -1,0 +1,59 @@
+"""instructor: every mode that it offers for OpenAI's client and that a chat endpoint serves."""
+
+from typing import Literal
+
+import instructor
+import openai
+import pytest
+from instructor import Mode
+from instructor.core.exceptions import InstructorRetryException
+from pydantic import BaseModel, Field
+
+
+class Bird(BaseModel):
+    name: str = Field(max_length=12)
+    colour: Literal["red", "green"]
+
+
+# Enforced by the request itself; the others only ask for a shape in the prompt.
+ENFORCED = [Mode.TOOLS, Mode.TOOLS_STRICT, Mode.JSON_SCHEMA]
+ASKED = [Mode.JSON, Mode.MD_JSON, Mode.PARALLEL_TOOLS]
+
+
+def client(api: str, mode: Mode) -> instructor.Instructor:
+    return instructor.from_openai(openai.OpenAI(base_url=api, api_key="none", max_retries=0), mode=mode)
+
+
+ASK = [{"role": "user", "content": "Name a bird."}]
+
+
+@pytest.mark.parametrize("mode", ENFORCED)
+def test_enforced_modes(api: str, model: str, mode: Mode) -> None:
+    ask = client(api, mode).chat.completions
+    answer = ask.create(model=model, messages=ASK, response_model=Bird, max_tokens=100, max_retries=0)
+    assert isinstance(answer, Bird)
+
+
+@pytest.mark.parametrize("mode", ASKED)
+def test_asked_modes(api: str, model: str, mode: Mode) -> None:
+    from collections.abc import Iterable
+
+    kind = Iterable[Bird] if mode is Mode.PARALLEL_TOOLS else Bird
+    try:
+        answer = client(api, mode).chat.completions.create(
+            model=model, messages=ASK, response_model=kind, max_tokens=60, max_retries=1
+        )
+        assert isinstance(next(iter(answer)) if mode is Mode.PARALLEL_TOOLS else answer, Bird | tuple)
+    except InstructorRetryException as fault:  # the model's words were no such object; the request was understood
+        assert not isinstance(fault.__cause__, openai.APIStatusError), fault
+        assert "Error code" not in str(fault)
+    except TypeError as fault:  # parallel tools: none was called
+        assert "NoneType" in str(fault)
+
+
+def test_partial_streams(api: str, model: str) -> None:
+    parts = client(api, Mode.TOOLS).chat.completions.create_partial(
+        model=model, messages=ASK, response_model=Bird, max_tokens=100
+    )
+    *_, last = parts
+    assert last.colour in ("red", "green")
