@@ -161,10 +161,11 @@ def _check(directory: Path) -> None:
         raise ModelError(f"{directory} is not a model in Hugging Face layout: config.json holds no object")
     if quantization := config.get("quantization_config"):
         method = str(quantization.get("quant_method", "unknown")) if isinstance(quantization, dict) else "unknown"
-        raise ModelError(
-            f"{directory} is already quantised ({method.upper()}), and Lorakeet quantises the base itself: "
-            "name the original 16-bit model that this one was made from"
-        )
+        if method != "mxfp4":  # there is no other original, and its experts are decoded at load
+            raise ModelError(
+                f"{directory} is already quantised ({method.upper()}), and Lorakeet quantises the base itself: "
+                "name the original 16-bit model that this one was made from"
+            )
     if not any(directory.glob("*.safetensors")):
         raise ModelError(f"{directory} has no *.safetensors weights (pickled weights are not loaded)")
 

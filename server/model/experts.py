@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter, dot_natural_key
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from adapters.device import experts
 from adapters.device.experts import ExpertLinear
@@ -30,6 +31,7 @@ from server.model import UnservableModel, naming
 
 EXPERTS = "lorakeet"
 FILE = "experts.safetensors"  # of a quantised copy
+MXFP4 = "mxfp4"  # the storage of files whose experts alone are quantised, and decoded as they are read
 
 _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
@@ -66,7 +68,7 @@ def take_out(model: transformers.PreTrainedModel) -> None:
         raise UnservableModel(f"mixture-of-experts models of this shape are not served ({where})")
     model._keys_to_ignore_on_load_unexpected = {
         *(model._keys_to_ignore_on_load_unexpected or ()),
-        *(rf"{re.escape(name.partition('.')[2])}$" for name in found),
+        *(rf"{re.escape(name.partition('.')[2])}(_blocks|_scales)?$" for name in found),
     }
 
 
@@ -98,22 +100,25 @@ def read(
         file_of = {name: file for file in opened for name in file.keys()}  # noqa: SIM118 - it is no dict
         for name in sorted(file_of, key=dot_natural_key):
             target, pattern = in_model(name)
+            packed = re.fullmatch(r"(.+)_(blocks|scales)", target)
+            if packed and packed[1] in targets:
+                target, pattern = packed[1], packed[2]
             if target in targets:
                 sources[target][pattern or ""].append(name)
 
         def tensor(name: str, expert: int | None) -> Tensor:
             part = file_of[name].get_slice(name)
             read: Tensor = part[:] if expert is None else part[expert : expert + 1]
-            if not read.is_floating_point():
-                raise UnservableModel(f"{name} is stored as {read.dtype}: serve the original weights instead")
-            return read.to(dtype)
+            return read
 
         def dense(target: str, linear: ExpertLinear) -> Iterator[Tensor]:
             for expert in range(linear.shape[0]):
                 weight = _expert(target, linear.shape, sources[target], converters, expert, tensor)
-                if weight.shape != (1, *linear.shape[1:]):
-                    raise UnservableModel(f"{target} has experts of shape {tuple(weight.shape)} in the files")
-                yield (weight[0].T if linear.transposed else weight[0]).to(device)
+                if weight.shape != (1, *linear.shape[1:]) or not weight.is_floating_point():
+                    raise UnservableModel(
+                        f"{target} has experts of shape {tuple(weight.shape)} and {weight.dtype} in the files"
+                    )
+                yield (weight[0].T if linear.transposed else weight[0]).to(device, dtype)
 
         for target, linear in targets.items():
             linear.fill(ExpertWeights.quantize(dense(target, linear), kind, dtype), dtype)
@@ -132,6 +137,8 @@ def _expert(
         raise UnservableModel(f"{target} is not in the files")
     if "" in sources:
         return read(sources[""][0], expert)
+    if "blocks" in sources:
+        return convert_moe_packed_tensors(*(read(sources[part][0], expert) for part in ("blocks", "scales")))
     converter: Any = copy.deepcopy(converters[next(iter(sources))])
     apart = any(isinstance(operation, MergeModulelist) for operation in converter.operations)
     for pattern, names in sources.items():

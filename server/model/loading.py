@@ -53,16 +53,15 @@ def load_quantized(
     directory: Path, config: Any, quantization: str, dtype: torch.dtype, device: torch.device, cache_dir: Path
 ) -> transformers.PreTrainedModel:
     """The model of this config, its weights as `quantization` asks. Raises UnservableModel."""
-    stored = getattr(config, "quantization_config", None)
-    if stored is not None:
-        method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", "?")
-        if "bitsandbytes" not in str(method):
-            raise UnservableModel(
-                f"the base is already quantised with {method}: serve the original weights instead, "
-                f"they are quantised to --quantization {quantization} at load"
-            )
+    method = _method(config)
+    if method not in (None, experts.MXFP4) and "bitsandbytes" not in method:
+        raise UnservableModel(
+            f"the base is already quantised with {method}: serve the original weights instead, "
+            f"they are quantised to --quantization {quantization} at load"
+        )
+    stored = method not in (None, experts.MXFP4)
     cached = cache_dir / "quantized" / _cache_key(directory, quantization, dtype)
-    if stored is None and quantization != "none" and cached.exists():
+    if not stored and quantization != "none" and cached.exists():
         model = _from_pretrained(cached, dtype, device)
         experts.load(model, cached, dtype, device)
         return model
@@ -74,10 +73,20 @@ def load_quantized(
     return model
 
 
+def _method(config: Any) -> str | None:
+    """How the files' weights are quantised, or None."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
+        return None
+    return str(stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", "?"))
+
+
 def _from_pretrained(
     directory: Path, dtype: torch.dtype, device: torch.device, **kwargs: Any
 ) -> transformers.PreTrainedModel:
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    if _method(config) == experts.MXFP4:
+        del config.quantization_config
     whole = model_class(config)
     assert whole is not None, "check_servable comes first"
     text = config.get_text_config(decoder=True)

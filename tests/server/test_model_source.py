@@ -44,6 +44,11 @@ def test_a_quantised_base_is_refused_by_name_with_advice(layout: Path, tmp_path:
         resolve(str(layout), tmp_path)
 
 
+def test_mxfp4_experts_are_no_reason_to_refuse(layout: Path, tmp_path: Path) -> None:
+    (layout / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "mxfp4"}}))
+    assert resolve(str(layout), tmp_path) == layout
+
+
 @pytest.mark.parametrize(
     ("config", "complaint"),
     [(None, "config.json"), ("{", "config.json"), ("[]", "no object"), ('{"quantization_config": 4}', "UNKNOWN")],

@@ -1,5 +1,6 @@
 """Mixtures of experts: read from either layout, kept quantised, and each token's answer its own."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +137,32 @@ def test_files_without_an_expert_are_refused_by_its_name(model: Path, tmp_path: 
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UnservableModel, match=r"layers\.1\.mlp\.experts\.down_proj lacks expert 7"):
         load_engine(broken, tmp_path / "cache")
+
+
+def test_mxfp4_files_give_the_base_of_the_numbers_that_they_mean(tmp_path: Path) -> None:
+    settings = {"num_local_experts": 4, "intermediate_size": 64, "tie_word_embeddings": False}
+    plain = mixture(tmp_path / "plain", "GptOss", **settings)
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    for path in plain.iterdir():
+        (packed / path.name).write_bytes(path.read_bytes())
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (packed / "config.json").write_text(json.dumps(config))
+    tensors = load_file(plain / "model.safetensors")
+    coded = dict(tensors)
+    values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    values = torch.cat([values, -values])
+    for name in [name for name in tensors if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, inner, out = coded.pop(name).shape
+        blocks = torch.randint(256, (experts, out, inner // 32, 16), dtype=torch.uint8)  # the low nibble comes first
+        scales = torch.randint(120, 124, (experts, out, inner // 32), dtype=torch.uint8)
+        nibbles = torch.stack([blocks & 15, blocks >> 4], -1).flatten(3)
+        dense = values[nibbles.long()] * torch.exp2(scales.float() - 127)[..., None]
+        tensors[name] = dense.flatten(2).transpose(1, 2).contiguous()
+        coded[f"{name}_blocks"], coded[f"{name}_scales"] = blocks, scales
+    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+    save_file(coded, packed / "model.safetensors", metadata={"format": "pt"})
+    expected = load_engine(plain, tmp_path / "cache").base_digest
+    assert load_engine(packed, tmp_path / "cache").base_digest == expected
+    assert load_engine(packed, tmp_path / "cache").base_digest == expected  # from the quantised copy
