@@ -32,7 +32,7 @@ from operator import attrgetter
 
 from server.engine.blocks import BlockGroups, name_blocks, publish_blocks
 from server.engine.sequence import AdapterKey, AdapterResidency, Counters, Sequence, Step, Work
-from server.messages.protocol import LOAD_FAILED, TOO_LONG, FinishReason
+from server.messages.protocol import LOAD_FAILED, TOO_LONG
 
 _BACKGROUND_TOKENS = 128  # of a step's prompts, on a CPU about a tenth of a second
 
@@ -190,8 +190,7 @@ class Scheduler:
         while position < len(self.running):
             sequence = self.running[position]
             # One with more to compute got all of its blocks at admission.
-            waits = sequence.pending and self._must_wait(sequence)
-            if sequence.background != background or sequence.remaining != 1 or sequence is held or waits:
+            if sequence.background != background or sequence.remaining != 1 or sequence is held or sequence.waits:
                 position += 1
             elif self._blocks.grow(sequence, sequence.length):
                 works.append(sequence.work(1))
@@ -207,10 +206,6 @@ class Scheduler:
             else:  # the youngest is this one, or one not looked at yet
                 self._preempt(self.running[-1])
         return held
-
-    def _must_wait(self, sequence: Sequence) -> bool:
-        """Whether a sequence goes no further until its pending token is read."""
-        return sequence.needs_tokens or sequence.left == 0
 
     def _chunk(self, sequence: Sequence, budget: int) -> int:
         """How many more tokens of a prompt find their slots, within the budget: layers that slide get theirs late."""
@@ -352,7 +347,7 @@ class Scheduler:
         for token in coming:
             kept.append(token)
             sequence.tokens.append(token)
-            sequence.finish_reason = self._finish_reason(sequence)
+            sequence.end_by_newest(self._eos)
             if sequence.finish_reason is not None:
                 break
             if sequence.constraint is not None and len(kept) == len(coming):
@@ -373,17 +368,6 @@ class Scheduler:
         if sequence.finish_reason is not None:
             self._remove(sequence)
         return kept
-
-    def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
-        """Why the newest token ends its sequence, if it does."""
-        token, sampling = sequence.tokens[-1], sequence.sampling
-        ends = token in sampling.stops[0] or (token in self._eos and not sampling.ignore_eos)
-        if ends and sequence.num_generated >= sampling.min_tokens:
-            sequence.stop_token = token
-            return "stop"
-        if sequence.constraint is not None and sequence.constraint.take(token):
-            return "stop"
-        return "length" if sequence.num_generated >= sequence.limit else None
 
     # --- leaving -------------------------------------------------------------------------------------
 

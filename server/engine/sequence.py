@@ -4,7 +4,7 @@ A step is *given* to the device, is in flight, and is *collected* when the token
 sequence's lengths advance when a step is given, its `tokens` when that is collected: `pending` counts the difference.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -84,6 +84,22 @@ class Sequence:
     def left(self) -> int:
         """Tokens that it may generate after those it has, pending ones included."""
         return self.limit - (self.length - len(self.prompt))
+
+    @property
+    def waits(self) -> bool:
+        """Whether it goes no further until its pending token is read."""
+        return bool(self.pending) and (self.needs_tokens or self.left == 0)
+
+    def end_by_newest(self, eos: Collection[int]) -> None:
+        """Set why the newest token ends it, if it does. `eos`: tokens that do unless they are ignored."""
+        token, sampling = self.tokens[-1], self.sampling
+        ends = token in sampling.stops[0] or (token in eos and not sampling.ignore_eos)
+        if ends and self.num_generated >= sampling.min_tokens:
+            self.stop_token, self.finish_reason = token, "stop"
+        elif self.constraint is not None and self.constraint.take(token):
+            self.finish_reason = "stop"
+        elif self.num_generated >= self.limit:
+            self.finish_reason = "length"
 
     def work(self, budget: int) -> "Work":
         """What it may compute next, of so many tokens at most."""

@@ -312,24 +312,6 @@ async def test_required_calls_parse_and_validate(following: Served) -> None:
     assert names == {"get_weather", "now"}
 
 
-@pytest.mark.slow
-async def test_of_500_required_calls_none_is_malformed_and_streams_say_the_same(following: Served) -> None:
-    total = 0
-    for seed in range(20):
-        body = {"n": 25, "seed": 1000 * seed, "temperature": 1.5, "max_tokens": 120, "parallel_tool_calls": False}
-        body |= {"tool_choice": "required"}
-        choices = (await chat(following, **body)).json()["choices"]
-        chunks = events(await chat(following, stream=True, **body))
-        for choice in choices:
-            [call] = choice["message"]["tool_calls"]
-            check(call)
-            streamed = assembled(chunks, choice["index"])
-            assert streamed["tool_calls"] == [[call["function"]["name"], call["function"]["arguments"]]]
-            assert streamed["finish_reason"] == choice["finish_reason"] == "tool_calls"
-            total += 1
-    assert total == 500
-
-
 async def test_several_calls_a_named_one_and_a_strict_one(following: Served) -> None:
     free = {"n": 8, "seed": 3, "temperature": 1.5, "max_tokens": 200}
     choices = (await chat(following, tool_choice="required", **free)).json()["choices"]
