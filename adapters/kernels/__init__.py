@@ -133,6 +133,9 @@ def base_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) 
 
 
 def grouped_forward(x: Tensor, weights: ExpertWeights, counts: Tensor) -> Tensor:
+    kernels = _linear(x, weights[0])
+    if isinstance(kernels, native.Kernels):
+        return kernels.grouped_forward(x, weights, counts)
     return reference.each_expert(x, weights, counts, linear_forward)
 
 

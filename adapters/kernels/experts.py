@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
-import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
@@ -79,6 +78,8 @@ class ExpertWeights:
 
 
 def _quantized(dense: Tensor, kind: str, dtype: torch.dtype) -> QuantizedWeight:
+    import bitsandbytes.functional as bnb  # here: weight.py has to import it first, for its reason
+
     shape = (dense.shape[0], dense.shape[1])
     if kind == "none":
         return QuantizedWeight("dense", dense.to(dtype), shape)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from adapters.kernels import build
+from adapters.kernels.experts import ExpertWeights
 from adapters.kernels.weight import QuantizedWeight, Sketch
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,17 @@ class WeightStruct(Structure):
         ("blocksize", c_int32),
         ("int8", c_void_p),
         ("levels", c_void_p),
+    ]
+
+
+class ExpertsStruct(Structure):
+    """`Experts` of experts.cpp."""
+
+    _fields_ = [
+        ("first", WeightStruct),
+        *((name, c_int64) for name in ("bytes", "scales")),
+        *((name, c_void_p) for name in ("absmax", "nested_absmax", "nested_code", "offset")),
+        ("nested_blocksize", c_int64),
     ]
 
 
@@ -104,6 +116,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "lk_set_vnni": [c_int],
     "lk_linear": [POINTER(WeightStruct), c_void_p, c_void_p, c_int, c_void_p],
     "lk_linear_run": [POINTER(c_void_p), c_int, c_void_p, c_int, c_void_p],
+    "lk_grouped_linear": [POINTER(ExpertsStruct), c_void_p, c_void_p, c_int, c_int, c_void_p],
     "lk_linear_backward": [POINTER(WeightStruct), c_void_p, c_int, c_void_p],
     "lk_dequantize": [POINTER(WeightStruct), c_void_p],
     "lk_lora_add": [POINTER(AdaptersStruct), c_void_p, c_void_p],
@@ -198,6 +211,12 @@ class Kernels:
         addresses = (c_void_p * len(weights))(*(addressof(self.weight(weight)) for weight in weights))
         y = x.new_empty(len(x), weights[0].shape[0])
         self._lib.lk_linear_run(addresses, len(weights), x.data_ptr(), len(x), y.data_ptr())
+        return y
+
+    def grouped_forward(self, x: Tensor, weights: ExpertWeights, counts: Tensor) -> Tensor:
+        x, counts, y = _plain(x), counts.contiguous(), x.new_empty(len(x), weights.shape[0])
+        struct = byref(_experts_struct(weights))
+        self._lib.lk_grouped_linear(struct, x.data_ptr(), counts.data_ptr(), len(counts), len(x), y.data_ptr())
         return y
 
     def linear_backward(self, dy: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -348,6 +367,16 @@ def _weight_struct(weight: QuantizedWeight) -> tuple[WeightStruct, Tensor | None
         *((address(weight.int8.data), address(weight.int8.levels)) if weight.int8 else (None, None)),
     )
     return struct, scales
+
+
+def _experts_struct(weights: ExpertWeights) -> ExpertsStruct:
+    data, absmax, nested = weights.data[0], weights.absmax, weights.nested_absmax
+    kind = _DENSE_KINDS[data.dtype] if weights.kind == "dense" else 1 if weights.kind == "int8" else 0
+    plain, doubly = (absmax, None) if nested is None else (None, absmax)
+    first = (address(data), address(plain), address(weights.code), None, kind, *weights.shape, weights.blocksize)
+    count = 0 if absmax is None else absmax[0].numel()
+    parts = map(address, (doubly, nested, weights.nested_code, weights.offset))
+    return ExpertsStruct(WeightStruct(*first), data.nbytes, count, *parts, weights.nested_blocksize)
 
 
 def _sketch_struct(sketch: Sketch) -> SketchStruct:

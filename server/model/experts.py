@@ -19,7 +19,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import MergeModulelist, WeightConverter, dot_natural_key
+from transformers.core_model_loading import (
+    Concatenate,
+    Interleave,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+    dot_natural_key,
+)
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -33,6 +40,7 @@ EXPERTS = "lorakeet"
 FILE = "experts.safetensors"  # of a quantised copy
 MXFP4 = "mxfp4"  # the storage of files whose experts alone are quantised, and decoded as they are read
 
+_EACH = (MergeModulelist, Concatenate, Transpose, Interleave)  # conversions that do to each expert what they do to all
 _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
@@ -140,7 +148,10 @@ def _expert(
     if "blocks" in sources:
         return convert_moe_packed_tensors(*(read(sources[part][0], expert) for part in ("blocks", "scales")))
     converter: Any = copy.deepcopy(converters[next(iter(sources))])
-    apart = any(isinstance(operation, MergeModulelist) for operation in converter.operations)
+    other = [type(step).__name__ for step in converter.operations if not isinstance(step, _EACH)]
+    if other:
+        raise UnservableModel(f"{target} is made from its files by {other[0]}, which mixes experts: it is not served")
+    apart = any(isinstance(step, MergeModulelist) for step in converter.operations)
     for pattern, names in sources.items():
         if apart and len(names) <= expert:
             raise UnservableModel(f"{target} lacks expert {expert} in the files")

@@ -92,6 +92,8 @@ MULTIMODAL_ROPE = (
 )
 OTHER: dict[str, dict[str, Any]] = {
     **{name: {"text_config": {"rope_parameters": MROPE}} for name in MULTIMODAL_ROPE},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}},
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": MROPE | {"mrope_section": [3, 3, 2]}}},
     "glm4v_moe": {"text_config": {"rope_parameters": MROPE | {"mrope_section": [1, 1, 2]}}},
     "laguna": {"num_attention_heads_per_layer": [4] * LAYERS},
     "hunyuan_vl": {"text_config": {"rope_parameters": MROPE | {"mrope_section": [2, 2, 2, 2]}}},

@@ -73,10 +73,12 @@ def test_gradients(kind: str) -> None:
     torch.testing.assert_close(x.grad.double(), exact.grad, rtol=1e-5, atol=1e-5)
 
 
-def test_the_native_product_is_the_one_that_runs() -> None:
-    if native.load() is None:
-        pytest.skip("no C++ compiler, or LORAKEET_NATIVE=0")
-    weights, x = make("nf4"), torch.randn(int(COUNTS.sum()), SHAPE[1])
-    with native.switched_off():
-        plain = kernels.grouped_linear(x, weights, COUNTS)
-    assert not torch.equal(kernels.grouped_linear(x, weights, COUNTS), plain)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [SHAPE, (200, 320), (33, 64)])
+def test_the_grouped_product_is_that_of_each_experts_linear(
+    compiled: native.Kernels, kind: str, shape: tuple[int, int]
+) -> None:
+    weights = make(kind, shape)
+    x = torch.randn(int(COUNTS.sum()), shape[1])
+    each = reference.each_expert(x, weights, COUNTS, compiled.linear_forward)
+    assert torch.equal(compiled.grouped_forward(x, weights, COUNTS), each)
