@@ -1,5 +1,6 @@
 """`/v1/messages`: a conversation in Anthropic's shapes, and the next message."""
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from functools import partial
@@ -26,7 +27,8 @@ async def create_message(request: Request, body: MessageBody) -> Answer:
 
 async def _answer(services: Services, body: MessageBody, send: Send) -> None:
     try:
-        async with open_chat(services, body.chat(), most=body.max_tokens) as chat:
+        chat_body = await asyncio.to_thread(body.chat)  # long conversations take long
+        async with open_chat(services, chat_body, most=body.max_tokens) as chat:
             writer = MessageWriter(chat, body.max_tokens)
             headers = {"X-Adapter-Digest": chat.generation.target.digest}
             async with aclosing(_events(writer, chat)) as events:
@@ -56,7 +58,7 @@ async def count_message_tokens(request: Request, body: CountBody) -> Response:
     """How many tokens the prompt has."""
     services = services_of(request)
     try:
-        chat = body.chat()
+        chat = await asyncio.to_thread(body.chat)
         async with open_target(services, chat.model) as target:
             _, ids = await chat.encode(target.text, services.engine_info.max_model_len)
     except LorakeetError as error:

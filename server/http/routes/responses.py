@@ -66,9 +66,14 @@ async def create_response(request: Request, body: ResponseBody) -> Answer:
     if not services.responses.enabled and (body.store or body.background):
         param = "store" if body.store else "background"
         raise InvalidRequest(f"`{param}`: this server keeps no responses (--response-days).", param=param)
-    number = uuid.uuid4().hex
-    work = _Work(services, body, number, await asyncio.to_thread(_items, services, body, number))
+    work = await asyncio.to_thread(_work, services, body)  # long inputs take long
     return Answer(partial(_in_background if body.background else _answer, work))
+
+
+def _work(services: Services, body: ResponseBody) -> _Work:
+    """Raises LorakeetError."""
+    number = uuid.uuid4().hex
+    return _Work(services, body, number, _items(services, body, number))
 
 
 def _items(services: Services, body: ResponseBody, number: str) -> list[Item]:
