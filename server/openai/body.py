@@ -65,12 +65,13 @@ class Body(BaseModel):
         if not isinstance(data, dict):
             return data
         given: dict[str, Any] = {}
+        fields, no_ops = cls.__pydantic_fields__, cls.no_ops  # a list may have thousands of such objects
         for name, value in data.items():
-            if value is None or _same_as_one_of(value, cls.no_ops.get(name, ())):
+            if value is None or (name in no_ops and _same_as_one_of(value, no_ops[name])):
                 continue
             given[name] = value
-            if name not in cls.model_fields:  # one is enough, and there may be a million
-                return given | {known: data[known] for known in cls.model_fields if data.get(known) is not None}
+            if name not in fields:  # one is enough, and there may be a million
+                return given | {known: data[known] for known in fields if data.get(known) is not None}
         return given
 
     @classmethod

@@ -41,7 +41,7 @@ class RefusalText(Body):
 
 
 def _text(text: str) -> Body:
-    return InputText(type="input_text", text=text)
+    return InputText.model_construct(type="input_text", text=text)  # valid as it is, and there may be thousands
 
 
 _TEXTS: dict[str, type[Body]] = {"input_text": InputText, "output_text": AnswerText, "refusal": RefusalText}

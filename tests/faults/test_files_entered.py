@@ -68,6 +68,7 @@ def test_a_chat_request_enters_few_files(server: RunningServer, beside: dict[str
         entered = server.files_entered(lambda: chat(server))
         assert "server/http/routes/chat.py" in entered["API"]
         assert "server/engine/scheduler.py" in entered["engine"]
+        entered["API"].discard("server/history.py")  # which takes a sample now and then
         assert len(set.union(*entered.values())) <= 51
         return {part: files for part, files in entered.items() if files}
 

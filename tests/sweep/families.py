@@ -159,6 +159,8 @@ def tiny_config(model_type: str) -> Any:
         text = tiny_config("gemma4_text").to_dict() | {
             "hidden_size_per_layer_input": 0,
             "vocab_size_per_layer_input": 0,
+            "use_double_wide_mlp": False,
+            "num_kv_shared_layers": 4,
         }
         made: Any = CONFIG_MAPPING[model_type]
         return made(text_config=text)

@@ -126,7 +126,7 @@ async def test_bad_data_is_refused_with_line_and_field_and_nothing_kept(
 async def test_bad_uploads(site: TuningSite) -> None:
     part = as_file(EXAMPLES)
     refused(await site.client.post("/v1/files", files=part), "purpose")
-    refused(await site.client.post("/v1/files", files=part, data={"purpose": "batch"}), "purpose")
+    refused(await site.client.post("/v1/files", files=part, data={"purpose": "assistants"}), "purpose")
     missing = {"other": ("train.jsonl", b"{}")}
     refused(await site.client.post("/v1/files", files=missing, data={"purpose": "fine-tune"}), "other")
     refused(await site.client.post("/v1/files", files=as_file([]), data={"purpose": "fine-tune"}), "file")

@@ -121,7 +121,8 @@ def test_every_list_and_map_of_every_body_ends_at_its_first_fault(tmp_path: Path
     assert len(kinds) > 10
     for kind in kinds:
         for schema in _schemas(kind.__pydantic_core_schema__):
-            if schema.get("type") == "list" and "items_schema" in schema:
+            items = schema.get("items_schema", {"type": "any"})  # which never fails: what is made of them is read apart
+            if schema.get("type") == "list" and items["type"] != "any":
                 assert schema.get("fail_fast"), (kind, schema)
             if schema.get("type") == "function-wrap" and schema["schema"]["type"] == "dict":
                 schema["schema"]["one by one"] = True
