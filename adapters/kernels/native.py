@@ -158,7 +158,7 @@ def switched_off() -> Iterator[None]:
 @cache
 def _load(instruction_set: str) -> "Kernels | None":
     try:
-        return Kernels(ctypes.CDLL(str(build.library(instruction_set))), instruction_set)
+        return Kernels(ctypes.CDLL(str(build.built(instruction_set))), instruction_set)
     except (build.BuildError, OSError) as fault:
         log.warning("running without the C++ kernels, several times slower on a CPU: %s", fault)
         return None

@@ -36,28 +36,28 @@ def forgetful() -> Iterator[None]:
 
 def test_concurrent_builds_end_in_one_library(elsewhere: Path) -> None:
     with ThreadPoolExecutor(4) as executor:
-        paths = set(executor.map(build.library, ["portable"] * 4))
+        paths = set(executor.map(build.built, ["portable"] * 4))
     assert len(paths) == 1
     assert [path.name for path in build.cache_dir().iterdir()] == [paths.pop().name]
 
 
 def test_changed_sources_are_another_library(elsewhere: Path) -> None:
-    before = build.library("portable")
+    before = build.built("portable")
     (elsewhere / "one.cpp").write_text('extern "C" int one() { return 2; }\n')
-    assert build.library("portable") != before
+    assert build.built("portable") != before
 
 
 def test_prebuilt_needs_no_compiler(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build.main()
     assert len(list((elsewhere / "build").iterdir())) == len(build.instruction_sets())
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert build.library("portable").parent == elsewhere / "build"
+    assert build.built("portable").parent == elsewhere / "build"
 
 
 def test_broken_sources_name_the_error(elsewhere: Path) -> None:
     (elsewhere / "one.cpp").write_text("int one() { return }\n")
     with pytest.raises(build.BuildError, match="expected"):
-        build.library("portable")
+        build.built("portable")
     assert not any(path.suffix == ".so" for path in build.cache_dir().rglob("*"))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.support.chats import sent_prompt
 from tests.support.completions import events
 from tests.support.scripted import BASE, BASE_DIGEST, EOS, TEXT, Served, encode, serving
 
@@ -22,10 +23,6 @@ async def served(tmp_path: Path) -> AsyncIterator[Served]:
 
 async def chat(served: Served, **body: Any) -> httpx.Response:
     return await served.client.post("/v1/chat/completions", json={"model": BASE, "messages": HELLO} | body)
-
-
-def sent_prompt(served: Served) -> str:
-    return served.services.text.decode(served.engine.requests[-1].prompt, skip_special_tokens=False)
 
 
 # --- the answer ---------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ import pytest
 
 from server.errors import EngineUnavailable
 from tests.server.http.test_tools import use_template
-from tests.support.scripted import BASE, BASE_DIGEST, EOS, TEXT, Served, encode, serving
+from tests.support.chats import named_events, say, sent_prompt
+from tests.support.scripted import BASE, BASE_DIGEST, TEXT, Served, encode, serving
 from tests.support.templates import REASONING_TEMPLATES
 
 HELLO = [{"role": "user", "content": "Hi"}]
@@ -33,10 +34,6 @@ async def served(tmp_path: Path) -> AsyncIterator[Served]:
         yield served
 
 
-def say(served: Served, text: str) -> None:
-    served.engine.reply = lambda request: [*encode(text), EOS]
-
-
 async def post(served: Served, path: str = "", **body: Any) -> httpx.Response:
     given = {"model": BASE, "messages": HELLO, "max_tokens": 200} | body
     return await served.client.post(f"/v1/messages{path}", json=given)
@@ -47,18 +44,6 @@ async def made(served: Served, **body: Any) -> dict[str, Any]:
     assert response.status_code == 200, response.text
     message: dict[str, Any] = response.json()
     return message
-
-
-def events(response: httpx.Response) -> list[dict[str, Any]]:
-    assert response.status_code == 200, response.text
-    blocks = [block.split("\n") for block in response.text.strip().split("\n\n")]
-    read = [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in blocks]
-    assert all(name == event["type"] for name, event in read)
-    return [event for _, event in read]
-
-
-def sent_prompt(served: Served) -> str:
-    return served.services.text.decode(served.engine.requests[-1].prompt, skip_special_tokens=False)
 
 
 # --- answers ------------------------------------------------------------------------------------------------
@@ -98,7 +83,7 @@ async def test_a_stream_has_all_its_events(served: Served) -> None:
         "input": {"city": "Rome"},
     }
     assert whole["stop_reason"] == "tool_use"
-    stream = events(await post(served, tools=[WEATHER], stream=True))
+    stream = named_events(await post(served, tools=[WEATHER], stream=True))
     kinds = [event["type"] for event in stream]
     deltas = [[e["delta"] for e in stream if e["type"] == "content_block_delta" and e["index"] == i] for i in (0, 1)]
     assert kinds == [
@@ -300,7 +285,7 @@ async def test_errors_have_anthropics_types(served: Served) -> None:
     response = await post(served)
     assert (response.status_code, response.json()["error"]["type"]) == (503, "overloaded_error")
     served.engine.fail = {3: EngineUnavailable("The engine stopped while this request was running.")}
-    stream = events(await post(served, stream=True))
+    stream = named_events(await post(served, stream=True))
     message = "The engine stopped while this request was running."
     assert stream[-1] == {"type": "error", "error": {"type": "overloaded_error", "message": message}}
     served.services.drain.begin()
@@ -333,7 +318,7 @@ async def test_a_thought_is_a_block_before_the_answer(served: Served) -> None:
         {"type": "thinking", "thinking": "Is it far?", "signature": ""},
         {"type": "text", "text": "Yes."},
     ]
-    stream = events(await post(served, thinking={"type": "adaptive"}, stream=True))
+    stream = named_events(await post(served, thinking={"type": "adaptive"}, stream=True))
     deltas = [e["delta"] for e in stream if e["type"] == "content_block_delta" and e["index"] == 0]
     assert {delta["type"] for delta in deltas} == {"thinking_delta"}
     assert "".join(delta["thinking"] for delta in deltas) == "Is it far?"

@@ -17,7 +17,8 @@ from server.engine.engine import Engine
 from server.text.chat_template import ChatTemplate
 from server.text.processor import TextProcessor
 from tests.server.http.test_structured_output import FollowingEngine
-from tests.server.http.test_tools import CALLS, NOW, STRICT, WEATHER, sent_prompt, use_template
+from tests.server.http.test_tools import CALLS, NOW, STRICT, WEATHER, use_template
+from tests.support.chats import sent_prompt
 from tests.support.completions import events
 from tests.support.offline import load_engine
 from tests.support.scripted import BASE, EOS, Served, encode, serving

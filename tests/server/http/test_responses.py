@@ -13,7 +13,8 @@ import pytest
 
 from server.errors import EngineUnavailable
 from tests.server.http.test_tools import use_template
-from tests.support.scripted import BASE, BASE_DIGEST, EOS, TEXT, Served, encode, serving
+from tests.support.chats import named_events, say, sent_prompt
+from tests.support.scripted import BASE, BASE_DIGEST, TEXT, Served, encode, serving
 from tests.support.templates import REASONING_TEMPLATES
 
 PROMPT = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
@@ -32,10 +33,6 @@ async def served(tmp_path: Path) -> AsyncIterator[Served]:
         assert served.engine.info is not None
         served.engine.info = msgspec.structs.replace(served.engine.info, max_model_len=4096)
         yield served
-
-
-def say(served: Served, text: str) -> None:
-    served.engine.reply = lambda request: [*encode(text), EOS]
 
 
 async def post(served: Served, **body: Any) -> httpx.Response:
@@ -62,18 +59,6 @@ async def ended(served: Served, id_: str) -> dict[str, Any]:
             _ = [event async for event in running.follow(-1)]
     found: dict[str, Any] = await get(served, id_)
     return found
-
-
-def events(response: httpx.Response) -> list[dict[str, Any]]:
-    assert response.status_code == 200, response.text
-    blocks = [block.split("\n") for block in response.text.strip().split("\n\n")]
-    read = [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in blocks]
-    assert all(name == event["type"] for name, event in read)
-    return [event for _, event in read]
-
-
-def sent_prompt(served: Served) -> str:
-    return served.services.text.decode(served.engine.requests[-1].prompt, skip_special_tokens=False)
 
 
 # --- answers ------------------------------------------------------------------------------------------------
@@ -127,7 +112,7 @@ async def test_an_answer_has_openais_shape(served: Served) -> None:
 async def test_a_stream_of_text_has_all_its_events(served: Served) -> None:
     say(served, "Hi there")
     whole = (await made(served))["output"]
-    stream = events(await post(served, stream=True))
+    stream = named_events(await post(served, stream=True))
     assert [event["sequence_number"] for event in stream] == list(range(len(stream)))
     kinds = [event["type"] for event in stream]
     deltas = [event for event in stream if event["type"] == "response.output_text.delta"]
@@ -167,7 +152,7 @@ async def test_calls_are_items_of_their_own(served: Served) -> None:
         "name": "get_weather",
         "arguments": '{"city": "Rome"}',
     }
-    stream = events(await post(served, tools=[WEATHER], stream=True))
+    stream = named_events(await post(served, tools=[WEATHER], stream=True))
     mine = [event for event in stream if event.get("output_index") == 1]
     deltas = [event["delta"] for event in mine if event["type"] == "response.function_call_arguments.delta"]
     assert [event["type"] for event in mine] == [
@@ -184,7 +169,7 @@ async def test_an_answer_cut_short_is_incomplete(served: Served) -> None:
     body = await made(served, max_output_tokens=3)
     assert (body["status"], body["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
     assert body["output"][0]["status"] == "incomplete"
-    stream = events(await post(served, max_output_tokens=3, stream=True))
+    stream = named_events(await post(served, max_output_tokens=3, stream=True))
     assert stream[-1]["type"] == "response.incomplete"
 
 
@@ -199,14 +184,14 @@ async def test_log_probabilities_spell_the_text(served: Served) -> None:
     logprobs = body["output"][0]["content"][0]["logprobs"]
     assert bytes(byte for token in logprobs for byte in token["bytes"]).decode() == "a 漢"
     assert all(len(token["top_logprobs"]) == 2 for token in logprobs)
-    stream = events(await post(served, top_logprobs=2, stream=True))
+    stream = named_events(await post(served, top_logprobs=2, stream=True))
     deltas = [event for event in stream if event["type"] == "response.output_text.delta"]
     assert [token for delta in deltas for token in delta["logprobs"]] == logprobs
 
 
 async def test_a_failure_ends_the_stream_with_an_event(served: Served) -> None:
     served.engine.fail = {3: EngineUnavailable("The engine stopped while this request was running.")}
-    stream = events(await post(served, stream=True))
+    stream = named_events(await post(served, stream=True))
     assert stream[-1]["type"] == "response.failed"
     assert stream[-1]["response"]["error"]["code"] == "server_error"
     assert stream[-1]["sequence_number"] == len(stream) - 1
@@ -329,7 +314,7 @@ async def test_refusals_name_the_field(served: Served, name: str) -> None:
 async def test_a_response_is_kept_unless_told_otherwise(served: Served) -> None:
     body = await made(served)
     assert await get(served, body["id"]) == body
-    stream = events(await post(served, stream=True))
+    stream = named_events(await post(served, stream=True))
     assert await get(served, stream[-1]["response"]["id"]) == stream[-1]["response"]
     other = await made(served, store=False)
     assert other["store"] is False
@@ -459,11 +444,11 @@ async def test_a_stream_in_the_background_can_be_taken_up_again(served: Served) 
     other = asyncio.create_task(served.client.get(f"/v1/responses/{id_}?stream=true&starting_after=2"))
     await asyncio.sleep(0.05)
     going.set()
-    stream = events(await reading)
+    stream = named_events(await reading)
     assert stream[-1]["type"] == "response.completed"
-    assert events(await other) == stream[3:]
+    assert named_events(await other) == stream[3:]
     again = await served.client.get(f"/v1/responses/{id_}?stream=true&starting_after=4")
-    assert events(again) == stream[5:]
+    assert named_events(again) == stream[5:]
     plain = await made(served)
     response = await served.client.get(f"/v1/responses/{plain['id']}?stream=true")
     assert (response.status_code, response.json()["error"]["param"]) == (400, "stream")
@@ -515,7 +500,7 @@ async def test_a_thought_is_an_item_before_the_answer(served: Served) -> None:
     }
     assert message["content"][0]["text"] == "Yes."
     assert body["usage"]["output_tokens_details"]["reasoning_tokens"] > 3
-    stream = events(await post(served, stream=True))
+    stream = named_events(await post(served, stream=True))
     mine = [event for event in stream if event.get("output_index") == 0]
     deltas = [event["delta"] for event in mine if event["type"] == "response.reasoning_text.delta"]
     assert [event["type"] for event in mine] == [

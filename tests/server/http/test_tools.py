@@ -17,6 +17,7 @@ from server.engine.engine import Engine
 from server.text.chat_template import ChatTemplate
 from server.text.processor import TextProcessor
 from tests.server.http.test_structured_output import FollowingEngine
+from tests.support.chats import sent_prompt
 from tests.support.completions import events
 from tests.support.offline import load_engine
 from tests.support.scripted import BASE, EOS, Served, encode, serving
@@ -58,10 +59,6 @@ def use_template(served: Served, template: str) -> None:
 async def chat(served: Served, **body: Any) -> httpx.Response:
     asked = {"model": BASE, "messages": HELLO, "tools": [WEATHER, NOW]} | body
     return await served.client.post("/v1/chat/completions", json=asked)
-
-
-def sent_prompt(served: Served) -> str:
-    return served.services.text.decode(served.engine.requests[-1].prompt, skip_special_tokens=False)
 
 
 def assembled(chunks: list[Any], index: int = 0) -> dict[str, Any]:
