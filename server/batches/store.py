@@ -9,14 +9,13 @@ Every change is on disk when the call returns.
 """
 
 import time
-from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import msgspec
 
 from adapters.storage.database import Database
 from server.finetune.files import new_id
-from server.finetune.jobs import readable
+from server.finetune.records import Records
 
 Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
 WINDOW_SECONDS = 24 * 3600
@@ -73,11 +72,11 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
         return self.created_at + WINDOW_SECONDS
 
 
-class BatchStore:
-    """All batches, one tenant's at a time."""
+class BatchStore(Records[Batch, Status]):
+    """All batches."""
 
     def __init__(self, database: Database) -> None:
-        self.database = database
+        super().__init__(database, "batches", Batch, UnknownBatchError, get_args(Status), FINAL)
 
     def create(self, tenant: str, endpoint: str, input_file: str, metadata: dict[str, str] | None) -> Batch:
         """A new row; join a transaction to do more with it."""
@@ -90,58 +89,16 @@ class BatchStore:
             metadata=metadata,
             times={"validating": int(time.time())},
         )
-        with self.database.transaction() as connection:
-            connection.execute(
-                "INSERT INTO batches (id, tenant, status, record) VALUES (?, ?, ?, ?)",
-                (batch.id, tenant, batch.status, msgspec.json.encode(batch).decode()),
-            )
+        self.add(batch)
         return batch
-
-    def get(self, tenant: str, batch_id: str) -> Batch:
-        """Raises UnknownBatchError."""
-        with self.database.reading() as connection:
-            row = connection.execute(
-                "SELECT record FROM batches WHERE id = ? AND tenant = ?", (batch_id, tenant)
-            ).fetchone()
-        if row is None:
-            raise UnknownBatchError(batch_id)
-        return msgspec.json.decode(row["record"], type=Batch)
-
-    def page(self, tenant: str, *, limit: int, after: str | None = None) -> tuple[list[Batch], bool]:
-        """Newest first. Raises UnknownCursorError."""
-        rows, more = self.database.page("batches", "tenant = ?", [tenant], limit=limit, after=after)
-        return readable(rows, Batch), more
-
-    def statuses(self) -> dict[str, Status]:
-        """Of all batches, by id."""
-        with self.database.reading() as connection:
-            return {row["id"]: row["status"] for row in connection.execute("SELECT id, status FROM batches")}
-
-    def unfinished(self) -> Sequence[Batch]:
-        """Every tenant's batches that are not at an end, oldest first."""
-        marks = ", ".join("?" * len(FINAL))
-        with self.database.reading() as connection:
-            rows = connection.execute(
-                f"SELECT id, record FROM batches WHERE status NOT IN ({marks}) ORDER BY number", sorted(FINAL)
-            ).fetchall()
-        return readable(rows, Batch)
-
-    def counts(self) -> dict[Status, int]:
-        """How many batches are in each status."""
-        with self.database.reading() as connection:
-            rows = connection.execute("SELECT status, COUNT(*) AS n FROM batches GROUP BY status").fetchall()
-        return dict.fromkeys(get_args(Status), 0) | {row["status"]: row["n"] for row in rows}
 
     def move(self, batch: Batch, status: Status, **changes: Any) -> Batch:
         """Change the status, and further fields with it. Raises BatchStateError when its status *now* forbids that."""
-        with self.database.transaction(removing=True) as connection:
+        with self.database.transaction(removing=True):
             now = self.get(batch.tenant, batch.id)
             if status not in _NEXT.get(now.status, ()):
                 raise BatchStateError(f"Batch {batch.id} is {now.status}; it cannot become {status}.")
             times = now.times | {status: int(time.time())}
             moved = msgspec.structs.replace(now, status=status, times=times, **changes)
-            connection.execute(
-                "UPDATE batches SET status = ?, record = ? WHERE id = ?",
-                (status, msgspec.json.encode(moved).decode(), batch.id),
-            )
+            self.write(moved)
         return moved

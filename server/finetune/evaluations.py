@@ -13,8 +13,7 @@ import uuid
 from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 import numpy as np
@@ -27,8 +26,9 @@ from server.errors import EngineUnavailable, InternalError, ModelNotFound, as_er
 from server.finetune import hyperparameters as recipe
 from server.finetune.dataset import load_dataset
 from server.finetune.files import FileStore, UnknownFileError, new_id
-from server.finetune.jobs import JobError, JobFailedError, readable
+from server.finetune.jobs import JobError, JobFailedError
 from server.finetune.manager import MAX_DEATHS, SPACE_SECONDS
+from server.finetune.records import Records
 from server.finetune.rows import DatasetError
 from server.finetune.tokenizer import TrainingTokenizer
 from server.messages.dataset import Dataset
@@ -113,7 +113,9 @@ class Evaluations:
     def __init__(
         self, database: Database, files: FileStore, registry: Registry, engine: EngineClient, text: TextProcessor
     ) -> None:
-        self._database = database
+        self._records = Records(
+            database, "evaluations", Evaluation, UnknownEvaluationError, get_args(Status), {"succeeded", "failed"}
+        )
         self._files = files
         self._registry = registry
         self._engine = engine
@@ -138,34 +140,22 @@ class Evaluations:
             file=file,
             max_examples=max_examples,
         )
-        await asyncio.to_thread(
-            self._write,
-            "INSERT INTO evaluations (id, tenant, status, record) VALUES (?, ?, ?, ?)",
-            (evaluation.id, tenant, evaluation.status, _encode(evaluation)),
-        )
+        await asyncio.to_thread(self._records.add, evaluation)
         self._begin(evaluation)
         return evaluation
 
     def get(self, tenant: str, evaluation_id: str) -> Evaluation:
         """Raises UnknownEvaluationError."""
-        with self._database.reading() as connection:
-            row = connection.execute(
-                "SELECT record FROM evaluations WHERE id = ? AND tenant = ?", (evaluation_id, tenant)
-            ).fetchone()
-        if row is None:
-            raise UnknownEvaluationError(evaluation_id)
-        return msgspec.json.decode(row["record"], type=Evaluation)
+        return self._records.get(tenant, evaluation_id)
 
     def page(self, tenant: str, *, limit: int, after: str | None = None) -> tuple[list[Evaluation], bool]:
         """Newest first. Raises UnknownCursorError."""
-        rows, more = self._database.page("evaluations", "tenant = ?", [tenant], limit=limit, after=after)
-        return readable(rows, Evaluation), more
+        return self._records.page(tenant, limit=limit, after=after)
 
     async def delete(self, tenant: str, evaluation_id: str) -> None:
         """Forget an evaluation; one that runs is stopped. Raises UnknownEvaluationError."""
         evaluation = await asyncio.to_thread(self.get, tenant, evaluation_id)
-        delete = partial(self._write, "DELETE FROM evaluations WHERE id = ?", (evaluation_id,), removing=True)
-        await asyncio.to_thread(delete)
+        await asyncio.to_thread(self._records.remove, evaluation_id)
         if task := self._tasks.get(evaluation_id):
             task.cancel()
         for file_id in evaluation.result_files:
@@ -176,7 +166,7 @@ class Evaluations:
 
     async def start(self) -> None:
         """Begin again with what was under way."""
-        for evaluation in await asyncio.to_thread(self._running):
+        for evaluation in await asyncio.to_thread(self._records.unfinished):
             self._begin(evaluation)
 
     async def stop(self) -> None:
@@ -215,21 +205,10 @@ class Evaluations:
 
     async def _save(self, evaluation: Evaluation) -> None:
         """Write down how it stands, as soon as the disk has room for it and nobody holds the database."""
-        update = "UPDATE evaluations SET status = ?, record = ? WHERE id = ?"
         while True:
             with contextlib.suppress(StorageFull, DatabaseBusy):
-                row = (evaluation.status, _encode(evaluation), evaluation.id)
-                return await asyncio.to_thread(self._write, update, row)
+                return await asyncio.to_thread(self._records.write, evaluation)
             await asyncio.sleep(SPACE_SECONDS)
-
-    def _running(self) -> list[Evaluation]:
-        with self._database.reading() as connection:
-            rows = connection.execute("SELECT id, record FROM evaluations WHERE status = 'running'").fetchall()
-        return readable(rows, Evaluation)
-
-    def _write(self, statement: str, values: Sequence[str], *, removing: bool = False) -> None:
-        with self._database.transaction(removing=removing) as connection:
-            connection.execute(statement, values)
 
     # --- the work ----------------------------------------------------------------------------------------------
 
@@ -371,7 +350,3 @@ def _score(examples: Sequence[_Example], answers: Sequence[Answer]) -> Score:
     loss = sum(answer.loss * length for answer, length in zip(answers, lengths, strict=True)) / sum(lengths)
     matches = [answer.exact_match for answer in answers if answer.exact_match is not None]
     return Score(loss, math.exp(min(loss, 700.0)), sum(matches) / len(matches) if matches else None)
-
-
-def _encode(evaluation: Evaluation) -> str:
-    return msgspec.json.encode(evaluation).decode()

@@ -18,6 +18,7 @@ import msgspec
 from adapters.storage.database import Database
 from server.finetune.files import new_id
 from server.finetune.hyperparameters import Hyperparameters, LoraOptions, TrainingOptions
+from server.finetune.records import Records, encode
 from server.messages.training import Metrics, StartJob, TrainingStep
 
 Status = Literal["validating_files", "queued", "running", "pausing", "paused", "succeeded", "failed", "cancelled"]
@@ -129,93 +130,46 @@ class StoredCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
     hashes: dict[str, str]  # file name -> blake2b of its content
 
 
-def _encode(record: object) -> str:
-    return msgspec.json.encode(record).decode()
-
-
-def readable(rows: Sequence[Any], kind: type[T]) -> list[T]:
-    """The records of rows, but for those that cannot be read."""
-    found = []
-    for row in rows:
-        try:
-            found.append(msgspec.json.decode(row["record"], type=kind))
-        except (msgspec.DecodeError, TypeError) as fault:
-            log.error("the row of %s cannot be read, and is left out: %s", row["id"], fault)
-    return found
-
-
-class JobStore:
-    """All jobs, one tenant's at a time."""
+class JobStore(Records[Job, Status]):
+    """All jobs."""
 
     def __init__(self, database: Database) -> None:
-        self._database = database
+        super().__init__(database, "jobs", Job, UnknownJobError, get_args(Status), FINAL)
 
     # --- jobs --------------------------------------------------------------------------------------
 
     def create(self, tenant: str, spec: JobSpec) -> Job:
         job = Job(id=new_id("ftjob-"), tenant=tenant, status="validating_files", created_at=int(time.time()), spec=spec)
-        with self._database.transaction() as connection:
-            connection.execute(
-                "INSERT INTO jobs (id, tenant, status, record) VALUES (?, ?, ?, ?)",
-                (job.id, tenant, job.status, _encode(job)),
-            )
+        with self.database.transaction():
+            self.add(job)
             self.add_event(job.id, f"Created fine-tuning job: {job.id}")
         return job
-
-    def get(self, tenant: str, job_id: str) -> Job:
-        """Raises UnknownJobError."""
-        with self._database.reading() as connection:
-            row = connection.execute("SELECT record FROM jobs WHERE id = ? AND tenant = ?", (job_id, tenant)).fetchone()
-        if row is None:
-            raise UnknownJobError(job_id)
-        return msgspec.json.decode(row["record"], type=Job)
 
     def page(
         self, tenant: str, *, limit: int, after: str | None = None, metadata: dict[str, str] | None = None
     ) -> tuple[list[Job], bool]:
-        """Newest first. `metadata`: only jobs that carry all of these pairs. Raises UnknownCursorError."""
+        """`metadata`: only jobs that carry all of these pairs."""
         where, values = "tenant = ?", [tenant]
         for key, value in (metadata or {}).items():
             where += " AND EXISTS (SELECT 1 FROM json_each(record, '$.spec.metadata') WHERE key = ? AND value = ?)"
             values += [key, value]
-        rows, more = self._database.page("jobs", where, values, limit=limit, after=after)
-        return readable(rows, Job), more
+        return self._page(where, values, limit, after)
 
     def restore(self, job: Job, checkpoints: Sequence[StoredCheckpoint]) -> None:
         """Write the rows of a job that the database has lost or cannot read, paused where its last checkpoint is."""
         last = max(checkpoints, key=lambda checkpoint: checkpoint.metrics.step, default=None)
         step = {} if last is None else {"step": last.metrics.step, "trained_tokens": last.trained_tokens}
         job = msgspec.structs.replace(job, status="paused", waits_for_space=False, **step)
-        with self._database.transaction() as connection:
+        with self.database.transaction() as connection:
             insert = (
                 "INSERT INTO jobs (id, tenant, status, record) VALUES (?, ?, ?, ?) "
                 "ON CONFLICT (id) DO UPDATE SET status = excluded.status, record = excluded.record"
             )
-            connection.execute(insert, (job.id, job.tenant, job.status, _encode(job)))
+            connection.execute(insert, (job.id, job.tenant, job.status, encode(job)))
             insert = "INSERT OR IGNORE INTO checkpoints (id, job, step, served, record) VALUES (?, ?, ?, ?, ?)"
             for one in checkpoints:
-                connection.execute(insert, (one.id, job.id, one.metrics.step, one.name is not None, _encode(one)))
+                connection.execute(insert, (one.id, job.id, one.metrics.step, one.name is not None, encode(one)))
             self.add_event(job.id, "The job's row was lost or damaged; it is known again, and paused", level="warn")
-
-    def statuses(self) -> dict[str, Status]:
-        """Of all jobs, by id."""
-        with self._database.reading() as connection:
-            return {row["id"]: row["status"] for row in connection.execute("SELECT id, status FROM jobs")}
-
-    def unfinished(self) -> Sequence[Job]:
-        """Every tenant's jobs that are not at an end, oldest first."""
-        marks = ", ".join("?" * len(FINAL))
-        with self._database.reading() as connection:
-            rows = connection.execute(
-                f"SELECT id, record FROM jobs WHERE status NOT IN ({marks}) ORDER BY number", sorted(FINAL)
-            ).fetchall()
-        return readable(rows, Job)
-
-    def counts(self) -> dict[Status, int]:
-        """How many jobs are in each status."""
-        with self._database.reading() as connection:
-            rows = connection.execute("SELECT status, COUNT(*) AS n FROM jobs GROUP BY status").fetchall()
-        return dict.fromkeys(get_args(Status), 0) | {row["status"]: row["n"] for row in rows}
 
     def move(
         self, job: Job, status: Status, message: str | None = None, *, expected: Status | None = None, **changes: Any
@@ -226,28 +180,24 @@ class JobStore:
         Raises:
             JobStateError: that step is not allowed from the status that the job has *now*, or that is not `expected`.
         """
-        with self._database.transaction(removing=status not in _GOING_ON):
+        with self.database.transaction(removing=status not in _GOING_ON):
             current = self.get(job.tenant, job.id)
             if status not in _NEXT.get(current.status, ()) or expected not in (None, current.status):
                 raise JobStateError(f"Job {job.id} is {current.status}; it cannot become {status}.")
             if status in FINAL:
                 changes["finished_at"] = int(time.time())
-            moved = self._write(msgspec.structs.replace(current, status=status, **changes))
+            moved = msgspec.structs.replace(current, status=status, **changes)
+            self.write(moved)
             if message is not None:
                 self.add_event(job.id, message, level="error" if status == "failed" else "info")
         return moved
 
     def update(self, job: Job, **changes: Any) -> Job:
         """Change fields other than the status. Needs no space on the disk."""
-        with self._database.transaction(removing=True):
-            return self._write(msgspec.structs.replace(self.get(job.tenant, job.id), **changes))
-
-    def _write(self, job: Job) -> Job:
-        with self._database.transaction() as connection:
-            connection.execute(
-                "UPDATE jobs SET status = ?, record = ? WHERE id = ?", (job.status, _encode(job), job.id)
-            )
-        return job
+        with self.database.transaction(removing=True):
+            changed = msgspec.structs.replace(self.get(job.tenant, job.id), **changes)
+            self.write(changed)
+        return changed
 
     # --- what happens in a job -----------------------------------------------------------------------
 
@@ -268,17 +218,17 @@ class JobStore:
             "type": "message" if data is None else "metrics",
             "data": data,
         }
-        with self._database.transaction() as connection:
+        with self.database.transaction() as connection:
             connection.execute(
                 "INSERT INTO events (id, job, record) VALUES (?, ?, ?)",
-                (event["id"], job_id, _encode(event)),
+                (event["id"], job_id, encode(event)),
             )
 
     def events(
         self, job_id: str, *, limit: int, after: str | None = None, newest_first: bool = True
     ) -> tuple[list[Event], bool]:
         """Raises UnknownCursorError."""
-        rows, more = self._database.page(
+        rows, more = self.database.page(
             "events", "job = ?", [job_id], limit=limit, after=after, newest_first=newest_first
         )
         return [
@@ -288,13 +238,13 @@ class JobStore:
     def record_step(self, job: Job, step: TrainingStep) -> None:
         """A step's metrics. A step that is repeated after a restart replaces itself, and makes no second event."""
         metrics = step.metrics
-        with self._database.transaction() as connection:
+        with self.database.transaction() as connection:
             known = connection.execute(
                 "SELECT 1 FROM steps WHERE job = ? AND step = ?", (job.id, metrics.step)
             ).fetchone()
             connection.execute(
                 "INSERT OR REPLACE INTO steps (job, step, record) VALUES (?, ?, ?)",
-                (job.id, metrics.step, _encode(metrics)),
+                (job.id, metrics.step, encode(metrics)),
             )
             self.update(job, step=metrics.step, total_steps=step.total_steps, trained_tokens=step.trained_tokens)
             if known is None:
@@ -308,7 +258,7 @@ class JobStore:
 
     def steps(self, job_id: str) -> Sequence[Metrics]:
         """Every recorded step's metrics, in order."""
-        with self._database.reading() as connection:
+        with self.database.reading() as connection:
             rows = connection.execute("SELECT record FROM steps WHERE job = ? ORDER BY step", (job_id,)).fetchall()
         return [msgspec.json.decode(row["record"], type=Metrics) for row in rows]
 
@@ -325,7 +275,7 @@ class JobStore:
         trained_tokens: int,
     ) -> None:
         """Record a checkpoint whose files are synced. A step repeated after a restart replaces its files alone."""
-        with self._database.transaction() as connection:
+        with self.database.transaction() as connection:
             row = connection.execute(
                 "SELECT record FROM checkpoints WHERE job = ? AND step = ?", (job.id, metrics.step)
             ).fetchone()
@@ -342,7 +292,7 @@ class JobStore:
             connection.execute(
                 "INSERT INTO checkpoints (id, job, step, served, record) VALUES (?, ?, ?, ?, ?) "
                 "ON CONFLICT (id) DO UPDATE SET served = excluded.served, record = excluded.record",
-                (checkpoint.id, job.id, metrics.step, checkpoint.name is not None, _encode(checkpoint)),
+                (checkpoint.id, job.id, metrics.step, checkpoint.name is not None, encode(checkpoint)),
             )
             self.update(job, deaths=0)
             if checkpoint.name is not None and (known is None or known.name is None):
@@ -350,12 +300,12 @@ class JobStore:
 
     def checkpoints(self, job_id: str, *, limit: int, after: str | None = None) -> tuple[list[StoredCheckpoint], bool]:
         """Those that can be served, newest first. Raises UnknownCursorError."""
-        rows, more = self._database.page("checkpoints", "job = ? AND served", [job_id], limit=limit, after=after)
+        rows, more = self.database.page("checkpoints", "job = ? AND served", [job_id], limit=limit, after=after)
         return [msgspec.json.decode(row["record"], type=StoredCheckpoint) for row in rows], more
 
     def resumable(self, job_id: str) -> Sequence[StoredCheckpoint]:
         """Every checkpoint, the latest step first."""
-        with self._database.reading() as connection:
+        with self.database.reading() as connection:
             rows = connection.execute(
                 "SELECT record FROM checkpoints WHERE job = ? ORDER BY step DESC", (job_id,)
             ).fetchall()

@@ -1,0 +1,129 @@
+"""Tables whose rows hold one record each, in JSON beside its id, tenant and status."""
+
+import logging
+from collections.abc import Collection, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+import msgspec
+
+from adapters.storage.database import Database
+
+log = logging.getLogger("lorakeet.finetune")
+
+T = TypeVar("T")
+
+
+class Record(Protocol):
+    """What a row says outside of its JSON."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def tenant(self) -> str: ...
+    @property
+    def status(self) -> str: ...
+
+
+R = TypeVar("R", bound=Record)
+S = TypeVar("S", bound=str)  # statuses
+
+
+def encode(record: object) -> str:
+    """As it is stored."""
+    return msgspec.json.encode(record).decode()
+
+
+def readable(rows: Sequence[Any], kind: type[T]) -> list[T]:
+    """The records of rows, but for those that cannot be read."""
+    found = []
+    for row in rows:
+        try:
+            found.append(msgspec.json.decode(row["record"], type=kind))
+        except (msgspec.DecodeError, TypeError) as fault:
+            log.error("the row of %s cannot be read, and is left out: %s", row["id"], fault)
+    return found
+
+
+class Records(Generic[R, S]):
+    """All records of one table, one tenant's at a time.
+
+    Args:
+        unknown: raised with the id of a record that this tenant does not have.
+        statuses: all that there are.
+        final: those of a record that is at an end.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        table: str,
+        kind: type[R],
+        unknown: type[LookupError],
+        statuses: Sequence[S],
+        final: Collection[S],
+    ) -> None:
+        self.database = database
+        self._table = table
+        self._kind = kind
+        self._unknown = unknown
+        self._statuses = statuses
+        self._final = sorted(final)
+
+    def add(self, record: R) -> None:
+        """A new row; join a transaction to do more with it."""
+        with self.database.transaction() as connection:
+            connection.execute(
+                f"INSERT INTO {self._table} (id, tenant, status, record) VALUES (?, ?, ?, ?)",
+                (record.id, record.tenant, record.status, encode(record)),
+            )
+
+    def write(self, record: R) -> None:
+        """Put this in place of what its row says."""
+        with self.database.transaction() as connection:
+            connection.execute(
+                f"UPDATE {self._table} SET status = ?, record = ? WHERE id = ?",
+                (record.status, encode(record), record.id),
+            )
+
+    def remove(self, id_: str) -> None:
+        """Needs no space on the disk."""
+        with self.database.transaction(removing=True) as connection:
+            connection.execute(f"DELETE FROM {self._table} WHERE id = ?", (id_,))
+
+    def get(self, tenant: str, id_: str) -> R:
+        """Raises `unknown`."""
+        with self.database.reading() as connection:
+            row = connection.execute(
+                f"SELECT record FROM {self._table} WHERE id = ? AND tenant = ?", (id_, tenant)
+            ).fetchone()
+        if row is None:
+            raise self._unknown(id_)
+        return msgspec.json.decode(row["record"], type=self._kind)
+
+    def page(self, tenant: str, *, limit: int, after: str | None = None) -> tuple[list[R], bool]:
+        """Newest first, and whether more follow. Raises UnknownCursorError."""
+        return self._page("tenant = ?", [tenant], limit, after)
+
+    def _page(self, where: str, values: Sequence[str], limit: int, after: str | None) -> tuple[list[R], bool]:
+        rows, more = self.database.page(self._table, where, values, limit=limit, after=after)
+        return readable(rows, self._kind), more
+
+    def statuses(self) -> dict[str, S]:
+        """Of all records, by id."""
+        with self.database.reading() as connection:
+            return {row["id"]: row["status"] for row in connection.execute(f"SELECT id, status FROM {self._table}")}
+
+    def unfinished(self) -> list[R]:
+        """Every tenant's records that are not at an end, oldest first."""
+        marks = ", ".join("?" * len(self._final))
+        with self.database.reading() as connection:
+            rows = connection.execute(
+                f"SELECT id, record FROM {self._table} WHERE status NOT IN ({marks}) ORDER BY number", self._final
+            ).fetchall()
+        return readable(rows, self._kind)
+
+    def counts(self) -> dict[S, int]:
+        """How many records are in each status."""
+        with self.database.reading() as connection:
+            rows = connection.execute(f"SELECT status, COUNT(*) AS n FROM {self._table} GROUP BY status").fetchall()
+        return dict.fromkeys(self._statuses, 0) | {row["status"]: row["n"] for row in rows}
