@@ -115,18 +115,20 @@ async def measure(kit: Kit, *, rounds: int, report: Report) -> dict[str, Any]:
 async def decode(http: httpx.AsyncClient, names: Sequence[str], more: Body, *, rounds: int, report: Report) -> Pairs:
     """Bursts that follow a grammar, and free ones of as many tokens."""
     bodies = [{"model": name, "messages": _MESSAGES, "temperature": 1.0, "seed": 1} for name in names]
-    limits = [TOKENS if more is OPEN else 4 * TOKENS] * len(bodies)
+    ended = more is not OPEN
+    most = [4 * TOKENS if ended else TOKENS] * len(bodies)
     for body in bodies:
         await _ask(http, body | more | {"max_tokens": 1})  # its prompt into the prefix cache, its grammar compiled
     pairs = Pairs()
     for index in range(rounds):
-        rates, limits = await _burst(http, [body | more for body in bodies], limits, ended=more is not OPEN)
-        pairs.constrained.append(rates)
-        rates, _ = await _burst(http, [body | {"ignore_eos": True} for body in bodies], limits, ended=False)
-        pairs.free.append(rates)
-        limits = [TOKENS if more is OPEN else 4 * TOKENS] * len(bodies)
-        speeds = f"{pairs.constrained[-1]:.1f} tokens/s, free ones {pairs.free[-1]:.1f}"
-        report(f"round {index + 1}/{rounds}  {'nothing' if more is OPEN else 'half'} forced: {speeds}")
+        constrained, tokens = await _burst(http, [body | more for body in bodies], most, ended=ended)
+        free, _ = await _burst(http, [body | {"ignore_eos": True} for body in bodies], tokens, ended=False)
+        pairs.constrained.append(constrained)
+        pairs.free.append(free)
+        report(
+            f"round {index + 1}/{rounds}  {'half' if ended else 'nothing'} forced: "
+            f"{constrained:.1f} tokens/s, free ones {free:.1f}"
+        )
     return pairs
 
 

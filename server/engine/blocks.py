@@ -176,8 +176,8 @@ class BlockGroups:
         return max(pool.counts.used / pool.num_blocks for pool in self.pools)
 
     def blocks_for(self, tokens: int) -> int:
-        """The number of blocks that hold this many tokens."""
-        return -(-tokens // self.block_size)
+        """The number of blocks, of each group, that hold this many tokens."""
+        return self.pools[0].blocks_for(tokens)
 
     def first_seen(self, group: int, position: int) -> int:
         """The place in a group's table of the first block that the token at a position, or a later one, reads."""

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
-from msgspec import Raw
 
 from server.errors import InvalidRequest
 from server.messages.protocol import TokenLogprob
@@ -70,10 +69,10 @@ def echoed_columns(
     return {name: b",".join(written) for name, written in parts.items()}
 
 
-def behind_echo(echoed: dict[str, bytes], made: Columns) -> dict[str, Raw]:
+def behind_echo(echoed: dict[str, bytes], made: Columns) -> dict[str, msgspec.Raw]:
     """Columns of an echoed prompt and of what follows it, as JSON."""
     return {
-        name: Raw(b"[%b%b%b]" % (echoed[name], b"," if column else b"", msgspec.json.encode(column)[1:-1]))
+        name: msgspec.Raw(b"[%b%b%b]" % (echoed[name], b"," if column else b"", msgspec.json.encode(column)[1:-1]))
         for name, column in made.items()
     }
 
