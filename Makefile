@@ -67,6 +67,9 @@ ray: $(TESTING) ## deploy/ray: two replicas on Ray Serve, one killed, scaled, an
 	.venv-ray/bin/python -m pip install --quiet --disable-pip-version-check 'ray[serve]>=2.60,<3'
 	$(BIN)/pytest -m ray -s tests/deploy/test_ray.py $(ARGS)
 
+charts: $(TESTING) ## the Helm chart, held against Helm itself and Kubernetes's schemas
+	$(BIN)/python -m tests.support.charts $(ARGS)
+
 abuse: $(TESTING) ## every operation with its worst bodies in full size, beside a client who must not notice; minutes
 	$(BIN)/pytest -m abuse -s tests/faults/test_abuse.py $(ARGS)
 

@@ -144,7 +144,9 @@ async def _events(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
 
 
 @serve.deployment(
-    max_ongoing_requests=64,
+    # As many as one step computes (--max-batch-requests). With more an adapter's next request goes to another replica,
+    # which loads it, too: so requests for one popular adapter spread.
+    max_ongoing_requests=32,
     max_queued_requests=1024,
     health_check_period_s=5,
     graceful_shutdown_timeout_s=600,

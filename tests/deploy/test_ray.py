@@ -8,6 +8,7 @@ import json
 import shutil
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -78,39 +79,6 @@ def _share_at_home(before: dict[str, dict[str, float]], after: dict[str, dict[st
     """Of all requests between, the share that went to the replica that got most of its adapter's."""
     grown = [[n - before[name].get(replica, 0) for replica, n in after[name].items()] for name in ADAPTERS]
     return sum(max(counts) for counts in grown) / sum(map(sum, grown))
-
-
-async def test_scaling_out_and_in_fails_no_request(cluster: RayCluster, tiny: dict[str, str]) -> None:
-    scaling = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 4, "metrics_interval_s": 0.5}
-    scaling |= {"look_back_period_s": 2, "upscale_delay_s": 1, "downscale_delay_s": 8}
-    await asyncio.to_thread(cluster.deploy, scaling, tiny)
-    assert cluster.replicas() == 1
-    answered = 0
-
-    async def work(until: asyncio.Event, number: int) -> None:
-        nonlocal answered
-        async with _client(cluster) as client:
-            while not until.is_set():
-                assert (await _stream(client, ADAPTERS[number % 12], 32))[-1] == "[DONE]"
-                answered += 1
-
-    async def replicas(count: int, seconds: float) -> None:
-        async with asyncio.timeout(seconds):
-            while await asyncio.to_thread(cluster.replicas) != count:  # noqa: ASYNC110
-                await asyncio.sleep(0.5)
-
-    busy, all_day = asyncio.Event(), asyncio.Event()
-    async with asyncio.TaskGroup() as group:
-        for number in range(16):
-            group.create_task(work(busy, number))
-        group.create_task(work(all_day, 0))  # some work goes on while a replica is taken away
-        await replicas(2, 180)
-        await asyncio.sleep(5)
-        busy.set()
-        await replicas(1, 180)
-        all_day.set()
-    print(f"\nscaled 1 -> 2 -> 1 under {answered} requests, none failed")
-    assert answered > 50
 
 
 async def test_an_adapters_requests_go_to_its_replica(cluster: RayCluster, tiny: dict[str, str]) -> None:
@@ -207,6 +175,43 @@ async def test_a_client_that_leaves_ends_its_request(cluster: RayCluster, tiny: 
         async with asyncio.timeout(5):
             while await running():  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
+
+
+async def test_scaling_out_and_in_fails_no_request(cluster: RayCluster, tiny: dict[str, str]) -> None:
+    scaling = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 4, "metrics_interval_s": 0.5}
+    scaling |= {"look_back_period_s": 2, "upscale_delay_s": 1, "downscale_delay_s": 8}
+    await asyncio.to_thread(cluster.deploy, scaling, tiny, most=8)
+    await asyncio.to_thread(eventually, lambda: cluster.replicas() == 1, 120, "one replica")
+    answered = 0
+
+    async def work(until: asyncio.Event, number: int) -> None:
+        nonlocal answered
+        async with _client(cluster) as client:
+            while not until.is_set():
+                assert (await _stream(client, ADAPTERS[number % 12], 32))[-1] == "[DONE]"
+                answered += 1
+
+    async def replicas(count: int, seconds: float) -> None:
+        async with asyncio.timeout(seconds):
+            while await asyncio.to_thread(cluster.replicas) != count:  # noqa: ASYNC110
+                await asyncio.sleep(0.5)
+
+    busy, all_day = asyncio.Event(), asyncio.Event()
+    async with asyncio.TaskGroup() as group:
+        for number in range(16):
+            group.create_task(work(busy, number))
+        group.create_task(work(all_day, 0))  # some work goes on while a replica is taken away
+        await replicas(2, 180)
+        await asyncio.sleep(5)
+        shares = Counter[str]()
+        for counts in (await asyncio.to_thread(cluster.requests)).values():
+            shares.update({replica: int(count) for replica, count in counts.items()})
+        busy.set()
+        await replicas(1, 180)
+        all_day.set()
+    print(f"\nscaled 1 -> 2 -> 1 under {answered} requests, none failed")
+    assert answered > 50
+    assert sorted(shares.values())[-2] > 10  # the second replica had its part
 
 
 async def test_the_way_through_ray_costs_little(cluster: RayCluster, tmp_path: Path) -> None:

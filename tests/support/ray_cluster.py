@@ -79,20 +79,27 @@ class RayCluster:
             self._process.stdin.flush()
             return self._answer()
 
-    def deploy(self, servers: dict[str, Any], settings: dict[str, str], seconds: float = 300) -> None:
-        """Run the application with these autoscaling options and `LORAKEET_*` settings, and wait until it does."""
+    def deploy(self, servers: dict[str, Any], settings: dict[str, str], most: int = 32, seconds: float = 300) -> None:
+        """Run the application with these autoscaling options and `LORAKEET_*` settings, and wait until it does.
+
+        most: requests that a replica takes at once.
+        """
         told = {"LORAKEET_RAY_COMMAND": shlex.join(SERVE), "LORAKEET_DATA_DIR": str(self._data), "HF_HUB_OFFLINE": "1"}
         application = {
             "name": "lorakeet",
             "import_path": "lorakeet_ray:app",
             "route_prefix": "/",
             "runtime_env": {"env_vars": told | settings},
-            "deployments": [{"name": "Server", "autoscaling_config": servers}, {"name": "Writer"}],
+            "deployments": [
+                {"name": "Server", "autoscaling_config": servers, "max_ongoing_requests": most},
+                {"name": "Writer"},
+            ],
         }
         self._ask({"deploy": {"applications": [application]}})
         time.sleep(1)  # for the controller to notice
 
         def runs() -> bool:
+            time.sleep(0.5)
             status = self._ask({"status": True})
             assert status["application"] != "DEPLOY_FAILED", status
             return status["application"] == "RUNNING" and status["replicas"] >= servers["min_replicas"]

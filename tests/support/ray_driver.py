@@ -20,7 +20,7 @@ def _status() -> dict[str, Any]:
         return {"application": "NONE", "replicas": 0}
     server = application.deployments.get("Server")
     running = server.replica_states.get("RUNNING", 0) if server else 0
-    return {"application": str(application.status), "message": application.message, "replicas": running}
+    return {"application": application.status.value, "message": application.message, "replicas": running}
 
 
 def main(temporary: str, port: int) -> None:
