@@ -1,7 +1,7 @@
 """`make abuse`: the budget at full size, on a real server, while somebody else asks and listens.
 
-API process at most 300 MB above rest, nobody else's wait longer by 0.25 s, time in proportion to size. ABUSED: a part of
-the names of those bodies that are sent, instead of all.
+API process at most 300 MB above rest, nobody else's wait longer by 0.25 s, time in proportion to size. ABUSED
+restricts the bodies to those whose name holds its value.
 """
 
 import contextlib

@@ -83,7 +83,7 @@ def test_two_floods_are_served_by_their_weights(weight: float) -> None:
 def test_idle_shares_are_used_and_nothing_is_saved_up() -> None:
     world = World(num_blocks=64)
     world.add(PROMPT, tenant="rare", max_tokens=1)
-    for n in range(12):
+    for _ in range(12):
         world.add(PROMPT, tenant="busy", max_tokens=20)
     for _ in range(40):
         world.step()
