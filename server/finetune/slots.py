@@ -1,4 +1,4 @@
-"""Places for jobs that train at once: a free one goes to the tenant of which fewest train, then to who waits longest."""
+"""Places for jobs that train at once: a free one goes to the tenant with the fewest, then to the longest waiting."""
 
 import asyncio
 from collections import Counter
