@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tests.faults.conftest import ADAPTERS, Files
@@ -143,6 +144,12 @@ def ended(server: RunningServer, path: str) -> bool:
     return server.get(path).json()["status"] in FINAL
 
 
+def _engines(server: RunningServer) -> list[int]:
+    """Engine processes that were ever started for this server, and live."""
+    lines = {process.pid: process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])}
+    return [pid for pid, line in lines.items() if "server.engine.process" in line and str(server.root) in line[-1]]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_two_hundred_kills_lose_nothing(
@@ -164,6 +171,7 @@ def test_two_hundred_kills_lose_nothing(
             server.wait_ready(600)
     server.begin()
     server.wait_ready(600)
+    eventually(lambda: _engines(server) == [server.engine_pid], 60, "no engine outlives its API process")
     with capsys.disabled():
         print(f"\n{killed} kills in {time.monotonic() - began:.0f} s, {len(clients.jobs)} jobs, {clients.meaning}")
 
