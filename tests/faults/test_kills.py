@@ -38,6 +38,8 @@ class Clients:
         self.jobs: set[str] = set()
         self.faults: list[str] = []
         self._stop = threading.Event()
+        # No connection is used twice: the server behind it may have died.
+        self._client = httpx.Client(timeout=30, limits=httpx.Limits(max_keepalive_connections=0))
         self._threads = [threading.Thread(target=self._adapters, args=(n,)) for n in range(3)]
         self._threads.append(threading.Thread(target=self._training))
 
@@ -49,11 +51,12 @@ class Clients:
         self._stop.set()
         for thread in self._threads:
             thread.join()
+        self._client.close()
 
     def _ask(self, method: str, path: str, **more: Any) -> httpx.Response | None:
         """None: nobody knows what became of it."""
         try:
-            response = httpx.request(method, f"{self.server.url}{path}", timeout=30, **more)
+            response = self._client.request(method, f"{self.server.url}{path}", **more)
         except httpx.ConnectError:
             time.sleep(0.1)
             return None
