@@ -1,8 +1,8 @@
 """The cost and the gain of answers that follow a grammar, and of compiling it, beside free ones.
 
-One server. First eight streams on eight adapters, while others ask for one token each, without a schema and with a new one
-of 10 kB every time. Then eight requests on eight adapters; free and constrained bursts alternate, and neighbours are
-compared. Where llama.cpp's server is installed, both answer the same schema on the base, in turns.
+One server. First eight streams on eight adapters, while others ask for one token each, without a schema and with a new
+one of 10 kB every time. Then eight requests on eight adapters; free and constrained bursts alternate, and neighbours
+are compared. Where llama.cpp's server is installed, both answer the same schema on the base, in turns.
 """
 
 import asyncio
