@@ -343,3 +343,38 @@ def table(result: dict[str, Any]) -> Table:
             cells.append(f"{speed}, {row['resident']:.0%}, {row['ttft_p99']:.2f} s")
         shown.add_row(many, *cells)
     return shown
+
+
+def markdown(result: dict[str, Any]) -> list[str]:
+    """The two tables of docs/capacity.md."""
+    columns = result["gpus"].values()
+    ranks = next(iter(columns))["adapters"]
+    cards = [
+        ["", *(f"{size} GiB" for size in result["gpus"])],
+        ["base", *(_gib(one["base"]) for one in columns)],
+        ["free", *(_gib(one["free"]) for one in columns)],
+        ["KV cache in bf16, tokens", *(f"{one['kv_tokens']['bfloat16']:,}" for one in columns)],
+        ["KV cache in fp8, tokens", *(f"{one['kv_tokens']['fp8']:,}" for one in columns)],
+        *([f"adapters of rank {rank}, bf16", *(f"{one['adapters'][rank]:,}" for one in columns)] for rank in ranks),
+        ["left for jobs, merged weights, activations", *(_gib(one["left"]) for one in columns)],
+    ]
+    rows = result["replicas"].values()
+    replicas = [
+        ["Replicas", *(f"{name.partition(', ')[0]}: by {name.partition(', ')[2]}" for name in result["replicas"])]
+    ]
+    for many in next(iter(rows)):
+        cells = [many]
+        for row in rows:
+            speed = row[many]["tokens_per_second"] / row["1"]["tokens_per_second"]
+            cells.append(f"{speed:.1f}x, {row[many]['resident']:.0%}, {row[many]['ttft_p99']:.1f} s")
+        replicas.append(cells)
+    return [
+        "\n".join(
+            f"| {' | '.join(line)} |" for line in [lines[0], ["---"] + ["---:"] * (len(lines[0]) - 1), *lines[1:]]
+        )
+        for lines in (cards, replicas)
+    ]
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB"
