@@ -45,6 +45,7 @@ class _Server:
     """One server, in its own process and data directory."""
 
     directory: str
+    _child: child.Child | None = None
 
     async def __init__(self) -> None:
         port = child.free_port()
@@ -125,7 +126,8 @@ class _Server:
 
     def __del__(self) -> None:
         """Ray's word that the replica is no longer needed, once it has no requests."""
-        self._child.stop(_DRAIN_SECONDS + 10)
+        if self._child:
+            self._child.stop(_DRAIN_SECONDS + 10)
 
 
 async def _events(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
@@ -242,9 +244,13 @@ class Ingress:
         return head, pieces()
 
     async def _metrics(self) -> Response:
-        pages = await asyncio.gather(
-            self._servers.broadcast("metrics").results_async(), self._writer.broadcast("metrics").results_async()
-        )
+        try:
+            pages = await asyncio.gather(
+                self._servers.broadcast("metrics").results_async(), self._writer.broadcast("metrics").results_async()
+            )
+        except (RayError, aiohttp.ClientError):
+            message = "A server died while its metrics were gathered."
+            return _refusal("/metrics", 503, message, "service_unavailable", [relay.RETRY_AFTER])
         text = relay.merged_metrics(dict(page for group in pages for page in group))
         return Response(text, media_type="text/plain; version=0.0.4")
 

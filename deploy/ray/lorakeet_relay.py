@@ -128,11 +128,12 @@ def whole_events(buffer: bytes) -> tuple[bytes, bytes]:
 
 def error(path: str, status: int, message: str, code: str) -> bytes:
     """An error in the server's own shape: OpenAI's, or under `/v1/messages` Anthropic's."""
-    kind = {413: "invalid_request_error", 429: "rate_limit_error"}.get(status, "service_unavailable")
-    if path.startswith(MESSAGES):
-        kind = {413: "request_too_large", 429: "rate_limit_error"}.get(status, "overloaded_error")
-        return json.dumps({"type": "error", "error": {"type": kind, "message": message}}).encode()
-    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
+    kinds = ("invalid_request_error", "rate_limit_error", "service_unavailable")
+    if anthropic := path.startswith(MESSAGES):
+        kinds = ("request_too_large", "rate_limit_error", "overloaded_error")
+    kind = dict(zip((413, 429, 503), kinds, strict=True))[status]
+    fields = {"message": message, "type": kind, "param": None, "code": code}
+    return json.dumps({"type": "error", "error": fields} if anthropic else {"error": fields}).encode()
 
 
 def error_event(path: str) -> bytes:

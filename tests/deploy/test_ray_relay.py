@@ -14,7 +14,7 @@ import lorakeet_child as child
 import lorakeet_relay as relay
 import pytest
 
-from server.errors import EngineUnavailable, TooManyRequests, error_response
+from server.errors import EngineUnavailable, RequestTooLarge, TooManyRequests, error_response
 from server.http.operations import Operation
 from tests.support.running import alive, eventually
 from tests.support.scripted import serving
@@ -131,7 +131,11 @@ async def test_other_faults_are_not_hidden() -> None:
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/messages"])
 def test_refusals_have_the_servers_shape(path: str) -> None:
-    ours = {503: EngineUnavailable("It died."), 429: TooManyRequests("It died.", retry_after=1)}
+    ours = {
+        503: EngineUnavailable("It died."),
+        429: TooManyRequests("It died.", retry_after=1),
+        413: RequestTooLarge("It died."),
+    }
     for status, error in ours.items():
         wanted = json.loads(bytes(error_response(error, path).body))
         assert json.loads(relay.error(path, status, "It died.", str(error.code))) == wanted
