@@ -500,7 +500,7 @@ class Settings:
     )
     grammar_seconds: float = _setting(
         5.0,
-        "How long a grammar (`response_format`, `structured_outputs`, `tools`) may take to compile.",
+        "Processor time that a grammar (`response_format`, `structured_outputs`, `tools`) may take to compile.",
         parse=_number,
         minimum=0.1,
         maximum=600,
