@@ -5,6 +5,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 Headers = list[tuple[str, str]]
 
@@ -111,6 +112,11 @@ def _is_kept(fields: Mapping[str, Any]) -> bool:
     return (
         fields.get("store") is not False or bool(fields.get("previous_response_id")) or bool(fields.get("background"))
     )
+
+
+def warm_path(adapter: str) -> str:
+    """The path that warms an adapter, whatever a client calls it."""
+    return f"/v1/adapters/{quote(adapter, safe='')}/warm"
 
 
 def forwarded(headers: Iterable[tuple[str, str]], but: frozenset[str] = frozenset()) -> Headers:

@@ -160,6 +160,8 @@ async def test_what_one_server_keeps_is_the_writers(cluster: RayCluster, tiny: d
         bad = await client.post("/v1/completions", content=b"{", headers={"content-type": "application/json"})
         assert bad.status_code == 400
         assert (await client.delete("/v1/adapters/fresh")).status_code == 200
+        elsewhere = await client.get(f"{cluster.url}//127.0.0.1:1/v1/models")  # a path, not an address
+        assert (elsewhere.status_code, elsewhere.json()["error"]["type"]) == (404, "invalid_request_error")
 
 
 async def test_a_client_that_leaves_ends_its_request(cluster: RayCluster, tiny: dict[str, str]) -> None:
@@ -227,7 +229,7 @@ async def test_the_way_through_ray_costs_little(cluster: RayCluster, tmp_path: P
     first: dict[str, list[float]] = {}
     speed: dict[str, list[float]] = {}
     names = ADAPTERS[:8]
-    for turn in range(7):  # the first warms up
+    for turn in range(5):  # the first warms up
         for way, url in (("Ray", cluster.url), ("straight", straight)):
             client = Client(url)
             # One after the other for the first token, then eight at once for the speed.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import lorakeet_child as child
 import lorakeet_relay as relay
@@ -75,6 +77,13 @@ async def test_every_route_has_one_place(tmp_path: Path) -> None:
     }
     for method, path in routes - away:
         assert relay.place(_request(path, {}, method), BASE).repeatable == (method == "GET")
+
+
+def test_an_adapters_name_leads_nowhere_else() -> None:
+    for name in ("poet/rollback#", "../files?x=", "a b", "100%", "org/poet"):
+        path = relay.warm_path(name)
+        assert re.fullmatch(r"/v1/adapters/[\w.%-]+/warm", path)
+        assert unquote(path) == f"/v1/adapters/{name}/warm"
 
 
 # --- headers, events, errors -------------------------------------------------------------------------------------
