@@ -189,7 +189,7 @@ class _Builder:
             for name in names:
                 if name not in self._expected:
                     self._copies[name] = parameter
-        embedding, head = self._outline.embedding, self._outline.head
+        embedding, head = self._outline.embedding or "", self._outline.head
         if head and self._outline.tied and head not in found and f"{head}.weight" not in variants.parameters:
             source = found.get(embedding) or variants.parameters.get(f"{embedding}.weight")
             if source is not None:
