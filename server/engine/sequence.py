@@ -136,6 +136,11 @@ class Work:
     forced: bool = False  # a grammar allows nothing but these drafts
 
     @property
+    def classifies(self) -> bool:
+        """Whether a classification head sees its last token."""
+        return self.sequence.sampling.classify and self.start + self.count == len(self.sequence.prompt)
+
+    @property
     def skipped(self) -> int:
         """How many drafts are taken without a look at logits."""
         return len(self.drafts) if self.forced and self.sequence.sampling.logprobs is None else 0
