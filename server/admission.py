@@ -15,6 +15,7 @@ from contextvars import ContextVar
 
 from adapters.background import threads
 from server.errors import InvalidRequest, TooManyRequests
+from server.tenants.limits import Allowance
 
 _LONGEST_RETRY = 60
 _SLOT_SECONDS = 30.0
@@ -25,12 +26,24 @@ BACKGROUND: ContextVar[bool] = ContextVar("background", default=False)
 
 
 class Ticket:
-    """One sequence's place in the queue, given back by `leave`: at its first output, or when it ends without one."""
+    """One sequence's place in the queue, given back by `leave`: at its first output, or when it ends without one.
 
-    def __init__(self, admission: "Admission", tenant: str, tokens: int, *, waiting: bool = True) -> None:
+    And its place among those that its tenant has under way, given back by `end`.
+    """
+
+    def __init__(
+        self,
+        admission: "Admission",
+        tenant: str,
+        tokens: int,
+        allowance: Allowance | None = None,
+        *,
+        waiting: bool = True,
+    ) -> None:
         self._admission = admission
         self._tenant = tenant
         self._tokens = tokens
+        self._allowance = allowance
         self._since = time.monotonic()
         self._waiting = waiting
 
@@ -39,6 +52,13 @@ class Ticket:
         if self._waiting:
             self._waiting = False
             self._admission._left(self._tenant, self._tokens, time.monotonic() - self._since if served else None)
+
+    def end(self) -> None:
+        """The sequence is over. Further calls do nothing."""
+        self.leave(served=False)
+        if self._allowance is not None:
+            self._allowance.running -= 1
+            self._allowance = None
 
 
 class Admission:
@@ -68,8 +88,17 @@ class Admission:
                 f"This request asks for {sequences} sequences; at most {self._max_requests} are accepted.", param=param
             )
 
-    def enter(self, prompt_lengths: Sequence[int], tenant: str = "") -> list[Ticket]:
+    def enter(
+        self,
+        prompt_lengths: Sequence[int],
+        tenant: str = "",
+        allowance: Allowance | None = None,
+        prompt_tokens: int = 0,
+    ) -> list[Ticket]:
         """A ticket for each sequence of one request: all or none.
+
+        Args:
+            allowance: its tenant's; `prompt_tokens` are counted against it.
 
         Raises `InvalidRequest` when the request alone has more sequences than may ever wait, `TooManyRequests` when
         there is no room now. Prompt tokens alone never refuse a request that finds the queue empty.
@@ -78,6 +107,10 @@ class Admission:
         self.check_size(count)
         if BACKGROUND.get():
             return [Ticket(self, tenant, length, waiting=False) for length in prompt_lengths]
+        if allowance is not None and not allowance.limited:
+            allowance = None
+        if allowance is not None:
+            allowance.check(count, prompt_tokens)
         tenants = len(self._requests.keys() | {tenant})
         if self.requests + count > self._max_requests and self._requests[tenant] + count > self._max_requests / tenants:
             raise self._full(f"{self.requests} sequences are waiting; at most {self._max_requests} may.")
@@ -86,7 +119,9 @@ class Admission:
             raise self._full(f"{self.tokens} prompt tokens are waiting; at most {self._max_tokens} may.")
         self._requests[tenant] += count
         self._tokens[tenant] += tokens
-        return [Ticket(self, tenant, length) for length in prompt_lengths]
+        if allowance is not None:
+            allowance.take(count, prompt_tokens)
+        return [Ticket(self, tenant, length, allowance) for length in prompt_lengths]
 
     def _left(self, tenant: str, tokens: int, waited: float | None) -> None:
         self._requests[tenant] -= 1

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from server.commands import adapters, chat, doctor, finetune
+from server.commands import adapters, chat, doctor, finetune, tenants
 from server.commands.remote import CommandError
 from server.model_source import DEFAULT, ModelError, default_cache_dir, resolve
 from server.settings import Setting, SettingError, Settings, settings_fields
@@ -102,6 +102,8 @@ app.command("chat")(chat.chat)
 app.command("finetune")(finetune.finetune)
 app.command("jobs")(finetune.jobs)
 app.command("eval")(finetune.evaluate)
+app.add_typer(tenants.keys)
+app.add_typer(tenants.tenants)
 
 
 def main() -> None:

@@ -124,9 +124,11 @@ def _damaged_databases(root: Path) -> Iterator[Fault]:
 
 
 def _verify_databases(root: Path) -> Iterator[Fault]:
-    for name in ("adapters.db", "finetuning.db"):
+    anew = "the next start sets it aside and makes it anew"
+    restored = "restore it from a backup: without it nobody knows whom to let in, and no server starts"
+    for name, remedy in (("adapters.db", anew), ("finetuning.db", anew), ("tenants.db", restored)):
         if (root / name).exists() and (fault := damage(root / name)):
-            yield Fault(str(root / name), fault, "the next start sets it aside and makes it anew")
+            yield Fault(str(root / name), fault, remedy)
 
 
 def _verify_versions(root: Path) -> Iterator[Fault]:

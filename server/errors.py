@@ -234,6 +234,11 @@ class StorageFull(LorakeetError):
     default_code = "storage_full"
 
 
+def unknown_adapter(name: str) -> NotFound:
+    """404 for a name that nobody has."""
+    return NotFound(f"The adapter `{shown(name)}` does not exist.", param="name", code="adapter_not_found")
+
+
 def storage_full(error: Exception) -> StorageFull:
     """What a client is told of a disk that takes nothing more."""
     return StorageFull(f"{why_full(error).capitalize()}.")

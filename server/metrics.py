@@ -27,7 +27,9 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from adapters.storage.versions import DEFAULT_TENANT
 from server.messages.protocol import AdapterUse, Ready, Stats
+from server.metrics_prefix import Renamed
 from server.usage import AdapterUsage
 
 FinishedReason = Literal["stop", "length", "abort", "error"]
@@ -57,12 +59,8 @@ class _AdapterCounts:
     evictions: int = 0
 
     def absorb(self, gone: "_AdapterCounts") -> None:
-        self.requests += gone.requests
-        self.prompt_tokens += gone.prompt_tokens
-        self.generation_tokens += gone.generation_tokens
-        self.loads += gone.loads
-        self.load_seconds += gone.load_seconds
-        self.evictions += gone.evictions
+        for name in ("requests", "prompt_tokens", "generation_tokens", "loads", "load_seconds", "evictions"):
+            setattr(self, name, getattr(self, name) + getattr(gone, name))
 
 
 class _AdapterMetrics(Collector):
@@ -197,35 +195,19 @@ class _AdapterMetrics(Collector):
         return info
 
 
-class _Renamed(Collector):
-    """A registry's metrics under another prefix."""
-
-    def __init__(self, registry: CollectorRegistry, prefix: str) -> None:
-        self._registry = registry
-        self._prefix = prefix
-
-    def collect(self) -> Iterator[Metric]:
-        for metric in self._registry.collect():
-            if metric.name.startswith(PREFIX):
-                metric.name = self._renamed(metric.name)
-                metric.samples = [sample._replace(name=self._renamed(sample.name)) for sample in metric.samples]
-            yield metric
-
-    def _renamed(self, name: str) -> str:
-        return self._prefix + name.removeprefix(PREFIX)
-
-
 class Metrics:
     """All of the server's metrics, in `registry`; `page` renders them."""
 
-    def __init__(self, top_adapters: int = 100, prefix: str = PREFIX.removesuffix(":")) -> None:
-        """`top_adapters`: how many names have their own series; `prefix`: of metric names, before a colon."""
+    def __init__(
+        self, top_adapters: int = 100, prefix: str = PREFIX.removesuffix(":"), *, top_tenants: int = 100
+    ) -> None:
+        """`top_adapters`, `top_tenants`: how many have their own series; `prefix`: of metric names, before a colon."""
         disable_created_metrics()
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._shown: Collector = self.registry
         if f"{prefix}:" != PREFIX:
-            self._shown = _Renamed(self.registry, f"{prefix}:")
+            self._shown = Renamed(self.registry, PREFIX, f"{prefix}:")
         self.usage = AdapterUsage()
         self._adapters = _AdapterMetrics(top_adapters)
         self.resident: Mapping[tuple[str, str], AdapterUse] = self._adapters.resident  # by digest and tier
@@ -257,6 +239,11 @@ class Metrics:
         self.inter_token = self._histogram("inter_token_latency_seconds", "Between two outputs", _BETWEEN_TOKENS)
         self.e2e = self._histogram("e2e_request_latency_seconds", "Arrival to last token", _WHOLE_REQUEST)
         self.queue_time = self._histogram("request_queue_time_seconds", "Arrival to first scheduled", _QUEUE)
+        self._top_tenants = top_tenants
+        self._tenants: set[str] = set()  # those with series of their own
+        self.tenant_requests = Counter(f"{PREFIX}tenant_requests", "Sequences", ["tenant"], registry=self.registry)
+        kinds = "Tokens of prompts (prompt) and answers (generation)"
+        self.tenant_tokens = Counter(f"{PREFIX}tenant_tokens", kinds, ["tenant", "kind"], registry=self.registry)
         self.success = Counter(
             f"{PREFIX}request_success", "Finished sequences", ["finished_reason"], registry=self.registry
         )
@@ -276,9 +263,18 @@ class Metrics:
         self._pinned.set(len(versions))
         self._pinned_bytes.set(size)
 
-    def request(self, *adapters: tuple[str, str]) -> "RequestMetrics":
-        """Start the clock of one sequence. `adapters`: (name, digest) of every stored version that it uses."""
-        return RequestMetrics(self, self._adapters, adapters)
+    def request(self, *adapters: tuple[str, str], tenant: str = "") -> "RequestMetrics":
+        """Start the clock of one sequence. `adapters`: (label, digest) of every stored version that it uses."""
+        return RequestMetrics(self, self._adapters, adapters, tenant)
+
+    def tenant_label(self, tenant: str) -> str:
+        """The tenant, if it is among the first that came; else `other`."""
+        label = tenant or DEFAULT_TENANT
+        if label not in self._tenants:
+            if len(self._tenants) >= self._top_tenants:
+                return OTHER
+            self._tenants.add(label)
+        return label
 
     def adapter_deleted(self, name: str) -> None:
         """The name no longer exists: its series end, their sums live on in `other`."""
@@ -347,11 +343,15 @@ class Metrics:
 class RequestMetrics:
     """The clock of one sequence: `output` for everything the engine sent, then `finish`, once."""
 
-    def __init__(self, metrics: Metrics, adapters: _AdapterMetrics, used: Sequence[tuple[str, str]]) -> None:
+    def __init__(
+        self, metrics: Metrics, adapters: _AdapterMetrics, used: Sequence[tuple[str, str]], tenant: str
+    ) -> None:
         self._metrics = metrics
         self._adapters = adapters
         self._used = used
-        self._usage = metrics.usage.begin([name for name, _ in used])
+        self._usage = metrics.usage.begin(tenant, [name for name, _ in used])
+        self._tenant = metrics.tenant_label(tenant)
+        metrics.tenant_requests.labels(self._tenant).inc()
         self._arrived = time.monotonic()
         self._prompt_counted = False
         self._last_token: float | None = None
@@ -368,6 +368,7 @@ class RequestMetrics:
             self._prompt_counted = True
             self._metrics.queue_time.observe(queue_seconds)
             self._metrics.prompt_tokens.inc(prompt_tokens)
+            self._metrics.tenant_tokens.labels(self._tenant, "prompt").inc(prompt_tokens)
             for count in counts:
                 count.prompt_tokens += prompt_tokens
         if not tokens:
@@ -378,6 +379,7 @@ class RequestMetrics:
             self._metrics.inter_token.observe(now - self._last_token)
         self._last_token = now
         self._metrics.generation_tokens.inc(tokens)
+        self._metrics.tenant_tokens.labels(self._tenant, "generation").inc(tokens)
         for count in counts:
             count.generation_tokens += tokens
 

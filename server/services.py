@@ -21,10 +21,14 @@ from server.metrics import Metrics
 from server.registry.open import Registry
 from server.response_store import ResponseStore
 from server.settings import Settings
+from server.tenants.audit import AuditLog
+from server.tenants.caller import TENANT as TENANT
+from server.tenants.caller import Caller
+from server.tenants.database import open_database as open_tenants
+from server.tenants.keys import Tenants
 from server.text.grammar_checker import GrammarChecker
 from server.text.processor import TextProcessor
-
-TENANT = ""  # every stored row has a tenant; there is one so far
+from server.usage import Ledger
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +49,9 @@ class Services:
     batches: Batches
     responses: ResponseStore
     history: History
+    tenants: Tenants
+    ledger: Ledger
+    audit: AuditLog
     checkpointing: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while a merged checkpoint is made
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)  # the model's, by request field
 
@@ -72,14 +79,17 @@ def make_services(
         outline, checker: see `Publisher`.
         sampling_defaults: the model's.
     """
-    metrics = metrics or Metrics(settings.metrics_adapters, settings.metrics_prefix)
+    metrics = metrics or new_metrics(settings)
     registry = Registry.make(settings, engine, store, metrics, outline, text, checker)
+    database = open_tenants(settings.data_dir / "tenants.db", settings.database_seconds)
+    ledger = Ledger(database)
     tuning = FineTuning.open(
         settings.data_dir,
         engine=engine,
         registry=registry,
         text=text,
         metrics=metrics,
+        ledger=ledger,
         max_running=settings.max_training_jobs,
         busy_seconds=settings.database_seconds,
     )
@@ -105,11 +115,25 @@ def make_services(
         ),
         responses=ResponseStore(tuning.database, settings.response_days, settings.response_bytes),
         history=History(metrics, engine, store),
+        tenants=Tenants(database, settings.api_key),
+        ledger=ledger,
+        audit=AuditLog(settings.data_dir / "audit.jsonl", settings.audit_bytes),
         sampling_defaults=sampling_defaults or {},
     )
+
+
+def new_metrics(settings: Settings) -> Metrics:
+    """None counted yet."""
+    return Metrics(settings.metrics_adapters, settings.metrics_prefix, top_tenants=settings.metrics_tenants)
 
 
 def services_of(request: Request) -> Services:
     """The services of the application that received this request."""
     services: Services = request.app.state.services
     return services
+
+
+def caller_of(request: Request) -> Caller:
+    """The one who sent it."""
+    caller: Caller = request.scope["caller"]
+    return caller

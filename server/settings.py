@@ -530,6 +530,15 @@ class Settings:
         shown="1GiB",
     )
 
+    audit_bytes: int = _setting(
+        16 * MIB,
+        "Size of audit.jsonl under --data-dir, the log of changes, at which the next is begun; four older ones stay.",
+        parse=parse_size,
+        minimum=4096,
+        maximum=2**40,
+        shown="16MiB",
+    )
+
     # --- batches
     batch_requests: int = _setting(
         8,
@@ -567,6 +576,9 @@ class Settings:
     # --- watching it
     metrics_adapters: int = _setting(
         50, "Adapters with metric series of their own; the rest share one.", parse=_integer, minimum=0, maximum=10_000
+    )
+    metrics_tenants: int = _setting(
+        50, "Tenants with metric series of their own; the rest share one.", parse=_integer, minimum=0, maximum=10_000
     )
     metrics_prefix: str = _setting(
         "lorakeet",

@@ -1,8 +1,23 @@
-"""What each adapter was asked for since the server started: as many entries as there are adapters that were used."""
+"""What each adapter was asked for since the server started, and what each tenant used day by day, on disk."""
 
+import asyncio
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from adapters.storage.database import Database
+
+RETRY_SECONDS = 1.0  # after a disk or a database took nothing
+COUNTS = ("requests", "prompt_tokens", "cached_tokens", "generated_tokens", "trained_tokens")
+
+_ADD = (
+    f"INSERT INTO usage (tenant, adapter, day, {', '.join(COUNTS)}) VALUES (?, ?, ?{', ?' * len(COUNTS)}) "
+    f"ON CONFLICT DO UPDATE SET {', '.join(f'{name} = {name} + excluded.{name}' for name in COUNTS)}"
+)
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -15,21 +30,107 @@ class Usage:
 
 
 class AdapterUsage:
-    """By name, and only for names that were resolved to a stored version."""
+    """By tenant that asks and adapter, and only for adapters that were resolved to a stored version."""
 
     def __init__(self) -> None:
-        self._by_name: dict[str, Usage] = {}
+        self._entries: dict[tuple[str, str], Usage] = {}
 
-    def begin(self, names: Sequence[str]) -> list[Usage]:
+    def begin(self, tenant: str, adapters: Sequence[str]) -> list[Usage]:
         """Count a request; the entries that its tokens go to."""
-        entries = [self._by_name.setdefault(name, Usage()) for name in names]
+        entries = [self._entries.setdefault((tenant, label), Usage()) for label in adapters]
         for entry in entries:
             entry.requests += 1
             entry.last_used = time.time()
         return entries
 
-    def of(self, name: str) -> Usage:
-        return self._by_name.get(name) or Usage()
+    def of(self, tenant: str, adapter: str) -> Usage:
+        return self._entries.get((tenant, adapter)) or Usage()
 
-    def forget(self, name: str) -> None:
-        self._by_name.pop(name, None)
+    def forget(self, adapter: str) -> None:
+        self._entries = {key: usage for key, usage in self._entries.items() if key[1] != adapter}
+
+
+class Ledger:
+    """Usage by tenant, adapter and day (UTC), each request once.
+
+    While the database takes nothing, what was added waits in memory and nobody waits for it.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._pending: dict[tuple[str, str, str], list[int]] = {}
+        self._kept: asyncio.Future[None] | None = None  # of what is pending
+        self._writing: asyncio.Task[None] | None = None
+        self._failing = self._stopped = False
+
+    def add(self, tenant: str, adapter: str, prompt: int, cached: int, generated: int) -> asyncio.Future[None]:
+        """A request has ended. `adapter`: as its tenant calls it; empty: the base.
+
+        The future is done when that is on disk, together with what others added meanwhile.
+        """
+        if self._kept is None:
+            self._kept = asyncio.get_running_loop().create_future()
+        kept = self._kept
+        if self._failing:
+            kept.set_result(None)
+            self._kept = None
+        row = self._pending.setdefault((tenant, adapter, today()), [0] * len(COUNTS))
+        for i, count in enumerate((1, prompt, cached, generated)):
+            row[i] += count
+        if self._writing is None:
+            self._writing = asyncio.create_task(self._write())
+        return kept
+
+    async def stop(self) -> None:
+        """Write what is left, trying once more at most."""
+        self._stopped = True
+        if self._writing is not None:
+            await self._writing
+
+    async def _write(self) -> None:
+        while self._pending:
+            rows, self._pending = self._pending, {}
+            kept, self._kept = self._kept, None
+            try:
+                await asyncio.to_thread(self._commit, rows)
+                self._failing = False
+            except Exception as fault:  # whatever it is, nothing may be lost of what was used
+                if not self._failing:
+                    log.warning("usage is kept in memory until it can be written: %s", fault)
+                self._failing = True
+                for key, counts in rows.items():
+                    row = self._pending.setdefault(key, [0] * len(COUNTS))
+                    row[:] = [a + b for a, b in zip(row, counts, strict=True)]
+            if kept is not None and not kept.done():
+                kept.set_result(None)
+            if self._failing:
+                if self._stopped:
+                    break
+                await asyncio.sleep(RETRY_SECONDS)
+        self._writing = None
+
+    def train(self, tenant: str, adapter: str, job: str, tokens: int) -> None:
+        """A job has trained on so many tokens in all; a step that is repeated counts once. Waits for the disk."""
+        with self._database.transaction() as connection:
+            row = connection.execute("SELECT tokens FROM trained WHERE job = ?", (job,)).fetchone()
+            if (more := tokens - (row[0] if row else 0)) <= 0:
+                return
+            connection.execute("INSERT OR REPLACE INTO trained (job, tokens) VALUES (?, ?)", (job, tokens))
+            connection.execute(_ADD, (tenant, adapter, today(), 0, 0, 0, 0, more))
+
+    def rows(self, tenant: str | None, first: str, last: str) -> list[dict[str, Any]]:
+        """What is on disk of these days, by day; `tenant` None: of all."""
+        query = (
+            "SELECT * FROM usage WHERE day BETWEEN ? AND ? AND (? IS NULL OR tenant = ?) ORDER BY day, tenant, adapter"
+        )
+        with self._database.reading() as connection:
+            return [dict(row) for row in connection.execute(query, (first, last, tenant, tenant))]
+
+    def _commit(self, rows: dict[tuple[str, str, str], list[int]]) -> None:
+        with self._database.transaction() as connection:
+            connection.executemany(_ADD, [(*key, *counts) for key, counts in rows.items()])
+
+
+def today() -> str:
+    """The day in UTC."""
+    return time.strftime("%Y-%m-%d", time.gmtime())

@@ -18,10 +18,13 @@ ENGINE_SIDE = ("server.engine", "server.model", "server.training")
 API_SIDE = (
     *(
         f"server.{part}"
-        for part in ("http", "openai", "anthropic", "text", "registry", "finetune", "client", "children")
+        for part in ("http", "openai", "anthropic", "text", "registry", "finetune", "client", "children", "tenants")
     ),
     *(f"server.{part}" for part in ("admission", "data_dir", "errors", "metrics", "model_source")),
-    *(f"server.{part}" for part in ("services", "settings", "doctor", "usage", "history", "ui", "response_store")),
+    *(
+        f"server.{part}"
+        for part in ("services", "settings", "doctor", "usage", "history", "ui", "response_store", "metrics_prefix")
+    ),
 )
 WEB = ("starlette", "uvicorn", "pydantic", "httpx", "python_multipart")
 

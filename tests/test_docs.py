@@ -22,6 +22,7 @@ README = ROOT / "README.md"
 REFERENCE = ROOT / "docs/reference"
 # Flags in the guides that are not settings of `lorakeet serve`.
 OTHER_FLAGS = {"--url", "--help", "--cancel", "--pause", "--resume", "--json", "--max-tokens", "--build-arg"}
+OTHER_FLAGS |= {"--role", "--tenant", "--days", "--limit"}  # of `lorakeet keys` and `tenants`
 OTHER_FLAGS |= {"--restore", "--remove", "--verify", "--all"}  # of `lorakeet doctor`
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
@@ -111,6 +112,7 @@ def test_every_command_target_and_flag_exists() -> None:
     assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)) <= targets
     cli = importlib.import_module("server.cli")
     commands = {command.name or command.callback.__name__ for command in cli.app.registered_commands}
+    commands |= {group.typer_instance.info.name for group in cli.app.registered_groups}
     assert commands == set(re.findall(r"`(?:.venv/bin/)?lorakeet ([a-z]+)", text))
     for page in (ROOT / "docs/guides").glob("*.md"):
         flags = {declared for row in settings_fields() for both in row.declarations for declared in both.split("/")}

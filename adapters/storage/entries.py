@@ -65,7 +65,7 @@ def read(directory: Path) -> Iterator[dict[str, Any]]:
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             entry = json.loads(path.read_bytes())
             if all(isinstance(entry[key], str) for key in ("tenant", "name")) and entry["since"] + entry["created"]:
-                yield {"staged": False, "current": False, "split": [], "pinned": False} | entry
+                yield {"staged": False, "current": False, "split": [], "pinned": False, "readers": []} | entry
 
 
 def _pointer(found: list[tuple[dict[str, Any], Version]]) -> Pointer:
@@ -74,7 +74,9 @@ def _pointer(found: list[tuple[dict[str, Any], Version]]) -> Pointer:
     versions = tuple(version for _, version in found)
     split = tuple((digest, share) for digest, share in first["split"])
     known = {version.digest for version in versions}
-    return Pointer(versions, split if {digest for digest, _ in split} <= known else (), first["pinned"])
+    return Pointer(
+        versions, split if {digest for digest, _ in split} <= known else (), first["pinned"], tuple(first["readers"])
+    )
 
 
 def _entries(pointer: Pointer | None) -> dict[Path, dict[str, Any]]:
@@ -84,6 +86,7 @@ def _entries(pointer: Pointer | None) -> dict[Path, dict[str, Any]]:
     word = hashlib.sha256(f"{owner.tenant}\0{owner.name}".encode()).hexdigest()[:32]
     common = {"tenant": owner.tenant, "name": owner.name}
     current = {"current": True, "split": list(map(list, pointer.split)), "pinned": pointer.pinned}
+    current |= {"readers": list(pointer.readers)}
     return {
         version.path / NAMES / f"{word}.json": common
         | {"created": version.created, "staged": version.staged}

@@ -43,7 +43,7 @@ CREATE TABLE IF NOT EXISTS adapter_pins (
 _COLUMNS = "tenant, name, digest, created, receipt, staged"
 _INSERT = f"INSERT INTO adapter_versions ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?)"
 _SELECT = f"SELECT {_COLUMNS} FROM adapter_versions ORDER BY sequence DESC"
-_TABLES = ("adapter_versions", "adapter_splits", "adapter_pins")
+_TABLES = ("adapter_versions", "adapter_splits", "adapter_pins", "adapter_shared")
 
 
 def _add_staged(database: sqlite3.Connection) -> None:
@@ -52,7 +52,11 @@ def _add_staged(database: sqlite3.Connection) -> None:
         database.execute("ALTER TABLE adapter_versions ADD COLUMN staged INTEGER NOT NULL DEFAULT 0")
 
 
-_MIGRATIONS = (script(_SCHEMA), _add_staged)
+_ADD_SHARED = """
+CREATE TABLE IF NOT EXISTS adapter_shared (
+    tenant TEXT NOT NULL, name TEXT NOT NULL, readers TEXT NOT NULL, PRIMARY KEY (tenant, name))
+"""
+_MIGRATIONS = (script(_SCHEMA), _add_staged, script(_ADD_SHARED))
 
 Locate = Callable[[str], Path]  # digest -> where its files are, or would be
 Split = tuple[tuple[str, float], ...]
@@ -81,7 +85,7 @@ class Names(Protocol):
 class LocalNames:
     """`Names` in SQLite.
 
-    A row per version of a name: the newest is the current one. Splits and pins have tables of their own.
+    A row per version of a name: the newest is the current one. Splits, pins and readers have tables of their own.
 
     Args:
         path: the database file; its directory must exist. Made or migrated.
@@ -100,14 +104,17 @@ class LocalNames:
             rows = connection.execute(_SELECT).fetchall()
             splits = connection.execute("SELECT tenant, name, split FROM adapter_splits").fetchall()
             pins = {tuple(row) for row in connection.execute("SELECT tenant, name FROM adapter_pins")}
+            shared = connection.execute("SELECT tenant, name, readers FROM adapter_shared").fetchall()
         found: dict[tuple[str, str], list[Version | None]] = {}
         for row in rows:
             found.setdefault((row["tenant"], row["name"]), []).append(self._version(row, locate))
         divided = {(row["tenant"], row["name"]): self._split(row) for row in splits}
+        readers = {(row["tenant"], row["name"]): self._readers(row) for row in shared}
         for owner, versions in found.items():
             readable = tuple(version for version in versions if version is not None)
             if versions[0] is not None:  # an older one would be a lie
-                yield Pointer(readable, _within(divided.get(owner, ()), readable), owner in pins)
+                split = _within(divided.get(owner, ()), readable)
+                yield Pointer(readable, split, owner in pins, readers.get(owner, ()))
             else:
                 self.unreadable.update(version.digest for version in readable)
                 log.error("adapter %s is not served: the row of its current version cannot be read", owner[1])
@@ -135,6 +142,13 @@ class LocalNames:
             log.error("%s: the split of adapter %s cannot be read: %s", self.title, row["name"], fault)
             return ()
 
+    def _readers(self, row: sqlite3.Row) -> tuple[str, ...]:
+        try:
+            return tuple(str(reader) for reader in json.loads(row["readers"]))
+        except (ValueError, TypeError) as fault:
+            log.error("%s: whom adapter %s is shared with cannot be read: %s", self.title, row["name"], fault)
+            return ()
+
     def save(self, tenant: str, name: str, pointer: Pointer | None) -> None:
         owner = (tenant, name)
         with self.database.transaction(removing=pointer is None) as connection:
@@ -150,6 +164,9 @@ class LocalNames:
                 connection.execute(insert, (*owner, json.dumps(pointer.split)))
             if pointer.pinned:
                 connection.execute("INSERT INTO adapter_pins (tenant, name) VALUES (?, ?)", owner)
+            if pointer.readers:
+                insert = "INSERT INTO adapter_shared (tenant, name, readers) VALUES (?, ?, ?)"
+                connection.execute(insert, (*owner, json.dumps(pointer.readers)))
 
     def close(self) -> None:
         """Close the database."""

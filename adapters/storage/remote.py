@@ -164,13 +164,16 @@ def _document(pointer: Pointer) -> bytes:
         for one in pointer.versions
     ]
     document = {"tenant": owner.tenant, "name": owner.name, "versions": versions}
-    return json.dumps(document | {"split": pointer.split, "pinned": pointer.pinned}).encode()
+    return json.dumps(
+        document | {"split": pointer.split, "pinned": pointer.pinned, "readers": pointer.readers}
+    ).encode()
 
 
 def _pointer(document: dict[str, Any], locate: Locate) -> Pointer:
     tenant, name = document["tenant"], document["name"]
     versions = tuple(Version(tenant, name, path=locate(one["digest"]), **one) for one in document["versions"])
-    pointer = Pointer(versions, tuple((digest, share) for digest, share in document["split"]), document["pinned"])
+    split = tuple((digest, share) for digest, share in document["split"])
+    pointer = Pointer(versions, split, document["pinned"], tuple(document.get("readers", ())))
     _ = pointer.answering  # raises when a version is missing
     return pointer
 

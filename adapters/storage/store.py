@@ -22,7 +22,7 @@ from adapters.storage.files import VersionFiles
 from adapters.storage.names import Names
 from adapters.storage.receipt import receipt_of
 from adapters.storage.staging import Staging
-from adapters.storage.versions import Pointer, Remote, UnknownAdapter, Version, check_name
+from adapters.storage.versions import EVERYBODY, Pointer, Remote, UnknownAdapter, Version, check_name
 
 RETAINED_VERSIONS = 5
 
@@ -70,6 +70,7 @@ class AdapterStore:
         self._retain = retain
         self._changing = threading.Lock()  # held through all of a name's change
         self._names: dict[str, dict[str, Pointer]] = {}  # tenant -> name -> what it means
+        self._shared: dict[str, dict[str, Pointer]] = {}  # reader -> OWNER/NAME -> what it means
         self._pins: dict[tuple[str, str], Pointer] = {}  # those of the names that are pinned
         self._answering: Counter[str] = Counter()  # digest -> names whose requests it may get
         self._check_pins = check_pins
@@ -97,6 +98,20 @@ class AdapterStore:
             return self._names[tenant][name]
         except KeyError:
             raise UnknownAdapter(f"there is no adapter '{shorten(name)}'") from None
+
+    def readable(self, tenant: str, name: str) -> Pointer:
+        """What a name of the tenant's own means, or else OWNER/NAME that is shared with it. Raises UnknownAdapter."""
+        for names in (self._names.get(tenant), self._shared.get(tenant), self._shared.get(EVERYBODY)):
+            if names is not None and (pointer := names.get(name)) is not None:
+                return pointer
+        raise UnknownAdapter(f"there is no adapter '{shorten(name)}'")
+
+    def shared_with(self, tenant: str) -> "list[Version]":
+        """The current version of every name that others share with the tenant."""
+        own = self._names.get(tenant, {})
+        names = self._shared.get(EVERYBODY, {}) | self._shared.get(tenant, {})
+        found = [pointer.current for name, pointer in names.items() if name not in own]
+        return [version for version in found if version.tenant != tenant]
 
     def versions(self, tenant: str, name: str) -> list[Version]:
         """The retained versions of a name, the current one first. Raises UnknownAdapter."""
@@ -258,6 +273,10 @@ class AdapterStore:
         """Say whether what the name means, now and later, shall stay on the device. Raises as `promote` does."""
         return self._repoint(tenant, name, lambda pointer: replace(pointer, pinned=pinned), None)
 
+    def share(self, tenant: str, name: str, readers: Collection[str]) -> Pointer:
+        """Let these tenants use the name, and no others. Raises as `promote` does."""
+        return self._repoint(tenant, name, lambda pointer: replace(pointer, readers=tuple(sorted(readers))), None)
+
     def delete(self, tenant: str, name: str) -> Version:
         """Take a name away with all its versions; files that are leased go with their last lease.
 
@@ -311,6 +330,12 @@ class AdapterStore:
             names[name] = pointer
         else:
             del names[name]
+        if before:
+            for reader in before.readers:
+                self._shared[reader].pop(before.current.name_for(reader))
+        if pointer:
+            for reader in pointer.readers:
+                self._shared.setdefault(reader, {})[pointer.current.name_for(reader)] = pointer
         self._pins.pop((tenant, name), None)
         if pointer and pointer.pinned:
             self._pins[tenant, name] = pointer

@@ -20,8 +20,12 @@ _WORD = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 NAME = re.compile(rf"{_WORD}([/:]{_WORD})*")
 MAX_NAME = 128
 # What URLs have behind a name: a name with slashes must not end, or go on, like one.
-RESERVED = frozenset({"config", "weights", "versions", "promote", "rollback", "pin", "warm", "verify", "merge"})
+RESERVED = frozenset(
+    {"config", "weights", "versions", "promote", "rollback", "pin", "warm", "verify", "merge", "share"}
+)
 FINE_TUNED_NAME = re.compile(r"ft:[A-Za-z0-9._/-]{1,256}(:[A-Za-z0-9._-]{0,128}){1,4}")
+EVERYBODY = "*"  # no tenant is called so
+DEFAULT_TENANT = "default"  # what people write for the tenant ""
 SHORTEST_PREFIX = 8
 MAX_SHARES = 16
 _ROUNDING = 1e-6  # how far shares may be from adding up to 1
@@ -80,6 +84,15 @@ class Version:
     receipt: dict[str, Any]
     staged: bool = False
 
+    def name_for(self, tenant: str) -> str:
+        """The name as this tenant writes it: others' shared adapters are OWNER/NAME."""
+        return self.name if tenant == self.tenant else f"{self.tenant or DEFAULT_TENANT}/{self.name}"
+
+    @property
+    def label(self) -> str:
+        """The name among those of all tenants: no name has two slashes together."""
+        return f"{self.tenant}//{self.name}" if self.tenant else self.name
+
 
 @dataclass(frozen=True)
 class Pointer:
@@ -89,11 +102,13 @@ class Pointer:
         versions: the current one first, then from the newest to the oldest.
         split: (digest, share) pairs that add up to 1; empty: the current version answers everything.
         pinned: whatever answers for the name stays on the device.
+        readers: other tenants that may use it, or `EVERYBODY`.
     """
 
     versions: tuple[Version, ...]
     split: tuple[tuple[str, float], ...] = ()
     pinned: bool = False
+    readers: tuple[str, ...] = ()
 
     @property
     def current(self) -> Version:

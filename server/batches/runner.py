@@ -27,6 +27,7 @@ from server.batches.rows import Journal, Row
 from server.batches.store import FINAL, Batch, BatchStateError, BatchStore, Fault, Status
 from server.finetune.files import FileStore, StoredFile, new_id
 from server.finetune.manager import MAX_DEATHS, SPACE_SECONDS
+from server.tenants.caller import Caller
 
 log = logging.getLogger("lorakeet.batches")
 
@@ -45,7 +46,7 @@ class Reply:
     died: bool = False
 
 
-Answer = Callable[[str, bytes], Awaitable[Reply]]  # an endpoint and a body -> its answer
+Answer = Callable[[Caller, str, bytes], Awaitable[Reply]]  # who asks, an endpoint and a body -> its answer
 
 
 class Batches:
@@ -112,15 +113,15 @@ class Batches:
 
     # --- what clients ask -------------------------------------------------------------------------------
 
-    async def create(self, endpoint: str, file: StoredFile, metadata: dict[str, str] | None) -> Batch:
+    async def create(self, caller: Caller, endpoint: str, file: StoredFile, metadata: dict[str, str] | None) -> Batch:
         """Record a batch and begin with it."""
-        batch = await asyncio.to_thread(self._create, endpoint, file, metadata)
+        batch = await asyncio.to_thread(self._create, caller, endpoint, file, metadata)
         self._begin(batch)
         return batch
 
-    def _create(self, endpoint: str, file: StoredFile, metadata: dict[str, str] | None) -> Batch:
+    def _create(self, caller: Caller, endpoint: str, file: StoredFile, metadata: dict[str, str] | None) -> Batch:
         with contextlib.ExitStack() as undo, self.store.database.transaction():
-            batch = self.store.create(file.tenant, endpoint, file.id, metadata)
+            batch = self.store.create(caller, endpoint, file.id, metadata)
             directory = self._directory / batch.id
             undo.callback(self._pending.clear, batch.id)
             undo.callback(shutil.rmtree, directory, ignore_errors=True)
@@ -250,7 +251,7 @@ class Batches:
         deaths = 0
         while True:
             async with self._alone if deaths else contextlib.nullcontext():
-                reply = await self._answer(batch.endpoint, row.body)
+                reply = await self._answer(batch.caller, batch.endpoint, row.body)
             deaths += reply.died
             if deaths == MAX_DEATHS or (reply.status not in AGAIN and not reply.died):
                 break

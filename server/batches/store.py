@@ -16,6 +16,7 @@ import msgspec
 from adapters.storage.database import Database
 from server.finetune.files import new_id
 from server.finetune.records import Records
+from server.tenants.caller import Caller
 
 Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
 WINDOW_SECONDS = 24 * 3600
@@ -55,6 +56,7 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     endpoint: str
     input_file: str
     metadata: dict[str, str] | None = None
+    adapters: list[str] | None = None  # that the key is bound to which began it
     times: dict[Status, int]
     total: int = 0
     completed: int = 0
@@ -68,6 +70,12 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
         return self.times["validating"]
 
     @property
+    def caller(self) -> Caller:
+        """The one whose requests these are."""
+        bound = None if self.adapters is None else frozenset(self.adapters)
+        return Caller(self.tenant, roles=frozenset({"serve"}), adapters=bound)
+
+    @property
     def expires_at(self) -> int:
         return self.created_at + WINDOW_SECONDS
 
@@ -78,11 +86,12 @@ class BatchStore(Records[Batch, Status]):
     def __init__(self, database: Database) -> None:
         super().__init__(database, "batches", Batch, UnknownBatchError, get_args(Status), FINAL)
 
-    def create(self, tenant: str, endpoint: str, input_file: str, metadata: dict[str, str] | None) -> Batch:
+    def create(self, caller: Caller, endpoint: str, input_file: str, metadata: dict[str, str] | None) -> Batch:
         """A new row; join a transaction to do more with it."""
         batch = Batch(
             id=new_id("batch_"),
-            tenant=tenant,
+            tenant=caller.tenant,
+            adapters=None if caller.adapters is None else sorted(caller.adapters),
             status="validating",
             endpoint=endpoint,
             input_file=input_file,

@@ -34,6 +34,7 @@ from server.finetune.tokenizer import TrainingTokenizer
 from server.messages.dataset import Dataset
 from server.messages.protocol import AdapterRef, Generate, Output, Ready, Sampling
 from server.registry.open import Registry
+from server.tenants.caller import Caller
 from server.text.processor import TextProcessor
 
 log = logging.getLogger("lorakeet.finetune")
@@ -222,7 +223,7 @@ class Evaluations:
             if evaluation.adapter is not None and evaluation.digest is not None:
                 asked = f"{evaluation.adapter}@{evaluation.digest.removeprefix('sha256:')}"
                 try:
-                    version = await held.enter_async_context(self._registry.open(evaluation.tenant, asked))
+                    version = await held.enter_async_context(self._registry.open(Caller(evaluation.tenant), asked))
                 except ModelNotFound:
                     message = f"The adapter {evaluation.adapter} no longer has that version."
                     raise JobFailedError("adapter_not_found", message, "model") from None

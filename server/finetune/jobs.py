@@ -20,6 +20,7 @@ from server.finetune.files import new_id
 from server.finetune.hyperparameters import Hyperparameters, LoraOptions, TrainingOptions
 from server.finetune.records import Records, encode
 from server.messages.training import Metrics, StartJob, TrainingStep
+from server.usage import Ledger
 
 Status = Literal["validating_files", "queued", "running", "pausing", "paused", "succeeded", "failed", "cancelled"]
 log = logging.getLogger("lorakeet.finetune")
@@ -131,9 +132,14 @@ class StoredCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class JobStore(Records[Job, Status]):
-    """All jobs."""
+    """All jobs.
 
-    def __init__(self, database: Database) -> None:
+    Args:
+        ledger: where trained tokens are counted.
+    """
+
+    def __init__(self, database: Database, ledger: Ledger | None = None) -> None:
+        self._ledger = ledger
         super().__init__(database, "jobs", Job, UnknownJobError, get_args(Status), FINAL)
 
     # --- jobs --------------------------------------------------------------------------------------
@@ -238,6 +244,8 @@ class JobStore(Records[Job, Status]):
     def record_step(self, job: Job, step: TrainingStep) -> None:
         """A step's metrics. A step that is repeated after a restart replaces itself, and makes no second event."""
         metrics = step.metrics
+        if self._ledger is not None:
+            self._ledger.train(job.tenant, job.model_name, job.id, step.trained_tokens)
         with self.database.transaction() as connection:
             known = connection.execute(
                 "SELECT 1 FROM steps WHERE job = ? AND step = ?", (job.id, metrics.step)

@@ -15,6 +15,7 @@ from server.finetune.metrics import TrainingMetrics
 from server.metrics import Metrics
 from server.registry.open import Registry
 from server.text.processor import TextProcessor
+from server.usage import Ledger
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,14 @@ class FineTuning:
         registry: Registry,
         text: TextProcessor,
         metrics: Metrics,
+        ledger: Ledger,
         max_running: int,
         busy_seconds: float = BUSY_SECONDS,
     ) -> "FineTuning":
         """Open what lies in `data_dir`, or begin there. Raises what `Database` does."""
         database = restore.opened(data_dir, busy_seconds)
         files = FileStore(data_dir / "files", database)
-        jobs = JobStore(database)
+        jobs = JobStore(database, ledger)
         counted = TrainingMetrics(metrics.registry)
         manager = JobManager(
             directory=data_dir / "jobs",

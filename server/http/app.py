@@ -6,7 +6,6 @@ until SIGTERM or Ctrl-C, and lets requests in flight finish.
 
 import asyncio
 import contextlib
-import errno
 import gc
 import json
 import logging
@@ -34,9 +33,11 @@ from server.client.engine import LocalEngine
 from server.errors import EXCEPTION_HANDLERS, LorakeetError
 from server.http.inside import answered
 from server.http.limits import LimitedHttpProtocol
+from server.http.listener import bind
 from server.http.middleware import middleware
 from server.http.routes import (
     adapters,
+    audit,
     batches,
     chat,
     checks,
@@ -54,17 +55,19 @@ from server.http.routes import (
     reference,
     responses,
     server_history,
+    sharing,
+    tenants,
     tokenize,
     ui,
+    usage,
     versions,
     vllm,
 )
 from server.messages.protocol import EngineConfig
-from server.metrics import Metrics
 from server.model_source import ModelError, resolve
 from server.openai.sampling_defaults import sampling_defaults
 from server.registry.pins import PinLimit
-from server.services import TENANT, Services, make_services
+from server.services import TENANT, Services, make_services, new_metrics
 from server.settings import SettingError, Settings
 from server.text.processor import TextProcessor, TokenizerError
 from server.text.sandbox import TemplateRenderer
@@ -85,10 +88,11 @@ def build_app(services: Services) -> Starlette:
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         # Those who wait for a database that somebody holds must not take the threads of everybody else.
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, "worker"))
+        await services.tenants.start()
         await services.engine.start()
         await services.tuning.start()
         await services.batches.start(partial(answered, app))
-        working = [services.registry.collect_orphans(), services.history.run()]
+        working = services.registry.collect_orphans(), services.history.run(), services.tenants.run()
         background = [asyncio.create_task(work) for work in working]
         try:
             yield
@@ -100,11 +104,11 @@ def build_app(services: Services) -> Starlette:
             await services.tuning.stop()
             await services.engine.stop(grace=0.0)
             await services.registry.publisher.close()
+            await services.ledger.stop()
             await services.grammars.close()
             if services.text.renderer is not None:
                 await services.text.renderer.close()
 
-    settings = services.settings
     # An adapter's name may have slashes: routes with a suffix after the name come before the bare name.
     resources = [
         completions,
@@ -115,6 +119,7 @@ def build_app(services: Services) -> Starlette:
         versions,
         checks,
         pins,
+        sharing,
         merging,
         adapters,
         models,
@@ -126,15 +131,16 @@ def build_app(services: Services) -> Starlette:
         evaluations,
         health,
         server_history,
+        tenants,
+        usage,
+        audit,
         reference,
     ]
-    if settings.lora_dir is not None:
-        resources.append(vllm)
-    if settings.ui:
-        resources.append(ui)
+    resources += [vllm] if services.settings.lora_dir is not None else []
+    resources += [ui] if services.settings.ui else []
     app = Starlette(
         routes=[route for resource in resources for route in resource.routes],
-        middleware=middleware(services.drain, settings),
+        middleware=middleware(services.drain, services.settings, services.tenants),
         exception_handlers=EXCEPTION_HANDLERS,
         lifespan=lifespan,
     )
@@ -152,7 +158,7 @@ def serve(settings: Settings) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are the engine's
     sys.setswitchinterval(_SWITCH_SECONDS)
     with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(listener) for listener in _bind(settings.host, settings.port)]
+        sockets = [held.enter_context(listener) for listener in bind(settings.host, settings.port)]
         _serve_on(sockets, settings)
 
 
@@ -170,36 +176,12 @@ def _serve_on(sockets: list[socket.socket], settings: Settings) -> None:
         raise server.failure
 
 
-def _bind(host: str, port: int) -> list[socket.socket]:
-    """Sockets on every address of `host`, before anything is loaded. Raises `SettingError`."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        raise SettingError(f"--host: {host}: {error.strerror}") from None
-    sockets: list[socket.socket] = []
-    for family, kind, protocol, _, address in found[:1] if port == 0 else found:  # a free port is one address's
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        try:
-            listener.bind(address)
-        except OSError as error:
-            for bound in (*sockets, listener):
-                bound.close()
-            if error.errno == errno.EADDRINUSE:
-                raise SettingError(f"--port: {port} on {host} is in use by another program") from None
-            raise SettingError(f"--host: cannot listen on {host} port {port}: {error.strerror}") from None
-        sockets.append(listener)
-    return sockets
-
-
 def _open_services(settings: Settings, model: Path) -> tuple[Services, LocalEngine]:
     try:
         text = TextProcessor.load(model, _template_renderer(settings), settings.tool_parser, settings.reasoning_parser)
     except TokenizerError as error:
         raise ModelError(str(error)) from None
-    metrics = Metrics(settings.metrics_adapters, settings.metrics_prefix)
+    metrics = new_metrics(settings)
     engine = LocalEngine(
         _engine_config(settings, model), metrics.engine_stats, stall_seconds=settings.engine_stall_seconds
     )
@@ -345,7 +327,7 @@ class _Server(uvicorn.Server):
         settings = self._services.settings
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
-        key = ' -H "Authorization: Bearer $LORAKEET_API_KEY"' if settings.api_key else ""
+        key = ' -H "Authorization: Bearer $LORAKEET_API_KEY"' if self._services.tenants.closed else ""
         json_type = f"{key} -H 'Content-Type: application/json'"
         base = settings.base_name
         brief = {"max_tokens": 64, "stream": True}

@@ -11,11 +11,12 @@ from server.batches.runner import Reply
 from server.client.engine import EngineDied
 from server.errors import InternalError, as_error
 from server.http.answer import encode_json
+from server.tenants.caller import Caller
 
 log = logging.getLogger(__name__)
 
 
-async def answered(app: Starlette, path: str, body: bytes) -> Reply:
+async def answered(app: Starlette, caller: Caller, path: str, body: bytes) -> Reply:
     """The answer to a POST of JSON, whatever goes wrong. It is behind the middleware: no key is asked for."""
     pieces: list[bytes] = []
     status = 500
@@ -41,6 +42,7 @@ async def answered(app: Starlette, path: str, body: bytes) -> Reply:
         "query_string": b"",
         "headers": headers,
         "app": app,
+        "caller": caller,
     }
     try:
         await app.router(scope, receive, send)

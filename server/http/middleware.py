@@ -4,14 +4,12 @@ Paths are open or guarded (`OPEN_PATHS`); nothing else distinguishes them here.
 """
 
 import asyncio
-import hashlib
-import hmac
 import logging
 import re
 import time
 import traceback
 import uuid
-from collections.abc import Container, Sequence
+from collections.abc import Container
 from pathlib import Path
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -32,9 +30,13 @@ from server.errors import (
 )
 from server.logs import FIELDS, begin_notes
 from server.settings import Settings
+from server.tenants.caller import Caller
+from server.tenants.keys import Tenants
+from server.tenants.limits import RATE_HEADERS, Allowance
 from server.ui import PATHS
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/version", "/metrics"})  # served while draining, mostly without a key
+METRICS = "/metrics"
+OPEN_PATHS = frozenset({"/health", "/ready", "/version", METRICS})  # served while draining, mostly without a key
 POLLED_PATHS = frozenset(
     {"/health", "/ready", "/metrics", "/v1/server/history"}
 )  # asked every few seconds: logged at debug
@@ -169,29 +171,50 @@ class _Exchange:
         )
 
 
-class ApiKeys:
-    """Lets a request through to anything but open paths only with a known key. Keys are kept as SHA-256 digests."""
+class Authentication:
+    """Puts the caller into the scope. Only open paths are let through without a valid key, once there are keys."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str], open_paths: Container[str]) -> None:
+    def __init__(self, app: ASGIApp, tenants: Tenants, open_paths: Container[str]) -> None:
         self._app = app
+        self._tenants = tenants
         self._open_paths = open_paths
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in self._open_paths and not self._known(Headers(scope=scope)):
-            await error_response(InvalidApiKey(), scope["path"])(scope, receive, send)
-            return
+        if scope["type"] == "http":
+            caller: Caller | None = self._tenants.everything
+            if self._needs_key(scope["path"]):
+                caller = self._caller(Headers(scope=scope))
+            if caller is None:
+                await error_response(InvalidApiKey(), scope["path"])(scope, receive, send)
+                return
+            scope["caller"] = caller
+            if caller.allowance.limited:
+                send = _with_headers(send, caller.allowance)
         await self._app(scope, receive, send)
 
-    def _known(self, headers: Headers) -> bool:
+    def _needs_key(self, path: str) -> bool:
+        if not self._tenants.closed:
+            return False
+        # The metrics name all tenants' adapters.
+        return path not in self._open_paths or (path == METRICS and self._tenants.several)
+
+    def _caller(self, headers: Headers) -> Caller | None:
         given = headers.getlist("authorization") or [f"Bearer {key}" for key in headers.getlist("x-api-key")]
         if len(given) != 1:
-            return False
+            return None
         scheme, _, key = given[0].partition(" ")
-        digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
-        # Every comparison is made, so that the time taken tells nothing of which key was near.
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return scheme.lower() == "bearer" and any(matches)
+        return self._tenants.find(key.strip().encode("latin-1")) if scheme.lower() == "bearer" else None
+
+
+def _with_headers(send: Send, allowance: Allowance) -> Send:
+    """Tells with every answer what is left of the limits."""
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).update(allowance.headers())
+        await send(message)
+
+    return sending
 
 
 def open_paths(settings: Settings) -> frozenset[str]:
@@ -200,7 +223,7 @@ def open_paths(settings: Settings) -> frozenset[str]:
     return paths | PATHS if settings.ui else paths
 
 
-def middleware(drain: Drain, settings: Settings) -> list[Middleware]:
+def middleware(drain: Drain, settings: Settings, tenants: Tenants) -> list[Middleware]:
     """Outermost first."""
     stack = []
     if settings.allowed_origins:
@@ -210,10 +233,9 @@ def middleware(drain: Drain, settings: Settings) -> list[Middleware]:
                 allow_origins=list(settings.allowed_origins),
                 allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["*"],
-                expose_headers=["ETag", "X-Request-Id", "X-Adapter-Digest", "Retry-After"],
+                expose_headers=["ETag", "X-Request-Id", "X-Adapter-Digest", "Retry-After", *RATE_HEADERS],
             )
         )
     stack.append(Middleware(RequestGate, drain=drain, min_body_rate=settings.min_body_rate))
-    if settings.api_key:
-        stack.append(Middleware(ApiKeys, keys=settings.api_key, open_paths=open_paths(settings)))
+    stack.append(Middleware(Authentication, tenants=tenants, open_paths=open_paths(settings)))
     return stack

@@ -11,7 +11,8 @@ from adapters.storage.versions import Version
 from server.children.helper import HelperLimit, ask_once
 from server.errors import InvalidRequest, disk_faults
 from server.openai.body import Body, Items
-from server.services import TENANT, Services
+from server.services import Services
+from server.tenants.caller import Caller
 
 MAX_SOURCES = 16
 MAX_RANK = 1024
@@ -60,16 +61,17 @@ class MixBody(Body):
         )
 
 
-async def mix(services: Services, body: MixBody) -> tuple[Version, bool]:
+async def mix(services: Services, caller: Caller, body: MixBody) -> tuple[Version, bool]:
     """Make the adapter and publish it. The version, and whether the name changed.
 
     Raises what admitting an upload does; `ModelNotFound` for a source that nobody has.
     """
     registry, publisher = services.registry, services.registry.publisher
     publisher.check_name(body.name)
+    registry.check_bound(caller, body.name)
     async with AsyncExitStack() as held:
         versions = [
-            await held.enter_async_context(registry.open(TENANT, source.adapter, param=f"mix.{i}.adapter", whole=True))
+            await held.enter_async_context(registry.open(caller, source.adapter, param=f"mix.{i}.adapter", whole=True))
             for i, source in enumerate(body.mix)
         ]
         async with publisher.stage() as staging:
@@ -85,4 +87,4 @@ async def mix(services: Services, body: MixBody) -> tuple[Version, bool]:
             except HelperLimit as limit:
                 message = f"Mixing {limit}; mix fewer adapters, or by `cat`."
                 raise InvalidRequest(message, param="mix", code="mix_too_slow") from None
-            return await publisher.admit(TENANT, body.name, staging, promote=body.promote)
+            return await publisher.admit(caller.tenant, body.name, staging, promote=body.promote)

@@ -12,6 +12,8 @@ from server.finetune.jobs import JobError
 from server.finetune.jobs import Status as JobStatus
 from server.messages.protocol import Drift, KVInfo
 from server.messages.training import MemoryMode
+from server.tenants.caller import Role
+from server.tenants.limits import Limits
 
 T = TypeVar("T")
 
@@ -330,6 +332,7 @@ class AdapterObject(ListedAdapter):
     bytes_on_device: int | None
     versions: list[str]
     split: dict[str, float] | None
+    shared_with: list[str] | Literal["all"]
     merged: ResidentMerge | None
     stop_tokens: list[StopToken]
     tool_format: str | None
@@ -354,6 +357,14 @@ class Versions(TypedDict):
     name: str
     split: dict[str, float] | None
     data: list[VersionObject]
+
+
+class ShareObject(TypedDict):
+    """The tenants that may use the adapter, as OWNER/NAME."""
+
+    object: Literal["adapter.share"]
+    name: str
+    tenants: list[str] | Literal["all"]
 
 
 class PinObject(TypedDict):
@@ -616,3 +627,46 @@ class ServerHistory(TypedDict):
     interval_seconds: float
     limits: dict[str, int | None]
     samples: dict[str, list[float | None]]
+
+
+class UsageRow(TypedDict):
+    """Of one tenant, adapter (null: the base) and day in UTC."""
+
+    object: Literal["usage"]
+    id: str
+    tenant: str
+    adapter: str | None
+    day: str
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    trained_tokens: int
+
+
+class TenantObject(TypedDict):
+    """`created_at`: null for the default tenant, which is always there."""
+
+    object: Literal["tenant"]
+    id: str
+    created_at: int | None
+    limits: Limits
+
+
+class KeyObject(TypedDict):
+    """`id` is what the secret begins with; `adapters`: those that it is bound to, null for all."""
+
+    object: Literal["key"]
+    id: str
+    tenant: str
+    name: str
+    roles: list[Role]
+    adapters: list[str] | None
+    created_at: int
+    expires_at: int | None
+    revoked_at: int | None
+    last_used_at: int | None
+
+
+class NewKeyObject(KeyObject):
+    secret: str

@@ -16,13 +16,14 @@ from server.errors import (
     InvalidRequest,
     LorakeetError,
     NotFound,
+    PermissionDenied,
     RequestTimeout,
     RequestTooLarge,
     StorageFull,
     Unavailable,
     UnsupportedMediaType,
 )
-from server.http.middleware import OPEN_PATHS, open_paths
+from server.http.middleware import METRICS, OPEN_PATHS, open_paths
 from server.http.operations import Operation
 from server.openai.body import Body
 from server.settings import Settings
@@ -34,8 +35,10 @@ _DESCRIPTION = """One quantised base model, many LoRA adapters, fine-tuning besi
 what an adapter answered has its digest in `X-Adapter-Digest`. 429 and 503 say in `Retry-After` when to come again."""
 
 
-def document(operations: Sequence[Operation], settings: Settings, version: str) -> dict[str, Any]:
-    """The whole document, plain data. Every operation is in it."""
+def document(
+    operations: Sequence[Operation], settings: Settings, version: str, *, closed: bool = False
+) -> dict[str, Any]:
+    """The whole document, plain data. Every operation is in it. `closed`: requests need a key."""
     answers = [
         kind
         for o in operations
@@ -60,7 +63,7 @@ def document(operations: Sequence[Operation], settings: Settings, version: str) 
         "paths": paths,
         "components": {"schemas": _untitled(dict(sorted(schemas.items())))},
     }
-    if settings.api_key:
+    if closed:
         described["security"] = [{"key": []}]
         described["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     return described
@@ -69,8 +72,8 @@ def document(operations: Sequence[Operation], settings: Settings, version: str) 
 def refusals(operation: Operation, settings: Settings) -> dict[int, list[type[LorakeetError]]]:
     """The errors that an operation answers with, by status."""
     found: list[type[LorakeetError]] = []
-    if settings.api_key and operation.path not in open_paths(settings):
-        found.append(InvalidApiKey)
+    if operation.path not in open_paths(settings) or operation.path == METRICS:  # where there are keys
+        found += [InvalidApiKey, PermissionDenied]
     if operation.path not in OPEN_PATHS:
         found.append(Unavailable)
     if operation.bodies or operation.form:

@@ -14,15 +14,26 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
+import msgspec
 from starlette.requests import Request
+from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from server.errors import AdapterDamaged, Conflict, LorakeetError, ModelNotFound, StorageFull, TooManyRequests
+from server.errors import (
+    AdapterDamaged,
+    Conflict,
+    LorakeetError,
+    ModelNotFound,
+    PermissionDenied,
+    StorageFull,
+    TooManyRequests,
+)
 from server.http.body import read_as
 from server.http.multipart import Part
 from server.http.objects import ErrorObject
 from server.http.paging import Query, read_query
+from server.http.roles import is_change, needed, roles_of
 from server.openai.body import Body
 from server.settings import Settings
 
@@ -72,18 +83,36 @@ class Operation(Route):
         self.form = form
         self.error = error
         self.method = method
+        self.roles = roles_of(method, path)
+        self.changes = is_change(method, path)
         self.body_required = (
             bool(self.bodies) and inspect.signature(handler).parameters["body"].default is inspect.Parameter.empty
         )
         super().__init__(path, self._respond, methods=[method], name=handler.__name__)
 
     async def _respond(self, request: Request) -> ASGIApp:
+        if self.roles.isdisjoint(request.scope["caller"].roles):
+            raise PermissionDenied(needed(self.roles))
         given: dict[str, Any] = {}
         if self.query is not None:
             given["query"] = read_query(request, self.query)
         if self.bodies and (self.body_required or self._has_json(request)):
             given["body"] = await read_as(request, self._validate)
-        return await self.handler(request, **given)
+        answer = await self.handler(request, **given)
+        if self.changes:
+            await self._record(request, answer, given.get("body"))
+        return answer
+
+    async def _record(self, request: Request, answer: ASGIApp, body: Body | None) -> None:
+        """Write a change into the audit log, with what its answer says of its object."""
+        said: dict[str, Any] = {}
+        if isinstance(answer, JSONResponse):
+            said = {"digest": answer.headers.get("etag", "").strip('"') or None} | msgspec.json.decode(answer.body)
+        named = next(iter(request.path_params.values()), None) or said.get("id") or said.get("name")
+        named = named or getattr(body, "lora_name", None)
+        request_id = request.scope.get("state", {}).get("request_id")
+        audit = request.app.state.services.audit
+        await audit.record(request.scope["caller"], self.name, named, said.get("digest"), request_id)
 
     def _has_json(self, request: Request) -> bool:
         """Whether a body that may be left out is there."""

@@ -3,19 +3,19 @@
 from typing import Any
 
 from adapters.storage.store import AdapterStore
-from adapters.storage.versions import Version
-from server.errors import NotFound, shown
+from adapters.storage.versions import EVERYBODY, Pointer, Version
 from server.messages.protocol import MergeReport
 from server.services import Services
+from server.tenants.caller import tenant_name
 
 TIERS = ("merged", "device", "host")  # of memory, nearest first
 
 
-def receipt(store: AdapterStore, version: Version) -> dict[str, Any]:
+def receipt(store: AdapterStore, version: Version, tenant: str) -> dict[str, Any]:
     """What an owner wants to check after an upload: that it is the adapter, and all of it. And whether it is pinned."""
     return {
         "object": "adapter",
-        "name": version.name,
+        "name": version.name_for(tenant),
         "digest": version.digest,
         "created_at": int(version.created),
         "pinned": store.pinned(version.tenant, version.name),
@@ -23,11 +23,16 @@ def receipt(store: AdapterStore, version: Version) -> dict[str, Any]:
     }
 
 
-def listed(services: Services, version: Version) -> dict[str, Any]:
+def listed(services: Services, version: Version, tenant: str) -> dict[str, Any]:
     """The receipt, the nearest tier of memory that holds the adapter, and its use since the server started."""
-    tier, usage = tier_of(services, version), services.metrics.usage.of(version.name)
+    tier, usage = tier_of(services, version), services.metrics.usage.of(tenant, version.label)
     use = {"tier": tier, "requests": usage.requests, "tokens": usage.tokens, "last_used": usage.last_used}
-    return receipt(services.store, version) | use
+    return receipt(services.store, version, tenant) | use
+
+
+def readers(pointer: Pointer) -> list[str] | str:
+    """Whom the owner shares a name with."""
+    return "all" if EVERYBODY in pointer.readers else [tenant_name(reader) for reader in pointer.readers]
 
 
 def tier_of(services: Services, version: Version) -> str:
@@ -36,7 +41,7 @@ def tier_of(services: Services, version: Version) -> str:
     return next((tier for tier in TIERS if (version.digest, tier) in resident), "disk")
 
 
-def sort_key(services: Services, column: str, version: Version) -> Any:
+def sort_key(services: Services, tenant: str, column: str, version: Version) -> Any:
     """A version's place among others by a column of `listed`."""
     if column == "created_at":
         return version.created
@@ -44,7 +49,7 @@ def sort_key(services: Services, column: str, version: Version) -> Any:
         return [*TIERS, "disk"].index(tier_of(services, version))
     if column in version.receipt:
         return version.receipt[column]
-    return getattr(services.metrics.usage.of(version.name), column) or 0
+    return getattr(services.metrics.usage.of(tenant, version.label), column) or 0
 
 
 def resident(report: MergeReport) -> dict[str, Any]:
@@ -68,8 +73,3 @@ def resident(report: MergeReport) -> dict[str, Any]:
             for speed in report.speeds
         ],
     }
-
-
-def unknown_adapter(name: str) -> NotFound:
-    """404 for a name that nobody has."""
-    return NotFound(f"The adapter `{shown(name)}` does not exist.", param="name", code="adapter_not_found")

@@ -17,6 +17,7 @@ from server.openai.schema import INT32, GenerationBody
 from server.openai.target import open_target
 from server.openai.tools import Calling, Tool, ToolChoice, check_choice
 from server.services import Services
+from server.tenants.caller import Caller
 from server.text.processor import TextProcessor
 from server.text.reasoning import any_text
 from server.text.tools.source import Arguments, Begin, Parser, Text, Thought
@@ -156,14 +157,18 @@ def _identified(event: Text | Begin | Arguments | Thought) -> Event:
 
 
 @asynccontextmanager
-async def open_chat(services: Services, body: ChatBody, *, most: int | None = None) -> AsyncIterator[Chat]:
+async def open_chat(
+    services: Services, caller: Caller, body: ChatBody, *, most: int | None = None
+) -> AsyncIterator[Chat]:
     """A request, checked against what it asks for, which stays open; nothing is generated yet. Raises LorakeetError.
 
     Args:
         most: tokens of the answer where the body does not say how many; fewer, if the context ends before.
     """
     info = services.engine_info
-    async with open_target(services, body.model, body.adapter_id, adapters=body.adapters, user=body.user) as target:
+    async with open_target(
+        services, caller, body.model, body.adapter_id, adapters=body.adapters, user=body.user
+    ) as target:
         check_vocabulary(target.vocab_size, body)
         prompt, ids = await body.encode(target.text, info.max_model_len)
         if not ids:

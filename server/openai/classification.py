@@ -16,11 +16,11 @@ from server.messages.protocol import Generate, Sampling
 from server.metrics import FinishedReason
 from server.openai.body import Body
 from server.openai.conversation import Conversation
-from server.openai.generation import Usage, raise_failure
+from server.openai.generation import Usage, charge, raise_failure
 from server.openai.prompts import Prompts, encode_prompts
 from server.openai.schema import INT32
 from server.openai.target import Target
-from server.services import TENANT, Services
+from server.services import Services
 
 
 class ClassifyBody(Body):
@@ -94,20 +94,23 @@ async def scores(
 ) -> tuple[list[list[float]], Usage]:
     """Scores of each prompt's labels. Raises `TooManyRequests` before anything is submitted, LorakeetError later."""
     usage = Usage(sum(map(len, prompts)))
-    tickets = services.admission.enter([len(ids) for ids in prompts], TENANT)
+    caller, lengths = target.caller, [len(ids) for ids in prompts]
+    tickets = services.admission.enter(lengths, caller.tenant, caller.allowance, usage.prompt_tokens)
     running = [
         asyncio.ensure_future(_scores(services, body, target, ids, ticket, usage))
         for ids, ticket in zip(prompts, tickets, strict=True)
     ]
     try:
-        return await asyncio.gather(*running), usage
+        found = await asyncio.gather(*running)
+        await charge(services, target, usage)
+        return found, usage
     finally:
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
         for ticket in tickets:
-            ticket.leave(served=False)
-        note(adapter=target.adapters[0][0], prompt_tokens=usage.prompt_tokens, completion_tokens=0)
+            ticket.end()
+        note(adapter=target.adapters[0].label, prompt_tokens=usage.prompt_tokens, completion_tokens=0)
 
 
 async def _scores(
@@ -118,12 +121,14 @@ async def _scores(
         prompt=ids,
         sampling=Sampling(max_tokens=0, temperature=0.0, classify=True),
         adapters=target.refs,
-        tenant=TENANT,
+        tenant=target.caller.tenant,
+        weight=target.caller.allowance.limits.weight,
         priority=body.priority,
         cache_salt=body.cache_salt or "",
         background=BACKGROUND.get(),
     )
-    clock = services.metrics.request(*target.adapters)
+    used = [(version.label, version.digest) for version in target.adapters]
+    clock = services.metrics.request(*used, tenant=target.caller.tenant)
     reason: FinishedReason = "abort"
     found: list[float] = []
     try:

@@ -36,7 +36,7 @@ from server.openai.assembly import Assembler, Piece
 from server.openai.reasoning import Thinking
 from server.openai.schema import GenerationBody
 from server.openai.target import Target
-from server.services import TENANT, Services
+from server.services import Services
 
 log = logging.getLogger(__name__)
 
@@ -128,11 +128,12 @@ class Generation:
             yield
         finally:
             for ticket in self._tickets:
-                ticket.leave(served=False)
+                ticket.end()
 
     def _enter(self) -> list[Ticket]:
         lengths = [len(prompt.ids) for prompt in self.prompts for _ in range(self.body.n)]
-        return self.services.admission.enter(lengths, TENANT)
+        caller = self.target.caller
+        return self.services.admission.enter(lengths, caller.tenant, caller.allowance, self.usage.prompt_tokens)
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """(choice, piece) as they come; closing it aborts what still runs.
@@ -140,6 +141,7 @@ class Generation:
         Raises `TooManyRequests` before anything is submitted; `EngineUnavailable` and `LorakeetError` at any time.
         """
         tickets = self._enter() if self._tickets is None else self._tickets
+        ended, kept = False, None
         try:
             if len(tickets) == 1:
                 async with aclosing(self._sample(0, tickets[0])) as pieces:
@@ -149,14 +151,19 @@ class Generation:
                 async with aclosing(self._merge(tickets)) as merged:
                     async for choice, piece in merged:
                         yield choice, piece
+            ended = True
         finally:
             for ticket in tickets:
-                ticket.leave(served=False)
+                ticket.end()
+            if ended or self.usage.completion_tokens:
+                kept = charge(self.services, self.target, self.usage)
             note(
-                adapter="+".join(name for name, _ in self.target.adapters) or None,
+                adapter="+".join(version.label for version in self.target.adapters) or None,
                 prompt_tokens=self.usage.prompt_tokens,
                 completion_tokens=self.usage.completion_tokens,
             )
+        if kept is not None:
+            await kept  # on disk before the answer's last byte is out
 
     async def _merge(self, tickets: list[Ticket]) -> AsyncGenerator[tuple[int, Piece], None]:
         """All samples at once, except that a prompt's first goes ahead: the others find its KV in the prefix cache."""
@@ -197,7 +204,8 @@ class Generation:
         prompt = self.prompts[choice // self.body.n]
         sample = choice % self.body.n
         assembler = self._assembler(prompt.ids)
-        clock = self.services.metrics.request(*self.target.adapters)
+        used = [(version.label, version.digest) for version in self.target.adapters]
+        clock = self.services.metrics.request(*used, tenant=self.target.caller.tenant)
         reason: FinishedReason = "abort"
         scores: list[TokenLogprob | None] = []  # of the prompt
         try:
@@ -262,7 +270,8 @@ class Generation:
             prompt=prompt.ids,
             sampling=sampling,
             adapters=self.target.refs,
-            tenant=TENANT,
+            tenant=self.target.caller.tenant,
+            weight=self.target.caller.allowance.limits.weight,
             priority=self.body.priority,
             cache_salt=self.body.cache_salt or "",
             background=BACKGROUND.get(),
@@ -285,6 +294,16 @@ class Generation:
             stop_token_ids=self.body.stop_token_ids,
             thought=None if self.thinking is None else self.thinking.counter(),
         )
+
+
+def charge(services: Services, target: Target, usage: Usage) -> asyncio.Future[None]:
+    """Put a request on its tenant's account; done when that is on disk."""
+    caller = target.caller
+    if caller.allowance.limited:
+        caller.allowance.spend(usage.completion_tokens)
+    name = "+".join(version.name_for(caller.tenant) for version in target.adapters)
+    counts = usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens
+    return services.ledger.add(caller.tenant, name, *counts)
 
 
 def fit_max_tokens(

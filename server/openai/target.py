@@ -15,7 +15,8 @@ from server.errors import InvalidRequest, shown
 from server.messages.protocol import AdapterRef
 from server.openai.schema import WeightedAdapter
 from server.registry.fit import row_units
-from server.services import TENANT, Services
+from server.services import Services
+from server.tenants.caller import Caller
 from server.text.processor import TextProcessor
 
 Task = Literal["generate", "classify", "any"]
@@ -25,11 +26,12 @@ Task = Literal["generate", "classify", "any"]
 class Target:
     """What serves a request."""
 
+    caller: Caller
     asked: str  # the name as the client wrote it
     digest: str  # of the adapter, or of the base; of several: each with its weight
     text: TextProcessor
     vocab_size: int
-    adapters: list[tuple[str, str]]  # (stored name, digest) of each adapter; none: the base
+    adapters: list[Version]  # none: the base
     refs: list[AdapterRef]
     num_labels: int = 0  # of one that classifies
 
@@ -37,6 +39,7 @@ class Target:
 @asynccontextmanager
 async def open_target(
     services: Services,
+    caller: Caller,
     model: str,
     adapter_id: str | None = None,
     *,
@@ -57,7 +60,7 @@ async def open_target(
     async with AsyncExitStack() as held:
 
         async def opened(name: str, param: str) -> Version:
-            return await held.enter_async_context(services.registry.open(TENANT, name, user=user, param=param))
+            return await held.enter_async_context(services.registry.open(caller, name, user=user, param=param))
 
         if adapters:
             if adapter_id is not None:
@@ -65,7 +68,7 @@ async def open_target(
             if model not in base:
                 await opened(model, "model")  # an unknown model is the worse mistake
                 raise InvalidRequest("With `adapters`, `model` is the base.", param="adapters")
-            yield _for_task(await _several(services, model, adapters, opened), task, "adapters")
+            yield _for_task(await _several(services, caller, model, adapters, opened), task, "adapters")
             return
         asked, param = model, "model"
         if adapter_id is not None and adapter_id != model:
@@ -76,15 +79,15 @@ async def open_target(
                 )
             asked, param = adapter_id, "adapter_id"
         if asked in base:
-            yield _for_task(_base_target(services, asked), task, param)
+            yield _for_task(_base_target(services, caller, asked), task, param)
             return
         version = await opened(asked, param)
-        yield _for_task(await _adapter_target(services, asked, version), task, param)
+        yield _for_task(await _adapter_target(services, caller, asked, version), task, param)
 
 
 def _for_task(target: Target, task: Task, param: str) -> Target:
     """The target. Raises InvalidRequest when it is not there for the task."""
-    name = shown(target.adapters[0][0] if target.adapters else target.asked)
+    name = shown(target.adapters[0].name_for(target.caller.tenant) if target.adapters else target.asked)
     if task == "generate" and target.num_labels:
         message = f"`{name}` classifies and generates nothing: ask /v1/classify."
         raise InvalidRequest(message, param=param, code="unsupported_task")
@@ -94,20 +97,21 @@ def _for_task(target: Target, task: Task, param: str) -> Target:
     return target
 
 
-def _base_target(services: Services, asked: str) -> Target:
+def _base_target(services: Services, caller: Caller, asked: str) -> Target:
     info = services.engine_info
-    return Target(asked, info.base_digest, services.text, info.vocab_size, [], [])
+    return Target(caller, asked, info.base_digest, services.text, info.vocab_size, [], [])
 
 
-async def _adapter_target(services: Services, asked: str, version: Version) -> Target:
+async def _adapter_target(services: Services, caller: Caller, asked: str, version: Version) -> Target:
     text = await text_of(services, version)
     vocab_size = services.engine_info.vocab_size + version.receipt.get("new_tokens", 0)
-    used, labels = [(version.name, version.digest)], version.receipt.get("num_labels", 0)
-    return Target(asked, version.digest, text, vocab_size, used, [reference(version)], labels)
+    labels = version.receipt.get("num_labels", 0)
+    return Target(caller, asked, version.digest, text, vocab_size, [version], [reference(version)], labels)
 
 
 async def _several(
     services: Services,
+    caller: Caller,
     model: str,
     adapters: Sequence[WeightedAdapter],
     opened: Callable[[str, str], Awaitable[Version]],
@@ -128,17 +132,18 @@ async def _several(
     _check_fit(services, list(versions.values()))
     used = [versions[digest] for digest in sorted(versions) if weights[digest]]
     if not used:
-        return _base_target(services, model)
+        return _base_target(services, caller, model)
     if len(versions) == 1 and weights[used[0].digest] == 1:
-        alone = await _adapter_target(services, model, used[0])
+        alone = await _adapter_target(services, caller, model, used[0])
         return replace(alone, digest=f"{alone.digest}*1.0")
     taught = sorted({token for version in used for token in stop_tokens(version)})
     return Target(
+        caller,
         model,
         "+".join(f"{version.digest}*{weights[version.digest]!r}" for version in used),
         services.text.with_stops(taught, "fine-tune"),
         services.engine_info.vocab_size,
-        [(version.name, version.digest) for version in used],
+        used,
         [reference(version, weights[version.digest]) for version in used],
     )
 

@@ -1,6 +1,6 @@
 """The one way to a version of an adapter: found by name, leased, its files fetched.
 
-    async with registry.open(tenant, "support@3f8a2c11") as version: ...
+    async with registry.open(caller, "support@3f8a2c11") as version: ...
 
 A name stands for its current version or for its share of a split; `name@digest prefix` asks for one version. While it
 is open its files stay, whatever happens to the name meanwhile.
@@ -11,6 +11,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
+from operator import itemgetter
 from typing import TypeVar
 
 from adapters.peft_format.fields import AdapterError
@@ -29,13 +30,22 @@ from adapters.storage.versions import (
 )
 from server.children.helper import Helpers
 from server.client.engine import EngineClient
-from server.errors import AdapterDamaged, Conflict, InvalidRequest, ModelNotFound, disk_faults
+from server.errors import (
+    AdapterDamaged,
+    Conflict,
+    InvalidRequest,
+    ModelNotFound,
+    PermissionDenied,
+    disk_faults,
+    unknown_adapter,
+)
 from server.messages.protocol import AdapterRef
 from server.metrics import Metrics
 from server.registry.discovery import Discovery
 from server.registry.pins import Fetch, Pins
 from server.registry.publish import Publisher
 from server.settings import Settings
+from server.tenants.caller import TENANT, Caller
 from server.text.processor import TextProcessor
 
 log = logging.getLogger(__name__)
@@ -81,7 +91,7 @@ class Registry:
 
     @asynccontextmanager
     async def open(
-        self, tenant: str, asked: str, *, user: str | None = None, param: str = "model", whole: bool = False
+        self, caller: Caller, asked: str, *, user: str | None = None, param: str = "model", whole: bool = False
     ) -> AsyncIterator[Version]:
         """A version with its files, until the end.
 
@@ -103,7 +113,7 @@ class Registry:
         async with AsyncExitStack() as held:
             while True:
                 try:
-                    pointer = await self._pointer(tenant, name)
+                    pointer = await self._pointer(caller, name)
                     version = pointer.choose(user) if prefix is None else pointer.find(prefix)
                 except UnknownAdapter:
                     raise ModelNotFound(asked, param=param) from None
@@ -159,23 +169,44 @@ class Registry:
             log.error("adapter %s (%s) cannot be served: %s", version.name, version.digest, fault)
             raise AdapterDamaged(version.name, version.digest) from None
 
-    async def find(self, tenant: str, name: str, digest_prefix: str | None = None) -> Version:
+    async def find(self, caller: Caller, name: str, digest_prefix: str | None = None) -> Version:
         """A version's record, its files not asked for. Raises UnknownAdapter, AmbiguousDigest."""
-        pointer = await self._pointer(tenant, name)
+        pointer = await self._pointer(caller, name)
         return pointer.current if digest_prefix is None else pointer.find(digest_prefix)
 
-    async def _pointer(self, tenant: str, name: str) -> Pointer:
+    async def _pointer(self, caller: Caller, name: str) -> Pointer:
+        if caller.adapters is not None and name not in caller.adapters:
+            raise UnknownAdapter(name)
         try:
-            return self._store.pointer(tenant, name)
+            return self._store.readable(caller.tenant, name)
         except UnknownAdapter:
-            if not await self.discovery.discover(tenant, name):
+            if caller.tenant != TENANT or not await self.discovery.discover(TENANT, name):  # the directory is theirs
                 raise
-            return self._store.pointer(tenant, name)
+            return self._store.pointer(TENANT, name)
 
-    async def delete(self, tenant: str, name: str) -> Version:
+    def list(self, caller: Caller) -> Sequence[Version]:
+        """The current version of every name that there is for the caller, by name."""
+        known = [*self._store.list(caller.tenant), *self._store.shared_with(caller.tenant)]
+        named = sorted(((version.name_for(caller.tenant), version) for version in known), key=itemgetter(0))
+        return [version for name, version in named if caller.sees(name)]
+
+    async def own(self, caller: Caller, name: str) -> Version:
+        """A version that the caller may change. Raises UnknownAdapter, PermissionDenied."""
+        return _changeable(caller, await self._pointer(caller, name))
+
+    def check_bound(self, caller: Caller, name: str) -> None:
+        """Raises NotFound, as for a name that nobody has, when the caller's key is bound to others."""
+        if caller.adapters is not None and name not in caller.adapters:
+            raise unknown_adapter(name)
+
+    async def delete(self, caller: Caller, name: str) -> Version:
         """Take the name away; requests that run keep their version. Raises UnknownAdapter."""
-        version = await self.publisher.delete(tenant, name)
-        await self.discovery.forget(name)
+        if not caller.sees(name):
+            raise UnknownAdapter(name)
+        _changeable(caller, self._store.readable(caller.tenant, name))
+        version = await self.publisher.delete(caller.tenant, name)
+        if caller.tenant == TENANT:
+            await self.discovery.forget(name)
         return version
 
     async def collect_orphans(self) -> None:
@@ -189,6 +220,14 @@ class Registry:
             except RemoteUnavailable as fault:
                 log.warning("unnamed versions were not removed from the object store: %s", fault)
             await asyncio.sleep(self._orphan_seconds)
+
+
+def _changeable(caller: Caller, pointer: Pointer) -> Version:
+    version = pointer.current
+    if version.tenant != caller.tenant:
+        message = f"`{version.name_for(caller.tenant)}` is shared with you: only its owner changes it."
+        raise PermissionDenied(message, param="name", code="shared_adapter")
+    return version
 
 
 async def _fetch(store: AdapterStore, version: Version, seconds: float) -> None:

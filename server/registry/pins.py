@@ -84,7 +84,7 @@ class Pins:
                 here.append(AdapterRef(digest=digest, path=str(version.path)))
         self._engine.pin(here)
         size = sum(device_bytes(version.receipt["rows"], base.linears) for version in fitting)
-        self._metrics.pinned([(version.name, version.digest) for version in fitting], size)
+        self._metrics.pinned([(version.label, version.digest) for version in fitting], size)
 
     def _lease(self, version: Version) -> None:
         held = contextlib.ExitStack()

@@ -274,6 +274,10 @@ class Publisher:
             self.pins.renew()
         return pointer
 
+    async def share(self, tenant: str, name: str, readers: Collection[str]) -> Pointer:
+        """Let these tenants use the name, and no others. Raises UnknownAdapter, StorageFull."""
+        return await self._change(partial(self._store.share, tenant, name, readers))
+
     async def _repoint(self, action: str, tenant: str, name: str, change: Callable[[], Pointer]) -> Pointer:
         before = self._shares(tenant, name)
         pointer = await self._change(change)
@@ -291,7 +295,7 @@ class Publisher:
         """Take the name away; requests that run keep their version. Raises UnknownAdapter."""
         before = self._shares(tenant, name)
         version = await self._change(partial(self._store.delete, tenant, name))
-        self._metrics.adapter_deleted(name)
+        self._metrics.adapter_deleted(version.label)
         _audit(name, "delete", before, None)
         self.pins.renew()
         self._forget_unused(before)

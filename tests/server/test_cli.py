@@ -1,6 +1,7 @@
 """The lorakeet command: flags from the settings' table, clients against the real application, errors in one line."""
 
 import asyncio
+import json
 import queue
 import socket
 import subprocess
@@ -285,3 +286,32 @@ def test_a_stream_that_breaks_off_is_no_answer() -> None:
     assert list(chat._events(httpx.Response(200, text=whole))) == [{"choices": []}]
     with pytest.raises(CommandError, match="broke off"):
         list(chat._events(httpx.Response(200, text='data: {"choices": []}\n\n')))
+
+
+def test_keys_and_tenants(served: Served, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "keys", "create", "--role", "admin") == 0
+    secret = capsys.readouterr().out.strip()
+    assert run(monkeypatch, "keys", "list") == 1
+    assert "(HTTP 401)" in capsys.readouterr().err
+    monkeypatch.setenv("LORAKEET_API_KEY", secret)
+    assert run(monkeypatch, "tenants", "create", "acme", "--limit", "running=4") == 0
+    assert run(monkeypatch, "tenants", "list") == 0
+    assert "running=4" in capsys.readouterr().out
+    assert run(monkeypatch, "tenants", "limit", "acme", "--limit", "x") == 1
+    assert "--limit x: expected NAME=NUMBER" in capsys.readouterr().err
+    assert run(monkeypatch, "tenants", "limit", "acme") == 0
+    assert run(monkeypatch, "keys", "create", "--tenant", "acme", "--adapter", "one", "--days", "30") == 0
+    acme = capsys.readouterr().out.split()[-1]
+    id_ = acme[: len("lk-01234567")]
+    assert run(monkeypatch, "keys", "list", "--tenant", "acme") == 0
+    listed = capsys.readouterr().out
+    assert listed.split("\n")[1].split("\t")[:5] == [id_, "acme", "", "serve", "one"]
+    assert acme not in listed
+    assert run(monkeypatch, "tenants", "list", "--json") == 0
+    assert [tenant["id"] for tenant in json.loads(capsys.readouterr().out)] == ["default", "acme"]
+    assert run(monkeypatch, "keys", "revoke", id_) == 0
+    assert run(monkeypatch, "keys", "list") == 0
+    assert "revoked" in capsys.readouterr().out
+    assert run(monkeypatch, "tenants", "rm", "acme") == 0
+    assert run(monkeypatch, "keys", "list", "--tenant", "acme") == 1
+    assert "No such tenant: acme" in capsys.readouterr().err

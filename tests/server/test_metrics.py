@@ -234,3 +234,27 @@ def test_another_prefix_renames_everything_of_ours() -> None:
         *("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"),
         *("vllm:lora_requests_info", "vllm:prompt_tokens_total", "vllm:time_to_first_token_seconds_bucket"),
     } <= own
+
+
+def test_tenants_have_series_of_bounded_number() -> None:
+    metrics = Metrics(top_tenants=2)
+    for tenant in ("", "acme", "rival", "third", "acme"):
+        metrics.request(tenant=tenant).output(2, 5, 0.0)
+    samples = scrape(metrics)
+    requests = {labels: n for (name, labels), n in samples.items() if name == "tenant_requests_total"}
+    assert requests == {(("tenant", "default"),): 1, (("tenant", "acme"),): 2, (("tenant", "other"),): 2}
+    assert value(metrics, "tenant_tokens_total", tenant="acme", kind="prompt") == 10
+    assert value(metrics, "tenant_tokens_total", tenant="other", kind="generation") == 4
+
+
+def test_equal_names_of_two_tenants_are_two_adapters() -> None:
+    metrics = Metrics()
+    for tenant, label in (("", "law"), ("acme", "acme//law")):
+        metrics.request((label, "sha256:1"), tenant=tenant).output(1, 5, 0.0)
+    assert value(metrics, "lora_requests_total", adapter_name="law") == 1
+    assert value(metrics, "lora_requests_total", adapter_name="acme//law") == 1
+    assert metrics.usage.of("acme", "acme//law").requests == 1
+    assert metrics.usage.of("acme", "law").requests == 0
+    metrics.adapter_deleted("acme//law")
+    assert metrics.usage.of("acme", "acme//law").requests == 0
+    assert metrics.usage.of("", "law").requests == 1

@@ -14,16 +14,17 @@ from adapters.peft_format.text import MAX_TEMPLATE_BYTES, MAX_TOKENIZER_BYTES, T
 from adapters.storage.details import details_of
 from adapters.storage.staging import Staging
 from adapters.storage.versions import AmbiguousDigest, UnknownAdapter, Version, split_reference
-from server.errors import Conflict, InvalidRequest, disk_faults
+from server.errors import Conflict, InvalidRequest, disk_faults, unknown_adapter
 from server.http.answer import unless_gone
 from server.http.mixing import MixBody, mix
 from server.http.multipart import Part, read_parts
 from server.http.objects import AdapterObject, AdapterReceipt, DeletedAdapter, ListedAdapter, ListObject
 from server.http.operations import OPENING, PUBLISHING, Operation
 from server.http.paging import WindowQuery, window
-from server.http.receipts import listed, receipt, resident, sort_key, unknown_adapter
+from server.http.quotas import check_room
+from server.http.receipts import listed, readers, receipt, resident, sort_key
 from server.openai.target import text_of
-from server.services import TENANT, Services, services_of
+from server.services import Services, caller_of, services_of
 from server.settings import Settings
 
 _MAX_NAME_BYTES = 1024  # far more than a name may have, so that an over-long one is answered as such
@@ -34,17 +35,20 @@ async def upload_adapter(request: Request, body: MixBody | None = None) -> Respo
     """Receive an adapter, or make one of others. 201 when the name changed, 200 when it had this content already."""
     services = services_of(request)
     _ = services.engine_info  # without a base nothing can be checked, so do not receive it either
+    await check_room(request)
     async with services.uploads.slot():
         if body is not None:
-            version, changed = await unless_gone(request.receive, mix(services, body))
+            version, changed = await unless_gone(request.receive, mix(services, caller_of(request), body))
         else:
             publisher = services.registry.publisher
             async with publisher.stage() as staging:
                 with disk_faults():
                     name, promote = await _receive(request, services, staging)
-                admitted = publisher.admit(TENANT, name, staging, promote=promote)
+                services.registry.check_bound(caller_of(request), name)
+                await check_room(request, staging.path)
+                admitted = publisher.admit(caller_of(request).tenant, name, staging, promote=promote)
                 version, changed = await unless_gone(request.receive, admitted)
-    made = receipt(services.store, version)
+    made = receipt(services.store, version, version.tenant)
     return JSONResponse(made, status_code=201 if changed else 200, headers=_digest_header(version))
 
 
@@ -58,23 +62,27 @@ class AdaptersQuery(WindowQuery):
 
 async def list_adapters(request: Request, query: AdaptersQuery) -> Response:
     """Every adapter's receipt, by name; all of them, unless `limit` and `after` ask for a page."""
-    services = services_of(request)
+    services, tenant = services_of(request), caller_of(request).tenant
     wanted = query.search.lower()
-    versions = [one for one in services.store.list(TENANT) if wanted in one.name.lower() or wanted in one.digest]
+    versions = [
+        one
+        for one in services.registry.list(caller_of(request))
+        if wanted in one.name_for(tenant).lower() or wanted in one.digest
+    ]
     if query.sort != "name":
-        versions.sort(key=partial(sort_key, services, query.sort), reverse=query.order == "desc")
+        versions.sort(key=partial(sort_key, services, tenant, query.sort), reverse=query.order == "desc")
     elif query.order == "desc":
         versions.reverse()
-    part, more = window(query, [version.name for version in versions])
-    data = [listed(services, version) for version in versions[part]]
+    part, more = window(query, [version.name_for(tenant) for version in versions])
+    data = [listed(services, version, tenant) for version in versions[part]]
     return JSONResponse({"object": "list", "data": data, "has_more": more, "total": len(versions)})
 
 
 async def get_adapter(request: Request) -> Response:
     """One adapter's receipt, what its directory tells beyond that, and the versions of its name."""
-    services, version = services_of(request), await _find(request)
+    services, version, tenant = services_of(request), await _find(request), caller_of(request).tenant
     try:
-        pointer = services.store.pointer(TENANT, version.name)
+        pointer = services.store.pointer(version.tenant, version.name)
         async with services.registry.hold(version):
             base = services.engine.info
             read = partial(details_of, version.path, base.linears if base else None)
@@ -86,18 +94,19 @@ async def get_adapter(request: Request) -> Response:
     more = {
         "versions": [other.digest for other in pointer.versions],
         "split": dict(pointer.split) or None,
+        "shared_with": readers(pointer) if version.tenant == tenant else [],
         "merged": None if merged is None else resident(merged),
         **text.details(),
     }
     headers = {**_digest_header(version), "ETag": f'"{pointer.etag}"'}
-    return JSONResponse(listed(services, version) | details | more, headers=headers)
+    return JSONResponse(listed(services, version, tenant) | details | more, headers=headers)
 
 
 async def delete_adapter(request: Request) -> Response:
     """Take the name away; requests that run finish with the version they began with."""
     name = request.path_params["name"]
     try:
-        version = await services_of(request).registry.delete(TENANT, name)
+        version = await services_of(request).registry.delete(caller_of(request), name)
     except UnknownAdapter:
         raise unknown_adapter(name) from None
     return JSONResponse({"object": "adapter", "name": version.name, "digest": version.digest, "deleted": True})
@@ -142,7 +151,7 @@ async def _find(request: Request) -> Version:
     asked = request.path_params["name"]
     name, prefix = split_reference(asked)
     try:
-        return await services_of(request).registry.find(TENANT, name, prefix)
+        return await services_of(request).registry.find(caller_of(request), name, prefix)
     except UnknownAdapter:
         raise unknown_adapter(asked) from None
     except AmbiguousDigest:

@@ -16,7 +16,7 @@ from server.http.objects import BatchObject, ListObject
 from server.http.operations import Operation
 from server.http.paging import PageQuery, page, unknown_cursor
 from server.openai.body import Body, Metadata
-from server.services import TENANT, services_of
+from server.services import caller_of, services_of
 
 
 class BatchBody(Body):
@@ -32,7 +32,7 @@ async def create_batch(request: Request, body: BatchBody) -> Response:
     """Begin; the file is checked first, and its faults are in the object then."""
     services = services_of(request)
     try:
-        file = await asyncio.to_thread(services.tuning.files.get, TENANT, body.input_file_id)
+        file = await asyncio.to_thread(services.tuning.files.get, caller_of(request).tenant, body.input_file_id)
     except UnknownFileError:
         message = f"`input_file_id`: there is no file {shown(body.input_file_id)}."
         raise InvalidRequest(message, param="input_file_id") from None
@@ -40,7 +40,7 @@ async def create_batch(request: Request, body: BatchBody) -> Response:
         message = f"`input_file_id`: the file is for `{file.purpose}`; upload it with the purpose `{BATCH}`."
         raise InvalidRequest(message, param="input_file_id")
     with disk_faults():
-        batch = await services.batches.create(body.endpoint, file, body.metadata)
+        batch = await services.batches.create(caller_of(request), body.endpoint, file, body.metadata)
     return JSONResponse(_shown(request, batch))
 
 
@@ -48,7 +48,7 @@ async def list_batches(request: Request, query: PageQuery) -> Response:
     """A page of batches, newest first."""
     try:
         batches, more = await asyncio.to_thread(
-            services_of(request).batches.store.page, TENANT, limit=query.limit, after=query.after
+            services_of(request).batches.store.page, caller_of(request).tenant, limit=query.limit, after=query.after
         )
     except UnknownCursorError:
         raise unknown_cursor() from None
@@ -72,7 +72,7 @@ async def cancel_batch(request: Request) -> Response:
 async def _find(request: Request) -> Batch:
     batch_id = request.path_params["id"]
     try:
-        return await asyncio.to_thread(services_of(request).batches.store.get, TENANT, batch_id)
+        return await asyncio.to_thread(services_of(request).batches.store.get, caller_of(request).tenant, batch_id)
     except UnknownBatchError:
         raise NotFound(f"No such batch: {shown(batch_id)}", param="id", code="batch_not_found") from None
 

@@ -17,17 +17,18 @@ from server.http.objects import ChatCompletion, ChatCompletionChunk
 from server.http.operations import OPENING, Operation
 from server.openai.chat import Addition, Call, Chat, ChatBody, Event, open_chat
 from server.openai.logprobs import AnswerSize, chat_tokens
-from server.services import Services, services_of
+from server.services import Services, caller_of, services_of
+from server.tenants.caller import Caller
 from server.text.tools.source import Arguments, Text, Thought
 
 
 async def create_chat_completion(request: Request, body: ChatBody) -> Answer:
     """The next message, whole or as server-sent events."""
-    return Answer(partial(_answer, services_of(request), body))
+    return Answer(partial(_answer, services_of(request), caller_of(request), body))
 
 
-async def _answer(services: Services, body: ChatBody, send: Send) -> None:
-    async with open_chat(services, body) as chat:
+async def _answer(services: Services, caller: Caller, body: ChatBody, send: Send) -> None:
+    async with open_chat(services, caller, body) as chat:
         writer = _Writer(body, chat, services.settings.max_response_bytes)
         headers = {"X-Adapter-Digest": chat.generation.target.digest}
         if body.stream:

@@ -20,7 +20,8 @@ from server.model_source import resolve
 from server.openai.body import Body
 from server.openai.generation import raise_failure
 from server.openai.target import reference
-from server.services import TENANT, Services, services_of
+from server.services import Services, caller_of, services_of
+from server.tenants.caller import Caller
 
 _PROMPT = "The quick brown fox jumps over the lazy dog. In the beginning there was a question, and the answer was:"
 
@@ -42,11 +43,11 @@ async def warm(request: Request) -> Response:
     async with AsyncExitStack() as held:
 
         async def version_of(asked: str) -> Version:
-            return await held.enter_async_context(services.registry.open(TENANT, asked, param="name"))
+            return await held.enter_async_context(services.registry.open(caller_of(request), asked, param="name"))
 
         versions = [await version_of(name)]
         if "@" not in name:
-            others = services.store.pointer(TENANT, name).shares.keys() - {versions[0].digest}
+            others = services.store.pointer(versions[0].tenant, versions[0].name).shares.keys() - {versions[0].digest}
             versions += [await version_of(f"{name}@{digest}") for digest in sorted(others)]
         try:
             seconds = [await services.engine.warm(reference(version)) for version in versions]
@@ -58,10 +59,10 @@ async def warm(request: Request) -> Response:
 
 async def verify(request: Request, body: VerifyBody = VerifyBody()) -> Response:  # noqa: B008 - it is frozen
     """Score a prompt with the adapter and without: is it doing anything?"""
-    services, name = services_of(request), request.path_params["name"]
+    services, caller, name = services_of(request), caller_of(request), request.path_params["name"]
     if body.peft:
         _check_oracle(services)
-    async with services.registry.open(TENANT, name, param="name", whole=body.peft) as version:
+    async with services.registry.open(caller, name, param="name", whole=body.peft) as version:
         if version.receipt.get("num_labels"):
             message = f"`{version.name}` classifies: there are no tokens to score."
             raise InvalidRequest(message, param="name", code="unsupported_task")
@@ -69,13 +70,13 @@ async def verify(request: Request, body: VerifyBody = VerifyBody()) -> Response:
         (ids,) = await services.text.encode([body.prompt], add_special_tokens=True, max_tokens=limit, param="prompt")
         if not 1 < len(ids) <= limit:
             raise ContextLengthExceeded(f"`prompt` has {len(ids)} tokens; 2 to {limit} can be scored.", param="prompt")
-        tickets = services.admission.enter([len(ids)] * 2)
+        tickets = services.admission.enter([len(ids)] * 2, caller.tenant, caller.allowance, 2 * len(ids))
         try:
-            with_adapter = await _score(services, ids, [reference(version)])
-            without = await _score(services, ids, [])
+            with_adapter = await _score(services, caller, ids, [reference(version)])
+            without = await _score(services, caller, ids, [])
         finally:
             for ticket in tickets:
-                ticket.leave(served=False)
+                ticket.end()
         oracle = await _ask_oracle(services, version, ids) if body.peft else None
     return JSONResponse(
         {
@@ -92,14 +93,14 @@ async def verify(request: Request, body: VerifyBody = VerifyBody()) -> Response:
     )
 
 
-async def _score(services: Services, ids: list[int], adapters: list[AdapterRef]) -> list[float]:
+async def _score(services: Services, caller: Caller, ids: list[int], adapters: list[AdapterRef]) -> list[float]:
     """Log-probability of each token but the first."""
     request = Generate(
         id=uuid.uuid4().hex,
         prompt=ids,
         sampling=Sampling(max_tokens=0, prompt_logprobs=0),
         adapters=adapters,
-        tenant=TENANT,
+        tenant=caller.tenant,
     )
     scores: list[float] = []
     async with aclosing(services.engine.generate(request)) as outputs:

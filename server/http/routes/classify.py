@@ -14,18 +14,19 @@ from server.http.objects import Classification
 from server.http.operations import OPENING, Operation
 from server.openai.classification import ClassifyChatBody, ClassifyInputBody, probabilities, scores
 from server.openai.target import open_target
-from server.services import Services, services_of
+from server.services import Services, caller_of, services_of
+from server.tenants.caller import Caller
 
 
 async def classify(request: Request, body: ClassifyChatBody | ClassifyInputBody) -> Answer:
     """The likeliest label of each prompt, and how likely each is."""
-    return Answer(partial(_answer, services_of(request), body))
+    return Answer(partial(_answer, services_of(request), caller_of(request), body))
 
 
-async def _answer(services: Services, body: ClassifyChatBody | ClassifyInputBody, send: Send) -> None:
+async def _answer(services: Services, caller: Caller, body: ClassifyChatBody | ClassifyInputBody, send: Send) -> None:
     if isinstance(body, ClassifyInputBody):
         services.admission.check_size(len(body.input), "input")
-    async with open_target(services, body.model, body.adapter_id, user=body.user, task="classify") as target:
+    async with open_target(services, caller, body.model, body.adapter_id, user=body.user, task="classify") as target:
         prompts = await body.prompts(target, services.engine_info.max_model_len)
         found, usage = await scores(services, body, target, prompts)
     answer = {

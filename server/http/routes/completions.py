@@ -23,7 +23,8 @@ from server.openai.logprobs import AnswerSize, behind_echo, columns, echoed_colu
 from server.openai.prompts import Prompts, encode_prompts
 from server.openai.schema import INT32, GenerationBody
 from server.openai.target import Target, open_target
-from server.services import Services, services_of
+from server.services import Services, caller_of, services_of
+from server.tenants.caller import Caller
 from server.text.detokenizer import Detokenizer
 from server.text.processor import TextProcessor
 
@@ -46,12 +47,14 @@ async def create_completion(request: Request, body: CompletionBody) -> Answer:
     """The completion, whole or as server-sent events."""
     if body.max_tokens == 0 and not body.echo:
         raise InvalidRequest("`max_tokens` may be 0 only with `echo`.", param="max_tokens")
-    return Answer(partial(_answer, services_of(request), body))
+    return Answer(partial(_answer, services_of(request), caller_of(request), body))
 
 
-async def _answer(services: Services, body: CompletionBody, send: Send) -> None:
+async def _answer(services: Services, caller: Caller, body: CompletionBody, send: Send) -> None:
     services.admission.check_size(len(body.prompt) * body.n)
-    async with open_target(services, body.model, body.adapter_id, adapters=body.adapters, user=body.user) as target:
+    async with open_target(
+        services, caller, body.model, body.adapter_id, adapters=body.adapters, user=body.user
+    ) as target:
         check_vocabulary(target.vocab_size, body)
         prompts = await _prompts_of(services.engine_info, target, body)
         echoes: list[_Echo] = []

@@ -11,7 +11,7 @@ from server.http.operations import OPENING, Operation
 from server.openai.body import Body, Items
 from server.openai.schema import INT32
 from server.openai.target import open_target
-from server.services import services_of
+from server.services import caller_of, services_of
 
 
 class EmbeddingBody(Body):
@@ -26,7 +26,7 @@ class EmbeddingBody(Body):
 
 async def create_embedding(request: Request, body: EmbeddingBody) -> Response:
     """Say why there is none."""
-    async with open_target(services_of(request), body.model, user=body.user, task="any"):
+    async with open_target(services_of(request), caller_of(request), body.model, user=body.user, task="any"):
         raise InvalidRequest(
             "This server's model generates text; nothing says how its states would be pooled to an embedding "
             "(sentence-transformers' `modules.json` and `1_Pooling/config.json`), and no such model is served.",

@@ -18,7 +18,7 @@ from server.http.paging import PageQuery, page, unknown_cursor
 from server.openai.body import Body
 from server.openai.schema import INT32
 from server.openai.target import open_target
-from server.services import TENANT, services_of
+from server.services import caller_of, services_of
 
 
 class EvaluationBody(Body):
@@ -33,16 +33,16 @@ async def create_evaluation(request: Request, body: EvaluationBody) -> Response:
     """Begin; the result is in the object once its status is `succeeded`."""
     services = services_of(request)
     try:
-        await asyncio.to_thread(services.tuning.files.get, TENANT, body.file)
+        await asyncio.to_thread(services.tuning.files.get, caller_of(request).tenant, body.file)
     except UnknownFileError:
         raise InvalidRequest(f"`file`: there is no file {shown(body.file)}.", param="file") from None
-    async with open_target(services, body.model) as target:
-        adapter, digest = target.adapters[0] if target.adapters else (None, None)
+    async with open_target(services, caller_of(request), body.model) as target:
+        version = target.adapters[0] if target.adapters else None
         evaluation = await services.tuning.evaluations.create(
-            TENANT,
+            caller_of(request).tenant,
             model=body.model,
-            adapter=adapter,
-            digest=digest,
+            adapter=version.name_for(caller_of(request).tenant) if version else None,
+            digest=version.digest if version else None,
             file=body.file,
             max_examples=body.max_examples,
         )
@@ -53,7 +53,10 @@ async def list_evaluations(request: Request, query: PageQuery) -> Response:
     """A page of evaluations, newest first."""
     try:
         evaluations, more = await asyncio.to_thread(
-            services_of(request).tuning.evaluations.page, TENANT, limit=query.limit, after=query.after
+            services_of(request).tuning.evaluations.page,
+            caller_of(request).tenant,
+            limit=query.limit,
+            after=query.after,
         )
     except UnknownCursorError:
         raise unknown_cursor() from None
@@ -68,14 +71,16 @@ async def get_evaluation(request: Request) -> Response:
 async def delete_evaluation(request: Request) -> Response:
     """Forget one; if it runs, it stops."""
     evaluation = await _find(request)
-    await services_of(request).tuning.evaluations.delete(TENANT, evaluation.id)
+    await services_of(request).tuning.evaluations.delete(caller_of(request).tenant, evaluation.id)
     return JSONResponse({"id": evaluation.id, "object": "evaluation", "deleted": True})
 
 
 async def _find(request: Request) -> Evaluation:
     evaluation_id = request.path_params["id"]
     try:
-        return await asyncio.to_thread(services_of(request).tuning.evaluations.get, TENANT, evaluation_id)
+        return await asyncio.to_thread(
+            services_of(request).tuning.evaluations.get, caller_of(request).tenant, evaluation_id
+        )
     except UnknownEvaluationError:
         raise NotFound(f"No such evaluation: {shown(evaluation_id)}", param="id") from None
 

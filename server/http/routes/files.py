@@ -23,7 +23,8 @@ from server.http.multipart import Part, read_parts
 from server.http.objects import DeletedObject, FileObject, ListObject, PreviewedLine
 from server.http.operations import PUBLISHING, Operation
 from server.http.paging import ListQuery, Query, Whole, page, unknown_cursor
-from server.services import TENANT, Services, services_of
+from server.http.quotas import check_room
+from server.services import Services, caller_of, services_of
 from server.settings import Settings
 
 _MAX_FILENAME = 255
@@ -47,11 +48,20 @@ async def upload_file(request: Request) -> Response:
     """Receive a file, check every line of it if it is training data, and keep it."""
     services = services_of(request)
     _ = services.engine_info  # without a base its lines cannot be checked, so do not receive them either
+    await check_room(request)
     async with services.uploads.slot():
         with disk_faults(), services.tuning.files.staging() as directory:
             path, filename, purpose = await _receive(request, services, directory)
+            await check_room(request, directory)
             report = await asyncio.to_thread(_check, services, path) if purpose == TRAINING else None
-            add = partial(services.tuning.files.add, TENANT, path, filename=filename, purpose=purpose, report=report)
+            add = partial(
+                services.tuning.files.add,
+                caller_of(request).tenant,
+                path,
+                filename=filename,
+                purpose=purpose,
+                report=report,
+            )
             stored = await asyncio.to_thread(add)
     return JSONResponse(file_object(stored))
 
@@ -94,7 +104,7 @@ async def list_files(request: Request, query: FilesQuery) -> Response:
     try:
         files, more = await asyncio.to_thread(
             services_of(request).tuning.files.page,
-            TENANT,
+            caller_of(request).tenant,
             limit=query.limit,
             after=query.after,
             purpose=query.purpose,
@@ -147,14 +157,14 @@ class _WholeFile(FileResponse):
 async def delete_file(request: Request) -> Response:
     """Remove a file. Jobs that have read it already do not need it any more."""
     stored = await _find(request)
-    await asyncio.to_thread(services_of(request).tuning.files.delete, TENANT, stored.id)
+    await asyncio.to_thread(services_of(request).tuning.files.delete, caller_of(request).tenant, stored.id)
     return JSONResponse({"id": stored.id, "object": "file", "deleted": True})
 
 
 async def _find(request: Request) -> StoredFile:
     file_id = request.path_params["id"]
     try:
-        return await asyncio.to_thread(services_of(request).tuning.files.get, TENANT, file_id)
+        return await asyncio.to_thread(services_of(request).tuning.files.get, caller_of(request).tenant, file_id)
     except UnknownFileError:
         raise NotFound(f"No such File object: {shown(file_id)}", param="id", code="file_not_found") from None
 

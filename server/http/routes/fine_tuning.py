@@ -16,7 +16,7 @@ from adapters.peft_format.config import AdapterError
 from adapters.peft_format.directory import AdapterSpec
 from adapters.storage.database import UnknownCursorError
 from server.client.engine import TrainingRefused
-from server.errors import InvalidRequest, NotFound, shown
+from server.errors import InvalidRequest, NotFound, TooManyRequests, shown
 from server.finetune import hyperparameters as recipe
 from server.finetune.files import UnknownFileError
 from server.finetune.jobs import FINAL, Event, Job, JobSpec, JobStateError, StoredCheckpoint, UnknownJobError
@@ -25,11 +25,12 @@ from server.http.answer import encode_json
 from server.http.objects import CheckpointObject, Estimate, EventObject, JobObject, ListObject
 from server.http.operations import OPENING, Operation
 from server.http.paging import ListQuery, PageQuery, Whole, page, unknown_cursor
+from server.http.quotas import check_training
 from server.messages.training import ModuleShape
 from server.openai.target import Target, open_target
 from server.openai.training_body import EstimateBody, JobBody, LoraBody
 from server.registry.fit import check_fit
-from server.services import TENANT, Services, services_of
+from server.services import Services, caller_of, services_of
 
 _POLL_SECONDS = 1.0  # between looks for a stream's next event, should no news come
 _STREAM_PAGE = 200
@@ -55,11 +56,12 @@ async def create_job(request: Request, body: JobBody) -> Response:
     """Check what can be checked now, and queue the job."""
     services = services_of(request)
     hyperparameters = body.chosen_hyperparameters
+    await check_training(request)
     for param, file_id in (("training_file", body.training_file), ("validation_file", body.validation_file)):
         if file_id is not None:
-            await asyncio.to_thread(_check_file, services, param, file_id)
+            await asyncio.to_thread(_check_file, services, caller_of(request).tenant, param, file_id)
     async with AsyncExitStack() as held:
-        target = await held.enter_async_context(open_target(services, body.model, task="any"))
+        target = await held.enter_async_context(open_target(services, caller_of(request), body.model, task="any"))
         lora, _ = _shape(services, target, body.lora)
         training = _training(services, body)
         spec = JobSpec(
@@ -76,7 +78,8 @@ async def create_job(request: Request, body: JobBody) -> Response:
             training=training,
             integrations=[integration.model_dump() for integration in body.integrations or []] or None,
         )
-        job = await services.tuning.manager.create(TENANT, spec, Path(target.refs[0].path) if target.refs else None)
+        initial = Path(target.refs[0].path) if target.refs else None
+        job = await services.tuning.manager.create(caller_of(request).tenant, spec, initial)
     return JSONResponse(job_object(services, job))
 
 
@@ -84,7 +87,7 @@ async def estimate(request: Request, body: EstimateBody) -> Response:
     """What a job of this shape would take, in bytes."""
     services = services_of(request)
     base = services.engine_info
-    async with open_target(services, body.model, task="any") as target:
+    async with open_target(services, caller_of(request), body.model, task="any") as target:
         lora, shapes = _shape(services, target, body.lora)
     training = _training(services, body)
     tokens = max(recipe.micro_batch_tokens(training, base), recipe.max_seq_len(training, base))
@@ -111,9 +114,9 @@ async def estimate(request: Request, body: EstimateBody) -> Response:
     )
 
 
-def _check_file(services: Services, param: str, file_id: str) -> None:
+def _check_file(services: Services, tenant: str, param: str, file_id: str) -> None:
     try:
-        stored = services.tuning.files.get(TENANT, file_id)
+        stored = services.tuning.files.get(tenant, file_id)
     except UnknownFileError:
         message = f"`{param}`: there is no file {shown(file_id)}."
         raise InvalidRequest(message, param=param, code="file_not_found") from None
@@ -164,7 +167,11 @@ async def list_jobs(request: Request, query: JobsQuery) -> Response:
     services = services_of(request)
     try:
         jobs, more = await asyncio.to_thread(
-            services.tuning.jobs.page, TENANT, limit=query.limit, after=query.after, metadata=query.metadata
+            services.tuning.jobs.page,
+            caller_of(request).tenant,
+            limit=query.limit,
+            after=query.after,
+            metadata=query.metadata,
         )
     except UnknownCursorError:
         raise unknown_cursor() from None
@@ -202,7 +209,7 @@ async def _stream_events(request: Request, job: Job, after: str | None) -> Respo
     async def stream() -> AsyncIterator[bytes]:
         last = after
         while True:
-            now = await asyncio.to_thread(jobs.get, TENANT, job.id)
+            now = await asyncio.to_thread(jobs.get, caller_of(request).tenant, job.id)
             ended = now.status in FINAL or services.drain.draining
             more = True
             while more:
@@ -235,7 +242,7 @@ async def list_checkpoints(request: Request, query: CheckpointsQuery) -> Respons
 async def _find(request: Request) -> Job:
     job_id = request.path_params["id"]
     try:
-        return await asyncio.to_thread(services_of(request).tuning.jobs.get, TENANT, job_id)
+        return await asyncio.to_thread(services_of(request).tuning.jobs.get, caller_of(request).tenant, job_id)
     except UnknownJobError:
         message = f"Could not find fine tune: {shown(job_id)}"
         raise NotFound(message, param="fine_tuning_job_id", code="fine_tune_not_found") from None
@@ -336,7 +343,7 @@ def checkpoint_object(job: Job, checkpoint: StoredCheckpoint) -> dict[str, Any]:
 
 _JOB = "/v1/fine_tuning/jobs/{id}"
 routes = [
-    Operation("POST", "/v1/fine_tuning/jobs", create_job, answers=JobObject, refuses=OPENING),
+    Operation("POST", "/v1/fine_tuning/jobs", create_job, answers=JobObject, refuses=(*OPENING, TooManyRequests)),
     Operation("GET", "/v1/fine_tuning/jobs", list_jobs, answers=ListObject[JobObject]),
     Operation("POST", "/v1/fine_tuning/estimate", estimate, answers=Estimate, refuses=OPENING),
     Operation("GET", _JOB, get_job, answers=JobObject),

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 
 from adapters.offline.recipe import MergedDtype
-from adapters.storage.versions import Version
+from adapters.storage.versions import UnknownAdapter, Version, split_reference
 from server.children.helper import HelperLimit, ask_once
 from server.client.engine import MergeRefused
 from server.errors import (
@@ -26,6 +26,7 @@ from server.errors import (
     InternalError,
     InvalidRequest,
     LorakeetError,
+    ModelNotFound,
     NotFound,
     StorageFull,
     TooManyRequests,
@@ -40,7 +41,8 @@ from server.messages.protocol import LOAD_FAILED
 from server.model_source import resolve
 from server.openai.body import Body, Items
 from server.openai.target import reference
-from server.services import TENANT, Services, services_of
+from server.services import Services, caller_of, services_of
+from server.tenants.caller import Caller
 
 _SECONDS = 3600.0
 
@@ -87,7 +89,9 @@ async def merge(request: Request, body: MergeBody) -> Response:
     """Make either. 201 when it was made, 200 when it was there."""
     services = services_of(request)
     whole = body.dtype is None
-    async with services.registry.open(TENANT, request.path_params["name"], param="name", whole=whole) as version:
+    caller, name = caller_of(request), request.path_params["name"]
+    await _check_own(services, caller, name)
+    async with services.registry.open(caller, name, param="name", whole=whole) as version:
         if body.dtype is None:
             return await _checkpoint(services, version)
         return await _resident(services, version, body.dtype, body.prompts or _PROMPTS)
@@ -145,7 +149,7 @@ async def get_checkpoint_file(request: Request) -> Response:
 async def get_merge(request: Request) -> Response:
     """What there is of both."""
     services, name = services_of(request), request.path_params["name"]
-    version = await _version(services, name)
+    version = await _version(services, caller_of(request), name)
     target, report = _directory(services, version), services.engine.merges.get(version.digest)
     if not target.is_dir() and report is None:
         raise NotFound(f"`{shown(name)}` is not merged.", param="name", code="merge_not_found")
@@ -162,7 +166,8 @@ async def get_merge(request: Request) -> Response:
 async def delete_merge(request: Request, query: DeleteMergeQuery) -> Response:
     """Remove the checkpoint and undo the resident merge, or with `to` one of them; the adapter stays."""
     services, name, to = services_of(request), request.path_params["name"], query.to
-    version = await _version(services, name)
+    await _check_own(services, caller_of(request), name)
+    version = await _version(services, caller_of(request), name)
     target, deleted = _directory(services, version), []
     if to != "checkpoint" and await services.engine.unmerge(version.digest):
         deleted.append("resident")
@@ -207,15 +212,23 @@ def _directory(services: Services, version: Version) -> Path:
     return services.settings.data_dir / "checkpoints" / version.digest.removeprefix("sha256:")
 
 
-async def _version(services: Services, name: str) -> Version:
+async def _check_own(services: Services, caller: Caller, asked: str) -> None:
+    """Raises NotFound, PermissionDenied."""
+    try:
+        await services.registry.own(caller, split_reference(asked)[0])
+    except UnknownAdapter:
+        raise ModelNotFound(asked, param="name") from None
+
+
+async def _version(services: Services, caller: Caller, name: str) -> Version:
     """The record of the version that a request would get."""
-    async with services.registry.open(TENANT, name, param="name") as version:
+    async with services.registry.open(caller, name, param="name") as version:
         return version
 
 
 async def _existing(request: Request) -> Path:
     services, name = services_of(request), request.path_params["name"]
-    target = _directory(services, await _version(services, name))
+    target = _directory(services, await _version(services, caller_of(request), name))
     if not target.is_dir():
         raise NotFound(f"`{shown(name)}` has no merged checkpoint.", param="name", code="checkpoint_not_found")
     return target

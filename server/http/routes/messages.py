@@ -17,18 +17,19 @@ from server.http.answer import Answer, encode_json, send_events, send_json
 from server.http.operations import OPENING, Operation
 from server.openai.chat import Chat, open_chat
 from server.openai.target import open_target
-from server.services import Services, services_of
+from server.services import Services, caller_of, services_of
+from server.tenants.caller import Caller
 
 
 async def create_message(request: Request, body: MessageBody) -> Answer:
     """The next message, whole or as server-sent events."""
-    return Answer(partial(_answer, services_of(request), body))
+    return Answer(partial(_answer, services_of(request), caller_of(request), body))
 
 
-async def _answer(services: Services, body: MessageBody, send: Send) -> None:
+async def _answer(services: Services, caller: Caller, body: MessageBody, send: Send) -> None:
     try:
         chat_body = await asyncio.to_thread(body.chat)  # long conversations take long
-        async with open_chat(services, chat_body, most=body.max_tokens) as chat:
+        async with open_chat(services, caller, chat_body, most=body.max_tokens) as chat:
             writer = MessageWriter(chat, body.max_tokens)
             headers = {"X-Adapter-Digest": chat.generation.target.digest}
             async with aclosing(_events(writer, chat)) as events:
@@ -59,7 +60,7 @@ async def count_message_tokens(request: Request, body: CountBody) -> Response:
     services = services_of(request)
     try:
         chat = await asyncio.to_thread(body.chat)
-        async with open_target(services, chat.model, task="any") as target:
+        async with open_target(services, caller_of(request), chat.model, task="any") as target:
             _, ids = await chat.encode(target.text, services.engine_info.max_model_len)
     except LorakeetError as error:
         raise body.refusal(error) from None

@@ -13,18 +13,19 @@ from server.http.objects import DeletedObject, ListObject, ModelCard, ModelDetai
 from server.http.operations import OPENING, Operation
 from server.http.paging import WindowQuery, page, window
 from server.openai.target import brings_text, text_of
-from server.services import TENANT, Services, services_of
+from server.services import Services, caller_of, services_of
+from server.tenants.caller import tenant_name
 
 _STARTED = int(time.time())  # the base has no birthday of its own
 
 
 async def list_models(request: Request, query: WindowQuery) -> Response:
     """The base first, then the adapters by name; all of them, unless `limit` and `after` ask for a page."""
-    services = services_of(request)
-    versions = services.store.list(TENANT)
-    part, more = window(query, [services.settings.base_name, *(version.name for version in versions)])
+    services, tenant = services_of(request), caller_of(request).tenant
+    versions = services.registry.list(caller_of(request))
+    part, more = window(query, [services.settings.base_name, *(version.name_for(tenant) for version in versions)])
     cards = [
-        _base_card(services) if version is None else _adapter_card(services, version)
+        _base_card(services) if version is None else _adapter_card(services, version, tenant)
         for version in [None, *versions][part]
     ]
     return page(cards, more)
@@ -36,11 +37,11 @@ async def get_model(request: Request) -> Response:
     if asked in services.settings.base_aliases:
         return JSONResponse(_base_card(services) | services.text.details())
     if "@" in asked:
-        async with services.registry.open(TENANT, asked, param="model") as version:
-            return JSONResponse(await _adapter_details(services, version) | {"id": asked})
+        async with services.registry.open(caller_of(request), asked, param="model") as version:
+            return JSONResponse(await _adapter_details(services, version, caller_of(request).tenant) | {"id": asked})
     try:
-        version = await services.registry.find(TENANT, asked)
-        return JSONResponse(await _adapter_details(services, version))
+        version = await services.registry.find(caller_of(request), asked)
+        return JSONResponse(await _adapter_details(services, version, caller_of(request).tenant))
     except UnknownAdapter:
         raise ModelNotFound(asked) from None
 
@@ -51,17 +52,17 @@ async def delete_model(request: Request) -> Response:
     if name in services.settings.base_aliases:
         raise PermissionDenied(f"`{name}` is the base model, which cannot be deleted.", param="model")
     try:
-        await services.registry.delete(TENANT, name)
+        await services.registry.delete(caller_of(request), name)
     except UnknownAdapter:
         raise ModelNotFound(name) from None
     return JSONResponse({"id": name, "object": "model", "deleted": True})
 
 
-async def _adapter_details(services: Services, version: Version) -> dict[str, Any]:
+async def _adapter_details(services: Services, version: Version, tenant: str) -> dict[str, Any]:
     """The card, and how the adapter answers. Raises UnknownAdapter when it was just removed."""
     async with services.registry.hold(version) if brings_text(services, version) else nullcontext():
         text = await text_of(services, version)
-    return _adapter_card(services, version) | text.details()
+    return _adapter_card(services, version, tenant) | text.details()
 
 
 def _base_card(services: Services) -> dict[str, Any]:
@@ -69,9 +70,11 @@ def _base_card(services: Services) -> dict[str, Any]:
     return _card(services, name, _STARTED, root=name, parent=None)
 
 
-def _adapter_card(services: Services, version: Version) -> dict[str, Any]:
+def _adapter_card(services: Services, version: Version, tenant: str) -> dict[str, Any]:
     # vLLM's root is the adapter's path; the digest says the same without telling where files lie.
-    return _card(services, version.name, int(version.created), root=version.digest, parent=services.settings.base_name)
+    name, base = version.name_for(tenant), services.settings.base_name
+    card = _card(services, name, int(version.created), root=version.digest, parent=base)
+    return card if version.tenant == tenant else card | {"owned_by": tenant_name(version.tenant)}
 
 
 def _card(services: Services, name: str, created: int, *, root: str, parent: str | None) -> dict[str, Any]:

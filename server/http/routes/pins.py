@@ -9,11 +9,10 @@ from starlette.responses import JSONResponse, Response
 
 from adapters.peft_format.sizes import device_bytes
 from adapters.storage.versions import UnknownAdapter
-from server.errors import Conflict
+from server.errors import Conflict, unknown_adapter
 from server.http.objects import PinObject
 from server.http.operations import Operation
-from server.http.receipts import unknown_adapter
-from server.services import TENANT, services_of
+from server.services import caller_of, services_of
 
 
 async def pin(request: Request) -> Response:
@@ -29,8 +28,8 @@ async def unpin(request: Request) -> Response:
 async def _answer(request: Request, *, pinned: bool) -> Response:
     services, name = services_of(request), request.path_params["name"]
     try:
-        version = await services.registry.find(TENANT, name)
-        pointer = await services.registry.publisher.pin(TENANT, version.name, pinned)
+        version = await services.registry.own(caller_of(request), name)
+        pointer = await services.registry.publisher.pin(caller_of(request).tenant, version.name, pinned)
     except UnknownAdapter:
         raise unknown_adapter(name) from None
     linears = services.engine_info.linears

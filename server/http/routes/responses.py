@@ -22,7 +22,8 @@ from server.openai.response_input import Item, ItemReference, as_item
 from server.openai.response_objects import DeletedResponse, InputItems, ResponseEvent, ResponseObject
 from server.openai.responses import ResponseWriter
 from server.response_store import Running
-from server.services import TENANT, Services, services_of
+from server.services import Services, caller_of, services_of
+from server.tenants.caller import Caller
 
 
 class RetrieveQuery(Query):
@@ -38,8 +39,9 @@ class ItemsQuery(WindowQuery):
 class _Work:
     """A request for a response: what it answers, and as what it is kept."""
 
-    def __init__(self, services: Services, body: ResponseBody, number: str, items: list[Item]) -> None:
+    def __init__(self, services: Services, caller: Caller, body: ResponseBody, number: str, items: list[Item]) -> None:
         self.services = services
+        self.caller = caller
         self.body = body
         self.items = items
         self.chat: ChatBody = body.chat(items)
@@ -57,7 +59,7 @@ class _Work:
     async def keep(self, writer: ResponseWriter, events: list[Any] | None = None) -> None:
         if self.kept:
             save = self.services.responses.save
-            await asyncio.to_thread(save, TENANT, writer.response, self.items, events)
+            await asyncio.to_thread(save, self.caller.tenant, writer.response, self.items, events)
 
 
 async def create_response(request: Request, body: ResponseBody) -> Answer:
@@ -66,28 +68,28 @@ async def create_response(request: Request, body: ResponseBody) -> Answer:
     if not services.responses.enabled and (body.store or body.background):
         param = "store" if body.store else "background"
         raise InvalidRequest(f"`{param}`: this server keeps no responses (--response-days).", param=param)
-    work = await asyncio.to_thread(_work, services, body)  # long inputs take long
+    work = await asyncio.to_thread(_work, services, caller_of(request), body)  # long inputs take long
     return Answer(partial(_in_background if body.background else _answer, work))
 
 
-def _work(services: Services, body: ResponseBody) -> _Work:
+def _work(services: Services, caller: Caller, body: ResponseBody) -> _Work:
     """Raises LorakeetError."""
     number = uuid.uuid4().hex
-    return _Work(services, body, number, _items(services, body, number))
+    return _Work(services, caller, body, number, _items(services, caller.tenant, body, number))
 
 
-def _items(services: Services, body: ResponseBody, number: str) -> list[Item]:
+def _items(services: Services, tenant: str, body: ResponseBody, number: str) -> list[Item]:
     """What is to be answered, earlier responses first. Raises NotFound."""
     items: list[Item] = []
     if body.previous_response_id is not None:
-        earlier = services.responses.get(TENANT, body.previous_response_id, param="previous_response_id")
+        earlier = services.responses.get(tenant, body.previous_response_id, param="previous_response_id")
         if earlier.response["status"] == "in_progress":
             message = "The response `previous_response_id` is not finished."
             raise InvalidRequest(message, param="previous_response_id")
         items += [*earlier.items, *earlier.response["output"]]
     for i, item in enumerate(body.input):
         if isinstance(item, ItemReference):
-            items.append(services.responses.item(TENANT, item.id, f"input.{i}.id"))
+            items.append(services.responses.item(tenant, item.id, f"input.{i}.id"))
         else:
             items.append(as_item(item, f"{number}_in{i}"))
     return items
@@ -95,7 +97,7 @@ def _items(services: Services, body: ResponseBody, number: str) -> list[Item]:
 
 async def _answer(work: _Work, send: Send) -> None:
     try:
-        async with open_chat(work.services, work.chat) as chat:
+        async with open_chat(work.services, work.caller, work.chat) as chat:
             writer = work.writer(chat)
             headers = {"X-Adapter-Digest": chat.generation.target.digest}
             async with aclosing(_events(work, writer, chat)) as events:
@@ -137,7 +139,7 @@ async def _run(work: _Work, running: Running, begun: asyncio.Future[ResponseObje
     drain = work.services.drain
     drain.enter()
     try:
-        async with open_chat(work.services, work.chat) as chat:
+        async with open_chat(work.services, work.caller, work.chat) as chat:
             with chat.generation.admitted():
                 writer = work.writer(chat)
                 log = running.events if work.body.stream else None
@@ -172,7 +174,7 @@ async def _run(work: _Work, running: Running, begun: asyncio.Future[ResponseObje
 async def get_response(request: Request, query: RetrieveQuery) -> Response | Answer:
     """A response that is kept. With `stream` its events, of one that was begun as a stream in the background."""
     services, id_ = services_of(request), request.path_params["id"]
-    kept = await asyncio.to_thread(services.responses.get, TENANT, id_)
+    kept = await asyncio.to_thread(services.responses.get, caller_of(request).tenant, id_)
     if query.stream == "false":
         return _json(kept.response)
     running = services.responses.running.get(id_)
@@ -193,7 +195,8 @@ async def _send_log(send: Send, running: Running, after: int, headers: dict[str,
 
 async def list_input_items(request: Request, query: ItemsQuery) -> Response:
     """A page of the items that a response answered, newest first."""
-    kept = await asyncio.to_thread(services_of(request).responses.get, TENANT, request.path_params["id"])
+    tenant, id_ = caller_of(request).tenant, request.path_params["id"]
+    kept = await asyncio.to_thread(services_of(request).responses.get, tenant, id_)
     items = kept.items if query.order == "asc" else kept.items[::-1]
     part, more = window(query, [item["id"] for item in items])
     page = items[part]
@@ -204,17 +207,17 @@ async def list_input_items(request: Request, query: ItemsQuery) -> Response:
 async def cancel_response(request: Request) -> Response:
     """Stop a response in the background; one that has ended stays as it is."""
     services, id_ = services_of(request), request.path_params["id"]
-    kept = await asyncio.to_thread(services.responses.get, TENANT, id_)
+    kept = await asyncio.to_thread(services.responses.get, caller_of(request).tenant, id_)
     if not kept.response["background"]:
         raise InvalidRequest("Only responses with `background` can be cancelled.", param="id")
     await services.responses.cancel(id_)
-    return _json((await asyncio.to_thread(services.responses.get, TENANT, id_)).response)
+    return _json((await asyncio.to_thread(services.responses.get, caller_of(request).tenant, id_)).response)
 
 
 async def delete_response(request: Request) -> Response:
     """Forget a response; if it runs, it stops."""
     id_ = request.path_params["id"]
-    await services_of(request).responses.delete(TENANT, id_)
+    await services_of(request).responses.delete(caller_of(request).tenant, id_)
     return _json(DeletedResponse(id=id_))
 
 

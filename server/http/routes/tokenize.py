@@ -18,7 +18,8 @@ from server.http.operations import OPENING, Operation
 from server.openai.body import Body, Items
 from server.openai.conversation import Conversation
 from server.openai.target import open_target
-from server.services import Services, services_of
+from server.services import Services, caller_of, services_of
+from server.tenants.caller import Caller
 
 
 class TokenizePromptBody(Body):
@@ -46,12 +47,14 @@ class DetokenizeBody(Body):
 
 async def tokenize(request: Request, body: TokenizeChatBody | TokenizePromptBody) -> Answer:
     """Token ids of a text or a conversation."""
-    return Answer(partial(_tokenize, services_of(request), body))
+    return Answer(partial(_tokenize, services_of(request), caller_of(request), body))
 
 
-async def _tokenize(services: Services, body: TokenizeChatBody | TokenizePromptBody, send: Send) -> None:
+async def _tokenize(
+    services: Services, caller: Caller, body: TokenizeChatBody | TokenizePromptBody, send: Send
+) -> None:
     longest = services.engine_info.max_model_len
-    async with open_target(services, body.model or services.settings.base_name, task="any") as target:
+    async with open_target(services, caller, body.model or services.settings.base_name, task="any") as target:
         text = target.text
     if isinstance(body, TokenizeChatBody):
         _, ids = await body.encode(text, longest)
@@ -66,11 +69,11 @@ async def _tokenize(services: Services, body: TokenizeChatBody | TokenizePromptB
 
 async def detokenize(request: Request, body: DetokenizeBody) -> Answer:
     """The text of token ids."""
-    return Answer(partial(_detokenize, services_of(request), body))
+    return Answer(partial(_detokenize, services_of(request), caller_of(request), body))
 
 
-async def _detokenize(services: Services, body: DetokenizeBody, send: Send) -> None:
-    async with open_target(services, body.model or services.settings.base_name, task="any") as target:
+async def _detokenize(services: Services, caller: Caller, body: DetokenizeBody, send: Send) -> None:
+    async with open_target(services, caller, body.model or services.settings.base_name, task="any") as target:
         text, vocabulary = target.text, target.vocab_size
     if max(body.tokens, default=0) >= vocabulary:
         i, id_ = next((i, id_) for i, id_ in enumerate(body.tokens) if id_ >= vocabulary)

@@ -13,12 +13,12 @@ from starlette.responses import JSONResponse, Response
 
 from adapters.storage.store import Moved
 from adapters.storage.versions import AmbiguousDigest, Pointer, UnknownAdapter
-from server.errors import Conflict, InvalidRequest, NotFound, PreconditionFailed
+from server.errors import Conflict, InvalidRequest, NotFound, PreconditionFailed, unknown_adapter
 from server.http.objects import Versions
 from server.http.operations import Operation
-from server.http.receipts import receipt, unknown_adapter
+from server.http.receipts import receipt
 from server.openai.body import Body, Entries
-from server.services import TENANT, services_of
+from server.services import caller_of, services_of
 
 
 class PromoteBody(Body):
@@ -36,10 +36,11 @@ class PromoteBody(Body):
 
 async def list_versions(request: Request) -> Response:
     """Every retained version of a name, the current one first, with its share of the requests."""
-    name = await _name(request)
+    services, name = services_of(request), request.path_params["name"]
     try:
-        return _answer(request, services_of(request).store.pointer(TENANT, name))
-    except UnknownAdapter:  # deleted this very moment
+        version = await services.registry.find(caller_of(request), name)
+        return _answer(request, services.store.pointer(version.tenant, version.name))
+    except UnknownAdapter:
         raise unknown_adapter(name) from None
 
 
@@ -47,10 +48,11 @@ async def promote(request: Request, body: PromoteBody) -> Response:
     """Let a name mean one of its versions, or shares of several."""
     name = await _name(request)
     publisher, expected = services_of(request).registry.publisher, _expected(request)
+    tenant = caller_of(request).tenant
     if body.split is None:
         assert body.digest is not None
-        return _answer(request, await _changed(publisher.promote(TENANT, name, body.digest, expected), "digest"))
-    return _answer(request, await _changed(publisher.divide(TENANT, name, body.split, expected), "split"))
+        return _answer(request, await _changed(publisher.promote(tenant, name, body.digest, expected), "digest"))
+    return _answer(request, await _changed(publisher.divide(tenant, name, body.split, expected), "split"))
 
 
 async def roll_back(request: Request) -> Response:
@@ -58,17 +60,17 @@ async def roll_back(request: Request) -> Response:
     name = await _name(request)
     publisher = services_of(request).registry.publisher
     try:
-        pointer = await _changed(publisher.roll_back(TENANT, name, _expected(request)), "name")
+        pointer = await _changed(publisher.roll_back(caller_of(request).tenant, name, _expected(request)), "name")
     except NotFound as error:
         raise Conflict(error.message, param="name", code="no_previous_version") from None
     return _answer(request, pointer)
 
 
 async def _name(request: Request) -> str:
-    """The stored name in the path; a single version has no versions."""
+    """The name in the path, which is the caller's to change; a single version has no versions."""
     name: str = request.path_params["name"]
     try:
-        return (await services_of(request).registry.find(TENANT, name)).name
+        return (await services_of(request).registry.own(caller_of(request), name)).name
     except UnknownAdapter:
         raise unknown_adapter(name) from None
 
@@ -97,9 +99,9 @@ def _expected(request: Request) -> frozenset[str] | None:
 
 
 def _answer(request: Request, pointer: Pointer) -> Response:
-    store, shares = services_of(request).store, pointer.shares
+    store, shares, tenant = services_of(request).store, pointer.shares, caller_of(request).tenant
     data = [
-        receipt(store, version)
+        receipt(store, version, tenant)
         | {
             "current": version is pointer.current,
             "staged": version.staged,
@@ -107,7 +109,12 @@ def _answer(request: Request, pointer: Pointer) -> Response:
         }
         for version in pointer.versions
     ]
-    body = {"object": "list", "name": pointer.current.name, "split": dict(pointer.split) or None, "data": data}
+    body = {
+        "object": "list",
+        "name": pointer.current.name_for(tenant),
+        "split": dict(pointer.split) or None,
+        "data": data,
+    }
     return JSONResponse(body, headers={"ETag": f'"{pointer.etag}"'})
 
 

@@ -12,9 +12,11 @@ from starlette.responses import PlainTextResponse, Response
 from adapters.storage.versions import UnknownAdapter
 from server.errors import InvalidRequest, NotFound, shown
 from server.http.operations import PUBLISHING, Operation
+from server.http.quotas import check_room
 from server.openai.body import Body
 from server.registry.publish import FILES
-from server.services import TENANT, Services, services_of
+from server.services import Services, caller_of, services_of
+from server.tenants.caller import Caller
 
 
 class InvalidUserInput(InvalidRequest):
@@ -43,15 +45,18 @@ class UnloadBody(Body):
 async def load(request: Request, body: LoadBody) -> Response:
     """Serve the PEFT directory at `lora_path` as `lora_name`; `load_inplace` replaces what the name held."""
     services = services_of(request)
-    root = services.settings.lora_dir
+    caller, root = caller_of(request), services.settings.lora_dir
     assert root is not None  # without it there is no such route
+    root = root / caller.tenant  # the directory itself is the default tenant's
     if not body.lora_name or not body.lora_path:
         raise InvalidUserInput("Both 'lora_name' and 'lora_path' must be provided.")
-    if not body.load_inplace and _exists(services, body.lora_name):
+    services.registry.check_bound(caller, body.lora_name)
+    if not body.load_inplace and _exists(services, caller, body.lora_name):
         message = f"The lora adapter '{shown(body.lora_name)}' has already been loaded."
         raise InvalidUserInput(f"{message} Set 'load_inplace' to replace it.", param="lora_name")
     directory = await run_in_threadpool(_directory_under, root, body.lora_path)
-    await services.registry.publisher.import_directory(TENANT, body.lora_name, directory, root=root)
+    await check_room(request, directory)
+    await services.registry.publisher.import_directory(caller.tenant, body.lora_name, directory, root=root)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
@@ -60,16 +65,17 @@ async def unload(request: Request, body: UnloadBody) -> Response:
     services = services_of(request)
     if not body.lora_name:
         raise InvalidUserInput("'lora_name' must be provided.", param="lora_name")
-    if not _exists(services, body.lora_name):
+    if not _exists(services, caller_of(request), body.lora_name):
         raise NotFoundError(f"The lora adapter '{shown(body.lora_name)}' cannot be found.", param="lora_name")
-    await services.registry.delete(TENANT, body.lora_name)
+    await services.registry.delete(caller_of(request), body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
 
-def _exists(services: Services, name: str) -> bool:
+def _exists(services: Services, caller: Caller, name: str) -> bool:
     try:
-        services.store.get(TENANT, name)
-    except UnknownAdapter:
+        services.registry.check_bound(caller, name)
+        services.store.get(caller.tenant, name)
+    except (UnknownAdapter, NotFound):
         return False
     return True
 

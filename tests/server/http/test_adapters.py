@@ -18,6 +18,7 @@ from safetensors.numpy import save as save_safetensors
 from adapters.peft_format.outline import Outline
 from adapters.storage.store import AdapterStore
 from server.services import TENANT
+from server.tenants.caller import EVERYTHING
 from tests.support.harness import HIDDEN, Site, adapter_files
 from tests.support.tiny import tiny_text
 
@@ -117,7 +118,7 @@ async def test_a_download_outlives_its_name(site: Site) -> None:
     await push(site, "legal")
     version = site.store.get(TENANT, "legal")
     with site.store.lease(version):
-        await site.registry.delete(TENANT, "legal")
+        await site.registry.delete(EVERYTHING, "legal")
         assert read(version.path / "adapter_model.safetensors") == weights
     async with asyncio.timeout(5):
         while kept(site):  # noqa: ASYNC110 - removed by a thread

@@ -19,6 +19,7 @@ from server.http import middleware as middleware_module
 from server.http.middleware import middleware
 from server.logs import JsonFormatter
 from server.settings import Settings
+from server.tenants.keys import Tenants
 
 KEY = "sk-secret"
 
@@ -36,7 +37,9 @@ def client(
 ) -> httpx.AsyncClient:
     paths = ["/v1/echo", "/health", "/ready", "/metrics", "/version"]
     routes = [Route(path, echo, methods=["GET", "POST"]) for path in paths] + [Route("/v1/fail", fail)]
-    stack = middleware(drain or Drain(), Settings(api_key=tuple(keys), allowed_origins=tuple(origins), **settings))
+    no_database: Any = None  # nothing is changed here
+    tenants = Tenants(no_database, keys)
+    stack = middleware(drain or Drain(), Settings(allowed_origins=tuple(origins), **settings), tenants)
     app = Starlette(routes=routes, middleware=stack, exception_handlers=EXCEPTION_HANDLERS)
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
 
@@ -113,8 +116,8 @@ async def test_metrics_and_readiness_may_ask_for_the_key() -> None:
 
 
 async def test_keys_are_not_kept_as_they_are() -> None:
-    guard = middleware_module.ApiKeys(PlainTextResponse(), [KEY], ())
-    assert KEY not in repr(vars(guard))
+    no_database: Any = None
+    assert KEY not in repr(vars(Tenants(no_database, [KEY])))
 
 
 async def test_while_draining_new_requests_are_refused_and_probes_answered() -> None:

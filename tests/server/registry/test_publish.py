@@ -14,6 +14,7 @@ from adapters.storage.versions import UnknownAdapter
 from server.errors import EngineUnavailable, StorageFull, disk_faults
 from server.services import TENANT
 from server.settings import SettingError
+from server.tenants.caller import EVERYTHING
 from tests.support.harness import Site, base_info, write_adapter
 
 T = TENANT
@@ -45,7 +46,7 @@ async def test_the_engine_forgets_what_no_name_points_at(site: Site) -> None:
     await site.publisher.import_directory(T, "a", two)  # b still holds the old content
     await asyncio.sleep(0)
     assert site.engine.forgotten == []
-    await site.registry.delete(T, "b")
+    await site.registry.delete(EVERYTHING, "b")
     await asyncio.sleep(0)
     assert site.engine.forgotten == [shared.digest]
 
@@ -88,7 +89,7 @@ async def test_a_name_that_is_anothers_in_other_case_is_refused(site: Site) -> N
     assert refusal.value.param == "name"
     await site.publisher.import_directory(T, "Legal", two)
     assert site.names() == ["Legal"]
-    await site.registry.delete(T, "Legal")
+    await site.registry.delete(EVERYTHING, "Legal")
     both = (site.publisher.import_directory(T, name, one) for name in ("legal", "LEGAL"))
     outcomes = await asyncio.gather(*both, return_exceptions=True)
     assert sorted(isinstance(outcome, AdapterError) for outcome in outcomes) == [False, True], "at once, too"
@@ -167,11 +168,11 @@ async def test_a_directory_of_adapters(tmp_path: Path, caplog: pytest.LogCapture
     assert site.names() == ["good"]
     assert "bad is not served" in caplog.text
 
-    assert (await site.registry.find(T, "good")).name == "good"
+    assert (await site.registry.find(EVERYTHING, "good")).name == "good"
     with pytest.raises(UnknownAdapter):
-        await site.registry.find(T, "late")
+        await site.registry.find(EVERYTHING, "late")
     write_adapter(root / "late", 3)
-    assert (await site.registry.find(T, "late")).name == "late"
+    assert (await site.registry.find(EVERYTHING, "late")).name == "late"
 
     caplog.clear()
     assert not await site.registry.discovery.discover(T, "bad")
@@ -189,11 +190,11 @@ async def test_a_deleted_adapter_of_the_directory_stays_deleted_until_its_files_
     write_adapter(root / "good")
     site = Site(tmp_path, adapter_dir=root)
     await site.registry.discovery.import_configured(T)
-    await site.registry.delete(T, "good")
+    await site.registry.delete(EVERYTHING, "good")
     with pytest.raises(UnknownAdapter):
-        await site.registry.find(T, "good")
+        await site.registry.find(EVERYTHING, "good")
     write_adapter(root / "good", 3)
-    assert (await site.registry.find(T, "good")).name == "good"
+    assert (await site.registry.find(EVERYTHING, "good")).name == "good"
     site.close()
 
 
@@ -208,13 +209,13 @@ async def test_an_upload_outlives_a_restart_with_the_same_directory(tmp_path: Pa
 
     site = Site(tmp_path, adapter_dir=root)
     await site.registry.discovery.import_configured(T)
-    assert (await site.registry.find(T, "good")).digest == uploaded.digest
+    assert (await site.registry.find(EVERYTHING, "good")).digest == uploaded.digest
     site.close()
 
     write_adapter(root / "good", 4)
     site = Site(tmp_path, adapter_dir=root)
     await site.registry.discovery.import_configured(T)
-    assert (await site.registry.find(T, "good")).digest != uploaded.digest
+    assert (await site.registry.find(EVERYTHING, "good")).digest != uploaded.digest
     site.close()
 
 

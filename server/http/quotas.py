@@ -1,0 +1,64 @@
+"""What a tenant may keep and train: checked when more comes in."""
+
+import asyncio
+import time
+from pathlib import Path
+
+from starlette.requests import Request
+
+from server.errors import PermissionDenied, TooManyRequests
+from server.services import Services, caller_of, services_of
+from server.usage import today
+
+_DAY = 86400
+
+
+async def check_room(request: Request, directory: Path | None = None) -> None:
+    """Room for the files in this directory, or for the body that is announced.
+
+    Raises PermissionDenied beyond `stored_bytes`.
+    """
+    services, caller = services_of(request), caller_of(request)
+    limit = caller.allowance.limits.stored_bytes
+    if limit is None:
+        return
+    announced = request.headers.get("content-length", "")
+    more = int(announced) if announced.isdigit() else 0
+    if directory is not None:
+        more = await asyncio.to_thread(_size, directory)
+    kept = await asyncio.to_thread(stored_bytes, services, caller.tenant)
+    if kept + more > limit:
+        message = f"You keep {kept} bytes, and these are {more} more; your limit is {limit}."
+        raise PermissionDenied(message, code="storage_quota_exceeded")
+
+
+def _size(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.iterdir() if path.is_file())
+
+
+def stored_bytes(services: Services, tenant: str) -> int:
+    """Bytes of a tenant's adapters, files and responses; content that two names have counts once."""
+    versions = {one.digest: one.receipt["bytes"] for one in services.store.all_versions() if one.tenant == tenant}
+    with services.tuning.database.reading() as connection:
+        kept = [
+            connection.execute(f"SELECT COALESCE(SUM(bytes), 0) FROM {table} WHERE tenant = ?", (tenant,)).fetchone()[0]
+            for table in ("files", "responses")
+        ]
+    return sum(versions.values()) + sum(kept)
+
+
+async def check_training(request: Request) -> None:
+    """Raises TooManyRequests when the tenant has as many jobs, or has trained on as many tokens today, as it may."""
+    services, caller = services_of(request), caller_of(request)
+    limits = caller.allowance.limits
+    if limits.training_jobs is not None:
+        jobs = await asyncio.to_thread(services.tuning.jobs.unfinished)
+        unfinished = sum(job.tenant == caller.tenant for job in jobs)
+        if unfinished >= limits.training_jobs:
+            message = f"{unfinished} of your jobs are not at an end; your limit is {limits.training_jobs}."
+            raise TooManyRequests(message, retry_after=60)
+    if limits.training_tokens_per_day is not None:
+        rows = await asyncio.to_thread(services.ledger.rows, caller.tenant, today(), today())
+        if sum(row["trained_tokens"] for row in rows) >= limits.training_tokens_per_day:
+            message = f"Your limit is {limits.training_tokens_per_day} trained tokens per day (UTC)."
+            raise TooManyRequests(message, retry_after=int(_DAY - time.time() % _DAY) + 1)

@@ -1,0 +1,29 @@
+"""`/v1/admin/audit`: who changed what, and when."""
+
+import asyncio
+
+from msgspec import to_builtins
+from starlette.requests import Request
+from starlette.responses import Response
+
+from adapters.storage.database import UnknownCursorError
+from server.http.objects import ListObject
+from server.http.operations import Operation
+from server.http.paging import PageQuery, page, unknown_cursor
+from server.services import caller_of, services_of
+from server.tenants.audit import Entry
+from server.tenants.caller import OPERATOR
+
+
+async def list_audit(request: Request, query: PageQuery) -> Response:
+    """A page of changes, newest first: an operator sees all tenants', another admin its own."""
+    caller = caller_of(request)
+    own = None if OPERATOR in caller.roles else caller.tenant
+    try:
+        entries, more = await asyncio.to_thread(services_of(request).audit.page, own, query.limit, query.after)
+    except UnknownCursorError:
+        raise unknown_cursor() from None
+    return page([to_builtins(entry) for entry in entries], more)
+
+
+routes = [Operation("GET", "/v1/admin/audit", list_audit, answers=ListObject[Entry])]

@@ -1,0 +1,48 @@
+"""`/v1/adapters/{name}/share`: other tenants may use an adapter, as OWNER/NAME, and change nothing of it."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from adapters.storage.versions import EVERYBODY, UnknownAdapter
+from server.errors import unknown_adapter
+from server.http.objects import ShareObject
+from server.http.operations import Operation
+from server.http.receipts import readers
+from server.openai.body import Body, Items
+from server.services import caller_of, services_of
+from server.tenants.caller import tenant_of
+
+
+class ShareBody(Body):
+    """Tenants, in place of those that it was shared with, or all. Whether there are such tenants is not told."""
+
+    tenants: Items[Annotated[str, Field(pattern="^[a-z0-9-]{1,64}$")]] | Literal["all"]
+
+
+async def share(request: Request, body: ShareBody) -> Response:
+    """Share it with these tenants, and no longer with others."""
+    return await _answer(request, [EVERYBODY] if body.tenants == "all" else [tenant_of(name) for name in body.tenants])
+
+
+async def unshare(request: Request) -> Response:
+    """Share it with nobody; requests that run go on."""
+    return await _answer(request, [])
+
+
+async def _answer(request: Request, tenants: list[str]) -> Response:
+    registry, caller, name = services_of(request).registry, caller_of(request), request.path_params["name"]
+    try:
+        version = await registry.own(caller, name)
+        pointer = await registry.publisher.share(caller.tenant, version.name, set(tenants) - {caller.tenant})
+    except UnknownAdapter:
+        raise unknown_adapter(name) from None
+    return JSONResponse({"object": "adapter.share", "name": version.name, "tenants": readers(pointer)})
+
+
+routes = [
+    Operation("POST", "/v1/adapters/{name:path}/share", share, answers=ShareObject),
+    Operation("DELETE", "/v1/adapters/{name:path}/share", unshare, answers=ShareObject),
+]

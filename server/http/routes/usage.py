@@ -1,0 +1,52 @@
+"""`/v1/usage`: what was used, by tenant, adapter and day."""
+
+import asyncio
+from typing import Annotated, Any
+
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.http.objects import ListObject, UsageRow
+from server.http.operations import Operation
+from server.http.paging import WindowQuery, page, window
+from server.services import caller_of, services_of
+from server.tenants.caller import OPERATOR, tenant_name, tenant_of
+
+_Day = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
+
+
+class UsageQuery(WindowQuery):
+    """Days in UTC, both included. `tenant`: only this one; others than its own see operators alone."""
+
+    first_day: _Day = "0000-00-00"
+    last_day: _Day = "9999-99-99"
+    tenant: str | None = None
+    adapter: str | None = None
+
+
+async def list_usage(request: Request, query: UsageQuery) -> Response:
+    """Requests and tokens by day, tenant and adapter; all of them, unless `limit` and `after` ask for a page.
+
+    A request counts once: when it has ended, or when its client went after its first token.
+    """
+    caller = caller_of(request)
+    wanted = None if query.tenant is None else tenant_of(query.tenant)
+    own = None if OPERATOR in caller.roles else caller.tenant
+    rows: list[dict[str, Any]] = []
+    if own is None or wanted in (None, own):
+        find = services_of(request).ledger.rows
+        rows = await asyncio.to_thread(find, own if wanted is None else wanted, query.first_day, query.last_day)
+    shown = [_shown(row) for row in rows if not row["adapter"] or caller.sees(row["adapter"])]
+    shown = [row for row in shown if query.adapter in (None, row["adapter"])]
+    part, more = window(query, [row["id"] for row in shown])
+    return page(shown[part], more)
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    tenant = tenant_name(row["tenant"])
+    id_ = f"{row['day']}/{tenant}/{row['adapter']}"
+    return {"object": "usage", "id": id_, **row, "tenant": tenant, "adapter": row["adapter"] or None}
+
+
+routes = [Operation("GET", "/v1/usage", list_usage, answers=ListObject[UsageRow])]

@@ -1,0 +1,1 @@
+"""Tenants: who asks, with which key, and what is theirs."""

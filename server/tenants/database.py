@@ -1,0 +1,28 @@
+"""The tables of tenants, their keys and their usage.
+
+Damaged, they are not made anew: without keys everybody would be let in.
+"""
+
+from pathlib import Path
+
+from adapters.storage.database import BUSY_SECONDS, Database, script
+
+_MIGRATIONS = (
+    script("""
+CREATE TABLE tenants (id TEXT PRIMARY KEY, record TEXT NOT NULL);
+CREATE TABLE keys (id TEXT PRIMARY KEY, digest BLOB NOT NULL, record TEXT NOT NULL)
+"""),
+    script("""
+CREATE TABLE usage (
+    tenant TEXT NOT NULL, adapter TEXT NOT NULL, day TEXT NOT NULL, requests INTEGER NOT NULL,
+    prompt_tokens INTEGER NOT NULL, cached_tokens INTEGER NOT NULL, generated_tokens INTEGER NOT NULL,
+    trained_tokens INTEGER NOT NULL, PRIMARY KEY (tenant, adapter, day)) WITHOUT ROWID;
+CREATE INDEX usage_by_day ON usage (day, tenant, adapter);
+CREATE TABLE trained (job TEXT PRIMARY KEY, tokens INTEGER NOT NULL) WITHOUT ROWID
+"""),
+)
+
+
+def open_database(path: Path, busy_seconds: float = BUSY_SECONDS) -> Database:
+    """The database of one server's tenants, made or migrated. Raises what `Database` does."""
+    return Database(path, _MIGRATIONS, busy_seconds)

@@ -1,0 +1,100 @@
+"""How much one tenant may have under way, and by the minute."""
+
+import math
+import time
+
+import msgspec
+
+from server.errors import TooManyRequests
+
+_MINUTE = 60.0
+RATE_HEADERS = [f"x-ratelimit-{what}-{of}" for of in ("requests", "tokens") for what in ("limit", "remaining", "reset")]
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """Of one tenant; None: as much as the server has."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None  # of prompts and answers
+    running: int | None = None  # sequences under way at once
+    stored_bytes: int | None = None  # adapters, files and kept responses
+    training_jobs: int | None = None  # that are not at an end
+    training_tokens_per_day: int | None = None  # a job that has begun goes on
+    weight: float = 1.0  # of its share of the engine, beside those of other tenants
+
+
+UNLIMITED = Limits()
+
+
+class _Bucket:
+    """So much a minute, and at most a minute's worth at once. It may owe: an answer's length is known at its end."""
+
+    def __init__(self, per_minute: int) -> None:
+        self.limit = per_minute
+        self._level = float(per_minute)
+        self._since = time.monotonic()
+
+    def left(self) -> float:
+        now = time.monotonic()
+        self._level = min(self.limit, self._level + (now - self._since) * self.limit / _MINUTE)
+        self._since = now
+        return self._level
+
+    def take(self, amount: float) -> None:
+        self._level = self.left() - amount
+
+    def seconds(self, amount: float) -> float:
+        """Until there is so much."""
+        return max(0.0, amount - self.left()) * _MINUTE / self.limit
+
+
+class Allowance:
+    """What is left of a tenant's limits. Used on the event loop.
+
+    Attributes:
+        limited: whether there is any limit on requests.
+    """
+
+    def __init__(self, limits: Limits = UNLIMITED) -> None:
+        self.running = 0
+        self.set(limits)
+
+    def set(self, limits: Limits) -> None:
+        """Begin anew under these limits; what is under way stays counted."""
+        self.limits = limits
+        each = {"requests": limits.requests_per_minute, "tokens": limits.tokens_per_minute}
+        self._buckets = {name: _Bucket(limit) for name, limit in each.items() if limit is not None}
+        self.limited = bool(self._buckets) or limits.running is not None
+
+    def check(self, sequences: int, prompt_tokens: int) -> None:
+        """Raises TooManyRequests for a request that is beyond a limit now."""
+        running = self.limits.running
+        if running is not None and self.running and self.running + sequences > running:
+            raise self._refused(f"{self.running} sequences are under way; your limit is {running}.", 1)
+        wanted = {"requests": 1, "tokens": prompt_tokens}
+        for name, bucket in self._buckets.items():
+            if wait := bucket.seconds(min(wanted[name], bucket.limit)):
+                raise self._refused(f"Your limit is {bucket.limit} {name} per minute.", wait)
+
+    def take(self, sequences: int, prompt_tokens: int) -> None:
+        """A request begins."""
+        self.running += sequences
+        for name, bucket in self._buckets.items():
+            bucket.take(prompt_tokens if name == "tokens" else 1)
+
+    def spend(self, tokens: int) -> None:
+        """An answer had so many."""
+        if "tokens" in self._buckets:
+            self._buckets["tokens"].take(tokens)
+
+    def headers(self) -> dict[str, str]:
+        """OpenAI's, of the limits that there are."""
+        found = {}
+        for name, bucket in self._buckets.items():
+            found[f"x-ratelimit-limit-{name}"] = str(bucket.limit)
+            found[f"x-ratelimit-remaining-{name}"] = str(max(0, int(bucket.left())))
+            found[f"x-ratelimit-reset-{name}"] = f"{bucket.seconds(bucket.limit):.3f}s"
+        return found
+
+    def _refused(self, message: str, seconds: float) -> TooManyRequests:
+        return TooManyRequests(message, retry_after=max(1, math.ceil(seconds)))

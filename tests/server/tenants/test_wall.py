@@ -1,0 +1,257 @@
+"""The wall between tenants, on every route: what is another's is answered as what is nobody's."""
+
+import random
+import statistics
+import time
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.http.operations import Operation
+from tests.support.scripted import BASE, Served, serving
+from tests.support.tenancy import Headers, Owned, answer, furnish, key
+
+# Of which kind the object in a path is, by what the path begins with.
+KINDS = {
+    "/v1/models/{id:path}": "adapter",
+    "/v1/adapters/{name:path}": "adapter",
+    "/v1/files/{id}": "file",
+    "/v1/fine_tuning/jobs/{id}": "job",
+    "/v1/evaluations/{id}": "evaluation",
+    "/v1/batches/{id}": "batch",
+    "/v1/responses/{id}": "response",
+    "/v1/admin/keys/{id}": "key",
+    "/v1/admin/tenants/{id}": "tenant",
+}
+NOBODYS = Owned(
+    adapter="nobody",
+    digest="0123456789abcdef" * 4,
+    file="file-0123456789abcdef01234567",
+    batch_file="file-0123456789abcdef01234567",
+    job="ftjob-0123456789abcdef01234567",
+    evaluation="eval-nobody",
+    batch="batch_0123456789abcdef01234567",
+    response=f"resp_{'0' * 32}",
+    key="lk-00000000",
+    tenant="nobody",
+)
+_HI = [{"role": "user", "content": "Hi"}]
+# Bodies that name what a path does not: `{kind}` stands for an object's id, `{own}` for a file of the caller's. None:
+# the body names no object.
+BODIES: dict[str, list[dict[str, Any]] | None] = {
+    "POST /v1/completions": [
+        {"model": "{adapter}", "prompt": "Hi"},
+        {"model": "{adapter}@{digest}", "prompt": "Hi"},
+        {"model": BASE, "adapter_id": "{adapter}", "prompt": "Hi"},
+        {"model": BASE, "adapters": [{"id": "{adapter}"}], "prompt": "Hi"},
+    ],
+    "POST /v1/chat/completions": [
+        {"model": "{adapter}", "messages": _HI},
+        {"model": BASE, "adapters": [{"id": "{adapter}", "weight": 0.5}], "messages": _HI},
+    ],
+    "POST /v1/messages": [{"model": "{adapter}", "max_tokens": 4, "messages": _HI}],
+    "POST /v1/messages/count_tokens": [{"model": "{adapter}", "messages": _HI}],
+    "POST /v1/responses": [
+        {"model": "{adapter}", "input": "Hi"},
+        {"model": BASE, "input": "Hi", "previous_response_id": "{response}"},
+        {"model": BASE, "input": [{"type": "item_reference", "id": "msg_{response}"}]},
+    ],
+    "POST /v1/embeddings": [{"model": "{adapter}", "input": "Hi"}],
+    "POST /v1/classify": [{"model": "{adapter}", "input": "Hi"}],
+    "POST /tokenize": [{"model": "{adapter}", "prompt": "Hi"}],
+    "POST /detokenize": [{"model": "{adapter}", "tokens": [1]}],
+    "POST /v1/adapters": [{"name": "mixed", "mix": [{"adapter": "{adapter}"}], "method": "cat"}],
+    "POST /v1/load_lora_adapter": [{"lora_name": "{adapter}", "lora_path": "nothing"}],
+    "POST /v1/unload_lora_adapter": [{"lora_name": "{adapter}"}],
+    "POST /v1/fine_tuning/jobs": [
+        {"model": BASE, "training_file": "{file}"},
+        {"model": "{adapter}", "training_file": "{own}"},
+    ],
+    "POST /v1/fine_tuning/estimate": [{"model": "{adapter}"}],
+    "POST /v1/evaluations": [{"model": "{adapter}", "file": "{own}"}, {"model": BASE, "file": "{file}"}],
+    "POST /v1/batches": [
+        {"input_file_id": "{batch_file}", "endpoint": "/v1/completions", "completion_window": "24h"},
+    ],
+    "POST /v1/files": None,
+    "POST /v1/admin/tenants": None,
+    "POST /v1/admin/keys": [{"tenant": "{tenant}"}],
+}
+# Bodies of routes whose path names an object.
+BESIDE: dict[str, dict[str, Any]] = {
+    "promote": {"digest": "{digest}"},
+    "merge": {"to": "checkpoint"},
+    "share": {"tenants": ["acme"]},
+    "/v1/admin/tenants/{id}": {"limits": {}},
+}
+
+
+@asynccontextmanager
+async def two_tenants(directory: Path) -> AsyncIterator[tuple[Served, Headers, Owned, Owned]]:
+    """An application; the headers and the objects of one tenant, and the objects of the other."""
+    async with serving(directory, lora_dir=directory / "lora", allowed_origins=("*",)) as served:
+        headers = {tenant: await key(served, tenant) for tenant in ("acme", "rival")}
+        ours = await furnish(served, directory, "acme", "ours", headers["acme"])
+        theirs = await furnish(served, directory, "rival", "theirs", headers["rival"])
+        yield served, headers["acme"], ours, theirs
+
+
+def operations(served: Served) -> list[Operation]:
+    return [route for route in served.app.routes if isinstance(route, Operation)]
+
+
+def filled(value: Any, ids: Mapping[str, str]) -> Any:
+    """A path or a body with these ids by kind."""
+    if isinstance(value, str):
+        for kind, id_ in ids.items():
+            value = value.replace(f"{{{kind}}}", id_.removeprefix("resp_") if f"msg_{{{kind}}}" in value else id_)
+        return value
+    if isinstance(value, dict):
+        return {name: filled(item, ids) for name, item in value.items()}
+    return [filled(item, ids) for item in value] if isinstance(value, list) else value
+
+
+def asked(operation: Operation) -> list[tuple[str, dict[str, Any] | None]]:
+    """Paths and bodies that name objects of an operation. Fails for one that nobody has decided on."""
+    name = f"{operation.method} {operation.path}"
+    if not operation.param_convertors:
+        if not (operation.bodies or operation.form):
+            return []
+        assert name in BODIES, f"{name}: which objects does its body name?"
+        return [(operation.path, body) for body in BODIES[name] or []]
+    path = next((path for path in KINDS if operation.path.startswith(path)), None)
+    assert path is not None, f"{name}: what does its path name?"
+    rest = operation.path.removeprefix(path).replace("{file}", "model.safetensors")
+    body = None
+    if operation.method == "POST":
+        body = BESIDE.get(operation.path) or BESIDE.get(operation.path.rpartition("/")[2])
+    return [(f"{path.partition('{')[0]}{{{KINDS[path]}}}{rest}", body)]
+
+
+async def test_what_is_anothers_is_answered_as_what_is_nobodys(tmp_path: Path) -> None:
+    async with two_tenants(tmp_path) as (served, headers, ours, theirs):
+        seen = 0
+        for operation in operations(served):
+            for path, body in asked(operation):
+                told = []
+                for owned in (theirs, NOBODYS):
+                    ids = vars(owned) | {"own": ours.file}
+                    json = {} if body is None else {"json": filled(body, ids)}
+                    response = await served.client.request(operation.method, filled(path, ids), headers=headers, **json)
+                    told.append(answer(response, *vars(owned).values(), owned.response.removeprefix("resp_")))
+                assert told[0] == told[1], f"{operation.method} {path} {body}"
+                assert told[0][0] in (400, 403, 404), f"{operation.method} {path} {body}: {told[0]}"
+                assert told[0][0] != 403 or path.startswith("/v1/admin"), path
+                seen += 1
+        assert seen > 60
+        # Nothing of theirs has gone.
+        everything = [(path, theirs) for path in KINDS if "/admin/" not in path]
+        rival = await key(served, "rival")
+        for path, owned in everything:
+            found = await served.client.get(f"{path.partition('{')[0]}{getattr(owned, KINDS[path])}", headers=rival)
+            assert found.status_code == 200, found.text
+        assert ours.adapter
+
+
+async def test_lists_show_what_is_ones_own(tmp_path: Path) -> None:
+    async with two_tenants(tmp_path) as (served, headers, _, theirs):
+        lists = [
+            operation
+            for operation in operations(served)
+            if operation.method == "GET" and not operation.param_convertors and operation.path.startswith("/v1/")
+        ]
+        for operation in lists:
+            response = await served.client.get(operation.path, headers=headers)
+            assert response.status_code == (403 if operation.path == "/v1/server/history" else 200), response.text
+            for kind, id_ in vars(theirs).items():
+                assert id_ not in response.text, f"{operation.path} shows their {kind}"
+            if response.status_code == 200 and "/admin/" not in operation.path:
+                assert len(response.json()["data"]) >= 1, operation.path
+
+
+async def test_names_are_each_tenants_own_and_the_base_is_everybodys(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        headers = {tenant: await key(served, tenant) for tenant in ("", "acme", "rival")}
+        digests = {}
+        for tenant, sender in headers.items():
+            owned = await furnish(served, tmp_path, tenant, f"{tenant}x", sender)
+            version, _ = await served.services.registry.publisher.import_directory(
+                tenant, "same", tmp_path / f"of-{tenant}-{tenant}x"
+            )
+            digests[tenant] = version.digest
+            assert owned.digest in version.digest
+        for tenant, sender in headers.items():
+            for model, digest in (("same", digests[tenant]), (BASE, served.engine.info.base_digest)):  # type: ignore[union-attr]
+                body = {"model": model, "prompt": "Hi", "max_tokens": 2}
+                response = await served.client.post("/v1/completions", json=body, headers=sender)
+                assert response.headers["X-Adapter-Digest"] == digest
+                assert served.engine.requests[-1].tenant == tenant, "a KV block's key begins with it"
+        assert len(set(digests.values())) == 3
+        gone = await served.client.delete("/v1/adapters/same", headers=headers["acme"])
+        assert gone.status_code == 200
+        listed = await served.client.get("/v1/models", headers=headers["rival"])
+        assert "same" in [model["id"] for model in listed.json()["data"]]
+
+
+async def test_use_of_equal_names_is_counted_apart(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        for tenant, requests in (("", 1), ("acme", 2)):
+            sender = await key(served, tenant)
+            directory = tmp_path / f"of-{tenant}-same"
+            await furnish(served, tmp_path, tenant, "same", sender)
+            assert directory.is_dir()
+            for _ in range(requests):
+                body = {"model": "same", "prompt": "Hi", "max_tokens": 2}
+                await served.client.post("/v1/completions", json=body, headers=sender)
+            adapter = (await served.client.get("/v1/adapters/same", headers=sender)).json()
+            assert adapter["requests"] == requests
+
+
+async def test_content_lasts_as_long_as_any_tenant_names_it(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        first, second = await key(served, "acme"), await key(served, "rival")
+        await furnish(served, tmp_path, "acme", "one", first)
+        publisher = served.services.registry.publisher
+        version, _ = await publisher.import_directory("rival", "two", tmp_path / "of-acme-one")
+        assert (await served.client.delete("/v1/adapters/one", headers=first)).status_code == 200
+        body = {"model": "two", "prompt": "Hi", "max_tokens": 2}
+        response = await served.client.post("/v1/completions", json=body, headers=second)
+        assert (response.status_code, response.headers["X-Adapter-Digest"]) == (200, version.digest)
+        assert (await served.client.get("/v1/adapters/two/weights", headers=second)).status_code == 200
+
+
+async def _times(directory: Path, tries: int) -> dict[str, list[list[float]]]:
+    """Seconds of asking for another's and for nobody's object, by path, in any order."""
+    found = {}
+    async with two_tenants(directory) as (served, headers, _, theirs):
+        for path in (
+            "/v1/adapters/{adapter}",
+            "/v1/files/{file}",
+            "/v1/fine_tuning/jobs/{job}",
+            "/v1/responses/{response}",
+        ):
+            times: list[list[float]] = [[], []]
+            for i in random.Random(3).sample([0, 1] * tries, 2 * tries):
+                owned = (theirs, NOBODYS)[i]
+                started = time.perf_counter()
+                response = await served.client.get(f"/v1/{filled(path, vars(owned))}", headers=headers)
+                times[i].append(time.perf_counter() - started)
+                assert response.status_code == 404
+            found[path] = times
+    return found
+
+
+async def test_a_refusal_takes_about_as_long(tmp_path: Path) -> None:
+    for path, times in (await _times(tmp_path, 40)).items():
+        theirs, nobodys = map(min, times)  # whatever else the machine does
+        assert theirs == pytest.approx(nobodys, rel=0.5), path
+
+
+@pytest.mark.slow
+async def test_a_refusal_takes_as_long(tmp_path: Path) -> None:
+    for path, times in (await _times(tmp_path, 1000)).items():
+        theirs, nobodys = map(statistics.median, times)
+        print(f"{path}: {theirs * 1e6:.0f} and {nobodys * 1e6:.0f} us")
+        assert theirs == pytest.approx(nobodys, rel=0.05), path
