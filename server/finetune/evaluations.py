@@ -99,6 +99,15 @@ class UnknownEvaluationError(LookupError):
 
 
 @dataclass(frozen=True)
+class _Model:
+    """What answers, and for whom: a tenant's cached prefixes are its own."""
+
+    tenant: str
+    adapters: list[AdapterRef]
+    stops: set[int]
+
+
+@dataclass(frozen=True)
 class _Example:
     """A sequence with its trained positions, and its last trained turn as prompt and answer."""
 
@@ -230,9 +239,10 @@ class Evaluations:
                 references = [AdapterRef(version.digest, str(version.path))]
                 taught = version.receipt.get("stop_token_ids", ())
             stops = {*base.eos_token_ids, *self._text.stop_tokens}
-            plain = await self._answers(examples, [], stops)
+            plain = await self._answers(examples, _Model(evaluation.tenant, [], stops))
             if references:
-                adapted = await self._answers(examples, references, {*stops, *taught})
+                model = _Model(evaluation.tenant, references, {*stops, *taught})
+                adapted = await self._answers(examples, model)
         return replace(
             evaluation,
             status="succeeded",
@@ -288,40 +298,46 @@ class Evaluations:
         count = min(len(data), evaluation.max_examples or len(data))
         return [_example(data, index) for index in range(count)]
 
-    async def _answers(self, examples: Sequence[_Example], adapters: list[AdapterRef], stops: set[int]) -> list[Answer]:
+    async def _answers(self, examples: Sequence[_Example], model: _Model) -> list[Answer]:
         """One model over all examples."""
-        examining = [asyncio.create_task(self._examine(example, adapters, stops)) for example in examples]
+        examining = [asyncio.create_task(self._examine(example, model)) for example in examples]
         try:
             return await asyncio.gather(*examining)
         finally:
             for task in examining:
                 task.cancel()
 
-    async def _examine(self, example: _Example, adapters: list[AdapterRef], stops: set[int]) -> Answer:
+    async def _examine(self, example: _Example, model: _Model) -> Answer:
         """One model on one example."""
         score = Sampling(max_tokens=0, temperature=0.0, prompt_logprobs=0)
         async with self._slots:
-            outputs = await self._generate(example.tokens, adapters, score)
+            outputs = await self._generate(example.tokens, model, score)
             logprobs = [entry for output in outputs for entry in output.prompt_logprobs]
             loss = -sum(entry.logprob for i in example.trained if (entry := logprobs[i]) is not None)
             loss /= len(example.trained)
             if not example.prompt:
                 return Answer(loss, None, None)
             most = len(example.answer) + SPARE_TOKENS
-            answer = Sampling(max_tokens=most, temperature=0.0, stop_token_ids=sorted(stops))
-            outputs = await self._generate(example.prompt, adapters, answer)
-        given = self._shown([token for output in outputs for token in output.tokens], stops)
-        return Answer(loss, given, given == self._shown(example.answer, stops))
+            answer = Sampling(max_tokens=most, temperature=0.0, stop_token_ids=sorted(model.stops))
+            outputs = await self._generate(example.prompt, model, answer)
+        given = self._shown([token for output in outputs for token in output.tokens], model.stops)
+        return Answer(loss, given, given == self._shown(example.answer, model.stops))
 
     def _shown(self, tokens: Sequence[int], stops: set[int]) -> str:
         """An answer's text, without the tokens that end it."""
         return self._text.decode([token for token in tokens if token not in stops], skip_special_tokens=True).strip()
 
-    async def _generate(self, prompt: list[int], adapters: list[AdapterRef], sampling: Sampling) -> list[Output]:
+    async def _generate(self, prompt: list[int], model: _Model, sampling: Sampling) -> list[Output]:
         """All outputs of one sequence, once there is an engine. Raises EngineDied."""
         while True:
             await engine_up(self._engine)
-            request = Generate(id=f"eval-{uuid.uuid4().hex}", prompt=prompt, sampling=sampling, adapters=adapters)
+            request = Generate(
+                id=f"eval-{uuid.uuid4().hex}",
+                prompt=prompt,
+                sampling=sampling,
+                adapters=model.adapters,
+                tenant=model.tenant,
+            )
             try:
                 async with aclosing(self._engine.generate(request)) as stream:
                     outputs = [output async for output in stream]

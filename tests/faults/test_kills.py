@@ -115,6 +115,14 @@ class Clients:
             if job is not None and job.is_success:
                 self.jobs.add(job.json()["id"])
                 self._stop.wait(10)
+                self._make_room()
+
+    def _make_room(self) -> None:
+        """Delete what was trained: the disk is small, and jobs would rightly wait for space for ever."""
+        listed = self._ask("GET", "/v1/adapters")
+        for item in listed.json()["data"] if listed is not None and listed.is_success else []:
+            if item["name"].startswith("ft:"):
+                self._ask("DELETE", f"/v1/adapters/{item['name']}")
 
 
 @contextlib.contextmanager
@@ -145,6 +153,11 @@ def filled_now_and_then(disk: Path | None) -> Any:
 
 def ended(server: RunningServer, path: str) -> bool:
     return server.get(path).json()["status"] in FINAL
+
+
+def shown(server: RunningServer, path: str) -> str:
+    """A job and its events, for a failed test."""
+    return f"{server.get(path).text}\n{server.get(path + '/events').text}"
 
 
 def _engines(server: RunningServer) -> list[int]:
@@ -186,7 +199,10 @@ def test_two_hundred_kills_lose_nothing(
         path = f"/v1/fine_tuning/jobs/{job}"
         if server.get(path).json()["status"] == "paused":
             httpx.post(f"{server.url}{path}/resume", timeout=30)
-        eventually(partial(ended, server, path), 120, f"{job} ends")
+        try:
+            eventually(partial(ended, server, path), 120, f"{job} ends")
+        except AssertionError as fault:
+            raise AssertionError(f"{fault}: {shown(server, path)}") from None
 
     listed = [item["name"] for item in server.get("/v1/adapters").json()["data"]]  # what was trained as well
     named = {digest for name in listed for digest in server.get(f"/v1/adapters/{name}").json()["versions"]}
