@@ -23,6 +23,7 @@ from server.engine.sampling import Draw, Drawn, Logprobs, Row, sample
 from server.engine.sequence import Sequence, Step, Work
 from server.messages.protocol import TokenLogprob
 from server.model.attention import KVCache, PagedAttention
+from server.model.states import StateCache, StateStep
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Batch:
     keep: Tensor  # int64 [K], the logits indices: rows whose logits are wanted
     kept: list[int]  # how many consecutive ones of them are each work's own
     extras: StepExtras | None  # what its adapters do besides rank rows
+    states: StateStep | None  # of the layers that keep some
 
     @property
     def decodes(self) -> bool:
@@ -58,11 +60,12 @@ class Batch:
 
 
 class Packer:
-    """Packs works over one KV cache and one row pool."""
+    """Packs works over one KV cache, one row pool, and the states of layers that keep some."""
 
-    def __init__(self, cache: KVCache, pool: RowPool) -> None:
+    def __init__(self, cache: KVCache, pool: RowPool, states: StateCache | None) -> None:
         self._cache = cache
         self._pool = pool
+        self._states = states
 
     def pack(
         self,
@@ -87,6 +90,7 @@ class Packer:
         uses: list[Use] = []
         kept: list[int] = []
         seqs: list[tuple[int, int, int]] = []
+        runs: list[tuple[int, ...]] = []
         pending: list[tuple[int, Sequence]] = []  # whose last token is pending, and where that comes among the ids
         extra_uses: list[ExtraUse] = []
         extra_kept: list[ExtraUse] = []
@@ -101,6 +105,9 @@ class Packer:
             if work.pending:
                 pending.append((len(ids), sequence))
                 ids.append(0)
+            runs += [
+                (offset + begin - first, offset + end - first, read, write) for begin, end, read, write in work.runs
+            ]
             places = range(first, last)
             positions += places
             for table, group in zip(sequence.tables, slots, strict=True):
@@ -154,6 +161,7 @@ class Packer:
             keep=tensor(keep),
             kept=kept,
             extras=StepExtras(extra_uses, extra_kept) if extra_uses else None,
+            states=None if self._states is None else StateStep(self._states, tensor(runs, np.int32)),
         )
 
 

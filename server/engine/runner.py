@@ -25,6 +25,7 @@ from server.engine.sampling import Drawn
 from server.engine.sequence import Sequence, Step, Work
 from server.model.attention import KVCache
 from server.model.base import Base
+from server.model.states import StateCache
 
 
 class Weights:
@@ -145,7 +146,7 @@ class ModulesPath(ForwardPath):
         base = self.weights.base
         slot, model = base.slot, base.model
         slot.deltas = batch.extras.over(batch.deltas) if batch.extras else batch.deltas
-        slot.attention = batch.attention
+        slot.attention, slot.states = batch.attention, batch.states
         try:
             with self.installed(batch):
                 inputs = {"input_ids": batch.ids[None], "position_ids": batch.positions[None], "use_cache": False}
@@ -154,7 +155,7 @@ class ModulesPath(ForwardPath):
                     return torch.empty(0, base.vocab_size)
                 return model(**inputs, logits_to_keep=batch.keep).logits[0].float()
         finally:
-            slot.deltas = slot.attention = None
+            slot.deltas = slot.attention = slot.states = None
 
 
 class Runner:
@@ -162,11 +163,21 @@ class Runner:
 
     Args:
         planned: see `Weights`.
+        states: of the layers that keep some, if there are any.
     """
 
-    def __init__(self, base: Base, cache: KVCache, pool: RowPool, max_model_len: int, *, planned: bool = True) -> None:
+    def __init__(
+        self,
+        base: Base,
+        cache: KVCache,
+        pool: RowPool,
+        max_model_len: int,
+        *,
+        planned: bool = True,
+        states: StateCache | None = None,
+    ) -> None:
         self._pool = pool
-        self._packer = Packer(cache, pool)
+        self._packer = Packer(cache, pool, states)
         self._settings = (cache, pool, max_model_len)
         self._planned = planned
         self.weights = self._made(base, merged=False)
