@@ -1,11 +1,14 @@
 """Queue limits and draining.
 
-A request beyond a limit is refused at once, with an estimate of when to try again, instead of waiting without end.
+A request beyond a limit is refused at once, with an estimate of when to try again, instead of waiting without end. One
+of a tenant of which less waits than its even share of the limit is accepted nevertheless: nobody can fill the queue for
+others.
 """
 
 import asyncio
 import math
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
@@ -24,8 +27,9 @@ BACKGROUND: ContextVar[bool] = ContextVar("background", default=False)
 class Ticket:
     """One sequence's place in the queue, given back by `leave`: at its first output, or when it ends without one."""
 
-    def __init__(self, admission: "Admission", tokens: int, *, waiting: bool = True) -> None:
+    def __init__(self, admission: "Admission", tenant: str, tokens: int, *, waiting: bool = True) -> None:
         self._admission = admission
+        self._tenant = tenant
         self._tokens = tokens
         self._since = time.monotonic()
         self._waiting = waiting
@@ -34,7 +38,7 @@ class Ticket:
         """Stop counting as waiting. Further calls do nothing. `served`: the wait tells how long others may wait."""
         if self._waiting:
             self._waiting = False
-            self._admission._left(self._tokens, time.monotonic() - self._since if served else None)
+            self._admission._left(self._tenant, self._tokens, time.monotonic() - self._since if served else None)
 
 
 class Admission:
@@ -43,9 +47,19 @@ class Admission:
     def __init__(self, max_requests: int, max_tokens: int) -> None:
         self._max_requests = max_requests
         self._max_tokens = max_tokens
-        self.requests = 0
-        self.tokens = 0
+        self._requests: Counter[str] = Counter()  # of each tenant
+        self._tokens: Counter[str] = Counter()
         self._typical_wait = 1.0  # seconds; a moving average
+
+    @property
+    def requests(self) -> int:
+        """Sequences that wait."""
+        return self._requests.total()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of their prompts."""
+        return self._tokens.total()
 
     def check_size(self, sequences: int) -> None:
         """Raises `InvalidRequest` for a request of more sequences than may ever wait."""
@@ -54,27 +68,31 @@ class Admission:
                 f"This request asks for {sequences} sequences; at most {self._max_requests} are accepted.", param="n"
             )
 
-    def enter(self, prompt_lengths: Sequence[int]) -> list[Ticket]:
+    def enter(self, prompt_lengths: Sequence[int], tenant: str = "") -> list[Ticket]:
         """A ticket for each sequence of one request: all or none.
 
         Raises `InvalidRequest` when the request alone has more sequences than may ever wait, `TooManyRequests` when
         there is no room now. Prompt tokens alone never refuse a request that finds the queue empty.
         """
-        self.check_size(len(prompt_lengths))
+        count, tokens = len(prompt_lengths), sum(prompt_lengths)
+        self.check_size(count)
         if BACKGROUND.get():
-            return [Ticket(self, length, waiting=False) for length in prompt_lengths]
-        tokens = sum(prompt_lengths)
-        if self.requests + len(prompt_lengths) > self._max_requests:
+            return [Ticket(self, tenant, length, waiting=False) for length in prompt_lengths]
+        tenants = len(self._requests.keys() | {tenant})
+        if self.requests + count > self._max_requests and self._requests[tenant] + count > self._max_requests / tenants:
             raise self._full(f"{self.requests} sequences are waiting; at most {self._max_requests} may.")
-        if self.requests and self.tokens + tokens > self._max_tokens:
+        own = self._tokens[tenant]
+        if own and self.tokens + tokens > self._max_tokens and own + tokens > self._max_tokens / tenants:
             raise self._full(f"{self.tokens} prompt tokens are waiting; at most {self._max_tokens} may.")
-        self.requests += len(prompt_lengths)
-        self.tokens += tokens
-        return [Ticket(self, length) for length in prompt_lengths]
+        self._requests[tenant] += count
+        self._tokens[tenant] += tokens
+        return [Ticket(self, tenant, length) for length in prompt_lengths]
 
-    def _left(self, tokens: int, waited: float | None) -> None:
-        self.requests -= 1
-        self.tokens -= tokens
+    def _left(self, tenant: str, tokens: int, waited: float | None) -> None:
+        self._requests[tenant] -= 1
+        self._tokens[tenant] -= tokens
+        if not self._requests[tenant]:
+            del self._requests[tenant], self._tokens[tenant]
         if waited is not None:
             self._typical_wait += 0.2 * (waited - self._typical_wait)
 

@@ -18,6 +18,8 @@ class _Tagged(_Object, frozen=True, kw_only=True, tag_field="type"):
 class MessageFault(_Object, frozen=True, kw_only=True):
     type: str
     message: str
+    param: str | None
+    code: str | None
 
 
 class MessageError(_Tagged, frozen=True, kw_only=True, tag="error"):

@@ -412,6 +412,7 @@ class LocalEngine:
             sys.executable,
             "-m",
             "server.engine.process",
+            str(os.getpid()),
             protocol.encode_config(config).decode(),
             stdin=asyncio.subprocess.DEVNULL,
             # torch's idle threads must sleep, not spin, or they take the cores from our own kernels' threads.

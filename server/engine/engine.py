@@ -184,6 +184,8 @@ class Engine:
             sampling=request.sampling,
             adapter=key,
             tenant=request.tenant,
+            weight=request.weight,
+            priority=request.priority,
             cache_salt=request.cache_salt,
             arrival=time.monotonic(),
             background=request.background,

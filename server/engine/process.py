@@ -1,7 +1,7 @@
 """The engine process, which owns the device: its birth, its loop over a socket, its end.
 
-Started as `python -m server.engine.process CONFIG_JSON` by the API process, and exits when that is gone. Requests come
-with token ids and adapter digests, and nothing here is durable.
+Started as `python -m server.engine.process PARENT CONFIG_JSON` by the API process, whose pid PARENT is, and exits when
+that is gone. Requests come with token ids and adapter digests, and nothing here is durable.
 """
 
 import logging
@@ -26,7 +26,7 @@ SWITCH_SECONDS = 5e-4  # how long a thread that loads an adapter may keep the in
 
 
 def _exit_with_parent(parent: int) -> None:
-    """End this process soon after the one that started it has gone."""
+    """End this process soon after the one that started it has gone, be that before this one could look."""
     while os.getppid() == parent:
         time.sleep(0.25)
     os._exit(1)
@@ -34,12 +34,12 @@ def _exit_with_parent(parent: int) -> None:
 
 def main() -> int:
     """Load the model, then serve until drained. The exit status is 0 only after a drain."""
-    threading.Thread(target=_exit_with_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_exit_with_parent, args=(int(sys.argv[1]),), daemon=True).start()
     sys.setswitchinterval(SWITCH_SECONDS)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the API process decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     transformers.utils.logging.disable_progress_bar()
-    config = protocol.decode_config(sys.argv[1])
+    config = protocol.decode_config(sys.argv[2])
     context = zmq.Context()
     socket = context.socket(zmq.PAIR)
     socket.set_hwm(0)

@@ -1,9 +1,9 @@
 """Which tokens of which sequences go through the model next.
 
 There are no phases: a sequence has `num_computed` chasing its length, and every step spends one token budget, on
-decodes first, then on chunks of prompts under way, then on newcomers in order of arrival; what is left may go to drafts
-of sequences that speculate. `schedule` decides a step, the caller gives it to the device, and `advance` takes in the
-results, one work at a time.
+decodes first, then on chunks of prompts under way, then on newcomers in order of priority and arrival; what is left may
+go to drafts of sequences that speculate. `schedule` decides a step, the caller gives it to the device, and `advance`
+takes in the results, one work at a time.
 
 Lengths advance when a step is given, so `schedule` decides the next one just as well before the tokens of the last were
 read. Only a sequence that needs those on the host (penalties, drafts) is passed over until they are. One that an
@@ -22,19 +22,32 @@ Order and fairness:
   flight, it is held back first, and so is the one in need.
 - Sequences in the background are younger than all others, and a step has them only if nothing else can run in it. They
   give place, blocks and rows of adapters to the first newcomer that lacks them.
+- Among several tenants `shares` decides who is next, whose sequence gives way, and to whom a step belongs.
 """
 
 from bisect import insort
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
 from server.engine.blocks import BlockGroups, name_blocks
 from server.engine.sequence import AdapterKey, AdapterResidency, Counters, Sequence, Step, Work
+from server.engine.shares import Shares
 from server.messages.protocol import LOAD_FAILED, TOO_LONG
 
 _BACKGROUND_TOKENS = 128  # of a step's prompts, on a CPU about a tenth of a second
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """The sequences that a step may have: those in the background, or those of some tenants, or all others."""
+
+    background: bool = False
+    tenants: frozenset[str] | None = None
+
+    def has(self, sequence: Sequence) -> bool:
+        return sequence.background == self.background and (self.tenants is None or sequence.tenant in self.tenants)
 
 
 class Scheduler:
@@ -87,7 +100,10 @@ class Scheduler:
         self._failed: list[Sequence] = []
         self._arrivals = 0
         self._steps = 0
+        self._shares = Shares(max_batch_requests, blocks.capacity * blocks.block_size)
         self._yielding = False  # in this step nothing in the background runs, for somebody needs what it holds
+        self._leaves_next: Sequence | None = None  # it is in flight, and gives way once it has been collected
+        self._held: Sequence | None = None  # the one of which that was found in the step before
 
     @property
     def idle(self) -> bool:
@@ -106,8 +122,9 @@ class Scheduler:
         if self._blocks.states is not None:
             sequence._drafter = None  # a state that has taken in a wrong draft cannot go back
         sequence.limit = min(sequence.sampling.max_tokens, self._max_model_len - len(sequence.prompt))
-        sequence._order = (sequence.background, self._arrivals)
+        sequence._order = (sequence.background, sequence.priority, self._arrivals)
         self._arrivals += 1
+        self._shares.enter(sequence)
         self._by_id[sequence.id] = sequence
         insort(self.waiting, sequence, key=attrgetter("_order"))
 
@@ -148,10 +165,9 @@ class Scheduler:
         """
         self._steps += 1
         self._yielding = False
-        works = self._schedule_those(now, background=False)
-        if not works and not self._yielding and all(sequence.background for sequence in self.running):
-            works = self._schedule_those(now, background=True)
-        if not works:
+        self._held, self._leaves_next = self._leaves_next, None
+        works = next(filter(None, (self._schedule_group(now, group) for group in self._groups())), None)
+        if works is None:
             if len(self.running) > 1 and not any(sequence.in_flight for sequence in self.running):
                 self._preempt(self.running[-1])  # all of them are prompts that wait for blocks
             return None
@@ -162,53 +178,63 @@ class Scheduler:
             sequence.num_computed += work.count - len(work.drafts)
             sequence.pending += work.samples
             sequence.in_flight += 1
+            self._shares.charge(work)
         works.sort(key=lambda work: (work.sequence.adapter, work.sequence._order))
         return Step(tuple(works))
 
-    def _schedule_those(self, now: float, *, background: bool) -> list[Work]:
-        """What those in the background, or all others, may compute now."""
+    def _groups(self) -> Iterator[_Group]:
+        """Whose the step may be; the first of whom anything can run has it."""
+        if favoured := self._shares.favoured(self.running, self.waiting):
+            yield _Group(tenants=favoured)
+        yield _Group()
+        if not self._yielding and all(sequence.background for sequence in self.running):
+            yield _Group(background=True)
+
+    def _schedule_group(self, now: float, group: _Group) -> list[Work]:
+        """What those of a group may compute now, but for one that gives way."""
         works: list[Work] = []
-        held = self._schedule_decodes(works, background)
+        self._schedule_decodes(works, group)
         # Whoever comes meanwhile waits for the end of a step.
-        most = min(_BACKGROUND_TOKENS, self._max_batch_tokens) if background else self._max_batch_tokens
+        most = min(_BACKGROUND_TOKENS, self._max_batch_tokens) if group.background else self._max_batch_tokens
         budget = max(0, most - len(works))
-        for sequence in self.running:
-            if sequence.background != background or sequence.remaining <= 1 or not budget or sequence is held:
+        for sequence in list(self.running):
+            if not self._may_run(sequence, group) or sequence.remaining <= 1 or not budget:
                 continue
-            while not (count := self._chunk(sequence, budget)) and self._gives_way(background):
+            while not (count := self._chunk(sequence, budget)) and self._gives_way(sequence, works):
                 pass
             if count:
                 works.append(sequence.work(count))
                 budget -= works[-1].count
-        self._admit(works, budget, now, background)
+        self._admit(works, budget, now, group)
         return works
 
-    def _schedule_decodes(self, works: list[Work], background: bool) -> Sequence | None:
-        """One token of each decoding sequence, oldest first; the youngest give way when blocks run out.
+    def _may_run(self, sequence: Sequence, group: _Group) -> bool:
+        """Whether a sequence of this group still runs, and does not give way."""
+        return group.has(sequence) and bool(sequence.tables) and sequence not in (self._held, self._leaves_next)
 
-        Returns the sequence to preempt once its step in flight is collected: it is not scheduled until then.
-        """
+    def _schedule_decodes(self, works: list[Work], group: _Group) -> None:
+        """One token of each decoding sequence, oldest first; the youngest give way when blocks run out."""
         position = 0
-        held = None
         while position < len(self.running):
             sequence = self.running[position]
             # One with more to compute got all of its blocks at admission.
-            if sequence.background != background or sequence.remaining != 1 or sequence is held or sequence.waits:
+            if not self._may_run(sequence, group) or sequence.remaining != 1 or sequence.waits:
                 position += 1
             elif self._blocks.grow(sequence, sequence.length):
                 works.append(sequence.work(1))
                 position += 1
             elif self.leaving:  # there are blocks on their way back
                 position += 1
-            elif self.running[-1].in_flight:
-                held = self.running[-1]
-                self._yielding = True
-                position += 1
-            elif len(self.running) == 1:
-                self._fail_too_long(sequence)
-            else:  # the youngest is this one, or one not looked at yet
-                self._preempt(self.running[-1])
-        return held
+            else:  # this one gives way, or one not looked at yet
+                youngest = self._shares.youngest(self.running[position:]) or sequence
+                if youngest.in_flight:
+                    self._leaves_next = youngest
+                    self._yielding = True
+                    position += 1
+                elif len(self.running) == 1:
+                    self._fail_too_long(sequence)
+                else:
+                    self._preempt(youngest)
 
     def _chunk(self, sequence: Sequence, budget: int) -> int:
         """How many more tokens of a prompt find their slots, within the budget: layers that slide get theirs late."""
@@ -217,23 +243,23 @@ class Scheduler:
             return wanted - sequence.num_computed
         return min(wanted, self._blocks.room(sequence)) - sequence.num_computed
 
-    def _admit(self, works: list[Work], budget: int, now: float, background: bool) -> None:
-        """Start waiting sequences, in order of arrival, as far as budget, places, adapters and blocks allow."""
+    def _admit(self, works: list[Work], budget: int, now: float, group: _Group) -> None:
+        """Start waiting sequences, in order, as far as budget, places, adapters and blocks allow."""
         refused: dict[AdapterKey, str | None] = {}
         starving = False
-        for sequence in [one for one in self.waiting if one.background == background]:
-            if not budget or not (self._has_place or self._may_give_way(background)):
+        for sequence in self._shares.order([one for one in self.waiting if group.has(one)]):
+            if not budget or not (self._has_place or self._victim(sequence)):
                 break
             if not self._fits_ever(sequence):
                 self._fail_too_long(sequence)
                 continue
             if starving and sequence.adapter:
                 continue
-            if not self._acquire_adapter(sequence, refused):
+            if not self._acquire_adapter(sequence, refused, works):
                 since = sequence._refused_since
                 starving |= since is not None and self._steps - since >= self._patience
                 continue
-            while not (placed := self._has_place and self._take_blocks(sequence)) and self._gives_way(background):
+            while not (placed := self._has_place and self._take_blocks(sequence)) and self._gives_way(sequence, works):
                 pass
             if not placed:
                 self._residency.release(sequence.adapter)
@@ -250,25 +276,31 @@ class Scheduler:
     def _has_place(self) -> bool:
         return len(self.running) < self._max_batch_requests
 
-    def _may_give_way(self, background: bool) -> bool:
-        """Whether one in the background holds what somebody needs who is not."""
-        return not background and bool(self.running) and self.running[-1].background
+    def _victim(self, sequence: Sequence) -> Sequence | None:
+        """The running sequence that gives way to one that lacks room, if any does."""
+        if sequence.background or not self.running:
+            return None
+        youngest = self.running[-1]
+        return youngest if youngest.background else self._shares.victim(sequence, self.running)
 
-    def _gives_way(self, background: bool) -> bool:
-        """Whether the youngest of those was preempted; one in flight is when its step has been collected."""
-        if not self._may_give_way(background):
+    def _gives_way(self, sequence: Sequence, works: list[Work]) -> bool:
+        """Whether another was preempted for this one; one in flight is when its step has been collected."""
+        victim = self._victim(sequence)
+        if victim is None:
             return False
-        if self.running[-1].in_flight:
+        if victim.in_flight:
             self._yielding = True
+            self._leaves_next = victim
             return False
-        self._preempt(self.running[-1])
+        works[:] = [work for work in works if work.sequence is not victim]
+        self._preempt(victim)
         return True
 
-    def _acquire_adapter(self, sequence: Sequence, refused: dict[AdapterKey, str | None]) -> bool:
+    def _acquire_adapter(self, sequence: Sequence, refused: dict[AdapterKey, str | None], works: list[Work]) -> bool:
         """Whether the sequence got its adapter; `refused` holds this step's other answers (a failure with its text)."""
         key = sequence.adapter
         if key not in refused:
-            while (answer := self._residency.acquire(key)) == "full" and self._gives_way(sequence.background):
+            while (answer := self._residency.acquire(key)) == "full" and self._gives_way(sequence, works):
                 pass
             if answer == "ready":
                 sequence.starts = self._starts(key, sequence.prompt)
@@ -381,6 +413,7 @@ class Scheduler:
 
     def _remove(self, sequence: Sequence) -> None:
         del self._by_id[sequence.id]
+        self._shares.leave(sequence)
         if not sequence.tables:  # running sequences have tables, waiting ones none
             self.waiting.remove(sequence)
             return

@@ -25,6 +25,8 @@ class Sequence:
     sampling: Sampling
     adapter: AdapterKey = ()
     tenant: str = ""
+    weight: float = 1.0  # of the tenant, beside others'
+    priority: int = 0  # among the tenant's; the lowest comes first
     cache_salt: str = ""
     arrival: float = 0.0  # seconds, on the clock that `schedule` is given
     background: bool = False  # it runs only in steps that no other sequence can use
@@ -49,7 +51,8 @@ class Sequence:
     error: str | None = field(init=False, default=None)
     code: str | None = field(init=False, default=None)
 
-    _order: tuple[bool, int] = field(init=False, default=(False, -1))  # those in the background come last; by arrival
+    # Those in the background come last; then by priority and arrival.
+    _order: tuple[bool, int, int] = field(init=False, default=(False, 0, -1))
     _refused_since: int | None = field(init=False, default=None)  # the step in which its adapter first found no room
     _keys: list[bytes] = field(init=False, default_factory=list)  # chain keys of the leading full blocks
     _drafter: Drafter | None = field(init=False, default=None)  # None: it does not speculate

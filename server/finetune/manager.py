@@ -28,6 +28,7 @@ from server.finetune.files import FileStore
 from server.finetune.jobs import FINAL, Job, JobError, JobFailedError, JobSpec, JobStateError, JobStore, Status
 from server.finetune.metrics import TrainingMetrics
 from server.finetune.preparation import Preparation, copy_initial
+from server.finetune.slots import FairSlots
 from server.finetune.wandb_runs import WandbRuns
 from server.messages.training import (
     STORAGE_FULL,
@@ -82,7 +83,7 @@ class JobManager:
         self._checkpoints = CheckpointAdapters(database, files, jobs, publisher)
         self._metrics = metrics
         self._wandb = WandbRuns()
-        self._slots = asyncio.Semaphore(max_running)
+        self._slots = FairSlots(max_running)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._training: set[str] = set()  # ids of the jobs that have a slot
         self._pace: dict[str, float] = {}  # id -> seconds per step, lately
@@ -275,7 +276,7 @@ class JobManager:
             message = "Files validated, moving job to queued state"
             job = await self._move(job, "queued", message, start=start, **taught)
             await asyncio.to_thread(restore.note, self._directory / job.id, restore.JOB, job)
-        async with self._slots:
+        async with self._slots.take(job.tenant):
             await self._train(job)
 
     async def _wait_for_space(self, job: Job) -> Job:

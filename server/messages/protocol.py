@@ -146,6 +146,8 @@ class Generate(_Message):
     sampling: Sampling
     adapters: list[AdapterRef] = []
     tenant: str = ""
+    weight: float = 1.0  # of the tenant's share beside other tenants
+    priority: int = 0  # among the tenant's sequences; the lowest comes first
     cache_salt: str = ""
     background: bool = False  # only in steps that nothing else can use
 

@@ -207,6 +207,8 @@ def check_servable(config: Any) -> None:
         )
     if config.model_type.endswith("_assistant"):
         raise UnservableModel(f"{name} is not served: it drafts for another model, whose keys it reads")
+    if getattr(config, "canvas_length", None):
+        raise UnservableModel(f"{name} is not served: it denoises a whole text, not one token after the other")
     if getattr(config, "is_encoder_decoder", False):
         raise UnservableModel(f"{name} is an encoder with a decoder: only decoders are served")
     if config.model_type in ALIBI:

@@ -4,6 +4,7 @@ import json
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, model_validator
+from pydantic_core import from_json
 
 from server.errors import InvalidRequest
 from server.openai.body import Body, Items
@@ -49,13 +50,21 @@ _ARGUMENTS = BeforeValidator(_template_arguments, json_schema_input_type=dict[st
 
 
 def _arguments(value: Any) -> Any:
-    """JSON of an object, as models write it."""
+    """JSON of an object, as models write it. Clients send back what was cut short, too: it is closed where it ends."""
     try:
-        if isinstance(value, str) and isinstance(json.loads(value or "{}"), dict):
-            return value or "{}"
-    except (ValueError, RecursionError):
+        if isinstance(value, str) and isinstance(given := from_json(value or "{}", allow_partial=True), dict):
+            return value if _is_whole(value) else json.dumps(given, ensure_ascii=False)
+    except ValueError:
         pass
     raise ValueError("must be the JSON text of an object")
+
+
+def _is_whole(text: str) -> bool:
+    try:
+        from_json(text)
+    except ValueError:
+        return False
+    return True
 
 
 class CalledFunction(Body):

@@ -131,7 +131,8 @@ class Generation:
                 ticket.leave(served=False)
 
     def _enter(self) -> list[Ticket]:
-        return self.services.admission.enter([len(prompt.ids) for prompt in self.prompts for _ in range(self.body.n)])
+        lengths = [len(prompt.ids) for prompt in self.prompts for _ in range(self.body.n)]
+        return self.services.admission.enter(lengths, TENANT)
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """(choice, piece) as they come; closing it aborts what still runs.
@@ -262,6 +263,7 @@ class Generation:
             sampling=sampling,
             adapters=self.target.refs,
             tenant=TENANT,
+            priority=self.body.priority,
             cache_salt=self.body.cache_salt or "",
             background=BACKGROUND.get(),
         )

@@ -140,6 +140,7 @@ class ResponseBody(Body):
     metadata: Metadata = Field({})
     chat_template_kwargs: dict[str, Any] = Field({})
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
+    priority: int = 0
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -184,6 +185,7 @@ class ResponseBody(Body):
             "verbosity": self.text.verbosity,
             "chat_template_kwargs": self.chat_template_kwargs,
             "cache_salt": self.cache_salt,
+            "priority": self.priority,
             "user": self.user,
         }
         try:

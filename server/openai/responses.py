@@ -31,7 +31,9 @@ class _Open:
     def part(self) -> o.OutputText | o.ReasoningText:
         """Its text so far."""
         text = "".join(self.text)
-        return o.OutputText(text=text, logprobs=self.logprobs) if self.kind == "message" else o.ReasoningText(text=text)
+        if self.kind == "reasoning":
+            return o.ReasoningText(text=text)
+        return o.OutputText(text=text, logprobs=list(self.logprobs))
 
     def item(self, status: o.ItemStatus) -> o.OutputItem:
         """As it stands."""
@@ -164,7 +166,8 @@ class ResponseWriter:
             yield self._of(o.PartDone, **at, part=item.part())
         self._pending = []
         done = item.item(status)
-        self.response.output.append(done)
+        # A new list: events that are not sent yet show the one from before.
+        self.response = replace(self.response, output=[*self.response.output, done])
         yield self._of(o.ItemDone, output_index=item.index, item=done)
 
     def _end(self, status: o.Status, error: o.ResponseFault | None = None) -> None:

@@ -112,6 +112,7 @@ class GenerationBody(ConstrainedBody):
     stream: bool = False
     stream_options: StreamOptions | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
+    priority: int = Field(0, ge=-INT32, le=INT32)  # vLLM's: among the caller's requests the lowest comes first
     user: str | None = None  # who asks: a name whose requests are split gives the same version to the same user
     best_of: int | None = Field(None, ge=1, le=128)  # as many as `n`: nothing is left to choose between
 

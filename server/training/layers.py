@@ -15,8 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import KVSharingDict
-from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
-from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
 from adapters import kernels
 from server.model.base import Base
@@ -216,6 +214,10 @@ class PackedStates:
         gain: float = 1.0,
         limits: tuple[float, float] = kernels.NO_LIMITS,
     ) -> Tensor:
+        # Here, so that other models do without these modules.
+        from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+        from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
         rate = -a_log.float().exp()
         parts = []
         for i, j in self._bounds:

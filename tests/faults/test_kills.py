@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from tests.faults.conftest import ADAPTERS, Files
@@ -37,6 +38,8 @@ class Clients:
         self.jobs: set[str] = set()
         self.faults: list[str] = []
         self._stop = threading.Event()
+        # No connection is used twice: the server behind it may have died.
+        self._client = httpx.Client(timeout=30, limits=httpx.Limits(max_keepalive_connections=0))
         self._threads = [threading.Thread(target=self._adapters, args=(n,)) for n in range(3)]
         self._threads.append(threading.Thread(target=self._training))
 
@@ -48,11 +51,12 @@ class Clients:
         self._stop.set()
         for thread in self._threads:
             thread.join()
+        self._client.close()
 
     def _ask(self, method: str, path: str, **more: Any) -> httpx.Response | None:
         """None: nobody knows what became of it."""
         try:
-            response = httpx.request(method, f"{self.server.url}{path}", timeout=30, **more)
+            response = self._client.request(method, f"{self.server.url}{path}", **more)
         except httpx.ConnectError:
             time.sleep(0.1)
             return None
@@ -143,6 +147,12 @@ def ended(server: RunningServer, path: str) -> bool:
     return server.get(path).json()["status"] in FINAL
 
 
+def _engines(server: RunningServer) -> list[int]:
+    """Engine processes that were ever started for this server, and live."""
+    lines = {process.pid: process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])}
+    return [pid for pid, line in lines.items() if "server.engine.process" in line and str(server.root) in line[-1]]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_two_hundred_kills_lose_nothing(
@@ -164,6 +174,7 @@ def test_two_hundred_kills_lose_nothing(
             server.wait_ready(600)
     server.begin()
     server.wait_ready(600)
+    eventually(lambda: _engines(server) == [server.engine_pid], 60, "no engine outlives its API process")
     with capsys.disabled():
         print(f"\n{killed} kills in {time.monotonic() - began:.0f} s, {len(clients.jobs)} jobs, {clients.meaning}")
 

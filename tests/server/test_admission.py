@@ -50,3 +50,19 @@ def test_the_advice_follows_how_long_others_waited(monkeypatch: pytest.MonkeyPat
     with pytest.raises(TooManyRequests) as refusal:
         admission.enter([1])
     assert int(refusal.value.headers["Retry-After"]) in (19, 20)
+
+
+def test_a_full_queue_takes_others_up_to_their_share() -> None:
+    admission = Admission(max_requests=4, max_tokens=100)
+    admission.enter([20] * 4, "flood")
+    with pytest.raises(TooManyRequests):
+        admission.enter([1], "flood")
+    tickets = admission.enter([60, 10], "other")  # half of the places; its first tokens are never too many
+    with pytest.raises(TooManyRequests, match="sequences"):
+        admission.enter([1], "other")
+    tickets[0].leave(served=True)
+    with pytest.raises(TooManyRequests, match="prompt tokens"):
+        admission.enter([60], "other")
+    admission.enter([10], "other")
+    admission.enter([1], "third")
+    assert (admission.requests, admission.tokens) == (7, 101)

@@ -46,6 +46,7 @@ class RunningServer:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
+        self.root = root
         self.data_dir = data_dir
         self._log = root / "server.log"
         self.fault = root / "fault"  # write a kind of `inject.sitecustomize` there

@@ -190,6 +190,8 @@ class World:
         adapter: AdapterKey = BASE,
         *,
         tenant: str = "",
+        weight: float = 1.0,
+        priority: int = 0,
         background: bool = False,
         **sampling: object,
     ) -> Sequence:
@@ -199,6 +201,8 @@ class World:
             sampling=Sampling(**{"ignore_eos": True, **sampling}),  # type: ignore[arg-type]
             adapter=adapter,
             tenant=tenant,
+            weight=weight,
+            priority=priority,
             background=background,
             arrival=float(self.steps),
             constraint=FakeConstraint() if sampling.get("grammar") else None,  # type: ignore[arg-type]
@@ -213,8 +217,10 @@ class World:
     def schedule(self) -> Step | None:
         self.steps += 1
         self.residency.tick()
+        favoured = self.scheduler._shares.favoured(self.scheduler.running, self.scheduler.waiting) or frozenset()
         step = self.scheduler.schedule(float(self.steps))
         works = {} if step is None else {work.sequence.id: work for work in step.works}
+        tenants = {work.sequence.tenant for work in works.values()}
         for sequence in self.scheduler.running:
             # Whatever others want, a sequence goes on unless what it needs is not there yet.
             waits = self.unread[sequence.id] and (sequence.needs_tokens or self.is_full(sequence))
@@ -222,6 +228,11 @@ class World:
                 assert sequence.id not in works, "something in the background runs beside others"
                 continue
             if sequence.background and self.scheduler._yielding:
+                continue
+            if sequence.tenant not in tenants and tenants <= favoured:
+                continue  # the step belongs to others
+            if sequence in (self.scheduler._held, self.scheduler._leaves_next):
+                assert self.depth
                 continue
             if sequence.id not in works and sequence.remaining == 1 and not waits:
                 assert self.depth

@@ -35,6 +35,7 @@ def test_served_types_answer_and_train_as_transformers_and_peft(family: str, tmp
         ("falcon", "attention cannot be replaced"),
         ("dbrx", "moe_num_experts"),
         ("gemma4_assistant", "drafts for another model"),
+        ("diffusion_gemma", "denoises a whole text"),
     ],
 )
 def test_refused_types_are_refused_by_name(family: str, named: str, tmp_path: Path) -> None:

@@ -1,18 +1,12 @@
 """openai's Responses: create, stream, parse, tools, kept ones, the background."""
 
 import json
-import os
 import time
 from typing import Any, Literal
 
+import openai
 import pytest
 from pydantic import BaseModel, Field
-
-openai: Any = pytest.importorskip("openai")
-
-if "SERVER_URL" not in os.environ:
-    pytest.skip("SERVER_URL and SERVER_MODEL name a running server", allow_module_level=True)
-URL, MODEL = os.environ["SERVER_URL"], os.environ["SERVER_MODEL"]
 
 WINGS = {
     "type": "function",
@@ -34,26 +28,26 @@ class Bird(BaseModel):
 
 
 @pytest.fixture(scope="module")
-def client() -> Any:
-    return openai.OpenAI(base_url=f"{URL}/v1", api_key="none", max_retries=0, timeout=120)
+def client(api: str) -> Any:
+    return openai.OpenAI(base_url=api, api_key="none", max_retries=0, timeout=120)
 
 
-def test_create_and_go_on(client: Any) -> None:
-    first = client.responses.create(model=MODEL, instructions="Be brief.", input="Hello", max_output_tokens=16)
+def test_create_and_go_on(client: Any, model: str) -> None:
+    first = client.responses.create(model=model, instructions="Be brief.", input="Hello", max_output_tokens=16)
     assert first.output_text
     assert first.usage is not None
     assert first.usage.output_tokens <= 16
     second = client.responses.create(
-        model=MODEL, input="Hello again", previous_response_id=first.id, max_output_tokens=8, temperature=0
+        model=model, input="Hello again", previous_response_id=first.id, max_output_tokens=8, temperature=0
     )
     assert second.previous_response_id == first.id
     whole = [{"role": "user", "content": "Hello"}, *first.output, {"role": "user", "content": "Hello again"}]
-    same = client.responses.create(model=MODEL, input=whole, max_output_tokens=8, temperature=0)
+    same = client.responses.create(model=model, input=whole, max_output_tokens=8, temperature=0)
     assert same.output_text == second.output_text
 
 
-def test_stream(client: Any) -> None:
-    asked = {"model": MODEL, "input": "Hello", "max_output_tokens": 12, "temperature": 0}
+def test_stream(client: Any, model: str) -> None:
+    asked = {"model": model, "input": "Hello", "max_output_tokens": 12, "temperature": 0}
     whole = client.responses.create(**asked)
     events = list(client.responses.create(**asked, stream=True))
     assert [event.sequence_number for event in events] == list(range(len(events)))
@@ -65,19 +59,19 @@ def test_stream(client: Any) -> None:
         assert stream.get_final_response().output_text == text
 
 
-def test_parse(client: Any) -> None:
-    answer = client.responses.parse(model=MODEL, input="Name a bird.", text_format=Bird, max_output_tokens=100)
+def test_parse(client: Any, model: str) -> None:
+    answer = client.responses.parse(model=model, input="Name a bird.", text_format=Bird, max_output_tokens=100)
     assert isinstance(answer.output_parsed, Bird)
-    with client.responses.stream(model=MODEL, input="Name a bird.", text_format=Bird, max_output_tokens=100) as stream:
+    with client.responses.stream(model=model, input="Name a bird.", text_format=Bird, max_output_tokens=100) as stream:
         for _ in stream:
             pass
         assert isinstance(stream.get_final_response().output_parsed, Bird)
 
 
-def test_tools(client: Any) -> None:
+def test_tools(client: Any, model: str) -> None:
     history = [{"role": "user", "content": "How many wings has an owl?"}]
     answer = client.responses.create(
-        model=MODEL,
+        model=model,
         input=history,
         tools=[WINGS],
         tool_choice="required",
@@ -88,14 +82,14 @@ def test_tools(client: Any) -> None:
     assert json.loads(calls[0].arguments)["bird"] in ("owl", "parrot")
     outputs = [{"type": "function_call_output", "call_id": call.call_id, "output": "2"} for call in calls]
     again = client.responses.create(
-        model=MODEL,
+        model=model,
         input=[*history, *answer.output, *outputs],
         tools=[WINGS],
         max_output_tokens=12,
     )
     assert again.status in ("completed", "incomplete")
     asked = {
-        "model": MODEL,
+        "model": model,
         "input": history,
         "tools": [WINGS],
         "tool_choice": "required",
@@ -107,9 +101,9 @@ def test_tools(client: Any) -> None:
     assert "".join(deltas) == "".join(call.arguments for call in calls)
 
 
-def test_logprobs(client: Any) -> None:
+def test_logprobs(client: Any, model: str) -> None:
     answer = client.responses.create(
-        model=MODEL,
+        model=model,
         input="Hello",
         max_output_tokens=4,
         top_logprobs=2,
@@ -120,8 +114,8 @@ def test_logprobs(client: Any) -> None:
     assert len(content.logprobs[0].top_logprobs) == 2
 
 
-def test_kept_ones(client: Any) -> None:
-    made = client.responses.create(model=MODEL, input="Hello", max_output_tokens=4, metadata={"a": "b"})
+def test_kept_ones(client: Any, model: str) -> None:
+    made = client.responses.create(model=model, input="Hello", max_output_tokens=4, metadata={"a": "b"})
     assert client.responses.retrieve(made.id) == made
     (item,) = client.responses.input_items.list(made.id)
     assert item.content[0].text == "Hello"
@@ -130,22 +124,22 @@ def test_kept_ones(client: Any) -> None:
         client.responses.retrieve(made.id)
 
 
-def test_the_background(client: Any) -> None:
-    made = client.responses.create(model=MODEL, input="Count to ten.", max_output_tokens=12, background=True)
+def test_the_background(client: Any, model: str) -> None:
+    made = client.responses.create(model=model, input="Count to ten.", max_output_tokens=12, background=True)
     assert made.status == "in_progress"
     while (found := client.responses.retrieve(made.id)).status == "in_progress":
         time.sleep(0.1)
     assert found.status in ("completed", "incomplete")
-    long = client.responses.create(model=MODEL, input="Tell a very long story.", background=True)
+    long = client.responses.create(model=model, input="Tell a very long story.", background=True)
     assert client.responses.cancel(long.id).status in ("cancelled", "completed")
-    stream = client.responses.create(model=MODEL, input="Hello", max_output_tokens=8, background=True, stream=True)
+    stream = client.responses.create(model=model, input="Hello", max_output_tokens=8, background=True, stream=True)
     events = list(stream)
     id_ = events[0].response.id
     again = list(client.responses.retrieve(id_, stream=True, starting_after=3))
     assert again == events[4:]
 
 
-def test_refusals(client: Any) -> None:
+def test_refusals(client: Any, model: str) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
-        client.responses.create(model=MODEL, input="x", tools=[{"type": "web_search"}])
+        client.responses.create(model=model, input="x", tools=[{"type": "web_search"}])
     assert refused.value.param == "tools.0.type"

@@ -1,5 +1,6 @@
-"""instructor: every mode that it offers for OpenAI's client and that a chat endpoint serves."""
+"""instructor: every mode that it offers for OpenAI's client, its old names too; two of them ask for Responses."""
 
+from collections.abc import Iterable
 from typing import Literal
 
 import instructor
@@ -7,6 +8,8 @@ import openai
 import pytest
 from instructor import Mode
 from instructor.core.exceptions import InstructorRetryException
+from instructor.utils.providers import Provider
+from instructor.v2.core.provider_specs import PROVIDER_SPECS
 from pydantic import BaseModel, Field
 
 
@@ -16,7 +19,10 @@ class Bird(BaseModel):
 
 
 # Enforced by the request itself; the others only ask for a shape in the prompt.
-ENFORCED = [Mode.TOOLS, Mode.TOOLS_STRICT, Mode.JSON_SCHEMA]
+ENFORCED = [
+    *(Mode.TOOLS, Mode.TOOLS_STRICT, Mode.FUNCTIONS, Mode.JSON_SCHEMA, Mode.JSON_O1),
+    *(Mode.RESPONSES_TOOLS, Mode.RESPONSES_TOOLS_WITH_INBUILT_TOOLS),
+]
 ASKED = [Mode.JSON, Mode.MD_JSON, Mode.PARALLEL_TOOLS]
 
 
@@ -25,6 +31,11 @@ def client(api: str, mode: Mode) -> instructor.Instructor:
 
 
 ASK = [{"role": "user", "content": "Name a bird."}]
+
+
+def test_no_mode_is_left_out() -> None:
+    spec = PROVIDER_SPECS[Provider.OPENAI]
+    assert {*ENFORCED, *ASKED} == {*spec.supported_modes, *spec.legacy_modes}
 
 
 @pytest.mark.parametrize("mode", ENFORCED)
@@ -36,8 +47,6 @@ def test_enforced_modes(api: str, model: str, mode: Mode) -> None:
 
 @pytest.mark.parametrize("mode", ASKED)
 def test_asked_modes(api: str, model: str, mode: Mode) -> None:
-    from collections.abc import Iterable
-
     kind = Iterable[Bird] if mode is Mode.PARALLEL_TOOLS else Bird
     try:
         answer = client(api, mode).chat.completions.create(

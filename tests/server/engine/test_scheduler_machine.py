@@ -32,7 +32,9 @@ class AnythingMayHappen(RuleBasedStateMachine):
     @rule(
         prompt=prompts,
         adapter=st.sampled_from([BASE, A, B, BIG, BOTH, BROKEN]),
-        tenant=st.sampled_from(["", "other"]),
+        tenant=st.sampled_from(["", "", "other", "third"]),
+        weight=st.sampled_from([1.0, 3.0]),
+        priority=st.sampled_from([0, 0, 1, -1]),
         background=st.sampled_from([False, False, True]),
         max_tokens=st.integers(0, 12),
         min_tokens=st.integers(0, 3),
@@ -49,6 +51,8 @@ class AnythingMayHappen(RuleBasedStateMachine):
         prompt: list[int],
         adapter: AdapterKey,
         tenant: str,
+        weight: float,
+        priority: int,
         background: bool,
         max_tokens: int,
         min_tokens: int,
@@ -64,6 +68,8 @@ class AnythingMayHappen(RuleBasedStateMachine):
             prompt,
             adapter,
             tenant=tenant,
+            weight=weight,
+            priority=priority,
             background=background,
             max_tokens=max_tokens,
             min_tokens=min_tokens,
@@ -129,7 +135,7 @@ class AnythingMayHappen(RuleBasedStateMachine):
         assert all(sequence.in_flight and sequence.ended for sequence in world.scheduler.leaving)
         assert self.depth or not world.scheduler.leaving
         for queue in (world.scheduler.running, world.scheduler.waiting):
-            order = [(sequence.background, int(sequence.id)) for sequence in queue]
+            order = [(sequence.background, sequence.priority, int(sequence.id)) for sequence in queue]
             assert order == sorted(order)
         assert not any(sequence.tables for sequence in world.scheduler.waiting)
 

@@ -37,13 +37,13 @@ async def test_parameters_reach_the_engine(served: Served) -> None:
         "stop_token_ids": [9],
         "ignore_eos": True,
     }
-    await complete(served, **asked, logit_bias={"5": -100, "6": 1.5}, logprobs=2, cache_salt="mine")
+    await complete(served, **asked, logit_bias={"5": -100, "6": 1.5}, logprobs=2, cache_salt="mine", priority=-3)
     (request,) = served.engine.requests
     for name, value in asked.items():
         assert getattr(request.sampling, name) == value
     assert request.sampling.logit_bias == {5: -100.0, 6: 1.5}
     assert (request.sampling.logprobs, request.sampling.prompt_logprobs) == (2, None)
-    assert (request.cache_salt, request.adapters, request.tenant) == ("mine", [], "")
+    assert (request.cache_salt, request.adapters, request.tenant, request.priority) == ("mine", [], "", -3)
 
 
 NO_OPS: dict[str, Any] = {

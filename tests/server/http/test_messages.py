@@ -271,10 +271,11 @@ async def test_refusals_have_anthropics_shape_and_name_the_field(served: Served,
     response = await post(served, **body)
     assert response.status_code == 400
     answer = response.json()
-    assert (answer["type"], set(answer["error"])) == ("error", {"type", "message"})
+    assert (answer["type"], set(answer["error"])) == ("error", {"type", "message", "param", "code"})
     assert answer["error"]["type"] == "invalid_request_error"
     assert named in answer["error"]["message"]
-    assert not re.search(r"`(response_format|tools\.0\.function)", answer["error"]["message"])
+    said = f"{answer['error']['message']} `{answer['error']['param']}`"
+    assert not re.search(r"`(response_format|tools\.0\.function)", said)
     assert served.engine.requests == []
 
 
@@ -287,7 +288,8 @@ async def test_errors_have_anthropics_types(served: Served) -> None:
     served.engine.fail = {3: EngineUnavailable("The engine stopped while this request was running.")}
     stream = named_events(await post(served, stream=True))
     message = "The engine stopped while this request was running."
-    assert stream[-1] == {"type": "error", "error": {"type": "overloaded_error", "message": message}}
+    error = {"type": "overloaded_error", "message": message, "param": None, "code": "service_unavailable"}
+    assert stream[-1] == {"type": "error", "error": error}
     served.services.drain.begin()
     assert (await post(served)).json()["error"]["type"] == "overloaded_error"
 

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ import msgspec
 import pytest
 
 from server.errors import EngineUnavailable
+from server.messages.protocol import Generate, Output
 from tests.server.http.test_tools import use_template
 from tests.support.chats import named_events, say, sent_prompt
-from tests.support.scripted import BASE, BASE_DIGEST, TEXT, Served, encode, serving
+from tests.support.scripted import BASE, BASE_DIGEST, TEXT, ScriptedEngine, Served, encode, serving
 from tests.support.templates import REASONING_TEMPLATES
 
 PROMPT = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
@@ -163,6 +164,29 @@ async def test_calls_are_items_of_their_own(served: Served) -> None:
     ]
     assert "".join(deltas) == mine[-2]["arguments"] == '{"city": "Rome"}'
     assert mine[0]["item"]["arguments"] == ""
+
+
+class InOneStep(ScriptedEngine):
+    """All tokens come at once, as those do that a grammar forces."""
+
+    async def generate(self, request: Generate) -> AsyncGenerator[Output, None]:
+        outputs = [output async for output in super().generate(request)]
+        tokens = [token for output in outputs for token in output.tokens]
+        logprobs = [entry for output in outputs for entry in output.logprobs]
+        yield msgspec.structs.replace(outputs[-1], tokens=tokens, logprobs=logprobs)
+
+
+async def test_an_event_shows_nothing_that_comes_after_it(tmp_path: Path) -> None:
+    async with serving(tmp_path, CALL, InOneStep) as served:
+        assert served.engine.info is not None
+        served.engine.info = msgspec.structs.replace(served.engine.info, max_model_len=4096)
+        stream = named_events(
+            await post(served, tools=[WEATHER], stream=True, include=["message.output_text.logprobs"], top_logprobs=1)
+        )
+    assert [event["response"]["output"] for event in stream if "response" in event][:-1] == [[], []]
+    [part] = [event["part"] for event in stream if event["type"] == "response.content_part.added"]
+    assert (part["text"], part["logprobs"]) == ("", [])
+    assert [event["output_index"] for event in stream if event["type"] == "response.output_item.added"] == [0, 1]
 
 
 async def test_an_answer_cut_short_is_incomplete(served: Served) -> None:

@@ -191,6 +191,13 @@ async def test_an_answer_and_its_results_can_be_sent_back(served: Served) -> Non
     assert tokens.json()["count"] > bare.json()["count"]
 
 
+@pytest.mark.parametrize(("cut", "told"), [("", "{}"), ('{"city": "Ro', "{}"), ('{"days": 2, "city"', '{"days": 2}')])
+async def test_a_call_that_was_cut_short_can_be_sent_back(served: Served, cut: str, told: str) -> None:
+    response = await chat(served, messages=called(function={"name": "now", "arguments": cut}))
+    assert response.status_code == 200, response.text
+    assert f'{{"name": "now", "arguments": {told}}}' in sent_prompt(served)
+
+
 def function(**fields: Any) -> list[Any]:
     return [{"type": "function", "function": {"name": "f"} | fields}]
 
@@ -221,8 +228,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"messages": called(function={"name": "now", "arguments": "[]"})},
         "messages.1.tool_calls.0.function.arguments",
     ),
-    "half arguments": (
-        {"messages": called(function={"name": "now", "arguments": "{"})},
+    "no JSON": (
+        {"messages": called(function={"name": "now", "arguments": '{"a": b'})},
         "messages.1.tool_calls.0.function.arguments",
     ),
     "no id": ({"messages": called(id=None)}, "messages.1.tool_calls.0.id"),

@@ -1,0 +1,152 @@
+"""Fair shares among tenants: whose sequence comes next, which tenants have a step to themselves, and who gives way.
+
+Service is counted in virtual tokens, one for a token of a prompt that was computed and two for one that was generated,
+over the tenant's weight (VTC: Sheng et al., Fairness in Serving Large Language Models, OSDI 2024). The tenant that had
+least comes next. One that comes back after a pause is lifted to the least of those that are here, so that nobody saves
+up service.
+
+What a tenant holds is its dominant share of the places in the batch and of the KV cache, over its weight's part of all
+weights here (DRF: Ghodsi et al., NSDI 2011): above 1 it holds more than its share, which it may while nobody else
+wants it. A newcomer of a tenant within its share takes the place of the youngest of the tenant furthest above its own.
+
+A tenant is *light* if it would be within its share with all of its sequences running, and *heavy* otherwise. As long
+as a light tenant has had no more service than the heavy ones, its prompts run in steps without theirs: its first token
+takes as long as if it were alone, but for the step under way.
+
+With one tenant, all of this costs and changes nothing.
+"""
+
+from collections.abc import Collection, Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+from server.engine.sequence import Sequence, Work
+
+_GENERATED = 2.0  # virtual tokens of a generated one: it has a step of its own
+
+
+@dataclass(slots=True)
+class _Tenant:
+    weight: float
+    served: float = 0.0  # virtual tokens over its weight
+    sequences: int = 0  # that run or wait
+    tokens: int = 0  # of their prompts
+
+
+class Shares:
+    """The tenants whose sequences run or wait.
+
+    Args:
+        places: most sequences running at once.
+        tokens: capacity of the KV cache.
+    """
+
+    def __init__(self, places: int, tokens: int) -> None:
+        self._places = places
+        self._tokens = tokens
+        self._tenants: dict[str, _Tenant] = {}
+        self._paused: dict[str, float] = {}  # service of tenants without sequences, if it is more than the least's
+
+    @property
+    def contended(self) -> bool:
+        """More than one tenant is here."""
+        return len(self._tenants) > 1
+
+    def served(self, tenant: str) -> float:
+        """Virtual tokens that a tenant had, over its weight."""
+        return self._tenants[tenant].served
+
+    def enter(self, sequence: Sequence) -> None:
+        """A sequence is here from now on; its weight is its tenant's."""
+        tenant = self._tenants.get(sequence.tenant)
+        if tenant is None:
+            least = min((other.served for other in self._tenants.values()), default=0.0)
+            paused = self._paused.pop(sequence.tenant, 0.0)
+            tenant = self._tenants[sequence.tenant] = _Tenant(sequence.weight, max(least, paused))
+        tenant.weight = sequence.weight
+        tenant.sequences += 1
+        tenant.tokens += len(sequence.prompt)
+
+    def leave(self, sequence: Sequence) -> None:
+        """A sequence has ended."""
+        tenant = self._tenants[sequence.tenant]
+        tenant.sequences -= 1
+        tenant.tokens -= len(sequence.prompt)
+        if tenant.sequences:
+            return
+        del self._tenants[sequence.tenant]
+        least = min((other.served for other in self._tenants.values()), default=float("inf"))
+        self._paused[sequence.tenant] = tenant.served
+        self._paused = {name: served for name, served in self._paused.items() if served > least}
+
+    def charge(self, work: Work) -> None:
+        """Count a work that is given to the device."""
+        tenant = self._tenants[work.sequence.tenant]
+        tenant.served += (work.count + (_GENERATED - 1) * work.samples) / tenant.weight
+
+    def order(self, waiting: Seq[Sequence]) -> Iterator[Sequence]:
+        """The waiting sequences, each time the next of the tenant that had least; of one tenant in their order.
+
+        What was handed out counts as served here, since it will be.
+        """
+        if not self.contended:
+            yield from waiting
+            return
+        queues: dict[str, list[Sequence]] = {}
+        for sequence in reversed(waiting):
+            queues.setdefault(sequence.tenant, []).append(sequence)
+        served = {name: self.served(name) for name in queues}
+        while queues:
+            name = min(queues, key=lambda name: (served[name], queues[name][-1]._order))
+            sequence = queues[name].pop()
+            served[name] += sequence.remaining / self._tenants[name].weight
+            yield sequence
+            if not queues[name]:
+                del queues[name]
+
+    def favoured(self, running: Seq[Sequence], waiting: Seq[Sequence]) -> frozenset[str] | None:
+        """The tenants to whom the next step belongs; None: it is everybody's."""
+        if not self.contended:
+            return None
+        heavy = {
+            name for name, tenant in self._tenants.items() if self._over(name, tenant.sequences, tenant.tokens) > 1
+        }
+        if not heavy:
+            return None
+        most = min(self.served(name) for name in heavy)
+        light = frozenset(name for name in self._tenants.keys() - heavy if self.served(name) <= most)
+        prompts = any(one.tenant in light for one in waiting) or any(
+            one.tenant in light and one.remaining > 1 for one in running
+        )
+        return light if light and prompts else None
+
+    def victim(self, newcomer: Sequence, running: Seq[Sequence]) -> Sequence | None:
+        """The running sequence whose place a newcomer may take: of another tenant, which holds more than its share.
+
+        A tenant of which nothing runs may have one place even where that is more than its share.
+        """
+        if not self.contended:
+            return None
+        then = self._holds(newcomer.tenant, [*running, newcomer])
+        if then > 1 and any(one.tenant == newcomer.tenant for one in running):
+            return None
+        return self.youngest(running, beyond=max(1.0, then), spared={newcomer.tenant})
+
+    def youngest(self, running: Seq[Sequence], beyond: float = 0.0, spared: Collection[str] = ()) -> Sequence | None:
+        """The youngest of the tenant that is furthest above its share of what runs."""
+        if not self.contended:
+            return running[-1] if running else None
+        held = {name: self._holds(name, running) for name in {one.tenant for one in running}.difference(spared)}
+        heaviest = max(held, key=held.__getitem__, default=None)
+        if heaviest is None or held[heaviest] <= beyond:
+            return None
+        return next(one for one in reversed(running) if one.tenant == heaviest)
+
+    def _holds(self, name: str, running: Seq[Sequence]) -> float:
+        own = [one for one in running if one.tenant == name]
+        return self._over(name, len(own), sum(one.length for one in own))
+
+    def _over(self, name: str, sequences: int, tokens: int) -> float:
+        """Dominant share over the share that the tenant's weight gives."""
+        dominant = max(sequences / self._places, tokens / self._tokens)
+        return dominant * sum(tenant.weight for tenant in self._tenants.values()) / self._tenants[name].weight
