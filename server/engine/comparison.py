@@ -119,11 +119,11 @@ def _speed(
             for _ in range(requests):
                 tables = list(map(list, zip(*shared, left.pop(), strict=True)))
                 both[-1].append((yield from _sequence(pool, [*context, context[0]], key, tables)))
-            first, *others = both[-1]
+            alone, *others = both[-1]
             for start in range(0, len(context), CHUNK):
                 yield "drift"
-                work, end = _work(first, start, CHUNK), start + CHUNK
-                runner.logits([replace(work, runs=[*work.runs, *((end, end, first.slot, o.slot) for o in others)])])
+                work, end = _work(alone, start, CHUNK), start + CHUNK
+                runner.logits([replace(work, runs=[*work.runs, *((end, end, alone.slot, o.slot) for o in others)])])
             for other in others:
                 other.origin = other.slot
         seconds: tuple[list[float], list[float]] = [], []

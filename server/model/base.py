@@ -33,8 +33,7 @@ __all__ = ["Base", "UnservableModel", "check_servable", "load", "refusing", "ske
 log = logging.getLogger("lorakeet.engine")
 
 SERVED_LAYERS = {"full_attention", "sliding_attention"}
-STATE_LAYERS = {"linear_attention", "conv", "hybrid"}  # of the types that `mixers` takes over
-PLAIN_LAYERS = {"mlp", "moe"}  # which mix no tokens, in those types
+STATE_LAYERS = {"linear_attention", "conv"}  # of the types that `mixers` takes over
 ALIBI = {"bloom", "mpt"}  # model types
 # Features whose config entry alone tells that the engine cannot serve them, and their names for people.
 UNSERVED = {
@@ -214,18 +213,14 @@ def check_servable(config: Any) -> None:
     if config.model_type in ALIBI:
         raise UnservableModel(f"{name} is not served: its attention is biased by distance (ALiBi)")
     text = config.get_text_config(decoder=True)
-    kinds = set(_layer_types(text) or ["full_attention"])
-    kinds -= SERVED_LAYERS | (STATE_LAYERS | PLAIN_LAYERS if text.model_type in mixers.TYPES else set())
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    kinds -= SERVED_LAYERS | (STATE_LAYERS if config.model_type in mixers.TYPES else set())
     if kinds:
         raise UnservableModel(f"layers of type {sorted(kinds)} are not served (only full and sliding attention)")
     for entry, kind in UNSERVED.items():
         if getattr(text, entry, None):
             raise UnservableModel(f"{kind} not served ({entry} = {getattr(text, entry)})")
     positions.longest_context(text)
-
-
-def _layer_types(text: Any) -> list[str]:
-    return list(getattr(text, "layer_types", None) or ())
 
 
 # --- wrapping --------------------------------------------------------------------------------------
@@ -276,9 +271,8 @@ def _wrap(
     attention.attach(model, slot)
     states = mixers.attach(model, slot)
     positions.fix_rope(model, longest)
-    without = {*states, *(layer for layer, kind in enumerate(_layer_types(config)) if kind in PLAIN_LAYERS)}
     try:
-        layers = geometry.probe(model, slot, config.num_hidden_layers, device, without)
+        layers = geometry.probe(model, slot, config.num_hidden_layers, device, states)
     except geometry.Irregular as fault:
         raise UnservableModel(str(fault)) from fault
     generation = getattr(model, "generation_config", None)

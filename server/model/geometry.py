@@ -61,9 +61,7 @@ def probe(
         slot.attention = None
     order = [layer for layer, *_ in recorder.calls]
     needed = set(range(layers)) - set(without)
-    if not order and not needed:
-        raise Irregular(f"this {type(model).__name__} attends in no layer: models of states alone are not served")
-    if len(set(order)) != len(order) or not needed <= set(order) <= set(range(layers)):
+    if not order or len(set(order)) != len(order) or not needed <= set(order) <= set(range(layers)):
         raise Irregular(
             f"a step of this {type(model).__name__} attends {len(order)} times through the server's cache, "
             f"{len(needed)} expected, once in each layer: its attention cannot be served"

@@ -1,4 +1,4 @@
-"""Layers that mix tokens by a state of fixed size: gated DeltaNet, short convolutions, Mamba-2.
+"""Layers that mix tokens by a state of fixed size: gated DeltaNet, short convolutions.
 
 transformers computes these for whole sequences, padded to equal lengths. Here each kind is taken over for packed
 tokens: the module's own projections and norms run on all of them, and the `StepSlot` does what needs a sequence's
@@ -100,63 +100,16 @@ class OlmoDeltaNet(GatedDeltaNet):
         return y
 
 
-class Mamba2(_Mixer):
-    """Mamba-2, of Granite 4, Bamba and Nemotron-H."""
-
-    def mix(self: Any, x: Tensor, states: States) -> Tensor:
-        gate, mixed, dt = self.projected(x).split([self.intermediate_size, self.conv_dim, self.num_heads], -1)
-        mixed = states.convolve(self.layer_idx, mixed, self.taps, self.conv1d.bias, True)
-        grouped = self.n_groups * self.ssm_state_size
-        v, k, q = mixed.split([self.intermediate_size, grouped, grouped], -1)
-        v = v.reshape(len(x), self.num_heads, self.head_dim)
-        k, q = (part.reshape(len(x), self.n_groups, -1) for part in (k, q))
-        out = states.recur(
-            self.layer_idx, q, k, v, dt, None, self.A_log, self.dt_bias, limits=tuple(self.time_step_limit)
-        )
-        out = (out + self.D[:, None] * v).reshape(len(x), -1)
-        y: Tensor = self.out_proj(self.gated(out, gate.contiguous()).to(x.dtype))
-        return y
-
-    def projected(self: Any, x: Tensor) -> Tensor:
-        y: Tensor = self.in_proj(x)
-        return y
-
-    def gated(self: Any, out: Tensor, gate: Tensor) -> Tensor:
-        y: Tensor = self.norm(out, gate)
-        return y
-
-    def memory(self: Any) -> tuple[int, int, int]:
-        return self.num_heads, self.ssm_state_size, self.head_dim
-
-
-class FalconMamba2(Mamba2):
-    """Falcon-H1's, with multipliers and an optional norm."""
-
-    def projected(self: Any, x: Tensor) -> Tensor:
-        y: Tensor = self.in_proj(x * self.ssm_in_multiplier) * self.mup_vector[0, 0]
-        return y
-
-    def gated(self: Any, out: Tensor, gate: Tensor) -> Tensor:
-        y: Tensor = self.norm(out, gate) if self.mamba_rms_norm else out * nn.functional.silu(gate)
-        return y
-
-
 KINDS: dict[str, type[_Mixer]] = {  # by transformers' classes
-    "BambaMixer": Mamba2,
-    "FalconH1Mixer": FalconMamba2,
-    "GraniteMoeHybridMambaLayer": Mamba2,
     "Lfm2MoeShortConv": ShortConvolution,
     "Lfm2ShortConv": ShortConvolution,
     "Lfm3ShortConv": ShortConvolution,
-    "NemotronHMamba2Mixer": Mamba2,
     "OlmoHybridGatedDeltaNet": OlmoDeltaNet,
     "Qwen3NextGatedDeltaNet": Qwen3NextDeltaNet,
     "Qwen3_5GatedDeltaNet": GatedDeltaNet,
-    "Qwen3_5MoeGatedDeltaNet": GatedDeltaNet,
 }
-TYPES = {  # of text models whose layers without attention are all of these
-    *("bamba", "falcon_h1", "granitemoehybrid", "nemotron_h", "olmo_hybrid"),
-    *("lfm2", "lfm2_moe", "lfm3", "lfm3_text", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
+TYPES = {  # of models that were held against transformers; those of wrappers, too
+    *("lfm2", "lfm2_moe", "lfm2_vl", "lfm3", "olmo_hybrid", "qwen3_5", "qwen3_5_text", "qwen3_next"),
 }
 
 
@@ -172,7 +125,7 @@ def attach(model: nn.Module, slot: StepSlot) -> dict[int, LayerState]:
         if getattr(module, "activation", "silu") not in {"silu", "swish"}:
             raise UnservableModel(f"{stock.__name__} is not served with the activation {module.activation}")
         # By class, so that a copy of the module with other weights runs on those.
-        module.__class__ = type(stock.__name__, (kind, stock), {"__module__": stock.__module__})  # type: ignore[assignment]
+        module.__class__ = type(stock.__name__, (kind, stock), {"__module__": stock.__module__})
         assert isinstance(module, _Mixer)
         module.step_slot = slot
         module.taps = convolution.weight.detach()[:, 0].T.contiguous()

@@ -106,7 +106,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "mllama": {"text_config": {"cross_attention_layers": [1]}},
     "granite4_vision": {"downsample_rate": "1/2", "deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1]},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
-    "bamba": MAMBA | {"attn_layer_indices": [1]},
+    "bamba": MAMBA,
     "cohere_compass_text": COMPASS,
     "cohere_compass": {"text_config": COMPASS},
     "dbrx": {
@@ -124,18 +124,10 @@ OTHER: dict[str, dict[str, Any]] = {
     "gemma4_text": GEMMA4,
     "gemma4_unified_text": {k: v for k, v in GEMMA4.items() if k not in {"attention_k_eq_v", "use_double_wide_mlp"}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
-    "granitemoehybrid": MAMBA | {"layer_types": ["linear_attention", "full_attention"]},
+    "granitemoehybrid": MAMBA,
     "lfm2": {"layer_types": ["conv", "full_attention"], "full_attn_idxs": None},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
-    "falcon_h1": MAMBA | {"mamba_d_ssm": 128},
     "mamba2": {"num_heads": 8},
-    "nemotron_h": {
-        "num_hidden_layers": 4,
-        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
-        "mamba_num_heads": 8,
-        "mamba_head_dim": 16,
-        "ssm_state_size": 16,
-    },
     "muse_spark": {"audio_config": {"patch_sizes": [8, 8], "hidden_sizes": [64, 64], "depths": [1, 1]}},
     "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [16, 32], "attn_layers": ["local", "lsh"]},
     "zamba": {

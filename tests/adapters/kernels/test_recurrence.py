@@ -38,7 +38,7 @@ def attention(heads: int, values: int, *, delta: bool) -> tuple[Layer, Tensor]:
     settings = {"gain": 1.5} if delta else {"limits": (0.1, 2.0)}
 
     def run(states: Tensor, runs: Tensor) -> Tensor:
-        return kernels.recur(q, k, v, a, b if delta else None, *rates, **settings, states=states, runs=runs)  # type: ignore[arg-type]
+        return kernels.recur(q, k, v, a, b if delta else None, *rates, **settings, states=states, runs=runs)
 
     return run, _states(heads, 12, values)
 

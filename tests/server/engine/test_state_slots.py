@@ -4,8 +4,8 @@ from dataclasses import astuple
 
 import pytest
 
-from server.engine.block_pool import BlockCounts
-from server.engine.blocks import BlockGroups, BlockPool
+from server.engine.block_pool import BlockCounts, BlockPool
+from server.engine.blocks import BlockGroups
 from server.engine.sequence import Sequence, Work
 from server.engine.state_slots import StateSlots
 from server.messages.protocol import Sampling
