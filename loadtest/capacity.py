@@ -9,7 +9,8 @@ The simulation's model of cost, all of it from committed measurements of the def
 - A prompt takes `prompt_seconds` of its replica's time, between steps: the whole requests' time less their decoding.
 - An adapter that is not on the device is loaded, one at a time per replica, in `load_seconds`, beside the steps; its
   request waits, and others go on. A replica's device holds `device_adapters`, the least recently used go first, and
-  those in use stay. A load from disk is measured; one from an object store is assumed to take a second.
+  those in use stay. From disk a load takes `DISK_SECONDS` for each MiB of an adapter of rank 16 in fp32, as measured
+  for docs/guides/operating.md (reading and SHA-256); from an object store it is assumed to take a second.
 
 Clients ask one after the other, a fixed number for each replica, so that the load grows with the replicas. Adapters are
 drawn by Zipf's law. Requests are routed in one of two ways:
@@ -39,6 +40,7 @@ Routing = Literal["residency", "queue"]
 ROUTINGS: tuple[Routing, ...] = ("residency", "queue")
 REPLICAS = (1, 2, 4, 8, 16, 32, 64)
 STORE_SECONDS = 1.0
+DISK_SECONDS = 0.0011  # a MiB
 
 # --- one GPU -------------------------------------------------------------------------------------------------------
 
@@ -52,6 +54,13 @@ LLAMA_8B: dict[str, Any] = {  # of its config.json
     "num_key_value_heads": 8,
     "vocab_size": 128256,
     "tie_word_embeddings": False,
+}
+SMOLLM2: dict[str, Any] = {  # the default model, whose speeds are measured
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
 }
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)  # a weight: its code, and scales quantised once more
 RESERVED = GIB  # for CUDA's context and libraries, and what torch's allocator leaves over; an assumption
@@ -309,14 +318,15 @@ def simulate(replicas: int, routing: Routing, cost: Cost, demand: Demand) -> dic
     }
 
 
-def measure(comparison: Path, loading: Path, demand: Demand, replicas: tuple[int, ...] = REPLICAS) -> dict[str, Any]:
+def measure(comparison: Path, demand: Demand, replicas: tuple[int, ...] = REPLICAS) -> dict[str, Any]:
     """Both halves of the page; JSON values."""
     measured = json.loads(comparison.read_text())
-    loads = {"disk": json.loads(loading.read_text())["first_token_ms"]["load"] / 1e3, "store": STORE_SECONDS}
+    size = 4 * 16 * sum(inputs + outputs for inputs, outputs in linear_shapes(SMOLLM2).values())
+    loads = {"disk": size / 2**20 * DISK_SECONDS, "store": STORE_SECONDS}
     costs = {where: cost_of(measured, seconds) for where, seconds in loads.items()}
     return {
         "gpus": {str(size): gpu(LLAMA_8B, size * GIB) for size in (24, 80, 140)},
-        "sources": [comparison.name, loading.name],
+        "source": comparison.name,
         "costs": {where: asdict(cost) for where, cost in costs.items()},
         "demand": asdict(demand),
         "replicas": {
@@ -343,3 +353,38 @@ def table(result: dict[str, Any]) -> Table:
             cells.append(f"{speed}, {row['resident']:.0%}, {row['ttft_p99']:.2f} s")
         shown.add_row(many, *cells)
     return shown
+
+
+def markdown(result: dict[str, Any]) -> list[str]:
+    """The two tables of docs/capacity.md."""
+    columns = result["gpus"].values()
+    ranks = next(iter(columns))["adapters"]
+    cards = [
+        ["", *(f"{size} GiB" for size in result["gpus"])],
+        ["base", *(_gib(one["base"]) for one in columns)],
+        ["free", *(_gib(one["free"]) for one in columns)],
+        ["KV cache in bf16, tokens", *(f"{one['kv_tokens']['bfloat16']:,}" for one in columns)],
+        ["KV cache in fp8, tokens", *(f"{one['kv_tokens']['fp8']:,}" for one in columns)],
+        *([f"adapters of rank {rank}, bf16", *(f"{one['adapters'][rank]:,}" for one in columns)] for rank in ranks),
+        ["left for jobs, merged weights, activations", *(_gib(one["left"]) for one in columns)],
+    ]
+    rows = result["replicas"].values()
+    replicas = [
+        ["Replicas", *(f"{name.partition(', ')[0]}: by {name.partition(', ')[2]}" for name in result["replicas"])]
+    ]
+    for many in next(iter(rows)):
+        cells = [many]
+        for row in rows:
+            speed = row[many]["tokens_per_second"] / row["1"]["tokens_per_second"]
+            cells.append(f"{speed:.1f}x, {row[many]['resident']:.0%}, {row[many]['ttft_p99']:.1f} s")
+        replicas.append(cells)
+    return [
+        "\n".join(
+            f"| {' | '.join(line)} |" for line in [lines[0], ["---"] + ["---:"] * (len(lines[0]) - 1), *lines[1:]]
+        )
+        for lines in (cards, replicas)
+    ]
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB"

@@ -17,7 +17,9 @@ from typing import Any, Literal, cast
 from adapters.background import PRIORITIES, Priority
 from server.model_source import DEFAULT, default_cache_dir, default_data_dir
 from server.text.reasoning import REASONING_FORMATS
+from server.text.reasoning import VLLM_NAMES as REASONING_NAMES
 from server.text.tools.table import FORMATS
+from server.text.tools.table import VLLM_NAMES as TOOL_NAMES
 
 ENV_PREFIX = "LORAKEET_"
 MAX_SPECULATIVE_TOKENS = 32
@@ -80,6 +82,10 @@ def _text(text: str) -> str:
     if not text:
         raise ValueError("expected a value")
     return text
+
+
+def _renamed(names: Mapping[str, str]) -> Callable[[str], str]:
+    return lambda text: names.get(text, _text(text))
 
 
 @dataclass(frozen=True)
@@ -486,19 +492,24 @@ class Settings:
 
     tool_parser: str | None = _setting(
         None,
-        "The format in which answers call tools, for chat templates that know tools.",
+        "The format in which answers call tools, for chat templates that know tools; vLLM's names will do.",
+        parse=_renamed(TOOL_NAMES),
         choices=tuple(sorted(FORMATS)),
         shown="recognised from the template",
         vllm="--tool-call-parser",
     )
+    enable_auto_tool_choice: bool = _setting(
+        True, "Changes nothing: vLLM's flag for what is always so here.", parse=parse_bool
+    )
     reasoning_parser: str = _setting(
         "auto",
-        "How answers tell a thought from what follows it; `auto`: recognised from the chat template.",
+        "How answers tell a thought from what follows it; `auto`: by the chat template; vLLM's names will do.",
+        parse=_renamed(REASONING_NAMES),
         choices=("auto", "none", *sorted(REASONING_FORMATS)),
     )
     grammar_seconds: float = _setting(
         5.0,
-        "How long a grammar (`response_format`, `structured_outputs`, `tools`) may take to compile.",
+        "Processor time that a grammar (`response_format`, `structured_outputs`, `tools`) may take to compile.",
         parse=_number,
         minimum=0.1,
         maximum=600,

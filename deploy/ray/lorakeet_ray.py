@@ -45,6 +45,7 @@ class _Server:
     """One server, in its own process and data directory."""
 
     directory: str
+    _child: child.Child | None = None
 
     async def __init__(self) -> None:
         port = child.free_port()
@@ -55,8 +56,8 @@ class _Server:
         os.close(lock)  # the child's from here on
         key = os.environ.get("LORAKEET_API_KEY", "").partition(",")[0]
         self._keys = {"authorization": f"Bearer {key}"} if key else {}
+        self._server = f"http://127.0.0.1:{port}"
         self._client = aiohttp.ClientSession(
-            base_url=f"http://127.0.0.1:{port}",
             connector=aiohttp.TCPConnector(limit=0),
             timeout=aiohttp.ClientTimeout(total=None),
             auto_decompress=False,
@@ -70,13 +71,14 @@ class _Server:
                     break
                 except (aiohttp.ClientError, RuntimeError):
                     await asyncio.sleep(0.2)
-        async with self._client.get("/v1/models?limit=1", headers=self._keys) as answer:
+        async with self._client.get(f"{self._server}/v1/models?limit=1", headers=self._keys) as answer:
             cards = (await answer.json(content_type=None)).get("data", [])
         self._base = [name for card in cards if card["parent"] is None for name in (card["id"], card["root"])]
 
     async def check_health(self) -> None:
         """Ray's probe."""
-        async with self._client.get("/ready", headers=self._keys, timeout=aiohttp.ClientTimeout(10)) as answer:
+        patience = aiohttp.ClientTimeout(10)
+        async with self._client.get(f"{self._server}/ready", headers=self._keys, timeout=patience) as answer:
             if answer.status != 200:
                 raise RuntimeError(f"/ready answers {answer.status}")
 
@@ -86,11 +88,15 @@ class _Server:
 
     async def metrics(self) -> tuple[str, str]:
         """This replica's name and its page of metrics."""
-        async with self._client.get("/metrics", headers=self._keys) as answer:
+        async with self._client.get(f"{self._server}/metrics", headers=self._keys) as answer:
             return serve.get_replica_context().replica_id.unique_id, await answer.text()
 
+    def _url(self, target: str) -> URL:
+        """This server's, byte for byte: no `..` is resolved, and `//host` is no other host."""
+        return URL(f"{self._server}{target}", encoded=True)
+
     async def _warm(self, name: str, headers: relay.Headers) -> None:
-        async with self._client.post(f"/v1/adapters/{name}/warm", headers=headers) as answer:
+        async with self._client.post(self._url(relay.warm_path(name)), headers=headers) as answer:
             if answer.status != 200:
                 raise LookupError(f"warming answers {answer.status}")
 
@@ -112,7 +118,7 @@ class _Server:
                 await self.adapter(name)
         async with self._client.request(
             request.method,
-            URL(request.target, encoded=True),
+            self._url(request.target),
             headers=request.headers,
             data=request.body or None,
             allow_redirects=False,
@@ -125,7 +131,8 @@ class _Server:
 
     def __del__(self) -> None:
         """Ray's word that the replica is no longer needed, once it has no requests."""
-        self._child.stop(_DRAIN_SECONDS + 10)
+        if self._child:
+            self._child.stop(_DRAIN_SECONDS + 10)
 
 
 async def _events(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
@@ -242,9 +249,13 @@ class Ingress:
         return head, pieces()
 
     async def _metrics(self) -> Response:
-        pages = await asyncio.gather(
-            self._servers.broadcast("metrics").results_async(), self._writer.broadcast("metrics").results_async()
-        )
+        try:
+            pages = await asyncio.gather(
+                self._servers.broadcast("metrics").results_async(), self._writer.broadcast("metrics").results_async()
+            )
+        except (RayError, aiohttp.ClientError):
+            message = "A server died while its metrics were gathered."
+            return _refusal("/metrics", 503, message, "service_unavailable", [relay.RETRY_AFTER])
         text = relay.merged_metrics(dict(page for group in pages for page in group))
         return Response(text, media_type="text/plain; version=0.0.4")
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 Headers = list[tuple[str, str]]
 
@@ -113,6 +114,11 @@ def _is_kept(fields: Mapping[str, Any]) -> bool:
     )
 
 
+def warm_path(adapter: str) -> str:
+    """The path that warms an adapter, whatever a client calls it."""
+    return f"/v1/adapters/{quote(adapter, safe='')}/warm"
+
+
 def forwarded(headers: Iterable[tuple[str, str]], but: frozenset[str] = frozenset()) -> Headers:
     """Those that go on to the next connection, names in lower case."""
     lowered = [(name.lower(), value) for name, value in headers]
@@ -128,11 +134,12 @@ def whole_events(buffer: bytes) -> tuple[bytes, bytes]:
 
 def error(path: str, status: int, message: str, code: str) -> bytes:
     """An error in the server's own shape: OpenAI's, or under `/v1/messages` Anthropic's."""
-    kind = {413: "invalid_request_error", 429: "rate_limit_error"}.get(status, "service_unavailable")
-    if path.startswith(MESSAGES):
-        kind = {413: "request_too_large", 429: "rate_limit_error"}.get(status, "overloaded_error")
-        return json.dumps({"type": "error", "error": {"type": kind, "message": message}}).encode()
-    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
+    kinds = ("invalid_request_error", "rate_limit_error", "service_unavailable")
+    if anthropic := path.startswith(MESSAGES):
+        kinds = ("request_too_large", "rate_limit_error", "overloaded_error")
+    kind = dict(zip((413, 429, 503), kinds, strict=True))[status]
+    fields = {"message": message, "type": kind, "param": None, "code": code}
+    return json.dumps({"type": "error", "error": fields} if anthropic else {"error": fields}).encode()
 
 
 def error_event(path: str) -> bytes:

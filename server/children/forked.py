@@ -17,6 +17,7 @@ from server.children.frames import end_with_parent, serve
 
 STACK_BYTES = 4 << 20  # less than any thread has that does the same work later
 _LIMIT = json.dumps({"limit": "takes too long, or too much memory"}).encode()
+_LATE = json.dumps({"late": "takes too long"}).encode()
 
 
 def serve_forked(carry_out: Callable[[Any], dict[str, Any]]) -> None:
@@ -45,7 +46,9 @@ def _answer(
     with os.fdopen(source, "rb") as pipe:
         made = pipe.read()
     _, status = os.waitpid(child, 0)
-    return made if status == 0 else _LIMIT
+    if status == 0:
+        return made
+    return _LATE if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM else _LIMIT
 
 
 def _limit(seconds: float, cpu_seconds: int, memory: int) -> None:

@@ -38,6 +38,10 @@ class HelperLimit(Exception):
     """The order took more time or memory than it may, and was ended. The message is a predicate."""
 
 
+class HelperLate(HelperLimit):
+    """Its time ran out on the clock: the order may be too much, or the machine busy."""
+
+
 class Helper:
     """One process, started when it is first asked and again when it has ended. Asked one thing at a time.
 
@@ -60,7 +64,7 @@ class Helper:
         Raises:
             AdapterError: the program refuses the order.
             OSError: the disk's fault.
-            HelperLimit, HelperFailed.
+            HelperLimit, HelperLate, HelperFailed.
         """
         content, answer = frame(msgspec.json.encode(order, enc_hook=str)), None
         served_before = self._process is not None
@@ -74,7 +78,7 @@ class Helper:
                     await self._end()  # it may have died since its last answer
                     answer = await self._exchange(content)
         except TimeoutError:
-            raise HelperLimit(f"takes more than {seconds:g} s") from None
+            raise HelperLate(f"takes more than {seconds:g} s") from None
         except _DIED:
             status = await self._end() or 0
             log.error("%s ended with status %d", " ".join(self._command), status)
@@ -184,6 +188,8 @@ def _opened(content: bytes, kind: Any) -> Any:
             return msgspec.convert(answer, kind)
         case {"refused": fields}:
             raise AdapterError(**fields)
+        case {"late": predicate}:
+            raise HelperLate(predicate)
         case {"limit": predicate}:
             raise HelperLimit(predicate)
         case {"system": fault}:

@@ -12,14 +12,6 @@ import threading
 import time
 from pathlib import Path
 
-import transformers
-import zmq
-
-from server.engine import boot, selfcheck
-from server.engine.loop import Loop
-from server.messages import protocol
-from server.model.base import UnservableModel
-
 log = logging.getLogger("lorakeet.engine")
 
 SWITCH_SECONDS = 5e-4  # how long a thread that loads an adapter may keep the interpreter from the one that steps
@@ -38,6 +30,15 @@ def main() -> int:
     sys.setswitchinterval(SWITCH_SECONDS)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the API process decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # These take seconds, in which its parent may go.
+    import transformers
+    import zmq
+
+    from server.engine import boot, selfcheck
+    from server.engine.loop import Loop
+    from server.messages import protocol
+    from server.model.base import UnservableModel
+
     transformers.utils.logging.disable_progress_bar()
     config = protocol.decode_config(sys.argv[2])
     context = zmq.Context()

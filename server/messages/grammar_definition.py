@@ -1,7 +1,7 @@
 """Grammars in llguidance's words: the engine compiles what was checked before, by the same rules."""
 
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from llguidance import LLMatcher, LLParserLimits, StructTag
 from llguidance.gbnf_to_lark import any_to_lark
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 # JSON is written without white space, so that more of it is forced; a schema's own `x-guidance` may say otherwise.
 _COMPACT: "JsonCompileOptions" = {"whitespace_flexible": False}
+_EXACT = cast("JsonCompileOptions", EXACT)
 _SPACED = {"whitespace_pattern": r"[ \t\n\r]{0,40}"}  # bounded: some models go on with spaces for ever
 
 
@@ -33,7 +34,7 @@ def _of_answer(grammar: Grammar) -> str:
     text = grammar.text
     match grammar.kind:
         case "json":
-            return LLMatcher.grammar_from_json_schema(exact(json.loads(text)), _COMPACT, EXACT)
+            return LLMatcher.grammar_from_json_schema(exact(json.loads(text)), _COMPACT, _EXACT)
         case "json_object":
             return LLMatcher.grammar_from_json_schema({"type": "object", "x-guidance": _SPACED})
         case "regex":

@@ -272,7 +272,7 @@ class Generation:
         text, skip = self.target.text, self.body.skip_special_tokens
         # A stop string may hold a special token: then text is decoded with these, and they are taken out behind it.
         hidden = text.special_texts if skip and text.has_special([*self.body.stop, *self.markers]) else {}
-        hidden = {id_: special for id_, special in hidden.items() if special not in self.markers}
+        hidden = {id_: special for id_, special in hidden.items() if not any(special in m for m in self.markers)}
         skip = skip and not hidden and not text.has_special(list(self.markers))
         return Assembler(
             partial(text.decode, skip_special_tokens=skip),

@@ -2,33 +2,36 @@
 
 import asyncio
 import json
+import logging
 import math
 from collections import OrderedDict
-from contextlib import suppress
 from hashlib import blake2b
 from typing import Any
 
 import msgspec
 
-from server.children.helper import FORK_GRACE_SECONDS, HelperFailed, HelperLimit, forking
-from server.errors import InvalidRequest, shown
+from server.children.helper import FORK_GRACE_SECONDS, HelperFailed, HelperLate, HelperLimit, forking
+from server.errors import InvalidRequest, Unavailable, shown
 from server.messages.protocol import INVALID_GRAMMAR, Grammar
 
 _KEPT = 1024  # answers: a few numbers each
+_WAIT = 4.0  # times the seconds of the processor that a grammar may have, on the clock: a busy machine takes longer
+
+log = logging.getLogger(__name__)
 
 
 class GrammarChecker:
     """Refuses what no engine could follow, or not within limits. `close` ends its processes.
 
     Args:
-        seconds: that compiling may take.
+        seconds: of the processor that compiling may take.
         memory: bytes that it may take.
     """
 
     def __init__(self, seconds: float, memory: int) -> None:
         self._seconds = seconds
         self._memory = memory
-        self._helpers = forking("grammar_check", seconds, math.ceil(seconds), memory)
+        self._helpers = forking("grammar_check", _WAIT * seconds, math.ceil(seconds), memory)
         self._answers: OrderedDict[bytes, dict[str, Any] | None] = OrderedDict()
 
     async def close(self) -> None:
@@ -37,6 +40,8 @@ class GrammarChecker:
 
     async def check(self, grammar: Grammar, param: str) -> Grammar:
         """The grammar, with its size. Raises `InvalidRequest`; for a schema that names the keyword and its path.
+
+        Raises `Unavailable` when the machine is too busy to tell.
 
         Args:
             param: where the client gave it.
@@ -48,12 +53,18 @@ class GrammarChecker:
         else:
             # Half of the time is for the search of the culprit.
             order = {"grammar": msgspec.to_builtins(grammar), "seconds": self._seconds / 2}
-            answer = None
-            with suppress(HelperLimit, HelperFailed):
-                answer = await self._helpers.ask(key.hex(), order, self._seconds + FORK_GRACE_SECONDS)
+            answer, known = None, True
+            try:
+                answer = await self._helpers.ask(key.hex(), order, _WAIT * self._seconds + FORK_GRACE_SECONDS)
+            except HelperLate as late:  # which says nothing of the grammar
+                log.warning("a grammar was not compiled: it %s", late)
+                raise Unavailable(f"The server was too busy to compile `{param}`.", retry_after=5) from None
+            except (HelperLimit, HelperFailed) as fault:
+                known = isinstance(fault, HelperLimit)
             if answer is None and grammar.kind == "json":
                 answer = {"path": await asyncio.to_thread(_heaviest, grammar.text)}
-            self._answers[key] = answer
+            if known:
+                self._answers[key] = answer
             if len(self._answers) > _KEPT:
                 self._answers.popitem(last=False)
         if answer is not None and "size" in answer:

@@ -41,7 +41,7 @@ class ReasoningFormat:
         return f"{self.begin}{between}{thought}{self.close}"
 
 
-_FINAL = "<|channel|>final<|message|>"
+_TURN, _FINAL = "<|start|>assistant", "<|channel|>final<|message|>"
 THINK = ReasoningFormat("think", ("<think>", "</think>"), "<think>", "</think>", "\n</think>\n\n")
 # In the order in which a template is held against them.
 _ALL = (
@@ -53,8 +53,8 @@ _ALL = (
         ("<|channel|>analysis",),
         "<|channel|>analysis<|message|>",
         "<|end|>",
-        f"<|end|><|start|>assistant{_FINAL}",
-        (f"<|start|>assistant{_FINAL}", _FINAL),
+        f"<|end|>{_TURN}{_FINAL}",
+        (_TURN, _FINAL),
     ),
     ReasoningFormat(
         "cohere",
@@ -90,6 +90,12 @@ _ALL = (
     THINK,
 )
 REASONING_FORMATS = {each.name: each for each in _ALL}
+VLLM_NAMES = dict.fromkeys(("deepseek_r1", "deepseek_v3", "glm45", "kimi_k2", "olmo3", "qwen3"), "think") | {
+    "gemma4": "gemma",
+    "hunyuan_a13b": "hunyuan",
+    "openai_gptoss": "gpt_oss",
+    "seed_oss": "seed",
+}
 
 
 @lru_cache(64)
@@ -176,8 +182,9 @@ def lark_of_thought(
         thought = rf"thought[lazy]: /(.|\n)*{pattern}/"
     else:
         thought = f"thought: <[^{','.join(map(str, sorted({end, *stops})))}]>* <[{end}]>"
-    opening = reasoning.close.partition(reasoning.end)[2].strip()
-    after = f"thought SPACE {f'({as_lark(opening, tokens)} SPACE)?' if opening else ''} @answer"
+    opening = reasoning.close.partition(reasoning.end)[2]
+    parts = [f"({as_lark(part, tokens)} SPACE)?" for part in reasoning.silent if part in opening]
+    after = f"thought SPACE {' '.join(parts)} @answer"
     start = after if inside else f"begin {after} | @answer"
     lazy = "" if any(token in reasoning.begin for token in tokens) else "[lazy]"  # or free text would swallow it
     begin = f"begin{lazy}: {as_lark(reasoning.begin, tokens)}"

@@ -27,7 +27,7 @@ VARIABLES = {row.env for row in settings_fields()}
 needs_helm = pytest.mark.skipif(FOUND is None, reason="needs helm: make charts fetches it")
 needs_schemas = pytest.mark.skipif(not VALIDATE.exists(), reason="needs Kubernetes's schemas: make charts fetches them")
 
-FULL = {
+FULL: dict[str, Any] = {
     "settings": {"model": "/models/m", "drain_seconds": 120, "kv_cache_bytes": 21474836480, "finetune_share": 0.5},
     "apiKeys": {"keys": ["one", "two"]},
     "objectStore": {"url": "s3://bucket/adapters", "credentialsSecret": "aws"},

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,12 +10,13 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import lorakeet_child as child
 import lorakeet_relay as relay
 import pytest
 
-from server.errors import EngineUnavailable, TooManyRequests, error_response
+from server.errors import EngineUnavailable, RequestTooLarge, TooManyRequests, error_response
 from server.http.operations import Operation
 from tests.support.running import alive, eventually
 from tests.support.scripted import serving
@@ -77,6 +79,13 @@ async def test_every_route_has_one_place(tmp_path: Path) -> None:
         assert relay.place(_request(path, {}, method), BASE).repeatable == (method == "GET")
 
 
+def test_an_adapters_name_leads_nowhere_else() -> None:
+    for name in ("poet/rollback#", "../files?x=", "a b", "100%", "org/poet"):
+        path = relay.warm_path(name)
+        assert re.fullmatch(r"/v1/adapters/[\w.%-]+/warm", path)
+        assert unquote(path) == f"/v1/adapters/{name}/warm"
+
+
 # --- headers, events, errors -------------------------------------------------------------------------------------
 
 
@@ -131,7 +140,11 @@ async def test_other_faults_are_not_hidden() -> None:
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/messages"])
 def test_refusals_have_the_servers_shape(path: str) -> None:
-    ours = {503: EngineUnavailable("It died."), 429: TooManyRequests("It died.", retry_after=1)}
+    ours = {
+        503: EngineUnavailable("It died."),
+        429: TooManyRequests("It died.", retry_after=1),
+        413: RequestTooLarge("It died."),
+    }
     for status, error in ours.items():
         wanted = json.loads(bytes(error_response(error, path).body))
         assert json.loads(relay.error(path, status, "It died.", str(error.code))) == wanted

@@ -105,3 +105,14 @@ def test_where_loads_are_what_limits_residency_is_faster() -> None:
 
 def test_a_run_is_repeatable() -> None:
     assert capacity.simulate(2, "residency", COST, DEMAND) == capacity.simulate(2, "residency", COST, DEMAND)
+
+
+def test_the_page_has_the_committed_figures() -> None:
+    file = max(RESULTS.glob("*-capacity.json"))
+    result = json.loads(file.read_text())
+    page = (RESULTS.parent.parent / "docs/capacity.md").read_text()
+    assert file.name in page
+    assert all(table in page for table in capacity.markdown(result))
+    assert result["gpus"] == {str(size): capacity.gpu(capacity.LLAMA_8B, size * capacity.GIB) for size in (24, 80, 140)}
+    words = page.replace(",", " ").split()
+    assert {f"{size / capacity.GIB:.2f}" for size in result["gpus"]["24"]["job"].values()} <= set(words)

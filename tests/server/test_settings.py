@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.settings import SettingError, Settings, parse_bool, parse_size, settings_fields, settings_table
+from server.text.reasoning import VLLM_NAMES as REASONING_NAMES
+from server.text.tools.table import VLLM_NAMES as TOOL_NAMES
 
 
 def test_precedence_is_flag_then_environment_then_default() -> None:
@@ -41,6 +43,21 @@ def test_vllms_names_are_aliases() -> None:
     assert {"--model", "--served-model-name", "--max-model-len", "--dtype", "--quantization", "--api-key"} <= {
         row.flag for row in settings_fields()
     }
+
+
+@pytest.mark.parametrize(
+    ("flag", "given", "meant"),
+    [
+        *(("tool_parser", *pair) for pair in TOOL_NAMES.items()),
+        *(("reasoning_parser", *pair) for pair in REASONING_NAMES.items()),
+        ("tool_parser", "hermes", "hermes"),
+        ("tool_parser", "qwen3_coder", "qwen3_coder"),
+        ("reasoning_parser", "mistral", "mistral"),
+        ("enable_auto_tool_choice", "true", True),
+    ],
+)
+def test_vllms_names_of_formats_are_known(flag: str, given: str, meant: Any) -> None:
+    assert getattr(Settings.load({flag: given}, {}), flag) == meant
 
 
 def test_no_flag_is_declared_twice() -> None:
@@ -92,6 +109,8 @@ def test_every_setting_is_read_alike_from_flag_and_environment(row: Any) -> None
         ({"adapter": ["no-equals-sign"]}, {}, "--adapter: 'no-equals-sign' is not NAME=DIR"),
         ({"max_batch_tokens": "32", "max_batch_requests": "32"}, {}, "--max-batch-tokens: 32 leaves no room"),
         ({"model": ""}, {}, "--model: expected a value"),
+        ({"tool_parser": "kimi_k2"}, {}, "--tool-parser: 'kimi_k2' is not one of .*hermes, .*qwen3_coder"),
+        ({"reasoning_parser": "step3"}, {}, "--reasoning-parser: 'step3' is not one of auto, none, .*think"),
     ],
 )
 def test_a_bad_value_is_named_by_where_it_came_from(flags: Any, environ: Any, message: str) -> None:

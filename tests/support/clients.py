@@ -13,7 +13,7 @@ from pathlib import Path
 
 from server.model_source import resolve
 from server.settings import Settings
-from tests.support.running import REPOSITORY, RunningServer
+from tests.support.running import REPOSITORY, START_SECONDS, RunningServer
 
 CLIENTS = REPOSITORY / "tests/clients"
 ENVIRONMENTS = REPOSITORY / ".venv-clients"
@@ -59,7 +59,8 @@ def main(chosen: list[str]) -> int:
         try:
             for name in chosen or names():
                 command = _node(name) if (CLIENTS / name / "package.json").exists() else _python(name)
-                server.ensure()
+                server.begin()
+                server.wait_ready(START_SECONDS * 5)  # installing may have left the machine busy
                 told = {"SERVER_URL": server.url, "SERVER_MODEL": MODEL, "SERVER_MODEL_DIR": str(model)}
                 print(f"--- {name}", flush=True)
                 environment = os.environ | told | {"HF_HUB_OFFLINE": "1"}

@@ -79,7 +79,7 @@ class RayCluster:
             self._process.stdin.flush()
             return self._answer()
 
-    def deploy(self, servers: dict[str, Any], settings: dict[str, str], most: int = 32, seconds: float = 300) -> None:
+    def deploy(self, servers: dict[str, Any], settings: dict[str, str], most: int = 32, seconds: float = 600) -> None:
         """Run the application with these autoscaling options and `LORAKEET_*` settings, and wait until it does.
 
         most: requests that a replica takes at once.

@@ -81,6 +81,28 @@ message['content'] + '<|end|>' }}{% endif %}{% endfor %}\
 {%- for m in messages %}{%- if m.role == 'assistant' %}{{- m.content }}{%- for tc in m.tool_calls or [] %}\
 {{- '[TOOL_CALLS]' + tc.function.name + '[ARGS]' + tc.function.arguments | tojson }}{%- endfor %}{{- '</s>' }}\
 {%- else %}{{- '[INST]' + m.content + '[/INST]' }}{%- endif %}{%- endfor %}""",
+    "gemma4": """{%- for tool in tools or [] %}{{- '<|tool>declaration:' + tool.function.description + '<tool|>' }}\
+{%- endfor %}{%- for m in messages %}{{- '<|turn>' + m.role + '\n' + m.content }}\
+{%- for tc in m.tool_calls or [] %}{{- '<|tool_call>call:' + tc.function.name + '{' }}\
+{%- for k, v in tc.function.arguments.items() %}{{- ',' if not loop.first else '' }}{{- k + ':' }}\
+{{- '<|"|>' + v + '<|"|>' if v is string else v | tojson }}{%- endfor %}{{- '}<tool_call|>' }}\
+{%- endfor %}{{- '<turn|>\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|turn>assistant\n' }}{%- endif %}""",
+    "gpt_oss": """{%- for tool in tools or [] %}{{- '// ' + tool.function.description | default('') }}{%- endfor %}\
+{%- for message in messages %}{%- if message.role == 'assistant' and message.tool_calls %}\
+{%- set tool_call = message.tool_calls[0].function %}\
+{{- "<|start|>assistant to=functions." + tool_call.name + "<|channel|>commentary json<|message|>" }}\
+{{- tool_call.arguments | tojson }}{{- "<|call|>" }}{%- elif message.role == 'tool' %}\
+{{- "<|start|>functions to=assistant<|channel|>commentary<|message|>" + message.content | tojson + "<|end|>" }}\
+{%- elif message.role == 'assistant' %}{{- "<|start|>assistant<|channel|>final<|message|>" + message.content }}\
+{{- "<|return|>" }}{%- else %}{{- '<|start|>' + message.role + '<|message|>' + message.content + '<|end|>' }}\
+{%- endif %}{%- endfor %}{%- if add_generation_prompt %}{{- '<|start|>assistant' }}{%- endif %}""",
+    "deepseek_v3.2": """{%- for tool in tools or [] %}{{- tool.function.description }}{%- endfor %}\
+{%- for message in messages %}{{- message.content }}{%- if message.tool_calls %}\
+{{- '\n\n<｜DSML｜function_calls>' }}{%- for call in message.tool_calls %}\
+{{- '\n<｜DSML｜invoke name="' + call.function.name + '">' }}{%- for k, v in call.function.arguments.items() %}\
+{{- '\n<｜DSML｜parameter name="' + k + '" string="' + ('true' if v is string else 'false') + '">' }}\
+{{- (v if v is string else v | tojson) + '</｜DSML｜parameter>' }}{%- endfor %}{{- '\n</｜DSML｜invoke>' }}\
+{%- endfor %}{{- '\n</｜DSML｜function_calls>' }}{%- endif %}{{- eos_token }}{%- endfor %}""",
 }
 
 _QWEN3_TURNS = """{%- set ns = namespace(last=messages|length - 1, open=true) %}{%- for message in messages[::-1] %}\

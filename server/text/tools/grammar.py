@@ -20,6 +20,12 @@ def as_lark(text: str, tokens: Mapping[str, int]) -> str:
     return " ".join(f"<[{tokens[p]}]>" if p in tokens else json.dumps(p, ensure_ascii=False) for p in parts if p)
 
 
+def _parted(marker: str, tokens: Mapping[str, int]) -> tuple[str, str, str]:
+    """A marker around the first token in it."""
+    found = [(marker.find(token), token) for token in tokens if token in marker]
+    return marker.partition(min(found)[1]) if found else (marker, "", "")
+
+
 def calls_grammar(
     frame: Frame,
     functions: Sequence[tuple[str, Mapping[str, Any]]],
@@ -47,11 +53,11 @@ def calls_grammar(
         other = "" if required else "answer"
     elif frame.marker:
         first = f"opening {written(opening.removeprefix(frame.marker))}"
-        marker = tokens.get(frame.marker)
+        before, token, after = _parted(frame.marker, tokens)
         rules.append(
-            f"opening[lazy]: TEXT {json.dumps(frame.marker, ensure_ascii=False)}"
-            if marker is None
-            else f"opening: TEXT <[{marker}]>"
+            f"opening: BEFORE <[{tokens[token]}]> {written(after)}\nBEFORE: /(.|\\n)*{re.escape(before)}/"
+            if token
+            else f"opening[lazy]: TEXT {json.dumps(frame.marker, ensure_ascii=False)}"
         )
         rules.append(r"TEXT: /(.|\n)*/")
         other = "text"

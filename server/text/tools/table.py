@@ -4,10 +4,12 @@ import re
 from functools import lru_cache
 
 from server.text.tools.deepseek import DEEPSEEK
+from server.text.tools.deepseek_dsml import DEEPSEEK_DSML
 from server.text.tools.format import ToolFormat
-from server.text.tools.gemma import GEMMA
+from server.text.tools.gemma import GEMMA, GEMMA4
 from server.text.tools.glm import GLM
 from server.text.tools.granite import GRANITE, PHI4
+from server.text.tools.harmony import HARMONY
 from server.text.tools.hermes import HERMES
 from server.text.tools.llama3_json import LLAMA3_JSON
 from server.text.tools.mistral import MISTRAL, MISTRAL_ARGS
@@ -16,7 +18,10 @@ from server.text.tools.qwen3_coder import QWEN3_CODER
 
 _ALL = (
     LFM,
+    HARMONY,
+    DEEPSEEK_DSML,
     DEEPSEEK,
+    GEMMA4,
     GEMMA,
     GLM,
     QWEN3_CODER,
@@ -32,6 +37,19 @@ _FIELD = re.compile(r"""\[["']tools["']\]""")
 _TEXTS = re.compile(r"""'[^']*'|"[^"]*["]""")
 
 FORMATS = {each.name: each for each in _ALL}
+VLLM_NAMES = {  # of its parsers -> of the same formats here; those left out have the same name or no counterpart
+    "deepseek_v3": "deepseek",
+    "deepseek_v31": "deepseek",
+    "deepseek_v32": "deepseek_dsml",
+    "functiongemma": "gemma",
+    "glm45": "glm",
+    "glm47": "glm",
+    "llama4_json": "llama3_json",
+    "llama4_pythonic": "pythonic",
+    "openai": "harmony",
+    "phi4_mini_json": "phi4",
+    "qwen3_xml": "qwen3_coder",
+}
 
 
 @lru_cache(64)

@@ -1,4 +1,5 @@
-// The AI SDK over its OpenAI provider's chat model and its OpenAI-compatible one: text, objects, tools, streams.
+// The AI SDK over its OpenAI provider's models, of Responses (the default) and chat, and over its OpenAI-compatible one:
+// text, objects, tools, streams.
 import assert from "node:assert/strict";
 import test from "node:test";
 import { createOpenAI } from "@ai-sdk/openai";
@@ -11,7 +12,8 @@ const name = process.env.SERVER_MODEL;
 const compatible = createOpenAICompatible({
   name: "lorakeet", baseURL, apiKey: "none", includeUsage: true, supportsStructuredOutputs: true,
 });
-const models = { openai: createOpenAI({ baseURL, apiKey: "none" }).chat(name), compatible: compatible(name) };
+const openai = createOpenAI({ baseURL, apiKey: "none" });
+const models = { responses: openai(name), chat: openai.chat(name), compatible: compatible(name) };
 const Bird = z.object({ colour: z.enum(["red", "green"]), wings: z.number().int().min(0).max(9) });
 const report = tool({ description: "Report a bird.", inputSchema: Bird, execute: async () => "done" });
 
@@ -32,7 +34,7 @@ for (const [provider, model] of Object.entries(models)) {
   test(`tools, ${provider}`, async () => {
     const answer = await generateText({
       ...ask, tools: { report }, toolChoice: "required", maxOutputTokens: 150,
-      ...(provider === "openai" ? { providerOptions: { openai: { parallelToolCalls: false } } } : {}),
+      ...(provider !== "compatible" ? { providerOptions: { openai: { parallelToolCalls: false } } } : {}),
     });
     assert.equal(answer.toolCalls[0].toolName, "report");
   });

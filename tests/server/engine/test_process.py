@@ -7,7 +7,8 @@ import sys
 _STARTED = """
 import sys, time
 from server.engine import process
-process.protocol.decode_config = lambda _: time.sleep(100)
+from server.messages import protocol
+protocol.decode_config = lambda _: time.sleep(100)
 sys.argv = ["process", "1", "{}"]
 process.main()
 """

@@ -9,9 +9,9 @@ from tests.support.scheduler_world import A, B, World
 PROMPT = [1, 2, 1, 2]
 
 
-def flooded(requests: int = 20, **world: int) -> World:
+def flooded(requests: int = 20, depth: int = 0) -> World:
     """A world in which tenant "flood" fills every place, and more of it waits."""
-    full = World(num_blocks=64, **world)
+    full = World(num_blocks=64, depth=depth)
     for _ in range(requests):
         full.add(PROMPT, tenant="flood", max_tokens=20)
     for _ in range(4):

@@ -84,7 +84,16 @@ def read(parser: Parser, said: str) -> list[Event]:
     return found
 
 
-ENDS = ("<|im_end|>", "<|eot_id|>", "</s>", "<|end|>", "<｜tool▁calls▁end｜>", "<end_of_turn>", "<|end_of_text|>")
+ENDS = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "</s>",
+    "<|end|>",
+    "<｜tool▁calls▁end｜>",
+    "<end_of_turn>",
+    "<|end_of_text|>",
+    "<turn|>",
+)
 
 
 def without_end(said: str) -> str:

@@ -21,6 +21,7 @@ from tests.support.chats import sent_prompt
 from tests.support.completions import events
 from tests.support.offline import load_engine
 from tests.support.scripted import BASE, EOS, Served, encode, serving
+from tests.support.templates import TOOL_TEMPLATES
 from tests.support.tiny import CHAT_TEMPLATE
 
 HELLO: list[Any] = [{"role": "user", "content": "How is Rome?"}]
@@ -162,6 +163,26 @@ async def test_a_marker_that_is_a_special_token_is_seen(served: Served) -> None:
     served.engine.reply = lambda request: [*tokenizer.encode(reply, add_special_tokens=False).ids, EOS]
     message = (await chat(served)).json()["choices"][0]["message"]
     assert message["content"] == "One."
+    assert message["tool_calls"][0]["function"] == {"name": "now", "arguments": '{"a": 1}'}
+    assert assembled(events(await chat(served, stream=True)))["tool_calls"] == [["now", '{"a": 1}']]
+
+
+async def test_marks_of_several_special_tokens_are_seen(served: Served) -> None:
+    """As gpt-oss has it: a thought, and a call after it."""
+    tokenizer = Tokenizer.from_str(served.services.text.tokenizer.to_str())
+    parts = ["start", "channel", "message", "constrain", "call", "end", "return"]
+    tokenizer.add_special_tokens([f"<|{part}|>" for part in parts])
+    served.services.text.tokenizer = tokenizer
+    use_template(served, TOOL_TEMPLATES["gpt_oss"] + "{# <|channel|>analysis #}")
+    reply = (
+        "<|channel|>analysis<|message|>Now.<|end|><|start|>assistant"
+        '<|channel|>commentary to=functions.now <|constrain|>json<|message|>{"a": 1}<|call|>'
+    )
+    served.engine.reply = lambda request: [*tokenizer.encode(reply, add_special_tokens=False).ids, EOS]
+    answer = (await chat(served)).json()
+    assert "choices" in answer, answer
+    message = answer["choices"][0]["message"]
+    assert (message["reasoning"], message["content"]) == ("Now.", None)
     assert message["tool_calls"][0]["function"] == {"name": "now", "arguments": '{"a": 1}'}
     assert assembled(events(await chat(served, stream=True)))["tool_calls"] == [["now", '{"a": 1}']]
 

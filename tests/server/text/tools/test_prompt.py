@@ -58,6 +58,9 @@ async def rendered(template: str, messages: list[dict[str, Any]], tools: list[di
         ("deepseek_v3.1", "deepseek"),
         ("phi4_mini", "phi4"),
         ("granite3", "granite"),
+        ("gemma4", "gemma4"),
+        ("gpt_oss", "harmony"),
+        ("deepseek_v3.2", "deepseek_dsml"),
     ],
 )
 def test_a_format_is_recognised_from_the_template(name: str, tool_format: str) -> None:
@@ -92,6 +95,9 @@ def test_marks_of_other_families(sign: str, tool_format: str) -> None:
         ("deepseek_v3.1", 'get_weather<｜tool▁sep｜>{"city": "Rome"}<｜tool▁call▁end｜>'),
         ("phi4_mini", '<|tool_call|>[{"name": "get_weather", "arguments": {"city": "Rome"}}]<|/tool_call|><|end|>'),
         ("granite3", '<|tool_call|>[{"name": "get_weather", "arguments": {"city": "Rome"}}]<|end_of_text|>'),
+        ("gemma4", '<|tool_call>call:get_weather{city:<|"|>Rome<|"|>}<tool_call|>'),
+        ("gpt_oss", ' to=functions.get_weather<|channel|>commentary json<|message|>{"city": "Rome"}<|call|>'),
+        ("deepseek_v3.2", '<｜DSML｜parameter name="city" string="true">Rome</｜DSML｜parameter>'),
     ],
 )
 async def test_history_and_tools_in_the_template_s_own_way(name: str, expected: str) -> None:

@@ -99,6 +99,32 @@ WRITTEN: list[tuple[str, str]] = [
         "<start_function_call>call:get_weather{city:<escape>Rome<escape>,days:2}<end_function_call>"
         "<start_function_call>call:now{}<end_function_call>",
     ),
+    (
+        "gemma4",
+        '<|tool_call>call:get_weather{city:<|"|>Rome<|"|>,days:2}<tool_call|><|tool_call>call:now{}<tool_call|>',
+    ),
+    (
+        "harmony",
+        '<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"city": "Rome", "days": 2}<|call|>'
+        "<|start|>assistant<|channel|>commentary to=functions.now<|message|>{}<|call|>",
+    ),
+    (
+        "harmony",
+        ' to=functions.get_weather<|channel|>commentary json<|message|>{"city": "Rome", "days": 2}<|call|>'
+        "<|start|>assistant to=functions.now<|channel|>commentary json<|message|>{}",
+    ),
+    (
+        "deepseek_dsml",
+        '<｜DSML｜function_calls>\n<｜DSML｜invoke name="get_weather">\n'
+        '<｜DSML｜parameter name="city" string="true">Rome</｜DSML｜parameter>\n'
+        '<｜DSML｜parameter name="days" string="false">2</｜DSML｜parameter>\n</｜DSML｜invoke>\n'
+        '<｜DSML｜invoke name="now">\n</｜DSML｜invoke>\n</｜DSML｜function_calls>',
+    ),
+    (
+        "deepseek_dsml",
+        '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="get_weather">\n{"city": "Rome", "days": 2}\n</｜DSML｜invoke>\n'
+        '<｜DSML｜invoke name="now">\n{}\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>',
+    ),
 ]
 
 
@@ -245,3 +271,10 @@ def test_arguments_come_in_pieces_before_their_end() -> None:
 def test_text_around_calls() -> None:
     text = 'I look. <tool_call>{"name": "now", "arguments": {}}</tool_call>\n Done.\n'
     assert read("hermes", *text) == [Text("I look."), Begin("now"), Arguments("{}"), Text("Done.")]
+
+
+def test_what_a_model_says_beside_its_calls() -> None:
+    said = "<|channel|>commentary<|message|>I look.<|end|>"
+    call = "<|start|>assistant<|channel|>commentary to=functions.now <|constrain|>json<|message|>{}<|call|>"
+    assert read("harmony", said + call) == [Text("I look."), Begin("now"), Arguments("{}")]
+    assert read("harmony", said) == [Text("I look.")]
