@@ -61,11 +61,11 @@ class Admission:
         """Tokens of their prompts."""
         return self._tokens.total()
 
-    def check_size(self, sequences: int) -> None:
+    def check_size(self, sequences: int, param: str = "n") -> None:
         """Raises `InvalidRequest` for a request of more sequences than may ever wait."""
         if sequences > self._max_requests:
             raise InvalidRequest(
-                f"This request asks for {sequences} sequences; at most {self._max_requests} are accepted.", param="n"
+                f"This request asks for {sequences} sequences; at most {self._max_requests} are accepted.", param=param
             )
 
     def enter(self, prompt_lengths: Sequence[int], tenant: str = "") -> list[Ticket]:

@@ -12,6 +12,7 @@ from adapters.device.lora import LoraLinear
 from adapters.device.units import DTYPE_CODES, as_units
 from adapters.device.variants import (
     Affine,
+    Classifier,
     EmbeddingExtras,
     Extras,
     HeadExtras,
@@ -43,10 +44,11 @@ def build(
         linears={name: affine for name in linears if (affine := builder.linear(name)) is not None},
         norms=builder.norms(),
         embedding=builder.embedding(),
-        head=builder.head(),
+        head=None if variants.classifier else builder.head(),
         new_tokens=variants.new_tokens,
+        classifier=builder.classifier() if variants.classifier else None,
     )
-    return extras.to(torch.device("cpu")) if extras.in_decoder or extras.embedding or extras.head else None
+    return extras.to(torch.device("cpu")) if extras.in_model or extras.classifier else None
 
 
 class _Builder:
@@ -166,6 +168,10 @@ class _Builder:
             affine=affine,
             bias=bias,
         )
+
+    def classifier(self) -> Classifier:
+        tensors = self._variants.classifier
+        return Classifier(_dense(self._tensors[tensors["weight"]].float()), self._vector(tensors.get("bias")))
 
     def _low_rank(self, module: LoraModule, a: Tensor, b: Tensor) -> LowRank:
         if a.dtype != b.dtype:

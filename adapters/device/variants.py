@@ -123,6 +123,18 @@ class HeadExtras:
 
 
 @dataclass(frozen=True, eq=False)
+class Classifier:
+    """A classification head: normed states to a score for each label. weight fp32 [labels, hidden], bias [labels]."""
+
+    weight: kernels.QuantizedWeight
+    bias: Tensor | None = None
+
+    def scores(self, x: Tensor) -> Tensor:
+        """Of a state x [hidden]: fp32 [labels]."""
+        return kernels.base_linear(x.float()[None], self.weight, self.bias)[0]
+
+
+@dataclass(frozen=True, eq=False)
 class Extras:
     """Everything that one adapter does besides its rank rows."""
 
@@ -131,11 +143,17 @@ class Extras:
     embedding: EmbeddingExtras | None
     head: HeadExtras | None
     new_tokens: int = 0  # beyond the base's vocabulary: logits are as much wider, or narrower
+    classifier: Classifier | None = None  # then there are no logits
 
     @property
     def in_decoder(self) -> bool:
         """Whether anything between embedding and head is changed."""
         return bool(self.linears or self.norms)
+
+    @property
+    def in_model(self) -> bool:
+        """Whether any of the base's modules gives something else."""
+        return self.in_decoder or self.embedding is not None or self.head is not None
 
     def to(self, device: torch.device) -> "Extras":
         """The same on a device."""

@@ -28,6 +28,7 @@ MAX_CONFIG_BYTES = 1 << 20
 # RE2 runs in time linear in program x text; this bounds the programs of one field, where a plain name takes about 40.
 MAX_PROGRAMS = 1 << 16
 OUTPUT_HEAD = "lm_head"  # PEFT's all-linear leaves the output head out
+CLASSIFIERS = ("score", "classifier")  # modules that PEFT saves with any adapter that classifies
 
 # What an activated adapter cannot have: most of it would change tokens before it is invoked.
 _NEVER_ACTIVATED = ("use_dora", "lora_bias", "bias", "modules_to_save", "trainable_token_indices")
@@ -57,6 +58,11 @@ class AdapterConfig:
     auto_mapping: Mapping[str, Json] | None
     recorded: Mapping[str, Json]
     unknown: tuple[str, ...] = ()  # fields that PEFT does not have, and would pass over
+
+    @property
+    def classifies(self) -> bool:
+        """Whether it has a classification head in place of the output head."""
+        return self.task_type == "SEQ_CLS"
 
     def check_class(self, model_class: str) -> None:
         """Raises AdapterError when `auto_mapping` names another class than the served model's."""
@@ -230,6 +236,8 @@ def _check_combination(values: Mapping[str, Json]) -> None:
     if values["lora_bias"] and values["use_dora"]:
         raise AdapterError("lora_bias cannot be combined with use_dora, in PEFT either", "lora_bias")
     if values["alora_invocation_tokens"]:
+        if values["task_type"] == "SEQ_CLS":
+            raise AdapterError("SEQ_CLS cannot be combined with alora_invocation_tokens", "task_type")
         for name in _NEVER_ACTIVATED:
             if values[name] != FIELDS[name].default:
                 raise AdapterError(f"{name} cannot be combined with alora_invocation_tokens", name)

@@ -153,6 +153,8 @@ def inspect(
     config = parse_config(_read_config(directory))
     config.check_class(model_class)
     outline = outline or Outline()
+    if config.classifies:
+        outline = outline.headless()
     path = directory / WEIGHTS_NAME
     if not path.is_file():
         raise AdapterError(
@@ -252,7 +254,7 @@ def load_variants(directory: Path, spec: AdapterSpec) -> dict[str, "Tensor"]:
     """The tensors that `spec.variants` names, in the file's dtypes, by their names in the file."""
     variants = spec.variants
     tables = [name for module in variants.tables.values() for name in (module.a, module.b)]
-    vectors = [*variants.magnitudes.values(), *variants.delta_biases.values()]
+    vectors = [*variants.magnitudes.values(), *variants.delta_biases.values(), *variants.classifier.values()]
     whole = {*tables, *vectors, *variants.parameters.values(), *variants.tokens.values()}
     last = dict.fromkeys({*variants.grown.values()} - whole, variants.new_tokens)
     return _read_tensors(directory, whole | last.keys(), last)
@@ -360,7 +362,7 @@ def _device_bytes(variants: Variants, tensors: Mapping[str, TensorEntry], outlin
         total += 4 * module.rank**2 + sum(_numbers(tensors, name, 4) for name in (module.a, module.b))
     for name in (*variants.magnitudes.values(), *variants.delta_biases.values()):
         total += _numbers(tensors, name, 8)
-    for name in (*variants.parameters.values(), *variants.tokens.values()):
+    for name in (*variants.parameters.values(), *variants.tokens.values(), *variants.classifier.values()):
         total += _numbers(tensors, name, 8 if len(tensors[name].shape) == 1 else 4)
     for name in variants.grown.values():
         total += max(variants.new_tokens, 0) * _numbers(tensors, name, 4) // tensors[name].shape[0]

@@ -353,7 +353,7 @@ _alpha = _number(0, MAX_ALPHA, above_low=True)
 
 FIELDS: dict[str, Field] = {
     "peft_type": _works(None, _peft_type, "LORA"),
-    "task_type": _works(None, _one_of("CAUSAL_LM", None), "CAUSAL_LM or null"),
+    "task_type": _works(None, _one_of("CAUSAL_LM", "SEQ_CLS", None), "CAUSAL_LM or null; SEQ_CLS: it classifies"),
     "auto_mapping": _works(None, _auto_mapping, "must name the served model's class in transformers; never imported"),
     "r": _works(8, _rank, f"rank, 1 to {MAX_RANK}"),
     "lora_alpha": _works(8, _alpha, "scaling is lora_alpha / r"),
@@ -371,7 +371,7 @@ FIELDS: dict[str, Field] = {
     "use_dora": _works(False, _flag, "weight-decomposed (DoRA): linears, embedding and head"),
     "lora_bias": _works(False, _flag, "a bias of lora_B"),
     "bias": _works("none", _one_of("none", "all", "lora_only"), "none, all or lora_only: trained biases of the base"),
-    "modules_to_save": _works((), _modules, "embedding, head (resized too) and norms, by suffix as in PEFT"),
+    "modules_to_save": _works((), _modules, "embedding, heads (resized too) and norms, by suffix as in PEFT"),
     "trainable_token_indices": _works({}, _trained_tokens, "trained rows of embedding and head, new tokens included"),
     "ensure_weight_tying": _works(False, _flag, "on a tied base the head follows the embedding"),
     "alora_invocation_tokens": _works((), _invocation, "activated (aLoRA): in force from their last occurrence on"),

@@ -7,12 +7,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from adapters.peft_format.config import AdapterConfig, AdapterError
+from adapters.peft_format.config import CLASSIFIERS, AdapterConfig, AdapterError
 from adapters.peft_format.fields import shorten
 from adapters.peft_format.outline import EMBEDDING, Outline
 from adapters.peft_format.sizes import LinearSize
+from adapters.peft_format.weights import TensorEntry
 
 PREFIX = "base_model.model."
+MAX_LABELS = 4096
 # Where PEFT may have an embedding's or head's own parameters in a file; all but the first are the base's part of
 # something.
 PLACES = ("", "base_layer.", "token_adapter.base_layer.", "original_module.")
@@ -48,6 +50,7 @@ class Variants:
         grown: embedding, head or the head's bias -> tensor as large as a larger vocabulary, whose last rows are the
             new ones.
         invocation: token ids from whose last occurrence in the prompt on the adapter is in force; empty: everywhere.
+        classifier: "weight" [num_labels, hidden], perhaps "bias" -> tensor, of a head in place of the output head.
         device_bytes: at most as much device memory does all this take.
     """
 
@@ -60,6 +63,8 @@ class Variants:
     new_tokens: int = 0
     grown: dict[str, str] = field(default_factory=dict)
     invocation: list[int] = field(default_factory=list)
+    classifier: dict[str, str] = field(default_factory=dict)
+    num_labels: int = 0
     device_bytes: int = 0
 
     @property
@@ -78,6 +83,7 @@ class Variants:
                 "new_tokens": self.new_tokens > 0,
                 "fewer_tokens": self.new_tokens < 0,
                 "alora": self.invocation,
+                "classifier": self.classifier,
             }.items()
             if used
         ]
@@ -112,9 +118,9 @@ class Layout(NamedTuple):
 
 
 def layout(
-    config: AdapterConfig, linears: Mapping[str, LinearSize], outline: Outline, tensors: Collection[str] = ()
+    config: AdapterConfig, linears: Mapping[str, LinearSize], outline: Outline, tensors: Mapping[str, TensorEntry]
 ) -> Layout:
-    """Lay an adapter's file out. `tensors`: the names in it, which say where new tokens are.
+    """Lay an adapter's file out. `tensors`: those in it, which say where new tokens are, and how many labels.
 
     Raises:
         AdapterError: naming the config's field that asks for what this base does not have.
@@ -133,13 +139,14 @@ class _Builder:
         self._copies = {f"{PREFIX}{name}": name for name in self._table_parameters()}
         self._twins: dict[str, str] = {}
 
-    def build(self, tensors: Collection[str]) -> Layout:
+    def build(self, tensors: Mapping[str, TensorEntry]) -> Layout:
         if self._outline.new_tokens and self._config.alora_invocation_tokens:
             raise AdapterError(
                 "an activated adapter cannot add or drop tokens: before its invocation the base runs",
                 "alora_invocation_tokens",
             )
         adapted, config, token_ids = self._adapted, self._config, self._token_ids()
+        classifier = self._classifier(tensors) if config.classifies else {}
         variants = Variants(
             tables={name: self._table(name) for name in self._outline.tables if name in adapted},
             magnitudes=self._magnitudes() if config.use_dora else {},
@@ -149,6 +156,8 @@ class _Builder:
             token_ids=token_ids,
             new_tokens=self._outline.new_tokens,
             invocation=self._invocation(),
+            classifier=classifier,
+            num_labels=tensors[classifier["weight"]].shape[0] if classifier else 0,
         )
         modules = {name: self._linear(name) for name in adapted if name in self._linears}
         if self._outline.new_tokens:
@@ -180,8 +189,8 @@ class _Builder:
             for name in names:
                 if name not in self._expected:
                     self._copies[name] = parameter
-        embedding, head = self._outline.tables
-        if self._outline.tied and head not in found and f"{head}.weight" not in variants.parameters:
+        embedding, head = self._outline.embedding or "", self._outline.head
+        if head and self._outline.tied and head not in found and f"{head}.weight" not in variants.parameters:
             source = found.get(embedding) or variants.parameters.get(f"{embedding}.weight")
             if source is not None:
                 found[head] = source
@@ -194,7 +203,7 @@ class _Builder:
                     "weights",
                 )
         delta = "token_adapter.trainable_tokens_delta"  # of a tied head, once more
-        if self._outline.tied and variants.tokens.get(head) == f"{PREFIX}{embedding}.{delta}":
+        if head and self._outline.tied and variants.tokens.get(head) == f"{PREFIX}{embedding}.{delta}":
             self._twins[f"{PREFIX}{head}.{delta}"] = f"{PREFIX}{embedding}.{delta}"
         return found if self._outline.new_tokens > 0 else {}
 
@@ -266,6 +275,8 @@ class _Builder:
         every = _with_parents(modules)
         chosen: set[str] = set()
         for ending in config.modules_to_save:
+            if config.classifies and ending in CLASSIFIERS:
+                continue
             matched = {module for module in every if module.endswith(ending)}
             if not matched:
                 self._warnings.append(f"modules_to_save has '{shorten(ending)}', which matches no module of the base")
@@ -284,6 +295,27 @@ class _Builder:
         names = [f"{module}.{kind}" for module in sorted(chosen) for kind in ("weight", "bias")]
         there = {*outline.parameters, *self._table_parameters()}
         return {name: self._expect(name, self._shape(name), "modules_to_save") for name in names if name in there}
+
+    def _classifier(self, tensors: Mapping[str, TensorEntry]) -> dict[str, str]:
+        """ "weight" and "bias" of the classification head -> tensor. It has as many labels as the file says."""
+        if self._outline.embedding is None:
+            raise AdapterError("task_type is SEQ_CLS: this base serves adapters of linears only", "task_type")
+        places = [f"{module}.{place}" for module in CLASSIFIERS for place in ("", "modules_to_save.")]
+        place = next((place for place in places if f"{PREFIX}{place}weight" in tensors), None)
+        if place is None:
+            named = f"{PREFIX}{places[0]}weight"
+            raise AdapterError(f"task_type is SEQ_CLS: the weights lack the classification head '{named}'", named)
+        labels = tensors[f"{PREFIX}{place}weight"].shape[0]
+        if not 0 < labels <= MAX_LABELS:
+            raise AdapterError(
+                f"the classification head has {labels} labels; 1 to {MAX_LABELS} are served", f"{PREFIX}{place}weight"
+            )
+        shapes = {"weight": (labels, self._outline.table_shape[1]), "bias": (labels,)}
+        return {
+            kind: self._expect(f"{place}{kind}", shape, "task_type")
+            for kind, shape in shapes.items()
+            if f"{PREFIX}{place}{kind}" in tensors
+        }
 
     # --- tokens ---------------------------------------------------------------------------------------------
 

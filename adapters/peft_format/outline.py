@@ -109,6 +109,11 @@ class Outline:
         """The same base with as many rows more in embedding and head, or fewer."""
         return replace(self, new_tokens=new_tokens)
 
+    def headless(self) -> "Outline":
+        """The same base without its output head."""
+        left = {name: parameter for name, parameter in self.parameters.items() if name.rpartition(".")[0] != self.head}
+        return replace(self, parameters=left, head=None)
+
     def stored(self, name: str) -> Parameter:
         """A parameter by its full name; the weight of a tied head is the embedding's."""
         return self.parameters.get(name) or self.parameters[f"{self.embedding}.weight"]

@@ -12,6 +12,8 @@ def receipt_of(spec: AdapterSpec) -> dict[str, Any]:
     What few adapters bring (new tokens, text of their own) is there only for those.
     """
     own = {
+        "task": spec.config["task_type"] if spec.variants.classifier else None,
+        "num_labels": spec.variants.num_labels,
         "new_tokens": spec.variants.new_tokens,
         "tokenizer_tokens": len(spec.text.tokens),
         "chat_template": spec.text.chat_template is not None,

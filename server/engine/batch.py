@@ -4,6 +4,7 @@
 pass is given to the device, and read when the step is collected.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from adapters.device.memory import sent
 from adapters.device.pool import RowPool, SegmentDeltas, Use
-from adapters.device.variants import ExtraUse, StepExtras
+from adapters.device.variants import Classifier, ExtraUse, StepExtras
 from server.engine.graphs import DecodeStep
-from server.engine.sampling import Draw, Drawn, Logprobs, Row, sample
+from server.engine.sampling import Draw, Drawn, Logprobs, Readback, Row, sample
 from server.engine.sequence import Sequence, Step, Work
 from server.messages.protocol import TokenLogprob
 from server.model.attention import KVCache, PagedAttention
@@ -39,11 +40,19 @@ class Batch:
     kept: list[int]  # how many consecutive ones of them are each work's own
     extras: StepExtras | None  # what its adapters do besides rank rows
     states: StateStep | None  # of the layers that keep some
+    heads: dict[int, tuple[int, Classifier]]  # by work's index, of those that classify: row of its last token, head
 
     @property
     def decodes(self) -> bool:
         """Whether it is one token of each request, and all of their logits are wanted."""
         return len(self.ids) == len(self.attention.seqs) == len(self.keep)
+
+    def classified(self, hidden: Tensor) -> dict[int, Readback]:
+        """Scores of the works that classify, by their index. hidden: the decoder's output for all rows, [T, hidden].
+
+        Each head sees its row alone, so that no score depends on the company.
+        """
+        return {index: Readback(head.scores(hidden[row])) for index, (row, head) in self.heads.items()}
 
     def planned(self) -> DecodeStep:
         """As a planned decoder takes it."""
@@ -94,10 +103,11 @@ class Packer:
         pending: list[tuple[int, Sequence]] = []  # whose last token is pending, and where that comes among the ids
         extra_uses: list[ExtraUse] = []
         extra_kept: list[ExtraUse] = []
+        heads: dict[int, tuple[int, Classifier]] = {}
         width = max(-(-(work.start + work.count) // size) for work in works)
         height = len(works) + drafts_apart * sum(len(work.drafts) for work in works)
         tables = np.zeros((len(slots), height, width), np.int32)
-        for work in works:
+        for index, work in enumerate(works):
             sequence, first, last = work.sequence, work.start, work.start + work.count
             offset = len(ids)
             ids += sequence.tokens[first : last - len(work.drafts)]
@@ -129,7 +139,11 @@ class Packer:
                     continue
                 uses.append(Use(begin, len(ids), digest, weight))
                 adapter = self._pool.adapter(digest)
-                if adapter is not None and (extras := adapter.extras) is not None:
+                if adapter is None or (extras := adapter.extras) is None:
+                    continue
+                if work.classifies and extras.classifier is not None:
+                    heads[index] = len(ids) - 1, extras.classifier
+                if extras.in_model:
                     skipped = sum(token < begin for token in own)
                     extra_uses.append(ExtraUse(begin, len(ids), extras, weight))
                     extra_kept.append(ExtraUse(len(keep) - len(own) + skipped, len(keep), extras, weight))
@@ -162,6 +176,7 @@ class Packer:
             kept=kept,
             extras=StepExtras(extra_uses, extra_kept) if extra_uses else None,
             states=None if self._states is None else StateStep(self._states, tensor(runs, np.int32)),
+            heads=heads,
         )
 
 
@@ -184,6 +199,7 @@ class WorkResult:
     tokens: list[int] = field(default_factory=list)  # drawn after it: none in the middle of a prompt
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of those tokens, when asked for
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # one per entry of `Work.prompt_rows`
+    scores: list[float] = field(default_factory=list)  # of a classification head
     failed: bool = False  # its logits are not finite
 
 
@@ -194,11 +210,13 @@ class Outcome:
     drawn: for each work that samples one row, and one more for each of its drafts that is looked at; None where none
         samples.
     scored: by work's index, of a part of a prompt: whether all logits are finite, and the log-probabilities.
+    classified: by work's index, of a prompt that is classified.
     """
 
     works: Seq[Work]
     drawn: Drawn | None
     scored: dict[int, tuple[Tensor, Logprobs]] = field(default_factory=dict)
+    classified: dict[int, Readback] = field(default_factory=dict)
 
     def results(self) -> list[WorkResult]:
         """Wait for the device. One result per work, in order."""
@@ -208,6 +226,9 @@ class Outcome:
                 results[index].prompt_logprobs = logprobs.read()
             else:
                 results[index].failed = True
+        for index, scores in self.classified.items():
+            [results[index].scores] = scores.lists()
+            results[index].failed = not all(map(math.isfinite, results[index].scores))
         if self.drawn is not None:
             draws = iter(self.drawn.draws())
             for work, result in zip(self.works, results, strict=True):
@@ -249,8 +270,8 @@ class InFlightStep:
         return [results[place] for place in range(len(self.step.works))]
 
 
-def draw(batch: Batch, logits: Tensor, eos_token_ids: Seq[int]) -> Outcome:
-    """Score prompts and draw tokens. logits: fp32 [K, V], of the batch's kept rows."""
+def draw(batch: Batch, logits: Tensor, classified: dict[int, Readback], eos_token_ids: Seq[int]) -> Outcome:
+    """Score prompts and draw tokens. logits: fp32 [K, V], of the batch's kept rows. classified: as in `Outcome`."""
     scored: dict[int, tuple[Tensor, Logprobs]] = {}
     drawn: list[int] = []  # logit rows
     rows: list[Row] = []
@@ -263,10 +284,10 @@ def draw(batch: Batch, logits: Tensor, eos_token_ids: Seq[int]) -> Outcome:
             drawn += range(end - _draws_of(work), end)
             rows += _rows(work)
     if not rows:
-        return Outcome(batch.works, None, scored)
+        return Outcome(batch.works, None, scored, classified)
     # Mostly all of them: no copy.
     chosen = logits if len(drawn) == len(logits) else logits[sent(torch.tensor(drawn), logits.device)]
-    return Outcome(batch.works, sample(chosen, rows, eos_token_ids), scored)
+    return Outcome(batch.works, sample(chosen, rows, eos_token_ids), scored, classified)
 
 
 def takes_argmax(work: Work) -> bool:

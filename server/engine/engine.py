@@ -337,6 +337,7 @@ class Engine:
             tokens=kept,
             logprobs=result.logprobs[: len(kept)],
             prompt_logprobs=[*unscored, *result.prompt_logprobs],
+            scores=result.scores,
             finish_reason=sequence.finish_reason,
             stop_token=sequence.stop_token,
             cached_tokens=sequence.cached_tokens if first else 0,

@@ -9,9 +9,11 @@ are taken on the device.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ from adapters.device.lora import FrozenLinear
 from adapters.device.pool import RowPool
 from server.engine.batch import Batch, InFlightStep, Outcome, Packer, draw, takes_argmax
 from server.engine.graphs import DecodeGraphs, DecodeStep
-from server.engine.sampling import Drawn
+from server.engine.sampling import Drawn, Readback
 from server.engine.sequence import Sequence, Step, Work
 from server.model.attention import KVCache
 from server.model.base import Base
@@ -103,12 +105,12 @@ class ForwardPath(ABC):
     weights: Weights
 
     @abstractmethod
-    def logits(self, batch: Batch) -> Tensor:
-        """Of the kept rows, fp32 [K, V]."""
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[int, Readback]]:
+        """Logits of the kept rows, fp32 [K, V]; scores of the works that classify, by their index."""
 
     def run(self, batch: Batch) -> Outcome:
         """Give a forward pass, and the draw from its logits, to the device."""
-        return draw(batch, self.logits(batch), self.weights.base.eos_token_ids)
+        return draw(batch, *self.forward(batch), self.weights.base.eos_token_ids)
 
     def installed(self, batch: Batch) -> AbstractContextManager[None]:
         """Within it the batch's adapters apply their variants."""
@@ -121,41 +123,60 @@ class PlannedPath(ForwardPath):
     def run(self, batch: Batch) -> Outcome:
         argmax = self.weights.argmax
         if argmax is not None and batch.extras is None and all(map(takes_argmax, batch.works)):
-            return Outcome(batch.works, Drawn(argmax(self._hidden(batch))))
+            hidden = self.weights.hidden(batch.planned())
+            return Outcome(batch.works, Drawn(argmax(_kept(hidden, batch))), classified=batch.classified(hidden))
         return super().run(batch)
 
-    def logits(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[int, Readback]]:
         weights = self.weights
         if weights.graphs is not None and batch.extras is None and batch.decodes:
             logits = weights.graphs.run(batch.planned())
             if logits is not None:
-                return logits
+                return logits, {}
         with self.installed(batch):
-            return weights.head(self._hidden(batch))
+            hidden = weights.hidden(batch.planned())
+            return weights.head(_kept(hidden, batch)), batch.classified(hidden)
 
-    def _hidden(self, batch: Batch) -> Tensor:
-        """The planned decoder's output for the kept rows, fp32 [K, hidden]."""
-        hidden = self.weights.hidden(batch.planned())
-        return hidden if len(batch.keep) == len(hidden) else hidden[batch.keep]
+
+def _kept(hidden: Tensor, batch: Batch) -> Tensor:
+    """The kept rows of a planned decoder's output, fp32 [K, hidden]."""
+    return hidden if len(batch.keep) == len(hidden) else hidden[batch.keep]
 
 
 class ModulesPath(ForwardPath):
     """Transformers' modules run; they find the batch in the model's slot."""
 
-    def logits(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[int, Readback]]:
         base = self.weights.base
         slot, model = base.slot, base.model
         slot.deltas = batch.extras.over(batch.deltas) if batch.extras else batch.deltas
         slot.attention, slot.states = batch.attention, batch.states
+        hidden: list[Tensor] = []  # of all rows, where somebody classifies
         try:
-            with self.installed(batch):
+            with self.installed(batch), _kept_output(base.decoder, hidden if batch.heads else None):
                 inputs = {"input_ids": batch.ids[None], "position_ids": batch.positions[None], "use_cache": False}
                 if not len(batch.keep):  # the middle of prompts: no head
                     base.decoder(**inputs)
-                    return torch.empty(0, base.vocab_size)
-                return model(**inputs, logits_to_keep=batch.keep).logits[0].float()
+                    logits = torch.empty(0, base.vocab_size)
+                else:
+                    logits = model(**inputs, logits_to_keep=batch.keep).logits[0].float()
+                return logits, batch.classified(hidden[0]) if hidden else {}
         finally:
             slot.deltas = slot.attention = slot.states = None
+
+
+@contextmanager
+def _kept_output(decoder: nn.Module, found: list[Tensor] | None) -> Iterator[None]:
+    """Within it the decoder's last hidden states, [T, hidden], are put there, if anywhere."""
+    if found is None:
+        yield
+        return
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        found.append(output[0][0])
+
+    with decoder.register_forward_hook(keep):
+        yield
 
 
 class Runner:
@@ -212,7 +233,8 @@ class Runner:
             adapter = self._pool.adapter(digest)
             if adapter is not None and adapter.extras is not None:
                 modules |= adapter.extras.in_decoder
-                new_tokens += adapter.extras.new_tokens  # one that has some is alone
+                if adapter.extras.classifier is None:
+                    new_tokens += adapter.extras.new_tokens  # one that has some is alone
         return self.weights.path(modules=modules, new_tokens=new_tokens)
 
     def _passes(self, works: Seq[Work]) -> list[tuple[ForwardPath, Seq[int]]]:
@@ -247,7 +269,7 @@ class Runner:
         """Of works that share a forward pass, fp32 [K, V]: one row per prompt row, work by work."""
         path = self.route(works[0].sequence)
         with path.weights.threads():
-            return path.logits(self._packed(path, works))
+            return path.forward(self._packed(path, works))[0]
 
     def _packed(self, path: ForwardPath, works: Seq[Work], before: InFlightStep | None = None) -> Batch:
         return self._packer.pack(

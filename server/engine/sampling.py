@@ -77,7 +77,7 @@ class Draw:
     logprob: TokenLogprob | None = None  # present when asked for
 
 
-class _Readback:
+class Readback:
     """Tensors on their way to the host."""
 
     def __init__(self, *tensors: Tensor) -> None:
@@ -111,7 +111,7 @@ class Logprobs:
     def __init__(self, logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> None:
         self._counts = counts
         self._parts = [
-            _Readback(tokens[part], *_logprobs(logits[part], tokens[part], max(counts[part])))
+            Readback(tokens[part], *_logprobs(logits[part], tokens[part], max(counts[part])))
             for part in _slices(logits)
         ]
 
@@ -135,7 +135,7 @@ class Drawn:
 
     def __init__(self, tokens: Tensor, logprobs: Logprobs | None = None, scored: Sequence[int] = ()) -> None:
         self.tokens = tokens
-        self._host = _Readback(tokens)
+        self._host = Readback(tokens)
         self._logprobs = logprobs
         self._scored = scored
 

@@ -139,6 +139,11 @@ class Work:
     runs: Seq[tuple[int, int, int, int]] = ()  # first position, one past the last, slots of the states before and after
 
     @property
+    def classifies(self) -> bool:
+        """Whether a classification head sees its last token."""
+        return self.sequence.sampling.classify and self.start + self.count == len(self.sequence.prompt)
+
+    @property
     def skipped(self) -> int:
         """How many drafts are taken without a look at logits."""
         return len(self.drafts) if self.forced and self.sequence.sampling.logprobs is None else 0

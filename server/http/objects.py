@@ -189,6 +189,24 @@ class ChatCompletionChunk(Generated):
     prompt_token_ids: NotRequired[list[int]]
 
 
+class Classified(TypedDict):
+    """`probs` are of the labels in order: probabilities, or scores without `use_activation`."""
+
+    index: int
+    label: str
+    probs: list[float]
+    num_classes: int
+
+
+class Classification(TypedDict):
+    id: str
+    object: Literal["list"]
+    created: int
+    model: str
+    data: list[Classified]
+    usage: UsageObject
+
+
 class Tokens(TypedDict):
     count: int
     max_model_len: int
@@ -263,6 +281,8 @@ class AdapterReceipt(TypedDict):
     rows: dict[str, int]
     base_model_name_or_path: str | None
     warnings: list[str]
+    task: NotRequired[Literal["SEQ_CLS"]]
+    num_labels: NotRequired[int]
     new_tokens: NotRequired[int]
     tokenizer_tokens: NotRequired[int]
     chat_template: NotRequired[bool]

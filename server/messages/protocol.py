@@ -117,6 +117,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     ignore_eos: bool = False
     logprobs: int | None = None  # how many alternatives beside the sampled token; None: no logprobs
     prompt_logprobs: int | None = None  # the same for every prompt token
+    classify: bool = False  # its adapter's classification head scores the prompt, and nothing is drawn
     speculative_tokens: int = 0  # most tokens drafted ahead in a step; 0: no speculation
     grammar: Grammar | None = None  # of the answer's text
     thought: ThoughtBudget | None = None
@@ -274,6 +275,7 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     tokens: list[int] = []
     logprobs: list[TokenLogprob] = []  # one per token, when asked for
     prompt_logprobs: list[TokenLogprob | None] = []  # of the prompt tokens that the step scored; the first is null
+    scores: list[float] = []  # of each label, from a classification head
     finish_reason: FinishReason | None = None
     stop_token: int | None = None  # the stop token or EOS that ended it (also the last of `tokens`)
     cached_tokens: int = 0  # prompt tokens served from the prefix cache (on the first output)

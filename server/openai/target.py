@@ -7,15 +7,18 @@ its current version, or for its share of a split; `name@digest prefix` asks for 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from adapters.peft_format.directory import AdapterSpec
 from adapters.storage.versions import Version
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, shown
 from server.messages.protocol import AdapterRef
 from server.openai.schema import WeightedAdapter
 from server.registry.fit import row_units
 from server.services import TENANT, Services
 from server.text.processor import TextProcessor
+
+Task = Literal["generate", "classify", "any"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,7 @@ class Target:
     vocab_size: int
     adapters: list[tuple[str, str]]  # (stored name, digest) of each adapter; none: the base
     refs: list[AdapterRef]
+    num_labels: int = 0  # of one that classifies
 
 
 @asynccontextmanager
@@ -38,12 +42,14 @@ async def open_target(
     *,
     adapters: Sequence[WeightedAdapter] = (),
     user: str | None = None,
+    task: Task = "generate",
 ) -> AsyncIterator[Target]:
     """The target, leased: its files stay until the end, whatever happens to the name meanwhile.
 
     Args:
         adapters: run on the same tokens, in place of one.
         user: who asks; one user always gets the same version of a name whose requests are split.
+        task: that it must be there for.
 
     Raises `ModelNotFound` (404), `Conflict` (409, an ambiguous digest prefix), `InvalidRequest`, `EngineUnavailable`.
     """
@@ -59,7 +65,7 @@ async def open_target(
             if model not in base:
                 await opened(model, "model")  # an unknown model is the worse mistake
                 raise InvalidRequest("With `adapters`, `model` is the base.", param="adapters")
-            yield await _several(services, model, adapters, opened)
+            yield _for_task(await _several(services, model, adapters, opened), task, "adapters")
             return
         asked, param = model, "model"
         if adapter_id is not None and adapter_id != model:
@@ -70,10 +76,22 @@ async def open_target(
                 )
             asked, param = adapter_id, "adapter_id"
         if asked in base:
-            yield _base_target(services, asked)
+            yield _for_task(_base_target(services, asked), task, param)
             return
         version = await opened(asked, param)
-        yield await _adapter_target(services, asked, version)
+        yield _for_task(await _adapter_target(services, asked, version), task, param)
+
+
+def _for_task(target: Target, task: Task, param: str) -> Target:
+    """The target. Raises InvalidRequest when it is not there for the task."""
+    name = shown(target.adapters[0][0] if target.adapters else target.asked)
+    if task == "generate" and target.num_labels:
+        message = f"`{name}` classifies and generates nothing: ask /v1/classify."
+        raise InvalidRequest(message, param=param, code="unsupported_task")
+    if task == "classify" and not target.num_labels:
+        message = f"`{name}` generates text: /v1/classify is for adapters with a classification head (SEQ_CLS)."
+        raise InvalidRequest(message, param=param, code="unsupported_task")
+    return target
 
 
 def _base_target(services: Services, asked: str) -> Target:
@@ -84,7 +102,8 @@ def _base_target(services: Services, asked: str) -> Target:
 async def _adapter_target(services: Services, asked: str, version: Version) -> Target:
     text = await text_of(services, version)
     vocab_size = services.engine_info.vocab_size + version.receipt.get("new_tokens", 0)
-    return Target(asked, version.digest, text, vocab_size, [(version.name, version.digest)], [reference(version)])
+    used, labels = [(version.name, version.digest)], version.receipt.get("num_labels", 0)
+    return Target(asked, version.digest, text, vocab_size, used, [reference(version)], labels)
 
 
 async def _several(

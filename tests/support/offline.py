@@ -60,6 +60,7 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
     finish_reason: str | None = None
     error: str | None = None
     code: str | None = None
@@ -69,6 +70,7 @@ class Answer:
         self.tokens += output.tokens
         self.logprobs += output.logprobs
         self.prompt_logprobs += output.prompt_logprobs
+        self.scores += output.scores
         self.finish_reason = output.finish_reason
         self.error, self.code = output.error, output.code
         self.cached_tokens += output.cached_tokens

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 from starlette.applications import Starlette
 
+from adapters.peft_format.outline import Outline
 from adapters.storage.names import LocalNames
 from adapters.storage.store import AdapterStore
 from server.errors import EngineUnavailable
@@ -41,6 +42,7 @@ class ScriptedEngine(IdleEngine):
     gate: Callable[[Generate, int], Any] | None = None
     fail: dict[int, Exception | str] = field(default_factory=dict)
     cached_tokens: int = 0
+    scores: Callable[[Generate], list[float]] = lambda request: [1.0, 3.0, 2.0]
     drafted: tuple[int, int] = (0, 0)  # tokens drafted in every step, and accepted
     requests: list[Generate] = field(default_factory=list)
     running: set[str] = field(default_factory=set)
@@ -82,6 +84,7 @@ class ScriptedEngine(IdleEngine):
                     logprobs=[logprob(token, sampling.logprobs) for token in new]
                     if sampling.logprobs is not None
                     else [],
+                    scores=self.scores(request) if sampling.classify else [],
                     prompt_logprobs=_prompt_logprobs(request) if step == 0 else [],
                     finish_reason=("stop" if stopped else "length") if last else None,
                     stop_token=new[0] if stopped else None,
@@ -135,14 +138,18 @@ class Served:
 
 @asynccontextmanager
 async def serving(
-    directory: Path, text: str = TEXT, engine: type[ScriptedEngine] = ScriptedEngine, **settings: Any
+    directory: Path,
+    text: str = TEXT,
+    engine: type[ScriptedEngine] = ScriptedEngine,
+    outline: Outline | None = None,
+    **settings: Any,
 ) -> AsyncIterator[Served]:
     """An application in this event loop that answers everything with `text` and the end of sequence."""
     scripted = engine(reply=lambda request: [*encode(text), EOS])
     with closing(LocalNames(directory / "test.db")) as names:
         chosen = Settings(**dict[str, Any](served_model_name=BASE, data_dir=directory) | settings)
         store = AdapterStore(directory / "adapters", names)
-        services = make_services(chosen, scripted, store, tiny_text())
+        services = make_services(chosen, scripted, store, tiny_text(), outline=outline)
         app = build_app(services)
         async with client_of(app) as client:
             yield Served(scripted, services, app, client)

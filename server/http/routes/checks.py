@@ -62,6 +62,9 @@ async def verify(request: Request, body: VerifyBody = VerifyBody()) -> Response:
     if body.peft:
         _check_oracle(services)
     async with services.registry.open(TENANT, name, param="name", whole=body.peft) as version:
+        if version.receipt.get("num_labels"):
+            message = f"`{version.name}` classifies: there are no tokens to score."
+            raise InvalidRequest(message, param="name", code="unsupported_task")
         limit = services.engine_info.max_model_len
         (ids,) = await services.text.encode([body.prompt], add_special_tokens=True, max_tokens=limit, param="prompt")
         if not 1 < len(ids) <= limit:

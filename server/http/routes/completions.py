@@ -5,10 +5,10 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 from msgspec import Raw
-from pydantic import Field, PlainValidator
+from pydantic import Field
 from starlette.requests import Request
 from starlette.types import Send
 
@@ -20,6 +20,7 @@ from server.messages.protocol import Ready
 from server.openai.assembly import Piece
 from server.openai.generation import Generation, Prompt, check_vocabulary, checked_grammar, fit_max_tokens
 from server.openai.logprobs import AnswerSize, behind_echo, columns, echoed_columns, extend
+from server.openai.prompts import Prompts, encode_prompts
 from server.openai.schema import INT32, GenerationBody
 from server.openai.target import Target, open_target
 from server.services import Services, services_of
@@ -29,37 +30,12 @@ from server.text.processor import TextProcessor
 DEFAULT_MAX_TOKENS = 16
 
 
-def _prompts(value: Any) -> list[str | list[int]]:
-    """Text, texts, ids or lists of ids, as a list of texts or lists of ids."""
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, list) and value:
-        if all(isinstance(item, str) for item in value):
-            return value
-        if _are_ids(value):
-            return [value]
-        if all(isinstance(item, list) and item and _are_ids(item) for item in value):
-            return value
-    raise ValueError("must be a string, a list of strings, a list of token ids, or a list of such lists, and not empty")
-
-
-def _are_ids(value: list[Any]) -> bool:
-    return all(type(item) is int and 0 <= item <= INT32 for item in value)  # a bool is an int too
-
-
-_Ids = Annotated[list[Annotated[int, Field(ge=0, le=INT32)]], Field(min_length=1)]
-_Texts = Annotated[list[str], Field(min_length=1)]
-_PROMPTS = PlainValidator(
-    _prompts, json_schema_input_type=str | _Texts | _Ids | Annotated[list[_Ids], Field(min_length=1)]
-)
-
-
 class CompletionBody(GenerationBody):
     """The request's body."""
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = GenerationBody.no_ops | {"suffix": ("",), "tools": ([],)}
 
-    prompt: Annotated[list[str | list[int]], _PROMPTS]
+    prompt: Prompts
     max_tokens: int | None = Field(None, ge=0, le=INT32)
     logprobs: int | None = Field(None, ge=0, le=20)
     echo: bool = False
@@ -99,18 +75,10 @@ async def _answer(services: Services, body: CompletionBody, send: Send) -> None:
 
 
 async def _prompts_of(info: Ready, target: Target, body: CompletionBody) -> list[Prompt]:
-    texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]  # all of them or none
-    encoded = await target.text.encode(
-        texts, add_special_tokens=body.add_special_tokens, max_tokens=info.max_model_len, param="prompt"
-    )
+    special = body.add_special_tokens
+    encoded = await encode_prompts(target, body.prompt, info.max_model_len, add_special_tokens=special, param="prompt")
     prompts = []
-    for given, ids in zip(body.prompt, encoded or body.prompt, strict=True):
-        assert not isinstance(ids, str)
-        if not ids:
-            raise InvalidRequest("`prompt` is empty: there is nothing to continue.", param="prompt")
-        if max(ids) >= target.vocab_size:
-            message = f"`prompt`: token id {max(ids)} is outside the vocabulary of {target.vocab_size}."
-            raise InvalidRequest(message, param="prompt")
+    for given, ids in zip(body.prompt, encoded, strict=True):
         room = fit_max_tokens(info, body, ids, asked=body.max_tokens, default=DEFAULT_MAX_TOKENS, param="prompt")
         prompts.append(Prompt(ids, room, given if isinstance(given, str) else None))
     return prompts

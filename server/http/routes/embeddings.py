@@ -26,7 +26,7 @@ class EmbeddingBody(Body):
 
 async def create_embedding(request: Request, body: EmbeddingBody) -> Response:
     """Say why there is none."""
-    async with open_target(services_of(request), body.model, user=body.user):
+    async with open_target(services_of(request), body.model, user=body.user, task="any"):
         raise InvalidRequest(
             "This server's model generates text; nothing says how its states would be pooled to an embedding "
             "(sentence-transformers' `modules.json` and `1_Pooling/config.json`), and no such model is served.",

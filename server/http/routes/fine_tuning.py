@@ -59,7 +59,7 @@ async def create_job(request: Request, body: JobBody) -> Response:
         if file_id is not None:
             await asyncio.to_thread(_check_file, services, param, file_id)
     async with AsyncExitStack() as held:
-        target = await held.enter_async_context(open_target(services, body.model))
+        target = await held.enter_async_context(open_target(services, body.model, task="any"))
         lora, _ = _shape(services, target, body.lora)
         training = _training(services, body)
         spec = JobSpec(
@@ -84,7 +84,7 @@ async def estimate(request: Request, body: EstimateBody) -> Response:
     """What a job of this shape would take, in bytes."""
     services = services_of(request)
     base = services.engine_info
-    async with open_target(services, body.model) as target:
+    async with open_target(services, body.model, task="any") as target:
         lora, shapes = _shape(services, target, body.lora)
     training = _training(services, body)
     tokens = max(recipe.micro_batch_tokens(training, base), recipe.max_seq_len(training, base))

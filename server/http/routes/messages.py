@@ -59,7 +59,7 @@ async def count_message_tokens(request: Request, body: CountBody) -> Response:
     services = services_of(request)
     try:
         chat = await asyncio.to_thread(body.chat)
-        async with open_target(services, chat.model) as target:
+        async with open_target(services, chat.model, task="any") as target:
             _, ids = await chat.encode(target.text, services.engine_info.max_model_len)
     except LorakeetError as error:
         raise body.refusal(error) from None

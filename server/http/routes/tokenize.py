@@ -51,7 +51,7 @@ async def tokenize(request: Request, body: TokenizeChatBody | TokenizePromptBody
 
 async def _tokenize(services: Services, body: TokenizeChatBody | TokenizePromptBody, send: Send) -> None:
     longest = services.engine_info.max_model_len
-    async with open_target(services, body.model or services.settings.base_name) as target:
+    async with open_target(services, body.model or services.settings.base_name, task="any") as target:
         text = target.text
     if isinstance(body, TokenizeChatBody):
         _, ids = await body.encode(text, longest)
@@ -70,7 +70,7 @@ async def detokenize(request: Request, body: DetokenizeBody) -> Answer:
 
 
 async def _detokenize(services: Services, body: DetokenizeBody, send: Send) -> None:
-    async with open_target(services, body.model or services.settings.base_name) as target:
+    async with open_target(services, body.model or services.settings.base_name, task="any") as target:
         text, vocabulary = target.text, target.vocab_size
     if max(body.tokens, default=0) >= vocabulary:
         i, id_ = next((i, id_) for i, id_ in enumerate(body.tokens) if id_ >= vocabulary)

@@ -186,7 +186,7 @@ HOSTILE: list[tuple[str, Any]] = [
     ("peft_type", "LOHA"),
     ("peft_type", "QLORA"),
     ("peft_type", ["LORA"]),
-    ("task_type", "SEQ_CLS"),
+    ("task_type", "TOKEN_CLS"),
     ("auto_mapping", {"base_model_class": "LlamaForCausalLM", "parent_library": "os"}),
     ("auto_mapping", {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers"}),
     ("auto_mapping", {"base_model_class": "LlamaForCausalLM", "parent_library": "transformers.models/../../evil"}),

@@ -36,20 +36,20 @@ def test_without_native_kernels_it_passes_too(model_dir: Path, cache_dir: Path) 
 @pytest.mark.parametrize("fault", ["a norm", "a weight", "nan"])
 def test_a_wrong_engine_is_refused(fault: str, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(run: object) -> object:
-        def score(*args: object, **kwargs: object) -> torch.Tensor:
-            logits: torch.Tensor = run(*args, **kwargs)  # type: ignore[operator]
+        def forward(*args: object, **kwargs: object) -> tuple[torch.Tensor, object]:
+            logits, classified = run(*args, **kwargs)  # type: ignore[operator]
             match fault:
                 case "a norm":
-                    return logits * 1.01
+                    return logits * 1.01, classified
                 case "a weight":
-                    return logits.roll(1, dims=-1)
+                    return logits.roll(1, dims=-1), classified
                 case _:
-                    return logits * torch.nan
+                    return logits * torch.nan, classified
 
-        return score
+        return forward
 
     for path in (PlannedPath, ModulesPath):
-        monkeypatch.setattr(path, "logits", wrong(path.logits))
+        monkeypatch.setattr(path, "forward", wrong(path.forward))
     with pytest.raises(UnservableModel, match=r"self-check|disagrees"):
         selfcheck.run(engine, tmp_path)
     assert not (tmp_path / "selfcheck").exists()

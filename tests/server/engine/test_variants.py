@@ -77,13 +77,13 @@ def test_plain_adapters_keep_their_path(world: Callable[[str], World], monkeypat
         pytest.skip("there is no other path here")
     run(here.engine, here.requests())  # all are resident
     modules: list[int] = []
-    logits = ModulesPath.logits
+    forward = ModulesPath.forward
 
     def counted(path: ModulesPath, batch: Any) -> Any:
         modules.append(len(batch.keep))
-        return logits(path, batch)
+        return forward(path, batch)
 
-    monkeypatch.setattr(ModulesPath, "logits", counted)
+    monkeypatch.setattr(ModulesPath, "forward", counted)
     for name in ("plain", "base", "embedding", "head", "tokens", "activated", "saved head"):
         run(here.engine, [single for single in here.requests() if single.id == name])
     assert modules == []

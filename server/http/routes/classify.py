@@ -1,0 +1,53 @@
+"""`POST /v1/classify`: prompts scored by an adapter's classification head, in vLLM's shapes."""
+
+import time
+import uuid
+from functools import partial
+from typing import Any
+
+from starlette.requests import Request
+from starlette.types import Send
+
+from server.errors import TooManyRequests
+from server.http.answer import Answer, send_json
+from server.http.objects import Classification
+from server.http.operations import OPENING, Operation
+from server.openai.classification import ClassifyChatBody, ClassifyInputBody, probabilities, scores
+from server.openai.target import open_target
+from server.services import Services, services_of
+
+
+async def classify(request: Request, body: ClassifyChatBody | ClassifyInputBody) -> Answer:
+    """The likeliest label of each prompt, and how likely each is."""
+    return Answer(partial(_answer, services_of(request), body))
+
+
+async def _answer(services: Services, body: ClassifyChatBody | ClassifyInputBody, send: Send) -> None:
+    if isinstance(body, ClassifyInputBody):
+        services.admission.check_size(len(body.input), "input")
+    async with open_target(services, body.model, body.adapter_id, user=body.user, task="classify") as target:
+        prompts = await body.prompts(target, services.engine_info.max_model_len)
+        found, usage = await scores(services, body, target, prompts)
+    answer = {
+        "id": f"classify-{uuid.uuid4().hex}",
+        "object": "list",
+        "created": int(time.time()),
+        "model": target.asked,
+        "data": [_entry(index, each, body.use_activation) for index, each in enumerate(found)],
+        "usage": usage.as_json(),
+    }
+    await send_json(send, answer, {"X-Adapter-Digest": target.digest})
+
+
+def _entry(index: int, found: list[float], activated: bool) -> dict[str, Any]:
+    return {
+        "index": index,
+        "label": f"LABEL_{found.index(max(found))}",
+        "probs": probabilities(found) if activated else found,
+        "num_classes": len(found),
+    }
+
+
+routes = [
+    Operation("POST", "/v1/classify", classify, answers=Classification, refuses=(*OPENING, TooManyRequests)),
+]

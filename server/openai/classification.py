@@ -1,0 +1,151 @@
+"""Requests to classify prompts, and their scores: the bodies in vLLM's shapes, admission, the engine's answers."""
+
+import asyncio
+import math
+import uuid
+from collections.abc import Sequence
+from contextlib import aclosing
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from server.admission import BACKGROUND, Ticket
+from server.errors import ContextLengthExceeded, InvalidRequest
+from server.logs import note
+from server.messages.protocol import Generate, Sampling
+from server.metrics import FinishedReason
+from server.openai.body import Body
+from server.openai.conversation import Conversation
+from server.openai.generation import Usage, raise_failure
+from server.openai.prompts import Prompts, encode_prompts
+from server.openai.schema import INT32
+from server.openai.target import Target
+from server.services import TENANT, Services
+
+
+class ClassifyBody(Body):
+    """What both kinds of request take."""
+
+    no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {"padding": ("do_not_pad",)}
+
+    param: ClassVar[str]  # where the prompts are
+
+    model: str = Field(min_length=1)
+    adapter_id: str | None = Field(None, min_length=1)
+    use_activation: bool = True  # softmax over the labels, or sigmoid of a single one; else the scores as they are
+    truncate_prompt_tokens: int | None = Field(None, ge=-1, le=INT32)  # -1: to the longest that fits
+    truncation_side: Literal["left", "right"] = "right"  # the one that is cut off
+    cache_salt: str | None = Field(None, min_length=1, max_length=256)
+    priority: int = Field(0, ge=-INT32, le=INT32)
+    user: str | None = None
+
+    @model_validator(mode="after")
+    def _check_truncation(self) -> Self:
+        if self.truncate_prompt_tokens == 0:
+            raise InvalidRequest("`truncate_prompt_tokens` leaves nothing.", param="truncate_prompt_tokens")
+        return self
+
+    async def token_ids(self, target: Target, longest: int) -> list[list[int]]:
+        """Of each prompt, none of them empty."""
+        raise NotImplementedError
+
+    async def prompts(self, target: Target, longest: int) -> list[list[int]]:
+        """Token ids of each prompt, cut as asked for. Raises ContextLengthExceeded, InvalidRequest."""
+        most, prompts = self.truncate_prompt_tokens, await self.token_ids(target, longest)
+        if most is not None:
+            most = longest if most == -1 else most
+            prompts = [ids[:most] if self.truncation_side == "right" else ids[-most:] for ids in prompts]
+        for ids in prompts:
+            if len(ids) > longest:
+                message = f"This model's maximum context length is {longest} tokens, but this prompt has {len(ids)}."
+                raise ContextLengthExceeded(message, param=self.param)
+        return prompts
+
+
+class ClassifyInputBody(ClassifyBody):
+    """Texts, or token ids."""
+
+    param = "input"
+
+    input: Prompts
+    add_special_tokens: bool = True
+
+    async def token_ids(self, target: Target, longest: int) -> list[list[int]]:
+        special = self.add_special_tokens
+        return await encode_prompts(target, self.input, longest, add_special_tokens=special, param=self.param)
+
+
+class ClassifyChatBody(ClassifyBody, Conversation):
+    """A conversation, as reward models judge one: without the beginning of a next message."""
+
+    param = "messages"
+
+    add_generation_prompt: bool = False
+
+    async def token_ids(self, target: Target, longest: int) -> list[list[int]]:
+        _, ids = await self.encode(target.text, longest)
+        if not ids:
+            raise InvalidRequest("The chat template makes an empty prompt of these messages.", param="messages")
+        return [ids]
+
+
+async def scores(
+    services: Services, body: ClassifyBody, target: Target, prompts: Sequence[list[int]]
+) -> tuple[list[list[float]], Usage]:
+    """Scores of each prompt's labels. Raises `TooManyRequests` before anything is submitted, LorakeetError later."""
+    usage = Usage(sum(map(len, prompts)))
+    tickets = services.admission.enter([len(ids) for ids in prompts], TENANT)
+    running = [
+        asyncio.ensure_future(_scores(services, body, target, ids, ticket, usage))
+        for ids, ticket in zip(prompts, tickets, strict=True)
+    ]
+    try:
+        return await asyncio.gather(*running), usage
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        for ticket in tickets:
+            ticket.leave(served=False)
+        note(adapter=target.adapters[0][0], prompt_tokens=usage.prompt_tokens, completion_tokens=0)
+
+
+async def _scores(
+    services: Services, body: ClassifyBody, target: Target, ids: list[int], ticket: Ticket, usage: Usage
+) -> list[float]:
+    request = Generate(
+        id=uuid.uuid4().hex,
+        prompt=ids,
+        sampling=Sampling(max_tokens=0, temperature=0.0, classify=True),
+        adapters=target.refs,
+        tenant=TENANT,
+        priority=body.priority,
+        cache_salt=body.cache_salt or "",
+        background=BACKGROUND.get(),
+    )
+    clock = services.metrics.request(*target.adapters)
+    reason: FinishedReason = "abort"
+    found: list[float] = []
+    try:
+        async with aclosing(services.engine.generate(request)) as outputs:
+            async for output in outputs:
+                raise_failure(output)
+                ticket.leave(served=True)
+                clock.output(0, len(ids), output.queue_seconds)
+                usage.cached_tokens += output.cached_tokens
+                found += output.scores
+        reason = "stop"
+    except Exception:
+        reason = "error"
+        raise
+    finally:
+        clock.finish(reason)
+    return found
+
+
+def probabilities(found: Sequence[float]) -> list[float]:
+    """Softmax over the labels; of a single one, the sigmoid."""
+    if len(found) == 1:
+        return [0.5 * (1.0 + math.tanh(0.5 * found[0]))]
+    weights = [math.exp(score - max(found)) for score in found]
+    return [weight / sum(weights) for weight in weights]

@@ -1,0 +1,52 @@
+"""Prompts as text or token ids, one or several, and their ids."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import Field, PlainValidator
+
+from server.errors import InvalidRequest
+from server.openai.schema import INT32
+from server.openai.target import Target
+
+
+def _prompts(value: Any) -> list[str | list[int]]:
+    """Text, texts, ids or lists of ids, as a list of texts or lists of ids."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(isinstance(item, str) for item in value):
+            return value
+        if _are_ids(value):
+            return [value]
+        if all(isinstance(item, list) and item and _are_ids(item) for item in value):
+            return value
+    raise ValueError("must be a string, a list of strings, a list of token ids, or a list of such lists, and not empty")
+
+
+def _are_ids(value: list[Any]) -> bool:
+    return all(type(item) is int and 0 <= item <= INT32 for item in value)  # a bool is an int too
+
+
+_Ids = Annotated[list[Annotated[int, Field(ge=0, le=INT32)]], Field(min_length=1)]
+_Texts = Annotated[list[str], Field(min_length=1)]
+Prompts = Annotated[
+    list[str | list[int]],
+    PlainValidator(_prompts, json_schema_input_type=str | _Texts | _Ids | Annotated[list[_Ids], Field(min_length=1)]),
+]
+
+
+async def encode_prompts(
+    target: Target, given: Sequence[str | list[int]], max_tokens: int, *, add_special_tokens: bool, param: str
+) -> list[list[int]]:
+    """Token ids of each prompt. Raises `InvalidRequest` for an empty one, and for ids that the model does not have."""
+    texts = [prompt for prompt in given if isinstance(prompt, str)]  # all of them or none
+    encoded = await target.text.encode(texts, add_special_tokens=add_special_tokens, max_tokens=max_tokens, param=param)
+    prompts = encoded or [prompt for prompt in given if not isinstance(prompt, str)]
+    for ids in prompts:
+        if not ids:
+            raise InvalidRequest(f"`{param}` is empty: it has no token.", param=param)
+        if max(ids) >= target.vocab_size:
+            message = f"`{param}`: token id {max(ids)} is outside the vocabulary of {target.vocab_size}."
+            raise InvalidRequest(message, param=param)
+    return prompts
