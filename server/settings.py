@@ -308,6 +308,15 @@ class Settings:
         "difference is measured at start, logged, and shown by `GET /ready`.",
         choices=("auto", "float32", "bfloat16", "float16", "fp8", "int8"),
     )
+    state_cache_bytes: int | None = _setting(
+        None,
+        "Memory for states of models with linear attention or short convolutions: those of running requests, and "
+        "snapshots for the prefix cache in what is left.",
+        parse=parse_size,
+        minimum=MIB,
+        maximum=2**50,
+        shown="a share of what is free",
+    )
     adapter_bytes: int | None = _setting(
         None,
         "Device memory for resident adapters.",

@@ -36,8 +36,30 @@ class Attention(Protocol):
         """q [T, H, D], k and v [T, Hkv, D] after rope -> [T, H, D]; the rest as `kernels.paged_attention` takes it."""
 
 
+class States(Protocol):
+    """What the layers that keep a state make of the tokens of one step; arguments as the functions of `kernels`."""
+
+    def convolve(self, layer: int, x: Tensor, taps: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+        """`kernels.convolve`."""
+
+    def recur(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor,
+        b: Tensor | None,
+        a_log: Tensor,
+        dt_bias: Tensor,
+        gain: float = 1.0,
+        limits: tuple[float, float] = kernels.NO_LIMITS,
+    ) -> Tensor:
+        """`kernels.recur`."""
+
+
 class StepSlot:
-    """Holds the step in force. One instance per model, shared by all its LoraLinears and attention layers.
+    """Holds the step in force. One instance per model, shared by all its LoraLinears, attention layers and mixers.
 
     `deltas` is None when no token of the step uses an adapter: the LoRA path is then skipped altogether.
     """
@@ -45,6 +67,7 @@ class StepSlot:
     def __init__(self) -> None:
         self.deltas: Deltas | None = None
         self.attention: Attention | None = None
+        self.states: States | None = None
 
 
 class FrozenLinear(nn.Module):

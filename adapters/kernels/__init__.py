@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from adapters.kernels import build, native, reference, triton
 from adapters.kernels.experts import ExpertWeights
 from adapters.kernels.plan import DecoderPlan
+from adapters.kernels.recurrence import NO_LIMITS, convolve, convolved, recur
 from adapters.kernels.reference import BF16, FP16, FP32, SCALE_BYTES, GroupedFunction, LinearFunction, row_multiple
 from adapters.kernels.weight import QuantizedWeight
 
@@ -22,12 +23,15 @@ __all__ = [
     "BF16",
     "FP16",
     "FP32",
+    "NO_LIMITS",
     "SCALE_BYTES",
     "Decoder",
     "DecoderPlan",
     "ExpertWeights",
     "QuantizedWeight",
     "base_linear",
+    "convolve",
+    "convolved",
     "grouped_linear",
     "implementation",
     "is_deterministic",
@@ -39,6 +43,7 @@ __all__ = [
     "plan_decoder",
     "plan_likeliest",
     "prepare",
+    "recur",
     "rms_norm",
     "rope_",
     "runs_natively",

@@ -60,13 +60,7 @@ class ExpertsStruct(Structure):
 class SketchStruct(Structure):
     """`Sketch` of sketch.cpp."""
 
-    _fields_ = [
-        ("data", c_void_p),
-        ("scale", c_void_p),
-        ("norm", c_void_p),
-        ("error", c_void_p),
-        ("greatest_norm", c_float),
-    ]
+    _fields_ = [*((name, c_void_p) for name in ("data", "scale", "norm", "error")), ("greatest_norm", c_float)]
 
 
 class AdaptersStruct(Structure):
@@ -128,6 +122,8 @@ _SIGNATURES: dict[str, list[type]] = {
     "lk_likeliest": [c_void_p, c_int, c_int64, c_int, c_void_p],
     "lk_likeliest_output": [POINTER(WeightStruct), POINTER(SketchStruct), c_void_p, c_int, c_void_p],
     "lk_decode": [c_void_p, c_void_p],
+    "lk_convolve": [c_void_p],
+    "lk_recur": [c_void_p],
     "lk_read": [c_void_p, c_int64],
     "lk_multiply_add": [c_int],
 }
@@ -334,6 +330,10 @@ class Kernels:
     def decode(self, decoder: Structure, step: Structure) -> None:
         """One step through the decoder layers; the structures are plan.py's."""
         self._lib.lk_decode(byref(decoder), byref(step))
+
+    def call(self, name: str, arguments: Structure) -> None:
+        """A function of one structure, which is that of the file that knows it."""
+        getattr(self._lib, name)(byref(arguments))
 
     def read(self, data: Tensor) -> None:
         """Read fp32 `data` once and do nothing with it: what memory bandwidth is measured by."""

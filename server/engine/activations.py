@@ -13,14 +13,17 @@ import torch
 from tokenizers import Tokenizer
 
 from adapters.kernels import native
-from server.engine.blocks import BlockGroups, BlockPool
+from server.engine.block_pool import BlockPool
+from server.engine.blocks import BlockGroups
 from server.engine.comparison import Comparison, drift, longest_text
 from server.engine.engine import Engine
 from server.engine.runner import Runner
 from server.engine.sequence import AdapterKey
+from server.engine.state_slots import StateSlots
 from server.messages.protocol import Drift
 from server.model.attention import KVCache
 from server.model.base import UnservableModel, with_weights
+from server.model.states import StateCache
 
 log = logging.getLogger("lorakeet.engine")
 
@@ -95,10 +98,12 @@ def measure_kv(engine: Engine, directory: Path) -> None:
     prompt = _prompt(engine, directory)
     count = 2 * engine.blocks.blocks_for(len(prompt))  # half of them may be taken
     layout = base.layers, [count] * len(cache.windows), cache.block_size
-    runner = Runner(
-        base, KVCache(*layout, cache.compute, cache.compute, base.device), engine.pool, engine.max_model_len
-    )
-    pools = BlockGroups([BlockPool(count, cache.block_size, False) for _ in cache.windows], cache.windows, _CHUNK, 1)
+    exact = KVCache(*layout, cache.compute, cache.compute, base.device)
+    states = StateCache(base.states, 2, base.device) if base.states else None
+    runner = Runner(base, exact, engine.pool, engine.max_model_len, states=states)
+    slots = StateSlots(2, cache.block_size, False) if base.states else None
+    blocks = [BlockPool(count, cache.block_size, False) for _ in cache.windows]
+    pools = BlockGroups(blocks, cache.windows, _CHUNK, 1, slots)
     sides: tuple[AdapterKey, AdapterKey] = (), ()
     engine.kv_drift = found = _drift((runner, engine.runner), (pools, engine.blocks), sides, prompt, "--kv-cache-dtype")
     log.info(

@@ -24,6 +24,7 @@ from server.engine.sampling import Draw, Drawn, Logprobs, Readback, Row, sample
 from server.engine.sequence import Sequence, Step, Work
 from server.messages.protocol import TokenLogprob
 from server.model.attention import KVCache, PagedAttention
+from server.model.states import StateCache, StateStep
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Batch:
     keep: Tensor  # int64 [K], the logits indices: rows whose logits are wanted
     kept: list[int]  # how many consecutive ones of them are each work's own
     extras: StepExtras | None  # what its adapters do besides rank rows
+    states: StateStep | None  # of the layers that keep some
     heads: dict[int, tuple[int, Classifier]]  # by work's index, of those that classify: row of its last token, head
 
     @property
@@ -67,11 +69,12 @@ class Batch:
 
 
 class Packer:
-    """Packs works over one KV cache and one row pool."""
+    """Packs works over one KV cache, one row pool, and the states of layers that keep some."""
 
-    def __init__(self, cache: KVCache, pool: RowPool) -> None:
+    def __init__(self, cache: KVCache, pool: RowPool, states: StateCache | None) -> None:
         self._cache = cache
         self._pool = pool
+        self._states = states
 
     def pack(
         self,
@@ -96,6 +99,7 @@ class Packer:
         uses: list[Use] = []
         kept: list[int] = []
         seqs: list[tuple[int, int, int]] = []
+        runs: list[tuple[int, ...]] = []
         pending: list[tuple[int, Sequence]] = []  # whose last token is pending, and where that comes among the ids
         extra_uses: list[ExtraUse] = []
         extra_kept: list[ExtraUse] = []
@@ -111,6 +115,9 @@ class Packer:
             if work.pending:
                 pending.append((len(ids), sequence))
                 ids.append(0)
+            runs += [
+                (offset + begin - first, offset + end - first, read, write) for begin, end, read, write in work.runs
+            ]
             places = range(first, last)
             positions += places
             for table, group in zip(sequence.tables, slots, strict=True):
@@ -168,6 +175,7 @@ class Packer:
             keep=tensor(keep),
             kept=kept,
             extras=StepExtras(extra_uses, extra_kept) if extra_uses else None,
+            states=None if self._states is None else StateStep(self._states, tensor(runs, np.int32)),
             heads=heads,
         )
 

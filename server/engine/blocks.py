@@ -1,137 +1,18 @@
-"""The paged KV cache's bookkeeping: blocks in use, and finished blocks that the prefix cache finds again.
+"""The paged KV cache's bookkeeping: the blocks of sequences in every group of layers, and the names of their contents.
 
-A block is a number; its keys and values live in tensors that this file never sees. A block's content is named by a
-key; equal keys mean equal content.
-
-A block is in exactly one of three states. *Free*: it has no reference and no content. *Cached*: it has no reference,
-but was published under a key, and `match` finds it until it is evicted. *Used*: it has references (`match` may
-find it at the same time, so that running sequences share it).
+A block's content is named by a key; equal keys mean equal content. Layers that keep a state of fixed size instead have
+`state_slots`: a prefix is found as far as there is a snapshot of it.
 """
 
 from array import array
-from collections import OrderedDict
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from hashlib import blake2b
 
-from server.engine.sequence import AdapterKey, Sequence
-
-
-@dataclass(frozen=True, slots=True)
-class BlockCounts:
-    """How many blocks are in each state; the three add up to the pool's size."""
-
-    free: int
-    cached: int
-    used: int
-
-
-class BlockPool:
-    """Reference-counted blocks 1..`num_blocks` with a prefix cache over the finished ones.
-
-    Args:
-        num_blocks: usable blocks; the tensors need `num_blocks + 1`, since block 0 is scratch.
-        block_size: tokens per block.
-        caching: when false nothing is ever findable and every released block is free at once.
-    """
-
-    def __init__(self, num_blocks: int, block_size: int, caching: bool = True) -> None:
-        if num_blocks < 1 or block_size < 1:
-            raise ValueError(f"need at least one block of at least one token, got {num_blocks} x {block_size}")
-        self.num_blocks = num_blocks
-        self.block_size = block_size
-        self.caching = caching
-        self._references = [0] * (num_blocks + 1)
-        self._key: list[bytes | None] = [None] * (num_blocks + 1)
-        self._by_key: dict[bytes, int] = {}
-        self._free = list(range(num_blocks, 0, -1))  # a stack: low numbers leave first
-        self._evictable: OrderedDict[int, None] = OrderedDict()  # cached blocks, next victim first
-
-    @property
-    def available(self) -> int:
-        """How many blocks `allocate` could hand out now."""
-        return len(self._free) + len(self._evictable)
-
-    @property
-    def counts(self) -> BlockCounts:
-        """Free, cached and used blocks as of now."""
-        free, cached = len(self._free), len(self._evictable)
-        return BlockCounts(free, cached, self.num_blocks - free - cached)
-
-    def blocks_for(self, tokens: int) -> int:
-        """The number of blocks that hold this many tokens."""
-        return -(-tokens // self.block_size)
-
-    def allocate(self, count: int) -> list[int] | None:
-        """Hand out `count` blocks with one reference each, evicting cached ones as needed.
-
-        Returns None, and changes nothing, when fewer are available.
-        """
-        if count > self.available:
-            return None
-        blocks = []
-        for _ in range(count):
-            block = self._free.pop() if self._free else self._evict()
-            self._references[block] = 1
-            blocks.append(block)
-        return blocks
-
-    def release(self, blocks: Seq[int]) -> None:
-        """Give back one reference to each block of a chain (given from its start)."""
-        # From the end: a chain's deepest block is then evicted first, and what remains of it stays findable.
-        for block in reversed(blocks):
-            if self._references[block] < 1:
-                raise ValueError(f"block {block} is not in use")
-            self._references[block] -= 1
-            if self._references[block] == 0:
-                if self._key[block] is None:
-                    self._free.append(block)
-                else:
-                    self._evictable[block] = None
-
-    def match(self, keys: Iterable[bytes]) -> list[int]:
-        """Find the blocks of the longest cached prefix of a chain and take a reference to each."""
-        blocks = []
-        for key in keys:
-            block = self._by_key.get(key)
-            if block is None:
-                break
-            self._references[block] += 1
-            self._evictable.pop(block, None)
-            blocks.append(block)
-        return blocks
-
-    def has(self, key: bytes) -> bool:
-        """Whether `match` would find this key."""
-        return key in self._by_key
-
-    def publish(self, block: int, key: bytes) -> None:
-        """Make a used block findable: all its slots now hold the content that `key` names.
-
-        When another block already serves that key, that one stays the one to be found.
-        """
-        if self._references[block] < 1:
-            raise ValueError(f"block {block} is not in use")
-        if self.caching and key not in self._by_key and self._key[block] is None:
-            self._by_key[key] = block
-            self._key[block] = key
-
-    def reset_cache(self) -> None:
-        """Forget every key; blocks in use stay with their holders."""
-        for block in self._by_key.values():
-            self._key[block] = None
-        self._by_key.clear()
-        self._free.extend(self._evictable)
-        self._evictable.clear()
-
-    def _evict(self) -> int:
-        block, _ = self._evictable.popitem(last=False)
-        key = self._key[block]
-        assert key is not None
-        del self._by_key[key]
-        self._key[block] = None
-        return block
+from server.engine.block_pool import BlockCounts, BlockPool
+from server.engine.sequence import AdapterKey, Sequence, Work
+from server.engine.state_slots import StateSlots
 
 
 class BlockGroups:
@@ -145,10 +26,19 @@ class BlockGroups:
         windows: per group how many of the last keys a token sees; 0 for all.
         chunk: most tokens of one step.
         key_group: attention reads keys in groups of this many, aligned to the sequence's start.
+        states: slots of the layers that keep a state, if there are any.
     """
 
-    def __init__(self, pools: Seq[BlockPool], windows: Seq[int], chunk: int, key_group: int) -> None:
+    def __init__(
+        self,
+        pools: Seq[BlockPool],
+        windows: Seq[int],
+        chunk: int,
+        key_group: int,
+        states: StateSlots | None = None,
+    ) -> None:
         self.pools = pools
+        self.states = states
         self.block_size = pools[0].block_size
         self.caching = pools[0].caching
         self._windows = windows
@@ -172,8 +62,9 @@ class BlockGroups:
 
     @property
     def usage(self) -> float:
-        """Share of blocks in use, of the group that has the fewest left."""
-        return max(pool.counts.used / pool.num_blocks for pool in self.pools)
+        """Share of blocks in use, of the group that has the fewest left; or of slots of states."""
+        shares = [pool.counts.used / pool.num_blocks for pool in self.pools]
+        return max(shares) if self.states is None else max(*shares, self.states.usage)
 
     def blocks_for(self, tokens: int) -> int:
         """The number of blocks, of each group, that hold this many tokens."""
@@ -208,6 +99,12 @@ class BlockGroups:
                 table += pool.allocate(count) or ()
         return True
 
+    def room_for_drafts(self, sequence: Sequence, wanted: int, spare: int) -> int:
+        """How many drafts find a slot. Fresh blocks are taken only while so many of each group are left."""
+        known = len(sequence.tokens)
+        self.grow(sequence, known + wanted, spare)
+        return min(wanted, self.room(sequence) - known)
+
     def room(self, sequence: Sequence) -> int:
         """How many tokens of a sequence have their slots."""
         return min(map(len, sequence.tables)) * self.block_size
@@ -219,6 +116,8 @@ class BlockGroups:
             spare: blocks of each group that must be left.
         """
         cached = self._cached(keys)
+        if self.states is not None and not self.states.enter(sequence, keys[cached - 1] if cached else None):
+            return False
         sequence.tables = []
         for group, pool in enumerate(self.pools):
             first = self.first_seen(group, cached * self.block_size)
@@ -248,19 +147,39 @@ class BlockGroups:
                 runs[group] = run
             else:
                 found = next((place for place, key in enumerate(keys[:found]) if not pool.has(key)), found)
-        while found and any(
-            run[found] < found - self.first_seen(g, found * self.block_size) for g, run in runs.items()
+        while found and not (
+            all(run[found] >= found - self.first_seen(g, found * self.block_size) for g, run in runs.items())
+            and (self.states is None or self.states.has(keys[found - 1]))
         ):
             found -= 1
         return found
 
-    def publish(self, sequence: Sequence, place: int, key: bytes) -> None:
-        """Make a sequence's blocks at a place of its tables findable: all of their slots hold what `key` names."""
-        for pool, table in zip(self.pools, sequence.tables, strict=True):
-            if table[place]:
-                pool.publish(table[place], key)
+    def given(self, works: list[Work]) -> list[Work]:
+        """Works that are given to the device now, with the states that they read and write."""
+        return works if self.states is None else [self.states.given(work) for work in works]
 
-    def give_back_unseen(self, sequence: Sequence, position: int) -> None:
+    def collected(self, work: Work, known: int | None) -> None:
+        """A work's step is over: publish what it computed, and give back what nobody will see.
+
+        Args:
+            known: the sequence's tokens up to the last one computed that counts; None for one that ended meanwhile.
+        """
+        if known is not None:
+            self._publish(work.sequence, work.start, known)
+        if self.states is not None:
+            self.states.collected(work, computed=known is not None)
+        if known is not None:
+            self._give_back_unseen(work.sequence, known)
+
+    def _publish(self, sequence: Sequence, start: int, end: int) -> None:
+        """Offer the blocks that became full by positions [start, end), whose tokens are known."""
+        name_blocks(self, sequence, end)
+        for place in range(start // self.block_size, min(end // self.block_size, len(sequence._keys))):
+            for pool, table in zip(self.pools, sequence.tables, strict=True):
+                if table[place]:
+                    pool.publish(table[place], sequence._keys[place])
+
+    def _give_back_unseen(self, sequence: Sequence, position: int) -> None:
         """Give back the blocks that the token at a position and those after it do not see."""
         for group, (pool, table) in enumerate(zip(self.pools, sequence.tables, strict=True)):
             if not self._windows[group]:
@@ -277,6 +196,8 @@ class BlockGroups:
             held = [block for block in table if block]
             pool.release(held[::-1] if window else held)
         sequence.tables = []
+        if self.states is not None:
+            self.states.leave(sequence)
 
     def take(self, count: int) -> list[list[int]] | None:
         """So many blocks of each group for other uses; None while they would leave fewer than that."""
@@ -293,6 +214,8 @@ class BlockGroups:
         """Forget every key; blocks in use stay with their holders."""
         for pool in self.pools:
             pool.reset_cache()
+        if self.states is not None:
+            self.states.reset_cache()
 
 
 def blocks_of_window(window: int, chunk: int, key_group: int, block_size: int) -> int:
@@ -339,14 +262,6 @@ def name_blocks(blocks: BlockGroups, sequence: Sequence, tokens: int) -> None:
         spec = adapter_spec(_in_force(sequence, index * size, (index + 1) * size))
         parent = chain_key(parent, spec, sequence.tokens[index * size : (index + 1) * size])
         keys.append(parent)
-
-
-def publish_blocks(blocks: BlockGroups, sequence: Sequence, start: int, end: int) -> None:
-    """Offer the blocks that became full by positions [start, end), whose tokens are known."""
-    name_blocks(blocks, sequence, end)
-    size = blocks.block_size
-    for index in range(start // size, min(end // size, len(sequence._keys))):
-        blocks.publish(sequence, index, sequence._keys[index])
 
 
 def _in_force(sequence: Sequence, begin: int, end: int) -> AdapterKey:

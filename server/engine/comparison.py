@@ -7,7 +7,8 @@ are given back. Knows adapters by their keys alone.
 import time
 from collections.abc import Generator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from statistics import median
 
 from server.engine.blocks import BlockGroups
@@ -59,7 +60,8 @@ def compare(
     needed = CONTEXT_BLOCKS * blocks.block_size
     context = (context * needed)[:needed]
     for requests in BATCHES:
-        if requests <= max_requests and 2 * requests <= longest // blocks.block_size:
+        most = longest // blocks.block_size if blocks.states is None else blocks.states.num_slots // 2
+        if requests <= max_requests and 2 * requests <= min(most, longest // blocks.block_size):
             yield from _speed(runner, blocks, sides, context, requests, found)
     return found
 
@@ -75,10 +77,12 @@ def drift(
     """Run both ways over a prompt, `chunk` tokens at a time, and add up in `found` how far apart they are."""
     count = pools[0].blocks_for(len(prompt))
     taken: list[list[list[int]]] = []
+    sequences: list[Sequence] = []
     try:
-        for pool in pools:
+        for key, pool in zip(sides, pools, strict=True):
             taken += [(yield from _take(pool, count))]
-        first, second = (_sequence(prompt, key, tables) for key, tables in zip(sides, taken, strict=True))
+            sequences += [(yield from _sequence(pool, prompt, key, taken[-1]))]
+        first, second = sequences
         for start in range(0, len(prompt), chunk):
             length = min(chunk, len(prompt) - start)
             yield "drift"
@@ -91,6 +95,8 @@ def drift(
     finally:
         for pool, tables in zip(pools, taken, strict=False):
             pool.give(tables)
+        for pool, sequence in zip(pools, sequences, strict=False):
+            _leave(pool, sequence)
 
 
 def _speed(
@@ -104,20 +110,22 @@ def _speed(
     """Sequences of a side share the context's blocks and have one each for their generated tokens."""
     assert pool.block_size > STEPS
     taken = yield from _take(pool, 2 * (CONTEXT_BLOCKS + requests))
+    both: list[list[Sequence]] = []
     try:
         left = list(zip(*taken, strict=True))  # each a block of every group
-        both: list[list[Sequence]] = []
         for key in sides:
             shared = [left.pop() for _ in range(CONTEXT_BLOCKS)]
-            both.append(
-                [
-                    _sequence([*context, context[0]], key, list(map(list, zip(*shared, left.pop(), strict=True))))
-                    for _ in range(requests)
-                ]
-            )
+            both.append([])
+            for _ in range(requests):
+                tables = list(map(list, zip(*shared, left.pop(), strict=True)))
+                both[-1].append((yield from _sequence(pool, [*context, context[0]], key, tables)))
+            alone, *others = both[-1]
             for start in range(0, len(context), CHUNK):
                 yield "drift"
-                runner.logits([_work(both[-1][0], start, CHUNK)])
+                work, end = _work(alone, start, CHUNK), start + CHUNK
+                runner.logits([replace(work, runs=[*work.runs, *((end, end, alone.slot, o.slot) for o in others)])])
+            for other in others:
+                other.origin = other.slot
         seconds: tuple[list[float], list[float]] = [], []
         for _ in range(STEPS):
             for sequences, times in zip(both, seconds, strict=True):
@@ -131,6 +139,8 @@ def _speed(
         found.speeds.append(MergeSpeed(requests, first, second))
     finally:
         pool.give(taken)
+        for sequence in chain(*both):
+            _leave(pool, sequence)
 
 
 def longest_text(blocks: BlockGroups) -> int:
@@ -145,12 +155,24 @@ def _take(pool: BlockGroups, count: int) -> Generator[str, None, list[list[int]]
     return taken
 
 
-def _sequence(tokens: Seq[int], key: AdapterKey, tables: list[list[int]]) -> Sequence:
+def _sequence(
+    pool: BlockGroups, tokens: Seq[int], key: AdapterKey, tables: list[list[int]]
+) -> Generator[str, None, Sequence]:
+    """One that has these blocks, and a slot as soon as there is one."""
     sequence = Sequence(id="", prompt=tokens, sampling=Sampling(), adapter=key)
+    while pool.states is not None and not pool.states.enter(sequence, None):
+        yield "waiting"
     sequence.tables = tables
     return sequence
 
 
+def _leave(pool: BlockGroups, sequence: Sequence) -> None:
+    if pool.states is not None:
+        pool.states.leave(sequence)
+
+
 def _work(sequence: Sequence, start: int, count: int) -> Work:
     """All of whose logits are wanted."""
-    return Work(sequence, start, count, samples=False, prompt_rows=range(start, start + count))
+    runs = [(start, start + count, sequence.origin, sequence.slot)]
+    sequence.origin = sequence.slot
+    return Work(sequence, start, count, samples=False, prompt_rows=range(start, start + count), runs=runs)

@@ -22,7 +22,8 @@ from adapters.kernels.reference import KEY_GROUP
 from adapters.peft_format.fields import AdapterError
 from adapters.peft_format.sizes import EXTRAS, EXTRAS_UNIT
 from server.engine.batch import InFlightStep, WorkResult
-from server.engine.blocks import BlockGroups, BlockPool
+from server.engine.block_pool import BlockPool
+from server.engine.blocks import BlockGroups
 from server.engine.grammar import Compiled, Grammars, InvalidGrammar
 from server.engine.memory_plan import BLOCK_SIZE, DevicePlan, exact_kv_dtype
 from server.engine.merged_registry import MergedRegistry
@@ -30,10 +31,12 @@ from server.engine.report import Reporter
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import AdapterKey, Sequence, Step, Work
+from server.engine.state_slots import StateSlots
 from server.messages import protocol
 from server.messages.protocol import EngineConfig, Generate, Output, Ready, Stats, TokenLogprob
 from server.model.attention import KVCache, block_bytes
 from server.model.base import Base
+from server.model.states import StateCache
 
 # How many more tokens double the time of a decoding step. CPU: as measured with the default model, 6 ms and 2 ms for
 # each token. A GPU's step waits for launches and weights for longer.
@@ -75,13 +78,15 @@ class Engine:
             base.layers, plan.blocks, BLOCK_SIZE, plan.kv_dtype, exact_kv_dtype(base), base.device
         )
         pools = [BlockPool(count, BLOCK_SIZE, config.prefix_caching) for count in plan.blocks]
-        self.blocks = BlockGroups(pools, cache.windows, plan.max_batch_tokens, KEY_GROUP)
+        slots = StateSlots(plan.state_slots, BLOCK_SIZE, config.prefix_caching) if base.states else None
+        self.blocks = BlockGroups(pools, cache.windows, plan.max_batch_tokens, KEY_GROUP, slots)
+        states = StateCache(base.states, plan.state_slots, base.device) if base.states else None
         sizes = base.linear_sizes
         capacity = {size.kind: plan.pool_units for size in sizes.values()} | {EXTRAS: plan.extra_bytes // EXTRAS_UNIT}
         self.pool = RowPool(sizes, capacity, base.device)
         loader = AdapterLoader(base.model, base.linears, base.device)
         self.residency = AdapterCache(self.pool, loader, config.adapter_host_bytes, config.background_priority)
-        self.runner = Runner(base, cache, self.pool, plan.max_model_len, planned=planned)
+        self.runner = Runner(base, cache, self.pool, plan.max_model_len, planned=planned, states=states)
         self.merges = MergedRegistry(self.runner, self.residency, plan.merged_bytes)
         self.scheduler = Scheduler(
             self.blocks,

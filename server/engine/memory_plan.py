@@ -13,6 +13,7 @@ from server.model.attention import KV_DTYPES, block_bytes, windows
 from server.model.base import Base, UnservableModel
 
 BLOCK_SIZE = 16  # tokens
+MAX_SNAPSHOTS = 4096
 DEFAULT_BATCH_TOKENS = {"cpu": 256, "cuda": 2048}
 
 
@@ -21,6 +22,7 @@ class DevicePlan(NamedTuple):
 
     kv_dtype: torch.dtype
     blocks: list[int]  # KV blocks of BLOCK_SIZE tokens, per group of layers
+    state_slots: int  # of layers that keep a state instead
     max_model_len: int  # tokens
     max_batch_tokens: int
     pool_units: int  # adapter row units per module kind
@@ -55,6 +57,7 @@ def plan(base: Base, config: EngineConfig) -> DevicePlan:
     return DevicePlan(
         kv_dtype=kv_dtype,
         blocks=blocks,
+        state_slots=_state_slots(base, config.state_cache_bytes, config.max_batch_requests),
         max_model_len=max_model_len,
         max_batch_tokens=max_batch_tokens,
         pool_units=_pool_units(base, adapter_bytes),
@@ -93,6 +96,19 @@ def _blocks(base: Base, dtype: torch.dtype, kv_cache_bytes: int | None, chunk: i
     ]
     left = size - sum(count * size for count, size in zip(sliding, sizes[1:], strict=True))
     return [min(left // sizes[0], longest), *sliding]
+
+
+def _state_slots(base: Base, state_cache_bytes: int | None, requests: int) -> int:
+    """States of running sequences, and snapshots."""
+    if not base.states:
+        return 0
+    slot = sum(state.bytes for state in base.states.values())
+    size = _share(base, 8, 2 << 30, 0.1) if state_cache_bytes is None else state_cache_bytes
+    if size < 2 * slot:
+        raise UnservableModel(
+            f"--state-cache-bytes {size} holds {size // slot} states of {slot} bytes: at least 2 are needed"
+        )
+    return min(size // slot, requests + MAX_SNAPSHOTS)
 
 
 def _share(base: Base, divisor: int, most: int, of_gpu: float) -> int:

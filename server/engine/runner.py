@@ -27,6 +27,7 @@ from server.engine.sampling import Drawn, Readback
 from server.engine.sequence import Sequence, Step, Work
 from server.model.attention import KVCache
 from server.model.base import Base
+from server.model.states import StateCache
 
 
 class Weights:
@@ -149,7 +150,7 @@ class ModulesPath(ForwardPath):
         base = self.weights.base
         slot, model = base.slot, base.model
         slot.deltas = batch.extras.over(batch.deltas) if batch.extras else batch.deltas
-        slot.attention = batch.attention
+        slot.attention, slot.states = batch.attention, batch.states
         hidden: list[Tensor] = []  # of all rows, where somebody classifies
         try:
             with self.installed(batch), _kept_output(base.decoder, hidden if batch.heads else None):
@@ -161,7 +162,7 @@ class ModulesPath(ForwardPath):
                     logits = model(**inputs, logits_to_keep=batch.keep).logits[0].float()
                 return logits, batch.classified(hidden[0]) if hidden else {}
         finally:
-            slot.deltas = slot.attention = None
+            slot.deltas = slot.attention = slot.states = None
 
 
 @contextmanager
@@ -183,11 +184,21 @@ class Runner:
 
     Args:
         planned: see `Weights`.
+        states: of the layers that keep some, if there are any.
     """
 
-    def __init__(self, base: Base, cache: KVCache, pool: RowPool, max_model_len: int, *, planned: bool = True) -> None:
+    def __init__(
+        self,
+        base: Base,
+        cache: KVCache,
+        pool: RowPool,
+        max_model_len: int,
+        *,
+        planned: bool = True,
+        states: StateCache | None = None,
+    ) -> None:
         self._pool = pool
-        self._packer = Packer(cache, pool)
+        self._packer = Packer(cache, pool, states)
         self._settings = (cache, pool, max_model_len)
         self._planned = planned
         self.weights = self._made(base, merged=False)

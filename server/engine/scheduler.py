@@ -31,7 +31,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from operator import attrgetter
 
-from server.engine.blocks import BlockGroups, name_blocks, publish_blocks
+from server.engine.blocks import BlockGroups, name_blocks
 from server.engine.sequence import AdapterKey, AdapterResidency, Counters, Sequence, Step, Work
 from server.engine.shares import Shares
 from server.messages.protocol import LOAD_FAILED, TOO_LONG
@@ -119,6 +119,8 @@ class Scheduler:
         """Queue a new sequence. One that can never run is reported by `take_failed` after the next `schedule`."""
         if sequence.id in self._by_id:
             raise ValueError(f"sequence {sequence.id} is already here")
+        if self._blocks.states is not None:
+            sequence._drafter = None  # a state that has taken in a wrong draft cannot go back
         sequence.limit = min(sequence.sampling.max_tokens, self._max_model_len - len(sequence.prompt))
         sequence._order = (sequence.background, sequence.priority, self._arrivals)
         self._arrivals += 1
@@ -170,6 +172,7 @@ class Scheduler:
                 self._preempt(self.running[-1])  # all of them are prompts that wait for blocks
             return None
         self._speculate(works)
+        works = self._blocks.given(works)
         for work in works:
             sequence = work.sequence
             sequence.num_computed += work.count - len(work.drafts)
@@ -338,16 +341,10 @@ class Scheduler:
             most = min(self._max_batch_tokens - rows, sequence.left - 1)
             # A draft pays if its chance of being right is at least its row's share of the step's cost.
             drafts = list(forced[:most]) if forced else sequence.guess(most, rows / (rows + self._doubling_tokens))
-            if drafts := drafts[: self._room_for_drafts(sequence, len(drafts))]:
+            if drafts := drafts[: self._blocks.room_for_drafts(sequence, len(drafts), len(self.running))]:
                 works[index] = replace(work, count=work.count + len(drafts), drafts=drafts, forced=bool(forced))
                 rows += len(drafts)
                 self.counters.drafted += 0 if forced else len(drafts)
-
-    def _room_for_drafts(self, sequence: Sequence, wanted: int) -> int:
-        """How many drafts find a slot. Fresh blocks are taken only while each running sequence has one in hand."""
-        known = len(sequence.tokens)
-        self._blocks.grow(sequence, known + wanted, len(self.running))
-        return min(wanted, self._blocks.room(sequence) - known)
 
     def _fits_ever(self, sequence: Sequence) -> bool:
         return len(sequence.prompt) <= self._max_model_len and self._blocks.fits(len(sequence.tokens))
@@ -367,6 +364,7 @@ class Scheduler:
         sequence = work.sequence
         sequence.in_flight -= 1
         if sequence.ended:
+            self._blocks.collected(work, None)
             if not sequence.in_flight:
                 self.leaving.remove(sequence)
                 self._give_back(sequence)
@@ -389,8 +387,7 @@ class Scheduler:
         sequence.num_computed += accepted
         sequence.prompt_scored = max(sequence.prompt_scored, work.prompt_rows.stop)
         known = work.start + work.count - len(work.drafts) + accepted
-        publish_blocks(self._blocks, sequence, work.start, known)
-        self._blocks.give_back_unseen(sequence, known)
+        self._blocks.collected(work, known)
         self.counters.accepted += 0 if work.forced else accepted
         if sequence._drafter is not None:
             sequence._drafter.learn(new_tokens)
@@ -399,6 +396,10 @@ class Scheduler:
             sequence.finish_reason = "length"
         if sequence.finish_reason is not None:
             self._remove(sequence)
+        elif self._blocks.states is not None and accepted < len(
+            work.drafts
+        ):  # the state has taken in what does not count
+            self._preempt(sequence)
         return kept
 
     # --- leaving -------------------------------------------------------------------------------------

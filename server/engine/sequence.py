@@ -39,6 +39,8 @@ class Sequence:
     in_flight: int = field(init=False, default=0)  # works given and not yet collected
     # Per group of KV layers a block table: entry i holds tokens [i * size, ...). None: it does not run.
     tables: list[list[int]] = field(init=False, default_factory=list)
+    slot: int = field(init=False, default=0)  # of its state, where layers keep one
+    origin: int = field(init=False, default=0)  # the slot that its next work goes on from
     needs_tokens: bool = field(init=False)  # the next is drawn, or drafted, by what the host knows of the last ones
     prompt_scored: int = field(init=False, default=0)  # prompt positions whose log-probabilities were delivered
     starts: Mapping[str, int] = field(init=False, default_factory=dict)  # digest -> first position under that adapter
@@ -134,6 +136,7 @@ class Work:
     prompt_rows: range  # positions within the chunk whose logits score the prompt token that follows them
     drafts: Seq[int] = ()
     forced: bool = False  # a grammar allows nothing but these drafts
+    runs: Seq[tuple[int, int, int, int]] = ()  # first position, one past the last, slots of the states before and after
 
     @property
     def classifies(self) -> bool:

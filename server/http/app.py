@@ -249,6 +249,7 @@ def _engine_config(settings: Settings, model: Path) -> EngineConfig:
         max_model_len=settings.max_model_len,
         kv_cache_bytes=settings.kv_cache_bytes,
         kv_cache_dtype=settings.kv_cache_dtype,
+        state_cache_bytes=settings.state_cache_bytes,
         adapter_bytes=settings.adapter_bytes,
         adapter_host_bytes=settings.adapter_host_bytes,
         merged_bytes=settings.merged_bytes,

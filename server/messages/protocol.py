@@ -46,6 +46,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int | None = None
     kv_cache_bytes: int | None = None
     kv_cache_dtype: str = "auto"
+    state_cache_bytes: int | None = None
     adapter_bytes: int | None = None
     adapter_host_bytes: int = 4 << 30
     merged_bytes: int | None = None

@@ -110,8 +110,8 @@ class KVCache:
         self.v: list[Tensor] = []
         for index, layer in enumerate(layers):
             for tensors in (self.k, self.v):
-                if layer.source < index:
-                    tensors.append(tensors[layer.source])
+                if layer.source < index or not layer.kv_heads:
+                    tensors.append(tensors[layer.source] if layer.kv_heads else torch.empty(0))
                     continue
                 shape = (1 + blocks[self.group_of[index]], layer.kv_heads, block_size, _row_bytes(layer, dtype))
                 # Zeros: a fresh block read beyond its filled part must not hold NaN.

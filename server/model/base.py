@@ -10,7 +10,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,17 @@ from adapters import kernels
 from adapters.device.lora import FrozenLinear, LoraLinear, StepSlot, wrap_linears
 from adapters.kernels import QuantizedWeight, native
 from adapters.peft_format.sizes import LinearSize
-from server.model import UnservableModel, attention, experts, geometry, loading, naming
+from server.model import UnservableModel, attention, experts, geometry, loading, mixers, naming, positions
 from server.model.geometry import LayerKV
 from server.model.loading import model_class
+from server.model.states import LayerState
 
 __all__ = ["Base", "UnservableModel", "check_servable", "load", "refusing", "sketch_head", "with_weights"]
 
 log = logging.getLogger("lorakeet.engine")
 
 SERVED_LAYERS = {"full_attention", "sliding_attention"}
+STATE_LAYERS = {"linear_attention", "conv"}  # of the types that `mixers` takes over
 ALIBI = {"bloom", "mpt"}  # model types
 # Features whose config entry alone tells that the engine cannot serve them, and their names for people.
 UNSERVED = {
@@ -57,6 +59,7 @@ class Base:
     aside: list[str]  # full names of modules that text does not pass
     renamed: dict[str, str]  # parameter in the files -> in the model, where these differ
     transposed: bool  # the files hold weights of linears as [in, out]
+    states: dict[int, LayerState] = field(default_factory=dict)  # by layer, of those that keep one of fixed size
 
     @property
     def linear_sizes(self) -> dict[str, LinearSize]:
@@ -88,7 +91,7 @@ class Base:
         if asked is not None and asked > self.max_model_len:
             raise UnservableModel(
                 f"--max-model-len {asked} is more than the {self.max_model_len} tokens that this "
-                f"{self.architecture} allows ({_positions(self.model.config.get_text_config())})"
+                f"{self.architecture} allows ({positions.stated(self.model.config.get_text_config())})"
             )
         return asked or self.max_model_len
 
@@ -131,7 +134,7 @@ def load(
         check_servable(config)
     attention.register()
     experts.register()
-    with refusing(_name(config)):
+    with refusing(naming.class_name(config)):
         model = loading.load_quantized(directory, config, quantization, torch_dtype, torch_device, cache_dir)
         model.requires_grad_(False)
         model.eval()
@@ -160,11 +163,6 @@ def refusing(model: str) -> Iterator[None]:
 def _first_line(fault: Exception) -> str:
     lines = [line.strip() for line in str(fault).splitlines() if line.strip()]
     return lines[0] if lines else "no reason given"
-
-
-def _name(config: Any) -> str:
-    """The class that the model's config names, or its type."""
-    return str((getattr(config, "architectures", None) or [config.model_type])[0])
 
 
 def with_weights(base: Base, weights: Mapping[str, QuantizedWeight]) -> Base:
@@ -201,91 +199,28 @@ def sketch_head(base: Base) -> None:
 
 def check_servable(config: Any) -> None:
     """Raise UnservableModel for features that the engine's attention and batching do not support."""
+    name = naming.class_name(config)
     if model_class(config) is None:
         raise UnservableModel(
-            f"{_name(config)} is not served: transformers has no causal language model of type '{config.model_type}'"
+            f"{name} is not served: transformers has no causal language model of type '{config.model_type}'"
         )
     if config.model_type.endswith("_assistant"):
-        raise UnservableModel(f"{_name(config)} is not served: it drafts for another model, whose keys it reads")
+        raise UnservableModel(f"{name} is not served: it drafts for another model, whose keys it reads")
     if getattr(config, "canvas_length", None):
-        raise UnservableModel(f"{_name(config)} is not served: it denoises a whole text, not one token after the other")
+        raise UnservableModel(f"{name} is not served: it denoises a whole text, not one token after the other")
     if getattr(config, "is_encoder_decoder", False):
-        raise UnservableModel(f"{_name(config)} is an encoder with a decoder: only decoders are served")
+        raise UnservableModel(f"{name} is an encoder with a decoder: only decoders are served")
     if config.model_type in ALIBI:
-        raise UnservableModel(f"{_name(config)} is not served: its attention is biased by distance (ALiBi)")
+        raise UnservableModel(f"{name} is not served: its attention is biased by distance (ALiBi)")
     text = config.get_text_config(decoder=True)
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    if kinds - SERVED_LAYERS:
-        raise UnservableModel(
-            f"layers of type {sorted(kinds - SERVED_LAYERS)} are not served (only full and sliding attention)"
-        )
-    for name, kind in UNSERVED.items():
-        if getattr(text, name, None):
-            raise UnservableModel(f"{kind} not served ({name} = {getattr(text, name)})")
-    longest_context(text)
-
-
-# --- positions -------------------------------------------------------------------------------------
-
-
-def longest_context(text: Any, asked: int | None = None) -> int:
-    """The most tokens whose positions a text model encodes as its makers meant. Raises UnservableModel without any.
-
-    Yarn and linear scaling reach `factor` times the positions of pretraining. Rope that changes with the longest
-    sequence of the batch (dynamic, longrope) is served as far as it has not changed yet, where it depends on nothing;
-    when more is asked of longrope, with its long factors for every length.
-    """
-    most = getattr(text, "max_position_embeddings", None)
-    if not isinstance(most, int) or most < 1:
-        raise UnservableModel(
-            f"{_name(text)} states no max_position_embeddings: models without a longest context are not served"
-        )
-    return min((_reach(scaling, most, asked or 0) for scaling in _scalings(text)), default=most)
-
-
-def _scalings(text: Any) -> list[Mapping[str, Any]]:
-    """The settings of rope, of each kind of layer where these differ."""
-    rope = getattr(text, "rope_parameters", None) or {}
-    return [rope] if "rope_type" in rope else [value for value in rope.values() if isinstance(value, dict)]
-
-
-def _reach(scaling: Mapping[str, Any], most: int, asked: int) -> int:
-    original = scaling.get("original_max_position_embeddings") or most
-    match scaling.get("rope_type"):
-        case "yarn" | "linear":
-            return max(most, int(original * (scaling.get("factor") or 1)))
-        case "longrope" if asked <= original:
-            return min(most, int(original))
-        case _:
-            return most
-
-
-def _positions(text: Any) -> str:
-    """How a text model's longest context comes about, for messages."""
-    rope = getattr(text, "rope_parameters", None) or {}
-    names = ("rope_type", "factor", "original_max_position_embeddings")
-    scaling = {name: rope[name] for name in names if rope.get(name) not in {None, "default"}}
-    stated = {"max_position_embeddings": text.max_position_embeddings} | scaling
-    return ", ".join(f"{name} {value}" for name, value in stated.items())
-
-
-def _fix_rope(model: nn.Module, longest: int) -> None:
-    """Keep the frequencies of rope that would change with a batch's longest sequence: those of `longest` tokens."""
-    last = torch.tensor([[longest - 1]], device=next(model.parameters()).device)
-    for module in model.modules():
-        kind = getattr(module, "rope_type", None)
-        for layer_type, name in kind.items() if isinstance(kind, dict) else [(None, kind)]:
-            if name == "longrope":  # computes its frequencies when it is called
-                module(
-                    torch.zeros(1, device=last.device),
-                    last,
-                    **({} if layer_type is None else {"layer_type": layer_type}),
-                )
-        if isinstance(kind, str) and kind in {"dynamic", "longrope"}:
-            module.rope_type = "default"  # type: ignore[assignment]
-        elif isinstance(kind, dict):
-            fixed = {name: "default" if value in {"dynamic", "longrope"} else value for name, value in kind.items()}
-            module.rope_type = fixed  # type: ignore[assignment]
+    kinds -= SERVED_LAYERS | (STATE_LAYERS if config.model_type in mixers.TYPES else set())
+    if kinds:
+        raise UnservableModel(f"layers of type {sorted(kinds)} are not served (only full and sliding attention)")
+    for entry, kind in UNSERVED.items():
+        if getattr(text, entry, None):
+            raise UnservableModel(f"{kind} not served ({entry} = {getattr(text, entry)})")
+    positions.longest_context(text)
 
 
 # --- wrapping --------------------------------------------------------------------------------------
@@ -313,8 +248,8 @@ def _wrap(
     max_model_len: int | None,
 ) -> Base:
     config = model.config.get_text_config()
-    longest = longest_context(config, max_model_len)
-    if longest > longest_context(config):
+    longest = positions.longest_context(config, max_model_len)
+    if longest > positions.longest_context(config):
         log.info("longrope with its long factors, for every length: --max-model-len %s asks for them", max_model_len)
     slot = StepSlot()
     decoder = model.get_decoder()
@@ -334,9 +269,10 @@ def _wrap(
     _narrow_head(model, dtype)
     experts.pad_routers(model)
     attention.attach(model, slot)
-    _fix_rope(model, longest)
+    states = mixers.attach(model, slot)
+    positions.fix_rope(model, longest)
     try:
-        layers = geometry.probe(model, slot, config.num_hidden_layers, device)
+        layers = geometry.probe(model, slot, config.num_hidden_layers, device, states)
     except geometry.Irregular as fault:
         raise UnservableModel(str(fault)) from fault
     generation = getattr(model, "generation_config", None)
@@ -357,6 +293,7 @@ def _wrap(
         aside=naming.aside(model),
         renamed=renamed,
         transposed=transposed,
+        states=states,
     )
 
 

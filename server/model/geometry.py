@@ -1,9 +1,9 @@
-"""What each layer of a model keeps of a token: heads, their size, and whose keys and values it reads.
+"""What each layer of a model keeps of a token: heads, their size, and whose keys and values it reads; or nothing.
 
 Read off one step of the model itself: configs say it in too many ways.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ class Irregular(ValueError):
 
 @dataclass(frozen=True)
 class LayerKV:
-    """One layer's keys and values."""
+    """One layer's keys and values; of no heads where it does not attend."""
 
     kv_heads: int
     head_dim: int  # the wider one of keys and values
@@ -45,10 +45,12 @@ class _Recorder:
 
 
 @torch.no_grad()
-def probe(model: nn.Module, slot: StepSlot, layers: int, device: torch.device) -> list[LayerKV]:
+def probe(
+    model: nn.Module, slot: StepSlot, layers: int, device: torch.device, without: Collection[int] = ()
+) -> list[LayerKV]:
     """Run two tokens through a model whose attention asks `slot`, and see what each layer keeps.
 
-    Raises Irregular unless every layer attends exactly once.
+    Raises Irregular unless every layer attends exactly once; those of `without` need not.
     """
     recorder = _Recorder()
     slot.attention = recorder
@@ -58,14 +60,18 @@ def probe(model: nn.Module, slot: StepSlot, layers: int, device: torch.device) -
     finally:
         slot.attention = None
     order = [layer for layer, *_ in recorder.calls]
-    if sorted(order) != list(range(layers)):
+    needed = set(range(layers)) - set(without)
+    if not order or len(set(order)) != len(order) or not needed <= set(order) <= set(range(layers)):
         raise Irregular(
             f"a step of this {type(model).__name__} attends {len(order)} times through the server's cache, "
-            f"{layers} expected, once in each layer: its attention cannot be served"
+            f"{len(needed)} expected, once in each layer: its attention cannot be served"
         )
     found: dict[int, LayerKV] = {}
     owners: dict[tuple[int, int], int] = {}  # addresses of keys and values -> the layer that made them
     for layer, window, k, v in recorder.calls:
         source = owners.setdefault((k.data_ptr(), v.data_ptr()), layer)
         found[layer] = LayerKV(k.shape[1], max(k.shape[2], v.shape[2]), window, source)
-    return [found[layer] for layer in range(layers)]
+    # One that keeps no keys must not make a group of its own.
+    windows = [kept.window for kept in found.values()]
+    reach = 0 if 0 in windows else max(windows)
+    return [found.get(layer) or LayerKV(0, 0, reach, layer) for layer in range(layers)]

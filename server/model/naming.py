@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import transformers
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -12,6 +13,11 @@ from transformers.pytorch_utils import Conv1D
 from adapters.peft_format.outline import Outline
 
 _WHOLE = "_lorakeet_whole"  # attribute of a model without parts: names of all its parameters, and of the parts
+
+
+def class_name(config: Any) -> str:
+    """The class that a model's config names, or its type."""
+    return str((getattr(config, "architectures", None) or [config.model_type])[0])
 
 
 def renamed(model: transformers.PreTrainedModel, directory: Path) -> dict[str, str]:

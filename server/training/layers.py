@@ -16,7 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import KVSharingDict
 
+from adapters import kernels
 from server.model.base import Base
+
+_SCANNED = 64  # tokens that a scan takes at a time
 
 
 class Untrainable(ValueError):
@@ -182,6 +185,53 @@ class PackedAttention:
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         parts = [_causal(q[i:j], k[i:j], v[i:j], scaling, window, softcap, sinks) for i, j in self._bounds]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class PackedStates:
+    """`adapters.device.lora.States` of a training pass: each sequence begins with an empty state; differentiable.
+
+    Args:
+        bounds: as `PackedAttention` has them.
+    """
+
+    def __init__(self, bounds: Sequence[tuple[int, int]]) -> None:
+        self._bounds = bounds
+
+    def convolve(self, layer: int, x: Tensor, taps: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+        before = (0, 0, len(taps) - 1, 0)
+        return torch.cat([kernels.convolved(F.pad(x[i:j], before), taps, bias, silu) for i, j in self._bounds])
+
+    def recur(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor,
+        b: Tensor | None,
+        a_log: Tensor,
+        dt_bias: Tensor,
+        gain: float = 1.0,
+        limits: tuple[float, float] = kernels.NO_LIMITS,
+    ) -> Tensor:
+        # Here, so that other models do without these modules.
+        from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+        from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
+        rate = -a_log.float().exp()
+        parts = []
+        for i, j in self._bounds:
+            keys = q[None, i:j], k[None, i:j], v[None, i:j]
+            if b is None:
+                query, key, value = keys
+                shared = value, a[None, i:j], rate, key, query, _SCANNED
+                out = mamba2_chunk_scan(*shared, dt_bias=dt_bias, dt_softplus=True, dt_limit=limits)
+            else:
+                decay = rate * F.softplus(a[None, i:j].float() + dt_bias)
+                beta = b[None, i:j].sigmoid() * gain
+                out, _ = torch_chunk_gated_delta_rule(*keys, decay, beta, use_qk_l2norm_in_kernel=True)
+            parts.append(out[0])
+        return torch.cat(parts)
 
 
 def _causal(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from server.messages.training import MemoryMode, MemoryPlan, ModuleShape, PlanMemory
 from server.model.base import Base
-from server.training.layers import LayerCalls, LayeredModel, PackedAttention
+from server.training.layers import LayerCalls, LayeredModel, PackedAttention, PackedStates
 from server.training.trainable import TrainableAdapter, TrainingDeltas, TrainingSegment
 
 HEADROOM = 0.9  # of what is available may be planned with
@@ -82,7 +82,14 @@ class MemoryModel:
 
     @cached_property
     def _layer_bytes(self) -> int:
-        """Bytes that autograd keeps of one layer per token, adapters on every linear but without their own numbers."""
+        """Bytes that autograd keeps of one layer per token, adapters on every linear but without their own numbers.
+
+        Of the first layer, or of the first that keeps a state and the first that keeps none, whichever is more.
+        """
+        firsts = {layer in self._base.states: layer for layer in reversed(range(len(self._model)))}
+        return max(map(self._kept, firsts.values()))
+
+    def _kept(self, layer: int) -> int:
         device, calls = self._base.device, self._sample
         shapes = {linear.name: ModuleShape(1, 1.0) for linear in self._base.linears}
         adapter = TrainableAdapter(self._base.linears, shapes, device=device, seed=0)
@@ -98,13 +105,13 @@ class MemoryModel:
 
         slot = self._base.slot
         slot.deltas = TrainingDeltas([TrainingSegment(0, SAMPLE_TOKENS, adapter, None)])
-        slot.attention = PackedAttention([(0, SAMPLE_TOKENS)])
+        slot.attention, slot.states = PackedAttention([(0, SAMPLE_TOKENS)]), PackedStates([(0, SAMPLE_TOKENS)])
         try:
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
                 # The graph stays alive until everything has been counted, so no storage is counted twice.
-                out = self._model.run(0, calls.hidden.requires_grad_(), calls)
+                out = self._model.run(layer, calls.hidden.requires_grad_(), calls)
         finally:
-            slot.deltas = slot.attention = None
+            slot.deltas = slot.attention = slot.states = None
         del out
         return sum(kept.values()) // SAMPLE_TOKENS
 

@@ -23,7 +23,7 @@ from adapters import kernels
 from server.messages.protocol import Done, Request
 from server.messages.training import JobEnded, JobReply, MemoryPlan, ModuleShape, PlanMemory, StartJob, StopJob
 from server.model.base import Base
-from server.training.layers import LayeredModel, PackedAttention, Untrainable
+from server.training.layers import LayeredModel, PackedAttention, PackedStates, Untrainable
 from server.training.memory import MemoryModel
 from server.training.task import MicroBatch, Task
 from server.training.trainable import TrainingDeltas, TrainingSegment
@@ -304,10 +304,11 @@ class Trainer:
         segments = [TrainingSegment(s.start, s.end, s.task.adapter, s.batch.dropout) for s in shares]
         bounds = [(s.start + start, s.start + end) for s in shares for start, end in s.batch.bounds]
         slot.deltas, slot.attention = TrainingDeltas(segments), PackedAttention(bounds)
+        slot.states = PackedStates(bounds)
         try:
             yield
         finally:
-            slot.deltas = slot.attention = None
+            slot.deltas = slot.attention = slot.states = None
 
     # --- when a piece fails -------------------------------------------------------------------------------------
 

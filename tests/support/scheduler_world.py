@@ -10,9 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-from server.engine.blocks import BlockGroups, BlockPool
+from server.engine.block_pool import BlockPool
+from server.engine.blocks import BlockGroups
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import AdapterKey, Sequence, Step, Work
+from server.engine.state_slots import StateSlots
 from server.messages.protocol import Grammar, Sampling
 
 EOS = 0
@@ -133,7 +135,8 @@ class Given:
 class World:
     """A scheduler with everything around it played; of `depth` 1: a step is collected after the next was given.
 
-    With `sliding` blocks there is a second group of layers, which see the last `window` keys, read by eights.
+    With `sliding` blocks there is a second group of layers, which see the last `window` keys, read by eights. With
+    `slots` there are layers that keep a state.
     """
 
     def __init__(
@@ -150,10 +153,13 @@ class World:
         depth: int = 0,
         sliding: int = 0,
         window: int = 6,
+        slots: int = 0,
     ) -> None:
         counts = [num_blocks, sliding] if sliding else [num_blocks]
         self.windows = [0, window][: len(counts)]
-        self.blocks = BlockGroups([BlockPool(count, 4, caching) for count in counts], self.windows, batch_tokens, 8)
+        states = StateSlots(slots, 4, caching, every=3) if slots else None
+        pools = [BlockPool(count, 4, caching) for count in counts]
+        self.blocks = BlockGroups(pools, self.windows, batch_tokens, 8, states)
         self.residency = FakeResidency(delay)
         self.scheduler = Scheduler(
             self.blocks,
@@ -168,6 +174,7 @@ class World:
         self.batch_tokens, self.batch_requests, self.model_len = batch_tokens, batch_requests, model_len
         self.depth = depth
         self.kv: dict[Slot, object] = {}
+        self.states: dict[int, object] = {}  # by slot, the tokens that it has taken in
         self.sequences: dict[str, Sequence] = {}
         self.outputs: dict[str, list[int]] = {}
         self.scored: dict[str, list[int]] = {}
@@ -265,6 +272,8 @@ class World:
                     assert slot not in written
                     written[slot] = self.content(work, position)
         self.kv |= written
+        if self.blocks.states is not None:
+            self.run_states(step)
         for work in step.works:
             sequence, end = work.sequence, work.start + work.count
             for group, (window, table) in enumerate(zip(self.windows, sequence.tables, strict=True)):
@@ -280,6 +289,19 @@ class World:
             self.ahead[work.sequence.id] += bool(self.unread[work.sequence.id])
             self.unread[work.sequence.id] += [1] * work.samples if tokens is None else tokens
         return Given(step, drawn, written)
+
+    def run_states(self, step: Step) -> None:
+        """Every run goes on from a state that took in all tokens before it, and those only."""
+        for work in step.works:
+            position = work.start
+            for begin, end, read, write in work.runs:
+                assert begin == position
+                assert (self.states[read] == self.content(work, begin - 1)) if read else not begin
+                assert write
+                self.states[write] = self.content(work, end - 1)
+                position = end
+            assert position == work.start + work.count
+            assert work.runs[-1][3] == work.sequence.slot
 
     def content(self, work: Work, position: int) -> object:
         sequence = work.sequence
@@ -334,6 +356,7 @@ class World:
         assert self.scheduler.idle, "still busy"
         assert self.in_flight is None
         assert self.blocks.counts.used == 0
+        assert self.blocks.states is None or self.blocks.states.counts.used == 0
         assert not +self.residency.references
 
     def alone(self, sequence: Sequence) -> tuple[list[int], str]:

@@ -9,7 +9,7 @@ from tests.sweep.verdict import judge
 
 TYPES = [
     *("llama", "qwen3", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "granite_swa", "phi3", "cohere2"),
-    *("hunyuan_v1_dense", "nemotron", "mistral3", "qwen3_moe"),
+    *("hunyuan_v1_dense", "nemotron", "mistral3", "qwen3_moe", "qwen3_5_text", "lfm2"),
 ]
 # Wrappers, each with names or positions of its own, and variants of a type.
 MORE = ["ernie4_5_moe", "qwen3_vl", "smolvlm", "deepseek_vl", "hunyuan_vl", "granitemoehybrid, dense", "phi3, longrope"]
@@ -26,7 +26,7 @@ def test_served_types_answer_and_train_as_transformers_and_peft(family: str, tmp
     ("family", "named"),
     [
         ("jetmoe", "mixture-of-experts"),
-        ("qwen3_next", "linear_attention"),
+        ("minimax", "linear_attention"),
         ("bloom", "ALiBi"),
         ("mpt", "ALiBi"),
         ("bart", "encoder"),

@@ -9,10 +9,10 @@ import pytest
 
 
 @pytest.mark.parametrize("endpoint", ["chat", "completions"])
-def test_a_profile(url: str, model: str, model_dir: str, endpoint: str, tmp_path: Path) -> None:
+def test_a_profile(url: str, model: str, endpoint: str, tmp_path: Path) -> None:
     command = [
         *(sys.executable, "-m", "aiperf", "profile", "--ui", "none", "--workers-max", "1"),
-        *("--model", model, "--url", url, "--tokenizer", model_dir, "--endpoint-type", endpoint, "--streaming"),
+        *("--model", model, "--url", url, "--tokenizer", "builtin", "--endpoint-type", endpoint, "--streaming"),
         *("--concurrency", "2", "--request-count", "4", "--isl", "16", "--osl", "6", "--num-dataset-entries", "4"),
         *("--extra-inputs", "ignore_eos:true", "--use-server-token-count", "--per-chunk-usage"),
         *("--no-gpu-telemetry", "--no-server-metrics", "--artifact-dir", str(tmp_path)),

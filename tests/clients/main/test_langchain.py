@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import openai
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.tools import tool
@@ -45,10 +46,12 @@ def test_structured_output(chat: ChatOpenAI, method: str, strict: bool | None) -
 
 
 def test_json_mode(chat: ChatOpenAI) -> None:
-    raw = chat.with_structured_output(method="json_mode", include_raw=True).invoke("Name a bird, in JSON.")
+    try:
+        raw = chat.with_structured_output(method="json_mode", include_raw=True).invoke("Name a bird, in JSON.")
+    except openai.LengthFinishReasonError:  # any object will do, and a small model may not come to its end
+        return
     assert isinstance(raw["raw"], AIMessage)
-    finished = raw["raw"].response_metadata["finish_reason"] == "stop"
-    assert (raw["parsing_error"] is None) or not finished
+    assert raw["parsing_error"] is None
 
 
 def test_structured_output_streams(chat: ChatOpenAI) -> None:

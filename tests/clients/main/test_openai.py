@@ -21,7 +21,7 @@ class Weather(BaseModel):
 
     city: str = Field(max_length=12)
     sky: Sky
-    celsius: int
+    celsius: int = Field(ge=-99, le=99)
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,14 @@ import instructor
 import openai
 import pytest
 from instructor import Mode
-from instructor.core.exceptions import InstructorRetryException
+from instructor.core.exceptions import IncompleteOutputException, InstructorRetryException
 from instructor.utils.providers import Provider
 from instructor.v2.core.provider_specs import PROVIDER_SPECS
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Bird(BaseModel):
+    model_config = ConfigDict(extra="forbid")  # or a small model goes on with names of its own
     name: str = Field(max_length=12)
     colour: Literal["red", "green"]
 
@@ -56,6 +57,8 @@ def test_asked_modes(api: str, model: str, mode: Mode) -> None:
     except InstructorRetryException as fault:  # the model's words were no such object; the request was understood
         assert not isinstance(fault.__cause__, openai.APIStatusError), fault
         assert "Error code" not in str(fault)
+    except IncompleteOutputException:  # nor is that
+        pass
     except TypeError as fault:  # parallel tools: none was called
         assert "NoneType" in str(fault)
 

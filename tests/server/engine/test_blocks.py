@@ -7,7 +7,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from server.engine.blocks import BlockCounts, BlockPool, adapter_spec, chain_key, root_key
+from server.engine.block_pool import BlockCounts, BlockPool
+from server.engine.blocks import adapter_spec, chain_key, root_key
 
 NUM_BLOCKS = 7
 

@@ -8,7 +8,8 @@ import torch
 
 from adapters.kernels.reference import KEY_GROUP
 from server.engine import memory_plan
-from server.engine.blocks import BlockGroups, BlockPool
+from server.engine.block_pool import BlockPool
+from server.engine.blocks import BlockGroups
 from server.engine.engine import Engine
 from server.engine.scheduler import Scheduler
 from server.engine.sequence import Sequence

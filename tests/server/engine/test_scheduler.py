@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.blocks import BlockCounts
+from server.engine.block_pool import BlockCounts
 from server.engine.sequence import AdapterKey, Sequence, Step, Work
 from server.messages.protocol import LOAD_FAILED, TOO_LONG, Sampling
 from tests.support.scheduler_world import BASE, BIG, BROKEN, EOS, A, B, World

@@ -4,6 +4,7 @@ A state machine of arrivals, aborts, overflowing logits and steps, at either dep
 """
 
 from collections import Counter
+from dataclasses import astuple
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,10 +22,11 @@ class AnythingMayHappen(RuleBasedStateMachine):
 
     depth = 0
     sliding = 0  # blocks of a second group of layers
+    slots = 0  # of layers that keep a state
 
     def __init__(self) -> None:
         super().__init__()
-        self.world = World(num_blocks=8, delay=2, depth=self.depth, sliding=self.sliding)
+        self.world = World(num_blocks=8, delay=2, depth=self.depth, sliding=self.sliding, slots=self.slots)
         self.aborted: set[str] = set()
 
     @rule(
@@ -122,6 +124,12 @@ class AnythingMayHappen(RuleBasedStateMachine):
                 for group, table in enumerate(sequence.tables)
                 for block in table[: world.blocks.first_seen(group, sequence.num_computed)]
             )
+        if world.blocks.states is not None:
+            own = {sequence.slot for sequence in holding}
+            assert len(own) == len(holding)
+            saved = [] if world.in_flight is None else [run for work in world.in_flight.step.works for run in work.runs]
+            assert world.blocks.states.counts.used == len(own.union(*({r, w} for *_, r, w in saved)) - {0})
+            assert sum(astuple(world.blocks.states.counts)) == self.slots
         references = Counter(digest for sequence in holding for digest, _ in sequence.adapter)
         assert +world.residency.references == references
         assert all(sequence.in_flight and sequence.ended for sequence in world.scheduler.leaving)
@@ -164,13 +172,26 @@ class SlidingLayersInFlight(SlidingLayers):
     depth = 1
 
 
+class StateLayers(AnythingMayHappen):
+    """Some layers keep a state, and their slots run out now and then before anything else."""
+
+    sliding = 7
+    slots = 4
+
+
+class StateLayersInFlight(StateLayers):
+    depth = 1
+
+
 TestAnythingMayHappen = AnythingMayHappen.TestCase
 TestAnythingMayHappenInFlight = AnythingMayHappenInFlight.TestCase
 TestSlidingLayers = SlidingLayers.TestCase
 TestSlidingLayersInFlight = SlidingLayersInFlight.TestCase
+TestStateLayers = StateLayers.TestCase
+TestStateLayersInFlight = StateLayersInFlight.TestCase
 for case in (TestAnythingMayHappen, TestAnythingMayHappenInFlight):
     case.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
-for case in (TestSlidingLayers, TestSlidingLayersInFlight):
+for case in (TestSlidingLayers, TestSlidingLayersInFlight, TestStateLayers, TestStateLayersInFlight):
     case.settings = settings(max_examples=75, stateful_step_count=30, deadline=None)
 
 

@@ -1,0 +1,158 @@
+"""Layers that keep a state of fixed size for each sequence: short causal convolutions, linear attention with decay.
+
+In plain torch, and as the C++ kernels take them. A *run* is consecutive tokens of one sequence, a row of an int32
+tensor `[runs, 4]`: first token, one past the last, the slot of the state before them, the slot for the state after
+them. A run without tokens copies. Runs go in order and tokens one by one, so that no bit depends on how tokens are cut
+into runs.
+"""
+
+from ctypes import Structure, c_float, c_int32, c_void_p
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adapters.kernels import native
+
+_MOST_KEYS = 1024  # numbers of a key: of recurrence.cpp
+_NORM_EPS = 1e-6
+NO_LIMITS = (0.0, float("inf"))
+
+
+class ConvolutionStruct(Structure):
+    """`Convolution` of recurrence.cpp."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("x", "taps", "bias", "out", "states", "runs")),
+        *((name, c_int32) for name in ("count", "channels", "kernel", "silu")),
+    ]
+
+
+class RecurrenceStruct(Structure):
+    """`Recurrence` of recurrence.cpp."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("q", "k", "v", "a", "b", "a_log", "dt_bias", "out", "states", "runs")),
+        *((name, c_int32) for name in ("count", "key_heads", "heads", "keys", "values")),
+        *((name, c_float) for name in ("gain", "low", "high")),
+    ]
+
+
+def _native(*tensors: Tensor) -> "native.Kernels | None":
+    return native.load() if all(tensor.is_cpu and tensor.dtype == torch.float32 for tensor in tensors) else None
+
+
+def convolve(x: Tensor, taps: Tensor, bias: Tensor | None, silu: bool, states: Tensor, runs: Tensor) -> Tensor:
+    """Each channel's own causal convolution, which reads the inputs before a run from its state.
+
+    Args:
+        x: [T, channels].
+        taps: [kernel, channels], the last one for the token itself.
+        silu: whether the activation follows.
+        states: fp32 [slots, kernel - 1, channels], the last inputs of sequences; written.
+    """
+    kernels = _native(x, taps)
+    if kernels is None:
+        return _convolve(x, taps, bias, silu, states, runs)
+    x, out = x.contiguous(), torch.empty(x.shape)
+    addresses = map(native.address, (x, taps, bias, out, states, runs))
+    kernels.call("lk_convolve", ConvolutionStruct(*addresses, len(runs), x.shape[1], len(taps), silu))
+    return out
+
+
+def _convolve(x: Tensor, taps: Tensor, bias: Tensor | None, silu: bool, states: Tensor, runs: Tensor) -> Tensor:
+    out, kept = torch.empty_like(x), len(taps) - 1
+    for begin, end, read, write in runs.tolist():
+        inputs = torch.cat([states[read].to(x.dtype), x[begin:end]])
+        states[write] = inputs[len(inputs) - kept :]
+        out[begin:end] = convolved(inputs, taps, bias, silu)
+    return out
+
+
+def convolved(inputs: Tensor, taps: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+    """The convolution of one sequence's inputs, from the first that has all inputs before it; differentiable."""
+    count = len(inputs) - len(taps) + 1
+    y = inputs.new_zeros(()) if bias is None else bias
+    for place, tap in enumerate(taps):
+        y = y + tap * inputs[place : place + count]
+    return F.silu(y) if silu else y
+
+
+def recur(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor | None,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    gain: float = 1.0,
+    limits: tuple[float, float] = NO_LIMITS,
+    *,
+    states: Tensor,
+    runs: Tensor,
+) -> Tensor:
+    """Linear attention whose state decays: by the gated delta rule, or without `b` as Mamba-2 has it.
+
+    For each token and head, with step = softplus(a + dt_bias) within `limits`: the state times exp(-exp(a_log) * step),
+    plus k (outer) u, where u = (v - what the state gives for k) * sigmoid(b) * gain, or u = v * step; what it then
+    gives for q is the output. The delta rule normalises k and q, and divides q by the square root of its length.
+
+    Args:
+        q, k: [T, key heads, keys]; each serves as many consecutive heads.
+        v: [T, heads, values].
+        a, b: [T, heads].
+        a_log, dt_bias: [heads].
+        states: fp32 [slots, heads, keys, values]; written.
+
+    Returns:
+        [T, heads, values], in the dtype of `v`.
+    """
+    kernels = _native(q, k, v, a, a_log, dt_bias) if q.shape[2] <= _MOST_KEYS else None
+    if kernels is None:
+        return _recur(q, k, v, a, b, a_log, dt_bias, gain, limits, states, runs)
+    q, k, v, a = (part.contiguous() for part in (q, k, v, a))
+    b = None if b is None else b.contiguous()
+    out = torch.empty(v.shape)
+    addresses = map(native.address, (q, k, v, a, b, a_log, dt_bias, out, states, runs))
+    shape = len(runs), q.shape[1], v.shape[1], q.shape[2], v.shape[2]
+    kernels.call("lk_recur", RecurrenceStruct(*addresses, *shape, gain, *limits))
+    return out
+
+
+def _recur(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor | None,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    gain: float,
+    limits: tuple[float, float],
+    states: Tensor,
+    runs: Tensor,
+) -> Tensor:
+    out, shared, rate = torch.empty_like(v), v.shape[1] // q.shape[1], -a_log.float().exp()
+    for begin, end, read, write in runs.tolist():
+        state = states[read]
+        for token in range(begin, end):
+            query, key = (part[token].float().repeat_interleave(shared, 0) for part in (q, k))  # [heads, keys]
+            value = v[token].float()
+            step = F.softplus(a[token].float() + dt_bias.float()).clamp(*limits)
+            state = state * (rate * step).exp()[:, None, None]
+            if b is None:
+                update = value * step[:, None]
+            else:
+                query, key = normalised(query) * query.shape[-1] ** -0.5, normalised(key)
+                update = value - (state * key[:, :, None]).sum(1)
+                update = update * (b[token].float().sigmoid() * gain)[:, None]
+            state = state + key[:, :, None] * update[:, None]
+            out[token] = (state * query[:, :, None]).sum(1).to(out.dtype)
+        states[write] = state
+    return out
+
+
+def normalised(x: Tensor) -> Tensor:
+    """Vectors divided by their length."""
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + _NORM_EPS)

@@ -1,0 +1,133 @@
+"""Layers that mix tokens by a state of fixed size: gated DeltaNet, short convolutions.
+
+transformers computes these for whole sequences, padded to equal lengths. Here each kind is taken over for packed
+tokens: the module's own projections and norms run on all of them, and the `StepSlot` does what needs a sequence's
+state. Without a step the module does as transformers wrote it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adapters.device.lora import States, StepSlot
+from server.model import UnservableModel
+from server.model.states import LayerState
+
+
+class _Mixer(nn.Module):
+    """Mixed into a module's class, in front of it."""
+
+    step_slot: StepSlot
+    taps: Tensor
+    layer_idx: int
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.step_slot.states is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        return self.mix(hidden_states[0], self.step_slot.states)[None]
+
+    def mix(self, x: Tensor, states: States) -> Tensor:
+        """[T, hidden] -> [T, hidden]."""
+        raise NotImplementedError
+
+    def memory(self) -> tuple[int, int, int] | None:
+        """The shape of its linear attention's state."""
+        return None
+
+
+class ShortConvolution(_Mixer):
+    """LFM2's."""
+
+    def mix(self: Any, x: Tensor, states: States) -> Tensor:
+        before, after, x = self.in_proj(x).chunk(3, -1)
+        y: Tensor = self.out_proj(after * states.convolve(self.layer_idx, before * x, self.taps, self.conv.bias, False))
+        return y
+
+
+class GatedDeltaNet(_Mixer):
+    """Qwen3.5's."""
+
+    gain = 1.0
+
+    def mix(self: Any, x: Tensor, states: States) -> Tensor:
+        mixed, gate, a, b = self.projected(x)
+        mixed = states.convolve(self.layer_idx, mixed, self.taps, None, True)
+        q, k, v = mixed.split([self.key_dim, self.key_dim, self.value_dim], -1)
+        q, k = (part.reshape(len(x), -1, self.head_k_dim) for part in (q, k))
+        v = v.reshape(len(x), -1, self.head_v_dim)
+        out = states.recur(self.layer_idx, q, k, v, a, b, self.A_log, self.dt_bias, self.gain)
+        return self.finished(out.reshape(-1, self.head_v_dim), gate.reshape(-1, self.head_v_dim), len(x))
+
+    def projected(self: Any, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys and values in one; the gate; a and b of `kernels.recur`."""
+        return self.in_proj_qkv(x), self.in_proj_z(x), self.in_proj_a(x), self.in_proj_b(x)
+
+    def finished(self: Any, out: Tensor, gate: Tensor, tokens: int) -> Tensor:
+        y: Tensor = self.out_proj(self.norm(out, gate).view(tokens, -1))
+        return y
+
+    def memory(self: Any) -> tuple[int, int, int]:
+        return self.num_v_heads, self.head_k_dim, self.head_v_dim
+
+
+class Qwen3NextDeltaNet(GatedDeltaNet):
+    """Qwen3-Next's, whose projections are interleaved by key head."""
+
+    def projected(self: Any, x: Tensor) -> tuple[Tensor, ...]:
+        projections = self.in_proj_qkvz(x)[None], self.in_proj_ba(x)[None]
+        *qkv, z, b, a = (part[0].flatten(1) for part in self.fix_query_key_value_ordering(*projections))
+        return torch.cat(qkv, -1), z, a, b
+
+
+class OlmoDeltaNet(GatedDeltaNet):
+    """OLMo Hybrid's, which may also turn a state round."""
+
+    @property
+    def gain(self: Any) -> float:  # type: ignore[override]
+        return 2.0 if self.allow_neg_eigval else 1.0
+
+    def projected(self: Any, x: Tensor) -> tuple[Tensor, ...]:
+        return (
+            torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], -1),
+            self.g_proj(x),
+            self.a_proj(x),
+            self.b_proj(x),
+        )
+
+    def finished(self: Any, out: Tensor, gate: Tensor, tokens: int) -> Tensor:
+        y: Tensor = self.o_proj(self.o_norm(out, gate).view(tokens, -1))
+        return y
+
+
+KINDS: dict[str, type[_Mixer]] = {  # by transformers' classes
+    "Lfm2MoeShortConv": ShortConvolution,
+    "Lfm2ShortConv": ShortConvolution,
+    "Lfm3ShortConv": ShortConvolution,
+    "OlmoHybridGatedDeltaNet": OlmoDeltaNet,
+    "Qwen3NextGatedDeltaNet": Qwen3NextDeltaNet,
+    "Qwen3_5GatedDeltaNet": GatedDeltaNet,
+}
+TYPES = {  # of models that were held against transformers; those of wrappers, too
+    *("lfm2", "lfm2_moe", "lfm2_vl", "lfm3", "olmo_hybrid", "qwen3_5", "qwen3_5_text", "qwen3_next"),
+}
+
+
+def attach(model: nn.Module, slot: StepSlot) -> dict[int, LayerState]:
+    """Take over every such layer of a loaded model. Returns their states, by layer. Raises UnservableModel."""
+    found: dict[int, LayerState] = {}
+    for module in list(model.modules()):
+        stock = type(module)
+        kind = KINDS.get(stock.__name__)
+        if kind is None:
+            continue
+        convolution = next(child for child in module.children() if isinstance(child, nn.Conv1d))
+        if getattr(module, "activation", "silu") not in {"silu", "swish"}:
+            raise UnservableModel(f"{stock.__name__} is not served with the activation {module.activation}")
+        # By class, so that a copy of the module with other weights runs on those.
+        module.__class__ = type(stock.__name__, (kind, stock), {"__module__": stock.__module__})
+        assert isinstance(module, _Mixer)
+        module.step_slot = slot
+        module.taps = convolution.weight.detach()[:, 0].T.contiguous()
+        found[module.layer_idx] = LayerState((convolution.kernel_size[0] - 1, convolution.in_channels), module.memory())
+    return found

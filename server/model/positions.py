@@ -1,0 +1,70 @@
+"""How many tokens a model's positions reach, and rope that must not change with them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from server.model import UnservableModel, naming
+
+
+def longest_context(text: Any, asked: int | None = None) -> int:
+    """The most tokens whose positions a text model encodes as its makers meant. Raises UnservableModel without any.
+
+    Yarn and linear scaling reach `factor` times the positions of pretraining. Rope that changes with the longest
+    sequence of the batch (dynamic, longrope) is served as far as it has not changed yet, where it depends on nothing;
+    when more is asked of longrope, with its long factors for every length.
+    """
+    most = getattr(text, "max_position_embeddings", None)
+    if not isinstance(most, int) or most < 1:
+        name = naming.class_name(text)
+        raise UnservableModel(
+            f"{name} states no max_position_embeddings: models without a longest context are not served"
+        )
+    return min((_reach(scaling, most, asked or 0) for scaling in _scalings(text)), default=most)
+
+
+def _scalings(text: Any) -> list[Mapping[str, Any]]:
+    """The settings of rope, of each kind of layer where these differ."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    return [rope] if "rope_type" in rope else [value for value in rope.values() if isinstance(value, dict)]
+
+
+def _reach(scaling: Mapping[str, Any], most: int, asked: int) -> int:
+    original = scaling.get("original_max_position_embeddings") or most
+    match scaling.get("rope_type"):
+        case "yarn" | "linear":
+            return max(most, int(original * (scaling.get("factor") or 1)))
+        case "longrope" if asked <= original:
+            return min(most, int(original))
+        case _:
+            return most
+
+
+def stated(text: Any) -> str:
+    """How a text model's longest context comes about, for messages."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    names = ("rope_type", "factor", "original_max_position_embeddings")
+    scaling = {name: rope[name] for name in names if rope.get(name) not in {None, "default"}}
+    stated = {"max_position_embeddings": text.max_position_embeddings} | scaling
+    return ", ".join(f"{name} {value}" for name, value in stated.items())
+
+
+def fix_rope(model: nn.Module, longest: int) -> None:
+    """Keep the frequencies of rope that would change with a batch's longest sequence: those of `longest` tokens."""
+    last = torch.tensor([[longest - 1]], device=next(model.parameters()).device)
+    for module in model.modules():
+        kind = getattr(module, "rope_type", None)
+        for layer_type, name in kind.items() if isinstance(kind, dict) else [(None, kind)]:
+            if name == "longrope":  # computes its frequencies when it is called
+                module(
+                    torch.zeros(1, device=last.device),
+                    last,
+                    **({} if layer_type is None else {"layer_type": layer_type}),
+                )
+        if isinstance(kind, str) and kind in {"dynamic", "longrope"}:
+            module.rope_type = "default"  # type: ignore[assignment]
+        elif isinstance(kind, dict):
+            fixed = {name: "default" if value in {"dynamic", "longrope"} else value for name, value in kind.items()}
+            module.rope_type = fixed  # type: ignore[assignment]

@@ -1,0 +1,57 @@
+"""States of fixed size that some layers keep of a sequence, in slots; what `attention` is to keys and values."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adapters import kernels
+from adapters.device.memory import zeros
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """One layer's state."""
+
+    inputs: tuple[int, int]  # of its convolution: how many it looks back, and channels
+    memory: tuple[int, int, int] | None = None  # of its linear attention: heads, keys, values
+
+    @property
+    def bytes(self) -> int:
+        return 4 * (math.prod(self.inputs) + (0 if self.memory is None else math.prod(self.memory)))
+
+
+class StateCache:
+    """The states of all such layers, in fp32. Slot 0 is the state before a first token, and never written.
+
+    Attributes:
+        inputs, memory: by layer `[1 + slots, ...]`.
+    """
+
+    def __init__(self, layers: Mapping[int, LayerState], slots: int, device: torch.device) -> None:
+        def tensor(shape: tuple[int, ...]) -> Tensor:
+            return zeros((1 + slots, *shape), torch.float32, device)
+
+        self.inputs = {layer: tensor(state.inputs) for layer, state in layers.items()}
+        self.memory = {layer: tensor(state.memory) for layer, state in layers.items() if state.memory is not None}
+
+
+@dataclass(frozen=True)
+class StateStep:
+    """One serving step.
+
+    Args:
+        runs: as `kernels.recurrence` has them; those of a sequence in order.
+    """
+
+    cache: StateCache
+    runs: Tensor
+
+    def convolve(self, layer: int, x: Tensor, taps: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+        return kernels.convolve(x, taps, bias, silu, self.cache.inputs[layer], self.runs)
+
+    def recur(self, layer: int, *args: Any, **kwargs: Any) -> Tensor:
+        return kernels.recur(*args, **kwargs, states=self.cache.memory[layer], runs=self.runs)

@@ -1,0 +1,85 @@
+"""Convolutions and linear attention with a state: C++ beside torch, and the same bits however tokens are cut."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import pytest
+import torch
+from torch import Tensor
+
+from adapters import kernels
+from adapters.kernels import native
+
+TOKENS = 21
+WHOLE = [[0, TOKENS, 0, 1]]
+CUT = [[0, 1, 0, 2], [1, 1, 2, 3], [1, 9, 3, 1], [9, 11, 1, 1], [11, TOKENS, 1, 4], [TOKENS, TOKENS, 4, 1]]
+IMPLEMENTATIONS: list[Callable[[], AbstractContextManager[None]]] = [nullcontext, native.switched_off]
+
+Layer = Callable[[Tensor, Tensor], Tensor]  # states, runs -> outputs
+
+
+def convolution(channels: int, *, silu: bool, biased: bool) -> tuple[Layer, Tensor]:
+    """A layer over fixed tokens, and states whose first is empty."""
+    generator = torch.Generator().manual_seed(channels)
+    x, taps = torch.randn(TOKENS, channels, generator=generator), torch.randn(4, channels, generator=generator)
+    bias = torch.randn(channels, generator=generator) if biased else None
+    return lambda states, runs: kernels.convolve(x, taps, bias, silu, states, runs), _states(3, channels)
+
+
+def attention(heads: int, values: int, *, delta: bool) -> tuple[Layer, Tensor]:
+    """As `convolution`; two heads of 12 keys."""
+    generator = torch.Generator().manual_seed(heads)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    q, k, v = numbers(TOKENS, 2, 12), numbers(TOKENS, 2, 12), numbers(TOKENS, heads, values)
+    a, b, rates = numbers(TOKENS, heads), numbers(TOKENS, heads), (numbers(heads), numbers(heads))
+    settings = {"gain": 1.5} if delta else {"limits": (0.1, 2.0)}
+
+    def run(states: Tensor, runs: Tensor) -> Tensor:
+        return kernels.recur(q, k, v, a, b if delta else None, *rates, **settings, states=states, runs=runs)
+
+    return run, _states(heads, 12, values)
+
+
+def _states(*shape: int) -> Tensor:
+    states = torch.full((5, *shape), torch.nan)  # nothing may be read that was not written
+    states[0] = 0
+    return states
+
+
+LAYERS = {
+    "convolution": lambda: convolution(33, silu=False, biased=True),
+    "wide convolution": lambda: convolution(600, silu=True, biased=False),
+    "delta rule": lambda: attention(4, 40, delta=True),
+    "Mamba-2": lambda: attention(2, 16, delta=False),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_no_bit_depends_on_how_tokens_are_cut_into_runs(
+    name: str, implementation: Callable[[], AbstractContextManager[None]]
+) -> None:
+    layer, states = LAYERS[name]()
+    cut, empty = states.clone(), states.clone()
+    with implementation():
+        expected = layer(states, torch.tensor(WHOLE, dtype=torch.int32))
+        assert torch.equal(layer(cut, torch.tensor(CUT, dtype=torch.int32)), expected)
+    assert torch.equal(cut[1], states[1])
+    assert torch.equal(cut[1], cut[4])
+    assert torch.equal(cut[2], cut[3])
+    assert torch.equal(cut[0], empty[0]), "the state before a first token stays"
+    assert expected.isfinite().all()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_native_equals_torch(name: str) -> None:
+    layer, states = LAYERS[name]()
+    theirs = states.clone()
+    runs = torch.tensor(CUT, dtype=torch.int32)
+    ours = layer(states, runs)
+    with native.switched_off():
+        torch.testing.assert_close(ours, layer(theirs, runs), atol=2e-4, rtol=1e-5)
+    torch.testing.assert_close(states, theirs, atol=2e-5, rtol=1e-5)
