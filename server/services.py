@@ -14,6 +14,7 @@ from server.batches.runner import Batches
 from server.batches.store import BatchStore
 from server.children.helper import Helpers
 from server.client.engine import EngineClient, served_base
+from server.errors import unknown_adapter
 from server.finetune.service import FineTuning
 from server.history import History
 from server.messages.protocol import Ready
@@ -137,3 +138,9 @@ def caller_of(request: Request) -> Caller:
     """The one who sent it."""
     caller: Caller = request.scope["caller"]
     return caller
+
+
+def check_bound(caller: Caller, name: str) -> None:
+    """Raises NotFound, as for a name that nobody has, when the caller's key is bound to other adapters."""
+    if caller.adapters is not None and name not in caller.adapters:
+        raise unknown_adapter(name)

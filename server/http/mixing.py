@@ -11,7 +11,7 @@ from adapters.storage.versions import Version
 from server.children.helper import HelperLimit, ask_once
 from server.errors import InvalidRequest, disk_faults
 from server.openai.body import Body, Items
-from server.services import Services
+from server.services import Services, check_bound
 from server.tenants.caller import Caller
 
 MAX_SOURCES = 16
@@ -68,7 +68,7 @@ async def mix(services: Services, caller: Caller, body: MixBody) -> tuple[Versio
     """
     registry, publisher = services.registry, services.registry.publisher
     publisher.check_name(body.name)
-    registry.check_bound(caller, body.name)
+    check_bound(caller, body.name)
     async with AsyncExitStack() as held:
         versions = [
             await held.enter_async_context(registry.open(caller, source.adapter, param=f"mix.{i}.adapter", whole=True))

@@ -37,7 +37,6 @@ from server.errors import (
     ModelNotFound,
     PermissionDenied,
     disk_faults,
-    unknown_adapter,
 )
 from server.messages.protocol import AdapterRef
 from server.metrics import Metrics
@@ -193,11 +192,6 @@ class Registry:
     async def own(self, caller: Caller, name: str) -> Version:
         """A version that the caller may change. Raises UnknownAdapter, PermissionDenied."""
         return _changeable(caller, await self._pointer(caller, name))
-
-    def check_bound(self, caller: Caller, name: str) -> None:
-        """Raises NotFound, as for a name that nobody has, when the caller's key is bound to others."""
-        if caller.adapters is not None and name not in caller.adapters:
-            raise unknown_adapter(name)
 
     async def delete(self, caller: Caller, name: str) -> Version:
         """Take the name away; requests that run keep their version. Raises UnknownAdapter."""

@@ -24,7 +24,7 @@ from server.http.paging import WindowQuery, window
 from server.http.quotas import check_room
 from server.http.receipts import listed, readers, receipt, resident, sort_key
 from server.openai.target import text_of
-from server.services import Services, caller_of, services_of
+from server.services import Services, caller_of, check_bound, services_of
 from server.settings import Settings
 
 _MAX_NAME_BYTES = 1024  # far more than a name may have, so that an over-long one is answered as such
@@ -44,7 +44,7 @@ async def upload_adapter(request: Request, body: MixBody | None = None) -> Respo
             async with publisher.stage() as staging:
                 with disk_faults():
                     name, promote = await _receive(request, services, staging)
-                services.registry.check_bound(caller_of(request), name)
+                check_bound(caller_of(request), name)
                 await check_room(request, staging.path)
                 admitted = publisher.admit(caller_of(request).tenant, name, staging, promote=promote)
                 version, changed = await unless_gone(request.receive, admitted)

@@ -15,7 +15,7 @@ from server.http.operations import PUBLISHING, Operation
 from server.http.quotas import check_room
 from server.openai.body import Body
 from server.registry.publish import FILES
-from server.services import Services, caller_of, services_of
+from server.services import Services, caller_of, check_bound, services_of
 from server.tenants.caller import Caller
 
 
@@ -50,7 +50,7 @@ async def load(request: Request, body: LoadBody) -> Response:
     root = root / caller.tenant  # the directory itself is the default tenant's
     if not body.lora_name or not body.lora_path:
         raise InvalidUserInput("Both 'lora_name' and 'lora_path' must be provided.")
-    services.registry.check_bound(caller, body.lora_name)
+    check_bound(caller, body.lora_name)
     if not body.load_inplace and _exists(services, caller, body.lora_name):
         message = f"The lora adapter '{shown(body.lora_name)}' has already been loaded."
         raise InvalidUserInput(f"{message} Set 'load_inplace' to replace it.", param="lora_name")
@@ -73,7 +73,7 @@ async def unload(request: Request, body: UnloadBody) -> Response:
 
 def _exists(services: Services, caller: Caller, name: str) -> bool:
     try:
-        services.registry.check_bound(caller, name)
+        check_bound(caller, name)
         services.store.get(caller.tenant, name)
     except (UnknownAdapter, NotFound):
         return False
