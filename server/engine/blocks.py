@@ -99,6 +99,13 @@ class BlockGroups:
                 table += pool.allocate(count) or ()
         return True
 
+    def chunk(self, sequence: Sequence, budget: int) -> int:
+        """How many more tokens of a prompt find their slots, within the budget: layers that slide get theirs late."""
+        wanted = sequence.num_computed + min(budget, sequence.remaining)
+        if self.grow(sequence, wanted):
+            return wanted - sequence.num_computed
+        return min(wanted, self.room(sequence)) - sequence.num_computed
+
     def room_for_drafts(self, sequence: Sequence, wanted: int, spare: int) -> int:
         """How many drafts find a slot. Fresh blocks are taken only while so many of each group are left."""
         known = len(sequence.tokens)

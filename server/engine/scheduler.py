@@ -28,26 +28,15 @@ Order and fairness:
 from bisect import insort
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from operator import attrgetter
 
 from server.engine.blocks import BlockGroups, name_blocks
 from server.engine.sequence import AdapterKey, AdapterResidency, Counters, Sequence, Step, Work
-from server.engine.shares import Shares
+from server.engine.shares import Group, Shares
 from server.messages.protocol import LOAD_FAILED, TOO_LONG
 
 _BACKGROUND_TOKENS = 128  # of a step's prompts, on a CPU about a tenth of a second
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """The sequences that a step may have: those in the background, or those of some tenants, or all others."""
-
-    background: bool = False
-    tenants: frozenset[str] | None = None
-
-    def has(self, sequence: Sequence) -> bool:
-        return sequence.background == self.background and (self.tenants is None or sequence.tenant in self.tenants)
 
 
 class Scheduler:
@@ -101,9 +90,8 @@ class Scheduler:
         self._arrivals = 0
         self._steps = 0
         self._shares = Shares(max_batch_requests, blocks.capacity * blocks.block_size)
-        self._yielding = False  # in this step nothing in the background runs, for somebody needs what it holds
         self._leaves_next: Sequence | None = None  # it is in flight, and gives way once it has been collected
-        self._held: Sequence | None = None  # the one of which that was found in the step before
+        self._held: Sequence | None = None  # that of the step before
 
     @property
     def idle(self) -> bool:
@@ -130,8 +118,7 @@ class Scheduler:
 
     def abort(self, sequence_id: str) -> bool:
         """Forget a sequence; False when it is not here (any more)."""
-        sequence = self._by_id.get(sequence_id)
-        if sequence is None:
+        if (sequence := self._by_id.get(sequence_id)) is None:
             return False
         sequence.finish_reason = "abort"
         self._remove(sequence)
@@ -142,8 +129,7 @@ class Scheduler:
 
         Its keys and values need not be finite: attention never reads what lies beyond a sequence's own tokens.
         """
-        sequence = self._by_id.get(sequence_id)
-        if sequence is not None:
+        if (sequence := self._by_id.get(sequence_id)) is not None:
             sequence.error, sequence.code = message, code
             self._remove(sequence)
             self._failed.append(sequence)
@@ -164,9 +150,10 @@ class Scheduler:
             now: seconds on the clock of `Sequence.arrival`; only stamps `first_scheduled`.
         """
         self._steps += 1
-        self._yielding = False
         self._held, self._leaves_next = self._leaves_next, None
         works = next(filter(None, (self._schedule_group(now, group) for group in self._groups())), None)
+        if works is None and self._held is not None and self._leaves_next is None:  # none needs its place now
+            return self.schedule(now)
         if works is None:
             if len(self.running) > 1 and not any(sequence.in_flight for sequence in self.running):
                 self._preempt(self.running[-1])  # all of them are prompts that wait for blocks
@@ -182,15 +169,15 @@ class Scheduler:
         works.sort(key=lambda work: (work.sequence.adapter, work.sequence._order))
         return Step(tuple(works))
 
-    def _groups(self) -> Iterator[_Group]:
+    def _groups(self) -> Iterator[Group]:
         """Whose the step may be; the first of whom anything can run has it."""
         if favoured := self._shares.favoured(self.running, self.waiting):
-            yield _Group(tenants=favoured)
-        yield _Group()
-        if not self._yielding and all(sequence.background for sequence in self.running):
-            yield _Group(background=True)
+            yield Group(tenants=favoured)
+        yield Group()
+        if self._leaves_next is None and all(sequence.background for sequence in self.running):
+            yield Group(background=True)
 
-    def _schedule_group(self, now: float, group: _Group) -> list[Work]:
+    def _schedule_group(self, now: float, group: Group) -> list[Work]:
         """What those of a group may compute now, but for one that gives way."""
         works: list[Work] = []
         self._schedule_decodes(works, group)
@@ -200,7 +187,7 @@ class Scheduler:
         for sequence in list(self.running):
             if not self._may_run(sequence, group) or sequence.remaining <= 1 or not budget:
                 continue
-            while not (count := self._chunk(sequence, budget)) and self._gives_way(sequence, works):
+            while not (count := self._blocks.chunk(sequence, budget)) and self._gives_way(sequence, works):
                 pass
             if count:
                 works.append(sequence.work(count))
@@ -208,11 +195,11 @@ class Scheduler:
         self._admit(works, budget, now, group)
         return works
 
-    def _may_run(self, sequence: Sequence, group: _Group) -> bool:
+    def _may_run(self, sequence: Sequence, group: Group) -> bool:
         """Whether a sequence of this group still runs, and does not give way."""
         return group.has(sequence) and bool(sequence.tables) and sequence not in (self._held, self._leaves_next)
 
-    def _schedule_decodes(self, works: list[Work], group: _Group) -> None:
+    def _schedule_decodes(self, works: list[Work], group: Group) -> None:
         """One token of each decoding sequence, oldest first; the youngest give way when blocks run out."""
         position = 0
         while position < len(self.running):
@@ -229,28 +216,20 @@ class Scheduler:
                 youngest = self._shares.youngest(self.running[position:]) or sequence
                 if youngest.in_flight:
                     self._leaves_next = youngest
-                    self._yielding = True
                     position += 1
                 elif len(self.running) == 1:
                     self._fail_too_long(sequence)
                 else:
                     self._preempt(youngest)
 
-    def _chunk(self, sequence: Sequence, budget: int) -> int:
-        """How many more tokens of a prompt find their slots, within the budget: layers that slide get theirs late."""
-        wanted = sequence.num_computed + min(budget, sequence.remaining)
-        if self._blocks.grow(sequence, wanted):
-            return wanted - sequence.num_computed
-        return min(wanted, self._blocks.room(sequence)) - sequence.num_computed
-
-    def _admit(self, works: list[Work], budget: int, now: float, group: _Group) -> None:
+    def _admit(self, works: list[Work], budget: int, now: float, group: Group) -> None:
         """Start waiting sequences, in order, as far as budget, places, adapters and blocks allow."""
         refused: dict[AdapterKey, str | None] = {}
         starving = False
         for sequence in self._shares.order([one for one in self.waiting if group.has(one)]):
-            if not budget or not (self._has_place or self._victim(sequence)):
+            if not budget or not (self._has_place or self._shares.victim(sequence, self.running)):
                 break
-            if not self._fits_ever(sequence):
+            if len(sequence.prompt) > self._max_model_len or not self._blocks.fits(len(sequence.tokens)):
                 self._fail_too_long(sequence)
                 continue
             if starving and sequence.adapter:
@@ -276,20 +255,12 @@ class Scheduler:
     def _has_place(self) -> bool:
         return len(self.running) < self._max_batch_requests
 
-    def _victim(self, sequence: Sequence) -> Sequence | None:
-        """The running sequence that gives way to one that lacks room, if any does."""
-        if sequence.background or not self.running:
-            return None
-        youngest = self.running[-1]
-        return youngest if youngest.background else self._shares.victim(sequence, self.running)
-
     def _gives_way(self, sequence: Sequence, works: list[Work]) -> bool:
         """Whether another was preempted for this one; one in flight is when its step has been collected."""
-        victim = self._victim(sequence)
+        victim = self._shares.victim(sequence, self.running)
         if victim is None:
             return False
         if victim.in_flight:
-            self._yielding = True
             self._leaves_next = victim
             return False
         works[:] = [work for work in works if work.sequence is not victim]
@@ -308,8 +279,7 @@ class Scheduler:
             refused[key] = self._residency.error(key) if answer == "failed" else None
             if answer == "full" and sequence._refused_since is None:
                 sequence._refused_since = self._steps
-        error = refused[key]
-        if error is not None:
+        if (error := refused[key]) is not None:
             self.fail(sequence.id, error, LOAD_FAILED)
         return False
 
@@ -345,9 +315,6 @@ class Scheduler:
                 works[index] = replace(work, count=work.count + len(drafts), drafts=drafts, forced=bool(forced))
                 rows += len(drafts)
                 self.counters.drafted += 0 if forced else len(drafts)
-
-    def _fits_ever(self, sequence: Sequence) -> bool:
-        return len(sequence.prompt) <= self._max_model_len and self._blocks.fits(len(sequence.tokens))
 
     # --- taking in its outcome -----------------------------------------------------------------------
 

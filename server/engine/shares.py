@@ -25,6 +25,18 @@ from server.engine.sequence import Sequence, Work
 _GENERATED = 2.0  # virtual tokens of a generated one: it has a step of its own
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The sequences that a step may have: those in the background, or those of some tenants, or all others."""
+
+    background: bool = False
+    tenants: frozenset[str] | None = None
+
+    def has(self, sequence: Sequence) -> bool:
+        """Whether it is one of them."""
+        return sequence.background == self.background and (self.tenants is None or sequence.tenant in self.tenants)
+
+
 @dataclass(slots=True)
 class _Tenant:
     weight: float
@@ -121,10 +133,15 @@ class Shares:
         return light if light and prompts else None
 
     def victim(self, newcomer: Sequence, running: Seq[Sequence]) -> Sequence | None:
-        """The running sequence whose place a newcomer may take: of another tenant, which holds more than its share.
+        """The running sequence whose room another may take, if any does.
 
-        A tenant of which nothing runs may have one place even where that is more than its share.
+        That is one in the background; else one of another tenant, which holds more than its share. A tenant of which
+        nothing runs may have one place even where that is more than its share.
         """
+        if newcomer.background or not running:
+            return None
+        if running[-1].background:
+            return running[-1]
         if not self.contended:
             return None
         then = self._holds(newcomer.tenant, [*running, newcomer])
@@ -133,8 +150,8 @@ class Shares:
         return self.youngest(running, beyond=max(1.0, then), spared={newcomer.tenant})
 
     def youngest(self, running: Seq[Sequence], beyond: float = 0.0, spared: Collection[str] = ()) -> Sequence | None:
-        """The youngest of the tenant that is furthest above its share of what runs."""
-        if not self.contended:
+        """The youngest in the background, else of the tenant that is furthest above its share of what runs."""
+        if not self.contended or not running or running[-1].background:
             return running[-1] if running else None
         held = {name: self._holds(name, running) for name in {one.tenant for one in running}.difference(spared)}
         heaviest = max(held, key=held.__getitem__, default=None)

@@ -227,7 +227,7 @@ class World:
             if sequence.background and not all(other.background for other in self.scheduler.running):
                 assert sequence.id not in works, "something in the background runs beside others"
                 continue
-            if sequence.background and self.scheduler._yielding:
+            if sequence.background and self.scheduler._leaves_next is not None:
                 continue
             if sequence.tenant not in tenants and tenants <= favoured:
                 continue  # the step belongs to others
