@@ -12,7 +12,7 @@ from server.openai.chat import ChatBody
 from server.openai.grammars import JsonObjectFormat, Schema, TextFormat
 from server.openai.parts import parts, renamed
 from server.openai.response_input import INPUT_ITEMS, Item, messages_of
-from server.openai.schema import INT32, MAX_ADAPTERS, WeightedAdapter
+from server.openai.schema import INT32, MAX_ADAPTERS, SamplingBody, WeightedAdapter
 from server.openai.tools import FunctionTool, NamedFunction
 
 
@@ -107,7 +107,7 @@ _NAMES = (  # of the chat request's fields
 )
 
 
-class ResponseBody(Body):
+class ResponseBody(SamplingBody):
     """The request's body."""
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -139,8 +139,6 @@ class ResponseBody(Body):
     background: bool = False
     metadata: Metadata = Field({})
     chat_template_kwargs: dict[str, Any] = Field({})
-    cache_salt: str | None = Field(None, min_length=1, max_length=256)
-    priority: int = 0
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -167,7 +165,7 @@ class ResponseBody(Body):
 
     def chat(self, items: Sequence[Item]) -> ChatBody:
         """The chat request that this is, of these items. Raises InvalidRequest."""
-        given = {
+        given: dict[str, Any] = {
             "model": self.model,
             "adapter_id": self.adapter_id,
             "adapters": [adapter.model_dump() for adapter in self.adapters],
@@ -184,10 +182,10 @@ class ResponseBody(Body):
             "reasoning_effort": self.reasoning.effort,
             "verbosity": self.text.verbosity,
             "chat_template_kwargs": self.chat_template_kwargs,
-            "cache_salt": self.cache_salt,
-            "priority": self.priority,
             "user": self.user,
         }
+        given |= {name: getattr(self, name) for name in SamplingBody.model_fields.keys() & self.model_fields_set}
+        given["stop"] = list(self.stop)
         try:
             return ChatBody.validate_object(given)
         except (ValidationError, LorakeetError) as fault:

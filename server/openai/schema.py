@@ -66,7 +66,27 @@ class WeightedAdapter(Body):
     weight: float = Field(1.0, ge=-100, le=100)
 
 
-class GenerationBody(ConstrainedBody):
+class SamplingBody(Body):
+    """How tokens are drawn and where an answer ends, as OpenAI's completions and vLLM name it."""
+
+    min_tokens: int = Field(0, ge=0, le=INT32)
+    top_k: int = Field(0, ge=-1, le=INT32)  # 0 and -1: off
+    min_p: float = Field(0.0, ge=0, le=1)
+    seed: int | None = Field(None, ge=-INT64 - 1, le=INT64)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    repetition_penalty: float = Field(1.0, gt=0, le=2)
+    stop: Annotated[tuple[str, ...], _STOPS] = ()
+    stop_token_ids: Items[Annotated[int, Field(ge=0, le=INT32)]] = Field([])
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    speculative_tokens: int | None = Field(None, ge=0, le=MAX_SPECULATIVE_TOKENS)  # None: as the server is set
+    cache_salt: str | None = Field(None, min_length=1, max_length=256)
+    priority: int = Field(0, ge=-INT32, le=INT32)  # vLLM's: among the caller's requests the lowest comes first
+
+
+class GenerationBody(ConstrainedBody, SamplingBody):
     """What both endpoints take. Labels and hints that cannot change the answer are checked and left alone."""
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {
@@ -78,7 +98,6 @@ class GenerationBody(ConstrainedBody):
         "bad_words": ([],),
         "logits_processors": ([],),
         "allowed_token_ids": ([],),
-        "priority": (0,),
         "return_tokens_as_token_ids": (False,),
         "service_tier": ("auto", "default"),
         "documents": ([],),
@@ -90,29 +109,13 @@ class GenerationBody(ConstrainedBody):
     adapters: Items[WeightedAdapter] = Field([], max_length=MAX_ADAPTERS)
 
     n: int = Field(1, ge=1, le=128)
-    min_tokens: int = Field(0, ge=0, le=INT32)
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=-1, le=INT32)  # 0 and -1: off
-    min_p: float = Field(0.0, ge=0, le=1)
-    seed: int | None = Field(None, ge=-INT64 - 1, le=INT64)
-    presence_penalty: float = Field(0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    repetition_penalty: float = Field(1.0, gt=0, le=2)
     logit_bias: Annotated[Entries[int, _Bias], _BIASES] = Field({})
-
-    stop: Annotated[tuple[str, ...], _STOPS] = ()
-    stop_token_ids: Items[Annotated[int, Field(ge=0, le=INT32)]] = Field([])
-    include_stop_str_in_output: bool = False
-    ignore_eos: bool = False
-    skip_special_tokens: bool = True
     return_token_ids: bool = False  # vLLM's: the prompt's and the answer's
-    speculative_tokens: int | None = Field(None, ge=0, le=MAX_SPECULATIVE_TOKENS)  # None: as the server is set
 
     stream: bool = False
     stream_options: StreamOptions | None = None
-    cache_salt: str | None = Field(None, min_length=1, max_length=256)
-    priority: int = Field(0, ge=-INT32, le=INT32)  # vLLM's: among the caller's requests the lowest comes first
     user: str | None = None  # who asks: a name whose requests are split gives the same version to the same user
     best_of: int | None = Field(None, ge=1, le=128)  # as many as `n`: nothing is left to choose between
 

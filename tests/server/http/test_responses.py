@@ -189,6 +189,18 @@ async def test_an_event_shows_nothing_that_comes_after_it(tmp_path: Path) -> Non
     assert [event["output_index"] for event in stream if event["type"] == "response.output_item.added"] == [0, 1]
 
 
+async def test_vllms_parameters_of_sampling_are_the_chats(served: Served) -> None:
+    drawn = {"seed": 11, "top_k": 40, "min_p": 0.1, "repetition_penalty": 1.1, "presence_penalty": 1.0, "min_tokens": 2}
+    ends = {"stop": None, "stop_token_ids": [9], "ignore_eos": True, "priority": -3, "cache_salt": "mine"}
+    response = await post(served, **drawn, **ends)
+    assert response.status_code == 200, response.text
+    (request,) = served.engine.requests
+    assert {name: getattr(request.sampling, name) for name in drawn} == drawn
+    assert (request.sampling.stop_token_ids, request.priority, request.cache_salt) == ([9], -3, "mine")
+    refused = await post(served, stop=["", "x"])
+    assert refused.json()["error"]["param"].startswith("stop")
+
+
 async def test_an_answer_cut_short_is_incomplete(served: Served) -> None:
     body = await made(served, max_output_tokens=3)
     assert (body["status"], body["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
