@@ -86,6 +86,8 @@ def test_every_setting_is_read_alike_from_flag_and_environment(row: Any) -> None
         "grammar_seconds": "1",
         "database_seconds": "1",
         "grammar_bytes": "1GiB",
+        "state_cache_bytes": "1GiB",
+        "audit_bytes": "1MiB",
         "response_bytes": "1GiB",
         "metrics_prefix": "vllm",
     }
