@@ -12,7 +12,7 @@ PYTHONS = $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14)
 USABLE  = import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 
 .DEFAULT_GOAL := help
-.PHONY: help install serve check test slow interpret operators clients abuse kills sweep docs clean bench gpu demo demo-tools
+.PHONY: help install serve check test slow interpret operators clients abuse kills ray charts sweep docs clean bench gpu demo demo-tools
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -62,6 +62,14 @@ operators: $(TESTING) ## deploy/ and every metric's name, held against Prometheu
 clients: $(TESTING) ## every client library of docs/reference/clients.md against a real server, each in its environment
 	$(BIN)/python -m tests.support.clients $(ARGS)
 
+ray: $(TESTING) ## deploy/ray: two replicas on Ray Serve, one killed, scaled, and the cost of the way through it; minutes
+	@[ -x .venv-ray/bin/serve ] || $(BIN)/python -m venv --clear .venv-ray
+	.venv-ray/bin/python -m pip install --quiet --disable-pip-version-check 'ray[serve]>=2.60,<3'
+	$(BIN)/pytest -m ray -s tests/deploy/test_ray.py $(ARGS)
+
+charts: $(TESTING) ## the Helm chart, held against Helm itself and Kubernetes's schemas
+	$(BIN)/python -m tests.support.charts $(ARGS)
+
 abuse: $(TESTING) ## every operation with its worst bodies in full size, beside a client who must not notice; minutes
 	$(BIN)/pytest -m abuse -s tests/faults/test_abuse.py $(ARGS)
 
@@ -76,7 +84,7 @@ docs: $(TESTING) ## rewrite the generated tables of docs/ and the README
 	$(BIN)/python -m loadtest docs
 
 clean: ## remove the environment and everything the tools leave behind
-	rm -rf $(VENV) .venv-clients build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-clients .venv-ray .venv-charts build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- benchmarks and demonstrations ---------------------------------------------------------------

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from loadtest import (
     beside,
+    capacity,
     cases,
     claims,
     constrained,
@@ -283,6 +284,19 @@ def show_loading(
             )
         )
     _show_measured("loading", measured, loading.table(measured), out)
+
+
+@app.command("capacity")
+def show_capacity(
+    comparison: Annotated[Path, typer.Option(help="A result of `bench`, for the speeds.")],
+    loads: Annotated[Path, typer.Option(help="A result of `loading`, for the time of a load.")],
+    out: Out = None,
+) -> None:
+    """What one GPU holds, by arithmetic; the throughput of 1 to 64 replicas with 10,000 adapters, by simulation."""
+    measured = capacity.measure(comparison, loads, capacity.Demand())
+    Console().print(capacity.table(measured))
+    if out is not None:
+        report.write_json(out.with_suffix(".json"), {"kind": "capacity", "machine": machine.describe(), **measured})
 
 
 @app.command("trees")

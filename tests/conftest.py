@@ -77,6 +77,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs an NVIDIA GPU")
     if item.get_closest_marker("abuse") and "abuse" not in item.config.option.markexpr:
         pytest.skip("takes minutes: run by make abuse")
+    if item.get_closest_marker("ray") and "ray" not in item.config.option.markexpr:
+        pytest.skip("needs Ray: run by make ray")
     if item.get_closest_marker("slow") and "slow" not in item.config.option.markexpr:
         pytest.skip("takes long: run by make slow")
 

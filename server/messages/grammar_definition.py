@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from llguidance import LLMatcher, LLParserLimits, StructTag
 from llguidance.gbnf_to_lark import any_to_lark
 
+from server.messages.grammar_schema import EXACT, exact
 from server.messages.protocol import Grammar
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 # JSON is written without white space, so that more of it is forced; a schema's own `x-guidance` may say otherwise.
 _COMPACT: "JsonCompileOptions" = {"whitespace_flexible": False}
 _SPACED = {"whitespace_pattern": r"[ \t\n\r]{0,40}"}  # bounded: some models go on with spaces for ever
-_EXACT: "JsonCompileOptions" = {"lenient": False, "coerce_one_of": False}
 
 
 def definition(grammar: Grammar) -> str:
@@ -33,7 +33,7 @@ def _of_answer(grammar: Grammar) -> str:
     text = grammar.text
     match grammar.kind:
         case "json":
-            return LLMatcher.grammar_from_json_schema(text, _COMPACT, _EXACT)
+            return LLMatcher.grammar_from_json_schema(exact(json.loads(text)), _COMPACT, EXACT)
         case "json_object":
             return LLMatcher.grammar_from_json_schema({"type": "object", "x-guidance": _SPACED})
         case "regex":
@@ -58,7 +58,7 @@ def _tags(text: str) -> list[StructTag]:
         tag = StructTag(
             trigger=max(triggers, key=len),
             begin=structure["begin"],
-            grammar={"x-guidance": _COMPACT} | structure["schema"],
+            grammar={"x-guidance": _COMPACT | EXACT} | exact(structure["schema"]),
             end=structure["end"],
         )
         tags.append(tag)

@@ -6,16 +6,11 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from server.messages.grammar_schema import EXACT, exact
 from server.text.tools.format import Frame
 
 # As models are taught to write JSON; nothing of a schema is passed over.
-_AS_WRITTEN = {
-    "whitespace_flexible": False,
-    "item_separator": ", ",
-    "key_separator": ": ",
-    "lenient": False,
-    "coerce_one_of": False,
-}
+_AS_WRITTEN = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "} | EXACT
 
 
 def as_lark(text: str, tokens: Mapping[str, int]) -> str:
@@ -77,4 +72,4 @@ def calls_grammar(
 
 
 def _json(schema: Mapping[str, Any]) -> str:
-    return "%json " + json.dumps({"x-guidance": _AS_WRITTEN} | dict(schema))
+    return "%json " + json.dumps({"x-guidance": _AS_WRITTEN} | exact(schema))

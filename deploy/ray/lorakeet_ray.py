@@ -1,0 +1,269 @@
+"""Lorakeet on Ray Serve: `serve run lorakeet_ray:app`, or `serve run serve.yaml` with options.
+
+Three deployments. `Ingress` reads which adapter a request wants. `Server` replicas answer it; Ray sends a request to
+one that holds the adapter. `Writer` is one more server, which keeps names, files, jobs and stored responses. Each is an
+ordinary `lorakeet serve`, configured by the `LORAKEET_*` variables; nothing is added to its API.
+"""
+
+import asyncio
+import contextlib
+import os
+from collections.abc import AsyncIterator
+from contextvars import ContextVar
+from typing import Any
+
+import aiohttp
+import lorakeet_child as child
+import lorakeet_relay as relay
+from ray import serve
+from ray.exceptions import RayActorError, RayError
+from ray.serve.exceptions import BackPressureError
+from ray.serve.handle import DeploymentHandle
+from starlette.requests import Request as ClientRequest
+from starlette.responses import Response, StreamingResponse
+from yarl import URL
+
+ADAPTERS = int(os.environ.get("LORAKEET_RAY_ADAPTERS", "64"))  # that Ray counts as held by one replica
+BATCH_SECONDS = float(os.environ.get("LORAKEET_RAY_BATCH_SECONDS", "0.05"))  # of a stream that are sent together
+BODY_BYTES = int(os.environ.get("LORAKEET_RAY_BODY_BYTES", str(256 * 1024**2)))  # largest body that is relayed
+START_SECONDS = float(os.environ.get("LORAKEET_RAY_START_SECONDS", "1800"))  # for the model to be fetched and loaded
+_WARM_SECONDS = 0.25  # that one adapter's loading may hold up Ray's book of adapters; it goes on meanwhile
+_CHUNK_BYTES = 2**18
+_DRAIN_SECONDS = float(os.environ.get("LORAKEET_DRAIN_SECONDS", "30"))
+
+_credentials: ContextVar[relay.Headers] = ContextVar("credentials")
+
+
+def _lost(exc: BaseException) -> bool:
+    """Whether a server went away in the middle of a request."""
+    return isinstance(exc, RayActorError | aiohttp.ClientError) or isinstance(
+        getattr(exc, "cause", None), aiohttp.ClientError
+    )
+
+
+class _Server:
+    """One server, in its own process and data directory."""
+
+    directory: str
+
+    async def __init__(self) -> None:
+        port = child.free_port()
+        directory, lock = child.take_directory(child.data_root(os.environ), self.directory)
+        told = {"LORAKEET_HOST": "127.0.0.1", "LORAKEET_PORT": str(port), "LORAKEET_DATA_DIR": str(directory)}
+        # Without its server a replica is of no use: it ends, and Ray starts another at once.
+        self._child = child.Child(child.command(os.environ), os.environ | told, lambda _: os._exit(1), lock)
+        os.close(lock)  # the child's from here on
+        key = os.environ.get("LORAKEET_API_KEY", "").partition(",")[0]
+        self._keys = {"authorization": f"Bearer {key}"} if key else {}
+        self._client = aiohttp.ClientSession(
+            base_url=f"http://127.0.0.1:{port}",
+            connector=aiohttp.TCPConnector(limit=0),
+            timeout=aiohttp.ClientTimeout(total=None),
+            auto_decompress=False,
+            skip_auto_headers=("user-agent", "accept", "accept-encoding", "content-type"),
+            read_bufsize=_CHUNK_BYTES,
+        )
+        async with asyncio.timeout(START_SECONDS):
+            while True:
+                try:
+                    await self.check_health()
+                    break
+                except (aiohttp.ClientError, RuntimeError):
+                    await asyncio.sleep(0.2)
+        async with self._client.get("/v1/models?limit=1", headers=self._keys) as answer:
+            cards = (await answer.json(content_type=None)).get("data", [])
+        self._base = [name for card in cards if card["parent"] is None for name in (card["id"], card["root"])]
+
+    async def check_health(self) -> None:
+        """Ray's probe."""
+        async with self._client.get("/ready", headers=self._keys, timeout=aiohttp.ClientTimeout(10)) as answer:
+            if answer.status != 200:
+                raise RuntimeError(f"/ready answers {answer.status}")
+
+    async def base(self) -> list[str]:
+        """The names of the base."""
+        return self._base
+
+    async def metrics(self) -> tuple[str, str]:
+        """This replica's name and its page of metrics."""
+        async with self._client.get("/metrics", headers=self._keys) as answer:
+            return serve.get_replica_context().replica_id.unique_id, await answer.text()
+
+    async def _warm(self, name: str, headers: relay.Headers) -> None:
+        async with self._client.post(f"/v1/adapters/{name}/warm", headers=headers) as answer:
+            if answer.status != 200:
+                raise LookupError(f"warming answers {answer.status}")
+
+    @serve.multiplexed(max_num_models_per_replica=ADAPTERS)
+    async def adapter(self, name: str) -> str:
+        """Ray's note that this replica holds an adapter, which is warmed. Fails for one that cannot be."""
+        warming = asyncio.create_task(self._warm(name, _credentials.get()))
+        warming.add_done_callback(lambda task: task.cancelled() or task.exception())  # the request itself will tell
+        done, _ = await asyncio.wait({warming}, timeout=_WARM_SECONDS)
+        if done:
+            warming.result()
+        return name
+
+    async def answer(self, request: relay.Request) -> AsyncIterator[Any]:
+        """The head of the answer, then its body in pieces: of a stream whole events, a batch at a time."""
+        if name := serve.get_multiplexed_model_id():
+            _credentials.set([pair for pair in request.headers if pair[0] in ("authorization", "x-api-key")])
+            with contextlib.suppress(LookupError, aiohttp.ClientError):  # the server answers, and says why
+                await self.adapter(name)
+        async with self._client.request(
+            request.method,
+            URL(request.target, encoded=True),
+            headers=request.headers,
+            data=request.body or None,
+            allow_redirects=False,
+        ) as answer:
+            received = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in answer.raw_headers]
+            head = relay.Head(answer.status, relay.forwarded(received))
+            yield head
+            async for piece in _events(answer.content) if head.is_stream else answer.content.iter_chunked(_CHUNK_BYTES):
+                yield piece
+
+    def __del__(self) -> None:
+        """Ray's word that the replica is no longer needed, once it has no requests."""
+        self._child.stop(_DRAIN_SECONDS + 10)
+
+
+async def _events(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
+    """The first events at once, later ones a batch at a time."""
+    over = asyncio.Event()
+    content.on_eof(over.set)
+    rest = b""
+    while piece := await content.readany():
+        events, rest = relay.whole_events(rest + piece)
+        if events:
+            yield events
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(over.wait(), BATCH_SECONDS)
+    if rest:
+        yield rest
+
+
+@serve.deployment(
+    # As many as one step computes (--max-batch-requests). With more an adapter's next request goes to another replica,
+    # which loads it, too: so requests for one popular adapter spread.
+    max_ongoing_requests=32,
+    max_queued_requests=1024,
+    health_check_period_s=5,
+    graceful_shutdown_timeout_s=600,
+    autoscaling_config={"min_replicas": 1, "max_replicas": 8, "target_ongoing_requests": 16},
+)
+class Server(_Server):
+    """A server that generates."""
+
+    directory = "server"
+
+
+@serve.deployment(
+    num_replicas=1,
+    max_ongoing_requests=256,
+    health_check_period_s=5,
+    graceful_shutdown_timeout_s=600,
+)
+class Writer(_Server):
+    """The server that keeps names, files, jobs and stored responses, and trains."""
+
+    directory = "writer"
+
+
+@serve.deployment(max_ongoing_requests=4096, ray_actor_options={"num_cpus": 0})
+class Ingress:
+    """Sends each request to its place, and its answer back."""
+
+    def __init__(self, servers: DeploymentHandle, writer: DeploymentHandle) -> None:
+        self._servers = servers
+        self._writer = writer
+        self._base: frozenset[str] = frozenset()
+
+    async def __call__(self, client: ClientRequest) -> Response:
+        """Any request."""
+        if client.method == "GET" and client.url.path == "/metrics":
+            return await self._metrics()
+        body = bytearray()
+        async for piece in client.stream():
+            body += piece
+            if len(body) > BODY_BYTES:
+                message = f"The body has more than {BODY_BYTES} bytes (LORAKEET_RAY_BODY_BYTES)."
+                return _refusal(client.url.path, 413, message, "request_too_large", [("connection", "close")])
+        query = client.scope["query_string"].decode("latin-1")
+        target = client.scope["raw_path"].decode("latin-1") + (f"?{query}" if query else "")
+        headers = relay.forwarded(client.headers.items(), but=frozenset({"host", "content-length", "expect"}))
+        return await self._answer(relay.Request(client.method, target, headers, bytes(body)))
+
+    async def _answer(self, request: relay.Request) -> Response:
+        try:
+            if not self._base:
+                self._base = frozenset(await self._servers.base.remote())
+            place = relay.place(request, self._base)
+            try:
+                head, pieces = await self._begin(place, request)
+            except Exception as exc:
+                if not (_lost(exc) and place.repeatable):
+                    raise
+                head, pieces = await self._begin(place, request)
+            if head.status == 404 and not place.writer:
+                refusal = b"".join([piece async for piece in pieces])
+                if not relay.knows_no_model(head, refusal):
+                    return _response(head, refusal)
+                head, pieces = await self._begin(relay.Place(writer=True), request)
+        except BackPressureError:
+            message = "Too many requests wait for a server."
+            return _refusal(request.path, 429, message, "rate_limit_exceeded", [relay.RETRY_AFTER])
+        except (RayError, aiohttp.ClientError):
+            message = "The server that was to answer died."
+            return _refusal(request.path, 503, message, "service_unavailable", [relay.RETRY_AFTER])
+        if head.is_stream:
+            pieces = relay.ended_well(request.path, pieces, _lost)
+        return _response(head, pieces)
+
+    async def _begin(self, place: relay.Place, request: relay.Request) -> tuple[relay.Head, AsyncIterator[bytes]]:
+        handle = self._writer if place.writer else self._servers
+        answer = handle.options(stream=True, multiplexed_model_id=place.adapter).answer.remote(request)
+        try:
+            head = await anext(answer)
+        except BaseException:
+            answer.cancel()
+            raise
+
+        async def pieces() -> AsyncIterator[bytes]:
+            whole = False
+            try:
+                async for piece in answer:
+                    yield piece
+                whole = True
+            finally:
+                if not whole:  # the client left: so does the request, at its server
+                    answer.cancel()
+
+        return head, pieces()
+
+    async def _metrics(self) -> Response:
+        pages = await asyncio.gather(
+            self._servers.broadcast("metrics").results_async(), self._writer.broadcast("metrics").results_async()
+        )
+        text = relay.merged_metrics(dict(page for group in pages for page in group))
+        return Response(text, media_type="text/plain; version=0.0.4")
+
+
+def _refusal(path: str, status: int, message: str, code: str, headers: relay.Headers) -> Response:
+    return _response(
+        relay.Head(status, [("content-type", "application/json"), *headers]), relay.error(path, status, message, code)
+    )
+
+
+def _response(head: relay.Head, body: bytes | AsyncIterator[bytes]) -> Response:
+    response = Response(body, head.status) if isinstance(body, bytes) else StreamingResponse(body, head.status)
+    # Ray's proxy writes the request's id itself, the very one that the server was told.
+    kept = relay.forwarded(head.headers, but=frozenset({"x-request-id"}))
+    raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in kept]
+    if isinstance(body, bytes) and not any(name == "content-length" for name, _ in head.headers):
+        raw.append((b"content-length", str(len(body)).encode()))
+    response.raw_headers = raw
+    return response
+
+
+app = Ingress.bind(Server.bind(), Writer.bind())

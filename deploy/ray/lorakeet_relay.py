@@ -1,0 +1,179 @@
+"""Where a request goes, and how its answer comes back: the parts of the Ray Serve application that need no Ray."""
+
+import json
+import re
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Headers = list[tuple[str, str]]
+
+# Answered by whichever server holds the adapter. Everything else is about what one server keeps.
+BY_ADAPTER = frozenset(
+    {
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/embeddings",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/tokenize",
+        "/detokenize",
+    }
+)
+BY_ANYBODY = frozenset({"/health", "/ready", "/version", "/tokenizer_info"})
+RESPONSES = "/v1/responses"
+MESSAGES = "/v1/messages"
+RETRY_AFTER = ("retry-after", "5")
+# They belong to one connection (RFC 9110, 7.6.1), or are written anew for the next one.
+_HOP_BY_HOP = frozenset(
+    {
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "date",
+        "server",
+    }
+)
+_SAMPLE = re.compile(r"([^\s{]+)(?:\{(.*)\})? (.+)")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A client's request as it is sent on."""
+
+    method: str
+    target: str  # path and query, as they came
+    headers: Headers
+    body: bytes
+
+    @property
+    def path(self) -> str:
+        return self.target.partition("?")[0]
+
+
+@dataclass(frozen=True)
+class Head:
+    """Status and headers of an answer."""
+
+    status: int
+    headers: Headers
+
+    @property
+    def is_stream(self) -> bool:
+        return any(name == "content-type" and value.startswith("text/event-stream") for name, value in self.headers)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which servers may answer: any of those that scale, best the one that holds `adapter`; or the writer alone."""
+
+    writer: bool = False
+    adapter: str = ""
+    repeatable: bool = True  # a server that dies before it answers has changed nothing
+
+
+def place(request: Request, base: frozenset[str]) -> Place:
+    """The place of a request. `base`: the base's names, which no server holds more than another."""
+    if request.method == "GET" and request.path in BY_ANYBODY:
+        return Place()
+    if request.method == "POST" and request.path in BY_ADAPTER | {RESPONSES}:
+        fields = _fields(request.body)
+        if request.path != RESPONSES or not _is_kept(fields):
+            name = _adapter(fields)
+            return Place(adapter="" if name in base else name)
+    return Place(writer=True, repeatable=request.method in ("GET", "HEAD"))
+
+
+def _fields(body: bytes) -> Mapping[str, Any]:
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}  # the server says what is wrong with it
+    return fields if isinstance(fields, dict) else {}
+
+
+def _adapter(fields: Mapping[str, Any]) -> str:
+    """The name, without a version, of the adapter that a body asks for; of several, the first."""
+    several = fields.get("adapters")
+    first = several[0] if isinstance(several, list) and several else None
+    named = fields.get("adapter_id") or (first.get("id") if isinstance(first, dict) else None) or fields.get("model")
+    return named.partition("@")[0] if isinstance(named, str) else ""
+
+
+def _is_kept(fields: Mapping[str, Any]) -> bool:
+    """Whether a response is stored, or goes on from one that is."""
+    return (
+        fields.get("store") is not False or bool(fields.get("previous_response_id")) or bool(fields.get("background"))
+    )
+
+
+def forwarded(headers: Iterable[tuple[str, str]], but: frozenset[str] = frozenset()) -> Headers:
+    """Those that go on to the next connection, names in lower case."""
+    lowered = [(name.lower(), value) for name, value in headers]
+    named = {word.strip() for name, value in lowered if name == "connection" for word in value.lower().split(",")}
+    return [(name, value) for name, value in lowered if name not in _HOP_BY_HOP | named | but]
+
+
+def whole_events(buffer: bytes) -> tuple[bytes, bytes]:
+    """The server-sent events that are complete, and the beginning of the next."""
+    end = buffer.rfind(b"\n\n")
+    return (b"", buffer) if end < 0 else (buffer[: end + 2], buffer[end + 2 :])
+
+
+def error(path: str, status: int, message: str, code: str) -> bytes:
+    """An error in the server's own shape: OpenAI's, or under `/v1/messages` Anthropic's."""
+    kind = {413: "invalid_request_error", 429: "rate_limit_error"}.get(status, "service_unavailable")
+    if path.startswith(MESSAGES):
+        kind = {413: "request_too_large", 429: "rate_limit_error"}.get(status, "overloaded_error")
+        return json.dumps({"type": "error", "error": {"type": kind, "message": message}}).encode()
+    return json.dumps({"error": {"message": message, "type": kind, "param": None, "code": code}}).encode()
+
+
+def error_event(path: str) -> bytes:
+    """The last event of a stream whose server died."""
+    body = error(path, 503, "The server died; the answer is incomplete.", "service_unavailable")
+    return (b"event: error\n" if path.startswith((MESSAGES, RESPONSES)) else b"") + b"data: " + body + b"\n\n"
+
+
+async def ended_well(
+    path: str, chunks: AsyncIterator[bytes], lost: Callable[[Exception], bool]
+) -> AsyncIterator[bytes]:
+    """A stream of whole events, which ends with an event of an error when its server is lost."""
+    try:
+        async for chunk in chunks:
+            yield chunk
+    except Exception as exc:
+        if not lost(exc):
+            raise
+        yield error_event(path)
+
+
+def knows_no_model(head: Head, body: bytes) -> bool:
+    """Whether a server answers that it has no adapter of this name, which another may have."""
+    return head.status == 404 and b'"model_not_found"' in body
+
+
+def merged_metrics(pages: Mapping[str, str]) -> str:
+    """The metrics of all servers as one page: each sample with a label `replica`, each family once."""
+    families: dict[str, list[str]] = {}
+    texts: dict[str, dict[str, str]] = {}
+    for replica, page in pages.items():
+        family = ""
+        for line in page.splitlines():
+            if line.startswith("# "):
+                _, kind, family, *_ = line.split(" ", 3)
+                families.setdefault(family, [])
+                texts.setdefault(family, {})[kind] = line
+            elif found := _SAMPLE.fullmatch(line):
+                name, labels, value = found.groups()
+                mine = f'replica="{replica}"' + (f",{labels}" if labels else "")
+                families.setdefault(family, []).append(f"{name}{{{mine}}} {value}")
+    return "".join(
+        f"{line}\n" for family, samples in families.items() for line in (*texts.get(family, {}).values(), *samples)
+    )

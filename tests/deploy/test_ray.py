@@ -1,0 +1,248 @@
+"""Lorakeet on Ray Serve: requests go where their adapter is, a killed replica costs its streams, scaling costs nobody.
+
+Run by `make ray`, which makes Ray's environment.
+"""
+
+import asyncio
+import json
+import shutil
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from loadtest.client import Client
+from loadtest.synthetic import make_adapters
+from server.model_source import resolve
+from server.settings import Settings
+from tests.support.ray_cluster import PYTHON, RayCluster
+from tests.support.running import alive, eventually
+
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not PYTHON.exists(), reason="needs .venv-ray: run by make ray"),
+]
+ADAPTERS = [f"adapter-{i}" for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
+    one = RayCluster(tmp_path_factory.mktemp("ray"))
+    yield one
+    one.stop()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory, model_dir: Path) -> dict[str, str]:
+    """Settings: the tiny model, and twelve adapters in a directory that all servers read."""
+    root = tmp_path_factory.mktemp("tiny-on-ray")
+    return {
+        "LORAKEET_MODEL": str(model_dir),
+        "LORAKEET_SERVED_MODEL_NAME": "tiny",
+        "LORAKEET_ADAPTER_DIR": str(_adapters(root, model_dir)),
+        "LORAKEET_CACHE_DIR": str(root / "cache"),
+        "LORAKEET_KV_CACHE_BYTES": "4MiB",
+        "LORAKEET_ADAPTER_BYTES": "8MiB",
+        "LORAKEET_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def _adapters(root: Path, model: Path) -> Path:
+    folder = root / "adapters"
+    folder.mkdir()
+    for name, path in zip(ADAPTERS, make_adapters(root, model, len(ADAPTERS), rank=8, dtype="float32"), strict=True):
+        shutil.move(path, folder / name)
+    return folder
+
+
+async def _stream(client: httpx.AsyncClient, adapter: str, tokens: int) -> list[Any]:
+    """The events of one streamed answer; the last is "[DONE]" or an error."""
+    body = {"model": adapter, "prompt": "Once", "max_tokens": tokens, "stream": True, "ignore_eos": True}
+    async with client.stream("POST", "/v1/completions", json=body) as answer:
+        assert answer.status_code == 200, await answer.aread()
+        lines = [line[6:] async for line in answer.aiter_lines() if line.startswith("data: ")]
+    return [line if line == "[DONE]" else json.loads(line) for line in lines]
+
+
+def _client(cluster: RayCluster) -> httpx.AsyncClient:
+    return httpx.AsyncClient(base_url=cluster.url, timeout=300, limits=httpx.Limits(max_connections=None))
+
+
+def _share_at_home(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> float:
+    """Of all requests between, the share that went to the replica that got most of its adapter's."""
+    grown = [[n - before[name].get(replica, 0) for replica, n in after[name].items()] for name in ADAPTERS]
+    return sum(max(counts) for counts in grown) / sum(map(sum, grown))
+
+
+async def test_an_adapters_requests_go_to_its_replica(cluster: RayCluster, tiny: dict[str, str]) -> None:
+    await asyncio.to_thread(cluster.deploy, {"min_replicas": 2, "max_replicas": 2}, tiny)
+    async with _client(cluster) as client:
+        for name in ADAPTERS:
+            await _stream(client, name, 1)
+        before = await asyncio.to_thread(cluster.requests)
+
+        async def work(name: str) -> None:
+            for _ in range(25):
+                assert (await _stream(client, name, 16))[-1] == "[DONE]"
+
+        async with asyncio.TaskGroup() as group:
+            for name in ADAPTERS:
+                group.create_task(work(name))
+    after = await asyncio.to_thread(cluster.requests)
+    share = _share_at_home(before, after)
+    homes = {max(after[name], key=lambda replica: after[name][replica]) for name in ADAPTERS}
+    print(f"\n{share:.1%} of 300 requests for 12 adapters went to the replica that holds theirs")
+    assert share >= 0.95
+    assert len(homes) == 2
+
+
+async def test_a_killed_replica_costs_its_open_streams(cluster: RayCluster, tiny: dict[str, str]) -> None:
+    await asyncio.to_thread(cluster.deploy, {"min_replicas": 2, "max_replicas": 2}, tiny)
+    before = {one.pid for one in cluster.processes()}
+    victim = cluster.processes()[0]
+    server = cluster.server_of(victim)
+    async with _client(cluster) as client:
+        for name in ADAPTERS:
+            await _stream(client, name, 1)
+        streams = [asyncio.create_task(_stream(client, name, 450)) for name in ADAPTERS]
+        await asyncio.sleep(1)
+        victim.kill()
+        died = time.monotonic()
+        assert (await _stream(client, "tiny", 4))[-1] == "[DONE]"
+        print(f"\na new request was answered {time.monotonic() - died:.2f} s after kill -9")
+        for name in ADAPTERS * 2:  # those of the dead one, too
+            assert (await _stream(client, name, 4))[-1] == "[DONE]"
+        ends = [(await stream)[-1] for stream in streams]
+    eventually(lambda: not alive(server.pid), 5, "the end of the dead replica's server")
+    broken = [end for end in ends if end != "[DONE]"]
+    print(f"{len(broken)} of {len(ends)} streams ended with an error event")
+    assert 0 < len(broken) < len(ends)
+    assert {end["error"]["type"] for end in broken} == {"service_unavailable"}
+
+    def back() -> bool:
+        return cluster.replicas() == 2 and {one.pid for one in cluster.processes()} - before != set()
+
+    await asyncio.to_thread(eventually, back, 180, "its return")
+    print(f"two replicas again after {time.monotonic() - died:.0f} s")
+
+
+async def test_what_one_server_keeps_is_the_writers(cluster: RayCluster, tiny: dict[str, str], tmp_path: Path) -> None:
+    """An adapter that is uploaded, a file and a response are found again whichever server is asked first."""
+    await asyncio.to_thread(cluster.deploy, {"min_replicas": 2, "max_replicas": 2}, tiny)
+    (made,) = make_adapters(tmp_path, Path(tiny["LORAKEET_MODEL"]), 1, rank=4, dtype="float32", seed=7)
+    async with _client(cluster) as client:
+        files = {
+            "config": (made / "adapter_config.json").read_bytes(),
+            "weights": (made / "adapter_model.safetensors").read_bytes(),
+        }
+        answer = await client.post("/v1/adapters", data={"name": "fresh"}, files=files)
+        assert answer.status_code == 201, answer.text
+        assert answer.headers.get_list("x-request-id") == [answer.headers["x-request-id"]]
+        for _ in range(4):
+            assert (await _stream(client, "fresh", 4))[-1] == "[DONE]"
+        line = json.dumps({"prompt": "a", "completion": "b"}).encode()
+        sent = await client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("a.jsonl", line)})
+        assert sent.status_code == 200, sent.text
+        assert (await client.get(f"/v1/files/{sent.json()['id']}/content")).content == line
+        kept = await client.post("/v1/responses", json={"model": "fresh", "input": "Hi", "max_output_tokens": 4})
+        assert kept.status_code == 200, kept.text
+        assert (await client.get(f"/v1/responses/{kept.json()['id']}")).json()["id"] == kept.json()["id"]
+        unknown = await client.post("/v1/completions", json={"model": "nobody", "prompt": "a"})
+        assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
+        bad = await client.post("/v1/completions", content=b"{", headers={"content-type": "application/json"})
+        assert bad.status_code == 400
+        assert (await client.delete("/v1/adapters/fresh")).status_code == 200
+
+
+async def test_a_client_that_leaves_ends_its_request(cluster: RayCluster, tiny: dict[str, str]) -> None:
+    async def running() -> float:
+        page = (await client.get("/metrics")).text
+        lines = [line for line in page.splitlines() if line.startswith("lorakeet:num_requests_running{")]
+        return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+    body = {"model": ADAPTERS[0], "prompt": "a", "max_tokens": 500, "stream": True, "ignore_eos": True}
+    async with _client(cluster) as client:
+        async with client.stream("POST", "/v1/completions", json=body | {"n": 16}) as answer:
+            await anext(answer.aiter_bytes())
+            assert await running() > 0
+        async with asyncio.timeout(5):
+            while await running():  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+
+
+async def test_scaling_out_and_in_fails_no_request(cluster: RayCluster, tiny: dict[str, str]) -> None:
+    scaling = {"min_replicas": 1, "max_replicas": 2, "target_ongoing_requests": 4, "metrics_interval_s": 0.5}
+    scaling |= {"look_back_period_s": 2, "upscale_delay_s": 1, "downscale_delay_s": 8}
+    await asyncio.to_thread(cluster.deploy, scaling, tiny, most=8)
+    await asyncio.to_thread(eventually, lambda: cluster.replicas() == 1, 120, "one replica")
+    answered = 0
+
+    async def work(until: asyncio.Event, number: int) -> None:
+        nonlocal answered
+        async with _client(cluster) as client:
+            while not until.is_set():
+                assert (await _stream(client, ADAPTERS[number % 12], 32))[-1] == "[DONE]"
+                answered += 1
+
+    async def replicas(count: int, seconds: float) -> None:
+        async with asyncio.timeout(seconds):
+            while await asyncio.to_thread(cluster.replicas) != count:  # noqa: ASYNC110
+                await asyncio.sleep(0.5)
+
+    busy, all_day = asyncio.Event(), asyncio.Event()
+    async with asyncio.TaskGroup() as group:
+        for number in range(16):
+            group.create_task(work(busy, number))
+        group.create_task(work(all_day, 0))  # some work goes on while a replica is taken away
+        await replicas(2, 180)
+        await asyncio.sleep(5)
+        shares = Counter[str]()
+        for counts in (await asyncio.to_thread(cluster.requests)).values():
+            shares.update({replica: int(count) for replica, count in counts.items()})
+        busy.set()
+        await replicas(1, 180)
+        all_day.set()
+    print(f"\nscaled 1 -> 2 -> 1 under {answered} requests, none failed")
+    assert answered > 50
+    assert sorted(shares.values())[-2] > 10  # the second replica had its part
+
+
+async def test_the_way_through_ray_costs_little(cluster: RayCluster, tmp_path: Path) -> None:
+    """Eight streams of the default model, through Ray and straight from the replica's server, in turns."""
+    settings = Settings()
+    model = resolve(settings.model, settings.cache_dir, print)
+    told = {"LORAKEET_MODEL": str(model), "LORAKEET_ADAPTER_DIR": str(_adapters(tmp_path, model))}
+    await asyncio.to_thread(cluster.deploy, {"min_replicas": 1, "max_replicas": 1}, told)
+    eventually(lambda: len(cluster.processes()) == 1, 120, "the end of the others")
+    straight = f"http://127.0.0.1:{cluster.server_of(cluster.processes()[0]).environ()['LORAKEET_PORT']}"
+    first: dict[str, list[float]] = {}
+    speed: dict[str, list[float]] = {}
+    names = ADAPTERS[:8]
+    for turn in range(11):  # the first warms up
+        for way, url in (("Ray", cluster.url), ("straight", straight)):
+            client = Client(url)
+            # One after the other for the first token, then eight at once for the speed.
+            alone = [await client.complete(name, [turn * 16 + i + 5] * 16, 2) for i, name in enumerate(names)]
+            together = await asyncio.gather(
+                *(client.complete(name, [turn * 16 + i + 9] * 16, 96, ignore_eos=True) for i, name in enumerate(names))
+            )
+            client.read_all()
+            assert [one.error for one in (*alone, *together) if one.error] == []
+            if turn:
+                first.setdefault(way, []).extend((one.tokens[0][0] - one.sent) * 1e3 for one in alone)
+                begun = min(one.tokens[0][0] for one in together)
+                tokens = sum(one.output_tokens for one in together)
+                speed.setdefault(way, []).append(tokens / (max(one.finished for one in together) - begun))
+    added = statistics.median(first["Ray"]) - statistics.median(first["straight"])
+    slower = 1 - statistics.median(speed["Ray"]) / statistics.median(speed["straight"])
+    print(f"\nTTFT: {statistics.median(first['straight']):.1f} ms straight, {added:+.1f} ms through Ray")
+    print(f"eight streams: {statistics.median(speed['straight']):.0f} tokens/s straight, {-slower:+.1%} through Ray")
+    assert added <= 15
+    assert slower <= 0.10
