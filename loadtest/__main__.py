@@ -28,6 +28,7 @@ from loadtest import (
     claims,
     constrained,
     drive,
+    fairness,
     kernels,
     loading,
     machine,
@@ -247,6 +248,22 @@ def show_constrained(rounds: Rounds = 5, model_dir: ModelDir = None, out: Out = 
         kit = _kit(Path(folder), model, machine_threads=len(os.sched_getaffinity(0)), dtypes=("float32",))
         measured = asyncio.run(constrained.measure(kit, rounds=rounds, report=lambda line: notes.print(escape(line))))
     _show_measured("constrained", measured, constrained.table(measured), out)
+
+
+@app.command("fairness")
+def show_fairness(
+    rounds: Rounds = 3,
+    seconds: Annotated[float, typer.Option(min=2.0, help="Of each of a round's three parts.")] = 30.0,
+    model_dir: ModelDir = None,
+    out: Out = None,
+) -> None:
+    """What a tenant that floods the server costs one that asks once a second, and what that costs the flood."""
+    with tempfile.TemporaryDirectory(prefix="loadtest-") as folder:
+        kit = _kit(Path(folder), model_dir or _default_model(), machine_threads=len(os.sched_getaffinity(0)))
+        measured = asyncio.run(
+            fairness.measure(kit, rounds=rounds, seconds=seconds, report=lambda line: notes.print(escape(line)))
+        )
+    _show_measured("fairness", measured, fairness.table(measured), out)
 
 
 @app.command("loading")
