@@ -23,7 +23,8 @@ from loadtest.synthetic import random_prompts
 PLACES = 16  # sequences that run at once
 STEP_TOKENS = 256  # of one step
 FLOOD = 10 * PLACES
-PROMPT, ANSWER = 64, 32  # tokens of every request
+PROMPT, ANSWER = 64, 32  # tokens of every request of the flood
+QUIET_ANSWER = 4  # of the quiet tenant's, whose share of the tokens must be small for the flood to keep its own
 INTERVAL = 1.0  # seconds between the quiet tenant's requests
 MOST_SLOWER, LEAST_KEPT = 1.3, 0.9
 _ADMIN = "loadtest-admin"
@@ -82,7 +83,7 @@ async def _key(url: str, tenant: str) -> str:
         (await http.post("/v1/admin/tenants", json={"id": tenant})).raise_for_status()
         answer = await http.post("/v1/admin/keys", json={"tenant": tenant, "roles": ["serve"]})
         answer.raise_for_status()
-        return str(answer.json()["key"])
+        return str(answer.json()["secret"])
 
 
 async def _ask(client: Client, seed: int, prompt: int = PROMPT, answer: int = ANSWER) -> Timeline:
@@ -103,7 +104,7 @@ async def _asked_quietly(client: Client, seconds: float, seed: int) -> list[floa
     """Times to the first token of a request each second, whatever became of the one before."""
     asked = []
     for n in range(round(seconds / INTERVAL)):
-        asked.append(asyncio.create_task(_ask(client, seed + n)))
+        asked.append(asyncio.create_task(_ask(client, seed + n, answer=QUIET_ANSWER)))
         await asyncio.sleep(INTERVAL)
     return [metrics.ttft(timeline) for timeline in await asyncio.gather(*asked)]
 
