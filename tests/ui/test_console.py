@@ -9,6 +9,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
+from tests.support.prefix_proxy import proxied
 from tests.support.running import RunningServer, eventually
 from tests.support.tiny import tiny_adapter
 from tests.ui.browser import Console, chromium
@@ -258,3 +259,20 @@ def test_the_server_view_has_the_last_hour(console: Console) -> None:
     page = console.open("server")
     expect(page.get_by_role("img", name=re.compile("^Tokens per second: generated"))).to_be_visible()
     expect(page.get_by_text("Engine restarts", exact=True)).to_be_visible()
+
+
+def test_it_works_under_a_prefix(browser: Browser, server: RunningServer) -> None:
+    with proxied(server.url, "/behind/proxy") as url:
+        console = Console(browser, url, "/behind/proxy")
+        console.context.add_init_script(f"sessionStorage.setItem('lorakeet-key', '{KEY}')")
+        asked: list[str] = []
+        console.context.on("request", lambda request: asked.append(request.url))
+        expect(console.open("adapters").get_by_role("row", name=re.compile("poet"))).to_be_visible()
+        page = console.open("playground?m=poet&max_tokens=4")
+        page.get_by_role("textbox", name="Prompt", exact=True).fill("Hi")
+        page.keyboard.press("Enter")
+        expect(page.get_by_text(re.compile("tokens/s"))).to_be_visible()
+        for view in ("finetune", "evaluations", "server"):
+            console.open(view).wait_for_load_state("networkidle")
+        assert [one for one in asked if not one.startswith(f"{url}/behind/proxy/")] == []
+        console.close()
