@@ -53,18 +53,18 @@ class GrammarChecker:
         else:
             # Half of the time is for the search of the culprit.
             order = {"grammar": msgspec.to_builtins(grammar), "seconds": self._seconds / 2}
-            answer, known = None, True
+            answer = None
             try:
                 answer = await self._helpers.ask(key.hex(), order, _WAIT * self._seconds + FORK_GRACE_SECONDS)
             except HelperLate as late:  # which says nothing of the grammar
                 log.warning("a grammar was not compiled: it %s", late)
                 raise Unavailable(f"The server was too busy to compile `{param}`.", retry_after=5) from None
             except (HelperLimit, HelperFailed) as fault:
-                known = isinstance(fault, HelperLimit)
-            if answer is None and grammar.kind == "json":
-                answer = {"path": await asyncio.to_thread(_heaviest, grammar.text)}
-            if known:
-                self._answers[key] = answer
+                if grammar.kind == "json":
+                    answer = {"path": await asyncio.to_thread(_heaviest, grammar.text)}
+                if isinstance(fault, HelperFailed):  # perhaps not the next time
+                    raise self._refusal(answer or {}, param) from None
+            self._answers[key] = answer
             if len(self._answers) > _KEPT:
                 self._answers.popitem(last=False)
         if answer is not None and "size" in answer:
