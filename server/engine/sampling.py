@@ -234,13 +234,14 @@ def _adjust(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int])
             [token for token in row.sampling.stops[1] + ends[row.sampling.ignore_eos] if token < logits.shape[1]]
             for row in (rows[index] for index in early)
         ]
-        scores[_histories(early, stops, logits)] = -torch.inf
+        where, ids = _histories(early, stops, logits)
+        scores[where, ids] = scores.new_full((len(ids),), -torch.inf)  # a number of Python's would be waited for
 
     for index, row in enumerate(rows):
         if row.sampling.logit_bias:
             tokens, biases = row.sampling.biases
             columns = sent(torch.frombuffer(tokens, dtype=torch.int64), logits.device)
-            scores[index].index_add_(0, columns, sent(torch.frombuffer(biases, dtype=torch.float32), logits.device))
+            scores[index, columns] += sent(torch.frombuffer(biases, dtype=torch.float32), logits.device)
 
     repeating = [index for index, row in enumerate(rows) if row.sampling.repetition_penalty != 1.0]
     if repeating:

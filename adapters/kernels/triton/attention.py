@@ -29,6 +29,16 @@ FEW_TOKENS = 256  # up to here keys are split and query tiles small
 
 
 @triton.jit
+def _first_number(block_line, slot, STRIDE: tl.constexpr):
+    """The place of a row's first number: of row `block_line + slot`, where slots ascend and blocks are any.
+
+    Not the sum times STRIDE: Triton 3.6 takes such a sum for a multiple of 16 wherever its first is one, and reads rows
+    of int8, four bytes longer than their numbers, in pieces that they are not aligned to.
+    """
+    return block_line * STRIDE + slot * STRIDE
+
+
+@triton.jit
 def _numbers(cache, scale, place, line, inside, known, DIM: tl.constexpr, STRIDE: tl.constexpr, KIND: tl.constexpr):
     """Rows of a cache: its own numbers, or fp32."""
     numbers = tl.load(cache + place, mask=inside, other=0)
@@ -116,8 +126,9 @@ def _attend(
             key = first_key + tl.arange(0, KEYS)
             known = key < kv_len
             block = tl.load(block_tables + request * max_blocks + key // block_size, mask=known, other=0)
-            line = (block.to(tl.int64) * kv_heads + kv_head) * block_size + key % block_size
-            place = line[:, None] * STRIDE + d[None, :]
+            block_line, slot = (block.to(tl.int64) * kv_heads + kv_head) * block_size, key % block_size
+            line = block_line + slot
+            place = _first_number(block_line, slot, STRIDE)[:, None] + d[None, :]
             inside = known[:, None] & (d < DIM)[None, :]
             keys = _numbers(k_cache, k_scale, place, line, inside, known, DIM, STRIDE, KIND).to(DOT)
             scores = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scaling  # [BLOCK_M, KEYS]
@@ -349,8 +360,9 @@ def _write(
     slot = tl.load(slots + token, mask=row < rows, other=0)
     d = tl.arange(0, PADDED)
     mask = (row < rows)[:, None] & (d < DIM)[None, :]
-    line = (slot // block_size * kv_heads + head) * block_size + slot % block_size
-    target = line[:, None] * STRIDE + d[None, :]
+    block_line = (slot // block_size * kv_heads + head) * block_size
+    line = block_line + slot % block_size
+    target = _first_number(block_line, slot % block_size, STRIDE)[:, None] + d[None, :]
     source = row.to(tl.int64)[:, None] * DIM + d[None, :]
     key, value = tl.load(k + source, mask=mask, other=0.0), tl.load(v + source, mask=mask, other=0.0)
     _store(k_cache, k_scale, key, target, line, mask, row < rows, DIM, STRIDE, KIND)
