@@ -97,6 +97,7 @@ class Engine:
             eos_token_ids=base.eos_token_ids,
             starts=self._starts,
             doubling_tokens=DOUBLING_TOKENS.get(base.device.type, 3),
+            background_seconds=config.batch_wait_seconds,
         )
         self.grammars = Grammars(
             Path(config.model), base.vocab_size, base.eos_token_ids, config.grammar_bytes, config.background_priority

@@ -21,10 +21,12 @@ Order and fairness:
   its old place. What it generated is kept and later recomputed as if it were prompt, never drawn again. If it is in
   flight, it is held back first, and so is the one in need.
 - Sequences in the background are younger than all others, and a step has them only if nothing else can run in it. They
-  give place, blocks and rows of adapters to the first newcomer that lacks them.
+  give place, blocks and rows of adapters to the first newcomer that lacks them. So that they end at all, the oldest
+  comes to the front after `background_seconds`, one at a time.
 - Among several tenants `shares` decides who is next, whose sequence gives way, and to whom a step belongs.
 """
 
+import math
 from bisect import insort
 from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
@@ -53,6 +55,7 @@ class Scheduler:
             first token.
         patience: steps for which a sequence refused room for its adapter lets younger ones pass.
         doubling_tokens: extra tokens that double a step's time; the fewer, the likelier a draft must be right.
+        background_seconds: after which a sequence in the background may be as others are.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Scheduler:
         starts: Callable[[AdapterKey, Seq[int]], Mapping[str, int]] = lambda key, prompt: {},
         patience: int = 64,
         doubling_tokens: int = 3,
+        background_seconds: float = math.inf,
     ) -> None:
         if not 1 <= max_batch_requests < max_batch_tokens:
             raise ValueError(
@@ -85,6 +89,8 @@ class Scheduler:
         self._starts = starts
         self._patience = patience
         self._doubling_tokens = doubling_tokens
+        self._background_seconds = background_seconds
+        self._promoted = ""  # the id of the last from the background
         self._by_id: dict[str, Sequence] = {}
         self._failed: list[Sequence] = []
         self._arrivals = 0
@@ -147,10 +153,11 @@ class Scheduler:
         Every work must be advanced in the end, in order. Steps may be scheduled before the last one was collected.
 
         Args:
-            now: seconds on the clock of `Sequence.arrival`; only stamps `first_scheduled`.
+            now: seconds on the clock of `Sequence.arrival`.
         """
         self._steps += 1
         self._held, self._leaves_next = self._leaves_next, None
+        self._promote(now)
         works = next(filter(None, (self._schedule_group(now, group) for group in self._groups())), None)
         if works is None and self._held is not None and self._leaves_next is None:  # none needs its place now
             return self.schedule(now)
@@ -168,6 +175,24 @@ class Scheduler:
             self._shares.charge(work)
         works.sort(key=lambda work: (work.sequence.adapter, work.sequence._order))
         return Step(tuple(works))
+
+    def _promote(self, now: float) -> None:
+        """Bring the oldest of the background to the front if it has been here for long, and none was that still is."""
+        if self._promoted in self._by_id:
+            return
+        behind = [queue for queue in (self.running, self.waiting) if queue and queue[-1].background]
+        oldest = min(
+            ((one, queue) for queue in behind for one in queue if one.background),
+            key=lambda pair: pair[0].arrival,
+            default=None,
+        )
+        if oldest is None or now - oldest[0].arrival < self._background_seconds:
+            return
+        sequence, queue = oldest
+        queue.remove(sequence)
+        sequence.background, self._promoted = False, sequence.id
+        sequence._order = (False, *sequence._order[1:])
+        insort(queue, sequence, key=attrgetter("_order"))
 
     def _groups(self) -> Iterator[Group]:
         """Whose the step may be; the first of whom anything can run has it."""

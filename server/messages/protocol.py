@@ -59,6 +59,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     finetune_share: float = 0.3  # of the device's time while requests run, at most
     merge_share: float = 0.3  # likewise, for building merges
     grammar_bytes: int = 256 << 20  # of compiled grammars that are kept
+    batch_wait_seconds: float = 60.0  # after which one in the background at a time is as others are
     background_priority: Priority = "low"  # of the threads that load adapters, and compile grammars
 
 
