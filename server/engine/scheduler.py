@@ -19,8 +19,8 @@ Order and fairness:
 - When running sequences need more blocks than exist, the youngest is preempted: it gives everything back and waits in
   its old place. What it generated is kept and later recomputed as if it were prompt, never drawn again. If it is in
   flight, it is held back first, and so is the one in need.
-- Sequences in the background are younger than all others, have steps in which nothing else can run, and give place, blocks
-  and rows to the first newcomer that lacks them; after `background_seconds` they become as others, one at a time.
+- Sequences in the background are younger than all others, have steps in which nothing else can run, and give place,
+  blocks and rows to the first newcomer that lacks them; after `background_seconds` they become as others, one at a time.
 - Among several tenants `shares` decides who is next, whose sequence gives way, and to whom a step belongs.
 """
 
