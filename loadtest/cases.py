@@ -1,4 +1,7 @@
-"""The comparison's standing cases (prompt 64, rank 16 on all linears) and the sides that take part in each."""
+"""The comparison's standing cases and the sides that take part in each.
+
+Adapters have rank 16 on all linears; prompts are of 64 tokens unless a case says more.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,6 +14,7 @@ _OTHERS = ("vllm", "vllm-bf16", "peft", "peft-bf16")
 _ALL = ("lorakeet", "lorakeet-int8", "lorakeet-offline", *_LLAMA, "llama-static", "llama-q4_0-static", *_OTHERS)
 _HALF_WIDTH = ("lorakeet", *_LLAMA)
 _BASE = ("lorakeet", "lorakeet-bare", *_LLAMA, *_OTHERS, "transformers-serve", "transformers-serve-bf16")
+_LONG = ("lorakeet", *_LLAMA)
 _WHOLE = ("lorakeet", "lorakeet-int8", *_LLAMA, "vllm", "peft-switching")
 
 _CASES = (
@@ -21,6 +25,11 @@ _CASES = (
     Case("eight-bf16", "8 requests, 8 adapters (bf16 files)", 8, "distinct", "bfloat16", 65, _HALF_WIDTH),
     Case("base", "8 requests, no adapter", 8, "none", "float32", 65, _BASE),
     Case("whole", "8 whole requests (64 in, 33 out)", 8, "distinct", "float32", 33, _WHOLE),
+    Case("one-512", "1 request of 512 tokens, 1 adapter", 1, "one", "float32", 33, _LONG, 512),
+    Case("eight-512", "8 requests of 512 tokens, 8 adapters", 8, "distinct", "float32", 33, _LONG, 512),
+    Case("one-2048", "1 request of 2,048 tokens, 1 adapter", 1, "one", "float32", 33, _LONG, 2048),
+    Case("eight-2048", "8 requests of 2,048 tokens, 8 adapters", 8, "distinct", "float32", 33, _LONG, 2048),
+    Case("one-6000", "1 request of 6,000 tokens, 1 adapter", 1, "one", "float32", 33, _LONG, 6000),
 )
 NAMES = [case.name for case in _CASES]
 

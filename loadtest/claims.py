@@ -70,6 +70,8 @@ def claims(result: Result) -> list[Claim]:
         Claim(f"{one} PEFT + bitsandbytes, its faster type", over("one", "peft", "peft-bf16"), 10.0),
         Claim(f"{eight} llama-server, per-request lora, Q4_1", over("eight", "llama"), 2.0),
         Claim(f"{eight} llama-server, per-request lora, its faster type", over("eight", *llama), 2.0),
+        Claim("1 request of 2,048 tokens: decode / llama-server, its faster type", over("one-2048", *llama), 1.5),
+        Claim("8 of 2,048 tokens, 8 adapters: decode / llama-server, its faster type", over("eight-2048", *llama), 3.0),
         Claim(f"{eight} vLLM's CPU build, fp32", over("eight", "vllm"), 6.0),
         Claim(f"{eight} vLLM's CPU build, its faster type", over("eight", "vllm", "vllm-bf16"), 6.0),
         Claim(f"{eight} PEFT's mixed batch, fp32", over("eight", "peft"), 10.0),
@@ -109,15 +111,35 @@ def prefix_ratio(result: Result) -> float | None:
 
 
 def kernel_claims(result: Result) -> list[Claim]:
-    """NF4 linear against the roofline: the worst of the measured shapes."""
-    lines = [line for line in result.get("kernels", {}).get("lines", []) if line["kernel"] == "nf4 linear"]
+    """NF4 linears, the worst of the measured shapes, and attention against the roofline."""
+    lines = result.get("kernels", {}).get("lines", [])
 
     def worst(rows: int, bound: str) -> float | None:
-        return min((line[bound] for line in lines if line["rows"] == rows), default=None)
+        shares = [line[bound] for line in lines if line["kernel"] == "nf4 linear" and line["rows"] == rows]
+        return min(shares, default=None)
+
+    def attention(shape: str, bound: str) -> float | None:
+        shares = [line[bound] for line in lines if line["kernel"] == "paged attention" and line["shape"] == shape]
+        return min(shares, default=None)
 
     return [
         Claim("NF4 linear, 1 row: share of read bandwidth", worst(1, "bandwidth_share"), 0.35, percent=True),
         Claim("NF4 linear, 16 rows: share of the fp32 peak", worst(16, "flops_share"), 0.60, percent=True),
+        *(
+            Claim(
+                f"Attention, {requests} decoding at 2,048 keys: share of read bandwidth",
+                attention(f"{requests} x 1 queries, 2048 keys", "bandwidth_share"),
+                0.70,
+                percent=True,
+            )
+            for requests in (1, 8)
+        ),
+        Claim(
+            "Attention, prefill at 4,096 keys: share of the fp32 peak",
+            attention("1 x 256 queries, 4096 keys", "flops_share"),
+            0.60,
+            percent=True,
+        ),
     ]
 
 

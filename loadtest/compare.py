@@ -33,10 +33,11 @@ class Case:
     dtype: Dtype
     output_tokens: int
     sides: tuple[str, ...]
+    prompt_tokens: int = PROMPT_TOKENS
 
     def works(self, seed: int) -> list[Work]:
         """The burst's requests; prompts follow from the seed, the same for every side."""
-        prompts = random_prompts(self.requests, PROMPT_TOKENS, seed)
+        prompts = random_prompts(self.requests, self.prompt_tokens, seed)
         return [Work(prompt, self.output_tokens, self._adapter(i)) for i, prompt in enumerate(prompts)]
 
     def _adapter(self, index: int) -> AdapterId | None:

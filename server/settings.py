@@ -564,6 +564,13 @@ class Settings:
         minimum=1,
         maximum=4096,
     )
+    batch_wait_seconds: float = _setting(
+        60.0,
+        "After so long a request of a batch no longer waits for steps that clients leave free, one at a time.",
+        parse=_number,
+        minimum=0.0,
+        maximum=86_400.0,
+    )
     batch_file_requests: int = _setting(
         50_000, "Most requests in a batch's file.", parse=_integer, minimum=1, maximum=10_000_000
     )

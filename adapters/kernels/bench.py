@@ -200,8 +200,11 @@ def _pools(count: int, units: int, in_features: int, out_features: int) -> list[
     return [(pool(in_features), pool(out_features)) for _ in range(count)]
 
 
+_ATTENTION = [(1, 1, 512), (8, 1, 512), (1, 256, 512), (1, 1, 2048), (8, 1, 2048), (1, 256, 4096)]
+
+
 def attention_lines(kernels: native.Kernels) -> list[dict[str, Any]]:
-    return [_attention_line(kernels, *case) for case in ((1, 1, 512), (8, 1, 512), (1, 256, 512))]
+    return [_attention_line(kernels, *case) for case in _ATTENTION]
 
 
 def _attention_line(kernels: native.Kernels, requests: int, queries: int, length: int) -> dict[str, Any]:

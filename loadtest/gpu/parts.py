@@ -311,6 +311,12 @@ def run_json(module: str, *arguments: str) -> Any:
     return json.loads(done.stdout)
 
 
+def told(what: str, value: float, unit: str) -> float:
+    """The value, printed at once: a part may be cut short before its lines are."""
+    print(f"{what}: {value:.4g} {unit}", file=sys.stderr, flush=True)
+    return value
+
+
 def geomean(values: Sequence[float]) -> float:
     """Geometric mean; NaN of nothing."""
     return math.exp(statistics.fmean(map(math.log, values))) if values else math.nan
@@ -333,7 +339,8 @@ def rate(
         first = max(answer["times"][0] for answer in answers)
         last = max(answer["times"][-1] for answer in answers)
         rates.append(sum(time > first for answer in answers for time in answer["times"]) / (last - first))
-    return statistics.median(rates[1:])
+    adapted = len({name for name in adapters if name is not None})
+    return told(f"{requests} requests on {adapted} adapters", statistics.median(rates[1:]), "tokens/s")
 
 
 @dataclass(frozen=True)
@@ -382,7 +389,9 @@ def trained(ask: Ask, settings: dict[str, Any], steps: int) -> Trained:
     """Train for a while, after a step to warm up."""
     ask({"steps": 1, **settings})
     answer = ask({"steps": steps, **settings})
-    return Trained(answer["tokens"] / statistics.median(answer["seconds"]), answer["peak"])
+    about = ", ".join(f"{name} {value}" for name, value in settings.items())
+    speed = told(f"training, {about}", answer["tokens"] / statistics.median(answer["seconds"]), "tokens/s")
+    return Trained(speed, answer["peak"])
 
 
 def requests_per_second(bench: Bench, ask: Ask, adapters: Sequence[str]) -> float:
@@ -392,7 +401,8 @@ def requests_per_second(bench: Bench, ask: Ask, adapters: Sequence[str]) -> floa
     for seed in (3, 4):  # the first warms up
         answers = ask({"prompts": bench.prompts(count, seed), "tokens": bench.size.tokens, "adapters": names})
     begin = min(answer["sent"] for answer in answers)
-    return count / (max(answer["times"][-1] for answer in answers) - begin)
+    seconds = max(answer["times"][-1] for answer in answers) - begin
+    return told(f"{count} requests, most of them waiting", count / seconds, "requests/s")
 
 
 def poisson(rate_: float, seconds: float) -> list[float]:

@@ -101,7 +101,7 @@ class Llama(base.ServerSide):
         flags = [
             *("--model", str(model), "--host", "127.0.0.1", "--port", str(port), "--no-webui"),
             *("--threads", str(kit.threads), "--threads-batch", str(kit.threads)),
-            *("--parallel", "8", "--ctx-size", str(8 * 1024), "--cache-ram", "0"),
+            *("--parallel", "8", "--ctx-size", str(8 * 6144), "--cache-ram", "0"),
             *self.lora_flags(kit),
         ]
         return [str(server), *flags], {"LD_LIBRARY_PATH": str(server.parent)}

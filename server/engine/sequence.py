@@ -29,7 +29,7 @@ class Sequence:
     priority: int = 0  # among the tenant's; the lowest comes first
     cache_salt: str = ""
     arrival: float = 0.0  # seconds, on the clock that `schedule` is given
-    background: bool = False  # it runs only in steps that no other sequence can use
+    background: bool = False  # it runs only in steps that no other sequence can use; the scheduler may end that
     constraint: Constraint | None = None  # by its grammar
 
     tokens: list[int] = field(init=False)  # prompt, then what was generated

@@ -263,6 +263,7 @@ def _engine_config(settings: Settings, model: Path) -> EngineConfig:
         finetune_share=settings.finetune_share,
         merge_share=settings.merge_share,
         grammar_bytes=settings.grammar_bytes,
+        batch_wait_seconds=settings.batch_wait_seconds,
         background_priority=settings.background_priority,
     )
 

@@ -13,7 +13,7 @@ import msgspec
 
 from adapters.background import Priority
 from adapters.offline.recipe import MergedDtype
-from adapters.peft_format.sizes import LinearSize
+from adapters.peft_format.sizes import ExpertsSize, LinearSize
 from server.messages.training import JobReply, JobRequest, MemoryPlan
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -59,6 +59,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     finetune_share: float = 0.3  # of the device's time while requests run, at most
     merge_share: float = 0.3  # likewise, for building merges
     grammar_bytes: int = 256 << 20  # of compiled grammars that are kept
+    batch_wait_seconds: float = 60.0  # after which one in the background at a time is as others are
     background_priority: Priority = "low"  # of the threads that load adapters, and compile grammars
 
 
@@ -224,6 +225,13 @@ class KVGroup(msgspec.Struct, frozen=True):
     bytes_per_token: int
 
 
+class StateSlotsInfo(msgspec.Struct, frozen=True):
+    """Slots of the layers that keep a state: of running sequences, and snapshots."""
+
+    slots: int
+    bytes_per_slot: int
+
+
 class KVInfo(msgspec.Struct, frozen=True):
     """The KV cache."""
 
@@ -231,6 +239,7 @@ class KVInfo(msgspec.Struct, frozen=True):
     bytes: int
     groups: list[KVGroup]
     drift: Drift | None = None  # from a cache that does not round; None: this one does not
+    states: StateSlotsInfo | None = None  # beside it; None: no layer keeps a state
 
 
 class Ready(_Message, kw_only=True):
@@ -253,6 +262,7 @@ class Ready(_Message, kw_only=True):
     head: str = ""
     aside: list[str] = []  # full names of modules that text does not pass, such as an image encoder
     renamed: dict[str, str] = {}  # parameter in the base's files -> in the model, where these differ
+    experts: dict[str, ExpertsSize] = {}  # by full name of the parameter that holds a layer's
     transposed: bool = False  # the base's files hold weights of linears as [in, out]
     kernels: str = ""  # which compute a step: native with its instruction set, triton, or plain torch
     int8_drift: Drift | None = None  # from exact activations; None: they are exact
@@ -329,6 +339,7 @@ class Stats(msgspec.Struct, frozen=True, omit_defaults=True):
     step_adapters: int = 0
     step_seconds: float = 0.0
     kv_usage: float = 0.0  # 0..1
+    state_usage: float = 0.0  # likewise, of slots of states
     prefix_queries: int = 0  # prompt tokens looked up since the last report
     prefix_hits: int = 0
     preemptions: int = 0
@@ -357,13 +368,19 @@ class Done(_Message):
 
 
 class Inspection(_Message):
-    """Answer to `Inspect`. When idle: free + cached blocks = num_blocks, free + resident rows = pool_rows."""
+    """Answer to `Inspect`. When idle: free + cached blocks = num_blocks, free + resident rows = pool_rows.
+
+    Slots of states likewise, where layers keep some.
+    """
 
     id: str
     base_digest: str
     num_blocks: int
     free_blocks: int
     cached_blocks: int
+    state_slots: int
+    free_slots: int
+    cached_slots: int
     free_rows: dict[str, int]
     resident_rows: dict[str, int]
 

@@ -20,9 +20,10 @@ import transformers
 from torch import Tensor, nn
 
 from adapters import kernels
+from adapters.device.experts import ExpertLinear
 from adapters.device.lora import FrozenLinear, LoraLinear, StepSlot, wrap_linears
 from adapters.kernels import QuantizedWeight, native
-from adapters.peft_format.sizes import LinearSize
+from adapters.peft_format.sizes import ExpertsSize, LinearSize
 from server.model import UnservableModel, attention, experts, geometry, loading, mixers, naming, positions
 from server.model.geometry import LayerKV
 from server.model.loading import model_class
@@ -33,7 +34,7 @@ __all__ = ["Base", "UnservableModel", "check_servable", "load", "refusing", "ske
 log = logging.getLogger("lorakeet.engine")
 
 SERVED_LAYERS = {"full_attention", "sliding_attention"}
-STATE_LAYERS = {"linear_attention", "conv"}  # of the types that `mixers` takes over
+OTHER_LAYERS = {"linear_attention", "conv", "hybrid", "moe", "mlp"}  # of the types that `mixers` takes over
 ALIBI = {"bloom", "mpt"}  # model types
 # Features whose config entry alone tells that the engine cannot serve them, and their names for people.
 UNSERVED = {
@@ -59,12 +60,18 @@ class Base:
     aside: list[str]  # full names of modules that text does not pass
     renamed: dict[str, str]  # parameter in the files -> in the model, where these differ
     transposed: bool  # the files hold weights of linears as [in, out]
+    experts: list[ExpertLinear]
     states: dict[int, LayerState] = field(default_factory=dict)  # by layer, of those that keep one of fixed size
 
     @property
     def linear_sizes(self) -> dict[str, LinearSize]:
         """Of every linear that adapters may touch, by full name, in the order of their indices."""
         return {linear.name: linear.size for linear in self.linears}
+
+    @property
+    def expert_sizes(self) -> dict[str, ExpertsSize]:
+        """Of every linear of a layer's experts, by full name, in the order of their modules."""
+        return {linear.name: linear.size for linear in self.experts}
 
     @property
     def num_layers(self) -> int:
@@ -214,7 +221,7 @@ def check_servable(config: Any) -> None:
         raise UnservableModel(f"{name} is not served: its attention is biased by distance (ALiBi)")
     text = config.get_text_config(decoder=True)
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    kinds -= SERVED_LAYERS | (STATE_LAYERS if config.model_type in mixers.TYPES else set())
+    kinds -= SERVED_LAYERS | (OTHER_LAYERS if text.model_type in mixers.TYPES else set())
     if kinds:
         raise UnservableModel(f"layers of type {sorted(kinds)} are not served (only full and sliding attention)")
     for entry, kind in UNSERVED.items():
@@ -268,11 +275,14 @@ def _wrap(
         raise UnservableModel("the model has no linear layers that adapters could use")
     _narrow_head(model, dtype)
     experts.pad_routers(model)
+    held = experts.attach(model, slot, len(linears), renamed)
     attention.attach(model, slot)
     states = mixers.attach(model, slot)
     positions.fix_rope(model, longest)
+    kinds = enumerate(getattr(config, "layer_types", None) or ())
+    without = [layer for layer, kind in kinds if kind not in SERVED_LAYERS]
     try:
-        layers = geometry.probe(model, slot, config.num_hidden_layers, device, states)
+        layers = geometry.probe(model, slot, config.num_hidden_layers, device, without)
     except geometry.Irregular as fault:
         raise UnservableModel(str(fault)) from fault
     generation = getattr(model, "generation_config", None)
@@ -293,6 +303,7 @@ def _wrap(
         aside=naming.aside(model),
         renamed=renamed,
         transposed=transposed,
+        experts=held,
         states=states,
     )
 

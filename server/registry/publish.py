@@ -340,7 +340,12 @@ class Publisher:
 def outline_of(files: Outline, base: Ready) -> Outline:
     """The outline of a base as its engine loaded it, out of that of its files."""
     return files.loaded(
-        tied=base.tied, embedding=base.embedding, head=base.head, aside=base.aside, renamed=base.renamed
+        tied=base.tied,
+        embedding=base.embedding,
+        head=base.head,
+        aside=base.aside,
+        renamed=base.renamed,
+        experts=base.experts,
     )
 
 

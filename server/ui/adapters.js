@@ -184,7 +184,10 @@ function mixForm(changed) {
     h("div", { class: "row" }, h("button", { class: "main" }, "Mix"), button("Add another", add), button("Close", () => form.remove())));
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
-    const mix = [...sources.children].map((one) => ({ adapter: one.children[0].value, weight: Number(one.children[1].value) }));
+    const mix = [...sources.children].map((one) => {
+      const [adapter, weight] = one.querySelectorAll("input");
+      return { adapter: adapter.value, weight: Number(weight.value) };
+    });
     try {
       const made = await post("v1/adapters", { name: named.value.trim(), mix, method: method.value, ...(prunes() ? { density: Number(density.value) } : {}) });
       replace(result, receipt(made));

@@ -116,6 +116,43 @@ async def under_load(server: RunningServer, strike: Callable[[int], object]) -> 
     assert texts(server) == before
 
 
+def test_a_batch_outlives_its_engine_and_its_server(server: RunningServer) -> None:
+    """Every row is answered once, with what a client would have been told."""
+    names = [(BASE, *ADAPTERS)[row % 3] for row in range(24)]
+    rows = [
+        {"custom_id": str(row), "method": "POST", "url": "/v1/completions", "body": body(name, 20 + row)}
+        for row, name in enumerate(names)
+    ]
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        file = {"file": ("rows.jsonl", "\n".join(map(json.dumps, rows)).encode())}
+        stored = client.post("/v1/files", data={"purpose": "batch"}, files=file).json()
+        asked = {"input_file_id": stored["id"], "endpoint": "/v1/completions", "completion_window": "24h"}
+        batch = client.post("/v1/batches", json=asked).json()["id"]
+
+        def completed() -> int:
+            state = client.get(f"/v1/batches/{batch}").json()
+            assert state["request_counts"]["failed"] == 0
+            return int(state["request_counts"]["completed"])
+
+        eventually(lambda: completed() >= 2, 30, "some rows are answered")
+        os.kill(server.engine_pid, signal.SIGKILL)
+        server.wait_ready()
+        eventually(lambda: completed() >= 8, 30, "the next engine goes on")
+        server.kill()
+        server.ensure()
+        eventually(lambda: completed() == len(rows), 60, "the next server ends it")
+        state = eventually(
+            lambda: (now := client.get(f"/v1/batches/{batch}").json())["status"] == "completed" and now, 10, "its end"
+        )
+        lines = client.get(f"/v1/files/{state['output_file_id']}/content").text.splitlines()
+    answers = [json.loads(line) for line in lines]
+    assert sorted(int(answer["custom_id"]) for answer in answers) == list(range(len(rows)))
+    for answer in answers:
+        row = int(answer["custom_id"])
+        alone = complete(server, names[row], 20 + row)["choices"]
+        assert answer["response"]["body"]["choices"][0]["text"] == alone[0]["text"]
+
+
 async def test_the_server_killed_during_an_upload_and_a_response(server: RunningServer, made: Files) -> None:
     before, engine = texts(server), server.engine_pid
     asked: dict[str, Any] = {"model": "red", "input": "Hello!", "max_output_tokens": 8}

@@ -4,6 +4,7 @@
 widely, reused too early or published too soon shows as a wrong read. Every stream must equal the one computed alone.
 """
 
+import math
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -154,6 +155,7 @@ class World:
         sliding: int = 0,
         window: int = 6,
         slots: int = 0,
+        background_seconds: float = math.inf,
     ) -> None:
         counts = [num_blocks, sliding] if sliding else [num_blocks]
         self.windows = [0, window][: len(counts)]
@@ -170,6 +172,7 @@ class World:
             eos_token_ids=[EOS],
             patience=patience,
             doubling_tokens=free_rows,
+            background_seconds=background_seconds,
         )
         self.batch_tokens, self.batch_requests, self.model_len = batch_tokens, batch_requests, model_len
         self.depth = depth

@@ -276,3 +276,59 @@ def test_it_works_under_a_prefix(browser: Browser, server: RunningServer) -> Non
             console.open(view).wait_for_load_state("networkidle")
         assert [one for one in asked if not one.startswith(f"{url}/behind/proxy/")] == []
         console.close()
+
+
+DROP = """async ([target, files]) => {
+  const moved = new DataTransfer();
+  for (const [name, bytes] of files) moved.items.add(new File([new Uint8Array(bytes)], name));
+  for (const kind of ["dragover", "drop"]) {
+    target.dispatchEvent(new DragEvent(kind, {dataTransfer: moved, bubbles: true, cancelable: true}));
+  }
+}"""
+
+
+def test_files_are_dropped_and_a_deletion_is_carried_out(
+    console: Console, server: RunningServer, adapters: list[Path]
+) -> None:
+    page = console.open("adapters")
+    page.get_by_role("searchbox").wait_for()
+    files = [[name, list((adapters[0] / name).read_bytes())] for name in FILES.values()]
+    page.evaluate(DROP, [page.get_by_role("heading", level=1).element_handle(), [*files, ["README.md", [35]]]])
+    form = page.get_by_role("form", name="Upload an adapter")
+    expect(form).to_contain_text("left out: README.md")
+    form.get_by_label("Name", exact=True).fill("dropped")
+    form.get_by_role("button", name="Upload").click()
+    expect(form.get_by_role("status")).to_contain_text("Received: dropped")
+    page.get_by_role("complementary", name="Adapter").get_by_role("button", name="Delete").click()
+    assert httpx.get(f"{server.url}/v1/adapters/dropped", headers=AUTHORIZED).status_code == 200
+    page.get_by_role("button", name="Do it now").click()
+    eventually(
+        lambda: httpx.get(f"{server.url}/v1/adapters/dropped", headers=AUTHORIZED).status_code == 404, 8, "its deletion"
+    )
+
+
+def test_adapters_are_mixed_and_one_is_merged(console: Console, server: RunningServer) -> None:
+    page = console.open("adapters")
+    page.get_by_role("button", name="Mix").click()
+    form = page.get_by_role("form", name="Mix adapters")
+    form.get_by_label("Name of the mix").fill("both")
+    for index, (name, weight) in enumerate((("poet", "0.75"), ("nobody", "0.25"))):
+        form.get_by_label("Adapter", exact=True).nth(index).fill(name)
+        form.get_by_label("Weight", exact=True).nth(index).fill(weight)
+    console.expected = ["404"]
+    form.get_by_role("button", name="Mix").click()
+    expect(form.get_by_role("alert")).to_contain_text("nobody", timeout=60_000)
+    form.get_by_label("Adapter", exact=True).nth(1).fill("legal")
+    with page.expect_request(lambda request: request.method == "POST") as sent:
+        form.get_by_role("button", name="Mix").click()
+    weights = [{"adapter": "poet", "weight": 0.75}, {"adapter": "legal", "weight": 0.25}]
+    assert sent.value.post_data_json["mix"] == weights
+    expect(form.get_by_role("status")).to_contain_text("Received: both", timeout=60_000)
+    detail = page.get_by_role("complementary", name="Adapter")
+    expect(detail.get_by_role("heading", name="both")).to_be_visible()
+    detail.get_by_role("button", name="Merge, nf4").click()
+    expect(detail.get_by_role("button", name="Undo the merge")).to_be_visible(timeout=60_000)
+    expect(detail).to_contain_text("KL")
+    expect(detail).to_contain_text("tokens/s")
+    detail.get_by_role("button", name="Undo the merge").click()
+    expect(detail.get_by_role("button", name="Merge, nf4")).to_be_visible()

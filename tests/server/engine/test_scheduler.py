@@ -466,6 +466,24 @@ def test_the_background_has_only_steps_that_nobody_else_can_use() -> None:
 
 
 @pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("places", [3, 1])
+def test_the_background_ends_though_clients_always_run(depth: int, places: int) -> None:
+    world = World(depth=depth, batch_requests=places, background_seconds=10.0)
+    rows = [world.add([1] * 3, background=True, max_tokens=4) for _ in range(2)]
+    ends: dict[str, int] = {}
+    for step in range(60):
+        clients = [one for one in world.sequences.values() if one not in rows and not one.ended]
+        if len(clients) < 2:
+            world.add([2] * 3, max_tokens=9)
+        world.step()
+        assert sum(not one.background and not one.ended for one in rows) <= 1
+        for row in rows:
+            if row.ended:
+                ends.setdefault(row.id, step)
+    assert 10 <= ends["0"] < ends["1"]
+
+
+@pytest.mark.parametrize("depth", [0, 1])
 @pytest.mark.parametrize(
     ("world", "mine", "theirs"),
     [

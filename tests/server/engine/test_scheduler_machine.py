@@ -26,7 +26,9 @@ class AnythingMayHappen(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.world = World(num_blocks=8, delay=2, depth=self.depth, sliding=self.sliding, slots=self.slots)
+        self.world = World(
+            num_blocks=8, delay=2, depth=self.depth, sliding=self.sliding, slots=self.slots, background_seconds=9.0
+        )
         self.aborted: set[str] = set()
 
     @rule(
