@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from adapters import kernels
+from adapters.device.lora import Routed, StepSlot
 from adapters.kernels import ExpertWeights, reference
+from adapters.peft_format.sizes import ExpertsSize
 
 
 class ExpertLinear(nn.Module):
@@ -22,12 +24,21 @@ class ExpertLinear(nn.Module):
     """
 
     weights: ExpertWeights
+    name: str  # of that parameter, in full
+    index: int  # behind those of the model's LoraLinears
+    slot: StepSlot
 
     def __init__(self, shape: torch.Size, transposed: bool) -> None:
         super().__init__()
         self.shape = shape
         self.transposed = transposed
+        experts, inputs, outputs = shape if transposed else (shape[0], shape[2], shape[1])
+        self.size = ExpertsSize(experts, inputs, outputs)
         self._is_hf_initialized = True
+
+    def attach(self, name: str, index: int, slot: StepSlot) -> None:
+        """Have it ask the model's slot for adapters."""
+        self.name, self.index, self.slot = name, index, slot
 
     def fill(self, weights: ExpertWeights, dtype: torch.dtype) -> None:
         """Take the weights in, once; `dtype` is the model's."""
@@ -40,9 +51,11 @@ class ExpertLinear(nn.Module):
         dense = self.weights[int(expert)].dequantize(self.dtype)
         return dense.T if self.transposed else dense
 
-    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """Rows sorted by expert, `counts` of each: `[rows, in] -> [rows, out]`."""
-        return kernels.grouped_linear(rows, self.weights, counts)
+    def forward(self, rows: Tensor, routed: Routed) -> Tensor:
+        """Rows sorted by expert: `[rows, in] -> [rows, out]`."""
+        y = kernels.grouped_linear(rows, self.weights, routed.counts)
+        deltas = self.slot.experts
+        return y if deltas is None else deltas.add(self.name, self.index, rows, y, routed)
 
 
 def forward(module: Any, hidden: Tensor, index: Tensor, scores: Tensor) -> Tensor:
@@ -57,15 +70,16 @@ def forward(module: Any, hidden: Tensor, index: Tensor, scores: Tensor) -> Tenso
     """
     top_k = index.shape[1]
     experts, order = index.flatten().sort(stable=True)
-    counts = torch.bincount(experts, minlength=module.num_experts)
-    rows = hidden[order // top_k]
+    tokens = order // top_k
+    routed = Routed(experts, tokens, torch.bincount(experts, minlength=module.num_experts), len(hidden))
+    rows = hidden[tokens]
     if module.has_gate:
-        rows = module.gate_up_proj(rows, counts)
+        rows = module.gate_up_proj(rows, routed)
         rows = module._apply_gate(rows + module.gate_up_proj_bias[experts] if module.has_bias else rows)
     else:
-        rows = module.up_proj(rows, counts)
+        rows = module.up_proj(rows, routed)
         rows = module.act_fn(rows + module.up_proj_bias[experts] if module.has_bias else rows)
-    rows = module.down_proj(rows, counts)
+    rows = module.down_proj(rows, routed)
     if module.has_bias:
         rows = rows + module.down_proj_bias[experts]
     if module.has_post_expert_norm:

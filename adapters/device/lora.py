@@ -6,6 +6,7 @@ part.
 
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from adapters import kernels
@@ -17,6 +18,38 @@ class Deltas(Protocol):
 
     def add(self, linear: "LoraLinear", x: Tensor, y: Tensor) -> Tensor:
         """Return `y + delta(x)`; may write into `y`. x [tokens, in], y [tokens, out]."""
+
+
+class Routed:
+    """A step's tokens sorted by expert: the rows of experts' products.
+
+    Args:
+        experts: int64 [rows], ascending.
+        tokens: int64 [rows], ascending for each expert.
+        counts: int64 [experts], rows of each.
+        total: tokens of the step.
+    """
+
+    def __init__(self, experts: Tensor, tokens: Tensor, counts: Tensor, total: int) -> None:
+        self.counts = counts
+        self._order = experts * total + tokens
+        self._first = torch.arange(len(counts), device=counts.device) * total
+        self._runs: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+
+    def runs(self, start: int, end: int) -> list[tuple[int, int, int]]:
+        """The rows of tokens `start` to `end`: (expert, first row, end) of each expert that has some."""
+        if (start, end) not in self._runs:
+            bounds = torch.stack([self._first + start, self._first + end])
+            rows = torch.searchsorted(self._order, bounds).T.tolist()
+            self._runs[start, end] = [(expert, *run) for expert, run in enumerate(rows) if run[0] < run[1]]
+        return self._runs[start, end]
+
+
+class ExpertDeltas(Protocol):
+    """The adapters' part of one step in experts' linears."""
+
+    def add(self, name: str, index: int, x: Tensor, y: Tensor, routed: Routed) -> Tensor:
+        """Return `y + delta(x)` of the parameter `name`; may write into `y`. x [rows, in], y [rows, out]."""
 
 
 class Attention(Protocol):
@@ -47,13 +80,16 @@ class States(Protocol):
 
 
 class StepSlot:
-    """Holds the step in force. One instance per model, shared by all its LoraLinears, attention layers and mixers.
+    """Holds the step in force. One instance per model, shared by all its LoraLinears, experts, attention layers and
+    mixers.
 
-    `deltas` is None when no token of the step uses an adapter: the LoRA path is then skipped altogether.
+    `deltas` is None when no token of the step uses an adapter: the LoRA path is then skipped altogether. So is
+    `experts` when no adapter of the step has any.
     """
 
     def __init__(self) -> None:
         self.deltas: Deltas | None = None
+        self.experts: ExpertDeltas | None = None
         self.attention: Attention | None = None
         self.states: States | None = None
 

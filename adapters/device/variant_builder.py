@@ -20,7 +20,7 @@ from adapters.device.variants import (
     TrainedRows,
     like_norm,
 )
-from adapters.peft_format.layout import LoraModule, Variants
+from adapters.peft_format.modules import LoraModule, Variants
 
 
 def build(
@@ -47,6 +47,7 @@ def build(
         head=None if variants.classifier else builder.head(),
         new_tokens=variants.new_tokens,
         classifier=builder.classifier() if variants.classifier else None,
+        experts=builder.experts(),
     )
     return extras.to(torch.device("cpu")) if extras.in_model or extras.classifier else None
 
@@ -172,6 +173,22 @@ class _Builder:
     def classifier(self) -> Classifier:
         tensors = self._variants.classifier
         return Classifier(_dense(self._tensors[tensors["weight"]].float()), self._vector(tensors.get("bias")))
+
+    def experts(self) -> dict[str, list[LowRank]]:
+        found: dict[str, list[LowRank]] = {}
+        for module in self._variants.experts.values():
+            size, rank = self._model.get_submodule(module.parameter).size, module.rank
+            tensors = [self._tensors[name] for name in module.tensors]
+            if len(tensors) == 2:
+                a, b = tensors[0], tensors[1].view(-1, rank, module.experts).transpose(1, 2).flatten(1)
+            else:
+                a = torch.cat(tensors[: module.experts])
+                b = torch.cat(tensors[module.experts :], dim=1)  # [outputs of the part, experts * rank]
+            whole = b.new_zeros(size.out_features, b.shape[1])
+            whole[module.part * len(b) : (module.part + 1) * len(b)] = b
+            pair = LoraModule(rank, module.scaling, module.a, module.b)
+            found.setdefault(module.parameter, []).append(self._low_rank(pair, a, whole))
+        return found
 
     def _low_rank(self, module: LoraModule, a: Tensor, b: Tensor) -> LowRank:
         if a.dtype != b.dtype:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from adapters import kernels
-from adapters.device.lora import Deltas, FrozenLinear, LoraLinear
+from adapters.device.lora import Deltas, ExpertDeltas, FrozenLinear, LoraLinear, Routed
+from adapters.device.memory import sent
 
 
 class Affine(NamedTuple):
@@ -34,7 +35,10 @@ class Affine(NamedTuple):
 
 
 class LowRank(NamedTuple):
-    """A pair of A and B with storage of its own: row units as in the pool, `[units, in]` and `[units, out]`."""
+    """A pair of A and B with storage of its own: row units as in the pool, `[units, in]` and `[units, out]`.
+
+    Those of experts lie one behind the other, each of this rank.
+    """
 
     a: Tensor
     b: Tensor
@@ -46,6 +50,14 @@ class LowRank(NamedTuple):
         """`y [n, out] += weight * scaling * B A x`; x [n, in]."""
         table = torch.tensor([[0, len(x), 0, self.rank, self.dtype]], dtype=torch.int32, device=y.device)
         scale = torch.tensor([weight * self.scaling], device=y.device)
+        kernels.lora_add_(y, x, self.a, self.b, table, scale)
+
+    def add_runs_(self, y: Tensor, x: Tensor, runs: Sequence[tuple[int, int, int]], weight: float) -> None:
+        """The same for some rows: each run (expert, first row, end) with the expert's A and B."""
+        units = self.rank * (2 if self.dtype == kernels.FP32 else 1)
+        rows = [[start, end, expert * units, self.rank, self.dtype] for expert, start, end in runs]
+        table = sent(torch.tensor(rows, dtype=torch.int32), y.device)
+        scale = torch.full([len(rows)], weight * self.scaling, device=y.device)
         kernels.lora_add_(y, x, self.a, self.b, table, scale)
 
 
@@ -144,11 +156,12 @@ class Extras:
     head: HeadExtras | None
     new_tokens: int = 0  # beyond the base's vocabulary: logits are as much wider, or narrower
     classifier: Classifier | None = None  # then there are no logits
+    experts: dict[str, list[LowRank]] = dataclasses.field(default_factory=dict)  # by the parameter that holds them
 
     @property
     def in_decoder(self) -> bool:
         """Whether anything between embedding and head is changed."""
-        return bool(self.linears or self.norms)
+        return bool(self.linears or self.norms or self.experts)
 
     @property
     def in_model(self) -> bool:
@@ -181,6 +194,8 @@ def _moved(value: Any, device: torch.device) -> Any:
         )
     if isinstance(value, dict):
         return {name: _moved(part, device) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_moved(part, device) for part in value]
     if isinstance(value, LowRank | Affine):
         return type(value)(*(_moved(part, device) for part in value))
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -215,6 +230,20 @@ class _AffineDeltas:
         return y
 
 
+class _StepExperts:
+    """The adapters' part of a step in experts' linears."""
+
+    def __init__(self, uses: Sequence[ExtraUse]) -> None:
+        self._uses = uses
+
+    def add(self, name: str, index: int, x: Tensor, y: Tensor, routed: Routed) -> Tensor:
+        for start, end, extras, weight in self._uses:
+            runs = routed.runs(start, end)
+            for rows in extras.experts.get(name, ()) if runs else ():
+                rows.add_runs_(y, x, runs, weight)
+        return y
+
+
 class StepExtras:
     """The extras of one step.
 
@@ -236,6 +265,12 @@ class StepExtras:
         """What the linears are to add: `inner` and these."""
         uses = [use for use in self.tokens if use.extras.linears]
         return _AffineDeltas(inner, uses) if uses else inner
+
+    @property
+    def experts(self) -> ExpertDeltas | None:
+        """What experts' linears are to add."""
+        uses = [use for use in self.tokens if use.extras.experts]
+        return _StepExperts(uses) if uses else None
 
     @contextmanager
     def installed(self, model: Any) -> Iterator[None]:

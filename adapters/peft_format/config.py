@@ -32,6 +32,8 @@ CLASSIFIERS = ("score", "classifier")  # modules that PEFT saves with any adapte
 
 # What an activated adapter cannot have: most of it would change tokens before it is invoked.
 _NEVER_ACTIVATED = ("use_dora", "lora_bias", "bias", "modules_to_save", "trainable_token_indices")
+# What adapters of experts cannot have, in PEFT either.
+_NEVER_OF_EXPERTS = ("use_dora", "lora_bias", "alora_invocation_tokens")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class AdapterConfig:
     lora_alpha: float
     use_rslora: bool
     target_modules: str | tuple[str, ...]  # a string is a regular expression, or all-linear
+    target_parameters: tuple[str, ...]
     exclude_modules: str | tuple[str, ...]
     layers_to_transform: tuple[int, ...]  # empty: every layer
     layers_pattern: tuple[str, ...]
@@ -82,10 +85,17 @@ class AdapterConfig:
             if getattr(self, name) != FIELDS[name].default:
                 raise AdapterError(f"{name} is not supported here: only plain LoRA is", name)
 
+    def check_experts(self) -> None:
+        """Raises AdapterError, naming the field, when this has more than pairs of A and B for experts."""
+        for name in _NEVER_OF_EXPERTS:
+            if getattr(self, name) != FIELDS[name].default:
+                raise AdapterError(f"{name} cannot be combined with adapters of experts, in PEFT either", name)
+
     def resolve(
         self,
         linears: Collection[str],
         tables: Collection[str] = (),
+        experts: Collection[str] = (),
         *,
         tied: bool = False,
         warnings: list[str] | None = None,
@@ -95,28 +105,34 @@ class AdapterConfig:
         Args:
             linears: full names of the base's linears, such as "model.layers.0.self_attn.q_proj".
             tables: those of its embedding and head, which are adapted only when named.
+            experts: those of its parameters that hold experts' linears.
             tied: whether embedding and head are one matrix.
             warnings: takes one for entries that match nothing, which PEFT passes over; without, they are refused.
 
         Raises:
-            AdapterError: no module is selected, or an entry of `target_modules`, a layer index or a pattern key
-                matches nothing.
+            AdapterError: no module is selected, or an entry of `target_modules` or `target_parameters`, a layer index
+                or a pattern key matches nothing.
         """
         modules = [*linears, *tables]
-        ranks, idle_ranks = _match_patterns("rank_pattern", self.rank_pattern, modules)
-        alphas, idle_alphas = _match_patterns("alpha_pattern", self.alpha_pattern, modules)
+        ranks, idle_ranks = _match_patterns("rank_pattern", self.rank_pattern, [*modules, *experts])
+        alphas, idle_alphas = _match_patterns("alpha_pattern", self.alpha_pattern, [*modules, *experts])
         found: dict[str, tuple[int, float]] = {}
-        chosen, idle_targets, idle_layers = self._select(modules, linears)
+        chosen, idle_targets, idle_layers = self._select(modules, linears) if self.target_modules else ([], [], [])
+        parameters = [name for name in experts if not _suffixes(name).isdisjoint(self.target_parameters)]
+        idle_parameters = sorted(set(self.target_parameters).difference(*map(_suffixes, experts)))
         for field, idle, reason in (
             ("rank_pattern", idle_ranks, "matches no linear of the base"),
             ("alpha_pattern", idle_alphas, "matches no linear of the base"),
             ("target_modules", idle_targets, "matches no linear of the base"),
+            ("target_parameters", idle_parameters, "matches no experts of the base"),
             ("layers_to_transform", idle_layers, "is a layer without any of the target modules"),
         ):
             _passed_over(field, idle, reason, warnings)
         if self.ensure_weight_tying and tied and not set(tables).isdisjoint(chosen):
             chosen += [table for table in tables if table not in chosen]
-        for module in chosen:
+        if not chosen and not parameters:
+            _passed_over("target_parameters", idle_parameters, "matches no experts of the base", None)
+        for module in (*chosen, *parameters):
             rank = ranks.get(module, self.r)
             alpha = alphas.get(module, self.lora_alpha)
             found[module] = (rank, alpha / math.sqrt(rank) if self.use_rslora else alpha / rank)
@@ -126,6 +142,8 @@ class AdapterConfig:
     def _select(self, modules: Collection[str], linears: Collection[str]) -> tuple[list[str], list[str], list[str]]:
         """The modules, and entries of `target_modules` and `layers_to_transform` that match nothing."""
         chosen, idle = self._targets(modules, linears)
+        if not chosen and self.target_parameters:
+            return [], [show(self.target_modules)], []
         if not chosen:
             raise AdapterError(
                 f"target_modules {show(self.target_modules)} matches no linear of the base", "target_modules"
@@ -202,7 +220,7 @@ def parse_config(raw: bytes) -> AdapterConfig:
             "may change what is served",
             unknown[0],
         )
-    if not values["target_modules"]:
+    if not values["target_modules"] and not values["target_parameters"]:
         raise AdapterError(
             "target_modules is missing or empty: nothing says which modules are adapted", "target_modules"
         )
@@ -233,6 +251,9 @@ def _passed_over(field: str, entries: Sequence[str], reason: str, warnings: list
 
 
 def _check_combination(values: Mapping[str, Json]) -> None:
+    for name in ("lora_dropout", "fan_in_fan_out"):
+        if values["target_parameters"] and values[name]:
+            raise AdapterError(f"{name} cannot be combined with target_parameters, in PEFT either", name)
     if values["lora_bias"] and values["use_dora"]:
         raise AdapterError("lora_bias cannot be combined with use_dora, in PEFT either", "lora_bias")
     if values["alora_invocation_tokens"]:

@@ -17,8 +17,9 @@ from adapters.disk import sync, write_synced
 from adapters.peft_format import record
 from adapters.peft_format.config import MAX_CONFIG_BYTES, AdapterConfig, AdapterError, parse_config
 from adapters.peft_format.fields import shorten
-from adapters.peft_format.layout import PREFIX, LoraModule, Variants, layout
+from adapters.peft_format.layout import PREFIX, layout
 from adapters.peft_format.matching import match, new_tokens
+from adapters.peft_format.modules import ExpertsModule, LoraModule, Variants
 from adapters.peft_format.outline import Outline
 from adapters.peft_format.sizes import EXTRAS, LinearSize, extra_units, units_per_row
 from adapters.peft_format.spelling import beside, respelled, respelled_layout, respelled_outline, spelling
@@ -87,8 +88,8 @@ class AdapterSpec:
 
     @property
     def adapted(self) -> dict[str, LoraModule]:
-        """Every pair of A and B, those of embedding and head included."""
-        return self.modules | self.variants.tables
+        """Every pair of A and B, those of embedding, head and experts included."""
+        return self.modules | self.variants.tables | self.variants.experts
 
     def rows(self, linears: Mapping[str, LinearSize] | None = None) -> dict[str, int]:
         """Row units that this adapter needs per kind, for the largest rank there (see `adapters.peft_format.sizes`).
@@ -119,7 +120,9 @@ class AdapterSpec:
         modules = {name: LoraModule(**module) for name, module in fields.pop("modules").items()}
         variants = fields.get("variants", {})  # directories of earlier releases have none
         tables = {name: LoraModule(**module) for name, module in variants.pop("tables", {}).items()}
-        rest = {"warnings": tuple(fields["warnings"]), "variants": Variants(tables=tables, **variants)}
+        experts = {name: ExpertsModule(**module) for name, module in variants.pop("experts", {}).items()}
+        whole = Variants(tables=tables, experts=experts, **variants)
+        rest = {"warnings": tuple(fields["warnings"]), "variants": whole}
         if "text" in fields:
             rest["text"] = AdapterText.of(fields["text"])
         return cls(**fields | {"modules": modules} | rest)
@@ -211,7 +214,7 @@ def inspect(
         variants=dataclasses.replace(plan.variants, device_bytes=_device_bytes(plan.variants, tensors, outline)),
         text=text,
     )
-    dtypes = {FORMATS[tensors[name].dtype].name for module in spec.adapted.values() for name in (module.a, module.b)}
+    dtypes = {FORMATS[tensors[name].dtype].name for module in spec.adapted.values() for name in module.tensors}
     return dataclasses.replace(
         spec,
         dtype=dtypes.pop() if len(dtypes) == 1 else "float32",
@@ -253,9 +256,10 @@ def load(directory: Path, spec: AdapterSpec | None = None) -> dict[str, tuple["T
 def load_variants(directory: Path, spec: AdapterSpec) -> dict[str, "Tensor"]:
     """The tensors that `spec.variants` names, in the file's dtypes, by their names in the file."""
     variants = spec.variants
-    tables = [name for module in variants.tables.values() for name in (module.a, module.b)]
+    pairs = [*variants.tables.values(), *variants.experts.values()]
     vectors = [*variants.magnitudes.values(), *variants.delta_biases.values(), *variants.classifier.values()]
-    whole = {*tables, *vectors, *variants.parameters.values(), *variants.tokens.values()}
+    matrices = (name for module in pairs for name in module.tensors)
+    whole = {*matrices, *vectors, *variants.parameters.values(), *variants.tokens.values()}
     last = dict.fromkeys({*variants.grown.values()} - whole, variants.new_tokens)
     return _read_tensors(directory, whole | last.keys(), last)
 
@@ -346,6 +350,8 @@ def _mathematics(modules: Mapping[str, LoraModule], variants: Variants, text: Ad
     lines = f"lora {json.dumps(pairs(modules))}\n"
     if variants != Variants():
         lines += f"variants {json.dumps([pairs(variants.tables), variants.token_ids, variants.invocation])}\n"
+    if variants.experts:  # the first digests had none
+        lines += f"experts {json.dumps(pairs(variants.experts))}\n"
     if text != NO_TEXT:
         fields = dataclasses.asdict(text)
         for name in ("stop_tokens", "tool_format", "reasoning_format"):  # the first digests had none
@@ -360,6 +366,12 @@ def _device_bytes(variants: Variants, tensors: Mapping[str, TensorEntry], outlin
     total = 8 * outline.head_bias[0] if outline.head_bias and variants.names else 0
     for module in variants.tables.values():
         total += 4 * module.rank**2 + sum(_numbers(tensors, name, 4) for name in (module.a, module.b))
+    for experts in variants.experts.values():  # B has zeros for the parameter's other parts
+        dtypes = {tensors[name].dtype for name in experts.tensors}
+        each = FORMATS[dtypes.pop() if len(dtypes) == 1 else "F32"].itemsize
+        total += sum(
+            _numbers(tensors, name, each) * (experts.parts if ".lora_B." in name else 1) for name in experts.tensors
+        )
     for name in (*variants.magnitudes.values(), *variants.delta_biases.values()):
         total += _numbers(tensors, name, 8)
     for name in (*variants.parameters.values(), *variants.tokens.values(), *variants.classifier.values()):

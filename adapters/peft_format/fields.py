@@ -363,6 +363,9 @@ FIELDS: dict[str, Field] = {
         _names_or_regex,
         "list of names, regular expression (RE2), or all-linear; a name that matches nothing is a warning",
     ),
+    "target_parameters": _works(
+        (), _modules, "experts' weights, by suffix as in PEFT: without lora_dropout, use_dora, lora_bias, aLoRA"
+    ),
     "exclude_modules": _works((), _names_or_regex, "list of names or regular expression (RE2)"),
     "layers_to_transform": _works((), _layers, "layer indices; one without target modules is a warning"),
     "layers_pattern": _works((), _layer_lists, "plain names of the list of layers"),
@@ -390,7 +393,6 @@ FIELDS: dict[str, Field] = {
     "eva_config": _recorded(None, _settings, "initialisation only"),
     "corda_config": _recorded(None, _settings, "initialisation only"),
     "lora_ga_config": _recorded(None, _settings, "initialisation only"),
-    "target_parameters": _refused(None, "adapters on bare parameters (experts) are not served", []),
     "layer_replication": _refused(None, "it changes the base's layers", []),
     "megatron_config": _refused(None, "Megatron layers are not served"),
     "megatron_core": _refused("megatron.core", "it names code to import"),

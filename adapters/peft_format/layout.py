@@ -3,12 +3,14 @@
 Names and shapes only.
 """
 
+import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 from adapters.peft_format.config import CLASSIFIERS, AdapterConfig, AdapterError
 from adapters.peft_format.fields import shorten
+from adapters.peft_format.modules import ExpertsModule, LoraModule, Variants
 from adapters.peft_format.outline import EMBEDDING, Outline
 from adapters.peft_format.sizes import LinearSize
 from adapters.peft_format.weights import TensorEntry
@@ -18,75 +20,6 @@ MAX_LABELS = 4096
 # Where PEFT may have an embedding's or head's own parameters in a file; all but the first are the base's part of
 # something.
 PLACES = ("", "base_layer.", "token_adapter.base_layer.", "original_module.")
-
-
-@dataclass(frozen=True)
-class LoraModule:
-    """One adapted module: delta(x) = scaling * B (A x).
-
-    Attributes:
-        a: name in the file of A [rank, in].
-        b: name in the file of B [out, rank].
-    """
-
-    rank: int
-    scaling: float
-    a: str
-    b: str
-
-
-@dataclass(frozen=True)
-class Variants:
-    """What an adapter does besides adding B A x to linears of the decoder; all names are full names of the base's.
-
-    Attributes:
-        tables: the embedding and the head, where adapted.
-        magnitudes: module -> tensor [out], DoRA's m.
-        delta_biases: linear -> tensor [out] that lora_B adds.
-        parameters: parameter of the base -> tensor in its place (a bias, a norm's weight, a whole embedding or head).
-        tokens: embedding or head -> tensor of trained rows [n, width].
-        token_ids: embedding or head -> the ids of these rows.
-        new_tokens: how many rows the adapter's embedding and head have beyond the base's; negative: as many fewer.
-        grown: embedding, head or the head's bias -> tensor as large as a larger vocabulary, whose last rows are the
-            new ones.
-        invocation: token ids from whose last occurrence in the prompt on the adapter is in force; empty: everywhere.
-        classifier: "weight" [num_labels, hidden], perhaps "bias" -> tensor, of a head in place of the output head.
-        device_bytes: at most as much device memory does all this take.
-    """
-
-    tables: dict[str, LoraModule] = field(default_factory=dict)
-    magnitudes: dict[str, str] = field(default_factory=dict)
-    delta_biases: dict[str, str] = field(default_factory=dict)
-    parameters: dict[str, str] = field(default_factory=dict)
-    tokens: dict[str, str] = field(default_factory=dict)
-    token_ids: dict[str, list[int]] = field(default_factory=dict)
-    new_tokens: int = 0
-    grown: dict[str, str] = field(default_factory=dict)
-    invocation: list[int] = field(default_factory=list)
-    classifier: dict[str, str] = field(default_factory=dict)
-    num_labels: int = 0
-    device_bytes: int = 0
-
-    @property
-    def names(self) -> list[str]:
-        """In words, for receipts."""
-        norms = [name for name in self.parameters if not name.endswith(".bias")]
-        return [
-            name
-            for name, used in {
-                "dora": self.magnitudes,
-                "lora_bias": self.delta_biases,
-                "bias": len(norms) < len(self.parameters),
-                "adapted_embeddings": self.tables,
-                "saved_modules": norms,
-                "trained_tokens": self.tokens,
-                "new_tokens": self.new_tokens > 0,
-                "fewer_tokens": self.new_tokens < 0,
-                "alora": self.invocation,
-                "classifier": self.classifier,
-            }.items()
-            if used
-        ]
 
 
 class Expected(NamedTuple):
@@ -125,16 +58,48 @@ def layout(
     Raises:
         AdapterError: naming the config's field that asks for what this base does not have.
     """
-    return _Builder(config, linears, outline).build(tensors)
+    return _Builder(config, linears, outline, _apart(tensors, outline)).build(tensors)
+
+
+_OF_ONE_EXPERT = re.compile(r"(.+)\.\d+\.([^.]+)\.lora_[AB]\.weight")
+
+
+def _apart(tensors: Collection[str], outline: Outline) -> dict[str, tuple[str, int]]:
+    """Experts' linears with adapters of their own in the file: name with a * -> parameter that holds them, its part."""
+    if not outline.experts:
+        return {}
+    found = {f"{m[1]}.*.{m[2]}" for name in tensors if (m := _OF_ONE_EXPERT.fullmatch(name.removeprefix(PREFIX)))}
+    return {
+        name: (parameter, part)
+        for parameter, size in outline.experts.items()
+        for part, names in enumerate(size.parts)
+        for name in names
+        if name in found
+    }
 
 
 class _Builder:
-    def __init__(self, config: AdapterConfig, linears: Mapping[str, LinearSize], outline: Outline) -> None:
+    def __init__(
+        self,
+        config: AdapterConfig,
+        linears: Mapping[str, LinearSize],
+        outline: Outline,
+        apart: Mapping[str, tuple[str, int]],
+    ) -> None:
         self._config = config
         self._linears = linears
         self._outline = outline
         self._warnings: list[str] = []
-        self._adapted = config.resolve(linears, outline.tables, tied=outline.tied, warnings=self._warnings)
+        self._apart = {  # by the names of the linears
+            name: [name.replace("*", str(expert)) for expert in range(outline.experts[parameter].experts)]
+            for name, (parameter, _) in apart.items()
+        }
+        self._parameter_of = apart
+        self._refuse_parameters()
+        every = [*linears, *(linear for names in self._apart.values() for linear in names)]
+        self._adapted = config.resolve(
+            every, outline.tables, outline.experts, tied=outline.tied, warnings=self._warnings
+        )
         self._expected: dict[str, Expected] = {}
         self._copies = {f"{PREFIX}{name}": name for name in self._table_parameters()}
         self._twins: dict[str, str] = {}
@@ -147,7 +112,11 @@ class _Builder:
             )
         adapted, config, token_ids = self._adapted, self._config, self._token_ids()
         classifier = self._classifier(tensors) if config.classifies else {}
+        experts = self._experts()
+        if experts:
+            config.check_experts()
         variants = Variants(
+            experts=experts,
             tables={name: self._table(name) for name in self._outline.tables if name in adapted},
             magnitudes=self._magnitudes() if config.use_dora else {},
             delta_biases=self._delta_biases() if config.lora_bias else {},
@@ -228,6 +197,57 @@ class _Builder:
         rank, scaling = self._adapted[name]
         first = self._expect(f"{name}.{a[0]}", (rank, a[1]), "target_modules")
         return LoraModule(rank, scaling, first, self._expect(f"{name}.{b[0]}", (b[1], rank), "target_modules"))
+
+    # --- experts -----------------------------------------------------------------------------------------
+
+    def _refuse_parameters(self) -> None:
+        """Raises AdapterError where `target_parameters` means parameters of the base that hold no experts' weights."""
+        outline = self._outline
+        others = [name for name in outline.parameters if name not in outline.experts]
+        others += [f"{name}.weight" for name in self._linears]
+        others += [f"{name}_bias" for name in outline.experts]
+        for entry in self._config.target_parameters:
+            meant = next((name for name in others if f".{name}".endswith(f".{entry}")), None)
+            if meant is not None:
+                raise AdapterError(
+                    f"target_parameters has '{shorten(entry)}', which means '{meant}': only the weights of experts are "
+                    "served so. Adapt linears by target_modules",
+                    "target_parameters",
+                    "unsupported_adapter_feature",
+                )
+
+    def _experts(self) -> dict[str, ExpertsModule]:
+        found: dict[str, ExpertsModule] = {}
+        sizes = self._outline.experts
+        asked = [name for name in sizes if name in self._adapted]
+        for name in asked:
+            module = name.rpartition(".")[0]
+            # PEFT wraps a module once for each of its parameters; the last one is outermost.
+            beside = [other for other in asked if other.rpartition(".")[0] == module]
+            place = f"{module}.{'base_layer.' * (len(beside) - 1 - beside.index(name))}"
+            (rank, scaling), size = self._adapted[name], sizes[name]
+            rows = rank * size.experts
+            a = self._expect(f"{place}lora_A.weight", (rows, size.in_features), "target_parameters")
+            b = self._expect(f"{place}lora_B.weight", (size.out_features, rows), "target_parameters")
+            found[name] = ExpertsModule(rank, scaling, a, b, size.experts, name)
+        for name, linears in self._apart.items():
+            shapes = {self._adapted.get(linear) for linear in linears}
+            if None in shapes or len(shapes) > 1:
+                raise AdapterError(
+                    f"the config gives the experts of '{name}' different ranks or scalings, or some of them none; "
+                    "they must be alike, in PEFT too",
+                    "rank_pattern" if None not in shapes else "target_modules",
+                )
+            [(rank, scaling)] = [shape for shape in shapes if shape is not None]
+            parameter, part = self._parameter_of[name]
+            size = sizes[parameter]
+            outputs = size.out_features // len(size.parts)
+            for linear in linears:
+                self._expect(f"{linear}.lora_A.weight", (rank, size.in_features), "target_modules")
+                self._expect(f"{linear}.lora_B.weight", (outputs, rank), "target_modules")
+            a, b = (f"{PREFIX}{name}.lora_{letter}.weight" for letter in "AB")
+            found[name] = ExpertsModule(rank, scaling, a, b, size.experts, parameter, part, len(size.parts))
+        return found
 
     def _out_features(self, name: str) -> int:
         if name in self._linears:

@@ -27,7 +27,8 @@ def match(
         if part is not None:
             idle[part] += 1
         elif not any(name in known for known in (plan.expected, plan.copies, plan.twins)):
-            _refuse_homeless(name, {*linears, *outline.tables})
+            experts = {parameter.rpartition(".")[0] for parameter in outline.experts}
+            _refuse_homeless(name, {*linears, *outline.tables, *experts})
     for name, (shape, asked_by) in plan.expected.items():
         if name not in tensors:
             raise AdapterError(f"the config's {asked_by} asks for '{name}', which the weights lack", name)

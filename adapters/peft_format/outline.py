@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from adapters.peft_format.sizes import ExpertsSize
 from adapters.safetensors_header import read_header
 
 EMBEDDING, HEAD = "embed_tokens", "lm_head"  # the last parts of their names in most families
@@ -44,6 +45,7 @@ class Outline:
         tied: the head's matrix is the embedding's.
         aside: full names of modules that text does not pass, such as an image encoder.
         new_tokens: how many tokens an adapter adds to the vocabulary; negative: it has as many fewer.
+        experts: full names of the parameters that hold experts' linears, in the order of their modules.
     """
 
     parameters: dict[str, Parameter] = field(default_factory=dict)
@@ -52,6 +54,7 @@ class Outline:
     tied: bool = True
     aside: tuple[str, ...] = ()
     new_tokens: int = 0
+    experts: dict[str, ExpertsSize] = field(default_factory=dict)
 
     @classmethod
     def read(cls, directory: Path) -> "Outline":
@@ -70,6 +73,7 @@ class Outline:
         head: str | None = None,
         aside: Sequence[str] = (),
         renamed: Mapping[str, str] | None = None,
+        experts: Mapping[str, ExpertsSize] | None = None,
     ) -> "Outline":
         """The outline of the model as it was loaded.
 
@@ -87,7 +91,7 @@ class Outline:
             embedding = head = None
         beside = tuple(f"{module}." for module in aside)
         parameters = {n: p for n, p in parameters.items() if n != twin and not n.startswith(beside)}
-        return Outline(parameters, embedding, head, tied, tuple(aside))
+        return Outline(parameters, embedding, head, tied, tuple(aside), experts=dict(experts or {}))
 
     @property
     def tables(self) -> list[str]:

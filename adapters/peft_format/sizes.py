@@ -26,6 +26,20 @@ class LinearSize(NamedTuple):
         return UNIT_BYTES * (self.in_features + self.out_features)
 
 
+class ExpertsSize(NamedTuple):
+    """A parameter of the base that holds one linear of every expert of a layer.
+
+    Attributes:
+        parts: the linears that it is made of where each expert has its own, from its first output on, all of one size.
+            Each by all its names, which have a * for the expert. Empty: experts are nowhere apart.
+    """
+
+    experts: int
+    in_features: int
+    out_features: int
+    parts: tuple[tuple[str, ...], ...] = ()
+
+
 def units_per_row(dtype: str) -> int:
     """Row units of one rank row. `dtype`: "float32", "bfloat16" or "float16"."""
     return 2 if dtype == "float32" else 1

@@ -9,7 +9,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
-from adapters.peft_format.layout import PREFIX, Layout, Variants
+from adapters.peft_format.layout import PREFIX, Layout
+from adapters.peft_format.modules import Variants
 from adapters.peft_format.outline import Outline
 
 T = TypeVar("T")
@@ -46,7 +47,8 @@ def spelling(tensors: Iterable[str], linears: Collection[str], outline: Outline)
         return {}
     prefixes = [*([(outline.head, head)] if outline.head else []), (ours, theirs.pop())]
     names = {}
-    for name in (*linears, *outline.tables, *outline.parameters):
+    apart = [name for size in outline.experts.values() for part in size.parts for name in part]
+    for name in (*linears, *outline.tables, *outline.parameters, *outline.experts, *apart):
         before, after = next((pair for pair in prefixes if name.startswith(pair[0])), ("", ""))
         names[name] = after + name.removeprefix(before)
     return names
@@ -62,6 +64,12 @@ def respelled_outline(outline: Outline, names: Mapping[str, str]) -> Outline:
     return dataclasses.replace(
         outline,
         parameters=respelled(outline.parameters, names),
+        experts={
+            names.get(name, name): size._replace(
+                parts=tuple(tuple(names.get(one, one) for one in part) for part in size.parts)
+            )
+            for name, size in outline.experts.items()
+        },
         embedding=names.get(outline.embedding or "", outline.embedding),
         head=names.get(outline.head or "", outline.head),
     )
@@ -70,6 +78,10 @@ def respelled_outline(outline: Outline, names: Mapping[str, str]) -> Outline:
 def respelled_layout(plan: Layout, names: Mapping[str, str]) -> Layout:
     """The same layout, its modules and parameters by other names; tensors keep theirs."""
     fields: dict[str, Any] = {field.name: getattr(plan.variants, field.name) for field in dataclasses.fields(Variants)}
+    fields["experts"] = {
+        name: dataclasses.replace(module, parameter=names.get(module.parameter, module.parameter))
+        for name, module in plan.variants.experts.items()
+    }
     fields |= {name: respelled(value, names) for name, value in fields.items() if isinstance(value, dict)}
     return plan._replace(modules=respelled(plan.modules, names), variants=Variants(**fields))
 

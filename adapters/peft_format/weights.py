@@ -30,7 +30,7 @@ FORMATS: Final = {
     "BF16": Format("bfloat16", 2, 0x7F80),
     "F16": Format("float16", 2, 0x7C00),
 }
-MAX_HEADER_BYTES = 1 << 20
+MAX_HEADER_BYTES = 16 << 20  # some 150 for each matrix, of which experts have thousands
 MAX_TENSORS = 100_000
 MAX_DIMENSION = 1 << 31
 CHUNK_BYTES = 4 << 20  # a multiple of every item size
@@ -52,8 +52,8 @@ def read_header(file: BinaryIO, formats: Mapping[str, Format] = FORMATS) -> dict
         formats: the dtypes that they may have.
 
     Raises:
-        AdapterError: the header is not JSON, larger than 1 MiB, or describes anything but floating vectors and
-            matrices that lie one behind the other and fill the file exactly.
+        AdapterError: the header is not JSON, larger than `MAX_HEADER_BYTES`, or describes anything but floating
+            vectors and matrices that lie one behind the other and fill the file exactly.
     """
     try:
         header = safetensors_header.read_header(file, MAX_HEADER_BYTES)

@@ -139,6 +139,7 @@ class Engine:
             embedding=base.embedding,
             head=base.head,
             aside=base.aside,
+            experts=base.expert_sizes,
             renamed=base.renamed,
             transposed=base.transposed,
         )

@@ -152,6 +152,7 @@ class ModulesPath(ForwardPath):
         base = self.weights.base
         slot, model = base.slot, base.model
         slot.deltas = batch.extras.over(batch.deltas) if batch.extras else batch.deltas
+        slot.experts = batch.extras.experts if batch.extras else None
         slot.attention, slot.states = batch.attention, batch.states
         hidden: list[Tensor] = []  # of all rows, where somebody classifies
         try:
@@ -165,7 +166,7 @@ class ModulesPath(ForwardPath):
                     logits = model(**inputs, logits_to_keep=batch.keep).logits[0].float()
                 return logits, batch.classified(hidden[0]) if hidden else {}
         finally:
-            slot.deltas = slot.attention = slot.states = None
+            slot.deltas = slot.experts = slot.attention = slot.states = None
 
     def _narrowed(self, keep: Tensor) -> AbstractContextManager[Any]:
         """Within it the head sees these rows alone, of a class that knows no `logits_to_keep`."""

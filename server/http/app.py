@@ -92,7 +92,8 @@ def build_app(services: Services) -> Starlette:
         await services.engine.start()
         await services.tuning.start()
         await services.batches.start(partial(answered, app))
-        working = services.registry.collect_orphans(), services.history.run(), services.tenants.run()
+        registry = services.registry
+        working = registry.collect_orphans(), registry.following.run(), services.history.run(), services.tenants.run()
         background = [asyncio.create_task(work) for work in working]
         try:
             yield

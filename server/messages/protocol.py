@@ -13,7 +13,7 @@ import msgspec
 
 from adapters.background import Priority
 from adapters.offline.recipe import MergedDtype
-from adapters.peft_format.sizes import LinearSize
+from adapters.peft_format.sizes import ExpertsSize, LinearSize
 from server.messages.training import JobReply, JobRequest, MemoryPlan
 
 FinishReason = Literal["stop", "length", "abort"]
@@ -262,6 +262,7 @@ class Ready(_Message, kw_only=True):
     head: str = ""
     aside: list[str] = []  # full names of modules that text does not pass, such as an image encoder
     renamed: dict[str, str] = {}  # parameter in the base's files -> in the model, where these differ
+    experts: dict[str, ExpertsSize] = {}  # by full name of the parameter that holds a layer's
     transposed: bool = False  # the base's files hold weights of linears as [in, out]
     kernels: str = ""  # which compute a step: native with its instruction set, triton, or plain torch
     int8_drift: Drift | None = None  # from exact activations; None: they are exact

@@ -20,9 +20,10 @@ import transformers
 from torch import Tensor, nn
 
 from adapters import kernels
+from adapters.device.experts import ExpertLinear
 from adapters.device.lora import FrozenLinear, LoraLinear, StepSlot, wrap_linears
 from adapters.kernels import QuantizedWeight, native
-from adapters.peft_format.sizes import LinearSize
+from adapters.peft_format.sizes import ExpertsSize, LinearSize
 from server.model import UnservableModel, attention, experts, geometry, loading, mixers, naming, positions
 from server.model.geometry import LayerKV
 from server.model.loading import model_class
@@ -59,12 +60,18 @@ class Base:
     aside: list[str]  # full names of modules that text does not pass
     renamed: dict[str, str]  # parameter in the files -> in the model, where these differ
     transposed: bool  # the files hold weights of linears as [in, out]
+    experts: list[ExpertLinear]
     states: dict[int, LayerState] = field(default_factory=dict)  # by layer, of those that keep one of fixed size
 
     @property
     def linear_sizes(self) -> dict[str, LinearSize]:
         """Of every linear that adapters may touch, by full name, in the order of their indices."""
         return {linear.name: linear.size for linear in self.linears}
+
+    @property
+    def expert_sizes(self) -> dict[str, ExpertsSize]:
+        """Of every linear of a layer's experts, by full name, in the order of their modules."""
+        return {linear.name: linear.size for linear in self.experts}
 
     @property
     def num_layers(self) -> int:
@@ -268,6 +275,7 @@ def _wrap(
         raise UnservableModel("the model has no linear layers that adapters could use")
     _narrow_head(model, dtype)
     experts.pad_routers(model)
+    held = experts.attach(model, slot, len(linears), renamed)
     attention.attach(model, slot)
     states = mixers.attach(model, slot)
     positions.fix_rope(model, longest)
@@ -295,6 +303,7 @@ def _wrap(
         aside=naming.aside(model),
         renamed=renamed,
         transposed=transposed,
+        experts=held,
         states=states,
     )
 

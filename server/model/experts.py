@@ -7,7 +7,7 @@ unquantised. Files have it like that, or as one tensor an expert; its own conver
 import copy
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +32,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from adapters.device import experts
 from adapters.device.experts import ExpertLinear
+from adapters.device.lora import StepSlot
 from adapters.kernels import ExpertWeights
 from adapters.peft_format.outline import weight_files
 from server.model import UnservableModel, naming
@@ -64,7 +65,8 @@ def take_out(model: transformers.PreTrainedModel) -> None:
     found = []
     for name, module in list(model.named_modules()):
         if hasattr(module, "is_transposed") and hasattr(module, "has_post_expert_norm"):
-            for part in ("gate_up_proj" if module.has_gate else "up_proj", "down_proj"):
+            held = ("gate_up_proj" if module.has_gate else "up_proj", "down_proj")
+            for part in [part for part in module._parameters if part in held]:
                 shape = getattr(module, part).shape
                 delattr(module, part)
                 setattr(module, part, ExpertLinear(shape, bool(module.is_transposed)))
@@ -83,6 +85,47 @@ def take_out(model: transformers.PreTrainedModel) -> None:
 def linears(model: nn.Module) -> dict[str, ExpertLinear]:
     """The experts' linears of a model, by full name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, ExpertLinear)}
+
+
+def attach(
+    model: transformers.PreTrainedModel, slot: StepSlot, first: int, renamed: Mapping[str, str]
+) -> list[ExpertLinear]:
+    """Have the experts' linears ask `slot` for adapters, under indices from `first` on.
+
+    Args:
+        renamed: parameter in the model's files -> in the model, where these differ.
+    """
+    parts_of = _parts(model)
+    others = {}  # module -> its name in the files
+    for theirs, ours in renamed.items():
+        while "." in ours and ours.rpartition(".")[2] == theirs.rpartition(".")[2]:
+            ours, theirs = ours.rpartition(".")[0], theirs.rpartition(".")[0]
+        others[f"{ours}."] = f"{theirs}."
+    found = linears(model)
+    for index, (name, linear) in enumerate(found.items(), first):
+        module = f"{name.rpartition('.')[0]}."
+        modules = [
+            module,
+            *(theirs + module[len(ours) :] for ours, theirs in others.items() if module.startswith(ours)),
+        ]
+        parts = next((parts for end, parts in parts_of.items() if f".{name}".endswith(f".{end}")), [])
+        linear.size = linear.size._replace(
+            parts=tuple(tuple(f"{module}*.{part}" for module in modules) for part in parts)
+        )
+        linear.attach(name, index, slot)
+    return list(found.values())
+
+
+def _parts(model: transformers.PreTrainedModel) -> dict[str, list[str]]:
+    """How the linears of single experts are called that a parameter is made of, by the end of its name."""
+    found = {}
+    for conversion in get_model_conversion_mapping(model):
+        if isinstance(conversion, WeightConverter) and len(conversion.target_patterns) == 1:
+            steps = {type(step) for step in conversion.operations}
+            if MergeModulelist in steps and steps <= {MergeModulelist, Concatenate}:
+                target = conversion.target_patterns[0].replace("\\", "").lstrip(".")
+                found[target] = [pattern.split(".")[-2] for pattern in conversion.source_patterns]
+    return found
 
 
 def read(

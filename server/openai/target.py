@@ -150,7 +150,7 @@ async def _several(
 
 def _check_mixable(version: Version, param: str, *, alone: bool) -> None:
     """Raises InvalidRequest for adapters that replace something, so that no weight and no sum of them has a meaning."""
-    replacing = set(version.receipt.get("variants", ())) - {"alora"}
+    replacing = set(version.receipt.get("variants", ())) - {"alora", "experts"}
     if replacing and not alone:
         raise InvalidRequest(
             f"`{version.name}` is more than plain LoRA ({', '.join(sorted(replacing))}): it runs alone, with weight 1.",

@@ -252,7 +252,7 @@ HOSTILE: list[tuple[str, Any]] = [
     ("trainable_token_indices", {"embed_tokens": [1], "lm_head": [1], "wte": [1]}),
     ("trainable_token_indices", {"": [1]}),
     ("ensure_weight_tying", 1),
-    ("target_parameters", ["mlp.experts.gate_up_proj"]),
+    *each("target_parameters", "experts.down_proj", [""], [1], {}, [f"w{i}" for i in range(1025)]),
     ("layer_replication", [[0, 4], [2, 5]]),
     *each("alora_invocation_tokens", [], 7, [-1], [2**31], ["x"], [None], {}, [1] * 257),
     ("megatron_config", {"tensor_model_parallel_size": 1}),

@@ -299,7 +299,7 @@ def container(header: Any, data: bytes = b"", *, length: int | None = None) -> b
         (container({"x": entry(0, 8)}, b"", length=2**63), "weights"),
         (container({"x": entry(0, 8)}, bytes(8), length=10**9), "weights"),
         (container(b" " * (MAX_HEADER_BYTES + 1)), "weights"),
-        (container(json.dumps({f"{i}": entry(0, 0) for i in range(100_000)}).encode()), "weights"),
+        (container(json.dumps({f"{i}": entry(0, 0) for i in range(100_001)}).encode()), "weights"),
         (container(b'{"x":' + b"[" * 200_000), "weights"),
         (container(b'{"x": {}, "x": {}}'), "weights"),
         (container({"__metadata__": {"x": 1}, "y": entry(0, 8)}, bytes(8)), "weights"),

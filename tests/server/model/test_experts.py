@@ -10,13 +10,24 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from adapters.kernels import ExpertWeights
+from adapters.peft_format.directory import AdapterSpec
 from adapters.peft_format.fields import AdapterError
+from adapters.peft_format.sizes import EXTRAS
 from server.engine.engine import Engine
 from server.model import UnservableModel
-from tests.support.offline import load_engine, publish, request, run, solo
+from tests.support.offline import Answer, load_engine, publish, request, run, solo
 from tests.support.tiny import tiny_adapter, tiny_model
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+# Of patterns for parameters: it looks for modules.
+PEFT_WARNS = pytest.mark.filterwarnings("ignore:.*did not match any targeted module")
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+# Of sizes that are not square, so that nothing transposed fits.
+SERVED: dict[str, dict[str, Any]] = {
+    "Qwen3Moe": {"moe_intermediate_size": 96},
+    "Mixtral": {"num_local_experts": 8, "intermediate_size": 96},
+    "GptOss": {"num_local_experts": 8, "intermediate_size": 96, "tie_word_embeddings": False},
+}
 SIZES = {
     "num_hidden_layers": 2,
     "num_experts": 8,
@@ -102,16 +113,20 @@ def test_company_changes_no_bit(config: str, settings: dict[str, Any], tmp_path:
         publish(engine, tiny_adapter(tmp_path / str(rank), directory, r=rank, seed=rank, target_modules=ATTENTION))
         for rank in (3, 8)
     ]
+    of_experts = tiny_adapter(
+        tmp_path / "experts", directory, r=3, b_std=0.02, target_modules=["q_proj"], target_parameters=EXPERTS
+    )
+    adapters.append(publish(engine, of_experts))
     generator = torch.Generator().manual_seed(0)
     work = [
         request(
             f"r{i}",
             torch.randint(3, 500, (5 + 11 * i,), generator=generator).tolist(),
-            [*adapters, None][i % 3],
+            [*adapters, None][i % 4],
             max_tokens=8 + i,
             prompt_logprobs=0,
         )
-        for i in range(6)
+        for i in range(7)
     ]
     expected = solo(engine, work)
     assert run(load_engine(directory, tmp_path / "cache", prefix_caching=False), work, every=2) == expected
@@ -119,12 +134,102 @@ def test_company_changes_no_bit(config: str, settings: dict[str, Any], tmp_path:
     assert run(small, work) == expected
 
 
-def test_adapters_of_experts_are_refused_by_name(model: Path, engine: Engine, tmp_path: Path) -> None:
-    directory = tiny_adapter(
-        tmp_path / "a", model, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"]
-    )
-    with pytest.raises(AdapterError, match="experts"):
+def peft_logprobs(model: Path, adapter: Path, prompt: list[int]) -> list[float]:
+    import peft
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(base, str(adapter))
+    ids = torch.tensor(prompt)
+    with torch.no_grad():
+        scores = adapted(ids[None]).logits[0, :-1].log_softmax(-1)
+    found: list[float] = scores.gather(1, ids[1:, None])[:, 0].tolist()
+    return found
+
+
+def logprobs(answer: Answer) -> list[float]:
+    return [entry.logprob for entry in answer.prompt_logprobs if entry is not None]
+
+
+@PEFT_WARNS
+@pytest.mark.parametrize("config", list(SERVED))
+def test_adapters_of_experts_equal_peft_in_a_mixed_batch(config: str, tmp_path: Path) -> None:
+    model = mixture(tmp_path / "model", config, **SERVED[config])
+    engine = load_engine(model, tmp_path / "cache", quantization="none")
+    adapters: dict[str, dict[str, Any]] = {
+        "both": {"r": 3, "target_modules": ["q_proj"], "target_parameters": EXPERTS},
+        "one": {"r": 4, "target_modules": [], "target_parameters": EXPERTS[1:], "use_rslora": True},
+        "ranks": {
+            "target_modules": ["o_proj"],
+            "target_parameters": ["gate_up_proj", "down_proj"],
+            "rank_pattern": {"experts.gate_up_proj": 2, r"layers\.1\..*down_proj": 5},
+            "alpha_pattern": {"down_proj": 3},
+        },
+        "attention": {"r": 3, "target_modules": ATTENTION},
+    }
+    generator = torch.Generator().manual_seed(0)
+    work, expected = [], {}
+    for seed, (name, settings) in enumerate(adapters.items()):
+        directory = tiny_adapter(tmp_path / name, model, seed=seed, b_std=0.04, **settings)
+        prompt = torch.randint(3, 500, (20 + 7 * seed,), generator=generator).tolist()
+        work.append(request(name, prompt, publish(engine, directory), max_tokens=1, prompt_logprobs=0))
+        expected[name] = peft_logprobs(model, directory, prompt)
+    plain = request("base", work[0].prompt, max_tokens=1, prompt_logprobs=0)
+    answers = run(engine, [*work[:2], plain, *work[2:]])
+    for name, scores in expected.items():
+        assert logprobs(answers[name]) == pytest.approx(scores, abs=1e-3), name
+    assert logprobs(answers["base"]) == logprobs(run(engine, [plain])["base"])
+    assert logprobs(answers["base"]) != pytest.approx(expected["both"], abs=0.1)
+
+
+@PEFT_WARNS
+@pytest.mark.parametrize(
+    ("config", "module", "parts"),
+    [
+        ("Qwen3Moe", "mlp", ["gate_proj", "up_proj", "down_proj"]),
+        ("Mixtral", "block_sparse_moe", ["w1", "w3", "w2"]),
+    ],
+)
+def test_adapters_of_single_experts_equal_peft(config: str, module: str, parts: list[str], tmp_path: Path) -> None:
+    model = mixture(tmp_path / "model", config, **SERVED[config])
+    engine = load_engine(model, tmp_path / "cache", quantization="none")
+    directory = tiny_adapter(tmp_path / "a", model, r=3, target_modules=["q_proj"])
+    document = json.loads((directory / "adapter_config.json").read_text())
+    document["target_modules"] = ["q_proj", *parts]
+    (directory / "adapter_config.json").write_text(json.dumps(document))
+    tensors = load_file(directory / "adapter_model.safetensors")
+    torch.manual_seed(1)
+    for layer in range(2):
+        for expert in range(8):
+            for part in parts:
+                inputs, outputs = (96, 64) if part == parts[2] else (64, 96)
+                name = f"base_model.model.model.layers.{layer}.{module}.experts.{expert}.{part}"
+                tensors[f"{name}.lora_A.weight"] = torch.randn(3, inputs) * inputs**-0.5
+                tensors[f"{name}.lora_B.weight"] = torch.randn(outputs, 3) * 0.04
+    save_file(tensors, directory / "adapter_model.safetensors")
+    reference = publish(engine, directory)
+    spec = AdapterSpec.read(directory)
+    assert spec.variants.names == ["experts"]
+    assert spec.rows()[EXTRAS] * 1024 >= 2 * 8 * 4 * 3 * (2 * (64 + 2 * 96) + 96 + 64)  # B's zeros included
+    prompt = torch.randint(3, 500, (40,)).tolist()
+    answer = run(engine, [request("r", prompt, reference, max_tokens=1, prompt_logprobs=0)])["r"]
+    assert logprobs(answer) == pytest.approx(peft_logprobs(model, directory, prompt), abs=1e-3)
+    for name in [name for name in tensors if ".experts.5." in name]:
+        del tensors[name]
+    save_file(tensors, directory / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match=r"target_modules asks for .*experts\.5"):
         publish(engine, directory)
+
+
+def test_adapters_of_more_than_the_weights_of_experts_are_refused_by_name(tmp_path: Path) -> None:
+    model = mixture(tmp_path / "model", "GptOss", **SERVED["GptOss"])
+    engine = load_engine(model, tmp_path / "cache")
+    for number, parameter in enumerate(("experts.down_proj_bias", "mlp.router.weight", "q_proj.weight")):
+        directory = tiny_adapter(
+            tmp_path / str(number), model, target_modules=["k_proj"], target_parameters=[*EXPERTS, parameter]
+        )
+        with pytest.raises(AdapterError, match=f"'{parameter}', which means .*only the weights of experts") as fault:
+            publish(engine, directory)
+        assert fault.value.param == "target_parameters"
 
 
 def test_files_without_an_expert_are_refused_by_its_name(model: Path, tmp_path: Path) -> None:
