@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -25,6 +25,7 @@ LARGEST_AUTO_BATCH = 8
 DEFAULT_MAX_SEQ_LEN = 2048
 MICRO_BATCH_TOKENS = {"cpu": 128, "cuda": 4096}
 _IN_A_LAYER = re.compile(r"\.\d+\.")  # a module's name, below an entry of a list
+_FUSED = ("FalconH1", "NemotronH")  # architectures whose `out_proj` PEFT does not adapt: fused kernels pass it by
 
 
 class Hyperparameters(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,19 +72,22 @@ class TrainingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     early_stopping: int | None = None  # evaluations without a better validation loss; None: never
 
 
-def adapter_config(lora: LoraOptions, base: str, linears: Collection[str]) -> dict[str, Any]:
+def adapter_config(lora: LoraOptions, name: str, base: Ready) -> dict[str, Any]:
     """The `adapter_config.json` of what the job makes, in PEFT's words.
 
-    Only linears of the layers are trained, so "all-linear" is spelled out where the base has `linears` beside them.
+    Only linears of the layers are trained, and none that PEFT refuses: "all-linear" is spelled out where the base has
+    others.
     """
     targets = lora.target_modules
-    outside = {_kind(name) for name in linears if not _IN_A_LAYER.search(name)}
+    outside = {_kind(name) for name in base.linears if not _IN_A_LAYER.search(name)}
+    if base.architecture.startswith(_FUSED):
+        outside.add("out_proj")
     if targets == "all-linear" and outside:
-        targets = sorted({_kind(name) for name in linears} - outside)
+        targets = sorted({_kind(name) for name in base.linears} - outside)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": name,
         "inference_mode": True,
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,

@@ -142,7 +142,7 @@ def _shape(
         return (asked or LoraBody()).options(), shapes
     lora = (asked or LoraBody()).options()
     try:
-        shapes = recipe.modules(recipe.adapter_config(lora, services.settings.base_name, base.linears), base.linears)
+        shapes = recipe.modules(recipe.adapter_config(lora, services.settings.base_name, base), base.linears)
         check_fit(recipe.saved(shapes), base)
     except AdapterError as error:
         param = f"lora.{error.param}"
