@@ -36,15 +36,14 @@ class Following:
         """Take over what others changed. While the store fails, what is known stays."""
         try:
             changes = await asyncio.to_thread(self._store.refresh)
-        except RemoteUnavailable as fault:
+        except (RemoteUnavailable, OSError) as fault:  # of the network, or of this disk
             if not self._outage:
-                log.warning(
-                    "the object store does not answer, so that changes of other servers are not seen: %s", fault
-                )
+                log.warning("changes of other servers are not seen: %s", fault)
             self._outage = True
             return
         if self._outage:
-            log.info("the object store answers again")
+            log.info("changes of other servers are seen again")
+            self._publisher.pins.renew()  # some of them may have been taken over before the fault
         self._outage = False
         self._looks.clear()
         self._publisher.follow(changes)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from adapters.disk import StorageFull
-from adapters.storage.database import Database, DatabaseBusy
+from adapters.storage.database import Database, DatabaseBusy, DatabaseDamaged
 from server.tenants.caller import TENANT, Role, tenant_name, tenant_of
 from server.tenants.limits import UNLIMITED, Limits
 
@@ -147,7 +147,7 @@ class Rolls:
         try:
             if now != before:
                 self._write(id_, before, now)
-        except (StorageFull, DatabaseBusy) as fault:
+        except (StorageFull, DatabaseBusy, DatabaseDamaged) as fault:
             log.warning("the keys of tenant %s were not copied to this disk: %s", tenant_name(id_), fault)
 
     def _write(self, id_: str, before: Roll | None, now: Roll | None) -> None:

@@ -156,6 +156,24 @@ async def test_while_the_store_is_down_what_is_known_is_served(
     assert await status(two, "nobody") == 404
 
 
+async def test_a_fault_of_this_disk_does_not_end_the_polling(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = pair
+    await push(one, "legal", 1)
+    await two.registry.following.poll()
+    await ask(one, "DELETE", "/v1/adapters/legal")
+
+    def fail(*_: object) -> None:
+        raise OSError("read-only")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(two.store._files, "remove_unused", fail)
+        await two.registry.following.poll()
+    assert two.names() == []
+    await push(one, "poet", 2)
+    await two.registry.following.poll()
+    assert two.names() == ["poet"]
+
+
 async def test_a_store_that_hangs_holds_up_only_who_asks_for_what_is_not_known(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:
