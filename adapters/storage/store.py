@@ -18,11 +18,19 @@ from adapters.disk import full_disk_named
 from adapters.peft_format.directory import AdapterSpec
 from adapters.peft_format.fields import AdapterError, shorten
 from adapters.storage.files import VersionFiles
-from adapters.storage.known import Known
 from adapters.storage.names import Apply, Names
 from adapters.storage.receipt import receipt_of
 from adapters.storage.staging import Staging
-from adapters.storage.versions import Meaning, Pointer, Remote, RemoteUnavailable, UnknownAdapter, Version, check_name
+from adapters.storage.versions import (
+    Known,
+    Meaning,
+    Pointer,
+    Remote,
+    RemoteUnavailable,
+    UnknownAdapter,
+    Version,
+    check_name,
+)
 
 RETAINED_VERSIONS = 5
 
@@ -71,7 +79,7 @@ class AdapterStore:
         self._remote = remote
         self._kept = names
         self._retain = retain
-        self._changing = threading.Lock()  # held through all of a name's change
+        self._changing = threading.RLock()  # held through all of a name's change
         self._known = Known()
         self._check_pins = check_pins
         self._recover()
@@ -123,8 +131,7 @@ class AdapterStore:
     def lease(self, version: Version) -> AbstractContextManager[Version]:
         """Keep a version's files while this is open, whatever becomes of its name.
 
-        Raises:
-            UnknownAdapter: the version was removed since `get` answered it.
+        Raises UnknownAdapter when the version was removed since `get` answered it.
         """
         return self._files.lease(version)
 
@@ -284,8 +291,7 @@ class AdapterStore:
         return tuple(change for meaning in news if (change := self._follow(meaning)) is not None)
 
     def look(self, tenant: str, name: str) -> Change | None:
-        """Take over what one name means to other servers, if that is news; waits for the remote. Raises
-        RemoteUnavailable."""
+        """Take over what one name means to other servers. See `refresh`."""
         meaning = self._remote.look(tenant, name, self._files.path) if self._remote else None
         return None if meaning is None else self._follow(meaning)
 
@@ -327,18 +333,6 @@ class AdapterStore:
 
         `keep`: the digest of a version that stays, beside the current one.
         """
-        try:
-            known, made = self._changed(tenant, name, change, keep)
-        except (UnknownAdapter, Moved):  # another server changed it, perhaps
-            with suppress(RemoteUnavailable):
-                self.look(tenant, name)
-            raise
-        for version in known.versions if known else ():
-            self._files.remove_unused(version.digest)
-        return made
-
-    def _changed(self, tenant: str, name: str, change: Apply, keep: str | None) -> tuple[Pointer | None, Change]:
-        """See `_change`. What was known before, and what changed."""
         with full_disk_named(), self._changing, ExitStack() as marked:
             known = self._known.get(tenant, name)
             made: Change = (known, known)
@@ -356,16 +350,22 @@ class AdapterStore:
                 made = before, after
                 return after
 
-            now = self._kept.change(tenant, name, known, apply, self._files.path)
+            try:
+                now = self._kept.change(tenant, name, known, apply, self._files.path)
+            except (UnknownAdapter, Moved):  # another server changed it, perhaps
+                with suppress(RemoteUnavailable):
+                    self.look(tenant, name)
+                raise
             if now != known:
                 self._point(tenant, name, now)
-        return known, made
+        for version in known.versions if known else ():
+            self._files.remove_unused(version.digest)
+        return made
 
     def _point(self, tenant: str, name: str, pointer: Pointer | None) -> None:
         """Let a name mean this from now on, and want its files."""
         before = self._known.point(tenant, name, pointer)
-        now, then = ({one.digest for one in of.versions} if of else () for of in (pointer, before))
-        self._files.want(now, then)
+        self._files.want(*({one.digest for one in of.versions} if of else () for of in (pointer, before)))
 
     def _recover(self) -> None:
         """Read the names, and take away the files that no name has."""

@@ -20,7 +20,7 @@ Order and fairness:
   its old place. What it generated is kept and later recomputed as if it were prompt, never drawn again. If it is in
   flight, it is held back first, and so is the one in need.
 - Sequences in the background are younger than all others, have steps in which nothing else can run, and give place,
-  blocks and rows to the first newcomer that lacks them; after `background_seconds` they become as others, one at a time.
+  blocks and rows to the first newcomer that lacks them. After `background_seconds` one at a time is as others are.
 - Among several tenants `shares` decides who is next, whose sequence gives way, and to whom a step belongs.
 """
 
