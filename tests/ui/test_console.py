@@ -322,7 +322,7 @@ def test_adapters_are_mixed_and_one_is_merged(console: Console, server: RunningS
     with page.expect_request(lambda request: request.method == "POST") as sent:
         form.get_by_role("button", name="Mix").click()
     weights = [{"adapter": "poet", "weight": 0.75}, {"adapter": "legal", "weight": 0.25}]
-    assert sent.value.post_data_json["mix"] == weights
+    assert json.loads(sent.value.post_data or "")["mix"] == weights
     expect(form.get_by_role("status")).to_contain_text("Received: both", timeout=60_000)
     detail = page.get_by_role("complementary", name="Adapter")
     expect(detail.get_by_role("heading", name="both")).to_be_visible()
