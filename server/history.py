@@ -23,11 +23,12 @@ _SLOW_RATES = {
     "training_share": "finetune_busy_seconds_total",
 }
 _GAUGES = {"requests_running": "num_requests_running", "requests_waiting": "num_requests_waiting"}
-_KV, _ERRORS = "kv_cache_usage_perc", "request_success_total"
+_SHARES = {"kv_usage": "kv_cache_usage_perc", "state_usage": "state_cache_usage_perc"}
+_ERRORS = "request_success_total"
 _STEPS, _STEP_ADAPTERS = "engine_step_adapters_count", "engine_step_adapters_sum"
-_READ = [*_RATES.values(), *_SLOW_RATES.values(), *_GAUGES.values(), _KV, _ERRORS, _STEPS, _STEP_ADAPTERS]
+_READ = [*_RATES.values(), *_SLOW_RATES.values(), *_GAUGES.values(), *_SHARES.values(), _ERRORS, _STEPS, _STEP_ADAPTERS]
 COLUMNS = (
-    *("time", *_RATES, *_SLOW_RATES, *_GAUGES, "kv_usage", "adapters_per_step", "errors", "engine_restarts"),
+    *("time", *_RATES, *_SLOW_RATES, *_GAUGES, *_SHARES, "adapters_per_step", "errors", "engine_restarts"),
     *("adapters_on_device", "adapters_in_host_memory", "adapter_device_bytes", "adapter_host_bytes"),
 )
 
@@ -74,7 +75,7 @@ class History:
                 "trained_tokens_per_second": round(slow["trained_tokens_per_second"], 3),
                 "training_share": round(min(1.0, slow["training_share"]), 3),  # jobs share passes: each counts them
                 **{column: values[name] for column, name in _GAUGES.items()},
-                "kv_usage": round(values[_KV], 4),
+                **{column: round(values[name], 4) for column, name in _SHARES.items()},
                 "adapters_per_step": round(grown[_STEP_ADAPTERS] / steps, 2) if steps else None,
                 "errors": grown[_ERRORS],
                 "engine_restarts": float(restarted),

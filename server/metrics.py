@@ -216,6 +216,7 @@ class Metrics:
         self._running = self._gauge("num_requests_running", "Sequences in the batch")
         self._waiting = self._gauge("num_requests_waiting", "Sequences waiting for a place in the batch")
         self._kv_usage = self._gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1")
+        self._state_usage = self._gauge("state_cache_usage_perc", "Share of state slots that sequences have, 0 to 1")
         self._merged_bytes = self._gauge("merged_weight_bytes", "Device memory of adapters merged into the base")
         self._engine_up = self._gauge("engine_up", "1 while there is an engine process, else 0")
         self._cache_config = self._gauge(
@@ -286,6 +287,7 @@ class Metrics:
         self._running.set(stats.running)
         self._waiting.set(stats.waiting)
         self._kv_usage.set(stats.kv_usage)
+        self._state_usage.set(stats.state_usage)
         for counter, count in (
             (self._prefix_queries, stats.prefix_queries),
             (self._prefix_hits, stats.prefix_hits),
@@ -326,7 +328,7 @@ class Metrics:
             rows = [info.pool_rows.get(kind, 0) for kind in {linear.kind for linear in info.linears.values()}]
             self._adapters.room = min(rows, default=0) // USUAL_RANK
         if not alive:
-            for gauge in (self._running, self._waiting, self._kv_usage, self._merged_bytes):
+            for gauge in (self._running, self._waiting, self._kv_usage, self._state_usage, self._merged_bytes):
                 gauge.set(0)
             self._adapters.resident.clear()
 

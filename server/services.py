@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from starlette.requests import Request
 
@@ -30,6 +31,9 @@ from server.tenants.keys import Tenants
 from server.text.grammar_checker import GrammarChecker
 from server.text.processor import TextProcessor
 from server.usage import Ledger
+
+if TYPE_CHECKING:
+    from adapters.storage.records import Records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,11 +120,21 @@ def make_services(
         ),
         responses=ResponseStore(tuning.database, settings.response_days, settings.response_bytes),
         history=History(metrics, engine, store),
-        tenants=Tenants(database, settings.api_key),
+        tenants=Tenants(database, settings.api_key, _shared(settings, "tenants"), settings.store_poll_seconds),
         ledger=ledger,
         audit=AuditLog(settings.data_dir / "audit.jsonl", settings.audit_bytes),
         sampling_defaults=sampling_defaults or {},
     )
+
+
+def _shared(settings: Settings, prefix: str) -> "Records | None":
+    """Records that all servers of one object store have in common. Raises ValueError for a URL that is none."""
+    if settings.adapter_store is None:
+        return None
+    from adapters.storage.bucket import Bucket  # its library is needed only with an object store
+    from adapters.storage.records import Records
+
+    return Records(Bucket(settings.adapter_store), prefix)
 
 
 def new_metrics(settings: Settings) -> Metrics:

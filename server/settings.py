@@ -444,10 +444,18 @@ class Settings:
         maximum=3600,
     )
 
+    store_poll_seconds: float = _setting(
+        2.0,
+        "Within how long this server sees what others change in --adapter-store, which it lists twice in that time.",
+        parse=_number,
+        minimum=0.1,
+        maximum=3600,
+    )
+
     adapter_orphan_hours: float = _setting(
         24.0,
-        "Age at which files in --adapter-store that no name means are removed, at start and at that interval; "
-        "0 leaves them.",
+        "Age at which files in --adapter-store that no name has are removed, at start and at that interval; 0 leaves "
+        "them. Longer than any upload takes.",
         parse=_number,
         minimum=0,
         maximum=24 * 365,

@@ -77,19 +77,7 @@ class States(Protocol):
     def convolve(self, layer: int, x: Tensor, taps: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
         """`kernels.convolve`."""
 
-    def recur(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        a: Tensor,
-        b: Tensor | None,
-        a_log: Tensor,
-        dt_bias: Tensor,
-        gain: float = 1.0,
-        limits: tuple[float, float] = kernels.NO_LIMITS,
-    ) -> Tensor:
+    def recur(self, layer: int, recurrence: kernels.Recurrence) -> Tensor:
         """`kernels.recur`."""
 
 

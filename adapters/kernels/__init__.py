@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from adapters.kernels import build, native, reference, triton
 from adapters.kernels.experts import ExpertWeights
 from adapters.kernels.plan import DecoderPlan
-from adapters.kernels.recurrence import NO_LIMITS, convolve, convolved, recur
+from adapters.kernels.recurrence import Recurrence, convolve, convolved, recur
 from adapters.kernels.reference import BF16, FP16, FP32, SCALE_BYTES, GroupedFunction, LinearFunction, row_multiple
 from adapters.kernels.weight import QuantizedWeight
 
@@ -23,12 +23,12 @@ __all__ = [
     "BF16",
     "FP16",
     "FP32",
-    "NO_LIMITS",
     "SCALE_BYTES",
     "Decoder",
     "DecoderPlan",
     "ExpertWeights",
     "QuantizedWeight",
+    "Recurrence",
     "base_linear",
     "convolve",
     "convolved",

@@ -7,6 +7,7 @@ into runs.
 """
 
 from ctypes import Structure, c_float, c_int32, c_void_p
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,6 @@ from adapters.kernels import native
 
 _MOST_KEYS = 1024  # numbers of a key: of recurrence.cpp
 _NORM_EPS = 1e-6
-NO_LIMITS = (0.0, float("inf"))
 
 
 class ConvolutionStruct(Structure):
@@ -78,20 +78,8 @@ def convolved(inputs: Tensor, taps: Tensor, bias: Tensor | None, silu: bool) -> 
     return F.silu(y) if silu else y
 
 
-def recur(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor | None,
-    a_log: Tensor,
-    dt_bias: Tensor,
-    gain: float = 1.0,
-    limits: tuple[float, float] = NO_LIMITS,
-    *,
-    states: Tensor,
-    runs: Tensor,
-) -> Tensor:
+@dataclass(frozen=True)
+class Recurrence:
     """Linear attention whose state decays: by the gated delta rule, or without `b` as Mamba-2 has it.
 
     For each token and head, with step = softplus(a + dt_bias) within `limits`: the state times exp(-exp(a_log) * step),
@@ -103,50 +91,52 @@ def recur(
         v: [T, heads, values].
         a, b: [T, heads].
         a_log, dt_bias: [heads].
-        states: fp32 [slots, heads, keys, values]; written.
-
-    Returns:
-        [T, heads, values], in the dtype of `v`.
     """
-    kernels = _native(q, k, v, a, a_log, dt_bias) if q.shape[2] <= _MOST_KEYS else None
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    a: Tensor
+    b: Tensor | None
+    a_log: Tensor
+    dt_bias: Tensor
+    gain: float = 1.0
+    limits: tuple[float, float] = (0.0, float("inf"))
+
+
+def recur(r: Recurrence, states: Tensor, runs: Tensor) -> Tensor:
+    """Attention's output, [T, heads, values] in the dtype of `v`.
+
+    Args:
+        states: fp32 [slots, heads, keys, values]; written.
+    """
+    kernels = _native(r.q, r.k, r.v, r.a, r.a_log, r.dt_bias) if r.q.shape[2] <= _MOST_KEYS else None
     if kernels is None:
-        return _recur(q, k, v, a, b, a_log, dt_bias, gain, limits, states, runs)
-    q, k, v, a = (part.contiguous() for part in (q, k, v, a))
-    b = None if b is None else b.contiguous()
-    out = torch.empty(v.shape)
-    addresses = map(native.address, (q, k, v, a, b, a_log, dt_bias, out, states, runs))
-    shape = len(runs), q.shape[1], v.shape[1], q.shape[2], v.shape[2]
-    kernels.call("lk_recur", RecurrenceStruct(*addresses, *shape, gain, *limits))
+        return _recur(r, states, runs)
+    # A list: what is copied must live until the kernel has read it.
+    inputs = [part if part is None else part.contiguous() for part in (r.q, r.k, r.v, r.a, r.b)]
+    out = torch.empty(r.v.shape)
+    addresses = map(native.address, (*inputs, r.a_log, r.dt_bias, out, states, runs))
+    shape = len(runs), r.q.shape[1], r.v.shape[1], r.q.shape[2], r.v.shape[2]
+    kernels.call("lk_recur", RecurrenceStruct(*addresses, *shape, r.gain, *r.limits))
     return out
 
 
-def _recur(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    a: Tensor,
-    b: Tensor | None,
-    a_log: Tensor,
-    dt_bias: Tensor,
-    gain: float,
-    limits: tuple[float, float],
-    states: Tensor,
-    runs: Tensor,
-) -> Tensor:
-    out, shared, rate = torch.empty_like(v), v.shape[1] // q.shape[1], -a_log.float().exp()
+def _recur(r: Recurrence, states: Tensor, runs: Tensor) -> Tensor:
+    out, shared, rate = torch.empty_like(r.v), r.v.shape[1] // r.q.shape[1], -r.a_log.float().exp()
     for begin, end, read, write in runs.tolist():
         state = states[read]
         for token in range(begin, end):
-            query, key = (part[token].float().repeat_interleave(shared, 0) for part in (q, k))  # [heads, keys]
-            value = v[token].float()
-            step = F.softplus(a[token].float() + dt_bias.float()).clamp(*limits)
+            query, key = (part[token].float().repeat_interleave(shared, 0) for part in (r.q, r.k))  # [heads, keys]
+            value = r.v[token].float()
+            step = F.softplus(r.a[token].float() + r.dt_bias.float()).clamp(*r.limits)
             state = state * (rate * step).exp()[:, None, None]
-            if b is None:
+            if r.b is None:
                 update = value * step[:, None]
             else:
                 query, key = normalised(query) * query.shape[-1] ** -0.5, normalised(key)
                 update = value - (state * key[:, :, None]).sum(1)
-                update = update * (b[token].float().sigmoid() * gain)[:, None]
+                update = update * (r.b[token].float().sigmoid() * r.gain)[:, None]
             state = state + key[:, :, None] * update[:, None]
             out[token] = (state * query[:, :, None]).sum(1).to(out.dtype)
         states[write] = state

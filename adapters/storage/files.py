@@ -1,8 +1,8 @@
 """The files of adapter versions: complete directories by digest, here as long as a name or a lease wants them.
 
 A version is a directory `versions/<digest>`, complete before it gets that name and never changed after. With a `Remote`
-the files are kept there and this disk is a cache of them: what is not here is fetched when somebody leases it. One
-process at a time may use a directory.
+the files are kept there and this disk is a cache of them: what is not here is fetched when somebody leases it, and what
+nobody needs goes from here only. One process at a time may use a directory.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from adapters.peft_format.directory import AdapterSpec
 from adapters.storage import entries, lost, mending
 from adapters.storage.lost import Pending
 from adapters.storage.staging import Staging
-from adapters.storage.versions import DamagedAdapter, Pointer, Remote, RemoteUnavailable, UnknownAdapter, Version
+from adapters.storage.versions import DamagedAdapter, Pointer, Remote, UnknownAdapter, Version
 
 _FETCHERS = 8  # versions fetched at once
 
@@ -196,7 +196,7 @@ class VersionFiles:
     def coming(self, staging: Staging, spec: AdapterSpec) -> Iterator[None]:
         """Complete staged files, which `inspect` described by `spec`, and make them durable; with a remote, there.
 
-        While this is open nobody removes them from there. `place` them before it ends.
+        `place` them before it ends.
         """
         spec.save(staging.path)
         _sync_all(staging.path)
@@ -205,8 +205,8 @@ class VersionFiles:
             self._leases[spec.digest] += 1
             kept = spec.digest in self._wanted and spec.digest not in self._beyond_mending
         try:
-            if self._remote and not kept:
-                self._remote.put(spec.digest, staging.path)
+            if self._remote:
+                self._remote.put(spec.digest, staging.path, known=kept)
             self.repair(staging, spec)
             yield
         finally:
@@ -261,37 +261,30 @@ class VersionFiles:
     # --- going ---------------------------------------------------------------------------------------
 
     def remove_unused(self, digest: str) -> None:
-        """Remove a version's files unless somebody wants or leases them."""
+        """Remove a version's files from here unless somebody wants or leases them."""
         with self._counting:
             if digest in self._wanted or digest in self._leases or digest in self._removing:
                 return
             size = self._stored.pop(digest, None)
-            if size is None and self._remote is None:
+            if size is None:
                 return
-            self._disk_used -= size or 0
+            self._disk_used -= size
             self._removing.add(digest)
-        self._take_away(digest, self._remote)
+        self._take_away(digest)
 
     async def remove_orphans(self, seconds: float) -> int:
-        """Remove what deletions and crashes left with the remote, unless something came so lately; how many versions.
+        """Remove from the remote what no name there has, unless something came so lately; how many versions.
 
         Raises RemoteUnavailable.
         """
-        return await asyncio.wrap_future(self._fetchers.submit(self._remove_orphans, seconds))
+        if self._remote is None:
+            return 0
+        work = self._fetchers.submit(self._remote.remove_orphans, seconds, self._held)
+        return await asyncio.wrap_future(work)
 
-    def _remove_orphans(self, seconds: float) -> int:
-        count = 0
-        for digest in self._remote.unnamed(seconds) if self._remote else ():
-            if self._closed:
-                break
-            with self._counting:
-                held = digest in self._wanted or digest in self._leases or digest in self._fetching
-                if held or digest in self._removing:
-                    continue
-                self._removing.add(digest)
-            self._take_away(digest, self._remote)
-            count += 1
-        return count
+    def _held(self, digest: str) -> bool:
+        """Whether anybody here needs a version's files in the remote."""
+        return self._closed or digest in self._wanted or digest in self._leases or digest in self._fetching
 
     def settle(self, known: Collection[str], database: str) -> None:
         """Once, before anything else comes: take from here what is not among these, and what is too much.
@@ -342,17 +335,13 @@ class VersionFiles:
         for victim in victims:
             self._take_away(victim)
 
-    def _take_away(self, digest: str, remote: Remote | None = None) -> None:
-        """Remove files from here, and from `remote`. By way of staging, so that half a directory is never found."""
+    def _take_away(self, digest: str) -> None:
+        """Remove files from here, by way of staging, so that half a directory is never found."""
         try:
             doomed = self._staging / uuid.uuid4().hex
             with suppress(FileNotFoundError):
                 self.path(digest).rename(doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
-            if remote is not None:
-                remote.remove(digest)
-        except RemoteUnavailable as fault:
-            log.warning("the files of %s, which nobody needs, stay in the object store: %s", digest, fault)
         finally:
             with self._counting:
                 self._removing.remove(digest)

@@ -1,7 +1,7 @@
 """Where it is kept what every name means: a table of one local database.
 
-The store reads all of it once and writes a name's `Pointer` whole; `adapters.storage.remote` keeps the same beside the
-files in an object store.
+The store reads all of it once. A change is a function of a name's `Pointer`. `adapters.storage.remote` keeps the same
+beside the files in an object store.
 """
 
 import json
@@ -15,7 +15,7 @@ from adapters.peft_format.directory import AdapterSpec
 from adapters.peft_format.record import DamagedFile
 from adapters.storage.database import BUSY_SECONDS, Database, script
 from adapters.storage.receipt import receipt_of
-from adapters.storage.versions import Pointer, Version
+from adapters.storage.versions import Locate, Pointer, Version
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS adapter_versions (
@@ -58,7 +58,7 @@ CREATE TABLE IF NOT EXISTS adapter_shared (
 """
 _MIGRATIONS = (script(_SCHEMA), _add_staged, script(_ADD_SHARED))
 
-Locate = Callable[[str], Path]  # digest -> where its files are, or would be
+Apply = Callable[[Pointer | None], Pointer | None]  # what a name means -> what it shall mean; None: nothing
 Split = tuple[tuple[str, float], ...]
 
 log = logging.getLogger(__name__)
@@ -78,8 +78,11 @@ class Names(Protocol):
     def load(self, locate: Locate) -> Iterator[Pointer]:
         """All of them, each as it was last saved; what cannot be read is logged and left out."""
 
-    def save(self, tenant: str, name: str, pointer: Pointer | None) -> None:
-        """Let a name mean this, or nothing. Durable when it returns; unchanged when it raises."""
+    def change(self, tenant: str, name: str, known: Pointer | None, apply: Apply, locate: Locate) -> Pointer | None:
+        """Let a name mean what `apply` makes of what it means, which was `known` when this process last saw it.
+
+        Durable when it returns what the name means now. `apply` may be called several times; what it raises, this does.
+        """
 
 
 class LocalNames:
@@ -149,7 +152,14 @@ class LocalNames:
             log.error("%s: whom adapter %s is shared with cannot be read: %s", self.title, row["name"], fault)
             return ()
 
+    def change(self, tenant: str, name: str, known: Pointer | None, apply: Apply, locate: Locate) -> Pointer | None:
+        after = apply(known)
+        if after != known:
+            self.save(tenant, name, after)
+        return after
+
     def save(self, tenant: str, name: str, pointer: Pointer | None) -> None:
+        """Let a name mean this, or nothing. Durable when it returns; unchanged when it raises."""
         owner = (tenant, name)
         with self.database.transaction(removing=pointer is None) as connection:
             for table in _TABLES:

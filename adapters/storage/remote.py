@@ -1,175 +1,183 @@
-"""Names and files of adapters in an object store: S3, Google Cloud Storage, Azure, or a directory, through obstore.
+"""Names and files of adapters in an object store, for any number of servers.
 
-`versions/<digest>/<file>` holds what a version's directory holds, `names/<tenant>/<name>.json` what a name means, one
-small object each, replaced whole. An object appears whole or not at all, and a name is written after its files: who
-reads finds the old state or the new one. One server at a time should change names; others see that when they start.
+`versions/<digest>/<file>` holds what a version's directory holds, `names/<tenant>/<name>.json` what a name means: see
+`adapters.storage.records`. A name is written after its files: who reads finds the old state or the new one.
+
+A version that no name has is removed by the server that collects orphans, and by nobody else: only a list of all names
+tells. `condemned/<digest>.json` says so beforehand. A server that is about to name a version writes files of it, then
+looks for that mark; one that is about to remove it writes the mark, then looks for files that are new.
 """
 
 import contextlib
-import json
 import logging
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime, timedelta
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import obstore
-from obstore.exceptions import BaseError
-from obstore.store import from_url
 
 from adapters.peft_format.directory import CONFIG_NAME, SPEC_NAME, WEIGHTS_NAME
 from adapters.peft_format.packed_rows import ROWS_NAME
 from adapters.peft_format.record import RECORD_NAME
-from adapters.storage.names import Locate
-from adapters.storage.versions import DamagedAdapter, Pointer, RemoteUnavailable, Version
-
-if TYPE_CHECKING:
-    from obstore import ObjectMeta
-    from obstore.store import ClientConfig, ObjectStore, RetryConfig
+from adapters.storage.bucket import Bucket, Conflict, Entry
+from adapters.storage.names import Apply
+from adapters.storage.records import Content, Record, Records
+from adapters.storage.versions import DamagedAdapter, Locate, Meaning, Pointer, RemoteUnavailable, Version
 
 REQUIRED = (CONFIG_NAME, SPEC_NAME, WEIGHTS_NAME)
-_READERS = 32  # names read at once when a server starts
-_CHUNK_BYTES = 1 << 20
 _DAMAGE = (ValueError, LookupError, TypeError)  # what reading a name raises when it is none
-# A server that is silent for so long is down; whole transfers may take longer.
-_CLIENT: "ClientConfig" = {
-    "connect_timeout": timedelta(seconds=5),
-    "read_timeout": timedelta(seconds=15),
-    "timeout": timedelta(hours=1),
-    "allow_http": True,  # whoever writes http:// into an endpoint means it
-}
-_RETRY: "RetryConfig" = {"max_retries": 3, "retry_timeout": timedelta(seconds=20)}
+_CONDEMNED_SECONDS = 3600.0  # by which whoever removes a version is done, or dead
+_CONDEMNED_WAIT = 10.0  # for which an upload of that version waits
+_WAIT = 0.05
+_REMOVED_AT_ONCE = 256
 
 log = logging.getLogger(__name__)
 
 
 class RemoteStore:
-    """`Names` and `Remote` in one bucket.
-
-    Args:
-        url: s3://bucket/prefix, gs://..., az://..., file:///...; credentials, region and endpoint come from the
-            environment, as that provider's own tools read them (AWS_ENDPOINT_URL, ...).
-
-    Raises:
-        ValueError: no such kind of store, or its configuration is not complete.
-    """
+    """`Names` and `Remote` in one bucket. See `Bucket` for the URL, and what is raised."""
 
     title = "the object store"
 
     def __init__(self, url: str) -> None:
         self.unreadable: set[str] = set()
-        try:
-            if url.startswith("file:"):
-                self._store: ObjectStore = from_url(url, mkdir=True)
-            else:
-                self._store = from_url(url, client_options=_CLIENT, retry_config=_RETRY)
-        except (BaseError, OSError) as fault:
-            raise ValueError(_line(fault)) from None
+        self.bucket = Bucket(url)
+        self._names = Records(self.bucket, "names")
 
     # --- names -----------------------------------------------------------------------------------------
 
     def load(self, locate: Locate) -> Iterator[Pointer]:
-        for path, document in self._documents():
-            try:
-                yield _pointer(json.loads(document), locate)
-            except _DAMAGE as fault:
-                log.error("%s in the object store is damaged; that adapter is not served: %r", path, fault)
+        for meaning in self.news(locate):
+            if self.note(meaning) and meaning.pointer is not None:
+                yield meaning.pointer
 
-    def save(self, tenant: str, name: str, pointer: Pointer | None) -> None:
-        # No name has a "+", and a tenant is no path.
-        path = f"names/tenant-{tenant.encode().hex()}/{name.replace('/', '+')}.json"
-        with _faults():
-            if pointer is None:
-                self._delete([path])
-            else:
-                obstore.put(self._store, path, _document(pointer))
+    def change(self, tenant: str, name: str, known: Pointer | None, apply: Apply, locate: Locate) -> Pointer | None:
+        def applied(content: Content | None) -> Content | None:
+            before = _pointer_or_none(content, locate)
+            after = apply(before)
+            if after == before:
+                return content
+            return None if after is None else _content(after)
 
-    def _documents(self) -> Iterator[tuple[str, bytes]]:
-        """Every name's path and content."""
-        with _faults(), ThreadPoolExecutor(_READERS, thread_name_prefix="adapter-names") as readers:
-            paths = [entry["path"] for chunk in obstore.list(self._store, "names") for entry in chunk]
-            for path, document in zip(paths, readers.map(self._read, paths), strict=True):
-                if document is not None:  # else it was deleted this very moment
-                    yield path, document
+        return _pointer_or_none(self._names.change(_key(tenant, name), applied).content, locate)
 
-    def _read(self, path: str) -> bytes | None:
+    def news(self, locate: Locate) -> Iterator[Meaning]:
+        for record in self._names.news():
+            if (meaning := self._meaning(record, locate)) is not None:
+                yield meaning
+
+    def look(self, tenant: str, name: str, locate: Locate) -> Meaning | None:
+        return self._meaning(self._names.look(_key(tenant, name)), locate)
+
+    def note(self, meaning: Meaning) -> bool:
+        return self._names.note(meaning.stamp)
+
+    def _meaning(self, record: Record, locate: Locate) -> Meaning | None:
         try:
-            return obstore.get(self._store, path).bytes().to_bytes()
-        except FileNotFoundError:
+            tenant, name = _owner(record.key)
+            pointer = None if record.content is None else _pointer(record.content, locate)
+        except _DAMAGE as fault:
+            record = replace(record, fault=repr(fault))
+        if record.fault is not None:
+            self._names.damage(record.key, record.fault)
             return None
+        return Meaning(tenant, name, pointer, record)
 
     # --- files -----------------------------------------------------------------------------------------
 
-    def put(self, digest: str, directory: Path) -> None:
-        with _faults():
-            for path in directory.iterdir():
-                if path.name not in (ROWS_NAME, RECORD_NAME):  # whoever gets the others makes them
-                    obstore.put(self._store, _path(digest, path.name), path)
+    def put(self, digest: str, directory: Path, *, known: bool) -> None:
+        names = {path.name for path in directory.iterdir()} - {
+            ROWS_NAME,
+            RECORD_NAME,
+        }  # whoever gets the others makes them
+        deadline = time.monotonic() + _CONDEMNED_WAIT
+        while True:
+            for name in sorted({CONFIG_NAME} & names if known else names):
+                self.bucket.put_file(_path(digest, name), directory / name)
+            mark = self.bucket.read(_condemned(digest))
+            there = {entry.path.rpartition("/")[2] for entry in self._files(digest)}
+            if names <= there and (mark is None or mark.age > _CONDEMNED_SECONDS):
+                return
+            if time.monotonic() > deadline:
+                raise RemoteUnavailable(f"{digest} is being removed")
+            known = False
+            time.sleep(_WAIT)
 
     def get(self, digest: str, directory: Path) -> None:
-        with _faults():
-            names = self._files(digest)
-            if missing := set(REQUIRED) - set(names):
-                raise DamagedAdapter(f"the object store has no {', '.join(sorted(missing))} of {digest}")
-            for name in names:
-                stream = obstore.get(self._store, _path(digest, name)).stream(min_chunk_size=_CHUNK_BYTES)
-                with (directory / name).open("xb") as file:
-                    for chunk in stream:
-                        file.write(chunk)
+        names = [entry.path.rpartition("/")[2] for entry in self._files(digest)]
+        if missing := set(REQUIRED) - set(names):
+            raise DamagedAdapter(f"the object store has no {', '.join(sorted(missing))} of {digest}")
+        for name in names:
+            self.bucket.get_file(_path(digest, name), directory / name)
 
-    def remove(self, digest: str) -> None:
-        with _faults():
-            self._delete([_path(digest, name) for name in self._files(digest)])
+    def remove_orphans(self, seconds: float, held: Callable[[str], bool]) -> int:
+        self._names.sweep(seconds)
+        found = [digest for digest in self._unnamed(seconds, None) if not held(digest)]
+        starts = range(0, len(found), _REMOVED_AT_ONCE)
+        return sum(self._remove(found[start : start + _REMOVED_AT_ONCE], seconds) for start in starts)
 
-    def unnamed(self, seconds: float) -> Iterator[str]:
-        # Files are listed before names: whatever is named meanwhile has a name by then, or its files are new.
-        with _faults():
-            listed = obstore.list(self._store, "versions")
-            digests = {f"sha256:{entry['path'].split('/')[1]}" for chunk in listed for entry in chunk}
-        for path, document in self._documents():
-            try:
-                digests -= {version.digest for version in _pointer(json.loads(document), Path).versions}
-            except _DAMAGE as fault:
-                log.warning("%s in the object store is damaged; files that no name has are left there: %r", path, fault)
-                return
-        for digest in sorted(digests):
-            with _faults():
-                ages = [datetime.now(UTC) - entry["last_modified"] for entry in self._entries(digest)]
-            if ages and min(ages).total_seconds() > seconds:
-                yield digest
+    def _unnamed(self, seconds: float, among: Collection[str] | None) -> set[str]:
+        """Versions that no name has, and whose files are so old; none while a name cannot be read."""
+        youngest: dict[str, float] = {}
+        for entry in self.bucket.list("versions"):  # before names: whatever is named meanwhile has a name by then
+            digest = f"sha256:{entry.path.split('/')[1]}"
+            youngest[digest] = min(entry.age, youngest.get(digest, entry.age))
+        old = {digest for digest, age in youngest.items() if age > seconds and (among is None or digest in among)}
+        for record in self._names.all() if old else ():
+            meaning = self._meaning(record, Path)
+            old -= {version.digest for version in meaning.pointer.versions} if meaning and meaning.pointer else set()
+        if old and self._names.damaged:
+            log.warning("names in the object store are damaged; files that no name has are left there")
+            return set()
+        return old
 
-    def _files(self, digest: str) -> list[str]:
-        return [entry["path"].rpartition("/")[2] for entry in self._entries(digest)]
+    def _remove(self, digests: Collection[str], seconds: float) -> int:
+        began, marked = time.monotonic(), []
+        for digest in digests:
+            with contextlib.suppress(Conflict):  # another server is about it
+                mark = self.bucket.read(_condemned(digest))
+                if mark is None or mark.age > _CONDEMNED_SECONDS:
+                    self.bucket.put_if(_condemned(digest), b"{}", mark and mark.version)
+                    marked.append(digest)
+        doomed = self._unnamed(seconds, marked)
+        for digest in marked:
+            if digest in doomed and time.monotonic() - began < _CONDEMNED_SECONDS / 2:
+                self.bucket.delete([entry.path for entry in self._files(digest)])
+            self.bucket.delete([_condemned(digest)])
+        return len(doomed)
 
-    def _entries(self, digest: str) -> "list[ObjectMeta]":
-        listed = obstore.list(self._store, _path(digest, "").rstrip("/"))
-        return [entry for chunk in listed for entry in chunk]
-
-    def _delete(self, paths: list[str]) -> None:
-        if not paths:
-            return
-        with contextlib.suppress(FileNotFoundError):  # a directory says so; buckets do not
-            obstore.delete(self._store, paths)
+    def _files(self, digest: str) -> list[Entry]:
+        return self.bucket.list(_path(digest, "").rstrip("/"))
 
 
 def _path(digest: str, name: str) -> str:
     return f"versions/{digest.removeprefix('sha256:')}/{name}"
 
 
-def _document(pointer: Pointer) -> bytes:
+def _condemned(digest: str) -> str:
+    return f"condemned/{digest.removeprefix('sha256:')}.json"
+
+
+def _key(tenant: str, name: str) -> str:
+    """No name has a "+", and a tenant is no path."""
+    return f"tenant-{tenant.encode().hex()}/{name.replace('/', '+')}"
+
+
+def _owner(key: str) -> tuple[str, str]:
+    tenant, name = key.removeprefix("tenant-").split("/")
+    return bytes.fromhex(tenant).decode(), name.replace("+", "/")
+
+
+def _content(pointer: Pointer) -> Content:
     owner = pointer.current
     versions = [
         {"digest": one.digest, "created": one.created, "receipt": one.receipt, "staged": one.staged}
         for one in pointer.versions
     ]
     document = {"tenant": owner.tenant, "name": owner.name, "versions": versions}
-    return json.dumps(
-        document | {"split": pointer.split, "pinned": pointer.pinned, "readers": pointer.readers}
-    ).encode()
+    return document | {"split": pointer.split, "pinned": pointer.pinned, "readers": pointer.readers}
 
 
-def _pointer(document: dict[str, Any], locate: Locate) -> Pointer:
+def _pointer(document: Content, locate: Locate) -> Pointer:
     tenant, name = document["tenant"], document["name"]
     versions = tuple(Version(tenant, name, path=locate(one["digest"]), **one) for one in document["versions"])
     split = tuple((digest, share) for digest, share in document["split"])
@@ -178,15 +186,9 @@ def _pointer(document: dict[str, Any], locate: Locate) -> Pointer:
     return pointer
 
 
-@contextlib.contextmanager
-def _faults() -> Iterator[None]:
-    """Whatever the store's client raises becomes RemoteUnavailable; faults of our own disk stay what they are."""
+def _pointer_or_none(content: Content | None, locate: Locate) -> Pointer | None:
+    """A name whose content is damaged means nothing, until somebody changes it."""
     try:
-        yield
-    except (BaseError, FileNotFoundError) as fault:  # not found: there is no such bucket
-        raise RemoteUnavailable(_line(fault)) from None
-
-
-def _line(fault: Exception) -> str:
-    """What happened, without the client's own debugging notes."""
-    return " ".join(str(fault).partition("Debug source")[0].split())[:300]
+        return None if content is None else _pointer(content, locate)
+    except _DAMAGE:
+        return None

@@ -8,9 +8,8 @@ What a name means is its `Pointer`, kept by `adapters.storage.names` and changed
 import logging
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -19,12 +18,23 @@ from adapters.disk import full_disk_named
 from adapters.peft_format.directory import AdapterSpec
 from adapters.peft_format.fields import AdapterError, shorten
 from adapters.storage.files import VersionFiles
-from adapters.storage.names import Names
+from adapters.storage.names import Apply, Names
 from adapters.storage.receipt import receipt_of
 from adapters.storage.staging import Staging
-from adapters.storage.versions import EVERYBODY, Pointer, Remote, UnknownAdapter, Version, check_name
+from adapters.storage.versions import (
+    Known,
+    Meaning,
+    Pointer,
+    Remote,
+    RemoteUnavailable,
+    UnknownAdapter,
+    Version,
+    check_name,
+)
 
 RETAINED_VERSIONS = 5
+
+Change = tuple[Pointer | None, Pointer | None]  # what a name meant, and what it means
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +57,7 @@ class AdapterStore:
     Args:
         root: directory of its own, made if missing, on one file system.
         names: what every name means, durably.
-        remote: where the files are kept, if not here.
+        remote: where names and files are kept, if not here.
         disk_bytes: with `remote`, how much of it may be here; what is leased stays beyond that.
         retain: how many versions of a name are kept, the current one included.
         check_pins: called before these become all versions that answer for pinned names; raises to forbid the change.
@@ -66,13 +76,11 @@ class AdapterStore:
         if retain < 1:
             raise ValueError(f"retain must be at least 1, for the current version, not {retain}")
         self._files = VersionFiles(root, remote, disk_bytes)
+        self._remote = remote
         self._kept = names
         self._retain = retain
-        self._changing = threading.Lock()  # held through all of a name's change
-        self._names: dict[str, dict[str, Pointer]] = {}  # tenant -> name -> what it means
-        self._shared: dict[str, dict[str, Pointer]] = {}  # reader -> OWNER/NAME -> what it means
-        self._pins: dict[tuple[str, str], Pointer] = {}  # those of the names that are pinned
-        self._answering: Counter[str] = Counter()  # digest -> names whose requests it may get
+        self._changing = threading.RLock()  # held through all of a name's change
+        self._known = Known()
         self._check_pins = check_pins
         self._recover()
 
@@ -94,24 +102,15 @@ class AdapterStore:
 
     def pointer(self, tenant: str, name: str) -> Pointer:
         """What a name means. Raises UnknownAdapter."""
-        try:
-            return self._names[tenant][name]
-        except KeyError:
-            raise UnknownAdapter(f"there is no adapter '{shorten(name)}'") from None
+        return _there(name, self._known.get(tenant, name))
 
     def readable(self, tenant: str, name: str) -> Pointer:
         """What a name of the tenant's own means, or else OWNER/NAME that is shared with it. Raises UnknownAdapter."""
-        for names in (self._names.get(tenant), self._shared.get(tenant), self._shared.get(EVERYBODY)):
-            if names is not None and (pointer := names.get(name)) is not None:
-                return pointer
-        raise UnknownAdapter(f"there is no adapter '{shorten(name)}'")
+        return _there(name, self._known.get(tenant, name) or self._known.shared(tenant, name))
 
     def shared_with(self, tenant: str) -> "list[Version]":
         """The current version of every name that others share with the tenant."""
-        own = self._names.get(tenant, {})
-        names = self._shared.get(EVERYBODY, {}) | self._shared.get(tenant, {})
-        found = [pointer.current for name, pointer in names.items() if name not in own]
-        return [version for version in found if version.tenant != tenant]
+        return [pointer.current for pointer in self._known.all_shared(tenant)]
 
     def versions(self, tenant: str, name: str) -> list[Version]:
         """The retained versions of a name, the current one first. Raises UnknownAdapter."""
@@ -119,21 +118,20 @@ class AdapterStore:
 
     def answers(self, digest: str) -> bool:
         """Whether requests for any name may get this content."""
-        return digest in self._answering
+        return self._known.answers(digest)
 
     def pinned(self, tenant: str, name: str) -> bool:
         """Whether what the name means shall stay on the device."""
-        return (tenant, name) in self._pins
+        return (tenant, name) in self._known.pins
 
     def pinned_versions(self) -> list[Version]:
         """Every content that answers for a pinned name, once."""
-        return _answering_all(list(self._pins.values()))
+        return _answering_all(list(self._known.pins.values()))
 
     def lease(self, version: Version) -> AbstractContextManager[Version]:
         """Keep a version's files while this is open, whatever becomes of its name.
 
-        Raises:
-            UnknownAdapter: the version was removed since `get` answered it.
+        Raises UnknownAdapter when the version was removed since `get` answered it.
         """
         return self._files.lease(version)
 
@@ -153,9 +151,8 @@ class AdapterStore:
 
     def check_case(self, tenant: str, name: str) -> None:
         """Raises AdapterError when another name differs from this one in the case of letters only."""
-        names = self._names.get(tenant, {})
-        twins = () if name in names else [other for other in list(names) if other.casefold() == name.casefold()]
-        for other in twins:
+        names = self._known.names(tenant)
+        for other in [] if name in names else [other for other in names if other.casefold() == name.casefold()]:
             raise AdapterError(f"'{name}' differs from the adapter '{other}' in upper and lower case only", "name")
 
     def mend(self, version: Version) -> None:
@@ -175,7 +172,7 @@ class AdapterStore:
 
     def all_versions(self) -> Iterator[Version]:
         """Every version of every name."""
-        return (one for names in self._names.values() for pointer in names.values() for one in pointer.versions)
+        return (version for pointer in self._known.all() for version in pointer.versions)
 
     # --- changing --------------------------------------------------------------------------------
 
@@ -206,30 +203,27 @@ class AdapterStore:
             StorageFull: nothing was kept.
         """
         check_name(name, fine_tuned=fine_tuned)
-        with full_disk_named(), self._files.coming(staging, spec), self._changing:
-            return self._publish(tenant, name, staging, spec, promote)
+        path, created = self._files.path(spec.digest), time.time()
 
-    def _publish(
-        self, tenant: str, name: str, staging: Staging, spec: AdapterSpec, promote: bool
-    ) -> tuple[Version, bool]:
-        self.check_case(tenant, name)
-        before = self._names.get(tenant, {}).get(name)
-        known = {version.digest: version for version in before.versions} if before else {}
-        current = before is None or promote
-        if before and spec.digest in known and (not current or before.shares == {spec.digest: 1.0}):
-            return known[spec.digest], False
-        path = self._files.path(spec.digest)
-        version = Version(tenant, name, spec.digest, path, time.time(), receipt_of(spec), staged=not current)
-        others = tuple(old for old in known.values() if old.digest != spec.digest)
-        if before is None:
-            after = Pointer((version,))
-        elif promote:
-            after = replace(before, versions=(version, *others), split=())
-        else:
-            after = replace(before, versions=(before.current, version, *others[1:]))
-        self._files.place(staging.path, spec.digest)
-        self._change(before, after, keep=version)
-        return version, True
+        def change(before: Pointer | None) -> Pointer:
+            self.check_case(tenant, name)
+            staged = before is not None and not promote
+            version = Version(tenant, name, spec.digest, path, created, receipt_of(spec), staged=staged)
+            if before is None:
+                return Pointer((version,))
+            known = {one.digest for one in before.versions}
+            if spec.digest in known and (staged or before.shares == {spec.digest: 1.0}):
+                return before
+            others = tuple(old for old in before.versions if old.digest != spec.digest)
+            if staged:
+                return replace(before, versions=(before.current, version, *others[1:]))
+            return replace(before, versions=(version, *others), split=())
+
+        with full_disk_named(), self._files.coming(staging, spec):
+            self._files.place(staging.path, spec.digest)
+            before, after = self._change(tenant, name, change, keep=spec.digest)
+        assert after is not None
+        return after.version(spec.digest), after != before
 
     def promote(self, tenant: str, name: str, digest: str, expected: Collection[str] | None = None) -> Pointer:
         """Let a name mean one of its versions, named by its digest or enough of its digits.
@@ -282,10 +276,37 @@ class AdapterStore:
 
         Returns the version that was current. Raises UnknownAdapter.
         """
-        with full_disk_named(), self._changing:
-            pointer = self.pointer(tenant, name)
-            self._change(pointer, None)
-        return pointer.current
+
+        def change(pointer: Pointer | None) -> None:
+            _there(name, pointer)
+
+        before, _ = self._change(tenant, name, change)
+        return _there(name, before).current
+
+    # --- changes of other servers ----------------------------------------------------------------------
+
+    def refresh(self) -> Sequence[Change]:
+        """Take over what other servers changed since; waits for the remote. Raises RemoteUnavailable."""
+        news = self._remote.news(self._files.path) if self._remote else ()
+        return tuple(change for meaning in news if (change := self._follow(meaning)) is not None)
+
+    def look(self, tenant: str, name: str) -> Change | None:
+        """Take over what one name means to other servers. See `refresh`."""
+        meaning = self._remote.look(tenant, name, self._files.path) if self._remote else None
+        return None if meaning is None else self._follow(meaning)
+
+    def _follow(self, meaning: Meaning) -> Change | None:
+        assert self._remote is not None
+        with self._changing:
+            if not self._remote.note(meaning):
+                return None
+            before = self._known.get(meaning.tenant, meaning.name)
+            if before == meaning.pointer:
+                return None
+            self._point(meaning.tenant, meaning.name, meaning.pointer)
+        for version in before.versions if before else ():
+            self._files.remove_unused(version.digest)
+        return before, meaning.pointer
 
     async def remove_orphans(self, seconds: float) -> int:
         """Remove versions from the remote that no name has and nobody wrote in the last so many seconds; how many.
@@ -294,58 +315,57 @@ class AdapterStore:
         """
         return await self._files.remove_orphans(seconds)
 
-    # --- names, with `_changing` held ------------------------------------------------------------------
+    # --- names ----------------------------------------------------------------------------------------
 
     def _repoint(
         self, tenant: str, name: str, change: Callable[[Pointer], Pointer], expected: Collection[str] | None
     ) -> Pointer:
-        with full_disk_named(), self._changing:
-            before = self.pointer(tenant, name)
+        def checked(pointer: Pointer | None) -> Pointer:
+            before = _there(name, pointer)
             if expected is not None and before.etag not in expected:
                 raise Moved(before.etag)
-            after = change(before)
-            if after != before:
-                self._change(before, after, keep=after.current)
-            return after
+            return change(before)
 
-    def _change(self, before: Pointer | None, after: Pointer | None, keep: Version | None = None) -> None:
-        """Let a name mean `after`, less what is beyond retention; `keep` is not."""
-        owner = (after or before).current  # type: ignore[union-attr]  # one of them is there
-        if after is not None and keep is not None:
-            after = replace(after, versions=after.retained(self._retain, keep.digest))
-        if after is not None and after.pinned:
-            others = [pin for name, pin in self._pins.items() if name != (owner.tenant, owner.name)]
-            self._check_pins(_answering_all([*others, after]))
-        with self._files.renaming(before, after):
-            self._kept.save(owner.tenant, owner.name, after)
-            self._point(owner.tenant, owner.name, after)
-        for version in before.versions if before else ():
+        return _there(name, self._change(tenant, name, checked)[1])
+
+    def _change(self, tenant: str, name: str, change: Apply, keep: str | None = None) -> Change:
+        """Let a name mean what `change` makes of what it means, less what is beyond retention; before and after.
+
+        `keep`: the digest of a version that stays, beside the current one.
+        """
+        with full_disk_named(), self._changing, ExitStack() as marked:
+            known = self._known.get(tenant, name)
+            made: Change = (known, known)
+
+            def apply(before: Pointer | None) -> Pointer | None:
+                nonlocal made
+                after = change(before)
+                if after is not None and after != before:
+                    after = replace(after, versions=after.retained(self._retain, keep or after.current.digest))
+                    if after.pinned:
+                        others = [pin for owner, pin in self._known.pins.items() if owner != (tenant, name)]
+                        self._check_pins(_answering_all([*others, after]))
+                if after != before:
+                    marked.enter_context(self._files.renaming(before, after))
+                made = before, after
+                return after
+
+            try:
+                now = self._kept.change(tenant, name, known, apply, self._files.path)
+            except (UnknownAdapter, Moved):  # another server changed it, perhaps
+                with suppress(RemoteUnavailable):
+                    self.look(tenant, name)
+                raise
+            if now != known:
+                self._point(tenant, name, now)
+        for version in known.versions if known else ():
             self._files.remove_unused(version.digest)
+        return made
 
     def _point(self, tenant: str, name: str, pointer: Pointer | None) -> None:
-        """Let a name mean this from now on."""
-        names = self._names.setdefault(tenant, {})
-        before = names.get(name)
-        if pointer:
-            names[name] = pointer
-        else:
-            del names[name]
-        if before:
-            for reader in before.readers:
-                self._shared[reader].pop(before.current.name_for(reader))
-        if pointer:
-            for reader in pointer.readers:
-                self._shared.setdefault(reader, {})[pointer.current.name_for(reader)] = pointer
-        self._pins.pop((tenant, name), None)
-        if pointer and pointer.pinned:
-            self._pins[tenant, name] = pointer
-        now = {version.digest for version in pointer.versions} if pointer else ()
-        self._files.want(now, {version.digest for version in before.versions} if before else ())
-        self._answering.update(pointer.shares.keys() if pointer else ())
-        for digest in before.shares if before else ():
-            self._answering[digest] -= 1
-            if not self._answering[digest]:
-                del self._answering[digest]
+        """Let a name mean this from now on, and want its files."""
+        before = self._known.point(tenant, name, pointer)
+        self._files.want(*({one.digest for one in of.versions} if of else () for of in (pointer, before)))
 
     def _recover(self) -> None:
         """Read the names, and take away the files that no name has."""
@@ -365,8 +385,14 @@ class AdapterStore:
     # Last, because its name hides the type of that name from what follows.
     def list(self, tenant: str) -> list[Version]:
         """The current version of every name, by name."""
-        current = [pointer.current for pointer in list(self._names.get(tenant, {}).values())]
+        current = [pointer.current for pointer in self._known.names(tenant).values()]
         return sorted(current, key=attrgetter("name"))
+
+
+def _there(name: str, pointer: Pointer | None) -> Pointer:
+    if pointer is None:
+        raise UnknownAdapter(f"there is no adapter '{shorten(name)}'")
+    return pointer
 
 
 def _answering_all(pointers: Collection[Pointer]) -> list[Version]:

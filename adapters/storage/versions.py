@@ -1,7 +1,7 @@
 """Names of adapters, and what a name means: one of its versions, or shares of several.
 
-Values only: a `Pointer` is replaced as a whole, so whoever holds one sees one state of the name. The store decides when
-a pointer changes.
+A `Pointer` is a value, replaced as a whole: whoever holds one sees one state of the name. The store decides when it is
+replaced.
 """
 
 import hashlib
@@ -9,7 +9,8 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,23 +46,6 @@ class RemoteUnavailable(Exception):
 
 class DamagedAdapter(Exception):
     """The files of a version are not those of that version, here or in the object store, and cannot be mended."""
-
-
-class Remote(Protocol):
-    """Files of versions, kept elsewhere. Everything here waits for a network, and raises RemoteUnavailable."""
-
-    def put(self, digest: str, directory: Path) -> None:
-        """Keep a version's files."""
-
-    def get(self, digest: str, directory: Path) -> None:
-        """Copy a version's files into an empty directory. Raises DamagedAdapter when there are none."""
-
-    def remove(self, digest: str) -> None:
-        """Keep them no longer."""
-
-    def unnamed(self, seconds: float) -> Iterator[str]:
-        """Digests that no name there has, and none of whose files came in the last so many seconds. None of them while
-        a name cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +194,109 @@ class Pointer:
         chosen = self.version(digest)
         others = (version for version in self.versions if version.digest != chosen.digest)
         return replace(self, versions=(replace(chosen, staged=False), *others), split=())
+
+
+class Known:
+    """The names that a process knows, in memory. Read by any thread; one at a time changes it.
+
+    Attributes:
+        pins: what those names mean that are pinned, by tenant and name.
+    """
+
+    def __init__(self) -> None:
+        self.pins: dict[tuple[str, str], Pointer] = {}
+        self._names: dict[str, dict[str, Pointer]] = {}  # tenant -> name -> what it means
+        self._shared: dict[str, dict[str, Pointer]] = {}  # reader -> OWNER/NAME -> what it means
+        self._answering: Counter[str] = Counter()  # digest -> names whose requests it may get
+
+    def get(self, tenant: str, name: str) -> Pointer | None:
+        """What a tenant's name means."""
+        return self._names.get(tenant, {}).get(name)
+
+    def names(self, tenant: str) -> dict[str, Pointer]:
+        """All of a tenant's names."""
+        return dict(self._names.get(tenant, {}))
+
+    def all(self) -> Iterator[Pointer]:
+        """What every name means."""
+        return (pointer for names in list(self._names.values()) for pointer in list(names.values()))
+
+    def shared(self, tenant: str, name: str) -> Pointer | None:
+        """What OWNER/NAME means that is shared with a tenant."""
+        own, everybody = self._shared.get(tenant, {}), self._shared.get(EVERYBODY, {})
+        return own.get(name) or everybody.get(name)
+
+    def all_shared(self, tenant: str) -> list[Pointer]:
+        """What others share with a tenant."""
+        own = self._names.get(tenant, {})
+        names = self._shared.get(EVERYBODY, {}) | self._shared.get(tenant, {})
+        return [pointer for name, pointer in names.items() if name not in own and pointer.current.tenant != tenant]
+
+    def answers(self, digest: str) -> bool:
+        """Whether requests for any name may get this content."""
+        return digest in self._answering
+
+    def point(self, tenant: str, name: str, pointer: Pointer | None) -> Pointer | None:
+        """Let a name mean this from now on; what it meant."""
+        names = self._names.setdefault(tenant, {})
+        before = names.get(name)
+        if pointer:
+            names[name] = pointer
+            for reader in pointer.readers:
+                self._shared.setdefault(reader, {})[pointer.current.name_for(reader)] = pointer
+        else:
+            names.pop(name, None)
+        if before:
+            for reader in set(before.readers).difference(pointer.readers if pointer else ()):
+                del self._shared[reader][before.current.name_for(reader)]
+        self.pins.pop((tenant, name), None)
+        if pointer and pointer.pinned:
+            self.pins[tenant, name] = pointer
+        self._answering.update(pointer.shares.keys() if pointer else ())
+        for digest in before.shares if before else ():
+            self._answering[digest] -= 1
+            if not self._answering[digest]:
+                del self._answering[digest]
+        return before
+
+
+Locate = Callable[[str], Path]  # digest -> where its files are, or would be
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a name means in a remote. `stamp`: which of its meanings that is, for `Remote.note`."""
+
+    tenant: str
+    name: str
+    pointer: Pointer | None
+    stamp: Any
+
+
+class Remote(Protocol):
+    """Names and files of versions, kept where other servers see and change them.
+
+    Everything here waits for a network, and raises RemoteUnavailable.
+    """
+
+    def news(self, locate: Locate) -> Iterator[Meaning]:
+        """Names that mean something else than is known here."""
+
+    def look(self, tenant: str, name: str, locate: Locate) -> Meaning | None:
+        """What one name means now; None when that cannot be read."""
+
+    def note(self, meaning: Meaning) -> bool:
+        """Know this, unless something later is known; whether it is news. Does not wait."""
+
+    def put(self, digest: str, directory: Path, *, known: bool) -> None:
+        """Keep a version's files, for a name that is about to have it. `known`: one has it, as far as is known here."""
+
+    def get(self, digest: str, directory: Path) -> None:
+        """Copy a version's files into an empty directory. Raises DamagedAdapter when there are none."""
+
+    def remove_orphans(self, seconds: float, held: Callable[[str], bool]) -> int:
+        """Remove versions that no name has, that are not `held`, and none of whose files came in the last so many
+        seconds; how many. None of them while a name cannot be read."""
 
 
 def split_reference(asked: str) -> tuple[str, str | None]:

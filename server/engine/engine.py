@@ -22,7 +22,7 @@ from adapters.kernels.reference import KEY_GROUP
 from adapters.peft_format.fields import AdapterError
 from adapters.peft_format.sizes import EXTRAS, EXTRAS_UNIT
 from server.engine.batch import InFlightStep, WorkResult
-from server.engine.block_pool import BlockPool
+from server.engine.block_pool import BlockCounts, BlockPool
 from server.engine.blocks import BlockGroups
 from server.engine.grammar import Compiled, Grammars, InvalidGrammar
 from server.engine.memory_plan import BLOCK_SIZE, DevicePlan, exact_kv_dtype
@@ -147,11 +147,13 @@ class Engine:
     def _kv_info(self) -> protocol.KVInfo:
         sizes = block_bytes(self.base.layers, BLOCK_SIZE, self.cache.dtype)
         groups = zip(self.blocks.pools, self.cache.windows, sizes, strict=True)
+        slot = sum(state.bytes for state in self.base.states.values())
         return protocol.KVInfo(
             dtype=str(self.cache.dtype).removeprefix("torch."),
             bytes=sum(pool.num_blocks * size for pool, size in zip(self.blocks.pools, sizes, strict=True)),
             groups=[protocol.KVGroup(window, pool.num_blocks, size // BLOCK_SIZE) for pool, window, size in groups],
             drift=self.kv_drift,
+            states=None if self.blocks.states is None else protocol.StateSlotsInfo(self.blocks.states.num_slots, slot),
         )
 
     # --- requests ------------------------------------------------------------------------------------------
@@ -230,13 +232,17 @@ class Engine:
 
     def inspect(self, id: str) -> protocol.Inspection:  # noqa: A002
         """Account for everything, with a fresh hash of the base."""
-        counts = self.blocks.counts
+        counts, states = self.blocks.counts, self.blocks.states
+        slots = BlockCounts(0, 0, 0) if states is None else states.counts
         return protocol.Inspection(
             id=id,
             base_digest=self.base.digest(),
             num_blocks=self.blocks.num_blocks,
             free_blocks=counts.free,
             cached_blocks=counts.cached,
+            state_slots=slots.free + slots.cached + slots.used,
+            free_slots=slots.free,
+            cached_slots=slots.cached,
             free_rows=self.pool.free,
             resident_rows=self.pool.resident,
         )

@@ -54,6 +54,7 @@ class Reporter:
             step_adapters=adapters,
             step_seconds=seconds,
             kv_usage=self._blocks.usage,
+            state_usage=0.0 if self._blocks.states is None else self._blocks.states.usage,
             prefix_queries=counters.prefix_queries,
             prefix_hits=counters.prefix_hits,
             preemptions=counters.preemptions,

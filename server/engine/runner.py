@@ -8,6 +8,7 @@ A step is given as a whole and not waited for, and the next may be given before 
 are taken on the device.
 """
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
@@ -66,6 +67,7 @@ class Weights:
             if base.device.type == "cuda" and self.plan is not None
             else None
         )
+        self.keeps = "logits_to_keep" in inspect.signature(base.model.forward).parameters
         self._paths: dict[tuple[bool, int], ForwardPath] = {}
 
     def path(self, *, modules: bool = False, new_tokens: int = 0) -> "ForwardPath":
@@ -154,7 +156,8 @@ class ModulesPath(ForwardPath):
         slot.attention, slot.states = batch.attention, batch.states
         hidden: list[Tensor] = []  # of all rows, where somebody classifies
         try:
-            with self.installed(batch), _kept_output(base.decoder, hidden if batch.heads else None):
+            classified = _kept_output(base.decoder, hidden if batch.heads else None)
+            with self.installed(batch), classified, self._narrowed(batch.keep):
                 inputs = {"input_ids": batch.ids[None], "position_ids": batch.positions[None], "use_cache": False}
                 if not len(batch.keep):  # the middle of prompts: no head
                     base.decoder(**inputs)
@@ -164,6 +167,17 @@ class ModulesPath(ForwardPath):
                 return logits, batch.classified(hidden[0]) if hidden else {}
         finally:
             slot.deltas = slot.experts = slot.attention = slot.states = None
+
+    def _narrowed(self, keep: Tensor) -> AbstractContextManager[Any]:
+        """Within it the head sees these rows alone, of a class that knows no `logits_to_keep`."""
+        if self.weights.keeps or not len(keep):
+            return nullcontext()
+
+        def narrow(module: nn.Module, args: Any, output: Any) -> Any:
+            output.last_hidden_state = output.last_hidden_state[:, keep]
+            return output
+
+        return self.weights.base.decoder.register_forward_hook(narrow)
 
 
 @contextmanager

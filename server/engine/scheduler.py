@@ -1,9 +1,8 @@
 """Which tokens of which sequences go through the model next.
 
 There are no phases: a sequence has `num_computed` chasing its length, and every step spends one token budget, on
-decodes first, then on chunks of prompts under way, then on newcomers in order of priority and arrival; what is left may
-go to drafts of sequences that speculate. `schedule` decides a step, the caller gives it to the device, and `advance`
-takes in the results, one work at a time.
+decodes first, then on chunks of prompts under way, then on newcomers in order of priority and arrival; the rest may go
+to drafts. `schedule` decides a step, the caller gives it to the device, and `advance` takes in its works one by one.
 
 Lengths advance when a step is given, so `schedule` decides the next one just as well before the tokens of the last were
 read. Only a sequence that needs those on the host (penalties, drafts) is passed over until they are. One that an
@@ -20,9 +19,8 @@ Order and fairness:
 - When running sequences need more blocks than exist, the youngest is preempted: it gives everything back and waits in
   its old place. What it generated is kept and later recomputed as if it were prompt, never drawn again. If it is in
   flight, it is held back first, and so is the one in need.
-- Sequences in the background are younger than all others, and a step has them only if nothing else can run in it. They
-  give place, blocks and rows of adapters to the first newcomer that lacks them. So that they end at all, the oldest
-  comes to the front after `background_seconds`, one at a time.
+- Sequences in the background are younger than all others, have steps in which nothing else can run, and give place,
+  blocks and rows to the first newcomer that lacks them. After `background_seconds` one at a time is as others are.
 - Among several tenants `shares` decides who is next, whose sequence gives way, and to whom a step belongs.
 """
 
@@ -38,7 +36,7 @@ from server.engine.sequence import AdapterKey, AdapterResidency, Counters, Seque
 from server.engine.shares import Group, Shares
 from server.messages.protocol import LOAD_FAILED, TOO_LONG
 
-_BACKGROUND_TOKENS = 128  # of a step's prompts, on a CPU about a tenth of a second
+_BACKGROUND_TOKENS = 128  # of a step's prompts, on a CPU about a tenth of a second: clients wait for its end
 
 
 class Scheduler:
@@ -55,7 +53,7 @@ class Scheduler:
             first token.
         patience: steps for which a sequence refused room for its adapter lets younger ones pass.
         doubling_tokens: extra tokens that double a step's time; the fewer, the likelier a draft must be right.
-        background_seconds: after which a sequence in the background may be as others are.
+        background_seconds: as in `Shares`.
     """
 
     def __init__(
@@ -73,9 +71,7 @@ class Scheduler:
         background_seconds: float = math.inf,
     ) -> None:
         if not 1 <= max_batch_requests < max_batch_tokens:
-            raise ValueError(
-                f"max_batch_tokens ({max_batch_tokens}) must exceed max_batch_requests ({max_batch_requests})"
-            )
+            raise ValueError(f"max_batch_tokens ({max_batch_tokens}) must exceed {max_batch_requests=}")
         self.running: list[Sequence] = []  # these two are in order (`Sequence._order`), for others to read
         self.waiting: list[Sequence] = []
         self.leaving: list[Sequence] = []  # ended, and still in flight: they keep their blocks and adapters
@@ -89,13 +85,11 @@ class Scheduler:
         self._starts = starts
         self._patience = patience
         self._doubling_tokens = doubling_tokens
-        self._background_seconds = background_seconds
-        self._promoted = ""  # the id of the last from the background
         self._by_id: dict[str, Sequence] = {}
         self._failed: list[Sequence] = []
         self._arrivals = 0
         self._steps = 0
-        self._shares = Shares(max_batch_requests, blocks.capacity * blocks.block_size)
+        self._shares = Shares(max_batch_requests, blocks.capacity * blocks.block_size, background_seconds)
         self._leaves_next: Sequence | None = None  # it is in flight, and gives way once it has been collected
         self._held: Sequence | None = None  # that of the step before
 
@@ -157,7 +151,7 @@ class Scheduler:
         """
         self._steps += 1
         self._held, self._leaves_next = self._leaves_next, None
-        self._promote(now)
+        self._shares.promote(now, self.running, self.waiting)
         works = next(filter(None, (self._schedule_group(now, group) for group in self._groups())), None)
         if works is None and self._held is not None and self._leaves_next is None:  # none needs its place now
             return self.schedule(now)
@@ -176,24 +170,6 @@ class Scheduler:
         works.sort(key=lambda work: (work.sequence.adapter, work.sequence._order))
         return Step(tuple(works))
 
-    def _promote(self, now: float) -> None:
-        """Bring the oldest of the background to the front if it has been here for long, and none was that still is."""
-        if self._promoted in self._by_id:
-            return
-        behind = [queue for queue in (self.running, self.waiting) if queue and queue[-1].background]
-        oldest = min(
-            ((one, queue) for queue in behind for one in queue if one.background),
-            key=lambda pair: pair[0].arrival,
-            default=None,
-        )
-        if oldest is None or now - oldest[0].arrival < self._background_seconds:
-            return
-        sequence, queue = oldest
-        queue.remove(sequence)
-        sequence.background, self._promoted = False, sequence.id
-        sequence._order = (False, *sequence._order[1:])
-        insort(queue, sequence, key=attrgetter("_order"))
-
     def _groups(self) -> Iterator[Group]:
         """Whose the step may be; the first of whom anything can run has it."""
         if favoured := self._shares.favoured(self.running, self.waiting):
@@ -206,7 +182,6 @@ class Scheduler:
         """What those of a group may compute now, but for one that gives way."""
         works: list[Work] = []
         self._schedule_decodes(works, group)
-        # Whoever comes meanwhile waits for the end of a step.
         most = min(_BACKGROUND_TOKENS, self._max_batch_tokens) if group.background else self._max_batch_tokens
         budget = max(0, most - len(works))
         for sequence in list(self.running):

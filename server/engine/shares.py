@@ -16,9 +16,12 @@ takes as long as if it were alone, but for the step under way.
 With one tenant, all of this costs and changes nothing.
 """
 
+import math
+from bisect import insort
 from collections.abc import Collection, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from operator import attrgetter
 
 from server.engine.sequence import Sequence, Work
 
@@ -51,9 +54,12 @@ class Shares:
     Args:
         places: most sequences running at once.
         tokens: capacity of the KV cache.
+        background_seconds: after which a sequence in the background may be as others are.
     """
 
-    def __init__(self, places: int, tokens: int) -> None:
+    def __init__(self, places: int, tokens: int, background_seconds: float = math.inf) -> None:
+        self._background_seconds = background_seconds
+        self._promoted: Sequence | None = None  # the last that was in the background, while it is here
         self._places = places
         self._tokens = tokens
         self._tenants: dict[str, _Tenant] = {}
@@ -81,6 +87,8 @@ class Shares:
 
     def leave(self, sequence: Sequence) -> None:
         """A sequence has ended."""
+        if sequence is self._promoted:
+            self._promoted = None
         tenant = self._tenants[sequence.tenant]
         tenant.sequences -= 1
         tenant.tokens -= len(sequence.prompt)
@@ -90,6 +98,20 @@ class Shares:
         least = min((other.served for other in self._tenants.values()), default=float("inf"))
         self._paused[sequence.tenant] = tenant.served
         self._paused = {name: served for name, served in self._paused.items() if served > least}
+
+    def promote(self, now: float, *queues: list[Sequence]) -> None:
+        """Bring the oldest of the background to the front if it has been here for long, and none was that still is."""
+        if self._promoted is not None:
+            return
+        behind = [queue for queue in queues if queue and queue[-1].background]
+        found = [(one, queue) for queue in behind for one in queue if one.background]
+        oldest, queue = min(found, key=lambda pair: pair[0].arrival, default=(None, []))
+        if oldest is None or now - oldest.arrival < self._background_seconds:
+            return
+        queue.remove(oldest)
+        oldest.background, oldest._order = False, (False, *oldest._order[1:])
+        insort(queue, oldest, key=attrgetter("_order"))
+        self._promoted = oldest
 
     def charge(self, work: Work) -> None:
         """Count a work that is given to the device."""

@@ -25,6 +25,7 @@ LARGEST_AUTO_BATCH = 8
 DEFAULT_MAX_SEQ_LEN = 2048
 MICRO_BATCH_TOKENS = {"cpu": 128, "cuda": 4096}
 _IN_A_LAYER = re.compile(r"\.\d+\.")  # a module's name, below an entry of a list
+_FUSED = ("FalconH1", "NemotronH")  # architectures whose `out_proj` PEFT does not adapt: fused kernels pass it by
 
 
 class Hyperparameters(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,11 +76,13 @@ class TrainingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
 def adapter_config(lora: LoraOptions, name: str, base: Ready) -> dict[str, Any]:
     """The `adapter_config.json` of what the job makes, in PEFT's words. `name`: the base's.
 
-    Only linears of the layers are trained, so "all-linear" is spelled out where the base has linears beside them. So it
-    is beside experts, whom PEFT would count among all.
+    Only linears of the layers are trained, and none that PEFT refuses: "all-linear" is spelled out where the base has
+    others. So it is beside experts, whom PEFT would count among all.
     """
     targets = lora.target_modules
     outside = {_kind(linear) for linear in base.linears if not _IN_A_LAYER.search(linear)}
+    if base.architecture.startswith(_FUSED):
+        outside.add("out_proj")
     if targets == "all-linear" and (outside or base.experts):
         targets = sorted({_kind(linear) for linear in base.linears} - outside)
     of_experts = {"target_parameters": lora.target_parameters} if lora.target_parameters else {}

@@ -92,8 +92,9 @@ def build_app(services: Services) -> Starlette:
         await services.engine.start()
         await services.tuning.start()
         await services.batches.start(partial(answered, app))
-        working = services.registry.collect_orphans(), services.history.run(), services.tenants.run()
-        background = [asyncio.create_task(work) for work in working]
+        registry, tenants = services.registry, services.tenants
+        working = registry.collect_orphans(), registry.following.run(), tenants.run(), tenants.follow()
+        background = [asyncio.create_task(work) for work in (*working, services.history.run())]
         try:
             yield
         finally:

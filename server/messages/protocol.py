@@ -225,6 +225,13 @@ class KVGroup(msgspec.Struct, frozen=True):
     bytes_per_token: int
 
 
+class StateSlotsInfo(msgspec.Struct, frozen=True):
+    """Slots of the layers that keep a state: of running sequences, and snapshots."""
+
+    slots: int
+    bytes_per_slot: int
+
+
 class KVInfo(msgspec.Struct, frozen=True):
     """The KV cache."""
 
@@ -232,6 +239,7 @@ class KVInfo(msgspec.Struct, frozen=True):
     bytes: int
     groups: list[KVGroup]
     drift: Drift | None = None  # from a cache that does not round; None: this one does not
+    states: StateSlotsInfo | None = None  # beside it; None: no layer keeps a state
 
 
 class Ready(_Message, kw_only=True):
@@ -331,6 +339,7 @@ class Stats(msgspec.Struct, frozen=True, omit_defaults=True):
     step_adapters: int = 0
     step_seconds: float = 0.0
     kv_usage: float = 0.0  # 0..1
+    state_usage: float = 0.0  # likewise, of slots of states
     prefix_queries: int = 0  # prompt tokens looked up since the last report
     prefix_hits: int = 0
     preemptions: int = 0
@@ -359,13 +368,19 @@ class Done(_Message):
 
 
 class Inspection(_Message):
-    """Answer to `Inspect`. When idle: free + cached blocks = num_blocks, free + resident rows = pool_rows."""
+    """Answer to `Inspect`. When idle: free + cached blocks = num_blocks, free + resident rows = pool_rows.
+
+    Slots of states likewise, where layers keep some.
+    """
 
     id: str
     base_digest: str
     num_blocks: int
     free_blocks: int
     cached_blocks: int
+    state_slots: int
+    free_slots: int
+    cached_slots: int
     free_rows: dict[str, int]
     resident_rows: dict[str, int]
 

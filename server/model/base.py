@@ -34,7 +34,7 @@ __all__ = ["Base", "UnservableModel", "check_servable", "load", "refusing", "ske
 log = logging.getLogger("lorakeet.engine")
 
 SERVED_LAYERS = {"full_attention", "sliding_attention"}
-STATE_LAYERS = {"linear_attention", "conv"}  # of the types that `mixers` takes over
+OTHER_LAYERS = {"linear_attention", "conv", "hybrid", "moe", "mlp"}  # of the types that `mixers` takes over
 ALIBI = {"bloom", "mpt"}  # model types
 # Features whose config entry alone tells that the engine cannot serve them, and their names for people.
 UNSERVED = {
@@ -226,7 +226,7 @@ def check_servable(config: Any) -> None:
         raise UnservableModel(f"{name} is not served: its attention is biased by distance (ALiBi)")
     text = config.get_text_config(decoder=True)
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    kinds -= SERVED_LAYERS | (STATE_LAYERS if config.model_type in mixers.TYPES else set())
+    kinds -= SERVED_LAYERS | (OTHER_LAYERS if text.model_type in mixers.TYPES else set())
     if kinds:
         raise UnservableModel(f"layers of type {sorted(kinds)} are not served (only full and sliding attention)")
     for entry, kind in UNSERVED.items():
@@ -284,8 +284,10 @@ def _wrap(
     attention.attach(model, slot)
     states = mixers.attach(model, slot)
     positions.fix_rope(model, longest)
+    kinds = enumerate(getattr(config, "layer_types", None) or ())
+    without = [layer for layer, kind in kinds if kind not in SERVED_LAYERS]
     try:
-        layers = geometry.probe(model, slot, config.num_hidden_layers, device, states)
+        layers = geometry.probe(model, slot, config.num_hidden_layers, device, without)
     except geometry.Irregular as fault:
         raise UnservableModel(str(fault)) from fault
     generation = getattr(model, "generation_config", None)

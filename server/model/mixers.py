@@ -1,4 +1,4 @@
-"""Layers that mix tokens by a state of fixed size: gated DeltaNet, short convolutions.
+"""Layers that mix tokens by a state of fixed size: gated DeltaNet, short convolutions, Mamba-2.
 
 transformers computes these for whole sequences, padded to equal lengths. Here each kind is taken over for packed
 tokens: the module's own projections and norms run on all of them, and the `StepSlot` does what needs a sequence's
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from adapters.device.lora import States, StepSlot
+from adapters.kernels import Recurrence
 from server.model import UnservableModel
 from server.model.states import LayerState
 
@@ -56,11 +57,11 @@ class GatedDeltaNet(_Mixer):
         q, k, v = mixed.split([self.key_dim, self.key_dim, self.value_dim], -1)
         q, k = (part.reshape(len(x), -1, self.head_k_dim) for part in (q, k))
         v = v.reshape(len(x), -1, self.head_v_dim)
-        out = states.recur(self.layer_idx, q, k, v, a, b, self.A_log, self.dt_bias, self.gain)
+        out = states.recur(self.layer_idx, Recurrence(q, k, v, a, b, self.A_log, self.dt_bias, self.gain))
         return self.finished(out.reshape(-1, self.head_v_dim), gate.reshape(-1, self.head_v_dim), len(x))
 
     def projected(self: Any, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values in one; the gate; a and b of `kernels.recur`."""
+        """Queries, keys and values in one; the gate; a and b of `Recurrence`."""
         return self.in_proj_qkv(x), self.in_proj_z(x), self.in_proj_a(x), self.in_proj_b(x)
 
     def finished(self: Any, out: Tensor, gate: Tensor, tokens: int) -> Tensor:
@@ -100,16 +101,61 @@ class OlmoDeltaNet(GatedDeltaNet):
         return y
 
 
+class Mamba2(_Mixer):
+    """Granite 4's, Bamba's, Nemotron-H's and Zamba2's."""
+
+    def mix(self: Any, x: Tensor, states: States) -> Tensor:
+        gate, mixed, dt = self.projected(x).split([self.intermediate_size, self.conv_dim, self.num_heads], -1)
+        mixed = states.convolve(self.layer_idx, mixed, self.taps, self.conv1d.bias, True)
+        v, k, q = mixed.split([self.intermediate_size, *[self.n_groups * self.ssm_state_size] * 2], -1)
+        v = v.reshape(len(x), self.num_heads, self.head_dim)
+        k, q = (part.reshape(len(x), self.n_groups, self.ssm_state_size) for part in (k, q))
+        limits = tuple(self.time_step_limit)
+        out = states.recur(self.layer_idx, Recurrence(q, k, v, dt, None, self.A_log, self.dt_bias, limits=limits))
+        out = (out + self.D[:, None] * v).flatten(1)
+        y: Tensor = self.out_proj(self.gated(out, gate.contiguous()).to(x.dtype))
+        return y
+
+    def projected(self: Any, x: Tensor) -> Tensor:
+        """The gate; values, keys and queries in one; the steps."""
+        y: Tensor = self.in_proj(x)
+        return y
+
+    def gated(self: Any, out: Tensor, gate: Tensor) -> Tensor:
+        y: Tensor = self.norm(out[None], gate[None])[0]
+        return y
+
+    def memory(self: Any) -> tuple[int, int, int]:
+        return self.num_heads, self.ssm_state_size, self.head_dim
+
+
+class FalconMamba2(Mamba2):
+    """Falcon-H1's, with multipliers and not always a norm."""
+
+    def projected(self: Any, x: Tensor) -> Tensor:
+        y: Tensor = self.in_proj(x * self.ssm_in_multiplier) * self.mup_vector[0, 0]
+        return y
+
+    def gated(self: Any, out: Tensor, gate: Tensor) -> Tensor:
+        return super().gated(out, gate) if self.mamba_rms_norm else out * nn.functional.silu(gate)
+
+
 KINDS: dict[str, type[_Mixer]] = {  # by transformers' classes
+    "BambaMixer": Mamba2,
+    "FalconH1Mixer": FalconMamba2,
+    "GraniteMoeHybridMambaLayer": Mamba2,
     "Lfm2MoeShortConv": ShortConvolution,
     "Lfm2ShortConv": ShortConvolution,
     "Lfm3ShortConv": ShortConvolution,
+    "NemotronHMamba2Mixer": Mamba2,
     "OlmoHybridGatedDeltaNet": OlmoDeltaNet,
     "Qwen3NextGatedDeltaNet": Qwen3NextDeltaNet,
     "Qwen3_5GatedDeltaNet": GatedDeltaNet,
+    "Qwen3_5MoeGatedDeltaNet": GatedDeltaNet,
 }
-TYPES = {  # of models that were held against transformers; those of wrappers, too
-    *("lfm2", "lfm2_moe", "lfm2_vl", "lfm3", "olmo_hybrid", "qwen3_5", "qwen3_5_text", "qwen3_next"),
+TYPES = {  # of text models that were held against transformers
+    *("bamba", "falcon_h1", "granitemoehybrid", "lfm2", "lfm2_moe", "lfm3", "nemotron_h", "olmo_hybrid"),
+    *("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"),
 }
 
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,5 +52,5 @@ class StateStep:
     def convolve(self, layer: int, x: Tensor, taps: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
         return kernels.convolve(x, taps, bias, silu, self.cache.inputs[layer], self.runs)
 
-    def recur(self, layer: int, *args: Any, **kwargs: Any) -> Tensor:
-        return kernels.recur(*args, **kwargs, states=self.cache.memory[layer], runs=self.runs)
+    def recur(self, layer: int, recurrence: kernels.Recurrence) -> Tensor:
+        return kernels.recur(recurrence, self.cache.memory[layer], self.runs)

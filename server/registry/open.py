@@ -41,6 +41,7 @@ from server.errors import (
 from server.messages.protocol import AdapterRef
 from server.metrics import Metrics
 from server.registry.discovery import Discovery
+from server.registry.following import Following
 from server.registry.pins import Fetch, Pins
 from server.registry.publish import Publisher
 from server.settings import Settings
@@ -60,6 +61,7 @@ class Registry:
     Attributes:
         publisher: changes what they mean.
         discovery: finds them on this machine's disk.
+        following: takes over what other servers change.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Registry:
     ) -> None:
         self.publisher = publisher
         self.discovery = discovery
+        self.following = Following(settings, store, publisher)
         self._store = store
         self._fetch = fetch
         self._orphan_seconds = settings.adapter_orphan_hours * 3600 if settings.adapter_store is not None else 0.0
@@ -177,11 +180,17 @@ class Registry:
         if caller.adapters is not None and name not in caller.adapters:
             raise UnknownAdapter(name)
         try:
-            return self._store.readable(caller.tenant, name)
+            return await self._readable(caller.tenant, name)
         except UnknownAdapter:
             if caller.tenant != TENANT or not await self.discovery.discover(TENANT, name):  # the directory is theirs
                 raise
             return self._store.pointer(TENANT, name)
+
+    async def _readable(self, tenant: str, name: str) -> Pointer:
+        with suppress(UnknownAdapter):
+            return self._store.readable(tenant, name)
+        await self.following.look(tenant, name)
+        return self._store.readable(tenant, name)
 
     def list(self, caller: Caller) -> Sequence[Version]:
         """The current version of every name that there is for the caller, by name."""
@@ -197,15 +206,15 @@ class Registry:
         """Take the name away; requests that run keep their version. Raises UnknownAdapter."""
         if not caller.sees(name):
             raise UnknownAdapter(name)
-        _changeable(caller, self._store.readable(caller.tenant, name))
+        _changeable(caller, await self._readable(caller.tenant, name))
         version = await self.publisher.delete(caller.tenant, name)
         if caller.tenant == TENANT:
             await self.discovery.forget(name)
         return version
 
     async def collect_orphans(self) -> None:
-        """Again and again, remove versions from the object store that no name has: deletions that it did not hear of,
-        uploads that a crash cut short."""
+        """Again and again, remove versions from the object store that no name has any more, or ever had: uploads that
+        a crash cut short."""
         while self._orphan_seconds:
             try:
                 count = await self._store.remove_orphans(self._orphan_seconds)

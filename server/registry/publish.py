@@ -30,7 +30,7 @@ from adapters.peft_format.text import (
 from adapters.storage.copying import copy_files
 from adapters.storage.mending import check_noted
 from adapters.storage.staging import Staging
-from adapters.storage.store import AdapterStore
+from adapters.storage.store import AdapterStore, Change
 from adapters.storage.versions import Pointer, UnknownAdapter, Version, check_name
 from server.children.helper import HelperLimit, Helpers
 from server.client.engine import EngineClient, served_base
@@ -300,6 +300,14 @@ class Publisher:
         self.pins.renew()
         self._forget_unused(before)
         return version
+
+    def follow(self, changes: Iterable[Change]) -> None:
+        """Do here what follows from changes that other servers made."""
+        for before, after in changes:
+            if before is not None and after is None:
+                self._metrics.adapter_deleted(before.current.label)
+            self._forget_unused(before.shares if before is not None else ())
+            self.pins.renew()
 
     def _with_warnings(self, spec: AdapterSpec) -> AdapterSpec:
         """Tell the owner when the config names another base than the one that serves."""

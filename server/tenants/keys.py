@@ -1,4 +1,4 @@
-"""Tenants and their keys: durable in SQLite, found in memory.
+"""Tenants and their keys: durable in `server.tenants.rolls`, found in memory.
 
 A secret is `lk-<id>-<256 random bits>`. Its SHA-256 is kept, the id is shown. A secret that nobody can guess needs no
 slow hash.
@@ -7,50 +7,33 @@ slow hash.
 import asyncio
 import hashlib
 import hmac
+import logging
 import re
 import secrets
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-import msgspec
+from msgspec.structs import replace as replace_fields
 
 from adapters.storage.database import Database
+from adapters.storage.versions import RemoteUnavailable
 from server.errors import Conflict, InvalidRequest, NotFound, shown
 from server.tenants.caller import DEFAULT_NAME, EVERYTHING, TENANT, Caller, Role, allowed, tenant_name
 from server.tenants.limits import UNLIMITED, Allowance, Limits
+from server.tenants.rolls import DEFAULT, Change, KeptKey, Key, Roll, Rolls, Tenant
+
+if TYPE_CHECKING:
+    from adapters.storage.records import Records
 
 TENANT_ID = re.compile("[a-z0-9]([a-z0-9-]{0,62}[a-z0-9])?")
 FLUSH_SECONDS = 60.0  # by which the time of a key's last use may be behind after a crash
 _ID_LENGTH = len("lk-01234567")
 _NOTHING = bytes(32)  # what an unknown id is compared with, so that it takes as long
 
-
-class Tenant(msgspec.Struct, frozen=True, kw_only=True):
-    """One tenant."""
-
-    id: str
-    created_at: int
-    limits: Limits = UNLIMITED
-
-
-class Key(msgspec.Struct, frozen=True, kw_only=True):
-    """One key, without its secret. `id` begins the secret, so that people know which one it is."""
-
-    id: str
-    tenant: str
-    name: str
-    roles: list[Role]
-    adapters: list[str] | None
-    created_at: int
-    expires_at: int | None = None
-    revoked_at: int | None = None
-    last_used_at: int | None = None
-
-    def valid(self, now: float) -> bool:
-        """Whether it opens anything."""
-        return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
+log = logging.getLogger(__name__)
 
 
 class Tenants:
@@ -58,18 +41,29 @@ class Tenants:
 
     Args:
         static_keys: secrets of the command line, each an admin of the default tenant.
+        shared: where other servers see them, and change them.
+        poll_seconds: within how long their changes are seen.
 
     Attributes:
         closed: a key is needed, since the first one was made.
     """
 
-    def __init__(self, database: Database, static_keys: Sequence[str] = ()) -> None:
-        self.database = database
+    def __init__(
+        self,
+        database: Database,
+        static_keys: Sequence[str] = (),
+        shared: "Records | None" = None,
+        poll_seconds: float = 2.0,
+    ) -> None:
+        self._kept = Rolls(database, shared)
+        self._shared = shared is not None
+        self._poll_seconds = poll_seconds / 2
         self._static = [_hash(key.encode()) for key in static_keys]
         self._changing = threading.Lock()
         self.closed = bool(self._static)
         self._used: dict[str, int] = {}  # key -> Unix time that is not written yet
-        self.tenants: dict[str, Tenant] = {TENANT: Tenant(id=TENANT, created_at=0)}
+        self._rolls = {TENANT: DEFAULT}
+        self.tenants: dict[str, Tenant] = {TENANT: DEFAULT.tenant}
         self.keys: dict[str, Key] = {}
         self._known: dict[str, tuple[bytes, Caller]] = {}  # by key
         self._allowances = {TENANT: Allowance()}
@@ -78,17 +72,31 @@ class Tenants:
     # --- its life -------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Read everything."""
+        """Read everything. Raises RemoteUnavailable."""
         await asyncio.to_thread(self._read)
 
     def _read(self) -> None:
-        with self.database.reading() as connection:
-            for (record,) in connection.execute("SELECT record FROM tenants ORDER BY id"):
-                tenant = msgspec.json.decode(record, type=Tenant)
-                self.tenants[tenant.id] = tenant
-                self._allowances.setdefault(tenant.id, Allowance()).set(tenant.limits)
-            for digest, record in connection.execute("SELECT digest, record FROM keys"):
-                self._know(digest, msgspec.json.decode(record, type=Key))
+        for id_, roll in self._kept.load().items():
+            self._know(id_, roll)
+
+    async def follow(self) -> None:
+        """Again and again, take over what other servers changed."""
+        failing = False
+        while self._shared:
+            await asyncio.sleep(self._poll_seconds)
+            try:
+                await asyncio.to_thread(self.poll)
+                failing = False
+            except RemoteUnavailable as fault:
+                if not failing:
+                    log.warning("changes of keys at other servers are not seen: %s", fault)
+                failing = True
+
+    def poll(self) -> None:
+        """Take over what other servers changed. Raises RemoteUnavailable."""
+        with self._changing:
+            for id_, roll in self._kept.news(self._rolls):
+                self._know(id_, roll)
 
     async def run(self) -> None:
         """Write the times of last use, now and then and at the end."""
@@ -101,11 +109,19 @@ class Tenants:
 
     def _flush(self) -> None:
         used, self._used = self._used, {}
-        with self._changing:
-            known = [(self.keys[id_], when) for id_, when in list(used.items()) if id_ in self.keys]
-            with self.database.transaction(removing=True):
-                for key, when in known:
-                    self._write(msgspec.structs.replace(key, last_used_at=when))
+        for tenant in {self.keys[id_].tenant for id_ in list(used) if id_ in self.keys}:
+
+            def note(roll: Roll | None) -> Roll | None:
+                for kept in list(roll.keys.values()) if roll is not None else ():
+                    when = used.get(kept.key.id, 0)
+                    if roll is not None and when > (kept.key.last_used_at or 0):
+                        roll = roll.having(replace_fields(kept, key=replace_fields(kept.key, last_used_at=when)))
+                return roll
+
+            try:
+                self._change(tenant, note)
+            except RemoteUnavailable as fault:
+                log.warning("when keys were used is not written: %s", fault)
 
     # --- who asks -------------------------------------------------------------------------------------
 
@@ -121,7 +137,8 @@ class Tenants:
         static = [hmac.compare_digest(digest, known) for known in self._static]
         id_ = secret[:_ID_LENGTH].decode("latin-1")
         kept, caller = self._known.get(id_, (_NOTHING, None))
-        if hmac.compare_digest(digest, kept) and self.keys[id_].valid(now := time.time()):
+        key = self.keys.get(id_)
+        if hmac.compare_digest(digest, kept) and key is not None and key.valid(now := time.time()):
             self._used[id_] = int(now)
             return caller
         return self.everything if any(static) else None
@@ -132,47 +149,68 @@ class Tenants:
         """With `own`, that one alone is there. Raises NotFound."""
         tenant = self.tenants.get(id_)
         if tenant is None or own not in (None, tenant.id):
-            message = f"No such tenant: {shown(tenant_name(id_))}"
-            raise NotFound(message, param="tenant", code="tenant_not_found")
+            raise _no_tenant(id_)
         return tenant
 
     def create_tenant(self, id_: str, limits: Limits = UNLIMITED) -> Tenant:
-        """Waits for the disk, as all that changes something does. Raises InvalidRequest, Conflict."""
+        """Waits for the disk, or the object store, as all that changes something does. Raises InvalidRequest, Conflict,
+        RemoteUnavailable."""
         if not TENANT_ID.fullmatch(id_) or id_ == DEFAULT_NAME:
             message = f"`id`: 1 to 64 of a-z, 0-9 and -, neither first nor last a -, and not `{DEFAULT_NAME}`."
             raise InvalidRequest(message, param="id")
-        with self._changing:
-            if id_ in self.tenants:
+
+        def create(roll: Roll | None) -> Roll:
+            if roll is not None:
                 raise Conflict(f"There is a tenant `{id_}` already.", param="id", code="tenant_exists")
-            self._allowances[id_] = Allowance()
-            return self._keep(Tenant(id=id_, created_at=int(time.time()), limits=limits))
+            return Roll(Tenant(id=id_, created_at=int(time.time()), limits=limits))
+
+        self._change(id_, create)
+        return self.tenant(id_)
 
     def limit(self, id_: str, limits: Limits) -> Tenant:
         """Give a tenant these limits, in place of those that it has. Raises NotFound."""
-        with self._changing:
-            return self._keep(msgspec.structs.replace(self.tenant(id_), limits=limits))
 
-    def _keep(self, tenant: Tenant) -> Tenant:
-        with self.database.transaction() as connection:
-            row = (tenant.id, msgspec.json.encode(tenant))
-            connection.execute("INSERT OR REPLACE INTO tenants VALUES (?, ?)", row)
-        self.tenants[tenant.id] = tenant
-        self._allowances[tenant.id].set(tenant.limits)
-        return tenant
+        def limited(roll: Roll | None) -> Roll:
+            roll = _there(id_, roll)
+            return replace_fields(roll, tenant=replace_fields(roll.tenant, limits=limits))
+
+        self._change(id_, limited)
+        return self.tenant(id_)
 
     def delete_tenant(self, id_: str) -> None:
         """Its keys are no longer known. Raises NotFound, Conflict."""
-        with self._changing:
-            if self.tenant(id_).id == TENANT:
+
+        def delete(roll: Roll | None) -> None:
+            if _there(id_, roll).tenant.id == TENANT:
                 raise Conflict("The default tenant stays.", param="tenant")
-            keys = [key.id for key in self.keys.values() if key.tenant == id_]
-            with self.database.transaction(removing=True) as connection:
-                connection.execute("DELETE FROM tenants WHERE id = ?", (id_,))
-                connection.executemany("DELETE FROM keys WHERE id = ?", [(key,) for key in keys])
-            del self.tenants[id_], self._allowances[id_]
-            for key in keys:
-                self.keys.pop(key)
-                self._known.pop(key)
+
+        self._change(id_, delete)
+
+    def _change(self, id_: str, change: Change) -> None:
+        with self._changing:
+            self._know(id_, self._kept.change(id_, self._rolls.get(id_), change))
+
+    def _know(self, id_: str, roll: Roll | None) -> None:
+        """This is the tenant's roll now."""
+        before = self._rolls.get(id_)
+        for gone in (before.keys.keys() if before else set()) - (roll.keys.keys() if roll else set()):
+            self._known.pop(gone)
+            self.keys.pop(gone)
+        if roll is None:
+            for known in (self._rolls, self.tenants, self._allowances):
+                known.pop(id_, None)
+            return
+        allowance = self._allowances.setdefault(id_, Allowance())
+        if roll.tenant.limits != allowance.limits:
+            allowance.set(roll.tenant.limits)
+        self._rolls[id_], self.tenants[id_] = roll, roll.tenant
+        for kept in roll.keys.values():
+            key = kept.key
+            bound = None if key.adapters is None else frozenset(key.adapters)
+            roles = allowed(key.tenant, frozenset(key.roles))
+            self.keys[key.id] = key
+            self._known[key.id] = bytes.fromhex(kept.digest), Caller(key.tenant, key.id, roles, bound, allowance)
+            self.closed = True
 
     # --- keys -----------------------------------------------------------------------------------------
 
@@ -184,7 +222,7 @@ class Tenants:
         """A tenant's key, or with None anybody's. Raises NotFound."""
         key = self.keys.get(id_)
         if key is None or tenant not in (None, key.tenant):
-            raise NotFound(f"No such key: {shown(id_)}", param="id", code="key_not_found")
+            raise _no_key(id_)
         return key
 
     def create_key(
@@ -197,55 +235,62 @@ class Tenants:
         expires_at: int | None = None,
     ) -> tuple[Key, str]:
         """A new key and its secret, which nobody can be told again. Raises NotFound, InvalidRequest."""
-        with self._changing:
-            self.tenant(tenant)
-            operator = tenant == TENANT and "admin" in roles and expires_at is None
-            if not self.closed and not operator:
+        while (id_ := f"lk-{secrets.token_hex(4)}") in self.keys:
+            pass
+        secret = f"{id_}-{secrets.token_urlsafe(32)}"
+        key = Key(
+            id=id_,
+            tenant=tenant,
+            name=name,
+            roles=list(dict.fromkeys(roles)),
+            adapters=None if adapters is None else list(dict.fromkeys(adapters)),
+            created_at=int(time.time()),
+            expires_at=expires_at,
+        )
+
+        def create(roll: Roll | None) -> Roll:
+            roll = _there(tenant, roll)
+            if not (self.closed or roll.keys or _lasting_operator(key)):
                 message = "The first key is an admin's of the default tenant that does not expire: from then on all"
                 raise InvalidRequest(f"{message} requests need a key.", param="roles", code="first_key")
-            while (id_ := f"lk-{secrets.token_hex(4)}") in self.keys:
-                pass
-            secret = f"{id_}-{secrets.token_urlsafe(32)}"
-            key = Key(
-                id=id_,
-                tenant=tenant,
-                name=name,
-                roles=list(dict.fromkeys(roles)),
-                adapters=None if adapters is None else list(dict.fromkeys(adapters)),
-                created_at=int(time.time()),
-                expires_at=expires_at,
-            )
-            digest = _hash(secret.encode())
-            with self.database.transaction() as connection:
-                row = (id_, digest, msgspec.json.encode(key))
-                connection.execute("INSERT INTO keys (id, digest, record) VALUES (?, ?, ?)", row)
-            self._know(digest, key)
+            return roll.having(KeptKey(key, _hash(secret.encode()).hex()))
+
+        self._change(tenant, create)
         return key, secret
 
     def revoke(self, key: Key) -> Key:
         """From now on it opens nothing. Raises Conflict for the last one that could make others."""
-        with self._changing:
-            key = self.key(None, key.id)
-            if key.revoked_at is not None:
-                return key
-            if not self._static and not any(map(_lasting_operator, (k for k in self.keys.values() if k is not key))):
+
+        def revoked(roll: Roll | None) -> Roll:
+            roll = _there(key.tenant, roll)
+            kept = roll.keys.get(key.id)
+            if kept is None:
+                raise _no_key(key.id)
+            if kept.key.revoked_at is not None:
+                return roll
+            others = self.keys | {id_: other.key for id_, other in roll.keys.items()}
+            others.pop(key.id)
+            if not self._static and not any(map(_lasting_operator, others.values())):
                 message = "This is the last key of the server's operator; make another one first."
                 raise Conflict(message, param="id", code="last_key")
-            return self._write(msgspec.structs.replace(key, revoked_at=int(time.time())))
+            return roll.having(replace_fields(kept, key=replace_fields(kept.key, revoked_at=int(time.time()))))
 
-    def _write(self, key: Key) -> Key:
-        with self.database.transaction(removing=True) as connection:
-            connection.execute("UPDATE keys SET record = ? WHERE id = ?", (msgspec.json.encode(key), key.id))
-        self.keys[key.id] = key
-        return key
+        self._change(key.tenant, revoked)
+        return self.key(None, key.id)
 
-    def _know(self, digest: bytes, key: Key) -> None:
-        bound = None if key.adapters is None else frozenset(key.adapters)
-        roles = allowed(key.tenant, frozenset(key.roles))
-        caller = Caller(key.tenant, key.id, roles, bound, self._allowances[key.tenant])
-        self.keys[key.id] = key
-        self._known[key.id] = (digest, caller)
-        self.closed = True
+
+def _there(id_: str, roll: Roll | None) -> Roll:
+    if roll is None:
+        raise _no_tenant(id_)
+    return roll
+
+
+def _no_tenant(id_: str) -> NotFound:
+    return NotFound(f"No such tenant: {shown(tenant_name(id_))}", param="tenant", code="tenant_not_found")
+
+
+def _no_key(id_: str) -> NotFound:
+    return NotFound(f"No such key: {shown(id_)}", param="id", code="key_not_found")
 
 
 def _lasting_operator(key: Key) -> bool:

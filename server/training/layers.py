@@ -98,6 +98,7 @@ class LayeredModel:
             for linear in base.trainable
             if linear.name.startswith(tuple(prefixes))
         }
+        self._beside = _beside(base, self.layers[0])
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -108,10 +109,10 @@ class LayeredModel:
         inputs: list[Tensor] = []
         arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-        def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def record(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             inputs.append(hidden)
             arguments.append((args, kwargs))
-            return hidden
+            return self._returned(hidden)
 
         with self._replaced([record] * len(self.layers)):
             self._decoder(input_ids=ids[None], position_ids=positions[None], use_cache=False)
@@ -130,17 +131,21 @@ class LayeredModel:
         """One layer: `[..., T, H] -> [..., T, H]`."""
         calls.shared.layer = layer
         args, kwargs = calls.arguments[layer]
-        out: Tensor = self.layers[layer](hidden, *args, **kwargs)
-        return out
+        out: Tensor | tuple[Tensor, ...] = self.layers[layer](hidden, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def _returned(self, hidden: Tensor) -> Any:
+        """What a layer returns whose output this is."""
+        return hidden if self._beside is None else (hidden, *self._beside)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """What follows the last layer: `[..., n, H] -> [n, V]`; differentiable."""
 
-        def same(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-            return hidden
+        def same(hidden: Tensor, *_: Any, **__: Any) -> Any:
+            return self._returned(hidden)
 
-        def give(*_: Any, **__: Any) -> Tensor:
-            return hidden
+        def give(*_: Any, **__: Any) -> Any:
+            return self._returned(hidden)
 
         nothing = torch.zeros(1, hidden.shape[-2], dtype=torch.long, device=hidden.device)
         with self._replaced([*[same] * (len(self.layers) - 1), give]):
@@ -148,7 +153,7 @@ class LayeredModel:
         return logits[0]
 
     @contextmanager
-    def _replaced(self, forwards: Sequence[Callable[..., Tensor]]) -> Iterator[None]:
+    def _replaced(self, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
         """Every layer's `forward` replaced for a moment."""
         try:
             for layer, forward in zip(self.layers, forwards, strict=True):
@@ -201,37 +206,41 @@ class PackedStates:
         before = (0, 0, len(taps) - 1, 0)
         return torch.cat([kernels.convolved(F.pad(x[i:j], before), taps, bias, silu) for i, j in self._bounds])
 
-    def recur(
-        self,
-        layer: int,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        a: Tensor,
-        b: Tensor | None,
-        a_log: Tensor,
-        dt_bias: Tensor,
-        gain: float = 1.0,
-        limits: tuple[float, float] = kernels.NO_LIMITS,
-    ) -> Tensor:
+    def recur(self, layer: int, r: kernels.Recurrence) -> Tensor:
         # Here, so that other models do without these modules.
         from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
         from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
-        rate = -a_log.float().exp()
+        rate = -r.a_log.float().exp()
         parts = []
         for i, j in self._bounds:
-            keys = q[None, i:j], k[None, i:j], v[None, i:j]
-            if b is None:
-                query, key, value = keys
-                shared = value, a[None, i:j], rate, key, query, _SCANNED
-                out = mamba2_chunk_scan(*shared, dt_bias=dt_bias, dt_softplus=True, dt_limit=limits)
+            q, k, v, a = (part[None, i:j] for part in (r.q, r.k, r.v, r.a))
+            if r.b is None:
+                settings = {"dt_bias": r.dt_bias, "dt_softplus": True, "dt_limit": r.limits}
+                out = mamba2_chunk_scan(v, a, rate, k, q, _SCANNED, **settings)
             else:
-                decay = rate * F.softplus(a[None, i:j].float() + dt_bias)
-                beta = b[None, i:j].sigmoid() * gain
-                out, _ = torch_chunk_gated_delta_rule(*keys, decay, beta, use_qk_l2norm_in_kernel=True)
+                decay, beta = rate * F.softplus(a.float() + r.dt_bias), r.b[None, i:j].sigmoid() * r.gain
+                out, _ = torch_chunk_gated_delta_rule(q, k, v, decay, beta, use_qk_l2norm_in_kernel=True)
             parts.append(out[0])
         return torch.cat(parts)
+
+
+@torch.no_grad()
+def _beside(base: Base, layer: nn.Module) -> list[None] | None:
+    """What a layer returns beside its output, in a tuple; None of one that returns that alone. Seen in a short step."""
+    returned: list[Any] = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        returned.append(output)
+
+    token = torch.zeros(1, 1, dtype=torch.long, device=base.device)
+    base.slot.attention, base.slot.states = PackedAttention([(0, 1)]), PackedStates([(0, 1)])
+    try:
+        with layer.register_forward_hook(note):
+            base.decoder(input_ids=token, position_ids=token, use_cache=False)
+    finally:
+        base.slot.attention = base.slot.states = None
+    return [None] * (len(returned[0]) - 1) if isinstance(returned[0], tuple) else None
 
 
 def _causal(

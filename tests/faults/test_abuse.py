@@ -9,9 +9,10 @@ import json
 import os
 import re
 import socket
+import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import pytest
 from server.http.operations import Operation
 from server.settings import Settings
 from tests.faults.conftest import Files
-from tests.support.abuse import ADAPTER, Case, cases
+from tests.support.abuse import ADAPTER, SHAPES, Case, cases
 from tests.support.harness import Site
 from tests.support.running import BASE, RunningServer
 from tests.support.tiny import tiny_model
@@ -32,6 +33,7 @@ LARGEST = 8 * 2**20 - 4096
 MEMORY = 300e6
 GAP = 0.25
 CONTEXT = 8192
+FILES = {"config": "adapter_config.json", "weights": "adapter_model.safetensors"}
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +108,14 @@ class Cost:
 
 
 def cost(bystander: Bystander, client: httpx.Client, method: str, path: str, body: bytes) -> tuple[Cost, str]:
+    headers = {"Content-Type": "application/json"}
+    return cost_of(bystander, client, client.build_request(method, path, content=body, headers=headers))
+
+
+def cost_of(bystander: Bystander, client: httpx.Client, request: httpx.Request) -> tuple[Cost, str]:
     before = bystander.begin()
     since = time.perf_counter()
-    response = client.request(method, path, content=body, headers={"Content-Type": "application/json"})
+    response = client.send(request)
     seconds = time.perf_counter() - since
     time.sleep(0.02)
     gap = max(bystander.waits, default=0.0)
@@ -154,6 +161,43 @@ def test_full_bodies_keep_the_budget(server: RunningServer, bystander: Bystander
             else:
                 faults.append((str(case), seen))
                 print(case, *seen, sep="\n  ", flush=True)
+    assert not faults
+
+
+def uploads(client: httpx.Client, made: Files, shape: Callable[[int], bytes], size: int) -> Iterator[httpx.Request]:
+    """An adapter with so much of a shape in each of its files, and a file of rows with it in one and in many."""
+    good = {part: (made.adapters["red"] / name).read_bytes() for part, name in FILES.items()}
+    value = shape(size)
+    header = b'{"__metadata__":{"a":"b"},"x":%b}' % value
+    parts = {
+        "config": b'{"peft_type":"LORA","r":2,"target_modules":%b}' % value,
+        "weights": struct.pack("<Q", len(header)) + header + bytes(8),
+        "tokenizer": b'{"added_tokens":%b,"model":{"vocab":%b}}' % (shape(size // 2), shape(size // 2)),
+        "chat_template": value,
+    }
+    for part, content in parts.items():
+        yield client.build_request("POST", "/v1/adapters", data={"name": "big"}, files=good | {part: content})
+    rows = (b'{"messages":%b}\n' % value, b'{"text":%b}\n' % value, (b'{"prompt":%b}\n' % shape(size // 1000)) * 1000)
+    for row in rows:
+        named = {"file": ("rows.jsonl", row)}
+        yield client.build_request("POST", "/v1/files", data={"purpose": "fine-tune"}, files=named)
+
+
+def test_full_files_keep_the_budget(made: Files, server: RunningServer, bystander: Bystander, rest: float) -> None:
+    faults = []
+    with httpx.Client(base_url=server.url, timeout=300) as client:
+        for name, shape in SHAPES.items():
+            whole, half = (list(uploads(client, made, shape, size)) for size in (LARGEST, LARGEST // 2))
+            for index, (large, small) in enumerate(zip(whole, half, strict=True)):
+                for _ in range(3):
+                    seen = [cost_of(bystander, client, large)[0]]
+                    if seen[0].seconds > 1:
+                        seen.append(cost_of(bystander, client, small)[0])
+                    if keeps(seen, rest):
+                        break
+                else:
+                    faults.append((name, index, seen))
+                    print(name, index, *seen, sep="\n  ", flush=True)
     assert not faults
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -363,6 +364,37 @@ def test_a_port_in_use_is_one_line(server: RunningServer, tmp_path: Path) -> Non
     done = subprocess.run([*command, "--data-dir", str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [f"error: --port: {server.port} on 127.0.0.1 is in use by another program"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "status", "said"),
+    [
+        ("--data-dir", "taken/data", 2, r"--data-dir: \S+ cannot be made: Not a directory"),
+        ("--model", "bert", 1, "the engine cannot start: .*(BertLMHeadModel|bert).*"),
+    ],
+)
+def test_a_server_that_cannot_start_says_so_in_one_line(
+    tmp_path: Path, server: RunningServer, model_dir: Path, flag: str, value: str, status: int, said: str
+) -> None:
+    """And it has taken away what killed servers left."""
+    (tmp_path / "taken").touch()
+    bert = tmp_path / "bert"
+    shutil.copytree(model_dir, bert)
+    config = json.loads((bert / "config.json").read_text())
+    (bert / "config.json").write_text(json.dumps(config | {"model_type": "bert", "architectures": ["BertLMHeadModel"]}))
+    left = tmp_path / "tmp/lorakeet-killed"
+    left.mkdir(parents=True)
+    (left / ".lock").touch()
+    paths = {"--model": str(model_dir), "--data-dir": str(tmp_path / "data"), flag: str(tmp_path / value)}
+    arguments = [word for pair in paths.items() for word in pair]
+    command = [sys.executable, "-c", "from server.cli import main; main()", "serve", "--port", "0", *arguments]
+    environment = os.environ | {"TMPDIR": str(tmp_path / "tmp"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    assert re.fullmatch(f"error: {said}", done.stderr.splitlines()[-1]), done.stderr
+    assert done.stderr.count("cannot be served") <= 2, "it was not tried again"
+    assert left.exists() == (status == 2)
 
 
 def test_the_start_tells_what_there_is_in_one_line(server: RunningServer) -> None:

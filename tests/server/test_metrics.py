@@ -58,6 +58,7 @@ def test_engine_reports_are_gauges_and_increments() -> None:
         step_requests=3,
         step_adapters=2,
         kv_usage=0.5,
+        state_usage=0.75,
         prefix_queries=10,
         prefix_hits=4,
         drafted_tokens=7,
@@ -68,6 +69,7 @@ def test_engine_reports_are_gauges_and_increments() -> None:
     assert value(metrics, "num_requests_running") == 3
     assert value(metrics, "num_requests_waiting") == 2
     assert value(metrics, "kv_cache_usage_perc") == 0.5
+    assert value(metrics, "state_cache_usage_perc") == 0.75
     assert value(metrics, "prefix_cache_queries_total") == 20
     assert value(metrics, "prefix_cache_hits_total") == 8
     assert value(metrics, "spec_decode_num_draft_tokens_total") == 14

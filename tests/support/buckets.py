@@ -13,7 +13,7 @@ BUCKET = "adapters"
 
 
 class S3Server:
-    """moto's server on a port that stays the same."""
+    """moto's S3 (`tests.support.s3_program`) on a port that stays the same."""
 
     def __init__(self) -> None:
         with socket.socket() as probe:
@@ -34,7 +34,7 @@ class S3Server:
 
     def start(self) -> None:
         """Start it with an empty bucket."""
-        command = [sys.executable, "-m", "moto.server", "-p", str(self.port)]
+        command = [sys.executable, "-m", "tests.support.s3_program", str(self.port)]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         while True:
@@ -51,6 +51,11 @@ class S3Server:
         if self._process is not None:
             self._process.terminate()
             self._process.wait()
+
+    def suffer(self, *faults: tuple[str, str, str, int]) -> None:
+        """From now on meet these faults only: kind, method (or LIST), a part of the path, how often."""
+        named = [dict(zip(("kind", "method", "path", "every"), fault, strict=True)) for fault in faults]
+        httpx.put(f"{self.endpoint}/__faults__", json=named).raise_for_status()
 
     def objects(self, prefix: str) -> dict[str, bytes]:
         """Every object below a prefix of the bucket."""

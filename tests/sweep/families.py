@@ -73,6 +73,13 @@ LISTS_BY_LAYER = (
 )
 # What a type needs beside small sizes, where its parts must fit together or its default leaves something out.
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}
+NEMOTRON = {
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 16,
+    "n_groups": 2,
+}
 GEMMA4 = {  # of its sizes at once: K = V in full layers, fewer and larger heads there, layers that read others' keys
     "num_hidden_layers": 4,
     "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -106,7 +113,7 @@ OTHER: dict[str, dict[str, Any]] = {
     "mllama": {"text_config": {"cross_attention_layers": [1]}},
     "granite4_vision": {"downsample_rate": "1/2", "deepstack_layer_map": [[-1, 0]], "spatial_target_layers": [1]},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
-    "bamba": MAMBA,
+    "bamba": MAMBA | {"attn_layer_indices": [1]},
     "cohere_compass_text": COMPASS,
     "cohere_compass": {"text_config": COMPASS},
     "dbrx": {
@@ -124,11 +131,14 @@ OTHER: dict[str, dict[str, Any]] = {
     "gemma4_text": GEMMA4,
     "gemma4_unified_text": {k: v for k, v in GEMMA4.items() if k not in {"attention_k_eq_v", "use_double_wide_mlp"}},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "attention_layers": ["global", "local"]},
-    "granitemoehybrid": MAMBA,
+    "falcon_h1": MAMBA | {"mamba_d_ssm": 128},
+    "granitemoehybrid": MAMBA | {"layer_types": ["linear_attention", "full_attention"]},
     "lfm2": {"layer_types": ["conv", "full_attention"], "full_attn_idxs": None},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8},
     "muse_spark": {"audio_config": {"patch_sizes": [8, 8], "hidden_sizes": [64, 64], "depths": [1, 1]}},
+    "nemotron_h": NEMOTRON,
+    "nemotron_h_omni": {"text_config": NEMOTRON},
     "reformer": {"axial_pos_embds_dim": [16, 48], "axial_pos_shape": [16, 32], "attn_layers": ["local", "lsh"]},
     "zamba": {
         "num_hidden_layers": 4,
@@ -142,7 +152,9 @@ OTHER: dict[str, dict[str, Any]] = {
 
 # Further settings in which makers publish a type, by the type's name and theirs.
 VARIANTS: dict[str, dict[str, Any]] = {
+    "falcon_h1, normed": {"mamba_rms_norm": True, "mamba_n_groups": 2, "ssm_multipliers": [0.4, 1.5, 0.7, 1.2, 0.5]},
     "granitemoehybrid, dense": {"num_local_experts": 0, "layer_types": ["attention"] * LAYERS},  # Granite 4 micro
+    "nemotron_h, latent": {"moe_latent_size": 32},  # Nemotron 3 Super
     "phi3, longrope": {
         "original_max_position_embeddings": 256,
         "rope_parameters": {

@@ -9,10 +9,21 @@ from tests.sweep.verdict import judge
 
 TYPES = [
     *("llama", "qwen3", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "granite_swa", "phi3", "cohere2"),
-    *("hunyuan_v1_dense", "nemotron", "mistral3", "qwen3_moe", "qwen3_5_text", "lfm2"),
+    *("hunyuan_v1_dense", "nemotron", "mistral3", "qwen3_moe", "qwen3_5_text", "lfm2", "falcon_h1"),
 ]
 # Wrappers, each with names or positions of its own, and variants of a type.
-MORE = ["ernie4_5_moe", "qwen3_vl", "smolvlm", "deepseek_vl", "hunyuan_vl", "granitemoehybrid, dense", "phi3, longrope"]
+MORE = [
+    "granitemoehybrid",
+    "nemotron_h",
+    "qwen3_5_moe_text",
+    "ernie4_5_moe",
+    "qwen3_vl",
+    "smolvlm",
+    "deepseek_vl",
+    "hunyuan_vl",
+    "granitemoehybrid, dense",
+    "phi3, longrope",
+]
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers and PEFT, about families
 
 

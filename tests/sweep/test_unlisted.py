@@ -17,8 +17,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about fami
 
 FAST = ["minimax", "diffllama", "gpt_neox_japanese", "xglm", "openai-gpt", "xlm"]
 REST = [
-    *["bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "mamba"],
-    *["mamba2", "nemotron_h", "recurrent_gemma", "rwkv", "xlstm"],
+    *["falcon_mamba", "jamba", "mamba"],
+    *["mamba2", "recurrent_gemma", "rwkv", "xlstm", "zamba2"],
 ]
 
 

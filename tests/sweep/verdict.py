@@ -18,6 +18,7 @@ import peft
 import torch
 import torch.nn.functional as F
 import transformers
+from peft.tuners import tuners_utils
 from peft.utils import transformers_weight_conversion
 from safetensors.torch import save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -169,8 +170,13 @@ def round_experts(module: Any, quantization: str) -> None:
 def _adapted(stock: Any, names: list[str], directory: Path, experts: Sequence[str] = ()) -> Any:
     """A model like `stock` with a random adapter on every linear and on `experts`, as PEFT has it and saves it."""
     config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=names, target_parameters=list(experts) or None)
-    with mock.patch.object(transformers_weight_conversion, "convert_peft_config_for_transformers"):
-        wrapped = peft.get_peft_model(stock, config)  # it would add experts that are called like other linears
+    with (
+        # It would add experts that are called like other linears,
+        mock.patch.object(transformers_weight_conversion, "convert_peft_config_for_transformers"),
+        # and refuse what CUDA kernels of Mamba-2 pass by.
+        mock.patch.object(tuners_utils, "_check_lora_target_modules_mamba"),
+    ):
+        wrapped = peft.get_peft_model(stock, config)
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():

@@ -10,7 +10,7 @@
 namespace {
 
 constexpr int GROUP = 64;      // keys are reduced in groups of this many, aligned to the sequence's start
-constexpr int TASK_ROWS = 48;  // about so many (query, head) rows share a task's keys
+constexpr int TASK_ROWS = 96;  // about so many (query, head) rows share a task's keys
 constexpr int64_t NEAR = 1 << 20;  // bytes of a thread's own cache
 
 struct Rows {  // the (query, head) rows of one task: one request, one kv head, some of its queries
@@ -41,29 +41,56 @@ INLINE void fetch(const float* at, int64_t floats) {
     for (int64_t i = 0; at && i < floats; i += 16) __builtin_prefetch(at + i);
 }
 
-// `next`: what is asked for meanwhile, as many rows as are read.
-template <int M>
-INLINE void score_keys(const float* q, const float* keys, int count, int dim, float* scores, const float* next) {
+constexpr int VECTORS = W == 16 ? 4 : 2;  // of each row's sums, as registers allow
+constexpr int FEW_ROWS = 16;              // whose scores are computed while keys arrive, not when a group is there
+constexpr int RUN = 16;                   // keys that are then scored at once
+static_assert(GROUP % (VECTORS * W) == 0 && RUN % W == 0);
+
+// Keys [count, dim] as columns: to[d * GROUP + n].
+void turn(const float* keys, int count, int dim, float* to) {
     int n = 0;
-    for (; n + 4 <= count; n += 4) {
-        if (next) fetch(next + (int64_t)n * dim, 4 * dim);
-        float sums[M][4];
-        dot<M, 4>(q, dim, keys + (int64_t)n * dim, dim, dim, sums);
-        for (int m = 0; m < M; m++) memcpy(scores + m * GROUP + n, sums[m], sizeof sums[m]);
+    for (; n + W <= count; n += W) {
+        const float* rows = keys + (int64_t)n * dim;
+        int d = 0;
+        for (; d + 4 <= dim; d += 4) {
+            vf four[4];
+            columns(rows + d, dim, four);
+            for (int i = 0; i < 4; i++) store(to + (d + i) * GROUP + n, four[i]);
+        }
+        for (; d < dim; d++)
+            for (int r = 0; r < W; r++) to[d * GROUP + n + r] = rows[r * dim + d];
     }
-    for (; n < count; n++) {
-        float sums[M][1];
-        dot<M, 1>(q, dim, keys + (int64_t)n * dim, dim, dim, sums);
-        for (int m = 0; m < M; m++) scores[m * GROUP + n] = sums[m][0];
+    for (; n < count; n++)
+        for (int d = 0; d < dim; d++) to[d * GROUP + n] = keys[(int64_t)n * dim + d];
+}
+
+// Scores of M rows with keys that were turned; those of a last vector's other lanes are anything.
+template <int M, int V>
+INLINE void score_keys(const float* q, const float* turned, int keys, int dim, float* scores, const float* next) {
+    for (int n = 0; n < keys; n += V * W) {
+        vf sums[M][V] = {};
+        if (next) {
+            for (int d = 0; d < dim; d++) {
+                __builtin_prefetch(next + d * V * W);
+                weigh<M, V>(sums, q + d, dim, turned + n + d * GROUP, GROUP, 1);
+            }
+        } else weigh<M, V>(sums, q, dim, turned + n, GROUP, dim);
+        for (int m = 0; m < M; m++)
+            for (int v = 0; v < V; v++) store(scores + m * GROUP + n + v * W, sums[m][v]);
     }
 }
 
 template <int M, int V, bool PART>
-INLINE void weigh_some(const float* weights, const float* values, int count, int dim, float* acc, int lanes) {
+INLINE void weigh_some(const float* weights, const float* values, int count, int dim, float* acc, int lanes, const float* next) {
     vf sums[M][V];
     for (int m = 0; m < M; m++)
         for (int v = 0; v < V; v++) sums[m][v] = PART ? load_part(acc + m * dim, lanes) : load(acc + m * dim + v * W);
-    weigh<M, V, PART>(sums, weights, GROUP, values, dim, count, lanes);
+    if (next)
+        for (int n = 0; n < count; n++) {
+            __builtin_prefetch(next + (int64_t)n * dim);
+            weigh<M, V, PART>(sums, weights + n, GROUP, values + (int64_t)n * dim, dim, 1, lanes);
+        }
+    else weigh<M, V, PART>(sums, weights, GROUP, values, dim, count, lanes);
     for (int m = 0; m < M; m++)
         for (int v = 0; v < V; v++)
             PART ? store_part(acc + m * dim, sums[m][v], lanes) : store(acc + m * dim + v * W, sums[m][v]);
@@ -71,12 +98,12 @@ INLINE void weigh_some(const float* weights, const float* values, int count, int
 
 template <int M>
 INLINE void weigh_values(const float* weights, const float* values, int count, int dim, float* acc, const float* next) {
-    constexpr int V = W == 16 ? 4 : 2;
-    fetch(next, (int64_t)count * dim);
+    constexpr int V = VECTORS;
+    auto behind = [&](int d) { return next ? next + d : nullptr; };
     int d = 0;
-    for (; d + V * W <= dim; d += V * W) weigh_some<M, V, false>(weights, values + d, count, dim, acc + d, 0);
-    for (; d + W <= dim; d += W) weigh_some<M, 1, false>(weights, values + d, count, dim, acc + d, 0);
-    if (d < dim) weigh_some<M, 1, true>(weights, values + d, count, dim, acc + d, dim - d);
+    for (; d + V * W <= dim; d += V * W) weigh_some<M, V, false>(weights, values + d, count, dim, acc + d, 0, behind(d));
+    for (; d + W <= dim; d += W) weigh_some<M, 1, false>(weights, values + d, count, dim, acc + d, 0, behind(d));
+    if (d < dim) weigh_some<M, 1, true>(weights, values + d, count, dim, acc + d, dim - d, behind(d));
 }
 
 // Each score s becomes limit * tanh(s / limit).
@@ -93,13 +120,14 @@ void soften(float* scores, float* top_score, float* total, float* acc, int dim) 
     float now = here > before ? here : before;
     vf shift = set1(now == -INFINITY ? 0.f : now), sums = {};
     for (int i = 0; i < GROUP; i += W) {
-        vf p = exp(load(scores + i) - shift);
+        vf p = exp_below(load(scores + i) - shift);
         store(scores + i, p);
         sums += p;
     }
     vf decay = exp(set1(before) - shift);
     *total = *total * decay[0] + sum(sums);
     *top_score = now;
+    if (now == before) return;  // decay is 1
     int d = 0;
     for (; d + W <= dim; d += W) store(acc + d, load(acc + d) * decay);
     for (; d < dim; d++) acc[d] *= decay[0];
@@ -152,11 +180,21 @@ void attend_group(const Attention& a, const Rows& rows, int kv_head, const int32
         }
         if (!exact) visit(0, keys, (const float*)wide, (const float*)nullptr);
     };
+    float* turned = scratch(TURNED, (size_t)GROUP * dim);
+    if (keys < GROUP) memset(turned, 0, sizeof(float) * GROUP * dim);
+    const bool at_once = rows.count <= FEW_ROWS && size % RUN == 0;
     spans(a.cache.k, a.cache.v + place(begin), [&](int n, int count, const float* here, const float* next) {
-        by_fours(rows.count, [&]<int M>(int m) {
-            score_keys<M>(rows.q + m * dim, here, count, dim, rows.scores + m * GROUP + n, m ? nullptr : next);
-        });
+        turn(here, count, dim, turned + n);
+        if (at_once)
+            by_fours(rows.count, [&]<int M>(int m) {
+                score_keys<M, RUN / W>(rows.q + m * dim, turned + n, count, dim, rows.scores + m * GROUP + n, m ? nullptr : next);
+            });
+        else fetch(next, (int64_t)count * dim);
     });
+    if (!at_once)
+        by_fours(rows.count, [&]<int M>(int m) {
+            score_keys<M, VECTORS>(rows.q + m * dim, turned, keys, dim, rows.scores + m * GROUP, nullptr);
+        });
     for (int m = 0; m < rows.count; m++) {
         float* scores = rows.scores + m * GROUP;
         if (a.softcap > 0) cap(scores, a.softcap);

@@ -121,20 +121,32 @@ INLINE float sum(vf v) {
     return (f[0] + f[2]) + (f[1] + f[3]);
 }
 
+INLINE v4 highest(vf v) {
+#if defined(__AVX512F__)
+    v8 h = (v8)_mm256_max_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+#elif defined(__AVX2__)
+    v8 h = v;
+#endif
+#if defined(__AVX512F__) || defined(__AVX2__)
+    v4 a = (v4)_mm256_castps256_ps128(h), b = (v4)_mm256_extractf128_ps(h, 1);
+    return (v4)(a > b ? a : b);
+#else
+    return v;
+#endif
+}
+
 INLINE float top(vf v) {
-    float m = v[0];
-    for (int i = 1; i < W; i++) m = v[i] > m ? v[i] : m;
-    return m;
+    v4 f = highest(v);
+    const float a = f[0] > f[1] ? f[0] : f[1], b = f[2] > f[3] ? f[2] : f[3];
+    return a > b ? a : b;
 }
 
 // --- exp ------------------------------------------------------------------------------------------------------------
 
-INLINE vf exp(vf x) {  // within 2 ulp; exp(-inf) = 0 exactly, NaN stays NaN
-    const vf low = set1(-87.33654f), high = set1(88.72283f);
-    vf c = (vf)(x > low ? x : low);
-    c = (vf)(c < high ? c : high);
+// exp of a number between -87.33654 and 88.72283 is p * 2^n.
+INLINE vf exp_parts(vf c, vf& n) {
     const vf magic = set1(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
-    vf n = (c * set1(1.44269504f) + magic) - magic;
+    n = (c * set1(1.44269504f) + magic) - magic;
     vf r = fma(n, set1(-0.693359375f), c);
     r = fma(n, set1(2.12194440e-4f), r);
     vf p = set1(1.9875691500e-4f);
@@ -143,13 +155,28 @@ INLINE vf exp(vf x) {  // within 2 ulp; exp(-inf) = 0 exactly, NaN stays NaN
     p = fma(p, r, set1(4.1665795894e-2f));
     p = fma(p, r, set1(1.6666665459e-1f));
     p = fma(p, r, set1(5.0000001201e-1f));
-    p = fma(p, r * r, r) + set1(1.f);
+    return fma(p, r * r, r) + set1(1.f);
+}
+
+INLINE vf exp(vf x) {  // within 2 ulp; exp(-inf) = 0 exactly, NaN stays NaN
+    const vf low = set1(-87.33654f), high = set1(88.72283f);
+    vf c = (vf)(x > low ? x : low), n;
+    c = (vf)(c < high ? c : high);
+    const vf p = exp_parts(c, n);
     // 2^n in two factors, as n reaches 128
     vi half = __builtin_convertvector(n, vi) >> 1, rest = __builtin_convertvector(n, vi) - half;
     vf y = p * (vf)((half + 127) << 23) * (vf)((rest + 127) << 23);
     y = (vf)(x < low ? set1(0.f) : y);
     y = (vf)(x > high ? set1(INFINITY) : y);
     return (vf)(x == x ? y : x);
+}
+
+INLINE vf exp_below(vf x) {  // the same of numbers that are at most 0
+    const vf low = set1(-87.33654f);
+    vf n;
+    const vf p = exp_parts((vf)(x > low ? x : low), n);
+    const vf y = p * (vf)((__builtin_convertvector(n, vi) + 127) << 23);
+    return (vf)(x < low ? set1(0.f) : (vf)(x == x ? y : x));
 }
 
 // --- other numbers, loaded as fp32 ----------------------------------------------------------------------------------------------------
@@ -308,6 +335,38 @@ INLINE void store_interleaved(float* p, vf even, vf odd) {
 #else
     store(p, __builtin_shufflevector(even, odd, 0, 4, 1, 5));
     store(p + W, __builtin_shufflevector(even, odd, 2, 6, 3, 7));
+#endif
+}
+
+// --- rows to columns ------------------------------------------------------------------------------------------------------
+
+// to[i], lane r = rows[r * stride + i], of W rows and four columns.
+INLINE void columns(const float* rows, int64_t stride, vf (&to)[4]) {
+    vf part[4];  // rows i, i + 4, ..., four numbers of each
+    for (int i = 0; i < 4; i++, rows += stride) {
+#if defined(__AVX512F__)
+        __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(rows));
+        v = _mm512_insertf32x4(v, _mm_loadu_ps(rows + 4 * stride), 1);
+        v = _mm512_insertf32x4(v, _mm_loadu_ps(rows + 8 * stride), 2);
+        part[i] = (vf)_mm512_insertf32x4(v, _mm_loadu_ps(rows + 12 * stride), 3);
+#elif defined(__AVX2__)
+        part[i] = (vf)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows)), _mm_loadu_ps(rows + 4 * stride), 1);
+#else
+        part[i] = load(rows);
+#endif
+    }
+#if defined(__AVX512F__)
+    const __m512 a = _mm512_unpacklo_ps(part[0], part[1]), b = _mm512_unpacklo_ps(part[2], part[3]);
+    const __m512 c = _mm512_unpackhi_ps(part[0], part[1]), d = _mm512_unpackhi_ps(part[2], part[3]);
+    to[0] = (vf)_mm512_shuffle_ps(a, b, 0x44), to[1] = (vf)_mm512_shuffle_ps(a, b, 0xEE);
+    to[2] = (vf)_mm512_shuffle_ps(c, d, 0x44), to[3] = (vf)_mm512_shuffle_ps(c, d, 0xEE);
+#elif defined(__AVX2__)
+    const __m256 a = _mm256_unpacklo_ps(part[0], part[1]), b = _mm256_unpacklo_ps(part[2], part[3]);
+    const __m256 c = _mm256_unpackhi_ps(part[0], part[1]), d = _mm256_unpackhi_ps(part[2], part[3]);
+    to[0] = (vf)_mm256_shuffle_ps(a, b, 0x44), to[1] = (vf)_mm256_shuffle_ps(a, b, 0xEE);
+    to[2] = (vf)_mm256_shuffle_ps(c, d, 0x44), to[3] = (vf)_mm256_shuffle_ps(c, d, 0xEE);
+#else
+    for (int i = 0; i < 4; i++) to[i] = vf{part[0][i], part[1][i], part[2][i], part[3][i]};
 #endif
 }
 

@@ -20,8 +20,8 @@ from server.http.paging import WindowQuery, page, window
 from server.openai.body import Body, Items
 from server.services import Services, caller_of, services_of
 from server.tenants.caller import OPERATOR, Role, tenant_name, tenant_of
-from server.tenants.keys import Key, Tenant
 from server.tenants.limits import Limits
+from server.tenants.rolls import Key, Tenant
 
 _MOST_DAYS = 36_500
 Limit = Annotated[int | None, Field(ge=1, le=2**53)]

@@ -33,12 +33,14 @@ def attention(heads: int, values: int, *, delta: bool) -> tuple[Layer, Tensor]:
     def numbers(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    q, k, v = numbers(TOKENS, 2, 12), numbers(TOKENS, 2, 12), numbers(TOKENS, heads, values)
+    q, k, v = numbers(TOKENS, 24 + 24 + heads * values).split([24, 24, heads * values], -1)  # as mixers have them
+    q, k, v = q.view(TOKENS, 2, 12), k.view(TOKENS, 2, 12), v.view(TOKENS, heads, values)
     a, b, rates = numbers(TOKENS, heads), numbers(TOKENS, heads), (numbers(heads), numbers(heads))
     settings = {"gain": 1.5} if delta else {"limits": (0.1, 2.0)}
 
     def run(states: Tensor, runs: Tensor) -> Tensor:
-        return kernels.recur(q, k, v, a, b if delta else None, *rates, **settings, states=states, runs=runs)
+        recurrence = kernels.Recurrence(q, k, v, a, b if delta else None, *rates, **settings)
+        return kernels.recur(recurrence, states, runs)
 
     return run, _states(heads, 12, values)
 

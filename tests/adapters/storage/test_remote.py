@@ -12,7 +12,7 @@ import pytest
 
 from adapters.peft_format import packed_rows as rowfile
 from adapters.peft_format.directory import WEIGHTS_NAME, inspect
-from adapters.storage.remote import RemoteStore
+from adapters.storage.remote import REQUIRED, RemoteStore
 from adapters.storage.store import AdapterStore
 from adapters.storage.versions import DamagedAdapter, RemoteUnavailable, UnknownAdapter, Version
 from tests.support.buckets import BUCKET, S3Server
@@ -36,7 +36,7 @@ class Depot:
     def __init__(self, server: S3Server, root: Path) -> None:
         self.server = server
         self.prefix = root.name
-        self.remote = RemoteStore(f"s3://{BUCKET}/{self.prefix}")
+        self.url = f"s3://{BUCKET}/{self.prefix}"
         self._root = root
         self._count = 0
 
@@ -44,7 +44,8 @@ class Depot:
         """A store on an empty disk, unless an earlier `directory` is named."""
         self._count += 1
         root = self._root / (directory or f"disk{self._count}")
-        return AdapterStore(root, self.remote, remote=self.remote, **options)
+        remote = RemoteStore(self.url)
+        return AdapterStore(root, remote, remote=remote, **options)
 
     def put(self, store: AdapterStore, name: str, seed: int, **options: Any) -> Version:
         with store.stage() as staging:
@@ -54,7 +55,13 @@ class Depot:
             return store.publish("t", name, staging, spec, **options)[0]
 
     def objects(self) -> dict[str, bytes]:
-        return self.server.objects(self.prefix)
+        """All but tombstones of names."""
+        found = self.server.objects(self.prefix)
+        return {path: content for path, content in found.items() if b'"_removed": true' not in content}
+
+    def versions(self) -> set[str]:
+        """Digests of which there are files."""
+        return {f"sha256:{path.split('/')[1]}" for path in self.objects() if path.startswith("versions/")}
 
     def key(self, version: Version, file: str = WEIGHTS_NAME) -> str:
         return f"versions/{version.digest.removeprefix('sha256:')}/{file}"
@@ -127,17 +134,21 @@ async def test_other_files_of_a_version_come_along(depot: Depot) -> None:
     await read(other, "x")
     assert (other.get("t", "x").path / "notes.txt").read_text() == "more"
     other.delete("t", "x")
+    assert await store.remove_orphans(0) == 0  # it does not know yet
+    assert await other.remove_orphans(0) == 1
     assert depot.objects() == {}
 
 
-async def test_files_are_kept_once_and_go_with_their_last_name(depot: Depot) -> None:
+async def test_files_are_kept_once_and_go_once_their_last_name_has_gone(depot: Depot) -> None:
     store = depot.open()
     version = depot.put(store, "x", 1)
     depot.put(store, "y", 1)
     store.delete("t", "x")
+    assert await store.remove_orphans(0) == 0
     assert len([key for key in depot.objects() if key.startswith("versions/")]) == 3
     other = depot.open()
     other.delete("t", "y")  # without ever having had its files
+    assert await other.remove_orphans(0) == 1
     assert depot.objects() == {}
     with pytest.raises(UnknownAdapter), other.lease(version):
         pass
@@ -146,8 +157,8 @@ async def test_files_are_kept_once_and_go_with_their_last_name(depot: Depot) -> 
 async def test_versions_beyond_retention_go(depot: Depot) -> None:
     store = depot.open(retain=2)
     versions = [depot.put(store, "x", seed) for seed in (1, 2, 3)]
-    kept = {key.split("/")[1] for key in depot.objects() if key.startswith("versions/")}
-    assert kept == {version.digest.removeprefix("sha256:") for version in versions[1:]}
+    assert await store.remove_orphans(0) == 1
+    assert depot.versions() == {version.digest for version in versions[1:]}
 
 
 async def test_the_disk_is_bounded_and_what_is_in_use_stays(depot: Depot, tmp_path: Path) -> None:
@@ -281,7 +292,8 @@ async def test_a_name_deleted_while_it_is_fetched_leaves_nothing(depot: Depot, m
     while version.path.exists():  # noqa: ASYNC110 - removed by a thread
         await asyncio.sleep(0.01)
     await asyncio.to_thread(store_at_rest, store)
-    assert depot.objects() == {}
+    assert depot.objects().keys() == {depot.key(version, file) for file in REQUIRED}
+    assert await store.remove_orphans(0) == 1
 
 
 async def test_while_the_server_is_down_what_is_here_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,32 +349,31 @@ def test_urls_that_name_no_store(url: str) -> None:
 
 
 async def test_a_directory_will_do(tmp_path: Path) -> None:
-    remote = RemoteStore(f"file://{tmp_path / 'bucket'}")
+    first, second = (RemoteStore(f"file://{tmp_path / 'bucket'}") for _ in range(2))
     depot = Depot.__new__(Depot)
-    store = AdapterStore(tmp_path / "one", remote, remote=remote)
+    store = AdapterStore(tmp_path / "one", first, remote=first)
     version = depot.put(store, "x", 1)
-    other = AdapterStore(tmp_path / "two", remote, remote=remote)
+    other = AdapterStore(tmp_path / "two", second, remote=second)
     assert await read(other, "x") == weights(1, tmp_path / "made")
     other.delete("t", "x")
-    assert not list((tmp_path / "bucket").rglob("*.*"))
+    assert await other.remove_orphans(0) == 1
+    assert not [path for path in (tmp_path / "bucket").rglob("*.*") if path.is_file() and path.name != ".lock"]
     assert not other.has(version)
 
 
 async def test_what_no_name_has_is_removed_once_it_is_old(depot: Depot) -> None:
     store = depot.open()
     kept, lost, leased = (depot.put(store, name, seed) for seed, name in enumerate(("kept", "lost", "leased")))
-    for name in ("lost", "leased"):  # as after a crash in the middle of a deletion
-        depot.remote.save("t", name, None)
     other = depot.open()
+    for name in ("lost", "leased"):
+        other.delete("t", name)
     assert [version.name for version in other.list("t")] == ["kept"]
     assert await other.remove_orphans(3600) == 0
-    assert depot.key(lost) in depot.objects()
+    assert lost.digest in depot.versions()
     with store.lease(leased):
         assert await store.remove_orphans(0) == 0  # to this one they still are somebody's
     assert await other.remove_orphans(0) == 2
-    assert {path.split("/")[1] for path in depot.objects() if path.startswith("versions/")} == {
-        kept.digest.removeprefix("sha256:")
-    }
+    assert depot.versions() == {kept.digest}
     assert await read(other, "kept")
     assert await depot.open().remove_orphans(0) == 0
 

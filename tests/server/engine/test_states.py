@@ -1,4 +1,4 @@
-"""Models with linear attention and short convolutions: beside PEFT, and the same bits whatever happens to a state."""
+"""Models with linear attention, convolutions, Mamba-2: beside PEFT, and the same bits whatever happens to a state."""
 
 import random
 from dataclasses import replace
@@ -14,9 +14,10 @@ from server.engine.comparison import compare
 from server.engine.engine import Engine
 from server.messages.protocol import AdapterRef, Generate
 from server.model.base import UnservableModel
+from server.model.states import StateCache
 from tests.server.engine.test_parity import our_logprobs, peft_logprobs
 from tests.support.offline import Answer, load_engine, publish, request, run, solo
-from tests.support.tiny import tiny_adapter, tiny_model
+from tests.support.tiny import ALL_LINEAR, tiny_adapter, tiny_model
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_5": {
@@ -34,19 +35,45 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "model_class": transformers.Lfm2ForCausalLM,
         "layer_types": ["conv", "full_attention", "conv"],
     },
+    "granitemoehybrid": {  # Mamba-2 or attention
+        "config_class": transformers.GraniteMoeHybridConfig,
+        "model_class": transformers.GraniteMoeHybridForCausalLM,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "num_local_experts": 0,
+        "shared_intermediate_size": 64,
+        "mamba_n_heads": 8,
+        "mamba_d_state": 24,
+    },
+    "falcon_h1": {  # Mamba-2 and attention in each layer, and layers that return tuples
+        "config_class": transformers.FalconH1Config,
+        "model_class": transformers.FalconH1ForCausalLM,
+        "num_hidden_layers": 2,
+        "mamba_d_ssm": 96,
+        "mamba_n_heads": 6,
+        "mamba_n_groups": 2,
+        "mamba_d_state": 16,
+        "ssm_multipliers": [0.4, 1.5, 0.7, 1.2, 0.5],
+        "ssm_in_multiplier": 1.25,
+        "key_multiplier": 0.5,
+    },
 }
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module",
+    params=["qwen3_5", "lfm2", "granitemoehybrid", pytest.param("falcon_h1", marks=pytest.mark.slow)],
+)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_model(tmp_path_factory.mktemp(request.param), **FAMILIES[request.param])
 
 
 @pytest.fixture(scope="module")
 def adapters(model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """On every linear, and on the projections around the states alone."""
+    """On every linear, and on the projections around the states alone; PEFT refuses `out_proj` of Falcon-H1."""
     root = tmp_path_factory.mktemp("adapters")
-    kinds = ["all-linear", r".*\.(in_proj\w*|out_proj)"]
+    kinds: list[str | list[str]] = ["all-linear", r".*\.(in_proj\w*|out_proj)"]
+    if model.name.startswith("falcon_h1"):
+        kinds = [["in_proj", *ALL_LINEAR], r".*\.in_proj"]
     return [tiny_adapter(root / str(i), model, seed=i, r=4 + i, target_modules=kind) for i, kind in enumerate(kinds)]
 
 
@@ -61,6 +88,8 @@ def settle(engine: Engine) -> None:
     counts = engine.blocks.states.counts
     assert (counts.used, counts.free + counts.cached) == (0, engine.blocks.states.num_slots)
     assert engine.blocks.counts.used == 0
+    report = engine.inspect("x")
+    assert report.free_slots + report.cached_slots == report.state_slots == engine.blocks.states.num_slots
 
 
 def test_adapters_equal_peft(engine: Engine, model: Path, adapters: list[Path]) -> None:
@@ -80,7 +109,7 @@ def workload(references: list[AdapterRef], **sampling: Any) -> list[Generate]:
     for i in range(16):
         prompt = [*beginnings[i % 2][: draw.choice([20, 48])], *(draw.randrange(3, 500) for _ in range(i))]
         adapter = [None, *references][i % 3]
-        drawn = {"temperature": 0.0 if i % 2 else 0.9, "seed": i, "logprobs": 2, "max_tokens": 30 + i}
+        drawn = {"temperature": 0.0 if i % 2 else 0.9, "seed": i, "logprobs": 2, "max_tokens": 16 + i}
         requests.append(request(f"r{i}", prompt, adapter, **(drawn | sampling)))
     return requests
 
@@ -89,26 +118,29 @@ def test_preemption_prefix_hits_and_chunks_change_nothing(
     engine: Engine, model: Path, cache_dir: Path, adapters: list[Path]
 ) -> None:
     references = [publish(engine, adapter) for adapter in adapters]
-    expected = solo(engine, workload(references))
+    requests = workload(references)
+    if not model.name.startswith(("qwen3_5", "lfm2")):
+        requests = requests[:8]
+    expected = solo(engine, requests)
     slot = sum(state.bytes for state in engine.base.states.values())
     kept = sum(layer.kv_heads > 0 for layer in engine.base.layers)
     block = 2 * kept * 2 * 16 * 16 * 4  # k and v, layers, kv heads, head size, tokens, bytes
     tight = load_engine(
         model,
         cache_dir,
-        kv_cache_bytes=24 * block,
+        kv_cache_bytes=12 * block,
         state_cache_bytes=9 * slot,
         max_batch_tokens=23,
-        max_model_len=256,
+        max_model_len=128,
     )
     # Adapters that arrive meanwhile would change the order of admission, and with it all that is counted here.
     run(tight, [request(f"w{i}", [5], reference, max_tokens=1) for i, reference in enumerate(references)])
     preemptions, most = 0, 0
     for cached in (False, True):
         if cached:
-            run(tight, workload(references)[:3])
-        answers = {single.id: Answer() for single in workload(references)}
-        for single in workload(references):
+            run(tight, requests[:3])
+        answers = {single.id: Answer() for single in requests}
+        for single in requests:
             tight.add(single)
         while not tight.idle:
             outputs, stats = tight.step()
@@ -135,6 +167,25 @@ def test_a_cached_prompt_goes_on_from_its_snapshot(engine: Engine, adapters: lis
     assert shorter.cached_tokens == 0, "of this prefix there are keys and values, but no state"
     other = run(engine, [request("a", prompt, None, max_tokens=8)])["a"]
     assert other.cached_tokens == 0
+    settle(engine)
+
+
+def test_slots_are_shown(engine: Engine) -> None:
+    cache = engine.ready().kv_cache
+    assert cache is not None
+    assert cache.states is not None
+    assert engine.blocks.states is not None
+    slots = engine.blocks.states.num_slots
+    assert cache.states.slots == slots
+    one = StateCache(engine.base.states, 1, engine.base.device)
+    kept = sum(tensor.nbytes for tensor in (*one.inputs.values(), *one.memory.values()))
+    assert kept == 2 * cache.states.bytes_per_slot, "beside it the one that is empty"
+    engine.add(request("a", list(range(3, 23)), max_tokens=4))
+    _, stats = engine.step()
+    assert stats.state_usage == 1 / slots
+    assert engine.inspect("x").free_slots < slots
+    while not engine.idle:
+        engine.step()
     settle(engine)
 
 

@@ -217,3 +217,20 @@ def test_mrope_counts_text_as_one_stream(engine: Engine) -> None:
     alone = run(engine, [request("a", PROMPT, None, max_tokens=4)])["a"].tokens
     both = run(engine, [request("b", PROMPT[7:30], None, max_tokens=4), request("a", PROMPT, None, max_tokens=4)])
     assert both["a"].tokens == alone
+
+
+def test_the_head_sees_no_more_rows_of_a_class_that_does_not_choose_them(cache_dir: Path, tmp_path: Path) -> None:
+    tiny_family("minicpmv4_6", tmp_path / "model")
+    loaded = load_engine(tmp_path / "model", cache_dir, quantization="none")
+    real = auto_class("minicpmv4_6").from_pretrained(
+        tmp_path / "model", dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        logits = real(input_ids=torch.tensor([PROMPT])).logits[0, :-1]
+    expected = logits.log_softmax(-1).gather(1, torch.tensor(PROMPT[1:])[:, None])[:, 0]
+    torch.testing.assert_close(our_logprobs(loaded, None, PROMPT), expected, atol=1e-3, rtol=0)
+    rows: list[int] = []
+    head = loaded.base.model.get_output_embeddings()
+    head.register_forward_hook(lambda _module, _args, output: rows.append(output.shape[-2]))
+    run(loaded, [request("a", PROMPT, max_tokens=3)])
+    assert rows == [1, 1, 1]

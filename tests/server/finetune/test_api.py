@@ -371,11 +371,13 @@ async def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, engine: Train
         assert digest(site, done) == digest(site, whole)
 
 
-async def test_left_over_directories_are_removed(tmp_path: Path, engine: TrainingEngine) -> None:
+async def test_jobs_that_no_database_knows_are_set_aside(tmp_path: Path, engine: TrainingEngine) -> None:
     stray = tmp_path / "data/jobs/ftjob-stray"
     stray.mkdir(parents=True)
+    (stray / "checkpoint").write_bytes(b"1")
     async with tuning_site(tmp_path / "data", engine):
         assert not stray.exists()
+        assert (tmp_path / "data/lost+found/jobs/ftjob-stray/checkpoint").read_bytes() == b"1"
 
 
 # --- what is refused ---------------------------------------------------------------------------------------------

@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import peft
 import pytest
 import transformers
 
 from adapters.kernels import native
+from server.finetune import hyperparameters as recipe
+from server.finetune.hyperparameters import LoraOptions
+from tests.server.engine.test_states import FAMILIES
 from tests.support import offline as engines
 from tests.support.running import RunningServer, eventually
 from tests.support.site import EXAMPLES, TrainingEngine, as_file, tuning_site
-from tests.support.tiny import _tokenizer, tiny_model
+from tests.support.tiny import ALL_LINEAR, _tokenizer, tiny_model
 from tests.sweep.families import tiny_family
 
 
@@ -71,6 +75,15 @@ async def test_it_trains_or_fails_with_a_reason(case: Case, tmp_path: Path) -> N
             else:
                 assert estimate.json()["mode"] == "keep"
         engine.close()
+
+
+def test_all_linear_is_what_peft_would_load(tmp_path: Path) -> None:
+    tiny_model(tmp_path / "model", **FAMILIES["falcon_h1"])
+    engine = engines.load_engine(tmp_path / "model", tmp_path / "cache")
+    targets = recipe.adapter_config(LoraOptions(), "tiny", engine.ready())["target_modules"]
+    assert set(targets) == {"in_proj", *ALL_LINEAR}
+    stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    peft.get_peft_model(stock, peft.LoraConfig(target_modules=targets))  # refuses `out_proj`
 
 
 @pytest.fixture

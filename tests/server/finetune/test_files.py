@@ -59,12 +59,15 @@ def _killed(self: Database) -> None:
     raise Killed
 
 
-def test_a_lost_database_costs_no_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("lost", ["missing", "empty"])
+def test_a_lost_database_costs_no_file(tmp_path: Path, caplog: pytest.LogCaptureFixture, lost: str) -> None:
     database = open_database(tmp_path / "finetuning.db")
     added = _add(FileStore(tmp_path / "files", database), b"content")
     database.close()
     for path in tmp_path.glob("finetuning.db*"):
         path.unlink()
+    if lost == "empty":
+        (tmp_path / "finetuning.db").touch()
     assert FileStore(tmp_path / "files", open_database(tmp_path / "finetuning.db")).page("", limit=1)[0] == []
     assert (tmp_path / "lost+found" / "files" / added.id).read_bytes() == b"content"
     assert "lorakeet doctor" in caplog.text

@@ -12,7 +12,7 @@ import pytest
 
 from adapters.storage.remote import RemoteStore
 from adapters.storage.store import AdapterStore
-from adapters.storage.versions import DamagedAdapter, RemoteUnavailable
+from adapters.storage.versions import DamagedAdapter, Pointer, RemoteUnavailable
 from server.http.app import open_store
 from server.registry.pins import PinLimit
 from server.services import TENANT
@@ -49,7 +49,7 @@ async def cold(tmp_path: Path) -> AsyncIterator[RemoteSite]:
 
 @contextlib.contextmanager
 def failing(monkeypatch: pytest.MonkeyPatch, fault: Exception, *methods: str) -> Iterator[None]:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise fault
 
     with monkeypatch.context() as patch:
@@ -87,7 +87,7 @@ async def test_looking_at_one_fetches_it_too(cold: RemoteSite, path: str) -> Non
 async def test_a_store_that_is_down_is_a_503_for_who_needs_it(
     cold: RemoteSite, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with failing(monkeypatch, RemoteUnavailable("no route to 10.0.0.1"), "get", "put", "save", "remove"):
+    with failing(monkeypatch, RemoteUnavailable("no route to 10.0.0.1"), "get", "put", "change"):
         response = refused(await ask(cold, "legal"), 503, "adapter_store_unavailable")
         assert int(response.headers["Retry-After"]) > 0
         assert "10.0.0.1" not in response.text
@@ -128,13 +128,13 @@ async def test_a_store_that_is_slow_is_a_503_in_time_and_others_do_not_wait(
 async def test_changes_that_wait_for_a_slow_store_keep_nobody_else_from_working(
     cold: RemoteSite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    released, save = threading.Event(), RemoteStore.save
+    released, change = threading.Event(), RemoteStore.change
 
-    def slowly(self: RemoteStore, *args: Any) -> None:
+    def slowly(self: RemoteStore, *args: Any) -> Pointer | None:
         assert released.wait(10)
-        save(self, *args)
+        return change(self, *args)
 
-    monkeypatch.setattr(RemoteStore, "save", slowly)
+    monkeypatch.setattr(RemoteStore, "change", slowly)
     async with cold.client() as client:
         waiting = [asyncio.create_task(client.delete("/v1/adapters/legal")) for _ in range(60)]
         await asyncio.sleep(0.05)

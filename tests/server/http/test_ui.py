@@ -130,6 +130,7 @@ async def test_the_history_has_rates_counts_and_sizes(site: Site, monkeypatch: p
             Stats(
                 running=2,
                 kv_usage=0.25,
+                state_usage=0.125,
                 step_requests=2,
                 step_adapters=adapters,
                 adapters=[AdapterUse(digest, "device", 1)],
@@ -168,7 +169,7 @@ async def test_the_history_has_rates_counts_and_sizes(site: Site, monkeypatch: p
     assert samples["engine_restarts"] == [0, 1, 0]
     assert samples["adapters_on_device"] == [0, 1, 1]
     assert samples["adapter_device_bytes"] == [0, receipt["bytes_on_device"], receipt["bytes_on_device"]]
-    assert (samples["requests_running"][-1], samples["kv_usage"][-1]) == (2, 0.25)
+    assert (samples["requests_running"][-1], samples["kv_usage"][-1], samples["state_usage"][-1]) == (2, 0.25, 0.125)
     assert newest["time"] == [1010]
     assert whole["limits"]["adapter_device_bytes"] > receipt["bytes_on_device"]
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "after")

@@ -12,6 +12,7 @@ from server.engine.engine import Engine
 from server.training.task import Task
 from server.training.trainable import Dropout
 from server.training.trainer import Trainer
+from tests.server.engine.test_states import FAMILIES
 from tests.support import offline as engines
 from tests.support.peft_side import initial_adapter, peft_loss, peft_model
 from tests.support.tiny import ALL_LINEAR, tiny_model
@@ -125,6 +126,23 @@ def test_gradients_equal_peft_on_every_quantisation(
     model = peft_model(model_dir, quantization, adapter)
     group = task.steps.batch(0)
     (peft_loss(model, DATA, group) / sum(DATA.sequence(index)[1].sum() for index in group)).backward()
+    assert_same_gradients(task, model)
+    trainer.close()
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "granitemoehybrid", "falcon_h1"])
+def test_gradients_through_states_equal_peft(family: str, cache_dir: Path, tmp_path: Path) -> None:
+    model_dir = tiny_model(tmp_path / "model", **FAMILIES[family])
+    engine = engines.load_engine(model_dir, cache_dir)
+    lora = {"target_modules": r".*\.(in_proj\w*|q_proj|down_proj)"}
+    adapter = initial_adapter(engine, tmp_path / "initial", model_dir, **lora)
+    trainer = Trainer(engine.base)
+    data = dataset(4, high=100)  # longer than what a scan takes at a time
+    trainer.start(job(engine.base, tmp_path / "job", data, lora=lora, initial=adapter))
+    run_until(trainer, "clip")
+    (task,) = trainer.tasks.values()
+    model = peft_model(model_dir, "nf4", adapter)
+    (peft_loss(model, data, task.steps.batch(0)) / data.trained.sum()).backward()
     assert_same_gradients(task, model)
     trainer.close()
 

@@ -1,0 +1,72 @@
+"""What other servers change in the object store, taken over here: by polling, and at once for a name not known here."""
+
+import asyncio
+import logging
+
+from adapters.storage.store import AdapterStore
+from adapters.storage.versions import RemoteUnavailable
+from server.registry.publish import Publisher
+from server.settings import Settings
+from server.tenants.caller import tenant_of
+
+_LOOKS = 64  # for names not known here, between two polls; the next one finds what these pass over
+
+log = logging.getLogger(__name__)
+
+
+class Following:
+    """Follows the names in `--adapter-store`; without one, there is nothing to follow."""
+
+    def __init__(self, settings: Settings, store: AdapterStore, publisher: Publisher) -> None:
+        self._shared = settings.adapter_store is not None
+        self._seconds = settings.store_poll_seconds / 2  # so that each change is seen within all of it
+        self._patience = settings.adapter_store_seconds
+        self._store = store
+        self._publisher = publisher
+        self._looks: dict[tuple[str, str], asyncio.Task[None]] = {}  # since the last poll
+        self._outage = False
+
+    async def run(self) -> None:
+        """Again and again, take over what others changed."""
+        while self._shared:
+            await asyncio.sleep(self._seconds)
+            await self.poll()
+
+    async def poll(self) -> None:
+        """Take over what others changed. While the store fails, what is known stays."""
+        try:
+            changes = await asyncio.to_thread(self._store.refresh)
+        except RemoteUnavailable as fault:
+            if not self._outage:
+                log.warning(
+                    "the object store does not answer, so that changes of other servers are not seen: %s", fault
+                )
+            self._outage = True
+            return
+        if self._outage:
+            log.info("the object store answers again")
+        self._outage = False
+        self._looks.clear()
+        self._publisher.follow(changes)
+
+    async def look(self, tenant: str, name: str) -> None:
+        """Look for a name that is not known here, once between two polls. Raises RemoteUnavailable."""
+        if not self._shared:
+            return
+        owner, slash, rest = name.partition("/")
+        for key in [(tenant, name), (tenant_of(owner), rest)] if slash else [(tenant, name)]:
+            if key not in self._looks and len(self._looks) < _LOOKS:
+                self._looks[key] = asyncio.create_task(self._look(*key))
+            if key in self._looks:
+                await asyncio.shield(self._looks[key])
+
+    async def _look(self, tenant: str, name: str) -> None:
+        if self._outage:
+            raise RemoteUnavailable("it did not answer just now")
+        try:
+            async with asyncio.timeout(self._patience):
+                change = await asyncio.to_thread(self._store.look, tenant, name)
+        except TimeoutError:
+            raise RemoteUnavailable("it has not said in time whether there is such a name") from None
+        if change is not None:
+            self._publisher.follow([change])

@@ -1,0 +1,420 @@
+"""Several servers' stores over one bucket: names that they change at once, and files that they remove."""
+
+import asyncio
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.storage.bucket import Bucket
+from adapters.storage.remote import RemoteStore
+from adapters.storage.store import AdapterStore, Moved
+from adapters.storage.versions import EVERYBODY, DamagedAdapter, RemoteUnavailable, UnknownAdapter, Version
+from tests.support.buckets import BUCKET, S3Server
+from tests.support.publishing import put, spec_of
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    server = S3Server()
+    server.start()
+    yield server
+    server.stop()
+
+
+class Servers:
+    """Stores over one bucket, each with a disk of its own."""
+
+    def __init__(self, root: Path, url: str) -> None:
+        self.url = url
+        self._root = root
+        self._count = 0
+
+    def open(self, **options: Any) -> AdapterStore:
+        self._count += 1
+        remote = RemoteStore(self.url)
+        return AdapterStore(self._root / f"disk{self._count}", remote, remote=remote, **options)
+
+    def several(self, count: int, **options: Any) -> list[AdapterStore]:
+        return [self.open(**options) for _ in range(count)]
+
+    def age(self) -> None:
+        """Let all files of versions be two hours old."""
+        then = time.time() - 7200
+        for path in (self._root / "bucket" / "versions").rglob("*"):
+            os.utime(path, (then, then))
+
+    def versions(self) -> set[str]:
+        """Contents of which there are files in the bucket."""
+        digests = {entry.path.split("/")[1] for entry in Bucket(self.url).list("versions")}
+        return {bytes.fromhex(digest).rstrip(b"\0").decode() for digest in digests}
+
+
+@pytest.fixture
+def servers(tmp_path: Path) -> Servers:
+    return Servers(tmp_path, f"file://{tmp_path}/bucket")
+
+
+def meanings(store: AdapterStore, tenant: str = "t") -> dict[str, Any]:
+    """What every name means, in words."""
+    found = {}
+    for version in store.list(tenant):
+        pointer = store.pointer(tenant, version.name)
+        digests = [one.digest for one in pointer.versions]
+        found[version.name] = (digests, pointer.split, pointer.pinned, pointer.readers)
+    return found
+
+
+def together(*works: Callable[[], object]) -> list[Any]:
+    """What each did, or the fault that it met, all at once."""
+    results: list[Any] = [None] * len(works)
+    barrier = threading.Barrier(len(works))
+
+    def run(i: int) -> None:
+        barrier.wait()
+        try:
+            results[i] = works[i]()
+        except Exception as fault:
+            results[i] = fault
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(works))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_what_one_changes_the_others_see(servers: Servers) -> None:
+    one, two = servers.several(2)
+    first, _ = put(one, "x", "1")
+    second, _ = put(one, "x", "2")
+    assert meanings(two) == {}
+    [(before, after)] = two.refresh()
+    assert before is None
+    assert after is not None
+    assert after.current.digest == second.digest
+    assert after.current.path.parent != one.get("t", "x").path.parent
+    assert two.refresh() == ()
+
+    two.promote("t", "x", first.digest)
+    two.pin("t", "x", True)
+    two.share("t", "x", ["u"])
+    one.refresh()
+    assert one.get("t", "x").digest == first.digest
+    assert one.pinned("t", "x")
+    assert [version.name for version in one.shared_with("u")] == ["x"]
+    one.share("t", "x", [EVERYBODY])
+    one.pin("t", "x", False)
+    one.divide("t", "x", {first.digest: 0.5, second.digest: 0.5})
+    two.refresh()
+    assert meanings(two) == meanings(one)
+    assert not two.pinned_versions()
+
+    one.delete("t", "x")
+    [(before, after)] = two.refresh()
+    assert after is None
+    assert meanings(two) == {}
+    assert two.shared_with("v") == []
+
+
+def test_a_change_is_made_of_what_the_name_means_now(servers: Servers) -> None:
+    """Not of what this server last saw."""
+    one, two = servers.several(2)
+    put(one, "x", "1")
+    two.refresh()
+    put(one, "x", "2")
+    one.pin("t", "x", True)
+    put(two, "x", "3", promote=False)
+    assert [version.digest for version in two.versions("t", "x")] == [spec_of(content).digest for content in "231"]
+    assert two.pinned("t", "x")
+
+
+@pytest.mark.parametrize("change", ["promote", "divide", "roll_back"])
+def test_an_etag_holds_across_servers(servers: Servers, change: str) -> None:
+    one, two = servers.several(2)
+    first, _ = put(one, "x", "1")
+    put(one, "x", "2")
+    two.refresh()
+    seen = two.pointer("t", "x").etag
+    one.promote("t", "x", first.digest)
+    arguments = {"promote": (first.digest,), "divide": ({first.digest: 1.0},), "roll_back": ()}[change]
+    with pytest.raises(Moved) as moved:
+        getattr(two, change)("t", "x", *arguments, expected=[seen])
+    assert moved.value.etag == first.digest
+    assert two.pointer("t", "x").etag == first.digest  # and this server knows it from then on
+    getattr(two, change)("t", "x", *arguments, expected=[first.digest])
+
+
+def test_only_one_of_those_that_expect_the_same_wins(servers: Servers) -> None:
+    stores = servers.several(4)
+    digests = [put(stores[0], "x", content)[0].digest for content in "01234"]
+    for store in stores:
+        store.refresh()
+    promotions = [partial(store.promote, "t", "x", digests[i], [digests[4]]) for i, store in enumerate(stores)]
+    results = together(*promotions)
+    (won,) = [result for result in results if not isinstance(result, Moved)]
+    stores[0].refresh()
+    assert stores[0].pointer("t", "x").etag == won.etag
+
+
+def test_a_name_that_another_server_deleted_is_unknown(servers: Servers) -> None:
+    one, two = servers.several(2)
+    version, _ = put(one, "x", "1")
+    two.refresh()
+    one.delete("t", "x")
+    for change in (
+        lambda: two.promote("t", "x", version.digest),
+        lambda: two.pin("t", "x", True),
+        lambda: two.delete("t", "x"),
+    ):
+        with pytest.raises(UnknownAdapter):
+            change()
+    assert meanings(two) == {}
+    assert put(two, "x", "1")[1]
+    one.refresh()
+    assert one.get("t", "x").digest == version.digest
+
+
+def test_a_name_is_looked_for_by_itself(servers: Servers) -> None:
+    one, two = servers.several(2)
+    version, _ = put(one, "x", "1")
+    assert two.look("t", "y") is None
+    change = two.look("t", "x")
+    assert change is not None
+    assert two.get("t", "x").digest == version.digest
+    assert two.look("t", "x") is None
+    assert two.refresh() == ()
+
+
+async def changed_by_several(servers: Servers, count: int, changes: int, names: int, **options: Any) -> None:
+    """So many servers change a few names at random; each version that is published is there in the end."""
+    stores = servers.several(count, retain=1000, **options)
+    for name in range(names):
+        put(stores[0], f"n{name}", "0")
+    for store in stores:
+        store.refresh()
+
+    def work(store: AdapterStore, server: int) -> list[tuple[str, str]]:
+        draw, made = random.Random(server), []
+        for i in range(changes):
+            name = f"n{draw.randrange(names)}"
+            kind = draw.random()
+            if kind < 0.5:
+                version, changed = put(store, name, f"{server}-{i}", promote=draw.random() < 0.5)
+                assert changed
+                made.append((name, version.digest))
+            elif kind < 0.6:
+                store.share("t", name, [f"r{draw.randrange(9)}"])
+            elif kind < 0.7:
+                store.pin("t", name, draw.random() < 0.5)
+            else:
+                known = store.versions("t", name)
+                store.promote("t", name, draw.choice(known).digest)
+            if draw.random() < 0.05:
+                store.refresh()
+        return made
+
+    works = [partial(work, store, i) for i, store in enumerate(stores)]
+    results = await asyncio.to_thread(together, *works)
+    assert not [result for result in results if isinstance(result, Exception)]
+    for store in stores:
+        store.refresh()
+    assert all(meanings(store) == meanings(stores[0]) for store in stores)
+    assert meanings(servers.open()) == meanings(stores[0])
+    for made in results:
+        for name, digest in made:
+            assert digest in meanings(stores[0])[name][0]
+    for store in stores[:2]:  # and what is named has its files
+        for version in store.list("t"):
+            with store.lease(version):
+                await store.ready(version)
+
+
+@pytest.fixture(autouse=True)
+def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The adapters of these tests are words; fetching them finds no spec to check."""
+    monkeypatch.setattr("adapters.storage.mending.verified", lambda directory, digest: None)
+    monkeypatch.setattr("adapters.storage.mending.complete", lambda directory, spec: None)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+async def test_no_change_is_lost_and_all_agree(servers: Servers, count: int) -> None:
+    await changed_by_several(servers, count, 120 // count, names=5)
+
+
+async def test_no_change_is_lost_on_s3_with_faults(
+    server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    server.suffer(("lost", "PUT", "names/", 5), ("busy", "PUT", "names/", 7), ("late", "LIST", "", 3))
+    try:
+        servers = Servers(tmp_path, f"s3://{BUCKET}/{tmp_path.name}")
+        stores = servers.several(2, retain=1000)
+        put(stores[0], "x", "0")
+
+        def work(i: int) -> None:
+            for number in range(15):
+                assert put(stores[i], "x", f"{i}-{number}")[1]
+
+        assert together(lambda: work(0), lambda: work(1)) == [None, None]
+    finally:
+        server.suffer()
+    for store in stores:
+        store.refresh()
+    assert meanings(stores[0]) == meanings(stores[1])
+    assert len(stores[0].versions("t", "x")) == 31
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+async def test_ten_thousand_changes_of_names(servers: Servers, count: int) -> None:
+    await changed_by_several(servers, count, 10_000 // count, names=200)
+
+
+def test_while_the_store_fails_what_is_known_is_served(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = servers.several(2)
+    put(one, "x", "1")
+    two.refresh()
+    put(one, "y", "2")
+
+    def fail(*_: object) -> None:
+        raise RemoteUnavailable("down")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bucket, "list", fail)
+        patch.setattr(Bucket, "read", fail)
+        with pytest.raises(RemoteUnavailable):
+            two.refresh()
+        with pytest.raises(RemoteUnavailable):
+            two.promote("t", "x", "1" * 64)
+        assert list(meanings(two)) == ["x"]
+    two.refresh()
+    assert list(meanings(two)) == ["x", "y"]
+
+
+def test_an_upload_whose_naming_got_no_answer_keeps_its_files(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The name may be there, for others to see."""
+    one, two = servers.several(2)
+    put_if, read = Bucket.put_if, Bucket.read
+
+    def lose(*args: Any) -> None:
+        put_if(*args)
+        monkeypatch.setattr(Bucket, "read", fail)
+        raise RemoteUnavailable("no answer")
+
+    def fail(*_: object) -> None:
+        raise RemoteUnavailable("down")
+
+    monkeypatch.setattr(Bucket, "put_if", lose)
+    with pytest.raises(RemoteUnavailable):
+        put(one, "x", "1")
+    monkeypatch.setattr(Bucket, "read", read)
+    for store in (one, two):
+        store.refresh()
+        assert list(meanings(store)) == ["x"]
+    assert servers.versions() == {"1"}
+
+
+async def test_files_that_another_server_named_meanwhile_stay(servers: Servers) -> None:
+    one, two = servers.several(2)
+    put(one, "x", "1")
+    two.refresh()
+    one.delete("t", "x")
+    put(two, "y", "1")
+    assert await one.remove_orphans(0) == 0  # which does not know of y
+    assert servers.versions() == {"1"}
+
+
+@pytest.mark.parametrize("moment", ["list", "read", "put_if", "delete"])
+@pytest.mark.parametrize("known", [False, True])
+def test_files_named_while_they_are_being_removed_are_there_in_the_end(
+    servers: Servers, monkeypatch: pytest.MonkeyPatch, moment: str, known: bool
+) -> None:
+    """At whatever step of a removal an upload of the same version comes."""
+    one, two = servers.several(2)
+    version, _ = put(one, "x", "1")
+    if known:
+        two.refresh()
+    one.delete("t", "x")
+    servers.age()
+    remover, method = threading.get_ident(), getattr(Bucket, moment)
+    uploads: list[threading.Thread] = []
+
+    def meanwhile(self: Bucket, *args: Any) -> Any:
+        if threading.get_ident() == remover:
+            uploads.append(threading.Thread(target=put, args=(two, f"y{len(uploads)}", "1")))
+            uploads[-1].start()
+            uploads[-1].join(0.3)  # it waits for the removal, perhaps
+        return method(self, *args)
+
+    monkeypatch.setattr(Bucket, moment, meanwhile)
+    RemoteStore(servers.url).remove_orphans(3600, lambda digest: False)
+    for upload in uploads:
+        upload.join()
+    assert uploads
+    assert two.get("t", "y0").digest == version.digest
+    assert servers.versions() == {"1"}
+
+
+async def test_a_removal_that_was_cut_short_is_taken_up(servers: Servers, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = servers.open()
+    put(one, "x", "1")
+    one.delete("t", "x")
+    servers.age()
+
+    def fail(*_: object) -> None:
+        raise RemoteUnavailable("down")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bucket, "delete", fail)
+        with pytest.raises(RemoteUnavailable):
+            await one.remove_orphans(3600)
+    monkeypatch.setattr("adapters.storage.remote._CONDEMNED_WAIT", 0.1)
+    with pytest.raises(RemoteUnavailable, match="being removed"):
+        put(one, "y", "1")
+    servers.age()
+    assert await one.remove_orphans(3600) == 0  # somebody else is at it
+    monkeypatch.setattr("adapters.storage.remote._CONDEMNED_SECONDS", 0.0)
+    put(one, "y", "1")
+    one.delete("t", "y")
+    servers.age()
+    monkeypatch.setattr("adapters.storage.remote._CONDEMNED_SECONDS", 10.0)
+    Bucket(servers.url).delete([entry.path for entry in Bucket(servers.url).list("condemned")])
+    assert await one.remove_orphans(3600) == 1
+    assert servers.versions() == set()
+
+
+async def test_a_lease_of_a_version_that_others_deleted_still_fetches_it(servers: Servers) -> None:
+    one, two = servers.several(2)
+    put(one, "x", "1")
+    two.refresh()
+    version: Version = two.get("t", "x")
+    with two.lease(version):
+        one.delete("t", "x")
+        two.refresh()
+        await two.ready(version)
+        assert two.has(version)
+    with pytest.raises(UnknownAdapter), two.lease(version):
+        pass
+
+
+async def test_a_version_whose_files_are_gone_is_damaged(servers: Servers) -> None:
+    one, two = servers.several(2)
+    version, _ = put(one, "x", "1")
+    two.refresh()
+    bucket = Bucket(servers.url)
+    bucket.delete([entry.path for entry in bucket.list("versions")])
+    with two.lease(two.get("t", "x")), pytest.raises(DamagedAdapter):
+        await two.ready(version)
+    put(one, "y", "1")  # which believes that they are there
+    assert servers.versions() == {"1"}

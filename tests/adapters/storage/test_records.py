@@ -1,0 +1,317 @@
+"""Records in a bucket that several change at once: no change is lost, none is made twice, and all see the same."""
+
+import random
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.storage import records as module
+from adapters.storage.bucket import Bucket, Conflict
+from adapters.storage.records import Content, Record, Records
+from adapters.storage.versions import RemoteUnavailable
+from tests.support.buckets import BUCKET, S3Server
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    server = S3Server()
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=["file", "s3"])
+def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    if request.param == "file":
+        yield f"file://{tmp_path}/bucket"
+        return
+    server: S3Server = request.getfixturevalue("server")
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    yield f"s3://{BUCKET}/{tmp_path.name}"
+    server.suffer()
+
+
+def opened(url: str) -> Records:
+    return Records(Bucket(url), "records")
+
+
+def adding(number: int) -> Callable[[Content | None], Content]:
+    return lambda content: {"all": [*(content or {"all": []})["all"], number]}
+
+
+def known(records: Records, kept: dict[str, Any]) -> dict[str, Any]:
+    """What a server that keeps `kept` in memory knows once it has read the news."""
+    for record in records.news():
+        if records.note(record):
+            if record.content is None:
+                kept.pop(record.key, None)
+            else:
+                kept[record.key] = record.content
+    return kept
+
+
+def test_a_record_is_made_changed_and_removed(url: str) -> None:
+    first, second = opened(url), opened(url)
+    mine: dict[str, Any] = {}
+    assert first.change("a/b", adding(1)).content == {"all": [1]}
+    assert known(second, mine) == {"a/b": {"all": [1]}}
+    second.change("a/b", adding(2))
+    assert list(second.news()) == []  # its own
+    assert known(first, {}) == {"a/b": {"all": [1, 2]}}
+    first.change("a/b", lambda content: None)
+    assert known(second, mine) == {}
+    assert first.change("a/b", adding(3)).content == {"all": [3]}
+    assert known(second, mine) == {"a/b": {"all": [3]}}
+
+
+def test_what_changes_nothing_is_not_written(url: str) -> None:
+    records = opened(url)
+    records.change("a", adding(1))
+    before = records.look("a")
+    records.change("a", lambda content: content)
+    assert records.look("a").revision == before.revision
+    records.change("b", lambda content: None)
+    assert records.look("b").version is None
+
+
+def test_a_change_that_raises_changes_nothing(url: str) -> None:
+    records = opened(url)
+    records.change("a", adding(1))
+
+    def refuse(content: Content | None) -> Content:
+        raise KeyError("no")
+
+    with pytest.raises(KeyError):
+        records.change("a", refuse)
+    assert records.look("a").content == {"all": [1]}
+
+
+def changed_by_several(url: str, servers: int, changes: int, keys: int) -> None:
+    """So many servers append, each its own numbers, to a few records, and remove and remake others."""
+    barrier, faults = threading.Barrier(servers), []
+
+    def work(server: int) -> None:
+        records, draw = opened(url), random.Random(server)
+        barrier.wait()
+        try:
+            for i in range(changes):
+                records.change(f"kept{draw.randrange(keys)}", adding(server * changes + i))
+                if i % 10 == 0:
+                    records.change("flicker", lambda content: None if content else {"by": server})
+        except Exception as fault:
+            faults.append(fault)
+
+    threads = [threading.Thread(target=work, args=(server,)) for server in range(servers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert faults == []
+    made = [number for key, content in known(opened(url), {}).items() if key != "flicker" for number in content["all"]]
+    assert sorted(made) == list(range(servers * changes))
+    for server in range(servers):  # each record has a server's changes in the order in which it made them
+        for content in (content for key, content in known(opened(url), {}).items() if key != "flicker"):
+            own = [number for number in content["all"] if number // changes == server]
+            assert own == sorted(own)
+
+
+@pytest.mark.parametrize("servers", [2, 4])
+def test_no_change_is_lost(url: str, servers: int) -> None:
+    changed_by_several(url, servers, 80 // servers if url.startswith("s3") else 200 // servers, keys=3)
+
+
+def test_no_change_is_lost_or_made_twice_while_the_store_fails(url: str, server: S3Server) -> None:
+    if url.startswith("file"):
+        pytest.skip("the faults are a network's")
+    server.suffer(("lost", "PUT", "records/", 3), ("busy", "PUT", "records/", 4), ("busy", "GET", "records/", 7))
+    changed_by_several(url, 2, 20, keys=2)
+
+
+def test_an_answer_that_was_lost_for_good_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = opened(f"file://{tmp_path}")
+    put_if = Bucket.put_if
+
+    def lose(*args: Any) -> None:
+        put_if(*args)
+        raise RemoteUnavailable("no answer")
+
+    monkeypatch.setattr(Bucket, "put_if", lose)
+    assert records.change("a", adding(1)).content == {"all": [1]}
+    assert records.change("a", adding(2)).content == {"all": [1, 2]}
+
+
+def test_a_second_try_that_meets_its_own_change_is_no_conflict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when others have changed the record since."""
+    records, other = opened(f"file://{tmp_path}"), opened(f"file://{tmp_path}")
+    put_if, tries = Bucket.put_if, []
+
+    def twice(self: Bucket, *args: Any) -> str | None:
+        tries.append(args)
+        if len(tries) > 1:
+            return put_if(self, *args)
+        put_if(self, *args)
+        for number in range(2, 10):
+            other.change("a", adding(number))
+        raise Conflict("it is there already")
+
+    monkeypatch.setattr(Bucket, "put_if", twice)
+    assert records.change("a", adding(1)).content == {"all": list(range(1, 10))}
+
+
+def test_a_change_that_was_not_made_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = opened(f"file://{tmp_path}")
+
+    def fail(*args: Any) -> None:
+        raise RemoteUnavailable("busy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bucket, "put_if", fail)
+        with pytest.raises(RemoteUnavailable, match="busy"):
+            records.change("a", adding(1))
+    assert records.change("a", adding(2)).content == {"all": [2]}
+
+
+def test_others_who_always_come_first_are_not_waited_for_endlessly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def conflict(*args: Any) -> None:
+        raise Conflict
+
+    monkeypatch.setattr(module, "_PATIENCE", 0.1)
+    monkeypatch.setattr(Bucket, "put_if", conflict)
+    with pytest.raises(RemoteUnavailable, match="by others"):
+        opened(f"file://{tmp_path}").change("a", adding(1))
+
+
+def test_lists_that_are_late_undo_nothing(url: str, server: S3Server) -> None:
+    if url.startswith("file"):
+        pytest.skip("a directory's list is never late")
+    first, second = opened(url), opened(url)
+    first.change("old", adding(1))
+    first.change("doomed", adding(1))
+    mine = known(second, {})
+    server.suffer(("late", "LIST", "", 1))
+    list(second.news())  # the list that stays
+    first.change("new", adding(2))
+    first.change("old", adding(2))
+    first.change("doomed", lambda content: None)
+    for key in ("new", "old", "doomed"):  # seen at a miss, or changed by this server
+        record = second.look(key)
+        second.note(record)
+        mine[key] = record.content
+    mine.pop("doomed")
+    assert known(second, mine) == {"old": {"all": [1, 2]}, "new": {"all": [2]}}
+    server.suffer()
+    assert known(second, mine) == {"old": {"all": [1, 2]}, "new": {"all": [2]}}
+
+
+def test_what_was_read_before_a_change_is_no_news_after_it(url: str) -> None:
+    first, second = opened(url), opened(url)
+    first.change("a", adding(1))
+    (read,) = second.news()
+    second.change("a", adding(2))
+    assert not second.note(read)
+    first.change("a", lambda content: None)
+    (removed,) = second.news()
+    assert second.note(removed)
+    assert not second.note(read)
+
+
+def test_an_object_that_is_no_record_leaves_what_was_known(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    records, bucket = opened(url), Bucket(url)
+    records.change("a", adding(1))
+    for damaged in (b"{", b"[]", b'"x"', b'{"_revision": "x"}'):
+        found = bucket.read("records/a.json")
+        assert found is not None
+        bucket.put_if("records/a.json", damaged, found.version)
+        caplog.clear()
+        assert list(records.news()) == []
+        assert list(records.news()) == []
+        assert len(records.damaged) == 1
+    assert caplog.text.count("damaged") <= 1  # told once
+    assert records.change("a", adding(2)).content == {"all": [2]}  # a change mends it
+    assert known(opened(url), {}) == {"a": {"all": [2]}}
+
+
+def test_tombstones_go_once_they_are_old(url: str) -> None:
+    first, second = opened(url), opened(url)
+    for key in ("a", "b"):
+        first.change(key, adding(1))
+    mine = known(second, {})
+    first.change("a", lambda content: None)
+    assert known(second, mine) == {"b": {"all": [1]}}
+    assert first.sweep(3600) == 0
+    assert first.sweep(-1) == 1
+    assert [entry.path for entry in Bucket(url).list("records")] == ["records/b.json"]
+    assert known(second, mine) == {"b": {"all": [1]}}
+    first.change("a", adding(2))
+    assert known(second, mine) == {"a": {"all": [2]}, "b": {"all": [1]}}
+
+
+def test_nobody_makes_a_record_whose_tombstone_is_being_removed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = opened(url), opened(url)
+    first.change("a", adding(1))
+    first.change("a", lambda content: None)
+    delete, made = Bucket.delete, []
+
+    def slowly(self: Bucket, paths: list[str]) -> None:
+        maker = threading.Thread(target=lambda: made.append(second.change("a", adding(2)).content))
+        maker.start()
+        maker.join(0.2)
+        assert made == []
+        delete(self, paths)
+        maker.join(10)
+
+    monkeypatch.setattr(Bucket, "delete", slowly)
+    assert first.sweep(-1) == 1
+    assert made == [{"all": [2]}]
+    assert known(first, {}) == {"a": {"all": [2]}}
+
+
+def test_a_tombstone_that_was_to_go_and_stayed_is_used_again(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = opened(url)
+    records.change("a", adding(1))
+    records.change("a", lambda content: None)
+
+    def fail(*_: object) -> None:
+        raise RemoteUnavailable("down")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bucket, "delete", fail)
+        with pytest.raises(RemoteUnavailable, match="down"):
+            records.sweep(-1)
+    monkeypatch.setattr(module, "_PATIENCE", 0.1)
+    with pytest.raises(RemoteUnavailable):
+        records.change("a", adding(2))
+    monkeypatch.setattr(module, "_SEAL_SECONDS", -1.0)
+    assert records.change("a", adding(2)).content == {"all": [2]}
+
+
+def test_a_record_removed_behind_everybodys_back_is_gone(url: str) -> None:
+    records, bucket = opened(url), Bucket(url)
+    records.change("a", adding(1))
+    mine = known(opened(url), {})
+    bucket.delete(["records/a.json"])
+    assert known(records, mine) == {}
+    assert isinstance(records.look("a"), Record)
+
+
+def test_quick_changes_of_one_size_have_etags_of_their_own(tmp_path: Path) -> None:
+    """A directory's inodes are used again, within one tick of the kernel's clock."""
+    bucket = Bucket(f"file://{tmp_path}")
+    etags = [bucket.put_if("x", b"0", None)]
+    for _ in range(100):
+        found = bucket.read("x")
+        assert found is not None
+        etags.append(bucket.put_if("x", b"0", found.version))
+    assert len(set(etags)) == len(etags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("servers", [2, 4])
+def test_ten_thousand_changes(tmp_path: Path, servers: int) -> None:
+    changed_by_several(f"file://{tmp_path}", servers, 10_000 // servers, keys=40)

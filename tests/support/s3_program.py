@@ -1,0 +1,71 @@
+"""moto's S3, one request at a time, with faults on request: `python -m tests.support.s3_program PORT`.
+
+moto itself looks at a condition and then writes, with room for others in between. `PUT /__faults__` sets the faults: a
+list of `{"kind", "method", "path", "every"}`; each `every`-th request of that method whose path has `path` in it meets
+
+- `busy`: 503, nothing done;
+- `lost`: it is done, and the connection ends without an answer;
+- `late`: a list as it was when the fault was set, or first asked for.
+"""
+
+import json
+import socket
+import sys
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import run_simple
+
+_BUSY = "503 Slow Down"
+
+
+class _Faulty:
+    def __init__(self) -> None:
+        self._app: Any = DomainDispatcherApplication(create_backend_app)
+        self._lock = threading.Lock()
+        self._faults: list[dict[str, Any]] = []
+        self._lists: dict[str, tuple[list[Any], list[bytes]]] = {}
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        with self._lock:
+            if environ["PATH_INFO"] == "/__faults__":
+                self._faults = json.loads(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])))
+                self._lists = {}
+                start_response("200 OK", [("Content-Length", "0")])
+                return [b""]
+            kind = self._fault(environ)
+            if kind == "busy":
+                start_response(_BUSY, [("Content-Length", "0")])
+                return [b""]
+            asked = environ["QUERY_STRING"]
+            if kind == "late" and asked in self._lists:
+                head, body = self._lists[asked]
+            else:
+                head, body = self._answer(environ)
+                if kind == "late":
+                    self._lists[asked] = head, body
+            if kind == "lost":
+                environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+            start_response(*head)
+            return body
+
+    def _answer(self, environ: dict[str, Any]) -> tuple[list[Any], list[bytes]]:
+        head: list[Any] = []
+        body = list(self._app(environ, lambda *args: head.extend(args[:2])))
+        return head, body
+
+    def _fault(self, environ: dict[str, Any]) -> str | None:
+        for fault in self._faults:
+            listing = "list-type" in environ["QUERY_STRING"]
+            method = "LIST" if listing else environ["REQUEST_METHOD"]
+            if method == fault["method"] and fault["path"] in environ["PATH_INFO"] + environ["QUERY_STRING"]:
+                fault["seen"] = fault.get("seen", 0) + 1
+                if fault["seen"] % fault["every"] == 0:
+                    return str(fault["kind"])
+        return None
+
+
+if __name__ == "__main__":
+    run_simple("127.0.0.1", int(sys.argv[1]), _Faulty(), threaded=True)
