@@ -32,15 +32,17 @@ class Routed:
 
     def __init__(self, experts: Tensor, tokens: Tensor, counts: Tensor, total: int) -> None:
         self.counts = counts
-        self._order = experts * total + tokens
-        self._first = torch.arange(len(counts), device=counts.device) * total
+        self._rows = experts, tokens
+        self._total = total
         self._runs: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
 
     def runs(self, start: int, end: int) -> list[tuple[int, int, int]]:
         """The rows of tokens `start` to `end`: (expert, first row, end) of each expert that has some."""
         if (start, end) not in self._runs:
-            bounds = torch.stack([self._first + start, self._first + end])
-            rows = torch.searchsorted(self._order, bounds).T.tolist()
+            experts, tokens = self._rows
+            first = torch.arange(len(self.counts), device=tokens.device) * self._total
+            bounds = torch.stack([first + start, first + end])
+            rows = torch.searchsorted(experts * self._total + tokens, bounds).T.tolist()
             self._runs[start, end] = [(expert, *run) for expert, run in enumerate(rows) if run[0] < run[1]]
         return self._runs[start, end]
 

@@ -58,7 +58,7 @@ class LowRank(NamedTuple):
         rows = [[start, end, expert * units, self.rank, self.dtype] for expert, start, end in runs]
         table = sent(torch.tensor(rows, dtype=torch.int32), y.device)
         scale = torch.full([len(rows)], weight * self.scaling, device=y.device)
-        kernels.lora_add_(y, x, self.a, self.b, table, scale)
+        kernels.lora_add_(y, x, self.a, self.b, table, scale, self.rank)
 
 
 @dataclass(frozen=True, eq=False)

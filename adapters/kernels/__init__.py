@@ -151,9 +151,9 @@ def grouped_linear(x: Tensor, weights: ExpertWeights, counts: Tensor) -> Tensor:
     return y
 
 
-def lora_add_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, table: Tensor, scale: Tensor) -> None:
+def lora_add_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, table: Tensor, scale: Tensor, ranks: int = 0) -> None:
     kernels = _compiled(y, x) if _in_place(y, a, b) else None
-    (kernels or reference).lora_add_(y, x, a, b, table, scale)
+    (kernels or reference).lora_add_(y, x, a, b, table, scale, ranks)
 
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:

@@ -226,7 +226,9 @@ class Kernels:
         self._lib.lk_dequantize(byref(self.weight(weight)), dense.data_ptr())
         return dense
 
-    def lora_add_(self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, table: Tensor, scale: Tensor) -> None:
+    def lora_add_(
+        self, y: Tensor, x: Tensor, a: Tensor, b: Tensor, table: Tensor, scale: Tensor, ranks: int = 0
+    ) -> None:
         x, table, scale = _plain(x), table.contiguous(), scale.contiguous()
         adapters = AdaptersStruct(
             a.data_ptr(), b.data_ptr(), table.data_ptr(), scale.data_ptr(), len(table), a.shape[1], b.shape[1]

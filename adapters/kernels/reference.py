@@ -193,7 +193,7 @@ def unit_rows(pool: Tensor, first_unit: int, rank: int, dtype: int) -> Tensor:
     return pool[first_unit : first_unit + rank].view(_UNIT_DTYPES[dtype])
 
 
-def lora_add_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, table: Tensor, scale: Tensor) -> None:
+def lora_add_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, table: Tensor, scale: Tensor, ranks: int = 0) -> None:
     """Add the adapters' deltas in place: for each segment `y[s:e] += scale * ((x[s:e] @ A.T) @ B)`, in table order.
 
     Args:
@@ -203,6 +203,7 @@ def lora_add_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, table: Tensor, scale: 
         b: int16 `[units, out]`, B transposed, in the same units.
         table: int32 `[S, 5]`, columns start, end, first_unit, rank, dtype (`FP32`, `BF16`, `FP16`).
         scale: fp32 `[S]`.
+        ranks: no segment has more, if that is known: a GPU takes less memory for it.
     """
     for (start, end, first_unit, rank, dtype), factor in zip(table.tolist(), scale.tolist(), strict=True):
         if start >= end or rank == 0:

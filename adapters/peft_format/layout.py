@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from adapters.peft_format.config import CLASSIFIERS, AdapterConfig, AdapterError
 from adapters.peft_format.fields import shorten
-from adapters.peft_format.modules import ExpertsModule, LoraModule, Variants
+from adapters.peft_format.modules import ExpertsModule, LoraModule, Variants, place_of
 from adapters.peft_format.outline import EMBEDDING, Outline
 from adapters.peft_format.sizes import LinearSize
 from adapters.peft_format.weights import TensorEntry
@@ -221,14 +221,10 @@ class _Builder:
         sizes = self._outline.experts
         asked = [name for name in sizes if name in self._adapted]
         for name in asked:
-            module = name.rpartition(".")[0]
-            # PEFT wraps a module once for each of its parameters; the last one is outermost.
-            beside = [other for other in asked if other.rpartition(".")[0] == module]
-            place = f"{module}.{'base_layer.' * (len(beside) - 1 - beside.index(name))}"
-            (rank, scaling), size = self._adapted[name], sizes[name]
+            (rank, scaling), size, place = self._adapted[name], sizes[name], place_of(name, asked)
             rows = rank * size.experts
-            a = self._expect(f"{place}lora_A.weight", (rows, size.in_features), "target_parameters")
-            b = self._expect(f"{place}lora_B.weight", (size.out_features, rows), "target_parameters")
+            a = self._expect(f"{place}.lora_A.weight", (rows, size.in_features), "target_parameters")
+            b = self._expect(f"{place}.lora_B.weight", (size.out_features, rows), "target_parameters")
             found[name] = ExpertsModule(rank, scaling, a, b, size.experts, name)
         for name, linears in self._apart.items():
             shapes = {self._adapted.get(linear) for linear in linears}

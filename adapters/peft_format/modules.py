@@ -1,5 +1,6 @@
 """Parts of an adapter: pairs of A and B, and its effects beyond those. Names and numbers only."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 
@@ -45,6 +46,17 @@ class ExpertsModule(LoraModule):
         if "*" not in self.a:
             return [self.a, self.b]
         return [name.replace("*", str(expert)) for name in (self.a, self.b) for expert in range(self.experts)]
+
+
+def place_of(parameter: str, adapted: Collection[str]) -> str:
+    """Where PEFT has A and B of a parameter: it wraps a module once for each that is adapted, the last one outermost.
+
+    Args:
+        adapted: all adapted parameters, those of one module in its order.
+    """
+    module = parameter.rpartition(".")[0]
+    beside = [other for other in adapted if other.rpartition(".")[0] == module]
+    return module + ".base_layer" * (len(beside) - 1 - beside.index(parameter))
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,11 @@ class LinearSize(NamedTuple):
         """Device memory of one row unit of A and one of B."""
         return UNIT_BYTES * (self.in_features + self.out_features)
 
+    @property
+    def pairs(self) -> int:
+        """How many pairs of A and B adapt it."""
+        return 1
+
 
 class ExpertsSize(NamedTuple):
     """A parameter of the base that holds one linear of every expert of a layer.
@@ -38,6 +43,11 @@ class ExpertsSize(NamedTuple):
     in_features: int
     out_features: int
     parts: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs of A and B adapt it."""
+        return self.experts
 
 
 def units_per_row(dtype: str) -> int:

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import msgspec
 
 from adapters.peft_format.config import AdapterError, parse_config
-from adapters.peft_format.directory import AdapterSpec, LoraModule
-from adapters.peft_format.sizes import LinearSize
+from adapters.peft_format.directory import AdapterSpec, LoraModule, Variants
+from adapters.peft_format.sizes import ExpertsSize, LinearSize
 from server.messages.protocol import Ready
 from server.messages.training import Init, MemoryMode, ModuleShape, Optimizer, Schedule, TrainingPlan
 
@@ -43,6 +43,7 @@ class LoraOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     lora_alpha: float = 32
     lora_dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
+    target_parameters: list[str] | None = None
     bias: str = "none"
     modules_to_save: list[str] | None = None
     layers_to_transform: int | list[int] | None = None
@@ -73,18 +74,19 @@ class TrainingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
 
 
 def adapter_config(lora: LoraOptions, name: str, base: Ready) -> dict[str, Any]:
-    """The `adapter_config.json` of what the job makes, in PEFT's words.
+    """The `adapter_config.json` of what the job makes, in PEFT's words. `name`: the base's.
 
     Only linears of the layers are trained, and none that PEFT refuses: "all-linear" is spelled out where the base has
-    others.
+    others. So it is beside experts, whom PEFT would count among all.
     """
     targets = lora.target_modules
-    outside = {_kind(name) for name in base.linears if not _IN_A_LAYER.search(name)}
+    outside = {_kind(linear) for linear in base.linears if not _IN_A_LAYER.search(linear)}
     if base.architecture.startswith(_FUSED):
         outside.add("out_proj")
-    if targets == "all-linear" and outside:
-        targets = sorted({_kind(name) for name in base.linears} - outside)
-    return {
+    if targets == "all-linear" and (outside or base.experts):
+        targets = sorted({_kind(linear) for linear in base.linears} - outside)
+    of_experts = {"target_parameters": lora.target_parameters} if lora.target_parameters else {}
+    return of_experts | {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": name,
@@ -106,8 +108,8 @@ def _kind(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def modules(config: Mapping[str, Any], linears: Mapping[str, LinearSize]) -> dict[str, ModuleShape]:
-    """The linears that a config adapts, and how.
+def modules(config: Mapping[str, Any], base: Ready) -> dict[str, ModuleShape]:
+    """The linears that a config adapts, those of experts by their parameter, and how.
 
     Raises:
         AdapterError: naming the field that is wrong, or that cannot be trained here.
@@ -117,13 +119,17 @@ def modules(config: Mapping[str, Any], linears: Mapping[str, LinearSize]) -> dic
             raise AdapterError(f"{field} = {json.dumps(config[field])} is not trained here, only A and B are", field)
     parsed = parse_config(json.dumps(config).encode())
     parsed.check_plain()
-    resolved = parsed.resolve(linears)
+    resolved = parsed.resolve(base.linears, experts=base.experts)
     return {name: ModuleShape(rank, scaling) for name, (rank, scaling) in resolved.items()}
 
 
-def parameters(shapes: Mapping[str, ModuleShape], linears: Mapping[str, LinearSize]) -> int:
-    """How many numbers A and B hold: rank x (in + out) for each linear."""
-    return sum(shape.rank * (linears[name].in_features + linears[name].out_features) for name, shape in shapes.items())
+def parameters(shapes: Mapping[str, ModuleShape], base: Ready) -> int:
+    """How many numbers A and B hold: rank x (in + out) for each linear, of each expert."""
+    sizes: dict[str, LinearSize | ExpertsSize] = {**base.linears, **base.experts}
+    return sum(
+        shape.rank * sizes[name].pairs * (sizes[name].in_features + sizes[name].out_features)
+        for name, shape in shapes.items()
+    )
 
 
 def max_seq_len(training: TrainingOptions, base: Ready) -> int:
@@ -197,8 +203,19 @@ def plan(
     )
 
 
-def saved(shapes: Mapping[str, ModuleShape]) -> AdapterSpec:
+def saved(shapes: Mapping[str, ModuleShape], base: Ready) -> AdapterSpec:
     """What an adapter of these shapes will be once it is saved, as far as memory is concerned."""
-    modules = {name: LoraModule(shape.rank, shape.scaling, "", "") for name, shape in shapes.items()}
-    rank = max(shape.rank for shape in shapes.values())
-    return AdapterSpec(digest="", config={}, modules=modules, dtype="float32", rank=rank, parameters=0, bytes=0)
+    modules = {
+        name: LoraModule(shape.rank, shape.scaling, "", "") for name, shape in shapes.items() if name in base.linears
+    }
+    of_experts = {name: shape for name, shape in shapes.items() if name in base.experts}
+    return AdapterSpec(
+        digest="",
+        config={},
+        modules=modules,
+        dtype="float32",
+        rank=max(shape.rank for shape in shapes.values()),
+        parameters=0,
+        bytes=0,
+        variants=Variants(device_bytes=4 * parameters(of_experts, base)),
+    )

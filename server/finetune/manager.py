@@ -297,7 +297,7 @@ class JobManager:
         base = self._engine.info
         if base is None or job.start is None:
             return _SPARE_BYTES
-        return _SPARE_BYTES + _BYTES_PER_PARAMETER * recipe.parameters(job.start.modules, base.linears)
+        return _SPARE_BYTES + _BYTES_PER_PARAMETER * recipe.parameters(job.start.modules, base)
 
     async def _fail(self, job: Job, error: JobError) -> None:
         with contextlib.suppress(JobStateError):

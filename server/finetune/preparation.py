@@ -134,7 +134,7 @@ def _adapter(job: Job, base: Ready, directory: Path) -> tuple[dict[str, Any], di
         return json.loads((directory / INITIAL / CONFIG_NAME).read_bytes()), shapes
     config = recipe.adapter_config(job.spec.lora, job.spec.base, base)
     try:
-        return config, recipe.modules(config, base.linears)
+        return config, recipe.modules(config, base)
     except AdapterError as error:
         raise JobFailedError("invalid_lora", str(error), f"lora.{error.param}") from None
 

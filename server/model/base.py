@@ -74,6 +74,11 @@ class Base:
         return {linear.name: linear.size for linear in self.experts}
 
     @property
+    def trainable(self) -> list[LoraLinear | ExpertLinear]:
+        """Everything that adapters of A and B may touch, in the order of their indices."""
+        return [*self.linears, *self.experts]
+
+    @property
     def num_layers(self) -> int:
         return len(self.layers)
 

@@ -44,6 +44,7 @@ class LoraBody(Body):
     lora_alpha: float | None = None
     lora_dropout: float | None = Field(default=None, ge=0, lt=1)
     target_modules: str | Items[str] | None = None
+    target_parameters: Items[str] | None = None
     bias: str | None = None
     modules_to_save: Items[str] | None = None
     layers_to_transform: int | Items[int] | None = None

@@ -93,9 +93,9 @@ class LayeredModel:
             raise Untrainable("a hook has replaced the layers' forward: the base must lie on one device")
         named = {module: name for name, module in base.model.named_modules()}
         prefixes = [f"{named[layer]}." for layer in self.layers]
-        self.layer_of = {  # a LoraLinear's index -> its layer
+        self.layer_of = {  # index of a linear, or of experts' -> its layer
             linear.index: next(number for number, prefix in enumerate(prefixes) if linear.name.startswith(prefix))
-            for linear in base.linears
+            for linear in base.trainable
             if linear.name.startswith(tuple(prefixes))
         }
         self._beside = _beside(base, self.layers[0])

@@ -3,6 +3,7 @@
 The measured number is what autograd keeps of one layer per token: families differ too much for a formula.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import psutil
@@ -10,10 +11,18 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor, nn
 
+from adapters.device.experts import ExpertLinear
+from adapters.device.lora import LoraLinear
 from server.messages.training import MemoryMode, MemoryPlan, ModuleShape, PlanMemory
 from server.model.base import Base
 from server.training.layers import LayerCalls, LayeredModel, PackedAttention, PackedStates
-from server.training.trainable import TrainableAdapter, TrainingDeltas, TrainingSegment
+from server.training.trainable import (
+    TrainableAdapter,
+    TrainingDeltas,
+    TrainingExperts,
+    TrainingSegment,
+    parameters,
+)
 
 HEADROOM = 0.9  # of what is available may be planned with
 KEEP_BELOW = 0.5  # of what is available: mode "keep" is worth its memory while there is plenty
@@ -35,20 +44,17 @@ class MemoryModel:
 
     def plan(self, asked: PlanMemory) -> MemoryPlan:
         """Answer a question; `available` is as of now."""
-        parameters = sum(
-            shape.rank * (linear.in_features + linear.out_features) + linear.out_features * asked.scale_vector
-            for linear in self._base.linears
-            if (shape := asked.modules.get(linear.name))
-        )
-        optimizer = round(parameters * OPTIMIZER_BYTES[asked.optimizer])
+        sizes = {linear.name: linear.size for linear in self._base.trainable}
+        numbers = sum(parameters(sizes, asked.modules, asked.scale_vector))
+        optimizer = round(numbers * OPTIMIZER_BYTES[asked.optimizer])
         activations = self._activations(asked)
         plan = MemoryPlan(
             id=asked.id,
             base=_bytes_of(self._base.model),
-            adapter=4 * parameters,
-            gradients=4 * parameters,
+            adapter=4 * numbers,
+            gradients=4 * numbers,
             optimizer=optimizer,
-            checkpoint=8 * parameters + optimizer,
+            checkpoint=8 * numbers + optimizer,
             activations=activations,
             available=self._available(),
             mode=None,
@@ -61,7 +67,8 @@ class MemoryModel:
         tokens, layers, width = asked.tokens, len(self._model), self._base.dtype.itemsize
         hidden = self._sample.hidden.numel() // SAMPLE_TOKENS  # of all streams
         vocabulary = self._base.vocab_size
-        per_layer = [self._layer_bytes * tokens for _ in range(layers)]
+        experts = any(linear.name in asked.modules for linear in self._base.experts)
+        per_layer = [self._layer_bytes[experts] * tokens for _ in range(layers)]
         for linear in self._base.linears:  # what the adapter itself keeps: A x
             if shape := asked.modules.get(linear.name):
                 per_layer[self._model.layer_of[linear.index]] += shape.rank * tokens * width
@@ -81,18 +88,22 @@ class MemoryModel:
         return self._model.calls(*(torch.arange(SAMPLE_TOKENS, device=self._base.device),) * 2)
 
     @cached_property
-    def _layer_bytes(self) -> int:
-        """Bytes that autograd keeps of one layer per token, adapters on every linear but without their own numbers.
+    def _layer_bytes(self) -> tuple[int, int]:
+        """Bytes that autograd keeps of one layer per token, adapters on every linear but without their own numbers;
+        and with adapters on the experts as well.
 
         Of the first layer, or of the first that keeps a state and the first that keeps none, whichever is more.
         """
-        firsts = {layer in self._base.states: layer for layer in reversed(range(len(self._model)))}
-        return max(map(self._kept, firsts.values()))
+        routed = {self._model.layer_of[linear.index] for linear in self._base.experts}
+        firsts = {(layer in self._base.states, layer in routed): layer for layer in reversed(range(len(self._model)))}
+        layers = firsts.values()
+        alone = max(self._kept(layer, self._base.linears) for layer in layers)
+        return alone, max(self._kept(layer, self._base.trainable) for layer in layers) if routed else alone
 
-    def _kept(self, layer: int) -> int:
+    def _kept(self, layer: int, linears: Sequence[LoraLinear | ExpertLinear]) -> int:
         device, calls = self._base.device, self._sample
-        shapes = {linear.name: ModuleShape(1, 1.0) for linear in self._base.linears}
-        adapter = TrainableAdapter(self._base.linears, shapes, device=device, seed=0)
+        shapes = {linear.name: ModuleShape(1, 1.0) for linear in linears}
+        adapter = TrainableAdapter(linears, shapes, device=device, seed=0)
         resident = [*self._base.model.parameters(), *self._base.model.buffers(), adapter.values]
         known = {tensor.untyped_storage().data_ptr() for tensor in resident}
         kept: dict[int, int] = {}  # storage -> bytes
@@ -104,14 +115,15 @@ class MemoryModel:
             return tensor
 
         slot = self._base.slot
-        slot.deltas = TrainingDeltas([TrainingSegment(0, SAMPLE_TOKENS, adapter, None)])
+        segments = [TrainingSegment(0, SAMPLE_TOKENS, adapter, None)]
+        slot.deltas, slot.experts = TrainingDeltas(segments), TrainingExperts(segments)
         slot.attention, slot.states = PackedAttention([(0, SAMPLE_TOKENS)]), PackedStates([(0, SAMPLE_TOKENS)])
         try:
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
                 # The graph stays alive until everything has been counted, so no storage is counted twice.
                 out = self._model.run(layer, calls.hidden.requires_grad_(), calls)
         finally:
-            slot.deltas = slot.attention = slot.states = None
+            slot.deltas = slot.experts = slot.attention = slot.states = None
         del out
         return sum(kept.values()) // SAMPLE_TOKENS
 

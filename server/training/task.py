@@ -18,6 +18,7 @@ import torch
 from msgspec.structs import replace
 from torch import Tensor
 
+from adapters.device.experts import ExpertLinear
 from adapters.device.lora import LoraLinear
 from adapters.disk import is_full
 from adapters.peft_format import directory as adapter_format
@@ -79,7 +80,7 @@ class Task:
     Raises OSError, ValueError or KeyError when its files do not hold what they should.
     """
 
-    def __init__(self, start: StartJob, linears: Sequence[LoraLinear], device: torch.device) -> None:
+    def __init__(self, start: StartJob, linears: Sequence[LoraLinear | ExpertLinear], device: torch.device) -> None:
         self.id = start.id
         self.plan = start.plan
         self.replies: list[JobReply] = []

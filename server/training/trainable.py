@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from adapters.device.lora import LoraLinear
+from adapters.device.experts import ExpertLinear
+from adapters.device.lora import LoraLinear, Routed
+from adapters.peft_format.modules import place_of
+from adapters.peft_format.sizes import ExpertsSize, LinearSize
 from server.messages.training import Init, ModuleShape
 
 
@@ -45,6 +48,10 @@ class _Module:
             y.addcmul_(down @ b.T, (self.scaling * self.scale_vector).to(x.dtype))
         return down
 
+    def folded(self) -> Tensor:
+        """B with the scale vector in it, detached."""
+        return (self.b if self.scale_vector is None else self.scale_vector[:, None] * self.b).detach()
+
     def backward(self, x: Tensor, down: Tensor, dy: Tensor) -> Tensor:
         """dy [rows, out] -> dx [rows, in]; the parameters' gradients are added to their own."""
         if self.scale_vector is not None:
@@ -69,11 +76,20 @@ def _accumulate_product(parameter: nn.Parameter, left: Tensor, right: Tensor, fa
         _accumulate(parameter, left @ right, factor)
 
 
+def parameters(
+    sizes: Mapping[str, LinearSize | ExpertsSize], shapes: Mapping[str, ModuleShape], scale_vector: bool
+) -> tuple[int, int]:
+    """How many numbers A and B hold, and scale vectors."""
+    adapted = [(size, shapes[name].rank) for name, size in sizes.items() if name in shapes]
+    matrices = sum(size.pairs * rank * (size.in_features + size.out_features) for size, rank in adapted)
+    return matrices, sum(size.pairs * size.out_features for size, _ in adapted) if scale_vector else 0
+
+
 class TrainableAdapter:
-    """LoRA parameters over some linears of a base.
+    """LoRA parameters over some linears of a base; those of experts have a pair for each.
 
     Args:
-        linears: every linear of the base.
+        linears: every linear of the base, experts' included.
         shapes: full names of the linears to adapt, and how.
         scale_vector: train a factor per output as well, from 1.
         seed: decides A; B starts at zero.
@@ -85,7 +101,7 @@ class TrainableAdapter:
 
     def __init__(
         self,
-        linears: Iterable[LoraLinear],
+        linears: Iterable[LoraLinear | ExpertLinear],
         shapes: Mapping[str, ModuleShape],
         *,
         device: torch.device,
@@ -94,31 +110,37 @@ class TrainableAdapter:
         scale_vector: bool = False,
     ) -> None:
         adapted = [linear for linear in linears if linear.name in shapes]
-        matrices = sum(shapes[linear.name].rank * (linear.in_features + linear.out_features) for linear in adapted)
-        vectors = sum(linear.out_features for linear in adapted) if scale_vector else 0
+        matrices, vectors = parameters({linear.name: linear.size for linear in adapted}, shapes, scale_vector)
         self.decayed = matrices
         self.values = torch.zeros(matrices + vectors, device=device)
         self.grads = torch.zeros_like(self.values)
-        self._names = {linear.index: linear.name for linear in adapted}
-        self._modules: dict[int, _Module] = {}
+        experts = [linear.name for linear in adapted if isinstance(linear, ExpertLinear)]
+        self._names = {
+            linear.index: place_of(linear.name, experts) if linear.name in experts else linear.name
+            for linear in adapted
+        }
+        self._experts = {linear.index for linear in adapted if linear.name in experts}
+        self._modules: dict[int, list[_Module]] = {}
         first, first_vector = 0, matrices
         for linear in adapted:
-            rank, outputs = shapes[linear.name].rank, linear.out_features
-            a = self._parameter(first, rank, linear.in_features)
-            b = self._parameter(first + a.numel(), outputs, rank)
-            first += a.numel() + b.numel()
-            vector = None
-            if scale_vector:
-                vector = self._parameter(first_vector, outputs)
-                first_vector += outputs
-            self._modules[linear.index] = _Module(a, b, vector, shapes[linear.name].scaling)
-            with torch.no_grad():
-                generator = stream(device, seed, "init", linear.name)
-                if init == "gaussian":
-                    a.normal_(0.0, 1.0 / rank, generator=generator)
-                else:  # PEFT's default: Kaiming uniform with a = sqrt(5), that is 1 / sqrt(in)
-                    bound = 1.0 / math.sqrt(linear.in_features)
-                    a.uniform_(-bound, bound, generator=generator)
+            rank, inputs, outputs = shapes[linear.name].rank, linear.size.in_features, linear.size.out_features
+            generator = stream(device, seed, "init", linear.name)
+            pairs = self._modules[linear.index] = []
+            for _ in range(linear.size.pairs):
+                a = self._parameter(first, rank, inputs)
+                b = self._parameter(first + a.numel(), outputs, rank)
+                first += a.numel() + b.numel()
+                vector = None
+                if scale_vector:
+                    vector = self._parameter(first_vector, outputs)
+                    first_vector += outputs
+                pairs.append(_Module(a, b, vector, shapes[linear.name].scaling))
+                with torch.no_grad():
+                    if init == "gaussian":
+                        a.normal_(0.0, 1.0 / rank, generator=generator)
+                    else:  # PEFT's default: Kaiming uniform with a = sqrt(5), that is 1 / sqrt(in)
+                        bound = 1.0 / math.sqrt(inputs)
+                        a.uniform_(-bound, bound, generator=generator)
         self.values[matrices:].fill_(1.0)
 
     def _parameter(self, first: int, *shape: int) -> nn.Parameter:
@@ -137,28 +159,30 @@ class TrainableAdapter:
         return linear_index in self._modules
 
     def tensors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The adapter as PEFT knows it, detached: module -> (A [rank, in], B [out, rank]), the vector folded into B."""
-        return {
-            self._names[index]: (
-                module.a.detach(),
-                module.b.detach()
-                if module.scale_vector is None
-                else (module.scale_vector[:, None] * module.b).detach(),
-            )
-            for index, module in self._modules.items()
-        }
+        """The adapter as PEFT knows it, detached: module -> (A [rank, in], B [out, rank]), the vector folded into B.
+
+        Those of a layer's experts are one pair, A expert by expert and B rank by rank.
+        """
+        found = {}
+        for index, modules in self._modules.items():
+            a, b = [module.a.detach() for module in modules], [module.folded() for module in modules]
+            if index in self._experts:
+                found[self._names[index]] = torch.cat(a), torch.stack(b, dim=-1).flatten(1)
+            else:
+                found[self._names[index]] = a[0], b[0]
+        return found
 
     def load(self, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Go on from an adapter of the same modules and ranks (any scale vector starts at 1 again)."""
+        """Go on from an adapter of the same linears and ranks (any scale vector starts at 1 again); not of experts."""
         with torch.no_grad():
-            for index, module in self._modules.items():
+            for index, [module] in self._modules.items():
                 a, b = tensors[self._names[index]]
                 module.a.copy_(a)
                 module.b.copy_(b)
 
-    def module(self, linear_index: int) -> _Module:
+    def module(self, linear_index: int, expert: int = 0) -> _Module:
         """What is trained of one linear."""
-        return self._modules[linear_index]
+        return self._modules[linear_index][expert]
 
 
 @dataclass(frozen=True)
@@ -184,6 +208,15 @@ class TrainingSegment(NamedTuple):
     dropout: Dropout | None
 
 
+class _Part(NamedTuple):
+    """A run of a linear's rows, and what is trained there."""
+
+    start: int
+    end: int
+    module: _Module
+    dropout: Dropout | None
+
+
 class TrainingDeltas:
     """`adapters.device.lora.Deltas` of a training pass: segments do not overlap."""
 
@@ -191,32 +224,63 @@ class TrainingDeltas:
         self._segments = segments
 
     def add(self, linear: LoraLinear, x: Tensor, y: Tensor) -> Tensor:
-        segments = [segment for segment in self._segments if linear.index in segment.adapter]
-        if not segments:
-            return y
-        anchor = segments[0].adapter.module(linear.index).a  # has the pass come back here even if x wants no gradient
-        added: Tensor = _Deltas.apply(x, y, anchor, linear.index, segments)
-        return added
+        index = linear.index
+        return _added(
+            x,
+            y,
+            index,
+            [
+                _Part(start, end, adapter.module(index), dropout)
+                for start, end, adapter, dropout in self._segments
+                if index in adapter
+            ],
+        )
+
+
+class TrainingExperts:
+    """`adapters.device.lora.ExpertDeltas` of a training pass. Nothing is dropped: PEFT has no dropout there."""
+
+    def __init__(self, segments: Sequence[TrainingSegment]) -> None:
+        self._segments = segments
+
+    def add(self, name: str, index: int, x: Tensor, y: Tensor, routed: Routed) -> Tensor:
+        return _added(
+            x,
+            y,
+            index,
+            [
+                _Part(first, last, adapter.module(index, expert), None)
+                for start, end, adapter, _ in self._segments
+                if index in adapter
+                for expert, first, last in routed.runs(start, end)
+            ],
+        )
+
+
+def _added(x: Tensor, y: Tensor, index: int, parts: Sequence[_Part]) -> Tensor:
+    if not parts:
+        return y
+    # The anchor has the pass come back here even if x wants no gradient.
+    added: Tensor = _Deltas.apply(x, y, parts[0].module.a, index, parts)
+    return added
 
 
 class _Deltas(torch.autograd.Function):
-    """`y + delta(x)` for all segments of one linear, in place: one node of the graph, and no more kept than x and A x.
+    """`y + delta(x)` for all parts of one linear, in place: one node of the graph, and no more kept than x and A x.
 
     Parameters' gradients go straight into their `grad`; what was dropped is drawn again on the way back.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, y: Tensor, anchor: Tensor, index: int, segments: Sequence[TrainingSegment]
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, anchor: Tensor, index: int, parts: Sequence[_Part]) -> Tensor:
         ctx.mark_dirty(y)
-        ctx.index, ctx.segments = index, segments
+        ctx.index, ctx.parts = index, parts
         downs = []
-        for start, end, adapter, dropout in segments:
-            part = x[start:end]
+        for start, end, module, dropout in parts:
+            rows = x[start:end]
             if dropout is not None:
-                part = part * dropout.mask(index, part)
-            downs.append(adapter.module(index).add(part, y[start:end]))
+                rows = rows * dropout.mask(index, rows)
+            downs.append(module.add(rows, y[start:end]))
         ctx.save_for_backward(x, *downs)
         return y
 
@@ -225,10 +289,10 @@ class _Deltas(torch.autograd.Function):
         dy = gradients[0]
         x, *downs = ctx.saved_tensors
         dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
-        for (start, end, adapter, dropout), down in zip(ctx.segments, downs, strict=True):
-            part = x[start:end]
-            mask = None if dropout is None else dropout.mask(ctx.index, part)
-            below = adapter.module(ctx.index).backward(part if mask is None else part * mask, down, dy[start:end])
+        for (start, end, module, dropout), down in zip(ctx.parts, downs, strict=True):
+            rows = x[start:end]
+            mask = None if dropout is None else dropout.mask(ctx.index, rows)
+            below = module.backward(rows if mask is None else rows * mask, down, dy[start:end])
             if dx is not None:
                 dx[start:end] = below if mask is None else below.mul_(mask)
         return dx, dy, None, None, None

@@ -26,7 +26,7 @@ from server.model.base import Base
 from server.training.layers import LayeredModel, PackedAttention, PackedStates, Untrainable
 from server.training.memory import MemoryModel
 from server.training.task import MicroBatch, Task
-from server.training.trainable import TrainingDeltas, TrainingSegment
+from server.training.trainable import TrainingDeltas, TrainingExperts, TrainingSegment
 
 log = logging.getLogger("lorakeet.finetune")
 
@@ -113,7 +113,7 @@ class Trainer:
         """Begin or go on with a job; a fault is reported as the job's end."""
         try:
             self._check(message.modules)
-            self.tasks[message.id] = Task(message, self._base.linears, self._base.device)
+            self.tasks[message.id] = Task(message, self._base.trainable, self._base.device)
         except Exception as fault:
             code, text = _reason(fault, "start_failed")
             self._replies.append(JobEnded(id=message.id, outcome="failed", code=code, message=text))
@@ -132,7 +132,7 @@ class Trainer:
 
     def _check(self, modules: Mapping[str, ModuleShape]) -> None:
         """Raises Untrainable unless all of these are linears of the layers, which are run one by one."""
-        inside = {linear.name for linear in self._base.linears if linear.index in self._model.layer_of}
+        inside = {linear.name for linear in self._base.trainable if linear.index in self._model.layer_of}
         if outside := sorted(modules.keys() - inside):
             raise Untrainable(f"{outside[0]} is outside its layers; leave it out of target_modules")
 
@@ -303,12 +303,12 @@ class Trainer:
         slot = self._base.slot
         segments = [TrainingSegment(s.start, s.end, s.task.adapter, s.batch.dropout) for s in shares]
         bounds = [(s.start + start, s.start + end) for s in shares for start, end in s.batch.bounds]
-        slot.deltas, slot.attention = TrainingDeltas(segments), PackedAttention(bounds)
-        slot.states = PackedStates(bounds)
+        slot.deltas, slot.experts = TrainingDeltas(segments), TrainingExperts(segments)
+        slot.attention, slot.states = PackedAttention(bounds), PackedStates(bounds)
         try:
             yield
         finally:
-            slot.deltas = slot.attention = slot.states = None
+            slot.deltas = slot.experts = slot.attention = slot.states = None
 
     # --- when a piece fails -------------------------------------------------------------------------------------
 

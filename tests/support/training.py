@@ -63,7 +63,9 @@ def job(
     if valid is not None:
         valid.save(directory / "valid.safetensors")
     config = {"r": 8, "lora_alpha": 16, "target_modules": ALL_LINEAR} | (lora or {})
-    shapes = parse_config(msgspec.json.encode({"peft_type": "LORA", **config})).resolve([x.name for x in base.linears])
+    shapes = parse_config(msgspec.json.encode({"peft_type": "LORA", **config})).resolve(
+        base.linear_sizes, experts=base.expert_sizes
+    )
     return StartJob(
         id=id,
         directory=str(directory),

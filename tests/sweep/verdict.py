@@ -7,7 +7,7 @@ and the losses of two training steps.
 
 import os
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -117,14 +117,15 @@ def _compare(model: Path, quantization: str, directory: Path) -> Mapping[str, fl
     engine = boot.load(config)
     selfcheck.run(engine, directory / "cache")
     names = [linear.name for linear in engine.base.linears]
-    adapted = _adapted(_stock(model, quantization), names, directory / "adapter")
+    experts = [linear.name for linear in engine.base.experts]
+    adapted = _adapted(_stock(model, quantization), names, directory / "adapter", experts)
     answers = _answers(engine, adapted, offline.publish(engine, directory / "adapter"))
-    # What lies outside the decoder's layers is adapted, but not trained.
+    # What lies outside the decoder's layers is adapted, but not trained; experts are not trained on.
     inner = [linear.name for linear in engine.base.linears if linear.index in LayeredModel(engine.base).layer_of]
-    if inner != names:
+    if experts or inner != names:
         adapted = _adapted(_stock(model, quantization), inner, directory / "inner")
         offline.publish(engine, directory / "inner")
-    initial = directory / ("adapter" if inner == names else "inner")
+    initial = directory / ("inner" if experts or inner != names else "adapter")
     try:
         return {"answers": answers, "losses": _losses(engine, adapted, directory, initial, inner)}
     except RefusedJob as refusal:
@@ -166,9 +167,9 @@ def round_experts(module: Any, quantization: str) -> None:
             weights[expert] = decoded.T if module.is_transposed else decoded
 
 
-def _adapted(stock: Any, names: list[str], directory: Path) -> Any:
-    """A model like `stock` with a random adapter on every linear, as PEFT has it and saves it."""
-    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=names)
+def _adapted(stock: Any, names: list[str], directory: Path, experts: Sequence[str] = ()) -> Any:
+    """A model like `stock` with a random adapter on every linear and on `experts`, as PEFT has it and saves it."""
+    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=names, target_parameters=list(experts) or None)
     with (
         # It would add experts that are called like other linears,
         mock.patch.object(transformers_weight_conversion, "convert_peft_config_for_transformers"),

@@ -180,13 +180,19 @@ def _expand(
             tl.store(place, acc.to(y.dtype.element_ty), mask=inside)
 
 
-def lora_add_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, table: Tensor, scale: Tensor) -> None:
+def lora_add_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, table: Tensor, scale: Tensor, ranks: int = 0) -> None:
     """As `reference.lora_add_`, for ranks up to `MAX_RANK`; sums are rounded to y's dtype once."""
-    lora_add_several_([y], x, [a], [b], table[None], scale[None])
+    lora_add_several_([y], x, [a], [b], table[None], scale[None], ranks)
 
 
 def lora_add_several_(
-    ys: Sequence[Tensor], x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], table: Tensor, scale: Tensor
+    ys: Sequence[Tensor],
+    x: Tensor,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    table: Tensor,
+    scale: Tensor,
+    ranks: int = 0,
 ) -> None:
     """`lora_add_` for up to three linears of one input: table `[linears, S, 5]`, scale `[linears, S]`."""
     linears, segments = scale.shape
@@ -195,7 +201,7 @@ def lora_add_several_(
         return
     x, table, scale = x.contiguous(), table.contiguous(), scale.contiguous()
     tiles = _tiles(tokens)
-    ranks = min(MAX_RANK, max(map(len, a)))
+    ranks = ranks or min(MAX_RANK, max(map(len, a)))
     # Many tokens fill the GPU without splits, and scratch grows with tokens times splits.
     most = 8 if deterministic() else max(1, min(8, 1024 // tokens))
     splits = triton.next_power_of_2(min(most, triton.cdiv(x.shape[1], 512)))

@@ -99,7 +99,7 @@ async def estimate(request: Request, body: EstimateBody) -> Response:
     return JSONResponse(
         {
             "object": "fine_tuning.estimate",
-            "parameters": recipe.parameters(shapes, base.linears),
+            "parameters": recipe.parameters(shapes, base),
             "tokens": tokens,
             "base": plan.base,
             "adapter": plan.adapter,
@@ -142,8 +142,8 @@ def _shape(
         return (asked or LoraBody()).options(), shapes
     lora = (asked or LoraBody()).options()
     try:
-        shapes = recipe.modules(recipe.adapter_config(lora, services.settings.base_name, base), base.linears)
-        check_fit(recipe.saved(shapes), base)
+        shapes = recipe.modules(recipe.adapter_config(lora, services.settings.base_name, base), base)
+        check_fit(recipe.saved(shapes, base), base)
     except AdapterError as error:
         param = f"lora.{error.param}"
         raise InvalidRequest(f"`{param}`: {error}", param=param, code=error.code) from None

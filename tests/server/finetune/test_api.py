@@ -412,6 +412,7 @@ BAD_NUMBERS = [-1, 2**63, 1.5, "3", True, [1], {}]
         ("lora.lora_alpha", [0, -1, 1e9, "32", True]),
         ("lora.lora_dropout", [-0.1, 1.0, "0"]),
         ("lora.target_modules", [["nobody"], [], "(", "", 5, [1]]),
+        ("lora.target_parameters", [["experts.down_proj"], "experts.down_proj", [1]]),
         ("lora.bias", ["all", "lora_only", 5]),
         ("lora.modules_to_save", [["embed_tokens"], "x"]),
         ("lora.layers_to_transform", [3, [99], -1, "x"]),

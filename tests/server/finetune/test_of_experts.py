@@ -1,0 +1,39 @@
+"""A job whose adapter is on experts, as far as it is arithmetic."""
+
+import msgspec
+import pytest
+
+from adapters.peft_format.config import AdapterError
+from adapters.peft_format.sizes import EXTRAS, ExpertsSize
+from server.finetune import hyperparameters as recipe
+from server.messages.training import ModuleShape
+from server.registry.fit import check_fit
+from tests.support.harness import base_info
+
+DOWN = "model.layers.0.mlp.experts.down_proj"
+BASE = msgspec.structs.replace(
+    base_info(), experts={DOWN: ExpertsSize(8, 16, 24)}, pool_rows=base_info().pool_rows | {EXTRAS: 4}
+)
+OF_EXPERTS = recipe.LoraOptions(r=2, lora_alpha=4, target_parameters=["experts.down_proj"])
+
+
+def test_its_shape_its_numbers_and_its_memory() -> None:
+    config = recipe.adapter_config(OF_EXPERTS, "base", BASE)
+    assert config["target_modules"] == ["q_proj", "v_proj"]  # PEFT's all-linear would be the experts, too
+    shapes = recipe.modules(config, BASE)
+    assert shapes == dict.fromkeys([*BASE.linears, DOWN], ModuleShape(2, 2.0))
+    assert recipe.parameters(shapes, BASE) == 2 * (4 * 32 + 8 * 40)
+    check_fit(recipe.saved(shapes, BASE), BASE)
+    small = msgspec.structs.replace(BASE, pool_rows=BASE.pool_rows | {EXTRAS: 2})
+    with pytest.raises(AdapterError, match="needs 3 KiB on the device, and 2 KiB"):
+        check_fit(recipe.saved(shapes, small), small)
+
+
+def test_what_peft_cannot_train_is_refused_by_name() -> None:
+    dropped = msgspec.structs.replace(OF_EXPERTS, lora_dropout=0.1)
+    with pytest.raises(AdapterError) as fault:
+        recipe.modules(recipe.adapter_config(dropped, "base", BASE), BASE)
+    assert fault.value.param == "lora_dropout"
+    plain = recipe.adapter_config(recipe.LoraOptions(), "base", base_info())
+    assert plain["target_modules"] == "all-linear"
+    assert "target_parameters" not in plain

@@ -1,0 +1,93 @@
+"""Adapters of experts, trained with routers frozen: as PEFT would, and loaded by PEFT."""
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+from adapters.peft_format import directory as adapter_format
+from server.messages.training import PlanMemory
+from server.training.trainable import TrainableAdapter
+from server.training.trainer import Trainer
+from tests.support.offline import load_engine, publish, request, run
+from tests.support.tiny import tiny_model
+from tests.support.training import PLAN, dataset, ended, final, job, losses
+from tests.support.training import run as train
+
+LORA: dict[str, Any] = {
+    "r": 3,
+    "lora_alpha": 6,
+    "target_modules": ["q_proj", "o_proj"],
+    "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+}
+RATE = 1e-2
+COMMON = {"num_hidden_layers": 2, "head_dim": 16, "num_experts_per_tok": 2, "tie_word_embeddings": False}
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "memory"),
+    [
+        ("Qwen3Moe", {"num_experts": 4, "moe_intermediate_size": 48, "norm_topk_prob": True}, "recompute"),
+        ("GptOss", {"num_local_experts": 4, "intermediate_size": 48}, "keep"),
+    ],
+)
+def test_two_steps_equal_peft_and_the_checkpoint_loads_there(
+    family: str, settings: dict[str, Any], memory: str, tmp_path: Path
+) -> None:
+    model = tiny_model(
+        tmp_path / "model",
+        config_class=getattr(transformers, f"{family}Config"),
+        model_class=getattr(transformers, f"{family}ForCausalLM"),
+        **(COMMON | settings),
+    )
+    engine = load_engine(model, tmp_path / "cache", quantization="none", adapter_bytes=1 << 20)
+    data = dataset(4, seed=3)
+    plan: dict[str, Any] = {"n_epochs": 2, "learning_rate": RATE, "max_grad_norm": 0.0, "memory": memory}
+    start = job(engine.base, tmp_path / "job", data, lora=LORA, **plan)
+    begun = TrainableAdapter(engine.base.trainable, start.modules, device=torch.device("cpu"), seed=PLAN["seed"])
+    (tmp_path / "begun").mkdir()
+    adapter_format.write(tmp_path / "begun", LORA, begun.tensors())
+    trainer = Trainer(engine.base)
+    try:
+        replies = train(trainer, start)
+        experts = PlanMemory(id="p", modules=start.modules, optimizer="adamw", scale_vector=False, tokens=64)
+        planned = trainer.plan_memory(experts)
+    finally:
+        trainer.close()
+    assert ended(replies).outcome == "succeeded"
+    assert planned.adapter == 4 * len(begun.values)
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+    theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "begun"), is_trainable=True)
+    trained = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
+    assert sum(parameter.numel() for parameter in trained) == len(begun.values)
+    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0)
+    expected = []
+    for _ in range(2):
+        total, count = torch.zeros(()), 0
+        for index in range(4):
+            ids, labelled = (torch.from_numpy(part) for part in data.sequence(index))
+            logits = theirs(input_ids=ids.long()[None]).logits[0, :-1]
+            total = total + F.cross_entropy(logits[labelled[1:]], ids[1:][labelled[1:]].long(), reduction="sum")
+            count += int(labelled[1:].sum())
+        expected.append((total / count).item())
+        optimizer.zero_grad()
+        (total / count).backward()
+        optimizer.step()
+    assert losses(replies) == pytest.approx(expected, abs=1e-3)
+    assert abs(expected[0] - expected[1]) > 0.01
+
+    last = final(replies)
+    prompt = list(range(3, 30))
+    answer = run(engine, [request("r", prompt, publish(engine, last), max_tokens=1, prompt_logprobs=0)])["r"]
+    base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    loaded = peft.PeftModel.from_pretrained(base, str(last))
+    for scored in (loaded, theirs):  # the same file, and the parameters that PEFT itself arrived at
+        with torch.no_grad():
+            scores = scored(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
+        found = [entry.logprob for entry in answer.prompt_logprobs if entry is not None]
+        assert found == pytest.approx(scores.gather(1, torch.tensor(prompt)[1:, None])[:, 0].tolist(), abs=1e-3)
