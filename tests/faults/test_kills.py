@@ -115,14 +115,8 @@ class Clients:
             if job is not None and job.is_success:
                 self.jobs.add(job.json()["id"])
                 self._stop.wait(10)
-                self._make_room()
-
-    def _make_room(self) -> None:
-        """Delete what was trained: the disk is small, and jobs would rightly wait for space for ever."""
-        listed = self._ask("GET", "/v1/adapters")
-        for item in listed.json()["data"] if listed is not None and listed.is_success else []:
-            if item["name"].startswith("ft:"):
-                self._ask("DELETE", f"/v1/adapters/{item['name']}")
+                with contextlib.suppress(httpx.TransportError, KeyError):
+                    make_room(self.server)
 
 
 @contextlib.contextmanager
@@ -151,7 +145,16 @@ def filled_now_and_then(disk: Path | None) -> Any:
             (disk / "filler").unlink(missing_ok=True)
 
 
+def make_room(server: RunningServer) -> None:
+    """Delete what was trained: the disk is small, and jobs would rightly wait for space for ever."""
+    for item in server.get("/v1/adapters").json()["data"]:
+        if item["name"].startswith("ft:"):
+            server.delete(f"/v1/adapters/{item['name']}")
+
+
 def ended(server: RunningServer, path: str) -> bool:
+    time.sleep(0.2)
+    make_room(server)
     return server.get(path).json()["status"] in FINAL
 
 
