@@ -46,10 +46,11 @@ constexpr int FEW_ROWS = 16;              // whose scores are computed while key
 constexpr int RUN = 16;                   // keys that are then scored at once
 static_assert(GROUP % (VECTORS * W) == 0 && RUN % W == 0);
 
-// Keys [count, dim] as columns: to[d * GROUP + n].
-void turn(const float* keys, int count, int dim, float* to) {
+// Keys [count, dim] as columns: to[d * GROUP + n]. Whole vectors where `room` rows are there to be read: what lies behind
+// the last key is turned as well then.
+void turn(const float* keys, int count, int room, int dim, float* to) {
     int n = 0;
-    for (; n + W <= count; n += W) {
+    for (; n < count && n + W <= room; n += W) {
         const float* rows = keys + (int64_t)n * dim;
         int d = 0;
         for (; d + 4 <= dim; d += 4) {
@@ -181,10 +182,9 @@ void attend_group(const Attention& a, const Rows& rows, int kv_head, const int32
         if (!exact) visit(0, keys, (const float*)wide, (const float*)nullptr);
     };
     float* turned = scratch(TURNED, (size_t)GROUP * dim);
-    if (keys < GROUP) memset(turned, 0, sizeof(float) * GROUP * dim);
     const bool at_once = rows.count <= FEW_ROWS && size % RUN == 0;
     spans(a.cache.k, a.cache.v + place(begin), [&](int n, int count, const float* here, const float* next) {
-        turn(here, count, dim, turned + n);
+        turn(here, count, exact ? size - (begin + n) % size : GROUP - n, dim, turned + n);
         if (at_once)
             by_fours(rows.count, [&]<int M>(int m) {
                 score_keys<M, RUN / W>(rows.q + m * dim, turned + n, count, dim, rows.scores + m * GROUP + n, m ? nullptr : next);
