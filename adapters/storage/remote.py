@@ -85,10 +85,8 @@ class RemoteStore:
     # --- files -----------------------------------------------------------------------------------------
 
     def put(self, digest: str, directory: Path, *, known: bool) -> None:
-        names = {path.name for path in directory.iterdir()} - {
-            ROWS_NAME,
-            RECORD_NAME,
-        }  # whoever gets the others makes them
+        made_anew = {ROWS_NAME, RECORD_NAME}  # by whoever gets the others
+        names = {path.name for path in directory.iterdir()} - made_anew
         deadline = time.monotonic() + _CONDEMNED_WAIT
         while True:
             for name in sorted({CONFIG_NAME} & names if known else names):
