@@ -5,7 +5,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,14 +19,7 @@ from adapters.storage.store import AdapterStore, Moved
 from adapters.storage.versions import EVERYBODY, DamagedAdapter, RemoteUnavailable, UnknownAdapter, Version
 from tests.support.buckets import BUCKET, S3Server
 from tests.support.publishing import put, spec_of
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    server = S3Server()
-    server.start()
-    yield server
-    server.stop()
+from tests.support.threads import together
 
 
 class Servers:
@@ -70,26 +63,6 @@ def meanings(store: AdapterStore, tenant: str = "t") -> dict[str, Any]:
         digests = [one.digest for one in pointer.versions]
         found[version.name] = (digests, pointer.split, pointer.pinned, pointer.readers)
     return found
-
-
-def together(*works: Callable[[], object]) -> list[Any]:
-    """What each did, or the fault that it met, all at once."""
-    results: list[Any] = [None] * len(works)
-    barrier = threading.Barrier(len(works))
-
-    def run(i: int) -> None:
-        barrier.wait()
-        try:
-            results[i] = works[i]()
-        except Exception as fault:
-            results[i] = fault
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(works))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
 
 
 def test_what_one_changes_the_others_see(servers: Servers) -> None:

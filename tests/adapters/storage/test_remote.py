@@ -4,7 +4,6 @@ import asyncio
 import http.server
 import json
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,6 @@ from tests.support.harness import base_info, write_adapter
 from tests.support.publishing import Box
 
 BASE = base_info()
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    server = S3Server()
-    server.start()
-    yield server
-    server.stop()
 
 
 class Depot:

@@ -1,12 +1,9 @@
 """Tenants and keys that several servers have in an object store."""
 
 import asyncio
-import threading
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,6 +14,7 @@ from server.errors import Conflict, InvalidRequest, NotFound
 from server.tenants.database import open_database
 from server.tenants.keys import Tenants
 from server.tenants.limits import Limits
+from tests.support.threads import together
 
 
 class Servers:
@@ -85,25 +83,6 @@ async def test_a_revoked_key_stops_working_at_others_within_the_poll_interval(tm
         assert time.monotonic() - began < 2
     finally:
         following.cancel()
-
-
-def together(*works: Callable[[], object]) -> list[Any]:
-    results: list[Any] = [None] * len(works)
-    barrier = threading.Barrier(len(works))
-
-    def run(i: int) -> None:
-        barrier.wait()
-        try:
-            results[i] = works[i]()
-        except Exception as fault:
-            results[i] = fault
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(works))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
 
 
 def test_keys_that_several_make_at_once_are_all_there(servers: Servers) -> None:
