@@ -65,17 +65,23 @@ void turn(const float* keys, int count, int room, int dim, float* to) {
         for (int d = 0; d < dim; d++) to[d * GROUP + n] = keys[(int64_t)n * dim + d];
 }
 
+// `weigh`, which takes its terms one by one where `next` is asked for meanwhile: a line with each, `next_stride` apart.
+template <int M, int V, bool PART = false>
+INLINE void weigh_on_the_way(vf (&sums)[M][V], const float* weights, int64_t weight_stride, const float* rows, int64_t row_stride,
+                             int count, int lanes, const float* next, int64_t next_stride) {
+    if (!next) return weigh<M, V, PART>(sums, weights, weight_stride, rows, row_stride, count, lanes);
+    for (int n = 0; n < count; n++) {
+        __builtin_prefetch(next + n * next_stride);
+        weigh<M, V, PART>(sums, weights + n, weight_stride, rows + n * row_stride, row_stride, 1, lanes);
+    }
+}
+
 // Scores of M rows with keys that were turned; those of a last vector's other lanes are anything.
 template <int M, int V>
 INLINE void score_keys(const float* q, const float* turned, int keys, int dim, float* scores, const float* next) {
     for (int n = 0; n < keys; n += V * W) {
         vf sums[M][V] = {};
-        if (next) {
-            for (int d = 0; d < dim; d++) {
-                __builtin_prefetch(next + d * V * W);
-                weigh<M, V>(sums, q + d, dim, turned + n + d * GROUP, GROUP, 1);
-            }
-        } else weigh<M, V>(sums, q, dim, turned + n, GROUP, dim);
+        weigh_on_the_way<M, V>(sums, q, dim, turned + n, GROUP, dim, 0, next, V * W);
         for (int m = 0; m < M; m++)
             for (int v = 0; v < V; v++) store(scores + m * GROUP + n + v * W, sums[m][v]);
     }
@@ -86,12 +92,7 @@ INLINE void weigh_some(const float* weights, const float* values, int count, int
     vf sums[M][V];
     for (int m = 0; m < M; m++)
         for (int v = 0; v < V; v++) sums[m][v] = PART ? load_part(acc + m * dim, lanes) : load(acc + m * dim + v * W);
-    if (next)
-        for (int n = 0; n < count; n++) {
-            __builtin_prefetch(next + (int64_t)n * dim);
-            weigh<M, V, PART>(sums, weights + n, GROUP, values + (int64_t)n * dim, dim, 1, lanes);
-        }
-    else weigh<M, V, PART>(sums, weights, GROUP, values, dim, count, lanes);
+    weigh_on_the_way<M, V, PART>(sums, weights, GROUP, values, dim, count, lanes, next, dim);
     for (int m = 0; m < M; m++)
         for (int v = 0; v < V; v++)
             PART ? store_part(acc + m * dim, sums[m][v], lanes) : store(acc + m * dim + v * W, sums[m][v]);
