@@ -66,12 +66,12 @@ class CheckpointAdapters:
         async with self._publisher.stage() as staging:
             for file in (CONFIG_NAME, WEIGHTS_NAME):
                 await asyncio.to_thread(shutil.copyfile, directory / file, staging.path / file)
-            taught = AdapterText(
+            learned = AdapterText(
                 stop_tokens=tuple(job.stop_tokens),
                 tool_format=job.tool_format,
                 reasoning_format=job.reasoning_format,
             )
-            await self._publisher.admit(job.tenant, name, staging, fine_tuned=True, taught=taught)
+            await self._publisher.admit(job.tenant, name, staging, fine_tuned=True, learned=learned)
 
     def _commit(self, job: Job, checkpoint: Checkpoint, name: str | None, hashes: dict[str, str]) -> None:
         with self._jobs.at_once():

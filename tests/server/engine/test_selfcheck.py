@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from adapters.kernels import native
 from server.engine import selfcheck
@@ -51,5 +52,27 @@ def test_a_wrong_engine_is_refused(fault: str, engine: Engine, tmp_path: Path, m
     for path in (PlannedPath, ModulesPath):
         monkeypatch.setattr(path, "forward", wrong(path.forward))
     with pytest.raises(UnservableModel, match=r"self-check|disagrees"):
+        selfcheck.run(engine, tmp_path)
+    assert not (tmp_path / "selfcheck").exists()
+
+
+@pytest.mark.parametrize("tokens", [1, 2], ids=["decoding", "chunks"])
+def test_a_layer_that_attends_twice_in_some_steps_is_refused(
+    tokens: int, model_dir: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though its numbers are right, and the step by which a model's layers are told was a regular one."""
+    engine = load_engine(model_dir, cache_dir, planned=False)
+    attention = engine.base.decoder.layers[1].self_attn  # type: ignore[index, union-attr]
+    assert isinstance(attention, nn.Module)
+    once = attention.forward
+
+    def twice(*, hidden_states: torch.Tensor, **step: object) -> object:
+        decodes = hidden_states.shape[1] == 2  # a token of each request
+        if decodes == (tokens == 1):
+            once(hidden_states=hidden_states, **step)
+        return once(hidden_states=hidden_states, **step)
+
+    monkeypatch.setattr(attention, "forward", twice)
+    with pytest.raises(UnservableModel, match=r"attends 4 times .*, 3 expected, once in each layer"):
         selfcheck.run(engine, tmp_path)
     assert not (tmp_path / "selfcheck").exists()
