@@ -452,6 +452,15 @@ class Settings:
         maximum=3600,
     )
 
+    job_lease_seconds: float = _setting(
+        15.0,
+        "With --adapter-store, how long other servers leave a fine-tuning job to the one that works on it and is not "
+        "heard of, three times in which it says that it is there.",
+        parse=_number,
+        minimum=0.5,
+        maximum=3600,
+    )
+
     adapter_orphan_hours: float = _setting(
         24.0,
         "Age at which files in --adapter-store that no name has are removed, at start and at that interval; 0 leaves "
@@ -577,7 +586,12 @@ class Settings:
 
     # --- fine-tuning
     max_training_jobs: int = _setting(
-        2, "Fine-tuning jobs that train at once; the rest are queued.", parse=_integer, minimum=1, maximum=1024
+        2,
+        "Fine-tuning jobs that train at once; the rest are queued, or with --adapter-store taken by other servers, to "
+        "which 0 leaves all.",
+        parse=_integer,
+        minimum=0,
+        maximum=1024,
     )
     finetune_max_stall_ms: float = _setting(
         20.0, "Training, or merging, between two inference steps, at most.", parse=_number, minimum=1, maximum=60_000
@@ -628,6 +642,8 @@ class Settings:
                 f"--max-batch-tokens: {self.max_batch_tokens} leaves no room for prompts beside "
                 f"{self.max_batch_requests} sequences (--max-batch-requests)"
             )
+        if self.max_training_jobs == 0 and self.adapter_store is None:
+            raise SettingError("--max-training-jobs: without --adapter-store there is nobody to whom 0 leaves the jobs")
         for entry in self.adapter:
             name, separator, directory = entry.partition("=")
             if not (name and separator and directory):
