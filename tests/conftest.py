@@ -11,7 +11,7 @@ import hypothesis
 import pytest
 import torch
 
-from tests.support import interpreter
+from tests.support import interpreter, running
 
 interpreter.prepare()
 
@@ -93,6 +93,15 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama."""
     return tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def forked_engines() -> Iterator[None]:
+    """Engine processes that this one starts are forked from one that has their imports, for the whole of a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in running.forking().items():
+            patch.setenv(name, value)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from server.messages.protocol import AdapterRef, EngineConfig, Generate, Stats
 from tests.support.offline import load_engine, publish, request
 from tests.support.tiny import tiny_adapter
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("forked_engines")]
 
 
 def config(model: Path, cache: Path) -> EngineConfig:
@@ -51,7 +51,9 @@ async def stats() -> list[Stats]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engine(model_dir: Path, cache_dir: Path, stats: list[Stats]) -> AsyncIterator[LocalEngine]:
+async def engine(
+    forked_engines: None, model_dir: Path, cache_dir: Path, stats: list[Stats]
+) -> AsyncIterator[LocalEngine]:
     client = LocalEngine(config(model_dir, cache_dir), stats.append)
     with pytest.raises(EngineUnavailable):
         await collect(client, request("early", [5, 6]))
@@ -143,10 +145,11 @@ async def test_one_that_stands_still_is_replaced(engine: LocalEngine, monkeypatc
     """What waits for it learns so, what comes meanwhile too; loading the next one takes longer, and is no stall."""
     pid = engine.pid
     assert pid is not None
+    assert engine.info is not None
     monkeypatch.setattr(engine, "_stall_seconds", 4.0)
     running = asyncio.create_task(collect(engine, request("stuck", [5, 6], max_tokens=450)))
     await asyncio.sleep(0.05)
-    os.kill(pid, signal.SIGSTOP)
+    os.kill(engine.info.pid, signal.SIGSTOP)
     late = asyncio.create_task(collect(engine, request("late", [5, 6], max_tokens=2)))
     for outcome in await asyncio.wait_for(asyncio.gather(running, late, return_exceptions=True), 60):
         assert isinstance(outcome, EngineUnavailable)
@@ -184,7 +187,10 @@ async def test_a_base_that_cannot_be_served_is_not_retried(cache_dir: Path, tmp_
     await client.stop(grace=0)
 
 
-async def test_the_engine_ends_with_its_parent(model_dir: Path, cache_dir: Path) -> None:
+async def test_the_engine_ends_with_its_parent(
+    model_dir: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PRELOADED", raising=False)
     script = (
         "import asyncio, sys\n"
         "from server.client.engine import LocalEngine\n"
