@@ -67,6 +67,6 @@ def restore_job(jobs: JobStore, directory: Path) -> bool:
 
 
 def _checkpoints(directory: Path) -> Iterable[StoredCheckpoint]:
-    for path in directory.glob(f"*/{CHECKPOINT}"):
+    for path in directory.rglob(CHECKPOINT):
         with contextlib.suppress(OSError, msgspec.DecodeError):
             yield msgspec.json.decode(path.read_bytes(), type=StoredCheckpoint)
