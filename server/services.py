@@ -101,14 +101,7 @@ def make_services(
         uploads=UploadSlots(settings.max_uploads),
         grammars=GrammarChecker(settings.grammar_seconds, settings.grammar_bytes),
         tuning=tuning,
-        batches=Batches(
-            settings.data_dir / "batches",
-            BatchStore(tuning.database),
-            tuning.files,
-            BatchMetrics(metrics.registry),
-            at_once=settings.batch_requests,
-            max_rows=settings.batch_file_requests,
-        ),
+        batches=_batches(settings, tuning, metrics),
         responses=ResponseStore(tuning.database, settings.response_days, settings.response_bytes),
         history=History(metrics, engine, store),
         tenants=Tenants(database, settings.api_key, _shared(settings, "tenants"), settings.store_poll_seconds),
@@ -116,6 +109,28 @@ def make_services(
         audit=AuditLog(settings.data_dir / "audit.jsonl", settings.audit_bytes),
         sampling_defaults=sampling_defaults or {},
     )
+
+
+def _batches(settings: Settings, tuning: FineTuning, metrics: Metrics) -> Batches:
+    directory, at_once = settings.data_dir / "batches", settings.batch_requests
+    store, shared = BatchStore(tuning.database), None
+    if settings.adapter_store is not None:
+        from adapters.storage.bucket import Bucket
+        from adapters.storage.leases import Leases
+        from adapters.storage.records import Records
+        from server.batches.shared import SharedBatches
+
+        bucket = Bucket(settings.adapter_store)
+        records = Records(bucket, "batches")
+        store = shared = SharedBatches(tuning.database, directory)
+        shared.join(records, bucket, Leases(records, settings.job_lease_seconds), at_once)
+    counted, most = BatchMetrics(metrics.registry), settings.batch_file_requests
+    batches = Batches(directory, store, tuning.files, counted, at_once=at_once, max_rows=most)
+    if shared is not None:
+        from server.finetune.sharing import Sharing
+
+        batches.sharing = Sharing(shared, batches, settings.store_poll_seconds / 2)
+    return batches
 
 
 def _shared(settings: Settings, prefix: str) -> "Records | None":

@@ -462,8 +462,8 @@ class Settings:
 
     job_lease_seconds: float = _setting(
         15.0,
-        "With --adapter-store, how long other servers leave a fine-tuning job to the one that works on it and is not "
-        "heard of, three times in which it says that it is there.",
+        "With --adapter-store, how long other servers leave a fine-tuning job or a batch to the one that works on it "
+        "and is not heard of, which would be heard three times in that time.",
         parse=_number,
         minimum=0.5,
         maximum=3600,

@@ -14,6 +14,8 @@ from server.batches.store import Fault
 from server.errors import shown
 from server.finetune.files import new_id
 
+INPUT = "input.jsonl"  # in a batch's directory, and how its rows ended: well, or not
+ANSWERS = {True: "output.jsonl", False: "errors.jsonl"}
 MAX_FAULTS = 100  # of a file that are reported
 _MAX_DEPTH = 40
 _MAX_ID = 512
@@ -101,7 +103,7 @@ class Journal:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.paths = {True: directory / "output.jsonl", False: directory / "errors.jsonl"}
+        self.paths = {good: directory / name for good, name in ANSWERS.items()}
         self.counts = dict.fromkeys(self.paths, 0)
         self.done: set[str] = set()
         self._lock = threading.Lock()

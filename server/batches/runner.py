@@ -10,10 +10,11 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -24,15 +25,17 @@ from adapters.storage.versions import RemoteUnavailable
 from server.admission import BACKGROUND
 from server.batches import rows
 from server.batches.metrics import BatchMetrics
-from server.batches.rows import Journal, Row
+from server.batches.rows import INPUT, Journal, Row
 from server.batches.store import FINAL, Batch, BatchStateError, BatchStore, Fault, Status
 from server.finetune.files import FileStore, StoredFile, new_id
 from server.finetune.manager import MAX_DEATHS, SPACE_SECONDS
 from server.tenants.caller import Caller
 
+if TYPE_CHECKING:
+    from server.finetune.sharing import Sharing
+
 log = logging.getLogger("lorakeet.batches")
 
-INPUT = "input.jsonl"
 RESULTS = "batch_output"
 AGAIN = (429, 503)  # statuses of answers that say: not now
 AGAIN_SECONDS = 1.0
@@ -56,6 +59,10 @@ class Batches:
     Args:
         directory: where batches keep their file and their answers while they run.
         at_once: requests that are under way at once, of all batches together.
+
+    Attributes:
+        tasks: those that work on batches, by the batches' ids.
+        wake: where there are several servers, for one to begin with a batch.
     """
 
     def __init__(
@@ -78,7 +85,9 @@ class Batches:
         self._alone = asyncio.Lock()  # held by a request that may have been an engine's death
         self._checking = asyncio.Lock()
         self._answer: Answer | None = None
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self.tasks: dict[str, asyncio.Task[None]] = {}
+        self.wake: Callable[[], None] | None = None
+        self.sharing: Sharing | None = None
         self._stops: dict[str, asyncio.Event] = {}
         self._journals: dict[str, Journal] = {}
 
@@ -87,10 +96,15 @@ class Batches:
     async def start(self, answer: Answer) -> None:
         """Go on with every batch that was under way."""
         self._answer = answer
-        for batch in await asyncio.to_thread(self._sort_out):
-            self._begin(batch)
+        if self.sharing is not None:
+            await self.sharing.begin()
+        await asyncio.to_thread(self._sort_out)
+        if self.sharing is not None:
+            self.sharing.start()
+        else:
+            self.begin(await asyncio.to_thread(self.store.unfinished))
 
-    def _sort_out(self) -> list[Batch]:
+    def _sort_out(self) -> None:
         aside = self._directory.parent / lost.LOST_AND_FOUND
         lost.directory_at(self._directory, aside)
         known = self.store.statuses()
@@ -99,14 +113,25 @@ class Batches:
                 lost.remove(path)
         unknown = [path for path in left if path.name not in known]
         lost.sort_out(unknown, self._pending, aside / self._directory.name, self.store.database.path.name)
-        return list(self.store.unfinished())
 
     async def stop(self) -> None:
         """Let go of all batches; the next `start` goes on with them."""
-        tasks = list(self._tasks.values())
-        for task in tasks:
+        if self.sharing is not None:
+            await self.sharing.stop()
+        await asyncio.gather(*map(self.abandon, list(self.tasks)))
+        if self.sharing is not None:
+            await self.sharing.release()
+
+    async def heed(self, batch: Batch) -> None:
+        """Somebody else has changed the status of a batch that is worked on here."""
+        if stop := self._stops.get(batch.id):
+            stop.set()
+
+    async def abandon(self, batch_id: str) -> None:
+        """Work on a batch no longer, at once, and change nothing of it."""
+        if task := self.tasks.get(batch_id):
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.wait({task})
 
     async def count(self) -> None:
         """Bring the metrics of batches by status up to date."""
@@ -117,7 +142,7 @@ class Batches:
     async def create(self, caller: Caller, endpoint: str, file: StoredFile, metadata: dict[str, str] | None) -> Batch:
         """Record a batch and begin with it."""
         batch = await asyncio.to_thread(self._create, caller, endpoint, file, metadata)
-        self._begin(batch)
+        (self.wake or partial(self.begin, [batch]))()
         return batch
 
     def _create(self, caller: Caller, endpoint: str, file: StoredFile, metadata: dict[str, str] | None) -> Batch:
@@ -133,11 +158,12 @@ class Batches:
             sync(self._directory)
             self.store.database.after_commit(undo.pop_all)
             self.store.database.after_commit(partial(self._pending.clear, batch.id))
+        self.store.share(batch, directory)
         return batch
 
     async def cancel(self, batch: Batch) -> Batch:
         """Raises BatchStateError when the batch is at an end, or about to be."""
-        moved = await asyncio.to_thread(self.store.move, batch, "cancelling")
+        moved = await asyncio.to_thread(self.store.steer, batch, "cancelling")
         if stop := self._stops.get(batch.id):
             stop.set()
         return moved
@@ -149,21 +175,24 @@ class Batches:
 
     # --- one batch ---------------------------------------------------------------------------------------
 
-    def _begin(self, batch: Batch) -> None:
-        self._stops[batch.id] = asyncio.Event()
-        task = asyncio.create_task(self._work(batch), name=batch.id)
-        self._tasks[batch.id] = task
-        task.add_done_callback(lambda _: self._forget(batch.id))
+    def begin(self, batches: Sequence[Batch]) -> None:
+        """Work on these batches, which are this server's."""
+        for batch in batches:
+            self._stops[batch.id] = asyncio.Event()
+            task = asyncio.create_task(self._work(batch), name=batch.id)
+            self.tasks[batch.id] = task
+            task.add_done_callback(lambda _, id_=batch.id: self._forget(id_))  # type: ignore[misc]
 
     def _forget(self, batch_id: str) -> None:
-        for each in (self._tasks, self._stops, self._journals):
+        for each in (self.tasks, self._stops, self._journals):
             each.pop(batch_id, None)
 
     async def _work(self, batch: Batch) -> None:
         """From wherever the batch stands to its end."""
         BACKGROUND.set(True)
-        while True:
+        while self.store.holds(batch.id):
             try:
+                await asyncio.to_thread(self.store.prepare, batch, self._directory / batch.id)
                 now = await asyncio.to_thread(self.store.get, batch.tenant, batch.id)
                 if now.status in FINAL:
                     break
@@ -179,7 +208,10 @@ class Batches:
                 with contextlib.suppress(BatchStateError):
                     await self._move(batch, "failed", faults=[ours])
                 break
+        else:
+            return  # another server's now
         await asyncio.to_thread(shutil.rmtree, self._directory / batch.id, ignore_errors=True)
+        await asyncio.to_thread(self.store.forget, batch.id)
 
     async def _move(self, batch: Batch, status: Status, **changes: object) -> Batch:
         return await asyncio.to_thread(partial(self.store.move, batch, status, **changes))

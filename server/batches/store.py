@@ -9,6 +9,8 @@ Every change is on disk when the call returns.
 """
 
 import time
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import msgspec
@@ -66,6 +68,11 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     error_file: str | None = None
 
     @property
+    def goes_on(self) -> bool:
+        """Whether there is work to do for it."""
+        return self.status not in FINAL
+
+    @property
     def created_at(self) -> int:
         return self.times["validating"]
 
@@ -86,7 +93,15 @@ class BatchStore(Records[Batch, Status]):
     def __init__(self, database: Database) -> None:
         super().__init__(database, "batches", Batch, UnknownBatchError, get_args(Status), FINAL)
 
-    def create(self, caller: Caller, endpoint: str, input_file: str, metadata: dict[str, str] | None) -> Batch:
+    def create(
+        self,
+        caller: Caller,
+        endpoint: str,
+        input_file: str,
+        metadata: dict[str, str] | None,
+        *,
+        number: int | None = None,
+    ) -> Batch:
         """A new row; join a transaction to do more with it."""
         batch = Batch(
             id=new_id("batch_"),
@@ -98,16 +113,35 @@ class BatchStore(Records[Batch, Status]):
             metadata=metadata,
             times={"validating": int(time.time())},
         )
-        self.add(batch)
+        self.add(batch, number)
         return batch
 
     def move(self, batch: Batch, status: Status, **changes: Any) -> Batch:
         """Change the status, and further fields with it. Raises BatchStateError when its status *now* forbids that."""
         with self.database.transaction(removing=True):
-            now = self.get(batch.tenant, batch.id)
-            if status not in _NEXT.get(now.status, ()):
-                raise BatchStateError(f"Batch {batch.id} is {now.status}; it cannot become {status}.")
-            times = now.times | {status: int(time.time())}
-            moved = msgspec.structs.replace(now, status=status, times=times, **changes)
+            moved = self.moved(self.get(batch.tenant, batch.id), status, changes)
             self.write(moved)
         return moved
+
+    @staticmethod
+    def moved(now: Batch, status: Status, changes: Mapping[str, Any]) -> Batch:
+        """The batch as `move` makes it; raises what that does."""
+        if status not in _NEXT.get(now.status, ()):
+            raise BatchStateError(f"Batch {now.id} is {now.status}; it cannot become {status}.")
+        times = now.times | {status: int(time.time())}
+        return msgspec.structs.replace(now, status=status, times=times, **changes)
+
+    # --- for others: `SharedBatches` are those of several servers --------------------------------------
+
+    def steer(self, batch: Batch, status: Status) -> Batch:
+        """`move` for who does not work on the batch, but may say what becomes of it."""
+        return self.move(batch, status)
+
+    def share(self, batch: Batch, directory: Path) -> None:
+        """Make a new batch known to other servers, with what is in its directory."""
+
+    def prepare(self, batch: Batch, directory: Path) -> None:
+        """See that what is needed to go on is in its directory."""
+
+    def forget(self, id_: str) -> None:
+        """Keep nothing of what was in its directory."""

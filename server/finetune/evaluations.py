@@ -76,6 +76,11 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     error: JobError | None = None
     deaths: int = 0  # of engines that had one of its sequences
 
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is work to do for it."""
+        return self.status == "running"
+
 
 class Answer(msgspec.Struct, frozen=True):
     """One model on one example: the mean loss of its trained tokens, and its greedy answer."""

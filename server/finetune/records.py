@@ -22,6 +22,8 @@ class Record(Protocol):
     def tenant(self) -> str: ...
     @property
     def status(self) -> str: ...
+    @property
+    def goes_on(self) -> bool: ...  # whether there is work to do for it
 
 
 R = TypeVar("R", bound=Record)
@@ -127,6 +129,10 @@ class Records(Generic[R, S]):
         with self.database.reading() as connection:
             rows = connection.execute(f"SELECT id, record FROM {self._table} ORDER BY number").fetchall()
         return readable(rows, self._kind)
+
+    def holds(self, id_: str) -> bool:
+        """Whether this server is the one to work on a record."""
+        return True
 
     def counts(self) -> dict[S, int]:
         """How many records are in each status."""

@@ -2,7 +2,7 @@
 
 import asyncio
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING
 
 from adapters.storage.database import Database
@@ -35,13 +35,12 @@ class FineTuning:
     evaluations: Evaluations
     metrics: TrainingMetrics
     database: Database
-    directory: Path  # of jobs
     sharing: "Sharing | None"  # with other servers
 
     async def start(self) -> None:
         """Go on with what was under way."""
         if self.sharing is not None:
-            await self.sharing.begin(self.directory)
+            await self.sharing.begin()
         await self.manager.start()
         await self.evaluations.start()
         if self.sharing is not None:
@@ -93,9 +92,11 @@ class FineTuning:
         if shared is not None:
             from server.finetune.sharing import Sharing
 
-            sharing = Sharing(*shared, manager, settings.store_poll_seconds / 2)
+            files, jobs = shared
+            share_all = partial(jobs.share_all, root / "jobs")
+            sharing = Sharing(jobs, manager, settings.store_poll_seconds / 2, files.follow, share_all)
         evaluations = Evaluations(database, files, registry, engine, text)
-        return cls(files, jobs, manager, evaluations, counted, database, root / "jobs", sharing)
+        return cls(files, jobs, manager, evaluations, counted, database, sharing)
 
 
 def _shared(settings: Settings, url: str, database: Database, ledger: Ledger) -> "tuple[SharedFiles, SharedJobs]":
@@ -108,5 +109,6 @@ def _shared(settings: Settings, url: str, database: Database, ledger: Ledger) ->
 
     bucket = Bucket(url)
     files = SharedFiles(settings.data_dir / "files", database, Records(bucket, "files"), bucket)
-    leases = Leases(records := Records(bucket, "jobs"), settings.job_lease_seconds)
-    return files, SharedJobs(database, ledger, records, bucket, leases, settings.max_training_jobs)
+    records, jobs = Records(bucket, "jobs"), SharedJobs(database, ledger)
+    jobs.join(records, bucket, Leases(records, settings.job_lease_seconds), settings.max_training_jobs)
+    return files, jobs

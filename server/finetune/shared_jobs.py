@@ -1,125 +1,47 @@
 """Fine-tuning jobs that several servers have in an object store; the rows in the database here are a copy.
 
-`jobs/<id>.json` is a job: its status, its lease, its checkpoints, its log. A server that holds the lease writes to its
-database as it goes, and with each change of status, each checkpoint and each renewal sends what is new. Anybody may
-change the status as a client asks for it; the holder hears of it. `job-files/<id>/<hash>` are the files that another
-server needs to go on, `job-logs/` events that are too many for the record: both are there before the record names them.
+`jobs/<id>.json` is a job: its status, its lease, its checkpoints, its log. `job-files/<id>/<hash>` are the files that
+another server needs to go on, `job-logs/` events that are too many for the record.
 """
 
 import contextlib
 import json
 import random
-import threading
-import time
 import uuid
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from adapters.disk import StorageFull, sync
 from adapters.storage.bucket import Conflict
-from adapters.storage.database import Database, DatabaseBusy
+from adapters.storage.database import Database
 from adapters.storage.leases import LeaseLost
-from adapters.storage.versions import RemoteUnavailable
 from server.finetune.checkpoints import file_hash
-from server.finetune.jobs import (
-    Job,
-    JobSpec,
-    JobStateError,
-    JobStore,
-    Status,
-    StoredCheckpoint,
-    UnknownJobError,
-    event_row,
-    level_of,
-)
+from server.finetune.jobs import Job, JobSpec, JobStateError, JobStore, Status, StoredCheckpoint, event_row, level_of
 from server.finetune.records import encode
+from server.finetune.shared import Shared, place
 from server.messages.training import Metrics
 from server.usage import Ledger
 
 if TYPE_CHECKING:
-    from adapters.storage.bucket import Bucket
-    from adapters.storage.leases import Leases
-    from adapters.storage.records import Content, Records
+    from adapters.storage.records import Content
 
 _TAIL = 64  # events in a job's record, before they become an object of their own
-_DAMAGE = (ValueError, LookupError, TypeError)  # what reading a record raises when it is none
 
 
-class SharedJobs(JobStore):
-    """Whatever waits for the object store raises RemoteUnavailable.
+class SharedJobs(Shared[Job, Status], JobStore):
+    """All jobs of one server and others."""
 
-    Args:
-        records: of the jobs.
-        bucket: where their files are.
-        most: jobs that this server works on at once.
-    """
+    files = "job-files"
+    stopped = JobStateError
 
-    def __init__(
-        self, database: Database, ledger: Ledger, records: "Records", bucket: "Bucket", leases: "Leases", most: int
-    ) -> None:
+    def __init__(self, database: Database, ledger: Ledger | None = None) -> None:
         super().__init__(database, ledger)
-        self.leases = leases
-        self._records = records
-        self._bucket = bucket
-        self._most = most
-        self._sent: dict[str, int] = {}  # job that is held -> number of its last event in the store
-        self._writing: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
-
-    # --- what others do ------------------------------------------------------------------------------
-
-    def follow(self) -> list[Job]:
-        """Take over what other servers changed; jobs held here whose status is another now."""
-        moved = []
-        for record in sorted(self._records.news(), key=lambda record: (record.content or {}).get("number", 0)):
-            try:
-                with self._writing[record.key]:
-                    if self._records.note(record) and record.content is not None and self._copy(record.content):
-                        moved.append(msgspec.convert(record.content["job"], Job))
-            except _DAMAGE as fault:
-                self._records.damage(record.key, fault)
-            except (RemoteUnavailable, StorageFull, DatabaseBusy):
-                self._records.forget(record.key)
-                raise
-        return [job for job in moved if self.leases.holds(job.id)]
-
-    def get(self, tenant: str, id_: str) -> Job:
-        try:
-            return super().get(tenant, id_)
-        except UnknownJobError:
-            record = self._records.miss(id_)
-            if record is None or record.content is None:
-                raise
-            with self._writing[id_]:
-                if self._records.note(record):
-                    self._copy(record.content)
-            return super().get(tenant, id_)
-
-    def steer(
-        self, job: Job, status: Status, message: str | None = None, *, expected: Status | None = None, **changes: Any
-    ) -> Job:
-        with self._writing[job.id]:
-            if self.leases.holds(job.id):
-                with contextlib.suppress(LeaseLost):
-                    return self._moved(job, status, message, expected, changes)
-
-            def steered(content: "Content | None") -> "Content":
-                if content is None:
-                    raise UnknownJobError(job.id)
-                return self._with(content, status, message, expected, changes)
-
-            content = self._records.change(job.id, steered).content
-            assert content is not None
-            self._copy(content)
-        return super().get(job.tenant, job.id)
-
-    # --- working on one ------------------------------------------------------------------------------
+        self._sent: dict[str, int] = {}  # job -> number of its last event in the store
 
     def create(self, tenant: str, spec: JobSpec, *, number: int | None = None) -> Job:
-        return super().create(tenant, spec, number=number or time.time_ns())
+        return super().create(tenant, spec, number=number or place())
 
     def share(self, job: Job, directory: Path) -> None:
         """Its rows go again when it cannot be."""
@@ -134,7 +56,7 @@ class SharedJobs(JobStore):
     def share_all(self, directory: Path) -> None:
         """Give the store what it does not have: jobs from a time without one, whose directories lie in this one."""
         for job in self.all():
-            if not self._records.knows(job.id) and self._records.look(job.id).version is None:
+            if not self._stored.knows(job.id) and self._stored.look(job.id).version is None:
                 number = job.created_at * 10**9 + random.randrange(10**9)
                 with self.database.transaction() as connection:
                     connection.execute("UPDATE jobs SET number = ? WHERE id = ?", (number, job.id))
@@ -146,122 +68,52 @@ class SharedJobs(JobStore):
         with self.database.transaction() as connection:
             self.update(job, inputs=inputs)
             number = connection.execute("SELECT number FROM jobs WHERE id = ?", (job.id,)).fetchone()["number"]
-        fresh: Content = {"number": number, "lease": None, "segments": [], "tail": []}
-        with self._writing[job.id]:
-            content = self._records.change(job.id, lambda old: old or self._merged(job.id, fresh)).content
-            assert content is not None
-            self.leases.see(job.id, content)
+        self._send_new(job.id, number, {"segments": [], "tail": []})
 
     def take_up(self) -> list[Job]:
-        """Claim jobs that nobody works on, as many as there is room for: first for who has the fewest here."""
-        waiting, taken = [job for job in self.unfinished() if job.goes_on and self.leases.free(job.id)], []
-        at_work = Counter(job.tenant for job in self.unfinished() if self.leases.holds(job.id))
-        while waiting and len(self.leases.held()) < self._most:
-            waiting.remove(job := min(waiting, key=lambda job: at_work[job.tenant]))
-            with contextlib.suppress(LeaseLost), self._writing[job.id]:
-                content = self.leases.claim(job.id)
-                self._copy(content, claimed=True)
-                at_work[job.tenant] += 1
-                taken.append(job := super().get(job.tenant, job.id))
-                if self._ledger is not None:
-                    self._ledger.counted(job.id, job.trained_tokens or 0)
+        taken = super().take_up()
+        if self._ledger is not None:
+            for job in taken:
+                self._ledger.counted(job.id, job.trained_tokens or 0)
         return taken
 
     def move(
         self, job: Job, status: Status, message: str | None = None, *, expected: Status | None = None, **changes: Any
     ) -> Job:
-        try:
-            with self._writing[job.id]:
-                return self._moved(job, status, message, expected, changes)
-        except LeaseLost:
-            raise JobStateError(f"Job {job.id} is another server's now.") from None
+        change = self._moving(status, message, expected, changes)
+        return self._change(job, change, changes)
 
-    def send(self, job_id: str, *, release: bool = False) -> Job | None:
-        """Renew the lease, or end it, and send what is new; the job when somebody has changed its status.
+    def steer(
+        self, job: Job, status: Status, message: str | None = None, *, expected: Status | None = None, **changes: Any
+    ) -> Job:
+        change = self._moving(status, message, expected, changes)
+        return self._change(job, change, changes, anybody=True)
 
-        Raises LeaseLost.
-        """
-        with self._writing[job_id]:
-            content = self.leases.change(job_id, lambda content: self._merged(job_id, content), release=release)
-            return msgspec.convert(content["job"], Job) if self._copy(content) else None
+    def _moving(
+        self, status: Status, message: str | None, expected: Status | None, changes: Mapping[str, Any]
+    ) -> Callable[["Content"], "Content"]:
+        def change(content: "Content") -> "Content":
+            job = self.moved(self._read(content), status, expected, changes)
+            tail = content["tail"] if message is None else [*content["tail"], event_row(message, level_of(status))]
+            return content | {"record": msgspec.to_builtins(job), "tail": tail}
 
-    def refresh(self, job_id: str) -> None:
-        """Let the rows here be what the store says."""
-        with self._writing[job_id]:
-            record = self._records.look(job_id)
-            if record.content is not None:
-                self._records.note(record)
-                self._copy(record.content)
+        return change
 
     def add_checkpoint(self, job: Job, **fields: Any) -> None:
         super().add_checkpoint(job, **fields)
         try:
             self.send(job.id)
         except LeaseLost:
-            raise JobStateError(f"Job {job.id} is another server's now.") from None
+            raise JobStateError(f"{job.id} is another server's now.") from None
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
         """The last change sends all of them."""
         yield
 
-    # --- files ---------------------------------------------------------------------------------------
-
-    def put(self, job_id: str, root: Path, files: Mapping[str, str]) -> None:
-        for name, hash_ in files.items():
-            self._bucket.put_file(_object(job_id, hash_), root / name)
-
-    def fetch(self, job_id: str, root: Path, files: Mapping[str, str]) -> None:
-        root.mkdir(parents=True, exist_ok=True)
-        for name, hash_ in files.items():
-            file = root / name
-            if file.exists() and file_hash(file) == hash_:
-                continue
-            file.parent.mkdir(parents=True, exist_ok=True)
-            part = file.with_name(f".{file.name}.part")
-            part.unlink(missing_ok=True)
-            with contextlib.suppress(FileNotFoundError):
-                self._bucket.get_file(_object(job_id, hash_), part, missing=False)
-                sync(part)
-                part.rename(file)
-
-    def forget(self, job_id: str, but: Sequence[str] = ()) -> None:
-        kept = {_object(job_id, hash_) for hash_ in but}
-        with contextlib.suppress(RemoteUnavailable):  # the next time will do
-            there = [entry.path for entry in self._bucket.list(_object(job_id, "").rstrip("/"))]
-            self._bucket.delete([path for path in there if path not in kept])
-
     # --- a record and its rows -----------------------------------------------------------------------
 
-    def _moved(
-        self, job: Job, status: Status, message: str | None, expected: Status | None, changes: Mapping[str, Any]
-    ) -> Job:
-        """Move a job that is held here. Raises LeaseLost."""
-
-        def moved(content: "Content") -> "Content":
-            return self._with(self._merged(job.id, content), status, message, expected, changes)
-
-        try:
-            self._copy(self.leases.change(job.id, moved), changes)
-        except JobStateError:
-            self.refresh(job.id)
-            raise
-        return super().get(job.tenant, job.id)
-
-    def _with(
-        self,
-        content: "Content",
-        status: Status,
-        message: str | None,
-        expected: Status | None,
-        changes: Mapping[str, Any],
-    ) -> "Content":
-        job = self.moved(msgspec.convert(content["job"], Job), status, expected, changes)
-        tail = content["tail"] if message is None else [*content["tail"], event_row(message, level_of(status))]
-        return content | {"job": msgspec.to_builtins(job), "tail": tail}
-
     def _merged(self, job_id: str, content: "Content") -> "Content":
-        """A record with what its holder's rows have that it has not. Statuses are the record's."""
         with self.database.reading() as connection:
             row = connection.execute("SELECT record FROM jobs WHERE id = ?", (job_id,)).fetchone()
             new = connection.execute(
@@ -271,8 +123,8 @@ class SharedJobs(JobStore):
             checkpoints = connection.execute("SELECT record FROM checkpoints WHERE job = ? ORDER BY number", (job_id,))
             made = [json.loads(one["record"]) for one in checkpoints]
         job = msgspec.json.decode(row["record"], type=Job)
-        if "job" in content:
-            job = _standing(job, msgspec.convert(content["job"], Job))
+        if "record" in content:
+            job = _standing(job, self._read(content))
         there = {event["id"] for event in content["tail"]} | {segment["last"] for segment in content["segments"]}
         known = max((place for place, event in enumerate(new, start=1) if event["id"] in there), default=0)
         tail = [*content["tail"], *(json.loads(event["record"]) for event in new[known:])]
@@ -282,17 +134,11 @@ class SharedJobs(JobStore):
             with contextlib.suppress(Conflict):  # a second try of its own
                 self._bucket.put_if(name, json.dumps(tail).encode(), None)
             segments, tail = [*segments, {"name": name, "count": len(tail), "last": tail[-1]["id"]}], []
-        changed = {"job": msgspec.to_builtins(job), "checkpoints": made, "segments": segments, "tail": tail}
+        changed = {"record": msgspec.to_builtins(job), "checkpoints": made, "segments": segments, "tail": tail}
         return content | changed
 
     def _copy(self, content: "Content", changes: Mapping[str, Any] | None = None, *, claimed: bool = False) -> bool:
-        """Let the rows be what a record says, with what its holder has added since; whether the status is another.
-
-        Args:
-            changes: what the holder changed just now, itself.
-            claimed: it holds the job only now: its rows have nothing that counts.
-        """
-        stored = msgspec.convert(content["job"], Job)
+        stored = self._read(content)
         self.leases.see(stored.id, content)
         ours = self.leases.holds(stored.id) and not claimed
         segments = {} if ours else self._missing(stored.id, content)
@@ -388,7 +234,3 @@ def hashes(directory: Path, but: Sequence[str] = ()) -> dict[str, str]:
     """The files below a directory, by their paths in it -> their hashes."""
     paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name not in but]
     return {path.relative_to(directory).as_posix(): file_hash(path) for path in paths}
-
-
-def _object(job_id: str, hash_: str) -> str:
-    return f"job-files/{job_id}/{hash_}"

@@ -1,17 +1,16 @@
-"""Keeps the files and jobs of one server in step with those of others on the same object store."""
+"""Keeps the records of one server in step with those of others on the same object store, and works on its share."""
 
 import asyncio
 import contextlib
 import logging
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 from adapters.storage.database import DatabaseBusy
 from adapters.storage.leases import LeaseLost
 from adapters.storage.versions import RemoteUnavailable
 from server.errors import StorageFull
-from server.finetune.manager import JobManager
-from server.finetune.shared_files import SharedFiles
-from server.finetune.shared_jobs import SharedJobs
+from server.finetune.shared import Shared
 
 _RENEWALS = 3  # in the time that a lease lasts
 _SHORTEST = 0.02
@@ -20,31 +19,63 @@ _FAULTS = (RemoteUnavailable, DatabaseBusy, StorageFull, OSError)
 log = logging.getLogger("lorakeet.finetune")
 
 
+class Worker(Protocol):
+    """Who works on the records.
+
+    Attributes:
+        tasks: those that are worked on, by their ids.
+        wake: to be called when there is a new one.
+    """
+
+    wake: Callable[[], None] | None
+
+    @property
+    def tasks(self) -> Mapping[str, object]: ...
+    def begin(self, records: Sequence[Any]) -> None:
+        """Work on these."""
+
+    async def heed(self, record: Any) -> None:
+        """Somebody else has changed the status of one of them."""
+
+    async def abandon(self, id_: str) -> None:
+        """Work on one no longer, at once, and change nothing of it."""
+
+
 class Sharing:
-    """Follows what others change, takes up jobs that nobody works on, and renews the leases of those that are ours.
+    """Follows what others change, takes up what nobody works on, and renews the leases of what is worked on here.
 
     Args:
         seconds: between two looks at what others changed.
+        also: further things to be followed, first.
+        before: once, when the first look has succeeded.
     """
 
-    def __init__(self, files: SharedFiles, jobs: SharedJobs, manager: JobManager, seconds: float) -> None:
-        self._files = files
-        self._jobs = jobs
-        self._manager = manager
+    def __init__(
+        self,
+        records: Shared[Any, Any],
+        worker: Worker,
+        seconds: float,
+        also: Callable[[], None] = lambda: None,
+        before: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.records = records
+        self._worker = worker
         self._seconds = seconds
+        self._also = also
+        self._before = before
         self._woken = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._outage = False
-        manager.wake = self._woken.set
+        worker.wake = self._woken.set
 
-    async def begin(self, directory: Path) -> None:
-        """See what there is, and give to others what lies in this directory from a time without a store."""
+    async def begin(self) -> None:
+        """See what there is."""
         try:
-            await asyncio.to_thread(self._files.follow)
-            await asyncio.to_thread(self._jobs.follow)
-            await asyncio.to_thread(self._jobs.share_all, directory)
+            await asyncio.to_thread(self._also)
+            await asyncio.to_thread(self.records.follow)
+            await asyncio.to_thread(self._before)
         except _FAULTS as fault:
-            log.warning("jobs of other servers are not seen yet: %s", fault)
+            log.warning("what other servers have is not seen yet: %s", fault)
 
     def start(self) -> None:
         """Do so from now on."""
@@ -57,24 +88,24 @@ class Sharing:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def release(self) -> None:
-        """Let others have the jobs that were worked on here."""
-        await asyncio.gather(*map(self._release, self._jobs.leases.held()))
+        """Let others have what was worked on here."""
+        await asyncio.gather(*map(self._release, self.records.leases.held()))
 
     async def poll(self) -> None:
         """Do once what is done all the time."""
-        await asyncio.to_thread(self._files.follow)
-        for job in await asyncio.to_thread(self._jobs.follow):
-            await self._manager.heed(job)
-        idle = [job_id for job_id in self._jobs.leases.held() if job_id not in self._manager.tasks]
+        await asyncio.to_thread(self._also)
+        for record in await asyncio.to_thread(self.records.follow):
+            await self._worker.heed(record)
+        idle = [id_ for id_ in self.records.leases.held() if id_ not in self._worker.tasks]
         await asyncio.gather(*map(self._release, idle))
-        self._manager.begin(await asyncio.to_thread(self._jobs.take_up))
+        self._worker.begin(await asyncio.to_thread(self.records.take_up))
 
     async def _follow(self) -> None:
         while True:
             try:
                 await self.poll()
                 if self._outage:
-                    log.info("files and jobs of other servers are seen again")
+                    log.info("changes of other servers are seen again")
                 self._outage = False
             except _FAULTS as fault:
                 if not self._outage:
@@ -88,33 +119,33 @@ class Sharing:
             self._woken.clear()
 
     async def _renew(self) -> None:
-        leases = self._jobs.leases
+        leases = self.records.leases
         while True:
-            left = [leases.left(job_id) for job_id in leases.held()]
+            left = [leases.left(id_) for id_ in leases.held()]
             await asyncio.sleep(max(_SHORTEST, min([leases.seconds / _RENEWALS, *left])))
             await asyncio.gather(*map(self._renew_one, leases.held()))
 
-    async def _renew_one(self, job_id: str) -> None:
-        """Renew the lease of a job, or stop working on it."""
-        leases = self._jobs.leases
+    async def _renew_one(self, id_: str) -> None:
+        """Renew the lease of a record, or stop working on it."""
+        leases = self.records.leases
         try:
-            async with asyncio.timeout(max(_SHORTEST, leases.left(job_id))):
-                job = await asyncio.to_thread(self._jobs.send, job_id)
-            if job is not None:
-                await self._manager.heed(job)
+            async with asyncio.timeout(max(_SHORTEST, leases.left(id_))):
+                record = await asyncio.to_thread(self.records.send, id_)
+            if record is not None:
+                await self._worker.heed(record)
         except (*_FAULTS, LeaseLost, TimeoutError) as fault:
-            if leases.left(job_id) <= _SHORTEST:
-                log.warning("job %s is left to others: %s", job_id, repr(fault))
-                leases.drop(job_id)
-                await self._manager.abandon(job_id)
+            if leases.left(id_) <= _SHORTEST:
+                log.warning("%s is left to others: %s", id_, repr(fault))
+                leases.drop(id_)
+                await self._worker.abandon(id_)
                 with contextlib.suppress(*_FAULTS):
-                    await asyncio.to_thread(self._jobs.refresh, job_id)
+                    await asyncio.to_thread(self.records.refresh, id_)
         except Exception:
-            log.exception("the lease of job %s was not renewed", job_id)
+            log.exception("the lease of %s was not renewed", id_)
 
-    async def _release(self, job_id: str) -> None:
+    async def _release(self, id_: str) -> None:
         try:
-            await asyncio.to_thread(self._jobs.send, job_id, release=True)
+            await asyncio.to_thread(self.records.send, id_, release=True)
         except (*_FAULTS, LeaseLost) as fault:
-            log.debug("the lease of job %s is not given back: %s", job_id, fault)
-            self._jobs.leases.drop(job_id)
+            log.debug("the lease of %s is not given back: %s", id_, fault)
+            self.records.leases.drop(id_)

@@ -10,6 +10,7 @@ from typing import Any
 
 from adapters.storage.remote import RemoteStore
 from adapters.storage.store import AdapterStore
+from server.finetune.sharing import Sharing
 from server.messages.training import (
     Checkpoint,
     JobEnded,
@@ -26,8 +27,19 @@ from tests.support.harness import IdleEngine, Site, base_info, write_adapter
 from tests.support.tiny import tiny_text
 
 EXAMPLES = b"\n".join(json.dumps({"prompt": f"say {n}", "completion": f"it is {n}"}).encode() for n in range(8))
-LEASE = 1.5
+LEASE = 60.0  # nobody waits for it, and no machine is so slow: see `take_over`
 STEPS = 8
+
+
+async def take_over(sharing: Sharing | None, id_: str) -> None:
+    """Let a server that has no room have it, and believe that it has seen nothing of a record's holder for long."""
+    assert sharing is not None
+    leases, sharing.records._most = sharing.records.leases, 1
+    async with asyncio.timeout(60):
+        while not leases.holds(id_):
+            lease, since = leases._seen[id_]
+            leases._seen[id_] = lease, since - LEASE
+            await asyncio.sleep(0.02)
 
 
 class PretendingEngine(IdleEngine):

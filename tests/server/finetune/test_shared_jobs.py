@@ -10,11 +10,11 @@ import pytest
 
 from adapters.storage.bucket import Bucket
 from adapters.storage.versions import RemoteUnavailable
-from server.finetune import manager, shared_jobs
+from server.finetune import manager, shared_jobs, sharing
 from server.finetune.jobs import JobStateError
 from server.services import TENANT
 from tests.support.buckets import BUCKET, S3Server
-from tests.support.several import EXAMPLES, LEASE, STEPS, Sharer, sharer
+from tests.support.several import EXAMPLES, STEPS, Sharer, sharer, take_over
 
 
 @pytest.fixture
@@ -41,6 +41,7 @@ class Lives:
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(manager, "SPACE_SECONDS", 0.05)
+    monkeypatch.setattr(sharing, "_RENEWALS", 60)
 
 
 async def until(condition: Any) -> None:
@@ -62,14 +63,14 @@ async def test_another_server_resumes_the_job_of_one_that_died_and_ends_with_the
     one, two = await lives.open("one"), await lives.open("two", max_training_jobs=1)
     file = await one.upload()
     expected = await whole(one, file)
-    two.sharing._jobs._most = 0  # has no room
+    two.sharing.records._most = 0  # has no room
     one.trainer.until, one.trainer.steps = 6, []
     job_id = await one.create(file)
     await one.until(job_id, "running", step=5)
     await two.until(job_id, "running", step=4)
     await one.http.delete(f"/v1/files/{file}")
     await one.die()
-    two.sharing._jobs._most = 1
+    await take_over(two.sharing, job_id)
     done = await two.until(job_id, "succeeded")
     assert two.result(done) == expected
     assert one.trainer.steps == [1, 2, 3, 4, 5]
@@ -117,7 +118,7 @@ async def test_jobs_are_shared_out_among_servers_with_room(lives: Lives) -> None
 
 async def running_at_one(lives: Lives) -> tuple[Sharer, Sharer, str]:
     one, two = await lives.open("one"), await lives.open("two")
-    two.sharing._jobs._most = 0
+    two.sharing.records._most = 0
     one.trainer.until = 4
     job_id = await one.create()
     await two.until(job_id, "running", step=3)
@@ -139,21 +140,20 @@ async def test_a_job_is_paused_at_one_server_and_resumed_by_another(lives: Lives
     one, two, job_id = await running_at_one(lives)
     assert (await two.steer(job_id, "pause"))["status"] == "pausing"
     await two.until(job_id, "paused")
-    await until(lambda: one.sharing._jobs.leases.held() == [])
-    one.sharing._jobs._most, two.sharing._jobs._most = 0, 1
+    await until(lambda: one.sharing.records.leases.held() == [])
+    one.sharing.records._most, two.sharing.records._most = 0, 1
     assert (await one.steer(job_id, "resume"))["status"] == "queued"
     done = await one.until(job_id, "succeeded")
     assert two.trainer.steps == [4, 5, 6, 7, 8]
-    one.sharing._jobs._most, one.trainer.until = 1, STEPS + 1
-    two.sharing._jobs._most = 0
+    one.sharing.records._most, one.trainer.until = 1, STEPS + 1
+    two.sharing.records._most = 0
     assert one.result(done) == await whole(one, done["training_file"])
 
 
 async def test_a_server_that_stops_hands_its_jobs_over_at_once(lives: Lives) -> None:
     one, two, job_id = await running_at_one(lives)
-    two.sharing._jobs.leases.seconds = one.sharing._jobs.leases.seconds = 1000  # nobody waits for that
     await one.tuning.stop()
-    two.sharing._jobs._most = 1
+    two.sharing.records._most = 1
     await two.until(job_id, "succeeded")
 
 
@@ -165,14 +165,15 @@ async def test_a_server_that_cannot_renew_its_lease_stops_and_writes_nothing_mor
     def fail(*_: object, **__: object) -> None:
         raise RemoteUnavailable("no route")
 
-    cut_off = one.sharing._jobs._records._bucket
+    cut_off = one.sharing.records._bucket
     with monkeypatch.context() as patch:
         for method in ("read", "list", "put_if", "put_file"):
             patch.setattr(cut_off, method, fail)
+        one.sharing.records.leases.seconds = 0.5
         await until(lambda: not one.tuning.manager.tasks)
-        assert one.sharing._jobs.leases.held() == []
-        one.sharing._jobs._most, two.sharing._jobs._most = 0, 1
-        await until(lambda: two.sharing._jobs.leases.holds(job_id))
+        assert one.sharing.records.leases.held() == []
+        one.sharing.records._most = 0
+        await take_over(two.sharing, job_id)
         with pytest.raises(JobStateError):
             one.jobs.move(one.jobs.get(TENANT, job_id), "succeeded")
     one.jobs.add_event(job_id, "a thought of its own")
@@ -188,9 +189,8 @@ async def test_a_server_that_was_asleep_writes_nothing_over_what_another_did(liv
     one, two, job_id = await running_at_one(lives)
     for task in one.sharing._tasks:
         task.cancel()
-    two.sharing._jobs._most = 1
-    await until(lambda: two.sharing._jobs.leases.holds(job_id))
-    assert one.sharing._jobs.leases.holds(job_id)
+    await take_over(two.sharing, job_id)
+    assert one.sharing.records.leases.holds(job_id)
     one.trainer.until = STEPS + 1
     await until(lambda: not one.tuning.manager.tasks)
     done = await two.until(job_id, "succeeded")
@@ -229,7 +229,7 @@ async def test_jobs_from_before_there_was_a_store_go_on(lives: Lives, tmp_path: 
         bucket.delete([entry.path for entry in bucket.list(prefix)])
     two = await lives.open("two")
     again = await lives.open("one")
-    again.sharing._jobs._most = 0
+    again.sharing.records._most = 0
     await two.until(job_id, "succeeded")
     assert min(two.trainer.steps) == 3
 
@@ -271,10 +271,10 @@ async def test_a_bucket_that_fails_often_costs_no_step(
     for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
     url = f"s3://{BUCKET}/{tmp_path.name}"
-    async with sharer(tmp_path / "two", url, job_lease_seconds=3) as two:
-        two.sharing._jobs._most = 0
+    async with sharer(tmp_path / "two", url) as two:
+        two.sharing.records._most = 0
         async with AsyncExitStack() as stack:
-            one = await stack.enter_async_context(sharer(tmp_path / "one", url, job_lease_seconds=3))
+            one = await stack.enter_async_context(sharer(tmp_path / "one", url))
             file = await one.upload()
             expected = await whole(one, file)
             server.suffer(
@@ -288,11 +288,10 @@ async def test_a_bucket_that_fails_often_costs_no_step(
             job_id = await one.create(file)
             await one.until(job_id, "running", step=5)
             await one.die()
-            two.sharing._jobs._most = 1
+            await take_over(two.sharing, job_id)
             done = await two.until(job_id, "succeeded")
             server.suffer()
         assert two.result(done) == expected
         assert steps_of(await two.events(job_id)) == list(range(1, STEPS + 1))
         ids = [event["id"] for event in await two.events(job_id)]
         assert len(set(ids)) == len(ids)
-    assert LEASE < 3

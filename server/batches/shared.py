@@ -1,0 +1,152 @@
+"""Batches that several servers have in an object store; the rows in the database here are a copy.
+
+`batches/<id>.json` is a batch, its lease, and the parts of its answers; `batch-files/<id>/` has its file and these
+parts. A server that takes a batch over asks again only for what no part has.
+"""
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from adapters.storage.bucket import Conflict
+from adapters.storage.database import Database
+from adapters.storage.versions import RemoteUnavailable
+from server.batches.rows import ANSWERS, INPUT
+from server.batches.store import FINAL, Batch, BatchStateError, BatchStore, Status
+from server.finetune.shared import Shared, place
+from server.tenants.caller import Caller
+
+if TYPE_CHECKING:
+    from adapters.storage.records import Content
+
+_PART_BYTES = 256 * 1024  # of answers, sent together
+_PART_RENEWALS = 6  # after which fewer are sent
+
+
+class SharedBatches(Shared[Batch, Status], BatchStore):
+    """All batches of one server and others.
+
+    Args:
+        directory: where batches keep their files while they run.
+    """
+
+    files = "batch-files"
+    stopped = BatchStateError
+
+    def __init__(self, database: Database, directory: Path) -> None:
+        super().__init__(database)
+        self._directory = directory
+        self._prepared: set[str] = set()  # batches that are held, whose answers here begin with those in the store
+
+    def create(
+        self,
+        caller: Caller,
+        endpoint: str,
+        input_file: str,
+        metadata: dict[str, str] | None,
+        *,
+        number: int | None = None,
+    ) -> Batch:
+        return super().create(caller, endpoint, input_file, metadata, number=number or place())
+
+    def share(self, batch: Batch, directory: Path) -> None:
+        """Its row goes again when it cannot be."""
+        try:
+            self._bucket.put_file(self._object(batch.id, INPUT), directory / INPUT)
+            with self.database.reading() as connection:
+                row = connection.execute("SELECT number FROM batches WHERE id = ?", (batch.id,)).fetchone()
+            self._send_new(batch.id, row["number"], {"parts": []})
+        except BaseException:
+            self.remove(batch.id)
+            raise
+
+    def move(self, batch: Batch, status: Status, **changes: Any) -> Batch:
+        return self._change(batch, self._moving(status, changes), changes)
+
+    def steer(self, batch: Batch, status: Status) -> Batch:
+        return self._change(batch, self._moving(status, {}), {}, anybody=True)
+
+    def _moving(self, status: Status, changes: Mapping[str, Any]) -> Callable[["Content"], "Content"]:
+        def change(content: "Content") -> "Content":
+            return content | {"record": msgspec.to_builtins(self.moved(self._read(content), status, changes))}
+
+        return change
+
+    def take_up(self) -> list[Batch]:
+        taken = super().take_up()
+        for batch in taken:
+            self._prepared.discard(batch.id)
+        return taken
+
+    def prepare(self, batch: Batch, directory: Path) -> None:
+        """Once for each lease: let the answers be those of the store, which others may have added to."""
+        if batch.id in self._prepared:
+            return
+        directory.mkdir(parents=True, exist_ok=True)
+        if not (directory / INPUT).exists():
+            copy = directory / f".{INPUT}"
+            copy.unlink(missing_ok=True)
+            self._bucket.get_file(self._object(batch.id, INPUT), copy)
+            copy.rename(directory / INPUT)
+        found = self._stored.look(batch.id).content
+        assert found is not None
+        for name in ANSWERS.values():
+            with (directory / name).open("wb") as file:
+                for part in found["parts"]:
+                    if part["file"] == name:
+                        if (read := self._bucket.read(self._object(batch.id, part["name"]))) is None:
+                            raise RemoteUnavailable(f"{part['name']} of {batch.id} is not there")
+                        file.write(read.content)
+                os.fsync(file.fileno())
+        self._prepared.add(batch.id)
+
+    def _merged(self, id_: str, content: "Content") -> "Content":
+        if "record" not in content:
+            with self.database.reading() as connection:
+                row = connection.execute("SELECT record FROM batches WHERE id = ?", (id_,)).fetchone()
+            return content | {"record": json.loads(row["record"])}
+        if id_ not in self._prepared or content["record"]["status"] in FINAL:
+            return content
+        parts, soon = list(content["parts"]), content["lease"]["count"] % _PART_RENEWALS == 0
+        for name in ANSWERS.values():
+            path, sent = self._directory / id_ / name, sum(part["bytes"] for part in parts if part["file"] == name)
+            if path.exists() and path.stat().st_size - sent >= (1 if soon else _PART_BYTES):
+                with path.open("rb") as file:
+                    file.seek(sent)
+                    new = file.read()
+                new = new[: new.rfind(b"\n") + 1]
+                part: dict[str, Any] = {
+                    "file": name,
+                    "name": uuid.uuid4().hex,
+                    "bytes": len(new),
+                    "lines": new.count(b"\n"),
+                }
+                with contextlib.suppress(Conflict):  # a second try of its own
+                    self._bucket.put_if(self._object(id_, part["name"]), new, None)
+                parts.append(part)
+        counts = {
+            key: sum(part["lines"] for part in parts if part["file"] == ANSWERS[good])
+            for key, good in (("completed", True), ("failed", False))
+        }
+        return content | {"parts": parts, "record": content["record"] | counts}
+
+    def _copy(self, content: "Content", changes: Mapping[str, Any] | None = None, *, claimed: bool = False) -> bool:
+        stored = self._read(content)
+        self.leases.see(stored.id, content)
+        with self.database.transaction(removing=True) as connection:
+            row = connection.execute("SELECT status FROM batches WHERE id = ?", (stored.id,)).fetchone()
+            if row is None:
+                self.add(stored, content["number"])
+            else:
+                self.write(stored)
+        return row is not None and row["status"] != stored.status and changes is None
+
+    def forget(self, id_: str, but: Sequence[str] = ()) -> None:
+        if self.leases.holds(id_):
+            super().forget(id_, but)

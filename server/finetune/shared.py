@@ -1,0 +1,205 @@
+"""Records that several servers have in an object store, and that one at a time works on; the rows here are a copy.
+
+A server that holds the lease writes to its disk as it goes, and with each change of status and each renewal sends what
+is new. Anybody may change the status as a client asks for it; the holder hears of it. Files that another server needs
+to go on are in the store before the record names them.
+"""
+
+import contextlib
+import threading
+import time
+from abc import abstractmethod
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from adapters.disk import StorageFull, sync
+from adapters.storage.database import DatabaseBusy
+from adapters.storage.leases import LeaseLost
+from adapters.storage.versions import RemoteUnavailable
+from server.finetune.checkpoints import file_hash
+from server.finetune.records import R, Records, S
+
+if TYPE_CHECKING:
+    from adapters.storage.bucket import Bucket
+    from adapters.storage.leases import Leases
+    from adapters.storage.records import Content
+    from adapters.storage.records import Records as Stored
+
+_DAMAGE = (ValueError, LookupError, TypeError)  # what reading a record raises when it is none
+
+
+class Shared(Records[R, S]):
+    """Whatever waits for the object store raises RemoteUnavailable.
+
+    Attributes:
+        files: where the files of the records lie in the bucket.
+        stopped: raised when a record is another server's, as when its status does not allow a change.
+    """
+
+    files: str
+    stopped: type[Exception]
+
+    def join(self, stored: "Stored", bucket: "Bucket", leases: "Leases", most: int) -> None:
+        """Once, before anything else. `most`: records that this server works on at once."""
+        self.leases = leases
+        self._stored = stored
+        self._bucket = bucket
+        self._most = most
+        self._writing: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
+
+    # --- a record and its row ------------------------------------------------------------------------
+
+    @abstractmethod
+    def _merged(self, id_: str, content: "Content") -> "Content":
+        """A record with what its holder has that it has not. Statuses are the record's."""
+
+    @abstractmethod
+    def _copy(self, content: "Content", changes: Mapping[str, Any] | None = None, *, claimed: bool = False) -> bool:
+        """Let the rows be what a record says, with what its holder has added since; whether the status is another.
+
+        Args:
+            changes: what the holder changed just now, itself.
+            claimed: it holds the record only now: its rows have nothing that counts.
+        """
+
+    def _read(self, content: "Content") -> R:
+        return msgspec.convert(content["record"], self._kind)
+
+    # --- what others do ------------------------------------------------------------------------------
+
+    def follow(self) -> list[R]:
+        """Take over what other servers changed; records held here whose status is another now."""
+        moved = []
+        for record in sorted(self._stored.news(), key=lambda record: (record.content or {}).get("number", 0)):
+            try:
+                with self._writing[record.key]:
+                    if self._stored.note(record) and record.content is not None and self._copy(record.content):
+                        moved.append(self._read(record.content))
+            except _DAMAGE as fault:
+                self._stored.damage(record.key, fault)
+            except (RemoteUnavailable, StorageFull, DatabaseBusy):
+                self._stored.forget(record.key)
+                raise
+        return [record for record in moved if self.leases.holds(record.id)]
+
+    def get(self, tenant: str, id_: str) -> R:
+        try:
+            return super().get(tenant, id_)
+        except self._unknown:
+            found = self._stored.miss(id_)
+            if found is None or found.content is None:
+                raise
+            with self._writing[id_]:
+                if self._stored.note(found):
+                    self._copy(found.content)
+            return super().get(tenant, id_)
+
+    def refresh(self, id_: str) -> None:
+        """Let the rows here be what the store says."""
+        with self._writing[id_]:
+            found = self._stored.look(id_)
+            if found.content is not None:
+                self._stored.note(found)
+                self._copy(found.content)
+
+    # --- working on one ------------------------------------------------------------------------------
+
+    def take_up(self) -> list[R]:
+        """Claim records that nobody works on, as many as there is room for: first for who has the fewest here."""
+        unfinished, taken = self.unfinished(), []
+        waiting = [record for record in unfinished if record.goes_on and self.leases.free(record.id)]
+        at_work = Counter(record.tenant for record in unfinished if self.leases.holds(record.id))
+        while waiting and len(self.leases.held()) < self._most:
+            waiting.remove(first := min(waiting, key=lambda record: at_work[record.tenant]))
+            with contextlib.suppress(LeaseLost), self._writing[first.id]:
+                self._copy(self.leases.claim(first.id), claimed=True)
+                at_work[first.tenant] += 1
+                taken.append(super().get(first.tenant, first.id))
+        return taken
+
+    def holds(self, id_: str) -> bool:
+        return self.leases.holds(id_)
+
+    def send(self, id_: str, *, release: bool = False) -> R | None:
+        """Renew the lease, or end it, and send what is new; the record when somebody has changed its status.
+
+        Raises LeaseLost.
+        """
+        with self._writing[id_]:
+            content = self.leases.change(id_, lambda content: self._merged(id_, content), release=release)
+            return self._read(content) if self._copy(content) else None
+
+    def _send_new(self, id_: str, number: int, lists: Mapping[str, list[Any]]) -> None:
+        """Make the record of a row. `lists`: what it has beside."""
+        fresh: Content = {"number": number, "lease": None, **lists}
+        with self._writing[id_]:
+            content = self._stored.change(id_, lambda old: old or self._merged(id_, fresh)).content
+            assert content is not None
+            self.leases.see(id_, content)
+
+    def _change(self, record: R, change: Any, changes: Mapping[str, Any], *, anybody: bool = False) -> R:
+        """Change a record that is held here, or with `anybody` another's, too. `change` is of a content.
+
+        Raises `stopped`, and what `change` does.
+        """
+        with self._writing[record.id]:
+            if self.leases.holds(record.id) or not anybody:
+                try:
+                    content = self.leases.change(record.id, lambda content: change(self._merged(record.id, content)))
+                    self._copy(content, changes)
+                    return super().get(record.tenant, record.id)
+                except LeaseLost:
+                    if not anybody:
+                        raise self.stopped(f"{record.id} is another server's now.") from None
+                except self.stopped:
+                    self.refresh(record.id)
+                    raise
+
+            def changed(content: "Content | None") -> "Content":
+                if content is None:
+                    raise self._unknown(record.id)
+                after: Content = change(content)
+                return after
+
+            found = self._stored.change(record.id, changed).content
+            assert found is not None
+            self._copy(found)
+        return super().get(record.tenant, record.id)
+
+    # --- files ---------------------------------------------------------------------------------------
+
+    def put(self, id_: str, root: Path, files: Mapping[str, str]) -> None:
+        for name, hash_ in files.items():
+            self._bucket.put_file(self._object(id_, hash_), root / name)
+
+    def fetch(self, id_: str, root: Path, files: Mapping[str, str]) -> None:
+        root.mkdir(parents=True, exist_ok=True)
+        for name, hash_ in files.items():
+            file = root / name
+            if file.exists() and file_hash(file) == hash_:
+                continue
+            file.parent.mkdir(parents=True, exist_ok=True)
+            part = file.with_name(f".{file.name}.part")
+            part.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                self._bucket.get_file(self._object(id_, hash_), part, missing=False)
+                sync(part)
+                part.rename(file)
+
+    def forget(self, id_: str, but: Sequence[str] = ()) -> None:
+        kept = {self._object(id_, hash_) for hash_ in but}
+        with contextlib.suppress(RemoteUnavailable):  # the next time will do
+            there = [entry.path for entry in self._bucket.list(self._object(id_, "").rstrip("/"))]
+            self._bucket.delete([path for path in there if path not in kept])
+
+    def _object(self, id_: str, name: str) -> str:
+        return f"{self.files}/{id_}/{name}"
+
+
+def place() -> int:
+    """The place of a new record in lists, the last, which is the same at all servers."""
+    return time.time_ns()

@@ -1,0 +1,127 @@
+"""Batches that several servers have in one object store."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.storage.bucket import Bucket
+from server.batches import shared as module
+from server.batches.store import BatchStateError
+from server.finetune import sharing
+from server.messages.protocol import Generate
+from server.services import TENANT
+from tests.server.batches.test_batches import create, life, lines_of, row, until
+from tests.support.scripted import Served
+from tests.support.several import LEASE, take_over
+from tests.support.site import eventually
+
+ROWS = [row(f"r{i}") for i in range(12)]
+
+
+class Lives:
+    """Servers that are opened as a test needs them."""
+
+    def __init__(self, root: Path, stack: AsyncExitStack) -> None:
+        self.url = f"file://{root}/bucket"
+        self._root, self._stack = root, stack
+
+    async def open(self, name: str) -> Served:
+        (self._root / name).mkdir()
+        settings: dict[str, Any] = {"store_poll_seconds": 0.1, "job_lease_seconds": LEASE, "batch_requests": 2}
+        opened = life(self._root / name, adapter_store=self.url, **settings)
+        return await self._stack.enter_async_context(opened)
+
+
+@pytest.fixture
+async def lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Lives]:
+    monkeypatch.setattr(module, "_PART_BYTES", 1)
+    monkeypatch.setattr(sharing, "_RENEWALS", 60)
+    async with AsyncExitStack() as stack:
+        yield Lives(tmp_path, stack)
+
+
+def stop_at(served: Served, count: int) -> asyncio.Event:
+    """Answer so many requests, and more only when this is set."""
+    released = asyncio.Event()
+
+    async def gate(request: Generate, step: int) -> None:
+        if served.engine.requests.index(request) >= count:
+            await released.wait()
+
+    served.engine.gate = gate
+    return released
+
+
+def has_room(served: Served, most: int) -> None:
+    assert served.services.batches.sharing is not None
+    served.services.batches.sharing.records._most = most
+
+
+async def die(served: Served) -> None:
+    """As by `kill -9`: nothing is given back."""
+    batches = served.services.batches
+    assert batches.sharing is not None
+    await batches.sharing.stop()
+    for batch in list(batches.tasks):
+        await batches.abandon(batch)
+
+
+async def test_another_server_ends_the_batch_of_one_that_died_and_asks_for_nothing_twice_that_was_sent(
+    lives: Lives,
+) -> None:
+    one, two = await lives.open("one"), await lives.open("two")
+    has_room(two, 0)
+    stop_at(one, 5)
+    batch = await create(one, ROWS)
+    assert (await two.client.get(f"/v1/batches/{batch['id']}")).json()["id"] == batch["id"]  # at once
+    seen = await until(two, batch, "in_progress", completed=4)
+    await one.client.delete(f"/v1/files/{batch['input_file_id']}")
+    await die(one)
+    await take_over(two.services.batches.sharing, batch["id"])
+    done = await until(two, batch)
+    assert done["request_counts"] == {"total": 12, "completed": 12, "failed": 0}
+    answers = await lines_of(two, done["output_file_id"])
+    assert sorted(line["custom_id"] for line in answers) == sorted(line["custom_id"] for line in ROWS)
+    assert len(two.engine.requests) <= 12 - seen["request_counts"]["completed"]
+    page = two.services.tuning.files.page(TENANT, limit=9, purpose="batch_output")[0]
+    assert [file.id for file in page] == [done["output_file_id"]]
+    await eventually(lambda: not Bucket(lives.url).list("batch-files"))
+
+
+async def test_a_batch_is_cancelled_at_another_server(lives: Lives) -> None:
+    one, two = await lives.open("one"), await lives.open("two")
+    has_room(two, 0)
+    stop_at(one, 3)
+    batch = await create(one, ROWS)
+    await until(two, batch, "in_progress", completed=1)
+    assert (await two.client.post(f"/v1/batches/{batch['id']}/cancel")).json()["status"] == "cancelling"
+    done = await until(two, batch)
+    assert (done["status"], done["request_counts"]["total"]) == ("cancelled", 12)
+    assert len(await lines_of(two, done["output_file_id"])) == done["request_counts"]["completed"] == 3
+    assert len(await lines_of(two, done["error_file_id"])) == 9
+    assert not two.engine.requests
+
+
+async def test_a_server_that_was_asleep_ends_nothing_that_is_anothers(lives: Lives) -> None:
+    one, two = await lives.open("one"), await lives.open("two")
+    has_room(two, 0)
+    stop_at(one, 3)
+    batch = await create(one, ROWS)
+    await until(two, batch, "in_progress", completed=1)
+    ours = one.services.batches.sharing
+    assert ours is not None
+    await ours.stop()
+    released = stop_at(two, 4)
+    await take_over(two.services.batches.sharing, batch["id"])
+    await eventually(lambda: len(two.engine.requests) > 4)
+    assert ours.records.leases.holds(batch["id"])
+    refused = one.services.batches.store.get(TENANT, batch["id"])
+    with pytest.raises(BatchStateError):
+        one.services.batches.store.move(refused, "failed")
+    released.set()
+    done = await until(two, batch)
+    assert (done["status"], done["request_counts"]["completed"]) == ("completed", 12)
