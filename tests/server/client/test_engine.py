@@ -198,8 +198,8 @@ async def test_one_that_is_not_loaded_in_time_is_replaced_and_given_up_in_the_en
 ) -> None:
     """However long it has lived till then: it never was well."""
     for name in ("_WATCH_SECONDS", "_QUIET_SECONDS"):
-        monkeypatch.setattr(client_engine, name, 0.05)
-    client = LocalEngine(config(model_dir, cache_dir), lambda _: None, start_seconds=0.2)
+        monkeypatch.setattr(client_engine, name, 0.01)
+    client = LocalEngine(config(model_dir, cache_dir), lambda _: None, start_seconds=0.03)
     await client.start()
     await until(lambda: client.pid is not None)
     pid = client.pid
