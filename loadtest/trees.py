@@ -31,7 +31,9 @@ class Tree(Lorakeet):
 
     def command(self, kit: Kit, port: int) -> tuple[list[str], dict[str, str]]:
         [_, *arguments], environment = super().command(kit, port)
-        return [sys.executable, "-c", _MAIN, *arguments], environment | {"PYTHONPATH": str(self.folder)}
+        # Without the second variable the working directory comes before the first: both would run what lies there.
+        ours = {"PYTHONPATH": str(self.folder), "PYTHONSAFEPATH": "1"}
+        return [sys.executable, "-c", _MAIN, *arguments], environment | ours
 
     async def extras(self) -> dict[str, Any]:
         return {}

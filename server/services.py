@@ -88,16 +88,7 @@ def make_services(
     registry = Registry.make(settings, engine, store, metrics, outline, text, checker)
     database = open_tenants(settings.data_dir / "tenants.db", settings.database_seconds)
     ledger = Ledger(database)
-    tuning = FineTuning.open(
-        settings.data_dir,
-        engine=engine,
-        registry=registry,
-        text=text,
-        metrics=metrics,
-        ledger=ledger,
-        max_running=settings.max_training_jobs,
-        busy_seconds=settings.database_seconds,
-    )
+    tuning = FineTuning.open(settings, engine=engine, registry=registry, text=text, metrics=metrics, ledger=ledger)
     return Services(
         settings=settings,
         engine=engine,

@@ -380,6 +380,14 @@ class Settings:
         maximum=MAX_SPECULATIVE_TOKENS,
     )
 
+    engine_start_seconds: float = _setting(
+        3600.0,
+        "How long an engine may take to load the model, quantising it the first time, before it is killed and started "
+        "again; three times in a row at most.",
+        parse=_number,
+        minimum=5,
+        maximum=7 * 86400,
+    )
     engine_stall_seconds: float = _setting(
         300.0,
         "How long a loaded engine may say nothing before it is killed and started again; what waits for it gets a 503. "
@@ -449,6 +457,15 @@ class Settings:
         "Within how long this server sees what others change in --adapter-store, which it lists twice in that time.",
         parse=_number,
         minimum=0.1,
+        maximum=3600,
+    )
+
+    job_lease_seconds: float = _setting(
+        15.0,
+        "With --adapter-store, how long other servers leave a fine-tuning job to the one that works on it and is not "
+        "heard of, three times in which it says that it is there.",
+        parse=_number,
+        minimum=0.5,
         maximum=3600,
     )
 
@@ -577,7 +594,12 @@ class Settings:
 
     # --- fine-tuning
     max_training_jobs: int = _setting(
-        2, "Fine-tuning jobs that train at once; the rest are queued.", parse=_integer, minimum=1, maximum=1024
+        2,
+        "Fine-tuning jobs that train at once; the rest are queued, or with --adapter-store taken by other servers, to "
+        "which 0 leaves all.",
+        parse=_integer,
+        minimum=0,
+        maximum=1024,
     )
     finetune_max_stall_ms: float = _setting(
         20.0, "Training, or merging, between two inference steps, at most.", parse=_number, minimum=1, maximum=60_000
@@ -628,6 +650,8 @@ class Settings:
                 f"--max-batch-tokens: {self.max_batch_tokens} leaves no room for prompts beside "
                 f"{self.max_batch_requests} sequences (--max-batch-requests)"
             )
+        if self.max_training_jobs == 0 and self.adapter_store is None:
+            raise SettingError("--max-training-jobs: without --adapter-store there is nobody to whom 0 leaves the jobs")
         for entry in self.adapter:
             name, separator, directory = entry.partition("=")
             if not (name and separator and directory):

@@ -118,6 +118,15 @@ class Ledger:
             connection.execute("INSERT OR REPLACE INTO trained (job, tokens) VALUES (?, ?)", (job, tokens))
             connection.execute(_ADD, (tenant, adapter, today(), 0, 0, 0, 0, more))
 
+    def counted(self, job: str, tokens: int) -> None:
+        """So many tokens of a job were counted by others."""
+        with self._database.transaction() as connection:
+            connection.execute(
+                "INSERT INTO trained (job, tokens) VALUES (?, ?) "
+                "ON CONFLICT (job) DO UPDATE SET tokens = max(tokens, excluded.tokens)",
+                (job, tokens),
+            )
+
     def rows(self, tenant: str | None, first: str, last: str) -> list[dict[str, Any]]:
         """What is on disk of these days, by day; `tenant` None: of all."""
         query = (

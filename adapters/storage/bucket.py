@@ -147,9 +147,10 @@ class Bucket:
         with _faults():
             obstore.put(self._store, path, file)
 
-    def get_file(self, path: str, file: Path) -> None:
-        """Copy an object to a new file of this disk, whose faults stay OSError."""
-        with _faults():
+    def get_file(self, path: str, file: Path, *, missing: bool = True) -> None:
+        """Copy an object to a new file of this disk, whose faults stay OSError. Without `missing`, one that is not
+        there is FileNotFoundError."""
+        with _faults(missing=missing):
             stream = obstore.get(self._store, path).stream(min_chunk_size=_CHUNK_BYTES)
             with file.open("xb") as copy:
                 for chunk in stream:

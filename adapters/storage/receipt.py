@@ -1,9 +1,11 @@
 """The receipt of an upload: what is kept in memory, and in the database, for every version of every name."""
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 from adapters.peft_format.directory import AdapterSpec
+from adapters.peft_format.text import AdapterText
 
 
 def receipt_of(spec: AdapterSpec) -> dict[str, Any]:
@@ -34,3 +36,12 @@ def receipt_of(spec: AdapterSpec) -> dict[str, Any]:
         "base_model_name_or_path": spec.config["base_model_name_or_path"],
         "warnings": list(spec.warnings),
     } | {name: value for name, value in own.items() if value}
+
+
+def taught(receipt: Mapping[str, Any]) -> AdapterText:
+    """What the rows of its fine-tune had taught the adapter: stop tokens, formats of calls and thoughts."""
+    return AdapterText(
+        stop_tokens=tuple(receipt.get("stop_token_ids", ())),
+        tool_format=receipt.get("trained_tool_format"),
+        reasoning_format=receipt.get("trained_reasoning_format"),
+    )

@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import random
+import re
 import threading
 import time
 import uuid
@@ -33,6 +34,8 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.005, 0.5
 _SEAL_SECONDS = 3600.0  # after which a tombstone that was to go, and is still there, may be used again
 _REMOVAL_SECONDS = 60.0  # in which a sealed tombstone goes, or stays
 _SUFFIX = ".json"
+_LOOKS = 64  # at keys not known here, between two lists
+_PLAIN = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +82,7 @@ class Records:
         self._bucket = bucket
         self._prefix = prefix
         self._known: dict[str, tuple[int, str | None]] = {}  # key -> revision, ETag
+        self._missed: set[str] = set()  # keys that were looked for since the last list
         self._lock = threading.Lock()
 
     # --- seeing --------------------------------------------------------------------------------------
@@ -87,6 +91,7 @@ class Records:
         """Records that are not those known here. They become known one by one, by `note`."""
         with self._lock:
             known = dict(self._known)
+            self._missed.clear()
         listed = {self._key(entry.path): entry.etag for entry in self._entries()}
         changed = [key for key, etag in listed.items() if key not in known or known[key][1] != etag]
         missing = [key for key in known if key not in listed]  # by a list that is late, or by `sweep`
@@ -98,6 +103,15 @@ class Records:
         """Every record as it is now, those removed left out."""
         records = self._read_all([self._key(entry.path) for entry in self._entries()])
         return (record for record in records if record.content is not None)
+
+    def miss(self, key: str) -> Record | None:
+        """A record that somebody asks for and that is not known here; looked for once between two lists."""
+        with self._lock:
+            if key in self._missed or len(self._missed) >= _LOOKS or not _PLAIN.fullmatch(key):
+                return None
+            self._missed.add(key)
+        record = self.look(key)
+        return None if record.content is None else record
 
     def look(self, key: str) -> Record:
         """One record as it is now."""
@@ -126,6 +140,16 @@ class Records:
                 return False
             self._known[record.key] = record.revision, record.etag
             return True
+
+    def knows(self, key: str) -> bool:
+        """Whether there is such a record, or was, as far as is known here."""
+        with self._lock:
+            return key in self._known
+
+    def forget(self, key: str) -> None:
+        """Know a record no more: whatever it says is news again."""
+        with self._lock:
+            self._known.pop(key, None)
 
     def damage(self, key: str, fault: object) -> None:
         """Say once that an object is no record. What it said before goes on being known."""

@@ -20,6 +20,7 @@ import msgspec
 from adapters.disk import StorageFull, full_disk_named, sync
 from adapters.storage import lost
 from adapters.storage.database import DatabaseBusy
+from adapters.storage.versions import RemoteUnavailable
 from server.admission import BACKGROUND
 from server.batches import rows
 from server.batches.metrics import BatchMetrics
@@ -169,7 +170,7 @@ class Batches:
                 await self._advance(now)
             except BatchStateError:  # cancelled in this very moment
                 continue
-            except (StorageFull, DatabaseBusy) as fault:
+            except (StorageFull, DatabaseBusy, RemoteUnavailable) as fault:
                 log.warning("batch %s waits: %s", batch.id, fault)
                 await asyncio.sleep(SPACE_SECONDS)
             except Exception:
@@ -276,15 +277,22 @@ class Batches:
             for row in rows.read(directory / INPUT):
                 if row.custom_id not in journal.done:
                     count += journal.add(row.custom_id, None, unanswered)
-        with full_disk_named(), self._files.staging() as staging, self.store.database.transaction():
-            made: dict[bool, str | None] = {True: None, False: None}
+        made: dict[bool, str | None] = {True: None, False: None}
+        with full_disk_named(), self._files.staging() as staging:
             for good, path in journal.paths.items():
                 if journal.counts[good]:
                     _same_file(path, staging / path.name)
-                    name = f"{batch.id}_{path.name}"
-                    made[good] = self._files.add(batch.tenant, staging / path.name, filename=name, purpose=RESULTS).id
-            done = {"completed": journal.counts[True], "failed": journal.counts[False]}
-            self.store.move(batch, status, output_file=made[True], error_file=made[False], **done)
+                    # One file, however often this is done: whoever is killed here does it again.
+                    made[good] = f"file-{batch.id.removeprefix('batch_')}{path.stem[0]}"
+                    self._files.add(
+                        batch.tenant,
+                        staging / path.name,
+                        filename=f"{batch.id}_{path.name}",
+                        purpose=RESULTS,
+                        file_id=made[good],
+                    )
+        done = {"completed": journal.counts[True], "failed": journal.counts[False]}
+        self.store.move(batch, status, output_file=made[True], error_file=made[False], **done)
         return count
 
 

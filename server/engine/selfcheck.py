@@ -3,7 +3,8 @@
 A custom attention function gets no mask from transformers and is trusted to do right, and a family may keep state or
 count positions where the engine cannot see it. So every new base first answers two requests of one batch, one of them
 through a random adapter on every linear, in several chunks and ten decoded tokens; all of it is compared with stock
-eager attention over the same tokens at once. What passed is remembered by digest and versions.
+eager attention over the same tokens at once, and in every step each layer must attend once. What passed is remembered
+by digest and versions.
 """
 
 import hashlib
@@ -25,10 +26,10 @@ from adapters.peft_format import directory as adapter_format
 from adapters.scratch import scratch
 from server.engine.engine import Engine
 from server.messages.protocol import AdapterRef, Forget, Generate, Sampling, TokenLogprob
-from server.model import attention, experts
+from server.model import attention, experts, geometry
 from server.model.base import Base, UnservableModel, refusing
 
-REVISION = 3  # of this check: what passed an earlier one is checked again
+REVISION = 4  # of this check: what passed an earlier one is checked again
 SCORED = 64  # prompt positions compared, the last ones of the first chunk
 PLAIN = 48  # prompt tokens of the request without an adapter
 DECODED = 10
@@ -81,7 +82,7 @@ def compare(engine: Engine) -> float:
     """Largest difference between our log-probabilities and those of stock eager attention and the adapter's formula.
 
     The stock side decodes the weights with their own library, so that it shares no kernel with ours. Raises
-    UnservableModel when a request fails.
+    UnservableModel when a request fails, or a layer attends other than once in a step.
     """
     longest = engine.max_model_len - DECODED
     length = max(3, min(max(layer.window for layer in engine.base.layers) + SCORED + 16, longest))
@@ -92,8 +93,9 @@ def compare(engine: Engine) -> float:
         adapter, rows = _random_adapter(engine, folder)
         try:
             # Three rounds over growing prompts: what an earlier one computed is in the cache, so each is a chunk.
-            for part in (1, 2, 3):
-                _answer(engine, {"adapted": (adapted, adapter), "plain": (plain, None)}, part)
+            with geometry.held(engine.base.decoder, engine.base.slot, engine.base.layers):
+                for part in (1, 2, 3):
+                    _answer(engine, {"adapted": (adapted, adapter), "plain": (plain, None)}, part)
         finally:
             engine.blocks.reset_cache()
             engine.forget(Forget(id="selfcheck", digest=adapter.digest))

@@ -16,10 +16,9 @@ from adapters.disk import is_full, sync
 from adapters.peft_format.config import AdapterError
 from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME
 from adapters.peft_format.text import AdapterText
-from adapters.storage.database import Database
 from server.finetune import restore
 from server.finetune.files import FileStore
-from server.finetune.jobs import Job, JobFailedError, JobStore
+from server.finetune.jobs import Job, JobFailedError, JobStore, StoredCheckpoint
 from server.messages.training import Checkpoint, Metrics
 from server.registry.publish import Publisher
 
@@ -32,10 +31,10 @@ _COLUMNS = (
 
 
 class CheckpointAdapters:
-    """Checkpoints and results of all jobs."""
+    """Checkpoints and results of all jobs, whose own directories lie in `directory`."""
 
-    def __init__(self, database: Database, files: FileStore, jobs: JobStore, publisher: Publisher) -> None:
-        self._database = database
+    def __init__(self, directory: Path, files: FileStore, jobs: JobStore, publisher: Publisher) -> None:
+        self._directory = directory
         self._files = files
         self._jobs = jobs
         self._publisher = publisher
@@ -51,6 +50,7 @@ class CheckpointAdapters:
         name = None if checkpoint.kind == "state" else f"{job.model_name}:ckpt-step-{checkpoint.metrics.step}"
         try:
             hashes = await asyncio.to_thread(_sync_and_hash, directory)
+            await asyncio.to_thread(self._jobs.put, job.id, directory, hashes)
             if name is not None:
                 await self._publish(job, name, directory)
             if checkpoint.kind == "final":
@@ -66,15 +66,15 @@ class CheckpointAdapters:
         async with self._publisher.stage() as staging:
             for file in (CONFIG_NAME, WEIGHTS_NAME):
                 await asyncio.to_thread(shutil.copyfile, directory / file, staging.path / file)
-            taught = AdapterText(
+            learned = AdapterText(
                 stop_tokens=tuple(job.stop_tokens),
                 tool_format=job.tool_format,
                 reasoning_format=job.reasoning_format,
             )
-            await self._publisher.admit(job.tenant, name, staging, fine_tuned=True, taught=taught)
+            await self._publisher.admit(job.tenant, name, staging, fine_tuned=True, learned=learned)
 
     def _commit(self, job: Job, checkpoint: Checkpoint, name: str | None, hashes: dict[str, str]) -> None:
-        with self._database.transaction():
+        with self._jobs.at_once():
             self._jobs.add_checkpoint(
                 job,
                 metrics=checkpoint.metrics,
@@ -88,14 +88,18 @@ class CheckpointAdapters:
         resumable = self._jobs.resumable(job.id)
         restore.note(Path(checkpoint.directory), restore.CHECKPOINT, resumable[0])
         for old in resumable[KEPT_CHECKPOINTS:]:
-            shutil.rmtree(old.directory, ignore_errors=True)
+            shutil.rmtree(self._here(job, old), ignore_errors=True)
+        if checkpoint.kind != "final":
+            kept = [kept.hashes for kept in resumable[:KEPT_CHECKPOINTS]]
+            self._jobs.forget(job.id, [hash_ for files in (*kept, job.inputs) for hash_ in files.values()])
 
     def _succeed(self, job: Job, trained_tokens: int) -> None:
         """Write the result file and the happy end, in the transaction that is open."""
         with self._files.staging() as staging:
             results = staging / "step_metrics.csv"
             results.write_text(_as_csv(self._jobs.steps(job.id)))
-            stored = self._files.add(job.tenant, results, filename=results.name, purpose=RESULTS)
+            id_ = f"file-{job.id.removeprefix('ftjob-')}"  # one, however often the end is written
+            stored = self._files.add(job.tenant, results, filename=results.name, purpose=RESULTS, file_id=id_)
         self._jobs.add_event(job.id, f"New fine-tuned model created: {job.model_name}")
         self._jobs.move(
             job,
@@ -109,12 +113,17 @@ class CheckpointAdapters:
     def last_good(self, job: Job) -> str | None:
         """The directory of the latest checkpoint whose files are what they were when it was written down."""
         for kept in self._jobs.resumable(job.id)[:KEPT_CHECKPOINTS]:
-            directory = Path(kept.directory)
+            directory = self._here(job, kept)
+            self._jobs.fetch(job.id, directory, kept.hashes)
             with contextlib.suppress(OSError):
-                if {name: _hash(directory / name) for name in kept.hashes} == kept.hashes:
-                    return kept.directory
+                if {name: file_hash(directory / name) for name in kept.hashes} == kept.hashes:
+                    return str(directory)
             self._jobs.add_event(job.id, f"The checkpoint of step {kept.metrics.step} is damaged", level="warn")
         return None
+
+    def _here(self, job: Job, kept: StoredCheckpoint) -> Path:
+        """Where a checkpoint lies, or would, which another server may have made."""
+        return self._directory / job.id / Path(*Path(kept.directory).parts[-2:])
 
 
 def _sync_and_hash(directory: Path) -> dict[str, str]:
@@ -122,13 +131,14 @@ def _sync_and_hash(directory: Path) -> dict[str, str]:
     hashes = {}
     for path in sorted(directory.iterdir()):
         sync(path)
-        hashes[path.name] = _hash(path)
+        hashes[path.name] = file_hash(path)
     sync(directory)
     sync(directory.parent)
     return hashes
 
 
-def _hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """BLAKE2b of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
 

@@ -21,6 +21,7 @@ from msgspec.structs import replace
 
 from adapters.disk import StorageFull
 from adapters.storage.database import Database, DatabaseBusy
+from adapters.storage.versions import RemoteUnavailable
 from server.client.engine import EngineClient, EngineDied, engine_up
 from server.errors import EngineUnavailable, InternalError, ModelNotFound, as_error
 from server.finetune import hyperparameters as recipe
@@ -280,13 +281,13 @@ class Evaluations:
         while True:
             try:
                 return await asyncio.to_thread(write)
-            except (OSError, StorageFull, DatabaseBusy) as fault:
+            except (OSError, StorageFull, DatabaseBusy, RemoteUnavailable) as fault:
                 log.warning("the rows of an evaluation wait for the disk: %s", type(fault).__name__)
             await asyncio.sleep(SPACE_SECONDS)
 
     def _read(self, evaluation: Evaluation, base: Ready) -> list[_Example]:
         try:
-            path = self._files.get(evaluation.tenant, evaluation.file).path
+            path = self._files.fetched(evaluation.tenant, evaluation.file).path
             with path.open("rb") as file:
                 tokenizer = TrainingTokenizer(self._text, base.eos_token_ids)
                 length = recipe.max_seq_len(recipe.TrainingOptions(), base) - SPARE_TOKENS

@@ -90,28 +90,51 @@ class FileStore:
             shutil.rmtree(directory, ignore_errors=True)
 
     def add(
-        self, tenant: str, source: Path, *, filename: str, purpose: str, report: dict[str, Any] | None = None
+        self,
+        tenant: str,
+        source: Path,
+        *,
+        filename: str,
+        purpose: str,
+        report: dict[str, Any] | None = None,
+        file_id: str | None = None,
     ) -> StoredFile:
         """Take over a staged file. Raises OSError (a full disk, say) with nothing kept."""
-        file_id = new_id("file-")
+        file_id = file_id or new_id("file-")
         target = self._root / file_id
         sync(source)
         size = source.stat().st_size
         stored = StoredFile(file_id, tenant, filename, purpose, size, int(time.time()), target, report or {})
         self._pending.mark(file_id)
         try:
+            row = self._share(_row(stored) | {"digest": digest_of(source)}, source)
             source.rename(target)
-            record = record_of(self._root, file_id)
-            record.parent.mkdir(exist_ok=True)
-            write_synced(record, json.dumps(_row(stored) | {"digest": _digest(target)}).encode())
+            self._note(row)
             sync(self._root)
             with self._database.transaction() as connection:
-                insert(connection, _row(stored))
+                insert(connection, row)
                 self._database.after_commit(lambda: self._pending.clear(file_id))
         except BaseException:
             self._remove(target)
+            self._unshare(file_id)
             raise
         return stored
+
+    def _share(self, row: dict[str, Any], source: Path) -> dict[str, Any]:
+        """Give a file to those who shall have it, too; its row, as it is to be kept."""
+        return row
+
+    def _unshare(self, file_id: str) -> None:
+        """Take it away from them again."""
+
+    def _note(self, row: dict[str, Any]) -> None:
+        record = record_of(self._root, row["id"])
+        record.parent.mkdir(exist_ok=True)
+        write_synced(record, json.dumps(row).encode())
+
+    def fetched(self, tenant: str, file_id: str) -> StoredFile:
+        """A file whose bytes are on this disk. Raises UnknownFileError."""
+        return self.get(tenant, file_id)
 
     def get(self, tenant: str, file_id: str) -> StoredFile:
         """Raises UnknownFileError."""
@@ -165,8 +188,10 @@ class FileStore:
 
 def insert(connection: sqlite3.Connection, row: Mapping[str, Any]) -> None:
     """Write a file's row. Raises LookupError for one that is none."""
-    values = [row[column] for column in _COLUMNS]
-    connection.execute(f"INSERT INTO files ({', '.join(_COLUMNS)}) VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+    values = [row.get("number"), *(row[column] for column in _COLUMNS)]
+    connection.execute(
+        f"INSERT OR REPLACE INTO files (number, {', '.join(_COLUMNS)}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values
+    )
 
 
 def recorded(root: Path, file_id: str) -> dict[str, Any] | None:
@@ -186,7 +211,7 @@ def record_of(root: Path, file_id: str) -> Path:
 def whole(path: Path) -> bool:
     """Whether a file has the bytes that were uploaded, as far as that was noted."""
     row = recorded(path.parent, path.name)
-    return row is None or row.get("digest") == _digest(path)
+    return row is None or row.get("digest") == digest_of(path)
 
 
 def _row(file: StoredFile) -> dict[str, Any]:
@@ -202,6 +227,7 @@ def _report(row: Any) -> dict[str, Any]:
     return report
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path) -> str:
+    """SHA-256, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

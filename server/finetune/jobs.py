@@ -10,7 +10,9 @@ Every change is on disk when the call returns.
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import msgspec
@@ -100,6 +102,12 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     tool_format: str | None = None  # in which its calls of tools are written
     reasoning_format: str | None = None
     waits_for_space: bool = False  # paused by a full disk
+    inputs: dict[str, str] = {}  # files in its directory that other servers need, too -> their hashes
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is work to do for it."""
+        return self.status not in FINAL and (self.status != "paused" or self.waits_for_space)
 
     @property
     def model_name(self) -> str:
@@ -132,7 +140,7 @@ class StoredCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class JobStore(Records[Job, Status]):
-    """All jobs.
+    """All jobs of one server. `SharedJobs` are those of several.
 
     Args:
         ledger: where trained tokens are counted.
@@ -144,10 +152,10 @@ class JobStore(Records[Job, Status]):
 
     # --- jobs --------------------------------------------------------------------------------------
 
-    def create(self, tenant: str, spec: JobSpec) -> Job:
+    def create(self, tenant: str, spec: JobSpec, *, number: int | None = None) -> Job:
         job = Job(id=new_id("ftjob-"), tenant=tenant, status="validating_files", created_at=int(time.time()), spec=spec)
         with self.database.transaction():
-            self.add(job)
+            self.add(job, number)
             self.add_event(job.id, f"Created fine-tuning job: {job.id}")
         return job
 
@@ -187,16 +195,23 @@ class JobStore(Records[Job, Status]):
             JobStateError: that step is not allowed from the status that the job has *now*, or that is not `expected`.
         """
         with self.database.transaction(removing=status not in _GOING_ON):
-            current = self.get(job.tenant, job.id)
-            if status not in _NEXT.get(current.status, ()) or expected not in (None, current.status):
-                raise JobStateError(f"Job {job.id} is {current.status}; it cannot become {status}.")
-            if status in FINAL:
-                changes["finished_at"] = int(time.time())
-            moved = msgspec.structs.replace(current, status=status, **changes)
+            moved = self.moved(self.get(job.tenant, job.id), status, expected, changes)
             self.write(moved)
             if message is not None:
-                self.add_event(job.id, message, level="error" if status == "failed" else "info")
+                self.add_event(job.id, message, level=level_of(status))
         return moved
+
+    def steer(self, job: Job, status: Status, message: str | None = None, **options: Any) -> Job:
+        """`move` for who does not work on the job, but may say what becomes of it."""
+        return self.move(job, status, message, **options)
+
+    @staticmethod
+    def moved(current: Job, status: Status, expected: Status | None, changes: Mapping[str, Any]) -> Job:
+        """The job as `move` makes it; raises what that does."""
+        if status not in _NEXT.get(current.status, ()) or expected not in (None, current.status):
+            raise JobStateError(f"Job {current.id} is {current.status}; it cannot become {status}.")
+        ended = {"finished_at": int(time.time())} if status in FINAL else {}
+        return msgspec.structs.replace(current, status=status, **ended, **changes)
 
     def update(self, job: Job, **changes: Any) -> Job:
         """Change fields other than the status. Needs no space on the disk."""
@@ -216,14 +231,7 @@ class JobStore(Records[Job, Status]):
         data: dict[str, Any] | None = None,
     ) -> None:
         """Append to the job's log. An event with `data` is of type "metrics"."""
-        event = {
-            "id": new_id("ftevent-"),
-            "created_at": int(time.time()),
-            "level": level,
-            "message": message,
-            "type": "message" if data is None else "metrics",
-            "data": data,
-        }
+        event = event_row(message, level, data)
         with self.database.transaction() as connection:
             connection.execute(
                 "INSERT INTO events (id, job, record) VALUES (?, ?, ?)",
@@ -318,3 +326,44 @@ class JobStore(Records[Job, Status]):
                 "SELECT record FROM checkpoints WHERE job = ? ORDER BY step DESC", (job_id,)
             ).fetchall()
         return [msgspec.json.decode(row["record"], type=StoredCheckpoint) for row in rows]
+
+    # --- working on one ------------------------------------------------------------------------------
+
+    def take_up(self) -> list[Job]:
+        """Jobs that this server is to work on, and does not yet."""
+        return [job for job in self.unfinished() if job.goes_on]
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Several changes of a job that are on disk together, or not at all."""
+        with self.database.transaction():
+            yield
+
+    def share(self, job: Job, directory: Path) -> None:
+        """Make a new job known to other servers, with what is in its directory."""
+
+    def put(self, job_id: str, root: Path, files: Mapping[str, str]) -> None:
+        """Keep files of a job where other servers find them. `files`: paths below `root` -> hashes."""
+
+    def fetch(self, job_id: str, root: Path, files: Mapping[str, str]) -> None:
+        """See that these files are here, as far as they are kept."""
+
+    def forget(self, job_id: str, but: Sequence[str] = ()) -> None:
+        """Keep none of a job's files any more but those of these hashes."""
+
+
+def event_row(message: str, level: str = "info", data: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A new event as it is stored."""
+    return {
+        "id": new_id("ftevent-"),
+        "created_at": int(time.time()),
+        "level": level,
+        "message": message,
+        "type": "message" if data is None else "metrics",
+        "data": data,
+    }
+
+
+def level_of(status: Status) -> Literal["info", "error"]:
+    """Of the event that tells of a status."""
+    return "error" if status == "failed" else "info"

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from adapters.disk import sync
 from adapters.storage import lost
 from adapters.storage.database import Database, DatabaseBusy
+from adapters.storage.versions import RemoteUnavailable
 from server.client.engine import EngineClient, EngineDied, TrainingRefused, engine_up
 from server.errors import EngineUnavailable, StorageFull, as_error
 from server.finetune import hyperparameters as recipe
@@ -27,7 +28,7 @@ from server.finetune.checkpoints import CheckpointAdapters
 from server.finetune.files import FileStore
 from server.finetune.jobs import FINAL, Job, JobError, JobFailedError, JobSpec, JobStateError, JobStore, Status
 from server.finetune.metrics import TrainingMetrics
-from server.finetune.preparation import Preparation, copy_initial
+from server.finetune.preparation import Preparation, copy_initial, placed
 from server.finetune.slots import FairSlots
 from server.finetune.wandb_runs import WandbRuns
 from server.messages.training import (
@@ -59,6 +60,9 @@ class JobManager:
     Args:
         directory: where jobs keep data and checkpoints while they run.
         max_running: jobs that train at once; the rest are queued.
+
+    Attributes:
+        tasks: those that work on jobs, by the jobs' ids.
     """
 
     def __init__(
@@ -80,47 +84,27 @@ class JobManager:
         self._jobs = jobs
         self._engine = engine
         self._preparation = Preparation(files, jobs, text)
-        self._checkpoints = CheckpointAdapters(database, files, jobs, publisher)
+        self._checkpoints = CheckpointAdapters(directory, files, jobs, publisher)
         self._metrics = metrics
         self._wandb = WandbRuns()
         self._slots = FairSlots(max_running)
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self.tasks: dict[str, asyncio.Task[None]] = {}
         self._training: set[str] = set()  # ids of the jobs that have a slot
         self._pace: dict[str, float] = {}  # id -> seconds per step, lately
         self._news = asyncio.Event()
+        self.wake: Callable[[], None] | None = None  # where there are several servers, for one to begin with a job
 
     # --- its life -------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Go on with every job that was under way; paused ones stay paused."""
-        for job in await asyncio.to_thread(self._sort_out):
-            if job.status != "paused" or job.waits_for_space:
-                self._begin(job)
-
-    def _sort_out(self) -> Sequence[Job]:
-        """Remove what finished jobs left, set aside what the database does not know; the jobs that are to go on."""
-        aside = self._directory.parent / lost.LOST_AND_FOUND
-        lost.directory_at(self._directory, aside)
-        statuses, unfinished = self._jobs.statuses(), self._jobs.unfinished()
-        readable = {job.id for job in unfinished}
-        unreadable = [path for path in lost.entries(self._directory) if path.name in statuses.keys() - readable]
-        for path in unreadable:
-            if statuses[path.name] in FINAL:
-                lost.remove(path)
-            else:
-                restore.restore_job(self._jobs, path)
-        unknown = [path for path in lost.entries(self._directory) if path.name not in statuses]
-        lost.sort_out(unknown, self._pending, aside / self._directory.name, self._database.path.name)
-        for job in unfinished:
-            restore.note(self._directory / job.id, restore.JOB, job)
-        return unfinished
+        await asyncio.to_thread(restore.sort_out, self._jobs, self._directory, self._pending)
+        if self.wake is None:
+            self.begin(await asyncio.to_thread(self._jobs.take_up))
 
     async def stop(self) -> None:
         """Let go of all jobs; the next `start` goes on with them."""
-        tasks = list(self._tasks.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*map(self.abandon, list(self.tasks)))
 
     async def wait_for_news(self, seconds: float) -> None:
         """Return when something may have been written to some job, or after so long."""
@@ -136,7 +120,7 @@ class JobManager:
     async def create(self, tenant: str, spec: JobSpec, initial: Path | None = None) -> Job:
         """Record a job and begin with it. `initial`: files of the adapter version that it goes on from."""
         job = await asyncio.to_thread(self._create, tenant, spec, initial)
-        self._begin(job)
+        self._go_on(job)
         self._announce()
         return job
 
@@ -155,11 +139,12 @@ class JobManager:
             sync(self._directory)
             self._database.after_commit(undo.pop_all)
             self._database.after_commit(partial(self._pending.clear, job.id))
+        self._jobs.share(job, directory)
         return job
 
     async def cancel(self, job: Job) -> Job:
         """Raises JobStateError when the job is at an end already."""
-        cancelled = await self._move(job, "cancelled", "Fine-tuning job cancelled", waits_for_space=False)
+        cancelled = await self._move(job, "cancelled", "Fine-tuning job cancelled", asked=True, waits_for_space=False)
         await self._let_go(cancelled, save=False)
         if job.id not in self._training:  # else its task cleans up when the engine has let go
             await self._clean_up(job)
@@ -169,10 +154,11 @@ class JobManager:
         """A waiting job is paused at once, a running one when its step is saved. Raises JobStateError otherwise."""
         now = await self._now(job)
         if now.waits_for_space:
-            await self._end_task(job)
+            await self.abandon(job.id)
             return await asyncio.to_thread(self._jobs.update, job, waits_for_space=False)
         running = now.status == "running"
-        moved = await self._move(job, "pausing" if running else "paused", "Job pausing" if running else "Job paused")
+        status: Status = "pausing" if running else "paused"
+        moved = await self._move(job, status, f"Job {status}", asked=True)
         if not await self._let_go(moved, save=True) and running:
             with contextlib.suppress(JobStateError):  # it got there by itself
                 return await self._move(job, "paused", "Job paused", expected="pausing")
@@ -182,20 +168,16 @@ class JobManager:
         """Raises JobStateError unless the job is paused, or about to be."""
         if (await self._now(job)).status == "pausing":
             with contextlib.suppress(JobStateError):  # it has paused in this very moment
-                return await self._move(job, "running", "Job resumed")
+                return await self._move(job, "running", "Job resumed", asked=True)
         now = await self._now(job)
         if now.waits_for_space:
-            await self._end_task(job)
-        elif now.status == "paused" and (task := self._tasks.get(job.id)):
+            await self.abandon(job.id)
+        elif now.status == "paused" and (task := self.tasks.get(job.id)):
             await asyncio.wait({task})  # it is about to end, after the pause
         status: Status = "validating_files" if now.start is None else "queued"
-        resumed = await self._move(job, status, "Job resumed", waits_for_space=False)
-        self._begin(resumed)
+        resumed = await self._move(job, status, "Job resumed", asked=True, waits_for_space=False)
+        self._go_on(resumed)
         return resumed
-
-    async def plan_memory(self, question: PlanMemory) -> MemoryPlan:
-        """What a job would take. Raises EngineUnavailable, TrainingRefused."""
-        return await self._engine.plan_memory(question)
 
     def estimated_finish(self, job: Job) -> int | None:
         """Unix time, while the job runs and its pace is known."""
@@ -210,38 +192,54 @@ class JobManager:
             with contextlib.suppress(EngineUnavailable):
                 await self._engine.stop_job(StopJob(job.id, save=save))
                 return True
-        await self._end_task(job)
+        await self.abandon(job.id)
         return False
 
-    async def _end_task(self, job: Job) -> None:
-        if task := self._tasks.get(job.id):
+    async def heed(self, job: Job) -> None:
+        """Somebody else has changed the status of a job that is worked on here."""
+        self._announce()
+        if job.status in FINAL or job.status == "pausing":
+            await self._let_go(job, save=job.status == "pausing")
+        elif job.status != "running":
+            await self.abandon(job.id)
+
+    async def abandon(self, job_id: str) -> None:
+        """Work on a job no longer, at once, and change nothing of it."""
+        if task := self.tasks.get(job_id):
             task.cancel()
             await asyncio.wait({task})
 
     async def _clean_up(self, job: Job) -> None:
         """Remove what was needed to go on; what is published lies elsewhere."""
         await asyncio.to_thread(shutil.rmtree, self._directory / job.id, ignore_errors=True)
+        await asyncio.to_thread(self._jobs.forget, job.id)
 
-    async def _move(self, job: Job, status: Status, message: str, **changes: Any) -> Job:
-        moved = await asyncio.to_thread(self._jobs.move, job, status, message, **changes)
+    async def _move(self, job: Job, status: Status, message: str, *, asked: bool = False, **changes: Any) -> Job:
+        """`asked`: a client wants it so, whoever works on the job."""
+        move: Callable[..., Job] = self._jobs.steer if asked else self._jobs.move
+        moved = await asyncio.to_thread(move, job, status, message, **changes)
         self._announce()
         return moved
 
     # --- one job -----------------------------------------------------------------------------------------
 
-    def _begin(self, job: Job) -> None:
-        task = asyncio.create_task(self._work(job), name=job.id)
-        self._tasks[job.id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(job.id, None))
+    def _go_on(self, job: Job) -> None:
+        (self.wake or partial(self.begin, [job]))()
+
+    def begin(self, jobs: Sequence[Job]) -> None:
+        """Work on these jobs, which are this server's."""
+        for job in jobs:
+            task = asyncio.create_task(self._work(job), name=job.id)
+            self.tasks[job.id] = task
+            task.add_done_callback(lambda _, id_=job.id: self.tasks.pop(id_, None))  # type: ignore[misc]
 
     async def _work(self, job: Job) -> None:
         """From wherever the job stands to its end, or to a pause."""
         try:
             while True:
                 try:
-                    await self._advance(job)
-                    break
-                except DatabaseBusy as fault:
+                    return await self._advance(job)
+                except (DatabaseBusy, RemoteUnavailable) as fault:
                     log.warning("job %s waits: %s", job.id, fault)
                     await asyncio.sleep(SPACE_SECONDS)
                     job = await self._now(job)
@@ -269,13 +267,15 @@ class JobManager:
             return
         if job.status == "running":
             job = await self._move(job, "queued", "The server restarted; the job is queued again")
+        directory = self._directory / job.id
+        await asyncio.to_thread(self._jobs.fetch, job.id, directory, job.inputs)
         if job.start is None:
             start, taught = await self._preparation.start_message(
-                job, await engine_up(self._engine), self._directory / job.id, partial(self._ask_memory, job)
+                job, await engine_up(self._engine), directory, partial(self._ask_memory, job)
             )
             message = "Files validated, moving job to queued state"
             job = await self._move(job, "queued", message, start=start, **taught)
-            await asyncio.to_thread(restore.note, self._directory / job.id, restore.JOB, job)
+            await asyncio.to_thread(restore.note, directory, restore.JOB, job)
         async with self._slots.take(job.tenant):
             await self._train(job)
 
@@ -302,7 +302,7 @@ class JobManager:
     async def _fail(self, job: Job, error: JobError) -> None:
         with contextlib.suppress(JobStateError):
             while True:
-                with contextlib.suppress(OSError, DatabaseBusy):  # the disk is full to the last byte
+                with contextlib.suppress(OSError, DatabaseBusy, RemoteUnavailable):  # the disk is full to the last byte
                     await self._move(job, "failed", error.message, error=error)
                     return
                 await asyncio.sleep(SPACE_SECONDS)
@@ -361,7 +361,7 @@ class JobManager:
         """One life of the job on the engine. Raises EngineUnavailable, JobFailedError."""
         assert job.start is not None
         resume = await asyncio.to_thread(self._checkpoints.last_good, job)
-        replies = self._engine.train(replace(job.start, resume=resume))
+        replies = self._engine.train(replace(placed(job.start, self._directory / job.id), resume=resume))
         try:
             async for reply in replies:
                 await self._take(await self._now(job), reply)

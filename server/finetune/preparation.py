@@ -18,6 +18,7 @@ from adapters.peft_format import record
 from adapters.peft_format.config import AdapterError
 from adapters.peft_format.directory import CONFIG_NAME, SPEC_NAME, WEIGHTS_NAME, AdapterSpec
 from server.finetune import hyperparameters as recipe
+from server.finetune.checkpoints import file_hash
 from server.finetune.dataset import load_dataset
 from server.finetune.files import FileStore, UnknownFileError
 from server.finetune.jobs import Job, JobFailedError, JobStore
@@ -41,6 +42,13 @@ def copy_initial(version: Path, directory: Path) -> None:
         shutil.copyfile(version / name, target / name)
         sync(target / name)
     sync(target)
+
+
+def placed(start: StartJob, directory: Path) -> StartJob:
+    """The same for the files of another directory: the job may have been begun elsewhere."""
+    fields = ("train_data", "valid_data", "initial")
+    files = {name: str(directory / Path(file).name) for name in fields if (file := getattr(start, name)) is not None}
+    return replace(start, directory=str(directory), **files)
 
 
 class Preparation:
@@ -93,8 +101,11 @@ class Preparation:
             plan=replace(plan, memory=memory.mode),
             initial=str(directory / INITIAL) if spec.adapter is not None else None,
         )
+        files = [train_data] if valid_data is None else [train_data, valid_data]
+        inputs = {file.name: await asyncio.to_thread(file_hash, file) for file in files}
+        await asyncio.to_thread(self._jobs.put, job.id, directory, inputs)
         formats = {"tool_format": train.tool_format, "reasoning_format": train.reasoning_format}
-        return start, {"stop_tokens": list(train.stop_tokens)} | formats
+        return start, {"stop_tokens": list(train.stop_tokens), "inputs": {**job.inputs, **inputs}} | formats
 
     async def _encode(self, job: Job, base: Ready, file_id: str, param: str, target: Path) -> Dataset:
         """Validate a file and write its token ids to `target`."""
@@ -102,7 +113,7 @@ class Preparation:
 
         def encode() -> Dataset:
             self._jobs.add_event(job.id, f"Validating {param.replace('_', ' ')}: {file_id}")
-            with self._files.get(job.tenant, file_id).path.open("rb") as file:
+            with self._files.fetched(job.tenant, file_id).path.open("rb") as file:
                 data = load_dataset(
                     file,
                     TrainingTokenizer(self._text, base.eos_token_ids),

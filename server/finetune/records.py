@@ -69,12 +69,12 @@ class Records(Generic[R, S]):
         self._statuses = statuses
         self._final = sorted(final)
 
-    def add(self, record: R) -> None:
-        """A new row; join a transaction to do more with it."""
+    def add(self, record: R, number: int | None = None) -> None:
+        """A new row; join a transaction to do more with it. `number`: its place in lists, the last by default."""
         with self.database.transaction() as connection:
             connection.execute(
-                f"INSERT INTO {self._table} (id, tenant, status, record) VALUES (?, ?, ?, ?)",
-                (record.id, record.tenant, record.status, encode(record)),
+                f"INSERT INTO {self._table} (number, id, tenant, status, record) VALUES (?, ?, ?, ?, ?)",
+                (number, record.id, record.tenant, record.status, encode(record)),
             )
 
     def write(self, record: R) -> None:
@@ -120,6 +120,12 @@ class Records(Generic[R, S]):
             rows = connection.execute(
                 f"SELECT id, record FROM {self._table} WHERE status NOT IN ({marks}) ORDER BY number", self._final
             ).fetchall()
+        return readable(rows, self._kind)
+
+    def all(self) -> list[R]:
+        """Every tenant's records, oldest first."""
+        with self.database.reading() as connection:
+            rows = connection.execute(f"SELECT id, record FROM {self._table} ORDER BY number").fetchall()
         return readable(rows, self._kind)
 
     def counts(self) -> dict[S, int]:

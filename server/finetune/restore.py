@@ -1,4 +1,5 @@
-"""Rows of files and jobs made anew from what lies beside their bytes, for a database that has lost them."""
+"""Rows of files and jobs made anew from what lies beside their bytes, for a database that has lost them; and what
+lies there that no row knows."""
 
 import contextlib
 import logging
@@ -12,7 +13,7 @@ from adapters.storage import lost
 from adapters.storage.database import Database, DatabaseDamaged
 from server.finetune import files
 from server.finetune.database import open_database
-from server.finetune.jobs import Job, JobStore, StoredCheckpoint
+from server.finetune.jobs import FINAL, Job, JobStore, StoredCheckpoint
 
 JOB, CHECKPOINT = "job.json", "checkpoint.json"
 
@@ -66,7 +67,25 @@ def restore_job(jobs: JobStore, directory: Path) -> bool:
     return False
 
 
+def sort_out(jobs: JobStore, directory: Path, pending: lost.Pending) -> None:
+    """Of jobs' directories, remove those of finished jobs, and set aside those that the database does not know."""
+    aside = directory.parent / lost.LOST_AND_FOUND
+    lost.directory_at(directory, aside)
+    statuses, unfinished = jobs.statuses(), jobs.unfinished()
+    readable = {job.id for job in unfinished}
+    unreadable = [path for path in lost.entries(directory) if path.name in statuses.keys() - readable]
+    for path in unreadable:
+        if statuses[path.name] in FINAL:
+            lost.remove(path)
+        else:
+            restore_job(jobs, path)
+    unknown = [path for path in lost.entries(directory) if path.name not in statuses]
+    lost.sort_out(unknown, pending, aside / directory.name, jobs.database.path.name)
+    for job in unfinished:
+        note(directory / job.id, JOB, job)
+
+
 def _checkpoints(directory: Path) -> Iterable[StoredCheckpoint]:
-    for path in directory.glob(f"*/{CHECKPOINT}"):
+    for path in directory.rglob(CHECKPOINT):
         with contextlib.suppress(OSError, msgspec.DecodeError):
             yield msgspec.json.decode(path.read_bytes(), type=StoredCheckpoint)

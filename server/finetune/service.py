@@ -3,8 +3,9 @@
 import asyncio
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from adapters.storage.database import BUSY_SECONDS, Database
+from adapters.storage.database import Database
 from server.client.engine import EngineClient
 from server.finetune import restore
 from server.finetune.evaluations import Evaluations
@@ -14,8 +15,14 @@ from server.finetune.manager import JobManager
 from server.finetune.metrics import TrainingMetrics
 from server.metrics import Metrics
 from server.registry.open import Registry
+from server.settings import Settings
 from server.text.processor import TextProcessor
 from server.usage import Ledger
+
+if TYPE_CHECKING:
+    from server.finetune.shared_files import SharedFiles
+    from server.finetune.shared_jobs import SharedJobs
+    from server.finetune.sharing import Sharing
 
 
 @dataclass(frozen=True)
@@ -28,15 +35,25 @@ class FineTuning:
     evaluations: Evaluations
     metrics: TrainingMetrics
     database: Database
+    directory: Path  # of jobs
+    sharing: "Sharing | None"  # with other servers
 
     async def start(self) -> None:
         """Go on with what was under way."""
+        if self.sharing is not None:
+            await self.sharing.begin(self.directory)
         await self.manager.start()
         await self.evaluations.start()
+        if self.sharing is not None:
+            self.sharing.start()
 
     async def stop(self) -> None:
         """Let go of everything; the next `start` goes on with it."""
+        if self.sharing is not None:
+            await self.sharing.stop()
         await self.manager.stop()
+        if self.sharing is not None:
+            await self.sharing.release()
         await self.evaluations.stop()
 
     async def count_jobs(self) -> None:
@@ -46,23 +63,23 @@ class FineTuning:
     @classmethod
     def open(
         cls,
-        data_dir: Path,
+        settings: Settings,
         *,
         engine: EngineClient,
         registry: Registry,
         text: TextProcessor,
         metrics: Metrics,
         ledger: Ledger,
-        max_running: int,
-        busy_seconds: float = BUSY_SECONDS,
     ) -> "FineTuning":
-        """Open what lies in `data_dir`, or begin there. Raises what `Database` does."""
-        database = restore.opened(data_dir, busy_seconds)
-        files = FileStore(data_dir / "files", database)
-        jobs = JobStore(database, ledger)
-        counted = TrainingMetrics(metrics.registry)
+        """Open what lies in the data directory, or begin there. Raises what `Database` does."""
+        root, most = settings.data_dir, settings.max_training_jobs
+        database = restore.opened(root, settings.database_seconds)
+        counted, shared = TrainingMetrics(metrics.registry), None
+        if settings.adapter_store is not None:
+            shared = _shared(settings, settings.adapter_store, database, ledger)
+        files, jobs = shared or (FileStore(root / "files", database), JobStore(database, ledger))
         manager = JobManager(
-            directory=data_dir / "jobs",
+            directory=root / "jobs",
             database=database,
             files=files,
             jobs=jobs,
@@ -70,6 +87,26 @@ class FineTuning:
             publisher=registry.publisher,
             text=text,
             metrics=counted,
-            max_running=max_running,
+            max_running=most,
         )
-        return cls(files, jobs, manager, Evaluations(database, files, registry, engine, text), counted, database)
+        sharing = None
+        if shared is not None:
+            from server.finetune.sharing import Sharing
+
+            sharing = Sharing(*shared, manager, settings.store_poll_seconds / 2)
+        evaluations = Evaluations(database, files, registry, engine, text)
+        return cls(files, jobs, manager, evaluations, counted, database, root / "jobs", sharing)
+
+
+def _shared(settings: Settings, url: str, database: Database, ledger: Ledger) -> "tuple[SharedFiles, SharedJobs]":
+    """Files and jobs that several servers have. Raises ValueError for a URL that is none."""
+    from adapters.storage.bucket import Bucket  # its library is needed only with an object store
+    from adapters.storage.leases import Leases
+    from adapters.storage.records import Records
+    from server.finetune.shared_files import SharedFiles
+    from server.finetune.shared_jobs import SharedJobs
+
+    bucket = Bucket(url)
+    files = SharedFiles(settings.data_dir / "files", database, Records(bucket, "files"), bucket)
+    leases = Leases(records := Records(bucket, "jobs"), settings.job_lease_seconds)
+    return files, SharedJobs(database, ledger, records, bucket, leases, settings.max_training_jobs)

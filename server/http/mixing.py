@@ -1,5 +1,6 @@
 """The body of `POST /v1/adapters` in JSON: a new adapter made of others, as PEFT's `add_weighted_adapter` makes it."""
 
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import asdict
 from typing import Literal, Self
@@ -7,6 +8,8 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from adapters.offline.recipe import Method, Recipe
+from adapters.peft_format.text import AdapterText
+from adapters.storage.receipt import taught
 from adapters.storage.versions import Version
 from server.children.helper import HelperLimit, ask_once
 from server.errors import InvalidRequest, disk_faults
@@ -61,6 +64,19 @@ class MixBody(Body):
         )
 
 
+def _learned(versions: Sequence[Version]) -> AdapterText:
+    """What a mix has of its sources' fine-tunes: any of their stop tokens may end a turn; a format that all of them
+    share which were taught one."""
+    texts = [taught(version.receipt) for version in versions]
+    tools = {text.tool_format for text in texts} - {None}
+    thoughts = {text.reasoning_format for text in texts} - {None}
+    return AdapterText(
+        stop_tokens=tuple(sorted({token for text in texts for token in text.stop_tokens})),
+        tool_format=tools.pop() if len(tools) == 1 else None,
+        reasoning_format=thoughts.pop() if len(thoughts) == 1 else None,
+    )
+
+
 async def mix(services: Services, caller: Caller, body: MixBody) -> tuple[Version, bool]:
     """Make the adapter and publish it. The version, and whether the name changed.
 
@@ -74,6 +90,7 @@ async def mix(services: Services, caller: Caller, body: MixBody) -> tuple[Versio
             await held.enter_async_context(registry.open(caller, source.adapter, param=f"mix.{i}.adapter", whole=True))
             for i, source in enumerate(body.mix)
         ]
+        learned = _learned(versions)
         async with publisher.stage() as staging:
             order = {
                 "sources": [str(version.path) for version in versions],
@@ -87,4 +104,4 @@ async def mix(services: Services, caller: Caller, body: MixBody) -> tuple[Versio
             except HelperLimit as limit:
                 message = f"Mixing {limit}; mix fewer adapters, or by `cat`."
                 raise InvalidRequest(message, param="mix", code="mix_too_slow") from None
-            return await publisher.admit(caller.tenant, body.name, staging, promote=body.promote)
+            return await publisher.admit(caller.tenant, body.name, staging, promote=body.promote, learned=learned)

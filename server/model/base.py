@@ -286,10 +286,7 @@ def _wrap(
     positions.fix_rope(model, longest)
     kinds = enumerate(getattr(config, "layer_types", None) or ())
     without = [layer for layer, kind in kinds if kind not in SERVED_LAYERS]
-    try:
-        layers = geometry.probe(model, slot, config.num_hidden_layers, device, without)
-    except geometry.Irregular as fault:
-        raise UnservableModel(str(fault)) from fault
+    layers = geometry.probe(model, slot, config.num_hidden_layers, device, without)
     generation = getattr(model, "generation_config", None)
     eos = getattr(generation, "eos_token_id", None) if generation is not None else None
     eos = getattr(config, "eos_token_id", None) if eos is None else eos

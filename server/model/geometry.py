@@ -3,18 +3,17 @@
 Read off one step of the model itself: configs say it in too many ways.
 """
 
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adapters.device.lora import StepSlot
-
-
-class Irregular(ValueError):
-    """The model's attention does not pass through the server's as a cache needs it; the message says how."""
+from adapters.device.lora import Attention, StepSlot
+from server.model import UnservableModel
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def probe(
 ) -> list[LayerKV]:
     """Run two tokens through a model whose attention asks `slot`, and see what each layer keeps.
 
-    Raises Irregular unless every layer attends exactly once; those of `without` need not.
+    Raises UnservableModel unless every layer attends exactly once; those of `without` need not.
     """
     recorder = _Recorder()
     slot.attention = recorder
@@ -62,10 +61,7 @@ def probe(
     order = [layer for layer, *_ in recorder.calls]
     needed = set(range(layers)) - set(without)
     if not order or len(set(order)) != len(order) or not needed <= set(order) <= set(range(layers)):
-        raise Irregular(
-            f"a step of this {type(model).__name__} attends {len(order)} times through the server's cache, "
-            f"{len(needed)} expected, once in each layer: its attention cannot be served"
-        )
+        raise _irregular(model, len(order), len(needed))
     found: dict[int, LayerKV] = {}
     owners: dict[tuple[int, int], int] = {}  # addresses of keys and values -> the layer that made them
     for layer, window, k, v in recorder.calls:
@@ -75,3 +71,45 @@ def probe(
     windows = [kept.window for kept in found.values()]
     reach = 0 if 0 in windows else max(windows)
     return [found.get(layer) or LayerKV(0, 0, reach, layer) for layer in range(layers)]
+
+
+class _Counted:
+    """Attention that counts its calls by layer."""
+
+    def __init__(self, inner: Attention) -> None:
+        self.inner = inner
+        self.calls: Counter[int] = Counter()
+
+    def attend(self, layer: int, *arguments: Any) -> Tensor:
+        self.calls[layer] += 1
+        return self.inner.attend(layer, *arguments)
+
+
+@contextmanager
+def held(decoder: nn.Module, slot: StepSlot, layers: Sequence[LayerKV]) -> Iterator[None]:
+    """Within it every step of the decoder's modules must attend as `probe` saw: else UnservableModel is raised.
+
+    A layer that attends twice, or once more in steps of another size, may give right numbers all the same.
+    """
+    expected = {layer: 1 for layer, kept in enumerate(layers) if kept.kv_heads}
+
+    def begin(*_: Any) -> None:
+        assert slot.attention is not None
+        slot.attention = _Counted(slot.attention)
+
+    def end(*_: Any) -> None:
+        counted = slot.attention
+        assert isinstance(counted, _Counted)
+        slot.attention = counted.inner
+        if counted.calls != expected:
+            raise _irregular(decoder, counted.calls.total(), len(expected))
+
+    with decoder.register_forward_pre_hook(begin), decoder.register_forward_hook(end):
+        yield
+
+
+def _irregular(model: nn.Module, calls: int, expected: int) -> UnservableModel:
+    return UnservableModel(
+        f"a step of this {type(model).__name__} attends {calls} times through the server's cache, "
+        f"{expected} expected, once in each layer: its attention cannot be served"
+    )

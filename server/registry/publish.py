@@ -29,6 +29,7 @@ from adapters.peft_format.text import (
 )
 from adapters.storage.copying import copy_files
 from adapters.storage.mending import check_noted
+from adapters.storage.receipt import taught
 from adapters.storage.staging import Staging
 from adapters.storage.store import AdapterStore, Change
 from adapters.storage.versions import Pointer, UnknownAdapter, Version, check_name
@@ -118,11 +119,11 @@ class Publisher:
         promote: bool = True,
         again: bool = True,
         strict_text: bool = True,
-        taught: AdapterText = NO_TEXT,
+        learned: AdapterText = NO_TEXT,
     ) -> tuple[Version, bool]:
         """Validate what lies in `staging` and make it the current content of `name`, or with `promote=False` a version
         of it that waits; with `again=False` leave a name that has this version already as it is. A tokenizer or chat
-        template that cannot be used is refused, or with `strict_text=False` left out with a warning. `taught`
+        template that cannot be used is refused, or with `strict_text=False` left out with a warning. `learned`
         is what the rows of a fine-tune taught it: stop tokens beside the base's, formats of calls and thoughts.
 
         Returns the version and whether the name changed. Raises AdapterError (its fault), StorageFull,
@@ -132,7 +133,7 @@ class Publisher:
         self.check_name(name, fine_tuned=fine_tuned)
         self._store.check_case(tenant, name)
         text, warnings = await self._text_beside(name, staging.path, strict=strict_text)
-        text = dataclasses.replace(taught, tokens=text.tokens, chat_template=text.chat_template)
+        text = dataclasses.replace(learned, tokens=text.tokens, chat_template=text.chat_template)
         with disk_faults():
             spec = await self._inspect(name, staging.path, base, text)
         check_fit(spec, base)
@@ -187,13 +188,7 @@ class Publisher:
             with disk_faults():
                 files = (CONFIG_NAME, WEIGHTS_NAME)
                 await run_in(self._workers, partial(copy_files, files, version.path, staging.path, version.path))
-                receipt = version.receipt
-                text = AdapterText(
-                    stop_tokens=tuple(receipt.get("stop_token_ids", ())),
-                    tool_format=receipt.get("trained_tool_format"),
-                    reasoning_format=receipt.get("trained_reasoning_format"),
-                )
-                spec = await self._inspect(version.name, staging.path, base, text)
+                spec = await self._inspect(version.name, staging.path, base, taught(version.receipt))
                 if spec.digest != version.digest:
                     raise AdapterError(f"its config and weights are those of {spec.digest}", "weights")
                 await run_in(self._workers, partial(self._store.repair, staging, spec))

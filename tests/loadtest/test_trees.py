@@ -1,6 +1,7 @@
 """Two checkouts beside each other: which code each side runs, and what the ratios come to."""
 
-import sys
+import os
+import subprocess
 from pathlib import Path
 
 from loadtest.peers.base import Kit
@@ -8,15 +9,22 @@ from loadtest.trees import This, other, table, verdicts
 
 
 def test_each_side_runs_the_code_of_its_checkout(tmp_path: Path) -> None:
-    (tmp_path / "server").mkdir()
+    """From wherever it is started: a checkout's own folder, too."""
+    package = tmp_path / "server"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    show = "import sys; print(sys.modules['server'].__file__); print(sys.argv[1:])"
+    (package / "cli.py").write_text(f"def main():\n    {show}\n")
     kit = Kit(model=tmp_path, adapters={}, rank=16, threads=2, folder=tmp_path)
     side = other(tmp_path)()
-    command, environment = side.command(kit, 8000)
     assert side.missing() is None
-    assert command[0] == sys.executable
-    assert command[3] == "serve"
-    assert environment["PYTHONPATH"] == str(tmp_path)
-    assert This().command(kit, 8000)[1]["PYTHONPATH"] == str(Path(__file__).parents[2])
+    command, environment = side.command(kit, 8000)
+    here = Path(__file__).parents[2]
+    shown = subprocess.run(command, env=os.environ | environment, cwd=here, capture_output=True, text=True, check=True)
+    file, arguments = shown.stdout.splitlines()
+    assert Path(file) == package / "__init__.py"
+    assert arguments.startswith("['serve', '--model'")
+    assert This().command(kit, 8000)[1]["PYTHONPATH"] == str(here)
 
 
 def test_a_folder_without_a_server_takes_no_part(tmp_path: Path) -> None:

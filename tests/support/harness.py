@@ -161,7 +161,7 @@ class Site:
     """The adapter side of a server over a directory: real store and registry, an idle engine, no model."""
 
     def __init__(self, root: Path, text: TextProcessor | None = None, **settings: Any) -> None:
-        self.engine = IdleEngine(base_info())
+        self.engine = self.open_engine()
         self.settings = Settings(data_dir=root, **settings)
         self._names = LocalNames(root / "store.db", self.settings.database_seconds)
         self.store = self.open_store(root)
@@ -171,6 +171,10 @@ class Site:
         self.publisher = self.registry.publisher
         self.drain = self.services.drain
         self.metrics = self.services.metrics
+
+    def open_engine(self) -> IdleEngine:
+        """What it asks to serve and train."""
+        return IdleEngine(base_info())
 
     def open_store(self, root: Path) -> AdapterStore:
         """Where its adapters are."""

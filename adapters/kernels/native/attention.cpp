@@ -10,31 +10,54 @@
 namespace {
 
 constexpr int GROUP = 64;      // keys are reduced in groups of this many, aligned to the sequence's start
+constexpr int PIECE = 512;     // keys, aligned likewise: a piece has a softmax of its own, and pieces are joined in order
 constexpr int TASK_ROWS = 96;  // about so many (query, head) rows share a task's keys
 constexpr int64_t NEAR = 1 << 20;  // bytes of a thread's own cache
 
-struct Rows {  // the (query, head) rows of one task: one request, one kv head, some of its queries
-    int count;        // row i is query i / share, query head i % share of the kv head
-    int share;        // query heads per kv head
-    int first_position;
-    float *q, *acc;   // [count, head_dim]
-    float *scores;    // [count, GROUP]
-    float *top, *total;  // [count]
+static_assert(PIECE % GROUP == 0);
 
+struct Rows {  // the (query, head) rows of one task: one request, one kv head, some of its queries
+    int request, kv_head;
+    int first, last;  // queries of the step
+    int share;        // query heads per kv head: row i is query first + i / share, query head i % share of the kv head
+    int first_position, kv_len;
+    float *q, *scores;  // [count, head_dim], [count, GROUP]
+
+    int count() const { return (last - first) * share; }
     int position(int row) const { return first_position + row / share; }
+    int end() const { return position(count() - 1) + 1; }  // of the keys that any of them sees
 };
 
-// Calls f<M>(m) for rows m .. m + M until all `count` are done, four at a time while it can.
-template <class F>
-INLINE void by_fours(int count, F&& f) {
-    int m = 0;
-    for (; m + 4 <= count; m += 4) f.template operator()<4>(m);
-    switch (count - m) {
-        case 3: return f.template operator()<3>(m);
-        case 2: return f.template operator()<2>(m);
-        case 1: return f.template operator()<1>(m);
+struct Softmax {  // over some of the keys, for so many rows
+    int count, dim;
+    float *acc, *top, *total;  // [count, dim], [count], [count]
+
+    static int64_t floats(int count, int dim) { return (int64_t)count * (dim + 2); }
+
+    Softmax(float* at, int count, int dim) : count(count), dim(dim), acc(at), top(at + (int64_t)count * dim), total(top + count) {}
+
+    void clear() {
+        memset(acc, 0, sizeof(float) * floats(count, dim));
+        for (int m = 0; m < count; m++) top[m] = -INFINITY;
     }
-}
+
+    // Adds the one over the keys that come next. A row that sees none of them keeps its bits.
+    void join(const Softmax& next) {
+        for (int m = 0; m < count; m++) {
+            if (next.total[m] == 0) continue;
+            const float now = next.top[m] > top[m] ? next.top[m] : top[m];
+            const vf shift = set1(now == -INFINITY ? 0.f : now);
+            const vf keep = exp(set1(top[m]) - shift), take = exp(set1(next.top[m]) - shift);
+            top[m] = now;
+            total[m] = total[m] * keep[0] + next.total[m] * take[0];
+            float* to = acc + (int64_t)m * dim;
+            const float* from = next.acc + (int64_t)m * dim;
+            int d = 0;
+            for (; d + W <= dim; d += W) store(to + d, load(to + d) * keep + load(from + d) * take);
+            for (; d < dim; d++) to[d] = to[d] * keep[0] + from[d] * take[0];
+        }
+    }
+};
 
 // Asks for `floats` numbers that will be read soon; null: nothing will.
 INLINE void fetch(const float* at, int64_t floats) {
@@ -163,12 +186,13 @@ void widen(const KvCache& cache, const char* from, int count, int dim, float* to
     }
 }
 
-void attend_group(const Attention& a, const Rows& rows, int kv_head, const int32_t* blocks, int begin, int kv_len) {
-    const int dim = a.head_dim, size = a.cache.block_size;
-    const int keys = least(GROUP, kv_len - begin);  // slots beyond hold stale numbers: never read
+void attend_group(const Attention& a, const Rows& rows, int begin, const Softmax& sums) {
+    const int dim = a.head_dim, size = a.cache.block_size, row_count = rows.count();
+    const int32_t* blocks = a.block_tables + (int64_t)rows.request * a.max_blocks;
+    const int keys = least(GROUP, rows.kv_len - begin);  // slots beyond hold stale numbers: never read
     const int64_t row_bytes = a.cache.row_bytes(dim);
     const bool exact = a.cache.kind == KV_FP32;
-    auto place = [&](int at) { return (((int64_t)blocks[at / size] * a.kv_heads + kv_head) * size + at % size) * row_bytes; };
+    auto place = [&](int at) { return (((int64_t)blocks[at / size] * a.kv_heads + rows.kv_head) * size + at % size) * row_bytes; };
     // Visits runs of keys that lie together; each is told where the next one lies, the last one `behind`. Runs are pages
     // apart, so the hardware does not see them coming. Of a cache that is not fp32, the group is widened before, as one run.
     auto spans = [&](const char* cache, const char* behind, auto&& visit) {
@@ -183,61 +207,121 @@ void attend_group(const Attention& a, const Rows& rows, int kv_head, const int32
         if (!exact) visit(0, keys, (const float*)wide, (const float*)nullptr);
     };
     float* turned = scratch(TURNED, (size_t)GROUP * dim);
-    const bool at_once = rows.count <= FEW_ROWS && size % RUN == 0;
+    const bool at_once = row_count <= FEW_ROWS && size % RUN == 0;
     spans(a.cache.k, a.cache.v + place(begin), [&](int n, int count, const float* here, const float* next) {
         turn(here, count, exact ? size - (begin + n) % size : GROUP - n, dim, turned + n);
         if (at_once)
-            by_fours(rows.count, [&]<int M>(int m) {
+            by_fours(row_count, [&]<int M>(int m) {
                 score_keys<M, RUN / W>(rows.q + m * dim, turned + n, count, dim, rows.scores + m * GROUP + n, m ? nullptr : next);
             });
         else fetch(next, (int64_t)count * dim);
     });
     if (!at_once)
-        by_fours(rows.count, [&]<int M>(int m) {
+        by_fours(row_count, [&]<int M>(int m) {
             score_keys<M, VECTORS>(rows.q + m * dim, turned, keys, dim, rows.scores + m * GROUP, nullptr);
         });
-    for (int m = 0; m < rows.count; m++) {
+    for (int m = 0; m < row_count; m++) {
         float* scores = rows.scores + m * GROUP;
         if (a.softcap > 0) cap(scores, a.softcap);
         const int last = rows.position(m) - begin, first = a.window ? last - a.window + 1 : 0;
         for (int n = 0; n < first && n < GROUP; n++) scores[n] = -INFINITY;
         for (int n = last < 0 ? 0 : last + 1; n < GROUP; n++) scores[n] = -INFINITY;
-        soften(scores, rows.top + m, rows.total + m, rows.acc + m * dim, dim);
+        soften(scores, sums.top + m, sums.total + m, sums.acc + m * dim, dim);
     }
-    const char* const next_group = begin + GROUP < kv_len ? a.cache.k + place(begin + GROUP) : nullptr;
+    const char* const next_group = begin + GROUP < rows.kv_len ? a.cache.k + place(begin + GROUP) : nullptr;
     spans(a.cache.v, next_group, [&](int n, int count, const float* here, const float* next) {
-        by_fours(rows.count, [&]<int M>(int m) {
-            weigh_values<M>(rows.scores + m * GROUP + n, here, count, dim, rows.acc + m * dim, m ? nullptr : next);
+        by_fours(row_count, [&]<int M>(int m) {
+            weigh_values<M>(rows.scores + m * GROUP + n, here, count, dim, sums.acc + m * dim, m ? nullptr : next);
         });
     });
 }
 
-// Queries [first, last) of the step, all of one request, for one kv head.
-void attend_rows(const Attention& a, int request, int kv_head, int first, int last) {
-    const int dim = a.head_dim, share = a.heads / a.kv_heads;
+// A softmax over the keys from `begin` to the end of their piece.
+void attend_piece(const Attention& a, const Rows& rows, int begin, Softmax sums) {
+    sums.clear();
+    const int end = least((begin / PIECE + 1) * PIECE, rows.end());
+    for (; begin < end; begin += GROUP) attend_group(a, rows, begin, sums);
+}
+
+// The first key that any of the rows sees, or one of its group.
+int first_key(const Attention& a, const Rows& rows) {
+    const int first = a.window ? rows.first_position - a.window + 1 : 0;
+    return first > 0 ? first / GROUP * GROUP : 0;
+}
+
+int pieces(const Attention& a, const Rows& rows) {
+    return rows.count() == 0 ? 0 : (rows.end() - 1) / PIECE - first_key(a, rows) / PIECE + 1;
+}
+
+int piece_begin(const Attention& a, const Rows& rows, int piece) {
+    const int first = first_key(a, rows);
+    return piece ? (first / PIECE + piece) * PIECE : first;
+}
+
+// Rows of some queries of a request and one kv head, without their numbers.
+Rows rows_of(const Attention& a, int request, int kv_head, int first, int last) {
     const int32_t* seq = a.seqs + request * 3;
-    const int kv_len = seq[2], count = (last - first) * share;
-    float* floats = scratch(ATTENTION, (size_t)count * (2 * dim + GROUP + 2));
-    Rows rows{count, share, kv_len - (seq[1] - first), floats, floats + count * dim, floats + 2 * count * dim, nullptr, nullptr};
-    rows.top = rows.scores + count * GROUP;
-    rows.total = rows.top + count;
+    return {request, kv_head, first, last, a.heads / a.kv_heads, seq[2] - (seq[1] - first), seq[2], nullptr, nullptr};
+}
+
+void gather(const Attention& a, Rows& rows) {
+    const int dim = a.head_dim, count = rows.count();
+    rows.q = scratch(ATTENTION, (size_t)count * (dim + GROUP));
+    rows.scores = rows.q + (int64_t)count * dim;
     for (int m = 0; m < count; m++) {
-        const float* q = a.q + ((int64_t)(first + m / share) * a.heads + kv_head * share + m % share) * dim;
+        const int head = rows.kv_head * rows.share + m % rows.share;
+        const float* q = a.q + ((int64_t)(rows.first + m / rows.share) * a.heads + head) * dim;
         for (int d = 0; d < dim; d++) rows.q[m * dim + d] = q[d] * a.scaling;
-        rows.top[m] = -INFINITY;
-        rows.total[m] = 0;
     }
-    memset(rows.acc, 0, sizeof(float) * count * dim);
-    const int last_position = rows.position(count - 1);
-    const int first_key = a.window ? rows.first_position - a.window + 1 : 0;
-    const int32_t* blocks = a.block_tables + (int64_t)request * a.max_blocks;
-    for (int begin = first_key > 0 ? first_key / GROUP * GROUP : 0; begin <= last_position; begin += GROUP)
-        attend_group(a, rows, kv_head, blocks, begin, kv_len);
-    for (int m = 0; m < count; m++) {
-        const int head = kv_head * share + m % share;
-        float* out = a.out + ((int64_t)(first + m / share) * a.heads + head) * dim;
-        const float total = a.sinks ? rows.total[m] + exp(set1(a.sinks[head] - rows.top[m]))[0] : rows.total[m];
-        for (int d = 0; d < dim; d++) out[d] = rows.acc[m * dim + d] / total;
+}
+
+void write_out(const Attention& a, const Rows& rows, const Softmax& sums) {
+    const int dim = a.head_dim;
+    for (int m = 0; m < sums.count; m++) {
+        const int head = rows.kv_head * rows.share + m % rows.share;
+        float* out = a.out + ((int64_t)(rows.first + m / rows.share) * a.heads + head) * dim;
+        const float total = a.sinks ? sums.total[m] + exp(set1(a.sinks[head] - sums.top[m]))[0] : sums.total[m];
+        for (int d = 0; d < dim; d++) out[d] = sums.acc[m * dim + d] / total;
+    }
+}
+
+void attend_rows(const Attention& a, Rows rows) {
+    gather(a, rows);
+    const int count = rows.count(), dim = a.head_dim;
+    float* floats = scratch(SOFTMAX, 2 * Softmax::floats(count, dim));
+    Softmax sums(floats, count, dim), next(floats + Softmax::floats(count, dim), count, dim);
+    attend_piece(a, rows, piece_begin(a, rows, 0), sums);
+    for (int i = 1; i < pieces(a, rows); i++) {
+        attend_piece(a, rows, piece_begin(a, rows, i), next);
+        sums.join(next);
+    }
+    write_out(a, rows, sums);
+}
+
+// Where tasks are few, pieces are tasks of their own: `most` of them for each request and kv head, [requests, kv_heads, most].
+void attend_apart(const Attention& a, int most) {
+    const int dim = a.head_dim;
+    auto rows_at = [&](int i) {
+        const int r = i / a.kv_heads;
+        return rows_of(a, r, i % a.kv_heads, a.seqs[r * 3], a.seqs[r * 3 + 1]);
+    };
+    const int64_t part = Softmax::floats(TASK_ROWS, dim);
+    float* parts = scratch(PIECES, part * a.requests * a.kv_heads * most);
+    auto softmax = [&](int i, const Rows& rows, int piece) {
+        return Softmax(parts + (i * most + piece) * part, rows.count(), dim);
+    };
+    parallel_for(a.requests * a.kv_heads * most, [&](int task) {
+        const int i = task / most, piece = task % most;
+        Rows rows = rows_at(i);
+        if (piece >= pieces(a, rows)) return;
+        gather(a, rows);
+        attend_piece(a, rows, piece_begin(a, rows, piece), softmax(i, rows, piece));
+    });
+    for (int i = 0; i < a.requests * a.kv_heads; i++) {
+        const Rows rows = rows_at(i);
+        Softmax sums = softmax(i, rows, 0);
+        for (int piece = 1; piece < pieces(a, rows); piece++) sums.join(softmax(i, rows, piece));
+        write_out(a, rows, sums);
     }
 }
 
@@ -247,13 +331,19 @@ void attend(const Attention& a) {
     memset(a.out, 0, sizeof(float) * a.tokens * a.heads * a.head_dim);  // rows of no request
     const int share = a.heads / a.kv_heads, chunk = share < TASK_ROWS ? TASK_ROWS / share : 1;
     auto chunks = [&](int r) { return (a.seqs[r * 3 + 1] - a.seqs[r * 3] + chunk - 1) / chunk; };
-    int tasks = 0;
-    for (int r = 0; r < a.requests; r++) tasks += chunks(r) * a.kv_heads;
+    int tasks = 0, longest = 0, most = 0;
+    for (int r = 0; r < a.requests; r++) {
+        tasks += chunks(r) * a.kv_heads;
+        longest = chunks(r) > longest ? chunks(r) : longest;
+        const int here = chunks(r) ? pieces(a, rows_of(a, r, 0, a.seqs[r * 3], a.seqs[r * 3 + 1])) : 0;
+        most = here > most ? here : most;
+    }
+    if (longest == 1 && most > 1 && share <= TASK_ROWS && tasks < 4 * pool_threads()) return attend_apart(a, most);
     parallel_for(tasks, [&](int task) {
         int r = 0;
         for (; task >= chunks(r) * a.kv_heads; r++) task -= chunks(r) * a.kv_heads;
         const int first = a.seqs[r * 3] + task / a.kv_heads * chunk;
-        attend_rows(a, r, task % a.kv_heads, first, least(first + chunk, a.seqs[r * 3 + 1]));
+        attend_rows(a, rows_of(a, r, task % a.kv_heads, first, least(first + chunk, a.seqs[r * 3 + 1])));
     });
 }
 

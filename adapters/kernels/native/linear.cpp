@@ -50,7 +50,8 @@ INLINE void fetch_ahead(const void* at, int64_t row_bytes) {
 }
 
 // Decoders: N output rows from `o` on, side by side. `block` moves to a block of inputs, `step` yields 2W weights of one
-// row: those at even and at odd places (INTERLEAVED), or two consecutive vectors.
+// row: those at even and at odd places (INTERLEAVED), or two consecutive vectors. One that is BY_ROW yields all of a row's
+// weights in the block at once, by `row`.
 
 template <int N>
 struct FourBit {
@@ -60,23 +61,40 @@ struct FourBit {
     const uint8_t* at;
     const float* scales;
     int64_t row_bytes, blocks;
-    Table code, table[N];
+    const Table code;
 
     FourBit(const Weight& w, int o)
         : rows((const uint8_t*)w.data + (int64_t)o * w.in / 2), scales(w.scales + (int64_t)o * (w.in / BLOCK)),
           row_bytes(w.in / 2), blocks(w.in / BLOCK), code(load_table(w.code)) {}
-    INLINE void block(int b) {
+    INLINE void to_block(int b) {
         at = rows + b * (BLOCK / 2);
         fetch_ahead<N, BLOCK / 2>(at, row_bytes);
         if (b % SCALES == 0) fetch_ahead<N, 1>(scales + b, blocks * sizeof(float));
+    }
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    static constexpr bool BY_ROW = true;
+    const float* scale;
+
+    INLINE void block(int b) {
+        to_block(b);
+        scale = scales + b;
+    }
+    INLINE void row(int n, vf (&w)[2 * STEPS]) const { look_up_block(code, at + n * row_bytes, scale[n * blocks], w); }
+#else
+    static constexpr bool BY_ROW = false;
+    Table table[N];
+
+    INLINE void block(int b) {
+        to_block(b);
         for (int n = 0; n < N; n++) table[n] = scaled(code, scales[n * blocks + b]);
     }
     INLINE void step(int n, int s, vf& w0, vf& w1) const { look_up(table[n], at + n * row_bytes + s * W, w0, w1); }
+#endif
 };
 
 template <int N, class Number>
 struct Dense {
-    static constexpr bool INTERLEAVED = std::is_same<Number, bf16>::value;
+    static constexpr bool INTERLEAVED = std::is_same<Number, bf16>::value, BY_ROW = false;
     const Number* rows;
     const Number* at;
     int64_t in;
@@ -140,15 +158,24 @@ INLINE void dot_decoding(const Weight& w, int o, const float* x, float* y, int64
     for (int b = 0; b < w.in / BLOCK; b++) {
         ahead.worked(M * N);
         weights.block(b);
+        if constexpr (Decoder<N>::BY_ROW) {
+            for (int n = 0; n < N; n++) {
+                vf row[2 * STEPS];
+                weights.row(n, row);
+                for (int i = 0; i < 2 * STEPS; i++)
+                    for (int m = 0; m < M; m++) acc[m][n] = fma(row[i], load(x + (int64_t)m * w.in + b * BLOCK + i * W), acc[m][n]);
+            }
+        } else {
 #pragma GCC unroll 8
-        for (int s = 0; s < STEPS; s++) {
-            vf w0[N], w1[N];
-            for (int n = 0; n < N; n++) weights.step(n, s, w0[n], w1[n]);
-            for (int m = 0; m < M; m++) {
-                const float* p = x + (int64_t)m * w.in + b * BLOCK + s * 2 * W;
-                vf x0 = load(p), x1 = load(p + W);
-                for (int n = 0; n < N; n++) acc[m][n] = fma(w0[n], x0, acc[m][n]);
-                for (int n = 0; n < N; n++) acc[m][n] = fma(w1[n], x1, acc[m][n]);
+            for (int s = 0; s < STEPS; s++) {
+                vf w0[N], w1[N];
+                for (int n = 0; n < N; n++) weights.step(n, s, w0[n], w1[n]);
+                for (int m = 0; m < M; m++) {
+                    const float* p = x + (int64_t)m * w.in + b * BLOCK + s * 2 * W;
+                    vf x0 = load(p), x1 = load(p + W);
+                    for (int n = 0; n < N; n++) acc[m][n] = fma(w0[n], x0, acc[m][n]);
+                    for (int n = 0; n < N; n++) acc[m][n] = fma(w1[n], x1, acc[m][n]);
+                }
             }
         }
     }
@@ -182,6 +209,8 @@ void few_rows(const Weight& w, const float* x, int rows, int first, int last, fl
         if constexpr (W == 16)
             for (; m + 8 <= rows; m += 8) sweep(sweep_decoding<8, 2, Decoder>, m);
         for (; m + 4 <= rows; m += 4) sweep(sweep_decoding<4, W == 16 ? 4 : 2, Decoder>, m);
+        if constexpr (W < 16)
+            for (; m + 3 <= rows; m += 3) sweep(sweep_decoding<3, 2, Decoder>, m);
         for (; m + 2 <= rows; m += 2) sweep(sweep_decoding<2, 4, Decoder>, m);
         // A single row waits for its own sums unless there are several; but the fewer, the fewer streams are read at once,
         // and weights that are not decoded keep the memory busy by themselves.
@@ -197,13 +226,15 @@ void decode_blocks(const Weight& w, int first, int last, int begin, int end, flo
         Decoder<1> weights(w, o);
         for (int b = begin; b < end; b++) {
             weights.block(b);
+            vf row[2 * STEPS];
+            if constexpr (Decoder<1>::BY_ROW) weights.row(0, row);
+            else
+                for (int s = 0; s < STEPS; s++) weights.step(0, s, row[2 * s], row[2 * s + 1]);
             for (int s = 0; s < STEPS; s++, tile += 2 * W) {
-                vf w0, w1;
-                weights.step(0, s, w0, w1);
                 if constexpr (NATURAL && Decoder<1>::INTERLEAVED) {
-                    store_interleaved(tile, w0, w1);
+                    store_interleaved(tile, row[2 * s], row[2 * s + 1]);
                 } else {
-                    store(tile, w0), store(tile + W, w1);
+                    store(tile, row[2 * s]), store(tile + W, row[2 * s + 1]);
                 }
             }
         }
@@ -236,9 +267,7 @@ void many_rows(const Weight& w, const float* x, int rows, int first, int last, f
         const int count = least(outputs, last - o);
         const float* bias = w.bias ? w.bias + o : nullptr;
         decode_tile<false>(w, o, o + count, 0, in / BLOCK, tile);
-        int m = 0;
-        for (; m + 4 <= rows; m += 4) sweep_decoded<4, WIDE>(tile, x + m * in, in, count, bias, y + m * stride + o, stride);
-        for (; m < rows; m++) sweep_decoded<1, WIDE>(tile, x + m * in, in, count, bias, y + m * stride + o, stride);
+        by_fours(rows, [&]<int M>(int m) { sweep_decoded<M, WIDE>(tile, x + m * in, in, count, bias, y + m * stride + o, stride); });
     }
 }
 

@@ -372,11 +372,51 @@ INLINE void columns(const float* rows, int64_t stride, vf (&to)[4]) {
 
 // --- 4-bit codes: a table of 16 numbers looked up by nibble ---------------------------------------------------------------
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+
+// Lookups across a register's halves are slow before AVX-512, those of bytes within them are not: so a number is put together
+// of its four bytes, each looked up by itself.
+struct Table {
+    __m256i bytes[4];  // of each of the 16 numbers, in both halves
+};
+
+INLINE Table load_table(const float* code) {
+    Table t;
+    for (int i = 0; i < 4; i++) {
+        alignas(16) uint8_t plane[16];
+        for (int n = 0; n < 16; n++) plane[n] = ((const uint8_t*)(code + n))[i];
+        t.bytes[i] = _mm256_broadcastsi128_si256(*(const __m128i*)plane);
+    }
+    return t;
+}
+
+// The numbers of 32 indices, in vectors of 8: of the first four indices of each half, of the next four, ...
+INLINE void look_up(const Table& t, __m256i indices, vf (&to)[4]) {
+    const __m256i b0 = _mm256_shuffle_epi8(t.bytes[0], indices), b1 = _mm256_shuffle_epi8(t.bytes[1], indices);
+    const __m256i b2 = _mm256_shuffle_epi8(t.bytes[2], indices), b3 = _mm256_shuffle_epi8(t.bytes[3], indices);
+    const __m256i low = _mm256_unpacklo_epi8(b0, b1), upper = _mm256_unpacklo_epi8(b2, b3);
+    const __m256i low2 = _mm256_unpackhi_epi8(b0, b1), upper2 = _mm256_unpackhi_epi8(b2, b3);
+    to[0] = (vf)_mm256_unpacklo_epi16(low, upper), to[1] = (vf)_mm256_unpackhi_epi16(low, upper);
+    to[2] = (vf)_mm256_unpacklo_epi16(low2, upper2), to[3] = (vf)_mm256_unpackhi_epi16(low2, upper2);
+}
+
+// 32 packed bytes -> the 64 weights that dequantising makes of them, code * scale: of each eight bytes those of the high
+// nibbles, which are the earlier ones, then those of the low nibbles.
+INLINE void look_up_block(const Table& t, const uint8_t* p, float scale, vf (&to)[8]) {
+    const __m256i nibble = _mm256_set1_epi8(15);
+    const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);  // makes eight bytes of the fours that `look_up` takes
+    const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i*)p), order);
+    vf even[4], odd[4];
+    look_up(t, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble), even);
+    look_up(t, _mm256_and_si256(bytes, nibble), odd);
+    for (int i = 0; i < 4; i++) to[2 * i] = even[i] * set1(scale), to[2 * i + 1] = odd[i] * set1(scale);
+}
+
+#else
+
 struct Table {
 #if defined(__AVX512F__)
     vf all;
-#elif defined(__AVX2__)
-    vf low, high;
 #else
     float all[16];
 #endif
@@ -384,14 +424,7 @@ struct Table {
 
 INLINE Table load_table(const float* code) {
     Table t;
-#if defined(__AVX512F__)
-    t.all = load(code);
-#elif defined(__AVX2__)
-    t.low = load(code);
-    t.high = load(code + 8);
-#else
-    memcpy(t.all, code, sizeof t.all);
-#endif
+    memcpy(&t.all, code, sizeof t.all);
     return t;
 }
 
@@ -399,9 +432,6 @@ INLINE Table scaled(const Table& code, float scale) {  // the very products that
     Table t;
 #if defined(__AVX512F__)
     t.all = code.all * set1(scale);
-#elif defined(__AVX2__)
-    t.low = code.low * set1(scale);
-    t.high = code.high * set1(scale);
 #else
     for (int i = 0; i < 16; i++) t.all[i] = code.all[i] * scale;
 #endif
@@ -414,17 +444,11 @@ INLINE void look_up(const Table& t, const uint8_t* p, vf& even, vf& odd) {
     __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
     odd = (vf)_mm512_permutexvar_ps(bytes, t.all);  // reads the low four bits of each index
     even = (vf)_mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), t.all);
-#elif defined(__AVX2__)
-    __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
-    __m256i upper = _mm256_srli_epi32(bytes, 4);
-    // vpermps reads three bits of each index; the fourth, moved to the sign, chooses the table's half
-    odd = (vf)_mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, bytes), _mm256_permutevar8x32_ps(t.high, bytes),
-                               _mm256_castsi256_ps(_mm256_slli_epi32(bytes, 28)));
-    even = (vf)_mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, upper), _mm256_permutevar8x32_ps(t.high, upper),
-                                _mm256_castsi256_ps(_mm256_slli_epi32(bytes, 24)));
 #else
     for (int i = 0; i < W; i++) even[i] = t.all[p[i] >> 4], odd[i] = t.all[p[i] & 15];
 #endif
 }
+
+#endif
 
 }  // namespace

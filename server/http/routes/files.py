@@ -122,14 +122,14 @@ async def get_file(request: Request) -> Response:
 
 async def get_content(request: Request) -> Response:
     """A file's bytes."""
-    stored = await _find(request)
+    stored = await _find(request, fetched=True)
     media_type = "text/csv" if stored.filename.endswith(".csv") else "application/jsonl"
     return _WholeFile(stored.path, media_type=media_type, filename=stored.filename)
 
 
 async def preview_file(request: Request, query: PreviewQuery) -> Response:
     """A page of a data file's lines as tokens, with those marked that are trained on."""
-    services, stored = services_of(request), await _find(request)
+    services, stored = services_of(request), await _find(request, fetched=True)
     if stored.purpose != TRAINING:
         raise InvalidRequest("Only data for fine-tuning has a preview.", param="id")
     base = services.engine_info
@@ -161,10 +161,11 @@ async def delete_file(request: Request) -> Response:
     return JSONResponse({"id": stored.id, "object": "file", "deleted": True})
 
 
-async def _find(request: Request) -> StoredFile:
-    file_id = request.path_params["id"]
+async def _find(request: Request, *, fetched: bool = False) -> StoredFile:
+    """`fetched`: with its bytes on this disk."""
+    file_id, files = request.path_params["id"], services_of(request).tuning.files
     try:
-        return await asyncio.to_thread(services_of(request).tuning.files.get, caller_of(request).tenant, file_id)
+        return await asyncio.to_thread(files.fetched if fetched else files.get, caller_of(request).tenant, file_id)
     except UnknownFileError:
         raise NotFound(f"No such File object: {shown(file_id)}", param="id", code="file_not_found") from None
 

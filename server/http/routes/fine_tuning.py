@@ -93,7 +93,7 @@ async def estimate(request: Request, body: EstimateBody) -> Response:
     tokens = max(recipe.micro_batch_tokens(training, base), recipe.max_seq_len(training, base))
     asked = question(shapes, lora, recipe.optimizer(training, base), tokens)
     try:
-        plan = await services.tuning.manager.plan_memory(asked)
+        plan = await services.engine.plan_memory(asked)
     except TrainingRefused as refusal:
         raise InvalidRequest(str(refusal), param="model", code=refusal.code) from None
     return JSONResponse(

@@ -114,6 +114,28 @@ def test_chunks_and_neighbours_change_nothing(kernels: Any, data: st.DataObject,
     assert torch.equal(requests.attend([(1, row, row + 1)], window)[0], whole[1][row : row + 1])
 
 
+@pytest.mark.parametrize("window", [0, 300, 700])
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
+def test_pieces_of_many_keys_are_joined_alike(kernels: Any, window: int, kept: torch.dtype) -> None:
+    """Threads share out the pieces (512 keys) of a request alone, but not of one among many or in long chunks."""
+    requests = Requests(kernels, [1500, 513, 512], 6, 2, 24, 16, kept)
+    whole = [requests.attend([(r, 0, n)], window)[0] for r, n in enumerate(requests.lengths)]
+    for request, out in enumerate(whole):
+        torch.testing.assert_close(out.double(), requests.expected(request, window), rtol=1e-5, atol=1e-5)
+    for request, row in [(0, 1499), (0, 1024), (0, 1023), (0, 511), (1, 512), (2, 511)]:
+        alone = requests.attend([(request, row, row + 1)], window)[0]
+        crowd = requests.attend([(request, row, row + 1)] * 40 + [(1, 0, 0)], window)
+        assert torch.equal(alone, whole[request][row : row + 1])
+        assert all(torch.equal(out, alone) for out in crowd[:-1])
+
+
+def test_a_row_that_is_not_a_number_anywhere_stays_so(kernels: Any) -> None:
+    requests = Requests(kernels, [1100], 2, 1, 16, 16)
+    requests.k_cache[int(requests.tables[0, 0])] = torch.nan  # of the first piece; the last one is clean
+    assert requests.attend([(0, 1099, 1100)])[0].isnan().all()
+    assert requests.attend([(0, 0, 1100)])[0].isnan().all()
+
+
 @pytest.mark.parametrize("softcap", [0.0, 2.0, 50.0])
 @pytest.mark.parametrize("sunk", [False, True])
 @pytest.mark.parametrize("window", [0, 70])

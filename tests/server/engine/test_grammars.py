@@ -41,6 +41,8 @@ SCHEMAS: list[dict[str, Any]] = [
     {"type": "array", "prefixItems": [{"const": "a"}, {"type": "boolean"}], "items": False, "minItems": 2},
     {"allOf": [{"type": "object", "properties": {"k": {"enum": ["x", "y"]}}, "required": ["k"]}, {"maxProperties": 1}]},
 ]
+TAGS = {"triggers": ["<f="], "structures": [{"begin": "<f=one>", "schema": PERSON, "end": "</f>"}]}
+CALLS = Grammar("structural_tag", json.dumps(TAGS))  # as those of tools: free text, until one begins
 ASKED: list[dict[str, Any]] = [
     {},
     {"logprobs": 2},
@@ -101,13 +103,16 @@ def test_a_finished_answer_is_valid_and_free_neighbours_never_notice(
     engine = load_engine(shallow_dir, cache_dir, depth=depth)
     rounds = 6 if interpreter.whole_suite() else len(SCHEMAS) * len(ASKED)
     constrained_ones = workload(adapters, rounds)
+    to_call = {tokenizer.token_to_id(token): 60.0 for token in "<f="}
     free = [
         request(f"f{i}", [9, 8, 7, i], [None, *adapters][i % 3], max_tokens=25, temperature=i % 2, seed=i, logprobs=1)
         for i in range(6)
     ]
+    calls = [constrained(f"t{i}", CALLS, seed=i, temperature=8.0, logit_bias=to_call) for i in range(6)]
     alone = solo(engine, free)
     mixed = [one for pair in zip(constrained_ones, free, strict=False) for one in pair]
-    answers = run(engine, mixed + constrained_ones[len(free) :], every=1)
+    answers = run(engine, calls + mixed + constrained_ones[len(free) :], every=1)
+    assert any("<f=" in tokenizer.decode(answers[call.id].tokens) for call in calls), "none was in force"
     for i in range(rounds):
         check(answers[f"c{i}"], SCHEMAS[i % len(SCHEMAS)], tokenizer)
     finished = sum(answers[f"c{i}"].finish_reason == "stop" for i in range(rounds))
@@ -213,10 +218,8 @@ def test_any_json_object(engine: Engine, tokenizer: Tokenizer) -> None:
 
 
 def test_text_is_free_until_a_trigger(engine: Engine, tokenizer: Tokenizer) -> None:
-    tags = {"triggers": ["<f="], "structures": [{"begin": "<f=one>", "schema": PERSON, "end": "</f>"}]}
     bias = {tokenizer.token_to_id(token): 60.0 for token in "<f="}
-    grammar = Grammar("structural_tag", json.dumps(tags))
-    answers = run(engine, [constrained(f"{i}", grammar, seed=i, logit_bias=bias, temperature=8.0) for i in range(12)])
+    answers = run(engine, [constrained(f"{i}", CALLS, seed=i, logit_bias=bias, temperature=8.0) for i in range(12)])
     calls = 0
     for answer in answers.values():
         text = tokenizer.decode(answer.tokens)

@@ -77,7 +77,7 @@ async def test_a_job_whose_row_cannot_be_read_keeps_its_directory(tmp_path: Path
         restore.note(directory, restore.JOB, job)
         with manager._database.transaction() as connection:
             connection.execute("UPDATE jobs SET record = '{' || record")
-        manager._sort_out()
+        restore.sort_out(manager._jobs, manager._directory, manager._pending)
         assert directory.exists() is kept
         if kept:
             assert manager._jobs.get(TENANT, job.id).status == "paused"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
+from adapters.peft_format.text import NO_TEXT, AdapterText
 from server.services import TENANT
 from tests.support.harness import Site, adapter_files, write_adapter
 
@@ -54,6 +55,29 @@ async def test_a_mix_is_a_new_adapter_and_the_same_mix_the_same(site: Site) -> N
     waiting = await mix(site, **body, promote=False)  # svd, PEFT's default: of the sources' rank
     assert (waiting.status_code, waiting.json()["rank"]) == (201, 4)
     assert site.store.get(TENANT, "blend").digest == made.json()["digest"]
+
+
+async def test_a_mix_has_the_stop_tokens_and_formats_of_its_sources_fine_tunes(site: Site) -> None:
+    learned = {
+        "one": AdapterText(stop_tokens=(7, 9), tool_format="hermes"),
+        "two": AdapterText(stop_tokens=(5, 7), reasoning_format="deepseek_r1"),
+        "other": AdapterText(tool_format="mistral"),
+        "plain": NO_TEXT,
+    }
+    for seed, (name, text) in enumerate(learned.items()):
+        async with site.publisher.stage() as staging:
+            write_adapter(staging.path, seed)
+            await site.publisher.admit(TENANT, name, staging, learned=text)
+
+    async def told(*names: str) -> tuple[Any, ...]:
+        made = await mix(site, name="-".join(names), mix=[{"adapter": name} for name in names], method="cat")
+        assert made.status_code == 201, made.text
+        fields = ("stop_token_ids", "trained_tool_format", "trained_reasoning_format")
+        return tuple(made.json().get(field) for field in fields)
+
+    assert await told("one", "two", "plain") == ([5, 7, 9], "hermes", "deepseek_r1")
+    assert await told("one", "other") == ([7, 9], None, None), "no format is all sources'"
+    assert await told("plain") == (None, None, None)
 
 
 SOURCE = {"adapter": "one", "weight": 1.0}

@@ -47,7 +47,7 @@ async def test_a_lost_spec_is_made_anew_with_the_stop_tokens_that_a_fine_tune_ta
     site = Site(tmp_path)
     async with site.publisher.stage() as staging:
         shutil.copytree(write_adapter(tmp_path / "a"), staging.path, dirs_exist_ok=True)
-        version, _ = await site.publisher.admit("", "a", staging, taught=AdapterText(stop_tokens=(7,)))
+        version, _ = await site.publisher.admit("", "a", staging, learned=AdapterText(stop_tokens=(7,)))
     (version.path / SPEC_NAME).unlink()
     async with site.registry.open(EVERYTHING, "a", whole=True) as opened:
         assert AdapterSpec.read(opened.path).text.stop_tokens == (7,)

@@ -1,0 +1,95 @@
+"""Files that several servers have in an object store, a record and an object each. Rows and bytes here are copies."""
+
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adapters.disk import StorageFull
+from adapters.storage.database import Database, DatabaseBusy
+from adapters.storage.versions import RemoteUnavailable
+from server.finetune.files import FileStore, StoredFile, UnknownFileError, digest_of, insert, log
+
+if TYPE_CHECKING:
+    from adapters.storage.bucket import Bucket
+    from adapters.storage.records import Record, Records
+
+
+class SharedFiles(FileStore):
+    """Whatever waits for the object store raises RemoteUnavailable.
+
+    Args:
+        records: of the files.
+        bucket: where their bytes are.
+    """
+
+    def __init__(self, root: Path, database: Database, records: "Records", bucket: "Bucket") -> None:
+        super().__init__(root, database)
+        self._records = records
+        self._bucket = bucket
+
+    def follow(self) -> None:
+        """Take over what other servers added and removed."""
+        for record in sorted(self._records.news(), key=lambda record: (record.content or {}).get("number", 0)):
+            try:
+                if self._records.note(record):
+                    self._copy(record)
+            except (LookupError, TypeError) as fault:
+                self._records.damage(record.key, fault)
+            except (StorageFull, DatabaseBusy):
+                self._records.forget(record.key)
+                raise
+
+    def _copy(self, record: "Record") -> None:
+        if record.content is None:
+            with self._database.transaction(removing=True) as connection:
+                connection.execute("DELETE FROM files WHERE id = ?", (record.key,))
+            self._remove(self._root / record.key)
+            return
+        with self._database.transaction() as connection:
+            if connection.execute("SELECT 1 FROM files WHERE id = ?", (record.key,)).fetchone() is None:
+                insert(connection, record.content)
+
+    def _share(self, row: dict[str, Any], source: Path) -> dict[str, Any]:
+        """The bytes come first, so that nobody finds a file without them. Once more with one id is the same file."""
+        row |= {"number": time.time_ns()}
+        self._bucket.put_file(_path(row["id"]), source)
+        return self._records.change(row["id"], lambda old: old or row).content or row
+
+    def _unshare(self, file_id: str) -> None:
+        with suppress(RemoteUnavailable):
+            self._records.change(file_id, lambda old: None)
+            self._bucket.delete([_path(file_id)])
+
+    def get(self, tenant: str, file_id: str) -> StoredFile:
+        try:
+            return super().get(tenant, file_id)
+        except UnknownFileError:
+            if (record := self._records.miss(file_id)) is None:
+                raise
+            self._records.note(record)
+            self._copy(record)
+            return super().get(tenant, file_id)
+
+    def fetched(self, tenant: str, file_id: str) -> StoredFile:
+        stored = self.get(tenant, file_id)
+        if not stored.path.exists() and (row := self._records.look(file_id).content) is not None:
+            with self.staging() as staging:
+                copy = staging / file_id
+                self._bucket.get_file(_path(file_id), copy)
+                if digest_of(copy) != row["digest"]:
+                    log.error("%s in the object store is not what was uploaded", file_id)
+                    raise UnknownFileError(file_id)
+                self._note(row)
+                copy.rename(stored.path)
+        return stored
+
+    def delete(self, tenant: str, file_id: str) -> None:
+        self.get(tenant, file_id)
+        self._records.change(file_id, lambda old: None)
+        self._bucket.delete([_path(file_id)])
+        super().delete(tenant, file_id)
+
+
+def _path(file_id: str) -> str:
+    return f"file-contents/{file_id}"

@@ -1,0 +1,180 @@
+"""Leases on records: one holder at a time, who is followed when it is not heard of, and cannot write afterwards."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapters.storage import leases as module
+from adapters.storage.bucket import Bucket
+from adapters.storage.leases import LEASE, LeaseLost, Leases
+from adapters.storage.records import Content, Records
+from adapters.storage.versions import RemoteUnavailable
+from tests.support.buckets import BUCKET, S3Server
+from tests.support.threads import together
+
+
+@pytest.fixture(params=["file", "s3"])
+def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    if request.param == "file":
+        yield f"file://{tmp_path}/bucket"
+        return
+    server: S3Server = request.getfixturevalue("server")
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    yield f"s3://{BUCKET}/{tmp_path.name}"
+    server.suffer()
+
+
+class Server:
+    """One server's view of the records."""
+
+    def __init__(self, url: str, seconds: float = 60.0) -> None:
+        self.records = Records(Bucket(url), "jobs")
+        self.leases = Leases(self.records, seconds)
+
+    def follow(self) -> None:
+        for record in self.records.news():
+            if self.records.note(record) and record.content is not None:
+                self.leases.see(record.key, record.content)
+
+    def write(self, value: int, *, release: bool = False) -> Content:
+        return self.leases.change("a", setting(value), release=release)
+
+
+def setting(value: int) -> Callable[[Content | None], Content]:
+    return lambda content: (content or {}) | {"value": value}
+
+
+def test_one_holder_at_a_time_and_another_once_it_gives_back(url: str) -> None:
+    one, two = Server(url), Server(url)
+    one.records.change("a", setting(0))
+    one.follow()
+    two.follow()
+    assert one.leases.free("a")
+    assert one.leases.claim("a")["value"] == 0
+    with pytest.raises(LeaseLost):
+        two.leases.claim("a")
+    two.follow()
+    assert not two.leases.free("a")
+    assert one.write(1)["value"] == 1
+    with pytest.raises(LeaseLost):
+        two.write(2)
+    one.write(3, release=True)
+    assert one.leases.held() == []
+    two.follow()
+    assert two.leases.free("a")
+    assert two.leases.claim("a")["value"] == 3
+    with pytest.raises(LeaseLost):
+        one.write(4)
+
+
+def test_of_several_who_claim_at_once_one_gets_it(url: str) -> None:
+    servers = [Server(url) for _ in range(6)]
+    servers[0].records.change("a", setting(0))
+    for server in servers:
+        server.follow()
+    results = together(*(partial(server.leases.claim, "a") for server in servers))
+    assert sum(isinstance(result, dict) for result in results) == 1
+    assert sum(isinstance(result, LeaseLost) for result in results) == 5
+    assert sum(server.leases.holds("a") for server in servers) == 1
+
+
+class Clock:
+    """Time as the leases see it."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def test_a_holder_that_is_not_heard_of_is_followed_and_writes_nothing_more(url: str, clock: Clock) -> None:
+    """Nobody's wall clock matters, nor who else changes the record."""
+    one, two = Server(url, seconds=10), Server(url)
+    one.records.change("a", setting(0))
+    one.follow()
+    one.leases.claim("a")
+    two.follow()
+    for value in range(4):
+        clock.now += 9
+        one.write(value)
+        two.follow()
+        assert not two.leases.free("a")
+    clock.now += 6
+    two.records.change("a", setting(9))  # by no holder
+    two.follow()
+    assert not two.leases.free("a")
+    clock.now += 6
+    two.follow()
+    assert two.leases.free("a")
+    assert one.leases.left("a") < 0
+    assert two.leases.claim("a")["value"] == 9
+    assert one.leases.holds("a")  # as it believes
+    with pytest.raises(LeaseLost):
+        one.write(10)
+    assert not one.leases.holds("a")
+    assert two.write(11)["value"] == 11
+
+
+def test_a_renewal_counts_from_when_it_began(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = Server(f"file://{tmp_path}", seconds=10)
+    one.records.change("a", setting(0))
+    one.follow()
+    one.leases.claim("a")
+    change = Records.change
+
+    def slowly(*args: Any) -> Any:
+        clock.now += 6
+        return change(*args)
+
+    monkeypatch.setattr(Records, "change", slowly)
+    one.write(1)
+    assert one.leases.left("a") == 4
+
+
+def test_a_change_that_is_refused_is_no_renewal(tmp_path: Path) -> None:
+    one = Server(f"file://{tmp_path}")
+    one.records.change("a", setting(0))
+    one.follow()
+    before = one.leases.claim("a")[LEASE]
+
+    def refuse(content: Content) -> Content:
+        raise KeyError("no")
+
+    with pytest.raises(KeyError):
+        one.leases.change("a", refuse)
+    found = one.records.look("a").content
+    assert found is not None
+    assert found[LEASE] == before
+
+
+def test_leases_while_the_store_fails(url: str, server: S3Server) -> None:
+    if url.startswith("file"):
+        pytest.skip("the faults are a network's")
+    one, two = Server(url), Server(url)
+    one.records.change("a", setting(0))
+    for each in (one, two):
+        each.follow()
+    server.suffer(("lost", "PUT", "jobs/", 2), ("busy", "PUT", "jobs/", 3), ("busy", "GET", "jobs/", 4))
+    results = together(partial(one.leases.claim, "a"), partial(two.leases.claim, "a"))
+    assert sum(isinstance(result, LeaseLost) for result in results) == 1
+    holder, other = (one, two) if one.leases.holds("a") else (two, one)
+    for value in range(8):
+        assert holder.write(value)["value"] == value
+    with pytest.raises((LeaseLost, RemoteUnavailable)):
+        other.leases.claim("a")
+    server.suffer()
+    found = holder.records.look("a").content
+    assert found is not None
+    assert (found["value"], found[LEASE]["count"]) == (7, 8)
