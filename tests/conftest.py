@@ -1,6 +1,8 @@
 """What many tests share: one tiny model, one cache, engines over them."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,12 @@ interpreter.prepare()
 
 from tests.support.loop_guard import guarded  # noqa: E402
 from tests.support.tiny import tiny_model  # noqa: E402 - transformers imports Triton
+
+# Temporary files lie in memory where there is room, for most of what many tests do is to wait for the disk. That data
+# is synced before it is acknowledged is counted, call by call, by tests.support.power_cut.
+MEMORY, ROOM = Path("/dev/shm"), 4 << 30
+if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM:
+    tempfile.tempdir = os.environ.setdefault("TMPDIR", str(MEMORY))
 
 
 class TorchRandom:

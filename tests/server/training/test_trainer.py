@@ -90,7 +90,8 @@ def test_the_classic_configuration_trains(base: Base, trainer: Trainer, tmp_path
 
 
 @pytest.mark.parametrize(
-    "optimizer", [pytest.param("adamw", marks=pytest.mark.slow), "paged_adamw_8bit", "paged_adamw_32bit"]
+    "optimizer",
+    ["paged_adamw_8bit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adamw", "paged_adamw_32bit"))],
 )
 def test_every_optimizer_learns_and_resumes_bit_for_bit(
     optimizer: str, base: Base, trainer: Trainer, tmp_path: Path
@@ -134,6 +135,7 @@ def same_weights(left: Path, right: Path) -> bool:
     return (left / name).read_bytes() == (right / name).read_bytes()
 
 
+@pytest.mark.slow  # the test of every optimizer, which dies three times, is its sister
 def test_ten_kills_change_no_bit(base: Base, trainer: Trainer, tmp_path: Path) -> None:
     def start(name: str) -> StartJob:
         return job(
