@@ -9,7 +9,8 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -223,31 +224,26 @@ def show_beside(
     out: Out = None,
 ) -> None:
     """The cost of a fine-tuning job to the requests beside it, and of these to the job."""
-    with tempfile.TemporaryDirectory(prefix="loadtest-") as folder:
-        kit = _kit(Path(folder), model_dir or _default_model(), machine_threads=len(os.sched_getaffinity(0)))
-        measured = asyncio.run(
-            beside.measure(kit, minutes=minutes, flags=flag or [], report=lambda line: notes.print(escape(line)))
-        )
-    _show_measured("beside", measured, beside.table(measured), out)
+    _measure(partial(beside.measure, minutes=minutes, flags=flag or []), beside.table, "beside", model_dir, out)
 
 
 @app.command("speculation")
 def show_speculation(rounds: Rounds = 3, model_dir: ModelDir = None, out: Out = None) -> None:
     """The gain of drafts by prompt lookup on texts that repeat their prompt, and the cost on those that do not."""
-    with tempfile.TemporaryDirectory(prefix="loadtest-") as folder:
-        kit = _kit(Path(folder), model_dir or _default_model(), machine_threads=len(os.sched_getaffinity(0)))
-        measured = asyncio.run(speculation.measure(kit, rounds=rounds, report=lambda line: notes.print(escape(line))))
-    _show_measured("speculation", measured, speculation.table(measured), out)
+    _measure(partial(speculation.measure, rounds=rounds), speculation.table, "speculation", model_dir, out)
 
 
 @app.command("constrained")
 def show_constrained(rounds: Rounds = 5, model_dir: ModelDir = None, out: Out = None) -> None:
     """The cost and the gain of answers that follow a grammar, and the cost to others of compiling it."""
-    with tempfile.TemporaryDirectory(prefix="loadtest-") as folder:
-        model = model_dir or _default_model()
-        kit = _kit(Path(folder), model, machine_threads=len(os.sched_getaffinity(0)), dtypes=("float32",))
-        measured = asyncio.run(constrained.measure(kit, rounds=rounds, report=lambda line: notes.print(escape(line))))
-    _show_measured("constrained", measured, constrained.table(measured), out)
+    _measure(
+        partial(constrained.measure, rounds=rounds),
+        constrained.table,
+        "constrained",
+        model_dir,
+        out,
+        dtypes=("float32",),
+    )
 
 
 @app.command("fairness")
@@ -258,12 +254,7 @@ def show_fairness(
     out: Out = None,
 ) -> None:
     """What a tenant that floods the server costs one that asks once a second, and what that costs the flood."""
-    with tempfile.TemporaryDirectory(prefix="loadtest-") as folder:
-        kit = _kit(Path(folder), model_dir or _default_model(), machine_threads=len(os.sched_getaffinity(0)))
-        measured = asyncio.run(
-            fairness.measure(kit, rounds=rounds, seconds=seconds, report=lambda line: notes.print(escape(line)))
-        )
-    _show_measured("fairness", measured, fairness.table(measured), out)
+    _measure(partial(fairness.measure, rounds=rounds, seconds=seconds), fairness.table, "fairness", model_dir, out)
 
 
 @app.command("loading")
@@ -275,15 +266,14 @@ def show_loading(
     out: Out = None,
 ) -> None:
     """The cost of loading and uploading adapters to the requests beside them; a cold adapter's first token."""
-    with tempfile.TemporaryDirectory(prefix="loadtest-") as folder:
-        model = model_dir or _default_model()
-        kit = _kit(Path(folder), model, machine_threads=len(os.sched_getaffinity(0)), dtypes=("float32",))
-        measured = asyncio.run(
-            loading.measure(
-                kit, rounds=rounds, every=every, flags=flag or [], report=lambda line: notes.print(escape(line))
-            )
-        )
-    _show_measured("loading", measured, loading.table(measured), out)
+    _measure(
+        partial(loading.measure, rounds=rounds, every=every, flags=flag or []),
+        loading.table,
+        "loading",
+        model_dir,
+        out,
+        dtypes=("float32",),
+    )
 
 
 @app.command("capacity")
@@ -307,13 +297,30 @@ def show_trees(
     out: Out = None,
 ) -> None:
     """Compare this checkout's server with another checkout's: decode speed and start-up."""
+    _measure(
+        partial(trees.measure, folder=other, rounds=rounds, starts=starts),
+        trees.table,
+        "trees",
+        model_dir,
+        out,
+        dtypes=("float32",),
+    )
+
+
+def _measure(
+    measure: Callable[..., Coroutine[Any, Any, dict[str, Any]]],
+    table: Callable[[dict[str, Any]], Table],
+    kind: str,
+    model_dir: Path | None,
+    out: Path | None,
+    dtypes: Sequence[synthetic.Dtype] = synthetic.DTYPES,
+) -> None:
+    """Run a comparison over servers with eight adapters of each dtype; show its result and write it."""
     with tempfile.TemporaryDirectory(prefix="loadtest-") as folder:
-        model = model_dir or _default_model()
-        kit = _kit(Path(folder), model, machine_threads=len(os.sched_getaffinity(0)), dtypes=("float32",))
-        measured = asyncio.run(
-            trees.measure(kit, other, rounds=rounds, starts=starts, report=lambda line: notes.print(escape(line)))
-        )
-    _show_measured("trees", measured, trees.table(measured), out)
+        model, threads = model_dir or _default_model(), len(os.sched_getaffinity(0))
+        kit = _kit(Path(folder), model, machine_threads=threads, dtypes=dtypes)
+        measured = asyncio.run(measure(kit, report=lambda line: notes.print(escape(line))))
+    _show_measured(kind, measured, table(measured), out)
 
 
 def _show_measured(kind: str, measured: dict[str, Any], shown: Table, out: Path | None) -> None:

@@ -32,9 +32,12 @@ WORDS = ("order", "customer", "delivery", "address", "quantity", "article", "pri
 
 # Nothing of it is forced, and nearly every token is allowed, as within a string.
 OPEN = {"structured_outputs": {"regex": r"[^\x00]{4000}"}}
-# About half of the text is forced: names and punctuation are, values are not.
+# About half of the tokens are forced: names and punctuation are, values are not.
 _VALUE = {"type": "string", "pattern": "^[a-z]{12}$"}
-_NAMES = ("name_of_customer", "city_of_delivery", "article_number", "preferred_colour", "contact_person")
+_NAMES = (
+    *("name_of_customer", "city_of_delivery", "article_number", "preferred_colour", "contact_person"),
+    *("street_of_delivery", "way_of_payment", "name_of_carrier", "article_category", "remark_of_customer"),
+)
 RECORD: dict[str, Any] = {
     "type": "object",
     "properties": dict.fromkeys(_NAMES, _VALUE),

@@ -380,6 +380,14 @@ class Settings:
         maximum=MAX_SPECULATIVE_TOKENS,
     )
 
+    engine_start_seconds: float = _setting(
+        3600.0,
+        "How long an engine may take to load the model, quantising it the first time, before it is killed and started "
+        "again; three times in a row at most.",
+        parse=_number,
+        minimum=5,
+        maximum=7 * 86400,
+    )
     engine_stall_seconds: float = _setting(
         300.0,
         "How long a loaded engine may say nothing before it is killed and started again; what waits for it gets a 503. "

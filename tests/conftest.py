@@ -1,6 +1,8 @@
 """What many tests share: one tiny model, one cache, engines over them."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,12 +13,18 @@ import hypothesis
 import pytest
 import torch
 
-from tests.support import interpreter
+from tests.support import interpreter, running
 
 interpreter.prepare()
 
 from tests.support.loop_guard import guarded  # noqa: E402
 from tests.support.tiny import tiny_model  # noqa: E402 - transformers imports Triton
+
+# Temporary files lie in memory where there is room, for most of what many tests do is to wait for the disk. That data
+# is synced before it is acknowledged is counted, call by call, by tests.support.power_cut.
+MEMORY, ROOM = Path("/dev/shm"), 4 << 30
+if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM:
+    tempfile.tempdir = os.environ.setdefault("TMPDIR", str(MEMORY))
 
 
 class TorchRandom:
@@ -93,6 +101,15 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny Llama."""
     return tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def forked_engines() -> Iterator[None]:
+    """Engine processes that this one starts are forked from one that has their imports, for the whole of a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in running.forking().items():
+            patch.setenv(name, value)
+        yield
 
 
 @pytest.fixture(scope="module")

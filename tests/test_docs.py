@@ -21,8 +21,9 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 REFERENCE = ROOT / "docs/reference"
 # Flags in the guides that are not settings of `lorakeet serve`.
-OTHER_FLAGS = {"--url", "--help", "--cancel", "--pause", "--resume", "--json", "--max-tokens", "--build-arg"}
+OTHER_FLAGS = {"--url", "--help", "--cancel", "--pause", "--resume", "--json", "--max-tokens"}
 OTHER_FLAGS |= {"--role", "--tenant", "--days", "--limit"}  # of `lorakeet keys` and `tenants`
+OTHER_FLAGS |= {"--build-arg", "--target", "--gpus"}  # of `docker`
 OTHER_FLAGS |= {"--restore", "--remove", "--verify", "--all"}  # of `lorakeet doctor`
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 

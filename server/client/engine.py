@@ -178,7 +178,8 @@ class LocalEngine:
     Args:
         config: what to start it with (`address` is filled in here).
         on_stats: called with every step's `Stats`.
-        stall_seconds: without a word for this long, a loaded engine stands still: it is killed and started again.
+        start_seconds: an engine that is not loaded after this long is killed and started again.
+        stall_seconds: without a word for this long, a loaded engine stands still: the same becomes of it.
         give_up_after: deaths in a row (no step served in between) after which it is not restarted. Those that a job was
             there for do not count: it is never sent to more than two engines that die.
     """
@@ -188,11 +189,13 @@ class LocalEngine:
         config: EngineConfig,
         on_stats: Callable[[Stats], None],
         *,
+        start_seconds: float = 3600.0,
         stall_seconds: float = 300.0,
         give_up_after: int = 3,
     ) -> None:
         self._config = config
         self._on_stats = on_stats
+        self._start_seconds = start_seconds
         self._stall_seconds = stall_seconds
         self._give_up_after = give_up_after
         self._info: Ready | None = None
@@ -389,8 +392,8 @@ class LocalEngine:
             self._merges = {}
             if self._told_to_stop():
                 return
-            # One that lived long was well: only deaths soon after birth or without a served step add up.
-            if time.monotonic() - born > _QUIET_SECONDS:
+            # One that was loaded and lived long was well: deaths before that, or without a served step, add up.
+            if self._reason is None and time.monotonic() - born > _QUIET_SECONDS:
                 self._deaths = 0
             self._deaths += not self._training
             if not retry or self._deaths >= self._give_up_after:
@@ -429,7 +432,7 @@ class LocalEngine:
                     await asyncio.wait_for(asyncio.shield(death), 5)
                 return fatal.result().message, fatal.result().retry
             if not death.done():
-                return f"it stood still for {self._stall_seconds:.0f} s (--engine-stall-seconds)", True
+                return stall.result(), True
             return f"engine process ended with status {process.returncode}", True
         finally:
             stall.cancel()
@@ -439,16 +442,20 @@ class LocalEngine:
                 await process.wait()
             wire.close()
 
-    async def _stall(self) -> None:
-        """Return once a loaded engine has said nothing for too long.
+    async def _stall(self) -> str:
+        """Return, with the reason, once the engine has said nothing for too long: while it loads, it is silent.
 
         Time counts in which this process could have heard it: when both were stopped, the engine is not to blame.
         """
         heard, silence = self._last_word, 0.0
-        while silence < self._stall_seconds:
+        while True:
             await asyncio.sleep(_WATCH_SECONDS)
-            silence = silence + _WATCH_SECONDS if self._reason is None and heard == self._last_word else 0.0
+            silence = silence + _WATCH_SECONDS if heard == self._last_word else 0.0
             heard = self._last_word
+            if self._reason is not None and silence >= self._start_seconds:
+                return f"it was not loaded within {self._start_seconds:.0f} s (--engine-start-seconds)"
+            if self._reason is None and silence >= self._stall_seconds:
+                return f"it stood still for {self._stall_seconds:.0f} s (--engine-stall-seconds)"
 
     def _hear(self, fatal: asyncio.Future[protocol.Fatal], data: bytes) -> None:
         """Give a message to whom it concerns; that the engine cannot go on, to `fatal`."""

@@ -86,6 +86,6 @@ def sort_out(jobs: JobStore, directory: Path, pending: lost.Pending) -> None:
 
 
 def _checkpoints(directory: Path) -> Iterable[StoredCheckpoint]:
-    for path in directory.glob(f"*/{CHECKPOINT}"):
+    for path in directory.rglob(CHECKPOINT):
         with contextlib.suppress(OSError, msgspec.DecodeError):
             yield msgspec.json.decode(path.read_bytes(), type=StoredCheckpoint)

@@ -184,7 +184,10 @@ def _open_services(settings: Settings, model: Path) -> tuple[Services, LocalEngi
         raise ModelError(str(error)) from None
     metrics = new_metrics(settings)
     engine = LocalEngine(
-        _engine_config(settings, model), metrics.engine_stats, stall_seconds=settings.engine_stall_seconds
+        _engine_config(settings, model),
+        metrics.engine_stats,
+        start_seconds=settings.engine_start_seconds,
+        stall_seconds=settings.engine_stall_seconds,
     )
     store, outline = open_store(settings, PinLimit(settings, engine)), Outline.read(model)
     checker = Helpers(_CHECKERS, WORK, priority=settings.background_priority, memory=settings.adapter_check_bytes)

@@ -90,6 +90,7 @@ def _from_pretrained(
     whole = model_class(config)
     assert whole is not None, "check_servable comes first"
     text = config.get_text_config(decoder=True)
+    text.output_router_logits = False  # for a loss of training; without routers, transformers fails over it
     ours = {name: attention.ATTENTION for name in config.sub_configs if getattr(config, name, None) is text}
     ours[""] = attention.ATTENTION
     with _without_adapter(directory) as weights:

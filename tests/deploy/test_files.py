@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any, get_args
 
@@ -95,6 +96,22 @@ def test_the_image_that_serves_on_gpus_can_compile() -> None:
     assert {"gcc", "libc6-dev"} <= set(last.split())
     assert "compute" in last[last.index("NVIDIA_DRIVER_CAPABILITIES") :]
     assert [line for line in last.splitlines() if line.startswith("USER")][-1] == "USER lorakeet"
+
+
+def test_the_image_is_built_of_what_there_is() -> None:
+    """Every stage that is named comes before, every file is in the build's context, the command is the package's."""
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    stages = re.findall(r"^FROM \S+ AS (\S+)$", text, flags=re.MULTILINE)
+    assert stages == ["build", "cpu"]
+    assert set(re.findall(r"--from=(\S+)", text)) == {"build"}
+    allowed = set(re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    assert all((ROOT / name).exists() for name in allowed)
+    assert set(re.findall(r"^COPY (\w\S*) ", text, flags=re.MULTILINE)) <= allowed
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    packages = {name.split(".")[0].rstrip("*") for name in project["tool"]["setuptools"]["packages"]["find"]["include"]}
+    assert packages | {"pyproject.toml", project["project"]["readme"], *project["project"]["license-files"]} <= allowed
+    (entry,) = re.findall(r'^ENTRYPOINT \["(\S+)"\]$', text, flags=re.MULTILINE)
+    assert entry in project["project"]["scripts"]
 
 
 def test_compose_reserves_a_gpu_and_mounts_what_is_there() -> None:

@@ -42,7 +42,8 @@ def server(made: Files, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ru
     model = tiny_model(root / "model", max_position_embeddings=CONTEXT)
     data = root / "data"
     data.mkdir()
-    server = RunningServer(model, root, data, "--lora-dir", str(data), "--kv-cache-bytes", "64MiB")
+    flags = ("--lora-dir", str(data), "--kv-cache-bytes", "64MiB")
+    server = RunningServer(model, root, data, *flags, forks=False)  # whose memory is looked at
     server.ensure()
     assert made.upload(server, ADAPTER, "red").status_code == 201
     yield server

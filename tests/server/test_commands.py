@@ -10,9 +10,10 @@ from typing import Any
 
 import httpx
 import pytest
+import typer
 
 from server import cli
-from server.commands import adapters, chat, finetune, remote
+from server.commands import adapters, chat, finetune, remote, tenants
 
 Answer = Callable[[httpx.Request], httpx.Response]
 LONG = "ft:smollm2-135m-instruct:customer-support:0123456789abcdef"
@@ -27,6 +28,9 @@ JOBS = [
     }
     for number in range(3)
 ]
+KEY: dict[str, Any] = {"id": "lk-01234567", "tenant": "acme", "name": "", "roles": ["serve"], "adapters": None}
+KEY |= {"revoked_at": None, "expires_at": None, "last_used_at": 0}
+TENANT = {"id": "acme", "created_at": 0, "limits": {"running": 4}}
 ADAPTER = {
     "name": LONG,
     "digest": "sha256:" + "ab" * 32,
@@ -48,7 +52,7 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Callable[[Answer], None]:
             with httpx.Client(base_url="http://server", transport=httpx.MockTransport(answer)) as client:
                 yield client
 
-        for module in (adapters, chat, finetune):
+        for module in (adapters, chat, finetune, tenants):
             monkeypatch.setattr(module, "connect", connect)
 
     return install
@@ -75,7 +79,11 @@ def plain(printed: str) -> list[str]:
 
 
 def lists(request: httpx.Request) -> httpx.Response:
-    """Two pages of jobs, and one adapter."""
+    """Two pages of jobs, one adapter, a key and a tenant."""
+    if request.url.path == "/v1/admin/keys":
+        return httpx.Response(200, json={"data": [KEY]})
+    if request.url.path == "/v1/admin/tenants":
+        return httpx.Response(200, json={"data": [TENANT]})
     if request.url.path == "/v1/adapters":
         return httpx.Response(200, json={"data": [ADAPTER], "has_more": False})
     if request.url.path.endswith("/events"):
@@ -119,9 +127,26 @@ def test_every_list_comes_as_json(
         (("list", "--json"), [ADAPTER]),
         (("jobs", "--json"), JOBS),
         (("jobs", JOBS[0]["id"], "--json"), [{"created_at": 0, "message": "created"}]),
+        (("keys", "list", "--json"), [KEY]),
+        (("tenants", "list", "--json"), [TENANT]),
     ):
         assert run(monkeypatch, *map(str, arguments)) == 0
         assert json.loads(capsys.readouterr().out) == expected
+
+
+def test_every_command_that_shows_something_can_show_json() -> None:
+    def commands(group: Any, words: str = "") -> Iterator[tuple[str, Any]]:
+        for name, command in group.commands.items():
+            if hasattr(command, "commands"):
+                yield from commands(command, f"{name} ")
+            else:
+                yield words + name, command
+
+    found = dict(commands(typer.main.get_command(cli.app)))
+    showing = {name for name, command in found.items() if command.help.startswith(("Show", "Compare"))}
+    assert showing == {"list", "jobs", "eval", "doctor", "keys list", "tenants list"}
+    for name in showing:
+        assert "--json" in {flag for option in found[name].params for flag in option.opts}, name
 
 
 def test_an_evaluation_comes_as_a_table_or_as_json(

@@ -1,5 +1,6 @@
 """A real server: its own process, its own engine process, a real socket."""
 
+import atexit
 import os
 import signal
 import socket
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ START_SECONDS = 120.0  # importing the libraries on a busy machine takes most of
 # A process's part, by a word of its command line.
 PARTS = {"API": "server.cli", "engine": "server.engine.process", "checker": "server.children.programs.work"}
 REPOSITORY = Path(__file__).parent.parent.parent
+INJECT = Path(__file__).parent / "inject"
+PATH = os.pathsep.join([str(INJECT), str(REPOSITORY)])  # every server's: `sitecustomize` is imported first
 
 
 def eventually(condition: Callable[[], Any], seconds: float, what: str) -> Any:
@@ -38,15 +42,47 @@ def alive(pid: int) -> bool:
     return state not in "ZX"
 
 
-class RunningServer:
-    """`lorakeet serve` over a directory. Survives its own crashes: `ensure` starts it again."""
+@cache
+def _preloaded() -> str:
+    """The address of a process that forks engines, until this one ends."""
+    address = f"lorakeet-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(f"\0{address}")
+        listener.listen()
+        command = [sys.executable, str(INJECT / "preloaded.py"), str(listener.fileno())]
+        process = subprocess.Popen(
+            command, env=_environment(), stdin=subprocess.DEVNULL, pass_fds=[listener.fileno()], start_new_session=True
+        )
+    atexit.register(process.wait)  # the last registered is called first
+    atexit.register(process.kill)
+    return address
 
-    def __init__(self, model: Path, root: Path, data_dir: Path, *flags: str) -> None:
+
+def _environment() -> dict[str, str]:
+    """What a server, and what forks engines, is started with."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("LORAKEET_")}
+    environment |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+    return environment | {"PYTHONPATH": PATH}
+
+
+def forking() -> dict[str, str]:
+    """Environment variables by which the engines that a process starts are forked; none on a GPU, which forbids it."""
+    return {} if Path("/dev/nvidiactl").exists() else {"PYTHONPATH": PATH, "PRELOADED": _preloaded()}
+
+
+class RunningServer:
+    """`lorakeet serve` over a directory. Survives its own crashes: `ensure` starts it again.
+
+    Its engines are forked from a process that has imported what they need, unless `forks` is False.
+    """
+
+    def __init__(self, model: Path, root: Path, data_dir: Path, *flags: str, forks: bool = True) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.root = root
+        self._forks = forks
         self.data_dir = data_dir
         self._log = root / "server.log"
         self.fault = root / "fault"  # write a kind of `inject.sitecustomize` there
@@ -68,10 +104,9 @@ class RunningServer:
     def begin(self) -> None:
         """Start it if it does not run."""
         if self._process is None or self._process.poll() is not None:
-            environment = {key: value for key, value in os.environ.items() if not key.startswith("LORAKEET_")}
-            environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "FAULT_FILE": str(self.fault)}
-            environment["VISITS"] = str(self._visits)
-            environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent / "inject"), str(REPOSITORY)])
+            environment = _environment() | {"FAULT_FILE": str(self.fault), "VISITS": str(self._visits)}
+            if self._forks:
+                environment |= forking()
             with self._log.open("ab") as log:
                 self._process = subprocess.Popen(
                     self._command, cwd=REPOSITORY, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log

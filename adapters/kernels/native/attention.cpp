@@ -59,18 +59,6 @@ struct Softmax {  // over some of the keys, for so many rows
     }
 };
 
-// Calls f<M>(m) for rows m .. m + M until all `count` are done, four at a time while it can.
-template <class F>
-INLINE void by_fours(int count, F&& f) {
-    int m = 0;
-    for (; m + 4 <= count; m += 4) f.template operator()<4>(m);
-    switch (count - m) {
-        case 3: return f.template operator()<3>(m);
-        case 2: return f.template operator()<2>(m);
-        case 1: return f.template operator()<1>(m);
-    }
-}
-
 // Asks for `floats` numbers that will be read soon; null: nothing will.
 INLINE void fetch(const float* at, int64_t floats) {
     for (int64_t i = 0; at && i < floats; i += 16) __builtin_prefetch(at + i);

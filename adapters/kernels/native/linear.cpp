@@ -209,6 +209,8 @@ void few_rows(const Weight& w, const float* x, int rows, int first, int last, fl
         if constexpr (W == 16)
             for (; m + 8 <= rows; m += 8) sweep(sweep_decoding<8, 2, Decoder>, m);
         for (; m + 4 <= rows; m += 4) sweep(sweep_decoding<4, W == 16 ? 4 : 2, Decoder>, m);
+        if constexpr (W < 16)
+            for (; m + 3 <= rows; m += 3) sweep(sweep_decoding<3, 2, Decoder>, m);
         for (; m + 2 <= rows; m += 2) sweep(sweep_decoding<2, 4, Decoder>, m);
         // A single row waits for its own sums unless there are several; but the fewer, the fewer streams are read at once,
         // and weights that are not decoded keep the memory busy by themselves.
@@ -265,9 +267,7 @@ void many_rows(const Weight& w, const float* x, int rows, int first, int last, f
         const int count = least(outputs, last - o);
         const float* bias = w.bias ? w.bias + o : nullptr;
         decode_tile<false>(w, o, o + count, 0, in / BLOCK, tile);
-        int m = 0;
-        for (; m + 4 <= rows; m += 4) sweep_decoded<4, WIDE>(tile, x + m * in, in, count, bias, y + m * stride + o, stride);
-        for (; m < rows; m++) sweep_decoded<1, WIDE>(tile, x + m * in, in, count, bias, y + m * stride + o, stride);
+        by_fours(rows, [&]<int M>(int m) { sweep_decoded<M, WIDE>(tile, x + m * in, in, count, bias, y + m * stride + o, stride); });
     }
 }
 

@@ -59,4 +59,16 @@ INLINE void weigh(vf (&acc)[M][V], const float* weights, int64_t weight_stride, 
     }
 }
 
+// Calls f<M>(m) for rows m .. m + M until all `count` are done, four at a time while it can.
+template <class F>
+INLINE void by_fours(int count, F&& f) {
+    int m = 0;
+    for (; m + 4 <= count; m += 4) f.template operator()<4>(m);
+    switch (count - m) {
+        case 3: return f.template operator()<3>(m);
+        case 2: return f.template operator()<2>(m);
+        case 1: return f.template operator()<1>(m);
+    }
+}
+
 }  // namespace

@@ -7,18 +7,27 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
+import httpx
 import pytest
 import pytest_asyncio
 
+from adapters.storage.names import LocalNames
+from adapters.storage.store import AdapterStore
+from server.client import engine as client_engine
 from server.client.engine import AdapterLoadFailed, LocalEngine
 from server.errors import EngineUnavailable
+from server.http.app import build_app
 from server.messages.protocol import AdapterRef, EngineConfig, Generate, Stats
+from server.services import make_services
+from server.settings import Settings
+from tests.support.conforming import client_of
 from tests.support.offline import load_engine, publish, request
-from tests.support.tiny import tiny_adapter
+from tests.support.tiny import tiny_adapter, tiny_text
 
-pytestmark = pytest.mark.asyncio(loop_scope="module")
+pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("forked_engines")]
 
 
 def config(model: Path, cache: Path) -> EngineConfig:
@@ -34,7 +43,7 @@ def config(model: Path, cache: Path) -> EngineConfig:
     )
 
 
-async def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
@@ -51,7 +60,9 @@ async def stats() -> list[Stats]:
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def engine(model_dir: Path, cache_dir: Path, stats: list[Stats]) -> AsyncIterator[LocalEngine]:
+async def engine(
+    forked_engines: None, model_dir: Path, cache_dir: Path, stats: list[Stats]
+) -> AsyncIterator[LocalEngine]:
     client = LocalEngine(config(model_dir, cache_dir), stats.append)
     with pytest.raises(EngineUnavailable):
         await collect(client, request("early", [5, 6]))
@@ -139,24 +150,66 @@ async def test_killed_under_load_it_comes_back(engine: LocalEngine) -> None:
     assert await collect(engine, request("again", [5, 6], max_tokens=3))
 
 
-async def test_one_that_stands_still_is_replaced(engine: LocalEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What waits for it learns so, what comes meanwhile too; loading the next one takes longer, and is no stall."""
+@asynccontextmanager
+async def over_http(engine: LocalEngine, root: Path) -> AsyncIterator[httpx.AsyncClient]:
+    """The application in front of a running engine."""
+    with closing(LocalNames(root / "names.db")) as names, closing(tiny_text()) as text:
+        settings = Settings(data_dir=root, served_model_name="tiny")
+        services = make_services(settings, engine, AdapterStore(root / "adapters", names), text)
+        async with client_of(build_app(services), timeout=60) as client:
+            yield client
+        await services.grammars.close()
+
+
+async def test_one_that_stands_still_is_replaced(
+    engine: LocalEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server is unready before that; what waits for it gets a 503, what comes meanwhile too."""
     pid = engine.pid
+    assert engine.info is not None
+    stands = engine.info.pid
+    monkeypatch.setattr(client_engine, "_QUIET_SECONDS", 3.0)
+    monkeypatch.setattr(engine, "_stall_seconds", 6.0)
+    body = {"model": "tiny", "prompt": [5, 6], "temperature": 0, "ignore_eos": True, "max_tokens": 3}
+    async with over_http(engine, tmp_path) as client:
+        assert (await client.get("/ready")).status_code == 200
+        before = (await client.post("/v1/completions", json=body)).json()["choices"]
+        running = asyncio.create_task(client.post("/v1/completions", json=body | {"max_tokens": 450}))
+        await until(lambda: bool(engine._streams))
+        os.kill(stands, signal.SIGSTOP)
+        late = asyncio.create_task(client.post("/v1/completions", json=body))
+        await until(lambda: engine.unready_reason is not None)
+        ready = await client.get("/ready")
+        assert (ready.status_code, engine.pid) == (503, pid), "it may go on yet"
+        assert "has not answered for" in ready.text
+        for response in await asyncio.wait_for(asyncio.gather(running, late), 60):
+            assert response.status_code == 503, response.text
+            assert int(response.headers["Retry-After"]) > 0
+        assert "--engine-stall-seconds" in (await client.get("/ready")).text
+        await until(lambda: not Path(f"/proc/{stands}").exists())
+        monkeypatch.undo()
+        await until(lambda: engine.unready_reason is None)
+        assert (await client.get("/ready")).json()["engine_pid"] == engine.pid != pid
+        assert (await client.post("/v1/completions", json=body)).json()["choices"] == before
+
+
+async def test_one_that_is_not_loaded_in_time_is_replaced_and_given_up_in_the_end(
+    model_dir: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However long it has lived till then: it never was well."""
+    for name in ("_WATCH_SECONDS", "_QUIET_SECONDS"):
+        monkeypatch.setattr(client_engine, name, 0.01)
+    client = LocalEngine(config(model_dir, cache_dir), lambda _: None, start_seconds=0.03)
+    await client.start()
+    await until(lambda: client.pid is not None)
+    pid = client.pid
+    await asyncio.wait_for(client.failed_for_good.wait(), 60)
+    assert caplog.text.count("is being restarted (it was not loaded within 0 s (--engine-start-seconds))") == 2
+    assert "3 times" in (client.unready_reason or "")
     assert pid is not None
-    monkeypatch.setattr(engine, "_stall_seconds", 4.0)
-    running = asyncio.create_task(collect(engine, request("stuck", [5, 6], max_tokens=450)))
-    await asyncio.sleep(0.05)
-    os.kill(pid, signal.SIGSTOP)
-    late = asyncio.create_task(collect(engine, request("late", [5, 6], max_tokens=2)))
-    for outcome in await asyncio.wait_for(asyncio.gather(running, late, return_exceptions=True), 60):
-        assert isinstance(outcome, EngineUnavailable)
-        assert int(outcome.headers["Retry-After"]) > 0
-    assert "--engine-stall-seconds" in (engine.unready_reason or "")
-    await until(lambda: engine.unready_reason is None)
-    assert engine.pid != pid
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
-    assert await collect(engine, request("again", [5, 6], max_tokens=3))
+    await client.stop(grace=0)
 
 
 async def test_three_deaths_in_a_row_are_enough(model_dir: Path, cache_dir: Path) -> None:
@@ -184,7 +237,10 @@ async def test_a_base_that_cannot_be_served_is_not_retried(cache_dir: Path, tmp_
     await client.stop(grace=0)
 
 
-async def test_the_engine_ends_with_its_parent(model_dir: Path, cache_dir: Path) -> None:
+async def test_the_engine_ends_with_its_parent(
+    model_dir: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PRELOADED", raising=False)
     script = (
         "import asyncio, sys\n"
         "from server.client.engine import LocalEngine\n"

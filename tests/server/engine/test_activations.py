@@ -97,6 +97,7 @@ def test_only_serving_is_rounded(model_dir: Path, cache_dir: Path) -> None:
     assert torch.equal(scores(engine), before)
 
 
+@pytest.mark.usefixtures("forked_engines")
 def test_the_process_measures_it_after_its_self_check(model_dir: Path, cache_dir: Path) -> None:
     config = EngineConfig(
         address="",

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from server.model.base import UnservableModel
 from tests.server.engine.test_parity import PROMPT, our_logprobs, peft_logprobs
 from tests.support.offline import load_engine
-from tests.support.tiny import tiny_adapter
+from tests.support.tiny import tiny_adapter, tiny_model
+from tests.sweep.families import tiny_family
 
 pytestmark = pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning", "ignore::UserWarning:peft")
 
@@ -71,6 +72,29 @@ def test_a_model_beside_an_adapter_is_served_without_it(
     assert "holds an adapter beside the model" in caplog.text
     expected = peft_logprobs(model_dir, None, quantization, PROMPT)
     assert (our_logprobs(engine, None, PROMPT) - expected).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_linears_with_one_output_are_served(quantization: str, tmp_path: Path) -> None:
+    """Such as gates of shared experts. Of an MLP that is one wide, linears have one output or one input."""
+    model = tiny_model(tmp_path / "m", intermediate_size=1)
+    engine = load_engine(model, tmp_path / "cache", quantization=quantization)
+    assert 1 in {linear.out_features for linear in engine.base.linears}
+    adapter = tiny_adapter(tmp_path / "adapter", model)
+    expected = peft_logprobs(model, adapter, quantization, PROMPT)
+    assert (our_logprobs(engine, adapter, PROMPT) - expected).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("family", ["granitemoehybrid, dense", "qwen3_moe"])
+@pytest.mark.filterwarnings("ignore")  # of transformers, about families
+def test_router_logits_that_a_config_asks_for_change_nothing(family: str, tmp_path: Path) -> None:
+    """They serve a loss of training; Granite 4's dense models ask for them though they have no router."""
+    tiny_family(family, tmp_path / "plain")
+    asking = altered(tmp_path / "plain", tmp_path / "asking", output_router_logits=True)
+    answers = [
+        our_logprobs(load_engine(model, tmp_path / "cache"), None, PROMPT) for model in (tmp_path / "plain", asking)
+    ]
+    assert answers[0].equal(answers[1])
 
 
 # --- what the loaded model ties ------------------------------------------------------------------------

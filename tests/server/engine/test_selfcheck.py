@@ -1,5 +1,6 @@
 """The self-check passes what is right, refuses what is wrong, and remembers only the first."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 
 from adapters.kernels import native
 from server.engine import selfcheck
+from server.engine.batch import Batch
 from server.engine.engine import Engine
 from server.engine.runner import ModulesPath, PlannedPath
 from server.model.base import UnservableModel
@@ -54,6 +56,42 @@ def test_a_wrong_engine_is_refused(fault: str, engine: Engine, tmp_path: Path, m
     with pytest.raises(UnservableModel, match=r"self-check|disagrees"):
         selfcheck.run(engine, tmp_path)
     assert not (tmp_path / "selfcheck").exists()
+
+
+@pytest.mark.parametrize("linear", [0, -1])
+def test_one_linear_whose_adapter_is_not_as_it_should_be_is_refused(
+    linear: int, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = selfcheck._random_adapter
+
+    def otherwise(engine: Engine, folder: Path) -> object:
+        adapter, rows = given(engine, folder)
+        rows[list(rows)[linear]][1].mul_(1.2)
+        return adapter, rows
+
+    monkeypatch.setattr(selfcheck, "_random_adapter", otherwise)
+    with pytest.raises(UnservableModel, match="disagrees"):
+        selfcheck.run(engine, tmp_path)
+
+
+@pytest.mark.parametrize("steps", ["decoding", "later chunks", "in company"])
+def test_an_engine_that_is_wrong_in_some_steps_only_is_refused(
+    steps: str, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong: Callable[[Batch], bool] = {
+        "decoding": lambda batch: batch.decodes,
+        "later chunks": lambda batch: not batch.decodes and batch.works[0].start > 0,
+        "in company": lambda batch: len(batch.works) > 1,
+    }[steps]
+    right = PlannedPath.forward
+
+    def forward(path: PlannedPath, batch: Batch) -> object:
+        logits, classified = right(path, batch)
+        return logits * (1.01 if wrong(batch) else 1.0), classified
+
+    monkeypatch.setattr(PlannedPath, "forward", forward)
+    with pytest.raises(UnservableModel, match="disagrees"):
+        selfcheck.run(engine, tmp_path)
 
 
 @pytest.mark.parametrize("tokens", [1, 2], ids=["decoding", "chunks"])

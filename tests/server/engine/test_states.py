@@ -119,7 +119,7 @@ def test_preemption_prefix_hits_and_chunks_change_nothing(
 ) -> None:
     references = [publish(engine, adapter) for adapter in adapters]
     requests = workload(references)
-    if not model.name.startswith(("qwen3_5", "lfm2")):
+    if not model.name.startswith("lfm2"):  # the others' recurrences, step by step, take long
         requests = requests[:8]
     expected = solo(engine, requests)
     slot = sum(state.bytes for state in engine.base.states.values())

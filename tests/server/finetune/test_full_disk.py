@@ -103,6 +103,55 @@ async def test_every_writer_answers_507_and_everything_can_be_deleted(
         fill(disk)
 
 
+async def test_a_mix_and_a_merge_that_find_no_room_are_507s(
+    site: TuningSite, disk: Path, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    object.__setattr__(site.settings, "model", str(model_dir))
+    publisher = site.services.registry.publisher
+    for seed, name in enumerate(("mine", "yours")):
+        adapter = tiny_adapter(tmp_path / name, model_dir, seed=seed)
+        await publisher.import_directory(TENANT, name, adapter)
+    mix = {"name": "ours", "mix": [{"adapter": "mine"}, {"adapter": "yours"}], "method": "cat"}
+    orders: dict[str, dict[str, Any]] = {"/v1/adapters": mix, "/v1/adapters/mine/merge": {"to": "checkpoint"}}
+    filling = fill(disk)
+    for path, body in orders.items():
+        response = await site.client.post(path, json=body)
+        assert (response.status_code, response.json()["error"]["code"]) == (507, "storage_full"), response.text
+    assert not list((site.settings.data_dir / "adapters" / "staging").iterdir())
+    assert not list((site.settings.data_dir / "checkpoints").glob("*"))
+    assert (await site.client.delete("/v1/models/yours")).status_code == 200
+    filling.unlink()
+    merge = "/v1/adapters/mine/merge"
+    assert (await site.client.post(merge, json=orders[merge])).status_code == 201
+    fill(disk)
+    assert (await site.client.delete(merge)).json()["deleted"] == ["checkpoint"]
+    assert (await site.client.delete("/v1/models/mine")).status_code == 200
+
+
+async def test_a_running_job_is_paused_while_the_disk_is_full_and_goes_on(site: TuningSite, disk: Path) -> None:
+    files = [await site.upload() for _ in range(2)]
+    whole = (await site.until((await site.create(training_file=files[0]))["id"]))["fine_tuned_model"]
+    expected = site.store.get(TENANT, whole).digest
+    site.engine.held = True
+    job = (await site.create(training_file=files[0]))["id"]
+    await site.until(job, "running")
+    filling = fill(disk)
+    paused = await site.steer(job, "pause")
+    assert (paused.status_code, paused.json()["status"]) == (200, "pausing"), paused.text
+    site.engine.held = False
+    await site.until(job, "paused")
+    fill(disk)
+    assert (await site.client.delete(f"/v1/files/{files[1]}")).status_code == 200
+    assert (await site.client.delete(f"/v1/models/{whole}")).status_code == 200
+    filling.unlink()
+    await asyncio.sleep(0.2)
+    assert (await site.job(job))["status"] == "paused", "its owner paused it"
+    assert (await site.steer(job, "resume")).status_code == 200
+    done = await site.until(job)
+    assert done["status"] == "succeeded"
+    assert site.store.get(TENANT, done["fine_tuned_model"]).digest == expected
+
+
 def test_what_starts_on_a_full_disk_can_delete(disk: Path) -> None:
     database = open_database(disk / "db")
     with database.transaction() as connection:

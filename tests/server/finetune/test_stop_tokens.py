@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from openai.types.chat import ChatCompletionMessage
 
 from server.engine.engine import Engine
 from server.finetune.dataset import load_dataset
@@ -121,4 +122,34 @@ async def test_a_fine_tune_on_calls_serves_with_the_formats_of_its_rows(tmp_path
         assert choice["message"]["reasoning"] == "so"
         [said] = choice["message"]["tool_calls"]
         assert said["function"] == {"name": "look", "arguments": '{"at": "it"}'}
+        # What it says can be taught again, as it is.
+        again = await site.create(
+            training_file=await site.upload([{"messages": [*asked, choice["message"]], "tools": tools}])
+        )
+        done = await site.until(again["id"])
+        assert (done["status"], done["tool_format"], done["reasoning_format"]) == ("succeeded", "hermes", "think")
+    engine.close()
+
+
+async def test_a_job_learns_from_the_servers_own_answers(tmp_path: Path, tiny_engine: Engine) -> None:
+    """As the API returns them, and as OpenAI's library writes them down: with every field that is null."""
+    engine = ServingEngine(tiny_engine)
+    async with tuning_site(tmp_path / "data", engine) as site:
+        asked = [{"role": "user", "content": "say 7"}]
+        body = {"messages": asked, "seed": 1, "max_tokens": 8, "ignore_eos": True}
+        response = await site.client.post("/v1/chat/completions", json=body | {"model": "tiny"})
+        answer = response.json()["choices"][0]["message"]
+        dumped = ChatCompletionMessage.model_validate(answer).model_dump()
+        assert {name for name in answer if answer[name] is None} == {"refusal"}
+        nulls = {"refusal", "annotations", "audio", "function_call", "tool_calls"}
+        assert {name for name in dumped if dumped[name] is None} == nulls
+        rows = [{"messages": [*asked, message], "tools": None} for message in (answer, dumped)]
+        file = await site.upload(rows)
+        report = (await site.client.get(f"/v1/files/{file}")).json()["report"]
+        assert (report["examples"], report["trained_tokens"] > 4) == (2, True)
+        done = await site.until((await site.create(training_file=file, hyperparameters={"n_epochs": 2}))["id"])
+        assert done["status"] == "succeeded", done["error"]
+        assert done["trained_tokens"] == 2 * report["tokens"]
+        response = await site.client.post("/v1/chat/completions", json=body | {"model": done["fine_tuned_model"]})
+        assert response.json()["choices"][0]["message"]["content"]
     engine.close()

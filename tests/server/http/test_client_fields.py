@@ -8,6 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
+from server.openai.chat import ChatBody
+from server.openai.schema import GenerationBody
 from tests.support.scripted import BASE, EOS, TEXT, Served, encode, serving
 
 
@@ -37,6 +39,52 @@ async def test_hints_and_labels_are_accepted(
     served: Served, path: str, body: dict[str, Any], hint: dict[str, Any]
 ) -> None:
     assert (await served.client.post(path, json=body | hint)).status_code == 200
+
+
+# vLLM's and OpenAI's fields that we do not have, at the values that change nothing, and one at which they would.
+NO_OPS: dict[str, tuple[list[Any], Any]] = {
+    "use_beam_search": ([False], True),
+    "length_penalty": ([1, 1.0], 2.0),
+    "early_stopping": ([False], True),
+    "detokenize": ([True], False),
+    "spaces_between_special_tokens": ([True], False),
+    "bad_words": ([[]], ["word"]),
+    "logits_processors": ([[]], ["mine"]),
+    "allowed_token_ids": ([[]], [5]),
+    "return_tokens_as_token_ids": ([False], True),
+    "service_tier": (["auto", "default"], "flex"),
+    "documents": ([[]], [{"text": "x"}]),
+}
+CHAT_NO_OPS: dict[str, tuple[list[Any], Any]] = {
+    "functions": ([[]], [{"name": "f"}]),
+    "function_call": (["none", "auto"], {"name": "f"}),
+    "modalities": ([["text"]], ["text", "audio"]),
+    "echo": ([False], True),
+}
+FIELDS = [
+    *((path, body, name) for path, body in ENDPOINTS for name in NO_OPS),
+    *(("/v1/chat/completions", CHAT, name) for name in CHAT_NO_OPS),
+]
+
+
+def test_every_field_that_changes_nothing_is_here() -> None:
+    assert set(GenerationBody.no_ops) == set(NO_OPS)
+    assert set(ChatBody.no_ops) == set(NO_OPS | CHAT_NO_OPS)
+
+
+@pytest.mark.parametrize(("path", "body", "name"), FIELDS)
+async def test_a_field_that_changes_nothing_is_accepted_at_that_value_alone(
+    served: Served, path: str, body: dict[str, Any], name: str
+) -> None:
+    harmless, other = (NO_OPS | CHAT_NO_OPS)[name]
+    bare = (await served.client.post(path, json=body | {"seed": 1})).json()["choices"]
+    for value in [*harmless, None]:
+        response = await served.client.post(path, json=body | {"seed": 1, name: value})
+        assert (response.status_code, response.json().get("choices")) == (200, bare), response.text
+        first, *_, last = served.engine.requests
+        assert (last.prompt, last.sampling) == (first.prompt, first.sampling)
+    response = await served.client.post(path, json=body | {name: other})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, name)
 
 
 @pytest.mark.parametrize("hint", [{"reasoning_effort": "low"}, {"verbosity": "high"}])

@@ -188,6 +188,24 @@ async def test_special_tokens_are_shown_on_request(served: Served) -> None:
     assert hidden == shown.replace("<|im_start|>", "")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kept", [False, True])
+async def test_a_stop_string_may_be_a_special_token(served: Served, stream: bool, kept: bool) -> None:
+    """Which the text of the answer does not show."""
+    served.engine.reply = lambda request: [*encode(" one<|im_start|> two"), EOS]
+    asked = {"stop": ["<|im_start|>"], "include_stop_str_in_output": kept, "stream": stream, "max_tokens": 99}
+    for path, prompt in (
+        ("/v1/completions", {"prompt": "Hi"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}),
+    ):
+        response = await served.client.post(path, json={"model": BASE} | prompt | asked)
+        choices = [chunk["choices"][0] for chunk in (events(response)[:-1] if stream else [response.json()])]
+        texts = [choice.get("delta") or choice.get("message") or {"content": choice.get("text")} for choice in choices]
+        assert "".join(text.get("content") or "" for text in texts) == " one" + "<|im_start|>" * kept
+        assert (choices[-1]["finish_reason"], choices[-1]["stop_reason"]) == ("stop", "<|im_start|>")
+    assert len(served.engine.aborted) == 2
+
+
 # --- logprobs and echo -------------------------------------------------------------------------------
 
 

@@ -11,7 +11,8 @@ import torch
 
 from adapters.peft_format import directory as adapter_format
 from server.engine.engine import Engine
-from server.messages.training import Checkpoint, StartJob, StopJob, TrainingStep
+from server.messages.protocol import Done
+from server.messages.training import Checkpoint, PlanMemory, StartJob, StopJob, TrainingStep
 from server.model.base import Base
 from server.training.plan import Steps
 from server.training.trainer import Trainer
@@ -89,7 +90,8 @@ def test_the_classic_configuration_trains(base: Base, trainer: Trainer, tmp_path
 
 
 @pytest.mark.parametrize(
-    "optimizer", [pytest.param("adamw", marks=pytest.mark.slow), "paged_adamw_8bit", "paged_adamw_32bit"]
+    "optimizer",
+    ["paged_adamw_8bit", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adamw", "paged_adamw_32bit"))],
 )
 def test_every_optimizer_learns_and_resumes_bit_for_bit(
     optimizer: str, base: Base, trainer: Trainer, tmp_path: Path
@@ -133,6 +135,7 @@ def same_weights(left: Path, right: Path) -> bool:
     return (left / name).read_bytes() == (right / name).read_bytes()
 
 
+@pytest.mark.slow  # the test of every optimizer, which dies three times, is its sister
 def test_ten_kills_change_no_bit(base: Base, trainer: Trainer, tmp_path: Path) -> None:
     def start(name: str) -> StartJob:
         return job(
@@ -265,6 +268,33 @@ def test_a_fault_ends_its_job_and_its_neighbour_goes_on_unchanged(
     assert ended(replies).outcome == "succeeded"
     assert same_weights(final(alone), final(replies))
     assert base.slot.deltas is None
+
+
+@pytest.mark.parametrize(
+    ("fault", "codes"),
+    [
+        (RuntimeError("no such kernel"), ("training_failed", "start_failed")),
+        (MemoryError(), ("out_of_memory", "out_of_memory")),
+    ],
+    ids=str,
+)
+def test_a_base_that_cannot_be_planned_for_fails_its_jobs_with_a_reason(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception, codes: tuple[str, str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise fault
+
+    monkeypatch.setattr("server.training.trainer.LayeredModel", broken)
+    start = job(base, tmp_path / "job", DATA)
+    with contextlib.closing(Trainer(base)) as trainer:
+        asked = PlanMemory(id="plan", modules=start.modules, optimizer="adamw", scale_vector=False, tokens=64)
+        trainer.handle(asked)
+        (answer,) = trainer.take_replies()
+        assert isinstance(answer, Done)
+        assert (answer.id, answer.code, bool(answer.error)) == ("plan", codes[0], True)
+        end = ended(run(trainer, start))
+        assert (end.outcome, end.code, bool(end.message)) == ("failed", codes[1], True)
+        assert trainer.idle
 
 
 def test_files_that_cannot_be_read_end_the_job(base: Base, trainer: Trainer, tmp_path: Path) -> None:

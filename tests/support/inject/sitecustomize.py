@@ -14,6 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import preloaded
+
 ROOT = f"{Path(__file__).parent.parent.parent.parent}/"
 PRODUCT = (f"{ROOT}server/", f"{ROOT}adapters/")
 
@@ -48,9 +50,9 @@ def fail(kind: str) -> None:
 
 def failing(work: Callable[..., Any], prefix: str) -> Callable[..., Any]:
     """`work`, after a look at the file."""
-    file = Path(os.environ["FAULT_FILE"])
 
     def look_first(*args: Any, **kwargs: Any) -> Any:
+        file = Path(os.environ.get("FAULT_FILE", os.devnull + "/none"))
         if file.exists() and file.read_text().startswith("training") == (prefix == "training"):
             kind = file.read_text()
             file.unlink()
@@ -60,7 +62,8 @@ def failing(work: Callable[..., Any], prefix: str) -> Callable[..., Any]:
     return look_first
 
 
-if "server.engine.process" in sys.orig_argv:
+def make_fail() -> None:
+    """Have every step and every piece of training look at the file first."""
     from server.engine.runner import Runner
     from server.training.layers import LayeredModel
 
@@ -74,8 +77,9 @@ class Visits:
     Answers by files of its directory: `PID.begun`, and `PID.files` with a name a line.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, pid: int) -> None:
         self._directory = directory
+        self._pid = pid
         self._seen: dict[str, None] | None = None
         signal.signal(signal.SIGUSR1, self._begin)
         signal.signal(signal.SIGUSR2, self._end)
@@ -84,11 +88,11 @@ class Visits:
     def _begin(self, *_: object) -> None:
         self._seen = {}
         sys.setprofile(self._note)
-        (self._directory / f"{os.getpid()}.begun").touch()
+        (self._directory / f"{self._pid}.begun").touch()
 
     def _end(self, *_: object) -> None:
         sys.setprofile(None)
-        whole = self._directory / f"{os.getpid()}.tmp"
+        whole = self._directory / f"{self._pid}.tmp"
         whole.write_text("".join(f"{name.removeprefix(ROOT)}\n" for name in self._seen or ()))
         whole.rename(whole.with_suffix(".files"))
         self._seen = None
@@ -101,5 +105,14 @@ class Visits:
             seen[code.co_filename] = None
 
 
-if "VISITS" in os.environ:
-    Visits(Path(os.environ["VISITS"]))
+def prepare(pid: int) -> None:
+    """Note the files that this process enters, if that may be asked, under a process's id."""
+    if "VISITS" in os.environ:
+        Visits(Path(os.environ["VISITS"]), pid)
+
+
+if preloaded.PROGRAM in sys.orig_argv:
+    if "PRELOADED" in os.environ:
+        preloaded.stand_for_one(os.environ["PRELOADED"])
+    make_fail()
+prepare(os.getpid())
