@@ -23,7 +23,7 @@ from tests.support.tiny import tiny_model  # noqa: E402 - transformers imports T
 # Temporary files lie in memory where there is room, for most of what many tests do is to wait for the disk. That data
 # is synced before it is acknowledged is counted, call by call, by tests.support.power_cut.
 MEMORY, ROOM = Path("/dev/shm"), 4 << 30
-if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM:
+if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM and not os.statvfs(MEMORY).f_flag & os.ST_NOEXEC:
     tempfile.tempdir = os.environ.setdefault("TMPDIR", str(MEMORY))
 
 
