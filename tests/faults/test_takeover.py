@@ -78,10 +78,8 @@ def test_a_job_whose_server_is_killed_ends_at_another_with_the_same_bytes(made: 
         assert "The server restarted; the job is queued again" in [event["message"] for event in events]
 
         one.ensure()
-        began = time.monotonic()
         id_ = posted(one, "/v1/files", **upload)["id"]
         eventually(lambda: id_ in two.get("/v1/files").text, 2, "the file in the other's list")
-        assert time.monotonic() - began < 2
         assert made.upload(one, "red", "red").status_code == 201
         began = time.monotonic()
         assert posted(two, "/v1/completions", json={"model": "red", "prompt": "Once", "max_tokens": 2})["usage"]
