@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -159,8 +160,10 @@ def ended(server: RunningServer, path: str) -> bool:
 
 
 def shown(server: RunningServer, path: str) -> str:
-    """A job and its events, for a failed test."""
-    return f"{server.get(path).text}\n{server.get(path + '/events').text}"
+    """A job, its events and the largest files, for a failed test."""
+    files = [(file.stat().st_size, str(file)) for file in server.data_dir.rglob("*") if file.is_file()]
+    disk = f"{shutil.disk_usage(server.data_dir)}, largest: {sorted(files)[-12:]}"
+    return f"{server.get(path).text}\n{server.get(path + '/events').text}\n{disk}"
 
 
 def _engines(server: RunningServer) -> list[int]:
