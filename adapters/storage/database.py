@@ -105,7 +105,9 @@ class Database:
                 self.path, timeout=self._busy_seconds, isolation_level=None, check_same_thread=False
             )
             try:
-                for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+                # Near a mebibyte: by itself the journal keeps the most it ever had, of a disk that may be small.
+                journal = ("journal_mode=WAL", "wal_autocheckpoint=256", "journal_size_limit=1048576")
+                for pragma in (*journal, "synchronous=FULL", "foreign_keys=ON"):
                     connection.execute(f"PRAGMA {pragma}")
                 self._prepare(connection)
                 reader = sqlite3.connect(

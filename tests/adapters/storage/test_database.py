@@ -82,3 +82,15 @@ def test_every_commit_is_synced(tmp_path: Path) -> None:
     with closing(Database(tmp_path / "db", [TABLE])) as database, database.transaction() as connection:
         assert connection.execute("PRAGMA synchronous").fetchone()[0] == 2
         assert connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+
+
+def test_the_journal_does_not_keep_the_room_that_it_once_took(tmp_path: Path) -> None:
+    """Of a small disk it would be missing, for jobs that wait until there is space."""
+    with closing(Database(tmp_path / "db", [TABLE])) as database:
+        journal = tmp_path / "db-wal"
+        add(database, "x" * (3 << 20))
+        assert journal.stat().st_size > 3 << 20
+        for number in range(60):
+            add(database, f"{number}" * 20_000)
+            if number > 4:
+                assert journal.stat().st_size <= 1.5 * (1 << 20)
