@@ -56,7 +56,7 @@ async def test_a_canary_from_first_share_to_rollback_under_load(server: RunningS
 
 
 async def test_a_warm_adapter_is_on_the_device_and_a_verified_one_does_something(server: RunningServer) -> None:
-    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=server.url, timeout=150) as client:
         warmed = await client.post("/v1/adapters/blue/warm")
         assert warmed.status_code == 200, warmed.text
         assert warmed.json()["seconds"] >= 0
