@@ -1,6 +1,6 @@
 """Leases on records: one holder at a time, who is followed when it is not heard of, and cannot write afterwards."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,20 +12,8 @@ from adapters.storage.bucket import Bucket
 from adapters.storage.leases import LEASE, LeaseLost, Leases
 from adapters.storage.records import Content, Records
 from adapters.storage.versions import RemoteUnavailable
-from tests.support.buckets import BUCKET, S3Server
+from tests.support.buckets import S3Server
 from tests.support.threads import together
-
-
-@pytest.fixture(params=["file", "s3"])
-def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if request.param == "file":
-        yield f"file://{tmp_path}/bucket"
-        return
-    server: S3Server = request.getfixturevalue("server")
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    yield f"s3://{BUCKET}/{tmp_path.name}"
-    server.suffer()
 
 
 class Server:

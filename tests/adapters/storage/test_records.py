@@ -2,7 +2,7 @@
 
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,7 @@ from adapters.storage import records as module
 from adapters.storage.bucket import Bucket, Conflict
 from adapters.storage.records import Content, Record, Records
 from adapters.storage.versions import RemoteUnavailable
-from tests.support.buckets import BUCKET, S3Server
-
-
-@pytest.fixture(params=["file", "s3"])
-def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    if request.param == "file":
-        yield f"file://{tmp_path}/bucket"
-        return
-    server: S3Server = request.getfixturevalue("server")
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    yield f"s3://{BUCKET}/{tmp_path.name}"
-    server.suffer()
+from tests.support.buckets import S3Server
 
 
 def opened(url: str) -> Records:

@@ -92,12 +92,18 @@ async def test_another_server_ends_the_batch_of_one_that_died_and_asks_for_nothi
     await eventually(lambda: not Bucket(lives.url).list("batch-files"))
 
 
-async def test_a_batch_is_cancelled_at_another_server(lives: Lives) -> None:
+async def in_its_middle(lives: Lives) -> tuple[Served, Served, Any]:
+    """Two servers, and a batch that the first one works on, which the second has seen."""
     one, two = await lives.open("one"), await lives.open("two")
     has_room(two, 0)
     stop_at(one, 3)
     batch = await create(one, ROWS)
     await until(two, batch, "in_progress", completed=1)
+    return one, two, batch
+
+
+async def test_a_batch_is_cancelled_at_another_server(lives: Lives) -> None:
+    _, two, batch = await in_its_middle(lives)
     assert (await two.client.post(f"/v1/batches/{batch['id']}/cancel")).json()["status"] == "cancelling"
     done = await until(two, batch)
     assert (done["status"], done["request_counts"]["total"]) == ("cancelled", 12)
@@ -107,11 +113,7 @@ async def test_a_batch_is_cancelled_at_another_server(lives: Lives) -> None:
 
 
 async def test_a_server_that_was_asleep_ends_nothing_that_is_anothers(lives: Lives) -> None:
-    one, two = await lives.open("one"), await lives.open("two")
-    has_room(two, 0)
-    stop_at(one, 3)
-    batch = await create(one, ROWS)
-    await until(two, batch, "in_progress", completed=1)
+    one, two, batch = await in_its_middle(lives)
     ours = one.services.batches.sharing
     assert ours is not None
     await ours.stop()
