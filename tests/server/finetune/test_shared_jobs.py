@@ -55,6 +55,10 @@ async def whole(site: Sharer, file: str) -> str:
     return site.result(await site.until(await site.create(file), "succeeded"))
 
 
+def statuses(site: Sharer) -> list[str]:
+    return sorted(job.status for job in site.jobs.page(TENANT, limit=9)[0])
+
+
 def steps_of(events: list[dict[str, Any]]) -> list[int]:
     return [event["data"]["step"] for event in events if event["type"] == "metrics"]
 
@@ -97,9 +101,9 @@ async def test_what_one_has_the_other_shows(lives: Lives) -> None:
     assert [job.id for job in third.jobs.page(TENANT, limit=9)[0]] == [other, job_id]
     assert [found["id"] for found in (await third.ask("GET", "/v1/files"))["data"]] == [file]
     await two.ask("DELETE", f"/v1/files/{file}")
-    await until(lambda: one.tuning.files.page(TENANT, limit=9)[0] == [])
-    assert not (lives.root / "one" / "files" / file).exists()
-    for site in (one, two, third):
+    for name, site in {"one": one, "two": two, "three": third}.items():
+        await until(lambda files=site.tuning.files: files.page(TENANT, limit=9)[0] == [])
+        assert not (lives.root / name / "files" / file).exists()
         assert (await site.http.get(f"/v1/files/{file}")).status_code == 404
 
 
@@ -109,8 +113,7 @@ async def test_jobs_are_shared_out_among_servers_with_room(lives: Lives) -> None
     file = await one.upload()
     jobs = [await one.create(file) for _ in range(3)]
     await until(lambda: one.trainer.steps == two.trainer.steps == [1, 2])
-    statuses = [(await one.job(job))["status"] for job in jobs]
-    assert sorted(statuses) == ["running", "running", "validating_files"]
+    await until(lambda: statuses(one) == statuses(two) == ["running", "running", "validating_files"])
     one.trainer.until = two.trainer.until = STEPS + 1
     digests = [one.result(await one.until(job, "succeeded")) for job in jobs]
     assert len(set(digests)) == 1
