@@ -385,7 +385,7 @@ def _sketch_struct(sketch: Sketch) -> SketchStruct:
     return SketchStruct(*map(address, (sketch.data, sketch.scale, sketch.norm, sketch.error)), sketch.greatest_norm)
 
 
-def takes_weight(weight: QuantizedWeight) -> bool:
+def takes_weight(weight: QuantizedWeight | ExpertWeights) -> bool:
     """Whether the library can read this weight where it lies, and means the same by it as its own library.
 
     bitsandbytes 0.50 reads 4-bit rows that are not whole blocks differently on the CPU than it wrote them; what it
