@@ -81,9 +81,12 @@ def is_deterministic() -> bool:
     return triton.deterministic()
 
 
-def runs_natively(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the CPU's native kernels are there and compute in this dtype."""
-    return device.type == "cpu" and dtype == torch.float32 and native.load() is not None
+def runs_natively(
+    device: torch.device, dtype: torch.dtype, weights: Iterable[QuantizedWeight | ExpertWeights] = ()
+) -> bool:
+    """Whether the CPU's native kernels are there, compute in this dtype, and take these weights."""
+    there = device.type == "cpu" and dtype == torch.float32 and native.load() is not None
+    return there and all(map(native.takes_weight, weights))
 
 
 def implementation(device: torch.device, dtype: torch.dtype) -> str:
