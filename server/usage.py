@@ -10,7 +10,7 @@ from typing import Any
 from adapters.storage.database import Database
 
 RETRY_SECONDS = 1.0  # after a disk or a database took nothing
-COUNTS = ("requests", "prompt_tokens", "cached_tokens", "generated_tokens", "trained_tokens")
+COUNTS = ("requests", "prompt_tokens", "cached_tokens", "generated_tokens", "trained_tokens", "device_seconds")
 
 _ADD = (
     f"INSERT INTO usage (tenant, adapter, day, {', '.join(COUNTS)}) VALUES (?, ?, ?{', ?' * len(COUNTS)}) "
@@ -58,12 +58,14 @@ class Ledger:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._pending: dict[tuple[str, str, str], list[int]] = {}
+        self._pending: dict[tuple[str, str, str], list[float]] = {}
         self._kept: asyncio.Future[None] | None = None  # of what is pending
         self._writing: asyncio.Task[None] | None = None
         self._failing = self._stopped = False
 
-    def add(self, tenant: str, adapter: str, prompt: int, cached: int, generated: int) -> asyncio.Future[None]:
+    def add(
+        self, tenant: str, adapter: str, prompt: int, cached: int, generated: int, device_seconds: float = 0.0
+    ) -> asyncio.Future[None]:
         """A request has ended. `adapter`: as its tenant calls it; empty: the base.
 
         The future is done when that is on disk, together with what others added meanwhile.
@@ -75,7 +77,7 @@ class Ledger:
             kept.set_result(None)
             self._kept = None
         row = self._pending.setdefault((tenant, adapter, today()), [0] * len(COUNTS))
-        for i, count in enumerate((1, prompt, cached, generated)):
+        for i, count in enumerate((1, prompt, cached, generated, 0, device_seconds)):
             row[i] += count
         if self._writing is None:
             self._writing = asyncio.create_task(self._write())
@@ -109,14 +111,15 @@ class Ledger:
                 await asyncio.sleep(RETRY_SECONDS)
         self._writing = None
 
-    def train(self, tenant: str, adapter: str, job: str, tokens: int) -> None:
-        """A job has trained on so many tokens in all; a step that is repeated counts once. Waits for the disk."""
+    def train(self, tenant: str, adapter: str, job: str, tokens: int, device_seconds: float) -> None:
+        """A job has trained on so many tokens in all, for so long since the step before; a step that is repeated
+        counts once. Waits for the disk."""
         with self._database.transaction() as connection:
             row = connection.execute("SELECT tokens FROM trained WHERE job = ?", (job,)).fetchone()
             if (more := tokens - (row[0] if row else 0)) <= 0:
                 return
             connection.execute("INSERT OR REPLACE INTO trained (job, tokens) VALUES (?, ?)", (job, tokens))
-            connection.execute(_ADD, (tenant, adapter, today(), 0, 0, 0, 0, more))
+            connection.execute(_ADD, (tenant, adapter, today(), 0, 0, 0, 0, more, device_seconds))
 
     def counted(self, job: str, tokens: int) -> None:
         """So many tokens of a job were counted by others."""
@@ -135,7 +138,7 @@ class Ledger:
         with self._database.reading() as connection:
             return [dict(row) for row in connection.execute(query, (first, last, tenant, tenant))]
 
-    def _commit(self, rows: dict[tuple[str, str, str], list[int]]) -> None:
+    def _commit(self, rows: dict[tuple[str, str, str], list[float]]) -> None:
         with self._database.transaction() as connection:
             connection.executemany(_ADD, [(*key, *counts) for key, counts in rows.items()])
 

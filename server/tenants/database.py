@@ -20,6 +20,7 @@ CREATE TABLE usage (
 CREATE INDEX usage_by_day ON usage (day, tenant, adapter);
 CREATE TABLE trained (job TEXT PRIMARY KEY, tokens INTEGER NOT NULL) WITHOUT ROWID
 """),
+    script("ALTER TABLE usage ADD COLUMN device_seconds REAL NOT NULL DEFAULT 0"),
 )
 
 
