@@ -385,5 +385,7 @@ class _Server(uvicorn.Server):
             log.warning(
                 "%d requests did not finish within --drain-seconds and were ended", services.drain.open_requests
             )
-        await services.engine.stop(grace=0.0)  # requests that still wait for it get an error
-        self.should_exit = True
+        try:
+            await services.engine.stop(grace=0.0)  # requests that still wait for it get an error
+        finally:
+            self.should_exit = True
