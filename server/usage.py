@@ -1,13 +1,19 @@
 """What each adapter was asked for since the server started, and what each tenant used day by day, on disk."""
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from adapters.storage.database import Database
+from adapters.storage.versions import RemoteUnavailable
+
+if TYPE_CHECKING:
+    from adapters.storage.pages import Pages
 
 RETRY_SECONDS = 1.0  # after a disk or a database took nothing
 COUNTS = ("requests", "prompt_tokens", "cached_tokens", "generated_tokens", "trained_tokens", "device_seconds")
@@ -54,10 +60,16 @@ class Ledger:
     """Usage by tenant, adapter and day (UTC), each request once.
 
     While the database takes nothing, what was added waits in memory and nobody waits for it.
+
+    Args:
+        pages: of days, where all servers on one object store see each other's.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, pages: "Pages | None" = None) -> None:
         self._database = database
+        self._pages = pages
+        self._unsent: set[str] = set()  # days that have changed
+        self._caught_up = False  # those from before this start are among them
         self._pending: dict[tuple[str, str, str], list[float]] = {}
         self._kept: asyncio.Future[None] | None = None  # of what is pending
         self._writing: asyncio.Task[None] | None = None
@@ -119,7 +131,8 @@ class Ledger:
             if (more := tokens - (row[0] if row else 0)) <= 0:
                 return
             connection.execute("INSERT OR REPLACE INTO trained (job, tokens) VALUES (?, ?)", (job, tokens))
-            connection.execute(_ADD, (tenant, adapter, today(), 0, 0, 0, 0, more, device_seconds))
+            connection.execute(_ADD, (tenant, adapter, day := today(), 0, 0, 0, 0, more, device_seconds))
+            self._database.after_commit(lambda: self._unsent.add(day))
 
     def counted(self, job: str, tokens: int) -> None:
         """So many tokens of a job were counted by others."""
@@ -131,7 +144,48 @@ class Ledger:
             )
 
     def rows(self, tenant: str | None, first: str, last: str) -> list[dict[str, Any]]:
-        """What is on disk of these days, by day; `tenant` None: of all."""
+        """What is on disk of these days, here and at other servers, by day; `tenant` None: of all.
+
+        Raises RemoteUnavailable.
+        """
+        rows = {(row["day"], row["tenant"], row["adapter"]): row for row in self._own(tenant, first, last)}
+        for page in self._pages.read(first, last, own=False) if self._pages is not None else ():
+            for row in json.loads(page):
+                if tenant not in (None, row["tenant"]):
+                    continue
+                if (known := rows.setdefault((row["day"], row["tenant"], row["adapter"]), row)) is not row:
+                    known.update({name: known[name] + row.get(name, 0) for name in COUNTS})
+        return [rows[key] for key in sorted(rows)]
+
+    def trained_today(self, tenant: str) -> int:
+        """Tokens, as far as is known now."""
+        try:
+            rows = self.rows(tenant, today(), today())
+        except RemoteUnavailable:
+            rows = self._own(tenant, today(), today())
+        return sum(row["trained_tokens"] for row in rows)
+
+    def send(self) -> None:
+        """Let other servers see what has changed. Waits for the disk and the object store; raises RemoteUnavailable."""
+        assert self._pages is not None
+        if not self._caught_up:
+            sent = self._pages.own()
+            with self._database.reading() as connection:
+                days = {row["day"] for row in connection.execute("SELECT DISTINCT day FROM usage")}
+            self._unsent |= days.difference(sent[:-1])  # the last one may have been sent before it was over
+            self._caught_up = True
+        for day in sorted(self._unsent):
+            self._unsent.discard(day)  # first: it may change meanwhile
+            try:
+                self._pages.write(day, partial(self._page, day))
+            except BaseException:
+                self._unsent.add(day)
+                raise
+
+    def _page(self, day: str, before: bytes) -> bytes:
+        return json.dumps(self._own(None, day, day)).encode()
+
+    def _own(self, tenant: str | None, first: str, last: str) -> list[dict[str, Any]]:
         query = (
             "SELECT * FROM usage WHERE day BETWEEN ? AND ? AND (? IS NULL OR tenant = ?) ORDER BY day, tenant, adapter"
         )
@@ -141,6 +195,7 @@ class Ledger:
     def _commit(self, rows: dict[tuple[str, str, str], list[float]]) -> None:
         with self._database.transaction() as connection:
             connection.executemany(_ADD, [(*key, *counts) for key, counts in rows.items()])
+        self._unsent |= {day for _, _, day in rows}
 
 
 def today() -> str:
