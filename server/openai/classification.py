@@ -3,6 +3,7 @@
 import asyncio
 import math
 import uuid
+from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Any, ClassVar, Literal, Self
@@ -45,9 +46,9 @@ class ClassifyBody(Body):
             raise InvalidRequest("`truncate_prompt_tokens` leaves nothing.", param="truncate_prompt_tokens")
         return self
 
+    @abstractmethod
     async def token_ids(self, target: Target, longest: int) -> list[list[int]]:
         """Of each prompt, none of them empty."""
-        raise NotImplementedError
 
     async def prompts(self, target: Target, longest: int) -> list[list[int]]:
         """Token ids of each prompt, cut as asked for. Raises ContextLengthExceeded, InvalidRequest."""
