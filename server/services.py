@@ -133,7 +133,7 @@ def _batches(settings: Settings, tuning: FineTuning, metrics: Metrics) -> Batche
     if shared is not None:
         from server.finetune.sharing import Sharing
 
-        batches.sharing = Sharing(shared, batches, settings.store_poll_seconds / 2)
+        batches.sharing = Sharing(shared, batches, settings.store_poll_seconds / 2, before=shared.share_all)
     return batches
 
 
