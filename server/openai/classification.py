@@ -96,7 +96,8 @@ async def scores(
     """Scores of each prompt's labels. Raises `TooManyRequests` before anything is submitted, LorakeetError later."""
     usage = Usage(sum(map(len, prompts)))
     caller, lengths = target.caller, [len(ids) for ids in prompts]
-    tickets = services.admission.enter(lengths, caller.tenant, caller.allowance, usage.prompt_tokens)
+    rows = services.registry.rows(caller, target.adapters)
+    tickets = services.admission.enter(lengths, caller.tenant, caller.allowance, usage.prompt_tokens, rows)
     running = [
         asyncio.ensure_future(_scores(services, body, target, ids, ticket, usage))
         for ids, ticket in zip(prompts, tickets, strict=True)
@@ -139,6 +140,7 @@ async def _scores(
                 ticket.leave(served=True)
                 clock.output(0, len(ids), output.queue_seconds)
                 usage.cached_tokens += output.cached_tokens
+                usage.device_seconds += output.device_seconds
                 found += output.scores
         reason = "stop"
     except Exception:
