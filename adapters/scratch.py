@@ -10,12 +10,17 @@ from pathlib import Path
 
 _PREFIX = "lorakeet-"
 _LOCK = ".lock"  # held by the process that uses the directory
+_SHORT = "/tmp"  # in place of a temporary directory whose own path is too long for sockets
+_SOCKET_PATH = 107  # bytes: sun_path of unix(7), less its end
 
 
 @contextmanager
-def scratch() -> Iterator[Path]:
-    """A new private directory, gone on exit."""
+def scratch(socket: str = "") -> Iterator[Path]:
+    """A new private directory, gone on exit. A socket of the name given can be bound in it, however long TMPDIR is."""
     path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    if socket and len(os.fsencode(path / socket)) > _SOCKET_PATH:
+        path.rmdir()
+        path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_SHORT))
     # Under its name it is locked from the beginning.
     lock = os.open(path / f"{_LOCK}.new", os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     try:
@@ -30,7 +35,7 @@ def scratch() -> Iterator[Path]:
 def sweep() -> list[Path]:
     """Remove this user's directories of processes that are no more."""
     swept = []
-    for path in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+    for path in {path for parent in (tempfile.gettempdir(), _SHORT) for path in Path(parent).glob(f"{_PREFIX}*")}:
         with suppress(OSError):  # not one of ours, or in use
             directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:

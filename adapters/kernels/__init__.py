@@ -117,7 +117,7 @@ def _in_place(*tensors: Tensor) -> bool:
     return all(tensor.is_contiguous() for tensor in tensors)
 
 
-def _linear(x: Tensor, weight: QuantizedWeight) -> Any:
+def _linear(x: Tensor, weight: QuantizedWeight | ExpertWeights) -> Any:
     kernels = _compiled(x.detach())
     return kernels if not isinstance(kernels, native.Kernels) or native.takes_weight(weight) else None
 
@@ -138,10 +138,7 @@ def base_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) 
 
 
 def grouped_forward(x: Tensor, weights: ExpertWeights, counts: Tensor) -> Tensor:
-    kernels = _linear(x, weights[0])
-    if isinstance(kernels, native.Kernels):
-        return kernels.grouped_forward(x, weights, counts)
-    return reference.each_expert(x, weights, counts, linear_forward)
+    return (_linear(x, weights) or reference).grouped_forward(x, weights, counts)
 
 
 def grouped_linear(x: Tensor, weights: ExpertWeights, counts: Tensor) -> Tensor:

@@ -70,6 +70,10 @@ class Bucket:
 
     def __init__(self, url: str) -> None:
         self._directory: Path | None = None
+        if set(url) & set("?#"):
+            raise ValueError("? and # would end its path; they are written %3F and %23")
+        if url.startswith("file:") and not url.startswith("file:/"):
+            raise ValueError("a directory is written with its whole path, file:///DIR")
         try:
             if url.startswith("file:"):
                 self._store: ObjectStore = from_url(url, mkdir=True)

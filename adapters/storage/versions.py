@@ -24,7 +24,8 @@ MAX_NAME = 128
 RESERVED = frozenset(
     {"config", "weights", "versions", "promote", "rollback", "pin", "warm", "verify", "merge", "share"}
 )
-FINE_TUNED_NAME = re.compile(r"ft:[A-Za-z0-9._/-]{1,256}(:[A-Za-z0-9._-]{0,128}){1,4}")
+MAX_BASE_NAME = 256  # of the part of a fine-tune's name that is its base's
+FINE_TUNED_NAME = re.compile(rf"ft:[A-Za-z0-9._/-]{{1,{MAX_BASE_NAME}}}(:[A-Za-z0-9._-]{{0,128}}){{1,4}}")
 EVERYBODY = "*"  # no tenant is called so
 DEFAULT_TENANT = "default"  # what people write for the tenant ""
 SHORTEST_PREFIX = 8

@@ -44,6 +44,8 @@ log = logging.getLogger("lorakeet.engine")
 
 _POLL_SECONDS = 0.2
 _WATCH_SECONDS = 1.0  # between looks at whether the engine has said anything
+_RETRY_SECONDS = 1.0  # before another try to start a process that could not be started
+_SOCKET = "engine.sock"
 _QUIET_SECONDS = 60.0  # without a word from a loaded engine, after which it is not called ready
 
 _Call = protocol.Warm | protocol.Forget | protocol.Merge | protocol.Unmerge | protocol.Inspect | PlanMemory
@@ -386,8 +388,14 @@ class LocalEngine:
         """Run one engine process after another until stopped or given up."""
         while not self._told_to_stop():
             born = time.monotonic()
-            with scratch() as directory:
-                reason, retry = await self._live(directory)
+            try:
+                with scratch(_SOCKET) as directory:
+                    reason, retry = await self._live(directory / _SOCKET)
+                counts = not self._training
+            except (OSError, zmq.ZMQError) as fault:  # no space for its socket, no memory for its process
+                reason, retry = f"its process cannot be started: {fault}", True
+                counts = self._info is None  # else it could be once, and will be again
+                await asyncio.sleep(_RETRY_SECONDS)
             self._now = None
             self._merges = {}
             if self._told_to_stop():
@@ -395,7 +403,7 @@ class LocalEngine:
             # One that was loaded and lived long was well: deaths before that, or without a served step, add up.
             if self._reason is None and time.monotonic() - born > _QUIET_SECONDS:
                 self._deaths = 0
-            self._deaths += not self._training
+            self._deaths += counts
             if not retry or self._deaths >= self._give_up_after:
                 self._reason = reason if not retry else f"the engine died {self._deaths} times in a row: {reason}"
                 self._release_everyone(EngineDied)
@@ -406,41 +414,40 @@ class LocalEngine:
             self._release_everyone(EngineDied)
             log.warning("%s", self._reason)
 
-    async def _live(self, directory: Path) -> tuple[str, bool]:
+    async def _live(self, socket: Path) -> tuple[str, bool]:
         """One incarnation from birth to death. Returns why it ended and whether to try again."""
-        config = msgspec.structs.replace(self._config, address=f"ipc://{directory / 'engine.sock'}")
+        config = msgspec.structs.replace(self._config, address=f"ipc://{socket}")
         fatal: asyncio.Future[protocol.Fatal] = asyncio.get_running_loop().create_future()
-        wire = Wire(self._context, config.address, partial(self._hear, fatal))
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "server.engine.process",
-            str(os.getpid()),
-            protocol.encode_config(config).decode(),
-            stdin=asyncio.subprocess.DEVNULL,
-            # torch's idle threads must sleep, not spin, or they take the cores from our own kernels' threads.
-            env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
-        )
-        self._now = _Incarnation(process, wire, time.monotonic())
-        death = asyncio.create_task(process.wait())
-        stall = asyncio.create_task(self._stall())
-        ends: set[asyncio.Future[Any]] = {fatal, death, stall}
-        try:
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            if fatal.done():  # it said that it cannot go on
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(asyncio.shield(death), 5)
-                return fatal.result().message, fatal.result().retry
-            if not death.done():
-                return stall.result(), True
-            return f"engine process ended with status {process.returncode}", True
-        finally:
-            stall.cancel()
-            if process.returncode is None:
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
-                await process.wait()
-            wire.close()
+        with contextlib.closing(Wire(self._context, config.address, partial(self._hear, fatal))) as wire:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "server.engine.process",
+                str(os.getpid()),
+                protocol.encode_config(config).decode(),
+                stdin=asyncio.subprocess.DEVNULL,
+                # torch's idle threads must sleep, not spin, or they take the cores from our own kernels' threads.
+                env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
+            )
+            self._now = _Incarnation(process, wire, time.monotonic())
+            death = asyncio.create_task(process.wait())
+            stall = asyncio.create_task(self._stall())
+            ends: set[asyncio.Future[Any]] = {fatal, death, stall}
+            try:
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                if fatal.done():  # it said that it cannot go on
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(asyncio.shield(death), 5)
+                    return fatal.result().message, fatal.result().retry
+                if not death.done():
+                    return stall.result(), True
+                return f"engine process ended with status {process.returncode}", True
+            finally:
+                stall.cancel()
+                if process.returncode is None:
+                    with contextlib.suppress(ProcessLookupError):
+                        process.kill()
+                    await process.wait()
 
     async def _stall(self) -> str:
         """Return, with the reason, once the engine has said nothing for too long: while it loads, it is silent.

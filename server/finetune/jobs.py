@@ -9,6 +9,7 @@ Every change is on disk when the call returns.
 
 import logging
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from typing import Any, Literal, TypeVar, get_args
 import msgspec
 
 from adapters.storage.database import Database
+from adapters.storage.versions import MAX_BASE_NAME
 from server.finetune.files import new_id
 from server.finetune.hyperparameters import Hyperparameters, LoraOptions, TrainingOptions
 from server.finetune.records import Records, encode
@@ -111,8 +113,9 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def model_name(self) -> str:
-        """What the result is called."""
-        return f"ft:{self.spec.base}:{self.spec.suffix}:{self.id.removeprefix('ftjob-')[:8]}"
+        """What the result is called. Whatever the base is called, that is a name which an adapter may have."""
+        base = re.sub(r"[^A-Za-z0-9._/-]+", "-", self.spec.base)[:MAX_BASE_NAME]
+        return f"ft:{base}:{self.spec.suffix}:{self.id.removeprefix('ftjob-')[:8]}"
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
@@ -253,7 +256,7 @@ class JobStore(Records[Job, Status]):
         """A step's metrics. A step that is repeated after a restart replaces itself, and makes no second event."""
         metrics = step.metrics
         if self._ledger is not None:
-            self._ledger.train(job.tenant, job.model_name, job.id, step.trained_tokens)
+            self._ledger.train(job.tenant, job.model_name, job.id, step.trained_tokens, step.busy_seconds)
         with self.database.transaction() as connection:
             known = connection.execute(
                 "SELECT 1 FROM steps WHERE job = ? AND step = ?", (job.id, metrics.step)

@@ -69,11 +69,13 @@ from server.openai.sampling_defaults import sampling_defaults
 from server.registry.pins import PinLimit
 from server.services import TENANT, Services, make_services, new_metrics
 from server.settings import SettingError, Settings
+from server.tenants.sending import keep_sending
 from server.text.processor import TextProcessor, TokenizerError
 from server.text.sandbox import TemplateRenderer
 
 _CHECKERS = 2  # processes that check uploads
 _LAST_WORDS_SECONDS = 5  # for answers that are on their way out when everything else has stopped
+_LAST_SENDING_SECONDS = 10  # for an object store to take what was used and changed last
 _KEEP_ALIVE_SECONDS = 75
 _THREADS = 64
 _SWITCH_SECONDS = 5e-4  # longest that a background thread keeps the interpreter from streaming responses
@@ -95,6 +97,9 @@ def build_app(services: Services) -> Starlette:
         registry, tenants = services.registry, services.tenants
         working = registry.collect_orphans(), registry.following.run(), tenants.run(), tenants.follow()
         background = [asyncio.create_task(work) for work in (*working, services.history.run())]
+        sending = None
+        if services.settings.adapter_store is not None:
+            sending = asyncio.create_task(keep_sending(services.ledger.send, services.audit.send))
         try:
             yield
         finally:
@@ -106,6 +111,9 @@ def build_app(services: Services) -> Starlette:
             await services.engine.stop(grace=0.0)
             await services.registry.publisher.close()
             await services.ledger.stop()
+            if sending is not None:
+                sending.cancel()
+                await asyncio.wait({sending}, timeout=_LAST_SENDING_SECONDS)
             await services.grammars.close()
             if services.text.renderer is not None:
                 await services.text.renderer.close()
@@ -385,5 +393,7 @@ class _Server(uvicorn.Server):
             log.warning(
                 "%d requests did not finish within --drain-seconds and were ended", services.drain.open_requests
             )
-        await services.engine.stop(grace=0.0)  # requests that still wait for it get an error
-        self.should_exit = True
+        try:
+            await services.engine.stop(grace=0.0)  # requests that still wait for it get an error
+        finally:
+            self.should_exit = True

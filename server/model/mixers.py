@@ -5,6 +5,7 @@ tokens: the module's own projections and norms run on all of them, and the `Step
 state. Without a step the module does as transformers wrote it.
 """
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -28,9 +29,9 @@ class _Mixer(nn.Module):
             return super().forward(hidden_states, *args, **kwargs)
         return self.mix(hidden_states[0], self.step_slot.states)[None]
 
+    @abstractmethod
     def mix(self, x: Tensor, states: States) -> Tensor:
         """[T, hidden] -> [T, hidden]."""
-        raise NotImplementedError
 
     def memory(self) -> tuple[int, int, int] | None:
         """The shape of its linear attention's state."""

@@ -34,6 +34,23 @@ def test_it_is_gone_at_the_end() -> None:
     assert not path.exists()
 
 
+def test_a_socket_finds_room_however_long_the_way_is(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with scratch("a.sock") as path:
+        assert path.parent == temporary
+    (far := temporary / ("far" * 40)).mkdir()
+    (near := temporary / "near").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(far))
+    monkeypatch.setattr("adapters.scratch._SHORT", str(near))
+    with scratch() as path:
+        assert path.parent == far
+    with scratch("a.sock") as path:
+        assert path.parent == near
+        assert list(far.iterdir()) == sweep() == []
+        (near / "lorakeet-killed").mkdir()
+        (near / "lorakeet-killed/.lock").touch()
+        assert sweep() == [near / "lorakeet-killed"]
+
+
 def test_what_a_killed_process_left_is_swept_and_a_living_ones_is_not(temporary: Path) -> None:
     holders = [subprocess.Popen([sys.executable, "-c", HOLD], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     try:

@@ -333,7 +333,21 @@ async def test_refused_credentials_are_called_that(tmp_path: Path, monkeypatch: 
         refusing.shutdown()
 
 
-@pytest.mark.parametrize("url", ["", "nonsense", "ftp://host/x", "s3://", "s3:/x"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "",
+        "nonsense",
+        "ftp://host/x",
+        "s3://",
+        "s3:/x",
+        "s3://b/p?x",
+        "file:///a#b",
+        "file:///a?b",
+        "file:a",
+        "file://a",
+    ],
+)
 def test_urls_that_name_no_store(url: str) -> None:
     with pytest.raises(ValueError, match=r"\w"):
         RemoteStore(url)

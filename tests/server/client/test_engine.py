@@ -1,14 +1,18 @@
 """A real engine process behind `LocalEngine`: streams, aborts, deaths and restarts."""
 
 import asyncio
+import errno
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
+from unittest.mock import AsyncMock
 
 import httpx
 import pytest
@@ -225,6 +229,44 @@ async def test_three_deaths_in_a_row_are_enough(model_dir: Path, cache_dir: Path
         os.kill(client.pid, signal.SIGKILL)
     await asyncio.wait_for(client.failed_for_good.wait(), 30)
     assert "3 times" in (client.unready_reason or "")
+    await client.stop(grace=0)
+
+
+async def test_a_process_that_cannot_be_started_is_tried_again(
+    model_dir: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few times where none ever ran, for ever where one did."""
+    monkeypatch.setattr(client_engine, "_RETRY_SECONDS", 0.02)
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+        client = LocalEngine(config(model_dir, cache_dir), lambda _: None)
+        await client.start()
+        await asyncio.wait_for(client.failed_for_good.wait(), 30)
+        assert re.search("3 times.*cannot be started: .*No such file", client.unready_reason or "")
+        await client.stop(grace=0)
+    client = LocalEngine(config(model_dir, cache_dir), lambda _: None)
+    await client.start()
+    await until(lambda: client.unready_reason is None)
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio, "create_subprocess_exec", AsyncMock(side_effect=OSError(errno.ENOMEM, "no memory")))
+        assert client.pid is not None
+        os.kill(client.pid, signal.SIGKILL)
+        await until(lambda: "no memory" in (client.unready_reason or ""))
+        await asyncio.sleep(0.3)
+    await until(lambda: client.unready_reason is None)
+    await client.stop(grace=0)
+
+
+async def test_the_way_to_temporary_files_may_be_long(
+    model_dir: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Longer than the path of a socket may be."""
+    (far := tmp_path / ("far" * 40)).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(far))
+    monkeypatch.setenv("TMPDIR", str(far))
+    client = LocalEngine(config(model_dir, cache_dir), lambda _: None)
+    await client.start()
+    await until(lambda: client.unready_reason is None)
     await client.stop(grace=0)
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters.storage.database import UnknownCursorError
+from adapters.storage.versions import check_name
 from server.finetune.database import open_database
 from server.finetune.hyperparameters import LoraOptions
 from server.finetune.jobs import FINAL, Job, JobError, JobSpec, JobStateError, JobStore, Status, UnknownJobError
@@ -60,6 +61,22 @@ def test_a_job_survives_the_process(tmp_path: Path) -> None:
 def test_the_model_name_carries_base_suffix_and_id(store: JobStore) -> None:
     job = store.create("", spec(suffix="mine"))
     assert job.model_name == f"ft:base:mine:{job.id[6:14]}"
+
+
+@pytest.mark.parametrize(
+    ("base", "part"),
+    [
+        ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+        ("my model (v2)", "my-model-v2-"),
+        ("llama3:8b:q4", "llama3-8b-q4"),
+        ("模型", "-"),
+        ("long" * 99, ("long" * 99)[:256]),
+    ],
+)
+def test_every_base_makes_a_name_that_an_adapter_may_have(store: JobStore, base: str, part: str) -> None:
+    name = store.create("", spec(base=base, suffix="s" * 64)).model_name
+    assert name.startswith(f"ft:{part}:s")
+    check_name(f"{name}:ckpt-step-1000000", fine_tuned=True)
 
 
 @pytest.mark.parametrize("status", sorted(FINAL))
