@@ -33,7 +33,7 @@ if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM and not os.statvfs(
     tempfile.tempdir = os.environ.setdefault("TMPDIR", str(MEMORY))
 
 # Each of httpx's clients, and so each `httpx.get`, reads all certificates anew: 50 ms, and nothing here speaks TLS.
-ssl.create_default_context = functools.cache(ssl.create_default_context)
+ssl.create_default_context = functools.cache(ssl.create_default_context)  # type: ignore[assignment]
 
 
 class TorchRandom:
