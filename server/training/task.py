@@ -113,7 +113,7 @@ class Task:
             self.adapter.values.copy_(values)
             self._optimizer.load(optimizer)
         elif start.initial is not None:
-            self.adapter.load(adapter_format.load(Path(start.initial)))
+            self.adapter.load(adapter_format.load_pairs(Path(start.initial)))
         self._reported_at = self._saved_at = time.monotonic()
         self._metrics = Metrics(step=self.state.step)
         self._grad_norm = 0.0
