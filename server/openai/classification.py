@@ -15,7 +15,7 @@ from server.errors import ContextLengthExceeded, InvalidRequest
 from server.logs import note
 from server.messages.protocol import Generate, Sampling
 from server.metrics import FinishedReason
-from server.openai.body import Body
+from server.openai.body import Body, Label
 from server.openai.conversation import Conversation
 from server.openai.generation import Usage, charge, raise_failure
 from server.openai.prompts import Prompts, encode_prompts
@@ -38,7 +38,7 @@ class ClassifyBody(Body):
     truncation_side: Literal["left", "right"] = "right"  # the one that is cut off
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
     priority: int = Field(0, ge=-INT32, le=INT32)
-    user: str | None = None
+    user: Label | None = None
 
     @model_validator(mode="after")
     def _check_truncation(self) -> Self:

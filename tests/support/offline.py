@@ -65,7 +65,7 @@ class Answer:
     error: str | None = None
     code: str | None = None
     cached_tokens: int = 0
-    device_seconds: float = 0.0
+    device_seconds: float = field(default=0.0, compare=False)  # a clock's
 
     def take(self, output: Output) -> None:
         self.tokens += output.tokens
