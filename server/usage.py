@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from adapters.background import run_in, threads
 from adapters.storage.database import Database
 from adapters.storage.versions import RemoteUnavailable
 
@@ -74,6 +75,7 @@ class Ledger:
         self._kept: asyncio.Future[None] | None = None  # of what is pending
         self._writing: asyncio.Task[None] | None = None
         self._failing = self._stopped = False
+        self._writer = threads(1, "usage", "normal")  # answers wait for it, and it for none of the others' threads
 
     def add(
         self, tenant: str, adapter: str, prompt: int, cached: int, generated: int, device_seconds: float = 0.0
@@ -106,7 +108,7 @@ class Ledger:
             rows, self._pending = self._pending, {}
             kept, self._kept = self._kept, None
             try:
-                await asyncio.to_thread(self._commit, rows)
+                await run_in(self._writer, partial(self._commit, rows))
                 self._failing = False
             except Exception as fault:  # whatever it is, nothing may be lost of what was used
                 if not self._failing:

@@ -24,6 +24,7 @@ from adapters.disk import is_full
 from adapters.peft_format import directory as adapter_format
 from server.messages.dataset import Dataset
 from server.messages.training import (
+    CHECKPOINTS,
     STORAGE_FULL,
     Checkpoint,
     JobEnded,
@@ -297,7 +298,7 @@ class Task:
             values=self.adapter.values.clone(),
             optimizer=self._optimizer.state(),
         )
-        directory = Path(self._start.directory) / "checkpoints" / f"step-{self.state.step}"
+        directory = Path(self._start.directory) / CHECKPOINTS / f"step-{self.state.step}"
         reply = Checkpoint(
             id=self.id,
             metrics=self._metrics,

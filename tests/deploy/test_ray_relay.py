@@ -208,13 +208,13 @@ def test_a_killed_parent_takes_its_child_along() -> None:
         time.sleep(0.3)  # also once it has become the command
         assert alive(pid)
         parent.send_signal(signal.SIGKILL)
-    eventually(lambda: not alive(pid), 5, "the child's end")
+    eventually(lambda: not alive(pid), 30, "the child's end")
 
 
 def test_a_child_that_ends_is_told_and_one_that_is_stopped_is_not(tmp_path: Path) -> None:
     ended: list[int] = []
     child.Child([sys.executable, "-c", "raise SystemExit(3)"], os.environ, ended.append)
-    eventually(lambda: ended == [3], 10, "its end")
+    eventually(lambda: ended == [3], 30, "its end")
     other = child.Child([sys.executable, "-c", "import time; time.sleep(600)"], os.environ, ended.append)
     other.stop(10)
     assert not other.running

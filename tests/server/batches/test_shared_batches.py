@@ -98,6 +98,7 @@ async def in_its_middle(lives: Lives) -> tuple[Served, Served, Any]:
     has_room(two, 0)
     stop_at(one, 3)
     batch = await create(one, ROWS)
+    await until(one, batch, "in_progress", completed=3)
     await until(two, batch, "in_progress", completed=1)
     return one, two, batch
 
