@@ -5,7 +5,9 @@ Imports stay light, so that help is instant: the server itself is loaded when it
 
 import importlib.metadata
 import inspect
+import io
 import os
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -84,7 +86,8 @@ def fetch(
 ) -> None:
     """Fetch a base model ahead of serve. Prints its directory."""
     notes = Console(stderr=True, highlight=False)
-    typer.echo(resolve(ref, cache_dir or default_cache_dir(), lambda line: notes.print(line, soft_wrap=True)))
+    cache = (cache_dir or default_cache_dir()).expanduser()
+    typer.echo(resolve(ref, cache, lambda line: notes.print(line, soft_wrap=True)))
 
 
 app.command("doctor")(doctor.doctor)
@@ -106,10 +109,22 @@ app.add_typer(tenants.keys)
 app.add_typer(tenants.tenants)
 
 
+def _prepare_streams() -> None:
+    """A daemon may have none: nothing that is opened later may stand for one. No text is more than they can show."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, stream := open(os.devnull, mode))  # noqa: PTH123, SIM115
+            os.set_inheritable(stream.fileno(), True)
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def main() -> None:
     """Run the command. An error that the user can fix is printed in one line, without a traceback."""
+    _prepare_streams()
     try:
         app()
-    except (CommandError, ModelError, SettingError) as error:
+    except (CommandError, ModelError, SettingError, OSError, UnicodeError) as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print("[red]error:[/red]", escape(str(error)))
         raise SystemExit(2 if isinstance(error, SettingError) else 1) from None

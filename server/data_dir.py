@@ -44,8 +44,10 @@ def _lock_itself(data_dir: Path, held: contextlib.ExitStack) -> None:
         held.callback(os.close, descriptor)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise SettingError(f"--data-dir: another server is using {data_dir}") from None
+    except OSError as fault:
+        raise SettingError(f"--data-dir: {data_dir} takes no lock ({fault.strerror})") from None
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """The last hour of the server in memory: a sample every few seconds of what its metrics say."""
 
-import asyncio
 import time
 from collections import deque
 from collections.abc import Collection, Mapping
@@ -9,6 +8,7 @@ from adapters.peft_format.sizes import device_bytes
 from adapters.storage.store import AdapterStore
 from server.client.engine import EngineClient
 from server.metrics import PREFIX, Metrics
+from server.repeat import repeatedly
 
 SECONDS = 5.0  # between samples
 MINUTE = int(60 / SECONDS)  # over which rates of training are taken: it is counted by steps, which may take long
@@ -50,9 +50,11 @@ class History:
 
     async def run(self) -> None:
         """Sample until cancelled."""
-        while True:
+
+        async def sample() -> None:
             self.sample()
-            await asyncio.sleep(SECONDS)
+
+        await repeatedly(sample, SECONDS, "a sample of the server's history")
 
     def sample(self) -> None:
         """Take a sample now."""

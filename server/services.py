@@ -1,6 +1,7 @@
 """The collaborators of all handlers, in one frozen object, made once at start."""
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -38,6 +39,8 @@ from server.usage import Ledger
 if TYPE_CHECKING:
     from adapters.storage.pages import Pages
     from adapters.storage.records import Records
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,8 @@ def make_services(
         outline, checker: see `Publisher`.
         sampling_defaults: the model's.
     """
+    for name in {version.name for version in store.all_versions()} & settings.base_aliases:
+        log.warning("adapter %s is hidden by the base of that name (--served-model-name)", name)
     metrics = metrics or new_metrics(settings)
     registry = Registry.make(settings, engine, store, metrics, outline, text, checker)
     database = open_tenants(settings.data_dir / "tenants.db", settings.database_seconds)

@@ -26,7 +26,11 @@ MAX_SPECULATIVE_TOKENS = 32
 GIB = 1024**3
 MIB = 1024**2
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
+_SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://.*")  # what Kubernetes sets LORAKEET_PORT to beside a Service `lorakeet`
+# Variables of others: clients, kernels, deploy/ray, and those that Kubernetes makes of Services.
+_NO_SETTING = re.compile(r"URL|NATIVE|TRITON|RAY_\w+|\w*SERVICE_\w+|\w*PORT(_\w+)?")
+_NOT_UTF8 = re.compile("[\ud800-\udfff]")  # as Python has such bytes of the system; no JSON can have them
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"0", "false", "no", "off"})
 
@@ -69,7 +73,23 @@ def _number(text: str) -> float:
 def _path(text: str) -> Path:
     if not text:
         raise ValueError("expected a path")
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{text} begins with nobody's home directory") from None
+
+
+def _device(text: str) -> str:
+    if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?", text):
+        raise ValueError("expected auto, cpu, cuda or cuda:N")
+    return text
+
+
+def _origin(text: str) -> str:
+    """As browsers write them, letter by letter."""
+    if not re.fullmatch(r"(?i)\*|null|[a-z][a-z0-9+.-]*://[^/?#@]+", text):
+        raise ValueError(f"{text!r} is neither * nor an origin such as https://example.com, without a slash at its end")
+    return text.lower()
 
 
 def _metrics_prefix(text: str) -> str:
@@ -127,8 +147,8 @@ class Setting:
         """The typed value of `given`: text, several texts, or a value that is typed already."""
         try:
             if self.repeatable:
-                values = given.split(",") if isinstance(given, str) else given
-                return tuple(self._check(self.parse(v.strip()) if isinstance(v, str) else v) for v in values if v != "")
+                values = [v for v in given.split(",") if v] or [""] if isinstance(given, str) else given
+                return tuple(self._check(self.parse(v.strip()) if isinstance(v, str) else v) for v in values)
             return self._check(self.parse(given) if isinstance(given, str) else given)
         except ValueError as exc:
             raise SettingError(f"{source}: {exc}") from None
@@ -136,6 +156,8 @@ class Setting:
     def _check(self, value: Any) -> Any:
         if self.choices is not None and value not in self.choices:
             raise ValueError(f"{value!r} is not one of {', '.join(self.choices)}")
+        if isinstance(value, str | Path) and _NOT_UTF8.search(str(value)):
+            raise ValueError(f"{str(value)!r} is not UTF-8")
         if isinstance(value, int | float) and not isinstance(value, bool):
             if not (self.minimum is None or value >= self.minimum):
                 raise ValueError(f"{value} is less than {self.minimum}")
@@ -190,7 +212,7 @@ class Settings:
         "Arithmetic of activations: auto is bfloat16 on CUDA and float32 on a CPU.",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
-    device: str = _setting("auto", "Where the base lives: auto, cpu, cuda or cuda:N.")
+    device: str = _setting("auto", "Where the base lives: auto, cpu, cuda or cuda:N.", parse=_device)
     activations: Literal["exact", "int8"] = _setting(
         "exact",
         "Inputs of the base's 4-bit linears on a CPU: exact, or rounded to 8 bits, which is faster. The difference is "
@@ -250,7 +272,7 @@ class Settings:
         shown="none", secret=True,
     )  # fmt: skip
     allowed_origins: tuple[str, ...] = _setting(
-        (), "An origin that browsers may call from, or *.", repeatable=True, shown="none"
+        (), "An origin that browsers may call from, or *.", parse=_origin, repeatable=True, shown="none"
     )
     max_body_bytes: int = _setting(
         8 * MIB, "Largest JSON body.", parse=parse_size, minimum=1024, maximum=GIB, shown="8MiB"
@@ -656,6 +678,12 @@ class Settings:
             name, separator, directory = entry.partition("=")
             if not (name and separator and directory):
                 raise SettingError(f"--adapter: {entry!r} is not NAME=DIR")
+            try:
+                _path(directory)
+            except ValueError as exc:
+                raise SettingError(f"--adapter: {exc}") from None
+        if len(self.adapter_directories) < len(self.adapter):
+            raise SettingError("--adapter: a name is given twice")
 
     @classmethod
     def load(cls, flags: Mapping[str, Any], environ: Mapping[str, str]) -> "Settings":
@@ -669,8 +697,8 @@ class Settings:
             given = flags.get(name)
             if given is not None and given != ():
                 values[name] = row.read(given, row.flag)
-            elif environ.get(row.env):
-                values[name] = row.read(environ[row.env], row.env)
+            elif (text := environ.get(row.env)) and not _SERVICE_LINK.fullmatch(text):
+                values[name] = row.read(text, row.env)
         return cls(**values)
 
     @cached_property
@@ -690,6 +718,16 @@ class Settings:
         """`adapter` as name -> directory."""
         pairs = (entry.partition("=") for entry in self.adapter)
         return {name: Path(directory).expanduser() for name, _, directory in pairs}
+
+
+def unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """Those that look like settings and are none: misspelt ones."""
+    known = {row.env for row in settings_fields()}
+    return [
+        name
+        for name in sorted(environ.keys() - known)
+        if name.startswith(ENV_PREFIX) and not _NO_SETTING.fullmatch(name.removeprefix(ENV_PREFIX))
+    ]
 
 
 def settings_fields() -> list[Setting]:

@@ -87,7 +87,10 @@ def compile_library(instruction_set: str, target: Path, compiler: list[str] | No
 
 def cache_dir() -> Path:
     """Where compiled kernels are kept between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorakeet" / "kernels"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorakeet" / "kernels"
+    except RuntimeError as fault:  # a container's user without a name, and no HOME
+        raise BuildError(f"there is no directory to keep the compiled kernels in: {fault}") from None
 
 
 def _compiler() -> list[str]:

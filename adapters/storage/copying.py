@@ -53,6 +53,8 @@ def _opened(path: Path, root: Path) -> Iterator[BinaryIO]:
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
     except (FileNotFoundError, NotADirectoryError):
         raise outside from None
+    except PermissionError:  # another user's
+        raise AdapterError(f"{path.name} may not be read by the server's user", path.name) from None
     except OSError as fault:
         raise (outside if fault.errno == errno.ELOOP else fault) from None
     finally:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from server.children.frames import end_with_parent, serve
+from server.children.frames import end_with_parent, serve, within
 
 STACK_BYTES = 4 << 20  # less than any thread has that does the same work later
 _LIMIT = json.dumps({"limit": "takes too long, or too much memory"}).encode()
@@ -55,9 +55,10 @@ def _limit(seconds: float, cpu_seconds: int, memory: int) -> None:
     """What this process may use from now on; who exceeds it is ended by the kernel."""
     with open("/proc/self/statm", "rb") as statm:  # noqa: PTH123
         taken = int(statm.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (taken + memory, taken + memory))
-    resource.setrlimit(resource.RLIMIT_STACK, (STACK_BYTES, resource.getrlimit(resource.RLIMIT_STACK)[1]))
-    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds))
+    for kind, wanted in ((resource.RLIMIT_AS, taken + memory), (resource.RLIMIT_CPU, cpu_seconds)):
+        resource.setrlimit(kind, (within(kind, wanted),) * 2)
+    stack = within(resource.RLIMIT_STACK, STACK_BYTES), resource.getrlimit(resource.RLIMIT_STACK)[1]
+    resource.setrlimit(resource.RLIMIT_STACK, stack)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.setitimer(signal.ITIMER_REAL, seconds)

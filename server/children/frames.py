@@ -5,6 +5,7 @@ Needs nothing but the standard library, as the program does that renders templat
 
 import ctypes
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -28,6 +29,12 @@ def serve(answer: Callable[[bytes], bytes]) -> None:
     while prefix := orders.read(PREFIX_BYTES):
         answers.write(frame(answer(orders.read(int.from_bytes(prefix, "little")))))
         answers.flush()
+
+
+def within(kind: int, wanted: int) -> int:
+    """A limit as wanted, or as low as the system has set it for us: nobody may ask for more."""
+    hard = resource.getrlimit(kind)[1]
+    return wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
 
 
 def end_with_parent() -> None:

@@ -19,11 +19,14 @@ import msgspec
 
 from adapters.background import Priority, give_way
 from adapters.peft_format.fields import AdapterError
-from server.children.frames import PREFIX_BYTES, frame
+from server.children.frames import PREFIX_BYTES, frame, within
 from server.children.turns import Turns
 
 FORK_GRACE_SECONDS = 2.0  # beyond an order's limit, for its child to be ended and the program to tell
 WORK = "server.children.programs.work"
+# Variables of every process that we start: its modules are ours, whatever lies in the directory where we were started,
+# and have docstrings, which transformers reads.
+OURS = {"PYTHONSAFEPATH": "1", "PYTHONOPTIMIZE": ""}
 _MAX_ANSWER = 256 * 1024 * 1024  # bytes
 _DIED = (asyncio.IncompleteReadError, ConnectionError)
 
@@ -111,13 +114,14 @@ class Helper:
             *(sys.executable, "-m", *self._command),
             stdin=PIPE,
             stdout=PIPE,
-            env=environment | dict(os.environ),
+            env=environment | dict(os.environ) | OURS,
             start_new_session=True,
         )
         with suppress(ProcessLookupError):  # the interpreter still starts
             give_way(self._priority, self._process.pid)
             if self._memory and sys.platform == "linux":
-                resource.prlimit(self._process.pid, resource.RLIMIT_DATA, (self._memory, self._memory))
+                limit = within(resource.RLIMIT_DATA, self._memory)
+                resource.prlimit(self._process.pid, resource.RLIMIT_DATA, (limit, limit))
         process = self._process
         await _read(process)
         self.ready = time.monotonic()

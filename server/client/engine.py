@@ -24,6 +24,7 @@ import zmq
 from adapters.offline.recipe import MergedDtype
 from adapters.peft_format.sizes import device_bytes
 from adapters.scratch import scratch
+from server.children.helper import OURS
 from server.client.wire import Wire
 from server.errors import EngineUnavailable
 from server.messages import protocol
@@ -396,6 +397,9 @@ class LocalEngine:
                 reason, retry = f"its process cannot be started: {fault}", True
                 counts = self._info is None  # else it could be once, and will be again
                 await asyncio.sleep(_RETRY_SECONDS)
+            except Exception as fault:  # of ours: it would load for ever
+                log.exception("supervising the engine failed")
+                reason, retry, counts = f"a fault in the server: {fault!r}", False, False
             self._now = None
             self._merges = {}
             if self._told_to_stop():
@@ -427,7 +431,7 @@ class LocalEngine:
                 protocol.encode_config(config).decode(),
                 stdin=asyncio.subprocess.DEVNULL,
                 # torch's idle threads must sleep, not spin, or they take the cores from our own kernels' threads.
-                env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
+                env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **OURS},
             )
             self._now = _Incarnation(process, wire, time.monotonic())
             death = asyncio.create_task(process.wait())

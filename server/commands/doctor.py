@@ -28,7 +28,7 @@ def doctor(
     """
     from server import doctor as surgery  # late: it knows every store
 
-    root = data_dir or default_data_dir()
+    root = (data_dir or default_data_dir()).expanduser()
     if not root.is_dir():
         raise CommandError(f"--data-dir: {root} is no directory")
     if restore and remove:

@@ -1,6 +1,7 @@
 """HTTP from the command line to a running server: its address, the key, and errors in one line."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -11,6 +12,8 @@ import typer
 Url = Annotated[str, typer.Option("--url", envvar="LORAKEET_URL", help="The server; http:// and /v1 may be left out.")]
 ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="LORAKEET_API_KEY", help="A key that it accepts.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
+
+_HERE = re.compile(r"localhost|127(\.\d+){3}|::1")
 
 # Generation and uploads take as long as they take; only a server that does not answer at all is given up on.
 _TIMEOUT = httpx.Timeout(None, connect=10.0)
@@ -25,12 +28,18 @@ def connect(url: str, api_key: str | None) -> Iterator[httpx.Client]:
     """A client for the server at `url`; any failure inside the block that HTTP explains becomes a `CommandError`.
 
     `url` may lack its scheme and may end in /v1, as OpenAI's clients want it. `api_key` may be the comma-separated
-    list that `serve` reads from the same variable: the first one is used.
+    list that `serve` reads from the same variable: the first one is used. No proxy leads to this machine.
     """
-    headers = {"Authorization": f"Bearer {api_key.split(',')[0]}"} if api_key else {}
+    headers = {b"Authorization": f"Bearer {api_key.split(',')[0].strip()}".encode()} if api_key else {}
     server = (url if "://" in url else f"http://{url}").rstrip("/").removesuffix("/v1")
     try:
-        with httpx.Client(base_url=server, headers=headers, timeout=_TIMEOUT) as client:
+        here = _HERE.fullmatch(httpx.URL(server).host)
+        direct = httpx.HTTPTransport(verify=server.startswith("https:")) if here else None
+        client = httpx.Client(base_url=server, headers=headers, timeout=_TIMEOUT, transport=direct)
+    except (httpx.InvalidURL, ImportError, OSError, ValueError) as error:  # the last three are of variables, as a rule
+        raise CommandError(f"--url {url!r}, or the environment's proxies and certificates: {error}") from None
+    try:
+        with client:
             yield client
     except (httpx.ConnectError, httpx.ConnectTimeout):
         raise CommandError(f"no server answers at {url}; start one with `lorakeet serve`, or set --url") from None

@@ -2,6 +2,7 @@
 
 import time
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import typer
 from rich.console import Console
@@ -46,7 +47,7 @@ def create_key(
 def list_keys(tenant: Tenant = None, as_json: AsJson = False, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
     """Show keys, without their secrets."""
     with connect(url, api_key) as client:
-        found = get_json(client, "/v1/admin/keys" + (f"?tenant={tenant}" if tenant else ""))["data"]
+        found = get_json(client, "/v1/admin/keys" + (f"?tenant={quote(tenant)}" if tenant else ""))["data"]
     if as_json:
         show_json(found)
         return
@@ -70,7 +71,7 @@ def revoke_keys(ids: Ids, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> Non
     """Let keys open nothing from now on."""
     with connect(url, api_key) as client:
         for id_ in ids:
-            checked(client.delete(f"/v1/admin/keys/{id_}"))
+            checked(client.delete(f"/v1/admin/keys/{quote(id_, safe='')}"))
             print(f"{id_} is revoked")
 
 
@@ -96,7 +97,7 @@ def limit_tenant(
 ) -> None:
     """Give a tenant these limits, in place of those that it has."""
     with connect(url, api_key) as client:
-        checked(client.post(f"/v1/admin/tenants/{id_}", json={"limits": _limits(limit)}))
+        checked(client.post(f"/v1/admin/tenants/{quote(id_, safe='')}", json={"limits": _limits(limit)}))
     print(f"{id_} has {len(limit or ())} limits")
 
 
@@ -122,7 +123,7 @@ def remove_tenants(ids: Ids, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> 
     """Forget tenants that have no adapters and no files, with their keys."""
     with connect(url, api_key) as client:
         for id_ in ids:
-            checked(client.delete(f"/v1/admin/tenants/{id_}"))
+            checked(client.delete(f"/v1/admin/tenants/{quote(id_, safe='')}"))
             print(f"{id_} is gone")
 
 

@@ -68,7 +68,7 @@ from server.model_source import ModelError, resolve
 from server.openai.sampling_defaults import sampling_defaults
 from server.registry.pins import PinLimit
 from server.services import TENANT, Services, make_services, new_metrics
-from server.settings import SettingError, Settings
+from server.settings import SettingError, Settings, unknown_variables
 from server.tenants.sending import keep_sending
 from server.text.processor import TextProcessor, TokenizerError
 from server.text.sandbox import TemplateRenderer
@@ -164,6 +164,8 @@ def serve(settings: Settings) -> None:
     Raises `ModelError` and `SettingError`, in one line for the operator, when the server cannot start as it is told.
     """
     logs.configure(settings.log_level, as_json=settings.log_json)
+    for name in unknown_variables(os.environ):
+        log.warning("%s is no setting", name)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are the engine's
     sys.setswitchinterval(_SWITCH_SECONDS)
     with contextlib.ExitStack() as held:
@@ -324,7 +326,8 @@ class _Server(uvicorn.Server):
             await asyncio.wait({imported, given_up}, return_when=asyncio.FIRST_COMPLETED)
             if imported.done():
                 imported.result()
-                print(self._greeting(), flush=True)
+                with contextlib.suppress(OSError):  # nobody reads it
+                    print(self._greeting(), flush=True)
             else:
                 raise ModelError(f"the engine cannot start: {self._engine.unready_reason}")
         except (ModelError, SettingError) as failure:
@@ -333,6 +336,10 @@ class _Server(uvicorn.Server):
         except LorakeetError as error:  # the disk is full, say
             self.failure = SettingError(f"--adapter: {error}")
             self.should_exit = True
+        except Exception as fault:
+            log.exception("coming up failed")
+            self.failure = ModelError(f"the server cannot start: {fault}")
+            self.should_exit = True
         finally:
             imported.cancel()
             given_up.cancel()
@@ -340,7 +347,8 @@ class _Server(uvicorn.Server):
     def _greeting(self) -> str:
         settings = self._services.settings
         host, port = self.servers[0].sockets[0].getsockname()[:2]
-        url = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else host}:{port}"
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         key = ' -H "Authorization: Bearer $LORAKEET_API_KEY"' if self._services.tenants.closed else ""
         json_type = f"{key} -H 'Content-Type: application/json'"
         base = settings.base_name

@@ -12,6 +12,8 @@ def bind(host: str, port: int) -> list[socket.socket]:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
         raise SettingError(f"--host: {host}: {error.strerror}") from None
+    except UnicodeError:
+        raise SettingError(f"--host: {host!r} is no host's name") from None
     sockets: list[socket.socket] = []
     for family, kind, protocol, _, address in found[:1] if port == 0 else found:  # a free port is one address's
         listener = socket.socket(family, kind, protocol)

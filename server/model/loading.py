@@ -7,7 +7,6 @@ transformers' own, whose other parts are dropped before any weight is looked at.
 import hashlib
 import json
 import logging
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -154,16 +153,13 @@ def _cache_key(directory: Path, quantization: str, dtype: torch.dtype) -> str:
 
 
 def _save_atomically(model: transformers.PreTrainedModel, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        model.save_pretrained(staging)
-        experts.save(model, staging)
-        staging.rename(target)
-    except FileExistsError:  # another process was first; its copy is as good
-        pass
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as directory:
+            staging = Path(directory) / target.name
+            model.save_pretrained(staging)
+            experts.save(model, staging)
+            staging.rename(target)
     except OSError as fault:
-        if not target.exists():
+        if not target.exists():  # else another process was first, and its copy is as good
             raise UnservableModel(f"the quantised base could not be written to the cache: {fault}") from fault
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

@@ -35,7 +35,7 @@ def sampling_defaults(source: str, ref: str, model: Path) -> dict[str, float]:
         return {}
     if source == "auto" and ref in BUILT_IN:
         return dict(BUILT_IN[ref].sampling)
-    path = (model if source == "auto" else Path(source)) / FILE
+    path = (model if source == "auto" else Path(source).expanduser()) / FILE
     if not path.is_file():
         if source == "auto":
             return {}

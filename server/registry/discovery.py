@@ -7,9 +7,10 @@ from pathlib import Path
 from starlette.concurrency import run_in_threadpool
 
 from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME, AdapterError
+from adapters.storage.database import DatabaseBusy
 from adapters.storage.versions import RemoteUnavailable
 from server.client.engine import EngineClient
-from server.errors import Conflict, StorageFull
+from server.errors import Conflict, LorakeetError
 from server.registry.publish import Publisher
 from server.settings import SettingError, Settings
 
@@ -65,11 +66,16 @@ class Discovery:
                 raise SettingError(f"--adapter {name}: {error}") from None
             log.info("adapter %s is %s%s", name, version.digest, "" if changed else " (unchanged)")
         self.pending = False
-        root = self._settings.adapter_dir
-        for directory in sorted(root.iterdir()) if root is not None and root.is_dir() else ():
-            if directory.is_dir():
-                async with self._importing:
-                    await self._import(tenant, directory.name, directory.parent)
+        if (root := self._settings.adapter_dir) is None:
+            return
+        try:
+            directories = sorted(path for path in root.iterdir() if path.is_dir())
+        except OSError as fault:  # it may come later
+            log.warning("--adapter-dir: nothing is read from it yet: %s", fault)
+            return
+        for directory in directories:
+            async with self._importing:
+                await self._import(tenant, directory.name, root)
 
     async def _import(self, tenant: str, name: str, root: Path) -> bool:
         directory = root / name
@@ -79,8 +85,9 @@ class Discovery:
         try:
             # Whoever gave the name another version since, over HTTP, meant it: the same old files do not undo that.
             await self._publisher.import_directory(tenant, name, directory, root=root, again=False)
-        except (AdapterError, OSError, StorageFull, Conflict, RemoteUnavailable) as error:
-            self._unwanted[name] = signature  # until its files change
+        except (AdapterError, OSError, LorakeetError, DatabaseBusy, RemoteUnavailable) as error:
+            if isinstance(error, AdapterError | Conflict):
+                self._unwanted[name] = signature  # until its files change
             log.warning("--adapter-dir: %s is not served: %s", name, error)
             return False
         self._unwanted.pop(name, None)

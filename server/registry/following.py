@@ -6,6 +6,7 @@ import logging
 from adapters.storage.store import AdapterStore
 from adapters.storage.versions import RemoteUnavailable
 from server.registry.publish import Publisher
+from server.repeat import repeatedly
 from server.settings import Settings
 from server.tenants.caller import tenant_of
 
@@ -28,9 +29,8 @@ class Following:
 
     async def run(self) -> None:
         """Again and again, take over what others changed."""
-        while self._shared:
-            await asyncio.sleep(self._seconds)
-            await self.poll()
+        if self._shared:
+            await repeatedly(self.poll, self._seconds, "taking over changes of other servers")
 
     async def poll(self) -> None:
         """Take over what others changed. While the store fails, what is known stays."""

@@ -46,6 +46,7 @@ from server.registry.fit import row_units
 from server.registry.following import Following
 from server.registry.pins import Fetch, Pins
 from server.registry.publish import Publisher
+from server.repeat import repeatedly
 from server.settings import Settings
 from server.tenants.caller import TENANT, Caller
 from server.tenants.limits import NO_ROWS, Rows
@@ -228,14 +229,13 @@ class Registry:
     async def collect_orphans(self) -> None:
         """Again and again, remove versions from the object store that no name has any more, or ever had: uploads that
         a crash cut short."""
-        while self._orphan_seconds:
-            try:
-                count = await self._store.remove_orphans(self._orphan_seconds)
-                if count:
-                    log.info("removed %d unnamed versions from the object store", count)
-            except RemoteUnavailable as fault:
-                log.warning("unnamed versions were not removed from the object store: %s", fault)
-            await asyncio.sleep(self._orphan_seconds)
+
+        async def collect() -> None:
+            if count := await self._store.remove_orphans(self._orphan_seconds):
+                log.info("removed %d unnamed versions from the object store", count)
+
+        if self._orphan_seconds:
+            await repeatedly(collect, self._orphan_seconds, "removing unnamed versions", RemoteUnavailable, OSError)
 
 
 def _changeable(caller: Caller, pointer: Pointer) -> Version:

@@ -100,8 +100,10 @@ class Pins:
         while version.digest in self._leases:
             try:
                 await self._fetch_files(version)
-            except (RemoteUnavailable, DamagedAdapter, StorageFull):
-                await asyncio.sleep(_RETRY_SECONDS)
-            else:
                 self.renew()
                 return
+            except (RemoteUnavailable, DamagedAdapter, StorageFull):
+                pass
+            except Exception:
+                log.exception("%s: pinned, and not fetched", version.name)
+            await asyncio.sleep(_RETRY_SECONDS)

@@ -14,13 +14,16 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from msgspec.structs import replace as replace_fields
 
-from adapters.storage.database import Database
+from adapters.disk import StorageFull
+from adapters.storage.database import Database, DatabaseBusy
 from adapters.storage.versions import RemoteUnavailable
 from server.errors import Conflict, InvalidRequest, NotFound, shown
+from server.repeat import repeatedly
 from server.tenants.caller import DEFAULT_NAME, EVERYTHING, TENANT, Caller, Role, allowed, tenant_name
 from server.tenants.limits import UNLIMITED, Allowance, Limits
 from server.tenants.rolls import DEFAULT, Change, KeptKey, Key, Roll, Rolls, Tenant
@@ -81,16 +84,9 @@ class Tenants:
 
     async def follow(self) -> None:
         """Again and again, take over what other servers changed."""
-        failing = False
-        while self._shared:
-            await asyncio.sleep(self._poll_seconds)
-            try:
-                await asyncio.to_thread(self.poll)
-                failing = False
-            except RemoteUnavailable as fault:
-                if not failing:
-                    log.warning("changes of keys at other servers are not seen: %s", fault)
-                failing = True
+        if self._shared:
+            look = partial(asyncio.to_thread, self.poll)
+            await repeatedly(look, self._poll_seconds, "taking over other servers' keys", RemoteUnavailable)
 
     def poll(self) -> None:
         """Take over what other servers changed. Raises RemoteUnavailable."""
@@ -101,9 +97,7 @@ class Tenants:
     async def run(self) -> None:
         """Write the times of last use, now and then and at the end."""
         try:
-            while True:
-                await asyncio.sleep(FLUSH_SECONDS)
-                await asyncio.to_thread(self._flush)
+            await repeatedly(partial(asyncio.to_thread, self._flush), FLUSH_SECONDS, "writing when keys were used")
         finally:
             await asyncio.to_thread(self._flush)
 
@@ -120,8 +114,10 @@ class Tenants:
 
             try:
                 self._change(tenant, note)
-            except RemoteUnavailable as fault:
-                log.warning("when keys were used is not written: %s", fault)
+            except (RemoteUnavailable, DatabaseBusy, StorageFull) as fault:
+                log.warning("when keys were used is not written yet: %s", fault)
+                for id_, when in used.items():
+                    self._used.setdefault(id_, when)
 
     # --- who asks -------------------------------------------------------------------------------------
 

@@ -88,6 +88,7 @@ def test_the_image_fits_the_chart() -> None:
     """User, directories and port of the Dockerfile."""
     image = (ROOT / "Dockerfile").read_text()
     pod = (CHART / "templates/_helpers.tpl").read_text()
+    assert "enableServiceLinks: false" in pod
     assert re.findall(r"--uid (\d+)", image) == sorted(set(re.findall(r"(?:runAsUser|fsGroup): (\d+)", pod)))
     assert re.findall(r"LORAKEET_PORT=(\d+)", image) == re.findall(r"containerPort: (\d+)", pod)
     assert set(re.findall(r"LORAKEET_(?:DATA|CACHE)_DIR=(\S+)", image)) == set(re.findall(r"mountPath: (\S+)", pod))

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import queue
+import shlex
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
@@ -20,6 +22,7 @@ from server import cli
 from server.commands import chat
 from server.commands.remote import CommandError
 from server.http import app
+from server.model_source import DEFAULT
 from server.services import TENANT
 from server.settings import Settings, settings_fields
 from tests.support.harness import write_adapter
@@ -136,6 +139,42 @@ def test_a_bad_flag_is_one_line_and_status_2(
     assert line.startswith(f"error: {named}")
 
 
+def test_a_daemon_has_no_streams_and_no_file_stands_for_one(tmp_path: Path) -> None:
+    code = (
+        "import os, subprocess, sys; from server.cli import _prepare_streams; _prepare_streams(); "
+        f"file = open({str(tmp_path / 'file')!r}, 'w'); print('lost', flush=True); print('lost', file=sys.stderr); "
+        "done = subprocess.run([sys.executable, '-c', 'import os; [os.fstat(i) for i in range(3)]']); "
+        "file.write(f'{file.fileno() > 2} {done.returncode}')"
+    )
+    shell = f"exec {shlex.join([sys.executable, '-c', code])} <&- >&- 2>&-"
+    subprocess.run(["sh", "-c", shell], check=True)
+    assert (tmp_path / "file").read_text() == "True 0"
+
+
+def test_text_that_a_stream_cannot_show_ends_nothing() -> None:
+    code = "from server.cli import _prepare_streams; _prepare_streams(); print(input(), chr(0xE9))"
+    command = ["env", "PYTHONIOENCODING=ascii", sys.executable, "-c", code]
+    shown = subprocess.run(command, input=b"\xff\n", stdout=subprocess.PIPE, check=True).stdout
+    assert shown == b"? ?\n"
+
+
+def raiser(fault: Exception) -> Any:
+    """A function that raises this."""
+
+    def fail(*_: object) -> None:
+        raise fault
+
+    return fail
+
+
+def test_a_fault_of_the_system_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], adapter: Path
+) -> None:
+    monkeypatch.setattr("server.commands.adapters._progress", raiser(PermissionError(13, "Permission denied", "/x")))
+    assert run(monkeypatch, "push", "a", str(adapter)) == 1
+    assert capsys.readouterr().err == "error: [Errno 13] Permission denied: '/x'\n"
+
+
 def test_help_is_light() -> None:
     code = (
         "import sys; sys.argv = ['lorakeet', '--help']; from server.cli import app; app(standalone_mode=False); "
@@ -155,7 +194,64 @@ def test_fetch_prints_the_directory(
     assert capsys.readouterr().err == f"error: {tmp_path}/missing.gguf: no such file\n"
 
 
+def test_a_cache_that_cannot_be_written_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    assert run(monkeypatch, "fetch", "--cache-dir", str(tmp_path / "file/cache")) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {DEFAULT} cannot be prepared: ")
+
+
+def test_a_user_without_a_home_is_told_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("XDG_CACHE_HOME", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", raiser(RuntimeError("Could not determine home directory.")))
+    for command in ("serve", "fetch", "doctor"):
+        assert run(monkeypatch, command) == 1
+        said = "error: this user has no home directory: set HOME, or --data-dir and --cache-dir\n"
+        assert capsys.readouterr().err == said
+
+
+def test_a_tilde_in_a_variable_is_the_home_everywhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Files of variables know none: it comes as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("LORAKEET_CACHE_DIR", "~/cache")
+    monkeypatch.setenv("LORAKEET_DATA_DIR", "~/data")
+    (tmp_path / "data").mkdir()
+    assert run(monkeypatch, "doctor") == 0
+    prepare = Mock(return_value=tmp_path)
+    monkeypatch.setattr(cli, "resolve", prepare)
+    assert run(monkeypatch, "fetch") == 0
+    assert prepare.call_args.args[1] == tmp_path / "cache"
+
+
 # --- clients -------------------------------------------------------------------------------------------
+
+
+def test_no_proxy_leads_to_this_machine(
+    served: Served, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proxies = {"http_proxy": "http://127.0.0.1:9", "ALL_PROXY": "socks5://127.0.0.1:9", "SSL_CERT_FILE": "/nowhere.pem"}
+    for name, value in proxies.items():
+        monkeypatch.setenv(name, value)
+    assert run(monkeypatch, "list") == 0
+    assert run(monkeypatch, "list", "--url", "http://far.example") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: --url 'http://far.example', or the environment's proxies and certificates: ")
+
+
+def test_a_key_may_come_with_the_end_of_its_line(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAKEET_API_KEY", "\u00e9 \n")
+    assert run(monkeypatch, "list") == 0
+
+
+def test_an_id_is_no_part_of_a_path(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run(monkeypatch, "tenants", "create", "acme", "--limit", "running=3") == 0
+    for id_ in ("acme?", "acme#", "acme?x"):
+        assert run(monkeypatch, "tenants", "limit", id_, "--limit", "running=1") == 1
+        assert run(monkeypatch, "tenants", "rm", id_) == 1
+    assert served.services.tenants.tenant("acme").limits.running == 3
 
 
 def test_an_adapter_goes_there_and_back(

@@ -1,5 +1,7 @@
 """A start over a data directory that was damaged: what can be served is, and nothing is deleted on a guess."""
 
+import errno
+import fcntl
 import json
 import sqlite3
 import subprocess
@@ -124,6 +126,15 @@ def test_the_doctor_keeps_its_hands_off_a_directory_in_use(tmp_path: Path, kept:
         code, said = doctor(tmp_path, "--remove", "--all")
         assert code != 0
         assert "another server" in said
+
+
+def test_a_disk_without_locks_is_called_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(SettingError, match=r"takes no lock \(No locks available\)"), data_dir.taken(tmp_path):
+        pass
 
 
 def test_versions_of_earlier_releases_without_records_are_kept_too(

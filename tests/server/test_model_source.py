@@ -72,6 +72,7 @@ def test_pickled_weights_alone_are_refused(layout: Path, tmp_path: Path) -> None
     ("ref", "complaint"),
     [
         ("nowhere.gguf", "no such file"),
+        ("NOWHERE.GGUF", "no such file"),
         ("two/many/slashes", "no built-in model"),
         ("../escape", "no built-in model"),
         ("someone/some-model", "not cached"),
@@ -130,7 +131,7 @@ def test_a_failed_preparation_leaves_nothing_and_can_be_repeated(
         raise OSError("disk full")
 
     monkeypatch.setattr(models, "_convert", _stub_convert([], fail))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(ModelError, match="disk full"):
         resolve(str(gguf_file), tmp_path / "cache")
     assert [path.suffix for path in (tmp_path / "cache/models").iterdir()] == [".lock"]
     monkeypatch.setattr(models, "_convert", _stub_convert([]))

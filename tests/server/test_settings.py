@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.settings import SettingError, Settings, parse_bool, parse_size, settings_fields, settings_table
+from server.settings import (
+    SettingError,
+    Settings,
+    parse_bool,
+    parse_size,
+    settings_fields,
+    settings_table,
+    unknown_variables,
+)
 from server.text.reasoning import VLLM_NAMES as REASONING_NAMES
 from server.text.tools.table import VLLM_NAMES as TOOL_NAMES
 
@@ -90,6 +98,8 @@ def test_every_setting_is_read_alike_from_flag_and_environment(row: Any) -> None
         "audit_bytes": "1MiB",
         "response_bytes": "1GiB",
         "metrics_prefix": "vllm",
+        "device": "cuda:1",
+        "allowed_origins": "https://example.com",
     }
     text = sample.get(row.name) or (row.choices[-1] if row.choices else "true" if row.is_bool else "100")
     by_flag = Settings.load({row.name: [text] if row.repeatable else text}, {})
@@ -111,6 +121,18 @@ def test_every_setting_is_read_alike_from_flag_and_environment(row: Any) -> None
         ({"adapter": ["no-equals-sign"]}, {}, "--adapter: 'no-equals-sign' is not NAME=DIR"),
         ({"max_batch_tokens": "32", "max_batch_requests": "32"}, {}, "--max-batch-tokens: 32 leaves no room"),
         ({"model": ""}, {}, "--model: expected a value"),
+        ({"model": "base-\udcff"}, {}, r"--model: 'base-\\udcff' is not UTF-8"),
+        ({"adapter_dir": "/\udcff"}, {}, "--adapter-dir: .* is not UTF-8"),
+        ({"data_dir": "~nobody.here/x"}, {}, "--data-dir: ~nobody.here/x begins with nobody's home directory"),
+        ({"adapter": ["a=~nobody.here/x"]}, {}, "--adapter: ~nobody.here/x begins with nobody's home directory"),
+        ({"adapter": ["a=x", "b=y", "a=z"]}, {}, "--adapter: a name is given twice"),
+        ({"kv_cache_bytes": "9" * 400}, {}, "--kv-cache-bytes: expected a size"),
+        ({"device": "gpu"}, {}, "--device: expected auto, cpu"),
+        ({"device": "cuda:all"}, {}, "--device: expected auto, cpu"),
+        ({"api_key": [""]}, {}, "--api-key: expected a value"),  # as `--api-key "$UNSET"` says
+        ({}, {"LORAKEET_API_KEY": ","}, "LORAKEET_API_KEY: expected a value"),
+        ({"allowed_origins": ["https://example.com/"]}, {}, "--allowed-origins: .* without a slash at its end"),
+        ({"allowed_origins": ["example.com"]}, {}, "--allowed-origins: 'example.com' is neither"),
         ({"tool_parser": "kimi_k2"}, {}, "--tool-parser: 'kimi_k2' is not one of .*hermes, .*qwen3_coder"),
         ({"reasoning_parser": "step3"}, {}, "--reasoning-parser: 'step3' is not one of auto, none, .*think"),
     ],
@@ -118,6 +140,27 @@ def test_every_setting_is_read_alike_from_flag_and_environment(row: Any) -> None
 def test_a_bad_value_is_named_by_where_it_came_from(flags: Any, environ: Any, message: str) -> None:
     with pytest.raises(SettingError, match=f"^{message}"):
         Settings.load(flags, environ)
+
+
+def test_what_kubernetes_sets_for_a_service_of_our_name_is_no_setting() -> None:
+    environ = {
+        "LORAKEET_PORT": "tcp://10.96.0.7:80",
+        "LORAKEET_SERVICE_PORT": "80",
+        "LORAKEET_PORT_80_TCP_PROTO": "tcp",
+    }
+    assert Settings.load({}, environ).port == 8000
+    assert unknown_variables(environ) == []
+
+
+def test_a_misspelt_variable_is_found() -> None:
+    environ = {"LORAKEET_API_KEYS": "a", "LORAKEET_MAX_MODEL_LENGTH": "64", "LORAKEET_MODEL": "x", "HOME": "/"}
+    others = {"LORAKEET_URL": "x", "LORAKEET_TRITON": "0", "LORAKEET_RAY_COMMAND": "x"}
+    assert unknown_variables(environ | others) == ["LORAKEET_API_KEYS", "LORAKEET_MAX_MODEL_LENGTH"]
+
+
+def test_origins_are_as_browsers_write_them() -> None:
+    origins = ("*", "null", "https://Example.com:8443", "http://[::1]:3000", "chrome-extension://abc")
+    assert Settings.load({"allowed_origins": origins}, {}).allowed_origins == tuple(map(str.lower, origins))
 
 
 def test_settings_built_directly_are_checked_too() -> None:

@@ -47,6 +47,16 @@ def test_changed_sources_are_another_library(elsewhere: Path) -> None:
     assert build.built("portable") != before
 
 
+def test_a_user_without_a_home_has_nowhere_to_keep_it(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", home)
+    with pytest.raises(build.BuildError, match="home"):
+        build.built("portable")
+
+
 def test_prebuilt_needs_no_compiler(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build.main()
     assert len(list((elsewhere / "build").iterdir())) == len(build.instruction_sets())

@@ -90,3 +90,19 @@ def test_a_file_that_changes_while_it_is_copied(world: tuple[Path, Path], monkey
     monkeypatch.setattr(shutil, "copyfileobj", slow)
     with pytest.raises(AdapterError, match="changed while"):
         copied(world)
+
+
+def test_another_users_file_is_said_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root, as which tests may run, can read everything."""
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "copy").mkdir()
+    really = os.open
+
+    def refusing(path: str, flags: int, **more: int) -> int:
+        if path == "file":
+            raise PermissionError(13, "Permission denied", path)
+        return really(path, flags, **more)
+
+    monkeypatch.setattr(os, "open", refusing)
+    with pytest.raises(AdapterError, match="file may not be read by the server's user"):
+        copy_files(["file"], tmp_path, tmp_path / "copy", Path("/"))

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from adapters.peft_format.fields import AdapterError
+from server.children.frames import within
 from server.children.helper import WORK, Helper, HelperFailed, HelperLimit, Helpers, ask_once
 from server.children.turns import Turns
 
@@ -57,6 +59,26 @@ async def eventually_gone(pid: int) -> None:
     async with asyncio.timeout(20):
         while not gone(pid):  # noqa: ASYNC110 - nothing tells
             await asyncio.sleep(0.02)
+
+
+async def test_the_directory_where_the_server_was_started_has_none_of_our_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    for name in ("server", "adapters", "json"):
+        (elsewhere / f"{name}.py").write_text("raise SystemExit('somebody else wrote this')")
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
+    async with helper() as asked:
+        assert await asked.ask(order("order * 3"), 30) == "order * 3" * 3
+
+
+def test_no_helper_asks_for_more_than_the_system_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is refused to all but root: every upload, or every grammar, would fail."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (100, 100))
+    assert (within(resource.RLIMIT_DATA, 200), within(resource.RLIMIT_DATA, 50)) == (100, 50)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (100, resource.RLIM_INFINITY))
+    assert within(resource.RLIMIT_DATA, 200) == 200
 
 
 async def test_one_process_answers_one_order_after_another() -> None:

@@ -257,6 +257,32 @@ async def test_a_process_that_cannot_be_started_is_tried_again(
     await client.stop(grace=0)
 
 
+async def test_a_fault_of_supervising_is_no_eternal_load(
+    model_dir: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", AsyncMock(side_effect=RuntimeError("nobody thought of it")))
+    client = LocalEngine(config(model_dir, cache_dir), lambda _: None)
+    await client.start()
+    await asyncio.wait_for(client.failed_for_good.wait(), 5)
+    assert "a fault in the server: RuntimeError('nobody thought of it')" in (client.unready_reason or "")
+    await client.stop(grace=0)
+
+
+async def test_neither_directory_nor_variables_of_the_start_change_the_engines_modules(
+    model_dir: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "server.py").write_text("raise SystemExit('somebody else wrote this')")
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
+    monkeypatch.setenv("PYTHONOPTIMIZE", "2")
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", start := AsyncMock(side_effect=RuntimeError))
+    client = LocalEngine(config(model_dir, cache_dir), lambda _: None)
+    await client.start()
+    await asyncio.wait_for(client.failed_for_good.wait(), 5)
+    await client.stop(grace=0)
+    command = [sys.executable, "-c", "import server.client; assert server.client.__doc__; assert __debug__"]
+    subprocess.run(command, cwd=tmp_path, env=start.call_args.kwargs["env"], check=True)
+
+
 async def test_the_way_to_temporary_files_may_be_long(
     model_dir: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,15 @@ def test_a_right_engine_passes_once(engine: Engine, tmp_path: Path, monkeypatch:
     selfcheck.run(engine, tmp_path)
 
 
+def test_a_cache_that_takes_nothing_is_no_fault_of_the_engine(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(selfcheck, "compare", lambda _: 0.0)
+    selfcheck.run(engine, tmp_path / "file")
+    assert "the next start repeats it" in caplog.text
+
+
 def test_without_native_kernels_it_passes_too(model_dir: Path, cache_dir: Path) -> None:
     engine = load_engine(model_dir, cache_dir, planned=False)
     with native.switched_off():

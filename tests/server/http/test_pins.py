@@ -5,10 +5,12 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock, Mock
 
 import httpx
 import pytest
 
+from server.registry import pins
 from server.services import TENANT
 from tests.server.http.test_adapters import push
 from tests.support.harness import Site, base_info
@@ -154,3 +156,14 @@ async def test_pins_at_the_same_time_do_not_pass_the_limit_together(site: Site) 
     answers = await asyncio.gather(*(pin(site, f"n{i}") for i in range(8)))
     assert sorted(answer.status_code for answer in answers) == [200] * 4 + [409] * 4
     assert len(site.engine.pinned) == 4
+
+
+async def test_fetching_what_is_pinned_goes_on_after_any_fault(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = site.publisher.pins
+    fetch, version = AsyncMock(side_effect=[RuntimeError("nobody thought of it"), None]), Mock(digest="sha256:1")
+    monkeypatch.setattr(pins, "_RETRY_SECONDS", 0)
+    monkeypatch.setattr(made, "_fetch_files", fetch)
+    monkeypatch.setitem(made._leases, version.digest, contextlib.ExitStack())
+    monkeypatch.setattr(made, "renew", Mock())
+    await asyncio.wait_for(made._fetch(version), 5)
+    assert fetch.await_count == 2

@@ -22,11 +22,13 @@ def write(directory: Path, **content: Any) -> Path:
     return directory
 
 
-def test_the_models_own_another_directorys_or_none(tmp_path: Path) -> None:
+def test_the_models_own_another_directorys_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = write(tmp_path / "model", **MAKERS, do_sample=True, eos_token_id=2, max_length=20)
     other = write(tmp_path / "other", temperature=0)
     assert sampling_defaults("auto", "model", model) == MAKERS
     assert sampling_defaults(str(other), "model", model) == {"temperature": 0.0}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert sampling_defaults("~/other", "model", model) == {"temperature": 0.0}
     assert sampling_defaults("none", "model", model) == {}
     assert sampling_defaults("auto", "model", tmp_path) == {}
 

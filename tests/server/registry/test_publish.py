@@ -5,12 +5,14 @@ import contextlib
 import errno
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import AsyncMock
 
 import msgspec
 import pytest
 
 from adapters.peft_format.directory import AdapterError
-from adapters.storage.versions import UnknownAdapter
+from adapters.storage.database import DatabaseBusy
+from adapters.storage.versions import RemoteUnavailable, UnknownAdapter
 from server.errors import EngineUnavailable, StorageFull, disk_faults
 from server.services import TENANT
 from server.settings import SettingError
@@ -182,6 +184,34 @@ async def test_a_directory_of_adapters(tmp_path: Path, caplog: pytest.LogCapture
     assert "bad is not served" in caplog.text
     for name in ("../adapters/good", ".", "..", "empty", "x" * 300):
         assert not await site.registry.discovery.discover(T, name)
+    site.close()
+
+
+async def test_an_adapter_that_the_base_hides_is_said_at_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with contextlib.closing(Site(tmp_path)) as site:
+        await site.publisher.import_directory(T, "legal", write_adapter(tmp_path / "legal"))
+    with contextlib.closing(Site(tmp_path)):
+        assert not caplog.records
+    with contextlib.closing(Site(tmp_path, served_model_name="legal")):
+        assert "adapter legal is hidden by the base" in caplog.text
+
+
+async def test_a_fault_that_passes_costs_no_adapter_of_the_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "adapters"
+    site = Site(tmp_path, adapter_dir=root)
+    await site.registry.discovery.import_configured(T)
+    assert "nothing is read from it yet" in caplog.text
+    write_adapter(root / "good")
+    for fault in (RemoteUnavailable("down"), DatabaseBusy("held"), StorageFull("full"), OSError("flaky")):
+        with monkeypatch.context() as patch:
+            patch.setattr(site.publisher, "import_directory", AsyncMock(side_effect=fault))
+            await site.registry.discovery.import_configured(T)
+        assert f"good is not served: {fault}" in caplog.text
+    assert (await site.registry.find(EVERYTHING, "good")).name == "good"
     site.close()
 
 

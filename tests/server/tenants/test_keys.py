@@ -13,6 +13,7 @@ from server.http.operations import Operation
 from server.tenants.caller import OPERATOR, ROLES, Role
 from server.tenants.database import open_database
 from server.tenants.keys import Tenants
+from tests.support.publishing import held
 from tests.support.scripted import BASE, Served, serving
 from tests.support.tenancy import furnish, key
 
@@ -93,6 +94,17 @@ async def test_expired_and_revoked_keys_open_nothing_at_once(tmp_path: Path, mon
         assert (await served.client.delete(f"/v1/admin/keys/{first['id']}", headers=operator)).status_code == 200
         assert (await served.client.get("/v1/models", headers=operator)).status_code == 401
         assert (await served.client.get("/v1/models", headers=bearer(second))).status_code == 200
+
+
+async def test_last_uses_outlive_a_database_that_somebody_holds(tmp_path: Path) -> None:
+    async with serving(tmp_path, database_seconds=0.1) as served:
+        operator, tenants = await key(served), served.services.tenants
+        assert (await served.client.get("/v1/models", headers=operator)).status_code == 200
+        with held(tmp_path / "tenants.db"):
+            await asyncio.to_thread(tenants._flush)
+        assert not any(known.last_used_at for known in tenants.keys.values())
+        await asyncio.to_thread(tenants._flush)
+        assert any(known.last_used_at for known in tenants.keys.values())
 
 
 async def test_a_restart_knows_keys_tenants_and_last_uses(tmp_path: Path) -> None:

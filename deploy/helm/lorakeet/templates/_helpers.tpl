@@ -26,6 +26,8 @@ spec:
   imagePullSecrets:
     {{- toYaml . | nindent 4 }}
   {{- end }}
+  # Else a Service `lorakeet` would be in the environment as LORAKEET_PORT=tcp://...
+  enableServiceLinks: false
   # SIGTERM drains: open streams may finish.
   terminationGracePeriodSeconds: {{ add (int ($settings.drain_seconds | default 30)) 15 }}
   securityContext:

@@ -1,0 +1,26 @@
+"""Work that is done again and again for as long as the server lives, whatever becomes of it once."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+log = logging.getLogger(__name__)
+
+
+async def repeatedly(
+    work: Callable[[], Awaitable[object]], seconds: float, title: str, *expected: type[Exception]
+) -> None:
+    """Do `work` until cancelled, so many seconds between. A fault is logged once, and with its traceback unless it was
+    `expected`."""
+    known = ""
+    while True:
+        try:
+            await work()
+            if known:
+                log.info("%s: works again", title)
+            known = ""
+        except Exception as fault:
+            if repr(fault) != known:
+                log.warning("%s: %s", title, fault, exc_info=not isinstance(fault, expected))
+            known = repr(fault)
+        await asyncio.sleep(seconds)

@@ -1,0 +1,59 @@
+"""Where the server listens, and what it says of that."""
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from adapters.storage.database import DatabaseBusy
+from server.http.app import _Server
+from server.http.listener import bind
+from server.model_source import ModelError
+from server.settings import SettingError, Settings
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 64, "\u00df" * 300])
+def test_names_that_no_host_can_have(host: str) -> None:
+    with pytest.raises(SettingError, match=r"^--host: "):
+        bind(host, 0)
+
+
+def server(**services: Any) -> _Server:
+    """One that listens nowhere."""
+    made = _Server.__new__(_Server)
+    made._services = cast("Any", SimpleNamespace(**services))
+    made.failure, made.should_exit = None, False
+    return made
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:81"),
+        ("0.0.0.0", "http://127.0.0.1:81"),
+        ("::1", "http://[::1]:81"),
+        ("::", "http://[::1]:81"),
+    ],
+)
+def test_the_greeting_has_an_address_that_works(host: str, shown: str) -> None:
+    made = server(settings=Settings(), tenants=SimpleNamespace(closed=False))
+    listener = SimpleNamespace(getsockname=lambda: (host, 81, 0, 0))
+    made.servers = [cast("Any", SimpleNamespace(sockets=[listener]))]
+    assert f" on {shown}. Try:" in made._greeting()
+
+
+async def test_whatever_keeps_it_from_coming_up_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be there and never be ready."""
+
+    async def import_configured(tenant: str) -> None:
+        raise DatabaseBusy("another process holds adapters.db")
+
+    async def wait() -> None:
+        pass
+
+    made = server(registry=SimpleNamespace(discovery=SimpleNamespace(import_configured=import_configured)))
+    made._engine = cast("Any", SimpleNamespace(failed_for_good=SimpleNamespace(wait=wait)))
+    await made._come_up()
+    assert made.should_exit
+    assert isinstance(made.failure, ModelError)
+    assert "another process holds adapters.db" in str(made.failure)
