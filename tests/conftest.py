@@ -9,8 +9,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before torch: its idle threads must sleep, not spin, or two test processes on two cores stand in each other's way.
+# Before torch: its idle threads must sleep, not spin, or two test processes on two cores stand in each other's way. The
+# native kernels' spin between jobs, so workers have no second one, but for modules that ask for `two_threads`.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import pytest
@@ -23,6 +26,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 interpreter.prepare()
 
+from adapters import kernels  # noqa: E402
 from tests.support.loop_guard import guarded  # noqa: E402
 from tests.support.tiny import tiny_model  # noqa: E402 - transformers imports Triton
 
@@ -73,6 +77,7 @@ LONGEST = (
     "tests/examples/",
     "tests/ui/",
     "tests/adapters/kernels/",
+    "tests/test_packaging.py",
 )
 
 
@@ -126,6 +131,17 @@ def forked_engines() -> Iterator[None]:
         for name, value in running.forking().items():
             patch.setenv(name, value)
         yield
+
+
+@pytest.fixture(scope="module")
+def two_threads() -> Iterator[None]:
+    """Torch and the native kernels run on two threads, for the whole of a module."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    kernels.set_threads(2)
+    yield
+    torch.set_num_threads(before)
+    kernels.set_threads(before)
 
 
 @pytest.fixture(scope="module")

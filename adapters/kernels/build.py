@@ -1,8 +1,8 @@
 """Compile the C++ kernels: at first use, or ahead of time with `python -m adapters.kernels.build`.
 
 One library per instruction set, from plain C++ without torch's headers, so a build takes seconds. A built library is
-kept in the user's cache under a name that holds the hash of everything that shaped it; concurrent builds are safe, the
-last rename wins with equal content. Ahead of time, all instruction sets are put beside the sources, where they are
+kept in the user's cache under a name that holds the hash of everything that shaped it; of several processes that want
+it one compiles, and the others wait. Ahead of time, all instruction sets are put beside the sources, where they are
 found first.
 """
 
@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +61,16 @@ def built(instruction_set: str) -> Path:
     compiler = _compiler()
     key = hashlib.sha256(f"{_source_hash()} {_version(compiler)}".encode()).hexdigest()[:16]
     cached = cache_dir() / f"{key}-{instruction_set}.so"
-    if not cached.exists():
-        log.info("compiling the CPU kernels for %s (once)", instruction_set)
-        compile_library(instruction_set, cached, compiler)
+    if cached.exists():
+        return cached
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{cached}.lock"):
+            if not cached.exists():
+                log.info("compiling the CPU kernels for %s (once)", instruction_set)
+                compile_library(instruction_set, cached, compiler)
+    except OSError as fault:
+        raise BuildError(f"the compiled kernels could not be written: {fault}") from fault
     return cached
 
 

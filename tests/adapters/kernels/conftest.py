@@ -43,6 +43,11 @@ def either(request: pytest.FixtureRequest, compiled: native.Kernels) -> Iterator
     compiled.set_vnni(True)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def several_threads(two_threads: None) -> None:
+    """Which thread does a task must not matter."""
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)

@@ -92,7 +92,7 @@ def check_linear(data: st.DataObject, most_out: int, most_chunks: int) -> None:
 
 
 @given(data=st.data())
-@budget(8)
+@budget(6)
 def test_linear(data: st.DataObject) -> None:
     check_linear(data, 70, 4)
 
@@ -266,7 +266,7 @@ def check_lora(kernels: Any, problem: tuple[int, int, int, Any], dtype: torch.dt
 
 
 @given(problem=problems(), dtype=dtypes)
-@budget(12)
+@budget(8)
 def test_lora(kernels: Any, problem: tuple[int, int, int, Any], dtype: torch.dtype) -> None:
     check_lora(kernels, problem, dtype)
 
@@ -347,7 +347,7 @@ def check_attention(kernels: Any, data: st.DataObject, most: int) -> None:
 
 
 @given(data=st.data())
-@budget(10)
+@budget(7)
 def test_attention(kernels: Any, data: st.DataObject) -> None:
     check_attention(kernels, data, 150)
 

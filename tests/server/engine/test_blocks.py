@@ -96,7 +96,7 @@ class BlockModel(RuleBasedStateMachine):
 
 
 TestBlockModel = BlockModel.TestCase
-TestBlockModel.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestBlockModel.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
 
 
 def test_a_chain_is_evicted_from_its_deepest_block() -> None:

@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from loadtest.synthetic import make_adapters
@@ -11,6 +12,8 @@ from server.engine.engine import Engine
 from server.messages.protocol import AdapterRef, Generate
 from tests.support import interpreter
 from tests.support.offline import Answer, load_engine, publish, request, run
+
+pytestmark = pytest.mark.usefixtures("two_threads")
 
 ADAPTERS, RESIDENT, REQUESTS = (80, 8, 120) if interpreter.whole_suite() else (200, 10, 300)
 TOKENS = 4

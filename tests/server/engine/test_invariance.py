@@ -12,6 +12,8 @@ from tests.support import interpreter
 from tests.support.offline import Answer, load_engine, publish, request, run, solo, tight_engine
 from tests.support.tiny import tiny_adapter
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 RANKS = (3, 4, 8, 8, 16, 17, 32, 64)
 
 
