@@ -11,6 +11,8 @@ TESTING := $(VENV)/.testing
 PYTHONS = $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.14)
 USABLE  = import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 
+unexport PYTHONDONTWRITEBYTECODE # without bytecode every process compiles all of its modules, whenever it starts
+
 .DEFAULT_GOAL := help
 .PHONY: help install serve check test slow interpret operators clients abuse kills ray charts sweep docs clean bench gpu demo demo-tools
 

@@ -7,6 +7,7 @@ from typing import Any
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # only an escape can bring half a surrogate pair into valid UTF-8
 
+_CONTAINERS = (dict, list)  # the parser makes no subclasses: by `isinstance`, looking takes longer than parsing
 _BEFORE_ITEMS = (b",", b"[", b"{", b":")
 
 
@@ -106,10 +107,14 @@ def _finite(text: str) -> float:
 
 def _deeper(value: Any, depth: int) -> bool:
     """Iterative, and only into containers."""
-    level = [value]
-    for _ in range(depth + 1):
-        level = [item for item in level if isinstance(item, dict | list)]
+    level = [value] if type(value) in _CONTAINERS else []
+    for _ in range(depth):
         if not level:
             return False
-        level = [child for item in level for child in (item.values() if isinstance(item, dict) else item)]
-    return True
+        level = [
+            child
+            for item in level
+            for child in (item.values() if type(item) is dict else item)
+            if type(child) in _CONTAINERS
+        ]
+    return bool(level)

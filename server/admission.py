@@ -9,13 +9,13 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from contextvars import ContextVar
 
 from adapters.background import threads
 from server.errors import InvalidRequest, TooManyRequests
-from server.tenants.limits import Allowance
+from server.tenants.limits import NO_ROWS, Allowance, Rows
 
 _LONGEST_RETRY = 60
 _SLOT_SECONDS = 30.0
@@ -37,6 +37,7 @@ class Ticket:
         tenant: str,
         tokens: int,
         allowance: Allowance | None = None,
+        adapters: Iterable[str] = (),
         *,
         waiting: bool = True,
     ) -> None:
@@ -44,6 +45,7 @@ class Ticket:
         self._tenant = tenant
         self._tokens = tokens
         self._allowance = allowance
+        self._adapters = adapters
         self._since = time.monotonic()
         self._waiting = waiting
 
@@ -57,7 +59,7 @@ class Ticket:
         """The sequence is over. Further calls do nothing."""
         self.leave(served=False)
         if self._allowance is not None:
-            self._allowance.running -= 1
+            self._allowance.end(self._adapters)
             self._allowance = None
 
 
@@ -94,11 +96,12 @@ class Admission:
         tenant: str = "",
         allowance: Allowance | None = None,
         prompt_tokens: int = 0,
+        rows: Rows = NO_ROWS,
     ) -> list[Ticket]:
         """A ticket for each sequence of one request: all or none.
 
         Args:
-            allowance: its tenant's; `prompt_tokens` are counted against it.
+            allowance: its tenant's; `prompt_tokens` and `rows` are counted against it.
 
         Raises `InvalidRequest` when the request alone has more sequences than may ever wait, `TooManyRequests` when
         there is no room now. Prompt tokens alone never refuse a request that finds the queue empty.
@@ -110,7 +113,7 @@ class Admission:
         if allowance is not None and not allowance.limited:
             allowance = None
         if allowance is not None:
-            allowance.check(count, prompt_tokens)
+            allowance.check(count, prompt_tokens, rows)
         tenants = len(self._requests.keys() | {tenant})
         if self.requests + count > self._max_requests and self._requests[tenant] + count > self._max_requests / tenants:
             raise self._full(f"{self.requests} sequences are waiting; at most {self._max_requests} may.")
@@ -120,8 +123,8 @@ class Admission:
         self._requests[tenant] += count
         self._tokens[tenant] += tokens
         if allowance is not None:
-            allowance.take(count, prompt_tokens)
-        return [Ticket(self, tenant, length, allowance) for length in prompt_lengths]
+            allowance.take(count, prompt_tokens, rows)
+        return [Ticket(self, tenant, length, allowance, rows) for length in prompt_lengths]
 
     def _left(self, tenant: str, tokens: int, waited: float | None) -> None:
         self._requests[tenant] -= 1

@@ -198,12 +198,12 @@ class Draining(Unavailable):
 
 
 class AdapterStoreUnavailable(Unavailable):
-    """503: the object store that keeps the adapters does not answer; its log line says why."""
+    """503: the object store does not answer; its log line says why."""
 
     default_code = "adapter_store_unavailable"
 
     def __init__(self) -> None:
-        super().__init__("The store that keeps the adapters does not answer.", retry_after=5)
+        super().__init__("The object store (--adapter-store) does not answer.", retry_after=5)
 
 
 class DatabaseHeld(Unavailable):

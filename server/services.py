@@ -4,11 +4,13 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from starlette.requests import Request
 
 from adapters.peft_format.outline import Outline
+from adapters.storage.database import Database
 from adapters.storage.store import AdapterStore
 from server.admission import Admission, Drain, UploadSlots
 from server.batches.metrics import BatchMetrics
@@ -28,12 +30,14 @@ from server.tenants.audit import AuditLog
 from server.tenants.caller import TENANT as TENANT
 from server.tenants.caller import Caller
 from server.tenants.database import open_database as open_tenants
+from server.tenants.database import server_id
 from server.tenants.keys import Tenants
 from server.text.grammar_checker import GrammarChecker
 from server.text.processor import TextProcessor
 from server.usage import Ledger
 
 if TYPE_CHECKING:
+    from adapters.storage.pages import Pages
     from adapters.storage.records import Records
 
 log = logging.getLogger(__name__)
@@ -92,7 +96,7 @@ def make_services(
     metrics = metrics or new_metrics(settings)
     registry = Registry.make(settings, engine, store, metrics, outline, text, checker)
     database = open_tenants(settings.data_dir / "tenants.db", settings.database_seconds)
-    ledger = Ledger(database)
+    ledger = Ledger(database, _pages(settings, "usage", database))
     tuning = FineTuning.open(settings, engine=engine, registry=registry, text=text, metrics=metrics, ledger=ledger)
     return Services(
         settings=settings,
@@ -111,7 +115,7 @@ def make_services(
         history=History(metrics, engine, store),
         tenants=Tenants(database, settings.api_key, _shared(settings, "tenants"), settings.store_poll_seconds),
         ledger=ledger,
-        audit=AuditLog(settings.data_dir / "audit.jsonl", settings.audit_bytes),
+        audit=AuditLog(settings.data_dir / "audit.jsonl", settings.audit_bytes, _pages(settings, "audit", database)),
         sampling_defaults=sampling_defaults or {},
     )
 
@@ -134,7 +138,7 @@ def _batches(settings: Settings, tuning: FineTuning, metrics: Metrics) -> Batche
     if shared is not None:
         from server.finetune.sharing import Sharing
 
-        batches.sharing = Sharing(shared, batches, settings.store_poll_seconds / 2)
+        batches.sharing = Sharing(shared, batches, settings.store_poll_seconds / 2, before=shared.share_all)
     return batches
 
 
@@ -146,6 +150,16 @@ def _shared(settings: Settings, prefix: str) -> "Records | None":
     from adapters.storage.records import Records
 
     return Records(Bucket(settings.adapter_store), prefix)
+
+
+def _pages(settings: Settings, prefix: str, database: Database) -> "Pages | None":
+    """What all servers of one object store write down, each by itself. Raises ValueError for a URL that is none."""
+    if settings.adapter_store is None:
+        return None
+    from adapters.storage.bucket import Bucket
+    from adapters.storage.pages import Pages
+
+    return Pages(Bucket(settings.adapter_store), prefix, cache(partial(server_id, database)))
 
 
 def new_metrics(settings: Settings) -> Metrics:

@@ -1,16 +1,23 @@
 """What each adapter was asked for since the server started, and what each tenant used day by day, on disk."""
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
+from adapters.background import run_in, threads
 from adapters.storage.database import Database
+from adapters.storage.versions import RemoteUnavailable
+
+if TYPE_CHECKING:
+    from adapters.storage.pages import Pages
 
 RETRY_SECONDS = 1.0  # after a disk or a database took nothing
-COUNTS = ("requests", "prompt_tokens", "cached_tokens", "generated_tokens", "trained_tokens")
+COUNTS = ("requests", "prompt_tokens", "cached_tokens", "generated_tokens", "trained_tokens", "device_seconds")
 
 _ADD = (
     f"INSERT INTO usage (tenant, adapter, day, {', '.join(COUNTS)}) VALUES (?, ?, ?{', ?' * len(COUNTS)}) "
@@ -54,16 +61,25 @@ class Ledger:
     """Usage by tenant, adapter and day (UTC), each request once.
 
     While the database takes nothing, what was added waits in memory and nobody waits for it.
+
+    Args:
+        pages: of days, where all servers on one object store see each other's.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, pages: "Pages | None" = None) -> None:
         self._database = database
-        self._pending: dict[tuple[str, str, str], list[int]] = {}
+        self._pages = pages
+        self._unsent: set[str] = set()  # days that have changed
+        self._caught_up = False  # those from before this start are among them
+        self._pending: dict[tuple[str, str, str], list[float]] = {}
         self._kept: asyncio.Future[None] | None = None  # of what is pending
         self._writing: asyncio.Task[None] | None = None
         self._failing = self._stopped = False
+        self._writer = threads(1, "usage", "normal")  # answers wait for it, and it for none of the others' threads
 
-    def add(self, tenant: str, adapter: str, prompt: int, cached: int, generated: int) -> asyncio.Future[None]:
+    def add(
+        self, tenant: str, adapter: str, prompt: int, cached: int, generated: int, device_seconds: float = 0.0
+    ) -> asyncio.Future[None]:
         """A request has ended. `adapter`: as its tenant calls it; empty: the base.
 
         The future is done when that is on disk, together with what others added meanwhile.
@@ -75,7 +91,7 @@ class Ledger:
             kept.set_result(None)
             self._kept = None
         row = self._pending.setdefault((tenant, adapter, today()), [0] * len(COUNTS))
-        for i, count in enumerate((1, prompt, cached, generated)):
+        for i, count in enumerate((1, prompt, cached, generated, 0, device_seconds)):
             row[i] += count
         if self._writing is None:
             self._writing = asyncio.create_task(self._write())
@@ -92,7 +108,7 @@ class Ledger:
             rows, self._pending = self._pending, {}
             kept, self._kept = self._kept, None
             try:
-                await asyncio.to_thread(self._commit, rows)
+                await run_in(self._writer, partial(self._commit, rows))
                 self._failing = False
             except Exception as fault:  # whatever it is, nothing may be lost of what was used
                 if not self._failing:
@@ -109,14 +125,16 @@ class Ledger:
                 await asyncio.sleep(RETRY_SECONDS)
         self._writing = None
 
-    def train(self, tenant: str, adapter: str, job: str, tokens: int) -> None:
-        """A job has trained on so many tokens in all; a step that is repeated counts once. Waits for the disk."""
+    def train(self, tenant: str, adapter: str, job: str, tokens: int, device_seconds: float) -> None:
+        """A job has trained on so many tokens in all, for so long since the step before; a step that is repeated
+        counts once. Waits for the disk."""
         with self._database.transaction() as connection:
             row = connection.execute("SELECT tokens FROM trained WHERE job = ?", (job,)).fetchone()
             if (more := tokens - (row[0] if row else 0)) <= 0:
                 return
             connection.execute("INSERT OR REPLACE INTO trained (job, tokens) VALUES (?, ?)", (job, tokens))
-            connection.execute(_ADD, (tenant, adapter, today(), 0, 0, 0, 0, more))
+            connection.execute(_ADD, (tenant, adapter, day := today(), 0, 0, 0, 0, more, device_seconds))
+            self._database.after_commit(lambda: self._unsent.add(day))
 
     def counted(self, job: str, tokens: int) -> None:
         """So many tokens of a job were counted by others."""
@@ -128,16 +146,58 @@ class Ledger:
             )
 
     def rows(self, tenant: str | None, first: str, last: str) -> list[dict[str, Any]]:
-        """What is on disk of these days, by day; `tenant` None: of all."""
+        """What is on disk of these days, here and at other servers, by day; `tenant` None: of all.
+
+        Raises RemoteUnavailable.
+        """
+        rows = {(row["day"], row["tenant"], row["adapter"]): row for row in self._own(tenant, first, last)}
+        for page in self._pages.read(first, last, own=False) if self._pages is not None else ():
+            for row in json.loads(page):
+                if tenant not in (None, row["tenant"]):
+                    continue
+                if (known := rows.setdefault((row["day"], row["tenant"], row["adapter"]), row)) is not row:
+                    known.update({name: known[name] + row.get(name, 0) for name in COUNTS})
+        return [rows[key] for key in sorted(rows)]
+
+    def trained_today(self, tenant: str) -> int:
+        """Tokens, as far as is known now."""
+        try:
+            rows = self.rows(tenant, today(), today())
+        except RemoteUnavailable:
+            rows = self._own(tenant, today(), today())
+        return sum(row["trained_tokens"] for row in rows)
+
+    def send(self) -> None:
+        """Let other servers see what has changed. Waits for the disk and the object store; raises RemoteUnavailable."""
+        assert self._pages is not None
+        if not self._caught_up:
+            sent = self._pages.own()
+            with self._database.reading() as connection:
+                days = {row["day"] for row in connection.execute("SELECT DISTINCT day FROM usage")}
+            self._unsent |= days.difference(sent[:-1])  # the last one may have been sent before it was over
+            self._caught_up = True
+        for day in sorted(self._unsent):
+            self._unsent.discard(day)  # first: it may change meanwhile
+            try:
+                self._pages.write(day, partial(self._page, day))
+            except BaseException:
+                self._unsent.add(day)
+                raise
+
+    def _page(self, day: str, before: bytes) -> bytes:
+        return json.dumps(self._own(None, day, day)).encode()
+
+    def _own(self, tenant: str | None, first: str, last: str) -> list[dict[str, Any]]:
         query = (
             "SELECT * FROM usage WHERE day BETWEEN ? AND ? AND (? IS NULL OR tenant = ?) ORDER BY day, tenant, adapter"
         )
         with self._database.reading() as connection:
             return [dict(row) for row in connection.execute(query, (first, last, tenant, tenant))]
 
-    def _commit(self, rows: dict[tuple[str, str, str], list[int]]) -> None:
+    def _commit(self, rows: dict[tuple[str, str, str], list[float]]) -> None:
         with self._database.transaction() as connection:
             connection.executemany(_ADD, [(*key, *counts) for key, counts in rows.items()])
+        self._unsent |= {day for _, _, day in rows}
 
 
 def today() -> str:

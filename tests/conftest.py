@@ -1,7 +1,10 @@
 """What many tests share: one tiny model, one cache, engines over them."""
 
+import functools
 import os
 import shutil
+import ssl
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +18,9 @@ import torch
 
 from tests.support import interpreter, running
 
+# Compiled once, not by every worker and every process that a test starts, whatever the environment says.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 interpreter.prepare()
 
 from tests.support.loop_guard import guarded  # noqa: E402
@@ -25,6 +31,9 @@ from tests.support.tiny import tiny_model  # noqa: E402 - transformers imports T
 MEMORY, ROOM = Path("/dev/shm"), 4 << 30
 if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM and not os.statvfs(MEMORY).f_flag & os.ST_NOEXEC:
     tempfile.tempdir = os.environ.setdefault("TMPDIR", str(MEMORY))
+
+# Each of httpx's clients, and so each `httpx.get`, reads all certificates anew: 50 ms, and nothing here speaks TLS.
+ssl.create_default_context = functools.cache(ssl.create_default_context)  # type: ignore[assignment]
 
 
 class TorchRandom:
@@ -52,11 +61,18 @@ def seeded() -> None:
 # Their files take longest, and begin first, so that no worker has one left when the others are done.
 LONGEST = (
     "tests/faults/",
+    "tests/adapters/kernels/test_triton.py",
     "tests/server/training/",
+    "tests/server/test_model_source.py",
+    "tests/sweep/",
     "tests/server/http/test_openapi.py",
+    "tests/server/http/test_resident_merges.py",
+    "tests/server/http/test_variants.py",
     "tests/server/engine/test_churn.py",
     "tests/server/engine/",
     "tests/examples/",
+    "tests/ui/",
+    "tests/adapters/kernels/",
 )
 
 

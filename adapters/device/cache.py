@@ -15,12 +15,14 @@ from adapters.background import Priority, threads
 from adapters.device.host import HostAdapter
 from adapters.device.pool import RowPool
 from adapters.device.rows import rounded
+from adapters.peft_format.sizes import EXTRAS
 
 FRESH_SECONDS = 1.0  # for which an adapter stays that was loaded for a sequence not yet scheduled
 
 Key = tuple[tuple[str, float], ...]  # (digest, weight) of each adapter of a sequence; () is the bare base
 Answer = Literal["ready", "loading", "full", "failed"]
 Units = Mapping[str, int]  # row units per kind
+Owner = tuple[str, int]  # a tenant, and the rows of each kind that its adapters may have together
 
 
 class Resident(NamedTuple):
@@ -78,6 +80,7 @@ class AdapterCache:
         self._load = load
         self._host_bytes = host_bytes
         self._paths: dict[str, str] = {}
+        self._owners: dict[str, Owner] = {}  # of adapters that were last asked for by one with a limit
         self._host: OrderedDict[str, HostAdapter] = OrderedDict()  # least recently used first
         self._held = 0  # bytes, in the host tier
         self._device: OrderedDict[str, int] = OrderedDict()  # digest -> rank, least recently used first
@@ -96,9 +99,13 @@ class AdapterCache:
 
     # --- what the scheduler asks ---------------------------------------------------------------
 
-    def register(self, digest: str, path: str) -> None:
+    def register(self, digest: str, path: str, owner: Owner | None = None) -> None:
         """Say where an adapter's files are. A digest is forgotten no longer once registered again."""
         self._paths[digest] = path
+        if owner is not None:
+            self._owners[digest] = owner
+        elif self._owners:
+            self._owners.pop(digest, None)
         self._forgotten.discard(digest)
 
     def prefetch(self, digest: str) -> None:
@@ -119,7 +126,7 @@ class AdapterCache:
         """Keep these on the device, and no longer those named before. `adapters`: digest -> path."""
         self._pinned = dict(adapters)
         for digest, path in adapters.items():
-            self.register(digest, path)
+            self.register(digest, path, self._owners.get(digest))
 
     def acquire(self, key: Key) -> Answer:
         """Take a reference on every adapter of `key` if all can be on the device now.
@@ -259,6 +266,7 @@ class AdapterCache:
         need: Counter[str] = Counter()
         for adapter in adapters:
             need.update({kind: rounded(units) for kind, units in adapter.units(self._pool.kinds).items()})
+        self._leave_for_own(digests, need, keep)
         victims = choose_victims(need, self._pool.free, self._candidates(need, keep), self._pool.units_of)
         if victims is None:
             return False
@@ -268,16 +276,30 @@ class AdapterCache:
 
     def _candidates(self, need: Units, keep: Collection[str]) -> Iterator[str]:
         """Adapters that may leave the device for those that need so much, in the order in which they should."""
-        soonest = time.monotonic() - FRESH_SECONDS
-
-        def idle(digest: str) -> bool:
-            used = digest in self._references or digest in keep
-            return not used and self._fresh.get(digest, 0.0) < soonest
-
-        yield from (digest for digest in self._device if digest not in self._pinned and idle(digest))
+        yield from (digest for digest in self._device if digest not in self._pinned and self._idle(digest, keep))
         staying = (self._pinned.keys() | set(keep)) & self._device.keys()
         if not self._fits_beside(need, staying):
-            yield from [digest for digest in self._device if digest in self._pinned and idle(digest)]
+            yield from [digest for digest in self._device if digest in self._pinned and self._idle(digest, keep)]
+
+    def _idle(self, digest: str, keep: Collection[str]) -> bool:
+        used = digest in self._references or digest in keep
+        return not used and self._fresh.get(digest, 0.0) < time.monotonic() - FRESH_SECONDS
+
+    def _leave_for_own(self, digests: Sequence[str], need: Units, keep: Collection[str]) -> None:
+        """Evict idle adapters of a tenant that would have more rows than it may with these, which it asks for."""
+        owner = self._owners.get(digests[0])
+        if owner is None:
+            return
+        held = Counter(need)
+        own = [digest for digest in (*self._device, *self._filling) if self._owners.get(digest, ("",))[0] == owner[0]]
+        for digest in own:
+            held.update(self._pool.units_of(digest))
+        for digest in own:
+            if all(units <= owner[1] for kind, units in held.items() if kind != EXTRAS):
+                break
+            if digest in self._device and digest not in self._pinned and self._idle(digest, keep):
+                held.subtract(self._pool.units_of(digest))
+                self._evict(digest)
 
     def _fits_beside(self, need: Units, staying: Collection[str]) -> bool:
         """Whether so much would be free if these alone were on the device."""

@@ -71,7 +71,8 @@ def forward(module: Any, hidden: Tensor, index: Tensor, scores: Tensor) -> Tenso
     top_k = index.shape[1]
     experts, order = index.flatten().sort(stable=True)
     tokens = order // top_k
-    routed = Routed(experts, tokens, torch.bincount(experts, minlength=module.num_experts), len(hidden))
+    counts = experts.new_zeros(module.num_experts).scatter_add_(0, experts, torch.ones_like(experts))
+    routed = Routed(experts, tokens, counts, len(hidden))
     rows = hidden[tokens]
     if module.has_gate:
         rows = module.gate_up_proj(rows, routed)

@@ -81,9 +81,12 @@ def is_deterministic() -> bool:
     return triton.deterministic()
 
 
-def runs_natively(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the CPU's native kernels are there and compute in this dtype."""
-    return device.type == "cpu" and dtype == torch.float32 and native.load() is not None
+def runs_natively(
+    device: torch.device, dtype: torch.dtype, weights: Iterable[QuantizedWeight | ExpertWeights] = ()
+) -> bool:
+    """Whether the CPU's native kernels are there, compute in this dtype, and take these weights."""
+    there = device.type == "cpu" and dtype == torch.float32 and native.load() is not None
+    return there and all(map(native.takes_weight, weights))
 
 
 def implementation(device: torch.device, dtype: torch.dtype) -> str:
@@ -117,7 +120,7 @@ def _in_place(*tensors: Tensor) -> bool:
     return all(tensor.is_contiguous() for tensor in tensors)
 
 
-def _linear(x: Tensor, weight: QuantizedWeight) -> Any:
+def _linear(x: Tensor, weight: QuantizedWeight | ExpertWeights) -> Any:
     kernels = _compiled(x.detach())
     return kernels if not isinstance(kernels, native.Kernels) or native.takes_weight(weight) else None
 
@@ -138,10 +141,7 @@ def base_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) 
 
 
 def grouped_forward(x: Tensor, weights: ExpertWeights, counts: Tensor) -> Tensor:
-    kernels = _linear(x, weights[0])
-    if isinstance(kernels, native.Kernels):
-        return kernels.grouped_forward(x, weights, counts)
-    return reference.each_expert(x, weights, counts, linear_forward)
+    return (_linear(x, weights) or reference).grouped_forward(x, weights, counts)
 
 
 def grouped_linear(x: Tensor, weights: ExpertWeights, counts: Tensor) -> Tensor:

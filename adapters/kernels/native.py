@@ -47,7 +47,7 @@ class WeightStruct(Structure):
 
 
 class ExpertsStruct(Structure):
-    """`Experts` of experts.cpp."""
+    """`Experts` of experts.h."""
 
     _fields_ = [
         ("first", WeightStruct),
@@ -211,7 +211,7 @@ class Kernels:
 
     def grouped_forward(self, x: Tensor, weights: ExpertWeights, counts: Tensor) -> Tensor:
         x, counts, y = _plain(x), counts.contiguous(), x.new_empty(len(x), weights.shape[0])
-        struct = byref(_experts_struct(weights))
+        struct = byref(experts_struct(weights))
         self._lib.lk_grouped_linear(struct, x.data_ptr(), counts.data_ptr(), len(counts), len(x), y.data_ptr())
         return y
 
@@ -371,7 +371,8 @@ def _weight_struct(weight: QuantizedWeight) -> tuple[WeightStruct, Tensor | None
     return struct, scales
 
 
-def _experts_struct(weights: ExpertWeights) -> ExpertsStruct:
+def experts_struct(weights: ExpertWeights) -> ExpertsStruct:
+    """The library's view of experts' weights, which must outlive it."""
     data, absmax, nested = weights.data[0], weights.absmax, weights.nested_absmax
     kind = _DENSE_KINDS[data.dtype] if weights.kind == "dense" else 1 if weights.kind == "int8" else 0
     plain, doubly = (absmax, None) if nested is None else (None, absmax)
@@ -385,7 +386,7 @@ def _sketch_struct(sketch: Sketch) -> SketchStruct:
     return SketchStruct(*map(address, (sketch.data, sketch.scale, sketch.norm, sketch.error)), sketch.greatest_norm)
 
 
-def takes_weight(weight: QuantizedWeight) -> bool:
+def takes_weight(weight: QuantizedWeight | ExpertWeights) -> bool:
     """Whether the library can read this weight where it lies, and means the same by it as its own library.
 
     bitsandbytes 0.50 reads 4-bit rows that are not whole blocks differently on the CPU than it wrote them; what it

@@ -5,19 +5,20 @@ adapter pools, KV caches) and calls the same C++ kernels that are offered one by
 Knows how transformers names the parts of the architectures below.
 """
 
-from collections.abc import Sequence
-from ctypes import POINTER, Structure, c_float, c_int32, c_void_p
+from collections.abc import Collection, Sequence
+from ctypes import POINTER, Structure, c_float, c_int32, c_void_p, pointer
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from adapters.kernels import native
-from adapters.kernels.native import WeightStruct, address
+from adapters.kernels.native import ExpertsStruct, WeightStruct, address
 from adapters.kernels.reference import head_size
 from adapters.kernels.weight import QuantizedWeight
 
 ARCHITECTURES = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"}  # of transformers, by class name
+MIXTURES = {"MixtralModel", "Qwen3MoeModel"}  # the same, where experts stand in place of MLPs
 SITES = (
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -37,6 +38,15 @@ class PlannedLinear(Protocol):
     index: int  # its row of the segment tables and its place in the pools
 
 
+class MixtureStruct(Structure):
+    """`Mixture` of decoder.cpp."""
+
+    _fields_ = [
+        *((name, ExpertsStruct) for name in ("gate_up", "down")),
+        *((name, c_int32) for name in ("experts", "chosen", "normalised")),
+    ]
+
+
 class LayerStruct(Structure):
     """`Layer` of decoder.cpp."""
 
@@ -51,6 +61,7 @@ class LayerStruct(Structure):
         ("linear", c_int32 * len(SITES)),
         ("k_cache", c_void_p),
         ("v_cache", c_void_p),
+        ("mixture", POINTER(MixtureStruct)),
         ("window", c_int32),
     ]
 
@@ -123,11 +134,11 @@ class DecoderPlan:
             windows: per layer, 0 for full attention.
 
         Returns:
-            None where the native kernels are missing, the architecture is not one of `ARCHITECTURES`, or a tensor is
-            not one that the kernels read (on the CPU; fp32 but for weights and pools).
+            None where the native kernels are missing, the architecture is not one of `ARCHITECTURES` or `MIXTURES`, or
+            a tensor is not one that the kernels read (on the CPU; fp32 but for weights and pools).
         """
         kernels = native.load()
-        if kernels is None or not known(decoder):
+        if kernels is None or not known(decoder, ARCHITECTURES | MIXTURES):
             return None
         builder = _Builder(kernels, pool_a, pool_b)
         modules: Any = decoder
@@ -144,7 +155,7 @@ class DecoderPlan:
             layers,
             final_norm,
             len(layers),
-            first.mlp.down_proj.weight.shape[0],
+            len(first.input_layernorm.weight),
             first.self_attn.q_proj.weight.shape[0] // head_dim,
             kv_heads,
             head_dim,
@@ -211,10 +222,10 @@ class DecoderPlan:
         return self._angles
 
 
-def known(decoder: nn.Module) -> bool:
-    """Whether a decoder is of one of `ARCHITECTURES`, with SwiGLU between its linears."""
+def known(decoder: nn.Module, architectures: Collection[str] = frozenset(ARCHITECTURES)) -> bool:
+    """Whether a decoder is of one of these, with SwiGLU between its linears."""
     kind, config = type(decoder), getattr(decoder, "config", None)
-    ours = kind.__module__.startswith("transformers.models.") and kind.__name__ in ARCHITECTURES
+    ours = kind.__module__.startswith("transformers.models.") and kind.__name__ in architectures
     return ours and getattr(config, "hidden_act", None) == "silu"
 
 
@@ -240,14 +251,17 @@ class _Builder:
         return tensor.data_ptr()
 
     def layer(self, layer: Any, k_cache: Tensor, v_cache: Tensor, window: int) -> LayerStruct:
-        linears = [layer.get_submodule(site) for site in SITES]
+        mixture = getattr(layer.mlp, "experts", None)
+        # Of a mixture's layer the router alone is a linear of its own besides attention's.
+        linears = [layer.get_submodule(site) for site in SITES[: SITES.index("mlp.gate_proj") if mixture else None]]
+        weights = [*map(self._weight, linears), *([self._router(layer.mlp.gate)] if mixture else [])]
         attention = layer.self_attn
         return LayerStruct(
             self.fp32(layer.input_layernorm.weight),
             self.fp32(layer.post_attention_layernorm.weight),
             self.fp32(attention.q_norm.weight) if hasattr(attention, "q_norm") else None,
             self.fp32(attention.k_norm.weight) if hasattr(attention, "k_norm") else None,
-            (WeightStruct * len(SITES))(*map(self._weight, linears)),
+            (WeightStruct * len(SITES))(*weights),
             *(
                 (c_void_p * len(SITES))(*(self._address(pool[linear.index], torch.int16) for linear in linears))
                 if pool
@@ -257,8 +271,25 @@ class _Builder:
             (c_int32 * len(SITES))(*(linear.index for linear in linears)),
             self._address(k_cache, k_cache.dtype),
             self._address(v_cache, k_cache.dtype),
+            pointer(self._mixture(mixture, layer.mlp.gate)) if mixture else None,
             window,
         )
+
+    def _router(self, router: Any) -> WeightStruct:
+        weight = QuantizedWeight("dense", router.weight.detach(), tuple(router.weight.shape))
+        if not native.takes_weight(weight):
+            raise _Unplannable
+        self.alive.append(weight)
+        return self._kernels.weight(weight)
+
+    def _mixture(self, experts: Any, router: Any) -> MixtureStruct:
+        weights = [experts.gate_up_proj.weights, experts.down_proj.weights]
+        if not all(map(native.takes_weight, weights)):
+            raise _Unplannable
+        normalised = getattr(router, "norm_topk_prob", True)
+        struct = MixtureStruct(*map(native.experts_struct, weights), router.num_experts, router.top_k, normalised)
+        self.alive += [weights, struct]
+        return struct
 
     def _weight(self, linear: PlannedLinear) -> WeightStruct:
         if not native.takes_weight(linear.weight):

@@ -1,9 +1,10 @@
 """Layers that keep a state of fixed size for each sequence: short causal convolutions, linear attention with decay.
 
-In plain torch, and as the C++ kernels take them. A *run* is consecutive tokens of one sequence, a row of an int32
-tensor `[runs, 4]`: first token, one past the last, the slot of the state before them, the slot for the state after
-them. A run without tokens copies. Runs go in order and tokens one by one, so that no bit depends on how tokens are cut
-into runs.
+In plain torch, and as the C++ and Triton kernels take them. A *run* is consecutive tokens of one sequence, a row of an
+int32 tensor `[runs, 4]`: first token, one past the last, the slot of the state before them, the slot for the state
+after them. A run without tokens copies. Runs go in order and tokens one by one, so that no bit depends on how tokens
+are cut into runs. A sequence's runs stand together, each reading the slot that the one before it writes, and no
+sequence writes what another reads or writes.
 """
 
 from ctypes import Structure, c_float, c_int32, c_void_p
@@ -13,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adapters.kernels import native
+from adapters.kernels import native, triton
 
 _MOST_KEYS = 1024  # numbers of a key: of recurrence.cpp
-_NORM_EPS = 1e-6
+NORM_EPS = 1e-6
 
 
 class ConvolutionStruct(Structure):
@@ -51,16 +52,20 @@ def convolve(x: Tensor, taps: Tensor, bias: Tensor | None, silu: bool, states: T
         silu: whether the activation follows.
         states: fp32 [slots, kernel - 1, channels], the last inputs of sequences; written.
     """
+    if triton.takes(x) and (compiled := triton.load()):
+        found: Tensor = compiled.convolve(x, taps, bias, silu, states, runs)
+        return found
     kernels = _native(x, taps)
     if kernels is None:
-        return _convolve(x, taps, bias, silu, states, runs)
+        return plainly_convolve(x, taps, bias, silu, states, runs)
     x, out = x.contiguous(), torch.empty(x.shape)
     addresses = map(native.address, (x, taps, bias, out, states, runs))
     kernels.call("lk_convolve", ConvolutionStruct(*addresses, len(runs), x.shape[1], len(taps), silu))
     return out
 
 
-def _convolve(x: Tensor, taps: Tensor, bias: Tensor | None, silu: bool, states: Tensor, runs: Tensor) -> Tensor:
+def plainly_convolve(x: Tensor, taps: Tensor, bias: Tensor | None, silu: bool, states: Tensor, runs: Tensor) -> Tensor:
+    """`convolve` in plain torch."""
     out, kept = torch.empty_like(x), len(taps) - 1
     for begin, end, read, write in runs.tolist():
         inputs = torch.cat([states[read].to(x.dtype), x[begin:end]])
@@ -110,9 +115,12 @@ def recur(r: Recurrence, states: Tensor, runs: Tensor) -> Tensor:
     Args:
         states: fp32 [slots, heads, keys, values]; written.
     """
+    if triton.takes(r.v) and (compiled := triton.load()):
+        found: Tensor = compiled.recur(r, states, runs)
+        return found
     kernels = _native(r.q, r.k, r.v, r.a, r.a_log, r.dt_bias) if r.q.shape[2] <= _MOST_KEYS else None
     if kernels is None:
-        return _recur(r, states, runs)
+        return plainly_recur(r, states, runs)
     # A list: what is copied must live until the kernel has read it.
     inputs = [part if part is None else part.contiguous() for part in (r.q, r.k, r.v, r.a, r.b)]
     out = torch.empty(r.v.shape)
@@ -122,7 +130,8 @@ def recur(r: Recurrence, states: Tensor, runs: Tensor) -> Tensor:
     return out
 
 
-def _recur(r: Recurrence, states: Tensor, runs: Tensor) -> Tensor:
+def plainly_recur(r: Recurrence, states: Tensor, runs: Tensor) -> Tensor:
+    """`recur` in plain torch."""
     out, shared, rate = torch.empty_like(r.v), r.v.shape[1] // r.q.shape[1], -r.a_log.float().exp()
     for begin, end, read, write in runs.tolist():
         state = states[read]
@@ -145,4 +154,4 @@ def _recur(r: Recurrence, states: Tensor, runs: Tensor) -> Tensor:
 
 def normalised(x: Tensor) -> Tensor:
     """Vectors divided by their length."""
-    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + _NORM_EPS)
+    return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + NORM_EPS)

@@ -253,6 +253,14 @@ def load(directory: Path, spec: AdapterSpec | None = None) -> dict[str, tuple["T
     return {name: (tensors[m.a].to(dtype, copy=True), tensors[m.b].to(dtype)) for name, m in spec.modules.items()}
 
 
+def load_pairs(directory: Path) -> dict[str, tuple["Tensor", "Tensor"]]:
+    """`load`, and the pairs of experts by their parameter: A and B as PEFT lays them out."""
+    spec = AdapterSpec.read(directory)
+    experts = spec.variants.experts
+    tensors = _read_tensors(directory, [name for module in experts.values() for name in module.tensors])
+    return load(directory, spec) | {name: (tensors[m.a], tensors[m.b]) for name, m in experts.items()}
+
+
 def load_variants(directory: Path, spec: AdapterSpec) -> dict[str, "Tensor"]:
     """The tensors that `spec.variants` names, in the file's dtypes, by their names in the file."""
     variants = spec.variants

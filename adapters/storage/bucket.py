@@ -18,6 +18,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from obstore.store import LocalStore, from_url
 
+from adapters.storage.silence import Line, line
 from adapters.storage.versions import RemoteUnavailable
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ _CLIENT: "ClientConfig" = {
     "timeout": timedelta(hours=1),
     "allow_http": True,  # whoever writes http:// into an endpoint means it
 }
-_RETRY: "RetryConfig" = {"max_retries": 3, "retry_timeout": timedelta(seconds=20)}
+_RETRY: "RetryConfig" = {"max_retries": 3, "retry_timeout": timedelta(seconds=10)}
 _LOCK = ".lock"  # in a directory; no object is called so
 
 
@@ -70,6 +71,7 @@ class Bucket:
 
     def __init__(self, url: str) -> None:
         self._directory: Path | None = None
+        self._line: Line | None = None  # a directory has none
         if set(url) & set("?#"):
             raise ValueError("? and # would end its path; they are written %3F and %23")
         if url.startswith("file:") and not url.startswith("file:/"):
@@ -81,23 +83,26 @@ class Bucket:
                 self._directory = Path(str(self._store.prefix))
             else:
                 self._store = from_url(url, client_options=_CLIENT, retry_config=_RETRY)
+                self._line = line(url)
         except (BaseError, OSError) as fault:
             raise ValueError(_line(fault)) from None
 
     def list(self, prefix: str) -> list[Entry]:
         """The objects below a prefix. A store may be late with it."""
-        with _faults():
+        found: list[Entry] = []
+        with self._asking():
             now = datetime.now(UTC)
-            return [
-                Entry(entry["path"], entry["e_tag"], (now - entry["last_modified"]).total_seconds())
-                for chunk in obstore.list(self._store, prefix)
-                for entry in chunk
-            ]
+            for chunk in obstore.list(self._store, prefix):
+                if self._line is not None:
+                    self._line.answered()
+                ages = [(now - entry["last_modified"]).total_seconds() for entry in chunk]
+                found += [Entry(one["path"], one["e_tag"], age) for one, age in zip(chunk, ages, strict=True)]
+        return found
 
     def read(self, path: str) -> Object | None:
         """A small object; None when there is none."""
         try:
-            with _faults(missing=False):
+            with self._asking(missing=False):
                 found = obstore.get(self._store, path)
                 version: UpdateVersion = {}
                 for key in ("e_tag", "version"):
@@ -116,7 +121,7 @@ class Bucket:
         if self._directory is not None:
             return self._put_in_directory(self._directory / path, content, version)
         mode: PutMode = "create" if version is None else version
-        with _faults():
+        with self._asking():
             try:
                 return obstore.put(self._store, path, content, mode=mode)["e_tag"]
             except (AlreadyExistsError, PreconditionError) as fault:
@@ -148,13 +153,13 @@ class Bucket:
 
     def put_file(self, path: str, file: Path) -> None:
         """Make or replace an object of any size."""
-        with _faults():
+        with self._asking(large=True):
             obstore.put(self._store, path, file)
 
     def get_file(self, path: str, file: Path, *, missing: bool = True) -> None:
         """Copy an object to a new file of this disk, whose faults stay OSError. Without `missing`, one that is not
         there is FileNotFoundError."""
-        with _faults(missing=missing):
+        with self._asking(large=True, missing=missing):
             stream = obstore.get(self._store, path).stream(min_chunk_size=_CHUNK_BYTES)
             with file.open("xb") as copy:
                 for chunk in stream:
@@ -162,9 +167,25 @@ class Bucket:
 
     def delete(self, paths: Sequence[str]) -> None:
         """Remove these objects, as far as they are there."""
-        with _faults(), contextlib.suppress(FileNotFoundError):  # a directory says so; buckets do not
+        with self._asking(), contextlib.suppress(FileNotFoundError):  # a directory says so; buckets do not
             if paths:
                 obstore.delete(self._store, paths)
+
+    @contextlib.contextmanager
+    def _asking(self, *, large: bool = False, missing: bool = True) -> Iterator[None]:
+        """Raises RemoteUnavailable for every fault, and at once while the store is silent.
+
+        Args:
+            large: it may take long, whatever the store does.
+            missing: so is it a fault that something is not there.
+        """
+        with contextlib.ExitStack() as asked:
+            if self._line is not None and not large:
+                asked.enter_context(self._line.asking())
+            elif self._line is not None:
+                self._line.check()
+            asked.enter_context(_faults(missing=missing))
+            yield
 
 
 @contextlib.contextmanager

@@ -1,8 +1,9 @@
 """Lorakeet on Ray Serve: `serve run lorakeet_ray:app`, or `serve run serve.yaml` with options.
 
 Three deployments. `Ingress` reads which adapter a request wants. `Server` replicas answer it; Ray sends a request to
-one that holds the adapter. `Writer` is one more server, which keeps names, files, jobs and stored responses. Each is an
-ordinary `lorakeet serve`, configured by the `LORAKEET_*` variables; nothing is added to its API.
+one that holds the adapter. `Writer` is one more server, which keeps stored responses and evaluations, and without an
+object store names, files and jobs, too. Each is an ordinary `lorakeet serve`, configured by the `LORAKEET_*` variables;
+nothing is added to its API.
 """
 
 import asyncio
@@ -26,6 +27,7 @@ from yarl import URL
 ADAPTERS = int(os.environ.get("LORAKEET_RAY_ADAPTERS", "64"))  # that Ray counts as held by one replica
 BATCH_SECONDS = float(os.environ.get("LORAKEET_RAY_BATCH_SECONDS", "0.05"))  # of a stream that are sent together
 BODY_BYTES = int(os.environ.get("LORAKEET_RAY_BODY_BYTES", str(256 * 1024**2)))  # largest body that is relayed
+SHARED = bool(os.environ.get("LORAKEET_ADAPTER_STORE"))  # any server answers for names, keys, files, jobs, batches
 START_SECONDS = float(os.environ.get("LORAKEET_RAY_START_SECONDS", "1800"))  # for the model to be fetched and loaded
 _WARM_SECONDS = 0.25  # that one adapter's loading may hold up Ray's book of adapters; it goes on meanwhile
 _CHUNK_BYTES = 2**18
@@ -172,7 +174,7 @@ class Server(_Server):
     graceful_shutdown_timeout_s=600,
 )
 class Writer(_Server):
-    """The server that keeps names, files, jobs and stored responses, and trains."""
+    """The server that keeps what is not in an object store."""
 
     directory = "writer"
 
@@ -205,14 +207,14 @@ class Ingress:
         try:
             if not self._base:
                 self._base = frozenset(await self._servers.base.remote())
-            place = relay.place(request, self._base)
+            place = relay.place(request, self._base, shared=SHARED)
             try:
                 head, pieces = await self._begin(place, request)
             except Exception as exc:
                 if not (_lost(exc) and place.repeatable):
                     raise
                 head, pieces = await self._begin(place, request)
-            if head.status == 404 and not place.writer:
+            if head.status == 404 and not (place.writer or SHARED):
                 refusal = b"".join([piece async for piece in pieces])
                 if not relay.knows_no_model(head, refusal):
                     return _response(head, refusal)

@@ -9,7 +9,7 @@ from urllib.parse import quote
 
 Headers = list[tuple[str, str]]
 
-# Answered by whichever server holds the adapter. Everything else is about what one server keeps.
+# Answered by whichever server holds the adapter.
 BY_ADAPTER = frozenset(
     {
         "/v1/chat/completions",
@@ -23,6 +23,8 @@ BY_ADAPTER = frozenset(
 )
 BY_ANYBODY = frozenset({"/health", "/ready", "/version", "/tokenizer_info"})
 RESPONSES = "/v1/responses"
+# One server's, whatever is in an object store; and so is a resident merge. Everything else is one server's without one.
+KEPT_BY_ONE = (RESPONSES, "/v1/evaluations", "/v1/server/history")
 MESSAGES = "/v1/messages"
 RETRY_AFTER = ("retry-after", "5")
 # They belong to one connection (RFC 9110, 7.6.1), or are written anew for the next one.
@@ -79,8 +81,13 @@ class Place:
     repeatable: bool = True  # a server that dies before it answers has changed nothing
 
 
-def place(request: Request, base: frozenset[str]) -> Place:
-    """The place of a request. `base`: the base's names, which no server holds more than another."""
+def place(request: Request, base: frozenset[str], *, shared: bool) -> Place:
+    """The place of a request.
+
+    Args:
+        base: the base's names, which no server holds more than another.
+        shared: names, keys, files, jobs and batches are in an object store, where every server finds them.
+    """
     if request.method == "GET" and request.path in BY_ANYBODY:
         return Place()
     if request.method == "POST" and request.path in BY_ADAPTER | {RESPONSES}:
@@ -88,7 +95,8 @@ def place(request: Request, base: frozenset[str]) -> Place:
         if request.path != RESPONSES or not _is_kept(fields):
             name = _adapter(fields)
             return Place(adapter="" if name in base else name)
-    return Place(writer=True, repeatable=request.method in ("GET", "HEAD"))
+    one_servers = request.path.startswith(KEPT_BY_ONE) or request.path.endswith("/merge")
+    return Place(writer=one_servers or not shared, repeatable=request.method in ("GET", "HEAD"))
 
 
 def _fields(body: bytes) -> Mapping[str, Any]:

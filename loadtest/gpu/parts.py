@@ -126,6 +126,14 @@ def kernels(bench: Bench) -> list[Line]:
     for entry in measured["fused"]:
         what = f"adapters of q, k and v fused, beside one after the other, {entry['adapters']} adapters"
         lines.append(at_least("b", what, entry["apart_seconds"] / entry["seconds"], 1.0))
+    for entry in measured["experts"]:
+        what = f"experts of {entry['tokens']} tokens in one launch, beside expert by expert"
+        note = f"{entry['bytes'] / entry['seconds'] / bench.bandwidths['copy']:.2f} of the copy bandwidth"
+        lines.append(at_least("b", what, entry["apart_seconds"] / entry["seconds"], 1.0, "x", note))
+    most = max(measured["states"], key=lambda entry: entry["sequences"])
+    share = most["bytes"] / most["seconds"] / bench.bandwidths["copy"]
+    what = f"states of {most['sequences']} sequences, a token each, share of the copy bandwidth"
+    lines.append(at_least("b", what, share, 0.5, ""))
     for model, shape in bench.size.models.items():
         rows = [entry for entry in measured["lines"] if model in entry["models"]]
         gains = [entry["library_seconds"] / entry["seconds"] for entry in rows]

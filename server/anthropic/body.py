@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, ValidationError, model_validator
 
 from server.errors import InvalidRequest, LorakeetError, as_error
-from server.openai.body import Body, Items
+from server.openai.body import Body, Items, Label
 from server.openai.chat import ChatBody
 from server.openai.grammars import Schema
 from server.openai.parts import parts, renamed
@@ -181,7 +181,7 @@ class OutputConfig(Body):
 class MessageMetadata(Body):
     """Who asks."""
 
-    user_id: str | None = None
+    user_id: Label | None = None
 
 
 _TOOLS: dict[str, type[Body]] = {"custom": MessageTool}

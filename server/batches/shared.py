@@ -66,6 +66,15 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
             self.remove(batch.id)
             raise
 
+    def share_all(self) -> None:
+        """Give the store what it never had: batches from a time without one, with the answers that there are."""
+        for batch, number in self.never_shared():
+            directory, parts = self._directory / batch.id, list[dict[str, Any]]()
+            if batch.goes_on:
+                self._bucket.put_file(self._object(batch.id, INPUT), directory / INPUT)
+                parts = [part for name in ANSWERS.values() if (part := self._part(batch.id, name, 0, 1)) is not None]
+            self._send_new(batch.id, number, {"parts": parts})
+
     def move(self, batch: Batch, status: Status, **changes: Any) -> Batch:
         return self._change(batch, self._moving(status, changes), changes)
 
@@ -115,26 +124,28 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
             return content
         parts, soon = list(content["parts"]), content["lease"]["count"] % _PART_RENEWALS == 0
         for name in ANSWERS.values():
-            path, sent = self._directory / id_ / name, sum(part["bytes"] for part in parts if part["file"] == name)
-            if path.exists() and path.stat().st_size - sent >= (1 if soon else _PART_BYTES):
-                with path.open("rb") as file:
-                    file.seek(sent)
-                    new = file.read()
-                new = new[: new.rfind(b"\n") + 1]
-                part: dict[str, Any] = {
-                    "file": name,
-                    "name": uuid.uuid4().hex,
-                    "bytes": len(new),
-                    "lines": new.count(b"\n"),
-                }
-                with contextlib.suppress(Conflict):  # a second try of its own
-                    self._bucket.put_if(self._object(id_, part["name"]), new, None)
+            sent = sum(part["bytes"] for part in parts if part["file"] == name)
+            if (part := self._part(id_, name, sent, 1 if soon else _PART_BYTES)) is not None:
                 parts.append(part)
         counts = {
             key: sum(part["lines"] for part in parts if part["file"] == ANSWERS[good])
             for key, good in (("completed", True), ("failed", False))
         }
         return content | {"parts": parts, "record": content["record"] | counts}
+
+    def _part(self, id_: str, name: str, sent: int, least: int) -> dict[str, Any] | None:
+        """Put what a file of answers has beyond so many bytes into the store; None when it is less than that."""
+        path = self._directory / id_ / name
+        if not path.exists() or path.stat().st_size - sent < least:
+            return None
+        with path.open("rb") as file:
+            file.seek(sent)
+            new = file.read()
+        new = new[: new.rfind(b"\n") + 1]
+        part = {"file": name, "name": uuid.uuid4().hex, "bytes": len(new), "lines": new.count(b"\n")}
+        with contextlib.suppress(Conflict):  # a second try of its own
+            self._bucket.put_if(self._object(id_, str(part["name"])), new, None)
+        return part
 
     def _copy(self, content: "Content", changes: Mapping[str, Any] | None = None, *, claimed: bool = False) -> bool:
         stored = self._read(content)

@@ -111,6 +111,7 @@ class Engine:
         self._depth = int(base.device.type == "cuda") if depth is None else depth
         self._in_flight: InFlightStep | None = None
         self._waited = 0.0  # seconds, for the step in flight
+        self._unshared = 0.0  # of a turn in which nothing was collected
         self._live: dict[str, _Live] = {}
         self._warming: list[tuple[protocol.Warm, float]] = []
         self._done: list[protocol.Done] = []
@@ -180,7 +181,7 @@ class Engine:
         key = self.merges.enter(tuple((adapter.digest, adapter.weight) for adapter in request.adapters))
         if not self.merges.has(key):
             for adapter in request.adapters:
-                self.residency.register(adapter.digest, adapter.path)
+                self.residency.register(adapter.digest, adapter.path, adapter.owner)
                 self.residency.prefetch(adapter.digest)
         sequence = Sequence(
             id=request.id,
@@ -217,7 +218,7 @@ class Engine:
 
     def warm(self, request: protocol.Warm) -> None:
         """Make an adapter resident; `take_done` tells when it is."""
-        self.residency.register(request.adapter.digest, request.adapter.path)
+        self.residency.register(request.adapter.digest, request.adapter.path, request.adapter.owner)
         self._warming.append((request, time.monotonic()))
 
     def pin(self, request: protocol.Pin) -> None:
@@ -264,7 +265,9 @@ class Engine:
         given = None if step is None else self.runner.submit(step, self._in_flight)
         collected, self._in_flight = (self._in_flight, given) if self._depth else (given, None)
         if collected is not None:
-            outputs += self._collect(collected)
+            outputs += self._collect(collected, started)
+        elif given is not None:
+            self._unshared = time.monotonic() - started
         for sequence in self.scheduler.take_failed():
             self._end(sequence.id)
             outputs.append(Output(id=sequence.id, error=sequence.error, code=sequence.code))
@@ -315,8 +318,14 @@ class Engine:
         if constrained:
             self.grammars.prepare(constrained)
 
-    def _collect(self, given: InFlightStep) -> list[Output]:
-        outputs = (self._take_in(*pair) for pair in zip(given.step.works, given.results(), strict=True))
+    def _collect(self, given: InFlightStep, started: float) -> list[Output]:
+        """`started`: when this turn began, whose time is shared by tokens."""
+        works, results = given.step.works, given.results()
+        seconds, self._unshared = self._unshared + self._waited + time.monotonic() - started, 0.0
+        each = seconds / sum(work.count for work in works)
+        for work in works:
+            work.sequence.device_seconds += each * work.count
+        outputs = (self._take_in(*pair) for pair in zip(works, results, strict=True))
         return [output for output in outputs if output is not None]
 
     def _take_in(self, work: Work, result: WorkResult) -> Output | None:
@@ -339,6 +348,7 @@ class Engine:
             self._end(sequence.id)
         first = not live.announced
         live.announced = True
+        seconds, sequence.device_seconds = sequence.device_seconds, 0.0
         unscored: list[TokenLogprob | None] = [None] if first and sequence.sampling.prompt_logprobs is not None else []
         return Output(
             id=sequence.id,
@@ -352,6 +362,7 @@ class Engine:
             queue_seconds=(sequence.first_scheduled or 0.0) - sequence.arrival if first else 0.0,
             drafted_tokens=0 if work.forced else len(work.drafts),
             accepted_tokens=0 if work.forced else max(0, min(len(kept), len(result.tokens)) - 1),
+            device_seconds=seconds,
         )
 
     def _answer_warming(self) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -67,6 +68,9 @@ class Weights:
             if base.device.type == "cuda" and self.plan is not None
             else None
         )
+        weights = [linear.weight for linear in base.linears], [linear.weights for linear in base.experts]
+        # Torch does nothing large then, and its threads would keep those of the native kernels from their cores.
+        self._one_thread = self.plan is not None or kernels.runs_natively(base.device, base.dtype, chain(*weights))
         self.keeps = "logits_to_keep" in inspect.signature(base.model.forward).parameters
         self._paths: dict[tuple[bool, int], ForwardPath] = {}
 
@@ -85,7 +89,7 @@ class Weights:
 
     def threads(self) -> AbstractContextManager[None]:
         """How many of torch's threads work while these weights are used."""
-        return nullcontext() if self.plan is None else kernels.one_torch_thread()
+        return kernels.one_torch_thread() if self._one_thread else nullcontext()
 
     def hidden(self, step: DecodeStep) -> Tensor:
         """Through the planned decoder: [T, hidden]."""

@@ -18,7 +18,7 @@ AdapterKey = tuple[tuple[str, float], ...]  # (digest, weight) of each adapter, 
 
 @dataclass(eq=False, slots=True, kw_only=True)
 class Sequence:
-    """One request's tokens and how far they have got. The scheduler alone changes it."""
+    """One request's tokens and how far they have got. The scheduler alone changes it, but for `device_seconds`."""
 
     id: str
     prompt: Seq[int]
@@ -46,6 +46,7 @@ class Sequence:
     starts: Mapping[str, int] = field(init=False, default_factory=dict)  # digest -> first position under that adapter
     cached_tokens: int = field(init=False, default=0)  # prompt tokens found in the prefix cache at first admission
     first_scheduled: float | None = field(init=False, default=None)
+    device_seconds: float = field(init=False, default=0.0)  # that were not reported yet
     finish_reason: FinishReason | None = field(init=False, default=None)
     stop_token: int | None = field(init=False, default=None)  # the token that ended it, also the last of `tokens`
     error: str | None = field(init=False, default=None)

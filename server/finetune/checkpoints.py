@@ -19,7 +19,7 @@ from adapters.peft_format.text import AdapterText
 from server.finetune import restore
 from server.finetune.files import FileStore
 from server.finetune.jobs import Job, JobFailedError, JobStore, StoredCheckpoint
-from server.messages.training import Checkpoint, Metrics
+from server.messages.training import CHECKPOINTS, Checkpoint, Metrics
 from server.registry.publish import Publisher
 
 KEPT_CHECKPOINTS = 2  # directories to go on from: the last, and the one before should its files be damaged
@@ -120,6 +120,13 @@ class CheckpointAdapters:
                     return str(directory)
             self._jobs.add_event(job.id, f"The checkpoint of step {kept.metrics.step} is damaged", level="warn")
         return None
+
+    def give_back(self, job: Job) -> None:
+        """Remove a job's checkpoints but the one to go on from: the one before, and one that was not written down."""
+        last = self.last_good(job)
+        for directory in (self._directory / job.id / CHECKPOINTS).glob("*"):
+            if str(directory) != last:
+                shutil.rmtree(directory, ignore_errors=True)
 
     def _here(self, job: Job, kept: StoredCheckpoint) -> Path:
         """Where a checkpoint lies, or would, which another server may have made."""

@@ -24,7 +24,7 @@ from adapters.storage.database import Database
 
 TRAINING, BATCH = PURPOSES = ("fine-tune", "batch")  # of files that are uploaded
 RECORDS = "records"  # beside the files: the row of each
-_COLUMNS = ("id", "tenant", "filename", "purpose", "bytes", "created_at", "report")
+COLUMNS = ("id", "tenant", "filename", "purpose", "bytes", "created_at", "report")
 _ALPHABET = string.ascii_letters + string.digits
 
 log = logging.getLogger(__name__)
@@ -188,9 +188,9 @@ class FileStore:
 
 def insert(connection: sqlite3.Connection, row: Mapping[str, Any]) -> None:
     """Write a file's row. Raises LookupError for one that is none."""
-    values = [row.get("number"), *(row[column] for column in _COLUMNS)]
+    values = [row.get("number"), *(row[column] for column in COLUMNS)]
     connection.execute(
-        f"INSERT OR REPLACE INTO files (number, {', '.join(_COLUMNS)}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values
+        f"INSERT OR REPLACE INTO files (number, {', '.join(COLUMNS)}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values
     )
 
 
@@ -200,7 +200,7 @@ def recorded(root: Path, file_id: str) -> dict[str, Any] | None:
         row = json.loads(record_of(root, file_id).read_bytes())
     except (OSError, ValueError):
         return None
-    return row if isinstance(row, dict) and all(column in row for column in _COLUMNS) else None
+    return row if isinstance(row, dict) and all(column in row for column in COLUMNS) else None
 
 
 def record_of(root: Path, file_id: str) -> Path:
@@ -215,7 +215,7 @@ def whole(path: Path) -> bool:
 
 
 def _row(file: StoredFile) -> dict[str, Any]:
-    return {column: getattr(file, column) for column in _COLUMNS[:-1]} | {"report": json.dumps(file.report)}
+    return {column: getattr(file, column) for column in COLUMNS[:-1]} | {"report": json.dumps(file.report)}
 
 
 def _report(row: Any) -> dict[str, Any]:

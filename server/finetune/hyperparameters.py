@@ -123,6 +123,19 @@ def modules(config: Mapping[str, Any], base: Ready) -> dict[str, ModuleShape]:
     return {name: ModuleShape(rank, scaling) for name, (rank, scaling) in resolved.items()}
 
 
+def trained_on(adapter: AdapterSpec) -> dict[str, ModuleShape]:
+    """As `modules`, of a job that goes on from an adapter. Raises AdapterError for what is not trained here."""
+    beyond = [kind for kind in adapter.variants.names if kind != "experts"]
+    if beyond:
+        raise AdapterError(f"has more than A and B ({', '.join(beyond)}), which is not trained here", "model")
+    experts = adapter.variants.experts
+    if apart := [name for name, module in experts.items() if name != module.parameter]:
+        raise AdapterError(
+            f"keeps experts apart ('{apart[0]}'), and only `target_parameters` are trained here", "model"
+        )
+    return {name: ModuleShape(pair.rank, pair.scaling) for name, pair in (adapter.modules | experts).items()}
+
+
 def parameters(shapes: Mapping[str, ModuleShape], base: Ready) -> int:
     """How many numbers A and B hold: rank x (in + out) for each linear, of each expert."""
     sizes: dict[str, LinearSize | ExpertsSize] = {**base.linears, **base.experts}

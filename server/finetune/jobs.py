@@ -256,7 +256,7 @@ class JobStore(Records[Job, Status]):
         """A step's metrics. A step that is repeated after a restart replaces itself, and makes no second event."""
         metrics = step.metrics
         if self._ledger is not None:
-            self._ledger.train(job.tenant, job.model_name, job.id, step.trained_tokens)
+            self._ledger.train(job.tenant, job.model_name, job.id, step.trained_tokens, step.busy_seconds)
         with self.database.transaction() as connection:
             known = connection.execute(
                 "SELECT 1 FROM steps WHERE job = ? AND step = ?", (job.id, metrics.step)

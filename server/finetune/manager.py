@@ -280,7 +280,12 @@ class JobManager:
             await self._train(job)
 
     async def _wait_for_space(self, job: Job) -> Job:
-        """Pause a job that met a full disk until there is space; the job as it goes on from there."""
+        """Pause a job that met a full disk until there is space; the job as it goes on from there.
+
+        Meanwhile it takes no more than it needs, or jobs that wait would keep each other from going on.
+        """
+        with contextlib.suppress(OSError, DatabaseBusy, RemoteUnavailable):
+            await asyncio.to_thread(self._checkpoints.give_back, job)
         while True:
             with contextlib.suppress(OSError, DatabaseBusy):  # not even that can be written now
                 now = await self._now(job)

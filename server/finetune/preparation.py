@@ -138,10 +138,10 @@ def _adapter(job: Job, base: Ready, directory: Path) -> tuple[dict[str, Any], di
     """Config and shape of the adapter: as asked for, or as the one has it that the job goes on from."""
     if job.spec.adapter is not None:
         initial = AdapterSpec.read(directory / INITIAL)
-        if initial.variants.names:
-            kinds = ", ".join(initial.variants.names)
-            raise JobFailedError("invalid_adapter", f"Only plain LoRA can be trained on; this has {kinds}.", "adapter")
-        shapes = {name: ModuleShape(module.rank, module.scaling) for name, module in initial.modules.items()}
+        try:
+            shapes = recipe.trained_on(initial)
+        except AdapterError as error:
+            raise JobFailedError("invalid_adapter", f"The adapter {error}.", "adapter") from None
         return json.loads((directory / INITIAL / CONFIG_NAME).read_bytes()), shapes
     config = recipe.adapter_config(job.spec.lora, job.spec.base, base)
     try:

@@ -23,6 +23,8 @@ class Record(Protocol):
     @property
     def status(self) -> str: ...
     @property
+    def created_at(self) -> int: ...
+    @property
     def goes_on(self) -> bool: ...  # whether there is work to do for it
 
 

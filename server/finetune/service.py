@@ -2,7 +2,6 @@
 
 import asyncio
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING
 
 from adapters.storage.database import Database
@@ -93,7 +92,11 @@ class FineTuning:
             from server.finetune.sharing import Sharing
 
             files, jobs = shared
-            share_all = partial(jobs.share_all, root / "jobs")
+
+            def share_all() -> None:
+                files.share_all()
+                jobs.share_all(root / "jobs")
+
             sharing = Sharing(jobs, manager, settings.store_poll_seconds / 2, files.follow, share_all)
         evaluations = Evaluations(database, files, registry, engine, text)
         return cls(files, jobs, manager, evaluations, counted, database, sharing)

@@ -6,11 +6,12 @@ to go on are in the store before the record names them.
 """
 
 import contextlib
+import random
 import threading
 import time
 from abc import abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +107,16 @@ class Shared(Records[R, S]):
                 self._stored.note(found)
                 self._copy(found.content)
 
+    def never_shared(self) -> Iterator[tuple[R, int]]:
+        """Records from a time without a store, and their places in lists, now the same at all servers."""
+        for record in self.all():
+            if self._stored.knows(record.id) or self._stored.look(record.id).version is not None:
+                continue
+            number = place(record.created_at)
+            with self.database.transaction() as connection:
+                connection.execute(f"UPDATE {self._table} SET number = ? WHERE id = ?", (number, record.id))
+            yield record, number
+
     # --- working on one ------------------------------------------------------------------------------
 
     def take_up(self) -> list[R]:
@@ -200,6 +211,6 @@ class Shared(Records[R, S]):
         return f"{self.files}/{id_}/{name}"
 
 
-def place() -> int:
-    """The place of a new record in lists, the last, which is the same at all servers."""
-    return time.time_ns()
+def place(created_at: int | None = None) -> int:
+    """The place of a record in lists, which is the same at all servers: the last, or that of its time."""
+    return time.time_ns() if created_at is None else created_at * 10**9 + random.randrange(10**9)

@@ -1,6 +1,5 @@
 """Files that several servers have in an object store, a record and an object each. Rows and bytes here are copies."""
 
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from adapters.disk import StorageFull
 from adapters.storage.database import Database, DatabaseBusy
 from adapters.storage.versions import RemoteUnavailable
-from server.finetune.files import FileStore, StoredFile, UnknownFileError, digest_of, insert, log
+from server.finetune.files import COLUMNS, FileStore, StoredFile, UnknownFileError, digest_of, insert, log
+from server.finetune.shared import place
 
 if TYPE_CHECKING:
     from adapters.storage.bucket import Bucket
@@ -27,6 +27,17 @@ class SharedFiles(FileStore):
         super().__init__(root, database)
         self._records = records
         self._bucket = bucket
+
+    def share_all(self) -> None:
+        """Give the store what it never had: files from a time without one."""
+        with self._database.reading() as connection:
+            rows = [{name: row[name] for name in COLUMNS} for row in connection.execute("SELECT * FROM files")]
+        for row in rows:
+            path = self._root / row["id"]
+            if path.exists() and not self._records.knows(path.name) and self._records.look(path.name).version is None:
+                shared = self._share(row | {"digest": digest_of(path), "number": place(row["created_at"])}, path)
+                with self._database.transaction() as connection:
+                    insert(connection, shared)
 
     def follow(self) -> None:
         """Take over what other servers added and removed."""
@@ -52,7 +63,7 @@ class SharedFiles(FileStore):
 
     def _share(self, row: dict[str, Any], source: Path) -> dict[str, Any]:
         """The bytes come first, so that nobody finds a file without them. Once more with one id is the same file."""
-        row |= {"number": time.time_ns()}
+        row = {"number": place()} | row
         self._bucket.put_file(_path(row["id"]), source)
         return self._records.change(row["id"], lambda old: old or row).content or row
 

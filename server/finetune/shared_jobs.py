@@ -6,7 +6,6 @@ another server needs to go on, `job-logs/` events that are too many for the reco
 
 import contextlib
 import json
-import random
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import msgspec
 from adapters.storage.bucket import Conflict
 from adapters.storage.database import Database
 from adapters.storage.leases import LeaseLost
+from adapters.storage.versions import RemoteUnavailable
 from server.finetune.checkpoints import file_hash
 from server.finetune.jobs import Job, JobSpec, JobStateError, JobStore, Status, StoredCheckpoint, event_row, level_of
 from server.finetune.records import encode
@@ -55,12 +55,8 @@ class SharedJobs(Shared[Job, Status], JobStore):
 
     def share_all(self, directory: Path) -> None:
         """Give the store what it does not have: jobs from a time without one, whose directories lie in this one."""
-        for job in self.all():
-            if not self._stored.knows(job.id) and self._stored.look(job.id).version is None:
-                number = job.created_at * 10**9 + random.randrange(10**9)
-                with self.database.transaction() as connection:
-                    connection.execute("UPDATE jobs SET number = ? WHERE id = ?", (number, job.id))
-                self._share(job, directory / job.id)
+        for job, _ in self.never_shared():
+            self._share(job, directory / job.id)
 
     def _share(self, job: Job, directory: Path) -> None:
         inputs = hashes(directory, but=("job.json",))
@@ -69,6 +65,15 @@ class SharedJobs(Shared[Job, Status], JobStore):
             self.update(job, inputs=inputs)
             number = connection.execute("SELECT number FROM jobs WHERE id = ?", (job.id,)).fetchone()["number"]
         self._send_new(job.id, number, {"segments": [], "tail": []})
+
+    def forget(self, id_: str, but: Sequence[str] = ()) -> None:
+        """And events that no record came to name, since it was made anew when they had been written."""
+        super().forget(id_, but)
+        with contextlib.suppress(RemoteUnavailable), self._writing[id_]:
+            there = [entry.path for entry in self._bucket.list(f"job-logs/{id_}")]
+            if self.leases.left(id_) > 0 and (found := self._stored.look(id_).content) is not None:
+                named = {segment["name"] for segment in found["segments"]}
+                self._bucket.delete([path for path in there if path not in named])
 
     def take_up(self) -> list[Job]:
         taken = super().take_up()

@@ -642,6 +642,7 @@ class UsageRow(TypedDict):
     cached_tokens: int
     generated_tokens: int
     trained_tokens: int
+    device_seconds: float
 
 
 class TenantObject(TypedDict):

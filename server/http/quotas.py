@@ -8,7 +8,6 @@ from starlette.requests import Request
 
 from server.errors import PermissionDenied, TooManyRequests
 from server.services import Services, caller_of, services_of
-from server.usage import today
 
 _DAY = 86400
 
@@ -58,7 +57,7 @@ async def check_training(request: Request) -> None:
             message = f"{unfinished} of your jobs are not at an end; your limit is {limits.training_jobs}."
             raise TooManyRequests(message, retry_after=60)
     if limits.training_tokens_per_day is not None:
-        rows = await asyncio.to_thread(services.ledger.rows, caller.tenant, today(), today())
-        if sum(row["trained_tokens"] for row in rows) >= limits.training_tokens_per_day:
+        trained = await asyncio.to_thread(services.ledger.trained_today, caller.tenant)
+        if trained >= limits.training_tokens_per_day:
             message = f"Your limit is {limits.training_tokens_per_day} trained tokens per day (UTC)."
             raise TooManyRequests(message, retry_after=int(_DAY - time.time() % _DAY) + 1)

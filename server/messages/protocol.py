@@ -73,6 +73,7 @@ class AdapterRef(msgspec.Struct, frozen=True):
     path: str
     weight: float = 1.0
     tokens: bool = False  # it brings tokens of its own
+    owner: tuple[str, int] | None = None  # the tenant that asks, if it may have only so many rows on the device
 
 
 class Grammar(msgspec.Struct, frozen=True):
@@ -279,7 +280,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Output(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What one step gave one sequence."""
+    """What one step gave one sequence, and what it took."""
 
     id: str
     tokens: list[int] = []
@@ -292,6 +293,7 @@ class Output(msgspec.Struct, frozen=True, omit_defaults=True):
     queue_seconds: float = 0.0  # arrival -> first scheduled (on the first output)
     drafted_tokens: int = 0  # computed on speculation in this step
     accepted_tokens: int = 0  # those among them that are part of `tokens`
+    device_seconds: float = 0.0  # its part, by tokens, of the steps since the last output
     error: str | None = None  # this sequence failed alone; `code` says how
     code: str | None = None
 

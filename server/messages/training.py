@@ -14,6 +14,7 @@ Init = Literal["kaiming", "gaussian"]
 MemoryMode = Literal["recompute", "keep"]
 
 
+CHECKPOINTS = "checkpoints"  # the folder of them in a job's directory
 STORAGE_FULL = "storage_full"  # the `code` of a `JobEnded` whose checkpoint found no room
 
 

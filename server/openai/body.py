@@ -7,6 +7,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     FailFast,
+    Field,
     GetJsonSchemaHandler,
     ValidatorFunctionWrapHandler,
     WrapValidator,
@@ -47,6 +48,7 @@ def _metadata(value: dict[str, str]) -> dict[str, str]:
 
 
 Metadata = Annotated[Entries[str, str], AfterValidator(_metadata)]
+Label = Annotated[str, Field(max_length=4096)]  # a client's own mark, which an answer may repeat
 
 
 class Body(BaseModel):

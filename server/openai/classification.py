@@ -15,7 +15,7 @@ from server.errors import ContextLengthExceeded, InvalidRequest
 from server.logs import note
 from server.messages.protocol import Generate, Sampling
 from server.metrics import FinishedReason
-from server.openai.body import Body
+from server.openai.body import Body, Label
 from server.openai.conversation import Conversation
 from server.openai.generation import Usage, charge, raise_failure
 from server.openai.prompts import Prompts, encode_prompts
@@ -38,7 +38,7 @@ class ClassifyBody(Body):
     truncation_side: Literal["left", "right"] = "right"  # the one that is cut off
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
     priority: int = Field(0, ge=-INT32, le=INT32)
-    user: str | None = None
+    user: Label | None = None
 
     @model_validator(mode="after")
     def _check_truncation(self) -> Self:
@@ -96,7 +96,8 @@ async def scores(
     """Scores of each prompt's labels. Raises `TooManyRequests` before anything is submitted, LorakeetError later."""
     usage = Usage(sum(map(len, prompts)))
     caller, lengths = target.caller, [len(ids) for ids in prompts]
-    tickets = services.admission.enter(lengths, caller.tenant, caller.allowance, usage.prompt_tokens)
+    rows = services.registry.rows(caller, target.adapters)
+    tickets = services.admission.enter(lengths, caller.tenant, caller.allowance, usage.prompt_tokens, rows)
     running = [
         asyncio.ensure_future(_scores(services, body, target, ids, ticket, usage))
         for ids, ticket in zip(prompts, tickets, strict=True)
@@ -139,6 +140,7 @@ async def _scores(
                 ticket.leave(served=True)
                 clock.output(0, len(ids), output.queue_seconds)
                 usage.cached_tokens += output.cached_tokens
+                usage.device_seconds += output.device_seconds
                 found += output.scores
         reason = "stop"
     except Exception:

@@ -50,6 +50,7 @@ class Usage:
     cached_tokens: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0  # of those
+    device_seconds: float = 0.0
     reasoning_tokens: int | None = None  # where answers may think
 
     def as_json(self) -> dict[str, Any]:
@@ -133,7 +134,8 @@ class Generation:
     def _enter(self) -> list[Ticket]:
         lengths = [len(prompt.ids) for prompt in self.prompts for _ in range(self.body.n)]
         caller = self.target.caller
-        return self.services.admission.enter(lengths, caller.tenant, caller.allowance, self.usage.prompt_tokens)
+        rows = self.services.registry.rows(caller, self.target.adapters)
+        return self.services.admission.enter(lengths, caller.tenant, caller.allowance, self.usage.prompt_tokens, rows)
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """(choice, piece) as they come; closing it aborts what still runs.
@@ -218,6 +220,7 @@ class Generation:
                     piece = assembler.add(output)
                     tokens = assembler.tokens - before
                     clock.output(tokens, len(prompt.ids), output.queue_seconds)
+                    self.usage.device_seconds += output.device_seconds
                     self.usage.completion_tokens += tokens
                     if self.usage.reasoning_tokens is not None:
                         self.usage.reasoning_tokens += assembler.thought_tokens - thought_before
@@ -303,7 +306,7 @@ def charge(services: Services, target: Target, usage: Usage) -> asyncio.Future[N
         caller.allowance.spend(usage.completion_tokens)
     name = "+".join(version.name_for(caller.tenant) for version in target.adapters)
     counts = usage.prompt_tokens, usage.cached_tokens, usage.completion_tokens
-    return services.ledger.add(caller.tenant, name, *counts)
+    return services.ledger.add(caller.tenant, name, *counts, usage.device_seconds)
 
 
 def fit_max_tokens(

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
 
 from server.errors import InvalidRequest, LorakeetError, as_error
-from server.openai.body import Body, Items, Metadata
+from server.openai.body import Body, Items, Label, Metadata
 from server.openai.chat import ChatBody
 from server.openai.grammars import JsonObjectFormat, Schema, TextFormat
 from server.openai.parts import parts, renamed
@@ -139,10 +139,10 @@ class ResponseBody(SamplingBody):
     background: bool = False
     metadata: Metadata = Field({})
     chat_template_kwargs: dict[str, Any] = Field({})
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
+    user: Label | None = None
+    safety_identifier: Label | None = None
+    prompt_cache_key: Label | None = None
+    prompt_cache_retention: Label | None = None
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:

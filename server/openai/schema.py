@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from server.errors import InvalidRequest
 from server.messages.protocol import Grammar, Sampling, ThoughtBudget
-from server.openai.body import Body, Entries, Items, Metadata
+from server.openai.body import Body, Entries, Items, Label, Metadata
 from server.openai.grammars import ConstrainedBody
 from server.settings import MAX_SPECULATIVE_TOKENS
 
@@ -116,14 +116,14 @@ class GenerationBody(ConstrainedBody, SamplingBody):
 
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: str | None = None  # who asks: a name whose requests are split gives the same version to the same user
+    user: Label | None = None  # who asks: a name whose requests are split gives the same version to the same user
     best_of: int | None = Field(None, ge=1, le=128)  # as many as `n`: nothing is left to choose between
 
     metadata: Metadata | None = None
     store: bool = False
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    safety_identifier: str | None = None
+    prompt_cache_key: Label | None = None
+    prompt_cache_retention: Label | None = None
+    safety_identifier: Label | None = None
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> "GenerationBody":

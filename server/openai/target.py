@@ -106,7 +106,7 @@ async def _adapter_target(services: Services, caller: Caller, asked: str, versio
     text = await text_of(services, version)
     vocab_size = services.engine_info.vocab_size + version.receipt.get("new_tokens", 0)
     labels = version.receipt.get("num_labels", 0)
-    return Target(caller, asked, version.digest, text, vocab_size, [version], [reference(version)], labels)
+    return Target(caller, asked, version.digest, text, vocab_size, [version], [reference(version, caller)], labels)
 
 
 async def _several(
@@ -144,7 +144,7 @@ async def _several(
         services.text.with_stops(taught, "fine-tune"),
         services.engine_info.vocab_size,
         used,
-        [reference(version, weights[version.digest]) for version in used],
+        [reference(version, caller, weights[version.digest]) for version in used],
     )
 
 
@@ -193,7 +193,9 @@ def brings_text(services: Services, version: Version) -> bool:
     return bool(version.receipt.get("tokenizer_tokens") or (templates and version.receipt.get("chat_template")))
 
 
-def reference(version: Version, weight: float = 1.0) -> AdapterRef:
-    """How the engine is told of a version."""
+def reference(version: Version, caller: Caller | None = None, weight: float = 1.0) -> AdapterRef:
+    """How the engine is told of a version, for whose rows a caller has room."""
     tokens = bool(version.receipt.get("tokenizer_tokens"))
-    return AdapterRef(digest=version.digest, path=str(version.path), weight=weight, tokens=tokens)
+    most = None if caller is None else caller.allowance.limits.device_rows
+    owner = None if caller is None or most is None else (caller.tenant, most)
+    return AdapterRef(digest=version.digest, path=str(version.path), weight=weight, tokens=tokens, owner=owner)

@@ -8,7 +8,7 @@ is open its files stay, whatever happens to the name meanwhile.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from functools import partial
 from operator import itemgetter
@@ -17,6 +17,7 @@ from typing import TypeVar
 from adapters.peft_format.fields import AdapterError
 from adapters.peft_format.outline import Outline
 from adapters.peft_format.record import DamagedFile
+from adapters.peft_format.sizes import EXTRAS
 from adapters.storage.store import AdapterStore
 from adapters.storage.versions import (
     SHORTEST_PREFIX,
@@ -41,12 +42,14 @@ from server.errors import (
 from server.messages.protocol import AdapterRef
 from server.metrics import Metrics
 from server.registry.discovery import Discovery
+from server.registry.fit import row_units
 from server.registry.following import Following
 from server.registry.pins import Fetch, Pins
 from server.registry.publish import Publisher
 from server.repeat import repeatedly
 from server.settings import Settings
 from server.tenants.caller import TENANT, Caller
+from server.tenants.limits import NO_ROWS, Rows
 from server.text.processor import TextProcessor
 
 log = logging.getLogger(__name__)
@@ -126,6 +129,16 @@ class Registry:
                     await held.enter_async_context(self.hold(version, whole=whole))
                     break
             yield version
+
+    def rows(self, caller: Caller, versions: Iterable[Version]) -> Rows:
+        """What counts for the caller's limit of rows on the device: these versions and those that it has pinned."""
+        if caller.allowance.limits.device_rows is None:
+            return NO_ROWS
+        pinned = [version for version in self._store.pinned_versions() if version.tenant == caller.tenant]
+        return {
+            version.digest: {kind: units for kind, units in row_units([version]).items() if kind != EXTRAS}
+            for version in (*pinned, *versions)
+        }
 
     @asynccontextmanager
     async def hold(self, version: Version, *, whole: bool = False) -> AsyncIterator[Version]:

@@ -1,18 +1,24 @@
-"""Who changed what: JSON lines in the data directory, the newest last."""
+"""Who changed what: JSON lines in the data directory, the newest last, and in the object store when there is one."""
 
 import asyncio
+import heapq
 import logging
 import os
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 import msgspec
 
 from adapters.storage.database import UnknownCursorError
 from server.tenants.caller import DEFAULT_NAME, Caller, tenant_name
+
+if TYPE_CHECKING:
+    from adapters.storage.pages import Pages
 
 OLDER = 4  # files beside the one that is written to
 
@@ -37,10 +43,14 @@ class AuditLog:
 
     Args:
         max_bytes: of a file, beyond which the next is begun.
+        pages: of hours, where all servers on one object store see each other's.
     """
 
-    def __init__(self, path: Path, max_bytes: int) -> None:
+    def __init__(self, path: Path, max_bytes: int, pages: "Pages | None" = None) -> None:
         self._path = path
+        self._pages = pages
+        self._unsent: list[Entry] = []
+        self._caught_up = False  # those from before this start are among them
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
 
@@ -58,6 +68,8 @@ class AuditLog:
             digest=digest,
             request_id=request_id,
         )
+        if self._pages is not None:
+            self._unsent.append(entry)
         try:
             await asyncio.to_thread(self._append, msgspec.json.encode(entry) + b"\n")
         except OSError as fault:
@@ -79,10 +91,13 @@ class AuditLog:
         return self._path.with_name(f"{self._path.name}.{age}") if age else self._path
 
     def page(self, tenant: str | None, limit: int, after: str | None) -> tuple[list[Entry], bool]:
-        """Newest first, and whether more follow; `tenant` None: all tenants'. Raises UnknownCursorError."""
+        """Newest first, and whether more follow; `tenant` None: all tenants'.
+
+        Raises UnknownCursorError, RemoteUnavailable.
+        """
         found: list[Entry] = []
         started = after is None
-        for entry in self._entries():
+        for entry in self._everywhere():
             if tenant is not None and entry.tenant != tenant_name(tenant):
                 continue
             if not started:
@@ -96,11 +111,64 @@ class AuditLog:
         return found, False
 
     def _entries(self) -> Iterator[Entry]:
+        """Those here, newest first."""
         with self._lock:
             contents = [path.read_bytes() for i in range(OLDER + 1) if (path := self._file(i)).exists()]
         for content in contents:
-            for line in reversed(content.splitlines()):
-                try:
-                    yield msgspec.json.decode(line, type=Entry)
-                except msgspec.DecodeError:  # the end of a line that a crash cut short
-                    continue
+            yield from reversed(_read(content))
+
+    def _everywhere(self) -> Iterator[Entry]:
+        """Those of all servers, each once."""
+        if self._pages is None:
+            yield from self._entries()
+            return
+        seen = set()
+        for entry in heapq.merge(self._entries(), self._sent(self._pages), key=lambda entry: -entry.time):
+            if entry.id not in seen:
+                seen.add(entry.id)
+                yield entry
+
+    def _sent(self, pages: "Pages") -> Iterator[Entry]:
+        """Those in the store, newest first."""
+        hour, found = "", list[Entry]()
+        for page in pages.read("", "~", own=True):
+            entries = _read(page)
+            if entries and _hour(entries[0]) != hour:
+                yield from sorted(found, key=lambda entry: -entry.time)
+                hour, found = _hour(entries[0]), []
+            found += entries
+        yield from sorted(found, key=lambda entry: -entry.time)
+
+    def send(self) -> None:
+        """Let other servers see what is new. Waits for the disk and the object store; raises RemoteUnavailable."""
+        assert self._pages is not None
+        if not self._caught_up:
+            last = max(self._pages.own(), default="")
+            self._unsent += [entry for entry in self._entries() if _hour(entry) >= last]
+            self._caught_up = True
+        new = list(self._unsent)
+        for hour in sorted({_hour(entry) for entry in new}):
+            entries = [entry for entry in new if _hour(entry) == hour]
+            self._pages.write(hour, partial(_added, entries=entries))
+        del self._unsent[: len(new)]
+
+
+def _hour(entry: Entry) -> str:
+    return time.strftime("%Y-%m-%dT%H", time.gmtime(entry.time))
+
+
+def _added(page: bytes, entries: list[Entry]) -> bytes:
+    """A page with these entries, each once."""
+    there = {entry.id for entry in _read(page)}
+    fresh = {entry.id: entry for entry in sorted(entries, key=lambda entry: entry.time) if entry.id not in there}
+    return page + b"".join(msgspec.json.encode(entry) + b"\n" for entry in fresh.values())
+
+
+def _read(content: bytes) -> list[Entry]:
+    found = []
+    for line in content.splitlines():
+        try:
+            found.append(msgspec.json.decode(line, type=Entry))
+        except msgspec.DecodeError:  # the end of a line that a crash cut short
+            continue
+    return found

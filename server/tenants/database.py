@@ -20,7 +20,19 @@ CREATE TABLE usage (
 CREATE INDEX usage_by_day ON usage (day, tenant, adapter);
 CREATE TABLE trained (job TEXT PRIMARY KEY, tokens INTEGER NOT NULL) WITHOUT ROWID
 """),
+    script("""
+ALTER TABLE usage ADD COLUMN device_seconds REAL NOT NULL DEFAULT 0;
+CREATE TABLE server (id TEXT NOT NULL);
+INSERT INTO server VALUES (lower(hex(randomblob(8))))
+"""),
 )
+
+
+def server_id(database: Database) -> str:
+    """The name under which other servers know the usage and the changes that are written down here."""
+    with database.transaction(removing=True) as connection:  # a copy in memory may have another
+        id_: str = connection.execute("SELECT id FROM server").fetchone()[0]
+    return id_
 
 
 def open_database(path: Path, busy_seconds: float = BUSY_SECONDS) -> Database:

@@ -2,12 +2,18 @@
 
 import math
 import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from operator import itemgetter
+from types import MappingProxyType
 
 import msgspec
 
-from server.errors import TooManyRequests
+from server.errors import PermissionDenied, TooManyRequests
 
 _MINUTE = 60.0
+Rows = Mapping[str, Mapping[str, int]]  # digest of an adapter -> its rows on the device, by kind of linear
+NO_ROWS: Rows = MappingProxyType({})
 RATE_HEADERS = [f"x-ratelimit-{what}-{of}" for of in ("requests", "tokens") for what in ("limit", "remaining", "reset")]
 
 
@@ -17,6 +23,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None  # of prompts and answers
     running: int | None = None  # sequences under way at once
+    device_rows: int | None = None  # of each kind of linear, that its adapters have on the device
     stored_bytes: int | None = None  # adapters, files and kept responses
     training_jobs: int | None = None  # that are not at an end
     training_tokens_per_day: int | None = None  # a job that has begun goes on
@@ -57,6 +64,8 @@ class Allowance:
 
     def __init__(self, limits: Limits = UNLIMITED) -> None:
         self.running = 0
+        self._users: Counter[str] = Counter()  # requests under way, by the adapters that they use
+        self._rows: dict[str, Mapping[str, int]] = {}  # of these adapters
         self.set(limits)
 
     def set(self, limits: Limits) -> None:
@@ -64,10 +73,11 @@ class Allowance:
         self.limits = limits
         each = {"requests": limits.requests_per_minute, "tokens": limits.tokens_per_minute}
         self._buckets = {name: _Bucket(limit) for name, limit in each.items() if limit is not None}
-        self.limited = bool(self._buckets) or limits.running is not None
+        self.limited = bool(self._buckets) or limits.running is not None or limits.device_rows is not None
 
-    def check(self, sequences: int, prompt_tokens: int) -> None:
-        """Raises TooManyRequests for a request that is beyond a limit now."""
+    def check(self, sequences: int, prompt_tokens: int, rows: Rows = NO_ROWS) -> None:
+        """Raises what `check_rows` does, and TooManyRequests for a request that is beyond another limit now."""
+        self.check_rows(rows)
         running = self.limits.running
         if running is not None and self.running and self.running + sequences > running:
             raise self._refused(f"{self.running} sequences are under way; your limit is {running}.", 1)
@@ -76,11 +86,39 @@ class Allowance:
             if wait := bucket.seconds(min(wanted[name], bucket.limit)):
                 raise self._refused(f"Your limit is {bucket.limit} {name} per minute.", wait)
 
-    def take(self, sequences: int, prompt_tokens: int) -> None:
-        """A request begins."""
+    def check_rows(self, rows: Rows) -> None:
+        """Whether these adapters may be on the device beside those that requests under way use.
+
+        Raises TooManyRequests when not now, PermissionDenied when never.
+        """
+        most = self.limits.device_rows
+        if most is None or not rows:
+            return
+        kind, count = _most(rows)
+        if count > most:
+            message = f"This adapter and those that you have pinned take {count} rows of {kind} on the device;"
+            raise PermissionDenied(f"{message} your limit is {most}.", code="device_rows_exceeded")
+        kind, count = _most({**self._rows, **rows})
+        if count > most:
+            message = f"With adapters that you use at present this one takes {count} rows of {kind} on the device;"
+            raise self._refused(f"{message} your limit is {most}.", 1)
+
+    def take(self, sequences: int, prompt_tokens: int, rows: Rows = NO_ROWS) -> None:
+        """A request begins; each of its sequences is to `end`."""
+        self._rows.update(rows)
+        for digest in rows:
+            self._users[digest] += sequences
         self.running += sequences
         for name, bucket in self._buckets.items():
             bucket.take(prompt_tokens if name == "tokens" else 1)
+
+    def end(self, adapters: Iterable[str]) -> None:
+        """A sequence of a request that began with these adapters is over."""
+        self.running -= 1
+        for digest in adapters:
+            self._users[digest] -= 1
+            if not self._users[digest]:
+                del self._users[digest], self._rows[digest]
 
     def spend(self, tokens: int) -> None:
         """An answer had so many."""
@@ -98,3 +136,11 @@ class Allowance:
 
     def _refused(self, message: str, seconds: float) -> TooManyRequests:
         return TooManyRequests(message, retry_after=max(1, math.ceil(seconds)))
+
+
+def _most(rows: Rows) -> tuple[str, int]:
+    """The kind of linear of which these take most rows together, and how many."""
+    sums = Counter[str]()
+    for each in rows.values():
+        sums.update(each)
+    return max(sums.items(), key=itemgetter(1), default=("", 0))

@@ -24,6 +24,7 @@ from adapters.disk import is_full
 from adapters.peft_format import directory as adapter_format
 from server.messages.dataset import Dataset
 from server.messages.training import (
+    CHECKPOINTS,
     STORAGE_FULL,
     Checkpoint,
     JobEnded,
@@ -112,7 +113,7 @@ class Task:
             self.adapter.values.copy_(values)
             self._optimizer.load(optimizer)
         elif start.initial is not None:
-            self.adapter.load(adapter_format.load(Path(start.initial)))
+            self.adapter.load(adapter_format.load_pairs(Path(start.initial)))
         self._reported_at = self._saved_at = time.monotonic()
         self._metrics = Metrics(step=self.state.step)
         self._grad_norm = 0.0
@@ -297,7 +298,7 @@ class Task:
             values=self.adapter.values.clone(),
             optimizer=self._optimizer.state(),
         )
-        directory = Path(self._start.directory) / "checkpoints" / f"step-{self.state.step}"
+        directory = Path(self._start.directory) / CHECKPOINTS / f"step-{self.state.step}"
         reply = Checkpoint(
             id=self.id,
             metrics=self._metrics,

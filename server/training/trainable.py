@@ -115,6 +115,7 @@ class TrainableAdapter:
         self.values = torch.zeros(matrices + vectors, device=device)
         self.grads = torch.zeros_like(self.values)
         experts = [linear.name for linear in adapted if isinstance(linear, ExpertLinear)]
+        self._linears = {linear.index: linear.name for linear in adapted}
         self._names = {
             linear.index: place_of(linear.name, experts) if linear.name in experts else linear.name
             for linear in adapted
@@ -173,12 +174,18 @@ class TrainableAdapter:
         return found
 
     def load(self, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Go on from an adapter of the same linears and ranks (any scale vector starts at 1 again); not of experts."""
+        """Go on from an adapter of the same linears and ranks (any scale vector starts at 1 again).
+
+        Args:
+            tensors: by linear's or parameter's name; those of experts as `tensors` gives them.
+        """
         with torch.no_grad():
-            for index, [module] in self._modules.items():
-                a, b = tensors[self._names[index]]
-                module.a.copy_(a)
-                module.b.copy_(b)
+            for index, modules in self._modules.items():
+                a, b = tensors[self._linears[index]]
+                ranks = b.view(len(b), -1, len(modules))  # [out, rank, experts]
+                for expert, (module, of_expert) in enumerate(zip(modules, a.chunk(len(modules)), strict=True)):
+                    module.a.copy_(of_expert)
+                    module.b.copy_(ranks[..., expert])
 
     def module(self, linear_index: int, expert: int = 0) -> _Module:
         """What is trained of one linear."""

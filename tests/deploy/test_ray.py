@@ -164,6 +164,51 @@ async def test_what_one_server_keeps_is_the_writers(cluster: RayCluster, tiny: d
         assert (elsewhere.status_code, elsewhere.json()["error"]["type"]) == (404, "invalid_request_error")
 
 
+async def test_with_a_store_any_replica_takes_files_jobs_and_batches(
+    cluster: RayCluster, tiny: dict[str, str], tmp_path: Path
+) -> None:
+    """What a client makes at one replica it finds at the others."""
+    store = {"LORAKEET_ADAPTER_STORE": f"file://{tmp_path}/store"}
+    await asyncio.to_thread(cluster.deploy, {"min_replicas": 2, "max_replicas": 2}, tiny | store)
+    lines = [json.dumps({"prompt": f"say {n}", "completion": f"it is {n}"}) for n in range(8)]
+    asked = {"custom_id": "one", "method": "POST", "url": "/v1/completions"}
+    rows = [json.dumps(asked | {"body": {"model": "tiny", "prompt": "Hi", "max_tokens": 4}})]
+    async with _client(cluster) as client:
+
+        async def answered(method: str, path: str, **body: Any) -> dict[str, Any]:
+            answer = await client.request(method, path, **body)
+            assert answer.status_code in (200, 201), answer.text
+            found: dict[str, Any] = answer.json()
+            return found
+
+        async def until(path: str, status: str) -> dict[str, Any]:
+            async with asyncio.timeout(300):
+                while (found := await answered("GET", path))["status"] != status:
+                    assert found["status"] not in ("failed", "cancelled"), found
+                    await asyncio.sleep(0.2)
+            return found
+
+        async def upload(purpose: str, content: list[str]) -> str:
+            files = {"file": ("a.jsonl", "\n".join(content).encode())}
+            return str((await answered("POST", "/v1/files", data={"purpose": purpose}, files=files))["id"])
+
+        training, batch = await upload("fine-tune", lines), await upload("batch", rows)
+        for _ in range(6):
+            assert (await client.get(f"/v1/files/{training}/content")).text == "\n".join(lines)
+        body = {"model": "tiny", "training_file": training, "hyperparameters": {"n_epochs": 1}}
+        job = await answered("POST", "/v1/fine_tuning/jobs", json=body)
+        body = {"input_file_id": batch, "endpoint": "/v1/completions", "completion_window": "24h"}
+        begun = await answered("POST", "/v1/batches", json=body)
+        name = (await until(f"/v1/fine_tuning/jobs/{job['id']}", "succeeded"))["fine_tuned_model"]
+        for _ in range(4):
+            assert (await _stream(client, name, 4))[-1] == "[DONE]"
+        done = await until(f"/v1/batches/{begun['id']}", "completed")
+        for _ in range(4):
+            assert '"one"' in (await client.get(f"/v1/files/{done['output_file_id']}/content")).text
+        kept = await answered("POST", "/v1/responses", json={"model": name, "input": "Hi", "max_output_tokens": 4})
+        assert (await answered("GET", f"/v1/responses/{kept['id']}"))["id"] == kept["id"]
+
+
 async def test_a_client_that_leaves_ends_its_request(cluster: RayCluster, tiny: dict[str, str]) -> None:
     async def running() -> float:
         page = (await client.get("/metrics")).text

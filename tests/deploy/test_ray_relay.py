@@ -1,5 +1,6 @@
 """The parts of the Ray Serve application that need no Ray: the way of requests, of answers, and of a child process."""
 
+import itertools
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -52,31 +54,51 @@ def _request(path: str, body: Any = None, method: str = "POST") -> relay.Request
     ],
 )
 def test_the_body_names_the_adapter(body: Any, adapter: str) -> None:
-    for path in sorted(relay.BY_ADAPTER):
-        assert relay.place(_request(path, body), BASE) == relay.Place(adapter=adapter)
+    for path, shared in itertools.product(sorted(relay.BY_ADAPTER), (False, True)):
+        assert relay.place(_request(path, body), BASE, shared=shared) == relay.Place(adapter=adapter)
 
 
-def test_responses_that_are_kept_go_to_the_writer() -> None:
-    one = {"model": "poet", "input": "Hi"}
-    assert relay.place(_request("/v1/responses", one | {"store": False}), BASE) == relay.Place(adapter="poet")
+@pytest.mark.parametrize("shared", [False, True])
+def test_responses_that_are_kept_go_to_the_writer(shared: bool) -> None:
+    one, place = {"model": "poet", "input": "Hi"}, partial(relay.place, base=BASE, shared=shared)
+    assert place(_request("/v1/responses", one | {"store": False})) == relay.Place(adapter="poet")
     for more in ({}, {"store": True}, {"store": False, "previous_response_id": "resp_1"}):
-        assert relay.place(_request("/v1/responses", one | more), BASE) == relay.Place(writer=True, repeatable=False)
+        assert place(_request("/v1/responses", one | more)) == relay.Place(writer=True, repeatable=False)
 
 
-async def test_every_route_has_one_place(tmp_path: Path) -> None:
-    """What one server keeps goes to the writer; the paths that do not are routes that there are."""
-    async with serving(tmp_path) as served:
+async def _elsewhere(directory: Path, *, shared: bool) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
+    """All routes, and those whose place is not the writer."""
+    async with serving(directory) as served:
         routes = {(one.method, one.path) for one in served.app.routes if isinstance(one, Operation)}
-    away = {
-        (method, path)
-        for method, path in routes
-        if not relay.place(_request(path, {"store": False}, method), BASE).writer
+    away = set()
+    for method, path in routes:
+        found = relay.place(_request(path, {"store": False}, method), BASE, shared=shared)
+        if not found.writer:
+            away.add((method, path))
+        if (method, path.rstrip("/")) not in BY_BODY:
+            assert found.repeatable == (method == "GET")
+    return routes, away
+
+
+BY_BODY = {("POST", path) for path in relay.BY_ADAPTER | {"/v1/responses"}}
+
+
+async def test_without_a_store_what_one_server_keeps_goes_to_the_writer(tmp_path: Path) -> None:
+    _, away = await _elsewhere(tmp_path, shared=False)
+    assert away == BY_BODY | {("GET", path) for path in relay.BY_ANYBODY}
+
+
+async def test_with_a_store_only_what_is_not_in_it_goes_to_the_writer(tmp_path: Path) -> None:
+    """Names, keys, files, jobs, batches, usage and the audit log are every server's."""
+    routes, away = await _elsewhere(tmp_path, shared=True)
+    assert {path.removeprefix("/v1/").split("/")[0] for _, path in routes - away} == {
+        "responses",
+        "evaluations",
+        "server",
+        "adapters",  # resident merges
     }
-    assert away == {("POST", path) for path in relay.BY_ADAPTER | {"/v1/responses"}} | {
-        ("GET", path) for path in relay.BY_ANYBODY
-    }
-    for method, path in routes - away:
-        assert relay.place(_request(path, {}, method), BASE).repeatable == (method == "GET")
+    assert {path for _, path in routes - away if path.startswith("/v1/adapters")} == {"/v1/adapters/{name:path}/merge"}
+    assert {("POST", "/v1/fine_tuning/jobs"), ("GET", "/v1/usage"), ("DELETE", "/v1/files/{id}")} <= away
 
 
 def test_an_adapters_name_leads_nowhere_else() -> None:
@@ -186,13 +208,13 @@ def test_a_killed_parent_takes_its_child_along() -> None:
         time.sleep(0.3)  # also once it has become the command
         assert alive(pid)
         parent.send_signal(signal.SIGKILL)
-    eventually(lambda: not alive(pid), 5, "the child's end")
+    eventually(lambda: not alive(pid), 30, "the child's end")
 
 
 def test_a_child_that_ends_is_told_and_one_that_is_stopped_is_not(tmp_path: Path) -> None:
     ended: list[int] = []
     child.Child([sys.executable, "-c", "raise SystemExit(3)"], os.environ, ended.append)
-    eventually(lambda: ended == [3], 10, "its end")
+    eventually(lambda: ended == [3], 30, "its end")
     other = child.Child([sys.executable, "-c", "import time; time.sleep(600)"], os.environ, ended.append)
     other.stop(10)
     assert not other.running

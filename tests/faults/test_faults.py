@@ -23,7 +23,7 @@ import httpx
 import pytest
 
 from tests.faults.conftest import ADAPTERS, DISK_MIB, Files
-from tests.support.running import BASE, RunningServer, alive, eventually
+from tests.support.running import BASE, RunningServer, alive, eventually, forking
 
 PROMPT = "The quick brown fox"
 
@@ -135,15 +135,15 @@ def test_a_batch_outlives_its_engine_and_its_server(server: RunningServer) -> No
             assert state["request_counts"]["failed"] == 0
             return int(state["request_counts"]["completed"])
 
-        eventually(lambda: completed() >= 2, 30, "some rows are answered")
+        eventually(lambda: completed() >= 2, 60, "some rows are answered")
         os.kill(server.engine_pid, signal.SIGKILL)
         server.wait_ready()
-        eventually(lambda: completed() >= 8, 30, "the next engine goes on")
+        eventually(lambda: completed() >= 8, 60, "the next engine goes on")
         server.kill()
         server.ensure()
         eventually(lambda: completed() == len(rows), 60, "the next server ends it")
         state = eventually(
-            lambda: (now := client.get(f"/v1/batches/{batch}").json())["status"] == "completed" and now, 10, "its end"
+            lambda: (now := client.get(f"/v1/batches/{batch}").json())["status"] == "completed" and now, 60, "its end"
         )
         lines = client.get(f"/v1/files/{state['output_file_id']}/content").text.splitlines()
     answers = [json.loads(line) for line in lines]
@@ -168,12 +168,12 @@ async def test_the_server_killed_during_an_upload_and_a_response(server: Running
             b"POST /v1/adapters HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n"
             b"Content-Length: 9000000\r\n\r\n" + half
         )
-        eventually(lambda: files_under(server.data_dir) != stored, 10, "the upload reaches the disk")
+        eventually(lambda: files_under(server.data_dir) != stored, 60, "the upload reaches the disk")
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
             long = asked | {"background": True, "max_output_tokens": 400}
             under_way = (await client.post("/v1/responses", json=long)).json()
         server.kill()
-    eventually(lambda: not alive(engine), 2, "the engine follows its server")
+    eventually(lambda: not alive(engine), 30, "the engine follows its server")
 
     server.ensure()
     assert [item["name"] for item in server.get("/v1/adapters").json()["data"]] == sorted(ADAPTERS)
@@ -244,7 +244,7 @@ async def test_a_client_that_leaves_after_the_first_token(server: RunningServer)
             async for _ in events(response):
                 break
         steps = server.metric("engine_step_requests_count")
-    eventually(lambda: idle(server), 5, "the abandoned sequence leaves the engine")
+    eventually(lambda: idle(server), 60, "the abandoned sequence leaves the engine")
     assert server.metric("engine_step_requests_count") - steps < 100  # of the 480 that it asked for
 
 
@@ -258,7 +258,7 @@ def test_a_client_that_leaves_before_the_first_token(server: RunningServer) -> N
                 b"Content-Length: %d\r\n\r\n%s" % (len(request), request)
             )
             time.sleep(0.02)
-    eventually(lambda: idle(server) and aborts(server) == aborted + 8, 10, "all eight are given up")
+    eventually(lambda: idle(server) and aborts(server) == aborted + 8, 60, "all eight are given up")
     assert server.metric("generation_tokens_total") - tokens < 8 * 400 / 2
 
 
@@ -388,7 +388,7 @@ def test_a_server_that_cannot_start_says_so_in_one_line(
     paths = {"--model": str(model_dir), "--data-dir": str(tmp_path / "data"), flag: str(tmp_path / value)}
     arguments = [word for pair in paths.items() for word in pair]
     command = [sys.executable, "-c", "from server.cli import main; main()", "serve", "--port", "0", *arguments]
-    environment = os.environ | {"TMPDIR": str(tmp_path / "tmp"), "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | forking() | {"TMPDIR": str(tmp_path / "tmp"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr

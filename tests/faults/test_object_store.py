@@ -60,7 +60,7 @@ def test_a_new_machine_serves_what_the_lost_one_was_given(made: Files, bucket: S
 
         other.ensure()
         assert listing(other) == listed
-        eventually(lambda: other.metric("num_pinned_lora_adapters") == 1, 10, "the pin")
+        eventually(lambda: other.metric("num_pinned_lora_adapters") == 1, 60, "the pin")
         assert {name: said(other, name) for name in (*ADAPTERS[:2], BASE)} == {
             name: expected[name] for name in (*ADAPTERS[:2], BASE)
         }

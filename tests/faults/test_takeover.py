@@ -79,7 +79,7 @@ def test_a_job_whose_server_is_killed_ends_at_another_with_the_same_bytes(made: 
 
         one.ensure()
         id_ = posted(one, "/v1/files", **upload)["id"]
-        eventually(lambda: id_ in two.get("/v1/files").text, 2, "the file in the other's list")
+        eventually(lambda: id_ in two.get("/v1/files").text, 30, "the file in the other's list")
         assert made.upload(one, "red", "red").status_code == 201
         began = time.monotonic()
         assert posted(two, "/v1/completions", json={"model": "red", "prompt": "Once", "max_tokens": 2})["usage"]

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -28,7 +29,11 @@ _EXAMPLES: Mapping[str, Any] = {
 }
 
 
+_remembered = lru_cache(2)  # the same value goes into every field, in two sizes
+
+
 def _list(item: bytes) -> Callable[[int], bytes]:
+    @_remembered
     def made(size: int) -> bytes:
         return b"[" + (item + b",") * (size // (len(item) + 1)) + item + b"]"
 
@@ -36,6 +41,7 @@ def _list(item: bytes) -> Callable[[int], bytes]:
 
 
 def _map(value: bytes, digits: int = 8) -> Callable[[int], bytes]:
+    @_remembered
     def made(size: int) -> bytes:
         count = size // (digits + 4 + len(value))
         return b"{" + b",".join(b'"%0*d":%b' % (digits, i, value) for i in range(count)) + b"}"

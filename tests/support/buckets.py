@@ -53,7 +53,7 @@ class S3Server:
             self._process.wait()
 
     def suffer(self, *faults: tuple[str, str, str, int]) -> None:
-        """From now on meet these faults only: kind, method (or LIST), a part of the path, how often."""
+        """From now on meet these faults only: kind, method (LIST; empty: any), a part of the path, how often."""
         named = [dict(zip(("kind", "method", "path", "every"), fault, strict=True)) for fault in faults]
         httpx.put(f"{self.endpoint}/__faults__", json=named).raise_for_status()
 

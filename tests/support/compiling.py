@@ -17,6 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from adapters.kernels.experts import ExpertWeights
+from adapters.kernels.recurrence import Recurrence
 from adapters.kernels.triton import fix_tiles
 from adapters.kernels.triton import functions as kernels
 from adapters.kernels.weight import QuantizedWeight, WeightKind
@@ -74,6 +76,19 @@ def launches() -> None:
         angles = torch.zeros(tokens, dim, dtype=BF16)
         kernels.rope_(q, k, angles, angles)
         kernels.rms_norm(q, torch.zeros(dim, dtype=BF16), 1e-6)
+    for dtype, rows in ((BF16, 8), (BF16, 4096), (torch.float32, 8)):  # Qwen3-30B-A3B's
+        counts = torch.zeros(128, dtype=torch.int64)
+        kernels.grouped_forward(torch.zeros(rows, 2048, dtype=dtype), experts(1536, 2048), counts)
+        kernels.grouped_forward(torch.zeros(rows, 768, dtype=dtype), experts(2048, 768, nested=False), counts)
+    runs = torch.zeros(4, 4, dtype=int32)
+    for dtype in (BF16, torch.float32):  # Qwen3.5's gated DeltaNet, Granite 4's Mamba-2
+        for channels, heads, shape, delta in ((8192, 16, (32, 128, 128), True), (3328, 1, (48, 256, 64), False)):
+            x, taps = torch.zeros(7, channels, dtype=dtype), torch.zeros(4, channels, dtype=dtype)
+            kernels.convolve(x, taps, None if delta else taps[0], True, torch.zeros(9, 3, channels), runs)
+            q, v = torch.zeros(7, heads, shape[1], dtype=dtype), torch.zeros(7, shape[0], shape[2], dtype=dtype)
+            a, rates = torch.zeros(7, shape[0], dtype=dtype), torch.zeros(shape[0])
+            recurrence = Recurrence(q, q, v, a, a if delta else None, rates, rates)
+            kernels.recur(recurrence, torch.zeros(9, *shape), runs)
     hidden = torch.zeros(3, 4096, dtype=BF16)
     kernels.add_rms_norm_(hidden, hidden.clone(), torch.zeros(4096, dtype=BF16), 1e-5)
     kernels.silu_mul(hidden, hidden)
@@ -87,6 +102,17 @@ def weight(outs: int, ins: int, kind: WeightKind = "nf4", *, nested: bool = True
         absmax |= {"absmax": torch.zeros(blocks, dtype=torch.uint8), "nested_absmax": torch.zeros(blocks // 256)}
         absmax |= {"nested_code": torch.zeros(256), "nested_blocksize": 256, "offset": 0.1}
     return QuantizedWeight(kind, torch.zeros(outs * ins // 2, 1, dtype=torch.uint8), (outs, ins), **absmax)
+
+
+def experts(outs: int, ins: int, *, nested: bool = True) -> ExpertWeights:
+    """128 such weights."""
+    single, parts = weight(outs, ins, nested=nested), {}
+    for name in ("data", "absmax", *(["nested_absmax"] if nested else [])):
+        part = getattr(single, name)
+        parts[name] = part.expand(128, *part.shape).contiguous()
+    offset = torch.zeros(128) if nested else None
+    more = {name: getattr(single, name) for name in ("code", "nested_code", "blocksize", "nested_blocksize")}
+    return ExpertWeights("nf4", (outs, ins), offset=offset, **parts, **more)
 
 
 def usage(kernel: Any) -> dict[str, Any]:

@@ -148,10 +148,10 @@ def adapter_files(seed: int = 0, rank: int = 4, **config: Any) -> tuple[bytes, b
     return json.dumps(fields | config).encode(), save_safetensors(tensors)
 
 
-def write_adapter(directory: Path, seed: int = 0, **config: Any) -> Path:
+def write_adapter(directory: Path, seed: int = 0, rank: int = 4, **config: Any) -> Path:
     """A PEFT directory."""
     directory.mkdir(parents=True, exist_ok=True)
-    configuration, weights = adapter_files(seed, **config)
+    configuration, weights = adapter_files(seed, rank, **config)
     (directory / "adapter_config.json").write_bytes(configuration)
     (directory / "adapter_model.safetensors").write_bytes(weights)
     return directory

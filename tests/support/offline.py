@@ -65,6 +65,7 @@ class Answer:
     error: str | None = None
     code: str | None = None
     cached_tokens: int = 0
+    device_seconds: float = field(default=0.0, compare=False)  # a clock's
 
     def take(self, output: Output) -> None:
         self.tokens += output.tokens
@@ -74,6 +75,7 @@ class Answer:
         self.finish_reason = output.finish_reason
         self.error, self.code = output.error, output.code
         self.cached_tokens += output.cached_tokens
+        self.device_seconds += output.device_seconds
 
 
 def request(id: str, prompt: Sequence[int], adapter: AdapterRef | None = None, **sampling: Any) -> Generate:  # noqa: A002

@@ -29,7 +29,7 @@ def eventually(condition: Callable[[], Any], seconds: float, what: str) -> Any:
     deadline = time.monotonic() + seconds
     while not (value := condition()):
         assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.02)
+        time.sleep(0.05)  # a question takes the processor that the answer needs
     return value
 
 
@@ -168,7 +168,7 @@ class RunningServer:
                 os.kill(pid, number)
             for name, pid in parts.items():
                 answer = self._visits / f"{pid}.{ending}"
-                eventually(answer.exists, 10, f"an answer of the {name} process")
+                eventually(answer.exists, 60, f"an answer of the {name} process")
                 found[name] = set(answer.read_text().split())
             if ending == "begun":
                 work()

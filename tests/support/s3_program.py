@@ -5,7 +5,8 @@ list of `{"kind", "method", "path", "every"}`; each `every`-th request of that m
 
 - `busy`: 503, nothing done;
 - `lost`: it is done, and the connection ends without an answer;
-- `late`: a list as it was when the fault was set, or first asked for.
+- `late`: a list as it was when the fault was set, or first asked for;
+- `hang`: nothing is done and nothing answered, until other faults are set.
 """
 
 import json
@@ -26,30 +27,40 @@ class _Faulty:
         self._app: Any = DomainDispatcherApplication(create_backend_app)
         self._lock = threading.Lock()
         self._faults: list[dict[str, Any]] = []
+        self._let_go = threading.Event()  # for those that hang
         self._lists: dict[str, tuple[list[Any], list[bytes]]] = {}
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         with self._lock:
             if environ["PATH_INFO"] == "/__faults__":
+                self._let_go.set()
+                self._let_go = threading.Event()
                 self._faults = json.loads(environ["wsgi.input"].read(int(environ["CONTENT_LENGTH"])))
                 self._lists = {}
                 start_response("200 OK", [("Content-Length", "0")])
                 return [b""]
-            kind = self._fault(environ)
+            kind, let_go = self._fault(environ), self._let_go
             if kind == "busy":
                 start_response(_BUSY, [("Content-Length", "0")])
                 return [b""]
-            asked = environ["QUERY_STRING"]
-            if kind == "late" and asked in self._lists:
-                head, body = self._lists[asked]
-            else:
-                head, body = self._answer(environ)
-                if kind == "late":
-                    self._lists[asked] = head, body
-            if kind == "lost":
-                environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
-            start_response(*head)
-            return body
+            if kind != "hang":
+                return self._done(kind, environ, start_response)
+        let_go.wait()
+        start_response(_BUSY, [("Content-Length", "0")])
+        return [b""]
+
+    def _done(self, kind: str | None, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        asked = environ["QUERY_STRING"]
+        if kind == "late" and asked in self._lists:
+            head, body = self._lists[asked]
+        else:
+            head, body = self._answer(environ)
+            if kind == "late":
+                self._lists[asked] = head, body
+        if kind == "lost":
+            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+        start_response(*head)
+        return body
 
     def _answer(self, environ: dict[str, Any]) -> tuple[list[Any], list[bytes]]:
         head: list[Any] = []
@@ -60,7 +71,7 @@ class _Faulty:
         for fault in self._faults:
             listing = "list-type" in environ["QUERY_STRING"]
             method = "LIST" if listing else environ["REQUEST_METHOD"]
-            if method == fault["method"] and fault["path"] in environ["PATH_INFO"] + environ["QUERY_STRING"]:
+            if fault["method"] in (method, "") and fault["path"] in environ["PATH_INFO"] + environ["QUERY_STRING"]:
                 fault["seen"] = fault.get("seen", 0) + 1
                 if fault["seen"] % fault["every"] == 0:
                     return str(fault["kind"])

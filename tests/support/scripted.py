@@ -44,6 +44,7 @@ class ScriptedEngine(IdleEngine):
     cached_tokens: int = 0
     scores: Callable[[Generate], list[float]] = lambda request: [1.0, 3.0, 2.0]
     drafted: tuple[int, int] = (0, 0)  # tokens drafted in every step, and accepted
+    device_seconds: float = 0.0  # of every step
     requests: list[Generate] = field(default_factory=list)
     running: set[str] = field(default_factory=set)
     aborted: list[str] = field(default_factory=list)
@@ -91,6 +92,7 @@ class ScriptedEngine(IdleEngine):
                     cached_tokens=self.cached_tokens if step == 0 else 0,
                     drafted_tokens=self.drafted[0],
                     accepted_tokens=self.drafted[1],
+                    device_seconds=self.device_seconds,
                 )
                 if last:
                     self.running.discard(request.id)

@@ -6,6 +6,7 @@
 
 #include "attention.h"
 #include "elementwise.h"
+#include "experts.h"
 #include "export.h"
 #include "linear.h"
 #include "lora.h"
@@ -18,10 +19,16 @@ enum { Q, K, V, O, GATE, UP, DOWN, SITES };
 template <int N>
 using Sites = int[N];
 constexpr Sites<3> QKV{Q, K, V};
-constexpr Sites<1> OUT{O}, DOWN_ALONE{DOWN};
+constexpr Sites<1> OUT{O}, DOWN_ALONE{DOWN}, ROUTER{GATE};
 constexpr Sites<2> GATE_UP{GATE, UP};
 
 // Mirrored by the structures of plan.py.
+struct Mixture {
+    Experts gate_up, down;
+    int32_t experts, chosen;  // so many for each token
+    int32_t normalised;       // whether the chosen ones' weights add up to 1
+};
+
 struct Layer {
     const float *input_norm, *post_norm;  // [hidden]
     const float *q_norm, *k_norm;         // [head_dim] or null
@@ -29,6 +36,7 @@ struct Layer {
     const int16_t *a[SITES], *b[SITES];  // the adapters' pools, or null
     int32_t linear[SITES];               // each linear's row of the segment tables
     char *k_cache, *v_cache;
+    const Mixture* mixture;  // in place of the MLP, whose gate is the router then; or null
     int32_t window;
 };
 
@@ -161,6 +169,49 @@ struct Run {
         project(DOWN_ALONE, gate, {y}, [&](int first, int last) { add(y, first, last); }, ahead(layer_index + 1, QKV));
     }
 
+    // A token's experts, the likeliest first, and their weights. Overwrites the router's logits.
+    static void route(const Mixture& m, float* logits, int* experts, float* weights) {
+        float top = logits[0], total = 0.f, chosen = 0.f;
+        for (int e = 1; e < m.experts; e++) top = logits[e] > top ? logits[e] : top;
+        for (int e = 0; e < m.experts; e++) total += logits[e] = expf(logits[e] - top);
+        for (int i = 0; i < m.chosen; i++) {
+            int best = 0;
+            for (int e = 1; e < m.experts; e++)
+                if (logits[e] > logits[best]) best = e;
+            experts[i] = best;
+            chosen += weights[i] = logits[best] / total;
+            logits[best] = -1.f;
+        }
+        for (int i = 0; m.normalised && i < m.chosen; i++) weights[i] /= chosen;
+    }
+
+    void mixture(const Mixture& m, const float* normed) const {
+        const int tokens = s.tokens, rows = tokens * m.chosen, hidden = d.hidden, inner = m.down.first.in;
+        float* const logits = scratch(ROUTED, (int64_t)tokens * m.experts + (int64_t)rows * (1 + 2 * hidden + inner));
+        float *weights = logits + (int64_t)tokens * m.experts, *x = weights + rows, *gated = x + (int64_t)rows * hidden, *y = gated + (int64_t)rows * inner;
+        project(ROUTER, normed, {logits}, nullptr, {});
+        std::vector<int> experts(rows), places(rows);
+        over_tokens(tokens, [&](int t) { route(m, logits + (int64_t)t * m.experts, &experts[t * m.chosen], weights + t * m.chosen); });
+        std::vector<int64_t> counts(m.experts + 1), next(m.experts + 1);
+        for (int expert : experts) counts[expert]++;
+        for (int e = 0; e < m.experts; e++) next[e + 1] = next[e] + counts[e];
+        for (int i = 0; i < rows; i++) places[i] = (int)next[experts[i]]++;
+        over_tokens(tokens, [&](int t) {
+            for (int i = t * m.chosen; i < (t + 1) * m.chosen; i++) memcpy(x + (int64_t)places[i] * hidden, normed + (int64_t)t * hidden, sizeof(float) * hidden);
+        });
+        grouped_linear(m.gate_up, x, counts.data(), m.experts, rows, gated, true);
+        grouped_linear(m.down, gated, counts.data(), m.experts, rows, y, false);
+        over_tokens(tokens, [&](int t) {  // in the router's order
+            float* const to = s.hidden + (int64_t)t * hidden;
+            const float* const weight = weights + t * m.chosen;
+            for (int j = 0; j < hidden; j++) {
+                float total = 0.f;
+                for (int i = 0; i < m.chosen; i++) total += weight[i] * y[(int64_t)places[t * m.chosen + i] * hidden + j];
+                to[j] += total;
+            }
+        });
+    }
+
     void norm(const float* weight, float* to) const {
         over_tokens(s.tokens, [&](int t) { rms_norm(s.hidden + (int64_t)t * d.hidden, weight, d.eps, d.hidden, to + (int64_t)t * d.hidden); });
     }
@@ -176,7 +227,9 @@ struct Run {
 EXPORT void lk_decode(const Decoder* decoder, const Step* step) {
     const Decoder& d = *decoder;
     const int64_t tokens = step->tokens, wide = (int64_t)d.heads * d.head_dim, narrow = (int64_t)d.kv_heads * d.head_dim;
-    const int64_t inner = d.layers[0].weights[GATE].out;
+    int64_t inner = 0;
+    for (int i = 0; i < d.count; i++)
+        if (!d.layers[i].mixture && d.layers[i].weights[GATE].out > inner) inner = d.layers[i].weights[GATE].out;
     const int64_t attention = 2 * wide + 2 * narrow, mlp = 2 * inner;  // never alive together
     float* normed = scratch(STEP, tokens * (2 * d.hidden + (attention > mlp ? attention : mlp)));
     float *y = normed + tokens * d.hidden, *rest = y + tokens * d.hidden;
@@ -186,7 +239,8 @@ EXPORT void lk_decode(const Decoder* decoder, const Step* step) {
         float *q = rest, *k = q + tokens * wide, *v = k + tokens * narrow, *attended = v + tokens * narrow;
         run.attend_layer(normed, q, k, v, attended, y);
         run.norm(run.layer().post_norm, normed);
-        run.mlp(normed, rest, rest + tokens * inner, y);
+        if (const Mixture* mixture = run.layer().mixture) run.mixture(*mixture, normed);
+        else run.mlp(normed, rest, rest + tokens * inner, y);
     }
     run.norm(d.final_norm, step->hidden);
 }

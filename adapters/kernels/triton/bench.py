@@ -2,10 +2,11 @@
 
 `errors`: (kernel, case, error, limit), relative to float64 as in the tests, on shapes that the interpreter is too slow
 for. `lines`: 4-bit linears of Llama-3.1-8B and Qwen3-8B and bitsandbytes' own on the same weights, both replayed from
-CUDA graphs that rotate through more weights than the L2 cache holds. `fused`: the adapters of Llama-3.1-8B's q, k and v
-in one pair of launches and one after the other. `copy_gb_s`: bytes read and written per second by
-a copy; `host_to_device_gb_s`: bytes that arrive from pinned memory (`--bandwidths`: these two alone). `--smoke` tries
-all of it out on a CPU, under `LORAKEET_TRITON=interpret`: its times mean nothing.
+CUDA graphs that rotate through more weights than the L2 cache holds. `experts`: Qwen3-30B-A3B's gate and up in one
+launch, and expert by expert. `states`: a token of each of some sequences through Qwen3.5's linear attention. `fused`:
+the adapters of Llama-3.1-8B's q, k and v in one pair of launches and one after the other. `copy_gb_s`: bytes read and
+written per second by a copy; `host_to_device_gb_s`: bytes that arrive from pinned memory (`--bandwidths`: these two
+alone). `--smoke` tries all of it out on a CPU, under `LORAKEET_TRITON=interpret`: its times mean nothing.
 """
 
 import json
@@ -20,7 +21,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from torch import Tensor
 
-from adapters.kernels import BF16, FP32, reference
+from adapters.kernels import BF16, FP32, ExpertWeights, Recurrence, recurrence, reference
 from adapters.kernels.triton import load
 from adapters.kernels.weight import QuantizedWeight
 
@@ -39,6 +40,8 @@ class Size:
     repeats: int
     copied: int  # bytes
     segments: int  # of a LoRA table
+    experts: tuple[int, int, int, int]  # how many, of which so many for each token; outs, ins
+    state: tuple[int, int, int, int]  # key heads, heads, keys, values
     limit: float
 
 
@@ -57,10 +60,12 @@ FULL = Size(
     repeats=20,
     copied=1 << 30,
     segments=32,
+    experts=(128, 8, 1536, 2048),
+    state=(16, 32, 128, 128),
     limit=LIMIT,
 )
 # The interpreter truncates bf16, which doubles the error.
-SMOKE = Size("cpu", {(32, 128): (LLAMA, QWEN)}, (1, 8), 1, 1, 1 << 20, 2, 2 * LIMIT)
+SMOKE = Size("cpu", {(32, 128): (LLAMA, QWEN)}, (1, 8), 1, 1, 1 << 20, 2, (4, 2, 32, 128), (1, 2, 16, 16), 2 * LIMIT)
 
 
 def replayed(size: Size, calls: Sequence[Callable[[], Any]]) -> float:
@@ -197,6 +202,95 @@ def fused_lines(size: Size) -> list[dict[str, Any]]:
     return lines
 
 
+def routed(size: Size, tokens: int) -> tuple[Tensor, Tensor]:
+    """Inputs of tokens routed at random, sorted by expert, and how many rows each has."""
+    experts, chosen, _, ins = size.experts
+    picked = torch.rand(tokens, experts).argsort(1)[:, :chosen].flatten()
+    return torch.randn(tokens * chosen, ins, dtype=torch.bfloat16), torch.bincount(picked, minlength=experts)
+
+
+def make_experts(size: Size) -> ExpertWeights:
+    """Random ones."""
+    experts, _, outs, ins = size.experts
+    dense = (torch.randn(outs, ins, dtype=torch.bfloat16) * ins**-0.5 for _ in range(experts))
+    return ExpertWeights.quantize(dense, "nf4", torch.bfloat16)
+
+
+def expert_errors(size: Size) -> Iterator[tuple[str, float]]:
+    """Few and many rows of each expert, against float64."""
+    kernels, weights = load(), make_experts(size)
+    assert kernels is not None
+    for tokens in (1, 40, 600) if size is FULL else (3,):
+        x, counts = routed(size, tokens)
+        exact = reference.each_expert(
+            x.double(), weights, counts, lambda rows, each: rows @ each.dequantize().double().T
+        )
+        yield f"{tokens} tokens", relative(kernels.grouped_forward(x, weights, counts), exact)
+
+
+def expert_lines(size: Size) -> list[dict[str, Any]]:
+    """Seconds of the experts of some tokens in one launch and expert by expert, and the bytes that have to be read."""
+    kernels, lines = load(), []
+    assert kernels is not None
+    experts, _, outs, ins = size.experts
+    each = outs * ins // 2 + outs * ins // 64
+    layers = [make_experts(size) for _ in range(max(1, size.memory // (each * experts)))]
+    for tokens in (1, 8, 64, 512) if size is FULL else (2,):
+        x, counts = routed(size, tokens)
+        parts = [(rows, expert) for expert, rows in enumerate(x.split(counts.tolist())) if len(rows)]
+        singles = [[(rows, weights[expert]) for rows, expert in parts] for weights in layers]
+        together = replayed(size, [partial(kernels.grouped_forward, x, weights, counts) for weights in layers])
+        apart = [partial(kernels.linear_forward, rows, weight) for layer in singles for rows, weight in layer]
+        seconds = {"seconds": together, "apart_seconds": len(parts) * replayed(size, apart)}
+        lines.append({"tokens": tokens, "bytes": len(parts) * each + 2 * len(x) * (outs + ins), **seconds})
+    return lines
+
+
+def states_of(size: Size, sequences: int, tokens: int) -> tuple[Recurrence, Tensor, Tensor]:
+    """So many tokens of each sequence; their states, and runs."""
+    key_heads, heads, keys, values = size.state
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(sequences * tokens, *shape, dtype=torch.bfloat16)
+
+    projected = (
+        numbers(key_heads, keys),
+        numbers(key_heads, keys),
+        numbers(heads, values),
+        numbers(heads),
+        numbers(heads),
+    )
+    runs = [(i * tokens, (i + 1) * tokens, i, i) for i in range(sequences)]
+    states = torch.randn(sequences, heads, keys, values)
+    return Recurrence(*projected, torch.randn(heads), torch.randn(heads)), states, torch.tensor(runs, dtype=torch.int32)
+
+
+def state_errors(size: Size) -> Iterator[tuple[str, float]]:
+    """Convolutions and the gated delta rule, against plain torch."""
+    kernels = load()
+    assert kernels is not None
+    for sequences, tokens in ((8, 1), (2, 20 if size is FULL else 3)):
+        r, states, runs = states_of(size, sequences, tokens)
+        case, exact = f"{sequences} times {tokens} tokens", recurrence.plainly_recur(r, states.clone(), runs)
+        yield f"{case}, delta rule", relative(kernels.recur(r, states, runs), exact)
+        x, kept = r.q.flatten(1), torch.randn(sequences, 3, r.q[0].numel())
+        taps = torch.randn(4, x.shape[1], dtype=torch.bfloat16)
+        exact = recurrence.plainly_convolve(x.double(), taps.double(), None, True, kept.clone(), runs)
+        yield f"{case}, convolution", relative(kernels.convolve(x, taps, None, True, kept, runs), exact)
+
+
+def state_lines(size: Size) -> list[dict[str, Any]]:
+    """Seconds of a token of each sequence, and the bytes of their states, read and written."""
+    kernels, lines = load(), []
+    assert kernels is not None
+    for sequences in (1, 16, 64) if size is FULL else (2,):
+        made = states_of(size, sequences, 1)
+        layers = [(made[0], made[1].clone(), made[2]) for _ in range(max(1, size.memory // made[1].nbytes))]
+        seconds = replayed(size, [partial(kernels.recur, *layer) for layer in layers])
+        lines.append({"sequences": sequences, "seconds": seconds, "bytes": 2 * made[1].nbytes})
+    return lines
+
+
 def attention_errors(size: Size) -> Iterator[tuple[str, float]]:
     """Decoding and a prompt chunk of both models' heads over 4096 keys, against `reference` in fp32."""
     kernels = load()
@@ -239,12 +333,16 @@ def main(arguments: list[str]) -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     found: dict[str, Any] = bandwidths(size)
     if "--bandwidths" not in arguments:
-        checks = (("linear", linear_errors), ("lora", lora_errors), ("attention", attention_errors))
+        checks: tuple[tuple[str, Callable[[Size], Iterator[tuple[str, float]]]], ...] = (
+            *(("linear", linear_errors), ("experts", expert_errors), ("states", state_errors)),
+            *(("lora", lora_errors), ("attention", attention_errors)),
+        )
         found["errors"] = [
             {"kernel": kernel, "case": case, "error": error, "limit": size.limit}
             for kernel, check in checks
             for case, error in check(size)
         ]
+        found |= {"experts": expert_lines(size), "states": state_lines(size)}
         found["fused"] = fused_lines(size)
         found["lines"] = [line for outs, ins in size.shapes for line in linear_lines(size, outs, ins)]
     print(json.dumps(found))

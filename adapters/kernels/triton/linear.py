@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from adapters.kernels import reference
+from adapters.kernels.experts import ExpertWeights
 from adapters.kernels.triton import deterministic, few_programs, interpreted
 from adapters.kernels.weight import QuantizedWeight
 
@@ -69,43 +70,37 @@ def _levels(absmax, nested_absmax, at, known, NESTED: tl.constexpr):
     return level, outer
 
 
-@triton.jit(do_not_specialize=["rows"])  # or every other step would compile anew
-def _linear(
-    x,  # [rows, ins]
-    data,  # uint8 [outs * ins / 2], two codes a byte, the earlier one in the high nibble
-    absmax,  # [outs * ins / BLOCKSIZE], uint8 if NESTED else fp32
-    code,  # [16] in x's dtype
+@triton.jit
+def sums_of_tile(
+    x,
+    data,
+    absmax,
+    code,
     nested_absmax,
     nested_code,
     offset,
-    bias,
-    y,  # [rows, outs]
-    partial,  # fp32 [SPLITS, rows, outs]
-    arrived,  # int32 [tiles], zeros; left as zeros
+    n,
+    m,
     rows,
     outs,
     ins,
+    begin,
+    end,
     BLOCKSIZE: tl.constexpr,
-    NESTED: tl.constexpr,  # blocks that share a nested absmax; 0 without double quantisation
-    BIAS: tl.constexpr,
-    LOOKUP: tl.constexpr,  # of `lookup_asm`, or empty: codes are gathered from memory
-    DOT: tl.constexpr,  # dtype of the factors of products
+    NESTED: tl.constexpr,
+    LOOKUP: tl.constexpr,
+    DOT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    UNROLL: tl.constexpr,  # chunks in flight
-    SPLITS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    tile_n, tile_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    """Products of outputs n and rows m below `rows`, over chunks [begin, end): fp32 [BLOCK_N, BLOCK_M].
+
+    Arguments as `_linear` has them.
+    """
     byte, ahead = tl.arange(0, CHUNK // 2), tl.arange(0, UNROLL)
     first_weight = n.to(tl.int64) * ins
     first_pair = m.to(tl.int64) * (ins // 2)
-
-    chunks = ins // CHUNK
-    per_split = tl.cdiv(tl.cdiv(chunks, UNROLL), SPLITS) * UNROLL
-    begin = split * per_split
-    end = tl.minimum(begin + per_split, chunks)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     sums = tl.zeros([BLOCK_N], tl.float32)  # in place of `acc` for a single row
     # A scale takes two loads, one after the other: the first of them is always one turn ahead.
@@ -146,6 +141,65 @@ def _linear(
                 acc += dots * scale[:, None]
     if BLOCK_M == 1:
         acc = sums[:, None]
+    return acc
+
+
+@triton.jit(do_not_specialize=["rows"])  # or every other step would compile anew
+def _linear(
+    x,  # [rows, ins]
+    data,  # uint8 [outs * ins / 2], two codes a byte, the earlier one in the high nibble
+    absmax,  # [outs * ins / BLOCKSIZE], uint8 if NESTED else fp32
+    code,  # [16] in x's dtype
+    nested_absmax,
+    nested_code,
+    offset,
+    bias,
+    y,  # [rows, outs]
+    partial,  # fp32 [SPLITS, rows, outs]
+    arrived,  # int32 [tiles], zeros; left as zeros
+    rows,
+    outs,
+    ins,
+    BLOCKSIZE: tl.constexpr,
+    NESTED: tl.constexpr,  # blocks that share a nested absmax; 0 without double quantisation
+    BIAS: tl.constexpr,
+    LOOKUP: tl.constexpr,  # of `lookup_asm`, or empty: codes are gathered from memory
+    DOT: tl.constexpr,  # dtype of the factors of products
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    UNROLL: tl.constexpr,  # chunks in flight
+    SPLITS: tl.constexpr,
+):
+    tile_n, tile_m, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    chunks = ins // CHUNK
+    per_split = tl.cdiv(tl.cdiv(chunks, UNROLL), SPLITS) * UNROLL
+    begin = split * per_split
+    end = tl.minimum(begin + per_split, chunks)
+    acc = sums_of_tile(
+        x,
+        data,
+        absmax,
+        code,
+        nested_absmax,
+        nested_code,
+        offset,
+        n,
+        m,
+        rows,
+        outs,
+        ins,
+        begin,
+        end,
+        BLOCKSIZE,
+        NESTED,
+        LOOKUP,
+        DOT,
+        BLOCK_M,
+        BLOCK_N,
+        UNROLL,
+    )
 
     target = m.to(tl.int64)[None, :] * outs + n[:, None]
     mask = (n < outs)[:, None] & (m < rows)[None, :]
@@ -188,7 +242,7 @@ _counters: dict[Any, Tensor] = {}  # (device, stream) -> int32 zeros, one for ea
 _COUNTERS = 1 << 16
 
 
-def takes_weight(weight: QuantizedWeight) -> bool:
+def takes_weight(weight: QuantizedWeight | ExpertWeights) -> bool:
     """4-bit weights whose rows are whole blocks, and whose blocks are whole chunks."""
     four_bit = weight.kind in ("nf4", "fp4")
     return four_bit and weight.blocksize % CHUNK.value == 0 and weight.shape[1] % weight.blocksize == 0
@@ -227,9 +281,7 @@ def tiles_of(rows: int, shape: tuple[int, int]) -> Tiles:
 
 def few_rows(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, tiles: Tiles) -> Tensor:
     """Run the kernel."""
-    x = x.contiguous()
-    if x.data_ptr() % 4:  # 16-bit inputs are read in pairs
-        x = x.clone()
+    x = in_pairs(x)
     (rows, ins), outs = x.shape, weight.shape[0]
     y = x.new_empty(rows, outs)
     if deterministic():
@@ -239,7 +291,7 @@ def few_rows(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, tiles: Til
     grid = triton.cdiv(outs, tiles.outs), triton.cdiv(rows, block_m), tiles.splits
     assert grid[0] * grid[1] <= _COUNTERS
     nested = weight.nested_absmax is not None
-    code, lookup = _table(weight, x.dtype)
+    code, lookup = table_of(weight, x.dtype)
     _linear[grid](
         x,
         weight.data,
@@ -270,6 +322,12 @@ def few_rows(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, tiles: Til
     return y
 
 
+def in_pairs(x: Tensor) -> Tensor:
+    """The same numbers, lying so that two of 16 bits can be read at once."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 4 else x
+
+
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     """What numbers of this dtype are multiplied as."""
     # The interpreter multiplies bf16 as if it were integers; as fp32 the same numbers give the same products.
@@ -278,8 +336,9 @@ def dot_dtype(dtype: torch.dtype) -> tl.dtype:
     return tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
 
 
-def _table(weight: QuantizedWeight, dtype: torch.dtype) -> tuple[Tensor, str]:
-    key = (weight.kind, dtype, weight.device)
+def table_of(weight: QuantizedWeight | ExpertWeights, dtype: torch.dtype) -> tuple[Tensor, str]:
+    """The 16 codes in that dtype, and `lookup_asm` of them where they are looked up in registers."""
+    key = (weight.kind, dtype, weight.data.device)
     if key not in _tables:
         assert weight.code is not None
         code = weight.code.to(dtype)

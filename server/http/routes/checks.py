@@ -49,8 +49,10 @@ async def warm(request: Request) -> Response:
         if "@" not in name:
             others = services.store.pointer(versions[0].tenant, versions[0].name).shares.keys() - {versions[0].digest}
             versions += [await version_of(f"{name}@{digest}") for digest in sorted(others)]
+        caller = caller_of(request)
+        caller.allowance.check_rows(services.registry.rows(caller, versions))
         try:
-            seconds = [await services.engine.warm(reference(version)) for version in versions]
+            seconds = [await services.engine.warm(reference(version, caller)) for version in versions]
         except AdapterLoadFailed:
             raise InternalError("The adapter could not be loaded.") from None
     digests = [version.digest for version in versions]
@@ -70,9 +72,10 @@ async def verify(request: Request, body: VerifyBody = VerifyBody()) -> Response:
         (ids,) = await services.text.encode([body.prompt], add_special_tokens=True, max_tokens=limit, param="prompt")
         if not 1 < len(ids) <= limit:
             raise ContextLengthExceeded(f"`prompt` has {len(ids)} tokens; 2 to {limit} can be scored.", param="prompt")
-        tickets = services.admission.enter([len(ids)] * 2, caller.tenant, caller.allowance, 2 * len(ids))
+        rows = services.registry.rows(caller, [version])
+        tickets = services.admission.enter([len(ids)] * 2, caller.tenant, caller.allowance, 2 * len(ids), rows)
         try:
-            with_adapter = await _score(services, caller, ids, [reference(version)])
+            with_adapter = await _score(services, caller, ids, [reference(version, caller)])
             without = await _score(services, caller, ids, [])
         finally:
             for ticket in tickets:
@@ -149,7 +152,13 @@ def _mean(numbers: list[float]) -> float:
 
 
 routes = [
-    Operation("POST", "/v1/adapters/{name:path}/warm", warm, answers=Residency, refuses=(*OPENING, InternalError)),
+    Operation(
+        "POST",
+        "/v1/adapters/{name:path}/warm",
+        warm,
+        answers=Residency,
+        refuses=(*OPENING, InternalError, TooManyRequests),
+    ),
     Operation(
         "POST", "/v1/adapters/{name:path}/verify", verify, answers=Verification, refuses=(*OPENING, TooManyRequests)
     ),

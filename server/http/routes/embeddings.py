@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from server.errors import InvalidRequest
 from server.http.operations import OPENING, Operation
-from server.openai.body import Body, Items
+from server.openai.body import Body, Items, Label
 from server.openai.schema import INT32
 from server.openai.target import open_target
 from server.services import caller_of, services_of
@@ -21,7 +21,7 @@ class EmbeddingBody(Body):
     input: Annotated[str, Field(min_length=1)] | Items[Any]
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, ge=1, le=INT32)
-    user: str | None = None
+    user: Label | None = None
 
 
 async def create_embedding(request: Request, body: EmbeddingBody) -> Response:

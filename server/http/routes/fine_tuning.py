@@ -134,12 +134,15 @@ def _shape(
             message = f"`lora`: {shown(target.asked)} is an adapter, and its shape stays as it is."
             raise InvalidRequest(message, param="lora")
         spec = AdapterSpec.read(Path(target.refs[0].path))
-        if spec.variants.names:
-            beyond = ", ".join(spec.variants.names)
-            message = f"`model`: {shown(target.asked)} has more than A and B ({beyond}), which is not trained here."
-            raise InvalidRequest(message, param="model")
-        shapes = {name: ModuleShape(module.rank, module.scaling) for name, module in spec.modules.items()}
-        return (asked or LoraBody()).options(), shapes
+        options = (asked or LoraBody()).options()
+        try:
+            shapes = recipe.trained_on(spec)
+        except AdapterError as error:
+            raise InvalidRequest(f"`model`: {shown(target.asked)} {error}.", param="model") from None
+        if spec.variants.experts and options.lora_dropout:
+            message = "`lora.lora_dropout`: adapters of experts have none, in PEFT either."
+            raise InvalidRequest(message, param="lora.lora_dropout")
+        return options, shapes
     lora = (asked or LoraBody()).options()
     try:
         shapes = recipe.modules(recipe.adapter_config(lora, services.settings.base_name, base), base)

@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 from adapters.peft_format.sizes import device_bytes
 from adapters.storage.versions import UnknownAdapter
-from server.errors import Conflict, unknown_adapter
+from server.errors import Conflict, TooManyRequests, unknown_adapter
 from server.http.objects import PinObject
 from server.http.operations import Operation
 from server.services import caller_of, services_of
@@ -28,8 +28,12 @@ async def unpin(request: Request) -> Response:
 async def _answer(request: Request, *, pinned: bool) -> Response:
     services, name = services_of(request), request.path_params["name"]
     try:
-        version = await services.registry.own(caller_of(request), name)
-        pointer = await services.registry.publisher.pin(caller_of(request).tenant, version.name, pinned)
+        caller = caller_of(request)
+        version = await services.registry.own(caller, name)
+        if pinned:
+            answering = services.store.pointer(caller.tenant, version.name).answering
+            caller.allowance.check_rows(services.registry.rows(caller, answering))
+        pointer = await services.registry.publisher.pin(caller.tenant, version.name, pinned)
     except UnknownAdapter:
         raise unknown_adapter(name) from None
     linears = services.engine_info.linears
@@ -46,6 +50,6 @@ async def _answer(request: Request, *, pinned: bool) -> Response:
 
 
 routes = [
-    Operation("POST", "/v1/adapters/{name:path}/pin", pin, answers=PinObject, refuses=(Conflict,)),
+    Operation("POST", "/v1/adapters/{name:path}/pin", pin, answers=PinObject, refuses=(Conflict, TooManyRequests)),
     Operation("DELETE", "/v1/adapters/{name:path}/pin", unpin, answers=PinObject),
 ]

@@ -33,6 +33,7 @@ class LimitsBody(Body):
     requests_per_minute: Limit = None
     tokens_per_minute: Limit = None
     running: Limit = None
+    device_rows: Limit = None
     stored_bytes: Limit = None
     training_jobs: Limit = None
     training_tokens_per_day: Limit = None

@@ -46,7 +46,8 @@ async def list_usage(request: Request, query: UsageQuery) -> Response:
 def _shown(row: dict[str, Any]) -> dict[str, Any]:
     tenant = tenant_name(row["tenant"])
     id_ = f"{row['day']}/{tenant}/{row['adapter']}"
-    return {"object": "usage", "id": id_, **row, "tenant": tenant, "adapter": row["adapter"] or None}
+    named = {"tenant": tenant, "adapter": row["adapter"] or None, "device_seconds": round(row["device_seconds"], 6)}
+    return {"object": "usage", "id": id_, **row, **named}
 
 
 routes = [Operation("GET", "/v1/usage", list_usage, answers=ListObject[UsageRow])]

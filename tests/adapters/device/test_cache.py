@@ -239,6 +239,24 @@ def test_pins_that_do_not_fit_together_do_not_push_each_other_out(tiers: Fixture
     assert tiers.cache.evictions == []
 
 
+def test_a_tenants_own_adapters_leave_when_it_has_its_rows(tiers: Fixture) -> None:
+    """Where everybody else's least recently used one would have."""
+    acme = ("acme", 8)  # rows of one of these
+    for name in ("a", "c"):
+        tiers.cache.register(name, "4", acme)
+    put_on_device(tiers, "b", "a", "c")
+    assert on_device(tiers) == {"b", "c"}
+    tiers.cache.register("a", "4", acme)
+    assert tiers.settle(key("c")) == "ready"
+    put_on_device(tiers, "a")
+    assert on_device(tiers) == {"a", "c"}, "what is in use stays, whoever's it is"
+    tiers.cache.release(key("c"))
+    tiers.cache.register("a", "4")
+    tiers.cache.register("c", "4")
+    put_on_device(tiers, "a", "c")
+    assert on_device(tiers) == {"a", "c"}, "without a limit both may be there"
+
+
 def test_a_pinned_adapter_that_cannot_be_read_is_not_read_for_ever(tiers: Fixture) -> None:
     tiers.cache.pin({"x": "bad"})
     come_to_rest(tiers)

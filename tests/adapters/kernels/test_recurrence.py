@@ -18,20 +18,20 @@ IMPLEMENTATIONS: list[Callable[[], AbstractContextManager[None]]] = [nullcontext
 Layer = Callable[[Tensor, Tensor], Tensor]  # states, runs -> outputs
 
 
-def convolution(channels: int, *, silu: bool, biased: bool) -> tuple[Layer, Tensor]:
+def convolution(channels: int, dtype: torch.dtype, *, silu: bool, biased: bool) -> tuple[Layer, Tensor]:
     """A layer over fixed tokens, and states whose first is empty."""
-    generator = torch.Generator().manual_seed(channels)
-    x, taps = torch.randn(TOKENS, channels, generator=generator), torch.randn(4, channels, generator=generator)
-    bias = torch.randn(channels, generator=generator) if biased else None
+    torch.manual_seed(channels)
+    x, taps = torch.randn(TOKENS, channels).to(dtype), torch.randn(4, channels).to(dtype)
+    bias = torch.randn(channels).to(dtype) if biased else None
     return lambda states, runs: kernels.convolve(x, taps, bias, silu, states, runs), _states(3, channels)
 
 
-def attention(heads: int, values: int, *, delta: bool) -> tuple[Layer, Tensor]:
+def attention(heads: int, values: int, dtype: torch.dtype, *, delta: bool) -> tuple[Layer, Tensor]:
     """As `convolution`; two heads of 12 keys."""
-    generator = torch.Generator().manual_seed(heads)
+    torch.manual_seed(heads)
 
     def numbers(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
+        return torch.randn(*shape).to(dtype)
 
     q, k, v = numbers(TOKENS, 24 + 24 + heads * values).split([24, 24, heads * values], -1)  # as mixers have them
     q, k, v = q.view(TOKENS, 2, 12), k.view(TOKENS, 2, 12), v.view(TOKENS, heads, values)
@@ -52,10 +52,10 @@ def _states(*shape: int) -> Tensor:
 
 
 LAYERS = {
-    "convolution": lambda: convolution(33, silu=False, biased=True),
-    "wide convolution": lambda: convolution(600, silu=True, biased=False),
-    "delta rule": lambda: attention(4, 40, delta=True),
-    "Mamba-2": lambda: attention(2, 16, delta=False),
+    "convolution": lambda dtype=torch.float32: convolution(33, dtype, silu=False, biased=True),
+    "wide convolution": lambda dtype=torch.float32: convolution(600, dtype, silu=True, biased=False),
+    "delta rule": lambda dtype=torch.float32: attention(4, 40, dtype, delta=True),
+    "Mamba-2": lambda dtype=torch.float32: attention(2, 16, dtype, delta=False),
 }
 
 

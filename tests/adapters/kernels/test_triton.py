@@ -16,9 +16,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from adapters.kernels import QuantizedWeight, reference, triton
+from adapters.kernels import ExpertWeights, QuantizedWeight, native, reference, triton
 from tests.adapters.kernels.test_attention import Requests
 from tests.adapters.kernels.test_lora import Pool, problems
+from tests.adapters.kernels.test_recurrence import CUT, LAYERS, TOKENS, WHOLE
 from tests.support.interpreter import DEVICE
 
 pytestmark = pytest.mark.usefixtures("triton_kernels")
@@ -161,6 +162,91 @@ def test_nibbles_are_looked_up_among_any_values() -> None:
         words = execute(program, int.from_bytes(given, "little"))
         found = [word >> shift & 0xFFFF for word in words for shift in (0, 16)]
         assert found == [values[nibble] for nibble in high + low_nibbles]
+
+
+# --- experts ------------------------------------------------------------------------------------
+
+
+def make_experts(count: int, outs: int, ins: int, kind: str = "nf4") -> ExpertWeights:
+    dense = (torch.randn(outs, ins) * ins**-0.5 for _ in range(count))
+    return ExpertWeights.quantize(dense, kind, torch.float32)
+
+
+@given(data=st.data())
+@budget(5)
+def test_experts(kernels: Any, data: st.DataObject) -> None:
+    counts = torch.tensor(data.draw(st.lists(st.sampled_from([0, 0, 1, 2, 17]), min_size=1, max_size=5).filter(any)))
+    outs, ins, dtype = data.draw(st.integers(8, 70)), 64 * data.draw(st.integers(1, 4)), data.draw(dtypes)
+    weights = make_experts(len(counts), outs, ins, data.draw(st.sampled_from(["nf4", "fp4"])))
+    x = torch.randn(int(counts.sum()), ins).to(dtype)
+    parts = enumerate(x.split(counts.tolist()))
+    exact = torch.cat([product(part, weights[expert]) for expert, part in parts])
+    assert near(kernels.grouped_forward(x, weights, counts), exact)
+
+
+def test_many_rows_of_few_experts(kernels: Any) -> None:
+    weights, counts = make_experts(2, 24, 64), torch.tensor([70, 3])
+    x = torch.randn(73, 64)
+    assert near(kernels.grouped_forward(x, weights, counts), reference.grouped_forward(x, weights, counts).double())
+
+
+@pytest.mark.parametrize(("kind", "ins"), [("nf4", 96), ("int8", 64), ("none", 64)])
+def test_experts_that_are_no_whole_chunks_go_another_way(kernels: Any, kind: str, ins: int) -> None:
+    weights, counts = make_experts(3, 24, ins, kind), torch.tensor([2, 0, 1])
+    x = torch.randn(3, ins)
+    assert near(kernels.grouped_forward(x, weights, counts), reference.grouped_forward(x, weights, counts).double())
+
+
+def test_how_experts_are_launched_depends_on_no_routing(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts are never read on the host, which would wait for the device."""
+    weights, counts = make_experts(3, 24, 64), torch.tensor([2, 0, 1])
+    x = torch.randn(3, 64)
+    expected = reference.grouped_forward(x, weights, counts)
+    for name in ("tolist", "item", "__int__", "__bool__"):
+        monkeypatch.setattr(Tensor, name, None)
+    found = kernels.grouped_forward(x, weights, counts)
+    monkeypatch.undo()
+    assert near(found, expected.double())
+
+
+# --- states -------------------------------------------------------------------------------------
+
+
+SMALL = ("convolution", "Mamba-2")  # the others' many tiles would take the interpreter too long
+
+
+def several(runs: list[list[int]]) -> Tensor:
+    """Runs of two sequences: those given, and one more token in a slot of its own."""
+    return torch.tensor([*runs, [TOKENS - 1, TOKENS, 5, 5]], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_states(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "_tiles_of_gpu", name in SMALL)
+    layer, states = LAYERS[name]()
+    states = torch.cat([states, torch.randn_like(states[:1])])
+    whole, cut, exact = states.clone(), states.clone(), states.clone()
+    with triton.switched_off(), native.switched_off():
+        expected = layer(exact, several([[0, TOKENS - 1, 0, 1]]))
+    ours = layer(whole, several([[0, TOKENS - 1, 0, 1]]))
+    assert near(ours, expected.double())
+    assert near(whole[[1, 5]], exact[[1, 5]].double())
+    assert torch.equal(layer(cut, several([[*run[:1], min(run[1], TOKENS - 1), *run[2:]] for run in CUT[:-1]])), ours)
+    assert torch.equal(cut[[4, 5]], whole[[1, 5]])
+    assert torch.equal(cut[0], exact[0]), "the state before a first token stays"
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_states_of_numbers_of_fewer_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "_tiles_of_gpu", name in SMALL)
+    layer, states = LAYERS[name](torch.bfloat16)
+    runs = torch.tensor(WHOLE, dtype=torch.int32)
+    exact = states.clone()
+    ours = layer(states, runs)
+    with triton.switched_off():
+        expected = layer(exact, runs)
+    assert ours.dtype == torch.bfloat16
+    assert near(ours, expected.double())
 
 
 # --- adapters -----------------------------------------------------------------------------------
@@ -365,6 +451,17 @@ def test_rows_keep_their_bits_in_company_when_tiles_are_fixed(kernels: Any, monk
         assert torch.equal(kernels.linear_forward(x[first:last], weight), together[first:last])
         pool.table[0, 1] = last - first
         assert torch.equal(pool.add(kernels, y[first:last], x[first:last]), adapted[first:last])
+
+
+def test_rows_of_experts_keep_their_bits_in_company_when_tiles_are_fixed(
+    kernels: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton, "_fixed", True)
+    weights, counts = make_experts(3, 40, 128), torch.tensor([2, 0, 18])
+    x = torch.randn(20, 128)
+    together = kernels.grouped_forward(x, weights, counts)
+    for first, last, own in ((0, 1, [1, 0, 0]), (1, 4, [1, 0, 2]), (19, 20, [0, 0, 1])):
+        assert torch.equal(kernels.grouped_forward(x[first:last], weights, torch.tensor(own)), together[first:last])
 
 
 def test_library_products_keep_their_bits_when_tiles_are_fixed(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:

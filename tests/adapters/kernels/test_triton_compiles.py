@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 SHARED = 227 << 10  # bytes that a program may have on an H100
-KERNELS = {"_linear", "_shrink", "_expand", "_attend", "_combine", "_write", "_rms_norm", "_silu_mul", "_rope"}
+KERNELS = {
+    *("_linear", "_grouped", "_shrink", "_expand", "_attend", "_combine", "_write", "_rms_norm", "_silu_mul", "_rope"),
+    *("_convolve", "_recur"),
+}
 
 
 @pytest.mark.slow

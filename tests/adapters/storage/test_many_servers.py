@@ -218,7 +218,7 @@ async def changed_by_several(servers: Servers, count: int, changes: int, names: 
         results = await asyncio.to_thread(together, *works)
         last = time.monotonic()
         while not all(meanings(store) == meanings(stores[0]) for store in stores):
-            assert time.monotonic() - last < 2
+            assert time.monotonic() - last < 60
             await asyncio.sleep(0.05)
     assert not [result for result in results if isinstance(result, Exception)]
     assert [store.refresh() for store in stores] == [()] * count

@@ -68,7 +68,7 @@ async def create(served: Served, lines: list[Any], **body: Any) -> dict[str, Any
 
 
 async def until(served: Served, batch: dict[str, Any], *statuses: str, completed: int = 0) -> dict[str, Any]:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while True:
             now: dict[str, Any] = (await served.client.get(f"/v1/batches/{batch['id']}")).json()
             if now["status"] in (statuses or FINAL) and now["request_counts"]["completed"] >= completed:

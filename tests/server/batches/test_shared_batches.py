@@ -10,7 +10,7 @@ import pytest
 
 from adapters.storage.bucket import Bucket
 from server.batches import shared as module
-from server.batches.store import BatchStateError
+from server.batches.store import Batch, BatchStateError
 from server.finetune import sharing
 from server.messages.protocol import Generate
 from server.services import TENANT
@@ -98,6 +98,7 @@ async def in_its_middle(lives: Lives) -> tuple[Served, Served, Any]:
     has_room(two, 0)
     stop_at(one, 3)
     batch = await create(one, ROWS)
+    await until(one, batch, "in_progress", completed=3)
     await until(two, batch, "in_progress", completed=1)
     return one, two, batch
 
@@ -127,3 +128,26 @@ async def test_a_server_that_was_asleep_ends_nothing_that_is_anothers(lives: Liv
     released.set()
     done = await until(two, batch)
     assert (done["status"], done["request_counts"]["completed"]) == ("completed", 12)
+
+
+async def test_a_batch_from_before_there_was_a_store_goes_on_at_another_server(
+    lives: Lives, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "one").mkdir()
+    async with life(tmp_path / "one") as alone:
+        stop_at(alone, 5)
+        batch = await create(alone, ROWS)
+        await eventually(lambda: sum(alone.services.batches.progress(stored(alone, batch["id"]))) == 5)
+    two = await lives.open("two")
+    monkeypatch.setattr(sharing.Sharing, "start", lambda self: None)  # it only gives what it has
+    async with life(tmp_path / "one", adapter_store=lives.url):
+        done = await until(two, batch, "completed")
+        assert done["request_counts"] == {"total": 12, "completed": 12, "failed": 0}
+        assert len(two.engine.requests) == 7
+        assert {line["custom_id"] for line in await lines_of(two, done["output_file_id"])} == {
+            f"r{i}" for i in range(12)
+        }
+
+
+def stored(served: Served, batch_id: str) -> Batch:
+    return served.services.batches.store.get(TENANT, batch_id)

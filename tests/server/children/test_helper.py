@@ -180,7 +180,7 @@ def test_it_ends_when_this_process_is_killed_in_the_middle_of_its_work(tmp_path:
     finally:
         server.kill()
         server.wait()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while not gone(int(pid.read_text())):
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -197,11 +197,10 @@ async def test_slow_work_of_one_holds_up_nobody_else() -> None:
     helpers = Helpers(2, WORK)
     try:
         await asyncio.gather(*(helpers.ask(key, order("1"), 30) for key in "ab"))
-        slow = [asyncio.create_task(helpers.ask("slow", order("time.sleep(1)"), 30)) for _ in range(12)]
+        slow = [asyncio.create_task(helpers.ask("slow", order("time.sleep(50)"), 60)) for _ in range(12)]
         await asyncio.sleep(0.1)
-        began = time.monotonic()
         assert await helpers.ask("quick", order("1"), 30) == 1
-        assert time.monotonic() - began < 0.9, "one place is kept for others"
+        assert not any(task.done() for task in slow), "one place is kept for others"
         for task in slow:
             task.cancel()
         await asyncio.gather(*slow, return_exceptions=True)

@@ -110,3 +110,18 @@ def test_every_change_of_tier_and_use_is_told_once(engine: Engine) -> None:
         engine.residency.forget(digest)
     step()
     assert told == {}
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_steps_time_is_shared_by_tokens(model_dir: Path, cache_dir: Path, depth: Any) -> None:
+    engine = load_engine(model_dir, cache_dir, depth=depth)
+    for name, length in (("long", 150), ("short", 10)):  # a step takes 64 tokens
+        engine.add(request(name, [20 + n % 30 for n in range(length)], max_tokens=6))
+    shares, steps = dict.fromkeys(("long", "short"), 0.0), 0.0
+    while not engine.idle:
+        outputs, stats = engine.step()
+        steps += stats.step_seconds
+        for output in outputs:
+            shares[output.id] += output.device_seconds
+    assert 0.8 * steps < sum(shares.values()) <= steps
+    assert shares["long"] > 1.5 * shares["short"] > 0

@@ -192,9 +192,9 @@ TestSlidingLayersInFlight = SlidingLayersInFlight.TestCase
 TestStateLayers = StateLayers.TestCase
 TestStateLayersInFlight = StateLayersInFlight.TestCase
 for case in (TestAnythingMayHappen, TestAnythingMayHappenInFlight):
-    case.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+    case.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
 for case in (TestSlidingLayers, TestSlidingLayersInFlight, TestStateLayers, TestStateLayersInFlight):
-    case.settings = settings(max_examples=75, stateful_step_count=30, deadline=None)
+    case.settings = settings(max_examples=45, stateful_step_count=30, deadline=None)
 
 
 @settings(max_examples=80, deadline=None)

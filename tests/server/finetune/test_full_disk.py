@@ -202,6 +202,20 @@ async def test_a_job_that_meets_a_full_disk_waits_for_space_and_loses_nothing(si
     assert digests[0] == digests[1]
 
 
+async def test_a_job_that_waits_for_space_takes_no_more_than_it_needs(site: TuningSite, disk: Path) -> None:
+    """Many that wait, with all that they had, would leave none of them the space to go on."""
+    job = (await site.create(training={"checkpoint_every": 2}))["id"]
+    checkpoints = disk / "data" / "jobs" / job / "checkpoints"
+    await eventually(lambda: (checkpoints / "step-4" / "state.json").exists())
+    (checkpoints / "step-90").mkdir()  # one that found no space to be published
+    filling = fill(disk)
+    await eventually(lambda: site.tuning.jobs.get(TENANT, job).waits_for_space)
+    step = site.tuning.jobs.resumable(job)[0].metrics.step
+    await eventually(lambda: [path.name for path in checkpoints.iterdir()] == [f"step-{step}"])
+    filling.unlink()
+    assert (await site.until(job))["status"] == "succeeded"
+
+
 async def test_a_job_that_waits_for_space_is_paused_resumed_and_goes_on_after_a_restart(
     site: TuningSite, disk: Path
 ) -> None:

@@ -1,9 +1,13 @@
 """A job whose adapter is on experts, as far as it is arithmetic."""
 
+import dataclasses
+import re
+
 import msgspec
 import pytest
 
 from adapters.peft_format.config import AdapterError
+from adapters.peft_format.modules import ExpertsModule, Variants
 from adapters.peft_format.sizes import EXTRAS, ExpertsSize
 from server.finetune import hyperparameters as recipe
 from server.messages.training import ModuleShape
@@ -37,3 +41,16 @@ def test_what_peft_cannot_train_is_refused_by_name() -> None:
     plain = recipe.adapter_config(recipe.LoraOptions(), "base", base_info())
     assert plain["target_modules"] == "all-linear"
     assert "target_parameters" not in plain
+
+
+def test_a_job_goes_on_from_target_parameters_and_from_nothing_else_of_experts() -> None:
+    spec = recipe.saved({"model.layers.0.self_attn.q_proj": ModuleShape(2, 2.0)}, base_info())
+    whole = ExpertsModule(3, 0.5, "a", "b", experts=8, parameter=DOWN)
+    goes_on = dataclasses.replace(spec, variants=Variants(experts={DOWN: whole}))
+    assert recipe.trained_on(goes_on) == recipe.trained_on(spec) | {DOWN: ModuleShape(3, 0.5)}
+    apart = "model.layers.0.mlp.experts.*.down_proj"
+    with pytest.raises(AdapterError, match=re.escape(f"keeps experts apart ('{apart}')")):
+        recipe.trained_on(dataclasses.replace(spec, variants=Variants(experts={apart: whole})))
+    more = Variants(experts={DOWN: whole}, magnitudes={"linear": "m"})
+    with pytest.raises(AdapterError, match="more than A and B .dora."):
+        recipe.trained_on(dataclasses.replace(spec, variants=more))

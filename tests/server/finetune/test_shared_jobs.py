@@ -209,6 +209,8 @@ async def test_long_logs_are_the_same_everywhere(lives: Lives, monkeypatch: pyte
     await two.steer(job_id, "pause")
     await two.until(job_id, "paused")
     await two.steer(job_id, "resume")
+    bucket = Bucket(lives.url)
+    bucket.put_if(f"job-logs/{job_id}/never-named.json", b"[]", None)  # as by a change that was made anew
     one.trainer.until = STEPS + 1
     await one.until(job_id, "succeeded")
     await two.until(job_id, "succeeded")
@@ -217,24 +219,37 @@ async def test_long_logs_are_the_same_everywhere(lives: Lives, monkeypatch: pyte
     assert steps_of(events) == list(range(1, STEPS + 1))
     assert await two.events(job_id) == events
     assert await third.events(job_id) == events
-    assert len(Bucket(lives.url).list("job-logs")) > 2
+    await until(lambda: not bucket.list("job-files"))
+    await until(lambda: {entry.path for entry in bucket.list("job-logs")} == segments_of(one, job_id))
+    assert len(segments_of(one, job_id)) > 2
     assert third.jobs.steps(job_id) == one.jobs.steps(job_id)
 
 
-async def test_jobs_from_before_there_was_a_store_go_on(lives: Lives, tmp_path: Path) -> None:
+def segments_of(site: Sharer, job_id: str) -> set[str]:
+    """Objects of a job's log."""
+    content = site.sharing.records._stored.look(job_id).content
+    assert content is not None
+    return {segment["name"] for segment in content["segments"]}
+
+
+async def test_jobs_and_files_from_before_there_was_a_store_go_on(lives: Lives, tmp_path: Path) -> None:
     one = await lives.open("one")
     one.trainer.until = 4
+    other = await one.upload(purpose="batch")
     job_id = await one.create()
     await one.until(job_id, "running", step=3)
     await one.die()
     bucket = Bucket(lives.url)
-    for prefix in ("jobs", "job-files", "job-logs"):
+    for prefix in ("jobs", "job-files", "job-logs", "files", "file-contents"):
         bucket.delete([entry.path for entry in bucket.list(prefix)])
     two = await lives.open("two")
     again = await lives.open("one")
     again.sharing.records._most = 0
     await two.until(job_id, "succeeded")
     assert min(two.trainer.steps) == 3
+    listed = [site.ask("GET", "/v1/files?purpose=batch") for site in (two, again)]
+    assert [[file["id"] for file in (await one)["data"]] for one in listed] == [[other], [other]]
+    assert (await two.http.get(f"/v1/files/{other}/content")).content == EXAMPLES
 
 
 async def test_while_the_store_is_down_nothing_is_begun_and_nothing_lost(

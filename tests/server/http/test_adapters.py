@@ -120,7 +120,7 @@ async def test_a_download_outlives_its_name(site: Site) -> None:
     with site.store.lease(version):
         await site.registry.delete(EVERYTHING, "legal")
         assert read(version.path / "adapter_model.safetensors") == weights
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while kept(site):  # noqa: ASYNC110 - removed by a thread
             await asyncio.sleep(0.01)
 

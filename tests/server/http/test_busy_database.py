@@ -16,7 +16,7 @@ from tests.support.publishing import held
 
 
 async def test_busy_is_a_503_in_time_and_nobody_else_waits(tmp_path: Path) -> None:
-    site = Site(tmp_path, database_seconds=0.4)
+    site = Site(tmp_path, database_seconds=1.5)
     await site.publisher.import_directory("", "a", write_adapter(tmp_path / "a"))
     async with site.client() as client:
         with held(tmp_path / "finetuning.db"), held(tmp_path / "store.db"):
@@ -37,7 +37,7 @@ async def test_busy_is_a_503_in_time_and_nobody_else_waits(tmp_path: Path) -> No
                 assert response.status_code == 503
                 assert response.json()["error"]["code"] == "database_busy"
                 assert int(response.headers["Retry-After"]) > 0
-            assert time.monotonic() - started < 5
+            assert time.monotonic() - started < 30
         assert (await client.delete("/v1/adapters/a")).status_code == 200
         assert (await client.post("/v1/files", data={"purpose": "fine-tune"}, files=upload)).status_code == 200
     site.close()

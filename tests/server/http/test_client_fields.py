@@ -161,3 +161,12 @@ async def test_labels_have_limits(served: Served, path: str, body: dict[str, Any
     response = await served.client.post(path, json=body | {"metadata": pairs})
     assert response.status_code == 400
     assert response.json()["error"]["param"].startswith("metadata")
+
+
+@pytest.mark.parametrize("label", ["user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"])
+@pytest.mark.parametrize(("path", "body"), [*ENDPOINTS, ("/v1/responses", {"model": "tiny", "input": "hi"})])
+async def test_a_label_has_a_limit(served: Served, path: str, body: dict[str, Any], label: str) -> None:
+    """An answer repeats it, and is kept."""
+    assert (await served.client.post(path, json=body | {label: "x" * 4096})).status_code == 200
+    response = await served.client.post(path, json=body | {label: "x" * 4097})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, label)

@@ -123,7 +123,7 @@ async def _open(port: int, path: str, body: dict[str, Any]) -> tuple[asyncio.Str
 
 
 async def _until(condition: Any) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 

@@ -116,12 +116,12 @@ async def test_a_body_that_was_refused_is_not_read_on(port: int, path: bytes, mo
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     head = b"POST " + path + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n"
     writer.write(head + b"x" * 100_000)
-    answered = await asyncio.wait_for(reader.read(), 3)  # to its end: the server sends nothing more
+    answered = await asyncio.wait_for(reader.read(), 60)  # to its end: the server sends nothing more
     assert answered.startswith((b"HTTP/1.1 413", b"HTTP/1.1 404"))
     assert answered.partition(b"\r\n\r\n")[2]
     sent = 0
     with contextlib.suppress(ConnectionError):  # and, a little later, reads nothing more
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while sent < 500_000_000:
                 writer.write(b"x" * 1_000_000)
                 sent += 1_000_000

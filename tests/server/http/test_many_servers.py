@@ -65,7 +65,7 @@ async def test_what_one_changes_the_other_shows_within_the_poll_interval(pair: P
 
 
 async def until(condition: Any) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 - a thread's doing
             await asyncio.sleep(0.01)
 

@@ -56,7 +56,7 @@ async def get(served: Served, path: str, **query: Any) -> Any:
 async def ended(served: Served, id_: str) -> dict[str, Any]:
     """A response in the background once it is no longer in progress."""
     if (running := served.services.responses.running.get(id_)) is not None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             _ = [event async for event in running.follow(-1)]
     found: dict[str, Any] = await get(served, id_)
     return found

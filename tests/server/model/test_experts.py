@@ -9,7 +9,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from adapters.kernels import ExpertWeights
+from adapters.kernels import ExpertWeights, native
 from adapters.peft_format.directory import AdapterSpec
 from adapters.peft_format.fields import AdapterError
 from adapters.peft_format.sizes import EXTRAS
@@ -271,3 +271,26 @@ def test_mxfp4_files_give_the_base_of_the_numbers_that_they_mean(tmp_path: Path)
     expected = load_engine(plain, tmp_path / "cache").base_digest
     assert load_engine(packed, tmp_path / "cache").base_digest == expected
     assert load_engine(packed, tmp_path / "cache").base_digest == expected  # from the quantised copy
+
+
+def test_the_planned_decoder_runs_experts_and_their_adapters_do_not(
+    engine: Engine, model: Path, tmp_path: Path
+) -> None:
+    if native.load() is None:
+        pytest.skip("no C++ compiler, or LORAKEET_NATIVE=0")
+    assert engine.runner.weights.plan is not None
+    of_experts = publish(
+        engine, tiny_adapter(tmp_path / "experts", model, r=2, target_modules=["q_proj"], target_parameters=EXPERTS)
+    )
+    threads: list[int] = []
+    hook = engine.base.decoder.register_forward_hook(lambda *_: threads.append(torch.get_num_threads()))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        solo(engine, [request("planned", [3, 4, 5], None, max_tokens=2)])
+        assert not threads
+        solo(engine, [request("modules", [3, 4, 5], of_experts, max_tokens=2)])
+        assert set(threads) == {1}, "torch's threads would keep the native kernels' from their cores"
+    finally:
+        hook.remove()
+        torch.set_num_threads(before)

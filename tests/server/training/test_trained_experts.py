@@ -14,6 +14,7 @@ from server.messages.training import PlanMemory
 from server.training.trainable import TrainableAdapter
 from server.training.trainer import Trainer
 from tests.support.offline import load_engine, publish, request, run
+from tests.support.peft_side import initial_adapter
 from tests.support.tiny import tiny_model
 from tests.support.training import PLAN, dataset, ended, final, job, losses
 from tests.support.training import run as train
@@ -29,15 +30,17 @@ COMMON = {"num_hidden_layers": 2, "head_dim": 16, "num_experts_per_tok": 2, "tie
 
 
 @pytest.mark.parametrize(
-    ("family", "settings", "memory"),
+    ("family", "settings", "memory", "goes_on"),
     [
-        ("Qwen3Moe", {"num_experts": 4, "moe_intermediate_size": 48, "norm_topk_prob": True}, "recompute"),
-        ("GptOss", {"num_local_experts": 4, "intermediate_size": 48}, "keep"),
+        ("Qwen3Moe", {"num_experts": 4, "moe_intermediate_size": 48, "norm_topk_prob": True}, "recompute", False),
+        ("Qwen3Moe", {"num_experts": 4, "moe_intermediate_size": 48, "norm_topk_prob": True}, "keep", True),
+        ("GptOss", {"num_local_experts": 4, "intermediate_size": 48}, "keep", False),
     ],
 )
 def test_two_steps_equal_peft_and_the_checkpoint_loads_there(
-    family: str, settings: dict[str, Any], memory: str, tmp_path: Path
+    family: str, settings: dict[str, Any], memory: str, goes_on: bool, tmp_path: Path
 ) -> None:
+    """From PEFT's beginning, and from an adapter that is there."""
     model = tiny_model(
         tmp_path / "model",
         config_class=getattr(transformers, f"{family}Config"),
@@ -47,10 +50,12 @@ def test_two_steps_equal_peft_and_the_checkpoint_loads_there(
     engine = load_engine(model, tmp_path / "cache", quantization="none", adapter_bytes=1 << 20)
     data = dataset(4, seed=3)
     plan: dict[str, Any] = {"n_epochs": 2, "learning_rate": RATE, "max_grad_norm": 0.0, "memory": memory}
-    start = job(engine.base, tmp_path / "job", data, lora=LORA, **plan)
+    initial = initial_adapter(engine, tmp_path / "begun", model, b_std=0.05, **LORA) if goes_on else None
+    start = job(engine.base, tmp_path / "job", data, lora=LORA, initial=initial, **plan)
     begun = TrainableAdapter(engine.base.trainable, start.modules, device=torch.device("cpu"), seed=PLAN["seed"])
-    (tmp_path / "begun").mkdir()
-    adapter_format.write(tmp_path / "begun", LORA, begun.tensors())
+    if not goes_on:
+        (tmp_path / "begun").mkdir()
+        adapter_format.write(tmp_path / "begun", LORA, begun.tensors())
     trainer = Trainer(engine.base)
     try:
         replies = train(trainer, start)

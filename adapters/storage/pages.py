@@ -1,0 +1,62 @@
+"""What each of several servers writes down by itself and all of them read: an object a page, in a bucket.
+
+`<prefix>/<page>/<server>` is one server's page; nobody else changes it. A page is named by its time, so that names are
+in the order of time.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from adapters.storage.bucket import Bucket, Conflict
+from adapters.storage.versions import RemoteUnavailable
+
+_READERS = 16  # pages read at once
+
+
+class Pages:
+    """The pages below one prefix. Everything waits for the bucket, and raises RemoteUnavailable.
+
+    Args:
+        server: whose pages are its own.
+    """
+
+    def __init__(self, bucket: Bucket, prefix: str, server: Callable[[], str]) -> None:
+        self._bucket = bucket
+        self._prefix = prefix
+        self._server = server
+
+    def own(self) -> list[str]:
+        """The names of this server's pages, in order."""
+        return sorted(page for page, server in self._listed() if server == self._server())
+
+    def write(self, page: str, change: Callable[[bytes], bytes]) -> None:
+        """Let its own page be what `change` makes of it, which for a new one is given nothing."""
+        path = f"{self._prefix}/{page}/{self._server()}"
+        found = self._bucket.read(path)
+        before = b"" if found is None else found.content
+        if (after := change(before)) == before:
+            return
+        try:
+            self._bucket.put_if(path, after, found and found.version)
+        except Conflict:  # a second try, behind the first one's back
+            found = self._bucket.read(path)
+            if found is None or found.content != after:
+                raise RemoteUnavailable(f"{path} was changed by another server") from None
+
+    def read(self, first: str, last: str, *, own: bool) -> Iterator[bytes]:
+        """The pages of all servers from one to another, the newest first; without `own`, those of the others."""
+        listed = sorted(self._listed(first if first == last else ""), reverse=True)
+        server = self._server()
+        paths = [
+            f"{self._prefix}/{page}/{of}" for page, of in listed if first <= page <= last and (own or of != server)
+        ]
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="pages") as readers:
+            for start in range(0, len(paths), _READERS):  # whoever reads on is given more
+                for found in readers.map(self._bucket.read, paths[start : start + _READERS]):
+                    if found is not None:
+                        yield found.content
+
+    def _listed(self, page: str = "") -> list[tuple[str, str]]:
+        paths = [entry.path for entry in self._bucket.list(f"{self._prefix}/{page}".rstrip("/"))]
+        names = [path.removeprefix(f"{self._prefix}/").partition("/") for path in paths]
+        return [(page, server) for page, _, server in names]

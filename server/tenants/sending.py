@@ -1,0 +1,42 @@
+"""Gives the object store what this server wrote down: usage and changes, for all servers to show."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from adapters.storage.database import DatabaseBusy
+from adapters.storage.versions import RemoteUnavailable
+
+SEND_SECONDS = 10.0
+_EXPECTED = (RemoteUnavailable, DatabaseBusy, OSError)
+
+log = logging.getLogger(__name__)
+
+
+async def keep_sending(*sends: Callable[[], None]) -> None:
+    """Now and then, and at the end. What a fault keeps back goes the next time, after a restart too."""
+    outage = False
+    try:
+        while True:
+            try:
+                await _send(*sends)
+                outage = False
+            except Exception as fault:
+                if not outage:
+                    unexpected = not isinstance(fault, _EXPECTED)
+                    log.warning(
+                        "other servers do not see what is used and changed here: %s", fault, exc_info=unexpected
+                    )
+                outage = True
+            await asyncio.sleep(SEND_SECONDS)
+    finally:
+        if not outage:
+            try:
+                await _send(*sends)
+            except _EXPECTED as fault:
+                log.warning("what was used and changed here last goes to the object store at the next start: %s", fault)
+
+
+async def _send(*sends: Callable[[], None]) -> None:
+    for send in sends:
+        await asyncio.to_thread(send)

@@ -1,0 +1,148 @@
+"""An object store that takes every request and answers none: who needs it is told so in time, all others go on."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from adapters.storage import bucket, silence
+from adapters.storage.remote import RemoteStore
+from adapters.storage.store import AdapterStore
+from tests.support.buckets import BUCKET, S3Server
+from tests.support.harness import IdleEngine, Site, adapter_files
+from tests.support.scripted import BASE, EOS, ScriptedEngine, encode
+
+HANG = ("hang", "", "", 1)
+ROW = b'{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {"model": "tiny", "prompt": "Hi"}}'
+EXAMPLE = b'{"prompt": "say", "completion": "it is"}\n' * 4
+
+
+class Hanging(Site):
+    """A server that generates, with everything in the store that can be."""
+
+    def open_engine(self) -> IdleEngine:
+        return ScriptedEngine(reply=lambda request: [*encode(" fox"), EOS])
+
+    def open_store(self, root: Path) -> AdapterStore:
+        assert self.settings.adapter_store is not None
+        remote = RemoteStore(self.settings.adapter_store)
+        return AdapterStore(root / "store", remote, remote=remote)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    server = S3Server()
+    server.start()
+    yield server
+    server.stop()
+
+
+@contextlib.asynccontextmanager
+async def opened(root: Path, server: S3Server) -> AsyncIterator[Hanging]:
+    site = await asyncio.to_thread(Hanging, root, adapter_store=f"s3://{BUCKET}/{root.name}", served_model_name=BASE)
+    try:
+        yield site
+    finally:
+        await asyncio.to_thread(server.suffer)
+        site.services.text.close()
+        await site.services.grammars.close()
+        site.close()
+
+
+async def needing(client: httpx.AsyncClient) -> list[tuple[str, str, dict[str, Any]]]:
+    """One request of every kind that needs the store, with what they need from it made beforehand."""
+
+    async def made(path: str, **options: Any) -> Any:
+        response = await client.post(path, **options)
+        assert response.status_code in (200, 201), response.text
+        return response.json()
+
+    def adapter(name: str, seed: int) -> dict[str, Any]:
+        config, weights = adapter_files(seed)
+        return {"data": {"name": name}, "files": {"config": ("c", config), "weights": ("w", weights)}}
+
+    def file(purpose: str, content: bytes) -> dict[str, Any]:
+        return {"data": {"purpose": purpose}, "files": {"file": ("a.jsonl", content)}}
+
+    await made("/v1/adapters", **adapter("here", 1))
+    training, rows = [(await made("/v1/files", **file(*one)))["id"] for one in (("fine-tune", EXAMPLE), ("batch", ROW))]
+    await made("/v1/admin/tenants", json={"id": "acme"})
+    body = {"input_file_id": rows, "endpoint": "/v1/completions", "completion_window": "24h"}
+    batch = (await made("/v1/batches", json=body))["id"]
+    job = {"model": BASE, "training_file": training}
+    return [
+        ("POST", "/v1/adapters", adapter("another", 2)),
+        ("POST", "/v1/adapters/here/pin", {}),
+        ("POST", "/v1/adapters/here/share", {"json": {"tenants": "all"}}),
+        ("POST", "/v1/completions", {"json": {"model": "unknown", "prompt": "Hi"}}),
+        ("GET", "/v1/adapters/unknown-too", {}),
+        ("POST", "/v1/files", file("fine-tune", EXAMPLE)),
+        ("GET", "/v1/files/file-unknown", {}),
+        ("DELETE", f"/v1/files/{training}", {}),
+        ("POST", "/v1/fine_tuning/jobs", {"json": job}),
+        ("GET", "/v1/fine_tuning/jobs/ftjob-unknown", {}),
+        ("POST", "/v1/batches", {"json": body}),
+        ("GET", "/v1/batches/batch_unknown", {}),
+        ("POST", f"/v1/batches/{batch}/cancel", {}),
+        ("POST", "/v1/admin/tenants", {"json": {"id": "rival"}}),
+        ("POST", "/v1/admin/tenants/acme", {"json": {"limits": {"running": 3}}}),
+        ("POST", "/v1/admin/keys", {"json": {"roles": ["admin"]}}),
+        ("DELETE", "/v1/admin/tenants/acme", {}),
+        ("GET", "/v1/usage", {}),
+        ("GET", "/v1/admin/audit", {}),
+    ]
+
+
+@pytest.mark.parametrize("patience", [10.0, pytest.param(40.0, marks=pytest.mark.slow)])
+async def test_who_needs_it_is_told_in_time_and_others_go_on(
+    tmp_path: Path, server: S3Server, monkeypatch: pytest.MonkeyPatch, patience: float
+) -> None:
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    if patience < 20:  # one that is silent for a second is down
+        monkeypatch.setitem(bucket._CLIENT, "read_timeout", timedelta(seconds=1))
+        monkeypatch.setitem(bucket._RETRY, "retry_timeout", timedelta(seconds=1))
+        monkeypatch.setattr(silence, "SILENT_SECONDS", 0.5)
+    async with opened(tmp_path, server) as site, site.client(timeout=None) as client:
+        asked = await needing(client)
+        await asyncio.to_thread(server.suffer, HANG)
+        began = time.monotonic()
+
+        async def timed(method: str, path: str, options: dict[str, Any]) -> tuple[httpx.Response, float]:
+            response = await client.request(method, path, **options)
+            return response, time.monotonic() - began
+
+        crowd: list[tuple[str, str, dict[str, Any]]] = [
+            ("GET", f"/v1/files/file-{n}", {}) for n in range(100)
+        ]  # more than there are threads for
+        waiting = [asyncio.create_task(timed(*one)) for one in (*asked, *crowd)]
+        longest = 0.0
+        while not all(task.done() for task in waiting):
+            started = time.monotonic()
+            body = {"model": "here", "prompt": "Hi", "max_tokens": 2}
+            assert (await client.post("/v1/completions", json=body)).status_code == 200
+            assert (await client.get("/v1/files")).status_code == 200
+            longest = max(longest, time.monotonic() - started)
+            await asyncio.sleep(0.05)
+        took, told = 0.0, {}
+        for (method, path, _), task in zip((*asked, *crowd), waiting, strict=True):
+            response, seconds = task.result()
+            error = response.json().get("error", {})
+            named = "object store" in error.get("message", "")
+            told[f"{method} {path}"] = response.status_code, error.get("code"), named
+            took = max(took, seconds)
+        print(f"all were told after {took:.1f} s; requests for what is at hand took {longest:.2f} s at most")
+        others = {one: answer for one, answer in told.items() if answer != (503, "adapter_store_unavailable", True)}
+        # Of ids that nobody knows so many are looked for between two looks at everything; others wait for the next.
+        assert {one for one, (status, *_) in others.items() if status != 404 or "/files/file-" not in one} == set()
+        assert took < patience
+        assert longest < 2
+        await asyncio.to_thread(server.suffer)
+        for method, path, options in asked[:3]:
+            assert (await client.request(method, path, **options)).status_code in (200, 201), path
