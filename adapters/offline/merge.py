@@ -15,8 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from adapters.disk import sync
+from adapters.offline import of_experts
 from adapters.offline.mix import Factors, read_factors
+from adapters.offline.of_experts import StackedFactors
 from adapters.peft_format.fields import AdapterError
+from adapters.peft_format.sizes import ExpertsSize
 
 _INDEX = "model.safetensors.index.json"
 _CONFIG = "config.json"
@@ -24,7 +27,7 @@ _CONFIG = "config.json"
 
 def merge(
     base: Path,
-    factors: Mapping[str, Factors],
+    factors: Mapping[str, Factors | StackedFactors],
     target: Path,
     *,
     renamed: Mapping[str, str] | None = None,
@@ -34,7 +37,7 @@ def merge(
 
     Args:
         base: a directory in Hugging Face layout with safetensors.
-        factors: full module name -> factors.
+        factors: full module name -> factors; those of experts by the files' names, as `of_experts.read` gives them.
         renamed: parameter in the base's files -> its full name, where these differ.
         transposed: the files hold weights of linears as [in, out].
 
@@ -48,8 +51,11 @@ def merge(
             metadata = file.metadata()
             for name in file.keys():  # noqa: SIM118 - not a mapping
                 weight = file.get_tensor(name)
-                module = left.pop((renamed or {}).get(name, name).removesuffix(".weight"), None)
-                if module is not None:
+                own = name.removesuffix(".weight")
+                module = left.pop(own if own in left else (renamed or {}).get(name, name).removesuffix(".weight"), None)
+                if isinstance(module, StackedFactors):
+                    weight = _added(name, weight, _as_stored(name, weight, module.delta))
+                elif module is not None:
                     weight = _added(name, weight, module.delta.T if transposed else module.delta)
                 merged[name] = weight.bfloat16() if weight.is_floating_point() else weight
         save_file(merged, target / source.name, metadata=metadata)
@@ -66,6 +72,13 @@ def _added(name: str, weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor
     return weight.float() + delta
 
 
+def _as_stored(name: str, weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """Of all experts, turned as the file has them. Raises AdapterError where that cannot be told."""
+    if delta.shape[1] == delta.shape[2]:
+        raise AdapterError(f"'{name}' holds square weights, whose inputs cannot be told from their outputs", "merge")
+    return delta if delta.shape == weight.shape else delta.mT
+
+
 def _copy_the_rest(base: Path, target: Path) -> None:
     for path in base.iterdir():
         if path.is_file() and path.suffix in (".json", ".txt", ".model", ".jinja"):
@@ -79,8 +92,20 @@ def _copy_the_rest(base: Path, target: Path) -> None:
         (target / _INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": index["weight_map"]}))
 
 
+def _names(base: Path) -> set[str]:
+    """Of all tensors in a directory's files."""
+    found: set[str] = set()
+    for source in base.glob("*.safetensors"):
+        with safe_open(source, "pt") as file:
+            found |= set(file.keys())
+    return found
+
+
 def carry_out(order: Mapping[str, Any]) -> None:
     """Merge the adapter in `order["adapter"]` into the base in `order["base"]`; write to `order["target"]`."""
-    factors = read_factors(Path(order["adapter"]))
+    base, adapter = Path(order["base"]), Path(order["adapter"])
+    factors: dict[str, Factors | StackedFactors] = {**read_factors(adapter, beside={"experts"})}
+    sizes = {name: ExpertsSize(**size) for name, size in order["experts"].items()}
+    factors |= of_experts.read(adapter, sizes, _names(base))
     files = {name: order[name] for name in ("renamed", "transposed")}
-    merge(Path(order["base"]), factors, Path(order["target"]), **files)
+    merge(base, factors, Path(order["target"]), **files)

@@ -6,7 +6,7 @@ on factors alone; `carry_out` mixes directories, in a process of its own so that
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,15 +122,18 @@ class _Combination:
 # --- directories -----------------------------------------------------------------------------------
 
 
-def read_factors(directory: Path) -> dict[str, Factors]:
+def read_factors(directory: Path, beside: Collection[str] = ()) -> dict[str, Factors]:
     """The factors of a published adapter.
+
+    Args:
+        beside: kinds of variants that the caller sees to.
 
     Raises:
         AdapterError: it is more than low-rank factors, and those parts cannot be mixed.
     """
     spec = AdapterSpec.read(directory)
-    if spec.variants.names:
-        raise AdapterError(f"only plain LoRA can be mixed and merged, not {', '.join(spec.variants.names)}", "mix")
+    if kinds := [kind for kind in spec.variants.names if kind not in beside]:
+        raise AdapterError(f"only plain LoRA can be mixed and merged, not {', '.join(kinds)}", "mix")
     tensors = adapter_format.load(directory, spec)
     return {name: Factors(a.float(), b.float(), spec.modules[name].scaling) for name, (a, b) in tensors.items()}
 

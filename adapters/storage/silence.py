@@ -9,6 +9,7 @@ from functools import cache
 from adapters.storage.versions import RemoteUnavailable
 
 SILENT_SECONDS = 5.0  # after which a store that was asked, and has answered nothing, is taken to be down
+FULL_SECONDS = 2.0  # likewise, for who would be one more than may wait for it
 _AT_ONCE = 48  # threads that wait for one store: fewer than there are, so that others find one
 _LOOK_SECONDS = 0.1
 
@@ -27,11 +28,12 @@ class Line:
         """Something came."""
         self._answered, self._down_until = time.monotonic(), 0.0
 
-    def check(self) -> None:
-        """Raises RemoteUnavailable when the store is silent."""
+    def check(self, seconds: float | None = None) -> None:
+        """Raises RemoteUnavailable when the store is silent, or has been for so many seconds."""
+        seconds = SILENT_SECONDS if seconds is None else seconds
         with self._lock:
             now, oldest = time.monotonic(), min(self._asked.values(), default=None)
-        if now < self._down_until or (oldest is not None and now - max(oldest, self._answered) > SILENT_SECONDS):
+        if now < self._down_until or (oldest is not None and now - max(oldest, self._answered) > seconds):
             raise RemoteUnavailable("it has answered nothing for some time")
 
     @contextlib.contextmanager
@@ -39,7 +41,7 @@ class Line:
         """Ask it for something small. Raises RemoteUnavailable when it is silent."""
         self.check()
         while not self._places.acquire(timeout=_LOOK_SECONDS):
-            self.check()
+            self.check(FULL_SECONDS)
         me, began = threading.get_ident(), time.monotonic()
         with self._lock:
             self._asked[me] = began

@@ -190,7 +190,8 @@ async def _make(services: Services, version: Version, target: Path) -> None:
             await asyncio.to_thread(_clear, target.parent)
             work.mkdir(mode=0o700)
             info = services.engine_info
-            files = {"renamed": info.renamed, "transposed": info.transposed}
+            experts = {name: size._asdict() for name, size in info.experts.items()}
+            files = {"renamed": info.renamed, "transposed": info.transposed, "experts": experts}
             order = {"base": str(base), "adapter": str(version.path), "target": str(work), **files}
             await ask_once("adapters.offline.merge.carry_out", order, _SECONDS)
             work.rename(target)

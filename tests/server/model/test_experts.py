@@ -10,6 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from adapters.kernels import ExpertWeights, native
+from adapters.offline import merge
 from adapters.peft_format.directory import AdapterSpec
 from adapters.peft_format.fields import AdapterError
 from adapters.peft_format.sizes import EXTRAS
@@ -146,6 +147,50 @@ def peft_logprobs(model: Path, adapter: Path, prompt: list[int]) -> list[float]:
     return found
 
 
+def check_merged(engine: Engine, model: Path, adapter: Path, target: Path) -> None:
+    """A checkpoint of a published adapter holds what PEFT's own merge does."""
+    import peft
+
+    target.mkdir()
+    ready = engine.ready()
+    experts = {name: size._asdict() for name, size in ready.experts.items()}
+    order = {"base": str(model), "adapter": str(adapter), "target": str(target), "experts": experts}
+    merge.carry_out(order | {"renamed": ready.renamed, "transposed": ready.transposed})
+    base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    before = {name: weight.clone() for name, weight in base.state_dict().items()}
+    theirs = peft.PeftModel.from_pretrained(base, str(adapter)).merge_and_unload().state_dict()
+    ours = transformers.AutoModelForCausalLM.from_pretrained(target).state_dict()
+    assert set(ours) == set(theirs)
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name].float(), weight, rtol=2**-8, atol=1e-6)
+    adapted = [size.parameter for size in AdapterSpec.read(adapter).variants.experts.values()]
+    assert not any(torch.allclose(theirs[name], before[name], rtol=2**-7) for name in adapted)
+
+
+@PEFT_WARNS
+def test_a_checkpoint_has_what_peft_merges_whatever_the_files(model: Path, engine: Engine, tmp_path: Path) -> None:
+    adapter = tiny_adapter(
+        tmp_path / "adapter", model, r=3, b_std=0.2, target_modules=["q_proj"], target_parameters=EXPERTS
+    )
+    publish(engine, adapter)
+    check_merged(engine, model, adapter, tmp_path / "of single experts")
+    fused = tmp_path / "fused"
+    fused.mkdir()
+    for path in model.iterdir():
+        (fused / path.name).write_bytes(path.read_bytes())
+    whole = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).state_dict()
+    held = load_file(model / "model.safetensors")
+    whole = {name: weight for name, weight in whole.items() if name in held or "experts" in name}
+    save_file(whole, fused / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AdapterError, match="square weights"):  # experts' down_proj is 64 x 64 here
+        check_merged(engine, fused, adapter, tmp_path / "square")
+    up_alone = tiny_adapter(
+        tmp_path / "up", model, r=3, b_std=0.2, target_modules=["q_proj"], target_parameters=EXPERTS[:1]
+    )
+    publish(engine, up_alone)
+    check_merged(engine, fused, up_alone, tmp_path / "of all experts")
+
+
 def logprobs(answer: Answer) -> list[float]:
     return [entry.logprob for entry in answer.prompt_logprobs if entry is not None]
 
@@ -213,6 +258,7 @@ def test_adapters_of_single_experts_equal_peft(config: str, module: str, parts: 
     prompt = torch.randint(3, 500, (40,)).tolist()
     answer = run(engine, [request("r", prompt, reference, max_tokens=1, prompt_logprobs=0)])["r"]
     assert logprobs(answer) == pytest.approx(peft_logprobs(model, directory, prompt), abs=1e-3)
+    check_merged(engine, model, directory, tmp_path / "merged")
     for name in [name for name in tensors if ".experts.5." in name]:
         del tensors[name]
     save_file(tensors, directory / "adapter_model.safetensors")
