@@ -7,6 +7,7 @@ Precedence: flag, then environment, then default. Aliases are flags only.
 
 # ruff: noqa: RUF009  # `_setting` is `dataclasses.field` with our metadata
 
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -20,6 +21,8 @@ from server.text.reasoning import REASONING_FORMATS
 from server.text.reasoning import VLLM_NAMES as REASONING_NAMES
 from server.text.tools.table import FORMATS
 from server.text.tools.table import VLLM_NAMES as TOOL_NAMES
+
+log = logging.getLogger(__name__)
 
 ENV_PREFIX = "LORAKEET_"
 MAX_SPECULATIVE_TOKENS = 32
@@ -720,14 +723,12 @@ class Settings:
         return {name: Path(directory).expanduser() for name, _, directory in pairs}
 
 
-def unknown_variables(environ: Mapping[str, str]) -> list[str]:
-    """Those that look like settings and are none: misspelt ones."""
+def tell_of_unknown(environ: Mapping[str, str]) -> None:
+    """Log the variables that look like settings and are none: misspelt ones."""
     known = {row.env for row in settings_fields()}
-    return [
-        name
-        for name in sorted(environ.keys() - known)
-        if name.startswith(ENV_PREFIX) and not _NO_SETTING.fullmatch(name.removeprefix(ENV_PREFIX))
-    ]
+    for name in sorted(environ.keys() - known):
+        if name.startswith(ENV_PREFIX) and not _NO_SETTING.fullmatch(name.removeprefix(ENV_PREFIX)):
+            log.warning("%s is no setting", name)
 
 
 def settings_fields() -> list[Setting]:

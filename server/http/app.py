@@ -30,7 +30,7 @@ from adapters.storage.versions import RemoteUnavailable
 from server import data_dir, logs
 from server.children.helper import WORK, Helpers
 from server.client.engine import LocalEngine
-from server.errors import EXCEPTION_HANDLERS, LorakeetError
+from server.errors import EXCEPTION_HANDLERS
 from server.http.inside import answered
 from server.http.limits import LimitedHttpProtocol
 from server.http.listener import bind
@@ -68,7 +68,7 @@ from server.model_source import ModelError, resolve
 from server.openai.sampling_defaults import sampling_defaults
 from server.registry.pins import PinLimit
 from server.services import TENANT, Services, make_services, new_metrics
-from server.settings import SettingError, Settings, unknown_variables
+from server.settings import SettingError, Settings, tell_of_unknown
 from server.tenants.sending import keep_sending
 from server.text.processor import TextProcessor, TokenizerError
 from server.text.sandbox import TemplateRenderer
@@ -97,9 +97,8 @@ def build_app(services: Services) -> Starlette:
         registry, tenants = services.registry, services.tenants
         working = registry.collect_orphans(), registry.following.run(), tenants.run(), tenants.follow()
         background = [asyncio.create_task(work) for work in (*working, services.history.run())]
-        sending = None
-        if services.settings.adapter_store is not None:
-            sending = asyncio.create_task(keep_sending(services.ledger.send, services.audit.send))
+        shared = services.settings.adapter_store is not None
+        sending = asyncio.create_task(keep_sending(services.ledger.send, services.audit.send)) if shared else None
         try:
             yield
         finally:
@@ -164,8 +163,7 @@ def serve(settings: Settings) -> None:
     Raises `ModelError` and `SettingError`, in one line for the operator, when the server cannot start as it is told.
     """
     logs.configure(settings.log_level, as_json=settings.log_json)
-    for name in unknown_variables(os.environ):
-        log.warning("%s is no setting", name)
+    tell_of_unknown(os.environ)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are the engine's
     sys.setswitchinterval(_SWITCH_SECONDS)
     with contextlib.ExitStack() as held:
@@ -324,23 +322,18 @@ class _Server(uvicorn.Server):
         given_up = asyncio.ensure_future(self._engine.failed_for_good.wait())
         try:
             await asyncio.wait({imported, given_up}, return_when=asyncio.FIRST_COMPLETED)
-            if imported.done():
-                imported.result()
-                with contextlib.suppress(OSError):  # nobody reads it
-                    print(self._greeting(), flush=True)
-            else:
+            if not imported.done():
                 raise ModelError(f"the engine cannot start: {self._engine.unready_reason}")
+            imported.result()
+            with contextlib.suppress(OSError):  # nobody reads it
+                print(self._greeting(), flush=True)
         except (ModelError, SettingError) as failure:
             self.failure = failure
-            self.should_exit = True
-        except LorakeetError as error:  # the disk is full, say
-            self.failure = SettingError(f"--adapter: {error}")
-            self.should_exit = True
         except Exception as fault:
             log.exception("coming up failed")
             self.failure = ModelError(f"the server cannot start: {fault}")
-            self.should_exit = True
         finally:
+            self.should_exit = self.should_exit or self.failure is not None
             imported.cancel()
             given_up.cancel()
 

@@ -15,6 +15,7 @@ from server.registry.publish import Publisher
 from server.settings import SettingError, Settings
 
 _POLL_SECONDS = 0.1
+_FAULTS = (AdapterError, OSError, LorakeetError, DatabaseBusy, RemoteUnavailable)
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class Discovery:
         for name, directory in self._settings.adapter_directories.items():
             try:
                 version, changed = await self._publisher.import_directory(tenant, name, directory)
-            except (AdapterError, OSError, RemoteUnavailable) as error:
+            except _FAULTS as error:
                 raise SettingError(f"--adapter {name}: {error}") from None
             log.info("adapter %s is %s%s", name, version.digest, "" if changed else " (unchanged)")
         self.pending = False
@@ -85,7 +86,7 @@ class Discovery:
         try:
             # Whoever gave the name another version since, over HTTP, meant it: the same old files do not undo that.
             await self._publisher.import_directory(tenant, name, directory, root=root, again=False)
-        except (AdapterError, OSError, LorakeetError, DatabaseBusy, RemoteUnavailable) as error:
+        except _FAULTS as error:
             if isinstance(error, AdapterError | Conflict):
                 self._unwanted[name] = signature  # until its files change
             log.warning("--adapter-dir: %s is not served: %s", name, error)

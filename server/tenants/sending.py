@@ -8,6 +8,7 @@ from adapters.storage.database import DatabaseBusy
 from adapters.storage.versions import RemoteUnavailable
 
 SEND_SECONDS = 10.0
+_EXPECTED = (RemoteUnavailable, DatabaseBusy, OSError)
 
 log = logging.getLogger(__name__)
 
@@ -20,16 +21,19 @@ async def keep_sending(*sends: Callable[[], None]) -> None:
             try:
                 await _send(*sends)
                 outage = False
-            except (RemoteUnavailable, DatabaseBusy, OSError) as fault:
+            except Exception as fault:
                 if not outage:
-                    log.warning("other servers do not see what is used and changed here: %s", fault)
+                    unexpected = not isinstance(fault, _EXPECTED)
+                    log.warning(
+                        "other servers do not see what is used and changed here: %s", fault, exc_info=unexpected
+                    )
                 outage = True
             await asyncio.sleep(SEND_SECONDS)
     finally:
         if not outage:
             try:
                 await _send(*sends)
-            except (RemoteUnavailable, DatabaseBusy, OSError) as fault:
+            except _EXPECTED as fault:
                 log.warning("what was used and changed here last goes to the object store at the next start: %s", fault)
 
 

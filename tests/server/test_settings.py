@@ -15,7 +15,7 @@ from server.settings import (
     parse_size,
     settings_fields,
     settings_table,
-    unknown_variables,
+    tell_of_unknown,
 )
 from server.text.reasoning import VLLM_NAMES as REASONING_NAMES
 from server.text.tools.table import VLLM_NAMES as TOOL_NAMES
@@ -142,20 +142,17 @@ def test_a_bad_value_is_named_by_where_it_came_from(flags: Any, environ: Any, me
         Settings.load(flags, environ)
 
 
-def test_what_kubernetes_sets_for_a_service_of_our_name_is_no_setting() -> None:
-    environ = {
-        "LORAKEET_PORT": "tcp://10.96.0.7:80",
-        "LORAKEET_SERVICE_PORT": "80",
-        "LORAKEET_PORT_80_TCP_PROTO": "tcp",
-    }
+def test_what_kubernetes_sets_for_a_service_of_our_name_is_no_setting(caplog: pytest.LogCaptureFixture) -> None:
+    environ = {"LORAKEET_PORT": "tcp://10.96.0.7:80", "LORAKEET_SERVICE_PORT": "80", "LORAKEET_PORT_80_TCP": "tcp://x"}
     assert Settings.load({}, environ).port == 8000
-    assert unknown_variables(environ) == []
+    tell_of_unknown(environ)
+    assert not caplog.records
 
 
-def test_a_misspelt_variable_is_found() -> None:
+def test_a_misspelt_variable_is_told(caplog: pytest.LogCaptureFixture) -> None:
     environ = {"LORAKEET_API_KEYS": "a", "LORAKEET_MAX_MODEL_LENGTH": "64", "LORAKEET_MODEL": "x", "HOME": "/"}
-    others = {"LORAKEET_URL": "x", "LORAKEET_TRITON": "0", "LORAKEET_RAY_COMMAND": "x"}
-    assert unknown_variables(environ | others) == ["LORAKEET_API_KEYS", "LORAKEET_MAX_MODEL_LENGTH"]
+    tell_of_unknown(environ | {"LORAKEET_URL": "x", "LORAKEET_TRITON": "0", "LORAKEET_RAY_COMMAND": "x"})
+    assert caplog.messages == ["LORAKEET_API_KEYS is no setting", "LORAKEET_MAX_MODEL_LENGTH is no setting"]
 
 
 def test_origins_are_as_browsers_write_them() -> None:
