@@ -140,10 +140,11 @@ class RowPool:
         return True
 
     def reserve(self, adapter: HostAdapter, *, compact: bool = True) -> bool:
-        """Give an adapter its rows, to be filled; False when rows are lacking. Nothing is kept then, nor after a fault.
+        """Give an adapter its rows, to be filled. False when rows are lacking; it then keeps none, nor after a fault.
 
-        With `compact` it moves the others when free units suffice but no gap does, so it must run between steps, and
-        while nobody fills rows. Without, rows are lacking then.
+        Args:
+            compact: move other adapters when enough units are free, but in no single gap. Must run between steps, and
+                while nobody fills rows. Without it, that is False, too.
         """
         need = adapter.units(self.kinds)
         if any(rounded(units) > self.rows[kind].free for kind, units in need.items()):

@@ -143,7 +143,8 @@ class BlockGroups:
         return True
 
     def _cached(self, keys: Seq[bytes]) -> int:
-        """How many leading blocks of a chain need not be computed: each group has what later tokens see of them."""
+        """How many leading blocks of a prompt can be reused: those of which every group of layers holds all keys and
+        values that later tokens attend to."""
         found = len(keys)
         runs: dict[int, list[int]] = {}  # sliding group -> per place how many blocks up to it are there without a gap
         for group, (pool, window) in enumerate(zip(self.pools, self._windows, strict=True)):
@@ -272,7 +273,8 @@ def name_blocks(blocks: BlockGroups, sequence: Sequence, tokens: int) -> None:
 
 
 def _in_force(sequence: Sequence, begin: int, end: int) -> AdapterKey:
-    """The adapters of tokens [begin, end); one that comes into force within them is another than one in force before.
+    """The adapters of tokens [begin, end), as part of a block's key. One that comes into force within the block is
+    written differently from one that was in force before it.
 
     So the blocks before an activated adapter's invocation are the base's, and found by everybody who shares them.
     """

@@ -5,9 +5,9 @@ decodes first, then on chunks of prompts under way, then on newcomers in order o
 to drafts. `schedule` decides a step, the caller gives it to the device, and `advance` takes in its works one by one.
 
 Lengths advance when a step is given, so `schedule` decides the next one just as well before the tokens of the last were
-read. Only a sequence that needs those on the host (penalties, drafts) is passed over until they are. One that an
-in-flight step turns out to end is computed once more for nothing; what a sequence leaves is given back when no step in
-flight computes it any more.
+read. Only a sequence that needs those on the host (penalties, drafts) is passed over until they are. Where the token
+that ends a sequence is read after the next step was given, that step computes the sequence in vain. Blocks and adapters
+of an ended sequence are given back once no in-flight step has it.
 
 Blocks are numbers here, and adapters hashable keys. Stop strings are found by the API process, which calls `abort`.
 
@@ -19,8 +19,9 @@ Order and fairness:
 - When running sequences need more blocks than exist, the youngest is preempted: it gives everything back and waits in
   its old place. What it generated is kept and later recomputed as if it were prompt, never drawn again. If it is in
   flight, it is held back first, and so is the one in need.
-- Sequences in the background are younger than all others, have steps in which nothing else can run, and give place,
-  blocks and rows to the first newcomer that lacks them. After `background_seconds` one at a time is as others are.
+- Background sequences count as younger than all others, run only in steps in which no other can, and give up their
+  place, blocks and rows to the first newcomer that lacks them. One that has waited for `background_seconds` is treated
+  as others are, one such at a time.
 - Among several tenants `shares` decides who is next, whose sequence gives way, and to whom a step belongs.
 """
 
@@ -90,8 +91,8 @@ class Scheduler:
         self._arrivals = 0
         self._steps = 0
         self._shares = Shares(max_batch_requests, blocks.capacity * blocks.block_size, background_seconds)
-        self._leaves_next: Sequence | None = None  # it is in flight, and gives way once it has been collected
-        self._held: Sequence | None = None  # that of the step before
+        self._leaves_next: Sequence | None = None  # in flight; preempted once its step has been collected
+        self._held: Sequence | None = None  # what `_leaves_next` was one step ago
 
     @property
     def idle(self) -> bool:
@@ -171,7 +172,7 @@ class Scheduler:
         return Step(tuple(works))
 
     def _groups(self) -> Iterator[Group]:
-        """Whose the step may be; the first of whom anything can run has it."""
+        """Groups of sequences that the step may belong to; the first of which anything can run has it."""
         if favoured := self._shares.favoured(self.running, self.waiting):
             yield Group(tenants=favoured)
         yield Group()
@@ -179,7 +180,7 @@ class Scheduler:
             yield Group(background=True)
 
     def _schedule_group(self, now: float, group: Group) -> list[Work]:
-        """What those of a group may compute now, but for one that gives way."""
+        """The works of a group in this step, without a sequence that is about to be preempted."""
         works: list[Work] = []
         self._schedule_decodes(works, group)
         most = min(_BACKGROUND_TOKENS, self._max_batch_tokens) if group.background else self._max_batch_tokens
@@ -256,7 +257,7 @@ class Scheduler:
         return len(self.running) < self._max_batch_requests
 
     def _gives_way(self, sequence: Sequence, works: list[Work]) -> bool:
-        """Whether another was preempted for this one; one in flight is when its step has been collected."""
+        """Whether another was preempted for this one; one in flight is preempted once its step has been collected."""
         victim = self._shares.victim(sequence, self.running)
         if victim is None:
             return False

@@ -121,15 +121,15 @@ class CheckpointAdapters:
             self._jobs.add_event(job.id, f"The checkpoint of step {kept.metrics.step} is damaged", level="warn")
         return None
 
-    def give_back(self, job: Job) -> None:
-        """Remove a job's checkpoints but the one to go on from: the one before, and one that was not written down."""
+    def remove_spare(self, job: Job) -> None:
+        """Keep only the checkpoint that the job goes on from: not the one before, nor one that was not written down."""
         last = self.last_good(job)
         for directory in (self._directory / job.id / CHECKPOINTS).glob("*"):
             if str(directory) != last:
                 shutil.rmtree(directory, ignore_errors=True)
 
     def _here(self, job: Job, kept: StoredCheckpoint) -> Path:
-        """Where a checkpoint lies, or would, which another server may have made."""
+        """The directory here of a checkpoint, which another server may have made."""
         return self._directory / job.id / Path(*Path(kept.directory).parts[-2:])
 
 

@@ -285,7 +285,7 @@ class JobManager:
         Meanwhile it takes no more than it needs, or jobs that wait would keep each other from going on.
         """
         with contextlib.suppress(OSError, DatabaseBusy, RemoteUnavailable):
-            await asyncio.to_thread(self._checkpoints.give_back, job)
+            await asyncio.to_thread(self._checkpoints.remove_spare, job)
         while True:
             with contextlib.suppress(OSError, DatabaseBusy):  # not even that can be written now
                 now = await self._now(job)

@@ -51,7 +51,7 @@ class _Bucket:
         self._level = self.left() - amount
 
     def seconds(self, amount: float) -> float:
-        """Until there is so much."""
+        """Seconds until so much is left."""
         return max(0.0, amount - self.left()) * _MINUTE / self.limit
 
 
@@ -121,7 +121,7 @@ class Allowance:
                 del self._users[digest], self._rows[digest]
 
     def spend(self, tokens: int) -> None:
-        """An answer had so many."""
+        """Count the tokens of an answer."""
         if "tokens" in self._buckets:
             self._buckets["tokens"].take(tokens)
 
