@@ -19,9 +19,8 @@ Order and fairness:
 - When running sequences need more blocks than exist, the youngest is preempted: it gives everything back and waits in
   its old place. What it generated is kept and later recomputed as if it were prompt, never drawn again. If it is in
   flight, it is held back first, and so is the one in need.
-- Background sequences count as younger than all others, run only in steps in which no other can, and give up their
-  place, blocks and rows to the first newcomer that lacks them. One that has waited for `background_seconds` is treated
-  as others are, one such at a time.
+- Background sequences count as youngest, run in steps in which no other can, and give up place, blocks and rows to the
+  first newcomer that lacks them. One at a time, after waiting for `background_seconds`, is treated as others are.
 - Among several tenants `shares` decides who is next, whose sequence gives way, and to whom a step belongs.
 """
 
