@@ -271,7 +271,7 @@ def test_it_works_under_a_prefix(browser: Browser, server: RunningServer) -> Non
         page = console.open("playground?m=poet&max_tokens=4")
         page.get_by_role("textbox", name="Prompt", exact=True).fill("Hi")
         page.keyboard.press("Enter")
-        expect(page.get_by_text(re.compile("tokens/s"))).to_be_visible()
+        expect(page.get_by_text(re.compile("4 tokens"))).to_be_visible()
         for view in ("finetune", "evaluations", "server"):
             console.open(view).wait_for_load_state("networkidle")
         assert [one for one in asked if not one.startswith(f"{url}/behind/proxy/")] == []

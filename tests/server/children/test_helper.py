@@ -35,7 +35,8 @@ def block(order: str):
 def obedient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A module that does as it is told."""
     (tmp_path / "obedient.py").write_text(PROGRAM)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    paths = filter(None, (str(tmp_path), os.environ.get("PYTHONPATH")))  # an empty one is the working directory
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
 
 
 def order(code: str, function: str = "run") -> dict[str, str]:

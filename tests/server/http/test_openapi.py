@@ -41,7 +41,7 @@ CHECKS = [
     response_schema_conformance,
     negative_data_rejection,
 ]
-EXAMPLES = 15  # requests of each operation that reads a body or a query, a fifth of the others
+EXAMPLES = 30  # requests of each operation that reads a body or a query, a fifth of the others
 
 
 async def document_of(served: Served, **headers: str) -> dict[str, Any]:
