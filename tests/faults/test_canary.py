@@ -26,24 +26,23 @@ async def test_a_canary_from_first_share_to_rollback_under_load(server: RunningS
     async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
         expected = {digest: (await ask(client, f"song@{digest}"))[1] for digest in (old, new)}
         assert expected[old] != expected[new]
-        seen: list[tuple[str, str]] = []
+        seen: list[list[tuple[str, str]]] = [[]]  # by the phase in which a request began
         stop = asyncio.Event()
 
         async def load(user: str) -> None:
             while not stop.is_set():
-                seen.append(await ask(client, "song", user))
+                begun_in = seen[-1]
+                begun_in.append(await ask(client, "song", user))
 
         async def phase(path: str, body: Any) -> set[str]:
             """Change what the name means; the digests that answer requests begun after that."""
             response = await client.post(f"/v1/adapters/song/{path}", json=body)
             assert response.status_code == 200, response.text
-            running = CLIENTS  # each may still hold what it began before
-            seen.clear()
+            seen.append([])
             async with asyncio.timeout(60):
-                while len(seen) < running + 20:  # noqa: ASYNC110 - filled by the clients
+                while len(seen[-1]) < 20:  # noqa: ASYNC110 - filled by the clients
                     await asyncio.sleep(0.01)
-            assert all(text == expected[digest] for digest, text in seen)
-            return {digest for digest, _ in seen[running:]}
+            return {digest for digest, _ in seen[-1]}
 
         clients = [asyncio.create_task(load(f"user-{i}")) for i in range(CLIENTS)]
         assert await phase("promote", {"digest": old}) == {old}
@@ -52,6 +51,7 @@ async def test_a_canary_from_first_share_to_rollback_under_load(server: RunningS
         assert await phase("rollback", None) == {old}
         stop.set()
         await asyncio.gather(*clients)
+        assert all(text == expected[digest] for answers in seen for digest, text in answers)
         assert (await client.delete("/v1/adapters/song")).status_code == 200
 
 
