@@ -25,10 +25,11 @@ _CASES = (
     Case("eight-bf16", "8 requests, 8 adapters (bf16 files)", 8, "distinct", "bfloat16", 65, _HALF_WIDTH),
     Case("base", "8 requests, no adapter", 8, "none", "float32", 65, _BASE),
     Case("whole", "8 whole requests (64 in, 33 out)", 8, "distinct", "float32", 33, _WHOLE),
+    # Long enough that the first still decodes when the last one's prompt has been read.
     Case("one-512", "1 request of 512 tokens, 1 adapter", 1, "one", "float32", 33, _LONG, 512),
-    Case("eight-512", "8 requests of 512 tokens, 8 adapters", 8, "distinct", "float32", 33, _LONG, 512),
+    Case("eight-512", "8 requests of 512 tokens, 8 adapters", 8, "distinct", "float32", 65, _LONG, 512),
     Case("one-2048", "1 request of 2,048 tokens, 1 adapter", 1, "one", "float32", 33, _LONG, 2048),
-    Case("eight-2048", "8 requests of 2,048 tokens, 8 adapters", 8, "distinct", "float32", 33, _LONG, 2048),
+    Case("eight-2048", "8 requests of 2,048 tokens, 8 adapters", 8, "distinct", "float32", 161, _LONG, 2048),
     Case("one-6000", "1 request of 6,000 tokens, 1 adapter", 1, "one", "float32", 33, _LONG, 6000),
 )
 NAMES = [case.name for case in _CASES]
