@@ -14,6 +14,9 @@ constexpr int PIECE = 512;     // keys, aligned likewise: a piece has a softmax 
 constexpr int TASK_ROWS = 96;  // about so many (query, head) rows share a task's keys
 constexpr int64_t NEAR = 1 << 20;  // bytes of a thread's own cache
 
+constexpr int AHEAD = 2;       // runs of keys or values between the one at work and the one asked for
+constexpr int LINE = 64;       // bytes of a cache line
+
 static_assert(PIECE % GROUP == 0);
 
 struct Rows {  // the (query, head) rows of one task: one request, one kv head, some of its queries
@@ -59,9 +62,12 @@ struct Softmax {  // over some of the keys, for so many rows
     }
 };
 
-// Asks for `floats` numbers that will be read soon; null: nothing will.
-INLINE void fetch(const float* at, int64_t floats) {
-    for (int64_t i = 0; at && i < floats; i += 16) __builtin_prefetch(at + i);
+// Asks for a line that will be read soon. Into the second-level cache, for more lines can be on their way there at once.
+INLINE void fetch_line(const void* at) { __builtin_prefetch(at, 0, 2); }
+
+// Asks for so many bytes; null: none.
+INLINE void fetch(const void* at, int64_t bytes) {
+    for (int64_t i = 0; at && i < bytes; i += LINE) fetch_line((const char*)at + i);
 }
 
 constexpr int VECTORS = W == 16 ? 4 : 2;  // of each row's sums, as registers allow
@@ -88,13 +94,13 @@ void turn(const float* keys, int count, int room, int dim, float* to) {
         for (int d = 0; d < dim; d++) to[d * GROUP + n] = keys[(int64_t)n * dim + d];
 }
 
-// `weigh`, which takes its terms one by one where `next` is asked for meanwhile: a line with each, `next_stride` apart.
-template <int M, int V, bool PART = false>
+// `weigh`, which takes its terms one by one where `next` is asked for meanwhile: LINES with each, `next_stride` apart.
+template <int M, int V, bool PART = false, int LINES = 1>
 INLINE void weigh_on_the_way(vf (&sums)[M][V], const float* weights, int64_t weight_stride, const float* rows, int64_t row_stride,
                              int count, int lanes, const float* next, int64_t next_stride) {
     if (!next) return weigh<M, V, PART>(sums, weights, weight_stride, rows, row_stride, count, lanes);
     for (int n = 0; n < count; n++) {
-        __builtin_prefetch(next + n * next_stride);
+        for (int line = 0; line < LINES; line++) fetch_line((const char*)(next + n * next_stride) + line * LINE);
         weigh<M, V, PART>(sums, weights + n, weight_stride, rows + n * row_stride, row_stride, 1, lanes);
     }
 }
@@ -115,7 +121,8 @@ INLINE void weigh_some(const float* weights, const float* values, int count, int
     vf sums[M][V];
     for (int m = 0; m < M; m++)
         for (int v = 0; v < V; v++) sums[m][v] = PART ? load_part(acc + m * dim, lanes) : load(acc + m * dim + v * W);
-    weigh_on_the_way<M, V, PART>(sums, weights, GROUP, values, dim, count, lanes, next, dim);
+    constexpr int LINES = V * W * (int)sizeof(float) > LINE ? V * W * (int)sizeof(float) / LINE : 1;  // of each value's part
+    weigh_on_the_way<M, V, PART, LINES>(sums, weights, GROUP, values, dim, count, lanes, next, dim);
     for (int m = 0; m < M; m++)
         for (int v = 0; v < V; v++)
             PART ? store_part(acc + m * dim, sums[m][v], lanes) : store(acc + m * dim + v * W, sums[m][v]);
@@ -193,28 +200,34 @@ void attend_group(const Attention& a, const Rows& rows, int begin, const Softmax
     const int64_t row_bytes = a.cache.row_bytes(dim);
     const bool exact = a.cache.kind == KV_FP32;
     auto place = [&](int at) { return (((int64_t)blocks[at / size] * a.kv_heads + rows.kv_head) * size + at % size) * row_bytes; };
-    // Visits runs of keys that lie together; each is told where the next one lies, the last one `behind`. Runs are pages
-    // apart, so the hardware does not see them coming. Of a cache that is not fp32, the group is widened before, as one run.
-    auto spans = [&](const char* cache, const char* behind, auto&& visit) {
+    // Visits runs of keys that lie together; each is told where one lies that is visited AHEAD runs later, in `behind` from
+    // key `from` on when this group's have ended. Runs are pages apart, so the hardware does not see them coming. Of a cache
+    // that is not fp32, the group is widened before, as one run.
+    auto spans = [&](const char* cache, const char* behind, int from, auto&& visit) {
         float* wide = exact ? nullptr : scratch(WIDENED, (size_t)GROUP * dim);
         for (int n = 0; n < keys;) {
-            const int at = begin + n, count = least(keys - n, size - at % size);
-            const char *here = cache + place(at), *next = n + count < keys ? cache + place(at + count) : behind;
-            if (exact) visit(n, count, (const float*)here, (const float*)next);
-            else widen(a.cache, here, count, dim, wide + (int64_t)n * dim);
+            const int at = begin + n, count = least(keys - n, size - at % size), then = n + AHEAD * size;
+            const int later = then < keys ? begin + then : from + then - (keys + size - 1) / size * size;
+            const char *here = cache + place(at), *next = later < rows.kv_len ? (then < keys ? cache : behind) + place(later) : nullptr;
+            if (exact) {
+                visit(n, count, (const float*)here, (const float*)next);
+            } else {
+                fetch(next, count * row_bytes);
+                widen(a.cache, here, count, dim, wide + (int64_t)n * dim);
+            }
             n += count;
         }
         if (!exact) visit(0, keys, (const float*)wide, (const float*)nullptr);
     };
     float* turned = scratch(TURNED, (size_t)GROUP * dim);
     const bool at_once = row_count <= FEW_ROWS && size % RUN == 0;
-    spans(a.cache.k, a.cache.v + place(begin), [&](int n, int count, const float* here, const float* next) {
+    spans(a.cache.k, a.cache.v, begin, [&](int n, int count, const float* here, const float* next) {
         turn(here, count, exact ? size - (begin + n) % size : GROUP - n, dim, turned + n);
         if (at_once)
             by_fours(row_count, [&]<int M>(int m) {
                 score_keys<M, RUN / W>(rows.q + m * dim, turned + n, count, dim, rows.scores + m * GROUP + n, m ? nullptr : next);
             });
-        else fetch(next, (int64_t)count * dim);
+        else fetch(next, count * row_bytes);
     });
     if (!at_once)
         by_fours(row_count, [&]<int M>(int m) {
@@ -228,8 +241,7 @@ void attend_group(const Attention& a, const Rows& rows, int begin, const Softmax
         for (int n = last < 0 ? 0 : last + 1; n < GROUP; n++) scores[n] = -INFINITY;
         soften(scores, sums.top + m, sums.total + m, sums.acc + m * dim, dim);
     }
-    const char* const next_group = begin + GROUP < rows.kv_len ? a.cache.k + place(begin + GROUP) : nullptr;
-    spans(a.cache.v, next_group, [&](int n, int count, const float* here, const float* next) {
+    spans(a.cache.v, a.cache.k, begin + GROUP, [&](int n, int count, const float* here, const float* next) {
         by_fours(row_count, [&]<int M>(int m) {
             weigh_values<M>(rows.scores + m * GROUP + n, here, count, dim, sums.acc + m * dim, m ? nullptr : next);
         });
