@@ -14,7 +14,7 @@ _OTHERS = ("vllm", "vllm-bf16", "peft", "peft-bf16")
 _ALL = ("lorakeet", "lorakeet-int8", "lorakeet-offline", *_LLAMA, "llama-static", "llama-q4_0-static", *_OTHERS)
 _HALF_WIDTH = ("lorakeet", *_LLAMA)
 _BASE = ("lorakeet", "lorakeet-bare", *_LLAMA, *_OTHERS, "transformers-serve", "transformers-serve-bf16")
-_LONG = ("lorakeet", *_LLAMA)
+_LONG = ("lorakeet", "lorakeet-kv16", *_LLAMA)
 _WHOLE = ("lorakeet", "lorakeet-int8", *_LLAMA, "vllm", "peft-switching")
 
 _CASES = (

@@ -81,6 +81,16 @@ class LorakeetBare(Lorakeet):
         return {}
 
 
+class LorakeetKv16(Lorakeet):
+    """The same server with a KV cache of fp16, which is llama.cpp's default."""
+
+    name = "lorakeet-kv16"
+    flags = ("--kv-cache-dtype", "float16")
+
+    async def extras(self) -> dict[str, Any]:
+        return {}
+
+
 class LorakeetInt8(Lorakeet):
     """The same server with its int8 tier, whose logits are not exact: it says how far off they are."""
 

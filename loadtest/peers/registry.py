@@ -2,7 +2,7 @@
 
 from loadtest.peers import llama, peft, transformers_serve, vllm
 from loadtest.peers.base import Side
-from loadtest.peers.lorakeet import Lorakeet, LorakeetBare, LorakeetInt8
+from loadtest.peers.lorakeet import Lorakeet, LorakeetBare, LorakeetInt8, LorakeetKv16
 from loadtest.peers.lorakeet_offline import LorakeetOffline
 
 SIDES: dict[str, type[Side]] = {
@@ -11,6 +11,7 @@ SIDES: dict[str, type[Side]] = {
         Lorakeet,
         LorakeetBare,
         LorakeetInt8,
+        LorakeetKv16,
         LorakeetOffline,
         llama.Llama,
         llama.LlamaStatic,

@@ -116,6 +116,22 @@ INLINE void score_keys(const float* q, const float* turned, int keys, int dim, f
     }
 }
 
+// The same scores of a whole run, whose keys are turned in registers: for few rows. Asks for the run at `next` meanwhile.
+template <int M>
+INLINE void score_run(const float* q, const float* keys, int dim, float* scores, const float* next) {
+    for (int n = 0; n < RUN; n += W) {
+        vf sums[M] = {};
+        for (int d = 0; d < dim; d += 4) {
+            vf four[4];
+            columns(keys + (int64_t)n * dim + d, dim, four);
+            for (int line = 0; next && line < 4 * W; line += LINE / sizeof(float)) fetch_line(next + n * dim + d * W + line);
+            for (int i = 0; i < 4; i++)
+                for (int m = 0; m < M; m++) sums[m] = fma(set1(q[m * dim + d + i]), four[i], sums[m]);
+        }
+        for (int m = 0; m < M; m++) store(scores + m * GROUP + n, sums[m]);
+    }
+}
+
 template <int M, int V, bool PART>
 INLINE void weigh_some(const float* weights, const float* values, int count, int dim, float* acc, int lanes, const float* next) {
     vf sums[M][V];
@@ -201,8 +217,8 @@ void attend_group(const Attention& a, const Rows& rows, int begin, const Softmax
     const bool exact = a.cache.kind == KV_FP32;
     auto place = [&](int at) { return (((int64_t)blocks[at / size] * a.kv_heads + rows.kv_head) * size + at % size) * row_bytes; };
     // Visits runs of keys that lie together; each is told where one lies that is visited AHEAD runs later, in `behind` from
-    // key `from` on when this group's have ended. Runs are pages apart, so the hardware does not see them coming. Of a cache
-    // that is not fp32, the group is widened before, as one run.
+    // key `from` on when this group's have ended. Runs are pages apart, so the hardware does not see them coming. A run of a
+    // cache that is not fp32 is widened before.
     auto spans = [&](const char* cache, const char* behind, int from, auto&& visit) {
         float* wide = exact ? nullptr : scratch(WIDENED, (size_t)GROUP * dim);
         for (int n = 0; n < keys;) {
@@ -213,16 +229,20 @@ void attend_group(const Attention& a, const Rows& rows, int begin, const Softmax
                 visit(n, count, (const float*)here, (const float*)next);
             } else {
                 fetch(next, count * row_bytes);
-                widen(a.cache, here, count, dim, wide + (int64_t)n * dim);
+                widen(a.cache, here, count, dim, wide);
+                visit(n, count, (const float*)wide, (const float*)nullptr);
             }
             n += count;
         }
-        if (!exact) visit(0, keys, (const float*)wide, (const float*)nullptr);
     };
     float* turned = scratch(TURNED, (size_t)GROUP * dim);
-    const bool at_once = row_count <= FEW_ROWS && size % RUN == 0;
+    const bool at_once = row_count <= FEW_ROWS && size % RUN == 0, in_registers = row_count <= 4 && size == RUN && dim % 4 == 0;
     spans(a.cache.k, a.cache.v, begin, [&](int n, int count, const float* here, const float* next) {
-        turn(here, count, exact ? size - (begin + n) % size : GROUP - n, dim, turned + n);
+        if (in_registers) {
+            by_fours(row_count, [&]<int M>(int) { score_run<M>(rows.q, here, dim, rows.scores + n, next); });
+            return;
+        }
+        turn(here, count, exact ? size - (begin + n) % size : GROUP, dim, turned + n);
         if (at_once)
             by_fours(row_count, [&]<int M>(int m) {
                 score_keys<M, RUN / W>(rows.q + m * dim, turned + n, count, dim, rows.scores + m * GROUP + n, m ? nullptr : next);
