@@ -69,7 +69,8 @@ def on_single_experts(model: Path, adapter: Path, module: str, parts: list[str])
     base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
     for layer in base.model.layers:
         layer.mlp.experts = _Experts(layer.mlp.experts, parts)
-    base.config.model_type = "llama"  # or PEFT takes the experts for those of transformers 5
+    # Or PEFT takes the experts for those of transformers 5. To mypy it is a class's constant.
+    setattr(base.config, "model_type", "llama")  # noqa: B010
     adapted = peft.get_peft_model(base, peft.LoraConfig.from_pretrained(str(adapter)))
     assert isinstance(adapted, peft.PeftModel)
     parameters = {name.replace(".default.", "."): value for name, value in adapted.named_parameters()}

@@ -106,6 +106,7 @@ def test_experts_are_quantised_one_at_a_time(model: Path, tmp_path: Path, monkey
         ("Qwen3Moe", {}),
         ("Mixtral", {"num_local_experts": 8, "intermediate_size": 64}),
         ("Glm4Moe", {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}),
+        ("Qwen2Moe", {"shared_expert_intermediate_size": 64}),  # a gate of one number for each token
     ],
 )
 def test_company_changes_no_bit(config: str, settings: dict[str, Any], tmp_path: Path) -> None:
