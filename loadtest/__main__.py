@@ -33,6 +33,7 @@ from loadtest import (
     kernels,
     loading,
     machine,
+    mixture,
     pages,
     registered,
     report,
@@ -214,6 +215,21 @@ def show_training(
     threads = len(os.sched_getaffinity(0))
     measured = training.run(model_dir or _default_model(), _cache_dir(), threads=threads, rounds=rounds, steps=1)
     _show_measured("training", measured, training.table(measured), out)
+
+
+@app.command("mixture")
+def show_mixture(rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 5, out: Out = None) -> None:
+    """Decoding a mixture of experts beside transformers with bitsandbytes, and beside what its bytes need."""
+    with tempfile.TemporaryDirectory(prefix="loadtest-") as folder:
+        measured = mixture.run(
+            Path(folder),
+            threads=len(os.sched_getaffinity(0)),
+            rounds=rounds,
+            report=lambda line: notes.print(escape(line)),
+        )
+    _show_measured("mixture", measured, mixture.table(measured), out)
+    if out is not None:
+        out.with_suffix(".md").write_text(mixture.markdown(measured), "utf-8")
 
 
 @app.command("beside")

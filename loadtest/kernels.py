@@ -20,7 +20,17 @@ class KernelsError(Exception):
 
 def measure() -> dict[str, Any]:
     """Run the benchmark. Returns `{"roofline": {...}, "lines": [{kernel, shape, rows, seconds, ...}]}`."""
-    done = subprocess.run([sys.executable, "-m", MODULE], capture_output=True, text=True)
+    return _run()
+
+
+def roofline() -> dict[str, Any]:
+    """What the machine can do: `{"read_gb_s", "fp32_gflop_s", "threads", "instruction_set"}`."""
+    found: dict[str, Any] = _run("--roofline")["roofline"]
+    return found
+
+
+def _run(*arguments: str) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, "-m", MODULE, *arguments], capture_output=True, text=True)
     if done.returncode:
         raise KernelsError(done.stderr[-2000:])
     measured: dict[str, Any] = json.loads(done.stdout)

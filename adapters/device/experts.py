@@ -4,9 +4,11 @@
 transformers' own.
 """
 
+import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapters import kernels
@@ -95,15 +97,18 @@ def forward(module: Any, hidden: Tensor, index: Tensor, scores: Tensor) -> Tenso
 
 
 def pad_router(router: nn.Module, weight: Tensor) -> None:
-    """Let a router see its rows padded, so that a library product gives each of them the same bits in any company.
+    """Let a router see its rows padded, so that torch's products and functions give each the same bits in any company.
 
     Args:
         weight: its own `[experts, in]`.
     """
     inner = type(router).forward
+    together = reference.LANES // math.gcd(reference.LANES, len(weight))  # rows of scores that are whole lanes
 
     def padded(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         count = hidden.shape[-2]
+        if hidden.is_cpu:
+            hidden = F.pad(hidden, (0, 0, 0, -count % together))
         hidden = reference.pad_rows(hidden, weight)
         found = inner(router, hidden, *args, **kwargs)
         whole = hidden.shape[-2]

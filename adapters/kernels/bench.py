@@ -2,14 +2,16 @@
 
 A linear is timed over a run of weights in one native call, as in a step; its library counterpart call by call.
 Prints one JSON object: `roofline` (read_gb_s, fp32_gflop_s, threads, instruction_set) and `lines` (kernel, shape, rows,
-seconds, library, library_seconds, bandwidth_share, flops_share). Weights are rotated through more memory than caches
-hold, as in a model. Times are medians; the roofline is measured before and after, and its best counts.
+seconds, library, library_seconds, bandwidth_share, flops_share), of which `--roofline` leaves none. Weights are rotated
+through more memory than caches hold, as in a model. Times are medians; the roofline is measured before and after, and
+its best counts.
 """
 
 import json
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain, cycle
 from typing import Any
 
@@ -245,15 +247,15 @@ def _sdpa(q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, queries: 
 
 
 @torch.no_grad()
-def measure() -> dict[str, Any]:
-    """Measure everything, about half a minute. Raises RuntimeError without the native kernels."""
+def measure(parts: Sequence[Callable[[native.Kernels], list[dict[str, Any]]]]) -> dict[str, Any]:
+    """Measure these lines and the roofline. Raises RuntimeError without the native kernels."""
     kernels = native.load()
     if kernels is None:
         raise RuntimeError("the C++ kernels are not available here")
     threads = torch.get_num_threads()
     kernels.set_threads(threads)
     roof = Roofline(kernels)
-    lines = [line for part in (linear_lines, head_lines, lora_lines, attention_lines) for line in part(kernels)]
+    lines = [line for part in parts for line in part(kernels)]
     roof.look()
     for line in lines:
         line["bandwidth_share"] = line.pop("bytes") / line["seconds"] / roof.read_gb_s / 1e9
@@ -270,4 +272,5 @@ def measure() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure()))
+    everything = (linear_lines, head_lines, lora_lines, attention_lines)  # about half a minute
+    print(json.dumps(measure(() if "--roofline" in sys.argv[1:] else everything)))

@@ -53,6 +53,10 @@ def _rows_agree(x: Tensor, weight: Tensor, whole: Tensor, multiple: int) -> bool
     return all(torch.equal(F.linear(x[:rows], weight), whole[:rows]) for rows in sorted(counts) if rows <= len(x))
 
 
+# torch computes so many numbers at a time on a CPU, or half as many, and the rest one by one, perhaps otherwise.
+LANES = 32
+
+
 def pad_rows(x: Tensor, weight: Tensor) -> Tensor:
     """Zero rows appended along dimension -2, up to a multiple that suits the weight."""
     out_features, in_features = weight.shape[-2:]

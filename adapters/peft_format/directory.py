@@ -254,11 +254,16 @@ def load(directory: Path, spec: AdapterSpec | None = None) -> dict[str, tuple["T
 
 
 def load_pairs(directory: Path) -> dict[str, tuple["Tensor", "Tensor"]]:
-    """`load`, and the pairs of experts by their parameter: A and B as PEFT lays them out."""
+    """`load`, and the pairs of experts by their names in `Variants`: A and B as PEFT lays those of a parameter out."""
+    import torch
+
     spec = AdapterSpec.read(directory)
-    experts = spec.variants.experts
-    tensors = _read_tensors(directory, [name for module in experts.values() for name in module.tensors])
-    return load(directory, spec) | {name: (tensors[m.a], tensors[m.b]) for name, m in experts.items()}
+    found = load(directory, spec)
+    for name, module in spec.variants.experts.items():
+        tensors = _read_tensors(directory, module.tensors)
+        a, b = ([tensors[one] for one in module.tensors if f".lora_{letter}." in one] for letter in "AB")
+        found[name] = (a[0], b[0]) if len(a) == 1 else (torch.cat(a), torch.stack(b, dim=-1).flatten(1))
+    return found
 
 
 def load_variants(directory: Path, spec: AdapterSpec) -> dict[str, "Tensor"]:

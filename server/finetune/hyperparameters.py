@@ -128,21 +128,18 @@ def trained_on(adapter: AdapterSpec) -> dict[str, ModuleShape]:
     beyond = [kind for kind in adapter.variants.names if kind != "experts"]
     if beyond:
         raise AdapterError(f"has more than A and B ({', '.join(beyond)}), which is not trained here", "model")
-    experts = adapter.variants.experts
-    if apart := [name for name, module in experts.items() if name != module.parameter]:
-        raise AdapterError(
-            f"keeps experts apart ('{apart[0]}'), and only `target_parameters` are trained here", "model"
-        )
-    return {name: ModuleShape(pair.rank, pair.scaling) for name, pair in (adapter.modules | experts).items()}
+    shapes = {name: ModuleShape(pair.rank, pair.scaling) for name, pair in adapter.modules.items()}
+    for name, pair in adapter.variants.experts.items():
+        apart = (pair.parameter, pair.part, pair.parts) if name != pair.parameter else ()
+        shapes[name] = ModuleShape(pair.rank, pair.scaling, *apart)
+    return shapes
 
 
 def parameters(shapes: Mapping[str, ModuleShape], base: Ready) -> int:
     """How many numbers A and B hold: rank x (in + out) for each linear, of each expert."""
     sizes: dict[str, LinearSize | ExpertsSize] = {**base.linears, **base.experts}
-    return sum(
-        shape.rank * sizes[name].pairs * (sizes[name].in_features + sizes[name].out_features)
-        for name, shape in shapes.items()
-    )
+    adapted = [(shape.rank, shape.size(name, sizes)) for name, shape in shapes.items()]
+    return sum(rank * size.pairs * (size.in_features + size.out_features) for rank, size in adapted)
 
 
 def max_seq_len(training: TrainingOptions, base: Ready) -> int:

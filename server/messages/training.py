@@ -4,9 +4,12 @@ The API process starts and stops jobs and owns everything durable; the engine pr
 into the directories that it is given. Structs in the style of `server.messages.protocol`, and part of its unions.
 """
 
+from collections.abc import Mapping
 from typing import Literal
 
 import msgspec
+
+from adapters.peft_format.sizes import ExpertsSize, LinearSize
 
 Optimizer = Literal["adamw", "paged_adamw_32bit", "paged_adamw_8bit"]
 Schedule = Literal["linear", "cosine", "constant"]
@@ -23,10 +26,27 @@ class _Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
 
 
 class ModuleShape(msgspec.Struct, frozen=True, array_like=True):
-    """What the adapter adds to one linear."""
+    """What the adapter adds to one linear, to all experts' alike, or to each expert's own, whose name has a * then.
+
+    Attributes:
+        parameter: where experts have linears of their own, the base's parameter that holds them.
+        part: which of so many equal `parts` of that parameter's outputs they are.
+    """
 
     rank: int
     scaling: float
+    parameter: str = ""
+    part: int = 0
+    parts: int = 1
+
+    def of(self, name: str) -> str:
+        """The base's linear, or parameter of experts, that is adapted under this name."""
+        return self.parameter or name
+
+    def size(self, name: str, sizes: Mapping[str, LinearSize | ExpertsSize]) -> LinearSize | ExpertsSize:
+        """Of what is adapted under this name. `sizes`: of the base's linears and experts' parameters."""
+        size = sizes[self.of(name)]
+        return size._replace(out_features=size.out_features // self.parts)
 
 
 class TrainingPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,7 +85,7 @@ class StartJob(_Message, frozen=True, kw_only=True):
     directory: str
     train_data: str  # `Dataset` files
     valid_data: str | None = None
-    modules: dict[str, ModuleShape]  # full module name -> shape
+    modules: dict[str, ModuleShape]  # by full module name
     config: dict[str, object]  # adapter_config.json of what comes out
     plan: TrainingPlan
     initial: str | None = None  # directory of an adapter to go on from

@@ -67,7 +67,8 @@ class MemoryModel:
         tokens, layers, width = asked.tokens, len(self._model), self._base.dtype.itemsize
         hidden = self._sample.hidden.numel() // SAMPLE_TOKENS  # of all streams
         vocabulary = self._base.vocab_size
-        experts = any(linear.name in asked.modules for linear in self._base.experts)
+        adapted = {shape.of(name) for name, shape in asked.modules.items()}
+        experts = any(linear.name in adapted for linear in self._base.experts)
         per_layer = [self._layer_bytes[experts] * tokens for _ in range(layers)]
         for linear in self._base.linears:  # what the adapter itself keeps: A x
             if shape := asked.modules.get(linear.name):

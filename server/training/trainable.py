@@ -37,23 +37,29 @@ class _Module:
     b: nn.Parameter  # [out, rank]
     scale_vector: nn.Parameter | None  # [out]
     scaling: float
+    first: int  # of the linear's outputs
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
-        """Adds to y [rows, out] in place; returns A x [rows, rank], which `backward` needs again."""
+        """Adds to y [rows, all outputs] in place; returns A x [rows, rank], which `backward` needs again."""
         down = x @ self.a.to(x.dtype).T
         b = self.b.to(x.dtype)
+        y = self._own(y)
         if self.scale_vector is None:
             y.addmm_(down, b.T, alpha=self.scaling)
         else:
             y.addcmul_(down @ b.T, (self.scaling * self.scale_vector).to(x.dtype))
         return down
 
+    def _own(self, y: Tensor) -> Tensor:
+        return y[:, self.first : self.first + len(self.b)]
+
     def folded(self) -> Tensor:
         """B with the scale vector in it, detached."""
         return (self.b if self.scale_vector is None else self.scale_vector[:, None] * self.b).detach()
 
     def backward(self, x: Tensor, down: Tensor, dy: Tensor) -> Tensor:
-        """dy [rows, out] -> dx [rows, in]; the parameters' gradients are added to their own."""
+        """dy [rows, all outputs] -> dx [rows, in]; the parameters' gradients are added to their own."""
+        dy = self._own(dy)
         if self.scale_vector is not None:
             _accumulate(self.scale_vector, ((down @ self.b.to(x.dtype).T) * dy).sum(0), self.scaling)
             dy = dy * self.scale_vector.to(dy.dtype)
@@ -80,9 +86,18 @@ def parameters(
     sizes: Mapping[str, LinearSize | ExpertsSize], shapes: Mapping[str, ModuleShape], scale_vector: bool
 ) -> tuple[int, int]:
     """How many numbers A and B hold, and scale vectors."""
-    adapted = [(size, shapes[name].rank) for name, size in sizes.items() if name in shapes]
+    here = {name: shape for name, shape in shapes.items() if shape.of(name) in sizes}
+    adapted = [(shape.size(name, sizes), shape.rank) for name, shape in here.items()]
     matrices = sum(size.pairs * rank * (size.in_features + size.out_features) for size, rank in adapted)
     return matrices, sum(size.pairs * size.out_features for size, _ in adapted) if scale_vector else 0
+
+
+class _Site(NamedTuple):
+    """What is trained under one name of `shapes`: a pair of A and B, or one for each expert."""
+
+    name: str
+    place: str  # in the file; with a * where each expert's has a place of its own
+    pairs: list[_Module]
 
 
 class TrainableAdapter:
@@ -90,7 +105,7 @@ class TrainableAdapter:
 
     Args:
         linears: every linear of the base, experts' included.
-        shapes: full names of the linears to adapt, and how.
+        shapes: full names of the linears to adapt, or of experts' own, and how.
         scale_vector: train a factor per output as well, from 1.
         seed: decides A; B starts at zero.
 
@@ -109,25 +124,26 @@ class TrainableAdapter:
         init: Init = "kaiming",
         scale_vector: bool = False,
     ) -> None:
-        adapted = [linear for linear in linears if linear.name in shapes]
-        matrices, vectors = parameters({linear.name: linear.size for linear in adapted}, shapes, scale_vector)
+        named: dict[str, list[str]] = {}  # linear -> names of what adapts it
+        for name, shape in shapes.items():
+            named.setdefault(shape.of(name), []).append(name)
+        adapted = [linear for linear in linears if linear.name in named]
+        sizes = {linear.name: linear.size for linear in adapted}
+        matrices, vectors = parameters(sizes, shapes, scale_vector)
         self.decayed = matrices
         self.values = torch.zeros(matrices + vectors, device=device)
         self.grads = torch.zeros_like(self.values)
-        experts = [linear.name for linear in adapted if isinstance(linear, ExpertLinear)]
-        self._linears = {linear.index: linear.name for linear in adapted}
-        self._names = {
-            linear.index: place_of(linear.name, experts) if linear.name in experts else linear.name
-            for linear in adapted
-        }
-        self._experts = {linear.index for linear in adapted if linear.name in experts}
-        self._modules: dict[int, list[_Module]] = {}
+        whole = [linear.name for linear in adapted if isinstance(linear, ExpertLinear) and linear.name in shapes]
+        self._experts = {linear.index for linear in adapted if isinstance(linear, ExpertLinear)}
+        self._sites: dict[int, list[_Site]] = {linear.index: [] for linear in adapted}
         first, first_vector = 0, matrices
-        for linear in adapted:
-            rank, inputs, outputs = shapes[linear.name].rank, linear.size.in_features, linear.size.out_features
-            generator = stream(device, seed, "init", linear.name)
-            pairs = self._modules[linear.index] = []
-            for _ in range(linear.size.pairs):
+        for index, name in [(linear.index, name) for linear in adapted for name in named[linear.name]]:
+            shape, size = shapes[name], shapes[name].size(name, sizes)
+            rank, inputs, outputs = shape.rank, size.in_features, size.out_features
+            generator = stream(device, seed, "init", name)
+            pairs: list[_Module] = []
+            self._sites[index].append(_Site(name, place_of(name, whole) if name in whole else name, pairs))
+            for _ in range(size.pairs):
                 a = self._parameter(first, rank, inputs)
                 b = self._parameter(first + a.numel(), outputs, rank)
                 first += a.numel() + b.numel()
@@ -135,7 +151,7 @@ class TrainableAdapter:
                 if scale_vector:
                     vector = self._parameter(first_vector, outputs)
                     first_vector += outputs
-                pairs.append(_Module(a, b, vector, shapes[linear.name].scaling))
+                pairs.append(_Module(a, b, vector, shape.scaling, shape.part * outputs))
                 with torch.no_grad():
                     if init == "gaussian":
                         a.normal_(0.0, 1.0 / rank, generator=generator)
@@ -154,42 +170,45 @@ class TrainableAdapter:
     @property
     def linears(self) -> set[int]:
         """Indices of the linears that it adapts."""
-        return set(self._modules)
+        return set(self._sites)
 
     def __contains__(self, linear_index: int) -> bool:
-        return linear_index in self._modules
+        return linear_index in self._sites
 
     def tensors(self) -> dict[str, tuple[Tensor, Tensor]]:
         """The adapter as PEFT knows it, detached: module -> (A [rank, in], B [out, rank]), the vector folded into B.
 
-        Those of a layer's experts are one pair, A expert by expert and B rank by rank.
+        Those of a layer's experts are one pair, A expert by expert and B rank by rank; or one for each expert's own.
         """
         found = {}
-        for index, modules in self._modules.items():
-            a, b = [module.a.detach() for module in modules], [module.folded() for module in modules]
-            if index in self._experts:
-                found[self._names[index]] = torch.cat(a), torch.stack(b, dim=-1).flatten(1)
-            else:
-                found[self._names[index]] = a[0], b[0]
+        for index, sites in self._sites.items():
+            for _, place, pairs in sites:
+                a, b = [pair.a.detach() for pair in pairs], [pair.folded() for pair in pairs]
+                if index not in self._experts:
+                    found[place] = a[0], b[0]
+                elif "*" in place:
+                    found |= {place.replace("*", str(n)): pair for n, pair in enumerate(zip(a, b, strict=True))}
+                else:
+                    found[place] = torch.cat(a), torch.stack(b, dim=-1).flatten(1)
         return found
 
     def load(self, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
         """Go on from an adapter of the same linears and ranks (any scale vector starts at 1 again).
 
         Args:
-            tensors: by linear's or parameter's name; those of experts as `tensors` gives them.
+            tensors: by the names of `shapes`; those of experts A expert by expert and B rank by rank.
         """
         with torch.no_grad():
-            for index, modules in self._modules.items():
-                a, b = tensors[self._linears[index]]
-                ranks = b.view(len(b), -1, len(modules))  # [out, rank, experts]
-                for expert, (module, of_expert) in enumerate(zip(modules, a.chunk(len(modules)), strict=True)):
-                    module.a.copy_(of_expert)
-                    module.b.copy_(ranks[..., expert])
+            for name, _, pairs in (site for sites in self._sites.values() for site in sites):
+                a, b = tensors[name]
+                ranks = b.view(len(b), -1, len(pairs))  # [out, rank, experts]
+                for expert, (pair, of_expert) in enumerate(zip(pairs, a.chunk(len(pairs)), strict=True)):
+                    pair.a.copy_(of_expert)
+                    pair.b.copy_(ranks[..., expert])
 
-    def module(self, linear_index: int, expert: int = 0) -> _Module:
+    def modules(self, linear_index: int, expert: int = 0) -> list[_Module]:
         """What is trained of one linear."""
-        return self._modules[linear_index][expert]
+        return [site.pairs[expert] for site in self._sites[linear_index]]
 
 
 @dataclass(frozen=True)
@@ -237,9 +256,10 @@ class TrainingDeltas:
             y,
             index,
             [
-                _Part(start, end, adapter.module(index), dropout)
+                _Part(start, end, module, dropout)
                 for start, end, adapter, dropout in self._segments
                 if index in adapter
+                for module in adapter.modules(index)
             ],
         )
 
@@ -256,10 +276,11 @@ class TrainingExperts:
             y,
             index,
             [
-                _Part(first, last, adapter.module(index, expert), None)
+                _Part(first, last, module, None)
                 for start, end, adapter, _ in self._segments
                 if index in adapter
                 for expert, first, last in routed.runs(start, end)
+                for module in adapter.modules(index, expert)
             ],
         )
 
@@ -301,5 +322,5 @@ class _Deltas(torch.autograd.Function):
             mask = None if dropout is None else dropout.mask(ctx.index, rows)
             below = module.backward(rows if mask is None else rows * mask, down, dy[start:end])
             if dx is not None:
-                dx[start:end] = below if mask is None else below.mul_(mask)
+                dx[start:end] += below if mask is None else below.mul_(mask)
         return dx, dy, None, None, None

@@ -133,7 +133,7 @@ class Trainer:
     def _check(self, modules: Mapping[str, ModuleShape]) -> None:
         """Raises Untrainable unless all of these are linears of the layers, which are run one by one."""
         inside = {linear.name for linear in self._base.trainable if linear.index in self._model.layer_of}
-        if outside := sorted(modules.keys() - inside):
+        if outside := sorted({shape.of(name) for name, shape in modules.items()} - inside):
             raise Untrainable(f"{outside[0]} is outside its layers; leave it out of target_modules")
 
     def stop(self, message: StopJob) -> None:

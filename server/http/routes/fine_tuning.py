@@ -140,7 +140,7 @@ def _shape(
         except AdapterError as error:
             raise InvalidRequest(f"`model`: {shown(target.asked)} {error}.", param="model") from None
         if spec.variants.experts and options.lora_dropout:
-            message = "`lora.lora_dropout`: adapters of experts have none, in PEFT either."
+            message = "`lora.lora_dropout`: adapters of experts are trained without."
             raise InvalidRequest(message, param="lora.lora_dropout")
         return options, shapes
     lora = (asked or LoraBody()).options()

@@ -1,7 +1,6 @@
 """A job whose adapter is on experts, as far as it is arithmetic."""
 
 import dataclasses
-import re
 
 import msgspec
 import pytest
@@ -43,14 +42,16 @@ def test_what_peft_cannot_train_is_refused_by_name() -> None:
     assert "target_parameters" not in plain
 
 
-def test_a_job_goes_on_from_target_parameters_and_from_nothing_else_of_experts() -> None:
+def test_a_job_goes_on_from_adapters_of_experts_in_either_layout() -> None:
     spec = recipe.saved({"model.layers.0.self_attn.q_proj": ModuleShape(2, 2.0)}, base_info())
     whole = ExpertsModule(3, 0.5, "a", "b", experts=8, parameter=DOWN)
     goes_on = dataclasses.replace(spec, variants=Variants(experts={DOWN: whole}))
     assert recipe.trained_on(goes_on) == recipe.trained_on(spec) | {DOWN: ModuleShape(3, 0.5)}
-    apart = "model.layers.0.mlp.experts.*.down_proj"
-    with pytest.raises(AdapterError, match=re.escape(f"keeps experts apart ('{apart}')")):
-        recipe.trained_on(dataclasses.replace(spec, variants=Variants(experts={apart: whole})))
+    apart = "model.layers.0.mlp.experts.*.half"
+    half = dataclasses.replace(whole, part=1, parts=2)
+    shapes = recipe.trained_on(dataclasses.replace(spec, variants=Variants(experts={apart: half})))
+    assert shapes[apart] == ModuleShape(3, 0.5, DOWN, 1, 2)
+    assert recipe.parameters({apart: shapes[apart]}, BASE) == 3 * 8 * (16 + 12)
     more = Variants(experts={DOWN: whole}, magnitudes={"linear": "m"})
     with pytest.raises(AdapterError, match=r"more than A and B \(dora\)"):
         recipe.trained_on(dataclasses.replace(spec, variants=more))

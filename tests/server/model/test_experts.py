@@ -17,6 +17,7 @@ from adapters.peft_format.sizes import EXTRAS
 from server.engine.engine import Engine
 from server.model import UnservableModel
 from tests.support.offline import Answer, load_engine, publish, request, run, solo
+from tests.support.single_experts import single_experts_adapter
 from tests.support.tiny import tiny_adapter, tiny_model
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -105,6 +106,7 @@ def test_experts_are_quantised_one_at_a_time(model: Path, tmp_path: Path, monkey
         ("Qwen3Moe", {}),
         ("Mixtral", {"num_local_experts": 8, "intermediate_size": 64}),
         ("Glm4Moe", {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}),
+        ("Qwen2Moe", {"shared_expert_intermediate_size": 64}),  # a gate of one number for each token
     ],
 )
 def test_company_changes_no_bit(config: str, settings: dict[str, Any], tmp_path: Path) -> None:
@@ -237,20 +239,7 @@ def test_adapters_of_experts_equal_peft_in_a_mixed_batch(config: str, tmp_path: 
 def test_adapters_of_single_experts_equal_peft(config: str, module: str, parts: list[str], tmp_path: Path) -> None:
     model = mixture(tmp_path / "model", config, **SERVED[config])
     engine = load_engine(model, tmp_path / "cache", quantization="none")
-    directory = tiny_adapter(tmp_path / "a", model, r=3, target_modules=["q_proj"])
-    document = json.loads((directory / "adapter_config.json").read_text())
-    document["target_modules"] = ["q_proj", *parts]
-    (directory / "adapter_config.json").write_text(json.dumps(document))
-    tensors = load_file(directory / "adapter_model.safetensors")
-    torch.manual_seed(1)
-    for layer in range(2):
-        for expert in range(8):
-            for part in parts:
-                inputs, outputs = (96, 64) if part == parts[2] else (64, 96)
-                name = f"base_model.model.model.layers.{layer}.{module}.experts.{expert}.{part}"
-                tensors[f"{name}.lora_A.weight"] = torch.randn(3, inputs) * inputs**-0.5
-                tensors[f"{name}.lora_B.weight"] = torch.randn(outputs, 3) * 0.04
-    save_file(tensors, directory / "adapter_model.safetensors")
+    directory = single_experts_adapter(tmp_path / "a", model, module, parts)
     reference = publish(engine, directory)
     spec = AdapterSpec.read(directory)
     assert spec.variants.names == ["experts"]
@@ -259,6 +248,7 @@ def test_adapters_of_single_experts_equal_peft(config: str, module: str, parts: 
     answer = run(engine, [request("r", prompt, reference, max_tokens=1, prompt_logprobs=0)])["r"]
     assert logprobs(answer) == pytest.approx(peft_logprobs(model, directory, prompt), abs=1e-3)
     check_merged(engine, model, directory, tmp_path / "merged")
+    tensors = load_file(directory / "adapter_model.safetensors")
     for name in [name for name in tensors if ".experts.5." in name]:
         del tensors[name]
     save_file(tensors, directory / "adapter_model.safetensors")

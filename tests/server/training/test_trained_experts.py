@@ -1,5 +1,6 @@
 """Adapters of experts, trained with routers frozen: as PEFT would, and loaded by PEFT."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from msgspec.structs import replace
 
 from adapters.peft_format import directory as adapter_format
+from adapters.peft_format.directory import AdapterSpec
+from server.engine.engine import Engine
+from server.finetune.hyperparameters import trained_on
+from server.messages.dataset import Dataset
 from server.messages.training import PlanMemory
 from server.training.trainable import TrainableAdapter
 from server.training.trainer import Trainer
 from tests.support.offline import load_engine, publish, request, run
 from tests.support.peft_side import initial_adapter
+from tests.support.single_experts import on_single_experts, single_experts_adapter
 from tests.support.tiny import tiny_model
 from tests.support.training import PLAN, dataset, ended, final, job, losses
 from tests.support.training import run as train
@@ -68,8 +75,63 @@ def test_two_steps_equal_peft_and_the_checkpoint_loads_there(
 
     base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
     theirs = peft.PeftModel.from_pretrained(base, str(tmp_path / "begun"), is_trainable=True)
+    check_steps(theirs, data, replies, len(begun.values))
+    check_result(engine, model, replies, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:.*did not match any targeted module")
+@pytest.mark.parametrize(
+    ("family", "module", "parts", "memory"),
+    [
+        ("Qwen3Moe", "mlp", ["gate_proj", "up_proj", "down_proj"], "keep"),
+        ("Mixtral", "block_sparse_moe", ["w1", "w3", "w2"], "recompute"),
+    ],
+)
+def test_a_job_goes_on_from_linears_of_single_experts_as_in_peft(
+    family: str, module: str, parts: list[str], memory: str, tmp_path: Path
+) -> None:
+    """Each is trained by itself, and the zeros between gate and up stay: what PEFT makes of the same modules."""
+    sizes = {"num_experts": 8, "moe_intermediate_size": 96, "norm_topk_prob": True}
+    model = tiny_model(
+        tmp_path / "model",
+        config_class=getattr(transformers, f"{family}Config"),
+        model_class=getattr(transformers, f"{family}ForCausalLM"),
+        **(COMMON | (sizes if family == "Qwen3Moe" else {"num_local_experts": 8, "intermediate_size": 96})),
+    )
+    engine = load_engine(model, tmp_path / "cache", quantization="none", adapter_bytes=1 << 20)
+    data = dataset(4, seed=3)
+    plan: dict[str, Any] = {"n_epochs": 2, "learning_rate": RATE, "max_grad_norm": 0.0, "memory": memory}
+    begun = single_experts_adapter(tmp_path / "begun", model, module, parts)
+    publish(engine, begun)
+    config = json.loads((begun / "adapter_config.json").read_text())
+    start = replace(
+        job(engine.base, tmp_path / "job", data, lora={"target_modules": ["q_proj"]}, initial=begun, **plan),
+        modules=trained_on(AdapterSpec.read(begun)),
+        config=config,
+    )
+    trainer = Trainer(engine.base)
+    try:
+        replies = train(trainer, start)
+        asked = PlanMemory(id="p", modules=start.modules, optimizer="adamw", scale_vector=False, tokens=64)
+        planned = trainer.plan_memory(asked)
+    finally:
+        trainer.close()
+    theirs = on_single_experts(model, begun, module, parts)
+    assert ended(replies).outcome == "succeeded"
+    check_steps(theirs, data, replies, planned.adapter // 4)
+    assert AdapterSpec.read(begun).variants.experts == published(engine, final(replies)).variants.experts
+    check_result(engine, model, replies, theirs)
+
+
+def published(engine: Engine, directory: Path) -> AdapterSpec:
+    publish(engine, directory)
+    return AdapterSpec.read(directory)
+
+
+def check_steps(theirs: peft.PeftModel, data: Dataset, replies: list[Any], parameters: int) -> None:
+    """Two steps of PEFT's with the same losses."""
     trained = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
-    assert sum(parameter.numel() for parameter in trained) == len(begun.values)
+    assert sum(parameter.numel() for parameter in trained) == parameters
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0)
     expected = []
     for _ in range(2):
@@ -86,6 +148,8 @@ def test_two_steps_equal_peft_and_the_checkpoint_loads_there(
     assert losses(replies) == pytest.approx(expected, abs=1e-3)
     assert abs(expected[0] - expected[1]) > 0.01
 
+
+def check_result(engine: Engine, model: Path, replies: list[Any], theirs: peft.PeftModel) -> None:
     last = final(replies)
     prompt = list(range(3, 30))
     answer = run(engine, [request("r", prompt, publish(engine, last), max_tokens=1, prompt_logprobs=0)])["r"]
