@@ -70,7 +70,7 @@ def serve(**flags: Any) -> None:
     Sizes are written like 512MiB or 2GiB.
     """
     settings = Settings.load(flags, os.environ)
-    from server.http.app import serve as run
+    from server.http.serving import serve as run
 
     run(settings)
 

@@ -25,8 +25,8 @@ from server.client.engine import AdapterLoadFailed, LocalEngine
 from server.errors import EngineUnavailable
 from server.http.app import build_app
 from server.messages.protocol import AdapterRef, EngineConfig, Generate, Stats
-from server.services import make_services
 from server.settings import Settings
+from server.startup import make_services
 from tests.support.conforming import client_of
 from tests.support.offline import load_engine, publish, request
 from tests.support.tiny import tiny_adapter, tiny_text
