@@ -14,7 +14,7 @@ from starlette.types import Send
 
 from server.errors import InvalidRequest, TooManyRequests
 from server.http.answer import Answer, encode_json, send_events, send_json
-from server.http.objects import Completion
+from server.http.objects.generation import Completion
 from server.http.operations import OPENING, Operation
 from server.messages.protocol import Ready
 from server.openai.assembly import Piece

@@ -22,7 +22,8 @@ from server.finetune.files import UnknownFileError
 from server.finetune.jobs import FINAL, Event, Job, JobSpec, JobStateError, StoredCheckpoint, UnknownJobError
 from server.finetune.preparation import question
 from server.http.answer import encode_json
-from server.http.objects import CheckpointObject, Estimate, EventObject, JobObject, ListObject
+from server.http.objects.common import ListObject
+from server.http.objects.training import CheckpointObject, Estimate, EventObject, JobObject
 from server.http.operations import OPENING, Operation
 from server.http.paging import ListQuery, PageQuery, Whole, page, unknown_cursor
 from server.http.quotas import check_training
