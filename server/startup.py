@@ -23,8 +23,8 @@ from server.messages.protocol import EngineConfig
 from server.metrics import Metrics
 from server.model_source import ModelError
 from server.openai.sampling_defaults import sampling_defaults
+from server.registry.capacity import PinLimit
 from server.registry.open import Registry
-from server.registry.pins import PinLimit
 from server.response_store import ResponseStore
 from server.services import Services
 from server.settings import SettingError, Settings

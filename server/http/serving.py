@@ -18,7 +18,7 @@ from adapters.scratch import sweep
 from server import data_dir, logs
 from server.client.engine import LocalEngine
 from server.http.app import build_app
-from server.http.limits import LimitedHttpProtocol
+from server.http.connection import LimitedHttpProtocol
 from server.model_source import ModelError, resolve
 from server.services import TENANT, Services
 from server.settings import SettingError, Settings, tell_of_unknown

@@ -14,7 +14,7 @@ from adapters.storage.versions import Version
 from server.errors import InvalidRequest, shown
 from server.messages.protocol import AdapterRef
 from server.openai.schema import WeightedAdapter
-from server.registry.fit import row_units
+from server.registry.capacity import row_units
 from server.services import Services
 from server.tenants.caller import Caller
 from server.text.processor import TextProcessor

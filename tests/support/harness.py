@@ -29,7 +29,7 @@ from server.messages.protocol import (
     Ready,
 )
 from server.messages.training import JobReply, MemoryPlan, PlanMemory, StartJob, StopJob
-from server.registry.pins import PinLimit
+from server.registry.capacity import PinLimit
 from server.services import TENANT
 from server.settings import Settings
 from server.startup import make_services

@@ -25,8 +25,8 @@ from server.openai.schema import INT32, GenerationBody
 from server.openai.target import Target, open_target
 from server.services import Services, caller_of, services_of
 from server.tenants.caller import Caller
-from server.text.detokenizer import Detokenizer
 from server.text.processor import TextProcessor
+from server.text.streaming import Detokenizer
 
 DEFAULT_MAX_TOKENS = 16
 

@@ -30,7 +30,7 @@ from server.http.quotas import check_training
 from server.messages.training import ModuleShape
 from server.openai.target import Target, open_target
 from server.openai.training_body import EstimateBody, JobBody, LoraBody
-from server.registry.fit import check_fit
+from server.registry.capacity import check_fit
 from server.services import Services, caller_of, services_of
 
 _POLL_SECONDS = 1.0  # between looks for a stream's next event, should no news come
