@@ -18,7 +18,8 @@ from rich.markup import escape
 from server.commands import adapters, chat, doctor, finetune, tenants
 from server.commands.remote import CommandError
 from server.model_source import DEFAULT, ModelError, default_cache_dir, resolve
-from server.settings import Setting, SettingError, Settings, settings_fields
+from server.setting_kinds import Setting
+from server.settings import SettingError, Settings, settings_fields
 
 app = typer.Typer(
     name="lorakeet",

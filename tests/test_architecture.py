@@ -17,23 +17,12 @@ HEAVY = ("torch", "transformers", "bitsandbytes", "peft")
 ENGINE_SIDE = ("server.engine", "server.model", "server.training")
 API_SIDE = tuple(
     f"server.{part}"
-    for part in (
-        *(
-            "http",
-            "openai",
-            "anthropic",
-            "text",
-            "registry",
-            "finetune",
-            "batches",
-            "client",
-            "children",
-            "tenants",
-            "ui",
-        ),
-        *("ui", "startup", "services", "settings", "data_dir", "doctor", "model_source", "errors", "admission"),
-        *("metrics", "usage", "history", "response_store"),
+    for parts in (
+        "http openai anthropic text registry finetune batches client children tenants ui",  # packages
+        "startup services settings setting_kinds data_dir doctor model_source errors admission",
+        "metrics usage history response_store",
     )
+    for part in parts.split()
 )
 WEB = ("starlette", "uvicorn", "pydantic", "httpx", "python_multipart")
 
