@@ -18,7 +18,8 @@ from rich.markup import escape
 from server.commands import adapters, chat, doctor, finetune, tenants
 from server.commands.remote import CommandError
 from server.model_source import DEFAULT, ModelError, default_cache_dir, resolve
-from server.settings import Setting, SettingError, Settings, settings_fields
+from server.setting_kinds import Setting
+from server.settings import SettingError, Settings, settings_fields
 
 app = typer.Typer(
     name="lorakeet",
@@ -70,7 +71,7 @@ def serve(**flags: Any) -> None:
     Sizes are written like 512MiB or 2GiB.
     """
     settings = Settings.load(flags, os.environ)
-    from server.http.app import serve as run
+    from server.http.serving import serve as run
 
     run(settings)
 

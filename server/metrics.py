@@ -29,7 +29,6 @@ from prometheus_client.registry import Collector
 
 from adapters.storage.versions import DEFAULT_TENANT
 from server.messages.protocol import AdapterUse, Ready, Stats
-from server.metrics_prefix import Renamed
 from server.usage import AdapterUsage
 
 FinishedReason = Literal["stop", "length", "abort", "error"]
@@ -195,6 +194,24 @@ class _AdapterMetrics(Collector):
         return info
 
 
+class _Renamed(Collector):
+    """A registry's metrics under another prefix: vLLM's, say."""
+
+    def __init__(self, registry: CollectorRegistry, prefix: str) -> None:
+        self._registry = registry
+        self._prefix = prefix
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._registry.collect():
+            if metric.name.startswith(PREFIX):
+                metric.name = self._renamed(metric.name)
+                metric.samples = [sample._replace(name=self._renamed(sample.name)) for sample in metric.samples]
+            yield metric
+
+    def _renamed(self, name: str) -> str:
+        return self._prefix + name.removeprefix(PREFIX)
+
+
 class Metrics:
     """All of the server's metrics, in `registry`; `page` renders them."""
 
@@ -207,7 +224,7 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         self._shown: Collector = self.registry
         if f"{prefix}:" != PREFIX:
-            self._shown = Renamed(self.registry, PREFIX, f"{prefix}:")
+            self._shown = _Renamed(self.registry, f"{prefix}:")
         self.usage = AdapterUsage()
         self._adapters = _AdapterMetrics(top_adapters)
         self.resident: Mapping[tuple[str, str], AdapterUse] = self._adapters.resident  # by digest and tier

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from adapters import kernels
-from adapters.device.host import HostAdapter
+from adapters.device.host import HostAdapter, from_units
 from adapters.device.lora import LoraLinear
 from adapters.device.memory import sent, zeros
 from adapters.device.rows import RowAllocator, rounded
-from adapters.device.units import from_units
 from adapters.device.variants import Extras
 from adapters.peft_format.sizes import LinearSize
 

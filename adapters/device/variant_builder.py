@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from adapters import kernels
+from adapters.device.host import DTYPE_CODES, as_units
 from adapters.device.lora import LoraLinear
-from adapters.device.units import DTYPE_CODES, as_units
 from adapters.device.variants import (
     Affine,
     Classifier,

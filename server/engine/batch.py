@@ -1,7 +1,7 @@
 """A forward pass's works as tensors, and the results that come back: tokens, log-probabilities, failures.
 
 `Packer` lays the tokens in one row, with the places of keys, values and adapters. An `Outcome` is made when the forward
-pass is given to the device, and read when the step is collected.
+pass is submitted to the device, and read when the step is collected.
 """
 
 import math
@@ -239,7 +239,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class InFlightStep:
-    """A step that was given to the device."""
+    """A step that was submitted to the device."""
 
     step: Step
     outcomes: list[tuple[Seq[int], Outcome]]  # of each forward pass, and the places of its works in the step

@@ -4,7 +4,7 @@ A block is a number; its keys and values live in tensors that this file never se
 key; equal keys mean equal content.
 
 A block is in exactly one of three states. *Free*: it has no reference and no content. *Cached*: it has no reference,
-but was published under a key, and `match` finds it until it is evicted. *Used*: it has references (`match` may
+but was cached under a key, and `match` finds it until it is evicted. *Used*: it has references (`match` may
 find it at the same time, so that running sequences share it).
 """
 
@@ -102,7 +102,7 @@ class BlockPool:
         """Whether `match` would find this key."""
         return key in self._by_key
 
-    def publish(self, block: int, key: bytes) -> None:
+    def cache(self, block: int, key: bytes) -> None:
         """Make a used block findable: all its slots now hold the content that `key` names.
 
         When another block already serves that key, that one stays the one to be found.

@@ -162,30 +162,30 @@ class BlockGroups:
             found -= 1
         return found
 
-    def given(self, works: list[Work]) -> list[Work]:
-        """Works that are given to the device now, with the states that they read and write."""
-        return works if self.states is None else [self.states.given(work) for work in works]
+    def assign_states(self, works: list[Work]) -> list[Work]:
+        """Works that are submitted now, with the states that they read and write."""
+        return works if self.states is None else [self.states.assign(work) for work in works]
 
     def collected(self, work: Work, known: int | None) -> None:
-        """A work's step is over: publish what it computed, and give back what nobody will see.
+        """A work's step is over: cache what it computed, and give back what nobody will see.
 
         Args:
             known: the sequence's tokens up to the last one computed that counts; None for one that ended meanwhile.
         """
         if known is not None:
-            self._publish(work.sequence, work.start, known)
+            self._cache_full(work.sequence, work.start, known)
         if self.states is not None:
             self.states.collected(work, computed=known is not None)
         if known is not None:
             self._give_back_unseen(work.sequence, known)
 
-    def _publish(self, sequence: Sequence, start: int, end: int) -> None:
-        """Offer the blocks that became full by positions [start, end), whose tokens are known."""
+    def _cache_full(self, sequence: Sequence, start: int, end: int) -> None:
+        """Make findable the blocks that became full by positions [start, end), whose tokens are known."""
         name_blocks(self, sequence, end)
-        for place in range(start // self.block_size, min(end // self.block_size, len(sequence._keys))):
+        for place in range(start // self.block_size, min(end // self.block_size, len(sequence.block_keys))):
             for pool, table in zip(self.pools, sequence.tables, strict=True):
                 if table[place]:
-                    pool.publish(table[place], sequence._keys[place])
+                    pool.cache(table[place], sequence.block_keys[place])
 
     def _give_back_unseen(self, sequence: Sequence, position: int) -> None:
         """Give back the blocks that the token at a position and those after it do not see."""
@@ -207,15 +207,15 @@ class BlockGroups:
         if self.states is not None:
             self.states.leave(sequence)
 
-    def take(self, count: int) -> list[list[int]] | None:
+    def allocate(self, count: int) -> list[list[int]] | None:
         """So many blocks of each group for other uses; None while they would leave fewer than that."""
         if any(pool.available < 2 * count for pool in self.pools):
             return None
         return [pool.allocate(count) or [] for pool in self.pools]
 
-    def give(self, taken: Seq[Seq[int]]) -> None:
-        """Give back what `take` gave."""
-        for pool, blocks in zip(self.pools, taken, strict=True):
+    def free(self, tables: Seq[Seq[int]]) -> None:
+        """Give back what `allocate` gave."""
+        for pool, blocks in zip(self.pools, tables, strict=True):
             pool.release(blocks)
 
     def reset_cache(self) -> None:
@@ -262,7 +262,7 @@ def adapter_spec(adapters: Iterable[tuple[str, float]]) -> bytes:
 
 def name_blocks(blocks: BlockGroups, sequence: Sequence, tokens: int) -> None:
     """Extend the chain of keys over the full blocks among the first `tokens` tokens."""
-    size, keys = blocks.block_size, sequence._keys
+    size, keys = blocks.block_size, sequence.block_keys
     if not blocks.caching or len(keys) >= tokens // size:
         return
     parent = keys[-1] if keys else root_key(sequence.tenant, sequence.cache_salt)

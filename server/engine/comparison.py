@@ -1,7 +1,7 @@
 """Two ways of running one adapter, beside each other: how far apart their answers are, and how fast each of them is.
 
 Works in pieces between the engine's steps, on sequences that the scheduler never sees, with KV blocks of their own that
-are given back. Knows adapters by their keys alone.
+are released. Knows adapters by their keys alone.
 """
 
 import time
@@ -80,7 +80,7 @@ def drift(
     sequences: list[Sequence] = []
     try:
         for key, pool in zip(sides, pools, strict=True):
-            taken += [(yield from _take(pool, count))]
+            taken += [(yield from _allocate(pool, count))]
             sequences += [(yield from _sequence(pool, prompt, key, taken[-1]))]
         first, second = sequences
         for start in range(0, len(prompt), chunk):
@@ -94,7 +94,7 @@ def drift(
             found.agreeing += int((one.argmax(-1) == other.argmax(-1)).sum())
     finally:
         for pool, tables in zip(pools, taken, strict=False):
-            pool.give(tables)
+            pool.free(tables)
         for pool, sequence in zip(pools, sequences, strict=False):
             _leave(pool, sequence)
 
@@ -109,7 +109,7 @@ def _speed(
 ) -> Pieces:
     """Sequences of a side share the context's blocks and have one each for their generated tokens."""
     assert pool.block_size > STEPS
-    taken = yield from _take(pool, 2 * (CONTEXT_BLOCKS + requests))
+    taken = yield from _allocate(pool, 2 * (CONTEXT_BLOCKS + requests))
     both: list[list[Sequence]] = []
     try:
         left = list(zip(*taken, strict=True))  # each a block of every group
@@ -138,7 +138,7 @@ def _speed(
         first, second = (requests / median(times[WARM_UP:]) for times in seconds)
         found.speeds.append(MergeSpeed(requests, first, second))
     finally:
-        pool.give(taken)
+        pool.free(taken)
         for sequence in chain(*both):
             _leave(pool, sequence)
 
@@ -148,9 +148,9 @@ def longest_text(blocks: BlockGroups) -> int:
     return min(pool.num_blocks for pool in blocks.pools) // 4 * blocks.block_size
 
 
-def _take(pool: BlockGroups, count: int) -> Generator[str, None, list[list[int]]]:
+def _allocate(pool: BlockGroups, count: int) -> Generator[str, None, list[list[int]]]:
     """Blocks of every group, as soon as as many are left for running sequences."""
-    while (taken := pool.take(count)) is None:
+    while (taken := pool.allocate(count)) is None:
         yield "waiting"
     return taken
 

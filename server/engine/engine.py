@@ -251,7 +251,7 @@ class Engine:
     # --- a step ----------------------------------------------------------------------------------------------
 
     def step(self) -> tuple[list[Output], Stats]:
-        """Decide a step, give it to the device, and collect one: the same at depth 0, the one before it at depth 1.
+        """Decide a step, submit it to the device, and collect one: the same at depth 0, the one before it at depth 1.
 
         Returns every sequence's output and the gauges.
         """
@@ -262,11 +262,11 @@ class Engine:
         step = self.scheduler.schedule(started)
         if self._constrained and step is not None:
             self._prepare_masks(step)
-        given = None if step is None else self.runner.submit(step, self._in_flight)
-        collected, self._in_flight = (self._in_flight, given) if self._depth else (given, None)
+        submitted = None if step is None else self.runner.submit(step, self._in_flight)
+        collected, self._in_flight = (self._in_flight, submitted) if self._depth else (submitted, None)
         if collected is not None:
             outputs += self._collect(collected, started)
-        elif given is not None:
+        elif submitted is not None:
             self._unshared = time.monotonic() - started
         for sequence in self.scheduler.take_failed():
             self._end(sequence.id)
@@ -318,9 +318,9 @@ class Engine:
         if constrained:
             self.grammars.prepare(constrained)
 
-    def _collect(self, given: InFlightStep, started: float) -> list[Output]:
+    def _collect(self, in_flight: InFlightStep, started: float) -> list[Output]:
         """`started`: when this turn began, whose time is shared by tokens."""
-        works, results = given.step.works, given.results()
+        works, results = in_flight.step.works, in_flight.results()
         seconds, self._unshared = self._unshared + self._waited + time.monotonic() - started, 0.0
         each = seconds / sum(work.count for work in works)
         for work in works:

@@ -78,7 +78,7 @@ class Constraint:
         self._force()
         self._end_thought()
 
-    def take(self, token: int) -> bool:
+    def consume(self, token: int) -> bool:
         """The sequence goes on with this token; whether nothing follows it."""
         if self.forced:
             assert token == self.forced[0], "a forced token was drawn otherwise"

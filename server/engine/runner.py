@@ -4,8 +4,8 @@ A forward path is a way through a model: works in tensors -> logits -> drawn tok
 and works of one path share a forward pass: were it chosen by the company, a request's bits would depend on its
 neighbours.
 
-A step is given as a whole and not waited for, and the next may be given before the tokens that it drew were read: those
-are taken on the device.
+A step is submitted as a whole and not waited for, and the next may be submitted before the tokens that it drew were
+read: those are taken on the device.
 """
 
 import inspect
@@ -274,7 +274,7 @@ class Runner:
         """Give a step to the device, which is not waited for.
 
         Args:
-            before: the step that was given before it, if that is in flight: pending tokens are taken from there.
+            before: the step that was submitted before it, if that is in flight: pending tokens are taken from there.
         """
         outcomes: list[tuple[Seq[int], Outcome]] = []
         for path, places in self._passes(step.works):

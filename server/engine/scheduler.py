@@ -2,12 +2,12 @@
 
 There are no phases: a sequence has `num_computed` chasing its length, and every step spends one token budget, on
 decodes first, then on chunks of prompts under way, then on newcomers in order of priority and arrival; the rest may go
-to drafts. `schedule` decides a step, the caller gives it to the device, and `advance` takes in its works one by one.
+to drafts. `schedule` decides a step, the caller submits it to the device, and `advance` takes in its works one by one.
 
-Lengths advance when a step is given, so `schedule` decides the next one just as well before the tokens of the last were
-read. Only a sequence that needs those on the host (penalties, drafts) is passed over until they are. Where the token
-that ends a sequence is read after the next step was given, that step computes the sequence in vain. Blocks and adapters
-of an ended sequence are given back once no in-flight step has it.
+Lengths advance when a step is submitted, so `schedule` decides the next one just as well before the tokens of the last
+were read. Only a sequence that needs those on the host (penalties, drafts) is passed over until they are. Where the
+token that ends a sequence is read after the next step was submitted, that step computes the sequence in vain. Blocks
+and adapters of an ended sequence are given back once no in-flight step has it.
 
 Blocks are numbers here, and adapters hashable keys. Stop strings are found by the API process, which calls `abort`.
 
@@ -72,7 +72,7 @@ class Scheduler:
     ) -> None:
         if not 1 <= max_batch_requests < max_batch_tokens:
             raise ValueError(f"max_batch_tokens ({max_batch_tokens}) must exceed {max_batch_requests=}")
-        self.running: list[Sequence] = []  # these two are in order (`Sequence._order`), for others to read
+        self.running: list[Sequence] = []  # these two are in order (`Sequence.order`), for others to read
         self.waiting: list[Sequence] = []
         self.leaving: list[Sequence] = []  # ended, and still in flight: they keep their blocks and adapters
         self.counters = Counters()
@@ -108,13 +108,13 @@ class Scheduler:
         if sequence.id in self._by_id:
             raise ValueError(f"sequence {sequence.id} is already here")
         if self._blocks.states is not None:
-            sequence._drafter = None  # a state that has taken in a wrong draft cannot go back
+            sequence.drafter = None  # a state that has taken in a wrong draft cannot go back
         sequence.limit = min(sequence.sampling.max_tokens, self._max_model_len - len(sequence.prompt))
-        sequence._order = (sequence.background, sequence.priority, self._arrivals)
+        sequence.order = (sequence.background, sequence.priority, self._arrivals)
         self._arrivals += 1
         self._shares.enter(sequence)
         self._by_id[sequence.id] = sequence
-        insort(self.waiting, sequence, key=attrgetter("_order"))
+        insort(self.waiting, sequence, key=attrgetter("order"))
 
     def abort(self, sequence_id: str) -> bool:
         """Forget a sequence; False when it is not here (any more)."""
@@ -125,7 +125,7 @@ class Scheduler:
         return True
 
     def fail(self, sequence_id: str, message: str, code: str) -> None:
-        """End one sequence with an error; its last step's blocks are not published. Unknown ids are ignored.
+        """End one sequence with an error; its last step's blocks are not cached. Unknown ids are ignored.
 
         Its keys and values need not be finite: attention never reads what lies beyond a sequence's own tokens.
         """
@@ -142,7 +142,7 @@ class Scheduler:
     # --- deciding a step -------------------------------------------------------------------------
 
     def schedule(self, now: float) -> Step | None:
-        """Decide the next step, to be given to the device at once; None when nothing can run now.
+        """Decide the next step, to be submitted to the device at once; None when nothing can run now.
 
         Every work must be advanced in the end, in order. Steps may be scheduled before the last one was collected.
 
@@ -160,14 +160,14 @@ class Scheduler:
                 self._preempt(self.running[-1])  # all of them are prompts that wait for blocks
             return None
         self._speculate(works)
-        works = self._blocks.given(works)
+        works = self._blocks.assign_states(works)
         for work in works:
             sequence = work.sequence
             sequence.num_computed += work.count - len(work.drafts)
             sequence.pending += work.samples
             sequence.in_flight += 1
             self._shares.charge(work)
-        works.sort(key=lambda work: (work.sequence.adapter, work.sequence._order))
+        works.sort(key=lambda work: (work.sequence.adapter, work.sequence.order))
         return Step(tuple(works))
 
     def _groups(self) -> Iterator[Group]:
@@ -235,7 +235,7 @@ class Scheduler:
             if starving and sequence.adapter:
                 continue
             if not self._acquire_adapter(sequence, refused, works):
-                since = sequence._refused_since
+                since = sequence.refused_since
                 starving |= since is not None and self._steps - since >= self._patience
                 continue
             while not (placed := self._has_place and self._take_blocks(sequence)) and self._gives_way(sequence, works):
@@ -244,8 +244,8 @@ class Scheduler:
                 self._residency.release(sequence.adapter)
                 break
             self.waiting.remove(sequence)
-            insort(self.running, sequence, key=attrgetter("_order"))
-            sequence._refused_since = None
+            insort(self.running, sequence, key=attrgetter("order"))
+            sequence.refused_since = None
             if sequence.first_scheduled is None:
                 sequence.first_scheduled = now
             works.append(sequence.work(budget))
@@ -277,8 +277,8 @@ class Scheduler:
                 sequence.starts = self._starts(key, sequence.prompt)
                 return True
             refused[key] = self._residency.error(key) if answer == "failed" else None
-            if answer == "full" and sequence._refused_since is None:
-                sequence._refused_since = self._steps
+            if answer == "full" and sequence.refused_since is None:
+                sequence.refused_since = self._steps
         if (error := refused[key]) is not None:
             self.fail(sequence.id, error, LOAD_FAILED)
         return False
@@ -290,7 +290,7 @@ class Scheduler:
         if sequence.sampling.prompt_logprobs is not None:
             reusable = min(reusable, sequence.prompt_scored)
         name_blocks(self._blocks, sequence, len(sequence.tokens))
-        keys = sequence._keys[: reusable // self._blocks.block_size]
+        keys = sequence.block_keys[: reusable // self._blocks.block_size]
         # One block in hand for each running sequence, or the newcomer would be preempted by the next that grows.
         if not self._blocks.admit(sequence, keys, len(self.running)):
             return False
@@ -306,7 +306,7 @@ class Scheduler:
         for index, work in enumerate(works):
             sequence = work.sequence
             forced = () if sequence.constraint is None else sequence.constraint.forced
-            if not work.samples or not (forced or (sequence._drafter is not None and work.count == 1)):
+            if not work.samples or not (forced or (sequence.drafter is not None and work.count == 1)):
                 continue
             most = min(self._max_batch_tokens - rows, sequence.left - 1)
             # A draft pays if its chance of being right is at least its row's share of the step's cost.
@@ -356,17 +356,15 @@ class Scheduler:
         known = work.start + work.count - len(work.drafts) + accepted
         self._blocks.collected(work, known)
         self.counters.accepted += 0 if work.forced else accepted
-        if sequence._drafter is not None:
-            sequence._drafter.learn(new_tokens)
+        if sequence.drafter is not None:
+            sequence.drafter.learn(new_tokens)
         # Nothing was to be drawn: max_tokens is 0, or the prompt fills the context.
         if not sequence.remaining and not sequence.in_flight:
             sequence.finish_reason = "length"
         if sequence.finish_reason is not None:
             self._remove(sequence)
-        elif self._blocks.states is not None and accepted < len(
-            work.drafts
-        ):  # the state has taken in what does not count
-            self._preempt(sequence)
+        elif self._blocks.states is not None and accepted < len(work.drafts):
+            self._preempt(sequence)  # its state has taken in what does not count
         return kept
 
     # --- leaving -------------------------------------------------------------------------------------
@@ -376,7 +374,7 @@ class Scheduler:
         self._give_back(sequence)
         sequence.num_computed = 0
         self.counters.preemptions += 1
-        insort(self.waiting, sequence, key=attrgetter("_order"))
+        insort(self.waiting, sequence, key=attrgetter("order"))
 
     def _remove(self, sequence: Sequence) -> None:
         del self._by_id[sequence.id]

@@ -1,7 +1,8 @@
 """Sequences, and the parts of them that a step computes. `scheduler` decides, `runner` computes.
 
-A step is *given* to the device, is in flight, and is *collected* when the tokens that it drew have been read. A
-sequence's lengths advance when a step is given, its `tokens` when that is collected: `pending` counts the difference.
+A step is *submitted* to the device, is in flight, and is *collected* when the tokens that it drew have been read. A
+sequence's lengths advance when a step is submitted, its `tokens` when that is collected: `pending` counts the
+difference.
 """
 
 from collections.abc import Collection, Mapping
@@ -28,15 +29,15 @@ class Sequence:
     weight: float = 1.0  # of the tenant, beside others'
     priority: int = 0  # among the tenant's; the lowest comes first
     cache_salt: str = ""
-    arrival: float = 0.0  # seconds, on the clock that `schedule` is given
+    arrival: float = 0.0  # seconds, on the clock of `schedule`
     background: bool = False  # it runs only in steps that no other sequence can use; the scheduler may end that
     constraint: Constraint | None = None  # by its grammar
 
     tokens: list[int] = field(init=False)  # prompt, then what was generated
     pending: int = field(init=False, default=0)  # tokens after those, drawn on the device and not yet read
     limit: int = field(init=False, default=0)  # tokens that it may generate
-    num_computed: int = field(init=False, default=0)  # leading tokens that a step was given
-    in_flight: int = field(init=False, default=0)  # works given and not yet collected
+    num_computed: int = field(init=False, default=0)  # leading tokens that are computed, by the steps submitted
+    in_flight: int = field(init=False, default=0)  # works submitted and not yet collected
     # Per group of KV layers a block table: entry i holds tokens [i * size, ...). None: it does not run.
     tables: list[list[int]] = field(init=False, default_factory=list)
     slot: int = field(init=False, default=0)  # of its state, where layers keep one
@@ -53,10 +54,10 @@ class Sequence:
     code: str | None = field(init=False, default=None)
 
     # Those in the background come last; then by priority and arrival.
-    _order: tuple[bool, int, int] = field(init=False, default=(False, 0, -1))
-    _refused_since: int | None = field(init=False, default=None)  # the step in which its adapter first found no room
-    _keys: list[bytes] = field(init=False, default_factory=list)  # chain keys of the leading full blocks
-    _drafter: Drafter | None = field(init=False, default=None)  # None: it does not speculate
+    order: tuple[bool, int, int] = field(init=False, default=(False, 0, -1))
+    refused_since: int | None = field(init=False, default=None)  # the step in which its adapter first found no room
+    block_keys: list[bytes] = field(init=False, default_factory=list)  # chain keys of the leading full blocks
+    drafter: Drafter | None = field(init=False, default=None)  # None: it does not speculate
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt)
@@ -64,7 +65,7 @@ class Sequence:
         penalized = sampling.repetition_penalty != 1.0 or sampling.frequency_penalty or sampling.presence_penalty
         self.needs_tokens = bool(penalized or sampling.speculative_tokens or sampling.grammar is not None)
         if sampling.speculative_tokens:
-            self._drafter = Drafter(sampling.speculative_tokens)
+            self.drafter = Drafter(sampling.speculative_tokens)
 
     @property
     def length(self) -> int:
@@ -83,7 +84,7 @@ class Sequence:
 
     @property
     def remaining(self) -> int:
-        """Tokens that no step has yet been given; 1 while decoding."""
+        """Tokens that no submitted step has; 1 while decoding."""
         return len(self.tokens) + self.pending - self.num_computed
 
     @property
@@ -102,7 +103,7 @@ class Sequence:
         ends = token in sampling.stops[0] or (token in eos and not sampling.ignore_eos)
         if ends and self.num_generated >= sampling.min_tokens:
             self.stop_token, self.finish_reason = token, "stop"
-        elif self.constraint is not None and self.constraint.take(token):
+        elif self.constraint is not None and self.constraint.consume(token):
             self.finish_reason = "stop"
         elif self.num_generated >= self.limit:
             self.finish_reason = "length"
@@ -118,7 +119,7 @@ class Sequence:
 
     def guess(self, most: int, price: float) -> list[int]:
         """What it will probably say next, where each token must be right with the probability `price`."""
-        drafts = [] if self._drafter is None else self._drafter.draft(self.tokens, most, price)
+        drafts = [] if self.drafter is None else self.drafter.draft(self.tokens, most, price)
         return drafts if self.constraint is None else self.constraint.valid(drafts)
 
 
@@ -151,7 +152,7 @@ class Work:
 
     @property
     def pending(self) -> int:
-        """How many of its tokens were not read when it was given."""
+        """How many of its tokens were not read when it was submitted."""
         missing = self.start + self.count - len(self.drafts) - len(self.sequence.tokens)
         return missing if missing > 0 else 0
 

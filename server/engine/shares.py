@@ -109,12 +109,12 @@ class Shares:
         if oldest is None or now - oldest.arrival < self._background_seconds:
             return
         queue.remove(oldest)
-        oldest.background, oldest._order = False, (False, *oldest._order[1:])
-        insort(queue, oldest, key=attrgetter("_order"))
+        oldest.background, oldest.order = False, (False, *oldest.order[1:])
+        insort(queue, oldest, key=attrgetter("order"))
         self._promoted = oldest
 
     def charge(self, work: Work) -> None:
-        """Count a work that is given to the device."""
+        """Count a work that is submitted to the device."""
         tenant = self._tenants[work.sequence.tenant]
         tenant.served += (work.count + (_GENERATED - 1) * work.samples) / tenant.weight
 
@@ -131,7 +131,7 @@ class Shares:
             queues.setdefault(sequence.tenant, []).append(sequence)
         served = {name: self.served(name) for name in queues}
         while queues:
-            name = min(queues, key=lambda name: (served[name], queues[name][-1]._order))
+            name = min(queues, key=lambda name: (served[name], queues[name][-1].order))
             sequence = queues[name].pop()
             served[name] += sequence.remaining / self._tenants[name].weight
             yield sequence

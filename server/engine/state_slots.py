@@ -61,8 +61,8 @@ class StateSlots:
         self._pool.release([slot for slot in {sequence.slot, sequence.origin} if slot])
         sequence.slot = sequence.origin = 0
 
-    def given(self, work: Work) -> Work:
-        """A work that is given to the device now, with the states that it reads and writes.
+    def assign(self, work: Work) -> Work:
+        """A work that is submitted now, with the states that it reads and writes.
 
         Its snapshots are of positions that the sequence cannot take back: none lies among drafts.
         """
@@ -72,7 +72,7 @@ class StateSlots:
         runs: list[tuple[int, int, int, int]] = []
         origin, begin = sequence.origin, work.start
         for block in range(begin // size + 1, (end - len(work.drafts)) // size + 1) if self._pool.caching else ():
-            position, named = block * size, sequence._keys[block - 1 : block]
+            position, named = block * size, sequence.block_keys[block - 1 : block]
             if (block % self._every and position != at_end) or (named and self.has(named[0])):
                 continue
             slot = self._pool.allocate(1)
@@ -93,7 +93,7 @@ class StateSlots:
         *saved, (_, _, _, own) = work.runs
         for _, position, _, slot in saved:
             if computed:
-                self._pool.publish(slot, work.sequence._keys[position // self._block_size - 1])
+                self._pool.cache(slot, work.sequence.block_keys[position // self._block_size - 1])
             self._pool.release([slot])
         if work.runs[0][2] not in (0, own):
             self._pool.release([work.runs[0][2]])

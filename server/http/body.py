@@ -46,15 +46,17 @@ def _read(raw: bytes, max_items: int, validate: Callable[[Any], T]) -> T:
 
 
 async def _read_bytes(request: Request, limit: int) -> bytes:
-    too_large = RequestTooLarge(f"The body is larger than {limit} bytes (--max-body-bytes).")
+    def too_large() -> RequestTooLarge:
+        return RequestTooLarge(f"The body is larger than {limit} bytes (--max-body-bytes).")
+
     announced = request.headers.get("content-length", "")
     if announced.isdigit() and int(announced[:20]) > limit:
-        raise too_large
+        raise too_large()
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > limit:
-            raise too_large
+            raise too_large()
     return bytes(body)
 
 

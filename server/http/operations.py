@@ -31,7 +31,7 @@ from server.errors import (
 )
 from server.http.body import read_as
 from server.http.multipart import Part
-from server.http.objects import ErrorObject
+from server.http.objects.common import ErrorObject
 from server.http.paging import Query, read_query
 from server.http.roles import is_change, needed, roles_of
 from server.openai.body import Body

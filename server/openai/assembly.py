@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from server.messages.protocol import Output, TokenLogprob
-from server.text.detokenizer import Detokenizer
 from server.text.reasoning import ThoughtTokens
-from server.text.stop_strings import StopStrings
+from server.text.streaming import Detokenizer, StopStrings
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from adapters.storage.versions import Version
 from server.errors import InvalidRequest, shown
 from server.messages.protocol import AdapterRef
 from server.openai.schema import WeightedAdapter
-from server.registry.fit import row_units
+from server.registry.capacity import row_units
 from server.services import Services
 from server.tenants.caller import Caller
 from server.text.processor import TextProcessor
@@ -87,14 +87,14 @@ async def open_target(
 
 def _for_task(target: Target, task: Task, param: str) -> Target:
     """The target. Raises InvalidRequest when it is not there for the task."""
+    if task == "any" or bool(target.num_labels) == (task == "classify"):
+        return target
     name = shown(target.adapters[0].name_for(target.caller.tenant) if target.adapters else target.asked)
-    if task == "generate" and target.num_labels:
+    if task == "generate":
         message = f"`{name}` classifies and generates nothing: ask /v1/classify."
-        raise InvalidRequest(message, param=param, code="unsupported_task")
-    if task == "classify" and not target.num_labels:
+    else:
         message = f"`{name}` generates text: /v1/classify is for adapters with a classification head (SEQ_CLS)."
-        raise InvalidRequest(message, param=param, code="unsupported_task")
-    return target
+    raise InvalidRequest(message, param=param, code="unsupported_task")
 
 
 def _base_target(services: Services, caller: Caller, asked: str) -> Target:

@@ -41,8 +41,8 @@ from server.errors import (
 )
 from server.messages.protocol import AdapterRef
 from server.metrics import Metrics
+from server.registry.capacity import row_units
 from server.registry.discovery import Discovery
-from server.registry.fit import row_units
 from server.registry.following import Following
 from server.registry.pins import Fetch, Pins
 from server.registry.publish import Publisher

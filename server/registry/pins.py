@@ -3,16 +3,16 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable
 
-from adapters.peft_format.sizes import EXTRAS, device_bytes
+from adapters.peft_format.sizes import device_bytes
 from adapters.storage.store import AdapterStore
 from adapters.storage.versions import DamagedAdapter, RemoteUnavailable, UnknownAdapter, Version
-from server.client.engine import EngineClient, served_base
-from server.errors import Conflict, StorageFull
-from server.messages.protocol import AdapterRef, Ready
+from server.client.engine import EngineClient
+from server.errors import StorageFull
+from server.messages.protocol import AdapterRef
 from server.metrics import Metrics
-from server.registry.fit import first_that_fit, row_units
+from server.registry.capacity import PinLimit, first_that_fit
 from server.settings import Settings
 
 _RETRY_SECONDS = 10.0  # until the files of a pinned adapter are asked for again
@@ -20,34 +20,6 @@ _RETRY_SECONDS = 10.0  # until the files of a pinned adapter are asked for again
 Fetch = Callable[[Version], Awaitable[None]]  # returns once the files of a leased version are on this disk
 
 log = logging.getLogger(__name__)
-
-
-class PinLimit:
-    """How much of the device pinned adapters may take (`--adapter-pinned-bytes`)."""
-
-    def __init__(self, settings: Settings, engine: EngineClient) -> None:
-        self._allowed = settings.adapter_pinned_bytes
-        self._engine = engine
-
-    def room(self, base: Ready) -> dict[str, int]:
-        """Row units per module kind: as large a share of each as of all the memory."""
-        total = device_bytes({kind: units for kind, units in base.pool_rows.items() if kind != EXTRAS}, base.linears)
-        share = 0.5 if self._allowed is None else min(1.0, self._allowed / max(total, 1))
-        return {kind: int(units * share) for kind, units in base.pool_rows.items()}
-
-    def check(self, versions: Collection[Version]) -> None:
-        """Raises Conflict when these are too much to be pinned together; EngineUnavailable while that is unknown."""
-        room = self.room(served_base(self._engine))
-        fitting = first_that_fit(versions, room)
-        if len(fitting) < len(versions):
-            excess = row_units([*fitting, list(versions)[len(fitting)]])
-            kind = next(kind for kind in excess if excess[kind] > room.get(kind, 0))
-            raise Conflict(
-                f"Pinned adapters would take {excess[kind]} rows of {kind} on the device, and may take "
-                f"{room.get(kind, 0)} (--adapter-pinned-bytes). Unpin one.",
-                param="name",
-                code="pin_limit",
-            )
 
 
 class Pins:

@@ -39,7 +39,7 @@ from server.errors import InvalidRequest, disk_faults
 from server.logs import FIELDS
 from server.messages.protocol import Ready
 from server.metrics import Metrics
-from server.registry.fit import check_fit
+from server.registry.capacity import check_fit
 from server.registry.pins import Pins
 from server.settings import Settings
 from server.text.processor import TextProcessor

@@ -1,7 +1,7 @@
 """The base's tokenizer and chat template, from its directory. Text in, token ids out, and back.
 
 Uses the `tokenizers` library directly: importing `transformers` would bring torch into the HTTP process.
-Streaming text back is `server.text.detokenizer`'s matter; requests and limits are the handlers'.
+Streaming text back is `server.text.streaming`'s matter; requests and limits are the handlers'.
 """
 
 import asyncio

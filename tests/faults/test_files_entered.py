@@ -87,7 +87,7 @@ def test_an_upload_enters_few_files(
     def entered() -> dict[str, set[str]]:
         found = server.files_entered(upload)
         assert "adapters/peft_format/layout.py" in found["checker"]
-        assert len(found["API"] - {"server/client/wire.py", "server/metrics.py"}) <= 37  # those take in heartbeats
+        assert len(found["API"] - {"server/client/process.py", "server/metrics.py"}) <= 37  # those take in heartbeats
         return {part: names for part, names in found.items() if part != "engine"}
 
     try:

@@ -21,7 +21,7 @@ import uvicorn
 from server import cli
 from server.commands import chat
 from server.commands.remote import CommandError
-from server.http import app
+from server.http import serving as serving_module
 from server.model_source import DEFAULT
 from server.services import TENANT
 from server.settings import Settings, settings_fields
@@ -95,7 +95,7 @@ def test_every_setting_is_a_flag_with_its_explanation(
 
 def test_flags_become_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     served: list[Settings] = []
-    monkeypatch.setattr(app, "serve", served.append, raising=False)
+    monkeypatch.setattr(serving_module, "serve", served.append, raising=False)
     monkeypatch.setenv("LORAKEET_PORT", "9001")
     monkeypatch.setenv("LORAKEET_QUANTIZATION", "int8")
     flags = ["--port", "9002", "--adapter", "a=x", "--adapter", "b=y", "--kv-cache-bytes", "64MiB"]
@@ -112,7 +112,7 @@ def test_flags_become_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 def test_vllms_flags_become_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     served: list[Settings] = []
-    monkeypatch.setattr(app, "serve", served.append, raising=False)
+    monkeypatch.setattr(serving_module, "serve", served.append, raising=False)
     flags = ["--max-num-seqs", "4", "--max-num-batched-tokens", "64", "--kv-cache-memory-bytes", "64MiB"]
     flags += ["--lora-modules", "a=x", "--adapter", "b=y", "--no-enable-prefix-caching"]
     assert run(monkeypatch, "serve", *flags) == 0

@@ -29,9 +29,10 @@ from server.messages.protocol import (
     Ready,
 )
 from server.messages.training import JobReply, MemoryPlan, PlanMemory, StartJob, StopJob
-from server.registry.pins import PinLimit
-from server.services import TENANT, make_services
+from server.registry.capacity import PinLimit
+from server.services import TENANT
 from server.settings import Settings
+from server.startup import make_services
 from server.text.processor import TextProcessor
 from tests.support.conforming import client_of
 from tests.support.tiny import tiny_text

@@ -45,7 +45,7 @@ class FakeConstraint:
     def complete(self) -> bool:
         return self.stopped and not self.forced
 
-    def take(self, token: int) -> bool:
+    def consume(self, token: int) -> bool:
         assert not self.complete
         if self.forced:
             assert self.forced.pop(0) == token
@@ -65,7 +65,7 @@ def followed(tokens: list[int]) -> FakeConstraint:
     """The constraint of a sequence that has generated these tokens."""
     constraint = FakeConstraint()
     for token in tokens:
-        constraint.take(token)
+        constraint.consume(token)
     return constraint
 
 

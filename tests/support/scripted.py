@@ -16,8 +16,9 @@ from adapters.storage.store import AdapterStore
 from server.errors import EngineUnavailable
 from server.http.app import build_app
 from server.messages.protocol import Generate, Output, Ready, TokenLogprob
-from server.services import TENANT, Services, make_services
+from server.services import TENANT, Services
 from server.settings import Settings
+from server.startup import make_services
 from tests.support.conforming import client_of
 from tests.support.harness import BASE_DIGEST, IdleEngine, base_info, write_adapter
 from tests.support.tiny import _tokenizer, tiny_text

@@ -17,8 +17,8 @@ from server.engine.engine import Engine
 from server.http.app import build_app
 from server.messages.protocol import Done
 from server.messages.training import JobEnded, JobReply, MemoryPlan, PlanMemory, StartJob, StopJob
-from server.services import make_services
 from server.settings import Settings
+from server.startup import make_services
 from server.training.trainer import Trainer
 from tests.support.conforming import client_of
 from tests.support.harness import IdleEngine

@@ -18,7 +18,8 @@ from server.errors import Conflict, InvalidRequest, disk_faults, unknown_adapter
 from server.http.answer import unless_gone
 from server.http.mixing import MixBody, mix
 from server.http.multipart import Part, read_parts
-from server.http.objects import AdapterObject, AdapterReceipt, DeletedAdapter, ListedAdapter, ListObject
+from server.http.objects.adapters import AdapterObject, AdapterReceipt, DeletedAdapter, ListedAdapter
+from server.http.objects.common import ListObject
 from server.http.operations import OPENING, PUBLISHING, Operation
 from server.http.paging import WindowQuery, window
 from server.http.quotas import check_room

@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from adapters.storage.database import UnknownCursorError
-from server.http.objects import ListObject
+from server.http.objects.common import ListObject
 from server.http.operations import Operation
 from server.http.paging import PageQuery, page, unknown_cursor
 from server.services import caller_of, services_of

@@ -12,7 +12,8 @@ from adapters.storage.database import UnknownCursorError
 from server.batches.store import Batch, BatchStateError, UnknownBatchError
 from server.errors import Conflict, InvalidRequest, NotFound, StorageFull, disk_faults, shown
 from server.finetune.files import BATCH, UnknownFileError
-from server.http.objects import BatchObject, ListObject
+from server.http.objects.common import ListObject
+from server.http.objects.generation import BatchObject
 from server.http.operations import Operation
 from server.http.paging import PageQuery, page, unknown_cursor
 from server.openai.body import Body, Metadata

@@ -13,7 +13,7 @@ from starlette.types import Send
 
 from server.errors import TooManyRequests
 from server.http.answer import Answer, encode_json, send_events, send_json
-from server.http.objects import ChatCompletion, ChatCompletionChunk
+from server.http.objects.generation import ChatCompletion, ChatCompletionChunk
 from server.http.operations import OPENING, Operation
 from server.openai.chat import Addition, Call, Chat, ChatBody, Event, open_chat
 from server.openai.logprobs import AnswerSize, chat_tokens

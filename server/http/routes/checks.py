@@ -13,7 +13,7 @@ from adapters.storage.versions import Version
 from server.children.helper import HelperLimit, ask_once
 from server.client.engine import AdapterLoadFailed
 from server.errors import ContextLengthExceeded, InternalError, InvalidRequest, TooManyRequests
-from server.http.objects import Residency, Verification
+from server.http.objects.adapters import Residency, Verification
 from server.http.operations import OPENING, Operation
 from server.messages.protocol import AdapterRef, Generate, Sampling
 from server.model_source import resolve

@@ -10,7 +10,7 @@ from starlette.types import Send
 
 from server.errors import TooManyRequests
 from server.http.answer import Answer, send_json
-from server.http.objects import Classification
+from server.http.objects.generation import Classification
 from server.http.operations import OPENING, Operation
 from server.openai.classification import ClassifyChatBody, ClassifyInputBody, probabilities, scores
 from server.openai.target import open_target

@@ -14,7 +14,7 @@ from starlette.types import Send
 
 from server.errors import InvalidRequest, TooManyRequests
 from server.http.answer import Answer, encode_json, send_events, send_json
-from server.http.objects import Completion
+from server.http.objects.generation import Completion
 from server.http.operations import OPENING, Operation
 from server.messages.protocol import Ready
 from server.openai.assembly import Piece
@@ -25,8 +25,8 @@ from server.openai.schema import INT32, GenerationBody
 from server.openai.target import Target, open_target
 from server.services import Services, caller_of, services_of
 from server.tenants.caller import Caller
-from server.text.detokenizer import Detokenizer
 from server.text.processor import TextProcessor
+from server.text.streaming import Detokenizer
 
 DEFAULT_MAX_TOKENS = 16
 

@@ -12,7 +12,8 @@ from adapters.storage.database import UnknownCursorError
 from server.errors import InvalidRequest, NotFound, shown
 from server.finetune.evaluations import Evaluation, UnknownEvaluationError
 from server.finetune.files import UnknownFileError
-from server.http.objects import DeletedObject, EvaluationObject, ListObject
+from server.http.objects.common import DeletedObject, ListObject
+from server.http.objects.training import EvaluationObject
 from server.http.operations import OPENING, Operation
 from server.http.paging import PageQuery, page, unknown_cursor
 from server.openai.body import Body

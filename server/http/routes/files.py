@@ -20,7 +20,8 @@ from server.finetune.preview import preview
 from server.finetune.rows import DatasetError
 from server.finetune.tokenizer import TrainingTokenizer
 from server.http.multipart import Part, read_parts
-from server.http.objects import DeletedObject, FileObject, ListObject, PreviewedLine
+from server.http.objects.common import DeletedObject, ListObject
+from server.http.objects.training import FileObject, PreviewedLine
 from server.http.operations import PUBLISHING, Operation
 from server.http.paging import ListQuery, Query, Whole, page, unknown_cursor
 from server.http.quotas import check_room

@@ -22,14 +22,15 @@ from server.finetune.files import UnknownFileError
 from server.finetune.jobs import FINAL, Event, Job, JobSpec, JobStateError, StoredCheckpoint, UnknownJobError
 from server.finetune.preparation import question
 from server.http.answer import encode_json
-from server.http.objects import CheckpointObject, Estimate, EventObject, JobObject, ListObject
+from server.http.objects.common import ListObject
+from server.http.objects.training import CheckpointObject, Estimate, EventObject, JobObject
 from server.http.operations import OPENING, Operation
 from server.http.paging import ListQuery, PageQuery, Whole, page, unknown_cursor
 from server.http.quotas import check_training
 from server.messages.training import ModuleShape
 from server.openai.target import Target, open_target
 from server.openai.training_body import EstimateBody, JobBody, LoraBody
-from server.registry.fit import check_fit
+from server.registry.capacity import check_fit
 from server.services import Services, caller_of, services_of
 
 _POLL_SECONDS = 1.0  # between looks for a stream's next event, should no news come

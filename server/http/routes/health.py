@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from server.errors import Unavailable
-from server.http.objects import Health, Readiness, Version
+from server.http.objects.server import Health, Readiness, Version
 from server.http.operations import Operation
 from server.services import services_of
 

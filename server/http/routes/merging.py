@@ -33,7 +33,7 @@ from server.errors import (
     disk_faults,
     shown,
 )
-from server.http.objects import DeletedMerge, MergeObject
+from server.http.objects.adapters import DeletedMerge, MergeObject
 from server.http.operations import OPENING, PUBLISHING, Operation
 from server.http.paging import Query
 from server.http.receipts import resident

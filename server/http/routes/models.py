@@ -9,7 +9,8 @@ from starlette.responses import JSONResponse, Response
 
 from adapters.storage.versions import UnknownAdapter, Version
 from server.errors import ModelNotFound, PermissionDenied
-from server.http.objects import DeletedObject, ListObject, ModelCard, ModelDetails
+from server.http.objects.common import DeletedObject, ListObject
+from server.http.objects.models import ModelCard, ModelDetails
 from server.http.operations import OPENING, Operation
 from server.http.paging import WindowQuery, page, window
 from server.openai.target import brings_text, text_of

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from adapters.peft_format.sizes import device_bytes
 from adapters.storage.versions import UnknownAdapter
 from server.errors import Conflict, TooManyRequests, unknown_adapter
-from server.http.objects import PinObject
+from server.http.objects.adapters import PinObject
 from server.http.operations import Operation
 from server.services import caller_of, services_of
 

@@ -6,7 +6,7 @@ from starlette.responses import JSONResponse, Response
 
 from adapters.peft_format.sizes import device_bytes
 from server import history
-from server.http.objects import ServerHistory
+from server.http.objects.server import ServerHistory
 from server.http.operations import Operation
 from server.http.paging import Query
 from server.services import services_of

@@ -8,7 +8,7 @@ from starlette.responses import JSONResponse, Response
 
 from adapters.storage.versions import EVERYBODY, UnknownAdapter
 from server.errors import unknown_adapter
-from server.http.objects import ShareObject
+from server.http.objects.adapters import ShareObject
 from server.http.operations import Operation
 from server.http.receipts import readers
 from server.openai.body import Body, Items

@@ -14,7 +14,8 @@ from starlette.responses import JSONResponse, Response
 
 from adapters.storage.versions import MAX_NAME
 from server.errors import Conflict, InvalidRequest, NotFound
-from server.http.objects import DeletedObject, KeyObject, ListObject, NewKeyObject, TenantObject
+from server.http.objects.common import DeletedObject, ListObject
+from server.http.objects.server import KeyObject, NewKeyObject, TenantObject
 from server.http.operations import Operation
 from server.http.paging import WindowQuery, page, window
 from server.openai.body import Body, Items

@@ -13,7 +13,8 @@ from starlette.types import Send
 
 from server.errors import InvalidRequest
 from server.http.answer import Answer, send_json
-from server.http.objects import Detokenized, TokenizerInfo, Tokens
+from server.http.objects.generation import Detokenized, Tokens
+from server.http.objects.models import TokenizerInfo
 from server.http.operations import OPENING, Operation
 from server.openai.body import Body, Items
 from server.openai.conversation import Conversation

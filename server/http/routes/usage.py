@@ -7,7 +7,8 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.http.objects import ListObject, UsageRow
+from server.http.objects.common import ListObject
+from server.http.objects.server import UsageRow
 from server.http.operations import Operation
 from server.http.paging import WindowQuery, page, window
 from server.services import caller_of, services_of

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from adapters.storage.store import Moved
 from adapters.storage.versions import AmbiguousDigest, Pointer, UnknownAdapter
 from server.errors import Conflict, InvalidRequest, NotFound, PreconditionFailed, unknown_adapter
-from server.http.objects import Versions
+from server.http.objects.adapters import Versions
 from server.http.operations import Operation
 from server.http.receipts import receipt
 from server.openai.body import Body, Entries

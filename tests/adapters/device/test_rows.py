@@ -1,13 +1,11 @@
 """The row allocator against a reference model: a list of cells and who owns each."""
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from adapters.device.rows import GRANULE, RowAllocator, rounded
-from adapters.device.units import DTYPE_CODES, as_units, from_units
 
 CAPACITY = 24
 
@@ -72,9 +70,3 @@ def test_a_window_has_units(units: int) -> None:
 
 def test_an_odd_capacity_loses_its_last_unit() -> None:
     assert RowAllocator(7).capacity == 6
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_of_one_number_are_units_too(dtype: torch.dtype) -> None:
-    rows = torch.randn(1, 6).to(dtype).T  # B of a linear with one output
-    assert torch.equal(from_units(as_units(rows), 0, 6, DTYPE_CODES[dtype]), rows)

@@ -20,13 +20,13 @@ import pytest_asyncio
 
 from adapters.storage.names import LocalNames
 from adapters.storage.store import AdapterStore
-from server.client import engine as client_engine
+from server.client import process
 from server.client.engine import AdapterLoadFailed, LocalEngine
 from server.errors import EngineUnavailable
 from server.http.app import build_app
 from server.messages.protocol import AdapterRef, EngineConfig, Generate, Stats
-from server.services import make_services
 from server.settings import Settings
+from server.startup import make_services
 from tests.support.conforming import client_of
 from tests.support.offline import load_engine, publish, request
 from tests.support.tiny import tiny_adapter, tiny_text
@@ -174,8 +174,8 @@ async def test_one_that_stands_still_is_replaced(
     pid = engine.pid
     assert engine.info is not None
     stands = engine.info.pid
-    monkeypatch.setattr(client_engine, "_QUIET_SECONDS", 3.0)
-    monkeypatch.setattr(engine, "_stall_seconds", 6.0)
+    monkeypatch.setattr(process, "_QUIET_SECONDS", 3.0)
+    monkeypatch.setattr(engine._process, "_stall_seconds", 6.0)
     body = {"model": "tiny", "prompt": [5, 6], "temperature": 0, "ignore_eos": True, "max_tokens": 3}
     async with over_http(engine, tmp_path) as client:
         assert (await client.get("/ready")).status_code == 200
@@ -204,7 +204,7 @@ async def test_one_that_is_not_loaded_in_time_is_replaced_and_given_up_in_the_en
 ) -> None:
     """However long it has lived till then: it never was well."""
     for name in ("_WATCH_SECONDS", "_QUIET_SECONDS"):
-        monkeypatch.setattr(client_engine, name, 0.01)
+        monkeypatch.setattr(process, name, 0.01)
     client = LocalEngine(config(model_dir, cache_dir), lambda _: None, start_seconds=0.03)
     await client.start()
     await until(lambda: client.pid is not None)
@@ -236,7 +236,7 @@ async def test_a_process_that_cannot_be_started_is_tried_again(
     model_dir: Path, cache_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A few times where none ever ran, for ever where one did."""
-    monkeypatch.setattr(client_engine, "_RETRY_SECONDS", 0.02)
+    monkeypatch.setattr(process, "_RETRY_SECONDS", 0.02)
     with monkeypatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
         client = LocalEngine(config(model_dir, cache_dir), lambda _: None)

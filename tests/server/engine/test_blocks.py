@@ -59,10 +59,10 @@ class BlockModel(RuleBasedStateMachine):
                 self.idle_since[block] = self.clock
 
     @rule(chain=chains, names=st.lists(st.sampled_from("abcd"), max_size=4))
-    def publish(self, chain: list[int], names: list[str]) -> None:
+    def cache(self, chain: list[int], names: list[str]) -> None:
         for block, name in zip(chain, names, strict=False):
             key = name.encode()
-            self.pool.publish(block, key)
+            self.pool.cache(block, key)
             if block not in self.names and not self.blocks_named(key):
                 self.names[block] = key
 
@@ -104,7 +104,7 @@ def test_a_chain_is_evicted_from_its_deepest_block() -> None:
     chain = pool.allocate(3)
     assert chain is not None
     for block, key in zip(chain, (b"a", b"b", b"c"), strict=True):
-        pool.publish(block, key)
+        pool.cache(block, key)
     pool.release(chain)
     assert pool.allocate(1) == chain[2:]
     assert pool.match([b"a", b"b", b"c"]) == chain[:2]
@@ -114,7 +114,7 @@ def test_free_blocks_are_used_before_cached_ones() -> None:
     pool = BlockPool(2, 4)
     block = pool.allocate(1)
     assert block is not None
-    pool.publish(block[0], b"a")
+    pool.cache(block[0], b"a")
     pool.release(block)
     assert pool.allocate(1) != block
     assert pool.match([b"a"]) == block
@@ -125,7 +125,7 @@ def test_of_two_blocks_with_equal_content_the_first_is_found() -> None:
     blocks = pool.allocate(2)
     assert blocks is not None
     for block in blocks:
-        pool.publish(block, b"a")
+        pool.cache(block, b"a")
     assert pool.match([b"a"]) == blocks[:1]
     pool.release(blocks)
     assert pool.counts == BlockCounts(free=1, cached=0, used=1)
@@ -135,7 +135,7 @@ def test_without_caching_nothing_is_found() -> None:
     pool = BlockPool(2, 4, caching=False)
     blocks = pool.allocate(1)
     assert blocks is not None
-    pool.publish(blocks[0], b"a")
+    pool.cache(blocks[0], b"a")
     assert pool.match([b"a"]) == []
     pool.release(blocks)
     assert pool.counts == BlockCounts(free=2, cached=0, used=0)
@@ -146,7 +146,7 @@ def test_misuse_is_caught() -> None:
     with pytest.raises(ValueError, match="not in use"):
         pool.release([1])
     with pytest.raises(ValueError, match="not in use"):
-        pool.publish(1, b"a")
+        pool.cache(1, b"a")
     with pytest.raises(ValueError, match="at least one"):
         BlockPool(0, 4)
 

@@ -344,7 +344,7 @@ def test_drafts_are_walked_as_single_tokens_would_be(engine: Engine) -> None:
     walked = compiled.constraint(Sampling())
     for _ in range(30):
         if walked.forced:
-            walked.take(walked.forced[0])
+            walked.consume(walked.forced[0])
             continue
         if walked.stopped:
             break
@@ -360,7 +360,7 @@ def test_drafts_are_walked_as_single_tokens_would_be(engine: Engine) -> None:
         again = list(rows)
         walked._make(drafts, 0)
         assert all((a[0] == b[0]).all() for a, b in zip(again, walked._rows, strict=True))
-        walked.take(drafts[0] if drafts else allowed[0])
+        walked.consume(drafts[0] if drafts else allowed[0])
 
 
 THOUGHT = (

@@ -20,13 +20,13 @@ class Pool:
 
     def enter(self, tokens: int, key: bytes | None = None) -> Sequence:
         sequence = Sequence(id="", prompt=[1] * tokens, sampling=Sampling())
-        sequence._keys = [bytes([tokens, block]) for block in range(tokens // 4)]
+        sequence.block_keys = [bytes([tokens, block]) for block in range(tokens // 4)]
         assert self.slots.enter(sequence, key)
         return sequence
 
     def step(self, sequence: Sequence, start: int, end: int, *, drafts: int = 0, computed: bool = True) -> Work:
         work = Work(sequence, start, end - start, samples=False, prompt_rows=range(0), drafts=[1] * drafts)
-        work = self.slots.given(work)
+        work = self.slots.assign(work)
         self.slots.collected(work, computed=computed)
         return work
 
@@ -50,7 +50,7 @@ def test_a_sequence_has_one_slot_and_leaves_a_snapshot_at_the_end_of_its_prompt(
     pool.slots.leave(sequence)
     pool.slots.leave(sequence)
     assert pool.counts == BlockCounts(free=3, cached=1, used=0)
-    assert pool.slots.has(sequence._keys[1])
+    assert pool.slots.has(sequence.block_keys[1])
     pool.slots.reset_cache()
     assert pool.counts == BlockCounts(free=4, cached=0, used=0)
 
@@ -60,9 +60,9 @@ def test_a_snapshot_is_read_by_the_first_work_and_held_until_that_is_over() -> N
     first = pool.enter(8)
     pool.step(first, 0, 8)
     pool.slots.leave(first)
-    second = pool.enter(12, first._keys[0])
+    second = pool.enter(12, first.block_keys[0])
     assert pool.counts == BlockCounts(free=1, cached=0, used=2)
-    work = pool.slots.given(Work(second, 4, 2, samples=False, prompt_rows=range(0)))
+    work = pool.slots.assign(Work(second, 4, 2, samples=False, prompt_rows=range(0)))
     ((begin, end, read, write),) = work.runs
     assert (begin, end, write) == (4, 6, second.slot)
     assert read not in (0, second.slot)
@@ -70,7 +70,7 @@ def test_a_snapshot_is_read_by_the_first_work_and_held_until_that_is_over() -> N
     pool.slots.collected(work, computed=False)
     assert pool.counts == BlockCounts(free=1, cached=1, used=1)
     assert pool.step(second, 6, 7).runs == [(6, 7, second.slot, second.slot)]
-    other = pool.enter(12, first._keys[0])
+    other = pool.enter(12, first.block_keys[0])
     pool.slots.leave(other)  # before it ever ran
     assert pool.counts == BlockCounts(free=1, cached=1, used=1)
 
@@ -82,7 +82,7 @@ def test_snapshots_come_at_intervals_and_never_among_drafts() -> None:
     assert pool.counts.cached == 4
     again = pool.enter(30)
     assert len(pool.step(again, 0, 30).runs) == 1, "these are there already"
-    sequence._keys += [b"more", b"tokens"]
+    sequence.block_keys += [b"more", b"tokens"]
     assert [end for _, end, _, _ in pool.step(sequence, 30, 34, drafts=3).runs] == [34]
     assert [end for _, end, _, _ in pool.step(sequence, 30, 34, drafts=2).runs] == [32, 34]
 
@@ -91,7 +91,7 @@ def test_what_was_not_computed_is_not_found() -> None:
     pool = Pool(3)
     sequence = pool.enter(10)
     pool.step(sequence, 0, 10, computed=False)
-    assert not pool.slots.has(sequence._keys[1])
+    assert not pool.slots.has(sequence.block_keys[1])
     assert pool.counts == BlockCounts(free=2, cached=0, used=1)
 
 
@@ -100,20 +100,20 @@ def test_the_snapshot_longest_unused_leaves_for_a_newer_one_and_for_sequences() 
     keys = []
     for tokens in (5, 6):
         sequence = pool.enter(tokens)
-        keys.append(sequence._keys[0])
+        keys.append(sequence.block_keys[0])
         pool.step(sequence, 0, tokens)
         pool.slots.leave(sequence)
     pool.slots.leave(pool.enter(7, keys[0]))  # looked at: the other one is now the older
     third = pool.enter(7)
     pool.step(third, 0, 7)
-    assert [pool.slots.has(key) for key in (*keys, third._keys[0])] == [True, False, True]
+    assert [pool.slots.has(key) for key in (*keys, third.block_keys[0])] == [True, False, True]
     fourth, fifth = pool.enter(3), pool.enter(3)
     assert pool.counts == BlockCounts(free=0, cached=0, used=3)
     late = Sequence(id="", prompt=[1], sampling=Sampling())
     assert not pool.slots.enter(late, None)
     assert (late.slot, late.origin) == (0, 0)
     assert pool.step(fourth, 0, 3).runs == [(0, 3, 0, fourth.slot)]
-    fourth.prompt, fourth._keys = [1] * 6, [b"x"]
+    fourth.prompt, fourth.block_keys = [1] * 6, [b"x"]
     assert len(pool.step(fourth, 3, 6).runs) == 1, "no slot is left for a snapshot"
     for sequence in (third, fourth, fifth):
         pool.slots.leave(sequence)
@@ -138,8 +138,8 @@ def test_a_prefix_is_cached_as_far_as_a_snapshot_of_it() -> None:
         blocks_before = [bytes([block]) for block in range((length - 1) // 4)]
         assert blocks.admit(sequence, blocks_before, 0)
         start = sequence.num_computed
-        (work,) = blocks.given([Work(sequence, start, length - start, samples=False, prompt_rows=range(0))])
-        sequence._keys = [bytes([block]) for block in range(length // 4)]
+        (work,) = blocks.assign_states([Work(sequence, start, length - start, samples=False, prompt_rows=range(0))])
+        sequence.block_keys = [bytes([block]) for block in range(length // 4)]
         blocks.collected(work, length)
         blocks.release(sequence)
         return sequence

@@ -10,7 +10,7 @@ from adapters.peft_format.modules import ExpertsModule, Variants
 from adapters.peft_format.sizes import EXTRAS, ExpertsSize
 from server.finetune import hyperparameters as recipe
 from server.messages.training import ModuleShape
-from server.registry.fit import check_fit
+from server.registry.capacity import check_fit
 from tests.support.harness import base_info
 
 DOWN = "model.layers.0.mlp.experts.down_proj"

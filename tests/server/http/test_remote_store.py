@@ -13,10 +13,10 @@ import pytest
 from adapters.storage.remote import RemoteStore
 from adapters.storage.store import AdapterStore
 from adapters.storage.versions import DamagedAdapter, Pointer, RemoteUnavailable
-from server.http.app import open_store
-from server.registry.pins import PinLimit
+from server.registry.capacity import PinLimit
 from server.services import TENANT
 from server.settings import SettingError, Settings
+from server.startup import open_store
 from tests.server.http.test_adapters import push, read
 from tests.support.harness import IdleEngine, Site, base_info
 

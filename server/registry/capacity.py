@@ -1,16 +1,19 @@
-"""What fits on the device: one adapter into it all, several at once, those that are pinned.
+"""How much of the device adapters take: whether one fits into all of it, several at once, pinned ones into their share.
 
 Arithmetic on rows of memory per kind of linear.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from adapters.device.rows import rounded
 from adapters.peft_format.directory import AdapterError, AdapterSpec
-from adapters.peft_format.sizes import EXTRAS
+from adapters.peft_format.sizes import EXTRAS, device_bytes
 from adapters.storage.versions import Version
+from server.client.engine import EngineClient, served_base
+from server.errors import Conflict
 from server.messages.protocol import Ready
+from server.settings import Settings
 
 MAX_CUDA_RANK = 512  # of one adapter in the grouped LoRA kernels
 
@@ -65,3 +68,31 @@ def first_that_fit(versions: Iterable[Version], room: Mapping[str, int]) -> list
             break
         found.append(version)
     return found
+
+
+class PinLimit:
+    """How much of the device pinned adapters may take (`--adapter-pinned-bytes`)."""
+
+    def __init__(self, settings: Settings, engine: EngineClient) -> None:
+        self._allowed = settings.adapter_pinned_bytes
+        self._engine = engine
+
+    def room(self, base: Ready) -> dict[str, int]:
+        """Row units per module kind: as large a share of each as of all the memory."""
+        total = device_bytes({kind: units for kind, units in base.pool_rows.items() if kind != EXTRAS}, base.linears)
+        share = 0.5 if self._allowed is None else min(1.0, self._allowed / max(total, 1))
+        return {kind: int(units * share) for kind, units in base.pool_rows.items()}
+
+    def check(self, versions: Collection[Version]) -> None:
+        """Raises Conflict when these are too much to be pinned together; EngineUnavailable while that is unknown."""
+        room = self.room(served_base(self._engine))
+        fitting = first_that_fit(versions, room)
+        if len(fitting) < len(versions):
+            excess = row_units([*fitting, list(versions)[len(fitting)]])
+            kind = next(kind for kind in excess if excess[kind] > room.get(kind, 0))
+            raise Conflict(
+                f"Pinned adapters would take {excess[kind]} rows of {kind} on the device, and may take "
+                f"{room.get(kind, 0)} (--adapter-pinned-bytes). Unpin one.",
+                param="name",
+                code="pin_limit",
+            )

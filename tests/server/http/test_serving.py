@@ -6,8 +6,7 @@ from typing import Any, cast
 import pytest
 
 from adapters.storage.database import DatabaseBusy
-from server.http.app import _Server
-from server.http.listener import bind
+from server.http.serving import _Server, bind
 from server.model_source import ModelError
 from server.settings import SettingError, Settings
 

@@ -15,7 +15,7 @@ import uvicorn
 
 from server.http import body as body_module
 from server.http import middleware as middleware_module
-from server.http.limits import LimitedHttpProtocol
+from server.http.connection import LimitedHttpProtocol
 from server.messages.protocol import Generate
 from tests.support.harness import adapter_files
 from tests.support.scripted import BASE, TEXT, Served, encode, serving, unavailable

@@ -12,8 +12,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from server.http import limits as http_limits
-from server.http.limits import LimitedHttpProtocol
+from server.http import connection
+from server.http.connection import LimitedHttpProtocol
 
 
 async def echo(request: Request) -> Response:
@@ -112,7 +112,7 @@ async def test_an_unknown_transfer_coding_is_refused(port: int, coding: bytes) -
 
 @pytest.mark.parametrize("path", [b"/refuse", b"/nowhere"])
 async def test_a_body_that_was_refused_is_not_read_on(port: int, path: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_limits, "LINGER_SECONDS", 0.3)
+    monkeypatch.setattr(connection, "LINGER_SECONDS", 0.3)
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     head = b"POST " + path + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000000\r\n\r\n"
     writer.write(head + b"x" * 100_000)
@@ -142,7 +142,7 @@ async def test_small_bodies_that_nobody_reads_leave_the_connection_open(port: in
 
 
 async def test_a_slow_head_is_refused(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_limits, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.2)
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(b"GET / HTTP/1.1\r\nHost:")
     assert (await asyncio.wait_for(reader.readline(), 10)).startswith(b"HTTP/1.1 408")
@@ -150,7 +150,7 @@ async def test_a_slow_head_is_refused(port: int, monkeypatch: pytest.MonkeyPatch
 
 
 async def test_two_requests_on_one_connection(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_limits, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.2)
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     for _ in range(2):
         writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")

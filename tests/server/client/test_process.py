@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import zmq
 
-from server.client.wire import Wire
+from server.client.process import _Wire
 
 SECONDS = 30
 
@@ -57,7 +57,7 @@ async def test_both_ways_at_once(context: "zmq.Context[zmq.Socket[bytes]]", addr
     """An echo of every message crosses those that come of themselves."""
     count = 5000
     taken = Taken()
-    wire = Wire(context, address, taken)
+    wire = _Wire(context, address, taken)
 
     def engine() -> None:
         socket = other_end(context, address)
@@ -85,7 +85,7 @@ async def test_one_that_is_not_understood_holds_nothing_up(
     context: "zmq.Context[zmq.Socket[bytes]]", address: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     taken = Taken()
-    wire = Wire(context, address, taken)
+    wire = _Wire(context, address, taken)
     socket = other_end(context, address)
     for message in (b"a", b"odd", b"b"):
         socket.send(message)
@@ -96,7 +96,7 @@ async def test_one_that_is_not_understood_holds_nothing_up(
 
 
 async def test_nobody_there_and_closed(context: "zmq.Context[zmq.Socket[bytes]]", address: str) -> None:
-    wire = Wire(context, address, Taken())
+    wire = _Wire(context, address, Taken())
     with pytest.raises(zmq.ZMQError):
         wire.send(b"x")
     wire.close()

@@ -1,0 +1,206 @@
+"""The server around the application: its sockets, how it comes up, and how it lets requests in flight finish."""
+
+import asyncio
+import contextlib
+import errno
+import gc
+import json
+import logging
+import os
+import shlex
+import socket
+import sys
+from types import FrameType
+
+import uvicorn
+
+from adapters.scratch import sweep
+from server import data_dir, logs
+from server.client.engine import LocalEngine
+from server.http.app import build_app
+from server.http.connection import LimitedHttpProtocol
+from server.model_source import ModelError, resolve
+from server.services import TENANT, Services
+from server.settings import SettingError, Settings, tell_of_unknown
+from server.startup import open_services
+
+_LAST_WORDS_SECONDS = 5  # for answers that are on their way out when everything else has stopped
+_KEEP_ALIVE_SECONDS = 75
+_SWITCH_SECONDS = 5e-4  # longest that a background thread keeps the interpreter from streaming responses
+
+log = logging.getLogger(__name__)
+
+
+def serve(settings: Settings) -> None:
+    """Serve until SIGTERM or Ctrl-C, then drain.
+
+    Raises `ModelError` and `SettingError`, in one line for the operator, when the server cannot start as it is told.
+    """
+    logs.configure(settings.log_level, as_json=settings.log_json)
+    tell_of_unknown(os.environ)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are the engine's
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(listener) for listener in bind(settings.host, settings.port)]
+        _serve_on(sockets, settings)
+
+
+def _serve_on(sockets: list[socket.socket], settings: Settings) -> None:
+    directory = resolve(settings.model, settings.cache_dir, log.info)
+    with data_dir.taken(settings.data_dir):
+        sweep()  # what servers left that were killed
+        services, engine = open_services(settings, directory)
+        gc.freeze()  # what is there now stays: collections need not look at it, which holds everybody up
+        server = _Server(services, engine)
+        server.run(sockets)
+        services.text.close()
+        services.store.close()
+    if server.failure is not None:
+        raise server.failure
+
+
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Sockets on every address of `host`, before anything is loaded. Raises `SettingError`."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise SettingError(f"--host: {host}: {error.strerror}") from None
+    except UnicodeError:
+        raise SettingError(f"--host: {host!r} is no host's name") from None
+    sockets: list[socket.socket] = []
+    for family, kind, protocol, _, address in found[:1] if port == 0 else found:  # a free port is one address's
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        try:
+            listener.bind(address)
+        except OSError as error:
+            for bound in (*sockets, listener):
+                bound.close()
+            if error.errno == errno.EADDRINUSE:
+                raise SettingError(f"--port: {port} on {host} is in use by another program") from None
+            raise SettingError(f"--host: cannot listen on {host} port {port}: {error.strerror}") from None
+        sockets.append(listener)
+    return sockets
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, told how this server comes up and goes down."""
+
+    def __init__(self, services: Services, engine: LocalEngine) -> None:
+        settings = services.settings
+        super().__init__(
+            uvicorn.Config(
+                build_app(services),
+                host=settings.host,
+                port=settings.port,
+                http=LimitedHttpProtocol,
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=_LAST_WORDS_SECONDS,
+            )
+        )
+        self.failure: ModelError | SettingError | None = None
+        self._services = services
+        self._engine = engine
+        self._told_to_stop = False
+        self._loop: asyncio.AbstractEventLoop | None = None  # once it is up
+        self._coming_up: asyncio.Task[None] | None = None
+        self._going_down: asyncio.Task[None] | None = None
+
+    # --- up ---------------------------------------------------------------------------------------
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen at once, so that probes can ask; become ready when the engine is."""
+        await super().startup(sockets)
+        log.info("listening on %s port %d; the engine is loading", *self.servers[0].sockets[0].getsockname()[:2])
+        self._coming_up = asyncio.create_task(self._come_up())
+        self._loop = asyncio.get_running_loop()
+        if self._told_to_stop:
+            self._begin_drain()
+
+    async def _come_up(self) -> None:
+        imported = asyncio.ensure_future(self._services.registry.discovery.import_configured(TENANT))
+        given_up = asyncio.ensure_future(self._engine.failed_for_good.wait())
+        try:
+            await asyncio.wait({imported, given_up}, return_when=asyncio.FIRST_COMPLETED)
+            if not imported.done():
+                raise ModelError(f"the engine cannot start: {self._engine.unready_reason}")
+            imported.result()
+            with contextlib.suppress(OSError):  # nobody reads it
+                print(self._greeting(), flush=True)
+        except (ModelError, SettingError) as failure:
+            self.failure = failure
+        except Exception as fault:
+            log.exception("coming up failed")
+            self.failure = ModelError(f"the server cannot start: {fault}")
+        finally:
+            self.should_exit = self.should_exit or self.failure is not None
+            imported.cancel()
+            given_up.cancel()
+
+    def _greeting(self) -> str:
+        settings = self._services.settings
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        key = ' -H "Authorization: Bearer $LORAKEET_API_KEY"' if self._services.tenants.closed else ""
+        json_type = f"{key} -H 'Content-Type: application/json'"
+        base = settings.base_name
+        brief = {"max_tokens": 64, "stream": True}
+        question = {"model": base, "messages": [{"role": "user", "content": "What is a lorikeet?"}], **brief}
+        prompt = {"model": "NAME", "prompt": "Once upon a time", **brief}
+        return "\n".join(
+            [
+                f"Serving {base} on {url}. Try:",
+                "",
+                f"  curl -N {url}/v1/chat/completions{json_type} -d {shlex.quote(json.dumps(question))}",
+                f"  curl {url}/v1/adapters{key} -F name=NAME"
+                " -F config=@DIR/adapter_config.json -F weights=@DIR/adapter_model.safetensors",
+                f"  curl -N {url}/v1/completions{json_type} -d {shlex.quote(json.dumps(prompt))}",
+                "",
+            ]
+        )
+
+    # --- down ---------------------------------------------------------------------------------------
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Told twice, uvicorn would not even say goodbye to the application, which then ends in a traceback."""
+        await super().shutdown(sockets)
+        if self.force_exit:
+            await self.lifespan.shutdown()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain on the first signal, leave on the second. Not uvicorn's way: it would end by the signal, not with 0."""
+        if self._told_to_stop:
+            self.should_exit = self.force_exit = True
+        elif self._loop is not None:
+            self._loop.call_soon_threadsafe(self._begin_drain)
+        self._told_to_stop = True
+
+    def _begin_drain(self) -> None:
+        self._going_down = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        services, seconds = self._services, self._services.settings.drain_seconds
+        log.info(
+            "shutting down: %d requests in flight get %g s to finish (--drain-seconds); Ctrl-C again ends them at once",
+            services.drain.open_requests,
+            seconds,
+        )
+        services.drain.begin()
+        try:
+            async with asyncio.timeout(seconds):
+                await services.drain.idle()
+        except TimeoutError:
+            log.warning(
+                "%d requests did not finish within --drain-seconds and were ended", services.drain.open_requests
+            )
+        try:
+            await services.engine.stop(grace=0.0)  # requests that still wait for it get an error
+        finally:
+            self.should_exit = True
