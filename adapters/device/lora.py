@@ -7,7 +7,6 @@ part.
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapters import kernels
@@ -116,7 +115,7 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         y = kernels.base_linear(x.reshape(-1, self.in_features), self.weight, self.bias)
-        return rows_apart(y).view(*x.shape[:-1], self.out_features)
+        return reference.rows_apart(y).view(*x.shape[:-1], self.out_features)
 
 
 class LoraLinear(FrozenLinear):
@@ -139,17 +138,7 @@ class LoraLinear(FrozenLinear):
         y = kernels.base_linear(rows, self.weight, self.bias)
         if self.slot.deltas is not None:
             y = self.slot.deltas.add(self, rows, y)
-        return rows_apart(y).view(*x.shape[:-1], self.out_features)
-
-
-def rows_apart(y: Tensor) -> Tensor:
-    """The same rows; on a CPU with a gap between them, unless they are whole `LANES`.
-
-    torch goes through numbers without gaps `LANES` at a time, and through the rest one by one, by other functions for
-    some operations (sigmoid, silu): a row's bits would depend on how many there are. With gaps it takes row by row.
-    """
-    odd = y.is_cpu and y.shape[-1] % reference.LANES and len(y) > 1
-    return F.pad(y, (0, 1))[:, :-1] if odd else y
+        return reference.rows_apart(y).view(*x.shape[:-1], self.out_features)
 
 
 def wrap_linears(decoder: nn.Module, prefix: str, slot: StepSlot) -> list[LoraLinear]:

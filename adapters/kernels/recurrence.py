@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adapters.kernels import native, triton
+from adapters.kernels.reference import rows_apart
 
 _MOST_KEYS = 1024  # numbers of a key: of recurrence.cpp
 NORM_EPS = 1e-6
@@ -80,7 +81,7 @@ def convolved(inputs: Tensor, taps: Tensor, bias: Tensor | None, silu: bool) -> 
     y = inputs.new_zeros(()) if bias is None else bias
     for place, tap in enumerate(taps):
         y = y + tap * inputs[place : place + count]
-    return F.silu(y) if silu else y
+    return F.silu(rows_apart(y)) if silu else y
 
 
 @dataclass(frozen=True)

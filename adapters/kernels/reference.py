@@ -57,6 +57,16 @@ def _rows_agree(x: Tensor, weight: Tensor, whole: Tensor, multiple: int) -> bool
 LANES = 32
 
 
+def rows_apart(y: Tensor) -> Tensor:
+    """The same rows; on a CPU with a gap between them, unless they are whole `LANES`.
+
+    torch goes through numbers without gaps `LANES` at a time, and through the rest one by one, by other functions for
+    some operations (sigmoid, silu): a row's bits would depend on how many there are. With gaps it takes row by row.
+    """
+    odd = y.is_cpu and y.shape[-1] % LANES and len(y) > 1
+    return F.pad(y, (0, 1))[:, :-1] if odd else y
+
+
 def pad_rows(x: Tensor, weight: Tensor) -> Tensor:
     """Zero rows appended along dimension -2, up to a multiple that suits the weight."""
     out_features, in_features = weight.shape[-2:]
