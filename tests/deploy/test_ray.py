@@ -265,7 +265,7 @@ async def test_scaling_out_and_in_fails_no_request(cluster: RayCluster, tiny: di
 async def test_the_way_through_ray_costs_little(cluster: RayCluster, tmp_path: Path) -> None:
     """Eight streams of the default model, through Ray and straight from the replica's server, in turns."""
     settings = Settings()
-    model = resolve(settings.model, settings.cache_dir, print)
+    model = await asyncio.to_thread(resolve, settings.model, settings.cache_dir, print)
     told = {"LORAKEET_MODEL": str(model), "LORAKEET_ADAPTER_DIR": str(_adapters(tmp_path, model))}
     told |= {"LORAKEET_DATA_DIR": str(tmp_path / "data")}
     await asyncio.to_thread(cluster.deploy, {"min_replicas": 1, "max_replicas": 1}, told)
