@@ -487,8 +487,8 @@ class Settings:
 
     job_lease_seconds: float = _setting(
         15.0,
-        "With --adapter-store, how long other servers leave a fine-tuning job or a batch to the one that works on it "
-        "and is not heard of, which would be heard three times in that time.",
+        "With --adapter-store, how long other servers leave a fine-tuning job, an evaluation, a batch or a response in "
+        "the background to the one that works on it and is not heard of, as it would be three times in that time.",
         parse=_number,
         minimum=0.5,
         maximum=3600,
@@ -582,11 +582,20 @@ class Settings:
     )
     response_bytes: int = _setting(
         GIB,
-        "Disk for answers of /v1/responses that are kept; the oldest go first.",
+        "Room for answers of /v1/responses that are kept, on this disk or in --adapter-store for all its servers; the "
+        "oldest go first.",
         parse=parse_size,
         minimum=MIB,
         maximum=2**50,
         shown="1GiB",
+    )
+    response_sweep_seconds: float = _setting(
+        300.0,
+        "With --adapter-store, how often this server lists the answers that are kept there, to count tenants' bytes "
+        "and to remove those that are too old or too many.",
+        parse=_number,
+        minimum=1,
+        maximum=86_400,
     )
 
     audit_bytes: int = _setting(
@@ -618,6 +627,14 @@ class Settings:
     )
 
     # --- fine-tuning
+    evaluation_requests: int = _setting(
+        8,
+        "Requests of evaluations that are in the engine at once; with --adapter-store also how many evaluations this "
+        "server takes at once.",
+        parse=_integer,
+        minimum=1,
+        maximum=4096,
+    )
     max_training_jobs: int = _setting(
         2,
         "Fine-tuning jobs that train at once; the rest are queued, or with --adapter-store taken by other servers, to "

@@ -6,8 +6,8 @@ Types alone. The OpenAPI document describes answers with them, and the tests hol
 from typing import Any, Generic, Literal, NotRequired, TypedDict, TypeVar
 
 from server.batches.store import Status as BatchStatus
-from server.finetune.evaluations import Score
-from server.finetune.evaluations import Status as EvaluationStatus
+from server.finetune.evaluation_store import Score
+from server.finetune.evaluation_store import Status as EvaluationStatus
 from server.finetune.jobs import JobError
 from server.finetune.jobs import Status as JobStatus
 from server.messages.protocol import Drift, KVInfo
