@@ -24,7 +24,7 @@ from server.history import History
 from server.messages.protocol import Ready
 from server.metrics import Metrics
 from server.registry.open import Registry
-from server.response_store import ResponseStore
+from server.responses.store import ResponseStore
 from server.settings import Settings
 from server.tenants.audit import AuditLog
 from server.tenants.caller import TENANT as TENANT
@@ -111,7 +111,7 @@ def make_services(
         grammars=GrammarChecker(settings.grammar_seconds, settings.grammar_bytes),
         tuning=tuning,
         batches=_batches(settings, tuning, metrics),
-        responses=ResponseStore(tuning.database, settings.response_days, settings.response_bytes),
+        responses=_responses(settings, tuning.database),
         history=History(metrics, engine, store),
         tenants=Tenants(database, settings.api_key, _shared(settings, "tenants"), settings.store_poll_seconds),
         ledger=ledger,
@@ -140,6 +140,29 @@ def _batches(settings: Settings, tuning: FineTuning, metrics: Metrics) -> Batche
 
         batches.sharing = Sharing(shared, batches, settings.store_poll_seconds / 2, before=shared.share_all)
     return batches
+
+
+def _responses(settings: Settings, database: Database) -> ResponseStore:
+    days, most = settings.response_days, settings.response_bytes
+    if settings.adapter_store is None:
+        return ResponseStore(database, days, most)
+    from adapters.storage.bucket import Bucket
+    from adapters.storage.leases import Leases
+    from adapters.storage.records import Records
+    from server.responses.shared import PREFIX, SharedResponses
+
+    bucket = Bucket(settings.adapter_store)
+    records = Records(bucket, PREFIX)
+    return SharedResponses(
+        database,
+        days,
+        most,
+        bucket=bucket,
+        records=records,
+        leases=Leases(records, settings.job_lease_seconds),
+        poll_seconds=settings.store_poll_seconds,
+        sweep_seconds=settings.response_sweep_seconds,
+    )
 
 
 def _shared(settings: Settings, prefix: str) -> "Records | None":

@@ -23,7 +23,7 @@ API_SIDE = (
     *(f"server.{part}" for part in ("admission", "data_dir", "errors", "metrics", "model_source")),
     *(
         f"server.{part}"
-        for part in ("services", "settings", "doctor", "usage", "history", "ui", "response_store", "metrics_prefix")
+        for part in ("services", "settings", "doctor", "usage", "history", "ui", "responses", "metrics_prefix")
     ),
 )
 WEB = ("starlette", "uvicorn", "pydantic", "httpx", "python_multipart")
