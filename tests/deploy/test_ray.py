@@ -206,7 +206,15 @@ async def test_with_a_store_any_replica_takes_files_jobs_and_batches(
         for _ in range(4):
             assert '"one"' in (await client.get(f"/v1/files/{done['output_file_id']}/content")).text
         kept = await answered("POST", "/v1/responses", json={"model": name, "input": "Hi", "max_output_tokens": 4})
-        assert (await answered("GET", f"/v1/responses/{kept['id']}"))["id"] == kept["id"]
+        more = {"model": name, "input": "More", "max_output_tokens": 4, "previous_response_id": kept["id"]}
+        for _ in range(4):
+            assert (await answered("GET", f"/v1/responses/{kept['id']}"))["id"] == kept["id"]
+            await answered("POST", "/v1/responses", json=more)
+        evaluation = await answered("POST", "/v1/evaluations", json={"model": name, "file": training})
+        done = await until(f"/v1/evaluations/{evaluation['id']}", "succeeded")
+        for _ in range(4):
+            assert (await client.get(f"/v1/files/{done['result_files'][0]}/content")).text.count("\n") == len(lines)
+    await asyncio.to_thread(eventually, lambda: cluster.processes("Writer") == [], 120, "the end of the writer")
 
 
 async def test_a_client_that_leaves_ends_its_request(cluster: RayCluster, tiny: dict[str, str]) -> None:

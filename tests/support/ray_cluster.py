@@ -94,7 +94,7 @@ class RayCluster:
             "runtime_env": {"env_vars": told | settings},
             "deployments": [
                 {"name": "Server", "autoscaling_config": servers, "max_ongoing_requests": most},
-                {"name": "Writer"},
+                *([] if "LORAKEET_ADAPTER_STORE" in settings else [{"name": "Writer"}]),
             ],
         }
         self._ask({"deploy": {"applications": [application]}})
