@@ -16,7 +16,7 @@ from server.history import History
 from server.messages.protocol import Ready
 from server.metrics import Metrics
 from server.registry.open import Registry
-from server.response_store import ResponseStore
+from server.responses.store import ResponseStore
 from server.settings import Settings
 from server.tenants.audit import AuditLog
 from server.tenants.caller import TENANT as TENANT

@@ -265,8 +265,8 @@ class Settings:
     )
     job_lease_seconds: float = number(
         15.0,
-        "With --adapter-store, how long other servers leave a fine-tuning job or a batch to the one that works on it "
-        "and is not heard of, which would be heard three times in that time.",
+        "With --adapter-store, how long other servers leave a fine-tuning job, an evaluation, a batch or a response in "
+        "the background to the one that works on it and is not heard of, as it would be three times in that time.",
         within=(0.5, 3600),
     )
     adapter_orphan_hours: float = number(
@@ -321,7 +321,16 @@ class Settings:
         30.0, "How long answers of /v1/responses are kept, in days; 0: none is.", within=(0, 3650)
     )
     response_bytes: int = size(
-        GIB, "Disk for answers of /v1/responses that are kept; the oldest go first.", within=(MIB, 2**50)
+        GIB,
+        "Room for answers of /v1/responses that are kept, on this disk or in --adapter-store for all its servers; the "
+        "oldest go first.",
+        within=(MIB, 2**50),
+    )
+    response_sweep_seconds: float = number(
+        300.0,
+        "With --adapter-store, how often this server lists the answers that are kept there, to count tenants' bytes "
+        "and to remove those that are too old or too many.",
+        within=(1, 86_400),
     )
     audit_bytes: int = size(
         16 * MIB,
@@ -343,6 +352,12 @@ class Settings:
     batch_file_requests: int = whole(50_000, "Most requests in a batch's file.", within=(1, 10_000_000))
 
     # --- fine-tuning
+    evaluation_requests: int = whole(
+        8,
+        "Requests of evaluations that are in the engine at once; with --adapter-store also how many evaluations this "
+        "server takes at once.",
+        within=(1, 4096),
+    )
     max_training_jobs: int = whole(
         2,
         "Fine-tuning jobs that train at once; the rest are queued, or with --adapter-store taken by other servers, to "

@@ -25,7 +25,7 @@ from server.model_source import ModelError
 from server.openai.sampling_defaults import sampling_defaults
 from server.registry.capacity import PinLimit
 from server.registry.open import Registry
-from server.response_store import ResponseStore
+from server.responses.store import ResponseStore
 from server.services import Services
 from server.settings import SettingError, Settings
 from server.tenants.audit import AuditLog
@@ -154,7 +154,7 @@ def make_services(
         grammars=GrammarChecker(settings.grammar_seconds, settings.grammar_bytes),
         tuning=tuning,
         batches=_batches(settings, tuning, metrics),
-        responses=ResponseStore(tuning.database, settings.response_days, settings.response_bytes),
+        responses=_responses(settings, tuning.database),
         history=History(metrics, engine, store),
         tenants=Tenants(database, settings.api_key, _shared(settings, "tenants"), settings.store_poll_seconds),
         ledger=ledger,
@@ -183,6 +183,29 @@ def _batches(settings: Settings, tuning: FineTuning, metrics: Metrics) -> Batche
 
         batches.sharing = Sharing(shared, batches, settings.store_poll_seconds / 2, before=shared.share_all)
     return batches
+
+
+def _responses(settings: Settings, database: Database) -> ResponseStore:
+    days, most = settings.response_days, settings.response_bytes
+    if settings.adapter_store is None:
+        return ResponseStore(database, days, most)
+    from adapters.storage.bucket import Bucket
+    from adapters.storage.leases import Leases
+    from adapters.storage.records import Records
+    from server.responses.shared import PREFIX, SharedResponses
+
+    bucket = Bucket(settings.adapter_store)
+    records = Records(bucket, PREFIX)
+    return SharedResponses(
+        database,
+        days,
+        most,
+        bucket=bucket,
+        records=records,
+        leases=Leases(records, settings.job_lease_seconds),
+        poll_seconds=settings.store_poll_seconds,
+        sweep_seconds=settings.response_sweep_seconds,
+    )
 
 
 def _shared(settings: Settings, prefix: str) -> "Records | None":

@@ -18,9 +18,9 @@ ENGINE_SIDE = ("server.engine", "server.model", "server.training")
 API_SIDE = tuple(
     f"server.{part}"
     for parts in (
-        "http openai anthropic text registry finetune batches client children tenants ui",  # packages
+        "http openai anthropic text registry finetune batches client children tenants responses ui",  # packages
         "startup services settings setting_kinds data_dir doctor model_source errors admission",
-        "metrics usage history response_store",
+        "metrics usage history",
     )
     for part in parts.split()
 )

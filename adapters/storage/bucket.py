@@ -47,6 +47,7 @@ class Entry(NamedTuple):
     path: str
     etag: str | None
     age: float  # seconds since it was written
+    size: int
 
 
 class Object(NamedTuple):
@@ -96,7 +97,9 @@ class Bucket:
                 if self._line is not None:
                     self._line.answered()
                 ages = [(now - entry["last_modified"]).total_seconds() for entry in chunk]
-                found += [Entry(one["path"], one["e_tag"], age) for one, age in zip(chunk, ages, strict=True)]
+                found += [
+                    Entry(one["path"], one["e_tag"], age, one["size"]) for one, age in zip(chunk, ages, strict=True)
+                ]
         return found
 
     def read(self, path: str) -> Object | None:

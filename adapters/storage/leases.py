@@ -114,6 +114,12 @@ class Leases:
         with self._lock:
             self._held.pop(key, None)
 
+    def forget(self, key: str) -> None:
+        """Hold a record no longer, and know nothing of it."""
+        with self._lock:
+            self._held.pop(key, None)
+            self._seen.pop(key, None)
+
     def _change(self, key: str, apply: Callable[[Content | None], Content]) -> Content:
         content = self._records.change(key, apply).content
         assert content is not None

@@ -1,9 +1,9 @@
 """Lorakeet on Ray Serve: `serve run lorakeet_ray:app`, or `serve run serve.yaml` with options.
 
-Three deployments. `Ingress` reads which adapter a request wants. `Server` replicas answer it; Ray sends a request to
-one that holds the adapter. `Writer` is one more server, which keeps stored responses and evaluations, and without an
-object store names, files and jobs, too. Each is an ordinary `lorakeet serve`, configured by the `LORAKEET_*` variables;
-nothing is added to its API.
+`Ingress` reads which adapter a request wants. `Server` replicas answer it; Ray sends a request to one that holds the
+adapter. Without an object store there is a third deployment, `Writer`: one more server, which alone keeps names, files,
+jobs and the like. Each is an ordinary `lorakeet serve`, configured by the `LORAKEET_*` variables; nothing is added to
+its API.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ from yarl import URL
 ADAPTERS = int(os.environ.get("LORAKEET_RAY_ADAPTERS", "64"))  # that Ray counts as held by one replica
 BATCH_SECONDS = float(os.environ.get("LORAKEET_RAY_BATCH_SECONDS", "0.05"))  # of a stream that are sent together
 BODY_BYTES = int(os.environ.get("LORAKEET_RAY_BODY_BYTES", str(256 * 1024**2)))  # largest body that is relayed
-SHARED = bool(os.environ.get("LORAKEET_ADAPTER_STORE"))  # any server answers for names, keys, files, jobs, batches
+SHARED = bool(os.environ.get("LORAKEET_ADAPTER_STORE"))  # any server answers for all that they keep
 START_SECONDS = float(os.environ.get("LORAKEET_RAY_START_SECONDS", "1800"))  # for the model to be fetched and loaded
 _WARM_SECONDS = 0.25  # that one adapter's loading may hold up Ray's book of adapters; it goes on meanwhile
 _CHUNK_BYTES = 2**18
@@ -174,7 +174,7 @@ class Server(_Server):
     graceful_shutdown_timeout_s=600,
 )
 class Writer(_Server):
-    """The server that keeps what is not in an object store."""
+    """The server that keeps what is in no object store."""
 
     directory = "writer"
 
@@ -183,7 +183,7 @@ class Writer(_Server):
 class Ingress:
     """Sends each request to its place, and its answer back."""
 
-    def __init__(self, servers: DeploymentHandle, writer: DeploymentHandle) -> None:
+    def __init__(self, servers: DeploymentHandle, writer: DeploymentHandle | None) -> None:
         self._servers = servers
         self._writer = writer
         self._base: frozenset[str] = frozenset()
@@ -207,14 +207,14 @@ class Ingress:
         try:
             if not self._base:
                 self._base = frozenset(await self._servers.base.remote())
-            place = relay.place(request, self._base, shared=SHARED)
+            place = relay.place(request, self._base, shared=self._writer is None)
             try:
                 head, pieces = await self._begin(place, request)
             except Exception as exc:
                 if not (_lost(exc) and place.repeatable):
                     raise
                 head, pieces = await self._begin(place, request)
-            if head.status == 404 and not (place.writer or SHARED):
+            if head.status == 404 and self._writer is not None and not place.writer:
                 refusal = b"".join([piece async for piece in pieces])
                 if not relay.knows_no_model(head, refusal):
                     return _response(head, refusal)
@@ -230,7 +230,7 @@ class Ingress:
         return _response(head, pieces)
 
     async def _begin(self, place: relay.Place, request: relay.Request) -> tuple[relay.Head, AsyncIterator[bytes]]:
-        handle = self._writer if place.writer else self._servers
+        handle = self._writer if place.writer and self._writer is not None else self._servers
         answer = handle.options(stream=True, multiplexed_model_id=place.adapter).answer.remote(request)
         try:
             head = await anext(answer)
@@ -252,9 +252,8 @@ class Ingress:
 
     async def _metrics(self) -> Response:
         try:
-            pages = await asyncio.gather(
-                self._servers.broadcast("metrics").results_async(), self._writer.broadcast("metrics").results_async()
-            )
+            asked = [self._servers, *([] if self._writer is None else [self._writer])]
+            pages = await asyncio.gather(*(one.broadcast("metrics").results_async() for one in asked))
         except (RayError, aiohttp.ClientError):
             message = "A server died while its metrics were gathered."
             return _refusal("/metrics", 503, message, "service_unavailable", [relay.RETRY_AFTER])
@@ -279,4 +278,4 @@ def _response(head: relay.Head, body: bytes | AsyncIterator[bytes]) -> Response:
     return response
 
 
-app = Ingress.bind(Server.bind(), Writer.bind())
+app = Ingress.bind(Server.bind(), None if SHARED else Writer.bind())

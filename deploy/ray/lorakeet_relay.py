@@ -5,7 +5,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 Headers = list[tuple[str, str]]
 
@@ -23,8 +23,6 @@ BY_ADAPTER = frozenset(
 )
 BY_ANYBODY = frozenset({"/health", "/ready", "/version", "/tokenizer_info"})
 RESPONSES = "/v1/responses"
-# One server's, whatever is in an object store; and so is a resident merge. Everything else is one server's without one.
-KEPT_BY_ONE = (RESPONSES, "/v1/evaluations", "/v1/server/history")
 MESSAGES = "/v1/messages"
 RETRY_AFTER = ("retry-after", "5")
 # They belong to one connection (RFC 9110, 7.6.1), or are written anew for the next one.
@@ -43,6 +41,7 @@ _HOP_BY_HOP = frozenset(
         "server",
     }
 )
+_MERGE = re.compile(r"/v1/adapters/(.+)/merge")  # resident: best where the adapter is
 _SAMPLE = re.compile(r"([^\s{]+)(?:\{(.*)\})? (.+)")
 
 
@@ -74,7 +73,10 @@ class Head:
 
 @dataclass(frozen=True)
 class Place:
-    """Which servers may answer: any of those that scale, best the one that holds `adapter`; or the writer alone."""
+    """Which servers may answer: any of those that scale, best the one that holds `adapter`; or the writer alone.
+
+    There is a writer only without an object store.
+    """
 
     writer: bool = False
     adapter: str = ""
@@ -86,17 +88,22 @@ def place(request: Request, base: frozenset[str], *, shared: bool) -> Place:
 
     Args:
         base: the base's names, which no server holds more than another.
-        shared: names, keys, files, jobs and batches are in an object store, where every server finds them.
+        shared: all that servers keep is in an object store, where every server finds it.
     """
     if request.method == "GET" and request.path in BY_ANYBODY:
         return Place()
     if request.method == "POST" and request.path in BY_ADAPTER | {RESPONSES}:
         fields = _fields(request.body)
-        if request.path != RESPONSES or not _is_kept(fields):
+        kept = request.path == RESPONSES and _is_kept(fields)
+        if shared or not kept:
             name = _adapter(fields)
-            return Place(adapter="" if name in base else name)
-    one_servers = request.path.startswith(KEPT_BY_ONE) or request.path.endswith("/merge")
-    return Place(writer=one_servers or not shared, repeatable=request.method in ("GET", "HEAD"))
+            return Place(adapter="" if name in base else name, repeatable=not kept)
+    merge = _MERGE.fullmatch(request.path) if shared else None
+    return Place(
+        writer=not shared,
+        adapter=unquote(merge[1]).partition("@")[0] if merge else "",
+        repeatable=request.method in ("GET", "HEAD"),
+    )
 
 
 def _fields(body: bytes) -> Mapping[str, Any]:

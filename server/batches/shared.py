@@ -5,7 +5,6 @@ parts. A server that takes a batch over asks again only for what no part has.
 """
 
 import contextlib
-import json
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -43,6 +42,7 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
         super().__init__(database)
         self._directory = directory
         self._prepared: set[str] = set()  # batches that are held, whose answers here begin with those in the store
+        self._answered: set[str] = set()  # batches that have all their answers
 
     def create(
         self,
@@ -59,9 +59,7 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
         """Its row goes again when it cannot be."""
         try:
             self._bucket.put_file(self._object(batch.id, INPUT), directory / INPUT)
-            with self.database.reading() as connection:
-                row = connection.execute("SELECT number FROM batches WHERE id = ?", (batch.id,)).fetchone()
-            self._send_new(batch.id, row["number"], {"parts": []})
+            self._send_new(batch.id, self._row(batch.id)["number"], {"parts": []})
         except BaseException:
             self.remove(batch.id)
             raise
@@ -76,6 +74,9 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
             self._send_new(batch.id, number, {"parts": parts})
 
     def move(self, batch: Batch, status: Status, **changes: Any) -> Batch:
+        """Who finds a batch that is `finalizing` asks for nothing more: all answers are in the store before it is."""
+        if status == "finalizing":
+            self._answered.add(batch.id)
         return self._change(batch, self._moving(status, changes), changes)
 
     def steer(self, batch: Batch, status: Status) -> Batch:
@@ -117,12 +118,11 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
 
     def _merged(self, id_: str, content: "Content") -> "Content":
         if "record" not in content:
-            with self.database.reading() as connection:
-                row = connection.execute("SELECT record FROM batches WHERE id = ?", (id_,)).fetchone()
-            return content | {"record": json.loads(row["record"])}
+            return content | {"record": self._row(id_)["record"]}
         if id_ not in self._prepared or content["record"]["status"] in FINAL:
             return content
-        parts, soon = list(content["parts"]), content["lease"]["count"] % _PART_RENEWALS == 0
+        parts = list(content["parts"])
+        soon = id_ in self._answered or content["lease"]["count"] % _PART_RENEWALS == 0
         for name in ANSWERS.values():
             sent = sum(part["bytes"] for part in parts if part["file"] == name)
             if (part := self._part(id_, name, sent, 1 if soon else _PART_BYTES)) is not None:
@@ -148,16 +148,9 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
         return part
 
     def _copy(self, content: "Content", changes: Mapping[str, Any] | None = None, *, claimed: bool = False) -> bool:
-        stored = self._read(content)
-        self.leases.see(stored.id, content)
-        with self.database.transaction(removing=True) as connection:
-            row = connection.execute("SELECT status FROM batches WHERE id = ?", (stored.id,)).fetchone()
-            if row is None:
-                self.add(stored, content["number"])
-            else:
-                self.write(stored)
-        return row is not None and row["status"] != stored.status and changes is None
+        return self._copy_row(content, changes)
 
     def forget(self, id_: str, but: Sequence[str] = ()) -> None:
+        self._answered.discard(id_)
         if self.leases.holds(id_):
             super().forget(id_, but)

@@ -10,26 +10,33 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Literal, get_args
+from functools import partial
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 from msgspec.structs import replace
 
 from adapters.disk import StorageFull
-from adapters.storage.database import Database, DatabaseBusy
+from adapters.storage.database import DatabaseBusy
 from adapters.storage.versions import RemoteUnavailable
 from server.client.engine import EngineClient, EngineDied, engine_up
 from server.errors import EngineUnavailable, InternalError, ModelNotFound, as_error
 from server.finetune import hyperparameters as recipe
 from server.finetune.dataset import load_dataset
-from server.finetune.files import FileStore, UnknownFileError, new_id
+from server.finetune.evaluation_store import (
+    Evaluation,
+    EvaluationStateError,
+    EvaluationStore,
+    Score,
+    UnknownEvaluationError,
+)
+from server.finetune.files import FileStore, UnknownFileError
 from server.finetune.jobs import JobError, JobFailedError
 from server.finetune.manager import MAX_DEATHS, SPACE_SECONDS
-from server.finetune.records import Records
 from server.finetune.rows import DatasetError
 from server.finetune.tokenizer import TrainingTokenizer
 from server.messages.dataset import Dataset
@@ -38,48 +45,13 @@ from server.registry.open import Registry
 from server.tenants.caller import Caller
 from server.text.processor import TextProcessor
 
+if TYPE_CHECKING:
+    from server.finetune.sharing import Sharing
+
 log = logging.getLogger("lorakeet.finetune")
 
-CONCURRENT = 8  # sequences in the engine at once: requests of clients come first
 RESULTS = "evaluation-results"
 SPARE_TOKENS = 8  # beyond the expected answer, so that one that goes on is seen to differ
-
-Status = Literal["running", "succeeded", "failed"]
-
-
-class Score(msgspec.Struct, frozen=True):
-    """How well one model does. Loss in nats per token; `exact_match` is None where there is no answer to compare."""
-
-    loss: float
-    perplexity: float
-    exact_match: float | None
-
-
-class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
-    """One evaluation now."""
-
-    id: str
-    tenant: str
-    status: Status
-    created_at: int
-    finished_at: int | None = None
-    model: str  # as the client named it
-    adapter: str | None  # stored name, None for the base alone
-    digest: str | None
-    file: str
-    max_examples: int | None = None
-    examples: int = 0
-    tokens: int = 0
-    base: Score | None = None
-    adapted: Score | None = None
-    result_files: list[str] = []
-    error: JobError | None = None
-    deaths: int = 0  # of engines that had one of its sequences
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether there is work to do for it."""
-        return self.status == "running"
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -98,10 +70,6 @@ class Row(msgspec.Struct, frozen=True):
     expected: str
     base: Answer
     adapter: Answer | None
-
-
-class UnknownEvaluationError(LookupError):
-    """No evaluation of that id for this tenant."""
 
 
 @dataclass(frozen=True)
@@ -124,20 +92,35 @@ class _Example:
 
 
 class Evaluations:
-    """All evaluations of one server, kept in the database; unfinished ones begin again when the server starts."""
+    """Works on evaluations, each from its beginning whoever has begun it.
+
+    Args:
+        at_once: sequences in the engine at once, of all evaluations together.
+
+    Attributes:
+        tasks: those that work on evaluations, by the evaluations' ids.
+        wake: where there are several servers, for one to begin with an evaluation.
+    """
 
     def __init__(
-        self, database: Database, files: FileStore, registry: Registry, engine: EngineClient, text: TextProcessor
+        self,
+        store: EvaluationStore,
+        files: FileStore,
+        registry: Registry,
+        engine: EngineClient,
+        text: TextProcessor,
+        *,
+        at_once: int,
     ) -> None:
-        self._records = Records(
-            database, "evaluations", Evaluation, UnknownEvaluationError, get_args(Status), {"succeeded", "failed"}
-        )
+        self.store = store
+        self.tasks: dict[str, asyncio.Task[None]] = {}
+        self.wake: Callable[[], None] | None = None
+        self.sharing: Sharing | None = None
         self._files = files
         self._registry = registry
         self._engine = engine
         self._text = text
-        self._slots = asyncio.Semaphore(CONCURRENT)
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._slots = asyncio.Semaphore(at_once)
 
     # --- what clients ask ---------------------------------------------------------------------------------
 
@@ -145,56 +128,51 @@ class Evaluations:
         self, tenant: str, *, model: str, adapter: str | None, digest: str | None, file: str, max_examples: int | None
     ) -> Evaluation:
         """Record an evaluation and begin with it."""
-        evaluation = Evaluation(
-            id=new_id("eval-"),
-            tenant=tenant,
-            status="running",
-            created_at=int(time.time()),
-            model=model,
-            adapter=adapter,
-            digest=digest,
-            file=file,
-            max_examples=max_examples,
-        )
-        await asyncio.to_thread(self._records.add, evaluation)
-        self._begin(evaluation)
+        create = partial(self.store.create, tenant, model=model, adapter=adapter, digest=digest, file=file)
+        evaluation = await asyncio.to_thread(create, max_examples=max_examples)
+        (self.wake or partial(self.begin, [evaluation]))()
         return evaluation
-
-    def get(self, tenant: str, evaluation_id: str) -> Evaluation:
-        """Raises UnknownEvaluationError."""
-        return self._records.get(tenant, evaluation_id)
-
-    def page(self, tenant: str, *, limit: int, after: str | None = None) -> tuple[list[Evaluation], bool]:
-        """Newest first. Raises UnknownCursorError."""
-        return self._records.page(tenant, limit=limit, after=after)
 
     async def delete(self, tenant: str, evaluation_id: str) -> None:
         """Forget an evaluation; one that runs is stopped. Raises UnknownEvaluationError."""
-        evaluation = await asyncio.to_thread(self.get, tenant, evaluation_id)
-        await asyncio.to_thread(self._records.remove, evaluation_id)
-        if task := self._tasks.get(evaluation_id):
-            task.cancel()
-        for file_id in evaluation.result_files:
-            with contextlib.suppress(UnknownFileError):
-                await asyncio.to_thread(self._files.delete, tenant, file_id)
+        evaluation = await asyncio.to_thread(self.store.get, tenant, evaluation_id)
+        await asyncio.to_thread(self.store.delete, evaluation_id)
+        await self.abandon(evaluation_id)
+        await asyncio.to_thread(self._delete_files, evaluation)
 
     # --- its life --------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Begin again with what was under way."""
-        for evaluation in await asyncio.to_thread(self._records.unfinished):
-            self._begin(evaluation)
+        if self.sharing is not None:
+            await self.sharing.begin()
+            self.sharing.start()
+        else:
+            self.begin(await asyncio.to_thread(self.store.unfinished))
 
     async def stop(self) -> None:
-        tasks = list(self._tasks.values())
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        """Let go of all; the next `start` begins again with them."""
+        if self.sharing is not None:
+            await self.sharing.stop()
+        await asyncio.gather(*map(self.abandon, list(self.tasks)))
+        if self.sharing is not None:
+            await self.sharing.release()
 
-    def _begin(self, evaluation: Evaluation) -> None:
-        task = asyncio.create_task(self._work(evaluation), name=evaluation.id)
-        self._tasks[evaluation.id] = task
-        task.add_done_callback(lambda _: self._tasks.pop(evaluation.id, None))
+    def begin(self, evaluations: Sequence[Evaluation]) -> None:
+        """Work on these, which are this server's."""
+        for evaluation in evaluations:
+            task = asyncio.create_task(self._work(evaluation), name=evaluation.id)
+            self.tasks[evaluation.id] = task
+            task.add_done_callback(lambda _, id_=evaluation.id: self.tasks.pop(id_, None))  # type: ignore[misc]
+
+    async def heed(self, evaluation: Evaluation) -> None:
+        """Nobody else changes the status of one that is worked on here."""
+
+    async def abandon(self, evaluation_id: str) -> None:
+        """Work on one no longer, at once, and change nothing of it."""
+        if task := self.tasks.get(evaluation_id):
+            task.cancel()
+            await asyncio.wait({task})
 
     async def _work(self, evaluation: Evaluation) -> None:
         while True:
@@ -215,16 +193,33 @@ class Evaluations:
                 )
             if done.status != "running":
                 done = replace(done, finished_at=int(time.time()))
-            await self._save(done)
-            if done.status != "running":
+            if not await self._settle(done) or done.status != "running":
                 return
 
-    async def _save(self, evaluation: Evaluation) -> None:
-        """Write down how it stands, as soon as the disk has room for it and nobody holds the database."""
+    async def _settle(self, evaluation: Evaluation) -> bool:
+        """Write down how it stands, as soon as that can be; False when it is no longer this server's to say."""
         while True:
-            with contextlib.suppress(StorageFull, DatabaseBusy):
-                return await asyncio.to_thread(self._records.write, evaluation)
+            try:
+                await asyncio.to_thread(self.store.settle, evaluation)
+                return True
+            except EvaluationStateError:
+                await asyncio.to_thread(self._left, evaluation)
+                return False
+            except (StorageFull, DatabaseBusy, RemoteUnavailable) as fault:
+                log.warning("evaluation %s waits: %s", evaluation.id, fault)
             await asyncio.sleep(SPACE_SECONDS)
+
+    def _left(self, evaluation: Evaluation) -> None:
+        """Leave no file of one that somebody has deleted meanwhile."""
+        try:
+            self.store.get(evaluation.tenant, evaluation.id)
+        except UnknownEvaluationError:
+            self._delete_files(evaluation)
+
+    def _delete_files(self, evaluation: Evaluation) -> None:
+        for file_id in {*evaluation.result_files, _result_file(evaluation)}:
+            with contextlib.suppress(UnknownFileError):
+                self._files.delete(evaluation.tenant, file_id)
 
     # --- the work ----------------------------------------------------------------------------------------------
 
@@ -256,7 +251,7 @@ class Evaluations:
             adapted=None if adapted is None else _score(examples, adapted),
             examples=len(examples),
             tokens=sum(len(example.trained) for example in examples),
-            result_files=[await self._keep(evaluation.tenant, self._rows(examples, stops, plain, adapted))],
+            result_files=[await self._keep(evaluation, self._rows(examples, stops, plain, adapted))],
         )
 
     def _rows(
@@ -274,14 +269,15 @@ class Evaluations:
             for number, (example, plain, other) in enumerate(zip(examples, base, others, strict=True), start=1)
         ]
 
-    async def _keep(self, tenant: str, rows: Sequence[Row]) -> str:
+    async def _keep(self, evaluation: Evaluation, rows: Sequence[Row]) -> str:
         """Write the result file, as soon as the disk has room for it; its id."""
+        tenant, file_id = evaluation.tenant, _result_file(evaluation)
 
         def write() -> str:
             with self._files.staging() as staging:
                 path = staging / "rows.jsonl"
                 path.write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
-                return self._files.add(tenant, path, filename=path.name, purpose=RESULTS).id
+                return self._files.add(tenant, path, filename=path.name, purpose=RESULTS, file_id=file_id).id
 
         while True:
             try:
@@ -354,6 +350,11 @@ class Evaluations:
             if outputs[-1].error is not None:
                 raise JobFailedError(outputs[-1].code or "engine_error", outputs[-1].error)
             return outputs
+
+
+def _result_file(evaluation: Evaluation) -> str:
+    """One, however often it is written: whoever is killed then does it again."""
+    return f"file-{evaluation.id.removeprefix('eval-')}r"
 
 
 def _example(data: Dataset, index: int) -> _Example:

@@ -99,8 +99,11 @@ class FileStore:
         report: dict[str, Any] | None = None,
         file_id: str | None = None,
     ) -> StoredFile:
-        """Take over a staged file. Raises OSError (a full disk, say) with nothing kept."""
-        file_id = file_id or new_id("file-")
+        """Take over a staged file. Raises OSError (a full disk, say) with nothing kept.
+
+        file_id: of one that may have been added before, here or at another server.
+        """
+        known, file_id = file_id is not None, file_id or new_id("file-")
         target = self._root / file_id
         sync(source)
         size = source.stat().st_size
@@ -116,7 +119,8 @@ class FileStore:
                 self._database.after_commit(lambda: self._pending.clear(file_id))
         except BaseException:
             self._remove(target)
-            self._unshare(file_id)
+            if not known:
+                self._unshare(file_id)
             raise
         return stored
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from adapters.storage.database import Database
 from server.client.engine import EngineClient
 from server.finetune import restore
+from server.finetune.evaluation_store import EvaluationStore
 from server.finetune.evaluations import Evaluations
 from server.finetune.files import FileStore
 from server.finetune.jobs import JobStore
@@ -19,8 +20,6 @@ from server.text.processor import TextProcessor
 from server.usage import Ledger
 
 if TYPE_CHECKING:
-    from server.finetune.shared_files import SharedFiles
-    from server.finetune.shared_jobs import SharedJobs
     from server.finetune.sharing import Sharing
 
 
@@ -70,12 +69,13 @@ class FineTuning:
         ledger: Ledger,
     ) -> "FineTuning":
         """Open what lies in the data directory, or begin there. Raises what `Database` does."""
-        root, most = settings.data_dir, settings.max_training_jobs
+        root = settings.data_dir
         database = restore.opened(root, settings.database_seconds)
         counted, shared = TrainingMetrics(metrics.registry), None
         if settings.adapter_store is not None:
-            shared = _shared(settings, settings.adapter_store, database, ledger)
-        files, jobs = shared or (FileStore(root / "files", database), JobStore(database, ledger))
+            shared = _Shared(settings, settings.adapter_store, database, ledger)
+        files: FileStore = shared.files if shared else FileStore(root / "files", database)
+        jobs: JobStore = shared.jobs if shared else JobStore(database, ledger)
         manager = JobManager(
             directory=root / "jobs",
             database=database,
@@ -85,33 +85,42 @@ class FineTuning:
             publisher=registry.publisher,
             text=text,
             metrics=counted,
-            max_running=most,
+            max_running=settings.max_training_jobs,
         )
-        sharing = None
-        if shared is not None:
-            from server.finetune.sharing import Sharing
-
-            files, jobs = shared
-
-            def share_all() -> None:
-                files.share_all()
-                jobs.share_all(root / "jobs")
-
-            sharing = Sharing(jobs, manager, settings.store_poll_seconds / 2, files.follow, share_all)
-        evaluations = Evaluations(database, files, registry, engine, text)
+        evaluated = shared.evaluations if shared else EvaluationStore(database)
+        most = settings.evaluation_requests
+        evaluations = Evaluations(evaluated, files, registry, engine, text, at_once=most)
+        sharing = shared.begun(settings, manager, evaluations) if shared else None
         return cls(files, jobs, manager, evaluations, counted, database, sharing)
 
 
-def _shared(settings: Settings, url: str, database: Database, ledger: Ledger) -> "tuple[SharedFiles, SharedJobs]":
-    """Files and jobs that several servers have. Raises ValueError for a URL that is none."""
-    from adapters.storage.bucket import Bucket  # its library is needed only with an object store
-    from adapters.storage.leases import Leases
-    from adapters.storage.records import Records
-    from server.finetune.shared_files import SharedFiles
-    from server.finetune.shared_jobs import SharedJobs
+class _Shared:
+    """Files, jobs and evaluations that several servers have. Raises ValueError for a URL that is none."""
 
-    bucket = Bucket(url)
-    files = SharedFiles(settings.data_dir / "files", database, Records(bucket, "files"), bucket)
-    records, jobs = Records(bucket, "jobs"), SharedJobs(database, ledger)
-    jobs.join(records, bucket, Leases(records, settings.job_lease_seconds), settings.max_training_jobs)
-    return files, jobs
+    def __init__(self, settings: Settings, url: str, database: Database, ledger: Ledger) -> None:
+        from adapters.storage.bucket import Bucket  # its library is needed only with an object store
+        from adapters.storage.leases import Leases
+        from adapters.storage.records import Records
+        from server.finetune.shared_evaluations import SharedEvaluations
+        from server.finetune.shared_files import SharedFiles
+        from server.finetune.shared_jobs import SharedJobs
+
+        bucket, seconds = Bucket(url), settings.job_lease_seconds
+        self.files = SharedFiles(settings.data_dir / "files", database, Records(bucket, "files"), bucket)
+        records, self.jobs = Records(bucket, "jobs"), SharedJobs(database, ledger)
+        self.jobs.join(records, bucket, Leases(records, seconds), settings.max_training_jobs)
+        records, self.evaluations = Records(bucket, "evaluations"), SharedEvaluations(database)
+        self.evaluations.join(records, bucket, Leases(records, seconds), settings.evaluation_requests)
+
+    def begun(self, settings: Settings, manager: JobManager, evaluations: Evaluations) -> "Sharing":
+        """Let those who work on them do so in step with other servers; the sharing of files and jobs."""
+        from server.finetune.sharing import Sharing
+
+        seconds = settings.store_poll_seconds / 2
+
+        def share_all() -> None:
+            self.files.share_all()
+            self.jobs.share_all(settings.data_dir / "jobs")
+
+        evaluations.sharing = Sharing(self.evaluations, evaluations, seconds, before=self.evaluations.share_all)
+        return Sharing(self.jobs, manager, seconds, self.files.follow, share_all)

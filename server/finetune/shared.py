@@ -6,6 +6,7 @@ to go on are in the store before the record names them.
 """
 
 import contextlib
+import json
 import random
 import threading
 import time
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from adapters.storage.bucket import Bucket
     from adapters.storage.leases import Leases
     from adapters.storage.records import Content
+    from adapters.storage.records import Record as StoredRecord
     from adapters.storage.records import Records as Stored
 
 _DAMAGE = (ValueError, LookupError, TypeError)  # what reading a record raises when it is none
@@ -67,6 +69,27 @@ class Shared(Records[R, S]):
             claimed: it holds the record only now: its rows have nothing that counts.
         """
 
+    def _removed(self, id_: str) -> None:
+        """Somebody removed a record. Whoever works on it hears that its lease is lost."""
+
+    def _copy_row(self, content: "Content", changes: Mapping[str, Any] | None) -> bool:
+        """`_copy` for records that are one row each."""
+        stored = self._read(content)
+        self.leases.see(stored.id, content)
+        with self.database.transaction(removing=True) as connection:
+            row = connection.execute(f"SELECT status FROM {self._table} WHERE id = ?", (stored.id,)).fetchone()
+            if row is None:
+                self.add(stored, content["number"])
+            else:
+                self.write(stored)
+        return row is not None and row["status"] != stored.status and changes is None
+
+    def _row(self, id_: str) -> dict[str, Any]:
+        """The number of a row, and its record as it is in the store."""
+        with self.database.reading() as connection:
+            row = connection.execute(f"SELECT number, record FROM {self._table} WHERE id = ?", (id_,)).fetchone()
+        return {"number": row["number"], "record": json.loads(row["record"])}
+
     def _read(self, content: "Content") -> R:
         return msgspec.convert(content["record"], self._kind)
 
@@ -78,7 +101,11 @@ class Shared(Records[R, S]):
         for record in sorted(self._stored.news(), key=lambda record: (record.content or {}).get("number", 0)):
             try:
                 with self._writing[record.key]:
-                    if self._stored.note(record) and record.content is not None and self._copy(record.content):
+                    if not self._stored.note(record):
+                        continue
+                    if record.content is None:
+                        self._forget_row(record)
+                    elif self._copy(record.content):
                         moved.append(self._read(record.content))
             except _DAMAGE as fault:
                 self._stored.damage(record.key, fault)
@@ -103,9 +130,16 @@ class Shared(Records[R, S]):
         """Let the rows here be what the store says."""
         with self._writing[id_]:
             found = self._stored.look(id_)
+            self._stored.note(found)
             if found.content is not None:
-                self._stored.note(found)
                 self._copy(found.content)
+            else:
+                self._forget_row(found)
+
+    def _forget_row(self, record: "StoredRecord") -> None:
+        """Only of a record that somebody removed: what has vanished may come back."""
+        if record.version is not None and record.fault is None:
+            self._removed(record.key)
 
     def never_shared(self) -> Iterator[tuple[R, int]]:
         """Records from a time without a store, and their places in lists, now the same at all servers."""
@@ -165,6 +199,8 @@ class Shared(Records[R, S]):
                     return super().get(record.tenant, record.id)
                 except LeaseLost:
                     if not anybody:
+                        with contextlib.suppress(RemoteUnavailable):
+                            self.refresh(record.id)
                         raise self.stopped(f"{record.id} is another server's now.") from None
                 except self.stopped:
                     self.refresh(record.id)

@@ -1,5 +1,6 @@
 """Files that several servers have in an object store, a record and an object each. Rows and bytes here are copies."""
 
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,15 +63,23 @@ class SharedFiles(FileStore):
                 insert(connection, record.content)
 
     def _share(self, row: dict[str, Any], source: Path) -> dict[str, Any]:
-        """The bytes come first, so that nobody finds a file without them. Once more with one id is the same file."""
+        """The bytes come first, so that nobody finds a file without them. With one id the first one's are the file."""
         row = {"number": place()} | row
-        self._bucket.put_file(_path(row["id"]), source)
-        return self._records.change(row["id"], lambda old: old or row).content or row
+        self._bucket.put_file(_path(row), source)
+        shared = self._records.change(row["id"], lambda old: old or row).content or row
+        if shared["digest"] != row["digest"]:
+            self._bucket.delete([_path(row)])
+            source.unlink()
+            self._bucket.get_file(_path(shared), source)
+        return shared
 
     def _unshare(self, file_id: str) -> None:
         with suppress(RemoteUnavailable):
-            self._records.change(file_id, lambda old: None)
-            self._bucket.delete([_path(file_id)])
+            self._forget(file_id)
+
+    def _forget(self, file_id: str) -> None:
+        self._records.change(file_id, lambda old: None)
+        self._bucket.delete([entry.path for entry in self._bucket.list(f"file-contents/{file_id}")])
 
     def get(self, tenant: str, file_id: str) -> StoredFile:
         try:
@@ -87,7 +96,7 @@ class SharedFiles(FileStore):
         if not stored.path.exists() and (row := self._records.look(file_id).content) is not None:
             with self.staging() as staging:
                 copy = staging / file_id
-                self._bucket.get_file(_path(file_id), copy)
+                self._bucket.get_file(_path(row), copy)
                 if digest_of(copy) != row["digest"]:
                     log.error("%s in the object store is not what was uploaded", file_id)
                     raise UnknownFileError(file_id)
@@ -97,10 +106,9 @@ class SharedFiles(FileStore):
 
     def delete(self, tenant: str, file_id: str) -> None:
         self.get(tenant, file_id)
-        self._records.change(file_id, lambda old: None)
-        self._bucket.delete([_path(file_id)])
+        self._forget(file_id)
         super().delete(tenant, file_id)
 
 
-def _path(file_id: str) -> str:
-    return f"file-contents/{file_id}"
+def _path(row: Mapping[str, Any]) -> str:
+    return f"file-contents/{row['id']}/{row['digest']}"

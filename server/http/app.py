@@ -62,7 +62,8 @@ def build_app(services: Services) -> Starlette:
         await services.batches.start(partial(answered, app))
         registry, tenants = services.registry, services.tenants
         working = registry.collect_orphans(), registry.following.run(), tenants.run(), tenants.follow()
-        background = [asyncio.create_task(work) for work in (*working, services.history.run())]
+        others = services.history.run(), services.responses.run()
+        background = [asyncio.create_task(work) for work in (*working, *others)]
         shared = services.settings.adapter_store is not None
         sending = asyncio.create_task(keep_sending(services.ledger.send, services.audit.send)) if shared else None
         try:

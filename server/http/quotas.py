@@ -39,11 +39,9 @@ def stored_bytes(services: Services, tenant: str) -> int:
     """Bytes of a tenant's adapters, files and responses; content that two names have counts once."""
     versions = {one.digest: one.receipt["bytes"] for one in services.store.all_versions() if one.tenant == tenant}
     with services.tuning.database.reading() as connection:
-        kept = [
-            connection.execute(f"SELECT COALESCE(SUM(bytes), 0) FROM {table} WHERE tenant = ?", (tenant,)).fetchone()[0]
-            for table in ("files", "responses")
-        ]
-    return sum(versions.values()) + sum(kept)
+        query = "SELECT COALESCE(SUM(bytes), 0) FROM files WHERE tenant = ?"
+        files: int = connection.execute(query, (tenant,)).fetchone()[0]
+    return sum(versions.values()) + files + services.responses.stored_bytes(tenant)
 
 
 async def check_training(request: Request) -> None:

@@ -32,18 +32,28 @@ FULL: dict[str, Any] = {
     "apiKeys": {"keys": ["one", "two"]},
     "objectStore": {"url": "s3://bucket/adapters", "credentialsSecret": "aws"},
     "imagePullSecrets": [{"name": "registry"}],
-    "writer": {
+    "servers": {
+        "enabled": True,
+        "autoscaling": {"enabled": True},
+        "resources": {"requests": {"memory": "8Gi"}, "limits": {"memory": "16Gi"}},
+        "nodeSelector": {"gpu": "h200"},
+        "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
+    },
+    "podMonitor": {"enabled": True},
+}
+ONE: dict[str, Any] = FULL | {
+    "servers": {"enabled": False},
+    "single": {
         "storage": {"size": "10Gi", "storageClassName": "fast"},
         "resources": {"requests": {"memory": "8Gi"}, "limits": {"memory": "16Gi"}},
         "nodeSelector": {"gpu": "h200"},
         "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists"}],
     },
-    "servers": {"enabled": True, "autoscaling": {"enabled": True}},
-    "podMonitor": {"enabled": True},
 }
 VALUES: dict[str, dict[str, Any]] = {
     "defaults": {},
     "everything": FULL,
+    "one with everything": ONE,
     "processor": {"gpu": {"count": 0}},
     "fixed": {"servers": {"enabled": True, "replicas": 3}, "objectStore": {"url": "gs://bucket"}},
 }
@@ -119,42 +129,42 @@ def test_kubernetes_takes_what_is_rendered(tmp_path: Path, name: str) -> None:
 @needs_helm
 def test_by_default_there_is_one_server(tmp_path: Path) -> None:
     objects = _objects({}, tmp_path)
-    assert set(objects) == {"StatefulSet/mine-writer", "Service/mine", "Service/mine-writer"}
-    assert objects["Service/mine"]["spec"]["selector"] == objects["Service/mine-writer"]["spec"]["selector"]
-    assert _container(objects["StatefulSet/mine-writer"])["resources"] == {"limits": {"nvidia.com/gpu": 1}}
+    assert set(objects) == {"StatefulSet/mine", "Service/mine"}
+    assert _container(objects["StatefulSet/mine"])["resources"] == {"limits": {"nvidia.com/gpu": 1}}
 
 
 @needs_helm
-def test_everything_is_passed_on(tmp_path: Path) -> None:
-    objects = _objects(FULL, tmp_path)
-    writer, servers = objects["StatefulSet/mine-writer"], objects["Deployment/mine"]
-    for workload in (writer, servers):
-        container = _container(workload)
-        variables = {one["name"]: one.get("value", one.get("valueFrom")) for one in container["env"]}
-        assert set(variables) <= VARIABLES
-        assert variables["LORAKEET_KV_CACHE_BYTES"] == "21474836480"
-        assert variables["LORAKEET_FINETUNE_SHARE"] == "0.5"
-        assert variables["LORAKEET_ADAPTER_STORE"] == "s3://bucket/adapters"
-        assert variables["LORAKEET_API_KEY"]["secretKeyRef"] == {"name": "mine-api-keys", "key": "api-keys"}
-        Settings.load({}, {name: value for name, value in variables.items() if isinstance(value, str)})
-        probes = {name: container[f"{name}Probe"]["httpGet"]["path"] for name in ("startup", "liveness", "readiness")}
-        assert probes == {"startup": "/health", "liveness": "/health", "readiness": "/ready"}
-        pod = workload["spec"]["template"]
-        assert pod["spec"]["terminationGracePeriodSeconds"] > FULL["settings"]["drain_seconds"]
-        assert workload["spec"]["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
-        mounted = {one["name"] for one in container["volumeMounts"]}
-        claims = {one["metadata"]["name"] for one in workload["spec"].get("volumeClaimTemplates", [])}
-        assert mounted == claims | {one["name"] for one in pod["spec"].get("volumes", [])}
+@pytest.mark.parametrize(("values", "kind"), [(FULL, "Deployment"), (ONE, "StatefulSet")])
+def test_everything_is_passed_on(tmp_path: Path, values: dict[str, Any], kind: str) -> None:
+    """To one server, or to many: there are never both."""
+    objects = _objects(values, tmp_path)
+    assert {name for name in objects if name in ("Deployment/mine", "StatefulSet/mine")} == {f"{kind}/mine"}
+    workload = objects[f"{kind}/mine"]
+    container = _container(workload)
+    variables = {one["name"]: one.get("value", one.get("valueFrom")) for one in container["env"]}
+    assert set(variables) <= VARIABLES
+    assert variables["LORAKEET_KV_CACHE_BYTES"] == "21474836480"
+    assert variables["LORAKEET_FINETUNE_SHARE"] == "0.5"
+    assert variables["LORAKEET_ADAPTER_STORE"] == "s3://bucket/adapters"
+    assert variables["LORAKEET_API_KEY"]["secretKeyRef"] == {"name": "mine-api-keys", "key": "api-keys"}
+    Settings.load({}, {name: value for name, value in variables.items() if isinstance(value, str)})
+    probes = {name: container[f"{name}Probe"]["httpGet"]["path"] for name in ("startup", "liveness", "readiness")}
+    assert probes == {"startup": "/health", "liveness": "/health", "readiness": "/ready"}
+    pod = workload["spec"]["template"]
+    assert pod["spec"]["terminationGracePeriodSeconds"] > FULL["settings"]["drain_seconds"]
+    assert workload["spec"]["selector"]["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    mounted = {one["name"] for one in container["volumeMounts"]}
+    claims = {one["metadata"]["name"] for one in workload["spec"].get("volumeClaimTemplates", [])}
+    assert mounted == claims | {one["name"] for one in pod["spec"].get("volumes", [])}
     assert objects["Secret/mine-api-keys"]["stringData"] == {"api-keys": "one,two"}
-    limits = _container(writer)["resources"]["limits"]
-    assert limits == {"memory": "16Gi", "nvidia.com/gpu": 1}
-    assert "replicas" not in servers["spec"]  # the autoscaler's
-    assert objects["HorizontalPodAutoscaler/mine"]["spec"]["scaleTargetRef"]["name"] == "mine"
-    for name, part in (("Service/mine", servers), ("Service/mine-writer", writer)):
-        labels = part["spec"]["template"]["metadata"]["labels"]
-        assert objects[name]["spec"]["selector"].items() <= labels.items()
-    monitored = objects["PodMonitor/mine"]["spec"]["selector"]["matchLabels"].items()
-    assert all(monitored <= one["spec"]["template"]["metadata"]["labels"].items() for one in (writer, servers))
+    assert container["resources"]["limits"] == {"memory": "16Gi", "nvidia.com/gpu": 1}
+    assert pod["spec"]["nodeSelector"] == {"gpu": "h200"}
+    assert ("replicas" in workload["spec"]) == (kind == "StatefulSet")  # else it is the autoscaler's
+    autoscaled = objects.get("HorizontalPodAutoscaler/mine", {"spec": {"scaleTargetRef": None}})
+    assert (autoscaled["spec"]["scaleTargetRef"] is None) == (kind == "StatefulSet")
+    labels = pod["metadata"]["labels"].items()
+    assert objects["Service/mine"]["spec"]["selector"].items() <= labels
+    assert objects["PodMonitor/mine"]["spec"]["selector"]["matchLabels"].items() <= labels
 
 
 @needs_helm
@@ -189,7 +199,7 @@ def test_the_pool_gets_requests_that_any_server_can_answer() -> None:
     by_adapter, rest = route["spec"]["rules"]
     assert by_adapter["backendRefs"][0]["name"] == pool["metadata"]["name"]
     paths = {match["path"]["value"] for match in by_adapter["matches"]}
-    assert paths <= relay.BY_ADAPTER
+    assert paths <= relay.BY_ADAPTER | {relay.RESPONSES}
     assert all(match["method"] == "POST" and match["path"]["type"] == "Exact" for match in by_adapter["matches"])
     assert "matches" not in rest
 
@@ -202,8 +212,8 @@ def test_the_pool_finds_the_charts_servers(tmp_path: Path) -> None:
     wanted = pool["spec"]["selector"]["matchLabels"]
     assert {**wanted, "app.kubernetes.io/instance": "mine"}.items() <= labels.items()
     (backend,) = route["spec"]["rules"][1]["backendRefs"]
-    writer = objects[f"Service/{backend['name'].replace('lorakeet', 'mine')}"]
-    assert backend["port"] == writer["spec"]["ports"][0]["port"]
+    service = objects[f"Service/{backend['name'].replace('lorakeet', 'mine')}"]
+    assert backend["port"] == service["spec"]["ports"][0]["port"]
 
 
 @pytest.mark.parametrize("text", ["kubernetes/ray-service.yaml", "ray/serve.yaml"])
@@ -215,8 +225,10 @@ def test_ray_is_told_what_there_is(text: str) -> None:
     source = (DEPLOY / f"ray/{module}.py").read_text()
     assert f"\n{attribute} = " in source
     classes = set(re.findall(r"^@serve\.deployment(?s:.*?)^class (\w+)", source, re.MULTILINE))
-    assert {one["name"] for one in application["deployments"]} <= classes == {"Server", "Writer", "Ingress"}
-    assert set(application["runtime_env"]["env_vars"]) <= VARIABLES
+    named, told = {one["name"] for one in application["deployments"]}, application["runtime_env"]["env_vars"]
+    assert named <= classes == {"Server", "Writer", "Ingress"}
+    assert ("Writer" in named) == ("LORAKEET_ADAPTER_STORE" not in told)  # Ray takes no name of what is not there
+    assert set(told) <= VARIABLES
 
 
 def test_rays_image_has_all_modules() -> None:

@@ -206,7 +206,15 @@ async def test_with_a_store_any_replica_takes_files_jobs_and_batches(
         for _ in range(4):
             assert '"one"' in (await client.get(f"/v1/files/{done['output_file_id']}/content")).text
         kept = await answered("POST", "/v1/responses", json={"model": name, "input": "Hi", "max_output_tokens": 4})
-        assert (await answered("GET", f"/v1/responses/{kept['id']}"))["id"] == kept["id"]
+        more = {"model": name, "input": "More", "max_output_tokens": 4, "previous_response_id": kept["id"]}
+        for _ in range(4):
+            assert (await answered("GET", f"/v1/responses/{kept['id']}"))["id"] == kept["id"]
+            await answered("POST", "/v1/responses", json=more)
+        evaluation = await answered("POST", "/v1/evaluations", json={"model": name, "file": training})
+        done = await until(f"/v1/evaluations/{evaluation['id']}", "succeeded")
+        for _ in range(4):
+            assert (await client.get(f"/v1/files/{done['result_files'][0]}/content")).text.count("\n") == len(lines)
+    await asyncio.to_thread(eventually, lambda: cluster.processes("Writer") == [], 120, "the end of the writer")
 
 
 async def test_a_client_that_leaves_ends_its_request(cluster: RayCluster, tiny: dict[str, str]) -> None:
@@ -265,7 +273,7 @@ async def test_scaling_out_and_in_fails_no_request(cluster: RayCluster, tiny: di
 async def test_the_way_through_ray_costs_little(cluster: RayCluster, tmp_path: Path) -> None:
     """Eight streams of the default model, through Ray and straight from the replica's server, in turns."""
     settings = Settings()
-    model = resolve(settings.model, settings.cache_dir, print)
+    model = await asyncio.to_thread(resolve, settings.model, settings.cache_dir, print)
     told = {"LORAKEET_MODEL": str(model), "LORAKEET_ADAPTER_DIR": str(_adapters(tmp_path, model))}
     told |= {"LORAKEET_DATA_DIR": str(tmp_path / "data")}
     await asyncio.to_thread(cluster.deploy, {"min_replicas": 1, "max_replicas": 1}, told)

@@ -59,11 +59,18 @@ def test_the_body_names_the_adapter(body: Any, adapter: str) -> None:
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_responses_that_are_kept_go_to_the_writer(shared: bool) -> None:
+def test_responses_that_are_kept_go_to_the_writer_unless_there_is_a_store(shared: bool) -> None:
     one, place = {"model": "poet", "input": "Hi"}, partial(relay.place, base=BASE, shared=shared)
     assert place(_request("/v1/responses", one | {"store": False})) == relay.Place(adapter="poet")
+    wanted = relay.Place(writer=not shared, adapter="poet" if shared else "", repeatable=False)
     for more in ({}, {"store": True}, {"store": False, "previous_response_id": "resp_1"}):
-        assert place(_request("/v1/responses", one | more)) == relay.Place(writer=True, repeatable=False)
+        assert place(_request("/v1/responses", one | more)) == wanted
+
+
+def test_a_resident_merge_is_asked_for_where_the_adapter_is() -> None:
+    for method, path in itertools.product(("GET", "POST", "DELETE"), ("org/poet/merge", "org%2Fpoet%40sha256:1/merge")):
+        place = relay.place(_request(f"/v1/adapters/{path}", {}, method), BASE, shared=True)
+        assert place == relay.Place(adapter="org/poet", repeatable=method == "GET")
 
 
 async def _elsewhere(directory: Path, *, shared: bool) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
@@ -88,17 +95,9 @@ async def test_without_a_store_what_one_server_keeps_goes_to_the_writer(tmp_path
     assert away == BY_BODY | {("GET", path) for path in relay.BY_ANYBODY}
 
 
-async def test_with_a_store_only_what_is_not_in_it_goes_to_the_writer(tmp_path: Path) -> None:
-    """Names, keys, files, jobs, batches, usage and the audit log are every server's."""
+async def test_with_a_store_there_is_no_writer(tmp_path: Path) -> None:
     routes, away = await _elsewhere(tmp_path, shared=True)
-    assert {path.removeprefix("/v1/").split("/")[0] for _, path in routes - away} == {
-        "responses",
-        "evaluations",
-        "server",
-        "adapters",  # resident merges
-    }
-    assert {path for _, path in routes - away if path.startswith("/v1/adapters")} == {"/v1/adapters/{name:path}/merge"}
-    assert {("POST", "/v1/fine_tuning/jobs"), ("GET", "/v1/usage"), ("DELETE", "/v1/files/{id}")} <= away
+    assert routes == away
 
 
 def test_an_adapters_name_leads_nowhere_else() -> None:

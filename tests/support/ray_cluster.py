@@ -52,7 +52,8 @@ class RayCluster:
             **ADVISED,
         }
         self._lock = threading.Lock()
-        with (root / "ray.log").open("wb") as log:
+        self._log = root / "ray.log"
+        with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [str(PYTHON), str(DRIVER), str(self._temporary), str(port)],
                 env=environment,
@@ -70,7 +71,8 @@ class RayCluster:
             if line.startswith("{"):
                 answer: dict[str, Any] = json.loads(line)
                 return answer
-        raise AssertionError("Ray's driver ended")
+        said = self._log.read_text(errors="replace")[-4000:]
+        raise AssertionError(f"Ray's driver ended with {self._process.wait()}\n{said}")
 
     def _ask(self, order: dict[str, Any]) -> dict[str, Any]:
         with self._lock:
@@ -92,7 +94,7 @@ class RayCluster:
             "runtime_env": {"env_vars": told | settings},
             "deployments": [
                 {"name": "Server", "autoscaling_config": servers, "max_ongoing_requests": most},
-                {"name": "Writer"},
+                *([] if "LORAKEET_ADAPTER_STORE" in settings else [{"name": "Writer"}]),
             ],
         }
         self._ask({"deploy": {"applications": [application]}})

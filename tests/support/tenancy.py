@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from server.finetune.evaluations import Evaluation
+from server.finetune.evaluation_store import Evaluation
 from server.finetune.jobs import JobSpec
 from server.tenants.caller import ROLES, Caller, Role
 from tests.support.harness import write_adapter
@@ -68,7 +68,7 @@ async def furnish(served: Served, directory: Path, tenant: str, adapter: str, he
             digest=version.digest,
             file=files[0],
         )
-        tuning.evaluations._records.add(evaluation)
+        tuning.evaluations.store.add(evaluation)
         batch = services.batches.store.create(Caller(tenant), "/v1/completions", files[1], None)
         return files[0], files[1], job.id, evaluation.id, batch.id
 

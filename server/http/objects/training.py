@@ -2,8 +2,8 @@
 
 from typing import Any, Literal, TypedDict
 
-from server.finetune.evaluations import Score
-from server.finetune.evaluations import Status as EvaluationStatus
+from server.finetune.evaluation_store import Score
+from server.finetune.evaluation_store import Status as EvaluationStatus
 from server.finetune.jobs import JobError
 from server.finetune.jobs import Status as JobStatus
 from server.messages.training import MemoryMode

@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 
 from adapters.storage.database import UnknownCursorError
 from server.errors import InvalidRequest, NotFound, shown
-from server.finetune.evaluations import Evaluation, UnknownEvaluationError
+from server.finetune.evaluation_store import Evaluation, UnknownEvaluationError
 from server.finetune.files import UnknownFileError
 from server.http.objects.common import DeletedObject, ListObject
 from server.http.objects.training import EvaluationObject
@@ -54,7 +54,7 @@ async def list_evaluations(request: Request, query: PageQuery) -> Response:
     """A page of evaluations, newest first."""
     try:
         evaluations, more = await asyncio.to_thread(
-            services_of(request).tuning.evaluations.page,
+            services_of(request).tuning.evaluations.store.page,
             caller_of(request).tenant,
             limit=query.limit,
             after=query.after,
@@ -80,7 +80,7 @@ async def _find(request: Request) -> Evaluation:
     evaluation_id = request.path_params["id"]
     try:
         return await asyncio.to_thread(
-            services_of(request).tuning.evaluations.get, caller_of(request).tenant, evaluation_id
+            services_of(request).tuning.evaluations.store.get, caller_of(request).tenant, evaluation_id
         )
     except UnknownEvaluationError:
         raise NotFound(f"No such evaluation: {shown(evaluation_id)}", param="id") from None

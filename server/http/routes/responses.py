@@ -21,7 +21,7 @@ from server.openai.response_body import ResponseBody
 from server.openai.response_input import Item, ItemReference, as_item
 from server.openai.response_objects import DeletedResponse, InputItems, ResponseEvent, ResponseObject
 from server.openai.responses import ResponseWriter
-from server.response_store import Running
+from server.responses.running import Followed, Running
 from server.services import Services, caller_of, services_of
 from server.tenants.caller import Caller
 
@@ -58,8 +58,7 @@ class _Work:
 
     async def keep(self, writer: ResponseWriter, events: list[Any] | None = None) -> None:
         if self.kept:
-            save = self.services.responses.save
-            await asyncio.to_thread(save, self.caller.tenant, writer.response, self.items, events)
+            await self.services.responses.keep(self.caller.tenant, writer.response, self.items, events)
 
 
 async def create_response(request: Request, body: ResponseBody) -> Answer:
@@ -83,7 +82,7 @@ def _items(services: Services, tenant: str, body: ResponseBody, number: str) -> 
     items: list[Item] = []
     if body.previous_response_id is not None:
         earlier = services.responses.get(tenant, body.previous_response_id, param="previous_response_id")
-        if earlier.response["status"] == "in_progress":
+        if earlier.goes_on:
             message = "The response `previous_response_id` is not finished."
             raise InvalidRequest(message, param="previous_response_id")
         items += [*earlier.items, *earlier.response["output"]]
@@ -123,9 +122,9 @@ async def _events(work: _Work, writer: ResponseWriter, chat: Chat) -> AsyncGener
 
 async def _in_background(work: _Work, send: Send) -> None:
     """Begin; the answer tells that it has, or follows the events."""
-    running = Running()
+    running = Running(work.caller.tenant, work.id, streamed=bool(work.body.stream))
     begun: asyncio.Future[ResponseObject] = asyncio.get_running_loop().create_future()
-    work.services.responses.begin(work.id, running, _run(work, running, begun))
+    work.services.responses.begin(running, _run(work, running, begun))
     response = await asyncio.shield(begun)
     headers = {"X-Adapter-Digest": response.system_fingerprint}
     if work.body.stream:
@@ -142,8 +141,8 @@ async def _run(work: _Work, running: Running, begun: asyncio.Future[ResponseObje
         async with open_chat(work.services, work.caller, work.chat) as chat:
             with chat.generation.admitted():
                 writer = work.writer(chat)
-                log = running.events if work.body.stream else None
-                await work.keep(writer)
+                log = running.events if running.streamed else None
+                await work.keep(writer, log)
                 for event in writer.begin():
                     running.publish(event)
                 begun.set_result(writer.response)
@@ -173,23 +172,19 @@ async def _run(work: _Work, running: Running, begun: asyncio.Future[ResponseObje
 
 async def get_response(request: Request, query: RetrieveQuery) -> Response | Answer:
     """A response that is kept. With `stream` its events, of one that was begun as a stream in the background."""
-    services, id_ = services_of(request), request.path_params["id"]
-    kept = await asyncio.to_thread(services.responses.get, caller_of(request).tenant, id_)
+    responses, tenant, id_ = services_of(request).responses, caller_of(request).tenant, request.path_params["id"]
+    kept = await asyncio.to_thread(responses.get, tenant, id_)
     if query.stream == "false":
         return _json(kept.response)
-    running = services.responses.running.get(id_)
-    if running is None:
-        if not kept.events:
-            message = "`stream` needs a response that was begun with `background` and `stream`."
-            raise InvalidRequest(message, param="stream")
-        running = Running(kept.events)
-        running.end()
+    if (followed := responses.events(kept, tenant)) is None:
+        message = "`stream` needs a response that was begun with `background` and `stream`."
+        raise InvalidRequest(message, param="stream")
     after = -1 if query.starting_after is None else query.starting_after
-    return Answer(partial(_send_log, running=running, after=after, headers={}))
+    return Answer(partial(_send_log, followed=followed, after=after, headers={}))
 
 
-async def _send_log(send: Send, running: Running, after: int, headers: dict[str, str]) -> None:
-    async with aclosing(running.follow(after)) as events:
+async def _send_log(send: Send, followed: Followed, after: int, headers: dict[str, str]) -> None:
+    async with aclosing(followed.follow(after)) as events:
         await send_events(send, events, headers, lambda error: error.body()["error"] | {"type": "error"})
 
 
@@ -206,12 +201,12 @@ async def list_input_items(request: Request, query: ItemsQuery) -> Response:
 
 async def cancel_response(request: Request) -> Response:
     """Stop a response in the background; one that has ended stays as it is."""
-    services, id_ = services_of(request), request.path_params["id"]
-    kept = await asyncio.to_thread(services.responses.get, caller_of(request).tenant, id_)
+    responses, tenant, id_ = services_of(request).responses, caller_of(request).tenant, request.path_params["id"]
+    kept = await asyncio.to_thread(responses.get, tenant, id_)
     if not kept.response["background"]:
         raise InvalidRequest("Only responses with `background` can be cancelled.", param="id")
-    await services.responses.cancel(id_)
-    return _json((await asyncio.to_thread(services.responses.get, caller_of(request).tenant, id_)).response)
+    await responses.cancel(tenant, id_)
+    return _json((await asyncio.to_thread(responses.get, tenant, id_)).response)
 
 
 async def delete_response(request: Request) -> Response:

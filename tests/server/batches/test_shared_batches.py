@@ -113,6 +113,25 @@ async def test_a_batch_is_cancelled_at_another_server(lives: Lives) -> None:
     assert not two.engine.requests
 
 
+async def test_all_answers_are_in_the_store_when_there_is_nothing_more_to_ask(
+    lives: Lives, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its server dies in the last moment, with few answers since it sent some."""
+    monkeypatch.setattr(module, "_PART_BYTES", 2**30)
+    monkeypatch.setattr(module, "_PART_RENEWALS", 10**9)
+    one, two = await lives.open("one"), await lives.open("two")
+    has_room(two, 0)
+    monkeypatch.setattr(one.services.batches, "_finish", lambda *_: asyncio.sleep(3600))
+    batch = await create(one, ROWS)
+    await until(two, batch, "finalizing")
+    await die(one)
+    await take_over(two.services.batches.sharing, batch["id"])
+    done = await until(two, batch)
+    assert (done["status"], done["request_counts"]["completed"]) == ("completed", len(ROWS))
+    assert len(await lines_of(two, done["output_file_id"])) == len(ROWS)
+    assert not two.engine.requests
+
+
 async def test_a_server_that_was_asleep_ends_nothing_that_is_anothers(lives: Lives) -> None:
     one, two, batch = await in_its_middle(lives)
     ours = one.services.batches.sharing

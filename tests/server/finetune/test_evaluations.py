@@ -67,7 +67,7 @@ async def evaluate(site: TuningSite, **body: Any) -> dict[str, Any]:
 
 async def over(site: TuningSite, evaluation_id: str) -> dict[str, Any]:
     """The evaluation once it is over."""
-    await eventually(lambda: site.tuning.evaluations.get(TENANT, evaluation_id).status != "running")
+    await eventually(lambda: site.tuning.evaluations.store.get(TENANT, evaluation_id).status != "running")
     found: dict[str, Any] = (await site.client.get(f"/v1/evaluations/{evaluation_id}")).json()
     return found
 

@@ -107,6 +107,20 @@ async def test_what_one_has_the_other_shows(lives: Lives) -> None:
         assert (await site.http.get(f"/v1/files/{file}")).status_code == 404
 
 
+async def test_of_two_files_with_one_id_the_first_is_the_file(lives: Lives) -> None:
+    """As when a batch's answers are written again by who took it for dead."""
+    one, two = await lives.open("one"), await lives.open("two")
+    for site, content in ((one, b"first"), (two, b"other")):
+        with site.tuning.files.staging() as staging:
+            (staging / "a").write_bytes(content)
+            site.tuning.files.add(TENANT, staging / "a", filename="a", purpose="batch_output", file_id="file-same")
+    for site in (one, two, await lives.open("three")):
+        assert (await site.http.get("/v1/files/file-same/content")).content == b"first"
+    assert len(Bucket(lives.url).list("file-contents")) == 1
+    await two.ask("DELETE", "/v1/files/file-same")
+    assert Bucket(lives.url).list("file-contents") == []
+
+
 async def test_jobs_are_shared_out_among_servers_with_room(lives: Lives) -> None:
     one, two = await lives.open("one", max_training_jobs=1), await lives.open("two", max_training_jobs=1)
     one.trainer.until = two.trainer.until = 3

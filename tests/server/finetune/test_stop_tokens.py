@@ -92,7 +92,7 @@ async def test_a_chat_fine_tune_stops_in_serving(
         assert (choice["message"]["content"].strip(), choice["finish_reason"]) == ("it is seven", "stop")
         body = {"model": name, "file": file}
         evaluation = (await site.client.post("/v1/evaluations", json=body)).json()["id"]
-        await sites.eventually(lambda: site.tuning.evaluations.get(TENANT, evaluation).status != "running")
+        await sites.eventually(lambda: site.tuning.evaluations.store.get(TENANT, evaluation).status != "running")
         results = (await site.client.get(f"/v1/evaluations/{evaluation}")).json()["results"]
         assert results["adapter"]["exact_match"] == 1.0
     engine.close()

@@ -409,7 +409,7 @@ async def test_old_responses_and_too_many_go_first(tmp_path: Path, monkeypatch: 
         served.engine.info = msgspec.structs.replace(served.engine.info, max_model_len=2**20)  # type: ignore[type-var]
         first = await made(served)
         second = await made(served)
-        monkeypatch.setattr("server.response_store.time.time", lambda: first["created_at"] + 86401 + 5)
+        monkeypatch.setattr("server.responses.store.time.time", lambda: first["created_at"] + 86401 + 5)
         assert (await served.client.get(f"/v1/responses/{second['id']}")).status_code == 404
         monkeypatch.undo()
         large = [await made(served, input="x" * 400_000) for _ in range(3)]

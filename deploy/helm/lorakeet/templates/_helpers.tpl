@@ -13,14 +13,14 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{ .Values.apiKeys.existingSecret | default (printf "%s-api-keys" (include "lorakeet.name" .)) }}
 {{- end }}
 
-{{- /* The pod of a server. Takes root, part (its name and its values' name), values. */ -}}
+{{- /* The pod of a server. Takes root, and values of its kind. */ -}}
 {{- define "lorakeet.pod" -}}
 {{- $root := .root -}}
 {{- $settings := $root.Values.settings -}}
 metadata:
   labels:
     {{- include "lorakeet.labels" $root | nindent 4 }}
-    app.kubernetes.io/component: {{ .part }}
+    app.kubernetes.io/component: server
 spec:
   {{- with $root.Values.imagePullSecrets }}
   imagePullSecrets:

@@ -1,4 +1,4 @@
-"""Responses that are kept: their objects and their input in the job database, and those that run in the background.
+"""Responses of one server: their objects and their input in the job database, and those that run in the background.
 
 A response that has been kept is on disk. One that was running when the server ended has failed.
 """
@@ -6,9 +6,9 @@ A response that has been kept is on disk. One that was running when the server e
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
@@ -16,10 +16,12 @@ import msgspec
 from adapters.disk import StorageFull
 from adapters.storage.database import Database, DatabaseBusy
 from server.errors import InvalidRequest, NotFound, shown
+from server.responses.running import Ended, Followed, Running
 
-_DAY = 86400
+DAY = 86400
+STOPPED = {"code": "server_error", "message": "The server stopped while this response was being made."}
 
-log = logging.getLogger(__name__)
+log = logging.getLogger("lorakeet.responses")
 
 Fields = dict[str, Any]
 
@@ -30,49 +32,16 @@ class KeptResponse:
 
     response: Fields
     items: list[Fields]
-    events: list[Fields]
+    events: list[Fields] | None
 
-
-@dataclass
-class Running:
-    """A response in the making in the background, and its events so far."""
-
-    events: list[Any] = field(default_factory=list)
-    task: asyncio.Task[None] | None = None
-    cancelled: bool = False
-    _more: asyncio.Event = field(default_factory=asyncio.Event)
-    _ended: bool = False
-
-    def publish(self, event: Any) -> None:
-        """One more event."""
-        self.events.append(event)
-        self._wake()
-
-    def end(self) -> None:
-        """No more follow."""
-        self._ended = True
-        self._wake()
-
-    def _wake(self) -> None:
-        more, self._more = self._more, asyncio.Event()
-        more.set()
-
-    async def follow(self, after: int) -> AsyncGenerator[Any, None]:
-        """Events from the one behind this number on, as they come."""
-        position = after + 1
-        while True:
-            more = self._more
-            for event in self.events[position:]:
-                yield event
-            position = max(position, len(self.events))
-            if self._ended and position >= len(self.events):
-                return
-            if not self._ended:
-                await more.wait()
+    @property
+    def goes_on(self) -> bool:
+        """Whether it is being made."""
+        return bool(self.response["status"] == "in_progress")
 
 
 class ResponseStore:
-    """All responses of one server that are kept.
+    """All responses of one server that are kept; `SharedResponses` are those of several.
 
     Args:
         days: that a response is kept; 0: none is.
@@ -83,22 +52,28 @@ class ResponseStore:
         self.enabled = days > 0
         self.running: dict[str, Running] = {}
         self._database = database
-        self._seconds = days * _DAY
+        self._seconds = days * DAY
         self._max_bytes = max_bytes
         with database.reading() as connection:
             self._bytes: int = connection.execute("SELECT ifnull(sum(bytes), 0) FROM responses").fetchone()[0]
         with suppress(StorageFull, DatabaseBusy):
             self._write(lambda: 0)
 
+    async def run(self) -> None:
+        """What is to be done all the time."""
+
     # --- kept ones
 
-    def save(self, tenant: str, response: Any, items: list[Fields], events: list[Any] | None = None) -> None:
-        """Keep a response, or what has become of it since. Raises InvalidRequest for one that is too large."""
+    async def keep(self, tenant: str, response: Any, items: list[Fields], events: list[Any] | None = None) -> None:
+        """Keep a response, or what has become of it since. Raises InvalidRequest for one that is too large.
+
+        events: of its stream, if it is one in the background.
+        """
+        await asyncio.to_thread(self._save, tenant, response, items, events)
+
+    def _save(self, tenant: str, response: Any, items: list[Fields], events: list[Any] | None) -> None:
         record, sent, log_ = (msgspec.json.encode(part).decode() for part in (response, items, events or []))
-        size = len(record) + len(sent) + len(log_)
-        if size > self._max_bytes:
-            message = f"The response has {size} bytes, of {self._max_bytes} that are kept (--response-bytes)."
-            raise InvalidRequest(message, param="store")
+        size = self._fitting(len(record) + len(sent) + len(log_))
         row = (response.id, tenant, response.created_at, size, record, sent, log_)
 
         def write() -> int:
@@ -114,20 +89,31 @@ class ResponseStore:
 
         self._write(write)
 
+    def _fitting(self, size: int) -> int:
+        if size > self._max_bytes:
+            message = f"The response has {size} bytes, of {self._max_bytes} that are kept (--response-bytes)."
+            raise InvalidRequest(message, param="store")
+        return size
+
     def get(self, tenant: str, id_: str, *, param: str = "id") -> KeptResponse:
         """Raises NotFound."""
+        kept = self._row(tenant, id_)
+        if kept is None:
+            raise NotFound(f"No such response: {shown(id_)}; it was not stored, or no longer is.", param=param)
+        if kept.goes_on and id_ not in self.running:
+            kept.response.update(status="failed", error=STOPPED)
+        return kept
+
+    def _row(self, tenant: str, id_: str) -> KeptResponse | None:
         with self._database.reading() as connection:
             row = connection.execute(
                 "SELECT * FROM responses WHERE id = ? AND tenant = ? AND created_at >= ?",
                 (id_, tenant, time.time() - self._seconds),
             ).fetchone()
         if row is None:
-            raise NotFound(f"No such response: {shown(id_)}; it was not stored, or no longer is.", param=param)
+            return None
         response, items, events = (msgspec.json.decode(row[column]) for column in ("record", "items", "events"))
-        if response["status"] == "in_progress" and id_ not in self.running:
-            ended = {"code": "server_error", "message": "The server stopped while this response was being made."}
-            response |= {"status": "failed", "error": ended}
-        return KeptResponse(response, items, events)
+        return KeptResponse(response, items, events or None)
 
     def item(self, tenant: str, id_: str, param: str) -> Fields:
         """An item of a kept response, input or output. Raises NotFound."""
@@ -140,18 +126,28 @@ class ResponseStore:
                     return found
         raise NotFound(f"No such item: {shown(id_)}; its response was not stored, or no longer is.", param=param)
 
+    def stored_bytes(self, tenant: str) -> int:
+        """Of all that a tenant has."""
+        query = "SELECT COALESCE(SUM(bytes), 0) FROM responses WHERE tenant = ?"
+        with self._database.reading() as connection:
+            found: int = connection.execute(query, (tenant,)).fetchone()[0]
+        return found
+
     async def delete(self, tenant: str, id_: str) -> None:
         """Forget a response; one that runs is stopped. Raises NotFound."""
         await asyncio.to_thread(self.get, tenant, id_)
-        await self._stop(id_)
+        if (running := self.running.get(id_)) is not None:
+            await running.stop()
+        await asyncio.to_thread(self._remove, tenant, id_)
 
+    def _remove(self, tenant: str, id_: str) -> None:
         def write() -> int:
             with self._database.transaction() as connection:
                 row = connection.execute("SELECT bytes FROM responses WHERE id = ?", (id_,)).fetchone()
                 connection.execute("DELETE FROM responses WHERE id = ?", (id_,))
             return -row["bytes"] if row else 0
 
-        await asyncio.to_thread(self._write, write, removing=True)
+        self._write(write, removing=True)
 
     def _write(self, change: Callable[[], int], *, removing: bool = False) -> None:
         """A change, which says how many bytes there are more, and the end of what is too old or too much."""
@@ -168,32 +164,35 @@ class ResponseStore:
 
     # --- in the background
 
-    def begin(self, id_: str, running: Running, work: Awaitable[None]) -> None:
+    def begin(self, running: Running, work: Awaitable[None]) -> None:
         """Run `work`, which publishes."""
 
         async def run() -> None:
             try:
-                await work
+                await self._working(running, work)
             finally:
                 running.end()
-                self.running.pop(id_, None)
+                self.running.pop(running.id, None)
 
-        self.running[id_] = running
+        self.running[running.id] = running
         running.task = asyncio.create_task(run())
 
-    async def cancel(self, id_: str) -> None:
+    async def _working(self, running: Running, work: Awaitable[None]) -> None:
+        await work
+
+    def events(self, kept: KeptResponse, tenant: str) -> Followed | None:
+        """The events of one that was begun as a stream in the background, as they come; else None."""
+        id_ = kept.response["id"]
+        if id_ in self.running:
+            return self.running[id_]
+        return Ended(kept.events) if kept.events else None
+
+    async def cancel(self, tenant: str, id_: str) -> None:
         """Stop one that runs; what it has so far is kept."""
         if (running := self.running.get(id_)) is not None:
             running.cancelled = True
-            await self._stop(id_)
+            await running.stop()
 
     async def stop(self) -> None:
         """Stop all that run."""
-        for id_ in list(self.running):
-            await self._stop(id_)
-
-    async def _stop(self, id_: str) -> None:
-        running = self.running.get(id_)
-        if running is not None and running.task is not None:
-            running.task.cancel()
-            await asyncio.gather(running.task, return_exceptions=True)
+        await asyncio.gather(*(running.stop() for running in list(self.running.values())))

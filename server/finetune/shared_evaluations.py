@@ -1,0 +1,62 @@
+"""Evaluations that several servers have in an object store; the rows in the database here are a copy.
+
+`evaluations/<id>.json` is an evaluation and its lease. Nothing is kept of one that is half done: a server that takes it
+over begins again, as the same server would.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from server.finetune.evaluation_store import Evaluation, EvaluationStateError, EvaluationStore, Status
+from server.finetune.shared import Shared, place
+
+if TYPE_CHECKING:
+    from adapters.storage.records import Content
+
+
+class SharedEvaluations(Shared[Evaluation, Status], EvaluationStore):
+    """All evaluations of one server and others."""
+
+    stopped = EvaluationStateError
+
+    def add(self, record: Evaluation, number: int | None = None) -> None:
+        super().add(record, number or place())
+
+    def create(
+        self, tenant: str, *, model: str, adapter: str | None, digest: str | None, file: str, max_examples: int | None
+    ) -> Evaluation:
+        """Its row goes again when others cannot be told of it."""
+        evaluation = super().create(
+            tenant, model=model, adapter=adapter, digest=digest, file=file, max_examples=max_examples
+        )
+        try:
+            self._send_new(evaluation.id, self._row(evaluation.id)["number"], {})
+        except BaseException:
+            self.remove(evaluation.id)
+            raise
+        return evaluation
+
+    def share_all(self) -> None:
+        """Give the store what it never had: evaluations from a time without one."""
+        for evaluation, number in self.never_shared():
+            self._send_new(evaluation.id, number, {})
+
+    def settle(self, evaluation: Evaluation) -> None:
+        changed = {"record": msgspec.to_builtins(evaluation)}
+        self._change(evaluation, lambda content: content | changed, {})
+
+    def delete(self, evaluation_id: str) -> None:
+        self._stored.change(evaluation_id, lambda content: None)
+        self.leases.drop(evaluation_id)
+        self.remove(evaluation_id)
+
+    def _removed(self, id_: str) -> None:
+        self.remove(id_)
+
+    def _merged(self, id_: str, content: "Content") -> "Content":
+        return content if "record" in content else content | {"record": self._row(id_)["record"]}
+
+    def _copy(self, content: "Content", changes: Mapping[str, Any] | None = None, *, claimed: bool = False) -> bool:
+        return self._copy_row(content, changes)

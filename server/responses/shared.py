@@ -1,0 +1,323 @@
+"""Responses that several servers have in an object store: `responses/<tenant>/<id>.json` each.
+
+Nobody lists them, so no server follows what others do: who is asked for one reads it there. One in the making in the
+background is under a lease, which its server renews together with the events so far; cancelled by any server, it is
+stopped by that one, and when that one is heard of no more, it has failed.
+"""
+
+import asyncio
+import contextlib
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Awaitable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from adapters.storage.bucket import Bucket
+from adapters.storage.database import Database, DatabaseBusy
+from adapters.storage.leases import LEASE, LeaseLost
+from adapters.storage.versions import RemoteUnavailable
+from server.errors import NotFound
+from server.responses.running import Followed, Running
+from server.responses.store import STOPPED, Fields, KeptResponse, ResponseStore, log
+from server.tenants.caller import tenant_name, tenant_of
+
+if TYPE_CHECKING:
+    from adapters.storage.leases import Leases
+    from adapters.storage.records import Content, Records
+
+PREFIX = "responses"
+_RENEWALS = 3  # in the time that a lease lasts, at least
+_AGAIN_SECONDS = 1.0  # after which what could not be kept is tried again
+_ID = re.compile(r"resp_[0-9a-f]{32}")
+_EXPECTED = (RemoteUnavailable, DatabaseBusy, OSError)
+
+
+class SharedResponses(ResponseStore):
+    """All responses of one server and others. Whatever waits for the object store raises RemoteUnavailable.
+
+    Args:
+        poll_seconds: between two looks at one that another server makes, or that somebody may want no more.
+        sweep_seconds: between two lists of all, for their bytes and for those that are too old or too many.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        days: float,
+        max_bytes: int,
+        *,
+        bucket: Bucket,
+        records: "Records",
+        leases: "Leases",
+        poll_seconds: float,
+        sweep_seconds: float,
+    ) -> None:
+        super().__init__(database, days, max_bytes)
+        self._bucket = bucket
+        self._records = records
+        self._leases = leases
+        self.poll_seconds = poll_seconds
+        self._sweep_seconds = sweep_seconds
+        self._stored: Counter[str] = Counter()  # bytes by tenant: of the last list, and of what came here since
+        self._counting = threading.Lock()
+
+    # --- kept ones
+
+    async def keep(self, tenant: str, response: Any, items: list[Fields], events: list[Any] | None = None) -> None:
+        """One that is done in the background waits for the store to take it."""
+        if response.status != "in_progress" and (running := self.running.get(response.id)) is not None:
+            running.settled = True
+        while True:
+            try:
+                return await super().keep(tenant, response, items, events)
+            except RemoteUnavailable as fault:
+                if not (response.background and self._leases.holds(_key(tenant, response.id))):
+                    raise
+                log.warning("response %s waits: %s", response.id, fault)
+            await asyncio.sleep(_AGAIN_SECONDS)
+
+    def _save(self, tenant: str, response: Any, items: list[Fields], events: list[Any] | None) -> None:
+        content: Content = {
+            "response": msgspec.to_builtins(response),
+            "items": msgspec.to_builtins(items),
+            "events": None if events is None else msgspec.to_builtins(events),
+            LEASE: None,
+        }
+        size = self._fitting(len(msgspec.json.encode(content)))
+        key = _key(tenant, response.id)
+        if not response.background:
+            self._records.change(key, lambda old: content)
+            self._records.forget(key)
+        elif response.status == "in_progress":
+            self._leases.claim(key, lambda old: content)
+        else:
+            try:
+                self._leases.change(key, lambda old: _ended(old, content), release=True)
+            except LeaseLost:
+                log.info("response %s is kept no more, or was given up by another server", response.id)
+                return
+        self._count(tenant, size)
+
+    def get(self, tenant: str, id_: str, *, param: str = "id") -> KeptResponse:
+        content = self._content(tenant, id_)
+        if content is None:
+            return super().get(tenant, id_, param=param)  # one from a time without a store
+        return KeptResponse(content["response"], content["items"], content["events"])
+
+    def _content(self, tenant: str, id_: str) -> "Content | None":
+        """What the store says; one that runs nowhere any more has failed."""
+        if not _ID.fullmatch(id_):
+            return None
+        key = _key(tenant, id_)
+        record = self._records.look(key)
+        if record.fault is not None:
+            self._records.damage(key, record.fault)
+        content = record.content
+        if content is None or content["response"]["created_at"] < time.time() - self._seconds:
+            return None
+        if id_ in self.running:
+            return content
+        if not _goes_on(content):
+            self._forget(key)
+            return content
+        self._leases.see(key, content)
+        if not self._leases.free(key):
+            return content
+        with contextlib.suppress(LeaseLost):
+            self._leases.claim(key, _failed)
+        newest = self._records.look(key).content
+        self._forget(key)
+        return newest
+
+    def _forget(self, key: str) -> None:
+        """What the store says is remembered only of one that is being made."""
+        self._leases.forget(key)
+        self._records.forget(key)
+
+    async def delete(self, tenant: str, id_: str) -> None:
+        await super().delete(tenant, id_)
+        self._forget(_key(tenant, id_))
+
+    def _remove(self, tenant: str, id_: str) -> None:
+        path = f"{PREFIX}/{_key(tenant, id_)}.json"
+        if _ID.fullmatch(id_) and (found := self._bucket.read(path)) is not None:
+            self._bucket.delete([path])
+            self._count(tenant, -len(found.content))
+        super()._remove(tenant, id_)
+
+    # --- in the background
+
+    async def _working(self, running: Running, work: Awaitable[None]) -> None:
+        renewing = asyncio.create_task(self._renew(running))
+        try:
+            await work
+        finally:
+            renewing.cancel()
+            await asyncio.gather(renewing, return_exceptions=True)
+            await asyncio.to_thread(self._let_go, _key(running.tenant, running.id))
+
+    def _let_go(self, key: str) -> None:
+        """Of one that was not brought to its end: whoever asks for it is told so."""
+        with contextlib.suppress(LeaseLost, RemoteUnavailable):
+            if self._leases.holds(key):
+                self._leases.change(key, lambda content: content, release=True)
+        self._forget(key)
+
+    async def _renew(self, running: Running) -> None:
+        """Until it has ended here, or somebody wants no more of it."""
+        key = _key(running.tenant, running.id)
+        while True:
+            await asyncio.sleep(min(self.poll_seconds, self._leases.seconds / _RENEWALS))
+            if not self._leases.holds(key):  # not kept yet, or just now at its end
+                continue
+            try:
+                content = await asyncio.to_thread(self._send, key, running)
+            except LeaseLost:
+                log.info("response %s is deleted, or was given up by another server", running.id)
+            except RemoteUnavailable as fault:
+                log.debug("the lease of response %s is not renewed: %s", running.id, fault)
+                continue
+            else:
+                if _goes_on(content):
+                    continue
+                running.cancelled = True
+            if not running.settled and running.task is not None:
+                running.task.cancel()
+            return
+
+    def _send(self, key: str, running: Running) -> "Content":
+        events = msgspec.to_builtins(list(running.events)) if running.streamed else None
+        return self._leases.change(key, lambda content: content | {"events": events} if _goes_on(content) else content)
+
+    def events(self, kept: KeptResponse, tenant: str) -> Followed | None:
+        id_ = kept.response["id"]
+        if kept.goes_on and id_ not in self.running and kept.events is not None:
+            return _Elsewhere(self, tenant, id_)
+        return super().events(kept, tenant)
+
+    async def cancel(self, tenant: str, id_: str) -> None:
+        await super().cancel(tenant, id_)
+        if _ID.fullmatch(id_):
+            await asyncio.to_thread(self._records.change, _key(tenant, id_), _cancelled)
+            self._records.forget(_key(tenant, id_))
+
+    # --- all the time
+
+    async def run(self) -> None:
+        shared = False
+        while True:
+            try:
+                if not shared:
+                    await asyncio.to_thread(self._share_all)
+                    shared = True
+                await asyncio.to_thread(self.sweep)
+            except _EXPECTED as fault:
+                log.warning("kept responses are not counted: %s", fault)
+            except Exception:
+                log.exception("kept responses are not counted")
+            await asyncio.sleep(self._sweep_seconds)
+
+    def _share_all(self) -> None:
+        """Give the store responses from a time without one."""
+        with self._database.reading() as connection:
+            rows = connection.execute("SELECT tenant, id FROM responses ORDER BY number").fetchall()
+        for row in rows:
+            tenant, id_ = row["tenant"], row["id"]
+            if (kept := self._row(tenant, id_)) is not None and _ID.fullmatch(id_):
+                content: Content = {"response": kept.response, "items": kept.items, "events": kept.events, LEASE: None}
+                fresh = _failed(content) if _goes_on(content) else content
+                self._records.change(_key(tenant, id_), lambda old, fresh=fresh: old or fresh)  # type: ignore[misc]
+            super()._remove(tenant, id_)
+
+    def sweep(self) -> None:
+        """Remove what is too old or too much, and count the bytes of each tenant."""
+        with self._counting:
+            before = self._stored.copy()
+        entries = sorted(self._bucket.list(PREFIX), key=lambda entry: entry.age)
+        kept, total, gone = Counter[str](), 0, list[str]()
+        for entry in entries:
+            total += entry.size
+            if entry.age > self._seconds or total > self._max_bytes:
+                gone.append(entry.path)
+            else:
+                kept[tenant_of(entry.path.split("/")[1])] += entry.size
+        self._bucket.delete(gone)
+        for path in gone:
+            self._records.forget(path.removeprefix(f"{PREFIX}/").removesuffix(".json"))
+        with self._counting:
+            self._stored.subtract(before)  # what came and went while they were listed
+            self._stored.update(kept)
+
+    def stored_bytes(self, tenant: str) -> int:
+        with self._counting:
+            stored = self._stored[tenant]
+        return stored + super().stored_bytes(tenant)
+
+    def _count(self, tenant: str, size: int) -> None:
+        with self._counting:
+            self._stored[tenant] += size
+
+
+@dataclass(frozen=True)
+class _Elsewhere:
+    """One that another server makes."""
+
+    store: SharedResponses
+    tenant: str
+    id: str
+
+    async def follow(self, after: int) -> AsyncGenerator[Any, None]:
+        """Events from the one behind this number on, as that server sends them."""
+        position = after + 1
+        while True:
+            try:
+                kept = await asyncio.to_thread(self.store.get, self.tenant, self.id)
+            except NotFound:  # deleted
+                return
+            events = kept.events or []
+            for event in events[position:]:
+                yield event
+            position = max(position, len(events))
+            if not kept.goes_on:
+                return
+            await asyncio.sleep(self.store.poll_seconds)
+
+
+def _key(tenant: str, id_: str) -> str:
+    return f"{tenant_name(tenant)}/{id_}"
+
+
+def _goes_on(content: Mapping[str, Any]) -> bool:
+    return bool(content["response"]["status"] == "in_progress")
+
+
+def _ended(old: "Content", new: "Content") -> "Content":
+    """The end of a response, unless it has one already, of which a client was told: then what there is of it."""
+    was, now = old["response"]["status"], new["response"]["status"]
+    if was in ("in_progress", now):
+        return new
+    return new | {"response": new["response"] | {"status": was, "completed_at": None}}
+
+
+def _failed(content: "Content | None") -> "Content":
+    """One whose server is heard of no more."""
+    if content is None:
+        raise LeaseLost
+    if not _goes_on(content):
+        return content
+    response = content["response"] | {"status": "failed", "error": STOPPED}
+    events = content["events"]
+    if events:
+        events = [*events, {"type": "response.failed", "sequence_number": len(events), "response": response}]
+    return content | {"response": response, "events": events}
+
+
+def _cancelled(content: "Content | None") -> "Content | None":
+    if content is None or not _goes_on(content):
+        return content
+    return content | {"response": content["response"] | {"status": "cancelled"}}
