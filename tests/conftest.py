@@ -1,6 +1,8 @@
 """What many tests share: one tiny model, one cache, engines over them."""
 
 import functools
+import gc
+import logging
 import os
 import shutil
 import ssl
@@ -36,14 +38,28 @@ MEMORY, ROOM = Path("/dev/shm"), 4 << 30
 if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM and not os.statvfs(MEMORY).f_flag & os.ST_NOEXEC:
     tempfile.tempdir = os.environ.setdefault("TMPDIR", str(MEMORY))
 
+gc.disable()  # until everything is imported: it would look at all of it again and again
+
 # Each of httpx's clients, and so each `httpx.get`, reads all certificates anew: 50 ms, and nothing here speaks TLS.
 ssl.create_default_context = functools.cache(ssl.create_default_context)  # type: ignore[assignment]
+
+
+def seed(number: int) -> None:
+    """Seed torch's generators.
+
+    `torch.manual_seed` writes a stack trace for each kind of device that this machine has not: a millisecond before
+    every test and every case.
+    """
+    if torch.cuda.is_available():
+        torch.manual_seed(number)
+    else:
+        torch.default_generator.manual_seed(number)
 
 
 class TorchRandom:
     """torch's generator, for hypothesis to seed before every case as it does Python's and numpy's."""
 
-    seed = staticmethod(torch.manual_seed)
+    seed = staticmethod(seed)
     getstate = staticmethod(torch.get_rng_state)
     setstate = staticmethod(torch.set_rng_state)
 
@@ -59,7 +75,7 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "lorakeet"
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    torch.manual_seed(0)
+    seed(0)
 
 
 # Their files take longest, and begin first, so that no worker has one left when the others are done.
@@ -93,6 +109,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((i for i, path in enumerate(LONGEST) if item.nodeid.startswith(path)), len(LONGEST))
 
     items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: the collector need not look at it in every test."""
+    gc.freeze()
+    gc.enable()
+    for logger in logging.root.manager.loggerDict.values():
+        if isinstance(logger, logging.Logger):
+            logger.propagate = True  # pytest adds its handlers to each that does not, before every phase of a test
 
 
 @pytest.fixture(autouse=True)

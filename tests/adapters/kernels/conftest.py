@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
 from adapters.kernels import build, native, reference
 
@@ -46,8 +45,3 @@ def either(request: pytest.FixtureRequest, compiled: native.Kernels) -> Iterator
 @pytest.fixture(scope="module", autouse=True)
 def several_threads(two_threads: None) -> None:
     """Which thread does a task must not matter."""
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> None:
-    torch.manual_seed(0)
