@@ -24,12 +24,12 @@ from adapters.storage.database import Database, DatabaseBusy
 from adapters.storage.versions import RemoteUnavailable
 from server.client.engine import EngineClient, EngineDied, engine_up
 from server.errors import EngineUnavailable, InternalError, ModelNotFound, as_error
-from server.finetune import hyperparameters as recipe
+from server.finetune import hyperparameters
 from server.finetune.dataset import load_dataset
 from server.finetune.files import FileStore, UnknownFileError, new_id
 from server.finetune.jobs import JobError, JobFailedError
 from server.finetune.manager import MAX_DEATHS, SPACE_SECONDS
-from server.finetune.records import Records
+from server.finetune.record_table import RecordTable
 from server.finetune.rows import DatasetError
 from server.finetune.tokenizer import TrainingTokenizer
 from server.messages.dataset import Dataset
@@ -129,7 +129,7 @@ class Evaluations:
     def __init__(
         self, database: Database, files: FileStore, registry: Registry, engine: EngineClient, text: TextProcessor
     ) -> None:
-        self._records = Records(
+        self._records = RecordTable(
             database, "evaluations", Evaluation, UnknownEvaluationError, get_args(Status), {"succeeded", "failed"}
         )
         self._files = files
@@ -295,7 +295,7 @@ class Evaluations:
             path = self._files.fetched(evaluation.tenant, evaluation.file).path
             with path.open("rb") as file:
                 tokenizer = TrainingTokenizer(self._text, base.eos_token_ids)
-                length = recipe.max_seq_len(recipe.TrainingOptions(), base) - SPARE_TOKENS
+                length = hyperparameters.max_seq_len(hyperparameters.TrainingOptions(), base) - SPARE_TOKENS
                 data = load_dataset(file, tokenizer, max_length=length)
         except (UnknownFileError, FileNotFoundError):
             raise JobFailedError("file_not_found", f"The file {evaluation.file} no longer exists.", "file") from None

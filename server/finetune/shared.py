@@ -22,18 +22,17 @@ from adapters.storage.database import DatabaseBusy
 from adapters.storage.leases import LeaseLost
 from adapters.storage.versions import RemoteUnavailable
 from server.finetune.checkpoints import file_hash
-from server.finetune.records import R, Records, S
+from server.finetune.record_table import R, RecordTable, S
 
 if TYPE_CHECKING:
     from adapters.storage.bucket import Bucket
     from adapters.storage.leases import Leases
-    from adapters.storage.records import Content
-    from adapters.storage.records import Records as Stored
+    from adapters.storage.records import Content, Records
 
 _DAMAGE = (ValueError, LookupError, TypeError)  # what reading a record raises when it is none
 
 
-class Shared(Records[R, S]):
+class Shared(RecordTable[R, S]):
     """Whatever waits for the object store raises RemoteUnavailable.
 
     Attributes:
@@ -44,7 +43,7 @@ class Shared(Records[R, S]):
     files: str
     stopped: type[Exception]
 
-    def join(self, stored: "Stored", bucket: "Bucket", leases: "Leases", most: int) -> None:
+    def join(self, stored: "Records", bucket: "Bucket", leases: "Leases", most: int) -> None:
         """Once, before anything else. `most`: records that this server works on at once."""
         self.leases = leases
         self._stored = stored
