@@ -17,7 +17,7 @@ from starlette.types import ExceptionHandler
 
 from adapters import disk
 from adapters.disk import is_full, why_full
-from adapters.peft_format.config import AdapterError
+from adapters.peft_format.fields import AdapterError
 from adapters.peft_format.record import DamagedFile
 from adapters.storage.database import DatabaseBusy
 from adapters.storage.versions import DamagedAdapter, RemoteUnavailable

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters.peft_format.config import FIELDS
+from adapters.peft_format.fields import FIELDS
 from loadtest import pages
 from server.batches.metrics import BatchMetrics
 from server.finetune.metrics import TrainingMetrics

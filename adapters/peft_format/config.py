@@ -22,8 +22,6 @@ from adapters.peft_format.fields import (
     strict_json,
 )
 
-__all__ = ["FIELDS", "MAX_CONFIG_BYTES", "AdapterConfig", "AdapterError", "parse_config"]
-
 MAX_CONFIG_BYTES = 1 << 20
 # RE2 runs in time linear in program x text; this bounds the programs of one field, where a plain name takes about 40.
 MAX_PROGRAMS = 1 << 16

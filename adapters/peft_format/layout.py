@@ -8,8 +8,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-from adapters.peft_format.config import CLASSIFIERS, AdapterConfig, AdapterError
-from adapters.peft_format.fields import shorten
+from adapters.peft_format.config import CLASSIFIERS, AdapterConfig
+from adapters.peft_format.fields import AdapterError, shorten
 from adapters.peft_format.modules import ExpertsModule, LoraModule, Variants, place_of
 from adapters.peft_format.outline import EMBEDDING, Outline
 from adapters.peft_format.sizes import LinearSize

@@ -119,3 +119,8 @@ def is_zero(chunk: bytes, tensor: TensorEntry) -> bool:
     """Whether all of these numbers are 0 or -0."""
     bits = np.frombuffer(chunk, dtype=f"<u{FORMATS[tensor.dtype].itemsize}")
     return not np.any(bits << 1)
+
+
+def last_rows_bytes(tensor: TensorEntry, rows: int) -> int:
+    """The size of a matrix's last rows."""
+    return rows * math.prod(tensor.shape[1:]) * FORMATS[tensor.dtype].itemsize

@@ -21,7 +21,6 @@ from adapters.peft_format import record
 from adapters.peft_format.directory import AdapterSpec
 from adapters.storage import entries, lost, mending
 from adapters.storage.lost import Pending
-from adapters.storage.staging import Staging
 from adapters.storage.versions import DamagedAdapter, Pointer, Remote, UnknownAdapter, Version
 
 _FETCHERS = 8  # versions fetched at once
@@ -166,11 +165,11 @@ class VersionFiles:
                     self._beyond_mending[digest] = str(fault)
                     raise
                 with self.stage() as staging:
-                    self._receive(digest, staging.path)
-                    mending.replace_files(staging.path, directory)
+                    self._receive(digest, staging)
+                    mending.replace_files(staging, directory)
             log.warning("%s: mended", digest)
 
-    def repair(self, staging: Staging, spec: AdapterSpec) -> None:
+    def repair(self, staging: Path, spec: AdapterSpec) -> None:
         """Should this version be here and damaged: put the staged files, which are whole, in place of its own."""
         with self._mending:
             if spec.digest not in self._stored:
@@ -178,35 +177,41 @@ class VersionFiles:
             try:
                 record.check(self.path(spec.digest))
             except record.DamagedFile as fault:
-                spec.save(staging.path)
-                mending.replace_files(staging.path, self.path(spec.digest))
+                spec.save(staging)
+                mending.replace_files(staging, self.path(spec.digest))
                 log.warning("%s: %s; replaced by what was uploaded", spec.digest, fault)
             self._beyond_mending.pop(spec.digest, None)
 
     # --- coming --------------------------------------------------------------------------------------
 
-    def stage(self) -> Staging:
-        """A new private directory, to be used as a context manager. Raises StorageFull."""
+    @contextmanager
+    def stage(self) -> Iterator[Path]:
+        """A private directory to write an adapter's files into, gone afterwards unless placed. Raises StorageFull."""
         with full_disk_named():
             for directory in (self._staging, self._versions):  # the disk may not have let `_recover` make them
                 directory.mkdir(parents=True, exist_ok=True)
-            return Staging(self._staging / uuid.uuid4().hex)
+            staging = self._staging / uuid.uuid4().hex
+            staging.mkdir(mode=0o700)
+        try:
+            yield staging
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
 
     @contextmanager
-    def coming(self, staging: Staging, spec: AdapterSpec) -> Iterator[None]:
+    def coming(self, staging: Path, spec: AdapterSpec) -> Iterator[None]:
         """Complete staged files, which `inspect` described by `spec`, and make them durable; with a remote, there.
 
         `place` them before it ends.
         """
-        spec.save(staging.path)
-        _sync_all(staging.path)
+        spec.save(staging)
+        _sync_all(staging)
         with self._counting:
             self._counting.wait_for(lambda: spec.digest not in self._removing)
             self._leases[spec.digest] += 1
             kept = spec.digest in self._wanted and spec.digest not in self._beyond_mending
         try:
             if self._remote:
-                self._remote.put(spec.digest, staging.path, known=kept)
+                self._remote.put(spec.digest, staging, known=kept)
             self.repair(staging, spec)
             yield
         finally:
@@ -241,9 +246,9 @@ class VersionFiles:
             with full_disk_named(), self.stage() as staging:
                 if digest in self._stored:  # since it was asked for
                     return
-                self._receive(digest, staging.path)
-                _sync_all(staging.path)
-                self.place(staging.path, digest)
+                self._receive(digest, staging)
+                _sync_all(staging)
+                self.place(staging, digest)
         finally:
             with self._counting:
                 del self._fetching[digest]

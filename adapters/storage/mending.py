@@ -4,9 +4,10 @@ import contextlib
 from pathlib import Path
 
 from adapters.disk import sync
-from adapters.peft_format import packed_rows as rowfile
-from adapters.peft_format import record
-from adapters.peft_format.directory import CONFIG_NAME, SPEC_NAME, AdapterError, AdapterSpec, digest_of
+from adapters.peft_format import packed_rows, record
+from adapters.peft_format.directory import CONFIG_NAME, SPEC_NAME, AdapterSpec
+from adapters.peft_format.fields import AdapterError
+from adapters.peft_format.inspection import digest_of
 from adapters.storage.versions import DamagedAdapter
 
 
@@ -40,7 +41,7 @@ def verified(directory: Path, digest: str) -> AdapterSpec:
 
 def complete(directory: Path, spec: AdapterSpec) -> None:
     """Lay out the rows of a whole version, and note its files; durable."""
-    rowfile.make(directory, spec)
+    packed_rows.make(directory, spec)
     record.write(directory)
     sync(directory)
 

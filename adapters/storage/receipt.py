@@ -1,11 +1,19 @@
-"""The receipt of an upload: what is kept in memory, and in the database, for every version of every name."""
+"""What the owner of an adapter is told: a receipt of its upload, and details when asked.
+
+A receipt is kept in memory, and in the database, for every version of every name, so it is short. What grows with the
+number of modules, or was written into the file by whoever made it, is read from the directory when asked.
+"""
 
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from adapters.peft_format.directory import AdapterSpec
+from adapters.peft_format.directory import WEIGHTS_NAME, AdapterSpec
+from adapters.peft_format.record import DamagedFile
+from adapters.peft_format.sizes import LinearSize, device_bytes
 from adapters.peft_format.text import AdapterText
+from adapters.safetensors_header import HeaderFault, read_header
 
 
 def receipt_of(spec: AdapterSpec) -> dict[str, Any]:
@@ -45,3 +53,26 @@ def taught(receipt: Mapping[str, Any]) -> AdapterText:
         tool_format=receipt.get("trained_tool_format"),
         reasoning_format=receipt.get("trained_reasoning_format"),
     )
+
+
+def details_of(directory: Path, linears: Mapping[str, LinearSize] | None) -> dict[str, Any]:
+    """Rank and scaling per module, the file's own metadata, and bytes per tier.
+
+    Args:
+        directory: of a published version, leased.
+        linears: full module name -> sizes, of the base that serves; None while that is not known.
+
+    Raises DamagedFile.
+    """
+    spec = AdapterSpec.read(directory)
+    try:
+        with (directory / WEIGHTS_NAME).open("rb") as file:
+            metadata = read_header(file).metadata
+    except (HeaderFault, OSError) as fault:
+        raise DamagedFile(f"{WEIGHTS_NAME}: {fault}") from None
+    return {
+        "modules": {name: {"rank": m.rank, "scaling": m.scaling} for name, m in sorted(spec.adapted.items())},
+        "file_metadata": metadata,
+        "bytes_on_disk": sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()),
+        "bytes_on_device": None if linears is None else device_bytes(spec.rows(linears), linears),
+    }

@@ -20,7 +20,6 @@ from adapters.peft_format.fields import AdapterError, shorten
 from adapters.storage.files import VersionFiles
 from adapters.storage.names import Apply, Names
 from adapters.storage.receipt import receipt_of
-from adapters.storage.staging import Staging
 from adapters.storage.versions import (
     Known,
     Meaning,
@@ -162,7 +161,7 @@ class AdapterStore:
         """
         self._files.mend(version.digest)
 
-    def repair(self, staging: Staging, spec: AdapterSpec) -> None:
+    def repair(self, staging: Path, spec: AdapterSpec) -> None:
         """Put staged files, which `inspect` described by `spec`, in place of a damaged version's."""
         self._files.repair(staging, spec)
 
@@ -176,15 +175,15 @@ class AdapterStore:
 
     # --- changing --------------------------------------------------------------------------------
 
-    def stage(self) -> Staging:
-        """A new private directory, to be used as a context manager. Raises StorageFull."""
+    def stage(self) -> AbstractContextManager[Path]:
+        """A private directory for an adapter's files, gone afterwards unless published. Raises StorageFull."""
         return self._files.stage()
 
     def publish(
         self,
         tenant: str,
         name: str,
-        staging: Staging,
+        staging: Path,
         spec: AdapterSpec,
         *,
         fine_tuned: bool = False,
@@ -220,7 +219,7 @@ class AdapterStore:
             return replace(before, versions=(version, *others), split=())
 
         with full_disk_named(), self._files.coming(staging, spec):
-            self._files.place(staging.path, spec.digest)
+            self._files.place(staging, spec.digest)
             before, after = self._change(tenant, name, change, keep=spec.digest)
         assert after is not None
         return after.version(spec.digest), after != before

@@ -17,7 +17,7 @@ import msgspec
 
 from adapters.storage.database import Database
 from server.finetune.files import new_id
-from server.finetune.records import Records
+from server.finetune.record_table import RecordTable
 from server.tenants.caller import Caller
 
 Status = Literal["validating", "failed", "in_progress", "finalizing", "completed", "expired", "cancelling", "cancelled"]
@@ -87,7 +87,7 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
         return self.created_at + WINDOW_SECONDS
 
 
-class BatchStore(Records[Batch, Status]):
+class BatchStore(RecordTable[Batch, Status]):
     """All batches."""
 
     def __init__(self, database: Database) -> None:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from adapters.peft_format import directory as adapter_format
+from adapters.peft_format.inspection import inspect
 from server.engine import boot, selfcheck
 from server.engine.engine import Engine
 from server.engine.loop import Loop
@@ -74,7 +74,7 @@ class Bench:
     def accept(self, directory: Path) -> AdapterRef:
         """Validate an adapter against the base, as an upload is; leaves the spec in its directory."""
         ready = self.engine.ready()
-        spec = adapter_format.inspect(directory, ready.linears, ready.architecture)
+        spec = inspect(directory, ready.linears, ready.architecture)
         spec.save(directory)
         return AdapterRef(spec.digest, str(directory))
 

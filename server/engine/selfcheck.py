@@ -23,7 +23,8 @@ from torch import Tensor
 
 from adapters.device.lora import LoraLinear
 from adapters.kernels import native, triton
-from adapters.peft_format import directory as adapter_format
+from adapters.peft_format import inspection
+from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME
 from adapters.scratch import scratch
 from server.engine.engine import Engine
 from server.messages.protocol import AdapterRef, Forget, Generate, Sampling, TokenLogprob
@@ -199,8 +200,8 @@ def _random_adapter(engine: Engine, folder: Path) -> tuple[AdapterRef, dict[str,
         tensors[f"base_model.model.{linear.name}.lora_B.weight"] = b
         rows[linear.name] = (a.to(engine.base.device), 2 * b.to(engine.base.device))
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(rows)}
-    (folder / adapter_format.CONFIG_NAME).write_text(json.dumps(config))
-    save_file(tensors, folder / adapter_format.WEIGHTS_NAME)
-    spec = adapter_format.inspect(folder, ready.linears, ready.architecture)
+    (folder / CONFIG_NAME).write_text(json.dumps(config))
+    save_file(tensors, folder / WEIGHTS_NAME)
+    spec = inspection.inspect(folder, ready.linears, ready.architecture)
     spec.save(folder)
     return AdapterRef(spec.digest, str(folder)), rows

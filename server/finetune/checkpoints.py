@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adapters.disk import is_full, sync
-from adapters.peft_format.config import AdapterError
 from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME
+from adapters.peft_format.fields import AdapterError
 from adapters.peft_format.text import AdapterText
 from server.finetune import restore
 from server.finetune.files import FileStore
@@ -65,7 +65,7 @@ class CheckpointAdapters:
         """Make a checkpoint's adapter servable under a name."""
         async with self._publisher.stage() as staging:
             for file in (CONFIG_NAME, WEIGHTS_NAME):
-                await asyncio.to_thread(shutil.copyfile, directory / file, staging.path / file)
+                await asyncio.to_thread(shutil.copyfile, directory / file, staging / file)
             learned = AdapterText(
                 stop_tokens=tuple(job.stop_tokens),
                 tool_format=job.tool_format,

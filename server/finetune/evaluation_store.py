@@ -8,7 +8,7 @@ import msgspec
 from adapters.storage.database import Database
 from server.finetune.files import new_id
 from server.finetune.jobs import JobError
-from server.finetune.records import Records
+from server.finetune.record_table import RecordTable
 
 Status = Literal["running", "succeeded", "failed"]
 FINAL: frozenset[Status] = frozenset({"succeeded", "failed"})
@@ -57,7 +57,7 @@ class EvaluationStateError(ValueError):
     """The evaluation is another server's, or no more."""
 
 
-class EvaluationStore(Records[Evaluation, Status]):
+class EvaluationStore(RecordTable[Evaluation, Status]):
     """All evaluations."""
 
     def __init__(self, database: Database) -> None:

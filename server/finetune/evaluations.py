@@ -25,7 +25,7 @@ from adapters.storage.database import DatabaseBusy
 from adapters.storage.versions import RemoteUnavailable
 from server.client.engine import EngineClient, EngineDied, engine_up
 from server.errors import EngineUnavailable, InternalError, ModelNotFound, as_error
-from server.finetune import hyperparameters as recipe
+from server.finetune import hyperparameters
 from server.finetune.dataset import load_dataset
 from server.finetune.evaluation_store import (
     Evaluation,
@@ -291,7 +291,7 @@ class Evaluations:
             path = self._files.fetched(evaluation.tenant, evaluation.file).path
             with path.open("rb") as file:
                 tokenizer = TrainingTokenizer(self._text, base.eos_token_ids)
-                length = recipe.max_seq_len(recipe.TrainingOptions(), base) - SPARE_TOKENS
+                length = hyperparameters.max_seq_len(hyperparameters.TrainingOptions(), base) - SPARE_TOKENS
                 data = load_dataset(file, tokenizer, max_length=length)
         except (UnknownFileError, FileNotFoundError):
             raise JobFailedError("file_not_found", f"The file {evaluation.file} no longer exists.", "file") from None

@@ -12,8 +12,10 @@ from typing import Any, Literal
 
 import msgspec
 
-from adapters.peft_format.config import AdapterError, parse_config
-from adapters.peft_format.directory import AdapterSpec, LoraModule, Variants
+from adapters.peft_format.config import parse_config
+from adapters.peft_format.directory import AdapterSpec
+from adapters.peft_format.fields import AdapterError
+from adapters.peft_format.modules import LoraModule, Variants
 from adapters.peft_format.sizes import ExpertsSize, LinearSize
 from server.messages.protocol import Ready
 from server.messages.training import Init, MemoryMode, ModuleShape, Optimizer, Schedule, TrainingPlan

@@ -22,7 +22,7 @@ from adapters.storage.database import Database
 from adapters.storage.versions import MAX_BASE_NAME
 from server.finetune.files import new_id
 from server.finetune.hyperparameters import Hyperparameters, LoraOptions, TrainingOptions
-from server.finetune.records import Records, encode
+from server.finetune.record_table import RecordTable, encode
 from server.messages.training import Metrics, StartJob, TrainingStep
 from server.usage import Ledger
 
@@ -142,7 +142,7 @@ class StoredCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
     hashes: dict[str, str]  # file name -> blake2b of its content
 
 
-class JobStore(Records[Job, Status]):
+class JobStore(RecordTable[Job, Status]):
     """All jobs of one server. `SharedJobs` are those of several.
 
     Args:

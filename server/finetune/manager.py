@@ -22,8 +22,7 @@ from adapters.storage.database import Database, DatabaseBusy
 from adapters.storage.versions import RemoteUnavailable
 from server.client.engine import EngineClient, EngineDied, TrainingRefused, engine_up
 from server.errors import EngineUnavailable, StorageFull, as_error
-from server.finetune import hyperparameters as recipe
-from server.finetune import restore
+from server.finetune import hyperparameters, restore
 from server.finetune.checkpoints import CheckpointAdapters
 from server.finetune.files import FileStore
 from server.finetune.jobs import FINAL, Job, JobError, JobFailedError, JobSpec, JobStateError, JobStore, Status
@@ -302,7 +301,7 @@ class JobManager:
         base = self._engine.info
         if base is None or job.start is None:
             return _SPARE_BYTES
-        return _SPARE_BYTES + _BYTES_PER_PARAMETER * recipe.parameters(job.start.modules, base)
+        return _SPARE_BYTES + _BYTES_PER_PARAMETER * hyperparameters.parameters(job.start.modules, base)
 
     async def _fail(self, job: Job, error: JobError) -> None:
         with contextlib.suppress(JobStateError):

@@ -15,9 +15,9 @@ from msgspec.structs import replace
 
 from adapters.disk import sync
 from adapters.peft_format import record
-from adapters.peft_format.config import AdapterError
 from adapters.peft_format.directory import CONFIG_NAME, SPEC_NAME, WEIGHTS_NAME, AdapterSpec
-from server.finetune import hyperparameters as recipe
+from adapters.peft_format.fields import AdapterError
+from server.finetune import hyperparameters
 from server.finetune.checkpoints import file_hash
 from server.finetune.dataset import load_dataset
 from server.finetune.files import FileStore, UnknownFileError
@@ -80,7 +80,7 @@ class Preparation:
                 valid_data = directory / "valid.safetensors"
                 await self._encode(job, base, spec.validation_file, "validation_file", valid_data)
         config, shapes = _adapter(job, base, directory)
-        plan = recipe.plan(
+        plan = hyperparameters.plan(
             spec.hyperparameters, spec.lora, spec.training, seed=spec.seed, sequences=len(train), base=base
         )
         tokens = int(max(plan.micro_batch_tokens, train.lengths.max()))
@@ -117,7 +117,7 @@ class Preparation:
                 data = load_dataset(
                     file,
                     TrainingTokenizer(self._text, base.eos_token_ids),
-                    max_length=recipe.max_seq_len(training, base),
+                    max_length=hyperparameters.max_seq_len(training, base),
                     completions_only=training.completions_only,
                 )
             if data.tokens.max() >= base.vocab_size:
@@ -139,18 +139,20 @@ def _adapter(job: Job, base: Ready, directory: Path) -> tuple[dict[str, Any], di
     if job.spec.adapter is not None:
         initial = AdapterSpec.read(directory / INITIAL)
         try:
-            shapes = recipe.trained_on(initial)
+            shapes = hyperparameters.trained_on(initial)
         except AdapterError as error:
             raise JobFailedError("invalid_adapter", f"The adapter {error}.", "adapter") from None
         return json.loads((directory / INITIAL / CONFIG_NAME).read_bytes()), shapes
-    config = recipe.adapter_config(job.spec.lora, job.spec.base, base)
+    config = hyperparameters.adapter_config(job.spec.lora, job.spec.base, base)
     try:
-        return config, recipe.modules(config, base)
+        return config, hyperparameters.modules(config, base)
     except AdapterError as error:
         raise JobFailedError("invalid_lora", str(error), f"lora.{error.param}") from None
 
 
-def question(shapes: dict[str, ModuleShape], lora: recipe.LoraOptions, optimizer: Optimizer, tokens: int) -> PlanMemory:
+def question(
+    shapes: dict[str, ModuleShape], lora: hyperparameters.LoraOptions, optimizer: Optimizer, tokens: int
+) -> PlanMemory:
     """What the engine is asked about a job's memory. `tokens`: of its largest pass."""
     return PlanMemory(
         id=uuid.uuid4().hex,

@@ -23,19 +23,17 @@ from adapters.storage.database import DatabaseBusy
 from adapters.storage.leases import LeaseLost
 from adapters.storage.versions import RemoteUnavailable
 from server.finetune.checkpoints import file_hash
-from server.finetune.records import R, Records, S
+from server.finetune.record_table import R, RecordTable, S
 
 if TYPE_CHECKING:
     from adapters.storage.bucket import Bucket
     from adapters.storage.leases import Leases
-    from adapters.storage.records import Content
-    from adapters.storage.records import Record as StoredRecord
-    from adapters.storage.records import Records as Stored
+    from adapters.storage.records import Content, Record, Records
 
 _DAMAGE = (ValueError, LookupError, TypeError)  # what reading a record raises when it is none
 
 
-class Shared(Records[R, S]):
+class Shared(RecordTable[R, S]):
     """Whatever waits for the object store raises RemoteUnavailable.
 
     Attributes:
@@ -46,7 +44,7 @@ class Shared(Records[R, S]):
     files: str
     stopped: type[Exception]
 
-    def join(self, stored: "Stored", bucket: "Bucket", leases: "Leases", most: int) -> None:
+    def join(self, stored: "Records", bucket: "Bucket", leases: "Leases", most: int) -> None:
         """Once, before anything else. `most`: records that this server works on at once."""
         self.leases = leases
         self._stored = stored
@@ -136,7 +134,7 @@ class Shared(Records[R, S]):
             else:
                 self._forget_row(found)
 
-    def _forget_row(self, record: "StoredRecord") -> None:
+    def _forget_row(self, record: "Record") -> None:
         """Only of a record that somebody removed: what has vanished may come back."""
         if record.version is not None and record.fault is None:
             self._removed(record.key)

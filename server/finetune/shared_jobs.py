@@ -19,7 +19,7 @@ from adapters.storage.leases import LeaseLost
 from adapters.storage.versions import RemoteUnavailable
 from server.finetune.checkpoints import file_hash
 from server.finetune.jobs import Job, JobSpec, JobStateError, JobStore, Status, StoredCheckpoint, event_row, level_of
-from server.finetune.records import encode
+from server.finetune.record_table import encode
 from server.finetune.shared import Shared, place
 from server.messages.training import Metrics
 from server.usage import Ledger

@@ -95,7 +95,7 @@ async def mix(services: Services, caller: Caller, body: MixBody) -> tuple[Versio
             order = {
                 "sources": [str(version.path) for version in versions],
                 "recipe": asdict(body.recipe),
-                "target": str(staging.path),
+                "target": str(staging),
                 "base": services.settings.base_name,
             }
             try:

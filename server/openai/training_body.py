@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from server.errors import InvalidRequest
-from server.finetune import hyperparameters as recipe
+from server.finetune.hyperparameters import Hyperparameters, LoraOptions, TrainingOptions
 from server.openai.body import Body, Entries, Items, Metadata
 from server.openai.schema import INT32
 
@@ -24,8 +24,8 @@ class HyperparametersBody(Body):
     batch_size: Auto | Annotated[int, Field(ge=1, le=4096)] = "auto"
     learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=1000)] = "auto"
 
-    def options(self) -> recipe.Hyperparameters:
-        return recipe.Hyperparameters(**self.model_dump())
+    def options(self) -> Hyperparameters:
+        return Hyperparameters(**self.model_dump())
 
 
 class SupervisedBody(Body):
@@ -54,8 +54,8 @@ class LoraBody(Body):
     init: Literal["kaiming", "gaussian"] | None = None
     scale_vector: bool | None = None
 
-    def options(self) -> recipe.LoraOptions:
-        return recipe.LoraOptions(**self.model_dump(exclude_none=True))
+    def options(self) -> LoraOptions:
+        return LoraOptions(**self.model_dump(exclude_none=True))
 
 
 class TrainingBody(Body):
@@ -76,8 +76,8 @@ class TrainingBody(Body):
     eval_every: int | None = Field(default=None, ge=1, le=INT32)
     early_stopping: int | None = Field(default=None, ge=1, le=1000)
 
-    def options(self) -> recipe.TrainingOptions:
-        return recipe.TrainingOptions(**self.model_dump(exclude_none=True))
+    def options(self) -> TrainingOptions:
+        return TrainingOptions(**self.model_dump(exclude_none=True))
 
 
 class WandbBody(Body):
@@ -116,7 +116,7 @@ class JobBody(Body):
     training: TrainingBody | None = None
 
     @property
-    def chosen_hyperparameters(self) -> recipe.Hyperparameters:
+    def chosen_hyperparameters(self) -> Hyperparameters:
         """From `method`, or from where they were before it existed."""
         if self.method is not None and self.hyperparameters is not None:
             message = "`hyperparameters` is deprecated and cannot be combined with `method`."

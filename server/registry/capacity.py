@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
 from adapters.device.rows import rounded
-from adapters.peft_format.directory import AdapterError, AdapterSpec
+from adapters.peft_format.directory import AdapterSpec
+from adapters.peft_format.fields import AdapterError
 from adapters.peft_format.sizes import EXTRAS, device_bytes
 from adapters.storage.versions import Version
 from server.client.engine import EngineClient, served_base

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from starlette.concurrency import run_in_threadpool
 
-from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME, AdapterError
+from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME
+from adapters.peft_format.fields import AdapterError
 from adapters.storage.database import DatabaseBusy
 from adapters.storage.versions import RemoteUnavailable
 from server.client.engine import EngineClient

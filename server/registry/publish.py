@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TypeVar, get_type_hints
 
 from adapters.background import run_in, threads
-from adapters.offline.check import Check, inspect_adapter
-from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME, AdapterError, AdapterSpec
-from adapters.peft_format.fields import shorten
+from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME, AdapterSpec
+from adapters.peft_format.fields import AdapterError, shorten
+from adapters.peft_format.inspection import Check, inspect_adapter
 from adapters.peft_format.outline import Outline
 from adapters.peft_format.text import (
     NO_TEXT,
@@ -30,7 +30,6 @@ from adapters.peft_format.text import (
 from adapters.storage.copying import copy_files
 from adapters.storage.mending import check_noted
 from adapters.storage.receipt import taught
-from adapters.storage.staging import Staging
 from adapters.storage.store import AdapterStore, Change
 from adapters.storage.versions import Pointer, UnknownAdapter, Version, check_name
 from server.children.helper import HelperLimit, Helpers
@@ -99,7 +98,7 @@ class Publisher:
             raise AdapterError(f"'{name}' is the base model's name.", "name")
 
     @contextlib.asynccontextmanager
-    async def stage(self) -> AsyncIterator[Staging]:
+    async def stage(self) -> AsyncIterator[Path]:
         """A private directory for incoming files, removed afterwards unless `admit` took them. Raises StorageFull."""
         clean_up = contextlib.ExitStack()
         with disk_faults():
@@ -113,7 +112,7 @@ class Publisher:
         self,
         tenant: str,
         name: str,
-        staging: Staging,
+        staging: Path,
         *,
         fine_tuned: bool = False,
         promote: bool = True,
@@ -132,10 +131,10 @@ class Publisher:
         base = served_base(self._engine)
         self.check_name(name, fine_tuned=fine_tuned)
         self._store.check_case(tenant, name)
-        text, warnings = await self._text_beside(name, staging.path, strict=strict_text)
+        text, warnings = await self._text_beside(name, staging, strict=strict_text)
         text = dataclasses.replace(learned, tokens=text.tokens, chat_template=text.chat_template)
         with disk_faults():
-            spec = await self._inspect(name, staging.path, base, text)
+            spec = await self._inspect(name, staging, base, text)
         check_fit(spec, base)
         self._check_vocabulary(spec, base)
         spec = self._with_warnings(dataclasses.replace(spec, warnings=(*spec.warnings, *warnings)))
@@ -187,8 +186,8 @@ class Publisher:
         async with self.stage() as staging:
             with disk_faults():
                 files = (CONFIG_NAME, WEIGHTS_NAME)
-                await run_in(self._workers, partial(copy_files, files, version.path, staging.path, version.path))
-                spec = await self._inspect(version.name, staging.path, base, taught(version.receipt))
+                await run_in(self._workers, partial(copy_files, files, version.path, staging, version.path))
+                spec = await self._inspect(version.name, staging, base, taught(version.receipt))
                 if spec.digest != version.digest:
                     raise AdapterError(f"its config and weights are those of {spec.digest}", "weights")
                 await run_in(self._workers, partial(self._store.repair, staging, spec))
@@ -204,7 +203,7 @@ class Publisher:
         self.check_name(name)
         async with self.stage() as staging:
             with disk_faults():
-                await run_in(self._workers, partial(copy_files, FILES, directory, staging.path, root))
+                await run_in(self._workers, partial(copy_files, FILES, directory, staging, root))
             # Whatever trained it may have saved its tokenizer there, adapted to its own needs.
             return await self.admit(tenant, name, staging, again=again, strict_text=False)
 

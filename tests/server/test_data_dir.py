@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from adapters.peft_format import packed_rows as rowfile
-from adapters.peft_format.directory import WEIGHTS_NAME, inspect
+from adapters.peft_format import packed_rows
+from adapters.peft_format.directory import WEIGHTS_NAME
+from adapters.peft_format.inspection import inspect
 from adapters.storage.names import LocalNames
 from adapters.storage.store import AdapterStore
 from adapters.storage.versions import DamagedAdapter, Version
@@ -34,9 +35,9 @@ def opened(root: Path) -> Iterator[AdapterStore]:
 
 def put(store: AdapterStore, name: str, seed: int) -> Version:
     with store.stage() as staging:
-        write_adapter(staging.path, seed)
-        spec = inspect(staging.path, BASE.linears, BASE.architecture)
-        rowfile.make(staging.path, spec)
+        write_adapter(staging, seed)
+        spec = inspect(staging, BASE.linears, BASE.architecture)
+        packed_rows.make(staging, spec)
         return store.publish("", name, staging, spec)[0]
 
 
@@ -229,7 +230,7 @@ def test_a_newer_layout_is_one_line(tmp_path: Path, kept: dict[str, list[str]]) 
 def test_the_doctor_verifies_everything(tmp_path: Path, kept: dict[str, list[str]]) -> None:
     assert doctor(tmp_path, "--verify") == (0, "")
     a, b = (tmp_path / "adapters" / "versions" / kept[name][0].removeprefix("sha256:") for name in "ab")
-    flip(a / rowfile.ROWS_NAME)
+    flip(a / packed_rows.ROWS_NAME)
     flip(b / WEIGHTS_NAME)
     code, said = doctor(tmp_path, "--verify")
     assert code == 1
@@ -241,7 +242,7 @@ def test_the_doctor_verifies_everything(tmp_path: Path, kept: dict[str, list[str
 def test_rows_are_made_anew_from_the_weights_and_no_more_than_that(tmp_path: Path) -> None:
     with opened(tmp_path) as store:
         version = put(store, "a", 1)
-        rows = version.path / rowfile.ROWS_NAME
+        rows = version.path / packed_rows.ROWS_NAME
         before = rows.read_bytes()
         flip(rows)
         store.mend(version)

@@ -4,7 +4,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
-from adapters.peft_format.config import AdapterError
+from adapters.peft_format.fields import AdapterError
 from server import errors
 from server.errors import EngineUnavailable, LorakeetError, as_error, error_response
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from adapters.kernels.triton import interpreted
-from adapters.peft_format import directory as adapter_format
+from adapters.peft_format.inspection import inspect
+from adapters.peft_format.outline import Outline
 from server.engine import boot
 from server.engine.engine import Engine
 from server.messages.protocol import AdapterRef, EngineConfig, Generate, Output, Sampling, TokenLogprob
@@ -47,8 +48,8 @@ def tight_engine(like: Engine, model: Path, cache: Path, blocks: int, longest: i
 def publish(engine: Engine, directory: Path) -> AdapterRef:
     """Check an adapter's directory as an upload would, and say how requests refer to it."""
     ready = engine.ready()
-    outline = outline_of(adapter_format.Outline.read(Path(str(engine.base.model.name_or_path))), ready)
-    spec = adapter_format.inspect(directory, ready.linears, ready.architecture, outline, ignore_vision=True)
+    outline = outline_of(Outline.read(Path(str(engine.base.model.name_or_path))), ready)
+    spec = inspect(directory, ready.linears, ready.architecture, outline, ignore_vision=True)
     spec.save(directory)
     return AdapterRef(spec.digest, str(directory))
 

@@ -10,7 +10,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME, AdapterSpec, LoraModule
+from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME, AdapterSpec
+from adapters.peft_format.modules import LoraModule
 from adapters.storage.names import LocalNames
 from adapters.storage.store import AdapterStore
 from adapters.storage.versions import Version
@@ -63,8 +64,8 @@ def spec_of(content: str) -> AdapterSpec:
 def put(store: AdapterStore, name: str, content: str, tenant: str = "t", **options: Any) -> tuple[Version, bool]:
     """Publish an adapter whose weights are the text `content`."""
     with store.stage() as staging:
-        (staging.path / CONFIG_NAME).write_text("{}")
-        (staging.path / WEIGHTS_NAME).write_text(content)
+        (staging / CONFIG_NAME).write_text("{}")
+        (staging / WEIGHTS_NAME).write_text(content)
         return store.publish(tenant, name, staging, spec_of(content), **options)
 
 

@@ -175,3 +175,12 @@ async def tuning_site(root: Path, engine: TrainingEngine, **settings: Any) -> As
         yield site
     finally:
         await site.close()
+
+
+def refused(response: httpx.Response, param: str | None, status: int = 400) -> str:
+    """The message of a refusal that names its culprit."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["param"] == param
+    return str(error["message"])

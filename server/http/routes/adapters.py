@@ -11,8 +11,7 @@ from starlette.types import Receive, Scope, Send
 from adapters.peft_format.config import MAX_CONFIG_BYTES
 from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME, check_beginning
 from adapters.peft_format.text import MAX_TEMPLATE_BYTES, MAX_TOKENIZER_BYTES, TEMPLATE_NAME, TOKENIZER_NAME
-from adapters.storage.details import details_of
-from adapters.storage.staging import Staging
+from adapters.storage.receipt import details_of
 from adapters.storage.versions import AmbiguousDigest, UnknownAdapter, Version, split_reference
 from server.errors import Conflict, InvalidRequest, disk_faults, unknown_adapter
 from server.http.answer import unless_gone
@@ -46,7 +45,7 @@ async def upload_adapter(request: Request, body: MixBody | None = None) -> Respo
                 with disk_faults():
                     name, promote = await _receive(request, services, staging)
                 check_bound(caller_of(request), name)
-                await check_room(request, staging.path)
+                await check_room(request, staging)
                 admitted = publisher.admit(caller_of(request).tenant, name, staging, promote=promote)
                 version, changed = await unless_gone(request.receive, admitted)
     made = receipt(services.store, version, version.tenant)
@@ -123,9 +122,9 @@ async def get_weights(request: Request) -> Response:
     return _StoredFile(services_of(request), await _find(request), WEIGHTS_NAME, "application/octet-stream")
 
 
-async def _receive(request: Request, services: Services, staging: Staging) -> tuple[str, bool]:
+async def _receive(request: Request, services: Services, staging: Path) -> tuple[str, bool]:
     """Write the files to `staging`; returns the name, and whether it shall mean them."""
-    parts = _parts(services.settings, staging.path)
+    parts = _parts(services.settings, staging)
     values = await read_parts(request, parts, services.uploads.threads)
     promote = values.get("promote", b"true")
     if promote not in (b"true", b"false"):

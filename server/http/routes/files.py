@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from adapters.storage.database import UnknownCursorError
 from server.errors import InvalidRequest, NotFound, disk_faults, shown
-from server.finetune import hyperparameters as recipe
+from server.finetune import hyperparameters
 from server.finetune.dataset import load_dataset
 from server.finetune.files import PURPOSES, TRAINING, StoredFile, UnknownFileError
 from server.finetune.preview import preview
@@ -93,7 +93,7 @@ def _check(services: Services, path: Path) -> dict[str, int]:
             data = load_dataset(
                 file,
                 TrainingTokenizer(services.text, base.eos_token_ids),
-                max_length=recipe.max_seq_len(recipe.TrainingOptions(), base),
+                max_length=hyperparameters.max_seq_len(hyperparameters.TrainingOptions(), base),
             )
         except DatasetError as error:
             raise InvalidRequest(str(error), param="file", code="invalid_file") from None
@@ -141,7 +141,7 @@ async def preview_file(request: Request, query: PreviewQuery) -> Response:
         TrainingTokenizer(services.text, base.eos_token_ids),
         after=query.after,
         limit=query.limit,
-        max_length=recipe.max_seq_len(recipe.TrainingOptions(), base),
+        max_length=hyperparameters.max_seq_len(hyperparameters.TrainingOptions(), base),
     )
     lines, more = await asyncio.to_thread(look)
     return JSONResponse({"object": "list", "data": lines, "has_more": more})

@@ -12,12 +12,12 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from adapters.peft_format.config import AdapterError
 from adapters.peft_format.directory import AdapterSpec
+from adapters.peft_format.fields import AdapterError
 from adapters.storage.database import UnknownCursorError
 from server.client.engine import TrainingRefused
 from server.errors import InvalidRequest, NotFound, TooManyRequests, shown
-from server.finetune import hyperparameters as recipe
+from server.finetune import hyperparameters
 from server.finetune.files import UnknownFileError
 from server.finetune.jobs import FINAL, Event, Job, JobSpec, JobStateError, StoredCheckpoint, UnknownJobError
 from server.finetune.preparation import question
@@ -56,7 +56,7 @@ class CheckpointsQuery(ListQuery):
 async def create_job(request: Request, body: JobBody) -> Response:
     """Check what can be checked now, and queue the job."""
     services = services_of(request)
-    hyperparameters = body.chosen_hyperparameters
+    chosen = body.chosen_hyperparameters
     await check_training(request)
     for param, file_id in (("training_file", body.training_file), ("validation_file", body.validation_file)):
         if file_id is not None:
@@ -74,7 +74,7 @@ async def create_job(request: Request, body: JobBody) -> Response:
             suffix=body.suffix or "",
             seed=secrets.randbelow(2**31) if body.seed is None else body.seed,
             metadata=body.metadata,
-            hyperparameters=hyperparameters,
+            hyperparameters=chosen,
             lora=lora,
             training=training,
             integrations=[integration.model_dump() for integration in body.integrations or []] or None,
@@ -91,8 +91,8 @@ async def estimate(request: Request, body: EstimateBody) -> Response:
     async with open_target(services, caller_of(request), body.model, task="any") as target:
         lora, shapes = _shape(services, target, body.lora)
     training = _training(services, body)
-    tokens = max(recipe.micro_batch_tokens(training, base), recipe.max_seq_len(training, base))
-    asked = question(shapes, lora, recipe.optimizer(training, base), tokens)
+    tokens = max(hyperparameters.micro_batch_tokens(training, base), hyperparameters.max_seq_len(training, base))
+    asked = question(shapes, lora, hyperparameters.optimizer(training, base), tokens)
     try:
         plan = await services.engine.plan_memory(asked)
     except TrainingRefused as refusal:
@@ -100,7 +100,7 @@ async def estimate(request: Request, body: EstimateBody) -> Response:
     return JSONResponse(
         {
             "object": "fine_tuning.estimate",
-            "parameters": recipe.parameters(shapes, base),
+            "parameters": hyperparameters.parameters(shapes, base),
             "tokens": tokens,
             "base": plan.base,
             "adapter": plan.adapter,
@@ -127,7 +127,7 @@ def _check_file(services: Services, tenant: str, param: str, file_id: str) -> No
 
 def _shape(
     services: Services, target: Target, asked: LoraBody | None
-) -> tuple[recipe.LoraOptions, dict[str, ModuleShape]]:
+) -> tuple[hyperparameters.LoraOptions, dict[str, ModuleShape]]:
     """The adapter's shape, which must be one that can be served."""
     base = services.engine_info
     if target.refs:
@@ -137,7 +137,7 @@ def _shape(
         spec = AdapterSpec.read(Path(target.refs[0].path))
         options = (asked or LoraBody()).options()
         try:
-            shapes = recipe.trained_on(spec)
+            shapes = hyperparameters.trained_on(spec)
         except AdapterError as error:
             raise InvalidRequest(f"`model`: {shown(target.asked)} {error}.", param="model") from None
         if spec.variants.experts and options.lora_dropout:
@@ -146,17 +146,17 @@ def _shape(
         return options, shapes
     lora = (asked or LoraBody()).options()
     try:
-        shapes = recipe.modules(recipe.adapter_config(lora, services.settings.base_name, base), base)
-        check_fit(recipe.saved(shapes, base), base)
+        shapes = hyperparameters.modules(hyperparameters.adapter_config(lora, services.settings.base_name, base), base)
+        check_fit(hyperparameters.saved(shapes, base), base)
     except AdapterError as error:
         param = f"lora.{error.param}"
         raise InvalidRequest(f"`{param}`: {error}", param=param, code=error.code) from None
     return lora, shapes
 
 
-def _training(services: Services, body: JobBody | EstimateBody) -> recipe.TrainingOptions:
+def _training(services: Services, body: JobBody | EstimateBody) -> hyperparameters.TrainingOptions:
     longest = services.engine_info.max_model_len
-    training = recipe.TrainingOptions() if body.training is None else body.training.options()
+    training = hyperparameters.TrainingOptions() if body.training is None else body.training.options()
     if training.max_seq_len is not None and training.max_seq_len > longest:
         message = f"`training.max_seq_len`: the base is served with at most {longest} tokens."
         raise InvalidRequest(message, param="training.max_seq_len")
@@ -284,11 +284,11 @@ async def _steer(request: Request, change: Callable[[Job], Awaitable[Job]]) -> R
 def job_object(services: Services, job: Job) -> dict[str, Any]:
     """OpenAI's object. `lora`, `training`, `step`, `total_steps`, `stop_token_ids` and the formats are ours."""
     spec, plan = job.spec, None if job.start is None else job.start.plan
-    hyperparameters = to_builtins(spec.hyperparameters)
+    shown = to_builtins(spec.hyperparameters)
     if plan is not None:
-        hyperparameters |= {"n_epochs": plan.n_epochs, "batch_size": plan.batch_size}
+        shown |= {"n_epochs": plan.n_epochs, "batch_size": plan.batch_size}
         if spec.hyperparameters.learning_rate_multiplier == "auto":
-            hyperparameters["learning_rate_multiplier"] = 1.0
+            shown["learning_rate_multiplier"] = 1.0
     return {
         "id": job.id,
         "object": "fine_tuning.job",
@@ -297,7 +297,7 @@ def job_object(services: Services, job: Job) -> dict[str, Any]:
         "estimated_finish": services.tuning.manager.estimated_finish(job),
         "error": None if job.error is None else to_builtins(job.error),
         "fine_tuned_model": job.fine_tuned_model,
-        "hyperparameters": hyperparameters,
+        "hyperparameters": shown,
         "model": spec.model,
         "organization_id": _ORGANIZATION,
         "result_files": job.result_files,
@@ -308,7 +308,7 @@ def job_object(services: Services, job: Job) -> dict[str, Any]:
         "validation_file": spec.validation_file,
         "integrations": spec.integrations,
         "metadata": spec.metadata,
-        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        "method": {"type": "supervised", "supervised": {"hyperparameters": shown}},
         "lora": to_builtins(spec.lora) if job.start is None else job.start.config,
         "training": to_builtins(spec.training if plan is None else plan),
         "step": job.step,

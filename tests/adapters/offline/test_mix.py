@@ -10,8 +10,8 @@ import transformers
 
 from adapters.offline.mix import Factors, mix, read_factors, write_mixed
 from adapters.offline.recipe import Recipe
-from adapters.peft_format.directory import inspect
 from adapters.peft_format.fields import AdapterError
+from adapters.peft_format.inspection import inspect
 from adapters.peft_format.outline import Outline
 from tests.support.tiny import tiny_adapter
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from adapters.peft_format.config import FIELDS, MAX_CONFIG_BYTES, AdapterConfig, AdapterError, parse_config
-from adapters.peft_format.fields import PEFT_VERSION
+from adapters.peft_format.config import MAX_CONFIG_BYTES, AdapterConfig, parse_config
+from adapters.peft_format.fields import FIELDS, PEFT_VERSION, AdapterError
 
 KINDS = {
     "self_attn": ["q_proj", "k_proj", "v_proj", "o_proj"],

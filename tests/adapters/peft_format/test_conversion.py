@@ -7,9 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from adapters.offline.check import Check, inspect_adapter
 from adapters.peft_format.conversion import convert
-from adapters.peft_format.directory import AdapterError, digest_of, load
+from adapters.peft_format.directory import load
+from adapters.peft_format.fields import AdapterError
+from adapters.peft_format.inspection import Check, digest_of, inspect_adapter
 from adapters.peft_format.packed_rows import ROWS_NAME
 from adapters.peft_format.text import NO_TEXT
 from adapters.safetensors_header import CONVERT

@@ -19,8 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from adapters.peft_format.config import AdapterError
-from adapters.peft_format.directory import AdapterSpec, inspect, load, write
+from adapters.peft_format.directory import AdapterSpec, load, write
+from adapters.peft_format.fields import AdapterError
+from adapters.peft_format.inspection import inspect
 from adapters.peft_format.sizes import LinearSize
 from adapters.peft_format.weights import MAX_HEADER_BYTES, read_header
 from tests.support.tiny import tiny_adapter
@@ -400,7 +401,7 @@ def test_validation_needs_no_torch(tmp_path: Path) -> None:
 import sys
 from pathlib import Path
 from adapters.peft_format.sizes import LinearSize
-from adapters.peft_format.directory import inspect
+from adapters.peft_format.inspection import inspect
 linears = {LINEARS!r}
 print(inspect(Path({str(tmp_path)!r}), linears, {CLASS!r}).digest)
 assert not {{"torch", "peft", "transformers", "safetensors"}} & set(sys.modules)

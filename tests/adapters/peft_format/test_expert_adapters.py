@@ -9,7 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from adapters.peft_format.directory import AdapterError, AdapterSpec, Outline, inspect, load_variants
+from adapters.peft_format.directory import AdapterSpec, load_variants
+from adapters.peft_format.fields import AdapterError
+from adapters.peft_format.inspection import inspect
+from adapters.peft_format.outline import Outline
 from adapters.peft_format.sizes import EXTRAS, ExpertsSize, LinearSize
 
 PREFIX = "base_model.model."

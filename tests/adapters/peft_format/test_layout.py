@@ -11,7 +11,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from adapters.peft_format.directory import AdapterError, AdapterSpec, Outline, inspect, load_variants
+from adapters.peft_format.directory import AdapterSpec, load_variants
+from adapters.peft_format.fields import AdapterError
+from adapters.peft_format.inspection import inspect
+from adapters.peft_format.outline import Outline
 from adapters.peft_format.sizes import LinearSize
 from tests.support.tiny import VOCAB
 from tests.support.variants import VARIANTS, Variant, make_base

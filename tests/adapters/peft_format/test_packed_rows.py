@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 from adapters.device import host
 from adapters.device.host import HostAdapter, filed_adapter, host_adapter
 from adapters.device.pool import RowPool
-from adapters.peft_format import packed_rows as rowfile
-from adapters.peft_format.directory import WEIGHTS_NAME, AdapterSpec, Variants, inspect, load
+from adapters.peft_format import packed_rows
+from adapters.peft_format.directory import WEIGHTS_NAME, AdapterSpec, load
+from adapters.peft_format.inspection import inspect
+from adapters.peft_format.modules import Variants
 from adapters.peft_format.record import DamagedFile
 from tests.support.harness import LAYERS, base_info, write_adapter
 
@@ -23,7 +25,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 def accepted(directory: Path) -> AdapterSpec:
     spec = inspect(directory, BASE.linears, BASE.architecture)
-    rowfile.make(directory, spec)
+    packed_rows.make(directory, spec)
     spec.save(directory)
     return spec
 
@@ -36,7 +38,7 @@ def cast(directory: Path, *dtypes: torch.dtype) -> None:
 
 
 def from_rows(directory: Path, spec: AdapterSpec) -> HostAdapter:
-    found = rowfile.find(directory, spec, BASE.linears)
+    found = packed_rows.find(directory, spec, BASE.linears)
     assert found is not None
     assert found.path.stat().st_size == found.bytes
     return filed_adapter(spec.digest, found, getattr(torch, spec.dtype), CPU)
@@ -53,7 +55,7 @@ def test_the_pool_holds_the_same_either_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtypes: list[torch.dtype], at_once: int
 ) -> None:
     monkeypatch.setattr(host, "AT_ONCE_BYTES", at_once)
-    monkeypatch.setattr(rowfile, "_READ_BYTES", 100)  # so that reads begin and end anywhere
+    monkeypatch.setattr(packed_rows, "_READ_BYTES", 100)  # so that reads begin and end anywhere
     directory = write_adapter(tmp_path / "one", rank_pattern={"layers.0.self_attn.q_proj": 4})
     cast(directory, *dtypes)
     spec = accepted(directory)
@@ -78,7 +80,7 @@ def test_the_pool_holds_the_same_either_way(
 def test_a_file_that_is_cut_short_is_not_half_an_adapter(tmp_path: Path) -> None:
     directory = write_adapter(tmp_path / "one")
     spec = accepted(directory)
-    found = rowfile.find(directory, spec, BASE.linears)
+    found = packed_rows.find(directory, spec, BASE.linears)
     assert found is not None
     found.path.write_bytes(found.path.read_bytes()[:-1])
     with pytest.raises(DamagedFile, match="cut short"):
@@ -89,13 +91,13 @@ def test_adapters_that_are_more_than_rows_have_no_such_file(tmp_path: Path) -> N
     directory = write_adapter(tmp_path / "one")
     spec = inspect(directory, BASE.linears, BASE.architecture)
     spec = dataclasses.replace(spec, variants=Variants(invocation=[5]))
-    rowfile.make(directory, spec)
-    assert not (directory / rowfile.ROWS_NAME).exists()
-    assert rowfile.find(directory, spec, BASE.linears) is None
+    packed_rows.make(directory, spec)
+    assert not (directory / packed_rows.ROWS_NAME).exists()
+    assert packed_rows.find(directory, spec, BASE.linears) is None
 
 
 def test_adapters_of_earlier_releases_have_none(tmp_path: Path) -> None:
     directory = write_adapter(tmp_path / "one")
     spec = accepted(directory)
-    (directory / rowfile.ROWS_NAME).unlink()
-    assert rowfile.find(directory, spec, BASE.linears) is None
+    (directory / packed_rows.ROWS_NAME).unlink()
+    assert packed_rows.find(directory, spec, BASE.linears) is None

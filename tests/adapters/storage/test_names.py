@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters.peft_format.config import AdapterError
+from adapters.peft_format.fields import AdapterError
 from adapters.storage.versions import check_name
 from tests.support.publishing import Box, put
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from adapters.peft_format import packed_rows as rowfile
-from adapters.peft_format.directory import WEIGHTS_NAME, inspect
+from adapters.peft_format import packed_rows
+from adapters.peft_format.directory import WEIGHTS_NAME
+from adapters.peft_format.inspection import inspect
 from adapters.storage.remote import REQUIRED, RemoteStore
 from adapters.storage.store import AdapterStore
 from adapters.storage.versions import DamagedAdapter, RemoteUnavailable, UnknownAdapter, Version
@@ -40,9 +41,9 @@ class Depot:
 
     def put(self, store: AdapterStore, name: str, seed: int, **options: Any) -> Version:
         with store.stage() as staging:
-            write_adapter(staging.path, seed)
-            spec = inspect(staging.path, BASE.linears, BASE.architecture)
-            rowfile.make(staging.path, spec)
+            write_adapter(staging, seed)
+            spec = inspect(staging, BASE.linears, BASE.architecture)
+            packed_rows.make(staging, spec)
             return store.publish("t", name, staging, spec, **options)[0]
 
     def objects(self) -> dict[str, bytes]:
@@ -117,9 +118,9 @@ def replaced_paths(pointer: Any, store: AdapterStore, name: str) -> Any:
 async def test_other_files_of_a_version_come_along(depot: Depot) -> None:
     store = depot.open()
     with store.stage() as staging:
-        write_adapter(staging.path, 1)
-        (staging.path / "notes.txt").write_text("more")
-        spec = inspect(staging.path, BASE.linears, BASE.architecture)
+        write_adapter(staging, 1)
+        (staging / "notes.txt").write_text("more")
+        spec = inspect(staging, BASE.linears, BASE.architecture)
         store.publish("t", "x", staging, spec)
     other = depot.open()
     await read(other, "x")

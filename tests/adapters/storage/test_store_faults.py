@@ -117,10 +117,10 @@ def test_other_faults_pass_unchanged(box: Box, monkeypatch: pytest.MonkeyPatch) 
 
 def test_what_a_dead_process_left_is_removed(box: Box) -> None:
     put(box.store, "x", "one")
-    staging = box.store.stage()
-    (staging.path / WEIGHTS_NAME).write_text("half")
+    left = box.store.stage()
+    (left.__enter__() / WEIGHTS_NAME).write_text("half")
     with box.store.stage() as placed:
-        box.store._files.place(placed.path, digest_of("placed only"))
+        box.store._files.place(placed, digest_of("placed only"))
     assert content_of(box.again().get("t", "x")) == "one"
     assert box.on_disk() == (0, ["one"])
     assert not box.set_aside()

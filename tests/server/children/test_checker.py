@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from adapters.offline.check import Check, inspect_adapter
-from adapters.peft_format import packed_rows as rowfile
-from adapters.peft_format.directory import AdapterSpec, inspect
+from adapters.peft_format import packed_rows
+from adapters.peft_format.directory import AdapterSpec
 from adapters.peft_format.fields import AdapterError
+from adapters.peft_format.inspection import Check, inspect, inspect_adapter
 from adapters.peft_format.outline import Outline
 from adapters.peft_format.text import AdapterText, NewToken, read_added_tokens
 from server.children.helper import WORK, Helpers
@@ -45,7 +45,7 @@ async def test_it_finds_what_a_thread_would_find_and_lays_out_rows(tmp_path: Pat
     async with running(tmp_path) as publisher:
         spec = await inspected(publisher, good)
         assert spec == inspect(good, BASE.linears, BASE.architecture, None, TEXT)
-        assert (good / rowfile.ROWS_NAME).exists()
+        assert (good / packed_rows.ROWS_NAME).exists()
         with pytest.raises(AdapterError) as here:
             inspect(bad, BASE.linears, BASE.architecture)
         with pytest.raises(AdapterError) as there:
@@ -55,8 +55,8 @@ async def test_it_finds_what_a_thread_would_find_and_lays_out_rows(tmp_path: Pat
             here.value.param,
             here.value.code,
         )
-        (good / rowfile.ROWS_NAME).unlink()
-        (good / rowfile.ROWS_NAME).mkdir()  # whoever runs this, rows cannot be written there
+        (good / packed_rows.ROWS_NAME).unlink()
+        (good / packed_rows.ROWS_NAME).mkdir()  # whoever runs this, rows cannot be written there
         with pytest.raises(OSError, match="directory"):
             await inspected(publisher, good)
 

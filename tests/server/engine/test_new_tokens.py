@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from adapters.peft_format.directory import AdapterError
+from adapters.peft_format.fields import AdapterError
 from server.engine.engine import Engine
 from server.messages.protocol import AdapterRef
 from tests.server.engine.test_parity import PROMPT, quantisation

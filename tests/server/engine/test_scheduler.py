@@ -5,11 +5,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.block_pool import BlockCounts
-from server.engine.sequence import AdapterKey, Sequence, Step, Work
+from server.engine.sequence import AdapterKey, Sequence
 from server.messages.protocol import LOAD_FAILED, TOO_LONG, Sampling
 from tests.support.scheduler_world import BASE, BIG, BROKEN, EOS, A, B, World
 
@@ -302,104 +301,6 @@ class TestLimits:
         assert world.scheduler.idle == (reason is not None)
 
 
-class TestSpeculation:
-    """Prompts of one letter that go on in one letter: every draft is right, until the world says otherwise."""
-
-    def world(self, **settings: Any) -> World:
-        return World(**{"batch_tokens": 16} | settings)
-
-    def drafts(self, world: World) -> list[int]:
-        step = world.schedule()
-        assert step is not None
-        return [len(work.drafts) for work in step.works]
-
-    def advance(self, world: World, work: Work, drawn: list[int]) -> None:
-        world.compute(Step((work,)))
-        world.unread[work.sequence.id].clear()  # the test draws
-        assert world.scheduler.advance(work, drawn) == drawn
-
-    def one(self, world: World) -> Work:
-        step = world.schedule()
-        assert step is not None
-        [work] = step.works
-        return work
-
-    def test_a_right_draft_is_a_token_of_this_step(self) -> None:
-        world = self.world()
-        sequence = world.add([1] * 6, max_tokens=30, speculative_tokens=2)
-        self.advance(world, self.one(world), [1])
-        work = self.one(world)
-        assert (work.start, work.count, work.drafts) == (6, 3, [1, 1])
-        self.advance(world, work, [1, 1, 5])
-        assert (sequence.num_computed, sequence.tokens) == (9, [1] * 9 + [5])
-        counters = world.scheduler.counters
-        assert (counters.drafted, counters.accepted) == (2, 2)
-
-    def test_a_wrong_one_is_overwritten_and_never_offered(self) -> None:
-        world = self.world()
-        first = world.add([1] * 6, max_tokens=30, speculative_tokens=2)
-        self.advance(world, self.one(world), [1])
-        self.advance(world, self.one(world), [5])  # positions 7 and 8 hold keys of what was never said
-        assert (first.num_computed, first.remaining) == (7, 1)
-        self.advance(world, self.one(world), [6])
-        world.scheduler.abort(first.id)
-        second = world.add([*first.tokens, 1], max_tokens=1)
-        self.advance(world, self.one(world), [1])  # looks at every slot it reads
-        assert second.cached_tokens == 8
-
-    def test_none_beyond_the_length(self) -> None:
-        world = self.world()
-        world.add([1] * 6, max_tokens=3, speculative_tokens=4)
-        self.advance(world, self.one(world), [1])
-        assert self.drafts(world) == [1]  # and the token that its logits give
-
-    def test_none_while_a_prompt_takes_the_budget(self) -> None:
-        world = self.world()
-        world.add([1] * 6, max_tokens=30, speculative_tokens=4)
-        self.advance(world, self.one(world), [1])
-        world.add([2] * 40, max_tokens=1)
-        assert self.drafts(world) == [0, 0]
-
-    def test_no_block_that_others_will_need(self) -> None:
-        world = self.world(num_blocks=4, batch_requests=2)
-        sequence = world.add([1] * 7, max_tokens=30, speculative_tokens=4)
-        self.advance(world, self.one(world), [1])
-        other = world.add([2] * 4, max_tokens=30)
-        step = world.schedule()
-        assert step is not None
-        assert [len(work.drafts) for work in step.works] == [0, 0], "8 tokens fill its two blocks"
-        assert len(sequence.tables[0]) == 2
-        for work in step.works:
-            world.scheduler.advance(work, [1] if work.sequence is sequence else [2])
-        world.scheduler.abort(other.id)
-        assert self.drafts(world) != [0]
-
-    def test_a_full_batch_asks_for_more_certainty(self) -> None:
-        drafts = []
-        for count in (1, 9):
-            world = self.world(batch_tokens=64, batch_requests=12, num_blocks=64)
-            for _ in range(count):
-                world.add([1] * 3, max_tokens=30, speculative_tokens=1)
-            step = world.schedule()
-            assert step is not None
-            for work in step.works:
-                self.advance(world, work, [1])
-            drafts.append(sum(self.drafts(world)))
-        assert drafts == [1, 0]
-
-    @settings(max_examples=60)
-    @given(prompt=prompts, max_tokens=st.integers(1, 12), speculative_tokens=st.integers(1, 6), caching=st.booleans())
-    def test_it_changes_no_token(
-        self, prompt: list[int], max_tokens: int, speculative_tokens: int, caching: bool
-    ) -> None:
-        world = self.world(caching=caching)
-        for adapter in (BASE, A, BASE):
-            world.add(prompt, adapter, max_tokens=max_tokens, speculative_tokens=speculative_tokens, ignore_eos=False)
-        world.run()
-        for sequence in world.sequences.values():
-            world.check_finished(sequence)
-
-
 class TestAdapters:
     def test_one_that_loads_holds_up_nobody_else(self) -> None:
         world = World(delay=3)
@@ -451,59 +352,3 @@ def test_failing_an_unknown_sequence_has_no_effect() -> None:
     world = World()
     world.scheduler.fail("nobody", "?", "?")
     assert world.scheduler.take_failed() == []
-
-
-def test_the_background_has_only_steps_that_nobody_else_can_use() -> None:
-    world = World()
-    world.add([1] * 3, background=True, max_tokens=6)
-    first = world.step()
-    client = world.add([2] * 3, max_tokens=2)
-    steps = [first, *(world.step() for _ in range(3))]
-    assert [[work.sequence.id for work in step.works] for step in steps if step] == [["0"], ["1"], ["1"], ["0"]]
-    world.run()
-    assert client.finish_reason == "length"
-    assert len(world.outputs["0"]) == 6
-
-
-@pytest.mark.parametrize("depth", [0, 1])
-@pytest.mark.parametrize("places", [3, 1])
-def test_the_background_ends_though_clients_always_run(depth: int, places: int) -> None:
-    world = World(depth=depth, batch_requests=places, background_seconds=10.0)
-    rows = [world.add([1] * 3, background=True, max_tokens=4) for _ in range(2)]
-    ends: dict[str, int] = {}
-    for step in range(60):
-        clients = [one for one in world.sequences.values() if one not in rows and not one.ended]
-        if len(clients) < 2:
-            world.add([2] * 3, max_tokens=9)
-        world.step()
-        assert sum(not one.background and not one.ended for one in rows) <= 1
-        for row in rows:
-            if row.ended:
-                ends.setdefault(row.id, step)
-    assert 10 <= ends["0"] < ends["1"]
-
-
-@pytest.mark.parametrize("depth", [0, 1])
-@pytest.mark.parametrize(
-    ("world", "mine", "theirs"),
-    [
-        ({"batch_requests": 1}, BASE, BASE),  # a place
-        ({"num_blocks": 3}, BASE, BASE),  # blocks
-        ({}, BIG, A),  # rows for an adapter
-    ],
-    ids=["place", "blocks", "rows"],
-)
-def test_the_background_gives_all_that_a_newcomer_lacks(
-    depth: int, world: dict[str, Any], mine: AdapterKey, theirs: AdapterKey
-) -> None:
-    small = World(depth=depth, **world)
-    slow = small.add([1] * 3, mine, background=True, max_tokens=5)
-    small.step()
-    client = small.add([2] * 5, theirs, max_tokens=3)
-    for _ in range(3 + 2 * depth):
-        small.step()
-    assert client.num_generated
-    assert slow.num_generated <= 1 + depth
-    small.run()
-    assert (slow.finish_reason, client.finish_reason) == ("length", "length")
-    assert small.scheduler.counters.preemptions

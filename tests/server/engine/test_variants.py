@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from adapters.peft_format.directory import AdapterError
+from adapters.peft_format.fields import AdapterError
 from adapters.peft_format.sizes import EXTRAS
 from server.engine.engine import Engine
 from server.engine.runner import ModulesPath

@@ -12,7 +12,6 @@ from server.engine.engine import Engine
 from server.errors import EngineUnavailable
 from server.messages.training import JobReply, MemoryPlan, PlanMemory, StartJob, StopJob
 from server.services import TENANT
-from tests.support import offline as engines
 from tests.support.site import TrainingEngine, eventually, tuning_site
 
 
@@ -57,11 +56,6 @@ class FragileEngine(TrainingEngine):
         if self.down:
             raise EngineUnavailable("down")
         await super().stop_job(message)
-
-
-@pytest.fixture(scope="module")
-def tiny_engine(model_dir: Path, cache_dir: Path) -> Engine:
-    return engines.load_engine(model_dir, cache_dir)
 
 
 @pytest.fixture

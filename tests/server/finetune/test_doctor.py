@@ -1,26 +1,9 @@
 """`lorakeet doctor` on files, jobs and databases: what was set aside is brought back, what is damaged is named."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
-from server.engine.engine import Engine
 from tests.server.test_data_dir import doctor, flip, set_aside
-from tests.support import offline as engines
 from tests.support.site import TrainingEngine, eventually, tuning_site
-
-
-@pytest.fixture(scope="module")
-def tiny_engine(model_dir: Path, cache_dir: Path) -> Engine:
-    return engines.load_engine(model_dir, cache_dir)
-
-
-@pytest.fixture
-def engine(tiny_engine: Engine) -> Iterator[TrainingEngine]:
-    engine = TrainingEngine(tiny_engine)
-    yield engine
-    engine.close()
 
 
 def lose_database(root: Path, name: str = "finetuning.db") -> None:

@@ -45,11 +45,6 @@ class ServingEngine(TrainingEngine):
             await asyncio.sleep(0)
 
 
-@pytest.fixture(scope="module")
-def tiny_engine(model_dir: Path, cache_dir: Path) -> Engine:
-    return engines.load_engine(model_dir, cache_dir)
-
-
 @pytest.fixture
 async def site(tmp_path: Path, tiny_engine: Engine) -> AsyncIterator[TuningSite]:
     engine = ServingEngine(tiny_engine)

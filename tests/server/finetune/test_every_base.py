@@ -13,7 +13,7 @@ import pytest
 import transformers
 
 from adapters.kernels import native
-from server.finetune import hyperparameters as recipe
+from server.finetune import hyperparameters
 from server.finetune.hyperparameters import LoraOptions
 from tests.server.engine.test_states import FAMILIES
 from tests.support import offline as engines
@@ -80,7 +80,7 @@ async def test_it_trains_or_fails_with_a_reason(case: Case, tmp_path: Path) -> N
 def test_all_linear_is_what_peft_would_load(tmp_path: Path) -> None:
     tiny_model(tmp_path / "model", **FAMILIES["falcon_h1"])
     engine = engines.load_engine(tmp_path / "model", tmp_path / "cache")
-    targets = recipe.adapter_config(LoraOptions(), "tiny", engine.ready())["target_modules"]
+    targets = hyperparameters.adapter_config(LoraOptions(), "tiny", engine.ready())["target_modules"]
     assert set(targets) == {"in_proj", *ALL_LINEAR}
     stock = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     peft.get_peft_model(stock, peft.LoraConfig(target_modules=targets))  # refuses `out_proj`

@@ -20,7 +20,6 @@ from server.engine.engine import Engine
 from server.finetune import manager
 from server.finetune.database import open_database
 from server.services import TENANT
-from tests.support import offline as engines
 from tests.support.publishing import held
 from tests.support.site import EXAMPLES, TrainingEngine, TuningSite, as_file, eventually, tuning_site
 from tests.support.tiny import tiny_adapter
@@ -38,11 +37,6 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("needs to mount a tmpfs, which only root may (and not in every container)")
     yield path
     subprocess.run(["umount", "--lazy", str(path)], check=True)
-
-
-@pytest.fixture(scope="module")
-def tiny_engine(model_dir: Path, cache_dir: Path) -> Engine:
-    return engines.load_engine(model_dir, cache_dir)
 
 
 @pytest.fixture

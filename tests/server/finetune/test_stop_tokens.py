@@ -12,7 +12,6 @@ from server.services import TENANT
 from server.text.chat_template import ChatTemplate
 from server.text.processor import TextProcessor
 from tests.server.finetune.test_evaluations import ServingEngine
-from tests.support import offline as engines
 from tests.support import site as sites
 from tests.support.site import as_file, tuning_site
 from tests.support.tiny import _tokenizer
@@ -33,11 +32,6 @@ def text_ending(turn: str) -> TextProcessor:
     template = ChatTemplate(TEMPLATE.replace("ENDS", turn), {})
     stops = {IM_END: ["config.json"]}
     return TextProcessor(_tokenizer().backend_tokenizer, template, {"eos_token": "<|im_end|>"}, stop_tokens=stops)
-
-
-@pytest.fixture(scope="module")
-def tiny_engine(model_dir: Path, cache_dir: Path) -> Engine:
-    return engines.load_engine(model_dir, cache_dir)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ async def test_a_mix_has_the_stop_tokens_and_formats_of_its_sources_fine_tunes(s
     }
     for seed, (name, text) in enumerate(learned.items()):
         async with site.publisher.stage() as staging:
-            write_adapter(staging.path, seed)
+            write_adapter(staging, seed)
             await site.publisher.admit(TENANT, name, staging, learned=text)
 
     async def told(*names: str) -> tuple[Any, ...]:

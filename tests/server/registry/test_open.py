@@ -46,7 +46,7 @@ async def test_a_template_that_is_not_allowed_brings_no_text(tmp_path: Path) -> 
 async def test_a_lost_spec_is_made_anew_with_the_stop_tokens_that_a_fine_tune_taught(tmp_path: Path) -> None:
     site = Site(tmp_path)
     async with site.publisher.stage() as staging:
-        shutil.copytree(write_adapter(tmp_path / "a"), staging.path, dirs_exist_ok=True)
+        shutil.copytree(write_adapter(tmp_path / "a"), staging, dirs_exist_ok=True)
         version, _ = await site.publisher.admit("", "a", staging, learned=AdapterText(stop_tokens=(7,)))
     (version.path / SPEC_NAME).unlink()
     async with site.registry.open(EVERYTHING, "a", whole=True) as opened:

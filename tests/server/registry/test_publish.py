@@ -10,7 +10,7 @@ from unittest.mock import AsyncMock
 import msgspec
 import pytest
 
-from adapters.peft_format.directory import AdapterError
+from adapters.peft_format.fields import AdapterError
 from adapters.storage.database import DatabaseBusy
 from adapters.storage.versions import RemoteUnavailable, UnknownAdapter
 from server.errors import EngineUnavailable, StorageFull, disk_faults

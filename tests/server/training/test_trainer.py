@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from adapters.peft_format import directory as adapter_format
+from adapters.peft_format.inspection import inspect
 from server.engine.engine import Engine
 from server.messages.protocol import Done
 from server.messages.training import Checkpoint, PlanMemory, StartJob, StopJob, TrainingStep
@@ -31,7 +32,7 @@ def test_the_scale_vector_is_trained_and_folded_into_b(base: Base, trainer: Trai
     assert len(vectors) == sum(linear.out_features for linear in base.linears)
     replies = run(trainer)
     assert (vectors != 1).all()
-    saved = adapter_format.load(final(replies), adapter_format.inspect(final(replies), *shape_of(base)))
+    saved = adapter_format.load(final(replies), inspect(final(replies), *shape_of(base)))
     for name, (a, b) in task.adapter.tensors().items():
         assert torch.equal(saved[name][0], a)
         assert torch.equal(saved[name][1], b)
@@ -84,7 +85,7 @@ def test_the_classic_configuration_trains(base: Base, trainer: Trainer, tmp_path
     curve = losses(replies)
     assert ended(replies).outcome == "succeeded"
     assert sum(curve[-3:]) < 0.9 * sum(curve[:3])
-    spec = adapter_format.inspect(final(replies), *shape_of(base))
+    spec = inspect(final(replies), *shape_of(base))
     assert {name.rsplit(".", 1)[-1] for name in spec.modules} == {"q_proj", "v_proj"}
     assert {(module.rank, module.scaling) for module in spec.modules.values()} == {(8, 4.0)}
 

@@ -48,7 +48,7 @@ def readable(rows: Sequence[Any], kind: type[T]) -> list[T]:
     return found
 
 
-class Records(Generic[R, S]):
+class RecordTable(Generic[R, S]):
     """All records of one table, one tenant's at a time.
 
     Args:

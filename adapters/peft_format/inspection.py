@@ -1,0 +1,236 @@
+"""An uploaded adapter read in full, with nothing trusted.
+
+It reads the safetensors header itself, finds a use for every tensor (layout.py) and looks at every value, with numpy
+only: for a process of its own without torch, where that holds up nobody.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from adapters.peft_format import packed_rows
+from adapters.peft_format.config import MAX_CONFIG_BYTES, AdapterConfig, parse_config
+from adapters.peft_format.conversion import convert
+from adapters.peft_format.directory import CONFIG_NAME, SPEC_NAME, WEIGHTS_NAME, AdapterSpec, check_beginning
+from adapters.peft_format.fields import AdapterError, shorten
+from adapters.peft_format.layout import layout
+from adapters.peft_format.matching import match, new_tokens
+from adapters.peft_format.modules import LoraModule, Variants
+from adapters.peft_format.outline import Outline
+from adapters.peft_format.sizes import LinearSize
+from adapters.peft_format.spelling import beside, respelled, respelled_layout, respelled_outline, spelling
+from adapters.peft_format.text import NO_TEXT, AdapterText
+from adapters.peft_format.weights import (
+    FORMATS,
+    TensorEntry,
+    check_finite,
+    chunks,
+    is_zero,
+    last_rows_bytes,
+    read_header,
+)
+from adapters.safetensors_header import CONVERT
+
+
+@dataclass(frozen=True)
+class Check:
+    """What `inspect` wants to know."""
+
+    directory: Path
+    linears: Mapping[str, LinearSize]
+    model_class: str
+    outline: Outline | None
+    text: AdapterText
+    ignore_vision: bool = False
+
+
+def inspect_adapter(check: Check) -> AdapterSpec:
+    """Convert and inspect the adapter, and lay its rows out beside it. Raises AdapterError, OSError."""
+    weights = check.directory / WEIGHTS_NAME
+    converted = convert(weights) if weights.is_file() else []
+    asked = check.directory, check.linears, check.model_class, check.outline, check.text
+    spec = inspect(*asked, ignore_vision=check.ignore_vision)
+    spec = dataclasses.replace(spec, warnings=(*converted, *spec.warnings))
+    packed_rows.make(check.directory, spec)
+    return spec
+
+
+def inspect(
+    directory: Path,
+    linears: Mapping[str, LinearSize],
+    model_class: str,
+    outline: Outline | None = None,
+    text: AdapterText = NO_TEXT,
+    *,
+    ignore_vision: bool = False,
+) -> AdapterSpec:
+    """Validate the adapter in `directory` against a base, reading every byte of it.
+
+    Args:
+        linears: full module name -> shape, for every linear of the base's decoder.
+        model_class: the base's class, such as "LlamaForCausalLM".
+        outline: its other parameters; without, an adapter may touch nothing but linears.
+        text: what came with the adapter besides config and weights.
+        ignore_vision: accept one that also changes parts of its base which text does not pass.
+
+    Raises:
+        AdapterError: naming the config field, the tensor, or the file (`config`, `weights`) at fault.
+        OSError: the disk's fault, not the adapter's.
+    """
+    config = parse_config(_read_config(directory))
+    config.check_class(model_class)
+    outline = outline or Outline()
+    if config.classifies:
+        outline = outline.headless()
+    path = directory / WEIGHTS_NAME
+    if not path.is_file():
+        raise AdapterError(
+            f"the adapter has no {WEIGHTS_NAME}: pickled weights (.bin, .pt) are not accepted. {CONVERT}", "weights"
+        )
+    with path.open("rb") as file:
+        tensors = read_header(file)
+        names = spelling(tensors, linears, outline)
+        linears, outline = respelled(linears, names), respelled_outline(outline, names)
+        outline = outline.grown(new_tokens(tensors, outline))
+        plan = layout(config, linears, outline, tensors)
+        warnings = [*_unknown_fields(config), *plan.warnings, *match(tensors, plan, linears, outline)]
+        plan = respelled_layout(plan, {theirs: ours for ours, theirs in names.items()})
+        digest = hashlib.sha256(_mathematics(plan.modules, plan.variants, text))
+        for name, tensor in sorted(tensors.items()):
+            digest.update(_heading(name, tensor))
+            changes = not ignore_vision and beside(name, outline) is not None and ".lora_A." not in name
+            for chunk in chunks(file, tensor):
+                digest.update(chunk)
+                check_finite(chunk, name, tensor)
+                # A tower that text has never passed keeps the zeros of its B, and is not changed.
+                if changes and not (".lora_B." in name and is_zero(chunk, tensor)):
+                    raise AdapterError(
+                        f"tensor '{shorten(name)}' changes '{beside(name, outline)}', which text does not pass: images "
+                        "and sound are not served. --ignore-vision-adapters serves the rest",
+                        name,
+                        "unsupported_adapter_feature",
+                    )
+            twin = plan.twins.get(name)
+            if twin is not None and not _same(file, tensor, tensors[twin]):
+                raise AdapterError(f"tensor '{name}' differs from '{twin}', which is the same by another name", name)
+            theirs = tensor._replace(end=tensor.end - last_rows_bytes(tensor, max(outline.new_tokens, 0)))
+            if name not in plan.copies:
+                continue
+            rounded_to = outline.equals(plan.copies[name], tensor.dtype, chunks(file, theirs))
+            if rounded_to is None:
+                raise AdapterError(
+                    f"tensor '{name}' is not what the served base has there: the adapter belongs to another base, or "
+                    "changed this one. List the module in modules_to_save to serve it with these weights",
+                    name,
+                    "base_mismatch",
+                )
+            if rounded_to != outline.stored(plan.copies[name]).dtype:
+                warnings.append(f"'{name}' is the base's, rounded to {rounded_to}: the base's own is served")
+    spec = AdapterSpec(
+        digest=f"sha256:{digest.hexdigest()}",
+        config=config.normalised(),
+        modules=plan.modules,
+        dtype="float32",
+        rank=0,
+        parameters=sum(math.prod(tensor.shape) for tensor in tensors.values()),
+        bytes=sum(tensor.end - tensor.start for tensor in tensors.values()),
+        warnings=tuple(warnings),
+        variants=dataclasses.replace(plan.variants, device_bytes=_device_bytes(plan.variants, tensors, outline)),
+        text=text,
+    )
+    dtypes = {FORMATS[tensors[name].dtype].name for module in spec.adapted.values() for name in module.tensors}
+    return dataclasses.replace(
+        spec,
+        dtype=dtypes.pop() if len(dtypes) == 1 else "float32",
+        rank=max(module.rank for module in spec.adapted.values()),
+    )
+
+
+def digest_of(directory: Path) -> str:
+    """The digest of an adapter that passed `inspect`, computed anew from its spec and all its numbers.
+
+    Raises AdapterError, or what reading JSON raises, when the files are not whole.
+    """
+    spec = AdapterSpec.parse((directory / SPEC_NAME).read_text())
+    digest = hashlib.sha256(_mathematics(spec.modules, spec.variants, spec.text))
+    with (directory / WEIGHTS_NAME).open("rb") as file:
+        for name, tensor in sorted(read_header(file).items()):
+            digest.update(_heading(name, tensor))
+            for chunk in chunks(file, tensor):
+                digest.update(chunk)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _read_config(directory: Path) -> bytes:
+    path = directory / CONFIG_NAME
+    if not path.is_file():
+        raise AdapterError(f"the adapter has no {CONFIG_NAME}", "config")
+    with path.open("rb") as file:
+        raw = file.read(MAX_CONFIG_BYTES + 1)
+    check_beginning(raw)
+    return raw
+
+
+def _unknown_fields(config: AdapterConfig) -> list[str]:
+    return [f"config has the unknown field '{shorten(name)}', which is passed over" for name in config.unknown]
+
+
+def _same(file: BinaryIO, one: TensorEntry, other: TensorEntry) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    with open(file.name, "rb") as again:  # noqa: PTH123 - two places of one file, read side by side
+        return all(a == b for a, b in zip(chunks(file, one), chunks(again, other), strict=True))
+
+
+def _heading(name: str, tensor: TensorEntry) -> bytes:
+    """What comes before a tensor's content in a digest."""
+    return json.dumps([name, tensor.dtype, tensor.shape]).encode() + b"\n"
+
+
+def _mathematics(modules: Mapping[str, LoraModule], variants: Variants, text: AdapterText) -> bytes:
+    """What an adapter is beyond the content of its tensors, as bytes to begin its digest with."""
+
+    def pairs(modules: Mapping[str, LoraModule]) -> dict[str, list[float]]:
+        return {name: [module.rank, module.scaling] for name, module in sorted(modules.items())}
+
+    lines = f"lora {json.dumps(pairs(modules))}\n"
+    if variants != Variants():
+        lines += f"variants {json.dumps([pairs(variants.tables), variants.token_ids, variants.invocation])}\n"
+    if variants.experts:  # the first digests had none
+        lines += f"experts {json.dumps(pairs(variants.experts))}\n"
+    if text != NO_TEXT:
+        fields = dataclasses.asdict(text)
+        for name in ("stop_tokens", "tool_format", "reasoning_format"):  # the first digests had none
+            if not fields[name]:
+                del fields[name]
+        lines += f"text {json.dumps(fields)}\n"
+    return lines.encode()
+
+
+def _device_bytes(variants: Variants, tensors: Mapping[str, TensorEntry], outline: Outline) -> int:
+    """At most as much memory as `adapters.device.variants` takes for all this."""
+    total = 8 * outline.head_bias[0] if outline.head_bias and variants.names else 0
+    for module in variants.tables.values():
+        total += 4 * module.rank**2 + sum(_numbers(tensors, name, 4) for name in (module.a, module.b))
+    for experts in variants.experts.values():  # B has zeros for the parameter's other parts
+        dtypes = {tensors[name].dtype for name in experts.tensors}
+        each = FORMATS[dtypes.pop() if len(dtypes) == 1 else "F32"].itemsize
+        total += sum(
+            _numbers(tensors, name, each) * (experts.parts if ".lora_B." in name else 1) for name in experts.tensors
+        )
+    for name in (*variants.magnitudes.values(), *variants.delta_biases.values()):
+        total += _numbers(tensors, name, 8)
+    for name in (*variants.parameters.values(), *variants.tokens.values(), *variants.classifier.values()):
+        total += _numbers(tensors, name, 8 if len(tensors[name].shape) == 1 else 4)
+    for name in variants.grown.values():
+        total += max(variants.new_tokens, 0) * _numbers(tensors, name, 4) // tensors[name].shape[0]
+    return total + sum(8 * len(ids) for ids in variants.token_ids.values())
+
+
+def _numbers(tensors: Mapping[str, TensorEntry], name: str, each: int) -> int:
+    return each * math.prod(tensors[name].shape)
