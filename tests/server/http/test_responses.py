@@ -302,7 +302,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "role": ({"input": [{"role": "narrator", "content": "x"}]}, "input.0.role"),
     "item": ({"input": [{"type": "computer_call", "id": "x"}]}, "input.0.type"),
     "arguments": (
-        {"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": "["}]},
+        {"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": ["x"]}]},
         "input.0.arguments",
     ),
     "web search": ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
@@ -394,6 +394,66 @@ async def test_input_items_come_in_pages(served: Served) -> None:
     assert newest["has_more"]
     rest = await get(served, f"{body['id']}/input_items", limit=2, after=newest["last_id"])
     assert (rest["data"], rest["has_more"]) == (whole["data"][:1], False)
+
+
+async def test_an_item_that_is_sent_twice_is_two_items_of_its_pages(served: Served) -> None:
+    say(served, "One.")
+    first = await made(served)
+    user = {"role": "user", "content": "x", "id": "msg_mine"}
+    again = [*first["output"], {"type": "item_reference", "id": first["output"][0]["id"]}, user, user]
+    body = await made(served, input=again, previous_response_id=first["id"])
+    ids: list[str] = []
+    for _ in range(6):
+        after = {"after": ids[-1]} if ids else {}
+        page = await get(served, f"{body['id']}/input_items", order="asc", limit=1, **after)
+        ids.append(page["last_id"])
+    assert not page["has_more"]
+    assert len(set(ids)) == 6
+    assert sent_prompt(served).count("One.") == 3
+    await made(served, input=[{"type": "item_reference", "id": ids[-1]}])
+
+
+@pytest.mark.parametrize("given", ['{"city": Rome}', '{"city": "Ro', "{'city': 1}"])
+async def test_arguments_that_are_no_json_can_be_gone_on_from(served: Served, given: str) -> None:
+    say(served, f'<tool_call>{{"name": "get_weather", "arguments": {given}}}</tool_call>')
+    first = await made(served, tools=[WEATHER | {"strict": False}])
+    [call] = [item for item in first["output"] if item["type"] == "function_call"]
+    assert call["arguments"].startswith(given)
+    output = {"type": "function_call_output", "call_id": call["call_id"], "output": "No JSON."}
+    await made(served, input=[output], previous_response_id=first["id"])
+    await made(served, input=[call, output])
+
+
+HARMLESS: dict[str, dict[str, Any]] = {
+    "what Codex says of itself": {"client_metadata": {"session": "x"}},
+    "caching": {"prompt_cache_options": {"mode": "implicit", "ttl": "30m", "prewarm": False}},
+    "thinking as always": {"reasoning": {"effort": "low", "context": "auto", "mode": "standard"}},
+    "a tool for the model alone": {
+        "tools": [WEATHER | {"allowed_callers": ["direct"], "async": False, "defer_loading": False}]
+    },
+    "a call by the model": {
+        "input": [
+            {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}", "caller": {"type": "direct"}},
+            {"type": "function_call_output", "call_id": "c", "output": "x", "caller": {"type": "direct"}},
+        ]
+    },
+    "what parse left": {
+        "input": [{"role": "assistant", "content": [{"type": "output_text", "text": "{}", "parsed": {"a": 1}}]}]
+    },
+    "where to cut": {
+        "input": [
+            {
+                "role": "user",
+                "content": [{"type": "input_text", "text": "x", "prompt_cache_breakpoint": {"mode": "explicit"}}],
+            }
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+async def test_what_clients_send_and_nothing_depends_on_is_accepted(served: Served, name: str) -> None:
+    await made(served, **HARMLESS[name])
 
 
 async def test_a_deleted_response_is_gone(served: Served) -> None:
