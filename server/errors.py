@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -24,6 +25,7 @@ from adapters.storage.versions import DamagedAdapter, RemoteUnavailable
 from server.logs import note
 
 _ANTHROPIC = "/v1/messages"  # paths with Anthropic's errors
+_OF_ANOTHER_TYPE = ("literal_error", "model_type", "dict_type", "list_type", "string_type", "int_type", "float_type")
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -269,7 +271,7 @@ def as_error(exc: Exception) -> LorakeetError:
         case AdapterError():
             return InvalidRequest(str(exc), param=exc.param, code=exc.code)
         case ValidationError():
-            return _from_validation(exc)
+            return invalid_body(exc)
         case HTTPException():
             return _from_http(exc)
     return storage_full(exc) if is_full(exc) else InternalError()
@@ -284,9 +286,10 @@ def error_response(error: LorakeetError, path: str = "") -> Response:
 
 
 def anthropic_body(error: LorakeetError) -> dict[str, Any]:
-    """The JSON body as Anthropic has it, with our `param` and `code` beside its fields."""
+    """The JSON body as Anthropic has it, with our `param` and `code`, and with `details`, where its client looks."""
     kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    return {"type": "error", "error": error.body()["error"] | {"type": kind}}
+    details = {"error_code": error.code} if error.code else None
+    return {"type": "error", "error": error.body()["error"] | {"type": kind, "details": details}}
 
 
 def shown(text: str) -> str:
@@ -335,13 +338,35 @@ def _from_http(exc: HTTPException) -> LorakeetError:
     return _with_status(exc.status_code, error_class(exc.detail, headers=exc.headers))
 
 
-def _from_validation(exc: ValidationError) -> LorakeetError:
-    """The first fault of a body, named by its field. The value itself is not repeated: it may be a whole prompt."""
-    fault = exc.errors(include_url=False, include_context=False, include_input=False)[0]
-    path = [str(part) for part in fault["loc"]]
+def invalid_body(exc: ValidationError, data: Any = None) -> InvalidRequest:
+    """The first fault of a body, named by its field. The value itself is not repeated: it may be a whole prompt.
+
+    Args:
+        data: what was validated; without it a field may have names of types in its path.
+    """
+    faults = exc.errors(include_url=False, include_context=False, include_input=False)
+    fault, path = faults[0], _path(faults[0], data)
+    if data is not None:  # a field that may be this or that has a fault as each of them: what it nearly is tells most
+        branches = [(each, place) for each in faults if (place := _path(each, data))[: len(path)] == path]
+        fault, path = max(branches, key=lambda found: (found[0]["type"] not in _OF_ANOTHER_TYPE, len(found[1])))
     param = ".".join(path)[:200] or None
     if fault["type"] == "extra_forbidden":
         message = f"Unsupported parameter: `{shown(param or '')}`."
         return InvalidRequest(message, param=param, code="unsupported_parameter")
     message = fault["msg"].removeprefix("Value error, ")
     return InvalidRequest(f"`{param}`: {message}" if param else message, param=param)
+
+
+def _path(fault: ErrorDetails, data: Any) -> list[str]:
+    """The way to a fault's place, without pydantic's names for the branches of unions."""
+    path: list[str] = []
+    part: Any = data
+    last = len(fault["loc"]) - 1
+    for i, place in enumerate(fault["loc"]):
+        name = str(place) if isinstance(part, dict) else place  # a key that was read as a number
+        if name in part if isinstance(part, dict) else isinstance(part, list) and isinstance(name, int):
+            part = part[name]
+        elif data is not None and not (fault["type"] == "missing" and i == last):
+            continue
+        path.append(str(name))
+    return path

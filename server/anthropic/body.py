@@ -1,12 +1,12 @@
 """The body of `POST /v1/messages`, and the chat request that it is."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from server.errors import InvalidRequest, LorakeetError, as_error
+from server.errors import InvalidRequest, LorakeetError, NotFound, as_error
 from server.openai.body import Body, Items, Label
 from server.openai.chat import ChatBody
 from server.openai.grammars import Schema
@@ -22,6 +22,7 @@ class CacheControl(Body):
 
     type: Literal["ephemeral"]
     ttl: Literal["5m", "1h"] | None = None
+    scope: Label | None = None
 
 
 class _Cached(Body):
@@ -35,6 +36,7 @@ class TextInput(_Cached):
 
     type: Literal["text"]
     text: str
+    parsed_output: Any = None  # the client's `parse` leaves it in the answer that it returns
 
 
 class ThinkingInput(Body):
@@ -178,6 +180,13 @@ class OutputConfig(Body):
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
 
 
+class Thread(Body):
+    """A conversation that a server may hold, which clients take for lost at any time: here none is held."""
+
+    type: Literal["create", "continue"]
+    previous_message_id: _Id | None = None
+
+
 class MessageMetadata(Body):
     """Who asks."""
 
@@ -225,7 +234,7 @@ class CountBody(_Cached):
         return renamed(error, _NAMES)
 
     def _chat(self) -> dict[str, Any]:
-        messages = [message for turn in self.messages for message in turn.chat()]
+        messages = _joined(message for turn in self.messages for message in turn.chat())
         if self.system:
             messages.insert(0, {"role": "system", "content": "\n".join(part.text for part in self.system)})
         choices = {"any": "required", "tool": {"type": "function", "function": {"name": self.tool_choice.name}}}
@@ -254,6 +263,7 @@ class MessageBody(CountBody):
         "service_tier": ("auto", "standard_only"),
         "speed": ("standard",),
         "mcp_servers": ([],),
+        "context_management": ({"edits": []}, {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}),
     }
 
     max_tokens: int = Field(ge=1, le=INT32)  # at most: fewer fit, if the context ends before
@@ -264,7 +274,15 @@ class MessageBody(CountBody):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=0, le=INT32)
     metadata: MessageMetadata = MessageMetadata()
+    thread: Thread | None = None
     stream: bool = False
+
+    @model_validator(mode="after")
+    def _check_thread(self) -> Self:
+        if self.thread is not None and self.thread.type == "continue":
+            message = "No conversation is held here: send all of its messages."
+            raise NotFound(message, param="thread.previous_message_id", code="thread_not_found")
+        return self
 
     @model_validator(mode="after")
     def _check_budget(self) -> Self:
@@ -281,6 +299,21 @@ class MessageBody(CountBody):
             "top_k": self.top_k,
             "user": self.metadata.user_id,
         }
+
+
+def _joined(messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With turns of a user, or of the assistant, that follow each other as one, as Anthropic has them."""
+    joined: list[dict[str, Any]] = []
+    for message in messages:
+        last = joined[-1] if joined else {}
+        if message["role"] not in ("user", "assistant") or last.get("role") != message["role"] or "tool_calls" in last:
+            joined.append(message)
+            continue
+        for name in ("content", "reasoning"):
+            if any(texts := [last.get(name), message.get(name)]):
+                last[name] = "\n".join(filter(None, texts))
+        last |= {name: message[name] for name in ("tool_calls",) if name in message}
+    return joined
 
 
 def _as_function(tool: MessageTool) -> dict[str, Any]:

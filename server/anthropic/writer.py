@@ -4,10 +4,9 @@ import uuid
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic_core import from_json
-
 from server.anthropic import objects as o
 from server.openai.chat import Addition, Call, Chat, Finish
+from server.text.tools.arguments import ObjectText
 from server.text.tools.source import Arguments, Text, Thought
 
 _REASONS: dict[str, Literal["end_turn", "tool_use"]] = {"stop": "end_turn", "tool_calls": "tool_use"}
@@ -26,6 +25,7 @@ class MessageWriter:
         self._id = f"msg_{uuid.uuid4().hex}"
         self._blocks: list[o.Block] = []  # the last one is as it was begun while it is open
         self._texts: list[str] | None = None  # of the last block, while that is open
+        self._input = ObjectText()  # of the last call
         self._ending = o.Ending(stop_reason="end_turn", stop_sequence=None)
 
     def begin(self) -> Iterator[o.MessageEvent]:
@@ -43,10 +43,11 @@ class MessageWriter:
                     yield from self._write(o.ThinkingBlock(thinking=""), o.ThinkingDelta(thinking=text), text)
                 case Call(id_, name):
                     yield from self._open(o.ToolUseBlock(id=id_, name=name, input={}))
+                    self._input = ObjectText()
                 case Arguments(text):
-                    yield self._delta(o.InputDelta(partial_json=text), text)
+                    yield from self._write_input(self._input.feed(text))
         if addition.finish is not None:
-            yield from self._close()
+            yield from self._close(cut=addition.finish.reason == "length" or addition.finish.stop_reason is not None)
             self._ending = self._end(addition.finish)
             yield o.MessageDelta(delta=self._ending, usage=self._usage())
             yield o.MessageStop()
@@ -60,6 +61,10 @@ class MessageWriter:
             yield from self._open(block)
         yield self._delta(delta, text)
 
+    def _write_input(self, text: str) -> Iterator[o.MessageEvent]:
+        if text:
+            yield self._delta(o.InputDelta(partial_json=text), text)
+
     def _delta(self, delta: Any, text: str) -> o.MessageEvent:
         assert self._texts is not None
         self._texts.append(text)
@@ -71,14 +76,15 @@ class MessageWriter:
         self._texts = []
         yield o.BlockStart(index=len(self._blocks) - 1, content_block=block)
 
-    def _close(self) -> Iterator[o.MessageEvent]:
+    def _close(self, *, cut: bool = False) -> Iterator[o.MessageEvent]:
         if self._texts is None:
             return
+        if isinstance(self._blocks[-1], o.ToolUseBlock):
+            yield from self._write_input(self._input.end(cut=cut))
         text, self._texts = "".join(self._texts), None
         match self._blocks[-1]:
             case o.ToolUseBlock(id=id_, name=name):
-                given = from_json(text or "{}", allow_partial=True)  # as far as it came
-                self._blocks[-1] = o.ToolUseBlock(id=id_, name=name, input=given)
+                self._blocks[-1] = o.ToolUseBlock(id=id_, name=name, input=self._input.object())
             case o.ThinkingBlock():
                 self._blocks[-1] = o.ThinkingBlock(thinking=text)
             case o.TextBlock():

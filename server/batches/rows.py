@@ -9,10 +9,11 @@ from typing import Any
 import msgspec
 
 from adapters.disk import full_disk_named, sync
-from adapters.strict_json import JsonFault, parse_json
+from adapters.strict_json import JsonFault, check_characters, parse_json
 from server.batches.store import Fault
 from server.errors import shown
 from server.finetune.files import new_id
+from server.finetune.rows import BYTE_ORDER_MARK
 
 INPUT = "input.jsonl"  # in a batch's directory, and how its rows ended: well, or not
 ANSWERS = {True: "output.jsonl", False: "errors.jsonl"}
@@ -69,6 +70,7 @@ def _checked(text: bytes, endpoint: str) -> str:
     """The row's `custom_id`. Raises _Faulty."""
     try:
         row: Any = parse_json(text, max_depth=_MAX_DEPTH)
+        check_characters(text, row)
     except JsonFault as fault:
         raise _Faulty("invalid_json_line", shown(f"this {fault}")) from None
     if not isinstance(row, dict):
@@ -92,6 +94,8 @@ def _checked(text: bytes, endpoint: str) -> str:
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     with path.open("rb") as file:
         for number, text in enumerate(file, start=1):
+            if number == 1:
+                text = text.removeprefix(BYTE_ORDER_MARK)
             if stripped := text.strip():
                 yield number, stripped
 

@@ -14,6 +14,7 @@ import msgspec
 from adapters.strict_json import JsonFault, parse_json
 
 MAX_LINE_BYTES = 4 << 20
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which some editors begin a file with
 
 
 class DatasetError(ValueError):
@@ -88,7 +89,7 @@ class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def text(self) -> str:
         if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
+            return "\n".join(part.text for part in self.content)
         return self.content or ""
 
     @property
@@ -167,7 +168,7 @@ def read_examples(lines: Iterable[bytes]) -> Iterator[tuple[int, Example | None]
         if len(line) > MAX_LINE_BYTES:
             raise DatasetError(f"longer than {MAX_LINE_BYTES} bytes", number)
         if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")  # the byte order mark that some editors write
+            line = line.removeprefix(BYTE_ORDER_MARK)
         yield number, (_parse(line, number) if line.strip() else None)
 
 

@@ -4,9 +4,9 @@ import json
 from typing import TYPE_CHECKING, cast
 
 from llguidance import LLMatcher, LLParserLimits, StructTag
-from llguidance.gbnf_to_lark import any_to_lark
 
-from server.messages.grammar_schema import EXACT, exact
+from server.messages.gbnf import as_lark
+from server.messages.grammar_schema import EXACT, exact, portable
 from server.messages.protocol import Grammar
 
 if TYPE_CHECKING:
@@ -38,13 +38,13 @@ def _of_answer(grammar: Grammar) -> str:
         case "json_object":
             return LLMatcher.grammar_from_json_schema({"type": "object", "x-guidance": _SPACED})
         case "regex":
-            return LLMatcher.grammar_from_regex(text)
+            return LLMatcher.grammar_from_regex(portable(text))
         case "choice":
             return LLMatcher.grammar_from_lark(
                 "start: " + " | ".join(json.dumps(choice) for choice in json.loads(text))
             )
         case "lark":
-            return LLMatcher.grammar_from_lark(any_to_lark(text))
+            return LLMatcher.grammar_from_lark(as_lark(text))
         case "structural_tag":
             return LLMatcher.grammar_from_lark(StructTag.to_grammar(_tags(text), assume_special=False))
 

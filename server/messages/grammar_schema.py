@@ -1,9 +1,11 @@
 """JSON Schemas tightened where llguidance allows more than they do, so that a finished answer validates.
 
-Regular expressions mean what ECMAScript's do. Names are not escaped, or one could stand twice in an object.
+Regular expressions mean what ECMAScript's do, and Python's. Names are not escaped, or one could stand twice in an
+object.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -18,20 +20,25 @@ _DATE = (
     r"(?:[0-9]{4}-(?:(?:0[13-9]|1[0-2])-[0-9]{2}|02-(?:[01][0-9]|2[0-8]))"
     r"|(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)-02-29)"
 )
+_LABEL = r"([^.]|[^.]{2}([^.-][^.]*|-[^.-][^.]*)?)"  # none whose form is reserved: `xn--` has rules of its own
 _FORMATS = {
-    "date": f"^{_DATE}$",
-    "date-time": f"^{_DATE}.{{7}}[0-5]",  # no leap seconds: few are in the calendar
-    "time": "^.{6}[0-5]",
-    "email": "^[^@]{1,64}@[^@]{1,63}$",
-    "hostname": "^.{1,253}$",
+    "date": [f"^{_DATE}$"],
+    "date-time": [f"^{_DATE}.{{7}}[0-5]"],  # no leap seconds: few are in the calendar
+    "time": ["^.{6}[0-5]"],
+    "email": ["^[^@]{1,64}@[^@]{1,63}$"],
+    "hostname": ["^.{1,253}$", rf"^{_LABEL}(\.{_LABEL})*$"],
 }
 
-# Some engines take the one for white space that others do not.
-_SPACE, _NO_SPACE = r"[ \t\n\r\f\v]", r"[^\s\x1c-\x1f\x{feff}]"
-_ANY_SPACE, _OTHER = r"[\s\x1c-\x1f\x{feff}]", r"[^ \t\n\r\f\v]"
-_DOT = r"[^\n\r\x{2028}\x{2029}]"
+# Of JSON Schema; all others are annotations.
+_DEFINED = _FORMATS.keys() | {
+    *("duration", "ipv4", "ipv6", "uuid", "uri", "uri-reference", "uri-template", "iri", "iri-reference"),
+    *("idn-email", "idn-hostname", "json-pointer", "relative-json-pointer", "regex"),
+}
+_COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
+_ANNOTATIONS = {"title", "description", "$comment", "examples", "deprecated"}
+_ENDS = {"exclusiveMinimum": math.inf, "exclusiveMaximum": -math.inf}  # and the way from there to what is allowed
+
 _CONTROL = re.compile(r"(?<!\\)(?:\\\\)*\\u00(?:[01]|7f)")
-_PART = re.compile(r"\\.|\[\^?|\]|\.", re.DOTALL)
 
 
 def exact(schema: Any) -> Any:
@@ -40,15 +47,49 @@ def exact(schema: Any) -> Any:
         return [exact(part) for part in schema]
     if not isinstance(schema, Mapping):
         return schema
-    made = {key: _member(key, value) for key, value in schema.items()}
+    made = {key: _member(key, value) for key, value in schema.items() if not _says_nothing(key, value, schema)}
     least, required = schema.get("minProperties"), schema.get("required")
     names = len({str(name) for name in required}) if isinstance(required, list) else 0
     if isinstance(least, int | float) and least > names + 1:
         raise ValueError("minProperties: more than one name beyond those in `required` cannot be enforced")
-    pattern = _FORMATS.get(str(schema.get("format")))
-    if pattern is not None and isinstance(made.get("allOf", []), list):
-        made["allOf"] = [*made.get("allOf", []), {"pattern": pattern}]
+    patterns = _FORMATS.get(str(schema.get("format")))
+    if patterns is not None and isinstance(made.get("allOf", []), list):
+        made["allOf"] = [*made.get("allOf", []), *({"pattern": pattern} for pattern in patterns)]
+    if schema.get("type") != "integer":
+        made |= {key: _beyond(made[key], away) for key, away in _ENDS.items() if key in made}
     return made
+
+
+def _says_nothing(key: str, value: Any, schema: Mapping[str, Any]) -> bool:
+    """Whether a schema is the same without this member, which generators of schemas write all the same."""
+    match key:
+        case "format":
+            return isinstance(value, str) and value not in _DEFINED
+        case "uniqueItems":
+            return value is False
+        case "propertyNames" | "unevaluatedProperties" | "unevaluatedItems":
+            typed = key == "propertyNames" and isinstance(value, Mapping) and value.get("type") == "string"
+            rest = value.keys() - _ANNOTATIONS - ({"type"} if typed else set()) if isinstance(value, Mapping) else value
+            return rest is True or rest == set()
+        case "dependentRequired" | "dependentSchemas" | "dependencies":
+            return value == {}
+        case "if":
+            return not schema.keys() & {"then", "else"}
+        case "then" | "else":
+            return "if" not in schema
+        case "minContains" | "maxContains":
+            return "contains" not in schema
+    return False
+
+
+def _beyond(bound: Any, away: float) -> Any:
+    """A bound that is excluded, moved off a whole number: llguidance would let that pass where the other bound is near.
+
+    What is lost lies between two doubles that follow each other, and beside zero.
+    """
+    if isinstance(bound, bool) or not isinstance(bound, int | float) or bound % 1 or abs(bound) > 1e15:
+        return bound
+    return math.nextafter(bound, away) if bound else math.copysign(1e-15, away)
 
 
 def _member(key: str, value: Any) -> Any:
@@ -58,27 +99,60 @@ def _member(key: str, value: Any) -> Any:
         return value
     if key == "pattern" and isinstance(value, str):
         return portable(value)
+    if key in _COUNTS and isinstance(value, float) and value.is_integer():
+        return int(value)
     if key in _NAMED and isinstance(value, Mapping):
         rename = portable if key == "patternProperties" else str
         return {rename(name): exact(part) for name, part in value.items()}
     return exact(value)
 
 
+# --- patterns ---------------------------------------------------------------------------------------
+
+# What all engines take a class for, and what any of them does: of ASCII, or of Unicode.
+_CLASSES = {
+    "s": (r" \t\n\r\f\v", r"\s\x1c-\x1f\x{feff}"),
+    "d": (r"0-9", r"0-9\p{N}"),
+    "w": (r"0-9A-Za-z_", r"0-9A-Za-z_\p{L}\p{M}\p{N}\p{Pc}\p{Alphabetic}\x{200c}\x{200d}"),
+}
+_DOT = r"[^\n\r\x{2028}\x{2029}]"
+_PART = re.compile(r"\\(?:[pPuxb]\{[^}]*\}|.)|\[\^?\]?|\]|\.|&&|--|~~|[*+?}]\+", re.DOTALL)
+_ESCAPES = re.compile(r"\\(?:[^A-Za-z0-9<>]|[bBfnrtv]|x[0-9A-Fa-f]?|u(\{[^}]*\})?|[pP]\{[^}]*\}|c|k|[0-9])", re.DOTALL)
+
+
 def portable(pattern: str) -> str:
-    """A pattern in Rust's syntax, of texts that match in every engine."""
-    classes: list[bool] = []  # those that are open; whether they are negated
+    """A pattern in Rust's syntax, of texts that match in all engines. Raises ValueError for what is ambiguous."""
+    negated: bool | None = None  # whether the class is that is open
 
     def rewritten(match: re.Match[str]) -> str:
+        nonlocal negated
         part = match[0]
         if part.startswith("["):
-            classes.append(part != "[")
-        elif part == "]" and classes:
-            classes.pop()
-        elif part == "." and not classes:
+            if negated is not None:
+                return "\\" + part
+            if part.endswith("]"):
+                raise ValueError(f"pattern: {part} is read in several ways; write [^\\s\\S], [\\s\\S] or [\\]...]")
+            negated = part == "[^"
+        elif part == "]":
+            negated = None
+        elif part[0] == "\\" and part[1] in "sSdDwW":
+            return _class(part[1], negated)
+        elif part[0] == "\\" and not _ESCAPES.fullmatch(part):
+            raise ValueError(f"pattern: {part} is no escape in ECMAScript")
+        elif negated is not None:
+            return part[0] + "\\" + part[1] if part in ("&&", "--", "~~") else part
+        elif part == ".":
             return _DOT
-        elif part in (r"\s", r"\S"):
-            negated = bool(classes) and classes[-1]
-            return ((_SPACE, _ANY_SPACE), (_NO_SPACE, _OTHER))[part == r"\S"][negated]
+        elif part[-1] == "+" and part[0] != "\\":
+            raise ValueError(f"pattern: {part} is read in several ways")
         return part
 
     return _PART.sub(rewritten, pattern)
+
+
+def _class(name: str, negated: bool | None) -> str:
+    r"""`\d` and its like; what is left out of a negated class may be more than any engine leaves out."""
+    narrow, wide = _CLASSES[name.lower()]
+    if name.islower():
+        return f"[{wide if negated else narrow}]"
+    return f"[^{narrow if negated else wide}]"

@@ -1,5 +1,6 @@
 """A JSON object with known fields: the base of every request body."""
 
+from functools import cache
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import (
@@ -9,13 +10,14 @@ from pydantic import (
     FailFast,
     Field,
     GetJsonSchemaHandler,
+    ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
     model_validator,
 )
 from pydantic_core import CoreSchema
 
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, invalid_body
 
 K = TypeVar("K")
 T = TypeVar("T")
@@ -67,7 +69,7 @@ class Body(BaseModel):
         if not isinstance(data, dict):
             return data
         given: dict[str, Any] = {}
-        fields, no_ops = cls.__pydantic_fields__, cls.no_ops  # a list may have thousands of such objects
+        fields, no_ops = _names(cls), cls.no_ops  # a list may have thousands of such objects
         for name, value in data.items():
             if value is None or (name in no_ops and _same_as_one_of(value, no_ops[name])):
                 continue
@@ -94,7 +96,25 @@ class Body(BaseModel):
         """Plain data as this body."""
         if not isinstance(data, dict):
             raise InvalidRequest("The body must be a JSON object.")
-        return cls.model_validate(data)
+        try:
+            return cls.model_validate(data)
+        except ValidationError as fault:
+            raise invalid_body(fault, data) from None
+
+
+@cache
+def _names(kind: type[Body]) -> frozenset[str]:
+    """Under which its fields are given."""
+    return frozenset(field.alias or name for name, field in kind.__pydantic_fields__.items())
+
+
+class PromptCacheOptions(Body):
+    """How prompts are to be cached: all of them are, as long as there is room."""
+
+    no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {"prewarm": (False,)}
+
+    mode: Label | None = None
+    ttl: Label | None = None
 
 
 def _or_null(schema: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from server.openai.generation import Generation, Prompt, check_vocabulary, check
 from server.openai.reasoning import Thinking
 from server.openai.schema import INT32, GenerationBody
 from server.openai.target import open_target
-from server.openai.tools import Calling, Tool, ToolChoice, check_choice
+from server.openai.tools import Calling, Tool, ToolChoice, allowed, check_choice
 from server.services import Services
 from server.tenants.caller import Caller
 from server.text.processor import TextProcessor
@@ -58,14 +58,13 @@ class ChatBody(GenerationBody, Conversation):
     @property
     def shown_tools(self) -> list[Tool]:
         """None of them, if none may be called."""
-        return [] if self.tool_choice == "none" else self.tools
+        return [] if self.tool_choice == "none" else list(allowed(self.tool_choice, self.tools))
 
     def calling(self, text: TextProcessor) -> Calling | None:
         """How tools are called; None where there are none to call."""
-        tools, tool_format = self.shown_tools, text.tool_format
-        if not tools or tool_format is None:
+        if not self.shown_tools or (tool_format := text.tool_format) is None:
             return None
-        return Calling(text, tool_format, tools, self.tool_choice, self.parallel_tool_calls)
+        return Calling(text, tool_format, self.tools, self.tool_choice, self.parallel_tool_calls)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from server.openai.body import Body, Items
 from server.openai.tools import FunctionName, Tool, check_tools
 from server.text.chat_template import RESERVED
 from server.text.processor import TextProcessor
+from server.text.tools.arguments import as_object
 
 
 def _content(value: Any) -> Any:
@@ -50,21 +51,16 @@ _ARGUMENTS = BeforeValidator(_template_arguments, json_schema_input_type=dict[st
 
 
 def _arguments(value: Any) -> Any:
-    """JSON of an object, as models write it. Clients send back what was cut short, too: it is closed where it ends."""
+    """JSON of an object, as models write it. Clients send back what is none, too: then as a model is told of it."""
+    if not isinstance(value, str):
+        raise ValueError("must be a text: the JSON of an object")
+    told = as_object(value)
     try:
-        if isinstance(value, str) and isinstance(given := from_json(value or "{}", allow_partial=True), dict):
-            return value if _is_whole(value) else json.dumps(given, ensure_ascii=False)
+        if from_json(value) == told:
+            return value
     except ValueError:
         pass
-    raise ValueError("must be the JSON text of an object")
-
-
-def _is_whole(text: str) -> bool:
-    try:
-        from_json(text)
-    except ValueError:
-        return False
-    return True
+    return json.dumps(told, ensure_ascii=False)
 
 
 class CalledFunction(Body):

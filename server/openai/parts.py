@@ -5,9 +5,9 @@ from functools import reduce
 from operator import or_
 from typing import Any
 
-from pydantic import BeforeValidator, ValidationError
+from pydantic import BeforeValidator
 
-from server.errors import InvalidRequest, LorakeetError, as_error, shown
+from server.errors import InvalidRequest, LorakeetError, shown
 from server.openai.body import Body
 
 Kinds = Mapping[str, type[Body]]
@@ -23,10 +23,9 @@ def read_part(kinds: Kinds, value: Any, place: str, type_of: Callable[[Mapping[s
         message = f"`{place}.type`: {asked}; it may be {', '.join(kinds)}."
         raise InvalidRequest(message, param=f"{place}.type", code="unsupported_parameter")
     try:
-        return kind.model_validate(value)
-    except (ValidationError, LorakeetError) as fault:
-        error = as_error(fault)
-        raise moved(error, f"{place}.{error.param}") from None
+        return kind.validate_object(value)
+    except LorakeetError as error:
+        raise moved(error, f"{place}.{error.param}" if error.param else place) from None
 
 
 def parts(

@@ -4,20 +4,26 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic import Field, Tag, ValidationError, model_validator
 
 from server.errors import InvalidRequest, LorakeetError, as_error
-from server.openai.body import Body, Items, Label, Metadata
+from server.openai.body import Body, Entries, Items, Label, Metadata, PromptCacheOptions
 from server.openai.chat import ChatBody
 from server.openai.grammars import JsonObjectFormat, Schema, TextFormat
 from server.openai.parts import parts, renamed
 from server.openai.response_input import INPUT_ITEMS, Item, messages_of
 from server.openai.schema import INT32, MAX_ADAPTERS, SamplingBody, WeightedAdapter
-from server.openai.tools import FunctionTool, NamedFunction
+from server.openai.tools import CHOOSING, FunctionTool, NamedFunction, Word
 
 
 class ResponseFunction(FunctionTool):
     """A function."""
+
+    no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "allowed_callers": (["direct"],),
+        "async": (False,),
+        "defer_loading": (False,),
+    }
 
     type: Literal["function"]
     strict: bool = True
@@ -43,6 +49,8 @@ class TextConfig(Body):
 class ReasoningConfig(Body):
     """How much to think; summaries are asked for in vain: thoughts are there as they are."""
 
+    no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {"context": ("auto",), "mode": ("standard",)}
+
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
@@ -62,19 +70,8 @@ class AllowedTools(Body):
     tools: Items[FunctionChoice] = Field(min_length=1)
 
 
-def _kind_of_choice(value: Any) -> Any:
-    return "word" if isinstance(value, str) else value.get("type") if isinstance(value, dict) else None
-
-
 ToolChoice = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("word")]
-    | Annotated[FunctionChoice, Tag("function")]
-    | Annotated[AllowedTools, Tag("allowed_tools")],
-    Discriminator(
-        _kind_of_choice,
-        custom_error_type="tool_choice",
-        custom_error_message="must be none, auto, required, a function or allowed_tools; built-in tools are not served",
-    ),
+    Word | Annotated[FunctionChoice, Tag("function")] | Annotated[AllowedTools, Tag("allowed_tools")], CHOOSING
 ]
 
 
@@ -143,6 +140,8 @@ class ResponseBody(SamplingBody):
     safety_identifier: Label | None = None
     prompt_cache_key: Label | None = None
     prompt_cache_retention: Label | None = None
+    prompt_cache_options: PromptCacheOptions | None = None
+    client_metadata: Entries[str, Label] = Field({})  # Codex's: what it says of its session
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:
@@ -198,20 +197,15 @@ class ResponseBody(SamplingBody):
         return renamed(error, [(f"{tool[0]}.function", tool[0])] if tool else _NAMES)
 
     def _tools(self) -> list[dict[str, Any]]:
-        choice = self.tool_choice
-        allowed = {tool.name for tool in choice.tools} if isinstance(choice, AllowedTools) else None
-        return [
-            {"type": "function", "function": tool.model_dump(exclude={"type"})}
-            for tool in self.tools
-            if allowed is None or tool.name in allowed
-        ]
+        return [{"type": "function", "function": tool.model_dump(exclude={"type"})} for tool in self.tools]
 
     def _choice(self) -> str | dict[str, Any]:
         match self.tool_choice:
             case FunctionChoice(name=name):
                 return {"type": "function", "function": {"name": name}}
-            case AllowedTools(mode=mode):
-                return mode
+            case AllowedTools(mode=mode, tools=tools):
+                named = [{"type": "function", "function": {"name": tool.name}} for tool in tools]
+                return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": named}}
             case choice:
                 return choice
 

@@ -18,6 +18,7 @@ class InputText(Body):
 
     type: Literal["input_text"]
     text: str
+    prompt_cache_breakpoint: dict[str, Any] | None = None  # any prefix is cached without it
 
 
 class AnswerText(Body):
@@ -27,6 +28,7 @@ class AnswerText(Body):
     text: str
     annotations: list[Any] = Field([])
     logprobs: list[Any] = Field([])
+    parsed: Any = None  # OpenAI's `parse` leaves it in the answer that it returns
 
 
 class RefusalText(Body):
@@ -61,8 +63,13 @@ class MessageItem(Body):
     status: ItemStatus | None = None
 
 
+_DIRECT: dict[str, tuple[Any, ...]] = {"caller": ({"type": "direct"},), "async": (False,)}
+
+
 class CallItem(CalledFunction):
     """A call in an earlier answer."""
+
+    no_ops: ClassVar[dict[str, tuple[Any, ...]]] = _DIRECT
 
     type: Literal["function_call"]
     call_id: _Id
@@ -72,6 +79,8 @@ class CallItem(CalledFunction):
 
 class CallOutputItem(Body):
     """What a call gave."""
+
+    no_ops: ClassVar[dict[str, tuple[Any, ...]]] = _DIRECT
 
     type: Literal["function_call_output"]
     call_id: _Id

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from server.errors import InvalidRequest
 from server.messages.protocol import Grammar, Sampling, ThoughtBudget
-from server.openai.body import Body, Entries, Items, Label, Metadata
+from server.openai.body import Body, Entries, Items, Label, Metadata, PromptCacheOptions
 from server.openai.grammars import ConstrainedBody
 from server.settings import MAX_SPECULATIVE_TOKENS
 
@@ -123,6 +123,7 @@ class GenerationBody(ConstrainedBody, SamplingBody):
     store: bool = False
     prompt_cache_key: Label | None = None
     prompt_cache_retention: Label | None = None
+    prompt_cache_options: PromptCacheOptions | None = None
     safety_identifier: Label | None = None
 
     @model_validator(mode="after")

@@ -5,19 +5,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from server.errors import InvalidRequest
 from server.messages.protocol import Grammar
-from server.openai.body import Body
+from server.openai.body import Body, Items
 from server.openai.reasoning import Thinking
 from server.services import Services
 from server.text.processor import TextProcessor
 from server.text.tools.format import ToolFormat
 from server.text.tools.grammar import calls_grammar
-from server.text.tools.source import Parser
+from server.text.tools.source import NAME, Parser
 
-FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:/-]{1,128}$")]
+FunctionName = Annotated[str, Field(pattern=f"^{NAME}$")]
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -54,7 +54,35 @@ class NamedTool(Body):
     function: NamedFunction
 
 
-ToolChoice = Literal["none", "auto", "required"] | NamedTool
+class AllowedFunctions(Body):
+    """Some of the tools, and whether one of them must be called."""
+
+    mode: Literal["auto", "required"]
+    tools: Items[NamedTool] = Field(min_length=1)
+
+
+class AllowedTools(Body):
+    """The model is told of these alone."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedFunctions
+
+
+def kind_of_choice(value: Any) -> str | None:
+    """Which kind of `tool_choice` it is."""
+    kind = value.get("type") if isinstance(value, dict) else "word"
+    return kind if isinstance(kind, str) else None
+
+
+CHOOSING = Discriminator(
+    kind_of_choice,
+    custom_error_type="tool_choice",
+    custom_error_message="must be none, auto, required, a function or allowed_tools; other tools are not served",
+)
+Word = Annotated[Literal["none", "auto", "required"], Tag("word")]
+ToolChoice = Annotated[
+    Word | Annotated[NamedTool, Tag("function")] | Annotated[AllowedTools, Tag("allowed_tools")], CHOOSING
+]
 
 
 def check_tools(tools: Sequence[Tool]) -> None:
@@ -74,14 +102,33 @@ def check_choice(choice: ToolChoice, tools: Sequence[Tool]) -> None:
     """Raises `InvalidRequest` for a choice that the tools do not allow."""
     if choice == "required" and not tools:
         raise InvalidRequest("`tool_choice` needs `tools`.", param="tool_choice")
-    if isinstance(choice, NamedTool) and choice.function.name not in {tool.function.name for tool in tools}:
-        message = f"`tool_choice` names `{choice.function.name}`, which is none of the `tools`."
-        raise InvalidRequest(message, param="tool_choice.function.name")
+    known = {tool.function.name for tool in tools}
+    named: Sequence[tuple[str, NamedTool]] = []
+    if isinstance(choice, NamedTool):
+        named = [("tool_choice", choice)]
+    elif isinstance(choice, AllowedTools):
+        named = [(f"tool_choice.allowed_tools.tools.{i}", tool) for i, tool in enumerate(choice.allowed_tools.tools)]
+    for place, tool in named:
+        if tool.function.name not in known:
+            message = f"`{place}` names `{tool.function.name}`, which is none of the `tools`."
+            raise InvalidRequest(message, param=f"{place}.function.name")
+
+
+def allowed(choice: ToolChoice, tools: Sequence[Tool]) -> Sequence[Tool]:
+    """Those that the choice leaves."""
+    if not isinstance(choice, AllowedTools):
+        return tools
+    names = {tool.function.name for tool in choice.allowed_tools.tools}
+    return [tool for tool in tools if tool.function.name in names]
 
 
 @dataclass(frozen=True)
 class Calling:
-    """How the calls in one request's answers are enforced and read."""
+    """How the calls in one request's answers are enforced and read.
+
+    Attributes:
+        tools: those of the request, also where it allows some of them only.
+    """
 
     text: TextProcessor
     format: ToolFormat
@@ -92,7 +139,8 @@ class Calling:
     @property
     def required(self) -> bool:
         """Whether there must be a call."""
-        return self.choice == "required" or isinstance(self.choice, NamedTool)
+        choice = self.choice.allowed_tools.mode if isinstance(self.choice, AllowedTools) else self.choice
+        return choice == "required" or isinstance(choice, NamedTool)
 
     def parser(self, thinking: Thinking | None) -> Parser:
         """Of one answer, which may think first."""
@@ -107,7 +155,7 @@ class Calling:
 
         Raises `InvalidRequest`.
         """
-        strict = any(tool.function.strict for tool in self.tools)
+        strict = any(tool.function.strict for tool in self._callable)
         if asked is None and self.parallel and not strict and not self.required:
             return None
         if asked is not None and not self.required and not self.format.frame.marker:
@@ -127,6 +175,8 @@ class Calling:
             if asked is not None:
                 await services.grammars.check(*asked)
             for i, tool in enumerate(self.tools):
+                if tool not in self._callable:
+                    continue
                 schema = Grammar("json", json.dumps(self._schema(tool)))
                 await services.grammars.check(schema, f"tools.{i}.function.parameters")
             raise
@@ -134,7 +184,7 @@ class Calling:
     @property
     def _callable(self) -> Sequence[Tool]:
         if not isinstance(self.choice, NamedTool):
-            return self.tools
+            return allowed(self.choice, self.tools)
         return [tool for tool in self.tools if tool.function.name == self.choice.function.name]
 
     def _schema(self, tool: Tool) -> Mapping[str, Any]:

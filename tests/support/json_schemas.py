@@ -10,7 +10,11 @@ from hypothesis import strategies as st
 Schemas = st.SearchStrategy[dict[str, Any]]
 
 NAMES = st.sampled_from(["a", "b", "é", "a b", 'q"', "x1", ""])
-NUMBERS = st.integers(-50, 50) | st.sampled_from([0.5, -2.5, 1e-3, 0.1, 99.99, 1e6, -1e15, 2**53, 1e20, 3.0, -0.0])
+NUMBERS = (
+    st.integers(-2, 2)
+    | st.integers(-50, 50)
+    | st.sampled_from([0.5, -2.5, 1e-3, 1e-7, -0.25, 0.1, 99.99, 1e6, -1e15, 2**53, 1e20, 3.0, -0.0])
+)
 COUNTS = st.integers(0, 4)
 PATTERNS = st.sampled_from(
     [
@@ -37,6 +41,8 @@ PATTERNS = st.sampled_from(
         r"^\x01$",
         "(?=a)",
         r"[\D\S]",
+        r"^[^\d]\W$",
+        "^[[:alpha:]a&&b]$",
     ]
 )
 FORMATS = st.sampled_from(

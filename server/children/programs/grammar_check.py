@@ -12,12 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import msgspec
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLTokenizer
 
 from server.children.forked import serve_forked
 from server.messages.grammar_definition import LIMITS, definition
 from server.messages.protocol import Grammar
 
+_BYTES = LLTokenizer("byte")
 _LATE = ("$defs", "definitions")  # members that others refer to are looked into last
 
 
@@ -42,9 +43,22 @@ def _resident() -> int:
 
 def _error(grammar: Grammar) -> str | None:
     try:
-        return LLMatcher.validate_grammar(definition(grammar), limits=LIMITS) or None
+        defined = definition(grammar)
+        if grammar.kind in ("lark", "structural_tag"):  # which may name tokens of the model
+            return LLMatcher.validate_grammar(defined, limits=LIMITS) or None
+        return _error_at_start(LLMatcher(_BYTES, defined, log_level=0, limits=LIMITS))
     except (ValueError, TypeError, KeyError, AssertionError, RecursionError) as fault:
         return f"{fault}" or type(fault).__name__
+
+
+def _error_at_start(matcher: LLMatcher) -> str | None:
+    """Why no answer can begin; it is found out where one would."""
+    if matcher.is_error():
+        return matcher.get_error()
+    matcher.consume_tokens(matcher.compute_ff_tokens())
+    if not matcher.is_stopped():
+        matcher.compute_logit_bias()
+    return "no text fits it, or none that ends" if matcher.is_error() else None
 
 
 def _is_refused_like(error: str, until: float) -> Callable[[Any], bool]:

@@ -86,11 +86,16 @@ def _items(services: Services, tenant: str, body: ResponseBody, number: str) -> 
             message = "The response `previous_response_id` is not finished."
             raise InvalidRequest(message, param="previous_response_id")
         items += [*earlier.items, *earlier.response["output"]]
+    taken = {item["id"] for item in items}
     for i, item in enumerate(body.input):
         if isinstance(item, ItemReference):
-            items.append(services.responses.item(tenant, item.id, f"input.{i}.id"))
+            made = services.responses.item(tenant, item.id, f"input.{i}.id")
         else:
-            items.append(as_item(item, f"{number}_in{i}"))
+            made = as_item(item, f"{number}_in{i}")
+        if made["id"] in taken:  # pages of items go by their ids
+            made = made | {"id": f"again_{number}_in{i}"}
+        taken.add(made["id"])
+        items.append(made)
     return items
 
 

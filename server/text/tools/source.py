@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-_NAME = re.compile(r"^[\w.:/-]*")
+NAME = r"[A-Za-z0-9_.:/-]{1,128}"  # of a function
+_NAME, _IN_NAME = re.compile(NAME), re.compile(r"[A-Za-z0-9_.:/-]*")
 Step = Generator[None, None, T]
 
 
@@ -87,8 +88,8 @@ class Source:
             self.events.append(Text(shown))
 
     def begin(self, name: Any, known: Collection[str] | None = None) -> None:
-        """A call begins. Raises Malformed if it is none of the `known`."""
-        if not isinstance(name, str) or not name or (known is not None and name not in known):
+        """A call begins. Raises Malformed if no function has such a name, or none of the `known`."""
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or (known is not None and name not in known):
             raise Malformed
         self._spaces, self._attempt = "", None
         self._called = self._begins = True
@@ -210,8 +211,8 @@ class Source:
         """A name, as functions have them. Raises Malformed for none."""
         parts: list[str] = []
         while True:
-            [part] = _NAME.findall(self.buffer)[:1]
-            parts.append(self.take(len(part)))
+            part = _IN_NAME.match(self.buffer)
+            parts.append(self.take(part.end() if part else 0))
             if self.buffer or not (yield from self.more()):
                 if not any(parts):
                     raise Malformed

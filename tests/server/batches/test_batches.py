@@ -115,6 +115,12 @@ async def test_completions_too_and_clients_are_no_background(served: Served) -> 
     assert [request.background for request in served.engine.requests] == [True, False]
 
 
+async def test_files_of_every_editor_are_read(served: Served) -> None:
+    rows = ["\ufeff" + json.dumps(row("a")) + "\r", "", " \t", json.dumps(row("b")), ""]
+    done = await until(served, await create(served, rows))
+    assert (done["status"], done["request_counts"]["completed"]) == ("completed", 2), done
+
+
 async def test_responses_too(served: Served) -> None:
     line = {"custom_id": "x", "method": "POST", "url": "/v1/responses", "body": {"model": BASE, "input": "hi"}}
     done = await until(served, await create(served, [line], endpoint="/v1/responses"))
@@ -134,6 +140,8 @@ async def test_responses_too(served: Served) -> None:
         ({**row("b"), "body": []}, "invalid_body", "body"),
         (row("b", stream=True), "invalid_body", "body.stream"),
         ({**row("b"), "custom_id": 5}, "invalid_custom_id", "custom_id"),
+        ({**row("b"), "custom_id": "\ud800"}, "invalid_json_line", None),
+        (row("b", user="\ud800"), "invalid_json_line", None),
         ({**row("b"), "more": 1}, "unknown_field", "more"),
     ],
 )

@@ -19,7 +19,13 @@ from tests.support.offline import load_engine, request, run
 from tests.support.tiny import VOCAB
 
 UNSUPPORTED = ["uniqueItems", "not", "contains", "if", "propertyNames", "dependentRequired", "unevaluatedProperties"]
-VALUES = {"uniqueItems": True}
+VALUES: dict[str, Any] = {
+    "uniqueItems": True,
+    "propertyNames": {"maxLength": 3},
+    "dependentRequired": {"a": ["b"]},
+    "unevaluatedProperties": False,
+}
+BESIDE = {"if": {"then": {"required": ["b"]}}}
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +115,33 @@ def test_a_thousand_finished_answers_are_valid(engine: Engine, tokenizer: Tokeni
 
 @pytest.mark.parametrize("keyword", UNSUPPORTED)
 def test_what_cannot_be_followed_is_refused_by_name(keyword: str) -> None:
-    answer = checked({"type": "object", "properties": {"a": {keyword: VALUES.get(keyword, {})}}})
-    assert answer["path"] == ["properties", "a", keyword]
+    part = {keyword: VALUES.get(keyword, {})} | BESIDE.get(keyword, {})
+    answer = checked({"type": "object", "properties": {"a": part}})
+    assert answer["path"][:2] == ["properties", "a"]
+    assert answer["path"][2] in part
     assert keyword in answer["error"]
+
+
+SAYING_NOTHING: list[dict[str, Any]] = [
+    {"uniqueItems": False},
+    {"propertyNames": {"type": "string"}},
+    {"propertyNames": True},
+    {"unevaluatedProperties": True},
+    {"unevaluatedItems": {"description": "any"}},
+    {"dependentRequired": {}},
+    {"dependencies": {}},
+    {"if": {"contains": {}}},
+    {"then": {"not": {}}},
+    {"minContains": 2},
+    {"format": "password"},
+    {"format": "int32"},
+    {"minLength": 1.0, "maxItems": 2.0},
+]
+
+
+@pytest.mark.parametrize("part", SAYING_NOTHING, ids=json.dumps)
+def test_what_says_nothing_is_passed_over(part: dict[str, Any]) -> None:
+    assert "size" in checked({"type": "object", "properties": {"a": part}, "required": ["a"]})
 
 
 HALF: dict[str, tuple[dict[str, Any], list[str]]] = {
@@ -122,7 +152,35 @@ HALF: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "a control character": ({"properties": {"a": {"enum": ["b", "\x01"]}}}, ["properties", "a", "enum"]),
     "another": ({"const": "\x7f"}, ["const"]),
+    "a format of JSON Schema's": ({"properties": {"a": {"format": "regex"}}}, ["properties", "a", "format"]),
+    "a class of Rust's": ({"pattern": "[]a]"}, ["pattern"]),
+    "an anchor of Python's": ({"pattern": r"\Aa"}, ["pattern"]),
+    "a word's begin": ({"pattern": r"\<a"}, ["pattern"]),
+    "a character of Rust's": ({"pattern": r"\x{41}"}, ["pattern"]),
+    "a possessive quantifier": ({"pattern": "a++"}, ["pattern"]),
 }
+
+
+ENDLESS: dict[str, tuple[dict[str, Any], str]] = {
+    "an object in an object": (
+        {"$defs": {"a": {"type": "object", "properties": {"b": {"$ref": "#/$defs/a"}}, "required": ["b"]}}},
+        "#/$defs/a",
+    ),
+    "a list in a list": (
+        {"$defs": {"a": {"type": "array", "items": {"$ref": "#/$defs/a"}, "minItems": 1}}},
+        "#/$defs/a",
+    ),
+    "a reference to itself": ({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}, "#/$defs/a"),
+    "too many numbers": ({"type": "integer", "maximum": 79.56, "exclusiveMaximum": -53.861, "multipleOf": 67.1142}, ""),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_what_no_answer_can_begin_is_refused(name: str) -> None:
+    schema, ref = ENDLESS[name]
+    answer = checked(schema | ({"$ref": ref} if ref else {}))
+    assert answer["path"]
+    place_of(schema, answer["path"])
 
 
 @pytest.mark.parametrize("name", HALF)
@@ -145,7 +203,17 @@ ALLOWED: list[tuple[dict[str, Any], list[str], list[str]]] = [
     ({"format": "date-time"}, ['"2024-02-29T23:59:59Z"'], ['"2023-02-29T23:59:59Z"', '"2024-01-01T23:59:60Z"']),
     ({"format": "time", "allOf": [{"maxLength": 9}]}, ['"23:59:59z"'], ['"23:59:60z"', '"23:59:59+01:00"']),
     ({"format": "email"}, ['"a@b.c"'], [f'"{"a" * 65}@b"', f'"a@{"b" * 64}"']),
-    ({"format": "hostname"}, ['"a.b"'], [f'"{"a." * 127}a"']),
+    ({"format": "hostname"}, ['"a.b"', '"ab-c.de"'], [f'"{"a." * 127}a"', '"xn--a.b"', '"a.ab--c"']),
+    ({"pattern": r"^\d\D\w\W$"}, ['"1ab-"'], ['"٣ab-"', '"1٣b-"', '"1aé-"', '"1abé"']),
+    ({"pattern": r"^[\d][^\d][\w][^\w][^\D]$"}, ['"1ab-2"'], ['"٣ab-2"', '"1٣b-2"', '"1aé-2"', '"1abé2"', '"1ab-٣"']),
+    ({"pattern": r"^[[:a]$"}, ['"["', '":"', '"a"'], ['"b"']),
+    ({"pattern": r"^[a&&b]$"}, ['"a"', '"&"'], ['"c"']),
+    ({"pattern": r"^[+--]$"}, ['"+"', '","', '"-"'], ['"."']),
+    ({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, ["0.1", "0.5"], ["0", "0.0"]),
+    ({"type": "number", "exclusiveMaximum": -1, "minimum": -1.5}, ["-1.1"], ["-1", "-1.0"]),
+    ({"type": "number", "allOf": [{"exclusiveMinimum": 3}, {"maximum": 3.01}]}, ["3.01"], ["3"]),
+    ({"type": "integer", "exclusiveMinimum": 0}, ["1"], ["0"]),
+    ({"type": "number", "exclusiveMinimum": 0}, ["1", "0.001"], ["0", "-1"]),
 ]
 
 
@@ -153,6 +221,7 @@ ALLOWED: list[tuple[dict[str, Any], list[str], list[str]]] = [
 def test_what_is_tightened(schema: dict[str, Any], good: list[str], bad: list[str], tokenizer: Tokenizer) -> None:
     known = LLTokenizer(tokenizer.to_str(), n_vocab=VOCAB, eos_token=2)
     whole = definition(Grammar("json", json.dumps({"type": ["string", "object"]} | schema)))
+    assert [text for text in good if not jsonschema_rs.is_valid(schema, read(text), validate_formats=True)] == []
     for text in good + bad:
         matcher = LLMatcher(known, whole, log_level=0)
         tokens = tokenizer.encode(text).ids

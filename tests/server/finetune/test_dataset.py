@@ -16,6 +16,7 @@ from server.finetune import dataset
 from server.finetune.dataset import load_dataset
 from server.finetune.rows import DatasetError
 from server.messages.dataset import Dataset
+from server.openai.conversation import Message
 from tests.support.tiny import _tokenizer
 
 
@@ -113,10 +114,14 @@ def test_prompts_are_trained_on_when_asked(line: dict[str, Any]) -> None:
     assert data.trained.sum() == len(data.tokens) - 1
 
 
-def test_text_parts_are_joined() -> None:
+def test_text_parts_are_joined_as_requests_have_it() -> None:
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
-    data = read({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": parts}]})
-    assert data.tokens.tolist() == read(GOOD).tokens.tolist()
+    joined = Message.model_validate({"role": "assistant", "content": parts}).content
+    one, other = (
+        read({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]})
+        for content in (parts, joined)
+    )
+    assert one.tokens.tolist() == other.tokens.tolist()
 
 
 def test_a_template_that_rewrites_history_gives_one_sequence_a_turn() -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from adapters.strict_json import count_items
 from server.errors import InvalidRequest
@@ -135,6 +134,6 @@ def test_unknown_fields_are_one_fault() -> None:
     class Known(Body):
         known: int = 0
 
-    with pytest.raises(ValidationError) as refusal:
+    with pytest.raises(InvalidRequest, match="x0") as refusal:
         Known.validate_object({"known": 1} | {f"x{i}": 1 for i in range(1000)})
-    assert [fault["loc"] for fault in refusal.value.errors()] == [("x0",)]
+    assert refusal.value.param == "x0"

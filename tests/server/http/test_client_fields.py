@@ -26,6 +26,7 @@ HINTS: list[dict[str, Any]] = [
     {"safety_identifier": "u1"},
     {"prompt_cache_key": "k"},
     {"prompt_cache_retention": "24h"},
+    {"prompt_cache_options": {"mode": "implicit", "ttl": "30m"}},
     {"store": True},
     {"n": 2, "best_of": 2},
     {"stream": True, "stream_options": {"include_obfuscation": False}},

@@ -74,6 +74,23 @@ async def test_input_items_come_in_pages(served: Served) -> None:
     assert (rest["data"], rest["has_more"]) == (whole["data"][:1], False)
 
 
+async def test_an_item_that_is_sent_twice_is_two_items_of_its_pages(served: Served) -> None:
+    say(served, "One.")
+    first = await made(served)
+    user = {"role": "user", "content": "x", "id": "msg_mine"}
+    again = [*first["output"], {"type": "item_reference", "id": first["output"][0]["id"]}, user, user]
+    body = await made(served, input=again, previous_response_id=first["id"])
+    ids: list[str] = []
+    for _ in range(6):
+        after = {"after": ids[-1]} if ids else {}
+        page = await get(served, f"{body['id']}/input_items", order="asc", limit=1, **after)
+        ids.append(page["last_id"])
+    assert not page["has_more"]
+    assert len(set(ids)) == 6
+    assert sent_prompt(served).count("One.") == 3
+    await made(served, input=[{"type": "item_reference", "id": ids[-1]}])
+
+
 async def test_a_deleted_response_is_gone(served: Served) -> None:
     body = await made(served)
     for status in (200, 404):

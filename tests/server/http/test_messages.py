@@ -128,6 +128,30 @@ async def test_a_call_cut_short_has_the_arguments_so_far(served: Served) -> None
     assert body["content"][1]["input"] in ({}, {"city": "Ro"})
 
 
+FAULTY = [
+    '{"city": Rome}',
+    "{'city': 1}",
+    '{"city": "a\\x"}',
+    '{"n": 1e999, "m": NaN}',
+    '{"city": "Ro',
+    '{"a": "\\ud83d"}',
+]
+
+
+@pytest.mark.parametrize("given", FAULTY)
+async def test_arguments_that_are_no_json_are_a_text_in_the_input(served: Served, given: str) -> None:
+    say(served, f'<tool_call>{{"name": "get_weather", "arguments": {given}}}</tool_call>')
+    [use] = [block for block in (await made(served, tools=[WEATHER]))["content"] if block["type"] == "tool_use"]
+    assert use["input"]["INVALID_JSON"].startswith(given)
+    stream = named_events(await post(served, tools=[WEATHER], stream=True))
+    deltas = [e["delta"]["partial_json"] for e in stream if e.get("delta", {}).get("type") == "input_json_delta"]
+    assert json.loads("".join(deltas)) == use["input"]
+    assert stream[-1]["type"] == "message_stop"
+    result = {"type": "tool_result", "tool_use_id": use["id"], "content": "No JSON.", "is_error": True}
+    turns = [{"role": "assistant", "content": [use]}, {"role": "user", "content": [result]}]
+    await made(served, messages=[*HELLO, *turns], tools=[WEATHER])
+
+
 async def test_an_empty_answer_has_no_block(served: Served) -> None:
     say(served, "")
     assert (await made(served))["content"] == []
@@ -184,6 +208,58 @@ async def test_blocks_make_the_prompt_that_chat_makes(served: Served) -> None:
 async def test_a_last_message_of_the_assistant_is_continued(served: Served) -> None:
     await made(served, messages=[*HELLO, {"role": "assistant", "content": "Once upon"}])
     assert sent_prompt(served) == f"{PROMPT}Once upon"
+
+
+async def test_turns_of_one_role_are_one_turn(served: Served) -> None:
+    """As Anthropic has it; many chat templates refuse them."""
+    use = {"type": "tool_use", "id": "t", "name": "f", "input": {}}
+    result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": "x"}]}
+    turns = [("assistant", "A"), ("assistant", [use])], [("user", "B"), ("user", "C"), ("system", "S"), ("user", "D")]
+    before, after = ([{"role": role, "content": content} for role, content in part] for part in turns)
+    await made(served, messages=[*HELLO, *HELLO, *before, result, *after])
+    ours = sent_prompt(served)
+    call = {"id": "t", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "Hi\nHi"},
+        {"role": "assistant", "content": "A", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "t", "content": "x"},
+        {"role": "user", "content": "B\nC"},
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "D"},
+    ]
+    await served.client.post("/v1/chat/completions", json={"model": BASE, "messages": messages})
+    assert sent_prompt(served) == ours
+
+
+HARMLESS: dict[str, dict[str, Any]] = {
+    "a thread is begun": {"thread": {"type": "create"}},
+    "no edits": {"context_management": {"edits": []}},
+    "all thoughts are kept": {
+        "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+    },
+    "a cache for everybody": {"cache_control": {"type": "ephemeral", "scope": "global"}},
+    "what parse left": {
+        "messages": [
+            {"role": "assistant", "content": [{"type": "text", "text": "a", "parsed_output": {"a": 1}}]},
+            *HELLO,
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+async def test_what_clients_send_and_nothing_depends_on_is_accepted(served: Served, name: str) -> None:
+    await made(served, **HARMLESS[name])
+
+
+async def test_a_thread_is_never_found(served: Served) -> None:
+    """Clients then send the whole conversation, as they do when one has expired."""
+    response = await post(served, thread={"type": "continue", "previous_message_id": "msg_1"})
+    error = response.json()["error"]
+    assert (response.status_code, error["type"]) == (404, "not_found_error")
+    assert (error["param"], error["details"]) == ("thread.previous_message_id", {"error_code": "thread_not_found"})
+    response = await post(served, context_management={"edits": [{"type": "clear_tool_uses_20250919"}]})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "context_management")
 
 
 async def test_choices_and_formats_are_those_of_chat(served: Served) -> None:
@@ -271,7 +347,7 @@ async def test_refusals_have_anthropics_shape_and_name_the_field(served: Served,
     response = await post(served, **body)
     assert response.status_code == 400
     answer = response.json()
-    assert (answer["type"], set(answer["error"])) == ("error", {"type", "message", "param", "code"})
+    assert (answer["type"], set(answer["error"])) == ("error", {"type", "message", "param", "code", "details"})
     assert answer["error"]["type"] == "invalid_request_error"
     assert named in answer["error"]["message"]
     said = f"{answer['error']['message']} `{answer['error']['param']}`"
@@ -288,8 +364,9 @@ async def test_errors_have_anthropics_types(served: Served) -> None:
     served.engine.fail = {3: EngineUnavailable("The engine stopped while this request was running.")}
     stream = named_events(await post(served, stream=True))
     message = "The engine stopped while this request was running."
-    error = {"type": "overloaded_error", "message": message, "param": None, "code": "service_unavailable"}
-    assert stream[-1] == {"type": "error", "error": error}
+    code = "service_unavailable"
+    error = {"type": "overloaded_error", "message": message, "param": None, "code": code}
+    assert stream[-1] == {"type": "error", "error": error | {"details": {"error_code": code}}}
     served.services.drain.begin()
     assert (await post(served)).json()["error"]["type"] == "overloaded_error"
 

@@ -275,7 +275,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "role": ({"input": [{"role": "narrator", "content": "x"}]}, "input.0.role"),
     "item": ({"input": [{"type": "computer_call", "id": "x"}]}, "input.0.type"),
     "arguments": (
-        {"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": "["}]},
+        {"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": ["x"]}]},
         "input.0.arguments",
     ),
     "web search": ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
@@ -351,3 +351,46 @@ async def test_a_thought_is_an_item_before_the_answer(served: Served) -> None:
     items = [{"role": "user", "content": "Hi"}, thought, call]
     await made(served, input=[*items, {"type": "function_call_output", "call_id": "c", "output": "x"}])
     assert "<think>\nIs it far?\n</think>" in sent_prompt(served)
+
+
+@pytest.mark.parametrize("given", ['{"city": Rome}', '{"city": "Ro', "{'city': 1}"])
+async def test_arguments_that_are_no_json_can_be_gone_on_from(served: Served, given: str) -> None:
+    say(served, f'<tool_call>{{"name": "get_weather", "arguments": {given}}}</tool_call>')
+    first = await made(served, tools=[WEATHER | {"strict": False}])
+    [call] = [item for item in first["output"] if item["type"] == "function_call"]
+    assert call["arguments"].startswith(given)
+    output = {"type": "function_call_output", "call_id": call["call_id"], "output": "No JSON."}
+    await made(served, input=[output], previous_response_id=first["id"])
+    await made(served, input=[call, output])
+
+
+HARMLESS: dict[str, dict[str, Any]] = {
+    "what Codex says of itself": {"client_metadata": {"session": "x"}},
+    "caching": {"prompt_cache_options": {"mode": "implicit", "ttl": "30m", "prewarm": False}},
+    "thinking as always": {"reasoning": {"effort": "low", "context": "auto", "mode": "standard"}},
+    "a tool for the model alone": {
+        "tools": [WEATHER | {"allowed_callers": ["direct"], "async": False, "defer_loading": False}]
+    },
+    "a call by the model": {
+        "input": [
+            {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}", "caller": {"type": "direct"}},
+            {"type": "function_call_output", "call_id": "c", "output": "x", "caller": {"type": "direct"}},
+        ]
+    },
+    "what parse left": {
+        "input": [{"role": "assistant", "content": [{"type": "output_text", "text": "{}", "parsed": {"a": 1}}]}]
+    },
+    "where to cut": {
+        "input": [
+            {
+                "role": "user",
+                "content": [{"type": "input_text", "text": "x", "prompt_cache_breakpoint": {"mode": "explicit"}}],
+            }
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+async def test_what_clients_send_and_nothing_depends_on_is_accepted(served: Served, name: str) -> None:
+    await made(served, **HARMLESS[name])

@@ -219,6 +219,50 @@ async def test_a_call_that_was_cut_short_can_be_sent_back(served: Served, cut: s
     assert f'{{"name": "now", "arguments": {told}}}' in sent_prompt(served)
 
 
+@pytest.mark.parametrize(
+    "given", ['{"days": x}', "{'days': 2}", '{"days": 2,}', '{"a": NaN}', "[]", "null", " ", '"x"']
+)
+@pytest.mark.parametrize("template", ["", "qwen2.5", "qwen3_coder", "deepseek_v3.1", "glm4.5"])
+async def test_arguments_that_are_no_json_can_be_sent_back(served: Served, template: str, given: str) -> None:
+    """Or a conversation would end with the first bad call."""
+    if template:
+        use_template(served, TOOL_TEMPLATES[template])
+    result = {"role": "tool", "tool_call_id": "call_1", "content": "No JSON."}
+    messages = [*called(function={"name": "now", "arguments": given}), result]
+    assert (response := await chat(served, messages=messages)).status_code == 200, response.text
+    assert ("INVALID_JSON" in sent_prompt(served)) == bool(given.strip() not in ("", "null"))
+
+
+@pytest.mark.parametrize("name", ["get weather", "wëtter", "f;", "x" * 129, "a\\nb"])
+async def test_a_call_of_what_is_no_name_is_text(served: Served, name: str) -> None:
+    """It could not be sent back."""
+    text = f'<tool_call>{{"name": "{name}", "arguments": {{}}}}</tool_call>'
+    served.engine.reply = lambda request: [*encode(text), EOS]
+    message = (await chat(served)).json()["choices"][0]["message"]
+    assert message["content"] == text
+    assert "tool_calls" not in message
+
+
+async def test_of_some_allowed_tools_the_model_is_told_alone(served: Served) -> None:
+    named = {"type": "function", "function": {"name": "now"}}
+    for mode, enforced in (("auto", False), ("required", True)):
+        choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [named]}}
+        response = await chat(served, tools=[STRICT, NOW], tool_choice=choice)
+        assert response.status_code == 200, response.text
+        assert '"name": "now"' in sent_prompt(served)
+        assert "get_weather" not in sent_prompt(served)
+        grammar = served.engine.requests[-1].sampling.grammar
+        assert (grammar is not None) == enforced
+        assert grammar is None or "get_weather" not in grammar.text
+    bad = {"type": "function", "function": {"name": "bad", "parameters": {"properties": {"a": {"not": {}}}}}}
+    choice = {
+        "type": "allowed_tools",
+        "allowed_tools": {"mode": "required", "tools": [bad | {"function": {"name": "bad"}}]},
+    }
+    error = (await chat(served, tools=[NOW, bad], tool_choice=choice)).json()["error"]
+    assert error["param"] == "tools.1.function.parameters.properties.a.not"
+
+
 def function(**fields: Any) -> list[Any]:
     return [{"type": "function", "function": {"name": "f"} | fields}]
 
@@ -246,13 +290,23 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "parallel": ({"parallel_tool_calls": "no"}, "parallel_tool_calls"),
     "arguments": (
-        {"messages": called(function={"name": "now", "arguments": "[]"})},
+        {"messages": called(function={"name": "now", "arguments": {"a": 1}})},
         "messages.1.tool_calls.0.function.arguments",
     ),
-    "no JSON": (
-        {"messages": called(function={"name": "now", "arguments": '{"a": b'})},
-        "messages.1.tool_calls.0.function.arguments",
+    "called name": (
+        {"messages": called(function={"name": "a b", "arguments": "{}"})},
+        "messages.1.tool_calls.0.function.name",
     ),
+    "allowed": (
+        {
+            "tool_choice": {
+                "type": "allowed_tools",
+                "allowed_tools": {"mode": "auto", "tools": [NOW, *function(name="x")]},
+            }
+        },
+        "tool_choice.allowed_tools.tools.1.function.name",
+    ),
+    "choice of another kind": ({"tool_choice": {"type": "custom", "custom": {"name": "x"}}}, "tool_choice"),
     "no id": ({"messages": called(id=None)}, "messages.1.tool_calls.0.id"),
     "whose calls": ({"messages": [{"role": "user", "content": "a", "tool_calls": [CALL]}]}, "messages.0.tool_calls"),
     "no content": ({"messages": [*HELLO, {"role": "assistant", "content": None}]}, "messages.1.content"),

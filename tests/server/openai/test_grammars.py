@@ -73,11 +73,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no type": ({"response_format": {}}, "response_format"),
     "no name": (
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
-        "response_format.json_schema.json_schema.name",
+        "response_format.json_schema.name",
     ),
     "a schema that is none": (
         {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": True}}},
-        "response_format.json_schema.json_schema.schema",
+        "response_format.json_schema.schema",
     ),
     "two kinds": ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs.choice"),
     "two fields": ({"guided_regex": "a", "response_format": {"type": "json_object"}}, "guided_regex"),
@@ -93,7 +93,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "tags of another form": (
         {"response_format": {"type": "structural_tag", "format": {}}},
-        "response_format.structural_tag.structures",
+        "response_format.structures",
     ),
 }
 
