@@ -286,10 +286,9 @@ def error_response(error: LorakeetError, path: str = "") -> Response:
 
 
 def anthropic_body(error: LorakeetError) -> dict[str, Any]:
-    """The JSON body as Anthropic has it, with our `param` and `code`, and with `details`, where its client looks."""
+    """The JSON body as Anthropic has it, with our `param` and `code` beside its fields."""
     kind = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
-    details = {"error_code": error.code} if error.code else None
-    return {"type": "error", "error": error.body()["error"] | {"type": kind, "details": details}}
+    return {"type": "error", "error": error.body()["error"] | {"type": kind}}
 
 
 def shown(text: str) -> str:

@@ -20,7 +20,6 @@ class MessageFault(_Object, frozen=True, kw_only=True):
     message: str
     param: str | None
     code: str | None
-    details: dict[str, str] | None
 
 
 class MessageError(_Tagged, frozen=True, kw_only=True, tag="error"):

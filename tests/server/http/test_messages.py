@@ -257,7 +257,7 @@ async def test_a_thread_is_never_found(served: Served) -> None:
     response = await post(served, thread={"type": "continue", "previous_message_id": "msg_1"})
     error = response.json()["error"]
     assert (response.status_code, error["type"]) == (404, "not_found_error")
-    assert (error["param"], error["details"]) == ("thread.previous_message_id", {"error_code": "thread_not_found"})
+    assert (error["param"], error["code"]) == ("thread.previous_message_id", "thread_not_found")
     response = await post(served, context_management={"edits": [{"type": "clear_tool_uses_20250919"}]})
     assert (response.status_code, response.json()["error"]["param"]) == (400, "context_management")
 
@@ -347,7 +347,7 @@ async def test_refusals_have_anthropics_shape_and_name_the_field(served: Served,
     response = await post(served, **body)
     assert response.status_code == 400
     answer = response.json()
-    assert (answer["type"], set(answer["error"])) == ("error", {"type", "message", "param", "code", "details"})
+    assert (answer["type"], set(answer["error"])) == ("error", {"type", "message", "param", "code"})
     assert answer["error"]["type"] == "invalid_request_error"
     assert named in answer["error"]["message"]
     said = f"{answer['error']['message']} `{answer['error']['param']}`"
@@ -366,7 +366,7 @@ async def test_errors_have_anthropics_types(served: Served) -> None:
     message = "The engine stopped while this request was running."
     code = "service_unavailable"
     error = {"type": "overloaded_error", "message": message, "param": None, "code": code}
-    assert stream[-1] == {"type": "error", "error": error | {"details": {"error_code": code}}}
+    assert stream[-1] == {"type": "error", "error": error}
     served.services.drain.begin()
     assert (await post(served)).json()["error"]["type"] == "overloaded_error"
 
