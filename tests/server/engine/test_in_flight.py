@@ -168,7 +168,7 @@ def test_nor_do_merged_weights(shallow_dir: Path, cache_dir: Path, adapters: lis
         references = [publish(engine, directory) for directory in adapters]
         merging = MergeBuilder(engine, Outline.read(shallow_dir))
         merging.handle(Merge("m", references[0], "bf16", [[5, 6, 7, 8]]))
-        engine.add(request("meanwhile", [5, 6, 7], max_tokens=200, logprobs=None))
+        engine.add(request("meanwhile", [5, 6, 7], max_tokens=1000, logprobs=None))
         while not merging.take_replies():
             engine.step()
             if merging.ready:
