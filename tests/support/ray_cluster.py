@@ -49,6 +49,8 @@ class RayCluster:
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_raylet_start_wait_time_s": "300",
+            # Ray gives its proxy three times 5 s to import what it needs, which a busy machine does not.
+            "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "100",
             **ADVISED,
         }
         self._lock = threading.Lock()

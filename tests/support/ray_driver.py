@@ -33,7 +33,13 @@ def main(temporary: str, port: int) -> None:
         namespace="serve",
         log_to_driver=True,
     )
-    serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
+    for patience in (1, 0):  # on a busy machine the proxy takes longer than the minute that Ray waits; then it is there
+        try:
+            serve.start(http_options={"host": "127.0.0.1", "port": port}, proxy_location="HeadOnly")
+            break
+        except ray.exceptions.GetTimeoutError:
+            if not patience:
+                raise
     print(json.dumps({"started": True}), flush=True)
     for line in sys.stdin:
         order = json.loads(line)
