@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before torch: its idle threads must sleep, not spin, or two test processes on two cores stand in each other's way. The
 # native kernels' spin between jobs, so workers have no second one, but for modules that ask for `two_threads`.
@@ -31,6 +32,9 @@ interpreter.prepare()
 from adapters import kernels  # noqa: E402
 from tests.support.loop_guard import guarded  # noqa: E402
 from tests.support.tiny import tiny_model  # noqa: E402 - transformers imports Triton
+
+if TYPE_CHECKING:
+    from tests.support.buckets import S3Server
 
 # Temporary files lie in memory where there is room, for most of what many tests do is to wait for the disk. That data
 # is synced before it is acknowledged is counted, call by call, by tests.support.power_cut.
@@ -177,3 +181,31 @@ def triton_kernels() -> Iterator[None]:
         for name, value in interpreter.switch_on().items():
             patch.setenv(name, value)
         yield
+
+
+@pytest.fixture(scope="module")
+def s3() -> "Iterator[S3Server]":
+    """An S3 server for the tests of a file."""
+    from tests.support.buckets import S3Server
+
+    server = S3Server()
+    server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3_url(s3: "S3Server", tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A store on that server, for one test; faults end with it."""
+    from tests.support.buckets import BUCKET
+
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    yield f"s3://{BUCKET}/{tmp_path.name}"
+    s3.suffer()
+
+
+@pytest.fixture(params=["file", "s3"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An object store of either kind."""
+    return request.getfixturevalue("s3_url") if request.param == "s3" else f"file://{tmp_path}/bucket"

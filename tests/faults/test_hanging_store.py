@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +16,7 @@ from adapters.storage import bucket, silence
 from adapters.storage.remote import RemoteStore
 from adapters.storage.store import AdapterStore
 from server.http.app import _THREADS
-from tests.support.buckets import BUCKET, S3Server
+from tests.support.buckets import S3Server
 from tests.support.harness import IdleEngine, Site, adapter_files
 from tests.support.scripted import BASE, EOS, ScriptedEngine, encode
 
@@ -37,21 +37,13 @@ class Hanging(Site):
         return AdapterStore(root / "store", remote, remote=remote)
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    server = S3Server()
-    server.start()
-    yield server
-    server.stop()
-
-
 @contextlib.asynccontextmanager
-async def opened(root: Path, server: S3Server) -> AsyncIterator[Hanging]:
-    site = await asyncio.to_thread(Hanging, root, adapter_store=f"s3://{BUCKET}/{root.name}", served_model_name=BASE)
+async def opened(root: Path, s3: S3Server, url: str) -> AsyncIterator[Hanging]:
+    site = await asyncio.to_thread(Hanging, root, adapter_store=url, served_model_name=BASE)
     try:
         yield site
     finally:
-        await asyncio.to_thread(server.suffer)
+        await asyncio.to_thread(s3.suffer)
         site.services.text.close()
         await site.services.grammars.close()
         site.close()
@@ -103,20 +95,18 @@ async def needing(client: httpx.AsyncClient) -> list[tuple[str, str, dict[str, A
 
 @pytest.mark.parametrize("patience", [15.0, pytest.param(40.0, marks=pytest.mark.slow)])
 async def test_who_needs_it_is_told_in_time_and_others_go_on(
-    tmp_path: Path, server: S3Server, monkeypatch: pytest.MonkeyPatch, patience: float
+    tmp_path: Path, s3: S3Server, s3_url: str, monkeypatch: pytest.MonkeyPatch, patience: float
 ) -> None:
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
     if patience < 20:
         monkeypatch.setitem(bucket._CLIENT, "read_timeout", timedelta(seconds=3))
         monkeypatch.setitem(bucket._RETRY, "retry_timeout", timedelta(seconds=1))
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS))  # as when it runs by itself
-    async with opened(tmp_path, server) as site, site.client(timeout=None) as client:
+    async with opened(tmp_path, s3, s3_url) as site, site.client(timeout=None) as client:
         asked = await needing(client)
         if patience < 20:
             monkeypatch.setattr(silence, "SILENT_SECONDS", 0.5)
             monkeypatch.setattr(silence, "FULL_SECONDS", 0.3)
-        await asyncio.to_thread(server.suffer, HANG)
+        await asyncio.to_thread(s3.suffer, HANG)
         began = time.monotonic()
 
         async def timed(method: str, path: str, options: dict[str, Any]) -> tuple[httpx.Response, float]:
@@ -150,7 +140,7 @@ async def test_who_needs_it_is_told_in_time_and_others_go_on(
         assert {one for one, (status, *_) in others.items() if status != 404 or "/files/file-" not in one} == set()
         assert took < patience
         assert max(at_hand.values()) < 8, "they wait for nobody who waits for the store"
-        await asyncio.to_thread(server.suffer)
+        await asyncio.to_thread(s3.suffer)
         for method, path, options in asked[:3]:
             async with asyncio.timeout(2 * silence.SILENT_SECONDS + 10):
                 while (response := await client.request(method, path, **options)).status_code == 503:  # noqa: ASYNC110

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 from starlette.applications import Starlette
 
 from adapters.peft_format.outline import Outline
@@ -27,7 +28,7 @@ BASE = "tiny"
 EOS = 2
 TEXT = " The quick brown fox jumps over the lazy dog."
 
-__all__ = ["BASE", "BASE_DIGEST", "EOS", "TEXT", "ScriptedEngine", "Served", "serving"]
+__all__ = ["BASE", "BASE_DIGEST", "EOS", "TEXT", "ScriptedEngine", "Served", "hold_after", "hold_at", "serving"]
 
 
 @dataclass
@@ -139,16 +140,48 @@ class Served:
         return version.digest
 
 
+def hold_at(served: Served, step: int) -> asyncio.Event:
+    """The engine waits before this step of a sequence, until that is set."""
+    going = asyncio.Event()
+
+    async def gate(request: Generate, at: int) -> None:
+        if at == step:
+            await going.wait()
+
+    served.engine.gate = gate
+    return going
+
+
+def hold_after(served: Served, count: int) -> asyncio.Event:
+    """The engine answers so many sequences, and more only when that is set."""
+    going = asyncio.Event()
+
+    async def gate(request: Generate, step: int) -> None:
+        if served.engine.requests.index(request) >= count:
+            await going.wait()
+
+    served.engine.gate = gate
+    return going
+
+
 @asynccontextmanager
 async def serving(
     directory: Path,
     text: str = TEXT,
     engine: type[ScriptedEngine] = ScriptedEngine,
     outline: Outline | None = None,
+    context: int | None = None,
     **settings: Any,
 ) -> AsyncIterator[Served]:
-    """An application in this event loop that answers everything with `text` and the end of sequence."""
+    """An application in this event loop that answers everything with `text` and the end of sequence.
+
+    Args:
+        context: tokens that a sequence may have; None: as `base_info` says.
+    """
     scripted = engine(reply=lambda request: [*encode(text), EOS])
+    if context is not None:
+        assert scripted.info is not None
+        scripted.info = msgspec.structs.replace(scripted.info, max_model_len=context)
     with closing(LocalNames(directory / "test.db")) as names:
         chosen = Settings(**dict[str, Any](served_model_name=BASE, data_dir=directory) | settings)
         store = AdapterStore(directory / "adapters", names)

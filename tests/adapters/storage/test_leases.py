@@ -19,8 +19,8 @@ from tests.support.threads import together
 class Server:
     """One server's view of the records."""
 
-    def __init__(self, url: str, seconds: float = 60.0) -> None:
-        self.records = Records(Bucket(url), "jobs")
+    def __init__(self, store_url: str, seconds: float = 60.0) -> None:
+        self.records = Records(Bucket(store_url), "jobs")
         self.leases = Leases(self.records, seconds)
 
     def follow(self) -> None:
@@ -36,8 +36,8 @@ def setting(value: int) -> Callable[[Content | None], Content]:
     return lambda content: (content or {}) | {"value": value}
 
 
-def test_one_holder_at_a_time_and_another_once_it_gives_back(url: str) -> None:
-    one, two = Server(url), Server(url)
+def test_one_holder_at_a_time_and_another_once_it_gives_back(store_url: str) -> None:
+    one, two = Server(store_url), Server(store_url)
     one.records.change("a", setting(0))
     one.follow()
     two.follow()
@@ -59,8 +59,8 @@ def test_one_holder_at_a_time_and_another_once_it_gives_back(url: str) -> None:
         one.write(4)
 
 
-def test_of_several_who_claim_at_once_one_gets_it(url: str) -> None:
-    servers = [Server(url) for _ in range(6)]
+def test_of_several_who_claim_at_once_one_gets_it(store_url: str) -> None:
+    servers = [Server(store_url) for _ in range(6)]
     servers[0].records.change("a", setting(0))
     for server in servers:
         server.follow()
@@ -87,9 +87,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def test_a_holder_that_is_not_heard_of_is_followed_and_writes_nothing_more(url: str, clock: Clock) -> None:
+def test_a_holder_that_is_not_heard_of_is_followed_and_writes_nothing_more(store_url: str, clock: Clock) -> None:
     """Nobody's wall clock matters, nor who else changes the record."""
-    one, two = Server(url, seconds=10), Server(url)
+    one, two = Server(store_url, seconds=10), Server(store_url)
     one.records.change("a", setting(0))
     one.follow()
     one.leases.claim("a")
@@ -147,14 +147,14 @@ def test_a_change_that_is_refused_is_no_renewal(tmp_path: Path) -> None:
     assert found[LEASE] == before
 
 
-def test_leases_while_the_store_fails(url: str, server: S3Server) -> None:
-    if url.startswith("file"):
+def test_leases_while_the_store_fails(store_url: str, s3: S3Server) -> None:
+    if store_url.startswith("file"):
         pytest.skip("the faults are a network's")
-    one, two = Server(url), Server(url)
+    one, two = Server(store_url), Server(store_url)
     one.records.change("a", setting(0))
     for each in (one, two):
         each.follow()
-    server.suffer(("lost", "PUT", "jobs/", 2), ("busy", "PUT", "jobs/", 3), ("busy", "GET", "jobs/", 4))
+    s3.suffer(("lost", "PUT", "jobs/", 2), ("busy", "PUT", "jobs/", 3), ("busy", "GET", "jobs/", 4))
     results = together(partial(one.leases.claim, "a"), partial(two.leases.claim, "a"))
     assert sum(isinstance(result, LeaseLost) for result in results) == 1
     holder, other = (one, two) if one.leases.holds("a") else (two, one)
@@ -162,7 +162,7 @@ def test_leases_while_the_store_fails(url: str, server: S3Server) -> None:
         assert holder.write(value)["value"] == value
     with pytest.raises((LeaseLost, RemoteUnavailable)):
         other.leases.claim("a")
-    server.suffer()
+    s3.suffer()
     found = holder.records.look("a").content
     assert found is not None
     assert (found["value"], found[LEASE]["count"]) == (7, 8)

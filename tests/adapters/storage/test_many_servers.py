@@ -17,7 +17,7 @@ from adapters.storage.bucket import Bucket
 from adapters.storage.remote import RemoteStore
 from adapters.storage.store import AdapterStore, Moved
 from adapters.storage.versions import EVERYBODY, DamagedAdapter, RemoteUnavailable, UnknownAdapter, Version
-from tests.support.buckets import BUCKET, S3Server
+from tests.support.buckets import S3Server
 from tests.support.publishing import put, spec_of
 from tests.support.threads import together
 
@@ -244,14 +244,10 @@ async def test_no_change_is_lost_and_all_agree(servers: Servers, count: int) -> 
     await changed_by_several(servers, count, 120 // count, names=5)
 
 
-async def test_no_change_is_lost_on_s3_with_faults(
-    server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    server.suffer(("lost", "PUT", "names/", 5), ("busy", "PUT", "names/", 7), ("late", "LIST", "", 3))
+async def test_no_change_is_lost_on_s3_with_faults(s3: S3Server, s3_url: str, tmp_path: Path) -> None:
+    s3.suffer(("lost", "PUT", "names/", 5), ("busy", "PUT", "names/", 7), ("late", "LIST", "", 3))
     try:
-        servers = Servers(tmp_path, f"s3://{BUCKET}/{tmp_path.name}")
+        servers = Servers(tmp_path, s3_url)
         stores = servers.several(2, retain=1000)
         put(stores[0], "x", "0")
 
@@ -261,7 +257,7 @@ async def test_no_change_is_lost_on_s3_with_faults(
 
         assert together(lambda: work(0), lambda: work(1)) == [None, None]
     finally:
-        server.suffer()
+        s3.suffer()
     for store in stores:
         store.refresh()
     assert meanings(stores[0]) == meanings(stores[1])

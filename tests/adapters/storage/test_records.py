@@ -15,8 +15,8 @@ from adapters.storage.versions import RemoteUnavailable
 from tests.support.buckets import S3Server
 
 
-def opened(url: str) -> Records:
-    return Records(Bucket(url), "records")
+def opened(store_url: str) -> Records:
+    return Records(Bucket(store_url), "records")
 
 
 def adding(number: int) -> Callable[[Content | None], Content]:
@@ -34,8 +34,8 @@ def known(records: Records, kept: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def test_a_record_is_made_changed_and_removed(url: str) -> None:
-    first, second = opened(url), opened(url)
+def test_a_record_is_made_changed_and_removed(store_url: str) -> None:
+    first, second = opened(store_url), opened(store_url)
     mine: dict[str, Any] = {}
     assert first.change("a/b", adding(1)).content == {"all": [1]}
     assert known(second, mine) == {"a/b": {"all": [1]}}
@@ -48,8 +48,8 @@ def test_a_record_is_made_changed_and_removed(url: str) -> None:
     assert known(second, mine) == {"a/b": {"all": [3]}}
 
 
-def test_what_changes_nothing_is_not_written(url: str) -> None:
-    records = opened(url)
+def test_what_changes_nothing_is_not_written(store_url: str) -> None:
+    records = opened(store_url)
     records.change("a", adding(1))
     before = records.look("a")
     records.change("a", lambda content: content)
@@ -58,8 +58,8 @@ def test_what_changes_nothing_is_not_written(url: str) -> None:
     assert records.look("b").version is None
 
 
-def test_a_change_that_raises_changes_nothing(url: str) -> None:
-    records = opened(url)
+def test_a_change_that_raises_changes_nothing(store_url: str) -> None:
+    records = opened(store_url)
     records.change("a", adding(1))
 
     def refuse(content: Content | None) -> Content:
@@ -70,12 +70,12 @@ def test_a_change_that_raises_changes_nothing(url: str) -> None:
     assert records.look("a").content == {"all": [1]}
 
 
-def changed_by_several(url: str, servers: int, changes: int, keys: int) -> None:
+def changed_by_several(store_url: str, servers: int, changes: int, keys: int) -> None:
     """So many servers append, each its own numbers, to a few records, and remove and remake others."""
     barrier, faults = threading.Barrier(servers), []
 
     def work(server: int) -> None:
-        records, draw = opened(url), random.Random(server)
+        records, draw = opened(store_url), random.Random(server)
         barrier.wait()
         try:
             for i in range(changes):
@@ -91,24 +91,26 @@ def changed_by_several(url: str, servers: int, changes: int, keys: int) -> None:
     for thread in threads:
         thread.join()
     assert faults == []
-    made = [number for key, content in known(opened(url), {}).items() if key != "flicker" for number in content["all"]]
+    made = [
+        number for key, content in known(opened(store_url), {}).items() if key != "flicker" for number in content["all"]
+    ]
     assert sorted(made) == list(range(servers * changes))
     for server in range(servers):  # each record has a server's changes in the order in which it made them
-        for content in (content for key, content in known(opened(url), {}).items() if key != "flicker"):
+        for content in (content for key, content in known(opened(store_url), {}).items() if key != "flicker"):
             own = [number for number in content["all"] if number // changes == server]
             assert own == sorted(own)
 
 
 @pytest.mark.parametrize("servers", [2, 4])
-def test_no_change_is_lost(url: str, servers: int) -> None:
-    changed_by_several(url, servers, 80 // servers if url.startswith("s3") else 200 // servers, keys=3)
+def test_no_change_is_lost(store_url: str, servers: int) -> None:
+    changed_by_several(store_url, servers, 80 // servers if store_url.startswith("s3") else 200 // servers, keys=3)
 
 
-def test_no_change_is_lost_or_made_twice_while_the_store_fails(url: str, server: S3Server) -> None:
-    if url.startswith("file"):
+def test_no_change_is_lost_or_made_twice_while_the_store_fails(store_url: str, s3: S3Server) -> None:
+    if store_url.startswith("file"):
         pytest.skip("the faults are a network's")
-    server.suffer(("lost", "PUT", "records/", 3), ("busy", "PUT", "records/", 4), ("busy", "GET", "records/", 7))
-    changed_by_several(url, 2, 20, keys=2)
+    s3.suffer(("lost", "PUT", "records/", 3), ("busy", "PUT", "records/", 4), ("busy", "GET", "records/", 7))
+    changed_by_several(store_url, 2, 20, keys=2)
 
 
 def test_an_answer_that_was_lost_for_good_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,14 +169,14 @@ def test_others_who_always_come_first_are_not_waited_for_endlessly(
         opened(f"file://{tmp_path}").change("a", adding(1))
 
 
-def test_lists_that_are_late_undo_nothing(url: str, server: S3Server) -> None:
-    if url.startswith("file"):
+def test_lists_that_are_late_undo_nothing(store_url: str, s3: S3Server) -> None:
+    if store_url.startswith("file"):
         pytest.skip("a directory's list is never late")
-    first, second = opened(url), opened(url)
+    first, second = opened(store_url), opened(store_url)
     first.change("old", adding(1))
     first.change("doomed", adding(1))
     mine = known(second, {})
-    server.suffer(("late", "LIST", "", 1))
+    s3.suffer(("late", "LIST", "", 1))
     list(second.news())  # the list that stays
     first.change("new", adding(2))
     first.change("old", adding(2))
@@ -185,12 +187,12 @@ def test_lists_that_are_late_undo_nothing(url: str, server: S3Server) -> None:
         mine[key] = record.content
     mine.pop("doomed")
     assert known(second, mine) == {"old": {"all": [1, 2]}, "new": {"all": [2]}}
-    server.suffer()
+    s3.suffer()
     assert known(second, mine) == {"old": {"all": [1, 2]}, "new": {"all": [2]}}
 
 
-def test_what_was_read_before_a_change_is_no_news_after_it(url: str) -> None:
-    first, second = opened(url), opened(url)
+def test_what_was_read_before_a_change_is_no_news_after_it(store_url: str) -> None:
+    first, second = opened(store_url), opened(store_url)
     first.change("a", adding(1))
     (read,) = second.news()
     second.change("a", adding(2))
@@ -201,8 +203,8 @@ def test_what_was_read_before_a_change_is_no_news_after_it(url: str) -> None:
     assert not second.note(read)
 
 
-def test_an_object_that_is_no_record_leaves_what_was_known(url: str, caplog: pytest.LogCaptureFixture) -> None:
-    records, bucket = opened(url), Bucket(url)
+def test_an_object_that_is_no_record_leaves_what_was_known(store_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    records, bucket = opened(store_url), Bucket(store_url)
     records.change("a", adding(1))
     for damaged in (b"{", b"[]", b'"x"', b'{"_revision": "x"}'):
         found = bucket.read("records/a.json")
@@ -214,11 +216,11 @@ def test_an_object_that_is_no_record_leaves_what_was_known(url: str, caplog: pyt
         assert len(records.damaged) == 1
     assert caplog.text.count("damaged") <= 1  # told once
     assert records.change("a", adding(2)).content == {"all": [2]}  # a change mends it
-    assert known(opened(url), {}) == {"a": {"all": [2]}}
+    assert known(opened(store_url), {}) == {"a": {"all": [2]}}
 
 
-def test_tombstones_go_once_they_are_old(url: str) -> None:
-    first, second = opened(url), opened(url)
+def test_tombstones_go_once_they_are_old(store_url: str) -> None:
+    first, second = opened(store_url), opened(store_url)
     for key in ("a", "b"):
         first.change(key, adding(1))
     mine = known(second, {})
@@ -226,14 +228,16 @@ def test_tombstones_go_once_they_are_old(url: str) -> None:
     assert known(second, mine) == {"b": {"all": [1]}}
     assert first.sweep(3600) == 0
     assert first.sweep(-1) == 1
-    assert [entry.path for entry in Bucket(url).list("records")] == ["records/b.json"]
+    assert [entry.path for entry in Bucket(store_url).list("records")] == ["records/b.json"]
     assert known(second, mine) == {"b": {"all": [1]}}
     first.change("a", adding(2))
     assert known(second, mine) == {"a": {"all": [2]}, "b": {"all": [1]}}
 
 
-def test_nobody_makes_a_record_whose_tombstone_is_being_removed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, second = opened(url), opened(url)
+def test_nobody_makes_a_record_whose_tombstone_is_being_removed(
+    store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = opened(store_url), opened(store_url)
     first.change("a", adding(1))
     first.change("a", lambda content: None)
     delete, made = Bucket.delete, []
@@ -252,8 +256,8 @@ def test_nobody_makes_a_record_whose_tombstone_is_being_removed(url: str, monkey
     assert known(first, {}) == {"a": {"all": [2]}}
 
 
-def test_a_tombstone_that_was_to_go_and_stayed_is_used_again(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    records = opened(url)
+def test_a_tombstone_that_was_to_go_and_stayed_is_used_again(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = opened(store_url)
     records.change("a", adding(1))
     records.change("a", lambda content: None)
 
@@ -271,10 +275,10 @@ def test_a_tombstone_that_was_to_go_and_stayed_is_used_again(url: str, monkeypat
     assert records.change("a", adding(2)).content == {"all": [2]}
 
 
-def test_a_record_removed_behind_everybodys_back_is_gone(url: str) -> None:
-    records, bucket = opened(url), Bucket(url)
+def test_a_record_removed_behind_everybodys_back_is_gone(store_url: str) -> None:
+    records, bucket = opened(store_url), Bucket(store_url)
     records.change("a", adding(1))
-    mine = known(opened(url), {})
+    mine = known(opened(store_url), {})
     bucket.delete(["records/a.json"])
     assert known(records, mine) == {}
     assert isinstance(records.look("a"), Record)

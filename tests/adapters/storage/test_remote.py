@@ -60,10 +60,9 @@ class Depot:
 
 
 @pytest.fixture
-def depot(server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Depot:
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    return Depot(server, tmp_path)
+def depot(s3: S3Server, s3_url: str, tmp_path: Path) -> Depot:
+    assert s3_url.endswith(f"/{tmp_path.name}")
+    return Depot(s3, tmp_path)
 
 
 async def read(store: AdapterStore, name: str, prefix: str | None = None) -> bytes:

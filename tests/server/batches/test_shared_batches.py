@@ -12,10 +12,9 @@ from adapters.storage.bucket import Bucket
 from server.batches import shared as module
 from server.batches.store import Batch, BatchStateError
 from server.finetune import sharing
-from server.messages.protocol import Generate
 from server.services import TENANT
 from tests.server.batches.test_batches import create, life, lines_of, row, until
-from tests.support.scripted import Served
+from tests.support.scripted import Served, hold_after
 from tests.support.several import LEASE, take_over
 from tests.support.site import eventually
 
@@ -44,18 +43,6 @@ async def lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
         yield Lives(tmp_path, stack)
 
 
-def stop_at(served: Served, count: int) -> asyncio.Event:
-    """Answer so many requests, and more only when this is set."""
-    released = asyncio.Event()
-
-    async def gate(request: Generate, step: int) -> None:
-        if served.engine.requests.index(request) >= count:
-            await released.wait()
-
-    served.engine.gate = gate
-    return released
-
-
 def has_room(served: Served, most: int) -> None:
     assert served.services.batches.sharing is not None
     served.services.batches.sharing.records._most = most
@@ -75,7 +62,7 @@ async def test_another_server_ends_the_batch_of_one_that_died_and_asks_for_nothi
 ) -> None:
     one, two = await lives.open("one"), await lives.open("two")
     has_room(two, 0)
-    stop_at(one, 5)
+    hold_after(one, 5)
     batch = await create(one, ROWS)
     assert (await two.client.get(f"/v1/batches/{batch['id']}")).json()["id"] == batch["id"]  # at once
     seen = await until(two, batch, "in_progress", completed=4)
@@ -96,7 +83,7 @@ async def in_its_middle(lives: Lives) -> tuple[Served, Served, Any]:
     """Two servers, and a batch that the first one works on, which the second has seen."""
     one, two = await lives.open("one"), await lives.open("two")
     has_room(two, 0)
-    stop_at(one, 3)
+    hold_after(one, 3)
     batch = await create(one, ROWS)
     await until(one, batch, "in_progress", completed=3)
     await until(two, batch, "in_progress", completed=1)
@@ -137,7 +124,7 @@ async def test_a_server_that_was_asleep_ends_nothing_that_is_anothers(lives: Liv
     ours = one.services.batches.sharing
     assert ours is not None
     await ours.stop()
-    released = stop_at(two, 4)
+    released = hold_after(two, 4)
     await take_over(two.services.batches.sharing, batch["id"])
     await eventually(lambda: len(two.engine.requests) > 4)
     assert ours.records.leases.holds(batch["id"])
@@ -154,7 +141,7 @@ async def test_a_batch_from_before_there_was_a_store_goes_on_at_another_server(
 ) -> None:
     (tmp_path / "one").mkdir()
     async with life(tmp_path / "one") as alone:
-        stop_at(alone, 5)
+        hold_after(alone, 5)
         batch = await create(alone, ROWS)
         await eventually(lambda: sum(alone.services.batches.progress(stored(alone, batch["id"]))) == 5)
     two = await lives.open("two")

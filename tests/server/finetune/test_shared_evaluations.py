@@ -1,7 +1,7 @@
 """Evaluations that several servers have in one object store."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,8 @@ from adapters.storage.records import Records
 from adapters.storage.versions import RemoteUnavailable
 from server.finetune import evaluations, sharing
 from server.finetune.evaluation_store import EvaluationStateError
-from server.messages.protocol import Generate
 from server.services import TENANT
-from tests.support.buckets import BUCKET, S3Server
-from tests.support.scripted import BASE, Served, serving
+from tests.support.scripted import BASE, Served, hold_after, serving
 from tests.support.several import EXAMPLES, LEASE, take_over
 from tests.support.site import eventually
 
@@ -47,28 +45,12 @@ class Lives:
         return await self._stack.enter_async_context(opened)
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[S3Server]:
-    server = S3Server()
-    server.start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture(params=["file", "s3"])
-async def lives(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[Lives]:
+@pytest.fixture
+async def lives(tmp_path: Path, store_url: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Lives]:
     monkeypatch.setattr(evaluations, "SPACE_SECONDS", 0.05)
     monkeypatch.setattr(sharing, "_RENEWALS", 60)
-    url = f"file://{tmp_path}/bucket"
-    if request.param == "s3":
-        server: S3Server = request.getfixturevalue("bucket")
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
-        url = f"s3://{BUCKET}/{tmp_path.name}"
     async with AsyncExitStack() as stack:
-        yield Lives(tmp_path, url, stack)
+        yield Lives(tmp_path, store_url, stack)
 
 
 def sharing_of(served: Served) -> sharing.Sharing:
@@ -103,18 +85,6 @@ async def until(served: Served, id_: str, *statuses: str) -> dict[str, Any]:
             await asyncio.sleep(0.02)
 
 
-def hold(served: Served, after: int) -> asyncio.Event:
-    """Answer so many sequences, and more only when this is set."""
-    going = asyncio.Event()
-
-    async def gate(request: Generate, step: int) -> None:
-        if served.engine.requests.index(request) >= after:
-            await going.wait()
-
-    served.engine.gate = gate
-    return going
-
-
 async def die(served: Served) -> None:
     """As by `kill -9`: nothing is given back."""
     await sharing_of(served).stop()
@@ -130,7 +100,7 @@ def result_files(served: Served) -> list[str]:
 async def test_what_one_evaluates_the_other_shows(lives: Lives) -> None:
     one, two = await lives.open("one"), await lives.open("two")
     has_room(two, 0)
-    going = hold(one, 3)
+    going = hold_after(one, 3)
     id_ = await begun(one)
     assert (await until(two, id_, "running"))["id"] == id_  # at once
     going.set()
@@ -148,7 +118,7 @@ async def test_what_one_evaluates_the_other_shows(lives: Lives) -> None:
 async def test_another_server_ends_the_evaluation_of_one_that_died(lives: Lives) -> None:
     one, two = await lives.open("one"), await lives.open("two")
     has_room(two, 0)
-    hold(one, 5)
+    hold_after(one, 5)
     id_ = await begun(one)
     await eventually(lambda: len(one.engine.requests) > 5)
     await until(two, id_, "running")
@@ -164,7 +134,7 @@ async def test_a_stopped_server_gives_its_evaluations_to_others(lives: Lives, tm
     has_room(two, 0)
     settings: dict[str, Any] = {"store_poll_seconds": 0.1, "job_lease_seconds": LEASE, "max_training_jobs": 0}
     async with life(tmp_path / "one", adapter_store=lives.url, **settings) as one:
-        hold(one, 1)
+        hold_after(one, 1)
         id_ = await begun(one)
         await eventually(lambda: len(one.engine.requests) > 1)
         await until(two, id_, "running")
@@ -175,7 +145,7 @@ async def test_a_stopped_server_gives_its_evaluations_to_others(lives: Lives, tm
 async def test_one_that_runs_is_deleted_at_another_server(lives: Lives) -> None:
     one, two = await lives.open("one"), await lives.open("two")
     has_room(two, 0)
-    going = hold(one, 3)
+    going = hold_after(one, 3)
     id_ = await begun(one)
     await eventually(lambda: len(one.engine.requests) > 3)
     await until(two, id_, "running")
@@ -196,7 +166,7 @@ async def test_what_ends_just_after_it_was_deleted_leaves_nothing(
     one, two = await lives.open("one"), await lives.open("two")
     has_room(two, 0)
     monkeypatch.setattr(sharing, "_RENEWALS", 0.01)  # nobody tells the one that works on it
-    going = hold(one, 3)
+    going = hold_after(one, 3)
     id_ = await begun(one)
     await until(two, id_, "running")
     await eventually(lambda: len(one.engine.requests) > 3)
@@ -212,7 +182,7 @@ async def test_what_ends_just_after_it_was_deleted_leaves_nothing(
 async def test_a_server_that_was_asleep_writes_nothing_over_anothers_result(lives: Lives) -> None:
     one, two = await lives.open("one"), await lives.open("two")
     has_room(two, 0)
-    going = hold(one, 3)
+    going = hold_after(one, 3)
     id_ = await begun(one)
     await until(two, id_, "running")
     await eventually(lambda: len(one.engine.requests) > 3)
@@ -235,7 +205,7 @@ async def test_those_from_before_there_was_a_store_are_given_to_it(lives: Lives,
     async with life(tmp_path / "one") as alone:
         id_ = await begun(alone)
         done = await until(alone, id_, "succeeded")
-        hold(alone, 0)
+        hold_after(alone, 0)
         unfinished = await begun(alone)
         await alone.services.tuning.evaluations.abandon(unfinished)
     await lives.open("one")

@@ -1,7 +1,7 @@
 """Jobs and files that several servers have in one object store."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from adapters.storage.versions import RemoteUnavailable
 from server.finetune import manager, shared_jobs, sharing
 from server.finetune.jobs import JobStateError
 from server.services import TENANT
-from tests.support.buckets import BUCKET, S3Server
+from tests.support.buckets import S3Server
 from tests.support.several import EXAMPLES, STEPS, Sharer, sharer, take_over
 
 
@@ -289,27 +289,14 @@ async def test_while_the_store_is_down_nothing_is_begun_and_nothing_lost(
     await one.until(await one.create(file), "succeeded")
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[S3Server]:
-    server = S3Server()
-    server.start()
-    yield server
-    server.stop()
-
-
-async def test_a_bucket_that_fails_often_costs_no_step(
-    tmp_path: Path, server: S3Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in server.environment.items():
-        monkeypatch.setenv(name, value)
-    url = f"s3://{BUCKET}/{tmp_path.name}"
-    async with sharer(tmp_path / "two", url) as two:
+async def test_a_bucket_that_fails_often_costs_no_step(tmp_path: Path, s3: S3Server, s3_url: str) -> None:
+    async with sharer(tmp_path / "two", s3_url) as two:
         two.sharing.records._most = 0
         async with AsyncExitStack() as stack:
-            one = await stack.enter_async_context(sharer(tmp_path / "one", url))
+            one = await stack.enter_async_context(sharer(tmp_path / "one", s3_url))
             file = await one.upload()
             expected = await whole(one, file)
-            server.suffer(
+            s3.suffer(
                 ("lost", "PUT", "jobs/", 3),
                 ("busy", "PUT", "jobs/", 4),
                 ("busy", "GET", "job", 7),
@@ -322,7 +309,7 @@ async def test_a_bucket_that_fails_often_costs_no_step(
             await one.die()
             await take_over(two.sharing, job_id)
             done = await two.until(job_id, "succeeded")
-            server.suffer()
+            s3.suffer()
         assert two.result(done) == expected
         assert steps_of(await two.events(job_id)) == list(range(1, STEPS + 1))
         ids = [event["id"] for event in await two.events(job_id)]

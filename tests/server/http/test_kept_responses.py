@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -11,14 +10,12 @@ import pytest
 from server.errors import EngineUnavailable
 from tests.support.chats import named_events, say, sent_prompt
 from tests.support.responses import ended, get, made, post
-from tests.support.scripted import TEXT, Served, serving
+from tests.support.scripted import TEXT, Served, hold_at, serving
 
 
 @pytest.fixture
 async def served(tmp_path: Path) -> AsyncIterator[Served]:
-    async with serving(tmp_path) as served:
-        assert served.engine.info is not None
-        served.engine.info = msgspec.structs.replace(served.engine.info, max_model_len=4096)
+    async with serving(tmp_path, context=4096) as served:
         yield served
 
 
@@ -128,20 +125,8 @@ async def test_a_server_may_keep_none(tmp_path: Path) -> None:
 # --- in the background --------------------------------------------------------------------------------------
 
 
-def hold(served: Served, step: int) -> asyncio.Event:
-    """The engine waits before this step of a sequence."""
-    going = asyncio.Event()
-
-    async def gate(request: Any, at: int) -> None:
-        if at == step:
-            await going.wait()
-
-    served.engine.gate = gate
-    return going
-
-
 async def test_a_response_is_made_in_the_background(served: Served) -> None:
-    going = hold(served, 2)
+    going = hold_at(served, 2)
     body = await made(served, background=True)
     assert (body["status"], body["output"], body["background"]) == ("in_progress", [], True)
     assert await get(served, body["id"]) == body
@@ -152,7 +137,7 @@ async def test_a_response_is_made_in_the_background(served: Served) -> None:
 
 
 async def test_one_in_the_background_can_be_cancelled(served: Served) -> None:
-    hold(served, 4)
+    hold_at(served, 4)
     body = await made(served, background=True)
     await asyncio.sleep(0.05)
     for _ in range(2):
@@ -168,7 +153,7 @@ async def test_one_in_the_background_can_be_cancelled(served: Served) -> None:
 
 
 async def test_a_stream_in_the_background_can_be_taken_up_again(served: Served) -> None:
-    going = hold(served, 6)
+    going = hold_at(served, 6)
     reading = asyncio.create_task(post(served, background=True, stream=True))
     await asyncio.sleep(0.1)
     (id_,) = served.services.responses.running
@@ -204,7 +189,7 @@ async def test_a_failure_in_the_background_is_told(served: Served) -> None:
 async def test_a_restart_keeps_what_is_done_and_fails_what_is_not(tmp_path: Path) -> None:
     async with serving(tmp_path) as served:
         done = await made(served)
-        hold(served, 1)
+        hold_at(served, 1)
         body = await made(served, background=True)
         await served.services.responses.stop()
     async with serving(tmp_path) as served:

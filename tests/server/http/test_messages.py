@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import msgspec
 import pytest
 
 from server.errors import EngineUnavailable
@@ -28,9 +27,7 @@ CALL = 'Let me see.\n<tool_call>\n{"name": "get_weather", "arguments": {"city": 
 
 @pytest.fixture
 async def served(tmp_path: Path) -> AsyncIterator[Served]:
-    async with serving(tmp_path) as served:
-        assert served.engine.info is not None
-        served.engine.info = msgspec.structs.replace(served.engine.info, max_model_len=4096)
+    async with serving(tmp_path, context=4096) as served:
         yield served
 
 

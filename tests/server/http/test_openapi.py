@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import hypothesis
-import msgspec
 import pytest
 import requests
 import schemathesis
@@ -154,11 +153,14 @@ class Api:
         self._runner = asyncio.Runner()
         # int8: so that nobody is asked to load PEFT.
         self._application = serving(
-            directory, lora_dir=directory, quantization="int8", model=str(directory), engine=PlanningEngine
+            directory,
+            lora_dir=directory,
+            quantization="int8",
+            model=str(directory),
+            engine=PlanningEngine,
+            context=4096,
         )
         self.served = self._runner.run(self._application.__aenter__())
-        assert self.served.engine.info is not None
-        self.served.engine.info = msgspec.structs.replace(self.served.engine.info, max_model_len=4096)
         refusals = {"expected-statuses": ["400", "401", "404", "406", "408", "413", "415", "422"]}
         config = schemathesis.Config.from_dict({"checks": {"negative_data_rejection": refusals}})
         self.schema = schemathesis.openapi.from_dict(self._runner.run(document_of(self.served)), config=config)

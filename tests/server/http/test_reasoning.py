@@ -8,7 +8,6 @@ from typing import Any
 import httpx
 import httpx2
 import jsonschema_rs
-import msgspec
 import openai
 import pytest
 from tokenizers import AddedToken, Tokenizer
@@ -33,9 +32,7 @@ ANSWER = f"<think>\n{THOUGHT}\n</think>\n\nIt is\nwarm. "
 
 @pytest.fixture
 async def served(tmp_path: Path) -> AsyncIterator[Served]:
-    async with serving(tmp_path, ANSWER) as served:
-        assert served.engine.info is not None
-        served.engine.info = msgspec.structs.replace(served.engine.info, max_model_len=4096)
+    async with serving(tmp_path, ANSWER, context=4096) as served:
         use_template(served, QWEN3)
         yield served
 

@@ -29,9 +29,7 @@ CALL = 'Let me see.\n<tool_call>\n{"name": "get_weather", "arguments": {"city": 
 
 @pytest.fixture
 async def served(tmp_path: Path) -> AsyncIterator[Served]:
-    async with serving(tmp_path) as served:
-        assert served.engine.info is not None
-        served.engine.info = msgspec.structs.replace(served.engine.info, max_model_len=4096)
+    async with serving(tmp_path, context=4096) as served:
         yield served
 
 
@@ -150,9 +148,7 @@ class InOneStep(ScriptedEngine):
 
 
 async def test_an_event_shows_nothing_that_comes_after_it(tmp_path: Path) -> None:
-    async with serving(tmp_path, CALL, InOneStep) as served:
-        assert served.engine.info is not None
-        served.engine.info = msgspec.structs.replace(served.engine.info, max_model_len=4096)
+    async with serving(tmp_path, CALL, InOneStep, context=4096) as served:
         stream = named_events(
             await post(served, tools=[WEATHER], stream=True, include=["message.output_text.logprobs"], top_logprobs=1)
         )

@@ -8,7 +8,6 @@ from typing import Any
 import httpx
 import httpx2
 import jsonschema_rs
-import msgspec
 import openai
 import pytest
 from tokenizers import Tokenizer
@@ -45,9 +44,7 @@ CALLS = (
 
 @pytest.fixture
 async def served(tmp_path: Path) -> AsyncIterator[Served]:
-    async with serving(tmp_path, CALLS) as served:
-        assert served.engine.info is not None
-        served.engine.info = msgspec.structs.replace(served.engine.info, max_model_len=4096)
+    async with serving(tmp_path, CALLS, context=4096) as served:
         yield served
 
 

@@ -1,13 +1,11 @@
 """Responses that several servers have in one object store: made at one, looked at, gone on from, ended at another."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
-import httpx
-import msgspec
 import pytest
 
 from adapters.storage.bucket import Bucket
@@ -18,9 +16,9 @@ from server.responses import shared
 from server.responses.shared import PREFIX, SharedResponses
 from server.services import TENANT
 from server.tenants.caller import DEFAULT_NAME
-from tests.support.buckets import BUCKET, S3Server
 from tests.support.chats import named_events, sent_prompt
-from tests.support.scripted import BASE, TEXT, Served, serving
+from tests.support.responses import get, made, post
+from tests.support.scripted import TEXT, Served, hold_at, serving
 from tests.support.several import LEASE
 from tests.support.site import eventually
 
@@ -37,44 +35,10 @@ class Lives:
         return await self._stack.enter_async_context(serving(self.root / name, **settings | more))
 
 
-@pytest.fixture(scope="module")
-def bucket() -> Iterator[S3Server]:
-    server = S3Server()
-    server.start()
-    yield server
-    server.stop()
-
-
-@pytest.fixture(params=["file", "s3"])
-async def lives(
-    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[Lives]:
-    url = f"file://{tmp_path}/bucket"
-    if request.param == "s3":
-        server: S3Server = request.getfixturevalue("bucket")
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
-        url = f"s3://{BUCKET}/{tmp_path.name}"
+@pytest.fixture
+async def lives(tmp_path: Path, store_url: str) -> AsyncIterator[Lives]:
     async with AsyncExitStack() as stack:
-        yield Lives(tmp_path, url, stack)
-
-
-async def post(served: Served, **body: Any) -> httpx.Response:
-    return await served.client.post("/v1/responses", json={"model": BASE, "input": "Hi"} | body)
-
-
-async def made(served: Served, **body: Any) -> dict[str, Any]:
-    response = await post(served, **body)
-    assert response.status_code == 200, response.text
-    found: dict[str, Any] = response.json()
-    return found
-
-
-async def get(served: Served, path: str) -> dict[str, Any]:
-    response = await served.client.get(f"/v1/responses/{path}")
-    assert response.status_code == 200, response.text
-    found: dict[str, Any] = response.json()
-    return found
+        yield Lives(tmp_path, store_url, stack)
 
 
 async def status(served: Served, id_: str, method: str = "GET") -> int:
@@ -87,18 +51,6 @@ async def until(served: Served, id_: str, wanted: str) -> dict[str, Any]:
             assert found["status"] == "in_progress", found
             await asyncio.sleep(0.02)
     return found
-
-
-def hold(served: Served, step: int) -> asyncio.Event:
-    """The engine waits before this step of a sequence."""
-    going = asyncio.Event()
-
-    async def gate(request: Any, at: int) -> None:
-        if at == step:
-            await going.wait()
-
-    served.engine.gate = gate
-    return going
 
 
 def responses_of(served: Served) -> SharedResponses:
@@ -159,7 +111,7 @@ async def test_nobody_elses_is_found(lives: Lives) -> None:
 
 async def test_one_in_the_background_is_seen_and_cancelled_at_another(lives: Lives) -> None:
     one, two = await lives.open("one"), await lives.open("two")
-    hold(one, 4)
+    hold_at(one, 4)
     begun = await made(one, background=True)
     assert await get(two, begun["id"]) == begun
     assert (await post(two, previous_response_id=begun["id"])).status_code == 400  # it is not finished
@@ -176,7 +128,7 @@ async def test_one_in_the_background_is_seen_and_cancelled_at_another(lives: Liv
 
 async def test_one_in_the_background_ends_for_all(lives: Lives) -> None:
     one, two = await lives.open("one"), await lives.open("two")
-    going = hold(one, 2)
+    going = hold_at(one, 2)
     begun = await made(one, background=True)
     await asyncio.sleep(0.5)  # some renewals
     assert await get(two, begun["id"]) == begun
@@ -188,7 +140,7 @@ async def test_one_in_the_background_ends_for_all(lives: Lives) -> None:
 
 async def test_its_stream_is_followed_at_another(lives: Lives) -> None:
     one, two = await lives.open("one"), await lives.open("two")
-    going = hold(one, 6)
+    going = hold_at(one, 6)
     reading = asyncio.create_task(post(one, background=True, stream=True))
     await eventually(lambda: bool(one.services.responses.running))
     (id_,) = one.services.responses.running
@@ -208,7 +160,7 @@ async def test_its_stream_is_followed_at_another(lives: Lives) -> None:
 
 async def test_when_its_server_dies_it_has_failed(lives: Lives, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = await lives.open("one"), await lives.open("two")
-    hold(one, 6)
+    hold_at(one, 6)
     reading = asyncio.create_task(post(one, background=True, stream=True))
     await eventually(lambda: bool(one.services.responses.running))
     (id_,) = one.services.responses.running
@@ -231,7 +183,7 @@ async def test_when_its_server_dies_it_has_failed(lives: Lives, monkeypatch: pyt
 async def test_a_server_that_was_taken_for_dead_changes_nothing(lives: Lives, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two = await lives.open("one"), await lives.open("two")
     monkeypatch.setattr(responses_of(one), "_renew", lambda running: asyncio.sleep(3600))
-    going = hold(one, 4)
+    going = hold_at(one, 4)
     begun = await made(one, background=True)
     await get(two, begun["id"])
     believe_it_dead(two, begun["id"])
@@ -244,7 +196,7 @@ async def test_a_server_that_was_taken_for_dead_changes_nothing(lives: Lives, mo
 
 async def test_a_server_that_stops_says_so(lives: Lives) -> None:
     one, two = await lives.open("one"), await lives.open("two")
-    hold(one, 1)
+    hold_at(one, 1)
     begun = await made(one, background=True)
     assert (await get(two, begun["id"]))["status"] == "in_progress"
     await one.services.responses.stop()
@@ -254,7 +206,7 @@ async def test_a_server_that_stops_says_so(lives: Lives) -> None:
 
 async def test_one_that_runs_is_deleted_at_another(lives: Lives) -> None:
     one, two = await lives.open("one"), await lives.open("two")
-    hold(one, 4)
+    hold_at(one, 4)
     begun = await made(one, background=True)
     assert await status(two, begun["id"], "DELETE") == 200
     await eventually(lambda: not one.services.responses.running)
@@ -267,10 +219,8 @@ async def test_one_that_runs_is_deleted_at_another(lives: Lives) -> None:
 
 
 async def test_old_ones_and_too_many_go_first(lives: Lives) -> None:
-    one, two = [await lives.open(name, response_bytes=1024**2, max_body_bytes=2**21) for name in ("one", "two")]
-    for site in (one, two):
-        assert site.engine.info is not None
-        site.engine.info = msgspec.structs.replace(site.engine.info, max_model_len=2**20)
+    room: dict[str, Any] = {"response_bytes": 1024**2, "max_body_bytes": 2**21, "context": 2**20}
+    one, two = [await lives.open(name, **room) for name in ("one", "two")]
     first = await made(one)
     large = []
     for _ in range(3):
@@ -303,7 +253,7 @@ async def test_bytes_are_counted_over_all_servers(lives: Lives) -> None:
 async def test_those_from_before_there_was_a_store_are_given_to_it(lives: Lives, tmp_path: Path) -> None:
     async with serving(tmp_path / "one") as alone:
         first = await made(alone)
-        hold(alone, 1)
+        hold_at(alone, 1)
         left = await made(alone, background=True)
         await alone.services.responses.stop()
     one, two = await lives.open("one"), await lives.open("two")
@@ -327,7 +277,7 @@ async def test_while_the_store_is_down_a_response_is_not_said_to_be_kept(
     def fail(*_: object, **__: object) -> None:
         raise RemoteUnavailable("no route")
 
-    going = hold(one, 4)
+    going = hold_at(one, 4)
     begun = await made(one, background=True)
     with monkeypatch.context() as patch:
         for method in ("change", "look"):

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from server.tenants.audit import AuditLog
 from server.tenants.caller import Caller
 from server.tenants.database import open_database, server_id
 from server.usage import Ledger, today
-from tests.support.buckets import BUCKET, S3Server
+from tests.support.buckets import S3Server
 from tests.support.running import REPOSITORY
 from tests.support.scripted import BASE, Served, serving
 
@@ -189,20 +188,13 @@ async def test_what_left_the_files_here_stays_in_the_store(tmp_path: Path, url: 
     assert sorted(map(int, map(str, await objects(one)))) == list(range(60))
 
 
-def test_lost_answers_and_a_busy_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with ExitStack() as stack:
-        server = S3Server()
-        server.start()
-        stack.callback(server.stop)
-        for name, value in server.environment.items():
-            monkeypatch.setenv(name, value)
-        server.suffer(("lost", "PUT", "usage/", 2), ("busy", "PUT", "usage/", 3), ("busy", "GET", "usage/", 4))
-        url = f"s3://{BUCKET}/store"
-        one, two = ledger(tmp_path / "one", url), ledger(tmp_path / "two", url)
-        for n in range(1, 7):
-            train(one, "law", "ftjob-1", n)
-            one.send()
-            assert seen(two)["acme/law"] == (n, n / 2)
+def test_lost_answers_and_a_busy_store(tmp_path: Path, s3: S3Server, s3_url: str) -> None:
+    s3.suffer(("lost", "PUT", "usage/", 2), ("busy", "PUT", "usage/", 3), ("busy", "GET", "usage/", 4))
+    one, two = ledger(tmp_path / "one", s3_url), ledger(tmp_path / "two", s3_url)
+    for n in range(1, 7):
+        train(one, "law", "ftjob-1", n)
+        one.send()
+        assert seen(two)["acme/law"] == (n, n / 2)
 
 
 async def ask(served: Served, model: str = BASE) -> None:
