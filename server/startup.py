@@ -168,14 +168,10 @@ def _batches(settings: Settings, tuning: FineTuning, metrics: Metrics) -> Batche
     store, shared = BatchStore(tuning.database), None
     if settings.adapter_store is not None:
         from adapters.storage.bucket import Bucket
-        from adapters.storage.leases import Leases
-        from adapters.storage.records import Records
         from server.batches.shared import SharedBatches
 
-        bucket = Bucket(settings.adapter_store)
-        records = Records(bucket, "batches")
         store = shared = SharedBatches(tuning.database, directory)
-        shared.join(records, bucket, Leases(records, settings.job_lease_seconds), at_once)
+        shared.join(Bucket(settings.adapter_store), settings.job_lease_seconds, at_once)
     counted, most = BatchMetrics(metrics.registry), settings.batch_file_requests
     batches = Batches(directory, store, tuning.files, counted, at_once=at_once, max_rows=most)
     if shared is not None:
@@ -190,19 +186,14 @@ def _responses(settings: Settings, database: Database) -> ResponseStore:
     if settings.adapter_store is None:
         return ResponseStore(database, days, most)
     from adapters.storage.bucket import Bucket
-    from adapters.storage.leases import Leases
-    from adapters.storage.records import Records
-    from server.responses.shared import PREFIX, SharedResponses
+    from server.responses.shared import SharedResponses
 
-    bucket = Bucket(settings.adapter_store)
-    records = Records(bucket, PREFIX)
     return SharedResponses(
         database,
         days,
         most,
-        bucket=bucket,
-        records=records,
-        leases=Leases(records, settings.job_lease_seconds),
+        bucket=Bucket(settings.adapter_store),
+        lease_seconds=settings.job_lease_seconds,
         poll_seconds=settings.store_poll_seconds,
         sweep_seconds=settings.response_sweep_seconds,
     )

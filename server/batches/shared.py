@@ -59,19 +59,19 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
         """Its row goes again when it cannot be."""
         try:
             self._bucket.put_file(self._object(batch.id, INPUT), directory / INPUT)
-            self._send_new(batch.id, self._row(batch.id)["number"], {"parts": []})
+            self._send_new(batch.id, parts=[])
         except BaseException:
             self.remove(batch.id)
             raise
 
     def share_all(self) -> None:
         """Give the store what it never had: batches from a time without one, with the answers that there are."""
-        for batch, number in self.never_shared():
+        for batch in self.never_shared():
             directory, parts = self._directory / batch.id, list[dict[str, Any]]()
             if batch.goes_on:
                 self._bucket.put_file(self._object(batch.id, INPUT), directory / INPUT)
                 parts = [part for name in ANSWERS.values() if (part := self._part(batch.id, name, 0, 1)) is not None]
-            self._send_new(batch.id, number, {"parts": parts})
+            self._send_new(batch.id, parts=parts)
 
     def move(self, batch: Batch, status: Status, **changes: Any) -> Batch:
         """Who finds a batch that is `finalizing` asks for nothing more: all answers are in the store before it is."""

@@ -99,7 +99,6 @@ class _Shared:
 
     def __init__(self, settings: Settings, url: str, database: Database, ledger: Ledger) -> None:
         from adapters.storage.bucket import Bucket  # its library is needed only with an object store
-        from adapters.storage.leases import Leases
         from adapters.storage.records import Records
         from server.finetune.shared_evaluations import SharedEvaluations
         from server.finetune.shared_files import SharedFiles
@@ -107,10 +106,9 @@ class _Shared:
 
         bucket, seconds = Bucket(url), settings.job_lease_seconds
         self.files = SharedFiles(settings.data_dir / "files", database, Records(bucket, "files"), bucket)
-        records, self.jobs = Records(bucket, "jobs"), SharedJobs(database, ledger)
-        self.jobs.join(records, bucket, Leases(records, seconds), settings.max_training_jobs)
-        records, self.evaluations = Records(bucket, "evaluations"), SharedEvaluations(database)
-        self.evaluations.join(records, bucket, Leases(records, seconds), settings.evaluation_requests)
+        self.jobs, self.evaluations = SharedJobs(database, ledger), SharedEvaluations(database)
+        self.jobs.join(bucket, seconds, settings.max_training_jobs)
+        self.evaluations.join(bucket, seconds, settings.evaluation_requests)
 
     def begun(self, settings: Settings, manager: JobManager, evaluations: Evaluations) -> "Sharing":
         """Let those who work on them do so in step with other servers; the sharing of files and jobs."""

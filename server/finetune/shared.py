@@ -14,21 +14,18 @@ from abc import abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from adapters.disk import StorageFull, sync
+from adapters.storage.bucket import Bucket
 from adapters.storage.database import DatabaseBusy
-from adapters.storage.leases import LeaseLost
+from adapters.storage.leases import LEASE, LeaseLost, Leases
+from adapters.storage.records import Content, Record, Records
 from adapters.storage.versions import RemoteUnavailable
 from server.finetune.checkpoints import file_hash
 from server.finetune.record_table import R, RecordTable, S
-
-if TYPE_CHECKING:
-    from adapters.storage.bucket import Bucket
-    from adapters.storage.leases import Leases
-    from adapters.storage.records import Content, Record, Records
 
 _DAMAGE = (ValueError, LookupError, TypeError)  # what reading a record raises when it is none
 
@@ -44,22 +41,22 @@ class Shared(RecordTable[R, S]):
     files: str
     stopped: type[Exception]
 
-    def join(self, stored: "Records", bucket: "Bucket", leases: "Leases", most: int) -> None:
+    def join(self, bucket: Bucket, lease_seconds: float, most: int) -> None:
         """Once, before anything else. `most`: records that this server works on at once."""
-        self.leases = leases
-        self._stored = stored
         self._bucket = bucket
+        self._stored = Records(bucket, self._table)
+        self.leases = Leases(self._stored, lease_seconds)
         self._most = most
         self._writing: defaultdict[str, threading.RLock] = defaultdict(threading.RLock)
 
     # --- a record and its row ------------------------------------------------------------------------
 
     @abstractmethod
-    def _merged(self, id_: str, content: "Content") -> "Content":
+    def _merged(self, id_: str, content: Content) -> Content:
         """A record with what its holder has that it has not. Statuses are the record's."""
 
     @abstractmethod
-    def _copy(self, content: "Content", changes: Mapping[str, Any] | None = None, *, claimed: bool = False) -> bool:
+    def _copy(self, content: Content, changes: Mapping[str, Any] | None = None, *, claimed: bool = False) -> bool:
         """Let the rows be what a record says, with what its holder has added since; whether the status is another.
 
         Args:
@@ -70,7 +67,7 @@ class Shared(RecordTable[R, S]):
     def _removed(self, id_: str) -> None:
         """Somebody removed a record. Whoever works on it hears that its lease is lost."""
 
-    def _copy_row(self, content: "Content", changes: Mapping[str, Any] | None) -> bool:
+    def _copy_row(self, content: Content, changes: Mapping[str, Any] | None) -> bool:
         """`_copy` for records that are one row each."""
         stored = self._read(content)
         self.leases.see(stored.id, content)
@@ -88,7 +85,7 @@ class Shared(RecordTable[R, S]):
             row = connection.execute(f"SELECT number, record FROM {self._table} WHERE id = ?", (id_,)).fetchone()
         return {"number": row["number"], "record": json.loads(row["record"])}
 
-    def _read(self, content: "Content") -> R:
+    def _read(self, content: Content) -> R:
         return msgspec.convert(content["record"], self._kind)
 
     # --- what others do ------------------------------------------------------------------------------
@@ -134,20 +131,20 @@ class Shared(RecordTable[R, S]):
             else:
                 self._forget_row(found)
 
-    def _forget_row(self, record: "Record") -> None:
+    def _forget_row(self, record: Record) -> None:
         """Only of a record that somebody removed: what has vanished may come back."""
         if record.version is not None and record.fault is None:
             self._removed(record.key)
 
-    def never_shared(self) -> Iterator[tuple[R, int]]:
-        """Records from a time without a store, and their places in lists, now the same at all servers."""
+    def never_shared(self) -> Iterator[R]:
+        """Records from a time without a store, whose places in lists are the same at all servers from now on."""
         for record in self.all():
             if self._stored.knows(record.id) or self._stored.look(record.id).version is not None:
                 continue
             number = place(record.created_at)
             with self.database.transaction() as connection:
                 connection.execute(f"UPDATE {self._table} SET number = ? WHERE id = ?", (number, record.id))
-            yield record, number
+            yield record
 
     # --- working on one ------------------------------------------------------------------------------
 
@@ -176,9 +173,9 @@ class Shared(RecordTable[R, S]):
             content = self.leases.change(id_, lambda content: self._merged(id_, content), release=release)
             return self._read(content) if self._copy(content) else None
 
-    def _send_new(self, id_: str, number: int, lists: Mapping[str, list[Any]]) -> None:
+    def _send_new(self, id_: str, **lists: list[Any]) -> None:
         """Make the record of a row. `lists`: what it has beside."""
-        fresh: Content = {"number": number, "lease": None, **lists}
+        fresh: Content = {"number": self._row(id_)["number"], LEASE: None, **lists}
         with self._writing[id_]:
             content = self._stored.change(id_, lambda old: old or self._merged(id_, fresh)).content
             assert content is not None
@@ -204,7 +201,7 @@ class Shared(RecordTable[R, S]):
                     self.refresh(record.id)
                     raise
 
-            def changed(content: "Content | None") -> "Content":
+            def changed(content: Content | None) -> Content:
                 if content is None:
                     raise self._unknown(record.id)
                 after: Content = change(content)

@@ -32,7 +32,7 @@ class SharedEvaluations(Shared[Evaluation, Status], EvaluationStore):
             tenant, model=model, adapter=adapter, digest=digest, file=file, max_examples=max_examples
         )
         try:
-            self._send_new(evaluation.id, self._row(evaluation.id)["number"], {})
+            self._send_new(evaluation.id)
         except BaseException:
             self.remove(evaluation.id)
             raise
@@ -40,8 +40,8 @@ class SharedEvaluations(Shared[Evaluation, Status], EvaluationStore):
 
     def share_all(self) -> None:
         """Give the store what it never had: evaluations from a time without one."""
-        for evaluation, number in self.never_shared():
-            self._send_new(evaluation.id, number, {})
+        for evaluation in self.never_shared():
+            self._send_new(evaluation.id)
 
     def settle(self, evaluation: Evaluation) -> None:
         changed = {"record": msgspec.to_builtins(evaluation)}

@@ -55,16 +55,14 @@ class SharedJobs(Shared[Job, Status], JobStore):
 
     def share_all(self, directory: Path) -> None:
         """Give the store what it does not have: jobs from a time without one, whose directories lie in this one."""
-        for job, _ in self.never_shared():
+        for job in self.never_shared():
             self._share(job, directory / job.id)
 
     def _share(self, job: Job, directory: Path) -> None:
         inputs = hashes(directory, but=("job.json",))
         self.put(job.id, directory, inputs)
-        with self.database.transaction() as connection:
-            self.update(job, inputs=inputs)
-            number = connection.execute("SELECT number FROM jobs WHERE id = ?", (job.id,)).fetchone()["number"]
-        self._send_new(job.id, number, {"segments": [], "tail": []})
+        self.update(job, inputs=inputs)
+        self._send_new(job.id, segments=[], tail=[])
 
     def forget(self, id_: str, but: Sequence[str] = ()) -> None:
         """And events that no record came to name, since it was made anew when they had been written."""

@@ -13,22 +13,19 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from adapters.storage.bucket import Bucket
 from adapters.storage.database import Database, DatabaseBusy
-from adapters.storage.leases import LEASE, LeaseLost
+from adapters.storage.leases import LEASE, LeaseLost, Leases
+from adapters.storage.records import Content, Records
 from adapters.storage.versions import RemoteUnavailable
 from server.errors import NotFound
 from server.responses.running import Followed, Running
 from server.responses.store import STOPPED, Fields, KeptResponse, ResponseStore, log
 from server.tenants.caller import tenant_name, tenant_of
-
-if TYPE_CHECKING:
-    from adapters.storage.leases import Leases
-    from adapters.storage.records import Content, Records
 
 PREFIX = "responses"
 _RENEWALS = 3  # in the time that a lease lasts, at least
@@ -52,15 +49,14 @@ class SharedResponses(ResponseStore):
         max_bytes: int,
         *,
         bucket: Bucket,
-        records: "Records",
-        leases: "Leases",
+        lease_seconds: float,
         poll_seconds: float,
         sweep_seconds: float,
     ) -> None:
         super().__init__(database, days, max_bytes)
         self._bucket = bucket
-        self._records = records
-        self._leases = leases
+        self._records = Records(bucket, PREFIX)
+        self._leases = Leases(self._records, lease_seconds)
         self.poll_seconds = poll_seconds
         self._sweep_seconds = sweep_seconds
         self._stored: Counter[str] = Counter()  # bytes by tenant: of the last list, and of what came here since
@@ -109,7 +105,7 @@ class SharedResponses(ResponseStore):
             return super().get(tenant, id_, param=param)  # one from a time without a store
         return KeptResponse(content["response"], content["items"], content["events"])
 
-    def _content(self, tenant: str, id_: str) -> "Content | None":
+    def _content(self, tenant: str, id_: str) -> Content | None:
         """What the store says; one that runs nowhere any more has failed."""
         if not _ID.fullmatch(id_):
             return None
@@ -190,7 +186,7 @@ class SharedResponses(ResponseStore):
                 running.task.cancel()
             return
 
-    def _send(self, key: str, running: Running) -> "Content":
+    def _send(self, key: str, running: Running) -> Content:
         events = msgspec.to_builtins(list(running.events)) if running.streamed else None
         return self._leases.change(key, lambda content: content | {"events": events} if _goes_on(content) else content)
 
@@ -296,7 +292,7 @@ def _goes_on(content: Mapping[str, Any]) -> bool:
     return bool(content["response"]["status"] == "in_progress")
 
 
-def _ended(old: "Content", new: "Content") -> "Content":
+def _ended(old: Content, new: Content) -> Content:
     """The end of a response, unless it has one already, of which a client was told: then what there is of it."""
     was, now = old["response"]["status"], new["response"]["status"]
     if was in ("in_progress", now):
@@ -304,7 +300,7 @@ def _ended(old: "Content", new: "Content") -> "Content":
     return new | {"response": new["response"] | {"status": was, "completed_at": None}}
 
 
-def _failed(content: "Content | None") -> "Content":
+def _failed(content: Content | None) -> Content:
     """One whose server is heard of no more."""
     if content is None:
         raise LeaseLost
@@ -317,7 +313,7 @@ def _failed(content: "Content | None") -> "Content":
     return content | {"response": response, "events": events}
 
 
-def _cancelled(content: "Content | None") -> "Content | None":
+def _cancelled(content: Content | None) -> Content | None:
     if content is None or not _goes_on(content):
         return content
     return content | {"response": content["response"] | {"status": "cancelled"}}
