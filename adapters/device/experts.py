@@ -4,11 +4,9 @@
 transformers' own.
 """
 
-import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adapters import kernels
@@ -103,13 +101,10 @@ def pad_router(router: nn.Module, weight: Tensor) -> None:
         weight: its own `[experts, in]`.
     """
     inner = type(router).forward
-    together = reference.LANES // math.gcd(reference.LANES, len(weight))  # rows of scores that are whole lanes
 
     def padded(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         count = hidden.shape[-2]
-        if hidden.is_cpu:
-            hidden = F.pad(hidden, (0, 0, 0, -count % together))
-        hidden = reference.pad_rows(hidden, weight)
+        hidden = reference.pad_rows(hidden, weight, whole_lanes=True)
         found = inner(router, hidden, *args, **kwargs)
         whole = hidden.shape[-2]
         if isinstance(found, Tensor):

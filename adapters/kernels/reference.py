@@ -4,6 +4,7 @@ Every function gives a row the same bits whatever rows stand beside it. A librar
 (its blocking follows the row count), so row counts are padded to a `row_multiple`, which is found by trying.
 """
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -67,10 +68,16 @@ def rows_apart(y: Tensor) -> Tensor:
     return F.pad(y, (0, 1))[:, :-1] if odd else y
 
 
-def pad_rows(x: Tensor, weight: Tensor) -> Tensor:
-    """Zero rows appended along dimension -2, up to a multiple that suits the weight."""
+def pad_rows(x: Tensor, weight: Tensor, *, whole_lanes: bool = False) -> Tensor:
+    """Zero rows appended along dimension -2, up to a multiple that suits the weight.
+
+    Args:
+        whole_lanes: whether the product's numbers are whole `LANES` then, on a CPU.
+    """
     out_features, in_features = weight.shape[-2:]
     multiple = row_multiple(out_features, in_features, x.dtype, torch.get_num_threads()) if x.is_cpu else 4
+    if whole_lanes and x.is_cpu:
+        multiple = math.lcm(multiple, LANES // math.gcd(LANES, out_features))
     missing = -x.shape[-2] % multiple
     return F.pad(x, (0, 0, 0, missing)) if missing else x
 
