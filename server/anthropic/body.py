@@ -312,7 +312,8 @@ def _joined(messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         for name in ("content", "reasoning"):
             if any(texts := [last.get(name), message.get(name)]):
                 last[name] = "\n".join(filter(None, texts))
-        last |= {name: message[name] for name in ("tool_calls",) if name in message}
+        if "tool_calls" in message:
+            last["tool_calls"] = message["tool_calls"]
     return joined
 
 

@@ -141,7 +141,7 @@ class ResponseBody(SamplingBody):
     prompt_cache_key: Label | None = None
     prompt_cache_retention: Label | None = None
     prompt_cache_options: PromptCacheOptions | None = None
-    client_metadata: Entries[str, Label] = Field({})  # Codex's: what it says of its session
+    client_metadata: Entries[str, Label] = Field({})  # notes of the client on its session
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:

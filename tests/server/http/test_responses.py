@@ -361,7 +361,7 @@ async def test_arguments_that_are_no_json_can_be_gone_on_from(served: Served, gi
 
 
 HARMLESS: dict[str, dict[str, Any]] = {
-    "what Codex says of itself": {"client_metadata": {"session": "x"}},
+    "what a client says of itself": {"client_metadata": {"session": "x"}},
     "caching": {"prompt_cache_options": {"mode": "implicit", "ttl": "30m", "prewarm": False}},
     "thinking as always": {"reasoning": {"effort": "low", "context": "auto", "mode": "standard"}},
     "a tool for the model alone": {
