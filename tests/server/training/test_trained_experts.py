@@ -16,7 +16,7 @@ from adapters.peft_format.directory import AdapterSpec
 from server.engine.engine import Engine
 from server.finetune.hyperparameters import trained_on
 from server.messages.dataset import Dataset
-from server.messages.training import PlanMemory
+from server.messages.training import MemoryPlan, PlanMemory, StartJob
 from server.training.trainable import TrainableAdapter
 from server.training.trainer import Trainer
 from tests.support.offline import load_engine, publish, request, run
@@ -33,6 +33,7 @@ LORA: dict[str, Any] = {
     "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
 }
 RATE = 1e-2
+PLANNED: dict[str, Any] = {"n_epochs": 2, "learning_rate": RATE, "max_grad_norm": 0.0}
 COMMON = {"num_hidden_layers": 2, "head_dim": 16, "num_experts_per_tok": 2, "tie_word_embeddings": False}
 
 
@@ -48,28 +49,16 @@ def test_two_steps_equal_peft_and_the_checkpoint_loads_there(
     family: str, settings: dict[str, Any], memory: str, goes_on: bool, tmp_path: Path
 ) -> None:
     """From PEFT's beginning, and from an adapter that is there."""
-    model = tiny_model(
-        tmp_path / "model",
-        config_class=getattr(transformers, f"{family}Config"),
-        model_class=getattr(transformers, f"{family}ForCausalLM"),
-        **(COMMON | settings),
-    )
-    engine = load_engine(model, tmp_path / "cache", quantization="none", adapter_bytes=1 << 20)
+    model, engine = opened(tmp_path, family, settings)
     data = dataset(4, seed=3)
-    plan: dict[str, Any] = {"n_epochs": 2, "learning_rate": RATE, "max_grad_norm": 0.0, "memory": memory}
+    plan = PLANNED | {"memory": memory}
     initial = initial_adapter(engine, tmp_path / "begun", model, b_std=0.05, **LORA) if goes_on else None
     start = job(engine.base, tmp_path / "job", data, lora=LORA, initial=initial, **plan)
     begun = TrainableAdapter(engine.base.trainable, start.modules, device=torch.device("cpu"), seed=PLAN["seed"])
     if not goes_on:
         (tmp_path / "begun").mkdir()
         adapter_format.write(tmp_path / "begun", LORA, begun.tensors())
-    trainer = Trainer(engine.base)
-    try:
-        replies = train(trainer, start)
-        experts = PlanMemory(id="p", modules=start.modules, optimizer="adamw", scale_vector=False, tokens=64)
-        planned = trainer.plan_memory(experts)
-    finally:
-        trainer.close()
+    replies, planned = trained(engine, start)
     assert ended(replies).outcome == "succeeded"
     assert planned.adapter == 4 * len(begun.values)
 
@@ -81,26 +70,31 @@ def test_two_steps_equal_peft_and_the_checkpoint_loads_there(
 
 @pytest.mark.filterwarnings("ignore:.*did not match any targeted module")
 @pytest.mark.parametrize(
-    ("family", "module", "parts", "memory"),
+    ("family", "sizes", "module", "parts", "memory"),
     [
-        ("Qwen3Moe", "mlp", ["gate_proj", "up_proj", "down_proj"], "keep"),
-        ("Mixtral", "block_sparse_moe", ["w1", "w3", "w2"], "recompute"),
+        (
+            "Qwen3Moe",
+            {"num_experts": 8, "moe_intermediate_size": 96, "norm_topk_prob": True},
+            "mlp",
+            ["gate_proj", "up_proj", "down_proj"],
+            "keep",
+        ),
+        (
+            "Mixtral",
+            {"num_local_experts": 8, "intermediate_size": 96},
+            "block_sparse_moe",
+            ["w1", "w3", "w2"],
+            "recompute",
+        ),
     ],
 )
 def test_a_job_goes_on_from_linears_of_single_experts_as_in_peft(
-    family: str, module: str, parts: list[str], memory: str, tmp_path: Path
+    family: str, sizes: dict[str, Any], module: str, parts: list[str], memory: str, tmp_path: Path
 ) -> None:
     """Each is trained by itself, and the zeros between gate and up stay: what PEFT makes of the same modules."""
-    sizes = {"num_experts": 8, "moe_intermediate_size": 96, "norm_topk_prob": True}
-    model = tiny_model(
-        tmp_path / "model",
-        config_class=getattr(transformers, f"{family}Config"),
-        model_class=getattr(transformers, f"{family}ForCausalLM"),
-        **(COMMON | (sizes if family == "Qwen3Moe" else {"num_local_experts": 8, "intermediate_size": 96})),
-    )
-    engine = load_engine(model, tmp_path / "cache", quantization="none", adapter_bytes=1 << 20)
+    model, engine = opened(tmp_path, family, sizes)
     data = dataset(4, seed=3)
-    plan: dict[str, Any] = {"n_epochs": 2, "learning_rate": RATE, "max_grad_norm": 0.0, "memory": memory}
+    plan = PLANNED | {"memory": memory}
     begun = single_experts_adapter(tmp_path / "begun", model, module, parts)
     publish(engine, begun)
     config = json.loads((begun / "adapter_config.json").read_text())
@@ -109,18 +103,34 @@ def test_a_job_goes_on_from_linears_of_single_experts_as_in_peft(
         modules=trained_on(AdapterSpec.read(begun)),
         config=config,
     )
-    trainer = Trainer(engine.base)
-    try:
-        replies = train(trainer, start)
-        asked = PlanMemory(id="p", modules=start.modules, optimizer="adamw", scale_vector=False, tokens=64)
-        planned = trainer.plan_memory(asked)
-    finally:
-        trainer.close()
+    replies, planned = trained(engine, start)
     theirs = on_single_experts(model, begun, module, parts)
     assert ended(replies).outcome == "succeeded"
     check_steps(theirs, data, replies, planned.adapter // 4)
     assert AdapterSpec.read(begun).variants.experts == published(engine, final(replies)).variants.experts
     check_result(engine, model, replies, theirs)
+
+
+def opened(directory: Path, family: str, sizes: dict[str, Any]) -> tuple[Path, Engine]:
+    """A tiny model of a family, and an engine over it."""
+    model = tiny_model(
+        directory / "model",
+        config_class=getattr(transformers, f"{family}Config"),
+        model_class=getattr(transformers, f"{family}ForCausalLM"),
+        **(COMMON | sizes),
+    )
+    return model, load_engine(model, directory / "cache", quantization="none", adapter_bytes=1 << 20)
+
+
+def trained(engine: Engine, start: StartJob) -> tuple[list[Any], MemoryPlan]:
+    """A job's replies, and the memory that such a job is said to take."""
+    trainer = Trainer(engine.base)
+    try:
+        replies = train(trainer, start)
+        asked = PlanMemory(id="p", modules=start.modules, optimizer="adamw", scale_vector=False, tokens=64)
+        return replies, trainer.plan_memory(asked)
+    finally:
+        trainer.close()
 
 
 def published(engine: Engine, directory: Path) -> AdapterSpec:
@@ -130,9 +140,9 @@ def published(engine: Engine, directory: Path) -> AdapterSpec:
 
 def check_steps(theirs: peft.PeftModel, data: Dataset, replies: list[Any], parameters: int) -> None:
     """Two steps of PEFT's with the same losses."""
-    trained = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
-    assert sum(parameter.numel() for parameter in trained) == parameters
-    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0)
+    adapted = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
+    assert sum(parameter.numel() for parameter in adapted) == parameters
+    optimizer = torch.optim.AdamW(adapted, lr=RATE, weight_decay=0)
     expected = []
     for _ in range(2):
         total, count = torch.zeros(()), 0
