@@ -20,7 +20,7 @@ from adapters import disk
 from adapters.disk import is_full, why_full
 from adapters.peft_format.fields import AdapterError
 from adapters.peft_format.record import DamagedFile
-from adapters.storage.database import DatabaseBusy
+from adapters.storage.database import DatabaseBusy, UnknownCursorError
 from adapters.storage.versions import DamagedAdapter, RemoteUnavailable
 from server.logs import note
 
@@ -268,6 +268,8 @@ def as_error(exc: Exception) -> LorakeetError:
             return AdapterDamaged()
         case DatabaseBusy():
             return DatabaseHeld()
+        case UnknownCursorError():
+            return InvalidRequest("`after` is not the id of anything in this list.", param="after")
         case AdapterError():
             return InvalidRequest(str(exc), param=exc.param, code=exc.code)
         case ValidationError():
@@ -306,8 +308,8 @@ async def handle_exception(request: Request, exc: Exception) -> Response:
     return error_response(error, request.url.path)
 
 
-_FROM_BELOW = (RemoteUnavailable, DamagedAdapter, DamagedFile, DatabaseBusy, disk.StorageFull, AdapterError)
-_HANDLED = (LorakeetError, *_FROM_BELOW, ValidationError, HTTPException)
+_FROM_BELOW = (RemoteUnavailable, DamagedAdapter, DamagedFile, DatabaseBusy, UnknownCursorError, disk.StorageFull)
+_HANDLED = (LorakeetError, *_FROM_BELOW, AdapterError, ValidationError, HTTPException)
 EXCEPTION_HANDLERS: dict[Any, ExceptionHandler] = dict.fromkeys(_HANDLED, handle_exception)
 
 

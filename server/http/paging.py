@@ -7,7 +7,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from server.errors import InvalidRequest
+from adapters.storage.database import UnknownCursorError
 
 MOST = 100_000
 
@@ -57,18 +57,13 @@ def read_query(request: Request, kind: type[Q]) -> Q:
 
 
 def window(query: WindowQuery, ids: Sequence[str]) -> tuple[slice, bool]:
-    """Which part of a list is asked for, and whether more follows. Raises InvalidRequest."""
+    """Which part of a list is asked for, and whether more follows. Raises UnknownCursorError."""
     try:
         start = 0 if query.after is None else ids.index(query.after) + 1
     except ValueError:
-        raise unknown_cursor() from None
+        raise UnknownCursorError(query.after) from None
     end = start + (query.limit or len(ids) or 1)
     return slice(start, end), end < len(ids)
-
-
-def unknown_cursor() -> InvalidRequest:
-    """The query's `after` is the id of nothing in the list."""
-    return InvalidRequest("`after` is not the id of anything in this list.", param="after")
 
 
 def page(objects: Sequence[dict[str, Any]], more: bool) -> Response:

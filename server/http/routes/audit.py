@@ -6,10 +6,9 @@ from msgspec import to_builtins
 from starlette.requests import Request
 from starlette.responses import Response
 
-from adapters.storage.database import UnknownCursorError
 from server.http.objects.common import ListObject
 from server.http.operations import Operation
-from server.http.paging import PageQuery, page, unknown_cursor
+from server.http.paging import PageQuery, page
 from server.services import caller_of, services_of
 from server.tenants.audit import Entry
 from server.tenants.caller import OPERATOR
@@ -19,10 +18,7 @@ async def list_audit(request: Request, query: PageQuery) -> Response:
     """A page of changes, newest first: an operator sees all tenants', another admin its own."""
     caller = caller_of(request)
     own = None if OPERATOR in caller.roles else caller.tenant
-    try:
-        entries, more = await asyncio.to_thread(services_of(request).audit.page, own, query.limit, query.after)
-    except UnknownCursorError:
-        raise unknown_cursor() from None
+    entries, more = await asyncio.to_thread(services_of(request).audit.page, own, query.limit, query.after)
     return page([to_builtins(entry) for entry in entries], more)
 
 

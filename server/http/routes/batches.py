@@ -8,14 +8,13 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from adapters.storage.database import UnknownCursorError
 from server.batches.store import Batch, BatchStateError, UnknownBatchError
 from server.errors import Conflict, InvalidRequest, NotFound, StorageFull, disk_faults, shown
 from server.finetune.files import BATCH, UnknownFileError
 from server.http.objects.common import ListObject
 from server.http.objects.generation import BatchObject
 from server.http.operations import Operation
-from server.http.paging import PageQuery, page, unknown_cursor
+from server.http.paging import PageQuery, page
 from server.openai.body import Body, Metadata
 from server.services import caller_of, services_of
 
@@ -47,12 +46,9 @@ async def create_batch(request: Request, body: BatchBody) -> Response:
 
 async def list_batches(request: Request, query: PageQuery) -> Response:
     """A page of batches, newest first."""
-    try:
-        batches, more = await asyncio.to_thread(
-            services_of(request).batches.store.page, caller_of(request).tenant, limit=query.limit, after=query.after
-        )
-    except UnknownCursorError:
-        raise unknown_cursor() from None
+    batches, more = await asyncio.to_thread(
+        services_of(request).batches.store.page, caller_of(request).tenant, limit=query.limit, after=query.after
+    )
     return page([_shown(request, batch) for batch in batches], more)
 
 

@@ -8,14 +8,13 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from adapters.storage.database import UnknownCursorError
 from server.errors import InvalidRequest, NotFound, shown
 from server.finetune.evaluation_store import Evaluation, UnknownEvaluationError
 from server.finetune.files import UnknownFileError
 from server.http.objects.common import DeletedObject, ListObject
 from server.http.objects.training import EvaluationObject
 from server.http.operations import OPENING, Operation
-from server.http.paging import PageQuery, page, unknown_cursor
+from server.http.paging import PageQuery, page
 from server.openai.body import Body
 from server.openai.schema import INT32
 from server.openai.target import open_target
@@ -52,15 +51,12 @@ async def create_evaluation(request: Request, body: EvaluationBody) -> Response:
 
 async def list_evaluations(request: Request, query: PageQuery) -> Response:
     """A page of evaluations, newest first."""
-    try:
-        evaluations, more = await asyncio.to_thread(
-            services_of(request).tuning.evaluations.store.page,
-            caller_of(request).tenant,
-            limit=query.limit,
-            after=query.after,
-        )
-    except UnknownCursorError:
-        raise unknown_cursor() from None
+    evaluations, more = await asyncio.to_thread(
+        services_of(request).tuning.evaluations.store.page,
+        caller_of(request).tenant,
+        limit=query.limit,
+        after=query.after,
+    )
     return page([evaluation_object(evaluation) for evaluation in evaluations], more)
 
 

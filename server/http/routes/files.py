@@ -11,7 +11,6 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from adapters.storage.database import UnknownCursorError
 from server.errors import InvalidRequest, NotFound, disk_faults, shown
 from server.finetune import hyperparameters
 from server.finetune.dataset import load_dataset
@@ -23,7 +22,7 @@ from server.http.multipart import Part, read_parts
 from server.http.objects.common import DeletedObject, ListObject
 from server.http.objects.training import FileObject, PreviewedLine
 from server.http.operations import PUBLISHING, Operation
-from server.http.paging import ListQuery, Query, Whole, page, unknown_cursor
+from server.http.paging import ListQuery, Query, Whole, page
 from server.http.quotas import check_room
 from server.services import Services, caller_of, services_of
 from server.settings import Settings
@@ -102,17 +101,14 @@ def _check(services: Services, path: Path) -> dict[str, int]:
 
 async def list_files(request: Request, query: FilesQuery) -> Response:
     """A page of files, newest first unless `order=asc`."""
-    try:
-        files, more = await asyncio.to_thread(
-            services_of(request).tuning.files.page,
-            caller_of(request).tenant,
-            limit=query.limit,
-            after=query.after,
-            purpose=query.purpose,
-            newest_first=query.order == "desc",
-        )
-    except UnknownCursorError:
-        raise unknown_cursor() from None
+    files, more = await asyncio.to_thread(
+        services_of(request).tuning.files.page,
+        caller_of(request).tenant,
+        limit=query.limit,
+        after=query.after,
+        purpose=query.purpose,
+        newest_first=query.order == "desc",
+    )
     return page([file_object(stored) for stored in files], more)
 
 

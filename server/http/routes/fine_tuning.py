@@ -14,7 +14,6 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from adapters.peft_format.directory import AdapterSpec
 from adapters.peft_format.fields import AdapterError
-from adapters.storage.database import UnknownCursorError
 from server.client.engine import TrainingRefused
 from server.errors import InvalidRequest, NotFound, TooManyRequests, shown
 from server.finetune import hyperparameters
@@ -25,7 +24,7 @@ from server.http.answer import encode_json
 from server.http.objects.common import ListObject
 from server.http.objects.training import CheckpointObject, Estimate, EventObject, JobObject
 from server.http.operations import OPENING, Operation
-from server.http.paging import ListQuery, PageQuery, Whole, page, unknown_cursor
+from server.http.paging import ListQuery, PageQuery, Whole, page
 from server.http.quotas import check_training
 from server.messages.training import ModuleShape
 from server.openai.target import Target, open_target
@@ -169,16 +168,13 @@ def _training(services: Services, body: JobBody | EstimateBody) -> hyperparamete
 async def list_jobs(request: Request, query: JobsQuery) -> Response:
     """A page of jobs, newest first; `metadata[key]=value` narrows it."""
     services = services_of(request)
-    try:
-        jobs, more = await asyncio.to_thread(
-            services.tuning.jobs.page,
-            caller_of(request).tenant,
-            limit=query.limit,
-            after=query.after,
-            metadata=query.metadata,
-        )
-    except UnknownCursorError:
-        raise unknown_cursor() from None
+    jobs, more = await asyncio.to_thread(
+        services.tuning.jobs.page,
+        caller_of(request).tenant,
+        limit=query.limit,
+        after=query.after,
+        metadata=query.metadata,
+    )
     return page([job_object(services, job) for job in jobs], more)
 
 
@@ -193,22 +189,16 @@ async def list_events(request: Request, query: EventsQuery) -> Response:
     if "text/event-stream" in request.headers.get("accept", ""):
         after = request.headers.get("last-event-id") or query.after
         return await _stream_events(request, job, after)
-    try:
-        events, more = await asyncio.to_thread(
-            services_of(request).tuning.jobs.events, job.id, limit=query.limit, after=query.after
-        )
-    except UnknownCursorError:
-        raise unknown_cursor() from None
+    events, more = await asyncio.to_thread(
+        services_of(request).tuning.jobs.events, job.id, limit=query.limit, after=query.after
+    )
     return page([event_object(event) for event in events], more)
 
 
 async def _stream_events(request: Request, job: Job, after: str | None) -> Response:
     services = services_of(request)
     jobs = services.tuning.jobs
-    try:
-        await asyncio.to_thread(jobs.events, job.id, limit=1, after=after)
-    except UnknownCursorError:
-        raise unknown_cursor() from None
+    await asyncio.to_thread(jobs.events, job.id, limit=1, after=after)
 
     async def stream() -> AsyncIterator[bytes]:
         last = after
@@ -234,12 +224,9 @@ async def _stream_events(request: Request, job: Job, after: str | None) -> Respo
 async def list_checkpoints(request: Request, query: CheckpointsQuery) -> Response:
     """A page of a job's checkpoints, newest first."""
     job = await _find(request)
-    try:
-        checkpoints, more = await asyncio.to_thread(
-            services_of(request).tuning.jobs.checkpoints, job.id, limit=query.limit, after=query.after
-        )
-    except UnknownCursorError:
-        raise unknown_cursor() from None
+    checkpoints, more = await asyncio.to_thread(
+        services_of(request).tuning.jobs.checkpoints, job.id, limit=query.limit, after=query.after
+    )
     return page([checkpoint_object(job, checkpoint) for checkpoint in checkpoints], more)
 
 
