@@ -28,7 +28,7 @@ class Call:
     began: float = 0.0  # when its work did; whoever has the place may say later
 
 
-class Turns:
+class FairQueue:
     """Places that are given to keys in turn.
 
     The longer some work took the last time, the further back its calls stand, those of one key behind each other. The

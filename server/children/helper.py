@@ -19,8 +19,8 @@ import msgspec
 
 from adapters.background import Priority, give_way
 from adapters.peft_format.fields import AdapterError
+from server.children.fair_queue import FairQueue
 from server.children.frames import PREFIX_BYTES, frame, within
-from server.children.turns import Turns
 
 FORK_GRACE_SECONDS = 2.0  # beyond an order's limit, for its child to be ended and the program to tell
 WORK = "server.children.programs.work"
@@ -139,16 +139,16 @@ class Helper:
 
 
 class Helpers:
-    """Several processes that run one program, shared out among keys: see `Turns`."""
+    """Several processes that run one program, shared out among keys: see `FairQueue`."""
 
     def __init__(self, count: int, *command: str, priority: Priority = "normal", memory: int | None = None) -> None:
         self._all = [Helper(*command, priority=priority, memory=memory) for _ in range(count)]
         self._idle = list(self._all)
-        self._turns = Turns(count)
+        self._queue = FairQueue(count)
 
     async def ask(self, key: str, order: Any, seconds: float, kind: Any = Any, work: str | None = None) -> Any:
         """As `Helper.ask`, in turn; `seconds` begin with it. `work`: of orders that take as long, if not `key`."""
-        async with self._turns.take(key, work or key) as call:
+        async with self._queue.take(key, work or key) as call:
             helper = self._idle.pop()
             try:
                 return await helper.ask(order, seconds, kind)

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from adapters.peft_format.fields import AdapterError
+from server.children.fair_queue import FairQueue
 from server.children.frames import within
 from server.children.helper import WORK, Helper, HelperFailed, HelperLimit, Helpers, ask_once
-from server.children.turns import Turns
 
 PROGRAM = """
 import os, sys, time
@@ -191,7 +191,7 @@ async def test_once_in_a_thread_too() -> None:
     assert await asyncio.to_thread(lambda: asyncio.run(ask_once("obedient.run", "6 * 7", None))) == 42
 
 
-# --- turns -----------------------------------------------------------------------------------------
+# --- the queue -----------------------------------------------------------------------------------------
 
 
 async def test_slow_work_of_one_holds_up_nobody_else() -> None:
@@ -209,47 +209,47 @@ async def test_slow_work_of_one_holds_up_nobody_else() -> None:
         await helpers.close()
 
 
-async def _take(turns: Turns, key: str, seconds: float, done: list[str]) -> None:
-    async with turns.take(key, key):
+async def _take(queue: FairQueue, key: str, seconds: float, done: list[str]) -> None:
+    async with queue.take(key, key):
         await asyncio.sleep(seconds)
     done.append(key)
 
 
 async def test_known_slow_ones_leave_a_place_and_stand_back() -> None:
-    turns, done = Turns(2), list[str]()
+    queue, done = FairQueue(2), list[str]()
     slow = [f"slow {i}" for i in range(6)]
     for key in slow:
-        await _take(turns, key, 0.26, done)
+        await _take(queue, key, 0.26, done)
     done.clear()
-    tasks = [asyncio.create_task(_take(turns, key, 0.26, done)) for key in slow]
+    tasks = [asyncio.create_task(_take(queue, key, 0.26, done)) for key in slow]
     await asyncio.sleep(0)
-    await _take(turns, "quick", 0.01, done)
+    await _take(queue, "quick", 0.01, done)
     assert done == ["quick"], "though all six came before"
     await asyncio.gather(*tasks)
     assert len(done) == 7
 
 
 async def test_many_calls_of_one_do_not_go_before_others() -> None:
-    turns, done = Turns(1), list[str]()
-    await _take(turns, "busy", 0.02, done)
-    tasks = [asyncio.create_task(_take(turns, "busy", 0.02, done)) for _ in range(50)]
+    queue, done = FairQueue(1), list[str]()
+    await _take(queue, "busy", 0.02, done)
+    tasks = [asyncio.create_task(_take(queue, "busy", 0.02, done)) for _ in range(50)]
     await asyncio.sleep(0)
-    await _take(turns, "other", 0.0, done)
+    await _take(queue, "other", 0.0, done)
     assert len(done) < 4
     for task in tasks:
         task.cancel()
     results: list[Any] = await asyncio.gather(*tasks, return_exceptions=True)
     assert all(isinstance(result, asyncio.CancelledError) for result in results if result is not None)
-    await asyncio.wait_for(_take(turns, "busy", 0, done), 1)
+    await asyncio.wait_for(_take(queue, "busy", 0, done), 1)
 
 
 async def test_whoever_stops_waiting_gives_his_turn_away() -> None:
-    turns, done = Turns(1), list[str]()
-    async with turns.take("a", "a"):
-        waiting = [asyncio.create_task(_take(turns, key, 0, done)) for key in "bcd"]
+    queue, done = FairQueue(1), list[str]()
+    async with queue.take("a", "a"):
+        waiting = [asyncio.create_task(_take(queue, key, 0, done)) for key in "bcd"]
         await asyncio.sleep(0)
         waiting[0].cancel()
     waiting[1].cancel()  # it has just been given its turn, or is about to be
     await asyncio.gather(*waiting, return_exceptions=True)
     assert done == ["d"]
-    await asyncio.wait_for(_take(turns, "e", 0, done), 1)
+    await asyncio.wait_for(_take(queue, "e", 0, done), 1)
