@@ -16,8 +16,7 @@ from safetensors.torch import save_file
 
 from adapters.disk import sync
 from adapters.offline import of_experts
-from adapters.offline.mix import Factors, read_factors
-from adapters.offline.of_experts import StackedFactors
+from adapters.offline.factors import Factors, StackedFactors, read_factors
 from adapters.peft_format.fields import AdapterError
 from adapters.peft_format.sizes import ExpertsSize
 

@@ -8,28 +8,17 @@ on factors alone; `carry_out` mixes directories, in a process of its own so that
 import math
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from adapters.offline import of_experts
+from adapters.offline.factors import Factors, read_factors
 from adapters.offline.recipe import Recipe
 from adapters.peft_format import directory as adapter_format
-from adapters.peft_format.directory import AdapterSpec
 from adapters.peft_format.fields import AdapterError
-
-
-class Factors(NamedTuple):
-    """delta(x) = scaling * B (A x). a fp32 [rank, in], b fp32 [out, rank]."""
-
-    a: Tensor
-    b: Tensor
-    scaling: float
-
-    @property
-    def delta(self) -> Tensor:
-        """[out, in]"""
-        return self.b @ self.a * self.scaling
+from adapters.peft_format.sizes import ExpertsSize
 
 
 def mix(adapters: Sequence[Mapping[str, Factors]], recipe: Recipe) -> dict[str, tuple[Tensor, Tensor]]:
@@ -122,25 +111,16 @@ class _Combination:
 # --- directories -----------------------------------------------------------------------------------
 
 
-def read_factors(directory: Path, beside: Collection[str] = ()) -> dict[str, Factors]:
-    """The factors of a published adapter.
+def write_mixed(
+    directory: Path, mixed: Mapping[str, tuple[Tensor, Tensor]], base: str | None, experts: Collection[str] = ()
+) -> None:
+    """Write factors that are to be scaled by 1 as a PEFT adapter.
 
     Args:
-        beside: kinds of variants that the caller sees to.
-
-    Raises:
-        AdapterError: it is more than low-rank factors, and those parts cannot be mixed.
+        mixed: by module, or as `of_experts.read_apart` names those of experts.
+        experts: the parameters that hold the base's experts, in their order.
     """
-    spec = AdapterSpec.read(directory)
-    if kinds := [kind for kind in spec.variants.names if kind not in beside]:
-        raise AdapterError(f"only plain LoRA can be mixed and merged, not {', '.join(kinds)}", "mix")
-    tensors = adapter_format.load(directory, spec)
-    return {name: Factors(a.float(), b.float(), spec.modules[name].scaling) for name, (a, b) in tensors.items()}
-
-
-def write_mixed(directory: Path, mixed: Mapping[str, tuple[Tensor, Tensor]], base: str | None) -> None:
-    """Write factors that are to be scaled by 1 as a PEFT adapter."""
-    ranks = {name: len(a) for name, (a, _) in mixed.items()}
+    ranks = {of_experts.parameter_of(name) or name: len(a) for name, (a, _) in mixed.items()}
     rank = max(ranks.values())
     others = {name: number for name, number in ranks.items() if number != rank}
     config = {
@@ -148,15 +128,19 @@ def write_mixed(directory: Path, mixed: Mapping[str, tuple[Tensor, Tensor]], bas
         "lora_alpha": rank,
         "rank_pattern": others,
         "alpha_pattern": others,
-        "target_modules": sorted(mixed),
+        "target_modules": sorted(name for name in ranks if name in mixed),
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
     }
-    adapter_format.write(directory, config, mixed)
+    if parameters := sorted(name for name in ranks if name not in mixed):
+        config["target_parameters"] = parameters
+    adapter_format.write(directory, config, of_experts.together(mixed, experts))
 
 
 def carry_out(order: Mapping[str, Any]) -> None:
     """Mix `order["sources"]` by `order["recipe"]` into the existing directory `order["target"]`."""
     recipe = Recipe(**order["recipe"])
-    mixed = mix([read_factors(Path(source)) for source in order["sources"]], recipe)
-    write_mixed(Path(order["target"]), mixed, order["base"])
+    sizes = {name: ExpertsSize(**size) for name, size in order["experts"].items()}
+    sources = [Path(source) for source in order["sources"]]
+    read = [read_factors(source, beside={"experts"}) | of_experts.read_apart(source, sizes) for source in sources]
+    write_mixed(Path(order["target"]), mix(read, recipe), order["base"], sizes)

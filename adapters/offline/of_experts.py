@@ -1,30 +1,20 @@
-"""Adapters of experts as factors of what the base's files hold: a linear of each expert, or all experts' in one."""
+"""Adapters of experts as factors of what the base's files hold: a linear of each expert, or all experts' in one.
+
+And apart, to be mixed: expert by expert, whatever the layout, under the parameter's name and the expert's number.
+"""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from adapters.offline.mix import Factors
+from adapters.offline.factors import Factors, StackedFactors
 from adapters.peft_format import directory as adapter_format
 from adapters.peft_format.directory import AdapterSpec
 from adapters.peft_format.fields import AdapterError
-from adapters.peft_format.modules import ExpertsModule
+from adapters.peft_format.modules import ExpertsModule, place_of
 from adapters.peft_format.sizes import ExpertsSize
-
-
-class StackedFactors(NamedTuple):
-    """`Factors` of every expert. a fp32 [experts, rank, in], b fp32 [experts, out, rank], scaled."""
-
-    a: Tensor
-    b: Tensor
-
-    @property
-    def delta(self) -> Tensor:
-        """[experts, out, in]"""
-        return self.b @ self.a
 
 
 def read(
@@ -55,7 +45,7 @@ def read(
                 name = next((name for name in held if f"{name}.weight" in files), None)
                 if name is None:
                     raise _refused(module)
-                found[name] = Factors(a[expert], part[expert], 1.0)
+                found[name] = Factors(a[expert], part[expert], module.scaling)
         if not parts:
             raise _refused(module)
     return found
@@ -72,15 +62,55 @@ def _joined(
     whole = b.new_zeros(len(b), size.out_features, module.rank)
     whole[:, module.part * b.shape[1] : (module.part + 1) * b.shape[1]] = b
     if not isinstance(before, StackedFactors):
-        return StackedFactors(a, whole)
-    return StackedFactors(torch.cat([before.a, a], 1), torch.cat([before.b, whole], 2))
+        return StackedFactors(a, whole, module.scaling)
+    scaling = before.scaling or module.scaling or 1.0  # one for both; either may be 0
+    parts = before.b * (before.scaling / scaling), whole * (module.scaling / scaling)
+    return StackedFactors(torch.cat([before.a, a], 1), torch.cat(parts, 2), scaling)
 
 
 def _stacked(module: ExpertsModule, tensors: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """A [experts, rank, in] and B [experts, out, rank], the latter scaled."""
+    """A [experts, rank, in] and B [experts, out, rank]."""
     if len(tensors) == 2:
         a = tensors[0].view(module.experts, module.rank, -1)
         b = tensors[1].view(-1, module.rank, module.experts).permute(2, 0, 1)
     else:
         a, b = torch.stack(tensors[: module.experts]), torch.stack(tensors[module.experts :])
-    return a, b * module.scaling
+    return a, b
+
+
+# --- apart ---------------------------------------------------------------------------------------------------------
+
+_APART = "#"  # in no name of a module
+
+
+def read_apart(directory: Path, sizes: Mapping[str, ExpertsSize]) -> dict[str, Factors]:
+    """Those of a published adapter, expert by expert; one with gate and up apart has the ranks of both."""
+    found: dict[str, Factors] = {}
+    for parameter, factors in read(directory, sizes, sizes).items():
+        for expert, (a, b) in enumerate(zip(factors.a, factors.b, strict=True)):
+            found[f"{parameter}{_APART}{expert}"] = Factors(a, b, factors.scaling)
+    return found
+
+
+def parameter_of(name: str) -> str | None:
+    """The parameter of a single expert's factors; None for any other module."""
+    parameter, apart, _ = name.partition(_APART)
+    return parameter if apart else None
+
+
+def together(mixed: Mapping[str, tuple[Tensor, Tensor]], order: Collection[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The same as PEFT has them in a file: pairs of experts as one, where it has that parameter's.
+
+    Args:
+        order: the base's parameters of experts, in their order.
+    """
+    found = {name: pair for name, pair in mixed.items() if parameter_of(name) is None}
+    of: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for name, pair in mixed.items():
+        if parameter := parameter_of(name):
+            of.setdefault(parameter, []).append(pair)
+    adapted = [parameter for parameter in order if parameter in of]
+    for parameter in adapted:
+        a, b = zip(*of[parameter], strict=True)
+        found[place_of(parameter, adapted)] = torch.cat(a), torch.stack(b, dim=-1).flatten(1)
+    return found

@@ -97,6 +97,7 @@ async def mix(services: Services, caller: Caller, body: MixBody) -> tuple[Versio
                 "recipe": asdict(body.recipe),
                 "target": str(staging),
                 "base": services.settings.base_name,
+                "experts": {name: size._asdict() for name, size in services.engine_info.experts.items()},
             }
             try:
                 with disk_faults():

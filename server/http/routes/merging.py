@@ -100,7 +100,8 @@ async def merge(request: Request, body: MergeBody) -> Response:
 async def _resident(services: Services, version: Version, dtype: MergedDtype, texts: Sequence[str]) -> Response:
     """Let the version's requests run on merged weights, and say what that changed."""
     if variants := version.receipt.get("variants"):
-        message = f"Only plain LoRA can be merged, not {', '.join(variants)}."
+        instead = ": it can be merged to a `checkpoint`" if list(variants) == ["experts"] else ""
+        message = f"Only plain LoRA can be merged to be `resident`, not {', '.join(variants)}{instead}."
         raise InvalidRequest(message, param="to", code="unsupported_adapter_feature")
     replaced = Conflict(f"No name means {version.digest}; merge what requests get.", param="name")
     if not services.store.answers(version.digest):

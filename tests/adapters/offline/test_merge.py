@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 
+from adapters.offline.factors import Factors
 from adapters.offline.merge import merge
-from adapters.offline.mix import Factors
 from adapters.peft_format.fields import AdapterError
 from tests.support.tiny import tiny_adapter, tiny_model
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers
 
-from adapters.offline.mix import Factors, mix, read_factors, write_mixed
+from adapters.offline.factors import Factors, read_factors
+from adapters.offline.mix import mix, write_mixed
 from adapters.offline.recipe import Recipe
 from adapters.peft_format.fields import AdapterError
 from adapters.peft_format.inspection import inspect

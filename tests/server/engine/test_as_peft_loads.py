@@ -13,8 +13,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from adapters.offline.factors import read_factors
 from adapters.offline.merge import merge
-from adapters.offline.mix import read_factors
 from adapters.peft_format.inspection import Check, inspect_adapter
 from adapters.peft_format.outline import Outline
 from adapters.peft_format.text import NO_TEXT

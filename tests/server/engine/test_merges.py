@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adapters.offline.factors import read_factors
 from adapters.offline.merge import merge
-from adapters.offline.mix import read_factors
 from adapters.offline.recipe import MergedDtype
 from adapters.peft_format.outline import Outline
 from server.engine import comparison
