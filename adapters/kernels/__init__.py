@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from adapters.kernels import build, native, reference, triton
 from adapters.kernels.experts import ExpertWeights
+from adapters.kernels.native import Truncation
 from adapters.kernels.plan import DecoderPlan
 from adapters.kernels.recurrence import Recurrence, convolve, convolved, recur
 from adapters.kernels.reference import BF16, FP16, FP32, SCALE_BYTES, GroupedFunction, LinearFunction, row_multiple
@@ -29,9 +30,11 @@ __all__ = [
     "ExpertWeights",
     "QuantizedWeight",
     "Recurrence",
+    "Truncation",
     "base_linear",
     "convolve",
     "convolved",
+    "cpu_kernels",
     "grouped_linear",
     "implementation",
     "is_deterministic",
@@ -192,8 +195,7 @@ def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
 
 
 def likeliest(scores: Tensor, *, masked: bool = False) -> Tensor:
-    kernels = native.load() if scores.is_cpu and scores.dtype == torch.float32 else None
-    return (kernels or reference).likeliest(scores, masked=masked)
+    return (cpu_kernels(scores) or reference).likeliest(scores, masked=masked)
 
 
 def likeliest_output(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
@@ -209,6 +211,11 @@ def plan_likeliest(weight: QuantizedWeight, bias: Tensor | None) -> Callable[[Te
     if kernels is None or weight.sketch is None or bias is not None or not native.takes_weight(weight):
         return None
     return kernels.sketched(weight)
+
+
+def cpu_kernels(scores: Tensor) -> native.Kernels | None:
+    """The C++ kernels where these scores are theirs, for `draw` and `logprobs`; None elsewhere."""
+    return native.load() if scores.is_cpu and scores.dtype == torch.float32 else None
 
 
 class Decoder(Protocol):

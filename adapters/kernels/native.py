@@ -7,10 +7,12 @@ implementations a call goes to is decided in the package's `__init__`.
 import ctypes
 import logging
 import os
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import POINTER, Structure, addressof, byref, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -27,6 +29,22 @@ _off = False
 _BLOCK = 64  # the kernels' blocks of inputs: of linear.cpp
 KV_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3, torch.int8: 4}
 _DENSE_KINDS = {torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
+
+
+class Truncation(NamedTuple):
+    """What a row's token is drawn from.
+
+    Attributes:
+        temperature: more than 0.
+        min_p: least weight, as a share of the likeliest token's.
+        top_k: how many tokens are kept; all with 0.
+        top_p: share of the whole that the kept tokens hold at least.
+    """
+
+    temperature: float
+    min_p: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
 
 
 class WeightStruct(Structure):
@@ -120,6 +138,8 @@ _SIGNATURES: dict[str, list[type]] = {
     "lk_silu_mul": [c_void_p, c_void_p, c_int64, c_void_p],
     "lk_rope": [c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int, c_int, c_int, c_int],
     "lk_likeliest": [c_void_p, c_int, c_int64, c_int, c_void_p],
+    "lk_draw": [c_void_p, c_int, c_int64, *[c_void_p] * 6],
+    "lk_logprobs": [c_void_p, c_int, c_int64, c_void_p, c_int, *[c_void_p] * 4],
     "lk_likeliest_output": [POINTER(WeightStruct), POINTER(SketchStruct), c_void_p, c_int, c_void_p],
     "lk_decode": [c_void_p, c_void_p],
     "lk_convolve": [c_void_p],
@@ -308,6 +328,30 @@ class Kernels:
         scores = scores.contiguous()
         found = torch.empty(len(scores), dtype=torch.int64)
         self._lib.lk_likeliest(scores.data_ptr(), *scores.shape, masked, found.data_ptr())
+        return found
+
+    def draw(self, scores: Tensor, truncations: Sequence[Truncation], uniforms: Sequence[float]) -> Tensor:
+        """A token of each row, int64 [rows], at its number in [0, 1) of the weights that its truncation leaves."""
+        scores, drawn = scores.contiguous(), torch.empty(len(scores), dtype=torch.int64)
+        columns = zip(*truncations, strict=True) if truncations else ((),) * 4
+        kept = [*(array(kind, column) for kind, column in zip("ffid", columns, strict=True)), array("d", uniforms)]
+        addresses = (numbers.buffer_info()[0] for numbers in kept)
+        self._lib.lk_draw(scores.data_ptr(), *scores.shape, *addresses, drawn.data_ptr())
+        return drawn
+
+    def logprobs(self, logits: Tensor, tokens: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of each row's token log-probability and rank, of its `most` likeliest ids and log-probabilities."""
+        logits, tokens = logits.contiguous(), tokens.contiguous()
+        rows, most = len(logits), min(most, logits.shape[1])
+        if rows and int(tokens.max()) >= logits.shape[1]:
+            raise IndexError(f"token {int(tokens.max())} of {logits.shape[1]}")
+        found = (
+            torch.empty(rows, dtype=torch.float64),
+            torch.empty(rows, dtype=torch.int64),
+            torch.empty(rows, most, dtype=torch.int64),
+            torch.empty(rows, most, dtype=torch.float64),
+        )
+        self._lib.lk_logprobs(logits.data_ptr(), *logits.shape, tokens.data_ptr(), most, *map(address, found))
         return found
 
     def likeliest_output(self, x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:

@@ -10,7 +10,6 @@ when it yields a single number, so long sums go through blocks).
 A GPU is given its work and never waited for: results are read later, from copies that are on their way to the host.
 """
 
-import math
 from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -24,13 +23,12 @@ from torch import Tensor
 
 from adapters import kernels
 from adapters.device.memory import sent
+from adapters.kernels import Truncation
+from server.engine.drawing import block_sums, draw, places_of
 from server.messages.protocol import Sampling, TokenLogprob
 
 NOTHING = -1  # in place of a token, as `kernels.likeliest` has it
 GREEDY_BELOW = 1e-5  # temperatures below this are taken for 0, as vLLM does
-_LN2 = math.log(2.0)
-_BLOCK = 128  # vocabulary entries that are summed together
-_NUCLEUS_GUESS = 128  # tokens to rank at first: nearly every nucleus is among them
 _BYTES = torch.where((torch.arange(256)[:, None] >> torch.arange(8)) & 1 == 1, 0.0, -torch.inf)  # by a mask's byte
 _CPU_SLICE = 2**18  # logits worked on at once on a CPU: temporaries of 1 MiB stay in its cache
 
@@ -161,7 +159,7 @@ def sample(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int] =
     scored = [index for index, row in enumerate(rows) if row.sampling.logprobs is not None]
     if not scored:
         return Drawn(tokens)
-    places = _places_of(scored, logits)
+    places = places_of(scored, logits)
     counts = [rows[index].sampling.logprobs or 0 for index in scored]
     return Drawn(tokens, Logprobs(logits[places], tokens[places].clamp(min=0), counts), scored)
 
@@ -175,22 +173,21 @@ def _sample(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int])
         tokens = torch.where(tokens == NOTHING, NOTHING, kernels.likeliest(scores, masked=True))
     drawn = [index for index, row in enumerate(rows) if not row.greedy]
     if drawn:
-        places = _places_of(drawn, scores)
-        found = _draw(scores[places], [rows[index] for index in drawn])
+        places = places_of(drawn, scores)
+        samplings = [(rows[index].sampling, rows[index].position) for index in drawn]
+        truncations = [Truncation(each.temperature, each.min_p, each.top_k, each.top_p) for each, _ in samplings]
+        found = draw(scores[places], truncations, [uniform(each.seed, position) for each, position in samplings])
         tokens[places] = torch.where(tokens[places] == NOTHING, NOTHING, found)
     return tokens
 
 
-def _places_of(rows: Sequence[int], logits: Tensor) -> slice | Tensor:
-    """An index of these rows of the logits; of all of them one that copies nothing."""
-    return slice(None) if len(rows) == len(logits) else sent(torch.tensor(rows), logits.device)
-
-
 def _logprobs(logits: Tensor, tokens: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of each token its log-probability and rank, and ids [rows, most] and log-probabilities of the likeliest."""
+    if compiled := kernels.cpu_kernels(logits):
+        return compiled.logprobs(logits, tokens, most)
     vocabulary = logits.shape[1]
     peak = logits.amax(-1, keepdim=True)
-    total = _block_sums((logits - peak).exp_()).sum(-1)  # float64 [rows]
+    total = block_sums((logits - peak).exp_()).sum(-1)  # float64 [rows]
     log_total = peak.double() + total.log()[:, None]  # [rows, 1]
     own = logits.gather(1, tokens[:, None])  # [rows, 1]
     values = (own.double() - log_total).squeeze(1)
@@ -287,97 +284,7 @@ def _column(rows: Sequence[Row], value: Callable[[Sampling], float], like: Tenso
     return sent(torch.tensor([value(row.sampling) for row in rows], dtype=torch.float32), like.device)
 
 
-# --- the draw ------------------------------------------------------------------------------------
-
-
-def _draw(scores: Tensor, rows: Sequence[Row]) -> Tensor:
-    """One random token per row: int64 [rows].
-
-    Truncation is a floor under the weights, so the kept tokens never depend on how a sort orders equals: they stay
-    or go together (where vLLM's `top_p` may split them).
-    """
-    # Relative to the peak before dividing: no temperature can overflow, and the likeliest token weighs exactly 1.
-    weights = scores - scores.amax(-1, keepdim=True)  # [rows, vocabulary]
-    # Base 2, for `exp` of what is not allowed takes five times as long.
-    weights.div_(_column(rows, lambda sampling: sampling.temperature * _LN2, scores)[:, None]).exp2_()
-
-    limited = [index for index, row in enumerate(rows) if 0 < row.sampling.top_k < weights.shape[1]]
-    if limited or any(row.sampling.min_p for row in rows):
-        floor = _column(rows, lambda sampling: sampling.min_p, scores)[:, None]  # [rows, 1]
-        if limited:
-            limits = [rows[index].sampling.top_k for index in limited]
-            places = _places_of(limited, scores)
-            top = weights[places].topk(max(limits)).values
-            kth = top.gather(1, sent(torch.tensor(limits), scores.device)[:, None] - 1)
-            floor[places] = torch.maximum(floor[places], kth)
-        weights *= weights >= floor
-
-    nuclei = [index for index, row in enumerate(rows) if row.sampling.top_p < 1.0]
-    if nuclei:
-        p = sent(torch.tensor([[rows[index].sampling.top_p] for index in nuclei], dtype=torch.float64), scores.device)
-        floor = weights.new_zeros(len(rows), 1)
-        places = _places_of(nuclei, scores)
-        floor[places] = _nucleus_floor(weights[places], p)
-        weights *= weights >= floor
-
-    uniforms = torch.tensor([[uniform(row.sampling.seed, row.position)] for row in rows], dtype=torch.float64)
-    return _invert(weights, sent(uniforms, scores.device))
-
-
-def _nucleus_floor(weights: Tensor, p: Tensor) -> Tensor:
-    """The smallest weight in the smallest set of likeliest tokens that holds a share `p` of all: float32 [rows, 1].
-
-    Args:
-        weights: float32 [rows, vocabulary].
-        p: float64 [rows, 1].
-    """
-    total = _block_sums(weights).sum(-1, keepdim=True)  # float64 [rows, 1]
-    guesses = weights.device.type != "cuda"  # ranking all costs a GPU less than a look at whether the guess was enough
-    most = min(_NUCLEUS_GUESS, weights.shape[1])
-    ranked = weights.topk(most).values if guesses else weights.sort(descending=True).values
-    last = (ranked.cumsum(-1, dtype=torch.float64) < p * total).sum(-1, keepdim=True)  # the one that reaches the goal
-    floor = ranked.gather(1, last.clamp(max=ranked.shape[1] - 1))
-    if not guesses:
-        return floor
-    wide = (last == ranked.shape[1]).squeeze(1).nonzero().squeeze(1)
-    if len(wide):
-        weights, p, total = weights[wide], p[wide], total[wide]
-        # Tokens below this hold no more than 1 - p together, so none of them is needed; only the others are ranked.
-        candidate = weights >= ((1 - p) * total / weights.shape[1]).float()
-        counts = candidate.sum(-1, keepdim=True)
-        ranked = weights.new_zeros(len(wide), int(counts.max()))
-        ranked[torch.arange(ranked.shape[1], device=weights.device) < counts] = weights[candidate]
-        ranked = ranked.sort(descending=True).values
-        last = (ranked.cumsum(-1, dtype=torch.float64) < p * total).sum(-1, keepdim=True)
-        floor[wide] = ranked.gather(1, torch.minimum(last, counts - 1))  # rounding may leave all of them just short
-    return floor
-
-
-def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """The token at which each row's running sum of weights passes its share `uniforms` [rows, 1] of the whole."""
-    blocks = _blocked(weights)
-    edges = _block_sums(weights).cumsum(-1)  # float64 [rows, blocks]
-    goal = uniforms * edges[:, -1:]
-    block = _first_beyond(edges, goal)
-    before = F.pad(edges, (1, 0)).gather(1, block)
-    inside = blocks[torch.arange(len(weights), device=weights.device), block.squeeze(1)].cumsum(-1, dtype=torch.float64)
-    return (block * _BLOCK + _first_beyond(inside, goal - before)).squeeze(1)
-
-
-def _first_beyond(sums: Tensor, goal: Tensor) -> Tensor:
-    """Index of the first running sum above the goal, or, where rounding leaves none, of the last that grew."""
-    return torch.minimum((sums <= goal).sum(-1, keepdim=True), (sums < sums[:, -1:]).sum(-1, keepdim=True))
-
-
-def _blocked(weights: Tensor) -> Tensor:
-    """Weights [rows, vocabulary] as [rows, blocks, block], padded with nothing."""
-    missing = -weights.shape[1] % _BLOCK
-    return (F.pad(weights, (0, missing)) if missing else weights).unflatten(1, (-1, _BLOCK))
-
-
-def _block_sums(weights: Tensor) -> Tensor:
-    """Sums over blocks of the vocabulary, float64 [rows, blocks]."""
-    return _blocked(weights).sum(-1).double()  # within a block float32 will do, and needs no wider copy
+# --- randomness ------------------------------------------------------------------------------------
 
 
 def uniform(seed: int, position: int) -> float:

@@ -56,7 +56,7 @@ class Shares {
 };
 
 // Scratch of the calling thread, alive until its next call with the same slot; contents are undefined.
-enum ScratchSlot { PACKED_NATURAL, PACKED_INTERLEAVED, PACKED_INT8, SHRUNK, STEP, TILE, SUMS, ATTENTION, SOFTMAX, PIECES, WIDENED, TURNED, SCALES, CERTAIN, AT_MOST, ROUNDED, STATE, GATED, ROUTED, SLOTS };
+enum ScratchSlot { PACKED_NATURAL, PACKED_INTERLEAVED, PACKED_INT8, SHRUNK, STEP, TILE, SUMS, ATTENTION, SOFTMAX, PIECES, WIDENED, TURNED, SCALES, CERTAIN, AT_MOST, ROUNDED, STATE, GATED, ROUTED, WEIGHTS, SLOTS };
 float* scratch(ScratchSlot slot, size_t floats);
 
 namespace {

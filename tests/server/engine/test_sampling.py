@@ -1,5 +1,6 @@
 """Sampling against a plain float64 implementation of the same rules, and against itself in other company."""
 
+import contextlib
 import math
 import random
 import time
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from adapters.kernels import native
 from server.engine import sampling
 from server.engine.sampling import Draw, Logprobs, Row, uniform
 from server.messages.protocol import Sampling
@@ -33,6 +35,13 @@ def packed(vocabulary: int, allowed: list[int]) -> torch.Tensor:
     for token in allowed:
         words[token // 32] |= 1 << (token % 32)
     return torch.tensor([word - 2**32 if word >= 2**31 else word for word in words], dtype=torch.int32)
+
+
+@pytest.fixture(autouse=True, params=["native", "torch"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """C++ where it can be compiled, and plain torch."""
+    with native.switched_off() if request.param == "torch" else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture

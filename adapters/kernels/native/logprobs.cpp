@@ -1,0 +1,113 @@
+// Log-probabilities: those of given outputs with their ranks, and the likeliest ones.
+#include <algorithm>
+#include <cmath>
+#include <functional>
+
+#include "export.h"
+#include "pool.h"
+#include "tile.h"
+
+namespace {
+
+constexpr int BLOCK = 128;  // numbers that are summed together, and passed over together
+
+struct Candidate {
+    float score;
+    int32_t id;
+    bool operator<(const Candidate& other) const { return score > other.score || (score == other.score && id < other.id); }
+};
+
+struct Scores {
+    const float* const x;
+    const int64_t n;
+    float* const tops;  // [blocks], the greatest of each
+
+    int64_t blocks() const { return (n + BLOCK - 1) / BLOCK; }
+
+    template <class F>
+    INLINE void each(int64_t block, F&& f) const {  // vectors, what is missing of the last one -inf
+        const int64_t end = std::min(n, (block + 1) * BLOCK);
+        int64_t i = block * BLOCK;
+        for (; i + W <= end; i += W) f(load(x + i));
+        if (i == end) return;
+        vf last = set1(-INFINITY);
+        memcpy(&last, x + i, sizeof(float) * (end - i));
+        f(last);
+    }
+
+    float greatest() {
+        for (int64_t b = 0; b < blocks(); b++) {
+            vf most = set1(-INFINITY);
+            each(b, [&](vf v) { most = max(v, most); });
+            tops[b] = top(most);
+        }
+        return *std::max_element(tops, tops + blocks());
+    }
+
+    // log of the sum of exp; NaN where that is no number.
+    double log_total(float peak) const {
+        double total = 0;
+        for (int64_t b = 0; b < blocks(); b++) {
+            vf part = set1(0);
+            each(b, [&](vf v) { part += exp(v - set1(peak)); });
+            total += sum(part);
+        }
+        return peak + std::log(total);
+    }
+
+    int64_t greater_than(float score) const {
+        int64_t count = 0;
+        for (int64_t b = 0; b < blocks(); b++) {
+            if (!(tops[b] > score)) continue;
+            vi found = {};
+            each(b, [&](vf v) { found -= (vi)(v > set1(score)); });
+            for (int lane = 0; lane < W; lane++) count += found[lane];
+        }
+        return count;
+    }
+
+    // The `most` greatest, equal ones in order of id. Of so many blocks' greatest the least is no greater.
+    void best(int64_t most, Candidate* found, float* order) const {
+        float least = -INFINITY;
+        if (most <= blocks()) {
+            std::copy(tops, tops + blocks(), order);
+            std::nth_element(order, order + most - 1, order + blocks(), std::greater<float>());
+            least = order[most - 1];
+        }
+        int64_t count = 0;
+        for (int64_t b = 0; b < blocks(); b++) {
+            if (tops[b] < least) continue;
+            for (int64_t i = b * BLOCK; i < std::min(n, (b + 1) * BLOCK); i++) {
+                found[count] = {x[i], (int32_t)i};
+                count += x[i] >= least;
+            }
+        }
+        std::partial_sort(found, found + most, found + count);
+    }
+};
+
+}  // namespace
+
+// logits [rows, n], tokens [rows] -> values and ranks [rows], ids and likeliest [rows, most]; see `_logprobs` of sampling.py.
+EXPORT void lk_logprobs(const float* logits, int rows, int64_t n, const int64_t* tokens, int most, double* values, int64_t* ranks,
+                        int64_t* ids, double* likeliest) {
+    const int64_t blocks = (n + BLOCK - 1) / BLOCK;
+    parallel_for(rows, [&](int m) {
+        float* const tops = scratch(WEIGHTS, 2 * (blocks + n + 1));
+        Scores row{logits + m * n, n, tops};
+        const float peak = row.greatest();
+        const double total = row.log_total(peak);
+        const float own = row.x[tokens[m]];
+        values[m] = own - total;
+        ranks[m] = row.greater_than(own) + 1;
+        int64_t* const which = ids + (int64_t)m * most;
+        double* const scores = likeliest + (int64_t)m * most;
+        if (!std::isfinite(total)) {  // and comparisons may be in no order
+            for (int i = 0; i < most; i++) which[i] = i, scores[i] = NAN;
+            return;
+        }
+        Candidate* const found = (Candidate*)(tops + 2 * blocks);
+        if (most) row.best(most, found, tops + blocks);
+        for (int i = 0; i < most; i++) which[i] = found[i].id, scores[i] = found[i].score - total;
+    });
+}
