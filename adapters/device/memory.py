@@ -24,3 +24,8 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host's on the device, whose work so far is not waited for."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def places_of(rows: Sequence[int], like: Tensor) -> slice | Tensor:
+    """An index of these rows of a tensor; of all of them one that copies nothing."""
+    return slice(None) if len(rows) == len(like) else sent(torch.tensor(rows), like.device)

@@ -1,4 +1,4 @@
-"""One random token of each row of scores, in plain torch on any device and as the C++ kernel does it on a CPU.
+"""One random token of each row of scores, in plain torch on any device; `native.Kernels.draw` is the same on a CPU.
 
 A row's token is a function of that row alone: no sum here depends on the number of rows (torch splits a sum over
 threads when it yields a single number, so long sums go through blocks). Truncation is a floor under the weights, so
@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from adapters import kernels
-from adapters.device.memory import sent
+from adapters.device.memory import places_of, sent
 from adapters.kernels import Truncation
 
 _LN2 = math.log(2.0)
@@ -30,13 +29,6 @@ def draw(scores: Tensor, truncations: Sequence[Truncation], uniforms: Sequence[f
         truncations: one a row.
         uniforms: a random number in [0, 1) a row.
     """
-    if compiled := kernels.cpu_kernels(scores):
-        return compiled.draw(scores, truncations, uniforms)
-    return plainly_draw(scores, truncations, uniforms)
-
-
-def plainly_draw(scores: Tensor, truncations: Sequence[Truncation], uniforms: Sequence[float]) -> Tensor:
-    """`draw` in plain torch."""
     # Relative to the peak before dividing: no temperature can overflow, and the likeliest token weighs exactly 1.
     weights = scores - scores.amax(-1, keepdim=True)  # [rows, vocabulary]
     # Base 2, for `exp` of what is not allowed takes five times as long.
@@ -68,11 +60,6 @@ def plainly_draw(scores: Tensor, truncations: Sequence[Truncation], uniforms: Se
 def _column(numbers: Sequence[float], like: Tensor) -> Tensor:
     """One number a row, float32 [rows, 1]."""
     return sent(torch.tensor(numbers, dtype=torch.float32)[:, None], like.device)
-
-
-def places_of(rows: Sequence[int], scores: Tensor) -> slice | Tensor:
-    """An index of these rows; of all of them one that copies nothing."""
-    return slice(None) if len(rows) == len(scores) else sent(torch.tensor(rows), scores.device)
 
 
 def _nucleus_floor(weights: Tensor, p: Tensor) -> Tensor:

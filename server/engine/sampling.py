@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adapters import kernels
-from adapters.device.memory import sent
+from adapters.device.memory import places_of, sent
 from adapters.kernels import Truncation
-from server.engine.drawing import block_sums, draw, places_of
+from server.engine import drawing
 from server.messages.protocol import Sampling, TokenLogprob
 
 NOTHING = -1  # in place of a token, as `kernels.likeliest` has it
@@ -176,7 +176,9 @@ def _sample(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int])
         places = places_of(drawn, scores)
         samplings = [(rows[index].sampling, rows[index].position) for index in drawn]
         truncations = [Truncation(each.temperature, each.min_p, each.top_k, each.top_p) for each, _ in samplings]
-        found = draw(scores[places], truncations, [uniform(each.seed, position) for each, position in samplings])
+        uniforms = [uniform(each.seed, position) for each, position in samplings]
+        draw = compiled.draw if (compiled := kernels.cpu_kernels(scores)) else drawing.draw
+        found = draw(scores[places], truncations, uniforms)
         tokens[places] = torch.where(tokens[places] == NOTHING, NOTHING, found)
     return tokens
 
@@ -187,7 +189,7 @@ def _logprobs(logits: Tensor, tokens: Tensor, most: int) -> tuple[Tensor, Tensor
         return compiled.logprobs(logits, tokens, most)
     vocabulary = logits.shape[1]
     peak = logits.amax(-1, keepdim=True)
-    total = block_sums((logits - peak).exp_()).sum(-1)  # float64 [rows]
+    total = drawing.block_sums((logits - peak).exp_()).sum(-1)  # float64 [rows]
     log_total = peak.double() + total.log()[:, None]  # [rows, 1]
     own = logits.gather(1, tokens[:, None])  # [rows, 1]
     values = (own.double() - log_total).squeeze(1)
