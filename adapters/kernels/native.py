@@ -138,6 +138,7 @@ _SIGNATURES: dict[str, list[type]] = {
     "lk_silu_mul": [c_void_p, c_void_p, c_int64, c_void_p],
     "lk_rope": [c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int, c_int, c_int, c_int],
     "lk_likeliest": [c_void_p, c_int, c_int64, c_int, c_void_p],
+    "lk_mask": [c_void_p, c_int64, c_void_p, c_int64],
     "lk_draw": [c_void_p, c_int, c_int64, *[c_void_p] * 6],
     "lk_logprobs": [c_void_p, c_int, c_int64, c_void_p, c_int, *[c_void_p] * 4],
     "lk_likeliest_output": [POINTER(WeightStruct), POINTER(SketchStruct), c_void_p, c_int, c_void_p],
@@ -329,6 +330,11 @@ class Kernels:
         found = torch.empty(len(scores), dtype=torch.int64)
         self._lib.lk_likeliest(scores.data_ptr(), *scores.shape, masked, found.data_ptr())
         return found
+
+    def mask_(self, scores: Tensor, allowed: Tensor) -> None:
+        """Make those scores `[n]` -inf that no bit of `allowed`, int32, allows, nor any that is missing."""
+        allowed = allowed.contiguous()
+        self._lib.lk_mask(scores.data_ptr(), len(scores), allowed.data_ptr(), len(allowed))
 
     def draw(self, scores: Tensor, truncations: Sequence[Truncation], uniforms: Sequence[float]) -> Tensor:
         """A token of each row, int64 [rows], at its number in [0, 1) of the weights that its truncation leaves."""

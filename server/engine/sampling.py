@@ -221,9 +221,12 @@ def _slices(logits: Tensor) -> Iterator[slice]:
 
 def _adjust(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int]) -> Tensor:
     """A copy of the logits with masks, biases and penalties applied."""
-    scores = logits.clone()
+    scores = logits.clone(memory_format=torch.contiguous_format)
+    compiled = kernels.cpu_kernels(scores)
     for index, row in enumerate(rows):
-        if row.allowed is not None:
+        if row.allowed is not None and compiled:
+            compiled.mask_(scores[index], row.allowed)
+        elif row.allowed is not None:
             scores[index] += _bias(row.allowed, logits)
 
     early = [index for index, row in enumerate(rows) if row.position < row.sampling.min_tokens]

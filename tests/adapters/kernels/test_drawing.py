@@ -131,3 +131,15 @@ def check_logprobs(compiled: native.Kernels, scores: Tensor, most: int) -> None:
 def test_logprobs_of_a_token_that_is_not_there(compiled: native.Kernels) -> None:
     with pytest.raises(IndexError, match="token 50 of 50"):
         compiled.logprobs(torch.zeros(1, 50), torch.tensor([50]), 1)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 31, 32, 33, 1000])
+@pytest.mark.parametrize("words", [0, 1, 7, 40])
+def test_masks(compiled: native.Kernels, vocabulary: int, words: int) -> None:
+    generator = torch.Generator().manual_seed(words)
+    allowed = torch.randint(-(2**31), 2**31, (words,), generator=generator).int()
+    bits = (allowed[:, None] >> torch.arange(32)).flatten() & 1
+    scores = torch.randn(vocabulary, generator=generator)
+    expected = [score if i < len(bits) and bits[i] else -math.inf for i, score in enumerate(scores.tolist())]
+    compiled.mask_(scores, allowed)
+    assert scores.tolist() == expected
