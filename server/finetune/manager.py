@@ -161,6 +161,7 @@ class JobManager:
         if not await self._let_go(moved, save=True) and running:
             with contextlib.suppress(JobStateError):  # it got there by itself
                 return await self._move(job, "paused", "Job paused", expected="pausing")
+            return await self._now(job)
         return moved
 
     async def resume(self, job: Job) -> Job:

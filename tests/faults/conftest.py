@@ -13,6 +13,7 @@ from tests.support.running import RunningServer
 from tests.support.tiny import tiny_adapter, tiny_model
 
 DISK_MIB = 24
+DRAIN_SECONDS = 60
 ADAPTERS = ("red", "green", "blue")
 
 
@@ -30,7 +31,7 @@ class Files:
             "config": (directory / "adapter_config.json").read_bytes(),
             "weights": (directory / "adapter_model.safetensors").read_bytes(),
         }
-        return httpx.post(f"{server.url}/v1/adapters", data={"name": name}, files=files, timeout=30)
+        return httpx.post(f"{server.url}/v1/adapters", data={"name": name}, files=files, timeout=60)
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +57,7 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None
 @pytest.fixture(scope="session")
 def running(made: Files, small_disk: Path | None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     root = tmp_path_factory.mktemp("server")
-    server = RunningServer(made.model, root, small_disk or root / "data", "--drain-seconds", "20")
+    server = RunningServer(made.model, root, small_disk or root / "data", "--drain-seconds", str(DRAIN_SECONDS))
     yield server
     server.stop()
 

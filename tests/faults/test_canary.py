@@ -26,23 +26,23 @@ async def test_a_canary_from_first_share_to_rollback_under_load(server: RunningS
     async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
         expected = {digest: (await ask(client, f"song@{digest}"))[1] for digest in (old, new)}
         assert expected[old] != expected[new]
-        seen: list[list[tuple[str, str]]] = [[]]  # by the phase in which a request began
+        seen: list[dict[str, list[tuple[str, str]]]] = [{}]  # by the phase in which a request began, and by user
         stop = asyncio.Event()
 
         async def load(user: str) -> None:
             while not stop.is_set():
-                begun_in = seen[-1]
+                begun_in = seen[-1].setdefault(user, [])
                 begun_in.append(await ask(client, "song", user))
 
         async def phase(path: str, body: Any) -> set[str]:
             """Change what the name means; the digests that answer requests begun after that."""
             response = await client.post(f"/v1/adapters/song/{path}", json=body)
             assert response.status_code == 200, response.text
-            seen.append([])
+            seen.append({})
             async with asyncio.timeout(60):
-                while len(seen[-1]) < 20:  # noqa: ASYNC110 - filled by the clients
+                while sum(len(answers) >= 5 for answers in seen[-1].values()) < CLIENTS:  # noqa: ASYNC110
                     await asyncio.sleep(0.01)
-            return {digest for digest, _ in seen[-1]}
+            return {digest for answers in seen[-1].values() for digest, _ in answers}
 
         clients = [asyncio.create_task(load(f"user-{i}")) for i in range(CLIENTS)]
         assert await phase("promote", {"digest": old}) == {old}
@@ -51,7 +51,8 @@ async def test_a_canary_from_first_share_to_rollback_under_load(server: RunningS
         assert await phase("rollback", None) == {old}
         stop.set()
         await asyncio.gather(*clients)
-        assert all(text == expected[digest] for answers in seen for digest, text in answers)
+        given = [answer for phase in seen for answers in phase.values() for answer in answers]
+        assert all(text == expected[digest] for digest, text in given)
         assert (await client.delete("/v1/adapters/song")).status_code == 200
 
 

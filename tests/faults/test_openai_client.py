@@ -11,7 +11,7 @@ from openai.types.chat import ChatCompletionMessageParam
 from pydantic import BaseModel, Field
 
 from tests.faults.conftest import ADAPTERS, Files
-from tests.support.running import BASE, RunningServer
+from tests.support.running import BASE, RunningServer, eventually
 
 PROMPT = "The quick brown fox"
 TOKENS = 48
@@ -102,7 +102,7 @@ def eight(server: RunningServer, made: Files) -> Iterator[list[str]]:
     names = [f"eight-{i}" for i in range(8)]
     for i, name in enumerate(names):
         files = {"config": json.dumps(config | {"lora_alpha": 4 * (i + 1)}).encode(), "weights": weights}
-        uploaded = httpx.post(f"{server.url}/v1/adapters", data={"name": name}, files=files, timeout=30)
+        uploaded = httpx.post(f"{server.url}/v1/adapters", data={"name": name}, files=files, timeout=60)
         assert uploaded.status_code == 201
     yield names
     for name in names:
@@ -126,5 +126,9 @@ async def test_eight_streams_of_eight_adapters_share_steps(server: RunningServer
         alone = [await say(name) for name in eight]
         assert len(set(alone)) == len(eight)
         before = steps_of_eight(server)
-        assert await asyncio.gather(*map(say, eight)) == alone
-        assert steps_of_eight(server) > before
+        with server.slowed():  # until all eight have met
+            together = [asyncio.create_task(say(name)) for name in eight]
+            await asyncio.to_thread(
+                eventually, lambda: steps_of_eight(server) > before, 60, "a step with all eight adapters"
+            )
+        assert await asyncio.gather(*together) == alone

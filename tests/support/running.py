@@ -7,7 +7,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,21 @@ def _environment() -> dict[str, str]:
 def forking() -> dict[str, str]:
     """Environment variables by which the engines that a process starts are forked; none on a GPU, which forbids it."""
     return {} if Path("/dev/nvidiactl").exists() else {"PYTHONPATH": PATH, "PRELOADED": _preloaded()}
+
+
+@contextmanager
+def slowed(fault: Path, work: str = "") -> Iterator[None]:
+    """Meanwhile each step of engines with this FAULT_FILE takes long: what is begun does not end before it is looked at.
+
+    With `work` "training ", each layer in training. A fault that is written in its place ends it.
+    """
+    slow = f"{work}slow"
+    fault.write_text(slow)
+    try:
+        yield
+    finally:
+        if fault.exists() and fault.read_text() == slow:
+            fault.unlink()
 
 
 class RunningServer:
@@ -136,10 +152,10 @@ class RunningServer:
         return body
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(f"{self.url}{path}", timeout=30)
+        return httpx.get(f"{self.url}{path}", timeout=60)
 
     def delete(self, path: str) -> httpx.Response:
-        return httpx.delete(f"{self.url}{path}", timeout=30)
+        return httpx.delete(f"{self.url}{path}", timeout=60)
 
     @property
     def engine_pid(self) -> int:
@@ -173,6 +189,10 @@ class RunningServer:
             if ending == "begun":
                 work()
         return found
+
+    def slowed(self, work: str = "") -> AbstractContextManager[None]:
+        """See the function of this name."""
+        return slowed(self.fault, work)
 
     def kill(self) -> None:
         """SIGKILL to the API process."""

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from unittest.mock import AsyncMock
@@ -29,6 +29,7 @@ from server.settings import Settings
 from server.startup import make_services
 from tests.support.conforming import client_of
 from tests.support.offline import load_engine, publish, request
+from tests.support.running import slowed
 from tests.support.tiny import tiny_adapter, tiny_text
 
 pytestmark = [pytest.mark.asyncio(loop_scope="module"), pytest.mark.usefixtures("forked_engines")]
@@ -45,6 +46,15 @@ def config(model: Path, cache: Path) -> EngineConfig:
         max_batch_requests=16,
         threads=1,
     )
+
+
+@pytest.fixture(scope="module")
+def fault(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Read by the engine's steps; see `tests.support.running.slowed`."""
+    path = tmp_path_factory.mktemp("fault") / "fault"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FAULT_FILE", str(path))
+        yield path
 
 
 async def until(condition: Callable[[], bool], seconds: float = 120) -> None:
@@ -65,7 +75,7 @@ async def stats() -> list[Stats]:
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def engine(
-    forked_engines: None, model_dir: Path, cache_dir: Path, stats: list[Stats]
+    forked_engines: None, fault: Path, model_dir: Path, cache_dir: Path, stats: list[Stats]
 ) -> AsyncIterator[LocalEngine]:
     client = LocalEngine(config(model_dir, cache_dir), stats.append)
     with pytest.raises(EngineUnavailable):
@@ -91,11 +101,12 @@ async def test_answers_equal_the_engine_in_process(engine: LocalEngine, model_di
     assert answers == [expected[single.id].tokens for single in requests]
 
 
-async def test_a_closed_stream_is_aborted(engine: LocalEngine, stats: list[Stats]) -> None:
+async def test_a_closed_stream_is_aborted(engine: LocalEngine, stats: list[Stats], fault: Path) -> None:
     before = len(stats)
-    stream = engine.generate(request("closed", [5, 6, 7], max_tokens=400))
-    await anext(stream)
-    await stream.aclose()
+    with slowed(fault):
+        stream = engine.generate(request("closed", [5, 6, 7], max_tokens=400))
+        await anext(stream)
+        await stream.aclose()
     await until(lambda: stats[-1].running == 0)
     assert sum(said.step_requests for said in stats[before:]) < 300
     assert await collect(engine, request("after", [5, 6, 7], max_tokens=3))
@@ -142,12 +153,13 @@ async def test_an_adapter_that_is_not_there_fails_alone(engine: LocalEngine, tmp
     assert await collect(engine, request("fine", [5, 6], max_tokens=2))
 
 
-async def test_killed_under_load_it_comes_back(engine: LocalEngine) -> None:
+async def test_killed_under_load_it_comes_back(engine: LocalEngine, stats: list[Stats], fault: Path) -> None:
     pid = engine.pid
     assert pid is not None
-    running = [asyncio.create_task(collect(engine, request(f"k{i}", [5, 6], max_tokens=450))) for i in range(3)]
-    await asyncio.sleep(0.05)
-    os.kill(pid, signal.SIGKILL)
+    with slowed(fault):
+        running = [asyncio.create_task(collect(engine, request(f"k{i}", [5, 6], max_tokens=450))) for i in range(3)]
+        await until(lambda: stats[-1].running == 3)
+        os.kill(pid, signal.SIGKILL)
     outcomes = await asyncio.gather(*running, return_exceptions=True)
     assert all(isinstance(outcome, EngineUnavailable) for outcome in outcomes)
     assert engine.unready_reason
@@ -168,7 +180,7 @@ async def over_http(engine: LocalEngine, root: Path) -> AsyncIterator[httpx.Asyn
 
 
 async def test_one_that_stands_still_is_replaced(
-    engine: LocalEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: LocalEngine, tmp_path: Path, fault: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The server is unready before that; what waits for it gets a 503, what comes meanwhile too."""
     pid = engine.pid
@@ -180,9 +192,10 @@ async def test_one_that_stands_still_is_replaced(
     async with over_http(engine, tmp_path) as client:
         assert (await client.get("/ready")).status_code == 200
         before = (await client.post("/v1/completions", json=body)).json()["choices"]
-        running = asyncio.create_task(client.post("/v1/completions", json=body | {"max_tokens": 450}))
-        await until(lambda: bool(engine._streams))
-        os.kill(stands, signal.SIGSTOP)
+        with slowed(fault):
+            running = asyncio.create_task(client.post("/v1/completions", json=body | {"max_tokens": 450}))
+            await until(lambda: bool(engine._streams))
+            os.kill(stands, signal.SIGSTOP)
         late = asyncio.create_task(client.post("/v1/completions", json=body))
         await until(lambda: engine.unready_reason is not None)
         ready = await client.get("/ready")
@@ -227,7 +240,7 @@ async def test_three_deaths_in_a_row_are_enough(model_dir: Path, cache_dir: Path
         assert client.pid is not None
         killed.add(client.pid)
         os.kill(client.pid, signal.SIGKILL)
-    await asyncio.wait_for(client.failed_for_good.wait(), 30)
+    await asyncio.wait_for(client.failed_for_good.wait(), 60)
     assert "3 times" in (client.unready_reason or "")
     await client.stop(grace=0)
 
@@ -241,18 +254,19 @@ async def test_a_process_that_cannot_be_started_is_tried_again(
         patch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
         client = LocalEngine(config(model_dir, cache_dir), lambda _: None)
         await client.start()
-        await asyncio.wait_for(client.failed_for_good.wait(), 30)
+        await asyncio.wait_for(client.failed_for_good.wait(), 60)
         assert re.search("3 times.*cannot be started: .*No such file", client.unready_reason or "")
         await client.stop(grace=0)
     client = LocalEngine(config(model_dir, cache_dir), lambda _: None)
     await client.start()
     await until(lambda: client.unready_reason is None)
     with monkeypatch.context() as patch:
-        patch.setattr(asyncio, "create_subprocess_exec", AsyncMock(side_effect=OSError(errno.ENOMEM, "no memory")))
+        start = AsyncMock(side_effect=OSError(errno.ENOMEM, "no memory"))
+        patch.setattr(asyncio, "create_subprocess_exec", start)
         assert client.pid is not None
         os.kill(client.pid, signal.SIGKILL)
         await until(lambda: "no memory" in (client.unready_reason or ""))
-        await asyncio.sleep(0.3)
+        await until(lambda: start.await_count > 5)
     await until(lambda: client.unready_reason is None)
     await client.stop(grace=0)
 
@@ -263,7 +277,7 @@ async def test_a_fault_of_supervising_is_no_eternal_load(
     monkeypatch.setattr(asyncio, "create_subprocess_exec", AsyncMock(side_effect=RuntimeError("nobody thought of it")))
     client = LocalEngine(config(model_dir, cache_dir), lambda _: None)
     await client.start()
-    await asyncio.wait_for(client.failed_for_good.wait(), 5)
+    await asyncio.wait_for(client.failed_for_good.wait(), 60)
     assert "a fault in the server: RuntimeError('nobody thought of it')" in (client.unready_reason or "")
     await client.stop(grace=0)
 
@@ -277,7 +291,7 @@ async def test_neither_directory_nor_variables_of_the_start_change_the_engines_m
     monkeypatch.setattr(asyncio, "create_subprocess_exec", start := AsyncMock(side_effect=RuntimeError))
     client = LocalEngine(config(model_dir, cache_dir), lambda _: None)
     await client.start()
-    await asyncio.wait_for(client.failed_for_good.wait(), 5)
+    await asyncio.wait_for(client.failed_for_good.wait(), 60)
     await client.stop(grace=0)
     command = [sys.executable, "-c", "import server.client; assert server.client.__doc__; assert __debug__"]
     subprocess.run(command, cwd=tmp_path, env=start.call_args.kwargs["env"], check=True)

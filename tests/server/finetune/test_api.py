@@ -206,7 +206,9 @@ async def test_pause_and_resume_change_no_bit(site: TuningSite, engine: Training
     paused = await site.create(training_file=file)
     await site.until(paused["id"], "running")
     await eventually(lambda: site.tuning.jobs.get(TENANT, paused["id"]).step >= 2)
+    engine.held = True  # or it might end before it is told to pause
     assert (await site.steer(paused["id"], "pause")).json()["status"] == "pausing"
+    engine.held = False
     await site.until(paused["id"], "paused")
     at = engine.pieces
     await asyncio.sleep(0.05)
@@ -315,10 +317,12 @@ async def result_rows(site: TuningSite, job: dict[str, Any]) -> list[str]:
 
 
 async def test_a_paused_job_stays_paused(tmp_path: Path, engine: TrainingEngine) -> None:
+    engine.held = True
     async with tuning_site(tmp_path / "data", engine) as site:
         job = await site.create()
         await site.until(job["id"], "running")
         await site.steer(job["id"], "pause")
+        engine.held = False
         await site.until(job["id"], "paused")
     async with tuning_site(tmp_path / "data", engine) as site:
         await asyncio.sleep(0.05)
@@ -334,6 +338,8 @@ async def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, engine: Train
         whole = await site.until((await site.create(training_file=file, **body))["id"])
         job = await site.create(training_file=file, **body)
         await eventually(lambda: len(site.tuning.jobs.resumable(job["id"])) >= 3)
+        engine.held = True
+    engine.held = False
     newest = max((tmp_path / "data/jobs" / job["id"] / "checkpoints").iterdir(), key=lambda path: int(path.name[5:]))
     state = newest / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-1] + b"\xff")

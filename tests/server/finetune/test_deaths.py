@@ -115,8 +115,11 @@ async def test_a_job_is_stopped_while_the_engine_is_down(
         engine.held = True
         job = await site.create()
         await site.until(job["id"], "running")
+        await eventually(lambda: engine.started == 1)
         engine.go_down()
-        await asyncio.sleep(0.05)
+        async with asyncio.timeout(60):
+            while "The engine restarts" not in (await site.messages(job["id"]))[-1]:  # noqa: ASYNC110 - nothing tells
+                await asyncio.sleep(0.005)
         assert (await site.steer(job["id"], verb)).json()["status"] == status
         directory = site.settings.data_dir / "jobs" / job["id"]
         assert directory.exists() == (status == "paused")
@@ -130,7 +133,7 @@ async def test_a_job_resumed_before_it_has_paused_ends_up_running(tmp_path: Path
         engine.held = True
         job = await site.create()
         await site.until(job["id"], "running")
-        await asyncio.sleep(0.02)
+        await eventually(lambda: engine.started == 2)
         assert (await site.steer(job["id"], "pause")).json()["status"] == "pausing"
         resumed = await site.steer(job["id"], "resume")
         assert (resumed.status_code, resumed.json()["status"]) == (200, "running")

@@ -2,13 +2,14 @@
 
 import asyncio
 import json
-import time
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from server.http import body as body_module
 from tests.support.completions import complete
 from tests.support.scripted import BASE, Served, serving
 
@@ -197,20 +198,28 @@ async def test_bodies_are_json_of_bounded_size(tmp_path: Path) -> None:
         assert (await post("/v1/completions", content=b"[" * 2000, headers=json_type)).status_code == 400
 
 
-async def test_long_prompts_and_large_bodies_do_not_hold_up_others(served: Served) -> None:
-    held_up = []
+async def test_long_prompts_and_large_bodies_do_not_hold_up_others(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are read and encoded by threads, which let others work."""
+    begun, going = ({what: threading.Event() for what in ("body", "prompt")} for _ in range(2))
 
-    async def watch() -> None:
-        while True:
-            before = time.monotonic()
-            await asyncio.sleep(0.005)
-            held_up.append(time.monotonic() - before)
+    def held(what: str, work: Callable[..., Any]) -> Callable[..., Any]:
+        def wait(*args: Any) -> Any:
+            begun[what].set()
+            assert going[what].wait(60)
+            return work(*args)
 
-    watching = asyncio.create_task(watch())
-    response = await complete(served, prompt=["many words " * 60] * 1000, max_tokens=300)
-    watching.cancel()
-    assert response.json()["error"]["code"] == "context_length_exceeded"
-    assert len(held_up) > 10  # the event loop went on meanwhile
+        return wait
+
+    monkeypatch.setattr(body_module, "parse_body", held("body", body_module.parse_body))
+    monkeypatch.setattr(served.services.text, "_encode", held("prompt", served.services.text._encode))
+    asking = asyncio.create_task(complete(served, prompt=["many words " * 60] * 1000, max_tokens=300))
+    for what in ("body", "prompt"):
+        assert await asyncio.to_thread(begun[what].wait, 60)
+        assert (await served.client.get("/v1/models")).status_code == 200
+        going[what].set()
+    assert (await asking).json()["error"]["code"] == "context_length_exceeded"
 
 
 async def test_other_methods_and_paths_have_the_same_shape(served: Served) -> None:

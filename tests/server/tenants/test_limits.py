@@ -3,12 +3,14 @@
 import asyncio
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import pytest
 
 from server.errors import TooManyRequests
 from server.messages.protocol import Generate
+from server.tenants import limits
 from server.tenants.limits import Allowance, Limits
 from tests.support.harness import adapter_files, write_adapter
 from tests.support.scripted import BASE, Served, serving
@@ -19,8 +21,9 @@ FILES = {"file": ("a.jsonl", b'{"text": "some text to train on"}\n')}
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time as limits see it, which stands still."""
     now = [100.0]
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    monkeypatch.setattr(limits, "time", Mock(monotonic=lambda: now[0]))
     return now
 
 
@@ -89,13 +92,16 @@ async def test_requests_per_minute(tmp_path: Path) -> None:
         assert "x-ratelimit-limit-requests" not in other.headers
 
 
-async def test_tokens_per_minute_count_prompts_and_answers(tmp_path: Path) -> None:
+async def test_tokens_per_minute_count_prompts_and_answers(tmp_path: Path, clock: list[float]) -> None:
     async with serving(tmp_path) as served:
         acme = await limited(served, tokens_per_minute=1000)
         answer = await ask(served, acme, max_tokens=4)
         used = answer.json()["usage"]["total_tokens"]
         again = await served.client.get("/v1/models", headers=acme)
-        assert 1000 - used <= int(again.headers["x-ratelimit-remaining-tokens"]) <= 1000 - used + 5
+        assert int(again.headers["x-ratelimit-remaining-tokens"]) == 1000 - used
+        clock[0] += 0.6
+        again = await served.client.get("/v1/models", headers=acme)
+        assert int(again.headers["x-ratelimit-remaining-tokens"]) == min(1000, 1000 - used + 10)
 
 
 async def test_sequences_under_way(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -84,10 +85,11 @@ def test_no_token_stands_for_more_bytes_than_the_longest(text: TextProcessor) ->
 
 async def test_encoding_ends_with_those_who_asked(text: TextProcessor, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[int] = []
+    gone = threading.Event()
 
     def encode(texts: list[str], special: bool) -> list[list[int]]:
         begun.append(len(texts))
-        time.sleep(0.05)
+        assert gone.wait(60)
         return [[1]] * len(texts)
 
     monkeypatch.setattr(text, "_encode", encode)
@@ -101,9 +103,9 @@ async def test_encoding_ends_with_those_who_asked(text: TextProcessor, monkeypat
             await asyncio.sleep(0.001)
     for task in encoding:
         task.cancel()
-    before = time.monotonic()
+    await asyncio.sleep(0)
+    gone.set()
     await text.encode(["b" * 5000], add_special_tokens=False, max_tokens=10_000, param="prompt")
-    assert time.monotonic() - before < 3
     assert begun == [2, 1]  # what ran when they went, and the one that came then
 
 
@@ -146,9 +148,9 @@ async def test_many_tokens_of_an_adapter_are_added_at_once(text: TextProcessor) 
     """Of both kinds in turns; one by one these took half a minute."""
     first = text.tokenizer.get_vocab_size()
     tokens = tuple(NewToken(first + i, f"<new_{i}>", special=i % 2 == 0, lstrip=i % 3 == 0) for i in range(12_000))
-    began = time.monotonic()
+    began = time.process_time()
     adapted = await text.adapted("many", lambda: AdapterText(tokens))
-    assert time.monotonic() - began < 5
+    assert time.process_time() - began < 5
     assert {adapted.tokenizer.token_to_id(token.content) for token in tokens} == {token.id for token in tokens}
     known = adapted.tokenizer.get_added_tokens_decoder()
     assert all((known[t.id].special, known[t.id].lstrip) == (t.special, t.lstrip) for t in tokens)

@@ -85,21 +85,21 @@ def test_a_job_by_the_openai_client_and_again_through_kills(server: RunningServe
     assert len([event for event in events if event.type == "metrics"]) == 48
     expected = digest(server, job.fine_tuned_model)
 
-    killed = start(client, file.id)
-
     def saved() -> int:
         return max((found.step_number for found in client.fine_tuning.jobs.checkpoints.list(killed).data), default=0)
 
-    eventually(saved, 60, "a checkpoint")
-    engine = server.engine_pid
-    os.kill(engine, signal.SIGKILL)
-    failing = eventually(lambda: (pid := server.wait_ready()["engine_pid"]) != engine and pid, 60, "another engine")
-    kept = saved()
-    eventually(lambda: saved() > kept, 60, "a checkpoint of that engine's: without, the job is not tried again")
-    server.fault.write_text("training accelerator")
-    eventually(
-        lambda: server.wait_ready()["engine_pid"] != failing, 60, "a third, for the device has failed in training"
-    )
+    with server.slowed("training "):  # the job does not end before all this has happened to it
+        killed = start(client, file.id)
+        eventually(saved, 60, "a checkpoint")
+        engine = server.engine_pid
+        os.kill(engine, signal.SIGKILL)
+        failing = eventually(lambda: (pid := server.wait_ready()["engine_pid"]) != engine and pid, 60, "another engine")
+        kept = saved()
+        eventually(lambda: saved() > kept, 60, "a checkpoint of that engine's: without, the job is not tried again")
+        server.fault.write_text("training accelerator")
+        eventually(
+            lambda: server.wait_ready()["engine_pid"] != failing, 60, "a third, for the device has failed in training"
+        )
     server.kill()
     server.ensure()
     job = eventually(lambda: done(killed), 60, "the job ends after the kills")

@@ -2,13 +2,15 @@
 notes which files a request enters.
 
 When the file named by FAULT_FILE appears, the next step (or piece of training, for a kind that begins with "training")
-takes it away and meets the fault that it names.
+takes it away and meets the fault that it names. While it says "slow", each takes a moment longer instead, so that what a
+test has begun is not over before the test can look at it.
 """
 
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -18,6 +20,7 @@ import preloaded
 
 ROOT = f"{Path(__file__).parent.parent.parent.parent}/"
 PRODUCT = (f"{ROOT}server/", f"{ROOT}adapters/")
+SLOW_SECONDS = 0.05  # of a step, or of a layer in training, more than it would take
 
 
 def illegal_access() -> None:
@@ -48,13 +51,24 @@ def fail(kind: str) -> None:
             raise AssertionError(unknown)
 
 
+def _content(file: Path) -> str:
+    """What a file says; nothing where there is none, or one whose writer is about to write."""
+    try:
+        return file.read_text()
+    except FileNotFoundError:
+        return ""
+
+
 def failing(work: Callable[..., Any], prefix: str) -> Callable[..., Any]:
     """`work`, after a look at the file."""
 
     def look_first(*args: Any, **kwargs: Any) -> Any:
         file = Path(os.environ.get("FAULT_FILE", os.devnull + "/none"))
-        if file.exists() and file.read_text().startswith("training") == (prefix == "training"):
-            kind = file.read_text()
+        kind = _content(file)
+        if kind.removeprefix("training ") == "slow":
+            if kind.startswith("training") == (prefix == "training"):
+                time.sleep(SLOW_SECONDS)
+        elif kind and kind.startswith("training") == (prefix == "training"):
             file.unlink()
             fail(kind)
         return work(*args, **kwargs)
