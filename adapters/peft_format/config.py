@@ -1,6 +1,6 @@
 """What an `adapter_config.json` means: a strict reader, and the modules, ranks and scalings that it selects.
 
-Regular expressions of a client run only through RE2, in linear time.
+Regular expressions of a client run through RE2, in linear time; those with look-around in bounded steps.
 """
 
 import math

@@ -8,9 +8,10 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, TypeAlias
 
+from adapters.peft_format.lookaround import LookaroundRegex
 from adapters.strict_json import JsonFault, check_characters, parse_json
 
 MAX_RANK = 1 << 16
@@ -292,16 +293,24 @@ def compile_regex(name: str, pattern: str, *, suffix: bool = False) -> Any:
     options = re2.Options()
     options.log_errors = False
     options.never_capture = True  # without captures RE2 needs only its automaton, a hundred times faster at worst
+    ending = rf"(.*\.)?({pattern})$"
     try:
         regex = re2.compile(pattern, options)  # by itself first: "a)(b" must not pass for being bracketed
-        return re2.compile(rf"(.*\.)?({pattern})$", options) if suffix else regex
+        return re2.compile(ending, options) if suffix else regex
     except re2.error as fault:
-        reason = fault.args[0].decode(errors="replace") if fault.args else "invalid"
-        raise AdapterError(
-            f"{name} has a pattern that cannot be run in linear time (RE2 syntax: no look-around, no back-references): "
-            f"'{shorten(pattern)}': {shorten(reason)}",
-            name,
-        ) from None
+        refusal = partial(_unfit, name, pattern)
+        if not any(sign in pattern for sign in ("(?=", "(?!", "(?<=", "(?<!")):
+            raise refusal(fault.args[0].decode(errors="replace") if fault.args else "invalid") from None
+    regex = LookaroundRegex(pattern, refusal)
+    return LookaroundRegex(ending, refusal) if suffix else regex
+
+
+def _unfit(name: str, pattern: str, reason: str) -> AdapterError:
+    return AdapterError(
+        f"{name} has a pattern that cannot be run in bounded time (RE2's syntax and look-around; no back-references): "
+        f"'{shorten(pattern)}': {shorten(reason)}",
+        name,
+    )
 
 
 # --- every field ---------------------------------------------------------------------------------
@@ -361,12 +370,12 @@ FIELDS: dict[str, Field] = {
     "target_modules": _works(
         None,
         _names_or_regex,
-        "list of names, regular expression (RE2), or all-linear; a name that matches nothing is a warning",
+        "list of names, regular expression, or all-linear; a name that matches nothing is a warning",
     ),
     "target_parameters": _works(
         (), _modules, "experts' weights, by suffix as in PEFT: without lora_dropout, use_dora, lora_bias, aLoRA"
     ),
-    "exclude_modules": _works((), _names_or_regex, "list of names or regular expression (RE2)"),
+    "exclude_modules": _works((), _names_or_regex, "list of names or regular expression"),
     "layers_to_transform": _works((), _layers, "layer indices; one without target modules is a warning"),
     "layers_pattern": _works((), _layer_lists, "plain names of the list of layers"),
     "rank_pattern": _works({}, _patterns(_rank), "ranks per module; a key that matches none is a warning"),

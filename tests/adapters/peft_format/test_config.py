@@ -114,6 +114,9 @@ regexes = st.sampled_from(
         r"q_proj",
         r".*",
         r".*\.1\d?\..*",
+        r"^(?!.*(?:visual|mlp)).*(?:q_proj|up_proj).*",  # as trainers of image-and-text models write them
+        r"^(model(?=\.).*\.(k_proj|down_proj))$",
+        r"^(model)(?!.*(lm_head|output|emb|up_proj)).*",
     ]
 )
 pattern_keys = st.sampled_from(
@@ -125,6 +128,7 @@ pattern_keys = st.sampled_from(
         "mlp.*",
         "^model.layers.10.*",
         r".*\.1\.mlp\.up_proj",
+        r"layers(?=\.1).*up_proj",
     ]
 )
 
@@ -211,11 +215,11 @@ HOSTILE: list[tuple[str, Any]] = [
     ("target_modules", ["q_proj", ""]),
     ("target_modules", "no_such_proj"),
     ("target_modules", "(q_proj"),
-    ("target_modules", r"(?=.*q_proj).*"),
+    ("target_modules", r"(?=.*(q)_proj).*\1"),
     ("target_modules", "(((((.*)*)*)*)*)*x"),
     ("target_modules", "x" * 5000),
     ("exclude_modules", 0),
-    ("exclude_modules", "(?!q).*"),
+    ("exclude_modules", "(?!q)(.)\\1*"),
     ("exclude_modules", ["q_proj", "v_proj"]),
     ("exclude_modules", ".*"),
     *each("layers_to_transform", -1, 12, [0, 12], 2**63, 1.0, "0", True, [None], {}),

@@ -1,0 +1,66 @@
+"""Patterns with look-around beside Python's `re`, and patterns that would take for ever."""
+
+import re
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adapters.peft_format.fields import AdapterError, compile_regex
+from adapters.peft_format.lookaround import LookaroundRegex
+
+atoms = st.sampled_from(["a", "b", ".", r"\.", r"\d", "[ab]", "[^a]", r"\w", r"\W", r"[^\s0]", r"\b", "^", "$", "0"])
+patterns = st.recursive(
+    atoms,
+    lambda inner: st.one_of(
+        st.lists(inner, min_size=2, max_size=3).map("".join),
+        st.tuples(inner, inner).map(lambda pair: f"(?:{pair[0]}|{pair[1]})"),
+        st.tuples(inner, st.sampled_from(["*", "+", "?", "*?", "{1,2}", "{2}", "{0,3}?"])).map(
+            lambda pair: f"({pair[0]}){pair[1]}"
+        ),
+        st.tuples(st.sampled_from(["=", "!"]), inner).map(lambda pair: f"(?{pair[0]}{pair[1]})"),
+        st.tuples(st.sampled_from(["<=", "<!"]), atoms, atoms).map(lambda parts: f"(?{parts[0]}{parts[1]}{parts[2]})"),
+    ),
+    max_leaves=8,
+)
+
+
+@given(pattern=patterns, text=st.text("ab0._\n", min_size=1, max_size=7))
+def test_it_matches_what_re_matches(pattern: str, text: str) -> None:
+    regex = LookaroundRegex(pattern, ValueError)
+    assert regex.match(text) is (re.match(pattern, text) is not None)
+    assert regex.fullmatch(text) is (re.fullmatch(pattern, text) is not None)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [
+        (r"(?=a)(a)\1", "groupref"),
+        (r"(?=a)(?>a)", "atomic"),
+        (r"(?=a)a*+", "possessive"),
+        (r"(?i)(?=a)a", "flags"),
+        (r"(?=a)(?i:a)", "subpattern"),
+        (r"(?<=a*)b", "look-behind requires fixed-width"),
+        (r"(?=a", "missing )"),
+        ("(?=" * 1000 + ")" * 1000, "bounded time"),
+        (r"(?=a)b)(c", "unbalanced"),
+    ],
+)
+def test_what_it_lacks_is_refused(pattern: str, reason: str) -> None:
+    with pytest.raises(AdapterError, match=re.escape(reason)) as caught:
+        compile_regex("target_modules", pattern)
+    assert caught.value.param == "target_modules"
+
+
+@pytest.mark.parametrize(
+    "pattern", [r"(?=.*b)(((((a*)*)*)*)*)*c", r"((?=(?=(?=.*).*).*).*)*c", r"(?=a)(a{0,900}){900}c", r"(?!b)(a|a|.?)*c"]
+)
+def test_no_pattern_takes_long(pattern: str) -> None:
+    regex = compile_regex("target_modules", pattern)
+    began = time.process_time()
+    try:
+        assert not regex.fullmatch("a" * 200 + "b")
+    except AdapterError as fault:
+        assert "steps" in str(fault)  # noqa: PT017
+    assert time.process_time() - began < 1
