@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.setting_kinds import parse_bool, parse_size
-from server.settings import SettingError, Settings, settings_fields, settings_table, tell_of_unknown
+from server.setting_table import settings_table, tell_of_unknown
+from server.settings import SettingError, Settings, settings_fields
 from server.text.reasoning import VLLM_NAMES as REASONING_NAMES
 from server.text.tools.table import VLLM_NAMES as TOOL_NAMES
 
