@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from adapters.background import PRIORITIES, Priority
 from adapters.storage.silence import Patience
+from server.hub import SCHEME, Reference, parse_allowed
 from server.model_source import DEFAULT, default_cache_dir, default_data_dir
 from server.setting_kinds import (
     SERVICE_LINK,
@@ -216,7 +217,10 @@ class Settings:
 
     # --- adapters
     adapter: tuple[str, ...] = text(
-        (), "An adapter to serve from the start, as NAME=DIR.", repeatable=True, vllm="--lora-modules"
+        (),
+        "An adapter to serve from the start, as NAME=DIR or NAME=hf://OWNER/REPOSITORY[@REVISION][/FOLDER].",
+        repeatable=True,
+        vllm="--lora-modules",
     )
     adapter_dir: Path | None = path(
         None,
@@ -229,6 +233,15 @@ class Settings:
         "Switches vLLM's load_lora_adapter and unload_lora_adapter on, for paths under this directory.",
         shown="off",
     )
+    adapter_hub: tuple[str, ...] = text(
+        (),
+        "A repository of the Hugging Face Hub, as OWNER/NAME or OWNER/*, that adapters may be fetched from, by "
+        "references as hf://OWNER/NAME@REVISION/FOLDER. OWNER/NAME is also fetched when it is first asked for as a "
+        "model. Endpoint and token are HF_ENDPOINT and HF_TOKEN.",
+        parse=parse_allowed,
+        repeatable=True,
+    )
+    adapter_hub_seconds: float = number(600.0, "How long fetching an adapter from the hub may take.", within=(1, 86400))
     keep_versions: int = whole(
         5,
         "Contents of a name that are kept, the current one included; older ones answer as name@digest.",
@@ -424,14 +437,14 @@ class Settings:
         if self.max_training_jobs == 0 and self.adapter_store is None:
             raise SettingError("--max-training-jobs: without --adapter-store there is nobody to whom 0 leaves the jobs")
         for entry in self.adapter:
-            name, separator, directory = entry.partition("=")
-            if not (name and separator and directory):
+            name, separator, source = entry.partition("=")
+            if not (name and separator and source):
                 raise SettingError(f"--adapter: {entry!r} is not NAME=DIR")
             try:
-                parse_path(directory)
+                _parse_source(source)
             except ValueError as exc:
                 raise SettingError(f"--adapter: {exc}") from None
-        if len(self.adapter_directories) < len(self.adapter):
+        if len(self.adapter_sources) < len(self.adapter):
             raise SettingError("--adapter: a name is given twice")
 
     @classmethod
@@ -468,10 +481,15 @@ class Settings:
         return Patience(self.store_answer_seconds, self.store_silent_seconds, self.store_requests)
 
     @property
-    def adapter_directories(self) -> dict[str, Path]:
-        """`adapter` as name -> directory."""
+    def adapter_sources(self) -> dict[str, Path | Reference]:
+        """`adapter` as name -> where it lies."""
         pairs = (entry.partition("=") for entry in self.adapter)
-        return {name: Path(directory).expanduser() for name, _, directory in pairs}
+        return {name: _parse_source(source) for name, _, source in pairs}
+
+
+def _parse_source(written: str) -> Path | Reference:
+    """Raises ValueError."""
+    return Reference.parse(written) if written.startswith(SCHEME) else parse_path(written)
 
 
 def settings_fields() -> list[Setting]:

@@ -112,7 +112,7 @@ def build_app(services: Services) -> Starlette:
         audit,
         reference,
     ]
-    resources += [vllm] if services.settings.lora_dir is not None else []
+    resources += [vllm] if services.settings.lora_dir is not None or services.settings.adapter_hub else []
     resources += [ui] if services.settings.ui else []
     app = Starlette(
         routes=[route for resource in resources for route in resource.routes],
