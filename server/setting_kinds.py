@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ENV_PREFIX = "LORAKEET_"
+SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://.*")  # what Kubernetes sets LORAKEET_PORT to beside a Service `lorakeet`
 
 _SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?)\s*([kmgt]?)(i?)b?", re.IGNORECASE)
 _UNITS = {"GiB": 1024**3, "MiB": 1024**2, "KiB": 1024}
@@ -131,6 +132,27 @@ def parse_path(written: str) -> Path:
 def _parse_text(written: str) -> str:
     if not written:
         raise ValueError("expected a value")
+    return written
+
+
+def parse_device(written: str) -> str:
+    if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?", written):
+        raise ValueError("expected auto, cpu, cuda or cuda:N")
+    return written
+
+
+def parse_origin(written: str) -> str:
+    """As browsers write them, letter by letter."""
+    if not re.fullmatch(r"(?i)\*|null|[a-z][a-z0-9+.-]*://[^/?#@]+", written):
+        raise ValueError(
+            f"{written!r} is neither * nor an origin such as https://example.com, without a slash at its end"
+        )
+    return written.lower()
+
+
+def parse_metrics_prefix(written: str) -> str:
+    if not re.fullmatch("[a-zA-Z_][a-zA-Z0-9_]*", written):
+        raise ValueError("expected letters, digits and underscores, no digit first")
     return written
 
 

@@ -1,14 +1,12 @@
 """Every setting of the server, once: its name, type, default, range and explanation.
 
 The command line's flags, the `LORAKEET_*` variables and the table of docs/reference/settings.md are made from this one
-definition.
+definition (`server.setting_table`).
 Precedence: flag, then environment, then default. Aliases are flags only.
 """
 
 # ruff: noqa: RUF009  # the functions of `setting_kinds` are `dataclasses.field` with our metadata
 
-import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,44 +14,34 @@ from pathlib import Path
 from typing import Any, Literal
 
 from adapters.background import PRIORITIES, Priority
+from adapters.storage.silence import Patience
+from server.hub import SCHEME, Reference, parse_allowed
 from server.model_source import DEFAULT, default_cache_dir, default_data_dir
-from server.setting_kinds import ENV_PREFIX, Setting, choice, number, parse_path, path, rows, size, switch, text, whole
+from server.setting_kinds import (
+    SERVICE_LINK,
+    Setting,
+    choice,
+    number,
+    parse_device,
+    parse_metrics_prefix,
+    parse_origin,
+    parse_path,
+    path,
+    rows,
+    size,
+    switch,
+    text,
+    whole,
+)
 from server.setting_kinds import SettingError as SettingError
 from server.text.reasoning import REASONING_FORMATS
 from server.text.reasoning import VLLM_NAMES as REASONING_NAMES
 from server.text.tools.table import FORMATS
 from server.text.tools.table import VLLM_NAMES as TOOL_NAMES
 
-log = logging.getLogger(__name__)
-
 MAX_SPECULATIVE_TOKENS = 32
 GIB = 1024**3
 MIB = 1024**2
-
-_SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://.*")  # what Kubernetes sets LORAKEET_PORT to beside a Service `lorakeet`
-# Variables of others: clients, kernels, deploy/ray, and those that Kubernetes makes of Services.
-_NO_SETTING = re.compile(r"URL|NATIVE|TRITON|RAY_\w+|\w*SERVICE_\w+|\w*PORT(_\w+)?")
-
-
-def _parse_device(written: str) -> str:
-    if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?", written):
-        raise ValueError("expected auto, cpu, cuda or cuda:N")
-    return written
-
-
-def _parse_origin(written: str) -> str:
-    """As browsers write them, letter by letter."""
-    if not re.fullmatch(r"(?i)\*|null|[a-z][a-z0-9+.-]*://[^/?#@]+", written):
-        raise ValueError(
-            f"{written!r} is neither * nor an origin such as https://example.com, without a slash at its end"
-        )
-    return written.lower()
-
-
-def _parse_metrics_prefix(written: str) -> str:
-    if not re.fullmatch("[a-zA-Z_][a-zA-Z0-9_]*", written):
-        raise ValueError("expected letters, digits and underscores, no digit first")
-    return written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +59,7 @@ class Settings:
         "Arithmetic of activations: auto is bfloat16 on CUDA and float32 on a CPU.",
         ("auto", "float32", "bfloat16", "float16"),
     )
-    device: str = text("auto", "Where the base lives: auto, cpu, cuda or cuda:N.", parse=_parse_device)
+    device: str = text("auto", "Where the base lives: auto, cpu, cuda or cuda:N.", parse=parse_device)
     activations: Literal["exact", "int8"] = choice(
         "exact",
         "Inputs of the base's 4-bit linears on a CPU: exact, or rounded to 8 bits, which is faster. The difference is "
@@ -119,7 +107,7 @@ class Settings:
         secret=True,
     )
     allowed_origins: tuple[str, ...] = text(
-        (), "An origin that browsers may call from, or *.", parse=_parse_origin, repeatable=True
+        (), "An origin that browsers may call from, or *.", parse=parse_origin, repeatable=True
     )
     max_body_bytes: int = size(8 * MIB, "Largest JSON body.", within=(1024, GIB))
     max_body_items: int = whole(
@@ -131,6 +119,11 @@ class Settings:
         32 * MIB,
         "Largest JSON answer of a generation, where log-probabilities add up; a stream has no limit.",
         within=(1024, GIB),
+    )
+    keep_alive_seconds: int = whole(
+        75,
+        "How long an idle connection stays open; longer than a balancer in front keeps it, or that meets closed ones.",
+        within=(1, 86400),
     )
     min_body_rate: int = size(
         4096,
@@ -224,7 +217,10 @@ class Settings:
 
     # --- adapters
     adapter: tuple[str, ...] = text(
-        (), "An adapter to serve from the start, as NAME=DIR.", repeatable=True, vllm="--lora-modules"
+        (),
+        "An adapter to serve from the start, as NAME=DIR or NAME=hf://OWNER/REPOSITORY[@REVISION][/FOLDER].",
+        repeatable=True,
+        vllm="--lora-modules",
     )
     adapter_dir: Path | None = path(
         None,
@@ -237,6 +233,15 @@ class Settings:
         "Switches vLLM's load_lora_adapter and unload_lora_adapter on, for paths under this directory.",
         shown="off",
     )
+    adapter_hub: tuple[str, ...] = text(
+        (),
+        "A repository of the Hugging Face Hub, as OWNER/NAME or OWNER/*, that adapters may be fetched from, by "
+        "references as hf://OWNER/NAME@REVISION/FOLDER. OWNER/NAME is also fetched when it is first asked for as a "
+        "model. Endpoint and token are HF_ENDPOINT and HF_TOKEN.",
+        parse=parse_allowed,
+        repeatable=True,
+    )
+    adapter_hub_seconds: float = number(600.0, "How long fetching an adapter from the hub may take.", within=(1, 86400))
     keep_versions: int = whole(
         5,
         "Contents of a name that are kept, the current one included; older ones answer as name@digest.",
@@ -263,6 +268,27 @@ class Settings:
         "Within how long this server sees what others change in --adapter-store, which it lists twice in that time.",
         within=(0.1, 3600),
     )
+    store_send_seconds: float = number(
+        10.0,
+        "With --adapter-store, how often this server sends it the usage and the changes that it wrote down, for others "
+        "to show.",
+        within=(0.1, 3600),
+    )
+    store_answer_seconds: float = number(
+        15.0,
+        "How long --adapter-store may send nothing in answer to a request before it is given up; a directory has no "
+        "such limit.",
+        within=(0.5, 3600),
+    )
+    store_silent_seconds: float = number(
+        5.0,
+        "After how long without any answer --adapter-store is taken to be down: who needs it is told so at once, until "
+        "it answers again.",
+        within=(0.1, 3600),
+    )
+    store_requests: int = whole(
+        48, "Small requests to --adapter-store that wait for it at once, each in one of 64 threads.", within=(1, 60)
+    )
     job_lease_seconds: float = number(
         15.0,
         "With --adapter-store, how long other servers leave a fine-tuning job, an evaluation, a batch or a response in "
@@ -278,6 +304,11 @@ class Settings:
     adapter_check_seconds: float = number(600.0, "How long checking an uploaded adapter may take.", within=(1, 86400))
     adapter_check_bytes: int = size(
         2 * GIB, "Memory of a process that checks uploaded adapters.", within=(256 * MIB, 2**50)
+    )
+    mix_seconds: float = number(600.0, "How long mixing adapters may take.", within=(1, 86400))
+    merge_seconds: float = number(3600.0, "How long writing a merged checkpoint may take.", within=(1, 7 * 86400))
+    verify_seconds: float = number(
+        600.0, "How long PEFT may take, beside whose answers `verify` holds ours.", within=(1, 86400)
     )
     ignore_vision_adapters: bool = switch(
         False, "Serve adapters that also change a base's encoders of images or sound, without that part."
@@ -382,7 +413,7 @@ class Settings:
     metrics_prefix: str = text(
         "lorakeet",
         "What metric names begin with, before a colon: vllm where dashboards, alerts or gateways expect vLLM's names.",
-        parse=_parse_metrics_prefix,
+        parse=parse_metrics_prefix,
     )
     guard_metrics: bool = switch(
         False, "Ask for an API key on /metrics and /ready, too; /health and /version stay open."
@@ -406,14 +437,14 @@ class Settings:
         if self.max_training_jobs == 0 and self.adapter_store is None:
             raise SettingError("--max-training-jobs: without --adapter-store there is nobody to whom 0 leaves the jobs")
         for entry in self.adapter:
-            name, separator, directory = entry.partition("=")
-            if not (name and separator and directory):
+            name, separator, source = entry.partition("=")
+            if not (name and separator and source):
                 raise SettingError(f"--adapter: {entry!r} is not NAME=DIR")
             try:
-                parse_path(directory)
+                _parse_source(source)
             except ValueError as exc:
                 raise SettingError(f"--adapter: {exc}") from None
-        if len(self.adapter_directories) < len(self.adapter):
+        if len(self.adapter_sources) < len(self.adapter):
             raise SettingError("--adapter: a name is given twice")
 
     @classmethod
@@ -428,7 +459,7 @@ class Settings:
             given = flags.get(name)
             if given is not None and given != ():
                 values[name] = row.read(given, row.flag)
-            elif (written := environ.get(row.env)) and not _SERVICE_LINK.fullmatch(written):
+            elif (written := environ.get(row.env)) and not SERVICE_LINK.fullmatch(written):
                 values[name] = row.read(written, row.env)
         return cls(**values)
 
@@ -445,37 +476,22 @@ class Settings:
         return frozenset({self.base_name, self.model})
 
     @property
-    def adapter_directories(self) -> dict[str, Path]:
-        """`adapter` as name -> directory."""
+    def store_patience(self) -> Patience:
+        """How long `adapter_store` is waited for."""
+        return Patience(self.store_answer_seconds, self.store_silent_seconds, self.store_requests)
+
+    @property
+    def adapter_sources(self) -> dict[str, Path | Reference]:
+        """`adapter` as name -> where it lies."""
         pairs = (entry.partition("=") for entry in self.adapter)
-        return {name: Path(directory).expanduser() for name, _, directory in pairs}
+        return {name: _parse_source(source) for name, _, source in pairs}
 
 
-def tell_of_unknown(environ: Mapping[str, str]) -> None:
-    """Log the variables that look like settings and are none: misspelt ones."""
-    known = {row.env for row in settings_fields()}
-    for name in sorted(environ.keys() - known):
-        if name.startswith(ENV_PREFIX) and not _NO_SETTING.fullmatch(name.removeprefix(ENV_PREFIX)):
-            log.warning("%s is no setting", name)
+def _parse_source(written: str) -> Path | Reference:
+    """Raises ValueError."""
+    return Reference.parse(written) if written.startswith(SCHEME) else parse_path(written)
 
 
 def settings_fields() -> list[Setting]:
     """The table, in the order of the fields."""
     return rows(Settings)
-
-
-def settings_table() -> str:
-    """The table of docs/reference/settings.md, in Markdown."""
-    lines = ["| Flag | Alias | Variable | Default | Meaning |", "|---|---|---|---|---|"]
-    for row in settings_fields():
-        flag, *aliases = (
-            f"`{declared.replace('/', '`, `')}`" if row.default else f"`{declared.partition('/')[0]}`"
-            for declared in row.declarations
-        )
-        meaning = row.help
-        if row.choices:
-            meaning += " One of " + ", ".join(f"`{word}`" for word in row.choices) + "."
-        if row.repeatable:
-            meaning += " Repeatable; comma-separated in the variable."
-        lines.append(f"| {flag} | {', '.join(aliases)} | `{row.env}` | {row.shown_default} | {meaning} |")
-    return "\n".join(lines) + "\n"

@@ -15,7 +15,8 @@ from server.batches.metrics import BatchMetrics
 from server.finetune.metrics import TrainingMetrics
 from server.http.operations import Operation
 from server.metrics import PREFIX, Metrics
-from server.settings import settings_fields, settings_table
+from server.setting_table import settings_table
+from server.settings import settings_fields
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

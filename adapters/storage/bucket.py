@@ -18,7 +18,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from obstore.store import LocalStore, from_url
 
-from adapters.storage.silence import Line, line
+from adapters.storage.silence import PATIENCE, Line, Patience, line
 from adapters.storage.versions import RemoteUnavailable
 
 if TYPE_CHECKING:
@@ -26,14 +26,7 @@ if TYPE_CHECKING:
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 _CHUNK_BYTES = 1 << 20
-# A server that is silent for so long is down; whole transfers may take longer.
-_CLIENT: "ClientConfig" = {
-    "connect_timeout": timedelta(seconds=5),
-    "read_timeout": timedelta(seconds=15),
-    "timeout": timedelta(hours=1),
-    "allow_http": True,  # whoever writes http:// into an endpoint means it
-}
-_RETRY: "RetryConfig" = {"max_retries": 3, "retry_timeout": timedelta(seconds=10)}
+_RETRIES = 3
 _LOCK = ".lock"  # in a directory; no object is called so
 
 
@@ -65,12 +58,13 @@ class Bucket:
     Args:
         url: s3://bucket/prefix, gs://..., az://..., file:///...; credentials, region and endpoint come from the
             environment, as that provider's own tools read them (AWS_ENDPOINT_URL, ...).
+        patience: with a network's.
 
     Raises:
         ValueError: no such kind of store, or its configuration is not complete.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, patience: Patience = PATIENCE) -> None:
         self._directory: Path | None = None
         self._line: Line | None = None  # a directory has none
         if set(url) & set("?#"):
@@ -83,8 +77,9 @@ class Bucket:
                 assert isinstance(self._store, LocalStore)
                 self._directory = Path(str(self._store.prefix))
             else:
-                self._store = from_url(url, client_options=_CLIENT, retry_config=_RETRY)
-                self._line = line(url)
+                client, retry = _options(patience)
+                self._store = from_url(url, client_options=client, retry_config=retry)
+                self._line = line(url, patience)
         except (BaseError, OSError) as fault:
             raise ValueError(_line(fault)) from None
 
@@ -189,6 +184,17 @@ class Bucket:
                 self._line.check()
             asked.enter_context(_faults(missing=missing))
             yield
+
+
+def _options(patience: Patience) -> "tuple[ClientConfig, RetryConfig]":
+    seconds = patience.answer_seconds
+    client: ClientConfig = {
+        "connect_timeout": timedelta(seconds=seconds / 3),
+        "read_timeout": timedelta(seconds=seconds),
+        "timeout": timedelta(hours=1),
+        "allow_http": True,  # whoever writes http:// into an endpoint means it
+    }
+    return client, {"max_retries": _RETRIES, "retry_timeout": timedelta(seconds=seconds * 2 / 3)}
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from adapters.peft_format.record import RECORD_NAME
 from adapters.storage.bucket import Bucket, Conflict, Entry
 from adapters.storage.names import Apply
 from adapters.storage.records import Content, Record, Records
+from adapters.storage.silence import PATIENCE, Patience
 from adapters.storage.versions import DamagedAdapter, Locate, Meaning, Pointer, RemoteUnavailable, Version
 
 REQUIRED = (CONFIG_NAME, SPEC_NAME, WEIGHTS_NAME)
@@ -38,9 +39,9 @@ class RemoteStore:
 
     title = "the object store"
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, patience: Patience = PATIENCE) -> None:
         self.unreadable: set[str] = set()
-        self.bucket = Bucket(url)
+        self.bucket = Bucket(url, patience)
         self._names = Records(self.bucket, "names")
 
     # --- names -----------------------------------------------------------------------------------------

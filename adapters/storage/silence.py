@@ -4,21 +4,33 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 
 from adapters.storage.versions import RemoteUnavailable
 
-SILENT_SECONDS = 5.0  # after which a store that was asked, and has answered nothing, is taken to be down
-FULL_SECONDS = 2.0  # likewise, for who would be one more than may wait for it
-_AT_ONCE = 48  # threads that wait for one store: fewer than there are, so that others find one
 _LOOK_SECONDS = 0.1
+_FULL = 0.4  # of the silent seconds, for who would be one more than may wait for it
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a store is waited for, and by how many."""
+
+    answer_seconds: float = 15.0  # for the next bytes of an answer; then it is down. Whole transfers may take longer
+    silent_seconds: float = 5.0  # after which one that was asked, and has answered nothing, is taken to be down
+    at_once: int = 48  # threads that wait for it: fewer than there are, so that others find one
+
+
+PATIENCE = Patience()
 
 
 class Line:
     """What one process has asked a store. Used from any thread."""
 
-    def __init__(self) -> None:
-        self._places = threading.Semaphore(_AT_ONCE)
+    def __init__(self, patience: Patience = PATIENCE) -> None:
+        self._silent = patience.silent_seconds
+        self._places = threading.Semaphore(patience.at_once)
         self._lock = threading.Lock()
         self._asked: dict[int, float] = {}  # thread -> since when it waits
         self._answered = 0.0
@@ -30,7 +42,7 @@ class Line:
 
     def check(self, seconds: float | None = None) -> None:
         """Raises RemoteUnavailable when the store is silent, or has been for so many seconds."""
-        seconds = SILENT_SECONDS if seconds is None else seconds
+        seconds = self._silent if seconds is None else seconds
         with self._lock:
             now, oldest = time.monotonic(), min(self._asked.values(), default=None)
         if now < self._down_until or (oldest is not None and now - max(oldest, self._answered) > seconds):
@@ -41,15 +53,15 @@ class Line:
         """Ask it for something small. Raises RemoteUnavailable when it is silent."""
         self.check()
         while not self._places.acquire(timeout=_LOOK_SECONDS):
-            self.check(FULL_SECONDS)
+            self.check(_FULL * self._silent)
         me, began = threading.get_ident(), time.monotonic()
         with self._lock:
             self._asked[me] = began
         try:
             yield
         except RemoteUnavailable:
-            if time.monotonic() - max(began, self._answered) > SILENT_SECONDS:
-                self._down_until = time.monotonic() + SILENT_SECONDS
+            if time.monotonic() - max(began, self._answered) > self._silent:
+                self._down_until = time.monotonic() + self._silent
             raise
         except BaseException:  # there is no such object, say
             self.answered()
@@ -63,6 +75,6 @@ class Line:
 
 
 @cache
-def line(url: str) -> Line:
+def line(url: str, patience: Patience) -> Line:
     """The one of a store."""
-    return Line()
+    return Line(patience)

@@ -64,8 +64,9 @@ def build_app(services: Services) -> Starlette:
         working = registry.collect_orphans(), registry.following.run(), tenants.run(), tenants.follow()
         others = services.history.run(), services.responses.run()
         background = [asyncio.create_task(work) for work in (*working, *others)]
-        shared = services.settings.adapter_store is not None
-        sending = asyncio.create_task(keep_sending(services.ledger.send, services.audit.send)) if shared else None
+        shared, seconds = services.settings.adapter_store is not None, services.settings.store_send_seconds
+        sends = services.ledger.send, services.audit.send
+        sending = asyncio.create_task(keep_sending(seconds, *sends)) if shared else None
         try:
             yield
         finally:
@@ -111,7 +112,7 @@ def build_app(services: Services) -> Starlette:
         audit,
         reference,
     ]
-    resources += [vllm] if services.settings.lora_dir is not None else []
+    resources += [vllm] if services.settings.lora_dir is not None or services.settings.adapter_hub else []
     resources += [ui] if services.settings.ui else []
     app = Starlette(
         routes=[route for resource in resources for route in resource.routes],

@@ -19,7 +19,6 @@ from server.tenants.caller import Caller
 
 MAX_SOURCES = 16
 MAX_RANK = 1024
-_SECONDS = 600.0
 _PRUNING = ("ties", "dare", "magnitude")
 
 
@@ -101,8 +100,8 @@ async def mix(services: Services, caller: Caller, body: MixBody) -> tuple[Versio
             }
             try:
                 with disk_faults():
-                    await ask_once("adapters.offline.mix.carry_out", order, _SECONDS)
+                    await ask_once("adapters.offline.mix.carry_out", order, services.settings.mix_seconds)
             except HelperLimit as limit:
-                message = f"Mixing {limit}; mix fewer adapters, or by `cat`."
+                message = f"Mixing {limit} (--mix-seconds); mix fewer adapters, or by `cat`."
                 raise InvalidRequest(message, param="mix", code="mix_too_slow") from None
             return await publisher.admit(caller.tenant, body.name, staging, promote=body.promote, learned=learned)

@@ -21,11 +21,11 @@ from server.http.app import build_app
 from server.http.connection import LimitedHttpProtocol
 from server.model_source import ModelError, resolve
 from server.services import TENANT, Services
-from server.settings import SettingError, Settings, tell_of_unknown
+from server.setting_table import tell_of_unknown
+from server.settings import SettingError, Settings
 from server.startup import open_services
 
 _LAST_WORDS_SECONDS = 5  # for answers that are on their way out when everything else has stopped
-_KEEP_ALIVE_SECONDS = 75
 _SWITCH_SECONDS = 5e-4  # longest that a background thread keeps the interpreter from streaming responses
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class _Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+                timeout_keep_alive=settings.keep_alive_seconds,
                 timeout_graceful_shutdown=_LAST_WORDS_SECONDS,
             )
         )

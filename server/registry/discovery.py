@@ -1,7 +1,9 @@
-"""Adapters on this machine's disk: those that `--adapter` names, and whatever lies in `--adapter-dir`."""
+"""Adapters that nobody uploads: those that `--adapter` names, whatever lies in `--adapter-dir`, and the repositories of
+the hub that `--adapter-hub` names."""
 
 import asyncio
 import logging
+import time
 from pathlib import Path
 
 from starlette.concurrency import run_in_threadpool
@@ -12,46 +14,57 @@ from adapters.storage.database import DatabaseBusy
 from adapters.storage.versions import RemoteUnavailable
 from server.client.engine import EngineClient
 from server.errors import Conflict, LorakeetError
+from server.hub import Reference
+from server.registry.hub import Hub
 from server.registry.publish import Publisher
 from server.settings import SettingError, Settings
 
 _POLL_SECONDS = 0.1
+_HUB_AGAIN_SECONDS = 60.0  # after which a repository is asked for again that could not be had
 _FAULTS = (AdapterError, OSError, LorakeetError, DatabaseBusy, RemoteUnavailable)
 
 log = logging.getLogger(__name__)
 
 
 class Discovery:
-    """Brings in adapters from directories, at start and when an unknown name is asked for.
+    """Brings in adapters from directories, and from the hub, at start and when an unknown name is asked for.
 
     Attributes:
         pending: adapters of the command line are not all there yet.
     """
 
-    def __init__(self, settings: Settings, engine: EngineClient, publisher: Publisher) -> None:
+    def __init__(self, settings: Settings, engine: EngineClient, publisher: Publisher, hub: Hub) -> None:
         self.pending = bool(settings.adapter)
         self._settings = settings
         self._engine = engine
         self._publisher = publisher
+        self._hub = hub
         self._importing = asyncio.Lock()
         self._unwanted: dict[str, object] = {}  # name -> signature of the files refused or deleted
+        self._fetching: dict[str, asyncio.Task[bool]] = {}  # by name
+        self._not_before: dict[str, float] = {}  # name -> when the hub may be asked again
 
     async def discover(self, tenant: str, name: str) -> bool:
-        """Look for an unknown name in `adapter_dir`; whether it is in the store now."""
-        root = self._settings.adapter_dir
-        if root is None:
+        """Look for an unknown name in `adapter_dir` and among `adapter_hub`; whether it is in the store now."""
+        root, reference = self._settings.adapter_dir, self._hub.named(name)
+        if root is None and reference is None:
             return False
         try:
             self._publisher.check_name(name)
         except AdapterError:
             return False
         async with self._importing:
-            return await self._import(tenant, name, root)
+            if root is not None and await self._import(tenant, name, root):
+                return True
+        return reference is not None and await self._fetch(tenant, name, reference)
 
     async def forget(self, name: str) -> None:
-        """A name was deleted: its directory is not brought in again until its files change."""
+        """A name was deleted: its directory is not brought in again until its files change, from the hub not until the
+        server starts again."""
         if self._settings.adapter_dir is not None:
             self._unwanted[name] = await run_in_threadpool(_signature, self._settings.adapter_dir / name)
+        if self._hub.named(name) is not None:
+            self._not_before[name] = float("inf")
 
     async def import_configured(self, tenant: str) -> None:
         """Once an engine is up, bring in `adapter` and everything in `adapter_dir`.
@@ -61,9 +74,12 @@ class Discovery:
         while self._engine.info is None:  # noqa: ASYNC110 - the engine's interface has no event
             await asyncio.sleep(_POLL_SECONDS)
         self._publisher.pins.renew()
-        for name, directory in self._settings.adapter_directories.items():
+        for name, source in self._settings.adapter_sources.items():
             try:
-                version, changed = await self._publisher.import_directory(tenant, name, directory)
+                if isinstance(source, Reference):
+                    version, changed = await self._hub.bring(tenant, name, source)
+                else:
+                    version, changed = await self._publisher.import_directory(tenant, name, source)
             except _FAULTS as error:
                 raise SettingError(f"--adapter {name}: {error}") from None
             log.info("adapter %s is %s%s", name, version.digest, "" if changed else " (unchanged)")
@@ -78,6 +94,24 @@ class Discovery:
         for directory in directories:
             async with self._importing:
                 await self._import(tenant, directory.name, root)
+
+    async def _fetch(self, tenant: str, name: str, reference: Reference) -> bool:
+        """Once for all who ask meanwhile, whoever of them leaves."""
+        if time.monotonic() < self._not_before.get(name, 0.0):
+            return False
+        if name not in self._fetching:
+            task = self._fetching[name] = asyncio.create_task(self._bring(tenant, name, reference))
+            task.add_done_callback(lambda _: self._fetching.pop(name))
+        return await asyncio.shield(self._fetching[name])
+
+    async def _bring(self, tenant: str, name: str, reference: Reference) -> bool:
+        try:
+            await self._hub.bring(tenant, name, reference, again=False)
+        except _FAULTS as error:
+            self._not_before[name] = time.monotonic() + _HUB_AGAIN_SECONDS
+            log.warning("--adapter-hub: %s is not served: %s", name, error)
+            return False
+        return True
 
     async def _import(self, tenant: str, name: str, root: Path) -> bool:
         directory = root / name

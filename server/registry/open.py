@@ -44,6 +44,7 @@ from server.metrics import Metrics
 from server.registry.capacity import row_units
 from server.registry.discovery import Discovery
 from server.registry.following import Following
+from server.registry.hub import Hub
 from server.registry.pins import Fetch, Pins
 from server.registry.publish import Publisher
 from server.repeat import repeatedly
@@ -64,15 +65,17 @@ class Registry:
 
     Attributes:
         publisher: changes what they mean.
-        discovery: finds them on this machine's disk.
+        hub: has some that may be fetched.
+        discovery: finds them on this machine's disk, or on the hub.
         following: takes over what other servers change.
     """
 
     def __init__(
-        self, settings: Settings, store: AdapterStore, fetch: Fetch, publisher: Publisher, discovery: Discovery
+        self, settings: Settings, engine: EngineClient, store: AdapterStore, fetch: Fetch, publisher: Publisher
     ) -> None:
         self.publisher = publisher
-        self.discovery = discovery
+        self.hub = Hub(settings, publisher)
+        self.discovery = Discovery(settings, engine, publisher, self.hub)
         self.following = Following(settings, store, publisher)
         self._store = store
         self._fetch = fetch
@@ -93,7 +96,7 @@ class Registry:
         fetch = partial(_fetch, store, seconds=settings.adapter_store_seconds)
         pins = Pins(settings, engine, store, metrics, fetch)
         publisher = Publisher(settings, engine, store, metrics, pins, outline, text, checker)
-        return cls(settings, store, fetch, publisher, Discovery(settings, engine, publisher))
+        return cls(settings, engine, store, fetch, publisher)
 
     @asynccontextmanager
     async def open(

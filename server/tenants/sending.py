@@ -7,14 +7,13 @@ from collections.abc import Callable
 from adapters.storage.database import DatabaseBusy
 from adapters.storage.versions import RemoteUnavailable
 
-SEND_SECONDS = 10.0
 _EXPECTED = (RemoteUnavailable, DatabaseBusy, OSError)
 
 log = logging.getLogger(__name__)
 
 
-async def keep_sending(*sends: Callable[[], None]) -> None:
-    """Now and then, and at the end. What a fault keeps back goes the next time, after a restart too."""
+async def keep_sending(seconds: float, *sends: Callable[[], None]) -> None:
+    """Every so many seconds, and at the end. What a fault keeps back goes the next time, after a restart too."""
     outage = False
     try:
         while True:
@@ -28,7 +27,7 @@ async def keep_sending(*sends: Callable[[], None]) -> None:
                         "other servers do not see what is used and changed here: %s", fault, exc_info=unexpected
                     )
                 outage = True
-            await asyncio.sleep(SEND_SECONDS)
+            await asyncio.sleep(seconds)
     finally:
         if not outage:
             try:

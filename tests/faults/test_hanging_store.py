@@ -5,14 +5,12 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from adapters.storage import bucket, silence
 from adapters.storage.remote import RemoteStore
 from adapters.storage.store import AdapterStore
 from server.http.app import _THREADS
@@ -33,13 +31,13 @@ class Hanging(Site):
 
     def open_store(self, root: Path) -> AdapterStore:
         assert self.settings.adapter_store is not None
-        remote = RemoteStore(self.settings.adapter_store)
+        remote = RemoteStore(self.settings.adapter_store, self.settings.store_patience)
         return AdapterStore(root / "store", remote, remote=remote)
 
 
 @contextlib.asynccontextmanager
-async def opened(root: Path, s3: S3Server, url: str) -> AsyncIterator[Hanging]:
-    site = await asyncio.to_thread(Hanging, root, adapter_store=url, served_model_name=BASE)
+async def opened(root: Path, s3: S3Server, url: str, **settings: Any) -> AsyncIterator[Hanging]:
+    site = await asyncio.to_thread(Hanging, root, adapter_store=url, served_model_name=BASE, **settings)
     try:
         yield site
     finally:
@@ -93,19 +91,19 @@ async def needing(client: httpx.AsyncClient) -> list[tuple[str, str, dict[str, A
     ]
 
 
-@pytest.mark.parametrize("patience", [15.0, pytest.param(40.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("patience", "settings"),
+    [
+        (15.0, {"store_answer_seconds": 3.0, "store_silent_seconds": 0.5, "store_requests": 40}),
+        pytest.param(40.0, {}, marks=pytest.mark.slow),
+    ],
+)
 async def test_who_needs_it_is_told_in_time_and_others_go_on(
-    tmp_path: Path, s3: S3Server, s3_url: str, monkeypatch: pytest.MonkeyPatch, patience: float
+    tmp_path: Path, s3: S3Server, s3_url: str, patience: float, settings: dict[str, Any]
 ) -> None:
-    if patience < 20:
-        monkeypatch.setitem(bucket._CLIENT, "read_timeout", timedelta(seconds=3))
-        monkeypatch.setitem(bucket._RETRY, "retry_timeout", timedelta(seconds=1))
     asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS))  # as when it runs by itself
-    async with opened(tmp_path, s3, s3_url) as site, site.client(timeout=None) as client:
+    async with opened(tmp_path, s3, s3_url, **settings) as site, site.client(timeout=None) as client:
         asked = await needing(client)
-        if patience < 20:
-            monkeypatch.setattr(silence, "SILENT_SECONDS", 0.5)
-            monkeypatch.setattr(silence, "FULL_SECONDS", 0.3)
         await asyncio.to_thread(s3.suffer, HANG)
         began = time.monotonic()
 
@@ -142,7 +140,7 @@ async def test_who_needs_it_is_told_in_time_and_others_go_on(
         assert max(at_hand.values()) < 8, "they wait for nobody who waits for the store"
         await asyncio.to_thread(s3.suffer)
         for method, path, options in asked[:3]:
-            async with asyncio.timeout(2 * silence.SILENT_SECONDS + 10):
+            async with asyncio.timeout(2 * site.settings.store_silent_seconds + 10):
                 while (response := await client.request(method, path, **options)).status_code == 503:  # noqa: ASYNC110
                     await asyncio.sleep(0.1)
             assert response.status_code in (200, 201), path

@@ -46,7 +46,6 @@ async def test_no_loop_of_the_server_ends_with_a_fault(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(history, "SECONDS", 0.01)
     monkeypatch.setattr(keys, "FLUSH_SECONDS", 0.01)
-    monkeypatch.setattr(sending, "SEND_SECONDS", 0.01)
     with contextlib.closing(Site(tmp_path, store_poll_seconds=0.1, adapter_orphan_hours=1e-5)) as site:
         registry, tenants, samples = site.registry, site.services.tenants, site.services.history
         monkeypatch.setattr(registry, "_orphan_seconds", 0.01)
@@ -56,7 +55,7 @@ async def test_no_loop_of_the_server_ends_with_a_fault(tmp_path: Path, monkeypat
         for name, owner in (names | {"sample": samples}).items():
             monkeypatch.setattr(owner, name, failing(name))
         loops = registry.collect_orphans(), registry.following.run(), tenants.run(), tenants.follow(), samples.run()
-        tasks = [asyncio.create_task(loop) for loop in (*loops, sending.keep_sending(failing("send")))]
+        tasks = [asyncio.create_task(loop) for loop in (*loops, sending.keep_sending(0.01, failing("send")))]
         async with asyncio.timeout(10):
             while len(calls) < len(tasks) or min(calls.values()) < 3:
                 assert not any(task.done() for task in tasks)

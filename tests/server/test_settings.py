@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.setting_kinds import parse_bool, parse_size
-from server.settings import SettingError, Settings, settings_fields, settings_table, tell_of_unknown
+from server.setting_table import settings_table, tell_of_unknown
+from server.settings import SettingError, Settings, settings_fields
 from server.text.reasoning import VLLM_NAMES as REASONING_NAMES
 from server.text.tools.table import VLLM_NAMES as TOOL_NAMES
 
@@ -93,6 +94,7 @@ def test_every_setting_is_read_alike_from_flag_and_environment(row: Any) -> None
         "metrics_prefix": "vllm",
         "device": "cuda:1",
         "allowed_origins": "https://example.com",
+        "adapter_hub": "someone/*",
     }
     text = sample.get(row.name) or (row.choices[-1] if row.choices else "true" if row.is_bool else "100")
     by_flag = Settings.load({row.name: [text] if row.repeatable else text}, {})
@@ -189,4 +191,4 @@ def test_the_bases_name_and_aliases() -> None:
     assert Settings(model="org/Model-1B").base_aliases == {"Model-1B", "org/Model-1B"}
     assert Settings(model="/models/x.gguf").base_name == "x"
     assert Settings(served_model_name="mine").base_aliases == {"mine", Settings.model}
-    assert Settings(adapter=("a=~/x",)).adapter_directories == {"a": Path.home() / "x"}
+    assert Settings(adapter=("a=~/x",)).adapter_sources == {"a": Path.home() / "x"}

@@ -15,6 +15,7 @@ from adapters.storage.receipt import details_of
 from adapters.storage.versions import AmbiguousDigest, UnknownAdapter, Version, split_reference
 from server.errors import Conflict, InvalidRequest, disk_faults, unknown_adapter
 from server.http.answer import unless_gone
+from server.http.fetching import FetchBody, fetch
 from server.http.mixing import MixBody, mix
 from server.http.multipart import Part, read_parts
 from server.http.objects.adapters import AdapterObject, AdapterReceipt, DeletedAdapter, ListedAdapter
@@ -31,13 +32,16 @@ _MAX_NAME_BYTES = 1024  # far more than a name may have, so that an over-long on
 _MAX_WORD_BYTES = 64
 
 
-async def upload_adapter(request: Request, body: MixBody | None = None) -> Response:
-    """Receive an adapter, or make one of others. 201 when the name changed, 200 when it had this content already."""
+async def upload_adapter(request: Request, body: FetchBody | MixBody | None = None) -> Response:
+    """Receive an adapter, fetch it, or make one of others. 201 when the name changed, 200 when it had this content."""
     services = services_of(request)
     _ = services.engine_info  # without a base nothing can be checked, so do not receive it either
     await check_room(request)
     async with services.uploads.slot():
-        if body is not None:
+        if isinstance(body, FetchBody):
+            fetched = fetch(request, body.name, body.source, param="source", promote=body.promote)
+            version, changed = await unless_gone(request.receive, fetched)
+        elif body is not None:
             version, changed = await unless_gone(request.receive, mix(services, caller_of(request), body))
         else:
             publisher = services.registry.publisher

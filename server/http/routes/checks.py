@@ -26,7 +26,6 @@ from server.tenants.caller import Caller
 _PROMPT = "The quick brown fox jumps over the lazy dog. In the beginning there was a question, and the answer was:"
 
 
-_ORACLE_SECONDS = 600.0
 ORACLES = ("nf4", "fp4", "none")  # quantisations that `adapters.offline.oracle` has too
 
 
@@ -135,9 +134,9 @@ async def _ask_oracle(services: Services, version: Version, ids: list[int]) -> l
     }
     async with services.uploads.slot():
         try:
-            scores: list[float] = await ask_once("adapters.offline.oracle.carry_out", order, _ORACLE_SECONDS)
-        except HelperLimit:
-            message = f"PEFT took more than {_ORACLE_SECONDS:g} s."
+            scores: list[float] = await ask_once("adapters.offline.oracle.carry_out", order, settings.verify_seconds)
+        except HelperLimit as limit:
+            message = f"PEFT {limit} (--verify-seconds)."
             raise InvalidRequest(message, param="peft", code="peft_too_slow") from None
     return scores
 

@@ -44,8 +44,6 @@ from server.openai.target import reference
 from server.services import Services, caller_of, services_of
 from server.tenants.caller import Caller
 
-_SECONDS = 3600.0
-
 MAX_PROMPTS = 16
 MAX_PROMPT_TOKENS = 256
 _PROMPTS = (
@@ -194,10 +192,10 @@ async def _make(services: Services, version: Version, target: Path) -> None:
             experts = {name: size._asdict() for name, size in info.experts.items()}
             files = {"renamed": info.renamed, "transposed": info.transposed, "experts": experts}
             order = {"base": str(base), "adapter": str(version.path), "target": str(work), **files}
-            await ask_once("adapters.offline.merge.carry_out", order, _SECONDS)
+            await ask_once("adapters.offline.merge.carry_out", order, settings.merge_seconds)
             work.rename(target)
     except HelperLimit as limit:
-        message = f"Merging {limit}."
+        message = f"Merging {limit} (--merge-seconds)."
         raise InvalidRequest(message, param="to", code="merge_too_slow") from None
     finally:
         await run_in_threadpool(shutil.rmtree, work, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""vLLM's endpoints for loading adapters from this machine's disk: same bodies, same status codes.
+"""vLLM's endpoints for loading adapters from this machine's disk or from a hub: same bodies, same status codes.
 
-They exist only with `--lora-dir`, and reach only what lies under it.
+They exist only with `--lora-dir` or `--adapter-hub`, and reach only what lies under the one or is named by the other.
 """
 
 from pathlib import Path
@@ -11,8 +11,11 @@ from starlette.responses import PlainTextResponse, Response
 
 from adapters.storage.versions import UnknownAdapter
 from server.errors import InvalidRequest, NotFound, shown
+from server.http.answer import unless_gone
+from server.http.fetching import fetch
 from server.http.operations import PUBLISHING, Operation
 from server.http.quotas import check_room
+from server.hub import SCHEME
 from server.openai.body import Body
 from server.registry.publish import FILES
 from server.services import Services, caller_of, check_bound, services_of
@@ -44,20 +47,31 @@ class UnloadBody(Body):
 
 async def load(request: Request, body: LoadBody) -> Response:
     """Serve the PEFT directory at `lora_path` as `lora_name`; `load_inplace` replaces what the name held."""
-    services = services_of(request)
-    caller, root = caller_of(request), services.settings.lora_dir
-    assert root is not None  # without it there is no such route
-    root = root / caller.tenant  # the directory itself is the default tenant's
+    services, caller = services_of(request), caller_of(request)
     if not body.lora_name or not body.lora_path:
         raise InvalidUserInput("Both 'lora_name' and 'lora_path' must be provided.")
     check_bound(caller, body.lora_name)
     if not body.load_inplace and _exists(services, caller, body.lora_name):
         message = f"The lora adapter '{shown(body.lora_name)}' has already been loaded."
         raise InvalidUserInput(f"{message} Set 'load_inplace' to replace it.", param="lora_name")
+    if body.lora_path.startswith(SCHEME):
+        _ = services.engine_info  # without a base nothing can be checked, so do not fetch it either
+        async with services.uploads.slot():
+            fetched = fetch(request, body.lora_name, body.lora_path, param="lora_path")
+            await unless_gone(request.receive, fetched)
+    else:
+        await _import(request, services, caller, body)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+
+async def _import(request: Request, services: Services, caller: Caller, body: LoadBody) -> None:
+    """Take a directory of this machine in."""
+    if (root := services.settings.lora_dir) is None:
+        raise _missing()
+    root = root / caller.tenant  # the directory itself is the default tenant's
     directory = await run_in_threadpool(_directory_under, root, body.lora_path)
     await check_room(request, directory)
     await services.registry.publisher.import_directory(caller.tenant, body.lora_name, directory, root=root)
-    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
 async def unload(request: Request, body: UnloadBody) -> Response:
@@ -80,9 +94,14 @@ def _exists(services: Services, caller: Caller, name: str) -> bool:
     return True
 
 
+def _missing() -> NotFoundError:
+    message = "'lora_path' names no adapter directory under the server's --lora-dir."
+    return NotFoundError(message, param="lora_path")
+
+
 def _directory_under(root: Path, path: str) -> Path:
     """The directory that a client names, if it and its files really lie under `root`. Follows links first."""
-    missing = NotFoundError("'lora_path' names no adapter directory under the server's --lora-dir.", param="lora_path")
+    missing = _missing()
     if "\0" in path:
         raise missing
     root = root.resolve()

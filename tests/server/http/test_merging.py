@@ -96,7 +96,7 @@ async def test_a_merge_that_fails_leaves_nothing(site: Site, monkeypatch: pytest
     async with site.client() as client:
         response = await client.post("/v1/adapters/legal/merge", json={"to": "checkpoint"})
         assert (response.status_code, response.json()["error"]["param"]) == (400, "merge"), response.text
-        monkeypatch.setattr("server.http.routes.merging._SECONDS", 0.01)
+        monkeypatch.setitem(vars(site.settings), "merge_seconds", 0.01)
         response = await client.post("/v1/adapters/legal/merge", json={"to": "checkpoint"})
         assert response.json()["error"]["code"] == "merge_too_slow"
     assert list((site.settings.data_dir / "checkpoints").iterdir()) == []

@@ -126,6 +126,7 @@ async def test_what_the_mixer_refuses_is_a_400(site: Site) -> None:
 
 async def test_a_mix_that_takes_too_long_ends(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     await sources(site)
-    monkeypatch.setattr("server.http.mixing._SECONDS", 0.01)
+    monkeypatch.setitem(vars(site.settings), "mix_seconds", 0.01)
     error = (await mix(site, name="blend", mix=[SOURCE])).json()["error"]
     assert error["code"] == "mix_too_slow"
+    assert "--mix-seconds" in error["message"]

@@ -1,5 +1,7 @@
 """Where the server listens, and what it says of that."""
 
+import contextlib
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -9,6 +11,7 @@ from adapters.storage.database import DatabaseBusy
 from server.http.serving import _Server, bind
 from server.model_source import ModelError
 from server.settings import SettingError, Settings
+from tests.support.harness import Site
 
 
 @pytest.mark.parametrize("host", ["a..b", "x" * 64, "\u00df" * 300])
@@ -39,6 +42,11 @@ def test_the_greeting_has_an_address_that_works(host: str, shown: str) -> None:
     listener = SimpleNamespace(getsockname=lambda: (host, 81, 0, 0))
     made.servers = [cast("Any", SimpleNamespace(sockets=[listener]))]
     assert f" on {shown}. Try:" in made._greeting()
+
+
+def test_idle_connections_stay_open_as_long_as_told(tmp_path: Path) -> None:
+    with contextlib.closing(Site(tmp_path, keep_alive_seconds=620)) as site:
+        assert _Server(site.services, cast("Any", site.engine)).config.timeout_keep_alive == 620
 
 
 async def test_whatever_keeps_it_from_coming_up_ends_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,8 +31,6 @@ from pathlib import Path
 from server.tenants import sending
 from tests.server.tenants.test_shared_usage import ledger
 
-sending.SEND_SECONDS = 0.01
-
 async def client(ledger, number):
     while True:
         await ledger.add("acme", f"a{number}", 3, 1, 2, 0.5)
@@ -40,7 +38,7 @@ async def client(ledger, number):
 
 async def main():
     counted = ledger(Path(sys.argv[1]), sys.argv[2])
-    await asyncio.gather(sending.keep_sending(counted.send), *(client(counted, number) for number in range(4)))
+    await asyncio.gather(sending.keep_sending(0.01, counted.send), *(client(counted, number) for number in range(4)))
 
 asyncio.run(main())
 """
@@ -226,10 +224,7 @@ async def test_clients_see_usage_and_changes_of_all_servers(tmp_path: Path, url:
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "adapter_store_unavailable")
 
 
-async def test_sending_goes_on_after_an_outage_and_ends_with_a_last_one(
-    tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sending, "SEND_SECONDS", 0.01)
+async def test_sending_goes_on_after_an_outage_and_ends_with_a_last_one(tmp_path: Path, url: str) -> None:
     one, two = [await asyncio.to_thread(ledger, tmp_path / name, url) for name in ("one", "two")]
     down, sent = [True], asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -242,13 +237,15 @@ async def test_sending_goes_on_after_an_outage_and_ends_with_a_last_one(
         loop.call_soon_threadsafe(sent.set)
 
     await asyncio.to_thread(train, one, "law", "ftjob-1", 1)
-    task = asyncio.create_task(sending.keep_sending(send))
+    task = asyncio.create_task(sending.keep_sending(0.01, send))
     for down[0] in (True, False):
         sent.clear()
         await asyncio.wait_for(sent.wait(), 20)
-    await asyncio.sleep(0.05)
-    monkeypatch.setattr(sending, "SEND_SECONDS", 100)
-    await asyncio.sleep(0.05)
+    task.cancel()
+    await asyncio.wait({task})
+    sent.clear()
+    task = asyncio.create_task(sending.keep_sending(1000, send))
+    await asyncio.wait_for(sent.wait(), 20)
     await asyncio.to_thread(train, one, "law", "ftjob-1", 2)
     task.cancel()
     await asyncio.wait({task})

@@ -1,0 +1,71 @@
+"""Fetches an adapter's files from the Hugging Face Hub.
+
+For a process of its own: a hub may be slow, and whoever asks (see `server.registry.hub`) ends it when its time is over.
+Endpoint and token are those of `huggingface_hub`'s own variables (`HF_ENDPOINT`, `HF_TOKEN`).
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapters.disk import is_full
+from adapters.peft_format.fields import AdapterError
+
+UNAVAILABLE = "hub_unavailable"  # the code of a fault of the hub's, or of the way there
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which of a repository's files go where; those that it lacks are left out."""
+
+    repository: str
+    revision: str | None
+    folder: str
+    names: Sequence[str]
+    target: str
+    most_bytes: int
+
+
+def fetch(order: Order) -> str:
+    """Fetch the files; the commit that they are of. Raises AdapterError, OSError of the disk."""
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]
+        EntryNotFoundError,
+        HTTPError,  # httpx's, of whatever release it uses
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return _fetch(order)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as fault:
+        message = "the hub has no such repository or revision that this server may read"
+        raise AdapterError(message, "", "hub_not_found") from fault
+    except (EntryNotFoundError, HTTPError, OSError) as fault:
+        if is_full(fault):
+            raise
+        first = next(iter(str(fault).splitlines()), "") or type(fault).__name__
+        raise AdapterError(f"the hub does not give it: {first}", "", UNAVAILABLE) from fault
+
+
+def _fetch(order: Order) -> str:
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    disable_progress_bars()
+    info = HfApi().model_info(order.repository, revision=order.revision, files_metadata=True)
+    prefix = f"{order.folder}/" if order.folder else ""
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    found = {name: sizes[prefix + name] for name in order.names if prefix + name in sizes}
+    if sum(found.values()) > order.most_bytes:
+        size = sum(found.values())
+        raise AdapterError(f"it has {size} bytes, more than {order.most_bytes} (--max-upload-bytes)", "", "too_large")
+    if info.sha is None:
+        raise AdapterError("the hub does not say which commit it has", "", UNAVAILABLE)
+    target = Path(order.target)
+    work = target / ".hub"
+    for name in found:
+        path = hf_hub_download(order.repository, prefix + name, revision=info.sha, local_dir=work)
+        Path(path).rename(target / name)
+    shutil.rmtree(work, ignore_errors=True)
+    return info.sha

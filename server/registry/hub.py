@@ -1,0 +1,87 @@
+"""Adapters from the Hugging Face Hub: which references are followed, and how their files come here.
+
+A client's reference is followed only to a repository of the operator's list (`--adapter-hub`): without one, to none.
+"""
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from adapters.peft_format.fields import AdapterError
+from adapters.storage.versions import Version
+from server.children.helper import HelperFailed, HelperLimit, ask_once
+from server.children.programs.hub import UNAVAILABLE, Order
+from server.errors import PermissionDenied, Unavailable, disk_faults, shown
+from server.hub import Reference
+from server.registry.publish import FILES, Publisher
+from server.settings import Settings
+
+_PROGRAM = "server.children.programs.hub.fetch"
+
+log = logging.getLogger(__name__)
+
+
+class HubUnavailable(Unavailable):
+    """503: the hub, or the way there, is down or too slow."""
+
+    default_code = UNAVAILABLE
+
+
+class Hub:
+    """The hub, as far as the settings let it be used."""
+
+    def __init__(self, settings: Settings, publisher: Publisher) -> None:
+        self._allowed = frozenset(settings.adapter_hub)
+        self._seconds = settings.adapter_hub_seconds
+        self._most_bytes = settings.max_upload_bytes
+        self._publisher = publisher
+
+    def allowed(self, written: str, *, param: str) -> Reference:
+        """What a client's reference means. Raises AdapterError when it is none, PermissionDenied beyond the list."""
+        try:
+            reference = Reference.parse(written)
+        except ValueError as fault:
+            raise AdapterError(str(fault), param, "invalid_reference") from None
+        if not reference.within(self._allowed):
+            message = f"`{shown(reference.repository)}` is none of the repositories that --adapter-hub allows."
+            raise PermissionDenied(message, param=param, code="hub_not_allowed")
+        return reference
+
+    def named(self, name: str) -> Reference | None:
+        """The repository that the operator's list has under this name."""
+        return Reference(name) if name in self._allowed and not name.endswith("/*") else None
+
+    @asynccontextmanager
+    async def staged(self, reference: Reference, *, param: str) -> AsyncIterator[Path]:
+        """Its files in a private directory, removed afterwards unless they were admitted.
+
+        Raises AdapterError of `param`, HubUnavailable, StorageFull. Whoever stops waiting ends the transfer.
+        """
+        async with self._publisher.stage() as staging:
+            with disk_faults():
+                commit = await self._fetch(reference, staging, param)
+            log.info("%s is fetched, commit %s", reference, commit)
+            yield staging
+
+    async def bring(self, tenant: str, name: str, reference: Reference, *, again: bool = True) -> tuple[Version, bool]:
+        """Fetch it and let the name mean it, as `Publisher.admit` does. Raises what that and `staged` do."""
+        self._publisher.check_name(name)
+        async with self.staged(reference, param="weights") as staging:
+            return await self._publisher.admit(tenant, name, staging, again=again, strict_text=False)
+
+    async def _fetch(self, reference: Reference, target: Path, param: str) -> str:
+        where = reference.repository, reference.revision, reference.folder
+        order = Order(*where, FILES, str(target), self._most_bytes)
+        try:
+            commit: str = await ask_once(_PROGRAM, asdict(order), self._seconds)
+        except AdapterError as fault:
+            if fault.code == UNAVAILABLE:
+                raise HubUnavailable(f"{reference}: {fault}.", retry_after=30) from None
+            raise AdapterError(f"{reference}: {fault}", param, fault.code) from None
+        except HelperLimit as limit:
+            raise HubUnavailable(f"{reference}: fetching it {limit} (--adapter-hub-seconds).", retry_after=60) from None
+        except HelperFailed:
+            raise HubUnavailable(f"{reference} cannot be fetched.", retry_after=30) from None
+        return commit
