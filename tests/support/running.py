@@ -73,7 +73,7 @@ def forking() -> dict[str, str]:
 
 @contextmanager
 def slowed(fault: Path, work: str = "") -> Iterator[None]:
-    """Meanwhile each step of engines with this FAULT_FILE takes long: what is begun does not end before it is looked at.
+    """Meanwhile each step of engines with this FAULT_FILE takes long: nothing ends before it is looked at.
 
     With `work` "training ", each layer in training. A fault that is written in its place ends it.
     """
