@@ -17,7 +17,7 @@ import httpx
 import psutil
 
 BASE = "tiny"
-START_SECONDS = 120.0  # importing the libraries on a busy machine takes most of it
+START_SECONDS = 300.0  # importing the libraries on a busy machine takes most of it
 # A process's part, by a word of its command line.
 PARTS = {"API": "server.cli", "engine": "server.engine.process", "checker": "server.children.programs.work"}
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -73,7 +73,7 @@ def forking() -> dict[str, str]:
 
 @contextmanager
 def slowed(fault: Path, work: str = "") -> Iterator[None]:
-    """Meanwhile each step of engines with this FAULT_FILE takes long: what is begun does not end before it is looked at.
+    """Meanwhile each step of engines with this FAULT_FILE takes long: what is begun does not end unseen.
 
     With `work` "training ", each layer in training. A fault that is written in its place ends it.
     """
@@ -152,10 +152,10 @@ class RunningServer:
         return body
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(f"{self.url}{path}", timeout=60)
+        return httpx.get(f"{self.url}{path}", timeout=180)
 
     def delete(self, path: str) -> httpx.Response:
-        return httpx.delete(f"{self.url}{path}", timeout=60)
+        return httpx.delete(f"{self.url}{path}", timeout=180)
 
     @property
     def engine_pid(self) -> int:
@@ -184,7 +184,7 @@ class RunningServer:
                 os.kill(pid, number)
             for name, pid in parts.items():
                 answer = self._visits / f"{pid}.{ending}"
-                eventually(answer.exists, 60, f"an answer of the {name} process")
+                eventually(answer.exists, 180, f"an answer of the {name} process")
                 found[name] = set(answer.read_text().split())
             if ending == "begun":
                 work()
