@@ -1,7 +1,9 @@
 """A real server: its own process, its own engine process, a real socket."""
 
 import atexit
+import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -71,6 +73,18 @@ def forking() -> dict[str, str]:
     return {} if Path("/dev/nvidiactl").exists() else {"PYTHONPATH": PATH, "PRELOADED": _preloaded()}
 
 
+def free_port() -> int:
+    """A TCP port for a server that is started later, and again: none that connections of others are given meanwhile."""
+    given = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    low = int(given.read_text().split()[0]) if given.exists() else 32_768
+    ports = range(12_000, low) or range(12_000, 32_768)
+    while True:
+        port = secrets.choice(ports)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 @contextmanager
 def slowed(fault: Path, work: str = "") -> Iterator[None]:
     """Meanwhile each step of engines with this FAULT_FILE takes long: what is begun does not end unseen.
@@ -93,9 +107,7 @@ class RunningServer:
     """
 
     def __init__(self, model: Path, root: Path, data_dir: Path, *flags: str, forks: bool = True) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.root = root
         self._forks = forks
