@@ -415,7 +415,7 @@ def test_a_server_that_cannot_start_says_so_in_one_line(
     arguments = [word for pair in paths.items() for word in pair]
     command = [sys.executable, "-c", "from server.cli import main; main()", "serve", "--port", "0", *arguments]
     environment = os.environ | forking() | {"TMPDIR": str(tmp_path / "tmp"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=300)
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
     assert re.fullmatch(f"error: {said}", done.stderr.splitlines()[-1]), done.stderr

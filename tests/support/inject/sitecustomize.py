@@ -129,4 +129,6 @@ if preloaded.PROGRAM in sys.orig_argv:
     if "PRELOADED" in os.environ:
         preloaded.stand_for_one(os.environ["PRELOADED"])
     make_fail()
+elif preloaded.HELPER in sys.orig_argv and "PRELOADED_HELPERS" in os.environ:
+    preloaded.stand_for_one(os.environ["PRELOADED_HELPERS"])
 prepare(os.getpid())
