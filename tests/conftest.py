@@ -69,11 +69,12 @@ class TorchRandom:
 
 
 # Every run draws the same cases, so that a failure is the change's and not the draw's; HYPOTHESIS_PROFILE=explore looks
-# for new ones. No deadline: how long a case takes says more about the machine than about the code.
+# for new ones. No deadlines: how long a case takes, or its draw, says more about the machine than about the code.
 TORCH_RANDOM = TorchRandom()  # hypothesis keeps a weak reference
 hypothesis.register_random(TORCH_RANDOM)
-hypothesis.settings.register_profile("lorakeet", deadline=None, derandomize=True)
-hypothesis.settings.register_profile("explore", deadline=None)
+SLOW = [hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile("lorakeet", deadline=None, derandomize=True, suppress_health_check=SLOW)
+hypothesis.settings.register_profile("explore", deadline=None, suppress_health_check=SLOW)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "lorakeet"))
 
 
@@ -159,6 +160,15 @@ def forked_engines() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in running.forking().items():
             patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def forked_helpers(forked_engines: None) -> Iterator[None]:
+    """Helper processes, too: those that merge and mix, and so need torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "PRELOADED" in os.environ:
+            patch.setenv("PRELOADED_HELPERS", os.environ["PRELOADED"])
         yield
 
 

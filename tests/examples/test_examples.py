@@ -34,7 +34,7 @@ def run(server: RunningServer, program: str, *arguments: str) -> list[str]:
     """The lines that an example prints."""
     command = [sys.executable, "-W", "error", str(EXAMPLES / program), *arguments]
     environment = os.environ | {"LORAKEET_URL": server.url}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 

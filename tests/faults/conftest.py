@@ -31,7 +31,7 @@ class Files:
             "config": (directory / "adapter_config.json").read_bytes(),
             "weights": (directory / "adapter_model.safetensors").read_bytes(),
         }
-        return httpx.post(f"{server.url}/v1/adapters", data={"name": name}, files=files, timeout=60)
+        return httpx.post(f"{server.url}/v1/adapters", data={"name": name}, files=files, timeout=180)
 
 
 @pytest.fixture(scope="session")

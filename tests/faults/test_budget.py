@@ -1,6 +1,7 @@
 """No body, however bad, costs more than a little: time in proportion to its size, and nobody waits for it."""
 
 import gc
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from server.http.operations import Operation
 from server.http.routes import ui
-from tests.support.abuse import ADAPTER, ask, cases
+from tests.support.abuse import ADAPTER, Seen, ask, cases
 from tests.support.scripted import Served, serving
 
 GAP = 0.04  # seconds of the event loop's processor time without a pause
@@ -23,6 +24,20 @@ async def served(tmp_path: Path) -> AsyncIterator[Served]:
     gc.enable()
 
 
+def pace() -> float:
+    """How many times as long as on the machine of the budget this one takes now; 1 where it takes less."""
+    tries = []
+    for _ in range(3):
+        before = time.process_time()
+        sum(i for i in range(640_000))
+        tries.append(time.process_time() - before)
+    return max(1.0, min(tries) / 0.016)
+
+
+def is_slow(half: Seen, whole: Seen, pace: float) -> bool:
+    return whole.gap > GAP * pace or whole.seconds > 0.2 * pace or whole.seconds > 3 * half.seconds + 0.02 * pace
+
+
 async def test_every_body_of_every_operation_keeps_the_budget(served: Served) -> None:
     operations = [route for route in served.app.routes if isinstance(route, Operation)]
     assert len(operations) == len(served.app.routes) - len(ui.routes)
@@ -34,10 +49,12 @@ async def test_every_body_of_every_operation_keeps_the_budget(served: Served) ->
         assert 200 <= whole.status < 500, (case, whole)
         assert whole.answer < 20 * SIZE, (case, whole)
         if whole.seconds > 0.1 or whole.gap > GAP:
-            half = await ask(served.app, method, path, case.body(SIZE // 2))
-            whole = await ask(served.app, method, path, case.body(SIZE))
-            if whole.gap > GAP or whole.seconds > 0.2 or whole.seconds > 3 * half.seconds + 0.02:
-                slow.append((str(case), half, whole))
+            tries = []
+            for _ in range(3):  # processor time, too, is longer beside others
+                half, whole = [await ask(served.app, method, path, case.body(size)) for size in (SIZE // 2, SIZE)]
+                tries.append((half, whole))
+            if all(is_slow(half, whole, pace()) for half, whole in tries):
+                slow.append((str(case), tries))
         tried += 1
     assert not slow
     assert tried > 300

@@ -23,7 +23,7 @@ async def ask(client: httpx.AsyncClient, model: str, user: str | None = None) ->
 async def test_a_canary_from_first_share_to_rollback_under_load(server: RunningServer, made: Files) -> None:
     old = made.upload(server, "song", "red").json()["digest"]
     new = made.upload(server, "song", "green").json()["digest"]
-    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+    async with httpx.AsyncClient(base_url=server.url, timeout=180) as client:
         expected = {digest: (await ask(client, f"song@{digest}"))[1] for digest in (old, new)}
         assert expected[old] != expected[new]
         seen: list[dict[str, list[tuple[str, str]]]] = [{}]  # by the phase in which a request began, and by user

@@ -24,7 +24,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
 
 def answer(server: RunningServer, model: str) -> httpx.Response:
     body = {"model": model, "prompt": "Once upon a time", "max_tokens": 8, "temperature": 0, "logprobs": 1}
-    return httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+    return httpx.post(f"{server.url}/v1/completions", json=body, timeout=180)
 
 
 def said(server: RunningServer, model: str) -> tuple[str, list[float]]:
@@ -52,7 +52,7 @@ def test_a_new_machine_serves_what_the_lost_one_was_given(made: Files, bucket: S
         lost.ensure()
         for name in ADAPTERS:
             assert made.upload(lost, name, name).status_code == 201
-        assert httpx.post(f"{lost.url}/v1/adapters/{ADAPTERS[0]}/pin", timeout=60).status_code == 200
+        assert httpx.post(f"{lost.url}/v1/adapters/{ADAPTERS[0]}/pin", timeout=180).status_code == 200
         expected = {name: said(lost, name) for name in (*ADAPTERS, BASE)}
         assert len(set(map(str, expected.values()))) == len(expected)
         listed = listing(lost)
@@ -60,7 +60,7 @@ def test_a_new_machine_serves_what_the_lost_one_was_given(made: Files, bucket: S
 
         other.ensure()
         assert listing(other) == listed
-        eventually(lambda: other.metric("num_pinned_lora_adapters") == 1, 60, "the pin")
+        eventually(lambda: other.metric("num_pinned_lora_adapters") == 1, 180, "the pin")
         assert {name: said(other, name) for name in (*ADAPTERS[:2], BASE)} == {
             name: expected[name] for name in (*ADAPTERS[:2], BASE)
         }

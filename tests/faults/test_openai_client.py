@@ -19,7 +19,7 @@ TOKENS = 48
 
 @pytest.fixture
 def client(server: RunningServer) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=180)
 
 
 def test_models(client: openai.OpenAI) -> None:
@@ -102,7 +102,7 @@ def eight(server: RunningServer, made: Files) -> Iterator[list[str]]:
     names = [f"eight-{i}" for i in range(8)]
     for i, name in enumerate(names):
         files = {"config": json.dumps(config | {"lora_alpha": 4 * (i + 1)}).encode(), "weights": weights}
-        uploaded = httpx.post(f"{server.url}/v1/adapters", data={"name": name}, files=files, timeout=60)
+        uploaded = httpx.post(f"{server.url}/v1/adapters", data={"name": name}, files=files, timeout=180)
         assert uploaded.status_code == 201
     yield names
     for name in names:
@@ -110,7 +110,7 @@ def eight(server: RunningServer, made: Files) -> Iterator[list[str]]:
 
 
 async def test_eight_streams_of_eight_adapters_share_steps(server: RunningServer, eight: list[str]) -> None:
-    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=180) as client:
 
         async def say(name: str) -> str:
             stream = await client.completions.create(
@@ -129,6 +129,6 @@ async def test_eight_streams_of_eight_adapters_share_steps(server: RunningServer
         with server.slowed():  # until all eight have met
             together = [asyncio.create_task(say(name)) for name in eight]
             await asyncio.to_thread(
-                eventually, lambda: steps_of_eight(server) > before, 60, "a step with all eight adapters"
+                eventually, lambda: steps_of_eight(server) > before, 180, "a step with all eight adapters"
             )
         assert await asyncio.gather(*together) == alone

@@ -1,6 +1,5 @@
 """An S3-compatible server in a process of its own, to be stopped and started again; it forgets its buckets then."""
 
-import socket
 import subprocess
 import sys
 import time
@@ -9,6 +8,8 @@ import httpx
 import obstore
 from obstore.store import S3Store
 
+from tests.support.running import free_port
+
 BUCKET = "adapters"
 
 
@@ -16,9 +17,7 @@ class S3Server:
     """moto's S3 (`tests.support.s3_program`) on a port that stays the same."""
 
     def __init__(self) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        self.port = free_port()
         self.endpoint = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -36,7 +35,7 @@ class S3Server:
         """Start it with an empty bucket."""
         command = [sys.executable, "-m", "tests.support.s3_program", str(self.port)]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while True:
             assert self._process.poll() is None, "moto's server ended"
             try:
@@ -55,7 +54,7 @@ class S3Server:
     def suffer(self, *faults: tuple[str, str, str, int]) -> None:
         """From now on meet these faults only: kind, method (LIST; empty: any), a part of the path, how often."""
         named = [dict(zip(("kind", "method", "path", "every"), fault, strict=True)) for fault in faults]
-        httpx.put(f"{self.endpoint}/__faults__", json=named).raise_for_status()
+        httpx.put(f"{self.endpoint}/__faults__", json=named, timeout=180).raise_for_status()
 
     def objects(self, prefix: str) -> dict[str, bytes]:
         """Every object below a prefix of the bucket."""

@@ -1,7 +1,9 @@
 """A real server: its own process, its own engine process, a real socket."""
 
 import atexit
+import contextlib
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -17,7 +19,7 @@ import httpx
 import psutil
 
 BASE = "tiny"
-START_SECONDS = 120.0  # importing the libraries on a busy machine takes most of it
+START_SECONDS = 300.0  # importing the libraries on a busy machine takes most of it
 # A process's part, by a word of its command line.
 PARTS = {"API": "server.cli", "engine": "server.engine.process", "checker": "server.children.programs.work"}
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -71,9 +73,21 @@ def forking() -> dict[str, str]:
     return {} if Path("/dev/nvidiactl").exists() else {"PYTHONPATH": PATH, "PRELOADED": _preloaded()}
 
 
+def free_port() -> int:
+    """A TCP port for a server that is started later, and again: none that connections of others are given meanwhile."""
+    given = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    low = int(given.read_text().split()[0]) if given.exists() else 32_768
+    ports = range(12_000, low) or range(12_000, 32_768)
+    while True:
+        port = secrets.choice(ports)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 @contextmanager
 def slowed(fault: Path, work: str = "") -> Iterator[None]:
-    """Meanwhile each step of engines with this FAULT_FILE takes long: nothing ends before it is looked at.
+    """Meanwhile each step of engines with this FAULT_FILE takes long: what is begun does not end unseen.
 
     With `work` "training ", each layer in training. A fault that is written in its place ends it.
     """
@@ -93,9 +107,7 @@ class RunningServer:
     """
 
     def __init__(self, model: Path, root: Path, data_dir: Path, *flags: str, forks: bool = True) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.root = root
         self._forks = forks
@@ -152,10 +164,10 @@ class RunningServer:
         return body
 
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(f"{self.url}{path}", timeout=60)
+        return httpx.get(f"{self.url}{path}", timeout=180)
 
     def delete(self, path: str) -> httpx.Response:
-        return httpx.delete(f"{self.url}{path}", timeout=60)
+        return httpx.delete(f"{self.url}{path}", timeout=180)
 
     @property
     def engine_pid(self) -> int:
@@ -184,7 +196,7 @@ class RunningServer:
                 os.kill(pid, number)
             for name, pid in parts.items():
                 answer = self._visits / f"{pid}.{ending}"
-                eventually(answer.exists, 60, f"an answer of the {name} process")
+                eventually(answer.exists, 180, f"an answer of the {name} process")
                 found[name] = set(answer.read_text().split())
             if ending == "begun":
                 work()

@@ -5,7 +5,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import msgspec
@@ -140,9 +140,25 @@ class Served:
         return version.digest
 
 
-def hold_at(served: Served, step: int) -> asyncio.Event:
+class Held(asyncio.Event):
+    """What waits for it goes on when it is set; `reached` is set when something does wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reached = asyncio.Event()
+
+    async def wait(self) -> Literal[True]:
+        self.reached.set()
+        return await super().wait()
+
+    async def until_reached(self) -> None:
+        async with asyncio.timeout(60):
+            await self.reached.wait()
+
+
+def hold_at(served: Served, step: int) -> Held:
     """The engine waits before this step of a sequence, until that is set."""
-    going = asyncio.Event()
+    going = Held()
 
     async def gate(request: Generate, at: int) -> None:
         if at == step:
@@ -152,9 +168,9 @@ def hold_at(served: Served, step: int) -> asyncio.Event:
     return going
 
 
-def hold_after(served: Served, count: int) -> asyncio.Event:
+def hold_after(served: Served, count: int) -> Held:
     """The engine answers so many sequences, and more only when that is set."""
-    going = asyncio.Event()
+    going = Held()
 
     async def gate(request: Generate, step: int) -> None:
         if served.engine.requests.index(request) >= count:

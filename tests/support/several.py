@@ -24,6 +24,7 @@ from server.messages.training import (
 )
 from server.services import TENANT
 from tests.support.harness import IdleEngine, Site, base_info, write_adapter
+from tests.support.threads import threads_at_rest
 from tests.support.tiny import tiny_text
 
 EXAMPLES = b"\n".join(json.dumps({"prompt": f"say {n}", "completion": f"it is {n}"}).encode() for n in range(8))
@@ -35,11 +36,18 @@ async def take_over(sharing: Sharing | None, id_: str) -> None:
     """Let a server that has no room have it, and believe that it has seen nothing of a record's holder for long."""
     assert sharing is not None
     leases, sharing.records._most = sharing.records.leases, 1
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(180):
         while not leases.holds(id_):
             lease, since = leases._seen[id_]
             leases._seen[id_] = lease, since - LEASE
             await asyncio.sleep(0.02)
+
+
+async def asleep(sharing: Sharing | None) -> None:
+    """A server follows and renews nothing any more, and has nothing of the kind on its way."""
+    assert sharing is not None
+    await sharing.stop()
+    await threads_at_rest()
 
 
 class PretendingEngine(IdleEngine):
@@ -133,6 +141,7 @@ class Sharer(Site):
         """As by `kill -9`: nothing is given back."""
         await self.sharing.stop()
         await self.tuning.manager.stop()
+        await threads_at_rest()
 
     # --- what tests do over and over -------------------------------------------------------------------
 
@@ -160,7 +169,7 @@ class Sharer(Site):
 
     async def until(self, job_id: str, status: str, *, step: int = 0) -> dict[str, Any]:
         """The job once it has this status and has come so far."""
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(180):
             while True:
                 job = await self.job(job_id)
                 if job["status"] == status and job["step"] >= step:

@@ -135,7 +135,7 @@ class TuningSite:
     async def until(self, job_id: str, *statuses: str) -> dict[str, Any]:
         """The job once it has one of these statuses (by default: an end)."""
         wanted = statuses or FINAL
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(180):
             while (job := await self.job(job_id))["status"] not in wanted:
                 assert job["status"] not in FINAL, await self.messages(job_id)
                 await asyncio.sleep(0.005)
@@ -148,7 +148,7 @@ class TuningSite:
 
 async def eventually(condition: Callable[[], bool]) -> None:
     """Return once it is true."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(180):
         while not condition():  # noqa: ASYNC110  # nothing tells
             await asyncio.sleep(0.001)
 

@@ -1,7 +1,9 @@
-"""Calls that begin at the same time."""
+"""Calls that begin at the same time, and the end of those that were begun."""
 
+import asyncio
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 
@@ -23,3 +25,12 @@ def together(*works: Callable[[], object]) -> list[Any]:
     for thread in threads:
         thread.join()
     return results
+
+
+async def threads_at_rest() -> None:
+    """Return when all is over that this event loop has given to threads: they go on when their task is cancelled."""
+    loop = asyncio.get_running_loop()
+    before: ThreadPoolExecutor | None = loop._default_executor  # type: ignore[attr-defined]
+    loop.set_default_executor(ThreadPoolExecutor())
+    if before is not None:
+        await asyncio.to_thread(before.shutdown)

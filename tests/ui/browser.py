@@ -13,9 +13,12 @@ AXE = Path(__file__).parent / "vendor/axe.min.js"
 SERIOUS = ("serious", "critical")
 
 try:
-    from playwright.sync_api import Browser, Page, sync_playwright
+    from playwright.sync_api import Browser, Page, expect, sync_playwright
 except ImportError:
     pytest.skip("needs playwright (the test extra)", allow_module_level=True)
+
+PATIENCE_MS = 30_000  # with what a page is to show, on a busy machine
+expect.set_options(timeout=PATIENCE_MS)
 
 
 @contextmanager
@@ -41,7 +44,7 @@ class Console:
     def __init__(self, browser: Browser, url: str, prefix: str = "", **options: Any) -> None:
         self._url = url
         self.context = browser.new_context(**options)
-        self.context.set_default_timeout(8_000)
+        self.context.set_default_timeout(PATIENCE_MS)
         self.page: Page = self.context.new_page()
         self.root = f"{url}{prefix}/ui/"
         self.faults: list[str] = []

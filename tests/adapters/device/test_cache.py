@@ -150,7 +150,7 @@ def test_rows_are_not_moved_while_others_are_filled(monkeypatch: pytest.MonkeyPa
     gate, fill = threading.Event(), RowPool.fill
 
     def slowly(self: RowPool, adapter: HostAdapter) -> None:
-        assert gate.wait(10)
+        assert gate.wait(60)
         fill(self, adapter)
 
     monkeypatch.setattr(RowPool, "fill", slowly)

@@ -106,5 +106,5 @@ threads = [threading.Thread(target=work) for _ in range(3)]
 [t.join() for t in threads]
 print("fine")
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True)
     assert done.stdout == "fine\n"

@@ -248,7 +248,7 @@ def test_nobody_makes_a_record_whose_tombstone_is_being_removed(
         maker.join(0.2)
         assert made == []
         delete(self, paths)
-        maker.join(10)
+        maker.join(60)
 
     monkeypatch.setattr(Bucket, "delete", slowly)
     assert first.sweep(-1) == 1

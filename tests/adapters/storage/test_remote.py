@@ -79,7 +79,7 @@ def store_at_rest(store: AdapterStore) -> None:
     """Once everything that was to be removed is removed."""
     files = store._files
     with files._counting:
-        assert files._counting.wait_for(lambda: files._excess <= 0 and not files._removing, 10)
+        assert files._counting.wait_for(lambda: files._excess <= 0 and not files._removing, 60)
 
 
 def weights(seed: int, folder: Path) -> bytes:
@@ -247,7 +247,7 @@ async def test_several_wait_for_one_fetch_and_may_leave(depot: Depot, monkeypatc
 
     def slowly(self: RemoteStore, digest: str, directory: Path) -> None:
         started.append(digest)
-        assert released.wait(10)
+        assert released.wait(60)
         get(self, digest, directory)
 
     monkeypatch.setattr(RemoteStore, "get", slowly)
@@ -271,12 +271,12 @@ async def test_a_name_deleted_while_it_is_fetched_leaves_nothing(depot: Depot, m
     def slowly(self: RemoteStore, digest: str, directory: Path) -> None:
         get(self, digest, directory)
         started.set()
-        assert released.wait(10)
+        assert released.wait(60)
 
     monkeypatch.setattr(RemoteStore, "get", slowly)
     version = store.get("t", "x")
     waiting = asyncio.create_task(read(store, "x"))
-    await asyncio.to_thread(started.wait, 10)
+    await asyncio.to_thread(started.wait, 60)
     await asyncio.to_thread(store.delete, "t", "x")
     released.set()
     assert await waiting  # who asked before gets it

@@ -15,8 +15,9 @@ from server.finetune import sharing
 from server.services import TENANT
 from tests.server.batches.test_batches import create, life, lines_of, row, until
 from tests.support.scripted import Served, hold_after
-from tests.support.several import LEASE, take_over
+from tests.support.several import LEASE, asleep, take_over
 from tests.support.site import eventually
+from tests.support.threads import threads_at_rest
 
 ROWS = [row(f"r{i}") for i in range(12)]
 
@@ -55,6 +56,7 @@ async def die(served: Served) -> None:
     await batches.sharing.stop()
     for batch in list(batches.tasks):
         await batches.abandon(batch)
+    await threads_at_rest()
 
 
 async def test_another_server_ends_the_batch_of_one_that_died_and_asks_for_nothing_twice_that_was_sent(
@@ -122,8 +124,8 @@ async def test_all_answers_are_in_the_store_when_there_is_nothing_more_to_ask(
 async def test_a_server_that_was_asleep_ends_nothing_that_is_anothers(lives: Lives) -> None:
     one, two, batch = await in_its_middle(lives)
     ours = one.services.batches.sharing
+    await asleep(ours)
     assert ours is not None
-    await ours.stop()
     released = hold_after(two, 4)
     await take_over(two.services.batches.sharing, batch["id"])
     await eventually(lambda: len(two.engine.requests) > 4)

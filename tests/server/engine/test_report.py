@@ -4,12 +4,15 @@ from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from adapters.device.host import HostAdapter, host_adapter
+from server.engine import engine as engine_module
 from server.engine.engine import Engine
+from server.engine.runner import Runner
 from server.messages.protocol import AdapterRef, AdapterUse
 from tests.support.offline import load_engine, request
 
@@ -113,7 +116,19 @@ def test_every_change_of_tier_and_use_is_told_once(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("depth", [0, 1])
-def test_a_steps_time_is_shared_by_tokens(model_dir: Path, cache_dir: Path, depth: Any) -> None:
+def test_a_steps_time_is_shared_by_tokens(
+    model_dir: Path, cache_dir: Path, depth: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that stands still but while the device is given a step."""
+    now, submit = 0.0, Runner.submit
+
+    def submitted(*args: Any) -> Any:
+        nonlocal now
+        now += 1.0
+        return submit(*args)
+
+    monkeypatch.setattr(engine_module, "time", Mock(monotonic=lambda: now))
+    monkeypatch.setattr(Runner, "submit", submitted)
     engine = load_engine(model_dir, cache_dir, depth=depth)
     for name, length in (("long", 150), ("short", 10)):  # a step takes 64 tokens
         engine.add(request(name, [20 + n % 30 for n in range(length)], max_tokens=6))
@@ -123,5 +138,6 @@ def test_a_steps_time_is_shared_by_tokens(model_dir: Path, cache_dir: Path, dept
         steps += stats.step_seconds
         for output in outputs:
             shares[output.id] += output.device_seconds
-    assert 0.8 * steps < sum(shares.values()) <= steps
+    assert steps == now
+    assert sum(shares.values()) == pytest.approx(steps)
     assert shares["long"] > 1.5 * shares["short"] > 0

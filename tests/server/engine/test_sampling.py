@@ -4,7 +4,7 @@ import contextlib
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -255,16 +255,25 @@ def test_stop_tokens_are_impossible_before_min_tokens() -> None:
     assert one(logits, row(early, temperature=0.0, min_tokens=2, ignore_eos=True)) == EOS
 
 
+def seconds(work: Callable[[], object]) -> float:
+    """Processor time of the best of three tries."""
+    tries = []
+    for _ in range(3):
+        before = time.thread_time()
+        work()
+        tries.append(time.thread_time() - before)
+    return min(tries)
+
+
 @pytest.mark.parametrize(
     "every", [{"logit_bias": dict.fromkeys(range(20_000), 1.0)}, {"stop_token_ids": [*range(20_000)], "min_tokens": 9}]
 )
 def test_fields_that_name_the_whole_vocabulary_cost_a_step_little(every: dict[str, Any]) -> None:
     logits = torch.randn(32, 20_001)
     rows = [row(**every, temperature=0.0)] * 32
-    sample(logits, rows)  # what is made once is made
-    before = time.thread_time()
-    draws = sample(logits, rows)
-    assert time.thread_time() - before < 0.4
+    draws = sample(logits, rows)  # what is made once is made
+    # Next to going through all of them once, on whatever machine; undisturbed, the best time is a third of that bound.
+    assert seconds(lambda: sample(logits, rows)) < 6 * seconds(lambda: torch.tensor([[*range(20_000)]] * 32))
     if "min_tokens" in every:
         assert {draw.token for draw in draws} == {20_000}
 

@@ -97,6 +97,7 @@ async def test_every_writer_answers_507_and_everything_can_be_deleted(
         fill(disk)
 
 
+@pytest.mark.usefixtures("forked_helpers")
 async def test_a_mix_and_a_merge_that_find_no_room_are_507s(
     site: TuningSite, disk: Path, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

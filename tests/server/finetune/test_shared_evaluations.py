@@ -15,8 +15,9 @@ from server.finetune import evaluations, sharing
 from server.finetune.evaluation_store import EvaluationStateError
 from server.services import TENANT
 from tests.support.scripted import BASE, Served, hold_after, serving
-from tests.support.several import EXAMPLES, LEASE, take_over
+from tests.support.several import EXAMPLES, LEASE, asleep, take_over
 from tests.support.site import eventually
+from tests.support.threads import threads_at_rest
 
 ROWS = 8  # of EXAMPLES
 
@@ -90,6 +91,7 @@ async def die(served: Served) -> None:
     await sharing_of(served).stop()
     for id_ in list(served.services.tuning.evaluations.tasks):
         await served.services.tuning.evaluations.abandon(id_)
+    await threads_at_rest()
 
 
 def result_files(served: Served) -> list[str]:
@@ -170,7 +172,7 @@ async def test_what_ends_just_after_it_was_deleted_leaves_nothing(
     id_ = await begun(one)
     await until(two, id_, "running")
     await eventually(lambda: len(one.engine.requests) > 3)
-    await sharing_of(one).stop()
+    await asleep(sharing_of(one))
     await ask(two, "DELETE", f"/v1/evaluations/{id_}")
     going.set()
     await eventually(lambda: not one.services.tuning.evaluations.tasks)
@@ -186,7 +188,7 @@ async def test_a_server_that_was_asleep_writes_nothing_over_anothers_result(live
     id_ = await begun(one)
     await until(two, id_, "running")
     await eventually(lambda: len(one.engine.requests) > 3)
-    await sharing_of(one).stop()
+    await asleep(sharing_of(one))
     await take_over(sharing_of(two), id_)
     done = await until(two, id_, "succeeded")
     store = one.services.tuning.evaluations.store

@@ -300,7 +300,7 @@ async def test_checking_ends_with_its_client(site: Site, monkeypatch: pytest.Mon
 
     headers = [(b"content-type", request.headers["content-type"].encode())]
     scope = {"type": "http", "method": "POST", "path": "/v1/adapters", "headers": headers, "query_string": b""}
-    await asyncio.wait_for(site.app()(scope, receive, send), 10)
+    await asyncio.wait_for(site.app()(scope, receive, send), 60)
     assert ended.is_set()
     assert kept(site) == []
 

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import json
-import time
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -187,10 +187,11 @@ async def test_large_bodies_of_clients_that_left_are_not_read(
     served: Served, port: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
+    gone = threading.Event()
 
     def slow(raw: bytes, max_items: int) -> Any:
         read.append(len(raw))
-        time.sleep(0.3)
+        assert gone.wait(60)
         return json.loads(raw)
 
     monkeypatch.setattr(body_module, "parse_body", slow)
@@ -202,14 +203,15 @@ async def test_large_bodies_of_clients_that_left_are_not_read(
     for writer in writers:
         writer.close()
     await _until(lambda: served.services.drain.open_requests == 0)
+    gone.set()
     reader, writer = await _open(port, "/v1/completions", {"model": BASE, "prompt": "Hi"}, blanks=50_000)
-    assert b"200 OK" in await asyncio.wait_for(reader.readuntil(b"\r\n"), 5)
+    assert b"200 OK" in await asyncio.wait_for(reader.readuntil(b"\r\n"), 60)
     writer.close()
-    assert len(read) <= 3  # those that ran when they left, and the honest one
+    assert len(read) == 2  # the one that was being read when they left, and the honest one
 
 
 async def test_an_upload_that_drips_gives_its_slot_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(middleware_module, "BODY_GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(middleware_module, "BODY_GRACE_SECONDS", 0.5)
     async with serving(tmp_path, max_uploads=1) as served, _listening(served) as port:
         head = b"POST /v1/adapters HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n"
         _, dripping = await asyncio.open_connection("127.0.0.1", port)
@@ -217,7 +219,7 @@ async def test_an_upload_that_drips_gives_its_slot_back(tmp_path: Path, monkeypa
         config, weights = adapter_files()
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
             files = {"config": config, "weights": weights}
-            uploading = asyncio.create_task(client.post("/v1/adapters", data={"name": "a"}, files=files, timeout=20))
+            uploading = asyncio.create_task(client.post("/v1/adapters", data={"name": "a"}, files=files, timeout=60))
             while not uploading.done():
                 dripping.write(b"-")
                 await asyncio.sleep(0.02)

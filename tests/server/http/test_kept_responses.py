@@ -137,9 +137,9 @@ async def test_a_response_is_made_in_the_background(served: Served) -> None:
 
 
 async def test_one_in_the_background_can_be_cancelled(served: Served) -> None:
-    hold_at(served, 4)
+    going = hold_at(served, 4)
     body = await made(served, background=True)
-    await asyncio.sleep(0.05)
+    await going.until_reached()
     for _ in range(2):
         response = await served.client.post(f"/v1/responses/{body['id']}/cancel")
         cancelled = response.json()
@@ -155,7 +155,7 @@ async def test_one_in_the_background_can_be_cancelled(served: Served) -> None:
 async def test_a_stream_in_the_background_can_be_taken_up_again(served: Served) -> None:
     going = hold_at(served, 6)
     reading = asyncio.create_task(post(served, background=True, stream=True))
-    await asyncio.sleep(0.1)
+    await going.until_reached()
     (id_,) = served.services.responses.running
     other = asyncio.create_task(served.client.get(f"/v1/responses/{id_}?stream=true&starting_after=2"))
     await asyncio.sleep(0.05)

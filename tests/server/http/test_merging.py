@@ -16,6 +16,8 @@ from tests.support.tiny import _tokenizer, tiny_text
 
 Q = "model.layers.0.self_attn.q_proj"
 
+pytestmark = pytest.mark.usefixtures("forked_helpers")
+
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:

@@ -149,7 +149,7 @@ async def test_drain_waits_for_open_requests() -> None:
     assert not idle.done()
     release.set()
     assert (await request).text == "ab"
-    await asyncio.wait_for(idle, 1)
+    await asyncio.wait_for(idle, 60)
 
 
 async def test_a_body_that_stops_coming_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,12 +168,12 @@ async def test_a_body_that_only_drips_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(middleware_module, "BODY_GRACE_SECONDS", 0.1)
 
     async def body() -> Any:
-        for _ in range(200):
+        for _ in range(50):
             yield b"a"
             await asyncio.sleep(0.01)
 
     assert (await client().post("/v1/echo", content=body())).status_code == 408
-    assert (await client(min_body_rate=50).post("/v1/echo", content=body())).status_code == 200
+    assert (await client(min_body_rate=1).post("/v1/echo", content=body())).status_code == 200
     assert (await client(min_body_rate=0).post("/v1/echo", content=body())).status_code == 200
 
 

@@ -16,6 +16,8 @@ from tests.support.harness import Site, adapter_files, write_adapter
 
 PREFIX = "base_model.model.model.layers.0.self_attn.q_proj"
 
+pytestmark = pytest.mark.usefixtures("forked_helpers")
+
 
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:

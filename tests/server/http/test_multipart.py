@@ -67,7 +67,9 @@ async def refused(target: Path, content: bytes, status: int, param: str | None, 
 
 
 @given(weights=st.binary(max_size=2000) | st.just(b"\r\n--frontie" * 40), size=st.integers(1, 700), flip=st.booleans())
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 def test_any_content_in_any_pieces_in_any_order(target: Path, weights: bytes, size: int, flip: bool) -> None:
     parts = [part("name", b"legal"), part("weights", weights, "../../etc/passwd")]
     content = body(*reversed(parts)) if flip else body(*parts)

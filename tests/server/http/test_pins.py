@@ -165,5 +165,5 @@ async def test_fetching_what_is_pinned_goes_on_after_any_fault(site: Site, monke
     monkeypatch.setattr(made, "_fetch_files", fetch)
     monkeypatch.setitem(made._leases, version.digest, contextlib.ExitStack())
     monkeypatch.setattr(made, "renew", Mock())
-    await asyncio.wait_for(made._fetch(version), 5)
+    await asyncio.wait_for(made._fetch(version), 60)
     assert fetch.await_count == 2

@@ -36,14 +36,17 @@ def open_site(root: Path, name: str, **settings: Any) -> RemoteSite:
 
 
 @pytest.fixture
-async def cold(tmp_path: Path) -> AsyncIterator[RemoteSite]:
-    """A site with `legal` and `poet` in the store and nothing on its disk; `poet` is fetched."""
+async def cold(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[RemoteSite]:
+    """A site with `legal` and `poet` in the store and nothing on its disk; `poet` is fetched.
+
+    Its parameter: how many seconds requests wait for the store.
+    """
+    seconds = getattr(request, "param", 60.0)
     with contextlib.closing(open_site(tmp_path, "first")) as site:
         for seed, name in enumerate(("legal", "poet")):
             await push(site, name, seed)
-    with contextlib.closing(open_site(tmp_path, "second", adapter_store_seconds=3.0)) as site:
-        async with site.client() as client:
-            assert (await client.post("/v1/adapters/poet/warm")).status_code == 200
+    with contextlib.closing(open_site(tmp_path, "second", adapter_store_seconds=seconds)) as site:
+        await until_there(site, "poet")
         yield site
 
 
@@ -56,6 +59,13 @@ def failing(monkeypatch: pytest.MonkeyPatch, fault: Exception, *methods: str) ->
         for method in methods:
             patch.setattr(RemoteStore, method, fail)
         yield
+
+
+async def until_there(site: Site, name: str) -> None:
+    """Ask for it until it has been fetched."""
+    async with asyncio.timeout(60):
+        while (await ask(site, name)).status_code != 200:  # noqa: ASYNC110 - a thread's doing
+            await asyncio.sleep(0.01)
 
 
 async def ask(site: Site, name: str) -> httpx.Response:
@@ -102,27 +112,35 @@ async def test_a_store_that_is_down_is_a_503_for_who_needs_it(
     assert (await push(cold, "new", 5)).status_code == 201
 
 
-async def test_a_store_that_is_slow_is_a_503_in_time_and_others_do_not_wait(
-    cold: RemoteSite, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def released(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """The store gives no file until it is set."""
     released, get = threading.Event(), RemoteStore.get
 
     def slowly(self: RemoteStore, digest: str, directory: Path) -> None:
-        assert released.wait(10)
+        assert released.wait(60)
         get(self, digest, directory)
 
     monkeypatch.setattr(RemoteStore, "get", slowly)
+    return released
+
+
+async def test_others_do_not_wait_for_a_store_that_is_slow(cold: RemoteSite, released: threading.Event) -> None:
     waiting = [asyncio.create_task(ask(cold, "legal")) for _ in range(50)]  # more than there are threads for
     await asyncio.sleep(0.05)
     assert (await ask(cold, "poet")).status_code == 200
     assert (await push(cold, "new", 5)).status_code == 201
     assert not any(task.done() for task in waiting)
-    for response in await asyncio.gather(*waiting):
+    released.set()
+    assert {response.status_code for response in await asyncio.gather(*waiting)} == {200}
+
+
+@pytest.mark.parametrize("cold", [0.2], indirect=True)
+async def test_a_store_that_is_slow_is_a_503_in_time(cold: RemoteSite, released: threading.Event) -> None:
+    for response in await asyncio.gather(*(ask(cold, "legal") for _ in range(50))):
         refused(response, 503, "adapter_store_unavailable")
     released.set()
-    async with asyncio.timeout(60):  # the fetch went on meanwhile
-        while (await ask(cold, "legal")).status_code != 200:  # noqa: ASYNC110 - a thread's doing
-            await asyncio.sleep(0.01)
+    await until_there(cold, "legal")  # the fetch went on meanwhile
 
 
 async def test_changes_that_wait_for_a_slow_store_keep_nobody_else_from_working(
@@ -131,7 +149,7 @@ async def test_changes_that_wait_for_a_slow_store_keep_nobody_else_from_working(
     released, change = threading.Event(), RemoteStore.change
 
     def slowly(self: RemoteStore, *args: Any) -> Pointer | None:
-        assert released.wait(10)
+        assert released.wait(60)
         return change(self, *args)
 
     monkeypatch.setattr(RemoteStore, "change", slowly)

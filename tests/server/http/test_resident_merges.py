@@ -44,7 +44,7 @@ async def test_merged_and_unmerged_in_one_batch(cache_dir: Path, tmp_path: Path)
     server = RunningServer(model, tmp_path, tmp_path / "data", "--merged-bytes", "400KiB")
     try:
         server.ensure()
-        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+        async with httpx.AsyncClient(base_url=server.url, timeout=180) as client:
             for name, directory in made.items():
                 await upload(client, name, directory)
             before = {name: await score(client, name) for name in (*NAMES, BASE)}
@@ -60,7 +60,7 @@ async def test_merged_and_unmerged_in_one_batch(cache_dir: Path, tmp_path: Path)
                 assert resident["drift"]["mean_kl"] > 0  # of random weights, it says nothing
                 assert [speed["requests"] for speed in resident["decode_tokens_per_second"]] == [1, 8]
                 taken = resident["bytes"]
-                eventually(partial(has_merged_bytes, server, taken), 60, "the metrics")
+                eventually(partial(has_merged_bytes, server, taken), 180, "the metrics")
                 assert server.metric("lora_adapter_loaded", adapter_name="merged", level="merged") == 1
 
                 alone = {name: await score(client, name) for name in before}
@@ -90,7 +90,7 @@ async def check_its_end(
     await upload(client, "merged", made["third"])
     assert (await client.get("/v1/adapters/merged")).json()["merged"] is None
     assert await score(client, "merged") == before["third"]
-    eventually(lambda: server.metric("merged_weight_bytes") < 200_000, 60, "the merge is gone")
+    eventually(lambda: server.metric("merged_weight_bytes") < 200_000, 180, "the merge is gone")
     rolled_back = await client.post("/v1/adapters/merged/rollback")
     assert rolled_back.status_code == 200
     assert await score(client, "merged") == before["merged"], "a merge is not brought back"
@@ -99,7 +99,6 @@ async def check_its_end(
     assert made_again.status_code == 201
     pid = server.engine_pid
     os.kill(pid, signal.SIGKILL)
-    eventually(lambda: server.get("/ready").status_code != 200, 30, "the engine is dead")
-    server.wait_ready()
+    eventually(lambda: server.wait_ready()["engine_pid"] not in (pid, None), 180, "another engine")
     assert (await client.get("/v1/adapters/merged")).json()["merged"] is None
     assert await score(client, "merged") == before["merged"]

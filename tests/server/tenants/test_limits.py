@@ -142,7 +142,7 @@ async def test_device_rows(tmp_path: Path) -> None:
 
         served.engine.gate = gate
         running = [asyncio.create_task(ask(served, acme, model="one", n=2)) for _ in range(2)]
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while len(served.engine.running) < 2:  # noqa: ASYNC110
                 await asyncio.sleep(0)
         assert {reference.owner for one in served.engine.requests for reference in one.adapters} == {("acme", 12)}

@@ -28,7 +28,7 @@ def server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture
 def client(server: RunningServer) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=180)
 
 
 def prompt_logprobs(client: openai.OpenAI) -> list[float | None]:
@@ -74,7 +74,7 @@ def test_a_job_by_the_openai_client_and_again_through_kills(server: RunningServe
         assert job.status not in ("failed", "cancelled"), job.error
         return job if job.status == "succeeded" else None
 
-    job = eventually(lambda: done(whole), 60, "the job ends")
+    job = eventually(lambda: done(whole), 180, "the job ends")
     answer = client.chat.completions.create(
         model=job.fine_tuned_model, messages=[{"role": "user", "content": "say 3"}], max_tokens=4
     )
@@ -90,19 +90,23 @@ def test_a_job_by_the_openai_client_and_again_through_kills(server: RunningServe
 
     with server.slowed("training "):  # the job does not end before all this has happened to it
         killed = start(client, file.id)
-        eventually(saved, 60, "a checkpoint")
+        eventually(saved, 180, "a checkpoint")
         engine = server.engine_pid
         os.kill(engine, signal.SIGKILL)
-        failing = eventually(lambda: (pid := server.wait_ready()["engine_pid"]) != engine and pid, 60, "another engine")
+        failing = eventually(
+            lambda: (pid := server.wait_ready()["engine_pid"]) != engine and pid, 180, "another engine"
+        )
         kept = saved()
-        eventually(lambda: saved() > kept, 60, "a checkpoint of that engine's: without, the job is not tried again")
+        eventually(lambda: saved() > kept, 180, "a checkpoint of that engine's: without, the job is not tried again")
         server.fault.write_text("training accelerator")
         eventually(
-            lambda: server.wait_ready()["engine_pid"] != failing, 60, "a third, for the device has failed in training"
+            lambda: server.wait_ready()["engine_pid"] not in (failing, None),
+            180,
+            "a third: the device failed in training",
         )
     server.kill()
     server.ensure()
-    job = eventually(lambda: done(killed), 60, "the job ends after the kills")
+    job = eventually(lambda: done(killed), 180, "the job ends after the kills")
     assert digest(server, job.fine_tuned_model) == expected
     assert base_digest(server) == before
     assert prompt_logprobs(client) == logprobs

@@ -3,6 +3,9 @@
 `python preloaded.py LISTENER` imports what an engine does, and forks one for each process that asks at the socket. The
 process that the API process started asks, and then stands for the engine: each ends as soon as the other does, and in
 the same way. Its parent, and a test that kills it, see no difference.
+
+Helper processes, likewise, where a test wants it: those that merge and mix need torch. Limits of their memory and their
+priority stay with the process that stands for them.
 """
 
 import contextlib
@@ -17,6 +20,7 @@ import traceback
 from typing import NoReturn
 
 PROGRAM = "server.engine.process"
+HELPER = "server.children.programs.work"
 WATCH_SECONDS = 0.25
 MOST = 1 << 20  # bytes of an order: a command line and an environment
 
@@ -29,7 +33,8 @@ def stand_for_one(address: str) -> NoReturn:
     parent = os.getppid()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # as the engine does
-    order = {"argv": sys.orig_argv[2:], "environ": dict(os.environ), "pid": os.getpid()}
+    argv = sys.orig_argv[sys.orig_argv.index("-m") + 1 :]
+    order = {"argv": argv, "environ": dict(os.environ), "pid": os.getpid()}
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.connect(f"\0{address}")
         socket.send_fds(connection, [json.dumps(order).encode()], [0, 1, 2])
@@ -66,7 +71,7 @@ def _keep(connection: socket.socket) -> None:
 
 
 def _become(streams: list[int], argv: list[str], environ: dict[str, str], pid: int) -> NoReturn:
-    """Be the engine process that `pid` was started as."""
+    """Be the process that `pid` was started as."""
     import sitecustomize
 
     for number, stream in enumerate(streams):
@@ -74,11 +79,12 @@ def _become(streams: list[int], argv: list[str], environ: dict[str, str], pid: i
     os.environ.clear()
     os.environ.update(environ)
     sys.argv = argv
-    os.getppid = lambda: int(argv[1])  # whether the parent lives is for its child to see
+    if argv[0] == PROGRAM:
+        os.getppid = lambda: int(argv[1])  # whether the parent lives is for its child to see
     sitecustomize.prepare(pid)
     status = 1
     try:
-        runpy.run_module(PROGRAM, run_name="__main__")
+        runpy.run_module(argv[0], run_name="__main__")
     except SystemExit as end:
         status = int(end.code or 0)
     except BaseException:

@@ -2,8 +2,8 @@
 notes which files a request enters.
 
 When the file named by FAULT_FILE appears, the next step (or piece of training, for a kind that begins with "training")
-takes it away and meets the fault that it names. While it says "slow", each takes a moment longer instead, so that
-what a test has begun is not over before the test can look at it.
+takes it away and meets the fault that it names. While it says "slow", each takes a moment longer instead, so that what
+a test has begun is not over before the test can look at it.
 """
 
 import os
@@ -129,4 +129,6 @@ if preloaded.PROGRAM in sys.orig_argv:
     if "PRELOADED" in os.environ:
         preloaded.stand_for_one(os.environ["PRELOADED"])
     make_fail()
+elif preloaded.HELPER in sys.orig_argv and "PRELOADED_HELPERS" in os.environ:
+    preloaded.stand_for_one(os.environ["PRELOADED_HELPERS"])
 prepare(os.getpid())
