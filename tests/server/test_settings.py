@@ -87,6 +87,7 @@ def test_every_setting_is_read_alike_from_flag_and_environment(row: Any) -> None
         "adapter_check_bytes": "1GiB",
         "grammar_seconds": "1",
         "database_seconds": "1",
+        "store_requests": "30",
         "grammar_bytes": "1GiB",
         "state_cache_bytes": "1GiB",
         "audit_bytes": "1MiB",
