@@ -257,6 +257,7 @@ class Kernels:
         self._lib.lk_lora_add(byref(adapters), x.data_ptr(), y.data_ptr())
 
     def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+        """As `reference`'s, but that each block's numbers lie as `KvCache` of attention.h says: keys by columns."""
         k, v, slots = _plain(k), _plain(v), slots.contiguous()
         cache = _kv_struct(k_cache, v_cache)
         self._lib.lk_write_kv(k.data_ptr(), v.data_ptr(), slots.data_ptr(), *k.shape, byref(cache))

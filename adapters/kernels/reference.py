@@ -264,6 +264,7 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     """Store `k, v [T, Hkv, D]` in `[blocks, Hkv, block_size, D]` caches; slots int64 `[T]` = block * size + offset.
 
     Caches are fp32, bf16, fp16, fp8 (e4m3) or int8: `[..., D + 4]`, each row's fp32 scale in its last four bytes.
+    Only the implementation that wrote a cache can read it: the C++ kernels order the numbers of a block as suits a CPU.
     """
     block_size = k_cache.shape[2]
     block, offset = slots // block_size, slots % block_size

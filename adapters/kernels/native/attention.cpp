@@ -71,87 +71,110 @@ INLINE void fetch(const void* at, int64_t bytes) {
 }
 
 constexpr int VECTORS = W == 16 ? 4 : 2;  // of each row's sums, as registers allow
-constexpr int FEW_ROWS = 16;              // whose scores are computed while keys arrive, not when a group is there
-constexpr int RUN = 16;                   // keys that are then scored at once
+constexpr int FEW_ROWS = 16;              // so many work on keys and values as they lie in the cache
+constexpr int RUN = 16;                   // keys of a block that is scored as it lies
+constexpr int BLOCKS = W < RUN ? 1 : 2;   // that are scored at once, so that no sum waits for itself
 static_assert(GROUP % (VECTORS * W) == 0 && RUN % W == 0);
 
-// Keys [count, dim] as columns: to[d * GROUP + n]. Whole vectors where `room` rows are there to be read: what lies behind
-// the last key is turned as well then.
-void turn(const float* keys, int count, int room, int dim, float* to) {
-    int n = 0;
-    for (; n < count && n + W <= room; n += W) {
-        const float* rows = keys + (int64_t)n * dim;
-        int d = 0;
-        for (; d + 4 <= dim; d += 4) {
-            vf four[4];
-            columns(rows + d, dim, four);
-            for (int i = 0; i < 4; i++) store(to + (d + i) * GROUP + n, four[i]);
+template <class Number>
+constexpr bool SCALED = std::is_same<Number, int8_t>::value;
+
+// `numbers` by their scales, where a cache's numbers have some.
+template <class Number>
+INLINE vf scaled(vf numbers, const float* scales) {
+    if constexpr (SCALED<Number>) return numbers * load(scales);
+    return numbers;
+}
+
+// Some keys of a block as fp32: to[d * GROUP + n], whole vectors where there are keys behind them in the block.
+template <class Number>
+void widen_columns(const Number* keys, int count, int room, int size, int dim, float* to) {
+    for (int n = 0; n < count; n += W) {
+        const int lanes = least(W, room - n);
+        for (int d = 0; d < dim; d++) {
+            const Number* from = keys + (int64_t)d * size + n;
+            if (lanes == W) store(to + d * GROUP + n, load(from));
+            else store_part(to + d * GROUP + n, load_part(from, lanes), lanes);
         }
-        for (; d < dim; d++)
-            for (int r = 0; r < W; r++) to[d * GROUP + n + r] = rows[r * dim + d];
-    }
-    for (; n < count; n++)
-        for (int d = 0; d < dim; d++) to[d * GROUP + n] = keys[(int64_t)n * dim + d];
-}
-
-// `weigh`, which takes its terms one by one where `next` is asked for meanwhile: LINES with each, `next_stride` apart.
-template <int M, int V, bool PART = false, int LINES = 1>
-INLINE void weigh_on_the_way(vf (&sums)[M][V], const float* weights, int64_t weight_stride, const float* rows, int64_t row_stride,
-                             int count, int lanes, const float* next, int64_t next_stride) {
-    if (!next) return weigh<M, V, PART>(sums, weights, weight_stride, rows, row_stride, count, lanes);
-    for (int n = 0; n < count; n++) {
-        for (int line = 0; line < LINES; line++) fetch_line((const char*)(next + n * next_stride) + line * LINE);
-        weigh<M, V, PART>(sums, weights + n, weight_stride, rows + n * row_stride, row_stride, 1, lanes);
     }
 }
 
-// Scores of M rows with keys that were turned; those of a last vector's other lanes are anything.
-template <int M, int V>
-INLINE void score_keys(const float* q, const float* turned, int keys, int dim, float* scores, const float* next) {
+// Scores of M rows with keys that lie by columns in fp32; those of a last vector's other lanes are anything.
+template <int M, class Number>
+INLINE void score_keys(const float* q, const float* columns, const float* scales, int keys, int dim, float* scores) {
+    constexpr int V = VECTORS;
     for (int n = 0; n < keys; n += V * W) {
         vf sums[M][V] = {};
-        weigh_on_the_way<M, V>(sums, q, dim, turned + n, GROUP, dim, 0, next, V * W);
+        weigh(sums, q, dim, columns + n, GROUP, dim);
         for (int m = 0; m < M; m++)
-            for (int v = 0; v < V; v++) store(scores + m * GROUP + n + v * W, sums[m][v]);
+            for (int v = 0; v < V; v++) store(scores + m * GROUP + n + v * W, scaled<Number>(sums[m][v], scales + n + v * W));
     }
 }
 
-// The same scores of a whole run, whose keys are turned in registers: for few rows. Asks for the run at `next` meanwhile.
-template <int M>
-INLINE void score_run(const float* q, const float* keys, int dim, float* scores, const float* next) {
-    for (int n = 0; n < RUN; n += W) {
-        vf sums[M] = {};
-        for (int d = 0; d < dim; d += 4) {
-            vf four[4];
-            columns(keys + (int64_t)n * dim + d, dim, four);
-            for (int line = 0; next && line < 4 * W; line += LINE / sizeof(float)) fetch_line(next + n * dim + d * W + line);
-            for (int i = 0; i < 4; i++)
-                for (int m = 0; m < M; m++) sums[m] = fma(set1(q[m * dim + d + i]), four[i], sums[m]);
+// The same scores with B blocks of RUN keys as they lie in the cache. Asks for the blocks at `next` meanwhile.
+template <int M, int B, class Number>
+INLINE void score_blocks(const float* q, const char* const* blocks, int dim, float* scores, const char* const* next) {
+    constexpr int V = RUN / W < VECTORS ? RUN / W : VECTORS;
+    constexpr int SHARE = RUN * sizeof(Number) < LINE ? LINE / (RUN * sizeof(Number)) : 1;  // columns of a line
+    for (int n = 0; n < RUN; n += V * W) {
+        vf sums[M][B * V] = {}, column[B * V];
+        auto multiply = [&](int d) {
+            for (int v = 0; v < B * V; v++) column[v] = load((const Number*)blocks[v / V] + d * RUN + n + v % V * W);
+            for (int m = 0; m < M; m++)
+                for (int v = 0; v < B * V; v++) sums[m][v] = fma(set1(q[m * dim + d]), column[v], sums[m][v]);
+        };
+        int d = 0;
+        for (; d + SHARE <= dim; d += SHARE) {
+            for (int b = 0; b < B && !n; b++)
+                if (next[b]) fetch_line(next[b] + d * RUN * sizeof(Number));
+            for (int i = 0; i < SHARE; i++) multiply(d + i);
         }
-        for (int m = 0; m < M; m++) store(scores + m * GROUP + n, sums[m]);
+        for (; d < dim; d++) multiply(d);
+        for (int m = 0; m < M; m++)
+            for (int v = 0; v < B * V; v++) {
+                const float* scales = (const float*)((const Number*)blocks[v / V] + RUN * dim) + n + v % V * W;
+                store(scores + m * GROUP + v / V * RUN + n + v % V * W, scaled<Number>(sums[m][v], scales));
+            }
     }
 }
 
-template <int M, int V, bool PART>
-INLINE void weigh_some(const float* weights, const float* values, int count, int dim, float* acc, int lanes, const float* next) {
-    vf sums[M][V];
+struct Values {  // rows of a cache, or of what was widened of it
+    const char* rows;
+    int64_t row_bytes;
+    int count, dim;
+    const char* next;  // rows to ask for meanwhile, or null
+};
+
+// acc[m, d ...] += weights[m, n] * values[n, d ...], V vectors of them or some lanes.
+template <int M, int V, class Number>
+INLINE void weigh_some(const float* weights, const Values& values, int d, int lanes, float* acc) {
+    constexpr int WIDTH = V * W * (int)sizeof(Number), LINES = WIDTH > LINE ? WIDTH / LINE : 1;  // of each value's part
+    const bool part = lanes < W;
+    const int dim = values.dim;
+    vf sums[M][V], value[V];
     for (int m = 0; m < M; m++)
-        for (int v = 0; v < V; v++) sums[m][v] = PART ? load_part(acc + m * dim, lanes) : load(acc + m * dim + v * W);
-    constexpr int LINES = V * W * (int)sizeof(float) > LINE ? V * W * (int)sizeof(float) / LINE : 1;  // of each value's part
-    weigh_on_the_way<M, V, PART, LINES>(sums, weights, GROUP, values, dim, count, lanes, next, dim);
+        for (int v = 0; v < V; v++) sums[m][v] = part ? load_part(acc + m * dim + d, lanes) : load(acc + m * dim + d + v * W);
+    for (int n = 0; n < values.count; n++) {
+        const Number* row = (const Number*)(values.rows + n * values.row_bytes);
+        for (int line = 0; values.next && line < LINES; line++) fetch_line(values.next + n * values.row_bytes + d * sizeof(Number) + line * LINE);
+        for (int v = 0; v < V; v++) value[v] = part ? load_part(row + d, lanes) : load(row + d + v * W);
+        for (int m = 0; m < M; m++) {
+            const vf weight = set1(weights[m * GROUP + n]);
+            for (int v = 0; v < V; v++) sums[m][v] = fma(weight, value[v], sums[m][v]);
+        }
+    }
     for (int m = 0; m < M; m++)
         for (int v = 0; v < V; v++)
-            PART ? store_part(acc + m * dim, sums[m][v], lanes) : store(acc + m * dim + v * W, sums[m][v]);
+            part ? store_part(acc + m * dim + d, sums[m][v], lanes) : store(acc + m * dim + d + v * W, sums[m][v]);
 }
 
-template <int M>
-INLINE void weigh_values(const float* weights, const float* values, int count, int dim, float* acc, const float* next) {
+template <int M, class Number>
+INLINE void weigh_values(const float* weights, const Values& values, float* acc) {
     constexpr int V = VECTORS;
-    auto behind = [&](int d) { return next ? next + d : nullptr; };
     int d = 0;
-    for (; d + V * W <= dim; d += V * W) weigh_some<M, V, false>(weights, values + d, count, dim, acc + d, 0, behind(d));
-    for (; d + W <= dim; d += W) weigh_some<M, 1, false>(weights, values + d, count, dim, acc + d, 0, behind(d));
-    if (d < dim) weigh_some<M, 1, true>(weights, values + d, count, dim, acc + d, dim - d, behind(d));
+    for (; d + V * W <= values.dim; d += V * W) weigh_some<M, V, Number>(weights, values, d, W, acc);
+    for (; d + W <= values.dim; d += W) weigh_some<M, 1, Number>(weights, values, d, W, acc);
+    if (d < values.dim) weigh_some<M, 1, Number>(weights, values, d, values.dim - d, acc);
 }
 
 // Each score s becomes limit * tanh(s / limit).
@@ -160,8 +183,9 @@ void cap(float* scores, float limit) {
     for (int i = 0; i < GROUP; i += W) store(scores + i, most * (one - two / (exp(load(scores + i) * factor) + one)));
 }
 
-// Turns a row's scores into weights and brings its running maximum, total and sum up to date.
-void soften(float* scores, float* top_score, float* total, float* acc, int dim) {
+// Turns a row's scores into weights, by the scales of what is weighed, and brings its running maximum, total and sum up to date.
+template <class Number>
+INLINE void soften(float* scores, const float* scales, float* top_score, float* total, float* acc, int dim) {
     vf highest = load(scores);
     for (int i = W; i < GROUP; i += W) highest = max(highest, load(scores + i));
     float here = top(highest), before = *top_score;
@@ -169,110 +193,122 @@ void soften(float* scores, float* top_score, float* total, float* acc, int dim) 
     vf shift = set1(now == -INFINITY ? 0.f : now), sums = {};
     for (int i = 0; i < GROUP; i += W) {
         vf p = exp_below(load(scores + i) - shift);
-        store(scores + i, p);
+        store(scores + i, scaled<Number>(p, scales + i));
         sums += p;
+    }
+    if (now == before) {  // what there is decays by 1
+        *total += sum(sums);
+        return;
     }
     vf decay = exp(set1(before) - shift);
     *total = *total * decay[0] + sum(sums);
     *top_score = now;
-    if (now == before) return;  // decay is 1
     int d = 0;
     for (; d + W <= dim; d += W) store(acc + d, load(acc + d) * decay);
     for (; d < dim; d++) acc[d] *= decay[0];
 }
 
-// Rows of a cache as fp32.
 template <class Number>
-INLINE void widen_rows(const char* from, int64_t row_bytes, int count, int dim, float* to) {
-    for (int r = 0; r < count; r++, from += row_bytes, to += dim) {
-        const Number* row = (const Number*)from;
-        vf scale = set1(1.f);
-        if constexpr (std::is_same<Number, int8_t>::value) {
-            float own;
-            memcpy(&own, row + dim, sizeof own);
-            scale = set1(own);
-        }
+void widen_rows(const Values& from, float* to) {
+    const int dim = from.dim;
+    for (int n = 0; n < from.count; n++, to += dim) {
+        const Number* row = (const Number*)(from.rows + n * from.row_bytes);
         int d = 0;
-        for (; d + W <= dim; d += W) store(to + d, load(row + d) * scale);
-        if (d < dim) store_part(to + d, load_part(row + d, dim - d) * scale, dim - d);
+        for (; d + W <= dim; d += W) store(to + d, load(row + d));
+        if (d < dim) store_part(to + d, load_part(row + d, dim - d), dim - d);
     }
 }
 
-void widen(const KvCache& cache, const char* from, int count, int dim, float* to) {
-    const int64_t bytes = cache.row_bytes(dim);
-    switch (cache.kind) {
-        case KV_BF16: return widen_rows<bf16>(from, bytes, count, dim, to);
-        case KV_FP16: return widen_rows<fp16>(from, bytes, count, dim, to);
-        case KV_FP8: return widen_rows<fp8>(from, bytes, count, dim, to);
-        case KV_INT8: return widen_rows<int8_t>(from, bytes, count, dim, to);
-        default: memcpy(to, from, bytes * count);
-    }
-}
-
+template <class Number>
 void attend_group(const Attention& a, const Rows& rows, int begin, const Softmax& sums) {
     const int dim = a.head_dim, size = a.cache.block_size, row_count = rows.count();
     const int32_t* blocks = a.block_tables + (int64_t)rows.request * a.max_blocks;
     const int keys = least(GROUP, rows.kv_len - begin);  // slots beyond hold stale numbers: never read
-    const int64_t row_bytes = a.cache.row_bytes(dim);
-    const bool exact = a.cache.kind == KV_FP32;
-    auto place = [&](int at) { return (((int64_t)blocks[at / size] * a.kv_heads + rows.kv_head) * size + at % size) * row_bytes; };
-    // Visits runs of keys that lie together; each is told where one lies that is visited AHEAD runs later, in `behind` from
-    // key `from` on when this group's have ended. Runs are pages apart, so the hardware does not see them coming. A run of a
-    // cache that is not fp32 is widened before.
+    const int64_t row_bytes = dim * sizeof(Number), block_bytes = size * a.cache.row_bytes(dim);
+    auto block = [&](const char* cache, int at) { return cache + ((int64_t)blocks[at / size] * a.kv_heads + rows.kv_head) * block_bytes; };
+    // Visits the blocks, or parts of one; each is told where one lies that is visited AHEAD blocks later, in `behind` from
+    // key `from` on when this group's have ended. Blocks are pages apart, so the hardware does not see them coming.
     auto spans = [&](const char* cache, const char* behind, int from, auto&& visit) {
-        float* wide = exact ? nullptr : scratch(WIDENED, (size_t)GROUP * dim);
         for (int n = 0; n < keys;) {
             const int at = begin + n, count = least(keys - n, size - at % size), then = n + AHEAD * size;
             const int later = then < keys ? begin + then : from + then - (keys + size - 1) / size * size;
-            const char *here = cache + place(at), *next = later < rows.kv_len ? (then < keys ? cache : behind) + place(later) : nullptr;
-            if (exact) {
-                visit(n, count, (const float*)here, (const float*)next);
-            } else {
-                fetch(next, count * row_bytes);
-                widen(a.cache, here, count, dim, wide);
-                visit(n, count, (const float*)wide, (const float*)nullptr);
-            }
+            const char* next = size == RUN && later < rows.kv_len ? block(then < keys ? cache : behind, later) : nullptr;
+            if (SCALED<Number> && next) fetch_line(next + size * row_bytes);
+            visit(n, count, at % size, block(cache, at), next);
             n += count;
         }
     };
-    float* turned = scratch(TURNED, (size_t)GROUP * dim);
-    const bool at_once = row_count <= FEW_ROWS && size % RUN == 0, in_registers = row_count <= 4 && size == RUN && dim % 4 == 0;
-    spans(a.cache.k, a.cache.v, begin, [&](int n, int count, const float* here, const float* next) {
-        if (in_registers) {
-            by_fours(row_count, [&]<int M>(int) { score_run<M>(rows.q, here, dim, rows.scores + n, next); });
-            return;
-        }
-        turn(here, count, exact ? size - (begin + n) % size : GROUP, dim, turned + n);
-        if (at_once)
+    float scales[GROUP];
+    auto collect = [&](int n, int count, int first, const char* block, const char*) {
+        memcpy(scales + n, block + size * row_bytes + first * sizeof(float), count * sizeof(float));
+    };
+    if (row_count <= FEW_ROWS && size == RUN) {
+        const char *here[BLOCKS], *soon[BLOCKS];
+        int waiting = 0;
+        auto score = [&]<int B>(int first_key) {
             by_fours(row_count, [&]<int M>(int m) {
-                score_keys<M, RUN / W>(rows.q + m * dim, turned + n, count, dim, rows.scores + m * GROUP + n, m ? nullptr : next);
+                score_blocks<M, B, Number>(rows.q + m * dim, here, dim, rows.scores + m * GROUP + first_key, soon);
+                for (const char*& next : soon) next = nullptr;
             });
-        else fetch(next, count * row_bytes);
-    });
-    if (!at_once)
-        by_fours(row_count, [&]<int M>(int m) {
-            score_keys<M, VECTORS>(rows.q + m * dim, turned, keys, dim, rows.scores + m * GROUP, nullptr);
+            waiting = 0;
+        };
+        spans(a.cache.k, a.cache.v, begin, [&](int n, int, int, const char* at, const char* next) {
+            here[waiting] = at, soon[waiting++] = next;
+            if (waiting == BLOCKS) score.template operator()<BLOCKS>(n - (BLOCKS - 1) * RUN);
+            else if (n + RUN >= keys) score.template operator()<1>(n);
         });
+    } else {
+        float* columns = scratch(TURNED, (size_t)GROUP * dim);
+        spans(a.cache.k, a.cache.v, begin, [&](int n, int count, int first, const char* here, const char* next) {
+            widen_columns((const Number*)here + first, count, size - first, size, dim, columns + n);
+            if (SCALED<Number>) collect(n, count, first, here, next);
+            fetch(next, count * row_bytes);
+        });
+        by_fours(row_count, [&]<int M>(int m) { score_keys<M, Number>(rows.q + m * dim, columns, scales, keys, dim, rows.scores + m * GROUP); });
+    }
+    if (SCALED<Number>) spans(a.cache.v, a.cache.v, rows.kv_len, collect);
     for (int m = 0; m < row_count; m++) {
         float* scores = rows.scores + m * GROUP;
         if (a.softcap > 0) cap(scores, a.softcap);
         const int last = rows.position(m) - begin, first = a.window ? last - a.window + 1 : 0;
         for (int n = 0; n < first && n < GROUP; n++) scores[n] = -INFINITY;
         for (int n = last < 0 ? 0 : last + 1; n < GROUP; n++) scores[n] = -INFINITY;
-        soften(scores, sums.top + m, sums.total + m, sums.acc + m * dim, dim);
+        soften<Number>(scores, scales, sums.top + m, sums.total + m, sums.acc + m * dim, dim);
     }
-    spans(a.cache.v, a.cache.k, begin + GROUP, [&](int n, int count, const float* here, const float* next) {
+    float* wide = scratch(WIDENED, (size_t)GROUP * dim);
+    const bool as_they_lie = std::is_same<Number, float>::value || row_count <= FEW_ROWS;
+    spans(a.cache.v, a.cache.k, begin + GROUP, [&](int n, int count, int first, const char* here, const char* next) {
+        Values values{here + first * row_bytes, row_bytes, count, dim, next};
+        if (!as_they_lie) {
+            fetch(next, count * row_bytes);
+            widen_rows<Number>(values, wide);
+            values = {(const char*)wide, dim * (int64_t)sizeof(float), count, dim, nullptr};
+        }
         by_fours(row_count, [&]<int M>(int m) {
-            weigh_values<M>(rows.scores + m * GROUP + n, here, count, dim, sums.acc + m * dim, m ? nullptr : next);
+            const float* weights = rows.scores + m * GROUP + n;
+            if (as_they_lie) weigh_values<M, Number>(weights, values, sums.acc + m * dim);
+            else weigh_values<M, float>(weights, values, sums.acc + m * dim);
+            values.next = nullptr;
         });
     });
 }
 
 // A softmax over the keys from `begin` to the end of their piece.
+template <class Number>
+void attend_keys(const Attention& a, const Rows& rows, int begin, const Softmax& sums) {
+    const int end = least((begin / PIECE + 1) * PIECE, rows.end());
+    for (; begin < end; begin += GROUP) attend_group<Number>(a, rows, begin, sums);
+}
+
 void attend_piece(const Attention& a, const Rows& rows, int begin, Softmax sums) {
     sums.clear();
-    const int end = least((begin / PIECE + 1) * PIECE, rows.end());
-    for (; begin < end; begin += GROUP) attend_group(a, rows, begin, sums);
+    switch (a.cache.kind) {
+        case KV_BF16: return attend_keys<bf16>(a, rows, begin, sums);
+        case KV_FP16: return attend_keys<fp16>(a, rows, begin, sums);
+        case KV_FP8: return attend_keys<fp8>(a, rows, begin, sums);
+        case KV_INT8: return attend_keys<int8_t>(a, rows, begin, sums);
+        default: return attend_keys<float>(a, rows, begin, sums);
+    }
 }
 
 // The first key that any of the rows sees, or one of its group.
@@ -392,46 +428,56 @@ void attend_ahead(const Attention& a, Ahead& ahead) {
     }
 }
 
-// One row into a cache, rounded as `cache_rows` of reference.py does.
-void narrow(const float* from, KvKind kind, int dim, char* to) {
-    switch (kind) {
-        case KV_BF16:
-            for (int d = 0; d < dim; d++) ((bf16*)to)[d] = rounded_bf16(from[d]);
-            return;
-        case KV_FP16:
-            for (int d = 0; d < dim; d++) ((fp16*)to)[d] = rounded_fp16(from[d]);
-            return;
-        case KV_FP8:
-            for (int d = 0; d < dim; d++) ((fp8*)to)[d] = rounded_fp8(from[d]);
-            return;
-        case KV_INT8: {
-            float top = 0;
-            for (int d = 0; d < dim; d++) {
-                const float size = fabsf(from[d]);
-                if (size > top || size != size) top = size;  // NaN stays
-            }
-            const float scale = top / 127.f;
-            for (int d = 0; d < dim; d++) {
-                const float code = scale > 0 && scale < INFINITY ? nearbyintf(from[d] / scale) : 0.f;
-                ((int8_t*)to)[d] = (int8_t)code;
-            }
-            memcpy(to + dim, &scale, sizeof scale);
-            return;
+template <class Number>
+INLINE Number rounded(float f) {
+    if constexpr (std::is_same<Number, bf16>::value) return rounded_bf16(f);
+    else if constexpr (std::is_same<Number, fp16>::value) return rounded_fp16(f);
+    else if constexpr (std::is_same<Number, fp8>::value) return rounded_fp8(f);
+    else return f;
+}
+
+// One row into a cache, its numbers `stride` apart and the scale at `scale_at`, rounded as `cache_rows` of reference.py does.
+template <class Number>
+void narrow(const float* from, int dim, Number* to, int64_t stride, float* scale_at) {
+    if constexpr (SCALED<Number>) {
+        float top = 0;
+        for (int d = 0; d < dim; d++) {
+            const float size = fabsf(from[d]);
+            if (size > top || size != size) top = size;  // NaN stays
         }
-        default: memcpy(to, from, sizeof(float) * dim);
+        const float scale = top / 127.f;
+        for (int d = 0; d < dim; d++) {
+            const float code = scale > 0 && scale < INFINITY ? nearbyintf(from[d] / scale) : 0.f;
+            to[d * stride] = (int8_t)code;
+        }
+        memcpy(scale_at, &scale, sizeof scale);
+    } else {
+        for (int d = 0; d < dim; d++) to[d * stride] = rounded<Number>(from[d]);
+    }
+}
+
+template <class Number>
+void write_rows(const float* k, const float* v, const int64_t* slots, int tokens, int kv_heads, int dim, const KvCache& cache) {
+    const int64_t size = cache.block_size, bytes = cache.row_bytes(dim);
+    for (int t = 0; t < tokens; t++) {
+        const int64_t block = slots[t] / size, offset = slots[t] % size;
+        for (int h = 0; h < kv_heads; h++, k += dim, v += dim) {
+            const int64_t at = (block * kv_heads + h) * size * bytes;
+            Number *keys = (Number*)(cache.k + at), *values = (Number*)(cache.v + at);
+            narrow(k, dim, keys + offset, size, (float*)(keys + size * dim) + offset);
+            narrow(v, dim, values + offset * dim, 1, (float*)(values + size * dim) + offset);
+        }
     }
 }
 
 void write_kv(const float* k, const float* v, const int64_t* slots, int tokens, int kv_heads, int head_dim, const KvCache& cache) {
-    const int64_t bytes = cache.row_bytes(head_dim);
-    for (int t = 0; t < tokens; t++) {
-        const int64_t block = slots[t] / cache.block_size, offset = slots[t] % cache.block_size;
-        for (int h = 0; h < kv_heads; h++) {
-            const int64_t to = ((block * kv_heads + h) * cache.block_size + offset) * bytes;
-            const int64_t from = ((int64_t)t * kv_heads + h) * head_dim;
-            narrow(k + from, cache.kind, head_dim, cache.k + to);
-            narrow(v + from, cache.kind, head_dim, cache.v + to);
-        }
+    auto write = [&]<class Number>(Number) { write_rows<Number>(k, v, slots, tokens, kv_heads, head_dim, cache); };
+    switch (cache.kind) {
+        case KV_BF16: return write(bf16{});
+        case KV_FP16: return write(fp16{});
+        case KV_FP8: return write(fp8{});
+        case KV_INT8: return write(int8_t{});
+        default: return write(float{});
     }
 }
 

@@ -8,7 +8,9 @@
 enum KvKind : int32_t { KV_FP32, KV_BF16, KV_FP16, KV_FP8, KV_INT8 };
 
 struct KvCache {
-    char *k, *v;  // rows of head_dim numbers, [blocks, kv_heads, block_size]
+    // Of each block and kv head block_size * head_dim numbers, keys by columns [head_dim, block_size], for a step multiplies
+    // many of them by one number of a query; values by rows [block_size, head_dim]. Behind int8 ones their scales, [block_size].
+    char *k, *v;
     int32_t block_size;
     KvKind kind;
 

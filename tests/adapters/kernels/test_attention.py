@@ -14,6 +14,16 @@ from adapters.kernels import reference
 KINDS = [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8]  # of caches that round
 
 
+def in_rows(kernels: Any, cache: Tensor, keys: bool) -> Tensor:
+    """A cache as `reference` lays it out: the C++ kernels keep keys by columns, and scales behind each block."""
+    if kernels is reference:
+        return cache
+    size, dim = cache.shape[2], reference.head_size(cache)
+    numbers, scales = cache.flatten(2).split([size * dim, (cache.shape[3] - dim) * size], dim=-1)
+    rows = numbers.unflatten(-1, (dim, size)).mT if keys else numbers.unflatten(-1, (size, dim))
+    return torch.cat([rows, scales.unflatten(-1, (size, -1))], dim=-1) if scales.numel() else rows
+
+
 class Requests:
     """Sequences of given lengths in a paged cache whose other slots are NaN."""
 
@@ -35,6 +45,8 @@ class Requests:
         self.tables = blocks.view(len(lengths), width).int()
         shape = (width * len(lengths) + 3, kv_heads, block_size, dim)
         stale = reference.cache_rows(torch.full(shape, torch.nan), kept)
+        if kept == torch.int8:
+            stale.fill_(-1)  # bytes that are NaN wherever a scale lies
         self.k_cache, self.v_cache = stale, stale.clone()
         for row, n in enumerate(lengths):
             at = torch.arange(n)
@@ -115,7 +127,7 @@ def test_chunks_and_neighbours_change_nothing(kernels: Any, data: st.DataObject,
 
 
 @pytest.mark.parametrize("window", [0, 300, 700])
-@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kept", [torch.float32, torch.bfloat16, torch.int8])
 def test_pieces_of_many_keys_are_joined_alike(kernels: Any, window: int, kept: torch.dtype) -> None:
     """Threads share out the pieces (512 keys) of a request alone, but not of one among many or in long chunks."""
     requests = Requests(kernels, [1500, 513, 512], 6, 2, 24, 16, kept)
@@ -152,9 +164,9 @@ def test_softcap_and_sinks(kernels: Any, softcap: float, sunk: bool, window: int
 
 
 @pytest.mark.parametrize("kept", KINDS)
-@pytest.mark.parametrize("dim", [24, 64, 80])
-def test_caches_of_fewer_bits(kernels: Any, kept: torch.dtype, dim: int) -> None:
-    requests = Requests(kernels, [150, 1, 64], 6, 2, dim, 16, kept)
+@pytest.mark.parametrize(("dim", "block_size"), [(24, 16), (64, 16), (80, 16), (64, 4), (24, 64), (16, 128)])
+def test_caches_of_fewer_bits(kernels: Any, kept: torch.dtype, dim: int, block_size: int) -> None:
+    requests = Requests(kernels, [150, 1, 64], 6, 2, dim, block_size, kept)
     outs = requests.attend([(r, 0, n) for r, n in enumerate(requests.lengths)], 90, padding=1)
     for request, out in enumerate(outs):
         torch.testing.assert_close(out.double(), requests.expected(request, 90), rtol=1e-5, atol=1e-5)
@@ -174,7 +186,7 @@ def test_numbers_are_rounded_alike_everywhere(kernels: Any, kept: torch.dtype) -
     cache = reference.cache_rows(torch.zeros(17, 1, 16, 64), kept)
     other = cache.clone()
     kernels.write_kv(rows, -rows, cache, other, torch.arange(len(rows)))
-    for held, written in ((cache, rows), (other, -rows)):
+    for held, written in ((in_rows(kernels, cache, True), rows), (in_rows(kernels, other, False), -rows)):
         found = reference.cache_numbers(held.flatten(0, 2)[: len(rows)])
         expected = reference.cache_numbers(reference.cache_rows(written[:, 0], kept))
         assert torch.equal(found[:-1], expected[:-1])
@@ -198,11 +210,13 @@ def test_scores_far_apart(kernels: Any) -> None:
     torch.testing.assert_close(requests.attend([(0, 0, 130)])[0].double(), requests.expected(0), rtol=1e-3, atol=1e-3)
 
 
-def test_caches_hold_what_was_written(kernels: Any) -> None:
-    requests = Requests(kernels, [37, 5], 2, 2, 8, 4)
+@pytest.mark.parametrize("block_size", [4, 16])
+def test_caches_hold_what_was_written(kernels: Any, block_size: int) -> None:
+    requests = Requests(kernels, [37, 5], 2, 2, 8, block_size)
+    caches = in_rows(kernels, requests.k_cache, True), in_rows(kernels, requests.v_cache, False)
     for row, n in enumerate(requests.lengths):
         blocks = requests.tables[row].long()
-        for cache, states in ((requests.k_cache, requests.k), (requests.v_cache, requests.v)):
+        for cache, states in zip(caches, (requests.k, requests.v), strict=True):
             kept = cache[blocks].transpose(1, 2).flatten(0, 1)  # [slots, Hkv, D]
             assert torch.equal(kept[:n], states[row])
             assert kept[n:].isnan().all()
