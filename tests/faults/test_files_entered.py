@@ -90,23 +90,18 @@ def test_a_chat_request_enters_few_files(server: RunningServer, beside: dict[str
 def test_an_upload_enters_few_files(
     server: RunningServer, beside: dict[str, set[str]], made: Files, tmp_path: Path
 ) -> None:
-    names = [f"new-{i}" for i in range(3)]
-    files = Files(
-        made.model, {name: tiny_adapter(tmp_path / name, made.model, seed=77 + i) for i, name in enumerate(names)}
-    )
-    coming = iter(names)
+    contents = [f"new-{i}" for i in range(3)]
+    directories = [tiny_adapter(tmp_path / name, made.model, seed=77 + i) for i, name in enumerate(contents)]
+    files, coming = Files(made.model, dict(zip(contents, directories, strict=True))), iter(contents)
 
     def upload() -> None:
         assert files.upload(server, "new", next(coming)).status_code == 201
 
     def entered() -> dict[str, set[str]]:
         found = server.files_entered(upload)
+        server.delete("/v1/adapters/new")
         assert "adapters/peft_format/layout.py" in found["checker"]
         return {part: names for part, names in found.items() if part != "engine"}
 
-    try:
-        files_of_api = check("files of an upload", entered, beside)["API"]
-        assert len(files_of_api - {"server/client/process.py", "server/metrics.py"}) <= 37  # those take in heartbeats
-    finally:
-        for name in names:
-            server.delete(f"/v1/adapters/{name}")
+    files_of_api = check("files of an upload", entered, beside)["API"]
+    assert len(files_of_api - {"server/client/process.py", "server/metrics.py"}) <= 37  # those take in heartbeats
