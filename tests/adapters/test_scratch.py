@@ -15,7 +15,7 @@ from adapters.scratch import scratch
 with scratch() as path:
     (path / "engine.sock").touch()
     print(path, flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 

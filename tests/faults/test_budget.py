@@ -46,6 +46,9 @@ async def test_every_body_of_every_operation_keeps_the_budget(served: Served) ->
     for case in cases(operations):
         method, path = case.operation.method, case.path
         whole = await ask(served.app, method, path, case.body(SIZE))
+        for _ in range(9):  # a busy machine has no time to compile a grammar now
+            if whole.status == 503:
+                whole = await ask(served.app, method, path, case.body(SIZE))
         assert 200 <= whole.status < 500, (case, whole)
         assert whole.answer < 20 * SIZE, (case, whole)
         if whole.seconds > 0.1 or whole.gap > GAP:

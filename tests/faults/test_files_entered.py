@@ -39,22 +39,35 @@ def listed(files: Mapping[str, set[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def check(block: str, made: Callable[[], Mapping[str, set[str]]], beside: Mapping[str, set[str]]) -> None:
-    """The list in the page is what was entered, but for what an idle server enters `beside` requests."""
+def check(
+    block: str, made: Callable[[], Mapping[str, set[str]]], beside: Mapping[str, set[str]]
+) -> Mapping[str, set[str]]:
+    """The list in the page is what was entered, but for what an idle server enters `beside` requests: this, by process.
+
+    What does not agree is tried again, and what was entered each time counts: there is work of each minute, too.
+    """
     begin, end = f"<!-- {block}: begin -->\n", f"<!-- {block}: end -->"
     head, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
     old, _, tail = rest.partition(end)
     entered = made()
     if os.environ.get("UPDATE_DOCS"):
         PAGE.write_text(head + begin + listed(entered) + end + tail, encoding="utf-8")
-        return
+        return entered
     known: dict[str, set[str]] = {}
     for part, names in re.findall(r"- (\w+), \d+: (.*)", old):
         folders = [folder.split(": ") for folder in names.split("; ")]
         known[part] = {f"{at}/{name}.py" for at, files in folders for name in files.split(", ")}
-    for part, files in entered.items():
-        idle = beside.get(part, set())
-        assert files - idle == known.get(part, set()) - idle, f"{part}: run with UPDATE_DOCS=1"
+
+    def unlike() -> dict[str, set[str]]:
+        differing = {part: files ^ known.get(part, set()) for part, files in entered.items()}
+        return {part: files - beside.get(part, set()) for part, files in differing.items()}
+
+    for _ in range(2):
+        if any(unlike().values()):
+            again = made()
+            entered = {part: files & again.get(part, set()) for part, files in entered.items()}
+    assert {part: files for part, files in unlike().items() if files} == {}, "run with UPDATE_DOCS=1"
+    return entered
 
 
 @pytest.fixture
@@ -69,28 +82,26 @@ def test_a_chat_request_enters_few_files(server: RunningServer, beside: dict[str
         assert "server/http/routes/chat.py" in entered["API"]
         assert "server/engine/scheduler.py" in entered["engine"]
         entered["API"].discard("server/history.py")  # which takes a sample now and then
-        assert len(set.union(*entered.values())) <= 56
         return {part: files for part, files in entered.items() if files}
 
-    check("files of a chat request", made, beside)
+    assert len(set.union(*check("files of a chat request", made, beside).values())) <= 56
 
 
 def test_an_upload_enters_few_files(
     server: RunningServer, beside: dict[str, set[str]], made: Files, tmp_path: Path
 ) -> None:
-    directory = tiny_adapter(tmp_path / "new", made.model, seed=77)
-    files = Files(made.model, {"new": directory})
+    contents = [f"new-{i}" for i in range(3)]
+    directories = [tiny_adapter(tmp_path / name, made.model, seed=77 + i) for i, name in enumerate(contents)]
+    files, coming = Files(made.model, dict(zip(contents, directories, strict=True))), iter(contents)
 
     def upload() -> None:
-        assert files.upload(server, "new", "new").status_code == 201
+        assert files.upload(server, "new", next(coming)).status_code == 201
 
     def entered() -> dict[str, set[str]]:
         found = server.files_entered(upload)
+        server.delete("/v1/adapters/new")
         assert "adapters/peft_format/layout.py" in found["checker"]
-        assert len(found["API"] - {"server/client/process.py", "server/metrics.py"}) <= 37  # those take in heartbeats
         return {part: names for part, names in found.items() if part != "engine"}
 
-    try:
-        check("files of an upload", entered, beside)
-    finally:
-        server.delete("/v1/adapters/new")
+    files_of_api = check("files of an upload", entered, beside)["API"]
+    assert len(files_of_api - {"server/client/process.py", "server/metrics.py"}) <= 37  # those take in heartbeats

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from server import model_source as models
 from server.model_source import BUILT_IN, DEFAULT, BuiltIn, ModelError, Wheel, resolve
 from server.text.chat_template import ChatTemplate
+from tests.support.running import eventually
 from tests.support.tiny import tiny_model
 
 
@@ -158,7 +158,11 @@ def test_concurrent_callers_prepare_a_model_once(
 ) -> None:
     calls: list[Path] = []
     lines: list[str] = []
-    monkeypatch.setattr(models, "_convert", _stub_convert(calls, lambda: time.sleep(0.2)))
+
+    def until_another_waits() -> None:
+        eventually(lambda: any("waiting" in line for line in lines), 60, "another waits")
+
+    monkeypatch.setattr(models, "_convert", _stub_convert(calls, until_another_waits))
     threads = [
         threading.Thread(target=resolve, args=(str(gguf_file), tmp_path / "cache", lines.append)) for _ in range(4)
     ]
@@ -167,7 +171,6 @@ def test_concurrent_callers_prepare_a_model_once(
     for thread in threads:
         thread.join()
     assert len(calls) == 1
-    assert any("waiting" in line for line in lines)
 
 
 # --- wheels and GGUF files for real --------------------------------------------------------------------

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
+from typing import Any
 from unittest.mock import AsyncMock
 
 import httpx
@@ -186,8 +187,13 @@ async def test_one_that_stands_still_is_replaced(
     pid = engine.pid
     assert engine.info is not None
     stands = engine.info.pid
-    monkeypatch.setattr(process, "_QUIET_SECONDS", 3.0)
-    monkeypatch.setattr(engine._process, "_stall_seconds", 6.0)
+    going, start = asyncio.Event(), asyncio.create_subprocess_exec
+
+    async def held(*args: Any, **kwargs: Any) -> Any:
+        await going.wait()
+        return await start(*args, **kwargs)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", held)
     body = {"model": "tiny", "prompt": [5, 6], "temperature": 0, "ignore_eos": True, "max_tokens": 3}
     async with over_http(engine, tmp_path) as client:
         assert (await client.get("/ready")).status_code == 200
@@ -196,15 +202,18 @@ async def test_one_that_stands_still_is_replaced(
             running = asyncio.create_task(client.post("/v1/completions", json=body | {"max_tokens": 450}))
             await until(lambda: bool(engine._streams))
             os.kill(stands, signal.SIGSTOP)
+        monkeypatch.setattr(process, "_QUIET_SECONDS", 2.0)
         late = asyncio.create_task(client.post("/v1/completions", json=body))
         await until(lambda: engine.unready_reason is not None)
         ready = await client.get("/ready")
         assert (ready.status_code, engine.pid) == (503, pid), "it may go on yet"
         assert "has not answered for" in ready.text
+        monkeypatch.setattr(engine._process, "_stall_seconds", 2.0)
         for response in await asyncio.wait_for(asyncio.gather(running, late), 60):
             assert response.status_code == 503, response.text
             assert int(response.headers["Retry-After"]) > 0
         assert "--engine-stall-seconds" in (await client.get("/ready")).text
+        going.set()
         await until(lambda: not Path(f"/proc/{stands}").exists())
         monkeypatch.undo()
         await until(lambda: engine.unready_reason is None)
