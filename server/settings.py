@@ -132,6 +132,11 @@ class Settings:
         "Largest JSON answer of a generation, where log-probabilities add up; a stream has no limit.",
         within=(1024, GIB),
     )
+    stream_ping_seconds: float = number(
+        15.0,
+        "Longest silence of a stream; then it gets a comment, so that no proxy takes it for idle. 0 sends none.",
+        within=(0, 3600),
+    )
     min_body_rate: int = size(
         4096,
         "Slowest that a body or an upload may arrive, after ten seconds, in bytes per second; 0 allows any.",
