@@ -336,7 +336,7 @@ def _meant(request: Request) -> str | None:
     path = re.sub("/{2,}", "/", request.url.path).rstrip("/")
     bare = re.sub("^(/v1)+(?=/|$)", "", path)
     for candidate in (f"/v1{bare}", bare):
-        scope = request.scope | {"path": candidate}
+        scope = {**request.scope, "path": candidate}
         if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes):
             return candidate
     return None
