@@ -11,6 +11,17 @@ CONVERT = (
     "safetensors.torch as s; s.save_file({k: v.clone() for k, v in torch.load('adapter_model.bin', weights_only=True, "
     "map_location='cpu').items()}, 'adapter_model.safetensors')\""
 )
+# What comes instead of weights, by its first bytes.
+_OTHERS = (
+    ((b"PK\x03\x04", b"\x80"), f"are pickled, not safetensors. {CONVERT}"),
+    ((b"version ",), "are a pointer of Git LFS, not the file that it stands for: fetch that with `git lfs pull`"),
+    ((b"GGUF",), "are a GGUF file, not safetensors: upload what PEFT's save_pretrained wrote"),
+    (
+        (b"<!", b"<html", b"<?xml"),
+        "are a web page, not safetensors: whatever fetched the file was answered with an error",
+    ),
+    ((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"), "are compressed, not safetensors: unpack the file first"),
+)
 
 
 class HeaderFault(ValueError):
@@ -37,8 +48,9 @@ def read_header(file: BinaryIO, max_bytes: int | None = None) -> Header:
     start = file.read(8)
     length = int.from_bytes(start, "little")
     if len(start) < 8 or length > os.fstat(file.fileno()).st_size - 8:
-        if start.startswith((b"PK\x03\x04", b"\x80")):
-            raise HeaderFault(f"are pickled, not safetensors. {CONVERT}")
+        for beginnings, reason in _OTHERS:
+            if start.startswith(beginnings):
+                raise HeaderFault(reason)
         raise HeaderFault("are cut short, or not a safetensors file: the header does not fit in")
     if max_bytes is not None and length > max_bytes:
         raise HeaderFault(f"have a header of {length} bytes; at most {max_bytes} are allowed")

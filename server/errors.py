@@ -4,6 +4,7 @@ The body is OpenAI's: `{"error": {"message", "type", "param", "code"}}`, or Anth
 client's input and never carry a traceback, a path or an address.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -13,7 +14,7 @@ from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 from starlette.types import ExceptionHandler
 
 from adapters import disk
@@ -26,6 +27,7 @@ from server.logs import note
 
 _ANTHROPIC = "/v1/messages"  # paths with Anthropic's errors
 _OF_ANOTHER_TYPE = ("literal_error", "model_type", "dict_type", "list_type", "string_type", "int_type", "float_type")
+_NO_OBJECT = ("model_type", "model_attributes_type", "dict_type")  # said in pydantic's and Python's terms
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -322,9 +324,22 @@ def _with_status(status: int, error: LorakeetError) -> LorakeetError:
 def _unknown_route(request: Request, exc: HTTPException) -> LorakeetError:
     asked = f"{request.method} {shown(request.url.path)}"
     if exc.status_code == 404:
-        return NotFound(f"Unknown request URL: {asked}.", code="unknown_url")
+        meant = _meant(request)
+        hint = f" Did you mean {shown(meant)}?" if meant else ""
+        return NotFound(f"Unknown request URL: {asked}.{hint}", code="unknown_url")
     headers = {"Allow": ", ".join(sorted(_methods(request)))}
     return _with_status(405, InvalidRequest(f"Not allowed: {asked}.", code="method_not_allowed", headers=headers))
+
+
+def _meant(request: Request) -> str | None:
+    """A path that there is, where the one that was asked for has too many slashes or `/v1`, or too few."""
+    path = re.sub("/{2,}", "/", request.url.path).rstrip("/")
+    bare = re.sub("^(/v1)+(?=/|$)", "", path)
+    for candidate in (f"/v1{bare}", bare):
+        scope = {**request.scope, "path": candidate}
+        if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes):
+            return candidate
+    return None
 
 
 def _methods(request: Request) -> set[str]:
@@ -354,7 +369,7 @@ def invalid_body(exc: ValidationError, data: Any = None) -> InvalidRequest:
     if fault["type"] == "extra_forbidden":
         message = f"Unsupported parameter: `{shown(param or '')}`."
         return InvalidRequest(message, param=param, code="unsupported_parameter")
-    message = fault["msg"].removeprefix("Value error, ")
+    message = "Input should be an object" if fault["type"] in _NO_OBJECT else fault["msg"].removeprefix("Value error, ")
     return InvalidRequest(f"`{param}`: {message}" if param else message, param=param)
 
 

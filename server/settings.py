@@ -120,6 +120,11 @@ class Settings:
         "Largest JSON answer of a generation, where log-probabilities add up; a stream has no limit.",
         within=(1024, GIB),
     )
+    stream_ping_seconds: float = number(
+        15.0,
+        "Longest silence of a stream; then it gets a comment, so that no proxy takes it for idle. 0 sends none.",
+        within=(0, 3600),
+    )
     keep_alive_seconds: int = whole(
         75,
         "How long an idle connection stays open; longer than a balancer in front keeps it, or that meets closed ones.",

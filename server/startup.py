@@ -13,6 +13,7 @@ from adapters.storage.versions import RemoteUnavailable
 from server import data_dir
 from server.admission import Admission, Drain, UploadSlots
 from server.batches.metrics import BatchMetrics
+from server.batches.rows import Limits
 from server.batches.runner import Batches
 from server.batches.store import BatchStore
 from server.children.helper import WORK, Helpers
@@ -172,8 +173,9 @@ def _batches(settings: Settings, tuning: FineTuning, metrics: Metrics) -> Batche
 
         store = shared = SharedBatches(tuning.database, directory)
         shared.join(Bucket(settings.adapter_store, settings.store_patience), settings.job_lease_seconds, at_once)
-    counted, most = BatchMetrics(metrics.registry), settings.batch_file_requests
-    batches = Batches(directory, store, tuning.files, counted, at_once=at_once, max_rows=most)
+    limits = Limits(settings.batch_file_requests, settings.max_body_bytes, settings.max_body_items)
+    counted = BatchMetrics(metrics.registry)
+    batches = Batches(directory, store, tuning.files, counted, at_once=at_once, limits=limits)
     if shared is not None:
         from server.finetune.sharing import Sharing
 

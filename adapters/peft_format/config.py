@@ -33,6 +33,12 @@ _NEVER_ACTIVATED = ("use_dora", "lora_bias", "bias", "modules_to_save", "trainab
 # What adapters of experts cannot have, in PEFT either.
 _NEVER_OF_EXPERTS = ("use_dora", "lora_bias", "alora_invocation_tokens")
 
+# Fields that PEFT passes over, but without which the adapter of the program that wrote them answers wrongly.
+_OF_OTHERS = dict.fromkeys(
+    ("invocation_string", "alora_invocation_string"),
+    "the adapter is in force only behind that text; give its token ids as alora_invocation_tokens, PEFT's field",
+)
+
 
 @dataclass(frozen=True)
 class AdapterConfig:
@@ -212,6 +218,9 @@ def parse_config(raw: bytes) -> AdapterConfig:
         for name, value in given.items()
         if name not in FIELDS and value is not None and value is not False and value not in ("", [], {})
     )
+    for name in unknown:
+        if name in _OF_OTHERS and not values["alora_invocation_tokens"]:
+            raise AdapterError(f"{name} is not read here: {_OF_OTHERS[name]}", name, "unsupported_adapter_feature")
     if unknown and _newer(values["peft_version"]):
         raise AdapterError(
             f"config has the unknown field '{shorten(unknown[0])}' of a newer PEFT ({values['peft_version']}), which "

@@ -1,15 +1,16 @@
 """The rows of a batch's file: read, checked, and their answers as they are written down."""
 
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from adapters.disk import full_disk_named, sync
-from adapters.strict_json import JsonFault, check_characters, parse_json
+from adapters.strict_json import JsonFault, check_characters, count_items, parse_json
 from server.batches.store import Fault
 from server.errors import shown
 from server.finetune.files import new_id
@@ -20,6 +21,17 @@ ANSWERS = {True: "output.jsonl", False: "errors.jsonl"}
 MAX_FAULTS = 100  # of a file that are reported
 _MAX_DEPTH = 40
 _MAX_ID = 512
+_ENVELOPE = 16 * 1024  # bytes of a line beside its body: more than the longest `custom_id` takes
+_ENVELOPE_ITEMS = 8  # four keys and their values
+_SKIPPED = 1 << 20  # bytes at a time of a line that is too long
+
+
+class Limits(NamedTuple):
+    """What a batch may hold."""
+
+    rows: int  # of its file
+    body_bytes: int  # of a request, as of one that comes by itself
+    body_items: int
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -32,17 +44,24 @@ class Row(msgspec.Struct, frozen=True):
 
 def read(path: Path) -> Iterator[Row]:
     """The rows of a file that has been checked."""
-    for line, text in _lines(path):
+    for line, text, _ in _lines(path):
         row = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
         yield Row(line, msgspec.json.decode(row["custom_id"], type=str), bytes(row["body"]))
 
 
-def check(path: Path, endpoint: str, max_rows: int) -> tuple[int, list[Fault]]:
+def check(path: Path, endpoint: str, limits: Limits) -> tuple[int, list[Fault]]:
     """How many rows there are, and all that is wrong with the file: without faults it can be `read`."""
     faults: list[Fault] = []
     seen: set[str] = set()
-    for line, text in _lines(path):
+    for line, text, whole in _lines(path, limits.body_bytes + _ENVELOPE):
         try:
+            if not whole:
+                message = f"a request has at most {limits.body_bytes} bytes (--max-body-bytes)"
+                raise _Faulty("line_too_long", message)
+            most = limits.body_items + _ENVELOPE_ITEMS
+            if count_items(text, most) > most:
+                message = f"it has more than {limits.body_items} elements of lists, keys and values (--max-body-items)"
+                raise _Faulty("too_many_items", message)
             custom_id = _checked(text, endpoint)
             if custom_id in seen:
                 raise _Faulty("duplicate_custom_id", f"`custom_id` {shown(custom_id)} was used before", "custom_id")
@@ -52,8 +71,8 @@ def check(path: Path, endpoint: str, max_rows: int) -> tuple[int, list[Fault]]:
                 break
         else:
             seen.add(custom_id)
-            if len(seen) > max_rows:
-                message = f"The file has more than {max_rows} requests (--batch-file-requests)."
+            if len(seen) > limits.rows:
+                message = f"The file has more than {limits.rows} requests (--batch-file-requests)."
                 return len(seen), [Fault("too_many_requests", message)]
     if not seen and not faults:
         faults.append(Fault("empty_file", "The file has no requests."))
@@ -91,13 +110,22 @@ def _checked(text: bytes, endpoint: str) -> str:
     return custom_id
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def _lines(path: Path, longest: int = sys.maxsize - 1) -> Iterator[tuple[int, bytes, bool]]:
+    """The lines that are not blank, by their numbers, and whether they are whole: of one with more bytes than `longest`
+    only the first are read into memory together.
+    """
     with path.open("rb") as file:
-        for number, text in enumerate(file, start=1):
+        number = 0
+        while text := file.readline(longest + 1):
+            number += 1
+            rest = text
+            whole = len(text) <= longest or text.endswith(b"\n")
+            while not whole and rest and not rest.endswith(b"\n"):
+                rest = file.readline(_SKIPPED)
             if number == 1:
                 text = text.removeprefix(BYTE_ORDER_MARK)
-            if stripped := text.strip():
-                yield number, stripped
+            if (stripped := text.strip()) or not whole:
+                yield number, stripped, whole
 
 
 class Journal:

@@ -25,7 +25,7 @@ from adapters.storage.versions import RemoteUnavailable
 from server.admission import BACKGROUND
 from server.batches import rows
 from server.batches.metrics import BatchMetrics
-from server.batches.rows import INPUT, Journal, Row
+from server.batches.rows import INPUT, Journal, Limits, Row
 from server.batches.store import FINAL, Batch, BatchStateError, BatchStore, Fault, Status
 from server.finetune.files import FileStore, StoredFile, new_id
 from server.finetune.manager import MAX_DEATHS, SPACE_SECONDS
@@ -59,6 +59,7 @@ class Batches:
     Args:
         directory: where batches keep their file and their answers while they run.
         at_once: requests that are under way at once, of all batches together.
+        limits: of one batch.
 
     Attributes:
         tasks: those that work on batches, by the batches' ids.
@@ -73,14 +74,14 @@ class Batches:
         metrics: BatchMetrics,
         *,
         at_once: int,
-        max_rows: int,
+        limits: Limits,
     ) -> None:
         self._directory = directory
         self._pending = lost.Pending(directory)
         self.store = store
         self._files = files
         self._metrics = metrics
-        self._max_rows = max_rows
+        self._limits = limits
         self._places = asyncio.Semaphore(at_once)
         self._alone = asyncio.Lock()  # held by a request that may have been an engine's death
         self._checking = asyncio.Lock()
@@ -222,9 +223,7 @@ class Batches:
         match batch.status:
             case "validating":
                 async with self._checking:
-                    total, faults = await asyncio.to_thread(
-                        rows.check, directory / INPUT, batch.endpoint, self._max_rows
-                    )
+                    total, faults = await asyncio.to_thread(rows.check, directory / INPUT, batch.endpoint, self._limits)
                 if faults:
                     await self._move(batch, "failed", total=total, faults=faults)
                 else:

@@ -22,6 +22,8 @@ _EVENT_STREAM = {
     "x-accel-buffering": "no",  # proxies, pass it on at once
 }
 
+PING = b": ping\n\n"
+
 T = TypeVar("T")
 
 encode_json = msgspec.json.Encoder().encode
@@ -78,34 +80,67 @@ async def send_events(
     events: AsyncIterator[Any],
     headers: Mapping[str, str],
     failed: Callable[[LorakeetError], Any] | None = None,
+    *,
+    ping_seconds: float,
 ) -> None:
-    """Server-sent events, one per item, and `[DONE]`.
+    """Server-sent events, one per item, and `[DONE]`; in silences a comment every `ping_seconds`, unless that is 0.
 
     With `failed`, which makes the event of an error, each event has its type as its name, and there is no `[DONE]`.
-    The head waits for the first event: what fails before it is an ordinary error response. What fails later ends the
-    stream with an error event and without `[DONE]`.
+    The head waits for the first event or comment: what fails before it is an ordinary error response. What fails later
+    ends the stream with an error event and without `[DONE]`.
     """
-    started, named = False, failed is not None
+    named = failed is not None
+    stream = _EventStream(send, headers)
+    pings = asyncio.create_task(stream.ping(ping_seconds)) if ping_seconds else None
     try:
         async for event in events:
-            if not started:
-                started = True
-                await _start(send, _EVENT_STREAM | dict(headers))
-            await _send_body(send, _line(event, named=named))
+            await stream.write(_line(event, named=named))
     except Exception as exc:
-        if not started:
+        if not stream.started:
             raise
         error = as_error(exc)
         if isinstance(error, InternalError):
             log.exception("a stream failed")
         event = error.body() if failed is None else failed(error)
-        await _send_body(send, _line(event, named=named))
+        await stream.write(_line(event, named=named))
     else:
-        if not started:
-            await _start(send, _EVENT_STREAM | dict(headers))
-        if not named:
-            await _send_body(send, b"data: [DONE]\n\n")
+        await stream.write(b"" if named else b"data: [DONE]\n\n")
+    finally:
+        if pings is not None:
+            pings.cancel()
+            await asyncio.gather(pings, return_exceptions=True)
     await _send_body(send, b"", more=False)
+
+
+class _EventStream:
+    """A response of events, whose head goes out with the first bytes."""
+
+    def __init__(self, send: Send, headers: Mapping[str, str]) -> None:
+        self._send = send
+        self._headers = _EVENT_STREAM | dict(headers)
+        self._writing = asyncio.Lock()
+        self._clock = asyncio.get_running_loop().time
+        self._last = self._clock()
+        self.started = False
+
+    async def write(self, text: bytes) -> None:
+        """Whole events, or nothing but the head."""
+        self._last = self._clock()
+        async with self._writing:
+            if not self.started:
+                self.started = True
+                await _start(self._send, self._headers)
+            if text:
+                await _send_body(self._send, text)
+
+    async def ping(self, seconds: float) -> None:
+        """Write a comment, which clients pass over, after each silence of so long: proxies end what is idle."""
+        while True:
+            left = self._last + seconds - self._clock()
+            if left <= 0:
+                await self.write(PING)
+            else:
+                await asyncio.sleep(left)
 
 
 def _line(event: Any, *, named: bool) -> bytes:

@@ -25,6 +25,7 @@ from server.errors import (
     InvalidApiKey,
     LorakeetError,
     RequestTimeout,
+    UnsupportedMediaType,
     as_error,
     error_response,
 )
@@ -99,7 +100,9 @@ class _Exchange:
         self._body_complete = False
         self._started = time.perf_counter()
         self.status: int | None = None
-        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        headers = dict(scope["headers"])
+        self._coding = headers.get(b"content-encoding", b"").strip().lower()
+        given = headers.get(b"x-request-id", b"")
         self.request_id = given.decode() if _REQUEST_ID.fullmatch(given) else f"req-{uuid.uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = self.request_id
         self._notes = begin_notes()
@@ -107,6 +110,12 @@ class _Exchange:
     async def receive(self) -> Message:
         if self._body_complete:  # the next message is the disconnect, which may take as long as it likes
             return await self._receive()
+        if self._coding not in (b"", b"identity"):
+            raise UnsupportedMediaType(
+                "The body has a Content-Encoding, which is not read: send it as it is, uncompressed.",
+                param="Content-Encoding",
+                headers={"Accept-Encoding": "identity"},
+            )
         patience = BODY_IDLE_SECONDS
         if self._min_body_rate:
             due = BODY_GRACE_SECONDS + self._received / self._min_body_rate

@@ -56,12 +56,14 @@ Label = Annotated[str, Field(max_length=4096)]  # a client's own mark, which an 
 class Body(BaseModel):
     """A JSON object with known fields. Null means not given. No coercion.
 
-    A field we do not have is refused by name, unless its value changes nothing (`no_ops`): clients send those.
+    A field we do not have is refused by name, unless clients send it and its value changes nothing (`no_ops`), or none
+    could: notes of a client's or of another server's, which no model is shown (`marks`).
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    marks: ClassVar[frozenset[str]] = frozenset()
 
     @model_validator(mode="before")
     @classmethod
@@ -69,9 +71,9 @@ class Body(BaseModel):
         if not isinstance(data, dict):
             return data
         given: dict[str, Any] = {}
-        fields, no_ops = _names(cls), cls.no_ops  # a list may have thousands of such objects
+        fields, no_ops, marks = _names(cls), cls.no_ops, cls.marks  # a list may have thousands of such objects
         for name, value in data.items():
-            if value is None or (name in no_ops and _same_as_one_of(value, no_ops[name])):
+            if value is None or name in marks or (name in no_ops and _same_as_one_of(value, no_ops[name])):
                 continue
             given[name] = value
             if name not in fields:  # one is enough, and there may be a million
@@ -88,6 +90,7 @@ class Body(BaseModel):
         described["properties"] = {
             name: property_ if name in required else _or_null(property_) for name, property_ in properties.items()
         } | {name: {"enum": [*values, None], "deprecated": True} for name, values in cls.no_ops.items()}
+        described["properties"] |= {name: {"deprecated": True} for name in sorted(cls.marks)}
         described["additionalProperties"] = {"type": "null"}
         return schema
 

@@ -75,6 +75,7 @@ class ToolCall(Body):
     """A call in an earlier answer."""
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {"index": tuple(range(128))}
+    marks: ClassVar[frozenset[str]] = frozenset({"extra_content", "provider_specific_fields"})
 
     id: str = Field(min_length=1, max_length=256)
     type: Literal["function"] = "function"
@@ -86,11 +87,16 @@ class Message(Body):
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {
         "tool_calls": ([],),
-        "annotations": ([],),
     }
+    marks: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("id", "opts", "status", "metadata", "created_at", "createdAt", "timestamp", "cache_control"),
+            *("annotations", "extra_content", "provider_specific_fields", "reasoning_details", "thinking_blocks"),
+        }
+    )
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str, _CONTENT] = ""  # may only be missing beside `tool_calls`
+    content: Annotated[str, _CONTENT] = ""  # may only be missing beside `tool_calls` or a thought
     name: str | None = None
     tool_calls: Items[ToolCall] = Field([])
     tool_call_id: str | None = None
@@ -136,7 +142,8 @@ class Conversation(Body):
             if message.role != "assistant" and (message.reasoning or message.reasoning_content):
                 param = f"messages.{i}.{'reasoning' if message.reasoning else 'reasoning_content'}"
                 raise InvalidRequest(f"`{param}`: only an assistant's message has a thought.", param=param)
-            if "content" not in message.model_fields_set and not message.tool_calls:
+            answered = message.tool_calls or message.reasoning or message.reasoning_content
+            if "content" not in message.model_fields_set and not answered:
                 raise InvalidRequest(f"`messages.{i}.content`: Field required", param=f"messages.{i}.content")
         return self
 

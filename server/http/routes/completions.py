@@ -72,7 +72,7 @@ async def _answer(services: Services, caller: Caller, body: CompletionBody, send
         headers = {"X-Adapter-Digest": target.digest}
         if body.stream:
             async with aclosing(writer.chunks()) as chunks:
-                await send_events(send, chunks, headers)
+                await send_events(send, chunks, headers, ping_seconds=services.settings.stream_ping_seconds)
         else:
             await send_json(send, await writer.whole(), headers)
 

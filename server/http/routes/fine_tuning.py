@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -20,7 +21,7 @@ from server.finetune import hyperparameters
 from server.finetune.files import UnknownFileError
 from server.finetune.jobs import FINAL, Event, Job, JobSpec, JobStateError, StoredCheckpoint, UnknownJobError
 from server.finetune.preparation import question
-from server.http.answer import encode_json
+from server.http.answer import PING, encode_json
 from server.http.objects.common import ListObject
 from server.http.objects.training import CheckpointObject, Estimate, EventObject, JobObject
 from server.http.operations import OPENING, Operation
@@ -201,7 +202,8 @@ async def _stream_events(request: Request, job: Job, after: str | None) -> Respo
     await asyncio.to_thread(jobs.events, job.id, limit=1, after=after)
 
     async def stream() -> AsyncIterator[bytes]:
-        last = after
+        last, silent = after, 0.0
+        pings = services.settings.stream_ping_seconds
         while True:
             now = await asyncio.to_thread(jobs.get, caller_of(request).tenant, job.id)
             ended = now.status in FINAL or services.drain.draining
@@ -211,11 +213,16 @@ async def _stream_events(request: Request, job: Job, after: str | None) -> Respo
                     jobs.events, job.id, limit=_STREAM_PAGE, after=last, newest_first=False
                 )
                 for event in events:
-                    last = event.id
+                    last, silent = event.id, 0.0
                     yield b"id: %b\ndata: %b\n\n" % (event.id.encode(), encode_json(event_object(event)))
             if ended:
                 break
+            if pings and silent >= pings:
+                yield PING
+                silent = 0.0
+            began = time.monotonic()
             await services.tuning.manager.wait_for_news(_POLL_SECONDS)
+            silent += time.monotonic() - began
         yield b"data: [DONE]\n\n"
 
     return StreamingResponse(stream(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})

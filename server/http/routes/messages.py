@@ -34,7 +34,8 @@ async def _answer(services: Services, caller: Caller, body: MessageBody, send: S
             headers = {"X-Adapter-Digest": chat.generation.target.digest}
             async with aclosing(_events(writer, chat)) as events:
                 if body.stream:
-                    await send_events(send, events, headers, anthropic_body)
+                    pings = services.settings.stream_ping_seconds
+                    await send_events(send, events, headers, anthropic_body, ping_seconds=pings)
                 else:
                     async for _ in events:
                         pass

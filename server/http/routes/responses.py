@@ -106,7 +106,8 @@ async def _answer(work: _Work, send: Send) -> None:
             headers = {"X-Adapter-Digest": chat.generation.target.digest}
             async with aclosing(_events(work, writer, chat)) as events:
                 if work.body.stream:
-                    await send_events(send, events, headers, writer.fail)
+                    pings = work.services.settings.stream_ping_seconds
+                    await send_events(send, events, headers, writer.fail, ping_seconds=pings)
                 else:
                     async for _ in events:
                         pass
@@ -133,7 +134,7 @@ async def _in_background(work: _Work, send: Send) -> None:
     response = await asyncio.shield(begun)
     headers = {"X-Adapter-Digest": response.system_fingerprint}
     if work.body.stream:
-        await _send_log(send, running, -1, headers)
+        await _send_log(work.services, send, running, -1, headers)
     else:
         await send_json(send, response, headers)
 
@@ -185,12 +186,17 @@ async def get_response(request: Request, query: RetrieveQuery) -> Response | Ans
         message = "`stream` needs a response that was begun with `background` and `stream`."
         raise InvalidRequest(message, param="stream")
     after = -1 if query.starting_after is None else query.starting_after
-    return Answer(partial(_send_log, followed=followed, after=after, headers={}))
+    return Answer(partial(_send_log, services_of(request), followed=followed, after=after, headers={}))
 
 
-async def _send_log(send: Send, followed: Followed, after: int, headers: dict[str, str]) -> None:
+async def _send_log(services: Services, send: Send, followed: Followed, after: int, headers: dict[str, str]) -> None:
+    pings = services.settings.stream_ping_seconds
     async with aclosing(followed.follow(after)) as events:
-        await send_events(send, events, headers, lambda error: error.body()["error"] | {"type": "error"})
+        await send_events(send, events, headers, _log_failed, ping_seconds=pings)
+
+
+def _log_failed(error: LorakeetError) -> dict[str, Any]:
+    return error.body()["error"] | {"type": "error"}
 
 
 async def list_input_items(request: Request, query: ItemsQuery) -> Response:

@@ -291,6 +291,15 @@ def test_fields_that_peft_does_not_have_are_passed_over_by_name() -> None:
     assert config.normalised() == parse(peft_version="0.21.2").normalised()
 
 
+@pytest.mark.parametrize("name", ["invocation_string", "alora_invocation_string"])
+def test_an_activated_adapter_of_before_pefts_is_not_taken_for_plain_lora(name: str) -> None:
+    fault = refusal(json.dumps(BASE | {name: "<|start_of_role|>"}).encode())
+    assert fault.param == name
+    assert "alora_invocation_tokens" in str(fault)
+    assert parse(**{name: "<|start_of_role|>", "alora_invocation_tokens": [1]}).unknown == (name,)
+    assert parse(**{name: None}).alora_invocation_tokens == ()
+
+
 def test_those_of_a_newer_peft_are_refused() -> None:
     """They may change what is served without a tensor of their own, as use_rslora did."""
     for version in ("0.22.0", "1.0", "0.22.0.dev0@abc"):

@@ -378,6 +378,23 @@ def test_pickles_are_neither_run_nor_mistaken(tmp_path: Path, zipped: bool) -> N
     assert "pickle" in str(refusal(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 123\n", "git lfs pull"),
+        (b"GGUF\x03\x00\x00\x00" + bytes(64), "GGUF"),
+        (b"<!DOCTYPE html><html><title>404</title>", "web page"),
+        (b"\x1f\x8b\x08\x00" + bytes(64), "compressed"),
+        (b"\xff" * 64, "not a safetensors file"),
+    ],
+)
+def test_what_comes_in_place_of_weights_is_named(tmp_path: Path, content: bytes, named: str) -> None:
+    make(tmp_path)
+    (tmp_path / WEIGHTS).write_bytes(content)
+    fault = refusal(tmp_path)
+    assert (fault.param, named in str(fault)) == ("weights", True)
+
+
 def test_missing_files_are_named(tmp_path: Path) -> None:
     assert refusal(tmp_path).param == "config"
     make(tmp_path)

@@ -88,6 +88,47 @@ async def test_a_field_that_changes_nothing_is_accepted_at_that_value_alone(
     assert (response.status_code, response.json()["error"]["param"]) == (400, name)
 
 
+MARKS: dict[str, Any] = {
+    "id": "msg_1",
+    "opts": {"visible": False},
+    "created_at": 1.5,
+    "cache_control": {"type": "ephemeral"},
+    "annotations": [{"type": "url_citation"}],
+    "provider_specific_fields": {"refusal": None},
+    "reasoning_details": [{"type": "reasoning.text", "text": "Hm."}],
+    "extra_content": {"google": {"thought_signature": "x"}},
+}
+
+
+@pytest.mark.parametrize("name", MARKS)
+async def test_notes_of_clients_and_other_servers_reach_no_prompt(served: Served, name: str) -> None:
+    note = {name: MARKS[name]}
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    of_call = note if name in ("provider_specific_fields", "extra_content") else {}
+    for notes, of_calls in (({}, {}), (note, of_call)):
+        said = {"role": "assistant", "content": None, "tool_calls": [call | of_calls]}
+        result = {"role": "tool", "tool_call_id": "c1", "content": "2"}
+        messages = [message | notes for message in ({"role": "user", "content": "Hi"}, said, result)]
+        response = await served.client.post("/v1/chat/completions", json=CHAT | {"messages": messages})
+        assert response.status_code == 200, response.text
+    plain, marked = served.engine.requests[-2:]
+    assert plain.prompt == marked.prompt
+
+
+async def test_content_elsewhere_in_a_message_is_refused(served: Served) -> None:
+    for name in ("audio", "images", "parts", "prefix", "refusal"):
+        messages = [{"role": "assistant", "content": "x", name: True}]
+        response = await served.client.post("/v1/chat/completions", json=CHAT | {"messages": messages})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, f"messages.0.{name}")
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+async def test_a_thought_without_an_answer_can_be_sent_back(served: Served, name: str) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None, name: "Hm."}]
+    response = await served.client.post("/v1/chat/completions", json=CHAT | {"messages": messages})
+    assert response.status_code == 200, response.text
+
+
 @pytest.mark.parametrize("hint", [{"reasoning_effort": "low"}, {"verbosity": "high"}])
 async def test_hints_to_models_that_reason_are_accepted(served: Served, hint: dict[str, Any]) -> None:
     assert (await served.client.post("/v1/chat/completions", json=CHAT | hint)).status_code == 200

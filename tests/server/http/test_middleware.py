@@ -242,3 +242,17 @@ async def test_a_path_cannot_forge_a_log_line(caplog: pytest.LogCaptureFixture) 
         await client().get("/a%0Ab%1b[31m")
     [record] = [record for record in caplog.records if record.name == "server.access"]
     assert record.getMessage().isprintable()
+
+
+@pytest.mark.parametrize("coding", ["gzip", "br", "zstd", "gzip, identity"])
+async def test_a_compressed_body_is_refused_as_such(coding: str) -> None:
+    response = await client().post("/v1/echo", content=b"\x1f\x8b", headers={"Content-Encoding": coding})
+    assert response.status_code == 415
+    assert error(response)["param"] == "Content-Encoding"
+    assert response.headers["Accept-Encoding"] == "identity"
+
+
+@pytest.mark.parametrize("coding", ["identity", "Identity", ""])
+async def test_a_body_that_is_said_to_be_as_it_is_is_read(coding: str) -> None:
+    response = await client().post("/v1/echo", content=b"x", headers={"Content-Encoding": coding})
+    assert (response.status_code, response.text) == (200, "x")

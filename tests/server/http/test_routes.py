@@ -79,3 +79,26 @@ async def test_paths_are_exact(site: Site) -> None:
     async with site.client() as client:
         for path in ("/metrics/", "/Metrics", "http://test//metrics", "/v1/../metrics/x", "/health%2f", "/metrics%00"):
             assert (await client.get(path)).status_code == 401, path
+
+
+@pytest.mark.parametrize(
+    ("method", "asked", "meant"),
+    [
+        ("POST", "/chat/completions", "/v1/chat/completions"),
+        ("POST", "/v1/v1/chat/completions", "/v1/chat/completions"),
+        ("POST", "/v1/chat/completions/", "/v1/chat/completions"),
+        ("POST", "//v1//completions", "/v1/completions"),
+        ("POST", "/v1/tokenize", "/tokenize"),
+        ("GET", "/v1/metrics", "/metrics"),
+        ("GET", "/models/some/name", "/v1/models/some/name"),
+        ("GET", "/chat/completions", None),
+        ("POST", "/v1/audio/speech", None),
+        ("GET", "/v1", None),
+    ],
+)
+async def test_a_path_that_is_nearly_there_is_named(site: Site, method: str, asked: str, meant: str | None) -> None:
+    async with site.client(headers={"Authorization": f"Bearer {KEY}"}) as client:
+        response = await client.request(method, f"http://test{asked}")
+    assert (response.status_code, response.json()["error"]["code"]) == (404, "unknown_url")
+    hint = f" Did you mean {meant}?" if meant else ""
+    assert response.json()["error"]["message"] == f"Unknown request URL: {method} {asked}.{hint}"
