@@ -340,7 +340,7 @@ async def _times(
 
     Where they are not `alike` they are taken anew, twice at most: the machine may do other things.
     """
-    found = {}
+    found: dict[str, list[list[float]]] = {}
     async with (
         two_tenants(directory) as (served, headers, _, theirs),
         # Without the check of every answer: it takes longer than the answer, and as long as that is.
