@@ -14,6 +14,7 @@ BY_ADAPTER = frozenset(
     {
         "/v1/chat/completions",
         "/v1/completions",
+        "/v1/classify",
         "/v1/embeddings",
         "/v1/messages",
         "/v1/messages/count_tokens",
@@ -41,7 +42,7 @@ _HOP_BY_HOP = frozenset(
         "server",
     }
 )
-_MERGE = re.compile(r"/v1/adapters/(.+)/merge")  # resident: best where the adapter is
+_AT_HOME = re.compile(r"/v1/adapters/(.+)/(?:merge|warm|verify)")  # best where the adapter is
 _SAMPLE = re.compile(r"([^\s{]+)(?:\{(.*)\})? (.+)")
 
 
@@ -98,10 +99,10 @@ def place(request: Request, base: frozenset[str], *, shared: bool) -> Place:
         if shared or not kept:
             name = _adapter(fields)
             return Place(adapter="" if name in base else name, repeatable=not kept)
-    merge = _MERGE.fullmatch(request.path) if shared else None
+    at_home = _AT_HOME.fullmatch(request.path) if shared else None
     return Place(
         writer=not shared,
-        adapter=unquote(merge[1]).partition("@")[0] if merge else "",
+        adapter=unquote(at_home[1]).partition("@")[0] if at_home else "",
         repeatable=request.method in ("GET", "HEAD"),
     )
 

@@ -67,10 +67,24 @@ def test_responses_that_are_kept_go_to_the_writer_unless_there_is_a_store(shared
         assert place(_request("/v1/responses", one | more)) == wanted
 
 
-def test_a_resident_merge_is_asked_for_where_the_adapter_is() -> None:
-    for method, path in itertools.product(("GET", "POST", "DELETE"), ("org/poet/merge", "org%2Fpoet%40sha256:1/merge")):
+@pytest.mark.parametrize("what", ["merge", "warm", "verify"])
+def test_what_is_one_servers_is_asked_for_where_the_adapter_is(what: str) -> None:
+    paths = f"org/poet/{what}", f"org%2Fpoet%40sha256:1/{what}"
+    for method, path in itertools.product(("GET", "POST", "DELETE"), paths):
         place = relay.place(_request(f"/v1/adapters/{path}", {}, method), BASE, shared=True)
         assert place == relay.Place(adapter="org/poet", repeatable=method == "GET")
+
+
+async def test_every_body_that_names_an_adapter_to_use_goes_where_it_is(tmp_path: Path) -> None:
+    async with serving(tmp_path) as served:
+        uses = {
+            one.path
+            for one in served.app.routes
+            if isinstance(one, Operation)
+            and not one.changes
+            and any("model" in body.model_fields for body in one.bodies)
+        }
+    assert uses - {"/v1/fine_tuning/estimate"} == relay.BY_ADAPTER | {relay.RESPONSES}
 
 
 async def _elsewhere(directory: Path, *, shared: bool) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
