@@ -86,7 +86,7 @@ INLINE vf scaled(vf numbers, const float* scales) {
     return numbers;
 }
 
-// Some keys of a block as fp32: to[d * GROUP + n], whole vectors where there are keys behind them in the block.
+// Some keys of a block as fp32, without their scales: to[d * GROUP + n], whole vectors where there are keys behind them in the block.
 template <class Number>
 void widen_columns(const Number* keys, int count, int room, int size, int dim, float* to) {
     for (int n = 0; n < count; n += W) {
@@ -156,7 +156,8 @@ INLINE void weigh_some(const float* weights, const Values& values, int d, int la
         for (int v = 0; v < V; v++) sums[m][v] = part ? load_part(acc + m * dim + d, lanes) : load(acc + m * dim + d + v * W);
     for (int n = 0; n < values.count; n++) {
         const Number* row = (const Number*)(values.rows + n * values.row_bytes);
-        for (int line = 0; values.next && line < LINES; line++) fetch_line(values.next + n * values.row_bytes + d * sizeof(Number) + line * LINE);
+        for (int line = 0; values.next && line < LINES; line++)
+            fetch_line(values.next + n * values.row_bytes + d * sizeof(Number) + line * LINE);
         for (int v = 0; v < V; v++) value[v] = part ? load_part(row + d, lanes) : load(row + d + v * W);
         for (int m = 0; m < M; m++) {
             const vf weight = set1(weights[m * GROUP + n]);
@@ -208,6 +209,7 @@ INLINE void soften(float* scores, const float* scales, float* top_score, float* 
     for (; d < dim; d++) acc[d] *= decay[0];
 }
 
+// Rows of a cache as fp32, without their scales.
 template <class Number>
 void widen_rows(const Values& from, float* to) {
     const int dim = from.dim;
@@ -238,7 +240,7 @@ void attend_group(const Attention& a, const Rows& rows, int begin, const Softmax
             n += count;
         }
     };
-    float scales[GROUP];
+    float scales[GROUP];  // of keys, until these are scored, then of values; lanes without one are masked, or of no value
     auto collect = [&](int n, int count, int first, const char* block, const char*) {
         memcpy(scales + n, block + size * row_bytes + first * sizeof(float), count * sizeof(float));
     };
@@ -264,7 +266,9 @@ void attend_group(const Attention& a, const Rows& rows, int begin, const Softmax
             if (SCALED<Number>) collect(n, count, first, here, next);
             fetch(next, count * row_bytes);
         });
-        by_fours(row_count, [&]<int M>(int m) { score_keys<M, Number>(rows.q + m * dim, columns, scales, keys, dim, rows.scores + m * GROUP); });
+        by_fours(row_count, [&]<int M>(int m) {
+            score_keys<M, Number>(rows.q + m * dim, columns, scales, keys, dim, rows.scores + m * GROUP);
+        });
     }
     if (SCALED<Number>) spans(a.cache.v, a.cache.v, rows.kv_len, collect);
     for (int m = 0; m < row_count; m++) {
