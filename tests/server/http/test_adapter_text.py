@@ -51,7 +51,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningSer
     model = tiny_model(root / "model")
     resized = save_resized(root / "resized", model, {}, 3)
     plain = tiny_adapter(root / "plain", model)
-    limits = ("--adapter-template-seconds", "2", "--adapter-template-cpu-seconds", "1")
+    limits = ("--adapter-template-seconds", "60", "--adapter-template-cpu-seconds", "1")
     server = RunningServer(model, root, root / "data", "--allow-adapter-chat-templates", *limits)
     try:
         server.ensure()
@@ -152,7 +152,7 @@ async def test_chat_templates_of_adapters(world: tuple[RunningServer, Path, Path
         answers = await asyncio.gather(*loops, *others)
         assert [answer.status_code for answer in answers] == [400, 400, 400, 200, 200]
         assert answers[0].json()["error"]["code"] == "chat_template_failed"
-        assert time.monotonic() - began < 60
+        assert time.monotonic() - began < 300
 
 
 async def test_a_template_that_writes_too_much_is_refused(

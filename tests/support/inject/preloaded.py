@@ -61,10 +61,13 @@ def _keep(connection: socket.socket) -> None:
         connection.close()
         _become(streams, **json.loads(order))
     ended = os.pidfd_open(engine)
-    with contextlib.suppress(ConnectionError):
+    try:
         connection.send(str(engine).encode())
-        if ended not in select.select([connection.fileno(), ended], [], [])[0]:
-            os.kill(engine, signal.SIGKILL)
+        alone = ended not in select.select([connection.fileno(), ended], [], [])[0]
+    except ConnectionError:  # who stood for it was killed at once
+        alone = True
+    if alone:
+        os.kill(engine, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(os.waitpid(engine, 0)[1])
     with contextlib.suppress(ConnectionError):
         connection.send(str(status).encode())
