@@ -56,7 +56,7 @@ class Crowd:
         self.served = served
         self.used: dict[tuple[str, str | None], Counter[str]] = defaultdict(Counter)
         self.digests: dict[str, set[str]] = defaultdict(set)  # that were uploaded
-        self.served: dict[str, set[str]] = defaultdict(set)  # some of them before their upload was answered
+        self.answered: dict[str, set[str]] = defaultdict(set)  # some of them before their upload was answered
         self.asked: Counter[str] = Counter()
         self._client = client
         self._root = root
@@ -88,7 +88,7 @@ class Crowd:
         if response.status_code == 404:
             return  # it is away at present
         if model != BASE:
-            self.served[mark].add(response.headers["X-Adapter-Digest"])
+            self.answered[mark].add(response.headers["X-Adapter-Digest"])
         assert mark in response.json()["choices"][0]["text"]
         usage = response.json()["usage"]
         counts = {
@@ -164,7 +164,7 @@ async def _churn(root: Path, requests: int) -> None:
             metrics = (await client.get("/metrics", headers=operator)).text
     assert lines.crossing == []
     for mark in MARKS:
-        assert crowd.served[mark] <= crowd.digests[mark], mark
+        assert crowd.answered[mark] <= crowd.digests[mark], mark
     assert all(lines.counts[mark] >= crowd.asked[mark] - 1 for mark in MARKS), "a line of each request, but for usage"
     for line in metrics.splitlines():
         assert len(set(MARK.findall(line))) < 2, line
