@@ -42,8 +42,8 @@ class ExpertLinear(nn.Module):
 
     def fill(self, weights: ExpertWeights, dtype: torch.dtype) -> None:
         """Take the weights in, once; `dtype` is the model's."""
-        self.weights, self.dtype = weights, dtype
-        for name, tensor in weights.tensors().items():
+        self.weights, self.dtype = weights.placed(), dtype
+        for name, tensor in self.weights.tensors().items():
             self.register_buffer(name, tensor, persistent=False)
 
     def __getitem__(self, expert: Tensor) -> Tensor:

@@ -204,11 +204,16 @@ struct Run {
         over_tokens(tokens, [&](int t) {  // in the router's order
             float* const to = s.hidden + (int64_t)t * hidden;
             const float* const weight = weights + t * m.chosen;
-            for (int j = 0; j < hidden; j++) {
-                float total = 0.f;
-                for (int i = 0; i < m.chosen; i++) total += weight[i] * y[(int64_t)places[t * m.chosen + i] * hidden + j];
-                to[j] += total;
-            }
+            const int* const place = &places[t * m.chosen];
+            auto total = [&](int j, auto&& read) {
+                vf sum = {};
+                for (int i = 0; i < m.chosen; i++) sum += set1(weight[i]) * read(y + (int64_t)place[i] * hidden + j);
+                return read(to + j) + sum;
+            };
+            int j = 0;
+            for (; j + W <= hidden; j += W) store(to + j, total(j, [](const float* p) { return load(p); }));
+            const int left = hidden - j;
+            if (left) store_part(to + j, total(j, [&](const float* p) { return load_part(p, left); }), left);
         });
     }
 

@@ -14,6 +14,26 @@ struct Group {
     int expert, start, rows;
 };
 
+// to[i] = code[at[i]] * scale + offset
+void undo(const float* code, const uint8_t* at, int64_t count, float scale, float offset, float* to) {
+    int64_t i = 0;
+#if defined(__AVX512F__)
+    __m512 parts[16];
+    for (int n = 0; n < 16; n++) parts[n] = _mm512_loadu_ps(code + 16 * n);
+    for (; i + 16 <= count; i += 16) {
+        const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(at + i)));
+        __m512 found[8];  // by the lowest five bits, of each of the eight parts that the others choose from
+        for (int n = 0; n < 8; n++) found[n] = _mm512_permutex2var_ps(parts[2 * n], index, parts[2 * n + 1]);
+        for (int bit = 5, left = 4; left; bit++, left /= 2) {
+            const __mmask16 upper = _mm512_test_epi32_mask(index, _mm512_set1_epi32(1 << bit));
+            for (int n = 0; n < left; n++) found[n] = _mm512_mask_blend_ps(upper, found[2 * n], found[2 * n + 1]);
+        }
+        store(to + i, (vf)found[0] * set1(scale) + set1(offset));
+    }
+#endif
+    for (; i < count; i++) to[i] = code[at[i]] * scale + offset;
+}
+
 // The weight of one expert, whose scales are good for outputs [first, last).
 Weight weight_of(const Experts& experts, int expert, int first, int last) {
     Weight w = experts.first;
@@ -26,12 +46,22 @@ Weight weight_of(const Experts& experts, int expert, int first, int last) {
     const float offset = experts.offset[expert];
     float* scales = scratch(SCALES, end - begin);
     for (int64_t i = begin, block = begin / size; i < end; block++) {  // no division for each of them
-        const float scale = outer[block];
-        for (const int64_t stop = end < (block + 1) * size ? end : (block + 1) * size; i < stop; i++)
-            scales[i - begin] = experts.nested_code[absmax[i]] * scale + offset;
+        const int64_t stop = end < (block + 1) * size ? end : (block + 1) * size;
+        undo(experts.nested_code, absmax + i, stop - i, outer[block], offset, scales + i - begin);
+        i = stop;
     }
     w.scales = scales - begin;
     return w;
+}
+
+// What multiplying by these outputs of an expert reads before it asks for more by itself: the scales and a page of weights.
+void read_ahead(const Experts& experts, int expert, int first, int last, Ahead& ahead) {
+    constexpr int64_t PAGE = 4096;
+    const int64_t a_row = experts.bytes / experts.first.out, size = a_row * (last - first);
+    const int64_t scales = experts.scales / experts.first.out, at = expert * experts.scales + first * scales;
+    ahead.add((const char*)experts.first.data + expert * experts.bytes + first * a_row, size < PAGE ? size : PAGE);
+    if (experts.absmax) ahead.add(experts.absmax + at, (last - first) * scales);
+    else if (experts.first.scales) ahead.add(experts.first.scales + at, (last - first) * scales * (int64_t)sizeof(float));
 }
 
 }  // namespace
@@ -47,12 +77,19 @@ void grouped_linear(const Experts& experts, const float* x, const int64_t* count
     const int share = least(outputs_per_task(out * (int)groups.size()), (out + 15) / 16 * 16);
     const int tiles = (out + share - 1) / share;
     float* const second = gated ? scratch(GATED, (size_t)rows * out) : nullptr;
-    parallel_for(tiles * (int)groups.size(), [&](int task) {
+    const int tasks = tiles * (int)groups.size();
+    parallel_for(tasks, [&](int task) {
         const Group& group = groups[task / tiles];
         const int begin = task % tiles * share, end = least(begin + share, out);
         const PackedRows own = packed.from(group.start, in);
         float *to = y + (int64_t)group.start * out, *with = second + (int64_t)group.start * out;
-        linear_tile(weight_of(experts, group.expert, begin, end), own, group.rows, begin, end, to, out);
+        Ahead soon;
+        if (task + 1 < tasks) {  // most likely this thread's next: experts lie apart, so nothing else would ask for it
+            const int expert = groups[(task + 1) / tiles].expert, next = (task + 1) % tiles * share, stop = least(next + share, out);
+            read_ahead(experts, expert, next, stop, soon);
+            if (gated) read_ahead(experts, expert, out + next, out + stop, soon);
+        }
+        linear_tile(weight_of(experts, group.expert, begin, end), own, group.rows, begin, end, to, out, soon);
         if (!gated) return;
         linear_tile(weight_of(experts, group.expert, out + begin, out + end), own, group.rows, out + begin, out + end, with - out, out);
         for (int64_t m = 0; m < group.rows; m++) silu_mul(to + m * out + begin, with + m * out + begin, end - begin);

@@ -15,6 +15,7 @@ constexpr int STEPS = BLOCK / (2 * W);  // a step reads 2W weights into two vect
 // Up to this many rows weights are decoded in registers, again for each handful of rows; beyond, once into a tile.
 constexpr int FEW_ROWS = W == 16 ? 16 : 4;
 constexpr int WHOLE = 48;             // outputs that every kernel's handful divides: larger tasks take a multiple
+constexpr int64_t PAGE = 4096;        // bytes
 constexpr int GROUP = 32;             // outputs whose weights stay in cache from one handful of rows to the next
 constexpr int TILE_FLOATS = 1 << 15;  // a decoded tile is about this large
 constexpr int BACK_OUTPUTS = 64;      // backward: a tile of this many outputs
@@ -39,11 +40,11 @@ float weight_at(const Weight& w, int o, int i) {
 // The vector decoders want whole blocks of inputs under one scale.
 bool blockwise(const Weight& w) { return w.in % BLOCK == 0 && (w.kind != FOUR_BIT || w.blocksize == BLOCK); }
 
-// The next N rows' share of this block, asked for early: with few bytes a row the hardware's own prefetch lags behind.
-// One or two rows are as good as one stream through memory, and a page ahead is early enough.
+// The next rows' share of this block, asked for early: with few bytes a row the hardware's own prefetch lags behind. Rows
+// side by side are one stream through memory: a page ahead is early enough, unless these rows are longer than that.
 template <int N, int BYTES>
 INLINE void fetch_ahead(const void* at, int64_t row_bytes) {
-    const int64_t ahead = N <= 2 ? 4096 : N * row_bytes;
+    const int64_t ahead = N * row_bytes > PAGE ? N * row_bytes : PAGE;
     for (int n = 0; n < N; n++)
         for (int line = 0; line < BYTES; line += 64)
             __builtin_prefetch((const char*)at + n * row_bytes + ahead + line);
@@ -209,12 +210,11 @@ void few_rows(const Weight& w, const float* x, int rows, int first, int last, fl
         if constexpr (W == 16)
             for (; m + 8 <= rows; m += 8) sweep(sweep_decoding<8, 2, Decoder>, m);
         for (; m + 4 <= rows; m += 4) sweep(sweep_decoding<4, W == 16 ? 4 : 2, Decoder>, m);
-        if constexpr (W < 16)
-            for (; m + 3 <= rows; m += 3) sweep(sweep_decoding<3, 2, Decoder>, m);
+        for (; m + 3 <= rows; m += 3) sweep(sweep_decoding<3, W == 16 ? 4 : 2, Decoder>, m);
         for (; m + 2 <= rows; m += 2) sweep(sweep_decoding<2, 4, Decoder>, m);
         // A single row waits for its own sums unless there are several; but the fewer, the fewer streams are read at once,
         // and weights that are not decoded keep the memory busy by themselves.
-        constexpr int ALONE = W < 16 ? 4 : std::is_same<Decoder<1>, FourBit<1>>::value ? 2 : 1;
+        constexpr int ALONE = W < 16 || std::is_same<Decoder<1>, FourBit<1>>::value ? 4 : 1;
         for (; m < rows; m++) sweep(sweep_decoding<1, ALONE, Decoder>, m);
     }
 }
