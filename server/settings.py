@@ -126,9 +126,7 @@ class Settings:
         within=(0, 3600),
     )
     keep_alive_seconds: int = whole(
-        75,
-        "How long an idle connection stays open; longer than a balancer in front keeps it, or that meets closed ones.",
-        within=(1, 86400),
+        75, "How long an idle connection stays open: longer than a balancer's in front.", within=(1, 86400)
     )
     min_body_rate: int = size(
         4096,

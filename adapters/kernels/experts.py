@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,7 +59,8 @@ class ExpertWeights:
 
     def placed(self) -> "ExpertWeights":
         """The same weights where kernels read them fastest."""
-        return replace(self, **{name: on_huge_pages(tensor) for name, tensor in self.tensors().items()})
+        moved: dict[str, Any] = {name: on_huge_pages(tensor) for name, tensor in self.tensors().items()}
+        return replace(self, **moved)
 
     def __len__(self) -> int:
         return len(self.data)

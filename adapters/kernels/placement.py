@@ -20,7 +20,7 @@ def on_huge_pages(tensor: Tensor) -> Tensor:
     if not tensor.is_cpu or tensor.nbytes < HUGE_PAGE:
         return tensor
     size = tensor.nbytes
-    memory = mmap.mmap(-1, size + HUGE_PAGE)
+    memory = mmap.mmap(-1, size + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
