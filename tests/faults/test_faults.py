@@ -206,9 +206,10 @@ def part(name: str, content: bytes) -> bytes:
 def files_under(root: Path) -> dict[str, int]:
     """Stored files and their sizes, but for the database's."""
     found = {}
-    for path in root.rglob("*"):
+    paths = (Path(folder, name) for folder, _, names in os.walk(root) for name in names)  # folders may go meanwhile
+    for path in paths:
         with contextlib.suppress(FileNotFoundError):
-            if path.is_file() and ".db" not in path.name and ".sqlite" not in path.name:
+            if ".db" not in path.name and ".sqlite" not in path.name:
                 found[str(path.relative_to(root))] = path.stat().st_size
     return found
 

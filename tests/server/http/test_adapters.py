@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ async def push(site: Site, name: str, seed: int = 0, **config: Any) -> httpx.Res
 
 def kept(site: Site) -> list[str]:
     """Every file of every stored version, and whatever was left behind."""
-    return sorted(str(path.name) for path in (site.settings.data_dir / "store").rglob("*") if path.is_file())
+    return sorted(name for _, _, names in os.walk(site.settings.data_dir / "store") for name in names)
 
 
 async def refused(site: Site, response: httpx.Response, status: int, param: str | None) -> dict[str, Any]:

@@ -63,7 +63,9 @@ def failing(work: Callable[..., Any], prefix: str) -> Callable[..., Any]:
     """`work`, after a look at the file."""
 
     def look_first(*args: Any, **kwargs: Any) -> Any:
-        file = Path(os.environ.get("FAULT_FILE", os.devnull + "/none"))
+        if (name := os.environ.get("FAULT_FILE")) is None:
+            return work(*args, **kwargs)
+        file = Path(name)
         kind = _content(file)
         if kind.removeprefix("training ") == "slow":
             if kind.startswith("training") == (prefix == "training"):
