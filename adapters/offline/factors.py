@@ -24,17 +24,8 @@ class Factors(NamedTuple):
         return self.b @ self.a * self.scaling
 
 
-class StackedFactors(NamedTuple):
-    """`Factors` of every expert. a fp32 [experts, rank, in], b fp32 [experts, out, rank]."""
-
-    a: Tensor
-    b: Tensor
-    scaling: float
-
-    @property
-    def delta(self) -> Tensor:
-        """[experts, out, in]"""
-        return self.b @ self.a * self.scaling
+class StackedFactors(Factors):
+    """`Factors` of every expert. a fp32 [experts, rank, in], b fp32 [experts, out, rank], delta [experts, out, in]."""
 
 
 def read_factors(directory: Path, beside: Collection[str] = ()) -> dict[str, Factors]:

@@ -12,6 +12,7 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import pytest
 
 from tests.faults.conftest import ADAPTERS, Files
 from tests.support.running import BASE, RunningServer, eventually
+from tests.support.threads import ClientThreads
 
 KILLS = int(os.environ.get("KILLS", "200"))
 SECONDS = float(os.environ.get("KILLS_SECONDS", "inf"))
@@ -29,7 +31,7 @@ FINAL = {"succeeded", "failed", "cancelled"}
 ROWS = [{"text": f"the quick brown fox number {n} jumps over the lazy dog"} for n in range(16)]
 
 
-class Clients:
+class Clients(ClientThreads):
     """Threads that change things, and what they were told."""
 
     def __init__(self, server: RunningServer, made: Files) -> None:
@@ -38,21 +40,9 @@ class Clients:
         self.meaning: dict[str, set[str | None]] = {}  # name -> digests it may mean; more than one: nobody was told
         self.jobs: set[str] = set()
         self.faults: list[str] = []
-        self._stop = threading.Event()
-        # No connection is used twice: the server behind it may have died.
-        self._client = httpx.Client(timeout=30, limits=httpx.Limits(max_keepalive_connections=0))
-        self._threads = [threading.Thread(target=self._adapters, args=(n,)) for n in range(3)]
-        self._threads.append(threading.Thread(target=self._training))
-
-    def __enter__(self) -> None:
-        for thread in self._threads:
-            thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-        self._client.close()
+        works: list[Callable[[], None]] = [partial(self._adapters, n) for n in range(3)]
+        works.append(self._training)
+        super().__init__(threading.Event(), works, timeout=30)
 
     def _ask(self, method: str, path: str, **more: Any) -> httpx.Response | None:
         """None: nobody knows what became of it."""

@@ -19,6 +19,7 @@ import pytest
 from tests.faults.conftest import Files
 from tests.support.buckets import BUCKET, S3Server
 from tests.support.running import BASE, RunningServer, eventually
+from tests.support.threads import ClientThreads
 
 KILLS = int(os.environ.get("KILLS", "12"))
 LEASE = "4"
@@ -36,7 +37,7 @@ def batch_rows() -> list[dict[str, Any]]:
     ]
 
 
-class Clients:
+class Clients(ClientThreads):
     """A thread for each kind of work, which asks any server, and what was acknowledged."""
 
     def __init__(self, servers: list[RunningServer], stop: threading.Event) -> None:
@@ -44,20 +45,8 @@ class Clients:
         self.files: list[str] = []
         self.faults: list[str] = []
         self._servers = servers
-        self._stop = stop
-        self._client = httpx.Client(timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
         works = self._batch, self._job, self._evaluation, self._response
-        self._threads = [threading.Thread(target=self._work, args=(i, work)) for i, work in enumerate(works)]
-
-    def __enter__(self) -> None:
-        for thread in self._threads:
-            thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        for thread in self._threads:
-            thread.join()
-        self._client.close()
+        super().__init__(stop, [partial(self._work, i, work) for i, work in enumerate(works)], timeout=60)
 
     def _work(self, seed: int, work: Any) -> None:
         draw = random.Random(seed)

@@ -1,10 +1,12 @@
-"""Calls that begin at the same time, and the end of those that were begun."""
+"""Calls that begin at the same time, clients that work all the while, and the end of those that were begun."""
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+import httpx
 
 
 def together(*works: Callable[[], object]) -> list[Any]:
@@ -25,6 +27,28 @@ def together(*works: Callable[[], object]) -> list[Any]:
     for thread in threads:
         thread.join()
     return results
+
+
+class ClientThreads:
+    """Threads that work as a context lasts: from its end on, `stop` is set. They share an HTTP client.
+
+    No connection is used twice: the server behind it may have died.
+    """
+
+    def __init__(self, stop: threading.Event, works: Sequence[Callable[[], None]], timeout: float) -> None:
+        self._stop = stop
+        self._client = httpx.Client(timeout=timeout, limits=httpx.Limits(max_keepalive_connections=0))
+        self._threads = [threading.Thread(target=work) for work in works]
+
+    def __enter__(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+        self._client.close()
 
 
 async def threads_at_rest() -> None:

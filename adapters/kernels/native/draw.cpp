@@ -1,15 +1,13 @@
 // One token of each row, drawn from what temperature, min_p, top_k and top_p leave.
-#include <algorithm>
 #include <cmath>
-#include <functional>
 
+#include "blocks.h"
 #include "export.h"
 #include "pool.h"
 #include "tile.h"
 
 namespace {
 
-constexpr int BLOCK = 128;     // numbers that are summed together, and passed over together
 constexpr int DROPPED = 19;    // bits of a float that do not tell its bucket: four of the mantissa do
 constexpr int BUCKETS = 2048;  // of weights up to 1
 
@@ -83,15 +81,8 @@ struct Weights {
         return count;
     }
 
-    // The k-th greatest. Of k blocks' greatest the least is no greater.
-    float greatest(int64_t k) const {
-        float least = 0;
-        if (k <= blocks) {
-            std::copy(tops, tops + blocks, found);
-            std::nth_element(found, found + k - 1, found + blocks, std::greater<float>());
-            least = found[k - 1];
-        }
-        const int64_t count = gather(least);
+    float greatest(int64_t k) const {  // the k-th
+        const int64_t count = gather(least_of_greatest(tops, blocks, k, 0, found));
         std::nth_element(found, found + k - 1, found + count, std::greater<float>());
         return found[k - 1];
     }

@@ -1,15 +1,12 @@
 // Log-probabilities: those of given outputs with their ranks, and the likeliest ones.
-#include <algorithm>
 #include <cmath>
-#include <functional>
 
+#include "blocks.h"
 #include "export.h"
 #include "pool.h"
 #include "tile.h"
 
 namespace {
-
-constexpr int BLOCK = 128;  // numbers that are summed together, and passed over together
 
 struct Candidate {
     float score;
@@ -66,14 +63,9 @@ struct Scores {
         return count;
     }
 
-    // The `most` greatest, equal ones in order of id. Of so many blocks' greatest the least is no greater.
+    // The `most` greatest, equal ones in order of id.
     void best(int64_t most, Candidate* found, float* order) const {
-        float least = -INFINITY;
-        if (most <= blocks()) {
-            std::copy(tops, tops + blocks(), order);
-            std::nth_element(order, order + most - 1, order + blocks(), std::greater<float>());
-            least = order[most - 1];
-        }
+        const float least = least_of_greatest(tops, blocks(), most, -INFINITY, order);
         int64_t count = 0;
         for (int64_t b = 0; b < blocks(); b++) {
             if (tops[b] < least) continue;

@@ -1,0 +1,21 @@
+// A row of many numbers in blocks, of each of which the greatest is known.
+#pragma once
+
+#include <algorithm>
+#include <functional>
+
+#include "simd.h"
+
+namespace {
+
+constexpr int BLOCK = 128;  // numbers that are summed together, and passed over together
+
+// What k numbers of a row are no less than: of k blocks' greatest the least. `lowest` with fewer blocks. order [blocks] is scratch.
+inline float least_of_greatest(const float* tops, int64_t blocks, int64_t k, float lowest, float* order) {
+    if (k > blocks) return lowest;
+    std::copy(tops, tops + blocks, order);
+    std::nth_element(order, order + k - 1, order + blocks, std::greater<float>());
+    return order[k - 1];
+}
+
+}  // namespace
