@@ -30,6 +30,7 @@ Content = dict[str, Any]
 _READERS = 32  # records read at once
 _MARKS = 32  # of changes, kept in a record
 _PATIENCE = 20.0  # seconds for which a change that others come before is tried again
+_REFUSALS = 3  # of a write, by a bucket that answers reads, before its change is given up
 _FIRST_WAIT, _LONGEST_WAIT = 0.005, 0.5
 _SEAL_SECONDS = 3600.0  # after which a tombstone that was to go, and is still there, may be used again
 _REMOVAL_SECONDS = 60.0  # in which a sealed tombstone goes, or stays
@@ -176,7 +177,7 @@ class Records:
         `apply` is called again when another server came first. What it returns unchanged is not written; what it
         raises, this does. After RemoteUnavailable the change may have been made, or not.
         """
-        mark, deadline, wait = uuid.uuid4().hex, time.monotonic() + _PATIENCE, _FIRST_WAIT
+        mark, deadline, wait, refused = uuid.uuid4().hex, time.monotonic() + _PATIENCE, _FIRST_WAIT, 0
         while True:
             before = self.look(key)
             if mark in before.marks:  # it was made, and the answer lost
@@ -190,10 +191,9 @@ class Records:
                 except Conflict:
                     pass
                 except RemoteUnavailable:
-                    found = self.look(key)
-                    if mark not in found.marks:
+                    refused += 1
+                    if refused >= _REFUSALS and mark not in self.look(key).marks:
                         raise
-                    return self._noted(found)
             if time.monotonic() > deadline:
                 raise RemoteUnavailable(f"{self._path(key)} is changed by others all the time")
             time.sleep(random.uniform(0, wait))

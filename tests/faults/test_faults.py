@@ -371,14 +371,14 @@ async def test_a_second_interrupt_ends_at_once_and_in_silence(server: RunningSer
             started = asyncio.Event()
             stream = asyncio.create_task(read_stream(client, "red", 480, started))
             await started.wait()
-            os.kill(engine, signal.SIGSTOP)  # the answer does not end by itself, however fast the machine
-        server.process.send_signal(signal.SIGINT)
-        await asyncio.to_thread(
-            eventually, lambda: "Ctrl-C again ends them at once" in server.log[before:], 180, "it says so"
-        )
-        assert server.process.poll() is None
-        server.process.send_signal(signal.SIGINT)
-        assert await asyncio.to_thread(server.process.wait, DRAIN_SECONDS / 2) == 0
+            with server.held():  # the answer does not end by itself, however fast the machine
+                server.process.send_signal(signal.SIGINT)
+                await asyncio.to_thread(
+                    eventually, lambda: "Ctrl-C again ends them at once" in server.log[before:], 180, "it says so"
+                )
+                assert server.process.poll() is None
+                server.process.send_signal(signal.SIGINT)
+                assert await asyncio.to_thread(server.process.wait, DRAIN_SECONDS / 2) == 0
         with contextlib.suppress(httpx.TransportError):
             assert "[DONE]" not in await stream
     assert not alive(engine)

@@ -91,12 +91,17 @@ def slowed(fault: Path, work: str = "") -> Iterator[None]:
 
     With `work` "training ", each layer in training. A fault that is written in its place ends it.
     """
-    slow = f"{work}slow"
-    fault.write_text(slow)
+    with _meanwhile(fault, f"{work}slow"):
+        yield
+
+
+@contextmanager
+def _meanwhile(fault: Path, kind: str) -> Iterator[None]:
+    fault.write_text(kind)
     try:
         yield
     finally:
-        if fault.exists() and fault.read_text() == slow:
+        if fault.exists() and fault.read_text() == kind:
             fault.unlink()
 
 
@@ -205,6 +210,10 @@ class RunningServer:
     def slowed(self, work: str = "") -> AbstractContextManager[None]:
         """See the function of this name."""
         return slowed(self.fault, work)
+
+    def held(self) -> AbstractContextManager[None]:
+        """Meanwhile no step of the engine begins."""
+        return _meanwhile(self.fault, "held")
 
     def kill(self) -> None:
         """SIGKILL to the API process."""

@@ -144,6 +144,26 @@ def test_a_second_try_that_meets_its_own_change_is_no_conflict(tmp_path: Path, m
     assert records.change("a", adding(1)).content == {"all": list(range(1, 10))}
 
 
+def test_a_write_that_is_refused_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what others changed meanwhile."""
+    records, other = opened(f"file://{tmp_path}"), opened(f"file://{tmp_path}")
+    put_if = Bucket.put_if
+    refused: list[object] = []
+
+    def busy(self: Bucket, *args: Any) -> str | None:
+        if len(refused) == 2:
+            return put_if(self, *args)
+        refused.append(args)
+        if len(refused) == 2:
+            with monkeypatch.context() as patch:
+                patch.setattr(Bucket, "put_if", put_if)
+                other.change("a", adding(1))
+        raise RemoteUnavailable("busy")
+
+    monkeypatch.setattr(Bucket, "put_if", busy)
+    assert records.change("a", adding(2)).content == {"all": [1, 2]}
+
+
 def test_a_change_that_was_not_made_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = opened(f"file://{tmp_path}")
 

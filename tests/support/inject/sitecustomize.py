@@ -2,8 +2,8 @@
 notes which files a request enters.
 
 When the file named by FAULT_FILE appears, the next step (or piece of training, for a kind that begins with "training")
-takes it away and meets the fault that it names. While it says "slow", each takes a moment longer instead, so that what
-a test has begun is not over before the test can look at it.
+takes it away and meets the fault that it names. While it says "slow", each takes a moment longer instead, and none
+begins while it says "held": what a test has begun is not over before the test can look at it.
 """
 
 import os
@@ -66,7 +66,8 @@ def failing(work: Callable[..., Any], prefix: str) -> Callable[..., Any]:
         if (name := os.environ.get("FAULT_FILE")) is None:
             return work(*args, **kwargs)
         file = Path(name)
-        kind = _content(file)
+        while (kind := _content(file)) == "held":
+            time.sleep(SLOW_SECONDS)
         if kind.removeprefix("training ") == "slow":
             if kind.startswith("training") == (prefix == "training"):
                 time.sleep(SLOW_SECONDS)
