@@ -24,7 +24,7 @@ PLACES = 16  # sequences that run at once
 STEP_TOKENS = 256  # of one step
 FLOOD = 10 * PLACES
 PROMPT, ANSWER = 64, 32  # tokens of every request of the flood
-QUIET_ANSWER = 4  # of the quiet tenant's, whose share of the tokens must be small for the flood to keep its own
+QUIET_PROMPT, QUIET_ANSWER = 32, 4  # of the quiet tenant's: what it computes, the flood cannot keep
 INTERVAL = 1.0  # seconds between the quiet tenant's requests
 MOST_SLOWER, LEAST_KEPT = 1.3, 0.9
 _ADMIN = "loadtest-admin"
@@ -104,7 +104,7 @@ async def _asked_quietly(client: Client, seconds: float, seed: int) -> list[floa
     """Times to the first token of a request each second, whatever became of the one before."""
     asked = []
     for n in range(round(seconds / INTERVAL)):
-        asked.append(asyncio.create_task(_ask(client, seed + n, answer=QUIET_ANSWER)))
+        asked.append(asyncio.create_task(_ask(client, seed + n, QUIET_PROMPT, QUIET_ANSWER)))
         await asyncio.sleep(INTERVAL)
     return [metrics.ttft(timeline) for timeline in await asyncio.gather(*asked)]
 
@@ -156,7 +156,7 @@ def summary(
     """Figures and verdicts."""
     slower, part = (_p99(beside) - step) / _p99(alone), statistics.median(kept)
     work = (PROMPT + ANSWER) / ANSWER  # tokens computed for one of the flood's tokens
-    quiet = (PROMPT + QUIET_ANSWER) / INTERVAL
+    quiet = (QUIET_PROMPT + QUIET_ANSWER) / INTERVAL
     return {
         "places": PLACES,
         "flood": FLOOD,
