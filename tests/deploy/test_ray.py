@@ -21,7 +21,7 @@ from loadtest.synthetic import make_adapters
 from server.model_source import resolve
 from server.settings import Settings
 from tests.support.ray_cluster import PYTHON, RayCluster
-from tests.support.running import alive, eventually
+from tests.support.running import alive, eventually, slowed
 
 pytestmark = [
     pytest.mark.ray,
@@ -62,12 +62,18 @@ def _adapters(root: Path, model: Path) -> Path:
     return folder
 
 
-async def _stream(client: httpx.AsyncClient, adapter: str, tokens: int) -> list[Any]:
+async def _stream(
+    client: httpx.AsyncClient, adapter: str, tokens: int, begun: asyncio.Event | None = None
+) -> list[Any]:
     """The events of one streamed answer; the last is "[DONE]" or an error."""
     wish = {"model": adapter, "prompt": "Once", "max_tokens": tokens, "stream": True, "ignore_eos": True}
     async with client.stream("POST", "/v1/completions", json=wish) as answer:
         assert answer.status_code == 200, await answer.aread()
-        body = await answer.aread()
+        body = b""
+        async for piece in answer.aiter_bytes():
+            body += piece
+            if begun is not None:
+                begun.set()
     events = [line.removeprefix(b"data: ") for line in body.split(b"\n") if line]
     return ["[DONE]" if event == b"[DONE]" else json.loads(event) for event in events]
 
@@ -112,9 +118,13 @@ async def test_a_killed_replica_costs_its_open_streams(cluster: RayCluster, tiny
     async with _client(cluster) as client:
         for name in ADAPTERS:
             await _stream(client, name, 1)
-        streams = [asyncio.create_task(_stream(client, name, 450)) for name in ADAPTERS]
-        await asyncio.sleep(1)
-        victim.kill()
+        begun = [asyncio.Event() for _ in ADAPTERS]
+        with slowed(cluster.fault):  # no answer ends before the kill, however fast the machine
+            streams = [
+                asyncio.create_task(_stream(client, name, 450, one)) for name, one in zip(ADAPTERS, begun, strict=True)
+            ]
+            await asyncio.gather(*(one.wait() for one in begun))
+            victim.kill()
         died = time.monotonic()
         assert (await _stream(client, "tiny", 4))[-1] == "[DONE]"
         print(f"\na new request was answered {time.monotonic() - died:.2f} s after kill -9")
@@ -226,15 +236,16 @@ async def test_a_client_that_leaves_ends_its_request(cluster: RayCluster, tiny: 
     await asyncio.to_thread(cluster.deploy, {"min_replicas": 2, "max_replicas": 2}, tiny)
     body = {"model": ADAPTERS[0], "prompt": "a", "max_tokens": 500, "stream": True, "ignore_eos": True}
     async with _client(cluster) as client:
-        async with client.stream("POST", "/v1/completions", json=body | {"n": 16}) as answer:
-            assert answer.status_code == 200
-            await anext(answer.aiter_bytes())
-            async with asyncio.timeout(5):
-                while not await running():  # noqa: ASYNC110 - the engine tells of it now and then
-                    await asyncio.sleep(0.05)
-        async with asyncio.timeout(5):
-            while await running():  # noqa: ASYNC110
-                await asyncio.sleep(0.1)
+        with slowed(cluster.fault):  # the answer takes 25 s at least
+            async with client.stream("POST", "/v1/completions", json=body) as answer:
+                assert answer.status_code == 200
+                await anext(answer.aiter_bytes())
+                async with asyncio.timeout(10):
+                    while not await running():  # noqa: ASYNC110 - the engine tells of it now and then
+                        await asyncio.sleep(0.05)
+            async with asyncio.timeout(10):
+                while await running():  # noqa: ASYNC110
+                    await asyncio.sleep(0.1)
 
 
 async def test_scaling_out_and_in_fails_no_request(cluster: RayCluster, tiny: dict[str, str]) -> None:

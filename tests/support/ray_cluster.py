@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import psutil
 
-from tests.support.running import REPOSITORY, eventually
+from tests.support.running import PATH, REPOSITORY, eventually
 
 PYTHON = REPOSITORY / ".venv-ray/bin/python"
 DRIVER = REPOSITORY / "tests/support/ray_driver.py"
@@ -40,6 +40,7 @@ class RayCluster:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
+        self.fault = root / "fault"  # write a kind of `inject.sitecustomize` there
         self._data = root / "data"
         # Sockets' paths are short, so Ray's files cannot lie where pytest's do.
         self._temporary = Path(tempfile.mkdtemp(prefix="lorakeet-ray-", dir="/tmp"))
@@ -88,7 +89,12 @@ class RayCluster:
 
         most: requests that a replica takes at once.
         """
-        told = {"LORAKEET_RAY_COMMAND": shlex.join(SERVE), "LORAKEET_DATA_DIR": str(self._data), "HF_HUB_OFFLINE": "1"}
+        command = ["env", f"PYTHONPATH={PATH}", f"FAULT_FILE={self.fault}", *SERVE]
+        told = {
+            "LORAKEET_RAY_COMMAND": shlex.join(command),
+            "LORAKEET_DATA_DIR": str(self._data),
+            "HF_HUB_OFFLINE": "1",
+        }
         application = {
             "name": "lorakeet",
             "import_path": "lorakeet_ray:app",
