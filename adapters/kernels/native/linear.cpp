@@ -174,6 +174,7 @@ INLINE void dot_decoding(const Weight& w, int o, const float* x, float* y, int64
                 for (int m = 0; m < M; m++) {
                     const float* p = x + (int64_t)m * w.in + b * BLOCK + s * 2 * W;
                     vf x0 = load(p), x1 = load(p + W);
+                    in_register(x0), in_register(x1);
                     for (int n = 0; n < N; n++) acc[m][n] = fma(w0[n], x0, acc[m][n]);
                     for (int n = 0; n < N; n++) acc[m][n] = fma(w1[n], x1, acc[m][n]);
                 }
@@ -199,6 +200,22 @@ void sweep_decoding(const Weight& w, const float* x, int first, int last, float*
     for (; o < last; o++) dot_decoding<M, 1, Decoder>(w, o, x, y, stride, ahead);
 }
 
+// Most rows for which weights are decoded once: the dearer that is, the more.
+template <template <int> class Decoder>
+constexpr int handful() {
+    return W < 16 ? 4 : std::is_same<Decoder<1>, FourBit<1>>::value ? 12 : 8;
+}
+
+// How many outputs M rows are multiplied with at once, so that sums and weights fit the registers.
+template <template <int> class Decoder>
+constexpr int outputs_beside(int rows) {
+    if (rows > 4) return 2;
+    if (rows > 2) return W == 16 ? 4 : 2;
+    // A single row waits for its own sums unless there are several; but the fewer, the fewer streams are read at once,
+    // and weights that are not decoded keep the memory busy by themselves.
+    return rows == 2 || W < 16 || std::is_same<Decoder<1>, FourBit<1>>::value ? 4 : 1;
+}
+
 template <template <int> class Decoder>
 void few_rows(const Weight& w, const float* x, int rows, int first, int last, float* y, int64_t stride, const Ahead& ahead) {
     const int64_t in = w.in;
@@ -206,16 +223,12 @@ void few_rows(const Weight& w, const float* x, int rows, int first, int last, fl
     for (int o = first; o < last; o += GROUP) {
         const int end = least(o + GROUP, last);
         auto sweep = [&](auto sweep_rows, int m) { sweep_rows(w, x + m * in, o, end, y + m * stride, stride, trickle); };
-        int m = 0;
-        if constexpr (W == 16)
-            for (; m + 8 <= rows; m += 8) sweep(sweep_decoding<8, 2, Decoder>, m);
-        for (; m + 4 <= rows; m += 4) sweep(sweep_decoding<4, W == 16 ? 4 : 2, Decoder>, m);
-        for (; m + 3 <= rows; m += 3) sweep(sweep_decoding<3, W == 16 ? 4 : 2, Decoder>, m);
-        for (; m + 2 <= rows; m += 2) sweep(sweep_decoding<2, 4, Decoder>, m);
-        // A single row waits for its own sums unless there are several; but the fewer, the fewer streams are read at once,
-        // and weights that are not decoded keep the memory busy by themselves.
-        constexpr int ALONE = W < 16 || std::is_same<Decoder<1>, FourBit<1>>::value ? 4 : 1;
-        for (; m < rows; m++) sweep(sweep_decoding<1, ALONE, Decoder>, m);
+        for (int m = 0, count; m < rows; m += count) {
+            constexpr int MOST = handful<Decoder>();
+            const int left = rows - m;
+            count = left <= MOST ? left : least((left + 1) / 2, MOST);
+            with_count<MOST>(count, [&]<int M>() { sweep(sweep_decoding<M, outputs_beside<Decoder>(M), Decoder>, m); });
+        }
     }
 }
 

@@ -451,4 +451,11 @@ INLINE void look_up(const Table& t, const uint8_t* p, vf& even, vf& odd) {
 
 #endif
 
+// Keeps a number that is used several times from being loaded each time.
+INLINE void in_register(vf& v) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(v));
+#endif
+}
+
 }  // namespace

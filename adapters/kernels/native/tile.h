@@ -71,4 +71,12 @@ INLINE void by_fours(int count, F&& f) {
     }
 }
 
+// Calls f<M>() with M = count, which is from 1 to MOST.
+template <int MOST, class F>
+INLINE void with_count(int count, F&& f) {
+    if constexpr (MOST > 1)
+        if (count < MOST) return with_count<MOST - 1>(count, f);
+    f.template operator()<MOST>();
+}
+
 }  // namespace

@@ -100,7 +100,7 @@ def test_the_row_multiple_makes_the_twin_invariant() -> None:
     assert multiple in {1, 2, 4, 8, 16, 32, 64}
     x = torch.randn(37, 576)
     together = reference.linear_forward(x, weight)
-    for rows in (1, 2, 3, 5, 16, 31):
+    for rows in (*range(1, 18), 31):
         assert torch.equal(reference.linear_forward(x[:rows], weight), together[:rows])
 
 
