@@ -109,6 +109,8 @@ class Settings:
     allowed_origins: tuple[str, ...] = text(
         (), "An origin that browsers may call from, or *.", parse=parse_origin, repeatable=True
     )
+    max_head_bytes: int = size(64 * 1024, "Largest request line and headers, together.", within=(1024, 16 * MIB))
+    head_seconds: float = number(30.0, "How long they may take to arrive.", within=(0.1, 3600))
     max_body_bytes: int = size(8 * MIB, "Largest JSON body.", within=(1024, GIB))
     max_body_items: int = whole(
         2**18,
@@ -127,6 +129,9 @@ class Settings:
     )
     keep_alive_seconds: int = whole(
         75, "How long an idle connection stays open: longer than a balancer's in front.", within=(1, 86400)
+    )
+    body_idle_seconds: float = number(
+        60.0, "Longest wait for the next bytes of a body or an upload.", within=(0.1, 3600)
     )
     min_body_rate: int = size(
         4096,
@@ -245,6 +250,9 @@ class Settings:
         repeatable=True,
     )
     adapter_hub_seconds: float = number(600.0, "How long fetching an adapter from the hub may take.", within=(1, 86400))
+    adapter_hub_retry_seconds: float = number(
+        60.0, "After which the hub is asked again for an adapter that it could not give.", within=(0, 86400)
+    )
     keep_versions: int = whole(
         5,
         "Contents of a name that are kept, the current one included; older ones answer as name@digest.",

@@ -10,19 +10,24 @@ from http import HTTPStatus
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-MAX_HEAD_BYTES = 64 * 1024  # request line and headers; also trailers and chunk framing without any body byte
 MAX_UNREAD_BYTES = 64 * 1024  # of a body that nobody reads: it is taken in, so that the connection can go on
-HEAD_SECONDS = 30.0
 LINGER_SECONDS = 1.0  # closing with unread input resets the connection, and the client would not see the answer
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
-    """One connection. Give it to uvicorn as `http=`."""
+    """One connection. Give it, or what `limited` makes of it, to uvicorn as `http=`."""
 
+    max_head_bytes = 64 * 1024  # request line and headers; also trailers and chunk framing without any body byte
+    head_seconds = 30.0
     _silent_bytes = 0  # received since the parser last made visible progress
     _head_timer: asyncio.TimerHandle | None = None
     _reason: tuple[HTTPStatus, str] | None = None
     _refused = False
+
+    @classmethod
+    def limited(cls, *, head_bytes: int, head_seconds: float) -> type["LimitedHttpProtocol"]:
+        """The protocol with these limits."""
+        return type(cls.__name__, (cls,), {"max_head_bytes": head_bytes, "head_seconds": head_seconds})
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -37,8 +42,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             return
         self._silent_bytes += len(data)
         super().data_received(data)
-        if self._silent_bytes > MAX_HEAD_BYTES and not self._refused:
-            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"Headers exceed {MAX_HEAD_BYTES} bytes.")
+        if self._silent_bytes > self.max_head_bytes and not self._refused:
+            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, f"Headers exceed {self.max_head_bytes} bytes.")
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -48,10 +53,10 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         self._stop_timer()
         self._silent_bytes = 0
         # A head that arrives in one piece is complete before its bytes could be found too many.
-        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD_BYTES:
+        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > self.max_head_bytes:
             self._reason = (
                 HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
-                f"Headers exceed {MAX_HEAD_BYTES} bytes.",
+                f"Headers exceed {self.max_head_bytes} bytes.",
             )
             raise ValueError("head too large")  # ends the parse; answered by send_400_response
         if self._transfer_coding() not in (None, b"chunked"):
@@ -100,7 +105,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def _start_timer(self) -> None:
         self._stop_timer()
-        self._head_timer = self.loop.call_later(HEAD_SECONDS, self._too_slow)
+        self._head_timer = self.loop.call_later(self.head_seconds, self._too_slow)
 
     def _stop_timer(self) -> None:
         if self._head_timer is not None:
@@ -109,7 +114,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     def _too_slow(self) -> None:
         if not self.transport.is_closing():
-            self._refuse(HTTPStatus.REQUEST_TIMEOUT, f"The request's head took longer than {HEAD_SECONDS:.0f} s.")
+            self._refuse(HTTPStatus.REQUEST_TIMEOUT, f"The request's head took longer than {self.head_seconds:g} s.")
 
     def _refuse(self, status: HTTPStatus, message: str) -> None:
         self._stop_timer()

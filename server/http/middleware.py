@@ -41,7 +41,6 @@ OPEN_PATHS = frozenset({"/health", "/ready", "/version", METRICS})  # served whi
 POLLED_PATHS = frozenset(
     {"/health", "/ready", "/metrics", "/v1/server/history"}
 )  # asked every few seconds: logged at debug
-BODY_IDLE_SECONDS = 60.0  # for the next bytes of a body
 BODY_GRACE_SECONDS = 10.0  # by which a body may be behind the least rate
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
@@ -54,9 +53,10 @@ log = logging.getLogger(__name__)
 class RequestGate:
     """Gives the request an id, counts it, logs it, refuses it while draining, answers unexpected exceptions."""
 
-    def __init__(self, app: ASGIApp, drain: Drain, min_body_rate: int) -> None:
+    def __init__(self, app: ASGIApp, drain: Drain, body_idle_seconds: float, min_body_rate: int) -> None:
         self._app = app
         self._drain = drain
+        self._body_idle_seconds = body_idle_seconds
         self._min_body_rate = min_body_rate
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,7 +66,7 @@ class RequestGate:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
             return
-        exchange = _Exchange(scope, receive, send, self._min_body_rate)
+        exchange = _Exchange(scope, receive, send, self._body_idle_seconds, self._min_body_rate)
         guarded = scope["path"] not in OPEN_PATHS
         if guarded:
             self._drain.enter()
@@ -90,7 +90,10 @@ class RequestGate:
 class _Exchange:
     """One request and its response on their way through the gate."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send, min_body_rate: int) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, body_idle_seconds: float, min_body_rate: int
+    ) -> None:
+        self._body_idle_seconds = body_idle_seconds
         self._min_body_rate = min_body_rate
         self._waited = 0.0  # seconds for the body
         self._received = 0  # bytes of it
@@ -116,7 +119,7 @@ class _Exchange:
                 param="Content-Encoding",
                 headers={"Accept-Encoding": "identity"},
             )
-        patience = BODY_IDLE_SECONDS
+        patience = self._body_idle_seconds
         if self._min_body_rate:
             due = BODY_GRACE_SECONDS + self._received / self._min_body_rate
             patience = min(patience, due - self._waited)
@@ -245,6 +248,13 @@ def middleware(drain: Drain, settings: Settings, tenants: Tenants) -> list[Middl
                 expose_headers=["ETag", "X-Request-Id", "X-Adapter-Digest", "Retry-After", *RATE_HEADERS],
             )
         )
-    stack.append(Middleware(RequestGate, drain=drain, min_body_rate=settings.min_body_rate))
+    stack.append(
+        Middleware(
+            RequestGate,
+            drain=drain,
+            body_idle_seconds=settings.body_idle_seconds,
+            min_body_rate=settings.min_body_rate,
+        )
+    )
     stack.append(Middleware(Authentication, tenants=tenants, open_paths=open_paths(settings)))
     return stack

@@ -95,7 +95,9 @@ class _Server(uvicorn.Server):
                 build_app(services),
                 host=settings.host,
                 port=settings.port,
-                http=LimitedHttpProtocol,
+                http=LimitedHttpProtocol.limited(
+                    head_bytes=settings.max_head_bytes, head_seconds=settings.head_seconds
+                ),
                 lifespan="on",
                 log_config=None,
                 access_log=False,

@@ -20,7 +20,6 @@ from server.registry.publish import Publisher
 from server.settings import SettingError, Settings
 
 _POLL_SECONDS = 0.1
-_HUB_AGAIN_SECONDS = 60.0  # after which a repository is asked for again that could not be had
 _FAULTS = (AdapterError, OSError, LorakeetError, DatabaseBusy, RemoteUnavailable)
 
 log = logging.getLogger(__name__)
@@ -108,7 +107,7 @@ class Discovery:
         try:
             await self._hub.bring(tenant, name, reference, again=False)
         except _FAULTS as error:
-            self._not_before[name] = time.monotonic() + _HUB_AGAIN_SECONDS
+            self._not_before[name] = time.monotonic() + self._settings.adapter_hub_retry_seconds
             log.warning("--adapter-hub: %s is not served: %s", name, error)
             return False
         return True

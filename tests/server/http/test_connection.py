@@ -142,15 +142,21 @@ async def test_small_bodies_that_nobody_reads_leave_the_connection_open(port: in
 
 
 async def test_a_slow_head_is_refused(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(LimitedHttpProtocol, "head_seconds", 0.2)
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(b"GET / HTTP/1.1\r\nHost:")
     assert (await asyncio.wait_for(reader.readline(), 60)).startswith(b"HTTP/1.1 408")
     writer.close()
 
 
+def test_limits_are_those_of_the_protocol_that_is_made() -> None:
+    made = LimitedHttpProtocol.limited(head_bytes=7, head_seconds=0.5)
+    assert (made.max_head_bytes, made.head_seconds) == (7, 0.5)
+    assert LimitedHttpProtocol.max_head_bytes == 64 * 1024
+
+
 async def test_two_requests_on_one_connection(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connection, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(LimitedHttpProtocol, "head_seconds", 0.2)
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     for _ in range(2):
         writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
