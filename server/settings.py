@@ -130,9 +130,7 @@ class Settings:
     keep_alive_seconds: int = whole(
         75, "How long an idle connection stays open: longer than a balancer's in front.", within=(1, 86400)
     )
-    body_idle_seconds: float = number(
-        60.0, "Longest wait for the next bytes of a body or an upload.", within=(0.1, 3600)
-    )
+    body_idle_seconds: float = number(60.0, "Longest wait for the next bytes of a body.", within=(0.1, 3600))
     min_body_rate: int = size(
         4096,
         "Slowest that a body or an upload may arrive, after ten seconds, in bytes per second; 0 allows any.",
@@ -251,7 +249,7 @@ class Settings:
     )
     adapter_hub_seconds: float = number(600.0, "How long fetching an adapter from the hub may take.", within=(1, 86400))
     adapter_hub_retry_seconds: float = number(
-        60.0, "After which the hub is asked again for an adapter that it could not give.", within=(0, 86400)
+        60.0, "When it is asked again for one that it could not give.", within=(0, 86400)
     )
     keep_versions: int = whole(
         5,
