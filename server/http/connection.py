@@ -1,5 +1,7 @@
 """uvicorn's HTTP/1.1 protocol with limits that it lacks: how large a request's head may be and how long it may take.
 
+Clients of HTTP/1.0 get bodies without chunks, which they could not read.
+
 Refusals made here, before any handler runs, have the API's error shape.
 """
 
@@ -7,8 +9,12 @@ import asyncio
 import json
 from collections.abc import Callable
 from http import HTTPStatus
+from typing import TYPE_CHECKING
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+if TYPE_CHECKING:
+    from uvicorn._types import ASGISendEvent
 
 MAX_UNREAD_BYTES = 64 * 1024  # of a body that nobody reads: it is taken in, so that the connection can go on
 LINGER_SECONDS = 1.0  # closing with unread input resets the connection, and the client would not see the answer
@@ -64,6 +70,8 @@ class LimitedHttpProtocol(HttpToolsProtocol):
             raise ValueError("unknown transfer coding")
         super().on_headers_complete()
         self.cycle.transport = _Ending(self.transport, self._end)  # type: ignore[assignment]  # all that it uses
+        if self.parser.get_http_version() == "1.0":
+            _send_without_chunks(self.cycle)
 
     def _transfer_coding(self) -> bytes | None:
         given = [value.strip().lower() for name, value in self.headers if name == b"transfer-encoding"]
@@ -131,6 +139,23 @@ class LimitedHttpProtocol(HttpToolsProtocol):
         )
         self.transport.write(head.encode() + body)
         self._linger()
+
+
+def _send_without_chunks(cycle: RequestResponseCycle) -> None:
+    """Answer a client of HTTP/1.0, which knows no chunks: a body of unknown length ends with the connection."""
+    send = cycle.send
+    until_the_end = False
+
+    async def unchunked(message: "ASGISendEvent") -> None:
+        nonlocal until_the_end
+        if message["type"] == "http.response.start":
+            until_the_end = all(name.lower() != b"content-length" for name, _ in message.get("headers", ()))
+            cycle.chunked_encoding = False if until_the_end else None
+        elif message["type"] == "http.response.body" and until_the_end:
+            cycle.expected_content_length = len(message.get("body", b""))  # as if each part were the last
+        await send(message)
+
+    cycle.send = unchunked  # type: ignore[method-assign]
 
 
 class _Ending:

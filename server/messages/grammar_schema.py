@@ -7,7 +7,7 @@ object.
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 # Of llguidance's options for JSON, whatever a schema's own `x-guidance` says. Without `u` among its escapes, the names
@@ -34,6 +34,7 @@ _DEFINED = _FORMATS.keys() | {
     *("duration", "ipv4", "ipv6", "uuid", "uri", "uri-reference", "uri-template", "iri", "iri-reference"),
     *("idn-email", "idn-hostname", "json-pointer", "relative-json-pointer", "regex"),
 }
+_NOTHING: dict[str, Any] = {"enum": []}  # the schema of no value
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 _ANNOTATIONS = {"title", "description", "$comment", "examples", "deprecated"}
 _ENDS = {"exclusiveMinimum": math.inf, "exclusiveMaximum": -math.inf}  # and the way from there to what is allowed
@@ -47,6 +48,8 @@ def exact(schema: Any) -> Any:
         return [exact(part) for part in schema]
     if not isinstance(schema, Mapping):
         return schema
+    if "not" in schema and _allows_all(schema["not"]):
+        return _NOTHING  # how generators write that a member is never there
     made = {key: _member(key, value) for key, value in schema.items() if not _says_nothing(key, value, schema)}
     least, required = schema.get("minProperties"), schema.get("required")
     names = len({str(name) for name in required}) if isinstance(required, list) else 0
@@ -69,8 +72,9 @@ def _says_nothing(key: str, value: Any, schema: Mapping[str, Any]) -> bool:
             return value is False
         case "propertyNames" | "unevaluatedProperties" | "unevaluatedItems":
             typed = key == "propertyNames" and isinstance(value, Mapping) and value.get("type") == "string"
-            rest = value.keys() - _ANNOTATIONS - ({"type"} if typed else set()) if isinstance(value, Mapping) else value
-            return rest is True or rest == set()
+            return _allows_all(value, {"type"} if typed else ())
+        case "not":
+            return value is False
         case "dependentRequired" | "dependentSchemas" | "dependencies":
             return value == {}
         case "if":
@@ -80,6 +84,11 @@ def _says_nothing(key: str, value: Any, schema: Mapping[str, Any]) -> bool:
         case "minContains" | "maxContains":
             return "contains" not in schema
     return False
+
+
+def _allows_all(schema: Any, but: Collection[str] = ()) -> bool:
+    """Whether nothing is said, apart from these members, of what it allows."""
+    return not schema.keys() - _ANNOTATIONS - set(but) if isinstance(schema, Mapping) else schema is True
 
 
 def _beyond(bound: Any, away: float) -> Any:

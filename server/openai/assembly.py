@@ -45,12 +45,12 @@ class Assembler:
         decode: token ids -> text.
         prompt: the prompt's ids, the left context of the first new token.
         silent: ids that `decode` passes over.
-        stops: stop strings.
+        stops: stop strings, of the answer.
         hidden: special tokens, id -> text, that `decode` writes and stop strings see, but the client does not.
         include_stop: whether what stopped it, string or token, is part of the text.
         min_tokens: a stop string that ends within so many tokens does not count.
         stop_token_ids: those the client named, for `stop_reason`.
-        thought: counts its tokens.
+        thought: tells it from the answer, and counts its tokens.
     """
 
     def __init__(
@@ -94,18 +94,21 @@ class Assembler:
             if output.logprobs:
                 self._pending.append(Entry(self._decoded, output.logprobs[i]))
             decoded = self._detokenizer.add(token)
-            if self._thought is not None:
-                self._thought.add(decoded)
+            parts = ("", decoded) if self._thought is None else self._thought.add(decoded)
             if token in self._hidden:
                 end = self._decoded + len(decoded)
                 self._hidden_spans.append((end - len(self._hidden[token]), end))
-            fragment, stop = self._feed(decoded)
+            self._decoded += len(decoded)
+            fragment, stop = self._feed(*parts)
             text += fragment
             if stop is not None:
                 return self._cut(text, stop)
         if output.finish_reason is None:
             return self._piece(text)
-        fragment, stop = self._feed(self._detokenizer.flush())
+        decoded = self._detokenizer.flush()
+        self._decoded += len(decoded)
+        parts = ("", decoded) if self._thought is None else self._thought.split(decoded, last=True)
+        fragment, stop = self._feed(*parts)
         text += fragment
         if stop is not None:
             return self._cut(text, stop)
@@ -114,9 +117,10 @@ class Assembler:
         named = output.stop_token if output.stop_token in self._stop_token_ids else None
         return Piece(text, self._pending, reason, named)
 
-    def _feed(self, decoded: str) -> tuple[str, str | None]:
-        self._decoded += len(decoded)
-        return self._stops.add(decoded, may_stop=self.tokens > self._min_tokens)
+    def _feed(self, thought: str, answer: str) -> tuple[str, str | None]:
+        """What may go out, and the stop string that ended it: none counts in a thought, which comes first."""
+        text, stop = self._stops.add(answer, may_stop=self.tokens > self._min_tokens)
+        return thought + text, stop
 
     def _cut(self, text: str, stop: str) -> Piece:
         if self._include_stop:

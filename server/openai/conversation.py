@@ -23,8 +23,6 @@ def _content(value: Any) -> Any:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             raise ValueError(f'part {i} is not of the form {{"type": "text", "text": "..."}}; only text is supported')
         texts.append(part["text"])
-    if not texts:
-        raise ValueError("must not be an empty list")
     return "\n".join(texts)
 
 
@@ -46,7 +44,7 @@ class TextPart(BaseModel):
     text: str
 
 
-_CONTENT = BeforeValidator(_content, json_schema_input_type=str | Annotated[list[TextPart], Field(min_length=1)])
+_CONTENT = BeforeValidator(_content, json_schema_input_type=str | list[TextPart])
 _ARGUMENTS = BeforeValidator(_template_arguments, json_schema_input_type=dict[str, str | int | float | bool | None])
 
 
@@ -96,7 +94,7 @@ class Message(Body):
     )
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str, _CONTENT] = ""  # may only be missing beside `tool_calls` or a thought
+    content: Annotated[str, _CONTENT] = ""  # missing where an answer or a result of a tool says nothing
     name: str | None = None
     tool_calls: Items[ToolCall] = Field([])
     tool_call_id: str | None = None
@@ -142,8 +140,7 @@ class Conversation(Body):
             if message.role != "assistant" and (message.reasoning or message.reasoning_content):
                 param = f"messages.{i}.{'reasoning' if message.reasoning else 'reasoning_content'}"
                 raise InvalidRequest(f"`{param}`: only an assistant's message has a thought.", param=param)
-            answered = message.tool_calls or message.reasoning or message.reasoning_content
-            if "content" not in message.model_fields_set and not answered:
+            if "content" not in message.model_fields_set and message.role not in ("assistant", "tool"):
                 raise InvalidRequest(f"`messages.{i}.content`: Field required", param=f"messages.{i}.content")
         return self
 

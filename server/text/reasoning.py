@@ -142,22 +142,54 @@ def any_text(source: Source) -> Step[None]:
 
 
 class ThoughtTokens:
-    """Counts the tokens of an answer's thought, its marks included."""
+    """Counts the tokens of an answer's thought, its marks included, and tells its text from the answer's."""
 
     def __init__(self, reasoning: ReasoningFormat, inside: bool | None) -> None:
         self._parser = Parser(thinking(reasoning, inside, any_text), {})
         self._parser.feed("")
+        self._format = reasoning
         self._tokens = 0
         self._thought = False
+        self._tail = ""  # the thought's last characters, which may begin its end
+        self._held = ""  # what may be of either
+        self._ended = self._answering = False
 
-    def add(self, text: str) -> None:
-        """One more token, with the text that it completes."""
-        if self._parser.thinking is False:
-            return
-        self._tokens += 1
-        self._thought |= bool(self._parser.thinking)
-        self._parser.feed(text)
-        self._thought |= bool(self._parser.thinking)
+    def add(self, text: str) -> tuple[str, str]:
+        """One more token, with the text that it completes. Returns what `split` does."""
+        if self._parser.thinking is not False:
+            self._tokens += 1
+            self._thought |= bool(self._parser.thinking)
+            self._parser.feed(text)
+            self._thought |= bool(self._parser.thinking)
+        return self.split(text)
+
+    def split(self, text: str, *, last: bool = False) -> tuple[str, str]:
+        """What of the text up to here is thought, with marks and white space around, and what is answer."""
+        if self._answering:
+            return "", text
+        text, self._held = self._held + text, ""
+        if self._parser.thinking is None and not last:
+            self._held = text
+            return "", ""
+        if not self._thought:
+            self._answering = True
+            return "", text
+        if self._parser.thinking:
+            self._tail = (self._tail + text)[1 - len(self._format.end) :]
+            return text, ""
+        start = 0
+        if not self._ended:
+            self._ended = True
+            start = (self._tail + text).find(self._format.end) + len(self._format.end) - len(self._tail)
+        answer = text[start:].lstrip()
+        while mark := next((mark for mark in self._format.silent if answer.startswith(mark)), None):
+            answer = answer[len(mark) :].lstrip()
+        thought = text[: len(text) - len(answer)]
+        if not last and (not answer or any(mark.startswith(answer) for mark in self._format.silent)):
+            self._held = answer
+            return thought, ""
+        self._answering = True
+        return thought, answer
 
     @property
     def count(self) -> int:

@@ -31,9 +31,10 @@ def for_template(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
     """Messages and tools for this template; tools are None where it is to see none.
 
-    Arguments of calls become objects. A template that knows no tools gets them as text, in the Hermes format.
+    Arguments of calls become objects, and results come in the order of their calls. A template that knows no tools gets
+    them as text, in the Hermes format.
     """
-    chat = [dict(message) for message in messages]
+    chat = _with_results_in_order([dict(message) for message in messages])
     if not knows_tools(template):
         return _with_system_text(_with_results_as_text(_with_calls_as_text(chat, tool_format.frame)), tools), None
     if "tool_calls" not in template:
@@ -47,6 +48,22 @@ def for_template(
         chat = _with_system(chat, "")
         chat[0]["tools"] = json.dumps([tool["function"] for tool in tools], ensure_ascii=False)
     return chat, [dict(tool) for tool in tools] or None
+
+
+def _with_results_in_order(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results of one message's calls in the order of the calls.
+
+    Most templates leave ids out, so that the model tells results by their place; clients send them as they are done.
+    """
+    ordered: list[dict[str, Any]] = []
+    places: dict[str, int] = {}
+    for is_result, group in groupby(chat, lambda message: message["role"] == "tool"):
+        run = list(group)
+        if is_result and all(message.get("tool_call_id") in places for message in run):
+            run.sort(key=lambda message: places[message["tool_call_id"]])
+        places = {call["id"]: i for i, call in enumerate(run[-1].get("tool_calls", ()))}
+        ordered += run
+    return ordered
 
 
 def _call(call: Mapping[str, Any], tool_format: ToolFormat) -> dict[str, Any]:

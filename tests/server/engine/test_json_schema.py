@@ -21,6 +21,7 @@ from tests.support.tiny import VOCAB
 UNSUPPORTED = ["uniqueItems", "not", "contains", "if", "propertyNames", "dependentRequired", "unevaluatedProperties"]
 VALUES: dict[str, Any] = {
     "uniqueItems": True,
+    "not": {"type": "string"},
     "propertyNames": {"maxLength": 3},
     "dependentRequired": {"a": ["b"]},
     "unevaluatedProperties": False,
@@ -131,6 +132,7 @@ SAYING_NOTHING: list[dict[str, Any]] = [
     {"dependentRequired": {}},
     {"dependencies": {}},
     {"if": {"contains": {}}},
+    {"not": False},
     {"then": {"not": {}}},
     {"minContains": 2},
     {"format": "password"},
@@ -142,6 +144,15 @@ SAYING_NOTHING: list[dict[str, Any]] = [
 @pytest.mark.parametrize("part", SAYING_NOTHING, ids=json.dumps)
 def test_what_says_nothing_is_passed_over(part: dict[str, Any]) -> None:
     assert "size" in checked({"type": "object", "properties": {"a": part}, "required": ["a"]})
+
+
+@pytest.mark.parametrize("nothing", [{"not": {}}, {"not": True}, {"not": {"description": "any"}}], ids=json.dumps)
+def test_a_branch_of_no_value_is_left_out(engine: Engine, tokenizer: Tokenizer, nothing: dict[str, Any]) -> None:
+    either = {"anyOf": [nothing, {"type": "string", "enum": ["x", "y"]}]}
+    schema = {"type": "object", "properties": {"a": either, "b": nothing}, "required": ["a"]}
+    finished, wrong = invalid(engine, tokenizer, {"branch": schema}, range(4))
+    assert (len(finished), wrong) == (4, [])
+    assert "no text fits" in checked(nothing)["error"] or "atisfiable" in checked(nothing)["error"]
 
 
 HALF: dict[str, tuple[dict[str, Any], list[str]]] = {

@@ -460,3 +460,10 @@ def test_a_line_too_long_is_refused_unread() -> None:
 def test_a_file_with_nothing_to_learn_is_refused(lines: list[Any]) -> None:
     with pytest.raises(DatasetError, match="no line"):
         read(*lines)
+
+
+def test_a_file_whose_answers_lie_beyond_the_limit_is_told_so() -> None:
+    with pytest.raises(DatasetError, match=r"learned from; 2 cut at 32 tokens"):
+        read(*[{"prompt": "0123456789 " * 40, "completion": str(i)} for i in range(2)], max_length=32)
+    with pytest.raises(DatasetError, match=r"learned from$"):
+        read({"prompt": "a", "completion": ""}, max_length=32)

@@ -111,6 +111,16 @@ async def test_an_answers_message_can_be_sent_back(served: Served) -> None:
     assert (await chat(served, messages=[*HELLO, sent_back, *HELLO])).status_code == 200
 
 
+@pytest.mark.parametrize("content", [None, []])
+async def test_answers_and_results_of_tools_that_say_nothing_can_be_sent_back(served: Served, content: Any) -> None:
+    silent = [{"role": "assistant", "content": content}, {"role": "tool", "tool_call_id": "c", "content": content}]
+    response = await chat(served, messages=[*HELLO, *silent])
+    assert response.status_code == 200, response.text
+    given = sent_prompt(served)
+    await chat(served, messages=[*HELLO, *({**message, "content": ""} for message in silent)])
+    assert given == sent_prompt(served)
+
+
 async def test_a_message_can_be_continued(served: Served) -> None:
     messages = [*HELLO, {"role": "assistant", "content": "Once upon"}]
     await chat(served, messages=messages, continue_final_message=True, add_generation_prompt=False)
@@ -153,7 +163,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "content missing": ({"messages": [{"role": "user"}]}, "messages.0.content"),
     "content number": ({"messages": [*HELLO, {"role": "user", "content": 5}]}, "messages.1.content"),
     "image": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
-    "no parts": ({"messages": [{"role": "user", "content": []}]}, "messages.0.content"),
+    "content null": ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
     "tool calls": ({"messages": [HELLO[0] | {"tool_calls": [{"id": "x"}]}]}, "messages.0.tool_calls.0.function"),
     "tool_choice": ({"tool_choice": "required"}, "tool_choice"),
     "response_format": ({"response_format": {"type": "xml"}}, "response_format"),

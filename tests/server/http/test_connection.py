@@ -9,7 +9,7 @@ import pytest
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from server.http import connection
@@ -27,9 +27,22 @@ async def refuse(request: Request) -> Response:
     return PlainTextResponse("too large", 413, headers={"Connection": "close"})
 
 
+async def stream(request: Request) -> Response:
+    async def parts() -> AsyncIterator[bytes]:
+        for part in (b"one", b"", b"two"):
+            yield part
+
+    return StreamingResponse(parts())
+
+
 @pytest.fixture
 async def port() -> AsyncIterator[int]:
-    app = Starlette(routes=[Route("/", echo, methods=["GET", "POST"]), Route("/refuse", refuse, methods=["POST"])])
+    routes = [
+        Route("/", echo, methods=["GET", "POST"]),
+        Route("/refuse", refuse, methods=["POST"]),
+        Route("/stream", stream),
+    ]
+    app = Starlette(routes=routes)
     config = uvicorn.Config(app, port=0, http=LimitedHttpProtocol, ws="none", log_level="error", lifespan="off")
     server = uvicorn.Server(config)
     task = asyncio.create_task(server._serve())
@@ -67,6 +80,15 @@ async def test_chunked_bodies_are_not_mistaken_for_heads(port: int) -> None:
     chunks = [b"400\r\n" + b"x" * 1024 + b"\r\n"] * 200
     head = b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
     assert await answer(port, head, *chunks, b"0\r\n\r\n") == (200, b"204800")
+
+
+@pytest.mark.parametrize("keep", [b"", b"Connection: keep-alive\r\n"])
+async def test_a_client_of_http_1_0_gets_no_chunks(port: int, keep: bytes) -> None:
+    assert await answer(port, b"GET /stream HTTP/1.0\r\n" + keep + b"\r\n") == (200, b"onetwo")
+    assert await answer(port, b"HEAD /stream HTTP/1.0\r\n" + keep + b"\r\n") == (200, b"")
+    assert await answer(port, b"GET / HTTP/1.0\r\n" + keep + b"\r\n") == (200, b"0")
+    newer = b"GET /stream HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    assert await answer(port, newer) == (200, b"3\r\none\r\n3\r\ntwo\r\n0\r\n\r\n")
 
 
 @pytest.mark.parametrize("pieces", [1, 50])

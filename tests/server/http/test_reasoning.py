@@ -82,6 +82,38 @@ async def test_a_thought_can_be_hidden(served: Served) -> None:
     assert streamed(chunks)[:2] == ("", "It is\nwarm. ")
 
 
+@pytest.mark.parametrize(
+    ("stop", "content", "reason"),
+    [
+        (["{far}", "\n\n", "think>", "<", "\nIt"], "It is\nwarm. ", None),
+        (["\n", "{far}"], "It is", "\n"),
+        (["It is"], "", "It is"),
+    ],
+)
+@pytest.mark.parametrize("begun", [False, True])
+async def test_stop_strings_count_in_the_answer_alone(
+    served: Served, begun: bool, stop: list[str], content: str, reason: str | None
+) -> None:
+    if begun:
+        use_template(served, REASONING_TEMPLATES["qwen3_thinking"])
+        served.engine.reply = lambda request: [*encode(ANSWER.removeprefix("<think>\n")), EOS]
+    choice = (await chat(served, stop=stop, logprobs=True)).json()["choices"][0]
+    assert (choice["message"]["reasoning"], choice["message"]["content"]) == (THOUGHT, content)
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", reason)
+    spelt = "".join(token["token"] for token in choice["logprobs"]["content"])
+    assert spelt.endswith(content)
+    assert streamed(events(await chat(served, stop=stop, stream=True)))[:2] == (THOUGHT, content)
+
+
+@pytest.mark.parametrize(
+    ("reply", "content"), [("\n\nIt is", ""), ("\n\n", ""), ("It is\n\nwarm", "It is"), ("<th\n\nwarm", "<th")]
+)
+async def test_stop_strings_count_where_there_is_no_thought(served: Served, reply: str, content: str) -> None:
+    served.engine.reply = lambda request: [*encode(reply), EOS]
+    choice = (await chat(served, stop=["\n\n"])).json()["choices"][0]
+    assert (choice["message"]["content"], choice["stop_reason"]) == (content, "\n\n")
+
+
 async def test_a_prompt_that_has_begun_the_thought(served: Served) -> None:
     use_template(served, REASONING_TEMPLATES["qwen3_thinking"])
     served.engine.reply = lambda request: [*encode(ANSWER.removeprefix("<think>\n")), EOS]

@@ -306,8 +306,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "choice of another kind": ({"tool_choice": {"type": "custom", "custom": {"name": "x"}}}, "tool_choice"),
     "no id": ({"messages": called(id=None)}, "messages.1.tool_calls.0.id"),
     "whose calls": ({"messages": [{"role": "user", "content": "a", "tool_calls": [CALL]}]}, "messages.0.tool_calls"),
-    "no content": ({"messages": [*HELLO, {"role": "assistant", "content": None}]}, "messages.1.content"),
-    "no result": ({"messages": [*HELLO, {"role": "tool", "tool_call_id": "x"}]}, "messages.1.content"),
     "schema": (
         {
             "tools": [NOW, *function(parameters={"properties": {"a": {"type": "array", "uniqueItems": True}}})],

@@ -293,3 +293,19 @@ def test_grammars_hold_after_the_thought_only(name: str, kind: str) -> None:
                     ids = tokenizer.encode(before + text, add_special_tokens=False).ids
                     taken = matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
                     assert taken == allowed, (inside, grammar, before + text)
+
+
+@pytest.mark.parametrize("name", REASONING_FORMATS)
+@pytest.mark.parametrize("inside", [True, None])
+def test_thought_and_answer_are_told_apart_however_text_is_cut(name: str, inside: bool | None) -> None:
+    style = REASONING_FORMATS[name]
+    opening = "" if inside else f"\n{style.begin}"
+    raw = f"{opening}\nof two\n\n{'lines ' * 8}{style.close}an answer\n\nof two"
+    for size in range(1, len(raw) + 1):
+        if size > len(opening) and not inside:
+            break  # no token is a whole thought
+        tokens = ThoughtTokens(style, inside)
+        parts = [tokens.add(raw[at : at + size]) for at in range(0, len(raw), size)]
+        parts.append(tokens.split("", last=True))
+        thought, answer = ("".join(texts) for texts in zip(*parts, strict=True))
+        assert (thought + answer, answer) == (raw, "an answer\n\nof two")

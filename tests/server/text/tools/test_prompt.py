@@ -108,6 +108,26 @@ async def test_history_and_tools_in_the_template_s_own_way(name: str, expected: 
     assert "The weather." not in await rendered(TOOL_TEMPLATES[name], HISTORY, [])
 
 
+@pytest.mark.parametrize("template", [*(name for name in TOOL_TEMPLATES if name != "gpt_oss"), None])  # one call a turn
+async def test_results_come_in_the_order_of_their_calls(template: str | None) -> None:
+    source = CHAT_TEMPLATE if template is None else TOOL_TEMPLATES[template]
+    calls = {"role": "assistant", "content": "", "tool_calls": [CALL | {"id": id_} for id_ in ("call_a", "call_b")]}
+    of_a, of_b = ({"role": "tool", "content": f"<{x}>", "tool_call_id": f"call_{x}"} for x in "ab")
+    in_order = await rendered(source, [HISTORY[0], calls, of_a, of_b], [WEATHER])
+    assert in_order.index("<a>") < in_order.index("<b>")
+    assert await rendered(source, [HISTORY[0], calls, of_b, of_a], [WEATHER]) == in_order
+
+
+async def test_results_of_no_known_call_stay_where_they_are() -> None:
+    calls = {"role": "assistant", "content": "", "tool_calls": [CALL | {"id": "call_a"}]}
+    for ids in (["call_x", "call_a"], [None, "call_a"]):
+        named = [{} if id_ is None else {"tool_call_id": id_} for id_ in ids]
+        results = [{"role": "tool", "content": f"<{i}>"} | name for i, name in enumerate(named)]
+        prompt = await rendered(CHAT_TEMPLATE, [HISTORY[0], calls, *results], [])
+        assert prompt.index("<0>") < prompt.index("<1>")
+        assert "<0>" in await rendered(CHAT_TEMPLATE, [HISTORY[0], *results], [])
+
+
 async def test_mistral_s_ids_have_nine_characters_and_still_belong_together() -> None:
     prompt = await rendered(TOOL_TEMPLATES["mistral"], HISTORY, [])
     [id_] = {part.split('"')[0] for part in prompt.split('"id": "')[1:]}
