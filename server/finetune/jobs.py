@@ -332,10 +332,6 @@ class JobStore(RecordTable[Job, Status]):
 
     # --- working on one ------------------------------------------------------------------------------
 
-    def take_up(self) -> list[Job]:
-        """Jobs that this server is to work on, and does not yet."""
-        return [job for job in self.unfinished() if job.goes_on]
-
     @contextmanager
     def at_once(self) -> Iterator[None]:
         """Several changes of a job that are on disk together, or not at all."""

@@ -126,6 +126,10 @@ class RecordTable(Generic[R, S]):
             ).fetchall()
         return readable(rows, self._kind)
 
+    def take_up(self) -> list[R]:
+        """Records that this server is to work on, and does not yet."""
+        return [record for record in self.unfinished() if record.goes_on]
+
     def all(self) -> list[R]:
         """Every tenant's records, oldest first."""
         with self.database.reading() as connection:
