@@ -125,7 +125,7 @@ class SharedJobs(Shared[Job, Status], JobStore):
             ).fetchall()
             checkpoints = connection.execute("SELECT record FROM checkpoints WHERE job = ? ORDER BY number", (job_id,))
             made = [json.loads(one["record"]) for one in checkpoints]
-        job = msgspec.json.decode(row["record"], type=Job)
+        job = self._decoder.decode(row["record"])
         if "record" in content:
             job = _standing(job, self._read(content))
         there = {event["id"] for event in content["tail"]} | {segment["last"] for segment in content["segments"]}
@@ -152,7 +152,7 @@ class SharedJobs(Shared[Job, Status], JobStore):
                 self.add(job, content["number"])
             else:
                 if ours:
-                    here = msgspec.json.decode(row["record"], type=Job)
+                    here = self._decoder.decode(row["record"])
                     job = msgspec.structs.replace(_standing(here, stored), **changes or {})
                 self.write(job)
             if not ours:
