@@ -368,5 +368,5 @@ def event_row(message: str, level: str = "info", data: dict[str, Any] | None = N
 
 
 def level_of(status: Status) -> Literal["info", "error"]:
-    """Of the event that tells of a status."""
+    """The level of the event that tells of a status."""
     return "error" if status == "failed" else "info"

@@ -232,7 +232,7 @@ class JobManager(Worker[Job]):
                 await self._clean_up(job)
 
     async def _advance(self, job: Job) -> None:
-        """As far as disk and engine let it."""
+        """Work on a job until it ends, pauses, or the disk or the engine stops it."""
         if job.waits_for_space:
             job = await self._wait_for_space(job)
         if job.status == "pausing":  # the server has restarted

@@ -31,7 +31,7 @@ S = TypeVar("S", bound=str)  # statuses
 
 
 def encode(record: object) -> str:
-    """As it is stored."""
+    """A record as the JSON that its row has."""
     return msgspec.json.encode(record).decode()
 
 
@@ -71,7 +71,7 @@ class RecordTable(Generic[R, S]):
             )
 
     def write(self, record: R) -> None:
-        """Put this in place of what its row says."""
+        """Replace the row of a record."""
         with self.database.transaction() as connection:
             connection.execute(
                 f"UPDATE {self._table} SET status = ?, record = ? WHERE id = ?",
@@ -79,7 +79,7 @@ class RecordTable(Generic[R, S]):
             )
 
     def remove(self, id_: str) -> None:
-        """Needs no space on the disk."""
+        """Delete a row; that needs no space on the disk."""
         with self.database.transaction(removing=True) as connection:
             connection.execute(f"DELETE FROM {self._table} WHERE id = ?", (id_,))
 

@@ -47,7 +47,7 @@ class Sharing:
         self._outage = False
 
     async def begin(self) -> None:
-        """See what there is."""
+        """Take over once what other servers have, before anything is worked on here."""
         try:
             await asyncio.to_thread(self._also)
             await asyncio.to_thread(self.records.follow)
@@ -56,17 +56,17 @@ class Sharing:
             log.warning("what other servers have is not seen yet: %s", fault)
 
     def start(self) -> None:
-        """Do so from now on."""
+        """Follow, take up and renew in the background from now on."""
         self._tasks = [asyncio.create_task(work) for work in (self._follow(), self._renew())]
 
     async def stop(self) -> None:
-        """Do so no longer."""
+        """End what `start` began; leases stay as they are."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def release(self) -> None:
-        """Let others have what was worked on here."""
+        """Give back all leases, so that other servers take the records up at once."""
         await asyncio.gather(*map(self._release, self.records.leases.held()))
 
     def wake(self) -> None:
@@ -74,7 +74,7 @@ class Sharing:
         self._woken.set()
 
     async def poll(self) -> None:
-        """Do once what is done all the time."""
+        """Follow once, and take up what nobody works on."""
         await asyncio.to_thread(self._also)
         for record in await asyncio.to_thread(self.records.follow):
             await self._worker.heed(record)
