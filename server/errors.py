@@ -22,7 +22,7 @@ from adapters.disk import is_full, why_full
 from adapters.peft_format.fields import AdapterError
 from adapters.peft_format.record import DamagedFile
 from adapters.storage.database import DatabaseBusy, UnknownCursorError
-from adapters.storage.versions import DamagedAdapter, RemoteUnavailable
+from adapters.storage.versions import DamagedAdapter, RemoteUnavailable, UnknownAdapter
 from server.logs import note
 
 _ANTHROPIC = "/v1/messages"  # paths with Anthropic's errors
@@ -241,6 +241,15 @@ class StorageFull(LorakeetError):
 def unknown_adapter(name: str) -> NotFound:
     """404 for a name that nobody has."""
     return NotFound(f"The adapter `{shown(name)}` does not exist.", param="name", code="adapter_not_found")
+
+
+@contextmanager
+def known_adapter(name: str) -> Iterator[None]:
+    """A name that means nothing, or no longer, becomes NotFound."""
+    try:
+        yield
+    except UnknownAdapter:
+        raise unknown_adapter(name) from None
 
 
 def storage_full(error: Exception) -> StorageFull:

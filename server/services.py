@@ -64,7 +64,7 @@ def services_of(request: Request) -> Services:
 
 
 def caller_of(request: Request) -> Caller:
-    """The one who sent it."""
+    """The caller who sent this request."""
     caller: Caller = request.scope["caller"]
     return caller
 

@@ -248,7 +248,7 @@ class AdapterCache:
             self._loading[digest] = (self._reader.submit(self._load, digest, self._paths[digest]), time.monotonic())
 
     def _let_go(self, digest: str) -> None:
-        """Out of the host tier, if it is there."""
+        """Drop an adapter from the host tier, if it is there."""
         adapter = self._host.pop(digest, None)
         if adapter is not None:
             self._held -= adapter.bytes

@@ -40,7 +40,7 @@ class ResidentAdapter:
 
     @property
     def plain(self) -> bool:
-        """Whether it is rank rows and nothing else."""
+        """Whether the adapter is rank rows and nothing else."""
         return self.extras is None and not self.invocation
 
     def start_in(self, prompt: Sequence[int]) -> int:

@@ -61,12 +61,15 @@ class _Document(msgspec.Struct):
     added_tokens: list[NewToken]
 
 
+_DOCUMENT = msgspec.json.Decoder(_Document)  # made in one thread: when several use a type first, msgspec crashes
+
+
 def read_added_tokens(path: Path) -> tuple[NewToken, ...]:
     """The added tokens of a tokenizer.json. Raises AdapterError for what is none, and for one with too many."""
     if path.stat().st_size > MAX_TOKENIZER_BYTES:
         raise AdapterError(f"a tokenizer has at most {MAX_TOKENIZER_BYTES} bytes", "tokenizer")
     try:
-        tokens = msgspec.json.decode(path.read_bytes(), type=_Document).added_tokens
+        tokens = _DOCUMENT.decode(path.read_bytes()).added_tokens
     except msgspec.ValidationError as fault:
         if "$.added_tokens[" in str(fault):
             raise AdapterError("added_tokens are objects with an id, a content and flags", "tokenizer") from None

@@ -36,7 +36,7 @@ def note(before: Pointer | None, after: Pointer | None) -> None:
 
 
 def complete(pointer: Pointer) -> None:
-    """Write what is missing of it."""
+    """Write the entries of a name that its versions' directories lack."""
     for path, entry in _entries(pointer).items():
         if not (path.exists() and path.stat().st_size):
             _write(path, entry)

@@ -1,8 +1,8 @@
 """The files of adapter versions: complete directories by digest, here as long as a name or a lease wants them.
 
-A version is a directory `versions/<digest>`, complete before it gets that name and never changed after. With a `Remote`
-the files are kept there and this disk is a cache of them: what is not here is fetched when somebody leases it, and what
-nobody needs goes from here only. One process at a time may use a directory.
+A version is a directory `versions/<digest>`, complete before it gets that name and never changed after. With a remote
+store the files are kept there and this disk is a cache of them: what is not here is fetched when somebody leases it,
+and what nobody needs goes from here only. One process at a time may use a directory.
 """
 
 import asyncio
@@ -15,13 +15,17 @@ from collections.abc import Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from adapters.disk import full_disk_named, sync
 from adapters.peft_format import record
 from adapters.peft_format.directory import AdapterSpec
 from adapters.storage import entries, lost, mending
 from adapters.storage.lost import Pending
-from adapters.storage.versions import DamagedAdapter, Pointer, Remote, UnknownAdapter, Version
+from adapters.storage.versions import DamagedAdapter, Pointer, UnknownAdapter, Version
+
+if TYPE_CHECKING:
+    from adapters.storage.remote import RemoteStore
 
 _FETCHERS = 8  # versions fetched at once
 
@@ -40,7 +44,7 @@ class VersionFiles:
         disk_bytes: with `remote`, how much of it may be here; what is leased stays beyond that.
     """
 
-    def __init__(self, root: Path, remote: Remote | None = None, disk_bytes: int | None = None) -> None:
+    def __init__(self, root: Path, remote: "RemoteStore | None" = None, disk_bytes: int | None = None) -> None:
         self._staging = root / "staging"
         self._versions = root / "versions"
         self._remote = remote

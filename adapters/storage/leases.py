@@ -55,7 +55,7 @@ class Leases:
             return list(self._held)
 
     def holds(self, key: str) -> bool:
-        """Whether this server does."""
+        """Whether this server holds a record."""
         with self._lock:
             return key in self._held
 

@@ -160,7 +160,7 @@ class Records:
         self.damaged.add(path)
 
     def _read_all(self, keys: list[str]) -> Iterator[Record]:
-        """Those of these records that are not damaged."""
+        """Read the records of these keys, those left out that are damaged."""
         with ThreadPoolExecutor(_READERS, thread_name_prefix="records") as readers:
             for record in readers.map(self.look, keys):
                 if record.fault is not None:

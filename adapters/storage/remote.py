@@ -35,7 +35,10 @@ log = logging.getLogger(__name__)
 
 
 class RemoteStore:
-    """`Names` and `Remote` in one bucket. See `Bucket` for the URL, and what is raised."""
+    """Names (as `Names`) and files of versions in one bucket, where other servers see and change them.
+
+    Everything here waits for a network, and raises RemoteUnavailable. See `Bucket` for the URL, and what is raised.
+    """
 
     title = "the object store"
 
@@ -62,14 +65,17 @@ class RemoteStore:
         return _pointer_or_none(self._names.change(_key(tenant, name), applied).content, locate)
 
     def news(self, locate: Locate) -> Iterator[Meaning]:
+        """Names that mean something else than is known here."""
         for record in self._names.news():
             if (meaning := self._meaning(record, locate)) is not None:
                 yield meaning
 
     def look(self, tenant: str, name: str, locate: Locate) -> Meaning | None:
+        """What one name means now; None when that cannot be read."""
         return self._meaning(self._names.look(_key(tenant, name)), locate)
 
     def note(self, meaning: Meaning) -> bool:
+        """Know this, unless something later is known; whether it is news. Does not wait."""
         return self._names.note(meaning.stamp)
 
     def _meaning(self, record: Record, locate: Locate) -> Meaning | None:
@@ -86,6 +92,7 @@ class RemoteStore:
     # --- files -----------------------------------------------------------------------------------------
 
     def put(self, digest: str, directory: Path, *, known: bool) -> None:
+        """Keep a version's files, for a name that is about to have it. `known`: one has it, as far as is known here."""
         made_anew = {ROWS_NAME, RECORD_NAME}  # by whoever gets the others
         names = {path.name for path in directory.iterdir()} - made_anew
         deadline = time.monotonic() + _CONDEMNED_WAIT
@@ -102,6 +109,7 @@ class RemoteStore:
             time.sleep(_WAIT)
 
     def get(self, digest: str, directory: Path) -> None:
+        """Copy a version's files into an empty directory. Raises DamagedAdapter when there are none."""
         names = [entry.path.rpartition("/")[2] for entry in self._files(digest)]
         if missing := set(REQUIRED) - set(names):
             raise DamagedAdapter(f"the object store has no {', '.join(sorted(missing))} of {digest}")
@@ -109,6 +117,8 @@ class RemoteStore:
             self.bucket.get_file(_path(digest, name), directory / name)
 
     def remove_orphans(self, seconds: float, held: Callable[[str], bool]) -> int:
+        """Remove versions that no name has, that are not `held`, and none of whose files came in the last so many
+        seconds; how many. None of them while a name cannot be read."""
         self._names.sweep(seconds)
         found = [digest for digest in self._unnamed(seconds, None) if not held(digest)]
         starts = range(0, len(found), _REMOVED_AT_ONCE)

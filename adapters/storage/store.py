@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from adapters.disk import full_disk_named
 from adapters.peft_format.directory import AdapterSpec
@@ -20,16 +21,10 @@ from adapters.peft_format.fields import AdapterError, shorten
 from adapters.storage.files import VersionFiles
 from adapters.storage.names import Apply, Names
 from adapters.storage.receipt import receipt_of
-from adapters.storage.versions import (
-    Known,
-    Meaning,
-    Pointer,
-    Remote,
-    RemoteUnavailable,
-    UnknownAdapter,
-    Version,
-    check_name,
-)
+from adapters.storage.versions import Known, Meaning, Pointer, RemoteUnavailable, UnknownAdapter, Version, check_name
+
+if TYPE_CHECKING:
+    from adapters.storage.remote import RemoteStore
 
 RETAINED_VERSIONS = 5
 
@@ -67,7 +62,7 @@ class AdapterStore:
         root: Path,
         names: Names,
         *,
-        remote: Remote | None = None,
+        remote: "RemoteStore | None" = None,
         disk_bytes: int | None = None,
         retain: int = RETAINED_VERSIONS,
         check_pins: Callable[[Collection[Version]], None] = lambda versions: None,

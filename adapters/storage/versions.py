@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from adapters.peft_format.fields import AdapterError, shorten
 
@@ -266,38 +266,12 @@ Locate = Callable[[str], Path]  # digest -> where its files are, or would be
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a name means in a remote. `stamp`: which of its meanings that is, for `Remote.note`."""
+    """What a name means in a remote. `stamp`: which of its meanings that is, for `RemoteStore.note`."""
 
     tenant: str
     name: str
     pointer: Pointer | None
     stamp: Any
-
-
-class Remote(Protocol):
-    """Names and files of versions, kept where other servers see and change them.
-
-    Everything here waits for a network, and raises RemoteUnavailable.
-    """
-
-    def news(self, locate: Locate) -> Iterator[Meaning]:
-        """Names that mean something else than is known here."""
-
-    def look(self, tenant: str, name: str, locate: Locate) -> Meaning | None:
-        """What one name means now; None when that cannot be read."""
-
-    def note(self, meaning: Meaning) -> bool:
-        """Know this, unless something later is known; whether it is news. Does not wait."""
-
-    def put(self, digest: str, directory: Path, *, known: bool) -> None:
-        """Keep a version's files, for a name that is about to have it. `known`: one has it, as far as is known here."""
-
-    def get(self, digest: str, directory: Path) -> None:
-        """Copy a version's files into an empty directory. Raises DamagedAdapter when there are none."""
-
-    def remove_orphans(self, seconds: float, held: Callable[[str], bool]) -> int:
-        """Remove versions that no name has, that are not `held`, and none of whose files came in the last so many
-        seconds; how many. None of them while a name cannot be read."""
 
 
 def split_reference(asked: str) -> tuple[str, str | None]:

@@ -29,7 +29,7 @@ class MessageWriter:
         self._ending = o.Ending(stop_reason="end_turn", stop_sequence=None)
 
     def begin(self) -> Iterator[o.MessageEvent]:
-        """It is under way."""
+        """The first events of a message."""
         yield o.MessageStart(message=self._message(None))
         yield o.Ping()
 
@@ -53,7 +53,7 @@ class MessageWriter:
             yield o.MessageStop()
 
     def message(self) -> o.MessageObject:
-        """All of it."""
+        """The whole message."""
         return self._message(self._ending)
 
     def _write(self, block: o.Block, delta: Any, text: str) -> Iterator[o.MessageEvent]:

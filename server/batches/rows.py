@@ -147,7 +147,7 @@ class Journal:
                     if text.endswith(b"\n"):
                         whole += len(text)
                         self.counts[good] += 1
-                        self.done.add(msgspec.json.decode(text, type=_Named).custom_id)
+                        self.done.add(_NAMED.decode(text).custom_id)
                 file.truncate(whole)
             sync(path)
 
@@ -178,3 +178,6 @@ class Journal:
 
 class _Named(msgspec.Struct):
     custom_id: str
+
+
+_NAMED = msgspec.json.Decoder(_Named)  # made in one thread: when several use a type first, msgspec crashes

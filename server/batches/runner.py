@@ -14,7 +14,6 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -29,10 +28,8 @@ from server.batches.rows import INPUT, Journal, Limits, Row
 from server.batches.store import FINAL, Batch, BatchStateError, BatchStore, Fault, Status
 from server.finetune.files import FileStore, StoredFile, new_id
 from server.finetune.manager import MAX_DEATHS, SPACE_SECONDS
+from server.finetune.worker import Worker
 from server.tenants.caller import Caller
-
-if TYPE_CHECKING:
-    from server.finetune.sharing import Sharing
 
 log = logging.getLogger("lorakeet.batches")
 
@@ -53,7 +50,7 @@ class Reply:
 Answer = Callable[[Caller, str, bytes], Awaitable[Reply]]  # who asks, an endpoint and a body -> its answer
 
 
-class Batches:
+class Batches(Worker[Batch]):
     """All batches of one server.
 
     Args:
@@ -62,8 +59,7 @@ class Batches:
         limits: of one batch.
 
     Attributes:
-        tasks: those that work on batches, by the batches' ids.
-        wake: where there are several servers, for one to begin with a batch.
+        answer: answers a row's request; set before `start`.
     """
 
     def __init__(
@@ -76,6 +72,8 @@ class Batches:
         at_once: int,
         limits: Limits,
     ) -> None:
+        super().__init__(store)
+        self.answer: Answer | None = None
         self._directory = directory
         self._pending = lost.Pending(directory)
         self.store = store
@@ -85,25 +83,10 @@ class Batches:
         self._places = asyncio.Semaphore(at_once)
         self._alone = asyncio.Lock()  # held by a request that may have been an engine's death
         self._checking = asyncio.Lock()
-        self._answer: Answer | None = None
-        self.tasks: dict[str, asyncio.Task[None]] = {}
-        self.wake: Callable[[], None] | None = None
-        self.sharing: Sharing | None = None
         self._stops: dict[str, asyncio.Event] = {}
         self._journals: dict[str, Journal] = {}
 
     # --- its life -------------------------------------------------------------------------------------
-
-    async def start(self, answer: Answer) -> None:
-        """Go on with every batch that was under way."""
-        self._answer = answer
-        if self.sharing is not None:
-            await self.sharing.begin()
-        await asyncio.to_thread(self._sort_out)
-        if self.sharing is not None:
-            self.sharing.start()
-        else:
-            self.begin(await asyncio.to_thread(self.store.unfinished))
 
     def _sort_out(self) -> None:
         aside = self._directory.parent / lost.LOST_AND_FOUND
@@ -115,24 +98,9 @@ class Batches:
         unknown = [path for path in left if path.name not in known]
         lost.sort_out(unknown, self._pending, aside / self._directory.name, self.store.database.path.name)
 
-    async def stop(self) -> None:
-        """Let go of all batches; the next `start` goes on with them."""
-        if self.sharing is not None:
-            await self.sharing.stop()
-        await asyncio.gather(*map(self.abandon, list(self.tasks)))
-        if self.sharing is not None:
-            await self.sharing.release()
-
     async def heed(self, batch: Batch) -> None:
-        """Somebody else has changed the status of a batch that is worked on here."""
         if stop := self._stops.get(batch.id):
             stop.set()
-
-    async def abandon(self, batch_id: str) -> None:
-        """Work on a batch no longer, at once, and change nothing of it."""
-        if task := self.tasks.get(batch_id):
-            task.cancel()
-            await asyncio.wait({task})
 
     async def count(self) -> None:
         """Bring the metrics of batches by status up to date."""
@@ -143,7 +111,7 @@ class Batches:
     async def create(self, caller: Caller, endpoint: str, file: StoredFile, metadata: dict[str, str] | None) -> Batch:
         """Record a batch and begin with it."""
         batch = await asyncio.to_thread(self._create, caller, endpoint, file, metadata)
-        (self.wake or partial(self.begin, [batch]))()
+        self.go_on(batch)
         return batch
 
     def _create(self, caller: Caller, endpoint: str, file: StoredFile, metadata: dict[str, str] | None) -> Batch:
@@ -177,16 +145,13 @@ class Batches:
     # --- one batch ---------------------------------------------------------------------------------------
 
     def begin(self, batches: Sequence[Batch]) -> None:
-        """Work on these batches, which are this server's."""
-        for batch in batches:
-            self._stops[batch.id] = asyncio.Event()
-            task = asyncio.create_task(self._work(batch), name=batch.id)
-            self.tasks[batch.id] = task
-            task.add_done_callback(lambda _, id_=batch.id: self._forget(id_))  # type: ignore[misc]
+        self._stops.update((batch.id, asyncio.Event()) for batch in batches)
+        super().begin(batches)
 
-    def _forget(self, batch_id: str) -> None:
-        for each in (self.tasks, self._stops, self._journals):
-            each.pop(batch_id, None)
+    def _ended(self, batch_id: str) -> None:
+        super()._ended(batch_id)
+        self._stops.pop(batch_id, None)
+        self._journals.pop(batch_id, None)
 
     async def _work(self, batch: Batch) -> None:
         """From wherever the batch stands to its end."""
@@ -279,11 +244,11 @@ class Batches:
             await asyncio.gather(*under_way, return_exceptions=True)
 
     async def _answer_row(self, batch: Batch, row: Row, journal: Journal) -> None:
-        assert self._answer is not None
+        assert self.answer is not None
         deaths = 0
         while True:
             async with self._alone if deaths else contextlib.nullcontext():
-                reply = await self._answer(batch.caller, batch.endpoint, row.body)
+                reply = await self.answer(batch.caller, batch.endpoint, row.body)
             deaths += reply.died
             if deaths == MAX_DEATHS or (reply.status not in AGAIN and not reply.died):
                 break

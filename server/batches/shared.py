@@ -56,7 +56,7 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
         return super().create(caller, endpoint, input_file, metadata, number=number or place())
 
     def share(self, batch: Batch, directory: Path) -> None:
-        """Its row goes again when it cannot be."""
+        """Make a new batch known to other servers; when that fails, its row is removed again."""
         try:
             self._bucket.put_file(self._object(batch.id, INPUT), directory / INPUT)
             self._send_new(batch.id, parts=[])

@@ -224,7 +224,7 @@ class EngineProcess:
 
 
 async def _kill(process: asyncio.subprocess.Process) -> None:
-    """End it, if it has not ended."""
+    """Kill the process, if it has not ended."""
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             process.kill()

@@ -56,11 +56,9 @@ def push(
         response = checked(client.post("/v1/adapters", data={"name": name}, files=files))
     receipt = response.json()
     state = "is now" if response.status_code == 201 else "was already"
-    Console().print(
+    print(
         f"{name} {state} {_short(receipt['digest'])}: rank {receipt['rank']}, "
-        f"{receipt['modules_matched']} modules, {receipt['parameters']:,} parameters, {_size(receipt['bytes'])}",
-        highlight=False,
-        soft_wrap=True,
+        f"{receipt['modules_matched']} modules, {receipt['parameters']:,} parameters, {_size(receipt['bytes'])}"
     )
 
 
@@ -94,7 +92,7 @@ def pull(
         finally:
             for part in parts:
                 part.unlink(missing_ok=True)
-    Console().print(f"{name} ({_short(digest)}) is in {directory}", highlight=False, soft_wrap=True)
+    print(f"{name} ({_short(digest)}) is in {directory}")
 
 
 def list_adapters(as_json: AsJson = False, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
@@ -105,7 +103,7 @@ def list_adapters(as_json: AsJson = False, url: Url = DEFAULT_URL, api_key: ApiK
         show_json(adapters)
         return
     if not adapters:
-        Console().print("No adapters yet; `lorakeet push NAME DIR` uploads one.", soft_wrap=True)
+        print("No adapters yet; `lorakeet push NAME DIR` uploads one.")
         return
     numbers = ("RANK", "MODULES", "PARAMETERS", "SIZE")
     rows = [
@@ -132,23 +130,21 @@ def remove(
     with connect(url, api_key) as client:
         for name in names:
             checked(client.delete(adapter_path(name)))
-            Console().print(f"{name} is gone", highlight=False, soft_wrap=True)
+            print(f"{name} is gone")
 
 
 def pin(name: Name, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
     """Keep an adapter on the device, and every later version of its name."""
     with connect(url, api_key) as client:
         answer = checked(client.post(adapter_path(name, "pin"))).json()
-    Console().print(
-        f"{name} is pinned: {_size(answer['bytes_on_device'])} of the device", highlight=False, soft_wrap=True
-    )
+    print(f"{name} is pinned: {_size(answer['bytes_on_device'])} of the device")
 
 
 def unpin(name: Name, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
     """Let an adapter leave the device when others need the room."""
     with connect(url, api_key) as client:
         checked(client.delete(adapter_path(name, "pin")))
-    Console().print(f"{name} is no longer pinned", highlight=False, soft_wrap=True)
+    print(f"{name} is no longer pinned")
 
 
 def _progress() -> Progress:

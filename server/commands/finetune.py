@@ -78,7 +78,7 @@ def finetune(
     if job["status"] != "succeeded":
         reason = (job["error"] or {}).get("message", "")
         raise CommandError(f"job {job['id']} {job['status']}" + (f": {reason}" if reason else ""))
-    Console().print(job["fine_tuned_model"], soft_wrap=True, highlight=False)
+    print(job["fine_tuned_model"])
 
 
 def jobs(
@@ -103,7 +103,7 @@ def jobs(
                 _list(found)
         elif verbs:
             job = checked(client.post(f"{JOBS}/{job_id}/{verbs[0]}")).json()
-            Console().print(f"{job['id']} is {job['status']}", highlight=False, soft_wrap=True)
+            print(f"{job['id']} is {job['status']}")
         else:
             events = get_json(client, f"{JOBS}/{job_id}/events?limit=1000")["data"]
             if as_json:
@@ -111,7 +111,7 @@ def jobs(
                 return
             for event in reversed(events):
                 when = time.strftime("%H:%M:%S", time.localtime(event["created_at"]))
-                Console().print(f"{when} {event['message']}", highlight=False, markup=False, soft_wrap=True)
+                print(f"{when} {event['message']}")
 
 
 def evaluate(
@@ -205,7 +205,7 @@ def _all_jobs(client: httpx.Client) -> list[dict[str, Any]]:
 
 def _list(found: list[dict[str, Any]]) -> None:
     if not found:
-        Console().print("No jobs yet; `lorakeet finetune DATA.jsonl --name NAME` starts one.", soft_wrap=True)
+        print("No jobs yet; `lorakeet finetune DATA.jsonl --name NAME` starts one.")
         return
     rows = []
     for job in found:

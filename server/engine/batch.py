@@ -55,7 +55,7 @@ class Batch:
         return {index: Readback(head.scores(hidden[row])) for index, (row, head) in self.heads.items()}
 
     def planned(self) -> DecodeStep:
-        """As a planned decoder takes it."""
+        """The batch as a planned decoder takes it."""
         attention, deltas = self.attention, self.deltas
         return DecodeStep(
             ids=self.ids,

@@ -85,9 +85,9 @@ class Engine:
         capacity = {size.kind: plan.pool_units for size in sizes.values()} | {EXTRAS: plan.extra_bytes // EXTRAS_UNIT}
         self.pool = RowPool(sizes, capacity, base.device)
         loader = AdapterLoader(base.model, base.linears, base.device)
-        self.residency = AdapterCache(self.pool, loader, config.adapter_host_bytes, config.background_priority)
+        self.adapter_cache = AdapterCache(self.pool, loader, config.adapter_host_bytes, config.background_priority)
         self.runner = Runner(base, cache, self.pool, plan.max_model_len, planned=planned, states=states)
-        self.merges = MergedRegistry(self.runner, self.residency, plan.merged_bytes)
+        self.merges = MergedRegistry(self.runner, self.adapter_cache, plan.merged_bytes)
         self.scheduler = Scheduler(
             self.blocks,
             self.merges,
@@ -115,7 +115,7 @@ class Engine:
         self._live: dict[str, _Live] = {}
         self._warming: list[tuple[protocol.Warm, float]] = []
         self._done: list[protocol.Done] = []
-        self._reporter = Reporter(self.scheduler, self.blocks, self.residency, self.merges)
+        self._reporter = Reporter(self.scheduler, self.blocks, self.adapter_cache, self.merges)
 
     def ready(self) -> Ready:
         """What this engine serves."""
@@ -169,20 +169,20 @@ class Engine:
         """The next step probably has something to compute."""
         scheduler = self.scheduler
         there = scheduler.running or self._in_flight is not None
-        return bool(there) or (bool(scheduler.waiting) and not self.residency.loading)
+        return bool(there) or (bool(scheduler.waiting) and not self.adapter_cache.loading)
 
     @property
     def loading(self) -> bool:
         """An adapter is on its way from disk, or a grammar is being compiled."""
-        return self.residency.loading or bool(self._compiling)
+        return self.adapter_cache.loading or bool(self._compiling)
 
     def add(self, request: Generate) -> None:
         """Queue a sequence."""
         key = self.merges.enter(tuple((adapter.digest, adapter.weight) for adapter in request.adapters))
         if not self.merges.has(key):
             for adapter in request.adapters:
-                self.residency.register(adapter.digest, adapter.path, adapter.owner)
-                self.residency.prefetch(adapter.digest)
+                self.adapter_cache.register(adapter.digest, adapter.path, adapter.owner)
+                self.adapter_cache.prefetch(adapter.digest)
         sequence = Sequence(
             id=request.id,
             prompt=request.prompt,
@@ -218,17 +218,17 @@ class Engine:
 
     def warm(self, request: protocol.Warm) -> None:
         """Make an adapter resident; `take_done` tells when it is."""
-        self.residency.register(request.adapter.digest, request.adapter.path, request.adapter.owner)
+        self.adapter_cache.register(request.adapter.digest, request.adapter.path, request.adapter.owner)
         self._warming.append((request, time.monotonic()))
 
     def pin(self, request: protocol.Pin) -> None:
         """Keep these adapters on the device, and no longer those of the request before."""
-        self.residency.pin({adapter.digest: adapter.path for adapter in request.adapters})
+        self.adapter_cache.pin({adapter.digest: adapter.path for adapter in request.adapters})
 
     def forget(self, request: protocol.Forget) -> None:
         """Drop an adapter, and its merge, once unused."""
         self.merges.forget(request.digest)
-        self.residency.forget(request.digest)
+        self.adapter_cache.forget(request.digest)
         self._done.append(protocol.Done(id=request.id))
 
     def inspect(self, id: str) -> protocol.Inspection:  # noqa: A002
@@ -256,7 +256,7 @@ class Engine:
         Returns every sequence's output and the gauges.
         """
         started = time.monotonic()
-        self.residency.poll()
+        self.adapter_cache.poll()
         self._answer_warming()
         outputs = self._take_compiled() if self._compiling else []
         step = self.scheduler.schedule(started)
@@ -369,12 +369,12 @@ class Engine:
         waiting = []
         for request, started in self._warming:
             key = ((request.adapter.digest, 1.0),)
-            match self.residency.acquire(key):
+            match self.adapter_cache.acquire(key):
                 case "ready":
-                    self.residency.release(key)
+                    self.adapter_cache.release(key)
                     self._done.append(protocol.Done(id=request.id, seconds=time.monotonic() - started))
                 case "failed":
-                    error = self.residency.error(key)
+                    error = self.adapter_cache.error(key)
                     self._done.append(protocol.Done(id=request.id, error=error, code=protocol.LOAD_FAILED))
                 case _:
                     waiting.append((request, started))

@@ -72,7 +72,7 @@ class MergeBuilder:
             self._registry.add(existing)
             self._answer(order, existing.report)
         else:
-            self._engine.residency.register(order.adapter.digest, order.adapter.path)
+            self._engine.adapter_cache.register(order.adapter.digest, order.adapter.path)
             self._order, self._pieces, self._kind = order, self._build(order), "waiting"
 
     def _give_up(self, digest: str) -> bool:
@@ -101,7 +101,7 @@ class MergeBuilder:
     @property
     def ready(self) -> bool:
         """There is a piece to run now."""
-        return self._order is not None and not (self._kind == "waiting" and self._engine.residency.loading)
+        return self._order is not None and not (self._kind == "waiting" and self._engine.adapter_cache.loading)
 
     @property
     def next_seconds(self) -> float:
@@ -134,7 +134,7 @@ class MergeBuilder:
 
     def _build(self, order: Merge) -> Generator[str, None, Merged]:
         began, digest, key = time.monotonic(), order.adapter.digest, _key(order)
-        engine, cache, runner = self._engine, self._engine.residency, self._engine.runner
+        engine, cache, runner = self._engine, self._engine.adapter_cache, self._engine.runner
         unmerged: AdapterKey = ((digest, 1.0),)
         while (answer := cache.acquire(unmerged)) in ("loading", "full"):
             yield "waiting"

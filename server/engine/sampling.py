@@ -89,7 +89,7 @@ class Readback:
             self._copied = torch.cuda.current_stream(device).record_event()
 
     def lists(self) -> list[list[Any]]:
-        """Their numbers; waits for them."""
+        """The tensors' numbers; waits for the copy."""
         if self._copied is not None:
             self._copied.synchronize()
         return [tensor.tolist() for tensor in self._tensors]
@@ -114,7 +114,7 @@ class Logprobs:
         ]
 
     def read(self) -> list[TokenLogprob]:
-        """One per row; waits for them."""
+        """One entry per row; waits for the device."""
         lines: list[TokenLogprob] = []
         for part in self._parts:
             for token, value, rank, ids, values in zip(*part.lists(), strict=True):
@@ -138,7 +138,7 @@ class Drawn:
         self._scored = scored
 
     def draws(self) -> list[Draw]:
-        """What was drawn; waits for it."""
+        """The drawn tokens, one per row; waits for the device."""
         [tokens] = self._host.lists()
         logprobs = dict(zip(self._scored, self._logprobs.read(), strict=True)) if self._logprobs else {}
         return [

@@ -36,7 +36,7 @@ class Group:
     tenants: frozenset[str] | None = None
 
     def has(self, sequence: Sequence) -> bool:
-        """Whether it is one of them."""
+        """Whether a sequence belongs to the group."""
         return sequence.background == self.background and (self.tenants is None or sequence.tenant in self.tenants)
 
 

@@ -10,11 +10,10 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -39,14 +38,12 @@ from server.finetune.jobs import JobError, JobFailedError
 from server.finetune.manager import MAX_DEATHS, SPACE_SECONDS
 from server.finetune.rows import DatasetError
 from server.finetune.tokenizer import TrainingTokenizer
+from server.finetune.worker import Worker
 from server.messages.dataset import Dataset
 from server.messages.protocol import AdapterRef, Generate, Output, Ready, Sampling
 from server.registry.open import Registry
 from server.tenants.caller import Caller
 from server.text.processor import TextProcessor
-
-if TYPE_CHECKING:
-    from server.finetune.sharing import Sharing
 
 log = logging.getLogger("lorakeet.finetune")
 
@@ -91,15 +88,11 @@ class _Example:
     answer: list[int]
 
 
-class Evaluations:
+class Evaluations(Worker[Evaluation]):
     """Works on evaluations, each from its beginning whoever has begun it.
 
     Args:
         at_once: sequences in the engine at once, of all evaluations together.
-
-    Attributes:
-        tasks: those that work on evaluations, by the evaluations' ids.
-        wake: where there are several servers, for one to begin with an evaluation.
     """
 
     def __init__(
@@ -112,10 +105,8 @@ class Evaluations:
         *,
         at_once: int,
     ) -> None:
+        super().__init__(store)
         self.store = store
-        self.tasks: dict[str, asyncio.Task[None]] = {}
-        self.wake: Callable[[], None] | None = None
-        self.sharing: Sharing | None = None
         self._files = files
         self._registry = registry
         self._engine = engine
@@ -130,7 +121,7 @@ class Evaluations:
         """Record an evaluation and begin with it."""
         create = partial(self.store.create, tenant, model=model, adapter=adapter, digest=digest, file=file)
         evaluation = await asyncio.to_thread(create, max_examples=max_examples)
-        (self.wake or partial(self.begin, [evaluation]))()
+        self.go_on(evaluation)
         return evaluation
 
     async def delete(self, tenant: str, evaluation_id: str) -> None:
@@ -141,38 +132,6 @@ class Evaluations:
         await asyncio.to_thread(self._delete_files, evaluation)
 
     # --- its life --------------------------------------------------------------------------------------------
-
-    async def start(self) -> None:
-        """Begin again with what was under way."""
-        if self.sharing is not None:
-            await self.sharing.begin()
-            self.sharing.start()
-        else:
-            self.begin(await asyncio.to_thread(self.store.unfinished))
-
-    async def stop(self) -> None:
-        """Let go of all; the next `start` begins again with them."""
-        if self.sharing is not None:
-            await self.sharing.stop()
-        await asyncio.gather(*map(self.abandon, list(self.tasks)))
-        if self.sharing is not None:
-            await self.sharing.release()
-
-    def begin(self, evaluations: Sequence[Evaluation]) -> None:
-        """Work on these, which are this server's."""
-        for evaluation in evaluations:
-            task = asyncio.create_task(self._work(evaluation), name=evaluation.id)
-            self.tasks[evaluation.id] = task
-            task.add_done_callback(lambda _, id_=evaluation.id: self.tasks.pop(id_, None))  # type: ignore[misc]
-
-    async def heed(self, evaluation: Evaluation) -> None:
-        """Nobody else changes the status of one that is worked on here."""
-
-    async def abandon(self, evaluation_id: str) -> None:
-        """Work on one no longer, at once, and change nothing of it."""
-        if task := self.tasks.get(evaluation_id):
-            task.cancel()
-            await asyncio.wait({task})
 
     async def _work(self, evaluation: Evaluation) -> None:
         while True:

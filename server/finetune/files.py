@@ -125,11 +125,11 @@ class FileStore:
         return stored
 
     def _share(self, row: dict[str, Any], source: Path) -> dict[str, Any]:
-        """Give a file to those who shall have it, too; its row, as it is to be kept."""
+        """Make a new file known to other servers, if there are any; its row, as it is to be kept."""
         return row
 
     def _unshare(self, file_id: str) -> None:
-        """Take it away from them again."""
+        """Undo `_share`."""
 
     def _note(self, row: dict[str, Any]) -> None:
         record = record_of(self._root, row["id"])
@@ -208,7 +208,7 @@ def recorded(root: Path, file_id: str) -> dict[str, Any] | None:
 
 
 def record_of(root: Path, file_id: str) -> Path:
-    """Where that is."""
+    """The path of the record beside a file."""
     return root / RECORDS / f"{file_id}.json"
 
 

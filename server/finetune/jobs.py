@@ -121,7 +121,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
 class Event(msgspec.Struct, frozen=True, kw_only=True):
     """`number` orders all events; `id` is what clients see."""
 
-    number: int
+    number: int = 0
     id: str
     created_at: int
     level: Literal["info", "warn", "error"]
@@ -140,6 +140,12 @@ class StoredCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
     trained_tokens: int
     directory: str
     hashes: dict[str, str]  # file name -> blake2b of its content
+
+
+# Made here, in one thread: see `RecordTable`.
+_EVENTS = msgspec.json.Decoder(Event)
+_METRICS = msgspec.json.Decoder(Metrics)
+_CHECKPOINTS = msgspec.json.Decoder(StoredCheckpoint)
 
 
 class JobStore(RecordTable[Job, Status]):
@@ -248,9 +254,7 @@ class JobStore(RecordTable[Job, Status]):
         rows, more = self.database.page(
             "events", "job = ?", [job_id], limit=limit, after=after, newest_first=newest_first
         )
-        return [
-            msgspec.convert({"number": row["number"], **msgspec.json.decode(row["record"])}, Event) for row in rows
-        ], more
+        return [msgspec.structs.replace(_EVENTS.decode(row["record"]), number=row["number"]) for row in rows], more
 
     def record_step(self, job: Job, step: TrainingStep) -> None:
         """A step's metrics. A step that is repeated after a restart replaces itself, and makes no second event."""
@@ -279,7 +283,7 @@ class JobStore(RecordTable[Job, Status]):
         """Every recorded step's metrics, in order."""
         with self.database.reading() as connection:
             rows = connection.execute("SELECT record FROM steps WHERE job = ? ORDER BY step", (job_id,)).fetchall()
-        return [msgspec.json.decode(row["record"], type=Metrics) for row in rows]
+        return [_METRICS.decode(row["record"]) for row in rows]
 
     # --- checkpoints -----------------------------------------------------------------------------------
 
@@ -298,7 +302,7 @@ class JobStore(RecordTable[Job, Status]):
             row = connection.execute(
                 "SELECT record FROM checkpoints WHERE job = ? AND step = ?", (job.id, metrics.step)
             ).fetchone()
-            known = None if row is None else msgspec.json.decode(row["record"], type=StoredCheckpoint)
+            known = None if row is None else _CHECKPOINTS.decode(row["record"])
             checkpoint = StoredCheckpoint(
                 id=new_id("ftckpt-") if known is None else known.id,
                 created_at=int(time.time()) if known is None else known.created_at,
@@ -320,7 +324,7 @@ class JobStore(RecordTable[Job, Status]):
     def checkpoints(self, job_id: str, *, limit: int, after: str | None = None) -> tuple[list[StoredCheckpoint], bool]:
         """Those that can be served, newest first. Raises UnknownCursorError."""
         rows, more = self.database.page("checkpoints", "job = ? AND served", [job_id], limit=limit, after=after)
-        return [msgspec.json.decode(row["record"], type=StoredCheckpoint) for row in rows], more
+        return [_CHECKPOINTS.decode(row["record"]) for row in rows], more
 
     def resumable(self, job_id: str) -> Sequence[StoredCheckpoint]:
         """Every checkpoint, the latest step first."""
@@ -328,13 +332,9 @@ class JobStore(RecordTable[Job, Status]):
             rows = connection.execute(
                 "SELECT record FROM checkpoints WHERE job = ? ORDER BY step DESC", (job_id,)
             ).fetchall()
-        return [msgspec.json.decode(row["record"], type=StoredCheckpoint) for row in rows]
+        return [_CHECKPOINTS.decode(row["record"]) for row in rows]
 
     # --- working on one ------------------------------------------------------------------------------
-
-    def take_up(self) -> list[Job]:
-        """Jobs that this server is to work on, and does not yet."""
-        return [job for job in self.unfinished() if job.goes_on]
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
@@ -368,5 +368,5 @@ def event_row(message: str, level: str = "info", data: dict[str, Any] | None = N
 
 
 def level_of(status: Status) -> Literal["info", "error"]:
-    """Of the event that tells of a status."""
+    """The level of the event that tells of a status."""
     return "error" if status == "failed" else "info"

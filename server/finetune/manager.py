@@ -9,7 +9,7 @@ import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from server.finetune.metrics import TrainingMetrics
 from server.finetune.preparation import Preparation, copy_initial, placed
 from server.finetune.slots import FairSlots
 from server.finetune.wandb_runs import WandbRuns
+from server.finetune.worker import Worker
 from server.messages.training import (
     STORAGE_FULL,
     Checkpoint,
@@ -53,15 +54,12 @@ _BYTES_PER_PARAMETER = 24  # fp32: values, two moments, the adapter; and where i
 _FULL = "The disk is full; the job is paused, and goes on when there is space"
 
 
-class JobManager:
+class JobManager(Worker[Job]):
     """All fine-tuning of one server.
 
     Args:
         directory: where jobs keep data and checkpoints while they run.
         max_running: jobs that train at once; the rest are queued.
-
-    Attributes:
-        tasks: those that work on jobs, by the jobs' ids.
     """
 
     def __init__(
@@ -77,6 +75,7 @@ class JobManager:
         metrics: TrainingMetrics,
         max_running: int,
     ) -> None:
+        super().__init__(jobs)
         self._directory = directory
         self._pending = lost.Pending(directory)
         self._database = database
@@ -87,23 +86,14 @@ class JobManager:
         self._metrics = metrics
         self._wandb = WandbRuns()
         self._slots = FairSlots(max_running)
-        self.tasks: dict[str, asyncio.Task[None]] = {}
         self._training: set[str] = set()  # ids of the jobs that have a slot
         self._pace: dict[str, float] = {}  # id -> seconds per step, lately
         self._news = asyncio.Event()
-        self.wake: Callable[[], None] | None = None  # where there are several servers, for one to begin with a job
 
     # --- its life -------------------------------------------------------------------------------------
 
-    async def start(self) -> None:
-        """Go on with every job that was under way; paused ones stay paused."""
-        await asyncio.to_thread(restore.sort_out, self._jobs, self._directory, self._pending)
-        if self.wake is None:
-            self.begin(await asyncio.to_thread(self._jobs.take_up))
-
-    async def stop(self) -> None:
-        """Let go of all jobs; the next `start` goes on with them."""
-        await asyncio.gather(*map(self.abandon, list(self.tasks)))
+    def _sort_out(self) -> None:
+        restore.sort_out(self._jobs, self._directory, self._pending)
 
     async def wait_for_news(self, seconds: float) -> None:
         """Return when something may have been written to some job, or after so long."""
@@ -119,7 +109,7 @@ class JobManager:
     async def create(self, tenant: str, spec: JobSpec, initial: Path | None = None) -> Job:
         """Record a job and begin with it. `initial`: files of the adapter version that it goes on from."""
         job = await asyncio.to_thread(self._create, tenant, spec, initial)
-        self._go_on(job)
+        self.go_on(job)
         self._announce()
         return job
 
@@ -176,7 +166,7 @@ class JobManager:
             await asyncio.wait({task})  # it is about to end, after the pause
         status: Status = "validating_files" if now.start is None else "queued"
         resumed = await self._move(job, status, "Job resumed", asked=True, waits_for_space=False)
-        self._go_on(resumed)
+        self.go_on(resumed)
         return resumed
 
     def estimated_finish(self, job: Job) -> int | None:
@@ -196,18 +186,11 @@ class JobManager:
         return False
 
     async def heed(self, job: Job) -> None:
-        """Somebody else has changed the status of a job that is worked on here."""
         self._announce()
         if job.status in FINAL or job.status == "pausing":
             await self._let_go(job, save=job.status == "pausing")
         elif job.status != "running":
             await self.abandon(job.id)
-
-    async def abandon(self, job_id: str) -> None:
-        """Work on a job no longer, at once, and change nothing of it."""
-        if task := self.tasks.get(job_id):
-            task.cancel()
-            await asyncio.wait({task})
 
     async def _clean_up(self, job: Job) -> None:
         """Remove what was needed to go on; what is published lies elsewhere."""
@@ -222,16 +205,6 @@ class JobManager:
         return moved
 
     # --- one job -----------------------------------------------------------------------------------------
-
-    def _go_on(self, job: Job) -> None:
-        (self.wake or partial(self.begin, [job]))()
-
-    def begin(self, jobs: Sequence[Job]) -> None:
-        """Work on these jobs, which are this server's."""
-        for job in jobs:
-            task = asyncio.create_task(self._work(job), name=job.id)
-            self.tasks[job.id] = task
-            task.add_done_callback(lambda _, id_=job.id: self.tasks.pop(id_, None))  # type: ignore[misc]
 
     async def _work(self, job: Job) -> None:
         """From wherever the job stands to its end, or to a pause."""
@@ -259,7 +232,7 @@ class JobManager:
                 await self._clean_up(job)
 
     async def _advance(self, job: Job) -> None:
-        """As far as disk and engine let it."""
+        """Work on a job until it ends, pauses, or the disk or the engine stops it."""
         if job.waits_for_space:
             job = await self._wait_for_space(job)
         if job.status == "pausing":  # the server has restarted

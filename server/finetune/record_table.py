@@ -10,8 +10,6 @@ from adapters.storage.database import Database
 
 log = logging.getLogger("lorakeet.finetune")
 
-T = TypeVar("T")
-
 
 class Record(Protocol):
     """What a row says outside of its JSON."""
@@ -33,19 +31,8 @@ S = TypeVar("S", bound=str)  # statuses
 
 
 def encode(record: object) -> str:
-    """As it is stored."""
+    """A record as the JSON that its row has."""
     return msgspec.json.encode(record).decode()
-
-
-def readable(rows: Sequence[Any], kind: type[T]) -> list[T]:
-    """The records of rows, but for those that cannot be read."""
-    found = []
-    for row in rows:
-        try:
-            found.append(msgspec.json.decode(row["record"], type=kind))
-        except (msgspec.DecodeError, TypeError) as fault:
-            log.error("the row of %s cannot be read, and is left out: %s", row["id"], fault)
-    return found
 
 
 class RecordTable(Generic[R, S]):
@@ -69,6 +56,8 @@ class RecordTable(Generic[R, S]):
         self.database = database
         self._table = table
         self._kind = kind
+        # Made here, in one thread: when several use a type first, and at once, msgspec crashes.
+        self._decoder = msgspec.json.Decoder(kind)
         self._unknown = unknown
         self._statuses = statuses
         self._final = sorted(final)
@@ -82,7 +71,7 @@ class RecordTable(Generic[R, S]):
             )
 
     def write(self, record: R) -> None:
-        """Put this in place of what its row says."""
+        """Replace the row of a record."""
         with self.database.transaction() as connection:
             connection.execute(
                 f"UPDATE {self._table} SET status = ?, record = ? WHERE id = ?",
@@ -90,7 +79,7 @@ class RecordTable(Generic[R, S]):
             )
 
     def remove(self, id_: str) -> None:
-        """Needs no space on the disk."""
+        """Delete a row; that needs no space on the disk."""
         with self.database.transaction(removing=True) as connection:
             connection.execute(f"DELETE FROM {self._table} WHERE id = ?", (id_,))
 
@@ -102,7 +91,7 @@ class RecordTable(Generic[R, S]):
             ).fetchone()
         if row is None:
             raise self._unknown(id_)
-        return msgspec.json.decode(row["record"], type=self._kind)
+        return self._decoder.decode(row["record"])
 
     def page(self, tenant: str, *, limit: int, after: str | None = None) -> tuple[list[R], bool]:
         """Newest first, and whether more follow. Raises UnknownCursorError."""
@@ -110,7 +99,17 @@ class RecordTable(Generic[R, S]):
 
     def _page(self, where: str, values: Sequence[str], limit: int, after: str | None) -> tuple[list[R], bool]:
         rows, more = self.database.page(self._table, where, values, limit=limit, after=after)
-        return readable(rows, self._kind), more
+        return self._readable(rows), more
+
+    def _readable(self, rows: Sequence[Any]) -> list[R]:
+        """The records of rows, but for those that cannot be read."""
+        found = []
+        for row in rows:
+            try:
+                found.append(self._decoder.decode(row["record"]))
+            except (msgspec.DecodeError, TypeError) as fault:
+                log.error("the row of %s cannot be read, and is left out: %s", row["id"], fault)
+        return found
 
     def statuses(self) -> dict[str, S]:
         """Of all records, by id."""
@@ -124,13 +123,17 @@ class RecordTable(Generic[R, S]):
             rows = connection.execute(
                 f"SELECT id, record FROM {self._table} WHERE status NOT IN ({marks}) ORDER BY number", self._final
             ).fetchall()
-        return readable(rows, self._kind)
+        return self._readable(rows)
+
+    def take_up(self) -> list[R]:
+        """Records that this server is to work on, and does not yet."""
+        return [record for record in self.unfinished() if record.goes_on]
 
     def all(self) -> list[R]:
         """Every tenant's records, oldest first."""
         with self.database.reading() as connection:
             rows = connection.execute(f"SELECT id, record FROM {self._table} ORDER BY number").fetchall()
-        return readable(rows, self._kind)
+        return self._readable(rows)
 
     def holds(self, id_: str) -> bool:
         """Whether this server is the one to work on a record."""

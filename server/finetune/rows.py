@@ -156,6 +156,8 @@ _FIELDS: dict[ExampleType, set[str]] = {  # those that tell an example's kind
     CompletionExample: {"prompt", "completion"},
     TextExample: {"text"},
 }
+for _kind in _FIELDS:  # once, in one thread: when several use a type first, and at once, msgspec crashes
+    msgspec.json.Decoder(_kind)
 
 
 def read_examples(lines: Iterable[bytes]) -> Iterator[tuple[int, Example | None]]:

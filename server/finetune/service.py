@@ -2,7 +2,6 @@
 
 import asyncio
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from adapters.storage.database import Database
 from server.client.engine import EngineClient
@@ -19,9 +18,6 @@ from server.settings import Settings
 from server.text.processor import TextProcessor
 from server.usage import Ledger
 
-if TYPE_CHECKING:
-    from server.finetune.sharing import Sharing
-
 
 @dataclass(frozen=True)
 class FineTuning:
@@ -33,24 +29,15 @@ class FineTuning:
     evaluations: Evaluations
     metrics: TrainingMetrics
     database: Database
-    sharing: "Sharing | None"  # with other servers
 
     async def start(self) -> None:
         """Go on with what was under way."""
-        if self.sharing is not None:
-            await self.sharing.begin()
         await self.manager.start()
         await self.evaluations.start()
-        if self.sharing is not None:
-            self.sharing.start()
 
     async def stop(self) -> None:
         """Let go of everything; the next `start` goes on with it."""
-        if self.sharing is not None:
-            await self.sharing.stop()
         await self.manager.stop()
-        if self.sharing is not None:
-            await self.sharing.release()
         await self.evaluations.stop()
 
     async def count_jobs(self) -> None:
@@ -90,8 +77,9 @@ class FineTuning:
         evaluated = shared.evaluations if shared else EvaluationStore(database)
         most = settings.evaluation_requests
         evaluations = Evaluations(evaluated, files, registry, engine, text, at_once=most)
-        sharing = shared.begun(settings, manager, evaluations) if shared else None
-        return cls(files, jobs, manager, evaluations, counted, database, sharing)
+        if shared is not None:
+            shared.join(settings, manager, evaluations)
+        return cls(files, jobs, manager, evaluations, counted, database)
 
 
 class _Shared:
@@ -110,8 +98,8 @@ class _Shared:
         self.jobs.join(bucket, seconds, settings.max_training_jobs)
         self.evaluations.join(bucket, seconds, settings.evaluation_requests)
 
-    def begun(self, settings: Settings, manager: JobManager, evaluations: Evaluations) -> "Sharing":
-        """Let those who work on them do so in step with other servers; the sharing of files and jobs."""
+    def join(self, settings: Settings, manager: JobManager, evaluations: Evaluations) -> None:
+        """Let those who work on them do so in step with other servers."""
         from server.finetune.sharing import Sharing
 
         seconds = settings.store_poll_seconds / 2
@@ -121,4 +109,4 @@ class _Shared:
             self.jobs.share_all(settings.data_dir / "jobs")
 
         evaluations.sharing = Sharing(self.evaluations, evaluations, seconds, before=self.evaluations.share_all)
-        return Sharing(self.jobs, manager, seconds, self.files.follow, share_all)
+        manager.sharing = Sharing(self.jobs, manager, seconds, self.files.follow, share_all)

@@ -44,7 +44,7 @@ class SharedJobs(Shared[Job, Status], JobStore):
         return super().create(tenant, spec, number=number or place())
 
     def share(self, job: Job, directory: Path) -> None:
-        """Its rows go again when it cannot be."""
+        """Make a new job known to other servers; when that fails, its rows are removed again."""
         try:
             self._share(job, directory)
         except BaseException:
@@ -65,7 +65,7 @@ class SharedJobs(Shared[Job, Status], JobStore):
         self._send_new(job.id, segments=[], tail=[])
 
     def forget(self, id_: str, but: Sequence[str] = ()) -> None:
-        """And events that no record came to name, since it was made anew when they had been written."""
+        """As `Shared.forget`; so go objects of the log that the job's record does not name: failed tries left them."""
         super().forget(id_, but)
         with contextlib.suppress(RemoteUnavailable), self._writing[id_]:
             there = [entry.path for entry in self._bucket.list(f"job-logs/{id_}")]
@@ -111,7 +111,7 @@ class SharedJobs(Shared[Job, Status], JobStore):
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """The last change sends all of them."""
+        """Several changes of a job: the last one sends all of them to the store."""
         yield
 
     # --- a record and its rows -----------------------------------------------------------------------
@@ -125,7 +125,7 @@ class SharedJobs(Shared[Job, Status], JobStore):
             ).fetchall()
             checkpoints = connection.execute("SELECT record FROM checkpoints WHERE job = ? ORDER BY number", (job_id,))
             made = [json.loads(one["record"]) for one in checkpoints]
-        job = msgspec.json.decode(row["record"], type=Job)
+        job = self._decoder.decode(row["record"])
         if "record" in content:
             job = _standing(job, self._read(content))
         there = {event["id"] for event in content["tail"]} | {segment["last"] for segment in content["segments"]}
@@ -152,7 +152,7 @@ class SharedJobs(Shared[Job, Status], JobStore):
                 self.add(job, content["number"])
             else:
                 if ours:
-                    here = msgspec.json.decode(row["record"], type=Job)
+                    here = self._decoder.decode(row["record"])
                     job = msgspec.structs.replace(_standing(here, stored), **changes or {})
                 self.write(job)
             if not ours:

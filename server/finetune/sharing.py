@@ -3,42 +3,21 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from adapters.storage.database import DatabaseBusy
 from adapters.storage.leases import LeaseLost
 from adapters.storage.versions import RemoteUnavailable
 from server.errors import StorageFull
 from server.finetune.shared import Shared
+from server.finetune.worker import Worker
 
 _RENEWALS = 3  # in the time that a lease lasts
 _SHORTEST = 0.02
 _FAULTS = (RemoteUnavailable, DatabaseBusy, StorageFull, OSError)
 
 log = logging.getLogger("lorakeet.finetune")
-
-
-class Worker(Protocol):
-    """Who works on the records.
-
-    Attributes:
-        tasks: those that are worked on, by their ids.
-        wake: to be called when there is a new one.
-    """
-
-    wake: Callable[[], None] | None
-
-    @property
-    def tasks(self) -> Mapping[str, object]: ...
-    def begin(self, records: Sequence[Any]) -> None:
-        """Work on these."""
-
-    async def heed(self, record: Any) -> None:
-        """Somebody else has changed the status of one of them."""
-
-    async def abandon(self, id_: str) -> None:
-        """Work on one no longer, at once, and change nothing of it."""
 
 
 class Sharing:
@@ -53,7 +32,7 @@ class Sharing:
     def __init__(
         self,
         records: Shared[Any, Any],
-        worker: Worker,
+        worker: Worker[Any],
         seconds: float,
         also: Callable[[], None] = lambda: None,
         before: Callable[[], None] = lambda: None,
@@ -66,10 +45,9 @@ class Sharing:
         self._woken = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._outage = False
-        worker.wake = self._woken.set
 
     async def begin(self) -> None:
-        """See what there is."""
+        """Take over once what other servers have, before anything is worked on here."""
         try:
             await asyncio.to_thread(self._also)
             await asyncio.to_thread(self.records.follow)
@@ -78,21 +56,25 @@ class Sharing:
             log.warning("what other servers have is not seen yet: %s", fault)
 
     def start(self) -> None:
-        """Do so from now on."""
+        """Follow, take up and renew in the background from now on."""
         self._tasks = [asyncio.create_task(work) for work in (self._follow(), self._renew())]
 
     async def stop(self) -> None:
-        """Do so no longer."""
+        """End what `start` began; leases stay as they are."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def release(self) -> None:
-        """Let others have what was worked on here."""
+        """Give back all leases, so that other servers take the records up at once."""
         await asyncio.gather(*map(self._release, self.records.leases.held()))
 
+    def wake(self) -> None:
+        """There is something new to work on: look at once."""
+        self._woken.set()
+
     async def poll(self) -> None:
-        """Do once what is done all the time."""
+        """Follow once, and take up what nobody works on."""
         await asyncio.to_thread(self._also)
         for record in await asyncio.to_thread(self.records.follow):
             await self._worker.heed(record)

@@ -59,7 +59,8 @@ def build_app(services: Services) -> Starlette:
         await services.tenants.start()
         await services.engine.start()
         await services.tuning.start()
-        await services.batches.start(partial(answered, app))
+        services.batches.answer = partial(answered, app)
+        await services.batches.start()
         registry, tenants = services.registry, services.tenants
         working = registry.collect_orphans(), registry.following.run(), tenants.run(), tenants.follow()
         others = services.history.run(), services.responses.run()

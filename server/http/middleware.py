@@ -230,7 +230,7 @@ def _with_headers(send: Send, allowance: Allowance) -> Send:
 
 
 def open_paths(settings: Settings) -> frozenset[str]:
-    """Those that need no key."""
+    """The paths that need no key."""
     paths = OPEN_PATHS - {"/metrics", "/ready"} if settings.guard_metrics else OPEN_PATHS
     return paths | PATHS if settings.ui else paths
 

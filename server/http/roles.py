@@ -105,7 +105,7 @@ _NO_CHANGE = frozenset(
 
 
 def is_change(method: str, path: str) -> bool:
-    """Whether the audit log has it."""
+    """Whether a request to this path changes something, and so belongs into the audit log."""
     return method != "GET" and path not in _NO_CHANGE
 
 

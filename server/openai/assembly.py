@@ -81,7 +81,7 @@ class Assembler:
 
     @property
     def thought_tokens(self) -> int:
-        """Those of the tokens that are a thought."""
+        """How many of the tokens belong to the thought."""
         return 0 if self._thought is None else self._thought.count
 
     def add(self, output: Output) -> Piece:

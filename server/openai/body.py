@@ -107,7 +107,7 @@ class Body(BaseModel):
 
 @cache
 def _names(kind: type[Body]) -> frozenset[str]:
-    """Under which its fields are given."""
+    """The names under which a body's fields are given."""
     return frozenset(field.alias or name for name, field in kind.__pydantic_fields__.items())
 
 

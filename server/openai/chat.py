@@ -57,7 +57,7 @@ class ChatBody(GenerationBody, Conversation):
 
     @property
     def shown_tools(self) -> list[Tool]:
-        """None of them, if none may be called."""
+        """The tools that the model is told of: none if none may be called."""
         return [] if self.tool_choice == "none" else list(allowed(self.tool_choice, self.tools))
 
     def calling(self, text: TextProcessor) -> Calling | None:

@@ -146,7 +146,7 @@ class Conversation(Body):
 
     @property
     def shown_tools(self) -> list[Tool]:
-        """Those that the model is told of."""
+        """The tools that the model is told of."""
         return self.tools
 
     @property

@@ -29,14 +29,14 @@ class _Open:
     logprobs: o.Logprobs = field(default_factory=list)
 
     def part(self) -> o.OutputText | o.ReasoningText:
-        """Its text so far."""
+        """The part of the item, with its text so far."""
         text = "".join(self.text)
         if self.kind == "reasoning":
             return o.ReasoningText(text=text)
         return o.OutputText(text=text, logprobs=list(self.logprobs))
 
     def item(self, status: o.ItemStatus) -> o.OutputItem:
-        """As it stands."""
+        """The item, with its text so far."""
         if self.call is not None:
             name, arguments = self.call.name, "".join(self.text)
             return o.OutputCall(id=self.id, status=status, call_id=self.call.id, name=name, arguments=arguments)
@@ -76,7 +76,7 @@ class ResponseWriter:
         )
 
     def begin(self) -> list[o.ResponseEvent]:
-        """It is under way."""
+        """The first events of a response."""
         return [self._of(o.Created, response=self.response), self._of(o.InProgress, response=self.response)]
 
     def add(self, addition: Addition) -> list[o.ResponseEvent]:
@@ -104,19 +104,19 @@ class ResponseWriter:
         return events
 
     def last(self) -> o.ResponseEvent:
-        """The event of its end."""
+        """The last event, after the response has ended."""
         kind = {"completed": o.Completed, "incomplete": o.IncompleteEvent}.get(self.response.status, o.Failed)
         return self._of(kind, response=self.response)
 
     def fail(self, error: LorakeetError) -> o.ResponseEvent:
-        """It cannot be finished."""
+        """End the response with an error; the last event."""
         code = {InvalidRequest: "invalid_prompt", TooManyRequests: "rate_limit_exceeded"}
         named = next((name for kind, name in code.items() if isinstance(error, kind)), "server_error")
         self._end("failed", o.ResponseFault(code=named, message=error.message))
         return self.last()
 
     def cancel(self) -> None:
-        """The client wants no more of it."""
+        """End the response as cancelled, with what it has so far."""
         list(self._close("incomplete"))
         self._end("cancelled")
 

@@ -182,7 +182,7 @@ async def text_of(services: Services, version: Version) -> TextProcessor:
 
 
 def stop_tokens(version: Version) -> Sequence[int]:
-    """Those that a fine-tune taught it."""
+    """The stop tokens that a fine-tune taught a version."""
     taught: Sequence[int] = version.receipt.get("stop_token_ids", ())
     return taught
 

@@ -62,7 +62,7 @@ class AllowedFunctions(Body):
 
 
 class AllowedTools(Body):
-    """The model is told of these alone."""
+    """A choice of some of the tools: the model is told of these alone."""
 
     type: Literal["allowed_tools"]
     allowed_tools: AllowedFunctions
@@ -115,7 +115,7 @@ def check_choice(choice: ToolChoice, tools: Sequence[Tool]) -> None:
 
 
 def allowed(choice: ToolChoice, tools: Sequence[Tool]) -> Sequence[Tool]:
-    """Those that the choice leaves."""
+    """The tools that the choice leaves."""
     if not isinstance(choice, AllowedTools):
         return tools
     names = {tool.function.name for tool in choice.allowed_tools.tools}

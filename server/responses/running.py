@@ -10,7 +10,7 @@ class Followed(Protocol):
     """The events of a response."""
 
     def follow(self, after: int) -> AsyncGenerator[Any, None]:
-        """Those behind this number, as they come."""
+        """The events behind this number, as they come."""
 
 
 @dataclass
@@ -34,17 +34,17 @@ class Running:
     _ended: bool = False
 
     def publish(self, event: Any) -> None:
-        """One more event."""
+        """Add an event, for all who follow."""
         self.events.append(event)
         self._wake()
 
     def end(self) -> None:
-        """No more follow."""
+        """No further event comes: whoever follows is done."""
         self._ended = True
         self._wake()
 
     async def stop(self) -> None:
-        """Make it no longer."""
+        """Cancel the task that makes the response, and wait for its end."""
         if self.task is not None:
             self.task.cancel()
             await asyncio.gather(self.task, return_exceptions=True)

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -23,6 +24,7 @@ from adapters.storage.leases import LEASE, LeaseLost, Leases
 from adapters.storage.records import Content, Records
 from adapters.storage.versions import RemoteUnavailable
 from server.errors import NotFound
+from server.repeat import repeatedly
 from server.responses.running import Followed, Running
 from server.responses.store import STOPPED, Fields, KeptResponse, ResponseStore, log
 from server.tenants.caller import tenant_name, tenant_of
@@ -31,7 +33,6 @@ PREFIX = "responses"
 _RENEWALS = 3  # in the time that a lease lasts, at least
 _AGAIN_SECONDS = 1.0  # after which what could not be kept is tried again
 _ID = re.compile(r"resp_[0-9a-f]{32}")
-_EXPECTED = (RemoteUnavailable, DatabaseBusy, OSError)
 
 
 class SharedResponses(ResponseStore):
@@ -59,6 +60,7 @@ class SharedResponses(ResponseStore):
         self._leases = Leases(self._records, lease_seconds)
         self.poll_seconds = poll_seconds
         self._sweep_seconds = sweep_seconds
+        self._all_shared = False
         self._stored: Counter[str] = Counter()  # bytes by tenant: of the last list, and of what came here since
         self._counting = threading.Lock()
 
@@ -205,18 +207,14 @@ class SharedResponses(ResponseStore):
     # --- all the time
 
     async def run(self) -> None:
-        shared = False
-        while True:
-            try:
-                if not shared:
-                    await asyncio.to_thread(self._share_all)
-                    shared = True
-                await asyncio.to_thread(self.sweep)
-            except _EXPECTED as fault:
-                log.warning("kept responses are not counted: %s", fault)
-            except Exception:
-                log.exception("kept responses are not counted")
-            await asyncio.sleep(self._sweep_seconds)
+        look = partial(asyncio.to_thread, self._tend)
+        await repeatedly(look, self._sweep_seconds, "counting kept responses", RemoteUnavailable, DatabaseBusy, OSError)
+
+    def _tend(self) -> None:
+        if not self._all_shared:
+            self._share_all()
+            self._all_shared = True
+        self.sweep()
 
     def _share_all(self) -> None:
         """Give the store responses from a time without one."""

@@ -36,7 +36,7 @@ class KeptResponse:
 
     @property
     def goes_on(self) -> bool:
-        """Whether it is being made."""
+        """Whether the response is still being made."""
         return bool(self.response["status"] == "in_progress")
 
 
@@ -60,7 +60,7 @@ class ResponseStore:
             self._write(lambda: 0)
 
     async def run(self) -> None:
-        """What is to be done all the time."""
+        """Housekeeping in the background, until cancelled; a lone server has none."""
 
     # --- kept ones
 
@@ -127,7 +127,7 @@ class ResponseStore:
         raise NotFound(f"No such item: {shown(id_)}; its response was not stored, or no longer is.", param=param)
 
     def stored_bytes(self, tenant: str) -> int:
-        """Of all that a tenant has."""
+        """Bytes of all responses that a tenant has."""
         query = "SELECT COALESCE(SUM(bytes), 0) FROM responses WHERE tenant = ?"
         with self._database.reading() as connection:
             found: int = connection.execute(query, (tenant,)).fetchone()[0]
@@ -194,5 +194,5 @@ class ResponseStore:
             await running.stop()
 
     async def stop(self) -> None:
-        """Stop all that run."""
+        """Stop all responses that run in the background."""
         await asyncio.gather(*(running.stop() for running in list(self.running.values())))

@@ -38,6 +38,9 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     request_id: str | None
 
 
+_ENTRIES = msgspec.json.Decoder(Entry)  # made in one thread: when several use a type first, msgspec crashes
+
+
 class AuditLog:
     """One server's.
 
@@ -111,14 +114,14 @@ class AuditLog:
         return found, False
 
     def _entries(self) -> Iterator[Entry]:
-        """Those here, newest first."""
+        """The entries on this disk, newest first."""
         with self._lock:
             contents = [path.read_bytes() for i in range(OLDER + 1) if (path := self._file(i)).exists()]
         for content in contents:
             yield from reversed(_read(content))
 
     def _everywhere(self) -> Iterator[Entry]:
-        """Those of all servers, each once."""
+        """The entries of all servers, each once, newest first."""
         if self._pages is None:
             yield from self._entries()
             return
@@ -129,7 +132,7 @@ class AuditLog:
                 yield entry
 
     def _sent(self, pages: "Pages") -> Iterator[Entry]:
-        """Those in the store, newest first."""
+        """The entries in the object store, newest first."""
         hour, found = "", list[Entry]()
         for page in pages.read("", "~", own=True):
             entries = _read(page)
@@ -168,7 +171,7 @@ def _read(content: bytes) -> list[Entry]:
     found = []
     for line in content.splitlines():
         try:
-            found.append(msgspec.json.decode(line, type=Entry))
+            found.append(_ENTRIES.decode(line))
         except msgspec.DecodeError:  # the end of a line that a crash cut short
             continue
     return found

@@ -31,6 +31,11 @@ class Caller:
     adapters: frozenset[str] | None = None
     allowance: Allowance = field(default_factory=Allowance, compare=False)
 
+    @property
+    def only_tenant(self) -> str | None:
+        """The only tenant whose keys, usage and changes the caller sees; None: all."""
+        return None if OPERATOR in self.roles else self.tenant
+
     def sees(self, name: str) -> bool:
         """Whether the key may use or make an adapter of this name."""
         return self.adapters is None or name in self.adapters

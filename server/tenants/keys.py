@@ -187,7 +187,7 @@ class Tenants:
             self._know(id_, self._kept.change(id_, self._rolls.get(id_), change))
 
     def _know(self, id_: str, roll: Roll | None) -> None:
-        """This is the tenant's roll now."""
+        """Take a tenant's roll into memory, in place of the one before; None: the tenant is gone."""
         before = self._rolls.get(id_)
         for gone in (before.keys.keys() if before else set()) - (roll.keys.keys() if roll else set()):
             self._known.pop(gone)

@@ -45,7 +45,7 @@ class Key(msgspec.Struct, frozen=True, kw_only=True):
     last_used_at: int | None = None
 
     def valid(self, now: float) -> bool:
-        """Whether it opens anything."""
+        """Whether the key is neither revoked nor expired."""
         return self.revoked_at is None and (self.expires_at is None or now < self.expires_at)
 
 

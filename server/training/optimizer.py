@@ -42,7 +42,7 @@ class AdamW:
         return iter([Update(optimizer) for optimizer in self._slices])
 
     def state(self) -> dict[str, Tensor]:
-        """Everything it remembers, by name; copies."""
+        """Copies of the optimiser's state, by name."""
         found = {}
         for number, optimizer in enumerate(self._slices):
             for name, value in optimizer.state[_parameter(optimizer)].items():

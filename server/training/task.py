@@ -67,7 +67,7 @@ class Tally:
 
     @property
     def mean_loss(self) -> float | None:
-        """None when it is not finite."""
+        """The mean loss per label; None when it is not finite."""
         return self.loss / self.labels if np.isfinite(self.loss) else None
 
     @property
@@ -286,7 +286,7 @@ class Task:
 
     @property
     def ended(self) -> bool:
-        """It has said its last word."""
+        """The last reply, `JobEnded`, has been made."""
         return bool(self.replies) and isinstance(self.replies[-1], JobEnded)
 
     def save(self, writer: Executor) -> None:

@@ -267,8 +267,9 @@ def test_an_adapter_goes_there_and_back(
     _, row = capsys.readouterr().out.splitlines()
     assert row.split() == ["parrot", digest, "4", "4", "512", "2.0", "KiB"]
 
-    target = tmp_path / "back"
+    target = tmp_path / "back[draft]"
     assert run(monkeypatch, "pull", "parrot", str(target)) == 0
+    assert capsys.readouterr().out == f"parrot ({digest}) is in {target}\n"
     assert {path.name: path.read_bytes() for path in target.iterdir()} == {
         path.name: path.read_bytes() for path in adapter.iterdir()
     }

@@ -125,8 +125,8 @@ class Sharer(Site):
         self.trainer = self.engine
         self.tuning = self.services.tuning
         self.jobs = self.tuning.jobs
-        assert self.tuning.sharing is not None
-        self.sharing = self.tuning.sharing
+        assert self.tuning.manager.sharing is not None
+        self.sharing = self.tuning.manager.sharing
         self.http = self.client()
 
     def open_engine(self) -> IdleEngine:
@@ -140,7 +140,8 @@ class Sharer(Site):
     async def die(self) -> None:
         """As by `kill -9`: nothing is given back."""
         await self.sharing.stop()
-        await self.tuning.manager.stop()
+        for job in list(self.tuning.manager.tasks):
+            await self.tuning.manager.abandon(job)
         await threads_at_rest()
 
     # --- what tests do over and over -------------------------------------------------------------------

@@ -12,8 +12,8 @@ from adapters.peft_format.config import MAX_CONFIG_BYTES
 from adapters.peft_format.directory import CONFIG_NAME, WEIGHTS_NAME, check_beginning
 from adapters.peft_format.text import MAX_TEMPLATE_BYTES, MAX_TOKENIZER_BYTES, TEMPLATE_NAME, TOKENIZER_NAME
 from adapters.storage.receipt import details_of
-from adapters.storage.versions import AmbiguousDigest, UnknownAdapter, Version, split_reference
-from server.errors import Conflict, InvalidRequest, disk_faults, unknown_adapter
+from adapters.storage.versions import AmbiguousDigest, Version, split_reference
+from server.errors import Conflict, InvalidRequest, disk_faults, known_adapter
 from server.http.answer import unless_gone
 from server.http.fetching import FetchBody, fetch
 from server.http.mixing import MixBody, mix
@@ -85,15 +85,13 @@ async def list_adapters(request: Request, query: AdaptersQuery) -> Response:
 async def get_adapter(request: Request) -> Response:
     """One adapter's receipt, what its directory tells beyond that, and the versions of its name."""
     services, version, tenant = services_of(request), await _find(request), caller_of(request).tenant
-    try:
+    with known_adapter(version.name):  # it may be deleted this very moment
         pointer = services.store.pointer(version.tenant, version.name)
         async with services.registry.hold(version):
             base = services.engine.info
             read = partial(details_of, version.path, base.linears if base else None)
             details = await services.registry.read(version, read)
             text = await text_of(services, version)
-    except UnknownAdapter:  # deleted this very moment
-        raise unknown_adapter(version.name) from None
     merged = services.engine.merges.get(version.digest)
     more = {
         "versions": [other.digest for other in pointer.versions],
@@ -109,10 +107,8 @@ async def get_adapter(request: Request) -> Response:
 async def delete_adapter(request: Request) -> Response:
     """Take the name away; requests that run finish with the version they began with."""
     name = request.path_params["name"]
-    try:
+    with known_adapter(name):
         version = await services_of(request).registry.delete(caller_of(request), name)
-    except UnknownAdapter:
-        raise unknown_adapter(name) from None
     return JSONResponse({"object": "adapter", "name": version.name, "digest": version.digest, "deleted": True})
 
 
@@ -155,9 +151,8 @@ async def _find(request: Request) -> Version:
     asked = request.path_params["name"]
     name, prefix = split_reference(asked)
     try:
-        return await services_of(request).registry.find(caller_of(request), name, prefix)
-    except UnknownAdapter:
-        raise unknown_adapter(asked) from None
+        with known_adapter(asked):
+            return await services_of(request).registry.find(caller_of(request), name, prefix)
     except AmbiguousDigest:
         raise Conflict(f"Several versions of `{name}` start with {prefix}.", param="name") from None
 
@@ -178,11 +173,9 @@ class _StoredFile(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Always the whole file: starlette words a faulty Range in an error shape of its own.
         whole = {**scope, "headers": [(name, value) for name, value in scope["headers"] if name != b"range"]}
-        try:
+        with known_adapter(self._version.name):  # it may be deleted this very moment
             async with self._services.registry.hold(self._version, whole=True):
                 await self._file(whole, receive, send)
-        except UnknownAdapter:  # deleted this very moment
-            raise unknown_adapter(self._version.name) from None
 
 
 # A fine-tune's name contains its base's, which may have slashes.

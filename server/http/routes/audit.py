@@ -11,13 +11,11 @@ from server.http.operations import Operation
 from server.http.paging import PageQuery, page
 from server.services import caller_of, services_of
 from server.tenants.audit import Entry
-from server.tenants.caller import OPERATOR
 
 
 async def list_audit(request: Request, query: PageQuery) -> Response:
     """A page of changes, newest first: an operator sees all tenants', another admin its own."""
-    caller = caller_of(request)
-    own = None if OPERATOR in caller.roles else caller.tenant
+    own = caller_of(request).only_tenant
     entries, more = await asyncio.to_thread(services_of(request).audit.page, own, query.limit, query.after)
     return page([to_builtins(entry) for entry in entries], more)
 

@@ -77,14 +77,14 @@ class _Message:
         return deltas
 
     def whole(self) -> dict[str, Any]:
-        """All of it."""
+        """The whole message."""
         calls = {"tool_calls": self.calls} if self.calls else {}
         thought = _thought(self.thought) if self.thought else {}
         return {"role": "assistant", "content": self.content, "refusal": None} | thought | calls
 
 
 def _thought(text: str) -> dict[str, str]:
-    """Under both of the names that clients know."""
+    """A thought, under both of the names that clients know."""
     return {"reasoning": text, "reasoning_content": text}
 
 

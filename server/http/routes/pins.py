@@ -8,8 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from adapters.peft_format.sizes import device_bytes
-from adapters.storage.versions import UnknownAdapter
-from server.errors import Conflict, TooManyRequests, unknown_adapter
+from server.errors import Conflict, TooManyRequests, known_adapter
 from server.http.objects.adapters import PinObject
 from server.http.operations import Operation
 from server.services import caller_of, services_of
@@ -27,15 +26,13 @@ async def unpin(request: Request) -> Response:
 
 async def _answer(request: Request, *, pinned: bool) -> Response:
     services, name = services_of(request), request.path_params["name"]
-    try:
+    with known_adapter(name):
         caller = caller_of(request)
         version = await services.registry.own(caller, name)
         if pinned:
             answering = services.store.pointer(caller.tenant, version.name).answering
             caller.allowance.check_rows(services.registry.rows(caller, answering))
         pointer = await services.registry.publisher.pin(caller.tenant, version.name, pinned)
-    except UnknownAdapter:
-        raise unknown_adapter(name) from None
     linears = services.engine_info.linears
     return JSONResponse(
         {

@@ -6,8 +6,8 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from adapters.storage.versions import EVERYBODY, UnknownAdapter
-from server.errors import unknown_adapter
+from adapters.storage.versions import EVERYBODY
+from server.errors import known_adapter
 from server.http.objects.adapters import ShareObject
 from server.http.operations import Operation
 from server.http.receipts import readers
@@ -34,11 +34,9 @@ async def unshare(request: Request) -> Response:
 
 async def _answer(request: Request, tenants: list[str]) -> Response:
     registry, caller, name = services_of(request).registry, caller_of(request), request.path_params["name"]
-    try:
+    with known_adapter(name):
         version = await registry.own(caller, name)
         pointer = await registry.publisher.share(caller.tenant, version.name, set(tenants) - {caller.tenant})
-    except UnknownAdapter:
-        raise unknown_adapter(name) from None
     return JSONResponse({"object": "adapter.share", "name": version.name, "tenants": readers(pointer)})
 
 

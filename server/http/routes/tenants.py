@@ -20,7 +20,7 @@ from server.http.operations import Operation
 from server.http.paging import WindowQuery, page, window
 from server.openai.body import Body, Items
 from server.services import Services, caller_of, services_of
-from server.tenants.caller import OPERATOR, Role, tenant_name, tenant_of
+from server.tenants.caller import Role, tenant_name, tenant_of
 from server.tenants.limits import Limits
 from server.tenants.rolls import Key, Tenant
 
@@ -75,7 +75,7 @@ class KeysQuery(WindowQuery):
 
 async def list_tenants(request: Request, query: WindowQuery) -> Response:
     """The tenants by id, the default one first; all of them, unless `limit` and `after` ask for a page."""
-    tenants, own = services_of(request).tenants.tenants, _own(request)
+    tenants, own = services_of(request).tenants.tenants, caller_of(request).only_tenant
     ids = sorted(tenants if own is None else [own])
     part, more = window(query, [tenant_name(id_) for id_ in ids])
     return page([_tenant(tenants[id_]) for id_ in ids[part]], more)
@@ -111,7 +111,7 @@ async def delete_tenant(request: Request) -> Response:
 
 async def list_keys(request: Request, query: KeysQuery) -> Response:
     """The keys by age, without their secrets; all of them, unless `limit` and `after` ask for a page."""
-    tenants, own = services_of(request).tenants, _own(request)
+    tenants, own = services_of(request).tenants, caller_of(request).only_tenant
     wanted = own if query.tenant is None else _visible(request, query.tenant).id
     keys = [key for key in list(tenants.keys.values()) if wanted in (None, key.tenant)]
     keys.sort(key=lambda key: (key.created_at, key.id))
@@ -140,25 +140,19 @@ async def create_key(request: Request, body: KeyBody) -> Response:
 async def get_key(request: Request) -> Response:
     """One key, without its secret."""
     services = services_of(request)
-    return JSONResponse(_key(services, services.tenants.key(_own(request), request.path_params["id"])))
+    return JSONResponse(_key(services, services.tenants.key(caller_of(request).only_tenant, request.path_params["id"])))
 
 
 async def revoke_key(request: Request) -> Response:
     """From now on the key opens nothing; it stays in the list."""
     services = services_of(request)
-    key = services.tenants.key(_own(request), request.path_params["id"])
+    key = services.tenants.key(caller_of(request).only_tenant, request.path_params["id"])
     return JSONResponse(_key(services, await asyncio.to_thread(services.tenants.revoke, key)))
-
-
-def _own(request: Request) -> str | None:
-    """The only tenant that the caller sees; None: all."""
-    caller = caller_of(request)
-    return None if OPERATOR in caller.roles else caller.tenant
 
 
 def _visible(request: Request, name: str) -> Tenant:
     """The tenant of this name. Raises NotFound, of others' too."""
-    return services_of(request).tenants.tenant(tenant_of(name), _own(request))
+    return services_of(request).tenants.tenant(tenant_of(name), caller_of(request).only_tenant)
 
 
 def _tenant(tenant: Tenant) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from server.http.objects.server import UsageRow
 from server.http.operations import Operation
 from server.http.paging import WindowQuery, page, window
 from server.services import caller_of, services_of
-from server.tenants.caller import OPERATOR, tenant_name, tenant_of
+from server.tenants.caller import tenant_name, tenant_of
 
 _Day = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
 
@@ -33,7 +33,7 @@ async def list_usage(request: Request, query: UsageQuery) -> Response:
     """
     caller = caller_of(request)
     wanted = None if query.tenant is None else tenant_of(query.tenant)
-    own = None if OPERATOR in caller.roles else caller.tenant
+    own = caller.only_tenant
     rows: list[dict[str, Any]] = []
     if own is None or wanted in (None, own):
         find = services_of(request).ledger.rows

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from adapters.storage.store import Moved
 from adapters.storage.versions import AmbiguousDigest, Pointer, UnknownAdapter
-from server.errors import Conflict, InvalidRequest, NotFound, PreconditionFailed, unknown_adapter
+from server.errors import Conflict, InvalidRequest, NotFound, PreconditionFailed, known_adapter
 from server.http.objects.adapters import Versions
 from server.http.operations import Operation
 from server.http.receipts import receipt
@@ -37,11 +37,9 @@ class PromoteBody(Body):
 async def list_versions(request: Request) -> Response:
     """Every retained version of a name, the current one first, with its share of the requests."""
     services, name = services_of(request), request.path_params["name"]
-    try:
+    with known_adapter(name):
         version = await services.registry.find(caller_of(request), name)
         return _answer(request, services.store.pointer(version.tenant, version.name))
-    except UnknownAdapter:
-        raise unknown_adapter(name) from None
 
 
 async def promote(request: Request, body: PromoteBody) -> Response:
@@ -69,10 +67,8 @@ async def roll_back(request: Request) -> Response:
 async def _name(request: Request) -> str:
     """The name in the path, which is the caller's to change; a single version has no versions."""
     name: str = request.path_params["name"]
-    try:
+    with known_adapter(name):
         return (await services_of(request).registry.own(caller_of(request), name)).name
-    except UnknownAdapter:
-        raise unknown_adapter(name) from None
 
 
 async def _changed(change: Awaitable[Pointer], param: str) -> Pointer:

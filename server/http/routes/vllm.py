@@ -65,7 +65,7 @@ async def load(request: Request, body: LoadBody) -> Response:
 
 
 async def _import(request: Request, services: Services, caller: Caller, body: LoadBody) -> None:
-    """Take a directory of this machine in."""
+    """Publish an adapter from a directory of this machine."""
     if (root := services.settings.lora_dir) is None:
         raise _missing()
     root = root / caller.tenant  # the directory itself is the default tenant's

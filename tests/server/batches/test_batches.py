@@ -34,7 +34,8 @@ def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
 async def life(directory: Path, **settings: Any) -> AsyncIterator[Served]:
     """One life of the API process, with whatever batches it finds."""
     async with serving(directory, **settings) as served:
-        await served.services.batches.start(partial(answered, served.app))
+        served.services.batches.answer = partial(answered, served.app)
+        await served.services.batches.start()
         try:
             yield served
         finally:

@@ -76,11 +76,11 @@ def test_zipf_requests_over_many_adapters_through_room_for_few(
         assert comparable(answers[str(i)]) == comparable(alone), f"request {i}"
 
     assert engine.idle
-    found = [engine.residency.find(ref.digest) for ref in refs]
+    found = [engine.adapter_cache.find(ref.digest) for ref in refs]
     assert len([entry for entry in found if entry is not None and entry.tier == "device"]) <= RESIDENT
     for ref in refs:
-        engine.residency.forget(ref.digest)
+        engine.adapter_cache.forget(ref.digest)
     assert engine.pool.free == free
     counts = engine.blocks.counts
     assert counts.free + counts.cached == blocks
-    assert [ref for ref in refs if engine.residency.find(ref.digest) is not None] == []
+    assert [ref for ref in refs if engine.adapter_cache.find(ref.digest) is not None] == []

@@ -89,7 +89,7 @@ def test_a_request_that_overflows_fails_alone(engine: Engine) -> None:
         for linear in engine.base.linears
     }
     overflowing = host_adapter("sha256:huge", huge, torch.float32)
-    engine.residency.insert(overflowing)
+    engine.adapter_cache.insert(overflowing)
     reference = AdapterRef(overflowing.digest, "")
     plain = [request(f"plain{i}", range(20 + i, 60), max_tokens=8) for i in range(3)]
     expected = run(engine, plain)

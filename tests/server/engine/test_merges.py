@@ -204,7 +204,7 @@ def test_merging_leaves_nothing_behind(world: World) -> None:
     # Given up in every stage of building: the rows, the blocks and the weights come back.
     for pieces in range(0, 60, 7):
         merging.handle(Merge("m", references[1], "nf4", PROMPTS))
-        while engine.residency.loading:
+        while engine.adapter_cache.loading:
             engine.step()
         for _ in range(pieces):
             merging.run_piece()

@@ -63,7 +63,7 @@ class Watched(OrderedDict[str, Any]):
 
 
 def test_a_step_looks_at_no_resident_adapter_that_did_not_change(engine: Engine) -> None:
-    cache = engine.residency
+    cache = engine.adapter_cache
     one = small(engine, "")
     for number in range(RESIDENT):
         cache.insert(replace(one, digest=f"sha256:{number}"))
@@ -96,7 +96,7 @@ def test_every_change_of_tier_and_use_is_told_once(engine: Engine) -> None:
 
     digests = ["sha256:1", "sha256:2"]
     for digest in digests:
-        engine.residency.insert(small(engine, digest))
+        engine.adapter_cache.insert(small(engine, digest))
     engine.add(request("a", range(20, 40), AdapterRef(digests[0], ""), max_tokens=2))
     engine.add(request("b", range(20, 40), AdapterRef(digests[0], ""), max_tokens=4))
     step()
@@ -110,7 +110,7 @@ def test_every_change_of_tier_and_use_is_told_once(engine: Engine) -> None:
     step()
     assert told[digests[0], "device"] == AdapterUse(digests[0], "device", 1)
     for digest in digests:
-        engine.residency.forget(digest)
+        engine.adapter_cache.forget(digest)
     step()
     assert told == {}
 

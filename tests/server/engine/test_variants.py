@@ -131,14 +131,14 @@ def test_what_is_no_rank_row_is_accounted_for_and_given_back(world: Callable[[st
                 assert output.error is None
             free, resident = engine.pool.free[EXTRAS], engine.pool.resident[EXTRAS]
             assert free + resident == engine.pool.capacity[EXTRAS]
-        evicted += len(engine.residency.evictions)
+        evicted += len(engine.adapter_cache.evictions)
     engine.blocks.reset_cache()
     for name, expected in alone.items():
         [single] = [single for single in here.requests() if single.id == name]
         engine.blocks.reset_cache()
         assert run(engine, [single])[name] == expected
     for reference in here.references.values():
-        engine.residency.forget(reference.digest)
+        engine.adapter_cache.forget(reference.digest)
         assert engine.pool.adapter(reference.digest) is None
     assert engine.pool.resident[EXTRAS] == 0
 

@@ -256,8 +256,7 @@ async def test_jobs_and_files_from_before_there_was_a_store_go_on(lives: Lives, 
     for prefix in ("jobs", "job-files", "job-logs", "files", "file-contents"):
         bucket.delete([entry.path for entry in bucket.list(prefix)])
     two = await lives.open("two")
-    again = await lives.open("one")
-    again.sharing.records._most = 0
+    again = await lives.open("one", max_training_jobs=0)
     await two.until(job_id, "succeeded")
     assert min(two.trainer.steps) == 3
     listed = [site.ask("GET", "/v1/files?purpose=batch") for site in (two, again)]
