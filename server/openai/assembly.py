@@ -45,7 +45,7 @@ class Assembler:
         decode: token ids -> text.
         prompt: the prompt's ids, the left context of the first new token.
         silent: ids that `decode` passes over.
-        stops: stop strings, of the answer.
+        stops: stop strings, of the answer; of the thought, too, if one of them has the mark that ends it.
         hidden: special tokens, id -> text, that `decode` writes and stop strings see, but the client does not.
         include_stop: whether what stopped it, string or token, is part of the text.
         min_tokens: a stop string that ends within so many tokens does not count.
@@ -74,6 +74,7 @@ class Assembler:
         self._min_tokens = min_tokens
         self._stop_token_ids = stop_token_ids
         self._thought = thought
+        self._apart = thought is not None and not any(thought.end in stop for stop in stops)
         self._decoded = 0  # characters decoded so far
         self._emitted = 0  # of those, given away
         self._pending: list[Entry] = []  # entries of text that is held back
@@ -94,7 +95,7 @@ class Assembler:
             if output.logprobs:
                 self._pending.append(Entry(self._decoded, output.logprobs[i]))
             decoded = self._detokenizer.add(token)
-            parts = ("", decoded) if self._thought is None else self._thought.add(decoded)
+            parts = self._parts(decoded)
             if token in self._hidden:
                 end = self._decoded + len(decoded)
                 self._hidden_spans.append((end - len(self._hidden[token]), end))
@@ -107,8 +108,7 @@ class Assembler:
             return self._piece(text)
         decoded = self._detokenizer.flush()
         self._decoded += len(decoded)
-        parts = ("", decoded) if self._thought is None else self._thought.split(decoded, last=True)
-        fragment, stop = self._feed(*parts)
+        fragment, stop = self._feed(*self._parts(decoded, last=True))
         text += fragment
         if stop is not None:
             return self._cut(text, stop)
@@ -116,6 +116,13 @@ class Assembler:
         reason: Literal["stop", "length"] = "stop" if output.finish_reason == "stop" else "length"
         named = output.stop_token if output.stop_token in self._stop_token_ids else None
         return Piece(text, self._pending, reason, named)
+
+    def _parts(self, decoded: str, *, last: bool = False) -> tuple[str, str]:
+        """Thought and answer, where stop strings count in the answer alone."""
+        if self._thought is None:
+            return "", decoded
+        parts = self._thought.split(decoded, last=True) if last else self._thought.add(decoded)
+        return parts if self._apart else ("", decoded)
 
     def _feed(self, thought: str, answer: str) -> tuple[str, str | None]:
         """What may go out, and the stop string that ended it: none counts in a thought, which comes first."""

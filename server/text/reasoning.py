@@ -148,6 +148,7 @@ class ThoughtTokens:
         self._parser = Parser(thinking(reasoning, inside, any_text), {})
         self._parser.feed("")
         self._format = reasoning
+        self.end = reasoning.end
         self._tokens = 0
         self._thought = False
         self._tail = ""  # the thought's last characters, which may begin its end
@@ -175,12 +176,12 @@ class ThoughtTokens:
             self._answering = True
             return "", text
         if self._parser.thinking:
-            self._tail = (self._tail + text)[1 - len(self._format.end) :]
+            self._tail = (self._tail + text)[1 - len(self.end) :]
             return text, ""
         start = 0
         if not self._ended:
             self._ended = True
-            start = (self._tail + text).find(self._format.end) + len(self._format.end) - len(self._tail)
+            start = (self._tail + text).find(self.end) + len(self.end) - len(self._tail)
         answer = text[start:].lstrip()
         while mark := next((mark for mark in self._format.silent if answer.startswith(mark)), None):
             answer = answer[len(mark) :].lstrip()

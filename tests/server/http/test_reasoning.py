@@ -105,6 +105,17 @@ async def test_stop_strings_count_in_the_answer_alone(
     assert streamed(events(await chat(served, stop=stop, stream=True)))[:2] == (THOUGHT, content)
 
 
+async def test_a_stop_string_with_the_mark_of_a_thoughts_end_ends_it(served: Served) -> None:
+    """A client's way to have the thought alone."""
+    for stream in (False, True):
+        answer = await chat(served, stop=["</think>"], stream=stream)
+        if stream:
+            assert streamed(events(answer))[:2] == (THOUGHT, "")
+        else:
+            message = answer.json()["choices"][0]["message"]
+            assert (message["reasoning"], message["content"] or "") == (THOUGHT, "")
+
+
 @pytest.mark.parametrize(
     ("reply", "content"), [("\n\nIt is", ""), ("\n\n", ""), ("It is\n\nwarm", "It is"), ("<th\n\nwarm", "<th")]
 )
