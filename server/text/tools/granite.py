@@ -10,8 +10,7 @@ _JSON = {"head": '{"name": "', "middle": '", "arguments": ', "tail": "}", "separ
 
 def _calls(source: Source, marker: str) -> Step[None]:
     yield from json_calls(source)
-    yield from source.space()
-    yield from source.follows(_END)
+    yield from source.accept(_END)
 
 
 GRANITE = ToolFormat(

@@ -8,16 +8,14 @@ _MARKER = "[TOOL_CALLS]"
 
 
 def _calls(source: Source, marker: str) -> Step[None]:
-    yield from source.space()
-    if (yield from source.next()) in "[{":
+    if (yield from source.peek()) in "[{":
         yield from json_calls(source)
         return
     name = yield from source.name()
     if (yield from source.follows("[CALL_ID]")):
         yield from source.name()
     yield from source.follows("[ARGS]")
-    yield from source.space()
-    if (yield from source.next()) != "{":
+    if (yield from source.peek()) != "{":
         raise Malformed
     source.begin(name)
     yield from source.value(source.write)

@@ -14,8 +14,7 @@ def _calls(source: Source, known: Collection[str] | None) -> Step[None]:
 
 
 def _call(source: Source, known: Collection[str] | None) -> Step[None]:
-    yield from source.space()
-    if (yield from source.next()) == "{":  # how a grammar has it written
+    if (yield from source.peek()) == "{":  # how a grammar has it written
         yield from json_call(source, known)
         return
     name = yield from source.name()
@@ -23,8 +22,7 @@ def _call(source: Source, known: Collection[str] | None) -> Step[None]:
     source.begin(name, known)
     first = True
     while True:
-        yield from source.space()
-        if (yield from source.follows(")")):
+        if (yield from source.accept(")")):
             break
         key = yield from source.name()
         yield from source.expect("=")
@@ -48,8 +46,7 @@ PYTHONIC = ToolFormat(
 
 def _lfm(source: Source, marker: str) -> Step[None]:
     yield from _calls(source, None)
-    yield from source.space()
-    yield from source.follows("<|tool_call_end|>")
+    yield from source.accept("<|tool_call_end|>")
 
 
 LFM = ToolFormat(
