@@ -1,7 +1,7 @@
 """Mistral: `[TOOL_CALLS][{"name": ..., "arguments": {...}}]`, and since 2025 `[TOOL_CALLS]name[ARGS]{...}` for each."""
 
 from server.text.tools.calls import json_calls, marked
-from server.text.tools.format import Frame, ToolFormat
+from server.text.tools.format import JSON_LIST, Frame, ToolFormat
 from server.text.tools.source import Malformed, Source, Step
 
 _MARKER = "[TOOL_CALLS]"
@@ -25,15 +25,7 @@ MISTRAL = ToolFormat(
     "mistral",
     (_MARKER, "[AVAILABLE_TOOLS]"),
     marked(_calls, _MARKER),
-    Frame(
-        begin=f"{_MARKER}[",
-        head='{"name": "',
-        middle='", "arguments": ',
-        tail="}",
-        separator=", ",
-        end="]",
-        marker=_MARKER,
-    ),
+    Frame(**JSON_LIST, begin=f"{_MARKER}[", end="]", marker=_MARKER),
     (_MARKER, "[ARGS]", "[CALL_ID]"),
     id_length=9,
 )

@@ -3,10 +3,8 @@
 from collections.abc import Collection
 
 from server.text.tools.calls import json_call, leading, listed, literal, marked
-from server.text.tools.format import Frame, ToolFormat
+from server.text.tools.format import JSON_LIST, Frame, ToolFormat
 from server.text.tools.source import Source, Step
-
-_JSON = {"head": '{"name": "', "middle": '", "arguments": ', "tail": "}", "separator": ", "}
 
 
 def _calls(source: Source, known: Collection[str] | None) -> Step[None]:
@@ -40,7 +38,7 @@ PYTHONIC = ToolFormat(
     "pythonic",
     ("[func_name1(",),
     leading(lambda source: _calls(source, source.parameters)),
-    Frame(**_JSON, begin="[", end="]", free=r"([^\[\s](.|\n)*)?"),
+    Frame(**JSON_LIST, begin="[", end="]", free=r"([^\[\s](.|\n)*)?"),
 )
 
 
@@ -53,6 +51,6 @@ LFM = ToolFormat(
     "lfm",
     ("<|tool_list_start|>", "<|tool_call_start|>"),
     marked(_lfm, "<|tool_call_start|>"),
-    Frame(**_JSON, begin="<|tool_call_start|>[", end="]<|tool_call_end|>", marker="<|tool_call_start|>"),
+    Frame(**JSON_LIST, begin="<|tool_call_start|>[", end="]<|tool_call_end|>", marker="<|tool_call_start|>"),
     ("<|tool_call_start|>", "<|tool_call_end|>"),
 )
