@@ -42,13 +42,11 @@ def json_call(source: Source, known: Collection[str] | None = None) -> Step[None
     name, early, written = None, None, False
     yield from source.expect("{")
     while True:
-        yield from source.space()
-        if (yield from source.follows("}")):
+        if (yield from source.accept("}")):
             break
         key = yield from source.json()
         yield from source.expect(":")
-        yield from source.space()
-        is_object = (yield from source.next()) == "{"
+        is_object = (yield from source.peek()) == "{"
         if key == "function" and is_object:
             yield from json_call(source, known)
             name, written = "", True
@@ -69,8 +67,7 @@ def json_call(source: Source, known: Collection[str] | None = None) -> Step[None
                 written = True
         else:
             yield from source.value_text()
-        yield from source.space()
-        if not (yield from source.follows(",")):
+        if not (yield from source.accept(",")):
             yield from source.expect("}")
             break
     if name is None:
@@ -95,16 +92,14 @@ def listed(source: Source, read: Callable[[], Step[None]]) -> Step[None]:
     yield from source.expect("[")
     while True:
         yield from read()
-        yield from source.space()
-        if not (yield from source.follows(",")):
+        if not (yield from source.accept(",")):
             yield from source.expect("]")
             return
 
 
 def json_calls(source: Source) -> Step[None]:
     """A list of them, or one."""
-    yield from source.space()
-    if (yield from source.next()) == "[":
+    if (yield from source.peek()) == "[":
         yield from listed(source, lambda: json_call(source))
     else:
         yield from json_call(source)

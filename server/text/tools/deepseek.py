@@ -21,17 +21,13 @@ def _call(source: Source, marker: str) -> Step[None]:
     if name.strip() == "function":
         name, _ = yield from source.until("\n")
         yield from source.expect("```json")
-    yield from source.space()
-    if (yield from source.next()) != "{":
+    if (yield from source.peek()) != "{":
         raise Malformed
     source.begin(name.strip())
     yield from source.value(source.write)
-    yield from source.space()
-    yield from source.follows("```")
-    yield from source.space()
-    yield from source.follows(_END_ONE)
-    yield from source.space()
-    yield from source.follows(_END_ALL)
+    yield from source.accept("```")
+    yield from source.accept(_END_ONE)
+    yield from source.accept(_END_ALL)
 
 
 DEEPSEEK = ToolFormat(

@@ -18,8 +18,7 @@ def _call(source: Source, marker: str) -> Step[None]:
     if marker != _ONE:
         yield from source.expect(_ONE)
     function, _ = yield from _named(source)
-    yield from source.space()
-    if (yield from source.next()) == "{":
+    if (yield from source.peek()) == "{":
         source.begin(function)
         yield from source.value(source.write)
     else:

@@ -22,6 +22,10 @@ class Frame:
     free: str = ""  # without a marker: the regex of an answer that has no calls
 
 
+# Of a `Frame` whose calls are objects in a JSON list.
+JSON_LIST = {"head": '{"name": "', "middle": '", "arguments": ', "tail": "}", "separator": ", "}
+
+
 @dataclass(frozen=True)
 class ToolFormat:
     """How a family of models calls functions.

@@ -11,8 +11,7 @@ _DEEPEST = 32
 
 def _format(name: str, marker: str, end: str, quote: str) -> ToolFormat:
     def call(source: Source, marker: str) -> Step[None]:
-        yield from source.space()
-        if (yield from source.next()) == "{":  # how a grammar has it written
+        if (yield from source.peek()) == "{":  # how a grammar has it written
             yield from json_call(source)
         else:
             yield from source.expect("call:")
@@ -26,8 +25,7 @@ def _format(name: str, marker: str, end: str, quote: str) -> ToolFormat:
                 source.write_member(first, key.strip(), value)
                 first = False
             source.close(first)
-        yield from source.space()
-        yield from source.follows(end)
+        yield from source.accept(end)
 
     frame = Frame(head=f'{marker}{{"name": "', middle='", "arguments": ', tail=f"}}{end}", marker=marker)
     return ToolFormat(name, (marker,), marked(call, marker), frame, (marker, end, quote))
@@ -35,8 +33,7 @@ def _format(name: str, marker: str, end: str, quote: str) -> ToolFormat:
 
 def _closes(source: Source, bracket: str, first: bool) -> Step[bool]:
     """Whether the bracket closes here; otherwise another member follows."""
-    yield from source.space()
-    if (yield from source.follows(bracket)):
+    if (yield from source.accept(bracket)):
         return True
     if not first:
         yield from source.expect(",")
@@ -47,8 +44,7 @@ def _closes(source: Source, bracket: str, first: bool) -> Step[bool]:
 def _value(source: Source, quote: str, depth: int) -> Step[Any]:
     if not depth:
         raise Malformed
-    yield from source.space()
-    if (yield from source.follows(quote)):
+    if (yield from source.accept(quote)):
         text, _ = yield from source.until(quote)
         return text
     if (yield from source.follows("{")):

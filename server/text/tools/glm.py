@@ -9,19 +9,16 @@ _TAGS = ("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>"
 
 
 def _call(source: Source, marker: str) -> Step[None]:
-    yield from source.space()
-    if (yield from source.next()) == "{":  # how a grammar has it written
+    if (yield from source.peek()) == "{":  # how a grammar has it written
         yield from json_call(source)
-        yield from source.space()
-        yield from source.follows("</tool_call>")
+        yield from source.accept("</tool_call>")
     else:
         yield from _named(source)
 
 
 def _named(source: Source) -> Step[None]:
     name = yield from source.name()
-    yield from source.space()
-    more = yield from source.follows("<arg_key>")
+    more = yield from source.accept("<arg_key>")
     if not more:
         yield from source.expect("</tool_call>")
     source.begin(name)
@@ -32,8 +29,7 @@ def _named(source: Source) -> Step[None]:
         value, _ = yield from source.until("</arg_value>")
         source.write_member(first, key.strip(), typed(source, name, key.strip(), value))
         first = False
-        yield from source.space()
-        more = yield from source.follows("<arg_key>")
+        more = yield from source.accept("<arg_key>")
     source.close(first)
     yield from source.follows("</tool_call>")
 

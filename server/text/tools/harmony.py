@@ -19,13 +19,11 @@ def _call(source: Source, marker: str) -> Step[None]:
         text, _ = yield from source.until("<|end|>")
         source.emit(text)
         return
-    yield from source.space()
-    if (yield from source.next()) != "{":
+    if (yield from source.peek()) != "{":
         raise Malformed
     source.begin(found[1])
     yield from source.value(source.write)
-    yield from source.space()
-    yield from source.follows("<|call|>")
+    yield from source.accept("<|call|>")
 
 
 HARMONY = ToolFormat(

@@ -15,8 +15,7 @@ FRAME = Frame(
 
 def _call(source: Source, marker: str) -> Step[None]:
     yield from json_call(source)
-    yield from source.space()
-    yield from source.follows("</tool_call>")
+    yield from source.accept("</tool_call>")
 
 
 HERMES = ToolFormat("hermes", ("<tool_call>",), marked(_call, "<tool_call>"), FRAME, ("<tool_call>", "</tool_call>"))

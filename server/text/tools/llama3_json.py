@@ -11,8 +11,7 @@ def _calls(source: Source) -> Step[None]:
     yield from source.follows(_TAG)
     while True:
         yield from json_call(source, source.parameters)
-        yield from source.space()
-        if not (yield from source.follows(";")):
+        if not (yield from source.accept(";")):
             return
 
 

@@ -1,23 +1,21 @@
 """Mistral: `[TOOL_CALLS][{"name": ..., "arguments": {...}}]`, and since 2025 `[TOOL_CALLS]name[ARGS]{...}` for each."""
 
 from server.text.tools.calls import json_calls, marked
-from server.text.tools.format import Frame, ToolFormat
+from server.text.tools.format import JSON_LIST, Frame, ToolFormat
 from server.text.tools.source import Malformed, Source, Step
 
 _MARKER = "[TOOL_CALLS]"
 
 
 def _calls(source: Source, marker: str) -> Step[None]:
-    yield from source.space()
-    if (yield from source.next()) in "[{":
+    if (yield from source.peek()) in "[{":
         yield from json_calls(source)
         return
     name = yield from source.name()
     if (yield from source.follows("[CALL_ID]")):
         yield from source.name()
     yield from source.follows("[ARGS]")
-    yield from source.space()
-    if (yield from source.next()) != "{":
+    if (yield from source.peek()) != "{":
         raise Malformed
     source.begin(name)
     yield from source.value(source.write)
@@ -27,15 +25,7 @@ MISTRAL = ToolFormat(
     "mistral",
     (_MARKER, "[AVAILABLE_TOOLS]"),
     marked(_calls, _MARKER),
-    Frame(
-        begin=f"{_MARKER}[",
-        head='{"name": "',
-        middle='", "arguments": ',
-        tail="}",
-        separator=", ",
-        end="]",
-        marker=_MARKER,
-    ),
+    Frame(**JSON_LIST, begin=f"{_MARKER}[", end="]", marker=_MARKER),
     (_MARKER, "[ARGS]", "[CALL_ID]"),
     id_length=9,
 )

@@ -3,10 +3,8 @@
 from collections.abc import Collection
 
 from server.text.tools.calls import json_call, leading, listed, literal, marked
-from server.text.tools.format import Frame, ToolFormat
+from server.text.tools.format import JSON_LIST, Frame, ToolFormat
 from server.text.tools.source import Source, Step
-
-_JSON = {"head": '{"name": "', "middle": '", "arguments": ', "tail": "}", "separator": ", "}
 
 
 def _calls(source: Source, known: Collection[str] | None) -> Step[None]:
@@ -14,8 +12,7 @@ def _calls(source: Source, known: Collection[str] | None) -> Step[None]:
 
 
 def _call(source: Source, known: Collection[str] | None) -> Step[None]:
-    yield from source.space()
-    if (yield from source.next()) == "{":  # how a grammar has it written
+    if (yield from source.peek()) == "{":  # how a grammar has it written
         yield from json_call(source, known)
         return
     name = yield from source.name()
@@ -23,8 +20,7 @@ def _call(source: Source, known: Collection[str] | None) -> Step[None]:
     source.begin(name, known)
     first = True
     while True:
-        yield from source.space()
-        if (yield from source.follows(")")):
+        if (yield from source.accept(")")):
             break
         key = yield from source.name()
         yield from source.expect("=")
@@ -42,20 +38,19 @@ PYTHONIC = ToolFormat(
     "pythonic",
     ("[func_name1(",),
     leading(lambda source: _calls(source, source.parameters)),
-    Frame(**_JSON, begin="[", end="]", free=r"([^\[\s](.|\n)*)?"),
+    Frame(**JSON_LIST, begin="[", end="]", free=r"([^\[\s](.|\n)*)?"),
 )
 
 
 def _lfm(source: Source, marker: str) -> Step[None]:
     yield from _calls(source, None)
-    yield from source.space()
-    yield from source.follows("<|tool_call_end|>")
+    yield from source.accept("<|tool_call_end|>")
 
 
 LFM = ToolFormat(
     "lfm",
     ("<|tool_list_start|>", "<|tool_call_start|>"),
     marked(_lfm, "<|tool_call_start|>"),
-    Frame(**_JSON, begin="<|tool_call_start|>[", end="]<|tool_call_end|>", marker="<|tool_call_start|>"),
+    Frame(**JSON_LIST, begin="<|tool_call_start|>[", end="]<|tool_call_end|>", marker="<|tool_call_start|>"),
     ("<|tool_call_start|>", "<|tool_call_end|>"),
 )

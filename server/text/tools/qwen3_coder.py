@@ -17,8 +17,7 @@ def _call(source: Source, marker: str) -> Step[None]:
         if marker == _CALL:
             yield from source.expect(_FUNCTION)
         yield from _function(source)
-    yield from source.space()
-    yield from source.follows("</tool_call>")
+    yield from source.accept("</tool_call>")
 
 
 def _function(source: Source) -> Step[None]:
@@ -27,8 +26,7 @@ def _function(source: Source) -> Step[None]:
     source.begin(name)
     first = True
     while True:
-        yield from source.space()
-        if not (yield from source.follows("<parameter=")):
+        if not (yield from source.accept("<parameter=")):
             break
         key, _ = yield from source.until(">")
         value, _ = yield from source.until("</parameter>")

@@ -195,10 +195,14 @@ class Source:
                 return False
         return self.buffer.startswith(literal) and bool(self.take(len(literal)))
 
-    def expect(self, literal: str) -> Step[None]:
-        """Read this, and white space before it."""
+    def accept(self, literal: str) -> Step[bool]:
+        """Skip white space. Whether this comes then; it is read if so."""
         yield from self.space()
-        if not (yield from self.follows(literal)):
+        return (yield from self.follows(literal))
+
+    def expect(self, literal: str) -> Step[None]:
+        """Skip white space, and read this. Raises Malformed when it does not come."""
+        if not (yield from self.accept(literal)):
             raise Malformed
 
     def next(self) -> Step[str]:
@@ -206,6 +210,11 @@ class Source:
         if not self.buffer:
             yield from self.more()
         return self.buffer[:1]
+
+    def peek(self) -> Step[str]:
+        """Skip white space. The next character, which stays; empty at the end."""
+        yield from self.space()
+        return (yield from self.next())
 
     def name(self) -> Step[str]:
         """A name, as functions have them. Raises Malformed for none."""
