@@ -1,4 +1,4 @@
-"""Answers as JSON at once or as server-sent events; generation stops when the client disconnects.
+"""Answers as JSON at once, as server-sent events or as a file; generation stops when the client disconnects.
 
 Pure ASGI.
 """
@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect
+from starlette.responses import FileResponse
 from starlette.types import Receive, Scope, Send
 
 from server.errors import InternalError, LorakeetError, as_error
@@ -158,3 +159,12 @@ async def _start(send: Send, headers: Mapping[str, str]) -> None:
 
 async def _send_body(send: Send, body: bytes, *, more: bool = True) -> None:
     await send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+class WholeFile(FileResponse):
+    """Always the whole file: starlette words a faulty Range in an error shape of its own."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.headers["Accept-Ranges"] = "none"
+        headers = [(name, value) for name, value in scope["headers"] if name != b"range"]
+        await super().__call__({**scope, "headers": headers}, receive, send)

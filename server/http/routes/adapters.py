@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from adapters.peft_format.config import MAX_CONFIG_BYTES
@@ -14,7 +14,7 @@ from adapters.peft_format.text import MAX_TEMPLATE_BYTES, MAX_TOKENIZER_BYTES, T
 from adapters.storage.receipt import details_of
 from adapters.storage.versions import AmbiguousDigest, Version, split_reference
 from server.errors import Conflict, InvalidRequest, disk_faults, known_adapter
-from server.http.answer import unless_gone
+from server.http.answer import WholeFile, unless_gone
 from server.http.fetching import FetchBody, fetch
 from server.http.mixing import MixBody, mix
 from server.http.multipart import Part, read_parts
@@ -167,15 +167,13 @@ class _StoredFile(Response):
     def __init__(self, services: Services, version: Version, filename: str, media_type: str) -> None:
         self._services = services
         self._version = version
-        headers = {**_digest_header(version), "ETag": f'"{version.digest}"', "Accept-Ranges": "none"}
-        self._file = FileResponse(version.path / filename, media_type=media_type, filename=filename, headers=headers)
+        headers = {**_digest_header(version), "ETag": f'"{version.digest}"'}
+        self._file = WholeFile(version.path / filename, media_type=media_type, filename=filename, headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Always the whole file: starlette words a faulty Range in an error shape of its own.
-        whole = {**scope, "headers": [(name, value) for name, value in scope["headers"] if name != b"range"]}
         with known_adapter(self._version.name):  # it may be deleted this very moment
             async with self._services.registry.hold(self._version, whole=True):
-                await self._file(whole, receive, send)
+                await self._file(scope, receive, send)
 
 
 # A fine-tune's name contains its base's, which may have slashes.

@@ -8,8 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.responses import JSONResponse, Response
 
 from server.errors import InvalidRequest, NotFound, disk_faults, shown
 from server.finetune import hyperparameters
@@ -18,6 +17,7 @@ from server.finetune.files import PURPOSES, TRAINING, StoredFile, UnknownFileErr
 from server.finetune.preview import preview
 from server.finetune.rows import DatasetError
 from server.finetune.tokenizer import TrainingTokenizer
+from server.http.answer import WholeFile
 from server.http.multipart import Part, read_parts
 from server.http.objects.common import DeletedObject, ListObject
 from server.http.objects.training import FileObject, PreviewedLine
@@ -121,7 +121,7 @@ async def get_content(request: Request) -> Response:
     """A file's bytes."""
     stored = await _find(request, fetched=True)
     media_type = "text/csv" if stored.filename.endswith(".csv") else "application/jsonl"
-    return _WholeFile(stored.path, media_type=media_type, filename=stored.filename)
+    return WholeFile(stored.path, media_type=media_type, filename=stored.filename)
 
 
 async def preview_file(request: Request, query: PreviewQuery) -> Response:
@@ -141,14 +141,6 @@ async def preview_file(request: Request, query: PreviewQuery) -> Response:
     )
     lines, more = await asyncio.to_thread(look)
     return JSONResponse({"object": "list", "data": lines, "has_more": more})
-
-
-class _WholeFile(FileResponse):
-    """Always the whole file: starlette words a faulty Range in an error shape of its own."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = [(name, value) for name, value in scope["headers"] if name != b"range"]
-        await super().__call__({**scope, "headers": headers}, receive, send)
 
 
 async def delete_file(request: Request) -> Response:

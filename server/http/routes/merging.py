@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 
 from adapters.offline.recipe import MergedDtype
 from adapters.storage.versions import UnknownAdapter, Version, split_reference
@@ -33,6 +33,7 @@ from server.errors import (
     disk_faults,
     shown,
 )
+from server.http.answer import WholeFile
 from server.http.objects.adapters import DeletedMerge, MergeObject
 from server.http.operations import OPENING, PUBLISHING, Operation
 from server.http.paging import Query
@@ -142,7 +143,7 @@ async def get_checkpoint_file(request: Request) -> Response:
     target, wanted = await _existing(request), request.path_params["file"]
     if wanted not in {path.name for path in target.iterdir()}:
         raise NotFound(f"The checkpoint has no file `{shown(wanted)}`.", param="file")
-    return FileResponse(target / wanted, filename=wanted, headers={"Accept-Ranges": "none"})
+    return WholeFile(target / wanted, filename=wanted)
 
 
 async def get_merge(request: Request) -> Response:
