@@ -251,13 +251,16 @@ async def test_of_some_allowed_tools_the_model_is_told_alone(served: Served) -> 
         grammar = served.engine.requests[-1].sampling.grammar
         assert (grammar is not None) == enforced
         assert grammar is None or "get_weather" not in grammar.text
-    bad = {"type": "function", "function": {"name": "bad", "parameters": {"properties": {"a": {"not": {}}}}}}
+    bad = {
+        "type": "function",
+        "function": {"name": "bad", "parameters": {"properties": {"a": {"not": {"type": "string"}}}}},
+    }
     choice = {
         "type": "allowed_tools",
         "allowed_tools": {"mode": "required", "tools": [bad | {"function": {"name": "bad"}}]},
     }
     error = (await chat(served, tools=[NOW, bad], tool_choice=choice)).json()["error"]
-    assert error["param"] == "tools.1.function.parameters.properties.a.not"
+    assert error["param"] == "tools.1.function.parameters.properties.a.not.type"
 
 
 def function(**fields: Any) -> list[Any]:
