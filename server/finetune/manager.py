@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from msgspec.structs import replace
 
@@ -88,6 +89,7 @@ class JobManager:
         self._wandb = WandbRuns()
         self._slots = FairSlots(max_running)
         self.tasks: dict[str, asyncio.Task[None]] = {}
+        self._steered: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by the jobs' ids
         self._training: set[str] = set()  # ids of the jobs that have a slot
         self._pace: dict[str, float] = {}  # id -> seconds per step, lately
         self._news = asyncio.Event()
@@ -141,8 +143,16 @@ class JobManager:
         self._jobs.share(job, directory)
         return job
 
+    def _steering(self, job: Job) -> asyncio.Lock:
+        """One client's wish after the other: between a status and the work that it means no other may come."""
+        return self._steered.setdefault(job.id, asyncio.Lock())
+
     async def cancel(self, job: Job) -> Job:
         """Raises JobStateError when the job is at an end already."""
+        async with self._steering(job):
+            return await self._cancel(job)
+
+    async def _cancel(self, job: Job) -> Job:
         cancelled = await self._move(job, "cancelled", "Fine-tuning job cancelled", asked=True, waits_for_space=False)
         await self._let_go(cancelled, save=False)
         if job.id not in self._training:  # else its task cleans up when the engine has let go
@@ -151,6 +161,10 @@ class JobManager:
 
     async def pause(self, job: Job) -> Job:
         """A waiting job is paused at once, a running one when its step is saved. Raises JobStateError otherwise."""
+        async with self._steering(job):
+            return await self._pause(job)
+
+    async def _pause(self, job: Job) -> Job:
         now = await self._now(job)
         if now.waits_for_space:
             await self.abandon(job.id)
@@ -166,6 +180,10 @@ class JobManager:
 
     async def resume(self, job: Job) -> Job:
         """Raises JobStateError unless the job is paused, or about to be."""
+        async with self._steering(job):
+            return await self._resume(job)
+
+    async def _resume(self, job: Job) -> Job:
         if (await self._now(job)).status == "pausing":
             with contextlib.suppress(JobStateError):  # it has paused in this very moment
                 return await self._move(job, "running", "Job resumed", asked=True)
