@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from msgspec.structs import replace
 
@@ -86,6 +87,7 @@ class JobManager(Worker[Job]):
         self._metrics = metrics
         self._wandb = WandbRuns()
         self._slots = FairSlots(max_running)
+        self._steered: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by the jobs' ids
         self._training: set[str] = set()  # ids of the jobs that have a slot
         self._pace: dict[str, float] = {}  # id -> seconds per step, lately
         self._news = asyncio.Event()
@@ -131,8 +133,16 @@ class JobManager(Worker[Job]):
         self._jobs.share(job, directory)
         return job
 
+    def _steering(self, job: Job) -> asyncio.Lock:
+        """One client's wish after the other: between a status and the work that it means no other may come."""
+        return self._steered.setdefault(job.id, asyncio.Lock())
+
     async def cancel(self, job: Job) -> Job:
         """Raises JobStateError when the job is at an end already."""
+        async with self._steering(job):
+            return await self._cancel(job)
+
+    async def _cancel(self, job: Job) -> Job:
         cancelled = await self._move(job, "cancelled", "Fine-tuning job cancelled", asked=True, waits_for_space=False)
         await self._let_go(cancelled, save=False)
         if job.id not in self._training:  # else its task cleans up when the engine has let go
@@ -141,6 +151,10 @@ class JobManager(Worker[Job]):
 
     async def pause(self, job: Job) -> Job:
         """A waiting job is paused at once, a running one when its step is saved. Raises JobStateError otherwise."""
+        async with self._steering(job):
+            return await self._pause(job)
+
+    async def _pause(self, job: Job) -> Job:
         now = await self._now(job)
         if now.waits_for_space:
             await self.abandon(job.id)
@@ -156,6 +170,10 @@ class JobManager(Worker[Job]):
 
     async def resume(self, job: Job) -> Job:
         """Raises JobStateError unless the job is paused, or about to be."""
+        async with self._steering(job):
+            return await self._resume(job)
+
+    async def _resume(self, job: Job) -> Job:
         if (await self._now(job)).status == "pausing":
             with contextlib.suppress(JobStateError):  # it has paused in this very moment
                 return await self._move(job, "running", "Job resumed", asked=True)

@@ -25,7 +25,11 @@ def _prompts(value: Any) -> list[str | list[int]]:
 
 
 def _are_ids(value: list[Any]) -> bool:
-    return all(type(item) is int and 0 <= item <= INT32 for item in value)  # a bool is an int too
+    if not all(type(item) is int for item in value):  # a bool is an int too
+        return False
+    if min(value) < 0 or max(value) > INT32:
+        raise ValueError(f"a token id is from 0 to {INT32}")
+    return True
 
 
 _Ids = Annotated[list[Annotated[int, Field(ge=0, le=INT32)]], Field(min_length=1)]

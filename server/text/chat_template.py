@@ -10,7 +10,9 @@ import json
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
+from itertools import takewhile
 from typing import Any
 
 import jinja2
@@ -139,10 +141,10 @@ class ChatTemplate:
                 message["role"] = "system" if message["role"] == "developer" else message["role"]
         context = dict(arguments or {}) | {"tools": tools, "add_generation_prompt": add_generation_prompt}
         if not continue_final_message:
-            return self._render(chat, context)
+            return self._with_instructions(chat, context)
         final = chat[-1]["content"]
         chat[-1]["content"] = final + _TAG
-        text = self._render(chat, context)
+        text = self._with_instructions(chat, context)
         end = text.rfind(_TAG.strip())
         if end < 0 or final.strip() not in text:
             raise TemplateRefusal(
@@ -151,6 +153,27 @@ class ChatTemplate:
             )
         keeps_spaces = text.startswith(_TAG, end)
         return text[:end] if keeps_spaces else text[:end].rstrip()
+
+    def _with_instructions(self, chat: list[dict[str, Any]], context: Mapping[str, Any]) -> str:
+        """The text. Instructions that come first in several messages are one, where the template takes no more."""
+        leading = list(takewhile(lambda message: message["role"] in ("system", "developer"), chat))
+        if len(leading) < 2:
+            return self._render(chat, context)
+        text, refusal = "", None
+        try:
+            text = self._render(chat, context)
+        except TemplateRefusal as exc:
+            refusal = exc
+        contents = [message["content"].strip() for message in leading]
+        if refusal is not None or not all(content in text for content in contents):
+            one = leading[0] | {"content": "\n\n".join(filter(None, (message["content"] for message in leading)))}
+            with suppress(TemplateRefusal):
+                other = self._render([one, *chat[len(leading) :]], context)
+                if refusal is not None or all(content in other for content in contents):
+                    return other
+        if refusal is not None:
+            raise refusal
+        return text
 
     def _render(self, chat: list[dict[str, Any]], context: Mapping[str, Any]) -> str:
         """The text; templates of image models that pass over a string get it as a list of parts."""

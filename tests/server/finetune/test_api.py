@@ -224,6 +224,24 @@ def digest(site: TuningSite, job: dict[str, Any]) -> str:
     return site.store.get(TENANT, job["fine_tuned_model"]).digest
 
 
+async def test_one_task_works_on_a_job_that_many_steer_at_once(site: TuningSite) -> None:
+    job = await site.create(hyperparameters={"n_epochs": 100})
+
+    def working() -> int:
+        return sum(task.get_name() == job["id"] for task in asyncio.all_tasks())
+
+    async def steer(action: str) -> int:
+        most = 0
+        for _ in range(12):
+            await site.steer(job["id"], action)
+            most = max(most, working())
+        return most
+
+    assert max(await asyncio.gather(*map(steer, ["pause", "resume"] * 4))) <= 1
+    assert (await site.steer(job["id"], "cancel")).json()["status"] == "cancelled"
+    await eventually(lambda: not working())
+
+
 async def test_a_waiting_job_pauses_at_once(site: TuningSite, engine: TrainingEngine) -> None:
     engine.held = True
     await site.until((await site.create())["id"], "running")

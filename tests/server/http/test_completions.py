@@ -116,6 +116,13 @@ async def test_other_prompts_are_refused(served: Served, prompt: Any) -> None:
     assert served.engine.requests == []
 
 
+@pytest.mark.parametrize("prompt", [[-1], [5, 1 << 40], [[5], [-1]], [10**300]])
+async def test_an_id_that_no_model_has_is_told_so(served: Served, prompt: Any) -> None:
+    response = await complete(served, prompt=prompt)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "prompt")
+    assert "a token id is from 0" in response.json()["error"]["message"]
+
+
 # --- several samples ---------------------------------------------------------------------------------
 
 

@@ -193,6 +193,34 @@ def test_developer_is_the_system_unless_the_template_knows_better() -> None:
     assert "developer" in ChatTemplate("{# developer #}" + CHAT_TEMPLATE, {}).render(messages)
 
 
+STRICT_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] == 'system' and not loop.first %}"
+    "{{ raise_exception('System message must be at the beginning.') }}{% endif %}[{{ m['role'] }}]{{ m['content'] }}"
+    "{% endfor %}"
+)
+FIRST_ONLY = (
+    "{% if messages[0]['role'] == 'system' %}[system]{{ messages[0]['content'] }}{% endif %}"
+    "{% for m in messages %}{% if m['role'] != 'system' %}[{{ m['role'] }}]{{ m['content'] }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("source", [STRICT_SYSTEM, FIRST_ONLY])
+def test_instructions_are_one_message_where_the_template_takes_no_more(source: str) -> None:
+    messages = [{"role": role, "content": role[0]} for role in ("system", "developer", "user")]
+    template = ChatTemplate(source, {})
+    assert template.render(messages) == "[system]s\n\nd[user]u"
+    continued = [*messages, {"role": "assistant", "content": "a"}]
+    text = template.render(continued, add_generation_prompt=False, continue_final_message=True)
+    assert text == "[system]s\n\nd[user]u[assistant]a"
+
+
+def test_instructions_stay_apart_where_the_template_writes_them_all() -> None:
+    messages = [{"role": role, "content": role[0]} for role in ("system", "system", "user")]
+    assert ChatTemplate(CHAT_TEMPLATE, {}).render(messages).count("system") == 2
+    with pytest.raises(TemplateRefusal, match="at the beginning"):
+        ChatTemplate(STRICT_SYSTEM, {}).render([messages[2], messages[0]])
+
+
 def test_templates_see_special_tokens_arguments_and_what_transformers_offers() -> None:
     source = (
         "{{ bos_token }}{% generation %}{{ messages | tojson }}{% endgeneration %}"
