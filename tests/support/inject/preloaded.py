@@ -30,10 +30,11 @@ def stand_for_one(address: str) -> NoReturn:
 
     SIGUSR1 and SIGUSR2 reach it, too.
     """
-    parent = os.getppid()
+    argv = sys.orig_argv[sys.orig_argv.index("-m") + 1 :]
+    # An engine is told who its parent is, which may be killed before this process has looked.
+    parent = int(argv[1]) if argv[0] == PROGRAM else os.getppid()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # as the engine does
-    argv = sys.orig_argv[sys.orig_argv.index("-m") + 1 :]
     order = {"argv": argv, "environ": dict(os.environ), "pid": os.getpid()}
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.connect(f"\0{address}")
