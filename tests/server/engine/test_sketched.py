@@ -45,7 +45,8 @@ def test_tokens_are_those_of_all_logits(
     plain = load_engine(model_dir, cache_dir, sketch_head=False)
     assert plain.runner.weights.argmax is None
     references = [None, *(publish(engine, tiny_adapter(tmp_path / str(rank), model_dir, r=rank)) for rank in (4, 16))]
-    wish = {"max_tokens": 24, "logprobs": None}
+    run(engine, [request(f"first{i}", [5, 6, 7], adapter, max_tokens=1) for i, adapter in enumerate(references)])
+    wish = {"max_tokens": 24, "logprobs": None}  # all together: their adapters are there
     requests = [request(f"r{i}", PROMPT[i:], references[i % 3], **wish) for i in range(6)]
     assert run(engine, requests) == run(plain, requests)
     assert max(found) > 2
