@@ -106,6 +106,12 @@ def run(engine: Engine, requests: Iterable[Generate], every: int = 0) -> dict[st
     return answers
 
 
+def make_resident(engine: Engine, adapters: Iterable[AdapterRef]) -> None:
+    """Have adapters on the device, so that requests on them meet however long loading takes."""
+    answers = run(engine, [request(adapter.digest, [3, 4, 5], adapter, max_tokens=1) for adapter in adapters])
+    assert all(answer.error is None for answer in answers.values())
+
+
 def solo(engine: Engine, requests: Iterable[Generate]) -> dict[str, Answer]:
     """Run each request to its end alone, with nothing cached."""
     answers: dict[str, Answer] = {}

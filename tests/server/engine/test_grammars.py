@@ -19,7 +19,7 @@ from server.engine.engine import Engine
 from server.engine.sequence import Sequence, Step
 from server.messages.protocol import INVALID_GRAMMAR, AdapterRef, Generate, Grammar, Sampling, ThoughtBudget
 from tests.support import interpreter
-from tests.support.offline import Answer, load_engine, publish, request, run, solo, tight_engine
+from tests.support.offline import Answer, load_engine, make_resident, publish, request, run, solo, tight_engine
 from tests.support.tiny import VOCAB, tiny_adapter
 
 PERSON: dict[str, Any] = {
@@ -139,6 +139,7 @@ def test_speculation_logprobs_and_preemption_change_no_token(
 
     plain = run(engine, all_with())
     tight = tight_engine(engine, shallow_dir, cache_dir, blocks=9, longest=100)
+    make_resident(tight, adapters)
     preempted: list[str] = []
     preempt = tight.scheduler._preempt
 

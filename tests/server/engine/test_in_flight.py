@@ -21,7 +21,7 @@ from server.training import bench
 from server.training.pacing import Pacer
 from server.training.trainer import Trainer
 from tests.support import interpreter
-from tests.support.offline import Answer, load_engine, publish, request, run
+from tests.support.offline import Answer, load_engine, make_resident, publish, request, run
 from tests.support.tiny import tiny_adapter
 
 
@@ -166,6 +166,8 @@ def test_nor_do_merged_weights(shallow_dir: Path, cache_dir: Path, adapters: lis
         watched = Watched(load_engine(shallow_dir, cache_dir, deterministic=True, depth=depth))
         engine = watched.engine
         references = [publish(engine, directory) for directory in adapters]
+        make_resident(engine, references[:1])
+        watched.ahead.clear()
         merging = MergeBuilder(engine, Outline.read(shallow_dir))
         merging.handle(Merge("m", references[0], "bf16", [[5, 6, 7, 8]]))
         engine.add(request("meanwhile", [5, 6, 7], max_tokens=1000, logprobs=None))

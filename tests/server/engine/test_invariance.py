@@ -9,7 +9,7 @@ import torch
 from server.engine.engine import Engine
 from server.messages.protocol import AdapterRef, Generate
 from tests.support import interpreter
-from tests.support.offline import Answer, load_engine, publish, request, run, solo, tight_engine
+from tests.support.offline import Answer, load_engine, make_resident, publish, request, run, solo, tight_engine
 from tests.support.tiny import tiny_adapter
 
 pytestmark = pytest.mark.usefixtures("two_threads")
@@ -72,6 +72,7 @@ def test_preemption_and_small_chunks_change_nothing(shallow_dir: Path, cache_dir
     expected = solo(alone, workload(references, max_tokens=40, longest=40))
     blocks, longest = (3, 48) if interpreter.whole_suite() else (24, 256)
     tight = tight_engine(alone, shallow_dir, cache_dir, blocks, longest)
+    make_resident(tight, references)
     preemptions = 0
     queue = workload(references, max_tokens=40, longest=40)
     answers = {single.id: Answer() for single in queue}

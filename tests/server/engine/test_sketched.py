@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adapters import kernels
 from server.engine.engine import Engine
-from tests.support.offline import load_engine, publish, request, run
+from tests.support.offline import load_engine, make_resident, publish, request, run
 from tests.support.tiny import tiny_adapter
 
 if not kernels.runs_natively(torch.device("cpu"), torch.float32):
@@ -45,8 +45,8 @@ def test_tokens_are_those_of_all_logits(
     plain = load_engine(model_dir, cache_dir, sketch_head=False)
     assert plain.runner.weights.argmax is None
     references = [None, *(publish(engine, tiny_adapter(tmp_path / str(rank), model_dir, r=rank)) for rank in (4, 16))]
-    run(engine, [request(f"first{i}", [5, 6, 7], adapter, max_tokens=1) for i, adapter in enumerate(references)])
-    wish = {"max_tokens": 24, "logprobs": None}  # all together: their adapters are there
+    make_resident(engine, filter(None, references))
+    wish = {"max_tokens": 24, "logprobs": None}
     requests = [request(f"r{i}", PROMPT[i:], references[i % 3], **wish) for i in range(6)]
     assert run(engine, requests) == run(plain, requests)
     assert max(found) > 2

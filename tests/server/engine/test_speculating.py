@@ -15,7 +15,7 @@ from server.engine.graphs import DecodeGraphs
 from server.engine.sampling import Draw
 from server.messages.protocol import AdapterRef, Generate
 from tests.support import interpreter
-from tests.support.offline import Answer, load_engine, publish, request, run, tight_engine
+from tests.support.offline import Answer, load_engine, make_resident, publish, request, run, tight_engine
 from tests.support.tiny import tiny_adapter
 
 
@@ -139,6 +139,7 @@ def test_preempted_and_in_small_chunks(
 ) -> None:
     blocks, longest = (6, 96) if interpreter.whole_suite() else (20, 256)
     tight = tight_engine(engine, shallow_dir, cache_dir, blocks, longest)
+    make_resident(tight, adapters)
     preemptions = drafted = 0
     answers = {single.id: Answer() for single in workload(adapters, 6)}
     for single in workload(adapters, 6):
