@@ -161,7 +161,7 @@ def test_a_batch_outlives_its_engine_and_its_server(server: RunningServer) -> No
         state = eventually(
             lambda: (now := client.get(f"/v1/batches/{batch}").json())["status"] == "completed" and now, 180, "its end"
         )
-        lines = client.get(f"/v1/files/{state['output_file_id']}/content").text.splitlines()
+        lines = client.get(f"/v1/files/{state['output_file_id']}/content").content.splitlines()
     answers = [json.loads(line) for line in lines]
     assert sorted(int(answer["custom_id"]) for answer in answers) == list(range(len(rows)))
     for answer in answers:

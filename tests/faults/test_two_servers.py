@@ -109,7 +109,8 @@ def equals(server: RunningServer, path: str, expected: dict[str, Any]) -> bool:
 
 
 def lines(server: RunningServer, file: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in server.get(f"/v1/files/{file}/content").text.splitlines()]
+    content = server.get(f"/v1/files/{file}/content").content  # a text may have what `str` takes for ends of lines
+    return [json.loads(line) for line in content.splitlines()]
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ def _ended(client: OpenAI, id_: str) -> Any:
 
 def _lines(client: OpenAI, file_id: str) -> dict[str, Any]:
     """A result file by `custom_id`."""
-    return {line["custom_id"]: line for line in map(json.loads, client.files.content(file_id).text.splitlines())}
+    return {line["custom_id"]: line for line in map(json.loads, client.files.content(file_id).content.splitlines())}
 
 
 def _asked(endpoint: str, model: str) -> dict[str, Any]:

@@ -80,8 +80,8 @@ async def until(served: Served, batch: dict[str, Any], *statuses: str, completed
 async def lines_of(served: Served, file: str | None) -> list[dict[str, Any]]:
     if file is None:
         return []
-    text = (await served.client.get(f"/v1/files/{file}/content")).text
-    return [json.loads(line) for line in text.splitlines()]
+    content = (await served.client.get(f"/v1/files/{file}/content")).content
+    return [json.loads(line) for line in content.splitlines()]
 
 
 async def test_answers_and_refusals_go_to_their_files(served: Served) -> None:
