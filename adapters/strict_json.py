@@ -1,9 +1,14 @@
-"""JSON read strictly: one meaning only, and nothing that another JSON reader would refuse or read otherwise."""
+"""JSON read strictly: one meaning only, and nothing that another JSON reader would refuse or read otherwise.
+
+And written in one line.
+"""
 
 import json
 import math
 import re
 from typing import Any
+
+import msgspec
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # only an escape can bring half a surrogate pair into valid UTF-8
 
@@ -118,3 +123,19 @@ def _deeper(value: Any, depth: int) -> bool:
             if type(child) in _CONTAINERS
         ]
     return bool(level)
+
+
+# What `str.splitlines` takes for the end of a line, and with it many clients' readers of event streams and JSON lines.
+_LINE_ENDS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
+
+
+_encode = msgspec.json.Encoder().encode
+
+
+def encode_line(value: Any) -> bytes:
+    """JSON that is one line, whatever its reader takes for the end of one."""
+    text = _encode(value)
+    for end, escaped in _LINE_ENDS:
+        if end in text:
+            text = text.replace(end, escaped)
+    return text

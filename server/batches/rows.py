@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from adapters.disk import full_disk_named, sync
-from adapters.strict_json import JsonFault, check_characters, count_items, parse_json
+from adapters.strict_json import JsonFault, check_characters, count_items, encode_line, parse_json
 from server.batches.store import Fault
 from server.errors import shown
 from server.finetune.files import new_id
@@ -158,7 +158,7 @@ class Journal:
         with self._lock:
             if custom_id in self.done:
                 return False
-            self._append(self.paths[good], msgspec.json.encode(line) + b"\n")
+            self._append(self.paths[good], encode_line(line) + b"\n")
             self.done.add(custom_id)
             self.counts[good] += 1
         return True

@@ -22,6 +22,7 @@ from msgspec.structs import replace
 from adapters.disk import StorageFull
 from adapters.storage.database import DatabaseBusy
 from adapters.storage.versions import RemoteUnavailable
+from adapters.strict_json import encode_line
 from server.client.engine import EngineClient, EngineDied, engine_up
 from server.errors import EngineUnavailable, InternalError, ModelNotFound, as_error
 from server.finetune import hyperparameters
@@ -235,7 +236,7 @@ class Evaluations(Worker[Evaluation]):
         def write() -> str:
             with self._files.staging() as staging:
                 path = staging / "rows.jsonl"
-                path.write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in rows))
+                path.write_bytes(b"".join(encode_line(row) + b"\n" for row in rows))
                 return self._files.add(tenant, path, filename=path.name, purpose=RESULTS, file_id=file_id).id
 
         while True:

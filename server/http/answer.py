@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import FileResponse
 from starlette.types import Receive, Scope, Send
 
+from adapters.strict_json import encode_line
 from server.errors import InternalError, LorakeetError, as_error
 
 log = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ class _EventStream:
 
 
 def _line(event: Any, *, named: bool) -> bytes:
-    data = b"data: " + encode_json(event) + b"\n\n"
+    data = b"data: " + encode_line(event) + b"\n\n"
     if not named:
         return data
     kind = event["type"] if isinstance(event, dict) else type(event).__struct_config__.tag

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from adapters.strict_json import JsonFault, check_characters, parse_json
+from adapters.strict_json import JsonFault, check_characters, encode_line, parse_json
 
 
 @pytest.mark.parametrize(
@@ -44,3 +44,11 @@ def test_a_key_given_twice_is_found_in_linear_time() -> None:
     assert caught.value.key == "399999"
     assert time.process_time() - began < 10
     assert len(json.dumps(str(caught.value))) < 200
+
+
+@pytest.mark.parametrize("end", ["\x85", "\u2028", "\u2029", "\n", "\r", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e"])
+def test_what_is_written_is_one_line_to_every_reader(end: str) -> None:
+    value = {"text": f"a{end}{end}b", f"k{end}": "\u00e9\u2027"}
+    line = encode_line(value)
+    assert len(line.decode().splitlines()) == 1
+    assert parse_json(line) == value

@@ -15,13 +15,14 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from adapters.peft_format.directory import AdapterSpec
 from adapters.peft_format.fields import AdapterError
+from adapters.strict_json import encode_line
 from server.client.engine import TrainingRefused
 from server.errors import InvalidRequest, NotFound, TooManyRequests, shown
 from server.finetune import hyperparameters
 from server.finetune.files import UnknownFileError
 from server.finetune.jobs import FINAL, Event, Job, JobSpec, JobStateError, StoredCheckpoint, UnknownJobError
 from server.finetune.preparation import question
-from server.http.answer import PING, encode_json
+from server.http.answer import PING
 from server.http.objects.common import ListObject
 from server.http.objects.training import CheckpointObject, Estimate, EventObject, JobObject
 from server.http.operations import OPENING, Operation
@@ -214,7 +215,7 @@ async def _stream_events(request: Request, job: Job, after: str | None) -> Respo
                 )
                 for event in events:
                     last, silent = event.id, 0.0
-                    yield b"id: %b\ndata: %b\n\n" % (event.id.encode(), encode_json(event_object(event)))
+                    yield b"id: %b\ndata: %b\n\n" % (event.id.encode(), encode_line(event_object(event)))
             if ended:
                 break
             if pings and silent >= pings:
