@@ -183,7 +183,7 @@ class JobManager(Worker[Job]):
         elif now.status == "paused" and (task := self.tasks.get(job.id)):
             await asyncio.wait({task})  # it is about to end, after the pause
         status: Status = "validating_files" if now.start is None else "queued"
-        resumed = await self._move(job, status, "Job resumed", asked=True, waits_for_space=False)
+        resumed = await self._move(job, status, "Job resumed", asked=True, expected="paused", waits_for_space=False)
         self.go_on(resumed)
         return resumed
 

@@ -230,14 +230,27 @@ async def test_one_task_works_on_a_job_that_many_steer_at_once(site: TuningSite)
     def working() -> int:
         return sum(task.get_name() == job["id"] for task in asyncio.all_tasks())
 
-    async def steer(action: str) -> None:
+    async def steer(action: str) -> int:
+        most = 0
         for _ in range(12):
             await site.steer(job["id"], action)
+            most = max(most, working())
+        return most
 
-    await asyncio.gather(*map(steer, ["pause", "resume"] * 4))
-    await eventually(lambda: working() <= 1)  # one that is about to end may still be there
+    assert max(await asyncio.gather(*map(steer, ["pause", "resume"] * 4))) <= 1
     assert (await site.steer(job["id"], "cancel")).json()["status"] == "cancelled"
     await eventually(lambda: not working())
+
+
+async def test_only_a_paused_job_is_resumed(site: TuningSite, engine: TrainingEngine) -> None:
+    engine.held = True
+    job = await site.create(hyperparameters={"n_epochs": 100})
+    await site.until(job["id"], "running")
+    refused(await site.steer(job["id"], "resume"), None)
+    assert (await site.job(job["id"]))["status"] == "running"
+    waiting = await site.create()
+    await site.until(waiting["id"], "queued")
+    refused(await site.steer(waiting["id"], "resume"), None)
 
 
 async def test_a_waiting_job_pauses_at_once(site: TuningSite, engine: TrainingEngine) -> None:
