@@ -6,9 +6,12 @@
 
 import asyncio
 import contextlib
+import itertools
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
+
+from msgspec.structs import replace
 
 from adapters.offline.recipe import MergedDtype
 from server.client.process import EngineDied as EngineDied
@@ -162,7 +165,9 @@ class LocalEngine:
         self._pinned: list[AdapterRef] = []
         self._streams: dict[str, asyncio.Queue[Output | EngineUnavailable]] = {}
         self._calls: dict[str, tuple[_Call, asyncio.Future[_Answer]]] = {}
-        self._jobs: dict[str, asyncio.Queue[JobReply | EngineUnavailable]] = {}
+        self._jobs: dict[str, asyncio.Queue[JobReply | EngineUnavailable]] = {}  # by the engine's id for them
+        self._job_ids: dict[str, str] = {}  # a job's id -> the engine's, of its latest run
+        self._job_runs = itertools.count()
         self._merges: dict[str, MergeReport] = {}
         self.mend: Callable[[Sequence[AdapterRef]], Awaitable[None]] | None = None  # files that could not be loaded
 
@@ -254,22 +259,25 @@ class LocalEngine:
 
     async def train(self, job: StartJob) -> AsyncGenerator[JobReply, None]:
         queue: asyncio.Queue[JobReply | EngineUnavailable] = asyncio.Queue()
-        self._jobs[job.id] = queue
+        # An id of its own, or the last words of a run that was closed would be taken for this one's.
+        id_ = f"{job.id}.{next(self._job_runs)}"
+        self._jobs[id_], self._job_ids[job.id] = queue, id_
         try:
-            self._process.send(job)
+            self._process.send(replace(job, id=id_))
             while True:
                 item = await queue.get()
                 if isinstance(item, EngineUnavailable):
                     raise item
                 if isinstance(item, JobEnded):
-                    del self._jobs[job.id]  # over: nothing to cancel
-                    yield item
+                    del self._jobs[id_]  # over: nothing to cancel
+                yield replace(item, id=job.id)
+                if isinstance(item, JobEnded):
                     return
-                yield item
         finally:
-            if self._jobs.get(job.id) is queue:
-                del self._jobs[job.id]
-                self._send_if_up(StopJob(job.id, save=False))
+            if self._job_ids.get(job.id) == id_:
+                del self._job_ids[job.id]
+            if self._jobs.pop(id_, None) is not None:
+                self._send_if_up(StopJob(id_, save=False))
 
     async def plan_memory(self, asked: PlanMemory) -> MemoryPlan:
         plan = await self._call(asked)
@@ -279,7 +287,7 @@ class LocalEngine:
         return plan
 
     async def stop_job(self, message: StopJob) -> None:
-        self._process.send(message)
+        self._process.send(replace(message, id=self._job_ids.get(message.id, message.id)))
 
     async def _load(self, adapter: AdapterRef, message: Callable[[], _Call]) -> _Answer:
         """A call for which the adapter is loaded, made again after its files were mended, if they had to be."""

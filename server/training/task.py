@@ -121,6 +121,7 @@ class Task:
         self._tally = Tally()
         self._queue: deque[MicroBatch] = deque()
         self._outcome: Literal["succeeded", "paused"] | None = None
+        self._last: JobEnded | None = None
         self._to_save: Literal["checkpoint", "state", "final"] | None = None
         self._writing: tuple[Future[None], Checkpoint] | None = None
         if self.state.step < self.steps.total:
@@ -136,7 +137,7 @@ class Task:
 
         Nothing while a checkpoint is due: with the one before it still being written, training would run past its step.
         """
-        return self._queue[0] if self._queue and not self.must_save else None
+        return self._queue[0] if self._queue and not self.must_save and not self.over else None
 
     def begin_step(self) -> None:
         """Queue the micro-batches of the current step, from the first; gradients start at zero."""
@@ -277,12 +278,17 @@ class Task:
     @property
     def must_save(self) -> bool:
         """A checkpoint is due; nothing else may be computed for this job before it is taken."""
-        return self._to_save is not None
+        return self._to_save is not None and not self.over
 
     @property
     def can_save(self) -> bool:
         """A checkpoint is due and the one before it is on its way no longer."""
-        return self._to_save is not None and self._writing is None
+        return self.must_save and self._writing is None
+
+    @property
+    def over(self) -> bool:
+        """Nothing is computed for the job any more; it has ended when no checkpoint is being written either."""
+        return self._last is not None
 
     @property
     def ended(self) -> bool:
@@ -312,19 +318,24 @@ class Task:
 
     def poll(self) -> None:
         """Report a checkpoint that has been written, and the end after the last one."""
-        if self._writing is None or not self._writing[0].done():
-            return
-        (future, reply), self._writing = self._writing, None
-        if fault := future.exception():
-            code = STORAGE_FULL if is_full(fault) else "checkpoint_not_written"
-            self.fail(code, f"A checkpoint could not be written: {fault}")
-            return
-        self.replies.append(reply)
-        if self._outcome is not None and not self.must_save:
-            self.replies.append(JobEnded(id=self.id, outcome=self._outcome))
+        if self._writing is not None and self._writing[0].done():
+            (future, reply), self._writing = self._writing, None
+            if fault := future.exception():
+                code = STORAGE_FULL if is_full(fault) else "checkpoint_not_written"
+                self.fail(code, f"A checkpoint could not be written: {fault}")
+            else:
+                self.replies.append(reply)
+                if self._outcome is not None and not self.must_save:
+                    self._end(JobEnded(id=self.id, outcome=self._outcome))
+        # While one is being written the job's directory may not be removed.
+        if self._last is not None and self._writing is None and not self.ended:
+            self.replies.append(self._last)
 
     def cancel(self) -> None:
-        self.replies.append(JobEnded(id=self.id, outcome="cancelled"))
+        self._end(JobEnded(id=self.id, outcome="cancelled"))
 
     def fail(self, code: str, message: str) -> None:
-        self.replies.append(JobEnded(id=self.id, outcome="failed", code=code, message=message))
+        self._end(JobEnded(id=self.id, outcome="failed", code=code, message=message))
+
+    def _end(self, reply: JobEnded) -> None:
+        self._last = self._last or reply

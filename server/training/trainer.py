@@ -151,7 +151,8 @@ class Trainer:
         """There is a piece to run now."""
         if self.piece is not None and self.piece.kind != "nothing":
             return True
-        return any(task.stop == "cancel" or task.can_save or task.next is not None for task in self.tasks.values())
+        tasks = [task for task in self.tasks.values() if not task.over]
+        return any(task.stop == "cancel" or task.can_save or task.next is not None for task in tasks)
 
     @property
     def next_seconds(self) -> float:
@@ -199,7 +200,7 @@ class Trainer:
     def _work(self) -> Iterator[Piece]:
         """Endless: announces a piece, and does it when asked for the next one."""
         while True:
-            tasks = [task for task in self.tasks.values() if not task.ended]
+            tasks = [task for task in self.tasks.values() if not task.over]
             for task in tasks:
                 if task.stop == "cancel":
                     task.cancel()
@@ -208,7 +209,7 @@ class Trainer:
                 yield Piece("save", len(self._group[0].adapter.values))
                 self._group[0].save(self._writer)
                 continue
-            waiting = [(task, task.next) for task in tasks if task.next is not None and not task.ended]
+            waiting = [(task, task.next) for task in tasks if task.next is not None]
             evaluations = [(task, batch) for task, batch in waiting if batch.weight == 0.0]
             chosen = evaluations or waiting
             self._group = [task for task, _ in chosen]
@@ -284,7 +285,7 @@ class Trainer:
 
     def _after(self, task: Task, *, train: bool) -> Iterator[Piece]:
         """The end of a job's step, if this pass was its last: clip, update, count; or the end of an evaluation."""
-        if task.next is not None:
+        if task.over or task.next is not None:
             return
         if not train:
             task.evaluated()
@@ -319,6 +320,8 @@ class Trainer:
         *others, blamed = self._group or list(self.tasks.values())
         blamed.fail(code, text)
         for task in others:
+            if task.over:
+                continue
             try:
                 task.begin_step()
             except Exception as another:

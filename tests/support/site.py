@@ -1,7 +1,9 @@
 """The whole application over a real trainer in this process: real files, jobs, store and tokenizer; no serving."""
 
 import asyncio
+import itertools
 import json
+from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -41,6 +43,9 @@ class TrainingEngine(IdleEngine):
         self._base = engine.base
         self._trainer = Trainer(engine.base)
         self._generation = 0
+        self._replies: defaultdict[str, list[JobReply]] = defaultdict(list)  # not yet taken, by run
+        self._runs: dict[str, str] = {}  # a job's latest
+        self._count = itertools.count()
         self.pieces = 0
         self.memory: int | None = None
         self.held = False
@@ -48,12 +53,15 @@ class TrainingEngine(IdleEngine):
     def kill(self) -> None:
         """Die with everything in memory, and be up again."""
         self._trainer.close()
+        self._trainer._writer.shutdown()  # a thread outlives no process
         self._trainer = Trainer(self._base)
+        self._replies.clear()
         self._generation += 1
 
     async def train(self, job: StartJob) -> AsyncGenerator[JobReply, None]:
         born = self._generation
-        self._trainer.start(job)
+        run = self._runs[job.id] = f"{job.id}.{next(self._count)}"  # as `LocalEngine` does
+        self._trainer.start(replace(job, id=run))
         ended = False
         try:
             while not ended:
@@ -65,11 +73,13 @@ class TrainingEngine(IdleEngine):
                     self.pieces += 1
                 for reply in self._trainer.take_replies():
                     assert not isinstance(reply, MemoryPlan | Done)
+                    self._replies[reply.id].append(reply)
+                for reply in self._replies.pop(run, []):
                     ended = isinstance(reply, JobEnded)
-                    yield reply
+                    yield replace(reply, id=job.id)
         finally:
             if not ended and self._generation == born:
-                self._trainer.stop(StopJob(job.id, save=False))
+                self._trainer.stop(StopJob(run, save=False))
 
     async def plan_memory(self, asked: PlanMemory) -> MemoryPlan:
         plan = self._trainer._plan(asked)
@@ -78,7 +88,7 @@ class TrainingEngine(IdleEngine):
         return plan if self.memory is None else replace(plan, available=self.memory, mode=None)
 
     async def stop_job(self, message: StopJob) -> None:
-        self._trainer.stop(message)
+        self._trainer.stop(replace(message, id=self._runs.get(message.id, message.id)))
 
     def close(self) -> None:
         self._trainer.close()

@@ -9,11 +9,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Any
-from unittest.mock import AsyncMock
+from unittest.mock import AsyncMock, Mock
 
 import httpx
 import pytest
@@ -26,6 +26,7 @@ from server.client.engine import AdapterLoadFailed, LocalEngine
 from server.errors import EngineUnavailable
 from server.http.app import build_app
 from server.messages.protocol import AdapterRef, EngineConfig, Generate, Stats
+from server.messages.training import JobEnded, JobNote, JobReply, StartJob, StopJob, TrainingPlan
 from server.settings import Settings
 from server.startup import make_services
 from tests.support.conforming import client_of
@@ -366,3 +367,30 @@ async def test_the_engine_ends_with_its_parent(
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
 
     await until(gone, seconds=30)
+
+
+async def test_the_last_words_of_a_closed_run_do_not_reach_the_jobs_next_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[StartJob | StopJob] = []
+    monkeypatch.setattr("server.client.engine.EngineProcess", lambda *_, **__: Mock(send=sent.append))
+    engine = LocalEngine(config(Path("model"), Path("cache")), lambda stats: None)
+    plan = TrainingPlan(seed=0, n_epochs=1, batch_size=1, micro_batch_tokens=1, learning_rate=1.0)
+    job = StartJob(id="job", directory="", train_data="", modules={}, config={}, plan=plan)
+
+    async def begin() -> tuple[AsyncGenerator[JobReply, None], asyncio.Task[JobReply]]:
+        replies = engine.train(job)
+        first = asyncio.create_task(anext(replies))
+        await asyncio.sleep(0)
+        return replies, first
+
+    before, first = await begin()
+    engine._hear(JobNote(sent[0].id, "info", "one"))
+    assert (await first).id == "job"
+    await before.aclose()
+    _, first = await begin()
+    await engine.stop_job(StopJob("job", save=True))
+    old, stopped, new, paused = (message.id for message in sent)
+    assert (old, new) == (stopped, paused)
+    assert old != new
+    engine._hear(JobEnded(id=old, outcome="cancelled"))
+    engine._hear(JobEnded(id=new, outcome="paused"))
+    assert await first == JobEnded(id="job", outcome="paused")

@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from adapters.peft_format import directory as adapter_format
 from adapters.peft_format.inspection import inspect
 from server.engine.engine import Engine
 from server.messages.protocol import Done
-from server.messages.training import Checkpoint, PlanMemory, StartJob, StopJob, TrainingStep
+from server.messages.training import Checkpoint, JobEnded, PlanMemory, StartJob, StopJob, TrainingStep
 from server.model.base import Base
+from server.training import checkpoint
 from server.training.plan import Steps
 from server.training.trainer import Trainer
 from tests.support import offline as engines
@@ -195,6 +197,30 @@ def test_cancel_keeps_nothing(base: Base, trainer: Trainer, tmp_path: Path) -> N
     replies = run(trainer)
     assert ended(replies).outcome == "cancelled"
     assert not any(isinstance(reply, Checkpoint) for reply in replies)
+
+
+def test_a_job_has_ended_when_its_checkpoint_is_written(
+    base: Base, trainer: Trainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its directory may be removed then."""
+    go_on, write = threading.Event(), checkpoint.write
+    monkeypatch.setattr(checkpoint, "write", lambda *args: go_on.wait(60) and write(*args))
+    trainer.start(job(base, tmp_path / "job", DATA, n_epochs=50, checkpoint_every=1))
+    run_until(trainer, "save")
+    trainer.run_piece()
+    trainer.stop(StopJob("job", save=False))
+    for _ in range(20):
+        if trainer.ready:
+            trainer.run_piece()
+        assert not any(isinstance(reply, JobEnded) for reply in trainer.take_replies())
+    assert not trainer.ready
+    assert not trainer.idle
+    go_on.set()
+    saved, last = run(trainer)
+    assert isinstance(saved, Checkpoint)
+    assert (Path(saved.directory) / checkpoint.STATE).exists()
+    assert isinstance(last, JobEnded)
+    assert last.outcome == "cancelled"
 
 
 def test_validation_checkpoints_and_counts(base: Base, trainer: Trainer, tmp_path: Path) -> None:
