@@ -14,6 +14,7 @@ from pathlib import Path
 
 LOST_AND_FOUND = "lost+found"
 PENDING = ".pending"
+_GONE = ".gone"
 
 log = logging.getLogger(__name__)
 
@@ -88,14 +89,24 @@ def set_aside_database(path: Path) -> Path:
 
 
 def directory_at(path: Path, aside: Path) -> None:
-    """See that there is a directory, moving a plain file that has its place to `aside`. A disk that takes none is met
-    again by whoever writes there."""
+    """See that there is a directory, moving a plain file that has its place to `aside`, and end what `take_away` began
+    there. A disk that takes none is met again by whoever writes there."""
     with contextlib.suppress(OSError):
         if path.exists() and not path.is_dir():
             aside.mkdir(parents=True, exist_ok=True)
             log.error("%s is no directory: set aside as %s", path, moved := vacant(aside / path.name))
             path.rename(moved)
         path.mkdir(parents=True, exist_ok=True)
+        for half_removed in path.glob(f".*{_GONE}"):
+            remove(half_removed)
+
+
+def take_away(path: Path) -> None:
+    """Remove a directory that a thread may still be writing into: once it has another name, nobody finds it."""
+    gone = path.with_name(f".{path.name}{_GONE}")
+    with contextlib.suppress(OSError):
+        path.rename(gone)
+        remove(gone)
 
 
 def remove(path: Path) -> None:

@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +83,9 @@ class Records:
         self._bucket = bucket
         self._prefix = prefix
         self._known: dict[str, tuple[int, str | None]] = {}  # key -> revision, ETag
-        self._missed: set[str] = set()  # keys that were looked for since the last list
+        self._missed: dict[
+            str, Future[Record]
+        ] = {}  # keys that were looked for since the last list, and what was found
         self._lock = threading.Lock()
 
     # --- seeing --------------------------------------------------------------------------------------
@@ -106,12 +108,24 @@ class Records:
         return (record for record in records if record.content is not None)
 
     def miss(self, key: str) -> Record | None:
-        """A record that somebody asks for and that is not known here; looked for once between two lists."""
+        """A record that somebody asks for and that is not known here; looked for once between two lists.
+
+        Whoever asks meanwhile waits for the same answer.
+        """
         with self._lock:
-            if key in self._missed or len(self._missed) >= _LOOKS or not _PLAIN.fullmatch(key):
-                return None
-            self._missed.add(key)
-        record = self.look(key)
+            found = self._missed.get(key)
+            if mine := found is None:
+                if len(self._missed) >= _LOOKS or not _PLAIN.fullmatch(key):
+                    return None
+                found = self._missed[key] = Future()
+        if mine:
+            try:
+                found.set_result(self.look(key))
+            except BaseException as fault:
+                with self._lock:
+                    self._missed.pop(key, None)  # the next one tries again
+                found.set_exception(fault)
+        record = found.result()
         return None if record.content is None else record
 
     def look(self, key: str) -> Record:

@@ -176,8 +176,11 @@ class Batches(Worker[Batch]):
                 break
         else:
             return  # another server's now
-        await asyncio.to_thread(shutil.rmtree, self._directory / batch.id, ignore_errors=True)
+        await self.clear(batch.id)
         await asyncio.to_thread(self.store.forget, batch.id)
+
+    async def clear(self, id_: str) -> None:
+        await asyncio.to_thread(lost.take_away, self._directory / id_)
 
     async def _move(self, batch: Batch, status: Status, **changes: object) -> Batch:
         return await asyncio.to_thread(partial(self.store.move, batch, status, **changes))

@@ -7,7 +7,7 @@ parts. A server that takes a batch over asks again only for what no part has.
 import contextlib
 import os
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,8 +88,8 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
 
         return change
 
-    def take_up(self) -> list[Batch]:
-        taken = super().take_up()
+    def take_up(self, but: Collection[str] = ()) -> list[Batch]:
+        taken = super().take_up(but)
         for batch in taken:
             self._prepared.discard(batch.id)
         return taken

@@ -181,7 +181,8 @@ class JobManager(Worker[Job]):
         if now.waits_for_space:
             await self.abandon(job.id)
         elif now.status == "paused" and (task := self.tasks.get(job.id)):
-            await asyncio.wait({task})  # it is about to end, after the pause
+            await self._let_go(now, save=False)  # where another server paused it, the task may not have heard of it yet
+            await asyncio.wait({task})
         status: Status = "validating_files" if now.start is None else "queued"
         resumed = await self._move(job, status, "Job resumed", asked=True, expected="paused", waits_for_space=False)
         self.go_on(resumed)
@@ -210,9 +211,12 @@ class JobManager(Worker[Job]):
         elif job.status != "running":
             await self.abandon(job.id)
 
+    async def clear(self, id_: str) -> None:
+        await asyncio.to_thread(lost.take_away, self._directory / id_)
+
     async def _clean_up(self, job: Job) -> None:
         """Remove what was needed to go on; what is published lies elsewhere."""
-        await asyncio.to_thread(shutil.rmtree, self._directory / job.id, ignore_errors=True)
+        await self.clear(job.id)
         await asyncio.to_thread(self._jobs.forget, job.id)
 
     async def _move(self, job: Job, status: Status, message: str, *, asked: bool = False, **changes: Any) -> Job:
@@ -259,6 +263,7 @@ class JobManager(Worker[Job]):
         if job.status == "running":
             job = await self._move(job, "queued", "The server restarted; the job is queued again")
         directory = self._directory / job.id
+        directory.mkdir(parents=True, exist_ok=True)
         await asyncio.to_thread(self._jobs.fetch, job.id, directory, job.inputs)
         if job.start is None:
             start, taught = await self._preparation.start_message(
@@ -267,6 +272,8 @@ class JobManager(Worker[Job]):
             message = "Files validated, moving job to queued state"
             job = await self._move(job, "queued", message, start=start, **taught)
             await asyncio.to_thread(restore.note, directory, restore.JOB, job)
+        elif job.status == "validating_files":  # resumed by a server that had not yet heard that they were validated
+            job = await self._move(job, "queued", "Files validated, moving job to queued state")
         async with self._slots.take(job.tenant):
             await self._train(job)
 

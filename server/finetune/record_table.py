@@ -125,9 +125,13 @@ class RecordTable(Generic[R, S]):
             ).fetchall()
         return self._readable(rows)
 
-    def take_up(self) -> list[R]:
-        """Records that this server is to work on, and does not yet."""
-        return [record for record in self.unfinished() if record.goes_on]
+    def take_up(self, but: Collection[str] = ()) -> list[R]:
+        """Records that this server is to work on, and does not yet, but for some ids."""
+        return [record for record in self.unfinished() if record.goes_on and record.id not in but]
+
+    def ended(self, record: R) -> bool:
+        """Whether a record is at an end."""
+        return record.status in self._final
 
     def all(self) -> list[R]:
         """Every tenant's records, oldest first."""

@@ -12,7 +12,7 @@ import threading
 import time
 from abc import abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ class Shared(RecordTable[R, S]):
     # --- what others do ------------------------------------------------------------------------------
 
     def follow(self) -> list[R]:
-        """Take over what other servers changed; records held here whose status is another now."""
+        """Take over what other servers changed; the records whose status is another now."""
         moved = []
         for record in sorted(self._stored.news(), key=lambda record: (record.content or {}).get("number", 0)):
             try:
@@ -107,7 +107,7 @@ class Shared(RecordTable[R, S]):
             except (RemoteUnavailable, StorageFull, DatabaseBusy):
                 self._stored.forget(record.key)
                 raise
-        return [record for record in moved if self.leases.holds(record.id)]
+        return moved
 
     def get(self, tenant: str, id_: str) -> R:
         try:
@@ -148,10 +148,11 @@ class Shared(RecordTable[R, S]):
 
     # --- working on one ------------------------------------------------------------------------------
 
-    def take_up(self) -> list[R]:
+    def take_up(self, but: Collection[str] = ()) -> list[R]:
         """Claim records that nobody works on, as many as there is room for: first for who has the fewest here."""
         unfinished, taken = self.unfinished(), []
-        waiting = [record for record in unfinished if record.goes_on and self.leases.free(record.id)]
+        free = [record for record in unfinished if record.goes_on and self.leases.free(record.id)]
+        waiting = [record for record in free if record.id not in but]
         at_work = Counter(record.tenant for record in unfinished if self.leases.holds(record.id))
         while waiting and len(self.leases.held()) < self._most:
             waiting.remove(first := min(waiting, key=lambda record: at_work[record.tenant]))
@@ -219,12 +220,12 @@ class Shared(RecordTable[R, S]):
             self._bucket.put_file(self._object(id_, hash_), root / name)
 
     def fetch(self, id_: str, root: Path, files: Mapping[str, str]) -> None:
-        root.mkdir(parents=True, exist_ok=True)
         for name, hash_ in files.items():
             file = root / name
             if file.exists() and file_hash(file) == hash_:
                 continue
-            file.parent.mkdir(parents=True, exist_ok=True)
+            for parent in list(Path(name).parents)[-2::-1]:  # not `root`: if that has been removed, nothing is wanted
+                (root / parent).mkdir(exist_ok=True)
             part = file.with_name(f".{file.name}.part")
             part.unlink(missing_ok=True)
             with contextlib.suppress(FileNotFoundError):

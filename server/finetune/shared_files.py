@@ -1,5 +1,6 @@
 """Files that several servers have in an object store, a record and an object each. Rows and bytes here are copies."""
 
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +29,7 @@ class SharedFiles(FileStore):
         super().__init__(root, database)
         self._records = records
         self._bucket = bucket
+        self._copying = threading.Lock()
 
     def share_all(self) -> None:
         """Give the store what it never had: files from a time without one."""
@@ -44,13 +46,18 @@ class SharedFiles(FileStore):
         """Take over what other servers added and removed."""
         for record in sorted(self._records.news(), key=lambda record: (record.content or {}).get("number", 0)):
             try:
-                if self._records.note(record):
-                    self._copy(record)
+                self._take(record)
             except (LookupError, TypeError) as fault:
                 self._records.damage(record.key, fault)
             except (StorageFull, DatabaseBusy):
                 self._records.forget(record.key)
                 raise
+
+    def _take(self, record: "Record") -> None:
+        """Let the row here be what a record says, if that is news."""
+        with self._copying:
+            if self._records.note(record):
+                self._copy(record)
 
     def _copy(self, record: "Record") -> None:
         if record.content is None:
@@ -87,8 +94,7 @@ class SharedFiles(FileStore):
         except UnknownFileError:
             if (record := self._records.miss(file_id)) is None:
                 raise
-            self._records.note(record)
-            self._copy(record)
+            self._take(record)
             return super().get(tenant, file_id)
 
     def fetched(self, tenant: str, file_id: str) -> StoredFile:

@@ -7,7 +7,7 @@ another server needs to go on, `job-logs/` events that are too many for the reco
 import contextlib
 import json
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,8 +73,8 @@ class SharedJobs(Shared[Job, Status], JobStore):
                 named = {segment["name"] for segment in found["segments"]}
                 self._bucket.delete([path for path in there if path not in named])
 
-    def take_up(self) -> list[Job]:
-        taken = super().take_up()
+    def take_up(self, but: Collection[str] = ()) -> list[Job]:
+        taken = super().take_up(but)
         if self._ledger is not None:
             for job in taken:
                 self._ledger.counted(job.id, job.trained_tokens or 0)

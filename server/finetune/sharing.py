@@ -77,10 +77,14 @@ class Sharing:
         """Follow once, and take up what nobody works on."""
         await asyncio.to_thread(self._also)
         for record in await asyncio.to_thread(self.records.follow):
-            await self._worker.heed(record)
+            if self.records.holds(record.id):
+                await self._worker.heed(record)
+            if self.records.ended(record) and record.id not in self._worker.tasks:  # else the task clears up
+                await self._worker.clear(record.id)
         idle = [id_ for id_ in self.records.leases.held() if id_ not in self._worker.tasks]
         await asyncio.gather(*map(self._release, idle))
-        self._worker.begin(await asyncio.to_thread(self.records.take_up))
+        # A task whose lease was lost may still be about to end.
+        self._worker.begin(await asyncio.to_thread(self.records.take_up, list(self._worker.tasks)))
 
     async def _follow(self) -> None:
         while True:

@@ -68,6 +68,9 @@ class Worker(ABC, Generic[R]):
     async def heed(self, record: R) -> None:
         """Somebody else has changed the status of one that is worked on here."""
 
+    async def clear(self, id_: str) -> None:
+        """Remove what is on this disk of a record that is at its end."""
+
     @abstractmethod
     async def _work(self, record: R) -> None:
         """From wherever the record stands to its end."""

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -13,6 +14,7 @@ from adapters.storage.bucket import Bucket, Conflict
 from adapters.storage.records import Content, Record, Records
 from adapters.storage.versions import RemoteUnavailable
 from tests.support.buckets import S3Server
+from tests.support.threads import together
 
 
 def opened(store_url: str) -> Records:
@@ -209,6 +211,44 @@ def test_lists_that_are_late_undo_nothing(store_url: str, s3: S3Server) -> None:
     assert known(second, mine) == {"old": {"all": [1, 2]}, "new": {"all": [2]}}
     s3.suffer()
     assert known(second, mine) == {"old": {"all": [1, 2]}, "new": {"all": [2]}}
+
+
+def test_whoever_asks_while_a_record_is_looked_for_gets_it_too(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened(store_url).change("a", adding(1))
+    second, looks = opened(store_url), []
+    look, all_ask = second.look, threading.Barrier(4)
+
+    def slow(key: str) -> Record:
+        looks.append(key)
+        all_ask.wait(60)
+        return look(key)
+
+    def ask() -> Content | None:
+        if looks:
+            all_ask.wait(60)
+        record = second.miss("a")
+        return None if record is None else record.content
+
+    monkeypatch.setattr(second, "look", slow)
+    first = threading.Thread(target=ask)
+    first.start()
+    while not looks:
+        pass
+    assert together(ask, ask, ask) == [{"all": [1]}] * 3
+    first.join()
+    assert looks == ["a"]
+
+
+def test_a_look_that_failed_is_tried_again_by_the_next(store_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened(store_url).change("a", adding(1))
+    records = opened(store_url)
+    with monkeypatch.context() as patch:
+        patch.setattr(records, "look", Mock(side_effect=RemoteUnavailable("away")))
+        with pytest.raises(RemoteUnavailable):
+            records.miss("a")
+    found = records.miss("a")
+    assert found is not None
+    assert found.content == {"all": [1]}
 
 
 def test_what_was_read_before_a_change_is_no_news_after_it(store_url: str) -> None:
