@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from adapters import kernels
 from adapters.device.host import DTYPE_CODES, as_units
 from adapters.device.lora import LoraLinear
+from adapters.device.norms import like_norm
 from adapters.device.variants import (
     Affine,
     Classifier,
@@ -18,7 +19,6 @@ from adapters.device.variants import (
     HeadExtras,
     LowRank,
     TrainedRows,
-    like_norm,
 )
 from adapters.peft_format.modules import LoraModule, Variants
 

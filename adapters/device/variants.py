@@ -5,10 +5,8 @@ that exist only while the step runs, so that a step without extras runs the base
 is independent of the rows beside it.
 """
 
-import copy
 import dataclasses
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from adapters import kernels
 from adapters.device.lora import Deltas, ExpertDeltas, FrozenLinear, LoraLinear, Routed
 from adapters.device.memory import sent
+from adapters.device.norms import like_norm, norm_hook
 
 
 class Affine(NamedTuple):
@@ -174,17 +173,6 @@ class Extras:
         return moved
 
 
-def like_norm(norm: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
-    """The same norm with some other parameters, and without the hooks that a step may have on it."""
-    other = copy.copy(norm)
-    replaced = {
-        name: nn.Parameter(parameters.get(name, old.data).to(old.dtype), requires_grad=False)
-        for name, old in norm.named_parameters(recurse=False)
-    }
-    other._parameters, other._forward_hooks = dict(replaced), OrderedDict()
-    return other
-
-
 def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
@@ -291,7 +279,8 @@ class StepExtras:
             if headed:
                 hook(model.get_output_embeddings(), _head_hook(headed))
             for name in {name for use in self.tokens for name in use.extras.norms}:
-                hook(model.get_submodule(name), _norm_hook([u for u in self.tokens if name in u.extras.norms], name))
+                runs = [(u.start, u.end, u.extras.norms[name]) for u in self.tokens if name in u.extras.norms]
+                hook(model.get_submodule(name), norm_hook(runs))
             yield
 
 
@@ -329,13 +318,5 @@ def _head_hook(uses: Sequence[ExtraUse]) -> Any:
             assert extras.head is not None
             extras.head.apply_(logits[start:end], x[start:end], weight)
         return output
-
-    return hook
-
-
-def _norm_hook(uses: Sequence[ExtraUse], name: str) -> Any:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        for start, end, extras, _ in uses:  # [1, tokens, ...]
-            output[:, start:end] = extras.norms[name](args[0][:, start:end])
 
     return hook

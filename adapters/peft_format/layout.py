@@ -36,7 +36,8 @@ class Layout(NamedTuple):
         modules: linear of the decoder -> its adapter.
         expected: tensor -> what it must be like.
         copies: tensor that may be there too -> the base's parameter that it must equal (PEFT saves the base's
-            embeddings where these are adapted, or believed to be resized). With new tokens these come after it.
+            embeddings where these are adapted, believed to be resized, or asked for). With new tokens these come after
+            it.
         twins: tensor that may be there too -> the tensor that it must equal (PEFT saves a resized embedding under every
             name that it has).
         warnings: entries of the config without effect.
@@ -101,10 +102,17 @@ class _Builder:
             every, outline.tables, outline.experts, tied=outline.tied, warnings=self._warnings
         )
         self._expected: dict[str, Expected] = {}
-        self._copies = {f"{PREFIX}{name}": name for name in self._table_parameters()}
+        self._copies: dict[str, str] = {}
         self._twins: dict[str, str] = {}
 
     def build(self, tensors: Mapping[str, TensorEntry]) -> Layout:
+        if self._outline.new_tokens > 0 and self._outline.by_token:
+            raise AdapterError(
+                f"the weights have new tokens, and the base's '{self._outline.by_token[0]}' has a row for each token, "
+                "too: PEFT saves none for the new ones",
+                "weights",
+                "unsupported_adapter_feature",
+            )
         if self._outline.new_tokens and self._config.alora_invocation_tokens:
             raise AdapterError(
                 "an activated adapter cannot add or drop tokens: before its invocation the base runs",
@@ -129,6 +137,7 @@ class _Builder:
             num_labels=tensors[classifier["weight"]].shape[0] if classifier else 0,
         )
         modules = {name: self._linear(name) for name in adapted if name in self._linears}
+        self._copies_of_tables(variants)
         if self._outline.new_tokens:
             variants = replace(variants, grown=self._grown(variants, tensors))
         return Layout(modules, variants, self._expected, self._copies, self._twins, self._warnings)
@@ -140,24 +149,36 @@ class _Builder:
 
     def _expect(self, name: str, shape: tuple[int, ...], asked_by: str) -> str:
         self._expected[f"{PREFIX}{name}"] = Expected(shape, asked_by)
-        self._copies.pop(f"{PREFIX}{name}", None)
         return f"{PREFIX}{name}"
 
-    # --- new tokens --------------------------------------------------------------------------------------
+    # --- copies, new tokens ------------------------------------------------------------------------------
+
+    def _copies_of_tables(self, variants: Variants) -> None:
+        """Allow what PEFT saves of embedding and head where it is told to, or when it believes them resized: their
+        whole state, wherever it lies."""
+        for parameter in self._table_parameters():
+            table, _, kind = parameter.rpartition(".")
+            if parameter in variants.parameters:
+                self._twins[f"{PREFIX}{table}.modules_to_save.{kind}"] = f"{PREFIX}{parameter}"
+            for name in self._places(parameter):
+                if name not in self._expected:
+                    self._copies[name] = parameter
+        embedding, head, delta = self._outline.embedding, self._outline.head, "token_adapter.trainable_tokens_delta"
+        if head and self._outline.tied and variants.tokens.get(head) == f"{PREFIX}{embedding}.{delta}":
+            self._twins[f"{PREFIX}{head}.{delta}"] = f"{PREFIX}{embedding}.{delta}"
+
+    def _places(self, parameter: str) -> list[str]:
+        """Where PEFT may have a parameter of embedding or head."""
+        table, _, kind = parameter.rpartition(".")
+        return [f"{PREFIX}{table}.{place}{kind}" for place in PLACES]
 
     def _grown(self, variants: Variants, tensors: Collection[str]) -> dict[str, str]:
         """Where the new rows of embedding and head are, unless the whole matrix is the adapter's."""
         found: dict[str, str] = {}
         for parameter in self._table_parameters():
-            table, _, kind = parameter.rpartition(".")
-            names = [f"{PREFIX}{table}.{place}{kind}" for place in PLACES]
-            if parameter in variants.parameters:
-                self._twins[f"{PREFIX}{table}.modules_to_save.{kind}"] = f"{PREFIX}{parameter}"
-            elif present := [name for name in names if name in tensors]:
-                found[table if kind == "weight" else parameter] = present[0]
-            for name in names:
-                if name not in self._expected:
-                    self._copies[name] = parameter
+            present = [name for name in self._places(parameter) if name in tensors]
+            if parameter not in variants.parameters and present:
+                found[parameter.removesuffix(".weight")] = present[0]
         embedding, head = self._outline.embedding or "", self._outline.head
         if head and self._outline.tied and head not in found and f"{head}.weight" not in variants.parameters:
             source = found.get(embedding) or variants.parameters.get(f"{embedding}.weight")
@@ -171,9 +192,6 @@ class _Builder:
                     "save_pretrained(save_embedding_layers=True)",
                     "weights",
                 )
-        delta = "token_adapter.trainable_tokens_delta"  # of a tied head, once more
-        if head and self._outline.tied and variants.tokens.get(head) == f"{PREFIX}{embedding}.{delta}":
-            self._twins[f"{PREFIX}{head}.{delta}"] = f"{PREFIX}{embedding}.{delta}"
         return found if self._outline.new_tokens > 0 else {}
 
     # --- pairs of A and B -----------------------------------------------------------------------------
@@ -184,9 +202,6 @@ class _Builder:
 
     def _table(self, name: str) -> LoraModule:
         vocabulary, width = self._outline.table_shape
-        for kind in ("weight", "bias"):
-            if f"{name}.{kind}" in self._table_parameters():
-                self._copies[f"{PREFIX}{name}.base_layer.{kind}"] = f"{name}.{kind}"
         if self._config.alora_invocation_tokens:
             raise AdapterError(f"an activated adapter cannot adapt '{name}' (target_modules)", "target_modules")
         if name == self._outline.head:
@@ -279,9 +294,21 @@ class _Builder:
             module, _, kind = name.rpartition(".")
             adapted = module in self._adapted
             if kind == "bias" and (config.bias == "all" or (config.bias == "lora_only" and adapted)):
+                if module not in self._linears and not self._served_whole(module):
+                    raise AdapterError(
+                        f"bias is '{config.bias}', which means '{name}', too: only biases of linears, of embedding and "
+                        "head, and of norms that see one token after another are served",
+                        "bias",
+                        "unsupported_adapter_feature",
+                    )
                 inner = f"{module}.base_layer.bias" if adapted else name
                 found[name] = self._expect(inner, self._shape(name), "bias")
         return found
+
+    def _served_whole(self, module: str) -> bool:
+        """Whether an adapter may bring all parameters of a module that has some and is no linear of the decoder."""
+        outline = self._outline
+        return outline.norms is None or module in outline.norms or module in outline.tables
 
     def _saved(self) -> dict[str, str]:
         """Every parameter of the modules that `modules_to_save` means; as in PEFT, these end with one of its names."""
@@ -297,7 +324,7 @@ class _Builder:
             if not matched:
                 self._warnings.append(f"modules_to_save has '{shorten(ending)}', which matches no module of the base")
             for module in sorted(matched):
-                if module in self._linears or module not in modules:
+                if module in self._linears or module not in modules or not self._served_whole(module):
                     raise AdapterError(
                         f"modules_to_save has '{shorten(ending)}', which means '{module}': only embedding, head and "
                         "norms are served whole. Adapt its linears by target_modules",

@@ -142,6 +142,8 @@ class Engine:
             aside=base.aside,
             experts=base.expert_sizes,
             renamed=base.renamed,
+            norms=base.norms,
+            by_token=base.by_token,
             transposed=base.transposed,
         )
 

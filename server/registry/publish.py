@@ -340,6 +340,8 @@ def outline_of(files: Outline, base: Ready) -> Outline:
         aside=base.aside,
         renamed=base.renamed,
         experts=base.experts,
+        norms=base.norms,
+        by_token=base.by_token,
     )
 
 
