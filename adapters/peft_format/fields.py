@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal, TypeAlias
 
-from adapters.peft_format.lookaround import LookaroundRegex
+from adapters.peft_format.lookaround import LookaroundRegex, parsed
 from adapters.strict_json import JsonFault, check_characters, parse_json
 
 MAX_RANK = 1 << 16
@@ -285,6 +285,11 @@ def forget_regexes() -> None:
         _re2().purge()
 
 
+# A class of POSIX and literal text there, a set of characters and a repetition in Python.
+_OTHERWISE_IN_RE2 = ("[:", "{,")
+_NOT_IN_RE2 = ("(?=", "(?!", "(?<=", "(?<!", r"\Z")
+
+
 def compile_regex(name: str, pattern: str, *, suffix: bool = False) -> Any:
     """The compiled pattern; with `suffix` it may also match the end of a dotted name only."""
     if len(pattern) > MAX_REGEX_CHARACTERS:
@@ -293,14 +298,17 @@ def compile_regex(name: str, pattern: str, *, suffix: bool = False) -> Any:
     options = re2.Options()
     options.log_errors = False
     options.never_capture = True  # without captures RE2 needs only its automaton, a hundred times faster at worst
-    ending = rf"(.*\.)?({pattern})$"
-    try:
-        regex = re2.compile(pattern, options)  # by itself first: "a)(b" must not pass for being bracketed
-        return re2.compile(ending, options) if suffix else regex
-    except re2.error as fault:
-        refusal = partial(_unfit, name, pattern)
-        if not any(sign in pattern for sign in ("(?=", "(?!", "(?<=", "(?<!")):
-            raise refusal(fault.args[0].decode(errors="replace") if fault.args else "invalid") from None
+    ending, refusal = rf"(.*\.)?({pattern})$", partial(_unfit, name, pattern)
+    parsed(pattern, refusal)  # by itself first: "a)(b" must not pass for being bracketed
+    if suffix:
+        parsed(ending, refusal)
+    if not any(sign in pattern for sign in _OTHERWISE_IN_RE2):
+        try:
+            regex = re2.compile(pattern, options)
+            return re2.compile(ending, options) if suffix else regex
+        except re2.error as fault:
+            if not any(sign in pattern for sign in _NOT_IN_RE2):
+                raise refusal(fault.args[0].decode(errors="replace") if fault.args else "invalid") from None
     regex = LookaroundRegex(pattern, refusal)
     return LookaroundRegex(ending, refusal) if suffix else regex
 
