@@ -113,6 +113,8 @@ class _Builder:
                 "weights",
                 "unsupported_adapter_feature",
             )
+        if self._outline.new_tokens > 0:
+            self._check_embedding("weights", self._outline.tables)
         if self._outline.new_tokens and self._config.alora_invocation_tokens:
             raise AdapterError(
                 "an activated adapter cannot add or drop tokens: before its invocation the base runs",
@@ -202,6 +204,7 @@ class _Builder:
 
     def _table(self, name: str) -> LoraModule:
         vocabulary, width = self._outline.table_shape
+        self._check_embedding("target_modules", [name])
         if self._config.alora_invocation_tokens:
             raise AdapterError(f"an activated adapter cannot adapt '{name}' (target_modules)", "target_modules")
         if name == self._outline.head:
@@ -259,6 +262,16 @@ class _Builder:
             a, b = (f"{PREFIX}{name}.lora_{letter}.weight" for letter in "AB")
             found[name] = ExpertsModule(rank, scaling, a, b, size.experts, parameter, part, len(size.parts))
         return found
+
+    def _check_embedding(self, field: str, tables: Collection[str]) -> None:
+        """Raises AdapterError where the input embedding is among these and its rows are not simply looked up."""
+        if self._outline.opaque_embedding and self._outline.embedding in tables:
+            raise AdapterError(
+                f"{field} changes '{self._outline.embedding}', which in this base does more than to look up rows and "
+                "scale them: no other rows are served there",
+                field,
+                "unsupported_adapter_feature",
+            )
 
     def _out_features(self, name: str) -> int:
         if name in self._linears:
@@ -335,6 +348,7 @@ class _Builder:
             chosen |= matched
         if config.ensure_weight_tying and outline.tied and not chosen.isdisjoint(tables):
             chosen |= set(tables)
+        self._check_embedding("modules_to_save", chosen)
         names = [f"{module}.{kind}" for module in sorted(chosen) for kind in ("weight", "bias")]
         there = {*outline.parameters, *self._table_parameters()}
         return {name: self._expect(name, self._shape(name), "modules_to_save") for name in names if name in there}
@@ -396,6 +410,7 @@ class _Builder:
             found[module] = list(ids)
         if outline.tied and outline.embedding in found and outline.head is not None:
             found.setdefault(outline.head, found[outline.embedding])
+        self._check_embedding(field_name, found)
         if len(found) == 2 and self._config.ensure_weight_tying and len({tuple(ids) for ids in found.values()}) == 2:
             raise AdapterError(f"{field_name} differ although ensure_weight_tying is set", field_name)
         return found

@@ -49,6 +49,7 @@ class Outline:
         norms: full names of those that an adapter may replace; None: the files do not tell, and every module that is
             neither linear nor table passes for one.
         by_token: full names of tables besides embedding and head that have a row for each token.
+        opaque_embedding: the input embedding does more than to look up rows and scale them.
     """
 
     parameters: dict[str, Parameter] = field(default_factory=dict)
@@ -60,6 +61,7 @@ class Outline:
     experts: dict[str, ExpertsSize] = field(default_factory=dict)
     norms: tuple[str, ...] | None = None
     by_token: tuple[str, ...] = ()
+    opaque_embedding: bool = False
 
     @classmethod
     def read(cls, directory: Path) -> "Outline":
@@ -81,6 +83,7 @@ class Outline:
         experts: Mapping[str, ExpertsSize] | None = None,
         norms: Sequence[str] | None = None,
         by_token: Sequence[str] = (),
+        opaque_embedding: bool = False,
     ) -> "Outline":
         """The outline of the model as it was loaded.
 
@@ -107,6 +110,7 @@ class Outline:
             experts=dict(experts or {}),
             norms=None if norms is None else tuple(norms),
             by_token=tuple(by_token),
+            opaque_embedding=opaque_embedding,
         )
 
     @property

@@ -144,6 +144,7 @@ class Engine:
             renamed=base.renamed,
             norms=base.norms,
             by_token=base.by_token,
+            opaque_embedding=base.opaque_embedding,
             transposed=base.transposed,
         )
 

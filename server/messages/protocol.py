@@ -266,6 +266,7 @@ class Ready(_Message, kw_only=True):
     experts: dict[str, ExpertsSize] = {}  # by full name of the parameter that holds a layer's
     norms: list[str] = []  # full names of those that adapters may replace
     by_token: list[str] = []  # of tables with a row for each token, besides the input embedding
+    opaque_embedding: bool = False  # the input embedding does more than to look up rows and scale them
     transposed: bool = False  # the base's files hold weights of linears as [in, out]
     kernels: str = ""  # which compute a step: native with its instruction set, triton, or plain torch
     int8_drift: Drift | None = None  # from exact activations; None: they are exact

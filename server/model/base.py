@@ -64,6 +64,7 @@ class Base:
     states: dict[int, LayerState] = field(default_factory=dict)  # by layer, of those that keep one of fixed size
     norms: list[str] = field(default_factory=list)  # full names of those that adapters may replace
     by_token: list[str] = field(default_factory=list)  # of tables with a row for each token, besides the embedding
+    opaque_embedding: bool = False  # it does more than to look up rows and scale them
 
     @property
     def linear_sizes(self) -> dict[str, LinearSize]:
@@ -314,6 +315,7 @@ def _wrap(
         states=states,
         norms=seen.norms,
         by_token=seen.by_token,
+        opaque_embedding=type(embedding).forward is not nn.Embedding.forward and not hasattr(embedding, "embed_scale"),
     )
 
 

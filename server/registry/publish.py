@@ -342,6 +342,7 @@ def outline_of(files: Outline, base: Ready) -> Outline:
         experts=base.experts,
         norms=base.norms,
         by_token=base.by_token,
+        opaque_embedding=base.opaque_embedding,
     )
 
 

@@ -34,8 +34,9 @@ class World:
         self.engine = cache(self._engine)
 
     def _model(self, family: str) -> Path:
-        tiny_family(family, self._root / f"{family} fp32")
-        model = transformers.AutoModelForCausalLM.from_pretrained(self._root / f"{family} fp32", dtype=torch.bfloat16)
+        made = self._root / f"{family} fp32"
+        tiny_family(family, made)
+        model = transformers.AutoModelForCausalLM.from_pretrained(made, dtype=torch.bfloat16)
         model.save_pretrained(self._root / family)
         return self._root / family
 
@@ -109,15 +110,15 @@ def test_new_rows_of_a_scaled_embedding_equal_pefts(world: World, tmp_path: Path
 @pytest.mark.parametrize(
     ("family", "config", "param", "named"),
     [
-        ("gpt_oss", {"target_modules": Q, "bias": "all"}, "bias", "model.layers.0.mlp.router.bias"),
-        ("gpt_oss", {"target_modules": Q, "modules_to_save": ["router"]}, "modules_to_save", "layers.0.mlp.router'"),
-        ("falcon_h1", {"target_modules": Q, "bias": "all"}, "bias", "model.layers.0.mamba.conv1d.bias"),
+        ("gpt_oss", {"bias": "all"}, "bias", "model.layers.0.mlp.router.bias"),
+        ("gpt_oss", {"modules_to_save": ["router"]}, "modules_to_save", "layers.0.mlp.router'"),
+        ("falcon_h1", {"bias": "all"}, "bias", "model.layers.0.mamba.conv1d.bias"),
     ],
 )
 def test_what_is_neither_norm_nor_table_is_refused_by_name(
     family: str, config: dict[str, Any], param: str, named: str, world: World, tmp_path: Path
 ) -> None:
-    tiny_adapter(tmp_path, world.model(family), **config)
+    tiny_adapter(tmp_path, world.model(family), **({"target_modules": Q} | config))
     refusal = world.refusal(family, tmp_path)
     assert refusal.param == param
     assert named in str(refusal)
@@ -131,3 +132,22 @@ def test_no_tokens_are_added_where_another_table_has_a_row_for_each(world: World
     refusal = world.refusal("gemma4_text", tmp_path)
     assert refusal.param == "weights"
     assert "model.embed_tokens_per_layer" in str(refusal)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"modules_to_save": ["embed_tokens"]}, {"target_modules": ["embed_tokens"]}, {"trainable_token_indices": IDS}],
+    ids=str,
+)
+def test_an_embedding_that_norms_its_rows_has_no_others(
+    config: dict[str, Any], tmp_path: Path, cache_dir: Path
+) -> None:
+    """PEFT passes the norm over where single tokens are trained, for all tokens."""
+    tiny_family("muse_glimmer", tmp_path / "model")
+    engine = load_engine(tmp_path / "model", cache_dir, quantization="none")
+    base = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    wrapped: Any = peft.get_peft_model(base, peft.LoraConfig(**({"target_modules": Q} | config)))
+    wrapped.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(AdapterError, match="more than to look up") as caught:
+        publish(engine, tmp_path / "adapter")
+    assert [caught.value.param] == list(config)
