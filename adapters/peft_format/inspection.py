@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 from adapters.peft_format import packed_rows
 from adapters.peft_format.config import MAX_CONFIG_BYTES, AdapterConfig, parse_config
 from adapters.peft_format.conversion import convert
@@ -35,6 +37,8 @@ from adapters.peft_format.weights import (
     read_header,
 )
 from adapters.safetensors_header import CONVERT
+
+_ROWS = 4096  # of two matrices that are compared, at a time
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,12 @@ def inspect(
             twin = plan.twins.get(name)
             if twin is not None and not _same(file, tensor, tensors[twin]):
                 raise AdapterError(f"tensor '{name}' differs from '{twin}', which is the same by another name", name)
+            twin = plan.transposed.get(name)
+            if twin is not None and not _transposed(file, tensor, tensors[twin]):
+                raise AdapterError(
+                    f"tensor '{name}' is not the transpose of '{twin}', although ensure_weight_tying makes one of them",
+                    name,
+                )
             theirs = tensor._replace(end=tensor.end - last_rows_bytes(tensor, max(outline.new_tokens, 0)))
             if name not in plan.copies:
                 continue
@@ -185,6 +195,14 @@ def _same(file: BinaryIO, one: TensorEntry, other: TensorEntry) -> bool:
         return False
     with open(file.name, "rb") as again:  # noqa: PTH123 - two places of one file, read side by side
         return all(a == b for a, b in zip(chunks(file, one), chunks(again, other), strict=True))
+
+
+def _transposed(file: BinaryIO, one: TensorEntry, other: TensorEntry) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape[::-1]):
+        return False
+    bits = f"<u{FORMATS[one.dtype].itemsize}"
+    a, b = (np.memmap(file.name, bits, "r", tensor.start, tensor.shape) for tensor in (one, other))
+    return all(np.array_equal(a[i : i + _ROWS], b[:, i : i + _ROWS].T) for i in range(0, len(a), _ROWS))
 
 
 def _heading(name: str, tensor: TensorEntry) -> bytes:

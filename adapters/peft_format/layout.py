@@ -39,7 +39,8 @@ class Layout(NamedTuple):
             embeddings where these are adapted, believed to be resized, or asked for). With new tokens these come after
             it.
         twins: tensor that may be there too -> the tensor that it must equal (PEFT saves a resized embedding under every
-            name that it has).
+            name that it has; those of a head that `ensure_weight_tying` ties are one in PEFT).
+        transposed: tensor -> the tensor whose transpose it must equal, likewise.
         warnings: entries of the config without effect.
     """
 
@@ -48,6 +49,7 @@ class Layout(NamedTuple):
     expected: dict[str, Expected]
     copies: dict[str, str]
     twins: dict[str, str]
+    transposed: dict[str, str]
     warnings: list[str]
 
 
@@ -142,7 +144,9 @@ class _Builder:
         self._copies_of_tables(variants)
         if self._outline.new_tokens:
             variants = replace(variants, grown=self._grown(variants, tensors))
-        return Layout(modules, variants, self._expected, self._copies, self._twins, self._warnings)
+        return Layout(
+            modules, variants, self._expected, self._copies, self._twins, self._transposed(variants), self._warnings
+        )
 
     def _table_parameters(self) -> list[str]:
         """Full names of the parameters of embedding and head, the matrix of a tied head included."""
@@ -168,6 +172,20 @@ class _Builder:
         embedding, head, delta = self._outline.embedding, self._outline.head, "token_adapter.trainable_tokens_delta"
         if head and self._outline.tied and variants.tokens.get(head) == f"{PREFIX}{embedding}.{delta}":
             self._twins[f"{PREFIX}{head}.{delta}"] = f"{PREFIX}{embedding}.{delta}"
+
+        if self._ties and {f"{name}.weight" for name in self._outline.tables} <= variants.parameters.keys():
+            self._twins[f"{PREFIX}{head}.weight"] = f"{PREFIX}{embedding}.weight"
+
+    @property
+    def _ties(self) -> bool:
+        """Whether embedding and head have one adapter."""
+        return self._config.ensure_weight_tying and self._outline.tied and self._outline.head is not None
+
+    def _transposed(self, variants: Variants) -> dict[str, str]:
+        if not self._ties or len(variants.tables) < len(self._outline.tables):
+            return {}
+        embedding, head = (variants.tables[name] for name in self._outline.tables)
+        return {head.a: embedding.b, head.b: embedding.a}
 
     def _places(self, parameter: str) -> list[str]:
         """Where PEFT may have a parameter of embedding or head."""
