@@ -125,7 +125,9 @@ def inspect(
             twin = plan.transposed.get(name)
             if twin is not None and not _transposed(file, tensor, tensors[twin]):
                 raise AdapterError(
-                    f"tensor '{name}' is not the transpose of '{twin}', although ensure_weight_tying makes one of them",
+                    f"tensor '{name}' is not the transpose of '{twin}': with ensure_weight_tying PEFT has one pair for "
+                    "both where the base is fp32, and two where it was trained in bf16. To serve both as they are, set "
+                    "ensure_weight_tying to false and name embedding and head in target_modules",
                     name,
                 )
             theirs = tensor._replace(end=tensor.end - last_rows_bytes(tensor, max(outline.new_tokens, 0)))
