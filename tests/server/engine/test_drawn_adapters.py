@@ -22,7 +22,7 @@ FAMILIES = ["gemma3_text", "phi", "qwen3_5_text"]
 IDS = [70, 5]  # tokens of the prompt
 
 # What becomes of embedding and head: fields of the config, and names for `target_modules`.
-tables = st.sampled_from(
+tables: st.SearchStrategy[tuple[dict[str, Any], list[str]]] = st.sampled_from(
     [
         ({}, []),
         ({}, ["embed_tokens"]),
@@ -70,7 +70,7 @@ rest = st.fixed_dictionaries(
 
 @st.composite
 def configs(draw: st.DrawFn) -> dict[str, Any]:
-    config = draw(rest)
+    config: dict[str, Any] = draw(rest)
     more, targets = draw(tables)
     config |= more
     chosen = draw(linears)
