@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from adapters import kernels
 from adapters.device.lora import Deltas, ExpertDeltas, FrozenLinear, LoraLinear, Routed
 from adapters.device.memory import sent
-from adapters.device.norms import like_norm, norm_hook
+from adapters.device.whole_modules import like_module, replacing_hook
 
 
 class Affine(NamedTuple):
@@ -150,7 +150,7 @@ class Extras:
     """Everything that one adapter does besides its rank rows."""
 
     linears: dict[str, Affine]  # by full module name
-    norms: dict[str, nn.Module]  # by full module name; as the base's, with other parameters
+    modules: dict[str, nn.Module]  # by full module name: norms and routers as the base's, with other parameters
     embedding: EmbeddingExtras | None
     head: HeadExtras | None
     new_tokens: int = 0  # beyond the base's vocabulary: logits are as much wider, or narrower
@@ -160,7 +160,7 @@ class Extras:
     @property
     def in_decoder(self) -> bool:
         """Whether anything between embedding and head is changed."""
-        return bool(self.linears or self.norms or self.experts)
+        return bool(self.linears or self.modules or self.experts)
 
     @property
     def in_model(self) -> bool:
@@ -177,7 +177,7 @@ def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, nn.Module):
-        return like_norm(
+        return like_module(
             value, {name: tensor.data.to(device) for name, tensor in value.named_parameters(recurse=False)}
         )
     if isinstance(value, dict):
@@ -262,7 +262,7 @@ class StepExtras:
 
     @contextmanager
     def installed(self, model: Any) -> Iterator[None]:
-        """Within it these adapters change the outputs of embedding, norms and head of `model`."""
+        """Within it these adapters change the outputs of embedding, norms, routers and head of `model`."""
         with ExitStack() as stack:
 
             def hook(module: nn.Module, function: Any) -> None:
@@ -278,9 +278,9 @@ class StepExtras:
             headed = [use for use in self.kept if use.extras.head]
             if headed:
                 hook(model.get_output_embeddings(), _head_hook(headed))
-            for name in {name for use in self.tokens for name in use.extras.norms}:
-                runs = [(u.start, u.end, u.extras.norms[name]) for u in self.tokens if name in u.extras.norms]
-                hook(model.get_submodule(name), norm_hook(runs))
+            for name in {name for use in self.tokens for name in use.extras.modules}:
+                runs = [(u.start, u.end, u.extras.modules[name]) for u in self.tokens if name in u.extras.modules]
+                hook(model.get_submodule(name), replacing_hook(runs))
             yield
 
 

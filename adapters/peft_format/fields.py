@@ -381,7 +381,7 @@ FIELDS: dict[str, Field] = {
         "list of names, regular expression, or all-linear; a name that matches nothing is a warning",
     ),
     "target_parameters": _works(
-        (), _modules, "experts' weights, by suffix as in PEFT: without lora_dropout, use_dora, lora_bias, aLoRA"
+        (), _modules, "experts and routers, by suffix as in PEFT: without lora_dropout, use_dora, lora_bias, aLoRA"
     ),
     "exclude_modules": _works((), _names_or_regex, "list of names or regular expression"),
     "layers_to_transform": _works((), _layers, "layer indices; one without target modules is a warning"),
@@ -391,7 +391,7 @@ FIELDS: dict[str, Field] = {
     "use_dora": _works(False, _flag, "weight-decomposed (DoRA): linears, embedding and head"),
     "lora_bias": _works(False, _flag, "a bias of lora_B"),
     "bias": _works("none", _one_of("none", "all", "lora_only"), "none, all or lora_only: trained biases of the base"),
-    "modules_to_save": _works((), _modules, "embedding, heads (resized too) and norms, by suffix as in PEFT"),
+    "modules_to_save": _works((), _modules, "embedding, heads (resized too), norms and routers, by suffix as in PEFT"),
     "trainable_token_indices": _works({}, _trained_tokens, "trained rows of embedding and head, new tokens included"),
     "ensure_weight_tying": _works(False, _flag, "on a tied base the head follows the embedding"),
     "alora_invocation_tokens": _works((), _invocation, "activated (aLoRA): in force from their last occurrence on"),

@@ -223,6 +223,8 @@ def _mathematics(modules: Mapping[str, LoraModule], variants: Variants, text: Ad
         lines += f"variants {json.dumps([pairs(variants.tables), variants.token_ids, variants.invocation])}\n"
     if variants.experts:  # the first digests had none
         lines += f"experts {json.dumps(pairs(variants.experts))}\n"
+    if variants.routers:
+        lines += f"routers {json.dumps(pairs(variants.routers))}\n"
     if text != NO_TEXT:
         fields = dataclasses.asdict(text)
         for name in ("stop_tokens", "tool_format", "reasoning_format"):  # the first digests had none
@@ -237,6 +239,8 @@ def _device_bytes(variants: Variants, tensors: Mapping[str, TensorEntry], outlin
     total = 8 * outline.head_bias[0] if outline.head_bias and variants.names else 0
     for module in variants.tables.values():
         total += 4 * module.rank**2 + sum(_numbers(tensors, name, 4) for name in (module.a, module.b))
+    for module in variants.routers.values():  # whole
+        total += 4 * tensors[module.a].shape[1] * tensors[module.b].shape[0]
     for experts in variants.experts.values():  # B has zeros for the parameter's other parts
         dtypes = {tensors[name].dtype for name in experts.tensors}
         each = FORMATS[dtypes.pop() if len(dtypes) == 1 else "F32"].itemsize

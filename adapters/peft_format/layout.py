@@ -61,7 +61,9 @@ def layout(
     Raises:
         AdapterError: naming the config's field that asks for what this base does not have.
     """
-    return _Builder(config, linears, outline, _apart(tensors, outline)).build(tensors)
+    # Those that were linears of their own, as in older transformers; else they are in `target_parameters`.
+    routers = [name for name in outline.routers if f"{PREFIX}{name}.lora_A.weight" in tensors]
+    return _Builder(config, linears, outline, _apart(tensors, outline), routers).build(tensors)
 
 
 _OF_ONE_EXPERT = re.compile(r"(.+)\.\d+\.([^.]+)\.lora_[AB]\.weight")
@@ -88,6 +90,7 @@ class _Builder:
         linears: Mapping[str, LinearSize],
         outline: Outline,
         apart: Mapping[str, tuple[str, int]],
+        routers: Collection[str],
     ) -> None:
         self._config = config
         self._linears = linears
@@ -99,10 +102,9 @@ class _Builder:
         }
         self._parameter_of = apart
         self._refuse_parameters()
-        every = [*linears, *(linear for names in self._apart.values() for linear in names)]
-        self._adapted = config.resolve(
-            every, outline.tables, outline.experts, tied=outline.tied, warnings=self._warnings
-        )
+        every = [*linears, *(linear for names in self._apart.values() for linear in names), *routers]
+        parameters = [*outline.experts, *(f"{router}.weight" for router in outline.routers)]
+        self._adapted = config.resolve(every, outline.tables, parameters, tied=outline.tied, warnings=self._warnings)
         self._expected: dict[str, Expected] = {}
         self._copies: dict[str, str] = {}
         self._twins: dict[str, str] = {}
@@ -124,11 +126,12 @@ class _Builder:
             )
         adapted, config, token_ids = self._adapted, self._config, self._token_ids()
         classifier = self._classifier(tensors) if config.classifies else {}
-        experts = self._experts()
-        if experts:
+        experts, routers = self._experts(), self._routers()
+        if experts or routers:
             config.check_experts()
         variants = Variants(
             experts=experts,
+            routers=routers,
             tables={name: self._table(name) for name in self._outline.tables if name in adapted},
             magnitudes=self._magnitudes() if config.use_dora else {},
             delta_biases=self._delta_biases() if config.lora_bias else {},
@@ -239,15 +242,16 @@ class _Builder:
     def _refuse_parameters(self) -> None:
         """Raises AdapterError where `target_parameters` means parameters of the base that hold no experts' weights."""
         outline = self._outline
-        others = [name for name in outline.parameters if name not in outline.experts]
+        whole = {*outline.experts, *(f"{router}.weight" for router in outline.routers)}
+        others = [name for name in outline.parameters if name not in whole]
         others += [f"{name}.weight" for name in self._linears]
         others += [f"{name}_bias" for name in outline.experts]
         for entry in self._config.target_parameters:
             meant = next((name for name in others if f".{name}".endswith(f".{entry}")), None)
             if meant is not None:
                 raise AdapterError(
-                    f"target_parameters has '{shorten(entry)}', which means '{meant}': only the weights of experts are "
-                    "served so. Adapt linears by target_modules",
+                    f"target_parameters has '{shorten(entry)}', which means '{meant}': only the weights of experts and "
+                    "routers are served so. Adapt linears by target_modules",
                     "target_parameters",
                     "unsupported_adapter_feature",
                 )
@@ -279,6 +283,18 @@ class _Builder:
                 self._expect(f"{linear}.lora_B.weight", (outputs, rank), "target_modules")
             a, b = (f"{PREFIX}{name}.lora_{letter}.weight" for letter in "AB")
             found[name] = ExpertsModule(rank, scaling, a, b, size.experts, parameter, part, len(size.parts))
+        return found
+
+    def _routers(self) -> dict[str, LoraModule]:
+        found: dict[str, LoraModule] = {}
+        for router in self._outline.routers:
+            name = f"{router}.weight"
+            asked = self._adapted.get(name) or self._adapted.get(router)
+            if asked is not None:
+                (rank, scaling), (experts, inputs) = asked, self._outline.parameters[name].shape
+                a = self._expect(f"{router}.lora_A.weight", (rank, inputs), "target_parameters")
+                b = self._expect(f"{router}.lora_B.weight", (experts, rank), "target_parameters")
+                found[name] = LoraModule(rank, scaling, a, b)
         return found
 
     def _check_embedding(self, field: str, tables: Collection[str]) -> None:
@@ -327,8 +343,8 @@ class _Builder:
             if kind == "bias" and (config.bias == "all" or (config.bias == "lora_only" and adapted)):
                 if module not in self._linears and not self._served_whole(module):
                     raise AdapterError(
-                        f"bias is '{config.bias}', which means '{name}', too: only biases of linears, of embedding and "
-                        "head, and of norms that see one token after another are served",
+                        f"bias is '{config.bias}', which means '{name}', too: only biases of linears, embedding, head, "
+                        "routers, and norms that see one token after another are served",
                         "bias",
                         "unsupported_adapter_feature",
                     )
@@ -339,7 +355,7 @@ class _Builder:
     def _served_whole(self, module: str) -> bool:
         """Whether an adapter may bring all parameters of a module that has some and is no linear of the decoder."""
         outline = self._outline
-        return outline.norms is None or module in outline.norms or module in outline.tables
+        return outline.norms is None or module in (*outline.norms, *outline.routers, *outline.tables)
 
     def _saved(self) -> dict[str, str]:
         """Every parameter of the modules that `modules_to_save` means; as in PEFT, these end with one of its names."""
@@ -357,8 +373,8 @@ class _Builder:
             for module in sorted(matched):
                 if module in self._linears or module not in modules or not self._served_whole(module):
                     raise AdapterError(
-                        f"modules_to_save has '{shorten(ending)}', which means '{module}': only embedding, head and "
-                        "norms are served whole. Adapt its linears by target_modules",
+                        f"modules_to_save has '{shorten(ending)}', which means '{module}': only embedding, head, "
+                        "norms and routers are served whole. Adapt its linears by target_modules",
                         "modules_to_save",
                     )
                 if module in self._adapted:

@@ -48,6 +48,7 @@ class Outline:
         experts: full names of the parameters that hold experts' linears, in the order of their modules.
         norms: full names of those that an adapter may replace; None: the files do not tell, and every module that is
             neither linear nor table passes for one.
+        routers: full names of routers to experts, likewise; adapters may have pairs of A and B for their weights.
         by_token: full names of tables besides embedding and head that have a row for each token.
         opaque_embedding: the input embedding does more than to look up rows and scale them.
     """
@@ -60,6 +61,7 @@ class Outline:
     new_tokens: int = 0
     experts: dict[str, ExpertsSize] = field(default_factory=dict)
     norms: tuple[str, ...] | None = None
+    routers: tuple[str, ...] = ()
     by_token: tuple[str, ...] = ()
     opaque_embedding: bool = False
 
@@ -82,6 +84,7 @@ class Outline:
         renamed: Mapping[str, str] | None = None,
         experts: Mapping[str, ExpertsSize] | None = None,
         norms: Sequence[str] | None = None,
+        routers: Sequence[str] = (),
         by_token: Sequence[str] = (),
         opaque_embedding: bool = False,
     ) -> "Outline":
@@ -109,6 +112,7 @@ class Outline:
             tuple(aside),
             experts=dict(experts or {}),
             norms=None if norms is None else tuple(norms),
+            routers=tuple(routers),
             by_token=tuple(by_token),
             opaque_embedding=opaque_embedding,
         )

@@ -143,6 +143,7 @@ class Engine:
             experts=base.expert_sizes,
             renamed=base.renamed,
             norms=base.norms,
+            routers=base.routers,
             by_token=base.by_token,
             opaque_embedding=base.opaque_embedding,
             transposed=base.transposed,

@@ -63,6 +63,7 @@ class Base:
     experts: list[ExpertLinear]
     states: dict[int, LayerState] = field(default_factory=dict)  # by layer, of those that keep one of fixed size
     norms: list[str] = field(default_factory=list)  # full names of those that adapters may replace
+    routers: list[str] = field(default_factory=list)  # to experts, likewise
     by_token: list[str] = field(default_factory=list)  # of tables with a row for each token, besides the embedding
     opaque_embedding: bool = False  # it does more than to look up rows and scale them
 
@@ -284,14 +285,14 @@ def _wrap(
     if not linears:
         raise UnservableModel("the model has no linear layers that adapters could use")
     _narrow_head(model, dtype)
-    experts.pad_routers(model)
+    routers = experts.pad_routers(model)
     held = experts.attach(model, slot, len(linears), renamed)
     attention.attach(model, slot)
     states = mixers.attach(model, slot)
     positions.fix_rope(model, longest)
     kinds = enumerate(getattr(config, "layer_types", None) or ())
     without = [layer for layer, kind in kinds if kind not in SERVED_LAYERS]
-    with probe.watched(model, model.get_input_embeddings()) as seen:
+    with probe.watched(model, routers) as seen:
         layers = geometry.probe(model, slot, config.num_hidden_layers, device, without)
     generation = getattr(model, "generation_config", None)
     eos = getattr(generation, "eos_token_id", None) if generation is not None else None
@@ -314,6 +315,7 @@ def _wrap(
         experts=held,
         states=states,
         norms=seen.norms,
+        routers=seen.routers,
         by_token=seen.by_token,
         opaque_embedding=type(embedding).forward is not nn.Embedding.forward and not hasattr(embedding, "embed_scale"),
     )

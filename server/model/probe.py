@@ -1,7 +1,7 @@
 """One step of a model just loaded, of tokens that mean nothing, and what it tells of the modules that ran.
 
-What their layers keep is `geometry`'s. Here: the norms that adapters may replace, and the tables besides the input
-embedding that have a row for each token.
+What their layers keep is `geometry`'s. Here: the norms and routers that adapters may replace, and the tables besides
+the input embedding that have a row for each token.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from adapters import kernels
 from adapters.device.experts import ExpertLinear
-from adapters.device.norms import ROWS, TokenRows
+from adapters.device.whole_modules import ROWS, ModuleRows, TokenRows, tensors_of
 
 TOKENS: Final = 13  # of no number of heads or groups: their axes must be told from that of tokens
 TOKEN: Final = 3  # no position, all of which are 0
@@ -23,11 +23,13 @@ class Seen(NamedTuple):
     """What ran.
 
     Attributes:
-        norms: full names of those that an adapter may replace; they have `TokenRows`.
+        norms: full names of those that an adapter may replace; they have `ModuleRows`.
+        routers: likewise.
         by_token: full names of tables besides the input embedding that were looked up by token.
     """
 
     norms: list[str]
+    routers: list[str]
     by_token: list[str]
 
 
@@ -42,25 +44,26 @@ class NoStates:
 
 
 @contextmanager
-def watched(model: nn.Module, embedding: nn.Module) -> Iterator[Seen]:
+def watched(model: Any, routers: Sequence[nn.Module]) -> Iterator[Seen]:
     """Within it the step of `TOKENS` tokens `TOKEN` runs; what it shows is in the answer afterwards."""
-    seen = Seen([], [])
-    calls: dict[str, list[TokenRows | None]] = {}
+    seen, embedding = Seen([], [], []), model.get_input_embeddings()
+    calls: dict[str, list[ModuleRows | None]] = {}
     with ExitStack() as stack:
 
         def hook(module: nn.Module, function: Any) -> None:
             stack.callback(module.register_forward_hook(function, with_kwargs=True).remove)
 
         for name, module in model.named_modules():
-            if _is_norm(module) and not _of_experts(model, name):
-                hook(module, _watch_norm(calls.setdefault(name, [])))
+            if module in routers or (_is_norm(module) and not _of_experts(model, name)):
+                hook(module, _watch_rows(calls.setdefault(name, [])))
             elif isinstance(module, nn.Embedding) and module is not embedding:
                 hook(module, _watch_table(name, seen.by_token))
         yield seen
     for name, found in calls.items():
         if len(found) == 1 and found[0] is not None:
-            setattr(model.get_submodule(name), ROWS, found[0])
-            seen.norms.append(name)
+            module = model.get_submodule(name)
+            setattr(module, ROWS, found[0])
+            (seen.routers if module in routers else seen.norms).append(name)
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -75,19 +78,24 @@ def _of_experts(model: nn.Module, name: str) -> bool:
     return any(isinstance(child, ExpertLinear) for child in parent.children())
 
 
-def _watch_norm(calls: list[TokenRows | None]) -> Any:
+def _watch_rows(calls: list[ModuleRows | None]) -> Any:
     def watch(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], output: Any) -> None:
-        shapes = {part.shape if isinstance(part, Tensor) else None for part in (*args, output)}
-        rows = _rows(args[0].shape, module) if args and len(shapes) == 1 and None not in shapes else None
-        calls.append(None if kwargs else rows)
+        results = tensors_of(output)
+        found = None
+        if args and not kwargs and all(isinstance(part, Tensor) for part in (*args, *results)):
+            own = max(parameter.dim() for parameter in module.parameters()) if _is_norm(module) else 1
+            arguments = {_rows(part.shape, own) for part in args}
+            given = tuple(_rows(part.shape, own) for part in results)
+            if len(arguments) == 1 and None not in (*arguments, *given):
+                found = ModuleRows(arguments.pop(), given)  # type: ignore[arg-type]
+        calls.append(found)
 
     return watch
 
 
-def _rows(shape: torch.Size, norm: nn.Module) -> TokenRows | None:
-    """The one axis, before those that are normed, that has a number of rows for each token."""
-    normed = max(parameter.dim() for parameter in norm.parameters())
-    axes = [axis for axis, size in enumerate(shape[: len(shape) - normed]) if size % TOKENS == 0]
+def _rows(shape: torch.Size, own: int) -> TokenRows | None:
+    """The one axis, but for so many last ones, that has a number of rows for each token."""
+    axes = [axis for axis, size in enumerate(shape[: len(shape) - own]) if size % TOKENS == 0]
     return TokenRows(axes[0], shape[axes[0]] // TOKENS) if len(axes) == 1 else None
 
 

@@ -161,7 +161,7 @@ def put(name: str, *shape: int, fill: float = 0.5) -> Callable[[dict[str, torch.
             ("plain", {"modules_to_save": [name]}, same, "modules_to_save", words)
             for name, words in {
                 "down_proj": "target_modules",
-                "mlp": "only embedding, head and norms",
+                "mlp": "only embedding, head, norms",
                 "model": "every module",
             }.items()
         ],

@@ -1,6 +1,10 @@
-"""Norms, biases and embeddings that adapters bring whole, on bases where these are not as Llama's: beside PEFT, in
-company, prompts and decoded tokens; refused by name where the base cannot have others in a batch."""
+"""Norms, routers, biases and embeddings that adapters bring whole, on bases where these are not as Llama's.
 
+Beside PEFT, in company, prompts and decoded tokens; refused by name where the base cannot have others in a batch.
+"""
+
+import json
+import shutil
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,11 @@ from tests.support.offline import load_engine, publish, request, run
 from tests.support.tiny import tiny_adapter
 from tests.sweep.families import tiny_family
 
-pytestmark = pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning", "ignore::UserWarning:peft")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::peft.utils.warning.PeftWarning",
+    "ignore::UserWarning:peft",
+    "ignore:.*did not match any targeted module",  # where it looks for modules, patterns for parameters match none
+)
 
 PROMPT = torch.randint(3, 490, (23,), generator=torch.Generator().manual_seed(1)).tolist()
 PROMPT[5], PROMPT[9] = 70, 5  # trained tokens
@@ -80,6 +88,11 @@ def world(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> World:
         ("gemma3_text", {"target_modules": [*Q, "embed_tokens"]}),
         ("gemma3_text", {"target_modules": Q, "modules_to_save": ["embed_tokens"]}),
         ("gemma3_text", {"target_modules": Q, "trainable_token_indices": IDS}),
+        # Routers: with all that PEFT takes for linears, by themselves, whole; these have a bias.
+        ("qwen3_moe", {"target_modules": "all-linear"}),
+        ("mixtral", {"target_modules": [], "target_parameters": ["gate.weight"], "rank_pattern": {"gate.weight": 3}}),
+        ("gpt_oss", {"target_modules": Q, "modules_to_save": ["router"]}),
+        ("gpt_oss", {"target_modules": Q, "bias": "all"}),  # PEFT trains biases of experts, too, and does not save them
         # What is saved whole is not adapted, too.
         ("qwen3_5_text", {"target_modules": [*Q, "lm_head"], "modules_to_save": ["lm_head"]}),
     ],
@@ -87,6 +100,19 @@ def world(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> World:
 )
 def test_they_equal_pefts(family: str, config: dict[str, Any], world: World, tmp_path: Path) -> None:
     world.check(family, tiny_adapter(tmp_path, world.model(family), **config))
+
+
+def test_routers_that_were_linears_of_their_own_are_the_same(world: World, tmp_path: Path) -> None:
+    """As in transformers 4."""
+    model = world.model("qwen3_moe")
+    tiny_adapter(tmp_path / "new", model, target_modules=Q, target_parameters=["mlp.gate.weight"])
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    config = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
+    old = config | {"target_modules": [*Q, "gate"], "target_parameters": None}
+    (tmp_path / "old" / "adapter_config.json").write_text(json.dumps(old))
+    engine = world.engine("qwen3_moe")
+    assert publish(engine, tmp_path / "old").digest == publish(engine, tmp_path / "new").digest
+    assert json.loads((tmp_path / "old" / "spec.json").read_text())["warnings"] == []
 
 
 def test_new_rows_of_a_scaled_embedding_equal_pefts(world: World, tmp_path: Path) -> None:
@@ -110,8 +136,12 @@ def test_new_rows_of_a_scaled_embedding_equal_pefts(world: World, tmp_path: Path
 @pytest.mark.parametrize(
     ("family", "config", "param", "named"),
     [
-        ("gpt_oss", {"bias": "all"}, "bias", "model.layers.0.mlp.router.bias"),
-        ("gpt_oss", {"modules_to_save": ["router"]}, "modules_to_save", "layers.0.mlp.router'"),
+        (
+            "qwen3_moe",
+            {"target_modules": [], "target_parameters": ["q_proj.weight"]},
+            "target_parameters",
+            "q_proj.weight",
+        ),
         ("falcon_h1", {"bias": "all"}, "bias", "model.layers.0.mamba.conv1d.bias"),
     ],
 )
