@@ -339,7 +339,7 @@ class _Builder:
         config, found = self._config, {}
         for name in self._outline.parameters:
             module, _, kind = name.rpartition(".")
-            adapted = module in self._adapted
+            adapted = not self._adapted.keys().isdisjoint((module, f"{module}.weight"))
             if kind == "bias" and (config.bias == "all" or (config.bias == "lora_only" and adapted)):
                 if module not in self._linears and not self._served_whole(module):
                     raise AdapterError(

@@ -92,6 +92,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> World:
         ("qwen3_moe", {"target_modules": "all-linear"}),
         ("mixtral", {"target_modules": [], "target_parameters": ["gate.weight"], "rank_pattern": {"gate.weight": 3}}),
         ("gpt_oss", {"target_modules": Q, "modules_to_save": ["router"]}),
+        ("gpt_oss", {"target_modules": Q, "target_parameters": ["router.weight"], "bias": "lora_only"}),
         ("gpt_oss", {"target_modules": Q, "bias": "all"}),  # PEFT trains biases of experts, too, and does not save them
         # What is saved whole is not adapted, too.
         ("qwen3_5_text", {"target_modules": [*Q, "lm_head"], "modules_to_save": ["lm_head"]}),
