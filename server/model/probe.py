@@ -60,7 +60,7 @@ def watched(model: Any, routers: Sequence[nn.Module]) -> Iterator[Seen]:
                 hook(module, _watch_table(name, seen.by_token))
         yield seen
     for name, found in calls.items():
-        if len(found) == 1 and found[0] is not None:
+        if len({*found}) == 1 and found[0] is not None:  # however often it runs, always alike
             module = model.get_submodule(name)
             setattr(module, ROWS, found[0])
             (seen.routers if module in routers else seen.norms).append(name)

@@ -82,6 +82,8 @@ def world(tmp_path_factory: pytest.TempPathFactory, cache_dir: Path) -> World:
     [
         # Its norms of queries and keys have heads before tokens.
         ("gemma3_text", {"target_modules": Q, "modules_to_save": ["norm"]}),
+        # One of its norms runs twice in a layer.
+        ("gemma3n_text", {"target_modules": Q, "modules_to_save": ["norm"]}),
         # Its linear attention has norms of rows of heads, with a gate.
         ("qwen3_5_text", {"target_modules": ["q_proj", "in_proj_qkv"], "modules_to_save": ["norm"]}),
         # The rows of its embedding are scaled.
