@@ -135,7 +135,7 @@ class _Builder:
             tables={name: self._table(name) for name in self._outline.tables if name in adapted},
             magnitudes=self._magnitudes() if config.use_dora else {},
             delta_biases=self._delta_biases() if config.lora_bias else {},
-            parameters=self._saved() | self._biases(),
+            parameters=self._saved() | self._biases(tensors),
             tokens=self._tokens(token_ids),
             token_ids=token_ids,
             new_tokens=self._outline.new_tokens,
@@ -335,8 +335,8 @@ class _Builder:
             return self._outline.parameters[name].shape
         return self._outline.table_shape if kind == "weight" else (self._outline.table_shape[0],)
 
-    def _biases(self) -> dict[str, str]:
-        config, found = self._config, {}
+    def _biases(self, tensors: Collection[str]) -> dict[str, str]:
+        config, places = self._config, {}
         for name in self._outline.parameters:
             module, _, kind = name.rpartition(".")
             adapted = not self._adapted.keys().isdisjoint((module, f"{module}.weight"))
@@ -348,9 +348,17 @@ class _Builder:
                         "bias",
                         "unsupported_adapter_feature",
                     )
-                inner = f"{module}.base_layer.bias" if adapted else name
-                found[name] = self._expect(inner, self._shape(name), "bias")
-        return found
+                places[name] = f"{module}.base_layer.bias" if adapted else name
+        if (
+            config.bias == "lora_only"
+            and places
+            and not any(f"{PREFIX}{place}" in tensors for place in places.values())
+        ):
+            self._warnings.append(
+                "bias is 'lora_only', but no trained bias was saved (older PEFT): the base's are served"
+            )
+            return {}
+        return {name: self._expect(place, self._shape(name), "bias") for name, place in places.items()}
 
     def _served_whole(self, module: str) -> bool:
         """Whether an adapter may bring all parameters of a module that has some and is no linear of the decoder."""

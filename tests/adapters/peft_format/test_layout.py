@@ -91,6 +91,21 @@ def test_every_tensor_that_peft_saves_has_a_home_and_a_spec_survives_being_kept(
         assert spec.variants.names
 
 
+def test_biases_that_older_peft_did_not_save_are_the_bases(shelf: Shelf, tmp_path: Path) -> None:
+    """It looked for those of `lora_only` where they had been before it wrapped linears."""
+
+    def drop(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(".bias")]:
+            del tensors[name]
+
+    directory = shelf.copy("trained biases", tmp_path / "adapter")
+    assert shelf.inspect("untied", directory).variants.names == ["bias"]
+    spoil(directory, {}, drop)
+    spec = shelf.inspect("untied", directory)
+    assert spec.variants.names == []
+    assert "no trained bias was saved" in spec.warnings[0]
+
+
 @pytest.mark.parametrize(
     "name",
     ["plain", "embedding", "saved embedding", "saved head", "tokens", "saved both, untied", "tokens, untied"],
