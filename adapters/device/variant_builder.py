@@ -18,8 +18,8 @@ from adapters.device.variants import (
     HeadExtras,
     LowRank,
     TrainedRows,
-    like_norm,
 )
+from adapters.device.whole_modules import like_module
 from adapters.peft_format.modules import LoraModule, Variants
 
 
@@ -42,7 +42,7 @@ def build(
     builder = _Builder(variants, tensors, pairs, linears, model)
     extras = Extras(
         linears={name: affine for name in linears if (affine := builder.linear(name)) is not None},
-        norms=builder.norms(),
+        modules=builder.modules(),
         embedding=builder.embedding(),
         head=None if variants.classifier else builder.head(),
         new_tokens=variants.new_tokens,
@@ -105,13 +105,18 @@ class _Builder:
         directed: Tensor = weight().addmm(b, a, alpha=scaling)
         return magnitude / torch.linalg.norm(directed, dim=1)
 
-    def norms(self) -> dict[str, nn.Module]:
+    def modules(self) -> dict[str, nn.Module]:
         changed: dict[str, dict[str, Tensor]] = {}
         for parameter, tensor in self._variants.parameters.items():
             module, _, kind = parameter.rpartition(".")
             if module not in self._linears and module not in (self._embedding_name, self._head_name):
                 changed.setdefault(module, {})[kind] = self._tensors[tensor]
-        return {name: like_norm(self._model.get_submodule(name), parameters) for name, parameters in changed.items()}
+        for parameter, pair in self._variants.routers.items():
+            module, _, kind = parameter.rpartition(".")
+            a, b = (self._tensors[name].float().to(self._device) for name in pair.tensors)
+            weight = getattr(self._model.get_submodule(module), kind).float()
+            changed.setdefault(module, {})[kind] = weight.addmm(b, a, alpha=pair.scaling)
+        return {name: like_module(self._model.get_submodule(name), parameters) for name, parameters in changed.items()}
 
     def _new(self, name: str) -> Tensor | None:
         """Rows of embedding or head beyond the base's."""

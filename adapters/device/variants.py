@@ -5,10 +5,8 @@ that exist only while the step runs, so that a step without extras runs the base
 is independent of the rows beside it.
 """
 
-import copy
 import dataclasses
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from adapters import kernels
 from adapters.device.lora import Deltas, ExpertDeltas, FrozenLinear, LoraLinear, Routed
 from adapters.device.memory import sent
+from adapters.device.whole_modules import like_module, replacing_hook
 
 
 class Affine(NamedTuple):
@@ -151,7 +150,7 @@ class Extras:
     """Everything that one adapter does besides its rank rows."""
 
     linears: dict[str, Affine]  # by full module name
-    norms: dict[str, nn.Module]  # by full module name; as the base's, with other parameters
+    modules: dict[str, nn.Module]  # by full module name: norms and routers as the base's, with other parameters
     embedding: EmbeddingExtras | None
     head: HeadExtras | None
     new_tokens: int = 0  # beyond the base's vocabulary: logits are as much wider, or narrower
@@ -161,7 +160,7 @@ class Extras:
     @property
     def in_decoder(self) -> bool:
         """Whether anything between embedding and head is changed."""
-        return bool(self.linears or self.norms or self.experts)
+        return bool(self.linears or self.modules or self.experts)
 
     @property
     def in_model(self) -> bool:
@@ -174,22 +173,11 @@ class Extras:
         return moved
 
 
-def like_norm(norm: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
-    """The same norm with some other parameters, and without the hooks that a step may have on it."""
-    other = copy.copy(norm)
-    replaced = {
-        name: nn.Parameter(parameters.get(name, old.data).to(old.dtype), requires_grad=False)
-        for name, old in norm.named_parameters(recurse=False)
-    }
-    other._parameters, other._forward_hooks = dict(replaced), OrderedDict()
-    return other
-
-
 def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, nn.Module):
-        return like_norm(
+        return like_module(
             value, {name: tensor.data.to(device) for name, tensor in value.named_parameters(recurse=False)}
         )
     if isinstance(value, dict):
@@ -274,7 +262,7 @@ class StepExtras:
 
     @contextmanager
     def installed(self, model: Any) -> Iterator[None]:
-        """Within it these adapters change the outputs of embedding, norms and head of `model`."""
+        """Within it these adapters change the outputs of embedding, norms, routers and head of `model`."""
         with ExitStack() as stack:
 
             def hook(module: nn.Module, function: Any) -> None:
@@ -290,8 +278,9 @@ class StepExtras:
             headed = [use for use in self.kept if use.extras.head]
             if headed:
                 hook(model.get_output_embeddings(), _head_hook(headed))
-            for name in {name for use in self.tokens for name in use.extras.norms}:
-                hook(model.get_submodule(name), _norm_hook([u for u in self.tokens if name in u.extras.norms], name))
+            for name in {name for use in self.tokens for name in use.extras.modules}:
+                runs = [(u.start, u.end, u.extras.modules[name]) for u in self.tokens if name in u.extras.modules]
+                hook(model.get_submodule(name), replacing_hook(runs))
             yield
 
 
@@ -329,13 +318,5 @@ def _head_hook(uses: Sequence[ExtraUse]) -> Any:
             assert extras.head is not None
             extras.head.apply_(logits[start:end], x[start:end], weight)
         return output
-
-    return hook
-
-
-def _norm_hook(uses: Sequence[ExtraUse], name: str) -> Any:
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        for start, end, extras, _ in uses:  # [1, tokens, ...]
-            output[:, start:end] = extras.norms[name](args[0][:, start:end])
 
     return hook

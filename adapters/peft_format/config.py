@@ -155,6 +155,9 @@ class AdapterConfig:
         chosen = self._not_excluded(chosen)
         if not chosen:
             raise AdapterError("exclude_modules leaves no module to adapt", "exclude_modules")
+        chosen = [module for module in chosen if not self._saves(module)]
+        if not chosen:
+            raise AdapterError("modules_to_save has every module that target_modules has", "modules_to_save")
         chosen, absent = self._in_layers(chosen) if self.layers_to_transform else (chosen, [])
         if not chosen:
             _passed_over("layers_to_transform", absent, "is a layer without any of the target modules", None)
@@ -176,6 +179,10 @@ class AdapterConfig:
             return [module for module in modules if not _suffixes(module) & unwanted]
         regex = compile_regex("exclude_modules", self.exclude_modules)
         return [module for module in modules if not regex.fullmatch(module)]
+
+    def _saves(self, module: str) -> bool:
+        """Whether `modules_to_save` has this module, or one around it: PEFT does not adapt it then."""
+        return any(f".{name}." in f".{module}." for name in self.modules_to_save)
 
     def _in_layers(self, modules: list[str]) -> tuple[list[str], list[str]]:
         """Those in the layers asked for, and, as in PEFT, those that `target_modules` names in full; absent layers."""

@@ -63,8 +63,8 @@ class AdapterSpec:
 
     @property
     def adapted(self) -> dict[str, LoraModule]:
-        """Every pair of A and B, those of embedding, head and experts included."""
-        return self.modules | self.variants.tables | self.variants.experts
+        """Every pair of A and B, those of embedding, head, experts and routers included."""
+        return self.modules | self.variants.tables | self.variants.experts | self.variants.routers
 
     def rows(self, linears: Mapping[str, LinearSize] | None = None) -> dict[str, int]:
         """Row units that this adapter needs per kind, for the largest rank there (see `adapters.peft_format.sizes`).
@@ -96,7 +96,8 @@ class AdapterSpec:
         variants = fields.get("variants", {})  # directories of earlier releases have none
         tables = {name: LoraModule(**module) for name, module in variants.pop("tables", {}).items()}
         experts = {name: ExpertsModule(**module) for name, module in variants.pop("experts", {}).items()}
-        whole = Variants(tables=tables, experts=experts, **variants)
+        routers = {name: LoraModule(**module) for name, module in variants.pop("routers", {}).items()}
+        whole = Variants(tables=tables, experts=experts, routers=routers, **variants)
         rest = {"warnings": tuple(fields["warnings"]), "variants": whole}
         if "text" in fields:
             rest["text"] = AdapterText.of(fields["text"])
@@ -144,7 +145,7 @@ def load_pairs(directory: Path) -> dict[str, tuple["Tensor", "Tensor"]]:
 def load_variants(directory: Path, spec: AdapterSpec) -> dict[str, "Tensor"]:
     """The tensors that `spec.variants` names, in the file's dtypes, by their names in the file."""
     variants = spec.variants
-    pairs = [*variants.tables.values(), *variants.experts.values()]
+    pairs = [*variants.tables.values(), *variants.experts.values(), *variants.routers.values()]
     vectors = [*variants.magnitudes.values(), *variants.delta_biases.values(), *variants.classifier.values()]
     matrices = (name for module in pairs for name in module.tensors)
     whole = {*matrices, *vectors, *variants.parameters.values(), *variants.tokens.values()}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal, TypeAlias
 
-from adapters.peft_format.lookaround import LookaroundRegex
+from adapters.peft_format.lookaround import LookaroundRegex, parsed
 from adapters.strict_json import JsonFault, check_characters, parse_json
 
 MAX_RANK = 1 << 16
@@ -285,6 +285,11 @@ def forget_regexes() -> None:
         _re2().purge()
 
 
+# A class of POSIX and literal text there, a set of characters and a repetition in Python.
+_OTHERWISE_IN_RE2 = ("[:", "{,")
+_NOT_IN_RE2 = ("(?=", "(?!", "(?<=", "(?<!", r"\Z")
+
+
 def compile_regex(name: str, pattern: str, *, suffix: bool = False) -> Any:
     """The compiled pattern; with `suffix` it may also match the end of a dotted name only."""
     if len(pattern) > MAX_REGEX_CHARACTERS:
@@ -293,14 +298,17 @@ def compile_regex(name: str, pattern: str, *, suffix: bool = False) -> Any:
     options = re2.Options()
     options.log_errors = False
     options.never_capture = True  # without captures RE2 needs only its automaton, a hundred times faster at worst
-    ending = rf"(.*\.)?({pattern})$"
-    try:
-        regex = re2.compile(pattern, options)  # by itself first: "a)(b" must not pass for being bracketed
-        return re2.compile(ending, options) if suffix else regex
-    except re2.error as fault:
-        refusal = partial(_unfit, name, pattern)
-        if not any(sign in pattern for sign in ("(?=", "(?!", "(?<=", "(?<!")):
-            raise refusal(fault.args[0].decode(errors="replace") if fault.args else "invalid") from None
+    ending, refusal = rf"(.*\.)?({pattern})$", partial(_unfit, name, pattern)
+    parsed(pattern, refusal)  # by itself first: "a)(b" must not pass for being bracketed
+    if suffix:
+        parsed(ending, refusal)
+    if not any(sign in pattern for sign in _OTHERWISE_IN_RE2):
+        try:
+            regex = re2.compile(pattern, options)
+            return re2.compile(ending, options) if suffix else regex
+        except re2.error as fault:
+            if not any(sign in pattern for sign in _NOT_IN_RE2):
+                raise refusal(fault.args[0].decode(errors="replace") if fault.args else "invalid") from None
     regex = LookaroundRegex(pattern, refusal)
     return LookaroundRegex(ending, refusal) if suffix else regex
 
@@ -373,7 +381,7 @@ FIELDS: dict[str, Field] = {
         "list of names, regular expression, or all-linear; a name that matches nothing is a warning",
     ),
     "target_parameters": _works(
-        (), _modules, "experts' weights, by suffix as in PEFT: without lora_dropout, use_dora, lora_bias, aLoRA"
+        (), _modules, "experts and routers, by suffix as in PEFT: without lora_dropout, use_dora, lora_bias, aLoRA"
     ),
     "exclude_modules": _works((), _names_or_regex, "list of names or regular expression"),
     "layers_to_transform": _works((), _layers, "layer indices; one without target modules is a warning"),
@@ -383,7 +391,7 @@ FIELDS: dict[str, Field] = {
     "use_dora": _works(False, _flag, "weight-decomposed (DoRA): linears, embedding and head"),
     "lora_bias": _works(False, _flag, "a bias of lora_B"),
     "bias": _works("none", _one_of("none", "all", "lora_only"), "none, all or lora_only: trained biases of the base"),
-    "modules_to_save": _works((), _modules, "embedding, heads (resized too) and norms, by suffix as in PEFT"),
+    "modules_to_save": _works((), _modules, "embedding, heads (resized too), norms and routers, by suffix as in PEFT"),
     "trainable_token_indices": _works({}, _trained_tokens, "trained rows of embedding and head, new tokens included"),
     "ensure_weight_tying": _works(False, _flag, "on a tied base the head follows the embedding"),
     "alora_invocation_tokens": _works((), _invocation, "activated (aLoRA): in force from their last occurrence on"),

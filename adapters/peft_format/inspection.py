@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 from adapters.peft_format import packed_rows
 from adapters.peft_format.config import MAX_CONFIG_BYTES, AdapterConfig, parse_config
 from adapters.peft_format.conversion import convert
@@ -35,6 +37,8 @@ from adapters.peft_format.weights import (
     read_header,
 )
 from adapters.safetensors_header import CONVERT
+
+_ROWS = 4096  # of two matrices that are compared, at a time
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,14 @@ def inspect(
             twin = plan.twins.get(name)
             if twin is not None and not _same(file, tensor, tensors[twin]):
                 raise AdapterError(f"tensor '{name}' differs from '{twin}', which is the same by another name", name)
+            twin = plan.transposed.get(name)
+            if twin is not None and not _transposed(file, tensor, tensors[twin]):
+                raise AdapterError(
+                    f"tensor '{name}' is not the transpose of '{twin}': with ensure_weight_tying PEFT has one pair for "
+                    "both where the base is fp32, and two where it was trained in bf16. To serve both as they are, set "
+                    "ensure_weight_tying to false and name embedding and head in target_modules",
+                    name,
+                )
             theirs = tensor._replace(end=tensor.end - last_rows_bytes(tensor, max(outline.new_tokens, 0)))
             if name not in plan.copies:
                 continue
@@ -187,6 +199,14 @@ def _same(file: BinaryIO, one: TensorEntry, other: TensorEntry) -> bool:
         return all(a == b for a, b in zip(chunks(file, one), chunks(again, other), strict=True))
 
 
+def _transposed(file: BinaryIO, one: TensorEntry, other: TensorEntry) -> bool:
+    if (one.dtype, one.shape) != (other.dtype, other.shape[::-1]):
+        return False
+    bits = f"<u{FORMATS[one.dtype].itemsize}"
+    a, b = (np.memmap(file.name, bits, "r", tensor.start, tensor.shape) for tensor in (one, other))
+    return all(np.array_equal(a[i : i + _ROWS], b[:, i : i + _ROWS].T) for i in range(0, len(a), _ROWS))
+
+
 def _heading(name: str, tensor: TensorEntry) -> bytes:
     """What comes before a tensor's content in a digest."""
     return json.dumps([name, tensor.dtype, tensor.shape]).encode() + b"\n"
@@ -203,6 +223,8 @@ def _mathematics(modules: Mapping[str, LoraModule], variants: Variants, text: Ad
         lines += f"variants {json.dumps([pairs(variants.tables), variants.token_ids, variants.invocation])}\n"
     if variants.experts:  # the first digests had none
         lines += f"experts {json.dumps(pairs(variants.experts))}\n"
+    if variants.routers:
+        lines += f"routers {json.dumps(pairs(variants.routers))}\n"
     if text != NO_TEXT:
         fields = dataclasses.asdict(text)
         for name in ("stop_tokens", "tool_format", "reasoning_format"):  # the first digests had none
@@ -217,6 +239,8 @@ def _device_bytes(variants: Variants, tensors: Mapping[str, TensorEntry], outlin
     total = 8 * outline.head_bias[0] if outline.head_bias and variants.names else 0
     for module in variants.tables.values():
         total += 4 * module.rank**2 + sum(_numbers(tensors, name, 4) for name in (module.a, module.b))
+    for module in variants.routers.values():  # whole
+        total += 4 * tensors[module.a].shape[1] * tensors[module.b].shape[0]
     for experts in variants.experts.values():  # B has zeros for the parameter's other parts
         dtypes = {tensors[name].dtype for name in experts.tensors}
         each = FORMATS[dtypes.pop() if len(dtypes) == 1 else "F32"].itemsize

@@ -36,9 +36,11 @@ class Layout(NamedTuple):
         modules: linear of the decoder -> its adapter.
         expected: tensor -> what it must be like.
         copies: tensor that may be there too -> the base's parameter that it must equal (PEFT saves the base's
-            embeddings where these are adapted, or believed to be resized). With new tokens these come after it.
+            embeddings where these are adapted, believed to be resized, or asked for). With new tokens these come after
+            it.
         twins: tensor that may be there too -> the tensor that it must equal (PEFT saves a resized embedding under every
-            name that it has).
+            name that it has; those of a head that `ensure_weight_tying` ties are one in PEFT).
+        transposed: tensor -> the tensor whose transpose it must equal, likewise.
         warnings: entries of the config without effect.
     """
 
@@ -47,6 +49,7 @@ class Layout(NamedTuple):
     expected: dict[str, Expected]
     copies: dict[str, str]
     twins: dict[str, str]
+    transposed: dict[str, str]
     warnings: list[str]
 
 
@@ -58,7 +61,9 @@ def layout(
     Raises:
         AdapterError: naming the config's field that asks for what this base does not have.
     """
-    return _Builder(config, linears, outline, _apart(tensors, outline)).build(tensors)
+    # Those that were linears of their own, as in older transformers; else they are in `target_parameters`.
+    routers = [name for name in outline.routers if f"{PREFIX}{name}.lora_A.weight" in tensors]
+    return _Builder(config, linears, outline, _apart(tensors, outline), routers).build(tensors)
 
 
 _OF_ONE_EXPERT = re.compile(r"(.+)\.\d+\.([^.]+)\.lora_[AB]\.weight")
@@ -85,6 +90,7 @@ class _Builder:
         linears: Mapping[str, LinearSize],
         outline: Outline,
         apart: Mapping[str, tuple[str, int]],
+        routers: Collection[str],
     ) -> None:
         self._config = config
         self._linears = linears
@@ -96,15 +102,23 @@ class _Builder:
         }
         self._parameter_of = apart
         self._refuse_parameters()
-        every = [*linears, *(linear for names in self._apart.values() for linear in names)]
-        self._adapted = config.resolve(
-            every, outline.tables, outline.experts, tied=outline.tied, warnings=self._warnings
-        )
+        every = [*linears, *(linear for names in self._apart.values() for linear in names), *routers]
+        parameters = [*outline.experts, *(f"{router}.weight" for router in outline.routers)]
+        self._adapted = config.resolve(every, outline.tables, parameters, tied=outline.tied, warnings=self._warnings)
         self._expected: dict[str, Expected] = {}
-        self._copies = {f"{PREFIX}{name}": name for name in self._table_parameters()}
+        self._copies: dict[str, str] = {}
         self._twins: dict[str, str] = {}
 
     def build(self, tensors: Mapping[str, TensorEntry]) -> Layout:
+        if self._outline.new_tokens > 0 and self._outline.by_token:
+            raise AdapterError(
+                f"the weights have new tokens, and the base's '{self._outline.by_token[0]}' has a row for each token, "
+                "too: PEFT saves none for the new ones",
+                "weights",
+                "unsupported_adapter_feature",
+            )
+        if self._outline.new_tokens > 0:
+            self._check_embedding("weights", self._outline.tables)
         if self._outline.new_tokens and self._config.alora_invocation_tokens:
             raise AdapterError(
                 "an activated adapter cannot add or drop tokens: before its invocation the base runs",
@@ -112,15 +126,16 @@ class _Builder:
             )
         adapted, config, token_ids = self._adapted, self._config, self._token_ids()
         classifier = self._classifier(tensors) if config.classifies else {}
-        experts = self._experts()
-        if experts:
+        experts, routers = self._experts(), self._routers()
+        if experts or routers:
             config.check_experts()
         variants = Variants(
             experts=experts,
+            routers=routers,
             tables={name: self._table(name) for name in self._outline.tables if name in adapted},
             magnitudes=self._magnitudes() if config.use_dora else {},
             delta_biases=self._delta_biases() if config.lora_bias else {},
-            parameters=self._saved() | self._biases(),
+            parameters=self._saved() | self._biases(tensors),
             tokens=self._tokens(token_ids),
             token_ids=token_ids,
             new_tokens=self._outline.new_tokens,
@@ -129,9 +144,12 @@ class _Builder:
             num_labels=tensors[classifier["weight"]].shape[0] if classifier else 0,
         )
         modules = {name: self._linear(name) for name in adapted if name in self._linears}
+        self._copies_of_tables(variants)
         if self._outline.new_tokens:
             variants = replace(variants, grown=self._grown(variants, tensors))
-        return Layout(modules, variants, self._expected, self._copies, self._twins, self._warnings)
+        return Layout(
+            modules, variants, self._expected, self._copies, self._twins, self._transposed(variants), self._warnings
+        )
 
     def _table_parameters(self) -> list[str]:
         """Full names of the parameters of embedding and head, the matrix of a tied head included."""
@@ -140,24 +158,50 @@ class _Builder:
 
     def _expect(self, name: str, shape: tuple[int, ...], asked_by: str) -> str:
         self._expected[f"{PREFIX}{name}"] = Expected(shape, asked_by)
-        self._copies.pop(f"{PREFIX}{name}", None)
         return f"{PREFIX}{name}"
 
-    # --- new tokens --------------------------------------------------------------------------------------
+    # --- copies, new tokens ------------------------------------------------------------------------------
+
+    def _copies_of_tables(self, variants: Variants) -> None:
+        """Allow what PEFT saves of embedding and head where it is told to, or when it believes them resized: their
+        whole state, wherever it lies."""
+        for parameter in self._table_parameters():
+            table, _, kind = parameter.rpartition(".")
+            if parameter in variants.parameters:
+                self._twins[f"{PREFIX}{table}.modules_to_save.{kind}"] = f"{PREFIX}{parameter}"
+            for name in self._places(parameter):
+                if name not in self._expected:
+                    self._copies[name] = parameter
+        embedding, head, delta = self._outline.embedding, self._outline.head, "token_adapter.trainable_tokens_delta"
+        if head and self._outline.tied and variants.tokens.get(head) == f"{PREFIX}{embedding}.{delta}":
+            self._twins[f"{PREFIX}{head}.{delta}"] = f"{PREFIX}{embedding}.{delta}"
+
+        if self._ties and {f"{name}.weight" for name in self._outline.tables} <= variants.parameters.keys():
+            self._twins[f"{PREFIX}{head}.weight"] = f"{PREFIX}{embedding}.weight"
+
+    @property
+    def _ties(self) -> bool:
+        """Whether embedding and head have one adapter."""
+        return self._config.ensure_weight_tying and self._outline.tied and self._outline.head is not None
+
+    def _transposed(self, variants: Variants) -> dict[str, str]:
+        if not self._ties or len(variants.tables) < len(self._outline.tables):
+            return {}
+        embedding, head = (variants.tables[name] for name in self._outline.tables)
+        return {head.a: embedding.b, head.b: embedding.a}
+
+    def _places(self, parameter: str) -> list[str]:
+        """Where PEFT may have a parameter of embedding or head."""
+        table, _, kind = parameter.rpartition(".")
+        return [f"{PREFIX}{table}.{place}{kind}" for place in PLACES]
 
     def _grown(self, variants: Variants, tensors: Collection[str]) -> dict[str, str]:
         """Where the new rows of embedding and head are, unless the whole matrix is the adapter's."""
         found: dict[str, str] = {}
         for parameter in self._table_parameters():
-            table, _, kind = parameter.rpartition(".")
-            names = [f"{PREFIX}{table}.{place}{kind}" for place in PLACES]
-            if parameter in variants.parameters:
-                self._twins[f"{PREFIX}{table}.modules_to_save.{kind}"] = f"{PREFIX}{parameter}"
-            elif present := [name for name in names if name in tensors]:
-                found[table if kind == "weight" else parameter] = present[0]
-            for name in names:
-                if name not in self._expected:
-                    self._copies[name] = parameter
+            present = [name for name in self._places(parameter) if name in tensors]
+            if parameter not in variants.parameters and present:
+                found[parameter.removesuffix(".weight")] = present[0]
         embedding, head = self._outline.embedding or "", self._outline.head
         if head and self._outline.tied and head not in found and f"{head}.weight" not in variants.parameters:
             source = found.get(embedding) or variants.parameters.get(f"{embedding}.weight")
@@ -171,9 +215,6 @@ class _Builder:
                     "save_pretrained(save_embedding_layers=True)",
                     "weights",
                 )
-        delta = "token_adapter.trainable_tokens_delta"  # of a tied head, once more
-        if head and self._outline.tied and variants.tokens.get(head) == f"{PREFIX}{embedding}.{delta}":
-            self._twins[f"{PREFIX}{head}.{delta}"] = f"{PREFIX}{embedding}.{delta}"
         return found if self._outline.new_tokens > 0 else {}
 
     # --- pairs of A and B -----------------------------------------------------------------------------
@@ -184,9 +225,7 @@ class _Builder:
 
     def _table(self, name: str) -> LoraModule:
         vocabulary, width = self._outline.table_shape
-        for kind in ("weight", "bias"):
-            if f"{name}.{kind}" in self._table_parameters():
-                self._copies[f"{PREFIX}{name}.base_layer.{kind}"] = f"{name}.{kind}"
+        self._check_embedding("target_modules", [name])
         if self._config.alora_invocation_tokens:
             raise AdapterError(f"an activated adapter cannot adapt '{name}' (target_modules)", "target_modules")
         if name == self._outline.head:
@@ -203,15 +242,16 @@ class _Builder:
     def _refuse_parameters(self) -> None:
         """Raises AdapterError where `target_parameters` means parameters of the base that hold no experts' weights."""
         outline = self._outline
-        others = [name for name in outline.parameters if name not in outline.experts]
+        whole = {*outline.experts, *(f"{router}.weight" for router in outline.routers)}
+        others = [name for name in outline.parameters if name not in whole]
         others += [f"{name}.weight" for name in self._linears]
         others += [f"{name}_bias" for name in outline.experts]
         for entry in self._config.target_parameters:
             meant = next((name for name in others if f".{name}".endswith(f".{entry}")), None)
             if meant is not None:
                 raise AdapterError(
-                    f"target_parameters has '{shorten(entry)}', which means '{meant}': only the weights of experts are "
-                    "served so. Adapt linears by target_modules",
+                    f"target_parameters has '{shorten(entry)}', which means '{meant}': only the weights of experts and "
+                    "routers are served so. Adapt linears by target_modules",
                     "target_parameters",
                     "unsupported_adapter_feature",
                 )
@@ -245,6 +285,28 @@ class _Builder:
             found[name] = ExpertsModule(rank, scaling, a, b, size.experts, parameter, part, len(size.parts))
         return found
 
+    def _routers(self) -> dict[str, LoraModule]:
+        found: dict[str, LoraModule] = {}
+        for router in self._outline.routers:
+            name = f"{router}.weight"
+            asked = self._adapted.get(name) or self._adapted.get(router)
+            if asked is not None:
+                (rank, scaling), (experts, inputs) = asked, self._outline.parameters[name].shape
+                a = self._expect(f"{router}.lora_A.weight", (rank, inputs), "target_parameters")
+                b = self._expect(f"{router}.lora_B.weight", (experts, rank), "target_parameters")
+                found[name] = LoraModule(rank, scaling, a, b)
+        return found
+
+    def _check_embedding(self, field: str, tables: Collection[str]) -> None:
+        """Raises AdapterError where the input embedding is among these and its rows are not simply looked up."""
+        if self._outline.opaque_embedding and self._outline.embedding in tables:
+            raise AdapterError(
+                f"{field} changes '{self._outline.embedding}', which in this base does more than to look up rows and "
+                "scale them: no other rows are served there",
+                field,
+                "unsupported_adapter_feature",
+            )
+
     def _out_features(self, name: str) -> int:
         if name in self._linears:
             return self._linears[name].out_features
@@ -273,15 +335,35 @@ class _Builder:
             return self._outline.parameters[name].shape
         return self._outline.table_shape if kind == "weight" else (self._outline.table_shape[0],)
 
-    def _biases(self) -> dict[str, str]:
-        config, found = self._config, {}
+    def _biases(self, tensors: Collection[str]) -> dict[str, str]:
+        config, places = self._config, {}
         for name in self._outline.parameters:
             module, _, kind = name.rpartition(".")
-            adapted = module in self._adapted
+            adapted = not self._adapted.keys().isdisjoint((module, f"{module}.weight"))
             if kind == "bias" and (config.bias == "all" or (config.bias == "lora_only" and adapted)):
-                inner = f"{module}.base_layer.bias" if adapted else name
-                found[name] = self._expect(inner, self._shape(name), "bias")
-        return found
+                if module not in self._linears and not self._served_whole(module):
+                    raise AdapterError(
+                        f"bias is '{config.bias}', which means '{name}', too: only biases of linears, embedding, head, "
+                        "routers, and norms that see one token after another are served",
+                        "bias",
+                        "unsupported_adapter_feature",
+                    )
+                places[name] = f"{module}.base_layer.bias" if adapted else name
+        if (
+            config.bias == "lora_only"
+            and places
+            and not any(f"{PREFIX}{place}" in tensors for place in places.values())
+        ):
+            self._warnings.append(
+                "bias is 'lora_only', but no trained bias was saved (older PEFT): the base's are served"
+            )
+            return {}
+        return {name: self._expect(place, self._shape(name), "bias") for name, place in places.items()}
+
+    def _served_whole(self, module: str) -> bool:
+        """Whether an adapter may bring all parameters of a module that has some and is no linear of the decoder."""
+        outline = self._outline
+        return outline.norms is None or module in (*outline.norms, *outline.routers, *outline.tables)
 
     def _saved(self) -> dict[str, str]:
         """Every parameter of the modules that `modules_to_save` means; as in PEFT, these end with one of its names."""
@@ -297,10 +379,10 @@ class _Builder:
             if not matched:
                 self._warnings.append(f"modules_to_save has '{shorten(ending)}', which matches no module of the base")
             for module in sorted(matched):
-                if module in self._linears or module not in modules:
+                if module in self._linears or module not in modules or not self._served_whole(module):
                     raise AdapterError(
-                        f"modules_to_save has '{shorten(ending)}', which means '{module}': only embedding, head and "
-                        "norms are served whole. Adapt its linears by target_modules",
+                        f"modules_to_save has '{shorten(ending)}', which means '{module}': only embedding, head, "
+                        "norms and routers are served whole. Adapt its linears by target_modules",
                         "modules_to_save",
                     )
                 if module in self._adapted:
@@ -308,6 +390,7 @@ class _Builder:
             chosen |= matched
         if config.ensure_weight_tying and outline.tied and not chosen.isdisjoint(tables):
             chosen |= set(tables)
+        self._check_embedding("modules_to_save", chosen)
         names = [f"{module}.{kind}" for module in sorted(chosen) for kind in ("weight", "bias")]
         there = {*outline.parameters, *self._table_parameters()}
         return {name: self._expect(name, self._shape(name), "modules_to_save") for name in names if name in there}
@@ -369,6 +452,7 @@ class _Builder:
             found[module] = list(ids)
         if outline.tied and outline.embedding in found and outline.head is not None:
             found.setdefault(outline.head, found[outline.embedding])
+        self._check_embedding(field_name, found)
         if len(found) == 2 and self._config.ensure_weight_tying and len({tuple(ids) for ids in found.values()}) == 2:
             raise AdapterError(f"{field_name} differ although ensure_weight_tying is set", field_name)
         return found

@@ -17,6 +17,17 @@ _Positions = int  # bit i: the position before character i
 _Part = Callable[["_Text", _Positions], _Positions]
 
 
+def parsed(pattern: str, refusal: Callable[[str], Exception]) -> Any:
+    """What Python's `re` makes of a pattern. Raises `refusal(reason)` for one that it does not take."""
+    parser = import_module("re._parser")  # nothing else reads the syntax as `re` does, to the last detail
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of syntax that may change its meaning one day
+            return parser.parse(pattern)
+    except (re.error, ValueError, RecursionError, OverflowError) as fault:
+        raise refusal(str(fault)) from None
+
+
 class LookaroundRegex:
     """A pattern of Python's `re` without back-references, flags, atomic groups and possessive repetition.
 
@@ -27,13 +38,7 @@ class LookaroundRegex:
 
     def __init__(self, pattern: str, refusal: Callable[[str], Exception]) -> None:
         self._refusal = refusal
-        parser = import_module("re._parser")  # nothing else reads the syntax as `re` does, to the last detail
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of syntax that may change its meaning one day
-                tree = parser.parse(pattern)
-        except (re.error, RecursionError, OverflowError) as fault:
-            raise refusal(str(fault)) from None
+        tree = parsed(pattern, refusal)
         if tree.state.flags & ~re.UNICODE:
             raise refusal("flags are not supported")
         self.programsize = 0

@@ -66,6 +66,7 @@ class Variants:
     Attributes:
         tables: the embedding and the head, where adapted.
         experts: experts' linears, by the name of the parameter that holds them, or by their own with a * in it.
+        routers: routers' weights, by the name of the parameter.
         magnitudes: module -> tensor [out], DoRA's m.
         delta_biases: linear -> tensor [out] that lora_B adds.
         parameters: parameter of the base -> tensor in its place (a bias, a norm's weight, a whole embedding or head).
@@ -81,6 +82,7 @@ class Variants:
 
     tables: dict[str, LoraModule] = field(default_factory=dict)
     experts: dict[str, ExpertsModule] = field(default_factory=dict)
+    routers: dict[str, LoraModule] = field(default_factory=dict)
     magnitudes: dict[str, str] = field(default_factory=dict)
     delta_biases: dict[str, str] = field(default_factory=dict)
     parameters: dict[str, str] = field(default_factory=dict)
@@ -96,16 +98,17 @@ class Variants:
     @property
     def names(self) -> list[str]:
         """In words, for receipts."""
-        norms = [name for name in self.parameters if not name.endswith(".bias")]
+        whole = [name for name in self.parameters if not name.endswith(".bias")]
         return [
             name
             for name, used in {
                 "dora": self.magnitudes,
                 "lora_bias": self.delta_biases,
-                "bias": len(norms) < len(self.parameters),
+                "bias": len(whole) < len(self.parameters),
                 "adapted_embeddings": self.tables,
                 "experts": self.experts,
-                "saved_modules": norms,
+                "routers": self.routers,
+                "saved_modules": whole,
                 "trained_tokens": self.tokens,
                 "new_tokens": self.new_tokens > 0,
                 "fewer_tokens": self.new_tokens < 0,

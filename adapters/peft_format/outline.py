@@ -46,6 +46,11 @@ class Outline:
         aside: full names of modules that text does not pass, such as an image encoder.
         new_tokens: how many tokens an adapter adds to the vocabulary; negative: it has as many fewer.
         experts: full names of the parameters that hold experts' linears, in the order of their modules.
+        norms: full names of those that an adapter may replace; None: the files do not tell, and every module that is
+            neither linear nor table passes for one.
+        routers: full names of routers to experts, likewise; adapters may have pairs of A and B for their weights.
+        by_token: full names of tables besides embedding and head that have a row for each token.
+        opaque_embedding: the input embedding does more than to look up rows and scale them.
     """
 
     parameters: dict[str, Parameter] = field(default_factory=dict)
@@ -55,6 +60,10 @@ class Outline:
     aside: tuple[str, ...] = ()
     new_tokens: int = 0
     experts: dict[str, ExpertsSize] = field(default_factory=dict)
+    norms: tuple[str, ...] | None = None
+    routers: tuple[str, ...] = ()
+    by_token: tuple[str, ...] = ()
+    opaque_embedding: bool = False
 
     @classmethod
     def read(cls, directory: Path) -> "Outline":
@@ -74,6 +83,10 @@ class Outline:
         aside: Sequence[str] = (),
         renamed: Mapping[str, str] | None = None,
         experts: Mapping[str, ExpertsSize] | None = None,
+        norms: Sequence[str] | None = None,
+        routers: Sequence[str] = (),
+        by_token: Sequence[str] = (),
+        opaque_embedding: bool = False,
     ) -> "Outline":
         """The outline of the model as it was loaded.
 
@@ -91,7 +104,18 @@ class Outline:
             embedding = head = None
         beside = tuple(f"{module}." for module in aside)
         parameters = {n: p for n, p in parameters.items() if n != twin and not n.startswith(beside)}
-        return Outline(parameters, embedding, head, tied, tuple(aside), experts=dict(experts or {}))
+        return Outline(
+            parameters,
+            embedding,
+            head,
+            tied,
+            tuple(aside),
+            experts=dict(experts or {}),
+            norms=None if norms is None else tuple(norms),
+            routers=tuple(routers),
+            by_token=tuple(by_token),
+            opaque_embedding=opaque_embedding,
+        )
 
     @property
     def tables(self) -> list[str]:

@@ -48,7 +48,8 @@ def spelling(tensors: Iterable[str], linears: Collection[str], outline: Outline)
     prefixes = [*([(outline.head, head)] if outline.head else []), (ours, theirs.pop())]
     names = {}
     apart = [name for size in outline.experts.values() for part in size.parts for name in part]
-    for name in (*linears, *outline.tables, *outline.parameters, *outline.experts, *apart):
+    whole = (*(outline.norms or ()), *outline.routers)
+    for name in (*linears, *outline.tables, *outline.parameters, *outline.experts, *apart, *whole):
         before, after = next((pair for pair in prefixes if name.startswith(pair[0])), ("", ""))
         names[name] = after + name.removeprefix(before)
     return names
@@ -70,6 +71,8 @@ def respelled_outline(outline: Outline, names: Mapping[str, str]) -> Outline:
             )
             for name, size in outline.experts.items()
         },
+        routers=tuple(names.get(name, name) for name in outline.routers),
+        norms=None if outline.norms is None else tuple(names.get(name, name) for name in outline.norms),
         embedding=names.get(outline.embedding or "", outline.embedding),
         head=names.get(outline.head or "", outline.head),
     )

@@ -142,6 +142,10 @@ class Engine:
             aside=base.aside,
             experts=base.expert_sizes,
             renamed=base.renamed,
+            norms=base.norms,
+            routers=base.routers,
+            by_token=base.by_token,
+            opaque_embedding=base.opaque_embedding,
             transposed=base.transposed,
         )
 

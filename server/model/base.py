@@ -24,7 +24,7 @@ from adapters.device.experts import ExpertLinear
 from adapters.device.lora import FrozenLinear, LoraLinear, StepSlot, wrap_linears
 from adapters.kernels import QuantizedWeight, native
 from adapters.peft_format.sizes import ExpertsSize, LinearSize
-from server.model import UnservableModel, attention, experts, geometry, loading, mixers, naming, positions
+from server.model import UnservableModel, attention, experts, geometry, loading, mixers, naming, positions, probe
 from server.model.geometry import LayerKV
 from server.model.loading import model_class
 from server.model.states import LayerState
@@ -62,6 +62,10 @@ class Base:
     transposed: bool  # the files hold weights of linears as [in, out]
     experts: list[ExpertLinear]
     states: dict[int, LayerState] = field(default_factory=dict)  # by layer, of those that keep one of fixed size
+    norms: list[str] = field(default_factory=list)  # full names of those that adapters may replace
+    routers: list[str] = field(default_factory=list)  # to experts, likewise
+    by_token: list[str] = field(default_factory=list)  # of tables with a row for each token, besides the embedding
+    opaque_embedding: bool = False  # it does more than to look up rows and scale them
 
     @property
     def linear_sizes(self) -> dict[str, LinearSize]:
@@ -245,11 +249,13 @@ class NarrowEmbedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.dtype = dtype
-        self.scale = scale  # of the rows, as Gemma has it
+        if scale is not None:
+            self.embed_scale = scale  # of the rows; by the name that Gemma's embedding has it
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = nn.functional.embedding(ids, self.weight).to(self.dtype)
-        return rows if self.scale is None else rows * self.scale.to(self.dtype)
+        scale: Tensor | None = getattr(self, "embed_scale", None)
+        return rows if scale is None else rows * scale.to(self.dtype)
 
 
 def _wrap(
@@ -279,14 +285,15 @@ def _wrap(
     if not linears:
         raise UnservableModel("the model has no linear layers that adapters could use")
     _narrow_head(model, dtype)
-    experts.pad_routers(model)
+    routers = experts.pad_routers(model)
     held = experts.attach(model, slot, len(linears), renamed)
     attention.attach(model, slot)
     states = mixers.attach(model, slot)
     positions.fix_rope(model, longest)
     kinds = enumerate(getattr(config, "layer_types", None) or ())
     without = [layer for layer, kind in kinds if kind not in SERVED_LAYERS]
-    layers = geometry.probe(model, slot, config.num_hidden_layers, device, without)
+    with probe.watched(model, routers) as seen:
+        layers = geometry.probe(model, slot, config.num_hidden_layers, device, without)
     generation = getattr(model, "generation_config", None)
     eos = getattr(generation, "eos_token_id", None) if generation is not None else None
     eos = getattr(config, "eos_token_id", None) if eos is None else eos
@@ -307,6 +314,10 @@ def _wrap(
         transposed=transposed,
         experts=held,
         states=states,
+        norms=seen.norms,
+        routers=seen.routers,
+        by_token=seen.by_token,
+        opaque_embedding=type(embedding).forward is not nn.Embedding.forward and not hasattr(embedding, "embed_scale"),
     )
 
 

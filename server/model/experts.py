@@ -236,8 +236,9 @@ def load(model: nn.Module, directory: Path, dtype: torch.dtype, device: torch.de
             linear.fill(weights, dtype)
 
 
-def pad_routers(model: nn.Module) -> None:
+def pad_routers(model: nn.Module) -> list[nn.Module]:
     """Make routers batch-invariant: all modules beside experts that multiply by a parameter of their own."""
+    found: list[nn.Module] = []
     for name, module in list(model.named_modules()):
         if not any(isinstance(child, ExpertLinear) for child in module.children()):
             continue
@@ -245,3 +246,5 @@ def pad_routers(model: nn.Module) -> None:
             own = [weight for weight in router._parameters.values() if weight is not None and weight.dim() == 2]
             if own and router is not module and not isinstance(router, nn.Linear | nn.Embedding):
                 experts.pad_router(router, own[0])
+                found.append(router)
+    return found

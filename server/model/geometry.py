@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from adapters.device.lora import Attention, StepSlot
 from server.model import UnservableModel
+from server.model.probe import TOKEN, TOKENS, NoStates
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,17 @@ class _Recorder:
 def probe(
     model: nn.Module, slot: StepSlot, layers: int, device: torch.device, without: Collection[int] = ()
 ) -> list[LayerKV]:
-    """Run two tokens through a model whose attention asks `slot`, and see what each layer keeps.
+    """Run a few tokens through a model whose attention and states ask `slot`, and see what each layer keeps.
 
     Raises UnservableModel unless every layer attends exactly once; those of `without` need not.
     """
     recorder = _Recorder()
-    slot.attention = recorder
+    slot.attention, slot.states = recorder, NoStates()
     try:
-        ids = torch.zeros(1, 2, dtype=torch.long, device=device)
-        model(input_ids=ids, position_ids=ids, use_cache=False)
+        ids = torch.full((1, TOKENS), TOKEN, device=device)
+        model(input_ids=ids, position_ids=torch.zeros_like(ids), use_cache=False)
     finally:
-        slot.attention = None
+        slot.attention = slot.states = None
     order = [layer for layer, *_ in recorder.calls]
     needed = set(range(layers)) - set(without)
     if not order or len(set(order)) != len(order) or not needed <= set(order) <= set(range(layers)):

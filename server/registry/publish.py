@@ -340,6 +340,10 @@ def outline_of(files: Outline, base: Ready) -> Outline:
         aside=base.aside,
         renamed=base.renamed,
         experts=base.experts,
+        norms=base.norms,
+        routers=base.routers,
+        by_token=base.by_token,
+        opaque_embedding=base.opaque_embedding,
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -90,6 +91,37 @@ def test_every_tensor_that_peft_saves_has_a_home_and_a_spec_survives_being_kept(
         assert spec.variants.names
 
 
+def test_biases_that_older_peft_did_not_save_are_the_bases(shelf: Shelf, tmp_path: Path) -> None:
+    """It looked for those of `lora_only` where they had been before it wrapped linears."""
+
+    def drop(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if name.endswith(".bias")]:
+            del tensors[name]
+
+    directory = shelf.copy("trained biases", tmp_path / "adapter")
+    assert shelf.inspect("untied", directory).variants.names == ["bias"]
+    spoil(directory, {}, drop)
+    spec = shelf.inspect("untied", directory)
+    assert spec.variants.names == []
+    assert "no trained bias was saved" in spec.warnings[0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["plain", "embedding", "saved embedding", "saved head", "tokens", "saved both, untied", "tokens, untied"],
+)
+def test_embedding_and_head_may_be_saved_as_well(name: str, shelf: Shelf, tmp_path: Path) -> None:
+    """By `save_embedding_layers`: the base's, and once more what the adapter has in their place."""
+    spoken_for = shelf.inspect(VARIANTS[name].base, shelf.copy(name, tmp_path / "adapter"))
+    base = transformers.AutoModelForCausalLM.from_pretrained(shelf.base(VARIANTS[name].base), dtype=torch.float32)
+    loaded: Any = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    loaded.save_pretrained(tmp_path / "whole", save_embedding_layers=True)
+    added = load_file(tmp_path / "whole" / WEIGHTS).keys() - load_file(tmp_path / "adapter" / WEIGHTS).keys()
+    assert bool(added) == (name != "embedding")  # PEFT saves that one's by itself
+    spec = shelf.inspect(VARIANTS[name].base, tmp_path / "whole")
+    assert (spec.modules, spec.variants) == (spoken_for.modules, spoken_for.variants)
+
+
 def test_digests_of_plain_adapters_do_not_depend_on_what_others_can_do(shelf: Shelf, tmp_path: Path) -> None:
     directory = shelf.copy("plain", tmp_path / "adapter")
     with_outline = shelf.inspect("tied", directory)
@@ -139,13 +171,13 @@ def put(name: str, *shape: int, fill: float = 0.5) -> Callable[[dict[str, torch.
         ("plain", {}, put(f"{HEAD}.weight", VOCAB - 8, 64), "lm_head.weight", "must both have"),
         ("plain", {}, put(f"{HEAD}.weight", VOCAB, 64), "lm_head.weight", "modules_to_save"),
         ("saved head", {}, put(f"{HEAD}.weight", VOCAB, 65), "lm_head.weight", f"[{VOCAB}, 64]"),
-        ("saved head", {"target_modules": ["q_proj", "lm_head"]}, same, "modules_to_save", "both"),
+        ("saved head", {"target_modules": ["lm_head"]}, same, "modules_to_save", "every module"),
         *[
             ("plain", {"modules_to_save": [name]}, same, "modules_to_save", words)
             for name, words in {
                 "down_proj": "target_modules",
-                "mlp": "only embedding, head and norms",
-                "model": "only embedding, head and norms",
+                "mlp": "only embedding, head, norms",
+                "model": "every module",
             }.items()
         ],
         ("tokens", {"trainable_token_indices": [70, 5, VOCAB]}, same, "trainable_token_indices", f"{VOCAB} tokens"),
@@ -156,6 +188,9 @@ def put(name: str, *shape: int, fill: float = 0.5) -> Callable[[dict[str, torch.
         ("tokens", {"modules_to_save": ["embed_tokens"]}, same, "trainable_token_indices", "modules_to_save"),
         ("tokens", {"target_modules": ["q_proj", "embed_tokens"]}, same, "trainable_token_indices", "target_modules"),
         ("tokens of the embedding", {"ensure_weight_tying": True}, same, "trainable_token_indices", "tying"),
+        ("embedding, tied", {}, put(f"{HEAD}.lora_A.weight", 8, 64), "lm_head.lora_A.weight", "transpose"),
+        ("embedding, tied", {}, put(f"{HEAD}.lora_B.weight", VOCAB, 8), "lm_head.lora_B.weight", "transpose"),
+        ("saved embedding, tied", {}, put(f"{HEAD}.weight", VOCAB, 64), "lm_head.weight", "another name"),
         ("activated", {"alora_invocation_tokens": [VOCAB]}, same, "alora_invocation_tokens", f"{VOCAB} tokens"),
         ("activated", {"use_dora": True}, same, "use_dora", "alora"),
         ("activated", {"modules_to_save": ["norm"]}, same, "modules_to_save", "alora"),

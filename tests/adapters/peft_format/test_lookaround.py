@@ -4,7 +4,7 @@ import re
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters.peft_format.fields import AdapterError, compile_regex
@@ -33,6 +33,55 @@ def test_it_matches_what_re_matches(pattern: str, text: str) -> None:
     assert regex.fullmatch(text) is (re.fullmatch(pattern, text) is not None)
 
 
+# Of RE2's syntax and Python's where these differ, and what neither may crash on.
+signs = st.sampled_from(
+    [
+        *("q", "_", ".", r"\.", r"\d", "[a-z_]", "[[:alpha:]]", "[^[:digit:]]", "(?:q|l)", "*", "+?", "?", "{,2}"),
+        *("{,}", "{1,}", "{0}", "{", "^", "$", r"\b", r"\Z", r"\z", r"\pL", r"\Q", r"\C", "(?i)", "(?i:Q)"),
+        *(
+            "(?U)",
+            "(?u)",
+            "(?a)",
+            "(?x) q",
+            "(?=",
+            "(?!",
+            ")",
+            "|",
+            "(",
+            r"\1",
+            "[]q]",
+            r"[\w-]",
+            "*+",
+            "(?>q)",
+            r"\x71",
+            r"\161",
+        ),
+    ]
+)
+
+
+@pytest.mark.filterwarnings("ignore:Possible nested set")  # Python's, of the same syntax
+@settings(max_examples=1500)
+@given(pattern=st.lists(signs, min_size=1, max_size=5).map("".join))
+def test_a_pattern_means_what_it_means_to_python_or_is_refused(pattern: str) -> None:
+    for suffix, whole in ((False, pattern), (True, rf"(.*\.)?({pattern})$")):
+        try:
+            regex = compile_regex("rank_pattern", pattern, suffix=suffix)
+        except AdapterError:
+            continue
+        for name in ("a.0.q_proj", "a.10.q", "lm_head", "q"):
+            ours, theirs = (regex.match, re.match) if suffix else (regex.fullmatch, re.fullmatch)
+            assert bool(ours(name)) is bool(theirs(whole, name)), name
+
+
+@pytest.mark.filterwarnings("ignore:Possible nested set")
+@pytest.mark.parametrize("pattern", [r".*layers\.\d{,2}\..*q_proj", r".*q_proj\Z", "(.*[[:alpha:]])?.*"])
+def test_syntax_that_re2_lacks_or_reads_otherwise(pattern: str) -> None:
+    regex = compile_regex("target_modules", pattern)
+    for name in ("model.layers.10.self_attn.q_proj", "q_proj", "lm_head", "[:]", ":]"):
+        assert bool(regex.fullmatch(name)) is bool(re.fullmatch(pattern, name))
+
+
 @pytest.mark.parametrize(
     ("pattern", "reason"),
     [
@@ -45,6 +94,9 @@ def test_it_matches_what_re_matches(pattern: str, text: str) -> None:
         (r"(?=a", "missing )"),
         ("(?=" * 1000 + ")" * 1000, "bounded time"),
         (r"(?=a)b)(c", "unbalanced"),
+        (r".*\pL", "bad escape"),
+        ("q_proj(?i)", "global flags"),
+        ("(?u)(?a)q", "incompatible"),
     ],
 )
 def test_what_it_lacks_is_refused(pattern: str, reason: str) -> None:

@@ -1,0 +1,108 @@
+"""One step of a model just loaded, of tokens that mean nothing, and what it tells of the modules that ran.
+
+What their layers keep is `geometry`'s. Here: the norms and routers that adapters may replace, and the tables besides
+the input embedding that have a row for each token.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from adapters import kernels
+from adapters.device.experts import ExpertLinear
+from adapters.device.whole_modules import ROWS, ModuleRows, TokenRows, tensors_of
+
+TOKENS: Final = 13  # of no number of heads or groups: their axes must be told from that of tokens
+TOKEN: Final = 3  # no position, all of which are 0
+
+
+class Seen(NamedTuple):
+    """What ran.
+
+    Attributes:
+        norms: full names of those that an adapter may replace; they have `ModuleRows`.
+        routers: likewise.
+        by_token: full names of tables besides the input embedding that were looked up by token.
+    """
+
+    norms: list[str]
+    routers: list[str]
+    by_token: list[str]
+
+
+class NoStates:
+    """Layers that keep a state, without one: every token's part is nothing."""
+
+    def convolve(self, layer: int, x: Tensor, taps: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+        return torch.zeros_like(x)
+
+    def recur(self, layer: int, recurrence: kernels.Recurrence) -> Tensor:
+        return torch.zeros_like(recurrence.v)
+
+
+@contextmanager
+def watched(model: Any, routers: Sequence[nn.Module]) -> Iterator[Seen]:
+    """Within it the step of `TOKENS` tokens `TOKEN` runs; what it shows is in the answer afterwards."""
+    seen, embedding = Seen([], [], []), model.get_input_embeddings()
+    calls: dict[str, list[ModuleRows | None]] = {}
+    with ExitStack() as stack:
+
+        def hook(module: nn.Module, function: Any) -> None:
+            stack.callback(module.register_forward_hook(function, with_kwargs=True).remove)
+
+        for name, module in model.named_modules():
+            if module in routers or (_is_norm(module) and not _of_experts(model, name)):
+                hook(module, _watch_rows(calls.setdefault(name, [])))
+            elif isinstance(module, nn.Embedding) and module is not embedding:
+                hook(module, _watch_table(name, seen.by_token))
+        yield seen
+    for name, found in calls.items():
+        if len({*found}) == 1 and found[0] is not None:  # however often it runs, always alike
+            module = model.get_submodule(name)
+            setattr(module, ROWS, found[0])
+            (seen.routers if module in routers else seen.norms).append(name)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """By its name, and as it has nothing but a weight and perhaps a bias."""
+    own = {name for name, _ in module.named_parameters()}
+    return "norm" in type(module).__name__.lower() and bool(own) and own <= {"weight", "bias"}
+
+
+def _of_experts(model: nn.Module, name: str) -> bool:
+    """Whether it norms rows that are sorted by expert."""
+    parent = model.get_submodule(name.rpartition(".")[0])
+    return any(isinstance(child, ExpertLinear) for child in parent.children())
+
+
+def _watch_rows(calls: list[ModuleRows | None]) -> Any:
+    def watch(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], output: Any) -> None:
+        results = tensors_of(output)
+        found = None
+        if args and not kwargs and all(isinstance(part, Tensor) for part in (*args, *results)):
+            own = max(parameter.dim() for parameter in module.parameters()) if _is_norm(module) else 1
+            arguments = {_rows(part.shape, own) for part in args}
+            given = tuple(_rows(part.shape, own) for part in results)
+            if len(arguments) == 1 and None not in (*arguments, *given):
+                found = ModuleRows(arguments.pop(), given)  # type: ignore[arg-type]
+        calls.append(found)
+
+    return watch
+
+
+def _rows(shape: torch.Size, own: int) -> TokenRows | None:
+    """The one axis, but for so many last ones, that has a number of rows for each token."""
+    axes = [axis for axis, size in enumerate(shape[: len(shape) - own]) if size % TOKENS == 0]
+    return TokenRows(axes[0], shape[axes[0]] // TOKENS) if len(axes) == 1 else None
+
+
+def _watch_table(name: str, by_token: list[str]) -> Any:
+    def watch(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any], output: Any) -> None:
+        ids = args[0] if args else next(iter(kwargs.values()))
+        if isinstance(ids, Tensor) and bool((ids == TOKEN).all()):
+            by_token.append(name)
+
+    return watch
