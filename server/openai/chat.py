@@ -142,7 +142,8 @@ class _Answer:
         if self._parser is None:
             events: list[Event] = [Text(piece.text)] if piece.text else []
         else:
-            found = self._parser.feed(piece.text, last=piece.finish_reason is not None)
+            cut = piece.finish_reason == "length" or piece.stop_reason is not None
+            found = self._parser.feed(piece.text, last=piece.finish_reason is not None, cut=cut)
             events = [_identified(event) for event in found]
         self._called = self._called or any(isinstance(event, Call) for event in events)
         if piece.finish_reason is None:

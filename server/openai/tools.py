@@ -145,7 +145,8 @@ class Calling:
     def parser(self, thinking: Thinking | None) -> Parser:
         """Of one answer, which may think first."""
         reader = self.format.reader if thinking is None else thinking.reader(self.format.reader)
-        return Parser(reader, {tool.function.name: tool.function.parameters for tool in self.tools})
+        parameters = {tool.function.name: tool.function.parameters for tool in self.tools}
+        return Parser(reader, parameters, calls_only=self.required)
 
     async def grammar(self, services: Services, asked: tuple[Grammar, str] | None) -> Grammar | None:
         """The answer's grammar, checked; None where any text will do.
