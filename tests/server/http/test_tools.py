@@ -299,7 +299,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "parallel": ({"parallel_tool_calls": "no"}, "parallel_tool_calls"),
     "arguments": (
-        {"messages": called(function={"name": "now", "arguments": {"a": 1}})},
+        {"messages": called(function={"name": "now", "arguments": [1]})},
         "messages.1.tool_calls.0.function.arguments",
     ),
     "called name": (
