@@ -213,7 +213,8 @@ async def test_silences_between_events_have_comments(tmp_path: Path, engine: Tra
 async def test_jobs_are_found_by_their_metadata(site: TuningSite, engine: TrainingEngine) -> None:
     """OpenAI's: without any filter, by pairs, and those that have none."""
     engine.held = True
-    ids = [(await site.create(**more))["id"] for more in ({}, {"metadata": {"team": "a", "e": ""}}, {"metadata": {}})]
+    bodies: list[dict[str, Any]] = [{}, {"metadata": {"team": "a", "e": ""}}, {"metadata": {}}]
+    ids = [(await site.create(**body))["id"] for body in bodies]
     found = {
         query: [job["id"] for job in (await site.client.get(f"/v1/fine_tuning/jobs?{query}")).json()["data"]]
         for query in ("", "metadata=null", "metadata[team]=a", "metadata[e]=", "metadata[team]=null")
