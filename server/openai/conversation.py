@@ -53,7 +53,7 @@ class RefusalPart(BaseModel):
     refusal: str
 
 
-_CONTENT = BeforeValidator(_content, json_schema_input_type=str | list[TextPart | RefusalPart])
+Content = Annotated[str, BeforeValidator(_content, json_schema_input_type=str | list[TextPart | RefusalPart])]
 _ARGUMENTS = BeforeValidator(_template_arguments, json_schema_input_type=dict[str, str | int | float | bool | None])
 
 
@@ -103,12 +103,13 @@ class Message(Body):
     marks: ClassVar[frozenset[str]] = frozenset(
         {
             *("id", "opts", "status", "metadata", "created_at", "createdAt", "timestamp", "cache_control"),
+            "copilot_cache_control",
             *("annotations", "extra_content", "provider_specific_fields", "reasoning_details", "thinking_blocks"),
         }
     )
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str, _CONTENT] = ""  # missing where an answer or a result of a tool says nothing
+    content: Content = ""  # missing where an answer or a result of a tool says nothing
     refusal: str | None = None  # an assistant's, in place of its content
     name: str | None = None
     tool_calls: Items[ToolCall] = Field([])

@@ -12,7 +12,7 @@ from server.openai.chat import ChatBody
 from server.openai.grammars import JsonObjectFormat, Schema, TextFormat
 from server.openai.parts import parts, renamed
 from server.openai.response_input import INPUT_ITEMS, Item, messages_of
-from server.openai.schema import INT32, MAX_ADAPTERS, SamplingBody, WeightedAdapter
+from server.openai.schema import INT32, MAX_ADAPTERS, SERVICE_TIERS, SamplingBody, WeightedAdapter
 from server.openai.tools import CHOOSING, FunctionTool, NamedFunction, Word
 
 
@@ -109,7 +109,7 @@ class ResponseBody(SamplingBody):
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {
         "truncation": ("disabled",),
-        "service_tier": ("auto", "default"),
+        "service_tier": SERVICE_TIERS,
         "context_management": ([],),
     }
 
@@ -127,7 +127,7 @@ class ResponseBody(SamplingBody):
     max_output_tokens: int | None = Field(None, ge=1, le=INT32)
     max_tool_calls: int | None = Field(None, ge=1, le=INT32)  # of built-in tools, of which there are none
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
     top_logprobs: int | None = Field(None, ge=0, le=20)
     include: Items[Include] = Field([])
     stream: bool = False

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
@@ -24,6 +24,8 @@ _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": Fal
 class FunctionTool(Body):
     """A function: without `parameters` it takes none. Arguments of a `strict` one always validate."""
 
+    marks: ClassVar[frozenset[str]] = frozenset({"cache_control"})
+
     name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] = Field(_NO_ARGUMENTS)
@@ -32,6 +34,8 @@ class FunctionTool(Body):
 
 class Tool(Body):
     """One tool of a request."""
+
+    marks: ClassVar[frozenset[str]] = frozenset({"cache_control"})
 
     type: Literal["function"]
     function: FunctionTool
