@@ -86,7 +86,7 @@ async def test_parts_of_a_result(served: Served, kind: str) -> None:
 
 async def test_text_between_calls_and_their_results_is_of_the_calls_message(served: Served) -> None:
     """In the order in which an answer with text after its calls is streamed."""
-    said = {"role": "assistant", "content": [{"type": "output_text", "text": "I look."}]}
+    said: dict[str, Any] = {"role": "assistant", "content": [{"type": "output_text", "text": "I look."}]}
     call = {"type": "function_call", "call_id": "call_1", "name": "weather", "arguments": "{}"}
     output = {"type": "function_call_output", "call_id": "call_1", "output": "sunny"}
     written = await chat(served, USER, calling("{}") | {"content": "I look."}, RESULT)
