@@ -89,6 +89,11 @@ ToolChoice = Annotated[
 ]
 
 
+def arguments_schema(function: FunctionTool) -> dict[str, Any]:
+    """The schema that enforced arguments of a function follow."""
+    return {"type": "object"} | function.parameters
+
+
 def check_tools(tools: Sequence[Tool]) -> None:
     """Raises `InvalidRequest` for a name that is there twice, and for arguments that are no object."""
     seen = set()
@@ -193,8 +198,7 @@ class Calling:
         return [tool for tool in self.tools if tool.function.name == self.choice.function.name]
 
     def _schema(self, tool: Tool) -> Mapping[str, Any]:
-        enforced = self.required or tool.function.strict
-        return {"type": "object"} | (tool.function.parameters if enforced else {})
+        return arguments_schema(tool.function) if self.required or tool.function.strict else {"type": "object"}
 
 
 def _schema_of(grammar: Grammar, param: str) -> Mapping[str, Any]:
