@@ -35,15 +35,19 @@ def for_template(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
     """Messages and tools for this template; tools are None where it is to see none.
 
-    Arguments of calls become objects, and results come in the order of their calls. A template that knows no tools gets
-    them as text, in the Hermes format.
+    Arguments of calls become objects, and results come in the order of their calls, with their functions' names. A
+    template that knows no tools gets them as text, in the Hermes format.
     """
     chat = _with_results_in_order([dict(message) for message in messages])
     if not knows_tools(template):
         return _with_system_text(_with_results_as_text(_with_calls_as_text(chat, tool_format.frame)), tools), None
     if "tool_calls" not in template:
         chat = _with_calls_as_text(chat, tool_format.frame)
+    named: dict[Any, str] = {}
     for message in chat:
+        named |= {call.get("id"): call["function"]["name"] for call in message.get("tool_calls") or ()}
+        if message["role"] == "tool" and (name := named.get(message.get("tool_call_id"))) is not None:
+            message.setdefault("name", name)  # some templates refuse a result without
         if message.get("tool_calls"):
             message["tool_calls"] = [_call(call, tool_format) for call in message["tool_calls"]]
         if "tool_call_id" in message:

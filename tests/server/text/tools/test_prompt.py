@@ -118,6 +118,21 @@ async def test_results_come_in_the_order_of_their_calls(template: str | None) ->
     assert await rendered(source, [HISTORY[0], calls, of_b, of_a], [WEATHER]) == in_order
 
 
+async def test_results_have_the_name_of_their_function() -> None:
+    """Hermes's and FunctionGemma's templates refuse them without; OpenAI's clients leave it out."""
+    source = (
+        "{% for m in messages %}{% for call in m.tool_calls or [] %}{{ call.function.name }}{% endfor %}"
+        "{% if m.role == 'tool' %}{% if m.name is not defined %}{{ raise_exception('name') }}{% endif %}"
+        "<{{ m.name }}: {{ m.content }}>{% endif %}{% endfor %}{{ tools | length }}"
+    )
+    assert await rendered(source, HISTORY, [WEATHER]) == "get_weather<get_weather: sunny>1"
+    given = [*HISTORY[:2], HISTORY[2] | {"name": "mine"}]
+    assert await rendered(source, given, [WEATHER]) == "get_weather<mine: sunny>1"
+    again = json.loads(json.dumps(HISTORY[1:3]).replace("get_weather", "get_time"))  # of the same id
+    named = "get_weather<get_weather: sunny>get_time<get_time: sunny>1"
+    assert await rendered(source, [*HISTORY, *again], [WEATHER]) == named
+
+
 ONE_CALL = """{% for message in messages %}{% if message.tool_calls %}\
 {% if not message.tool_calls|length == 1 %}{{ raise_exception("one call at once") }}{% endif %}\
 {% set call = message.tool_calls[0].function %}[{{ message.content }}|{{ call.name }}|{{ call.arguments | tojson }}]\
