@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # with which some editors, and clients on Windows, begin a text
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # only an escape can bring half a surrogate pair into valid UTF-8
 
 _CONTAINERS = (dict, list)  # the parser makes no subclasses: by `isinstance`, looking takes longer than parsing

@@ -370,16 +370,23 @@ def invalid_body(exc: ValidationError, data: Any = None) -> InvalidRequest:
         data: what was validated; without it a field may have names of types in its path.
     """
     faults = exc.errors(include_url=False, include_context=False, include_input=False)
-    fault, path = faults[0], _path(faults[0], data)
+    fault, path, alternatives = faults[0], _path(faults[0], data), faults[:1]
     if data is not None:  # a field that may be this or that has a fault as each of them: what it nearly is tells most
         branches = [(each, place) for each in faults if (place := _path(each, data))[: len(path)] == path]
         fault, path = max(branches, key=lambda found: (found[0]["type"] not in _OF_ANOTHER_TYPE, len(found[1])))
+        if fault["type"] in _OF_ANOTHER_TYPE:  # it is nearly none: all that it may be
+            alternatives = [each for each, place in branches if place == path and each["type"] in _OF_ANOTHER_TYPE]
     param = ".".join(path)[:200] or None
     if fault["type"] == "extra_forbidden":
         message = f"Unsupported parameter: `{shown(param or '')}`."
         return InvalidRequest(message, param=param, code="unsupported_parameter")
-    message = "Input should be an object" if fault["type"] in _NO_OBJECT else fault["msg"].removeprefix("Value error, ")
+    texts = dict.fromkeys(map(_text, alternatives if fault in alternatives else [fault]))
+    message = " or ".join([text if not i else text.removeprefix("Input should be ") for i, text in enumerate(texts)])
     return InvalidRequest(f"`{param}`: {message}" if param else message, param=param)
+
+
+def _text(fault: ErrorDetails) -> str:
+    return "Input should be an object" if fault["type"] in _NO_OBJECT else fault["msg"].removeprefix("Value error, ")
 
 
 def _path(fault: ErrorDetails, data: Any) -> list[str]:

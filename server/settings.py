@@ -117,6 +117,9 @@ class Settings:
         "Most elements of lists, keys and values of objects in one JSON body, all together.",
         within=(1024, 2**32),
     )
+    max_body_depth: int = whole(
+        64, "Most lists and objects that may lie in one another in a JSON body, as schemas do.", within=(16, 120)
+    )
     max_response_bytes: int = size(
         32 * MIB,
         "Largest JSON answer of a generation, where log-probabilities add up; a stream has no limit.",

@@ -173,7 +173,8 @@ def _batches(settings: Settings, tuning: FineTuning, metrics: Metrics) -> Batche
 
         store = shared = SharedBatches(tuning.database, directory)
         shared.join(Bucket(settings.adapter_store, settings.store_patience), settings.job_lease_seconds, at_once)
-    limits = Limits(settings.batch_file_requests, settings.max_body_bytes, settings.max_body_items)
+    of_body = settings.max_body_bytes, settings.max_body_items, settings.max_body_depth
+    limits = Limits(settings.batch_file_requests, *of_body)
     counted = BatchMetrics(metrics.registry)
     batches = Batches(directory, store, tuning.files, counted, at_once=at_once, limits=limits)
     if shared is not None:

@@ -163,7 +163,7 @@ class Thinking(Body):
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: int | None = Field(None, ge=1, le=INT32)
-    display: Literal["summarized"] | None = None
+    display: Literal["summarized", "omitted"] | None = None  # here thoughts are shown as they are, or not at all
 
 
 class JsonSchemaOutput(Body):
@@ -206,6 +206,12 @@ _NAMES = (  # of the chat request's fields
 
 class CountBody(_Cached):
     """`POST /v1/messages/count_tokens`."""
+
+    no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {
+        "speed": ("standard",),
+        "mcp_servers": ([],),
+        "context_management": ({"edits": []}, {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}),
+    }
 
     model: str = Field(min_length=1)
     messages: Annotated[list[Any], parts("messages", {"message": InputMessage}, type_of=lambda _: "message")] = Field(
@@ -253,25 +259,21 @@ class CountBody(_Cached):
             "reasoning_effort": self.output_config.effort,
             "chat_template_kwargs": {"enable_thinking": self.thinking.type != "disabled"},
             "max_reasoning_tokens": self.thinking.budget_tokens,
+            "include_reasoning": self.thinking.display != "omitted",
         }
 
 
 class MessageBody(CountBody):
     """The request's body."""
 
-    no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "service_tier": ("auto", "standard_only"),
-        "speed": ("standard",),
-        "mcp_servers": ([],),
-        "context_management": ({"edits": []}, {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}),
-    }
+    no_ops: ClassVar[dict[str, tuple[Any, ...]]] = CountBody.no_ops | {"service_tier": ("auto", "standard_only")}
 
     max_tokens: int = Field(ge=1, le=INT32)  # at most: fewer fit, if the context ends before
     stop_sequences: Items[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]] = Field(
         [], max_length=MAX_STOPS
     )
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=0, le=INT32)
     metadata: MessageMetadata = MessageMetadata()
     thread: Thread | None = None

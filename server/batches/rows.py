@@ -10,16 +10,14 @@ from typing import Any, NamedTuple
 import msgspec
 
 from adapters.disk import full_disk_named, sync
-from adapters.strict_json import JsonFault, check_characters, count_items, encode_line, parse_json
+from adapters.strict_json import BYTE_ORDER_MARK, JsonFault, check_characters, count_items, encode_line, parse_json
 from server.batches.store import Fault
 from server.errors import shown
 from server.finetune.files import new_id
-from server.finetune.rows import BYTE_ORDER_MARK
 
 INPUT = "input.jsonl"  # in a batch's directory, and how its rows ended: well, or not
 ANSWERS = {True: "output.jsonl", False: "errors.jsonl"}
 MAX_FAULTS = 100  # of a file that are reported
-_MAX_DEPTH = 40
 _MAX_ID = 512
 _ENVELOPE = 16 * 1024  # bytes of a line beside its body: more than the longest `custom_id` takes
 _ENVELOPE_ITEMS = 8  # four keys and their values
@@ -32,6 +30,7 @@ class Limits(NamedTuple):
     rows: int  # of its file
     body_bytes: int  # of a request, as of one that comes by itself
     body_items: int
+    body_depth: int
 
 
 class Row(msgspec.Struct, frozen=True):
@@ -62,7 +61,7 @@ def check(path: Path, endpoint: str, limits: Limits) -> tuple[int, list[Fault]]:
             if count_items(text, most) > most:
                 message = f"it has more than {limits.body_items} elements of lists, keys and values (--max-body-items)"
                 raise _Faulty("too_many_items", message)
-            custom_id = _checked(text, endpoint)
+            custom_id = _checked(text, endpoint, limits.body_depth + 1)
             if custom_id in seen:
                 raise _Faulty("duplicate_custom_id", f"`custom_id` {shown(custom_id)} was used before", "custom_id")
         except _Faulty as fault:
@@ -85,10 +84,10 @@ class _Faulty(Exception):
         self.code, self.param = code, param
 
 
-def _checked(text: bytes, endpoint: str) -> str:
+def _checked(text: bytes, endpoint: str, max_depth: int) -> str:
     """The row's `custom_id`. Raises _Faulty."""
     try:
-        row: Any = parse_json(text, max_depth=_MAX_DEPTH)
+        row: Any = parse_json(text, max_depth=max_depth)
         check_characters(text, row)
     except JsonFault as fault:
         raise _Faulty("invalid_json_line", shown(f"this {fault}")) from None

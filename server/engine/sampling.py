@@ -51,7 +51,7 @@ class Row:
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is taken."""
-        return self.sampling.temperature < GREEDY_BELOW
+        return self.sampling.temperature < GREEDY_BELOW or self.sampling.top_p == 0
 
     @property
     def plain(self) -> bool:

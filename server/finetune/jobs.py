@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar, get_args
 
 import msgspec
@@ -33,6 +34,7 @@ T = TypeVar("T")
 
 FINAL: frozenset[Status] = frozenset({"succeeded", "failed", "cancelled"})
 _GOING_ON: frozenset[Status] = frozenset({"validating_files", "queued", "running"})
+_ANY: Mapping[str, str] = MappingProxyType({})  # metadata
 _NEXT: dict[Status, set[Status]] = {
     "validating_files": {"queued", "paused", "failed", "cancelled"},
     "queued": {"running", "paused", "failed", "cancelled"},
@@ -169,11 +171,13 @@ class JobStore(RecordTable[Job, Status]):
         return job
 
     def page(
-        self, tenant: str, *, limit: int, after: str | None = None, metadata: dict[str, str] | None = None
+        self, tenant: str, *, limit: int, after: str | None = None, metadata: Mapping[str, str] | None = _ANY
     ) -> tuple[list[Job], bool]:
-        """`metadata`: only jobs that carry all of these pairs."""
+        """`metadata`: only jobs that carry all of these pairs; None: only jobs that have none."""
         where, values = "tenant = ?", [tenant]
-        for key, value in (metadata or {}).items():
+        if metadata is None:
+            where += " AND json_extract(record, '$.spec.metadata') IS NULL"
+        for key, value in (metadata or _ANY).items():
             where += " AND EXISTS (SELECT 1 FROM json_each(record, '$.spec.metadata') WHERE key = ? AND value = ?)"
             values += [key, value]
         return self._page(where, values, limit, after)

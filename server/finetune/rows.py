@@ -11,10 +11,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from adapters.strict_json import JsonFault, parse_json
+from adapters.strict_json import BYTE_ORDER_MARK, JsonFault, parse_json
 
 MAX_LINE_BYTES = 4 << 20
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # which some editors begin a file with
 
 
 class DatasetError(ValueError):

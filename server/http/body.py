@@ -11,14 +11,14 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 
 from adapters.background import threads
-from adapters.strict_json import JsonFault, check_characters, count_items, parse_json
+from adapters.strict_json import BYTE_ORDER_MARK, JsonFault, check_characters, count_items, parse_json
 from server.errors import InvalidRequest, RequestTooLarge, UnsupportedMediaType, shown
 from server.http.answer import unless_gone
 from server.services import services_of
+from server.settings import Settings
 
 T = TypeVar("T")
 
-_MAX_DEPTH = 32
 _LARGE = 32 * 1024  # bytes; less is read at once
 _reader = threads(1, "body", "normal")  # of large bodies, one after the other
 
@@ -35,14 +35,14 @@ async def read_as(request: Request, validate: Callable[[Any], T]) -> T:
         raise UnsupportedMediaType("The body must be JSON: send `Content-Type: application/json`.")
     settings = services_of(request).settings
     raw = await _read_bytes(request, settings.max_body_bytes)
-    read = partial(_read, raw, settings.max_body_items, validate)
+    read = partial(_read, raw, settings, validate)
     if len(raw) < _LARGE:
         return read()
     return await unless_gone(request.receive, asyncio.get_running_loop().run_in_executor(_reader, read))
 
 
-def _read(raw: bytes, max_items: int, validate: Callable[[Any], T]) -> T:
-    return validate(parse_body(raw, max_items))
+def _read(raw: bytes, settings: Settings, validate: Callable[[Any], T]) -> T:
+    return validate(parse_body(raw, settings.max_body_items, settings.max_body_depth))
 
 
 async def _read_bytes(request: Request, limit: int) -> bytes:
@@ -60,15 +60,19 @@ async def _read_bytes(request: Request, limit: int) -> bytes:
     return bytes(body)
 
 
-def parse_body(raw: bytes, max_items: int = 2**18) -> Any:
-    """One JSON value. Raises `InvalidRequest`."""
+def parse_body(raw: bytes, max_items: int = 2**18, max_depth: int = 64) -> Any:
+    """One JSON value; a byte order mark before it, as .NET and PowerShell write it, is passed over.
+
+    Raises `InvalidRequest`.
+    """
+    raw = raw.removeprefix(BYTE_ORDER_MARK)
     if count_items(raw, max_items) > max_items:
         raise InvalidRequest(
             f"The body has more than {max_items} elements of lists, keys and values (--max-body-items).",
             code="too_many_items",
         )
     try:
-        data = parse_json(raw, max_depth=_MAX_DEPTH)
+        data = parse_json(raw, max_depth=max_depth)
         check_characters(raw, data)
     except JsonFault as fault:
         raise InvalidRequest(shown(f"The body {fault}.")) from None

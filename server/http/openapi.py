@@ -127,8 +127,9 @@ def _parameters(operation: Operation) -> list[dict[str, Any]]:
     if operation.query is not None:
         schema = _untitled(operation.query.model_json_schema())
         for name, property_ in schema["properties"].items():
-            style = {"style": "deepObject", "explode": True} if property_.get("type") == "object" else {}
-            parameters.append({"name": name, "in": "query", "schema": _not_null(property_)} | style)
+            described = _not_null(property_)
+            style = {"style": "deepObject", "explode": True} if described.get("type") == "object" else {}
+            parameters.append({"name": name, "in": "query", "schema": described} | style)
     for name, text in operation.headers.items():
         parameters.append({"name": name, "in": "header", "schema": {"type": "string"}, "description": text})
     return parameters

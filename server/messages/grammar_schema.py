@@ -37,6 +37,9 @@ _DEFINED = _FORMATS.keys() | {
 _NOTHING: dict[str, Any] = {"enum": []}  # the schema of no value
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 _ANNOTATIONS = {"title", "description", "$comment", "examples", "deprecated"}
+_LEAST, _MOST = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
+_LARGEST = 2**63 - 1024  # bound that llguidance takes, and a double
+_SMALLEST = 1e-50
 _ENDS = {"exclusiveMinimum": math.inf, "exclusiveMaximum": -math.inf}  # and the way from there to what is allowed
 
 _CONTROL = re.compile(r"(?<!\\)(?:\\\\)*\\u00(?:[01]|7f)")
@@ -51,13 +54,16 @@ def exact(schema: Any) -> Any:
     if "not" in schema and _allows_all(schema["not"]):
         return _NOTHING  # how generators write that a member is never there
     made = {key: _member(key, value) for key, value in schema.items() if not _says_nothing(key, value, schema)}
-    least, required = schema.get("minProperties"), schema.get("required")
-    names = len({str(name) for name in required}) if isinstance(required, list) else 0
+    least, required = schema.get("minProperties"), schema.get("required", [])
+    if not isinstance(required, list):  # of a member, as before draft 4: llguidance would pass over it
+        raise ValueError("required: must be a list of names, of the object that has them")
+    names = len({str(name) for name in required})
     if isinstance(least, int | float) and least > names + 1:
         raise ValueError("minProperties: more than one name beyond those in `required` cannot be enforced")
     patterns = _FORMATS.get(str(schema.get("format")))
     if patterns is not None and isinstance(made.get("allOf", []), list):
         made["allOf"] = [*made.get("allOf", []), *({"pattern": pattern} for pattern in patterns)]
+    made |= {key: _within(key, made[key]) for key in (*_LEAST, *_MOST) if key in made}
     if schema.get("type") != "integer":
         made |= {key: _beyond(made[key], away) for key, away in _ENDS.items() if key in made}
     return made
@@ -99,6 +105,15 @@ def _beyond(bound: Any, away: float) -> Any:
     if isinstance(bound, bool) or not isinstance(bound, int | float) or bound % 1 or abs(bound) > 1e15:
         return bound
     return math.nextafter(bound, away) if bound else math.copysign(1e-15, away)
+
+
+def _within(key: str, bound: Any) -> Any:
+    """A bound of the largest or smallest numbers that a type holds, moved to where llguidance can follow it."""
+    if isinstance(bound, bool) or not isinstance(bound, int | float):
+        return bound
+    if key in _LEAST:
+        return max(bound, _SMALLEST if 0 < bound < _SMALLEST else -_LARGEST)
+    return min(bound, -_SMALLEST if -_SMALLEST < bound < 0 else _LARGEST)
 
 
 def _member(key: str, value: Any) -> Any:

@@ -107,7 +107,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     max_tokens: int = 16
     min_tokens: int = 0
     temperature: float = 1.0
-    top_p: float = 1.0
+    top_p: float = 1.0  # 0: the likeliest token
     top_k: int = 0  # 0: off
     min_p: float = 0.0
     seed: int = 0  # always set: the API process draws one when the client gave none

@@ -10,7 +10,8 @@ from pydantic import Field, model_validator
 
 from server.errors import InvalidRequest
 from server.openai.assembly import Entry, Piece
-from server.openai.conversation import Conversation
+from server.openai.body import Body
+from server.openai.conversation import Content, Conversation
 from server.openai.generation import Generation, Prompt, check_vocabulary, checked_grammar, fit_max_tokens
 from server.openai.reasoning import Thinking
 from server.openai.schema import INT32, GenerationBody
@@ -21,6 +22,13 @@ from server.tenants.caller import Caller
 from server.text.processor import TextProcessor
 from server.text.reasoning import any_text
 from server.text.tools.source import Arguments, Begin, Parser, Text, Thought
+
+
+class Prediction(Body):
+    """What the client thinks that the answer will be: a hint for speed, which needs none here."""
+
+    type: Literal["content"]
+    content: Content
 
 
 class ChatBody(GenerationBody, Conversation):
@@ -41,6 +49,7 @@ class ChatBody(GenerationBody, Conversation):
     top_logprobs: int = Field(0, ge=0, le=20)
     max_reasoning_tokens: int | None = Field(None, ge=0, le=INT32)  # then the thought is ended
     include_reasoning: bool = True
+    prediction: Prediction | None = None
     verbosity: str | None = None  # a hint; the template's own arguments go in `chat_template_kwargs`
 
     @model_validator(mode="after")
@@ -142,7 +151,8 @@ class _Answer:
         if self._parser is None:
             events: list[Event] = [Text(piece.text)] if piece.text else []
         else:
-            found = self._parser.feed(piece.text, last=piece.finish_reason is not None)
+            cut = piece.finish_reason == "length" or piece.stop_reason is not None
+            found = self._parser.feed(piece.text, last=piece.finish_reason is not None, cut=cut)
             events = [_identified(event) for event in found]
         self._called = self._called or any(isinstance(event, Call) for event in events)
         if piece.finish_reason is None:

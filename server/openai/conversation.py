@@ -15,14 +15,16 @@ from server.text.tools.arguments import as_object
 
 
 def _content(value: Any) -> Any:
-    """Text, or text parts, which are joined by line breaks as vLLM does."""
+    """Text, or text parts, which are joined by line breaks as vLLM does; an earlier answer's refusal is text, too."""
     if not isinstance(value, list):
         return value
     texts = []
     for i, part in enumerate(value):
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        kind = part.get("type") if isinstance(part, dict) else None
+        text = part.get(kind) if kind in ("text", "refusal") else None
+        if not isinstance(text, str):
             raise ValueError(f'part {i} is not of the form {{"type": "text", "text": "..."}}; only text is supported')
-        texts.append(part["text"])
+        texts.append(text)
     return "\n".join(texts)
 
 
@@ -44,14 +46,26 @@ class TextPart(BaseModel):
     text: str
 
 
-_CONTENT = BeforeValidator(_content, json_schema_input_type=str | list[TextPart])
+class RefusalPart(BaseModel):
+    """A model's refusal, in an earlier answer."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+Content = Annotated[str, BeforeValidator(_content, json_schema_input_type=str | list[TextPart | RefusalPart])]
 _ARGUMENTS = BeforeValidator(_template_arguments, json_schema_input_type=dict[str, str | int | float | bool | None])
 
 
 def _arguments(value: Any) -> Any:
-    """JSON of an object, as models write it. Clients send back what is none, too: then as a model is told of it."""
+    """JSON of an object, as models write it. Clients send back what is none, too: then as a model is told of it.
+
+    Others send the object itself, as chat templates want it.
+    """
+    if isinstance(value, dict):
+        value = json.dumps(value, ensure_ascii=False)
     if not isinstance(value, str):
-        raise ValueError("must be a text: the JSON of an object")
+        raise ValueError("must be an object, or its JSON as a text")
     told = as_object(value)
     try:
         if from_json(value) == told:
@@ -65,7 +79,7 @@ class CalledFunction(Body):
     """A function that was called, and its arguments in JSON."""
 
     name: FunctionName
-    arguments: Annotated[str, BeforeValidator(_arguments)]
+    arguments: Annotated[str, BeforeValidator(_arguments, json_schema_input_type=str | dict[str, Any])] = "{}"
     parsed_arguments: Any = Field(None, exclude=True)  # OpenAI's `parse` leaves them in the answer that it returns
 
 
@@ -89,12 +103,14 @@ class Message(Body):
     marks: ClassVar[frozenset[str]] = frozenset(
         {
             *("id", "opts", "status", "metadata", "created_at", "createdAt", "timestamp", "cache_control"),
+            "copilot_cache_control",
             *("annotations", "extra_content", "provider_specific_fields", "reasoning_details", "thinking_blocks"),
         }
     )
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str, _CONTENT] = ""  # missing where an answer or a result of a tool says nothing
+    content: Content = ""  # missing where an answer or a result of a tool says nothing
+    refusal: str | None = None  # an assistant's, in place of its content
     name: str | None = None
     tool_calls: Items[ToolCall] = Field([])
     tool_call_id: str | None = None
@@ -104,9 +120,15 @@ class Message(Body):
 
     def for_template(self) -> dict[str, Any]:
         """The message as a chat template sees it, the thought as `reasoning`."""
-        names = {"reasoning", "reasoning_content"} | (set() if self.tool_calls else {"tool_calls"})
+        names = {"reasoning", "reasoning_content", "refusal"} | (set() if self.tool_calls else {"tool_calls"})
         thought = self.reasoning or self.reasoning_content
-        return self.model_dump(exclude_none=True, exclude=names) | ({"reasoning": thought} if thought else {})
+        more = {"content": self.text} | ({"reasoning": thought} if thought else {})
+        return self.model_dump(exclude_none=True, exclude=names) | more
+
+    @property
+    def text(self) -> str:
+        """What it says."""
+        return "\n".join(filter(None, [self.content, self.refusal])) if self.refusal else self.content
 
 
 class Conversation(Body):
@@ -137,6 +159,9 @@ class Conversation(Body):
             if message.tool_calls and message.role != "assistant":
                 param = f"messages.{i}.tool_calls"
                 raise InvalidRequest(f"`{param}`: only an assistant's message calls tools.", param=param)
+            if message.role != "assistant" and message.refusal:
+                param = f"messages.{i}.refusal"
+                raise InvalidRequest(f"`{param}`: only an assistant's message is a refusal.", param=param)
             if message.role != "assistant" and (message.reasoning or message.reasoning_content):
                 param = f"messages.{i}.{'reasoning' if message.reasoning else 'reasoning_content'}"
                 raise InvalidRequest(f"`{param}`: only an assistant's message has a thought.", param=param)
@@ -152,7 +177,7 @@ class Conversation(Body):
     @property
     def continued(self) -> str | None:
         """The text that the answer goes on with, if there is one."""
-        return self.messages[-1].content if self.continue_final_message else None
+        return self.messages[-1].text if self.continue_final_message else None
 
     def _template_arguments(self, text: TextProcessor) -> dict[str, Any]:
         arguments: dict[str, Any] = {}

@@ -1,19 +1,21 @@
 """The body of `POST /v1/responses`, and the chat request that it is."""
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, Tag, ValidationError, model_validator
 
 from server.errors import InvalidRequest, LorakeetError, as_error
+from server.messages.protocol import Grammar
 from server.openai.body import Body, Entries, Items, Label, Metadata, PromptCacheOptions
 from server.openai.chat import ChatBody
 from server.openai.grammars import JsonObjectFormat, Schema, TextFormat
 from server.openai.parts import parts, renamed
 from server.openai.response_input import INPUT_ITEMS, Item, messages_of
-from server.openai.schema import INT32, MAX_ADAPTERS, SamplingBody, WeightedAdapter
-from server.openai.tools import CHOOSING, FunctionTool, NamedFunction, Word
+from server.openai.schema import INT32, MAX_ADAPTERS, SERVICE_TIERS, SamplingBody, WeightedAdapter
+from server.openai.tools import CHOOSING, FunctionTool, NamedFunction, Word, arguments_schema
 
 
 class ResponseFunction(FunctionTool):
@@ -26,7 +28,7 @@ class ResponseFunction(FunctionTool):
     }
 
     type: Literal["function"]
-    strict: bool = True
+    strict: bool = True  # if it can be, where it is not given
 
 
 class JsonSchemaText(Body):
@@ -109,7 +111,7 @@ class ResponseBody(SamplingBody):
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {
         "truncation": ("disabled",),
-        "service_tier": ("auto", "default"),
+        "service_tier": SERVICE_TIERS,
         "context_management": ([],),
     }
 
@@ -127,7 +129,7 @@ class ResponseBody(SamplingBody):
     max_output_tokens: int | None = Field(None, ge=1, le=INT32)
     max_tool_calls: int | None = Field(None, ge=1, le=INT32)  # of built-in tools, of which there are none
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
     top_logprobs: int | None = Field(None, ge=0, le=20)
     include: Items[Include] = Field([])
     stream: bool = False
@@ -161,6 +163,22 @@ class ResponseBody(SamplingBody):
     def logprobs(self) -> bool:
         """Whether the answer has log-probabilities."""
         return self.top_logprobs is not None or "message.output_text.logprobs" in self.include
+
+    async def settled(self, check: Callable[[Grammar, str], Awaitable[Grammar]]) -> Self:
+        """The same where functions that do not say whether they are strict are so if their schema can be followed.
+
+        Args:
+            check: raises InvalidRequest for a schema that cannot be.
+        """
+        tools = []
+        for i, tool in enumerate(self.tools):
+            if "strict" not in tool.model_fields_set and self.tool_choice != "none":
+                try:
+                    await check(Grammar("json", json.dumps(arguments_schema(tool))), f"tools.{i}.parameters")
+                except InvalidRequest:
+                    tool = tool.model_copy(update={"strict": False})
+            tools.append(tool)
+        return self.model_copy(update={"tools": tools})
 
     def chat(self, items: Sequence[Item]) -> ChatBody:
         """The chat request that this is, of these items. Raises InvalidRequest."""

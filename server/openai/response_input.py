@@ -47,7 +47,7 @@ def _text(text: str) -> Body:
 
 
 _TEXTS: dict[str, type[Body]] = {"input_text": InputText, "output_text": AnswerText, "refusal": RefusalText}
-_OUTPUTS: dict[str, type[Body]] = {"input_text": InputText}
+_OUTPUTS: dict[str, type[Body]] = {"input_text": InputText, "output_text": AnswerText}
 _Id = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -159,7 +159,10 @@ def as_item(item: Body, number: str) -> Item:
 
 
 def messages_of(items: Sequence[Item], instructions: str | None) -> list[dict[str, Any]]:
-    """The messages that items are. A thought, the text after it, and calls that follow each other are one message."""
+    """The messages that items are. A thought, and texts and calls that follow each other, are one message.
+
+    But for two texts: these are two.
+    """
     messages: list[dict[str, Any]] = []
     if instructions:
         messages.append({"role": "system", "content": instructions})
@@ -169,7 +172,11 @@ def messages_of(items: Sequence[Item], instructions: str | None) -> list[dict[st
             case "message":
                 text = "\n".join(part["text"] for part in item["content"])
                 spoken = item["role"] == "assistant"
-                messages.append({"role": item["role"], "content": text} | (thought if spoken else {}))
+                if spoken and not thought and messages and "tool_calls" in messages[-1]:
+                    # Between calls and their results templates take no message.
+                    messages[-1]["content"] = "\n".join(filter(None, [messages[-1]["content"], text]))
+                else:
+                    messages.append({"role": item["role"], "content": text} | (thought if spoken else {}))
                 thought = {}
             case "reasoning":
                 thought = {"reasoning": "\n".join(part["text"] for part in item["content"] or item["summary"])}

@@ -12,7 +12,7 @@ FILE = "generation_config.json"
 # What vLLM reads of it too: name -> (lowest, highest). Whether to sample at all is the temperature's matter.
 _RANGES: Mapping[str, tuple[float, float]] = {
     "temperature": (0.0, 2.0),
-    "top_p": (1e-9, 1.0),
+    "top_p": (0.0, 1.0),
     "top_k": (-1, 2**31 - 1),
     "min_p": (0.0, 1.0),
     "repetition_penalty": (1e-9, 2.0),

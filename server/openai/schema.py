@@ -86,10 +86,26 @@ class SamplingBody(Body):
     priority: int = Field(0, ge=-INT32, le=INT32)  # vLLM's: among the caller's requests the lowest comes first
 
 
+# Sampling parameters of other servers, at the values that switch them off, as their clients send them.
+_OF_OTHERS: dict[str, tuple[Any, ...]] = {
+    "typical_p": (1, 1.0),
+    "tfs_z": (1, 1.0),
+    "top_a": (0, 0.0),
+    "mirostat": (0,),
+    "repeat_penalty": (1, 1.0),
+    "dry_multiplier": (0, 0.0),
+    "xtc_probability": (0, 0.0),
+    "cache_prompt": (True,),
+    "mm_processor_kwargs": ({},),
+    "vllm_xargs": ({},),
+}
+SERVICE_TIERS = ("auto", "default", "flex", "priority", "scale")  # of OpenAI: here all requests are of one
+
+
 class GenerationBody(ConstrainedBody, SamplingBody):
     """What both endpoints take. Labels and hints that cannot change the answer are checked and left alone."""
 
-    no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {
+    no_ops: ClassVar[dict[str, tuple[Any, ...]]] = _OF_OTHERS | {
         "use_beam_search": (False,),
         "length_penalty": (1, 1.0),
         "early_stopping": (False,),
@@ -99,7 +115,7 @@ class GenerationBody(ConstrainedBody, SamplingBody):
         "logits_processors": ([],),
         "allowed_token_ids": ([],),
         "return_tokens_as_token_ids": (False,),
-        "service_tier": ("auto", "default"),
+        "service_tier": SERVICE_TIERS,
         "documents": ([],),
     }
 
@@ -110,7 +126,7 @@ class GenerationBody(ConstrainedBody, SamplingBody):
 
     n: int = Field(1, ge=1, le=128)
     temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(1.0, ge=0, le=1)  # 0: the likeliest token alone
     logit_bias: Annotated[Entries[int, _Bias], _BIASES] = Field({})
     return_token_ids: bool = False  # vLLM's: the prompt's and the answer's
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Discriminator, Field, Tag
 
@@ -24,6 +24,8 @@ _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": Fal
 class FunctionTool(Body):
     """A function: without `parameters` it takes none. Arguments of a `strict` one always validate."""
 
+    marks: ClassVar[frozenset[str]] = frozenset({"cache_control"})
+
     name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] = Field(_NO_ARGUMENTS)
@@ -32,6 +34,8 @@ class FunctionTool(Body):
 
 class Tool(Body):
     """One tool of a request."""
+
+    marks: ClassVar[frozenset[str]] = frozenset({"cache_control"})
 
     type: Literal["function"]
     function: FunctionTool
@@ -83,6 +87,11 @@ Word = Annotated[Literal["none", "auto", "required"], Tag("word")]
 ToolChoice = Annotated[
     Word | Annotated[NamedTool, Tag("function")] | Annotated[AllowedTools, Tag("allowed_tools")], CHOOSING
 ]
+
+
+def arguments_schema(function: FunctionTool) -> dict[str, Any]:
+    """The schema that enforced arguments of a function follow."""
+    return {"type": "object"} | function.parameters
 
 
 def check_tools(tools: Sequence[Tool]) -> None:
@@ -145,7 +154,8 @@ class Calling:
     def parser(self, thinking: Thinking | None) -> Parser:
         """Of one answer, which may think first."""
         reader = self.format.reader if thinking is None else thinking.reader(self.format.reader)
-        return Parser(reader, {tool.function.name: tool.function.parameters for tool in self.tools})
+        parameters = {tool.function.name: tool.function.parameters for tool in self.tools}
+        return Parser(reader, parameters, calls_only=self.required)
 
     async def grammar(self, services: Services, asked: tuple[Grammar, str] | None) -> Grammar | None:
         """The answer's grammar, checked; None where any text will do.
@@ -188,8 +198,7 @@ class Calling:
         return [tool for tool in self.tools if tool.function.name == self.choice.function.name]
 
     def _schema(self, tool: Tool) -> Mapping[str, Any]:
-        enforced = self.required or tool.function.strict
-        return {"type": "object"} | (tool.function.parameters if enforced else {})
+        return arguments_schema(tool.function) if self.required or tool.function.strict else {"type": "object"}
 
 
 def _schema_of(grammar: Grammar, param: str) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ needs nothing but Jinja for it, so what a hostile template could reach stays sma
 """
 
 import json
+import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,8 @@ RESERVED = frozenset(
     | {"add_generation_prompt", "continue_final_message", "padding", "truncation", "max_length"}
     | {"return_tensors", "return_dict", "return_assistant_tokens_mask"}
 )
+_PART = "{'type': 'text'"  # a part that was written down as it is, in place of its text
+_MOST = 64  # messages looked for in a prompt
 _TAG = "CONTINUE_FINAL_MESSAGE_TAG "  # ends in a space to tell whether the template trims what it is given
 
 
@@ -44,6 +47,10 @@ class TemplateRefusal(Exception):
         super().__init__(message)
         self.message = message
         self.param = param
+
+
+class _Unbounded(TemplateRefusal):
+    """It takes too long or writes too much: no other form of the messages is tried."""
 
 
 class _OverrunError(Exception):
@@ -119,7 +126,7 @@ class ChatTemplate:
         self._environment = _Environment(max_characters)
         self._template = self._environment.from_string(source)
         self._special_tokens = dict(special_tokens)
-        self._knows_developer = "developer" in source
+        self._knows_developer = re.search("""["']developer["']""", source) is not None
 
     def render(
         self,
@@ -176,10 +183,17 @@ class ChatTemplate:
         return text
 
     def _render(self, chat: list[dict[str, Any]], context: Mapping[str, Any]) -> str:
-        """The text; templates of image models that pass over a string get it as a list of parts."""
-        text = self._written(chat, context)
+        """The text; templates that pass over a string, or refuse it, get it as a list of parts."""
+        text, refusal = "", None
+        try:
+            text = self._written(chat, context)
+        except _Unbounded:
+            raise
+        except TemplateRefusal as exc:
+            refusal = exc
         contents = [message["content"].strip() for message in chat if isinstance(message.get("content"), str)]
-        if not any(contents) or any(content and content in text for content in contents):
+        lost = len(contents) if refusal else _lost(contents, text)
+        if not lost:
             return text
         parted = [
             message | {"content": [{"type": "text", "text": message["content"]}]}
@@ -187,11 +201,13 @@ class ChatTemplate:
             else message
             for message in chat
         ]
-        try:
+        with suppress(TemplateRefusal):
             other = self._written(parted, context)
-        except TemplateRefusal:
-            return text
-        return other if all(content in other for content in contents) else text
+            if _PART not in other and _lost(contents, other) < lost:
+                return other
+        if refusal is not None:
+            raise refusal
+        return text
 
     def _written(self, chat: list[dict[str, Any]], context: Mapping[str, Any]) -> str:
         context = self._special_tokens | dict(context) | {"messages": chat, "documents": None}
@@ -204,13 +220,19 @@ class ChatTemplate:
                 size += len(piece)
                 self._environment.check_size(size)
         except _OverrunError as overrun:
-            raise TemplateRefusal(f"The chat template {overrun} on these messages.") from None
+            raise _Unbounded(f"The chat template {overrun} on these messages.") from None
         except jinja2.TemplateError as exc:  # what templates raise by themselves: "roles must alternate"
             raise TemplateRefusal(f"The chat template refuses these messages: {exc}") from None
         except Exception as exc:
             name = type(exc).__name__
             raise TemplateRefusal(f"The chat template fails on these messages ({name}).") from exc
         return "".join(pieces)
+
+
+def _lost(contents: Sequence[str], text: str) -> int:
+    """How many of the messages are not in a prompt's text; of a long chat's those at its ends are looked for."""
+    some = contents if len(contents) <= _MOST else [*contents[: _MOST // 2], *contents[-_MOST // 2 :]]
+    return sum(content not in text for content in some)
 
 
 def _raise_exception(message: str) -> None:

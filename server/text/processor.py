@@ -25,7 +25,7 @@ from server.text.chat_template import ChatTemplate, TemplateRefusal
 from server.text.reasoning import REASONING_FORMATS, ReasoningFormat, reasoning_of, with_thoughts
 from server.text.sandbox import TemplateRenderer
 from server.text.tools.format import ToolFormat
-from server.text.tools.prompt import for_template
+from server.text.tools.prompt import for_template, takes_one_call, with_one_call_each
 from server.text.tools.table import format_of
 
 T = TypeVar("T")
@@ -294,6 +294,8 @@ class TextProcessor:
             raise InvalidRequest("The base model has no chat template; use /v1/completions.", param="messages")
         size = sum(len(message["content"]) for message in messages) + len(messages) + _LONG * bool(tools)
         size += sum(len(message.get("reasoning", "")) for message in messages)
+        if takes_one_call(self._template_source):
+            messages = with_one_call_each(messages)
         chat, shown = messages, None
         if tools or any(_is_more_than_text(message) for message in messages):
             chat, shown = await self.in_thread(size, partial(self.for_template, messages, tools))

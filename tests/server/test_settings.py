@@ -76,6 +76,7 @@ def test_every_setting_is_read_alike_from_flag_and_environment(row: Any) -> None
         "max_body_bytes": "1MiB",
         "max_head_bytes": "1MiB",
         "max_body_items": "2048",
+        "max_body_depth": "100",
         "max_response_bytes": "1MiB",
         "max_upload_bytes": "1GiB",
         "adapter_host_bytes": "1GiB",

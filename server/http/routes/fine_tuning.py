@@ -6,15 +6,16 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from msgspec import to_builtins
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from adapters.peft_format.directory import AdapterSpec
 from adapters.peft_format.fields import AdapterError
+from adapters.storage.database import UnknownCursorError
 from adapters.strict_json import encode_line
 from server.client.engine import TrainingRefused
 from server.errors import InvalidRequest, NotFound, TooManyRequests, shown
@@ -40,7 +41,9 @@ _ORGANIZATION = "org-lorakeet"
 
 
 class JobsQuery(PageQuery):
-    metadata: dict[str, str] = Field({})
+    metadata: Annotated[dict[str, str] | None, BeforeValidator(lambda text: None if text == "null" else text)] = Field(
+        {}
+    )
 
 
 class EventsQuery(ListQuery):
@@ -168,7 +171,7 @@ def _training(services: Services, body: JobBody | EstimateBody) -> hyperparamete
 
 
 async def list_jobs(request: Request, query: JobsQuery) -> Response:
-    """A page of jobs, newest first; `metadata[key]=value` narrows it."""
+    """A page of jobs, newest first; `metadata[key]=value` narrows it, and `metadata=null` to jobs without any."""
     services = services_of(request)
     jobs, more = await asyncio.to_thread(
         services.tuning.jobs.page,
@@ -189,8 +192,14 @@ async def list_events(request: Request, query: EventsQuery) -> Response:
     """A page of a job's events, newest first; or, to who accepts `text/event-stream`, all of them as they happen."""
     job = await _find(request)
     if "text/event-stream" in request.headers.get("accept", ""):
-        after = request.headers.get("last-event-id") or query.after
-        return await _stream_events(request, job, after)
+        last = request.headers.get("last-event-id")
+        try:
+            return await _stream_events(request, job, last or query.after)
+        except UnknownCursorError:
+            if not last:
+                raise
+            message = "`Last-Event-ID` is not the id of an event of this job."
+            raise InvalidRequest(message, param="Last-Event-ID") from None
     events, more = await asyncio.to_thread(
         services_of(request).tuning.jobs.events, job.id, limit=query.limit, after=query.after
     )
@@ -222,7 +231,7 @@ async def _stream_events(request: Request, job: Job, after: str | None) -> Respo
                 yield PING
                 silent = 0.0
             began = time.monotonic()
-            await services.tuning.manager.wait_for_news(_POLL_SECONDS)
+            await services.tuning.manager.wait_for_news(min(_POLL_SECONDS, pings - silent) if pings else _POLL_SECONDS)
             silent += time.monotonic() - began
         yield b"data: [DONE]\n\n"
 

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from starlette.types import Send
 
 from server.errors import InvalidRequest, LorakeetError, TooManyRequests, as_error
-from server.http.answer import Answer, encode_json, send_events, send_json
+from server.http.answer import Answer, encode_json, send_events, send_json, unless_gone
 from server.http.operations import OPENING, Operation
 from server.http.paging import Query, Whole, WindowQuery, window
 from server.openai.chat import Chat, ChatBody, open_chat
@@ -67,6 +67,7 @@ async def create_response(request: Request, body: ResponseBody) -> Answer:
     if not services.responses.enabled and (body.store or body.background):
         param = "store" if body.store else "background"
         raise InvalidRequest(f"`{param}`: this server keeps no responses (--response-days).", param=param)
+    body = await unless_gone(request.receive, body.settled(services.grammars.check))
     work = await asyncio.to_thread(_work, services, caller_of(request), body)  # long inputs take long
     return Answer(partial(_in_background if body.background else _answer, work))
 

@@ -4,19 +4,22 @@ They exist only with `--lora-dir` or `--adapter-hub`, and reach only what lies u
 """
 
 from pathlib import Path
+from typing import Any, ClassVar
 
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
+from adapters.peft_format.fields import AdapterError
 from adapters.storage.versions import UnknownAdapter
-from server.errors import InvalidRequest, NotFound, shown
+from server.errors import InvalidRequest, LorakeetError, NotFound, as_error, shown
 from server.http.answer import unless_gone
 from server.http.fetching import fetch
 from server.http.operations import PUBLISHING, Operation
 from server.http.quotas import check_room
 from server.hub import SCHEME
-from server.openai.body import Body
+from server.openai.body import Body, Label
+from server.openai.parts import renamed
 from server.registry.publish import FILES
 from server.services import Services, caller_of, check_bound, services_of
 from server.tenants.caller import Caller
@@ -35,9 +38,12 @@ class NotFoundError(NotFound):
 
 
 class LoadBody(Body):
+    no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {"is_3d_lora_weight": (False,)}
+
     lora_name: str = ""
     lora_path: str = ""
     load_inplace: bool = False
+    base_model_name: Label | None = None  # a note of gateways on which of their models it belongs to
 
 
 class UnloadBody(Body):
@@ -54,13 +60,16 @@ async def load(request: Request, body: LoadBody) -> Response:
     if not body.load_inplace and _exists(services, caller, body.lora_name):
         message = f"The lora adapter '{shown(body.lora_name)}' has already been loaded."
         raise InvalidUserInput(f"{message} Set 'load_inplace' to replace it.", param="lora_name")
-    if body.lora_path.startswith(SCHEME):
-        _ = services.engine_info  # without a base nothing can be checked, so do not fetch it either
-        async with services.uploads.slot():
-            fetched = fetch(request, body.lora_name, body.lora_path, param="lora_path")
-            await unless_gone(request.receive, fetched)
-    else:
-        await _import(request, services, caller, body)
+    try:
+        if body.lora_path.startswith(SCHEME):
+            _ = services.engine_info  # without a base nothing can be checked, so do not fetch it either
+            async with services.uploads.slot():
+                fetched = fetch(request, body.lora_name, body.lora_path, param="lora_path")
+                await unless_gone(request.receive, fetched)
+        else:
+            await _import(request, services, caller, body)
+    except (LorakeetError, AdapterError) as fault:
+        raise renamed(as_error(fault), [("name", "lora_name")]) from None
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 

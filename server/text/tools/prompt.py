@@ -3,14 +3,18 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from hashlib import blake2b
-from itertools import groupby
+from itertools import groupby, takewhile
 from typing import Any
 
 from server.text.tools.format import Frame, ToolFormat
 from server.text.tools.table import knows_tools
 
 Message = Mapping[str, Any]
+
+_FIRST_CALL = re.compile(r"""\btool_calls(["']\])?\[0\]""")
+_EACH_CALL = re.compile(r"""\bin \w+(\.tool_calls\b|\[["']tool_calls["']\])""")
 
 SYSTEM_TEXT = """\
 # Tools
@@ -31,15 +35,19 @@ def for_template(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
     """Messages and tools for this template; tools are None where it is to see none.
 
-    Arguments of calls become objects, and results come in the order of their calls. A template that knows no tools gets
-    them as text, in the Hermes format.
+    Arguments of calls become objects, and results come in the order of their calls, with their functions' names. A
+    template that knows no tools gets them as text, in the Hermes format.
     """
     chat = _with_results_in_order([dict(message) for message in messages])
     if not knows_tools(template):
         return _with_system_text(_with_results_as_text(_with_calls_as_text(chat, tool_format.frame)), tools), None
     if "tool_calls" not in template:
         chat = _with_calls_as_text(chat, tool_format.frame)
+    named: dict[Any, str] = {}
     for message in chat:
+        named |= {call.get("id"): call["function"]["name"] for call in message.get("tool_calls") or ()}
+        if message["role"] == "tool" and (name := named.get(message.get("tool_call_id"))) is not None:
+            message.setdefault("name", name)  # some templates refuse a result without
         if message.get("tool_calls"):
             message["tool_calls"] = [_call(call, tool_format) for call in message["tool_calls"]]
         if "tool_call_id" in message:
@@ -48,6 +56,36 @@ def for_template(
         chat = _with_system(chat, "")
         chat[0]["tools"] = json.dumps([tool["function"] for tool in tools], ensure_ascii=False)
     return chat, [dict(tool) for tool in tools] or None
+
+
+@lru_cache(64)
+def takes_one_call(template: str) -> bool:
+    """Whether a chat template refuses all calls of a message but the first, or passes over them."""
+    return _FIRST_CALL.search(template) is not None and _EACH_CALL.search(template) is None
+
+
+def with_one_call_each(messages: Sequence[Message]) -> list[Message]:
+    """Several calls of one message as that many messages, each with its results behind it."""
+    chat: list[Message] = []
+    rest = list(_with_results_in_order([dict(message) for message in messages]))
+    while rest:
+        message = rest.pop(0)
+        calls = message.get("tool_calls", ())
+        if len(calls) < 2:
+            chat.append(message)
+            continue
+        results = list(takewhile(lambda each: each["role"] == "tool", rest))
+        del rest[: len(results)]
+        for call in calls:
+            chat.append(message | {"tool_calls": [call]})
+            message = {name: value for name, value in message.items() if name != "reasoning"} | {"content": ""}
+            own = [each for each in results if each.get("tool_call_id") == call["id"]]
+            if not own and results and "tool_call_id" not in results[0]:  # told by their order alone
+                own = results[:1]
+            chat += own
+            results = [each for each in results if all(each is not one for one in own)]
+        chat += results
+    return chat
 
 
 def _with_results_in_order(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:

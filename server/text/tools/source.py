@@ -56,20 +56,25 @@ class Source:
 
     Args:
         parameters: JSON Schemas of the functions' arguments, by the functions' names.
+        calls_only: a grammar lets the answer be calls and nothing else.
 
     Attributes:
+        cut: the answer has ended before it was whole.
         thinking: whether what comes next is a thought; None before that is known.
         silent: texts that are left out wherever they stand.
     """
 
-    def __init__(self, parameters: dict[str, dict[str, Any]]) -> None:
+    def __init__(self, parameters: dict[str, dict[str, Any]], *, calls_only: bool = False) -> None:
         self.parameters = parameters
         self.buffer = ""
-        self.ended = False
+        self.ended = self.cut = False
         self.events: list[Event] = []
         self.thinking: bool | None = None
         self.silent: tuple[str, ...] = ()
+        self._calls_only = calls_only
         self._attempt: str | None = None  # read since a call may have begun; text, if it has not
+        self._certain = False  # that what comes next is of a call
+        self._exhausted = False  # more was wanted than there is
         self._spaces = ""  # at the end of the text: none of it, if a call follows
         self._called = False
         self._begins = False  # white space that comes next is no text
@@ -84,7 +89,7 @@ class Source:
         shown = text.rstrip()
         self._spaces = text[len(shown) :]
         if shown:
-            self._begins = False
+            self._begins = self._certain = False
             self.events.append(Text(shown))
 
     def begin(self, name: Any, known: Collection[str] | None = None) -> None:
@@ -92,7 +97,7 @@ class Source:
         if not isinstance(name, str) or not _NAME.fullmatch(name) or (known is not None and name not in known):
             raise Malformed
         self._spaces, self._attempt = "", None
-        self._called = self._begins = True
+        self._called = self._begins = self._certain = True
         self.events.append(Begin(name))
 
     def write(self, text: str) -> None:
@@ -109,9 +114,12 @@ class Source:
         self.write("{}" if empty else "}")
 
     def give_back(self) -> None:
-        """What was read is no call: it is text, unless a call has begun in it."""
+        """What was read is no call: it is text, unless a call has begun in it, or would have if it was whole."""
         attempt, self._attempt = self._attempt, None
-        self.emit(attempt or "")
+        if self.cut and self._exhausted and (self._certain or self._calls_only):
+            self.buffer = ""
+        else:
+            self.emit(attempt or "")
 
     def finish(self) -> None:
         """Nothing follows."""
@@ -122,14 +130,15 @@ class Source:
 
     def attempt(self) -> None:
         """A call may begin here."""
-        self._attempt = ""
+        self._attempt, self._certain = "", False
 
     def more(self) -> Step[bool]:
         """Wait for more text; false if there is none."""
         size = len(self.buffer)
         while not self.ended and len(self.buffer) == size:
             yield
-        return len(self.buffer) > size
+        self._exhausted = len(self.buffer) == size
+        return not self._exhausted
 
     def take(self, count: int) -> str:
         """The next characters."""
@@ -152,11 +161,13 @@ class Source:
                     self._spaces, self._begins = "", True
                     continue
                 self.attempt()
+                self._certain = True
                 return self.take(len(marker)) and marker
             held = max((_overlap(self.buffer, marker) for marker in markers), default=0)
             self.emit(self.take(len(self.buffer) - held))
             if not (yield from self.more()):
-                self.emit(self.take(held))
+                rest = self.take(held)
+                self.emit("" if self.cut and (self._certain or self._calls_only) else rest)
                 return None
 
     def thought(self, end: str) -> Step[None]:
@@ -189,9 +200,11 @@ class Source:
                 return
 
     def follows(self, literal: str) -> Step[bool]:
-        """Whether this comes next; it is read if so."""
+        """Whether this comes next; it is read if so, and the beginning of it at which the answer was cut short."""
         while len(self.buffer) < len(literal) and literal.startswith(self.buffer):
             if not (yield from self.more()):
+                if self.cut:
+                    self.take(len(self.buffer))
                 return False
         return self.buffer.startswith(literal) and bool(self.take(len(literal)))
 
@@ -300,10 +313,14 @@ Reader = Callable[[Source], Step[None]]
 
 
 class Parser:
-    """Text of one answer in pieces, events out."""
+    """Text of one answer in pieces, events out.
 
-    def __init__(self, reader: Reader, parameters: dict[str, dict[str, Any]]) -> None:
-        self._source = Source(parameters)
+    Args:
+        calls_only: a grammar lets it be calls and nothing else.
+    """
+
+    def __init__(self, reader: Reader, parameters: dict[str, dict[str, Any]], *, calls_only: bool = False) -> None:
+        self._source = Source(parameters, calls_only=calls_only)
         self._steps = reader(self._source)
 
     @property
@@ -311,11 +328,11 @@ class Parser:
         """Whether what comes next is a thought; None before that is known."""
         return self._source.thinking
 
-    def feed(self, text: str, *, last: bool = False) -> list[Event]:
-        """What this text adds; with `last` nothing follows."""
+    def feed(self, text: str, *, last: bool = False, cut: bool = False) -> list[Event]:
+        """What this text adds; with `last` nothing follows, with `cut` because the answer may be no longer."""
         source = self._source
         source.buffer += text
-        source.ended = last
+        source.ended, source.cut = last, cut
         next(self._steps, None)
         if last:
             source.finish()

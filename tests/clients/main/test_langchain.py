@@ -7,11 +7,13 @@ import pytest
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAI
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 
 class Bird(BaseModel):
     """A bird."""
+
+    model_config = ConfigDict(extra="forbid")  # a small model may not come to the end of members that nothing names
 
     name: str = Field(max_length=12)
     colour: Literal["red", "green"]

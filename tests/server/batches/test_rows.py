@@ -10,7 +10,7 @@ import pytest
 from server.batches.rows import Limits, check, read
 
 URL = "/v1/completions"
-LIMITS = Limits(rows=10, body_bytes=1 << 16, body_items=100)
+LIMITS = Limits(rows=10, body_bytes=1 << 16, body_items=100, body_depth=64)
 
 
 def row(name: str, **body: Any) -> bytes:

@@ -169,6 +169,10 @@ HALF: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a word's begin": ({"pattern": r"\<a"}, ["pattern"]),
     "a character of Rust's": ({"pattern": r"\x{41}"}, ["pattern"]),
     "a possessive quantifier": ({"pattern": "a++"}, ["pattern"]),
+    "a member that says that it is required": (
+        {"type": "object", "properties": {"a": {"type": "string", "required": True}}},
+        ["properties", "a", "required"],
+    ),
 }
 
 
@@ -225,6 +229,13 @@ ALLOWED: list[tuple[dict[str, Any], list[str], list[str]]] = [
     ({"type": "number", "allOf": [{"exclusiveMinimum": 3}, {"maximum": 3.01}]}, ["3.01"], ["3"]),
     ({"type": "integer", "exclusiveMinimum": 0}, ["1"], ["0"]),
     ({"type": "number", "exclusiveMinimum": 0}, ["1", "0.001"], ["0", "-1"]),
+    # As schemas made of types have them: 64 bits, float, double.
+    ({"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}, ["0", "-5", str(2**62)], [str(2**63)]),
+    ({"type": "integer", "minimum": 0, "maximum": 2**64 - 1}, ["0", str(2**62)], ["-1", str(2**64)]),
+    ({"type": "integer", "exclusiveMinimum": -1e300}, ["0", "-5"], []),
+    ({"type": "number", "minimum": -3.4028234663852886e38, "maximum": 3.4028234663852886e38}, ["0", "-1.5"], ["1e39"]),
+    ({"type": "number", "exclusiveMaximum": 1.7976931348623157e308}, ["0", "-1.5", str(2**62)], []),
+    ({"type": "number", "minimum": 5e-324, "maximum": 1}, ["0.5", "0.001"], ["0", "-1"]),
 ]
 
 

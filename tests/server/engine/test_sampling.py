@@ -75,7 +75,7 @@ def reference(logits: list[float], row: Row, allowed: list[int] | None) -> list[
     peak = max(scores)
     if peak == -math.inf:
         return None  # nothing is allowed
-    if sampling.temperature == 0:
+    if sampling.temperature == 0 or sampling.top_p == 0:
         return [float(score > peak - 1e-5) for score in scores]  # float32 may make a difference where there is none
     weights = [math.exp((score - peak) / sampling.temperature) for score in scores]
     weights = [weight if weight >= sampling.min_p else 0.0 for weight in weights]
@@ -114,7 +114,7 @@ def test_a_token_is_where_the_reference_says(seed: int) -> None:
         settings: dict[str, Any] = {
             "temperature": rng.choice([0.0, 0.3, 1.0, 2.0]),
             "top_k": rng.choice([0, 0, 0, 1, 20, 1000]),
-            "top_p": rng.choice([1.0, 1.0, 0.99, 0.6, 0.05]),
+            "top_p": rng.choice([1.0, 1.0, 0.99, 0.6, 0.05, 0.0]),
             "min_p": rng.choice([0.0, 0.0, 0.04, 0.5]),
             "presence_penalty": rng.choice([0.0, 0.0, 0.75, -1.5]),
             "frequency_penalty": rng.choice([0.0, 0.0, 0.75, -1.5]),

@@ -184,6 +184,46 @@ async def test_events_live(site: TuningSite) -> None:
     assert "successfully completed" in events[-1][1]
     assert len(events) == len(await site.messages(job["id"]))
     assert await listen({"Last-Event-ID": events[-3][0]}) == events[-2:]
+    url, live = f"/v1/fine_tuning/jobs/{job['id']}/events", {"Accept": "text/event-stream"}
+    refused(await site.client.get(url, headers=live | {"Last-Event-ID": "ftevent-nope"}), "Last-Event-ID")
+    refused(await site.client.get(f"{url}?after=ftevent-nope", headers=live), "after")
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.0])
+async def test_silences_between_events_have_comments(tmp_path: Path, engine: TrainingEngine, seconds: float) -> None:
+    async with tuning_site(tmp_path / "data", engine, stream_ping_seconds=seconds) as site:
+        engine.held = True
+        job = await site.create()
+        await site.until(job["id"], "running")
+        url = f"/v1/fine_tuning/jobs/{job['id']}/events"
+        stream = asyncio.create_task(site.client.get(url, headers={"Accept": "text/event-stream"}))
+        await asyncio.sleep(0.5)
+        engine.held = False
+        blocks = (await stream).text.removesuffix("\n\n").split("\n\n")
+        assert len(blocks) - blocks.count(": ping") == len(await site.messages(job["id"])) + 1
+    assert blocks[-1] == "data: [DONE]"
+    pings = [i for i, block in enumerate(blocks) if block == ": ping"]
+    if seconds:
+        assert len(pings) >= 3
+        assert 0 < pings[0] < len(blocks) - 2
+    else:
+        assert not pings
+
+
+async def test_jobs_are_found_by_their_metadata(site: TuningSite, engine: TrainingEngine) -> None:
+    """OpenAI's: without any filter, by pairs, and those that have none."""
+    engine.held = True
+    bodies: list[dict[str, Any]] = [{}, {"metadata": {"team": "a", "e": ""}}, {"metadata": {}}]
+    ids = [(await site.create(**body))["id"] for body in bodies]
+    found = {
+        query: [job["id"] for job in (await site.client.get(f"/v1/fine_tuning/jobs?{query}")).json()["data"]]
+        for query in ("", "metadata=null", "metadata[team]=a", "metadata[e]=", "metadata[team]=null")
+    }
+    assert found[""] == ids[::-1]
+    assert found["metadata=null"] == [ids[0]]
+    assert found["metadata[team]=a"] == found["metadata[e]="] == [ids[1]]
+    assert found["metadata[team]=null"] == []
+    refused(await site.client.get("/v1/fine_tuning/jobs?metadata=none"), "metadata")
 
 
 async def test_jobs_wait_for_a_slot_in_order(site: TuningSite, engine: TrainingEngine) -> None:

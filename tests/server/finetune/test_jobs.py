@@ -123,6 +123,8 @@ def test_lists_come_newest_first_in_pages(store: JobStore) -> None:
     odd, _ = store.page("", limit=9, metadata={"n": "1"})
     assert [j.id for j in odd] == [jobs[3].id, jobs[1].id]
     assert store.page("", limit=9, metadata={"n": "1", 'x"]': "1"}) == ([], False)
+    assert store.page("", limit=9, metadata=None) == ([], False)
+    assert store.page("", limit=9, metadata={}) == store.page("", limit=9)
     with pytest.raises(UnknownCursorError):
         store.page("", limit=9, after="ftjob-nope")
 

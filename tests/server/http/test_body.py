@@ -34,8 +34,9 @@ from tests.support.harness import Site
         (b'{"\\uDFFF": 1}', "surrogate"),
         (b'{"a": ' + b"9" * 5000 + b"}", "too many digits"),
         (b"[" * 100_000, "deep"),
-        (b'{"a":' * 40 + b"1" + b"}" * 40, "deep"),
-        (b"\xef\xbb\xbf{}", "not valid JSON"),
+        (b'{"a":' * 65 + b"1" + b"}" * 65, "more than 64 levels deep"),
+        (b"\xef\xbb\xbf\xef\xbb\xbf{}", "not valid JSON"),
+        (b"{}\xef\xbb\xbf", "not valid JSON"),
         (b'{"a": "\x01"}', "not valid JSON"),
     ],
 )
@@ -58,6 +59,12 @@ _JSON = st.recursive(
 @given(_JSON, st.booleans())
 def test_everything_else_is_read_as_it_is(value: Any, ascii_only: bool) -> None:
     assert parse_body(json.dumps(value, ensure_ascii=ascii_only).encode()) == value
+
+
+@pytest.mark.parametrize("raw", [b'\xef\xbb\xbf{"a": 1}', b'\xef\xbb\xbf\r\n{"a": 1}\n'])
+def test_a_byte_order_mark_is_passed_over(raw: bytes) -> None:
+    """.NET and PowerShell write one before what they send."""
+    assert parse_body(raw) == {"a": 1}
 
 
 @given(st.binary(max_size=40))

@@ -53,8 +53,19 @@ NO_OPS: dict[str, tuple[list[Any], Any]] = {
     "logits_processors": ([[]], ["mine"]),
     "allowed_token_ids": ([[]], [5]),
     "return_tokens_as_token_ids": ([False], True),
-    "service_tier": (["auto", "default"], "flex"),
+    "service_tier": (["auto", "default", "flex", "priority", "scale"], "first"),
     "documents": ([[]], [{"text": "x"}]),
+    # llama.cpp's and others'
+    "typical_p": ([1, 1.0], 0.9),
+    "tfs_z": ([1, 1.0], 0.9),
+    "top_a": ([0, 0.0], 0.1),
+    "mirostat": ([0], 2),
+    "repeat_penalty": ([1, 1.0], 1.1),
+    "dry_multiplier": ([0, 0.0], 0.8),
+    "xtc_probability": ([0, 0.0], 0.5),
+    "cache_prompt": ([True], False),
+    "mm_processor_kwargs": ([{}], {"num_crops": 4}),
+    "vllm_xargs": ([{}], {"a": 1}),
 }
 CHAT_NO_OPS: dict[str, tuple[list[Any], Any]] = {
     "functions": ([[]], [{"name": "f"}]),
@@ -93,6 +104,7 @@ MARKS: dict[str, Any] = {
     "opts": {"visible": False},
     "created_at": 1.5,
     "cache_control": {"type": "ephemeral"},
+    "copilot_cache_control": {"type": "ephemeral"},
     "annotations": [{"type": "url_citation"}],
     "provider_specific_fields": {"refusal": None},
     "reasoning_details": [{"type": "reasoning.text", "text": "Hm."}],
@@ -115,6 +127,17 @@ async def test_notes_of_clients_and_other_servers_reach_no_prompt(served: Served
     assert plain.prompt == marked.prompt
 
 
+async def test_notes_on_tools_reach_no_prompt(tmp_path: Path) -> None:
+    note = {"cache_control": {"type": "ephemeral"}}
+    async with serving(tmp_path, context=1024) as served:
+        for mark in ({}, note):
+            tool = {"type": "function", "function": {"name": "f"} | mark} | mark
+            response = await served.client.post("/v1/chat/completions", json=CHAT | {"tools": [tool]})
+            assert response.status_code == 200, response.text
+    plain, marked = served.engine.requests
+    assert plain.prompt == marked.prompt
+
+
 async def test_content_elsewhere_in_a_message_is_refused(served: Served) -> None:
     for name in ("audio", "images", "parts", "prefix", "refusal"):
         messages = [{"role": "assistant", "content": "x", name: True}]
@@ -129,8 +152,19 @@ async def test_a_thought_without_an_answer_can_be_sent_back(served: Served, name
     assert response.status_code == 200, response.text
 
 
-@pytest.mark.parametrize("hint", [{"reasoning_effort": "low"}, {"verbosity": "high"}])
-async def test_hints_to_models_that_reason_are_accepted(served: Served, hint: dict[str, Any]) -> None:
+PARTS = [{"type": "text", "text": "A fox."}]
+
+
+@pytest.mark.parametrize(
+    "hint",
+    [
+        {"reasoning_effort": "low"},
+        {"verbosity": "high"},
+        {"prediction": {"type": "content", "content": "A fox."}},
+        {"prediction": {"type": "content", "content": PARTS}},
+    ],
+)
+async def test_hints_of_chat_are_accepted(served: Served, hint: dict[str, Any]) -> None:
     assert (await served.client.post("/v1/chat/completions", json=CHAT | hint)).status_code == 200
 
 

@@ -189,7 +189,7 @@ async def test_large_bodies_of_clients_that_left_are_not_read(
     read: list[int] = []
     gone = threading.Event()
 
-    def slow(raw: bytes, max_items: int) -> Any:
+    def slow(raw: bytes, max_items: int, max_depth: int) -> Any:
         read.append(len(raw))
         assert gone.wait(60)
         return json.loads(raw)

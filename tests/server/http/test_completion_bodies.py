@@ -77,7 +77,7 @@ NUMBERS: dict[str, tuple[Any, Any]] = {  # the lowest and the highest value
     "min_tokens": (0, None),
     "n": (1, 128),
     "temperature": (0, 2),
-    "top_p": (1e-9, 1),
+    "top_p": (0, 1),
     "top_k": (-1, 2**31 - 1),
     "min_p": (0, 1),
     "seed": (-(2**63), 2**63 - 1),

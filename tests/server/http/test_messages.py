@@ -289,6 +289,9 @@ async def test_tokens_are_counted_as_they_are_used(served: Served) -> None:
     used = (await made(served, **asked))["usage"]["input_tokens"]
     response = await post(served, "/count_tokens", max_tokens=None, **asked)
     assert response.json() == {"input_tokens": used}
+    idle = {"mcp_servers": [], "context_management": {"edits": []}, "speed": "standard"}  # of assistants
+    response = await post(served, "/count_tokens", max_tokens=None, **asked, **idle)
+    assert response.json() == {"input_tokens": used}
 
 
 # --- refusals -----------------------------------------------------------------------------------------------
@@ -398,6 +401,9 @@ async def test_a_thought_is_a_block_before_the_answer(served: Served) -> None:
     deltas = [e["delta"] for e in stream if e["type"] == "content_block_delta" and e["index"] == 0]
     assert {delta["type"] for delta in deltas} == {"thinking_delta"}
     assert "".join(delta["thinking"] for delta in deltas) == "Is it far?"
+    unseen = {"type": "adaptive", "display": "omitted"}
+    assert (await made(served, thinking=unseen))["content"] == body["content"][1:]
+    assert "Is it far?" not in (await post(served, thinking=unseen, stream=True)).text
     use = {"type": "tool_use", "id": "t", "name": "f", "input": {}}
     result = {"type": "tool_result", "tool_use_id": "t", "content": "x"}
     turns = [{"role": "assistant", "content": [body["content"][0], use]}, {"role": "user", "content": [result]}]

@@ -196,7 +196,9 @@ async def test_load_and_unload_as_vllm_does(lora_site: Site, tmp_path: Path) -> 
     again = await load(lora_site, lora_name="a", lora_path="one")
     assert again.status_code == 400
     assert again.json()["error"]["type"] == "InvalidUserInput"
-    assert (await load(lora_site, lora_name="a", lora_path="one", load_inplace=True)).status_code == 200
+    of_gateways = {"base_model_name": "meta-llama/Llama-3.1-8B-Instruct", "is_3d_lora_weight": False}
+    again = await load(lora_site, lora_name="a", lora_path="one", load_inplace=True, **of_gateways)
+    assert again.status_code == 200, again.text
     assert lora_site.names() == ["a"]
 
     gone = await unload(lora_site, lora_name="a", lora_int_id=1)
@@ -244,3 +246,10 @@ async def test_a_bad_adapter_is_named(lora_site: Site, tmp_path: Path) -> None:
     write_adapter(tmp_path / "loras" / "one", use_qalora=True)
     response = await load(lora_site, lora_name="a", lora_path="one")
     assert (response.status_code, response.json()["error"]["param"]) == (400, "use_qalora")
+
+
+@pytest.mark.parametrize("name", ["a b", "../x", "x" * 129, BASE])
+async def test_a_bad_name_is_refused_under_its_field(lora_site: Site, tmp_path: Path, name: str) -> None:
+    write_adapter(tmp_path / "loras" / "one")
+    response = await load(lora_site, lora_name=name, lora_path="one")
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "lora_name"), response.text

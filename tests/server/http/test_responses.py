@@ -237,6 +237,22 @@ async def test_instructions_and_items_make_the_prompt(served: Served) -> None:
     assert sent_prompt(served) == responses
 
 
+async def test_functions_are_strict_if_they_can_be(served: Served) -> None:
+    """Unless they say: schemas of MCP servers come with keywords that no grammar has."""
+    unique = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+    bare = {name: value for name, value in WEATHER.items() if name != "strict"}
+    tools = [bare, bare | {"name": "set", "parameters": unique}, bare | {"name": "loose", "strict": False}]
+    assert [tool["strict"] for tool in (await made(served, tools=tools))["tools"]] == [True, False, False]
+    grammar = served.engine.requests[-1].sampling.grammar
+    assert grammar is not None
+    assert '"city"' in grammar.text
+    assert "uniqueItems" not in grammar.text
+    for more in ({"tools": [tools[0], tools[1] | {"strict": True}]}, {"tools": tools, "tool_choice": "required"}):
+        response = await post(served, **more)
+        place = "tools.1.parameters.properties.a.uniqueItems"
+        assert (response.status_code, response.json()["error"]["param"]) == (400, place)
+
+
 async def test_formats_and_choices_are_those_of_chat(served: Served) -> None:
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     await post(served, text={"format": {"type": "json_schema", "name": "x", "schema": schema, "strict": True}})

@@ -159,3 +159,34 @@ async def test_the_engine_is_told_what_was_checked(served: Served) -> None:
     assert grammar is not None
     assert grammar.size > 0
     assert (grammar.kind, json.loads(grammar.text)) == (Grammar("choice", "").kind, ["a"])
+
+
+def nested(levels: int) -> dict[str, Any]:
+    """The schema of an object of lists of objects of lists ..."""
+    schema: dict[str, Any] = {"type": "string", "maxLength": 3}
+    for _ in range(levels):
+        items = {"type": "array", "items": schema, "maxItems": 1}
+        schema = {"type": "object", "properties": {"a": items}, "required": ["a"], "additionalProperties": False}
+    return schema
+
+
+@pytest.mark.parametrize(("levels", "depth"), [(10, 64), (19, 64), (22, 64), (37, 120), (40, 120)])
+async def test_schemas_nested_deep(tmp_path: Path, levels: int, depth: int) -> None:
+    """OpenAI promises ten levels of objects; a list among them is another."""
+    schema = nested(levels)
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    message = {"model": BASE, "messages": HELLO, "max_tokens": 5}
+    answer = {"model": BASE, "input": "Hi", "text": {"format": {"type": "json_schema", "name": "x", "schema": schema}}}
+    bodies = [
+        ("/v1/chat/completions", message | {"response_format": form}),
+        ("/v1/chat/completions", message | {"tools": [tool], "tool_choice": "required"}),
+        ("/v1/responses", answer | {"max_output_tokens": 5}),
+    ]
+    async with serving(tmp_path, context=20_000, max_body_depth=depth) as served:
+        for path, body in bodies:
+            response = await served.client.post(path, json=body)
+            if 3 * levels < depth - 6:
+                assert response.status_code == 200, response.text
+            else:
+                assert (response.status_code, f"{depth} levels" in response.text) == (400, True), response.text

@@ -139,6 +139,15 @@ async def test_a_call_that_is_cut_short(served: Served) -> None:
     assert call["function"]["arguments"].startswith('{"city": ')
 
 
+@pytest.mark.parametrize("shown", ["<tool_call>", '<tool_call>\n{"na'])
+async def test_an_answer_cut_short_before_the_name_of_its_call_has_no_text(served: Served, shown: str) -> None:
+    served.engine.reply = lambda request: encode(shown + 'me": "now"}')
+    body = {"max_tokens": len(encode(shown))}
+    choice = (await chat(served, **body)).json()["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("", "length")
+    assert assembled(events(await chat(served, stream=True, **body)))["content"] in ("", None)
+
+
 async def test_logprobs_and_token_ids_spell_the_whole_text(served: Served) -> None:
     options = {"logprobs": True, "return_token_ids": True}
     whole = (await chat(served, **options)).json()["choices"][0]
@@ -290,7 +299,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "parallel": ({"parallel_tool_calls": "no"}, "parallel_tool_calls"),
     "arguments": (
-        {"messages": called(function={"name": "now", "arguments": {"a": 1}})},
+        {"messages": called(function={"name": "now", "arguments": [1]})},
         "messages.1.tool_calls.0.function.arguments",
     ),
     "called name": (

@@ -41,7 +41,7 @@ JOB: dict[str, Any] = {"model": "m", "training_file": "f"}
 MESSAGE = CHAT | {"max_tokens": 5}
 SCHEMA = {"type": "json_schema", "json_schema": {"schema": {}}}
 FAULTS: list[tuple[type[Body], dict[str, Any], str, str]] = [
-    (ChatBody, CHAT | {"guided_json": 5}, "guided_json", ""),
+    (ChatBody, CHAT | {"guided_json": 5}, "guided_json", "an object or a valid string"),
     (ChatBody, CHAT | {"stop": 5}, "stop", "string"),
     (ChatBody, CHAT | {"response_format": SCHEMA}, "response_format.json_schema.name", "required"),
     (ChatBody, CHAT | {"response_format": {"type": "json_schema"}}, "response_format.json_schema", "required"),
@@ -51,12 +51,12 @@ FAULTS: list[tuple[type[Body], dict[str, Any], str, str]] = [
     (ChatBody, CHAT | {"tool_choice": {"type": "mcp"}}, "tool_choice", "allowed_tools"),
     (ChatBody, CHAT | {"tool_choice": {"type": ["function"]}}, "tool_choice", "allowed_tools"),
     (ChatBody, CHAT | {"tool_choice": {"type": "function", "name": "f"}}, "tool_choice.function", "required"),
-    (ChatBody, CHAT | {"structured_outputs": {"json": 5}}, "structured_outputs.json", ""),
+    (ChatBody, CHAT | {"structured_outputs": {"json": 5}}, "structured_outputs.json", "object or a valid string"),
     (ChatBody, CHAT | {"logit_bias": {"x": 1}}, "logit_bias", "token id"),
     (ResponseBody, RESPONSE | {"text": {"format": {"type": "json_schema", "schema": {}}}}, "text.format.name", "requ"),
     (ResponseBody, RESPONSE | {"tool_choice": {"type": "allowed_tools"}}, "tool_choice.mode", "required"),
     (JobBody, JOB | {"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs", "greater than"),
-    (JobBody, JOB | {"hyperparameters": {"n_epochs": 1.5}}, "hyperparameters.n_epochs", ""),
+    (JobBody, JOB | {"hyperparameters": {"n_epochs": "3"}}, "hyperparameters.n_epochs", "'auto' or a valid integer"),
     (JobBody, JOB | {"lora": {"target_modules": [5]}}, "lora.target_modules.0", "string"),
     (MessageBody, MESSAGE | {"output_config": {"format": {"type": "x"}}}, "output_config.format.type", ""),
 ]

@@ -43,7 +43,7 @@ def test_the_built_in_model_brings_its_makers_values(tmp_path: Path) -> None:
     [
         ("temperature", 2.5),
         ("temperature", "1"),
-        ("top_p", 0),
+        ("top_p", -0.1),
         ("top_k", -2),
         ("repetition_penalty", 0),
         ("min_p", True),

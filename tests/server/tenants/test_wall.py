@@ -117,6 +117,7 @@ OTHERS = {
     *("tool_call_id", "tool_use_id", "call_id", "content[].id", "previous_message_id"),
     *("suffix", "bias", "modules_to_save[]", "target_modules", "target_modules[]", "target_parameters[]"),
     *("name", "source", "lora_path", "tenants[]", "adapters[]"),  # of what is made, fetched, shared or bound
+    "base_model_name",  # a note that nothing looks up
 }
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 # Bodies of routes whose path names an object.

@@ -190,7 +190,8 @@ def test_a_message_that_the_template_rewrites_cannot_be_continued() -> None:
 def test_developer_is_the_system_unless_the_template_knows_better() -> None:
     messages = [{"role": "developer", "content": "x"}]
     assert "system" in ChatTemplate(CHAT_TEMPLATE, {}).render(messages)
-    assert "developer" in ChatTemplate("{# developer #}" + CHAT_TEMPLATE, {}).render(messages)
+    assert "system" in ChatTemplate("{# of the developer #}" + CHAT_TEMPLATE, {}).render(messages)
+    assert "developer" in ChatTemplate("{% set known = ['developer'] %}" + CHAT_TEMPLATE, {}).render(messages)
 
 
 STRICT_SYSTEM = (
@@ -254,6 +255,30 @@ def test_templates_of_image_models_that_take_parts_only_get_the_text_as_one() ->
     template = ChatTemplate(source, {})
     assert template.render(chat) == "user:Hello;assistant:Hi;"
     assert template.render(chat, continue_final_message=True) == "user:Hello;assistant:Hi"
+
+
+@pytest.mark.parametrize(
+    ("of_tools", "written"),
+    [
+        ("{{ m.content[0].text.strip() }}", "sunny"),
+        ("{{ m.content[0].text }}", "sunny"),
+        (
+            "{% for part in m.content %}{{ loop.index0 }}: {{ part | tojson }},{% endfor %}",
+            '0: {"type": "text", "text": "sunny"},',
+        ),
+    ],
+)
+def test_templates_that_take_parts_of_some_messages_lose_nothing(of_tools: str, written: str) -> None:
+    """Cohere's, of results: with a string they fail, or pass over it, or write one letter after the other."""
+    source = (
+        "{% for m in messages %}{% if m.role == 'tool' %}" + of_tools + "{% else %}"
+        "{{ m.content if m.content is string else m.content[0].text }}{% endif %};{% endfor %}"
+    )
+    chat = [{"role": "user", "content": "Hello"}, {"role": "tool", "content": "sunny"}]
+    assert ChatTemplate(source, {}).render(chat) == f"Hello;{written};"
+    whole = ChatTemplate("{% for m in messages %}{{ m.content | tojson }}{% endfor %}", {})
+    quoted = [{"role": "user", "content": 'Say "hi"'}, {"role": "user", "content": "Now"}]
+    assert whole.render(quoted) == '"Say \\"hi\\"""Now"'
 
 
 @pytest.mark.parametrize("name", ["chat_template.json", "processor_config.json"])

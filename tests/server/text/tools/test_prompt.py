@@ -108,7 +108,7 @@ async def test_history_and_tools_in_the_template_s_own_way(name: str, expected: 
     assert "The weather." not in await rendered(TOOL_TEMPLATES[name], HISTORY, [])
 
 
-@pytest.mark.parametrize("template", [*(name for name in TOOL_TEMPLATES if name != "gpt_oss"), None])  # one call a turn
+@pytest.mark.parametrize("template", [*TOOL_TEMPLATES, None])
 async def test_results_come_in_the_order_of_their_calls(template: str | None) -> None:
     source = CHAT_TEMPLATE if template is None else TOOL_TEMPLATES[template]
     calls = {"role": "assistant", "content": "", "tool_calls": [CALL | {"id": id_} for id_ in ("call_a", "call_b")]}
@@ -116,6 +116,44 @@ async def test_results_come_in_the_order_of_their_calls(template: str | None) ->
     in_order = await rendered(source, [HISTORY[0], calls, of_a, of_b], [WEATHER])
     assert in_order.index("<a>") < in_order.index("<b>")
     assert await rendered(source, [HISTORY[0], calls, of_b, of_a], [WEATHER]) == in_order
+
+
+async def test_results_have_the_name_of_their_function() -> None:
+    """Hermes's and FunctionGemma's templates refuse them without; OpenAI's clients leave it out."""
+    source = (
+        "{% for m in messages %}{% for call in m.tool_calls or [] %}{{ call.function.name }}{% endfor %}"
+        "{% if m.role == 'tool' %}{% if m.name is not defined %}{{ raise_exception('name') }}{% endif %}"
+        "<{{ m.name }}: {{ m.content }}>{% endif %}{% endfor %}{{ tools | length }}"
+    )
+    assert await rendered(source, HISTORY, [WEATHER]) == "get_weather<get_weather: sunny>1"
+    given = [*HISTORY[:2], HISTORY[2] | {"name": "mine"}]
+    assert await rendered(source, given, [WEATHER]) == "get_weather<mine: sunny>1"
+    again = json.loads(json.dumps(HISTORY[1:3]).replace("get_weather", "get_time"))  # of the same id
+    named = "get_weather<get_weather: sunny>get_time<get_time: sunny>1"
+    assert await rendered(source, [*HISTORY, *again], [WEATHER]) == named
+
+
+ONE_CALL = """{% for message in messages %}{% if message.tool_calls %}\
+{% if not message.tool_calls|length == 1 %}{{ raise_exception("one call at once") }}{% endif %}\
+{% set call = message.tool_calls[0].function %}[{{ message.content }}|{{ call.name }}|{{ call.arguments | tojson }}]\
+{% else %}[{{ message.role }}|{{ message.content }}]{% endif %}{% endfor %}{{ tools | length }}"""
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("source", [ONE_CALL, ONE_CALL.replace("message.tool_calls[0]", "message['tool_calls'][0]")])
+async def test_templates_of_one_call_get_several_one_by_one(source: str, named: bool) -> None:
+    """Llama's refuses others, gpt-oss's passes over them; their models write several all the same."""
+    functions = [{"name": name, "arguments": f'{{"city": "{name}"}}'} for name in ("a", "b")]
+    calls = [CALL | {"id": f"call_{each['name']}", "function": each} for each in functions]
+    ids: list[dict[str, Any]] = [{"tool_call_id": f"call_{name}"} if named else {} for name in "ab"]
+    results = [{"role": "tool", "content": f"<{name}>"} | id_ for name, id_ in zip("ab", ids, strict=True)]
+    answer = {"role": "assistant", "content": "I look.", "tool_calls": calls}
+    history = [HISTORY[0], answer, *(results[::-1] if named else results), {"role": "assistant", "content": "Fine."}]
+    assert await rendered(source, history, [WEATHER]) == (
+        '[user|How is Rome?][I look.|a|{"city": "a"}][tool|<a>][|b|{"city": "b"}][tool|<b>][assistant|Fine.]1'
+    )
+    late = [*history[:3], {"role": "tool", "content": "<c>", "tool_call_id": "call_c"}, history[-1]]
+    assert "<c>][assistant|Fine.]" in await rendered(source, late, [WEATHER])
 
 
 async def test_results_of_no_known_call_stay_where_they_are() -> None:

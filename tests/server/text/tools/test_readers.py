@@ -128,12 +128,12 @@ WRITTEN: list[tuple[str, str]] = [
 ]
 
 
-def read(name: str, *pieces: str) -> list[Event]:
-    """All events, text and arguments that follow each other joined."""
-    parser = Parser(FORMATS[name].reader, PARAMETERS)
+def read(name: str, *pieces: str, ends: bool = True, calls_only: bool = False) -> list[Event]:
+    """All events, text and arguments that follow each other joined; of an answer that `ends`, or is cut short."""
+    parser = Parser(FORMATS[name].reader, PARAMETERS, calls_only=calls_only)
     events = [event for piece in pieces for event in parser.feed(piece)]
     joined: list[Event] = []
-    for event in [*events, *parser.feed("", last=True)]:
+    for event in [*events, *parser.feed("", last=True, cut=not ends)]:
         match joined[-1] if joined else None, event:
             case Text(before), Text(text):
                 joined[-1] = Text(before + text)
@@ -251,6 +251,34 @@ def test_an_answer_cut_short_is_no_fault(name: str, text: str) -> None:
     for length in range(len(text)):
         names = [event.name for event in read(name, text[:length]) if isinstance(event, Begin)]
         assert names == ["get_weather", "now"][: len(names)]
+
+
+@pytest.mark.parametrize(("name", "text"), WRITTEN)
+def test_no_part_of_a_call_that_is_cut_short_is_text(name: str, text: str) -> None:
+    marker = FORMATS[name].frame.marker
+    for length in range(len(text)):
+        events = read(name, text[:length], ends=False)
+        shown = [event.text for event in events if isinstance(event, Text)]
+        if marker or any(isinstance(event, Begin) for event in events):
+            assert all(text.startswith(part) or marker.startswith(part) for part in shown)  # before it is whole
+            assert not any(marker in part for part in shown if marker)
+        else:
+            assert shown == [text[:length]] or not text[:length]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_calls_and_nothing_else_are_cut_short_without_text(name: str) -> None:
+    frame = FORMATS[name].frame
+    call = f'{frame.head}get_weather{frame.middle}{{"city": "Rome"}}{frame.tail}'
+    text = frame.begin + call + frame.separator + call + frame.end
+    for length in range(len(text)):
+        events = read(name, text[:length], ends=False, calls_only=True)
+        assert not any(isinstance(event, Text) for event in events)
+
+
+@pytest.mark.parametrize("text", ["I look", "a < b", 'See <tool_call> ! {"a"', "<tool_call>no", "1 <tool"])
+def test_text_that_is_cut_short_stays_text(text: str) -> None:
+    assert read("hermes", *text, ends=False) == [Text(text)]
 
 
 def test_nesting_without_end_is_no_call() -> None:
