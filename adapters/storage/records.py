@@ -83,9 +83,7 @@ class Records:
         self._bucket = bucket
         self._prefix = prefix
         self._known: dict[str, tuple[int, str | None]] = {}  # key -> revision, ETag
-        self._missed: dict[
-            str, Future[Record]
-        ] = {}  # keys that were looked for since the last list, and what was found
+        self._missed: dict[str, Future[Record]] = {}  # what was looked for since the last list
         self._lock = threading.Lock()
 
     # --- seeing --------------------------------------------------------------------------------------

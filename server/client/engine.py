@@ -268,10 +268,10 @@ class LocalEngine:
                 item = await queue.get()
                 if isinstance(item, EngineUnavailable):
                     raise item
-                if isinstance(item, JobEnded):
-                    del self._jobs[id_]  # over: nothing to cancel
+                if ended := isinstance(item, JobEnded):
+                    del self._jobs[id_]  # nothing to cancel
                 yield replace(item, id=job.id)
-                if isinstance(item, JobEnded):
+                if ended:
                     return
         finally:
             if self._job_ids.get(job.id) == id_:

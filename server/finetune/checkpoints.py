@@ -113,10 +113,9 @@ class CheckpointAdapters:
     def last_good(self, job: Job) -> str | None:
         """The directory of the latest checkpoint whose files are what they were when it was written down."""
         for kept in self._jobs.resumable(job.id)[:KEPT_CHECKPOINTS]:
-            directory = self._here(job, kept)
-            for made in (directory.parent, directory):  # not the job's own: it is gone when the job has been cancelled
-                made.mkdir(exist_ok=True)
-            self._jobs.fetch(job.id, directory, kept.hashes)
+            root, directory = self._directory / job.id, self._here(job, kept)
+            at = directory.relative_to(root)
+            self._jobs.fetch(job.id, root, {str(at / name): hash_ for name, hash_ in kept.hashes.items()})
             with contextlib.suppress(OSError):
                 if {name: file_hash(directory / name) for name in kept.hashes} == kept.hashes:
                     return str(directory)
