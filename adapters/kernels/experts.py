@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adapters.kernels.placement import on_huge_pages
-from adapters.kernels.weight import QuantizedWeight, WeightKind
+from adapters.kernels.weight import Int8Copy, QuantizedWeight, WeightKind
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +25,7 @@ class ExpertWeights:
     nested_code: Tensor | None = None
     blocksize: int = 0
     nested_blocksize: int = 0
+    int8: Int8Copy | None = None  # of every expert, its `data` stacked; see `with_int8_inputs`
 
     @classmethod
     def quantize(cls, experts: Iterable[Tensor], kind: str, dtype: torch.dtype) -> "ExpertWeights":
@@ -62,6 +63,12 @@ class ExpertWeights:
         moved: dict[str, Any] = {name: on_huge_pages(tensor) for name, tensor in self.tensors().items()}
         return replace(self, **moved)
 
+    def with_int8_inputs(self) -> "ExpertWeights":
+        """The same weights, to be multiplied by inputs rounded to int8: see `QuantizedWeight.with_int8_inputs`."""
+        copies = [copy for expert in range(len(self)) if (copy := self[expert].with_int8_inputs().int8)]
+        data = on_huge_pages(torch.stack([copy.data for copy in copies]))
+        return replace(self, int8=Int8Copy(data, copies[0].levels))
+
     def __len__(self) -> int:
         return len(self.data)
 
@@ -81,6 +88,7 @@ class ExpertWeights:
             self.nested_code,
             self.nested_blocksize,
             0.0 if self.offset is None else float(self.offset[expert]),
+            None if self.int8 is None else Int8Copy(self.int8.data[expert], self.int8.levels),
         )
 
 

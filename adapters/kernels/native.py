@@ -427,7 +427,8 @@ def experts_struct(weights: ExpertWeights) -> ExpertsStruct:
     data, absmax, nested = weights.data[0], weights.absmax, weights.nested_absmax
     kind = _DENSE_KINDS[data.dtype] if weights.kind == "dense" else 1 if weights.kind == "int8" else 0
     plain, doubly = (absmax, None) if nested is None else (None, absmax)
-    first = (address(data), address(plain), address(weights.code), None, kind, *weights.shape, weights.blocksize)
+    copy = (None, None) if weights.int8 is None else (address(weights.int8.data), address(weights.int8.levels))
+    first = (address(data), address(plain), address(weights.code), None, kind, *weights.shape, weights.blocksize, *copy)
     count = 0 if absmax is None else absmax[0].numel()
     parts = map(address, (doubly, nested, weights.nested_code, weights.offset))
     return ExpertsStruct(WeightStruct(*first), data.nbytes, count, *parts, weights.nested_blocksize)

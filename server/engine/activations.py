@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
-from adapters.kernels import native
+from adapters.kernels import ExpertWeights, QuantizedWeight, native
 from server.engine.block_pool import BlockPool
 from server.engine.blocks import BlockGroups
 from server.engine.comparison import Comparison, drift, longest_text
@@ -69,11 +69,13 @@ def round_to_int8(engine: Engine, directory: Path) -> None:
         raise UnservableModel(
             "--activations int8 needs the C++ kernels, which this machine can neither load nor compile: leave it out"
         )
-    rounded = {}
-    for linear in base.linears:
-        if native.takes_weight(linear.weight):
+    weights: dict[str, QuantizedWeight | ExpertWeights] = {linear.name: linear.weight for linear in base.linears}
+    weights |= {linear.name: linear.weights for linear in base.experts}
+    rounded: dict[str, QuantizedWeight | ExpertWeights] = {}
+    for name, weight in weights.items():
+        if native.takes_weight(weight):
             with suppress(ValueError):
-                rounded[linear.name] = linear.weight.with_int8_inputs()
+                rounded[name] = weight.with_int8_inputs()
     if not rounded:
         raise UnservableModel(
             "--activations int8 is for linears in nf4 or fp4 (--quantization), and this base has none"
@@ -83,7 +85,7 @@ def round_to_int8(engine: Engine, directory: Path) -> None:
     log.info(
         "activations are rounded to int8 in %d of %d linears: mean KL %.4f nats from exact, the same most likely token "
         "at %.1f%% of %d positions",
-        *(len(rounded), len(base.linears), found.mean_kl, 100 * found.greedy_agreement, found.positions),
+        *(len(rounded), len(weights), found.mean_kl, 100 * found.greedy_agreement, found.positions),
     )
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from adapters import kernels
 from adapters.device.experts import ExpertLinear
 from adapters.device.lora import FrozenLinear, LoraLinear, StepSlot, wrap_linears
-from adapters.kernels import QuantizedWeight, native
+from adapters.kernels import ExpertWeights, QuantizedWeight, native
 from adapters.peft_format.sizes import ExpertsSize, LinearSize
 from server.model import UnservableModel, attention, experts, geometry, loading, mixers, naming, positions, probe
 from server.model.geometry import LayerKV
@@ -32,6 +32,8 @@ from server.model.states import LayerState
 __all__ = ["Base", "UnservableModel", "check_servable", "load", "refusing", "sketch_head", "with_weights"]
 
 log = logging.getLogger("lorakeet.engine")
+
+M = TypeVar("M", bound=nn.Module)
 
 SERVED_LAYERS = {"full_attention", "sliding_attention"}
 OTHER_LAYERS = {"linear_attention", "conv", "hybrid", "moe", "mlp"}  # of the types that `mixers` takes over
@@ -181,16 +183,23 @@ def _first_line(fault: Exception) -> str:
     return lines[0] if lines else "no reason given"
 
 
-def with_weights(base: Base, weights: Mapping[str, QuantizedWeight]) -> Base:
-    """The same base with other weights in some of its linears (by full name); everything else is shared, not copied."""
-    linears = []
-    for linear in base.linears:
-        if linear.name in weights:
-            linear = copy.copy(linear)
-            linear.weight = weights[linear.name]
-        linears.append(linear)
-    replaced = {id(old): new for old, new in zip(base.linears, linears, strict=True)}
-    return dataclasses.replace(base, model=_view(base.model, replaced), linears=linears)
+def with_weights(base: Base, weights: Mapping[str, QuantizedWeight | ExpertWeights]) -> Base:
+    """The same base with other weights in some of its linears, experts' included, by full name.
+
+    Everything else is shared, not copied.
+    """
+    linears = [_altered(one, weight=weights[one.name]) if one.name in weights else one for one in base.linears]
+    routed = [_altered(one, weights=weights[one.name]) if one.name in weights else one for one in base.experts]
+    replaced = {id(old): new for old, new in zip(base.trainable, [*linears, *routed], strict=True)}
+    return dataclasses.replace(base, model=_view(base.model, replaced), linears=linears, experts=routed)
+
+
+def _altered(module: M, **attributes: Any) -> M:
+    """A shallow copy with other attributes."""
+    altered = copy.copy(module)
+    for name, value in attributes.items():
+        setattr(altered, name, value)
+    return altered
 
 
 def _view(module: nn.Module, replaced: Mapping[int, nn.Module]) -> Any:

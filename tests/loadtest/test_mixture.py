@@ -39,17 +39,22 @@ def test_a_step_is_timed_when_everybody_has_begun() -> None:
 
 def test_the_verdicts_take_the_fastest_peer() -> None:
     def side(name: str, one: list[float], eight: list[float]) -> mixture.Side:
-        return mixture.Side(name, "", {}, {1: one, 8: eight})
+        module = mixture.OURS if name.startswith("ours") else mixture.PEER
+        return mixture.Side(name, module, {}, {1: one, 8: eight})
 
-    rows = [side("ours", [2.0, 3.0, 9.0], [30.0]), side("a", [9.0], [50.0]), side("b", [12.0], [45.0])]
+    ours = side("ours", [2.0, 3.0, 9.0], [30.0]), side("ours, int8", [2.0], [9.0])
+    rows = [*ours, side("a", [9.0], [50.0]), side("b", [12.0], [45.0])]
     result = mixture.summary(rows, mixture.SHAPE, 20.0, {"read_gb_s": 19.0, "threads": 2})
-    assert [line["value"] for line in result["verdicts"]] == [3.0, 1.5]
-    assert [line["holds"] for line in result["verdicts"]] == [True, False]
+    bound = {count: mixture.active_bytes(mixture.SHAPE, count) / 20e6 for count in mixture.COUNTS}
+    of_bound = [row.median(count) / bound[count] for row in ours for count in mixture.COUNTS]
+    assert [line["value"] for line in result["verdicts"]] == [3.0, 1.5, *(pytest.approx(x, abs=1e-3) for x in of_bound)]
+    assert [line["holds"] for line in result["verdicts"]] == [True, False, False, False, True, False]
     assert result["bound_ms"]["1"] == pytest.approx(mixture.active_bytes(mixture.SHAPE, 1) / 20e6)
     assert result["roofline"] == {"read_gb_s": 20.0, "threads": 2}
-    assert mixture.table(result).row_count == 4
-    assert mixture.markdown(result).splitlines()[2:4] == [
+    assert mixture.table(result).row_count == 5
+    assert mixture.markdown(result).splitlines()[2:5] == [
         "| ours | 3.0 (2.0-9.0) | 30.0 (30.0-30.0) |",
+        "| ours, int8 | 2.0 (2.0-2.0) | 9.0 (9.0-9.0) |",
         "| a | 9.0 (9.0-9.0) | 50.0 (50.0-50.0) |",
     ]
 
@@ -78,13 +83,14 @@ def test_every_layout_of_the_peer_computes_the_same_model() -> None:
 
 def test_both_sides_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     every = mixture.sides(tmp_path)
-    assert [row.name for row in every][:2] == [
+    assert [row.name for row in every][:3] == [
         "lorakeet",
+        "lorakeet, int8 activations",
         "transformers + bitsandbytes, experts not quantised, fp32",
     ]
-    monkeypatch.setattr(mixture, "sides", lambda _: [every[0], every[5]])
+    monkeypatch.setattr(mixture, "sides", lambda _: [*every[:2], every[6]])
     monkeypatch.setattr(kernels, "roofline", lambda: {"read_gb_s": 1.0, "threads": 1})
     said: list[str] = []
     result = mixture.run(tmp_path, threads=1, rounds=1, report=said.append, shape=TINY, tokens=4)
-    assert len(said) == 4
+    assert len(said) == 6
     assert all(len(values) == 1 and values[0] > 0 for row in result["rows"] for values in row["ms"].values())

@@ -4,6 +4,7 @@
 
 #include "elementwise.h"
 #include "export.h"
+#include "int8.h"
 #include "pool.h"
 
 namespace {
@@ -34,12 +35,16 @@ void undo(const float* code, const uint8_t* at, int64_t count, float scale, floa
     for (; i < count; i++) to[i] = code[at[i]] * scale + offset;
 }
 
+// Groups of outputs of the int8 copy of an expert.
+int64_t groups_of(const Weight& w) { return (w.out + 15) / 16; }
+
 // The weight of one expert, whose scales are good for outputs [first, last).
 Weight weight_of(const Experts& experts, int expert, int first, int last) {
     Weight w = experts.first;
     w.data = (const char*)w.data + expert * experts.bytes;
+    if (w.int8) w.int8 = int8_group(w, (int64_t)expert * groups_of(w));
     if (w.scales) w.scales += expert * experts.scales;
-    if (!experts.absmax) return w;
+    if (!experts.absmax || w.int8) return w;
     const int64_t a_row = experts.scales / w.out, begin = first * a_row, end = last * a_row, size = experts.nested_blocksize;
     const uint8_t* absmax = experts.absmax + expert * experts.scales;
     const float* outer = experts.nested_absmax + expert * ((experts.scales + size - 1) / size);
@@ -57,6 +62,11 @@ Weight weight_of(const Experts& experts, int expert, int first, int last) {
 // What multiplying by these outputs of an expert reads before it asks for more by itself: the scales and a page of weights.
 void read_ahead(const Experts& experts, int expert, int first, int last, Ahead& ahead) {
     constexpr int64_t PAGE = 4096;
+    if (experts.first.int8) {
+        const int64_t before = (int64_t)expert * groups_of(experts.first) + first / 16;
+        const char* const from = (const char*)int8_group(experts.first, before);
+        return ahead.add(from, PAGE);
+    }
     const int64_t a_row = experts.bytes / experts.first.out, size = a_row * (last - first);
     const int64_t scales = experts.scales / experts.first.out, at = expert * experts.scales + first * scales;
     ahead.add((const char*)experts.first.data + expert * experts.bytes + first * a_row, size < PAGE ? size : PAGE);

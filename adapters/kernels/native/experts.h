@@ -7,7 +7,7 @@
 
 // Mirrored by ExpertsStruct in native.py.
 struct Experts {
-    Weight first;                // the first expert's; doubly quantised scales are null there
+    Weight first;                // the first expert's; doubly quantised scales are null there, and `int8` holds all experts
     int64_t bytes;               // of an expert's data
     int64_t scales;              // of an expert
     const uint8_t* absmax;       // [experts, scales], doubly quantised; else null

@@ -161,7 +161,7 @@ void multiply_tiles(const Weight& w, const Int8Block* x, int rows, int first, in
     const int blocks = w.in / BLOCK;
     const vb table = load_table(w.levels, Arithmetic::SHIFT);
     for (int o = first / W * W; o < last; o += W) {
-        const Int8Weights* group = (const Int8Weights*)w.int8 + (int64_t)(o / 16) * blocks;
+        const Int8Weights* group = int8_group(w, o / 16);
         const Packed packed{group, table, o % 16, nullptr};
         const float* bias = w.bias ? w.bias + o : nullptr;
         const Tile tile{group->scales + o % 16, x, blocks, bias, y + o, stride, o < first ? first - o : 0, least(W, last - o)};

@@ -15,6 +15,9 @@ struct Int8Weights {
     float scales[16];         // a level times this is a weight
 };
 
+// Of one weight, from a group's outputs on.
+inline const Int8Weights* int8_group(const Weight& w, int64_t group) { return (const Int8Weights*)w.int8 + group * (w.in / 64); }
+
 // One row's share of a block.
 struct Int8Block {
     int8_t x[64];

@@ -332,6 +332,10 @@ void backward_tile(const Weight& w, const float* dy, int rows, int begin, int en
 
 }  // namespace
 
+PackedRows PackedRows::from(int64_t m, int64_t in) const {
+    return {natural ? natural + m * in : nullptr, interleaved ? interleaved + m * in : nullptr, int8 ? int8 + m * (in / BLOCK) : nullptr};
+}
+
 PackedRows pack_rows(const Weight* const* weights, int count, const float* x, int rows) {
     const int in = weights[0]->in;
     bool wanted[2] = {}, wants_int8 = false;

@@ -31,10 +31,8 @@ struct PackedRows {
     const float* interleaved;  // in each run of 2W inputs those at even places come first
     const Int8Block* int8;     // [rows, blocks]
 
-    // From row m on, of whole blocks of inputs that are not rounded.
-    PackedRows from(int64_t m, int64_t in) const {
-        return {natural ? natural + m * in : nullptr, interleaved ? interleaved + m * in : nullptr, nullptr};
-    }
+    // From row m on, of rows of so many padded inputs.
+    PackedRows from(int64_t m, int64_t in) const;
 };
 
 // Packs x [rows, in] for these weights, all of the same `in`. Valid until the caller's next call.

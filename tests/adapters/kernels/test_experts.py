@@ -8,13 +8,16 @@ from adapters import kernels
 from adapters.kernels import ExpertWeights, native, reference
 
 KINDS = ["nf4", "fp4", "int8", "none"]
+ROUNDED = ["nf4 with int8 inputs", "fp4 with int8 inputs"]
 SHAPE = (96, 128)
 COUNTS = torch.tensor([3, 0, 1, 9, 40])
 
 
 def make(kind: str, shape: tuple[int, int] = SHAPE) -> ExpertWeights:
+    kind, _, rounded = kind.partition(" ")
     dense = (torch.randn(shape) * shape[1] ** -0.5 for _ in COUNTS)
-    return ExpertWeights.quantize(dense, kind, torch.float32)
+    weights = ExpertWeights.quantize(dense, kind, torch.float32)
+    return weights.with_int8_inputs() if rounded else weights
 
 
 def expected(x: Tensor, weights: ExpertWeights) -> Tensor:
@@ -47,7 +50,7 @@ def test_against_float64(kind: str, shape: tuple[int, int], compiled: bool) -> N
     torch.testing.assert_close(y.double(), expected(x, weights), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *ROUNDED])
 @pytest.mark.parametrize("compiled", [True, False])
 def test_a_row_keeps_its_bits_in_any_company(kind: str, compiled: bool) -> None:
     product = (kernels if compiled else reference).grouped_linear
@@ -73,7 +76,7 @@ def test_gradients(kind: str) -> None:
     torch.testing.assert_close(x.grad.double(), exact.grad, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *ROUNDED])
 @pytest.mark.parametrize("shape", [SHAPE, (200, 320), (33, 64)])
 def test_the_grouped_product_is_that_of_each_experts_linear(
     compiled: native.Kernels, kind: str, shape: tuple[int, int]
@@ -82,3 +85,24 @@ def test_the_grouped_product_is_that_of_each_experts_linear(
     x = torch.randn(int(COUNTS.sum()), shape[1])
     each = reference.each_expert(x, weights, COUNTS, compiled.linear_forward)
     assert torch.equal(compiled.grouped_forward(x, weights, COUNTS), each)
+
+
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_rounded_inputs_change_results_by_a_percent_and_gradients_not_at_all(
+    compiled: native.Kernels, kind: str
+) -> None:
+    weights = make(kind)
+    x = torch.randn(int(COUNTS.sum()), SHAPE[1], requires_grad=True)
+    y = kernels.grouped_linear(x, weights, COUNTS)
+    exact = expected(x.detach(), weights)
+    assert 0 < (y.detach() - exact).norm() < 0.02 * exact.norm()
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    parts = enumerate(dy.split(COUNTS.tolist()))
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, torch.cat([part @ weights[expert].dequantize() for expert, part in parts]))
+
+
+def test_odd_shapes_have_no_int8_copy() -> None:
+    with pytest.raises(ValueError, match="nf4 weight of shape"):
+        make("nf4 with int8 inputs", (64, 32))

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from server.model.base import UnservableModel
 from tests.support import interpreter
 from tests.support.offline import load_engine, publish, request, run, solo
 from tests.support.tiny import tiny_adapter
+from tests.sweep.families import tiny_family
 
 pytestmark = [
     pytest.mark.skipif(interpreter.whole_suite(), reason="the tier is the C++ kernels'"),
@@ -84,6 +86,33 @@ def test_near_the_exact_path_and_says_how_far(planned: bool, model_dir: Path, ca
     assert 1e-3 < drift.mean_kl < 0.3
     assert 0.7 < drift.greedy_agreement < 1
     assert exact.ready().int8_drift is None
+
+
+@pytest.mark.parametrize(
+    ("family", "left"),
+    [
+        ("mixtral", 0),
+        ("qwen3_moe", 2),  # its experts have 32 inputs in their second linear
+        ("gpt_oss", 0),  # runs through its modules
+    ],
+)
+def test_experts_are_rounded_as_well(
+    family: str, left: int, model_dir: Path, cache_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_family(family, tmp_path / family)
+    shutil.copy(model_dir / "tokenizer.json", tmp_path / family)
+    adapter = tiny_adapter(tmp_path / "adapter", tmp_path / family, target_modules=["q_proj", "o_proj"])
+    exact, rounded = load_engine(tmp_path / family, cache_dir), load_engine(tmp_path / family, cache_dir)
+    with caplog.at_level("INFO", "lorakeet.engine"):
+        activations.round_to_int8(rounded, tmp_path / family)
+    count = len(exact.base.linears) + len(exact.base.experts)
+    assert f"int8 in {count - left} of {count} linears" in caplog.text
+    assert sum(linear.weights.int8 is None for linear in rounded.runner.base.experts) == left
+    assert all(linear.weights.int8 is None for linear in rounded.base.experts)
+    requests = workload(publish(rounded, adapter))
+    assert run(rounded, requests, every=2) == solo(rounded, requests)
+    expected = scores(exact)
+    assert 1e-5 < (scores(rounded) - expected).abs().mean() < 0.1 * expected.std()
 
 
 def test_only_serving_is_rounded(model_dir: Path, cache_dir: Path) -> None:
