@@ -63,7 +63,7 @@ class Side:
 
 
 def sides(cache_dir: Path) -> list[Side]:
-    """Ours, exact and with int8 activations, and transformers with bitsandbytes: each layout of experts, fp32 and bf16."""
+    """Ours, exact and with int8 activations; the peer with each layout of experts, in fp32 and bf16."""
     ours = {"cache_dir": str(cache_dir), "adapters": {}}
     return [
         Side("lorakeet", OURS, ours | {"engine": {"device": "cpu"}}),

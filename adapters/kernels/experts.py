@@ -36,7 +36,7 @@ class ExpertWeights:
         """
         singles = [_quantized(dense, kind, dtype) for dense in experts]
         first = singles[0]
-        stacked = {
+        stacked: dict[str, Any] = {
             name: torch.stack([getattr(single, name) for single in singles])
             for name in ("data", "absmax", "nested_absmax")
             if getattr(first, name) is not None
