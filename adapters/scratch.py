@@ -10,7 +10,7 @@ from pathlib import Path
 
 _PREFIX = "lorakeet-"
 _LOCK = ".lock"  # held by the process that uses the directory
-_SHORT = "/tmp"  # in place of a temporary directory whose own path is too long for sockets
+_SHORT = "/tmp"  # in place of a temporary directory with a path too long for sockets
 _SOCKET_PATH = 107  # bytes: sun_path of unix(7), less its end
 
 

@@ -1,6 +1,6 @@
-"""JSON read strictly: one meaning only, and nothing that another JSON reader would refuse or read differently.
+"""Strict reading of JSON: one meaning only, and nothing that another JSON reader would refuse or read differently.
 
-Also JSON written in one line.
+Also writing of JSON in one line.
 """
 
 import json

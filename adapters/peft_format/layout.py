@@ -36,7 +36,7 @@ class Layout(NamedTuple):
         modules: linear of the decoder -> its adapter.
         expected: tensor -> its required shape.
         copies: optional tensor -> the base's parameter that it must equal. PEFT saves the base's embeddings where these
-            are adapted, believed to be resized, or requested. New tokens come after the base's.
+            are adapted, believed to be resized, or requested. Rows of new tokens come after the base's.
         twins: optional tensor -> the tensor that it must equal. PEFT saves a resized embedding under all its names;
             those of a head tied by `ensure_weight_tying` are one in PEFT.
         transposed: optional tensor -> the tensor that it must be the transpose of.

@@ -60,7 +60,7 @@ def new_tokens(tensors: Mapping[str, TensorEntry], outline: Outline) -> int:
     new = max(rows.values(), default=0) - outline.table_shape[0]
     if new > MAX_NEW_TOKENS:
         raise AdapterError(f"the weights have {new} new tokens; at most {MAX_NEW_TOKENS} are served", "weights")
-    # Fewer rows count if both tables have them, or the adapted embedding of a tied head: PEFT saves these then.
+    # Fewer rows count if both tables are in the file, or the adapted embedding of a tied head: PEFT saves them so.
     adapted = f"{PREFIX}{outline.embedding}.base_layer.weight" in tensors
     return new if new > 0 or len(rows) == len(outline.tables) or adapted else 0
 

@@ -1,4 +1,4 @@
-"""An adapter's own tokens and chat template: the tokens that its base's tokenizer lacks.
+"""An adapter's chat template, and its tokens beyond its base's tokenizer.
 
 Only the added tokens of an uploaded tokenizer are used: everything else (normaliser, splitting, merges) is the base's,
 so a hostile tokenizer can do nothing but add words.

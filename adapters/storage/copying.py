@@ -1,4 +1,4 @@
-"""Copies files by names that a client chose, from under one directory only."""
+"""Copying files by names that a client chose, from under one directory only."""
 
 import errno
 import os

@@ -88,7 +88,7 @@ class Database:
         self._busy_seconds = busy_seconds
         self._lock = threading.Lock()
         self._read_lock = threading.Lock()
-        self._owner: int | None = None  # the thread whose transaction is open
+        self._owner: int | None = None  # the thread with the open transaction
         self._committed: list[Callable[[], object]] = []  # calls that follow its commit
         self._connection: sqlite3.Connection | None = None
         self._reserve = path.with_name(f"{path.name}-reserve")

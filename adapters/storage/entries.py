@@ -1,4 +1,4 @@
-"""A note of a version's names in its directory, from which a lost database can be restored.
+"""Entries of names in a version's directory, from which a lost database can be restored.
 
 One small file for each name, beside the version's own, written after the name has changed. They are read only when a
 database was lost, and so they are not synced: those lost in a power cut are written again at the next start.
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def note(before: Pointer | None, after: Pointer | None) -> None:
-    """Bring the notes in the directories of a name's versions from the old pointer to the new one."""
+    """Update the entries in the directories of a name's versions from the old pointer to the new one."""
     meant, means = _entries(before), _entries(after)
     for path in meant.keys() - means.keys():
         with contextlib.suppress(OSError):
@@ -35,14 +35,14 @@ def note(before: Pointer | None, after: Pointer | None) -> None:
 
 
 def complete(pointer: Pointer) -> None:
-    """Write the notes of a name that are missing from its versions' directories."""
+    """Write the entries of a name that are missing from its versions' directories."""
     for path, entry in _entries(pointer).items():
         if not (path.exists() and path.stat().st_size):
             _write(path, entry)
 
 
 def restored(directories: Iterable[Path]) -> dict[tuple[str, str], Pointer]:
-    """The pointers of these versions' names, by tenant and name, as far as the notes in the directories tell."""
+    """The pointers of these versions' names, by tenant and name, as far as the entries tell."""
     found: dict[tuple[str, str], list[tuple[dict[str, Any], Version]]] = {}
     for directory in directories:
         try:
@@ -59,7 +59,7 @@ def restored(directories: Iterable[Path]) -> dict[tuple[str, str], Pointer]:
 
 
 def read(directory: Path) -> Iterator[dict[str, Any]]:
-    """The notes in a version's directory; unreadable ones are skipped."""
+    """The entries in a version's directory; unreadable ones are skipped."""
     for path in sorted((directory / NAMES).glob("*.json")):
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             entry = json.loads(path.read_bytes())

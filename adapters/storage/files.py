@@ -86,7 +86,8 @@ class VersionFiles:
 
     @contextmanager
     def renaming(self, before: Pointer | None, after: Pointer | None) -> Iterator[None]:
-        """Wrap the change of a name's pointer: mark it as pending, then note it in the versions' directories."""
+        """Wrap the change of a name's pointer: mark it as pending, then update the entries in the versions'
+        directories."""
         if self._remote is not None:  # the names are there, too
             yield
             return
@@ -113,10 +114,10 @@ class VersionFiles:
 
     @contextmanager
     def lease(self, version: Version) -> Iterator[Version]:
-        """Keep a version's files while the context is open, even if no name has them any more.
+        """Keep a version's files while the context is open, even if its name changes or is deleted.
 
         Raises:
-            UnknownAdapter: the files were removed, or no name has them any more.
+            UnknownAdapter: the version was removed.
         """
         digest = version.digest
         with self._counting:

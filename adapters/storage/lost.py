@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class Pending:
-    """Marks of changes under way below one directory, by the changed file's name; kept beside that directory."""
+    """Marks of pending changes below one directory, by the changed file's name; kept beside that directory."""
 
     def __init__(self, root: Path) -> None:
         self._directory = root.parent / PENDING / root.name
@@ -39,7 +39,7 @@ class Pending:
                 (self._directory / name).unlink(missing_ok=True)
 
     def names(self) -> set[str]:
-        """Names of the changes that were under way when the last process died."""
+        """Names of the changes that were pending when the last process died."""
         return {path.name for path in entries(self._directory)}
 
 
@@ -51,8 +51,7 @@ def entries(directory: Path) -> list[Path]:
 
 
 def sort_out(unknown: Iterable[Path], pending: Pending, aside: Path, database: str) -> None:
-    """Once, at start: remove the never acknowledged ones among the paths that `database` does not know, and move the
-    rest to `aside`."""
+    """Once, at start: of the paths unknown to `database`, remove those with a mark, and move the rest to `aside`."""
     marked = pending.names()
     lost = []
     for path in unknown:

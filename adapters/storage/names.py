@@ -47,7 +47,7 @@ _TABLES = ("adapter_versions", "adapter_splits", "adapter_pins", "adapter_shared
 
 
 def _add_staged(database: sqlite3.Connection) -> None:
-    """Add the column that tables from before staged versions lack; those tables were not numbered."""
+    """Add the column missing from tables made before versions could be staged; their layouts have no number."""
     if not any(column[1] == "staged" for column in database.execute("PRAGMA table_info(adapter_versions)")):
         database.execute("ALTER TABLE adapter_versions ADD COLUMN staged INTEGER NOT NULL DEFAULT 0")
 

@@ -66,7 +66,7 @@ class Record:
 
     @property
     def abandoned(self) -> bool:
-        """Whether the server that sealed it has given up removing it."""
+        """Whether the seal is so old that its server will not remove the tombstone any more."""
         return self.age > _SEAL_SECONDS
 
 
