@@ -1,7 +1,6 @@
-"""Threads for what nobody should notice: reading adapters, receiving and checking uploads.
+"""Background threads that do not slow down serving: reading adapters, receiving and checking uploads.
 
-Linux has priorities per thread, and no privilege is needed to give way. Elsewhere they are threads like others. Knows
-nothing of the work.
+Linux has priorities per thread, and lowering one needs no privilege. Elsewhere these are ordinary threads.
 """
 
 import asyncio
@@ -19,17 +18,17 @@ PRIORITIES: tuple[Priority, ...] = ("idle", "low", "normal")
 
 T = TypeVar("T")
 
-_NICENESS = 10  # a tenth of what a thread that serves gets
+_NICENESS = 10  # a tenth of a serving thread's processor time
 
 
 def threads(count: int, name: str, priority: Priority) -> ThreadPoolExecutor:
-    """Threads that get processor time as `priority` says: what others leave, little, or as much as others."""
+    """A pool of threads with processor time by `priority`: only idle time, little, or as much as others."""
     return ThreadPoolExecutor(count, name, partial(give_way, priority))
 
 
 async def run_in(pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
-    """Let one of the threads do it. Whoever is cancelled meanwhile waits for its end: it may still need what its caller
-    is about to clear away."""
+    """Run `work` in a pool thread. A cancelled caller still waits for it to finish, since the work may use resources
+    that the caller frees."""
     future = asyncio.get_running_loop().run_in_executor(pool, work)
     try:
         return await asyncio.shield(future)
@@ -39,14 +38,14 @@ async def run_in(pool: ThreadPoolExecutor, work: Callable[[], T]) -> T:
 
 
 def give_way(priority: Priority, process: int | None = None) -> None:
-    """Let this thread, or a process that has just begun, and what it starts have processor time as `priority` says.
-    Never more than before."""
+    """Give this thread, or a process that has just started, and its children processor time by `priority`. Never more
+    than before."""
     if sys.platform != "linux":
         return
     thread = process or threading.get_native_id()
-    with suppress(OSError):  # a container that forbids it gets the work done all the same
+    with suppress(OSError):  # if a container forbids it, the work is still done
         if priority == "idle":
-            # Not only a smaller share: whoever wakes up with work to do takes the core at once, not at the next tick.
+            # Not only a smaller share: a waking thread takes the core from this one at once, not at the next tick.
             os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
         elif priority == "low":
             os.setpriority(os.PRIO_PROCESS, thread, _NICENESS)

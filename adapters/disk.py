@@ -1,4 +1,4 @@
-"""What every writer of files here needs to know of disks: when one is full, and when what was written is safe."""
+"""Full disks and durable writes, for all writers of files."""
 
 import errno
 import os
@@ -9,31 +9,31 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
-# SQLite calls a full disk full, and a quota a failed write.
+# SQLite reports a full disk as full, and an exceeded quota as a failed write.
 _SQLITE = {
     sqlite3.SQLITE_FULL: errno.ENOSPC,
     sqlite3.SQLITE_IOERR_WRITE: errno.EDQUOT,
     sqlite3.SQLITE_READONLY: errno.EROFS,
 }
-_RUST = re.compile(r"\(os error (\d+)\)")  # how the safetensors library tells of a fault of the system
+_RUST = re.compile(r"\(os error (\d+)\)")  # a system error in a message of the safetensors library
 
 
 class StorageFull(OSError):
-    """The disk takes nothing more, being full or read-only, and nothing was kept."""
+    """The disk is full or read-only, and nothing was kept."""
 
 
 def is_full(fault: BaseException) -> bool:
-    """Whether this says, in the words of the system or a library, that a file has no room, or none that is so large."""
+    """Whether an error of the system or a library means that the disk has no room, or none for so large a file."""
     return _number(fault) in _FULL
 
 
 def why_full(fault: BaseException) -> str:
-    """The same in words."""
+    """The reason in words."""
     return f"the disk is {'read-only' if _number(fault) == errno.EROFS else 'full'}; nothing was kept"
 
 
 def _number(fault: BaseException) -> int | None:
-    """The system's number of a fault, where the fault tells it."""
+    """The system's number of an error, if it has one."""
     if isinstance(fault, sqlite3.Error):
         code = getattr(fault, "sqlite_errorcode", 0)
         return _SQLITE.get(code) or _SQLITE.get(code & 0xFF)
@@ -45,7 +45,7 @@ def _number(fault: BaseException) -> int | None:
 
 @contextmanager
 def full_disk_named() -> Iterator[None]:
-    """A full disk becomes StorageFull."""
+    """Turn errors of a full disk into StorageFull."""
     try:
         yield
     except Exception as fault:
@@ -55,7 +55,7 @@ def full_disk_named() -> Iterator[None]:
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """Write a file whole: whoever opens it meanwhile, or after a crash, finds the old content or the new one."""
+    """Write a file atomically: a reader, also after a crash, finds the old content or the new one."""
     new = path.with_name(f".{path.name}.new")
     try:
         new.write_bytes(content)

@@ -1,17 +1,17 @@
-"""The header of a safetensors file: what it declares, before anybody believes it."""
+"""The header of a safetensors file: its declarations, not yet validated."""
 
 import os
 from typing import Any, BinaryIO, NamedTuple
 
 from adapters.strict_json import JsonFault, check_characters, parse_json
 
-# For whoever has pickled weights only.
+# Advice for owners of pickled weights.
 CONVERT = (
     'Convert them where they are trusted, for reading them may run what they hold: python -c "import torch, '
     "safetensors.torch as s; s.save_file({k: v.clone() for k, v in torch.load('adapter_model.bin', weights_only=True, "
     "map_location='cpu').items()}, 'adapter_model.safetensors')\""
 )
-# What comes instead of weights, by its first bytes.
+# Other files uploaded in place of weights, by their first bytes.
 _OTHERS = (
     ((b"PK\x03\x04", b"\x80"), f"are pickled, not safetensors. {CONVERT}"),
     ((b"version ",), "are a pointer of Git LFS, not the file that it stands for: fetch that with `git lfs pull`"),
@@ -25,11 +25,11 @@ _OTHERS = (
 
 
 class HeaderFault(ValueError):
-    """The file has no header that can be read. The message is a predicate of something plural, as weights are."""
+    """The file has no readable header. The message is a predicate of something plural, such as weights."""
 
 
 class Header(NamedTuple):
-    """What a file declares."""
+    """The declarations of a file."""
 
     tensors: dict[str, Any]  # name -> dtype, shape and data_offsets, each still to be checked
     metadata: dict[str, str]
@@ -40,7 +40,7 @@ def read_header(file: BinaryIO, max_bytes: int | None = None) -> Header:
     """The header of an open file, read from its beginning.
 
     Args:
-        max_bytes: the longest header that is read.
+        max_bytes: the largest header allowed.
 
     Raises:
         HeaderFault: it is cut short, too long, a pickle, or not one JSON object with a map of strings for metadata.

@@ -1,4 +1,4 @@
-"""Directories for a while, under the system's temporary one. A killed process leaves its own; `sweep` removes these."""
+"""Temporary directories of processes. Those left by killed processes are removed by `sweep`."""
 
 import fcntl
 import os
@@ -10,18 +10,18 @@ from pathlib import Path
 
 _PREFIX = "lorakeet-"
 _LOCK = ".lock"  # held by the process that uses the directory
-_SHORT = "/tmp"  # in place of a temporary directory whose own path is too long for sockets
+_SHORT = "/tmp"  # in place of a temporary directory with a path too long for sockets
 _SOCKET_PATH = 107  # bytes: sun_path of unix(7), less its end
 
 
 @contextmanager
 def scratch(socket: str = "") -> Iterator[Path]:
-    """A new private directory, gone on exit. A socket of the name given can be bound in it, however long TMPDIR is."""
+    """A new private directory, removed on exit. A socket named `socket` can be bound in it, however long TMPDIR is."""
     path = Path(tempfile.mkdtemp(prefix=_PREFIX))
     if socket and len(os.fsencode(path / socket)) > _SOCKET_PATH:
         path.rmdir()
         path = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_SHORT))
-    # Under its name it is locked from the beginning.
+    # Locked before it gets its name, so that `sweep` never finds it unlocked.
     lock = os.open(path / f"{_LOCK}.new", os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -33,7 +33,7 @@ def scratch(socket: str = "") -> Iterator[Path]:
 
 
 def sweep() -> list[Path]:
-    """Remove this user's directories of processes that are no more."""
+    """Remove this user's directories of dead processes; return their paths."""
     swept = []
     for path in {path for parent in (tempfile.gettempdir(), _SHORT) for path in Path(parent).glob(f"{_PREFIX}*")}:
         with suppress(OSError):  # not one of ours, or in use

@@ -1,6 +1,6 @@
-"""JSON read strictly: one meaning only, and nothing that another JSON reader would refuse or read otherwise.
+"""Strict reading of JSON: one meaning only, and nothing that another JSON reader would refuse or read differently.
 
-And written in one line.
+Also writing of JSON in one line.
 """
 
 import json
@@ -10,10 +10,10 @@ from typing import Any
 
 import msgspec
 
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # with which some editors, and clients on Windows, begin a text
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # written by some editors, and clients on Windows, before a text
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # only an escape can bring half a surrogate pair into valid UTF-8
 
-_CONTAINERS = (dict, list)  # the parser makes no subclasses: by `isinstance`, looking takes longer than parsing
+_CONTAINERS = (dict, list)  # the parser makes no subclasses; `isinstance` would take longer than parsing
 _BEFORE_ITEMS = (b",", b"[", b"{", b":")
 
 
@@ -21,7 +21,7 @@ class JsonFault(ValueError):
     """Text that is not strict JSON. The message is a predicate: "is not valid UTF-8", "is nested too deep".
 
     Attributes:
-        key: the key that an object has twice.
+        key: the duplicate key of an object.
     """
 
     def __init__(self, message: str, key: str | None = None) -> None:
@@ -33,11 +33,11 @@ def parse_json(raw: bytes, *, max_depth: int | None = None, finite: bool = False
     """The JSON value in `raw`: UTF-8, no key twice in an object, no NaN or Infinity, bounded nesting.
 
     Args:
-        max_depth: containers that may lie in one another; None: as many as Python's parser takes.
-        finite: refuse numbers that are beyond the range of a double, which are infinite otherwise.
+        max_depth: the deepest nesting of containers; None: Python's own limit.
+        finite: refuse numbers beyond the range of a double, which become infinite otherwise.
 
     Raises:
-        JsonFault: it is anything else. Client-chosen text in the message is not made fit for display.
+        JsonFault: it is anything else. Client-chosen text in the message is not made safe for display.
     """
     try:
         value = json.loads(
@@ -64,9 +64,9 @@ def parse_json(raw: bytes, *, max_depth: int | None = None, finite: bool = False
 def count_items(raw: bytes, enough: int) -> int:
     """Elements of lists, keys and values of objects in JSON text, an empty one counted as one; or more than `enough`.
 
-    It is counted what separates and opens them, at a fraction of the cost of parsing, which would hold them all.
+    Counts the characters that separate and open them, at a fraction of the cost of parsing, which would hold them all.
     """
-    if sum(map(raw.count, _BEFORE_ITEMS)) <= enough:  # those in strings among them
+    if sum(map(raw.count, _BEFORE_ITEMS)) <= enough:  # including those in strings
         return sum(map(raw.count, _BEFORE_ITEMS))
     if b"\\" in raw:
         raw = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
@@ -112,7 +112,7 @@ def _finite(text: str) -> float:
 
 
 def _deeper(value: Any, depth: int) -> bool:
-    """Iterative, and only into containers."""
+    """Whether a value is nested more than `depth` levels deep. Iterative, and looks only into containers."""
     level = [value] if type(value) in _CONTAINERS else []
     for _ in range(depth):
         if not level:
@@ -126,7 +126,7 @@ def _deeper(value: Any, depth: int) -> bool:
     return bool(level)
 
 
-# What `str.splitlines` takes for the end of a line, and with it many clients' readers of event streams and JSON lines.
+# Line ends of `str.splitlines`, and so of many clients' readers of event streams and JSON lines.
 _LINE_ENDS = ((b"\xc2\x85", b"\\u0085"), (b"\xe2\x80\xa8", b"\\u2028"), (b"\xe2\x80\xa9", b"\\u2029"))
 
 
@@ -134,7 +134,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 def encode_line(value: Any) -> bytes:
-    """JSON that is one line, whatever its reader takes for the end of one."""
+    """JSON in one line, for any reader's notion of a line's end."""
     text = _encode(value)
     for end, escaped in _LINE_ENDS:
         if end in text:

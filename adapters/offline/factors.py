@@ -25,17 +25,17 @@ class Factors(NamedTuple):
 
 
 class StackedFactors(Factors):
-    """`Factors` of every expert. a fp32 [experts, rank, in], b fp32 [experts, out, rank], delta [experts, out, in]."""
+    """`Factors` of all experts. a fp32 [experts, rank, in], b fp32 [experts, out, rank], delta [experts, out, in]."""
 
 
 def read_factors(directory: Path, beside: Collection[str] = ()) -> dict[str, Factors]:
     """The factors of a published adapter.
 
     Args:
-        beside: kinds of variants that the caller sees to.
+        beside: kinds of variants that the caller handles.
 
     Raises:
-        AdapterError: it is more than low-rank factors, and those parts cannot be mixed.
+        AdapterError: the adapter has variants that cannot be mixed.
     """
     spec = AdapterSpec.read(directory)
     if kinds := [kind for kind in spec.variants.names if kind not in beside]:

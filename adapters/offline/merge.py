@@ -1,7 +1,7 @@
 """W + BA: an adapter merged into its base and written as a Hugging Face checkpoint in bfloat16.
 
-W is the base as its files hold it, not as it is quantised to serve. Goes through the base's safetensors one file at a
-time, so that memory follows the largest file; what is no weight (tokenizer, config) is copied.
+W is the base from its files, not as quantised for serving. The base's safetensors are processed one file at a time, so
+that memory follows the largest file; tokenizer and config are copied.
 """
 
 import json
@@ -36,7 +36,7 @@ def merge(
 
     Args:
         base: a directory in Hugging Face layout with safetensors.
-        factors: full module name -> factors; those of experts by the files' names, as `of_experts.read` gives them.
+        factors: full module name -> factors; those of experts by the files' names, as `of_experts.read` returns them.
         renamed: parameter in the base's files -> its full name, where these differ.
         transposed: the files hold weights of linears as [in, out].
 
@@ -72,7 +72,8 @@ def _added(name: str, weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor
 
 
 def _as_stored(name: str, weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """Of all experts, turned as the file has them. Raises AdapterError where that cannot be told."""
+    """The delta of all experts in the file's orientation. Raises AdapterError for square weights, which do not show
+    it."""
     if delta.shape[1] == delta.shape[2]:
         raise AdapterError(f"'{name}' holds square weights, whose inputs cannot be told from their outputs", "merge")
     return delta if delta.shape == weight.shape else delta.mT
@@ -92,7 +93,7 @@ def _copy_the_rest(base: Path, target: Path) -> None:
 
 
 def _names(base: Path) -> set[str]:
-    """Of all tensors in a directory's files."""
+    """The names of all tensors in a directory's files."""
     found: set[str] = set()
     for source in base.glob("*.safetensors"):
         with safe_open(source, "pt") as file:

@@ -1,8 +1,9 @@
 """A new LoRA adapter made of several, equal to PEFT's `add_weighted_adapter`.
 
 The mathematics follow PEFT (`tuners/lora/model.py`, `utils/merge_utils.py`) but for two things: the result's scaling is
-1 for rsLoRA sources too, and random pruning draws from a generator of its own, so that a mix can be made again. Works
-on factors alone; `carry_out` mixes directories, in a process of its own so that a server need not load torch nor wait.
+1 for rsLoRA sources too, and random pruning draws from its own generator, so that a mix can be reproduced. `mix` works
+on factors alone; `carry_out` mixes directories, in a process of its own so that the server need neither load torch nor
+wait.
 """
 
 import math
@@ -22,15 +23,15 @@ from adapters.peft_format.sizes import ExpertsSize
 
 
 def mix(adapters: Sequence[Mapping[str, Factors]], recipe: Recipe) -> dict[str, tuple[Tensor, Tensor]]:
-    """The mixed adapter: module -> (A fp32 [rank, in], B fp32 [out, rank]), to be scaled by 1.
+    """The mixed adapter: module -> (A fp32 [rank, in], B fp32 [out, rank]), with scaling 1.
 
     Args:
-        adapters: module -> factors, one per weight. A module that some adapters lack is mixed of those that have it.
+        adapters: module -> factors, one per weight. A module missing from some adapters is mixed of the others.
 
     Raises:
         AdapterError: ranks differ where the method needs them equal.
     """
-    # PEFT has one way for a single adapter, whatever the method.
+    # PEFT ignores the method for a single adapter.
     method = "linear" if len(adapters) == 1 else recipe.method
     combine = _Combination(method, recipe)
     rank = recipe.rank or max(len(factors.a) for adapter in adapters for factors in adapter.values())
@@ -58,13 +59,13 @@ def mix(adapters: Sequence[Mapping[str, Factors]], recipe: Recipe) -> dict[str, 
 
 
 def _concatenated(present: Sequence[tuple[Factors, float]]) -> tuple[Tensor, Tensor]:
-    """The exact sum, at the sum of the ranks."""
+    """The exact sum, with the sum of the ranks as its rank."""
     a = torch.cat([factors.a * (weight * factors.scaling) for factors, weight in present])
     return a, torch.cat([factors.b for factors, _ in present], dim=1)
 
 
 def _truncated(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """`_decomposed(b @ a, rank)` without ever making that matrix."""
+    """`_decomposed(b @ a, rank)` without computing that product."""
     q_b, r_b = torch.linalg.qr(b)  # [out, k], [k, R]
     q_a, r_a = torch.linalg.qr(a.T)  # [in, k'], [k', R]
     inner_a, inner_b = _decomposed(r_b @ r_a.T, rank)
@@ -114,10 +115,10 @@ class _Combination:
 def write_mixed(
     directory: Path, mixed: Mapping[str, tuple[Tensor, Tensor]], base: str | None, experts: Collection[str] = ()
 ) -> None:
-    """Write factors that are to be scaled by 1 as a PEFT adapter.
+    """Write factors with scaling 1 as a PEFT adapter.
 
     Args:
-        mixed: by module, or as `of_experts.read_apart` names those of experts.
+        mixed: by module, those of experts by the names of `of_experts.read_apart`.
         experts: the parameters that hold the base's experts, in their order.
     """
     ranks = {of_experts.parameter_of(name) or name: len(a) for name, (a, _) in mixed.items()}

@@ -1,6 +1,6 @@
-"""Adapters of experts as factors of what the base's files hold: a linear of each expert, or all experts' in one.
+"""Adapters of experts as factors for the base's files, which hold a linear for each expert or one for all.
 
-And apart, to be mixed: expert by expert, whatever the layout, under the parameter's name and the expert's number.
+For mixing, factors expert by expert in every layout, named by the parameter and the expert's number.
 """
 
 from collections.abc import Collection, Mapping
@@ -20,7 +20,7 @@ from adapters.peft_format.sizes import ExpertsSize
 def read(
     directory: Path, sizes: Mapping[str, ExpertsSize], files: Collection[str]
 ) -> dict[str, Factors | StackedFactors]:
-    """Those of a published adapter.
+    """The experts' factors of a published adapter, by the names in the base's files.
 
     Args:
         sizes: the base's, by parameter.
@@ -58,7 +58,7 @@ def _refused(module: ExpertsModule) -> AdapterError:
 def _joined(
     before: Factors | StackedFactors | None, module: ExpertsModule, size: ExpertsSize, a: Tensor, b: Tensor
 ) -> StackedFactors:
-    """With those of the parameter's other parts."""
+    """The factors of a part, joined with those of the parameter's other parts."""
     whole = b.new_zeros(len(b), size.out_features, module.rank)
     whole[:, module.part * b.shape[1] : (module.part + 1) * b.shape[1]] = b
     if not isinstance(before, StackedFactors):
@@ -78,13 +78,14 @@ def _stacked(module: ExpertsModule, tensors: list[Tensor]) -> tuple[Tensor, Tens
     return a, b
 
 
-# --- apart ---------------------------------------------------------------------------------------------------------
+# --- expert by expert ----------------------------------------------------------------------------------------------
 
 _APART = "#"  # in no name of a module
 
 
 def read_apart(directory: Path, sizes: Mapping[str, ExpertsSize]) -> dict[str, Factors]:
-    """Those of a published adapter, expert by expert; one with gate and up apart has the ranks of both."""
+    """The experts' factors of a published adapter, expert by expert; separate gate and up are joined, at the sum of
+    their ranks."""
     found: dict[str, Factors] = {}
     for parameter, factors in read(directory, sizes, sizes).items():
         for expert, (a, b) in enumerate(zip(factors.a, factors.b, strict=True)):
@@ -99,7 +100,7 @@ def parameter_of(name: str) -> str | None:
 
 
 def together(mixed: Mapping[str, tuple[Tensor, Tensor]], order: Collection[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """The same as PEFT has them in a file: pairs of experts as one, where it has that parameter's.
+    """The pairs in PEFT's layout of a file: those of single experts joined under their parameter's module.
 
     Args:
         order: the base's parameters of experts, in their order.

@@ -1,7 +1,8 @@
-"""What PEFT itself says of a prompt: transformers, bitsandbytes and PEFT on a base of their own, on the CPU in float32.
+"""PEFT's own log-probabilities of a prompt: transformers, bitsandbytes and PEFT on a separate base, on the CPU in
+float32.
 
-For a process of its own, where PEFT is installed. It is slow and takes the memory of a second base; nothing here is on
-anybody's way to an answer.
+For a process of its own, where PEFT is installed. It is slow, takes the memory of a second base, and serves no
+requests.
 """
 
 from collections.abc import Mapping
@@ -43,5 +44,5 @@ def logprobs(model: str, quantization: str, adapter: str, prompt: list[int]) -> 
 
 
 def carry_out(order: Mapping[str, Any]) -> list[float]:
-    """`logprobs` of the order's fields."""
+    """`logprobs` with the order's fields."""
     return logprobs(**order)

@@ -1,4 +1,4 @@
-"""How adapters are mixed and merged, said without torch: what an API process asks for and others carry out."""
+"""Parameters of mixing and merging, without torch: sent by an API process, carried out by helper processes."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -21,11 +21,11 @@ MergedDtype = Literal["nf4", "bf16"]  # of merged weights that are served
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to mix.
+    """The parameters of a mix.
 
     Attributes:
         weights: one per adapter.
-        density: share of the numbers that pruning keeps, above 0 and at most 1.
+        density: share of the numbers kept by pruning, above 0 and at most 1.
         majority_sign: how `ties` elects a sign: by the sum of values, or by their number.
         rank: of the result of an `svd` method; by default the largest of the sources'.
         seed: of random pruning (`dare`).

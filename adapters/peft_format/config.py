@@ -1,4 +1,4 @@
-"""What an `adapter_config.json` means: a strict reader, and the modules, ranks and scalings that it selects.
+"""A strict reader of `adapter_config.json`, and the modules, ranks and scalings that a config selects.
 
 Regular expressions of a client run through RE2, in linear time; those with look-around in bounded steps.
 """
@@ -23,17 +23,17 @@ from adapters.peft_format.fields import (
 )
 
 MAX_CONFIG_BYTES = 1 << 20
-# RE2 runs in time linear in program x text; this bounds the programs of one field, where a plain name takes about 40.
+# RE2 takes time linear in program x text; this bounds the programs of one field. A plain name takes about 40.
 MAX_PROGRAMS = 1 << 16
 OUTPUT_HEAD = "lm_head"  # PEFT's all-linear leaves the output head out
 CLASSIFIERS = ("score", "classifier")  # modules that PEFT saves with any adapter that classifies
 
-# What an activated adapter cannot have: most of it would change tokens before it is invoked.
+# Fields refused in an activated adapter: most of them would change tokens before its invocation.
 _NEVER_ACTIVATED = ("use_dora", "lora_bias", "bias", "modules_to_save", "trainable_token_indices")
-# What adapters of experts cannot have, in PEFT either.
+# Fields refused in adapters of experts, by PEFT too.
 _NEVER_OF_EXPERTS = ("use_dora", "lora_bias", "alora_invocation_tokens")
 
-# Fields that PEFT passes over, but without which the adapter of the program that wrote them answers wrongly.
+# Fields of other programs that PEFT ignores, although their adapters answer wrongly without them.
 _OF_OTHERS = dict.fromkeys(
     ("invocation_string", "alora_invocation_string"),
     "the adapter is in force only behind that text; give its token ids as alora_invocation_tokens, PEFT's field",
@@ -52,7 +52,7 @@ class AdapterConfig:
     exclude_modules: str | tuple[str, ...]
     layers_to_transform: tuple[int, ...]  # empty: every layer
     layers_pattern: tuple[str, ...]
-    rank_pattern: Mapping[str, int]  # in the file's order: the first key that matches counts
+    rank_pattern: Mapping[str, int]  # in the file's order: the first matching key counts
     alpha_pattern: Mapping[str, float]
     use_dora: bool
     lora_bias: bool
@@ -64,7 +64,7 @@ class AdapterConfig:
     task_type: str | None
     auto_mapping: Mapping[str, Json] | None
     recorded: Mapping[str, Json]
-    unknown: tuple[str, ...] = ()  # fields that PEFT does not have, and would pass over
+    unknown: tuple[str, ...] = ()  # fields that PEFT does not have and would ignore
 
     @property
     def classifies(self) -> bool:
@@ -72,7 +72,7 @@ class AdapterConfig:
         return self.task_type == "SEQ_CLS"
 
     def check_class(self, model_class: str) -> None:
-        """Raises AdapterError when `auto_mapping` names another class than the served model's."""
+        """Check that `auto_mapping` names no class other than the served model's. Raises AdapterError."""
         if self.auto_mapping is not None and self.auto_mapping["base_model_class"] != model_class:
             named = shorten(self.auto_mapping["base_model_class"])
             raise AdapterError(f"auto_mapping names the class '{named}'; the base is a {model_class}", "auto_mapping")
@@ -84,13 +84,13 @@ class AdapterConfig:
         return {"peft_type": "LORA", **plain, **self.recorded}
 
     def check_plain(self) -> None:
-        """Raises AdapterError, naming the field, when this is more than pairs of A and B on linears."""
+        """Check that the adapter has only pairs of A and B on linears. Raises AdapterError, naming the field."""
         for name in (*_NEVER_ACTIVATED, "alora_invocation_tokens"):
             if getattr(self, name) != FIELDS[name].default:
                 raise AdapterError(f"{name} is not supported here: only plain LoRA is", name)
 
     def check_experts(self) -> None:
-        """Raises AdapterError, naming the field, when this has more than pairs of A and B for experts."""
+        """Check that the adapter has only pairs of A and B for experts. Raises AdapterError, naming the field."""
         for name in _NEVER_OF_EXPERTS:
             if getattr(self, name) != FIELDS[name].default:
                 raise AdapterError(f"{name} cannot be combined with adapters of experts, in PEFT either", name)
@@ -104,14 +104,14 @@ class AdapterConfig:
         tied: bool = False,
         warnings: list[str] | None = None,
     ) -> dict[str, tuple[int, float]]:
-        """The modules of the base that this config selects: full name -> (rank, scaling), as PEFT would.
+        """The base's modules selected by this config, as in PEFT: full name -> (rank, scaling).
 
         Args:
             linears: full names of the base's linears, such as "model.layers.0.self_attn.q_proj".
-            tables: those of its embedding and head, which are adapted only when named.
+            tables: those of its embedding and head, adapted only when named.
             experts: those of its parameters that hold experts' linears.
             tied: whether embedding and head are one matrix.
-            warnings: takes one for entries that match nothing, which PEFT passes over; without, they are refused.
+            warnings: collects entries without a match, which PEFT ignores; if None, they are refused.
 
         Raises:
             AdapterError: no module is selected, or an entry of `target_modules` or `target_parameters`, a layer index
@@ -144,7 +144,7 @@ class AdapterConfig:
         return found
 
     def _select(self, modules: Collection[str], linears: Collection[str]) -> tuple[list[str], list[str], list[str]]:
-        """The modules, and entries of `target_modules` and `layers_to_transform` that match nothing."""
+        """The modules, and the entries of `target_modules` and `layers_to_transform` that match nothing."""
         chosen, idle = self._targets(modules, linears)
         if not chosen and self.target_parameters:
             return [], [show(self.target_modules)], []
@@ -181,18 +181,19 @@ class AdapterConfig:
         return [module for module in modules if not regex.fullmatch(module)]
 
     def _saves(self, module: str) -> bool:
-        """Whether `modules_to_save` has this module, or one around it: PEFT does not adapt it then."""
+        """Whether `modules_to_save` has this module or one around it; PEFT does not adapt it then."""
         return any(f".{name}." in f".{module}." for name in self.modules_to_save)
 
     def _in_layers(self, modules: list[str]) -> tuple[list[str], list[str]]:
-        """Those in the layers asked for, and, as in PEFT, those that `target_modules` names in full; absent layers."""
+        """The modules in the selected layers and, as in PEFT, those named in full by `target_modules`; then the absent
+        layers."""
         layers = {module: self._layer_index(module) for module in modules}
         kept = [m for m, index in layers.items() if index in self.layers_to_transform or m in self.target_modules]
         absent = set(self.layers_to_transform).difference(layers[module] for module in kept)
         return kept, [str(index) for index in sorted(absent)]
 
     def _layer_index(self, module: str) -> int | None:
-        """The first index in a module's name; with `layers_pattern` the one that follows such a name."""
+        """The first index in a module's name, or with `layers_pattern` the one after such a name."""
         if not self.layers_pattern:
             match = re.match(r".*?\.[^.]*\.(\d+)\.", module)
             return int(match[1]) if match else None
@@ -248,13 +249,13 @@ def parse_config(raw: bytes) -> AdapterConfig:
 
 
 def _newer(version: str | None) -> bool:
-    """Whether this is a PEFT that may have fields with a meaning that is not known here."""
+    """Whether this PEFT version may have fields with a meaning unknown here."""
     match = re.match(r"(\d{1,6})\.(\d{1,6})", version or "")
     return match is not None and (int(match[1]), int(match[2])) > PEFT_VERSION
 
 
 def _passed_over(field: str, entries: Sequence[str], reason: str, warnings: list[str] | None) -> None:
-    """Warn of entries without effect. Raises AdapterError where there is nowhere to warn."""
+    """Warn of entries without effect. Raises AdapterError if `warnings` is None."""
     if not entries:
         return
     more = f" (and {len(entries) - 1} more like it)" if len(entries) > 1 else ""
@@ -279,7 +280,7 @@ def _check_combination(values: Mapping[str, Json]) -> None:
 
 
 def _suffixes(module: str) -> set[str]:
-    """The names by which a list of modules may mean this one: "a.b.c" -> {"a.b.c", "b.c", "c"}."""
+    """The names by which a list can select this module: "a.b.c" -> {"a.b.c", "b.c", "c"}."""
     parts = module.split(".")
     return {".".join(parts[i:]) for i in range(len(parts))}
 
@@ -287,8 +288,8 @@ def _suffixes(module: str) -> set[str]:
 def _match_patterns(
     field: str, patterns: Mapping[str, Any], modules: Collection[str]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Module -> value of the first pattern that matches the end of its name (PEFT's `get_pattern_key`); and patterns
-    that match none."""
+    """Module -> value of the first pattern matching the end of its name (PEFT's `get_pattern_key`); and patterns
+    without a match."""
     values: dict[str, Any] = {}
     idle: list[str] = []
     size = 0

@@ -1,4 +1,4 @@
-"""Weights in dtypes that are not served, converted: float64 to the nearest float32, float8 to bfloat16, which holds it.
+"""Conversion of weights in dtypes that are not served: float64 to the nearest float32, float8 exactly to bfloat16.
 
 With numpy only.
 """
@@ -14,7 +14,7 @@ from adapters.peft_format.weights import FORMATS, Format, chunks, read_header
 
 
 def _float32(content: bytes) -> np.ndarray:
-    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused as such
+    with np.errstate(over="ignore"):  # numbers out of range become infinite, and are refused as such
         return np.frombuffer(content, "<f8").astype("<f4")
 
 
@@ -46,7 +46,7 @@ _CONVERSIONS: dict[str, tuple[str, Callable[[bytes], np.ndarray]]] = {
 
 
 def convert(path: Path) -> list[str]:
-    """Rewrite a file of weights that has such tensors; the rest of it is kept as it is.
+    """Rewrite a file of weights with tensors in such dtypes; the other tensors are kept as they are.
 
     Returns warnings for its owner. Raises AdapterError, OSError.
     """

@@ -1,6 +1,6 @@
-"""PEFT LoRA directories: what is known of one (`AdapterSpec`), its tensors (`load`), and a new one (`write`).
+"""PEFT LoRA directories: their description (`AdapterSpec`), their tensors (`load`), and writing one (`write`).
 
-Whether one may be served, `inspection.py` finds out.
+Validation is in `inspection.py`.
 """
 
 import dataclasses
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
-SPEC_NAME = "spec.json"  # what `inspect` found, kept beside the files so that nobody need look at every value again
+SPEC_NAME = "spec.json"  # the result of `inspect`, kept beside the files so that they need not be validated again
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """All there is to know about an adapter that passed `inspect`.
+    """The description of an adapter that passed `inspect`.
 
     Attributes:
         digest: "sha256:" and 64 hex digits, over the mathematics (module, rank, scaling) and the tensors' content.
@@ -47,7 +47,7 @@ class AdapterSpec:
         parameters: numbers in the file.
         bytes: size of the tensors in the file.
         text: tokens and a chat template of its own.
-        warnings: what the owner should know although the adapter is accepted.
+        warnings: notes for the owner of an accepted adapter.
     """
 
     digest: str
@@ -67,7 +67,8 @@ class AdapterSpec:
         return self.modules | self.variants.tables | self.variants.experts | self.variants.routers
 
     def rows(self, linears: Mapping[str, LinearSize] | None = None) -> dict[str, int]:
-        """Row units that this adapter needs per kind, for the largest rank there (see `adapters.peft_format.sizes`).
+        """Row units that this adapter needs per module kind, for the kind's largest rank (see
+        `adapters.peft_format.sizes`).
 
         Without `linears` a module's kind is the last part of its name.
         """
@@ -79,18 +80,18 @@ class AdapterSpec:
         return {kind: width * rank for kind, rank in units.items()} | ({EXTRAS: extras} if extras else {})
 
     def save(self, directory: Path) -> None:
-        """Keep this spec in `directory` beside the files that it describes, and note them all (fsync'ed)."""
+        """Write this spec beside the files that it describes, and the record of them all (fsync'ed)."""
         write_synced(directory / SPEC_NAME, json.dumps(dataclasses.asdict(self)).encode())
         record.write(directory)
 
     @classmethod
     def read(cls, directory: Path) -> "AdapterSpec":
-        """The spec that `save` left, for published versions only. Raises DamagedFile when it is no longer that one."""
+        """The spec written by `save`, of published versions only. Raises DamagedFile when it has changed since."""
         return cls.parse(record.checked(directory, SPEC_NAME).decode())
 
     @classmethod
     def parse(cls, document: str) -> "AdapterSpec":
-        """From what `save` wrote."""
+        """The spec in a document written by `save`."""
         fields = json.loads(document)
         modules = {name: LoraModule(**module) for name, module in fields.pop("modules").items()}
         variants = fields.get("variants", {})  # directories of earlier releases have none
@@ -105,7 +106,7 @@ class AdapterSpec:
 
 
 def check_beginning(raw: bytes) -> None:
-    """Raises AdapterError when a config begins as weights do: the two were swapped."""
+    """Refuse a config that begins as weights do: the two were swapped. Raises AdapterError."""
     if raw[8:9] == b"{" and int.from_bytes(raw[:8], "little") <= MAX_HEADER_BYTES:
         raise AdapterError("config holds safetensors: config and weights are swapped", "config", "parts_swapped")
 
@@ -116,8 +117,8 @@ def check_beginning(raw: bytes) -> None:
 def load(directory: Path, spec: AdapterSpec | None = None) -> dict[str, tuple["Tensor", "Tensor"]]:
     """The rank rows of an adapter that passed `inspect`: linear -> (A [rank, in], B [out, rank]), on the CPU.
 
-    All have the dtype of `spec` (by default the one kept in `directory`), and memory of their own: a file that is
-    mapped would be read page by page when the device asks for it.
+    All have the dtype of `spec` (by default the one in `directory`), and memory of their own: a mapped file would be
+    read page by page during the copy to the device.
     """
     import torch
 
@@ -125,12 +126,12 @@ def load(directory: Path, spec: AdapterSpec | None = None) -> dict[str, tuple["T
     dtype = getattr(torch, spec.dtype)
     names = [name for module in spec.modules.values() for name in (module.a, module.b)]
     tensors = _read_tensors(directory, names)
-    # A copied, so that what was read can go as soon as B has been laid out.
+    # A is copied, so that the file's bytes can be freed as soon as B has been laid out.
     return {name: (tensors[m.a].to(dtype, copy=True), tensors[m.b].to(dtype)) for name, m in spec.modules.items()}
 
 
 def load_pairs(directory: Path) -> dict[str, tuple["Tensor", "Tensor"]]:
-    """`load`, and the pairs of experts by their names in `Variants`: A and B as PEFT lays those of a parameter out."""
+    """`load`, and the pairs of experts by their names in `Variants`: A and B in PEFT's layout for a parameter."""
     import torch
 
     spec = AdapterSpec.read(directory)
@@ -143,7 +144,7 @@ def load_pairs(directory: Path) -> dict[str, tuple["Tensor", "Tensor"]]:
 
 
 def load_variants(directory: Path, spec: AdapterSpec) -> dict[str, "Tensor"]:
-    """The tensors that `spec.variants` names, in the file's dtypes, by their names in the file."""
+    """The tensors named by `spec.variants`, in the file's dtypes, by their names in the file."""
     variants = spec.variants
     pairs = [*variants.tables.values(), *variants.experts.values(), *variants.routers.values()]
     vectors = [*variants.magnitudes.values(), *variants.delta_biases.values(), *variants.classifier.values()]
@@ -154,7 +155,7 @@ def load_variants(directory: Path, spec: AdapterSpec) -> dict[str, "Tensor"]:
 
 
 def _read_tensors(directory: Path, names: Iterable[str], last: Mapping[str, int] | None = None) -> dict[str, "Tensor"]:
-    """Tensors of the file by name, whole but for those in `last`: of these only so many last rows."""
+    """Tensors of the file by name; of those in `last`, only that many last rows."""
     import torch
 
     found: dict[str, Tensor] = {}
@@ -175,15 +176,15 @@ def _read_tensors(directory: Path, names: Iterable[str], last: Mapping[str, int]
 
 
 def _tail(tensor: TensorEntry, rows: int | None) -> TensorEntry:
-    """So many last rows of a matrix; all of it for None."""
+    """The last `rows` rows of a matrix; all of it for None."""
     if rows is None:
         return tensor
     return tensor._replace(shape=(rows, *tensor.shape[1:]), start=tensor.end - last_rows_bytes(tensor, rows))
 
 
 def _runs(entries: Mapping[str, TensorEntry]) -> list[list[tuple[str, TensorEntry]]]:
-    """Tensors that lie one after another in the file, to be read at once: whoever reads many pieces in a thread takes
-    the interpreter away from others as many times."""
+    """Adjacent tensors of the file, each run to be read at once: many small reads in a thread would take the
+    interpreter away from other threads as many times."""
     runs: list[list[tuple[str, TensorEntry]]] = []
     for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
         if runs and runs[-1][-1][1].end == entry.start:
@@ -197,7 +198,7 @@ def _runs(entries: Mapping[str, TensorEntry]) -> list[list[tuple[str, TensorEntr
 
 
 def write(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, tuple["Tensor", "Tensor"]]) -> None:
-    """Write an adapter as PEFT's `save_pretrained` does, fsync'ed, into an existing directory.
+    """Write an adapter like PEFT's `save_pretrained`, fsync'ed, into an existing directory.
 
     Args:
         config: fields of `adapter_config.json`; `peft_type` is added.

@@ -1,7 +1,7 @@
-"""Every field of PEFT's `LoraConfig`, and what it may hold when an adapter is to be served.
+"""Every field of PEFT's `LoraConfig`, and the values that are served.
 
 `FIELDS` is the rule, one line per field: it works, it is recorded without effect, or it must hold PEFT's default.
-Nothing that a field names is ever imported, opened or fetched.
+Nothing named by a field is ever imported, opened or fetched.
 """
 
 import json
@@ -21,16 +21,16 @@ MAX_REGEX_CHARACTERS = 4096
 MAX_TOKENS = 1 << 16  # trained token embeddings of one adapter
 MAX_INVOCATION_TOKENS = 256
 ALL_LINEAR = "all-linear"
-PEFT_VERSION = (0, 21)  # whose fields these are
+PEFT_VERSION = (0, 21)  # the version with these fields
 
 Json: TypeAlias = Any
 
 
 class AdapterError(ValueError):
-    """An adapter that is refused.
+    """A refused adapter.
 
     Attributes:
-        param: the culprit: a config field, `config`, `weights`, or a tensor's name.
+        param: the fault's place: a config field, `config`, `weights`, or a tensor's name.
         code: optional snake_case reason for programs.
     """
 
@@ -41,13 +41,13 @@ class AdapterError(ValueError):
 
 
 def shorten(text: str, limit: int = 200) -> str:
-    """Client-chosen text made fit for a message: control characters escaped, length bounded."""
+    """Client-chosen text made safe for a message: control characters escaped, length bounded."""
     printable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: limit + 1])
     return printable if len(text) <= limit else printable[:limit] + "..."
 
 
 def show(value: Json) -> str:
-    """A client's JSON value, made fit for a message."""
+    """A client's JSON value, made safe for a message."""
     return shorten(json.dumps(value, ensure_ascii=False), 80)
 
 
@@ -67,7 +67,7 @@ def strict_json(raw: bytes, param: str) -> dict[str, Json]:
     return value
 
 
-# --- one value ---------------------------------------------------------------------------------
+# --- parsers of one value ----------------------------------------------------------------------
 
 Parse: TypeAlias = Callable[[str, Json], Json]
 
@@ -119,7 +119,7 @@ def _one_of(*allowed: Json) -> Parse:
 
 _PROMPTED = "its virtual tokens would take part in every layer's keys and values; train a LORA adapter instead"
 _MERGE = "merge it into the base (PEFT's merge_and_unload) and serve that, or train a LORA adapter instead"
-# Why other types of PEFT's are not served, and what to do about it.
+# PEFT's other types: the reason why each is not served, and a remedy.
 _OTHER_TYPES = {
     "QLORA": "no PEFT version writes it: QLoRA names a way to train, and its adapters are of type LORA",
     "VERA": f"VeRA shares random matrices between layers instead of low-rank pairs; {_MERGE}",
@@ -145,7 +145,7 @@ def _peft_type(name: str, value: Json) -> str:
     return "LORA"
 
 
-# Initialisations that took their matrices out of the base's weights: the adapter is right only on what was left.
+# Initialisations that took their matrices out of the base's weights: the adapter is right only on the remainder.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -176,7 +176,7 @@ def _invocation(name: str, value: Json) -> tuple[int, ...]:
 
 
 def _trained_tokens(name: str, value: Json) -> dict[str, list[int]]:
-    """Module name -> ids, in the order of the tensor's rows; a bare list is of the input embedding."""
+    """Module name -> ids, in the order of the tensor's rows; a bare list belongs to the input embedding."""
     if value in (None, [], {}):
         return {}
     modules = value if isinstance(value, dict) else {"embed_tokens": value}
@@ -189,7 +189,7 @@ def _trained_tokens(name: str, value: Json) -> dict[str, list[int]]:
 
 
 def _settings(name: str, value: Json) -> dict[str, Json] | None:
-    """The settings of an initialisation: a flat object, of no consequence once the adapter is trained."""
+    """The settings of an initialisation: a flat object, irrelevant once the adapter is trained."""
     scalar = (str, int, float, bool, type(None))
     if value is not None and not (isinstance(value, dict) and all(isinstance(v, scalar) for v in value.values())):
         raise _wrong(name, value, "an object of plain values, or null")
@@ -197,7 +197,7 @@ def _settings(name: str, value: Json) -> dict[str, Json] | None:
 
 
 def _auto_mapping(name: str, value: Json) -> dict[str, Json] | None:
-    """Checked against the served model's class by `AdapterConfig.check_class`; never imported."""
+    """The class of the base; `AdapterConfig.check_class` compares it with the served model's. Never imported."""
     if value is None:
         return None
     expected = "null or an object with base_model_class and a parent_library within transformers"
@@ -274,7 +274,7 @@ def _patterns(parse_value: Parse) -> Parse:
 
 @cache
 def _re2() -> Any:
-    import re2  # not before a pattern is there: an engine that is only measured does without
+    import re2  # on the first pattern only: an engine that is only measured does without
 
     return re2
 
@@ -285,13 +285,13 @@ def forget_regexes() -> None:
         _re2().purge()
 
 
-# A class of POSIX and literal text there, a set of characters and a repetition in Python.
+# A POSIX class and literal text in RE2, but a set of characters and a repetition in Python.
 _OTHERWISE_IN_RE2 = ("[:", "{,")
 _NOT_IN_RE2 = ("(?=", "(?!", "(?<=", "(?<!", r"\Z")
 
 
 def compile_regex(name: str, pattern: str, *, suffix: bool = False) -> Any:
-    """The compiled pattern; with `suffix` it may also match the end of a dotted name only."""
+    """The compiled pattern; with `suffix` it may also match only the end of a dotted name."""
     if len(pattern) > MAX_REGEX_CHARACTERS:
         raise AdapterError(f"{name} has a pattern of more than {MAX_REGEX_CHARACTERS} characters", name)
     re2 = _re2()
@@ -299,7 +299,7 @@ def compile_regex(name: str, pattern: str, *, suffix: bool = False) -> Any:
     options.log_errors = False
     options.never_capture = True  # without captures RE2 needs only its automaton, a hundred times faster at worst
     ending, refusal = rf"(.*\.)?({pattern})$", partial(_unfit, name, pattern)
-    parsed(pattern, refusal)  # by itself first: "a)(b" must not pass for being bracketed
+    parsed(pattern, refusal)  # by itself first: "a)(b" must not pass because of the brackets around it
     if suffix:
         parsed(ending, refusal)
     if not any(sign in pattern for sign in _OTHERWISE_IN_RE2):
@@ -321,16 +321,16 @@ def _unfit(name: str, pattern: str, reason: str) -> AdapterError:
     )
 
 
-# --- every field ---------------------------------------------------------------------------------
+# --- the fields ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Field:
-    """How one field of PEFT's `LoraConfig` is treated.
+    """The treatment of one field of PEFT's `LoraConfig`.
 
     Attributes:
-        effect: "works", "recorded" (kept, without effect on what is served) or "refused" (must hold PEFT's default).
-        default: what a missing field means.
+        effect: "works", "recorded" (kept, without effect on serving) or "refused" (must hold PEFT's default).
+        default: the value of a missing field.
         parse: checks a value and brings it into normal form; raises AdapterError.
         note: one line for people.
     """
@@ -350,7 +350,7 @@ def _recorded(default: Json, parse: Parse, note: str) -> Field:
 
 
 def _refused(default: Json, note: str, *equivalent: Json) -> Field:
-    """`equivalent`: further values that mean the default. Null always does."""
+    """A refused field. `equivalent`: further values that mean the default, as null always does."""
     allowed = (default, None, *equivalent) if default is not None else (None, *equivalent)
 
     def parse(name: str, value: Json) -> Json:

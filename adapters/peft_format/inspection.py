@@ -1,7 +1,7 @@
-"""An uploaded adapter read in full, with nothing trusted.
+"""Validation of an uploaded adapter, read in full and trusted in nothing.
 
-It reads the safetensors header itself, finds a use for every tensor (layout.py) and looks at every value, with numpy
-only: for a process of its own without torch, where that holds up nobody.
+It reads the safetensors header itself, finds a use for every tensor (layout.py) and checks every value. With numpy
+only, so that it can run in a process of its own without torch and delay nothing else.
 """
 
 import dataclasses
@@ -38,12 +38,12 @@ from adapters.peft_format.weights import (
 )
 from adapters.safetensors_header import CONVERT
 
-_ROWS = 4096  # of two matrices that are compared, at a time
+_ROWS = 4096  # rows compared at a time
 
 
 @dataclass(frozen=True)
 class Check:
-    """What `inspect` wants to know."""
+    """The arguments of `inspect`."""
 
     directory: Path
     linears: Mapping[str, LinearSize]
@@ -54,7 +54,7 @@ class Check:
 
 
 def inspect_adapter(check: Check) -> AdapterSpec:
-    """Convert and inspect the adapter, and lay its rows out beside it. Raises AdapterError, OSError."""
+    """Convert and inspect the adapter, and lay out its rows beside it. Raises AdapterError, OSError."""
     weights = check.directory / WEIGHTS_NAME
     converted = convert(weights) if weights.is_file() else []
     asked = check.directory, check.linears, check.model_class, check.outline, check.text
@@ -78,13 +78,13 @@ def inspect(
     Args:
         linears: full module name -> shape, for every linear of the base's decoder.
         model_class: the base's class, such as "LlamaForCausalLM".
-        outline: its other parameters; without, an adapter may touch nothing but linears.
-        text: what came with the adapter besides config and weights.
-        ignore_vision: accept one that also changes parts of its base which text does not pass.
+        outline: the base's other parameters; without, an adapter may change linears only.
+        text: the adapter's tokens and chat template.
+        ignore_vision: accept an adapter that also changes parts of the base not used for text.
 
     Raises:
         AdapterError: naming the config field, the tensor, or the file (`config`, `weights`) at fault.
-        OSError: the disk's fault, not the adapter's.
+        OSError: a fault of the disk, not of the adapter.
     """
     config = parse_config(_read_config(directory))
     config.check_class(model_class)
@@ -111,7 +111,7 @@ def inspect(
             for chunk in chunks(file, tensor):
                 digest.update(chunk)
                 check_finite(chunk, name, tensor)
-                # A tower that text has never passed keeps the zeros of its B, and is not changed.
+                # In a tower that saw no training data, B is still zero: the tower is unchanged.
                 if changes and not (".lora_B." in name and is_zero(chunk, tensor)):
                     raise AdapterError(
                         f"tensor '{shorten(name)}' changes '{beside(name, outline)}', which text does not pass: images "
@@ -164,9 +164,9 @@ def inspect(
 
 
 def digest_of(directory: Path) -> str:
-    """The digest of an adapter that passed `inspect`, computed anew from its spec and all its numbers.
+    """The digest of an adapter that passed `inspect`, recomputed from its spec and all its numbers.
 
-    Raises AdapterError, or what reading JSON raises, when the files are not whole.
+    Raises AdapterError, or an error of the JSON reader, when the files are damaged.
     """
     spec = AdapterSpec.parse((directory / SPEC_NAME).read_text())
     digest = hashlib.sha256(_mathematics(spec.modules, spec.variants, spec.text))
@@ -208,12 +208,12 @@ def _transposed(file: BinaryIO, one: TensorEntry, other: TensorEntry) -> bool:
 
 
 def _heading(name: str, tensor: TensorEntry) -> bytes:
-    """What comes before a tensor's content in a digest."""
+    """The bytes before a tensor's content in a digest."""
     return json.dumps([name, tensor.dtype, tensor.shape]).encode() + b"\n"
 
 
 def _mathematics(modules: Mapping[str, LoraModule], variants: Variants, text: AdapterText) -> bytes:
-    """What an adapter is beyond the content of its tensors, as bytes to begin its digest with."""
+    """The first bytes of an adapter's digest: everything but the content of its tensors."""
 
     def pairs(modules: Mapping[str, LoraModule]) -> dict[str, list[float]]:
         return {name: [module.rank, module.scaling] for name, module in sorted(modules.items())}
@@ -221,13 +221,13 @@ def _mathematics(modules: Mapping[str, LoraModule], variants: Variants, text: Ad
     lines = f"lora {json.dumps(pairs(modules))}\n"
     if variants != Variants():
         lines += f"variants {json.dumps([pairs(variants.tables), variants.token_ids, variants.invocation])}\n"
-    if variants.experts:  # the first digests had none
+    if variants.experts:  # absent from the earliest digests
         lines += f"experts {json.dumps(pairs(variants.experts))}\n"
     if variants.routers:
         lines += f"routers {json.dumps(pairs(variants.routers))}\n"
     if text != NO_TEXT:
         fields = dataclasses.asdict(text)
-        for name in ("stop_tokens", "tool_format", "reasoning_format"):  # the first digests had none
+        for name in ("stop_tokens", "tool_format", "reasoning_format"):  # absent from the earliest digests
             if not fields[name]:
                 del fields[name]
         lines += f"text {json.dumps(fields)}\n"
@@ -235,7 +235,7 @@ def _mathematics(modules: Mapping[str, LoraModule], variants: Variants, text: Ad
 
 
 def _device_bytes(variants: Variants, tensors: Mapping[str, TensorEntry], outline: Outline) -> int:
-    """At most as much memory as `adapters.device.variants` takes for all this."""
+    """An upper bound of the device memory that `adapters.device.variants` takes for these."""
     total = 8 * outline.head_bias[0] if outline.head_bias and variants.names else 0
     for module in variants.tables.values():
         total += 4 * module.rank**2 + sum(_numbers(tensors, name, 4) for name in (module.a, module.b))

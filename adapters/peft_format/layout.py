@@ -1,4 +1,4 @@
-"""Which tensors the file of an adapter must hold, given its config and its base, and what each of them does.
+"""The tensors required and allowed in an adapter's file, given its config and its base, and their uses.
 
 Names and shapes only.
 """
@@ -17,8 +17,8 @@ from adapters.peft_format.weights import TensorEntry
 
 PREFIX = "base_model.model."
 MAX_LABELS = 4096
-# Where PEFT may have an embedding's or head's own parameters in a file; all but the first are the base's part of
-# something.
+# Prefixes that PEFT may put before an embedding's or head's own parameters in a file; all but the first are the
+# base's part of a wrapper.
 PLACES = ("", "base_layer.", "token_adapter.base_layer.", "original_module.")
 
 
@@ -34,13 +34,12 @@ class Layout(NamedTuple):
 
     Attributes:
         modules: linear of the decoder -> its adapter.
-        expected: tensor -> what it must be like.
-        copies: tensor that may be there too -> the base's parameter that it must equal (PEFT saves the base's
-            embeddings where these are adapted, believed to be resized, or asked for). With new tokens these come after
-            it.
-        twins: tensor that may be there too -> the tensor that it must equal (PEFT saves a resized embedding under every
-            name that it has; those of a head that `ensure_weight_tying` ties are one in PEFT).
-        transposed: tensor -> the tensor whose transpose it must equal, likewise.
+        expected: tensor -> its required shape.
+        copies: optional tensor -> the base's parameter that it must equal. PEFT saves the base's embeddings where these
+            are adapted, believed to be resized, or requested. Rows of new tokens come after the base's.
+        twins: optional tensor -> the tensor that it must equal. PEFT saves a resized embedding under all its names;
+            those of a head tied by `ensure_weight_tying` are one in PEFT.
+        transposed: optional tensor -> the tensor that it must be the transpose of.
         warnings: entries of the config without effect.
     """
 
@@ -56,12 +55,12 @@ class Layout(NamedTuple):
 def layout(
     config: AdapterConfig, linears: Mapping[str, LinearSize], outline: Outline, tensors: Mapping[str, TensorEntry]
 ) -> Layout:
-    """Lay an adapter's file out. `tensors`: those in it, which say where new tokens are, and how many labels.
+    """The layout of an adapter's file. `tensors`: those in it, which tell the new tokens and the number of labels.
 
     Raises:
-        AdapterError: naming the config's field that asks for what this base does not have.
+        AdapterError: naming the config's field that asks for something this base does not have.
     """
-    # Those that were linears of their own, as in older transformers; else they are in `target_parameters`.
+    # Routers adapted as linears, as in older transformers; otherwise they are in `target_parameters`.
     routers = [name for name in outline.routers if f"{PREFIX}{name}.lora_A.weight" in tensors]
     return _Builder(config, linears, outline, _apart(tensors, outline), routers).build(tensors)
 
@@ -70,7 +69,8 @@ _OF_ONE_EXPERT = re.compile(r"(.+)\.\d+\.([^.]+)\.lora_[AB]\.weight")
 
 
 def _apart(tensors: Collection[str], outline: Outline) -> dict[str, tuple[str, int]]:
-    """Experts' linears with adapters of their own in the file: name with a * -> parameter that holds them, its part."""
+    """Experts' linears with adapters of their own in the file: name with a * -> (parameter holding them, part of
+    it)."""
     if not outline.experts:
         return {}
     found = {f"{m[1]}.*.{m[2]}" for name in tensors if (m := _OF_ONE_EXPERT.fullmatch(name.removeprefix(PREFIX)))}
@@ -96,7 +96,7 @@ class _Builder:
         self._linears = linears
         self._outline = outline
         self._warnings: list[str] = []
-        self._apart = {  # by the names of the linears
+        self._apart = {  # name with a * -> names of the linears
             name: [name.replace("*", str(expert)) for expert in range(outline.experts[parameter].experts)]
             for name, (parameter, _) in apart.items()
         }
@@ -160,11 +160,11 @@ class _Builder:
         self._expected[f"{PREFIX}{name}"] = Expected(shape, asked_by)
         return f"{PREFIX}{name}"
 
-    # --- copies, new tokens ------------------------------------------------------------------------------
+    # --- copies and new tokens ---------------------------------------------------------------------------
 
     def _copies_of_tables(self, variants: Variants) -> None:
-        """Allow what PEFT saves of embedding and head where it is told to, or when it believes them resized: their
-        whole state, wherever it lies."""
+        """Allow the whole state of embedding and head, wherever it lies: PEFT saves it on request, or when it believes
+        them resized."""
         for parameter in self._table_parameters():
             table, _, kind = parameter.rpartition(".")
             if parameter in variants.parameters:
@@ -181,7 +181,7 @@ class _Builder:
 
     @property
     def _ties(self) -> bool:
-        """Whether embedding and head have one adapter."""
+        """Whether embedding and head share one adapter."""
         return self._config.ensure_weight_tying and self._outline.tied and self._outline.head is not None
 
     def _transposed(self, variants: Variants) -> dict[str, str]:
@@ -191,12 +191,12 @@ class _Builder:
         return {head.a: embedding.b, head.b: embedding.a}
 
     def _places(self, parameter: str) -> list[str]:
-        """Where PEFT may have a parameter of embedding or head."""
+        """The names that PEFT may give a parameter of embedding or head."""
         table, _, kind = parameter.rpartition(".")
         return [f"{PREFIX}{table}.{place}{kind}" for place in PLACES]
 
     def _grown(self, variants: Variants, tensors: Collection[str]) -> dict[str, str]:
-        """Where the new rows of embedding and head are, unless the whole matrix is the adapter's."""
+        """The tensors with the new rows of embedding and head, except for a whole matrix of the adapter's own."""
         found: dict[str, str] = {}
         for parameter in self._table_parameters():
             present = [name for name in self._places(parameter) if name in tensors]
@@ -240,7 +240,8 @@ class _Builder:
     # --- experts -----------------------------------------------------------------------------------------
 
     def _refuse_parameters(self) -> None:
-        """Raises AdapterError where `target_parameters` means parameters of the base that hold no experts' weights."""
+        """Refuse entries of `target_parameters` that select parameters other than experts' and routers'. Raises
+        AdapterError."""
         outline = self._outline
         whole = {*outline.experts, *(f"{router}.weight" for router in outline.routers)}
         others = [name for name in outline.parameters if name not in whole]
@@ -298,7 +299,7 @@ class _Builder:
         return found
 
     def _check_embedding(self, field: str, tables: Collection[str]) -> None:
-        """Raises AdapterError where the input embedding is among these and its rows are not simply looked up."""
+        """Refuse tables with the input embedding if it does more than look up rows. Raises AdapterError."""
         if self._outline.opaque_embedding and self._outline.embedding in tables:
             raise AdapterError(
                 f"{field} changes '{self._outline.embedding}', which in this base does more than to look up rows and "
@@ -320,7 +321,7 @@ class _Builder:
         }
 
     def _delta_biases(self) -> dict[str, str]:
-        return {  # an embedding's lora_B has none
+        return {  # an embedding's lora_B has no bias
             name: self._expect(f"{name}.lora_B.bias", (self._out_features(name),), "lora_bias")
             for name in self._adapted
             if name != self._outline.embedding
@@ -329,7 +330,7 @@ class _Builder:
     # --- the base's own parameters ----------------------------------------------------------------------
 
     def _shape(self, name: str) -> tuple[int, ...]:
-        """Of a parameter, in the adapter's vocabulary if it is an embedding's or a head's."""
+        """The shape of a parameter; those of embedding and head have the adapter's vocabulary."""
         module, _, kind = name.rpartition(".")
         if module not in self._outline.tables:
             return self._outline.parameters[name].shape
@@ -361,12 +362,13 @@ class _Builder:
         return {name: self._expect(place, self._shape(name), "bias") for name, place in places.items()}
 
     def _served_whole(self, module: str) -> bool:
-        """Whether an adapter may bring all parameters of a module that has some and is no linear of the decoder."""
+        """Whether an adapter may replace all parameters of a module that is not a linear of the decoder."""
         outline = self._outline
         return outline.norms is None or module in (*outline.norms, *outline.routers, *outline.tables)
 
     def _saved(self) -> dict[str, str]:
-        """Every parameter of the modules that `modules_to_save` means; as in PEFT, these end with one of its names."""
+        """Every parameter of the modules selected by `modules_to_save`: as in PEFT, those with names that end with an
+        entry."""
         config, outline = self._config, self._outline
         tables = outline.tables
         modules = {*self._linears, *tables, *(name.rpartition(".")[0] for name in outline.parameters)}
@@ -396,7 +398,7 @@ class _Builder:
         return {name: self._expect(name, self._shape(name), "modules_to_save") for name in names if name in there}
 
     def _classifier(self, tensors: Mapping[str, TensorEntry]) -> dict[str, str]:
-        """ "weight" and "bias" of the classification head -> tensor. It has as many labels as the file says."""
+        """Tensors of the classification head by "weight" and "bias". The file decides the number of labels."""
         if self._outline.embedding is None:
             raise AdapterError("task_type is SEQ_CLS: this base serves adapters of linears only", "task_type")
         places = [f"{module}.{place}" for module in CLASSIFIERS for place in ("", "modules_to_save.")]
@@ -419,7 +421,7 @@ class _Builder:
     # --- tokens ---------------------------------------------------------------------------------------------
 
     def _tokens(self, token_ids: Mapping[str, list[int]]) -> dict[str, str]:
-        """Module -> tensor of its trained rows. A tied head has one of its own only if its ids differ."""
+        """Module -> tensor of its trained rows. A tied head has a tensor of its own only if its ids differ."""
         found: dict[str, str] = {}
         embedding = self._outline.embedding
         for module, ids in token_ids.items():
@@ -437,7 +439,7 @@ class _Builder:
         found: dict[str, list[int]] = {}
         for asked, ids in self._config.trainable_token_indices.items():
             module = next((table for table in outline.tables if f".{table}".endswith(f".{asked}")), None)
-            if asked == EMBEDDING:  # PEFT's name for it in any base
+            if asked == EMBEDDING:  # PEFT's name for the input embedding of any base
                 module = outline.embedding
             if module is None:
                 raise AdapterError(
@@ -472,7 +474,7 @@ class _Builder:
 
 
 def _with_parents(modules: Collection[str]) -> set[str]:
-    """These modules and all that contain them."""
+    """These modules and all modules around them."""
     found: set[str] = set()
     for module in modules:
         parts = module.split(".")

@@ -1,7 +1,7 @@
-r"""Regular expressions with look-around, which RE2 lacks and trainers write: `^(?!.*visual).*(?:q_proj|v_proj).*`.
+r"""Regular expressions with look-around, which trainers write and RE2 lacks: `^(?!.*visual).*(?:q_proj|v_proj).*`.
 
-Python's own parser reads them. They are run as sets of positions: a part of a pattern maps the positions where it may
-begin to those where it may end, so that nothing is tried twice, and the work for one text is bounded.
+Python's own parser reads them. They are run on sets of positions: each part of a pattern maps the positions where it
+may begin to those where it may end. So nothing is tried twice, and the work for one text is bounded.
 """
 
 import re
@@ -10,19 +10,19 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, Final
 
-MAX_STEPS = 20_000  # of one text; patterns as trainers write them take hundreds for a module's name
-_SIZE = 64  # of a part, in RE2's measure of programs: it is slower
+MAX_STEPS = 20_000  # of one text; trainers' usual patterns take hundreds for a module's name
+_SIZE = 64  # of a part, in RE2's program size; large because this is slower
 
 _Positions = int  # bit i: the position before character i
 _Part = Callable[["_Text", _Positions], _Positions]
 
 
 def parsed(pattern: str, refusal: Callable[[str], Exception]) -> Any:
-    """What Python's `re` makes of a pattern. Raises `refusal(reason)` for one that it does not take."""
+    """The parse tree of Python's `re`. Raises `refusal(reason)` for an invalid pattern."""
     parser = import_module("re._parser")  # nothing else reads the syntax as `re` does, to the last detail
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of syntax that may change its meaning one day
+            warnings.simplefilter("ignore")  # about syntax with a possible future meaning
             return parser.parse(pattern)
     except (re.error, ValueError, RecursionError, OverflowError) as fault:
         raise refusal(str(fault)) from None
@@ -32,8 +32,8 @@ class LookaroundRegex:
     """A pattern of Python's `re` without back-references, flags, atomic groups and possessive repetition.
 
     Args:
-        refusal: makes an exception of a reason: that the pattern is wrong or has one of these, or, when it is run, that
-            a text would take more than `MAX_STEPS`.
+        refusal: makes an exception from a reason: the pattern is invalid or has one of these, or, in a match, a text
+            takes more than `MAX_STEPS`.
     """
 
     def __init__(self, pattern: str, refusal: Callable[[str], Exception]) -> None:
@@ -48,7 +48,7 @@ class LookaroundRegex:
             raise refusal("it is nested too deeply") from None
 
     def match(self, text: str) -> bool:
-        """Whether the pattern matches a beginning of the text."""
+        """Whether the pattern matches a prefix of the text."""
         return self._ends(text) != 0
 
     def fullmatch(self, text: str) -> bool:
@@ -61,7 +61,7 @@ class LookaroundRegex:
         except _TooMuchWork:
             raise self._refusal(f"it takes more than {MAX_STEPS} steps on one name") from None
 
-    # --- from the tree to functions -------------------------------------------------------------------
+    # --- compilation of the parse tree ----------------------------------------------------------------
 
     def _sequence(self, tree: Any) -> _Part:
         return _sequence([self._part(kind, argument) for kind, argument in tree])
@@ -90,11 +90,11 @@ class LookaroundRegex:
 
 
 class _TooMuchWork(Exception):
-    """No steps are left."""
+    """The steps of a text are used up."""
 
 
 class _Text:
-    """A text, and the steps that are left for it."""
+    """A text, and the steps left for it."""
 
     def __init__(self, text: str) -> None:
         self.text: Final = text
@@ -107,7 +107,7 @@ class _Text:
             raise _TooMuchWork
 
     def where(self, holds: Callable[[str], bool]) -> _Positions:
-        """The positions whose next character is such a one."""
+        """The positions before characters for which `holds` is true."""
         if holds not in self._where:
             self._where[holds] = sum(1 << i for i, character in enumerate(self.text) if holds(character))
         return self._where[holds]
@@ -151,10 +151,10 @@ def _repeat(part: _Part, least: int, most: int) -> _Part:
         for _ in range(least):
             text.step()
             before, begins = begins, part(text, begins)
-            if begins in (before, 0):  # as it stays, however often
+            if begins in (before, 0):  # a fixed point: more repetitions change nothing
                 break
         reached = new = begins
-        for _ in range(min(most - least, len(text.text))):  # each has one character more, or nothing new
+        for _ in range(min(most - least, len(text.text))):  # each repetition adds a character, or nothing new
             text.step()
             new = part(text, new) & ~reached
             if not new:
@@ -174,7 +174,7 @@ def _filter(holds: Callable[[str, int], bool]) -> _Part:
 
 
 def _assertion(part: _Part, width: int | None, *, wanted: bool) -> _Part:
-    """Of what follows, or of so many characters before."""
+    """A look-ahead, or with `width` a look-behind of so many characters."""
 
     def holds(text: _Text, i: int) -> bool:
         if width is None:
@@ -215,7 +215,7 @@ _PLACES: dict[str, Callable[[str, int], bool]] = {
 
 
 def _predicate(kind: str, argument: Any) -> Callable[[str], bool]:
-    """Which characters a literal, a class or the dot means."""
+    """A test for the characters of a literal, a class or the dot."""
     match kind:
         case "LITERAL":
             return lambda character: ord(character) == argument

@@ -1,4 +1,4 @@
-"""Whether the tensors of an adapter's file are those that its layout asks for. Names and shapes only."""
+"""Comparison of an adapter file's tensors with its layout. Names and shapes only."""
 
 import re
 from collections import Counter
@@ -17,9 +17,9 @@ MAX_NEW_TOKENS = 65536
 def match(
     tensors: Mapping[str, TensorEntry], plan: Layout, linears: Mapping[str, LinearSize], outline: Outline
 ) -> list[str]:
-    """Every tensor of the file is one that the layout expects or allows, and every one that it expects is there.
+    """Check that every tensor of the file is expected or allowed by the layout, and that no expected one is missing.
 
-    Returns warnings of those that play no part.
+    Returns warnings of unused tensors.
     """
     idle: Counter[str] = Counter()
     for name in tensors:
@@ -47,7 +47,8 @@ def match(
 
 
 def new_tokens(tensors: Mapping[str, TensorEntry], outline: Outline) -> int:
-    """How many rows the file's embedding and head have beyond the base's; negative for fewer, 0 without any."""
+    """The number of rows in the file's embedding and head beyond the base's; negative for fewer, 0 without such
+    tensors."""
     if outline.embedding is None:
         return 0
     rows = {
@@ -59,7 +60,7 @@ def new_tokens(tensors: Mapping[str, TensorEntry], outline: Outline) -> int:
     new = max(rows.values(), default=0) - outline.table_shape[0]
     if new > MAX_NEW_TOKENS:
         raise AdapterError(f"the weights have {new} new tokens; at most {MAX_NEW_TOKENS} are served", "weights")
-    # A model is shrunk in both tables, and PEFT saves both; or only the embedding's, adapted, where the head is tied.
+    # Fewer rows count if both tables are in the file, or the adapted embedding of a tied head: PEFT saves them so.
     adapted = f"{PREFIX}{outline.embedding}.base_layer.weight" in tensors
     return new if new > 0 or len(rows) == len(outline.tables) or adapted else 0
 

@@ -20,7 +20,7 @@ class LoraModule:
 
     @property
     def tensors(self) -> list[str]:
-        """Names in the file."""
+        """Names of the tensors in the file."""
         return [self.a, self.b]
 
 
@@ -28,12 +28,12 @@ class LoraModule:
 class ExpertsModule(LoraModule):
     """Adapters of one linear of every expert of a layer, all of one rank and scaling.
 
-    A and B are those of all experts as PEFT lays them out, A [experts * rank, in] expert by expert and B
-    [out, rank * experts] rank by rank; or each expert's own, in whose names there is a * for the expert.
+    A and B are those of all experts in PEFT's layout, A [experts * rank, in] expert by expert and B [out, rank *
+    experts] rank by rank; or each expert's own, with a * for the expert in their names.
 
     Attributes:
         parameter: full name of the base's parameter that holds these linears.
-        part: which of so many equal `parts` of that parameter's outputs is adapted.
+        part: the adapted one of the `parts` equal parts of that parameter's outputs.
     """
 
     experts: int
@@ -49,7 +49,8 @@ class ExpertsModule(LoraModule):
 
 
 def place_of(parameter: str, adapted: Collection[str]) -> str:
-    """Where PEFT has A and B of a parameter: it wraps a module once for each that is adapted, the last one outermost.
+    """The module of A and B of a parameter in PEFT's files: PEFT wraps a module once for each adapted parameter, the
+    last one outermost.
 
     Args:
         adapted: all adapted parameters, those of one module in its order.
@@ -61,23 +62,22 @@ def place_of(parameter: str, adapted: Collection[str]) -> str:
 
 @dataclass(frozen=True)
 class Variants:
-    """What an adapter does besides adding B A x to linears of the decoder; all names are full names of the base's.
+    """The effects of an adapter besides adding B A x to linears of the decoder; all names are full names of the base's.
 
     Attributes:
         tables: the embedding and the head, where adapted.
         experts: experts' linears, by the name of the parameter that holds them, or by their own with a * in it.
         routers: routers' weights, by the name of the parameter.
         magnitudes: module -> tensor [out], DoRA's m.
-        delta_biases: linear -> tensor [out] that lora_B adds.
+        delta_biases: linear -> tensor [out] added by lora_B.
         parameters: parameter of the base -> tensor in its place (a bias, a norm's weight, a whole embedding or head).
         tokens: embedding or head -> tensor of trained rows [n, width].
         token_ids: embedding or head -> the ids of these rows.
-        new_tokens: how many rows the adapter's embedding and head have beyond the base's; negative: as many fewer.
-        grown: embedding, head or the head's bias -> tensor as large as a larger vocabulary, whose last rows are the
-            new ones.
-        invocation: token ids from whose last occurrence in the prompt on the adapter is in force; empty: everywhere.
+        new_tokens: rows of the adapter's embedding and head beyond the base's; negative: as many fewer.
+        grown: embedding, head or the head's bias -> tensor of the larger vocabulary's size, the new rows last.
+        invocation: token ids; the adapter is in force from their last occurrence in the prompt on; empty: everywhere.
         classifier: "weight" [num_labels, hidden], perhaps "bias" -> tensor, of a head in place of the output head.
-        device_bytes: at most as much device memory does all this take.
+        device_bytes: an upper bound of the device memory for all these.
     """
 
     tables: dict[str, LoraModule] = field(default_factory=dict)
@@ -97,7 +97,7 @@ class Variants:
 
     @property
     def names(self) -> list[str]:
-        """In words, for receipts."""
+        """Names of the variants in use, for receipts."""
         whole = [name for name in self.parameters if not name.endswith(".bias")]
         return [
             name

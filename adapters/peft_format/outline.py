@@ -1,7 +1,7 @@
-"""What a base's own files say of it: the parameters beside its linears, and their values when somebody asks.
+"""The outline of a base from its own files: the parameters beside its linears, and their values on demand.
 
-Read from safetensors headers, with numpy only, so that an upload can be checked in a process that holds no model.
-Trusts the files: they are the operator's.
+Read from safetensors headers, with numpy only, so that an upload can be checked in a process without the model. The
+files are trusted, since the operator provides them.
 """
 
 import json
@@ -15,7 +15,7 @@ import numpy as np
 from adapters.peft_format.sizes import ExpertsSize
 from adapters.safetensors_header import read_header
 
-EMBEDDING, HEAD = "embed_tokens", "lm_head"  # the last parts of their names in most families
+EMBEDDING, HEAD = "embed_tokens", "lm_head"  # last parts of these tables' names in most families
 _INDEX = "model.safetensors.index.json"
 
 
@@ -37,20 +37,21 @@ def weight_files(directory: Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class Outline:
-    """The parameters of a base by their full names. Without any, adapters may touch nothing but linears.
+    """The parameters of a base by their full names. Without parameters, adapters may change linears only.
 
     Attributes:
         embedding: full name of the input embedding.
         head: full name of the output head, which may have no parameters of its own.
         tied: the head's matrix is the embedding's.
-        aside: full names of modules that text does not pass, such as an image encoder.
-        new_tokens: how many tokens an adapter adds to the vocabulary; negative: it has as many fewer.
+        aside: full names of modules not used for text, such as an image encoder.
+        new_tokens: the number of tokens that an adapter adds to the vocabulary; negative: it has as many fewer.
         experts: full names of the parameters that hold experts' linears, in the order of their modules.
-        norms: full names of those that an adapter may replace; None: the files do not tell, and every module that is
-            neither linear nor table passes for one.
-        routers: full names of routers to experts, likewise; adapters may have pairs of A and B for their weights.
+        norms: full names of the norms that an adapter may replace; None: the files do not tell, and every module that
+            is neither linear nor table counts as one.
+        routers: full names of routers to experts, also replaceable; adapters may have pairs of A and B for their
+            weights.
         by_token: full names of tables besides embedding and head that have a row for each token.
-        opaque_embedding: the input embedding does more than to look up rows and scale them.
+        opaque_embedding: the input embedding does more than look up rows and scale them.
     """
 
     parameters: dict[str, Parameter] = field(default_factory=dict)
@@ -88,10 +89,10 @@ class Outline:
         by_token: Sequence[str] = (),
         opaque_embedding: bool = False,
     ) -> "Outline":
-        """The outline of the model as it was loaded.
+        """The outline of the model as loaded.
 
         Args:
-            tied: head and embedding became one matrix; the files may hold it twice all the same.
+            tied: head and embedding became one matrix; the files may still hold it twice.
             renamed: name in the files -> name in the model, of parameters for which these differ.
         """
         renamed = renamed or {}
@@ -124,7 +125,7 @@ class Outline:
 
     @property
     def table_shape(self) -> tuple[int, int]:
-        """Of embedding and head: (vocabulary, width)."""
+        """The shape of embedding and head: (vocabulary, width)."""
         vocabulary, width = self.parameters[f"{self.embedding}.weight"].shape
         return vocabulary + self.new_tokens, width
 
@@ -134,7 +135,7 @@ class Outline:
         return (self.table_shape[0],) if f"{self.head}.bias" in self.parameters else None
 
     def grown(self, new_tokens: int) -> "Outline":
-        """The same base with as many rows more in embedding and head, or fewer."""
+        """The same base with this many more rows in embedding and head, or fewer."""
         return replace(self, new_tokens=new_tokens)
 
     def headless(self) -> "Outline":
@@ -147,8 +148,8 @@ class Outline:
         return self.parameters.get(name) or self.parameters[f"{self.embedding}.weight"]
 
     def equals(self, name: str, dtype: str, chunks: Iterator[bytes]) -> str | None:
-        """Whether a parameter's first values are these in another dtype, perhaps rounded to a narrower one on the way:
-        models are often trained in bf16 and saved in fp32.
+        """Compare a parameter's first values with `chunks`, which may have been rounded to a narrower dtype: models are
+        often trained in bf16 and saved in fp32.
 
         Args:
             name: full name, as for `stored`.
@@ -156,7 +157,7 @@ class Outline:
             chunks: the values to compare with, in that dtype.
 
         Returns:
-            The dtype that they were rounded to on the way, such as the parameter's own; None when they differ.
+            The dtype that they were rounded to, such as the parameter's own; None when they differ.
         """
         parameter = self.stored(name)
         if parameter.dtype not in _ITEMS:
@@ -179,7 +180,7 @@ class Outline:
 
 
 def _named(parameters: Mapping[str, Parameter], last: str) -> str | None:
-    """The full name of the first module with a weight whose name ends so."""
+    """The full name of the first module with a weight and this last part of its name."""
     for name in parameters:
         module, _, kind = name.rpartition(".")
         if kind == "weight" and module.rpartition(".")[2] == last:
@@ -201,7 +202,7 @@ _ITEMS: dict[str, type[np.generic]] = {"F32": np.uint32, "BF16": np.uint16, "F16
 
 
 def _converted(bits: np.ndarray, source: str, target: str) -> np.ndarray:
-    """Numbers of one dtype as the nearest of another, both as raw bits."""
+    """Numbers of one dtype rounded to the nearest of another, both as raw bits."""
     if source == target:
         return bits
     if source == "BF16":

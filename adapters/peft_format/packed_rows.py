@@ -1,7 +1,7 @@
-"""An adapter's rank rows in one file, as the pool keeps them: whoever loads the adapter only reads.
+"""An adapter's rank rows in one file, in the pool's layout, so that loading an adapter only reads.
 
-Made when an adapter comes in, beside its own files. All of it follows from those, so that it is no part of the digest,
-need not be kept elsewhere, and may be missing. With numpy only.
+Made when an adapter is uploaded, beside its own files. The file follows from those, so it is no part of the digest,
+needs no copy elsewhere, and may be missing. With numpy only.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from adapters.peft_format.weights import TensorEntry, read_header
 
 ROWS_NAME = "rows.bin"
 
-_READ_BYTES = 1 << 20  # at once: some 200 us, after which whoever serves may go on
+_READ_BYTES = 1 << 20  # at once: some 200 us, after which serving threads get their turn
 _READ_BUFFERS = 256  # at once, at most; the system allows 1024
 
 _BITS = {"F32": "<u4", "BF16": "<u2", "F16": "<u2"}
@@ -41,7 +41,7 @@ class RowShape(NamedTuple):
 
 @dataclass(frozen=True)
 class RowFile:
-    """Where it is, what lies in it, part after part, and the digest of it all. See `find`."""
+    """The path of a file of rows, its parts in order, and the digest of all of it. See `find`."""
 
     path: Path
     parts: tuple[RowShape, ...]
@@ -49,14 +49,14 @@ class RowFile:
 
     @property
     def bytes(self) -> int:
-        """Its size."""
+        """Size of the file."""
         return sum(_size(part) for part in self.parts)
 
     def read_into(self, rows: Sequence[np.ndarray]) -> None:
         """Fill arrays of units, together as large as the file, from its beginning to its end.
 
-        Leaves Python's lock alone but for moments, and the processor often. Raises OSError; DamagedFile when what was
-        read is not what had been laid out.
+        Holds Python's lock only briefly, and yields the processor often. Raises OSError; DamagedFile when the content
+        does not match the digest.
         """
         seen = hashlib.sha256()
         with self.path.open("rb", buffering=0) as file:
@@ -72,7 +72,7 @@ class RowFile:
 
 
 def find(directory: Path, spec: AdapterSpec, linears: Mapping[str, LinearSize]) -> RowFile | None:
-    """The rows of a published adapter; None where they were not laid out. `linears`: the base's, by full name."""
+    """The rows of a published adapter; None if they were not laid out. `linears`: the base's, by full name."""
     path = directory / ROWS_NAME
     if spec.variants.names or not path.exists() or (digest := record.read(directory).get(ROWS_NAME)) is None:
         return None
@@ -85,10 +85,10 @@ def find(directory: Path, spec: AdapterSpec, linears: Mapping[str, LinearSize]) 
 
 
 def make(directory: Path, spec: AdapterSpec) -> None:
-    """Lay out the rows of an adapter that passed `inspect`, unless there is more to it than rank rows (fsync'ed)."""
+    """Lay out the rows of an adapter that passed `inspect` and has no variants (fsync'ed)."""
     if spec.variants.names:
         return
-    new = directory / f".{ROWS_NAME}.new"  # until it is whole
+    new = directory / f".{ROWS_NAME}.new"  # until it is complete
     with (directory / WEIGHTS_NAME).open("rb") as weights, new.open("wb") as rows:
         entries = read_header(weights)
         for module in spec.modules.values():
@@ -102,7 +102,7 @@ def make(directory: Path, spec: AdapterSpec) -> None:
 
 
 def _as(dtype: str, content: bytes, entry: TensorEntry) -> np.ndarray:
-    """A tensor's numbers, or their bits, in an adapter's one dtype: its own, or float32."""
+    """A tensor's numbers, or their bits, in the adapter's dtype: the tensor's own, or float32."""
     bits = np.frombuffer(content, _BITS[entry.dtype]).reshape(entry.shape)
     if dtype != "float32" or entry.dtype == "F32":
         return bits
@@ -116,7 +116,7 @@ def _size(part: RowShape) -> int:
 
 
 def _batches(rows: Sequence[np.ndarray]) -> Iterator[tuple[list[memoryview], int]]:
-    """Pieces of the arrays in order, to be read at once, with their size."""
+    """Pieces of the arrays in order, each batch to be read at once, with its size."""
     batch: list[memoryview] = []
     size = 0
     for array in rows:

@@ -1,7 +1,7 @@
-"""The digest of each file of a published adapter, noted when it came in, for whoever reads the file later.
+"""The record of a published adapter: the digest of each file, noted at upload, for checks by later readers.
 
-A disk that gives back other bytes than it took must not change an answer in silence: what is read is held against this.
-All of it follows from the adapter's own digest, so that it can be made anew. See `adapters.storage.mending`.
+A disk that returns other bytes than were written must not silently change an answer: every read is checked against
+this. The record follows from the adapter's own digest, so it can be rebuilt. See `adapters.storage.mending`.
 """
 
 import hashlib
@@ -15,11 +15,11 @@ RECORD_NAME = "files.json"
 
 
 class DamagedFile(Exception):
-    """A file of a published adapter is not what it was when it came in."""
+    """A file of a published adapter has changed since its upload."""
 
 
 def write(directory: Path) -> None:
-    """Note the files that lie in a directory, as they are."""
+    """Write the record of the files in a directory, as they are."""
     files = [
         path
         for path in sorted(directory.iterdir())
@@ -29,7 +29,7 @@ def write(directory: Path) -> None:
 
 
 def read(directory: Path) -> dict[str, str]:
-    """File name -> digest. Raises DamagedFile where that was not noted, or cannot be read."""
+    """File name -> digest. Raises DamagedFile when the record is missing or unreadable."""
     try:
         noted = json.loads((directory / RECORD_NAME).read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -40,7 +40,7 @@ def read(directory: Path) -> dict[str, str]:
 
 
 def checked(directory: Path, name: str) -> bytes:
-    """A small file's content. Raises DamagedFile."""
+    """A small file's content, checked against the record. Raises DamagedFile."""
     try:
         content = (directory / name).read_bytes()
     except OSError as fault:
@@ -51,7 +51,7 @@ def checked(directory: Path, name: str) -> bytes:
 
 
 def check(directory: Path, names: Iterable[str] | None = None) -> None:
-    """Read these files, or all that were noted. Raises DamagedFile, naming those that are not what they were."""
+    """Check these files, or all in the record. Raises DamagedFile, naming the changed ones."""
     noted = read(directory)
     damaged = [name for name in (noted if names is None else names) if _found(directory / name) != noted.get(name)]
     if damaged:

@@ -1,8 +1,8 @@
 """Sizes of the base's linears, and of adapters on the device.
 
 Adapters' rows are counted in row units, cells of two bytes for each input (or output) of a linear: a rank row takes one
-in bf16 or fp16 and two, one after the other, in fp32. So adapters of every dtype share one pool. Anything else that an
-adapter keeps on the device is counted under the kind `EXTRAS`, in units of `EXTRAS_UNIT` bytes. No torch here.
+in bf16 or fp16 and two, one after the other, in fp32. So adapters of every dtype share one pool. All other device
+memory of an adapter is counted under the kind `EXTRAS`, in units of `EXTRAS_UNIT` bytes. No torch here.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ class LinearSize(NamedTuple):
 
     @property
     def pairs(self) -> int:
-        """How many pairs of A and B adapt it."""
+        """The number of pairs of A and B that adapt it."""
         return 1
 
 
@@ -35,8 +35,8 @@ class ExpertsSize(NamedTuple):
     """A parameter of the base that holds one linear of every expert of a layer.
 
     Attributes:
-        parts: the linears that it is made of where each expert has its own, from its first output on, all of one size.
-            Each by all its names, which have a * for the expert. Empty: experts are nowhere apart.
+        parts: the linears in it, from its first output on, all of one size, where each expert has its own; each by all
+            its names, with a * for the expert. Empty: experts are nowhere stored apart.
     """
 
     experts: int
@@ -46,7 +46,7 @@ class ExpertsSize(NamedTuple):
 
     @property
     def pairs(self) -> int:
-        """How many pairs of A and B adapt it."""
+        """The number of pairs of A and B that adapt it."""
         return self.experts
 
 
@@ -56,11 +56,11 @@ def units_per_row(dtype: str) -> int:
 
 
 def extra_units(size: int) -> int:
-    """Units under `EXTRAS` for so many bytes."""
+    """Units under `EXTRAS` for `size` bytes."""
     return -(-size // EXTRAS_UNIT)
 
 
 def device_bytes(units: Mapping[str, int], linears: Mapping[str, LinearSize]) -> int:
-    """Memory of so many units per kind: a kind has as many rows in each of its linears."""
+    """Device memory of these units per kind: a kind has as many rows in each of its linears."""
     rows = sum(units.get(linear.kind, 0) * linear.unit_bytes for linear in linears.values())
     return rows + EXTRAS_UNIT * units.get(EXTRAS, 0)

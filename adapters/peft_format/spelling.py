@@ -1,4 +1,4 @@
-"""How an adapter's file calls the text model of its base.
+"""The names that an adapter's file uses for the text model of its base.
 
 Wrappers of text and images name it differently from release to release (`model.language_model.layers`,
 `language_model.model.layers`), and one and the same text model is trained alone (`model.layers`) or within one.
@@ -15,7 +15,7 @@ from adapters.peft_format.outline import Outline
 
 T = TypeVar("T")
 
-# What text models are called in wrappers, and wrappers' other parts.
+# Names of text models in wrappers, and of wrappers' other parts.
 _TEXT = {"model", "language_model", "text_model", "llm", "thinker"}
 _BESIDE = {
     *("vision_tower", "vision_model", "vision_encoder", "visual", "vision_embed_tokens", "vision_resampler"),
@@ -26,9 +26,9 @@ _PLACE = re.compile(r"(?P<before>(?:[^.]+\.)*?)(?P<list>[^.]+)\.\d+\.")  # of a 
 
 
 def spelling(tensors: Iterable[str], linears: Collection[str], outline: Outline) -> dict[str, str]:
-    """What these tensors of a file call the base's linears, tables and parameters, where the base calls them otherwise.
+    """The base's name -> the file's name, for the base's linears, tables and parameters, where the file uses others.
 
-    Empty unless all tensors agree on one other way.
+    Empty unless all tensors agree on one other naming.
     """
     places = [place for linear in linears if (place := _PLACE.match(linear))]
     if not places:
@@ -56,12 +56,12 @@ def spelling(tensors: Iterable[str], linears: Collection[str], outline: Outline)
 
 
 def respelled(values: Mapping[str, T], names: Mapping[str, str]) -> dict[str, T]:
-    """The same values by other names."""
+    """The same values under other names."""
     return {names.get(name, name): value for name, value in values.items()}
 
 
 def respelled_outline(outline: Outline, names: Mapping[str, str]) -> Outline:
-    """The same base by other names."""
+    """The same base under other names."""
     return dataclasses.replace(
         outline,
         parameters=respelled(outline.parameters, names),
@@ -79,7 +79,7 @@ def respelled_outline(outline: Outline, names: Mapping[str, str]) -> Outline:
 
 
 def respelled_layout(plan: Layout, names: Mapping[str, str]) -> Layout:
-    """The same layout, its modules and parameters by other names; tensors keep theirs."""
+    """The same layout with other names for modules and parameters; tensors keep theirs."""
     fields: dict[str, Any] = {field.name: getattr(plan.variants, field.name) for field in dataclasses.fields(Variants)}
     fields["experts"] = {
         name: dataclasses.replace(module, parameter=names.get(module.parameter, module.parameter))
@@ -94,7 +94,7 @@ def _is_text(prefix: str) -> bool:
 
 
 def beside(name: str, outline: Outline) -> str | None:
-    """The part of a wrapper that a tensor of a file belongs to and that text does not pass; None for any other."""
+    """The part of a wrapper not used for text that a tensor of a file belongs to; None for any other tensor."""
     parts = name.removeprefix(PREFIX).split(".")[:-1]
     others = _BESIDE.union(module.rpartition(".")[2] for module in outline.aside)
     return next((".".join(parts[: i + 1]) for i, part in enumerate(parts) if part in others), None)

@@ -1,6 +1,6 @@
-"""What an adapter brings for the text around it: tokens that its base's tokenizer does not have, and a chat template.
+"""An adapter's chat template, and its tokens beyond its base's tokenizer.
 
-Of an uploaded tokenizer only its added tokens are used: everything else (normaliser, splitting, merges) is the base's,
+Only the added tokens of an uploaded tokenizer are used: everything else (normaliser, splitting, merges) is the base's,
 so a hostile tokenizer can do nothing but add words.
 """
 
@@ -23,7 +23,7 @@ MAX_ADDED_CHARACTERS = 4 * 1024 * 1024  # of all added tokens together
 
 @dataclass(frozen=True)
 class NewToken:
-    """One token beyond the base's tokenizer, as the `tokenizers` library has it."""
+    """One token beyond the base's tokenizer, as in the `tokenizers` library."""
 
     id: int
     content: str
@@ -36,17 +36,17 @@ class NewToken:
 
 @dataclass(frozen=True)
 class AdapterText:
-    """All of it. Part of the adapter's digest when there is any."""
+    """The text side of an adapter. Part of its digest if there is any."""
 
     tokens: tuple[NewToken, ...] = ()
     chat_template: str | None = None
-    stop_tokens: tuple[int, ...] = ()  # that ended the turns it was trained on
-    tool_format: str | None = None  # in which calls of tools were written there
+    stop_tokens: tuple[int, ...] = ()  # ends of turns in its training data
+    tool_format: str | None = None  # of tool calls there
     reasoning_format: str | None = None
 
     @classmethod
     def of(cls, fields: dict[str, Any]) -> "AdapterText":
-        """From what `dataclasses.asdict` and JSON made of one."""
+        """The text from the JSON of its `dataclasses.asdict`."""
         tokens = tuple(NewToken(**token) for token in fields["tokens"])
         formats = fields.get("tool_format"), fields.get("reasoning_format")
         return cls(tokens, fields["chat_template"], tuple(fields.get("stop_tokens", ())), *formats)
@@ -56,7 +56,7 @@ NO_TEXT = AdapterText()
 
 
 class _Document(msgspec.Struct):
-    """A tokenizer.json, all but this passed over."""
+    """A tokenizer.json, reduced to this field."""
 
     added_tokens: list[NewToken]
 
@@ -65,7 +65,7 @@ _DOCUMENT = msgspec.json.Decoder(_Document)  # made in one thread: when several 
 
 
 def read_added_tokens(path: Path) -> tuple[NewToken, ...]:
-    """The added tokens of a tokenizer.json. Raises AdapterError for what is none, and for one with too many."""
+    """The added tokens of a tokenizer.json. Raises AdapterError for any other file, and for too many tokens."""
     if path.stat().st_size > MAX_TOKENIZER_BYTES:
         raise AdapterError(f"a tokenizer has at most {MAX_TOKENIZER_BYTES} bytes", "tokenizer")
     try:
@@ -89,11 +89,11 @@ def read_added_tokens(path: Path) -> tuple[NewToken, ...]:
 
 
 def new_tokens(added: Iterable[NewToken], known: Callable[[str], int | None], size: int) -> tuple[NewToken, ...]:
-    """Those of a tokenizer's added tokens that the base's tokenizer lacks.
+    """The added tokens of a tokenizer that the base's tokenizer lacks.
 
     Args:
         known: a token's id in the base's tokenizer.
-        size: how many tokens that has: new ones are numbered from there.
+        size: the number of tokens in that; new ones are numbered from there.
 
     Raises:
         AdapterError: the tokenizer was not made by adding tokens to the base's.

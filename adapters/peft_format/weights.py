@@ -1,4 +1,4 @@
-"""The safetensors file of an adapter, distrusted: what it declares, and its bytes, each looked at.
+"""The untrusted safetensors file of an adapter: its validated header, and checks of its bytes.
 
 With numpy only.
 """
@@ -18,7 +18,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class Format(NamedTuple):
-    """How numbers of a dtype lie in a file, and what torch calls them."""
+    """Layout of a dtype's numbers in a file, and torch's name for the dtype."""
 
     name: Dtype
     itemsize: int
@@ -30,7 +30,7 @@ FORMATS: Final = {
     "BF16": Format("bfloat16", 2, 0x7F80),
     "F16": Format("float16", 2, 0x7C00),
 }
-MAX_HEADER_BYTES = 16 << 20  # some 150 for each matrix, of which experts have thousands
+MAX_HEADER_BYTES = 16 << 20  # some 150 for each matrix; experts have thousands
 MAX_TENSORS = 100_000
 MAX_DIMENSION = 1 << 31
 CHUNK_BYTES = 4 << 20  # a multiple of every item size
@@ -46,14 +46,14 @@ class TensorEntry(NamedTuple):
 
 
 def read_header(file: BinaryIO, formats: Mapping[str, Format] = FORMATS) -> dict[str, TensorEntry]:
-    """The tensors that a safetensors file declares, once the declaration is known to be true of the file.
+    """The tensors declared by a safetensors file, once the header is known to fit the file.
 
     Args:
-        formats: the dtypes that they may have.
+        formats: the allowed dtypes.
 
     Raises:
-        AdapterError: the header is not JSON, larger than `MAX_HEADER_BYTES`, or describes anything but floating
-            vectors and matrices that lie one behind the other and fill the file exactly.
+        AdapterError: the header is not JSON, larger than `MAX_HEADER_BYTES`, or describes anything but floating vectors
+            and matrices that lie one behind the other and fill the file exactly.
     """
     try:
         header = safetensors_header.read_header(file, MAX_HEADER_BYTES)
@@ -96,7 +96,7 @@ def _parse_entry(name: str, entry: Any, data_start: int, formats: Mapping[str, F
 
 
 def chunks(file: BinaryIO, tensor: TensorEntry) -> Iterator[bytes]:
-    """A tensor's bytes, whole numbers at a time."""
+    """A tensor's bytes, in chunks of whole numbers."""
     file.seek(tensor.start)
     remaining = tensor.end - tensor.start
     while remaining:
@@ -108,7 +108,7 @@ def chunks(file: BinaryIO, tensor: TensorEntry) -> Iterator[bytes]:
 
 
 def check_finite(chunk: bytes, name: str, tensor: TensorEntry) -> None:
-    """Raises AdapterError when one of these numbers is not finite."""
+    """Check that all these numbers are finite. Raises AdapterError."""
     number = FORMATS[tensor.dtype]
     bits = np.frombuffer(chunk, dtype=f"<u{number.itemsize}")
     if np.any(bits & number.exponent == number.exponent):

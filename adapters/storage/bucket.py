@@ -1,7 +1,7 @@
 """An object store: S3, Google Cloud Storage, Azure, or a directory, through obstore.
 
-Objects appear whole or not at all. `put_if` replaces one only if it is still the one that was read: the store compares
-its ETag. A directory cannot, so there a lock on one file of it serves instead (`flock`, which NFS has, too).
+Objects appear whole or not at all. `put_if` replaces an object only if it is unchanged since it was read: the store
+compares its ETag. For a directory, a lock on one of its files serves instead (`flock`, also available on NFS).
 """
 
 import contextlib
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 _CHUNK_BYTES = 1 << 20
 _RETRIES = 3
-_LOCK = ".lock"  # in a directory; no object is called so
+_LOCK = ".lock"  # in a directory; not the name of any object
 
 
 class Conflict(Exception):
-    """The object is no longer the one that was read."""
+    """The object has changed since it was read."""
 
 
 class Entry(NamedTuple):
-    """An object as a list has it."""
+    """An object in a list."""
 
     path: str
     etag: str | None
@@ -44,7 +44,7 @@ class Entry(NamedTuple):
 
 
 class Object(NamedTuple):
-    """An object as it was read. `version` is for `Bucket.put_if`."""
+    """An object as it was read. `version` is the argument of `Bucket.put_if`."""
 
     content: bytes
     etag: str | None
@@ -53,20 +53,20 @@ class Object(NamedTuple):
 
 
 class Bucket:
-    """One prefix of a bucket. Everything waits for a network, and raises RemoteUnavailable.
+    """One prefix of a bucket. All methods wait for a network, and raise RemoteUnavailable.
 
     Args:
         url: s3://bucket/prefix, gs://..., az://..., file:///...; credentials, region and endpoint come from the
             environment, as that provider's own tools read them (AWS_ENDPOINT_URL, ...).
-        patience: with a network's.
+        patience: the time limits for a network store.
 
     Raises:
-        ValueError: no such kind of store, or its configuration is not complete.
+        ValueError: no such kind of store, or an incomplete configuration.
     """
 
     def __init__(self, url: str, patience: Patience = PATIENCE) -> None:
         self._directory: Path | None = None
-        self._line: Line | None = None  # a directory has none
+        self._line: Line | None = None  # None for a directory
         if set(url) & set("?#"):
             raise ValueError("? and # would end its path; they are written %3F and %23")
         if url.startswith("file:") and not url.startswith("file:/"):
@@ -84,7 +84,7 @@ class Bucket:
             raise ValueError(_line(fault)) from None
 
     def list(self, prefix: str) -> list[Entry]:
-        """The objects below a prefix. A store may be late with it."""
+        """The objects below a prefix. A store's list may lag behind its writes."""
         found: list[Entry] = []
         with self._asking():
             now = datetime.now(UTC)
@@ -98,7 +98,7 @@ class Bucket:
         return found
 
     def read(self, path: str) -> Object | None:
-        """A small object; None when there is none."""
+        """A small object; None if there is none."""
         try:
             with self._asking(missing=False):
                 found = obstore.get(self._store, path)
@@ -112,9 +112,9 @@ class Bucket:
             return None
 
     def put_if(self, path: str, content: bytes, version: "UpdateVersion | None") -> str | None:
-        """Replace an object that is still the one of this version, or with None make one that is new; its new ETag.
+        """Replace an object if it still has this version, or create one for None; return its new ETag.
 
-        Raises Conflict when it is not; after any other fault it may have been replaced, or not.
+        Raises Conflict otherwise; after any other fault it may or may not have been replaced.
         """
         if self._directory is not None:
             return self._put_in_directory(self._directory / path, content, version)
@@ -134,7 +134,7 @@ class Bucket:
                 found = self.read(path)
                 if (found and found.version) != version:
                     raise Conflict(path)
-                # Written by hand, since a file's ETag is made of its inode, time and size: inodes are used again and
+                # Not through obstore, since a file's ETag is made of its inode, time and size: inodes are reused and
                 # the kernel's own times are milliseconds apart, so that one ETag could mean two contents.
                 file.parent.mkdir(parents=True, exist_ok=True)
                 fresh = self._directory / f".new-{os.getpid()}-{threading.get_ident()}"
@@ -150,13 +150,13 @@ class Bucket:
             raise RemoteUnavailable(_line(fault)) from None
 
     def put_file(self, path: str, file: Path) -> None:
-        """Make or replace an object of any size."""
+        """Create or replace an object of any size."""
         with self._asking(large=True):
             obstore.put(self._store, path, file)
 
     def get_file(self, path: str, file: Path, *, missing: bool = True) -> None:
-        """Copy an object to a new file of this disk, whose faults stay OSError. Without `missing`, one that is not
-        there is FileNotFoundError."""
+        """Copy an object to a new file; faults of the disk stay OSError. Without `missing`, a missing object raises
+        FileNotFoundError."""
         with self._asking(large=True, missing=missing):
             stream = obstore.get(self._store, path).stream(min_chunk_size=_CHUNK_BYTES)
             with file.open("xb") as copy:
@@ -164,18 +164,18 @@ class Bucket:
                     copy.write(chunk)
 
     def delete(self, paths: Sequence[str]) -> None:
-        """Remove these objects, as far as they are there."""
-        with self._asking(), contextlib.suppress(FileNotFoundError):  # a directory says so; buckets do not
+        """Remove these objects, ignoring missing ones."""
+        with self._asking(), contextlib.suppress(FileNotFoundError):  # raised for a directory only
             if paths:
                 obstore.delete(self._store, paths)
 
     @contextlib.contextmanager
     def _asking(self, *, large: bool = False, missing: bool = True) -> Iterator[None]:
-        """Raises RemoteUnavailable for every fault, and at once while the store is silent.
+        """Turn every fault into RemoteUnavailable, which is raised at once while the store is silent.
 
         Args:
-            large: it may take long, whatever the store does.
-            missing: so is it a fault that something is not there.
+            large: the transfer may take long, so it does not count as silence.
+            missing: a missing object is such a fault, too.
         """
         with contextlib.ExitStack() as asked:
             if self._line is not None and not large:
@@ -192,14 +192,14 @@ def _options(patience: Patience) -> "tuple[ClientConfig, RetryConfig]":
         "connect_timeout": timedelta(seconds=seconds / 3),
         "read_timeout": timedelta(seconds=seconds),
         "timeout": timedelta(hours=1),
-        "allow_http": True,  # whoever writes http:// into an endpoint means it
+        "allow_http": True,  # an endpoint with http:// is deliberate
     }
     return client, {"max_retries": _RETRIES, "retry_timeout": timedelta(seconds=seconds * 2 / 3)}
 
 
 @contextlib.contextmanager
 def _faults(*, missing: bool = True) -> Iterator[None]:
-    """Whatever the store's client raises becomes RemoteUnavailable; with `missing`, so does that there is no bucket."""
+    """Turn the store client's faults into RemoteUnavailable; with `missing`, also a missing object or bucket."""
     try:
         yield
     except FileNotFoundError as fault:
@@ -211,5 +211,5 @@ def _faults(*, missing: bool = True) -> Iterator[None]:
 
 
 def _line(fault: Exception) -> str:
-    """What happened, without the client's own debugging notes."""
+    """The message of a fault, without the client's debugging notes."""
     return " ".join(str(fault).partition("Debug source")[0].split())[:300]

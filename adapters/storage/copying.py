@@ -1,4 +1,4 @@
-"""Files of this machine that are copied by a name which others chose, from under one directory only."""
+"""Copying files by names that a client chose, from under one directory only."""
 
 import errno
 import os
@@ -15,15 +15,15 @@ _DIRECTORY = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY
 
 
 def copy_files(names: Iterable[str], directory: Path, target: Path, root: Path) -> None:
-    """Copy the files of these names that exist in `directory`. Links may lead anywhere under `root`, and not out of it.
+    """Copy those of the named files that exist in `directory`. Links may lead anywhere under `root`, and not out of it.
 
     Raises:
-        AdapterError: a file that lies elsewhere, is no plain file, or changes meanwhile.
-        OSError: the disk's fault.
+        AdapterError: a file that lies elsewhere, is not a plain file, or changes meanwhile.
+        OSError: a fault of the disk.
     """
     for name in names:
         path = directory / name
-        if not os.path.lexists(path):  # what is missing is named by the validation
+        if not os.path.lexists(path):  # missing files are reported by validation
             continue
         with _opened(path, root) as source, (target / name).open("xb") as copy:
             before = os.fstat(source.fileno())
@@ -37,7 +37,7 @@ def copy_files(names: Iterable[str], directory: Path, target: Path, root: Path) 
 
 @contextmanager
 def _opened(path: Path, root: Path) -> Iterator[BinaryIO]:
-    """A file by its real path, every part of which is opened without following a link: none can be slipped in."""
+    """Open a file by its real path, following a link in no part of it, so that none can be slipped in."""
     outside = AdapterError(f"{path.name} leads to nothing, or out of the directory that may be read", path.name)
     try:
         *folders, name = path.resolve().relative_to(root.resolve()).parts
@@ -49,7 +49,7 @@ def _opened(path: Path, root: Path) -> Iterator[BinaryIO]:
             inner = os.open(part, _DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
             os.close(folder)
             folder = inner
-        # Not to wait for whoever writes into a pipe of this name.
+        # O_NONBLOCK: opening a pipe of this name must not wait for its writer.
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
     except (FileNotFoundError, NotADirectoryError):
         raise outside from None

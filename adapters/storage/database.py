@@ -2,7 +2,7 @@
 
 A transaction that has returned is on disk (`synchronous=FULL`). Reads take a snapshot of the write-ahead log and never
 wait for a writer or its fsync. SQLite before 3.51.3 can damage the log when two connections write or checkpoint at the
-same instant; the second one here is opened read-only, does neither, and is closed first.
+same time; the second one here is opened read-only, does neither, and is closed first.
 """
 
 import errno
@@ -18,13 +18,13 @@ from typing import Any
 
 from adapters.disk import StorageFull, full_disk_named
 
-Migration = Callable[[sqlite3.Connection], object]  # from the layout before it to the next
+Migration = Callable[[sqlite3.Connection], object]  # from one layout to the next
 
 BUSY_SECONDS = 5.0
-RESERVE_BYTES = 256 * 1024  # beside the file, so that a full disk lets go
+RESERVE_BYTES = 256 * 1024  # beside the file, so that removing works on a full disk
 _BUSY = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED})
 _DAMAGED = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
-_UNOPENED = frozenset({sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN})  # for want of room beside it, say
+_UNOPENED = frozenset({sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN})  # for example for lack of disk space
 
 log = logging.getLogger(__name__)
 
@@ -34,19 +34,19 @@ class NewerLayoutError(RuntimeError):
 
 
 class DatabaseBusy(Exception):
-    """Another process holds the file, for longer than is waited."""
+    """Another process or thread holds the file for longer than the time limit."""
 
 
 class DatabaseDamaged(Exception):
-    """The file is no SQLite database, or not a whole one."""
+    """The file is no SQLite database, or an incomplete one."""
 
 
 class UnknownCursorError(LookupError):
-    """`after` names no row of the list."""
+    """`after` is not the id of a row of the list."""
 
 
 def script(sql: str) -> Migration:
-    """A migration of SQL statements, none of which holds a semicolon."""
+    """A migration of SQL statements without semicolons inside."""
 
     def run(connection: sqlite3.Connection) -> None:
         for statement in sql.split(";"):
@@ -56,7 +56,7 @@ def script(sql: str) -> Migration:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a database file, which is only read; None when it is whole."""
+    """The fault of a database file, which is opened read-only; None when it is whole."""
     try:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
             found: str = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
@@ -68,18 +68,18 @@ def damage(path: Path) -> str | None:
 class Database:
     """The two connections and their locks; used from any thread.
 
-    A file that another process holds, or on a disk that takes nothing more, is read from a copy in memory until it can
-    be opened for writing, which each transaction tries.
+    While another process holds the file, or its disk is full, it is read from a copy in memory; each transaction tries
+    to open it for writing.
 
     Args:
         path: the database file; its directory must exist.
-        migrations: the first makes the tables, each further one changes them. `PRAGMA user_version` counts those that
-            the file has been through; the first must also accept a file of the time before they were counted.
+        migrations: the first makes the tables, each further one changes them. `PRAGMA user_version` counts those
+            already applied to the file; the first must also accept a file from before they were counted.
         busy_seconds: how long a change waits for others, in this process and in another.
 
     Raises:
-        NewerLayoutError: the file has been through more migrations than there are.
-        DatabaseDamaged: see there.
+        NewerLayoutError: more migrations were applied to the file than there are.
+        DatabaseDamaged: the file is damaged.
     """
 
     def __init__(self, path: Path, migrations: Sequence[Migration], busy_seconds: float = BUSY_SECONDS) -> None:
@@ -88,8 +88,8 @@ class Database:
         self._busy_seconds = busy_seconds
         self._lock = threading.Lock()
         self._read_lock = threading.Lock()
-        self._owner: int | None = None  # the thread whose transaction is open
-        self._committed: list[Callable[[], object]] = []  # what that shall be followed by
+        self._owner: int | None = None  # the thread with the open transaction
+        self._committed: list[Callable[[], object]] = []  # calls that follow its commit
         self._connection: sqlite3.Connection | None = None
         self._reserve = path.with_name(f"{path.name}-reserve")
         try:
@@ -105,7 +105,7 @@ class Database:
                 self.path, timeout=self._busy_seconds, isolation_level=None, check_same_thread=False
             )
             try:
-                # Near a mebibyte: by itself the journal keeps the most it ever had, of a disk that may be small.
+                # A mebibyte: without a limit the journal keeps its largest size ever, and the disk may be small.
                 journal = ("journal_mode=WAL", "wal_autocheckpoint=256", "journal_size_limit=1048576")
                 for pragma in (*journal, "synchronous=FULL", "foreign_keys=ON"):
                     connection.execute(f"PRAGMA {pragma}")
@@ -125,7 +125,7 @@ class Database:
             log.info("%s can be written again", self.path)
 
     def _prepare(self, connection: sqlite3.Connection) -> None:
-        """See that the file is whole, and of the newest layout."""
+        """Check that the file is whole, and migrate it to the newest layout."""
         found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
         if found != "ok":
             raise DatabaseDamaged(f"{self.path.name} is damaged: {' '.join(found.split())}")
@@ -146,7 +146,7 @@ class Database:
             raise
 
     def _copied(self) -> sqlite3.Connection:
-        """What the file and its write-ahead log say now, in memory."""
+        """A copy in memory of the file and its write-ahead log."""
         memory = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
         memory.row_factory = sqlite3.Row
         with self._named_faults(), tempfile.TemporaryDirectory(prefix="lorakeet-") as directory:
@@ -163,9 +163,10 @@ class Database:
 
     @contextmanager
     def _named_faults(self, full: frozenset[int] = frozenset()) -> Iterator[None]:
-        """SQLite's words for a file that is held, damaged, or on a disk that takes nothing more become our own.
+        """Turn SQLite's errors for a busy file, a damaged file or a full disk into DatabaseBusy, DatabaseDamaged,
+        StorageFull.
 
-        `full`: codes that mean the last of these here.
+        `full`: further error codes that mean a full disk here.
         """
         try:
             with full_disk_named():
@@ -182,10 +183,10 @@ class Database:
 
     @contextmanager
     def transaction(self, *, removing: bool = False) -> Iterator[sqlite3.Connection]:
-        """All or nothing, on disk on return. Nested use joins the outer transaction.
+        """Commit all or nothing, on disk on return. Nested use joins the outer transaction.
 
         Args:
-            removing: it will free space: on a full disk it takes what is kept back for that.
+            removing: it will free space: on a full disk it takes the reserve.
 
         Raises DatabaseBusy, DatabaseDamaged, StorageFull; nothing has changed then.
         """
@@ -225,7 +226,7 @@ class Database:
             self._lock.release()
 
     def _keep_back(self) -> None:
-        """Take from the disk what removing needs, or as much of it as there is."""
+        """Write the reserve for removals, or as much of it as the disk has room for."""
         with suppress(OSError, sqlite3.Error):
             try:
                 self._reserve.write_bytes(bytes(RESERVE_BYTES))
@@ -235,12 +236,12 @@ class Database:
                 self._reserve.write_bytes(bytes(RESERVE_BYTES))
 
     def after_commit(self, follow: Callable[[], object]) -> None:
-        """Call this once the transaction that is open is on disk, and never if it is not."""
+        """Call `follow` once the open transaction is on disk, and never if it fails."""
         self._committed.append(follow)
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
-        """The last committed state, one for the whole block; inside a transaction, what that has written.
+        """The last committed state, one for the whole block; inside a transaction, its own writes as well.
 
         Raises DatabaseBusy, DatabaseDamaged.
         """
@@ -282,7 +283,7 @@ class Database:
         return rows[:limit], len(rows) > limit
 
     def close(self) -> None:
-        """Wait for what is under way, then close both connections."""
+        """Wait for operations in progress, then close both connections."""
         with self._read_lock:
             self._reader.close()
         with self._lock:

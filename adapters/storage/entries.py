@@ -1,8 +1,7 @@
-"""Each version's directory says which names have it, and as what: enough to make a lost database anew.
+"""Entries of names in a version's directory, from which a lost database can be restored.
 
-One small file for each name, beside the version's own, written after the name has changed. They are read when a
-database is lost and at no other time, so that they are not synced: those that a power cut takes are written again at
-the next start.
+One small file for each name, beside the version's own, written after the name has changed. They are read only when a
+database was lost, and so they are not synced: those lost in a power cut are written again at the next start.
 """
 
 import contextlib
@@ -25,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def note(before: Pointer | None, after: Pointer | None) -> None:
-    """See that the directories of a name's versions say what the name means now, and no longer what it meant."""
+    """Update the entries in the directories of a name's versions from the old pointer to the new one."""
     meant, means = _entries(before), _entries(after)
     for path in meant.keys() - means.keys():
         with contextlib.suppress(OSError):
@@ -36,14 +35,14 @@ def note(before: Pointer | None, after: Pointer | None) -> None:
 
 
 def complete(pointer: Pointer) -> None:
-    """Write the entries of a name that its versions' directories lack."""
+    """Write the entries of a name that are missing from its versions' directories."""
     for path, entry in _entries(pointer).items():
         if not (path.exists() and path.stat().st_size):
             _write(path, entry)
 
 
 def restored(directories: Iterable[Path]) -> dict[tuple[str, str], Pointer]:
-    """What the names of these versions mean, by tenant and name, as far as their directories say."""
+    """The pointers of these versions' names, by tenant and name, as far as the entries tell."""
     found: dict[tuple[str, str], list[tuple[dict[str, Any], Version]]] = {}
     for directory in directories:
         try:
@@ -60,7 +59,7 @@ def restored(directories: Iterable[Path]) -> dict[tuple[str, str], Pointer]:
 
 
 def read(directory: Path) -> Iterator[dict[str, Any]]:
-    """What a version's directory says of its names; entries that cannot be read are passed over."""
+    """The entries in a version's directory; unreadable ones are skipped."""
     for path in sorted((directory / NAMES).glob("*.json")):
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
             entry = json.loads(path.read_bytes())

@@ -1,8 +1,8 @@
-"""The files of adapter versions: complete directories by digest, here as long as a name or a lease wants them.
+"""The files of adapter versions: complete directories by digest, on this disk while a name or a lease needs them.
 
-A version is a directory `versions/<digest>`, complete before it gets that name and never changed after. With a remote
-store the files are kept there and this disk is a cache of them: what is not here is fetched when somebody leases it,
-and what nobody needs goes from here only. One process at a time may use a directory.
+A version is a directory `versions/<digest>`, complete before it gets that name and never changed after. With an object
+store this disk is a cache: missing files are fetched when they are leased, and unneeded ones are removed from this disk
+only. One process at a time may use a directory.
 """
 
 import asyncio
@@ -33,15 +33,15 @@ log = logging.getLogger(__name__)
 
 
 class VersionFiles:
-    """The directories of versions, and who holds them.
+    """The directories of versions, and their leases.
 
-    What is asked about leases (`lease`, `has`) never waits for a disk; the rest does, or for the network. Creating one
-    removes uploads that an earlier process left unfinished; `settle` then says what else is not wanted.
+    `lease` and `has` never wait for a disk; the other methods wait for the disk or the network. Creating one removes
+    uploads that an earlier process left unfinished; `settle` then removes the other unwanted files.
 
     Args:
         root: directory of its own, made if missing, on one file system.
-        remote: where the files are kept, if not here.
-        disk_bytes: with `remote`, how much of it may be here; what is leased stays beyond that.
+        remote: the object store of the files, if there is one.
+        disk_bytes: with `remote`, the bytes allowed on this disk; leased files may exceed them.
     """
 
     def __init__(self, root: Path, remote: "RemoteStore | None" = None, disk_bytes: int | None = None) -> None:
@@ -49,36 +49,36 @@ class VersionFiles:
         self._versions = root / "versions"
         self._remote = remote
         self._disk_bytes = disk_bytes
-        # `_placing` is held while a directory gets its name, `_counting` for moments only.
+        # `_placing` is held while a directory gets its name, `_counting` only briefly.
         self._placing = threading.Lock()
         self._counting = threading.Condition()
-        self._wanted: Counter[str] = Counter()  # digest -> how many want its files for as long as they do not say else
+        self._wanted: Counter[str] = Counter()  # digest -> number of names with it
         self._leases: Counter[str] = Counter()
         self._stored: OrderedDict[str, int] = OrderedDict()  # digest -> bytes here, the least recently leased first
         self._disk_used = 0  # bytes of `_stored`; like them, counted only with a remote
-        self._removing: set[str] = set()  # digests whose files are on their way out
+        self._removing: set[str] = set()  # digests of versions being removed
         self._fetching: dict[str, Future[None]] = {}
         self._mending = threading.Lock()
-        self._beyond_mending: dict[str, str] = {}  # digest -> what is wrong with its files
-        self._pending = Pending(root)  # marks of versions that come or go
+        self._beyond_mending: dict[str, str] = {}  # digest -> the fault of its files
+        self._pending = Pending(root)  # marks of versions being added or removed
         self._aside = root.parent / lost.LOST_AND_FOUND / "versions"
         self._fetchers = ThreadPoolExecutor(_FETCHERS, thread_name_prefix="adapter-fetcher")
         self._closed = False
         self._recover()
 
     def close(self) -> None:
-        """Fetch nothing more, so that the process can end."""
+        """Stop fetching, so that the process can exit."""
         self._closed = True
         self._fetchers.shutdown(wait=False, cancel_futures=True)
 
-    # --- who wants what ------------------------------------------------------------------------------
+    # --- names and leases ----------------------------------------------------------------------------
 
     def path(self, digest: str) -> Path:
-        """Where the files are, or would be."""
+        """The directory of a version's files, whether or not they are there."""
         return self._versions / _key(digest)
 
     def want(self, more: Collection[str], less: Collection[str]) -> None:
-        """Count these digests as wanted once more, and `less` of them once less. Removes nothing."""
+        """Count these digests as wanted once more, and those in `less` once less. Removes nothing."""
         with self._counting:
             self._wanted.update(more)
             for digest in less:
@@ -86,37 +86,38 @@ class VersionFiles:
 
     @contextmanager
     def renaming(self, before: Pointer | None, after: Pointer | None) -> Iterator[None]:
-        """Around the moment at which a name comes to mean something else; then its versions' directories say so."""
-        if self._remote is not None:  # which has the names, too
+        """Wrap the change of a name's pointer: mark it as pending, then update the entries in the versions'
+        directories."""
+        if self._remote is not None:  # the names are there, too
             yield
             return
         concerned = {version.digest for pointer in (before, after) if pointer for version in pointer.versions}
         self._pending.mark(*map(_key, concerned))
         try:
             yield
-        finally:  # those that nobody wants now keep their mark until they are gone
+        finally:  # versions without a name keep their mark until they are removed
             self._pending.clear(*(_key(digest) for digest in concerned & self._wanted.keys()))
         entries.note(before, after)
 
     def complete(self, pointer: Pointer) -> None:
-        """See that the directories of a name's versions say so."""
+        """Write the entries of a name that are missing from its versions' directories."""
         if self._remote is None:
             entries.complete(pointer)
 
     def has(self, digest: str) -> bool:
-        """Whether the files are here, not damaged beyond mending; as long as they are leased, that lasts."""
+        """Whether the files are on this disk and not damaged beyond mending. A lease keeps them there."""
         return digest in self._stored and digest not in self._beyond_mending
 
     def obtainable(self, digest: str) -> bool:
-        """Whether the files are here or can be fetched."""
+        """Whether the files are on this disk or can be fetched."""
         return self._remote is not None or self.has(digest)
 
     @contextmanager
     def lease(self, version: Version) -> Iterator[Version]:
-        """Keep a version's files while this is open, whoever wants them.
+        """Keep a version's files while the context is open, even if its name changes or is deleted.
 
         Raises:
-            UnknownAdapter: nobody wants them any more.
+            UnknownAdapter: the version was removed.
         """
         digest = version.digest
         with self._counting:
@@ -130,30 +131,31 @@ class VersionFiles:
             yield version
         finally:
             unused = self._let_go(digest)
-            # A lease may end where nobody can wait, and removing gigabytes takes a while.
+            # In a thread: a lease may end on the event loop, and removing gigabytes takes a while.
             if unused or self._excess > 0:
                 threading.Thread(target=self._collect, args=(digest,), name="adapter-collector").start()
 
     async def ready(self, digest: str) -> None:
-        """Wait until the files of a leased version are here. Only who needs them waits.
+        """Wait until the files of a leased version are on this disk.
 
         Raises:
-            RemoteUnavailable: they cannot be had now.
-            DamagedAdapter: what the remote has is not this version.
+            RemoteUnavailable: they cannot be fetched now.
+            DamagedAdapter: the object store's files do not match the digest.
             StorageFull: there is no room for them.
         """
         if digest in self._beyond_mending:
             raise DamagedAdapter(self._beyond_mending[digest])
         if not self.has(digest):
-            # Several may wait for one: whoever stops waiting must not stop it.
+            # Several callers may wait for one fetch: a cancelled one must not cancel it.
             await asyncio.shield(asyncio.wrap_future(self._fetch_soon(digest)))
 
     # --- damage --------------------------------------------------------------------------------------
 
     def mend(self, digest: str) -> None:
-        """Read all of a leased version's files, and make anew, or fetch again, what is not as it was.
+        """Check all of a leased version's files against their record, and rebuild or fetch again the damaged ones.
 
-        Raises DamagedAdapter when it cannot be mended: it is not served until it is uploaded again. RemoteUnavailable.
+        Raises DamagedAdapter when they cannot be mended (the version is not served until uploaded again),
+        RemoteUnavailable.
         """
         directory = self.path(digest)
         with self._mending, full_disk_named():
@@ -174,7 +176,7 @@ class VersionFiles:
             log.warning("%s: mended", digest)
 
     def repair(self, staging: Path, spec: AdapterSpec) -> None:
-        """Should this version be here and damaged: put the staged files, which are whole, in place of its own."""
+        """If this version is on the disk and damaged, replace its files by the staged ones, which are whole."""
         with self._mending:
             if spec.digest not in self._stored:
                 return
@@ -186,13 +188,13 @@ class VersionFiles:
                 log.warning("%s: %s; replaced by what was uploaded", spec.digest, fault)
             self._beyond_mending.pop(spec.digest, None)
 
-    # --- coming --------------------------------------------------------------------------------------
+    # --- adding --------------------------------------------------------------------------------------
 
     @contextmanager
     def stage(self) -> Iterator[Path]:
-        """A private directory to write an adapter's files into, gone afterwards unless placed. Raises StorageFull."""
+        """A private directory to write an adapter's files into, removed on exit unless placed. Raises StorageFull."""
         with full_disk_named():
-            for directory in (self._staging, self._versions):  # the disk may not have let `_recover` make them
+            for directory in (self._staging, self._versions):  # `_recover` may have failed to make them
                 directory.mkdir(parents=True, exist_ok=True)
             staging = self._staging / uuid.uuid4().hex
             staging.mkdir(mode=0o700)
@@ -203,9 +205,9 @@ class VersionFiles:
 
     @contextmanager
     def coming(self, staging: Path, spec: AdapterSpec) -> Iterator[None]:
-        """Complete staged files, which `inspect` described by `spec`, and make them durable; with a remote, there.
+        """Complete staged files, described by `spec`, and make them durable, in the object store if there is one.
 
-        `place` them before it ends.
+        `place` them before the context ends.
         """
         spec.save(staging)
         _sync_all(staging)
@@ -223,7 +225,7 @@ class VersionFiles:
             self._collect(spec.digest)
 
     def place(self, staged: Path, digest: str) -> None:
-        """Move staged files to where their digest says, unless the same are there."""
+        """Move staged files to the directory of their digest, unless it exists already."""
         size = _size(staged) if self._remote else 0
         with self._placing:
             with self._counting:
@@ -248,7 +250,7 @@ class VersionFiles:
         assert self._remote is not None, "without one, whatever can be leased is here"
         try:
             with full_disk_named(), self.stage() as staging:
-                if digest in self._stored:  # since it was asked for
+                if digest in self._stored:  # placed in the meantime
                     return
                 self._receive(digest, staging)
                 _sync_all(staging)
@@ -256,10 +258,10 @@ class VersionFiles:
         finally:
             with self._counting:
                 del self._fetching[digest]
-        self._collect(digest)  # nobody may want it by now
+        self._collect(digest)  # perhaps unwanted in the meantime
 
     def _receive(self, digest: str, directory: Path) -> None:
-        """Get a version from the remote, whole. Raises DamagedAdapter, also for who asks for it before long."""
+        """Fetch a version from the object store and verify it. Raises DamagedAdapter."""
         assert self._remote is not None
         self._remote.get(digest, directory)
         try:
@@ -267,10 +269,10 @@ class VersionFiles:
         except DamagedAdapter as fault:
             raise DamagedAdapter(f"in the object store, {fault}") from None
 
-    # --- going ---------------------------------------------------------------------------------------
+    # --- removing ------------------------------------------------------------------------------------
 
     def remove_unused(self, digest: str) -> None:
-        """Remove a version's files from here unless somebody wants or leases them."""
+        """Remove a version's files from this disk unless a name or a lease needs them."""
         with self._counting:
             if digest in self._wanted or digest in self._leases or digest in self._removing:
                 return
@@ -282,7 +284,8 @@ class VersionFiles:
         self._take_away(digest)
 
     async def remove_orphans(self, seconds: float) -> int:
-        """Remove from the remote what no name there has, unless something came so lately; how many versions.
+        """Remove versions from the object store that have no name there and no file written in the last `seconds`;
+        return the count.
 
         Raises RemoteUnavailable.
         """
@@ -292,13 +295,14 @@ class VersionFiles:
         return await asyncio.wrap_future(work)
 
     def _held(self, digest: str) -> bool:
-        """Whether anybody here needs a version's files in the remote."""
+        """Whether this server needs a version's files in the object store."""
         return self._closed or digest in self._wanted or digest in self._leases or digest in self._fetching
 
     def settle(self, known: Collection[str], database: str) -> None:
-        """Once, before anything else comes: take from here what is not among these, and what is too much.
+        """Once, at start: remove the versions not in `known`, and those beyond the allowed bytes.
 
-        Where a remote has the files it goes, from here only: another server may be about to name it.
+        With an object store, unknown versions are removed from this disk only: another server may be about to name
+        them.
         """
         unknown = [path for path in lost.entries(self._versions) if f"sha256:{path.name}" not in known]
         for path in unknown:
@@ -311,18 +315,18 @@ class VersionFiles:
         self._trim()
 
     def _let_go(self, digest: str) -> bool:
-        """End a lease; whether nobody needs the files any more."""
+        """End a lease; return whether nothing needs the files any more."""
         with self._counting:
             _count_down(self._leases, digest)
             return digest not in self._leases and digest not in self._wanted
 
     @property
     def _excess(self) -> int:
-        """Bytes on this disk that are too many."""
+        """Bytes on this disk beyond the allowed ones."""
         return 0 if self._disk_bytes is None else self._disk_used - self._disk_bytes
 
     def _collect(self, digest: str) -> None:
-        """Remove a version if nobody needs it, and others from this disk as long as it holds too much."""
+        """Remove a version if it is unused, then others while this disk holds too many bytes."""
         self.remove_unused(digest)
         self._trim()
 
@@ -345,7 +349,7 @@ class VersionFiles:
             self._take_away(victim)
 
     def _take_away(self, digest: str) -> None:
-        """Remove files from here, by way of staging, so that half a directory is never found."""
+        """Remove files from this disk by way of staging, so that half a directory is never found."""
         try:
             doomed = self._staging / uuid.uuid4().hex
             with suppress(FileNotFoundError):
@@ -358,10 +362,10 @@ class VersionFiles:
             self._pending.clear(_key(digest))
 
     def _recover(self) -> None:
-        """Remove unfinished uploads, and see what is here."""
+        """Remove unfinished uploads, and list the versions on this disk."""
         for directory in (self._staging, self._versions):
             lost.directory_at(directory, self._aside.parent)
-        with suppress(OSError):  # a disk that takes nothing now is met again by whoever uploads
+        with suppress(OSError):  # a full disk is reported by the next upload
             sync(self._versions.parent)
         for left in lost.entries(self._staging):
             lost.remove(left)

@@ -1,8 +1,8 @@
-"""Leases: which server works on a record that many see.
+"""Leases: which of many servers works on a record.
 
-Whoever claims a record writes a lease into it and counts in it from time to time. Nobody compares clocks: another
-server may claim it once it has seen the same count for as long as the lease says. A holder's change is made only while
-the record still has its lease, so that one who was thought dead writes nothing over what came after.
+The holder writes a lease into the record and increments its count from time to time. No clocks are compared: another
+server may claim the record once it has seen the same count for the lease's seconds. A holder's change is made only
+while the record still has its lease, so a holder wrongly presumed dead overwrites nothing newer.
 """
 
 import threading
@@ -13,44 +13,44 @@ from typing import Any
 
 from adapters.storage.records import Content, Records
 
-LEASE = "lease"  # in a record's content: {"holder", "count", "seconds"}, or None
+LEASE = "lease"  # key in a record's content: {"holder", "count", "seconds"}, or None
 
 _Lease = dict[str, Any] | None
 
 
 class LeaseLost(Exception):
-    """Another server works on the record, or none may any more."""
+    """Another server works on the record, or nobody may any more."""
 
 
 class Leases:
-    """The leases of some records, as one server holds and sees them. Used from any thread.
+    """The leases of some records, as seen and held by one server. Used from any thread.
 
     Args:
-        seconds: how long its own last after each renewal.
+        seconds: the duration of its own leases from each renewal.
     """
 
     def __init__(self, records: Records, seconds: float) -> None:
         self.seconds = seconds
         self._records = records
-        self._seen: dict[str, tuple[_Lease, float]] = {}  # key -> what was seen, first when
-        self._held: dict[str, tuple[str, float]] = {}  # key -> holder, when its last renewal began
+        self._seen: dict[str, tuple[_Lease, float]] = {}  # key -> the lease as seen, first seen when
+        self._held: dict[str, tuple[str, float]] = {}  # key -> holder, start of its last renewal
         self._lock = threading.Lock()
 
     def see(self, key: str, content: Content) -> None:
-        """Note how a record's lease stands in the store."""
+        """Note the lease in a record's content as read from the store."""
         lease = content.get(LEASE)
         with self._lock:
             if key not in self._seen or self._seen[key][0] != lease:
                 self._seen[key] = lease, time.monotonic()
 
     def free(self, key: str) -> bool:
-        """Whether nobody holds a record, or its holder has not been heard of for as long as its lease lasts."""
+        """Whether nobody holds a record, or its holder has not renewed the lease for the lease's seconds."""
         with self._lock:
             lease, since = self._seen.get(key, (None, 0.0))
         return lease is None or time.monotonic() - since > lease["seconds"]
 
     def held(self) -> list[str]:
-        """Keys of the records that are held here."""
+        """Keys of the records held by this server."""
         with self._lock:
             return list(self._held)
 
@@ -60,12 +60,12 @@ class Leases:
             return key in self._held
 
     def left(self, key: str) -> float:
-        """For how many seconds a record that is held here can be worked on without another renewal."""
+        """Seconds for which a record held here can be worked on without another renewal."""
         with self._lock:
             return self.seconds - (time.monotonic() - self._held[key][1]) if key in self._held else 0.0
 
     def claim(self, key: str, apply: Callable[[Content | None], Content] | None = None) -> Content:
-        """Hold a record that is free, or that `apply` makes. Raises LeaseLost when another server was faster."""
+        """Claim a free record, or one made by `apply`. Raises LeaseLost when another server was faster."""
         with self._lock:
             seen = self._seen.get(key, (None, 0.0))[0]
         holder, began = uuid.uuid4().hex, time.monotonic()
@@ -83,7 +83,7 @@ class Leases:
         return content
 
     def change(self, key: str, apply: Callable[[Content], Content], *, release: bool = False) -> Content:
-        """Change a record that is held here, and renew its lease or end it. Raises LeaseLost, and what `apply` does."""
+        """Change a record held here, and renew its lease or end it. Raises LeaseLost, and the errors of `apply`."""
         with self._lock:
             if key not in self._held:
                 raise LeaseLost(key)
@@ -110,12 +110,12 @@ class Leases:
         return content
 
     def drop(self, key: str) -> None:
-        """Hold a record no longer, whatever the store says."""
+        """Give up a record in this process, without changing the store."""
         with self._lock:
             self._held.pop(key, None)
 
     def forget(self, key: str) -> None:
-        """Hold a record no longer, and know nothing of it."""
+        """Give up a record in this process, and forget its lease as seen."""
         with self._lock:
             self._held.pop(key, None)
             self._seen.pop(key, None)

@@ -1,8 +1,8 @@
-"""What lies on the disk and no database knows: set aside in `lost+found/`, never deleted on a guess.
+"""Files unknown to any database: set aside in `lost+found/`, never deleted on a guess.
 
-A change that takes several steps (a version placed, then named; a file's row deleted, then its bytes) is marked while
-it is under way. At the next start, what the database does not know was never acknowledged if it has a mark, and goes;
-what has none was known once, so that it is the database that has lost it. `lorakeet doctor` deals with that.
+A change of several steps (a version placed, then named; a file's row deleted, then its bytes) is marked while it is
+pending. At the next start, a file unknown to the database is removed if it has a mark, since it was never acknowledged.
+Without a mark it was once known, and the database has lost it; `lorakeet doctor` handles these.
 """
 
 import contextlib
@@ -20,39 +20,38 @@ log = logging.getLogger(__name__)
 
 
 class Pending:
-    """Marks of changes under way below one directory, by the name of what they change; beside it, out of the way."""
+    """Marks of pending changes below one directory, by the changed file's name; kept beside that directory."""
 
     def __init__(self, root: Path) -> None:
         self._directory = root.parent / PENDING / root.name
 
     def mark(self, *names: str) -> None:
-        """Before the first step. A disk that takes no mark takes the change, if it can."""
+        """Mark a change before its first step. On a full disk the change goes on without a mark."""
         with contextlib.suppress(OSError):
             self._directory.mkdir(parents=True, exist_ok=True)
             for name in names:
                 (self._directory / name).touch()
 
     def clear(self, *names: str) -> None:
-        """After the last step."""
+        """Remove the marks after the last step."""
         for name in names:
             with contextlib.suppress(OSError):
                 (self._directory / name).unlink(missing_ok=True)
 
     def names(self) -> set[str]:
-        """What was under way when the last process died."""
+        """Names of the changes that were pending when the last process died."""
         return {path.name for path in entries(self._directory)}
 
 
 def entries(directory: Path) -> list[Path]:
-    """What lies in a directory, but for hidden files; nothing where there is none."""
+    """The entries of a directory without hidden files; none if the directory is missing."""
     with contextlib.suppress(OSError):
         return sorted(path for path in directory.iterdir() if path.name[0] != ".")
     return []
 
 
 def sort_out(unknown: Iterable[Path], pending: Pending, aside: Path, database: str) -> None:
-    """Once, at start: remove what was never acknowledged of all that `database` does not know, and move the rest to
-    `aside`."""
+    """Once, at start: of the paths unknown to `database`, remove those with a mark, and move the rest to `aside`."""
     marked = pending.names()
     lost = []
     for path in unknown:
@@ -80,7 +79,7 @@ def _set_aside(lost: list[Path], aside: Path, database: str) -> None:
 
 
 def set_aside_database(path: Path) -> Path:
-    """Give a damaged database another name; which. Its write-ahead log goes with it."""
+    """Rename a damaged database, with its write-ahead log; return the new path."""
     damaged = vacant(path.with_name(f"{path.name}.damaged-{time.strftime('%Y%m%dT%H%M%S')}"))
     for suffix in ("-wal", "-shm", ""):
         with contextlib.suppress(FileNotFoundError):
@@ -89,8 +88,8 @@ def set_aside_database(path: Path) -> Path:
 
 
 def directory_at(path: Path, aside: Path) -> None:
-    """See that there is a directory, moving a plain file that has its place to `aside`, and end what `take_away` began
-    there. A disk that takes none is met again by whoever writes there."""
+    """Make a directory, moving a plain file in its place to `aside`, and finish removals that `take_away` began there.
+    On a full disk this fails silently; the next write there reports it."""
     with contextlib.suppress(OSError):
         if path.exists() and not path.is_dir():
             aside.mkdir(parents=True, exist_ok=True)
@@ -102,7 +101,7 @@ def directory_at(path: Path, aside: Path) -> None:
 
 
 def take_away(path: Path) -> None:
-    """Remove a directory that a thread may still be writing into: once it has another name, nobody finds it."""
+    """Remove a directory that a thread may still be writing into: it is renamed first, so that nobody finds it."""
     gone = path.with_name(f".{path.name}{_GONE}")
     with contextlib.suppress(OSError):
         path.rename(gone)
@@ -110,7 +109,7 @@ def take_away(path: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """A file, or a directory with all in it. What cannot be removed stays."""
+    """Remove a file, or a directory with its content. Failures are ignored."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -119,7 +118,7 @@ def remove(path: Path) -> None:
 
 
 def vacant(path: Path) -> Path:
-    """This path, or the first with a number behind it where nothing lies yet."""
+    """This path, or the first free one with a number appended."""
     candidate, number = path, 1
     while candidate.exists():
         number += 1

@@ -1,4 +1,4 @@
-"""What is left of a damaged version: its rows and the record of its files follow from its spec and its weights."""
+"""Mending a damaged version: its rows and record follow from its spec and its weights."""
 
 import contextlib
 from pathlib import Path
@@ -12,13 +12,13 @@ from adapters.storage.versions import DamagedAdapter
 
 
 def mend(directory: Path, digest: str) -> None:
-    """Make anew what can be made, in place. Raises DamagedAdapter when config, spec or weights are damaged."""
+    """Rebuild rows and record in place. Raises DamagedAdapter when config, spec or weights are damaged."""
     check_noted(directory, CONFIG_NAME, SPEC_NAME)
     complete(directory, verified(directory, digest))
 
 
 def check_noted(directory: Path, *names: str) -> None:
-    """Raises DamagedAdapter when one of these files is not what was noted, where that can be read."""
+    """Check these files against the record, if it can be read. Raises DamagedAdapter."""
     with contextlib.suppress(record.DamagedFile):  # versions of earlier releases have no record
         noted = record.read(directory)
         try:
@@ -28,7 +28,7 @@ def check_noted(directory: Path, *names: str) -> None:
 
 
 def verified(directory: Path, digest: str) -> AdapterSpec:
-    """The spec in a directory, once spec and weights are known to have this digest. Raises DamagedAdapter."""
+    """The spec in a directory, once spec and weights are verified against the digest. Raises DamagedAdapter."""
     try:
         found = digest_of(directory)
         spec = AdapterSpec.parse((directory / SPEC_NAME).read_text())
@@ -40,14 +40,14 @@ def verified(directory: Path, digest: str) -> AdapterSpec:
 
 
 def complete(directory: Path, spec: AdapterSpec) -> None:
-    """Lay out the rows of a whole version, and note its files; durable."""
+    """Lay out the rows of a whole version, and write its record; durable."""
     packed_rows.make(directory, spec)
     record.write(directory)
     sync(directory)
 
 
 def replace_files(staged: Path, directory: Path) -> None:
-    """Give a version these files for its own, one by one: who reads it meanwhile finds damage, never a mixture."""
+    """Replace a version's files one by one, the record last: a concurrent reader finds damage, never a mixture."""
     for path in sorted(staged.iterdir(), key=lambda path: path.name == record.RECORD_NAME):
         path.replace(directory / path.name)
     sync(directory)

@@ -1,7 +1,7 @@
-"""Where it is kept what every name means: a table of one local database.
+"""The pointers of all names, in a table of one local database.
 
-The store reads all of it once. A change is a function of a name's `Pointer`. `adapters.storage.remote` keeps the same
-beside the files in an object store.
+The store reads all of them once. A change is a function of a name's `Pointer`. `adapters.storage.remote` keeps them
+beside the files in an object store instead.
 """
 
 import json
@@ -47,7 +47,7 @@ _TABLES = ("adapter_versions", "adapter_splits", "adapter_pins", "adapter_shared
 
 
 def _add_staged(database: sqlite3.Connection) -> None:
-    """Tables made before versions could be staged lack the column, and were not numbered."""
+    """Add the column missing from tables made before versions could be staged; their layouts have no number."""
     if not any(column[1] == "staged" for column in database.execute("PRAGMA table_info(adapter_versions)")):
         database.execute("ALTER TABLE adapter_versions ADD COLUMN staged INTEGER NOT NULL DEFAULT 0")
 
@@ -58,30 +58,30 @@ CREATE TABLE IF NOT EXISTS adapter_shared (
 """
 _MIGRATIONS = (script(_SCHEMA), _add_staged, script(_ADD_SHARED))
 
-Apply = Callable[[Pointer | None], Pointer | None]  # what a name means -> what it shall mean; None: nothing
+Apply = Callable[[Pointer | None], Pointer | None]  # a name's pointer -> its new pointer; None: no such name
 Split = tuple[tuple[str, float], ...]
 
 log = logging.getLogger(__name__)
 
 
 class Names(Protocol):
-    """What every name means, durably.
+    """The durable pointers of all names.
 
     Attributes:
-        title: where it is written, in one word.
-        unreadable: digests of versions whose rows `load` could not read.
+        title: the place where they are written, for log lines.
+        unreadable: digests of versions with rows that `load` could not read.
     """
 
     title: str
     unreadable: set[str]
 
     def load(self, locate: Locate) -> Iterator[Pointer]:
-        """All of them, each as it was last saved; what cannot be read is logged and left out."""
+        """All pointers as last saved; unreadable ones are logged and left out."""
 
     def change(self, tenant: str, name: str, known: Pointer | None, apply: Apply, locate: Locate) -> Pointer | None:
-        """Let a name mean what `apply` makes of what it means, which was `known` when this process last saw it.
+        """Replace a name's pointer by `apply` of it; `known` is the pointer as this process last saw it.
 
-        Durable when it returns what the name means now. `apply` may be called several times; what it raises, this does.
+        Durable when it returns the new pointer. `apply` may be called several times; its errors are raised.
         """
 
 
@@ -94,7 +94,7 @@ class LocalNames:
         path: the database file; its directory must exist. Made or migrated.
         busy_seconds: how long a change waits for another process.
 
-    Raises what `Database` does.
+    Raises the errors of `Database`.
     """
 
     def __init__(self, path: Path, busy_seconds: float = BUSY_SECONDS) -> None:
@@ -115,7 +115,7 @@ class LocalNames:
         readers = {(row["tenant"], row["name"]): self._readers(row) for row in shared}
         for owner, versions in found.items():
             readable = tuple(version for version in versions if version is not None)
-            if versions[0] is not None:  # an older one would be a lie
+            if versions[0] is not None:  # serving an older one would be wrong
                 split = _within(divided.get(owner, ()), readable)
                 yield Pointer(readable, split, owner in pins, readers.get(owner, ()))
             else:
@@ -159,7 +159,7 @@ class LocalNames:
         return after
 
     def save(self, tenant: str, name: str, pointer: Pointer | None) -> None:
-        """Let a name mean this, or nothing. Durable when it returns; unchanged when it raises."""
+        """Set a name's pointer, or remove the name for None. Durable when it returns; unchanged when it raises."""
         owner = (tenant, name)
         with self.database.transaction(removing=pointer is None) as connection:
             for table in _TABLES:
@@ -184,5 +184,5 @@ class LocalNames:
 
 
 def _within(split: Split, versions: Sequence[Version]) -> Split:
-    """A split, as long as all its versions are there."""
+    """A split, or none if one of its versions is missing."""
     return split if {digest for digest, _ in split} <= {version.digest for version in versions} else ()

@@ -1,7 +1,7 @@
-"""What each of several servers writes down by itself and all of them read: an object a page, in a bucket.
+"""Objects in a bucket that one server each writes and all servers read.
 
-`<prefix>/<page>/<server>` is one server's page; nobody else changes it. A page is named by its time, so that names are
-in the order of time.
+`<prefix>/<page>/<server>` is one server's page; no other server changes it. A page is named by its time, so that the
+order of names is that of time.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,10 +14,10 @@ _READERS = 16  # pages read at once
 
 
 class Pages:
-    """The pages below one prefix. Everything waits for the bucket, and raises RemoteUnavailable.
+    """The pages below one prefix. All methods wait for the bucket, and raise RemoteUnavailable.
 
     Args:
-        server: whose pages are its own.
+        server: the name of this server.
     """
 
     def __init__(self, bucket: Bucket, prefix: str, server: Callable[[], str]) -> None:
@@ -30,7 +30,7 @@ class Pages:
         return sorted(page for page, server in self._listed() if server == self._server())
 
     def write(self, page: str, change: Callable[[bytes], bytes]) -> None:
-        """Let its own page be what `change` makes of it, which for a new one is given nothing."""
+        """Replace this server's page by `change` of it, or of `b""` if there is none."""
         path = f"{self._prefix}/{page}/{self._server()}"
         found = self._bucket.read(path)
         before = b"" if found is None else found.content
@@ -38,20 +38,21 @@ class Pages:
             return
         try:
             self._bucket.put_if(path, after, found and found.version)
-        except Conflict:  # a second try, behind the first one's back
+        except Conflict:  # perhaps a retry after an unnoticed success
             found = self._bucket.read(path)
             if found is None or found.content != after:
                 raise RemoteUnavailable(f"{path} was changed by another server") from None
 
     def read(self, first: str, last: str, *, own: bool) -> Iterator[bytes]:
-        """The pages of all servers from one to another, the newest first; without `own`, those of the others."""
+        """The pages of all servers from `first` to `last`, the newest first; without `own`, those of the other
+        servers."""
         listed = sorted(self._listed(first if first == last else ""), reverse=True)
         server = self._server()
         paths = [
             f"{self._prefix}/{page}/{of}" for page, of in listed if first <= page <= last and (own or of != server)
         ]
         with ThreadPoolExecutor(_READERS, thread_name_prefix="pages") as readers:
-            for start in range(0, len(paths), _READERS):  # whoever reads on is given more
+            for start in range(0, len(paths), _READERS):  # lazily: a caller may stop early
                 for found in readers.map(self._bucket.read, paths[start : start + _READERS]):
                     if found is not None:
                         yield found.content

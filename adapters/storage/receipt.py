@@ -1,7 +1,7 @@
-"""What the owner of an adapter is told: a receipt of its upload, and details when asked.
+"""Receipts of uploaded adapters for their owners, and details on demand.
 
-A receipt is kept in memory, and in the database, for every version of every name, so it is short. What grows with the
-number of modules, or was written into the file by whoever made it, is read from the directory when asked.
+A receipt is kept in memory, and in the database, for every version of every name, so it is short. Data that grows with
+the number of modules, or that the file's author wrote into it, is read from the directory on demand.
 """
 
 from collections import Counter
@@ -17,9 +17,9 @@ from adapters.safetensors_header import HeaderFault, read_header
 
 
 def receipt_of(spec: AdapterSpec) -> dict[str, Any]:
-    """What the owner of an adapter is told. `scaling` is that of most modules, `rows` are row units per kind.
+    """The receipt of an adapter. `scaling` is that of most modules, `rows` are row units per kind.
 
-    What few adapters bring (new tokens, text of their own) is there only for those.
+    Rare properties (new tokens, text of its own) are included only if present.
     """
     own = {
         "task": spec.config["task_type"] if spec.variants.classifier else None,
@@ -47,7 +47,7 @@ def receipt_of(spec: AdapterSpec) -> dict[str, Any]:
 
 
 def taught(receipt: Mapping[str, Any]) -> AdapterText:
-    """What the rows of its fine-tune had taught the adapter: stop tokens, formats of calls and thoughts."""
+    """The properties that the adapter learned from its fine-tune's rows: stop tokens, formats of calls and thoughts."""
     return AdapterText(
         stop_tokens=tuple(receipt.get("stop_token_ids", ())),
         tool_format=receipt.get("trained_tool_format"),
@@ -60,7 +60,7 @@ def details_of(directory: Path, linears: Mapping[str, LinearSize] | None) -> dic
 
     Args:
         directory: of a published version, leased.
-        linears: full module name -> sizes, of the base that serves; None while that is not known.
+        linears: full module name -> sizes, of the resident base; None while they are unknown.
 
     Raises DamagedFile.
     """

@@ -1,9 +1,10 @@
-"""Small records that many servers change and all of them see: one JSON object each, in a bucket.
+"""Small records changed and seen by many servers: one JSON object each, in a bucket.
 
 A record is changed by a function of its content, which is applied to the newest one and written only if that is still
-there: whoever comes second applies it again. A record that is removed leaves a tombstone, so that a list which is late
-looks like neither a removal nor a return. Each content has a revision, larger than that of any before, and the marks
-of the last changes: whoever got no answer, or the answer to a second try, finds out whether its own was made.
+there; a server that loses the race applies it again. A removed record leaves a tombstone, so that a late list looks
+like neither a removal nor a return. Each content has a revision, larger than all earlier ones, and the marks of the
+last changes: from these a server without an answer, or with the answer to a retry, finds out whether its change was
+made.
 """
 
 import contextlib
@@ -29,13 +30,13 @@ Content = dict[str, Any]
 
 _READERS = 32  # records read at once
 _MARKS = 32  # of changes, kept in a record
-_PATIENCE = 20.0  # seconds for which a change that others come before is tried again
-_REFUSALS = 3  # of a write, by a bucket that answers reads, before its change is given up
+_PATIENCE = 20.0  # seconds for which a change is retried when others win the race
+_REFUSALS = 3  # failed writes, while reads succeed, before a change is given up
 _FIRST_WAIT, _LONGEST_WAIT = 0.005, 0.5
-_SEAL_SECONDS = 3600.0  # after which a tombstone that was to go, and is still there, may be used again
-_REMOVAL_SECONDS = 60.0  # in which a sealed tombstone goes, or stays
+_SEAL_SECONDS = 3600.0  # after which a sealed tombstone that is still there may be used again
+_REMOVAL_SECONDS = 60.0  # time limit for removing a tombstone after its sealing
 _SUFFIX = ".json"
-_LOOKS = 64  # at keys not known here, between two lists
+_LOOKS = 64  # lookups of keys not known here, between two lists
 _PLAIN = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 log = logging.getLogger(__name__)
@@ -48,9 +49,9 @@ class Record:
     Attributes:
         content: None when it was removed, was never there or is damaged.
         version: None when there is not even a tombstone.
-        sealed: a tombstone that is about to go.
+        sealed: a tombstone about to be removed.
         age: seconds since it was written.
-        fault: its damage.
+        fault: the reason why it is damaged.
     """
 
     key: str
@@ -65,17 +66,17 @@ class Record:
 
     @property
     def abandoned(self) -> bool:
-        """Whether whoever sealed it will not take it away any more."""
+        """Whether the seal is so old that its server will not remove the tombstone any more."""
         return self.age > _SEAL_SECONDS
 
 
 class Records:
-    """The records below one prefix of a bucket; everything that waits for it raises RemoteUnavailable.
+    """The records below one prefix of a bucket; methods that wait for it raise RemoteUnavailable.
 
     A key may have slashes. Used from any thread.
 
     Attributes:
-        damaged: paths of objects that are no records.
+        damaged: paths of objects that are not valid records.
     """
 
     def __init__(self, bucket: Bucket, prefix: str) -> None:
@@ -83,13 +84,13 @@ class Records:
         self._bucket = bucket
         self._prefix = prefix
         self._known: dict[str, tuple[int, str | None]] = {}  # key -> revision, ETag
-        self._missed: dict[str, Future[Record]] = {}  # what was looked for since the last list
+        self._missed: dict[str, Future[Record]] = {}  # lookups since the last list
         self._lock = threading.Lock()
 
-    # --- seeing --------------------------------------------------------------------------------------
+    # --- reading -------------------------------------------------------------------------------------
 
     def news(self) -> Iterator[Record]:
-        """Records that are not those known here. They become known one by one, by `note`."""
+        """Records that differ from those known here. They become known one by one, by `note`."""
         with self._lock:
             known = dict(self._known)
             self._missed.clear()
@@ -101,14 +102,14 @@ class Records:
             yield replace(record, revision=known[record.key][0]) if gone else record
 
     def all(self) -> Iterator[Record]:
-        """Every record as it is now, those removed left out."""
+        """Every current record, without removed ones."""
         records = self._read_all([self._key(entry.path) for entry in self._entries()])
         return (record for record in records if record.content is not None)
 
     def miss(self, key: str) -> Record | None:
-        """A record that somebody asks for and that is not known here; looked for once between two lists.
+        """A requested record that is not known here; looked for once between two lists.
 
-        Whoever asks meanwhile waits for the same answer.
+        Concurrent callers wait for the same answer.
         """
         with self._lock:
             found = self._missed.get(key)
@@ -121,13 +122,13 @@ class Records:
                 found.set_result(self.look(key))
             except BaseException as fault:
                 with self._lock:
-                    self._missed.pop(key, None)  # the next one tries again
+                    self._missed.pop(key, None)  # the next caller tries again
                 found.set_exception(fault)
         record = found.result()
         return None if record.content is None else record
 
     def look(self, key: str) -> Record:
-        """One record as it is now."""
+        """The current state of one record."""
         found = self._bucket.read(self._path(key))
         if found is None:
             return Record(key, None, revision=-1)
@@ -141,7 +142,7 @@ class Records:
         return replace(record, content=None if removed else document, revision=revision, marks=marks, sealed=sealed)
 
     def note(self, record: Record) -> bool:
-        """Know this record, unless a later one is known; whether it is news."""
+        """Remember this record unless a later one is known; return whether it is news."""
         with self._lock:
             revision, etag = self._known.get(record.key, (-2, None))
             if record.version is None:
@@ -155,24 +156,24 @@ class Records:
             return True
 
     def knows(self, key: str) -> bool:
-        """Whether there is such a record, or was, as far as is known here."""
+        """Whether this process knows such a record, or its tombstone."""
         with self._lock:
             return key in self._known
 
     def forget(self, key: str) -> None:
-        """Know a record no more: whatever it says is news again."""
+        """Forget a record: its next state is news again."""
         with self._lock:
             self._known.pop(key, None)
 
     def damage(self, key: str, fault: object) -> None:
-        """Say once that an object is no record. What it said before goes on being known."""
+        """Report once that an object is not a valid record. Its last valid state stays known."""
         path = self._path(key)
         if path not in self.damaged:
             log.error("%s in the object store is damaged: %s", path, fault)
         self.damaged.add(path)
 
     def _read_all(self, keys: list[str]) -> Iterator[Record]:
-        """Read the records of these keys, those left out that are damaged."""
+        """Read the records of these keys, without damaged ones."""
         with ThreadPoolExecutor(_READERS, thread_name_prefix="records") as readers:
             for record in readers.map(self.look, keys):
                 if record.fault is not None:
@@ -184,15 +185,15 @@ class Records:
     # --- changing ------------------------------------------------------------------------------------
 
     def change(self, key: str, apply: Callable[[Content | None], Content | None]) -> Record:
-        """Replace a record's content by what `apply` makes of it; None stands for no record. Durable on return.
+        """Replace a record's content by `apply` of it; None stands for no record. Durable on return.
 
-        `apply` is called again when another server came first. What it returns unchanged is not written; what it
-        raises, this does. After RemoteUnavailable the change may have been made, or not.
+        `apply` is called again when another server came first. An unchanged result is not written; the errors of
+        `apply` are raised. After RemoteUnavailable the change may or may not have been made.
         """
         mark, deadline, wait, refused = uuid.uuid4().hex, time.monotonic() + _PATIENCE, _FIRST_WAIT, 0
         while True:
             before = self.look(key)
-            if mark in before.marks:  # it was made, and the answer lost
+            if mark in before.marks:  # the write succeeded, its answer was lost
                 return self._noted(before)
             if not before.sealed or before.abandoned:
                 after = apply(before.content)
@@ -212,7 +213,7 @@ class Records:
             wait = min(2 * wait, _LONGEST_WAIT)
 
     def _write(self, before: Record, content: Content | None, mark: str, *, sealed: bool = False) -> Record:
-        # Time in it: a record that comes back after its tombstone has gone is newer than anybody remembers.
+        # From the clock: a record created after its tombstone was removed is newer than any revision known elsewhere.
         revision = max(before.revision + 1, time.time_ns() // 1000)
         marks = (mark, *before.marks)[:_MARKS]
         document: Content = {"_removed": True} if content is None else dict(content)
@@ -228,10 +229,10 @@ class Records:
     # --- tombstones ----------------------------------------------------------------------------------
 
     def sweep(self, seconds: float) -> int:
-        """Take away tombstones of records that were removed so many seconds ago; how many.
+        """Remove the tombstones of records removed more than `seconds` ago; return the count.
 
-        An object cannot be removed on condition that it is still the same. So it is sealed first: nobody makes a
-        record of it then, until it is gone or its seal is old.
+        An object cannot be removed on condition that it is unchanged. So it is sealed first: no record is created in
+        its place until it is gone or its seal is old.
         """
         count = 0
         old = [self._key(entry.path) for entry in self._entries() if entry.age > seconds]

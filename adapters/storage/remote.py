@@ -1,11 +1,11 @@
 """Names and files of adapters in an object store, for any number of servers.
 
-`versions/<digest>/<file>` holds what a version's directory holds, `names/<tenant>/<name>.json` what a name means: see
-`adapters.storage.records`. A name is written after its files: who reads finds the old state or the new one.
+`versions/<digest>/<file>` holds the files of a version's directory, `names/<tenant>/<name>.json` a name's pointer (see
+`adapters.storage.records`). A name is written after its files, so readers find the old state or the new one.
 
-A version that no name has is removed by the server that collects orphans, and by nobody else: only a list of all names
-tells. `condemned/<digest>.json` says so beforehand. A server that is about to name a version writes files of it, then
-looks for that mark; one that is about to remove it writes the mark, then looks for files that are new.
+A version without a name is removed only by the server that collects orphans, because that takes a list of all names. It
+writes the mark `condemned/<digest>.json` first, then looks for new files before it removes any. A server about to name
+a version writes files of it first, then looks for that mark.
 """
 
 import contextlib
@@ -25,9 +25,9 @@ from adapters.storage.silence import PATIENCE, Patience
 from adapters.storage.versions import DamagedAdapter, Locate, Meaning, Pointer, RemoteUnavailable, Version
 
 REQUIRED = (CONFIG_NAME, SPEC_NAME, WEIGHTS_NAME)
-_DAMAGE = (ValueError, LookupError, TypeError)  # what reading a name raises when it is none
-_CONDEMNED_SECONDS = 3600.0  # by which whoever removes a version is done, or dead
-_CONDEMNED_WAIT = 10.0  # for which an upload of that version waits
+_DAMAGE = (ValueError, LookupError, TypeError)  # errors of reading a damaged name
+_CONDEMNED_SECONDS = 3600.0  # by then the server that removes a version has finished, or died
+_CONDEMNED_WAIT = 10.0  # time limit for an upload of a condemned version
 _WAIT = 0.05
 _REMOVED_AT_ONCE = 256
 
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 class RemoteStore:
     """Names (as `Names`) and files of versions in one bucket, where other servers see and change them.
 
-    Everything here waits for a network, and raises RemoteUnavailable. See `Bucket` for the URL, and what is raised.
+    All methods but `note` wait for a network, and raise RemoteUnavailable. See `Bucket` for the URL and its errors.
     """
 
     title = "the object store"
@@ -65,17 +65,17 @@ class RemoteStore:
         return _pointer_or_none(self._names.change(_key(tenant, name), applied).content, locate)
 
     def news(self, locate: Locate) -> Iterator[Meaning]:
-        """Names that mean something else than is known here."""
+        """Pointers that differ from those known here."""
         for record in self._names.news():
             if (meaning := self._meaning(record, locate)) is not None:
                 yield meaning
 
     def look(self, tenant: str, name: str, locate: Locate) -> Meaning | None:
-        """What one name means now; None when that cannot be read."""
+        """The current pointer of one name; None when it cannot be read."""
         return self._meaning(self._names.look(_key(tenant, name)), locate)
 
     def note(self, meaning: Meaning) -> bool:
-        """Know this, unless something later is known; whether it is news. Does not wait."""
+        """Remember this pointer unless a later one is known; return whether it is news. Does not wait."""
         return self._names.note(meaning.stamp)
 
     def _meaning(self, record: Record, locate: Locate) -> Meaning | None:
@@ -92,8 +92,9 @@ class RemoteStore:
     # --- files -----------------------------------------------------------------------------------------
 
     def put(self, digest: str, directory: Path, *, known: bool) -> None:
-        """Keep a version's files, for a name that is about to have it. `known`: one has it, as far as is known here."""
-        made_anew = {ROWS_NAME, RECORD_NAME}  # by whoever gets the others
+        """Store a version's files, for a name about to have it. `known`: a name has it already, as far as this server
+        knows."""
+        made_anew = {ROWS_NAME, RECORD_NAME}  # by each server that fetches the others
         names = {path.name for path in directory.iterdir()} - made_anew
         deadline = time.monotonic() + _CONDEMNED_WAIT
         while True:
@@ -109,7 +110,7 @@ class RemoteStore:
             time.sleep(_WAIT)
 
     def get(self, digest: str, directory: Path) -> None:
-        """Copy a version's files into an empty directory. Raises DamagedAdapter when there are none."""
+        """Copy a version's files into an empty directory. Raises DamagedAdapter when a required one is missing."""
         names = [entry.path.rpartition("/")[2] for entry in self._files(digest)]
         if missing := set(REQUIRED) - set(names):
             raise DamagedAdapter(f"the object store has no {', '.join(sorted(missing))} of {digest}")
@@ -117,17 +118,17 @@ class RemoteStore:
             self.bucket.get_file(_path(digest, name), directory / name)
 
     def remove_orphans(self, seconds: float, held: Callable[[str], bool]) -> int:
-        """Remove versions that no name has, that are not `held`, and none of whose files came in the last so many
-        seconds; how many. None of them while a name cannot be read."""
+        """Remove versions that have no name, are not `held`, and have no file written in the last `seconds`; return the
+        count. None is removed while a name cannot be read."""
         self._names.sweep(seconds)
         found = [digest for digest in self._unnamed(seconds, None) if not held(digest)]
         starts = range(0, len(found), _REMOVED_AT_ONCE)
         return sum(self._remove(found[start : start + _REMOVED_AT_ONCE], seconds) for start in starts)
 
     def _unnamed(self, seconds: float, among: Collection[str] | None) -> set[str]:
-        """Versions that no name has, and whose files are so old; none while a name cannot be read."""
+        """Versions without a name, all of their files older than `seconds`; none while a name cannot be read."""
         youngest: dict[str, float] = {}
-        for entry in self.bucket.list("versions"):  # before names: whatever is named meanwhile has a name by then
+        for entry in self.bucket.list("versions"):  # before the names: a version named meanwhile is kept
             digest = f"sha256:{entry.path.split('/')[1]}"
             youngest[digest] = min(entry.age, youngest.get(digest, entry.age))
         old = {digest for digest, age in youngest.items() if age > seconds and (among is None or digest in among)}
@@ -142,7 +143,7 @@ class RemoteStore:
     def _remove(self, digests: Collection[str], seconds: float) -> int:
         began, marked = time.monotonic(), []
         for digest in digests:
-            with contextlib.suppress(Conflict):  # another server is about it
+            with contextlib.suppress(Conflict):  # another server is removing it
                 mark = self.bucket.read(_condemned(digest))
                 if mark is None or mark.age > _CONDEMNED_SECONDS:
                     self.bucket.put_if(_condemned(digest), b"{}", mark and mark.version)
@@ -167,7 +168,7 @@ def _condemned(digest: str) -> str:
 
 
 def _key(tenant: str, name: str) -> str:
-    """No name has a "+", and a tenant is no path."""
+    """The key of a name's record. No name has a "+", and a tenant is not safe in a path."""
     return f"tenant-{tenant.encode().hex()}/{name.replace('/', '+')}"
 
 
@@ -196,7 +197,7 @@ def _pointer(document: Content, locate: Locate) -> Pointer:
 
 
 def _pointer_or_none(content: Content | None, locate: Locate) -> Pointer | None:
-    """A name whose content is damaged means nothing, until somebody changes it."""
+    """A name's pointer; a damaged one counts as none until it is changed."""
     try:
         return None if content is None else _pointer(content, locate)
     except _DAMAGE:

@@ -1,8 +1,8 @@
-"""Names of adapters and the versions that they mean, files included.
+"""Names of adapters, their versions, and the versions' files.
 
-What a name means is its `Pointer`, kept by `adapters.storage.names` and changed at once, after the files are safe with
-`adapters.storage.files`, so that `kill -9` at any moment leaves the old state or the new one. It publishes what
-`adapters.peft_format.directory.inspect` has passed.
+`adapters.storage.names` holds each name's `Pointer` and replaces it atomically, after `adapters.storage.files` has made
+the files durable, so that `kill -9` at any moment leaves the old state or the new one. Adapters are published once
+`adapters.peft_format.inspection.inspect` has passed them.
 """
 
 import logging
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 RETAINED_VERSIONS = 5
 
-Change = tuple[Pointer | None, Pointer | None]  # what a name meant, and what it means
+Change = tuple[Pointer | None, Pointer | None]  # a name's pointers before and after
 
 log = logging.getLogger(__name__)
 
 
 class Moved(Exception):
-    """The name means something else than the caller expected. `etag`: what it means."""
+    """The name's etag is not an expected one. `etag`: the current one."""
 
     def __init__(self, etag: str) -> None:
         super().__init__(f"the name means {etag} by now")
@@ -42,19 +42,18 @@ class Moved(Exception):
 
 
 class AdapterStore:
-    """Names, their versions, and the directories of these.
+    """Names, their versions, and the versions' directories.
 
-    Reading (`get`, `versions`, `list`, `lease`) never waits for a disk; `publish` and whatever else changes something
-    does, or for the network, and belongs in a worker thread. Creating a store removes what an earlier process left
-    unfinished.
+    Reads (`get`, `versions`, `list`, `lease`) never wait for a disk. `publish` and the other changes wait for the disk
+    or the network, and belong in a worker thread. Creating a store removes unfinished uploads of an earlier process.
 
     Args:
         root: directory of its own, made if missing, on one file system.
-        names: what every name means, durably.
-        remote: where names and files are kept, if not here.
-        disk_bytes: with `remote`, how much of it may be here; what is leased stays beyond that.
+        names: the durable pointers of all names.
+        remote: the object store of names and files, if there is one.
+        disk_bytes: with `remote`, the bytes allowed on this disk; leased files may exceed them.
         retain: how many versions of a name are kept, the current one included.
-        check_pins: called before these become all versions that answer for pinned names; raises to forbid the change.
+        check_pins: called before a change with all versions that would answer for pinned names; raises to forbid it.
     """
 
     def __init__(
@@ -73,13 +72,13 @@ class AdapterStore:
         self._remote = remote
         self._kept = names
         self._retain = retain
-        self._changing = threading.RLock()  # held through all of a name's change
+        self._changing = threading.RLock()  # held during the whole change of a name
         self._known = Known()
         self._check_pins = check_pins
         self._recover()
 
     def close(self) -> None:
-        """Fetch nothing more, so that the process can end."""
+        """Stop fetching, so that the process can exit."""
         self._files.close()
 
     # --- reading ---------------------------------------------------------------------------------
@@ -89,21 +88,21 @@ class AdapterStore:
 
         Raises:
             UnknownAdapter: no such name or version, or a prefix of fewer than 8 digits.
-            AmbiguousDigest: several retained versions begin so.
+            AmbiguousDigest: several retained versions have this prefix.
         """
         pointer = self.pointer(tenant, name)
         return pointer.current if digest_prefix is None else pointer.find(digest_prefix)
 
     def pointer(self, tenant: str, name: str) -> Pointer:
-        """What a name means. Raises UnknownAdapter."""
+        """The pointer of a name. Raises UnknownAdapter."""
         return _there(name, self._known.get(tenant, name))
 
     def readable(self, tenant: str, name: str) -> Pointer:
-        """What a name of the tenant's own means, or else OWNER/NAME that is shared with it. Raises UnknownAdapter."""
+        """The pointer of the tenant's own name, else of an OWNER/NAME shared with it. Raises UnknownAdapter."""
         return _there(name, self._known.get(tenant, name) or self._known.shared(tenant, name))
 
     def shared_with(self, tenant: str) -> "list[Version]":
-        """The current version of every name that others share with the tenant."""
+        """The current version of every name shared with the tenant."""
         return [pointer.current for pointer in self._known.all_shared(tenant)]
 
     def versions(self, tenant: str, name: str) -> list[Version]:
@@ -111,57 +110,57 @@ class AdapterStore:
         return list(self.pointer(tenant, name).versions)
 
     def answers(self, digest: str) -> bool:
-        """Whether requests for any name may get this content."""
+        """Whether the version of this digest may answer requests for any name."""
         return self._known.answers(digest)
 
     def pinned(self, tenant: str, name: str) -> bool:
-        """Whether what the name means shall stay on the device."""
+        """Whether the name is pinned to the device."""
         return (tenant, name) in self._known.pins
 
     def pinned_versions(self) -> list[Version]:
-        """Every content that answers for a pinned name, once."""
+        """The versions that answer for pinned names, each digest once."""
         return _answering_all(list(self._known.pins.values()))
 
     def lease(self, version: Version) -> AbstractContextManager[Version]:
-        """Keep a version's files while this is open, whatever becomes of its name.
+        """Keep a version's files while the context is open, even if its name changes or is deleted.
 
-        Raises UnknownAdapter when the version was removed since `get` answered it.
+        Raises UnknownAdapter when the version was removed after `get` returned it.
         """
         return self._files.lease(version)
 
     def has(self, version: Version) -> bool:
-        """Whether a version's files are here; as long as it is leased, that lasts."""
+        """Whether a version's files are on this disk. A lease keeps them there."""
         return self._files.has(version.digest)
 
     async def ready(self, version: Version) -> None:
-        """Wait until the files of a leased version are here. Only who needs them waits.
+        """Wait until the files of a leased version are on this disk.
 
         Raises:
-            RemoteUnavailable: they cannot be had now.
-            DamagedAdapter: what the remote has is not this version.
+            RemoteUnavailable: they cannot be fetched now.
+            DamagedAdapter: the object store's files do not match the digest.
             StorageFull: there is no room for them.
         """
         await self._files.ready(version.digest)
 
     def check_case(self, tenant: str, name: str) -> None:
-        """Raises AdapterError when another name differs from this one in the case of letters only."""
+        """Refuse a name that differs from another one of the tenant in letter case only. Raises AdapterError."""
         names = self._known.names(tenant)
         for other in [] if name in names else [other for other in names if other.casefold() == name.casefold()]:
             raise AdapterError(f"'{name}' differs from the adapter '{other}' in upper and lower case only", "name")
 
     def mend(self, version: Version) -> None:
-        """Make anew what is damaged of a leased version's files. Waits for the disk, and perhaps for the remote.
+        """Mend the damaged files of a leased version. Waits for the disk, and possibly for the object store.
 
-        Raises DamagedAdapter when it cannot be mended, RemoteUnavailable, StorageFull.
+        Raises DamagedAdapter when they cannot be mended, RemoteUnavailable, StorageFull.
         """
         self._files.mend(version.digest)
 
     def repair(self, staging: Path, spec: AdapterSpec) -> None:
-        """Put staged files, which `inspect` described by `spec`, in place of a damaged version's."""
+        """Replace a damaged version's files by the staged ones, described by `spec`."""
         self._files.repair(staging, spec)
 
     def named(self, digest: str) -> Version | None:
-        """A version with this content, under any name."""
+        """A version with this digest, under any name."""
         return next((version for version in self.all_versions() if version.digest == digest), None)
 
     def all_versions(self) -> Iterator[Version]:
@@ -171,7 +170,7 @@ class AdapterStore:
     # --- changing --------------------------------------------------------------------------------
 
     def stage(self) -> AbstractContextManager[Path]:
-        """A private directory for an adapter's files, gone afterwards unless published. Raises StorageFull."""
+        """A private directory for an adapter's files, removed on exit unless published. Raises StorageFull."""
         return self._files.stage()
 
     def publish(
@@ -184,17 +183,17 @@ class AdapterStore:
         fine_tuned: bool = False,
         promote: bool = True,
     ) -> tuple[Version, bool]:
-        """Make the staged files, which `inspect` described by `spec`, the current content of `name`.
+        """Publish the staged files, described by `spec`, as the current version of `name`.
 
-        Durable when it returns. Content that is stored already is not stored twice. Without `promote` a name that
-        exists goes on meaning what it means, and the content waits among its versions.
+        Durable on return. Content that is already stored is not stored twice. Without `promote`, an existing name keeps
+        its current version and split; the new version is staged.
 
         Returns:
-            The version, and whether the name changed.
+            The version, and whether the name's pointer changed.
 
         Raises:
             AdapterError: the name is not allowed.
-            StorageFull: nothing was kept.
+            StorageFull: nothing was stored.
         """
         check_name(name, fine_tuned=fine_tuned)
         path, created = self._files.path(spec.digest), time.time()
@@ -220,10 +219,10 @@ class AdapterStore:
         return after.version(spec.digest), after != before
 
     def promote(self, tenant: str, name: str, digest: str, expected: Collection[str] | None = None) -> Pointer:
-        """Let a name mean one of its versions, named by its digest or enough of its digits.
+        """Make one of a name's versions current, given its digest or a prefix of it.
 
-        Durable when it returns, as are `divide` and `roll_back`. `expected`: the change is made only while the name's
-        etag is one of these. Returns what the name means now.
+        Durable on return, as are `divide` and `roll_back`. `expected`: the change is made only while the name's etag is
+        one of these. Returns the new pointer.
 
         Raises:
             UnknownAdapter: no such name or version. AmbiguousDigest.
@@ -239,13 +238,13 @@ class AdapterStore:
     def divide(
         self, tenant: str, name: str, shares: Mapping[str, float], expected: Collection[str] | None = None
     ) -> Pointer:
-        """Split a name's requests between its versions: digest -> share. See `Pointer.divided` and `promote`."""
+        """Split a name's requests among its versions: digest -> share. See `Pointer.divided` and `promote`."""
         return self._repoint(tenant, name, lambda pointer: pointer.divided(shares), expected)
 
     def roll_back(self, tenant: str, name: str, expected: Collection[str] | None = None) -> Pointer:
-        """Undo the last change of what a name means: end its split, or else go back to the version before.
+        """Undo the last change of a name's pointer: end its split, or else return to the previous version.
 
-        Raises what `promote` does; UnknownAdapter when there is no version before.
+        Raises the errors of `promote`; UnknownAdapter when there is no previous version.
         """
 
         def change(pointer: Pointer) -> Pointer:
@@ -258,15 +257,16 @@ class AdapterStore:
         return self._repoint(tenant, name, change, expected)
 
     def pin(self, tenant: str, name: str, pinned: bool) -> Pointer:
-        """Say whether what the name means, now and later, shall stay on the device. Raises as `promote` does."""
+        """Pin the name's versions to the device, now and after later changes, or unpin them. Raises the errors of
+        `promote`."""
         return self._repoint(tenant, name, lambda pointer: replace(pointer, pinned=pinned), None)
 
     def share(self, tenant: str, name: str, readers: Collection[str]) -> Pointer:
-        """Let these tenants use the name, and no others. Raises as `promote` does."""
+        """Share the name with exactly these tenants. Raises the errors of `promote`."""
         return self._repoint(tenant, name, lambda pointer: replace(pointer, readers=tuple(sorted(readers))), None)
 
     def delete(self, tenant: str, name: str) -> Version:
-        """Take a name away with all its versions; files that are leased go with their last lease.
+        """Remove a name with all its versions; leased files go with their last lease.
 
         Returns the version that was current. Raises UnknownAdapter.
         """
@@ -280,12 +280,12 @@ class AdapterStore:
     # --- changes of other servers ----------------------------------------------------------------------
 
     def refresh(self) -> Sequence[Change]:
-        """Take over what other servers changed since; waits for the remote. Raises RemoteUnavailable."""
+        """Import other servers' changes since the last call; waits for the network. Raises RemoteUnavailable."""
         news = self._remote.news(self._files.path) if self._remote else ()
         return tuple(change for meaning in news if (change := self._follow(meaning)) is not None)
 
     def look(self, tenant: str, name: str) -> Change | None:
-        """Take over what one name means to other servers. See `refresh`."""
+        """Import another server's change of one name. See `refresh`."""
         meaning = self._remote.look(tenant, name, self._files.path) if self._remote else None
         return None if meaning is None else self._follow(meaning)
 
@@ -303,7 +303,8 @@ class AdapterStore:
         return before, meaning.pointer
 
     async def remove_orphans(self, seconds: float) -> int:
-        """Remove versions from the remote that no name has and nobody wrote in the last so many seconds; how many.
+        """Remove versions from the object store that have no name and no file written in the last `seconds`; return the
+        count.
 
         Raises RemoteUnavailable.
         """
@@ -323,9 +324,9 @@ class AdapterStore:
         return _there(name, self._change(tenant, name, checked)[1])
 
     def _change(self, tenant: str, name: str, change: Apply, keep: str | None = None) -> Change:
-        """Let a name mean what `change` makes of what it means, less what is beyond retention; before and after.
+        """Replace a name's pointer by `change` of it, less versions beyond retention; return both pointers.
 
-        `keep`: the digest of a version that stays, beside the current one.
+        `keep`: the digest of a version to retain, beside the current one.
         """
         with full_disk_named(), self._changing, ExitStack() as marked:
             known = self._known.get(tenant, name)
@@ -357,18 +358,18 @@ class AdapterStore:
         return made
 
     def _point(self, tenant: str, name: str, pointer: Pointer | None) -> None:
-        """Let a name mean this from now on, and want its files."""
+        """Set a name's pointer in memory, and count its versions' files as wanted."""
         before = self._known.point(tenant, name, pointer)
         self._files.want(*({one.digest for one in of.versions} if of else () for of in (pointer, before)))
 
     def _recover(self) -> None:
-        """Read the names, and take away the files that no name has."""
+        """Read the names, and remove the files of versions without a name."""
         known: set[str] = set()
         for pointer in self._kept.load(self._files.path):
             owner = pointer.current
             known.update(version.digest for version in pointer.versions)
             missing = {digest for digest in (owner.digest, *pointer.shares) if not self._files.obtainable(digest)}
-            if missing:  # nothing here does that; an older version would be a lie
+            if missing:  # not this server's doing; an older version would be a wrong answer
                 log.error("the files of adapter %s (%s) are missing; it is not served", owner.name, ", ".join(missing))
                 continue
             present = tuple(version for version in pointer.versions if self._files.obtainable(version.digest))
@@ -376,7 +377,7 @@ class AdapterStore:
             self._files.complete(pointer)
         self._files.settle(known | self._kept.unreadable, self._kept.title)
 
-    # Last, because its name hides the type of that name from what follows.
+    # Last, because its name shadows the builtin type in the annotations below it.
     def list(self, tenant: str) -> list[Version]:
         """The current version of every name, by name."""
         current = [pointer.current for pointer in self._known.names(tenant).values()]

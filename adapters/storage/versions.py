@@ -1,6 +1,6 @@
-"""Names of adapters, and what a name means: one of its versions, or shares of several.
+"""Names of adapters and their pointers: one of a name's versions, or shares of several.
 
-A `Pointer` is a value, replaced as a whole: whoever holds one sees one state of the name. The store decides when it is
+A `Pointer` is an immutable value, so every holder sees one consistent state of the name. The store decides when it is
 replaced.
 """
 
@@ -20,17 +20,17 @@ from adapters.peft_format.fields import AdapterError, shorten
 _WORD = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 NAME = re.compile(rf"{_WORD}([/:]{_WORD})*")
 MAX_NAME = 128
-# What URLs have behind a name: a name with slashes must not end, or go on, like one.
+# Path segments that URLs append to a name: no word after a slash in a name may be one of them.
 RESERVED = frozenset(
     {"config", "weights", "versions", "promote", "rollback", "pin", "warm", "verify", "merge", "share"}
 )
-MAX_BASE_NAME = 256  # of the part of a fine-tune's name that is its base's
+MAX_BASE_NAME = 256  # of the base's name within a fine-tune's
 FINE_TUNED_NAME = re.compile(rf"ft:[A-Za-z0-9._/-]{{1,{MAX_BASE_NAME}}}(:[A-Za-z0-9._-]{{0,128}}){{1,4}}")
-EVERYBODY = "*"  # no tenant is called so
-DEFAULT_TENANT = "default"  # what people write for the tenant ""
+EVERYBODY = "*"  # not a valid tenant
+DEFAULT_TENANT = "default"  # the written form of the tenant ""
 SHORTEST_PREFIX = 8
 MAX_SHARES = 16
-_ROUNDING = 1e-6  # how far shares may be from adding up to 1
+_ROUNDING = 1e-6  # tolerance of the shares' sum, which is 1
 
 
 class UnknownAdapter(LookupError):
@@ -38,15 +38,15 @@ class UnknownAdapter(LookupError):
 
 
 class AmbiguousDigest(LookupError):
-    """Several versions of the name have digests that begin so."""
+    """Several versions of the name have digests with this prefix."""
 
 
 class RemoteUnavailable(Exception):
-    """The object store does not answer, or not to us; worth another try."""
+    """The object store does not answer, or refuses us; worth a retry."""
 
 
 class DamagedAdapter(Exception):
-    """The files of a version are not those of that version, here or in the object store, and cannot be mended."""
+    """A version's files do not match its digest, here or in the object store, and cannot be mended."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Version:
         digest: "sha256:" and 64 hex digits.
         path: directory with the adapter's files, there as long as the version is retained or leased.
         created: unix time at which the content was published under the name.
-        receipt: what `receipt_of` says of it.
+        receipt: the result of `receipt_of`.
         staged: it has never been current.
     """
 
@@ -70,24 +70,24 @@ class Version:
     staged: bool = False
 
     def name_for(self, tenant: str) -> str:
-        """The name as this tenant writes it: others' shared adapters are OWNER/NAME."""
+        """The name as this tenant writes it: other tenants' shared adapters are OWNER/NAME."""
         return self.name if tenant == self.tenant else f"{self.tenant or DEFAULT_TENANT}/{self.name}"
 
     @property
     def label(self) -> str:
-        """The name among those of all tenants: no name has two slashes together."""
+        """The name, unique among all tenants: no name has two consecutive slashes."""
         return f"{self.tenant}//{self.name}" if self.tenant else self.name
 
 
 @dataclass(frozen=True)
 class Pointer:
-    """A name's retained versions, and which of them answers a request.
+    """A name's retained versions, and the ones that answer requests.
 
     Attributes:
         versions: the current one first, then from the newest to the oldest.
         split: (digest, share) pairs that add up to 1; empty: the current version answers everything.
-        pinned: whatever answers for the name stays on the device.
-        readers: other tenants that may use it, or `EVERYBODY`.
+        pinned: the versions that answer stay on the device.
+        readers: other tenants that may use the name, or `EVERYBODY`.
     """
 
     versions: tuple[Version, ...]
@@ -111,7 +111,7 @@ class Pointer:
 
     @property
     def etag(self) -> str:
-        """Says in one word what the name means: equal exactly when the same requests get the same versions."""
+        """An identifier of the current version or split: equal exactly when the same requests get the same versions."""
         if not self.split:
             return self.current.digest
         return f"split:{hashlib.sha256(json.dumps(self.split).encode()).hexdigest()}"
@@ -122,8 +122,8 @@ class Pointer:
         return next((version for version in self.versions[1:] if not version.staged), None)
 
     def choose(self, user: str | None = None) -> Version:
-        """The version for one request. The same user always gets the same one while the shares stay as they are, and
-        keeps it when a share grows at its neighbour's expense."""
+        """The version for one request. A user always gets the same one while the shares stay as they are, and keeps it
+        when a share grows at its neighbour's expense."""
         if not self.split:
             return self.current
         if user is None:
@@ -136,7 +136,7 @@ class Pointer:
         return self.version(self.split[chosen][0])
 
     def version(self, digest: str) -> Version:
-        """The version of this whole digest. Raises UnknownAdapter."""
+        """The version with this whole digest. Raises UnknownAdapter."""
         return self.find(digest.removeprefix("sha256:"))
 
     def find(self, prefix: str) -> Version:
@@ -152,7 +152,8 @@ class Pointer:
         return matching[0]
 
     def retained(self, count: int, keep: str) -> tuple[Version, ...]:
-        """The versions that stay when `count` may: those that answer, the one with digest `keep`, then the newest."""
+        """The versions to keep, `count` at most unless more are needed: those that answer, `keep` (a digest), then the
+        newest."""
         needed = {*self.shares, self.current.digest, keep}
         room = count - len(needed)
         kept = []
@@ -164,11 +165,11 @@ class Pointer:
         return tuple(kept)
 
     def divided(self, shares: Mapping[str, float]) -> "Pointer":
-        """This name with its requests split. `shares`: digest, or enough of its digits -> share; zeros are left out.
+        """This pointer with its requests split. `shares`: digest or a prefix of it -> share; zeros are left out.
 
         Raises:
-            AdapterError: shares that are none, name one version twice, or do not add up to 1.
-            UnknownAdapter: a digest that is no version of the name. AmbiguousDigest: several have it.
+            AdapterError: too few or too many shares, one version twice, or a sum other than 1.
+            UnknownAdapter: a digest that is no version of the name. AmbiguousDigest: several have the prefix.
         """
         if not 1 <= len(shares) <= MAX_SHARES:
             raise AdapterError(f"a split has 1 to {MAX_SHARES} shares, not {len(shares)}", "split")
@@ -186,32 +187,32 @@ class Pointer:
         return replace(self, split=split)
 
     def followed_by(self, versions: Iterable[Version]) -> "Pointer":
-        """This name with further versions behind its own, as older ones."""
+        """This pointer with further versions appended, as older ones."""
         known = {version.digest for version in self.versions}
         return replace(self, versions=(*self.versions, *(one for one in versions if one.digest not in known)))
 
     def promoted(self, digest: str) -> "Pointer":
-        """This name with the version of this whole digest current, answering everything."""
+        """This pointer with the version of this whole digest current, answering everything."""
         chosen = self.version(digest)
         others = (version for version in self.versions if version.digest != chosen.digest)
         return replace(self, versions=(replace(chosen, staged=False), *others), split=())
 
 
 class Known:
-    """The names that a process knows, in memory. Read by any thread; one at a time changes it.
+    """The pointers that a process knows, in memory. Read by any thread; changed by one at a time.
 
     Attributes:
-        pins: what those names mean that are pinned, by tenant and name.
+        pins: the pointers of pinned names, by tenant and name.
     """
 
     def __init__(self) -> None:
         self.pins: dict[tuple[str, str], Pointer] = {}
-        self._names: dict[str, dict[str, Pointer]] = {}  # tenant -> name -> what it means
-        self._shared: dict[str, dict[str, Pointer]] = {}  # reader -> OWNER/NAME -> what it means
-        self._answering: Counter[str] = Counter()  # digest -> names whose requests it may get
+        self._names: dict[str, dict[str, Pointer]] = {}  # tenant -> name -> pointer
+        self._shared: dict[str, dict[str, Pointer]] = {}  # reader -> OWNER/NAME -> pointer
+        self._answering: Counter[str] = Counter()  # digest -> number of names it may answer for
 
     def get(self, tenant: str, name: str) -> Pointer | None:
-        """What a tenant's name means."""
+        """The pointer of a tenant's name."""
         return self._names.get(tenant, {}).get(name)
 
     def names(self, tenant: str) -> dict[str, Pointer]:
@@ -219,26 +220,26 @@ class Known:
         return dict(self._names.get(tenant, {}))
 
     def all(self) -> Iterator[Pointer]:
-        """What every name means."""
+        """The pointers of all names."""
         return (pointer for names in list(self._names.values()) for pointer in list(names.values()))
 
     def shared(self, tenant: str, name: str) -> Pointer | None:
-        """What OWNER/NAME means that is shared with a tenant."""
+        """The pointer of an OWNER/NAME shared with a tenant."""
         own, everybody = self._shared.get(tenant, {}), self._shared.get(EVERYBODY, {})
         return own.get(name) or everybody.get(name)
 
     def all_shared(self, tenant: str) -> list[Pointer]:
-        """What others share with a tenant."""
+        """The pointers of the names that others share with a tenant."""
         own = self._names.get(tenant, {})
         names = self._shared.get(EVERYBODY, {}) | self._shared.get(tenant, {})
         return [pointer for name, pointer in names.items() if name not in own and pointer.current.tenant != tenant]
 
     def answers(self, digest: str) -> bool:
-        """Whether requests for any name may get this content."""
+        """Whether the version of this digest may answer requests for any name."""
         return digest in self._answering
 
     def point(self, tenant: str, name: str, pointer: Pointer | None) -> Pointer | None:
-        """Let a name mean this from now on; what it meant."""
+        """Set a name's pointer; return the previous one."""
         names = self._names.setdefault(tenant, {})
         before = names.get(name)
         if pointer:
@@ -261,12 +262,12 @@ class Known:
         return before
 
 
-Locate = Callable[[str], Path]  # digest -> where its files are, or would be
+Locate = Callable[[str], Path]  # digest -> the directory of its files, which may not exist
 
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a name means in a remote. `stamp`: which of its meanings that is, for `RemoteStore.note`."""
+    """A name's pointer in the object store. `stamp`: the record that it was read from, for `RemoteStore.note`."""
 
     tenant: str
     name: str
@@ -275,13 +276,15 @@ class Meaning:
 
 
 def split_reference(asked: str) -> tuple[str, str | None]:
-    """`NAME`, or `NAME@DIGEST` with enough of the digest's digits, with or without "sha256:" -> name, these digits."""
+    """Split `NAME` or `NAME@DIGEST` (a prefix of the digest, with or without "sha256:") into the name and the hex
+    digits."""
     name, at, digits = asked.partition("@")
     return name, digits.removeprefix("sha256:") if at else None
 
 
 def check_name(name: str, *, fine_tuned: bool = False) -> None:
-    """Raises AdapterError unless an adapter may have this name; with `fine_tuned` that is `ft:<base>:<suffix>:...`."""
+    """Refuse a name that an adapter may not have; with `fine_tuned`, all but `ft:<base>:<suffix>:...`. Raises
+    AdapterError."""
     if fine_tuned:
         if not FINE_TUNED_NAME.fullmatch(name):
             raise AdapterError(f"'{shorten(name)}' is not the name of a fine-tuned adapter", "name", "invalid_name")
