@@ -122,7 +122,7 @@ class Batches(Worker[Batch]):
             undo.callback(shutil.rmtree, directory, ignore_errors=True)
             self._pending.mark(batch.id)
             directory.mkdir(parents=True)
-            _same_file(file.path, directory / INPUT)  # the client may delete its own
+            _same_file(file.path, directory / INPUT)  # the client may delete the original
             sync(directory)
             sync(self._directory)
             self.store.database.after_commit(undo.pop_all)

@@ -134,7 +134,7 @@ class BatchStore(RecordTable[Batch, Status]):
     # --- sharing among servers: overridden by `SharedBatches` -----------------------------------------
 
     def steer(self, batch: Batch, status: Status) -> Batch:
-        """Change the status on a client's behalf, whichever server runs the batch."""
+        """Change the status on a client's behalf, even if another server runs the batch."""
         return self.move(batch, status)
 
     def share(self, batch: Batch, directory: Path) -> None:

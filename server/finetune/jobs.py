@@ -215,7 +215,7 @@ class JobStore(RecordTable[Job, Status]):
         return moved
 
     def steer(self, job: Job, status: Status, message: str | None = None, **options: Any) -> Job:
-        """Change the status on a client's behalf, whichever server works on the job."""
+        """Change the status on a client's behalf, even if another server works on the job."""
         return self.move(job, status, message, **options)
 
     @staticmethod

@@ -196,7 +196,7 @@ class JobManager(Worker[Job]):
         return int(time.time() + pace * (job.total_steps - job.step))
 
     async def _let_go(self, job: Job, *, save: bool) -> bool:
-        """Stop work on a job after a change of status; return whether the engine was told to stop."""
+        """Stop work on a job after a change of status; return whether a `StopJob` was sent to the engine."""
         if job.id in self._training:
             with contextlib.suppress(EngineUnavailable):
                 await self._engine.stop_job(StopJob(job.id, save=save))
@@ -220,7 +220,7 @@ class JobManager(Worker[Job]):
         await asyncio.to_thread(self._jobs.forget, job.id)
 
     async def _move(self, job: Job, status: Status, message: str, *, asked: bool = False, **changes: Any) -> Job:
-        """Change a job's status. `asked`: on a client's behalf, whichever server works on the job."""
+        """Change a job's status. `asked`: on a client's behalf, even if another server works on the job."""
         move: Callable[..., Job] = self._jobs.steer if asked else self._jobs.move
         moved = await asyncio.to_thread(move, job, status, message, **changes)
         self._announce()
@@ -305,7 +305,7 @@ class JobManager(Worker[Job]):
     async def _fail(self, job: Job, error: JobError) -> None:
         with contextlib.suppress(JobStateError):
             while True:
-                with contextlib.suppress(OSError, DatabaseBusy, RemoteUnavailable):  # the disk is full to the last byte
+                with contextlib.suppress(OSError, DatabaseBusy, RemoteUnavailable):  # the status cannot be written now
                     await self._move(job, "failed", error.message, error=error)
                     return
                 await asyncio.sleep(SPACE_SECONDS)

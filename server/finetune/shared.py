@@ -146,7 +146,7 @@ class Shared(RecordTable[R, S]):
                 connection.execute(f"UPDATE {self._table} SET number = ? WHERE id = ?", (number, record.id))
             yield record
 
-    # --- working on one ------------------------------------------------------------------------------
+    # --- working on a record -------------------------------------------------------------------------
 
     def take_up(self, but: Collection[str] = ()) -> list[R]:
         """Claim unleased records, as many as this server may hold: first for the tenant with the fewest here."""

@@ -33,7 +33,7 @@ class FairSlots:
 
     def _give(self) -> None:
         while self._free and self._waiting:
-            tenant, place = first = min(self._waiting, key=lambda one: self._held[one[0]])  # the first of equals
+            tenant, place = first = min(self._waiting, key=lambda one: self._held[one[0]])  # ties: longest waiting
             self._waiting.remove(first)
             self._held[tenant] += 1
             self._free -= 1

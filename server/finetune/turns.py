@@ -69,6 +69,6 @@ def spans_by_exchange(
                     return None
                 spans.append((position + start, position + len(through)))
             position += len(text) - repeated
-    except ValueError:  # a template may refuse an exchange alone
+    except ValueError:  # a template may refuse an exchange by itself
         return None
     return spans

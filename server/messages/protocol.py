@@ -1,6 +1,6 @@
 """The messages between the API process and the engine process.
 
-Small msgspec structs, MessagePack on the wire, over one ZeroMQ PAIR socket per engine incarnation.
+Small msgspec structs, MessagePack on the wire, over one ZeroMQ PAIR socket per engine process.
 Weights are never sent: an adapter is named by its digest and the directory that holds it.
 """
 
@@ -132,7 +132,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     @cached_property
     def stops(self) -> "tuple[frozenset[int], array[int]]":
-        """`stop_token_ids` to look a token up in, and to go through."""
+        """`stop_token_ids` as a set for lookups, and as an array."""
         known = frozenset(self.stop_token_ids)
         return known, array("q", known)
 

@@ -180,7 +180,7 @@ class Task:
             dropout=dropout,
         )
 
-    # --- after the last micro-batch -----------------------------------------------------------------------
+    # --- end of a step ------------------------------------------------------------------------------------
 
     def clip(self) -> bool:
         """Clip the gradient's norm. False when the loss or gradient is not finite: it must not be applied then."""

@@ -195,7 +195,7 @@ class Trainer:
     def close(self) -> None:
         self._writer.shutdown(wait=False, cancel_futures=True)
 
-    # --- the pieces -------------------------------------------------------------------------------------------
+    # --- pieces -----------------------------------------------------------------------------------------------
 
     def _work(self) -> Iterator[Piece]:
         """Yield pieces without end: each is announced, and runs when the next one is requested."""
