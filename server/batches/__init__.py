@@ -1,1 +1,1 @@
-"""Batches: files of requests, answered in what serving leaves free."""
+"""Batches: files of requests, answered with capacity left over by serving."""

@@ -1,4 +1,4 @@
-"""What batches count, in the server's registry."""
+"""Prometheus metrics of batches."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from server.metrics import PREFIX
 
 
 class BatchMetrics:
-    """Batches by status, and the ends of their requests."""
+    """Batches by status, and their requests by outcome."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._batches = Gauge(f"{PREFIX}batches", "Batches", ["status"], registry=registry)
@@ -17,10 +17,10 @@ class BatchMetrics:
         self._requests = Counter(f"{PREFIX}batch_requests", text, ["outcome"], registry=registry)
 
     def batches(self, counts: Mapping[Status, int]) -> None:
-        """How many batches are in each status, to be said before every scrape."""
+        """Set the number of batches in each status; call it before every scrape."""
         for status, count in counts.items():
             self._batches.labels(status).set(count)
 
     def ended(self, outcome: str) -> None:
-        """A request has its answer, or will get none."""
+        """Count a request that was answered, or will not be."""
         self._requests.labels(outcome).inc()

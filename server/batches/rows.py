@@ -1,4 +1,4 @@
-"""The rows of a batch's file: read, checked, and their answers as they are written down."""
+"""Reading and checking the rows of a batch's file, and the journal of their answers."""
 
 import os
 import sys
@@ -15,26 +15,26 @@ from server.batches.store import Fault
 from server.errors import shown
 from server.finetune.files import new_id
 
-INPUT = "input.jsonl"  # in a batch's directory, and how its rows ended: well, or not
+INPUT = "input.jsonl"  # in a batch's directory; below, files of answers by success
 ANSWERS = {True: "output.jsonl", False: "errors.jsonl"}
-MAX_FAULTS = 100  # of a file that are reported
+MAX_FAULTS = 100  # reported per file
 _MAX_ID = 512
-_ENVELOPE = 16 * 1024  # bytes of a line beside its body: more than the longest `custom_id` takes
+_ENVELOPE = 16 * 1024  # bytes of a line beside its body: more than the longest `custom_id` needs
 _ENVELOPE_ITEMS = 8  # four keys and their values
-_SKIPPED = 1 << 20  # bytes at a time of a line that is too long
+_SKIPPED = 1 << 20  # bytes read at a time to skip an over-long line
 
 
 class Limits(NamedTuple):
-    """What a batch may hold."""
+    """Limits of a batch's file."""
 
-    rows: int  # of its file
-    body_bytes: int  # of a request, as of one that comes by itself
+    rows: int
+    body_bytes: int  # of one request, the same as outside batches
     body_items: int
     body_depth: int
 
 
 class Row(msgspec.Struct, frozen=True):
-    """One request: its place in the file, the client's name for it, its body in JSON."""
+    """One request: its line number, the client's id for it, and its body in JSON."""
 
     line: int
     custom_id: str
@@ -42,14 +42,14 @@ class Row(msgspec.Struct, frozen=True):
 
 
 def read(path: Path) -> Iterator[Row]:
-    """The rows of a file that has been checked."""
+    """Yield the rows of a checked file."""
     for line, text, _ in _lines(path):
         row = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
         yield Row(line, msgspec.json.decode(row["custom_id"], type=str), bytes(row["body"]))
 
 
 def check(path: Path, endpoint: str, limits: Limits) -> tuple[int, list[Fault]]:
-    """How many rows there are, and all that is wrong with the file: without faults it can be `read`."""
+    """Return the number of rows, and the file's faults; without faults it can be `read`."""
     faults: list[Fault] = []
     seen: set[str] = set()
     for line, text, whole in _lines(path, limits.body_bytes + _ENVELOPE):
@@ -85,7 +85,7 @@ class _Faulty(Exception):
 
 
 def _checked(text: bytes, endpoint: str, max_depth: int) -> str:
-    """The row's `custom_id`. Raises _Faulty."""
+    """Return the row's `custom_id`. Raises _Faulty."""
     try:
         row: Any = parse_json(text, max_depth=max_depth)
         check_characters(text, row)
@@ -110,8 +110,9 @@ def _checked(text: bytes, endpoint: str, max_depth: int) -> str:
 
 
 def _lines(path: Path, longest: int = sys.maxsize - 1) -> Iterator[tuple[int, bytes, bool]]:
-    """The lines that are not blank, by their numbers, and whether they are whole: of one with more bytes than `longest`
-    only the first are read into memory together.
+    """Yield each non-blank line: its number, its bytes, and whether it is whole.
+
+    Only the first `longest` bytes of a line are held in memory at once.
     """
     with path.open("rb") as file:
         number = 0
@@ -128,9 +129,9 @@ def _lines(path: Path, longest: int = sys.maxsize - 1) -> Iterator[tuple[int, by
 
 
 class Journal:
-    """The answers of one batch, in the two files that they are given out in. A row is in one of them once at most.
+    """The answers of one batch, in the two result files. Each row occurs at most once in at most one of them.
 
-    What an `add` that has returned wrote is on disk; a line that a crash cut short is taken off when it is opened.
+    An answer is on disk when `add` returns; a line cut short by a crash is removed on opening.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -151,7 +152,7 @@ class Journal:
             sync(path)
 
     def add(self, custom_id: str, response: dict[str, Any] | None, error: dict[str, str] | None) -> bool:
-        """Write down how a row ended; False when that is written already. Raises StorageFull with nothing written."""
+        """Write a row's outcome; False when it has one already. Raises StorageFull with nothing written."""
         good = response is not None and response["status_code"] < 400
         line = {"id": new_id("batch_req_"), "custom_id": custom_id, "response": response, "error": error}
         with self._lock:
@@ -179,4 +180,4 @@ class _Named(msgspec.Struct):
     custom_id: str
 
 
-_NAMED = msgspec.json.Decoder(_Named)  # made in one thread: when several use a type first, msgspec crashes
+_NAMED = msgspec.json.Decoder(_Named)  # made in one thread: concurrent first uses of a type crash msgspec

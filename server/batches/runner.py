@@ -1,7 +1,7 @@
-"""Runs batches: one asyncio task per unfinished batch, from its file to its results.
+"""The runner of batches: one asyncio task per unfinished batch, from its file to its results.
 
-A row's request is answered by the code that answers a client's, in the background (`server.admission.BACKGROUND`). Its
-answer is on disk before it counts, so that after any death only rows without one are asked again.
+A row's request takes the code path of a client's request, in the background (`server.admission.BACKGROUND`). Its answer
+is on disk before it counts, so that after a crash only rows without an answer are run again.
 """
 
 import asyncio
@@ -34,32 +34,32 @@ from server.tenants.caller import Caller
 log = logging.getLogger("lorakeet.batches")
 
 RESULTS = "batch_output"
-AGAIN = (429, 503)  # statuses of answers that say: not now
+AGAIN = (429, 503)  # statuses of answers after which a row is retried
 AGAIN_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What a request was answered. `died`: the engine did, while it had the request."""
+    """The answer to a request. `died`: the engine died during it."""
 
     status: int
     body: bytes
     died: bool = False
 
 
-Answer = Callable[[Caller, str, bytes], Awaitable[Reply]]  # who asks, an endpoint and a body -> its answer
+Answer = Callable[[Caller, str, bytes], Awaitable[Reply]]  # caller, endpoint, body -> answer
 
 
 class Batches(Worker[Batch]):
     """All batches of one server.
 
     Args:
-        directory: where batches keep their file and their answers while they run.
-        at_once: requests that are under way at once, of all batches together.
+        directory: holds the input file and the answers of batches while they run.
+        at_once: most concurrent requests of all batches together.
         limits: of one batch.
 
     Attributes:
-        answer: answers a row's request; set before `start`.
+        answer: function that answers a row's request; set before `start`.
     """
 
     def __init__(
@@ -81,12 +81,12 @@ class Batches(Worker[Batch]):
         self._metrics = metrics
         self._limits = limits
         self._places = asyncio.Semaphore(at_once)
-        self._alone = asyncio.Lock()  # held by a request that may have been an engine's death
+        self._alone = asyncio.Lock()  # held by a request that may have caused an engine's death, while it is retried
         self._checking = asyncio.Lock()
         self._stops: dict[str, asyncio.Event] = {}
         self._journals: dict[str, Journal] = {}
 
-    # --- its life -------------------------------------------------------------------------------------
+    # --- lifecycle ------------------------------------------------------------------------------------
 
     def _sort_out(self) -> None:
         aside = self._directory.parent / lost.LOST_AND_FOUND
@@ -103,13 +103,13 @@ class Batches(Worker[Batch]):
             stop.set()
 
     async def count(self) -> None:
-        """Bring the metrics of batches by status up to date."""
+        """Update the metric of batches by status."""
         self._metrics.batches(await asyncio.to_thread(self.store.counts))
 
-    # --- what clients ask -------------------------------------------------------------------------------
+    # --- client operations ------------------------------------------------------------------------------
 
     async def create(self, caller: Caller, endpoint: str, file: StoredFile, metadata: dict[str, str] | None) -> Batch:
-        """Record a batch and begin with it."""
+        """Record a batch and start it."""
         batch = await asyncio.to_thread(self._create, caller, endpoint, file, metadata)
         self.go_on(batch)
         return batch
@@ -122,7 +122,7 @@ class Batches(Worker[Batch]):
             undo.callback(shutil.rmtree, directory, ignore_errors=True)
             self._pending.mark(batch.id)
             directory.mkdir(parents=True)
-            _same_file(file.path, directory / INPUT)  # the client may delete its own
+            _same_file(file.path, directory / INPUT)  # the client may delete the original
             sync(directory)
             sync(self._directory)
             self.store.database.after_commit(undo.pop_all)
@@ -131,14 +131,14 @@ class Batches(Worker[Batch]):
         return batch
 
     async def cancel(self, batch: Batch) -> Batch:
-        """Raises BatchStateError when the batch is at an end, or about to be."""
+        """Cancel a batch. Raises BatchStateError when it has ended or is finalizing."""
         moved = await asyncio.to_thread(self.store.steer, batch, "cancelling")
         if stop := self._stops.get(batch.id):
             stop.set()
         return moved
 
     def progress(self, batch: Batch) -> tuple[int, int]:
-        """How many requests were answered well, and how many with an error."""
+        """Return the numbers of requests answered successfully and with an error."""
         journal = self._journals.get(batch.id)
         return (batch.completed, batch.failed) if journal is None else (journal.counts[True], journal.counts[False])
 
@@ -154,7 +154,7 @@ class Batches(Worker[Batch]):
         self._journals.pop(batch_id, None)
 
     async def _work(self, batch: Batch) -> None:
-        """From wherever the batch stands to its end."""
+        """Run a batch from its present status to its end."""
         BACKGROUND.set(True)
         while self.store.holds(batch.id):
             try:
@@ -163,7 +163,7 @@ class Batches(Worker[Batch]):
                 if now.status in FINAL:
                     break
                 await self._advance(now)
-            except BatchStateError:  # cancelled in this very moment
+            except BatchStateError:  # cancelled concurrently
                 continue
             except (StorageFull, DatabaseBusy, RemoteUnavailable) as fault:
                 log.warning("batch %s waits: %s", batch.id, fault)
@@ -175,7 +175,7 @@ class Batches(Worker[Batch]):
                     await self._move(batch, "failed", faults=[ours])
                 break
         else:
-            return  # another server's now
+            return  # the lease is lost: another server runs it
         await self.clear(batch.id)
         await asyncio.to_thread(self.store.forget, batch.id)
 
@@ -186,7 +186,7 @@ class Batches(Worker[Batch]):
         return await asyncio.to_thread(partial(self.store.move, batch, status, **changes))
 
     async def _advance(self, batch: Batch) -> None:
-        """One status further."""
+        """Do the work of the present status, and move to the next."""
         directory = self._directory / batch.id
         match batch.status:
             case "validating":
@@ -200,7 +200,7 @@ class Batches(Worker[Batch]):
                 journal = self._journals[batch.id] = await asyncio.to_thread(self._opened, directory)
                 if await self._answered(batch, journal):
                     await self._move(batch, "finalizing")
-                elif not self._stops[batch.id].is_set():  # else it is being cancelled
+                elif not self._stops[batch.id].is_set():  # set when cancelled
                     message = "The completion window ended before this request was answered."
                     await self._finish(batch, "expired", {"code": "batch_expired", "message": message})
             case "finalizing":
@@ -214,7 +214,7 @@ class Batches(Worker[Batch]):
             return Journal(directory)
 
     async def _answered(self, batch: Batch, journal: Journal) -> bool:
-        """Answer all rows that have no answer; False when it was stopped, or the batch's time is up."""
+        """Answer all rows without an answer; False when stopped, or out of the batch's time."""
         answering = asyncio.create_task(self._answer_rows(batch, journal))
         stopped = asyncio.create_task(self._stops[batch.id].wait())
         try:
@@ -261,18 +261,18 @@ class Batches(Worker[Batch]):
             self._metrics.ended("completed" if reply.status < 400 else "failed")
 
     async def _finish(self, batch: Batch, status: Status, unanswered: dict[str, str] | None = None) -> None:
-        """Make files of the answers. `unanswered`: what is said of the rows that have none."""
+        """Publish the answers as files. `unanswered`: the error for rows without an answer."""
         finished = partial(self._finished, batch, status, unanswered)
         for _ in range(await asyncio.to_thread(finished)):
             self._metrics.ended(status)
 
     def _finished(self, batch: Batch, status: Status, unanswered: dict[str, str] | None) -> int:
-        """How many rows had no answer."""
+        """Do the work of `_finish`; return the number of rows without an answer."""
         directory = self._directory / batch.id
-        # The one that answers may still be added to: they are of a row before it is said to have none, or not at all.
+        # Reuse an open journal: a late answer is either added before its row is marked as unanswered, or dropped.
         journal = self._journals.get(batch.id) or self._opened(directory)
         count = 0
-        if unanswered is not None and batch.total:  # of a file that has been checked
+        if unanswered is not None and batch.total:  # total: the file has been checked
             for row in rows.read(directory / INPUT):
                 if row.custom_id not in journal.done:
                     count += journal.add(row.custom_id, None, unanswered)
@@ -281,7 +281,7 @@ class Batches(Worker[Batch]):
             for good, path in journal.paths.items():
                 if journal.counts[good]:
                     _same_file(path, staging / path.name)
-                    # One file, however often this is done: whoever is killed here does it again.
+                    # A fixed id: repeating this after a crash makes no second file.
                     made[good] = f"file-{batch.id.removeprefix('batch_')}{path.stem[0]}"
                     self._files.add(
                         batch.tenant,
@@ -296,12 +296,12 @@ class Batches(Worker[Batch]):
 
 
 def _next(left: Iterator[Row], journal: Journal) -> Row | None:
-    """The next row that has no answer."""
+    """Return the next row without an answer."""
     return next((row for row in left if row.custom_id not in journal.done), None)
 
 
 def _same_file(source: Path, target: Path) -> None:
-    """The file under a second name, which keeps its bytes when the first is gone."""
+    """Link or copy a file to a second name, which outlives the first."""
     try:
         os.link(source, target)
     except OSError:

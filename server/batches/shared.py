@@ -1,7 +1,7 @@
-"""Batches that several servers have in an object store; the rows in the database here are a copy.
+"""Batches shared by several servers in an object store; the rows in the local database are a copy.
 
-`batches/<id>.json` is a batch, its lease, and the parts of its answers; `batch-files/<id>/` has its file and these
-parts. A server that takes a batch over asks again only for what no part has.
+`batches/<id>.json` is a batch, its lease, and the list of its answers' parts; `batch-files/<id>/` has its file and
+these parts. A server that takes a batch over runs only rows without an answer in any part.
 """
 
 import contextlib
@@ -24,15 +24,15 @@ from server.tenants.caller import Caller
 if TYPE_CHECKING:
     from adapters.storage.records import Content
 
-_PART_BYTES = 256 * 1024  # of answers, sent together
-_PART_RENEWALS = 6  # after which fewer are sent
+_PART_BYTES = 256 * 1024  # of answers per part
+_PART_RENEWALS = 6  # renewals of the lease after which a smaller part is sent
 
 
 class SharedBatches(Shared[Batch, Status], BatchStore):
-    """All batches of one server and others.
+    """All batches of the servers on one object store.
 
     Args:
-        directory: where batches keep their files while they run.
+        directory: holds the files of batches while they run.
     """
 
     files = "batch-files"
@@ -41,8 +41,8 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
     def __init__(self, database: Database, directory: Path) -> None:
         super().__init__(database)
         self._directory = directory
-        self._prepared: set[str] = set()  # batches that are held, whose answers here begin with those in the store
-        self._answered: set[str] = set()  # batches that have all their answers
+        self._prepared: set[str] = set()  # held batches with the store's answers copied to this server
+        self._answered: set[str] = set()  # batches with all answers
 
     def create(
         self,
@@ -56,7 +56,7 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
         return super().create(caller, endpoint, input_file, metadata, number=number or place())
 
     def share(self, batch: Batch, directory: Path) -> None:
-        """Make a new batch known to other servers; when that fails, its row is removed again."""
+        """Upload a new batch for other servers; its row is removed when that fails."""
         try:
             self._bucket.put_file(self._object(batch.id, INPUT), directory / INPUT)
             self._send_new(batch.id, parts=[])
@@ -65,7 +65,7 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
             raise
 
     def share_all(self) -> None:
-        """Give the store what it never had: batches from a time without one, with the answers that there are."""
+        """Upload batches created before the server used a store, with their answers so far."""
         for batch in self.never_shared():
             directory, parts = self._directory / batch.id, list[dict[str, Any]]()
             if batch.goes_on:
@@ -74,7 +74,7 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
             self._send_new(batch.id, parts=parts)
 
     def move(self, batch: Batch, status: Status, **changes: Any) -> Batch:
-        """Who finds a batch that is `finalizing` asks for nothing more: all answers are in the store before it is."""
+        """Change the status. All answers are in the store before it is `finalizing`: a successor has no rows to run."""
         if status == "finalizing":
             self._answered.add(batch.id)
         return self._change(batch, self._moving(status, changes), changes)
@@ -95,7 +95,7 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
         return taken
 
     def prepare(self, batch: Batch, directory: Path) -> None:
-        """Once for each lease: let the answers be those of the store, which others may have added to."""
+        """Copy the answers from the store, once for each lease: other servers may have added some."""
         if batch.id in self._prepared:
             return
         directory.mkdir(parents=True, exist_ok=True)
@@ -134,7 +134,7 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
         return content | {"parts": parts, "record": content["record"] | counts}
 
     def _part(self, id_: str, name: str, sent: int, least: int) -> dict[str, Any] | None:
-        """Put what a file of answers has beyond so many bytes into the store; None when it is less than that."""
+        """Upload the complete lines after the first `sent` bytes of a file; None when there are under `least` bytes."""
         path = self._directory / id_ / name
         if not path.exists() or path.stat().st_size - sent < least:
             return None
@@ -143,7 +143,7 @@ class SharedBatches(Shared[Batch, Status], BatchStore):
             new = file.read()
         new = new[: new.rfind(b"\n") + 1]
         part = {"file": name, "name": uuid.uuid4().hex, "bytes": len(new), "lines": new.count(b"\n")}
-        with contextlib.suppress(Conflict):  # a second try of its own
+        with contextlib.suppress(Conflict):  # from a retry of this upload
             self._bucket.put_if(self._object(id_, str(part["name"])), new, None)
         return part
 

@@ -1,4 +1,4 @@
-"""Batches as the database knows them.
+"""Batches in the database, and their state machine.
 
 Every change is on disk when the call returns.
 
@@ -33,11 +33,11 @@ _NEXT: dict[Status, set[Status]] = {
 
 
 class UnknownBatchError(LookupError):
-    """No batch of that id for this tenant."""
+    """The tenant has no batch with this id."""
 
 
 class BatchStateError(ValueError):
-    """The batch's status does not allow this."""
+    """The batch's status does not allow the operation."""
 
 
 class Fault(msgspec.Struct, frozen=True):
@@ -50,7 +50,7 @@ class Fault(msgspec.Struct, frozen=True):
 
 
 class Batch(msgspec.Struct, frozen=True, kw_only=True):
-    """One batch now. `times`: when it got each status, in Unix time."""
+    """One batch. `times`: Unix time of each status it has had."""
 
     id: str
     tenant: str
@@ -58,7 +58,7 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     endpoint: str
     input_file: str
     metadata: dict[str, str] | None = None
-    adapters: list[str] | None = None  # that the key is bound to which began it
+    adapters: list[str] | None = None  # of the bound key that created it
     times: dict[Status, int]
     total: int = 0
     completed: int = 0
@@ -69,7 +69,7 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def goes_on(self) -> bool:
-        """Whether there is work to do for it."""
+        """Whether it is unfinished."""
         return self.status not in FINAL
 
     @property
@@ -78,7 +78,7 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def caller(self) -> Caller:
-        """The one whose requests these are."""
+        """The caller of its requests."""
         bound = None if self.adapters is None else frozenset(self.adapters)
         return Caller(self.tenant, roles=frozenset({"serve"}), adapters=bound)
 
@@ -102,7 +102,7 @@ class BatchStore(RecordTable[Batch, Status]):
         *,
         number: int | None = None,
     ) -> Batch:
-        """A new row; join a transaction to do more with it."""
+        """Add a new batch; joins the current transaction, if any."""
         batch = Batch(
             id=new_id("batch_"),
             tenant=caller.tenant,
@@ -117,7 +117,7 @@ class BatchStore(RecordTable[Batch, Status]):
         return batch
 
     def move(self, batch: Batch, status: Status, **changes: Any) -> Batch:
-        """Change the status, and further fields with it. Raises BatchStateError when its status *now* forbids that."""
+        """Change the status, and other fields with it. Raises BatchStateError when the *stored* status forbids that."""
         with self.database.transaction(removing=True):
             moved = self.moved(self.get(batch.tenant, batch.id), status, changes)
             self.write(moved)
@@ -125,23 +125,23 @@ class BatchStore(RecordTable[Batch, Status]):
 
     @staticmethod
     def moved(now: Batch, status: Status, changes: Mapping[str, Any]) -> Batch:
-        """The batch as `move` makes it; raises what that does."""
+        """Return the batch with the changes of `move`. Raises BatchStateError."""
         if status not in _NEXT.get(now.status, ()):
             raise BatchStateError(f"Batch {now.id} is {now.status}; it cannot become {status}.")
         times = now.times | {status: int(time.time())}
         return msgspec.structs.replace(now, status=status, times=times, **changes)
 
-    # --- for others: `SharedBatches` are those of several servers --------------------------------------
+    # --- sharing among servers: overridden by `SharedBatches` -----------------------------------------
 
     def steer(self, batch: Batch, status: Status) -> Batch:
-        """`move` for who does not work on the batch, but may say what becomes of it."""
+        """Change the status on a client's behalf, even if another server runs the batch."""
         return self.move(batch, status)
 
     def share(self, batch: Batch, directory: Path) -> None:
-        """Make a new batch known to other servers, with what is in its directory."""
+        """Upload a new batch, with the files in its directory, for other servers."""
 
     def prepare(self, batch: Batch, directory: Path) -> None:
-        """See that what is needed to go on is in its directory."""
+        """Bring the files needed to continue into its directory."""
 
     def forget(self, id_: str) -> None:
-        """Keep nothing of what was in its directory."""
+        """Delete the uploaded files of its directory."""

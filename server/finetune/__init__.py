@@ -1,1 +1,1 @@
-"""Training files, data sets, jobs and evaluations. API process."""
+"""Training files, data sets, jobs and evaluations, in the API process."""

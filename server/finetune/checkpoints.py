@@ -1,6 +1,6 @@
-"""A job's checkpoint becomes an adapter: synced, published, written down. Also the result file and the job's end.
+"""Publication of a job's checkpoints as adapters (synced, published, recorded), the result file and the job's success.
 
-A checkpoint counts once its row is committed, with the hashes of its files, after these are on disk.
+A checkpoint counts once its row, with the hashes of its files, is committed; the files are on disk before.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from server.finetune.jobs import Job, JobFailedError, JobStore, StoredCheckpoint
 from server.messages.training import CHECKPOINTS, Checkpoint, Metrics
 from server.registry.publish import Publisher
 
-KEPT_CHECKPOINTS = 2  # directories to go on from: the last, and the one before should its files be damaged
+KEPT_CHECKPOINTS = 2  # directories to resume from: the last, and the one before in case the last is damaged
 RESULTS = "fine-tune-results"
 _COLUMNS = (
     "step", "train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy",
@@ -31,7 +31,7 @@ _COLUMNS = (
 
 
 class CheckpointAdapters:
-    """Checkpoints and results of all jobs, whose own directories lie in `directory`."""
+    """Checkpoints and results of all jobs. `directory` holds the jobs' own directories."""
 
     def __init__(self, directory: Path, files: FileStore, jobs: JobStore, publisher: Publisher) -> None:
         self._directory = directory
@@ -40,7 +40,7 @@ class CheckpointAdapters:
         self._publisher = publisher
 
     async def keep(self, job: Job, checkpoint: Checkpoint) -> None:
-        """Sync a checkpoint, publish it, and only then write it down; with the last one the job has succeeded.
+        """Sync a checkpoint, publish it, and only then record it; the final one makes the job succeed.
 
         Raises:
             JobFailedError: its files cannot be stored or served.
@@ -62,7 +62,7 @@ class CheckpointAdapters:
             raise JobFailedError("checkpoint_not_kept", f"A checkpoint could not be kept: {error}") from error
 
     async def _publish(self, job: Job, name: str, directory: Path) -> None:
-        """Make a checkpoint's adapter servable under a name."""
+        """Publish a checkpoint's adapter under a name."""
         async with self._publisher.stage() as staging:
             for file in (CONFIG_NAME, WEIGHTS_NAME):
                 await asyncio.to_thread(shutil.copyfile, directory / file, staging / file)
@@ -94,11 +94,11 @@ class CheckpointAdapters:
             self._jobs.forget(job.id, [hash_ for files in (*kept, job.inputs) for hash_ in files.values()])
 
     def _succeed(self, job: Job, trained_tokens: int) -> None:
-        """Write the result file and the happy end, in the transaction that is open."""
+        """Write the result file and the job's success, in the open transaction."""
         with self._files.staging() as staging:
             results = staging / "step_metrics.csv"
             results.write_text(_as_csv(self._jobs.steps(job.id)))
-            id_ = f"file-{job.id.removeprefix('ftjob-')}"  # one, however often the end is written
+            id_ = f"file-{job.id.removeprefix('ftjob-')}"  # a fixed id: a repeated end makes no second file
             stored = self._files.add(job.tenant, results, filename=results.name, purpose=RESULTS, file_id=id_)
         self._jobs.add_event(job.id, f"New fine-tuned model created: {job.model_name}")
         self._jobs.move(
@@ -111,7 +111,7 @@ class CheckpointAdapters:
         )
 
     def last_good(self, job: Job) -> str | None:
-        """The directory of the latest checkpoint whose files are what they were when it was written down."""
+        """Return the directory of the latest checkpoint with files that match their recorded hashes."""
         for kept in self._jobs.resumable(job.id)[:KEPT_CHECKPOINTS]:
             root, directory = self._directory / job.id, self._here(job, kept)
             at = directory.relative_to(root)
@@ -123,19 +123,19 @@ class CheckpointAdapters:
         return None
 
     def remove_spare(self, job: Job) -> None:
-        """Keep only the checkpoint that the job goes on from: not the one before, nor one that was not written down."""
+        """Remove all checkpoints but the one to resume from: the one before it, and unrecorded ones."""
         last = self.last_good(job)
         for directory in (self._directory / job.id / CHECKPOINTS).glob("*"):
             if str(directory) != last:
                 shutil.rmtree(directory, ignore_errors=True)
 
     def _here(self, job: Job, kept: StoredCheckpoint) -> Path:
-        """The directory here of a checkpoint, which another server may have made."""
+        """Return the local directory of a checkpoint, which another server may have written."""
         return self._directory / job.id / Path(*Path(kept.directory).parts[-2:])
 
 
 def _sync_and_hash(directory: Path) -> dict[str, str]:
-    """See a checkpoint's files onto the disk; file name -> hash of its content."""
+    """Sync a checkpoint's files; return file name -> hash of its content."""
     hashes = {}
     for path in sorted(directory.iterdir()):
         sync(path)
@@ -146,13 +146,13 @@ def _sync_and_hash(directory: Path) -> dict[str, str]:
 
 
 def file_hash(path: Path) -> str:
-    """BLAKE2b of a file's content."""
+    """Return the BLAKE2b hash of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
 
 
 def _as_csv(steps: Sequence[Metrics]) -> str:
-    """A header and one line per step."""
+    """Return the metrics as CSV: a header and one line per step."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(_COLUMNS)

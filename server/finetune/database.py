@@ -42,5 +42,5 @@ CREATE TABLE batches (
 
 
 def open_database(path: Path, busy_seconds: float = BUSY_SECONDS) -> Database:
-    """The database of one server's fine-tuning, made or migrated. Raises what `Database` does."""
+    """Open a server's job database, created or migrated as needed. Raises the errors of `Database`."""
     return Database(path, _MIGRATIONS, busy_seconds)

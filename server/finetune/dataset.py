@@ -1,11 +1,11 @@
-"""Training data: JSONL lines -> validated examples -> token ids with a mask of what is trained on.
+"""Training data: JSONL lines -> validated examples -> token ids with a mask of trained tokens.
 
     {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "...", "weight": 1}]}
     {"prompt": "...", "completion": "..."}
     {"text": "..."}
 
-The loss falls on completions: a chat's assistant turns (through the chat template, with thoughts and calls of tools), a
-completion, a whole text. A bad line is named together with its field. The tokenizer comes in as a `Tokenizer`.
+The loss covers completions: a chat's assistant turns (through the chat template, with thoughts and tool calls), a
+completion, a whole text. Errors name the line and its field.
 """
 
 import hashlib
@@ -32,30 +32,30 @@ from server.finetune.rows import (
 from server.finetune.turns import FEW_TURNS, HiddenTurn, spans_by_exchange, trained_turns
 from server.messages.dataset import Dataset, Report
 
-MAX_TURNS = 256  # trained, of a chat whose exchanges the template does not render alike by themselves
+MAX_TURNS = 256  # trained turns, if the template renders a chat's exchanges differently by themselves
 
 
 # --- examples -> tokens -----------------------------------------------------------------------------
 
 
 class Tokenizer(Protocol):
-    """What encoding needs of the served model's tokenizer."""
+    """The served model's tokenizer, as far as encoding needs it."""
 
     @property
     def eos_token_ids(self) -> Sequence[int]:
-        """Tokens that end a completion, the usual one first."""
+        """The tokens that end a completion, the usual one first."""
 
     @property
     def special_tokens(self) -> Mapping[int, str]:
-        """Tokens that no ordinary text is made of, and their texts."""
+        """The tokens that ordinary text never encodes to, and their texts."""
 
     @property
     def markers(self) -> Collection[str]:
-        """Tokens that belong to calls of tools or to thoughts, and end no turn."""
+        """The tokens of tool calls and thoughts, which end no turn."""
 
     @property
     def formats(self) -> tuple[str | None, str | None]:
-        """How calls of tools are written, and how thoughts are."""
+        """The formats of tool calls and of thoughts."""
 
     def render_chat(
         self,
@@ -64,31 +64,31 @@ class Tokenizer(Protocol):
         add_generation_prompt: bool,
         tools: Sequence[dict[str, Any]] = (),
     ) -> str:
-        """The chat template's text. Raises ValueError when the template refuses these messages."""
+        """Return the rendered chat. Raises ValueError when the chat template refuses these messages."""
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text."""
+        """Return the token ids of a text."""
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids without added special tokens, and each one's character range."""
+        """Return token ids without added special tokens, and the character range of each."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One training sequence: `trained[i]` says that token i, given those before it, counts in the loss."""
+    """One training sequence: `trained[i]` if the prediction of token i counts in the loss."""
 
     tokens: list[int]
     trained: list[bool]
 
 
 def encode(example: Example, tokenizer: Tokenizer, *, completions_only: bool = True) -> list[Encoded]:
-    """Token ids and loss mask of an example, with the tokens that serving it would see.
+    """Return token ids and loss mask of an example, with the same tokens as in serving.
 
-    One sequence, except for a chat whose template renders earlier turns differently once later ones follow (a thinking
-    model's, say): then one sequence for each trained turn, as it was when that turn was produced.
+    One sequence, unless the chat template renders earlier turns differently once later ones follow (as with thinking
+    models): then one sequence for each trained turn, rendered as when that turn was generated.
 
     Raises:
-        DatasetError: the chat template refuses the messages, or hides where the assistant's turns are.
+        DatasetError: the chat template refuses the messages, or hides the positions of the assistant's turns.
     """
     match example:
         case TextExample():
@@ -105,7 +105,7 @@ def encode(example: Example, tokenizer: Tokenizer, *, completions_only: bool = T
 
 
 def _opened(text: str, tokenizer: Tokenizer) -> list[int]:
-    """Token ids with what the tokenizer adds, but no second BOS before a text that begins with one."""
+    """Return token ids with the tokenizer's special tokens, but no second BOS before a text that begins with one."""
     added = tokenizer.encode(text, add_special_tokens=True)
     plain = tokenizer.encode(text, add_special_tokens=False)
     twice = len(added) > len(plain) > 0 and added[1 : len(plain) + 1] == plain and added[0] == plain[0]
@@ -113,7 +113,7 @@ def _opened(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def _ended(tokens: list[int], tokenizer: Tokenizer) -> list[int]:
-    """The tokens with EOS behind them, unless they end so already."""
+    """Return the tokens with EOS appended, unless they end with one."""
     ends = bool(tokens) and tokens[-1] in tokenizer.eos_token_ids
     return tokens if ends else [*tokens, *tokenizer.eos_token_ids[:1]]
 
@@ -144,7 +144,7 @@ def _encode_chat(example: ChatExample, tokenizer: Tokenizer, completions_only: b
 
 
 def _check_kept(example: ChatExample, trained: Sequence[int], said: Sequence[str]) -> None:
-    """Raises DatasetError where the template leaves out a thought or a call."""
+    """Raise DatasetError if the template leaves out a thought or a call."""
     for index, text in zip(trained, said, strict=True):
         message = example.messages[index]
         if message.thought.strip() not in text:
@@ -172,7 +172,7 @@ def _render(
 
 
 def _mask_spans(text: str, spans: list[tuple[int, int]], tokenizer: Tokenizer) -> Encoded:
-    """Train on the tokens inside `spans` of the text, up to each span's end-of-turn token: nothing follows it."""
+    """Encode a text, training on the tokens inside `spans`, up to and including each span's end-of-turn token."""
     tokens, offsets = tokenizer.encode_with_offsets(text)
     trained = [False] * len(tokens)
     begins = [left for left, _ in offsets]
@@ -184,15 +184,15 @@ def _mask_spans(text: str, spans: list[tuple[int, int]], tokenizer: Tokenizer) -
                 if tokens[i] in tokenizer.eos_token_ids:
                     break
     if trained:
-        trained[0] = False  # nothing comes before it to predict it from
+        trained[0] = False  # there is no token to predict it from
     return Encoded(tokens, trained)
 
 
 def turn_ends(example: ChatExample, tokenizer: Tokenizer) -> list[int]:
-    """The token that follows each trained turn of a chat as it is rendered, white space aside.
+    """Return the token that follows each trained turn of a rendered chat, ignoring white space.
 
-    It must be a special one; behind the last turn an ordinary one will do if nothing else is there. Where there are
-    calls or thoughts, only the last turn's end is looked at.
+    It must be a special token; after the last turn an ordinary token counts, too, if nothing else follows. In chats
+    with calls or thoughts, only the last turn's end is examined.
     """
     if any(message.tool_calls or message.thought for message in example.messages):
         last = max((i for i, message in enumerate(example.messages) if message.trained), default=-1)
@@ -200,7 +200,7 @@ def turn_ends(example: ChatExample, tokenizer: Tokenizer) -> list[int]:
         text = _render(tokenizer, shown, tools=example.shown_tools()).rstrip() if shown else ""
         special = tokenizer.special_tokens.items()
         return [id_ for id_, token in special if text.endswith(token) and token not in tokenizer.markers][:1]
-    said = "Ara ararauna"  # in place of what was said: what is behind it is the template's
+    said = "Ara ararauna"  # in place of the content: the text after it is the template's
     trained = [message.role == "assistant" and message.weight != 0 for message in example.messages]
     messages = [
         shown | ({"content": said} if counts else {})
@@ -228,11 +228,11 @@ def load_dataset(
     """Validate and encode a JSONL file.
 
     Args:
-        max_length: tokens that a sequence may have; longer ones are cut there and counted.
+        max_length: most tokens of a sequence; longer ones are cut there and counted.
         completions_only: False trains on prompts, too.
 
     Raises:
-        DatasetError: a bad line, or no line that anything could be learned from.
+        DatasetError: a bad line, or no line with tokens to train on.
     """
     report = Report()
     tokens: list[npt.NDArray[np.int32]] = []
@@ -271,7 +271,7 @@ def load_dataset(
     all_tokens, all_trained = np.concatenate(tokens), np.concatenate(trained)
     report.tokens, report.trained_tokens = len(all_tokens), int(all_trained.sum())
     bounds = np.concatenate([[0], np.cumsum([len(part) for part in tokens])]).astype(np.int64)
-    # An ordinary token that occurs within answers, too, would cut them short.
+    # Excludes ordinary tokens that also occur within answers: as stop tokens they would cut these short.
     stops = tuple(
         id_
         for id_, count in sorted(ends.items())
@@ -290,6 +290,6 @@ def load_dataset(
 
 
 def read_lines(file: BinaryIO) -> Iterator[bytes]:
-    """Lines, none read further than what is needed to see that it is too long."""
+    """Yield lines, reading an over-long one only just beyond the limit."""
     while line := file.readline(MAX_LINE_BYTES + 1):
         yield line

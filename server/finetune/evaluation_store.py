@@ -1,4 +1,4 @@
-"""Evaluations as the database knows them: their records, which are on disk when a call returns."""
+"""Evaluations in the database. Every change is on disk when the call returns."""
 
 import time
 from typing import Literal, get_args
@@ -15,7 +15,7 @@ FINAL: frozenset[Status] = frozenset({"succeeded", "failed"})
 
 
 class Score(msgspec.Struct, frozen=True):
-    """How well one model does. Loss in nats per token; `exact_match` is None where there is no answer to compare."""
+    """A model's score. Loss in nats per token; `exact_match` is None when there is no answer to compare."""
 
     loss: float
     perplexity: float
@@ -23,14 +23,14 @@ class Score(msgspec.Struct, frozen=True):
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
-    """One evaluation now."""
+    """One evaluation."""
 
     id: str
     tenant: str
     status: Status
     created_at: int
     finished_at: int | None = None
-    model: str  # as the client named it
+    model: str  # as named by the client
     adapter: str | None  # stored name, None for the base alone
     digest: str | None
     file: str
@@ -41,20 +41,20 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
     adapted: Score | None = None
     result_files: list[str] = []
     error: JobError | None = None
-    deaths: int = 0  # of engines that had one of its sequences
+    deaths: int = 0  # of engines with one of its sequences in flight
 
     @property
     def goes_on(self) -> bool:
-        """Whether there is work to do for it."""
+        """Whether it is unfinished."""
         return self.status == "running"
 
 
 class UnknownEvaluationError(LookupError):
-    """No evaluation of that id for this tenant."""
+    """The tenant has no evaluation with this id."""
 
 
 class EvaluationStateError(ValueError):
-    """The evaluation is another server's, or no more."""
+    """The evaluation belongs to another server, or was deleted."""
 
 
 class EvaluationStore(RecordTable[Evaluation, Status]):
@@ -66,7 +66,7 @@ class EvaluationStore(RecordTable[Evaluation, Status]):
     def create(
         self, tenant: str, *, model: str, adapter: str | None, digest: str | None, file: str, max_examples: int | None
     ) -> Evaluation:
-        """A new one, which runs."""
+        """Add a new evaluation, with status "running"."""
         evaluation = Evaluation(
             id=new_id("eval-"),
             tenant=tenant,
@@ -81,12 +81,12 @@ class EvaluationStore(RecordTable[Evaluation, Status]):
         self.add(evaluation)
         return evaluation
 
-    # --- for others: `SharedEvaluations` are those of several servers ----------------------------------
+    # --- sharing among servers: overridden by `SharedEvaluations` --------------------------------------
 
     def settle(self, evaluation: Evaluation) -> None:
-        """Write down how one stands. Raises EvaluationStateError when that is no longer this server's to say."""
+        """Write an evaluation's state. Raises EvaluationStateError when this server has lost it."""
         self.write(evaluation)
 
     def delete(self, evaluation_id: str) -> None:
-        """Forget one."""
+        """Delete an evaluation."""
         self.remove(evaluation_id)

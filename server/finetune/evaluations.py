@@ -1,7 +1,7 @@
-"""Evaluations: an adapter beside the base on held-out examples, through the same engine that serves requests.
+"""Evaluations: an adapter compared with the base on held-out examples, through the engine that serves requests.
 
-Loss is read off prompt log-probabilities, so it is the loss of what is served, not of what was trained. Exact match
-generates each example's last trained turn greedily and compares the text.
+Loss is computed from prompt log-probabilities, so it is the loss in serving, not in training. Exact match generates
+each example's last trained turn greedily and compares the text.
 """
 
 import asyncio
@@ -49,14 +49,14 @@ from server.text.processor import TextProcessor
 log = logging.getLogger("lorakeet.finetune")
 
 RESULTS = "evaluation-results"
-SPARE_TOKENS = 8  # beyond the expected answer, so that one that goes on is seen to differ
+SPARE_TOKENS = 8  # beyond the expected answer, to detect longer ones
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """One model on one example: the mean loss of its trained tokens, and its greedy answer."""
+    """A model's result on one example: the mean loss of its trained tokens, and the greedy answer."""
 
     loss: float
-    answer: str | None  # None: a text, which has no answer to compare
+    answer: str | None  # None: a text, without an answer to compare
     exact_match: bool | None
 
 
@@ -72,7 +72,7 @@ class Row(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class _Model:
-    """What answers, and for whom: a tenant's cached prefixes are its own."""
+    """The evaluated model, and the tenant, for its own prefix cache."""
 
     tenant: str
     adapters: list[AdapterRef]
@@ -90,10 +90,10 @@ class _Example:
 
 
 class Evaluations(Worker[Evaluation]):
-    """Works on evaluations, each from its beginning whoever has begun it.
+    """The worker on evaluations; each starts from its beginning, also after a change of servers.
 
     Args:
-        at_once: sequences in the engine at once, of all evaluations together.
+        at_once: most sequences in the engine, of all evaluations together.
     """
 
     def __init__(
@@ -114,25 +114,25 @@ class Evaluations(Worker[Evaluation]):
         self._text = text
         self._slots = asyncio.Semaphore(at_once)
 
-    # --- what clients ask ---------------------------------------------------------------------------------
+    # --- client operations --------------------------------------------------------------------------------
 
     async def create(
         self, tenant: str, *, model: str, adapter: str | None, digest: str | None, file: str, max_examples: int | None
     ) -> Evaluation:
-        """Record an evaluation and begin with it."""
+        """Record an evaluation and start it."""
         create = partial(self.store.create, tenant, model=model, adapter=adapter, digest=digest, file=file)
         evaluation = await asyncio.to_thread(create, max_examples=max_examples)
         self.go_on(evaluation)
         return evaluation
 
     async def delete(self, tenant: str, evaluation_id: str) -> None:
-        """Forget an evaluation; one that runs is stopped. Raises UnknownEvaluationError."""
+        """Delete an evaluation, stopping it if it runs. Raises UnknownEvaluationError."""
         evaluation = await asyncio.to_thread(self.store.get, tenant, evaluation_id)
         await asyncio.to_thread(self.store.delete, evaluation_id)
         await self.abandon(evaluation_id)
         await asyncio.to_thread(self._delete_files, evaluation)
 
-    # --- its life --------------------------------------------------------------------------------------------
+    # --- lifecycle -------------------------------------------------------------------------------------------
 
     async def _work(self, evaluation: Evaluation) -> None:
         while True:
@@ -157,7 +157,7 @@ class Evaluations(Worker[Evaluation]):
                 return
 
     async def _settle(self, evaluation: Evaluation) -> bool:
-        """Write down how it stands, as soon as that can be; False when it is no longer this server's to say."""
+        """Record its state, retrying until that is possible; False when this server has lost it."""
         while True:
             try:
                 await asyncio.to_thread(self.store.settle, evaluation)
@@ -170,7 +170,7 @@ class Evaluations(Worker[Evaluation]):
             await asyncio.sleep(SPACE_SECONDS)
 
     def _left(self, evaluation: Evaluation) -> None:
-        """Leave no file of one that somebody has deleted meanwhile."""
+        """Delete its files if it was deleted in the meantime."""
         try:
             self.store.get(evaluation.tenant, evaluation.id)
         except UnknownEvaluationError:
@@ -181,7 +181,7 @@ class Evaluations(Worker[Evaluation]):
             with contextlib.suppress(UnknownFileError):
                 self._files.delete(evaluation.tenant, file_id)
 
-    # --- the work ----------------------------------------------------------------------------------------------
+    # --- evaluating --------------------------------------------------------------------------------------------
 
     async def _evaluate(self, evaluation: Evaluation) -> Evaluation:
         base = await engine_up(self._engine)
@@ -230,7 +230,7 @@ class Evaluations(Worker[Evaluation]):
         ]
 
     async def _keep(self, evaluation: Evaluation, rows: Sequence[Row]) -> str:
-        """Write the result file, as soon as the disk has room for it; its id."""
+        """Write the result file, retrying until the disk has space; return its id."""
         tenant, file_id = evaluation.tenant, _result_file(evaluation)
 
         def write() -> str:
@@ -261,7 +261,7 @@ class Evaluations(Worker[Evaluation]):
         return [_example(data, index) for index in range(count)]
 
     async def _answers(self, examples: Sequence[_Example], model: _Model) -> list[Answer]:
-        """One model over all examples."""
+        """Run one model on all examples."""
         examining = [asyncio.create_task(self._examine(example, model)) for example in examples]
         try:
             return await asyncio.gather(*examining)
@@ -270,7 +270,7 @@ class Evaluations(Worker[Evaluation]):
                 task.cancel()
 
     async def _examine(self, example: _Example, model: _Model) -> Answer:
-        """One model on one example."""
+        """Run one model on one example."""
         score = Sampling(max_tokens=0, temperature=0.0, prompt_logprobs=0)
         async with self._slots:
             outputs = await self._generate(example.tokens, model, score)
@@ -286,11 +286,11 @@ class Evaluations(Worker[Evaluation]):
         return Answer(loss, given, given == self._shown(example.answer, model.stops))
 
     def _shown(self, tokens: Sequence[int], stops: set[int]) -> str:
-        """An answer's text, without the tokens that end it."""
+        """Return an answer's text, without the tokens that end it."""
         return self._text.decode([token for token in tokens if token not in stops], skip_special_tokens=True).strip()
 
     async def _generate(self, prompt: list[int], model: _Model, sampling: Sampling) -> list[Output]:
-        """All outputs of one sequence, once there is an engine. Raises EngineDied."""
+        """Return all outputs of one sequence, waiting for an engine. Raises EngineDied, JobFailedError."""
         while True:
             await engine_up(self._engine)
             request = Generate(
@@ -313,7 +313,7 @@ class Evaluations(Worker[Evaluation]):
 
 
 def _result_file(evaluation: Evaluation) -> str:
-    """One, however often it is written: whoever is killed then does it again."""
+    """Return a fixed id for the result file: repeating the write after a crash makes no second file."""
     return f"file-{evaluation.id.removeprefix('eval-')}r"
 
 
@@ -321,15 +321,15 @@ def _example(data: Dataset, index: int) -> _Example:
     ids, mask = data.sequence(index)
     tokens, trained = ids.tolist(), np.flatnonzero(mask).tolist()
     first = last = trained[-1]
-    while mask[first - 1]:  # never before the first token, which is not trained on
+    while mask[first - 1]:  # stops at the first token, which is never trained on
         first -= 1
-    # A text has no prompt: all but its first token is trained on.
+    # A text has no prompt: all tokens but the first are trained on.
     prompt = tokens[:first] if first > 1 else []
     return _Example(tokens, trained, prompt, tokens[first : last + 1])
 
 
 def _score(examples: Sequence[_Example], answers: Sequence[Answer]) -> Score:
-    """One model over all examples; a token counts as much as any other."""
+    """Return one model's score over all examples, weighting all tokens equally."""
     lengths = [len(example.trained) for example in examples]
     loss = sum(answer.loss * length for answer, length in zip(answers, lengths, strict=True)) / sum(lengths)
     matches = [answer.exact_match for answer in answers if answer.exact_match is not None]

@@ -1,7 +1,7 @@
 """Uploaded and produced files: bytes on disk, a row for each in the database, and the same row beside the bytes.
 
-A file exists when its row does; the row is written last, after the bytes are synced. The one beside the bytes is for a
-database that is lost.
+A file exists once its row does; the row is written last, after the bytes are synced. The copy beside the bytes serves
+to restore a lost database.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from adapters.disk import sync, write_synced
 from adapters.storage import lost
 from adapters.storage.database import Database
 
-TRAINING, BATCH = PURPOSES = ("fine-tune", "batch")  # of files that are uploaded
+TRAINING, BATCH = PURPOSES = ("fine-tune", "batch")  # of uploaded files
 RECORDS = "records"  # beside the files: the row of each
 COLUMNS = ("id", "tenant", "filename", "purpose", "bytes", "created_at", "report")
 _ALPHABET = string.ascii_letters + string.digits
@@ -31,17 +31,17 @@ log = logging.getLogger(__name__)
 
 
 def new_id(prefix: str) -> str:
-    """A fresh unguessable id such as `file-8sK2...`."""
+    """Return a new unguessable id such as `file-8sK2...`."""
     return prefix + "".join(secrets.choice(_ALPHABET) for _ in range(24))
 
 
 class UnknownFileError(LookupError):
-    """No file of that id for this tenant."""
+    """The tenant has no file with this id."""
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """One file. `report` is what validation found (counts by name), empty for produced files."""
+    """One file. `report` is the result of validation (counts by name), empty for produced files."""
 
     id: str
     tenant: str
@@ -57,7 +57,7 @@ class FileStore:
     """The files under one directory.
 
     Args:
-        root: made if missing; belongs to this store alone.
+        root: created if missing; used by this store alone.
     """
 
     def __init__(self, root: Path, database: Database) -> None:
@@ -81,7 +81,7 @@ class FileStore:
 
     @contextmanager
     def staging(self) -> Iterator[Path]:
-        """A private directory for an upload on its way; gone afterwards."""
+        """Create a private directory for an upload; it is removed at the end of the context."""
         directory = self._staging / new_id("")
         directory.mkdir(parents=True)
         try:
@@ -99,9 +99,9 @@ class FileStore:
         report: dict[str, Any] | None = None,
         file_id: str | None = None,
     ) -> StoredFile:
-        """Take over a staged file. Raises OSError (a full disk, say) with nothing kept.
+        """Add a staged file, which is moved. Raises OSError (on a full disk, for example) with nothing kept.
 
-        file_id: of one that may have been added before, here or at another server.
+        file_id: set when the file may have been added before, here or at another server.
         """
         known, file_id = file_id is not None, file_id or new_id("file-")
         target = self._root / file_id
@@ -125,7 +125,7 @@ class FileStore:
         return stored
 
     def _share(self, row: dict[str, Any], source: Path) -> dict[str, Any]:
-        """Make a new file known to other servers, if there are any; its row, as it is to be kept."""
+        """Upload a new file for other servers, if there are any; return its final row."""
         return row
 
     def _unshare(self, file_id: str) -> None:
@@ -137,11 +137,11 @@ class FileStore:
         write_synced(record, json.dumps(row).encode())
 
     def fetched(self, tenant: str, file_id: str) -> StoredFile:
-        """A file whose bytes are on this disk. Raises UnknownFileError."""
+        """Return a file, with its bytes brought to this disk. Raises UnknownFileError."""
         return self.get(tenant, file_id)
 
     def get(self, tenant: str, file_id: str) -> StoredFile:
-        """Raises UnknownFileError."""
+        """Return a file. Raises UnknownFileError."""
         with self._database.reading() as connection:
             row = connection.execute("SELECT * FROM files WHERE id = ? AND tenant = ?", (file_id, tenant)).fetchone()
         if row is None:
@@ -157,7 +157,7 @@ class FileStore:
         purpose: str | None = None,
         newest_first: bool = True,
     ) -> tuple[list[StoredFile], bool]:
-        """A page of files and whether more follow. Raises UnknownCursorError."""
+        """Return a page of files, and whether more follow. Raises UnknownCursorError."""
         where, values = (
             ("tenant = ?", [tenant]) if purpose is None else ("tenant = ? AND purpose = ?", [tenant, purpose])
         )
@@ -165,7 +165,7 @@ class FileStore:
         return [self._stored(row) for row in rows], more
 
     def delete(self, tenant: str, file_id: str) -> None:
-        """Raises UnknownFileError. A reader that has the file open keeps its bytes."""
+        """Delete a file. Raises UnknownFileError. Readers with the file open can still read it."""
         stored = self.get(tenant, file_id)
         self._pending.mark(file_id)
         with self._database.transaction(removing=True) as connection:
@@ -191,7 +191,7 @@ class FileStore:
 
 
 def insert(connection: sqlite3.Connection, row: Mapping[str, Any]) -> None:
-    """Write a file's row. Raises LookupError for one that is none."""
+    """Write a file's row. Raises LookupError for an invalid one."""
     values = [row.get("number"), *(row[column] for column in COLUMNS)]
     connection.execute(
         f"INSERT OR REPLACE INTO files (number, {', '.join(COLUMNS)}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", values
@@ -199,7 +199,7 @@ def insert(connection: sqlite3.Connection, row: Mapping[str, Any]) -> None:
 
 
 def recorded(root: Path, file_id: str) -> dict[str, Any] | None:
-    """The row that was written beside a file, and the digest of its bytes; None where none can be read."""
+    """Return the row beside a file, with the digest of its bytes; None when missing or unreadable."""
     try:
         row = json.loads(record_of(root, file_id).read_bytes())
     except (OSError, ValueError):
@@ -208,12 +208,12 @@ def recorded(root: Path, file_id: str) -> dict[str, Any] | None:
 
 
 def record_of(root: Path, file_id: str) -> Path:
-    """The path of the record beside a file."""
+    """Return the path of the record beside a file."""
     return root / RECORDS / f"{file_id}.json"
 
 
 def whole(path: Path) -> bool:
-    """Whether a file has the bytes that were uploaded, as far as that was noted."""
+    """Whether a file's bytes match the recorded digest; True without one."""
     row = recorded(path.parent, path.name)
     return row is None or row.get("digest") == digest_of(path)
 
@@ -232,6 +232,6 @@ def _report(row: Any) -> dict[str, Any]:
 
 
 def digest_of(path: Path) -> str:
-    """SHA-256, in hex."""
+    """Return a file's SHA-256 in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""What a client asks of a fine-tune, and the numbers that it comes down to: every "auto" is decided here, once.
+"""The options of a fine-tune, and the resolution of each "auto", done once, when the job is prepared.
 
 Pure functions of the request, the base and the data set's size.
 """
@@ -26,12 +26,12 @@ DEFAULT_EPOCHS = 3
 LARGEST_AUTO_BATCH = 8
 DEFAULT_MAX_SEQ_LEN = 2048
 MICRO_BATCH_TOKENS = {"cpu": 128, "cuda": 4096}
-_IN_A_LAYER = re.compile(r"\.\d+\.")  # a module's name, below an entry of a list
-_FUSED = ("FalconH1", "NemotronH")  # architectures whose `out_proj` PEFT does not adapt: fused kernels pass it by
+_IN_A_LAYER = re.compile(r"\.\d+\.")  # in names of modules inside a list, such as a layer
+_FUSED = ("FalconH1", "NemotronH")  # PEFT does not adapt `out_proj` in these architectures: fused kernels bypass it
 
 
 class Hyperparameters(msgspec.Struct, frozen=True, kw_only=True):
-    """OpenAI's three."""
+    """OpenAI's three hyperparameters."""
 
     n_epochs: int | Auto = "auto"
     batch_size: int | Auto = "auto"
@@ -39,7 +39,7 @@ class Hyperparameters(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LoraOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The adapter's shape. The fields that PEFT's `LoraConfig` has mean what they mean there."""
+    """The adapter's shape. Fields of PEFT's `LoraConfig` have the same meaning as there."""
 
     r: int = 16
     lora_alpha: float = 32
@@ -57,7 +57,7 @@ class LoraOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class TrainingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How it is trained. None: decided from the base, the device and the data."""
+    """Options of training. None: decided from the base, the device and the data."""
 
     learning_rate: float | None = None
     lr_scheduler: Schedule = "linear"
@@ -76,10 +76,10 @@ class TrainingOptions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
 
 
 def adapter_config(lora: LoraOptions, name: str, base: Ready) -> dict[str, Any]:
-    """The `adapter_config.json` of what the job makes, in PEFT's words. `name`: the base's.
+    """Return the `adapter_config.json` of the job's adapter, in PEFT's terms. `name`: the base's.
 
-    Only linears of the layers are trained, and none that PEFT refuses: "all-linear" is spelled out where the base has
-    others. So it is beside experts, whom PEFT would count among all.
+    Only linears of the layers are trained, and none that PEFT refuses: "all-linear" becomes a list of names if the base
+    has others, or experts, which PEFT would include.
     """
     targets = lora.target_modules
     outside = {_kind(linear) for linear in base.linears if not _IN_A_LAYER.search(linear)}
@@ -111,7 +111,7 @@ def _kind(name: str) -> str:
 
 
 def modules(config: Mapping[str, Any], base: Ready) -> dict[str, ModuleShape]:
-    """The linears that a config adapts, those of experts by their parameter, and how.
+    """Return the shapes of a config's adapted linears by name, those of experts by their parameter.
 
     Raises:
         AdapterError: naming the field that is wrong, or that cannot be trained here.
@@ -126,7 +126,7 @@ def modules(config: Mapping[str, Any], base: Ready) -> dict[str, ModuleShape]:
 
 
 def trained_on(adapter: AdapterSpec) -> dict[str, ModuleShape]:
-    """As `modules`, of a job that goes on from an adapter. Raises AdapterError for what is not trained here."""
+    """Return the shapes of an adapter to continue from, as `modules` does. Raises AdapterError if untrainable here."""
     beyond = [kind for kind in adapter.variants.names if kind != "experts"]
     if beyond:
         raise AdapterError(f"has more than A and B ({', '.join(beyond)}), which is not trained here", "model")
@@ -138,29 +138,29 @@ def trained_on(adapter: AdapterSpec) -> dict[str, ModuleShape]:
 
 
 def parameters(shapes: Mapping[str, ModuleShape], base: Ready) -> int:
-    """How many numbers A and B hold: rank x (in + out) for each linear, of each expert."""
+    """Return the number of parameters in A and B: rank x (in + out) for each linear, of each expert."""
     sizes: dict[str, LinearSize | ExpertsSize] = {**base.linears, **base.experts}
     adapted = [(shape.rank, shape.size(name, sizes)) for name, shape in shapes.items()]
     return sum(rank * size.pairs * (size.in_features + size.out_features) for rank, size in adapted)
 
 
 def max_seq_len(training: TrainingOptions, base: Ready) -> int:
-    """The length at which examples are cut."""
+    """Return the most tokens of an example; longer ones are cut."""
     return min(training.max_seq_len or DEFAULT_MAX_SEQ_LEN, base.max_model_len)
 
 
 def micro_batch_tokens(training: TrainingOptions, base: Ready) -> int:
-    """Tokens of a pass, if the job may choose."""
+    """Return the tokens of a pass: the job's option, or the device's default."""
     return training.micro_batch_tokens or MICRO_BATCH_TOKENS[base.device.partition(":")[0]]
 
 
 def optimizer(training: TrainingOptions, base: Ready) -> Optimizer:
-    """The optimiser, if the job may choose: on a CPU there is nothing to page."""
+    """Return the optimiser: the job's option, or a default, unpaged on a CPU, where there is nothing to page."""
     return training.optimizer or ("adamw" if base.device == "cpu" else "paged_adamw_32bit")
 
 
 def learning_rate(base: Ready) -> float:
-    """A peak rate for LoRA by the base's width: 5e-4 at 2000, less for wider models.
+    """Return a peak rate for LoRA by the base's width: 5e-4 at 2000, less for wider models.
 
     The exponent is the fit of Schulman et al., "LoRA Without Regret" (2025), for Llama models.
     """
@@ -169,7 +169,7 @@ def learning_rate(base: Ready) -> float:
 
 
 def hyperparameters(asked: Hyperparameters, examples: int) -> Hyperparameters:
-    """The three with every "auto" decided."""
+    """Return the three hyperparameters with every "auto" decided."""
     return Hyperparameters(
         n_epochs=DEFAULT_EPOCHS if asked.n_epochs == "auto" else asked.n_epochs,
         batch_size=max(1, min(LARGEST_AUTO_BATCH, examples // 10)) if asked.batch_size == "auto" else asked.batch_size,
@@ -187,7 +187,7 @@ def plan(
     base: Ready,
     memory: MemoryMode = "recompute",
 ) -> TrainingPlan:
-    """Everything that decides the job's arithmetic, for a training set of so many sequences."""
+    """Return all parameters of the job's arithmetic, for a training set of `sequences`."""
     decided = hyperparameters(asked, sequences)
     n_epochs, batch_size = int(decided.n_epochs), int(decided.batch_size)
     multiplier = float(decided.learning_rate_multiplier)
@@ -216,7 +216,7 @@ def plan(
 
 
 def saved(shapes: Mapping[str, ModuleShape], base: Ready) -> AdapterSpec:
-    """What an adapter of these shapes will be once it is saved, as far as memory is concerned."""
+    """Return the spec of a saved adapter of these shapes, as far as memory is concerned."""
     modules = {
         name: LoraModule(shape.rank, shape.scaling, "", "") for name, shape in shapes.items() if name in base.linears
     }

@@ -1,4 +1,4 @@
-"""Fine-tuning jobs as the database knows them: state machine, events, steps, checkpoints.
+"""Fine-tuning jobs in the database: state machine, events, steps, checkpoints.
 
 Every change is on disk when the call returns.
 
@@ -45,15 +45,15 @@ _NEXT: dict[Status, set[Status]] = {
 
 
 class UnknownJobError(LookupError):
-    """No job of that id for this tenant."""
+    """The tenant has no job with this id."""
 
 
 class JobStateError(ValueError):
-    """The job's status does not allow this."""
+    """The job's status does not allow the operation."""
 
 
 class JobError(msgspec.Struct, frozen=True):
-    """Why a job failed, in OpenAI's shape."""
+    """The reason of a job's failure, in OpenAI's shape."""
 
     code: str
     message: str
@@ -61,7 +61,7 @@ class JobError(msgspec.Struct, frozen=True):
 
 
 class JobFailedError(Exception):
-    """The job cannot go on."""
+    """A fault that ends the job."""
 
     def __init__(self, code: str, message: str, param: str | None = None) -> None:
         super().__init__(message)
@@ -69,11 +69,11 @@ class JobFailedError(Exception):
 
 
 class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """What the client asked for, checked; what is "auto" is decided when the files have been read."""
+    """The client's validated request; "auto" values are decided once the files have been read."""
 
-    model: str  # as the client wrote it
+    model: str  # as named by the client
     base: str
-    adapter: str | None = None  # digest of the adapter version to go on from
+    adapter: str | None = None  # digest of the adapter version to continue from
     training_file: str
     validation_file: str | None = None
     suffix: str = ""
@@ -86,7 +86,7 @@ class JobSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """One job now. `start` is what the engine is told; it is decided once, when the files were validated."""
+    """One job. `start` is the engine's order; it is decided once, when the files have been validated."""
 
     id: str
     tenant: str
@@ -101,27 +101,27 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     result_files: list[str] = []
     step: int = 0
     total_steps: int = 0
-    deaths: int = 0  # of engines that had it, since its last checkpoint
-    stop_tokens: list[int] = []  # that ended the turns of its training data
-    tool_format: str | None = None  # in which its calls of tools are written
+    deaths: int = 0  # of engines training it, since its last checkpoint
+    stop_tokens: list[int] = []  # at the ends of turns in its training data
+    tool_format: str | None = None  # of tool calls in its training data
     reasoning_format: str | None = None
     waits_for_space: bool = False  # paused by a full disk
-    inputs: dict[str, str] = {}  # files in its directory that other servers need, too -> their hashes
+    inputs: dict[str, str] = {}  # files in its directory that other servers need -> hashes
 
     @property
     def goes_on(self) -> bool:
-        """Whether there is work to do for it."""
+        """Whether there is work to do, now or once there is space."""
         return self.status not in FINAL and (self.status != "paused" or self.waits_for_space)
 
     @property
     def model_name(self) -> str:
-        """What the result is called. Whatever the base is called, that is a name which an adapter may have."""
+        """The name of the resulting adapter, valid for every name of a base."""
         base = re.sub(r"[^A-Za-z0-9._/-]+", "-", self.spec.base)[:MAX_BASE_NAME]
         return f"ft:{base}:{self.spec.suffix}:{self.id.removeprefix('ftjob-')[:8]}"
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
-    """`number` orders all events; `id` is what clients see."""
+    """An entry of a job's log. `number` orders all events; clients see the `id`."""
 
     number: int = 0
     id: str
@@ -133,7 +133,7 @@ class Event(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StoredCheckpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """A checkpoint that can be resumed from (while its directory lasts) and, when it has a `name`, served."""
+    """A checkpoint to resume from (while its directory exists) and, when it has a `name`, to serve."""
 
     id: str
     created_at: int
@@ -151,10 +151,10 @@ _CHECKPOINTS = msgspec.json.Decoder(StoredCheckpoint)
 
 
 class JobStore(RecordTable[Job, Status]):
-    """All jobs of one server. `SharedJobs` are those of several.
+    """All jobs of one server; `SharedJobs` is for several servers.
 
     Args:
-        ledger: where trained tokens are counted.
+        ledger: counts trained tokens.
     """
 
     def __init__(self, database: Database, ledger: Ledger | None = None) -> None:
@@ -173,7 +173,7 @@ class JobStore(RecordTable[Job, Status]):
     def page(
         self, tenant: str, *, limit: int, after: str | None = None, metadata: Mapping[str, str] | None = _ANY
     ) -> tuple[list[Job], bool]:
-        """`metadata`: only jobs that carry all of these pairs; None: only jobs that have none."""
+        """Return a page of jobs. `metadata`: only jobs with all of these pairs; None: only jobs without metadata."""
         where, values = "tenant = ?", [tenant]
         if metadata is None:
             where += " AND json_extract(record, '$.spec.metadata') IS NULL"
@@ -183,7 +183,7 @@ class JobStore(RecordTable[Job, Status]):
         return self._page(where, values, limit, after)
 
     def restore(self, job: Job, checkpoints: Sequence[StoredCheckpoint]) -> None:
-        """Write the rows of a job that the database has lost or cannot read, paused where its last checkpoint is."""
+        """Rewrite a job's lost or unreadable rows; it is then paused at its last checkpoint."""
         last = max(checkpoints, key=lambda checkpoint: checkpoint.metrics.step, default=None)
         step = {} if last is None else {"step": last.metrics.step, "trained_tokens": last.trained_tokens}
         job = msgspec.structs.replace(job, status="paused", waits_for_space=False, **step)
@@ -201,11 +201,11 @@ class JobStore(RecordTable[Job, Status]):
     def move(
         self, job: Job, status: Status, message: str | None = None, *, expected: Status | None = None, **changes: Any
     ) -> Job:
-        """Change the status, and further fields with it; `message` becomes an event. Going on needs space on the disk,
-        stopping does not.
+        """Change the status, and other fields with it; `message` becomes an event. Continuing a job needs disk space,
+        stopping it does not.
 
         Raises:
-            JobStateError: that step is not allowed from the status that the job has *now*, or that is not `expected`.
+            JobStateError: the *stored* status does not allow the change, or is not `expected`.
         """
         with self.database.transaction(removing=status not in _GOING_ON):
             moved = self.moved(self.get(job.tenant, job.id), status, expected, changes)
@@ -215,25 +215,25 @@ class JobStore(RecordTable[Job, Status]):
         return moved
 
     def steer(self, job: Job, status: Status, message: str | None = None, **options: Any) -> Job:
-        """`move` for who does not work on the job, but may say what becomes of it."""
+        """Change the status on a client's behalf, even if another server works on the job."""
         return self.move(job, status, message, **options)
 
     @staticmethod
     def moved(current: Job, status: Status, expected: Status | None, changes: Mapping[str, Any]) -> Job:
-        """The job as `move` makes it; raises what that does."""
+        """Return the job with the changes of `move`. Raises JobStateError."""
         if status not in _NEXT.get(current.status, ()) or expected not in (None, current.status):
             raise JobStateError(f"Job {current.id} is {current.status}; it cannot become {status}.")
         ended = {"finished_at": int(time.time())} if status in FINAL else {}
         return msgspec.structs.replace(current, status=status, **ended, **changes)
 
     def update(self, job: Job, **changes: Any) -> Job:
-        """Change fields other than the status. Needs no space on the disk."""
+        """Change fields other than the status; possible on a full disk."""
         with self.database.transaction(removing=True):
             changed = msgspec.structs.replace(self.get(job.tenant, job.id), **changes)
             self.write(changed)
         return changed
 
-    # --- what happens in a job -----------------------------------------------------------------------
+    # --- events and metrics --------------------------------------------------------------------------
 
     def add_event(
         self,
@@ -243,7 +243,7 @@ class JobStore(RecordTable[Job, Status]):
         level: Literal["info", "warn", "error"] = "info",
         data: dict[str, Any] | None = None,
     ) -> None:
-        """Append to the job's log. An event with `data` is of type "metrics"."""
+        """Append an event to the job's log. With `data` it is of type "metrics"."""
         event = event_row(message, level, data)
         with self.database.transaction() as connection:
             connection.execute(
@@ -254,14 +254,14 @@ class JobStore(RecordTable[Job, Status]):
     def events(
         self, job_id: str, *, limit: int, after: str | None = None, newest_first: bool = True
     ) -> tuple[list[Event], bool]:
-        """Raises UnknownCursorError."""
+        """Return a page of events, and whether more follow. Raises UnknownCursorError."""
         rows, more = self.database.page(
             "events", "job = ?", [job_id], limit=limit, after=after, newest_first=newest_first
         )
         return [msgspec.structs.replace(_EVENTS.decode(row["record"]), number=row["number"]) for row in rows], more
 
     def record_step(self, job: Job, step: TrainingStep) -> None:
-        """A step's metrics. A step that is repeated after a restart replaces itself, and makes no second event."""
+        """Record a step's metrics. A step repeated after a restart is replaced, without a second event."""
         metrics = step.metrics
         if self._ledger is not None:
             self._ledger.train(job.tenant, job.model_name, job.id, step.trained_tokens, step.busy_seconds)
@@ -284,7 +284,7 @@ class JobStore(RecordTable[Job, Status]):
                 self.add_event(job.id, message, data=msgspec.to_builtins(metrics) | more | {"grad_norm": norm})
 
     def steps(self, job_id: str) -> Sequence[Metrics]:
-        """Every recorded step's metrics, in order."""
+        """Return the metrics of all recorded steps, in order."""
         with self.database.reading() as connection:
             rows = connection.execute("SELECT record FROM steps WHERE job = ? ORDER BY step", (job_id,)).fetchall()
         return [_METRICS.decode(row["record"]) for row in rows]
@@ -301,7 +301,7 @@ class JobStore(RecordTable[Job, Status]):
         hashes: dict[str, str],
         trained_tokens: int,
     ) -> None:
-        """Record a checkpoint whose files are synced. A step repeated after a restart replaces its files alone."""
+        """Record a checkpoint with synced files. A step repeated after a restart keeps its id, date and name."""
         with self.database.transaction() as connection:
             row = connection.execute(
                 "SELECT record FROM checkpoints WHERE job = ? AND step = ?", (job.id, metrics.step)
@@ -326,41 +326,41 @@ class JobStore(RecordTable[Job, Status]):
                 self.add_event(job.id, f"Checkpoint created at step {metrics.step}: {checkpoint.name}")
 
     def checkpoints(self, job_id: str, *, limit: int, after: str | None = None) -> tuple[list[StoredCheckpoint], bool]:
-        """Those that can be served, newest first. Raises UnknownCursorError."""
+        """Return a page of served checkpoints, newest first. Raises UnknownCursorError."""
         rows, more = self.database.page("checkpoints", "job = ? AND served", [job_id], limit=limit, after=after)
         return [_CHECKPOINTS.decode(row["record"]) for row in rows], more
 
     def resumable(self, job_id: str) -> Sequence[StoredCheckpoint]:
-        """Every checkpoint, the latest step first."""
+        """Return all checkpoints, the latest step first."""
         with self.database.reading() as connection:
             rows = connection.execute(
                 "SELECT record FROM checkpoints WHERE job = ? ORDER BY step DESC", (job_id,)
             ).fetchall()
         return [_CHECKPOINTS.decode(row["record"]) for row in rows]
 
-    # --- working on one ------------------------------------------------------------------------------
+    # --- sharing among servers: overridden by `SharedJobs` -------------------------------------------
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Several changes of a job that are on disk together, or not at all."""
+        """Group several changes of a job into one transaction."""
         with self.database.transaction():
             yield
 
     def share(self, job: Job, directory: Path) -> None:
-        """Make a new job known to other servers, with what is in its directory."""
+        """Upload a new job, with the files in its directory, for other servers."""
 
     def put(self, job_id: str, root: Path, files: Mapping[str, str]) -> None:
-        """Keep files of a job where other servers find them. `files`: paths below `root` -> hashes."""
+        """Upload files of a job for other servers. `files`: paths below `root` -> hashes."""
 
     def fetch(self, job_id: str, root: Path, files: Mapping[str, str]) -> None:
-        """See that these files are here, as far as they are kept."""
+        """Download a job's files that are missing here, as far as they are stored."""
 
     def forget(self, job_id: str, but: Sequence[str] = ()) -> None:
-        """Keep none of a job's files any more but those of these hashes."""
+        """Delete a job's uploaded files, except those with the hashes in `but`."""
 
 
 def event_row(message: str, level: str = "info", data: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A new event as it is stored."""
+    """Return a new event in stored form."""
     return {
         "id": new_id("ftevent-"),
         "created_at": int(time.time()),
@@ -372,5 +372,5 @@ def event_row(message: str, level: str = "info", data: dict[str, Any] | None = N
 
 
 def level_of(status: Status) -> Literal["info", "error"]:
-    """The level of the event that tells of a status."""
+    """Return the level of the event for a status."""
     return "error" if status == "failed" else "info"

@@ -1,7 +1,7 @@
-"""Runs fine-tuning jobs: one asyncio task per unfinished job, from its files to its end.
+"""The manager of fine-tuning jobs: one asyncio task per unfinished job, from its files to its end.
 
-The engine may die at any moment, and so may this process: a job then goes on from its last checkpoint. What a job needs
-before it starts is preparation.py's matter, how its checkpoints become adapters checkpoints.py's.
+The engine or this process may die at any moment: a job then resumes from its last checkpoint. Preparation is in
+preparation.py, publication of checkpoints in checkpoints.py.
 """
 
 import asyncio
@@ -48,10 +48,10 @@ from server.text.processor import TextProcessor
 
 log = logging.getLogger("lorakeet.finetune")
 
-MAX_DEATHS = 2  # of engines that had a job, without a checkpoint in between: it is not sent to a third
-SPACE_SECONDS = 5.0  # between looks at a disk that was full
+MAX_DEATHS = 2  # of engines training a job, without a checkpoint in between: it then fails
+SPACE_SECONDS = 5.0  # between checks of a full disk
 _SPARE_BYTES = 1 << 20  # for rows of the database
-_BYTES_PER_PARAMETER = 24  # fp32: values, two moments, the adapter; and where it is published, its file and its rows
+_BYTES_PER_PARAMETER = 24  # fp32: values, two moments, the adapter; its published file, and its packed rows
 _FULL = "The disk is full; the job is paused, and goes on when there is space"
 
 
@@ -59,8 +59,8 @@ class JobManager(Worker[Job]):
     """All fine-tuning of one server.
 
     Args:
-        directory: where jobs keep data and checkpoints while they run.
-        max_running: jobs that train at once; the rest are queued.
+        directory: holds data and checkpoints of jobs while they run.
+        max_running: most jobs that train concurrently; the rest are queued.
     """
 
     def __init__(
@@ -87,18 +87,18 @@ class JobManager(Worker[Job]):
         self._metrics = metrics
         self._wandb = WandbRuns()
         self._slots = FairSlots(max_running)
-        self._steered: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by the jobs' ids
-        self._training: set[str] = set()  # ids of the jobs that have a slot
-        self._pace: dict[str, float] = {}  # id -> seconds per step, lately
+        self._steered: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # by job id
+        self._training: set[str] = set()  # ids of jobs with a slot
+        self._pace: dict[str, float] = {}  # id -> moving average of seconds per step
         self._news = asyncio.Event()
 
-    # --- its life -------------------------------------------------------------------------------------
+    # --- lifecycle ------------------------------------------------------------------------------------
 
     def _sort_out(self) -> None:
         restore.sort_out(self._jobs, self._directory, self._pending)
 
     async def wait_for_news(self, seconds: float) -> None:
-        """Return when something may have been written to some job, or after so long."""
+        """Wait for a change of any job, for at most `seconds`."""
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._news.wait(), seconds)
 
@@ -106,10 +106,10 @@ class JobManager(Worker[Job]):
         self._news.set()
         self._news = asyncio.Event()
 
-    # --- what clients ask ------------------------------------------------------------------------------
+    # --- client operations -----------------------------------------------------------------------------
 
     async def create(self, tenant: str, spec: JobSpec, initial: Path | None = None) -> Job:
-        """Record a job and begin with it. `initial`: files of the adapter version that it goes on from."""
+        """Record a job and start it. `initial`: files of the adapter version to continue from."""
         job = await asyncio.to_thread(self._create, tenant, spec, initial)
         self.go_on(job)
         self._announce()
@@ -134,23 +134,23 @@ class JobManager(Worker[Job]):
         return job
 
     def _steering(self, job: Job) -> asyncio.Lock:
-        """One client's wish after the other: between a status and the work that it means no other may come."""
+        """The lock that serialises clients' changes of a job: each status and its consequences are one unit."""
         return self._steered.setdefault(job.id, asyncio.Lock())
 
     async def cancel(self, job: Job) -> Job:
-        """Raises JobStateError when the job is at an end already."""
+        """Cancel a job. Raises JobStateError when it has ended already."""
         async with self._steering(job):
             return await self._cancel(job)
 
     async def _cancel(self, job: Job) -> Job:
         cancelled = await self._move(job, "cancelled", "Fine-tuning job cancelled", asked=True, waits_for_space=False)
         await self._let_go(cancelled, save=False)
-        if job.id not in self._training:  # else its task cleans up when the engine has let go
+        if job.id not in self._training:  # else its task cleans up once the engine has stopped the job
             await self._clean_up(job)
         return cancelled
 
     async def pause(self, job: Job) -> Job:
-        """A waiting job is paused at once, a running one when its step is saved. Raises JobStateError otherwise."""
+        """Pause a job: a waiting one at once, a running one once its step is saved. Raises JobStateError otherwise."""
         async with self._steering(job):
             return await self._pause(job)
 
@@ -163,25 +163,25 @@ class JobManager(Worker[Job]):
         status: Status = "pausing" if running else "paused"
         moved = await self._move(job, status, f"Job {status}", asked=True)
         if not await self._let_go(moved, save=True) and running:
-            with contextlib.suppress(JobStateError):  # it got there by itself
+            with contextlib.suppress(JobStateError):  # its task has paused it concurrently
                 return await self._move(job, "paused", "Job paused", expected="pausing")
             return await self._now(job)
         return moved
 
     async def resume(self, job: Job) -> Job:
-        """Raises JobStateError unless the job is paused, or about to be."""
+        """Resume a job. Raises JobStateError unless it is paused or pausing."""
         async with self._steering(job):
             return await self._resume(job)
 
     async def _resume(self, job: Job) -> Job:
         if (await self._now(job)).status == "pausing":
-            with contextlib.suppress(JobStateError):  # it has paused in this very moment
+            with contextlib.suppress(JobStateError):  # paused concurrently
                 return await self._move(job, "running", "Job resumed", asked=True)
         now = await self._now(job)
         if now.waits_for_space:
             await self.abandon(job.id)
         elif now.status == "paused" and (task := self.tasks.get(job.id)):
-            await self._let_go(now, save=False)  # where another server paused it, the task may not have heard of it yet
+            await self._let_go(now, save=False)  # if another server paused it, the task may not know yet
             await asyncio.wait({task})
         status: Status = "validating_files" if now.start is None else "queued"
         resumed = await self._move(job, status, "Job resumed", asked=True, expected="paused", waits_for_space=False)
@@ -189,14 +189,14 @@ class JobManager(Worker[Job]):
         return resumed
 
     def estimated_finish(self, job: Job) -> int | None:
-        """Unix time, while the job runs and its pace is known."""
+        """Return the Unix time of the estimated end, while the job runs and its pace is known."""
         pace = self._pace.get(job.id)
         if job.status != "running" or pace is None:
             return None
         return int(time.time() + pace * (job.total_steps - job.step))
 
     async def _let_go(self, job: Job, *, save: bool) -> bool:
-        """Tell whoever works on the job that its status has changed; whether that is the engine."""
+        """Stop work on a job after a change of status; return whether a `StopJob` was sent to the engine."""
         if job.id in self._training:
             with contextlib.suppress(EngineUnavailable):
                 await self._engine.stop_job(StopJob(job.id, save=save))
@@ -215,12 +215,12 @@ class JobManager(Worker[Job]):
         await asyncio.to_thread(lost.take_away, self._directory / id_)
 
     async def _clean_up(self, job: Job) -> None:
-        """Remove what was needed to go on; what is published lies elsewhere."""
+        """Remove the files needed to resume; published adapters are stored elsewhere."""
         await self.clear(job.id)
         await asyncio.to_thread(self._jobs.forget, job.id)
 
     async def _move(self, job: Job, status: Status, message: str, *, asked: bool = False, **changes: Any) -> Job:
-        """`asked`: a client wants it so, whoever works on the job."""
+        """Change a job's status. `asked`: on a client's behalf, even if another server works on the job."""
         move: Callable[..., Job] = self._jobs.steer if asked else self._jobs.move
         moved = await asyncio.to_thread(move, job, status, message, **changes)
         self._announce()
@@ -229,7 +229,7 @@ class JobManager(Worker[Job]):
     # --- one job -----------------------------------------------------------------------------------------
 
     async def _work(self, job: Job) -> None:
-        """From wherever the job stands to its end, or to a pause."""
+        """Run a job from its present status to its end, or to a pause."""
         try:
             while True:
                 try:
@@ -244,7 +244,7 @@ class JobManager(Worker[Job]):
                     job = await self._wait_for_space(job)
         except JobFailedError as fault:
             await self._fail(job, fault.error)
-        except JobStateError:  # cancelled or paused in this very moment
+        except JobStateError:  # cancelled or paused concurrently
             log.debug("job %s was stopped", job.id)
         except Exception:
             log.exception("job %s failed", job.id)
@@ -254,7 +254,7 @@ class JobManager(Worker[Job]):
                 await self._clean_up(job)
 
     async def _advance(self, job: Job) -> None:
-        """Work on a job until it ends, pauses, or the disk or the engine stops it."""
+        """Run a job until it ends or pauses. Raises faults of the disk and of the job."""
         if job.waits_for_space:
             job = await self._wait_for_space(job)
         if job.status == "pausing":  # the server has restarted
@@ -272,23 +272,23 @@ class JobManager(Worker[Job]):
             message = "Files validated, moving job to queued state"
             job = await self._move(job, "queued", message, start=start, **taught)
             await asyncio.to_thread(restore.note, directory, restore.JOB, job)
-        elif job.status == "validating_files":  # resumed by a server that had not yet heard that they were validated
+        elif job.status == "validating_files":  # resumed by a server that did not know yet that they were validated
             job = await self._move(job, "queued", "Files validated, moving job to queued state")
         async with self._slots.take(job.tenant):
             await self._train(job)
 
     async def _wait_for_space(self, job: Job) -> Job:
-        """Pause a job that met a full disk until there is space; the job as it goes on from there.
+        """Pause a job on a full disk until there is space; return the job with its new status.
 
-        Meanwhile it takes no more than it needs, or jobs that wait would keep each other from going on.
+        In the meantime it keeps only the files it needs, or waiting jobs would block each other.
         """
         with contextlib.suppress(OSError, DatabaseBusy, RemoteUnavailable):
             await asyncio.to_thread(self._checkpoints.remove_spare, job)
         while True:
-            with contextlib.suppress(OSError, DatabaseBusy):  # not even that can be written now
+            with contextlib.suppress(OSError, DatabaseBusy):  # even the status cannot be written now
                 now = await self._now(job)
                 if not now.waits_for_space:
-                    # One that was to pause does so without its last steps, and its task ends as if it had been refused.
+                    # A pausing job pauses without its last steps; the next round's move then ends its task.
                     await self._move(job, "paused", _FULL, waits_for_space=now.status != "pausing")
                 elif shutil.disk_usage(self._directory).free >= self._space_for(now):
                     status: Status = "validating_files" if now.start is None else "queued"
@@ -296,7 +296,7 @@ class JobManager(Worker[Job]):
             await asyncio.sleep(SPACE_SECONDS)
 
     def _space_for(self, job: Job) -> int:
-        """Bytes that a job needs until its next checkpoint is published, about."""
+        """Return about the bytes that a job needs until its next checkpoint is published."""
         base = self._engine.info
         if base is None or job.start is None:
             return _SPARE_BYTES
@@ -305,13 +305,13 @@ class JobManager(Worker[Job]):
     async def _fail(self, job: Job, error: JobError) -> None:
         with contextlib.suppress(JobStateError):
             while True:
-                with contextlib.suppress(OSError, DatabaseBusy, RemoteUnavailable):  # the disk is full to the last byte
+                with contextlib.suppress(OSError, DatabaseBusy, RemoteUnavailable):  # the status cannot be written now
                     await self._move(job, "failed", error.message, error=error)
                     return
                 await asyncio.sleep(SPACE_SECONDS)
 
     async def _died(self, job: Job) -> None:
-        """Remember that an engine died while it had the job. Raises JobFailedError when that was one too many."""
+        """Count an engine's death during the job. Raises JobFailedError at `MAX_DEATHS`."""
         deaths = (await self._now(job)).deaths + 1
         await asyncio.to_thread(self._jobs.update, job, deaths=deaths)
         if deaths >= MAX_DEATHS:
@@ -332,15 +332,15 @@ class JobManager(Worker[Job]):
             except EngineUnavailable:
                 continue
 
-    # --- while it runs ---------------------------------------------------------------------------------------
+    # --- training --------------------------------------------------------------------------------------------
 
     async def _train(self, job: Job) -> None:
-        """Run on the engine until there is an end to report."""
+        """Train a job on the engine until it ends or pauses."""
         self._training.add(job.id)
         try:
             job = await self._move(job, "running", "Fine-tuning job started")
             while job.status in ("running", "pausing"):
-                if job.status == "pausing":  # the engine went before it could save: the last checkpoint it is
+                if job.status == "pausing":  # the engine stopped before saving: the job keeps its last checkpoint
                     with contextlib.suppress(JobStateError):  # resumed, or cancelled
                         await self._move(job, "paused", "Job paused", expected="pausing")
                 else:
@@ -361,7 +361,7 @@ class JobManager(Worker[Job]):
             await asyncio.to_thread(self._wandb.ended, await self._now(job))
 
     async def _run_once(self, job: Job) -> None:
-        """One life of the job on the engine. Raises EngineUnavailable, JobFailedError."""
+        """Run the job on the engine once, from its last checkpoint. Raises EngineUnavailable, JobFailedError."""
         assert job.start is not None
         resume = await asyncio.to_thread(self._checkpoints.last_good, job)
         replies = self._engine.train(replace(placed(job.start, self._directory / job.id), resume=resume))
@@ -372,9 +372,9 @@ class JobManager(Worker[Job]):
             await replies.aclose()
 
     async def _take(self, job: Job, reply: JobReply) -> None:
-        """Make one reply durable, unless the job was cancelled meanwhile."""
+        """Make one reply durable, unless the job was cancelled in the meantime."""
         if job.status != "running" and not isinstance(reply, JobEnded):
-            # Said again: the first time may have come before the engine knew the job.
+            # Sent again: the first message may have arrived before the job's start.
             await self._engine.stop_job(StopJob(job.id, save=job.status == "pausing"))
         if job.status in FINAL:
             return
@@ -390,7 +390,7 @@ class JobManager(Worker[Job]):
             case JobEnded(outcome="failed"):
                 raise JobFailedError(reply.code or "training_failed", reply.message or "Training failed.")
             case JobEnded(outcome="paused"):
-                with contextlib.suppress(JobStateError):  # resumed meanwhile: it goes on from what was saved
+                with contextlib.suppress(JobStateError):  # resumed in the meantime: it continues from this checkpoint
                     await self._move(job, "paused", f"Job paused at step {job.step}", expected="pausing")
         self._announce()
 

@@ -1,4 +1,4 @@
-"""What fine-tuning counts, in the server's registry: jobs by status, progress, and what it takes of the device."""
+"""Prometheus metrics of fine-tuning: jobs by status, progress, and use of the device."""
 
 from collections.abc import Iterator, Mapping
 
@@ -25,7 +25,7 @@ class _Jobs(Collector):
 
 
 class TrainingMetrics:
-    """Counters over all jobs, and gauges of the jobs that run now."""
+    """Counters over all jobs, and gauges of running jobs."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._jobs = _Jobs()
@@ -52,11 +52,11 @@ class TrainingMetrics:
         ]
 
     def jobs(self, counts: Mapping[Status, int]) -> None:
-        """How many jobs are in each status, to be said before every scrape."""
+        """Set the number of jobs in each status; call it before every scrape."""
         self._jobs.counts = counts
 
     def step(self, step: TrainingStep, tokens: int) -> None:
-        """An optimiser step is done, over so many tokens."""
+        """Count an optimiser step over `tokens`."""
         self._steps.inc()
         self._tokens.inc(tokens)
         self._busy.inc(step.busy_seconds)
@@ -66,6 +66,6 @@ class TrainingMetrics:
             gauge.labels(step.id).set(float("nan") if number is None else number)
 
     def ended(self, job_id: str) -> None:
-        """The job runs no longer: its series end."""
+        """Remove the series of a job that no longer runs."""
         for gauge, _ in self._running:
             gauge.remove_by_labels({"job": job_id})

@@ -1,6 +1,6 @@
-"""From a job's request and files to what the engine is told: the data encoded, every number decided, the memory asked.
+"""Preparation of a job: encoding its data, deciding every hyperparameter, asking the engine about memory.
 
-What comes out is stored with the job and never decided again.
+The result, a `StartJob`, is stored with the job and never decided again.
 """
 
 import asyncio
@@ -29,11 +29,11 @@ from server.messages.protocol import Ready
 from server.messages.training import MemoryPlan, ModuleShape, Optimizer, PlanMemory, StartJob
 from server.text.processor import TextProcessor
 
-INITIAL = "initial"  # in a job's directory: the adapter that it goes on from
+INITIAL = "initial"  # in a job's directory: the adapter to continue from
 
 
 def copy_initial(version: Path, directory: Path) -> None:
-    """Copy the version that a job goes on from: its name may be deleted before the job starts. Raises DamagedFile."""
+    """Copy the version to continue from: its name may be deleted before the job starts. Raises DamagedFile."""
     files = (CONFIG_NAME, WEIGHTS_NAME, SPEC_NAME)
     record.check(version, files)
     target = directory / INITIAL
@@ -45,14 +45,14 @@ def copy_initial(version: Path, directory: Path) -> None:
 
 
 def placed(start: StartJob, directory: Path) -> StartJob:
-    """The same for the files of another directory: the job may have been begun elsewhere."""
+    """Return `start` with its files in this directory: another server may have prepared the job."""
     fields = ("train_data", "valid_data", "initial")
     files = {name: str(directory / Path(file).name) for name in fields if (file := getattr(start, name)) is not None}
     return replace(start, directory=str(directory), **files)
 
 
 class Preparation:
-    """Reads the files of jobs, one at a time."""
+    """Prepares jobs, reading the files of one at a time."""
 
     def __init__(self, files: FileStore, jobs: JobStore, text: TextProcessor) -> None:
         self._files = files
@@ -63,13 +63,13 @@ class Preparation:
     async def start_message(
         self, job: Job, base: Ready, directory: Path, ask_memory: Callable[[PlanMemory], Awaitable[MemoryPlan]]
     ) -> tuple[StartJob, dict[str, Any]]:
-        """What to tell the engine, and what the training data teaches: fields of the job.
+        """Return the message for the engine, and the job's fields that follow from the training data.
 
         Args:
-            directory: the job's own; the encoded data goes there.
+            directory: the job's own; the encoded data is written there.
 
         Raises:
-            JobFailedError: a file is gone or bad, the adapter cannot be, or the job cannot fit into memory.
+            JobFailedError: a file is missing or invalid, the adapter is impossible, or the job exceeds the memory.
         """
         spec = job.spec
         async with self._reading:
@@ -135,7 +135,7 @@ class Preparation:
 
 
 def _adapter(job: Job, base: Ready, directory: Path) -> tuple[dict[str, Any], dict[str, ModuleShape]]:
-    """Config and shape of the adapter: as asked for, or as the one has it that the job goes on from."""
+    """Return the adapter's config and shapes: as requested, or those of the adapter to continue from."""
     if job.spec.adapter is not None:
         initial = AdapterSpec.read(directory / INITIAL)
         try:
@@ -153,7 +153,7 @@ def _adapter(job: Job, base: Ready, directory: Path) -> tuple[dict[str, Any], di
 def question(
     shapes: dict[str, ModuleShape], lora: hyperparameters.LoraOptions, optimizer: Optimizer, tokens: int
 ) -> PlanMemory:
-    """What the engine is asked about a job's memory. `tokens`: of its largest pass."""
+    """Return the request to the engine for a job's memory. `tokens`: of its largest pass."""
     return PlanMemory(
         id=uuid.uuid4().hex,
         modules=shapes,

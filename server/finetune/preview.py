@@ -1,4 +1,4 @@
-"""A look at a data file: its lines as tokens, and which of these are trained on."""
+"""Preview of a data file: its lines as tokens, with the mask of trained tokens."""
 
 import codecs
 from pathlib import Path
@@ -9,13 +9,13 @@ from server.finetune.rows import read_examples
 from server.finetune.tokenizer import TrainingTokenizer
 from server.text.processor import TextProcessor
 
-MOST_TOKENS = 16_384  # of a page; the line that goes beyond is its last
+MOST_TOKENS = 16_384  # of a page; the line that exceeds it is the last
 
 
 def preview(
     path: Path, text: TextProcessor, tokenizer: TrainingTokenizer, *, after: int, limit: int, max_length: int
 ) -> tuple[list[dict[str, Any]], bool]:
-    """Lines after the one of that number, blank ones left out; whether more follow."""
+    """Return the non-blank lines after line number `after`, and whether more follow."""
     lines: list[dict[str, Any]] = []
     tokens = 0
     with path.open("rb") as file:
@@ -35,7 +35,7 @@ def preview(
 
 
 def _shown(text: TextProcessor, sequence: Encoded, max_length: int) -> dict[str, Any]:
-    """A character whose bytes several tokens share is shown with the last of them."""
+    """Return a sequence's tokens as text. A character split over several tokens is shown with the last of them."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     tokens = [decoder.decode(text.token_bytes(id_)) for id_ in sequence.tokens[:max_length]]
     return {"tokens": tokens, "trained": sequence.trained[:max_length]}

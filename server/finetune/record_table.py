@@ -1,4 +1,4 @@
-"""Tables whose rows hold one record each, in JSON beside its id, tenant and status."""
+"""Tables with one record per row, in JSON beside its id, tenant and status."""
 
 import logging
 from collections.abc import Collection, Sequence
@@ -12,7 +12,7 @@ log = logging.getLogger("lorakeet.finetune")
 
 
 class Record(Protocol):
-    """What a row says outside of its JSON."""
+    """The fields of a record that its table needs."""
 
     @property
     def id(self) -> str: ...
@@ -23,7 +23,7 @@ class Record(Protocol):
     @property
     def created_at(self) -> int: ...
     @property
-    def goes_on(self) -> bool: ...  # whether there is work to do for it
+    def goes_on(self) -> bool: ...  # whether there is work to do
 
 
 R = TypeVar("R", bound=Record)
@@ -31,7 +31,7 @@ S = TypeVar("S", bound=str)  # statuses
 
 
 def encode(record: object) -> str:
-    """A record as the JSON that its row has."""
+    """Return a record as its row's JSON."""
     return msgspec.json.encode(record).decode()
 
 
@@ -39,9 +39,9 @@ class RecordTable(Generic[R, S]):
     """All records of one table, one tenant's at a time.
 
     Args:
-        unknown: raised with the id of a record that this tenant does not have.
-        statuses: all that there are.
-        final: those of a record that is at an end.
+        unknown: raised with a record's id when the tenant has no such record.
+        statuses: all statuses.
+        final: statuses of ended records.
     """
 
     def __init__(
@@ -56,14 +56,14 @@ class RecordTable(Generic[R, S]):
         self.database = database
         self._table = table
         self._kind = kind
-        # Made here, in one thread: when several use a type first, and at once, msgspec crashes.
+        # Made here, in one thread: concurrent first uses of a type crash msgspec.
         self._decoder = msgspec.json.Decoder(kind)
         self._unknown = unknown
         self._statuses = statuses
         self._final = sorted(final)
 
     def add(self, record: R, number: int | None = None) -> None:
-        """A new row; join a transaction to do more with it. `number`: its place in lists, the last by default."""
+        """Add a row; joins the current transaction, if any. `number`: its place in lists, the last by default."""
         with self.database.transaction() as connection:
             connection.execute(
                 f"INSERT INTO {self._table} (number, id, tenant, status, record) VALUES (?, ?, ?, ?, ?)",
@@ -79,12 +79,12 @@ class RecordTable(Generic[R, S]):
             )
 
     def remove(self, id_: str) -> None:
-        """Delete a row; that needs no space on the disk."""
+        """Delete a row; possible on a full disk."""
         with self.database.transaction(removing=True) as connection:
             connection.execute(f"DELETE FROM {self._table} WHERE id = ?", (id_,))
 
     def get(self, tenant: str, id_: str) -> R:
-        """Raises `unknown`."""
+        """Return a record. Raises `unknown`."""
         with self.database.reading() as connection:
             row = connection.execute(
                 f"SELECT record FROM {self._table} WHERE id = ? AND tenant = ?", (id_, tenant)
@@ -94,7 +94,7 @@ class RecordTable(Generic[R, S]):
         return self._decoder.decode(row["record"])
 
     def page(self, tenant: str, *, limit: int, after: str | None = None) -> tuple[list[R], bool]:
-        """Newest first, and whether more follow. Raises UnknownCursorError."""
+        """Return a page of records, newest first, and whether more follow. Raises UnknownCursorError."""
         return self._page("tenant = ?", [tenant], limit, after)
 
     def _page(self, where: str, values: Sequence[str], limit: int, after: str | None) -> tuple[list[R], bool]:
@@ -102,7 +102,7 @@ class RecordTable(Generic[R, S]):
         return self._readable(rows), more
 
     def _readable(self, rows: Sequence[Any]) -> list[R]:
-        """The records of rows, but for those that cannot be read."""
+        """Return the records of rows, without unreadable ones."""
         found = []
         for row in rows:
             try:
@@ -112,12 +112,12 @@ class RecordTable(Generic[R, S]):
         return found
 
     def statuses(self) -> dict[str, S]:
-        """Of all records, by id."""
+        """Return the statuses of all records by id."""
         with self.database.reading() as connection:
             return {row["id"]: row["status"] for row in connection.execute(f"SELECT id, status FROM {self._table}")}
 
     def unfinished(self) -> list[R]:
-        """Every tenant's records that are not at an end, oldest first."""
+        """Return every tenant's records that have not ended, oldest first."""
         marks = ", ".join("?" * len(self._final))
         with self.database.reading() as connection:
             rows = connection.execute(
@@ -126,25 +126,25 @@ class RecordTable(Generic[R, S]):
         return self._readable(rows)
 
     def take_up(self, but: Collection[str] = ()) -> list[R]:
-        """Records that this server is to work on, and does not yet, but for some ids."""
+        """Return the records for this server to start work on, without the ids in `but`."""
         return [record for record in self.unfinished() if record.goes_on and record.id not in but]
 
     def ended(self, record: R) -> bool:
-        """Whether a record is at an end."""
+        """Whether a record has ended."""
         return record.status in self._final
 
     def all(self) -> list[R]:
-        """Every tenant's records, oldest first."""
+        """Return every tenant's records, oldest first."""
         with self.database.reading() as connection:
             rows = connection.execute(f"SELECT id, record FROM {self._table} ORDER BY number").fetchall()
         return self._readable(rows)
 
     def holds(self, id_: str) -> bool:
-        """Whether this server is the one to work on a record."""
+        """Whether a record is this server's to work on."""
         return True
 
     def counts(self) -> dict[S, int]:
-        """How many records are in each status."""
+        """Return the number of records in each status."""
         with self.database.reading() as connection:
             rows = connection.execute(f"SELECT status, COUNT(*) AS n FROM {self._table} GROUP BY status").fetchall()
         return dict.fromkeys(self._statuses, 0) | {row["status"]: row["n"] for row in rows}

@@ -1,5 +1,5 @@
-"""Rows of files and jobs made anew from what lies beside their bytes, for a database that has lost them; and what
-lies there that no row knows."""
+"""Recovery of the rows of files and jobs from the records beside their bytes, after a loss of the database; and
+clean-up of job directories without a row."""
 
 import contextlib
 import logging
@@ -21,14 +21,16 @@ log = logging.getLogger(__name__)
 
 
 def note(directory: Path, name: str, record: Job | StoredCheckpoint) -> None:
-    """Write a row beside what it describes; a disk that does not take it goes without."""
+    """Write a copy of a row into `directory`; a fault of the disk is ignored."""
     with contextlib.suppress(OSError):
         write_synced(directory / name, msgspec.json.encode(record))
 
 
 def opened(data_dir: Path, busy_seconds: float) -> Database:
-    """The database of a data directory; a damaged one is set aside, and made anew as far as can be. Raises what
-    `Database` does, and OSError."""
+    """Open the database of a data directory; a damaged one is set aside, and rebuilt as far as possible.
+
+    Raises the errors of `Database`, and OSError.
+    """
     path = data_dir / "finetuning.db"
     try:
         return open_database(path, busy_seconds)
@@ -42,7 +44,7 @@ def opened(data_dir: Path, busy_seconds: float) -> Database:
 
 
 def restore_files(database: Database, paths: Iterable[Path]) -> Iterable[str]:
-    """Rows for these files, which lie in their place; the ids of those that could be restored."""
+    """Restore the rows of files in their place; yields the ids of restored files."""
     for path in paths:
         row = files.recorded(path.parent, path.name)
         if row is not None and row["id"] == path.name:
@@ -52,13 +54,13 @@ def restore_files(database: Database, paths: Iterable[Path]) -> Iterable[str]:
 
 
 def restore_jobs(database: Database, directories: Iterable[Path]) -> Iterable[str]:
-    """Rows for jobs with these directories, paused where they stood; the ids of those that could be restored."""
+    """Restore the rows of jobs with these directories, paused; yields the ids of restored jobs."""
     jobs = JobStore(database)
     return (directory.name for directory in directories if restore_job(jobs, directory))
 
 
 def restore_job(jobs: JobStore, directory: Path) -> bool:
-    """Write a job's rows anew, as `restore_jobs` does; whether its directory told enough."""
+    """Restore a job's rows; returns whether its directory had a readable record."""
     with contextlib.suppress(OSError, msgspec.DecodeError):
         job = msgspec.json.decode((directory / JOB).read_bytes(), type=Job)
         if job.id == directory.name:
@@ -68,7 +70,7 @@ def restore_job(jobs: JobStore, directory: Path) -> bool:
 
 
 def sort_out(jobs: JobStore, directory: Path, pending: lost.Pending) -> None:
-    """Of jobs' directories, remove those of finished jobs, and set aside those that the database does not know."""
+    """Remove directories of finished jobs, set aside unknown ones, and restore unfinished jobs with unreadable rows."""
     aside = directory.parent / lost.LOST_AND_FOUND
     lost.directory_at(directory, aside)
     statuses, unfinished = jobs.statuses(), jobs.unfinished()

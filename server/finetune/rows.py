@@ -1,6 +1,6 @@
-"""Lines of training data: what one may hold, and the checks that name a bad line and its field.
+"""Lines of training data: their schema, and the checks that name a bad line and its field.
 
-Messages, tools and calls are those of chat requests; arguments may be objects, too, and ids may be missing.
+Messages, tools and calls are as in chat requests; arguments may also be objects, and ids may be missing.
 """
 
 import itertools
@@ -17,7 +17,7 @@ MAX_LINE_BYTES = 4 << 20
 
 
 class DatasetError(ValueError):
-    """A data set that is refused; `line` counts from 1 and `field` is the culprit's path within the line."""
+    """A refused data set; `line` counts from 1 and `field` is the faulty field's path within the line."""
 
     def __init__(self, reason: str, line: int | None = None, field: str | None = None) -> None:
         where = [f"line {line}"] if line is not None else []
@@ -66,17 +66,17 @@ class Tool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     type: Literal["function"] = "function"
 
     def for_template(self) -> dict[str, Any]:
-        """As requests' tools are shown."""
+        """Return the tool in the form of requests' tools."""
         shown: dict[str, Any] = {"name": self.function.name, "description": self.function.description}
         shown["parameters"] = NO_ARGUMENTS if self.function.parameters is None else self.function.parameters
         return {"type": "function", "function": {name: value for name, value in shown.items() if value is not None}}
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One turn. `weight` 0 keeps an assistant turn out of the loss; a thought has any of three names."""
+    """One turn. `weight` 0 excludes an assistant turn from the loss; a thought has any of three names."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None  # missing beside calls only
+    content: str | list[TextPart] | None = None  # optional beside calls only
     name: str | None = None
     weight: Literal[0, 1] | None = None
     tool_calls: list[ToolCall] | None = None
@@ -107,11 +107,11 @@ class ChatExample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     parallel_tool_calls: bool | None = None
 
     def shown_tools(self) -> list[dict[str, Any]]:
-        """The tools as the chat template gets them."""
+        """Return the tools for the chat template."""
         return [tool.for_template() for tool in self.tools or ()]
 
     def shown_messages(self) -> list[dict[str, Any]]:
-        """The messages as those of requests. Calls without ids have numbers, which results take in their order."""
+        """Return the messages in the form of requests'. Calls without ids get numbers, which results take in order."""
         numbers, open_calls = itertools.count(), []
         shown = []
         for message in self.messages:
@@ -150,12 +150,12 @@ class TextExample(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 Example = ChatExample | CompletionExample | TextExample
 ExampleType = type[ChatExample] | type[CompletionExample] | type[TextExample]
-_FIELDS: dict[ExampleType, set[str]] = {  # those that tell an example's kind
+_FIELDS: dict[ExampleType, set[str]] = {  # fields that determine an example's kind
     ChatExample: {"messages"},
     CompletionExample: {"prompt", "completion"},
     TextExample: {"text"},
 }
-for _kind in _FIELDS:  # once, in one thread: when several use a type first, and at once, msgspec crashes
+for _kind in _FIELDS:  # once, in one thread: concurrent first uses of a type crash msgspec
     msgspec.json.Decoder(_kind)
 
 
@@ -163,7 +163,7 @@ def read_examples(lines: Iterable[bytes]) -> Iterator[tuple[int, Example | None]
     """Parse JSONL: `(line number, example)`, with None for a blank line.
 
     Raises:
-        DatasetError: naming the line, and the field where one is to blame.
+        DatasetError: naming the line, and the faulty field if there is one.
     """
     for number, line in enumerate(lines, start=1):
         if len(line) > MAX_LINE_BYTES:
@@ -199,9 +199,9 @@ _EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 
 def _without_empty_fields(record: dict[str, Any]) -> dict[str, Any]:
-    """The record without fields that say nothing: unknown ones that are null or empty, and null ones of other kinds.
+    """Return the record without null or empty unknown fields, and without null fields of other kinds.
 
-    Answers of a chat endpoint carry such fields (`refusal`, `tool_calls`), and table exports one for every column.
+    Responses of chat endpoints have such fields (`refusal`, `tool_calls`), and table exports one for every column.
     """
     given = [names for names in _FIELDS.values() if any(record.get(name) is not None for name in names)]
     if given:
@@ -225,7 +225,7 @@ def _plain_message(message: Any) -> Any:
 
 
 def _locate(message: str) -> tuple[str, str]:
-    """msgspec's "Object missing required field `role` - at `$.messages[0]`" as (reason, field's path)."""
+    """Split msgspec's "Object missing required field `role` - at `$.messages[0]`" into (reason, field's path)."""
     reason, _, place = message.partition(" - at `$")
     path = place.rstrip("`").lstrip(".")
     if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", reason):
@@ -236,7 +236,7 @@ def _locate(message: str) -> tuple[str, str]:
 
 
 def _kind_of(record: dict[str, Any], number: int) -> ExampleType:
-    """Which of the three shapes a record has, by the fields it carries."""
+    """Return a record's kind by its fields. Raises DatasetError."""
     present = [kind for kind, names in _FIELDS.items() if names & record.keys()]
     if not present:
         raise DatasetError("has neither `messages`, nor `prompt` and `completion`, nor `text`", number)
@@ -282,7 +282,7 @@ def _is_object(text: str) -> bool:
 
 
 def _check_unicode(value: Any, number: int, path: str = "") -> None:
-    """Refuse lone surrogates, which JSON can spell and no tokenizer can read."""
+    """Raise DatasetError for lone surrogates, which JSON can express and no tokenizer can encode."""
     match value:
         case str():
             try:

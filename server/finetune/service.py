@@ -1,4 +1,4 @@
-"""Everything about fine-tuning that handlers use, in one object made once at start."""
+"""The parts of fine-tuning that handlers use, in one object created at start."""
 
 import asyncio
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from server.usage import Ledger
 
 @dataclass(frozen=True)
 class FineTuning:
-    """Files, jobs, evaluations, and who runs them."""
+    """Files, jobs and evaluations, with their workers."""
 
     files: FileStore
     jobs: JobStore
@@ -31,17 +31,17 @@ class FineTuning:
     database: Database
 
     async def start(self) -> None:
-        """Go on with what was under way."""
+        """Resume unfinished work."""
         await self.manager.start()
         await self.evaluations.start()
 
     async def stop(self) -> None:
-        """Let go of everything; the next `start` goes on with it."""
+        """Stop all work; the next `start` resumes it."""
         await self.manager.stop()
         await self.evaluations.stop()
 
     async def count_jobs(self) -> None:
-        """Bring the metrics of jobs by status up to date."""
+        """Update the metric of jobs by status."""
         self.metrics.jobs(await asyncio.to_thread(self.jobs.counts))
 
     @classmethod
@@ -55,7 +55,7 @@ class FineTuning:
         metrics: Metrics,
         ledger: Ledger,
     ) -> "FineTuning":
-        """Open what lies in the data directory, or begin there. Raises what `Database` does."""
+        """Open the files, jobs and evaluations of a data directory. Raises the errors of `Database`."""
         root = settings.data_dir
         database = restore.opened(root, settings.database_seconds)
         counted, shared = TrainingMetrics(metrics.registry), None
@@ -83,7 +83,7 @@ class FineTuning:
 
 
 class _Shared:
-    """Files, jobs and evaluations that several servers have. Raises ValueError for a URL that is none."""
+    """Files, jobs and evaluations shared by several servers. Raises ValueError for an invalid URL."""
 
     def __init__(self, settings: Settings, url: str, database: Database, ledger: Ledger) -> None:
         from adapters.storage.bucket import Bucket  # its library is needed only with an object store
@@ -99,7 +99,7 @@ class _Shared:
         self.evaluations.join(bucket, seconds, settings.evaluation_requests)
 
     def join(self, settings: Settings, manager: JobManager, evaluations: Evaluations) -> None:
-        """Let those who work on them do so in step with other servers."""
+        """Synchronise the workers with other servers."""
         from server.finetune.sharing import Sharing
 
         seconds = settings.store_poll_seconds / 2

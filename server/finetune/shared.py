@@ -1,8 +1,8 @@
-"""Records that several servers have in an object store, and that one at a time works on; the rows here are a copy.
+"""Records shared by several servers in an object store, each worked on by one server; the local rows are a copy.
 
-A server that holds the lease writes to its disk as it goes, and with each change of status and each renewal sends what
-is new. Anybody may change the status as a client asks for it; the holder hears of it. Files that another server needs
-to go on are in the store before the record names them.
+The holder of the lease writes to its disk at once, and uploads its changes with each change of status and each renewal.
+Every server may change the status on a client's behalf; the holder notices. Files that another server needs to continue
+are in the store before the record names them.
 """
 
 import contextlib
@@ -27,22 +27,22 @@ from adapters.storage.versions import RemoteUnavailable
 from server.finetune.checkpoints import file_hash
 from server.finetune.record_table import R, RecordTable, S
 
-_DAMAGE = (ValueError, LookupError, TypeError)  # what reading a record raises when it is none
+_DAMAGE = (ValueError, LookupError, TypeError)  # errors of reading an invalid record
 
 
 class Shared(RecordTable[R, S]):
-    """Whatever waits for the object store raises RemoteUnavailable.
+    """A table of shared records. Every method that waits for the object store raises RemoteUnavailable.
 
     Attributes:
-        files: where the files of the records lie in the bucket.
-        stopped: raised when a record is another server's, as when its status does not allow a change.
+        files: folder of the records' files in the bucket.
+        stopped: raised when another server holds the record, or its status does not allow a change.
     """
 
     files: str
     stopped: type[Exception]
 
     def join(self, bucket: Bucket, lease_seconds: float, most: int) -> None:
-        """Once, before anything else. `most`: records that this server works on at once."""
+        """Connect to the store, once, before all other calls. `most`: records that this server works on at once."""
         self._bucket = bucket
         self._stored = Records(bucket, self._table)
         self.leases = Leases(self._stored, lease_seconds)
@@ -53,22 +53,22 @@ class Shared(RecordTable[R, S]):
 
     @abstractmethod
     def _merged(self, id_: str, content: Content) -> Content:
-        """A record with what its holder has that it has not. Statuses are the record's."""
+        """Return a record with its holder's unsent changes added. The status stays the record's."""
 
     @abstractmethod
     def _copy(self, content: Content, changes: Mapping[str, Any] | None = None, *, claimed: bool = False) -> bool:
-        """Let the rows be what a record says, with what its holder has added since; whether the status is another.
+        """Update the rows from a record, keeping its holder's unsent changes; return whether the status has changed.
 
         Args:
-            changes: what the holder changed just now, itself.
-            claimed: it holds the record only now: its rows have nothing that counts.
+            changes: just made by the holder itself.
+            claimed: this server has just claimed the record: its rows have no changes to keep.
         """
 
     def _removed(self, id_: str) -> None:
-        """Somebody removed a record. Whoever works on it hears that its lease is lost."""
+        """Handle the removal of a record. A task that works on it is stopped by the loss of its lease."""
 
     def _copy_row(self, content: Content, changes: Mapping[str, Any] | None) -> bool:
-        """`_copy` for records that are one row each."""
+        """Do `_copy` for records of one row each."""
         stored = self._read(content)
         self.leases.see(stored.id, content)
         with self.database.transaction(removing=True) as connection:
@@ -80,7 +80,7 @@ class Shared(RecordTable[R, S]):
         return row is not None and row["status"] != stored.status and changes is None
 
     def _row(self, id_: str) -> dict[str, Any]:
-        """The number of a row, and its record as it is in the store."""
+        """Return a row's number, and its record in the store's form."""
         with self.database.reading() as connection:
             row = connection.execute(f"SELECT number, record FROM {self._table} WHERE id = ?", (id_,)).fetchone()
         return {"number": row["number"], "record": json.loads(row["record"])}
@@ -88,10 +88,10 @@ class Shared(RecordTable[R, S]):
     def _read(self, content: Content) -> R:
         return msgspec.convert(content["record"], self._kind)
 
-    # --- what others do ------------------------------------------------------------------------------
+    # --- changes of other servers --------------------------------------------------------------------
 
     def follow(self) -> list[R]:
-        """Take over what other servers changed; the records whose status is another now."""
+        """Import the changes of other servers; return the records with a changed status."""
         moved = []
         for record in sorted(self._stored.news(), key=lambda record: (record.content or {}).get("number", 0)):
             try:
@@ -122,7 +122,7 @@ class Shared(RecordTable[R, S]):
             return super().get(tenant, id_)
 
     def refresh(self, id_: str) -> None:
-        """Let the rows here be what the store says."""
+        """Update the local rows from the store."""
         with self._writing[id_]:
             found = self._stored.look(id_)
             self._stored.note(found)
@@ -132,12 +132,12 @@ class Shared(RecordTable[R, S]):
                 self._forget_row(found)
 
     def _forget_row(self, record: Record) -> None:
-        """Only of a record that somebody removed: what has vanished may come back."""
+        """Forget a record that was removed (a tombstone); a merely missing one may come back."""
         if record.version is not None and record.fault is None:
             self._removed(record.key)
 
     def never_shared(self) -> Iterator[R]:
-        """Records from a time without a store, whose places in lists are the same at all servers from now on."""
+        """Yield records that the store has never had, with their place in lists now the same at all servers."""
         for record in self.all():
             if self._stored.knows(record.id) or self._stored.look(record.id).version is not None:
                 continue
@@ -146,10 +146,10 @@ class Shared(RecordTable[R, S]):
                 connection.execute(f"UPDATE {self._table} SET number = ? WHERE id = ?", (number, record.id))
             yield record
 
-    # --- working on one ------------------------------------------------------------------------------
+    # --- working on a record -------------------------------------------------------------------------
 
     def take_up(self, but: Collection[str] = ()) -> list[R]:
-        """Claim records that nobody works on, as many as there is room for: first for who has the fewest here."""
+        """Claim unleased records, as many as this server may hold: first for the tenant with the fewest here."""
         unfinished, taken = self.unfinished(), []
         free = [record for record in unfinished if record.goes_on and self.leases.free(record.id)]
         waiting = [record for record in free if record.id not in but]
@@ -166,7 +166,7 @@ class Shared(RecordTable[R, S]):
         return self.leases.holds(id_)
 
     def send(self, id_: str, *, release: bool = False) -> R | None:
-        """Renew the lease, or end it, and send what is new; the record when somebody has changed its status.
+        """Renew or release the lease, and upload changes; return the record if its status has changed.
 
         Raises LeaseLost.
         """
@@ -175,7 +175,7 @@ class Shared(RecordTable[R, S]):
             return self._read(content) if self._copy(content) else None
 
     def _send_new(self, id_: str, **lists: list[Any]) -> None:
-        """Make the record of a row. `lists`: what it has beside."""
+        """Create the store's record of a row. `lists`: its further lists."""
         fresh: Content = {"number": self._row(id_)["number"], LEASE: None, **lists}
         with self._writing[id_]:
             content = self._stored.change(id_, lambda old: old or self._merged(id_, fresh)).content
@@ -183,9 +183,9 @@ class Shared(RecordTable[R, S]):
             self.leases.see(id_, content)
 
     def _change(self, record: R, change: Any, changes: Mapping[str, Any], *, anybody: bool = False) -> R:
-        """Change a record that is held here, or with `anybody` another's, too. `change` is of a content.
+        """Change a record held here or, with `anybody`, by any server. `change` maps the old content to the new.
 
-        Raises `stopped`, and what `change` does.
+        Raises `stopped`, and the errors of `change`.
         """
         with self._writing[record.id]:
             if self.leases.holds(record.id) or not anybody:
@@ -224,7 +224,7 @@ class Shared(RecordTable[R, S]):
             file = root / name
             if file.exists() and file_hash(file) == hash_:
                 continue
-            for parent in list(Path(name).parents)[-2::-1]:  # not `root`: if that has been removed, nothing is wanted
+            for parent in list(Path(name).parents)[-2::-1]:  # not `root`: if it was removed, the files are not wanted
                 (root / parent).mkdir(exist_ok=True)
             part = file.with_name(f".{file.name}.part")
             part.unlink(missing_ok=True)
@@ -235,7 +235,7 @@ class Shared(RecordTable[R, S]):
 
     def forget(self, id_: str, but: Sequence[str] = ()) -> None:
         kept = {self._object(id_, hash_) for hash_ in but}
-        with contextlib.suppress(RemoteUnavailable):  # the next time will do
+        with contextlib.suppress(RemoteUnavailable):  # retried by the next call
             there = [entry.path for entry in self._bucket.list(self._object(id_, "").rstrip("/"))]
             self._bucket.delete([path for path in there if path not in kept])
 
@@ -244,5 +244,5 @@ class Shared(RecordTable[R, S]):
 
 
 def place(created_at: int | None = None) -> int:
-    """The place of a record in lists, which is the same at all servers: the last, or that of its time."""
+    """Return a record's place in lists, the same at all servers: the last by default, or that of `created_at`."""
     return time.time_ns() if created_at is None else created_at * 10**9 + random.randrange(10**9)

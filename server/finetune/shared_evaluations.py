@@ -1,7 +1,7 @@
-"""Evaluations that several servers have in an object store; the rows in the database here are a copy.
+"""Evaluations shared by several servers in an object store; the rows in the local database are a copy.
 
-`evaluations/<id>.json` is an evaluation and its lease. Nothing is kept of one that is half done: a server that takes it
-over begins again, as the same server would.
+`evaluations/<id>.json` is an evaluation and its lease. Partial results are not stored: a server that takes it over
+starts from the beginning, as the same server would.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class SharedEvaluations(Shared[Evaluation, Status], EvaluationStore):
-    """All evaluations of one server and others."""
+    """All evaluations of the servers on one object store."""
 
     stopped = EvaluationStateError
 
@@ -27,7 +27,7 @@ class SharedEvaluations(Shared[Evaluation, Status], EvaluationStore):
     def create(
         self, tenant: str, *, model: str, adapter: str | None, digest: str | None, file: str, max_examples: int | None
     ) -> Evaluation:
-        """Its row goes again when others cannot be told of it."""
+        """Record an evaluation for all servers; its row is removed again when that fails."""
         evaluation = super().create(
             tenant, model=model, adapter=adapter, digest=digest, file=file, max_examples=max_examples
         )
@@ -39,7 +39,7 @@ class SharedEvaluations(Shared[Evaluation, Status], EvaluationStore):
         return evaluation
 
     def share_all(self) -> None:
-        """Give the store what it never had: evaluations from a time without one."""
+        """Upload evaluations created before the server used a store."""
         for evaluation in self.never_shared():
             self._send_new(evaluation.id)
 

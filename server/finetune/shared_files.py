@@ -1,4 +1,4 @@
-"""Files that several servers have in an object store, a record and an object each. Rows and bytes here are copies."""
+"""Files shared by several servers in an object store, a record and an object each. Local rows and bytes are copies."""
 
 import threading
 from collections.abc import Mapping
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 
 class SharedFiles(FileStore):
-    """Whatever waits for the object store raises RemoteUnavailable.
+    """All files of the servers on one object store. Every method that waits for the store raises RemoteUnavailable.
 
     Args:
         records: of the files.
-        bucket: where their bytes are.
+        bucket: holds their bytes.
     """
 
     def __init__(self, root: Path, database: Database, records: "Records", bucket: "Bucket") -> None:
@@ -32,7 +32,7 @@ class SharedFiles(FileStore):
         self._copying = threading.Lock()
 
     def share_all(self) -> None:
-        """Give the store what it never had: files from a time without one."""
+        """Upload files created before the server used a store."""
         with self._database.reading() as connection:
             rows = [{name: row[name] for name in COLUMNS} for row in connection.execute("SELECT * FROM files")]
         for row in rows:
@@ -43,7 +43,7 @@ class SharedFiles(FileStore):
                     insert(connection, shared)
 
     def follow(self) -> None:
-        """Take over what other servers added and removed."""
+        """Import the files that other servers added or removed."""
         for record in sorted(self._records.news(), key=lambda record: (record.content or {}).get("number", 0)):
             try:
                 self._take(record)
@@ -54,7 +54,7 @@ class SharedFiles(FileStore):
                 raise
 
     def _take(self, record: "Record") -> None:
-        """Let the row here be what a record says, if that is news."""
+        """Update the local row from a record, if the record is new."""
         with self._copying:
             if self._records.note(record):
                 self._copy(record)
@@ -70,7 +70,7 @@ class SharedFiles(FileStore):
                 insert(connection, record.content)
 
     def _share(self, row: dict[str, Any], source: Path) -> dict[str, Any]:
-        """The bytes come first, so that nobody finds a file without them. With one id the first one's are the file."""
+        """Upload the bytes, then the record that names them. Of two uploads with one id, the first is the file."""
         row = {"number": place()} | row
         self._bucket.put_file(_path(row), source)
         shared = self._records.change(row["id"], lambda old: old or row).content or row

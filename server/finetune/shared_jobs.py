@@ -1,7 +1,7 @@
-"""Fine-tuning jobs that several servers have in an object store; the rows in the database here are a copy.
+"""Fine-tuning jobs shared by several servers in an object store; the rows in the local database are a copy.
 
 `jobs/<id>.json` is a job: its status, its lease, its checkpoints, its log. `job-files/<id>/<hash>` are the files that
-another server needs to go on, `job-logs/` events that are too many for the record.
+another server needs to continue, `job-logs/` the events beyond the record's limit.
 """
 
 import contextlib
@@ -27,11 +27,11 @@ from server.usage import Ledger
 if TYPE_CHECKING:
     from adapters.storage.records import Content
 
-_TAIL = 64  # events in a job's record, before they become an object of their own
+_TAIL = 64  # most events in a job's record; more become an object of their own
 
 
 class SharedJobs(Shared[Job, Status], JobStore):
-    """All jobs of one server and others."""
+    """All jobs of the servers on one object store."""
 
     files = "job-files"
     stopped = JobStateError
@@ -44,7 +44,7 @@ class SharedJobs(Shared[Job, Status], JobStore):
         return super().create(tenant, spec, number=number or place())
 
     def share(self, job: Job, directory: Path) -> None:
-        """Make a new job known to other servers; when that fails, its rows are removed again."""
+        """Upload a new job for other servers; its rows are removed when that fails."""
         try:
             self._share(job, directory)
         except BaseException:
@@ -54,7 +54,7 @@ class SharedJobs(Shared[Job, Status], JobStore):
             raise
 
     def share_all(self, directory: Path) -> None:
-        """Give the store what it does not have: jobs from a time without one, whose directories lie in this one."""
+        """Upload jobs created before the server used a store. `directory` holds their directories."""
         for job in self.never_shared():
             self._share(job, directory / job.id)
 
@@ -65,7 +65,7 @@ class SharedJobs(Shared[Job, Status], JobStore):
         self._send_new(job.id, segments=[], tail=[])
 
     def forget(self, id_: str, but: Sequence[str] = ()) -> None:
-        """As `Shared.forget`; so go objects of the log that the job's record does not name: failed tries left them."""
+        """Do `Shared.forget`, and delete log objects that the job's record does not name, left by failed attempts."""
         super().forget(id_, but)
         with contextlib.suppress(RemoteUnavailable), self._writing[id_]:
             there = [entry.path for entry in self._bucket.list(f"job-logs/{id_}")]
@@ -111,7 +111,7 @@ class SharedJobs(Shared[Job, Status], JobStore):
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Several changes of a job: the last one sends all of them to the store."""
+        """Group several changes of a job; the last one uploads all of them."""
         yield
 
     # --- a record and its rows -----------------------------------------------------------------------
@@ -134,7 +134,7 @@ class SharedJobs(Shared[Job, Status], JobStore):
         segments = content["segments"]
         if len(tail) > _TAIL:
             name = f"job-logs/{job_id}/{uuid.uuid4().hex}.json"
-            with contextlib.suppress(Conflict):  # a second try of its own
+            with contextlib.suppress(Conflict):  # from a retry of this upload
                 self._bucket.put_if(name, json.dumps(tail).encode(), None)
             segments, tail = [*segments, {"name": name, "count": len(tail), "last": tail[-1]["id"]}], []
         changed = {"record": msgspec.to_builtins(job), "checkpoints": made, "segments": segments, "tail": tail}
@@ -161,7 +161,7 @@ class SharedJobs(Shared[Job, Status], JobStore):
         return row is not None and row["status"] != stored.status and changes is None
 
     def _missing(self, job_id: str, content: "Content") -> dict[str, list[dict[str, Any]]]:
-        """Segments of the log that the rows do not begin with, by name."""
+        """Return the log segments missing from the rows, by name, from the first difference on."""
         with self.database.reading() as connection:
             found = connection.execute("SELECT id FROM events WHERE job = ? ORDER BY number", (job_id,)).fetchall()
         end = 0
@@ -178,7 +178,7 @@ class SharedJobs(Shared[Job, Status], JobStore):
     def _copy_events(
         self, job_id: str, content: "Content", segments: Mapping[str, list[dict[str, Any]]], *, ours: bool
     ) -> None:
-        """Those of the record, in its order; then, where the job is ours, those that it has not."""
+        """Copy the record's events, in its order; with `ours`, local events not yet in the record follow."""
         with self.database.transaction(removing=True) as connection:
             query = "SELECT number, id, record FROM events WHERE job = ? ORDER BY number"
             found = connection.execute(query, (job_id,)).fetchall()
@@ -204,7 +204,7 @@ class SharedJobs(Shared[Job, Status], JobStore):
             self._sent[job_id] = last["number"] if count else 0
 
     def _copy_steps(self, job_id: str) -> None:
-        """Steps as the events tell of them."""
+        """Rebuild a job's steps from its events."""
         with self.database.transaction(removing=True) as connection:
             connection.execute("DELETE FROM steps WHERE job = ?", (job_id,))
             for row in connection.execute("SELECT record FROM events WHERE job = ?", (job_id,)).fetchall():
@@ -227,13 +227,13 @@ class SharedJobs(Shared[Job, Status], JobStore):
 
 
 def _standing(job: Job, stored: Job) -> Job:
-    """A holder's job, standing as the record says: anybody may change that."""
+    """Return a holder's job with the record's status, which every server may change."""
     return msgspec.structs.replace(
         job, status=stored.status, finished_at=stored.finished_at, waits_for_space=stored.waits_for_space
     )
 
 
 def hashes(directory: Path, but: Sequence[str] = ()) -> dict[str, str]:
-    """The files below a directory, by their paths in it -> their hashes."""
+    """Return the files below a directory, as relative path -> hash."""
     paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.name not in but]
     return {path.relative_to(directory).as_posix(): file_hash(path) for path in paths}

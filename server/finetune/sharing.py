@@ -1,4 +1,4 @@
-"""Keeps the records of one server in step with those of others on the same object store, and works on its share."""
+"""Synchronisation of a server's records with other servers on the same object store, and of its share of the work."""
 
 import asyncio
 import contextlib
@@ -13,7 +13,7 @@ from server.errors import StorageFull
 from server.finetune.shared import Shared
 from server.finetune.worker import Worker
 
-_RENEWALS = 3  # in the time that a lease lasts
+_RENEWALS = 3  # per duration of a lease
 _SHORTEST = 0.02
 _FAULTS = (RemoteUnavailable, DatabaseBusy, StorageFull, OSError)
 
@@ -21,12 +21,12 @@ log = logging.getLogger("lorakeet.finetune")
 
 
 class Sharing:
-    """Follows what others change, takes up what nobody works on, and renews the leases of what is worked on here.
+    """Follows other servers' changes, claims unleased records, and renews the leases of records worked on here.
 
     Args:
-        seconds: between two looks at what others changed.
-        also: further things to be followed, first.
-        before: once, when the first look has succeeded.
+        seconds: between two polls.
+        also: called first in every poll, to follow further records.
+        before: called once, after the first successful import.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Sharing:
         self._outage = False
 
     async def begin(self) -> None:
-        """Take over once what other servers have, before anything is worked on here."""
+        """Import other servers' records once, before any local work starts."""
         try:
             await asyncio.to_thread(self._also)
             await asyncio.to_thread(self.records.follow)
@@ -56,34 +56,34 @@ class Sharing:
             log.warning("what other servers have is not seen yet: %s", fault)
 
     def start(self) -> None:
-        """Follow, take up and renew in the background from now on."""
+        """Start following, claiming and renewing in the background."""
         self._tasks = [asyncio.create_task(work) for work in (self._follow(), self._renew())]
 
     async def stop(self) -> None:
-        """End what `start` began; leases stay as they are."""
+        """Stop the background tasks; leases stay as they are."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def release(self) -> None:
-        """Give back all leases, so that other servers take the records up at once."""
+        """Release all leases, so that other servers can claim the records at once."""
         await asyncio.gather(*map(self._release, self.records.leases.held()))
 
     def wake(self) -> None:
-        """There is something new to work on: look at once."""
+        """Poll at once, for a new record to work on."""
         self._woken.set()
 
     async def poll(self) -> None:
-        """Follow once, and take up what nobody works on."""
+        """Import other servers' changes once, and claim unleased records."""
         await asyncio.to_thread(self._also)
         for record in await asyncio.to_thread(self.records.follow):
             if self.records.holds(record.id):
                 await self._worker.heed(record)
-            if self.records.ended(record) and record.id not in self._worker.tasks:  # else the task clears up
+            if self.records.ended(record) and record.id not in self._worker.tasks:  # else the task cleans up
                 await self._worker.clear(record.id)
         idle = [id_ for id_ in self.records.leases.held() if id_ not in self._worker.tasks]
         await asyncio.gather(*map(self._release, idle))
-        # A task whose lease was lost may still be about to end.
+        # Exclude records with a task: one that lost its lease may still be ending.
         self._worker.begin(await asyncio.to_thread(self.records.take_up, list(self._worker.tasks)))
 
     async def _follow(self) -> None:
@@ -112,7 +112,7 @@ class Sharing:
             await asyncio.gather(*map(self._renew_one, leases.held()))
 
     async def _renew_one(self, id_: str) -> None:
-        """Renew the lease of a record, or stop working on it."""
+        """Renew a record's lease, or stop work on it."""
         leases = self.records.leases
         try:
             async with asyncio.timeout(max(_SHORTEST, leases.left(id_))):

@@ -1,4 +1,4 @@
-"""Places for jobs that train at once: a free one goes to the tenant with the fewest, then to the longest waiting."""
+"""Slots for concurrent training jobs: a free one goes to the tenant with the fewest, then to the longest waiting."""
 
 import asyncio
 from collections import Counter
@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 
 class FairSlots:
-    """So many places; a tenant may have all of them while nobody else waits."""
+    """A number of slots; a tenant may hold all of them while no other tenant waits."""
 
     def __init__(self, count: int) -> None:
         self._free = count
@@ -16,7 +16,7 @@ class FairSlots:
 
     @asynccontextmanager
     async def take(self, tenant: str) -> AsyncIterator[None]:
-        """Wait for a place, and have it until the end."""
+        """Wait for a slot, and hold it within the context."""
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((tenant, place))
         self._give()
@@ -33,7 +33,7 @@ class FairSlots:
 
     def _give(self) -> None:
         while self._free and self._waiting:
-            tenant, place = first = min(self._waiting, key=lambda one: self._held[one[0]])  # the first of equals
+            tenant, place = first = min(self._waiting, key=lambda one: self._held[one[0]])  # ties: longest waiting
             self._waiting.remove(first)
             self._held[tenant] += 1
             self._free -= 1

@@ -1,4 +1,4 @@
-"""The served model's tokenizer as data sets use it: synchronously, in a worker thread."""
+"""The served model's tokenizer for data sets: synchronous, for worker threads."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,12 +15,12 @@ class TrainingTokenizer:
         eos_token_ids: the engine's end-of-text tokens, the usual one first.
 
     Attributes:
-        eos_token_ids: every token that ends an answer when it is served.
+        eos_token_ids: every token that ends an answer in serving.
         special_tokens: the tokenizer's added tokens, and their texts.
     """
 
     def __init__(self, text: TextProcessor, eos_token_ids: Sequence[int]) -> None:
-        # A template that knows no thoughts gets them as text.
+        # A template without thoughts gets them as text.
         self._text = text = text if text.reasoning_format is not None else text.with_formats(None, THINK.name)
         self.eos_token_ids = tuple(dict.fromkeys([*eos_token_ids, *text.stop_tokens]))
         self.special_tokens = text.added_tokens
@@ -52,7 +52,7 @@ class TrainingTokenizer:
             raise ValueError(error.message) from None
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        # `encode_batch*` releases the interpreter's lock, so that a large file holds up no request.
+        # `encode_batch*` releases the GIL, so that a large file delays no request.
         ids: list[int] = self._text.tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         return ids
 

@@ -1,6 +1,6 @@
-"""Where the assistant's turns of a chat lie in the text that the chat template makes of it.
+"""Positions of a chat's assistant turns in its rendered text.
 
-`render(messages, add_generation_prompt=...)` is the template; it raises ValueError for messages that it refuses.
+`render(messages, add_generation_prompt=...)` is the chat template; it raises ValueError for messages that it refuses.
 """
 
 import itertools
@@ -8,25 +8,25 @@ from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 FEW_TURNS = 16
-_REPETITION = 128  # how often as much as a chat may be rendered to find its turns
+_REPETITION = 128  # most text rendered to find a chat's turns, in multiples of the chat
 
 
 class HiddenTurn(ValueError):
-    """The template hides where a turn begins, which the message names."""
+    """The template hides the beginning of the turn named by the message."""
 
 
 def trained_turns(
     messages: list[dict[str, Any]], trained: Iterable[int], render: Callable[..., str]
 ) -> list[tuple[str, int]]:
-    """For each trained message: the text up to and including it, and where it begins."""
+    """Return, for each trained message, the text up to and including it, and the position of its beginning."""
     turns: list[tuple[str, int]] = []
     for index in trained:
         before = render(messages[:index], add_generation_prompt=True)
         through = render(messages[: index + 1])
         start = len(before)
         if not through.startswith(before):
-            # A generation prompt may end in words put into the model's mouth (`<think>`) that no finished turn keeps.
-            # The turn then begins where the two part, which must be behind all that came before it.
+            # A generation prompt may end in text (`<think>`) that finished turns do not keep. The turn then begins
+            # at the first difference, which must lie after all earlier messages.
             start = next(i for i, (a, b) in enumerate(zip(before, through + "\0", strict=False)) if a != b)
             if start <= len(render(messages[:index])):
                 raise HiddenTurn(f"messages[{index}]")
@@ -37,10 +37,10 @@ def trained_turns(
 def spans_by_exchange(
     whole: str, messages: list[dict[str, Any]], trained: Container[int], render: Callable[..., str]
 ) -> list[tuple[int, int]] | None:
-    """Where a long chat's trained turns lie, found in time that grows with its length.
+    """Return the spans of a long chat's trained turns, in time linear in its length.
 
-    Each exchange, a user's message and the answers to it, is rendered by itself behind the chat's system message. None
-    when these texts do not make up the whole one's.
+    Each exchange, a user's message and its answers, is rendered by itself after the chat's system message. None when
+    these texts do not add up to the whole chat's.
     """
     opening = next((i for i, message in enumerate(messages) if message["role"] not in ("system", "developer")), 0)
     first, *others = [i for i, message in enumerate(messages) if message["role"] == "user"] or [0]
@@ -55,7 +55,7 @@ def spans_by_exchange(
         for begin, end in exchanges:
             part = messages[:opening] + messages[begin:end]
             texts.append(render(part))
-        repeated = (sum(map(len, texts)) - len(whole)) // (len(texts) - 1)  # by each but the first: the opening
+        repeated = (sum(map(len, texts)) - len(whole)) // (len(texts) - 1)  # length of the repeated opening
         if repeated < 0 or whole != texts[0] + "".join(text[repeated:] for text in texts[1:]):
             return None
         position = 0
@@ -69,6 +69,6 @@ def spans_by_exchange(
                     return None
                 spans.append((position + start, position + len(through)))
             position += len(text) - repeated
-    except ValueError:  # a template may refuse an exchange alone
+    except ValueError:  # a template may refuse an exchange by itself
         return None
     return spans

@@ -1,4 +1,4 @@
-"""Metrics of jobs that asked for it, sent to Weights & Biases as they come. A fault there never touches the job.
+"""Live metrics of jobs with the Weights & Biases integration. A fault there never affects the job.
 
 The package is optional: a job that names it is refused where it is not installed.
 """
@@ -16,13 +16,13 @@ log = logging.getLogger("lorakeet.finetune")
 
 
 class WandbRuns:
-    """The open runs, by job. Every call may wait for the network: for worker threads only."""
+    """The open runs by job. Every call may wait for the network: for worker threads only."""
 
     def __init__(self) -> None:
         self._runs: dict[str, Any] = {}
 
     def step(self, job: Job, step: TrainingStep) -> None:
-        """Log a step; the first one opens the run, or goes on with the one that an earlier process opened."""
+        """Log a step; the first step opens the run, or resumes the run opened by an earlier process."""
         if job.spec.integrations is None:
             return
         try:
@@ -31,7 +31,7 @@ class WandbRuns:
             run.log(
                 {k: v for k, v in (to_builtins(step.metrics) | more).items() if k != "step"}, step=step.metrics.step
             )
-        except Exception:  # whatever the library or its network does
+        except Exception:  # any fault of the library or its network
             log.warning("wandb did not take a step of %s", job.id, exc_info=True)
 
     def _open(self, job: Job) -> Any:
@@ -52,7 +52,7 @@ class WandbRuns:
         return run
 
     def ended(self, job: Job) -> None:
-        """Close the job's run, if there is one; a job that was only interrupted opens it again."""
+        """Close the job's run, if there is one; a resumed job opens it again."""
         run = self._runs.pop(job.id, None)
         if run is None:
             return

@@ -1,4 +1,4 @@
-"""Works on records: one asyncio task for each that is under way here, alone or in turn with other servers."""
+"""Base of the workers on records: one asyncio task per record at work here, alone or shared with other servers."""
 
 import asyncio
 from abc import ABC, abstractmethod
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 
 
 class Worker(ABC, Generic[R]):
-    """All work of one kind.
+    """A worker on the records of one table.
 
     Args:
-        records: the table of what is worked on.
+        records: the table.
 
     Attributes:
-        tasks: those that work on records, by the records' ids.
-        sharing: set before `start` where there are several servers; it then says what is worked on here, and when.
+        tasks: by record id.
+        sharing: set before `start` if there are several servers; it then decides which records are worked on here.
     """
 
     def __init__(self, records: RecordTable[R, Any]) -> None:
@@ -28,7 +28,7 @@ class Worker(ABC, Generic[R]):
         self.sharing: Sharing | None = None
 
     async def start(self) -> None:
-        """Go on with everything that was under way."""
+        """Resume all unfinished records."""
         if self.sharing is not None:
             await self.sharing.begin()
         await asyncio.to_thread(self._sort_out)
@@ -38,7 +38,7 @@ class Worker(ABC, Generic[R]):
             self.begin(await asyncio.to_thread(self._records.take_up))
 
     async def stop(self) -> None:
-        """Let go of everything; the next `start` goes on with it."""
+        """Stop all work; the next `start` resumes it."""
         if self.sharing is not None:
             await self.sharing.stop()
         await asyncio.gather(*map(self.abandon, list(self.tasks)))
@@ -46,37 +46,37 @@ class Worker(ABC, Generic[R]):
             await self.sharing.release()
 
     def go_on(self, record: R) -> None:
-        """See that a record which is new, or goes on, is worked on: here or, among several servers, at one of them."""
+        """Start work on a new or resumed record: here or, with several servers, at one of them."""
         if self.sharing is not None:
             self.sharing.wake()
         else:
             self.begin([record])
 
     def begin(self, records: Sequence[R]) -> None:
-        """Work on these, which are this server's."""
+        """Start tasks for records of this server."""
         for record in records:
             task = asyncio.create_task(self._work(record), name=record.id)
             self.tasks[record.id] = task
             task.add_done_callback(lambda _, id_=record.id: self._ended(id_))  # type: ignore[misc]
 
     async def abandon(self, id_: str) -> None:
-        """Work on one no longer, at once, and change nothing of it."""
+        """Cancel work on a record, without changing the record."""
         if task := self.tasks.get(id_):
             task.cancel()
             await asyncio.wait({task})
 
     async def heed(self, record: R) -> None:
-        """Somebody else has changed the status of one that is worked on here."""
+        """Handle a change of status, made elsewhere, of a record worked on here."""
 
     async def clear(self, id_: str) -> None:
-        """Remove what is on this disk of a record that is at its end."""
+        """Remove an ended record's files from this disk."""
 
     @abstractmethod
     async def _work(self, record: R) -> None:
-        """From wherever the record stands to its end."""
+        """Work on a record from its present status to its end."""
 
     def _ended(self, id_: str) -> None:
         self.tasks.pop(id_, None)
 
     def _sort_out(self) -> None:
-        """Deal with what the last process left behind, before anything is worked on."""
+        """Clean up the remains of the last process, before any work starts."""

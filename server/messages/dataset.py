@@ -1,4 +1,4 @@
-"""A job's encoded examples, as the file in which the API process hands them to the engine process."""
+"""A job's encoded examples, and the file that hands them from the API process to the engine process."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 @dataclass
 class Report:
-    """What a file holds. Over-long examples are cut at the limit; empty ones (nothing to learn) are left out."""
+    """Counts of a file's examples. Over-long ones are cut at the limit; empty ones (nothing to learn) are left out."""
 
     examples: int = 0
     duplicates: int = 0
@@ -30,14 +30,14 @@ class Report:
 
 @dataclass
 class Dataset:
-    """Encoded sequences, end to end."""
+    """Encoded sequences, concatenated."""
 
     tokens: npt.NDArray[np.int32]  # [total]
     trained: npt.NDArray[np.bool_]  # [total]
     bounds: npt.NDArray[np.int64]  # [sequences + 1]
     report: Report = field(default_factory=Report)
-    stop_tokens: tuple[int, ...] = ()  # that followed the turns of its chats; like the report, not saved
-    tool_format: str | None = None  # in which its calls of tools are written, if it has any; likewise
+    stop_tokens: tuple[int, ...] = ()  # the tokens that ended turns of its chats; like the report, not saved
+    tool_format: str | None = None  # of its tool calls, if any; not saved either
     reasoning_format: str | None = None
 
     def __len__(self) -> int:
@@ -54,7 +54,7 @@ class Dataset:
         return self.tokens[span], self.trained[span]
 
     def save(self, path: Path) -> None:
-        """Write the arrays alone as one safetensors file."""
+        """Write the arrays, and nothing else, as one safetensors file."""
         save_file({"tokens": self.tokens, "trained": self.trained, "bounds": self.bounds}, path)
 
     @classmethod

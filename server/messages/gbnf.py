@@ -1,4 +1,7 @@
-"""A request's own grammar as Lark: llama.cpp's GBNF is converted by llguidance, which takes some escapes for others."""
+"""Conversion of a request's own grammar to Lark.
+
+llguidance converts llama.cpp's GBNF, but misreads some escapes; they are replaced first.
+"""
 
 import re
 
@@ -11,19 +14,19 @@ _IN_TEXT = {'"': r"\"", "\\": r"\\", "\n": r"\n", "\r": r"\r", "\t": r"\t"}
 
 
 def as_lark(text: str) -> str:
-    """Either kind as Lark. Raises ValueError."""
+    """Return a grammar in Lark or GBNF as Lark. Raises ValueError."""
     if _LARK.search(text):
         return text
     try:
         return gbnf_to_lark(_TERMINALS.sub(_terminal, text))
     except RecursionError:
         raise ValueError("the grammar is nested too deep") from None
-    except Exception as fault:  # which it raises itself
+    except Exception as fault:  # llguidance raises plain Exception
         raise ValueError(f"{fault} (a grammar in Lark has a rule `start:`, one in GBNF `root ::=`)") from None
 
 
 def _terminal(match: re.Match[str]) -> str:
-    """With characters in place of their numbers, which are not to lose their leading zeros."""
+    """Return a terminal with numeric escapes replaced by characters; the conversion would drop their leading zeros."""
     terminal = match[0]
     if terminal[0] == "#":
         return terminal

@@ -1,4 +1,4 @@
-"""Grammars in llguidance's words: the engine compiles what was checked before, by the same rules."""
+"""Grammars as llguidance's definitions, made by the same rules for the check before admission and for the engine."""
 
 import json
 from typing import TYPE_CHECKING, cast
@@ -12,16 +12,16 @@ from server.messages.protocol import Grammar
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions  # in its stubs only
 
-# Of compiling, and of each token's step: 14 ms of lexer at most. States are memory of every sequence: 2 kB each.
+# Limits of compiling, and of each token's step (14 ms in the lexer at most). Each state takes 2 kB per sequence.
 LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
-# JSON is written without white space, so that more of it is forced; a schema's own `x-guidance` may say otherwise.
+# JSON is written without white space, so that more tokens are forced; a schema's own `x-guidance` can override this.
 _COMPACT: "JsonCompileOptions" = {"whitespace_flexible": False}
 _EXACT = cast("JsonCompileOptions", EXACT)
-_SPACED = {"whitespace_pattern": r"[ \t\n\r]{0,40}"}  # bounded: some models go on with spaces for ever
+_SPACED = {"whitespace_pattern": r"[ \t\n\r]{0,40}"}  # bounded: some models emit spaces forever
 
 
 def definition(grammar: Grammar) -> str:
-    """As llguidance takes it. Raises ValueError where the text is not of its kind."""
+    """Return the grammar as llguidance's definition. Raises ValueError when the text does not match its kind."""
     answer = _of_answer(grammar)
     if not grammar.thought:
         return answer

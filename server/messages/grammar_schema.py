@@ -1,7 +1,7 @@
 """JSON Schemas tightened where llguidance allows more than they do, so that a finished answer validates.
 
-Regular expressions mean what ECMAScript's do, and Python's. Names are not escaped, or one could stand twice in an
-object.
+Regular expressions have their meaning in both ECMAScript and Python. Names are not escaped, since a name with two
+spellings could occur twice in an object.
 """
 
 import json
@@ -10,52 +10,52 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-# Of llguidance's options for JSON, whatever a schema's own `x-guidance` says. Without `u` among its escapes, the names
-# of an object are written in one way only.
+# llguidance's options for JSON that a schema's own `x-guidance` cannot override. Without `u` among the escapes, an
+# object's names have one spelling only.
 EXACT: dict[str, Any] = {"lenient": False, "coerce_one_of": False, "json_allowed_escapes": 'nrbtf\\"'}
 
-_DATA = ("const", "enum", "default", "examples", "x-guidance")  # members that are no schemas
-_NAMED = ("properties", "patternProperties", "$defs", "definitions")  # of which each member is one
+_DATA = ("const", "enum", "default", "examples", "x-guidance")  # members that are not schemas
+_NAMED = ("properties", "patternProperties", "$defs", "definitions")  # mappings from names to schemas
 _DATE = (
     r"(?:[0-9]{4}-(?:(?:0[13-9]|1[0-2])-[0-9]{2}|02-(?:[01][0-9]|2[0-8]))"
     r"|(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:[02468][048]|[13579][26])00)-02-29)"
 )
-_LABEL = r"([^.]|[^.]{2}([^.-][^.]*|-[^.-][^.]*)?)"  # none whose form is reserved: `xn--` has rules of its own
+_LABEL = r"([^.]|[^.]{2}([^.-][^.]*|-[^.-][^.]*)?)"  # without the reserved form: `xn--` has rules of its own
 _FORMATS = {
     "date": [f"^{_DATE}$"],
-    "date-time": [f"^{_DATE}.{{7}}[0-5]"],  # no leap seconds: few are in the calendar
+    "date-time": [f"^{_DATE}.{{7}}[0-5]"],  # no leap seconds: few minutes have one
     "time": ["^.{6}[0-5]"],
     "email": ["^[^@]{1,64}@[^@]{1,63}$"],
     "hostname": ["^.{1,253}$", rf"^{_LABEL}(\.{_LABEL})*$"],
 }
 
-# Of JSON Schema; all others are annotations.
+# Formats defined by JSON Schema; all others are annotations.
 _DEFINED = _FORMATS.keys() | {
     *("duration", "ipv4", "ipv6", "uuid", "uri", "uri-reference", "uri-template", "iri", "iri-reference"),
     *("idn-email", "idn-hostname", "json-pointer", "relative-json-pointer", "regex"),
 }
-_NOTHING: dict[str, Any] = {"enum": []}  # the schema of no value
+_NOTHING: dict[str, Any] = {"enum": []}  # the schema that no value matches
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 _ANNOTATIONS = {"title", "description", "$comment", "examples", "deprecated"}
 _LEAST, _MOST = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
-_LARGEST = 2**63 - 1024  # bound that llguidance takes, and a double
+_LARGEST = 2**63 - 1024  # largest bound accepted by llguidance that is exact as a double
 _SMALLEST = 1e-50
-_ENDS = {"exclusiveMinimum": math.inf, "exclusiveMaximum": -math.inf}  # and the way from there to what is allowed
+_ENDS = {"exclusiveMinimum": math.inf, "exclusiveMaximum": -math.inf}  # -> the direction of allowed values
 
 _CONTROL = re.compile(r"(?<!\\)(?:\\\\)*\\u00(?:[01]|7f)")
 
 
 def exact(schema: Any) -> Any:
-    """A schema that allows nothing that this one does not. Raises ValueError for a keyword that cannot be enforced."""
+    """Return a schema as strict as this one or stricter. Raises ValueError for a keyword that cannot be enforced."""
     if isinstance(schema, list):
         return [exact(part) for part in schema]
     if not isinstance(schema, Mapping):
         return schema
     if "not" in schema and _allows_all(schema["not"]):
-        return _NOTHING  # how generators write that a member is never there
+        return _NOTHING  # generators' way to forbid a member
     made = {key: _member(key, value) for key, value in schema.items() if not _says_nothing(key, value, schema)}
     least, required = schema.get("minProperties"), schema.get("required", [])
-    if not isinstance(required, list):  # of a member, as before draft 4: llguidance would pass over it
+    if not isinstance(required, list):  # draft 3's boolean on a member: llguidance would ignore it
         raise ValueError("required: must be a list of names, of the object that has them")
     names = len({str(name) for name in required})
     if isinstance(least, int | float) and least > names + 1:
@@ -70,7 +70,7 @@ def exact(schema: Any) -> Any:
 
 
 def _says_nothing(key: str, value: Any, schema: Mapping[str, Any]) -> bool:
-    """Whether a schema is the same without this member, which generators of schemas write all the same."""
+    """Whether a member, written by a schema generator for completeness, has no effect."""
     match key:
         case "format":
             return isinstance(value, str) and value not in _DEFINED
@@ -93,14 +93,14 @@ def _says_nothing(key: str, value: Any, schema: Mapping[str, Any]) -> bool:
 
 
 def _allows_all(schema: Any, but: Collection[str] = ()) -> bool:
-    """Whether nothing is said, apart from these members, of what it allows."""
+    """Whether a schema without the members `but` allows every value."""
     return not schema.keys() - _ANNOTATIONS - set(but) if isinstance(schema, Mapping) else schema is True
 
 
 def _beyond(bound: Any, away: float) -> Any:
-    """A bound that is excluded, moved off a whole number: llguidance would let that pass where the other bound is near.
+    """Return an exclusive bound moved off a whole number, which llguidance lets pass when the other bound is near.
 
-    What is lost lies between two doubles that follow each other, and beside zero.
+    The values lost lie between two adjacent doubles, or beside zero.
     """
     if isinstance(bound, bool) or not isinstance(bound, int | float) or bound % 1 or abs(bound) > 1e15:
         return bound
@@ -108,7 +108,7 @@ def _beyond(bound: Any, away: float) -> Any:
 
 
 def _within(key: str, bound: Any) -> Any:
-    """A bound of the largest or smallest numbers that a type holds, moved to where llguidance can follow it."""
+    """Return a bound clamped to the magnitudes that llguidance supports; schemas give the limits of numeric types."""
     if isinstance(bound, bool) or not isinstance(bound, int | float):
         return bound
     if key in _LEAST:
@@ -133,7 +133,7 @@ def _member(key: str, value: Any) -> Any:
 
 # --- patterns ---------------------------------------------------------------------------------------
 
-# What all engines take a class for, and what any of them does: of ASCII, or of Unicode.
+# Characters of a class in all regex engines, and in any of them: engines take classes as ASCII or as Unicode.
 _CLASSES = {
     "s": (r" \t\n\r\f\v", r"\s\x1c-\x1f\x{feff}"),
     "d": (r"0-9", r"0-9\p{N}"),
@@ -145,8 +145,8 @@ _ESCAPES = re.compile(r"\\(?:[^A-Za-z0-9<>]|[bBfnrtv]|x[0-9A-Fa-f]?|u(\{[^}]*\})
 
 
 def portable(pattern: str) -> str:
-    """A pattern in Rust's syntax, of texts that match in all engines. Raises ValueError for what is ambiguous."""
-    negated: bool | None = None  # whether the class is that is open
+    """Return a pattern in Rust's syntax whose matches match in all engines. Raises ValueError for ambiguous syntax."""
+    negated: bool | None = None  # whether the open class is negated; None outside classes
 
     def rewritten(match: re.Match[str]) -> str:
         nonlocal negated
@@ -175,7 +175,7 @@ def portable(pattern: str) -> str:
 
 
 def _class(name: str, negated: bool | None) -> str:
-    r"""`\d` and its like; what is left out of a negated class may be more than any engine leaves out."""
+    r"""Return the characters of `\d` and its like; a negated class excludes those that any engine would exclude."""
     narrow, wide = _CLASSES[name.lower()]
     if name.islower():
         return f"[{wide if negated else narrow}]"

@@ -1,8 +1,7 @@
 """The messages between the API process and the engine process.
 
-Small msgspec structs, MessagePack on the wire, over one ZeroMQ PAIR socket per engine incarnation.
-Weights never travel: an adapter is named by its digest and the directory that holds it.
-This file knows the shape of the conversation and nothing of either side.
+Small msgspec structs, MessagePack on the wire, over one ZeroMQ PAIR socket per engine process.
+Weights are never sent: an adapter is named by its digest and the directory that holds it.
 """
 
 from array import array
@@ -26,23 +25,23 @@ INVALID_GRAMMAR = "invalid_grammar"
 
 
 class _Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
-    """Base of everything that crosses the wire; the struct's name is its tag."""
+    """Base of all messages; the struct's name is its tag."""
 
 
-# --- what an engine is started with -------------------------------------------------------------------
+# --- the engine's configuration -----------------------------------------------------------------------
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything an engine process is told at birth, as JSON on its command line. None means: decide by the device."""
+    """An engine process's configuration, as JSON on its command line. None: a default chosen by device."""
 
-    address: str  # where its API process listens
+    address: str  # ZeroMQ address of the API process
     model: str  # a directory in Hugging Face layout
     cache_dir: str
     quantization: str = "nf4"
     dtype: str = "auto"
     device: str = "auto"
-    activations: Literal["exact", "int8"] = "exact"  # what 4-bit linears multiply, on a CPU
-    sketch_head: bool = True  # greedy tokens are found without reading all of the head, on a CPU
+    activations: Literal["exact", "int8"] = "exact"  # inputs of 4-bit linears, on a CPU
+    sketch_head: bool = True  # greedy sampling by the screening copy of the head, on a CPU
     max_model_len: int | None = None
     kv_cache_bytes: int | None = None
     kv_cache_dtype: str = "auto"
@@ -53,37 +52,37 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_batch_tokens: int | None = None
     max_batch_requests: int = 32
     prefix_caching: bool = True
-    deterministic: bool = False  # a request's bits never depend on its neighbours; a CPU's never do
+    deterministic: bool = False  # results do not depend on other requests in the batch; on a CPU they never do
     threads: int | None = None
-    finetune_max_stall_ms: float = 20.0  # training between two inference steps, at most
-    finetune_share: float = 0.3  # of the device's time while requests run, at most
-    merge_share: float = 0.3  # likewise, for building merges
-    grammar_bytes: int = 256 << 20  # of compiled grammars that are kept
-    batch_wait_seconds: float = 60.0  # after which one in the background at a time is as others are
+    finetune_max_stall_ms: float = 20.0  # most training time between two inference steps
+    finetune_share: float = 0.3  # most of the device's time while requests run
+    merge_share: float = 0.3  # likewise, of building merges
+    grammar_bytes: int = 256 << 20  # of cached compiled grammars
+    batch_wait_seconds: float = 60.0  # after which background requests, one at a time, run as ordinary ones
     background_priority: Priority = "low"  # of the threads that load adapters, and compile grammars
 
 
-# --- what a request is -----------------------------------------------------------------------
+# --- parts of a request ----------------------------------------------------------------------
 
 
 class AdapterRef(msgspec.Struct, frozen=True):
-    """One adapter version: content digest, the directory it lies in, and its weight in this request."""
+    """One adapter version: content digest, directory, and weight in this request."""
 
     digest: str
     path: str
     weight: float = 1.0
-    tokens: bool = False  # it brings tokens of its own
-    owner: tuple[str, int] | None = None  # the tenant that asks, if it may have only so many rows on the device
+    tokens: bool = False  # it adds tokens of its own
+    owner: tuple[str, int] | None = None  # the requesting tenant and its limit of rows on the device, if any
 
 
 class Grammar(msgspec.Struct, frozen=True):
-    """What an answer's text must be.
+    """Constraint on an answer's text.
 
-    kind: how `text` says it. "json": a JSON Schema, as JSON. "json_object": any JSON object; `text` is empty. "regex".
+    kind: notation of `text`. "json": a JSON Schema, as JSON. "json_object": any JSON object; `text` is empty. "regex".
         "choice": a JSON array of texts. "lark": llguidance's dialect of Lark, or GBNF. "structural_tag": free text with
-        tags in it, as vLLM writes these in JSON.
-    thought: Lark of a thought before that text, which is its `@answer`; empty: there is none.
-    size: bytes that compiling it took, as the check before found.
+        tags in it, in vLLM's JSON form.
+    thought: Lark of a thought before that text, in which `@answer` is the text; empty: no thought.
+    size: bytes that compiling it took, measured by the check before admission.
     """
 
     kind: Literal["json", "json_object", "regex", "choice", "lark", "structural_tag"]
@@ -93,21 +92,21 @@ class Grammar(msgspec.Struct, frozen=True):
 
 
 class ThoughtBudget(msgspec.Struct, frozen=True):
-    """How many tokens an answer may think for. It needs a grammar."""
+    """Limit on the tokens of an answer's thought. It needs a grammar."""
 
     most: int
-    begin: str  # empty: the prompt has begun the thought
+    begin: str  # empty: the thought begins in the prompt
     end: str
-    close: list[int]  # tokens that end a thought, forced where it has had its tokens
+    close: list[int]  # tokens that end a thought, forced at the limit
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, dict=True):
-    """How to draw tokens. Validated by the API process; the engine trusts the ranges."""
+    """Sampling parameters. Validated by the API process; the engine trusts the ranges."""
 
     max_tokens: int = 16
     min_tokens: int = 0
     temperature: float = 1.0
-    top_p: float = 1.0  # 0: the likeliest token
+    top_p: float = 1.0  # 0: the most likely token
     top_k: int = 0  # 0: off
     min_p: float = 0.0
     seed: int = 0  # always set: the API process draws one when the client gave none
@@ -117,14 +116,14 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     logit_bias: dict[int, float] = {}
     stop_token_ids: list[int] = []
     ignore_eos: bool = False
-    logprobs: int | None = None  # how many alternatives beside the sampled token; None: no logprobs
+    logprobs: int | None = None  # number of alternatives beside the sampled token; None: no logprobs
     prompt_logprobs: int | None = None  # the same for every prompt token
-    classify: bool = False  # its adapter's classification head scores the prompt, and nothing is drawn
+    classify: bool = False  # the adapter's classification head scores the prompt, and no token is drawn
     speculative_tokens: int = 0  # most tokens drafted ahead in a step; 0: no speculation
     grammar: Grammar | None = None  # of the answer's text
     thought: ThoughtBudget | None = None
 
-    # Made once, for every step needs them and there may be as many as tokens in the vocabulary.
+    # Cached: every step needs them, and they can have an entry for each token of the vocabulary.
 
     @cached_property
     def biases(self) -> "tuple[array[int], array[float]]":
@@ -133,7 +132,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     @cached_property
     def stops(self) -> "tuple[frozenset[int], array[int]]":
-        """`stop_token_ids` to look a token up in, and to go through."""
+        """`stop_token_ids` as a set for lookups, and as an array."""
         known = frozenset(self.stop_token_ids)
         return known, array("q", known)
 
@@ -142,21 +141,21 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
 
 class Generate(_Message):
-    """Start one sequence. The engine answers with `Output`s until one carries a `finish_reason` or `error`."""
+    """Start one sequence. Answered by `Output`s until one has a `finish_reason` or an `error`."""
 
     id: str
     prompt: list[int]
     sampling: Sampling
     adapters: list[AdapterRef] = []
     tenant: str = ""
-    weight: float = 1.0  # of the tenant's share beside other tenants
-    priority: int = 0  # among the tenant's sequences; the lowest comes first
+    weight: float = 1.0  # of the tenant in fair sharing
+    priority: int = 0  # among the tenant's sequences; the lowest runs first
     cache_salt: str = ""
-    background: bool = False  # only in steps that nothing else can use
+    background: bool = False  # runs only in steps without ordinary requests
 
 
 class Abort(_Message):
-    """Forget this sequence now; no further `Output` follows. Unknown ids are ignored."""
+    """Abort a sequence at once; no further `Output` follows. Unknown ids are ignored."""
 
     id: str
 
@@ -169,13 +168,13 @@ class Warm(_Message):
 
 
 class Pin(_Message):
-    """These adapters, and no others, stay on the device from now on."""
+    """Replace the set of pinned adapters, which stay on the device."""
 
     adapters: list[AdapterRef]
 
 
 class Forget(_Message):
-    """The adapter's name is gone: drop its rows and host copy once no sequence uses it; answered by `Done`."""
+    """Drop a deleted adapter's rows and host copy once no sequence uses it; answered by `Done`."""
 
     id: str
     digest: str
@@ -187,11 +186,11 @@ class Merge(_Message):
     id: str
     adapter: AdapterRef
     dtype: MergedDtype
-    prompts: list[list[int]]  # to measure the drift on
+    prompts: list[list[int]]  # for measuring drift and speed
 
 
 class Unmerge(_Message):
-    """Undo a merge, or give one up; answered by `Done`, with code "merge_not_found" when there is none."""
+    """Undo a merge, or cancel one in progress; answered by `Done`, with code "merge_not_found" when there is none."""
 
     id: str
     digest: str
@@ -211,7 +210,7 @@ class Drain(_Message):
 
 
 class Drift(msgspec.Struct, frozen=True):
-    """How far one way of computing logits is from another, over so many positions of a text."""
+    """Difference between two ways of computing logits, over `positions` of a text."""
 
     positions: int
     mean_kl: float  # of the next token's distribution, nats
@@ -219,15 +218,15 @@ class Drift(msgspec.Struct, frozen=True):
 
 
 class KVGroup(msgspec.Struct, frozen=True):
-    """Layers whose sequences need the same keys: blocks, and bytes that a token takes over all of them."""
+    """The KV cache of layers that need the same keys: blocks, and bytes per token over all of these layers."""
 
-    window: int  # a token sees so many of the last keys; 0 for all
+    window: int  # number of latest keys that a token sees; 0: all
     blocks: int
     bytes_per_token: int
 
 
 class StateSlotsInfo(msgspec.Struct, frozen=True):
-    """Slots of the layers that keep a state: of running sequences, and snapshots."""
+    """Slots of layers that keep a state, for running sequences and snapshots."""
 
     slots: int
     bytes_per_slot: int
@@ -239,12 +238,12 @@ class KVInfo(msgspec.Struct, frozen=True):
     dtype: str
     bytes: int
     groups: list[KVGroup]
-    drift: Drift | None = None  # from a cache that does not round; None: this one does not
-    states: StateSlotsInfo | None = None  # beside it; None: no layer keeps a state
+    drift: Drift | None = None  # from a cache that does not round; None: this one does not round
+    states: StateSlotsInfo | None = None  # None: no layer keeps a state
 
 
 class Ready(_Message, kw_only=True):
-    """First message of an engine: what it serves and how much it holds."""
+    """First message of an engine: its base and its capacity."""
 
     pid: int
     base_digest: str  # "sha256:..." over the base's weights, quantisation state, biases and norms
@@ -255,55 +254,55 @@ class Ready(_Message, kw_only=True):
     linears: dict[str, LinearSize]  # by full module name
     block_size: int
     num_blocks: int
-    pool_rows: dict[str, int]  # kind -> capacity in row units
+    pool_rows: dict[str, int]  # module kind -> capacity in row units
     device: str
     dtype: str
     tied: bool = False  # head and input embedding are one matrix
     embedding: str = ""  # full name of the input embedding, and of the head
     head: str = ""
-    aside: list[str] = []  # full names of modules that text does not pass, such as an image encoder
-    renamed: dict[str, str] = {}  # parameter in the base's files -> in the model, where these differ
-    experts: dict[str, ExpertsSize] = {}  # by full name of the parameter that holds a layer's
-    norms: list[str] = []  # full names of those that adapters may replace, and of routers to experts
+    aside: list[str] = []  # full names of modules unused for text, such as an image encoder
+    renamed: dict[str, str] = {}  # parameter's name in the base's files -> in the model, where they differ
+    experts: dict[str, ExpertsSize] = {}  # by full name of the parameter that holds a layer's experts
+    norms: list[str] = []  # full names of norms that adapters may replace, and of routers to experts
     routers: list[str] = []
-    by_token: list[str] = []  # of tables with a row for each token, besides the input embedding
-    opaque_embedding: bool = False  # the input embedding does more than to look up rows and scale them
+    by_token: list[str] = []  # full names of tables with a row for each token, besides the input embedding
+    opaque_embedding: bool = False  # the input embedding does more than look up and scale rows
     transposed: bool = False  # the base's files hold weights of linears as [in, out]
-    kernels: str = ""  # which compute a step: native with its instruction set, triton, or plain torch
-    int8_drift: Drift | None = None  # from exact activations; None: they are exact
+    kernels: str = ""  # in use: native with its instruction set, triton, or plain torch
+    int8_drift: Drift | None = None  # from exact activations; None: activations are exact
     kv_cache: KVInfo | None = None
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
-    """The raw model's log-probability of one token and of its most likely alternatives (best first)."""
+    """The model's log-probability, before sampling parameters, of one token and its most likely alternatives."""
 
     token: int
     logprob: float
     rank: int  # 1 = the most likely token
-    top: list[tuple[int, float]] = []
+    top: list[tuple[int, float]] = []  # best first
 
 
 class Output(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What one step gave one sequence, and what it took."""
+    """One step's result for one sequence, and its cost."""
 
     id: str
     tokens: list[int] = []
     logprobs: list[TokenLogprob] = []  # one per token, when asked for
-    prompt_logprobs: list[TokenLogprob | None] = []  # of the prompt tokens that the step scored; the first is null
-    scores: list[float] = []  # of each label, from a classification head
+    prompt_logprobs: list[TokenLogprob | None] = []  # of the prompt tokens scored by the step; the first is null
+    scores: list[float] = []  # one per label, from a classification head
     finish_reason: FinishReason | None = None
-    stop_token: int | None = None  # the stop token or EOS that ended it (also the last of `tokens`)
+    stop_token: int | None = None  # the stop token or EOS that ended the sequence (also the last of `tokens`)
     cached_tokens: int = 0  # prompt tokens served from the prefix cache (on the first output)
     queue_seconds: float = 0.0  # arrival -> first scheduled (on the first output)
-    drafted_tokens: int = 0  # computed on speculation in this step
-    accepted_tokens: int = 0  # those among them that are part of `tokens`
-    device_seconds: float = 0.0  # its part, by tokens, of the steps since the last output
-    error: str | None = None  # this sequence failed alone; `code` says how
+    drafted_tokens: int = 0  # drafts computed in this step
+    accepted_tokens: int = 0  # drafts that are part of `tokens`
+    device_seconds: float = 0.0  # its share, by tokens, of the steps since the last output
+    error: str | None = None  # this sequence failed alone, for the reason in `code`
     code: str | None = None
 
 
 class AdapterUse(msgspec.Struct, frozen=True, array_like=True):
-    """One adapter digest in one tier of memory. Not `present`: it has left that tier."""
+    """One adapter version in one memory tier. Not `present`: it has left that tier."""
 
     digest: str
     tier: Literal["device", "host", "merged"]
@@ -314,29 +313,29 @@ class AdapterUse(msgspec.Struct, frozen=True, array_like=True):
 
 
 class MergeSpeed(msgspec.Struct, frozen=True):
-    """Decode speed with so many requests at once, in tokens/s of all of them."""
+    """Decode speed with `requests` in the batch, in tokens/s of all of them."""
 
     requests: int
-    adapter: float  # as base and delta
+    adapter: float  # unmerged
     merged: float
 
 
 class MergeReport(_Message, kw_only=True):
-    """Answer to `Merge`: what was made, how far it is from the unmerged adapter, and what it gains."""
+    """Answer to `Merge`: the weights' format, their difference from the unmerged adapter, and the speed-up."""
 
     id: str
     digest: str
     dtype: MergedDtype
     bytes: int
-    positions: int  # of the prompts, over which the next two are
+    positions: int  # of the prompts, for the next two fields
     mean_kl: float  # KL(unmerged || merged) of the next token's distribution, nats
     agreement: float  # share of positions with the same most likely token
     speeds: list[MergeSpeed]
-    seconds: float  # it took
+    seconds: float  # of building and measuring
 
 
 class Stats(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Gauges and increments as of one step."""
+    """Gauges, and increments since the last report, at one step."""
 
     running: int = 0
     waiting: int = 0
@@ -345,16 +344,16 @@ class Stats(msgspec.Struct, frozen=True, omit_defaults=True):
     step_adapters: int = 0
     step_seconds: float = 0.0
     kv_usage: float = 0.0  # 0..1
-    state_usage: float = 0.0  # likewise, of slots of states
+    state_usage: float = 0.0  # likewise, of the state slots
     prefix_queries: int = 0  # prompt tokens looked up since the last report
     prefix_hits: int = 0
     preemptions: int = 0
-    drafted_tokens: int = 0  # computed on speculation since the last report
-    accepted_tokens: int = 0  # those among them that were right and used
+    drafted_tokens: int = 0  # drafts computed since the last report
+    accepted_tokens: int = 0  # drafts accepted since the last report
     evictions: list[str] = []  # digests that left the device since the last report
-    loads: list[tuple[str, float]] = []  # (digest, seconds) that arrived on the device since the last report
-    adapters: list[AdapterUse] = []  # those that changed since the last report
-    merges: list[MergeReport] | None = None  # those in force; present when it changed
+    loads: list[tuple[str, float]] = []  # (digest, seconds) of loads to the device since the last report
+    adapters: list[AdapterUse] = []  # changes since the last report
+    merges: list[MergeReport] | None = None  # all merges in force; None: unchanged
 
 
 class Step(_Message):
@@ -365,7 +364,7 @@ class Step(_Message):
 
 
 class Done(_Message):
-    """Answer to `Warm`, `Forget` and `Unmerge`, and to a `Merge` or a `PlanMemory` that cannot be."""
+    """Answer to `Warm`, `Forget` and `Unmerge`, and to a `Merge` or `PlanMemory` that failed."""
 
     id: str
     error: str | None = None
@@ -376,7 +375,7 @@ class Done(_Message):
 class Inspection(_Message):
     """Answer to `Inspect`. When idle: free + cached blocks = num_blocks, free + resident rows = pool_rows.
 
-    Slots of states likewise, where layers keep some.
+    State slots likewise, where layers keep states.
     """
 
     id: str
@@ -392,7 +391,7 @@ class Inspection(_Message):
 
 
 class Fatal(_Message):
-    """The engine cannot start or go on; it exits after sending this. `retry` is False for configuration faults."""
+    """Report that the engine cannot start or continue; it then exits. `retry` is False for configuration faults."""
 
     message: str
     retry: bool = True

@@ -1,7 +1,7 @@
-"""What the two processes say to each other about training.
+"""The messages about training between the API process and the engine process.
 
-The API process starts and stops jobs and owns everything durable; the engine process trains and writes tensors only
-into the directories that it is given. Structs in the style of `server.messages.protocol`, and part of its unions.
+The API process starts and stops jobs and owns everything durable; the engine process trains, and writes tensors only
+into the directories named to it. Structs in the style of `server.messages.protocol`, and part of its unions.
 """
 
 from collections.abc import Mapping
@@ -17,20 +17,20 @@ Init = Literal["kaiming", "gaussian"]
 MemoryMode = Literal["recompute", "keep"]
 
 
-CHECKPOINTS = "checkpoints"  # the folder of them in a job's directory
-STORAGE_FULL = "storage_full"  # the `code` of a `JobEnded` whose checkpoint found no room
+CHECKPOINTS = "checkpoints"  # their folder in a job's directory
+STORAGE_FULL = "storage_full"  # the `code` of a `JobEnded` after a checkpoint found no disk space
 
 
 class _Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True):
-    """Base of what crosses the wire; the struct's name is its tag."""
+    """Base of these messages; the struct's name is its tag."""
 
 
 class ModuleShape(msgspec.Struct, frozen=True, array_like=True):
-    """What the adapter adds to one linear, to all experts' alike, or to each expert's own, whose name has a * then.
+    """The adapter's update of one linear, one for all experts alike, or one per expert (the name then has a *).
 
     Attributes:
-        parameter: where experts have linears of their own, the base's parameter that holds them.
-        part: which of so many equal `parts` of that parameter's outputs they are.
+        parameter: for experts with linears of their own, the base's parameter that holds these.
+        part: index of these linears among `parts` equal parts of that parameter's outputs.
     """
 
     rank: int
@@ -40,22 +40,22 @@ class ModuleShape(msgspec.Struct, frozen=True, array_like=True):
     parts: int = 1
 
     def of(self, name: str) -> str:
-        """The base's linear, or parameter of experts, that is adapted under this name."""
+        """The base's linear, or parameter of experts, adapted under this name."""
         return self.parameter or name
 
     def size(self, name: str, sizes: Mapping[str, LinearSize | ExpertsSize]) -> LinearSize | ExpertsSize:
-        """Of what is adapted under this name. `sizes`: of the base's linears and experts' parameters."""
+        """The size of the linear adapted under this name. `sizes`: of the base's linears and experts' parameters."""
         size = sizes[self.of(name)]
         return size._replace(out_features=size.out_features // self.parts)
 
 
 class TrainingPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that decides a job's arithmetic. Fixed when the job first starts; load never changes it."""
+    """All parameters of a job's arithmetic. Fixed when the job first starts; the server's load never changes them."""
 
     seed: int
     n_epochs: int
     batch_size: int  # examples per optimiser step
-    micro_batch_tokens: int  # tokens per pass: splits a batch, changes nothing else
+    micro_batch_tokens: int  # tokens per pass; splits a batch without changing the result
     packing: bool = True  # several sequences per pass, without attention across them
     learning_rate: float
     lr_scheduler: Schedule = "linear"
@@ -69,7 +69,7 @@ class TrainingPlan(msgspec.Struct, frozen=True, kw_only=True):
     memory: MemoryMode = "recompute"
     checkpoint_every: int = 0  # steps; 0: at each epoch's end
     eval_every: int = 0  # steps; 0: with each checkpoint only
-    early_stopping: int = 0  # full evaluations without a better validation loss until it stops; 0: never
+    early_stopping: int = 0  # number of full evaluations without a better validation loss before stopping; 0: off
 
 
 # --- API process -> engine --------------------------------------------------------------------------
@@ -78,7 +78,7 @@ class TrainingPlan(msgspec.Struct, frozen=True, kw_only=True):
 class StartJob(_Message, frozen=True, kw_only=True):
     """Train, from the beginning or from a saved state. Answered by a stream of the messages below.
 
-    `directory` is the job's own: the engine writes `directory/checkpoints/step-N/` and names it in a `Checkpoint`.
+    `directory` is the job's own: the engine writes `directory/checkpoints/step-N/` and reports it in a `Checkpoint`.
     """
 
     id: str
@@ -86,10 +86,10 @@ class StartJob(_Message, frozen=True, kw_only=True):
     train_data: str  # `Dataset` files
     valid_data: str | None = None
     modules: dict[str, ModuleShape]  # by full module name
-    config: dict[str, object]  # adapter_config.json of what comes out
+    config: dict[str, object]  # adapter_config.json of the resulting adapter
     plan: TrainingPlan
-    initial: str | None = None  # directory of an adapter to go on from
-    resume: str | None = None  # directory of a checkpoint of this job to go on from
+    initial: str | None = None  # directory of an adapter to continue from
+    resume: str | None = None  # directory of a checkpoint of this job to resume
 
 
 class StopJob(_Message, frozen=True):
@@ -100,7 +100,7 @@ class StopJob(_Message, frozen=True):
 
 
 class PlanMemory(_Message, frozen=True, kw_only=True):
-    """What would a job of this shape need? Answered by a `MemoryPlan` of the same id, or `Done` with an error."""
+    """Ask for the memory that a job would need. Answered by a `MemoryPlan` of the same id, or `Done` with an error."""
 
     id: str
     modules: dict[str, ModuleShape]
@@ -125,22 +125,22 @@ class Metrics(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class TrainingStep(_Message, frozen=True, kw_only=True):
-    """One optimiser step is done."""
+    """The results of one optimiser step."""
 
     id: str
     metrics: Metrics
     total_steps: int
     learning_rate: float
     grad_norm: float  # before clipping
-    trained_tokens: int  # tokens seen since the job's beginning
+    trained_tokens: int  # since the job's beginning
     seconds: float  # wall time of the step
-    busy_seconds: float  # of these, device time spent on this job's passes
+    busy_seconds: float  # of this, device time of the job's passes
 
 
 class Checkpoint(_Message, frozen=True, kw_only=True):
-    """A complete checkpoint lies in `directory`, not yet synced: adapter files, optimiser state, where the job stood.
+    """A complete checkpoint in `directory`, not yet synced: adapter files, optimiser state, the job's position.
 
-    A "state" is only for going on from: taken when the job is paused, and every so often.
+    A "state" serves only to resume: it is written when the job is paused, and at intervals.
     """
 
     id: str
@@ -160,7 +160,7 @@ class JobEnded(_Message, frozen=True, kw_only=True):
 
 
 class JobNote(_Message, frozen=True):
-    """Something that the job's owner should know."""
+    """A notice to the job's owner."""
 
     id: str
     level: Literal["info", "warn"]
@@ -168,10 +168,10 @@ class JobNote(_Message, frozen=True):
 
 
 class MemoryPlan(_Message, frozen=True, kw_only=True):
-    """Bytes that a job would take beside the base, which is there already.
+    """Bytes that a job would take beside the base, which is loaded already.
 
-    `checkpoint` is the copy that is held while a checkpoint is written. `mode` is the faster memory mode that fits
-    into what is available, None when neither does.
+    `checkpoint` is the copy held while a checkpoint is written. `mode` is the faster memory mode that fits into
+    `available`, None when neither does.
     """
 
     id: str
@@ -185,7 +185,7 @@ class MemoryPlan(_Message, frozen=True, kw_only=True):
     mode: MemoryMode | None
 
     def total(self, mode: MemoryMode) -> int:
-        """All of a job's bytes in one mode, the base aside."""
+        """A job's bytes in one mode, without the base."""
         return self.adapter + self.gradients + self.optimizer + self.checkpoint + self.activations[mode]
 
 

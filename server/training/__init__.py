@@ -1,1 +1,1 @@
-"""QLoRA training on the resident base, in pieces between inference steps. Engine process."""
+"""QLoRA training on the resident base, in pieces between inference steps, in the engine process."""

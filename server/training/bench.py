@@ -1,8 +1,8 @@
-"""The trainer alone, measured: `python -m server.training.bench`, JSON lines in, JSON lines out.
+"""A benchmark of the trainer alone: `python -m server.training.bench`, JSON lines in, JSON lines out.
 
-The first line says what to load and, unless the others do, what to train; it is answered when the base is there. Each
-further one is `{"steps": n}`, with any setting that changes: so many optimiser steps of every job, answered with the
-seconds each took, the tokens of one, and the peak of memory above what the loaded base takes (on a GPU its own memory,
+The first line has the settings of the base and default settings of training; it is answered once the base is loaded.
+Each further line is `{"steps": n}` with any settings to change: it runs n optimiser steps of every job, and is answered
+with the seconds of each step, the tokens of one, and the memory peak above the loaded base's (device memory on a GPU,
 else resident bytes).
 """
 
@@ -27,8 +27,8 @@ DATA = "data.safetensors"
 
 
 def main() -> None:
-    """Answer until standard input ends."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # libraries print; the protocol's channel stays clean
+    """Answer lines until standard input ends."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # libraries print to stdout, which is the protocol's channel
     settings: dict[str, Any] = json.loads(sys.stdin.readline())
     torch.set_num_threads(settings["threads"])
     kernels.set_threads(settings["threads"])
@@ -46,7 +46,7 @@ def main() -> None:
             steps = asked.pop("steps")
             if asked != training:
                 trainer.close()
-                del trainer  # with its jobs and what they kept
+                del trainer  # frees its jobs' memory
                 trainer, training = Trainer(base), asked
                 reset_peak(base.device)
                 random_data(asked, base.vocab_size).save(Path(folder) / DATA)
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def random_data(settings: dict[str, Any], vocabulary: int) -> Dataset:
-    """One step's sequences (`batch_size` of `length`), half of each trained on."""
+    """Return one step's sequences (`batch_size` of `length`), half of each trained on."""
     size, length = settings["batch_size"], settings["length"]
     random = np.random.default_rng(0)
     tokens = random.integers(3, vocabulary, size * length).astype(np.int32)
@@ -69,9 +69,9 @@ def random_data(settings: dict[str, Any], vocabulary: int) -> Dataset:
 
 
 def endless_job(name: str, folder: Path, base: model.Base, settings: dict[str, Any]) -> StartJob:
-    """A job over `folder / DATA` on all linears: `rank`, `batch_size`, `micro_batch_tokens`, `memory`.
+    """Return a job over `folder / DATA` on all linears, with `rank`, `batch_size`, `micro_batch_tokens`, `memory`.
 
-    `name` is a number, and the job's seed.
+    `name` is a number, used as the job's seed.
     """
     rank = settings["rank"]
     return StartJob(
@@ -94,7 +94,7 @@ def endless_job(name: str, folder: Path, base: model.Base, settings: dict[str, A
 
 
 def _step(trainer: Trainer, device: torch.device) -> float:
-    """Run until every job has made a step. Raises RuntimeError when one cannot."""
+    """Run one step of every job; return its seconds. Raises RuntimeError when a job ends."""
     began = time.perf_counter()
     waiting = set(trainer.tasks)
     while waiting:
@@ -110,17 +110,17 @@ def _step(trainer: Trainer, device: torch.device) -> float:
 
 
 def reset_peak(device: torch.device) -> int:
-    """Forget the memory peak so far; the bytes in use now."""
+    """Reset the memory peak; return the bytes in use."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # of the process (Linux)
+        Path("/proc/self/clear_refs").write_text("5")  # resets the process's peak (Linux)
     return peak(device)
 
 
 def peak(device: torch.device) -> int:
-    """Most bytes in use since `reset_peak`."""
+    """Return the most bytes in use since `reset_peak`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status").read_text()

@@ -1,7 +1,7 @@
-"""What a job needs to go on, as files: the adapter, the flat parameters, the optimiser's state, where it stood.
+"""A checkpoint's files: the adapter, the flat parameters, the optimiser's state, the job's position.
 
-The adapter's two files are PEFT's; `state.safetensors` and `state.json` are ours. Whether a directory is whole and
-synced is the API process's business, which hashes it before it believes in it.
+The adapter's two files are PEFT's; `state.safetensors` and `state.json` are ours. The API process checks that a
+directory is complete, by hashes, and syncs it.
 """
 
 import shutil
@@ -20,7 +20,7 @@ STATE = "state.json"
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):
-    """Where a job stands after `step` optimiser steps. Randomness needs no state: it is a function of the step."""
+    """A job's position after `step` optimiser steps. Randomness needs no state: it is a function of the step."""
 
     step: int
     trained_tokens: int
@@ -30,7 +30,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
-    """A copy of everything to be written, which training no longer touches."""
+    """A copy of the tensors and state to write, independent of further training."""
 
     state: State
     adapter: dict[str, tuple[Tensor, Tensor]]
@@ -39,7 +39,7 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def write(directory: Path, snapshot: Snapshot, config: Mapping[str, Any]) -> None:
-    """Write a checkpoint into `directory`, replacing a half-written one. Blocks on the disk; all or nothing stays."""
+    """Write a checkpoint into `directory`, replacing a partial one, or nothing after a fault. Blocks on the disk."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     try:
@@ -53,7 +53,7 @@ def write(directory: Path, snapshot: Snapshot, config: Mapping[str, Any]) -> Non
 
 
 def read(directory: Path) -> tuple[State, Tensor, dict[str, Tensor]]:
-    """The state, the flat parameters and the optimiser's tensors of a checkpoint."""
+    """Return the state, the flat parameters and the optimiser's tensors of a checkpoint."""
     state = msgspec.json.decode((directory / STATE).read_bytes(), type=State)
     tensors = load_file(directory / STATE_TENSORS)
     values = tensors.pop("values")

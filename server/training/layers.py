@@ -1,8 +1,8 @@
-"""A transformers decoder run one layer at a time, and how the sequences of a training pass attend.
+"""A transformers decoder run one layer at a time, and the attention and states of a training pass.
 
-What a layer is called with is captured, not known: each layer's `forward` is replaced by a recorder that returns its
-input while the decoder runs once. The head runs through the model in the same way, so whatever a family does after its
-last layer (norms, scaling, soft caps) is done.
+A layer's arguments are captured rather than constructed: the decoder runs once with each layer's `forward` replaced by
+a recorder that returns its input. The head runs through the model in the same way, so a family's operations after its
+last layer (norms, scaling, soft caps) are included.
 """
 
 from collections import defaultdict
@@ -19,22 +19,22 @@ from transformers.cache_utils import KVSharingDict
 from adapters import kernels
 from server.model.base import Base
 
-_SCANNED = 64  # tokens that a scan takes at a time
+_SCANNED = 64  # chunk of Mamba2's scan, in tokens
 
 
 class Untrainable(ValueError):
-    """The base serves, but its layers cannot be run one by one; the message says why."""
+    """A base that serves, but cannot be trained layer by layer; the message gives the reason."""
 
 
 class SharedStates(KVSharingDict):
-    """Keys and values that layers hand to later ones, in a pass whose layers are differentiated one by one.
+    """Keys and values that layers pass to later layers, while layers are differentiated one by one.
 
-    A layer reads them as inputs of its own; the gradients of all readers go into the layer that wrote them.
+    A layer reads them as inputs of its own; the gradients of all readers are summed for the layer that wrote them.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.layer = 0  # the one that runs
+        self.layer = 0  # the running layer
         self._read: dict[int, list[tuple[str, tuple[Tensor, ...]]]] = defaultdict(list)  # by layer
         self._written: dict[int, list[tuple[str, tuple[Tensor, ...]]]] = defaultdict(list)
         self._gradients: dict[str, list[Tensor]] = {}
@@ -52,7 +52,7 @@ class SharedStates(KVSharingDict):
         return states
 
     def backward(self, layer: int, above: Tensor, gradient: Tensor | None) -> None:
-        """From a layer's output to all that it was computed from."""
+        """Propagate the gradient of a layer's output to its inputs, shared states included."""
         roots, gradients = [above], [gradient]
         for kind, states in self._written.pop(layer, ()):
             for state, summed in zip(states, self._gradients.pop(kind, ()), strict=False):
@@ -68,7 +68,7 @@ class SharedStates(KVSharingDict):
 
 @dataclass(frozen=True)
 class LayerCalls:
-    """The decoder's state before its first layer: hidden [..., T, H], and each layer's other arguments."""
+    """The inputs of the decoder's layers: the first layer's hidden [..., T, H], and each layer's other arguments."""
 
     hidden: Tensor
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
@@ -76,7 +76,7 @@ class LayerCalls:
 
 
 class LayeredModel:
-    """The base's decoder layers and head, callable one by one. The model itself is left as it is after every call.
+    """The base's decoder layers and head, callable one by one. The model is unchanged after every call.
 
     Raises Untrainable.
     """
@@ -105,7 +105,7 @@ class LayeredModel:
 
     @torch.no_grad()
     def calls(self, ids: Tensor, positions: Tensor) -> LayerCalls:
-        """Embed packed tokens `[T]` and catch the layers' arguments. Raises Untrainable."""
+        """Embed packed tokens `[T]` and capture the layers' arguments. Raises Untrainable."""
         inputs: list[Tensor] = []
         arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
@@ -128,18 +128,18 @@ class LayeredModel:
         return LayerCalls(inputs[0], arguments, shared)
 
     def run(self, layer: int, hidden: Tensor, calls: LayerCalls) -> Tensor:
-        """One layer: `[..., T, H] -> [..., T, H]`."""
+        """Run one layer: `[..., T, H] -> [..., T, H]`."""
         calls.shared.layer = layer
         args, kwargs = calls.arguments[layer]
         out: Tensor | tuple[Tensor, ...] = self.layers[layer](hidden, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out
 
     def _returned(self, hidden: Tensor) -> Any:
-        """What a layer returns whose output this is."""
+        """Wrap an output in the form of the layers' return value."""
         return hidden if self._beside is None else (hidden, *self._beside)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """What follows the last layer: `[..., n, H] -> [n, V]`; differentiable."""
+        """Run the part after the last layer, the head included: `[..., n, H] -> [n, V]`; differentiable."""
 
         def same(hidden: Tensor, *_: Any, **__: Any) -> Any:
             return self._returned(hidden)
@@ -154,10 +154,10 @@ class LayeredModel:
 
     @contextmanager
     def _replaced(self, forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
-        """Every layer's `forward` replaced for a moment."""
+        """Replace every layer's `forward` within the context."""
         try:
             for layer, forward in zip(self.layers, forwards, strict=True):
-                layer.__dict__["forward"] = forward  # shadows the class's own
+                layer.__dict__["forward"] = forward  # shadows the class's method
             yield
         finally:
             for layer in self.layers:
@@ -165,7 +165,7 @@ class LayeredModel:
 
 
 class PackedAttention:
-    """`adapters.device.lora.Attention` of a training pass: causal within each sequence, nothing across.
+    """`adapters.device.lora.Attention` of a training pass: causal within each sequence, none across sequences.
 
     Args:
         bounds: `(start, end)` of each packed sequence, covering all tokens.
@@ -186,7 +186,7 @@ class PackedAttention:
         sinks: Tensor | None,
     ) -> Tensor:
         groups = q.shape[1] // k.shape[1]
-        if groups > 1:  # spelled out: with enable_gqa a CPU takes the path that keeps all scores
+        if groups > 1:  # expanded: with enable_gqa a CPU takes the path that stores all scores
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         parts = [_causal(q[i:j], k[i:j], v[i:j], scaling, window, softcap, sinks) for i, j in self._bounds]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
@@ -196,7 +196,7 @@ class PackedStates:
     """`adapters.device.lora.States` of a training pass: each sequence begins with an empty state; differentiable.
 
     Args:
-        bounds: as `PackedAttention` has them.
+        bounds: as in `PackedAttention`.
     """
 
     def __init__(self, bounds: Sequence[tuple[int, int]]) -> None:
@@ -207,7 +207,7 @@ class PackedStates:
         return torch.cat([kernels.convolved(F.pad(x[i:j], before), taps, bias, silu) for i, j in self._bounds])
 
     def recur(self, layer: int, r: kernels.Recurrence) -> Tensor:
-        # Here, so that other models do without these modules.
+        # Imported only for models that need them.
         from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
         from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
@@ -227,7 +227,7 @@ class PackedStates:
 
 @torch.no_grad()
 def _beside(base: Base, layer: nn.Module) -> list[None] | None:
-    """What a layer returns beside its output, in a tuple; None of one that returns that alone. Seen in a short step."""
+    """Return placeholders for a layer's outputs after the first; None if it returns no tuple. Runs one token."""
     returned: list[Any] = []
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
@@ -246,7 +246,7 @@ def _beside(base: Base, layer: nn.Module) -> list[None] | None:
 def _causal(
     q: Tensor, k: Tensor, v: Tensor, scaling: float, window: int, softcap: float, sinks: Tensor | None
 ) -> Tensor:
-    """Attention of one sequence to itself: q, k, v [n, H, D] -> [n, H, D]."""
+    """Causal self-attention of one sequence: q, k, v [n, H, D] -> [n, H, D]."""
     mask = None
     if 0 < window < len(q) or softcap or sinks is not None:
         position = torch.arange(len(q), device=q.device)

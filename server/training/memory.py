@@ -1,6 +1,6 @@
-"""What a job would take, before it starts: arithmetic over the base's shapes, and one measured number.
+"""Prediction of a job's memory: arithmetic over the base's shapes, and one measured number.
 
-The measured number is what autograd keeps of one layer per token: families differ too much for a formula.
+The measured number is the memory that autograd saves per token of a layer: families differ too much for a formula.
 """
 
 from collections.abc import Sequence
@@ -24,14 +24,14 @@ from server.training.trainable import (
     parameters,
 )
 
-HEADROOM = 0.9  # of what is available may be planned with
-KEEP_BELOW = 0.5  # of what is available: mode "keep" is worth its memory while there is plenty
+HEADROOM = 0.9  # share of available memory that a plan may use
+KEEP_BELOW = 0.5  # share of available memory up to which mode "keep" is chosen
 SAMPLE_TOKENS = 32
 OPTIMIZER_BYTES = {"adamw": 8.0, "paged_adamw_32bit": 8.0, "paged_adamw_8bit": 2.0 + 8 / 256}  # per parameter
 
 
 class MemoryModel:
-    """Predicts the memory of jobs on one base.
+    """Memory predictions for jobs on one base.
 
     Args:
         head_rows: rows of the head computed at once.
@@ -43,7 +43,7 @@ class MemoryModel:
         self._head_rows = head_rows
 
     def plan(self, asked: PlanMemory) -> MemoryPlan:
-        """Answer a question; `available` is as of now."""
+        """Return a job's plan, with the memory `available` now."""
         sizes = {linear.name: linear.size for linear in self._base.trainable}
         numbers = sum(parameters(sizes, asked.modules, asked.scale_vector))
         optimizer = round(numbers * OPTIMIZER_BYTES[asked.optimizer])
@@ -70,10 +70,10 @@ class MemoryModel:
         adapted = {shape.of(name) for name, shape in asked.modules.items()}
         experts = any(linear.name in adapted for linear in self._base.experts)
         per_layer = [self._layer_bytes[experts] * tokens for _ in range(layers)]
-        for linear in self._base.linears:  # what the adapter itself keeps: A x
+        for linear in self._base.linears:  # saved by the adapter itself: A x
             if shape := asked.modules.get(linear.name):
                 per_layer[self._model.layer_of[linear.index]] += shape.rank * tokens * width
-        # Beside what is kept: gradients on their way through the widest part of a layer, or the logits of a chunk.
+        # Temporary memory: gradients passing through the widest part of a layer, or the logits of a chunk.
         widest = max(linear.out_features for linear in self._base.linears)
         decoded = 4 * max(linear.out_features * linear.in_features for linear in self._base.linears)
         passing = 4 * widest * tokens * width + decoded
@@ -90,10 +90,9 @@ class MemoryModel:
 
     @cached_property
     def _layer_bytes(self) -> tuple[int, int]:
-        """Bytes that autograd keeps of one layer per token, adapters on every linear but without their own numbers;
-        and with adapters on the experts as well.
+        """Bytes saved by autograd per token of one layer: with adapters on every linear, and on the experts as well.
 
-        Of the first layer, or of the first that keeps a state and the first that keeps none, whichever is more.
+        The adapters' parameters are not counted. The largest of the layer types, with and without states or experts.
         """
         routed = {self._model.layer_of[linear.index] for linear in self._base.experts}
         firsts = {(layer in self._base.states, layer in routed): layer for layer in reversed(range(len(self._model)))}
@@ -121,7 +120,7 @@ class MemoryModel:
         slot.attention, slot.states = PackedAttention([(0, SAMPLE_TOKENS)]), PackedStates([(0, SAMPLE_TOKENS)])
         try:
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-                # The graph stays alive until everything has been counted, so no storage is counted twice.
+                # The graph stays alive until all storages are counted, so no address is reused meanwhile.
                 out = self._model.run(layer, calls.hidden.requires_grad_(), calls)
         finally:
             slot.deltas = slot.experts = slot.attention = slot.states = None
@@ -135,7 +134,7 @@ class MemoryModel:
 
 
 def _bytes_of(model: nn.Module) -> int:
-    """Bytes of a model's distinct tensors."""
+    """Return the bytes of a model's distinct storages."""
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*model.parameters(), *model.buffers())
     }

@@ -1,7 +1,7 @@
 """AdamW over a job's flat parameters, a slice at a time, so that an update is several short pieces of work.
 
-torch's fused AdamW, or bitsandbytes' paged ones: on a CPU there is nothing to page, so only the width of their state
-differs there. The state can be taken out and put back bit for bit.
+torch's fused AdamW, or bitsandbytes' paged variants: on a CPU there is nothing to page, so only the width of their
+state differs there. The state can be saved and restored bit for bit.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ class AdamW:
 
     Args:
         values, grads: fp32 [parameters].
-        decayed: how many of the first numbers are subject to weight decay.
+        decayed: number of leading parameters subject to weight decay.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class AdamW:
                 self._slices.append(_make(parameter, kind, decay))
 
     def updates(self) -> Iterator["Update"]:
-        """The pieces of one step."""
+        """Return the pieces of one step."""
         return iter([Update(optimizer) for optimizer in self._slices])
 
     def state(self) -> dict[str, Tensor]:
-        """Copies of the optimiser's state, by name."""
+        """Return copies of the optimiser's state, by name."""
         found = {}
         for number, optimizer in enumerate(self._slices):
             for name, value in optimizer.state[_parameter(optimizer)].items():
@@ -51,7 +51,7 @@ class AdamW:
         return found
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state` returned."""
+        """Restore a result of `state`."""
         for number, optimizer in enumerate(self._slices):
             parameter = _parameter(optimizer)
             prefix = f"{number}."
@@ -61,7 +61,7 @@ class AdamW:
                 if name.startswith(prefix)
             }
             if entries and not isinstance(optimizer, torch.optim.AdamW):
-                entries["step"] = int(entries["step"])  # bitsandbytes counts with a plain number
+                entries["step"] = int(entries["step"])  # bitsandbytes keeps a plain int
             optimizer.state[parameter] = entries
 
 
@@ -73,7 +73,7 @@ class Update:
 
     @property
     def size(self) -> int:
-        """Numbers that it updates."""
+        """The number of parameters updated."""
         return _parameter(self._optimizer).numel()
 
     def run(self, learning_rate: float) -> None:

@@ -10,28 +10,28 @@ class Pacer:
     """Admits pieces of gap work between inference steps.
 
     Args:
-        max_stall: seconds of training that may lie between two inference steps.
-        share: of the device's time, at most, while requests run (below 1).
+        max_stall: most seconds of gap work between two inference steps.
+        share: most of the device's time while requests run (below 1).
     """
 
     def __init__(self, max_stall: float, share: float, clock: Callable[[], float] = time.monotonic) -> None:
         self.max_stall = max_stall
-        self._per_second = share / (1.0 - share)  # seconds of training earned by a second of inference
+        self._per_second = share / (1.0 - share)  # seconds of gap work earned by a second of inference
         self._clock = clock
         self._earned = 0.0
         self._left = 0.0  # of this gap
         self._last_piece = clock()
 
     def served(self, seconds: float) -> None:
-        """An inference step is over, and with it a new gap begins."""
-        # Time not spent in a gap is saved up for a few only: a burst of work would delay requests.
+        """Count a finished inference step; a new gap begins."""
+        # Unspent time is saved for a few gaps only: a burst of work would delay requests.
         self._earned = min(self._earned + seconds * self._per_second, 4 * self.max_stall)
         self._left = self.max_stall
 
     def allows(self, seconds: float) -> bool:
-        """Whether a piece that takes about this long may run now.
+        """Whether a piece of about this duration may run now.
 
-        A piece that is too long for any gap runs once a second, so that its job does not stand still.
+        A piece too long for any gap runs once a second, so that its job makes progress.
         """
         if self._per_second == 0.0:
             return False
@@ -40,7 +40,7 @@ class Pacer:
         return self._clock() - self._last_piece > STARVED_SECONDS
 
     def spent(self, seconds: float) -> None:
-        """A piece has run."""
+        """Count a finished piece."""
         self._left -= seconds
         self._earned -= seconds
         self._last_piece = self._clock()

@@ -1,7 +1,7 @@
-"""Which examples a job trains on in which step, and how fast: pure arithmetic, decided when the job starts.
+"""A job's examples and learning rate in each step: pure arithmetic, fixed when the job starts.
 
 A step's examples depend on (seed, epoch) alone and its micro-batches on their lengths alone, so that a restarted job
-does exactly what an undisturbed one would have done.
+computes exactly the same as an uninterrupted one.
 """
 
 import math
@@ -15,7 +15,7 @@ from server.messages.training import TrainingPlan
 
 @dataclass(frozen=True)
 class Steps:
-    """The steps of a job over `examples` sequences of these lengths."""
+    """The steps of a job over sequences of these lengths."""
 
     plan: TrainingPlan
     lengths: Sequence[int]  # tokens of each sequence
@@ -29,28 +29,28 @@ class Steps:
         return self.per_epoch * self.plan.n_epochs
 
     def batch(self, step: int) -> list[int]:
-        """Indices of the sequences of a step (counted from 0): each epoch a fresh order, each sequence once in it."""
+        """Return a step's sequence indices (steps from 0). Each epoch has every sequence once, in a new order."""
         epoch, position = divmod(step, self.per_epoch)
         order = np.random.Generator(np.random.Philox(key=[self.plan.seed, epoch])).permutation(len(self.lengths))
         first = position * self.plan.batch_size
         return [int(index) for index in order[first : first + self.plan.batch_size]]
 
     def micro_batches(self, step: int) -> list[list[int]]:
-        """The step's sequences, cut into passes."""
+        """Return the step's sequences, split into passes."""
         return pack(self.batch(step), self.lengths, self.plan.micro_batch_tokens if self.plan.packing else 0)
 
     def saves(self, step: int) -> bool:
-        """Whether a checkpoint follows after this step (the last step is always saved)."""
+        """Whether a checkpoint follows this step (the last step is always saved)."""
         every = self.plan.checkpoint_every or self.per_epoch
         return (step + 1) % every == 0 or step + 1 == self.total
 
     def evaluates(self, step: int) -> bool:
-        """Whether the whole validation set is looked at after this step."""
+        """Whether an evaluation on the whole validation set follows this step."""
         every = self.plan.eval_every
         return self.saves(step) or (every > 0 and (step + 1) % every == 0)
 
     def learning_rate(self, step: int) -> float:
-        """The rate of a step: warm-up to the peak, then constant or down to zero at the end."""
+        """Return a step's learning rate: warm-up to the peak, then constant or decreasing to zero at the end."""
         peak, warmup = self.plan.learning_rate, self.plan.warmup_steps
         if step < warmup:
             return peak * (step + 1) / warmup
@@ -67,7 +67,7 @@ class Steps:
 def pack(indices: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Group sequences so that each group has at most `max_tokens` tokens (a longer sequence is a group of its own).
 
-    First fit, longest first: few groups, and the same ones for the same lengths.
+    First fit, longest first: few groups, and the same groups for the same lengths.
     """
     groups: list[list[int]] = []
     room: list[int] = []

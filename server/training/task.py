@@ -1,7 +1,7 @@
-"""One job inside the engine: its data, parameters, optimiser, and where it stands.
+"""One job inside the engine: its data, parameters, optimiser and position.
 
-The trainer asks it for micro-batches, tells it what came out and lets it save; what it has to say to the API process
-collects in `replies`.
+The trainer takes micro-batches from it, reports their results to it and has it save; its messages to the API process
+collect in `replies`.
 """
 
 import time
@@ -41,7 +41,7 @@ from server.training.plan import Steps, pack
 from server.training.trainable import Dropout, TrainableAdapter
 
 MAX_SKIPPED_IN_A_ROW = 5
-AUTOSAVE_SECONDS = 60.0  # so much work, at most, is done again after a kill
+AUTOSAVE_SECONDS = 60.0  # most work repeated after a kill
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class MicroBatch:
     ids: Tensor  # int64 [T]
     positions: Tensor  # int64 [T], from 0 in each sequence
     bounds: list[tuple[int, int]]  # of each sequence
-    rows: Tensor  # int64 [n], tokens whose successor is trained on
-    labels: Tensor  # int64 [n], these successors
+    rows: Tensor  # int64 [n], positions before the tokens trained on
+    labels: Tensor  # int64 [n], the tokens trained on
     weight: float  # of one label's loss in the gradient; 0 for an evaluation
     dropout: Dropout | None
 
@@ -78,7 +78,7 @@ class Tally:
 class Task:
     """A running job.
 
-    Raises OSError, ValueError or KeyError when its files do not hold what they should.
+    Raises OSError, ValueError or KeyError for missing or invalid files.
     """
 
     def __init__(self, start: StartJob, linears: Sequence[LoraLinear | ExpertLinear], device: torch.device) -> None:
@@ -126,21 +126,21 @@ class Task:
         self._writing: tuple[Future[None], Checkpoint] | None = None
         if self.state.step < self.steps.total:
             self.begin_step()
-        else:  # killed between the last step's checkpoint and the news of it
+        else:  # killed between the last step's checkpoint and its report
             self._to_save, self._outcome = "final", "succeeded"
 
-    # --- what to compute -------------------------------------------------------------------------------
+    # --- micro-batches ---------------------------------------------------------------------------------
 
     @property
     def next(self) -> MicroBatch | None:
-        """What the next pass should hold of this job; stays until `took` is called.
+        """The job's micro-batch for the next pass, the same until `took` is called.
 
-        Nothing while a checkpoint is due: with the one before it still being written, training would run past its step.
+        None while a checkpoint is due: training would run past its step while the one before is still being written.
         """
         return self._queue[0] if self._queue and not self.must_save and not self.over else None
 
     def begin_step(self) -> None:
-        """Queue the micro-batches of the current step, from the first; gradients start at zero."""
+        """Queue all micro-batches of the current step, and zero the gradients."""
         step = self.state.step
         groups = self.steps.micro_batches(step)
         labels = sum(int(self._train.sequence(index)[1].sum()) for group in groups for index in group)
@@ -154,7 +154,7 @@ class Task:
             self._queue.append(self._micro_batch(self._train, group, 1.0 / labels, dropout))
 
     def took(self, loss: float, correct: int) -> None:
-        """The micro-batch is done, with these sums over its labels."""
+        """Count a finished micro-batch, with sums over its labels."""
         done = self._queue.popleft()
         self._tally.loss += loss
         self._tally.correct += correct
@@ -180,10 +180,10 @@ class Task:
             dropout=dropout,
         )
 
-    # --- after the last micro-batch -----------------------------------------------------------------------
+    # --- end of a step ------------------------------------------------------------------------------------
 
     def clip(self) -> bool:
-        """Bound the gradient's norm. False when the loss or the gradient is not finite: then it must not be applied."""
+        """Clip the gradient's norm. False when the loss or gradient is not finite: it must not be applied then."""
         self._grad_norm = float(torch.linalg.vector_norm(self.adapter.grads))
         self._rate = self.steps.learning_rate(self.state.step)
         limit = self.plan.max_grad_norm
@@ -192,11 +192,11 @@ class Task:
         return bool(np.isfinite(self._grad_norm)) and self._tally.mean_loss is not None
 
     def updates(self) -> Iterator[tuple[Update, float]]:
-        """The optimiser's pieces for this step, each with the learning rate."""
+        """Return the optimiser's pieces of this step, each with the learning rate."""
         return ((update, self._rate) for update in self._optimizer.updates())
 
     def stepped(self, *, applied: bool) -> None:
-        """Count the step. An evaluation follows when one is due."""
+        """Count the step, and queue an evaluation when one is due."""
         step = self.state.step
         self._metrics = Metrics(
             step=step + 1, train_loss=self._tally.mean_loss, train_mean_token_accuracy=self._tally.accuracy
@@ -220,7 +220,7 @@ class Task:
             self._close_step()
 
     def evaluated(self) -> None:
-        """The evaluation is over: its sums belong to the step."""
+        """Add a finished evaluation's results to the step."""
         loss, accuracy = self._tally.mean_loss, self._tally.accuracy
         self._metrics = replace(
             self._metrics,
@@ -239,7 +239,7 @@ class Task:
         self._close_step()
 
     def _close_step(self) -> None:
-        """Report the step, and decide what comes next: a checkpoint, the end, or the next step."""
+        """Report the step, and schedule a checkpoint, the end, or the next step."""
         now = time.monotonic()
         self.replies.append(
             TrainingStep(
@@ -277,26 +277,26 @@ class Task:
 
     @property
     def must_save(self) -> bool:
-        """A checkpoint is due; nothing else may be computed for this job before it is taken."""
+        """Whether a checkpoint is due; nothing else may be computed for this job before it is taken."""
         return self._to_save is not None and not self.over
 
     @property
     def can_save(self) -> bool:
-        """A checkpoint is due and the one before it is on its way no longer."""
+        """Whether a checkpoint is due and none is being written."""
         return self.must_save and self._writing is None
 
     @property
     def over(self) -> bool:
-        """Nothing is computed for the job any more; it has ended when no checkpoint is being written either."""
+        """Whether computing for the job is finished; it has ended once no checkpoint is being written either."""
         return self._last is not None
 
     @property
     def ended(self) -> bool:
-        """The last reply, `JobEnded`, has been made."""
+        """Whether the last reply, `JobEnded`, has been queued."""
         return bool(self.replies) and isinstance(self.replies[-1], JobEnded)
 
     def save(self, writer: Executor) -> None:
-        """Copy the state and let `writer` write it while training goes on."""
+        """Copy the state, and have `writer` write it while training continues."""
         assert self._to_save is not None
         snapshot = Snapshot(
             state=self.state,
@@ -317,7 +317,7 @@ class Task:
         self._saved_at = time.monotonic()
 
     def poll(self) -> None:
-        """Report a checkpoint that has been written, and the end after the last one."""
+        """Report a written checkpoint, and the end after the last one."""
         if self._writing is not None and self._writing[0].done():
             (future, reply), self._writing = self._writing, None
             if fault := future.exception():
@@ -327,7 +327,7 @@ class Task:
                 self.replies.append(reply)
                 if self._outcome is not None and not self.must_save:
                     self._end(JobEnded(id=self.id, outcome=self._outcome))
-        # While one is being written the job's directory may not be removed.
+        # `JobEnded` allows the job's directory to be removed, so it waits for a checkpoint being written.
         if self._last is not None and self._writing is None and not self.ended:
             self.replies.append(self._last)
 

@@ -1,7 +1,7 @@
 """An adapter being trained: fp32 parameters, their gradients, and its part in a training pass.
 
-All of a job's numbers lie in one flat tensor and all gradients in another, so that clipping, optimiser, checkpoint and
-restore are a few operations on flat memory; A and B are views.
+All of a job's parameters are in one flat tensor and all gradients in another, so that clipping, optimiser, checkpoint
+and restore are a few operations on flat memory; A and B are views.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from server.messages.training import Init, ModuleShape
 
 
 def stream(device: torch.device, *key: object) -> torch.Generator:
-    """A random generator that depends on `key` alone: numbers drawn elsewhere do not shift its own."""
+    """Return a random generator seeded by `key` alone, independent of all other draws."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest) >> 1)
 
@@ -37,10 +37,10 @@ class _Module:
     b: nn.Parameter  # [out, rank]
     scale_vector: nn.Parameter | None  # [out]
     scaling: float
-    first: int  # of the linear's outputs
+    first: int  # index of its first output in the linear
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
-        """Adds to y [rows, all outputs] in place; returns A x [rows, rank], which `backward` needs again."""
+        """Add to y [rows, all outputs] in place; return A x [rows, rank], which `backward` needs."""
         down = x @ self.a.to(x.dtype).T
         b = self.b.to(x.dtype)
         y = self._own(y)
@@ -54,11 +54,11 @@ class _Module:
         return y[:, self.first : self.first + len(self.b)]
 
     def folded(self) -> Tensor:
-        """B with the scale vector in it, detached."""
+        """Return B with the scale vector multiplied in, detached."""
         return (self.b if self.scale_vector is None else self.scale_vector[:, None] * self.b).detach()
 
     def backward(self, x: Tensor, down: Tensor, dy: Tensor) -> Tensor:
-        """dy [rows, all outputs] -> dx [rows, in]; the parameters' gradients are added to their own."""
+        """Return dx [rows, in] for dy [rows, all outputs], and accumulate the parameters' gradients."""
         dy = self._own(dy)
         if self.scale_vector is not None:
             _accumulate(self.scale_vector, ((down @ self.b.to(x.dtype).T) * dy).sum(0), self.scaling)
@@ -85,7 +85,7 @@ def _accumulate_product(parameter: nn.Parameter, left: Tensor, right: Tensor, fa
 def parameters(
     sizes: Mapping[str, LinearSize | ExpertsSize], shapes: Mapping[str, ModuleShape], scale_vector: bool
 ) -> tuple[int, int]:
-    """How many numbers A and B hold, and scale vectors."""
+    """Return the number of parameters in A and B, and in scale vectors."""
     here = {name: shape for name, shape in shapes.items() if shape.of(name) in sizes}
     adapted = [(shape.size(name, sizes), shape.rank) for name, shape in here.items()]
     matrices = sum(size.pairs * rank * (size.in_features + size.out_features) for size, rank in adapted)
@@ -93,25 +93,25 @@ def parameters(
 
 
 class _Site(NamedTuple):
-    """What is trained under one name of `shapes`: a pair of A and B, or one for each expert."""
+    """The trained part under one name of `shapes`: a pair of A and B, or one for each expert."""
 
     name: str
-    place: str  # in the file; with a * where each expert's has a place of its own
+    place: str  # module name in the adapter's file; with a * where each expert has a name of its own
     pairs: list[_Module]
 
 
 class TrainableAdapter:
-    """LoRA parameters over some linears of a base; those of experts have a pair for each.
+    """LoRA parameters over some linears of a base, with a pair of A and B for each expert.
 
     Args:
         linears: every linear of the base, experts' included.
-        shapes: full names of the linears to adapt, or of experts' own, and how.
-        scale_vector: train a factor per output as well, from 1.
-        seed: decides A; B starts at zero.
+        shapes: by full name of each linear to adapt, or of experts' own.
+        scale_vector: train a factor per output as well, initially 1.
+        seed: of A; B starts at zero.
 
     Attributes:
         values, grads: fp32 [parameters], trained parameters and their accumulated gradient; scale vectors come last.
-        decayed: how many of the first numbers weight decay applies to (not the scale vectors: they belong near 1).
+        decayed: number of leading parameters with weight decay (not the scale vectors, which belong near 1).
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class TrainableAdapter:
         init: Init = "kaiming",
         scale_vector: bool = False,
     ) -> None:
-        named: dict[str, list[str]] = {}  # linear -> names of what adapts it
+        named: dict[str, list[str]] = {}  # linear -> names in `shapes`
         for name, shape in shapes.items():
             named.setdefault(shape.of(name), []).append(name)
         adapted = [linear for linear in linears if linear.name in named]
@@ -161,7 +161,7 @@ class TrainableAdapter:
         self.values[matrices:].fill_(1.0)
 
     def _parameter(self, first: int, *shape: int) -> nn.Parameter:
-        """A part of the flat tensors, as a leaf whose gradient accumulates in place."""
+        """Return a view of the flat tensors as a leaf, with its gradient accumulated in place."""
         part = slice(first, first + math.prod(shape))
         parameter = nn.Parameter(self.values[part].view(shape))
         parameter.grad = self.grads[part].view(shape)
@@ -169,16 +169,16 @@ class TrainableAdapter:
 
     @property
     def linears(self) -> set[int]:
-        """Indices of the linears that it adapts."""
+        """The indices of the adapted linears."""
         return set(self._sites)
 
     def __contains__(self, linear_index: int) -> bool:
         return linear_index in self._sites
 
     def tensors(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The adapter as PEFT knows it, detached: module -> (A [rank, in], B [out, rank]), the vector folded into B.
+        """Return the adapter in PEFT's form, detached: module -> (A [rank, in], B [out, rank]), scale vector folded in.
 
-        Those of a layer's experts are one pair, A expert by expert and B rank by rank; or one for each expert's own.
+        A layer's experts are one pair, A ordered by expert and B by rank, or a pair for each expert's own module.
         """
         found = {}
         for index, sites in self._sites.items():
@@ -193,10 +193,10 @@ class TrainableAdapter:
         return found
 
     def load(self, tensors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Go on from an adapter of the same linears and ranks (any scale vector starts at 1 again).
+        """Continue from an adapter of the same linears and ranks (a scale vector starts at 1 again).
 
         Args:
-            tensors: by the names of `shapes`; those of experts A expert by expert and B rank by rank.
+            tensors: by the names of `shapes`; those of experts with A ordered by expert and B by rank.
         """
         with torch.no_grad():
             for name, _, pairs in (site for sites in self._sites.values() for site in sites):
@@ -207,26 +207,26 @@ class TrainableAdapter:
                     pair.b.copy_(ranks[..., expert])
 
     def modules(self, linear_index: int, expert: int = 0) -> list[_Module]:
-        """What is trained of one linear."""
+        """Return the trained parts of one linear."""
         return [site.pairs[expert] for site in self._sites[linear_index]]
 
 
 @dataclass(frozen=True)
 class Dropout:
-    """What of a LoRA input is dropped, decided by the job, step and micro-batch: recomputing drops the same."""
+    """Dropout of LoRA inputs, seeded by the job, step and micro-batch: recomputing drops the same elements."""
 
     probability: float
     key: tuple[object, ...]
 
     def mask(self, linear_index: int, x: Tensor) -> Tensor:
-        """0 or 1 / (1 - p) for each number of `x`."""
+        """Return 0 or 1 / (1 - p) for each element of `x`."""
         keep = 1.0 - self.probability
         mask = torch.empty_like(x, requires_grad=False)
         return mask.bernoulli_(keep, generator=stream(x.device, *self.key, linear_index)).div_(keep)
 
 
 class TrainingSegment(NamedTuple):
-    """A run of a pass's tokens that belongs to one job."""
+    """Consecutive tokens of a pass that belong to one job."""
 
     start: int
     end: int
@@ -235,7 +235,7 @@ class TrainingSegment(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """A run of a linear's rows, and what is trained there."""
+    """Consecutive rows of a linear's input, and the module trained on them."""
 
     start: int
     end: int
@@ -288,15 +288,15 @@ class TrainingExperts:
 def _added(x: Tensor, y: Tensor, index: int, parts: Sequence[_Part]) -> Tensor:
     if not parts:
         return y
-    # The anchor has the pass come back here even if x wants no gradient.
+    # The anchor, a parameter, makes autograd call `backward` even if x needs no gradient.
     added: Tensor = _Deltas.apply(x, y, parts[0].module.a, index, parts)
     return added
 
 
 class _Deltas(torch.autograd.Function):
-    """`y + delta(x)` for all parts of one linear, in place: one node of the graph, and no more kept than x and A x.
+    """`y + delta(x)` for all parts of one linear, in place: one graph node that saves only x and A x.
 
-    Parameters' gradients go straight into their `grad`; what was dropped is drawn again on the way back.
+    Parameters' gradients are added directly to their `grad`; dropout masks are drawn again in the backward pass.
     """
 
     @staticmethod

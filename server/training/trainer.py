@@ -1,9 +1,9 @@
 """Training on the resident base, in pieces short enough to fit between inference steps.
 
-One pass takes the next micro-batch of every running job, packed side by side: the base is decoded once for all. It
-goes forward without gradients, keeping each layer's input; then the head and the loss in chunks; then from the top
-layer down each layer is recomputed with gradients and left behind. (Mode "keep" keeps the layers' graphs instead.)
-The trainer knows how to run one piece and what the next will cost; when it runs is the engine loop's decision.
+One pass takes the next micro-batch of every running job, packed together: the base is dequantised once for all. The
+forward pass runs without gradients and keeps each layer's input; then the head and the loss are computed in chunks;
+then each layer, from the top down, is recomputed with gradients and freed. (Mode "keep" keeps the layers' graphs
+instead.) The trainer runs one piece and estimates the next; the engine loop decides when it runs.
 """
 
 import logging
@@ -30,13 +30,13 @@ from server.training.trainable import TrainingDeltas, TrainingExperts, TrainingS
 
 log = logging.getLogger("lorakeet.finetune")
 
-HEAD_FLOP = {"cpu": 4e9, "cuda": 4e12}  # arithmetic of one chunk of the head, about
+HEAD_FLOP = {"cpu": 4e9, "cuda": 4e12}  # approximate arithmetic of one chunk of the head
 HEAD_LOGITS = 64 << 20  # most logits in one chunk
-WIDE = 256  # tokens of every job in a pass: then what torch does of it on a CPU is worth waking its threads
+WIDE = 256  # tokens of every job in a pass from which, on a CPU, torch's part is worth several threads
 
 
 class Piece(NamedTuple):
-    """The next bit of work, announced before it is done."""
+    """The next piece of work, announced before it runs."""
 
     kind: str
     size: int
@@ -50,7 +50,7 @@ class _Share:
     batch: MicroBatch
     start: int  # of its tokens in the pass
     end: int
-    loss: list[Tensor] = field(default_factory=list)  # sums over labels, one a chunk
+    loss: list[Tensor] = field(default_factory=list)  # sums over labels, one per chunk
     correct: list[Tensor] = field(default_factory=list)
 
 
@@ -61,9 +61,9 @@ class Trainer:
         base: the resident model; its bytes never change.
 
     Attributes:
-        handles: the messages that are for it.
-        tasks: the jobs by id, in the order in which they came.
-        piece: what `run_piece` will do next.
+        handles: the types of its messages.
+        tasks: the jobs by id, in order of arrival.
+        piece: the next piece of `run_piece`.
     """
 
     handles = (StartJob, StopJob, PlanMemory)
@@ -72,15 +72,15 @@ class Trainer:
         self._base = base
         self.tasks: dict[str, Task] = {}
         self.piece: Piece | None = None
-        self._group: list[Task] = []  # whose work the current piece is
+        self._group: list[Task] = []  # the jobs of the current piece
         self._native = kernels.runs_natively(base.device, base.dtype)
         self._wide = False  # the current pass
         self._replies: list[JobReply | MemoryPlan | Done] = []
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
-        self._seconds: dict[tuple[str, int], float] = {}  # what pieces of a kind and size have cost lately
+        self._seconds: dict[tuple[str, int], float] = {}  # moving average by kind and size of piece
         self._pieces = self._work()
 
-    # Made when the first job asks: a base that cannot be trained is served all the same.
+    # Created for the first job: a base that cannot be trained is still served.
 
     @cached_property
     def _model(self) -> LayeredModel:
@@ -97,10 +97,10 @@ class Trainer:
     def _memory(self) -> MemoryModel:
         return MemoryModel(self._base, self._model, self._head_rows)
 
-    # --- what the engine loop calls (a `GapWorker`) -------------------------------------------------------------
+    # --- interface to the engine loop (a `GapWorker`) -----------------------------------------------------------
 
     def handle(self, message: Request) -> None:
-        """Start or stop a job, or answer by a `MemoryPlan`."""
+        """Start or stop a job, or answer with a `MemoryPlan`."""
         match message:
             case StartJob():
                 self.start(message)
@@ -110,7 +110,7 @@ class Trainer:
                 self._replies.append(self._plan(message))
 
     def start(self, message: StartJob) -> None:
-        """Begin or go on with a job; a fault is reported as the job's end."""
+        """Start or resume a job; a fault is reported as the job's end."""
         try:
             self._check(message.modules)
             self.tasks[message.id] = Task(message, self._base.trainable, self._base.device)
@@ -119,7 +119,7 @@ class Trainer:
             self._replies.append(JobEnded(id=message.id, outcome="failed", code=code, message=text))
 
     def plan_memory(self, message: PlanMemory) -> MemoryPlan:
-        """A job's memory, and what is free beside that in use now. Raises whatever training it would raise."""
+        """Return a job's memory, and the memory free now. Raises Untrainable, and faults of the measured layers."""
         self._check(message.modules)
         return self._memory.plan(message)
 
@@ -131,7 +131,7 @@ class Trainer:
             return Done(id=message.id, error=text, code=code)
 
     def _check(self, modules: Mapping[str, ModuleShape]) -> None:
-        """Raises Untrainable unless all of these are linears of the layers, which are run one by one."""
+        """Raise Untrainable unless all modules are linears inside the layers, which are run one by one."""
         inside = {linear.name for linear in self._base.trainable if linear.index in self._model.layer_of}
         if outside := sorted({shape.of(name) for name, shape in modules.items()} - inside):
             raise Untrainable(f"{outside[0]} is outside its layers; leave it out of target_modules")
@@ -143,12 +143,12 @@ class Trainer:
 
     @property
     def idle(self) -> bool:
-        """There is no job."""
+        """Whether there is no job."""
         return not self.tasks
 
     @property
     def ready(self) -> bool:
-        """There is a piece to run now."""
+        """Whether there is a piece to run now."""
         if self.piece is not None and self.piece.kind != "nothing":
             return True
         tasks = [task for task in self.tasks.values() if not task.over]
@@ -156,20 +156,20 @@ class Trainer:
 
     @property
     def next_seconds(self) -> float:
-        """About how long the next piece will take; 0 when nothing like it has run yet."""
+        """Estimated duration of the next piece; 0 when no similar piece has run yet."""
         return 0.0 if self.piece is None else self._seconds.get(_bucket(self.piece), 0.0)
 
     def run_piece(self) -> float:
-        """Run the next piece; the seconds it took. A fault ends the job that caused it and nothing else.
+        """Run the next piece; return its seconds. A fault ends only the job that caused it.
 
-        Raises a fault of the device, after which nothing works on it: jobs go on when the engine has been restarted.
+        Raises device faults, after which the device is unusable: jobs continue after the engine's restart.
         """
         began = time.monotonic()
         piece = self.piece
         try:
             with kernels.one_torch_thread() if self._native and not self._wide else nullcontext():
                 self.piece = next(self._pieces)
-            if self._base.device.type == "cuda":  # launches return at once: only now the device has done the piece
+            if self._base.device.type == "cuda":  # launches are asynchronous: wait for the piece
                 torch.cuda.current_stream(self._base.device).synchronize()
         except Exception as fault:
             self._recover(fault)
@@ -182,7 +182,7 @@ class Trainer:
         return seconds
 
     def take_replies(self) -> list[JobReply | MemoryPlan | Done]:
-        """Messages about jobs since the last call."""
+        """Return the messages since the last call."""
         for task in list(self.tasks.values()):
             task.poll()
             self._replies += task.replies
@@ -195,10 +195,10 @@ class Trainer:
     def close(self) -> None:
         self._writer.shutdown(wait=False, cancel_futures=True)
 
-    # --- the pieces -------------------------------------------------------------------------------------------
+    # --- pieces -----------------------------------------------------------------------------------------------
 
     def _work(self) -> Iterator[Piece]:
-        """Endless: announces a piece, and does it when asked for the next one."""
+        """Yield pieces without end: each is announced, and runs when the next one is requested."""
         while True:
             tasks = [task for task in self.tasks.values() if not task.over]
             for task in tasks:
@@ -222,18 +222,18 @@ class Trainer:
                 yield from self._after(task, train=not evaluations)
 
     def _pass(self, shares: Sequence["_Share"], *, train: bool) -> Iterator[Piece]:
-        """One micro-batch of each job through the model, its gradients into the jobs' own."""
+        """Run one micro-batch of each job through the model; gradients are added to the jobs' own."""
         tokens = shares[-1].end
-        # Products of fewer rows differ in their last bits with torch's threads: no job's may hang on its neighbours.
+        # Products of fewer rows differ in their last bits with torch's threads; a job's must not depend on other jobs.
         self._wide = min(len(share.batch.ids) for share in shares) >= WIDE
         adapted = {index for share in shares for index in share.task.adapter.linears}
-        lowest = min(self._model.layer_of[index] for index in adapted)  # below it nothing is trained
+        lowest = min(self._model.layer_of[index] for index in adapted)  # no layer below is trained
         keep = train and all(share.task.plan.memory == "keep" for share in shares)
         yield Piece("embed", tokens)
         calls = self._model.calls(_joined([s.batch.ids for s in shares]), _joined([s.batch.positions for s in shares]))
-        hidden = calls.hidden  # [..., T, H]: of most families [1, T, H], of some with several streams before it
+        hidden = calls.hidden  # [..., T, H]: [1, T, H] in most families, more dimensions for several streams
         inputs: list[Tensor] = []  # of the layers from `lowest` on
-        outputs: list[Tensor] = []  # of the same, with their graphs, in mode "keep"
+        outputs: list[Tensor] = []  # of these layers, with their graphs, in mode "keep"
         for layer in range(len(self._model)):
             yield Piece("forward", tokens)
             with self._installed(shares), torch.set_grad_enabled(keep and layer >= lowest):
@@ -271,7 +271,7 @@ class Trainer:
             share.task.took(float(sum(share.loss)), int(sum(share.correct)))
 
     def _loss(self, share: "_Share", hidden: Tensor, rows: Tensor, labels: Tensor, gradient: Tensor | None) -> None:
-        """The loss of some tokens of `hidden` [..., T, H], and its gradient into `gradient`."""
+        """Add the loss of some tokens of `hidden` [..., T, H] to the share, and write its gradient into `gradient`."""
         with torch.set_grad_enabled(gradient is not None):
             picked = hidden[..., rows, :].requires_grad_(gradient is not None)  # [..., n, H]
             logits = self._model.logits(picked).float()  # [n, V]
@@ -284,7 +284,7 @@ class Trainer:
                 gradient[..., rows, :] = picked.grad.to(gradient.dtype)
 
     def _after(self, task: Task, *, train: bool) -> Iterator[Piece]:
-        """The end of a job's step, if this pass was its last: clip, update, count; or the end of an evaluation."""
+        """Finish a job's step after its last pass: clip, update, count; or finish its evaluation."""
         if task.over or task.next is not None:
             return
         if not train:
@@ -300,7 +300,7 @@ class Trainer:
 
     @contextmanager
     def _installed(self, shares: Sequence["_Share"]) -> Iterator[None]:
-        """The pass as the model's current step."""
+        """Make the pass the model's current step within the context."""
         slot = self._base.slot
         segments = [TrainingSegment(s.start, s.end, s.task.adapter, s.batch.dropout) for s in shares]
         bounds = [(s.start + start, s.start + end) for s in shares for start, end in s.batch.bounds]
@@ -311,10 +311,10 @@ class Trainer:
         finally:
             slot.deltas = slot.experts = slot.attention = slot.states = None
 
-    # --- when a piece fails -------------------------------------------------------------------------------------
+    # --- faults -------------------------------------------------------------------------------------------------
 
     def _recover(self, fault: Exception) -> None:
-        """End the newest job of those at work; the others begin their step again, which changes no result."""
+        """End the newest job of the failed piece; the others restart their step, which changes no result."""
         code, text = _reason(fault, "training_failed")
         self._pieces, self.piece = self._work(), None
         *others, blamed = self._group or list(self.tasks.values())
@@ -343,12 +343,12 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _bucket(piece: Piece) -> tuple[str, int]:
-    """Pieces that cost about the same: of one kind, and within a power of two of size."""
+    """Return the key of pieces with about the same cost: of one kind, and within a power of two of size."""
     return piece.kind, piece.size.bit_length()
 
 
 def _reason(fault: Exception, code: str) -> tuple[str, str]:
-    """Why a job ends, as a code and in words; `code` for a fault of no known kind. A fault of the device is raised."""
+    """Return the code and message of a job's failure; `code` for unknown kinds of fault. Raises device faults."""
     if _is_device_fault(fault):
         raise fault
     log.error("a fine-tuning job fails", exc_info=fault)
@@ -361,8 +361,8 @@ def _reason(fault: Exception, code: str) -> tuple[str, str]:
 
 
 def _is_device_fault(fault: Exception) -> bool:
-    """An illegal access or worse. Out of memory is none: the device's tensors are still there."""
-    texts = ("CUDA error", "Triton Error [CUDA]")  # of faults that come as plain RuntimeErrors
+    """Whether a fault makes the device unusable, such as an illegal access. Out of memory leaves tensors valid."""
+    texts = ("CUDA error", "Triton Error [CUDA]")  # of faults raised as plain RuntimeErrors
     return isinstance(fault, torch.AcceleratorError) or any(text in str(fault) for text in texts)
 
 
