@@ -205,7 +205,7 @@ _NAMES = (  # fields of the chat request -> fields of this body
 
 
 class CountBody(_Cached):
-    """`POST /v1/messages/count_tokens`."""
+    """The body of `POST /v1/messages/count_tokens`."""
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {
         "speed": ("standard",),
@@ -264,7 +264,7 @@ class CountBody(_Cached):
 
 
 class MessageBody(CountBody):
-    """The request's body."""
+    """The body of `POST /v1/messages`."""
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = CountBody.no_ops | {"service_tier": ("auto", "standard_only")}
 

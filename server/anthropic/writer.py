@@ -53,7 +53,7 @@ class MessageWriter:
             yield o.MessageStop()
 
     def message(self) -> o.MessageObject:
-        """The whole message."""
+        """Return the whole message."""
         return self._message(self._ending)
 
     def _write(self, block: o.Block, delta: Any, text: str) -> Iterator[o.MessageEvent]:

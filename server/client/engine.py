@@ -108,7 +108,7 @@ class EngineClient(Protocol):
         """
 
     async def plan_memory(self, asked: PlanMemory) -> MemoryPlan:
-        """Return a job's need of memory. Raises TrainingRefused, EngineUnavailable and EngineDied, like `train`."""
+        """Return the memory plan of a job. Raises TrainingRefused, EngineUnavailable and EngineDied, like `train`."""
 
     async def stop_job(self, message: StopJob) -> None:
         """Pause or cancel a running job; its `train` iterator still yields up to `JobEnded`."""

@@ -16,7 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 if TYPE_CHECKING:
     from uvicorn._types import ASGISendEvent
 
-MAX_UNREAD_BYTES = 64 * 1024  # of an unread body that is received and dropped, to keep the connection
+MAX_UNREAD_BYTES = 64 * 1024  # of an unread body: up to this, it is received and dropped, and the connection kept
 LINGER_SECONDS = 1.0  # closing with unread input resets the connection, and the response would be lost
 
 

@@ -50,7 +50,7 @@ def _serve_on(sockets: list[socket.socket], settings: Settings) -> None:
     with data_dir.taken(settings.data_dir):
         sweep()  # files left by killed servers
         services, engine = open_services(settings, directory)
-        gc.freeze()  # collections skip permanent objects, as each one pauses all threads
+        gc.freeze()  # keeps present objects out of collections, which pause all threads
         server = _Server(services, engine)
         server.run(sockets)
         services.text.close()

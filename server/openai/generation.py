@@ -315,7 +315,7 @@ def fit_max_tokens(
 
     Args:
         asked: the client's `max_tokens`, which must fit.
-        default: limit without one, reduced to fit; None: the rest of the context.
+        default: the limit if the client gave none, reduced to fit; None: the rest of the context.
         param: the field of the prompt, for the error.
 
     Raises `ContextLengthExceeded` with the numbers, and `InvalidRequest` when `min_tokens` exceeds the result.

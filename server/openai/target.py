@@ -149,7 +149,7 @@ async def _several(
 
 
 def _check_mixable(version: Version, param: str, *, alone: bool) -> None:
-    """Check that an adapter can be weighted and summed. Raises InvalidRequest for one that replaces weights."""
+    """Check that an adapter can be weighted and summed. Raises InvalidRequest for one with replaced parameters."""
     replacing = set(version.receipt.get("variants", ())) - {"alora", "experts"}
     if replacing and not alone:
         raise InvalidRequest(

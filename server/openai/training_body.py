@@ -99,7 +99,7 @@ class IntegrationBody(Body):
 
 
 class JobBody(Body):
-    """`POST /v1/fine_tuning/jobs`."""
+    """The body of `POST /v1/fine_tuning/jobs`."""
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {"integrations": ([],)}
 
@@ -127,7 +127,7 @@ class JobBody(Body):
 
 
 class EstimateBody(Body):
-    """`POST /v1/fine_tuning/estimate`."""
+    """The body of `POST /v1/fine_tuning/estimate`."""
 
     model: str = Field(min_length=1)
     lora: LoraBody | None = None

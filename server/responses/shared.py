@@ -149,7 +149,7 @@ class SharedResponses(ResponseStore):
             self._count(tenant, -len(found.content))
         super()._remove(tenant, id_)
 
-    # --- in the background
+    # --- background responses
 
     async def _working(self, running: Running, work: Awaitable[None]) -> None:
         renewing = asyncio.create_task(self._renew(running))

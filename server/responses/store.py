@@ -162,7 +162,7 @@ class ResponseStore:
                 total -= row["bytes"]
             self._database.after_commit(lambda: setattr(self, "_bytes", total))
 
-    # --- in the background
+    # --- background responses
 
     def begin(self, running: Running, work: Awaitable[None]) -> None:
         """Run `work`, which publishes the events, in a task."""

@@ -79,7 +79,7 @@ class ChatMessage(TypedDict):
     role: Literal["assistant"]
     content: str | None
     refusal: None
-    reasoning: NotRequired[str]  # the thought before the answer, under both names
+    reasoning: NotRequired[str]  # the thought before the answer; `reasoning_content` repeats it
     reasoning_content: NotRequired[str]
     tool_calls: NotRequired[list[ToolCallObject]]
 

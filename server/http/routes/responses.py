@@ -178,7 +178,7 @@ async def _run(work: _Work, running: Running, begun: asyncio.Future[ResponseObje
 
 
 async def get_response(request: Request, query: RetrieveQuery) -> Response | Answer:
-    """Get a stored response; with `stream`, the events of one that was created with `background` and `stream`."""
+    """Get a stored response; with `stream`, its events, if it was created with `background` and `stream`."""
     responses, tenant, id_ = services_of(request).responses, caller_of(request).tenant, request.path_params["id"]
     kept = await asyncio.to_thread(responses.get, tenant, id_)
     if query.stream == "false":
