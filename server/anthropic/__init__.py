@@ -1,1 +1,1 @@
-"""Anthropic's request and response shapes, over the chat request of `server/openai/`. API process."""
+"""Anthropic's request and response shapes, converted to and from the chat request of `server/openai/`. API process."""

@@ -1,4 +1,4 @@
-"""The body of `POST /v1/messages`, and the chat request that it is."""
+"""The body of `POST /v1/messages`, and its conversion to a chat request."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -18,7 +18,7 @@ _Id = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class CacheControl(Body):
-    """Where a prompt may be cut for caching: any prefix is cached without it."""
+    """A prefix to cache. Changes nothing here, since every prefix is cached."""
 
     type: Literal["ephemeral"]
     ttl: Literal["5m", "1h"] | None = None
@@ -36,7 +36,7 @@ class TextInput(_Cached):
 
     type: Literal["text"]
     text: str
-    parsed_output: Any = None  # the client's `parse` leaves it in the answer that it returns
+    parsed_output: Any = None  # left in answers by the client library's `parse`
 
 
 class ThinkingInput(Body):
@@ -48,7 +48,7 @@ class ThinkingInput(Body):
 
 
 class RedactedInput(Body):
-    """A thought of another server, which cannot be read: it is left out."""
+    """An unreadable thought of another server; it is left out."""
 
     type: Literal["redacted_thinking"]
     data: str
@@ -73,12 +73,12 @@ _TEXT: dict[str, type[Body]] = {"text": TextInput}
 
 
 class ToolResultInput(_Cached):
-    """What a call gave."""
+    """The result of a tool call."""
 
     type: Literal["tool_result"]
     tool_use_id: _Id
     content: Annotated[list[Any], parts("content", _TEXT, _text)] = Field([])
-    is_error: bool = False  # the text says what went wrong
+    is_error: bool = False  # not passed on; the text has the error
 
 
 _BLOCKS: dict[str, type[Body]] = _TEXT | {
@@ -90,7 +90,7 @@ _BLOCKS: dict[str, type[Body]] = _TEXT | {
 
 
 class InputMessage(Body):
-    """One turn."""
+    """One turn of the conversation."""
 
     role: Literal["user", "assistant", "system"]
     content: Annotated[list[Any], parts("content", _BLOCKS, _text)]
@@ -105,7 +105,7 @@ class InputMessage(Body):
         return self
 
     def chat(self) -> Iterator[dict[str, Any]]:
-        """The messages that it is: results come before the text beside them."""
+        """Yield the turn as chat messages; tool results come before the text beside them."""
         text = "\n".join(block.text for block in self.content if isinstance(block, TextInput))
         for block in self.content:
             if isinstance(block, ToolResultInput):
@@ -127,7 +127,7 @@ class InputMessage(Body):
 
 
 class MessageTool(_Cached):
-    """A tool."""
+    """A tool that the model may call."""
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {
         "defer_loading": (False,),
@@ -144,7 +144,7 @@ class MessageTool(_Cached):
 
 
 class MessageToolChoice(Body):
-    """Whether tools are called; `name` where it is one."""
+    """Whether tools are called; `name` where one tool is required."""
 
     type: Literal["auto", "any", "tool", "none"]
     name: FunctionName | None = None
@@ -163,38 +163,38 @@ class Thinking(Body):
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: int | None = Field(None, ge=1, le=INT32)
-    display: Literal["summarized", "omitted"] | None = None  # here thoughts are shown as they are, or not at all
+    display: Literal["summarized", "omitted"] | None = None  # "summarized" shows thoughts unchanged
 
 
 class JsonSchemaOutput(Body):
-    """JSON of a schema."""
+    """JSON output that matches a schema."""
 
     type: Literal["json_schema"]
     schema_: Schema = Field(alias="schema")
 
 
 class OutputConfig(Body):
-    """What the answer must be."""
+    """Constraints on the output."""
 
     format: JsonSchemaOutput | None = None
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
 
 
 class Thread(Body):
-    """A conversation that a server may hold, which clients take for lost at any time: here none is held."""
+    """A conversation stored by the server. None is stored here, which clients must expect at any time."""
 
     type: Literal["create", "continue"]
     previous_message_id: _Id | None = None
 
 
 class MessageMetadata(Body):
-    """Who asks."""
+    """The user; a split name resolves to the same version for one user."""
 
     user_id: Label | None = None
 
 
 _TOOLS: dict[str, type[Body]] = {"custom": MessageTool}
-_NAMES = (  # of the chat request's fields
+_NAMES = (  # fields of the chat request -> fields of this body
     ("response_format.json_schema", "output_config.format"),
     ("tool_choice.function", "tool_choice"),
     ("reasoning_effort", "output_config.effort"),
@@ -205,7 +205,7 @@ _NAMES = (  # of the chat request's fields
 
 
 class CountBody(_Cached):
-    """`POST /v1/messages/count_tokens`."""
+    """The body of `POST /v1/messages/count_tokens`."""
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {
         "speed": ("standard",),
@@ -224,7 +224,7 @@ class CountBody(_Cached):
     output_config: OutputConfig = OutputConfig()
 
     def chat(self) -> ChatBody:
-        """The chat request that this is. Raises InvalidRequest."""
+        """Return the equivalent chat request. Raises InvalidRequest."""
         try:
             return ChatBody.validate_object(self._chat())
         except (ValidationError, LorakeetError) as fault:
@@ -232,7 +232,7 @@ class CountBody(_Cached):
 
     @staticmethod
     def refusal(error: LorakeetError) -> LorakeetError:
-        """A refusal of that chat request, with the names of this body's fields."""
+        """Return a refusal of the chat request with the field names of this body."""
         tool, number, *rest = [*(error.param or "").split(".", 3), "", ""]
         if tool == "tools" and rest[0] == "function":
             schema = [(f"tools.{number}.function.parameters", f"tools.{number}.input_schema")]
@@ -264,11 +264,11 @@ class CountBody(_Cached):
 
 
 class MessageBody(CountBody):
-    """The request's body."""
+    """The body of `POST /v1/messages`."""
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = CountBody.no_ops | {"service_tier": ("auto", "standard_only")}
 
-    max_tokens: int = Field(ge=1, le=INT32)  # at most: fewer fit, if the context ends before
+    max_tokens: int = Field(ge=1, le=INT32)  # fewer are generated if the context ends first
     stop_sequences: Items[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]] = Field(
         [], max_length=MAX_STOPS
     )
@@ -304,7 +304,7 @@ class MessageBody(CountBody):
 
 
 def _joined(messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """With turns of a user, or of the assistant, that follow each other as one, as Anthropic has them."""
+    """Join consecutive user turns, and consecutive assistant turns, as Anthropic's API does."""
     joined: list[dict[str, Any]] = []
     for message in messages:
         last = joined[-1] if joined else {}

@@ -1,4 +1,4 @@
-"""The objects and events of `/v1/messages`, as Anthropic writes them."""
+"""The objects and events of `/v1/messages` in Anthropic's format."""
 
 from typing import Any, Literal
 
@@ -50,7 +50,7 @@ Block = TextBlock | ThinkingBlock | ToolUseBlock
 
 
 class MessageUsage(_Object, frozen=True, kw_only=True):
-    """`input_tokens` are those that were computed; `cache_read_input_tokens` those found in the prefix cache."""
+    """`input_tokens` counts computed tokens, `cache_read_input_tokens` those found in the prefix cache."""
 
     input_tokens: int
     cache_creation_input_tokens: int = 0

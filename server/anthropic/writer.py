@@ -1,4 +1,4 @@
-"""A chat's events as the events and the message of `/v1/messages`."""
+"""Conversion of a chat's events to the events and the message of `/v1/messages`."""
 
 import uuid
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ _REASONS: dict[str, Literal["end_turn", "tool_use"]] = {"stop": "end_turn", "too
 
 
 class MessageWriter:
-    """Writes a chat's additions down.
+    """Builds the events and the message from a chat's additions.
 
     Args:
         most: the client's `max_tokens`.
@@ -23,18 +23,18 @@ class MessageWriter:
         self._chat = chat
         self._most = most
         self._id = f"msg_{uuid.uuid4().hex}"
-        self._blocks: list[o.Block] = []  # the last one is as it was begun while it is open
-        self._texts: list[str] | None = None  # of the last block, while that is open
+        self._blocks: list[o.Block] = []  # while open, the last block is still empty
+        self._texts: list[str] | None = None  # of the last block while it is open
         self._input = ObjectText()  # of the last call
         self._ending = o.Ending(stop_reason="end_turn", stop_sequence=None)
 
     def begin(self) -> Iterator[o.MessageEvent]:
-        """The first events of a message."""
+        """Yield the first events of a message."""
         yield o.MessageStart(message=self._message(None))
         yield o.Ping()
 
     def add(self, addition: Addition) -> Iterator[o.MessageEvent]:
-        """The events that the addition makes."""
+        """Yield the events of an addition."""
         for event in addition.events:
             match event:
                 case Text(text):
@@ -53,7 +53,7 @@ class MessageWriter:
             yield o.MessageStop()
 
     def message(self) -> o.MessageObject:
-        """The whole message."""
+        """Return the whole message."""
         return self._message(self._ending)
 
     def _write(self, block: o.Block, delta: Any, text: str) -> Iterator[o.MessageEvent]:

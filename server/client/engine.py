@@ -1,7 +1,7 @@
-"""What the API process knows of an engine: an interface, and the engine on this machine behind it.
+"""The API process's interface to an engine, and its implementation for an engine on this machine.
 
-`EngineClient` is the only door. Its address may be remote and several engines may answer: another implementation.
-`LocalEngine` tells every waiting request what came of it, or of the process. It knows messages, not HTTP.
+All other parts use `EngineClient` only, so that a remote engine or several engines could stand behind it.
+`LocalEngine` delivers to every waiting request its result, or an error when the engine process ends.
 """
 
 import asyncio
@@ -34,11 +34,11 @@ from server.messages.training import (
 _POLL_SECONDS = 0.2
 
 _Call = protocol.Warm | protocol.Forget | protocol.Merge | protocol.Unmerge | protocol.Inspect | PlanMemory
-_Answer = protocol.Done | MergeReport | Inspection | MemoryPlan  # of a call
+_Answer = protocol.Done | MergeReport | Inspection | MemoryPlan  # replies to a call
 
 
 class EngineRefusal(Exception):
-    """The engine cannot do what it was asked; `code` says why in one word."""
+    """The engine refused a request; `code` is the reason in one word."""
 
     def __init__(self, message: str, code: str) -> None:
         super().__init__(message)
@@ -50,7 +50,7 @@ class AdapterLoadFailed(EngineRefusal):
 
 
 class MergeRefused(EngineRefusal):
-    """A merge was not made."""
+    """The engine refused a merge."""
 
 
 class TrainingRefused(EngineRefusal):
@@ -58,90 +58,90 @@ class TrainingRefused(EngineRefusal):
 
 
 class EngineClient(Protocol):
-    """One engine, as the API process sees it."""
+    """An engine as seen by the API process."""
 
     @property
     def info(self) -> Ready | None:
-        """What the engine serves. Set by the first `Ready` and kept while the engine restarts."""
+        """The engine's description of itself: set by the first `Ready`, kept while the engine restarts."""
 
     @property
     def pid(self) -> int | None:
-        """The engine process now, or None while there is none."""
+        """The engine's current process id, or None while no process runs."""
 
     @property
     def unready_reason(self) -> str | None:
-        """None when the engine is loaded and making progress, else why it is not."""
+        """None when the engine is loaded and making progress, else the reason why it is not."""
 
     def generate(self, request: Generate) -> AsyncGenerator[Output, None]:
-        """Outputs of one sequence, the last with `finish_reason` or `error`. Closing the iterator aborts the sequence.
+        """Yield the outputs of one sequence, the last with `finish_reason` or `error`. Closing the iterator aborts it.
 
-        Raises EngineUnavailable (from the first or any later step) when the engine is not there or dies meanwhile.
+        Raises EngineUnavailable (from the first or any later item) when the engine is not up or dies meanwhile.
         """
 
     async def warm(self, adapter: AdapterRef) -> float:
-        """Make the adapter resident; returns the seconds it took."""
+        """Load the adapter onto the device; return the seconds taken."""
 
     def pin(self, adapters: Sequence[AdapterRef]) -> None:
-        """Keep these adapters, and no others, on the device, across restarts of the engine."""
+        """Pin exactly these adapters on the device, also across restarts of the engine."""
 
     async def forget(self, digest: str) -> None:
-        """Drop the adapter's rows and host copy once unused."""
+        """Drop the adapter's rows and host copy once no request uses them."""
 
     @property
     def merges(self) -> Mapping[str, MergeReport]:
-        """The merges in force, by digest, as last heard."""
+        """Merges in force as last reported by the engine, by digest."""
 
     async def merge(self, adapter: AdapterRef, dtype: MergedDtype, prompts: list[list[int]]) -> MergeReport:
-        """Let the adapter's requests run on merged weights from now on. Raises MergeRefused."""
+        """Merge the adapter's weights for its further requests. Raises MergeRefused."""
 
     async def unmerge(self, digest: str) -> bool:
-        """Undo that, or give it up while it is being built; whether there was anything to undo."""
+        """Remove a merge, finished or still being built; return whether there was one."""
 
     async def inspect(self) -> Inspection:
-        """A fresh hash of the base and the accounting of blocks and rows."""
+        """Return a fresh hash of the base and the accounting of blocks and rows."""
 
     def train(self, job: StartJob) -> AsyncGenerator[JobReply, None]:
-        """Run a fine-tuning job: what it has to say, `JobEnded` last. Closing the iterator cancels the job.
+        """Run a fine-tuning job and yield its messages, `JobEnded` last. Closing the iterator cancels the job.
 
-        Raises EngineUnavailable when the engine is not there, EngineDied when it dies meanwhile; the job can then be
+        Raises EngineUnavailable when the engine is not up, EngineDied when it dies meanwhile; the job can then be
         started again.
         """
 
     async def plan_memory(self, asked: PlanMemory) -> MemoryPlan:
-        """What a job would need. Raises TrainingRefused; EngineUnavailable and EngineDied as `train` does."""
+        """Return the memory plan of a job. Raises TrainingRefused, EngineUnavailable and EngineDied, like `train`."""
 
     async def stop_job(self, message: StopJob) -> None:
-        """Pause or cancel a running job; its `train` goes on to the `JobEnded`."""
+        """Pause or cancel a running job; its `train` iterator still yields up to `JobEnded`."""
 
     async def start(self) -> None:
-        """Start the engine and return at once; `unready_reason` tells when it is up."""
+        """Start the engine and return at once; `unready_reason` is None once it is up."""
 
     async def stop(self, grace: float) -> None:
         """Let running sequences finish for at most `grace` seconds, then end the process."""
 
 
 def served_base(engine: EngineClient) -> Ready:
-    """What the engine serves. Raises EngineUnavailable before the first engine has come up."""
+    """Return the engine's description of itself. Raises EngineUnavailable before the first engine is up."""
     if engine.info is None:
         raise EngineUnavailable(engine.unready_reason or "The engine is starting.")
     return engine.info
 
 
 async def engine_up(engine: EngineClient) -> Ready:
-    """Wait until an engine can be asked; what it serves."""
+    """Wait until the engine is ready; return its description of itself."""
     while engine.unready_reason is not None or engine.info is None:  # noqa: ASYNC110 - the interface has no event
         await asyncio.sleep(_POLL_SECONDS)
     return engine.info
 
 
 class LocalEngine:
-    """The engine on this machine: what is asked of it, and its answers.
+    """The engine on this machine: routes requests to its process and replies to their callers.
 
     Args:
-        config: what to start its process with (`address` is filled in).
+        config: configuration of its process (`address` is filled in).
         on_stats: called with every step's `Stats`.
-        start_seconds: an engine that is not loaded after this long is killed and started again.
-        stall_seconds: without a word for this long, a loaded engine stands still: the same becomes of it.
+        start_seconds: an engine not loaded after this long is killed and restarted.
+        stall_seconds: a loaded engine that sends no message for this long is killed and restarted.
     """
 
     def __init__(
@@ -165,11 +165,11 @@ class LocalEngine:
         self._pinned: list[AdapterRef] = []
         self._streams: dict[str, asyncio.Queue[Output | EngineUnavailable]] = {}
         self._calls: dict[str, tuple[_Call, asyncio.Future[_Answer]]] = {}
-        self._jobs: dict[str, asyncio.Queue[JobReply | EngineUnavailable]] = {}  # by the engine's id for them
-        self._job_ids: dict[str, str] = {}  # a job's id -> the engine's, of its latest run
+        self._jobs: dict[str, asyncio.Queue[JobReply | EngineUnavailable]] = {}  # by the engine's id of a run
+        self._job_ids: dict[str, str] = {}  # job id -> the engine's id of its latest run
         self._job_runs = itertools.count()
         self._merges: dict[str, MergeReport] = {}
-        self.mend: Callable[[Sequence[AdapterRef]], Awaitable[None]] | None = None  # files that could not be loaded
+        self.mend: Callable[[Sequence[AdapterRef]], Awaitable[None]] | None = None  # called after a failed load
 
     @property
     def info(self) -> Ready | None:
@@ -185,7 +185,7 @@ class LocalEngine:
 
     @property
     def failed_for_good(self) -> asyncio.Event:
-        """Set when no restart will be tried any more."""
+        """Set once the engine will not be restarted any more."""
         return self._process.failed_for_good
 
     async def start(self) -> None:
@@ -206,11 +206,11 @@ class LocalEngine:
                     raise item
                 if item.code == protocol.LOAD_FAILED and mend is not None:
                     await mend(request.adapters)
-                    mend = None  # if it fails again, these are whole
+                    mend = None  # a second failure has another cause than damaged files
                     self._process.send(request)
                     continue
                 if item.finish_reason is not None or item.error is not None:
-                    del self._streams[request.id]  # over: nothing to abort
+                    del self._streams[request.id]  # finished, nothing to abort
                     yield item
                     return
                 yield item
@@ -231,7 +231,7 @@ class LocalEngine:
         self._send_if_up(protocol.Pin(self._pinned))
 
     async def forget(self, digest: str) -> None:
-        # A dead engine has forgotten everything already.
+        # a dead engine holds nothing
         with contextlib.suppress(EngineUnavailable):
             await self._call(protocol.Forget(id=uuid.uuid4().hex, digest=digest))
 
@@ -259,7 +259,7 @@ class LocalEngine:
 
     async def train(self, job: StartJob) -> AsyncGenerator[JobReply, None]:
         queue: asyncio.Queue[JobReply | EngineUnavailable] = asyncio.Queue()
-        # An id of its own, or the last words of a run that was closed would be taken for this one's.
+        # An id per run, so that late messages of a closed run are not taken for this run's.
         id_ = f"{job.id}.{next(self._job_runs)}"
         self._jobs[id_], self._job_ids[job.id] = queue, id_
         try:
@@ -269,7 +269,7 @@ class LocalEngine:
                 if isinstance(item, EngineUnavailable):
                     raise item
                 if ended := isinstance(item, JobEnded):
-                    del self._jobs[id_]  # nothing to cancel
+                    del self._jobs[id_]  # finished, nothing to cancel
                 yield replace(item, id=job.id)
                 if ended:
                     return
@@ -290,7 +290,7 @@ class LocalEngine:
         self._process.send(replace(message, id=self._job_ids.get(message.id, message.id)))
 
     async def _load(self, adapter: AdapterRef, message: Callable[[], _Call]) -> _Answer:
-        """A call for which the adapter is loaded, made again after its files were mended, if they had to be."""
+        """Make a call that loads the adapter; if the load fails, mend the adapter's files and repeat the call once."""
         answer = await self._call(message())
         if not (isinstance(answer, protocol.Done) and answer.code == protocol.LOAD_FAILED and self.mend is not None):
             return answer
@@ -310,10 +310,10 @@ class LocalEngine:
         with contextlib.suppress(EngineUnavailable):
             self._process.send(message)
 
-    # --- what the engine says ------------------------------------------------------------------------
+    # --- messages from the engine --------------------------------------------------------------------
 
     def _hear(self, message: protocol.Reply) -> None:
-        """Give a message to whom it concerns."""
+        """Deliver a message to the request, call or job waiting for it."""
         match message:
             case protocol.Step():
                 for output in message.outputs:
@@ -337,11 +337,11 @@ class LocalEngine:
                     job.put_nowait(message)
 
     def _training(self) -> bool:
-        """Whether a job is on the engine, or was asked about."""
+        """Whether a job runs on the engine or a memory plan is being computed."""
         return bool(self._jobs) or any(isinstance(message, PlanMemory) for message, _ in self._calls.values())
 
     def _release_everyone(self, error: type[EngineUnavailable]) -> None:
-        """Tell every waiting request and call that this process will not answer."""
+        """Fail every waiting request, job and call, since this engine process will not reply."""
         self._merges = {}
         for queue in self._streams.values():
             queue.put_nowait(error("The engine stopped while this request was running."))

@@ -1,6 +1,6 @@
-"""The engine's process on this machine: started, heard over a socket, watched, and started again when it dies.
+"""The engine's process on this machine: start, socket, supervision, restart after its death.
 
-Of messages it looks at those that tell how the process is; all of them are handed on.
+Messages about the state of the process are read here; all messages are passed on.
 """
 
 import asyncio
@@ -26,30 +26,31 @@ from server.messages.protocol import EngineConfig, Ready
 
 log = logging.getLogger("lorakeet.engine")
 
-_WATCH_SECONDS = 1.0  # between looks at whether the engine has said anything
-_RETRY_SECONDS = 1.0  # before another try to start a process that could not be started
+_WATCH_SECONDS = 1.0  # between checks for messages from the engine
+_RETRY_SECONDS = 1.0  # before another attempt after a process could not be started
 _SOCKET = "engine.sock"
-_QUIET_SECONDS = 60.0  # without a word from a loaded engine, after which it is not called ready
-_DEATHS = 3  # in a row, after which it is not restarted
+_QUIET_SECONDS = 60.0  # of silence after which a loaded engine is no longer reported ready
+_DEATHS = 3  # in a row before the engine is not restarted any more
 
 
 class EngineDied(EngineUnavailable):
-    """503: the engine died while it had this message, which may have been the reason."""
+    """503: the engine died while it had this message, which may have been the cause."""
 
 
 class EngineProcess:
-    """An engine process, kept alive: one after another until stopped or given up.
+    """A supervised engine process, restarted after each death until stopped or given up.
 
     Args:
-        config: what to start it with (`address` is filled in here).
+        config: configuration of the process (`address` is filled in here).
         hear: called with every message.
-        ended: called when no answer to what was sent will come any more, with the error to tell.
-        training: whether it has a job: then its death does not count. A job is never sent to more than two that die.
-        start_seconds: an engine that is not loaded after this long is killed and started again.
-        stall_seconds: without a word for this long, a loaded engine stands still: the same becomes of it.
+        ended: called with an error class when messages sent so far will get no reply any more.
+        training: whether the engine has a job: its death then does not count. A job is never sent to more than two
+            processes that die.
+        start_seconds: an engine not loaded after this long is killed and restarted.
+        stall_seconds: a loaded engine that sends no message for this long is killed and restarted.
 
     Attributes:
-        failed_for_good: set when no restart will be tried any more.
+        failed_for_good: set once the engine will not be restarted any more.
     """
 
     def __init__(
@@ -68,10 +69,10 @@ class EngineProcess:
         self._training = training
         self._start_seconds = start_seconds
         self._stall_seconds = stall_seconds
-        self._reason: str | None = "the engine has not been started"  # why it is not there
+        self._reason: str | None = "the engine has not been started"  # why it is not up
         self._ever_loaded = False
         self._last_word = time.monotonic()
-        self._deaths = 0  # in a row, no step having been served in between
+        self._deaths = 0  # in a row, without a step with outputs in between
         self._context = zmq.Context()
         self._process: asyncio.subprocess.Process | None = None
         self._wire: _Wire | None = None
@@ -81,30 +82,30 @@ class EngineProcess:
 
     @property
     def pid(self) -> int | None:
-        """The process now, or None while there is none."""
+        """The current process id, or None while no process runs."""
         return self._process.pid if self._process is not None and self._process.returncode is None else None
 
     @property
     def unready_reason(self) -> str | None:
-        """None when it is loaded and making progress, else why it is not."""
+        """None when the engine is loaded and making progress, else the reason why it is not."""
         silence = time.monotonic() - self._last_word
         if self._reason is None and silence > _QUIET_SECONDS:
             return f"the engine has not answered for {silence:.0f} s"
         return self._reason
 
     def send(self, message: protocol.Request) -> None:
-        """Raises EngineUnavailable when there is nobody to send it to."""
+        """Send a message to the engine. Raises EngineUnavailable when it is not up."""
         if self._reason is not None or self._wire is None:
             raise EngineUnavailable(self._reason or "the engine is not running")
         try:
             self._wire.send(protocol.encode(message))
-        except zmq.ZMQError:  # its process has died this moment
+        except zmq.ZMQError:  # the process has just died, unnoticed so far
             raise EngineUnavailable("the engine has just stopped") from None
 
-    # --- from its start to its end --------------------------------------------------------------------
+    # --- start, supervision, stop ---------------------------------------------------------------------
 
     def start(self) -> None:
-        """Start it and return at once; `unready_reason` tells when it is up."""
+        """Start the engine and return at once; `unready_reason` is None once it is up."""
         self._reason = "the engine is loading the model"
         self._supervisor = asyncio.create_task(self._supervise(), name="engine-supervisor")
 
@@ -139,15 +140,15 @@ class EngineProcess:
                 counts = not self._training()
             except (OSError, zmq.ZMQError) as fault:  # no space for its socket, no memory for its process
                 reason, retry = f"its process cannot be started: {fault}", True
-                counts = not self._ever_loaded  # else it could be once, and will be again
+                counts = not self._ever_loaded  # one that started before can start again
                 await asyncio.sleep(_RETRY_SECONDS)
-            except Exception as fault:  # of ours: it would load for ever
+            except Exception as fault:  # a bug of ours, which would repeat at every restart
                 log.exception("supervising the engine failed")
                 reason, retry, counts = f"a fault in the server: {fault!r}", False, False
             self._process = self._wire = None
             if self._told_to_stop():
                 return
-            # One that was loaded and lived long was well: deaths before that, or without a served step, add up.
+            # A loaded engine that lived this long was healthy. Earlier deaths, and those without a served step, add up.
             if self._reason is None and time.monotonic() - born > _QUIET_SECONDS:
                 self._deaths = 0
             self._deaths += counts
@@ -162,7 +163,7 @@ class EngineProcess:
             log.warning("%s", self._reason)
 
     async def _live(self, socket: Path) -> tuple[str, bool]:
-        """One process from birth to death. Returns why it ended and whether to try again."""
+        """Run one process until it ends; return the reason for its end and whether to restart."""
         config = msgspec.structs.replace(self._config, address=f"ipc://{socket}")
         fatal: asyncio.Future[protocol.Fatal] = asyncio.get_running_loop().create_future()
         with contextlib.closing(_Wire(self._context, config.address, partial(self._hear, fatal))) as wire:
@@ -182,7 +183,7 @@ class EngineProcess:
             ends: set[asyncio.Future[Any]] = {fatal, death, stall}
             try:
                 await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-                if fatal.done():  # it said that it cannot go on
+                if fatal.done():  # the engine reported a fatal error
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(asyncio.shield(death), 5)
                     return fatal.result().message, fatal.result().retry
@@ -194,9 +195,9 @@ class EngineProcess:
                 await _kill(process)
 
     async def _stall(self) -> str:
-        """Return, with the reason, once the engine has said nothing for too long: while it loads, it is silent.
+        """Return a reason once the engine has sent nothing for too long; while it loads, it sends nothing.
 
-        Time counts in which this process could have heard it: when both were stopped, the engine is not to blame.
+        Only time in which this process runs counts: if both processes were suspended, the engine has not stalled.
         """
         heard, silence = self._last_word, 0.0
         while True:
@@ -209,7 +210,7 @@ class EngineProcess:
                 return f"it stood still for {self._stall_seconds:.0f} s (--engine-stall-seconds)"
 
     def _hear(self, fatal: asyncio.Future[protocol.Fatal], data: bytes) -> None:
-        """Take note of a message, and hand it on."""
+        """Update the process's state from a message, and pass the message on."""
         self._last_word = time.monotonic()
         message = protocol.decode_reply(data)
         match message:
@@ -232,8 +233,8 @@ async def _kill(process: asyncio.subprocess.Process) -> None:
 
 
 def _summary(ready: Ready) -> str:
-    """What an engine that came up has, in one line."""
-    kinds = {linear.kind for linear in ready.linears.values()}  # rank rows alone: what --adapter-bytes says
+    """One log line about an engine that is up."""
+    kinds = {linear.kind for linear in ready.linears.values()}  # rank rows only, as --adapter-bytes counts them
     rows = {kind: units for kind, units in ready.pool_rows.items() if kind in kinds}
     adapters = device_bytes(rows, ready.linears) / 2**20
     return (
@@ -244,14 +245,14 @@ def _summary(ready: Ready) -> str:
 
 
 class _Wire:
-    """A ZeroMQ PAIR socket on the event loop, which the other end connects to: what arrives is handed over at once.
+    """The listening end of a ZeroMQ PAIR socket on the event loop; messages are passed on as they arrive.
 
-    ZeroMQ's own asyncio sockets make several futures and callbacks of each message. With an engine that reports every
-    few milliseconds on cores that compute, those were a third of what the API process took.
+    ZeroMQ's own asyncio sockets create several futures and callbacks per message. With an engine that reports every
+    few milliseconds on busy cores, these were a third of the API process's CPU time.
 
     Args:
-        address: where to listen.
-        take: called with every message, on the running event loop. What it raises is logged.
+        address: the address to listen on.
+        take: called with every message, on the running event loop. Its exceptions are logged.
     """
 
     def __init__(self, context: "zmq.Context[zmq.Socket[bytes]]", address: str, take: Callable[[bytes], None]) -> None:
@@ -264,13 +265,13 @@ class _Wire:
         self._loop.add_reader(self._socket.FD, self._receive)
 
     def send(self, message: bytes) -> None:
-        """Hand a message over; never waits. Raises `zmq.ZMQError` when it is closed or nobody is at the other end."""
+        """Send a message without waiting. Raises `zmq.ZMQError` when the socket is closed or has no peer."""
         self._socket.send(message, zmq.NOBLOCK)
-        # The descriptor tells of changes only, and sending may have taken note of one.
+        # The descriptor is edge-triggered, and sending may have consumed an edge.
         self._loop.call_soon(self._receive)
 
     def close(self) -> None:
-        """Nothing is taken or sent any more. May be called twice."""
+        """Stop receiving and sending. May be called twice."""
         if not self._socket.closed:
             self._loop.remove_reader(self._socket.FD)
             self._socket.close()
@@ -283,5 +284,5 @@ class _Wire:
                 return
             try:
                 self._take(message)
-            except Exception:  # or those behind it would lie there until another comes
+            except Exception:  # go on, or the messages behind it would wait for the next event
                 log.exception("handling a message from the engine failed")

@@ -1,1 +1,1 @@
-"""HTTP: the application, middleware, limits, bodies, answers, and the routes."""
+"""HTTP: the application, middleware, limits, bodies, responses, and the routes."""

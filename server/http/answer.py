@@ -1,4 +1,4 @@
-"""Answers as JSON at once, as server-sent events or as a file; generation stops when the client disconnects.
+"""Responses as JSON, server-sent events or a file; generation stops when the client disconnects.
 
 Pure ASGI.
 """
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 _EVENT_STREAM = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
-    "x-accel-buffering": "no",  # proxies, pass it on at once
+    "x-accel-buffering": "no",  # tells proxies not to buffer
 }
 
 PING = b": ping\n\n"
@@ -32,10 +32,9 @@ encode_json = msgspec.json.Encoder().encode
 
 
 class Answer:
-    """An ASGI response that runs `work(send)` until it is done or the client is gone, whichever comes first.
+    """An ASGI response that runs `work(send)` until it is done or the client disconnects.
 
-    When the client goes, the work is cancelled, so that whatever it iterates over is closed. The request's body must
-    have been read.
+    On a disconnect the work is cancelled, which closes its iterators. The request's body must have been read.
     """
 
     def __init__(self, work: Callable[[Send], Awaitable[None]]) -> None:
@@ -46,10 +45,10 @@ class Answer:
 
 
 async def unless_gone(receive: Receive, work: Awaitable[T]) -> T:
-    """What `work` gives; it is cancelled when the client goes. Raises ClientDisconnect.
+    """Return the result of `work`. When the client disconnects, cancel it and raise ClientDisconnect.
 
     Args:
-        receive: of a request whose body has been read.
+        receive: of a request, its body already read.
     """
     working = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(receive))
@@ -70,7 +69,7 @@ async def _disconnected(receive: Receive) -> None:
 
 
 async def send_json(send: Send, content: Any, headers: Mapping[str, str]) -> None:
-    """The whole answer at once."""
+    """Send a complete JSON response."""
     body = encode_json(content)
     length = {"content-type": "application/json", "content-length": str(len(body))}
     await _start(send, length | dict(headers))
@@ -85,11 +84,11 @@ async def send_events(
     *,
     ping_seconds: float,
 ) -> None:
-    """Server-sent events, one per item, and `[DONE]`; in silences a comment every `ping_seconds`, unless that is 0.
+    """Send server-sent events, one per item, and `[DONE]`; while idle, a comment every `ping_seconds` unless that is 0.
 
-    With `failed`, which makes the event of an error, each event has its type as its name, and there is no `[DONE]`.
-    The head waits for the first event or comment: what fails before it is an ordinary error response. What fails later
-    ends the stream with an error event and without `[DONE]`.
+    With `failed`, which creates the event of an error, each event is named by its type, and there is no `[DONE]`.
+    The head is sent with the first event or comment: an earlier error is an ordinary error response. A later one ends
+    the stream with an error event and without `[DONE]`.
     """
     named = failed is not None
     stream = _EventStream(send, headers)
@@ -115,7 +114,7 @@ async def send_events(
 
 
 class _EventStream:
-    """A response of events, whose head goes out with the first bytes."""
+    """An event-stream response; the head is sent with the first bytes."""
 
     def __init__(self, send: Send, headers: Mapping[str, str]) -> None:
         self._send = send
@@ -126,7 +125,7 @@ class _EventStream:
         self.started = False
 
     async def write(self, text: bytes) -> None:
-        """Whole events, or nothing but the head."""
+        """Write complete events, or only the head."""
         self._last = self._clock()
         async with self._writing:
             if not self.started:
@@ -136,7 +135,7 @@ class _EventStream:
                 await _send_body(self._send, text)
 
     async def ping(self, seconds: float) -> None:
-        """Write a comment, which clients pass over, after each silence of so long: proxies end what is idle."""
+        """Write a comment, ignored by clients, after each idle period, since proxies close idle connections."""
         while True:
             left = self._last + seconds - self._clock()
             if left <= 0:
@@ -163,7 +162,7 @@ async def _send_body(send: Send, body: bytes, *, more: bool = True) -> None:
 
 
 class WholeFile(FileResponse):
-    """Always the whole file: starlette words a faulty Range in an error shape of its own."""
+    """A file response that ignores Range: starlette's error for an invalid Range has a shape of its own."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.headers["Accept-Ranges"] = "none"

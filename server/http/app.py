@@ -1,6 +1,6 @@
-"""The HTTP application: routes, middleware, and what lives as long as it does.
+"""The HTTP application: routes, middleware, lifespan.
 
-Pure: collaborators come in, nothing is opened.
+Collaborators are passed in; nothing is opened here.
 """
 
 import asyncio
@@ -45,16 +45,16 @@ from server.http.routes import (
 from server.services import Services
 from server.tenants.sending import keep_sending
 
-_LAST_SENDING_SECONDS = 10  # for an object store to take what was used and changed last
+_LAST_SENDING_SECONDS = 10  # for the last usage and audit records to reach the object store
 _THREADS = 64
 
 
 def build_app(services: Services) -> Starlette:
-    """The application. Its lifespan starts the engine and, at the end, stops it."""
+    """Build the application. Its lifespan starts and stops the engine."""
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        # Those who wait for a database that somebody holds must not take the threads of everybody else.
+        # Enough threads that calls waiting for a locked database do not block other work.
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_THREADS, "worker"))
         await services.tenants.start()
         await services.engine.start()
@@ -86,7 +86,7 @@ def build_app(services: Services) -> Starlette:
             if services.text.renderer is not None:
                 await services.text.renderer.close()
 
-    # An adapter's name may have slashes: routes with a suffix after the name come before the bare name.
+    # An adapter's name may contain slashes: routes with a suffix after the name come before the bare name.
     resources = [
         completions,
         chat,

@@ -1,6 +1,6 @@
-"""Reading a JSON body strictly: bounded, one meaning only, no value that other JSON readers would refuse.
+"""Strict reading of JSON bodies: bounded, unambiguous, no value that other JSON readers would refuse.
 
-What it lets through is plain data for a pydantic model; which fields there are is not its matter.
+The result is plain data for a pydantic model, which validates the fields.
 """
 
 import asyncio
@@ -19,16 +19,16 @@ from server.settings import Settings
 
 T = TypeVar("T")
 
-_LARGE = 32 * 1024  # bytes; less is read at once
-_reader = threads(1, "body", "normal")  # of large bodies, one after the other
+_LARGE = 32 * 1024  # bytes; smaller bodies are parsed on the event loop
+_reader = threads(1, "body", "normal")  # parses large bodies, one at a time
 
 
 async def read_as(request: Request, validate: Callable[[Any], T]) -> T:
-    """The body as `validate` makes it of plain data. Large ones are parsed where they do not hold up others.
+    """Return `validate` of the body's plain data. Large bodies are parsed in a thread, so that they block no one.
 
     Raises `RequestTooLarge` beyond `max_body_bytes`, `UnsupportedMediaType` for another content type, `InvalidRequest`
-    for anything that is not one well-formed value (duplicate keys, NaN, half surrogates, too deep) of `max_body_items`
-    at most, `ClientDisconnect`, and what `validate` raises.
+    for anything but one well-formed value (no duplicate keys, NaN, half surrogates, excessive depth) of at most
+    `max_body_items`, `ClientDisconnect`, and the errors of `validate`.
     """
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
@@ -61,7 +61,7 @@ async def _read_bytes(request: Request, limit: int) -> bytes:
 
 
 def parse_body(raw: bytes, max_items: int = 2**18, max_depth: int = 64) -> Any:
-    """One JSON value; a byte order mark before it, as .NET and PowerShell write it, is passed over.
+    """Parse one JSON value; a byte order mark before it, as written by .NET and PowerShell, is skipped.
 
     Raises `InvalidRequest`.
     """

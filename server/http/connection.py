@@ -1,6 +1,6 @@
-"""uvicorn's HTTP/1.1 protocol with limits that it lacks: how large a request's head may be and how long it may take.
+"""uvicorn's HTTP/1.1 protocol with limits on the size and the duration of a request's head.
 
-Clients of HTTP/1.0 get bodies without chunks, which they could not read.
+HTTP/1.0 clients get bodies without chunks, since they cannot read them.
 
 Refusals made here, before any handler runs, have the API's error shape.
 """
@@ -16,12 +16,12 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 if TYPE_CHECKING:
     from uvicorn._types import ASGISendEvent
 
-MAX_UNREAD_BYTES = 64 * 1024  # of a body that nobody reads: it is taken in, so that the connection can go on
-LINGER_SECONDS = 1.0  # closing with unread input resets the connection, and the client would not see the answer
+MAX_UNREAD_BYTES = 64 * 1024  # of an unread body: up to this, it is received and dropped, and the connection kept
+LINGER_SECONDS = 1.0  # closing with unread input resets the connection, and the response would be lost
 
 
 class LimitedHttpProtocol(HttpToolsProtocol):
-    """One connection. Give it, or what `limited` makes of it, to uvicorn as `http=`."""
+    """One connection. Pass this class, or the result of `limited`, to uvicorn as `http=`."""
 
     max_head_bytes = 64 * 1024  # request line and headers; also trailers and chunk framing without any body byte
     head_seconds = 30.0
@@ -32,7 +32,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
     @classmethod
     def limited(cls, *, head_bytes: int, head_seconds: float) -> type["LimitedHttpProtocol"]:
-        """The protocol with these limits."""
+        """Return the protocol class with these limits."""
         return type(cls.__name__, (cls,), {"max_head_bytes": head_bytes, "head_seconds": head_seconds})
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -58,18 +58,18 @@ class LimitedHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._stop_timer()
         self._silent_bytes = 0
-        # A head that arrives in one piece is complete before its bytes could be found too many.
+        # A head that arrives in one piece is complete before `data_received` counts its bytes.
         if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > self.max_head_bytes:
             self._reason = (
                 HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
                 f"Headers exceed {self.max_head_bytes} bytes.",
             )
-            raise ValueError("head too large")  # ends the parse; answered by send_400_response
+            raise ValueError("head too large")  # ends the parse; `send_400_response` responds
         if self._transfer_coding() not in (None, b"chunked"):
             self._reason = (HTTPStatus.BAD_REQUEST, "The only Transfer-Encoding that is read is `chunked`.")
             raise ValueError("unknown transfer coding")
         super().on_headers_complete()
-        self.cycle.transport = _Ending(self.transport, self._end)  # type: ignore[assignment]  # all that it uses
+        self.cycle.transport = _Ending(self.transport, self._end)  # type: ignore[assignment]  # has the methods in use
         if self.parser.get_http_version() == "1.0":
             _send_without_chunks(self.cycle)
 
@@ -93,21 +93,21 @@ class LimitedHttpProtocol(HttpToolsProtocol):
                 self._linger()
 
     def _end(self) -> None:
-        """The answer is out, and no other will follow."""
+        """End the connection after its last response."""
         if self.cycle.more_body:
             self._linger()
         else:
             self.transport.close()
 
     def _linger(self) -> None:
-        """Read nothing more of this client, and close once it can have seen the answer."""
+        """Stop reading, and close after the client has had time to receive the response."""
         self._refused = True
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.loop.call_later(LINGER_SECONDS, self.transport.close)
 
     def send_400_response(self, msg: str) -> None:
-        """Called by uvicorn when the bytes are not HTTP, or a callback above raised."""
+        """Refuse the request; called by uvicorn when the bytes are not HTTP or a callback above raised."""
         status, message = self._reason or (HTTPStatus.BAD_REQUEST, msg)
         self._refuse(status, message)
 
@@ -142,7 +142,7 @@ class LimitedHttpProtocol(HttpToolsProtocol):
 
 
 def _send_without_chunks(cycle: RequestResponseCycle) -> None:
-    """Answer a client of HTTP/1.0, which knows no chunks: a body of unknown length ends with the connection."""
+    """Respond to an HTTP/1.0 client without chunks: a body of unknown length ends with the connection."""
     send = cycle.send
     until_the_end = False
 
@@ -152,14 +152,14 @@ def _send_without_chunks(cycle: RequestResponseCycle) -> None:
             until_the_end = all(name.lower() != b"content-length" for name, _ in message.get("headers", ()))
             cycle.chunked_encoding = False if until_the_end else None
         elif message["type"] == "http.response.body" and until_the_end:
-            cycle.expected_content_length = len(message.get("body", b""))  # as if each part were the last
+            cycle.expected_content_length = len(message.get("body", b""))  # as if each part were the last one
         await send(message)
 
     cycle.send = unchunked  # type: ignore[method-assign]
 
 
 class _Ending:
-    """A response's transport, whose end is the connection's business."""
+    """A response's transport; closing it is left to the connection."""
 
     def __init__(self, transport: asyncio.Transport, end: Callable[[], None]) -> None:
         self.write = transport.write

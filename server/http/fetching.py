@@ -1,4 +1,4 @@
-"""Adapters that a request lets this server fetch from the Hugging Face Hub."""
+"""Fetching adapters from the Hugging Face Hub on request."""
 
 from starlette.requests import Request
 
@@ -9,7 +9,7 @@ from server.services import caller_of, check_bound, services_of
 
 
 class FetchBody(Body):
-    """The body of `POST /v1/adapters` in JSON that names where the adapter lies: `hf://OWNER/NAME[@REVISION][/FOLDER]`."""
+    """The JSON body of `POST /v1/adapters` with a `source` on the hub: `hf://OWNER/NAME[@REVISION][/FOLDER]`."""
 
     name: str
     source: str
@@ -17,9 +17,9 @@ class FetchBody(Body):
 
 
 async def fetch(request: Request, name: str, source: str, *, param: str, promote: bool = True) -> tuple[Version, bool]:
-    """Fetch the adapter and publish it. The version, and whether the name changed.
+    """Fetch the adapter and publish it; return the version and whether the name changed.
 
-    Raises what admitting an upload and `Hub` do, of `param`.
+    Raises the errors of admitting an upload and of `Hub`, with `param`.
     """
     services, caller = services_of(request), caller_of(request)
     publisher, hub = services.registry.publisher, services.registry.hub

@@ -1,4 +1,4 @@
-"""A request to one of our own endpoints that comes over no connection: what a client would be answered."""
+"""Requests to our own endpoints without a connection, for batches."""
 
 import asyncio
 import logging
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 async def answered(app: Starlette, caller: Caller, path: str, body: bytes) -> Reply:
-    """The answer to a POST of JSON, whatever goes wrong. It is behind the middleware: no key is asked for."""
+    """Return the response to a POST of JSON, errors included. The middleware is skipped, so no key is needed."""
     pieces: list[bytes] = []
     status = 500
     received = [{"type": "http.request", "body": body, "more_body": False}]
@@ -25,7 +25,7 @@ async def answered(app: Starlette, caller: Caller, path: str, body: bytes) -> Re
     async def receive() -> Message:
         if received:
             return received.pop()
-        await asyncio.Event().wait()  # this client never goes
+        await asyncio.Event().wait()  # this client never disconnects
         raise AssertionError
 
     async def send(message: Message) -> None:

@@ -1,6 +1,6 @@
 """Middleware around every request: request id, access log, draining, slow bodies, API keys, CORS. Pure ASGI.
 
-Paths are open or guarded (`OPEN_PATHS`); nothing else distinguishes them here.
+Paths are either open (`OPEN_PATHS`) or guarded.
 """
 
 import asyncio
@@ -37,21 +37,21 @@ from server.tenants.limits import RATE_HEADERS, Allowance
 from server.ui import PATHS
 
 METRICS = "/metrics"
-OPEN_PATHS = frozenset({"/health", "/ready", "/version", METRICS})  # served while draining, mostly without a key
+OPEN_PATHS = frozenset({"/health", "/ready", "/version", METRICS})  # served while draining; most need no key
 POLLED_PATHS = frozenset(
     {"/health", "/ready", "/metrics", "/v1/server/history"}
-)  # asked every few seconds: logged at debug
-BODY_GRACE_SECONDS = 10.0  # by which a body may be behind the least rate
+)  # requested every few seconds, so logged at debug level
+BODY_GRACE_SECONDS = 10.0  # that a body may lag behind the minimum rate
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
-_CLIENT_CLOSED_REQUEST = 499  # nginx's code; only ever logged
+_CLIENT_CLOSED_REQUEST = 499  # nginx's code; logged, never sent
 
 access_log = logging.getLogger("server.access")
 log = logging.getLogger(__name__)
 
 
 class RequestGate:
-    """Gives the request an id, counts it, logs it, refuses it while draining, answers unexpected exceptions."""
+    """Middleware that gives a request an id, counts and logs it, refuses it while draining, and handles exceptions."""
 
     def __init__(self, app: ASGIApp, drain: Drain, body_idle_seconds: float, min_body_rate: int) -> None:
         self._app = app
@@ -88,15 +88,15 @@ class RequestGate:
 
 
 class _Exchange:
-    """One request and its response on their way through the gate."""
+    """One request and its response as they pass the gate."""
 
     def __init__(
         self, scope: Scope, receive: Receive, send: Send, body_idle_seconds: float, min_body_rate: int
     ) -> None:
         self._body_idle_seconds = body_idle_seconds
         self._min_body_rate = min_body_rate
-        self._waited = 0.0  # seconds for the body
-        self._received = 0  # bytes of it
+        self._waited = 0.0  # seconds waited for the body
+        self._received = 0  # bytes of the body
         self._scope = scope
         self._receive = receive
         self._send = send
@@ -111,7 +111,7 @@ class _Exchange:
         self._notes = begin_notes()
 
     async def receive(self) -> Message:
-        if self._body_complete:  # the next message is the disconnect, which may take as long as it likes
+        if self._body_complete:  # the next message is the disconnect, without a time limit
             return await self._receive()
         if self._coding not in (b"", b"identity"):
             raise UnsupportedMediaType(
@@ -145,7 +145,7 @@ class _Exchange:
             await error_response(error, self._scope["path"])(self._scope, self._receive, self.send)
 
     def log_failure(self, exc: Exception) -> None:
-        """Where it happened. The exception's own text may quote a prompt, so that needs the debug level."""
+        """Log the place of an exception. Its text may quote a prompt, so it is logged at debug level only."""
         frame = traceback.extract_tb(exc.__traceback__)[-1]
         place = f"{Path(frame.filename).name}:{frame.lineno}"
         log.error(
@@ -184,7 +184,7 @@ class _Exchange:
 
 
 class Authentication:
-    """Puts the caller into the scope. Only open paths are let through without a valid key, once there are keys."""
+    """Middleware that puts the caller into the scope. Once keys exist, only open paths need no valid key."""
 
     def __init__(self, app: ASGIApp, tenants: Tenants, open_paths: Container[str]) -> None:
         self._app = app
@@ -219,7 +219,7 @@ class Authentication:
 
 
 def _with_headers(send: Send, allowance: Allowance) -> Send:
-    """Tells with every answer what is left of the limits."""
+    """Return a `send` that adds the headers of the remaining limits to the response."""
 
     async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -230,13 +230,13 @@ def _with_headers(send: Send, allowance: Allowance) -> Send:
 
 
 def open_paths(settings: Settings) -> frozenset[str]:
-    """The paths that need no key."""
+    """Return the paths that need no key."""
     paths = OPEN_PATHS - {"/metrics", "/ready"} if settings.guard_metrics else OPEN_PATHS
     return paths | PATHS if settings.ui else paths
 
 
 def middleware(drain: Drain, settings: Settings, tenants: Tenants) -> list[Middleware]:
-    """Outermost first."""
+    """Return the middleware, outermost first."""
     stack = []
     if settings.allowed_origins:
         stack.append(

@@ -1,4 +1,4 @@
-"""The body of `POST /v1/adapters` in JSON: a new adapter made of others, as PEFT's `add_weighted_adapter` makes it."""
+"""The JSON body of `POST /v1/adapters` for a mix: a new adapter made of others, like PEFT's `add_weighted_adapter`."""
 
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -30,7 +30,7 @@ class Source(Body):
 
 
 class MixBody(Body):
-    """What to mix, and how."""
+    """The sources of a mix, and the method."""
 
     name: str
     mix: Items[Source] = Field(min_length=1, max_length=MAX_SOURCES)
@@ -52,7 +52,7 @@ class MixBody(Body):
 
     @property
     def recipe(self) -> Recipe:
-        """The same in the mixer's words."""
+        """The mixer's recipe."""
         return Recipe(
             method=self.method,
             weights=tuple(source.weight for source in self.mix),
@@ -64,8 +64,8 @@ class MixBody(Body):
 
 
 def _learned(versions: Sequence[Version]) -> AdapterText:
-    """What a mix has of its sources' fine-tunes: any of their stop tokens may end a turn; a format that all of them
-    share which were taught one."""
+    """Return the stop tokens and formats of a mix: all stop tokens taught to its sources, and a format taught to some
+    if these agree."""
     texts = [taught(version.receipt) for version in versions]
     tools = {text.tool_format for text in texts} - {None}
     thoughts = {text.reasoning_format for text in texts} - {None}
@@ -77,9 +77,9 @@ def _learned(versions: Sequence[Version]) -> AdapterText:
 
 
 async def mix(services: Services, caller: Caller, body: MixBody) -> tuple[Version, bool]:
-    """Make the adapter and publish it. The version, and whether the name changed.
+    """Mix the adapter and publish it; return the version and whether the name changed.
 
-    Raises what admitting an upload does; `ModelNotFound` for a source that nobody has.
+    Raises the errors of admitting an upload, and `ModelNotFound` for an unknown source.
     """
     registry, publisher = services.registry, services.registry.publisher
     publisher.check_name(body.name)

@@ -1,9 +1,9 @@
-"""A multipart/form-data body, read as it arrives: large parts go to disk, nothing is ever whole in memory.
+"""Streaming reader of multipart/form-data bodies: large parts go to disk, never whole into memory.
 
 The event loop only receives; a thread parses and writes.
 
-The caller names the parts it wants and how large each may be; anything missing, repeated, unknown or too large is an
-error naming the part.
+The caller gives the names and size limits of the parts; a missing, repeated, unknown or too large part is an error
+that names it.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -21,28 +21,28 @@ from starlette.requests import Request
 from adapters.background import run_in
 from server.errors import InvalidRequest, RequestTooLarge
 
-_FRAMING_BYTES = 64 * 1024  # boundaries and part headers, all together
+_FRAMING_BYTES = 64 * 1024  # boundaries and part headers in total
 _HEADER_LINE_BYTES = 4 * 1024
 _HEADERS_PER_PART = 8
-_GATHERED_BYTES = 128 * 1024  # how much is received before the thread gets it, however small the pieces
+_GATHERED_BYTES = 128 * 1024  # collected from the network before a call of the thread
 
 
 @dataclass(frozen=True)
 class Part:
-    """What is expected of one part. Its content goes to `path`, or is returned when there is none."""
+    """Expectations of one part. Its content is written to `path`, or returned if there is none."""
 
     max_bytes: int
     path: Path | None = None
     required: bool = True
-    on_filename: Callable[[str], None] | None = None  # called with what the client says that its file is called
-    on_beginning: Callable[[bytes], None] | None = None  # called with the first bytes, as they come
+    on_filename: Callable[[str], None] | None = None  # called with the client's name of the file
+    on_beginning: Callable[[bytes], None] | None = None  # called with the first bytes as they arrive
 
 
 async def read_parts(request: Request, parts: Mapping[str, Part], thread: ThreadPoolExecutor) -> dict[str, bytes]:
-    """Read the whole body; returns the in-memory parts by name, in order of arrival.
+    """Read the whole body; return the in-memory parts by name, in order of arrival.
 
     Raises InvalidRequest (400, `param` names the part), RequestTooLarge (413), OSError when a file cannot be written,
-    starlette's ClientDisconnect. Files may then be left behind half-written: `path`s belong in a private directory.
+    starlette's ClientDisconnect. Files may then be left half-written: `path`s must be in a private directory.
     """
     limit = sum(part.max_bytes for part in parts.values()) + _FRAMING_BYTES
     declared = request.headers.get("content-length", "")
@@ -73,17 +73,17 @@ def _boundary(request: Request) -> bytes:
 
 @dataclass
 class _Open:
-    """A part that has begun."""
+    """A part whose headers have been read."""
 
     name: str
     part: Part
     file: BinaryIO | None
-    content: bytearray = field(default_factory=bytearray)  # the part itself, if it has no file
+    content: bytearray = field(default_factory=bytearray)  # of a part without a file
     size: int = 0
 
 
 class _Form:
-    """The parser's callbacks and what they gathered."""
+    """The parser's callbacks and their state."""
 
     def __init__(self, boundary: bytes, parts: Mapping[str, Part], stack: ExitStack) -> None:
         self._parts = parts
@@ -113,7 +113,7 @@ class _Form:
             raise InvalidRequest(f"Malformed multipart body: {error}", param="Content-Type") from None
 
     def take(self, chunks: Iterable[bytes]) -> None:
-        """Parse these, and write what belongs in files."""
+        """Parse these chunks, and write the parts that belong in files."""
         try:
             for chunk in chunks:
                 self._parser.write(chunk)
@@ -121,7 +121,7 @@ class _Form:
             raise InvalidRequest(f"Malformed multipart body: {error}") from None
 
     def finish(self, chunks: Iterable[bytes]) -> dict[str, bytes]:
-        """Take the last ones; the parts that have no file."""
+        """Parse the last chunks; return the parts without a file."""
         self.take(chunks)
         for seen in self._seen.values():
             if seen.file is not None:

@@ -1,4 +1,4 @@
-"""The OpenAPI 3.1 document of the application, made of its operations: their signatures, docstrings and errors."""
+"""The application's OpenAPI 3.1 document, generated from its operations: signatures, docstrings and errors."""
 
 import inspect
 import re
@@ -38,7 +38,7 @@ what an adapter answered has its digest in `X-Adapter-Digest`. 429 and 503 say i
 def document(
     operations: Sequence[Operation], settings: Settings, version: str, *, closed: bool = False
 ) -> dict[str, Any]:
-    """The whole document, plain data. Every operation is in it. `closed`: requests need a key."""
+    """Return the document of all operations as plain data. `closed`: requests need a key."""
     answers = [
         kind
         for o in operations
@@ -70,9 +70,9 @@ def document(
 
 
 def refusals(operation: Operation, settings: Settings) -> dict[int, list[type[LorakeetError]]]:
-    """The errors that an operation answers with, by status."""
+    """Return an operation's errors by status."""
     found: list[type[LorakeetError]] = []
-    if operation.path not in open_paths(settings) or operation.path == METRICS:  # where there are keys
+    if operation.path not in open_paths(settings) or operation.path == METRICS:  # if there are keys
         found += [InvalidApiKey, PermissionDenied]
     if operation.path not in OPEN_PATHS:
         found.append(Unavailable)
@@ -112,7 +112,7 @@ def _operation(operation: Operation, settings: Settings, known: dict[str, Any]) 
 
 
 def _tag(operation: Operation) -> tuple[str, str]:
-    """The resource's module, and what its docstring says first."""
+    """Return the name of the resource's module and the first line of its docstring."""
     module = sys.modules[operation.handler.__module__]
     return module.__name__.rpartition(".")[2], inspect.cleandoc(module.__doc__ or "").partition("\n")[0]
 
@@ -171,7 +171,7 @@ def _responses(operation: Operation, settings: Settings, known: dict[str, Any]) 
         event = known[repr(operation.events)]
         text = "JSON of this schema; of a generation the last is `[DONE]`, which is none."
         data = {"type": "string", "description": text, "contentSchema": event}
-        schema = {"type": "object", "properties": {"data": data}, "required": ["data"]}  # of one event
+        schema = {"type": "object", "properties": {"data": data}, "required": ["data"]}  # schema of one event
         content["text/event-stream"] = {"schema": schema}
     responses: dict[str, Any] = {
         str(status): {"description": HTTPStatus(status).phrase, "content": content} for status in operation.statuses
@@ -185,14 +185,14 @@ def _responses(operation: Operation, settings: Settings, known: dict[str, Any]) 
 
 
 def _not_null(schema: dict[str, Any]) -> dict[str, Any]:
-    """A query has no null: that of a parameter which may be missing goes away."""
+    """Return the schema of a query parameter without null, which a query cannot express."""
     kinds = [kind for kind in schema.get("anyOf", ()) if kind != {"type": "null"}]
     rest = {key: value for key, value in schema.items() if key != "anyOf" and (key, value) != ("default", None)}
     return rest | kinds[0] if kinds else rest
 
 
 def _untitled(schema: Any) -> Any:
-    """Without the titles that repeat a name in capitals."""
+    """Return the schema without titles, which only repeat names in capitals."""
     if isinstance(schema, list):
         return [_untitled(item) for item in schema]
     if not isinstance(schema, dict):

@@ -1,11 +1,11 @@
-"""Operations: routes that say all that they read and answer, so that the OpenAPI document need not be told again.
+"""Operations: routes that declare their input and output, from which the OpenAPI document is generated.
 
-A handler declares its JSON body and its query by its signature, and gets them read and checked:
+A handler declares its JSON body and its query in its signature, and gets them read and validated:
 
     async def create_evaluation(request: Request, body: EvaluationBody) -> Response: ...
     async def list_evaluations(request: Request, query: PageQuery) -> Response: ...
 
-A body with a default may be left out; of several (`A | B`) the first is taken whose required fields are given.
+A body with a default is optional; of several (`A | B`) the first with all required fields present is used.
 """
 
 import inspect
@@ -37,8 +37,8 @@ from server.http.roles import is_change, needed, roles_of
 from server.openai.body import Body
 from server.settings import Settings
 
-OPENING = (ModelNotFound, Conflict, AdapterDamaged)  # refusals of what opens a version of an adapter
-PUBLISHING = (Conflict, TooManyRequests, StorageFull)  # of what makes one
+OPENING = (ModelNotFound, Conflict, AdapterDamaged)  # refusals of operations that open a version of an adapter
+PUBLISHING = (Conflict, TooManyRequests, StorageFull)  # refusals of operations that create one
 
 Form = Callable[[Settings, Path], Mapping[str, Part]]  # the parts of a multipart body; files go to the directory
 
@@ -47,13 +47,13 @@ class Operation(Route):
     """One method of one path.
 
     Args:
-        answers: the type of the JSON answer (of msgspec's kinds), or the media types of another answer, after commas.
-        events: the type of a server-sent event, where the answer may be a stream of them.
-        statuses: of answers.
-        refuses: errors that its kind of request does not bring with it (`openapi.refusals`).
-        headers: request headers with a meaning, and that meaning.
+        answers: the type of the JSON response (for msgspec), or the media types of another response, comma-separated.
+        events: the type of a server-sent event, if the response may be a stream.
+        statuses: of successful responses.
+        refuses: errors beyond those of every operation of its kind (`openapi.refusals`).
+        headers: request headers and their meaning.
         form: the parts of a multipart body, which the handler reads itself.
-        error: the type of a refusal.
+        error: the type of an error response.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Operation(Route):
         return answer
 
     async def _record(self, request: Request, answer: ASGIApp, body: Body | None) -> None:
-        """Write a change into the audit log, with what its answer says of its object."""
+        """Write a change to the audit log, with its object's name and digest from the response."""
         said: dict[str, Any] = {}
         if isinstance(answer, JSONResponse):
             said = {"digest": answer.headers.get("etag", "").strip('"') or None} | msgspec.json.decode(answer.body)
@@ -115,7 +115,7 @@ class Operation(Route):
         await audit.record(request.scope["caller"], self.name, named, said.get("digest"), request_id)
 
     def _has_json(self, request: Request) -> bool:
-        """Whether a body that may be left out is there."""
+        """Whether an optional body is present."""
         if self.form is not None:
             return "json" in request.headers.get("content-type", "")
         return "transfer-encoding" in request.headers or request.headers.get("content-length", "0") != "0"

@@ -24,13 +24,13 @@ Whole = Annotated[int, BeforeValidator(_whole)]
 
 
 class Query(BaseModel):
-    """Known query parameters. Others are left alone; of one that is given twice the last counts."""
+    """Known query parameters. Others are ignored; the last of a repeated parameter counts."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
 
 class ListQuery(Query):
-    """Which part of a list: so many objects, after the one with this id."""
+    """A page of a list: `limit` objects after the one with the id `after`."""
 
     after: str | None = None
 
@@ -44,7 +44,7 @@ class WindowQuery(ListQuery):
 
 
 def read_query(request: Request, kind: type[Q]) -> Q:
-    """The query's parameters. `name[key]=value` is an entry of an object. Raises pydantic's ValidationError."""
+    """Validate a request's query. `name[key]=value` is an entry of an object. Raises pydantic's ValidationError."""
     plain: dict[str, Any] = {}
     objects: dict[str, dict[str, str]] = {}
     for name, value in request.query_params.multi_items():
@@ -57,7 +57,7 @@ def read_query(request: Request, kind: type[Q]) -> Q:
 
 
 def window(query: WindowQuery, ids: Sequence[str]) -> tuple[slice, bool]:
-    """Which part of a list is asked for, and whether more follows. Raises UnknownCursorError."""
+    """Return the requested slice of a list and whether more follows. Raises UnknownCursorError."""
     try:
         start = 0 if query.after is None else ids.index(query.after) + 1
     except ValueError:
@@ -67,6 +67,6 @@ def window(query: WindowQuery, ids: Sequence[str]) -> tuple[slice, bool]:
 
 
 def page(objects: Sequence[dict[str, Any]], more: bool) -> Response:
-    """One page."""
+    """Return one page as a response."""
     ids = {"first_id": objects[0]["id"], "last_id": objects[-1]["id"]} if objects else {}
     return JSONResponse({"object": "list", "data": list(objects), "has_more": more, **ids})

@@ -1,4 +1,4 @@
-"""What a tenant may keep and train: checked when more comes in."""
+"""Tenants' quotas of storage and training, checked before new content is accepted."""
 
 import asyncio
 import time
@@ -13,7 +13,7 @@ _DAY = 86400
 
 
 async def check_room(request: Request, directory: Path | None = None) -> None:
-    """Room for the files in this directory, or for the body that is announced.
+    """Check the storage quota for the files in this directory, or else for the announced body.
 
     Raises PermissionDenied beyond `stored_bytes`.
     """
@@ -36,7 +36,7 @@ def _size(directory: Path) -> int:
 
 
 def stored_bytes(services: Services, tenant: str) -> int:
-    """Bytes of a tenant's adapters, files and responses; content that two names have counts once."""
+    """Return the bytes of a tenant's adapters, files and responses; content shared by several names counts once."""
     versions = {one.digest: one.receipt["bytes"] for one in services.store.all_versions() if one.tenant == tenant}
     with services.tuning.database.reading() as connection:
         query = "SELECT COALESCE(SUM(bytes), 0) FROM files WHERE tenant = ?"
@@ -45,7 +45,7 @@ def stored_bytes(services: Services, tenant: str) -> int:
 
 
 async def check_training(request: Request) -> None:
-    """Raises TooManyRequests when the tenant has as many jobs, or has trained on as many tokens today, as it may."""
+    """Check the training quotas. Raises TooManyRequests at the limit of unfinished jobs or of tokens per day."""
     services, caller = services_of(request), caller_of(request)
     limits = caller.allowance.limits
     if limits.training_jobs is not None:

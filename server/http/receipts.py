@@ -1,4 +1,4 @@
-"""How adapters are shown in answers: receipts, merged weights, and the refusal of an unknown name."""
+"""Adapters in responses: receipts, tiers, use, merged weights."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ TIERS = ("merged", "device", "host")  # of memory, nearest first
 
 
 def receipt(store: AdapterStore, version: Version, tenant: str) -> dict[str, Any]:
-    """What an owner wants to check after an upload: that it is the adapter, and all of it. And whether it is pinned."""
+    """Return a version's receipt, by which an owner can check an upload, and whether it is pinned."""
     return {
         "object": "adapter",
         "name": version.name_for(tenant),
@@ -24,25 +24,25 @@ def receipt(store: AdapterStore, version: Version, tenant: str) -> dict[str, Any
 
 
 def listed(services: Services, version: Version, tenant: str) -> dict[str, Any]:
-    """The receipt, the nearest tier of memory that holds the adapter, and its use since the server started."""
+    """Return the receipt with the nearest tier that holds the adapter, and its use since the server started."""
     tier, usage = tier_of(services, version), services.metrics.usage.of(tenant, version.label)
     use = {"tier": tier, "requests": usage.requests, "tokens": usage.tokens, "last_used": usage.last_used}
     return receipt(services.store, version, tenant) | use
 
 
 def readers(pointer: Pointer) -> list[str] | str:
-    """Whom the owner shares a name with."""
+    """Return the tenants that a name is shared with."""
     return "all" if EVERYBODY in pointer.readers else [tenant_name(reader) for reader in pointer.readers]
 
 
 def tier_of(services: Services, version: Version) -> str:
-    """`disk` is where all others are, in the object store or on this machine."""
+    """Return the nearest tier that holds a version; `disk` includes versions only in the object store."""
     resident = services.metrics.resident
     return next((tier for tier in TIERS if (version.digest, tier) in resident), "disk")
 
 
 def sort_key(services: Services, tenant: str, column: str, version: Version) -> Any:
-    """A version's place among others by a column of `listed`."""
+    """Return the sort key of a version for a column of `listed`."""
     if column == "created_at":
         return version.created
     if column == "tier":
@@ -53,7 +53,7 @@ def sort_key(services: Services, tenant: str, column: str, version: Version) -> 
 
 
 def resident(report: MergeReport) -> dict[str, Any]:
-    """What merged weights cost, how far they are from the adapter itself, and what they gain."""
+    """Return a merge report as JSON: cost, drift from the adapter, gain in speed."""
     return {
         "dtype": report.dtype,
         "bytes": report.bytes,

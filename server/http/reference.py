@@ -1,4 +1,4 @@
-"""The OpenAPI document for people: one page of HTML without scripts or anything from elsewhere."""
+"""The OpenAPI document as one page of HTML without scripts or external resources."""
 
 import base64
 import hashlib
@@ -22,7 +22,7 @@ class Field:
     name: str
     place: str  # path, query, header, body or form
     kind: Markup
-    default: str  # JSON; empty: none
+    default: str  # JSON; empty: no default
     required: bool
     text: str
 
@@ -41,7 +41,7 @@ class Entry:
 
 
 def html(document: Schema) -> str:
-    """The page."""
+    """Render the page."""
     return _HTML.render(_contents(document), style=Markup(_STYLE))
 
 
@@ -99,7 +99,7 @@ def _answer(content: Schema) -> Markup:
 
 
 def _kind(schema: Schema) -> Markup:
-    """A schema in words: `integer, 1 to 128`, `list of string`."""
+    """Describe a schema in words: `integer, 1 to 128`, `list of string`."""
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
         return Markup('<a href="#{0}">{0}</a>').format(name)
@@ -164,7 +164,7 @@ def _curl(document: Schema, path: str, method: str, operation: Schema, content: 
 
 
 def _example(document: Schema, schema: Schema, name: str = "...") -> Any:
-    """The shortest value that a schema allows."""
+    """Return a minimal value that the schema allows."""
     (first, *_) = _alternatives(document, schema)
     if "enum" in first or "const" in first:
         return first.get("const", first.get("enum", [None])[0])
@@ -201,7 +201,7 @@ CONTENT_SECURITY_POLICY = (
 
 
 def _prose(text: str) -> Markup:
-    """Docstrings quote code in backticks."""
+    """Escape a text and mark its code, quoted in backticks."""
     return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
 
 

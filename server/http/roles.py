@@ -1,12 +1,12 @@
-"""Which keys may use a route: those that have one of its roles. A route that is not in the table cannot be made."""
+"""The roles of each route; a key needs one of them. A route missing from the table cannot be created."""
 
 from server.tenants.caller import OPERATOR, ROLES
 
 _ANY = " ".join(ROLES)
-_OPEN = f"{_ANY} {OPERATOR}"  # the middleware has decided already
+_OPEN = f"{_ANY} {OPERATOR}"  # access is decided by the middleware
 
 _TABLE = {
-    # --- generating
+    # --- generation
     "POST /v1/completions": "serve",
     "POST /v1/chat/completions": "serve",
     "POST /v1/messages": "serve",
@@ -93,7 +93,7 @@ _TABLE = {
 }
 
 
-# Requests that are no changes, although they are POSTs.
+# POST requests that change nothing.
 _NO_CHANGE = frozenset(
     {
         *("/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/messages/count_tokens"),
@@ -105,17 +105,17 @@ _NO_CHANGE = frozenset(
 
 
 def is_change(method: str, path: str) -> bool:
-    """Whether a request to this path changes something, and so belongs into the audit log."""
+    """Whether a request to this path changes something and belongs in the audit log."""
     return method != "GET" and path not in _NO_CHANGE
 
 
 def needed(roles: frozenset[str]) -> str:
-    """What a caller without any of these roles is told."""
+    """Return the error message for a caller without any of these roles."""
     if OPERATOR in roles:
         return "This needs the key of an admin of the default tenant."
     return f"This needs a key with the role {' or '.join(sorted(roles - {'admin'}) or ['admin'])}."
 
 
 def roles_of(method: str, path: str) -> frozenset[str]:
-    """The roles of which one suffices. Raises KeyError for a route that nobody has decided on."""
+    """Return the roles of a route, one of which suffices. Raises KeyError for a route missing from the table."""
     return frozenset(_TABLE[f"{method} {path}"].split())

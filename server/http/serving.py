@@ -1,4 +1,4 @@
-"""The server around the application: its sockets, how it comes up, and how it lets requests in flight finish."""
+"""The server around the application: sockets, startup, draining of requests in flight, shutdown."""
 
 import asyncio
 import contextlib
@@ -25,8 +25,8 @@ from server.setting_table import tell_of_unknown
 from server.settings import SettingError, Settings
 from server.startup import open_services
 
-_LAST_WORDS_SECONDS = 5  # for answers that are on their way out when everything else has stopped
-_SWITCH_SECONDS = 5e-4  # longest that a background thread keeps the interpreter from streaming responses
+_LAST_WORDS_SECONDS = 5  # for responses still being sent when everything else has stopped
+_SWITCH_SECONDS = 5e-4  # longest time a background thread holds the interpreter lock while responses stream
 
 log = logging.getLogger(__name__)
 
@@ -34,11 +34,11 @@ log = logging.getLogger(__name__)
 def serve(settings: Settings) -> None:
     """Serve until SIGTERM or Ctrl-C, then drain.
 
-    Raises `ModelError` and `SettingError`, in one line for the operator, when the server cannot start as it is told.
+    Raises `ModelError` and `SettingError`, with one line for the operator, when the server cannot start as configured.
     """
     logs.configure(settings.log_level, as_json=settings.log_json)
     tell_of_unknown(os.environ)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are the engine's
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # leaves the cores to the engine
     sys.setswitchinterval(_SWITCH_SECONDS)
     with contextlib.ExitStack() as held:
         sockets = [held.enter_context(listener) for listener in bind(settings.host, settings.port)]
@@ -48,9 +48,9 @@ def serve(settings: Settings) -> None:
 def _serve_on(sockets: list[socket.socket], settings: Settings) -> None:
     directory = resolve(settings.model, settings.cache_dir, log.info)
     with data_dir.taken(settings.data_dir):
-        sweep()  # what servers left that were killed
+        sweep()  # files left by killed servers
         services, engine = open_services(settings, directory)
-        gc.freeze()  # what is there now stays: collections need not look at it, which holds everybody up
+        gc.freeze()  # keeps present objects out of collections, which pause all threads
         server = _Server(services, engine)
         server.run(sockets)
         services.text.close()
@@ -60,7 +60,7 @@ def _serve_on(sockets: list[socket.socket], settings: Settings) -> None:
 
 
 def bind(host: str, port: int) -> list[socket.socket]:
-    """Sockets on every address of `host`, before anything is loaded. Raises `SettingError`."""
+    """Bind sockets on every address of `host`, before anything is loaded. Raises `SettingError`."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except OSError as error:
@@ -68,7 +68,7 @@ def bind(host: str, port: int) -> list[socket.socket]:
     except UnicodeError:
         raise SettingError(f"--host: {host!r} is no host's name") from None
     sockets: list[socket.socket] = []
-    for family, kind, protocol, _, address in found[:1] if port == 0 else found:  # a free port is one address's
+    for family, kind, protocol, _, address in found[:1] if port == 0 else found:  # port 0 differs per address
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:
@@ -86,7 +86,7 @@ def bind(host: str, port: int) -> list[socket.socket]:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, told how this server comes up and goes down."""
+    """uvicorn with this server's startup and shutdown."""
 
     def __init__(self, services: Services, engine: LocalEngine) -> None:
         settings = services.settings
@@ -114,10 +114,10 @@ class _Server(uvicorn.Server):
         self._coming_up: asyncio.Task[None] | None = None
         self._going_down: asyncio.Task[None] | None = None
 
-    # --- up ---------------------------------------------------------------------------------------
+    # --- startup ----------------------------------------------------------------------------------
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen at once, so that probes can ask; become ready when the engine is."""
+        """Listen at once, so that probes get responses; become ready when the engine is."""
         await super().startup(sockets)
         log.info("listening on %s port %d; the engine is loading", *self.servers[0].sockets[0].getsockname()[:2])
         self._coming_up = asyncio.create_task(self._come_up())
@@ -133,7 +133,7 @@ class _Server(uvicorn.Server):
             if not imported.done():
                 raise ModelError(f"the engine cannot start: {self._engine.unready_reason}")
             imported.result()
-            with contextlib.suppress(OSError):  # nobody reads it
+            with contextlib.suppress(OSError):  # nobody reads standard output
                 print(self._greeting(), flush=True)
         except (ModelError, SettingError) as failure:
             self.failure = failure
@@ -168,16 +168,16 @@ class _Server(uvicorn.Server):
             ]
         )
 
-    # --- down ---------------------------------------------------------------------------------------
+    # --- shutdown -----------------------------------------------------------------------------------
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Told twice, uvicorn would not even say goodbye to the application, which then ends in a traceback."""
+        """Shut down. After a second signal uvicorn skips the application's lifespan, which would end in a traceback."""
         await super().shutdown(sockets)
         if self.force_exit:
             await self.lifespan.shutdown()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain on the first signal, leave on the second. Not uvicorn's way: it would end by the signal, not with 0."""
+        """Drain on the first signal, exit on the second. uvicorn's own handler would exit by the signal, not with 0."""
         if self._told_to_stop:
             self.should_exit = self.force_exit = True
         elif self._loop is not None:
@@ -203,6 +203,6 @@ class _Server(uvicorn.Server):
                 "%d requests did not finish within --drain-seconds and were ended", services.drain.open_requests
             )
         try:
-            await services.engine.stop(grace=0.0)  # requests that still wait for it get an error
+            await services.engine.stop(grace=0.0)  # requests still waiting for it get an error
         finally:
             self.should_exit = True

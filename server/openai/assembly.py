@@ -1,7 +1,7 @@
-"""From an engine's token ids to what a client sees of one sequence: text, logprobs, the reason it ended.
+"""Conversion of one sequence's token ids to its client-visible text, logprobs and finish reason.
 
-The engine knows ids only. Here they become text, stop strings are found, and the list of logprobs is cut where the text
-is. No I/O and no HTTP.
+The engine sends ids only. Here they are decoded, stop strings are found, and logprobs are truncated with the text.
+No I/O and no HTTP.
 """
 
 from collections import deque
@@ -16,7 +16,7 @@ from server.text.streaming import Detokenizer, StopStrings
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One token's logprobs and where its text starts, in characters of this sequence's text."""
+    """One token's logprobs, and the start of its text as a character offset in this sequence's text."""
 
     offset: int
     logprob: TokenLogprob
@@ -24,14 +24,14 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one output adds to a sequence."""
+    """The addition of one engine output to a sequence."""
 
     text: str
-    entries: list[Entry] = field(default_factory=list)  # empty unless logprobs were asked for
+    entries: list[Entry] = field(default_factory=list)  # empty unless logprobs were requested
     finish_reason: Literal["stop", "length"] | None = None
-    stop_reason: int | str | None = None  # the stop token or stop string that the client named
+    stop_reason: int | str | None = None  # the client's stop token or stop string, if it ended the sequence
     prompt_logprobs: Sequence[TokenLogprob | None] = ()  # the whole prompt's, on the first piece of its sample 0
-    tokens: Sequence[int] = ()  # its ids, if they were asked for; text that is held back comes later than these
+    tokens: Sequence[int] = ()  # ids, if requested; text that is held back follows in a later piece
 
     def __bool__(self) -> bool:
         """Whether there is anything to send."""
@@ -39,18 +39,18 @@ class Piece:
 
 
 class Assembler:
-    """One sequence's text in the making.
+    """Incremental text of one sequence.
 
     Args:
         decode: token ids -> text.
         prompt: the prompt's ids, the left context of the first new token.
-        silent: ids that `decode` passes over.
-        stops: stop strings, of the answer; of the thought, too, if one of them has the mark that ends it.
-        hidden: special tokens, id -> text, that `decode` writes and stop strings see, but the client does not.
-        include_stop: whether what stopped it, string or token, is part of the text.
+        silent: ids that `decode` skips.
+        stops: stop strings, matched in the answer; in the thought as well if one of them contains its end mark.
+        hidden: special tokens, id -> text, that are decoded and matched by stop strings but not shown to the client.
+        include_stop: whether the matched stop string or stop token is part of the text.
         min_tokens: a stop string that ends within so many tokens does not count.
-        stop_token_ids: those the client named, for `stop_reason`.
-        thought: tells it from the answer, and counts its tokens.
+        stop_token_ids: the client's own, for `stop_reason`.
+        thought: separates the thought from the answer and counts its tokens.
     """
 
     def __init__(
@@ -69,29 +69,29 @@ class Assembler:
         self._detokenizer = Detokenizer(decode, prompt, silent)
         self._stops = StopStrings(stops, include=include_stop)
         self._hidden = hidden or {}
-        self._hidden_spans: deque[tuple[int, int]] = deque()  # of decoded characters that are not out yet
+        self._hidden_spans: deque[tuple[int, int]] = deque()  # in decoded characters that are not emitted yet
         self._include_stop = include_stop
         self._min_tokens = min_tokens
         self._stop_token_ids = stop_token_ids
         self._thought = thought
         self._apart = thought is not None and not any(thought.end in stop for stop in stops)
         self._decoded = 0  # characters decoded so far
-        self._emitted = 0  # of those, given away
+        self._emitted = 0  # characters emitted so far
         self._pending: list[Entry] = []  # entries of text that is held back
-        self.tokens = 0  # used so far, those behind a stop string not counted
+        self.tokens = 0  # counted so far, without those after a stop string
 
     @property
     def thought_tokens(self) -> int:
-        """How many of the tokens belong to the thought."""
+        """Number of tokens that belong to the thought."""
         return 0 if self._thought is None else self._thought.count
 
     def add(self, output: Output) -> Piece:
-        """What this output adds. A piece with a `finish_reason` is the last: the engine may be told to stop."""
+        """Return the piece of this output. One with a `finish_reason` is the last; the sequence may then be aborted."""
         text = ""
         for i, token in enumerate(output.tokens):
             self.tokens += 1
             if token == output.stop_token and i == len(output.tokens) - 1 and not self._include_stop:
-                break  # it ends the text without being part of it
+                break  # a stop token is not part of the text
             if output.logprobs:
                 self._pending.append(Entry(self._decoded, output.logprobs[i]))
             decoded = self._detokenizer.add(token)
@@ -118,32 +118,32 @@ class Assembler:
         return Piece(text, self._pending, reason, named)
 
     def _parts(self, decoded: str, *, last: bool = False) -> tuple[str, str]:
-        """Thought and answer, where stop strings count in the answer alone."""
+        """Split text into thought and answer; all of it is answer if stop strings are matched in both."""
         if self._thought is None:
             return "", decoded
         parts = self._thought.split(decoded, last=True) if last else self._thought.add(decoded)
         return parts if self._apart else ("", decoded)
 
     def _feed(self, thought: str, answer: str) -> tuple[str, str | None]:
-        """What may go out, and the stop string that ended it: none counts in a thought, which comes first."""
+        """Return the text to emit, and the stop string if one matched. The thought comes first and is not matched."""
         text, stop = self._stops.add(answer, may_stop=self.tokens > self._min_tokens)
         return thought + text, stop
 
     def _cut(self, text: str, stop: str) -> Piece:
         if self._include_stop:
-            self._hidden_spans.clear()  # the string is shown whole, special tokens and all
+            self._hidden_spans.clear()  # the stop string is shown complete, with its special tokens
         piece = self._piece(text)
         return Piece(piece.text, piece.entries, "stop", stop)
 
     def _piece(self, text: str) -> Piece:
-        """`text` goes out, and with it the entries of the tokens that began in it."""
+        """Emit `text` with the logprob entries of the tokens that begin in it."""
         shown = self._shown(text)
         ready = sum(entry.offset < self._emitted for entry in self._pending)  # offsets never fall
         entries, self._pending = self._pending[:ready], self._pending[ready:]
         return Piece(shown, entries)
 
     def _shown(self, text: str) -> str:
-        """Decoded text on its way out, less what is hidden in it."""
+        """Emit decoded text without its hidden tokens."""
         start, self._emitted = self._emitted, self._emitted + len(text)
         parts, position = [], start
         while self._hidden_spans and self._hidden_spans[0][0] < self._emitted:

@@ -1,4 +1,4 @@
-"""A JSON object with known fields: the base of every request body."""
+"""The base class of request bodies: a JSON object with known fields."""
 
 from functools import cache
 from typing import Annotated, Any, ClassVar, Self, TypeVar
@@ -24,19 +24,19 @@ T = TypeVar("T")
 
 
 def _one_by_one(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
-    """Entries validated each by itself: pydantic would look at all of them and collect every fault."""
+    """Validate entries one at a time, since pydantic would check all of them and collect every error."""
     if not isinstance(value, dict):
         return validate(value)
     return {name: item for pair in value.items() for name, item in validate(dict([pair])).items()}
 
 
 class _FirstFault(FailFast):
-    """Hashable, as parts of a union must be."""
+    """Hashable variant: members of a union must be hashable."""
 
     __hash__ = object.__hash__
 
 
-# Lists and maps of a body: the first fault ends the validation, for an error names one and there may be a million.
+# Lists and maps of a body. Validation ends at the first error: a response names one, and there may be a million.
 Items = Annotated[list[T], _FirstFault()]
 Entries = Annotated[dict[K, T], WrapValidator(_one_by_one)]
 
@@ -50,14 +50,14 @@ def _metadata(value: dict[str, str]) -> dict[str, str]:
 
 
 Metadata = Annotated[Entries[str, str], AfterValidator(_metadata)]
-Label = Annotated[str, Field(max_length=4096)]  # a client's own mark, which an answer may repeat
+Label = Annotated[str, Field(max_length=4096)]  # a client's own label, which a response may repeat
 
 
 class Body(BaseModel):
     """A JSON object with known fields. Null means not given. No coercion.
 
-    A field we do not have is refused by name, unless clients send it and its value changes nothing (`no_ops`), or none
-    could: notes of a client's or of another server's, which no model is shown (`marks`).
+    An unknown field is refused by name, except a value that changes nothing (`no_ops`) and fields without effect:
+    annotations of clients or other servers that the model never sees (`marks`).
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
@@ -71,18 +71,18 @@ class Body(BaseModel):
         if not isinstance(data, dict):
             return data
         given: dict[str, Any] = {}
-        fields, no_ops, marks = _names(cls), cls.no_ops, cls.marks  # a list may have thousands of such objects
+        fields, no_ops, marks = _names(cls), cls.no_ops, cls.marks  # locals: there may be thousands of such objects
         for name, value in data.items():
             if value is None or name in marks or (name in no_ops and _same_as_one_of(value, no_ops[name])):
                 continue
             given[name] = value
-            if name not in fields:  # one is enough, and there may be a million
+            if name not in fields:  # one is enough for the error, and there may be a million
                 return given | {known: data[known] for known in fields if data.get(known) is not None}
         return given
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        """What is accepted: the fields, null in place of any that has a default, and what changes nothing."""
+        """Return the schema of accepted input: fields, null for those with a default, and no-op fields."""
         schema = handler(core_schema)
         described = handler.resolve_ref_schema(schema)
         required = described.get("required", ())
@@ -96,7 +96,7 @@ class Body(BaseModel):
 
     @classmethod
     def validate_object(cls, data: Any) -> Self:
-        """Plain data as this body."""
+        """Validate plain data as this body. Raises InvalidRequest."""
         if not isinstance(data, dict):
             raise InvalidRequest("The body must be a JSON object.")
         try:
@@ -107,12 +107,12 @@ class Body(BaseModel):
 
 @cache
 def _names(kind: type[Body]) -> frozenset[str]:
-    """The names under which a body's fields are given."""
+    """The JSON names of a body's fields."""
     return frozenset(field.alias or name for name, field in kind.__pydantic_fields__.items())
 
 
 class PromptCacheOptions(Body):
-    """How prompts are to be cached: all of them are, as long as there is room."""
+    """Prompt caching options. They change nothing: all prompts are cached while there is room."""
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {"prewarm": (False,)}
 
@@ -130,5 +130,5 @@ def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _same_as_one_of(value: Any, candidates: tuple[Any, ...]) -> bool:
-    """Equality of JSON values: 0 is not false and 1 is not 1.0."""
+    """Whether a JSON value equals a candidate: 0 is not false and 1 is not 1.0."""
     return any(type(value) is type(candidate) and value == candidate for candidate in candidates)

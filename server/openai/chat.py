@@ -1,4 +1,4 @@
-"""A chat request, and the events of its answer, whichever API it came through."""
+"""A chat request and the events of its answer, for all APIs."""
 
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -25,14 +25,14 @@ from server.text.tools.source import Arguments, Begin, Parser, Text, Thought
 
 
 class Prediction(Body):
-    """What the client thinks that the answer will be: a hint for speed, which needs none here."""
+    """The client's prediction of the answer, a hint for speed. It is not used here."""
 
     type: Literal["content"]
     content: Content
 
 
 class ChatBody(GenerationBody, Conversation):
-    """The request's body."""
+    """The body of a chat request."""
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = GenerationBody.no_ops | {
         "functions": ([],),
@@ -47,10 +47,10 @@ class ChatBody(GenerationBody, Conversation):
     max_completion_tokens: int | None = Field(None, ge=1, le=INT32)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
-    max_reasoning_tokens: int | None = Field(None, ge=0, le=INT32)  # then the thought is ended
+    max_reasoning_tokens: int | None = Field(None, ge=0, le=INT32)  # the thought is ended after so many
     include_reasoning: bool = True
     prediction: Prediction | None = None
-    verbosity: str | None = None  # a hint; the template's own arguments go in `chat_template_kwargs`
+    verbosity: str | None = None  # a hint without effect; template arguments go in `chat_template_kwargs`
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:
@@ -66,11 +66,11 @@ class ChatBody(GenerationBody, Conversation):
 
     @property
     def shown_tools(self) -> list[Tool]:
-        """The tools that the model is told of: none if none may be called."""
+        """The tools shown to the model: none if none may be called."""
         return [] if self.tool_choice == "none" else list(allowed(self.tool_choice, self.tools))
 
     def calling(self, text: TextProcessor) -> Calling | None:
-        """How tools are called; None where there are none to call."""
+        """Return the handling of tool calls; None without callable tools."""
         if not self.shown_tools or (tool_format := text.tool_format) is None:
             return None
         return Calling(text, tool_format, self.tools, self.tool_choice, self.parallel_tool_calls)
@@ -78,7 +78,7 @@ class ChatBody(GenerationBody, Conversation):
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A call of a function begins; its arguments follow."""
+    """The beginning of a function call; its arguments follow."""
 
     id: str
     name: str
@@ -89,7 +89,7 @@ Event = Text | Call | Arguments | Thought
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """Why an answer ended, and the stop token or stop string that the client named, if that is why."""
+    """The reason an answer ended, and the client's stop token or stop string if one ended it."""
 
     reason: Literal["stop", "length", "tool_calls"]
     stop_reason: int | str | None
@@ -97,18 +97,18 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Addition:
-    """What one output of the engine adds to a choice's answer; the last one has a `finish`."""
+    """The addition of one engine output to a choice's answer; the last has a `finish`."""
 
     choice: int
     events: list[Event]
-    entries: list[Entry]  # log-probabilities, if they were asked for
-    tokens: Sequence[int]  # ids, if they were asked for
+    entries: list[Entry]  # log-probabilities, if requested
+    tokens: Sequence[int]  # ids, if requested
     finish: Finish | None
 
 
 @dataclass
 class Chat:
-    """A chat request that is under way. Iterate `additions` once; the usage is complete when it ends."""
+    """A running chat request. Iterate `additions` once; the usage is complete when it ends."""
 
     text: TextProcessor
     generation: Generation
@@ -116,7 +116,7 @@ class Chat:
     shows_thoughts: bool
 
     async def additions(self) -> AsyncGenerator[Addition, None]:
-        """As they come, of all choices; closing it aborts what still runs."""
+        """Yield the additions of all choices as they arrive; closing the iterator aborts running sequences."""
         answers: dict[int, _Answer] = {}
         async with aclosing(self.generation.pieces()) as pieces:
             async for choice, piece in pieces:
@@ -128,7 +128,7 @@ class Chat:
                 yield Addition(choice, events, piece.entries, piece.tokens, finish)
 
     def _parser(self) -> Parser | None:
-        """Of one answer; None where it is text and nothing else."""
+        """Return a parser for one answer; None for plain text."""
         thinking = self.generation.thinking
         if self.calling is not None:
             return self.calling.parser(thinking)
@@ -136,10 +136,10 @@ class Chat:
 
 
 class _Answer:
-    """One choice's text, read: text, calls and thoughts apart.
+    """One choice's answer, split into text, calls and thoughts.
 
     Args:
-        parser: of calls and thoughts; None where there are none.
+        parser: of calls and thoughts; None for plain text.
     """
 
     def __init__(self, parser: Parser | None) -> None:
@@ -147,7 +147,7 @@ class _Answer:
         self._called = False
 
     def read(self, piece: Piece) -> tuple[list[Event], Finish | None]:
-        """What the piece says."""
+        """Return the events of a piece, and the finish on the last one."""
         if self._parser is None:
             events: list[Event] = [Text(piece.text)] if piece.text else []
         else:
@@ -169,10 +169,12 @@ def _identified(event: Text | Begin | Arguments | Thought) -> Event:
 async def open_chat(
     services: Services, caller: Caller, body: ChatBody, *, most: int | None = None
 ) -> AsyncIterator[Chat]:
-    """A request, checked against what it asks for, which stays open; nothing is generated yet. Raises LorakeetError.
+    """Validate a request against its target and prepare it; the target stays open. Nothing is generated yet.
 
     Args:
-        most: tokens of the answer where the body does not say how many; fewer, if the context ends before.
+        most: tokens of the answer if the body gives no limit; fewer if the context ends first.
+
+    Raises LorakeetError.
     """
     info = services.engine_info
     async with open_target(

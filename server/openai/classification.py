@@ -1,4 +1,4 @@
-"""Requests to classify prompts, and their scores: the bodies in vLLM's shapes, admission, the engine's answers."""
+"""Classification requests: bodies in vLLM's shapes, admission, scores from the engine."""
 
 import asyncio
 import math
@@ -25,17 +25,17 @@ from server.services import Services
 
 
 class ClassifyBody(Body):
-    """What both kinds of request take."""
+    """Fields of both kinds of request."""
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {"padding": ("do_not_pad",)}
 
-    param: ClassVar[str]  # where the prompts are
+    param: ClassVar[str]  # the field that holds the prompts
 
     model: str = Field(min_length=1)
     adapter_id: str | None = Field(None, min_length=1)
-    use_activation: bool = True  # softmax over the labels, or sigmoid of a single one; else the scores as they are
-    truncate_prompt_tokens: int | None = Field(None, ge=-1, le=INT32)  # -1: to the longest that fits
-    truncation_side: Literal["left", "right"] = "right"  # the one that is cut off
+    use_activation: bool = True  # softmax over the labels, or sigmoid of a single one; else raw scores
+    truncate_prompt_tokens: int | None = Field(None, ge=-1, le=INT32)  # -1: to the longest length that fits
+    truncation_side: Literal["left", "right"] = "right"  # the side that is cut off
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
     priority: int = Field(0, ge=-INT32, le=INT32)
     user: Label | None = None
@@ -48,10 +48,10 @@ class ClassifyBody(Body):
 
     @abstractmethod
     async def token_ids(self, target: Target, longest: int) -> list[list[int]]:
-        """Of each prompt, none of them empty."""
+        """Return the token ids of each prompt, none of them empty."""
 
     async def prompts(self, target: Target, longest: int) -> list[list[int]]:
-        """Token ids of each prompt, cut as asked for. Raises ContextLengthExceeded, InvalidRequest."""
+        """Return the token ids of each prompt, truncated as requested. Raises ContextLengthExceeded, InvalidRequest."""
         most, prompts = self.truncate_prompt_tokens, await self.token_ids(target, longest)
         if most is not None:
             most = longest if most == -1 else most
@@ -64,7 +64,7 @@ class ClassifyBody(Body):
 
 
 class ClassifyInputBody(ClassifyBody):
-    """Texts, or token ids."""
+    """A classification request of texts or token ids."""
 
     param = "input"
 
@@ -77,7 +77,7 @@ class ClassifyInputBody(ClassifyBody):
 
 
 class ClassifyChatBody(ClassifyBody, Conversation):
-    """A conversation, as reward models judge one: without the beginning of a next message."""
+    """A classification request of a conversation, as for reward models: without a generation prompt."""
 
     param = "messages"
 
@@ -93,7 +93,7 @@ class ClassifyChatBody(ClassifyBody, Conversation):
 async def scores(
     services: Services, body: ClassifyBody, target: Target, prompts: Sequence[list[int]]
 ) -> tuple[list[list[float]], Usage]:
-    """Scores of each prompt's labels. Raises `TooManyRequests` before anything is submitted, LorakeetError later."""
+    """Return each prompt's label scores. Raises `TooManyRequests` before anything is submitted, LorakeetError later."""
     usage = Usage(sum(map(len, prompts)))
     caller, lengths = target.caller, [len(ids) for ids in prompts]
     rows = services.registry.rows(caller, target.adapters)
@@ -152,7 +152,7 @@ async def _scores(
 
 
 def probabilities(found: Sequence[float]) -> list[float]:
-    """Softmax over the labels; of a single one, the sigmoid."""
+    """Return the softmax over the labels, or the sigmoid of a single one."""
     if len(found) == 1:
         return [0.5 * (1.0 + math.tanh(0.5 * found[0]))]
     weights = [math.exp(score - max(found)) for score in found]

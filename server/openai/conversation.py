@@ -1,4 +1,4 @@
-"""Messages of a chat, and the prompt that they make through a chat template."""
+"""Messages of a chat, and their prompt, rendered by a chat template."""
 
 import json
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -15,7 +15,7 @@ from server.text.tools.arguments import as_object
 
 
 def _content(value: Any) -> Any:
-    """Text, or text parts, which are joined by line breaks as vLLM does; an earlier answer's refusal is text, too."""
+    """Join text parts with line breaks, as vLLM does. Refusals of earlier answers count as text."""
     if not isinstance(value, list):
         return value
     texts = []
@@ -40,14 +40,14 @@ def _template_arguments(value: Any) -> Any:
 
 
 class TextPart(BaseModel):
-    """Part of a message."""
+    """A text part of a message."""
 
     type: Literal["text"]
     text: str
 
 
 class RefusalPart(BaseModel):
-    """A model's refusal, in an earlier answer."""
+    """A refusal by the model in an earlier answer."""
 
     type: Literal["refusal"]
     refusal: str
@@ -58,9 +58,10 @@ _ARGUMENTS = BeforeValidator(_template_arguments, json_schema_input_type=dict[st
 
 
 def _arguments(value: Any) -> Any:
-    """JSON of an object, as models write it. Clients send back what is none, too: then as a model is told of it.
+    """Return a call's arguments as the JSON text of an object.
 
-    Others send the object itself, as chat templates want it.
+    Some clients send the object itself, as chat templates expect it. Text other than a JSON object, sent back from a
+    model's answer, is converted by `as_object`.
     """
     if isinstance(value, dict):
         value = json.dumps(value, ensure_ascii=False)
@@ -76,15 +77,15 @@ def _arguments(value: Any) -> Any:
 
 
 class CalledFunction(Body):
-    """A function that was called, and its arguments in JSON."""
+    """A called function with its arguments in JSON."""
 
     name: FunctionName
     arguments: Annotated[str, BeforeValidator(_arguments, json_schema_input_type=str | dict[str, Any])] = "{}"
-    parsed_arguments: Any = Field(None, exclude=True)  # OpenAI's `parse` leaves them in the answer that it returns
+    parsed_arguments: Any = Field(None, exclude=True)  # left in answers by OpenAI's `parse`
 
 
 class ToolCall(Body):
-    """A call in an earlier answer."""
+    """A tool call in an earlier answer."""
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {"index": tuple(range(128))}
     marks: ClassVar[frozenset[str]] = frozenset({"extra_content", "provider_specific_fields"})
@@ -95,7 +96,7 @@ class ToolCall(Body):
 
 
 class Message(Body):
-    """One message. What clients send back from an answer (`refusal: null`, `tool_calls: []`) is accepted."""
+    """One message. Fields that clients send back from an answer (`refusal: null`, `tool_calls: []`) are accepted."""
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {
         "tool_calls": ([],),
@@ -109,17 +110,17 @@ class Message(Body):
     )
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Content = ""  # missing where an answer or a result of a tool says nothing
+    content: Content = ""  # may be missing in an answer or a tool result
     refusal: str | None = None  # an assistant's, in place of its content
     name: str | None = None
     tool_calls: Items[ToolCall] = Field([])
     tool_call_id: str | None = None
-    parsed: Any = Field(None, exclude=True)  # likewise
+    parsed: Any = Field(None, exclude=True)  # left in answers by OpenAI's `parse`
     reasoning: str | None = None  # an assistant's thought before its answer
-    reasoning_content: str | None = None  # another name for it
+    reasoning_content: str | None = None  # another name of `reasoning`
 
     def for_template(self) -> dict[str, Any]:
-        """The message as a chat template sees it, the thought as `reasoning`."""
+        """Return the message for a chat template, with the thought as `reasoning`."""
         names = {"reasoning", "reasoning_content", "refusal"} | (set() if self.tool_calls else {"tool_calls"})
         thought = self.reasoning or self.reasoning_content
         more = {"content": self.text} | ({"reasoning": thought} if thought else {})
@@ -127,20 +128,20 @@ class Message(Body):
 
     @property
     def text(self) -> str:
-        """What it says."""
+        """The message's content and refusal."""
         return "\n".join(filter(None, [self.content, self.refusal])) if self.refusal else self.content
 
 
 class Conversation(Body):
-    """What makes a prompt of messages; `/tokenize` takes it too."""
+    """Messages and the options of rendering them to a prompt; also used by `/tokenize`."""
 
     messages: Items[Message] = Field(min_length=1)
     tools: Items[Tool] = Field([])
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    add_special_tokens: bool = False  # the template writes them
+    add_special_tokens: bool = False  # templates write them themselves
     chat_template_kwargs: Annotated[dict[str, Any], _ARGUMENTS] = Field({})
-    reasoning_effort: str | None = Field(None, max_length=64)  # for templates that take it
+    reasoning_effort: str | None = Field(None, max_length=64)  # for templates with this argument
 
     @model_validator(mode="after")
     def _check_continuation(self) -> Self:
@@ -171,12 +172,12 @@ class Conversation(Body):
 
     @property
     def shown_tools(self) -> list[Tool]:
-        """The tools that the model is told of."""
+        """The tools shown to the model."""
         return self.tools
 
     @property
     def continued(self) -> str | None:
-        """The text that the answer goes on with, if there is one."""
+        """The text of the last message if the answer continues it."""
         return self.messages[-1].text if self.continue_final_message else None
 
     def _template_arguments(self, text: TextProcessor) -> dict[str, Any]:
@@ -189,7 +190,7 @@ class Conversation(Body):
         return arguments | self.chat_template_kwargs
 
     async def encode(self, text: TextProcessor, max_tokens: int) -> tuple[str, list[int]]:
-        """The prompt and its token ids. Raises `InvalidRequest` when the template refuses, or it must be too long."""
+        """Return the prompt and its ids. Raises `InvalidRequest` when the template refuses or it is surely too long."""
         prompt = await text.render_chat(
             await text.in_thread(20 * len(self.messages), lambda: [each.for_template() for each in self.messages]),
             add_generation_prompt=self.add_generation_prompt,

@@ -1,7 +1,6 @@
-"""Everything between a validated body and the pieces of its answer: the prompt's fit, admission, samples, usage.
+"""Generation for completions and chat: length check, admission, samples, usage, from a validated body to its pieces.
 
-Completions and chat differ in how a prompt is made and how pieces are written down; both are none of this file's
-business.
+Prompts and responses are built by the callers.
 """
 
 import asyncio
@@ -43,18 +42,18 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Usage:
-    """Tokens of one request, over all its sequences. A prompt counts once, however many samples it has."""
+    """Tokens of one request over all its sequences. A prompt counts once for all its samples."""
 
     prompt_tokens: int
     completion_tokens: int = 0
     cached_tokens: int = 0
     drafted_tokens: int = 0
-    accepted_tokens: int = 0  # of those
+    accepted_tokens: int = 0  # of the drafted tokens
     device_seconds: float = 0.0
-    reasoning_tokens: int | None = None  # where answers may think
+    reasoning_tokens: int | None = None  # None if the model does not think
 
     def as_json(self) -> dict[str, Any]:
-        """OpenAI's `usage` object; drafts are its predictions, present when there were any."""
+        """Return OpenAI's `usage` object; drafts are counted as predictions, if there were any."""
         details = {} if self.reasoning_tokens is None else {"reasoning_tokens": self.reasoning_tokens}
         if self.drafted_tokens:
             details["accepted_prediction_tokens"] = self.accepted_tokens
@@ -69,7 +68,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: its ids, how much may follow, and the text it was given as, if any."""
+    """One prompt: its ids, the limit of new tokens, and its original text if it was given as text."""
 
     ids: list[int]
     max_tokens: int
@@ -88,7 +87,7 @@ class Generation:
     target: Target
     prompts: Sequence[Prompt]
     sampling: Sampling
-    tool_markers: Collection[str] = ()  # special tokens that stay in the text: they begin calls of tools
+    tool_markers: Collection[str] = ()  # special tokens that begin tool calls; they stay in the text
     thinking: Thinking | None = None
     usage: Usage = field(init=False)
     created: int = field(default_factory=lambda: int(time.time()))
@@ -101,17 +100,17 @@ class Generation:
 
     @property
     def markers(self) -> Collection[str]:
-        """Special tokens that stay in the text, for readers to see."""
+        """Special tokens that stay in the text for parsers."""
         return self.tool_markers if self.thinking is None else (*self.tool_markers, *self.thinking.format.markers)
 
     def chunk_usage(self) -> dict[str, Any]:
-        """The `usage` field of a stream's chunk that is not its last."""
+        """Return the `usage` field of a stream's chunk other than the last."""
         if not self.body.include_usage:
             return {}
         return {"usage": self.usage.as_json() if self.body.continuous_usage else None}
 
     def envelope(self, id: str, kind: str, choices: Sequence[Any]) -> dict[str, Any]:  # noqa: A002
-        """An answer, or a chunk of one, around its choices."""
+        """Return a response, or a chunk of one, around its choices."""
         return {
             "id": id,
             "object": kind,
@@ -123,7 +122,7 @@ class Generation:
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
-        """In the queue before `pieces` are asked for. Raises `TooManyRequests`."""
+        """Enter the queue before `pieces` is iterated. Raises `TooManyRequests`."""
         self._tickets = self._enter()
         try:
             yield
@@ -138,7 +137,7 @@ class Generation:
         return self.services.admission.enter(lengths, caller.tenant, caller.allowance, self.usage.prompt_tokens, rows)
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
-        """(choice, piece) as they come; closing it aborts what still runs.
+        """Yield (choice, piece) as they arrive; closing the iterator aborts running sequences.
 
         Raises `TooManyRequests` before anything is submitted; `EngineUnavailable` and `LorakeetError` at any time.
         """
@@ -165,10 +164,10 @@ class Generation:
                 completion_tokens=self.usage.completion_tokens,
             )
         if kept is not None:
-            await kept  # on disk before the answer's last byte is out
+            await kept  # on disk before the response's last byte is sent
 
     async def _merge(self, tickets: list[Ticket]) -> AsyncGenerator[tuple[int, Piece], None]:
-        """All samples at once, except that a prompt's first goes ahead: the others find its KV in the prefix cache."""
+        """Run all samples concurrently. A prompt's first sample starts alone; the others then reuse its cached KV."""
         arrived: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue()
         prompt_computed = [asyncio.Event() for _ in self.prompts]
 
@@ -202,7 +201,7 @@ class Generation:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _sample(self, choice: int, ticket: Ticket) -> AsyncGenerator[Piece, None]:
-        """One sequence, from submission to its last piece."""
+        """Run one sequence and yield its pieces."""
         prompt = self.prompts[choice // self.body.n]
         sample = choice % self.body.n
         assembler = self._assembler(prompt.ids)
@@ -230,14 +229,14 @@ class Generation:
                     self.usage.accepted_tokens += min(output.accepted_tokens, tokens)
                     scores += output.prompt_logprobs
                     if not output.tokens and output.finish_reason is None:
-                        continue  # a part of the prompt was scored
+                        continue  # prompt logprobs of one chunk
                     if scores:
                         piece, scores = replace(piece, prompt_logprobs=scores), []
                     if self.body.return_token_ids:
                         piece = replace(piece, tokens=output.tokens[:tokens])
                     if piece.finish_reason is not None:
                         reason = piece.finish_reason
-                        await outputs.aclose()  # on a stop string the engine would go on
+                        await outputs.aclose()  # on a stop string the engine would continue
                     yield piece
                     if piece.finish_reason is not None:
                         return
@@ -249,7 +248,7 @@ class Generation:
 
     @cached_property
     def _stop_token_ids(self) -> list[int]:
-        """Those the client named, and what the model's files and template name unless they are to be ignored."""
+        """The client's stop tokens, and those of the model's files and template unless `ignore_eos` is set."""
         own = () if self.body.ignore_eos else self.target.text.stop_tokens
         known = (id_ for id_ in own if id_ < self.target.vocab_size)
         return list(dict.fromkeys([*self.body.stop_token_ids, *known]))
@@ -282,7 +281,7 @@ class Generation:
 
     def _assembler(self, prompt: list[int]) -> Assembler:
         text, skip = self.target.text, self.body.skip_special_tokens
-        # A stop string may hold a special token: then text is decoded with these, and they are taken out behind it.
+        # If a stop string has a special token, text is decoded with special tokens; they are removed after matching.
         hidden = text.special_texts if skip and text.has_special([*self.body.stop, *self.markers]) else {}
         hidden = {id_: special for id_, special in hidden.items() if not any(special in m for m in self.markers)}
         skip = skip and not hidden and not text.has_special(list(self.markers))
@@ -300,7 +299,7 @@ class Generation:
 
 
 def charge(services: Services, target: Target, usage: Usage) -> asyncio.Future[None]:
-    """Put a request on its tenant's account; done when that is on disk."""
+    """Charge a request's usage to its tenant; the future is done once it is on disk."""
     caller = target.caller
     if caller.allowance.limited:
         caller.allowance.spend(usage.completion_tokens)
@@ -312,14 +311,14 @@ def charge(services: Services, target: Target, usage: Usage) -> asyncio.Future[N
 def fit_max_tokens(
     info: Ready, body: GenerationBody, prompt: Sequence[int], *, asked: int | None, default: int | None, param: str
 ) -> int:
-    """How many tokens may be generated after this prompt.
+    """Return the number of tokens that may be generated after this prompt.
 
     Args:
-        asked: what the client wants; it must fit.
-        default: otherwise; None is the rest of the context. It is cut to fit.
-        param: where the prompt came from, for the error.
+        asked: the client's `max_tokens`, which must fit.
+        default: the limit if the client gave none, reduced to fit; None: the rest of the context.
+        param: the field of the prompt, for the error.
 
-    Raises `ContextLengthExceeded`, naming the numbers, and `InvalidRequest` when `min_tokens` wants more.
+    Raises `ContextLengthExceeded` with the numbers, and `InvalidRequest` when `min_tokens` exceeds the result.
     """
     room = info.max_model_len - len(prompt)
     wanted = 1 if asked is None else asked
@@ -340,13 +339,13 @@ def fit_max_tokens(
 
 
 async def checked_grammar(services: Services, body: GenerationBody) -> Grammar | None:
-    """What the body says of its answer's text. Raises `InvalidRequest` when that cannot be followed."""
+    """Return the body's grammar, checked. Raises `InvalidRequest` when it cannot be enforced."""
     asked = body.asked_grammar()
     return None if asked is None else await services.grammars.check(*asked)
 
 
 def check_vocabulary(vocab_size: int, body: GenerationBody) -> None:
-    """Raises `InvalidRequest` for a token id that the model does not have."""
+    """Check the body's token ids. Raises `InvalidRequest` for one outside the vocabulary."""
     for param, ids in (("logit_bias", body.logit_bias), ("stop_token_ids", body.stop_token_ids)):
         for id_ in ids:
             if id_ >= vocab_size:
@@ -363,7 +362,7 @@ _CLIENT_FAULTS: dict[str | None, type[InvalidRequest]] = {
 
 
 def raise_failure(output: Output) -> None:
-    """The error of a sequence that failed by itself while the engine goes on."""
+    """Raise the error of a sequence that failed while the engine continues."""
     if output.finish_reason == "abort":
         raise EngineUnavailable("The engine gave this request up; try again.")
     if output.error is None:

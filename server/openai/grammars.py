@@ -1,6 +1,6 @@
-"""The ways in which a request says what its answer's text must be, and the one grammar that they all become.
+"""Fields that constrain an answer's text, and their conversion to one grammar.
 
-OpenAI's `response_format`, vLLM's `structured_outputs`, and the names it had for these before.
+They are OpenAI's `response_format`, vLLM's `structured_outputs`, and vLLM's older `guided_*` names for these.
 """
 
 import json
@@ -28,7 +28,7 @@ class JsonObjectFormat(Body):
 
 
 class JsonSchema(Body):
-    """A schema with a name. It is kept to whether it is `strict` or not."""
+    """A named schema. It is enforced whether `strict` or not."""
 
     name: str = Field(min_length=1, max_length=256)
     description: str | None = None
@@ -37,14 +37,14 @@ class JsonSchema(Body):
 
 
 class JsonSchemaFormat(Body):
-    """JSON of a schema."""
+    """JSON that matches a schema."""
 
     type: Literal["json_schema"]
     json_schema: JsonSchema
 
 
 class TaggedStructure(Body):
-    """What is between two tags."""
+    """A schema for the text between two tags."""
 
     begin: str = Field(min_length=1)
     schema_: Schema = Field({}, alias="schema")
@@ -66,7 +66,7 @@ Choices = Annotated[Items[str], Field(min_length=1)]
 
 
 class StructuredOutputs(Body):
-    """vLLM's: one of these kinds."""
+    """vLLM's constraint; exactly one kind is given."""
 
     json_: Schema | str | None = Field(None, alias="json")
     regex: str | None = None
@@ -74,13 +74,13 @@ class StructuredOutputs(Body):
     grammar: str | None = None  # Lark or GBNF
     json_object: bool = False
     structural_tag: StructuralTags | str | None = None
-    whitespace_pattern: str | None = None  # a regex: white space between the parts of JSON
-    disable_any_whitespace: bool = False  # there is none without a pattern
+    whitespace_pattern: str | None = None  # regex of the white space between parts of JSON
+    disable_any_whitespace: bool = False  # no effect: there is none without a pattern
     disable_fallback: bool = False
 
 
 class ConstrainedBody(Body):
-    """A body's fields that constrain the answer."""
+    """The fields of a body that constrain the answer."""
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -91,7 +91,7 @@ class ConstrainedBody(Body):
     guided_whitespace_pattern: str | None = None
 
     def asked_grammar(self) -> tuple[Grammar, str] | None:
-        """The grammar, and the field that has it. Raises `InvalidRequest` when there are several."""
+        """Return the grammar and the name of its field. Raises `InvalidRequest` when there are several."""
         outputs = self.structured_outputs or StructuredOutputs.model_construct()
         spaces = outputs.whitespace_pattern, self.guided_whitespace_pattern
         found = [
@@ -176,7 +176,7 @@ def _tags(tags: StructuralTags | str, param: str) -> Grammar:
 
 
 def _object(value: Schema | str, param: str) -> Schema:
-    """JSON that may come as text."""
+    """Return a JSON object that may be given as text. Raises `InvalidRequest`."""
     try:
         read = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):

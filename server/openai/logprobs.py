@@ -10,19 +10,19 @@ from server.messages.protocol import TokenLogprob
 from server.openai.assembly import Entry
 from server.text.processor import TextProcessor
 
-_PART = 256  # tokens whose columns are written down at once
+_PART = 256  # tokens encoded at once
 _LOWEST = -9999.0  # JSON has no infinity; vLLM's stand-in
 
 Columns = dict[str, list[Any]]
 
 
 class AnswerSize:
-    """Bytes of an answer's log-probabilities, about, against a limit: what is written at once is held at once.
+    """Estimated bytes of a response's text and log-probabilities, with a limit, as it is held in memory as a whole.
 
     Args:
         limit: `max_response_bytes`.
-        alternatives: of each token, beside itself; None: there are no log-probabilities.
-        each: bytes of one token's number and name.
+        alternatives: number per token, without the token itself; None: no log-probabilities.
+        each: bytes of one token's value and text.
     """
 
     def __init__(self, limit: int, alternatives: int | None, each: int) -> None:
@@ -31,7 +31,7 @@ class AnswerSize:
         self._bytes = 0
 
     def add(self, tokens: int, text: int = 0) -> None:
-        """So many more tokens, and characters of text. Raises InvalidRequest."""
+        """Count further tokens and characters of text. Raises InvalidRequest above the limit."""
         self._bytes += tokens * self._per_token + text
         if self._bytes > self._limit:
             raise InvalidRequest(
@@ -43,7 +43,7 @@ class AnswerSize:
 
 
 def columns(text: TextProcessor, entries: Iterable[Entry], *, start: int = 0) -> Columns:
-    """`logprobs` of a completion's choice. `start`: characters of the choice's text before this sequence's own."""
+    """Return `logprobs` of a completion's choice. `start`: characters of the choice's text before this sequence's."""
     made = no_columns()
     for entry in entries:
         _append(made, text, start + entry.offset, entry.logprob.token, entry.logprob)
@@ -53,10 +53,10 @@ def columns(text: TextProcessor, entries: Iterable[Entry], *, start: int = 0) ->
 def echoed_columns(
     text: TextProcessor, ids: Sequence[int], offsets: Sequence[int], logprobs: Sequence[TokenLogprob | None]
 ) -> dict[str, bytes]:
-    """The same for an echoed prompt, each column as the inside of a JSON list.
+    """Return the columns of an echoed prompt, each as the inside of a JSON list.
 
-    Written down once for all samples, and in parts: what holds the interpreter at once is short. Nothing precedes the
-    first token, so that one has no logprob.
+    They are encoded once for all samples, and in parts, so that the interpreter lock is held only briefly. The first
+    token has no logprob, as nothing precedes it.
     """
     parts: dict[str, list[bytes]] = {name: [] for name in no_columns()}
     for start in range(0, len(ids), _PART):
@@ -70,7 +70,7 @@ def echoed_columns(
 
 
 def behind_echo(echoed: dict[str, bytes], made: Columns) -> dict[str, msgspec.Raw]:
-    """Columns of an echoed prompt and of what follows it, as JSON."""
+    """Return the columns of an echoed prompt and its completion as JSON."""
     return {
         name: msgspec.Raw(b"[%b%b%b]" % (echoed[name], b"," if column else b"", msgspec.json.encode(column)[1:-1]))
         for name, column in made.items()
@@ -78,12 +78,12 @@ def behind_echo(echoed: dict[str, bytes], made: Columns) -> dict[str, msgspec.Ra
 
 
 def no_columns() -> Columns:
-    """No tokens yet."""
+    """Return columns without tokens."""
     return {"text_offset": [], "token_logprobs": [], "tokens": [], "top_logprobs": []}
 
 
 def extend(made: Columns, more: Columns) -> None:
-    """Add later tokens in place."""
+    """Append the columns of later tokens in place."""
     for name, column in made.items():
         column += more[name]
 
@@ -98,13 +98,13 @@ def _append(made: Columns, text: TextProcessor, offset: int, token: int, logprob
         return
     value = max(logprob.logprob, _LOWEST)
     top = {text.token(other).text: max(other_value, _LOWEST) for other, other_value in logprob.top}
-    top.setdefault(token_text, value)  # the chosen token is always among them, as the extra one if need be
+    top.setdefault(token_text, value)  # the chosen token is always included, as an extra one if necessary
     made["token_logprobs"].append(value)
     made["top_logprobs"].append(top)
 
 
 def chat_tokens(text: TextProcessor, entries: Iterable[Entry]) -> list[dict[str, Any]]:
-    """`logprobs.content` of a chat choice."""
+    """Return `logprobs.content` of a chat choice."""
     return [
         _chat_token(text, entry.logprob.token, entry.logprob.logprob)
         | {"top_logprobs": [_chat_token(text, token, value) for token, value in entry.logprob.top]}

@@ -1,4 +1,4 @@
-"""Lists of objects that say in `type` what they are, and requests that are written as other requests."""
+"""Lists of objects with a `type`, and errors of a request that was converted to a chat request."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
@@ -14,7 +14,7 @@ Kinds = Mapping[str, type[Body]]
 
 
 def read_part(kinds: Kinds, value: Any, place: str, type_of: Callable[[Mapping[str, Any]], Any]) -> Any:
-    """The object at this place of a body. Raises `InvalidRequest`, which names the field."""
+    """Validate the object at this place of a body. Raises `InvalidRequest`, which names the field."""
     if not isinstance(value, dict):
         raise InvalidRequest(f"`{place}` must be an object.", param=place)
     kind = kinds.get(name) if isinstance(name := type_of(value), str) else None
@@ -34,12 +34,12 @@ def parts(
     of_text: Callable[[str], Body] | None = None,
     type_of: Callable[[Mapping[str, Any]], Any] = lambda part: part.get("type"),
 ) -> BeforeValidator:
-    """Validates a field that is a list of such objects.
+    """Return a validator for a field that is a list of objects with a `type`.
 
     Args:
         field: its name.
-        of_text: the one object that a text in place of the list is; None: there must be a list.
-        type_of: an object's type, where it may be missing.
+        of_text: converts a text given in place of the list to its only object; None: a list is required.
+        type_of: returns an object's type, where `type` may be missing.
     """
 
     def validate(value: Any) -> Any:
@@ -49,22 +49,22 @@ def parts(
             raise ValueError("must be a string or a list of objects" if of_text else "must be a list of objects")
         return [read_part(kinds, part, f"{field}.{i}", type_of) for i, part in enumerate(value)]
 
-    kind: Any = list[reduce(or_, kinds.values())]  # type: ignore[misc]  # only the schema is made of it
+    kind: Any = list[reduce(or_, kinds.values())]  # type: ignore[misc]  # used for the schema only
     return BeforeValidator(validate, json_schema_input_type=str | kind if of_text else kind)
 
 
 def moved(error: LorakeetError, param: str) -> LorakeetError:
-    """The same refusal of another field."""
+    """Return the error with another field name."""
     error.message = error.message.replace(f"`{error.param}`", f"`{param}`")
     error.param = param
     return error
 
 
 def renamed(error: LorakeetError, names: Sequence[tuple[str, str]]) -> LorakeetError:
-    """A refusal of a field of the chat request that a body was written as, by its name in that body.
+    """Return a chat request's error with the field name of the body that it was converted from.
 
     Args:
-        names: beginnings of fields, and their names there; the first that fits counts.
+        names: prefixes of the chat request's fields, and their names in the body; the first match counts.
     """
     param = error.param or ""
     for ours, theirs in names:

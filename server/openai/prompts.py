@@ -1,4 +1,4 @@
-"""Prompts as text or token ids, one or several, and their ids."""
+"""Prompts given as text or token ids, one or several, and their encoding."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -11,7 +11,7 @@ from server.openai.target import Target
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
-    """Text, texts, ids or lists of ids, as a list of texts or lists of ids."""
+    """Normalise a text, texts, ids or lists of ids to a list of texts or of lists of ids."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:
@@ -25,7 +25,7 @@ def _prompts(value: Any) -> list[str | list[int]]:
 
 
 def _are_ids(value: list[Any]) -> bool:
-    if not all(type(item) is int for item in value):  # a bool is an int too
+    if not all(type(item) is int for item in value):  # excludes bool, a subclass of int
         return False
     if min(value) < 0 or max(value) > INT32:
         raise ValueError(f"a token id is from 0 to {INT32}")
@@ -43,8 +43,8 @@ Prompts = Annotated[
 async def encode_prompts(
     target: Target, given: Sequence[str | list[int]], max_tokens: int, *, add_special_tokens: bool, param: str
 ) -> list[list[int]]:
-    """Token ids of each prompt. Raises `InvalidRequest` for an empty one, and for ids that the model does not have."""
-    texts = [prompt for prompt in given if isinstance(prompt, str)]  # all of them or none
+    """Return the token ids of each prompt. Raises `InvalidRequest` for an empty one or ids outside the vocabulary."""
+    texts = [prompt for prompt in given if isinstance(prompt, str)]  # all prompts or none
     encoded = await target.text.encode(texts, add_special_tokens=add_special_tokens, max_tokens=max_tokens, param=param)
     prompts = encoded or [prompt for prompt in given if not isinstance(prompt, str)]
     for ids in prompts:

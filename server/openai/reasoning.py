@@ -1,4 +1,4 @@
-"""Thoughts of one request's answers: how they are read, kept apart from grammars, counted and limited."""
+"""Thoughts in one request's answers: reading, exemption from the answer's grammar, counting, limits."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ _ANY_TEXT = Grammar("lark", "%llguidance {}\nstart: <[*]>*\n")
 
 @dataclass(frozen=True)
 class Thinking:
-    """How answers to one prompt think.
+    """Handling of thoughts in the answers to one prompt.
 
     Attributes:
-        inside: whether the prompt ends within a thought; None where the answer may begin with one.
+        inside: whether the prompt ends within a thought; None if the answer may begin with one.
         stops: tokens that end an answer.
     """
 
@@ -31,20 +31,20 @@ class Thinking:
     def after(
         cls, text: TextProcessor, reasoning: ReasoningFormat, prompt: str, continued: str | None
     ) -> "Thinking | None":
-        """Of answers to this prompt, whose last message's text they may continue; None where none can think."""
+        """Return it for a prompt, with its last message's text if continued; None if the answers cannot think."""
         inside = begun(reasoning, prompt, continued)
         return None if inside is False else cls(text, reasoning, inside, list(text.stop_tokens))
 
     def reader(self, then: Reader) -> Reader:
-        """Of a thought, and of what comes after it."""
+        """Return a reader of the thought, followed by the reader `then`."""
         return thinking(self.format, self.inside, then)
 
     def counter(self) -> ThoughtTokens:
-        """Of one answer's thought."""
+        """Return a counter of one answer's thought tokens."""
         return ThoughtTokens(self.format, self.inside)
 
     async def grammar(self, answer: Grammar | None, most: int | None) -> tuple[Grammar | None, ThoughtBudget | None]:
-        """The grammar of thought and answer, and what the thought may take: `most` tokens, if that is set."""
+        """Return the grammar of thought and answer, and the thought's budget of `most` tokens if set."""
         if answer is not None:
             tokens = {token: id_ for id_, token in self.text.added_tokens.items()}
             lark = lark_of_thought(self.format, self.inside, tokens, self.stops)

@@ -1,4 +1,4 @@
-"""The body of `POST /v1/responses`, and the chat request that it is."""
+"""The body of `POST /v1/responses`, and its conversion to a chat request."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from server.openai.tools import CHOOSING, FunctionTool, NamedFunction, Word, arg
 
 
 class ResponseFunction(FunctionTool):
-    """A function."""
+    """A function that the model may call."""
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {
         "allowed_callers": (["direct"],),
@@ -28,11 +28,11 @@ class ResponseFunction(FunctionTool):
     }
 
     type: Literal["function"]
-    strict: bool = True  # if it can be, where it is not given
+    strict: bool = True  # when not given: only if the schema can be enforced
 
 
 class JsonSchemaText(Body):
-    """JSON of a schema. It is kept to whether it is `strict` or not."""
+    """JSON that matches a schema. It is enforced whether `strict` or not."""
 
     type: Literal["json_schema"]
     name: str = Field(min_length=1, max_length=256)
@@ -42,14 +42,14 @@ class JsonSchemaText(Body):
 
 
 class TextConfig(Body):
-    """What the answer's text must be."""
+    """Constraints on the answer's text."""
 
     format: Annotated[TextFormat | JsonObjectFormat | JsonSchemaText, Field(discriminator="type")] | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
 
 
 class ReasoningConfig(Body):
-    """How much to think; summaries are asked for in vain: thoughts are there as they are."""
+    """How much to think. Summaries are accepted without effect: thoughts are returned unchanged."""
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {"context": ("auto",), "mode": ("standard",)}
 
@@ -59,13 +59,13 @@ class ReasoningConfig(Body):
 
 
 class FunctionChoice(NamedFunction):
-    """The one function that is to be called."""
+    """The function that must be called."""
 
     type: Literal["function"]
 
 
 class AllowedTools(Body):
-    """Of the tools, those that may be called."""
+    """The subset of tools that may be called."""
 
     type: Literal["allowed_tools"]
     mode: Literal["auto", "required"]
@@ -80,13 +80,13 @@ ToolChoice = Annotated[
 class ResponseStreamOptions(Body):
     """`stream_options`."""
 
-    include_obfuscation: bool = False  # OpenAI's padding of events against eavesdroppers: none is added
+    include_obfuscation: bool = False  # OpenAI's padding of events against eavesdroppers; never added
 
 
 Include = Literal[
     "message.output_text.logprobs",
-    "reasoning.encrypted_content",  # none is: thoughts are in `content`
-    "file_search_call.results",  # these are of tools that are not served
+    "reasoning.encrypted_content",  # never present: thoughts are in `content`
+    "file_search_call.results",  # this and all below belong to tools that are not served
     "web_search_call.results",
     "web_search_call.action.sources",
     "message.input_image.image_url",
@@ -94,7 +94,7 @@ Include = Literal[
     "code_interpreter_call.outputs",
 ]
 _TOOLS: dict[str, type[Body]] = {"function": ResponseFunction}
-_NAMES = (  # of the chat request's fields
+_NAMES = (  # fields of the chat request -> fields of this body
     ("messages", "input"),
     ("max_completion_tokens", "max_output_tokens"),
     ("max_tokens", "max_output_tokens"),
@@ -107,7 +107,7 @@ _NAMES = (  # of the chat request's fields
 
 
 class ResponseBody(SamplingBody):
-    """The request's body."""
+    """The body of `POST /v1/responses`."""
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {
         "truncation": ("disabled",),
@@ -127,7 +127,7 @@ class ResponseBody(SamplingBody):
     text: TextConfig = TextConfig()
     reasoning: ReasoningConfig = ReasoningConfig()
     max_output_tokens: int | None = Field(None, ge=1, le=INT32)
-    max_tool_calls: int | None = Field(None, ge=1, le=INT32)  # of built-in tools, of which there are none
+    max_tool_calls: int | None = Field(None, ge=1, le=INT32)  # no effect: there are no built-in tools
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     top_logprobs: int | None = Field(None, ge=0, le=20)
@@ -143,7 +143,7 @@ class ResponseBody(SamplingBody):
     prompt_cache_key: Label | None = None
     prompt_cache_retention: Label | None = None
     prompt_cache_options: PromptCacheOptions | None = None
-    client_metadata: Entries[str, Label] = Field({})  # notes of the client on its session
+    client_metadata: Entries[str, Label] = Field({})  # the client's notes on its session, ignored
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:
@@ -165,10 +165,10 @@ class ResponseBody(SamplingBody):
         return self.top_logprobs is not None or "message.output_text.logprobs" in self.include
 
     async def settled(self, check: Callable[[Grammar, str], Awaitable[Grammar]]) -> Self:
-        """The same where functions that do not say whether they are strict are so if their schema can be followed.
+        """Return the body with `strict` settled: if not given, a function is strict if its schema can be enforced.
 
         Args:
-            check: raises InvalidRequest for a schema that cannot be.
+            check: raises InvalidRequest for a schema that cannot be enforced.
         """
         tools = []
         for i, tool in enumerate(self.tools):
@@ -181,7 +181,7 @@ class ResponseBody(SamplingBody):
         return self.model_copy(update={"tools": tools})
 
     def chat(self, items: Sequence[Item]) -> ChatBody:
-        """The chat request that this is, of these items. Raises InvalidRequest."""
+        """Return the equivalent chat request with these items as messages. Raises InvalidRequest."""
         given: dict[str, Any] = {
             "model": self.model,
             "adapter_id": self.adapter_id,
@@ -210,7 +210,7 @@ class ResponseBody(SamplingBody):
 
     @staticmethod
     def refusal(error: LorakeetError) -> LorakeetError:
-        """A refusal of that chat request, with the names of this body's fields."""
+        """Return a refusal of the chat request with the field names of this body."""
         tool = re.match(r"tools\.\d+", error.param or "")
         return renamed(error, [(f"{tool[0]}.function", tool[0])] if tool else _NAMES)
 
@@ -235,7 +235,7 @@ class ResponseBody(SamplingBody):
         return None if asked is None else asked.model_dump()
 
     def shown(self) -> dict[str, Any]:
-        """The fields of the request that a response repeats."""
+        """Return the request's fields that a response repeats."""
         choice, form = self.tool_choice, self.text.format or TextFormat(type="text")
         text = {"format": form.model_dump(by_alias=True, exclude_none=True)}
         return {

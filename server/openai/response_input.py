@@ -1,4 +1,4 @@
-"""The input of `/v1/responses`: its items, and the messages of a chat that they are."""
+"""The input items of `/v1/responses`, and their conversion to chat messages."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
@@ -14,25 +14,25 @@ ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
 
 class InputText(Body):
-    """Text to the model."""
+    """Text for the model."""
 
     type: Literal["input_text"]
     text: str
-    prompt_cache_breakpoint: dict[str, Any] | None = None  # any prefix is cached without it
+    prompt_cache_breakpoint: dict[str, Any] | None = None  # no effect: every prefix is cached
 
 
 class AnswerText(Body):
-    """Text of the model, in an earlier answer."""
+    """Text of the model in an earlier answer."""
 
     type: Literal["output_text"]
     text: str
     annotations: list[Any] = Field([])
     logprobs: list[Any] = Field([])
-    parsed: Any = None  # OpenAI's `parse` leaves it in the answer that it returns
+    parsed: Any = None  # left in answers by OpenAI's `parse`
 
 
 class RefusalText(Body):
-    """A refusal of the model, in an earlier answer."""
+    """A refusal by the model in an earlier answer."""
 
     type: Literal["refusal"]
     refusal: str
@@ -43,7 +43,7 @@ class RefusalText(Body):
 
 
 def _text(text: str) -> Body:
-    return InputText.model_construct(type="input_text", text=text)  # valid as it is, and there may be thousands
+    return InputText.model_construct(type="input_text", text=text)  # valid by construction, and there may be thousands
 
 
 _TEXTS: dict[str, type[Body]] = {"input_text": InputText, "output_text": AnswerText, "refusal": RefusalText}
@@ -67,7 +67,7 @@ _DIRECT: dict[str, tuple[Any, ...]] = {"caller": ({"type": "direct"},), "async":
 
 
 class CallItem(CalledFunction):
-    """A call in an earlier answer."""
+    """A tool call in an earlier answer."""
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = _DIRECT
 
@@ -78,7 +78,7 @@ class CallItem(CalledFunction):
 
 
 class CallOutputItem(Body):
-    """What a call gave."""
+    """The result of a tool call."""
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = _DIRECT
 
@@ -108,7 +108,7 @@ class ReasoningItem(Body):
 
 
 class ItemReference(Body):
-    """An item of a response that is kept."""
+    """A reference to an item of a stored response."""
 
     type: Literal["item_reference"] = "item_reference"
     id: _Id
@@ -135,7 +135,7 @@ INPUT_ITEMS = parts("input", _ITEMS, _message, _type_of)
 
 
 def as_item(item: Body, number: str) -> Item:
-    """An item as it is kept, with an id of its own; `number` is the end of that."""
+    """Return the item in its stored form. Without an id it gets one, which ends with `number`."""
     match item:
         case MessageItem():
             kind = "output_text" if item.role == "assistant" else "input_text"
@@ -159,9 +159,9 @@ def as_item(item: Body, number: str) -> Item:
 
 
 def messages_of(items: Sequence[Item], instructions: str | None) -> list[dict[str, Any]]:
-    """The messages that items are. A thought, and texts and calls that follow each other, are one message.
+    """Convert items to chat messages. A thought and the text and calls that follow it become one message.
 
-    But for two texts: these are two.
+    Two consecutive texts become two messages.
     """
     messages: list[dict[str, Any]] = []
     if instructions:
@@ -173,7 +173,7 @@ def messages_of(items: Sequence[Item], instructions: str | None) -> list[dict[st
                 text = "\n".join(part["text"] for part in item["content"])
                 spoken = item["role"] == "assistant"
                 if spoken and not thought and messages and "tool_calls" in messages[-1]:
-                    # Between calls and their results templates take no message.
+                    # Templates accept no message between calls and their results.
                     messages[-1]["content"] = "\n".join(filter(None, [messages[-1]["content"], text]))
                 else:
                     messages.append({"role": item["role"], "content": text} | (thought if spoken else {}))

@@ -1,4 +1,4 @@
-"""The objects and events of `/v1/responses`, as OpenAI writes them."""
+"""The objects and events of `/v1/responses` in OpenAI's format."""
 
 from typing import Annotated, Any, Literal
 
@@ -86,7 +86,7 @@ class Incomplete(_Object, frozen=True, kw_only=True):
 
 
 class ResponseObject(_Object, frozen=True, kw_only=True):
-    """`system_fingerprint` is the digest of what answered; `usage` is null until it has."""
+    """`system_fingerprint` is the digest of the model or adapter; `usage` is null until the response has ended."""
 
     id: str
     object: Literal["response"] = "response"
@@ -128,7 +128,7 @@ class DeletedResponse(_Object, frozen=True, kw_only=True):
 
 
 class InputItems(_Object, frozen=True, kw_only=True):
-    """Messages, calls, their outputs, thoughts; what earlier responses of the chain had comes first."""
+    """Messages, calls, call outputs and thoughts; those of earlier responses in the chain come first."""
 
     object: Literal["list"] = "list"
     data: list[Fields]

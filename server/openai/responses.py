@@ -1,4 +1,4 @@
-"""A chat's events as the events and the object of `/v1/responses`."""
+"""Conversion of a chat's events to the events and the object of `/v1/responses`."""
 
 import time
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ _PREFIX = {"message": "msg", "function_call": "fc", "reasoning": "rs"}
 
 @dataclass
 class _Open:
-    """The item of the output that is being written."""
+    """The output item being written."""
 
     kind: Literal["message", "function_call", "reasoning"]
     id: str
@@ -29,14 +29,14 @@ class _Open:
     logprobs: o.Logprobs = field(default_factory=list)
 
     def part(self) -> o.OutputText | o.ReasoningText:
-        """The part of the item, with its text so far."""
+        """Return the item's content part with its text so far."""
         text = "".join(self.text)
         if self.kind == "reasoning":
             return o.ReasoningText(text=text)
         return o.OutputText(text=text, logprobs=list(self.logprobs))
 
     def item(self, status: o.ItemStatus) -> o.OutputItem:
-        """The item, with its text so far."""
+        """Return the item with its text so far."""
         if self.call is not None:
             name, arguments = self.call.name, "".join(self.text)
             return o.OutputCall(id=self.id, status=status, call_id=self.call.id, name=name, arguments=arguments)
@@ -46,11 +46,11 @@ class _Open:
 
 
 class ResponseWriter:
-    """Writes a chat's additions down.
+    """Builds the events and the response object from a chat's additions.
 
     Args:
-        number: of the response; its id and those of its items end with it.
-        kept: whether it can be retrieved.
+        number: of the response; its id and its items' ids contain it.
+        kept: whether the response is stored.
         max_bytes: `max_response_bytes`.
     """
 
@@ -60,7 +60,7 @@ class ResponseWriter:
         self._number = number
         self._events = 0
         self._item: _Open | None = None
-        self._pending: o.Logprobs = []  # of text that is held back
+        self._pending: o.Logprobs = []  # of text not written yet
         self._size = AnswerSize(max_bytes, body.top_logprobs or 0 if body.logprobs else None, 65)
         sampling, target = chat.generation.sampling, chat.generation.target
         self.response = o.ResponseObject(
@@ -76,11 +76,11 @@ class ResponseWriter:
         )
 
     def begin(self) -> list[o.ResponseEvent]:
-        """The first events of a response."""
+        """Return the first events of a response."""
         return [self._of(o.Created, response=self.response), self._of(o.InProgress, response=self.response)]
 
     def add(self, addition: Addition) -> list[o.ResponseEvent]:
-        """The events that the addition makes."""
+        """Return the events of an addition."""
         events = [] if self._events else self.begin()
         if self._body.logprobs:
             self._size.add(len(addition.entries))
@@ -104,19 +104,19 @@ class ResponseWriter:
         return events
 
     def last(self) -> o.ResponseEvent:
-        """The last event, after the response has ended."""
+        """Return the last event, once the response has ended."""
         kind = {"completed": o.Completed, "incomplete": o.IncompleteEvent}.get(self.response.status, o.Failed)
         return self._of(kind, response=self.response)
 
     def fail(self, error: LorakeetError) -> o.ResponseEvent:
-        """End the response with an error; the last event."""
+        """End the response with an error; return the last event."""
         code = {InvalidRequest: "invalid_prompt", TooManyRequests: "rate_limit_exceeded"}
         named = next((name for kind, name in code.items() if isinstance(error, kind)), "server_error")
         self._end("failed", o.ResponseFault(code=named, message=error.message))
         return self.last()
 
     def cancel(self) -> None:
-        """End the response as cancelled, with what it has so far."""
+        """End the response as cancelled, with its output so far."""
         list(self._close("incomplete"))
         self._end("cancelled")
 
@@ -166,7 +166,7 @@ class ResponseWriter:
             yield self._of(o.PartDone, **at, part=item.part())
         self._pending = []
         done = item.item(status)
-        # A new list: events that are not sent yet show the one from before.
+        # A new list, since unsent events refer to the old one.
         self.response = replace(self.response, output=[*self.response.output, done])
         yield self._of(o.ItemDone, output_index=item.index, item=done)
 

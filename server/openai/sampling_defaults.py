@@ -1,4 +1,4 @@
-"""The sampling values that a model's makers recommend: used for fields that a request leaves out."""
+"""Sampling defaults recommended by a model's authors, for fields missing in a request."""
 
 import json
 import logging
@@ -9,7 +9,7 @@ from server.model_source import BUILT_IN
 from server.settings import SettingError
 
 FILE = "generation_config.json"
-# What vLLM reads of it too: name -> (lowest, highest). Whether to sample at all is the temperature's matter.
+# name -> (lowest, highest); the fields that vLLM reads too. `do_sample` is not read: temperature decides.
 _RANGES: Mapping[str, tuple[float, float]] = {
     "temperature": (0.0, 2.0),
     "top_p": (0.0, 1.0),
@@ -22,14 +22,14 @@ log = logging.getLogger(__name__)
 
 
 def sampling_defaults(source: str, ref: str, model: Path) -> dict[str, float]:
-    """Defaults by the request field's name; those that no request could ask for are left out, with a warning.
+    """Return defaults by request field. Values outside a field's range are left out with a warning.
 
     Args:
-        source: "auto" (the model's own file, or what is known of a built-in model), "none", or another directory.
-        ref: how the operator named the model.
+        source: "auto" (the model's own file, or the table of built-in models), "none", or another directory.
+        ref: the model's name as given by the operator.
         model: its directory.
 
-    Raises SettingError for another directory without a file, and for a file that is no JSON object.
+    Raises SettingError for another directory without the file, and for a file that is not a JSON object.
     """
     if source == "none":
         return {}

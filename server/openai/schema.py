@@ -1,6 +1,6 @@
-"""The parameters that completions and chat share: types, ranges, defaults, and what each may be left at.
+"""The parameters shared by completions and chat: types, ranges, defaults, no-op values.
 
-Only what a body says by itself is checked here; what depends on the model (vocabulary, context) is `generation`'s.
+Checks that depend on the model (vocabulary, context length) are in `generation`.
 """
 
 import secrets
@@ -15,7 +15,7 @@ from server.openai.body import Body, Entries, Items, Label, Metadata, PromptCach
 from server.openai.grammars import ConstrainedBody
 from server.settings import MAX_SPECULATIVE_TOKENS
 
-MAX_ADAPTERS = 8  # of one request
+MAX_ADAPTERS = 8  # per request
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024
 INT32 = 2**31 - 1
@@ -55,19 +55,19 @@ class StreamOptions(Body):
     """`stream_options`."""
 
     include_usage: bool = False
-    continuous_usage_stats: bool = False  # vLLM's: with `include_usage`, every chunk tells the usage so far
-    include_obfuscation: bool = False  # OpenAI's padding of chunks against eavesdroppers: none is added
+    continuous_usage_stats: bool = False  # vLLM's: with `include_usage`, every chunk has the usage so far
+    include_obfuscation: bool = False  # OpenAI's padding of chunks against eavesdroppers; never added
 
 
 class WeightedAdapter(Body):
-    """One of several adapters that a request runs on the same tokens."""
+    """One of several adapters that a request applies to the same tokens."""
 
     id: str = Field(min_length=1)
     weight: float = Field(1.0, ge=-100, le=100)
 
 
 class SamplingBody(Body):
-    """How tokens are drawn and where an answer ends, as OpenAI's completions and vLLM name it."""
+    """Sampling and stop parameters, with the names of OpenAI's completions and vLLM."""
 
     min_tokens: int = Field(0, ge=0, le=INT32)
     top_k: int = Field(0, ge=-1, le=INT32)  # 0 and -1: off
@@ -81,12 +81,12 @@ class SamplingBody(Body):
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
-    speculative_tokens: int | None = Field(None, ge=0, le=MAX_SPECULATIVE_TOKENS)  # None: as the server is set
+    speculative_tokens: int | None = Field(None, ge=0, le=MAX_SPECULATIVE_TOKENS)  # None: the server's setting
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
-    priority: int = Field(0, ge=-INT32, le=INT32)  # vLLM's: among the caller's requests the lowest comes first
+    priority: int = Field(0, ge=-INT32, le=INT32)  # vLLM's: the lowest of the caller's requests runs first
 
 
-# Sampling parameters of other servers, at the values that switch them off, as their clients send them.
+# Sampling parameters of other servers with the values that disable them, as their clients send them.
 _OF_OTHERS: dict[str, tuple[Any, ...]] = {
     "typical_p": (1, 1.0),
     "tfs_z": (1, 1.0),
@@ -99,11 +99,11 @@ _OF_OTHERS: dict[str, tuple[Any, ...]] = {
     "mm_processor_kwargs": ({},),
     "vllm_xargs": ({},),
 }
-SERVICE_TIERS = ("auto", "default", "flex", "priority", "scale")  # of OpenAI: here all requests are of one
+SERVICE_TIERS = ("auto", "default", "flex", "priority", "scale")  # OpenAI's; no effect
 
 
 class GenerationBody(ConstrainedBody, SamplingBody):
-    """What both endpoints take. Labels and hints that cannot change the answer are checked and left alone."""
+    """Fields of both endpoints. Labels and hints that cannot change the answer are validated and ignored."""
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = _OF_OTHERS | {
         "use_beam_search": (False,),
@@ -126,14 +126,14 @@ class GenerationBody(ConstrainedBody, SamplingBody):
 
     n: int = Field(1, ge=1, le=128)
     temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, ge=0, le=1)  # 0: the likeliest token alone
+    top_p: float = Field(1.0, ge=0, le=1)  # 0: only the likeliest token
     logit_bias: Annotated[Entries[int, _Bias], _BIASES] = Field({})
-    return_token_ids: bool = False  # vLLM's: the prompt's and the answer's
+    return_token_ids: bool = False  # vLLM's: of prompt and answer
 
     stream: bool = False
     stream_options: StreamOptions | None = None
-    user: Label | None = None  # who asks: a name whose requests are split gives the same version to the same user
-    best_of: int | None = Field(None, ge=1, le=128)  # as many as `n`: nothing is left to choose between
+    user: Label | None = None  # a split name resolves to the same version for one user
+    best_of: int | None = Field(None, ge=1, le=128)  # must equal `n`: every sample is returned
 
     metadata: Metadata | None = None
     store: bool = False
@@ -161,7 +161,7 @@ class GenerationBody(ConstrainedBody, SamplingBody):
 
     @property
     def continuous_usage(self) -> bool:
-        """Whether every chunk tells the usage so far."""
+        """Whether every chunk has the usage so far."""
         return self.include_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     def sampling(
@@ -173,12 +173,12 @@ class GenerationBody(ConstrainedBody, SamplingBody):
         grammar: Grammar | None = None,
         thought: ThoughtBudget | None = None,
     ) -> Sampling:
-        """The engine's parameters of sample 0, but for `max_tokens` and stop tokens, which depend on more.
+        """Return the engine's parameters for sample 0; `max_tokens` and the model's stop tokens are added later.
 
         Args:
             defaults: the model's, for fields that the client left out.
-            grammar: of the answer, as it was checked.
-            thought: how long it may think first.
+            grammar: of the answer, already checked.
+            thought: budget of the thought.
         """
 
         def chosen(name: str) -> Any:

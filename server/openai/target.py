@@ -1,7 +1,7 @@
-"""Which model a request means: the base, or versions of adapters, held on disk while they are used.
+"""The target of a request: the base, or versions of adapters, leased while in use.
 
-`model` names either; with `adapter_id` (LoRAX) or `adapters` (several, weighted) `model` is the base. A name stands for
-its current version, or for its share of a split; `name@digest prefix` asks for one version.
+`model` names either; with `adapter_id` (LoRAX) or `adapters` (several, weighted) `model` is the base. A name resolves
+to its current version, or to one of the versions of a split; `name@digest prefix` requests a given version.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -24,16 +24,16 @@ Task = Literal["generate", "classify", "any"]
 
 @dataclass(frozen=True)
 class Target:
-    """What serves a request."""
+    """The base or the adapter versions that serve a request."""
 
     caller: Caller
-    asked: str  # the name as the client wrote it
-    digest: str  # of the adapter, or of the base; of several: each with its weight
+    asked: str  # the name in the client's request
+    digest: str  # of the adapter or the base; of several adapters: each digest with its weight
     text: TextProcessor
     vocab_size: int
-    adapters: list[Version]  # none: the base
+    adapters: list[Version]  # empty: the base
     refs: list[AdapterRef]
-    num_labels: int = 0  # of one that classifies
+    num_labels: int = 0  # of a classifier
 
 
 @asynccontextmanager
@@ -47,12 +47,12 @@ async def open_target(
     user: str | None = None,
     task: Task = "generate",
 ) -> AsyncIterator[Target]:
-    """The target, leased: its files stay until the end, whatever happens to the name meanwhile.
+    """Resolve and lease the target: its files stay until the end, even if the name changes meanwhile.
 
     Args:
-        adapters: run on the same tokens, in place of one.
-        user: who asks; one user always gets the same version of a name whose requests are split.
-        task: that it must be there for.
+        adapters: several adapters applied to the same tokens, in place of one.
+        user: the user; a split name resolves to the same version for one user.
+        task: the task that the target must support.
 
     Raises `ModelNotFound` (404), `Conflict` (409, an ambiguous digest prefix), `InvalidRequest`, `EngineUnavailable`.
     """
@@ -66,7 +66,7 @@ async def open_target(
             if adapter_id is not None:
                 raise InvalidRequest("Give either `adapter_id` or `adapters`.", param="adapters")
             if model not in base:
-                await opened(model, "model")  # an unknown model is the worse mistake
+                await opened(model, "model")  # an unknown model is reported first
                 raise InvalidRequest("With `adapters`, `model` is the base.", param="adapters")
             yield _for_task(await _several(services, caller, model, adapters, opened), task, "adapters")
             return
@@ -86,7 +86,7 @@ async def open_target(
 
 
 def _for_task(target: Target, task: Task, param: str) -> Target:
-    """The target. Raises InvalidRequest when it is not there for the task."""
+    """Return the target. Raises InvalidRequest when it does not support the task."""
     if task == "any" or bool(target.num_labels) == (task == "classify"):
         return target
     name = shown(target.adapters[0].name_for(target.caller.tenant) if target.adapters else target.asked)
@@ -116,7 +116,7 @@ async def _several(
     adapters: Sequence[WeightedAdapter],
     opened: Callable[[str, str], Awaitable[Version]],
 ) -> Target:
-    """Several adapters in normal form, so that the same mixture finds its KV whatever the order it was written in."""
+    """Return the target of several adapters, in a normal order, so that equal mixtures share their cached KV."""
     weights: dict[str, float] = {}
     versions: dict[str, Version] = {}
     for i, adapter in enumerate(adapters):
@@ -149,7 +149,7 @@ async def _several(
 
 
 def _check_mixable(version: Version, param: str, *, alone: bool) -> None:
-    """Raises InvalidRequest for adapters that replace something, so that no weight and no sum of them has a meaning."""
+    """Check that an adapter can be weighted and summed. Raises InvalidRequest for one with replaced parameters."""
     replacing = set(version.receipt.get("variants", ())) - {"alora", "experts"}
     if replacing and not alone:
         raise InvalidRequest(
@@ -160,7 +160,7 @@ def _check_mixable(version: Version, param: str, *, alone: bool) -> None:
 
 
 def _check_fit(services: Services, versions: Sequence[Version]) -> None:
-    """Raises InvalidRequest for adapters that can never be on the device together."""
+    """Check that the adapters fit on the device together. Raises InvalidRequest."""
     needed = row_units(versions)
     for kind, capacity in services.engine_info.pool_rows.items():
         if needed[kind] > capacity:
@@ -172,7 +172,7 @@ def _check_fit(services: Services, versions: Sequence[Version]) -> None:
 
 
 async def text_of(services: Services, version: Version) -> TextProcessor:
-    """The tokenizer, chat template, stop tokens and formats that serve a version."""
+    """Return the text processor of a version, with its tokenizer, chat template, stop tokens and formats."""
     text = services.text
     if brings_text(services, version):
         text = await text.adapted(version.digest, lambda: AdapterSpec.read(version.path).text)
@@ -182,19 +182,19 @@ async def text_of(services: Services, version: Version) -> TextProcessor:
 
 
 def stop_tokens(version: Version) -> Sequence[int]:
-    """The stop tokens that a fine-tune taught a version."""
+    """Return the stop tokens learned by a fine-tuned version."""
     taught: Sequence[int] = version.receipt.get("stop_token_ids", ())
     return taught
 
 
 def brings_text(services: Services, version: Version) -> bool:
-    """Whether it has tokens of its own, or a chat template that is allowed."""
+    """Whether a version has tokens of its own, or a chat template and templates are allowed."""
     templates = services.text.renderer is not None
     return bool(version.receipt.get("tokenizer_tokens") or (templates and version.receipt.get("chat_template")))
 
 
 def reference(version: Version, caller: Caller | None = None, weight: float = 1.0) -> AdapterRef:
-    """How the engine is told of a version, for whose rows a caller has room."""
+    """Return the engine's reference to a version, with the caller's limit of device rows."""
     tokens = bool(version.receipt.get("tokenizer_tokens"))
     most = None if caller is None else caller.allowance.limits.device_rows
     owner = None if caller is None or most is None else (caller.tenant, most)

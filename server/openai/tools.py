@@ -1,4 +1,4 @@
-"""Tools in OpenAI's shapes, and what they make of an answer: its grammar, its parser."""
+"""Tools in OpenAI's shapes, and the grammar and parser of answers that may call them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": Fal
 
 
 class FunctionTool(Body):
-    """A function: without `parameters` it takes none. Arguments of a `strict` one always validate."""
+    """A function. Without `parameters` it takes none. The arguments of a `strict` function always validate."""
 
     marks: ClassVar[frozenset[str]] = frozenset({"cache_control"})
 
@@ -41,7 +41,7 @@ class Tool(Body):
     function: FunctionTool
 
     def for_template(self) -> dict[str, Any]:
-        """As a chat template sees it."""
+        """Return the tool for a chat template."""
         return self.model_dump(exclude_none=True, exclude={"function": {"strict"}})
 
 
@@ -52,7 +52,7 @@ class NamedFunction(Body):
 
 
 class NamedTool(Body):
-    """The one function that is to be called."""
+    """The function that must be called."""
 
     type: Literal["function"]
     function: NamedFunction
@@ -66,14 +66,14 @@ class AllowedFunctions(Body):
 
 
 class AllowedTools(Body):
-    """A choice of some of the tools: the model is told of these alone."""
+    """A choice of some of the tools; the model sees only these."""
 
     type: Literal["allowed_tools"]
     allowed_tools: AllowedFunctions
 
 
 def kind_of_choice(value: Any) -> str | None:
-    """Which kind of `tool_choice` it is."""
+    """Return the kind of a `tool_choice`, for the discriminator."""
     kind = value.get("type") if isinstance(value, dict) else "word"
     return kind if isinstance(kind, str) else None
 
@@ -90,12 +90,12 @@ ToolChoice = Annotated[
 
 
 def arguments_schema(function: FunctionTool) -> dict[str, Any]:
-    """The schema that enforced arguments of a function follow."""
+    """Return the schema of a function's arguments when it is enforced."""
     return {"type": "object"} | function.parameters
 
 
 def check_tools(tools: Sequence[Tool]) -> None:
-    """Raises `InvalidRequest` for a name that is there twice, and for arguments that are no object."""
+    """Check the tools. Raises `InvalidRequest` for a duplicate name and for arguments that are not an object."""
     seen = set()
     for i, tool in enumerate(tools):
         name = tool.function.name
@@ -108,7 +108,7 @@ def check_tools(tools: Sequence[Tool]) -> None:
 
 
 def check_choice(choice: ToolChoice, tools: Sequence[Tool]) -> None:
-    """Raises `InvalidRequest` for a choice that the tools do not allow."""
+    """Check the choice. Raises `InvalidRequest` if it needs tools without any, or names an unknown one."""
     if choice == "required" and not tools:
         raise InvalidRequest("`tool_choice` needs `tools`.", param="tool_choice")
     known = {tool.function.name for tool in tools}
@@ -124,7 +124,7 @@ def check_choice(choice: ToolChoice, tools: Sequence[Tool]) -> None:
 
 
 def allowed(choice: ToolChoice, tools: Sequence[Tool]) -> Sequence[Tool]:
-    """The tools that the choice leaves."""
+    """Return the tools that the choice allows."""
     if not isinstance(choice, AllowedTools):
         return tools
     names = {tool.function.name for tool in choice.allowed_tools.tools}
@@ -133,10 +133,10 @@ def allowed(choice: ToolChoice, tools: Sequence[Tool]) -> Sequence[Tool]:
 
 @dataclass(frozen=True)
 class Calling:
-    """How the calls in one request's answers are enforced and read.
+    """Enforcing and parsing of tool calls in one request's answers.
 
     Attributes:
-        tools: those of the request, also where it allows some of them only.
+        tools: all tools of the request, even if it allows only some.
     """
 
     text: TextProcessor
@@ -147,21 +147,21 @@ class Calling:
 
     @property
     def required(self) -> bool:
-        """Whether there must be a call."""
+        """Whether the answer must be a call."""
         choice = self.choice.allowed_tools.mode if isinstance(self.choice, AllowedTools) else self.choice
         return choice == "required" or isinstance(choice, NamedTool)
 
     def parser(self, thinking: Thinking | None) -> Parser:
-        """Of one answer, which may think first."""
+        """Return a parser for one answer, which may begin with a thought."""
         reader = self.format.reader if thinking is None else thinking.reader(self.format.reader)
         parameters = {tool.function.name: tool.function.parameters for tool in self.tools}
         return Parser(reader, parameters, calls_only=self.required)
 
     async def grammar(self, services: Services, asked: tuple[Grammar, str] | None) -> Grammar | None:
-        """The answer's grammar, checked; None where any text will do.
+        """Return the answer's grammar, checked; None if any text is allowed.
 
         Args:
-            asked: what an answer without calls must be, and the field that says so.
+            asked: the grammar of an answer without calls, and the name of its field.
 
         Raises `InvalidRequest`.
         """
@@ -181,7 +181,7 @@ class Calling:
         )
         try:
             return await services.grammars.check(Grammar("lark", lark), "tools")
-        except InvalidRequest:  # which of them?
+        except InvalidRequest:  # find the cause
             if asked is not None:
                 await services.grammars.check(*asked)
             for i, tool in enumerate(self.tools):
@@ -202,7 +202,7 @@ class Calling:
 
 
 def _schema_of(grammar: Grammar, param: str) -> Mapping[str, Any]:
-    """Of an answer beside calls."""
+    """Return the schema of an answer without calls. Raises InvalidRequest for other grammars than JSON."""
     if grammar.kind == "json_object":
         return {"type": "object"}
     if grammar.kind == "json":

@@ -1,6 +1,6 @@
-"""The bodies of fine-tuning requests: fields, ranges and defaults, and what they mean for a job.
+"""The bodies of fine-tuning requests: fields, ranges, defaults, and conversion to a job's options.
 
-Only what a body says by itself is checked here; what depends on the base and the files is the handlers' matter.
+Checks that depend on the base and the files are in the handlers.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ _SUFFIX = r"^[A-Za-z0-9._-]{1,64}$"
 
 
 class HyperparametersBody(Body):
-    """OpenAI's three."""
+    """OpenAI's three hyperparameters."""
 
     n_epochs: Auto | Annotated[int, Field(ge=1, le=1000)] = "auto"
     batch_size: Auto | Annotated[int, Field(ge=1, le=4096)] = "auto"
@@ -38,7 +38,7 @@ class MethodBody(Body):
 
 
 class LoraBody(Body):
-    """The adapter's shape. What a field may hold is checked against the base, by the reader of adapter configs."""
+    """The adapter's shape. Values are checked against the base by the reader of adapter configs."""
 
     r: int | None = None
     lora_alpha: float | None = None
@@ -59,7 +59,7 @@ class LoraBody(Body):
 
 
 class TrainingBody(Body):
-    """How the adapter is trained."""
+    """Options of the training run."""
 
     learning_rate: float | None = Field(default=None, gt=0, le=1)
     lr_scheduler: Literal["linear", "cosine", "constant"] | None = None
@@ -99,7 +99,7 @@ class IntegrationBody(Body):
 
 
 class JobBody(Body):
-    """`POST /v1/fine_tuning/jobs`."""
+    """The body of `POST /v1/fine_tuning/jobs`."""
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = {"integrations": ([],)}
 
@@ -117,7 +117,7 @@ class JobBody(Body):
 
     @property
     def chosen_hyperparameters(self) -> Hyperparameters:
-        """From `method`, or from where they were before it existed."""
+        """The hyperparameters, from `method` or from the deprecated field."""
         if self.method is not None and self.hyperparameters is not None:
             message = "`hyperparameters` is deprecated and cannot be combined with `method`."
             raise InvalidRequest(message, param="hyperparameters")
@@ -127,7 +127,7 @@ class JobBody(Body):
 
 
 class EstimateBody(Body):
-    """`POST /v1/fine_tuning/estimate`."""
+    """The body of `POST /v1/fine_tuning/estimate`."""
 
     model: str = Field(min_length=1)
     lora: LoraBody | None = None

@@ -1,1 +1,1 @@
-"""Responses that are kept, on one server's disk or in the object store of several, and those in the making."""
+"""Stored responses, on one server's disk or in an object store shared by servers, and background responses."""

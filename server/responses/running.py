@@ -1,4 +1,4 @@
-"""A response that is made in the background, and its events for whoever follows them."""
+"""A response generated in the background, and its events for clients that follow them."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
@@ -10,17 +10,17 @@ class Followed(Protocol):
     """The events of a response."""
 
     def follow(self, after: int) -> AsyncGenerator[Any, None]:
-        """The events behind this number, as they come."""
+        """Yield the events after this sequence number, as they occur."""
 
 
 @dataclass
 class Running:
-    """A response in the making in the background, and its events so far.
+    """A response being generated in the background, and its events so far.
 
     Attributes:
-        streamed: its events are kept with it.
-        cancelled: a client wants no more of it; what there is is kept.
-        settled: it has come to its end, and is about to be kept.
+        streamed: its events are stored with it.
+        cancelled: a client cancelled it; its output so far is stored.
+        settled: it has finished and is about to be stored.
     """
 
     tenant: str
@@ -34,17 +34,17 @@ class Running:
     _ended: bool = False
 
     def publish(self, event: Any) -> None:
-        """Add an event, for all who follow."""
+        """Add an event for all followers."""
         self.events.append(event)
         self._wake()
 
     def end(self) -> None:
-        """No further event comes: whoever follows is done."""
+        """Mark the events as complete, which ends all followers."""
         self._ended = True
         self._wake()
 
     async def stop(self) -> None:
-        """Cancel the task that makes the response, and wait for its end."""
+        """Cancel the task that generates the response, and wait for it to end."""
         if self.task is not None:
             self.task.cancel()
             await asyncio.gather(self.task, return_exceptions=True)
@@ -54,7 +54,7 @@ class Running:
         more.set()
 
     async def follow(self, after: int) -> AsyncGenerator[Any, None]:
-        """Events from the one behind this number on, as they come."""
+        """Yield the events after this sequence number, as they occur."""
         position = after + 1
         while True:
             more = self._more
@@ -69,11 +69,11 @@ class Running:
 
 @dataclass(frozen=True)
 class Ended:
-    """The events of one that is no longer made."""
+    """The events of a finished response."""
 
     events: Sequence[Any]
 
     async def follow(self, after: int) -> AsyncGenerator[Any, None]:
-        """Events from the one behind this number on."""
+        """Yield the events after this sequence number."""
         for event in self.events[after + 1 :]:
             yield event

@@ -1,8 +1,8 @@
-"""Responses that several servers have in an object store: `responses/<tenant>/<id>.json` each.
+"""Responses of several servers in an object store: `responses/<tenant>/<id>.json` each.
 
-Nobody lists them, so no server follows what others do: who is asked for one reads it there. One in the making in the
-background is under a lease, which its server renews together with the events so far; cancelled by any server, it is
-stopped by that one, and when that one is heard of no more, it has failed.
+Clients never list responses, so servers do not follow each other's changes: a server reads a response from the store
+when a client asks for it. A background response is under a lease, which its server renews together with the events
+so far. Any server may cancel it; the lease holder then stops it. When its lease expires, it has failed.
 """
 
 import asyncio
@@ -30,17 +30,18 @@ from server.responses.store import STOPPED, Fields, KeptResponse, ResponseStore,
 from server.tenants.caller import tenant_name, tenant_of
 
 PREFIX = "responses"
-_RENEWALS = 3  # in the time that a lease lasts, at least
-_AGAIN_SECONDS = 1.0  # after which what could not be kept is tried again
+_RENEWALS = 3  # per lease duration, at least
+_AGAIN_SECONDS = 1.0  # before another attempt to store a response
 _ID = re.compile(r"resp_[0-9a-f]{32}")
 
 
 class SharedResponses(ResponseStore):
-    """All responses of one server and others. Whatever waits for the object store raises RemoteUnavailable.
+    """Stored responses of all servers. Methods that access the object store raise RemoteUnavailable.
 
     Args:
-        poll_seconds: between two looks at one that another server makes, or that somebody may want no more.
-        sweep_seconds: between two lists of all, for their bytes and for those that are too old or too many.
+        poll_seconds: between two reads of a running response: another server's for its events, one's own for a
+            cancellation.
+        sweep_seconds: between two listings of all responses, to count bytes and remove expired or excess ones.
     """
 
     def __init__(
@@ -61,13 +62,13 @@ class SharedResponses(ResponseStore):
         self.poll_seconds = poll_seconds
         self._sweep_seconds = sweep_seconds
         self._all_shared = False
-        self._stored: Counter[str] = Counter()  # bytes by tenant: of the last list, and of what came here since
+        self._stored: Counter[str] = Counter()  # bytes by tenant: the last listing's, plus local changes since
         self._counting = threading.Lock()
 
-    # --- kept ones
+    # --- stored responses
 
     async def keep(self, tenant: str, response: Any, items: list[Fields], events: list[Any] | None = None) -> None:
-        """One that is done in the background waits for the store to take it."""
+        """Store a response; a finished background response is retried until the store is available."""
         if response.status != "in_progress" and (running := self.running.get(response.id)) is not None:
             running.settled = True
         while True:
@@ -104,11 +105,11 @@ class SharedResponses(ResponseStore):
     def get(self, tenant: str, id_: str, *, param: str = "id") -> KeptResponse:
         content = self._content(tenant, id_)
         if content is None:
-            return super().get(tenant, id_, param=param)  # one from a time without a store
+            return super().get(tenant, id_, param=param)  # stored before there was an object store
         return KeptResponse(content["response"], content["items"], content["events"])
 
     def _content(self, tenant: str, id_: str) -> Content | None:
-        """What the store says; one that runs nowhere any more has failed."""
+        """Read a response from the store; one whose lease has expired is marked as failed."""
         if not _ID.fullmatch(id_):
             return None
         key = _key(tenant, id_)
@@ -133,7 +134,7 @@ class SharedResponses(ResponseStore):
         return newest
 
     def _forget(self, key: str) -> None:
-        """What the store says is remembered only of one that is being made."""
+        """Drop cached records: they are cached only for responses that are in progress."""
         self._leases.forget(key)
         self._records.forget(key)
 
@@ -148,7 +149,7 @@ class SharedResponses(ResponseStore):
             self._count(tenant, -len(found.content))
         super()._remove(tenant, id_)
 
-    # --- in the background
+    # --- background responses
 
     async def _working(self, running: Running, work: Awaitable[None]) -> None:
         renewing = asyncio.create_task(self._renew(running))
@@ -160,18 +161,18 @@ class SharedResponses(ResponseStore):
             await asyncio.to_thread(self._let_go, _key(running.tenant, running.id))
 
     def _let_go(self, key: str) -> None:
-        """Of one that was not brought to its end: whoever asks for it is told so."""
+        """Release the lease on an unfinished response, so that its readers find it failed."""
         with contextlib.suppress(LeaseLost, RemoteUnavailable):
             if self._leases.holds(key):
                 self._leases.change(key, lambda content: content, release=True)
         self._forget(key)
 
     async def _renew(self, running: Running) -> None:
-        """Until it has ended here, or somebody wants no more of it."""
+        """Renew the lease and send events until the response has ended or was cancelled."""
         key = _key(running.tenant, running.id)
         while True:
             await asyncio.sleep(min(self.poll_seconds, self._leases.seconds / _RENEWALS))
-            if not self._leases.holds(key):  # not kept yet, or just now at its end
+            if not self._leases.holds(key):  # not stored yet, or just finished
                 continue
             try:
                 content = await asyncio.to_thread(self._send, key, running)
@@ -204,7 +205,7 @@ class SharedResponses(ResponseStore):
             await asyncio.to_thread(self._records.change, _key(tenant, id_), _cancelled)
             self._records.forget(_key(tenant, id_))
 
-    # --- all the time
+    # --- housekeeping
 
     async def run(self) -> None:
         look = partial(asyncio.to_thread, self._tend)
@@ -217,7 +218,7 @@ class SharedResponses(ResponseStore):
         self.sweep()
 
     def _share_all(self) -> None:
-        """Give the store responses from a time without one."""
+        """Move responses into the store that were kept before there was one."""
         with self._database.reading() as connection:
             rows = connection.execute("SELECT tenant, id FROM responses ORDER BY number").fetchall()
         for row in rows:
@@ -229,7 +230,7 @@ class SharedResponses(ResponseStore):
             super()._remove(tenant, id_)
 
     def sweep(self) -> None:
-        """Remove what is too old or too much, and count the bytes of each tenant."""
+        """Remove expired and excess responses, and count the bytes of each tenant."""
         with self._counting:
             before = self._stored.copy()
         entries = sorted(self._bucket.list(PREFIX), key=lambda entry: entry.age)
@@ -244,7 +245,7 @@ class SharedResponses(ResponseStore):
         for path in gone:
             self._records.forget(path.removeprefix(f"{PREFIX}/").removesuffix(".json"))
         with self._counting:
-            self._stored.subtract(before)  # what came and went while they were listed
+            self._stored.subtract(before)  # leaves changes made during the listing
             self._stored.update(kept)
 
     def stored_bytes(self, tenant: str) -> int:
@@ -259,14 +260,14 @@ class SharedResponses(ResponseStore):
 
 @dataclass(frozen=True)
 class _Elsewhere:
-    """One that another server makes."""
+    """A response being generated by another server."""
 
     store: SharedResponses
     tenant: str
     id: str
 
     async def follow(self, after: int) -> AsyncGenerator[Any, None]:
-        """Events from the one behind this number on, as that server sends them."""
+        """Yield the events after this sequence number, as the other server sends them."""
         position = after + 1
         while True:
             try:
@@ -291,7 +292,7 @@ def _goes_on(content: Mapping[str, Any]) -> bool:
 
 
 def _ended(old: Content, new: Content) -> Content:
-    """The end of a response, unless it has one already, of which a client was told: then what there is of it."""
+    """Merge the final state of a response; a final status already reported to a client is kept, with the new output."""
     was, now = old["response"]["status"], new["response"]["status"]
     if was in ("in_progress", now):
         return new
@@ -299,7 +300,7 @@ def _ended(old: Content, new: Content) -> Content:
 
 
 def _failed(content: Content | None) -> Content:
-    """One whose server is heard of no more."""
+    """Mark as failed a response whose server no longer renews its lease."""
     if content is None:
         raise LeaseLost
     if not _goes_on(content):

@@ -1,6 +1,6 @@
-"""Responses of one server: their objects and their input in the job database, and those that run in the background.
+"""Responses of one server: stored with their input in the job database, and those running in the background.
 
-A response that has been kept is on disk. One that was running when the server ended has failed.
+A stored response is on disk. A response that was running when the server ended has failed.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ Fields = dict[str, Any]
 
 @dataclass(frozen=True)
 class KeptResponse:
-    """A response, the items that it answered, and the events of its stream, if it was one in the background."""
+    """A response, its input items, and the events of its stream if it was streamed in the background."""
 
     response: Fields
     items: list[Fields]
@@ -36,16 +36,16 @@ class KeptResponse:
 
     @property
     def goes_on(self) -> bool:
-        """Whether the response is still being made."""
+        """Whether the response is in progress."""
         return bool(self.response["status"] == "in_progress")
 
 
 class ResponseStore:
-    """All responses of one server that are kept; `SharedResponses` are those of several.
+    """Stored responses of one server; `SharedResponses` holds those of several.
 
     Args:
-        days: that a response is kept; 0: none is.
-        max_bytes: of all of them; the oldest go first.
+        days: how long a response is kept; 0: none is.
+        max_bytes: of all responses; the oldest are removed first.
     """
 
     def __init__(self, database: Database, days: float, max_bytes: int) -> None:
@@ -60,14 +60,14 @@ class ResponseStore:
             self._write(lambda: 0)
 
     async def run(self) -> None:
-        """Housekeeping in the background, until cancelled; a lone server has none."""
+        """Do housekeeping in the background until cancelled; a single server has none."""
 
-    # --- kept ones
+    # --- stored responses
 
     async def keep(self, tenant: str, response: Any, items: list[Fields], events: list[Any] | None = None) -> None:
-        """Keep a response, or what has become of it since. Raises InvalidRequest for one that is too large.
+        """Store a response or its new state. Raises InvalidRequest for one that is too large.
 
-        events: of its stream, if it is one in the background.
+        events: of its stream, for a background response.
         """
         await asyncio.to_thread(self._save, tenant, response, items, events)
 
@@ -96,7 +96,7 @@ class ResponseStore:
         return size
 
     def get(self, tenant: str, id_: str, *, param: str = "id") -> KeptResponse:
-        """Raises NotFound."""
+        """Return a stored response. Raises NotFound."""
         kept = self._row(tenant, id_)
         if kept is None:
             raise NotFound(f"No such response: {shown(id_)}; it was not stored, or no longer is.", param=param)
@@ -116,7 +116,7 @@ class ResponseStore:
         return KeptResponse(response, items, events or None)
 
     def item(self, tenant: str, id_: str, param: str) -> Fields:
-        """An item of a kept response, input or output. Raises NotFound."""
+        """Return an item of a stored response, input or output. Raises NotFound."""
         number = id_.partition("_")[2].partition("_")[0]
         with suppress(NotFound):
             kept = self.get(tenant, f"resp_{number}")
@@ -127,14 +127,14 @@ class ResponseStore:
         raise NotFound(f"No such item: {shown(id_)}; its response was not stored, or no longer is.", param=param)
 
     def stored_bytes(self, tenant: str) -> int:
-        """Bytes of all responses that a tenant has."""
+        """Total bytes of a tenant's responses."""
         query = "SELECT COALESCE(SUM(bytes), 0) FROM responses WHERE tenant = ?"
         with self._database.reading() as connection:
             found: int = connection.execute(query, (tenant,)).fetchone()[0]
         return found
 
     async def delete(self, tenant: str, id_: str) -> None:
-        """Forget a response; one that runs is stopped. Raises NotFound."""
+        """Delete a response; a running one is stopped. Raises NotFound."""
         await asyncio.to_thread(self.get, tenant, id_)
         if (running := self.running.get(id_)) is not None:
             await running.stop()
@@ -150,7 +150,7 @@ class ResponseStore:
         self._write(write, removing=True)
 
     def _write(self, change: Callable[[], int], *, removing: bool = False) -> None:
-        """A change, which says how many bytes there are more, and the end of what is too old or too much."""
+        """Apply a change, which returns the bytes it added, and remove expired and excess responses."""
         with self._database.transaction(removing=removing) as connection:
             total = self._bytes + change()
             horizon = time.time() - self._seconds
@@ -162,10 +162,10 @@ class ResponseStore:
                 total -= row["bytes"]
             self._database.after_commit(lambda: setattr(self, "_bytes", total))
 
-    # --- in the background
+    # --- background responses
 
     def begin(self, running: Running, work: Awaitable[None]) -> None:
-        """Run `work`, which publishes."""
+        """Run `work`, which publishes the events, in a task."""
 
         async def run() -> None:
             try:
@@ -181,18 +181,18 @@ class ResponseStore:
         await work
 
     def events(self, kept: KeptResponse, tenant: str) -> Followed | None:
-        """The events of one that was begun as a stream in the background, as they come; else None."""
+        """The events of a background response that was started as a stream, as they occur; else None."""
         id_ = kept.response["id"]
         if id_ in self.running:
             return self.running[id_]
         return Ended(kept.events) if kept.events else None
 
     async def cancel(self, tenant: str, id_: str) -> None:
-        """Stop one that runs; what it has so far is kept."""
+        """Stop a running response; its output so far is stored."""
         if (running := self.running.get(id_)) is not None:
             running.cancelled = True
             await running.stop()
 
     async def stop(self) -> None:
-        """Stop all responses that run in the background."""
+        """Stop all background responses."""
         await asyncio.gather(*(running.stop() for running in list(self.running.values())))

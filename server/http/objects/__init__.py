@@ -1,4 +1,4 @@
-"""The JSON objects that answers are made of: OpenAI's where it has one, with vLLM's additions and ours.
+"""Types of the JSON objects in responses: OpenAI's where they exist, with vLLM's additions and ours.
 
-Types alone. The OpenAPI document describes answers with them, and the tests hold every answer that they get against it.
+The OpenAPI document describes responses with them, and the tests validate all responses against it.
 """

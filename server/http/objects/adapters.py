@@ -7,7 +7,7 @@ from server.messages.protocol import Drift
 
 
 class AdapterReceipt(TypedDict):
-    """`scaling` is that of most modules; `rows` of device memory per kind of module, in 2-byte units."""
+    """`scaling` is the most common among modules; `rows` are row units on the device by module kind."""
 
     object: Literal["adapter"]
     name: str
@@ -35,7 +35,7 @@ class AdapterReceipt(TypedDict):
 
 
 class ListedAdapter(AdapterReceipt):
-    """`tier` is the nearest that holds it. Since the server began: requests, tokens, the last one's Unix time."""
+    """`tier` is the nearest that holds it. Since the server started: requests, tokens, Unix time of the last use."""
 
     tier: Literal["merged", "device", "host", "disk"]
     requests: int
@@ -65,7 +65,7 @@ class ResidentMerge(TypedDict):
 
 
 class AdapterObject(ListedAdapter):
-    """`file_metadata` is that of the safetensors file; `bytes_on_device` is null while the engine starts."""
+    """`file_metadata` is the safetensors file's; `bytes_on_device` is null while the engine starts."""
 
     modules: dict[str, ModuleObject]
     file_metadata: dict[str, str]
@@ -101,7 +101,7 @@ class Versions(TypedDict):
 
 
 class ShareObject(TypedDict):
-    """The tenants that may use the adapter, as OWNER/NAME."""
+    """The tenants that may use the adapter as OWNER/NAME."""
 
     object: Literal["adapter.share"]
     name: str

@@ -1,4 +1,4 @@
-"""Errors, lists and deletions, of whatever kind."""
+"""Errors, lists and deletions of all kinds."""
 
 from typing import Generic, Literal, NotRequired, TypedDict, TypeVar
 
@@ -17,7 +17,7 @@ class ErrorObject(TypedDict):
 
 
 class ListObject(TypedDict, Generic[T]):
-    """`first_id` and `last_id` are there when the page is not empty; `total` counts all pages' objects."""
+    """`first_id` and `last_id` are present when the page is not empty; `total` counts the objects of all pages."""
 
     object: Literal["list"]
     data: list[T]

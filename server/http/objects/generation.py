@@ -1,4 +1,4 @@
-"""Answers of the endpoints that generate, classify and tokenise, and of batches of such requests."""
+"""Responses of generation, classification, tokenisation and batches."""
 
 from typing import Literal, NotRequired, TypedDict
 
@@ -10,7 +10,7 @@ class CachedTokens(TypedDict):
 
 
 class CompletionDetails(TypedDict, total=False):
-    """Predictions are drafts of speculative decoding, there when any were made."""
+    """Predictions are drafts of speculative decoding, present if there were any."""
 
     reasoning_tokens: int
     accepted_prediction_tokens: int
@@ -18,7 +18,7 @@ class CompletionDetails(TypedDict, total=False):
 
 
 class UsageObject(TypedDict):
-    """`completion_tokens_details` are there where the model thinks, or drafts were made."""
+    """`completion_tokens_details` are present if the model thinks or there were drafts."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -31,7 +31,7 @@ class Choice(TypedDict):
     index: int
     finish_reason: str | None
     stop_reason: str | int | None
-    token_ids: NotRequired[list[int]]  # these and the next with `return_token_ids`
+    token_ids: NotRequired[list[int]]  # this and `prompt_token_ids` with `return_token_ids`
 
 
 class LogprobColumns(TypedDict):
@@ -74,12 +74,12 @@ class ToolCallObject(TypedDict):
 
 
 class ChatMessage(TypedDict):
-    """`content` is null beside calls of tools when there is no text."""
+    """`content` is null if there are tool calls and no text."""
 
     role: Literal["assistant"]
     content: str | None
     refusal: None
-    reasoning: NotRequired[str]  # the thought before the answer, and again
+    reasoning: NotRequired[str]  # the thought before the answer; `reasoning_content` repeats it
     reasoning_content: NotRequired[str]
     tool_calls: NotRequired[list[ToolCallObject]]
 
@@ -95,7 +95,7 @@ class FunctionCallDelta(TypedDict):
 
 
 class ToolCallDelta(TypedDict):
-    """The first of a call has its `id`, `type` and name; the others more of its arguments."""
+    """A call's first delta has its `id`, `type` and name; the others continue its arguments."""
 
     index: int
     id: NotRequired[str]
@@ -117,7 +117,7 @@ class ChatChunkChoice(Choice):
 
 
 class Generated(TypedDict):
-    """`system_fingerprint` is the digest of what answered."""
+    """`system_fingerprint` is the digest of the adapter or base that answered."""
 
     id: str
     created: int
@@ -126,7 +126,7 @@ class Generated(TypedDict):
 
 
 class Completion(Generated):
-    """Whole, and each chunk of a stream; `usage` of a chunk is null but in the last, which has no choice."""
+    """A completion or a chunk of its stream; a chunk's `usage` is null except in the last, which has no choice."""
 
     object: Literal["text_completion"]
     choices: list[CompletionChoice]
@@ -148,7 +148,7 @@ class ChatCompletionChunk(Generated):
 
 
 class Classified(TypedDict):
-    """`probs` are of the labels in order: probabilities, or scores without `use_activation`."""
+    """`probs` has a value per label, in order: probabilities, or scores without `use_activation`."""
 
     index: int
     label: str
@@ -195,7 +195,7 @@ class RequestCounts(TypedDict):
 
 
 class BatchObject(TypedDict):
-    """`errors` are faults of the input file; those of single requests are in the error file."""
+    """`errors` are errors in the input file; errors of single requests are in the error file."""
 
     id: str
     object: Literal["batch"]

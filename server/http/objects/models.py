@@ -1,10 +1,10 @@
-"""Models: the base and adapters, as OpenAI lists them, and their tokenizers."""
+"""Models: the base and adapters in OpenAI's shapes, and their tokenizers."""
 
 from typing import Any, Literal, NotRequired, TypedDict
 
 
 class TokenizerInfo(TypedDict):
-    """Special tokens are there by the names that the tokenizer has: `eos_token`, `bos_token`, ..."""
+    """Special tokens are listed under the tokenizer's names: `eos_token`, `bos_token`, ..."""
 
     tokenizer_class: str
     chat_template: str | None
@@ -30,7 +30,7 @@ class ModelCard(TypedDict):
 
 
 class StopToken(TypedDict):
-    """`named_by`: the model's files, its chat template, or the adapter's fine-tune, that make it end an answer."""
+    """`named_by`: the sources that make it a stop token: the model's files, chat template, or adapter's fine-tune."""
 
     id: int
     token: str
@@ -38,7 +38,7 @@ class StopToken(TypedDict):
 
 
 class ModelDetails(ModelCard):
-    """`tool_format` and `reasoning_format` are how it calls tools and how it thinks; null where it does not."""
+    """`tool_format` and `reasoning_format` are the formats of tool calls and thoughts; null if it has none."""
 
     stop_tokens: list[StopToken]
     tool_format: str | None

@@ -14,7 +14,7 @@ class Health(TypedDict):
 
 
 class Readiness(TypedDict):
-    """`error` says what is missing."""
+    """`error` is the reason for `unavailable`."""
 
     status: Literal["ready", "unavailable"]
     engine_pid: int | None
@@ -30,7 +30,7 @@ class Version(TypedDict):
 
 
 class ServerHistory(TypedDict):
-    """Columns of equal length, oldest sample first. What a sample cannot know is null."""
+    """Columns of equal length, oldest sample first. Unknown values are null."""
 
     object: Literal["server.history"]
     interval_seconds: float
@@ -39,7 +39,7 @@ class ServerHistory(TypedDict):
 
 
 class UsageRow(TypedDict):
-    """Of one tenant, adapter (null: the base) and day in UTC."""
+    """Usage of one tenant, adapter (null: the base) and day in UTC."""
 
     object: Literal["usage"]
     id: str
@@ -55,7 +55,7 @@ class UsageRow(TypedDict):
 
 
 class TenantObject(TypedDict):
-    """`created_at`: null for the default tenant, which is always there."""
+    """`created_at` is null for the default tenant, which always exists."""
 
     object: Literal["tenant"]
     id: str
@@ -64,7 +64,7 @@ class TenantObject(TypedDict):
 
 
 class KeyObject(TypedDict):
-    """`id` is what the secret begins with; `adapters`: those that it is bound to, null for all."""
+    """`id` is the beginning of the secret; `adapters` are the ones it is bound to, null for all."""
 
     object: Literal["key"]
     id: str

@@ -10,7 +10,7 @@ from server.messages.training import MemoryMode
 
 
 class FileObject(TypedDict):
-    """`report` counts what checking the file found."""
+    """`report` has the counts of the file's validation."""
 
     id: str
     object: Literal["file"]
@@ -25,14 +25,14 @@ class FileObject(TypedDict):
 
 
 class PreviewedSequence(TypedDict):
-    """A text for each token, and whether it counts in the loss."""
+    """The text of each token, and whether it counts in the loss."""
 
     tokens: list[str]
     trained: list[bool]
 
 
 class PreviewedLine(TypedDict):
-    """`length` in tokens; longer sequences than are trained on are `cut`. No sequence: there is nothing to learn."""
+    """`length` in tokens; sequences above the training length are `cut`. No sequences: nothing to learn."""
 
     line: int
     length: int
@@ -41,7 +41,7 @@ class PreviewedLine(TypedDict):
 
 
 class JobObject(TypedDict):
-    """`lora`, `training`, `step`, `total_steps` are ours, and `stop_token_ids` and formats, which its rows taught."""
+    """`lora`, `training`, `step`, `total_steps` are ours, like `stop_token_ids` and formats, which the data taught."""
 
     id: str
     object: Literal["fine_tuning.job"]
@@ -92,7 +92,7 @@ class CheckpointObject(TypedDict):
 
 
 class Estimate(TypedDict):
-    """Bytes; `activations` and `total` by memory mode. `mode` is the faster one that fits, null when neither does."""
+    """In bytes; `activations` and `total` by memory mode. `mode` is the faster that fits, null if neither does."""
 
     object: Literal["fine_tuning.estimate"]
     parameters: int

@@ -1,1 +1,1 @@
-"""One file per resource: its routes and their handlers."""
+"""Routes and their handlers, one file per resource."""

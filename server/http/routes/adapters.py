@@ -1,4 +1,4 @@
-"""`/v1/adapters`: upload, mix, list, look at, download and delete adapters. What a name means is `versions`' matter."""
+"""`/v1/adapters`: upload, mix, list, inspect, download and delete adapters."""
 
 from functools import partial
 from pathlib import Path
@@ -28,14 +28,14 @@ from server.openai.target import text_of
 from server.services import Services, caller_of, check_bound, services_of
 from server.settings import Settings
 
-_MAX_NAME_BYTES = 1024  # far more than a name may have, so that an over-long one is answered as such
+_MAX_NAME_BYTES = 1024  # far above the limit of names, so that the error of a long name says so
 _MAX_WORD_BYTES = 64
 
 
 async def upload_adapter(request: Request, body: FetchBody | MixBody | None = None) -> Response:
-    """Receive an adapter, fetch it, or make one of others. 201 when the name changed, 200 when it had this content."""
+    """Upload, fetch or mix an adapter. 201 when the name changed, 200 when it already had this content."""
     services = services_of(request)
-    _ = services.engine_info  # without a base nothing can be checked, so do not receive it either
+    _ = services.engine_info  # nothing can be checked without a base, so refuse before receiving
     await check_room(request)
     async with services.uploads.slot():
         if isinstance(body, FetchBody):
@@ -57,7 +57,7 @@ async def upload_adapter(request: Request, body: FetchBody | MixBody | None = No
 
 
 class AdaptersQuery(WindowQuery):
-    """`search` is part of a name or of a digest, in any case; of equals in `sort` the names decide."""
+    """`search` is part of a name, in any case, or of a digest; equals in `sort` are ordered by name."""
 
     search: str = ""
     sort: Literal["name", "created_at", "rank", "bytes", "tier", "requests", "tokens", "last_used"] = "name"
@@ -65,7 +65,7 @@ class AdaptersQuery(WindowQuery):
 
 
 async def list_adapters(request: Request, query: AdaptersQuery) -> Response:
-    """Every adapter's receipt, by name; all of them, unless `limit` and `after` ask for a page."""
+    """List the adapters' receipts by name; all of them unless `limit` and `after` select a page."""
     services, tenant = services_of(request), caller_of(request).tenant
     wanted = query.search.lower()
     versions = [
@@ -83,9 +83,9 @@ async def list_adapters(request: Request, query: AdaptersQuery) -> Response:
 
 
 async def get_adapter(request: Request) -> Response:
-    """One adapter's receipt, what its directory tells beyond that, and the versions of its name."""
+    """Get one adapter: its receipt, details from its files, and the versions of its name."""
     services, version, tenant = services_of(request), await _find(request), caller_of(request).tenant
-    with known_adapter(version.name):  # it may be deleted this very moment
+    with known_adapter(version.name):  # it may be deleted concurrently
         pointer = services.store.pointer(version.tenant, version.name)
         async with services.registry.hold(version):
             base = services.engine.info
@@ -105,7 +105,7 @@ async def get_adapter(request: Request) -> Response:
 
 
 async def delete_adapter(request: Request) -> Response:
-    """Take the name away; requests that run finish with the version they began with."""
+    """Delete an adapter's name; running requests finish with their version."""
     name = request.path_params["name"]
     with known_adapter(name):
         version = await services_of(request).registry.delete(caller_of(request), name)
@@ -113,17 +113,17 @@ async def delete_adapter(request: Request) -> Response:
 
 
 async def get_config(request: Request) -> Response:
-    """The adapter_config.json as it was uploaded."""
+    """Download the adapter_config.json as uploaded."""
     return _StoredFile(services_of(request), await _find(request), CONFIG_NAME, "application/json")
 
 
 async def get_weights(request: Request) -> Response:
-    """The adapter_model.safetensors as it was uploaded."""
+    """Download the adapter_model.safetensors as uploaded."""
     return _StoredFile(services_of(request), await _find(request), WEIGHTS_NAME, "application/octet-stream")
 
 
 async def _receive(request: Request, services: Services, staging: Path) -> tuple[str, bool]:
-    """Write the files to `staging`; returns the name, and whether it shall mean them."""
+    """Write the files to `staging`; return the form's `name` and `promote`."""
     parts = _parts(services.settings, staging)
     values = await read_parts(request, parts, services.uploads.threads)
     promote = values.get("promote", b"true")
@@ -147,7 +147,7 @@ def _parts(settings: Settings, directory: Path) -> dict[str, Part]:
 
 
 async def _find(request: Request) -> Version:
-    """The version named in the path, `name` or `name@digest-prefix`."""
+    """Find the version in the path, `name` or `name@digest-prefix`."""
     asked = request.path_params["name"]
     name, prefix = split_reference(asked)
     try:
@@ -162,7 +162,7 @@ def _digest_header(version: Version) -> dict[str, str]:
 
 
 class _StoredFile(Response):
-    """A file of a version, which stays on disk until it has been sent, whatever happens to the name meanwhile."""
+    """A file of a version, leased until it has been sent, even if the name changes meanwhile."""
 
     def __init__(self, services: Services, version: Version, filename: str, media_type: str) -> None:
         self._services = services
@@ -171,12 +171,12 @@ class _StoredFile(Response):
         self._file = WholeFile(version.path / filename, media_type=media_type, filename=filename, headers=headers)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with known_adapter(self._version.name):  # it may be deleted this very moment
+        with known_adapter(self._version.name):  # it may be deleted concurrently
             async with self._services.registry.hold(self._version, whole=True):
                 await self._file(scope, receive, send)
 
 
-# A fine-tune's name contains its base's, which may have slashes.
+# A fine-tune's name contains its base's, which may contain slashes.
 routes = [
     Operation(
         "POST",

@@ -1,4 +1,4 @@
-"""`/v1/admin/audit`: who changed what, and when."""
+"""`/v1/admin/audit`: the log of changes, with their authors and times."""
 
 import asyncio
 
@@ -14,7 +14,7 @@ from server.tenants.audit import Entry
 
 
 async def list_audit(request: Request, query: PageQuery) -> Response:
-    """A page of changes, newest first: an operator sees all tenants', another admin its own."""
+    """List a page of changes, newest first. An operator sees all tenants' changes, another admin its own tenant's."""
     own = caller_of(request).only_tenant
     entries, more = await asyncio.to_thread(services_of(request).audit.page, own, query.limit, query.after)
     return page([to_builtins(entry) for entry in entries], more)

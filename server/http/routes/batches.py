@@ -1,4 +1,4 @@
-"""`/v1/batches`: files of requests that are answered in what serving leaves free, in OpenAI's shapes."""
+"""`/v1/batches`: files of requests, answered with capacity left free by interactive requests, in OpenAI's shapes."""
 
 import asyncio
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from server.services import caller_of, services_of
 
 
 class BatchBody(Body):
-    """Which requests to which endpoint."""
+    """A file of requests and their endpoint."""
 
     input_file_id: str = Field(min_length=1)
     endpoint: Literal["/v1/chat/completions", "/v1/completions", "/v1/responses"]
@@ -29,7 +29,7 @@ class BatchBody(Body):
 
 
 async def create_batch(request: Request, body: BatchBody) -> Response:
-    """Begin; the file is checked first, and its faults are in the object then."""
+    """Start a batch. The file is validated first; its errors then appear in the object."""
     services = services_of(request)
     try:
         file = await asyncio.to_thread(services.tuning.files.fetched, caller_of(request).tenant, body.input_file_id)
@@ -45,7 +45,7 @@ async def create_batch(request: Request, body: BatchBody) -> Response:
 
 
 async def list_batches(request: Request, query: PageQuery) -> Response:
-    """A page of batches, newest first."""
+    """List a page of batches, newest first."""
     batches, more = await asyncio.to_thread(
         services_of(request).batches.store.page, caller_of(request).tenant, limit=query.limit, after=query.after
     )
@@ -53,12 +53,12 @@ async def list_batches(request: Request, query: PageQuery) -> Response:
 
 
 async def get_batch(request: Request) -> Response:
-    """One batch."""
+    """Get one batch."""
     return JSONResponse(_shown(request, await _find(request)))
 
 
 async def cancel_batch(request: Request) -> Response:
-    """Stop; what has been answered is in the output file once the status is `cancelled`."""
+    """Cancel a batch; finished responses are in the output file once the status is `cancelled`."""
     try:
         batch = await services_of(request).batches.cancel(await _find(request))
     except BatchStateError as refusal:
@@ -75,7 +75,7 @@ async def _find(request: Request) -> Batch:
 
 
 def _shown(request: Request, batch: Batch) -> dict[str, Any]:
-    """OpenAI's object."""
+    """Return OpenAI's object."""
     completed, failed = services_of(request).batches.progress(batch)
     faults = {"object": "list", "data": to_builtins(batch.faults)} if batch.faults else None
     return {

@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions`: a conversation, through the base's chat template, and the next message."""
+"""`POST /v1/chat/completions`: the next message of a conversation, which a chat template renders."""
 
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -23,7 +23,7 @@ from server.text.tools.source import Arguments, Text, Thought
 
 
 async def create_chat_completion(request: Request, body: ChatBody) -> Answer:
-    """The next message, whole or as server-sent events."""
+    """Generate the next message, whole or as server-sent events."""
     return Answer(partial(_answer, services_of(request), caller_of(request), body))
 
 
@@ -42,7 +42,7 @@ async def _answer(services: Services, caller: Caller, body: ChatBody, send: Send
 
 
 class _Message:
-    """The message of one choice in the making."""
+    """The message of one choice as it is built."""
 
     def __init__(self) -> None:
         self.content: str | None = None
@@ -50,7 +50,7 @@ class _Message:
         self.calls: list[dict[str, Any]] = []
 
     def add(self, event: Event) -> dict[str, Any]:
-        """The delta that the event makes."""
+        """Add an event; return its delta."""
         match event:
             case Text(text):
                 self.content = (self.content or "") + text
@@ -70,26 +70,26 @@ class _Message:
         return {"tool_calls": [{"index": len(self.calls) - 1} | part]}
 
     def deltas(self, addition: Addition) -> list[dict[str, Any]]:
-        """Those that the addition makes; without calls there is content, if empty."""
+        """Return the deltas of an addition. An answer without calls gets a content, even if empty."""
         deltas = [self.add(event) for event in addition.events]
         if addition.finish and self.content is None and not self.calls:
             deltas.append(self.add(Text("")))
         return deltas
 
     def whole(self) -> dict[str, Any]:
-        """The whole message."""
+        """Return the whole message."""
         calls = {"tool_calls": self.calls} if self.calls else {}
         thought = _thought(self.thought) if self.thought else {}
         return {"role": "assistant", "content": self.content, "refusal": None} | thought | calls
 
 
 def _thought(text: str) -> dict[str, str]:
-    """A thought, under both of the names that clients know."""
+    """Return a thought under both names that clients use."""
     return {"reasoning": text, "reasoning_content": text}
 
 
 class _Writer:
-    """Writes a chat's additions down as chat messages."""
+    """Builds chat messages from a chat's additions."""
 
     def __init__(self, body: ChatBody, chat: Chat, max_bytes: int) -> None:
         self._body = body
@@ -99,7 +99,7 @@ class _Writer:
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
 
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
-        """A chunk per delta, each choice's first with its role; with `include_usage` a last one of usage."""
+        """Yield a chunk per delta, each choice's first with its role; with `include_usage` a last one of usage."""
         generation = self._chat.generation
         async with aclosing(self._chat.additions()) as additions:
             async for addition in additions:
@@ -113,7 +113,7 @@ class _Writer:
                 elif not deltas and (addition.entries or addition.finish or addition.tokens):
                     deltas = [{}]
                 bare = replace(addition, entries=[], tokens=(), finish=None)
-                for i, delta in enumerate(deltas):  # the last one has all that is not text
+                for i, delta in enumerate(deltas):  # the last delta carries logprobs, ids and finish
                     common = self._common(addition if i == len(deltas) - 1 else bare)
                     choice = {"index": addition.choice, "delta": delta} | common
                     yield self._envelope("chat.completion.chunk", [choice]) | first | generation.chunk_usage()
@@ -122,9 +122,9 @@ class _Writer:
             yield self._envelope("chat.completion.chunk", []) | {"usage": generation.usage.as_json()}
 
     async def whole(self) -> dict[str, Any]:
-        """Everything in one object."""
+        """Return the whole response in one object."""
         tokens: dict[int, list[dict[str, Any]]] = {}
-        choices: dict[int, Raw] = {}  # written down as soon as it can be: far smaller, and not all at once
+        choices: dict[int, Raw] = {}  # encoded when finished: far smaller, and spread over time
         ids: dict[int, list[int]] = {}
         async with aclosing(self._chat.additions()) as additions:
             async for addition in additions:
@@ -148,7 +148,7 @@ class _Writer:
 
     @property
     def _nothing(self) -> str | None:
-        """Content before there is any."""
+        """The content of the first delta without text."""
         return "" if self._chat.calling is None else None
 
     def _common(self, addition: Addition, tokens: list[dict[str, Any]] | None = None) -> dict[str, Any]:

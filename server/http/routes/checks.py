@@ -1,4 +1,4 @@
-"""`/v1/adapters/{name}/warm` and `verify`: what the engine has to say of an adapter."""
+"""`/v1/adapters/{name}/warm` and `verify`: loading and checking an adapter on the engine."""
 
 import asyncio
 import importlib.util
@@ -26,18 +26,18 @@ from server.tenants.caller import Caller
 _PROMPT = "The quick brown fox jumps over the lazy dog. In the beginning there was a question, and the answer was:"
 
 
-ORACLES = ("nf4", "fp4", "none")  # quantisations that `adapters.offline.oracle` has too
+ORACLES = ("nf4", "fp4", "none")  # quantisations that `adapters.offline.oracle` supports
 
 
 class VerifyBody(Body):
-    """What to score with and without the adapter, and whether by PEFT too: it loads a base of its own for that."""
+    """The prompt to score with and without the adapter, and whether to score it with PEFT, which loads another base."""
 
     prompt: str = Field(default=_PROMPT, min_length=1)
     peft: bool = False
 
 
 async def warm(request: Request) -> Response:
-    """Bring the adapter onto the device; answers when it is there. Of a split, every version that answers."""
+    """Load an adapter onto the device; respond once it is loaded. Of a split, every version with a share is loaded."""
     services, name = services_of(request), request.path_params["name"]
     async with AsyncExitStack() as held:
 
@@ -59,7 +59,7 @@ async def warm(request: Request) -> Response:
 
 
 async def verify(request: Request, body: VerifyBody = VerifyBody()) -> Response:  # noqa: B008 - it is frozen
-    """Score a prompt with the adapter and without: is it doing anything?"""
+    """Score a prompt with and without the adapter, to check that it has an effect."""
     services, caller, name = services_of(request), caller_of(request), request.path_params["name"]
     if body.peft:
         _check_oracle(services)
@@ -96,7 +96,7 @@ async def verify(request: Request, body: VerifyBody = VerifyBody()) -> Response:
 
 
 async def _score(services: Services, caller: Caller, ids: list[int], adapters: list[AdapterRef]) -> list[float]:
-    """Log-probability of each token but the first."""
+    """Return the log-probability of each token but the first."""
     request = Generate(
         id=uuid.uuid4().hex,
         prompt=ids,

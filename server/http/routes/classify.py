@@ -19,7 +19,7 @@ from server.tenants.caller import Caller
 
 
 async def classify(request: Request, body: ClassifyChatBody | ClassifyInputBody) -> Answer:
-    """The likeliest label of each prompt, and how likely each is."""
+    """Classify prompts: the likeliest label of each, and all labels' probabilities."""
     return Answer(partial(_answer, services_of(request), caller_of(request), body))
 
 

@@ -1,4 +1,4 @@
-"""`POST /v1/completions`: a prompt, as text or token ids, and what follows it."""
+"""`POST /v1/completions`: the completion of a prompt given as text or token ids."""
 
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -32,7 +32,7 @@ DEFAULT_MAX_TOKENS = 16
 
 
 class CompletionBody(GenerationBody):
-    """The request's body."""
+    """The body of `POST /v1/completions`."""
 
     no_ops: ClassVar[dict[str, tuple[Any, ...]]] = GenerationBody.no_ops | {"suffix": ("",), "tools": ([],)}
 
@@ -44,7 +44,7 @@ class CompletionBody(GenerationBody):
 
 
 async def create_completion(request: Request, body: CompletionBody) -> Answer:
-    """The completion, whole or as server-sent events."""
+    """Generate a completion, whole or as server-sent events."""
     if body.max_tokens == 0 and not body.echo:
         raise InvalidRequest("`max_tokens` may be 0 only with `echo`.", param="max_tokens")
     return Answer(partial(_answer, services_of(request), caller_of(request), body))
@@ -92,10 +92,10 @@ async def _prompts_of(info: Ready, target: Target, body: CompletionBody) -> list
 
 @dataclass(frozen=True)
 class _Echo:
-    """A prompt as it is repeated before its completion."""
+    """A prompt as repeated before its completion."""
 
     text: str
-    offsets: list[int]  # where each token starts; empty unless logprobs are asked for
+    offsets: list[int]  # start of each token; empty unless logprobs are requested
 
 
 def _echoes(text: TextProcessor, body: CompletionBody, prompts: Sequence[Prompt]) -> list[_Echo]:
@@ -121,7 +121,7 @@ def _echo(text: TextProcessor, body: CompletionBody, prompt: Prompt) -> _Echo:
 
 
 class _Writer:
-    """Writes a generation's pieces down as a completion."""
+    """Builds a completion from a generation's pieces."""
 
     def __init__(
         self, text: TextProcessor, body: CompletionBody, generation: Generation, echoes: list[_Echo], max_bytes: int
@@ -130,19 +130,19 @@ class _Writer:
         self._body = body
         self._generation = generation
         self._echoes = echoes
-        self._echoed: dict[int, dict[str, bytes]] = {}  # columns of each prompt, once its first sample has them
+        self._echoed: dict[int, dict[str, bytes]] = {}  # columns by prompt, once its first sample has them
         size = partial(AnswerSize, max_bytes, body.logprobs, 25)
         self._size = size()
         for prompt, echo in zip(generation.prompts, echoes, strict=bool(echoes)):
             if body.stream:
-                size().add(len(prompt.ids), len(echo.text))  # an event has all of a prompt
+                size().add(len(prompt.ids), len(echo.text))  # one event holds a whole prompt
             else:
                 self._size.add(len(prompt.ids) * body.n, len(echo.text) * body.n)
-        self._begun: set[int] = set()  # choices whose echo is out
+        self._begun: set[int] = set()  # choices whose first part has been sent
         self._id = f"cmpl-{uuid.uuid4().hex}"
 
     async def chunks(self) -> AsyncGenerator[dict[str, Any], None]:
-        """A chunk per piece; with `include_usage` a last one of usage."""
+        """Yield a chunk per piece; with `include_usage` a last one of usage."""
         async with aclosing(self._generation.pieces()) as pieces:
             async for index, piece in pieces:
                 await self._take_prompt(index, piece)
@@ -155,7 +155,7 @@ class _Writer:
             yield self._envelope([]) | {"usage": self._generation.usage.as_json()}
 
     async def whole(self) -> dict[str, Any]:
-        """Everything in one object."""
+        """Return the whole response in one object."""
         choices: dict[int, dict[str, Any]] = {}
         ended: dict[int, Raw] = {}
         async with aclosing(self._generation.pieces()) as pieces:
@@ -175,12 +175,12 @@ class _Writer:
                     made |= {key: more[key] for key in ("finish_reason", "stop_reason")}
                 if piece.finish_reason is not None:
                     whole = self._behind_echo(index, choices.pop(index))
-                    ended[index] = Raw(encode_json(whole))  # far smaller, and not all at once
+                    ended[index] = Raw(encode_json(whole))  # far smaller, and spread over time
         ordered = [ended[index] for index in sorted(ended)]
         return self._envelope(ordered) | {"usage": self._generation.usage.as_json()}
 
     async def _take_prompt(self, index: int, piece: Piece) -> None:
-        """Write the log-probabilities of a prompt down, once for all of its samples."""
+        """Encode a prompt's log-probabilities once for all its samples."""
         if piece.prompt_logprobs:
             prompt = index // self._body.n
             ids, offsets = self._generation.prompts[prompt].ids, self._echoes[prompt].offsets
@@ -188,7 +188,7 @@ class _Writer:
             self._echoed[prompt] = await self._text.in_thread(100 * len(ids), work)
 
     def _choice(self, index: int, piece: Piece) -> dict[str, Any] | None:
-        """What a piece adds to its choice; None when nothing is to be sent yet."""
+        """Return a piece's addition to its choice; None if there is nothing to send yet."""
         prompt = index // self._body.n
         echo = self._echoes[prompt] if self._echoes else None
         with_logprobs = self._body.logprobs is not None
@@ -213,7 +213,7 @@ class _Writer:
         return choice
 
     def _behind_echo(self, index: int, choice: dict[str, Any]) -> dict[str, Any]:
-        """A choice whose prompt's log-probabilities come first, if they were asked for."""
+        """Return the choice with its prompt's log-probabilities first, if requested."""
         echoed = self._echoed.get(index // self._body.n)
         return choice if echoed is None else choice | {"logprobs": behind_echo(echoed, choice["logprobs"])}
 

@@ -1,4 +1,4 @@
-"""`POST /v1/embeddings`: refused, with the reason. Only a model that says how its states are pooled could answer."""
+"""`POST /v1/embeddings`: refused with a reason, as the model does not define how to pool its hidden states."""
 
 from typing import Annotated, Any, Literal
 
@@ -15,7 +15,7 @@ from server.services import caller_of, services_of
 
 
 class EmbeddingBody(Body):
-    """OpenAI's."""
+    """OpenAI's body of `POST /v1/embeddings`."""
 
     model: str = Field(min_length=1)
     input: Annotated[str, Field(min_length=1)] | Items[Any]
@@ -25,7 +25,7 @@ class EmbeddingBody(Body):
 
 
 async def create_embedding(request: Request, body: EmbeddingBody) -> Response:
-    """Say why there is none."""
+    """Refuse, with the reason."""
     async with open_target(services_of(request), caller_of(request), body.model, user=body.user, task="any"):
         raise InvalidRequest(
             "This server's model generates text; nothing says how its states would be pooled to an embedding "

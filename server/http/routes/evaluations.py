@@ -1,4 +1,4 @@
-"""`/v1/evaluations`: loss, perplexity and exact match of an adapter beside the base's."""
+"""`/v1/evaluations`: loss, perplexity and exact match of an adapter compared with the base."""
 
 import asyncio
 from typing import Any
@@ -22,7 +22,7 @@ from server.services import caller_of, services_of
 
 
 class EvaluationBody(Body):
-    """What is evaluated on what."""
+    """The model to evaluate and the file of examples."""
 
     model: str = Field(min_length=1)
     file: str = Field(min_length=1)
@@ -30,7 +30,7 @@ class EvaluationBody(Body):
 
 
 async def create_evaluation(request: Request, body: EvaluationBody) -> Response:
-    """Begin; the result is in the object once its status is `succeeded`."""
+    """Start an evaluation; the result is in the object once its status is `succeeded`."""
     services = services_of(request)
     try:
         await asyncio.to_thread(services.tuning.files.get, caller_of(request).tenant, body.file)
@@ -50,7 +50,7 @@ async def create_evaluation(request: Request, body: EvaluationBody) -> Response:
 
 
 async def list_evaluations(request: Request, query: PageQuery) -> Response:
-    """A page of evaluations, newest first."""
+    """List a page of evaluations, newest first."""
     evaluations, more = await asyncio.to_thread(
         services_of(request).tuning.evaluations.store.page,
         caller_of(request).tenant,
@@ -61,12 +61,12 @@ async def list_evaluations(request: Request, query: PageQuery) -> Response:
 
 
 async def get_evaluation(request: Request) -> Response:
-    """One evaluation."""
+    """Get one evaluation."""
     return JSONResponse(evaluation_object(await _find(request)))
 
 
 async def delete_evaluation(request: Request) -> Response:
-    """Forget one; if it runs, it stops."""
+    """Delete an evaluation; a running one is stopped."""
     evaluation = await _find(request)
     await services_of(request).tuning.evaluations.delete(caller_of(request).tenant, evaluation.id)
     return JSONResponse({"id": evaluation.id, "object": "evaluation", "deleted": True})
@@ -83,7 +83,7 @@ async def _find(request: Request) -> Evaluation:
 
 
 def evaluation_object(evaluation: Evaluation) -> dict[str, Any]:
-    """`results.adapter` is null when the base itself is evaluated."""
+    """Return the JSON object; `results.adapter` is null when the base itself is evaluated."""
     done = evaluation.status == "succeeded"
     return {
         "id": evaluation.id,

@@ -1,4 +1,4 @@
-"""`/v1/files`: training data and batches in, results out, in OpenAI's shapes. Training data is checked line by line."""
+"""`/v1/files`: training data, batches and results in OpenAI's shapes. Training data is validated line by line."""
 
 import asyncio
 from collections.abc import Callable
@@ -38,16 +38,16 @@ class FilesQuery(ListQuery):
 
 
 class PreviewQuery(Query):
-    """Lines after the one of this number."""
+    """Lines after the one with the number `after`."""
 
     after: Whole = 0
     limit: Whole = Field(20, ge=1, le=100)
 
 
 async def upload_file(request: Request) -> Response:
-    """Receive a file, check every line of it if it is training data, and keep it."""
+    """Upload a file. Every line of training data is validated."""
     services = services_of(request)
-    _ = services.engine_info  # without a base its lines cannot be checked, so do not receive them either
+    _ = services.engine_info  # lines cannot be checked without a base, so refuse before receiving
     await check_room(request)
     async with services.uploads.slot():
         with disk_faults(), services.tuning.files.staging() as directory:
@@ -85,7 +85,7 @@ def _parts(settings: Settings, directory: Path, on_filename: Callable[[str], Non
 
 
 def _check(services: Services, path: Path) -> dict[str, int]:
-    """What the file holds. Raises InvalidRequest."""
+    """Validate training data and return its counts. Raises InvalidRequest."""
     base = services.engine_info
     with path.open("rb") as file:
         try:
@@ -100,7 +100,7 @@ def _check(services: Services, path: Path) -> dict[str, int]:
 
 
 async def list_files(request: Request, query: FilesQuery) -> Response:
-    """A page of files, newest first unless `order=asc`."""
+    """List a page of files, newest first unless `order=asc`."""
     files, more = await asyncio.to_thread(
         services_of(request).tuning.files.page,
         caller_of(request).tenant,
@@ -113,19 +113,19 @@ async def list_files(request: Request, query: FilesQuery) -> Response:
 
 
 async def get_file(request: Request) -> Response:
-    """One file's object."""
+    """Get one file's object."""
     return JSONResponse(file_object(await _find(request)))
 
 
 async def get_content(request: Request) -> Response:
-    """A file's bytes."""
+    """Download a file."""
     stored = await _find(request, fetched=True)
     media_type = "text/csv" if stored.filename.endswith(".csv") else "application/jsonl"
     return WholeFile(stored.path, media_type=media_type, filename=stored.filename)
 
 
 async def preview_file(request: Request, query: PreviewQuery) -> Response:
-    """A page of a data file's lines as tokens, with those marked that are trained on."""
+    """Preview a page of a training file's lines as tokens, with the trained tokens marked."""
     services, stored = services_of(request), await _find(request, fetched=True)
     if stored.purpose != TRAINING:
         raise InvalidRequest("Only data for fine-tuning has a preview.", param="id")
@@ -144,14 +144,14 @@ async def preview_file(request: Request, query: PreviewQuery) -> Response:
 
 
 async def delete_file(request: Request) -> Response:
-    """Remove a file. Jobs that have read it already do not need it any more."""
+    """Delete a file. Jobs that have already read it are not affected."""
     stored = await _find(request)
     await asyncio.to_thread(services_of(request).tuning.files.delete, caller_of(request).tenant, stored.id)
     return JSONResponse({"id": stored.id, "object": "file", "deleted": True})
 
 
 async def _find(request: Request, *, fetched: bool = False) -> StoredFile:
-    """`fetched`: with its bytes on this disk."""
+    """Find the file in the path; with `fetched`, its bytes are on the local disk."""
     file_id, files = request.path_params["id"], services_of(request).tuning.files
     try:
         return await asyncio.to_thread(files.fetched if fetched else files.get, caller_of(request).tenant, file_id)
@@ -160,7 +160,7 @@ async def _find(request: Request, *, fetched: bool = False) -> StoredFile:
 
 
 def file_object(stored: StoredFile) -> dict[str, Any]:
-    """OpenAI's object; `report` is ours: what validation counted."""
+    """Return OpenAI's object; `report`, the counts of the validation, is ours."""
     counts = ", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in stored.report.items())
     return {
         "id": stored.id,

@@ -35,7 +35,7 @@ from server.openai.training_body import EstimateBody, JobBody, LoraBody
 from server.registry.capacity import check_fit
 from server.services import Services, caller_of, services_of
 
-_POLL_SECONDS = 1.0  # between looks for a stream's next event, should no news come
+_POLL_SECONDS = 1.0  # between polls for a stream's next event without a notification
 _STREAM_PAGE = 200
 _ORGANIZATION = "org-lorakeet"
 
@@ -54,11 +54,11 @@ class CheckpointsQuery(ListQuery):
     limit: Whole = Field(10, ge=1, le=1000)
 
 
-# --- creating ---------------------------------------------------------------------------------------
+# --- creation and estimates -------------------------------------------------------------------------
 
 
 async def create_job(request: Request, body: JobBody) -> Response:
-    """Check what can be checked now, and queue the job."""
+    """Create a job: validate the request, as far as possible now, and queue it."""
     services = services_of(request)
     chosen = body.chosen_hyperparameters
     await check_training(request)
@@ -89,7 +89,7 @@ async def create_job(request: Request, body: JobBody) -> Response:
 
 
 async def estimate(request: Request, body: EstimateBody) -> Response:
-    """What a job of this shape would take, in bytes."""
+    """Estimate the memory of a job of this shape, in bytes."""
     services = services_of(request)
     base = services.engine_info
     async with open_target(services, caller_of(request), body.model, task="any") as target:
@@ -132,7 +132,7 @@ def _check_file(services: Services, tenant: str, param: str, file_id: str) -> No
 def _shape(
     services: Services, target: Target, asked: LoraBody | None
 ) -> tuple[hyperparameters.LoraOptions, dict[str, ModuleShape]]:
-    """The adapter's shape, which must be one that can be served."""
+    """Return the adapter's shape, checked to be servable. Raises InvalidRequest."""
     base = services.engine_info
     if target.refs:
         if asked is not None and asked.model_fields_set - {"lora_dropout", "scale_vector"}:
@@ -167,11 +167,11 @@ def _training(services: Services, body: JobBody | EstimateBody) -> hyperparamete
     return training
 
 
-# --- asking ------------------------------------------------------------------------------------------
+# --- queries -----------------------------------------------------------------------------------------
 
 
 async def list_jobs(request: Request, query: JobsQuery) -> Response:
-    """A page of jobs, newest first; `metadata[key]=value` narrows it, and `metadata=null` to jobs without any."""
+    """List a page of jobs, newest first; `metadata[key]=value` filters, `metadata=null` selects jobs without any."""
     services = services_of(request)
     jobs, more = await asyncio.to_thread(
         services.tuning.jobs.page,
@@ -184,12 +184,12 @@ async def list_jobs(request: Request, query: JobsQuery) -> Response:
 
 
 async def get_job(request: Request) -> Response:
-    """One job."""
+    """Get one job."""
     return JSONResponse(job_object(services_of(request), await _find(request)))
 
 
 async def list_events(request: Request, query: EventsQuery) -> Response:
-    """A page of a job's events, newest first; or, to who accepts `text/event-stream`, all of them as they happen."""
+    """List a page of a job's events, newest first; with `Accept: text/event-stream`, stream them as they happen."""
     job = await _find(request)
     if "text/event-stream" in request.headers.get("accept", ""):
         last = request.headers.get("last-event-id")
@@ -239,7 +239,7 @@ async def _stream_events(request: Request, job: Job, after: str | None) -> Respo
 
 
 async def list_checkpoints(request: Request, query: CheckpointsQuery) -> Response:
-    """A page of a job's checkpoints, newest first."""
+    """List a page of a job's checkpoints, newest first."""
     job = await _find(request)
     checkpoints, more = await asyncio.to_thread(
         services_of(request).tuning.jobs.checkpoints, job.id, limit=query.limit, after=query.after
@@ -256,21 +256,21 @@ async def _find(request: Request) -> Job:
         raise NotFound(message, param="fine_tuning_job_id", code="fine_tune_not_found") from None
 
 
-# --- steering ------------------------------------------------------------------------------------------
+# --- control -------------------------------------------------------------------------------------------
 
 
 async def cancel_job(request: Request) -> Response:
-    """End a job for good; nothing of what it has not published is kept."""
+    """Cancel a job for good; only published checkpoints are kept."""
     return await _steer(request, services_of(request).tuning.manager.cancel)
 
 
 async def pause_job(request: Request) -> Response:
-    """Stop after the current step, saving it."""
+    """Pause a job after the current step, which is saved."""
     return await _steer(request, services_of(request).tuning.manager.pause)
 
 
 async def resume_job(request: Request) -> Response:
-    """Go on with a paused job."""
+    """Resume a paused job."""
     return await _steer(request, services_of(request).tuning.manager.resume)
 
 
@@ -286,7 +286,7 @@ async def _steer(request: Request, change: Callable[[Job], Awaitable[Job]]) -> R
 
 
 def job_object(services: Services, job: Job) -> dict[str, Any]:
-    """OpenAI's object. `lora`, `training`, `step`, `total_steps`, `stop_token_ids` and the formats are ours."""
+    """Return OpenAI's object. `lora`, `training`, `step`, `total_steps`, `stop_token_ids`, the formats are ours."""
     spec, plan = job.spec, None if job.start is None else job.start.plan
     shown = to_builtins(spec.hyperparameters)
     if plan is not None:
@@ -324,7 +324,7 @@ def job_object(services: Services, job: Job) -> dict[str, Any]:
 
 
 def event_object(event: Event) -> dict[str, Any]:
-    """OpenAI's object."""
+    """Return OpenAI's object."""
     return {
         "id": event.id,
         "object": "fine_tuning.job.event",
@@ -337,7 +337,7 @@ def event_object(event: Event) -> dict[str, Any]:
 
 
 def checkpoint_object(job: Job, checkpoint: StoredCheckpoint) -> dict[str, Any]:
-    """OpenAI's object."""
+    """Return OpenAI's object."""
     return {
         "id": checkpoint.id,
         "object": "fine_tuning.job.checkpoint",

@@ -1,4 +1,4 @@
-"""What operators and their tools ask: is the process alive, is it ready, which version is it, what has it counted."""
+"""Liveness, readiness, version and metrics, for operators and their tools."""
 
 from importlib.metadata import version
 
@@ -16,12 +16,12 @@ VERSION = version("lorakeet")
 
 
 async def health(request: Request) -> Response:
-    """The process answers; says nothing of the engine, so that a busy or restarting one does not get it killed."""
+    """Check liveness of this process only, so that it is not killed for a busy or restarting engine."""
     return JSONResponse({"status": "ok"})
 
 
 async def ready(request: Request) -> Response:
-    """Whether a request would be served now."""
+    """Check readiness: whether a request would be served now."""
     services = services_of(request)
     reason = services.engine.unready_reason
     if services.drain.draining:
@@ -44,12 +44,12 @@ async def ready(request: Request) -> Response:
 
 
 async def server_version(request: Request) -> Response:
-    """The server's version."""
+    """Get the server's version."""
     return JSONResponse({"version": VERSION})
 
 
 async def metrics(request: Request) -> Response:
-    """Everything counted, in Prometheus's text format whatever the client would rather have."""
+    """Get all metrics, always in Prometheus's text format."""
     services = services_of(request)
     services.metrics.engine_process(alive=services.engine.pid is not None, info=services.engine.info)
     await services.tuning.count_jobs()

@@ -1,7 +1,7 @@
-"""`/v1/adapters/{name}/merge`: an adapter merged into the base, as a checkpoint to be fetched, or to be served so.
+"""`/v1/adapters/{name}/merge`: an adapter merged into the base, as a checkpoint to download or resident for serving.
 
-Both belong to a version. A checkpoint lies in `data_dir/checkpoints` under the version's digest, whole or not at all.
-What is resident lives in the engine, until it is undone, the engine ends, or no name means the version any more.
+Both belong to a version. A checkpoint is in `data_dir/checkpoints` under the version's digest, complete or absent.
+A resident merge is in the engine until it is deleted, the engine ends, or no name has the version any more.
 """
 
 import asyncio
@@ -64,7 +64,7 @@ _REFUSALS: dict[str, Callable[[str], LorakeetError]] = {
 
 
 class MergeBody(Body):
-    """What to make of it."""
+    """The kind of merge and its options."""
 
     to: Literal["checkpoint", "resident"] = Field(...)
     dtype: MergedDtype | None = None
@@ -85,7 +85,7 @@ class DeleteMergeQuery(Query):
 
 
 async def merge(request: Request, body: MergeBody) -> Response:
-    """Make either. 201 when it was made, 200 when it was there."""
+    """Merge an adapter. 201 when the merge was made, 200 when it existed."""
     services = services_of(request)
     whole = body.dtype is None
     caller, name = caller_of(request), request.path_params["name"]
@@ -97,7 +97,7 @@ async def merge(request: Request, body: MergeBody) -> Response:
 
 
 async def _resident(services: Services, version: Version, dtype: MergedDtype, texts: Sequence[str]) -> Response:
-    """Let the version's requests run on merged weights, and say what that changed."""
+    """Serve the version on merged weights, and respond with the merge's report."""
     if variants := version.receipt.get("variants"):
         instead = ": it can be merged to a `checkpoint`" if list(variants) == ["experts"] else ""
         message = f"Only plain LoRA can be merged to be `resident`, not {', '.join(variants)}{instead}."
@@ -118,7 +118,7 @@ async def _resident(services: Services, version: Version, dtype: MergedDtype, te
         if known is not None:
             raise known(f"{refusal}.") from None
         raise InvalidRequest(f"{refusal}.", param="to", code=refusal.code) from None
-    if not services.store.answers(version.digest):  # replaced while it was built
+    if not services.store.answers(version.digest):  # replaced while the merge was built
         await services.engine.unmerge(version.digest)
         raise replaced
     more = {} if there else {"prompts": list(texts)}
@@ -127,7 +127,7 @@ async def _resident(services: Services, version: Version, dtype: MergedDtype, te
 
 
 async def _checkpoint(services: Services, version: Version) -> Response:
-    """Write W + BA in bfloat16."""
+    """Write W + BA as a bfloat16 checkpoint."""
     target = _directory(services, version)
     if target.is_dir():
         return _receipt(version, target, 200)
@@ -139,7 +139,7 @@ async def _checkpoint(services: Services, version: Version) -> Response:
 
 
 async def get_checkpoint_file(request: Request) -> Response:
-    """One file of the checkpoint."""
+    """Download a file of the checkpoint."""
     target, wanted = await _existing(request), request.path_params["file"]
     if wanted not in {path.name for path in target.iterdir()}:
         raise NotFound(f"The checkpoint has no file `{shown(wanted)}`.", param="file")
@@ -147,7 +147,7 @@ async def get_checkpoint_file(request: Request) -> Response:
 
 
 async def get_merge(request: Request) -> Response:
-    """What there is of both."""
+    """Get an adapter's merges: the checkpoint and the resident one."""
     services, name = services_of(request), request.path_params["name"]
     version = await _version(services, caller_of(request), name)
     target, report = _directory(services, version), services.engine.merges.get(version.digest)
@@ -164,7 +164,7 @@ async def get_merge(request: Request) -> Response:
 
 
 async def delete_merge(request: Request, query: DeleteMergeQuery) -> Response:
-    """Remove the checkpoint and undo the resident merge, or with `to` one of them; the adapter stays."""
+    """Delete the checkpoint and the resident merge, or with `to` one of them; the adapter stays."""
     services, name, to = services_of(request), request.path_params["name"], query.to
     await _check_own(services, caller_of(request), name)
     version = await _version(services, caller_of(request), name)
@@ -203,7 +203,7 @@ async def _make(services: Services, version: Version, target: Path) -> None:
 
 
 def _clear(checkpoints: Path) -> None:
-    """Make the directory, and remove what was left of work that was cut off."""
+    """Create the directory, and remove the leftovers of interrupted merges."""
     checkpoints.mkdir(parents=True, exist_ok=True)
     for left in checkpoints.glob(".*"):
         shutil.rmtree(left, ignore_errors=True)
@@ -214,7 +214,7 @@ def _directory(services: Services, version: Version) -> Path:
 
 
 async def _check_own(services: Services, caller: Caller, asked: str) -> None:
-    """Raises NotFound, PermissionDenied."""
+    """Check that the caller owns the adapter. Raises ModelNotFound, PermissionDenied."""
     try:
         await services.registry.own(caller, split_reference(asked)[0])
     except UnknownAdapter:
@@ -222,7 +222,7 @@ async def _check_own(services: Services, caller: Caller, asked: str) -> None:
 
 
 async def _version(services: Services, caller: Caller, name: str) -> Version:
-    """The record of the version that a request would get."""
+    """Return the version that a request would get."""
     async with services.registry.open(caller, name, param="name") as version:
         return version
 

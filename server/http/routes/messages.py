@@ -1,4 +1,4 @@
-"""`/v1/messages`: a conversation in Anthropic's shapes, and the next message."""
+"""`/v1/messages`: the next message of a conversation, in Anthropic's shapes."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -22,13 +22,13 @@ from server.tenants.caller import Caller
 
 
 async def create_message(request: Request, body: MessageBody) -> Answer:
-    """The next message, whole or as server-sent events."""
+    """Generate the next message, whole or as server-sent events."""
     return Answer(partial(_answer, services_of(request), caller_of(request), body))
 
 
 async def _answer(services: Services, caller: Caller, body: MessageBody, send: Send) -> None:
     try:
-        chat_body = await asyncio.to_thread(body.chat)  # long conversations take long
+        chat_body = await asyncio.to_thread(body.chat)  # slow for long conversations
         async with open_chat(services, caller, chat_body, most=body.max_tokens) as chat:
             writer = MessageWriter(chat, body.max_tokens)
             headers = {"X-Adapter-Digest": chat.generation.target.digest}
@@ -57,7 +57,7 @@ async def _events(writer: MessageWriter, chat: Chat) -> AsyncGenerator[MessageEv
 
 
 async def count_message_tokens(request: Request, body: CountBody) -> Response:
-    """How many tokens the prompt has."""
+    """Count the tokens of the prompt."""
     services = services_of(request)
     try:
         chat = await asyncio.to_thread(body.chat)

@@ -17,11 +17,11 @@ from server.openai.target import brings_text, text_of
 from server.services import Services, caller_of, services_of
 from server.tenants.caller import tenant_name
 
-_STARTED = int(time.time())  # the base has no birthday of its own
+_STARTED = int(time.time())  # the base has no creation time
 
 
 async def list_models(request: Request, query: WindowQuery) -> Response:
-    """The base first, then the adapters by name; all of them, unless `limit` and `after` ask for a page."""
+    """List the base, then the adapters by name; all of them unless `limit` and `after` select a page."""
     services, tenant = services_of(request), caller_of(request).tenant
     versions = services.registry.list(caller_of(request))
     part, more = window(query, [services.settings.base_name, *(version.name_for(tenant) for version in versions)])
@@ -33,7 +33,7 @@ async def list_models(request: Request, query: WindowQuery) -> Response:
 
 
 async def get_model(request: Request) -> Response:
-    """One model by id: the base, an adapter, or one version of it as `name@digest prefix`."""
+    """Get one model by id: the base, an adapter, or a version of it as `name@digest prefix`."""
     services, asked = services_of(request), request.path_params["id"]
     if asked in services.settings.base_aliases:
         return JSONResponse(_base_card(services) | services.text.details())
@@ -48,7 +48,7 @@ async def get_model(request: Request) -> Response:
 
 
 async def delete_model(request: Request) -> Response:
-    """Take an adapter's name away."""
+    """Delete an adapter's name."""
     services, name = services_of(request), request.path_params["id"]
     if name in services.settings.base_aliases:
         raise PermissionDenied(f"`{name}` is the base model, which cannot be deleted.", param="model")
@@ -60,7 +60,7 @@ async def delete_model(request: Request) -> Response:
 
 
 async def _adapter_details(services: Services, version: Version, tenant: str) -> dict[str, Any]:
-    """The card, and how the adapter answers. Raises UnknownAdapter when it was just removed."""
+    """Return the card with stop tokens and formats. Raises UnknownAdapter when the version was removed meanwhile."""
     async with services.registry.hold(version) if brings_text(services, version) else nullcontext():
         text = await text_of(services, version)
     return _adapter_card(services, version, tenant) | text.details()
@@ -72,7 +72,7 @@ def _base_card(services: Services) -> dict[str, Any]:
 
 
 def _adapter_card(services: Services, version: Version, tenant: str) -> dict[str, Any]:
-    # vLLM's root is the adapter's path; the digest says the same without telling where files lie.
+    # vLLM's root is the adapter's path; the digest identifies it as well, without revealing paths.
     name, base = version.name_for(tenant), services.settings.base_name
     card = _card(services, name, int(version.created), root=version.digest, parent=base)
     return card if version.tenant == tenant else card | {"owned_by": tenant_name(version.tenant)}

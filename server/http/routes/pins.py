@@ -1,7 +1,7 @@
-"""`/v1/adapters/{name}/pin`: what answers for a name stays on the device, whoever else wants its rows.
+"""`/v1/adapters/{name}/pin`: keep the versions that a name serves on the device, even when others need rows.
 
-The pin is the name's: it goes over to what the name means next, ends with the name, and survives restarts. The answer
-comes when it is decided; `warm` waits until the adapter is there.
+A pin belongs to the name: it passes to the name's next versions, ends with the name, and survives restarts. The
+response does not wait for loading; `warm` does.
 """
 
 from starlette.requests import Request
@@ -15,12 +15,12 @@ from server.services import caller_of, services_of
 
 
 async def pin(request: Request) -> Response:
-    """Keep it. 409 when more would be pinned than `--adapter-pinned-bytes` allows."""
+    """Pin an adapter to the device. 409 when more would be pinned than `--adapter-pinned-bytes` allows."""
     return await _answer(request, pinned=True)
 
 
 async def unpin(request: Request) -> Response:
-    """Let it go when others need its rows."""
+    """Unpin an adapter: it may be evicted again when others need its rows."""
     return await _answer(request, pinned=False)
 
 

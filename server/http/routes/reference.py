@@ -1,6 +1,6 @@
-"""`/openapi.json` and `/docs`: this API, for programs and for people.
+"""`/openapi.json` and `/docs`: the reference of this API, for programs and for people.
 
-Where the server has keys they need one, like all else: what a closed server can do is its users' matter.
+On a server with keys they need one: only its users learn its features.
 """
 
 from importlib.metadata import version
@@ -15,18 +15,18 @@ from server.services import services_of
 
 
 async def get_openapi(request: Request) -> Response:
-    """The OpenAPI 3.1 document."""
+    """Get the OpenAPI 3.1 document."""
     return JSONResponse(_document(request))
 
 
 async def get_docs(request: Request) -> Response:
-    """The same as a page, without scripts."""
+    """Get the reference as a page without scripts."""
     headers = {"Content-Security-Policy": reference.CONTENT_SECURITY_POLICY, "X-Content-Type-Options": "nosniff"}
     return HTMLResponse(reference.html(_document(request)), headers=headers)
 
 
 def _document(request: Request) -> dict[str, Any]:
-    """Made when first asked for, with and without keys: it takes a tenth of a second."""
+    """Return the document, built on first use and when keys appear or disappear, as it takes a tenth of a second."""
     state, closed = request.app.state, services_of(request).tenants.closed
     if getattr(state, "openapi_closed", None) != closed:
         operations = [route for route in request.app.routes if isinstance(route, Operation)]

@@ -1,4 +1,4 @@
-"""`/v1/responses`: a conversation in items, and the model's next ones; kept, if wanted, and made in the background."""
+"""`/v1/responses`: the model's next items in a conversation, optionally stored or generated in the background."""
 
 import asyncio
 import uuid
@@ -37,7 +37,7 @@ class ItemsQuery(WindowQuery):
 
 
 class _Work:
-    """A request for a response: what it answers, and as what it is kept."""
+    """A request for a response: its input items, its chat request, its id and storage."""
 
     def __init__(self, services: Services, caller: Caller, body: ResponseBody, number: str, items: list[Item]) -> None:
         self.services = services
@@ -62,24 +62,24 @@ class _Work:
 
 
 async def create_response(request: Request, body: ResponseBody) -> Answer:
-    """The model's next items, whole or as server-sent events; with `background` at once, to be fetched later."""
+    """Generate the next items, whole or as server-sent events; with `background`, return at once to be polled."""
     services = services_of(request)
     if not services.responses.enabled and (body.store or body.background):
         param = "store" if body.store else "background"
         raise InvalidRequest(f"`{param}`: this server keeps no responses (--response-days).", param=param)
     body = await unless_gone(request.receive, body.settled(services.grammars.check))
-    work = await asyncio.to_thread(_work, services, caller_of(request), body)  # long inputs take long
+    work = await asyncio.to_thread(_work, services, caller_of(request), body)  # slow for long inputs
     return Answer(partial(_in_background if body.background else _answer, work))
 
 
 def _work(services: Services, caller: Caller, body: ResponseBody) -> _Work:
-    """Raises LorakeetError."""
+    """Prepare a request. Raises LorakeetError."""
     number = uuid.uuid4().hex
     return _Work(services, caller, body, number, _items(services, caller.tenant, body, number))
 
 
 def _items(services: Services, tenant: str, body: ResponseBody, number: str) -> list[Item]:
-    """What is to be answered, earlier responses first. Raises NotFound."""
+    """Return the items to answer, those of earlier responses first. Raises NotFound, InvalidRequest."""
     items: list[Item] = []
     if body.previous_response_id is not None:
         earlier = services.responses.get(tenant, body.previous_response_id, param="previous_response_id")
@@ -93,7 +93,7 @@ def _items(services: Services, tenant: str, body: ResponseBody, number: str) -> 
             made = services.responses.item(tenant, item.id, f"input.{i}.id")
         else:
             made = as_item(item, f"{number}_in{i}")
-        if made["id"] in taken:  # pages of items go by their ids
+        if made["id"] in taken:  # ids must be unique for paging
             made = made | {"id": f"again_{number}_in{i}"}
         taken.add(made["id"])
         items.append(made)
@@ -118,7 +118,7 @@ async def _answer(work: _Work, send: Send) -> None:
 
 
 async def _events(work: _Work, writer: ResponseWriter, chat: Chat) -> AsyncGenerator[ResponseEvent, None]:
-    """The answer's events. It is kept before the last one is there."""
+    """Yield the response's events. It is stored before the last one."""
     async with aclosing(chat.additions()) as additions:
         async for addition in additions:
             for event in writer.add(addition):
@@ -128,7 +128,7 @@ async def _events(work: _Work, writer: ResponseWriter, chat: Chat) -> AsyncGener
 
 
 async def _in_background(work: _Work, send: Send) -> None:
-    """Begin; the answer tells that it has, or follows the events."""
+    """Start a background response; send its object, or follow its events."""
     running = Running(work.caller.tenant, work.id, streamed=bool(work.body.stream))
     begun: asyncio.Future[ResponseObject] = asyncio.get_running_loop().create_future()
     work.services.responses.begin(running, _run(work, running, begun))
@@ -141,7 +141,7 @@ async def _in_background(work: _Work, send: Send) -> None:
 
 
 async def _run(work: _Work, running: Running, begun: asyncio.Future[ResponseObject]) -> None:
-    """Make a response while its events are published; what comes of it is kept."""
+    """Generate a background response, publish its events and store the result."""
     drain = work.services.drain
     drain.enter()
     try:
@@ -178,7 +178,7 @@ async def _run(work: _Work, running: Running, begun: asyncio.Future[ResponseObje
 
 
 async def get_response(request: Request, query: RetrieveQuery) -> Response | Answer:
-    """A response that is kept. With `stream` its events, of one that was begun as a stream in the background."""
+    """Get a stored response; with `stream`, its events, if it was created with `background` and `stream`."""
     responses, tenant, id_ = services_of(request).responses, caller_of(request).tenant, request.path_params["id"]
     kept = await asyncio.to_thread(responses.get, tenant, id_)
     if query.stream == "false":
@@ -201,7 +201,7 @@ def _log_failed(error: LorakeetError) -> dict[str, Any]:
 
 
 async def list_input_items(request: Request, query: ItemsQuery) -> Response:
-    """A page of the items that a response answered, newest first."""
+    """List a page of a response's input items, newest first unless `order=asc`."""
     tenant, id_ = caller_of(request).tenant, request.path_params["id"]
     kept = await asyncio.to_thread(services_of(request).responses.get, tenant, id_)
     items = kept.items if query.order == "asc" else kept.items[::-1]
@@ -212,7 +212,7 @@ async def list_input_items(request: Request, query: ItemsQuery) -> Response:
 
 
 async def cancel_response(request: Request) -> Response:
-    """Stop a response in the background; one that has ended stays as it is."""
+    """Cancel a background response; a finished one stays unchanged."""
     responses, tenant, id_ = services_of(request).responses, caller_of(request).tenant, request.path_params["id"]
     kept = await asyncio.to_thread(responses.get, tenant, id_)
     if not kept.response["background"]:
@@ -222,7 +222,7 @@ async def cancel_response(request: Request) -> Response:
 
 
 async def delete_response(request: Request) -> Response:
-    """Forget a response; if it runs, it stops."""
+    """Delete a response; a running one is stopped."""
     id_ = request.path_params["id"]
     await services_of(request).responses.delete(caller_of(request).tenant, id_)
     return _json(DeletedResponse(id=id_))

@@ -1,4 +1,4 @@
-"""`/v1/server/history`: the last hour of the server, kept in its memory, for charts."""
+"""`/v1/server/history`: the server's last hour, held in memory, for charts."""
 
 from pydantic import Field
 from starlette.requests import Request
@@ -13,13 +13,13 @@ from server.services import services_of
 
 
 class HistoryQuery(Query):
-    """Samples that are newer than this Unix time."""
+    """Samples newer than the Unix time `after`."""
 
     after: float = Field(0.0, ge=0, allow_inf_nan=False)
 
 
 async def get_history(request: Request, query: HistoryQuery) -> Response:
-    """Samples of the last hour, in columns, and the sizes that they are to be held against."""
+    """Get the samples of the last hour, in columns, and the limits to compare them with."""
     services = services_of(request)
     info, settings = services.engine.info, services.settings
     limits = {

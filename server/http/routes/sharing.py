@@ -1,4 +1,4 @@
-"""`/v1/adapters/{name}/share`: other tenants may use an adapter, as OWNER/NAME, and change nothing of it."""
+"""`/v1/adapters/{name}/share`: read-only use of an adapter by other tenants, as OWNER/NAME."""
 
 from typing import Annotated, Literal
 
@@ -17,18 +17,18 @@ from server.tenants.caller import tenant_of
 
 
 class ShareBody(Body):
-    """Tenants, in place of those that it was shared with, or all. Whether there are such tenants is not told."""
+    """The tenants, or all, which replace the earlier ones. Whether such tenants exist is not revealed."""
 
     tenants: Items[Annotated[str, Field(pattern="^[a-z0-9-]{1,64}$")]] | Literal["all"]
 
 
 async def share(request: Request, body: ShareBody) -> Response:
-    """Share it with these tenants, and no longer with others."""
+    """Share an adapter with exactly these tenants."""
     return await _answer(request, [EVERYBODY] if body.tenants == "all" else [tenant_of(name) for name in body.tenants])
 
 
 async def unshare(request: Request) -> Response:
-    """Share it with nobody; requests that run go on."""
+    """Stop sharing an adapter; running requests continue."""
     return await _answer(request, [])
 
 

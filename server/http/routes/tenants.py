@@ -1,4 +1,4 @@
-"""`/v1/admin/tenants` and `/v1/admin/keys`: who may use the server, and with which keys.
+"""`/v1/admin/tenants` and `/v1/admin/keys`: tenants, their limits and their keys.
 
 An admin of the default tenant is the server's operator and sees all tenants; another admin sees its own.
 """
@@ -29,7 +29,7 @@ Limit = Annotated[int | None, Field(ge=1, le=2**53)]
 
 
 class LimitsBody(Body):
-    """Limits of one tenant; what is not given has none."""
+    """Limits of one tenant; a missing field means no limit."""
 
     requests_per_minute: Limit = None
     tokens_per_minute: Limit = None
@@ -52,13 +52,13 @@ class TenantBody(Body):
 
 
 class TenantChange(Body):
-    """Limits in place of those that it has."""
+    """Limits that replace the tenant's present ones."""
 
     limits: LimitsBody
 
 
 class KeyBody(Body):
-    """What a new key may do. Without `expires_in_days` it does not expire; `adapters` are all that it may ask for."""
+    """A new key's permissions. Without `expires_in_days` it never expires; `adapters` limits it to these."""
 
     tenant: str | None = Field(None, min_length=1, max_length=64)
     name: str = Field("", max_length=128)
@@ -68,13 +68,13 @@ class KeyBody(Body):
 
 
 class KeysQuery(WindowQuery):
-    """`tenant`: only its keys."""
+    """`tenant` selects the keys of one tenant."""
 
     tenant: str | None = None
 
 
 async def list_tenants(request: Request, query: WindowQuery) -> Response:
-    """The tenants by id, the default one first; all of them, unless `limit` and `after` ask for a page."""
+    """List the tenants by id, the default one first; all of them unless `limit` and `after` select a page."""
     tenants, own = services_of(request).tenants.tenants, caller_of(request).only_tenant
     ids = sorted(tenants if own is None else [own])
     part, more = window(query, [tenant_name(id_) for id_ in ids])
@@ -82,25 +82,25 @@ async def list_tenants(request: Request, query: WindowQuery) -> Response:
 
 
 async def create_tenant(request: Request, body: TenantBody) -> Response:
-    """Make a tenant; it has no keys yet."""
+    """Create a tenant, without keys."""
     tenant = await asyncio.to_thread(services_of(request).tenants.create_tenant, body.id, body.limits.limits())
     return JSONResponse(_tenant(tenant), status_code=201)
 
 
 async def get_tenant(request: Request) -> Response:
-    """One tenant."""
+    """Get one tenant."""
     return JSONResponse(_tenant(_visible(request, request.path_params["id"])))
 
 
 async def change_tenant(request: Request, body: TenantChange) -> Response:
-    """Change its limits, from now on."""
+    """Change a tenant's limits."""
     tenant = _visible(request, request.path_params["id"])
     changed = await asyncio.to_thread(services_of(request).tenants.limit, tenant.id, body.limits.limits())
     return JSONResponse(_tenant(changed))
 
 
 async def delete_tenant(request: Request) -> Response:
-    """Forget a tenant that has no adapters and no files, with its keys."""
+    """Delete a tenant and its keys; it must have no adapters and no files."""
     services, tenant = services_of(request), _visible(request, request.path_params["id"])
     files = services.tuning.files.page
     if services.store.list(tenant.id) or (await asyncio.to_thread(files, tenant.id, limit=1))[0]:
@@ -110,7 +110,7 @@ async def delete_tenant(request: Request) -> Response:
 
 
 async def list_keys(request: Request, query: KeysQuery) -> Response:
-    """The keys by age, without their secrets; all of them, unless `limit` and `after` ask for a page."""
+    """List the keys by age, without secrets; all of them unless `limit` and `after` select a page."""
     tenants, own = services_of(request).tenants, caller_of(request).only_tenant
     wanted = own if query.tenant is None else _visible(request, query.tenant).id
     keys = [key for key in list(tenants.keys.values()) if wanted in (None, key.tenant)]
@@ -120,7 +120,7 @@ async def list_keys(request: Request, query: KeysQuery) -> Response:
 
 
 async def create_key(request: Request, body: KeyBody) -> Response:
-    """Make a key. Its `secret` is in this answer, and nowhere else ever after."""
+    """Create a key. Its `secret` is in this response only and cannot be retrieved later."""
     services = services_of(request)
     tenant = caller_of(request).tenant if body.tenant is None else _visible(request, body.tenant).id
     if body.adapters is not None and "admin" in body.roles:
@@ -138,20 +138,20 @@ async def create_key(request: Request, body: KeyBody) -> Response:
 
 
 async def get_key(request: Request) -> Response:
-    """One key, without its secret."""
+    """Get one key, without its secret."""
     services = services_of(request)
     return JSONResponse(_key(services, services.tenants.key(caller_of(request).only_tenant, request.path_params["id"])))
 
 
 async def revoke_key(request: Request) -> Response:
-    """From now on the key opens nothing; it stays in the list."""
+    """Revoke a key; it stays in the list."""
     services = services_of(request)
     key = services.tenants.key(caller_of(request).only_tenant, request.path_params["id"])
     return JSONResponse(_key(services, await asyncio.to_thread(services.tenants.revoke, key)))
 
 
 def _visible(request: Request, name: str) -> Tenant:
-    """The tenant of this name. Raises NotFound, of others' too."""
+    """Return the tenant of this name. Raises NotFound, also for tenants that the caller may not see."""
     return services_of(request).tenants.tenant(tenant_of(name), caller_of(request).only_tenant)
 
 

@@ -1,6 +1,6 @@
 """`POST /tokenize` and `/detokenize`: the base's tokenizer, with an adapter's own tokens, in vLLM's shapes.
 
-`GET /tokenizer_info` is how lm-eval's remote tokenizer learns the special tokens and renders chats by itself.
+lm-eval's remote tokenizer reads special tokens and the chat template from `GET /tokenizer_info`.
 """
 
 from functools import partial
@@ -24,7 +24,7 @@ from server.tenants.caller import Caller
 
 
 class TokenizePromptBody(Body):
-    """A text."""
+    """A text to tokenize."""
 
     model: str | None = Field(None, min_length=1)
     prompt: str
@@ -33,21 +33,21 @@ class TokenizePromptBody(Body):
 
 
 class TokenizeChatBody(Conversation):
-    """A conversation."""
+    """A conversation to tokenize."""
 
     model: str | None = Field(None, min_length=1)
     return_token_strs: bool = False
 
 
 class DetokenizeBody(Body):
-    """Token ids."""
+    """Token ids to decode."""
 
     model: str | None = Field(None, min_length=1)
     tokens: Items[Annotated[int, Field(ge=0)]]
 
 
 async def tokenize(request: Request, body: TokenizeChatBody | TokenizePromptBody) -> Answer:
-    """Token ids of a text or a conversation."""
+    """Tokenize a text or a conversation."""
     return Answer(partial(_tokenize, services_of(request), caller_of(request), body))
 
 
@@ -69,7 +69,7 @@ async def _tokenize(
 
 
 async def detokenize(request: Request, body: DetokenizeBody) -> Answer:
-    """The text of token ids."""
+    """Decode token ids to text."""
     return Answer(partial(_detokenize, services_of(request), caller_of(request), body))
 
 
@@ -85,12 +85,12 @@ async def _detokenize(services: Services, caller: Caller, body: DetokenizeBody, 
 
 
 async def tokenizer_info(request: Request) -> Response:
-    """The base's special tokens by name, its chat template (null: none) and the longest context, in tokens."""
+    """Get the base's special tokens by name, chat template (null: none) and maximum context in tokens."""
     services = services_of(request)
     template = services.text.chat_template
     return JSONResponse(
         {
-            "tokenizer_class": "PreTrainedTokenizerFast",  # what transformers makes of any tokenizer.json
+            "tokenizer_class": "PreTrainedTokenizerFast",  # transformers' class for any tokenizer.json
             "chat_template": template.source if template is not None else None,
             "model_max_length": services.engine_info.max_model_len,
             **services.text.special_tokens,

@@ -1,7 +1,7 @@
-"""`/ui`: the console's files. They hold nothing of the server and need no key; what the page shows comes from the API.
+"""`/ui`: the console's files. They contain no data of the server and need no key; the page reads the API.
 
-Every file is a route of its own, so no path can lead out of them, and every link is relative, so that the page works
-under any prefix of a proxy.
+Each file has its own route, so that no path leads to other files. Links are relative, so that the page works under any
+prefix of a proxy.
 """
 
 import hashlib
@@ -20,19 +20,19 @@ _HEADERS = {
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
-    "Cache-Control": "no-cache",  # asked again with the ETag each time: a new server has new files
+    "Cache-Control": "no-cache",  # revalidated by ETag each time, as a new server version has new files
 }
 
 
 async def root(request: Request) -> Response:
-    """Browsers are led to the console; for others there is nothing here."""
+    """Redirect browsers to the console; respond 404 to other clients."""
     if "text/html" in request.headers.get("accept", ""):
         return RedirectResponse("ui/")
     raise NotFound("There is nothing at `/`. The API is under `/v1`.")
 
 
 async def without_slash(request: Request) -> Response:
-    """The page's links are relative to `/ui/`."""
+    """Redirect to `/ui/`, to which the page's links are relative."""
     return RedirectResponse("ui/")
 
 

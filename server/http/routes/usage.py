@@ -1,4 +1,4 @@
-"""`/v1/usage`: what was used, by tenant, adapter and day."""
+"""`/v1/usage`: usage by tenant, adapter and day."""
 
 import asyncio
 from typing import Annotated, Any
@@ -18,7 +18,7 @@ _Day = Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
 
 
 class UsageQuery(WindowQuery):
-    """Days in UTC, both included. `tenant`: only this one; others than its own see operators alone."""
+    """Days in UTC, both included. `tenant` selects one tenant; only operators see other tenants."""
 
     first_day: _Day = "0000-00-00"
     last_day: _Day = "9999-99-99"
@@ -27,9 +27,9 @@ class UsageQuery(WindowQuery):
 
 
 async def list_usage(request: Request, query: UsageQuery) -> Response:
-    """Requests and tokens by day, tenant and adapter; all of them, unless `limit` and `after` ask for a page.
+    """List requests and tokens by day, tenant and adapter; all of them unless `limit` and `after` select a page.
 
-    A request counts once: when it has ended, or when its client went after its first token.
+    A request counts once, when it has ended or when its client disconnects after the first token.
     """
     caller = caller_of(request)
     wanted = None if query.tenant is None else tenant_of(query.tenant)

@@ -1,7 +1,7 @@
-"""`/v1/adapters/{name}/versions`, `promote`, `rollback`: what a name means, and changing it under load.
+"""`/v1/adapters/{name}/versions`, `promote`, `rollback`: the versions of a name, and changing its pointer under load.
 
-A change takes effect for requests that come after it; those that run keep their version. `If-Match` makes it a
-compare-and-swap on the ETag that every answer here carries.
+A change takes effect for later requests; running ones keep their version. `If-Match` makes it a compare-and-swap on
+the ETag of every response here.
 """
 
 from collections.abc import Awaitable
@@ -22,7 +22,7 @@ from server.services import caller_of, services_of
 
 
 class PromoteBody(Body):
-    """Either one version, or shares of several."""
+    """Either one version or shares of several."""
 
     digest: str | None = Field(None, min_length=1)
     split: Entries[str, float] | None = None
@@ -35,7 +35,7 @@ class PromoteBody(Body):
 
 
 async def list_versions(request: Request) -> Response:
-    """Every retained version of a name, the current one first, with its share of the requests."""
+    """List the retained versions of a name, the current one first, with their shares of the requests."""
     services, name = services_of(request), request.path_params["name"]
     with known_adapter(name):
         version = await services.registry.find(caller_of(request), name)
@@ -43,7 +43,7 @@ async def list_versions(request: Request) -> Response:
 
 
 async def promote(request: Request, body: PromoteBody) -> Response:
-    """Let a name mean one of its versions, or shares of several."""
+    """Promote one version of a name, or split its requests among several."""
     name = await _name(request)
     publisher, expected = services_of(request).registry.publisher, _expected(request)
     tenant = caller_of(request).tenant
@@ -54,7 +54,7 @@ async def promote(request: Request, body: PromoteBody) -> Response:
 
 
 async def roll_back(request: Request) -> Response:
-    """End a split, or else go back to the version that was current before."""
+    """Roll back: end a split, or else return to the previous version."""
     name = await _name(request)
     publisher = services_of(request).registry.publisher
     try:
@@ -65,7 +65,7 @@ async def roll_back(request: Request) -> Response:
 
 
 async def _name(request: Request) -> str:
-    """The name in the path, which is the caller's to change; a single version has no versions."""
+    """Return the name in the path, which the caller must own; `name@digest` is not accepted."""
     name: str = request.path_params["name"]
     with known_adapter(name):
         return (await services_of(request).registry.own(caller_of(request), name)).name
@@ -87,7 +87,7 @@ async def _changed(change: Awaitable[Pointer], param: str) -> Pointer:
 
 
 def _expected(request: Request) -> frozenset[str] | None:
-    """The ETags that `If-Match` allows; None: any."""
+    """Return the ETags that `If-Match` allows; None: any."""
     given = request.headers.get("if-match")
     if given is None or given.strip() == "*":
         return None

@@ -1,6 +1,6 @@
-"""vLLM's endpoints for loading adapters from this machine's disk or from a hub: same bodies, same status codes.
+"""vLLM's endpoints for loading adapters from the local disk or a hub: same bodies, same status codes.
 
-They exist only with `--lora-dir` or `--adapter-hub`, and reach only what lies under the one or is named by the other.
+They exist only with `--lora-dir` or `--adapter-hub`, and load only adapters under that directory or allowed there.
 """
 
 from pathlib import Path
@@ -26,13 +26,13 @@ from server.tenants.caller import Caller
 
 
 class InvalidUserInput(InvalidRequest):
-    """400 under vLLM's type."""
+    """400 with vLLM's error type."""
 
     type = "InvalidUserInput"
 
 
 class NotFoundError(NotFound):
-    """404 under vLLM's type."""
+    """404 with vLLM's error type."""
 
     type = "NotFoundError"
 
@@ -43,7 +43,7 @@ class LoadBody(Body):
     lora_name: str = ""
     lora_path: str = ""
     load_inplace: bool = False
-    base_model_name: Label | None = None  # a note of gateways on which of their models it belongs to
+    base_model_name: Label | None = None  # sent by gateways, ignored
 
 
 class UnloadBody(Body):
@@ -52,7 +52,7 @@ class UnloadBody(Body):
 
 
 async def load(request: Request, body: LoadBody) -> Response:
-    """Serve the PEFT directory at `lora_path` as `lora_name`; `load_inplace` replaces what the name held."""
+    """Load the PEFT directory at `lora_path` as `lora_name`; `load_inplace` replaces an existing name."""
     services, caller = services_of(request), caller_of(request)
     if not body.lora_name or not body.lora_path:
         raise InvalidUserInput("Both 'lora_name' and 'lora_path' must be provided.")
@@ -62,7 +62,7 @@ async def load(request: Request, body: LoadBody) -> Response:
         raise InvalidUserInput(f"{message} Set 'load_inplace' to replace it.", param="lora_name")
     try:
         if body.lora_path.startswith(SCHEME):
-            _ = services.engine_info  # without a base nothing can be checked, so do not fetch it either
+            _ = services.engine_info  # nothing can be checked without a base, so refuse before fetching
             async with services.uploads.slot():
                 fetched = fetch(request, body.lora_name, body.lora_path, param="lora_path")
                 await unless_gone(request.receive, fetched)
@@ -74,17 +74,17 @@ async def load(request: Request, body: LoadBody) -> Response:
 
 
 async def _import(request: Request, services: Services, caller: Caller, body: LoadBody) -> None:
-    """Publish an adapter from a directory of this machine."""
+    """Publish an adapter from a local directory."""
     if (root := services.settings.lora_dir) is None:
         raise _missing()
-    root = root / caller.tenant  # the directory itself is the default tenant's
+    root = root / caller.tenant  # the default tenant uses the directory itself
     directory = await run_in_threadpool(_directory_under, root, body.lora_path)
     await check_room(request, directory)
     await services.registry.publisher.import_directory(caller.tenant, body.lora_name, directory, root=root)
 
 
 async def unload(request: Request, body: UnloadBody) -> Response:
-    """Take the name away. `lora_int_id` is accepted and means nothing here."""
+    """Unload an adapter: delete its name. `lora_int_id` is accepted and ignored."""
     services = services_of(request)
     if not body.lora_name:
         raise InvalidUserInput("'lora_name' must be provided.", param="lora_name")
@@ -109,7 +109,7 @@ def _missing() -> NotFoundError:
 
 
 def _directory_under(root: Path, path: str) -> Path:
-    """The directory that a client names, if it and its files really lie under `root`. Follows links first."""
+    """Return the client's directory, if it and its files, links resolved, are under `root`. Raises NotFoundError."""
     missing = _missing()
     if "\0" in path:
         raise missing
@@ -117,10 +117,10 @@ def _directory_under(root: Path, path: str) -> Path:
     try:
         directory = (root / path).resolve()
         files = [(directory / name).resolve() for name in FILES]
-        # Whether something exists outside is not a client's business: the answer is the same.
+        # The same error whether or not a path outside exists, which is not revealed.
         if not all(found.is_relative_to(root) for found in (directory, *files)) or not directory.is_dir():
             raise missing
-    except (OSError, RuntimeError):  # too long, or a loop of links
+    except (OSError, RuntimeError):  # path too long, or a loop of links
         raise missing from None
     return directory
 
