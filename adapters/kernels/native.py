@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import POINTER, Structure, addressof, byref, c_float, c_int, c_int32, c_int64, c_void_p
+from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from adapters.kernels import build
 from adapters.kernels.experts import ExpertWeights
-from adapters.kernels.weight import QuantizedWeight, Sketch
+from adapters.kernels.placement import on_huge_pages
+from adapters.kernels.weight import Int8Copy, QuantizedWeight, Sketch
 
 log = logging.getLogger(__name__)
 
@@ -129,6 +131,8 @@ _SIGNATURES: dict[str, list[type]] = {
     "lk_linear": [POINTER(WeightStruct), c_void_p, c_void_p, c_int, c_void_p],
     "lk_linear_run": [POINTER(c_void_p), c_int, c_void_p, c_int, c_void_p],
     "lk_grouped_linear": [POINTER(ExpertsStruct), c_void_p, c_void_p, c_int, c_int, c_void_p],
+    "lk_int8_copy": [POINTER(WeightStruct), c_float, c_void_p],
+    "lk_int8_experts": [POINTER(ExpertsStruct), c_int, c_float, c_void_p],
     "lk_linear_backward": [POINTER(WeightStruct), c_void_p, c_int, c_void_p],
     "lk_dequantize": [POINTER(WeightStruct), c_void_p],
     "lk_lora_add": [POINTER(AdaptersStruct), c_void_p, c_void_p],
@@ -241,6 +245,21 @@ class Kernels:
         dx = dy.new_empty(len(dy), weight.shape[1])
         self._lib.lk_linear_backward(byref(self.weight(weight)), dy.data_ptr(), len(dy), dx.data_ptr())
         return dx
+
+    def with_int8_inputs(self, weight: QuantizedWeight | ExpertWeights) -> QuantizedWeight | ExpertWeights:
+        """`weight.with_int8_inputs()`, laid out by the library: its reading and writing is all that takes time."""
+        single = weight[0] if isinstance(weight, ExpertWeights) else weight
+        levels, unit = single.int8_levels()
+        layout = -(-weight.shape[0] // 16), weight.shape[1] // _BLOCK, 9 * _BLOCK
+        if isinstance(weight, QuantizedWeight):
+            data = on_huge_pages(torch.empty(layout, dtype=torch.uint8))
+            self._lib.lk_int8_copy(byref(self.weight(weight)), unit, data.data_ptr())
+        elif weight.blocksize != _BLOCK:
+            raise ValueError(f"experts in blocks of {weight.blocksize}")
+        else:
+            data = on_huge_pages(torch.empty(len(weight), *layout, dtype=torch.uint8))
+            self._lib.lk_int8_experts(byref(experts_struct(weight)), len(weight), unit, data.data_ptr())
+        return replace(weight, int8=Int8Copy(data, levels))
 
     def dequantize(self, weight: QuantizedWeight) -> Tensor:
         dense = torch.empty(weight.shape)

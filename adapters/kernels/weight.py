@@ -158,12 +158,8 @@ class QuantizedWeight:
         Raises:
             ValueError: not 4-bit, or not in whole blocks of a multiple of 64 inputs.
         """
-        (out_features, in_features), blocks = self.shape, self.shape[1] // 64
-        if self.kind not in ("nf4", "fp4") or self.blocksize % 64 or in_features % self.blocksize:
-            raise ValueError(f"a {self.kind} weight of shape {self.shape} in blocks of {self.blocksize}")
-        assert self.code is not None
-        levels = (self.code * _LEVEL_STEPS[self.kind]).round()
-        unit = float(levels @ self.code / (levels @ levels))  # the least-squares fit
+        levels, unit = self.int8_levels()
+        out_features, blocks = self.shape[0], self.shape[1] // 64
         scales = (self.block_scales(64) * unit).view(out_features, blocks)
         groups = -(-out_features // 16)
         data = torch.zeros(groups * 16, blocks, 9, 4, dtype=torch.uint8)  # [out, blocks, fours of bytes, 4]
@@ -171,7 +167,20 @@ class QuantizedWeight:
         data[:out_features, :, :8] = nibbles[..., 0, :] << 4 | nibbles[..., 1, :]
         data[:out_features, :, 8] = scales[..., None].view(torch.uint8)
         data = data.view(groups, 16, blocks, 9, 4).permute(0, 2, 3, 1, 4).reshape(groups, blocks, 576)
-        return replace(self, int8=Int8Copy(data, levels.to(torch.int8)))
+        return replace(self, int8=Int8Copy(data, levels))
+
+    def int8_levels(self) -> tuple[Tensor, float]:
+        """Return the levels of a 4-bit weight's int8 copy, int8 `[16]`, and their unit: code = level * unit, nearly.
+
+        Raises:
+            ValueError: not 4-bit, or not in whole blocks of a multiple of 64 inputs.
+        """
+        if self.kind not in ("nf4", "fp4") or self.blocksize % 64 or self.shape[1] % self.blocksize:
+            raise ValueError(f"a {self.kind} weight of shape {self.shape} in blocks of {self.blocksize}")
+        assert self.code is not None
+        levels = (self.code * _LEVEL_STEPS[self.kind]).round()
+        unit = float(levels @ self.code / (levels @ levels))  # the least-squares fit
+        return levels.to(torch.int8), unit
 
     def with_sketch(self) -> "QuantizedWeight":
         """The same weight, whose likeliest output is found reading half of it: see `kernels.likeliest_output`.

@@ -65,7 +65,8 @@ def round_to_int8(engine: Engine, directory: Path) -> None:
     if base.device.type != "cpu" or base.dtype != torch.float32:
         dtype = str(base.dtype).removeprefix("torch.")
         raise UnservableModel(f"--activations int8 is for float32 on a CPU; here it would be {dtype} on {base.device}")
-    if native.load() is None:
+    library = native.load()
+    if library is None:
         raise UnservableModel(
             "--activations int8 needs the C++ kernels, which this machine can neither load nor compile: leave it out"
         )
@@ -75,7 +76,7 @@ def round_to_int8(engine: Engine, directory: Path) -> None:
     for name, weight in weights.items():
         if native.takes_weight(weight):
             with suppress(ValueError):
-                rounded[name] = weight.with_int8_inputs()
+                rounded[name] = library.with_int8_inputs(weight)
     if not rounded:
         raise UnservableModel(
             "--activations int8 is for linears in nf4 or fp4 (--quantization), and this base has none"

@@ -109,3 +109,13 @@ void grouped_linear(const Experts& experts, const float* x, const int64_t* count
 EXPORT void lk_grouped_linear(const Experts* experts, const float* x, const int64_t* counts, int count, int rows, float* y) {
     grouped_linear(*experts, x, counts, count, rows, y, false);
 }
+
+// The int8 copies of all experts, side by side.
+EXPORT void lk_int8_experts(const Experts* experts, int count, float unit, Int8Weights* to) {
+    const int groups = (int)groups_of(experts->first), out = experts->first.out;
+    parallel_for(count * groups, [&](int task) {
+        const int expert = task / groups, group = task % groups, first = group * 16;
+        const Weight w = weight_of(*experts, expert, first, least(first + 16, out));
+        int8_copy_group(w, group, unit, to + (int64_t)task * (w.in / 64));
+    });
+}

@@ -177,6 +177,23 @@ void multiply_tiles(const Weight& w, const Int8Block* x, int rows, int first, in
 
 }  // namespace
 
+void int8_copy_group(const Weight& w, int group, float unit, Int8Weights* to) {
+    const int blocks = w.in / BLOCK;
+    memset(to, 0, sizeof *to * blocks);
+    for (int o = group * 16; o < least(group * 16 + 16, w.out); o++) {
+        const uint8_t* from = (const uint8_t*)w.data + (int64_t)o * w.in / 2;
+        const float* scales = w.scales + (int64_t)o * blocks;
+        for (int b = 0; b < blocks; b++) {
+            to[b].scales[o % 16] = scales[b] * unit;
+            for (int d = 0; d < STEPS; d++, from += 4) {
+                const uint8_t codes[4] = {(uint8_t)((from[0] & 0xf0) | from[2] >> 4), (uint8_t)(from[0] << 4 | (from[2] & 15)),
+                                          (uint8_t)((from[1] & 0xf0) | from[3] >> 4), (uint8_t)(from[1] << 4 | (from[3] & 15))};
+                memcpy(to[b].codes[d][o % 16], codes, sizeof codes);
+            }
+        }
+    }
+}
+
 void pack_int8(const float* row, int in, Int8Block* to) {
     const vf magic = set1(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
     for (; in > 0; in -= BLOCK, row += BLOCK, to++) {
@@ -217,6 +234,10 @@ bool has_vnni() { return vnni; }
 
 void int8_tile(const Weight& w, const Int8Block* x, int rows, int first, int last, float* y, int64_t stride) {
     with_arithmetic([&]<class Arithmetic>() { multiply_tiles<Arithmetic>(w, x, rows, first, last, y, stride); });
+}
+
+EXPORT void lk_int8_copy(const Weight* w, float unit, Int8Weights* to) {
+    parallel_for((w->out + 15) / 16, [&](int group) { int8_copy_group(*w, group, unit, to + (int64_t)group * (w->in / BLOCK)); });
 }
 
 EXPORT void lk_set_vnni(int allowed) { vnni = allowed && vnni_there; }

@@ -18,6 +18,9 @@ struct Int8Weights {
 // Of one weight, from a group's outputs on.
 inline const Int8Weights* int8_group(const Weight& w, int64_t group) { return (const Int8Weights*)w.int8 + group * (w.in / 64); }
 
+// Writes a group of outputs of a 4-bit weight in whole blocks of 64: [blocks]. `unit`: of the levels.
+void int8_copy_group(const Weight& w, int group, float unit, Int8Weights* to);
+
 // One row's share of a block.
 struct Int8Block {
     int8_t x[64];

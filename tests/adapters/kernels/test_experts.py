@@ -1,5 +1,7 @@
 """Experts' linears: small, near float64 whatever the routing, each row its own, differentiable."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -106,3 +108,14 @@ def test_rounded_inputs_change_results_by_a_percent_and_gradients_not_at_all(
 def test_odd_shapes_have_no_int8_copy() -> None:
     with pytest.raises(ValueError, match="nf4 weight of shape"):
         make("nf4 with int8 inputs", (64, 32))
+
+
+@pytest.mark.parametrize("kind", ROUNDED)
+@pytest.mark.parametrize("shape", [SHAPE, (200, 320), (33, 64)])
+def test_the_library_lays_out_the_same_int8_copy(either: native.Kernels, kind: str, shape: tuple[int, int]) -> None:
+    weights = make(kind, shape)
+    copy = either.with_int8_inputs(replace(weights, int8=None)).int8
+    assert weights.int8 is not None
+    assert copy is not None
+    assert torch.equal(copy.data, weights.int8.data)
+    assert torch.equal(copy.levels, weights.int8.levels)

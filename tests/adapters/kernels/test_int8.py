@@ -42,6 +42,19 @@ def test_the_integers_of_the_definition(
     assert_same(either, either.linear_forward(x, weight, bias), reference.linear_forward(x, weight, bias))
 
 
+@given(kind=KINDS, blocksize=BLOCKSIZES, out=st.integers(1, 70), wide=st.integers(1, 9))
+@settings(max_examples=30)
+def test_the_library_lays_out_the_same_copy(
+    either: native.Kernels, kind: str, blocksize: int, out: int, wide: int
+) -> None:
+    weight = make_weight(kind, out, -(-64 * wide // blocksize) * blocksize, blocksize)
+    expected, copy = weight.with_int8_inputs().int8, either.with_int8_inputs(weight).int8
+    assert expected is not None
+    assert copy is not None
+    assert torch.equal(copy.data, expected.data)
+    assert torch.equal(copy.levels, expected.levels)
+
+
 @given(out=st.integers(1, 70), wide=st.integers(1, 9), rows=st.integers(1, 40), data=st.data())
 @settings(max_examples=30)
 def test_a_row_is_alone_what_it_is_in_company(
