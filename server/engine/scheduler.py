@@ -51,7 +51,7 @@ class Scheduler:
         eos_token_ids: tokens that end a sequence unless it ignores them.
         starts: returns where in a prompt resident adapters come into force (digest -> position); missing ones apply
             from the first token.
-        patience: steps for which younger sequences may pass one whose adapter was refused room.
+        patience: steps for which younger sequences may pass one with an adapter that was refused room.
         doubling_tokens: extra tokens that double a step's time; the fewer, the likelier a draft must be accepted.
         background_seconds: as in `Shares`.
     """
@@ -268,7 +268,7 @@ class Scheduler:
         return True
 
     def _acquire_adapter(self, sequence: Sequence, refused: dict[AdapterKey, str | None], works: list[Work]) -> bool:
-        """Acquire the sequence's adapter, if it is ready. `refused` holds this step's other answers (None or an error)."""
+        """Acquire the sequence's adapter if it is ready. `refused`: this step's other answers (an error, or None)."""
         key = sequence.adapter
         if key not in refused:
             while (answer := self._residency.acquire(key)) == "full" and self._gives_way(sequence, works):
