@@ -93,7 +93,7 @@ class AdapterCache:
         self._pinned: dict[str, str] = {}  # digest -> path, in order of preference
         self._reader = threads(1, "adapter-reader", priority)
         self._filler = threads(1, "adapter-filler", priority)
-        self.loads: list[tuple[str, float]] = []  # (digest, seconds), cleared by the reader, as `evictions`
+        self.loads: list[tuple[str, float]] = []  # (digest, seconds); cleared by the reader, like `evictions`
         self.evictions: list[str] = []
         self._changed: set[str] = set()  # digests that entered or left a tier
 

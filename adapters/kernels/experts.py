@@ -17,7 +17,7 @@ class ExpertWeights:
 
     kind: WeightKind
     shape: tuple[int, int]  # (out, in) of one expert
-    data: Tensor  # [experts, ...], as absmax, nested_absmax and offset
+    data: Tensor  # [experts, ...], like absmax, nested_absmax and offset
     absmax: Tensor | None = None
     nested_absmax: Tensor | None = None
     offset: Tensor | None = None  # fp32 [experts]

@@ -73,10 +73,10 @@ class Sketch:
 class QuantizedWeight:
     """The weight of one linear, `[out, in]`, as stored.
 
-    `data` is packed uint8 `[out * in / 2, 1]` (4-bit: two weights a byte, the earlier one in the high nibble), int8
+    `data` is packed uint8 `[out * in / 2, 1]` (4-bit: two weights per byte, the earlier one in the high nibble), int8
     `[out, in]`, or floating `[out, in]` (dense). 4-bit weights are `code[nibble] * absmax[flat index // blocksize]`;
     under double quantisation absmax itself is `nested_code[absmax] * nested_absmax[index // nested_blocksize] +
-    offset`. int8 weights are `data * absmax / 127` with one absmax an output row.
+    offset`. int8 weights are `data * absmax / 127` with one absmax per output row.
     """
 
     kind: WeightKind

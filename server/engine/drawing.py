@@ -2,7 +2,7 @@
 
 A row's token is a function of that row alone: no sum here depends on the number of rows (torch splits a sum over
 threads when it yields a single number, so long sums go through blocks). Truncation is a floor under the weights, so
-tokens of equal weight are kept or dropped together, whatever their order in a sort (vLLM's `top_p` may split them).
+tokens of equal weight are kept or dropped together, in any order of a sort (vLLM's `top_p` may split them).
 """
 
 import math
@@ -25,8 +25,8 @@ def draw(scores: Tensor, truncations: Sequence[Truncation], uniforms: Sequence[f
 
     Args:
         scores: float32 [rows, vocabulary]; -inf for tokens that are not allowed.
-        truncations: one a row.
-        uniforms: a random number in [0, 1) a row.
+        truncations: one per row.
+        uniforms: a random number in [0, 1) per row.
     """
     # Relative to the peak before dividing: no temperature can overflow, and the likeliest token weighs exactly 1.
     weights = scores - scores.amax(-1, keepdim=True)  # [rows, vocabulary]

@@ -72,7 +72,7 @@ class Scheduler:
     ) -> None:
         if not 1 <= max_batch_requests < max_batch_tokens:
             raise ValueError(f"max_batch_tokens ({max_batch_tokens}) must exceed {max_batch_requests=}")
-        self.running: list[Sequence] = []  # sorted by `Sequence.order`, as `waiting`; both public for reading
+        self.running: list[Sequence] = []  # sorted by `Sequence.order`, like `waiting`; both public for reading
         self.waiting: list[Sequence] = []
         self.leaving: list[Sequence] = []  # ended but still in flight: they keep their blocks and adapters
         self.counters = Counters()

@@ -151,14 +151,14 @@ class Work:
 
     @property
     def pending(self) -> int:
-        """The number of its tokens that are pending."""
+        """The number of its tokens that were pending when it was submitted."""
         missing = self.start + self.count - len(self.drafts) - len(self.sequence.tokens)
         return missing if missing > 0 else 0
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The works of one step. Those of one adapter are neighbours, the bare base's come first."""
+    """The works of one step: those of one adapter are adjacent, the bare base's come first."""
 
     works: tuple[Work, ...]
 

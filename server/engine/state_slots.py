@@ -64,7 +64,7 @@ class StateSlots:
     def assign(self, work: Work) -> Work:
         """Return a work of the step being submitted, with the states that it reads and writes.
 
-        Its snapshots are of positions that the sequence cannot take back: none lies among drafts.
+        No snapshot is taken at drafts, since these may be rejected.
         """
         sequence, size = work.sequence, self._block_size
         end = work.start + work.count

@@ -292,7 +292,7 @@ def state_lines(size: Size) -> list[dict[str, Any]]:
 
 
 def attention_errors(size: Size) -> Iterator[tuple[str, float]]:
-    """Yield errors of decoding and of prompt chunks over 4096 keys, against `reference` in fp32."""
+    """Yield errors of decoding and prompt chunks of both models' heads over 4096 keys, against `reference` in fp32."""
     kernels = load()
     assert kernels is not None
     full = size is FULL

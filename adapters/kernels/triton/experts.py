@@ -32,7 +32,7 @@ FEW_ROWS = 16  # rows per tile if experts have few
 @triton.jit
 def _grouped(
     x,  # [rows, ins], sorted by expert
-    data,  # [experts, ...], as the following; see `_linear`
+    data,  # [experts, ...], like absmax and nested_absmax; see `_linear`
     absmax,
     code,  # [16]
     nested_absmax,
