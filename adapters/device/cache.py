@@ -1,8 +1,8 @@
 """The adapter cache: device rows <- host memory <- disk, each tier a least-recently-used cache of the next.
 
-The scheduler asks `acquire` for a sequence's adapters and gets an answer at once; worker threads read files and fill
-rows where that takes time; `poll` (between steps) takes in what they finished. An adapter in use is never evicted, a
-pinned one only for an adapter that could not run beside it. The rows themselves are pool.py's.
+`acquire` answers at once whether a sequence's adapters are resident; worker threads read files and fill rows; `poll`
+(between steps) takes in the finished ones. An adapter in use is never evicted, a pinned one only for an adapter that
+does not fit beside the pinned ones. The rows themselves are in pool.py.
 """
 
 import time
@@ -17,16 +17,16 @@ from adapters.device.pool import RowPool
 from adapters.device.rows import rounded
 from adapters.peft_format.sizes import EXTRAS
 
-FRESH_SECONDS = 1.0  # for which an adapter stays that was loaded for a sequence not yet scheduled
+FRESH_SECONDS = 1.0  # time for which a newly loaded adapter is not evicted before its first use
 
 Key = tuple[tuple[str, float], ...]  # (digest, weight) of each adapter of a sequence; () is the bare base
 Answer = Literal["ready", "loading", "full", "failed"]
 Units = Mapping[str, int]  # row units per kind
-Owner = tuple[str, int]  # a tenant, and the rows of each kind that its adapters may have together
+Owner = tuple[str, int]  # a tenant, and the limit on its adapters' rows of each kind together
 
 
 class Resident(NamedTuple):
-    """Where an adapter is, and its largest rank."""
+    """An adapter's tier and largest rank."""
 
     tier: Literal["device", "host"]
     rank: int
@@ -35,12 +35,12 @@ class Resident(NamedTuple):
 def choose_victims(
     need: Units, free: Units, candidates: Iterable[str], units_of: Callable[[str], Units]
 ) -> list[str] | None:
-    """The adapters to evict until `need` is free; None when not even all candidates would make that room.
+    """Return the adapters to evict until `need` is free; None if evicting all candidates is not enough.
 
     Args:
         need, free: units per kind.
-        candidates: digests in the order in which they should leave; passed over where their rows are of no use.
-        units_of: units per kind that a candidate gives back.
+        candidates: digests in order of eviction; skipped if their rows do not help.
+        units_of: returns a candidate's units per kind.
     """
     room = Counter(free)
     victims: list[str] = []
@@ -64,8 +64,8 @@ class AdapterCache:
     """Tiers of adapters over one `RowPool`.
 
     Args:
-        load: reads one adapter's directory into a `HostAdapter` (runs in the worker thread; raises on a bad one).
-        host_bytes: bound on the host tier; an adapter larger than it passes through.
+        load: reads one adapter's directory into a `HostAdapter` (in a worker thread; raises on a bad one).
+        host_bytes: bound on the host tier; larger adapters only pass through it.
         priority: of the worker threads.
     """
 
@@ -80,27 +80,27 @@ class AdapterCache:
         self._load = load
         self._host_bytes = host_bytes
         self._paths: dict[str, str] = {}
-        self._owners: dict[str, Owner] = {}  # of adapters that were last asked for by one with a limit
+        self._owners: dict[str, Owner] = {}  # by digest, if last registered by a tenant with a limit
         self._host: OrderedDict[str, HostAdapter] = OrderedDict()  # least recently used first
-        self._held = 0  # bytes, in the host tier
+        self._held = 0  # bytes in the host tier
         self._device: OrderedDict[str, int] = OrderedDict()  # digest -> rank, least recently used first
         self._references: Counter[str] = Counter()
         self._loading: dict[str, tuple[Future[HostAdapter], float]] = {}
-        self._filling: dict[str, tuple[Future[None], HostAdapter, float]] = {}  # on their way to the device, since when
-        self._fresh: dict[str, float] = {}  # digest -> when it was filled; until first acquired
+        self._filling: dict[str, tuple[Future[None], HostAdapter, float]] = {}  # being copied to the device; start time
+        self._fresh: dict[str, float] = {}  # digest -> time of filling, until first acquired
         self._errors: dict[str, str] = {}
         self._forgotten: set[str] = set()
         self._pinned: dict[str, str] = {}  # digest -> path, in order of preference
         self._reader = threads(1, "adapter-reader", priority)
         self._filler = threads(1, "adapter-filler", priority)
-        self.loads: list[tuple[str, float]] = []  # (digest, seconds) since the reader of this list last cleared it
+        self.loads: list[tuple[str, float]] = []  # (digest, seconds); cleared by the reader, like `evictions`
         self.evictions: list[str] = []
-        self._changed: set[str] = set()  # digests that came into a tier or left one
+        self._changed: set[str] = set()  # digests that entered or left a tier
 
-    # --- what the scheduler asks ---------------------------------------------------------------
+    # --- requests ------------------------------------------------------------------------------
 
     def register(self, digest: str, path: str, owner: Owner | None = None) -> None:
-        """Say where an adapter's files are. A digest is forgotten no longer once registered again."""
+        """Register the directory of an adapter's files. Undoes `forget`."""
         self._paths[digest] = path
         if owner is not None:
             self._owners[digest] = owner
@@ -109,37 +109,37 @@ class AdapterCache:
         self._forgotten.discard(digest)
 
     def prefetch(self, digest: str) -> None:
-        """Start reading an adapter that will be asked for, unless the host tier is full (it would push others out)."""
+        """Start reading an adapter that will be acquired, unless the host tier is full (others would be evicted)."""
         if digest in self._device or digest in self._host or digest in self._errors:
             return
         if self._held < self._host_bytes:
             self._start_loading(digest)
 
     def insert(self, adapter: HostAdapter) -> None:
-        """Take an adapter that has been read into the host tier."""
+        """Put an adapter into the host tier."""
         self._let_go(adapter.digest)
         self._host[adapter.digest] = adapter
         self._held += adapter.bytes
         self._changed.add(adapter.digest)
 
     def pin(self, adapters: Mapping[str, str]) -> None:
-        """Keep these on the device, and no longer those named before. `adapters`: digest -> path."""
+        """Pin these adapters to the device, instead of those of the last call. `adapters`: digest -> path."""
         self._pinned = dict(adapters)
         for digest, path in adapters.items():
             self.register(digest, path, self._owners.get(digest))
 
     def acquire(self, key: Key) -> Answer:
-        """Take a reference on every adapter of `key` if all can be on the device now.
+        """Take a reference to every adapter of `key` if all can be on the device now.
 
-        "ready": references taken. "loading": on their way. "full": rows are held by adapters in use.
-        "failed": cannot be loaded; `error(key)` says why, once.
+        "ready": references taken. "loading": being loaded. "full": rows are held by adapters in use.
+        "failed": cannot be loaded; `error(key)` returns the reason, once.
         """
         digests = [digest for digest, _ in key]
         if any(digest in self._errors for digest in digests):
             return "failed"
         missing = [digest for digest in digests if digest not in self._device]
         here = [digest for digest in missing if digest in self._host and digest not in self._filling]
-        # Those that are here move up at once: while the others are read, the host tier may have to let them go.
+        # Adapters in the host tier are placed at once: while the others are read, they might be evicted from it.
         if here and not self._place(here, keep=digests):
             return "full"
         missing = [digest for digest in missing if digest not in self._device]
@@ -154,7 +154,7 @@ class AdapterCache:
         return "ready"
 
     def release(self, key: Key) -> None:
-        """Give back the references of `acquire`."""
+        """Release the references taken by `acquire`."""
         for digest, _ in key:
             self._references[digest] -= 1
             if not self._references[digest]:
@@ -163,18 +163,18 @@ class AdapterCache:
                     self._drop(digest)
 
     def error(self, key: Key) -> str:
-        """Why `acquire(key)` failed. Reading it clears it, so that a later request tries again."""
+        """Return and clear the reason why `acquire(key)` failed, so that a later request tries again."""
         return "; ".join(self._errors.pop(digest) for digest, _ in key if digest in self._errors)
 
     # --- between steps ---------------------------------------------------------------------------
 
     @property
     def loading(self) -> bool:
-        """Whether the worker thread has something under way."""
+        """Whether a worker thread is loading or filling an adapter."""
         return bool(self._loading or self._filling)
 
     def poll(self) -> None:
-        """Take in the adapters that the worker thread has read, or put on the device."""
+        """Take in the adapters that worker threads have read or copied to the device."""
         for digest, (filled, adapter, started) in list(self._filling.items()):
             if not filled.done():
                 continue
@@ -219,14 +219,14 @@ class AdapterCache:
             self._drop(digest)
 
     def find(self, digest: str) -> Resident | None:
-        """An adapter on the device or, failing that, in host memory; None when it is in neither."""
+        """Return an adapter's highest tier; None if it is neither on the device nor in host memory."""
         if digest in self._device:
             return Resident("device", self._device[digest])
         adapter = self._host.get(digest)
         return None if adapter is None else Resident("host", adapter.rank)
 
     def take_changed(self) -> set[str]:
-        """Adapters that came into a tier or left one since the last call; `find` has where each of them is now."""
+        """Return the adapters that entered or left a tier since the last call; `find` has their present tiers."""
         changed, self._changed = self._changed, set()
         return changed
 
@@ -237,10 +237,10 @@ class AdapterCache:
     # --- the tiers -------------------------------------------------------------------------------
 
     def _bring_back(self, digest: str) -> None:
-        """See a pinned adapter onto the device, as soon as there is room beside those in use and the other pins."""
+        """Place a pinned adapter on the device, once there is room beside those in use and the other pins."""
         if digest in self._host:
             self._place([digest], keep=self._pinned)
-        elif digest not in self._errors:  # until a request has been given the error
+        elif digest not in self._errors:  # not again before a request has received the error
             self._start_loading(digest)
 
     def _start_loading(self, digest: str) -> None:
@@ -248,20 +248,20 @@ class AdapterCache:
             self._loading[digest] = (self._reader.submit(self._load, digest, self._paths[digest]), time.monotonic())
 
     def _let_go(self, digest: str) -> None:
-        """Drop an adapter from the host tier, if it is there."""
+        """Evict an adapter from the host tier, if it is there."""
         adapter = self._host.pop(digest, None)
         if adapter is not None:
             self._held -= adapter.bytes
             self._changed.add(digest)
 
     def _trim_host(self, arrived: set[str]) -> None:
-        """Keep the host tier within its bound; new arrivals stay, they are on their way to the device."""
+        """Keep the host tier within its bound; new arrivals stay, since they are about to be placed."""
         leaving = (digest for digest in list(self._host) if digest not in arrived)
         while self._held > self._host_bytes and (digest := next(leaving, None)) is not None:
             self._let_go(digest)
 
     def _place(self, digests: Sequence[str], keep: Collection[str]) -> bool:
-        """Copy adapters from the host tier to the device, or begin to, evicting idle ones. False: there is no room."""
+        """Copy adapters from the host tier to the device, or start to, evicting idle ones. False: there is no room."""
         adapters = [self._host[digest] for digest in digests]
         need: Counter[str] = Counter()
         for adapter in adapters:
@@ -275,7 +275,7 @@ class AdapterCache:
         return all(self._fill(adapter) for adapter in adapters)
 
     def _candidates(self, need: Units, keep: Collection[str]) -> Iterator[str]:
-        """Adapters that may leave the device for those that need so much, in the order in which they should."""
+        """Yield the adapters that may be evicted from the device for this need, in order of eviction."""
         yield from (digest for digest in self._device if digest not in self._pinned and self._idle(digest, keep))
         staying = (self._pinned.keys() | set(keep)) & self._device.keys()
         if not self._fits_beside(need, staying):
@@ -286,7 +286,7 @@ class AdapterCache:
         return not used and self._fresh.get(digest, 0.0) < time.monotonic() - FRESH_SECONDS
 
     def _leave_for_own(self, digests: Sequence[str], need: Units, keep: Collection[str]) -> None:
-        """Evict idle adapters of a tenant that would have more rows than it may with these, which it asks for."""
+        """Evict idle adapters of these adapters' tenant, if these would take it above its limit."""
         owner = self._owners.get(digests[0])
         if owner is None:
             return
@@ -302,16 +302,16 @@ class AdapterCache:
                 self._evict(digest)
 
     def _fits_beside(self, need: Units, staying: Collection[str]) -> bool:
-        """Whether so much would be free if these alone were on the device."""
+        """Whether `need` would be free if only the `staying` adapters were on the device."""
         room = Counter(self._pool.capacity)
         for digest in staying:
             room.subtract(self._pool.units_of(digest))
         return _covers(room, need)
 
     def _fill(self, adapter: HostAdapter) -> bool:
-        """Reserve an adapter's rows and copy it there, or begin to."""
+        """Reserve an adapter's rows and copy it there, or start to."""
         if not self._pool.reserve(adapter, compact=not self._filling):
-            return False  # for now: rows that are being filled cannot be moved
+            return False  # for now: rows being filled cannot be moved
         if adapter.digest in self._host:
             self._host.move_to_end(adapter.digest)
         if adapter.fills_at_once:
@@ -334,9 +334,9 @@ class AdapterCache:
         self.evictions.append(digest)
 
     def _drop(self, digest: str) -> None:
-        if digest in self._filling:  # it has rows to give back once they are filled
+        if digest in self._filling:  # its rows are released once they are filled
             return
         self._forgotten.discard(digest)
         if digest in self._device:
             self._evict(digest)
-        self._let_go(digest)  # its path stays: a sequence may still be waiting for it
+        self._let_go(digest)  # the path stays: a sequence may still be waiting for it

@@ -1,6 +1,6 @@
-"""Experts of a mixture: the base's frozen weights, and how routed tokens pass them.
+"""Experts of a mixture: the base's frozen weights, and the forward pass of routed tokens.
 
-`forward` is an experts implementation of transformers, as attention is: the modules, their routers and gates stay
+`forward` is registered with transformers as an experts implementation: the modules, routers and gates stay
 transformers' own.
 """
 
@@ -16,16 +16,16 @@ from adapters.peft_format.sizes import ExpertsSize
 
 
 class ExpertLinear(nn.Module):
-    """One linear of all experts of a layer; stands where transformers has a parameter `[experts, ...]`.
+    """One linear of all experts of a layer; replaces a parameter `[experts, ...]` of transformers.
 
     Args:
-        shape: of that parameter.
-        transposed: it holds each weight as `[in, out]`.
+        shape: of the parameter.
+        transposed: whether the parameter holds each weight as `[in, out]`.
     """
 
     weights: ExpertWeights
-    name: str  # of that parameter, in full
-    index: int  # behind those of the model's LoraLinears
+    name: str  # the parameter's full name
+    index: int  # after those of the model's LoraLinears
     slot: StepSlot
 
     def __init__(self, shape: torch.Size, transposed: bool) -> None:
@@ -37,34 +37,34 @@ class ExpertLinear(nn.Module):
         self._is_hf_initialized = True
 
     def attach(self, name: str, index: int, slot: StepSlot) -> None:
-        """Have it ask the model's slot for adapters."""
+        """Set the linear's name, index and the model's slot for adapters."""
         self.name, self.index, self.slot = name, index, slot
 
     def fill(self, weights: ExpertWeights, dtype: torch.dtype) -> None:
-        """Take the weights in, once; `dtype` is the model's."""
+        """Set the weights, once; `dtype` is the model's."""
         self.weights, self.dtype = weights.placed(), dtype
         for name, tensor in self.weights.tensors().items():
             self.register_buffer(name, tensor, persistent=False)
 
     def __getitem__(self, expert: Tensor) -> Tensor:
-        """One expert's weight, dense, as transformers' own experts ask for it."""
+        """Return one expert's weight, dense, for transformers' own implementations."""
         dense = self.weights[int(expert)].dequantize(self.dtype)
         return dense.T if self.transposed else dense
 
     def forward(self, rows: Tensor, routed: Routed) -> Tensor:
-        """Rows sorted by expert: `[rows, in] -> [rows, out]`."""
+        """Multiply rows sorted by expert: `[rows, in] -> [rows, out]`."""
         y = kernels.grouped_linear(rows, self.weights, routed.counts)
         deltas = self.slot.experts
         return y if deltas is None else deltas.add(self.name, self.index, rows, y, routed)
 
 
 def forward(module: Any, hidden: Tensor, index: Tensor, scores: Tensor) -> Tensor:
-    """The experts that each token was routed to, weighted: `[T, H] -> [T, H]`.
+    """Return the weighted sum of each token's experts: `[T, H] -> [T, H]`.
 
-    The weighted outputs of a token are added in the router's order, so that its sum is its own.
+    The weighted outputs of a token are added in the router's order, so that no other token changes its sum.
 
     Args:
-        module: transformers' experts, whose weights are `ExpertLinear`s.
+        module: transformers' experts, with `ExpertLinear`s for weights.
         index: `[T, k]`, the experts.
         scores: `[T, k]`, their weights.
     """
@@ -95,10 +95,10 @@ def forward(module: Any, hidden: Tensor, index: Tensor, scores: Tensor) -> Tenso
 
 
 def pad_router(router: nn.Module, weight: Tensor) -> None:
-    """Let a router see its rows padded, so that torch's products and functions give each the same bits in any company.
+    """Pad a router's rows, so that torch's operations give a row the same bits for any number of rows.
 
     Args:
-        weight: its own `[experts, in]`.
+        weight: the router's, `[experts, in]`.
     """
     inner = type(router).forward
 
@@ -115,7 +115,7 @@ def pad_router(router: nn.Module, weight: Tensor) -> None:
 
 
 def _cut(part: Any, whole: int, count: int) -> Any:
-    """The first `count` rows of a tensor of `whole` rows, packed or flattened."""
+    """Return the first `count` of a tensor's `whole` rows, along its first or second dimension."""
     if not isinstance(part, Tensor) or whole == count:
         return part
     if part.shape[0] == whole:

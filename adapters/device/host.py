@@ -1,6 +1,6 @@
-"""Adapters in host memory: rows laid out as the pool has them, ready to be copied to the device.
+"""Adapters in host memory, in the pool's layout, ready to be copied to the device.
 
-That is in row units: int16 `[units, width]`, the same bytes as `[rank, width]` numbers of any dtype.
+The layout is row units: int16 `[units, width]`, the same bytes as `[rank, width]` numbers of any dtype.
 """
 
 from collections.abc import Mapping
@@ -15,18 +15,18 @@ from adapters.device.variants import Extras
 from adapters.peft_format.packed_rows import RowFile
 from adapters.peft_format.sizes import EXTRAS, extra_units
 
-AT_ONCE_BYTES = 1 << 20  # are copied in less than a millisecond
+AT_ONCE_BYTES = 1 << 20  # copied in less than a millisecond
 DTYPE_CODES = {torch.float32: kernels.FP32, torch.bfloat16: kernels.BF16, torch.float16: kernels.FP16}
 _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
 def as_units(matrix: Tensor) -> Tensor:
-    """`[rank, width]` numbers -> int16 `[units, width]`."""
-    return matrix.flatten().view(torch.int16).view(-1, matrix.shape[1])  # strides of one column may be anything
+    """Return `[rank, width]` numbers as int16 `[units, width]`."""
+    return matrix.flatten().view(torch.int16).view(-1, matrix.shape[1])  # flattened, since one column has any strides
 
 
 def from_units(storage: Tensor, first: int, rank: int, code: int) -> Tensor:
-    """A copy of `rank` rows that begin at unit `first` of int16 `[units, width]`: `[rank, width]` numbers."""
+    """Copy `rank` rows from unit `first` on of int16 `[units, width]`, as `[rank, width]` numbers."""
     dtype = _DTYPES[code]
     units = rank * dtype.itemsize // storage.dtype.itemsize
     return storage[first : first + units].flatten().clone().view(dtype).view(rank, -1)
@@ -50,13 +50,13 @@ class HostAdapter:
     linears: dict[str, HostRows]  # by full module name
     bytes: int
     rank: int  # the largest
-    extras: Extras | None = None  # its effect besides rank rows
-    extra_bytes: int = 0  # that these count for on the device
+    extras: Extras | None = None  # its variants, beyond rank rows
+    extra_bytes: int = 0  # device bytes of the extras
     invocation: tuple[int, ...] = ()  # the adapter is in force from the last occurrence of these tokens on
-    file: RowFile | None = None  # the numbers are there, and `linears` has their shapes only
+    file: RowFile | None = None  # if set, the numbers are still in this file, and `linears` has only their shapes
 
     def units(self, kinds: Mapping[str, str]) -> dict[str, int]:
-        """Row units needed per kind: the largest window over that kind's layers. `kinds`: module name -> kind."""
+        """Return the row units needed per kind: the most in any layer. `kinds`: module name -> kind."""
         need: dict[str, int] = {}
         for name, rows in self.linears.items():
             kind = kinds[name]
@@ -65,7 +65,7 @@ class HostAdapter:
 
     @property
     def fills_at_once(self) -> bool:
-        """Whether copying it to the device takes no time to speak of."""
+        """Whether copying it to the device takes negligible time."""
         return self.bytes <= AT_ONCE_BYTES
 
 
@@ -80,16 +80,16 @@ def host_adapter(
         linears[name] = HostRows(units_a, units_b, a.shape[0], scaling)
         total += units_a.nbytes + units_b.nbytes
     if pin:
-        # In one piece: to ask for such memory disturbs the device, however little it is.
+        # In one piece, since every allocation of pinned memory disturbs the device, however small.
         linears = moved(linears, torch.empty(total // 2, dtype=torch.int16, pin_memory=True))
     rank = max((rows.rank for rows in linears.values()), default=0)
     return HostAdapter(digest, DTYPE_CODES[dtype], linears, total, rank)
 
 
 def filed_adapter(digest: str, file: RowFile, dtype: torch.dtype, device: torch.device) -> HostAdapter:
-    """An adapter whose rows are laid out already.
+    """Return an adapter with rows from a row file, already in the pool's layout.
 
-    Those of a large one are read when a CPU's rows are there to take them: in between they would be copied twice.
+    A large adapter for a CPU is read only when it is filled into its rows, which saves a copy.
     """
     pin = device.type == "cuda"
     if pin or file.bytes <= AT_ONCE_BYTES:
@@ -113,7 +113,7 @@ def filed_adapter(digest: str, file: RowFile, dtype: torch.dtype, device: torch.
 
 
 def moved(linears: Mapping[str, HostRows], memory: Tensor) -> dict[str, HostRows]:
-    """The same rows one after the other in `memory`, int16 [units in all]."""
+    """Copy rows one after the other into `memory`, int16 [all numbers], and return them there."""
     found = {}
     for name, rows in linears.items():
         a, b, memory = memory.split([rows.a.numel(), rows.b.numel(), memory.numel() - rows.a.numel() - rows.b.numel()])

@@ -1,4 +1,4 @@
-"""An adapter's directory, read into host memory: rows straight from its row file where there is one, else laid out."""
+"""Reading an adapter's directory into host memory: from its row file if there is one, else from its weights."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ class AdapterLoader:
     """Reads adapters of one base. May be called in any thread.
 
     Args:
-        model: the base, in transformers' shape.
-        linears: those of it that adapters may touch.
-        device: for which rows are laid out; a GPU's come in pinned memory.
+        model: the base, as transformers' model.
+        linears: the base's linears that adapters may target.
+        device: the target device; rows for a GPU are in pinned memory.
     """
 
     def __init__(self, model: nn.Module, linears: Sequence[LoraLinear], device: torch.device) -> None:
@@ -30,9 +30,9 @@ class AdapterLoader:
         self._device = device
 
     def __call__(self, digest: str, path: str) -> HostAdapter:
-        """Read a published adapter, and hold every byte that is used against what was noted when it came in.
+        """Read a published adapter, checking all bytes used against its record.
 
-        Raises DamagedFile, OSError and others for a directory that is damaged or gone.
+        Raises DamagedFile, OSError and others for a damaged or missing directory.
         """
         directory = Path(path)
         spec = AdapterSpec.read(directory)

@@ -1,7 +1,6 @@
 """LoraLinear: one frozen linear of the base, plus the current step's deltas.
 
-A step (serving or training) installs itself in the model's one `StepSlot`; every LoraLinear asks it for the adapters'
-part.
+A step (serving or training) installs itself in the model's one `StepSlot`; every LoraLinear gets its deltas from there.
 """
 
 from typing import Protocol
@@ -15,7 +14,7 @@ from adapters.peft_format.sizes import LinearSize
 
 
 class Deltas(Protocol):
-    """The adapters' part of one step."""
+    """The adapters' deltas of one step."""
 
     def add(self, linear: "LoraLinear", x: Tensor, y: Tensor) -> Tensor:
         """Return `y + delta(x)`; may write into `y`. x [tokens, in], y [tokens, out]."""
@@ -38,7 +37,7 @@ class Routed:
         self._runs: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
 
     def runs(self, start: int, end: int) -> list[tuple[int, int, int]]:
-        """The rows of tokens `start` to `end`: (expert, first row, end) of each expert that has some."""
+        """Return the rows of tokens `start` to `end`: (expert, first row, end) for each expert with any."""
         if (start, end) not in self._runs:
             experts, tokens = self._rows
             first = torch.arange(len(self.counts), device=tokens.device) * self._total
@@ -49,14 +48,14 @@ class Routed:
 
 
 class ExpertDeltas(Protocol):
-    """The adapters' part of one step in experts' linears."""
+    """The adapters' deltas of one step in experts' linears."""
 
     def add(self, name: str, index: int, x: Tensor, y: Tensor, routed: Routed) -> Tensor:
         """Return `y + delta(x)` of the parameter `name`; may write into `y`. x [rows, in], y [rows, out]."""
 
 
 class Attention(Protocol):
-    """How the tokens of one step attend."""
+    """The attention of one step's tokens."""
 
     def attend(
         self,
@@ -69,11 +68,11 @@ class Attention(Protocol):
         softcap: float,
         sinks: Tensor | None,
     ) -> Tensor:
-        """q [T, H, D], k and v [T, Hkv, D] after rope -> [T, H, D]; the rest as `kernels.paged_attention` takes it."""
+        """q [T, H, D], k and v [T, Hkv, D] after rope -> [T, H, D]; the rest as in `kernels.paged_attention`."""
 
 
 class States(Protocol):
-    """What the layers that keep a state make of the tokens of one step; arguments as the functions of `kernels`."""
+    """The convolutions and recurrences of one step in layers that keep a state; arguments as in `kernels`."""
 
     def convolve(self, layer: int, x: Tensor, taps: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
         """`kernels.convolve`."""
@@ -83,11 +82,11 @@ class States(Protocol):
 
 
 class StepSlot:
-    """Holds the step in force. One instance per model, shared by all its LoraLinears, experts, attention layers and
+    """Holds the current step. One instance per model, shared by all its LoraLinears, experts, attention layers and
     mixers.
 
-    `deltas` is None when no token of the step uses an adapter: the LoRA path is then skipped altogether. So is
-    `experts` when no adapter of the step has any.
+    `deltas` is None when no token of the step uses an adapter: the LoRA path is then skipped altogether. Likewise
+    `experts`, when no adapter of the step targets experts.
     """
 
     def __init__(self) -> None:
@@ -98,11 +97,11 @@ class StepSlot:
 
 
 class FrozenLinear(nn.Module):
-    """A linear of the base `[out, in]` whose weight never changes.
+    """A linear of the base `[out, in]` with a weight that never changes.
 
     Args:
-        base: the original module (`nn.Linear`, bitsandbytes `Linear4bit` or `Linear8bitLt`); kept, never called:
-            bitsandbytes' own forward recasts the bias in place and may repack the weight.
+        base: the original module (`nn.Linear`, bitsandbytes `Linear4bit` or `Linear8bitLt`); kept but never called,
+            since bitsandbytes' own forward recasts the bias in place and may repack the weight.
     """
 
     def __init__(self, base: nn.Module) -> None:
@@ -119,10 +118,10 @@ class FrozenLinear(nn.Module):
 
 
 class LoraLinear(FrozenLinear):
-    """A frozen linear with room for adapters' deltas.
+    """A frozen linear that adds adapters' deltas.
 
     Args:
-        name: full module name in the base, as PEFT writes it.
+        name: full module name in the base, as in PEFT.
         index: position among the model's LoraLinears; row of a segment table.
     """
 
@@ -159,7 +158,7 @@ def wrap_linears(decoder: nn.Module, prefix: str, slot: StepSlot) -> list[LoraLi
 
 
 def _as_linear(weight: nn.Parameter, bias: nn.Parameter) -> nn.Linear:
-    """A linear out of a weight [in, out]."""
+    """Return a linear for a weight [in, out]."""
     in_features, out_features = weight.shape
     linear = nn.Linear(in_features, out_features, device="meta")
     linear.weight = nn.Parameter(weight.data.T.contiguous(), requires_grad=False)

@@ -1,4 +1,4 @@
-"""Memory on either side: large zeroed tensors that cost nothing until touched, small ones sent without waiting."""
+"""Tensors in host and device memory: large zeroed ones allocated lazily, and small ones copied asynchronously."""
 
 import mmap
 from collections.abc import Sequence
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Like `torch.zeros`, but on the CPU the pages are the operating system's zero page until written.
+    """Return zeros like `torch.zeros`, but on a CPU their pages are the operating system's zero page until written.
 
-    `torch.zeros` writes every byte: a cache sized for the busiest day would be paid for at start. A tensor begins with
-    a page, so that rows of whole cache lines lie in whole cache lines.
+    `torch.zeros` writes every byte, so a large cache would cost its time and memory at start. A tensor starts at a
+    page, so that rows of whole cache lines are aligned to cache lines.
     """
     size = prod(shape) * dtype.itemsize
     if device.type != "cpu" or not size:
@@ -22,10 +22,10 @@ def zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Ten
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host's on the device, whose work so far is not waited for."""
+    """Return a host tensor on the device, without waiting for the device's earlier work."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def places_of(rows: Sequence[int], like: Tensor) -> slice | Tensor:
-    """An index of these rows of a tensor; of all of them one that copies nothing."""
+    """Return an index for these rows of a tensor; for all rows a slice, which copies nothing."""
     return slice(None) if len(rows) == len(like) else sent(torch.tensor(rows), like.device)

@@ -1,7 +1,7 @@
-"""W + BA on the device: weights of an adapter's own, to be kept beside those of its base.
+"""Merged weights W + BA on the device, kept beside those of the base.
 
-W is the base as its files hold it, as in merge.py, so a bf16 merge holds what a checkpoint would; an NF4 merge is that,
-rounded as the base itself is. Works in pieces, between which steps run. Knows one linear at a time.
+W is the base's weight from its files, as in merge.py, so a bf16 merge equals that of a checkpoint; an NF4 merge is the
+same, rounded as the base itself is. One linear at a time, in pieces, so that steps run in between.
 """
 
 from collections.abc import Generator
@@ -17,7 +17,7 @@ from adapters.offline.recipe import MergedDtype
 from adapters.peft_format.fields import AdapterError
 from adapters.peft_format.outline import Parameter
 
-BLOCK, NESTED_BLOCK = 64, 256  # bitsandbytes' own, which the base has too
+BLOCK, NESTED_BLOCK = 64, 256  # bitsandbytes' defaults, as in the base
 PIECE_WEIGHTS = {"cpu": 1 << 17, "cuda": 1 << 24}  # about 10 ms each
 _FILE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -25,7 +25,7 @@ Factors = tuple[Tensor, Tensor, float]  # A [rank, in], B [out, rank], scaling
 
 
 def merged_bytes(shape: tuple[int, int], dtype: MergedDtype, device: torch.device) -> int:
-    """What a merged weight of `[out, in]` takes on the device, the scales that its kernels hold as fp32 included."""
+    """Return the device bytes of a merged weight `[out, in]`, including the scales that kernels hold as fp32."""
     count = shape[0] * shape[1]
     if dtype == "bf16":
         return 2 * count
@@ -36,7 +36,7 @@ def merged_bytes(shape: tuple[int, int], dtype: MergedDtype, device: torch.devic
 
 
 def check_source(name: str, source: Parameter | None, shape: tuple[int, int], dtype: MergedDtype) -> Parameter:
-    """The base's own weight of a linear, if it can be merged into. Raises AdapterError."""
+    """Return the base's own weight of a linear. Raises AdapterError if it cannot be merged into."""
     if dtype not in get_args(MergedDtype):
         raise AdapterError(f"'{dtype}' is no dtype of merged weights", "dtype")
     if source is None or source.shape != shape or source.dtype not in _FILE_DTYPES:
@@ -52,12 +52,12 @@ def merged_weight(
     """Compute one merged weight; yields after each piece of work.
 
     Args:
-        source: what `check_source` returned.
+        source: as returned by `check_source`.
         factors: on `device`, and unchanged until the end.
     """
     rows, width = source.shape
     a, b, scaling = factors[0].float(), factors[1].float(), factors[2]
-    # Whole blocks of 64 weights, whatever the width.
+    # Whole blocks of 64 weights for any width.
     step = max(PIECE_WEIGHTS.get(device.type, 1 << 20) // width // BLOCK, 1) * BLOCK
     made = _Nf4(rows, width, device) if dtype == "nf4" else _Bf16(rows, width, device)
     for first in range(0, rows, step):
@@ -69,7 +69,7 @@ def merged_weight(
 
 
 def _rows(source: Parameter, first: int, last: int) -> Tensor:
-    """fp32 [last - first, in]"""
+    """Read rows of the weight, fp32 [last - first, in]."""
     dtype, width = _FILE_DTYPES[source.dtype], source.shape[1]
     offset = source.start + first * width * dtype.itemsize
     raw = np.fromfile(source.file, np.uint8, (last - first) * width * dtype.itemsize, offset=offset)
@@ -89,7 +89,7 @@ class _Bf16:
 
 
 class _Nf4:
-    """As `bitsandbytes.functional.quantize_4bit` with compressed statistics would make it of the whole."""
+    """Equals `bitsandbytes.functional.quantize_4bit` of the whole weight, with compressed statistics."""
 
     def __init__(self, rows: int, width: int, device: torch.device) -> None:
         self._shape = rows, width

@@ -1,8 +1,8 @@
-"""The rank-row pool: where resident adapters live on the device.
+"""The rank-row pool: storage of resident adapters on the device.
 
 Each LoraLinear has one A tensor and one B tensor of row units; an adapter owns a window of rows per module kind, the
-same rows in every layer. Addresses never change after construction. Knows adapters as `HostAdapter`s (rows ready to be
-copied) by digest; which of them are resident is the cache's decision (cache.py).
+same rows in every layer. Addresses never change after construction. The cache (cache.py) decides which adapters are
+resident.
 """
 
 import sys
@@ -26,25 +26,25 @@ from adapters.peft_format.sizes import LinearSize
 
 @dataclass(frozen=True, eq=False)
 class ResidentAdapter:
-    """One adapter on the device: its rows, as the columns of a segment table of L linears, and its other effects."""
+    """One adapter on the device: its rows, as the columns of a segment table of L linears, and its extras."""
 
     windows: dict[str, int]  # kind -> first unit
-    linears: list[int]  # indices of the linears it touches
+    linears: list[int]  # indices of the linears it targets
     first_unit: np.ndarray  # int32 [L]
-    ranks: np.ndarray  # int32 [L], 0 where the adapter does not touch the linear
+    ranks: np.ndarray  # int32 [L], 0 for linears that the adapter does not target
     scaling: np.ndarray  # fp32 [L]
     dtype: int  # a DTYPE_CODES value
     extras: Extras | None  # on the device
     invocation: tuple[int, ...]  # in force from the last occurrence of these tokens on; empty: from the first token
-    reserved: torch.cuda.Event | None  # behind the former owner's last use of the rows
+    reserved: torch.cuda.Event | None  # recorded after the previous owner's last use of the rows
 
     @property
     def plain(self) -> bool:
-        """Whether the adapter is rank rows and nothing else."""
+        """Whether the adapter has rank rows only."""
         return self.extras is None and not self.invocation
 
     def start_in(self, prompt: Sequence[int]) -> int:
-        """First position under the adapter; beyond any prompt without an invocation (as in PEFT: never in force)."""
+        """Return the first position under the adapter; `sys.maxsize` if its invocation does not occur (as in PEFT)."""
         count = len(self.invocation)
         for start in range(len(prompt) - count, -1, -1) if count else (0,):
             if tuple(prompt[start : start + count]) == self.invocation:
@@ -62,7 +62,7 @@ class Use(NamedTuple):
 
 
 class SegmentDeltas:
-    """The adapters' part of one serving step: `Deltas` over the pool's rows.
+    """The adapters' deltas of one serving step: `Deltas` over the pool's rows.
 
     table int32 [L, S, 5], scale fp32 [L, S]: one segment table per linear, see `kernels.lora_add_`.
     """
@@ -95,12 +95,12 @@ class RowPool:
         self.device = device
         self.rows = {kind: RowAllocator(units) for kind, units in capacity.items()}
         self._index = {name: index for index, name in enumerate(self.names)}
-        # On a GPU rows are filled by a stream of its own, beside the steps'.
+        # On a GPU rows are filled on a separate stream, concurrently with steps.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._adapters: dict[str, ResidentAdapter] = {}
         self._last: tuple[list[Use], SegmentDeltas] | None = None  # the last result of `deltas`, while it is valid
 
-        # Zeros, not empty: an unused row may be read (and multiplied by nothing) by a kernel that works in whole tiles.
+        # Zeros, not empty: kernels that work in whole tiles may read unused rows (and multiply them by zero).
         def storage(linear: LinearSize, width: int) -> Tensor:
             return zeros((self.rows[linear.kind].capacity, width), torch.int16, device)
 
@@ -111,7 +111,7 @@ class RowPool:
         return digest in self._adapters
 
     def adapter(self, digest: str) -> ResidentAdapter | None:
-        """A resident adapter; None when it is not on the device."""
+        """Return a resident adapter; None if it is not on the device."""
         return self._adapters.get(digest)
 
     @property
@@ -127,23 +127,23 @@ class RowPool:
         return {kind: rows.taken for kind, rows in self.rows.items()}
 
     def units_of(self, digest: str) -> dict[str, int]:
-        """Units per kind that a resident adapter holds."""
+        """Return the units per kind of a resident adapter."""
         windows = self._adapters[digest].windows
         return {kind: self.rows[kind].size_of(first) for kind, first in windows.items()}
 
     def insert(self, adapter: HostAdapter) -> bool:
-        """Make an adapter resident; False when rows are lacking (nothing is changed then). See `reserve`."""
+        """Make an adapter resident; False, with no change, if rows are lacking. See `reserve`."""
         if not self.reserve(adapter):
             return False
         self.fill(adapter)
         return True
 
     def reserve(self, adapter: HostAdapter, *, compact: bool = True) -> bool:
-        """Give an adapter its rows, to be filled. False when rows are lacking; it then keeps none, nor after a fault.
+        """Reserve an adapter's rows, to be filled. False if rows are lacking; then, and after a fault, it keeps none.
 
         Args:
-            compact: move other adapters when enough units are free, but in no single gap. Must run between steps, and
-                while nobody fills rows. Without it, that is False, too.
+            compact: move other adapters if enough units are free but not in one gap, which would be False otherwise.
+                Only between steps, and while no rows are being filled.
         """
         need = adapter.units(self.kinds)
         if any(rounded(units) > self.rows[kind].free for kind, units in need.items()):
@@ -185,9 +185,9 @@ class RowPool:
         return placed
 
     def fill(self, adapter: HostAdapter) -> None:
-        """Copy an adapter into its rows. May run beside steps, in another thread: no step reads them yet.
+        """Copy an adapter into its rows. May run in another thread during steps, since no step reads them yet.
 
-        Raises OSError when its file cannot be read.
+        Raises OSError if its file cannot be read.
         """
         if self._stream is None:
             self._copy(adapter)
@@ -213,13 +213,13 @@ class RowPool:
             row.copy_(matrix, non_blocking=True)
 
     def remove(self, digest: str) -> None:
-        """Give an adapter's rows back. Raises KeyError when it is not resident."""
+        """Free an adapter's rows. Raises KeyError if it is not resident."""
         self._last = None
         for kind, first in self._adapters.pop(digest).windows.items():
             self.rows[kind].release(first)
 
     def factors(self, digest: str, name: str) -> tuple[Tensor, Tensor, float] | None:
-        """Copies of a resident adapter's A [rank, in] and B [out, rank] at a linear, and its scaling; None without."""
+        """Return copies of an adapter's A [rank, in] and B [out, rank] at a linear, and its scaling; None without."""
         adapter, index = self._adapters[digest], self._index[name]
         first, rank = int(adapter.first_unit[index]), int(adapter.ranks[index])
         if not rank:
@@ -228,10 +228,10 @@ class RowPool:
         return a, b.T, float(adapter.scaling[index])
 
     def deltas(self, uses: Sequence[Use]) -> SegmentDeltas | None:
-        """Segment tables of one step, or None when no token uses an adapter."""
+        """Return the segment tables of one step; None if no token uses an adapter."""
         if not uses:
             return None
-        if self._last is not None and self._last[0] == uses:  # as while the same requests decode
+        if self._last is not None and self._last[0] == uses:  # common while the same requests decode
             return self._last[1]
         count = len(self.names)
         table = np.empty((count, len(uses), 5), np.int32)
@@ -260,7 +260,7 @@ class RowPool:
                 continue
             for storage in (self.a[index], self.b[index]):
                 for source, target, units in moves:
-                    # A window may slide onto a part of itself: copy through a temporary.
+                    # Source and target may overlap: copy through a temporary.
                     storage[target : target + units] = storage[source : source + units].clone()
         for adapter in self._adapters.values():
             first = adapter.windows.get(kind)

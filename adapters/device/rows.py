@@ -1,7 +1,6 @@
-"""Which rows of one module kind are taken: first-fit windows over a fixed number of row units.
+"""Allocation of one module kind's rows: first-fit windows over a fixed number of row units.
 
-Pure bookkeeping; holds no tensor. Windows start and end on even row units, which keeps an fp32 row aligned wherever it
-lands.
+Bookkeeping only; it holds no tensor. Windows start and end on even row units, so that fp32 rows are always aligned.
 """
 
 from typing import NamedTuple
@@ -10,7 +9,7 @@ GRANULE = 2
 
 
 class Move(NamedTuple):
-    """Copy `units` rows from `source` down to `target`; windows never overlap each other, a move may overlap itself."""
+    """A copy of `units` rows from `source` down to `target`, which may overlap `source`."""
 
     source: int
     target: int
@@ -18,7 +17,7 @@ class Move(NamedTuple):
 
 
 def rounded(units: int) -> int:
-    """Units that a window of this size really takes."""
+    """Return the units that a window of this size occupies."""
     return -(-units // GRANULE) * GRANULE
 
 
@@ -41,11 +40,11 @@ class RowAllocator:
         return self.capacity - self.taken
 
     def size_of(self, first: int) -> int:
-        """Units of the window that starts at `first`."""
+        """Return the units of the window that starts at `first`."""
         return self._windows[first]
 
     def allocate(self, units: int) -> int | None:
-        """First unit of a new window, or None when no gap is wide enough (`free` may still suffice: `compact`)."""
+        """Return the first unit of a new window; None if no gap is large enough (after `compact`, `free` units fit)."""
         if units <= 0:
             raise ValueError(f"a window needs at least one unit, not {units}")
         units = rounded(units)
@@ -60,11 +59,11 @@ class RowAllocator:
         return start
 
     def release(self, first: int) -> None:
-        """Give a window back. Raises KeyError when none starts there."""
+        """Free a window. Raises KeyError if none starts at `first`."""
         del self._windows[first]
 
     def compact(self) -> list[Move]:
-        """Slide every window down; the moves are in an order in which no copy overwrites rows still to be copied."""
+        """Slide every window down. Returns the moves, ordered so that no copy overwrites rows still to be copied."""
         moves: list[Move] = []
         packed: dict[int, int] = {}
         target = 0

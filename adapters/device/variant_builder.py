@@ -1,4 +1,4 @@
-"""Makes an adapter's `Extras` of its tensors and the base: DoRA, biases, norms, tables and new tokens."""
+"""Building an adapter's `Extras` from its tensors and the base: DoRA, biases, norms, tables and new tokens."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -30,14 +30,14 @@ def build(
     linears: Mapping[str, LoraLinear],
     model: nn.Module,
 ) -> Extras | None:
-    """An adapter's extras, in host memory, or None when it has none.
+    """Return an adapter's extras, in host memory, or None if it has none.
 
     Args:
         variants: of its spec.
-        tensors: what `adapters.peft_format.directory.load_variants` read.
+        tensors: as read by `adapters.peft_format.directory.load_variants`.
         pairs: linear -> (A [rank, in], B [out, rank], scaling).
         linears: the base's, by full name.
-        model: the base, in transformers' shape; what needs its weights is computed where they are.
+        model: the base, as transformers' model; computations with its weights run on its device.
     """
     builder = _Builder(variants, tensors, pairs, linears, model)
     extras = Extras(
@@ -75,7 +75,7 @@ class _Builder:
         return None if name is None else self._tensors[name].float().to(self._device)
 
     def _matrix(self, name: str) -> Tensor:
-        """In the file's dtype if that is one that the kernels read in place."""
+        """Return a matrix on the device: fp16 as fp32, other dtypes as in the file, since kernels read them."""
         matrix = self._tensors[name]
         return (matrix.float() if matrix.dtype == torch.float16 else matrix).to(self._device)
 
@@ -85,7 +85,7 @@ class _Builder:
         return self._affine(name, linear.bias, pair, lambda: linear.weight.dequantize())
 
     def _affine(self, name: str, bias: Tensor | None, pair: Any, weight: Any) -> Affine | None:
-        """`gain * (W x + s (B A x + b)) + bias'` as a gain and a shift of `W x + bias + s B A x`."""
+        """Express `gain * (W x + s (B A x + b)) + bias'` as a gain and a shift of `W x + bias + s B A x`."""
         gain = self._gain(name, pair, weight)
         added = self._vector(self._variants.delta_biases.get(name))
         new = self._vector(self._variants.parameters.get(f"{name}.bias"))
@@ -97,7 +97,7 @@ class _Builder:
         return None if gain is None and shift is None else Affine(gain, shift)
 
     def _gain(self, name: str, pair: Any, weight: Any) -> Tensor | None:
-        """DoRA's m / ||W + s B A||, the norm over each output's inputs."""
+        """Return DoRA's m / ||W + s B A||, the norm over each output's inputs."""
         magnitude = self._vector(self._variants.magnitudes.get(name))
         if magnitude is None:
             return None
@@ -119,16 +119,16 @@ class _Builder:
         return {name: like_module(self._model.get_submodule(name), parameters) for name, parameters in changed.items()}
 
     def _new(self, name: str) -> Tensor | None:
-        """Rows of embedding or head beyond the base's."""
+        """Return the rows of embedding or head beyond the base's vocabulary, if any."""
         grown = self._variants.grown.get(name)
         return None if grown is None else self._matrix(grown)[-self._variants.new_tokens :].contiguous()
 
     def _whole(self, name: str, base: Tensor) -> Tensor:
-        """A table of the base's, or its bias, in the adapter's vocabulary; fp32."""
+        """Return a table of the base, or its bias, in the adapter's vocabulary; fp32."""
         if self._variants.new_tokens < 0:
             return base[: self._variants.new_tokens].float()
         new = self._new(name)
-        if new is None:  # what is not the base's has no need of it
+        if new is None:  # the adapter replaces these rows, so zeros are enough
             new = base.new_zeros(self._variants.new_tokens, *base.shape[1:])
         return torch.cat([base.float(), new.float()])
 
@@ -145,7 +145,7 @@ class _Builder:
             ids, order = torch.tensor(variants.token_ids[name], device=self._device).sort()
             return EmbeddingExtras(new=new, trained=TrainedRows(ids, self._matrix(rows)[order]))
         a, b = self._tensors[module.a], self._tensors[module.b]  # [rank, vocabulary], [width, rank]
-        # DoRA's norm is over the vocabulary, one for each column of the table.
+        # DoRA's norm is over the vocabulary, one per column of the table.
         weight = partial(self._whole, name, self._embedding.weight)
         affine = self._affine(name, None, (a, b, module.scaling), lambda: weight().T)
         identity = torch.eye(module.rank, dtype=b.dtype)
@@ -160,7 +160,7 @@ class _Builder:
         pair = None if module is None else (self._tensors[module.a], self._tensors[module.b], module.scaling)
         affine = self._affine(name, bias, pair, lambda: self._whole(name, self._head.weight.dequantize()))
         if rows is not None and bias is not None:
-            affine = Affine(None, -bias)  # PEFT leaves the bias out where single tokens are trained
+            affine = Affine(None, -bias)  # PEFT omits the bias if single tokens are trained
         new = self._new(name)
         lora = None if module is None or pair is None else self._low_rank(module, pair[0], pair[1])
         if variants.new_tokens == 0 and all(part is None for part in (whole, rows, lora, affine)):

@@ -1,8 +1,8 @@
-"""An adapter's effects on the device besides rank rows: DoRA, biases, norms, embeddings, heads, single tokens.
+"""An adapter's variants on the device, beyond rank rows: DoRA, biases, norms, embeddings, heads, single tokens.
 
 `variant_builder` makes an adapter's `Extras`; `StepExtras` applies those of one step, by hooks on the base's modules
-that exist only while the step runs, so that a step without extras runs the base's modules alone. Every row's result
-is independent of the rows beside it.
+that exist only while the step runs, so that a step without extras runs only the base's modules. Every row's result
+is independent of other rows.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from adapters.device.whole_modules import like_module, replacing_hook
 
 
 class Affine(NamedTuple):
-    """`y * gain + shift`, per output; a missing part does nothing. fp32 [out] each."""
+    """`y * gain + shift`, per output; None leaves out a part. fp32 [out] each."""
 
     gain: Tensor | None
     shift: Tensor | None
@@ -34,9 +34,9 @@ class Affine(NamedTuple):
 
 
 class LowRank(NamedTuple):
-    """A pair of A and B with storage of its own: row units as in the pool, `[units, in]` and `[units, out]`.
+    """A pair of A and B with its own storage: row units as in the pool, `[units, in]` and `[units, out]`.
 
-    Those of experts lie one behind the other, each of this rank.
+    Pairs of experts lie one after the other, each of this rank.
     """
 
     a: Tensor
@@ -52,7 +52,7 @@ class LowRank(NamedTuple):
         kernels.lora_add_(y, x, self.a, self.b, table, scale)
 
     def add_runs_(self, y: Tensor, x: Tensor, runs: Sequence[tuple[int, int, int]], weight: float) -> None:
-        """The same for some rows: each run (expert, first row, end) with the expert's A and B."""
+        """The same for runs of rows (expert, first row, end), each with the expert's A and B."""
         units = self.rank * (2 if self.dtype == kernels.FP32 else 1)
         rows = [[start, end, expert * units, self.rank, self.dtype] for expert, start, end in runs]
         table = sent(torch.tensor(rows, dtype=torch.int32), y.device)
@@ -62,7 +62,7 @@ class LowRank(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TrainedRows:
-    """Rows that take the place of some of an embedding's or a head's. ids int64 [n], ascending; rows [n, width]."""
+    """Rows that replace some of an embedding's or a head's. ids int64 [n], ascending; rows [n, width]."""
 
     ids: Tensor
     rows: Tensor
@@ -72,8 +72,8 @@ class TrainedRows:
 class EmbeddingExtras:
     """A changed input embedding.
 
-    `new`: rows [n, width] of the tokens beyond the base's vocabulary. `lora`: A's columns by token [vocabulary, rank],
-    and B behind an identity for A.
+    `new`: rows [n, width] of the tokens beyond the base's vocabulary. `columns`: A's columns by token,
+    [vocabulary, rank]. `lora`: B, with an identity for A.
     """
 
     new: Tensor | None = None
@@ -86,7 +86,7 @@ class EmbeddingExtras:
     def apply_(self, y: Tensor, ids: Tensor, weight: float, scale: float, vocabulary: int) -> None:
         """Change the embedded tokens y [n, width] of ids [n]; `scale` is the factor of the base's rows.
 
-        `vocabulary` is the base's: tokens from there on have nothing embedded yet.
+        `vocabulary` is the base's: tokens from there on have no valid embedding yet.
         """
         if self.new is not None:
             beyond = ids >= vocabulary
@@ -106,7 +106,7 @@ class EmbeddingExtras:
 
 @dataclass(frozen=True, eq=False)
 class HeadExtras:
-    """A changed output head; all weights [out, width]. `new`: of the tokens beyond the base's vocabulary."""
+    """A changed output head; all weights [out, width]. `new`: for the tokens beyond the base's vocabulary."""
 
     new: kernels.QuantizedWeight | None = None
     weight: kernels.QuantizedWeight | None = None
@@ -117,7 +117,7 @@ class HeadExtras:
     bias: Tensor | None = None  # the base's, in the adapter's vocabulary
 
     def apply_(self, y: Tensor, x: Tensor, weight: float) -> None:
-        """Change the logits y [n, vocabulary] of normed states x [n, width]."""
+        """Change the logits y [n, vocabulary] of normed hidden states x [n, width]."""
         bias = self.bias
         if self.new is not None:
             new = self.new.shape[0]
@@ -135,27 +135,27 @@ class HeadExtras:
 
 @dataclass(frozen=True, eq=False)
 class Classifier:
-    """A classification head: normed states to a score for each label. weight fp32 [labels, hidden], bias [labels]."""
+    """A classification head: normed hidden state to a score per label. weight fp32 [labels, hidden], bias [labels]."""
 
     weight: kernels.QuantizedWeight
     bias: Tensor | None = None
 
     def scores(self, x: Tensor) -> Tensor:
-        """Of a state x [hidden]: fp32 [labels]."""
+        """Return the scores of a hidden state x [hidden]: fp32 [labels]."""
         return kernels.base_linear(x.float()[None], self.weight, self.bias)[0]
 
 
 @dataclass(frozen=True, eq=False)
 class Extras:
-    """Everything that one adapter does besides its rank rows."""
+    """One adapter's variants, beyond rank rows."""
 
     linears: dict[str, Affine]  # by full module name
-    modules: dict[str, nn.Module]  # by full module name: norms and routers as the base's, with other parameters
+    modules: dict[str, nn.Module]  # by full module name: norms and routers, with other parameters than the base's
     embedding: EmbeddingExtras | None
     head: HeadExtras | None
-    new_tokens: int = 0  # beyond the base's vocabulary: logits are as much wider, or narrower
-    classifier: Classifier | None = None  # then there are no logits
-    experts: dict[str, list[LowRank]] = dataclasses.field(default_factory=dict)  # by the parameter that holds them
+    new_tokens: int = 0  # added to the base's vocabulary, or removed if negative: the width of logits changes likewise
+    classifier: Classifier | None = None  # instead of logits
+    experts: dict[str, list[LowRank]] = dataclasses.field(default_factory=dict)  # by the experts' parameter
 
     @property
     def in_decoder(self) -> bool:
@@ -164,11 +164,11 @@ class Extras:
 
     @property
     def in_model(self) -> bool:
-        """Whether any of the base's modules gives something else."""
+        """Whether any of the base's modules is changed."""
         return self.in_decoder or self.embedding is not None or self.head is not None
 
     def to(self, device: torch.device) -> "Extras":
-        """The same on a device."""
+        """Return the extras on a device."""
         moved: Extras = _moved(self, device)
         return moved
 
@@ -193,7 +193,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 class ExtraUse(NamedTuple):
-    """A run of a step's rows with one adapter's extras: tokens, or those of them whose logits are wanted."""
+    """A run of a step's rows with one adapter's extras, among all tokens or among the kept rows."""
 
     start: int
     end: int
@@ -202,7 +202,7 @@ class ExtraUse(NamedTuple):
 
 
 class _AffineDeltas:
-    """The adapters' part of a step in which linears are scaled or shifted: rank rows first, then that."""
+    """The deltas of a step with scaled or shifted linears: rank rows first, then gain and shift."""
 
     def __init__(self, inner: Deltas | None, uses: Sequence[ExtraUse]) -> None:
         self._inner = inner
@@ -219,7 +219,7 @@ class _AffineDeltas:
 
 
 class _StepExperts:
-    """The adapters' part of a step in experts' linears."""
+    """The adapters' deltas of a step in experts' linears."""
 
     def __init__(self, uses: Sequence[ExtraUse]) -> None:
         self._uses = uses
@@ -237,7 +237,7 @@ class StepExtras:
 
     Args:
         tokens: runs of the step's tokens, in order of application.
-        kept: the same adapters' runs of the rows that the head sees.
+        kept: the same adapters' runs among the rows of the head.
     """
 
     def __init__(self, tokens: Sequence[ExtraUse], kept: Sequence[ExtraUse]) -> None:
@@ -250,19 +250,19 @@ class StepExtras:
         return any(use.extras.in_decoder for use in self.tokens)
 
     def over(self, inner: Deltas | None) -> Deltas | None:
-        """What the linears are to add: `inner` and these."""
+        """Return the deltas of linears: `inner` and these."""
         uses = [use for use in self.tokens if use.extras.linears]
         return _AffineDeltas(inner, uses) if uses else inner
 
     @property
     def experts(self) -> ExpertDeltas | None:
-        """What experts' linears are to add."""
+        """The deltas of experts' linears, if any."""
         uses = [use for use in self.tokens if use.extras.experts]
         return _StepExperts(uses) if uses else None
 
     @contextmanager
     def installed(self, model: Any) -> Iterator[None]:
-        """Within it these adapters change the outputs of embedding, norms, routers and head of `model`."""
+        """Let these adapters change embedding, norms, routers and head of `model` within the context."""
         with ExitStack() as stack:
 
             def hook(module: nn.Module, function: Any) -> None:
@@ -285,7 +285,7 @@ class StepExtras:
 
 
 class _Asked:
-    """A hook before an embedding: clamps ids to its vocabulary, and keeps the ids asked for."""
+    """A hook before an embedding: it clamps ids to the vocabulary, and keeps the original ids."""
 
     def __init__(self, vocabulary: int) -> None:
         self.vocabulary = vocabulary

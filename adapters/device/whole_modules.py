@@ -1,6 +1,6 @@
-"""Modules of its base that an adapter has whole, with other parameters: norms and routers.
+"""Modules of the base that an adapter replaces as a whole: norms and routers.
 
-Which of them may be replaced, and where tokens lie in what passes them, its loading found out (`ModuleRows`).
+Replaceable modules, and the places of tokens in their inputs and outputs (`ModuleRows`), are found when the base loads.
 """
 
 import copy
@@ -12,45 +12,45 @@ from torch import Tensor, nn
 
 from adapters.device.experts import pad_router
 
-ROWS = "token_rows"  # attribute of a module that may be replaced: its `ModuleRows`
+ROWS = "token_rows"  # attribute of a replaceable module: its `ModuleRows`
 
 
 class TokenRows(NamedTuple):
-    """Where a step's tokens are in a tensor: along this axis, in so many rows each, one token's after another.
+    """The places of a step's tokens in a tensor: along `axis`, with `each` consecutive rows per token.
 
-    Norms of heads have these before the tokens, `[1, heads, tokens, size]`, or both in one, `[tokens * heads, size]`.
+    Norms over heads take `[1, heads, tokens, size]`, or `[tokens * heads, size]`.
     """
 
     axis: int
     each: int
 
     def of(self, tensor: Tensor, start: int, end: int) -> Tensor:
-        """The part of these tokens; a view."""
+        """Return a view of these tokens' rows."""
         return tensor.narrow(self.axis, start * self.each, (end - start) * self.each)
 
 
 class ModuleRows(NamedTuple):
-    """Where they are in a module's arguments, all alike, and in each tensor that it gives."""
+    """The places of tokens in a module's arguments, the same in all, and in each of its results."""
 
     arguments: TokenRows
     results: tuple[TokenRows, ...]
 
 
 def like_module(module: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
-    """The same module with some other parameters, and without the hooks that a step may have on it."""
+    """Return a copy of a module with some parameters replaced, and without the hooks of a step."""
     other = copy.copy(module)
     replaced = {
         name: nn.Parameter(parameters.get(name, old.data).to(old.dtype), requires_grad=False)
         for name, old in module.named_parameters(recurse=False)
     }
     other._parameters, other._forward_hooks = dict(replaced), OrderedDict()
-    if vars(other).pop("forward", None) is not None:  # a padded router's, which knows that one
+    if vars(other).pop("forward", None) is not None:  # a padded router's, bound to the original
         pad_router(other, next(weight for weight in replaced.values() if weight.dim() == 2))
     return other
 
 
 def replacing_hook(runs: Sequence[tuple[int, int, nn.Module]]) -> Any:
-    """A forward hook: other modules for some runs of tokens (start, end)."""
+    """Return a forward hook that applies other modules to runs of tokens (start, end, module)."""
 
     def hook(module: nn.Module, args: tuple[Tensor, ...], output: Any) -> None:
         rows: ModuleRows = getattr(module, ROWS)
@@ -63,5 +63,5 @@ def replacing_hook(runs: Sequence[tuple[int, int, nn.Module]]) -> Any:
 
 
 def tensors_of(output: Any) -> tuple[Any, ...]:
-    """What a module gave, one by one."""
+    """Return a module's results as a tuple."""
     return output if isinstance(output, tuple) else (output,)

@@ -1,8 +1,9 @@
-"""The numerical kernels that earn the product its name: quantised linears, grouped LoRA, paged attention.
+"""The numerical kernels: quantised linears, grouped LoRA, paged attention, and the rest of a step.
 
-Each function has three implementations of one contract: `reference`, plain torch on any device; `native`, C++ for
-fp32 on a CPU; and `triton`, for an NVIDIA GPU. One of the latter is taken where it can be; neither has gradients except
-in `base_linear`. The docstrings are `reference`'s. `plan_decoder` puts all decoder layers of a step together.
+Each function has up to three implementations of one contract: `reference`, plain torch on any device; `native`, C++
+for fp32 on a CPU; and `triton`, for NVIDIA GPUs. The latter two are preferred where they support the inputs; they have
+gradients only in `base_linear` and `grouped_linear`. The docstrings are those of `reference`. `plan_decoder` runs all
+decoder layers of a step.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -58,14 +59,14 @@ __all__ = [
 
 
 def set_threads(threads: int) -> None:
-    """Threads that the native kernels run on (by default as many as torch's). No result depends on it."""
+    """Set the number of threads of the native kernels (by default torch's). Results do not depend on it."""
     if kernels := native.load():
         kernels.set_threads(threads)
 
 
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
-    """For small work that torch does between native kernels: its threads cost more to wake, and fight for the cores."""
+    """Run torch on one thread: for its small work between native kernels, waking threads costs more than it saves."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -75,33 +76,32 @@ def one_torch_thread() -> Iterator[None]:
 
 
 def set_deterministic(fixed: bool) -> None:
-    """Whether a row keeps its bits whatever rows stand beside it, at a price, on a GPU. On a CPU it always does."""
+    """Make a row's bits on a GPU independent of other rows, at some cost in speed. On a CPU they always are."""
     triton.fix_tiles(fixed)
 
 
 def is_deterministic() -> bool:
-    """What `set_deterministic` decided."""
+    """Return the setting of `set_deterministic`."""
     return triton.deterministic()
 
 
 def runs_natively(
     device: torch.device, dtype: torch.dtype, weights: Iterable[QuantizedWeight | ExpertWeights] = ()
 ) -> bool:
-    """Whether the CPU's native kernels are there, compute in this dtype, and take these weights."""
+    """Whether native kernels are available for this device and dtype, and support these weights."""
     there = device.type == "cpu" and dtype == torch.float32 and native.load() is not None
     return there and all(map(native.takes_weight, weights))
 
 
 def implementation(device: torch.device, dtype: torch.dtype) -> str:
-    """The name of what computes on this device in this dtype: native (avx512), triton or torch."""
+    """Return the name of the implementation for this device and dtype: native (avx512), triton or torch."""
     if runs_natively(device, dtype):
         return f"native ({build.best_instruction_set()})"
     return "triton" if device.type == "cuda" and triton.load() is not None else "torch"
 
 
 def prepare(weights: Iterable[QuantizedWeight], dtype: torch.dtype) -> None:
-    """Once per base: learn how the library's products are batch-invariant for CPU weights that are not the native
-    kernels'."""
+    """Probe, once per base, the row multiples for CPU weights that torch's products multiply."""
     ours = runs_natively(torch.device("cpu"), dtype)
     rest = {
         weight.shape for weight in weights if weight.device.type == "cpu" and not (ours and native.takes_weight(weight))
@@ -111,7 +111,7 @@ def prepare(weights: Iterable[QuantizedWeight], dtype: torch.dtype) -> None:
 
 
 def _compiled(*tensors: Tensor) -> Any:
-    """The kernels made for these tensors' device and dtype; None where there are none, or a gradient is wanted."""
+    """Return the compiled kernels for these tensors' device and dtype; None without any, or if a gradient is needed."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return None
     if triton.takes(*tensors) and (kernels := triton.load()):
@@ -206,7 +206,7 @@ def likeliest_output(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = N
 
 
 def plan_likeliest(weight: QuantizedWeight, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
-    """`likeliest_output` of fp32 rows that lie in order, looked up once for all; None without a sketch that helps."""
+    """Return `likeliest_output` as a function of contiguous fp32 rows; None without a usable sketch."""
     kernels = native.load()
     if kernels is None or weight.sketch is None or bias is not None or not native.takes_weight(weight):
         return None
@@ -214,7 +214,7 @@ def plan_likeliest(weight: QuantizedWeight, bias: Tensor | None) -> Callable[[Te
 
 
 def cpu_kernels(scores: Tensor) -> native.Kernels | None:
-    """The C++ kernels where these scores are theirs, for `draw` and `logprobs`; None elsewhere."""
+    """Return the C++ kernels if they support these scores, for `draw` and `logprobs`; else None."""
     return native.load() if scores.is_cpu and scores.dtype == torch.float32 else None
 
 
@@ -231,7 +231,7 @@ class Decoder(Protocol):
         table: Tensor | None = None,
         scale: Tensor | None = None,
     ) -> Tensor:
-        """As `plan.DecoderPlan.run`."""
+        """See `plan.DecoderPlan.run`."""
 
 
 def plan_decoder(
@@ -242,7 +242,7 @@ def plan_decoder(
     v_caches: Sequence[Tensor],
     windows: Sequence[int],
 ) -> Decoder | None:
-    """The way through a decoder without its Python modules (arguments: `plan.DecoderPlan.build`), or None."""
+    """Return a planned decoder, which runs without Python modules, or None. Arguments: see `plan.DecoderPlan.build`."""
     numbers = [tensor for tensor in decoder.parameters() if tensor.is_floating_point()][:1]  # its dtype is the model's
     if triton.takes(*numbers) and triton.load():
         from adapters.kernels.triton.decoder import TritonDecoder

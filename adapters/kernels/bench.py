@@ -1,10 +1,10 @@
-"""Each native kernel beside its library counterpart and the machine's roofline: `python -m adapters.kernels.bench`.
+"""Benchmark of native kernels against libraries and the machine's roofline: `python -m adapters.kernels.bench`.
 
 A linear is timed over a run of weights in one native call, as in a step; its library counterpart call by call.
 Prints one JSON object: `roofline` (read_gb_s, fp32_gflop_s, threads, instruction_set) and `lines` (kernel, shape, rows,
-seconds, library, library_seconds, bandwidth_share, flops_share), of which `--roofline` leaves none. Weights are rotated
-through more memory than caches hold, as in a model. Times are medians; the roofline is measured before and after, and
-its best counts.
+seconds, library, library_seconds, bandwidth_share, flops_share), empty with `--roofline`. Weights are rotated through
+more memory than caches hold, as in a model. Times are medians; the roofline is measured before and after, and the best
+is used.
 """
 
 import json
@@ -23,15 +23,15 @@ from torch import Tensor
 from adapters.kernels import native, reference
 from adapters.kernels.weight import QuantizedWeight
 
-MEMORY = 96 << 20  # bytes that weights are rotated through
-BUDGET = 0.25  # seconds that one figure may take
-RUN = 8  # weights of one timed call
+MEMORY = 96 << 20  # total bytes of the rotated weights
+BUDGET = 0.25  # seconds of measurement per figure
+RUN = 8  # weights per timed call
 SHAPES = [(576, 576), (1536, 576), (576, 1536)]  # q and o, gate and up, down of the default model
 VOCAB, HIDDEN = 49152, 576
 
 
 def timed(function: Callable[[], Any], budget: float = BUDGET) -> float:
-    """Median seconds of a call."""
+    """Return the median seconds of a call."""
     function()
     seconds: list[float] = []
     end = time.perf_counter() + budget
@@ -43,7 +43,7 @@ def timed(function: Callable[[], Any], budget: float = BUDGET) -> float:
 
 
 class Roofline:
-    """The machine's read bandwidth and fp32 multiply-add rate, the best of several looks."""
+    """The machine's read bandwidth and fp32 multiply-add rate, the best of several measurements."""
 
     def __init__(self, kernels: native.Kernels) -> None:
         self._kernels = kernels
@@ -63,7 +63,7 @@ class Roofline:
 
 
 def random_nf4(out_features: int, in_features: int) -> QuantizedWeight:
-    """A double-quantised NF4 weight of random bits: as fast to read as a real one, quicker to make."""
+    """Return a double-quantised NF4 weight of random bits: as fast to read as a real one, faster to make."""
     blocks = out_features * in_features // 64
     return QuantizedWeight(
         kind="nf4",
@@ -80,7 +80,7 @@ def random_nf4(out_features: int, in_features: int) -> QuantizedWeight:
 
 
 def weight_bytes(weight: QuantizedWeight) -> int:
-    """What it takes as stored: multiplying by it reads as much at least."""
+    """Return the stored bytes of a weight, the least that a product must read."""
     if weight.int8 is not None:
         return weight.int8.data.nbytes
     parts = (weight.data, weight.absmax, weight.nested_absmax)
@@ -97,7 +97,7 @@ def _linear_lines(kernels: native.Kernels, out_features: int, in_features: int) 
     runs = [[random_nf4(out_features, in_features) for _ in range(RUN)] for _ in range(copies)]
     int8_runs = [[weight.with_int8_inputs() for weight in run] for run in runs]
     for weight in chain(*runs, *int8_runs):
-        kernels.weight(weight)  # its first use undoes double quantisation
+        kernels.weight(weight)  # the first use decodes double quantisation
     next_run, next_int8_run, weights = cycle(runs), cycle(int8_runs), cycle(chain.from_iterable(runs))
 
     def line(kernel: str, rows: int, seconds: float, library: str, library_seconds: float) -> dict[str, Any]:
@@ -248,7 +248,7 @@ def _sdpa(q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, queries: 
 
 @torch.no_grad()
 def measure(parts: Sequence[Callable[[native.Kernels], list[dict[str, Any]]]]) -> dict[str, Any]:
-    """Measure these lines and the roofline. Raises RuntimeError without the native kernels."""
+    """Measure these parts and the roofline. Raises RuntimeError without the native kernels."""
     kernels = native.load()
     if kernels is None:
         raise RuntimeError("the C++ kernels are not available here")

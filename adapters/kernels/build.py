@@ -1,9 +1,8 @@
-"""Compile the C++ kernels: at first use, or ahead of time with `python -m adapters.kernels.build`.
+"""Compilation of the C++ kernels: at first use, or ahead of time with `python -m adapters.kernels.build`.
 
 One library per instruction set, from plain C++ without torch's headers, so a build takes seconds. A built library is
-kept in the user's cache under a name that holds the hash of everything that shaped it; of several processes that want
-it one compiles, and the others wait. Ahead of time, all instruction sets are put beside the sources, where they are
-found first.
+kept in the user's cache, named by a hash of sources, flags and compiler; if several processes need it, one compiles and
+the others wait. Libraries built ahead of time, for all instruction sets, lie beside the sources and are found first.
 """
 
 import hashlib
@@ -34,26 +33,26 @@ X86 = {
 
 
 class BuildError(Exception):
-    """The kernels could not be compiled here; the message says why."""
+    """The kernels could not be compiled; the message gives the reason."""
 
 
 def instruction_sets() -> dict[str, list[str]]:
-    """Instruction sets that this kind of machine may have, best first, with the compiler flags of each."""
+    """Return the instruction sets of this kind of machine, best first, with their compiler flags."""
     return X86 if platform.machine() in {"x86_64", "AMD64"} else {"portable": []}
 
 
 @cache
 def best_instruction_set() -> str:
-    """What this CPU can run; `ATEN_CPU_CAPABILITY` (torch's own switch) can ask for less."""
+    """Return the best instruction set of this CPU; `ATEN_CPU_CAPABILITY` (torch's own switch) can lower it."""
     capability = torch.backends.cpu.get_cpu_capability().lower()
     return capability if capability in instruction_sets() else "portable"
 
 
 def built(instruction_set: str) -> Path:
-    """The library for an instruction set: prebuilt, cached, or compiled now.
+    """Return the library for an instruction set: prebuilt, cached, or compiled now.
 
     Raises:
-        BuildError: it must be compiled and there is no working compiler.
+        BuildError: it must be compiled, and there is no working compiler.
     """
     prebuilt = PREBUILT / f"{_source_hash()}-{instruction_set}.so"
     if prebuilt.exists():
@@ -75,7 +74,7 @@ def built(instruction_set: str) -> Path:
 
 
 def compile_library(instruction_set: str, target: Path, compiler: list[str] | None = None) -> None:
-    """Compile for one instruction set and put the library at `target` in one rename. Raises BuildError."""
+    """Compile for one instruction set, and move the library to `target` atomically. Raises BuildError."""
     compiler = compiler or _compiler()
     flags = FLAGS + instruction_sets()[instruction_set]
     try:
@@ -94,15 +93,15 @@ def compile_library(instruction_set: str, target: Path, compiler: list[str] | No
 
 
 def cache_dir() -> Path:
-    """Where compiled kernels are kept between runs."""
+    """Return the directory of compiled kernels. Raises BuildError."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lorakeet" / "kernels"
-    except RuntimeError as fault:  # a container's user without a name, and no HOME
+    except RuntimeError as fault:  # a user without a name, as in containers, and no HOME
         raise BuildError(f"there is no directory to keep the compiled kernels in: {fault}") from None
 
 
 def _compiler() -> list[str]:
-    """The C++ compiler's command: `$CXX`, or the first usual one. Raises BuildError."""
+    """Return the C++ compiler's command: `$CXX`, or the first usual one found. Raises BuildError."""
     if command := os.environ.get("CXX"):
         return shlex.split(command)
     for name in ("g++", "c++", "clang++"):
@@ -116,7 +115,7 @@ def _version(compiler: list[str]) -> str:
 
 
 def _source_hash() -> str:
-    """Names the sources and flags: equal hashes, equal libraries from one compiler."""
+    """Return a hash of sources and flags; equal hashes mean equal libraries from one compiler."""
     digest = hashlib.sha256(repr((FLAGS, X86, platform.machine())).encode())
     for path in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")]):
         digest.update(f"{path.name}\n".encode() + path.read_bytes())
@@ -135,7 +134,7 @@ def _run(command: list[str]) -> str:
 
 
 def main() -> None:
-    """Build every instruction set of this kind of machine beside the sources."""
+    """Build all instruction sets of this kind of machine, beside the sources."""
     for instruction_set in instruction_sets():
         target = PREBUILT / f"{_source_hash()}-{instruction_set}.so"
         compile_library(instruction_set, target)

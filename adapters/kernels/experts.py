@@ -1,4 +1,4 @@
-"""The weights of one linear of every expert of a layer, quantised each by itself, side by side in memory."""
+"""The weights of one linear of all experts of a layer, quantised separately and stacked in memory."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
@@ -13,11 +13,11 @@ from adapters.kernels.weight import Int8Copy, QuantizedWeight, WeightKind
 
 @dataclass(frozen=True, eq=False)
 class ExpertWeights:
-    """The weights `[out, in]` of so many experts. Each is a `QuantizedWeight`, whose tensors are stacked here."""
+    """The weights `[out, in]` of several experts: the stacked tensors of a `QuantizedWeight` each."""
 
     kind: WeightKind
-    shape: tuple[int, int]  # (out, in) of one
-    data: Tensor  # [experts, ...], and so are absmax, nested_absmax and offset
+    shape: tuple[int, int]  # (out, in) of one expert
+    data: Tensor  # [experts, ...], like absmax, nested_absmax and offset
     absmax: Tensor | None = None
     nested_absmax: Tensor | None = None
     offset: Tensor | None = None  # fp32 [experts]
@@ -29,7 +29,7 @@ class ExpertWeights:
 
     @classmethod
     def quantize(cls, experts: Iterable[Tensor], kind: str, dtype: torch.dtype) -> "ExpertWeights":
-        """Quantise dense weights `[out, in]` one by one as bitsandbytes does a linear's; 4-bit scales doubly.
+        """Quantise dense weights `[out, in]` one by one like bitsandbytes; 4-bit ones with double quantisation.
 
         Args:
             kind: nf4, fp4, int8, or none for dense weights in `dtype`.
@@ -54,12 +54,12 @@ class ExpertWeights:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors, by their names here."""
+        """Return all tensors, by field name."""
         found = ((field.name, getattr(self, field.name)) for field in fields(self))
         return {name: value for name, value in found if isinstance(value, Tensor)}
 
     def placed(self) -> "ExpertWeights":
-        """The same weights where kernels read them fastest."""
+        """Return the same weights in memory that kernels read fastest."""
         moved: dict[str, Any] = {name: on_huge_pages(tensor) for name, tensor in self.tensors().items()}
         return replace(self, **moved)
 
@@ -73,7 +73,7 @@ class ExpertWeights:
         return len(self.data)
 
     def __getitem__(self, expert: int) -> QuantizedWeight:
-        """One expert's weight, where it lies."""
+        """Return a view of one expert's weight."""
         absmax, nested_absmax = (
             None if whole is None else whole[expert] for whole in (self.absmax, self.nested_absmax)
         )
@@ -93,7 +93,7 @@ class ExpertWeights:
 
 
 def _quantized(dense: Tensor, kind: str, dtype: torch.dtype) -> QuantizedWeight:
-    import bitsandbytes.functional as bnb  # here: weight.py has to import it first, for its reason
+    import bitsandbytes.functional as bnb  # here, since weight.py must import it first (see there)
 
     shape = (dense.shape[0], dense.shape[1])
     if kind == "none":

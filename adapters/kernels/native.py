@@ -1,7 +1,6 @@
 """The C++ kernels on CPU fp32 tensors, with the same signatures as `reference`.
 
-Binds the compiled library (build.py) through ctypes. Knows which tensors the library can take; which of the two
-implementations a call goes to is decided in the package's `__init__`.
+Binds the compiled library (build.py) through ctypes. The package's `__init__` chooses the implementation of a call.
 """
 
 import ctypes
@@ -28,19 +27,19 @@ log = logging.getLogger(__name__)
 
 _off = False
 
-_BLOCK = 64  # the kernels' blocks of inputs: of linear.cpp
+_BLOCK = 64  # the kernels' blocks of inputs, as in linear.cpp
 KV_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3, torch.int8: 4}
 _DENSE_KINDS = {torch.float32: 2, torch.bfloat16: 3, torch.float16: 4}
 
 
 class Truncation(NamedTuple):
-    """What a row's token is drawn from.
+    """Sampling truncation of one row.
 
     Attributes:
         temperature: more than 0.
         min_p: least weight, as a share of the likeliest token's.
-        top_k: how many tokens are kept; all with 0.
-        top_p: share of the whole that the kept tokens hold at least.
+        top_k: number of tokens kept; 0 for all.
+        top_p: least share of the total weight that the kept tokens have together.
     """
 
     temperature: float
@@ -155,10 +154,9 @@ _SIGNATURES: dict[str, list[type]] = {
 
 
 def load(instruction_set: str | None = None) -> "Kernels | None":
-    """The compiled kernels, by default for the best instruction set that this CPU has.
+    """Return the compiled kernels, by default for this CPU's best instruction set.
 
-    None when `LORAKEET_NATIVE=0`, within `switched_off`, or when they cannot be compiled; a warning then says what is
-    lost.
+    None if `LORAKEET_NATIVE=0`, within `switched_off`, or if they cannot be compiled, which is logged as a warning.
     """
     if _off or os.environ.get("LORAKEET_NATIVE") == "0":
         return None
@@ -167,7 +165,7 @@ def load(instruction_set: str | None = None) -> "Kernels | None":
 
 @contextmanager
 def switched_off() -> Iterator[None]:
-    """Within it `load` finds nothing, in any thread: plain torch does all the work, to hold one against the other."""
+    """Make `load` return None within the context, in any thread, so that plain torch runs, for comparison."""
     global _off
     _off = True
     try:
@@ -186,7 +184,7 @@ def _load(instruction_set: str) -> "Kernels | None":
 
 
 def address(tensor: Tensor | None) -> int | None:
-    """A tensor's address for a C pointer; None is null."""
+    """Return a tensor's address for a C pointer; None is null."""
     return None if tensor is None else tensor.data_ptr()
 
 
@@ -195,7 +193,7 @@ def _plain(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 class Kernels:
-    """One loaded library. Each thread may call it; while one call runs on all threads another runs on its own alone."""
+    """One loaded library. Any thread may call it; while one call uses the thread pool, others use only their own."""
 
     def __init__(self, library: ctypes.CDLL, instruction_set: str) -> None:
         self.instruction_set = instruction_set
@@ -207,17 +205,17 @@ class Kernels:
         self.set_threads(torch.get_num_threads())
 
     def set_threads(self, threads: int) -> None:
-        """Run on this many threads, the caller's included. Results do not depend on it."""
+        """Set the number of threads, the caller's included. Results do not depend on it."""
         self._lib.lk_set_threads(threads)
 
     def set_vnni(self, allowed: bool) -> None:
-        """Use the CPU's 8-bit dot products where it has them. Results do not depend on it."""
+        """Allow the CPU's 8-bit dot products, if it has them. Results do not depend on it."""
         self._lib.lk_set_vnni(allowed)
 
     def weight(self, weight: QuantizedWeight) -> WeightStruct:
-        """The library's view of a weight, which must outlive it; a 4-bit one's scales are held beside it as fp32."""
+        """Return the library's view of a weight, which must outlive it; 4-bit scales are kept with it as fp32."""
         held = self._weights.get(weight)
-        if held is None:  # not to be replaced: another thread may have made one meanwhile, and be at work with it
+        if held is None:  # setdefault, since another thread may have added one in the meantime and be using it
             held = self._weights.setdefault(weight, _weight_struct(weight))
         return held[0]
 
@@ -228,7 +226,7 @@ class Kernels:
         return y
 
     def linear_run(self, x: Tensor, weights: Sequence[QuantizedWeight]) -> Tensor:
-        """`linear_forward` with one weight of a shape after another, for the benchmark. Returns the last result."""
+        """Run `linear_forward` with several weights of one shape, for the benchmark. Returns the last result."""
         addresses = (c_void_p * len(weights))(*(addressof(self.weight(weight)) for weight in weights))
         y = x.new_empty(len(x), weights[0].shape[0])
         self._lib.lk_linear_run(addresses, len(weights), x.data_ptr(), len(x), y.data_ptr())
@@ -276,7 +274,7 @@ class Kernels:
         self._lib.lk_lora_add(byref(adapters), x.data_ptr(), y.data_ptr())
 
     def write_kv(self, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-        """As `reference`'s, but that each block's numbers lie as `KvCache` of attention.h says: keys by columns."""
+        """See `reference.write_kv`, but with the layout of `KvCache` in attention.h: a block's keys lie by columns."""
         k, v, slots = _plain(k), _plain(v), slots.contiguous()
         cache = _kv_struct(k_cache, v_cache)
         self._lib.lk_write_kv(k.data_ptr(), v.data_ptr(), slots.data_ptr(), *k.shape, byref(cache))
@@ -352,12 +350,12 @@ class Kernels:
         return found
 
     def mask_(self, scores: Tensor, allowed: Tensor) -> None:
-        """Make those scores `[n]` -inf that no bit of `allowed`, int32, allows, nor any that is missing."""
+        """Set scores `[n]` to -inf where the bits of `allowed`, int32, are 0 or missing."""
         allowed = allowed.contiguous()
         self._lib.lk_mask(scores.data_ptr(), len(scores), allowed.data_ptr(), len(allowed))
 
     def draw(self, scores: Tensor, truncations: Sequence[Truncation], uniforms: Sequence[float]) -> Tensor:
-        """A token of each row, int64 [rows], at its number in [0, 1) of the weights that its truncation leaves."""
+        """Draw a token per row, int64 [rows]: at its number in [0, 1) of the weights kept by its truncation."""
         scores, drawn = scores.contiguous(), torch.empty(len(scores), dtype=torch.int64)
         columns = zip(*truncations, strict=True) if truncations else ((),) * 4
         kept = [*(array(kind, column) for kind, column in zip("ffid", columns, strict=True)), array("d", uniforms)]
@@ -366,7 +364,7 @@ class Kernels:
         return drawn
 
     def logprobs(self, logits: Tensor, tokens: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of each row's token log-probability and rank, of its `most` likeliest ids and log-probabilities."""
+        """Return each row's log-probability and rank of its token, and ids and log-probabilities of the likeliest."""
         logits, tokens = logits.contiguous(), tokens.contiguous()
         rows, most = len(logits), min(most, logits.shape[1])
         if rows and int(tokens.max()) >= logits.shape[1]:
@@ -386,7 +384,7 @@ class Kernels:
         return self.sketched(weight)(_plain(x))
 
     def sketched(self, weight: QuantizedWeight) -> Callable[[Tensor], Tensor]:
-        """`likeliest_output` of a weight that has a sketch, for fp32 inputs that lie in order."""
+        """Return `likeliest_output` of a weight with a sketch, for contiguous fp32 inputs."""
         assert weight.sketch is not None
         structs = byref(self.weight(weight)), byref(_sketch_struct(weight.sketch))
 
@@ -400,19 +398,19 @@ class Kernels:
         return likeliest
 
     def decode(self, decoder: Structure, step: Structure) -> None:
-        """One step through the decoder layers; the structures are plan.py's."""
+        """Run one step through the decoder layers; the structures are those of plan.py."""
         self._lib.lk_decode(byref(decoder), byref(step))
 
     def call(self, name: str, arguments: Structure) -> None:
-        """A function of one structure, which is that of the file that knows it."""
+        """Call a function that takes one structure, defined by the caller's file."""
         getattr(self._lib, name)(byref(arguments))
 
     def read(self, data: Tensor) -> None:
-        """Read fp32 `data` once and do nothing with it: what memory bandwidth is measured by."""
+        """Read fp32 `data` once, to measure memory bandwidth."""
         self._lib.lk_read(data.data_ptr(), data.numel())
 
     def multiply_add(self, millions: int) -> None:
-        """Do so many million fused multiply-adds on registers: what the fp32 peak is measured by."""
+        """Do `millions` million fused multiply-adds in registers, to measure the fp32 peak."""
         self._lib.lk_multiply_add(millions)
 
 
@@ -421,11 +419,11 @@ def _kv_struct(k_cache: Tensor, v_cache: Tensor) -> KvCacheStruct:
 
 
 def _weight_struct(weight: QuantizedWeight) -> tuple[WeightStruct, Tensor | None]:
-    """The structure, and the scales that it points to."""
+    """Return the structure, and the scales that it points to."""
     kind = _DENSE_KINDS[weight.data.dtype] if weight.kind == "dense" else 1 if weight.kind == "int8" else 0
     scales, blocksize = weight.absmax, weight.blocksize
     if kind == 0:
-        # To undo double quantisation anew in every step takes 7% of one request's time.
+        # Decoding double quantisation in every step would take 7% of one request's time.
         blocksize = min(blocksize, _BLOCK)  # both are powers of two
         scales = weight.block_scales(blocksize)
     struct = WeightStruct(
@@ -442,7 +440,7 @@ def _weight_struct(weight: QuantizedWeight) -> tuple[WeightStruct, Tensor | None
 
 
 def experts_struct(weights: ExpertWeights) -> ExpertsStruct:
-    """The library's view of experts' weights, which must outlive it."""
+    """Return the library's view of experts' weights, which must outlive it."""
     data, absmax, nested = weights.data[0], weights.absmax, weights.nested_absmax
     kind = _DENSE_KINDS[data.dtype] if weights.kind == "dense" else 1 if weights.kind == "int8" else 0
     plain, doubly = (absmax, None) if nested is None else (None, absmax)
@@ -458,10 +456,10 @@ def _sketch_struct(sketch: Sketch) -> SketchStruct:
 
 
 def takes_weight(weight: QuantizedWeight | ExpertWeights) -> bool:
-    """Whether the library can read this weight where it lies, and means the same by it as its own library.
+    """Whether the library can read this weight in place, and decodes it as the weight's own library does.
 
-    bitsandbytes 0.50 reads 4-bit rows that are not whole blocks differently on the CPU than it wrote them; what it
-    makes of them is what PEFT's users see, so such weights are left to it.
+    bitsandbytes 0.50 decodes 4-bit rows that are not whole blocks differently on the CPU than it encoded them. PEFT's
+    users see the results of that, so such weights are left to bitsandbytes.
     """
     if weight.blocksize and weight.shape[1] % weight.blocksize:
         return False

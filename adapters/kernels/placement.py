@@ -1,6 +1,6 @@
-"""Where weights lie in memory: on huge pages, so that reading experts here and there does not wait for address lookups.
+"""Placement of weights on huge pages, so that reading scattered experts does not wait for TLB misses.
 
-A tensor that was read from a file is a view of that file's pages, small ones, and begins anywhere in a cache line.
+A tensor read from a file is a view of that file's small pages, and not aligned to cache lines.
 """
 
 import contextlib
@@ -13,9 +13,9 @@ HUGE_PAGE = 2 << 20
 
 
 def on_huge_pages(tensor: Tensor) -> Tensor:
-    """The same numbers in memory of their own that begins on a huge page, if they are on a CPU and fill one.
+    """Copy a tensor to memory aligned to huge pages, if it is on a CPU and at least one huge page large.
 
-    The system gives huge pages where it has them and is set to (`/sys/kernel/mm/transparent_hugepage/enabled`).
+    The system uses huge pages if they are available and enabled (`/sys/kernel/mm/transparent_hugepage/enabled`).
     """
     if not tensor.is_cpu or tensor.nbytes < HUGE_PAGE:
         return tensor
@@ -24,7 +24,7 @@ def on_huge_pages(tensor: Tensor) -> Tensor:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)  # which keeps the memory
+    whole = torch.frombuffer(memory, dtype=torch.uint8)  # keeps the memory alive
     first = -whole.data_ptr() % HUGE_PAGE
     placed = whole[first : first + size].view(tensor.dtype).view(tensor.shape)
     return placed.copy_(tensor)

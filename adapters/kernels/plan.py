@@ -1,8 +1,7 @@
 """All decoder layers of a step in one native call, for models shaped like Llama.
 
-A plan is built once from a loaded model: it holds the addresses of everything that a step reads (weights, norms,
-adapter pools, KV caches) and calls the same C++ kernels that are offered one by one, without the Python between them.
-Knows how transformers names the parts of the architectures below.
+A plan is built once from a loaded model: it holds the addresses of all inputs of a step (weights, norms, adapter pools,
+KV caches) and calls the same C++ kernels that are also available singly, without Python in between.
 """
 
 from collections.abc import Collection, Sequence
@@ -18,7 +17,7 @@ from adapters.kernels.reference import head_size
 from adapters.kernels.weight import QuantizedWeight
 
 ARCHITECTURES = {"LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model"}  # of transformers, by class name
-MIXTURES = {"MixtralModel", "Qwen3MoeModel"}  # the same, where experts stand in place of MLPs
+MIXTURES = {"MixtralModel", "Qwen3MoeModel"}  # the same, with experts in place of MLPs
 SITES = (
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -31,11 +30,11 @@ SITES = (
 
 
 class PlannedLinear(Protocol):
-    """What a plan needs of a linear: `adapters.device.lora.LoraLinear` has it."""
+    """A linear as plans read it; implemented by `adapters.device.lora.LoraLinear`."""
 
     weight: QuantizedWeight
     bias: Tensor | None
-    index: int  # its row of the segment tables and its place in the pools
+    index: int  # its row in the segment tables and index in the pools
 
 
 class MixtureStruct(Structure):
@@ -113,7 +112,7 @@ class DecoderPlan:
         self._decoder: Any = decoder
         self._angles = (torch.empty(0, 0), torch.empty(0, 0))
         self._struct = struct
-        self._alive = alive  # everything the struct points at
+        self._alive = alive  # the objects that the struct points at
 
     @classmethod
     def build(
@@ -125,17 +124,17 @@ class DecoderPlan:
         v_caches: Sequence[Tensor],
         windows: Sequence[int],
     ) -> "DecoderPlan | None":
-        """Plan a decoder whose linears are `PlannedLinear`s.
+        """Plan a decoder with `PlannedLinear`s.
 
         Args:
             decoder: the transformers model below its head.
-            pool_a, pool_b: per linear the adapters' units, as `lora_add_` takes them; both empty for no adapters.
-            k_caches, v_caches: per layer, as `paged_attention` takes them.
+            pool_a, pool_b: per linear the adapters' units, as in `lora_add_`; both empty for no adapters.
+            k_caches, v_caches: per layer, as in `paged_attention`.
             windows: per layer, 0 for full attention.
 
         Returns:
-            None where the native kernels are missing, the architecture is not one of `ARCHITECTURES` or `MIXTURES`, or
-            a tensor is not one that the kernels read (on the CPU; fp32 but for weights and pools).
+            None if the native kernels are missing, the architecture is not in `ARCHITECTURES` or `MIXTURES`, or the
+            kernels cannot read a tensor (on the CPU; fp32 except for weights and pools).
         """
         kernels = native.load()
         if kernels is None or not known(decoder, ARCHITECTURES | MIXTURES):
@@ -176,13 +175,13 @@ class DecoderPlan:
         table: Tensor | None = None,
         scale: Tensor | None = None,
     ) -> Tensor:
-        """Embedded tokens to normed hidden states, writing the tokens' keys and values on the way.
+        """Compute normed hidden states from embedded tokens, and write the tokens' keys and values.
 
         Args:
             hidden: fp32 `[T, hidden]`, the embedded tokens; overwritten.
             positions: int64 `[T]`.
-            slots: int64 `[T]`, as `write_kv`.
-            seqs, block_tables: as `paged_attention`.
+            slots: int64 `[T]`, as in `write_kv`.
+            seqs, block_tables: as in `paged_attention`.
             table, scale: int32 `[L, S, 5]` and fp32 `[L, S]`, one segment table per linear; None without adapters.
 
         Returns:
@@ -214,7 +213,7 @@ class DecoderPlan:
         return hidden
 
     def _angles_until(self, end: int) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of at least the positions before `end`, fp32 `[positions, rotary]`."""
+        """Return cosines and sines of at least the positions below `end`, fp32 `[positions, rotary]`."""
         if end > len(self._angles[0]):
             positions = torch.arange(1 << (end - 1).bit_length())
             cos, sin = self._decoder.rotary_emb(torch.empty(0), positions[None])
@@ -223,18 +222,18 @@ class DecoderPlan:
 
 
 def known(decoder: nn.Module, architectures: Collection[str] = frozenset(ARCHITECTURES)) -> bool:
-    """Whether a decoder is of one of these, with SwiGLU between its linears."""
+    """Whether a decoder is of one of these architectures, with SwiGLU."""
     kind, config = type(decoder), getattr(decoder, "config", None)
     ours = kind.__module__.startswith("transformers.models.") and kind.__name__ in architectures
     return ours and getattr(config, "hidden_act", None) == "silu"
 
 
 class _Unplannable(Exception):
-    """Something in the model is not what the native step reads."""
+    """A part of the model is not supported by the native step."""
 
 
 class _Builder:
-    """Collects addresses, and keeps what they belong to alive."""
+    """Collects addresses, and keeps their owners alive."""
 
     def __init__(self, kernels: native.Kernels, pool_a: Sequence[Tensor], pool_b: Sequence[Tensor]) -> None:
         self._kernels = kernels
@@ -252,7 +251,7 @@ class _Builder:
 
     def layer(self, layer: Any, k_cache: Tensor, v_cache: Tensor, window: int) -> LayerStruct:
         mixture = getattr(layer.mlp, "experts", None)
-        # Of a mixture's layer the router alone is a linear of its own besides attention's.
+        # In a mixture's layer, the router is the only single linear besides attention's.
         linears = [layer.get_submodule(site) for site in SITES[: SITES.index("mlp.gate_proj") if mixture else None]]
         weights = [*map(self._weight, linears), *([self._router(layer.mlp.gate)] if mixture else [])]
         attention = layer.self_attn

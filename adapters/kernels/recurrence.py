@@ -1,10 +1,10 @@
-"""Layers that keep a state of fixed size for each sequence: short causal convolutions, linear attention with decay.
+"""Layers that keep a state of fixed size per sequence: short causal convolutions, linear attention with decay.
 
-In plain torch, and as the C++ and Triton kernels take them. A *run* is consecutive tokens of one sequence, a row of an
-int32 tensor `[runs, 4]`: first token, one past the last, the slot of the state before them, the slot for the state
-after them. A run without tokens copies. Runs go in order and tokens one by one, so that no bit depends on how tokens
-are cut into runs. A sequence's runs stand together, each reading the slot that the one before it writes, and no
-sequence writes what another reads or writes.
+In plain torch, and as calls of the C++ and Triton kernels. A *run* is consecutive tokens of one sequence, a row of an
+int32 tensor `[runs, 4]`: first token, one past the last, the slot of the state before them, the slot of the state after
+them. A run without tokens copies. Runs go in order and tokens one by one, so that results do not depend on the cuts
+into runs. A sequence's runs are adjacent, each reading the slot written by the one before, and no sequence writes a
+slot that another reads or writes.
 """
 
 from ctypes import Structure, c_float, c_int32, c_void_p
@@ -17,7 +17,7 @@ from torch import Tensor
 from adapters.kernels import native, triton
 from adapters.kernels.reference import rows_apart
 
-_MOST_KEYS = 1024  # numbers of a key: of recurrence.cpp
+_MOST_KEYS = 1024  # most numbers of a key, as in recurrence.cpp
 NORM_EPS = 1e-6
 
 
@@ -45,12 +45,12 @@ def _native(*tensors: Tensor) -> "native.Kernels | None":
 
 
 def convolve(x: Tensor, taps: Tensor, bias: Tensor | None, silu: bool, states: Tensor, runs: Tensor) -> Tensor:
-    """Each channel's own causal convolution, which reads the inputs before a run from its state.
+    """Return a causal convolution per channel, with the inputs before a run read from its state.
 
     Args:
         x: [T, channels].
         taps: [kernel, channels], the last one for the token itself.
-        silu: whether the activation follows.
+        silu: whether to apply the activation.
         states: fp32 [slots, kernel - 1, channels], the last inputs of sequences; written.
     """
     if triton.takes(x) and (compiled := triton.load()):
@@ -66,7 +66,7 @@ def convolve(x: Tensor, taps: Tensor, bias: Tensor | None, silu: bool, states: T
 
 
 def plainly_convolve(x: Tensor, taps: Tensor, bias: Tensor | None, silu: bool, states: Tensor, runs: Tensor) -> Tensor:
-    """`convolve` in plain torch."""
+    """See `convolve`; in plain torch."""
     out, kept = torch.empty_like(x), len(taps) - 1
     for begin, end, read, write in runs.tolist():
         inputs = torch.cat([states[read].to(x.dtype), x[begin:end]])
@@ -76,7 +76,7 @@ def plainly_convolve(x: Tensor, taps: Tensor, bias: Tensor | None, silu: bool, s
 
 
 def convolved(inputs: Tensor, taps: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    """The convolution of one sequence's inputs, from the first that has all inputs before it; differentiable."""
+    """Return the convolution of one sequence's inputs, from the first one with all inputs before it; differentiable."""
     count = len(inputs) - len(taps) + 1
     y = inputs.new_zeros(()) if bias is None else bias
     for place, tap in enumerate(taps):
@@ -86,14 +86,14 @@ def convolved(inputs: Tensor, taps: Tensor, bias: Tensor | None, silu: bool) -> 
 
 @dataclass(frozen=True)
 class Recurrence:
-    """Linear attention whose state decays: by the gated delta rule, or without `b` as Mamba-2 has it.
+    """Linear attention with a decaying state: the gated delta rule, or, without `b`, Mamba-2.
 
-    For each token and head, with step = softplus(a + dt_bias) within `limits`: the state times exp(-exp(a_log) * step),
-    plus k (outer) u, where u = (v - what the state gives for k) * sigmoid(b) * gain, or u = v * step; what it then
-    gives for q is the output. The delta rule normalises k and q, and divides q by the square root of its length.
+    For each token and head, with step = softplus(a + dt_bias) within `limits`: the state S decays to
+    S * exp(-exp(a_log) * step); then k (outer) u is added, where u = (v - S^T k) * sigmoid(b) * gain, or u = v * step;
+    the output is S^T q. The delta rule normalises k and q, and divides q by the square root of its length.
 
     Args:
-        q, k: [T, key heads, keys]; each serves as many consecutive heads.
+        q, k: [T, key heads, keys]; each key head serves equally many consecutive heads.
         v: [T, heads, values].
         a, b: [T, heads].
         a_log, dt_bias: [heads].
@@ -111,7 +111,7 @@ class Recurrence:
 
 
 def recur(r: Recurrence, states: Tensor, runs: Tensor) -> Tensor:
-    """Attention's output, [T, heads, values] in the dtype of `v`.
+    """Return the output, [T, heads, values] in the dtype of `v`.
 
     Args:
         states: fp32 [slots, heads, keys, values]; written.
@@ -122,7 +122,7 @@ def recur(r: Recurrence, states: Tensor, runs: Tensor) -> Tensor:
     kernels = _native(r.q, r.k, r.v, r.a, r.a_log, r.dt_bias) if r.q.shape[2] <= _MOST_KEYS else None
     if kernels is None:
         return plainly_recur(r, states, runs)
-    # A list: what is copied must live until the kernel has read it.
+    # A list, since copies must live until the kernel has read them.
     inputs = [part if part is None else part.contiguous() for part in (r.q, r.k, r.v, r.a, r.b)]
     out = torch.empty(r.v.shape)
     addresses = map(native.address, (*inputs, r.a_log, r.dt_bias, out, states, runs))
@@ -132,7 +132,7 @@ def recur(r: Recurrence, states: Tensor, runs: Tensor) -> Tensor:
 
 
 def plainly_recur(r: Recurrence, states: Tensor, runs: Tensor) -> Tensor:
-    """`recur` in plain torch."""
+    """See `recur`; in plain torch."""
     out, shared, rate = torch.empty_like(r.v), r.v.shape[1] // r.q.shape[1], -r.a_log.float().exp()
     for begin, end, read, write in runs.tolist():
         state = states[read]
@@ -154,5 +154,5 @@ def plainly_recur(r: Recurrence, states: Tensor, runs: Tensor) -> Tensor:
 
 
 def normalised(x: Tensor) -> Tensor:
-    """Vectors divided by their length."""
+    """Return vectors divided by their length."""
     return x * torch.rsqrt((x * x).sum(-1, keepdim=True) + NORM_EPS)

@@ -1,7 +1,7 @@
-"""The kernels in plain torch: the fallback on any device, the oracle of the native ones, and the autograd path.
+"""The kernels in plain torch: the fallback on any device, the reference for native ones, and the autograd path.
 
-Every function gives a row the same bits whatever rows stand beside it. A library matrix product does not promise that
-(its blocking follows the row count), so row counts are padded to a `row_multiple`, which is found by trying.
+Every function gives a row the same bits for any number of other rows. A library's matrix product does not guarantee
+that (its blocking depends on the row count), so row counts are padded to a `row_multiple` found by probing.
 """
 
 import math
@@ -17,7 +17,7 @@ from adapters.kernels.experts import ExpertWeights
 from adapters.kernels.weight import Int8Copy, QuantizedWeight
 
 KEY_GROUP = 64  # attention reduces over keys in groups of this many, aligned to the sequence's start
-PROBED_OUTPUTS = 8192  # of a weight, at most, to find its row multiple with
+PROBED_OUTPUTS = 8192  # most outputs of a weight used to find its row multiple
 
 SCALE_BYTES = 4  # of an int8 row of the KV cache
 FP8_MOST = 448.0  # the greatest number of fp8 (e4m3)
@@ -28,16 +28,16 @@ _UNIT_DTYPES = {FP32: torch.float32, BF16: torch.bfloat16, FP16: torch.float16}
 
 @cache
 def row_multiple(out_features: int, in_features: int, dtype: torch.dtype, threads: int) -> int:
-    """The smallest row multiple at which `F.linear` is batch-invariant on this CPU for weights of this shape.
+    """Return the smallest row multiple at which `F.linear` is batch-invariant on this CPU for weights of this shape.
 
     Args:
-        threads: that torch has now; its products may depend on them.
+        threads: torch's number of threads, on which its products may depend.
 
     Returns:
         A divisor of 64: among row counts that are multiples of it, equal rows give equal bits.
 
     Raises:
-        RuntimeError: none of 1, 2, 4, ..., 64 will do.
+        RuntimeError: none of 1, 2, 4, ..., 64 is batch-invariant.
     """
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(192, in_features, generator=generator).to(dtype)
@@ -54,25 +54,25 @@ def _rows_agree(x: Tensor, weight: Tensor, whole: Tensor, multiple: int) -> bool
     return all(torch.equal(F.linear(x[:rows], weight), whole[:rows]) for rows in sorted(counts) if rows <= len(x))
 
 
-# torch computes so many numbers at a time on a CPU, or half as many, and the rest one by one, perhaps otherwise.
+# On a CPU, torch computes this many numbers at a time, or half as many, and the rest one by one, perhaps differently.
 LANES = 32
 
 
 def rows_apart(y: Tensor) -> Tensor:
-    """The same rows; on a CPU with a gap between them, unless they are whole `LANES`.
+    """Return the same rows; on a CPU with a gap between them, unless they are whole `LANES`.
 
-    torch goes through numbers without gaps `LANES` at a time, and through the rest one by one, by other functions for
-    some operations (sigmoid, silu): a row's bits would depend on how many there are. With gaps it takes row by row.
+    torch processes contiguous numbers `LANES` at a time and the rest one by one, with other functions for some
+    operations (sigmoid, silu), so a row's bits would depend on the number of rows. With gaps it goes row by row.
     """
     odd = y.is_cpu and y.shape[-1] % LANES and len(y) > 1
     return F.pad(y, (0, 1))[:, :-1] if odd else y
 
 
 def pad_rows(x: Tensor, weight: Tensor, *, whole_lanes: bool = False) -> Tensor:
-    """Zero rows appended along dimension -2, up to a multiple that suits the weight.
+    """Append zero rows along dimension -2, up to a multiple that suits the weight.
 
     Args:
-        whole_lanes: whether the product's numbers are whole `LANES` then, on a CPU.
+        whole_lanes: whether to make the product's numbers whole `LANES` on a CPU.
     """
     out_features, in_features = weight.shape[-2:]
     multiple = row_multiple(out_features, in_features, x.dtype, torch.get_num_threads()) if x.is_cpu else 4
@@ -83,9 +83,9 @@ def pad_rows(x: Tensor, weight: Tensor, *, whole_lanes: bool = False) -> Tensor:
 
 
 def padded_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight.T` with the row count padded: `[..., rows, in] x [..., out, in] -> [..., rows, out]`.
+    """Return `x @ weight.T` with the row count padded: `[..., rows, in] x [..., out, in] -> [..., rows, out]`.
 
-    Never a view of the padded product: autograd refuses to have that changed in place.
+    Never a view of the padded product, since autograd forbids changing that in place.
     """
     y = pad_rows(x, weight) @ weight.transpose(-1, -2)
     return y if y.shape[-2] == x.shape[-2] else y[..., : x.shape[-2], :].clone()
@@ -95,7 +95,7 @@ def padded_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class LinearFunction(torch.autograd.Function):
-    """`x @ W.T + bias` for a weight that is never trained: the backward decodes W again rather than keep it."""
+    """`x @ W.T + bias` for a frozen weight: the backward pass decodes W again instead of keeping it."""
 
     @staticmethod
     def forward(
@@ -115,13 +115,13 @@ class LinearFunction(torch.autograd.Function):
 
 
 def base_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
-    """`x [rows, in] -> [rows, out]`, in x's dtype; differentiable with respect to x alone."""
+    """Return `x @ W.T + bias`, `[rows, in] -> [rows, out]`, in x's dtype; differentiable with respect to x only."""
     y: Tensor = LinearFunction.apply(x, weight, bias, linear_forward, linear_backward)
     return y
 
 
 def linear_forward(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
-    """`x @ W.T + bias`, outside autograd."""
+    """Return `x @ W.T + bias`, without autograd."""
     if weight.int8 is not None:
         y = int8_linear(x, weight, weight.int8)
         return y if bias is None else y + bias
@@ -130,7 +130,7 @@ def linear_forward(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = Non
 
 
 def int8_linear(x: Tensor, weight: QuantizedWeight, copy: Int8Copy) -> Tensor:
-    """`x @ W.T` with inputs rounded to int8, times the copy's levels as integers, block by block of 64 inputs.
+    """Return `x @ W.T` with inputs rounded to int8, times the copy's integer levels, in blocks of 64 inputs.
 
     A block of x, fp32 `[rows, in]`, is `round(x / scale)` with `scale = max |x| / 127`. A block's sum is exact, and
     `y += sum * (scales * scale)` goes over the blocks in order.
@@ -153,14 +153,14 @@ def int8_linear(x: Tensor, weight: QuantizedWeight, copy: Int8Copy) -> Tensor:
 
 
 def linear_backward(dy: Tensor, weight: QuantizedWeight) -> Tensor:
-    """`dy @ W`: `[rows, out] -> [rows, in]`."""
+    """Return `dy @ W`: `[rows, out] -> [rows, in]`."""
     return padded_linear(dy, weight.dequantize(dy.dtype).T)
 
 
 def each_expert(
     rows: Tensor, weights: ExpertWeights, counts: Tensor, product: Callable[[Tensor, QuantizedWeight], Tensor]
 ) -> Tensor:
-    """`product` of the rows that each expert has, `counts` in order, with its weight."""
+    """Return `product` of each expert's rows (`counts`, in order) and its weight, concatenated."""
     parts, start = [], 0
     for expert, count in enumerate(counts.tolist()):
         if count:
@@ -170,22 +170,22 @@ def each_expert(
 
 
 def grouped_linear(x: Tensor, weights: ExpertWeights, counts: Tensor) -> Tensor:
-    """`x [rows, in] -> [rows, out]`, rows sorted by expert; differentiable with respect to x alone.
+    """Multiply rows sorted by expert, `[rows, in] -> [rows, out]`; differentiable with respect to x only.
 
     Args:
-        counts: int64 `[experts]`, rows of each.
+        counts: int64 `[experts]`, rows of each expert.
     """
     y: Tensor = GroupedFunction.apply(x, weights, counts, grouped_forward, linear_backward)
     return y
 
 
 def grouped_forward(x: Tensor, weights: ExpertWeights, counts: Tensor) -> Tensor:
-    """`grouped_linear`, outside autograd."""
+    """See `grouped_linear`; without autograd."""
     return each_expert(x, weights, counts, linear_forward)
 
 
 class GroupedFunction(torch.autograd.Function):
-    """`grouped_linear`: a `LinearFunction` of many weights."""
+    """A `LinearFunction` of many weights, for `grouped_linear`."""
 
     @staticmethod
     def forward(
@@ -208,7 +208,7 @@ class GroupedFunction(torch.autograd.Function):
 
 
 def unit_rows(pool: Tensor, first_unit: int, rank: int, dtype: int) -> Tensor:
-    """Rank-rows of a pool as numbers: `[rank, width]`, a view of `pool [units, width]` int16."""
+    """Return rank rows of a pool as numbers: `[rank, width]`, a view of `pool [units, width]` int16."""
     if dtype == FP32:
         return pool[first_unit : first_unit + 2 * rank].view(-1).view(torch.float32).view(rank, pool.shape[1])
     return pool[first_unit : first_unit + rank].view(_UNIT_DTYPES[dtype])
@@ -220,11 +220,11 @@ def lora_add_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, table: Tensor, scale: 
     Args:
         y: `[T, out]`.
         x: `[T, in]`.
-        a: int16 `[units, in]`, the pool's row units; an fp32 rank-row is two consecutive units.
+        a: int16 `[units, in]`, the pool's row units; an fp32 rank row is two consecutive units.
         b: int16 `[units, out]`, B transposed, in the same units.
         table: int32 `[S, 5]`, columns start, end, first_unit, rank, dtype (`FP32`, `BF16`, `FP16`).
         scale: fp32 `[S]`.
-        ranks: no segment has more, if that is known: a GPU takes less memory for it.
+        ranks: upper bound on segments' ranks, if known, which saves memory on a GPU; 0 if not.
     """
     for (start, end, first_unit, rank, dtype), factor in zip(table.tolist(), scale.tolist(), strict=True):
         if start >= end or rank == 0:
@@ -238,12 +238,12 @@ def lora_add_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, table: Tensor, scale: 
 
 
 def head_size(cache: Tensor) -> int:
-    """D of a cache: rows of int8 have their scale behind them."""
+    """Return D of a cache, without the scale at the end of int8 rows."""
     return cache.shape[-1] - SCALE_BYTES if cache.dtype == torch.int8 else cache.shape[-1]
 
 
 def cache_rows(states: Tensor, dtype: torch.dtype) -> Tensor:
-    """Numbers `[..., D]` as a cache of this dtype holds them: rounded, in fp8 cut off at its greatest number."""
+    """Return numbers `[..., D]` as stored in a cache of this dtype: rounded, and for fp8 clamped to its range."""
     if dtype == torch.int8:
         scale = states.float().abs().amax(-1, keepdim=True) / 127.0
         codes = (states.float() / torch.where(scale > 0, scale, 1.0)).round().nan_to_num().to(torch.int8)
@@ -254,7 +254,7 @@ def cache_rows(states: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def cache_numbers(rows: Tensor) -> Tensor:
-    """What rows of a cache stand for, fp32 `[..., D]`."""
+    """Return the values of a cache's rows, fp32 `[..., D]`."""
     if rows.dtype == torch.int8:
         return rows[..., :-SCALE_BYTES].float() * rows[..., -SCALE_BYTES:].contiguous().view(torch.float32)
     return rows.float()
@@ -264,7 +264,7 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
     """Store `k, v [T, Hkv, D]` in `[blocks, Hkv, block_size, D]` caches; slots int64 `[T]` = block * size + offset.
 
     Caches are fp32, bf16, fp16, fp8 (e4m3) or int8: `[..., D + 4]`, each row's fp32 scale in its last four bytes.
-    Only the implementation that wrote a cache can read it: the C++ kernels order the numbers of a block as suits a CPU.
+    Only the implementation that wrote a cache can read it: the C++ kernels have their own layout of a block.
     """
     block_size = k_cache.shape[2]
     block, offset = slots // block_size, slots % block_size
@@ -283,21 +283,21 @@ def paged_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of each request's new tokens over its paged keys, `[T, H, D] -> [T, H, D]`.
+    """Return causal attention of each request's new tokens over its paged keys, `[T, H, D] -> [T, H, D]`.
 
     Keys are reduced in groups of `KEY_GROUP` from position 0 on with a running softmax, so a query's result does not
-    depend on how its prompt was cut into chunks.
+    depend on the chunks of its prompt.
 
     Args:
-        q: `[T, H, D]`; rows that belong to no request give zeros.
-        k_cache, v_cache: `[blocks, Hkv, block_size, D]` as `write_kv` has them, the step's own keys already written;
+        q: `[T, H, D]`; rows of no request give zeros.
+        k_cache, v_cache: `[blocks, Hkv, block_size, D]` as in `write_kv`, with the step's own keys already written;
             block_size divides `KEY_GROUP` or is a multiple of it.
         seqs: int32 `[R, 3]`, columns q_start, q_end, kv_len (keys after this step). Query i is at position
             `kv_len - (q_end - i)`.
         block_tables: int32 `[R, max_blocks]`.
         window: when positive, a query at position p sees keys in `(p - window, p]`.
         softcap: when positive, a score s becomes `softcap * tanh(s / softcap)`.
-        sinks: fp32 `[H]`, a score of each head's that takes part in the softmax and has no value.
+        sinks: fp32 `[H]`, a score per head that takes part in the softmax without a value.
     """
     out = torch.zeros_like(q)
     kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
@@ -318,7 +318,7 @@ def paged_attention(
 
 
 def _gather_blocks(cache: Tensor, table: Tensor, kv_len: int) -> Tensor:
-    """A request's first `kv_len` cache rows as fp32 `[Hkv, groups * KEY_GROUP, D]`; what lies beyond reads as zero."""
+    """Return a request's first `kv_len` cache rows as fp32 `[Hkv, groups * KEY_GROUP, D]`, padded with zeros."""
     rows = cache_numbers(cache[table].transpose(0, 1).flatten(1, 2)[:, :kv_len])
     return F.pad(rows, (0, 0, 0, -kv_len % KEY_GROUP))
 
@@ -326,7 +326,7 @@ def _gather_blocks(cache: Tensor, table: Tensor, kv_len: int) -> Tensor:
 def _grouped_softmax(
     q: Tensor, keys: Tensor, values: Tensor, last: Tensor, kv_len: int, window: int, softcap: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Running softmax over key groups: `q [Hkv, G, n, D]`, `keys, values [Hkv, groups * 64, D]`.
+    """Compute a running softmax over key groups: `q [Hkv, G, n, D]`, `keys, values [Hkv, groups * 64, D]`.
 
     Returns `[Hkv, G, n, D]`, not yet divided by the sums of weights, each row's largest score, and these sums.
     """
@@ -346,7 +346,7 @@ def _grouped_softmax(
             scores = softcap * torch.tanh(scores / softcap)
         scores = scores.masked_fill(~visible, float("-inf"))
         new_top = torch.maximum(top, scores.amax(-1, keepdim=True))
-        shift = torch.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen no key yet
+        shift = torch.where(new_top == float("-inf"), 0.0, new_top)  # for rows without a visible key yet
         weights = torch.exp(scores - shift)
         decay = torch.exp(top - shift)
         total = total * decay + weights.sum(-1, keepdim=True)
@@ -355,24 +355,24 @@ def _grouped_softmax(
     return acc, top, total
 
 
-# --- what stands between the linears --------------------------------------------------------------
+# --- norms, activation, rope ----------------------------------------------------------------------
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last dimension, the mean in fp32."""
+    """Return `x / sqrt(mean(x^2) + eps) * weight` over the last dimension, the mean in fp32."""
     wide = x.float()
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) * up`, elementwise."""
+    """Return `silu(gate) * up`, elementwise."""
     return F.silu(gate) * up
 
 
 def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotate `q [T, H, D]` and `k [T, Hkv, D]` in place, Llama's half-rotation; `cos, sin [T, rotary]`.
+    """Rotate `q [T, H, D]` and `k [T, Hkv, D]` in place by Llama's half-rotation; `cos, sin [T, rotary]`.
 
-    With rotary < D only each head's first `rotary` numbers turn.
+    If rotary < D, only each head's first `rotary` numbers are rotated.
     """
     rotary = cos.shape[-1]
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
@@ -382,13 +382,13 @@ def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
         turned.copy_(turned * cos + torch.cat((-high, low), dim=-1) * sin)
 
 
-# --- what follows the head --------------------------------------------------------------------------
+# --- greedy tokens ----------------------------------------------------------------------------------
 
 
 def likeliest(scores: Tensor, *, masked: bool = False) -> Tensor:
-    """The first of each row's greatest numbers, int64 `[rows]`; -1 for a row that is not to be drawn from.
+    """Return the argmax of each row of scores `[rows, n]`, the first of ties, int64 `[rows]`; -1 for invalid rows.
 
-    Such a row holds NaN or infinity, or nothing but -inf. With `masked` some may be -inf. `scores` is `[rows, n]`.
+    An invalid row holds NaN or infinity, or only -inf. With `masked`, some scores of a valid row may be -inf.
     """
     valid = scores.amax(-1).isfinite()
     if not masked:
@@ -397,8 +397,8 @@ def likeliest(scores: Tensor, *, masked: bool = False) -> Tensor:
 
 
 def likeliest_output(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
-    """`likeliest(base_linear(x, weight, bias))`, int64 `[rows]`: greedy tokens, when the weight is the head's.
+    """Return `likeliest(base_linear(x, weight, bias))`, int64 `[rows]`: greedy tokens, if the weight is the head's.
 
-    A weight that has a sketch is read in part only; what is found is the same.
+    A weight with a sketch is read only in part, with the same result.
     """
     return likeliest(linear_forward(x, weight, bias))

@@ -1,7 +1,7 @@
-"""A frozen base linear's weight, described in the storage its library gave it.
+"""A frozen base linear's weight, in the storage of its library, and how to decode it.
 
 bitsandbytes' 4-bit and 8-bit tensors and plain dense ones, all by reference: nothing is copied or repacked, so the
-base stays the bytes it was. Knows how to decode a weight; does not know how to multiply by one.
+base's bytes stay unchanged.
 """
 
 import logging
@@ -10,10 +10,10 @@ from typing import Literal
 
 import torch
 
-# Otherwise its import warns, on some CPUs, that a kernel of its own is missing which is never called here.
+# Otherwise its import warns, on some CPUs, that one of its kernels is missing, which is never called here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-# Its import also hands functions to torch.compile, none of which is called here. That alone imports the compiler: two
-# seconds of every start.
+# Its import also passes functions to torch.compile that are never called here. That alone imports the compiler, which
+# takes two seconds of every start.
 _compile, torch.compile = torch.compile, lambda function, **options: function  # type: ignore[assignment]
 try:
     from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
@@ -25,22 +25,22 @@ from torch import Tensor, nn  # noqa: E402
 WeightKind = Literal["nf4", "fp4", "int8", "dense"]
 
 
-# The 16 codes times this, rounded, are integers up to 127 that are nearly proportional to the codes: more nearly than
-# with any other factor.
+# The 16 codes times this, rounded, are integers up to 127; of all factors, this makes them most nearly proportional to
+# the codes.
 _LEVEL_STEPS = {"nf4": 111.75, "fp4": 119.5}
 
 _SKETCHED = 1024  # outputs at a time, so that temporaries stay small
-_ABOUT = 1.0001  # norms are made so much greater, for they are rounded themselves
-_TINY = 1e-35  # what has an inverse, and is rounded as well as greater numbers
+_ABOUT = 1.0001  # factor on norms, which makes up for their own rounding
+_TINY = 1e-35  # small, but with a finite inverse and full precision
 
 
 @dataclass(frozen=True, eq=False)
 class Int8Copy:
-    """A 4-bit weight once more, as integers: `levels[nibble] * unit * absmax`, laid out for 8-bit dot products.
+    """A copy of a 4-bit weight as integers: `levels[nibble] * unit * absmax`, laid out for 8-bit dot products.
 
     `data` is uint8 `[groups of 16 outputs, blocks of 64 inputs, 512 + 64]`: four bytes of each of 16 outputs at a time,
-    byte j of them with input j of eight in the high nibble and j + 4 in the low one; behind them the outputs'
-    `unit * absmax` as fp32. Outputs that the last group lacks are zeros.
+    byte j with input j of eight in the high nibble and j + 4 in the low one; then the outputs' `unit * absmax` as fp32.
+    Missing outputs of the last group are zeros.
     """
 
     data: Tensor
@@ -54,12 +54,12 @@ class Int8Copy:
 
 @dataclass(frozen=True, eq=False)
 class Sketch:
-    """A dense weight once more, each output's row rounded to eight bits, and how far that may lead.
+    """A screening copy of a dense weight: each output's row rounded to eight bits, with bounds on the error.
 
     `data` is int8 `[groups of 16 outputs, in / 4, 16, 4]`: four inputs of each of 16 outputs at a time; times `scale`
-    it is the rounded weight, whose rows are `norm` long. An fp32 product of the weight's own row and any x is off the
-    rounded row's exact one by `error * |x|` at most. All three are fp32 `[groups * 16]`, and mean nothing for
-    outputs that the last group lacks.
+    it is the rounded weight, with rows of length `norm`. An fp32 product of the weight's own row and any x differs from
+    the rounded row's exact one by at most `error * |x|`. All three are fp32 `[groups * 16]`, and undefined for missing
+    outputs of the last group.
     """
 
     data: Tensor
@@ -73,10 +73,10 @@ class Sketch:
 class QuantizedWeight:
     """The weight of one linear, `[out, in]`, as stored.
 
-    `data` is packed uint8 `[out * in / 2, 1]` (4-bit: two weights a byte, the earlier one in the high nibble), int8
+    `data` is packed uint8 `[out * in / 2, 1]` (4-bit: two weights per byte, the earlier one in the high nibble), int8
     `[out, in]`, or floating `[out, in]` (dense). 4-bit weights are `code[nibble] * absmax[flat index // blocksize]`;
     under double quantisation absmax itself is `nested_code[absmax] * nested_absmax[index // nested_blocksize] +
-    offset`. int8 weights are `data * absmax / 127` with one absmax an output row.
+    offset`. int8 weights are `data * absmax / 127` with one absmax per output row.
     """
 
     kind: WeightKind
@@ -89,8 +89,8 @@ class QuantizedWeight:
     nested_code: Tensor | None = None  # fp32 [256]
     nested_blocksize: int = 0
     offset: float = 0.0
-    int8: Int8Copy | None = None  # to be multiplied by inputs rounded to int8; see `with_int8_inputs`
-    sketch: Sketch | None = None  # to tell outputs that cannot be the greatest; see `with_sketch`
+    int8: Int8Copy | None = None  # for products with inputs rounded to int8; see `with_int8_inputs`
+    sketch: Sketch | None = None  # to rule out outputs that cannot be the greatest; see `with_sketch`
 
     @classmethod
     def from_linear(cls, module: nn.Module) -> "QuantizedWeight":
@@ -98,7 +98,7 @@ class QuantizedWeight:
 
         Raises:
             TypeError: another kind of module.
-            ValueError: a bitsandbytes module that is not quantised yet, or whose weight was repacked for AVX512-BF16.
+            ValueError: a bitsandbytes module that is not quantised yet, or has a weight repacked for AVX512-BF16.
         """
         if isinstance(module, Linear4bit):
             return cls._from_4bit(module)
@@ -149,11 +149,11 @@ class QuantizedWeight:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what is stored; some routers ask for it."""
+        """The dtype of the stored data; some routers read it."""
         return self.data.dtype
 
     def with_int8_inputs(self) -> "QuantizedWeight":
-        """The same weight, multiplied as `reference.int8_linear` says: faster on a CPU, and not exact.
+        """Return the same weight for products by `reference.int8_linear`: faster on a CPU, but not exact.
 
         Raises:
             ValueError: not 4-bit, or not in whole blocks of a multiple of 64 inputs.
@@ -183,10 +183,10 @@ class QuantizedWeight:
         return levels.to(torch.int8), unit
 
     def with_sketch(self) -> "QuantizedWeight":
-        """The same weight, whose likeliest output is found reading half of it: see `kernels.likeliest_output`.
+        """Return the same weight with a sketch, with which `kernels.likeliest_output` reads half as many bytes.
 
         Raises:
-            ValueError: not dense, not finite, or not of whole blocks of 64 inputs, 65536 at most.
+            ValueError: not dense, not finite, or not of whole blocks of 64 inputs, at most 65536.
         """
         out_features, in_features = self.shape
         if self.kind != "dense" or in_features % 64 or in_features > 2**16:
@@ -197,13 +197,13 @@ class QuantizedWeight:
         for first in range(0, out_features, _SKETCHED):
             part = slice(first, min(first + _SKETCHED, out_features))
             rows = self.data[part].float()
-            scale[part] = (rows.abs().amax(1) / 127).clamp(min=_TINY)  # what a smaller row loses is in its error
+            scale[part] = (rows.abs().amax(1) / 127).clamp(min=_TINY)  # a smaller row's loss counts in its error
             codes = (rows / scale[part, None]).round()
             data[part] = codes.to(torch.int8)
             rounded = codes * scale[part, None]
             norm[part] = rounded.double().norm(dim=1)
             error[part] = (rows - rounded).double().norm(dim=1)
-        # Sums of so many products in fp32, here and there: each addition's rounding is at most 2**-24 of all.
+        # fp32 sums of this many products, on both sides: each addition rounds by at most 2**-24 of the total.
         error += norm * (in_features + 32) * 2.0**-24
         norm, error = norm * _ABOUT, (error * _ABOUT).clamp(min=_TINY)
         if not error.isfinite().all():
@@ -212,10 +212,10 @@ class QuantizedWeight:
         return replace(self, sketch=Sketch(data, scale, norm, error, float((norm + error).max())))
 
     def block_scales(self, blocksize: int | None = None) -> Tensor:
-        """A 4-bit weight's scales with double quantisation undone, fp32 `[blocks]`.
+        """Return a 4-bit weight's scales, with double quantisation decoded, fp32 `[blocks]`.
 
         Args:
-            blocksize: as if in blocks of so many, a divisor of its own.
+            blocksize: for blocks of this size, a divisor of the weight's own.
         """
         if blocksize not in (None, self.blocksize):
             return self.block_scales().repeat_interleave(self.blocksize // blocksize)
@@ -229,7 +229,7 @@ class QuantizedWeight:
         return decoded.add_(self.offset)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight as a dense `[out, in]` tensor; a dense weight of that dtype already is returned as it is."""
+        """Return the weight as a dense `[out, in]` tensor; a dense weight of that dtype is returned itself."""
         if self.kind == "dense":
             return self.data.to(dtype)
         if self.kind == "int8":

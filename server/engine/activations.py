@@ -1,7 +1,7 @@
-"""Optional rounding: 4-bit linears whose inputs have eight bits, a KV cache of fewer bits, and the drift of each.
+"""Optional rounding: int8 inputs for 4-bit linears, a narrower KV cache, and the measured drift of each.
 
-Serving alone is switched: training, merging, the head and adapters' own rows go on with exact inputs, on the same base.
-What it changes is measured when it is switched on, against the exact path, on a text that never changes.
+Only serving is rounded: training, merging, the head and adapters' rank rows keep exact inputs, on the same base.
+The drift is measured when rounding is switched on, against the exact path, on a fixed text.
 """
 
 import logging
@@ -27,7 +27,7 @@ from server.model.states import StateCache
 
 log = logging.getLogger("lorakeet.engine")
 
-_EXACT = "exact"  # what the base itself is installed as while it is compared with
+_EXACT = "exact"  # the key under which the unrounded base is installed during the comparison
 _CHUNK = 64  # tokens
 _TEXT = """\
 The lighthouse keeper wrote in his journal every evening: the wind from the south-west, three ships before noon, \
@@ -53,13 +53,13 @@ a fire," he said, "and something dry to sleep on."
 
 
 def round_to_int8(engine: Engine, directory: Path) -> None:
-    """From now on the idle engine's steps take the int8 tier; `engine.int8_drift` says how far from exact they are.
+    """Switch an idle engine's steps to int8 inputs, and record their drift from exact ones in `engine.int8_drift`.
 
     Args:
         directory: of the base, for its tokenizer.
 
     Raises:
-        UnservableModel: the tier is not for this base, or not on this machine.
+        UnservableModel: int8 inputs are not available for this base or on this machine.
     """
     base = engine.base
     if base.device.type != "cpu" or base.dtype != torch.float32:
@@ -91,7 +91,7 @@ def round_to_int8(engine: Engine, directory: Path) -> None:
 
 
 def measure_kv(engine: Engine, directory: Path) -> None:
-    """Say in `engine.kv_drift` how far an idle engine's answers are from those with a cache that does not round.
+    """Record in `engine.kv_drift` how far an idle engine's answers are from those with an exact KV cache.
 
     Raises UnservableModel.
     """
@@ -117,7 +117,7 @@ def measure_kv(engine: Engine, directory: Path) -> None:
 
 
 def _measure(engine: Engine, directory: Path) -> Drift:
-    """Raises UnservableModel when logits are not finite."""
+    """Return the drift of the rounded base from the exact one. Raises UnservableModel when logits are not finite."""
     engine.runner.install(_EXACT, engine.base)
     try:
         prompt, sides = _prompt(engine, directory), (((_EXACT, 1.0),), ())
@@ -141,7 +141,7 @@ def _drift(
     prompt: list[int],
     setting: str,
 ) -> Drift:
-    """Of the second way from the first. Raises UnservableModel when logits are not finite."""
+    """Return the drift of the second side from the first. Raises UnservableModel when logits are not finite."""
     found = Comparison()
     for _ in drift(runners, pools, sides, prompt, found, _CHUNK):
         pass

@@ -1,7 +1,7 @@
-"""A forward pass's works as tensors, and the results that come back: tokens, log-probabilities, failures.
+"""The works of a forward pass as tensors, and its results: tokens, log-probabilities, failures.
 
-`Packer` lays the tokens in one row, with the places of keys, values and adapters. An `Outcome` is made when the forward
-pass is submitted to the device, and read when the step is collected.
+`Packer` packs the tokens into one row, with KV slots, block tables and adapter segments. An `Outcome` is made when the
+forward pass is submitted to the device, and read when the step is collected.
 """
 
 import math
@@ -36,31 +36,31 @@ class Batch:
     positions: Tensor  # int64 [T]
     attention: PagedAttention
     deltas: SegmentDeltas | None
-    keep: Tensor  # int64 [K], the logits indices: rows whose logits are wanted
-    kept: list[int]  # how many consecutive ones of them are each work's own
-    extras: StepExtras | None  # what its adapters do besides rank rows
-    states: StateStep | None  # of the layers that keep some
-    heads: dict[int, tuple[int, Classifier]]  # by work's index, of those that classify: row of its last token, head
+    keep: Tensor  # int64 [K], the logits indices: rows with logits
+    kept: list[int]  # per work, its number of consecutive entries in `keep`
+    extras: StepExtras | None  # adapters' variants, beyond rank rows
+    states: StateStep | None  # of the layers that keep a state
+    heads: dict[int, tuple[int, Classifier]]  # of classifying works, by index: row of the last token, head
 
     @property
     def decodes(self) -> bool:
-        """Whether it is one token of each request, and all of their logits are wanted."""
+        """Whether each request computes one token, and all logits are wanted."""
         return len(self.ids) == len(self.attention.seqs) == len(self.keep)
 
     def classified(self, hidden: Tensor) -> dict[int, Readback]:
-        """Scores of the works that classify, by their index. hidden: the decoder's output for all rows, [T, hidden].
+        """Return the scores of classifying works, by index. hidden: the decoder's output for all rows, [T, hidden].
 
-        Each head sees its row alone, so that no score depends on the company.
+        Each head sees its row alone, so that no score depends on other requests in the batch.
         """
         return {index: Readback(head.scores(hidden[row])) for index, (row, head) in self.heads.items()}
 
     def planned(self) -> DecodeStep:
-        """The batch as a planned decoder takes it."""
+        """Return the batch as the input of a planned decoder."""
         attention, deltas = self.attention, self.deltas
         return DecodeStep(
             ids=self.ids,
             positions=self.positions,
-            slots=attention.slots[0],  # of a planned decoder's one group
+            slots=attention.slots[0],  # a planned decoder has one KV group
             seqs=attention.seqs,
             block_tables=attention.block_tables[0],
             table=None if deltas is None else deltas.table,
@@ -69,7 +69,7 @@ class Batch:
 
 
 class Packer:
-    """Packs works over one KV cache, one row pool, and the states of layers that keep some."""
+    """Packs works over one KV cache, one row pool, and the layers' states, if any."""
 
     def __init__(self, cache: KVCache, pool: RowPool, states: StateCache | None) -> None:
         self._cache = cache
@@ -84,12 +84,12 @@ class Packer:
         adapters: bool,
         drafts_apart: bool,
     ) -> Batch:
-        """Works that share a forward pass.
+        """Pack the works of one forward pass.
 
         Args:
-            tokens_after: gives the pending tokens of sequences, on the device; see `InFlightStep`.
-            adapters: whether sequences' adapters add anything.
-            drafts_apart: a draft attends as a request of its own: as decoding is recorded.
+            tokens_after: returns the pending tokens of sequences, on the device; see `InFlightStep`.
+            adapters: whether adapters are applied; false over merged weights.
+            drafts_apart: let each draft attend as a request of its own, which fits the recorded decode graphs.
         """
         size = self._cache.block_size
         ids: list[int] = []
@@ -100,7 +100,7 @@ class Packer:
         kept: list[int] = []
         seqs: list[tuple[int, int, int]] = []
         runs: list[tuple[int, ...]] = []
-        pending: list[tuple[int, Sequence]] = []  # whose last token is pending, and where that comes among the ids
+        pending: list[tuple[int, Sequence]] = []  # (index among the ids, sequence) of each pending token
         extra_uses: list[ExtraUse] = []
         extra_kept: list[ExtraUse] = []
         heads: dict[int, tuple[int, Classifier]] = {}
@@ -135,7 +135,7 @@ class Packer:
             kept.append(len(own))
             for digest, weight in sequence.adapter if adapters else ():
                 begin = max(offset, offset + sequence.starts.get(digest, 0) - first)
-                if begin >= len(ids):  # an activated adapter that is not in force yet
+                if begin >= len(ids):  # an activated adapter not in force yet
                     continue
                 uses.append(Use(begin, len(ids), digest, weight))
                 adapter = self._pool.adapter(digest)
@@ -150,7 +150,7 @@ class Packer:
         device = self._pool.device
 
         def tensor(numbers: list[Any], dtype: type[np.generic] = np.int64) -> Tensor:
-            return sent(torch.from_numpy(np.array(numbers, dtype)), device)  # half as long as a tensor from a list
+            return sent(torch.from_numpy(np.array(numbers, dtype)), device)  # twice as fast as a tensor from a list
 
         attention = PagedAttention(
             self._cache,
@@ -181,7 +181,7 @@ class Packer:
 
 
 def _joined(uses: list[Use]) -> list[Use]:
-    """Neighbouring runs of one adapter become one, unless several adapters lie on the same tokens."""
+    """Join adjacent uses of one adapter, unless several adapters apply to the same tokens."""
     joined: list[Use] = []
     for use in uses:
         last = joined[-1] if joined else None
@@ -194,10 +194,10 @@ def _joined(uses: list[Use]) -> list[Use]:
 
 @dataclass
 class WorkResult:
-    """What one work of a step gave."""
+    """The results of one work."""
 
-    tokens: list[int] = field(default_factory=list)  # drawn after it: none in the middle of a prompt
-    logprobs: list[TokenLogprob] = field(default_factory=list)  # of those tokens, when asked for
+    tokens: list[int] = field(default_factory=list)  # drawn tokens: none in the middle of a prompt
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of those tokens, when requested
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)  # one per entry of `Work.prompt_rows`
     scores: list[float] = field(default_factory=list)  # of a classification head
     failed: bool = False  # its logits are not finite
@@ -207,10 +207,10 @@ class WorkResult:
 class Outcome:
     """Tokens drawn and prompt positions scored by one forward pass; `results` reads them.
 
-    drawn: for each work that samples one row, and one more for each of its drafts that is looked at; None where none
+    drawn: one row for each work that samples, and one more for each of its drafts that is verified; None if no work
         samples.
-    scored: by work's index, of a part of a prompt: whether all logits are finite, and the log-probabilities.
-    classified: by work's index, of a prompt that is classified.
+    scored: by work's index, for chunks of prompts: whether all logits are finite, and the log-probabilities.
+    classified: by work's index, the scores of classified prompts.
     """
 
     works: Seq[Work]
@@ -219,7 +219,7 @@ class Outcome:
     classified: dict[int, Readback] = field(default_factory=dict)
 
     def results(self) -> list[WorkResult]:
-        """Wait for the device. One result per work, in order."""
+        """Wait for the device, and return one result per work, in order."""
         results = [WorkResult() for _ in self.works]
         for index, (finite, logprobs) in self.scored.items():
             if finite:
@@ -239,13 +239,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class InFlightStep:
-    """A step that was submitted to the device."""
+    """A step submitted to the device."""
 
     step: Step
-    outcomes: list[tuple[Seq[int], Outcome]]  # of each forward pass, and the places of its works in the step
+    outcomes: list[tuple[Seq[int], Outcome]]  # per forward pass: the indices of its works in the step, its outcome
 
     def tokens_after(self, sequences: Seq[Sequence]) -> Tensor:
-        """The token that each of them is given by this step: int64, on the device, which may not have got so far."""
+        """Return the token that this step draws for each sequence: int64, on the device, perhaps not computed yet."""
         rows: dict[Sequence, int] = {}
         drawn: list[Tensor] = []
         count = 0
@@ -260,10 +260,10 @@ class InFlightStep:
         places = [rows[sequence] for sequence in sequences]
         if places != list(range(len(tokens))):
             tokens = tokens[sent(torch.tensor(places), tokens.device)]
-        return tokens.clamp(min=0)  # any, where the logits were not finite
+        return tokens.clamp(min=0)  # an arbitrary token where the logits were not finite
 
     def results(self) -> list[WorkResult]:
-        """Wait for the device. One result per work, in order; to be called once."""
+        """Wait for the device, and return one result per work, in order. To be called once."""
         results: dict[int, WorkResult] = {}
         for places, outcome in self.outcomes:
             results |= zip(places, outcome.results(), strict=True)
@@ -285,25 +285,25 @@ def draw(batch: Batch, logits: Tensor, classified: dict[int, Readback], eos_toke
             rows += _rows(work)
     if not rows:
         return Outcome(batch.works, None, scored, classified)
-    # Mostly all of them: no copy.
+    # Usually all rows are drawn from: no copy.
     chosen = logits if len(drawn) == len(logits) else logits[sent(torch.tensor(drawn), logits.device)]
     return Outcome(batch.works, sample(chosen, rows, eos_token_ids), scored, classified)
 
 
 def takes_argmax(work: Work) -> bool:
-    """Whether a work's tokens are its logits' argmax, and nothing else is wanted of those."""
+    """Whether a work's tokens are the argmax of its logits, and the logits are needed for nothing else."""
     if work.sequence.constraint is not None:
         return False
-    row = next(_rows(work))  # those after drafts are no different
+    row = next(_rows(work))  # the rows after drafts have the same sampling
     return not work.prompt_rows and row.greedy and row.plain and row.sampling.logprobs is None
 
 
 def accept(work: Work, draws: list[Draw], result: WorkResult) -> None:
-    """Accept drawn tokens up to the first that differs from its draft: they equal those of single steps."""
+    """Accept drawn tokens up to the first that differs from its draft: the same tokens as without drafts."""
     result.tokens += work.drafts[: work.skipped]
     for draw, draft in zip(draws, [*work.drafts[work.skipped :], None], strict=True):
         if draw.token is None:
-            result.failed = not result.tokens  # else once more in a step of its own, to fail there
+            result.failed = not result.tokens  # otherwise the next step draws this token again, and fails
             return
         result.tokens.append(draw.token)
         if draw.logprob is not None:
@@ -313,7 +313,7 @@ def accept(work: Work, draws: list[Draw], result: WorkResult) -> None:
 
 
 def _score_prompt(work: Work, logits: Tensor) -> tuple[Tensor, Logprobs]:
-    """Whether all logits are finite, and the log-probabilities of the prompt tokens that follow."""
+    """Return whether all logits are finite, and the log-probabilities of the prompt tokens that follow."""
     sequence = work.sequence
     following = torch.tensor([sequence.tokens[position + 1] for position in work.prompt_rows])
     alternatives = sequence.sampling.prompt_logprobs or 0
@@ -321,16 +321,16 @@ def _score_prompt(work: Work, logits: Tensor) -> tuple[Tensor, Logprobs]:
 
 
 def _draws_of(work: Work) -> int:
-    """How many rows of a work are drawn from."""
+    """Return the number of a work's rows that are drawn from."""
     return 1 + len(work.drafts) - work.skipped
 
 
 def _rows(work: Work) -> Iterator[Row]:
-    """How a work's tokens are to be drawn: after the last known one, and after each draft as if it were right."""
+    """Yield the rows to draw from: after the last known token, and after each draft as if it were right."""
     sequence, drafts = work.sequence, work.drafts
     if sequence.constraint is not None:
         for count, (mask, ends) in enumerate(sequence.constraint.masks(), work.skipped):
-            # Where a grammar has nothing more, the text ends, however short it is.
+            # Where the grammar allows only an end, the text ends even before `min_tokens`.
             sampling = replace(sequence.sampling, min_tokens=0) if ends else sequence.sampling
             before = [*sequence.tokens, *drafts[:count]]
             yield Row(sampling, before, len(sequence.prompt), torch.from_numpy(mask))

@@ -1,11 +1,11 @@
-"""Blocks of a pool: in use, or finished and found again by a key.
+"""A reference-counted pool of blocks with a prefix cache.
 
-A block is a number; its keys and values live in tensors that this file never sees. A block's content is named by a
-key; equal keys mean equal content.
+A block is a number here; its keys and values lie in the tensors of `KVCache`. A block's content is named by a key;
+equal keys mean equal content.
 
-A block is in exactly one of three states. *Free*: it has no reference and no content. *Cached*: it has no reference,
-but was cached under a key, and `match` finds it until it is evicted. *Used*: it has references (`match` may
-find it at the same time, so that running sequences share it).
+A block is in exactly one of three states. *Free*: no references and no content. *Cached*: no references, but cached
+under a key, so that `match` finds it until it is evicted. *Used*: it has references (`match` may find it at the same
+time, so that running sequences share it).
 """
 
 from collections import OrderedDict
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class BlockCounts:
-    """How many blocks are in each state; the three add up to the pool's size."""
+    """The number of blocks in each state; the three add up to the pool's size."""
 
     free: int
     cached: int
@@ -24,12 +24,12 @@ class BlockCounts:
 
 
 class BlockPool:
-    """Reference-counted blocks 1..`num_blocks` with a prefix cache over the finished ones.
+    """Reference-counted blocks 1..`num_blocks` with a prefix cache over full blocks.
 
     Args:
         num_blocks: usable blocks; the tensors need `num_blocks + 1`, since block 0 is scratch.
         block_size: tokens per block.
-        caching: when false nothing is ever findable and every released block is free at once.
+        caching: when false, no block is cached and every released block is free at once.
     """
 
     def __init__(self, num_blocks: int, block_size: int, caching: bool = True) -> None:
@@ -41,26 +41,26 @@ class BlockPool:
         self._references = [0] * (num_blocks + 1)
         self._key: list[bytes | None] = [None] * (num_blocks + 1)
         self._by_key: dict[bytes, int] = {}
-        self._free = list(range(num_blocks, 0, -1))  # a stack: low numbers leave first
-        self._evictable: OrderedDict[int, None] = OrderedDict()  # cached blocks, next victim first
+        self._free = list(range(num_blocks, 0, -1))  # a stack: low numbers are allocated first
+        self._evictable: OrderedDict[int, None] = OrderedDict()  # cached blocks, least recently used first
 
     @property
     def available(self) -> int:
-        """How many blocks `allocate` could hand out now."""
+        """The number of blocks that `allocate` can return now."""
         return len(self._free) + len(self._evictable)
 
     @property
     def counts(self) -> BlockCounts:
-        """Free, cached and used blocks as of now."""
+        """The current numbers of free, cached and used blocks."""
         free, cached = len(self._free), len(self._evictable)
         return BlockCounts(free, cached, self.num_blocks - free - cached)
 
     def blocks_for(self, tokens: int) -> int:
-        """The number of blocks that hold this many tokens."""
+        """Return the number of blocks that hold this many tokens."""
         return -(-tokens // self.block_size)
 
     def allocate(self, count: int) -> list[int] | None:
-        """Hand out `count` blocks with one reference each, evicting cached ones as needed.
+        """Allocate `count` blocks with one reference each, evicting cached ones as needed.
 
         Returns None, and changes nothing, when fewer are available.
         """
@@ -74,8 +74,8 @@ class BlockPool:
         return blocks
 
     def release(self, blocks: Seq[int]) -> None:
-        """Give back one reference to each block of a chain (given from its start)."""
-        # From the end: a chain's deepest block is then evicted first, and what remains of it stays findable.
+        """Release one reference to each block of a chain (listed from its start)."""
+        # From the end: a chain's last block is then evicted first, and the remaining prefix can still be matched.
         for block in reversed(blocks):
             if self._references[block] < 1:
                 raise ValueError(f"block {block} is not in use")
@@ -87,7 +87,7 @@ class BlockPool:
                     self._evictable[block] = None
 
     def match(self, keys: Iterable[bytes]) -> list[int]:
-        """Find the blocks of the longest cached prefix of a chain and take a reference to each."""
+        """Return the blocks of the longest cached prefix of a chain, taking a reference to each."""
         blocks = []
         for key in keys:
             block = self._by_key.get(key)
@@ -103,9 +103,9 @@ class BlockPool:
         return key in self._by_key
 
     def cache(self, block: int, key: bytes) -> None:
-        """Make a used block findable: all its slots now hold the content that `key` names.
+        """Cache a used block under `key`, which names the content of all its tokens.
 
-        When another block already serves that key, that one stays the one to be found.
+        If another block is already cached under that key, `match` keeps finding that one.
         """
         if self._references[block] < 1:
             raise ValueError(f"block {block} is not in use")
@@ -114,7 +114,7 @@ class BlockPool:
             self._key[block] = key
 
     def reset_cache(self) -> None:
-        """Forget every key; blocks in use stay with their holders."""
+        """Drop all keys. Used blocks keep their references."""
         for block in self._by_key.values():
             self._key[block] = None
         self._by_key.clear()

@@ -1,7 +1,7 @@
-"""The paged KV cache's bookkeeping: the blocks of sequences in every group of layers, and the names of their contents.
+"""Bookkeeping of the paged KV cache: the blocks of sequences in every group of layers, and the keys of their contents.
 
-A block's content is named by a key; equal keys mean equal content. Layers that keep a state of fixed size instead have
-`state_slots`: a prefix is found as far as there is a snapshot of it.
+A block's content is named by a key; equal keys mean equal content. Layers that keep a state of fixed size have
+`state_slots` instead: a cached prefix then ends at a snapshot.
 """
 
 from array import array
@@ -18,15 +18,15 @@ from server.engine.state_slots import StateSlots
 class BlockGroups:
     """The blocks of all groups of KV layers: a sequence has a table in each.
 
-    In a group whose layers see a window, a sequence gives back the blocks that no later token sees; its table says 0
-    (scratch) there. Such a group holds those of its tokens that are about to be computed and the window before them.
+    In a group of sliding-window layers, a sequence releases the blocks that no later token sees; its table has 0
+    (scratch) in their place. Such a group holds the tokens of the next step and the window before them.
 
     Args:
         pools: one per group, of one block size.
-        windows: per group how many of the last keys a token sees; 0 for all.
+        windows: per group, the number of last keys that a token sees; 0 for all.
         chunk: most tokens of one step.
         key_group: attention reads keys in groups of this many, aligned to the sequence's start.
-        states: slots of the layers that keep a state, if there are any.
+        states: slots of the layers that keep a state, if any.
     """
 
     def __init__(
@@ -47,37 +47,37 @@ class BlockGroups:
 
     @property
     def capacity(self) -> int:
-        """Blocks of the group that a long sequence needs most of."""
+        """The number of blocks of the first group, of which a long sequence needs most."""
         return self.pools[0].num_blocks
 
     @property
     def counts(self) -> BlockCounts:
-        """Blocks of all groups."""
+        """The numbers of free, cached and used blocks over all groups."""
         return BlockCounts(*map(sum, zip(*(astuple(pool.counts) for pool in self.pools), strict=True)))
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of all groups."""
+        """The number of blocks of all groups."""
         return sum(pool.num_blocks for pool in self.pools)
 
     @property
     def usage(self) -> float:
-        """Share of blocks in use, of the group that has the fewest left; or of slots of states."""
+        """The largest share in use among the groups' blocks and the state slots."""
         shares = [pool.counts.used / pool.num_blocks for pool in self.pools]
         return max(shares) if self.states is None else max(*shares, self.states.usage)
 
     def blocks_for(self, tokens: int) -> int:
-        """The number of blocks, of each group, that hold this many tokens."""
+        """Return the number of blocks of each group that hold this many tokens."""
         return self.pools[0].blocks_for(tokens)
 
     def first_seen(self, group: int, position: int) -> int:
-        """The place in a group's table of the first block that the token at a position, or a later one, reads."""
+        """Return the index, in a group's table, of the first block read by the token at a position or later ones."""
         window = self._windows[group]
         oldest = max(0, position - window + 1) if window else 0
         return oldest // self._key_group * self._key_group // self.block_size
 
     def fits(self, tokens: int) -> bool:
-        """Whether a sequence of so many tokens finds room when it is alone."""
+        """Whether a sequence of this many tokens fits when it runs alone."""
         needed = self.blocks_for(tokens)
         return all(
             pool.num_blocks >= needed
@@ -86,10 +86,10 @@ class BlockGroups:
         )
 
     def grow(self, sequence: Sequence, tokens: int, spare: int = 0) -> bool:
-        """See that so many tokens have their slots in every group; False, and nothing changes, when blocks run out.
+        """Allocate blocks for the first `tokens` tokens in every group; False, with no change, when blocks run out.
 
         Args:
-            spare: blocks of each group that must be left.
+            spare: blocks of each group that must remain available.
         """
         missing = [self.blocks_for(tokens) - len(table) for table in sequence.tables]
         if any(count > 0 and pool.available - spare < count for count, pool in zip(missing, self.pools, strict=True)):
@@ -100,27 +100,30 @@ class BlockGroups:
         return True
 
     def chunk(self, sequence: Sequence, budget: int) -> int:
-        """How many more tokens of a prompt find their slots, within the budget: layers that slide get theirs late."""
+        """Allocate blocks for a prompt's next chunk, and return how many of its tokens, up to `budget`, have slots.
+
+        Groups of sliding-window layers get their blocks chunk by chunk.
+        """
         wanted = sequence.num_computed + min(budget, sequence.remaining)
         if self.grow(sequence, wanted):
             return wanted - sequence.num_computed
         return min(wanted, self.room(sequence)) - sequence.num_computed
 
     def room_for_drafts(self, sequence: Sequence, wanted: int, spare: int) -> int:
-        """How many drafts find a slot. Fresh blocks are taken only while so many of each group are left."""
+        """Return how many drafts have slots. New blocks are allocated only while `spare` of each group remain."""
         known = len(sequence.tokens)
         self.grow(sequence, known + wanted, spare)
         return min(wanted, self.room(sequence) - known)
 
     def room(self, sequence: Sequence) -> int:
-        """How many tokens of a sequence have their slots."""
+        """Return the number of tokens for which a sequence has slots."""
         return min(map(len, sequence.tables)) * self.block_size
 
     def admit(self, sequence: Sequence, keys: Seq[bytes], spare: int) -> bool:
-        """Give a newcomer the cached blocks of these keys, and others for its tokens, or change nothing.
+        """Give a newcomer the cached blocks of these keys and new ones for its other tokens, or change nothing.
 
         Args:
-            spare: blocks of each group that must be left.
+            spare: blocks of each group that must remain available.
         """
         cached = self._cached(keys)
         if self.states is not None and not self.states.enter(sequence, keys[cached - 1] if cached else None):
@@ -143,10 +146,10 @@ class BlockGroups:
         return True
 
     def _cached(self, keys: Seq[bytes]) -> int:
-        """How many leading blocks of a prompt can be reused: those of which every group of layers holds all keys and
-        values that later tokens attend to."""
+        """Return how many leading blocks of a prompt can be reused: every group of layers has all keys and values that
+        later tokens attend to."""
         found = len(keys)
-        runs: dict[int, list[int]] = {}  # sliding group -> per place how many blocks up to it are there without a gap
+        runs: dict[int, list[int]] = {}  # sliding group -> per index, the number of consecutive cached blocks up to it
         for group, (pool, window) in enumerate(zip(self.pools, self._windows, strict=True)):
             if window:
                 run = [0]
@@ -163,14 +166,14 @@ class BlockGroups:
         return found
 
     def assign_states(self, works: list[Work]) -> list[Work]:
-        """Works that are submitted now, with the states that they read and write."""
+        """Return the works of the step being submitted, with the states that they read and write."""
         return works if self.states is None else [self.states.assign(work) for work in works]
 
     def collected(self, work: Work, known: int | None) -> None:
-        """A work's step is over: cache what it computed, and give back what nobody will see.
+        """After a work's step: cache the blocks that became full, and release those that no later token sees.
 
         Args:
-            known: the sequence's tokens up to the last one computed that counts; None for one that ended meanwhile.
+            known: number of the sequence's valid computed tokens; None if the sequence has ended in the meantime.
         """
         if known is not None:
             self._cache_full(work.sequence, work.start, known)
@@ -180,7 +183,7 @@ class BlockGroups:
             self._give_back_unseen(work.sequence, known)
 
     def _cache_full(self, sequence: Sequence, start: int, end: int) -> None:
-        """Make findable the blocks that became full by positions [start, end), whose tokens are known."""
+        """Cache the blocks that became full by positions [start, end), all with known tokens."""
         name_blocks(self, sequence, end)
         for place in range(start // self.block_size, min(end // self.block_size, len(sequence.block_keys))):
             for pool, table in zip(self.pools, sequence.tables, strict=True):
@@ -188,18 +191,18 @@ class BlockGroups:
                     pool.cache(table[place], sequence.block_keys[place])
 
     def _give_back_unseen(self, sequence: Sequence, position: int) -> None:
-        """Give back the blocks that the token at a position and those after it do not see."""
+        """Release the blocks that the token at a position and later ones do not see."""
         for group, (pool, table) in enumerate(zip(self.pools, sequence.tables, strict=True)):
             if not self._windows[group]:
                 continue
             end = begin = min(self.first_seen(group, position), len(table))
             while begin and table[begin - 1]:
                 begin -= 1
-            pool.release(table[begin:end][::-1])  # what lies nearest to the end stays findable longest
+            pool.release(table[begin:end][::-1])  # so that the blocks nearest to the end are evicted last
             table[begin:end] = [0] * (end - begin)
 
     def release(self, sequence: Sequence) -> None:
-        """Take back all that a sequence has."""
+        """Release all blocks and the state slot of a sequence."""
         for window, pool, table in zip(self._windows, self.pools, sequence.tables, strict=False):
             held = [block for block in table if block]
             pool.release(held[::-1] if window else held)
@@ -208,18 +211,18 @@ class BlockGroups:
             self.states.leave(sequence)
 
     def allocate(self, count: int) -> list[list[int]] | None:
-        """So many blocks of each group for other uses; None while they would leave fewer than that."""
+        """Allocate `count` blocks of each group for other uses; None while fewer than `count` would remain."""
         if any(pool.available < 2 * count for pool in self.pools):
             return None
         return [pool.allocate(count) or [] for pool in self.pools]
 
     def free(self, tables: Seq[Seq[int]]) -> None:
-        """Give back what `allocate` gave."""
+        """Release blocks that `allocate` returned."""
         for pool, blocks in zip(self.pools, tables, strict=True):
             pool.release(blocks)
 
     def reset_cache(self) -> None:
-        """Forget every key; blocks in use stay with their holders."""
+        """Drop all keys. Used blocks keep their references."""
         for pool in self.pools:
             pool.reset_cache()
         if self.states is not None:
@@ -227,12 +230,12 @@ class BlockGroups:
 
 
 def blocks_of_window(window: int, chunk: int, key_group: int, block_size: int) -> int:
-    """The blocks that hold a window of keys, read in aligned groups, and a chunk of tokens behind it."""
+    """Return the number of blocks for a window of keys, read in aligned groups, and a chunk of tokens after it."""
     return -(-(window + key_group + chunk) // block_size) + 1
 
 
 def root_key(tenant: str, cache_salt: str) -> bytes:
-    """The start of every chain of one tenant and salt; chains of different roots never meet."""
+    """Return the root of all key chains of one tenant and salt; chains of different roots share no key."""
     digest = blake2b(digest_size=32, person=b"kv-root")
     for part in (tenant.encode(), cache_salt.encode()):
         digest.update(len(part).to_bytes(8, "little"))  # so that ("ab", "c") and ("a", "bc") differ
@@ -241,7 +244,7 @@ def root_key(tenant: str, cache_salt: str) -> bytes:
 
 
 def chain_key(parent: bytes, spec: bytes, tokens: Seq[int]) -> bytes:
-    """Name a full block's content.
+    """Return the key of a full block's content.
 
     Args:
         parent: the preceding block's key, or the root's; 32 bytes.
@@ -256,7 +259,7 @@ def chain_key(parent: bytes, spec: bytes, tokens: Seq[int]) -> bytes:
 
 
 def adapter_spec(adapters: Iterable[tuple[str, float]]) -> bytes:
-    """Adapters (digest, weight), in the order in which they are applied, as bytes that only equal lists share."""
+    """Encode adapters (digest, weight), in order of application; only equal lists give equal bytes."""
     return repr([(digest, float(weight)) for digest, weight in adapters]).encode()
 
 
@@ -273,10 +276,10 @@ def name_blocks(blocks: BlockGroups, sequence: Sequence, tokens: int) -> None:
 
 
 def _in_force(sequence: Sequence, begin: int, end: int) -> AdapterKey:
-    """The adapters of tokens [begin, end), as part of a block's key. One that comes into force within the block is
-    written differently from one that was in force before it.
+    """Return the adapters in force for tokens [begin, end), as part of a block's key.
 
-    So the blocks before an activated adapter's invocation are the base's, and found by everybody who shares them.
+    An adapter activated within the block is written with its offset. The blocks before an activated adapter's
+    invocation have the base's keys, so that other requests can share them.
     """
     starts = sequence.starts
     if not starts:

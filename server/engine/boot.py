@@ -1,4 +1,4 @@
-"""Starting an engine, the same way for a server, a measurement and a test: load, check, switch, warm up."""
+"""Starting an engine, for servers, benchmarks and tests alike: load, check, apply rounding, warm up."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ from server.training.trainer import Trainer
 
 
 def load(config: EngineConfig, *, depth: Literal[0, 1] | None = None, planned: bool = True) -> Engine:
-    """Load the base and put an engine over it, sized for the device. Raises UnservableModel."""
+    """Load the base and build an engine for it, sized for the device. Raises UnservableModel."""
     if config.threads:
         torch.set_num_threads(config.threads)
         kernels.set_threads(config.threads)
@@ -36,7 +36,7 @@ def boot(config: EngineConfig, check: Callable[[Engine], object]) -> Engine:
     """Load an engine and make it ready to serve. Raises UnservableModel.
 
     Args:
-        check: of the exact engine, before anything else runs on it; raises for one that must not serve.
+        check: called with the engine before any rounding; raises if it must not serve.
     """
     engine = load(config)
     check(engine)
@@ -48,7 +48,7 @@ def boot(config: EngineConfig, check: Callable[[Engine], object]) -> Engine:
 
 
 def gap_work(engine: Engine, config: EngineConfig) -> Gaps:
-    """All work in the gaps of an engine's steps, each at the pace that the settings allow."""
+    """Return the workers for the gaps between an engine's steps, each with the pacer that the settings give it."""
     stall, base = config.finetune_max_stall_ms / 1e3, engine.base
     files = Outline.read(Path(config.model)).loaded(tied=base.tied, renamed=base.renamed)
     return Gaps(

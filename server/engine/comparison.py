@@ -1,7 +1,7 @@
-"""Two ways of running one adapter, beside each other: how far apart their answers are, and how fast each of them is.
+"""Comparison of two ways to run one adapter, such as unmerged and merged: drift of the answers, and speed of each.
 
-Works in pieces between the engine's steps, on sequences that the scheduler never sees, with KV blocks of their own that
-are released. Knows adapters by their keys alone.
+It runs in pieces between the engine's steps, on sequences outside the scheduler, with KV blocks that are released
+afterwards.
 """
 
 import time
@@ -16,12 +16,12 @@ from server.engine.runner import Runner
 from server.engine.sequence import AdapterKey, Sequence, Work
 from server.messages.protocol import MergeSpeed, Sampling
 
-CHUNK = 4  # tokens of a piece: about as long as a gap between steps may be
-CONTEXT_BLOCKS = 2  # before the tokens whose speed is measured
-STEPS, WARM_UP = 14, 2  # tokens whose speed is measured, and how many of them do not count
+CHUNK = 4  # tokens of a piece: its time about fills the gap allowed between steps
+CONTEXT_BLOCKS = 2  # blocks of context before the timed tokens
+STEPS, WARM_UP = 14, 2  # decoded tokens, and the first ones among them that are not timed
 BATCHES = (1, 8)  # requests at once
 
-Pieces = Generator[str, None, None]  # the kind of the next piece: those of a kind cost alike
+Pieces = Generator[str, None, None]  # yields the kind of the next piece: pieces of one kind cost about the same
 
 
 class NoRoom(ValueError):
@@ -30,7 +30,7 @@ class NoRoom(ValueError):
 
 @dataclass
 class Comparison:
-    """The second way against the first."""
+    """The differences of the second side from the first."""
 
     positions: int = 0
     divergence: float = 0.0  # KL, summed over positions, in nats
@@ -45,7 +45,7 @@ def compare(
     prompts: Seq[Seq[int]],
     max_requests: int,
 ) -> Generator[str, None, Comparison]:
-    """Run both ways over `prompts`, and decode a few tokens with each.
+    """Run both sides over `prompts`, and decode a few tokens with each.
 
     Raises:
         NoRoom: the KV cache has too few blocks.
@@ -74,7 +74,7 @@ def drift(
     found: Comparison,
     chunk: int,
 ) -> Pieces:
-    """Run both ways over a prompt, `chunk` tokens at a time, and add up in `found` how far apart they are."""
+    """Run both sides over a prompt, `chunk` tokens at a time, and add their differences to `found`."""
     count = pools[0].blocks_for(len(prompt))
     taken: list[list[list[int]]] = []
     sequences: list[Sequence] = []
@@ -107,12 +107,15 @@ def _speed(
     requests: int,
     found: Comparison,
 ) -> Pieces:
-    """Sequences of a side share the context's blocks and have one each for their generated tokens."""
+    """Time decoding on both sides, for `requests` sequences at once.
+
+    The sequences of a side share the context's blocks and have one block each for their generated tokens.
+    """
     assert pool.block_size > STEPS
     taken = yield from _allocate(pool, 2 * (CONTEXT_BLOCKS + requests))
     both: list[list[Sequence]] = []
     try:
-        left = list(zip(*taken, strict=True))  # each a block of every group
+        left = list(zip(*taken, strict=True))  # each entry has one block of every group
         for key in sides:
             shared = [left.pop() for _ in range(CONTEXT_BLOCKS)]
             both.append([])
@@ -144,12 +147,12 @@ def _speed(
 
 
 def longest_text(blocks: BlockGroups) -> int:
-    """How many tokens may be compared: both sides' blocks are half of those there are, at most."""
+    """Return the number of tokens that can be compared: both sides together take at most half of the blocks."""
     return min(pool.num_blocks for pool in blocks.pools) // 4 * blocks.block_size
 
 
 def _allocate(pool: BlockGroups, count: int) -> Generator[str, None, list[list[int]]]:
-    """Blocks of every group, as soon as as many are left for running sequences."""
+    """Allocate `count` blocks of every group, once as many would remain for running sequences."""
     while (taken := pool.allocate(count)) is None:
         yield "waiting"
     return taken
@@ -158,7 +161,7 @@ def _allocate(pool: BlockGroups, count: int) -> Generator[str, None, list[list[i
 def _sequence(
     pool: BlockGroups, tokens: Seq[int], key: AdapterKey, tables: list[list[int]]
 ) -> Generator[str, None, Sequence]:
-    """One that has these blocks, and a slot as soon as there is one."""
+    """Return a sequence with these blocks, once there is a state slot for it."""
     sequence = Sequence(id="", prompt=tokens, sampling=Sampling(), adapter=key)
     while pool.states is not None and not pool.states.enter(sequence, None):
         yield "waiting"
@@ -172,7 +175,7 @@ def _leave(pool: BlockGroups, sequence: Sequence) -> None:
 
 
 def _work(sequence: Sequence, start: int, count: int) -> Work:
-    """All of whose logits are wanted."""
+    """Return a work that keeps all of its logits."""
     runs = [(start, start + count, sequence.origin, sequence.slot)]
     sequence.origin = sequence.slot
     return Work(sequence, start, count, samples=False, prompt_rows=range(start, start + count), runs=runs)

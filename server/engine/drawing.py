@@ -1,9 +1,8 @@
-"""One random token of each row of scores, in plain torch on any device; `native.Kernels.draw` is the same on a CPU.
+"""Random draw of one token per row of scores, in plain torch on any device; `native.Kernels.draw` equals it on a CPU.
 
 A row's token is a function of that row alone: no sum here depends on the number of rows (torch splits a sum over
 threads when it yields a single number, so long sums go through blocks). Truncation is a floor under the weights, so
-the kept tokens never depend on how a sort orders equals: they stay or go together (where vLLM's `top_p` may split
-them).
+tokens of equal weight are kept or dropped together, in any order of a sort (vLLM's `top_p` may split them).
 """
 
 import math
@@ -22,16 +21,16 @@ _NUCLEUS_GUESS = 128  # tokens to rank at first: nearly every nucleus is among t
 
 
 def draw(scores: Tensor, truncations: Sequence[Truncation], uniforms: Sequence[float]) -> Tensor:
-    """Tokens of rows of finite scores, or -inf for what is not allowed: int64 [rows]. Of other rows any token.
+    """Draw one token per row: int64 [rows]. A row with scores other than finite ones and -inf gives any token.
 
     Args:
-        scores: float32 [rows, vocabulary].
-        truncations: one a row.
-        uniforms: a random number in [0, 1) a row.
+        scores: float32 [rows, vocabulary]; -inf for tokens that are not allowed.
+        truncations: one per row.
+        uniforms: a random number in [0, 1) per row.
     """
     # Relative to the peak before dividing: no temperature can overflow, and the likeliest token weighs exactly 1.
     weights = scores - scores.amax(-1, keepdim=True)  # [rows, vocabulary]
-    # Base 2, for `exp` of what is not allowed takes five times as long.
+    # Base 2, since `exp` of -inf takes five times as long.
     temperatures = _column([row.temperature * _LN2 for row in truncations], scores)
     weights.div_(temperatures).exp2_()
 
@@ -58,41 +57,42 @@ def draw(scores: Tensor, truncations: Sequence[Truncation], uniforms: Sequence[f
 
 
 def _column(numbers: Sequence[float], like: Tensor) -> Tensor:
-    """One number a row, float32 [rows, 1]."""
+    """Return one number per row as a column, float32 [rows, 1]."""
     return sent(torch.tensor(numbers, dtype=torch.float32)[:, None], like.device)
 
 
 def _nucleus_floor(weights: Tensor, p: Tensor) -> Tensor:
-    """The smallest weight in the smallest set of likeliest tokens that holds a share `p` of all: float32 [rows, 1].
+    """Return the smallest weight in each row's nucleus, the smallest set of likeliest tokens with a share `p` of all:
+    float32 [rows, 1].
 
     Args:
         weights: float32 [rows, vocabulary].
         p: float64 [rows, 1].
     """
     total = block_sums(weights).sum(-1, keepdim=True)  # float64 [rows, 1]
-    guesses = weights.device.type != "cuda"  # ranking all costs a GPU less than a look at whether the guess was enough
+    guesses = weights.device.type != "cuda"  # on a GPU, ranking all costs less than the sync to check the guess
     most = min(_NUCLEUS_GUESS, weights.shape[1])
     ranked = weights.topk(most).values if guesses else weights.sort(descending=True).values
-    last = (ranked.cumsum(-1, dtype=torch.float64) < p * total).sum(-1, keepdim=True)  # the one that reaches the goal
+    last = (ranked.cumsum(-1, dtype=torch.float64) < p * total).sum(-1, keepdim=True)  # rank that reaches the share p
     floor = ranked.gather(1, last.clamp(max=ranked.shape[1] - 1))
     if not guesses:
         return floor
     wide = (last == ranked.shape[1]).squeeze(1).nonzero().squeeze(1)
     if len(wide):
         weights, p, total = weights[wide], p[wide], total[wide]
-        # Tokens below this hold no more than 1 - p together, so none of them is needed; only the others are ranked.
+        # Tokens below this weight have at most 1 - p together, so none is in the nucleus; only the others are ranked.
         candidate = weights >= ((1 - p) * total / weights.shape[1]).float()
         counts = candidate.sum(-1, keepdim=True)
         ranked = weights.new_zeros(len(wide), int(counts.max()))
         ranked[torch.arange(ranked.shape[1], device=weights.device) < counts] = weights[candidate]
         ranked = ranked.sort(descending=True).values
         last = (ranked.cumsum(-1, dtype=torch.float64) < p * total).sum(-1, keepdim=True)
-        floor[wide] = ranked.gather(1, torch.minimum(last, counts - 1))  # rounding may leave all of them just short
+        floor[wide] = ranked.gather(1, torch.minimum(last, counts - 1))  # by rounding, all may sum to just below p
     return floor
 
 
 def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """The token at which each row's running sum of weights passes its share `uniforms` [rows, 1] of the whole."""
+    """Return the token at which each row's running sum of weights passes its share `uniforms` [rows, 1] of the sum."""
     blocks = _blocked(weights)
     edges = block_sums(weights).cumsum(-1)  # float64 [rows, blocks]
     goal = uniforms * edges[:, -1:]
@@ -103,16 +103,16 @@ def _invert(weights: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _first_beyond(sums: Tensor, goal: Tensor) -> Tensor:
-    """Index of the first running sum above the goal, or, where rounding leaves none, of the last that grew."""
+    """Return the index of the first running sum above the goal, or, if rounding leaves none, of the last increase."""
     return torch.minimum((sums <= goal).sum(-1, keepdim=True), (sums < sums[:, -1:]).sum(-1, keepdim=True))
 
 
 def _blocked(weights: Tensor) -> Tensor:
-    """Weights [rows, vocabulary] as [rows, blocks, block], padded with nothing."""
+    """Return weights [rows, vocabulary] as [rows, blocks, block], padded with zeros."""
     missing = -weights.shape[1] % _BLOCK
     return (F.pad(weights, (0, missing)) if missing else weights).unflatten(1, (-1, _BLOCK))
 
 
 def block_sums(weights: Tensor) -> Tensor:
-    """Sums over blocks of the vocabulary, float64 [rows, blocks]."""
-    return _blocked(weights).sum(-1).double()  # within a block float32 will do, and needs no wider copy
+    """Return the sums over blocks of the vocabulary, float64 [rows, blocks]."""
+    return _blocked(weights).sum(-1).double()  # float32 is accurate enough within a block, and needs no wider copy

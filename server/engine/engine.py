@@ -1,7 +1,7 @@
-"""Everything on the device side, put together: base, KV blocks, adapter rows, scheduler, runner.
+"""The engine: base, KV blocks, adapter rows, scheduler and runner put together.
 
-`Engine` turns requests into outputs one step at a time. It has no thread, no socket and no clock of its own, so tests
-and offline runs drive it directly; process.py drives it from messages.
+`Engine` turns requests into outputs one step at a time. It has no thread and no socket of its own, so tests and offline
+runs drive it directly; loop.py drives it from messages.
 """
 
 import os
@@ -38,18 +38,18 @@ from server.model.attention import KVCache, block_bytes
 from server.model.base import Base
 from server.model.states import StateCache
 
-# How many more tokens double the time of a decoding step. CPU: as measured with the default model, 6 ms and 2 ms for
-# each token. A GPU's step waits for launches and weights for longer.
+# Extra tokens that double the time of a decode step. CPU: measured with the default model, 6 ms and 2 ms more per
+# token. A GPU's step is bound by launches and weights for longer.
 DOUBLING_TOKENS = {"cpu": 3, "cuda": 64}
 
 
 @dataclass
 class _Live:
-    """A sequence's state beside the scheduler's."""
+    """The engine's own state of one sequence."""
 
     adapter: AdapterKey = ()
     constrained: bool = False
-    announced: bool = False  # its first output, with cached tokens and queue time, is out
+    announced: bool = False  # the first output, with cached tokens and queue time, has been sent
 
 
 class Engine:
@@ -57,9 +57,9 @@ class Engine:
 
     Args:
         base: the loaded model.
-        plan: how much of the device goes where.
-        depth: steps that may be in flight when the next is decided, 0 or 1; None: as is best for the device.
-        planned: whether the model may run by our kernels as a whole; else through transformers' modules.
+        plan: the division of the device's memory.
+        depth: steps that may be in flight when the next is scheduled, 0 or 1; None: the device's default.
+        planned: whether our planned kernels may run the decoder; otherwise transformers' modules do.
     """
 
     def __init__(
@@ -102,23 +102,23 @@ class Engine:
         self.grammars = Grammars(
             Path(config.model), base.vocab_size, base.eos_token_ids, config.grammar_bytes, config.background_priority
         )
-        self._compiling: dict[str, tuple[Sequence, Future[Compiled]]] = {}  # nobody waits for a grammar but its own
+        self._compiling: dict[str, tuple[Sequence, Future[Compiled]]] = {}  # by id; only these wait for their grammars
         self._constrained = 0  # sequences with a grammar
         self.base_digest = base.digest()
-        self.int8_drift: protocol.Drift | None = None  # see `activations`, as the next
+        self.int8_drift: protocol.Drift | None = None  # see `activations`, also for `kv_drift`
         self.kv_drift: protocol.Drift | None = None
         # On a CPU the step is finished when `submit` returns.
         self._depth = int(base.device.type == "cuda") if depth is None else depth
         self._in_flight: InFlightStep | None = None
-        self._waited = 0.0  # seconds, for the step in flight
-        self._unshared = 0.0  # of a turn in which nothing was collected
+        self._waited = 0.0  # seconds spent in `wait`
+        self._unshared = 0.0  # seconds of a turn that collected nothing, not yet attributed to sequences
         self._live: dict[str, _Live] = {}
         self._warming: list[tuple[protocol.Warm, float]] = []
         self._done: list[protocol.Done] = []
         self._reporter = Reporter(self.scheduler, self.blocks, self.adapter_cache, self.merges)
 
     def ready(self) -> Ready:
-        """What this engine serves."""
+        """Return the description of the engine and its base that the API process needs."""
         base = self.base
         return Ready(
             pid=os.getpid(),
@@ -165,23 +165,23 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """Nothing runs, nothing waits, and nothing is in flight."""
+        """Whether nothing is running, waiting or in flight."""
         return self.scheduler.idle and not self._compiling
 
     @property
     def busy(self) -> bool:
-        """The next step probably has something to compute."""
+        """Whether the next step probably has work."""
         scheduler = self.scheduler
         there = scheduler.running or self._in_flight is not None
         return bool(there) or (bool(scheduler.waiting) and not self.adapter_cache.loading)
 
     @property
     def loading(self) -> bool:
-        """An adapter is on its way from disk, or a grammar is being compiled."""
+        """Whether an adapter is being loaded or a grammar compiled."""
         return self.adapter_cache.loading or bool(self._compiling)
 
     def add(self, request: Generate) -> None:
-        """Queue a sequence."""
+        """Queue a request's sequence."""
         key = self.merges.enter(tuple((adapter.digest, adapter.weight) for adapter in request.adapters))
         if not self.merges.has(key):
             for adapter in request.adapters:
@@ -208,7 +208,7 @@ class Engine:
             self._compiling[request.id] = sequence, self.grammars.compile(request.sampling.grammar, request.adapters)
 
     def abort(self, id: str) -> None:  # noqa: A002
-        """Forget a sequence; unknown ids are ignored."""
+        """Drop a sequence; unknown ids are ignored."""
         if self._compiling.pop(id, None) is None:
             self.scheduler.abort(id)
         self._end(id)
@@ -221,12 +221,12 @@ class Engine:
             self._reporter.left(live.adapter)
 
     def warm(self, request: protocol.Warm) -> None:
-        """Make an adapter resident; `take_done` tells when it is."""
+        """Start making an adapter resident; `take_done` returns the answer once it is."""
         self.adapter_cache.register(request.adapter.digest, request.adapter.path, request.adapter.owner)
         self._warming.append((request, time.monotonic()))
 
     def pin(self, request: protocol.Pin) -> None:
-        """Keep these adapters on the device, and no longer those of the request before."""
+        """Pin these adapters to the device, instead of those of the previous request."""
         self.adapter_cache.pin({adapter.digest: adapter.path for adapter in request.adapters})
 
     def forget(self, request: protocol.Forget) -> None:
@@ -236,7 +236,7 @@ class Engine:
         self._done.append(protocol.Done(id=request.id))
 
     def inspect(self, id: str) -> protocol.Inspection:  # noqa: A002
-        """Account for everything, with a fresh hash of the base."""
+        """Return the counts of all blocks, slots and rows, and a fresh hash of the base."""
         counts, states = self.blocks.counts, self.blocks.states
         slots = BlockCounts(0, 0, 0) if states is None else states.counts
         return protocol.Inspection(
@@ -255,9 +255,9 @@ class Engine:
     # --- a step ----------------------------------------------------------------------------------------------
 
     def step(self) -> tuple[list[Output], Stats]:
-        """Decide a step, submit it to the device, and collect one: the same at depth 0, the one before it at depth 1.
+        """Schedule a step, submit it to the device, and collect one: the same at depth 0, the previous one at depth 1.
 
-        Returns every sequence's output and the gauges.
+        Returns the sequences' outputs and the step's statistics.
         """
         started = time.monotonic()
         self.adapter_cache.poll()
@@ -284,19 +284,19 @@ class Engine:
         return outputs, stats
 
     def wait(self) -> None:
-        """Wait until the device is idle: the next piece of work has it to itself, and can be timed."""
+        """Wait until the device is idle, so that the next piece of gap work has it alone and can be timed."""
         if self._in_flight is not None and self.base.device.type == "cuda":
             started = time.monotonic()
             torch.cuda.current_stream(self.base.device).synchronize()
             self._waited += time.monotonic() - started
 
     def take_done(self) -> list[protocol.Done]:
-        """Answers to `warm` and `forget` since the last call."""
+        """Return the answers to `warm` and `forget` since the last call."""
         done, self._done = self._done, []
         return done
 
     def _take_compiled(self) -> list[Output]:
-        """Queue sequences whose grammar has been compiled; what becomes of the others."""
+        """Queue the sequences with compiled grammars; return the outputs of those that failed."""
         failed = []
         for id_, (sequence, compiled) in list(self._compiling.items()):
             if not compiled.done():
@@ -323,7 +323,7 @@ class Engine:
             self.grammars.prepare(constrained)
 
     def _collect(self, in_flight: InFlightStep, started: float) -> list[Output]:
-        """`started`: when this turn began, whose time is shared by tokens."""
+        """Read a step's results, and divide the time of the turn begun at `started` among sequences by their tokens."""
         works, results = in_flight.step.works, in_flight.results()
         seconds, self._unshared = self._unshared + self._waited + time.monotonic() - started, 0.0
         each = seconds / sum(work.count for work in works)
@@ -385,6 +385,6 @@ class Engine:
         self._warming = waiting
 
     def _starts(self, key: AdapterKey, prompt: Seq[int]) -> dict[str, int]:
-        """Where in a prompt the activated ones among resident adapters come into force; beyond it, if they do not."""
+        """Return the positions in a prompt where activated adapters come into force; beyond its end if they do not."""
         adapters = ((digest, self.pool.adapter(digest)) for digest, _ in key)
         return {digest: adapter.start_in(prompt) for digest, adapter in adapters if adapter and adapter.invocation}

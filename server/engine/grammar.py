@@ -1,7 +1,7 @@
-"""Grammars of answers: compiled on a thread, kept, and followed token by token. llguidance does the work.
+"""Grammars: compiled by llguidance on a thread, cached, and followed token by token.
 
-A sequence with a grammar has a `Constraint`. It knows which tokens may come next (a bit mask, made while the device
-computes) and which must: those need no drawing, and a run of them takes one forward pass.
+A sequence with a grammar has a `Constraint`, with the tokens allowed next (a bit mask, made while the device computes)
+and the forced ones, which need no drawing; a run of forced tokens takes one forward pass.
 """
 
 import json
@@ -24,16 +24,16 @@ from server.messages.protocol import AdapterRef, Grammar, Sampling, ThoughtBudge
 
 Mask = NDArray[np.int32]  # [ceil(vocabulary / 32)]: bit i % 32 of word i // 32 allows token i
 
-_TOKENIZERS = 8  # of adapters with tokens of their own, kept: 60 MB each and more
-_LEAST_SIZE = 1 << 20  # bytes that a compiled grammar is taken for, at least
+_TOKENIZERS = 8  # cached tokenizers of adapters with added tokens: 60 MB each and more
+_LEAST_SIZE = 1 << 20  # smallest size assumed for a compiled grammar, in bytes
 
 
 class InvalidGrammar(ValueError):
-    """A grammar that cannot be followed; the message is fit for the client."""
+    """A grammar that cannot be followed; the message may be shown to the client."""
 
 
 class _Thought:
-    """A thought that may have to be ended."""
+    """A sequence's thought, with a budget of tokens."""
 
     def __init__(self, budget: ThoughtBudget, tokenizer: LLTokenizer) -> None:
         self.taken: list[int] = []
@@ -43,7 +43,7 @@ class _Thought:
         self._tokenizer = tokenizer
 
     def due(self, more: Seq[int] = ()) -> bool | None:
-        """Whether it has to end, after `more` tokens; None: it is over, or there will be none."""
+        """Whether the thought must end after `more` tokens; None: it has ended, or the text began without one."""
         tokens = [*self.taken, *more]
         if len(tokens) < self.room:
             return False
@@ -54,19 +54,19 @@ class _Thought:
 
 
 class Constraint:
-    """One sequence's way through its grammar.
+    """One sequence's position in its grammar.
 
     Args:
-        matcher: at its beginning, and nobody else's.
+        matcher: at its beginning; owned by this object.
         stops: tokens that may end the text wherever the grammar lets it end, besides the tokenizer's own.
-        thought: how long it may think first.
+        thought: the token budget of a thought before the answer.
     """
 
     def __init__(
         self, matcher: LLMatcher, tokenizer: LLTokenizer, stops: Seq[int], thought: ThoughtBudget | None = None
     ) -> None:
-        self.forced: list[int] = []  # tokens that must come next; the matcher has been told of them already
-        self.stopped = False  # nothing follows these
+        self.forced: list[int] = []  # forced tokens not yet generated; the matcher has consumed them already
+        self.stopped = False  # the text ends after the forced tokens
         self.error: str | None = None
         self._matcher = matcher
         self._stops = frozenset(stops)
@@ -79,7 +79,7 @@ class Constraint:
         self._end_thought()
 
     def consume(self, token: int) -> bool:
-        """The sequence goes on with this token; whether nothing follows it."""
+        """Advance by a token. Returns whether the text ends with it."""
         if self.forced:
             assert token == self.forced[0], "a forced token was drawn otherwise"
             del self.forced[0]
@@ -95,17 +95,17 @@ class Constraint:
         return self.stopped and not self.forced
 
     def last_words(self, sampling: Sampling) -> list[int]:
-        """The forced tokens, where they are the last and nothing is to be computed for them."""
+        """Return the forced tokens if they end the text and need no forward pass (no logprobs); else none."""
         return list(self.forced) if self.stopped and sampling.logprobs is None else []
 
     def valid(self, drafts: list[int]) -> list[int]:
-        """Those of the drafts, from the first on, that the grammar allows."""
+        """Return the longest prefix of the drafts that the grammar and the thought's budget allow."""
         if self._thought is not None:
             drafts = drafts[: max(0, self._thought.room - len(self._thought.taken) - 1)]
         return drafts[: self._matcher.validate_tokens(drafts)] if drafts else drafts
 
     def _end_thought(self) -> None:
-        """Force the end of a thought that has had its tokens."""
+        """Force the end of a thought with an exhausted budget."""
         if self._thought is None or self.forced:
             return
         due = self._thought.due()
@@ -125,13 +125,13 @@ class Constraint:
     # --- masks ---------------------------------------------------------------------------------------
 
     def masks(self) -> list[tuple[Mask, bool]]:
-        """The masks that `Grammars.prepare` started, and whether the text can only end there. Waits for them."""
+        """Wait for the masks started by `Grammars.prepare`. Each comes with whether the text can only end there."""
         assert self._prepared is not None
         self._prepared.result()
         return self._rows
 
     def _make(self, drafts: Seq[int], skipped: int) -> None:
-        """The masks of a draw, and of one after each of the drafts, the first `skipped` ones left out."""
+        """Make the masks of the next draw and of the draw after each draft, except the first `skipped` ones."""
         rows: list[tuple[Mask, bool]] = []
         forced, walked = list(self.forced), 0
         for index in range(len(drafts) + 1):
@@ -143,7 +143,7 @@ class Constraint:
                 rows.append((self._bits(forced[:1]), False) if forced else self._allowed())
             if index == len(drafts):
                 break
-            if forced and forced.pop(0) != drafts[index]:  # nothing is drawn after it
+            if forced and forced.pop(0) != drafts[index]:  # this draft will be rejected: the later rows are not used
                 rows += [(self._ends, False)] * (len(drafts) - index)
                 break
             if not self.forced:
@@ -175,25 +175,25 @@ class Constraint:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A grammar as it begins, over one tokenizer."""
+    """A compiled grammar over one tokenizer."""
 
     tokenizer: LLTokenizer
     matcher: LLMatcher
 
     def constraint(self, sampling: Sampling) -> Constraint:
-        """A way through it for one sequence; see there."""
+        """Return a new constraint for one sequence."""
         return Constraint(self.matcher.deep_copy(), self.tokenizer, sampling.stop_token_ids, sampling.thought)
 
 
 class Grammars:
-    """Compiles grammars and keeps them, and makes masks, each on a thread of its own.
+    """Compiles and caches grammars on one thread, and makes masks on another.
 
     Args:
         model: the base's directory; its tokenizer is read at once.
-        vocabulary: of the base's logits.
+        vocabulary: size of the base's logits.
         eos_token_ids: the base's.
-        budget: bytes of compiled grammars that are kept.
-        priority: of the thread that compiles.
+        budget: most bytes of cached compiled grammars.
+        priority: of the compiling thread.
     """
 
     def __init__(self, model: Path, vocabulary: int, eos_token_ids: Seq[int], budget: int, priority: Priority) -> None:
@@ -208,7 +208,7 @@ class Grammars:
         self._source = ""
         self._base: LLTokenizer | None = None
         self._fault = "the model has no tokenizer.json"
-        try:  # it holds the interpreter's lock for its whole second, so nobody may be waiting
+        try:  # at start, since it holds the GIL for about a second
             self._source = (model / "tokenizer.json").read_text(encoding="utf-8")
             self._base = self._tokenizer(NO_TEXT)
         except OSError:
@@ -217,7 +217,7 @@ class Grammars:
             self._fault = str(fault)
 
     def compile(self, grammar: Grammar, adapters: Seq[AdapterRef]) -> Future[Compiled]:
-        """Compiled, now or later; fails with `InvalidGrammar`."""
+        """Return the future of a compiled grammar, from the cache if it is there; it fails with `InvalidGrammar`."""
         own = adapters[0] if len(adapters) == 1 and adapters[0].tokens else None
         key = (own.digest if own else "", grammar.kind, grammar.thought + grammar.text)
         found = self._compiled.get(key)
@@ -231,7 +231,7 @@ class Grammars:
         return found[0]
 
     def prepare(self, works: Iterable[tuple[Constraint, Seq[int], int]]) -> None:
-        """Start computing masks in the background, for (constraint, drafts, leading drafts that need no mask)."""
+        """Start making masks in the background, for each (constraint, drafts, number of leading drafts to skip)."""
         works = list(works)
         prepared = self._masks.submit(_make_all, works)
         for constraint, _, _ in works:
@@ -270,7 +270,7 @@ class Grammars:
         except ValueError as fault:
             if "too small" not in str(fault):
                 raise
-            return LLTokenizer(source, eos_token=self._eos)  # some have more tokens than the model has logits
+            return LLTokenizer(source, eos_token=self._eos)  # some tokenizers have more tokens than there are logits
 
 
 def _make_all(works: Iterable[tuple[Constraint, Seq[int], int]]) -> None:

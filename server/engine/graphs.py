@@ -1,8 +1,8 @@
-"""Decoding under CUDA graphs: one recorded launch sequence per batch size, with adapters and without.
+"""Decoding under CUDA graphs: one recording per batch size, with adapters and without.
 
-A graph reads and writes fixed addresses, so a step is copied into static buffers of its bucket and padded there: to
-scratch slots of the KV cache, to requests without queries, to segments without rank. What a graph launches depends on
-its bucket alone; adapters that come and go change tables, never a recording.
+A graph reads and writes fixed addresses, so a step is copied into the static buffers of its bucket and padded there:
+with scratch slots of the KV cache, requests without queries, and segments of rank 0. A graph's launches depend on its
+bucket alone; a change of adapters changes tables, never a recording.
 """
 
 from collections.abc import Callable
@@ -12,13 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MAX_BUCKET = 64  # requests; beyond, launches are no longer what a step waits for
+MAX_BUCKET = 64  # requests; larger steps are not bound by launches
 
 Run = Callable[[], Tensor]
 
 
 class Bucket(NamedTuple):
-    """What a recording is for."""
+    """The key of a recording."""
 
     requests: int
     adapters: bool
@@ -26,7 +26,7 @@ class Bucket(NamedTuple):
 
 @dataclass(frozen=True)
 class DecodeStep:
-    """A step in which every request computes one token and wants its logits; R requests.
+    """The inputs of a decode step: R requests, one token and one row of logits each.
 
     Also the static buffers of a bucket, where R is the bucket's size.
     """
@@ -44,7 +44,7 @@ class DecodeStep:
         return 0 if self.table is None else self.table.shape[1]
 
     def fill(self, step: "DecodeStep") -> None:
-        """Take a step into these buffers, and pad it."""
+        """Copy a step into these buffers, and pad it."""
         count, size = len(step.ids), len(self.ids)
         for own, given in (
             (self.ids, step.ids),
@@ -57,7 +57,7 @@ class DecodeStep:
         self.ids[count:] = 0
         self.positions[count:] = 0
         self.slots[count:] = 0  # block 0 of the cache is scratch
-        self.seqs[count:, :2] = size  # no query, and starts still ascend
+        self.seqs[count:, :2] = size  # empty queries, with starts still ascending
         self.seqs[count:, 2] = 0
         if self.table is not None and self.scale is not None:
             self.table.zero_()
@@ -70,10 +70,10 @@ class DecodeGraphs:
     """Recordings of `forward`, made when a bucket is first needed.
 
     Args:
-        forward: a step to fp32 logits [R, V], launching the same kernels for all steps of equal shapes.
+        forward: computes a step's fp32 logits [R, V], with the same kernel launches for all steps of equal shapes.
         linears: rows of a segment table.
         max_blocks: KV blocks of the longest sequence.
-        record: for tests; runs its argument once and returns what repeats it.
+        record: for tests; runs its argument once and returns a function that repeats it.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class DecodeGraphs:
         self._recorded: dict[Bucket, tuple[DecodeStep, Run]] = {}
 
     def bucket(self, step: DecodeStep) -> Bucket | None:
-        """The recording that a step would run under; None for one too large."""
+        """Return the bucket that fits a step; None if it is too large."""
         need = max(len(step.ids), step.segments)
         if need > MAX_BUCKET or step.block_tables.shape[1] > self._max_blocks:
             return None
@@ -101,7 +101,7 @@ class DecodeGraphs:
         return Bucket(size, step.table is not None)
 
     def run(self, step: DecodeStep) -> Tensor | None:
-        """The step's logits [R, V], valid until the next run; None where no graph will do."""
+        """Return the step's logits [R, V], valid until the next run; None if no bucket fits."""
         bucket = self.bucket(step)
         if bucket is None:
             return None
@@ -112,7 +112,7 @@ class DecodeGraphs:
         return replay()[: len(step.ids)]
 
     def warm_up(self, requests: int) -> None:
-        """Record every bucket that up to `requests` requests need, largest first: they share memory."""
+        """Record every bucket for up to `requests` requests, largest first, since they share memory."""
         sizes = [size for size in (1, 2, 4, 8, 16, 24, 32, 48, MAX_BUCKET) if size < 2 * requests]
         for size in reversed(sizes):
             for adapters in (False, True):
@@ -125,7 +125,7 @@ class DecodeGraphs:
         return buffers, self._record(lambda: self._forward(buffers))
 
     def _buffers(self, bucket: Bucket) -> DecodeStep:
-        """A bucket's buffers, holding a step of padding alone."""
+        """Return a bucket's buffers, filled with padding."""
         size = bucket.requests
 
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -145,21 +145,21 @@ class DecodeGraphs:
 
 
 class CudaRecorder:
-    """Captures CUDA graphs, all in one memory pool: one runs at a time."""
+    """Captures CUDA graphs, all in one memory pool, since only one runs at a time."""
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream()
 
     def __call__(self, run: Run) -> Run:
-        # Two runs ahead compile and tune kernels, and allocate the memory that they keep.
+        # Two runs before the capture compile and tune kernels, and allocate their persistent memory.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             for _ in range(2):
                 run()
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may allocate meanwhile: the one that reads adapters pins memory.
+        # Other threads may allocate during the capture: the adapter loader pins memory.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             logits = run()
 

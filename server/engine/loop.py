@@ -1,12 +1,10 @@
-"""The engine process's loop: messages in, steps run, outputs out, and gap work in between.
+"""The engine process's loop: receive messages, run steps, send outputs, and run gap work in between.
 
-    drain messages -> schedule -> run -> hand back the outputs -> fill the gap
+    receive messages -> schedule -> run -> send the outputs -> fill the gap
 
-Gap work is work that can wait: training, merging. A `GapWorker` does it in pieces, each announced with its cost before
-it is run; `Gaps` decides which run when. Beside requests every worker has a share of the device's time and a longest
-stall; without them, a piece runs at each turn of the loop.
-
-The socket may be anything that polls, receives and sends.
+Gap work, such as training and merging, is done by a `GapWorker` in pieces, each with an estimated duration; `Gaps`
+decides when they run. While there are requests, every worker has a share of the device's time and a longest stall;
+otherwise one piece runs in each turn of the loop.
 """
 
 import time
@@ -18,8 +16,8 @@ from server.messages import protocol
 from server.training.pacing import Pacer
 
 HEARTBEAT_SECONDS = 1.0
-LOADING_POLL_MS = 2  # how soon a finished adapter load is noticed while nothing else runs
-WRITING_POLL_MS = 20  # the same for what gap work has under way in a thread, as a checkpoint
+LOADING_POLL_MS = 2  # poll interval for finished adapter loads while nothing else runs
+WRITING_POLL_MS = 20  # the same for gap work in a thread, such as writing a checkpoint
 
 
 class GapWorker(Protocol):
@@ -27,32 +25,32 @@ class GapWorker(Protocol):
 
     @property
     def handles(self) -> tuple[type, ...]:
-        """The types of message that are for it."""
+        """The types of messages that this worker takes."""
 
     def handle(self, message: protocol.Request) -> None:
-        """Take a message of one of the types in `handles`."""
+        """Process a message of one of the types in `handles`."""
 
     @property
     def idle(self) -> bool:
-        """Nothing is under way, in this thread or another."""
+        """Whether nothing is in progress, in this thread or another."""
 
     @property
     def ready(self) -> bool:
-        """There is a piece to run now."""
+        """Whether there is a piece to run now."""
 
     @property
     def next_seconds(self) -> float:
-        """About how long the next piece will take; 0 when nothing like it has run yet."""
+        """The estimated duration of the next piece; 0 if none of its kind has run yet."""
 
     def run_piece(self) -> float:
-        """Run the next piece; the seconds it took."""
+        """Run the next piece. Returns its duration in seconds."""
 
     def take_replies(self) -> Sequence[protocol.Reply]:
-        """Messages for the API process since the last call."""
+        """Return the messages for the API process since the last call."""
 
 
 class Gaps:
-    """The gaps of one engine's loop.
+    """Runs gap workers between the steps of one engine.
 
     Args:
         workers: each with the pacer of its pieces.
@@ -60,20 +58,20 @@ class Gaps:
 
     def __init__(self, workers: Sequence[tuple[GapWorker, Pacer]]) -> None:
         self._workers = workers
-        self._active: list[tuple[GapWorker, Pacer]] = []  # those that were sent a message and have not finished since
+        self._active: list[tuple[GapWorker, Pacer]] = []  # workers with a message that is not finished yet
 
     @property
     def idle(self) -> bool:
-        """No worker has anything under way."""
+        """Whether no worker has anything in progress."""
         return all(worker.idle for worker, _ in self._active)
 
     @property
     def ready(self) -> bool:
-        """A worker has a piece to run now."""
+        """Whether a worker has a piece to run now."""
         return any(worker.ready for worker, _ in self._active)
 
     def handle(self, message: protocol.Request) -> None:
-        """Hand a message to the workers that it is for, if any."""
+        """Pass a message to the workers that take its type, if any."""
         for pair in self._workers:
             if isinstance(message, pair[0].handles):
                 pair[0].handle(message)
@@ -81,11 +79,11 @@ class Gaps:
                     self._active.append(pair)
 
     def fill(self, step_seconds: float, wait: Callable[[], None], *, busy: bool) -> list[protocol.Reply]:
-        """Run the pieces that fit after a step of so many seconds; the workers' replies.
+        """Run the pieces that fit after a step of this duration. Returns the workers' replies.
 
         Args:
-            wait: waits for the step in flight, for whose time a piece would be charged.
-            busy: requests are there.
+            wait: waits for the step in flight, since its time would be charged to a piece otherwise.
+            busy: whether there are requests.
         """
         if not self._active:
             return []
@@ -104,20 +102,20 @@ class Gaps:
 
 
 class Socket(Protocol):
-    """What the loop needs of ZeroMQ's PAIR socket."""
+    """The part of ZeroMQ's PAIR socket that the loop uses."""
 
     def poll(self, timeout: int) -> int:
-        """Wait at most so many milliseconds; whether a message is there."""
+        """Wait at most `timeout` milliseconds for a message. Returns nonzero if there is one."""
 
     def recv(self) -> bytes:
-        """The next message."""
+        """Receive the next message."""
 
     def send(self, data: bytes) -> object:
-        """Hand over a message."""
+        """Send a message."""
 
 
 class Loop:
-    """Messages in, steps run, outputs out; gap work in between."""
+    """Receives messages, runs steps and gap work, and sends outputs."""
 
     def __init__(self, engine: Engine, gaps: Gaps, socket: Socket) -> None:
         self._engine = engine
@@ -128,7 +126,7 @@ class Loop:
         self._told = (0, 0)  # sequences running and waiting, as last reported
 
     def run(self) -> None:
-        """Serve until told to drain and everything has finished."""
+        """Serve until a `Drain` is received and all requests have finished."""
         self._send(self._engine.ready())
         while not (self._draining and self._engine.idle):
             self._take_messages()
@@ -142,13 +140,13 @@ class Loop:
                 self._send(reply)
 
     def _is_news(self, stats: protocol.Stats) -> bool:
-        """Whether these statistics are worth a message: their increments and changes are sent now or never."""
+        """Whether these statistics must be sent: their increments and changes are reported only once."""
         counted = stats.step_requests or stats.loads or stats.evictions
         changed = stats.adapters or stats.merges is not None
         return bool(counted or changed) or (stats.running, stats.waiting) != self._told
 
     def _take_messages(self) -> None:
-        """Handle the messages that have arrived; wait for more only when there is nothing to compute."""
+        """Process received messages, waiting for more only if there is nothing to compute."""
         if self._engine.busy or self._gaps.ready:
             timeout = 0
         elif self._engine.loading:

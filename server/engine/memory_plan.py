@@ -1,4 +1,4 @@
-"""The device's memory divided: KV blocks, adapter rows, the adapters' variants, merged weights."""
+"""Division of the device's memory: KV blocks, adapter rows, adapters' variants, merged weights."""
 
 import math
 from typing import NamedTuple
@@ -18,20 +18,20 @@ DEFAULT_BATCH_TOKENS = {"cpu": 256, "cuda": 2048}
 
 
 class DevicePlan(NamedTuple):
-    """Sizes of an engine's parts."""
+    """The sizes of an engine's parts."""
 
     kv_dtype: torch.dtype
     blocks: list[int]  # KV blocks of BLOCK_SIZE tokens, per group of layers
-    state_slots: int  # of layers that keep a state instead
+    state_slots: int  # for layers that keep a state instead of KV
     max_model_len: int  # tokens
     max_batch_tokens: int
     pool_units: int  # adapter row units per module kind
-    extra_bytes: int  # for adapters' parts beside rows, at most
-    merged_bytes: int  # for merged weights, at most
+    extra_bytes: int  # most bytes for adapters' variants, beyond rows
+    merged_bytes: int  # most bytes for merged weights
 
 
 def plan(base: Base, config: EngineConfig) -> DevicePlan:
-    """Divide a loaded base's device. Raises UnservableModel for settings that cannot work."""
+    """Divide the device memory left beside a loaded base. Raises UnservableModel for settings that cannot work."""
     max_batch_tokens = config.max_batch_tokens or DEFAULT_BATCH_TOKENS.get(base.device.type, 512)
     if max_batch_tokens <= config.max_batch_requests:
         raise UnservableModel(
@@ -44,7 +44,7 @@ def plan(base: Base, config: EngineConfig) -> DevicePlan:
     held = min(blocks[0] * BLOCK_SIZE, max_model_len)
     window = windows(base.layers)[0]
     if window and blocks[0] >= blocks_of_window(window, 2 * max_batch_tokens, KEY_GROUP, BLOCK_SIZE):
-        held = max_model_len  # no token sees more than there is room for
+        held = max_model_len  # every layer sees a window, and the windows fit
     if held < max_model_len:
         if config.max_model_len is not None:
             raise UnservableModel(
@@ -61,13 +61,13 @@ def plan(base: Base, config: EngineConfig) -> DevicePlan:
         max_model_len=max_model_len,
         max_batch_tokens=max_batch_tokens,
         pool_units=_pool_units(base, adapter_bytes),
-        extra_bytes=adapter_bytes,  # at most as much again as rows, and only when wanted
+        extra_bytes=adapter_bytes,  # at most as much again as for rows, allocated only when needed
         merged_bytes=merged_bytes,
     )
 
 
 def exact_kv_dtype(base: Base) -> torch.dtype:
-    """What attention computes in: the model's dtype on a GPU, fp32 on a CPU."""
+    """Return the dtype in which attention computes: the model's on a GPU, fp32 on a CPU."""
     return torch.float32 if base.device.type == "cpu" else base.dtype
 
 
@@ -80,7 +80,7 @@ def _kv_dtype(base: Base, asked: str) -> torch.dtype:
 
 
 def _blocks(base: Base, dtype: torch.dtype, kv_cache_bytes: int | None, chunk: int, requests: int) -> list[int]:
-    """KV blocks of each group. Groups whose layers see a window get what a full batch can hold, if there is more."""
+    """Return the KV blocks of each group. Sliding groups get at most the blocks that a full batch can use."""
     sizes = block_bytes(base.layers, BLOCK_SIZE, dtype)
     size = _share(base, 4, 2 << 30, 0.7) if kv_cache_bytes is None else kv_cache_bytes
     equal = size // sum(sizes)
@@ -88,7 +88,7 @@ def _blocks(base: Base, dtype: torch.dtype, kv_cache_bytes: int | None, chunk: i
         raise UnservableModel(
             f"--kv-cache-bytes {size} holds {equal} blocks of {sum(sizes)} bytes: at least 2 are needed"
         )
-    # More than every sequence of a full batch could use would never be touched.
+    # More blocks than 256 sequences of full length need would never be used.
     longest = math.ceil(base.max_model_len / BLOCK_SIZE) * 256
     sliding = [
         min(equal, longest, requests * blocks_of_window(window, 0, KEY_GROUP, BLOCK_SIZE) + 2 * chunk // BLOCK_SIZE)
@@ -99,7 +99,7 @@ def _blocks(base: Base, dtype: torch.dtype, kv_cache_bytes: int | None, chunk: i
 
 
 def _state_slots(base: Base, state_cache_bytes: int | None, requests: int) -> int:
-    """States of running sequences, and snapshots."""
+    """Return the number of slots, for running sequences' states and snapshots."""
     if not base.states:
         return 0
     slot = sum(state.bytes for state in base.states.values())
@@ -112,7 +112,7 @@ def _state_slots(base: Base, state_cache_bytes: int | None, requests: int) -> in
 
 
 def _share(base: Base, divisor: int, most: int, of_gpu: float) -> int:
-    """Bytes where no setting says how many: a part of a GPU's free memory, or of the host's and at most `most`."""
+    """Return the default for a size in bytes: a share of the GPU's free memory, or of the host's, at most `most`."""
     if base.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(base.device)
         return int(free * of_gpu)

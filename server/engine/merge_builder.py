@@ -1,6 +1,6 @@
-"""Builds merged weights between steps: waits for the adapter, merges linear by linear, compares, puts them in force.
+"""Building merged weights between steps: wait for the adapter, merge each linear, compare, and put them in force.
 
-One order at a time, in pieces (a `GapWorker`). A fault ends its order alone and leaves nothing behind.
+One order at a time, in pieces (a `GapWorker`). A fault ends only its order, and everything built for it is removed.
 """
 
 import logging
@@ -29,7 +29,7 @@ class MergeBuilder:
     """Carries out `Merge` and `Unmerge` on one engine.
 
     Args:
-        outline: of the base's files, which hold the weights to merge into.
+        outline: of the base's files, which hold the unquantised weights.
     """
 
     handles = (Merge, Unmerge, Forget)
@@ -38,7 +38,7 @@ class MergeBuilder:
         self._engine = engine
         self._registry = engine.merges
         self._outline = outline
-        self._order: Merge | None = None  # under way
+        self._order: Merge | None = None  # in progress
         self._pieces: Generator[str, None, Merged] | None = None
         self._kind = ""  # of the next piece
         self._seconds: dict[str, float] = {}
@@ -47,7 +47,7 @@ class MergeBuilder:
     # --- orders ------------------------------------------------------------------------------------------------
 
     def handle(self, message: Request) -> None:
-        """Begin to merge, undo a merge or give it up. `Forget` gives up one that is being built for its digest."""
+        """Start a merge, or undo or abandon one. `Forget` abandons a merge in progress for its digest."""
         match message:
             case Merge():
                 self._start(message)
@@ -58,7 +58,7 @@ class MergeBuilder:
                 self._give_up(message.digest)
 
     def take_replies(self) -> list[MergeReport | Done]:
-        """Answers to orders since the last call."""
+        """Return the answers to orders since the last call."""
         replies, self._replies = self._replies, []
         return replies
 
@@ -76,7 +76,7 @@ class MergeBuilder:
             self._order, self._pieces, self._kind = order, self._build(order), "waiting"
 
     def _give_up(self, digest: str) -> bool:
-        """End the order that is under way for a digest. Whether there was one."""
+        """Abandon the order in progress if it is for this digest. Returns whether it was."""
         order, pieces = self._order, self._pieces
         if order is None or pieces is None or order.adapter.digest != digest:
             return False
@@ -95,22 +95,22 @@ class MergeBuilder:
 
     @property
     def idle(self) -> bool:
-        """Nothing is being built."""
+        """Whether nothing is being built."""
         return self._order is None
 
     @property
     def ready(self) -> bool:
-        """There is a piece to run now."""
+        """Whether there is a piece to run now."""
         return self._order is not None and not (self._kind == "waiting" and self._engine.adapter_cache.loading)
 
     @property
     def next_seconds(self) -> float:
-        """About how long the next piece will take; 0 when nothing like it has run yet."""
+        """The estimated duration of the next piece; 0 if none of its kind has run yet."""
         return self._seconds.get(self._kind, 0.0)
 
     @torch.no_grad()
     def run_piece(self) -> float:
-        """Run the next piece; the seconds it took. A fault ends the merge and nothing else."""
+        """Run the next piece. Returns its duration in seconds. A fault ends only the merge."""
         assert self._pieces is not None
         assert self._order is not None
         began, kind, order = time.monotonic(), self._kind, self._order
@@ -174,7 +174,7 @@ class MergeBuilder:
         return Merged(key, report, rank)
 
     def _check(self, digest: str, dtype: MergedDtype) -> tuple[int, int]:
-        """The bytes of a merge and the adapter's rank. Raises AdapterError for one that cannot be."""
+        """Return the bytes of a merge and the adapter's rank. Raises AdapterError if the merge is impossible."""
         base, budget = self._engine.base, self._registry.budget
         if base.transposed:
             raise AdapterError("the base's files hold transposed weights (Conv1D), which cannot be merged into", "to")
@@ -214,5 +214,5 @@ class MergeBuilder:
 
 
 def _key(order: Merge) -> str:
-    """Equal keys mean equal weights: those of this digest, in this dtype, over this base."""
+    """Return the merge's key; equal keys mean equal weights, by digest and dtype over this base."""
     return f"{order.adapter.digest}/{order.dtype}"

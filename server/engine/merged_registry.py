@@ -1,10 +1,10 @@
 """The registry of merged weights beside the base, and of the sequences that run on them.
 
-A merge is an adapter under another key. `enter` gives a new sequence that key, its KV blocks are named by it, and the
-runner has the weights under it; the scheduler sees an adapter that is always ready. So a sequence ends as it began,
-whatever is merged or undone meanwhile, and merged and unmerged keys and values never meet.
+A merge is an adapter under another key. `enter` gives a new sequence that key; its KV blocks are named by it, and the
+runner holds the weights under it. To the scheduler it is an adapter that is always ready. So merging or undoing does
+not affect running sequences, and merged and unmerged KV are never mixed.
 
-A merge belongs to a digest and lasts as long as the engine, or until it is undone or its digest forgotten.
+A merge belongs to a digest and lasts until it is undone, its digest is forgotten, or the engine ends.
 """
 
 from dataclasses import dataclass
@@ -23,15 +23,15 @@ class Merged:
     key: str
     report: MergeReport
     rank: int  # of the adapter
-    references: int = 0  # one of each sequence, and one more while the scheduler runs it
-    undone: bool = False  # gone with its last reference
+    references: int = 0  # one per sequence, and one more while the scheduler runs it
+    undone: bool = False  # removed with its last reference
 
 
 class MergedRegistry:
-    """The merges of one engine, before its adapter cache: `AdapterResidency` to the scheduler.
+    """The merges of one engine, in front of its adapter cache: the scheduler's `AdapterResidency`.
 
     Args:
-        budget: bytes on the device, for all merges together.
+        budget: device bytes for all merges together.
     """
 
     def __init__(self, runner: Runner, cache: AdapterCache, budget: int) -> None:
@@ -43,7 +43,7 @@ class MergedRegistry:
         self._told: list[MergeReport] = []
         self._changed: set[str] = set()
 
-    # --- what the scheduler asks -----------------------------------------------------------------------
+    # --- AdapterResidency ------------------------------------------------------------------------------
 
     def acquire(self, key: AdapterKey) -> Literal["ready", "loading", "full", "failed"]:
         if not self.has(key):
@@ -67,7 +67,7 @@ class MergedRegistry:
         return bool(self._merged) and len(key) == 1 and key[0][0] in self._merged
 
     def enter(self, key: AdapterKey) -> AdapterKey:
-        """A new sequence's adapters by a merge's key, where there is one; else unchanged. To be followed by `leave`."""
+        """Return a merge's key for a new sequence's adapters if there is one, else `key`. To be followed by `leave`."""
         merged = self._in_force.get(key[0][0]) if len(key) == 1 and key[0][1] == 1 else None
         if merged is None:
             return key
@@ -75,35 +75,35 @@ class MergedRegistry:
         return ((merged.key, 1.0),)
 
     def leave(self, key: AdapterKey) -> None:
-        """A sequence that entered under this key is gone."""
+        """Release the reference of an ended sequence that entered under this key."""
         if self.has(key):
             merged = self._merged[key[0][0]]
             merged.references -= 1
             self._drop_if_unused(merged)
 
-    # --- merges come and go --------------------------------------------------------------------------------
+    # --- merges --------------------------------------------------------------------------------------------
 
     @property
     def bytes(self) -> int:
-        """Device memory of all merged weights."""
+        """The device memory of all merged weights."""
         return sum(merged.report.bytes for merged in self._merged.values())
 
     def find(self, key: str) -> Merged | None:
-        """The merge under a key, undone or not."""
+        """Return the merge under a key, undone or not."""
         return self._merged.get(key)
 
     def in_force(self, digest: str) -> Merged | None:
-        """The merge on which new sequences of this adapter run."""
+        """Return the merge on which new sequences of this adapter run."""
         return self._in_force.get(digest)
 
     def add(self, merged: Merged) -> None:
-        """New sequences run on these weights, which the runner has; an undone merge is in force again."""
+        """Put a merge in force, also one that was undone: new sequences run on its weights, installed in the runner."""
         merged.undone = False
         self._merged[merged.key] = self._in_force[merged.report.digest] = merged
         self._changed.add(merged.key)
 
     def forget(self, digest: str) -> bool:
-        """No new sequence is to run on this digest's merge. Whether there was one."""
+        """Undo a digest's merge: no new sequence runs on it. Returns whether there was one."""
         merged = self._in_force.pop(digest, None)
         if merged is None:
             return False
@@ -117,10 +117,10 @@ class MergedRegistry:
             self._changed.add(merged.key)
             self._runner.remove(merged.key)
 
-    # --- what is reported ----------------------------------------------------------------------------------
+    # --- reports -------------------------------------------------------------------------------------------
 
     def news(self) -> list[MergeReport] | None:
-        """The merges in force when they are others than at the last call."""
+        """Return the merges in force if they have changed since the last call, else None."""
         reports = [merged.report for merged in self._in_force.values()]
         if reports == self._told:
             return None
@@ -128,6 +128,6 @@ class MergedRegistry:
         return reports
 
     def take_changed(self) -> set[str]:
-        """Keys of the merges that came or went since the last call."""
+        """Return the keys of merges added or removed since the last call."""
         changed, self._changed = self._changed, set()
         return changed

@@ -1,14 +1,14 @@
-"""The engine process's loop without a server around it: JSON lines in, timed results as JSON lines out.
+"""The engine process's loop without a server: JSON lines in, timed results as JSON lines out.
 
-For measuring, on machines that need not have what a server needs. Started as `python -m server.engine.offline`; its
-first line is `{"model", "cache_dir", "adapters": {name: directory}}`, with more of `EngineConfig` under "engine" and
+For benchmarks, on machines without a server's dependencies. Started as `python -m server.engine.offline`; its first
+line is `{"model", "cache_dir", "adapters": {name: directory}}`, with more of `EngineConfig` under "engine" and
 `"check": true` for the self-check. Every further line is one of
 
 - a burst `{"prompts": [[id]], "tokens": n or [n], "adapters": [name or null], "at": [seconds]}` of greedy requests that
-  run to their full length, sent after so many seconds ("at" may be left out). Answered, when all have ended, by what
-  became of each: `{"sent": s, "times": [s], "tokens": [id]}`, in `perf_counter` seconds;
-- `{"job": {...}}`, which starts a fine-tuning job on random tokens (see `training.bench`), to go on for good;
-- `{"watch": seconds}`, in which there is no request: answered by `{"tokens", "seconds"}`, trained since the last watch.
+  run to their full length, each sent after its seconds in "at" (optional). Answered, when all have ended, by a list of
+  results `{"sent": s, "times": [s], "tokens": [id]}`, in `perf_counter` seconds;
+- `{"job": {...}}`, which starts an endless fine-tuning job on random tokens (see `training.bench`);
+- `{"watch": seconds}`, a time without requests, answered by `{"tokens", "seconds"}` trained since the last watch.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from server.training import bench
 
 
 class Script:
-    """Stands for the loop's socket: requests arrive at their times, and replies are kept with theirs.
+    """A stand-in for the loop's socket: requests arrive at given times, and replies are kept with their times.
 
     Args:
         due: requests by ascending time; the loop is drained after the last, but not before `until`.
@@ -43,22 +43,22 @@ class Script:
         self._said: list[tuple[float, bytes]] = []
 
     def poll(self, timeout: int) -> int:
-        """Whether a request is due within so many milliseconds."""
+        """Wait at most `timeout` milliseconds for a request to be due. Returns 1 if one is."""
         missing = self._due[0][0] - time.perf_counter() if self._due else timeout
         if missing > 0 and timeout:
             time.sleep(min(missing, timeout / 1e3))
         return int(bool(self._due) and self._due[0][0] <= time.perf_counter())
 
     def recv(self) -> bytes:
-        """The next request."""
+        """Return the next request."""
         return protocol.encode(self._due.popleft()[1])
 
     def send(self, data: bytes) -> None:
-        """Keep a message; it is read when the run is over."""
+        """Keep a message until the end of the run."""
         self._said.append((time.perf_counter(), data))
 
     def said(self) -> list[tuple[float, protocol.Reply]]:
-        """Everything that the loop said, and when."""
+        """Return all of the loop's replies with their times."""
         return [(at, protocol.decode_reply(data)) for at, data in self._said]
 
 
@@ -68,18 +68,18 @@ class Bench:
     def __init__(self, engine: Engine, config: EngineConfig) -> None:
         self.engine = engine
         self._gaps = boot.gap_work(engine, config)
-        self._trained = self._told = 0  # tokens in all, and at the last watch
+        self._trained = self._told = 0  # trained tokens in total, and at the last watch
         self._watched = time.perf_counter()
 
     def accept(self, directory: Path) -> AdapterRef:
-        """Validate an adapter against the base, as an upload is; leaves the spec in its directory."""
+        """Validate an adapter against the base as for an upload, and save its spec in its directory."""
         ready = self.engine.ready()
         spec = inspect(directory, ready.linears, ready.architecture)
         spec.save(directory)
         return AdapterRef(spec.digest, str(directory))
 
     def run(self, burst: dict[str, Any], adapters: dict[str, AdapterRef]) -> list[dict[str, Any]]:
-        """Run one burst to its end. Raises RuntimeError when a request fails."""
+        """Run a burst until all of its requests have ended. Raises RuntimeError when a request fails."""
         prompts, names, tokens = burst["prompts"], burst["adapters"], burst["tokens"]
         counts = tokens if isinstance(tokens, list) else [tokens] * len(prompts)
         begin = time.perf_counter()
@@ -100,12 +100,12 @@ class Bench:
         return answers
 
     def start_job(self, settings: dict[str, Any], directory: Path) -> None:
-        """Begin to train."""
+        """Start an endless training job."""
         bench.random_data(settings, self.engine.base.vocab_size).save(directory / bench.DATA)
         self._gaps.handle(bench.endless_job("0", directory, self.engine.base, settings))
 
     def watch(self, seconds: float) -> dict[str, float]:
-        """Run without requests for a while; the training done since the last call."""
+        """Run without requests for `seconds`. Returns the tokens trained, and the time, since the last call."""
         for _ in self._loop([], time.perf_counter() + seconds):
             pass
         now = time.perf_counter()
@@ -116,7 +116,7 @@ class Bench:
     def _loop(
         self, due: list[tuple[float, protocol.Request]], until: float = 0.0
     ) -> list[tuple[float, protocol.Reply]]:
-        """One run of the process's loop. Raises RuntimeError when the job ends."""
+        """Run the process's loop once, to its end. Raises RuntimeError when the job ends."""
         script = Script(due, until)
         Loop(self.engine, self._gaps, script).run()
         said = script.said()
@@ -129,7 +129,7 @@ class Bench:
 
 
 def main() -> None:
-    """Answer until standard input ends."""
+    """Answer lines until standard input ends."""
     answers = sys.stdout
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:  # libraries print
 

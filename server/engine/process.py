@@ -1,7 +1,7 @@
-"""The engine process, which owns the device: its birth, its loop over a socket, its end.
+"""The engine process, which owns the device: start, loop over a socket, exit.
 
-Started as `python -m server.engine.process PARENT CONFIG_JSON` by the API process, whose pid PARENT is, and exits when
-that is gone. Requests come with token ids and adapter digests, and nothing here is durable.
+Started as `python -m server.engine.process PARENT CONFIG_JSON` by the API process of pid PARENT; exits when that
+process ends. Requests carry token ids and adapter digests, and nothing here is durable.
 """
 
 import logging
@@ -14,23 +14,23 @@ from pathlib import Path
 
 log = logging.getLogger("lorakeet.engine")
 
-SWITCH_SECONDS = 5e-4  # how long a thread that loads an adapter may keep the interpreter from the one that steps
+SWITCH_SECONDS = 5e-4  # the GIL's switch interval: how long an adapter's loading thread may delay the stepping one
 
 
 def _exit_with_parent(parent: int) -> None:
-    """End this process soon after the one that started it has gone, be that before this one could look."""
+    """End this process soon after its parent, even if the parent ended before the first check."""
     while os.getppid() == parent:
         time.sleep(0.25)
     os._exit(1)
 
 
 def main() -> int:
-    """Load the model, then serve until drained. The exit status is 0 only after a drain."""
+    """Load the model and serve until drained. The exit status is 0 only after a drain."""
     threading.Thread(target=_exit_with_parent, args=(int(sys.argv[1]),), daemon=True).start()
     sys.setswitchinterval(SWITCH_SECONDS)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the API process decides
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    # These take seconds, in which its parent may go.
+    # Imported late: these take seconds, in which the parent may end.
     import transformers
     import zmq
 

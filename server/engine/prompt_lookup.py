@@ -1,40 +1,40 @@
-"""Prompt lookup: drafts for speculative decoding, found where a sequence's last tokens occurred before.
+"""Prompt lookup: drafts for speculative decoding, taken from where a sequence's last tokens occurred before.
 
-A text that quotes, edits or repeats itself continues as it did before. A `Drafter` finds where the last few tokens
-occurred earlier, and proposes what followed them there. It also keeps count of how often its proposals come true, of
-those that were not worth computing too, and so drafts less, or nothing, where a text does not repeat itself, and starts
-again where it does.
+A text that quotes, edits or repeats itself often continues as it did before. A `Drafter` finds the last earlier
+occurrence of the last few tokens and proposes the tokens that followed. It also tracks the acceptance rate of its
+proposals, including those not worth computing, and so drafts less, or nothing, while a text does not repeat itself,
+and resumes when it does.
 """
 
 from collections.abc import Sequence
 
-SIZES = (4, 2)  # lengths of the context that is looked up; the first that is found decides
-_PRIOR = 0.5  # the share of proposals that come true, before anything is known
-_GAIN = 0.125  # weight of the newest outcome in that share
+SIZES = (4, 2)  # lengths of the context to look up; the first one found is used
+_PRIOR = 0.5  # the assumed acceptance rate before the first outcome
+_GAIN = 0.125  # weight of the newest outcome in that rate
 
 
 class Drafter:
     """Proposes continuations of one growing sequence.
 
     Args:
-        most: tokens proposed at once, at most; at least 1.
+        most: most tokens proposed at once; at least 1.
     """
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._following: dict[tuple[int, ...], int] = {}  # context -> where its latest continuation starts
-        self._indexed = 0  # leading tokens that are known as continuations
-        self._shares = dict.fromkeys(SIZES, _PRIOR)  # of proposals that came true, by the length of their context
+        self._indexed = 0  # leading tokens that are indexed as continuations
+        self._shares = dict.fromkeys(SIZES, _PRIOR)  # acceptance rate, by the length of the context
         self._proposal: list[int] = []
         self._size = 0  # length of the proposal's context
 
     def draft(self, tokens: Sequence[int], most: int, price: float) -> list[int]:
-        """The proposed continuation of `tokens`, as far as it is worth computing.
+        """Return the proposed continuation of `tokens`, as far as it is worth computing.
 
         Args:
-            tokens: the sequence so far; what an earlier call was given, and more.
-            most: no more than so many, whatever was said at first.
-            price: the probability, 0 to 1, that a draft must have of being right.
+            tokens: the sequence so far; it extends the tokens of earlier calls.
+            most: limit for this call, besides the constructor's.
+            price: the least probability of acceptance, 0 to 1, for a draft to be worth computing.
         """
         self._index(tokens)
         self._propose(tokens)
@@ -46,7 +46,7 @@ class Drafter:
         return self._proposal[:worth]
 
     def learn(self, drawn: Sequence[int]) -> None:
-        """Compare the latest proposal with the tokens that came instead; each proposal counts once."""
+        """Update the acceptance rate from the latest proposal and the drawn tokens; each proposal counts once."""
         for proposed, token in zip(self._proposal, drawn, strict=False):
             self._shares[self._size] += _GAIN * ((proposed == token) - self._shares[self._size])
             if proposed != token:
@@ -65,6 +65,6 @@ class Drafter:
         for self._size in SIZES:
             start = self._following.get(tuple(tokens[end - self._size :])) if self._size <= end else None
             if start is not None:
-                # Where the continuation runs into the end, the text is taken to go round in circles.
+                # A continuation that reaches the end of the text is repeated periodically.
                 self._proposal = [tokens[start + i % (end - start)] for i in range(self._most)]
                 break

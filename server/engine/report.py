@@ -1,6 +1,6 @@
-"""A step's statistics: gauges, counts since the last report, and the adapters whose tier or use has changed.
+"""A step's statistics: gauges, counts since the last report, and adapters with a changed tier or use.
 
-The cost is that of the running sequences and of the changes, however many adapters are resident.
+The cost depends on the running sequences and the changes, not on the number of resident adapters.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ from server.messages.protocol import AdapterUse, Stats
 
 
 class Reporter:
-    """Makes the `Stats` of one engine's steps. Each must be sent: changes are reported once."""
+    """Makes the `Stats` of one engine's steps. Each must be sent, since changes are reported only once."""
 
     def __init__(self, scheduler: Scheduler, blocks: BlockGroups, cache: AdapterCache, merges: MergedRegistry) -> None:
         self._scheduler = scheduler
@@ -22,18 +22,18 @@ class Reporter:
         self._cache = cache
         self._merges = merges
         self._sequences: Counter[str] = Counter()  # running and waiting, by adapter or merge
-        self._running: Counter[str] = Counter()  # likewise, as last told
-        self._touched: set[str] = set()  # adapters that sequences came for or left
+        self._running: Counter[str] = Counter()  # running only, as last reported
+        self._touched: set[str] = set()  # adapters with sequences queued or ended since the last report
         self._told: dict[str, AdapterUse] = {}
 
     def entered(self, key: AdapterKey) -> None:
-        """A sequence is queued."""
+        """Count a queued sequence."""
         for name, _ in key:
             self._sequences[name] += 1
             self._touched.add(name)
 
     def left(self, key: AdapterKey) -> None:
-        """A sequence has ended."""
+        """Remove an ended sequence from the counts."""
         for name, _ in key:
             self._sequences[name] -= 1
             if not self._sequences[name]:
@@ -41,7 +41,7 @@ class Reporter:
             self._touched.add(name)
 
     def stats(self, requests: int, adapters: int, seconds: float) -> Stats:
-        """After a step of so many requests on so many adapters that took so long."""
+        """Return the statistics after a step of this many requests and adapters, and this duration."""
         scheduler, cache = self._scheduler, self._cache
         counters, scheduler.counters = scheduler.counters, Counters()
         evictions, cache.evictions = cache.evictions, []
@@ -75,7 +75,7 @@ class Reporter:
         return [change for name in sorted(names) for change in self._told_anew(name)]
 
     def _told_anew(self, name: str) -> list[AdapterUse]:
-        """One adapter's or merge's change: out of the tier where it was, and as it is now."""
+        """Return the changes of one adapter or merge: removal from its previous tier, and its present use."""
         before, now = self._told.pop(name, None), self._use(name)
         if now is not None:
             self._told[name] = now

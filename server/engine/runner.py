@@ -1,11 +1,11 @@
-"""Gives scheduled steps to the device: routed into forward passes, packed into tensors, run along forward paths.
+"""Running scheduled steps on the device: works are routed to forward paths, packed into tensors, and run.
 
-A forward path is a way through a model: works in tensors -> logits -> drawn tokens. It is chosen for a sequence alone,
-and works of one path share a forward pass: were it chosen by the company, a request's bits would depend on its
-neighbours.
+A forward path is a way through a model, from packed works to logits to drawn tokens. It is chosen per sequence, and
+works of one path share a forward pass. If other requests in the batch affected the choice, a request's bits would
+depend on them.
 
-A step is submitted as a whole and not waited for, and the next may be submitted before the tokens that it drew were
-read: those are taken on the device.
+A step is submitted without waiting, and the next may be submitted before its drawn tokens are read: they are taken
+from the device.
 """
 
 import inspect
@@ -36,8 +36,8 @@ class Weights:
     """The weights of a forward pass: the base's, or merged ones.
 
     Args:
-        merged: adapters are in the weights already, and add nothing.
-        planned: whether the model may run by our kernels as a whole, where there are some for its shape.
+        merged: whether adapters are merged into the weights, so that their rank rows are not applied.
+        planned: whether the planned decoder may be used, if there is one for the model's shape.
     """
 
     def __init__(
@@ -47,10 +47,10 @@ class Weights:
         self.merged = merged
         self._embedding: nn.Module = base.model.get_input_embeddings()
         self._head: FrozenLinear = base.model.get_output_embeddings()
-        # Hidden states to the argmax of each row's logits, where that reads less than all of them; or None.
+        # Hidden states to the argmax of each row's logits without computing all logits; None if not available.
         self.argmax = kernels.plan_likeliest(self._head.weight, self._head.bias)
-        # All decoder layers at once, where the model is of a known shape; None: through its modules.
-        # Such a one has a single block table, so its layers are of one group.
+        # The planned decoder, if there is one for the model's shape; None: modules run.
+        # It takes a single block table, so all layers must be of one group.
         self.plan = (
             kernels.plan_decoder(
                 base.decoder, pool.a, pool.b, cache.k, cache.v, [layer.window for layer in base.layers]
@@ -69,17 +69,17 @@ class Weights:
             else None
         )
         weights = [linear.weight for linear in base.linears], [linear.weights for linear in base.experts]
-        # Torch does nothing large then, and its threads would keep those of the native kernels from their cores.
+        # Torch then does only small work, and its threads would compete with those of the native kernels for cores.
         self._one_thread = self.plan is not None or kernels.runs_natively(base.device, base.dtype, chain(*weights))
         self.keeps = "logits_to_keep" in inspect.signature(base.model.forward).parameters
         self._paths: dict[tuple[bool, int], ForwardPath] = {}
 
     def path(self, *, modules: bool = False, new_tokens: int = 0) -> "ForwardPath":
-        """The way through these weights.
+        """Return a path through these weights.
 
         Args:
-            modules: the decoder's modules must run, for what adapters do there.
-            new_tokens: by how much the vocabulary is larger than the base's: a forward pass has one.
+            modules: whether the decoder's modules must run, for adapters' variants.
+            new_tokens: added vocabulary entries; a forward pass has one size of vocabulary.
         """
         modules = modules or self.plan is None
         key = modules, new_tokens
@@ -88,18 +88,18 @@ class Weights:
         return self._paths[key]
 
     def threads(self) -> AbstractContextManager[None]:
-        """How many of torch's threads work while these weights are used."""
+        """Return a context that sets torch's number of threads while these weights are used."""
         return kernels.one_torch_thread() if self._one_thread else nullcontext()
 
     def hidden(self, step: DecodeStep) -> Tensor:
-        """Through the planned decoder: [T, hidden]."""
+        """Return the planned decoder's output, [T, hidden]."""
         assert self.plan is not None
         embedded = self._embedding(step.ids)
         paging = step.slots, step.seqs, step.block_tables
         return self.plan.run(embedded, step.positions, *paging, step.table, step.scale)
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits, fp32 [K, V]."""
+        """Return the logits, fp32 [K, V]."""
         logits: Tensor = self._head(hidden)
         return logits.float()
 
@@ -112,19 +112,19 @@ class ForwardPath(ABC):
 
     @abstractmethod
     def forward(self, batch: Batch) -> tuple[Tensor, dict[int, Readback]]:
-        """Logits of the kept rows, fp32 [K, V]; scores of the works that classify, by their index."""
+        """Return the logits of the kept rows, fp32 [K, V], and the scores of classifying works, by index."""
 
     def run(self, batch: Batch) -> Outcome:
-        """Give a forward pass, and the draw from its logits, to the device."""
+        """Submit a forward pass, and the draw from its logits, to the device."""
         return draw(batch, *self.forward(batch), self.weights.base.eos_token_ids)
 
     def installed(self, batch: Batch) -> AbstractContextManager[None]:
-        """Within it the batch's adapters apply their variants."""
+        """Return a context in which the variants of the batch's adapters apply."""
         return batch.extras.installed(self.weights.base.model) if batch.extras else nullcontext()
 
 
 class PlannedPath(ForwardPath):
-    """Our kernels run all decoder layers; under a recording where each request computes one token."""
+    """The planned decoder, run as a recorded graph in decode steps on a GPU."""
 
     def run(self, batch: Batch) -> Outcome:
         argmax = self.weights.argmax
@@ -145,12 +145,12 @@ class PlannedPath(ForwardPath):
 
 
 def _kept(hidden: Tensor, batch: Batch) -> Tensor:
-    """The kept rows of a planned decoder's output, fp32 [K, hidden]."""
+    """Return the kept rows of a planned decoder's output, fp32 [K, hidden]."""
     return hidden if len(batch.keep) == len(hidden) else hidden[batch.keep]
 
 
 class ModulesPath(ForwardPath):
-    """Transformers' modules run; they find the batch in the model's slot."""
+    """Transformers' modules, which read the batch from the model's slot."""
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[int, Readback]]:
         base = self.weights.base
@@ -158,12 +158,12 @@ class ModulesPath(ForwardPath):
         slot.deltas = batch.extras.over(batch.deltas) if batch.extras else batch.deltas
         slot.experts = batch.extras.experts if batch.extras else None
         slot.attention, slot.states = batch.attention, batch.states
-        hidden: list[Tensor] = []  # of all rows, where somebody classifies
+        hidden: list[Tensor] = []  # the decoder's output for all rows, if any work classifies
         try:
             classified = _kept_output(base.decoder, hidden if batch.heads else None)
             with self.installed(batch), classified, self._narrowed(batch.keep):
                 inputs = {"input_ids": batch.ids[None], "position_ids": batch.positions[None], "use_cache": False}
-                if not len(batch.keep):  # the middle of prompts: no head
+                if not len(batch.keep):  # in the middle of prompts the head is not run
                     base.decoder(**inputs)
                     logits = torch.empty(0, base.vocab_size)
                 else:
@@ -173,7 +173,7 @@ class ModulesPath(ForwardPath):
             slot.deltas = slot.experts = slot.attention = slot.states = None
 
     def _narrowed(self, keep: Tensor) -> AbstractContextManager[Any]:
-        """Within it the head sees these rows alone, of a class that knows no `logits_to_keep`."""
+        """Return a context that limits the head to these rows in models without a `logits_to_keep` argument."""
         if self.weights.keeps or not len(keep):
             return nullcontext()
 
@@ -186,7 +186,7 @@ class ModulesPath(ForwardPath):
 
 @contextmanager
 def _kept_output(decoder: nn.Module, found: list[Tensor] | None) -> Iterator[None]:
-    """Within it the decoder's last hidden states, [T, hidden], are put there, if anywhere."""
+    """Append the decoder's output, [T, hidden], to `found` within the context; do nothing if it is None."""
     if found is None:
         yield
         return
@@ -199,11 +199,11 @@ def _kept_output(decoder: nn.Module, found: list[Tensor] | None) -> Iterator[Non
 
 
 class Runner:
-    """Runs steps on the base's weights, and on merged ones: these by the key that their sequences' adapter has.
+    """Runs steps on the base's weights and on merged ones, which are found by the adapter key of their sequences.
 
     Args:
         planned: see `Weights`.
-        states: of the layers that keep some, if there are any.
+        states: of the layers that keep a state, if any.
     """
 
     def __init__(
@@ -225,26 +225,26 @@ class Runner:
 
     @property
     def base(self) -> Base:
-        """The base as requests run on it: with inputs rounded to int8, where that was asked for."""
+        """The base on which unmerged requests run: with inputs rounded to int8, if that is switched on."""
         return self.weights.base
 
     def _made(self, base: Base, *, merged: bool) -> Weights:
         return Weights(base, *self._settings, merged=merged, planned=self._planned)
 
     def rebase(self, base: Base) -> None:
-        """From now on run unmerged sequences on this view of the base. Nothing may be in flight."""
+        """Run unmerged sequences on this view of the base from now on. Nothing may be in flight."""
         self.weights = self._made(base, merged=False)
 
     def install(self, key: str, merged: Base) -> None:
-        """From now on sequences whose adapter is `key` run on this base, without rank rows."""
+        """Run sequences with adapter `key` on this base from now on, without rank rows."""
         self.merged[key] = self._made(merged, merged=True)
 
     def remove(self, key: str) -> None:
-        """Undo `install`; no sequence may use it any more."""
+        """Undo `install`; no sequence may use the key any more."""
         del self.merged[key]
 
     def route(self, sequence: Sequence) -> ForwardPath:
-        """The path that a sequence takes."""
+        """Return the path of a sequence."""
         if sequence.adapter and sequence.adapter[0][0] in self.merged:
             return self.merged[sequence.adapter[0][0]].path()
         modules, new_tokens = False, 0
@@ -253,11 +253,11 @@ class Runner:
             if adapter is not None and adapter.extras is not None:
                 modules |= adapter.extras.in_decoder
                 if adapter.extras.classifier is None:
-                    new_tokens += adapter.extras.new_tokens  # one that has some is alone
+                    new_tokens += adapter.extras.new_tokens  # such an adapter is never combined with others
         return self.weights.path(modules=modules, new_tokens=new_tokens)
 
     def _passes(self, works: Seq[Work]) -> list[tuple[ForwardPath, Seq[int]]]:
-        """The forward passes that works need: a path, and the places of those that take it."""
+        """Group works into forward passes: each path with the indices of its works."""
         places: dict[ForwardPath, list[int]] = {}
         for place, work in enumerate(works):
             places.setdefault(self.route(work.sequence), []).append(place)
@@ -271,10 +271,10 @@ class Runner:
 
     @torch.no_grad()
     def submit(self, step: Step, before: InFlightStep | None = None) -> InFlightStep:
-        """Give a step to the device, which is not waited for.
+        """Submit a step to the device without waiting for it.
 
         Args:
-            before: the step that was submitted before it, if that is in flight: pending tokens are taken from there.
+            before: the previous step, if it is in flight: pending tokens are taken from it.
         """
         outcomes: list[tuple[Seq[int], Outcome]] = []
         for path, places in self._passes(step.works):
@@ -285,7 +285,7 @@ class Runner:
 
     @torch.no_grad()
     def logits(self, works: Seq[Work]) -> Tensor:
-        """Of works that share a forward pass, fp32 [K, V]: one row per prompt row, work by work."""
+        """Return the logits of works of one forward pass, fp32 [K, V]: one row per prompt row, work by work."""
         path = self.route(works[0].sequence)
         with path.weights.threads():
             return path.forward(self._packed(path, works))[0]

@@ -1,13 +1,13 @@
-"""Logits to tokens: penalties, truncation, the draw, and raw log-probabilities; vectorised over rows, on any device.
+"""Sampling: penalties, truncation, the draw, and raw log-probabilities; vectorised over rows, on any device.
 
-What is done to a row, in vLLM's order: allowed tokens, `min_tokens`, `logit_bias`, penalties; then temperature,
-`min_p`, `top_k`, `top_p`; then one draw. Log-probabilities are those of the untouched logits.
+The steps for a row, in vLLM's order: allowed tokens, `min_tokens`, `logit_bias`, penalties; then temperature, `min_p`,
+`top_k`, `top_p`; then one draw. Log-probabilities are those of the raw logits.
 
-A row's outcome is a function of that row alone. Its randomness is a hash of (seed, position), so neighbours, preemption
-and speculation change nothing; and no reduction here depends on the number of rows (torch splits a sum over threads
-when it yields a single number, so long sums go through blocks).
+A row's outcome is a function of that row alone. Its randomness is a hash of (seed, position), so other requests in the
+batch, preemption and speculation change nothing; and no reduction here depends on the number of rows (torch splits a
+sum over threads when it yields a single number, so long sums go through blocks).
 
-A GPU is given its work and never waited for: results are read later, from copies that are on their way to the host.
+Nothing here waits for a GPU: results are read later, from asynchronous copies to the host.
 """
 
 from array import array
@@ -27,25 +27,25 @@ from adapters.kernels import Truncation
 from server.engine import drawing
 from server.messages.protocol import Sampling, TokenLogprob
 
-NOTHING = -1  # in place of a token, as `kernels.likeliest` has it
-GREEDY_BELOW = 1e-5  # temperatures below this are taken for 0, as vLLM does
+NOTHING = -1  # in place of a token, as in `kernels.likeliest`
+GREEDY_BELOW = 1e-5  # temperatures below this count as 0, as in vLLM
 _BYTES = torch.where((torch.arange(256)[:, None] >> torch.arange(8)) & 1 == 1, 0.0, -torch.inf)  # by a mask's byte
 _CPU_SLICE = 2**18  # logits worked on at once on a CPU: temporaries of 1 MiB stay in its cache
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """How one row of logits is to be sampled."""
+    """The sampling of one row of logits."""
 
     sampling: Sampling
-    tokens: Sequence[int]  # everything before the token to be drawn: the prompt, then what was generated
+    tokens: Sequence[int]  # all known tokens before the one to be drawn: prompt, then generated ones
     num_prompt: int
     allowed: Tensor | None = None  # int32 [ceil(vocabulary / 32)]: bit i % 32 of word i // 32 allows token i
     pending: int = 0  # tokens between those and the one to be drawn, not yet read back; 0 with penalties
 
     @property
     def position(self) -> int:
-        """How many tokens are generated before this one."""
+        """The number of tokens generated before this one."""
         return len(self.tokens) - self.num_prompt + self.pending
 
     @property
@@ -55,7 +55,7 @@ class Row:
 
     @property
     def plain(self) -> bool:
-        """Whether the logits are taken as they are, before temperature and truncation."""
+        """Whether the logits are not adjusted before temperature and truncation."""
         sampling = self.sampling
         return (
             self.allowed is None
@@ -69,14 +69,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What one row gave. No token: its logits were not all finite, or nothing was allowed."""
+    """The outcome of one row. No token: its logits were not all finite, or no token was allowed."""
 
     token: int | None
-    logprob: TokenLogprob | None = None  # present when asked for
+    logprob: TokenLogprob | None = None  # present when requested
 
 
 class Readback:
-    """Tensors on their way to the host."""
+    """Tensors being copied to the host."""
 
     def __init__(self, *tensors: Tensor) -> None:
         self._tensors = tensors
@@ -89,21 +89,21 @@ class Readback:
             self._copied = torch.cuda.current_stream(device).record_event()
 
     def lists(self) -> list[list[Any]]:
-        """The tensors' numbers; waits for the copy."""
+        """Wait for the copy, and return the tensors as lists."""
         if self._copied is not None:
             self._copied.synchronize()
         return [tensor.tolist() for tensor in self._tensors]
 
 
 class Logprobs:
-    """Log-probabilities of given tokens under untouched logits, with ranks and the likeliest alternatives.
+    """Log-probabilities of given tokens under the raw logits, with ranks and the likeliest alternatives.
 
-    Serves generated and prompt tokens alike. What `logits` hold may change once this is made.
+    Used for generated and prompt tokens alike. `logits` may be overwritten after construction.
 
     Args:
         logits: float32 [rows, vocabulary].
         tokens: int64 [rows].
-        counts: how many alternatives each row wants; equal ones are taken in order of id.
+        counts: number of alternatives per row; ties are ordered by id.
     """
 
     def __init__(self, logits: Tensor, tokens: Tensor, counts: Sequence[int]) -> None:
@@ -114,7 +114,7 @@ class Logprobs:
         ]
 
     def read(self) -> list[TokenLogprob]:
-        """One entry per row; waits for the device."""
+        """Wait for the device, and return one entry per row."""
         lines: list[TokenLogprob] = []
         for part in self._parts:
             for token, value, rank, ids, values in zip(*part.lists(), strict=True):
@@ -124,10 +124,10 @@ class Logprobs:
 
 
 class Drawn:
-    """One token per row, perhaps still being drawn.
+    """One drawn token per row, perhaps not computed yet.
 
-    tokens: int64 [rows], where the logits are; `NOTHING` for a row whose logits were not all finite, or whose every
-        token was forbidden.
+    tokens: int64 [rows], on the logits' device; `NOTHING` for a row with logits that were not all finite, or with all
+        tokens forbidden.
     logprobs: of the rows `scored`, in order.
     """
 
@@ -138,7 +138,7 @@ class Drawn:
         self._scored = scored
 
     def draws(self) -> list[Draw]:
-        """The drawn tokens, one per row; waits for the device."""
+        """Wait for the device, and return the drawn tokens, one per row."""
         [tokens] = self._host.lists()
         logprobs = dict(zip(self._scored, self._logprobs.read(), strict=True)) if self._logprobs else {}
         return [
@@ -150,9 +150,9 @@ def sample(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int] =
     """Draw one token per row.
 
     Args:
-        logits: float32 [rows, vocabulary]; left as they are.
+        logits: float32 [rows, vocabulary]; not modified.
         rows: one per row of logits.
-        eos_token_ids: forbidden, with the row's stop tokens, until `min_tokens` are there (unless it ignores EOS).
+        eos_token_ids: forbidden (unless the row ignores EOS) until `min_tokens`, as are the row's stop tokens.
     """
     parts = [_sample(logits[part], rows[part], eos_token_ids) for part in _slices(logits)]
     tokens = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
@@ -184,7 +184,7 @@ def _sample(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int])
 
 
 def _logprobs(logits: Tensor, tokens: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of each token its log-probability and rank, and ids [rows, most] and log-probabilities of the likeliest."""
+    """Return each token's log-probability and rank, and ids and log-probabilities [rows, most] of the likeliest."""
     if compiled := kernels.cpu_kernels(logits):
         return compiled.logprobs(logits, tokens, most)
     vocabulary = logits.shape[1]
@@ -197,8 +197,8 @@ def _logprobs(logits: Tensor, tokens: Tensor, most: int) -> tuple[Tensor, Tensor
     if not most:
         nothing = tokens.new_empty(len(tokens), 0)
         return values, ranks, nothing, nothing.double()
-    # Which of equals topk picks is not defined; so it ranks keys that differ: a logit's bits, in an order that is that
-    # of the logits, and below them the id, the lowest first.
+    # topk orders ties arbitrarily; so it ranks unique keys: the logit's bits, mapped so that integers order as the
+    # logits do, then the id, the lowest first.
     bits = (logits + 0.0).view(torch.int32)  # -0 becomes 0
     ids = torch.arange(vocabulary - 1, -1, -1, device=logits.device)
     keys = ((bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() << 32) | ids
@@ -207,20 +207,20 @@ def _logprobs(logits: Tensor, tokens: Tensor, most: int) -> tuple[Tensor, Tensor
 
 
 def _slices(logits: Tensor) -> Iterator[slice]:
-    """Runs of rows to work on one after the other."""
+    """Return the slices of rows to be processed one after the other."""
     rows = len(logits)
     if logits.device.type == "cpu":
         step = max(1, _CPU_SLICE // logits.shape[1])
-    else:  # where the order of a GPU's sums follows the number of rows
+    else:  # a GPU's order of summation depends on the number of rows
         step = 1 if kernels.is_deterministic() else max(1, rows)
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
-# --- what changes the logits ---------------------------------------------------------------------
+# --- masks, biases and penalties -----------------------------------------------------------------
 
 
 def _adjust(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int]) -> Tensor:
-    """A copy of the logits with masks, biases and penalties applied."""
+    """Return a copy of the logits with masks, biases and penalties applied."""
     scores = logits.clone(memory_format=torch.contiguous_format)
     compiled = kernels.cpu_kernels(scores)
     for index, row in enumerate(rows):
@@ -237,7 +237,7 @@ def _adjust(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int])
             for row in (rows[index] for index in early)
         ]
         where, ids = _histories(early, stops, logits)
-        scores[where, ids] = scores.new_full((len(ids),), -torch.inf)  # a number of Python's would be waited for
+        scores[where, ids] = scores.new_full((len(ids),), -torch.inf)  # a Python number would synchronise with the GPU
 
     for index, row in enumerate(rows):
         if row.sampling.logit_bias:
@@ -250,7 +250,7 @@ def _adjust(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int])
         where, ids = _histories(repeating, [rows[index].tokens for index in repeating], logits)
         penalty = _column(rows, lambda sampling: sampling.repetition_penalty, logits)[where]
         seen = scores[where, ids]
-        scores[where, ids] = torch.where(seen > 0, seen / penalty, seen * penalty)  # equal places get equal numbers
+        scores[where, ids] = torch.where(seen > 0, seen / penalty, seen * penalty)  # the same value for repeated tokens
 
     counting = [i for i, row in enumerate(rows) if row.sampling.frequency_penalty or row.sampling.presence_penalty]
     if counting:
@@ -264,18 +264,18 @@ def _adjust(logits: Tensor, rows: Sequence[Row], eos_token_ids: Collection[int])
 
 
 def _bias(allowed: Tensor, logits: Tensor) -> Tensor:
-    """A mask as what is added to a row of logits: 0, or -inf; tokens beyond the mask are not allowed."""
+    """Return a mask as an addend to a row of logits: 0 or -inf; tokens beyond the mask are not allowed."""
     vocabulary = logits.shape[1]
     missing = -(-vocabulary // 32) - len(allowed)
     words = F.pad(allowed, (0, missing)) if missing > 0 else allowed
-    if logits.is_cpu:  # a look at every byte is many times as fast as filling by a mask
+    if logits.is_cpu:  # a table lookup per byte is many times as fast as expanding bits
         return _BYTES.index_select(0, words.view(torch.uint8).int()).flatten()[:vocabulary]
     bits = (sent(words, logits.device)[:, None] >> torch.arange(32, dtype=torch.int32, device=logits.device)) & 1
     return torch.where(bits.flatten()[:vocabulary].bool(), 0.0, -torch.inf)
 
 
 def _histories(rows: Sequence[int], tokens: Sequence[Sequence[int]], logits: Tensor) -> tuple[Tensor, Tensor]:
-    """An index into the logits that names every token of each row's list, repetitions included."""
+    """Return an index into the logits of every token in each row's list, repetitions included."""
     flat = array("q")  # far faster than a tensor from a list, and histories are long
     for line in tokens:
         flat.extend(line)
@@ -285,7 +285,7 @@ def _histories(rows: Sequence[int], tokens: Sequence[Sequence[int]], logits: Ten
 
 
 def _column(rows: Sequence[Row], value: Callable[[Sampling], float], like: Tensor) -> Tensor:
-    """One number of every row's sampling, float32 [rows]."""
+    """Return one number of every row's sampling, float32 [rows]."""
     return sent(torch.tensor([value(row.sampling) for row in rows], dtype=torch.float32), like.device)
 
 
@@ -293,6 +293,6 @@ def _column(rows: Sequence[Row], value: Callable[[Sampling], float], like: Tenso
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1), equidistributed over seeds and positions and the same everywhere."""
+    """Return a number in [0, 1), uniform over seeds and positions, and the same on every machine."""
     key = (seed % 2**64).to_bytes(8, "little") + position.to_bytes(8, "little")
     return (int.from_bytes(blake2b(key, digest_size=8).digest(), "little") >> 11) * 2.0**-53

@@ -1,27 +1,27 @@
-"""Which tokens of which sequences go through the model next.
+"""The scheduler: it chooses the sequences and tokens of each step.
 
-There are no phases: a sequence has `num_computed` chasing its length, and every step spends one token budget, on
-decodes first, then on chunks of prompts under way, then on newcomers in order of priority and arrival; the rest may go
-to drafts. `schedule` decides a step, the caller submits it to the device, and `advance` takes in its works one by one.
+There are no phases: a sequence's `num_computed` catches up with its length, and every step spends one token budget, on
+decodes first, then on chunks of running prompts, then on newcomers in order of priority and arrival; the rest may go to
+drafts. `schedule` decides a step, the caller submits it to the device, and `advance` records its works one by one.
 
-Lengths advance when a step is submitted, so `schedule` decides the next one just as well before the tokens of the last
-were read. Only a sequence that needs those on the host (penalties, drafts) is passed over until they are. Where the
-token that ends a sequence is read after the next step was submitted, that step computes the sequence in vain. Blocks
-and adapters of an ended sequence are given back once no in-flight step has it.
+Lengths advance when a step is submitted, so `schedule` can decide the next one before the last one's tokens are read.
+Only a sequence that needs those on the host (penalties, drafts) is skipped until they are read. If a sequence's last
+token is read after the next step was submitted, that step computes the sequence in vain. Blocks and adapters of an
+ended sequence are released once no in-flight step has it.
 
 Blocks are numbers here, and adapters hashable keys. Stop strings are found by the API process, which calls `abort`.
 
 Order and fairness:
 
-- An adapter that is being loaded, or has no room yet, holds up only its own sequences; others pass.
-- A sequence refused room for `patience` steps lets no younger one in on any adapter; as others finish, it gets room.
-- A sequence that lacks blocks or a place in the batch lets nobody younger in.
-- When running sequences need more blocks than exist, the youngest is preempted: it gives everything back and waits in
-  its old place. What it generated is kept and later recomputed as if it were prompt, never drawn again. If it is in
-  flight, it is held back first, and so is the one in need.
-- Background sequences count as youngest, run in steps in which no other can, and give up place, blocks and rows to the
-  first newcomer that lacks them. One at a time, after waiting for `background_seconds`, is treated as others are.
-- Among several tenants `shares` decides who is next, whose sequence gives way, and to whom a step belongs.
+- An adapter that is being loaded, or has no room yet, delays only its own sequences; others pass.
+- After a sequence was refused room for `patience` steps, no younger one with an adapter is admitted until it gets room.
+- While a sequence lacks blocks or a place in the batch, no younger one is admitted.
+- When running sequences need more blocks than exist, the youngest is preempted: it releases everything and waits in
+  its old place. Its generated tokens are kept and later recomputed like prompt tokens, never drawn again. If it is in
+  flight, both it and the sequence that needs the blocks skip steps until it has been collected.
+- Background sequences count as youngest, run in steps that no other sequence can use, and give up place, blocks and
+  rows to the first newcomer that lacks them. One at a time, after `background_seconds`, is promoted to an ordinary one.
+- Among several tenants, `shares` chooses the next sequence, the victims of preemption, and the tenants of a step.
 """
 
 import math
@@ -36,23 +36,23 @@ from server.engine.sequence import AdapterKey, AdapterResidency, Counters, Seque
 from server.engine.shares import Group, Shares
 from server.messages.protocol import LOAD_FAILED, TOO_LONG
 
-_BACKGROUND_TOKENS = 128  # of a step's prompts, on a CPU about a tenth of a second: clients wait for its end
+_BACKGROUND_TOKENS = 128  # budget of a background step, about 0.1 s on a CPU: new requests wait for its end
 
 
 class Scheduler:
-    """Decides every step; owns the queues and the references that running sequences hold.
+    """Schedules every step; owns the queues and the references of running sequences to blocks and adapters.
 
     Args:
         blocks: the KV blocks.
-        residency: where adapters are; also asked about `()`, the bare base, which is always ready.
+        residency: of adapters; also asked for `()`, the bare base, which is always ready.
         max_batch_tokens: token budget of a step.
         max_batch_requests: most sequences running at once; less than the budget, so that decodes cannot starve prompts.
         max_model_len: most tokens of one sequence, prompt included.
         eos_token_ids: tokens that end a sequence unless it ignores them.
-        starts: where in a prompt resident adapters come into force (digest -> position); those left out, from the
-            first token.
-        patience: steps for which a sequence refused room for its adapter lets younger ones pass.
-        doubling_tokens: extra tokens that double a step's time; the fewer, the likelier a draft must be right.
+        starts: returns where in a prompt resident adapters come into force (digest -> position); missing ones apply
+            from the first token.
+        patience: steps for which younger sequences may pass one with an adapter that was refused room.
+        doubling_tokens: extra tokens that double a step's time; the fewer, the likelier a draft must be accepted.
         background_seconds: as in `Shares`.
     """
 
@@ -72,9 +72,9 @@ class Scheduler:
     ) -> None:
         if not 1 <= max_batch_requests < max_batch_tokens:
             raise ValueError(f"max_batch_tokens ({max_batch_tokens}) must exceed {max_batch_requests=}")
-        self.running: list[Sequence] = []  # these two are in order (`Sequence.order`), for others to read
+        self.running: list[Sequence] = []  # sorted by `Sequence.order`, like `waiting`; both public for reading
         self.waiting: list[Sequence] = []
-        self.leaving: list[Sequence] = []  # ended, and still in flight: they keep their blocks and adapters
+        self.leaving: list[Sequence] = []  # ended but still in flight: they keep their blocks and adapters
         self.counters = Counters()
         self._blocks = blocks
         self._residency = residency
@@ -91,24 +91,24 @@ class Scheduler:
         self._steps = 0
         self._shares = Shares(max_batch_requests, blocks.capacity * blocks.block_size, background_seconds)
         self._leaves_next: Sequence | None = None  # in flight; preempted once its step has been collected
-        self._held: Sequence | None = None  # what `_leaves_next` was one step ago
+        self._held: Sequence | None = None  # `_leaves_next` of the previous step
 
     @property
     def idle(self) -> bool:
-        """Nothing runs, nothing waits, and nothing is in flight."""
+        """Whether nothing is running, waiting or in flight."""
         return not self._by_id and not self.leaving
 
     @property
     def waiting_tokens(self) -> int:
-        """Known tokens of the waiting sequences."""
+        """The number of known tokens of the waiting sequences."""
         return sum(len(sequence.tokens) for sequence in self.waiting)
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a new sequence. One that can never run is reported by `take_failed` after the next `schedule`."""
+        """Queue a new sequence. If it can never run, `take_failed` reports it after the next `schedule`."""
         if sequence.id in self._by_id:
             raise ValueError(f"sequence {sequence.id} is already here")
         if self._blocks.states is not None:
-            sequence.drafter = None  # a state that has taken in a wrong draft cannot go back
+            sequence.drafter = None  # a state cannot be rolled back after a rejected draft
         sequence.limit = min(sequence.sampling.max_tokens, self._max_model_len - len(sequence.prompt))
         sequence.order = (sequence.background, sequence.priority, self._arrivals)
         self._arrivals += 1
@@ -117,7 +117,7 @@ class Scheduler:
         insort(self.waiting, sequence, key=attrgetter("order"))
 
     def abort(self, sequence_id: str) -> bool:
-        """Forget a sequence; False when it is not here (any more)."""
+        """Drop a sequence. Returns False if it is unknown or has ended."""
         if (sequence := self._by_id.get(sequence_id)) is None:
             return False
         sequence.finish_reason = "abort"
@@ -127,7 +127,7 @@ class Scheduler:
     def fail(self, sequence_id: str, message: str, code: str) -> None:
         """End one sequence with an error; its last step's blocks are not cached. Unknown ids are ignored.
 
-        Its keys and values need not be finite: attention never reads what lies beyond a sequence's own tokens.
+        Non-finite keys and values may stay in its blocks: attention never reads beyond a sequence's own tokens.
         """
         if (sequence := self._by_id.get(sequence_id)) is not None:
             sequence.error, sequence.code = message, code
@@ -135,16 +135,16 @@ class Scheduler:
             self._failed.append(sequence)
 
     def take_failed(self) -> list[Sequence]:
-        """The sequences that ended with an `error` and `code` since the last call."""
+        """Return the sequences that ended with an `error` and `code` since the last call."""
         failed, self._failed = self._failed, []
         return failed
 
-    # --- deciding a step -------------------------------------------------------------------------
+    # --- scheduling ------------------------------------------------------------------------------
 
     def schedule(self, now: float) -> Step | None:
-        """Decide the next step, to be submitted to the device at once; None when nothing can run now.
+        """Return the next step, to be submitted to the device at once; None when nothing can run now.
 
-        Every work must be advanced in the end, in order. Steps may be scheduled before the last one was collected.
+        Every work must eventually be advanced, in order. Steps may be scheduled before the last one is collected.
 
         Args:
             now: seconds on the clock of `Sequence.arrival`.
@@ -153,11 +153,11 @@ class Scheduler:
         self._held, self._leaves_next = self._leaves_next, None
         self._shares.promote(now, self.running, self.waiting)
         works = next(filter(None, (self._schedule_group(now, group) for group in self._groups())), None)
-        if works is None and self._held is not None and self._leaves_next is None:  # none needs its place now
+        if works is None and self._held is not None and self._leaves_next is None:  # its place is no longer needed
             return self.schedule(now)
         if works is None:
             if len(self.running) > 1 and not any(sequence.in_flight for sequence in self.running):
-                self._preempt(self.running[-1])  # all of them are prompts that wait for blocks
+                self._preempt(self.running[-1])  # all are prompts waiting for blocks
             return None
         self._speculate(works)
         works = self._blocks.assign_states(works)
@@ -171,7 +171,7 @@ class Scheduler:
         return Step(tuple(works))
 
     def _groups(self) -> Iterator[Group]:
-        """Groups of sequences that the step may belong to; the first of which anything can run has it."""
+        """Yield the groups of sequences that the step may belong to; the first that can run anything gets it."""
         if favoured := self._shares.favoured(self.running, self.waiting):
             yield Group(tenants=favoured)
         yield Group()
@@ -179,7 +179,7 @@ class Scheduler:
             yield Group(background=True)
 
     def _schedule_group(self, now: float, group: Group) -> list[Work]:
-        """The works of a group in this step, without a sequence that is about to be preempted."""
+        """Return a group's works for this step, except for a sequence about to be preempted."""
         works: list[Work] = []
         self._schedule_decodes(works, group)
         most = min(_BACKGROUND_TOKENS, self._max_batch_tokens) if group.background else self._max_batch_tokens
@@ -196,23 +196,23 @@ class Scheduler:
         return works
 
     def _may_run(self, sequence: Sequence, group: Group) -> bool:
-        """Whether a sequence of this group still runs, and does not give way."""
+        """Whether a sequence is of this group, still running, and not about to be preempted."""
         return group.has(sequence) and bool(sequence.tables) and sequence not in (self._held, self._leaves_next)
 
     def _schedule_decodes(self, works: list[Work], group: Group) -> None:
-        """One token of each decoding sequence, oldest first; the youngest give way when blocks run out."""
+        """Add one token of each decoding sequence, oldest first; the youngest are preempted when blocks run out."""
         position = 0
         while position < len(self.running):
             sequence = self.running[position]
-            # One with more to compute got all of its blocks at admission.
+            # Sequences with more to compute are prompts, scheduled by `_schedule_group`.
             if not self._may_run(sequence, group) or sequence.remaining != 1 or sequence.waits:
                 position += 1
             elif self._blocks.grow(sequence, sequence.length):
                 works.append(sequence.work(1))
                 position += 1
-            elif self.leaving:  # there are blocks on their way back
+            elif self.leaving:  # blocks are about to be released
                 position += 1
-            else:  # this one gives way, or one not looked at yet
+            else:  # preempt this one or one not scheduled yet
                 youngest = self._shares.youngest(self.running[position:]) or sequence
                 if youngest.in_flight:
                     self._leaves_next = youngest
@@ -223,7 +223,7 @@ class Scheduler:
                     self._preempt(youngest)
 
     def _admit(self, works: list[Work], budget: int, now: float, group: Group) -> None:
-        """Start waiting sequences, in order, as far as budget, places, adapters and blocks allow."""
+        """Start waiting sequences in order, as far as budget, places, adapters and blocks allow."""
         refused: dict[AdapterKey, str | None] = {}
         starving = False
         for sequence in self._shares.order([one for one in self.waiting if group.has(one)]):
@@ -256,7 +256,7 @@ class Scheduler:
         return len(self.running) < self._max_batch_requests
 
     def _gives_way(self, sequence: Sequence, works: list[Work]) -> bool:
-        """Whether another was preempted for this one; one in flight is preempted once its step has been collected."""
+        """Preempt another sequence for this one, if possible; one in flight is only marked. Returns whether it was."""
         victim = self._shares.victim(sequence, self.running)
         if victim is None:
             return False
@@ -268,7 +268,7 @@ class Scheduler:
         return True
 
     def _acquire_adapter(self, sequence: Sequence, refused: dict[AdapterKey, str | None], works: list[Work]) -> bool:
-        """Whether the sequence got its adapter; `refused` holds this step's other answers (a failure with its text)."""
+        """Acquire the sequence's adapter if it is ready. `refused`: this step's other answers (an error, or None)."""
         key = sequence.adapter
         if key not in refused:
             while (answer := self._residency.acquire(key)) == "full" and self._gives_way(sequence, works):
@@ -285,13 +285,13 @@ class Scheduler:
 
     def _take_blocks(self, sequence: Sequence) -> bool:
         """Take a newcomer's cached blocks and allocate the rest for its known tokens, or change nothing."""
-        # The last token is always computed, since its logits are wanted; so is every prompt token still to be scored.
+        # The last token is always computed, for its logits; so is every prompt token still to be scored.
         reusable = len(sequence.tokens) - 1
         if sequence.sampling.prompt_logprobs is not None:
             reusable = min(reusable, sequence.prompt_scored)
         name_blocks(self._blocks, sequence, len(sequence.tokens))
         keys = sequence.block_keys[: reusable // self._blocks.block_size]
-        # One block in hand for each running sequence, or the newcomer would be preempted by the next that grows.
+        # One spare block for each running sequence, or the newcomer would be preempted when the next one grows.
         if not self._blocks.admit(sequence, keys, len(self.running)):
             return False
         if sequence.first_scheduled is None:
@@ -301,7 +301,7 @@ class Scheduler:
         return True
 
     def _speculate(self, works: list[Work]) -> None:
-        """Add drafts, within what the step leaves of budget and blocks: forced ones, or to decodes where they pay."""
+        """Add drafts within the step's remaining budget and blocks: forced tokens, or guesses where they pay."""
         rows = sum(work.count for work in works)
         for index, work in enumerate(works):
             sequence = work.sequence
@@ -309,24 +309,24 @@ class Scheduler:
             if not work.samples or not (forced or (sequence.drafter is not None and work.count == 1)):
                 continue
             most = min(self._max_batch_tokens - rows, sequence.left - 1)
-            # A draft pays if its chance of being right is at least its row's share of the step's cost.
+            # A draft pays if its probability of acceptance is at least its row's share of the step's cost.
             drafts = list(forced[:most]) if forced else sequence.guess(most, rows / (rows + self._doubling_tokens))
             if drafts := drafts[: self._blocks.room_for_drafts(sequence, len(drafts), len(self.running))]:
                 works[index] = replace(work, count=work.count + len(drafts), drafts=drafts, forced=bool(forced))
                 rows += len(drafts)
                 self.counters.drafted += 0 if forced else len(drafts)
 
-    # --- taking in its outcome -----------------------------------------------------------------------
+    # --- results -------------------------------------------------------------------------------------
 
     def advance(self, work: Work, new_tokens: Seq[int] = ()) -> list[int]:
         """Record that a work was computed, and the tokens drawn after it (none in the middle of a prompt).
 
         Args:
-            new_tokens: one, and one more for each draft that was right: the first ones are these drafts.
+            new_tokens: the accepted drafts, then one more token.
 
         Returns:
-            The tokens that count, forced ones that end the text included, up to the one that ended the sequence: then
-            `finish_reason` is set and it is gone from here. Empty if it ended after this work was scheduled.
+            The valid tokens, up to the one that ended the sequence, and forced ones that end the text. If it ended,
+            `finish_reason` is set and the scheduler has dropped it. Empty if it ended after this work was scheduled.
         """
         sequence = work.sequence
         sequence.in_flight -= 1
@@ -350,7 +350,7 @@ class Scheduler:
             if sequence.constraint is not None and len(kept) == len(coming):
                 coming += sequence.constraint.last_words(sequence.sampling)
         accepted = max(0, min(len(kept), len(new_tokens)) - 1)
-        # The keys and values of the other drafts are left for the next work to overwrite.
+        # The next work overwrites the keys and values of rejected drafts.
         sequence.num_computed += accepted
         sequence.prompt_scored = max(sequence.prompt_scored, work.prompt_rows.stop)
         known = work.start + work.count - len(work.drafts) + accepted
@@ -358,16 +358,16 @@ class Scheduler:
         self.counters.accepted += 0 if work.forced else accepted
         if sequence.drafter is not None:
             sequence.drafter.learn(new_tokens)
-        # Nothing was to be drawn: max_tokens is 0, or the prompt fills the context.
+        # No token may be drawn: max_tokens is 0, or the prompt fills the context.
         if not sequence.remaining and not sequence.in_flight:
             sequence.finish_reason = "length"
         if sequence.finish_reason is not None:
             self._remove(sequence)
         elif self._blocks.states is not None and accepted < len(work.drafts):
-            self._preempt(sequence)  # its state has taken in what does not count
+            self._preempt(sequence)  # its state includes rejected drafts
         return kept
 
-    # --- leaving -------------------------------------------------------------------------------------
+    # --- preemption and removal ----------------------------------------------------------------------
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

@@ -1,10 +1,10 @@
-"""Before a base serves for the first time: does our engine agree with stock transformers on it?
+"""The self-check of a new base: the engine's log-probabilities are compared with stock transformers'.
 
-A custom attention function gets no mask from transformers and is trusted to do right, and a family may keep state or
-count positions where the engine cannot see it. So every new base first answers two requests of one batch, one of them
-through a random adapter on every linear, in several chunks and ten decoded tokens; all of it is compared with stock
-eager attention over the same tokens at once, and in every step each layer must attend once. What passed is remembered
-by digest and versions.
+Transformers passes no mask to a custom attention function and relies on it, and a model family may keep state or count
+positions outside the engine's view. So every new base first answers two requests in one batch, one of them through a
+random adapter on every linear, in several chunks and ten decoded tokens; the result is compared with stock eager
+attention over all tokens at once, and in every step each layer must attend once. A passed check is recorded by digest
+and versions.
 """
 
 import hashlib
@@ -31,14 +31,14 @@ from server.messages.protocol import AdapterRef, Forget, Generate, Sampling, Tok
 from server.model import attention, experts, geometry
 from server.model.base import Base, UnservableModel, refusing
 
-REVISION = 4  # of this check: what passed an earlier one is checked again
+REVISION = 4  # of this check: bases that passed an earlier revision are checked again
 SCORED = 64  # prompt positions compared, the last ones of the first chunk
 PLAIN = 48  # prompt tokens of the request without an adapter
 DECODED = 10
-ALTERNATIVES = 20  # log-probabilities compared at each drawn token, beside its own
+ALTERNATIVES = 20  # log-probabilities compared at each drawn token, besides its own
 RANK = 4
-B_STD = 0.05  # of the adapter's B: about a tenth of what usual weights give
-TOLERANCE = {torch.float32: 5e-3}  # of a log-probability; bf16 and fp16 get LOOSE
+B_STD = 0.05  # of the adapter's B: its update is about a tenth of the base weights' output
+TOLERANCE = {torch.float32: 5e-3}  # of a log-probability; LOOSE for bf16 and fp16
 LOOSE = 0.5
 _POLL_SECONDS = 1e-3
 
@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 
 
 def run(engine: Engine, cache_dir: Path) -> None:
-    """Compare and remember. Raises UnservableModel when the two disagree."""
+    """Check a base, unless it has passed before, and record the pass. Raises UnservableModel on disagreement."""
     kept = str(engine.cache.dtype)
     identity = [engine.base_digest, engine.base.architecture, str(engine.base.device), kept, transformers.__version__]
     name = hashlib.sha256(json.dumps([*identity, torch.__version__, REVISION]).encode()).hexdigest()[:24]
@@ -69,12 +69,12 @@ def run(engine: Engine, cache_dir: Path) -> None:
         log.warning("the self-check has passed, and the next start repeats it: %s", fault)
 
 
-# --- does it compute the same? ----------------------------------------------------------------------
+# --- comparison -------------------------------------------------------------------------------------
 
 
 @dataclass
 class _Answer:
-    """One sequence, and the log-probabilities that the engine gave along it."""
+    """One sequence, and the engine's log-probabilities along it."""
 
     prompt: list[int]
     tokens: list[int] = field(default_factory=list)  # drawn after the whole prompt
@@ -86,10 +86,10 @@ class _Answer:
 
 
 def compare(engine: Engine) -> float:
-    """Largest difference between our log-probabilities and those of stock eager attention and the adapter's formula.
+    """Return the largest difference of our log-probabilities from stock eager attention with the adapter's formula.
 
-    The stock side decodes the weights with their own library, so that it shares no kernel with ours. Raises
-    UnservableModel when a request fails, or a layer attends other than once in a step.
+    The stock side dequantises the weights with their own library, so that it shares no kernel with ours. Raises
+    UnservableModel when a request fails, or a layer does not attend exactly once in a step.
     """
     longest = engine.max_model_len - DECODED
     length = max(3, min(max(layer.window for layer in engine.base.layers) + SCORED + 16, longest))
@@ -99,7 +99,7 @@ def compare(engine: Engine) -> float:
     with scratch() as folder:
         adapter, rows = _random_adapter(engine, folder)
         try:
-            # Three rounds over growing prompts: what an earlier one computed is in the cache, so each is a chunk.
+            # Three rounds over growing prompts: the prefix cache has the earlier rounds, so each computes a chunk.
             with geometry.held(engine.base.decoder, engine.base.slot, engine.base.layers):
                 for part in (1, 2, 3):
                     _answer(engine, {"adapted": (adapted, adapter), "plain": (plain, None)}, part)
@@ -111,7 +111,7 @@ def compare(engine: Engine) -> float:
 
 
 def _answer(engine: Engine, requests: Mapping[str, tuple[_Answer, AdapterRef | None]], part: int) -> None:
-    """Answer the first `part` thirds of every prompt in one batch; the whole ones are decoded from."""
+    """Answer the first `part` thirds of every prompt in one batch; decode after the whole prompts."""
     ends = {}
     for name, (answer, adapter) in requests.items():
         ends[name] = max(1, len(answer.prompt) * part // 3)
@@ -151,7 +151,7 @@ def _answer(engine: Engine, requests: Mapping[str, tuple[_Answer, AdapterRef | N
 
 @dataclass(frozen=True)
 class _Mathematics:
-    """An adapter as its formula, for all tokens: linear -> (A [rank, in], B [out, rank]) in fp32, scaling within B."""
+    """An adapter's formula, applied to all tokens: linear -> (A [rank, in], B [out, rank]) in fp32, B scaled."""
 
     rows: Mapping[str, tuple[Tensor, Tensor]]
 
@@ -162,7 +162,7 @@ class _Mathematics:
 
 @torch.no_grad()
 def _difference(base: Base, answer: _Answer, rows: Mapping[str, tuple[Tensor, Tensor]]) -> float:
-    """Largest difference of an answer from the stock model's over the same tokens at once; NaN stays NaN."""
+    """Return the largest difference of an answer from the stock model over all tokens at once; NaN stays NaN."""
     model = base.model
     ids = torch.tensor([answer.prompt + answer.tokens], device=base.device)
     positions = sorted({position for position, _, _ in answer.found})
@@ -188,7 +188,7 @@ def _difference(base: Base, answer: _Answer, rows: Mapping[str, tuple[Tensor, Te
 
 
 def _random_adapter(engine: Engine, folder: Path) -> tuple[AdapterRef, dict[str, tuple[Tensor, Tensor]]]:
-    """An adapter on every linear, saved and checked as an upload; its mathematics are the same rows, B scaled."""
+    """Make an adapter on every linear, saved and inspected like an upload; return it and its rows, with B scaled."""
     ready = engine.ready()
     rank = max(1, min(RANK, min(ready.pool_rows[linear.kind] for linear in ready.linears.values()) // 2))
     generator = torch.Generator().manual_seed(1)

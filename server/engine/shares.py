@@ -1,17 +1,18 @@
-"""Fair shares among tenants: whose sequence comes next, which tenants have a step to themselves, and who gives way.
+"""Fair shares among tenants: the order of sequences, the tenants of a step, and the victims of preemption.
 
-Service is counted in virtual tokens, one for a token of a prompt that was computed and two for one that was generated,
-over the tenant's weight (VTC: Sheng et al., Fairness in Serving Large Language Models, OSDI 2024). The tenant that had
-least comes next. One that comes back after a pause is lifted to the least of those that are here, so that nobody saves
-up service.
+Service is counted in virtual tokens, one for a computed prompt token and two for a generated one, over the tenant's
+weight (VTC: Sheng et al., Fairness in Serving Large Language Models, OSDI 2024). The tenant with the least service
+comes next. A tenant that returns after a pause is lifted to the least service of the present ones, so that service
+cannot be saved up.
 
-What a tenant holds is its dominant share of the places in the batch and of the KV cache, over its weight's part of all
-weights here (DRF: Ghodsi et al., NSDI 2011): above 1 it holds more than its share, which it may while nobody else
-wants it. A newcomer of a tenant within its share takes the place of the youngest of the tenant furthest above its own.
+A tenant's holding is its dominant share of the places in the batch and of the KV cache, over its weight's part of all
+present weights (DRF: Ghodsi et al., NSDI 2011): above 1 it holds more than its share, which it may while no other
+tenant needs it. A newcomer of a tenant within its share takes the place of the youngest sequence of the tenant
+furthest above its own.
 
 A tenant is *light* if it would be within its share with all of its sequences running, and *heavy* otherwise. As long
-as a light tenant has had no more service than the heavy ones, its prompts run in steps without theirs: its first token
-takes as long as if it were alone, but for the step under way.
+as a light tenant has had no more service than the heavy ones, its prompts run in steps without theirs: its TTFT is as
+if it were alone, except for the step in flight.
 
 With one tenant, all of this costs and changes nothing.
 """
@@ -25,12 +26,12 @@ from operator import attrgetter
 
 from server.engine.sequence import Sequence, Work
 
-_GENERATED = 2.0  # virtual tokens of a generated one: it has a step of its own
+_GENERATED = 2.0  # virtual tokens of a generated one, since it needs a step of its own
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The sequences that a step may have: those in the background, or those of some tenants, or all others."""
+    """The sequences allowed in a step: background ones, or those of some tenants, or all others."""
 
     background: bool = False
     tenants: frozenset[str] | None = None
@@ -44,38 +45,38 @@ class Group:
 class _Tenant:
     weight: float
     served: float = 0.0  # virtual tokens over its weight
-    sequences: int = 0  # that run or wait
+    sequences: int = 0  # running or waiting
     tokens: int = 0  # of their prompts
 
 
 class Shares:
-    """The tenants whose sequences run or wait.
+    """The tenants with running or waiting sequences.
 
     Args:
         places: most sequences running at once.
         tokens: capacity of the KV cache.
-        background_seconds: after which a sequence in the background may be as others are.
+        background_seconds: waiting time after which a background sequence may be promoted.
     """
 
     def __init__(self, places: int, tokens: int, background_seconds: float = math.inf) -> None:
         self._background_seconds = background_seconds
-        self._promoted: Sequence | None = None  # the last that was in the background, while it is here
+        self._promoted: Sequence | None = None  # the last promoted background sequence, until it ends
         self._places = places
         self._tokens = tokens
         self._tenants: dict[str, _Tenant] = {}
-        self._paused: dict[str, float] = {}  # service of tenants without sequences, if it is more than the least's
+        self._paused: dict[str, float] = {}  # service of absent tenants, where above the least of the present ones
 
     @property
     def contended(self) -> bool:
-        """More than one tenant is here."""
+        """Whether more than one tenant has sequences."""
         return len(self._tenants) > 1
 
     def served(self, tenant: str) -> float:
-        """Virtual tokens that a tenant had, over its weight."""
+        """Return a tenant's virtual tokens over its weight."""
         return self._tenants[tenant].served
 
     def enter(self, sequence: Sequence) -> None:
-        """A sequence is here from now on; its weight is its tenant's."""
+        """Add a sequence, which sets its tenant's weight."""
         tenant = self._tenants.get(sequence.tenant)
         if tenant is None:
             least = min((other.served for other in self._tenants.values()), default=0.0)
@@ -86,7 +87,7 @@ class Shares:
         tenant.tokens += len(sequence.prompt)
 
     def leave(self, sequence: Sequence) -> None:
-        """A sequence has ended."""
+        """Remove an ended sequence."""
         if sequence is self._promoted:
             self._promoted = None
         tenant = self._tenants[sequence.tenant]
@@ -100,7 +101,7 @@ class Shares:
         self._paused = {name: served for name, served in self._paused.items() if served > least}
 
     def promote(self, now: float, *queues: list[Sequence]) -> None:
-        """Bring the oldest of the background to the front if it has been here for long, and none was that still is."""
+        """Make the oldest background sequence an ordinary one after `background_seconds`, one at a time."""
         if self._promoted is not None:
             return
         behind = [queue for queue in queues if queue and queue[-1].background]
@@ -114,14 +115,14 @@ class Shares:
         self._promoted = oldest
 
     def charge(self, work: Work) -> None:
-        """Count a work that is submitted to the device."""
+        """Charge a submitted work to its tenant."""
         tenant = self._tenants[work.sequence.tenant]
         tenant.served += (work.count + (_GENERATED - 1) * work.samples) / tenant.weight
 
     def order(self, waiting: Seq[Sequence]) -> Iterator[Sequence]:
-        """The waiting sequences, each time the next of the tenant that had least; of one tenant in their order.
+        """Yield the waiting sequences, each time the next one of the tenant with the least service.
 
-        What was handed out counts as served here, since it will be.
+        Yielded sequences count as served here, since they will be.
         """
         if not self.contended:
             yield from waiting
@@ -139,7 +140,7 @@ class Shares:
                 del queues[name]
 
     def favoured(self, running: Seq[Sequence], waiting: Seq[Sequence]) -> frozenset[str] | None:
-        """The tenants to whom the next step belongs; None: it is everybody's."""
+        """Return the tenants to which the next step belongs; None: all."""
         if not self.contended:
             return None
         heavy = {
@@ -155,10 +156,10 @@ class Shares:
         return light if light and prompts else None
 
     def victim(self, newcomer: Sequence, running: Seq[Sequence]) -> Sequence | None:
-        """The running sequence whose room another may take, if any does.
+        """Return the running sequence to preempt for a newcomer, if any may be.
 
-        That is one in the background; else one of another tenant, which holds more than its share. A tenant of which
-        nothing runs may have one place even where that is more than its share.
+        It is a background sequence, or else one of another tenant that holds more than its share. A tenant without
+        running sequences may have one place even if that is more than its share.
         """
         if newcomer.background or not running:
             return None
@@ -172,7 +173,7 @@ class Shares:
         return self.youngest(running, beyond=max(1.0, then), spared={newcomer.tenant})
 
     def youngest(self, running: Seq[Sequence], beyond: float = 0.0, spared: Collection[str] = ()) -> Sequence | None:
-        """The youngest in the background, else of the tenant that is furthest above its share of what runs."""
+        """Return the youngest background sequence, or else the youngest of the tenant furthest above its share."""
         if not self.contended or not running or running[-1].background:
             return running[-1] if running else None
         held = {name: self._holds(name, running) for name in {one.tenant for one in running}.difference(spared)}
@@ -186,6 +187,6 @@ class Shares:
         return self._over(name, len(own), sum(one.length for one in own))
 
     def _over(self, name: str, sequences: int, tokens: int) -> float:
-        """Dominant share over the share that the tenant's weight gives."""
+        """Return the dominant share over the tenant's fair share by weight."""
         dominant = max(sequences / self._places, tokens / self._tokens)
         return dominant * sum(tenant.weight for tenant in self._tenants.values()) / self._tenants[name].weight

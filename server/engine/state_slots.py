@@ -1,8 +1,8 @@
-"""Slots of states: one for each running sequence, and snapshots by which the prefix cache finds a state again.
+"""Slots of states: one for each running sequence, and snapshots for the prefix cache.
 
-A slot is a number; the states live in tensors that this file never sees. Slots are blocks of a pool of their own:
-*used* ones are sequences', *cached* ones are snapshots, under the key of the last block before them, and leave in the
-order of their last use when a sequence or a newer snapshot needs a slot.
+A slot is a number here; the states lie in the tensors of `StateCache`. Slots are blocks of a pool of their own: *used*
+ones belong to sequences, *cached* ones are snapshots under the key of the last block before them, evicted in the order
+of their last use when a sequence or a newer snapshot needs a slot.
 """
 
 from dataclasses import replace
@@ -14,13 +14,13 @@ EVERY = 32  # blocks between snapshots; one more is taken near the end of a prom
 
 
 class StateSlots:
-    """Who has which slot.
+    """The slots of sequences and snapshots.
 
     Args:
-        count: slots 1..count, at least one for a sequence and one for the snapshot that it begins with; slot 0 is the
+        count: slots 1..count, at least one for a sequence and one for the snapshot it starts from; slot 0 is the
             state before a first token.
         block_size: tokens per block of the KV cache.
-        caching: when false there are no snapshots.
+        caching: whether snapshots are taken.
         every: blocks from one snapshot of a sequence to the next.
     """
 
@@ -34,20 +34,20 @@ class StateSlots:
 
     @property
     def counts(self) -> BlockCounts:
-        """Free slots, snapshots, and slots of sequences."""
+        """The numbers of free slots, snapshots, and slots of sequences."""
         return self._pool.counts
 
     @property
     def usage(self) -> float:
-        """Share of slots that sequences have."""
+        """The share of slots used by sequences."""
         return self.counts.used / self.num_slots
 
     def has(self, key: bytes) -> bool:
-        """Whether there is a snapshot after the block of this key."""
+        """Whether there is a snapshot after the block with this key."""
         return self._pool.has(key)
 
     def enter(self, sequence: Sequence, key: bytes | None) -> bool:
-        """Give a newcomer a slot, to go on from the snapshot of a key or from nothing; or change nothing."""
+        """Give a newcomer a slot, starting from the snapshot under `key` or from slot 0; False if there is none."""
         origin = [] if key is None else self._pool.match([key])
         slot = self._pool.allocate(1)
         if slot is None:
@@ -57,14 +57,14 @@ class StateSlots:
         return True
 
     def leave(self, sequence: Sequence) -> None:
-        """Take back what a sequence has, if anything."""
+        """Release a sequence's slots, if any."""
         self._pool.release([slot for slot in {sequence.slot, sequence.origin} if slot])
         sequence.slot = sequence.origin = 0
 
     def assign(self, work: Work) -> Work:
-        """A work that is submitted now, with the states that it reads and writes.
+        """Return a work of the step being submitted, with the states that it reads and writes.
 
-        Its snapshots are of positions that the sequence cannot take back: none lies among drafts.
+        No snapshot is taken at drafts, since these may be rejected.
         """
         sequence, size = work.sequence, self._block_size
         end = work.start + work.count
@@ -85,10 +85,10 @@ class StateSlots:
         return replace(work, runs=runs)
 
     def collected(self, work: Work, *, computed: bool) -> None:
-        """A work's step is over: give back the snapshots that it read and wrote; the latter can be found if it counts.
+        """After a work's step: release the snapshots that it read and wrote, caching the latter if `computed`.
 
         Args:
-            computed: false for a sequence that ended meanwhile.
+            computed: false for a sequence that ended in the meantime.
         """
         *saved, (_, _, _, own) = work.runs
         for _, position, _, slot in saved:
@@ -99,5 +99,5 @@ class StateSlots:
             self._pool.release([work.runs[0][2]])
 
     def reset_cache(self) -> None:
-        """Forget all snapshots."""
+        """Drop all snapshots."""
         self._pool.reset_cache()

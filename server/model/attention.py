@@ -1,7 +1,7 @@
 """The paged KV cache, and the attention function that transformers' models call.
 
-`register()` makes the function known under the name `ATTENTION`; a model loaded with that name asks its `StepSlot` how
-the step's tokens attend. `PagedAttention` is the serving answer. Knows block tables, not who owns the blocks.
+`register()` registers the function under the name `ATTENTION`; a model loaded with that name takes the step's attention
+from its `StepSlot`. In serving, that is a `PagedAttention`.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ KV_DTYPES = {  # by setting
     "int8": torch.int8,
 }
 
-# Keywords that models pass along and that change nothing here: the step already knows positions and has no mask.
+# Keywords that models pass and that have no effect here: the step has its own positions and no mask.
 _IGNORED = {
     "position_ids",
     "cache_position",
@@ -39,7 +39,7 @@ _IGNORED = {
 
 
 def register() -> None:
-    """Make `ATTENTION` an attention implementation of transformers. Must precede `from_pretrained`."""
+    """Register `ATTENTION` as an attention implementation of transformers. Must precede `from_pretrained`."""
     AttentionInterface.register(ATTENTION, _attention)
 
 
@@ -78,16 +78,16 @@ def _attention(
 class KVCache:
     """Keys and values of every layer in blocks. Block 0 of each group is scratch for padding rows.
 
-    Layers whose sequences need the same keys are a group, with blocks of its own: all that see everything, and those of
-    each window. Shapes are each layer's own; a layer that reads another's keys and values has no more than these.
+    Layers that need the same keys of a sequence form a group, with blocks of its own: the layers with full attention,
+    and those of each window. Shapes are per layer; a layer that reads another's keys and values shares its tensors.
 
     Args:
         blocks: per group of `windows`.
-        dtype: of the numbers kept, one of `KV_DTYPES`.
-        compute: dtype that attention computes in.
+        dtype: of the stored numbers, one of `KV_DTYPES`.
+        compute: dtype in which attention computes.
 
     Attributes:
-        windows: per group how many of the last keys its layers see; 0 for all, which comes first.
+        windows: per group, the number of last keys that its layers see; 0, for all, comes first.
         k, v: per layer `[1 + blocks, Hkv, block_size, D]`.
     """
 
@@ -114,17 +114,17 @@ class KVCache:
                     tensors.append(tensors[layer.source] if layer.kv_heads else torch.empty(0))
                     continue
                 shape = (1 + blocks[self.group_of[index]], layer.kv_heads, block_size, _row_bytes(layer, dtype))
-                # Zeros: a fresh block read beyond its filled part must not hold NaN.
+                # Zeros, since kernels may read a block beyond its filled part, which must not hold NaN.
                 tensors.append(zeros(shape, torch.int8, device).view(dtype))
 
 
 def windows(layers: Sequence[LayerKV]) -> list[int]:
-    """The groups of a cache for these layers: their windows, ascending."""
+    """Return the windows of a cache's groups for these layers, ascending."""
     return sorted(set(reaches(layers)))
 
 
 def block_bytes(layers: Sequence[LayerKV], block_size: int, dtype: torch.dtype) -> list[int]:
-    """Bytes that one block of each group takes over all of its layers."""
+    """Return the bytes of one block of each group, over all of its layers."""
     sizes = dict.fromkeys(windows(layers), 0)
     for index, (layer, reach) in enumerate(zip(layers, reaches(layers), strict=True)):
         if layer.source == index:
@@ -140,7 +140,7 @@ class PagedAttention:
     """One serving step: write the new keys and values, then attend over each request's blocks.
 
     Args:
-        slots: per group int64 [T], where each token's key goes (block * block_size + offset).
+        slots: per group int64 [T], the place of each token's key (block * block_size + offset).
         seqs: int32 [R, 3], columns q_start, q_end, kv_len after this step.
         block_tables: per group int32 [R, max_blocks].
     """
@@ -170,7 +170,7 @@ class PagedAttention:
             missing = cache.layers[layer].head_dim - states.shape[2]
             return (nn.functional.pad(states, (0, missing)) if missing else states).to(cache.compute)
 
-        # fp32 norms can upcast q and k: compute in one dtype, answer in the query's.
+        # fp32 norms can upcast q and k: compute in one dtype, return the query's.
         if cache.layers[layer].source == layer:
             kernels.write_kv(fit(k), fit(v), keys, values, self.slots[group])
         out = kernels.paged_attention(

@@ -1,7 +1,7 @@
-"""Load the base model once: quantise it (or read the quantised copy), check that it is servable, wrap its linears.
+"""Loading the base model: quantise it (or read the quantised copy), check that it is servable, wrap its linears.
 
-What comes out is transformers' own model with our attention function and `LoraLinear`s; its bytes never change again,
-and `Base.digest()` can prove it.
+The result is transformers' own model with our attention function and `LoraLinear`s; its bytes never change again, as
+`Base.digest()` can prove.
 """
 
 import copy
@@ -36,9 +36,9 @@ log = logging.getLogger("lorakeet.engine")
 M = TypeVar("M", bound=nn.Module)
 
 SERVED_LAYERS = {"full_attention", "sliding_attention"}
-OTHER_LAYERS = {"linear_attention", "conv", "hybrid", "moe", "mlp"}  # of the types that `mixers` takes over
+OTHER_LAYERS = {"linear_attention", "conv", "hybrid", "moe", "mlp"}  # served in the model types of `mixers.TYPES`
 ALIBI = {"bloom", "mpt"}  # model types
-# Features whose config entry alone tells that the engine cannot serve them, and their names for people.
+# Config entries of features that the engine cannot serve, and how messages name them.
 UNSERVED = {
     "kv_lora_rank": "this attention variant is",
 }
@@ -46,7 +46,7 @@ UNSERVED = {
 
 @dataclass(frozen=True)
 class Base:
-    """A loaded base model and the geometry that the engine needs of it."""
+    """A loaded base model and its geometry, as the engine needs it."""
 
     model: transformers.PreTrainedModel
     slot: StepSlot
@@ -59,29 +59,29 @@ class Base:
     tied: bool  # head and input embedding are one matrix
     embedding: str  # full name
     head: str
-    aside: list[str]  # full names of modules that text does not pass
+    aside: list[str]  # full names of modules that are not run for text
     renamed: dict[str, str]  # parameter in the files -> in the model, where these differ
-    transposed: bool  # the files hold weights of linears as [in, out]
+    transposed: bool  # whether the files hold weights of linears as [in, out]
     experts: list[ExpertLinear]
-    states: dict[int, LayerState] = field(default_factory=dict)  # by layer, of those that keep one of fixed size
-    norms: list[str] = field(default_factory=list)  # full names of those that adapters may replace
-    routers: list[str] = field(default_factory=list)  # to experts, likewise
-    by_token: list[str] = field(default_factory=list)  # of tables with a row for each token, besides the embedding
-    opaque_embedding: bool = False  # it does more than to look up rows and scale them
+    states: dict[int, LayerState] = field(default_factory=dict)  # by layer, of those that keep a state
+    norms: list[str] = field(default_factory=list)  # full names of norms that adapters may replace
+    routers: list[str] = field(default_factory=list)  # full names of experts' routers that adapters may replace
+    by_token: list[str] = field(default_factory=list)  # full names of further tables with a row per token
+    opaque_embedding: bool = False  # whether it does more than look up rows and scale them
 
     @property
     def linear_sizes(self) -> dict[str, LinearSize]:
-        """Of every linear that adapters may touch, by full name, in the order of their indices."""
+        """The sizes of all linears that adapters may target, by full name, in the order of their indices."""
         return {linear.name: linear.size for linear in self.linears}
 
     @property
     def expert_sizes(self) -> dict[str, ExpertsSize]:
-        """Of every linear of a layer's experts, by full name, in the order of their modules."""
+        """The sizes of all experts' linears, by full name, in module order."""
         return {linear.name: linear.size for linear in self.experts}
 
     @property
     def trainable(self) -> list[LoraLinear | ExpertLinear]:
-        """Everything that adapters of A and B may touch, in the order of their indices."""
+        """All linears that LoRA may target, in the order of their indices."""
         return [*self.linears, *self.experts]
 
     @property
@@ -102,9 +102,9 @@ class Base:
         return type(self.model).__name__
 
     def context_length(self, asked: int | None) -> int:
-        """The context to serve: `asked` tokens, or all that the positions allow.
+        """Return the context length to serve: `asked` tokens, or the most that the positions allow.
 
-        Raises UnservableModel when more is asked than they allow: beyond it, answers would be wrong.
+        Raises UnservableModel if `asked` exceeds that, since answers beyond it would be wrong.
         """
         if asked is not None and asked > self.max_model_len:
             raise UnservableModel(
@@ -114,7 +114,7 @@ class Base:
         return asked or self.max_model_len
 
     def digest(self) -> str:
-        """Hash of every byte that defines the base: weights, quantisation state, biases, norms, embeddings."""
+        """Return a hash of all bytes that define the base: weights, quantisation state, biases, norms, embeddings."""
         digest = hashlib.sha256()
         for name, tensor in sorted(_frozen_tensors(self.model), key=itemgetter(0)):
             digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
@@ -133,10 +133,10 @@ def load(
         dtype: "auto" (bf16 on CUDA, fp32 on CPU) or a torch dtype's name.
         device: "auto", "cpu" or "cuda[:N]".
         cache_dir: holds quantised copies, so that the next start takes seconds.
-        max_model_len: the context asked for, by which longrope has its short or its long factors.
+        max_model_len: the requested context length, which selects longrope's short or long factors.
 
     Raises:
-        UnservableModel: the model, its attention or its positions cannot be served, or the device is not there.
+        UnservableModel: the model, its attention or its positions cannot be served, or the device does not exist.
     """
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise UnservableModel(f"--device {device}: this machine has no CUDA device that torch can use")
@@ -161,9 +161,9 @@ def load(
 
 @contextmanager
 def refusing(model: str) -> Iterator[None]:
-    """Turn libraries' exceptions over a model into one line that names it; faults of the device pass through.
+    """Turn libraries' exceptions into an UnservableModel of one line that names the model.
 
-    Raises UnservableModel.
+    Faults of the device and of memory pass through.
     """
     try:
         yield
@@ -184,7 +184,7 @@ def _first_line(fault: Exception) -> str:
 
 
 def with_weights(base: Base, weights: Mapping[str, QuantizedWeight | ExpertWeights]) -> Base:
-    """The same base with other weights in some of its linears, experts' included, by full name.
+    """Return the base with other weights in some linears, experts included, by full name.
 
     Everything else is shared, not copied.
     """
@@ -195,7 +195,7 @@ def with_weights(base: Base, weights: Mapping[str, QuantizedWeight | ExpertWeigh
 
 
 def _altered(module: M, **attributes: Any) -> M:
-    """A shallow copy with other attributes."""
+    """Return a shallow copy with other attributes."""
     altered = copy.copy(module)
     for name, value in attributes.items():
         setattr(altered, name, value)
@@ -203,7 +203,7 @@ def _altered(module: M, **attributes: Any) -> M:
 
 
 def _view(module: nn.Module, replaced: Mapping[int, nn.Module]) -> Any:
-    """A module with other modules (old one's id -> new one) somewhere below it; those above them are shallow copies."""
+    """Return a module with some submodules replaced (id of the old one -> new one); parents are shallow copies."""
     if id(module) in replaced:
         return replaced[id(module)]
     children = {name: None if child is None else _view(child, replaced) for name, child in module._modules.items()}
@@ -215,10 +215,10 @@ def _view(module: nn.Module, replaced: Mapping[int, nn.Module]) -> Any:
 
 
 def sketch_head(base: Base) -> None:
-    """Let greedy tokens be found without reading all of the head, where there are kernels that do."""
+    """Add a screening copy to the head, so that greedy tokens need not read all of it, where kernels support that."""
     head: FrozenLinear = base.model.get_output_embeddings()
     if kernels.runs_natively(base.device, base.dtype):
-        with suppress(ValueError):  # not of a shape that they take
+        with suppress(ValueError):  # a shape that they do not support
             head.weight = head.weight.with_sketch()
 
 
@@ -259,7 +259,7 @@ class NarrowEmbedding(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.dtype = dtype
         if scale is not None:
-            self.embed_scale = scale  # of the rows; by the name that Gemma's embedding has it
+            self.embed_scale = scale  # of the rows; the name is that of Gemma's embedding
 
     def forward(self, ids: Tensor) -> Tensor:
         rows = nn.functional.embedding(ids, self.weight).to(self.dtype)
@@ -341,7 +341,7 @@ def _narrow_head(model: transformers.PreTrainedModel, dtype: torch.dtype) -> Non
     tied = head.weight.data_ptr() == embedding.weight.data_ptr()
     scale = getattr(embedding, "embed_scale", None)
     scaled = isinstance(scale, Tensor) and type(embedding).__name__.endswith("TextScaledWordEmbedding")
-    # Any other kind of tied embedding computes in the dtype of its matrix.
+    # Other kinds of tied embeddings compute in their matrix's dtype.
     narrows = not tied or scaled or type(embedding) is nn.Embedding
     if narrows and dtype == torch.float32 and native.load() is not None and _exact_in_bf16(head.weight):
         narrow = head.weight.data.bfloat16()
@@ -356,7 +356,7 @@ def _exact_in_bf16(weight: Tensor) -> bool:
 
 
 def _frozen_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Every distinct tensor that defines the base, quantisation state included."""
+    """Return all tensors that define the base, quantisation state included, by name."""
     found: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
     for name, module in model.named_modules():
         if isinstance(module, FrozenLinear):

@@ -1,7 +1,7 @@
-"""Mixtures of experts: taken out of a model before its weights are read, read expert by expert, quantised and kept.
+"""Mixtures of experts: taken out of a model before its weights are read, then read expert by expert and quantised.
 
 transformers holds each linear of a layer's experts as one parameter, which its own loading would read whole and leave
-unquantised. Files have it like that, or as one tensor an expert; its own conversions tell.
+unquantised. Files hold it like that or as one tensor per expert, as transformers' conversions describe.
 """
 
 import copy
@@ -39,28 +39,28 @@ from server.model import UnservableModel, naming
 
 EXPERTS = "lorakeet"
 FILE = "experts.safetensors"  # of a quantised copy
-MXFP4 = "mxfp4"  # the storage of files whose experts alone are quantised, and decoded as they are read
+MXFP4 = "mxfp4"  # storage in which only experts are quantised; they are decoded when read
 
-_EACH = (MergeModulelist, Concatenate, Transpose, Interleave)  # conversions that do to each expert what they do to all
+_EACH = (MergeModulelist, Concatenate, Transpose, Interleave)  # conversions that treat each expert separately
 _COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
 
 def register() -> None:
-    """Make `EXPERTS` an experts implementation of transformers. Must precede `from_pretrained`."""
+    """Register `EXPERTS` as an experts implementation of transformers. Must precede `from_pretrained`."""
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS, experts.forward)
 
 
 def declared(config: Any) -> str | None:
-    """What a text model's config says of experts, or None."""
+    """Return a text model's number of experts as an entry of its config, for messages; None without experts."""
     parts = [part for part in (config, getattr(config, "ffn_config", None)) if part is not None]
     counts = ((name, getattr(part, name, None)) for part in parts for name in _COUNTS)
     return next((f"{name} = {count}" for name, count in counts if count), None)
 
 
 def take_out(model: transformers.PreTrainedModel) -> None:
-    """Put empty `ExpertLinear`s in place of the experts' weights.
+    """Replace the experts' weights with empty `ExpertLinear`s.
 
-    Raises UnservableModel for experts that are not held as transformers' interface for experts has them.
+    Raises UnservableModel for experts that do not follow transformers' interface for experts.
     """
     found = []
     for name, module in list(model.named_modules()):
@@ -83,14 +83,14 @@ def take_out(model: transformers.PreTrainedModel) -> None:
 
 
 def linears(model: nn.Module) -> dict[str, ExpertLinear]:
-    """The experts' linears of a model, by full name."""
+    """Return the experts' linears of a model, by full name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, ExpertLinear)}
 
 
 def attach(
     model: transformers.PreTrainedModel, slot: StepSlot, first: int, renamed: Mapping[str, str]
 ) -> list[ExpertLinear]:
-    """Have the experts' linears ask `slot` for adapters, under indices from `first` on.
+    """Attach the experts' linears to `slot` for adapters, with indices from `first` on.
 
     Args:
         renamed: parameter in the model's files -> in the model, where these differ.
@@ -117,7 +117,7 @@ def attach(
 
 
 def _parts(model: transformers.PreTrainedModel) -> dict[str, list[str]]:
-    """How the linears of single experts are called that a parameter is made of, by the end of its name."""
+    """Return the names of the single experts' linears that make up a parameter, by the end of its name."""
     found = {}
     for conversion in get_model_conversion_mapping(model):
         if isinstance(conversion, WeightConverter) and len(conversion.target_patterns) == 1:
@@ -133,7 +133,7 @@ def read(
 ) -> None:
     """Read the experts from the model's files, one at a time, and quantise them (`ExpertWeights.quantize`).
 
-    Raises UnservableModel for files that lack some, or hold them otherwise.
+    Raises UnservableModel for missing experts or unexpected shapes.
     """
     targets = linears(model)
     if not targets:
@@ -183,7 +183,7 @@ def _expert(
     expert: int,
     read: Callable[[str, int | None], Tensor],
 ) -> Tensor:
-    """One expert's part of a parameter, `[1, ...]`, by the conversion that makes the whole of it."""
+    """Return one expert's part of a parameter, `[1, ...]`, made by the whole parameter's conversion."""
     if not sources:
         raise UnservableModel(f"{target} is not in the files")
     if "" in sources:
@@ -200,14 +200,14 @@ def _expert(
             raise UnservableModel(f"{target} lacks expert {expert} in the files")
         name = names[expert] if apart else names[0]
         converter.collected_tensors[pattern].append(read(name, None if apart else expert))
-    # A model of one expert, for conversions that look at the parameter's shape.
+    # A model of one expert, for conversions that read the parameter's shape.
     alone = SimpleNamespace(get_parameter=lambda _: torch.empty((1, *shape[1:]), device="meta"))
     made: Tensor | list[Tensor] = converter.convert(target, model=alone)[target]
     return made[0] if isinstance(made, list) else made
 
 
 def save(model: nn.Module, directory: Path) -> None:
-    """Write the experts of a quantised copy, if there are any."""
+    """Write the experts of a quantised copy, if any."""
     tensors: dict[str, Tensor] = {}
     kept: dict[str, str] = {}
     for name, linear in linears(model).items():
@@ -218,7 +218,7 @@ def save(model: nn.Module, directory: Path) -> None:
 
 
 def load(model: nn.Module, directory: Path, dtype: torch.dtype, device: torch.device) -> None:
-    """Read what `save` wrote."""
+    """Read the experts written by `save`."""
     if not linears(model):
         return
     with safe_open(directory / FILE, "pt", device=str(device)) as file:
@@ -237,7 +237,7 @@ def load(model: nn.Module, directory: Path, dtype: torch.dtype, device: torch.de
 
 
 def pad_routers(model: nn.Module) -> list[nn.Module]:
-    """Make routers batch-invariant: all modules beside experts that multiply by a parameter of their own."""
+    """Make routers batch-invariant: all modules next to experts that multiply by their own parameter."""
     found: list[nn.Module] = []
     for name, module in list(model.named_modules()):
         if not any(isinstance(child, ExpertLinear) for child in module.children()):

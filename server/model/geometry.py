@@ -1,6 +1,6 @@
-"""What each layer of a model keeps of a token: heads, their size, and whose keys and values it reads; or nothing.
+"""The KV geometry of each layer: heads, their size, the window, and the source layer of its keys and values.
 
-Read off one step of the model itself: configs say it in too many ways.
+It is recorded from one step of the model, since configs describe it in too many ways.
 """
 
 from collections import Counter
@@ -19,16 +19,16 @@ from server.model.probe import TOKEN, TOKENS, NoStates
 
 @dataclass(frozen=True)
 class LayerKV:
-    """One layer's keys and values; of no heads where it does not attend."""
+    """One layer's keys and values; zero heads if it does not attend."""
 
     kv_heads: int
-    head_dim: int  # the wider one of keys and values
-    window: int  # a token sees so many of the last keys; 0 for all
-    source: int  # the layer that they belong to: itself, or an earlier one
+    head_dim: int  # the larger of the sizes of keys and values
+    window: int  # number of last keys that a token sees; 0 for all
+    source: int  # the layer that makes the keys and values: itself or an earlier one
 
 
 def reaches(layers: Sequence[LayerKV]) -> list[int]:
-    """Per layer the widest window of the layers that read the same keys; 0 for all."""
+    """Return, per layer, the widest window of the layers that read the same keys; 0 for all."""
     windows = [[other.window for other in layers if other.source == layer.source] for layer in layers]
     return [0 if 0 in seen else max(seen) for seen in windows]
 
@@ -48,9 +48,9 @@ class _Recorder:
 def probe(
     model: nn.Module, slot: StepSlot, layers: int, device: torch.device, without: Collection[int] = ()
 ) -> list[LayerKV]:
-    """Run a few tokens through a model whose attention and states ask `slot`, and see what each layer keeps.
+    """Run a few tokens through a model attached to `slot`, and return each layer's geometry.
 
-    Raises UnservableModel unless every layer attends exactly once; those of `without` need not.
+    Raises UnservableModel unless every layer attends exactly once; layers of `without` need not.
     """
     recorder = _Recorder()
     slot.attention, slot.states = recorder, NoStates()
@@ -64,11 +64,11 @@ def probe(
     if not order or len(set(order)) != len(order) or not needed <= set(order) <= set(range(layers)):
         raise _irregular(model, len(order), len(needed))
     found: dict[int, LayerKV] = {}
-    owners: dict[tuple[int, int], int] = {}  # addresses of keys and values -> the layer that made them
+    owners: dict[tuple[int, int], int] = {}  # addresses of keys and values -> their layer
     for layer, window, k, v in recorder.calls:
         source = owners.setdefault((k.data_ptr(), v.data_ptr()), layer)
         found[layer] = LayerKV(k.shape[1], max(k.shape[2], v.shape[2]), window, source)
-    # One that keeps no keys must not make a group of its own.
+    # A layer without keys must not form a group of its own.
     windows = [kept.window for kept in found.values()]
     reach = 0 if 0 in windows else max(windows)
     return [found.get(layer) or LayerKV(0, 0, reach, layer) for layer in range(layers)]
@@ -88,9 +88,9 @@ class _Counted:
 
 @contextmanager
 def held(decoder: nn.Module, slot: StepSlot, layers: Sequence[LayerKV]) -> Iterator[None]:
-    """Within it every step of the decoder's modules must attend as `probe` saw: else UnservableModel is raised.
+    """Raise UnservableModel if a step within the context attends otherwise than `probe` recorded.
 
-    A layer that attends twice, or once more in steps of another size, may give right numbers all the same.
+    Comparing numbers is not enough: a layer that attends twice, or more often in larger steps, may still be right.
     """
     expected = {layer: 1 for layer, kept in enumerate(layers) if kept.kv_heads}
 

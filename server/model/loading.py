@@ -1,7 +1,7 @@
-"""The weights of a base: read from its files, quantised, or read from the quantised copy.
+"""Loading a base's weights: read from its files and quantised, or read from the quantised copy.
 
-Of a wrapper (a text model among encoders of images and sound) only the text tower is built and read: its class is
-transformers' own, whose other parts are dropped before any weight is looked at.
+Of a wrapper (a text model with encoders of images and sound) only the text tower is built and read: its class is
+transformers' own, with the other parts dropped before any weight is read.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 def model_class(config: Any) -> type[transformers.PreTrainedModel] | None:
-    """transformers' class for this type: a wrapper of text and images, or a causal model; None when it has neither."""
+    """Return transformers' class for this config: a model of text and images or a causal one; None without either."""
     for mapping in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
         if type(config) in mapping:
             return cast("type[transformers.PreTrainedModel]", mapping[type(config)])
@@ -35,7 +35,7 @@ def model_class(config: Any) -> type[transformers.PreTrainedModel] | None:
 
 
 def text_tower(whole: type[transformers.PreTrainedModel]) -> type[transformers.PreTrainedModel]:
-    """The same class, by the same name, without the modules and parameters that text does not pass."""
+    """Return a subclass of the same name without the modules and parameters that are not run for text."""
 
     def initialise(self: transformers.PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
         whole.__init__(self, config, *args, **kwargs)
@@ -51,7 +51,7 @@ def text_tower(whole: type[transformers.PreTrainedModel]) -> type[transformers.P
 def load_quantized(
     directory: Path, config: Any, quantization: str, dtype: torch.dtype, device: torch.device, cache_dir: Path
 ) -> transformers.PreTrainedModel:
-    """The model of this config, its weights as `quantization` asks. Raises UnservableModel."""
+    """Load the model of this config, with weights quantised by `quantization`. Raises UnservableModel."""
     method = _method(config)
     if method not in (None, experts.MXFP4) and "bitsandbytes" not in method:
         raise UnservableModel(
@@ -73,7 +73,7 @@ def load_quantized(
 
 
 def _method(config: Any) -> str | None:
-    """How the files' weights are quantised, or None."""
+    """Return the quantisation method of the files' weights, or None."""
     stored = getattr(config, "quantization_config", None)
     if stored is None:
         return None
@@ -89,11 +89,11 @@ def _from_pretrained(
     whole = model_class(config)
     assert whole is not None, "check_servable comes first"
     text = config.get_text_config(decoder=True)
-    text.output_router_logits = False  # for a loss of training; without routers, transformers fails over it
+    text.output_router_logits = False  # only for a training loss; transformers fails if there are no routers
     ours = {name: attention.ATTENTION for name in config.sub_configs if getattr(config, name, None) is text}
     ours[""] = attention.ATTENTION
     with _without_adapter(directory) as weights:
-        # transformers 5 types this as returning Any.
+        # typed as Any by transformers 5
         model: transformers.PreTrainedModel = text_tower(whole).from_pretrained(
             weights,
             config=config,
@@ -111,7 +111,7 @@ def _from_pretrained(
 
 @contextmanager
 def _without_adapter(directory: Path) -> Iterator[Path]:
-    """The model's directory; one that holds an adapter as well is shown without it, or it would be loaded too."""
+    """Yield the model's directory, or a view of it without its adapter files, which would be loaded too."""
     if not (directory / ADAPTER_CONFIG).exists():
         yield directory
         return
@@ -135,7 +135,7 @@ def _bnb_config(quantization: str, dtype: torch.dtype) -> transformers.BitsAndBy
 
 
 def _cache_key(directory: Path, quantization: str, dtype: torch.dtype) -> str:
-    """Names a quantised copy by its source files and everything that shapes the result."""
+    """Return the name of a quantised copy: a hash of its source files, the settings and the libraries' versions."""
     files = [
         (path.name, path.stat().st_size, path.stat().st_mtime_ns)
         for path in sorted(directory.resolve().iterdir())
@@ -161,5 +161,5 @@ def _save_atomically(model: transformers.PreTrainedModel, target: Path) -> None:
             experts.save(model, staging)
             staging.rename(target)
     except OSError as fault:
-        if not target.exists():  # else another process was first, and its copy is as good
+        if not target.exists():  # otherwise another process was first, with the same copy
             raise UnservableModel(f"the quantised base could not be written to the cache: {fault}") from fault

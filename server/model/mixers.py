@@ -1,8 +1,8 @@
 """Layers that mix tokens by a state of fixed size: gated DeltaNet, short convolutions, Mamba-2.
 
-transformers computes these for whole sequences, padded to equal lengths. Here each kind is taken over for packed
-tokens: the module's own projections and norms run on all of them, and the `StepSlot` does what needs a sequence's
-state. Without a step the module does as transformers wrote it.
+transformers computes these for whole sequences, padded to equal lengths. Here the `forward` of each kind is replaced
+for packed tokens: the module's own projections and norms run on all tokens, and the `StepSlot` does the convolution
+and the recurrence over sequences' states. Without a step, the module runs transformers' own `forward`.
 """
 
 from abc import abstractmethod
@@ -18,7 +18,7 @@ from server.model.states import LayerState
 
 
 class _Mixer(nn.Module):
-    """Mixed into a module's class, in front of it."""
+    """A mixin placed before a module's class."""
 
     step_slot: StepSlot
     taps: Tensor
@@ -34,12 +34,12 @@ class _Mixer(nn.Module):
         """[T, hidden] -> [T, hidden]."""
 
     def memory(self) -> tuple[int, int, int] | None:
-        """The shape of its linear attention's state."""
+        """Return the shape of the linear attention's state, if any."""
         return None
 
 
 class ShortConvolution(_Mixer):
-    """LFM2's."""
+    """The short convolution of LFM2."""
 
     def mix(self: Any, x: Tensor, states: States) -> Tensor:
         before, after, x = self.in_proj(x).chunk(3, -1)
@@ -48,7 +48,7 @@ class ShortConvolution(_Mixer):
 
 
 class GatedDeltaNet(_Mixer):
-    """Qwen3.5's."""
+    """The gated DeltaNet of Qwen3.5."""
 
     gain = 1.0
 
@@ -62,7 +62,7 @@ class GatedDeltaNet(_Mixer):
         return self.finished(out.reshape(-1, self.head_v_dim), gate.reshape(-1, self.head_v_dim), len(x))
 
     def projected(self: Any, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys and values in one; the gate; a and b of `Recurrence`."""
+        """Return queries, keys and values in one tensor; the gate; a and b of `Recurrence`."""
         return self.in_proj_qkv(x), self.in_proj_z(x), self.in_proj_a(x), self.in_proj_b(x)
 
     def finished(self: Any, out: Tensor, gate: Tensor, tokens: int) -> Tensor:
@@ -74,7 +74,7 @@ class GatedDeltaNet(_Mixer):
 
 
 class Qwen3NextDeltaNet(GatedDeltaNet):
-    """Qwen3-Next's, whose projections are interleaved by key head."""
+    """The gated DeltaNet of Qwen3-Next, with projections interleaved by key head."""
 
     def projected(self: Any, x: Tensor) -> tuple[Tensor, ...]:
         projections = self.in_proj_qkvz(x)[None], self.in_proj_ba(x)[None]
@@ -83,7 +83,7 @@ class Qwen3NextDeltaNet(GatedDeltaNet):
 
 
 class OlmoDeltaNet(GatedDeltaNet):
-    """OLMo Hybrid's, which may also turn a state round."""
+    """The gated DeltaNet of OLMo Hybrid, which may allow negative eigenvalues of the state's transition."""
 
     @property
     def gain(self: Any) -> float:  # type: ignore[override]
@@ -103,7 +103,7 @@ class OlmoDeltaNet(GatedDeltaNet):
 
 
 class Mamba2(_Mixer):
-    """Granite 4's, Bamba's, Nemotron-H's and Zamba2's."""
+    """The Mamba-2 layer of Granite 4, Bamba, Nemotron-H and Zamba2."""
 
     def mix(self: Any, x: Tensor, states: States) -> Tensor:
         gate, mixed, dt = self.projected(x).split([self.intermediate_size, self.conv_dim, self.num_heads], -1)
@@ -118,7 +118,7 @@ class Mamba2(_Mixer):
         return y
 
     def projected(self: Any, x: Tensor) -> Tensor:
-        """The gate; values, keys and queries in one; the steps."""
+        """Return, in one tensor: the gate, values, keys, queries, and step sizes."""
         y: Tensor = self.in_proj(x)
         return y
 
@@ -131,7 +131,7 @@ class Mamba2(_Mixer):
 
 
 class FalconMamba2(Mamba2):
-    """Falcon-H1's, with multipliers and not always a norm."""
+    """The Mamba-2 layer of Falcon-H1, with multipliers and an optional norm."""
 
     def projected(self: Any, x: Tensor) -> Tensor:
         y: Tensor = self.in_proj(x * self.ssm_in_multiplier) * self.mup_vector[0, 0]
@@ -154,14 +154,14 @@ KINDS: dict[str, type[_Mixer]] = {  # by transformers' classes
     "Qwen3_5GatedDeltaNet": GatedDeltaNet,
     "Qwen3_5MoeGatedDeltaNet": GatedDeltaNet,
 }
-TYPES = {  # of text models that were held against transformers
+TYPES = {  # text model types tested against transformers
     *("bamba", "falcon_h1", "granitemoehybrid", "lfm2", "lfm2_moe", "lfm3", "nemotron_h", "olmo_hybrid"),
     *("qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"),
 }
 
 
 def attach(model: nn.Module, slot: StepSlot) -> dict[int, LayerState]:
-    """Take over every such layer of a loaded model. Returns their states, by layer. Raises UnservableModel."""
+    """Replace every such layer's class in a loaded model. Returns their states, by layer. Raises UnservableModel."""
     found: dict[int, LayerState] = {}
     for module in list(model.modules()):
         stock = type(module)
@@ -171,7 +171,7 @@ def attach(model: nn.Module, slot: StepSlot) -> dict[int, LayerState]:
         convolution = next(child for child in module.children() if isinstance(child, nn.Conv1d))
         if getattr(module, "activation", "silu") not in {"silu", "swish"}:
             raise UnservableModel(f"{stock.__name__} is not served with the activation {module.activation}")
-        # By class, so that a copy of the module with other weights runs on those.
+        # The class is replaced, not the method, so that a copy of the module with other weights uses these.
         module.__class__ = type(stock.__name__, (kind, stock), {"__module__": stock.__module__})
         assert isinstance(module, _Mixer)
         module.step_slot = slot

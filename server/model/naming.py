@@ -1,4 +1,4 @@
-"""How a model's modules and parameters are called, in the model and in its files."""
+"""Names of a model's modules and parameters, in the model and in its files."""
 
 import re
 from collections.abc import Callable
@@ -12,16 +12,16 @@ from transformers.pytorch_utils import Conv1D
 
 from adapters.peft_format.outline import Outline
 
-_WHOLE = "_lorakeet_whole"  # attribute of a model without parts: names of all its parameters, and of the parts
+_WHOLE = "_lorakeet_whole"  # attribute of a model: names of its original parameters, and of the dropped parts
 
 
 def class_name(config: Any) -> str:
-    """The class that a model's config names, or its type."""
+    """Return the class named by a model's config, or its type."""
     return str((getattr(config, "architectures", None) or [config.model_type])[0])
 
 
 def renamed(model: transformers.PreTrainedModel, directory: Path) -> dict[str, str]:
-    """Parameter in the files of `directory` -> the model's name for it, where these differ; dropped parts included.
+    """Return the model's names of parameters in the files of `directory`, where they differ, also for dropped parts.
 
     The model's linears must not have been wrapped yet.
     """
@@ -36,7 +36,7 @@ def renamed(model: transformers.PreTrainedModel, directory: Path) -> dict[str, s
 
 
 def in_model(model: transformers.PreTrainedModel) -> Callable[[str], tuple[str, str | None]]:
-    """A parameter's name in the files -> the model's, and the source pattern of the conversion that makes it."""
+    """Return a function from a parameter's name in the files to the model's name and its conversion's pattern."""
     conversions = get_model_conversion_mapping(model)
     renamings = [conversion for conversion in conversions if isinstance(conversion, WeightRenaming)]
     converters = [conversion for conversion in conversions if isinstance(conversion, WeightConverter)]
@@ -45,7 +45,7 @@ def in_model(model: transformers.PreTrainedModel) -> Callable[[str], tuple[str, 
 
 
 def drop_aside(model: transformers.PreTrainedModel) -> None:
-    """Take out of a model what text does not pass: of one of text and more, whatever is beside its decoder and head."""
+    """Drop the modules that are not run for text: in multimodal models, all besides embedding, decoder and head."""
     parameters, parts = dict.fromkeys(model.state_dict(), True), []
     if model.config.get_text_config() is not model.config:
         parts = _aside(model)
@@ -59,7 +59,7 @@ def drop_aside(model: transformers.PreTrainedModel) -> None:
 
 
 def aside(model: transformers.PreTrainedModel) -> list[str]:
-    """Full names of the parts that `drop_aside` took out of a model."""
+    """Return the full names of the parts that `drop_aside` dropped."""
     return list(getattr(model, _WHOLE)[1])
 
 
@@ -69,12 +69,12 @@ def _aside(model: transformers.PreTrainedModel) -> list[str]:
     found: list[str] = []
     for name, _ in model.named_modules():
         known = (*names, *(f"{other}." for other in found))
-        # Neither such a module, nor in one, nor around one.
+        # Neither one of these modules, nor inside or around one.
         if name and not any(f"{name}.".startswith(one) or one.startswith(f"{name}.") for one in known):
             found.append(name)
     return found
 
 
 def transposed(model: transformers.PreTrainedModel) -> bool:
-    """Whether it was made of linears that hold their weight as [in, out]."""
+    """Whether the model's linears originally held their weights as [in, out]."""
     return any(issubclass(getattr(module, "source_cls", type(module)), Conv1D) for module in model.modules())

@@ -1,4 +1,4 @@
-"""How many tokens a model's positions reach, and rope that must not change with them."""
+"""The context length that a model's positions allow, and rope made independent of the batch's length."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,11 +10,13 @@ from server.model import UnservableModel, naming
 
 
 def longest_context(text: Any, asked: int | None = None) -> int:
-    """The most tokens whose positions a text model encodes as its makers meant. Raises UnservableModel without any.
+    """Return the longest context for which a text model's positions are intended.
 
     Yarn and linear scaling reach `factor` times the positions of pretraining. Rope that changes with the longest
-    sequence of the batch (dynamic, longrope) is served as far as it has not changed yet, where it depends on nothing;
-    when more is asked of longrope, with its long factors for every length.
+    sequence of the batch (dynamic, longrope) is served only up to the length at which it would change; if more is
+    requested (`asked`), longrope uses its long factors for every length.
+
+    Raises UnservableModel if the config states no longest context.
     """
     most = getattr(text, "max_position_embeddings", None)
     if not isinstance(most, int) or most < 1:
@@ -26,7 +28,7 @@ def longest_context(text: Any, asked: int | None = None) -> int:
 
 
 def _scalings(text: Any) -> list[Mapping[str, Any]]:
-    """The settings of rope, of each kind of layer where these differ."""
+    """Return the settings of rope, one per kind of layer if they differ."""
     rope = getattr(text, "rope_parameters", None) or {}
     return [rope] if "rope_type" in rope else [value for value in rope.values() if isinstance(value, dict)]
 
@@ -43,7 +45,7 @@ def _reach(scaling: Mapping[str, Any], most: int, asked: int) -> int:
 
 
 def stated(text: Any) -> str:
-    """How a text model's longest context comes about, for messages."""
+    """Describe the config entries that set a text model's longest context, for messages."""
     rope = getattr(text, "rope_parameters", None) or {}
     names = ("rope_type", "factor", "original_max_position_embeddings")
     scaling = {name: rope[name] for name in names if rope.get(name) not in {None, "default"}}
@@ -52,12 +54,12 @@ def stated(text: Any) -> str:
 
 
 def fix_rope(model: nn.Module, longest: int) -> None:
-    """Keep the frequencies of rope that would change with a batch's longest sequence: those of `longest` tokens."""
+    """Fix rope's frequencies at those of `longest` tokens, where they would depend on a batch's longest sequence."""
     last = torch.tensor([[longest - 1]], device=next(model.parameters()).device)
     for module in model.modules():
         kind = getattr(module, "rope_type", None)
         for layer_type, name in kind.items() if isinstance(kind, dict) else [(None, kind)]:
-            if name == "longrope":  # computes its frequencies when it is called
+            if name == "longrope":  # it computes its frequencies when called
                 module(
                     torch.zeros(1, device=last.device),
                     last,

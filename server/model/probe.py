@@ -1,7 +1,7 @@
-"""One step of a model just loaded, of tokens that mean nothing, and what it tells of the modules that ran.
+"""Facts about a loaded model's modules, recorded in one step of dummy tokens.
 
-What their layers keep is `geometry`'s. Here: the norms and routers that adapters may replace, and the tables besides
-the input embedding that have a row for each token.
+They are the norms and routers that adapters may replace, and the tables besides the input embedding with a row per
+token. `geometry` records the layers' KV in the same step.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,16 +15,16 @@ from adapters import kernels
 from adapters.device.experts import ExpertLinear
 from adapters.device.whole_modules import ROWS, ModuleRows, TokenRows, tensors_of
 
-TOKENS: Final = 13  # of no number of heads or groups: their axes must be told from that of tokens
-TOKEN: Final = 3  # no position, all of which are 0
+TOKENS: Final = 13  # divides no number of heads or groups, so that the token axis can be recognised
+TOKEN: Final = 3  # different from the positions, all of which are 0
 
 
 class Seen(NamedTuple):
-    """What ran.
+    """The modules found in the step.
 
     Attributes:
-        norms: full names of those that an adapter may replace; they have `ModuleRows`.
-        routers: likewise.
+        norms: full names of norms that an adapter may replace; they have `ModuleRows`.
+        routers: the same for routers.
         by_token: full names of tables besides the input embedding that were looked up by token.
     """
 
@@ -34,7 +34,7 @@ class Seen(NamedTuple):
 
 
 class NoStates:
-    """Layers that keep a state, without one: every token's part is nothing."""
+    """A stand-in for states that gives zeros for every token."""
 
     def convolve(self, layer: int, x: Tensor, taps: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
         return torch.zeros_like(x)
@@ -45,7 +45,7 @@ class NoStates:
 
 @contextmanager
 def watched(model: Any, routers: Sequence[nn.Module]) -> Iterator[Seen]:
-    """Within it the step of `TOKENS` tokens `TOKEN` runs; what it shows is in the answer afterwards."""
+    """Record a step of `TOKENS` tokens `TOKEN` run within the context; the yielded object is filled at its end."""
     seen, embedding = Seen([], [], []), model.get_input_embeddings()
     calls: dict[str, list[ModuleRows | None]] = {}
     with ExitStack() as stack:
@@ -60,20 +60,20 @@ def watched(model: Any, routers: Sequence[nn.Module]) -> Iterator[Seen]:
                 hook(module, _watch_table(name, seen.by_token))
         yield seen
     for name, found in calls.items():
-        if len({*found}) == 1 and found[0] is not None:  # however often it runs, always alike
+        if len({*found}) == 1 and found[0] is not None:  # the same layout in every call
             module = model.get_submodule(name)
             setattr(module, ROWS, found[0])
             (seen.routers if module in routers else seen.norms).append(name)
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """By its name, and as it has nothing but a weight and perhaps a bias."""
+    """Whether a module is a norm: by its class's name, and with no parameters but a weight and perhaps a bias."""
     own = {name for name, _ in module.named_parameters()}
     return "norm" in type(module).__name__.lower() and bool(own) and own <= {"weight", "bias"}
 
 
 def _of_experts(model: nn.Module, name: str) -> bool:
-    """Whether it norms rows that are sorted by expert."""
+    """Whether a norm runs on rows sorted by expert."""
     parent = model.get_submodule(name.rpartition(".")[0])
     return any(isinstance(child, ExpertLinear) for child in parent.children())
 
@@ -94,7 +94,7 @@ def _watch_rows(calls: list[ModuleRows | None]) -> Any:
 
 
 def _rows(shape: torch.Size, own: int) -> TokenRows | None:
-    """The one axis, but for so many last ones, that has a number of rows for each token."""
+    """Return the only axis, except for the last `own` ones, with a whole number of rows per token; None if unclear."""
     axes = [axis for axis, size in enumerate(shape[: len(shape) - own]) if size % TOKENS == 0]
     return TokenRows(axes[0], shape[axes[0]] // TOKENS) if len(axes) == 1 else None
 

@@ -1,4 +1,4 @@
-"""States of fixed size that some layers keep of a sequence, in slots; what `attention` is to keys and values."""
+"""States of fixed size that some layers keep of a sequence, in slots; the counterpart of `attention`'s KV cache."""
 
 import math
 from collections.abc import Mapping
@@ -15,8 +15,8 @@ from adapters.device.memory import zeros
 class LayerState:
     """One layer's state."""
 
-    inputs: tuple[int, int]  # of its convolution: how many it looks back, and channels
-    memory: tuple[int, int, int] | None = None  # of its linear attention: heads, keys, values
+    inputs: tuple[int, int]  # of its convolution: past inputs, channels
+    memory: tuple[int, int, int] | None = None  # of its linear attention: heads, key size, value size
 
     @property
     def bytes(self) -> int:
@@ -24,7 +24,7 @@ class LayerState:
 
 
 class StateCache:
-    """The states of all such layers, in fp32. Slot 0 is the state before a first token, and never written.
+    """The states of all such layers, in fp32. Slot 0 is the state before a first token and is never written.
 
     Attributes:
         inputs, memory: by layer `[1 + slots, ...]`.
@@ -40,10 +40,10 @@ class StateCache:
 
 @dataclass(frozen=True)
 class StateStep:
-    """One serving step.
+    """The states of one serving step.
 
     Args:
-        runs: as `kernels.recurrence` has them; those of a sequence in order.
+        runs: as in `kernels.recurrence`; those of a sequence in order.
     """
 
     cache: StateCache

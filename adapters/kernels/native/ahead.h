@@ -1,12 +1,12 @@
-// Memory that is wanted soon, asked for little by little while the processor computes.
+// Prefetching of memory needed soon, little by little during computation.
 //
-// With few rows a step reads about as long as it computes: weights keep the processor busy, adapters and the KV cache the
-// memory. Asking for these during the weights' turn lets both work at once.
+// With few rows a step reads memory for about as long as it computes: weights keep the processor busy, adapters and the KV
+// cache the memory. Prefetching these while weights are multiplied overlaps both.
 #pragma once
 
 #include <cstdint>
 
-// Stretches of memory, in the order in which they will be read.
+// Ranges of memory, in the order in which they will be read.
 struct Ahead {
     static constexpr int MOST = 512;
     static constexpr int64_t LINE = 64;
@@ -19,7 +19,7 @@ struct Ahead {
     int count = 0;
     int64_t bytes = 0;
 
-    // `rows` stretches of `size` bytes, `stride` bytes apart.
+    // Adds `rows` ranges of `size` bytes, `stride` bytes apart.
     void add(const void* from, int64_t size, int32_t rows = 1, int64_t stride = 0) {
         if (rows == 1 && count && parts[count - 1].rows == 1 && parts[count - 1].from + parts[count - 1].bytes == from) {
             parts[count - 1].bytes += size, bytes += size;
@@ -30,7 +30,7 @@ struct Ahead {
         bytes += size * rows;
     }
 
-    // Adds the share'th of so many equal parts of another's single stretches.
+    // Adds part `share` of `shares` equal parts of another's ranges, which must be single ones.
     void add_share(const Ahead& all, int share, int shares) {
         int64_t begin = all.bytes * share / shares, end = all.bytes * (share + 1) / shares;
         for (int i = 0; i < all.count && end > 0; i++) {
@@ -41,7 +41,7 @@ struct Ahead {
     }
 };
 
-// Walks through them in step with some work.
+// Prefetches the ranges in proportion to the work done.
 class Trickle {
   public:
     Trickle(const Ahead& ahead, int64_t work)

@@ -10,11 +10,11 @@
 namespace {
 
 constexpr int GROUP = 64;      // keys are reduced in groups of this many, aligned to the sequence's start
-constexpr int PIECE = 512;     // keys, aligned likewise: a piece has a softmax of its own, and pieces are joined in order
-constexpr int TASK_ROWS = 96;  // about so many (query, head) rows share a task's keys
+constexpr int PIECE = 512;     // keys, aligned likewise: each piece has its own softmax, and pieces are joined in order
+constexpr int TASK_ROWS = 96;  // about the number of (query, head) rows that share a task's keys
 constexpr int64_t NEAR = 1 << 20;  // bytes of a thread's own cache
 
-constexpr int AHEAD = 2;       // runs of keys or values between the one at work and the one asked for
+constexpr int AHEAD = 2;       // distance in blocks from the one being processed to the one prefetched
 constexpr int LINE = 64;       // bytes of a cache line
 
 static_assert(PIECE % GROUP == 0);
@@ -28,10 +28,10 @@ struct Rows {  // the (query, head) rows of one task: one request, one kv head, 
 
     int count() const { return (last - first) * share; }
     int position(int row) const { return first_position + row / share; }
-    int end() const { return position(count() - 1) + 1; }  // of the keys that any of them sees
+    int end() const { return position(count() - 1) + 1; }  // end of the keys seen by any row
 };
 
-struct Softmax {  // over some of the keys, for so many rows
+struct Softmax {  // over some of the keys, for `count` rows
     int count, dim;
     float *acc, *top, *total;  // [count, dim], [count], [count]
 
@@ -44,7 +44,7 @@ struct Softmax {  // over some of the keys, for so many rows
         for (int m = 0; m < count; m++) top[m] = -INFINITY;
     }
 
-    // Adds the one over the keys that come next. A row that sees none of them keeps its bits.
+    // Joins the softmax over the following keys. A row that sees none of them keeps its bits.
     void join(const Softmax& next) {
         for (int m = 0; m < count; m++) {
             if (next.total[m] == 0) continue;
@@ -62,31 +62,31 @@ struct Softmax {  // over some of the keys, for so many rows
     }
 };
 
-// Asks for a line that will be read soon. Into the second-level cache, for more lines can be on their way there at once.
+// Prefetches a line, into the second-level cache, since that allows more lines in flight.
 INLINE void fetch_line(const void* at) { __builtin_prefetch(at, 0, 2); }
 
-// Asks for so many bytes; null: none.
+// Prefetches `bytes` bytes; nothing for null.
 INLINE void fetch(const void* at, int64_t bytes) {
     for (int64_t i = 0; at && i < bytes; i += LINE) fetch_line((const char*)at + i);
 }
 
 constexpr int VECTORS = W == 16 ? 4 : 2;  // of each row's sums, as registers allow
-constexpr int FEW_ROWS = 16;              // so many work on keys and values as they lie in the cache
-constexpr int RUN = 16;                   // keys of a block that is scored as it lies
-constexpr int BLOCKS = W < RUN ? 1 : 2;   // that are scored at once, so that no sum waits for itself
+constexpr int FEW_ROWS = 16;              // up to this many rows read keys and values in place
+constexpr int RUN = 16;                   // keys of a block that can be scored in place
+constexpr int BLOCKS = W < RUN ? 1 : 2;   // blocks scored at once, so that sums do not wait for themselves
 static_assert(GROUP % (VECTORS * W) == 0 && RUN % W == 0);
 
 template <class Number>
 constexpr bool SCALED = std::is_same<Number, int8_t>::value;
 
-// `numbers` by their scales, where a cache's numbers have some.
+// Multiplies `numbers` by their scales, if the cache has scales.
 template <class Number>
 INLINE vf scaled(vf numbers, const float* scales) {
     if constexpr (SCALED<Number>) return numbers * load(scales);
     return numbers;
 }
 
-// Some keys of a block as fp32, without their scales: to[d * GROUP + n], whole vectors where there are keys behind them in the block.
+// Widens some keys of a block to fp32, without scales: to[d * GROUP + n], in whole vectors if the block has enough keys.
 template <class Number>
 void widen_columns(const Number* keys, int count, int room, int size, int dim, float* to) {
     for (int n = 0; n < count; n += W) {
@@ -99,7 +99,7 @@ void widen_columns(const Number* keys, int count, int room, int size, int dim, f
     }
 }
 
-// Scores of M rows with keys that lie by columns in fp32; those of a last vector's other lanes are anything.
+// Scores of M rows with fp32 keys by columns; the unused lanes of the last vector are undefined.
 template <int M, class Number>
 INLINE void score_keys(const float* q, const float* columns, const float* scales, int keys, int dim, float* scores) {
     constexpr int V = VECTORS;
@@ -111,11 +111,11 @@ INLINE void score_keys(const float* q, const float* columns, const float* scales
     }
 }
 
-// The same scores with B blocks of RUN keys as they lie in the cache. Asks for the blocks at `next` meanwhile.
+// The same scores with B blocks of RUN keys in place in the cache. Prefetches the blocks at `next`.
 template <int M, int B, class Number>
 INLINE void score_blocks(const float* q, const char* const* blocks, int dim, float* scores, const char* const* next) {
     constexpr int V = RUN / W < VECTORS ? RUN / W : VECTORS;
-    constexpr int SHARE = RUN * sizeof(Number) < LINE ? LINE / (RUN * sizeof(Number)) : 1;  // columns of a line
+    constexpr int SHARE = RUN * sizeof(Number) < LINE ? LINE / (RUN * sizeof(Number)) : 1;  // columns per line
     for (int n = 0; n < RUN; n += V * W) {
         vf sums[M][B * V] = {}, column[B * V];
         auto multiply = [&](int d) {
@@ -138,14 +138,14 @@ INLINE void score_blocks(const float* q, const char* const* blocks, int dim, flo
     }
 }
 
-struct Values {  // rows of a cache, or of what was widened of it
+struct Values {  // rows of a cache, or widened copies
     const char* rows;
     int64_t row_bytes;
     int count, dim;
-    const char* next;  // rows to ask for meanwhile, or null
+    const char* next;  // rows to prefetch, or null
 };
 
-// acc[m, d ...] += weights[m, n] * values[n, d ...], V vectors of them or some lanes.
+// acc[m, d ...] += weights[m, n] * values[n, d ...], for V vectors or some lanes.
 template <int M, int V, class Number>
 INLINE void weigh_some(const float* weights, const Values& values, int d, int lanes, float* acc) {
     constexpr int WIDTH = V * W * (int)sizeof(Number), LINES = WIDTH > LINE ? WIDTH / LINE : 1;  // of each value's part
@@ -178,13 +178,13 @@ INLINE void weigh_values(const float* weights, const Values& values, float* acc)
     if (d < values.dim) weigh_some<M, 1, Number>(weights, values, d, values.dim - d, acc);
 }
 
-// Each score s becomes limit * tanh(s / limit).
+// Replaces each score s by limit * tanh(s / limit).
 void cap(float* scores, float limit) {
     const vf one = set1(1.f), two = set1(2.f), factor = set1(2.f / limit), most = set1(limit);
     for (int i = 0; i < GROUP; i += W) store(scores + i, most * (one - two / (exp(load(scores + i) * factor) + one)));
 }
 
-// Turns a row's scores into weights, by the scales of what is weighed, and brings its running maximum, total and sum up to date.
+// Turns a row's scores into weights, times the values' scales, and updates its running maximum, total and sum.
 template <class Number>
 INLINE void soften(float* scores, const float* scales, float* top_score, float* total, float* acc, int dim) {
     vf highest = load(scores);
@@ -197,7 +197,7 @@ INLINE void soften(float* scores, const float* scales, float* top_score, float* 
         store(scores + i, scaled<Number>(p, scales + i));
         sums += p;
     }
-    if (now == before) {  // what there is decays by 1
+    if (now == before) {  // the decay is 1
         *total += sum(sums);
         return;
     }
@@ -209,7 +209,7 @@ INLINE void soften(float* scores, const float* scales, float* top_score, float* 
     for (; d < dim; d++) acc[d] *= decay[0];
 }
 
-// Rows of a cache as fp32, without their scales.
+// Widens rows of a cache to fp32, without their scales.
 template <class Number>
 void widen_rows(const Values& from, float* to) {
     const int dim = from.dim;
@@ -225,11 +225,11 @@ template <class Number>
 void attend_group(const Attention& a, const Rows& rows, int begin, const Softmax& sums) {
     const int dim = a.head_dim, size = a.cache.block_size, row_count = rows.count();
     const int32_t* blocks = a.block_tables + (int64_t)rows.request * a.max_blocks;
-    const int keys = least(GROUP, rows.kv_len - begin);  // slots beyond hold stale numbers: never read
+    const int keys = least(GROUP, rows.kv_len - begin);  // later slots hold stale numbers and are never read
     const int64_t row_bytes = dim * sizeof(Number), block_bytes = size * a.cache.row_bytes(dim);
     auto block = [&](const char* cache, int at) { return cache + ((int64_t)blocks[at / size] * a.kv_heads + rows.kv_head) * block_bytes; };
-    // Visits the blocks, or parts of one; each is told where one lies that is visited AHEAD blocks later, in `behind` from
-    // key `from` on when this group's have ended. Blocks are pages apart, so the hardware does not see them coming.
+    // Visits the blocks, or parts of them, each with the address of the block AHEAD later, which is in `behind` from key
+    // `from` on after this group's blocks. Blocks are pages apart, so the hardware does not prefetch them.
     auto spans = [&](const char* cache, const char* behind, int from, auto&& visit) {
         for (int n = 0; n < keys;) {
             const int at = begin + n, count = least(keys - n, size - at % size), then = n + AHEAD * size;
@@ -240,7 +240,7 @@ void attend_group(const Attention& a, const Rows& rows, int begin, const Softmax
             n += count;
         }
     };
-    float scales[GROUP];  // of keys, until these are scored, then of values; lanes without one are masked, or of no value
+    float scales[GROUP];  // of keys until they are scored, then of values; lanes without a scale are masked or have no value
     auto collect = [&](int n, int count, int first, const char* block, const char*) {
         memcpy(scales + n, block + size * row_bytes + first * sizeof(float), count * sizeof(float));
     };
@@ -297,7 +297,7 @@ void attend_group(const Attention& a, const Rows& rows, int begin, const Softmax
     });
 }
 
-// A softmax over the keys from `begin` to the end of their piece.
+// Computes a softmax over the keys from `begin` to the end of their piece.
 template <class Number>
 void attend_keys(const Attention& a, const Rows& rows, int begin, const Softmax& sums) {
     const int end = least((begin / PIECE + 1) * PIECE, rows.end());
@@ -315,7 +315,7 @@ void attend_piece(const Attention& a, const Rows& rows, int begin, Softmax sums)
     }
 }
 
-// The first key that any of the rows sees, or one of its group.
+// The first key of the first group seen by any of the rows.
 int first_key(const Attention& a, const Rows& rows) {
     const int first = a.window ? rows.first_position - a.window + 1 : 0;
     return first > 0 ? first / GROUP * GROUP : 0;
@@ -330,7 +330,7 @@ int piece_begin(const Attention& a, const Rows& rows, int piece) {
     return piece ? (first / PIECE + piece) * PIECE : first;
 }
 
-// Rows of some queries of a request and one kv head, without their numbers.
+// The rows of some queries of a request and one kv head, without their q and scores.
 Rows rows_of(const Attention& a, int request, int kv_head, int first, int last) {
     const int32_t* seq = a.seqs + request * 3;
     return {request, kv_head, first, last, a.heads / a.kv_heads, seq[2] - (seq[1] - first), seq[2], nullptr, nullptr};
@@ -370,7 +370,7 @@ void attend_rows(const Attention& a, Rows rows) {
     write_out(a, rows, sums);
 }
 
-// Where tasks are few, pieces are tasks of their own: `most` of them for each request and kv head, [requests, kv_heads, most].
+// For few tasks, each piece is a task of its own: `most` for each request and kv head, [requests, kv_heads, most].
 void attend_apart(const Attention& a, int most) {
     const int dim = a.head_dim;
     auto rows_at = [&](int i) {
@@ -421,7 +421,7 @@ void attend(const Attention& a) {
 
 void attend_ahead(const Attention& a, Ahead& ahead) {
     const int size = a.cache.block_size;
-    const int64_t block = a.kv_heads * size * a.cache.row_bytes(a.head_dim);  // bytes: all heads' keys of one lie together
+    const int64_t block = a.kv_heads * size * a.cache.row_bytes(a.head_dim);  // bytes: a block's keys of all heads are adjacent
     const int most = a.requests ? (int)(NEAR * pool_threads() / a.requests / (2 * block)) : 0;
     for (int r = 0; r < a.requests; r++) {
         const int32_t *seq = a.seqs + r * 3, *blocks = a.block_tables + (int64_t)r * a.max_blocks;
@@ -440,7 +440,7 @@ INLINE Number rounded(float f) {
     else return f;
 }
 
-// One row into a cache, its numbers `stride` apart and the scale at `scale_at`, rounded as `cache_rows` of reference.py does.
+// Stores a row in a cache, its numbers `stride` apart and the scale at `scale_at`, rounded as in `cache_rows` of reference.py.
 template <class Number>
 void narrow(const float* from, int dim, Number* to, int64_t stride, float* scale_at) {
     if constexpr (SCALED<Number>) {

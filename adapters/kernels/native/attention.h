@@ -8,8 +8,8 @@
 enum KvKind : int32_t { KV_FP32, KV_BF16, KV_FP16, KV_FP8, KV_INT8 };
 
 struct KvCache {
-    // Of each block and kv head block_size * head_dim numbers, keys by columns [head_dim, block_size], for a step multiplies
-    // many of them by one number of a query; values by rows [block_size, head_dim]. Behind int8 ones their scales, [block_size].
+    // Per block and kv head block_size * head_dim numbers: keys by columns [head_dim, block_size], since many of them are
+    // multiplied by one number of a query; values by rows [block_size, head_dim]. Scales [block_size] follow int8 numbers.
     char *k, *v;
     int32_t block_size;
     KvKind kind;
@@ -19,7 +19,7 @@ struct KvCache {
     }
 };
 
-// What a step asks of attention; `paged_attention` in reference.py says what each means. Mirrored in native.py.
+// The arguments of attention, as in `paged_attention` of reference.py. Mirrored in native.py.
 struct Attention {
     const float* q;   // [tokens, heads, head_dim]
     float* out;       // [tokens, heads, head_dim]
@@ -35,6 +35,6 @@ struct Attention {
 
 void attend(const Attention& a);
 
-// Adds what attending will read first, as much as caches nearby are sure to keep until then.
+// Adds the memory that attention reads first, as much as the threads' caches can keep until then.
 void attend_ahead(const Attention& a, Ahead& ahead);
 void write_kv(const float* k, const float* v, const int64_t* slots, int tokens, int kv_heads, int head_dim, const KvCache& cache);

@@ -1,4 +1,4 @@
-// A row of many numbers in blocks, of each of which the greatest is known.
+// A long row in blocks with known maxima.
 #pragma once
 
 #include <algorithm>
@@ -8,9 +8,10 @@
 
 namespace {
 
-constexpr int BLOCK = 128;  // numbers that are summed together, and passed over together
+constexpr int BLOCK = 128;  // numbers that are summed together, and skipped together
 
-// What k numbers of a row are no less than: of k blocks' greatest the least. `lowest` with fewer blocks. order [blocks] is scratch.
+// A lower bound of the k greatest numbers of a row: the k-th greatest of the blocks' maxima, or `lowest` with fewer blocks.
+// order [blocks] is scratch.
 inline float least_of_greatest(const float* tops, int64_t blocks, int64_t k, float lowest, float* order) {
     if (k > blocks) return lowest;
     std::copy(tops, tops + blocks, order);

@@ -1,7 +1,6 @@
-// A whole step through the decoder layers of a Llama-shaped model, from embedded tokens to the last norm, in one call.
+// A step through the decoder layers of a Llama-shaped model, from embedded tokens to the last norm, in one call.
 //
-// Strings together the same kernels that are offered one by one, so the numbers are the same; what it saves is the
-// time between them.
+// It calls the same kernels that are exported singly, so the numbers are the same; it saves the time between them.
 #include <vector>
 
 #include "attention.h"
@@ -25,8 +24,8 @@ constexpr Sites<2> GATE_UP{GATE, UP};
 // Mirrored by the structures of plan.py.
 struct Mixture {
     Experts gate_up, down;
-    int32_t experts, chosen;  // so many for each token
-    int32_t normalised;       // whether the chosen ones' weights add up to 1
+    int32_t experts, chosen;  // in total, per token
+    int32_t normalised;       // whether the chosen experts' weights add up to 1
 };
 
 struct Layer {
@@ -36,7 +35,7 @@ struct Layer {
     const int16_t *a[SITES], *b[SITES];  // the adapters' pools, or null
     int32_t linear[SITES];               // each linear's row of the segment tables
     char *k_cache, *v_cache;
-    const Mixture* mixture;  // in place of the MLP, whose gate is the router then; or null
+    const Mixture* mixture;  // in place of the MLP, with the router at GATE; or null
     int32_t window;
 };
 
@@ -62,7 +61,7 @@ struct Step {
 
 namespace {
 
-constexpr int SHARE = 4;  // tokens a task takes where work is per token
+constexpr int SHARE = 4;  // tokens per task, for work per token
 
 template <class F>
 INLINE void over_tokens(int tokens, F&& f) {
@@ -84,9 +83,9 @@ struct Run {
         return {l.a[site], l.b[site], s.tables + at * 5, s.scales + at, l.a[site] ? s.segments : 0, w.in, w.out};
     }
 
-    // Linears of one input x, with their adapters: ys[i] [tokens, out]. `after(first, last)` runs when outputs
-    // first..last of every linear are done (they are then of one width, or there is only one). Meanwhile memory is
-    // asked for what the next linears will read first.
+    // Computes linears of one input x, with their adapters: ys[i] [tokens, out]. `after(first, last)` runs when outputs
+    // first..last of every linear are done (which requires equal widths). Meanwhile `ahead`, which the next linears read
+    // first, is prefetched.
     template <int N, class After>
     void project(const Sites<N>& sites, const float* x, float* const (&ys)[N], After&& after, const Ahead& ahead) const {
         const Weight* weights[N];
@@ -130,7 +129,7 @@ struct Run {
         }
     }
 
-    // What these linears of a layer, if there is such a layer, read first.
+    // The memory that these linears of layer `index`, if it exists, read first.
     template <int N>
     Ahead ahead(int index, const Sites<N>& sites) const {
         Ahead found;
@@ -169,7 +168,7 @@ struct Run {
         project(DOWN_ALONE, gate, {y}, [&](int first, int last) { add(y, first, last); }, ahead(layer_index + 1, QKV));
     }
 
-    // A token's experts, the likeliest first, and their weights. Overwrites the router's logits.
+    // Chooses a token's experts, the likeliest first, and their weights. Overwrites the router's logits.
     static void route(const Mixture& m, float* logits, int* experts, float* weights) {
         float top = logits[0], total = 0.f, chosen = 0.f;
         for (int e = 1; e < m.experts; e++) top = logits[e] > top ? logits[e] : top;
@@ -235,7 +234,7 @@ EXPORT void lk_decode(const Decoder* decoder, const Step* step) {
     int64_t inner = 0;
     for (int i = 0; i < d.count; i++)
         if (!d.layers[i].mixture && d.layers[i].weights[GATE].out > inner) inner = d.layers[i].weights[GATE].out;
-    const int64_t attention = 2 * wide + 2 * narrow, mlp = 2 * inner;  // never alive together
+    const int64_t attention = 2 * wide + 2 * narrow, mlp = 2 * inner;  // never used at the same time
     float* normed = scratch(STEP, tokens * (2 * d.hidden + (attention > mlp ? attention : mlp)));
     float *y = normed + tokens * d.hidden, *rest = y + tokens * d.hidden;
     Run run{d, *step, 0};

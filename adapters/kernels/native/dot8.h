@@ -1,8 +1,8 @@
-// Dot products of eight-bit integers, four at a time and exact, in the instructions that a CPU has for them.
+// Exact dot products of eight-bit integers, four at a time, in a CPU's instructions for them.
 //
 // An arithmetic makes an operand of four weights of each of W outputs (`operand`), and adds to each lane the product of
-// its four weights and of four inputs, all within [-127, 127] (`dot`). One with a SHIFT wants weights that much greater,
-// and sums that begin at -SHIFT times the inputs' own sum.
+// its four weights and four inputs, all within [-127, 127] (`dot`). With a SHIFT, weights must be that much greater, and
+// sums start at -SHIFT times the sum of the inputs.
 #pragma once
 
 #include "simd.h"
@@ -30,7 +30,7 @@ struct Vnni {
         vb l;
     };
     static INLINE Operand operand(vb l) { return {l}; }
-    // By name, for the library is compiled for CPUs without it as well.
+    // In assembly, since the library is also compiled for CPUs without this instruction.
     static INLINE vi dot(vi acc, const Operand& w, const int8_t* x) {
         asm("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w.l), "m"(*(const four*)x));
         return acc;

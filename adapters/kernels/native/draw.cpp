@@ -1,4 +1,4 @@
-// One token of each row, drawn from what temperature, min_p, top_k and top_p leave.
+// Draws one token of each row from the tokens kept by temperature, min_p, top_k and top_p.
 #include <cmath>
 
 #include "blocks.h"
@@ -8,22 +8,22 @@
 
 namespace {
 
-constexpr int DROPPED = 19;    // bits of a float that do not tell its bucket: four of the mantissa do
+constexpr int DROPPED = 19;    // low bits of a float that its bucket ignores; four bits of the mantissa are left
 constexpr int BUCKETS = 2048;  // of weights up to 1
 
-// exp((score - peak) / temperature) of a row, 0 where that is no number, and of every block the sum and the greatest.
+// exp((score - peak) / temperature) of a row, 0 for NaN, and every block's sum and maximum.
 struct Weights {
     float* const all;      // [blocks, BLOCK], zeros at the end
     float* const sums;     // [blocks]
     float* const tops;     // [blocks]
-    float* const found;    // [blocks * BLOCK]: weights that were gathered
+    float* const found;    // [blocks * BLOCK]: gathered weights
     const int64_t blocks;
-    float floor = 0;       // lesser ones count as nothing
+    float floor = 0;       // smaller weights count as 0
 
     void compute(const float* scores, int64_t n, float temperature) {
         vf greatest = set1(-INFINITY);
         int64_t i = 0;
-        for (; i + W <= n; i += W) greatest = max(load(scores + i), greatest);  // passes NaN over
+        for (; i + W <= n; i += W) greatest = max(load(scores + i), greatest);  // ignores NaN
         float peak = top(greatest);
         for (; i < n; i++) peak = scores[i] > peak ? scores[i] : peak;
         const vf inverse = set1(1 / temperature), at = set1(peak);
@@ -42,7 +42,7 @@ struct Weights {
         }
     }
 
-    float sum_of(int64_t block) const {  // of what the floor leaves
+    float sum_of(int64_t block) const {  // of the weights from the floor on
         const vf least = set1(floor);
         vf total = set1(0);
         for (int j = 0; j < BLOCK; j += W) {
@@ -64,7 +64,7 @@ struct Weights {
         return total;
     }
 
-    // Puts all that are no less than `least` into `found`. Returns how many.
+    // Gathers all weights of at least `least` in `found`. Returns their number.
     int64_t gather(float least) const {
         int64_t count = 0;
         for (int64_t b = 0; b < blocks; b++) {
@@ -87,10 +87,10 @@ struct Weights {
         return found[k - 1];
     }
 
-    // The smallest weight in the smallest set of the greatest that holds a share `p` of all.
+    // The smallest weight in the smallest set of greatest weights with a share `p` of all.
     float nucleus(double p) const {
         const double all_of_them = total(), goal = p * all_of_them;
-        // Those below this hold no more than 1 - p together, so none of them is needed.
+        // Weights below this have at most 1 - p together, so none of them is needed.
         const float least = std::max(floor, (float)((1 - p) * all_of_them / (blocks * BLOCK)));
         const int64_t count = gather(least);
         double held[BUCKETS] = {};
@@ -105,7 +105,7 @@ struct Weights {
         while (bucket > last && reached + held[bucket] < goal) reached += held[bucket--];
         float* const end = std::partition(found, found + count, [&](float weight) { return (int)(bits_of(weight) >> DROPPED) == bucket; });
         std::sort(found, end, std::greater<float>());
-        float edge = least;  // where rounding leaves the goal out of reach
+        float edge = least;  // in case rounding makes the goal unreachable
         for (float* at = found; at < end; at++) {
             edge = *at;
             if ((reached += edge) >= goal) break;
@@ -113,7 +113,7 @@ struct Weights {
         return edge;
     }
 
-    // Where the running sum passes this share of the whole; where rounding leaves no such place, the last that grew.
+    // The index at which the running sum passes this share of the total; if there is none by rounding, the last increase.
     int64_t at(double share) const {
         const double goal = share * total();
         double before = 0;
@@ -138,7 +138,7 @@ struct Weights {
 
 }  // namespace
 
-// scores [rows, n]; of each row `Truncation` of native.py and a number in [0, 1) -> drawn [rows].
+// scores [rows, n], and per row a `Truncation` of native.py and a number in [0, 1) -> drawn [rows].
 EXPORT void lk_draw(const float* scores, int rows, int64_t n, const float* temperature, const float* min_p, const int32_t* top_k,
                     const double* top_p, const double* uniform, int64_t* drawn) {
     const int64_t blocks = (n + BLOCK - 1) / BLOCK;

@@ -1,4 +1,4 @@
-// What stands between the linears: normalisation, rotation, activation. One row or one stretch at a time.
+// Elementwise functions: normalisation, rotation, activation. One row or part of a row at a time.
 #pragma once
 
 #include "simd.h"

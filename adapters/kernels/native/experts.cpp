@@ -23,7 +23,7 @@ void undo(const float* code, const uint8_t* at, int64_t count, float scale, floa
     for (int n = 0; n < 16; n++) parts[n] = _mm512_loadu_ps(code + 16 * n);
     for (; i + 16 <= count; i += 16) {
         const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(at + i)));
-        __m512 found[8];  // by the lowest five bits, of each of the eight parts that the others choose from
+        __m512 found[8];  // looked up by the lowest five bits, in each of the eight parts chosen from by the other bits
         for (int n = 0; n < 8; n++) found[n] = _mm512_permutex2var_ps(parts[2 * n], index, parts[2 * n + 1]);
         for (int bit = 5, left = 4; left; bit++, left /= 2) {
             const __mmask16 upper = _mm512_test_epi32_mask(index, _mm512_set1_epi32(1 << bit));
@@ -35,10 +35,10 @@ void undo(const float* code, const uint8_t* at, int64_t count, float scale, floa
     for (; i < count; i++) to[i] = code[at[i]] * scale + offset;
 }
 
-// Groups of outputs of the int8 copy of an expert.
+// The number of output groups of an expert's int8 copy.
 int64_t groups_of(const Weight& w) { return (w.out + 15) / 16; }
 
-// The weight of one expert, whose scales are good for outputs [first, last).
+// The weight of one expert, with scales valid for outputs [first, last).
 Weight weight_of(const Experts& experts, int expert, int first, int last) {
     Weight w = experts.first;
     w.data = (const char*)w.data + expert * experts.bytes;
@@ -50,7 +50,7 @@ Weight weight_of(const Experts& experts, int expert, int first, int last) {
     const float* outer = experts.nested_absmax + expert * ((experts.scales + size - 1) / size);
     const float offset = experts.offset[expert];
     float* scales = scratch(SCALES, end - begin);
-    for (int64_t i = begin, block = begin / size; i < end; block++) {  // no division for each of them
+    for (int64_t i = begin, block = begin / size; i < end; block++) {  // by nested blocks, without a division per scale
         const int64_t stop = end < (block + 1) * size ? end : (block + 1) * size;
         undo(experts.nested_code, absmax + i, stop - i, outer[block], offset, scales + i - begin);
         i = stop;
@@ -59,7 +59,7 @@ Weight weight_of(const Experts& experts, int expert, int first, int last) {
     return w;
 }
 
-// What multiplying by these outputs of an expert reads before it asks for more by itself: the scales and a page of weights.
+// Adds the memory that products of these outputs of an expert read before their own prefetching: scales and a page of weights.
 void read_ahead(const Experts& experts, int expert, int first, int last, Ahead& ahead) {
     constexpr int64_t PAGE = 4096;
     if (experts.first.int8) {
@@ -94,7 +94,7 @@ void grouped_linear(const Experts& experts, const float* x, const int64_t* count
         const PackedRows own = packed.from(group.start, in);
         float *to = y + (int64_t)group.start * out, *with = second + (int64_t)group.start * out;
         Ahead soon;
-        if (task + 1 < tasks) {  // most likely this thread's next: experts lie apart, so nothing else would ask for it
+        if (task + 1 < tasks) {  // most likely this thread's next: experts are far apart, so nothing else prefetches it
             const int expert = groups[(task + 1) / tiles].expert, next = (task + 1) % tiles * share, stop = least(next + share, out);
             read_ahead(experts, expert, next, stop, soon);
             if (gated) read_ahead(experts, expert, out + next, out + stop, soon);

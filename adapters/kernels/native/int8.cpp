@@ -9,9 +9,9 @@ namespace {
 
 constexpr int BLOCK = 64;         // inputs under one scale
 constexpr int STEPS = BLOCK / 8;  // a step reads eight weights of each output
-constexpr float TINY = 1e-30f;    // a block with no greater input is zeros: 127 / top must be a number
+constexpr float TINY = 1e-30f;    // a block without a greater input counts as zeros, since 127 / top must be finite
 
-constexpr int MOST = W == 16 ? 8 : 4;  // rows together; from three times as many on, weights are decoded once into a tile
+constexpr int MOST = W == 16 ? 8 : 4;  // rows at once; for more than twice as many, weights are decoded once into a tile
 
 typedef int8_t vq __attribute__((vector_size(W)));
 
@@ -28,7 +28,7 @@ INLINE int32_t reduced(vi v, F&& f) {
 
 // Weights by nibble.
 #if !defined(__AVX512F__) && !defined(__AVX2__)
-__attribute__((noinline))  // sixteen times over it would take long to compile
+__attribute__((noinline))  // inlined sixteen times, it would take long to compile
 #else
 INLINE
 #endif
@@ -66,7 +66,7 @@ struct Packed {
     INLINE void step(int d, vb& first, vb& second) const { look_up(table, load_bytes((const int8_t*)at->codes[d][lane]), first, second); }
 };
 
-// The same, decoded before: [blocks, eight inputs, first and second four].
+// The same, decoded beforehand: [blocks, eight inputs, first and second four].
 struct Decoded {
     const int8_t* tile;
     const int8_t* at;
@@ -79,10 +79,10 @@ struct Decoded {
 
 // --- rows x outputs -----------------------------------------------------------------------------------------------------
 
-// M rows by W outputs. scales: of the first block's outputs.
+// Multiplies M rows by W outputs. scales: of the first block's outputs.
 template <class Arithmetic, int M, class Weights>
 INLINE void multiply(Weights weights, const float* scales, const Int8Block* x, int blocks, vf (&y)[M]) {
-    constexpr int CHAINS = M == 1 ? 4 : M == 2 ? 2 : 1;  // so that few rows need not wait for each sum
+    constexpr int CHAINS = M == 1 ? 4 : M == 2 ? 2 : 1;  // so that few rows do not wait for each sum
     for (int m = 0; m < M; m++) y[m] = vf{};
     for (int b = 0; b < blocks; b++, scales += sizeof(Int8Weights) / sizeof(float)) {
         weights.block(b);
@@ -108,7 +108,7 @@ INLINE void multiply(Weights weights, const float* scales, const Int8Block* x, i
     }
 }
 
-// What a tile of W outputs is computed from and goes to; of its lanes only [first, last) are wanted.
+// The inputs and the result of a tile of W outputs, of which only lanes [first, last) are stored.
 struct Tile {
     const float* scales;  // of the first block's outputs
     const Int8Block* x;
@@ -166,7 +166,7 @@ void multiply_tiles(const Weight& w, const Int8Block* x, int rows, int first, in
         const float* bias = w.bias ? w.bias + o : nullptr;
         const Tile tile{group->scales + o % 16, x, blocks, bias, y + o, stride, o < first ? first - o : 0, least(W, last - o)};
         int m = 0;
-        if (rows > 2 * MOST) {  // decoding once for all pays
+        if (rows > 2 * MOST) {  // decoding once for all rows pays
             const Decoded decoded{decode(packed, blocks), nullptr};
             for (; m + MOST <= rows; m += MOST) tile.multiply_most<Arithmetic>(decoded, m);
         }
@@ -197,7 +197,7 @@ void int8_copy_group(const Weight& w, int group, float unit, Int8Weights* to) {
 void pack_int8(const float* row, int in, Int8Block* to) {
     const vf magic = set1(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer, in the low bits
     for (; in > 0; in -= BLOCK, row += BLOCK, to++) {
-        vi tops = {};  // the bits of a magnitude order as it does, with infinity and NaN above all
+        vi tops = {};  // magnitudes' bits order as the magnitudes do, with infinity and NaN on top
         for (int i = 0; i < BLOCK; i += W) {
             const vi bits = (vi)load(row + i) & 0x7fffffff;
             tops = bits > tops ? bits : tops;

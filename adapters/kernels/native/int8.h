@@ -1,15 +1,15 @@
-// The optional int8 tier of a 4-bit linear: inputs rounded to eight bits, block by block, and integer dot products.
+// Optional int8 inputs of a 4-bit linear: rounded to eight bits, block by block, for integer dot products.
 //
 //   y = sum over blocks of 64 inputs, in order:  fma(float(q . l), output scale * scale, y)
 //
 // with q = round(x / scale), scale = max |x| / 127 over the block, and l the weights' levels: their codes as integers.
-// Sums inside a block are exact, so a result depends neither on the rows beside it nor on the instructions.
+// Sums inside a block are exact, so a result depends neither on other rows nor on the instructions used.
 #pragma once
 
 #include "linear.h"
 
-// A block of 16 outputs by 64 inputs, as Int8Copy of weight.py has them, group by group of outputs:
-// [groups, blocks]. Outputs that are missing from the last group are zeros.
+// A block of 16 outputs by 64 inputs, as in Int8Copy of weight.py, group by group of outputs: [groups, blocks].
+// Missing outputs of the last group are zeros.
 struct Int8Weights {
     uint8_t codes[8][16][4];  // [eight inputs, output, byte]; byte j: input j in its high nibble, j + 4 in its low one
     float scales[16];         // a level times this is a weight
@@ -24,12 +24,12 @@ void int8_copy_group(const Weight& w, int group, float unit, Int8Weights* to);
 // One row's share of a block.
 struct Int8Block {
     int8_t x[64];
-    float scale;     // NaN when any of the inputs is not finite
-    int32_t offset;  // -128 * the sum of x: makes up for weights that are kept as l + 128
+    float scale;     // NaN if any input is not finite
+    int32_t offset;  // -128 * the sum of x, for weights shifted to l + 128
 };
 
 // Rounds a row of whole blocks.
 void pack_int8(const float* row, int in, Int8Block* to);
 
-// As linear_tile, for a weight that has `int8`.
+// As linear_tile, for a weight with `int8`.
 void int8_tile(const Weight& w, const Int8Block* x, int rows, int first, int last, float* y, int64_t stride);

@@ -1,4 +1,4 @@
-// The likeliest token of each row of logits, and whether all of them are numbers to draw from.
+// The argmax of each row of logits, and whether the row is valid.
 #include <cmath>
 
 #include "export.h"
@@ -7,12 +7,12 @@
 
 namespace {
 
-constexpr int PART = 1024;  // numbers of which only the greatest is looked at first
+constexpr int PART = 1024;  // numbers per part: the maximum is found by parts, then the index within its part
 
 struct Row {
     float top = -INFINITY, low = INFINITY;
     bool nan = false;
-    int64_t part = 0;  // begins at this number, and has the first of the greatest
+    int64_t part = 0;  // start of the first part with the maximum
 
     void take(const float* x, int64_t begin, int64_t end) {
         vf tops = set1(-INFINITY), lows = set1(INFINITY);

@@ -12,12 +12,12 @@ namespace {
 constexpr int BLOCK = 64;             // inputs are handled in blocks of this many
 constexpr int STEPS = BLOCK / (2 * W);  // a step reads 2W weights into two vectors
 
-// Up to this many rows weights are decoded in registers, again for each handful of rows; beyond, once into a tile.
+// Up to this many rows, weights are decoded in registers, again for each handful of rows; for more, once into a tile.
 constexpr int FEW_ROWS = W == 16 ? 16 : 4;
-constexpr int WHOLE = 48;             // outputs that every kernel's handful divides: larger tasks take a multiple
+constexpr int WHOLE = 48;             // a multiple of all kernels' numbers of outputs: larger tasks take a multiple of this
 constexpr int64_t PAGE = 4096;        // bytes
-constexpr int GROUP = 32;             // outputs whose weights stay in cache from one handful of rows to the next
-constexpr int TILE_FLOATS = 1 << 15;  // a decoded tile is about this large
+constexpr int GROUP = 32;             // outputs with weights that stay in cache from one handful of rows to the next
+constexpr int TILE_FLOATS = 1 << 15;  // approximate size of a decoded tile
 constexpr int BACK_OUTPUTS = 64;      // backward: a tile of this many outputs
 constexpr int BACK_INPUTS = 256;      //           by this many inputs
 
@@ -37,11 +37,11 @@ float weight_at(const Weight& w, int o, int i) {
     }
 }
 
-// The vector decoders want whole blocks of inputs under one scale.
+// Whether the vector decoders apply: they need whole blocks of inputs under one scale.
 bool blockwise(const Weight& w) { return w.in % BLOCK == 0 && (w.kind != FOUR_BIT || w.blocksize == BLOCK); }
 
-// The next rows' share of this block, asked for early: with few bytes a row the hardware's own prefetch lags behind. Rows
-// side by side are one stream through memory: a page ahead is early enough, unless these rows are longer than that.
+// Prefetches this block of the next rows: with few bytes per row the hardware's own prefetch is too late. Adjacent rows are
+// one stream through memory: a page ahead is early enough, unless these rows are longer.
 template <int N, int BYTES>
 INLINE void fetch_ahead(const void* at, int64_t row_bytes) {
     const int64_t ahead = N * row_bytes > PAGE ? N * row_bytes : PAGE;
@@ -50,14 +50,14 @@ INLINE void fetch_ahead(const void* at, int64_t row_bytes) {
             __builtin_prefetch((const char*)at + n * row_bytes + ahead + line);
 }
 
-// Decoders: N output rows from `o` on, side by side. `block` moves to a block of inputs, `step` yields 2W weights of one
-// row: those at even and at odd places (INTERLEAVED), or two consecutive vectors. One that is BY_ROW yields all of a row's
-// weights in the block at once, by `row`.
+// Decoders of N output rows from `o` on. `block` moves to a block of inputs, `step` yields 2W weights of one row: those at
+// even and odd places (INTERLEAVED), or two consecutive vectors. BY_ROW decoders yield all of a row's weights in the block
+// at once, by `row`.
 
 template <int N>
 struct FourBit {
     static constexpr bool INTERLEAVED = true;
-    static constexpr int SCALES = 64 / sizeof(float);  // a line of them
+    static constexpr int SCALES = 64 / sizeof(float);  // per cache line
     const uint8_t* rows;
     const uint8_t* at;
     const float* scales;
@@ -131,7 +131,7 @@ struct Int8 : Dense<N, int8_t> {
     }
 };
 
-// Calls `f` with the decoder template that a weight's kind asks for.
+// Calls `f` with the decoder template of a weight's kind.
 template <class F>
 INLINE void with_decoder(const Weight& w, F&& f) {
     switch (w.kind) {
@@ -151,7 +151,7 @@ INLINE void finish(const vf (&acc)[M][N], const float* bias, float* y, int64_t s
         for (int n = 0; n < N; n++) y[m * stride + n] = bias ? sums[m][n] + bias[n] : sums[m][n];
 }
 
-// M rows x N outputs from `o` on, with weights decoded in registers; y is row 0, output 0.
+// Computes M rows x N outputs from `o` on, with weights decoded in registers; y is row 0, output 0.
 template <int M, int N, template <int> class Decoder>
 INLINE void dot_decoding(const Weight& w, int o, const float* x, float* y, int64_t stride, Trickle& ahead) {
     Decoder<N> weights(w, o);
@@ -184,7 +184,7 @@ INLINE void dot_decoding(const Weight& w, int o, const float* x, float* y, int64
     finish(acc, w.bias ? w.bias + o : nullptr, y + o, stride);
 }
 
-// The same sums with weights already decoded: tile [N, in].
+// The same with decoded weights: tile [N, in].
 template <int M, int N>
 INLINE void dot_decoded(const float* tile, const float* x, int64_t in, const float* bias, float* y, int64_t stride) {
     float sums[M][N];
@@ -200,19 +200,19 @@ void sweep_decoding(const Weight& w, const float* x, int first, int last, float*
     for (; o < last; o++) dot_decoding<M, 1, Decoder>(w, o, x, y, stride, ahead);
 }
 
-// Most rows for which weights are decoded once: the dearer that is, the more.
+// The most rows for which weights are decoded once: more if decoding is expensive.
 template <template <int> class Decoder>
 constexpr int handful() {
     return W < 16 ? 4 : std::is_same<Decoder<1>, FourBit<1>>::value ? 12 : 8;
 }
 
-// How many outputs M rows are multiplied with at once, so that sums and weights fit the registers.
+// The number of outputs computed at once for M rows, so that sums and weights fit the registers.
 template <template <int> class Decoder>
 constexpr int outputs_beside(int rows) {
     if (rows > 4) return 2;
     if (rows > 2) return W == 16 ? 4 : 2;
-    // A single row waits for its own sums unless there are several; but the fewer, the fewer streams are read at once,
-    // and weights that are not decoded keep the memory busy by themselves.
+    // With one output, a single row waits for its own sums; but fewer outputs also mean fewer streams read at once, and
+    // weights that need no decoding keep the memory busy by themselves.
     return rows == 2 || W < 16 || std::is_same<Decoder<1>, FourBit<1>>::value ? 4 : 1;
 }
 
@@ -232,7 +232,7 @@ void few_rows(const Weight& w, const float* x, int rows, int first, int last, fl
     }
 }
 
-// A rectangle of the weight as fp32 [outputs first..last, blocks begin..end], inputs in their own or in packed order.
+// Decodes a rectangle of the weight to fp32 [outputs first..last, blocks begin..end], inputs in natural or packed order.
 template <template <int> class Decoder, bool NATURAL>
 void decode_blocks(const Weight& w, int first, int last, int begin, int end, float* tile) {
     for (int o = first; o < last; o++) {
@@ -292,7 +292,7 @@ void pack_row(const float* row, int in, bool interleaved, float* to) {
         memset(to + in, 0, sizeof(float) * (padded(in) - in));
         return;
     }
-    for (int i = 0; i < in; i += 2 * W) {  // whole blocks only
+    for (int i = 0; i < in; i += 2 * W) {  // whole blocks
         vf even, odd;
         deinterleave(row + i, even, odd);
         store(to + i, even), store(to + i + W, odd);
@@ -310,7 +310,7 @@ INLINE void accumulate(const float* dy, int64_t out, const float* tile, int outp
         for (int v = 0; v < V; v++) store(sums + m * wide + v * W, acc[m][v]);
 }
 
-// Inputs of blocks [begin, end) of dx.
+// Computes blocks [begin, end) of dx.
 void backward_tile(const Weight& w, const float* dy, int rows, int begin, int end, float* dx) {
     constexpr int V = W == 16 ? 4 : 2;
     const int wide = (end - begin) * BLOCK;
@@ -345,7 +345,7 @@ PackedRows pack_rows(const Weight* const* weights, int count, const float* x, in
         packed[form] = wanted[form] ? scratch(form ? PACKED_INTERLEAVED : PACKED_NATURAL, (size_t)rows * padded(in)) : nullptr;
     const int64_t blocks = in / BLOCK;
     Int8Block* const int8 = wants_int8 ? (Int8Block*)scratch(PACKED_INT8, rows * blocks * sizeof(Int8Block) / sizeof(float)) : nullptr;
-    constexpr int SHARE = 4;  // rows a task takes
+    constexpr int SHARE = 4;  // rows per task
     parallel_for((rows + SHARE - 1) / SHARE, [&](int task) {
         for (int m = task * SHARE; m < least((task + 1) * SHARE, rows); m++) {
             for (int form = 0; form < 2; form++)
@@ -384,7 +384,7 @@ EXPORT void lk_linear(const Weight* weight, const float* bias, const float* x, i
     linear(w, x, rows, y);
 }
 
-// One weight after another, as in a step; y keeps what the last one gave.
+// One weight after another, as in a step; y holds the last result.
 EXPORT void lk_linear_run(const Weight* const* weights, int count, const float* x, int rows, float* y) {
     for (int i = 0; i < count; i++) linear(*weights[i], x, rows, y);
 }

@@ -1,7 +1,7 @@
-// y = x @ W.T for a frozen weight in the storage its library gave it (but for its scales), and dx = dy @ W.
+// y = x @ W.T for a frozen weight in its library's storage (except for its scales), and dx = dy @ W.
 //
 // A dot product runs over the inputs in a fixed order: W lanes, one fused multiply-add after another, then a fixed
-// sum over lanes. How many rows or outputs are computed together never enters it, so a row's bits are its own.
+// sum over lanes. The order does not depend on the number of rows or outputs, so a row's bits do not depend on other rows.
 #pragma once
 
 #include <cstdint>
@@ -19,28 +19,28 @@ struct Weight {
     int32_t kind;
     int32_t out, in;
     int32_t blocksize;     // FOUR_BIT: weights under one scale
-    const void* int8;      // Int8Weights: y is computed as int8.h says; else null
-    const int8_t* levels;  // [16], with that
+    const void* int8;      // Int8Weights, for y as in int8.h; else null
+    const int8_t* levels;  // [16] with int8, else null
 };
 
 struct Int8Block;
 
-// The input rows in the forms that weights' decoders want: [rows, padded inputs], zeros behind the inputs.
+// The input rows in the layouts of weights' decoders: [rows, padded inputs], padded with zeros.
 struct PackedRows {
     const float* natural;
-    const float* interleaved;  // in each run of 2W inputs those at even places come first
+    const float* interleaved;  // in each 2W inputs, those at even places come first
     const Int8Block* int8;     // [rows, blocks]
 
-    // From row m on, of rows of so many padded inputs.
+    // The rows from m on, for `in` padded inputs.
     PackedRows from(int64_t m, int64_t in) const;
 };
 
 // Packs x [rows, in] for these weights, all of the same `in`. Valid until the caller's next call.
 PackedRows pack_rows(const Weight* const* weights, int count, const float* x, int rows);
 
-// Outputs [first, last) of every row: y[m * stride + o]. Runs on the calling thread, which asks for what lies `ahead`
-// while it has few rows.
+// Computes outputs [first, last) of every row: y[m * stride + o]. Runs on the calling thread, which prefetches `ahead` if
+// there are few rows.
 void linear_tile(const Weight& w, const PackedRows& x, int rows, int first, int last, float* y, int64_t stride, const Ahead& ahead = {});
 
-// How many outputs a task should take so that threads share the work evenly.
+// The number of outputs per task that shares the work evenly among threads.
 int outputs_per_task(int out);

@@ -1,4 +1,4 @@
-// Log-probabilities: those of given outputs with their ranks, and the likeliest ones.
+// Log-probabilities of given outputs, with ranks, and of the likeliest outputs.
 #include <cmath>
 
 #include "blocks.h"
@@ -17,12 +17,12 @@ struct Candidate {
 struct Scores {
     const float* const x;
     const int64_t n;
-    float* const tops;  // [blocks], the greatest of each
+    float* const tops;  // [blocks], the blocks' maxima
 
     int64_t blocks() const { return (n + BLOCK - 1) / BLOCK; }
 
     template <class F>
-    INLINE void each(int64_t block, F&& f) const {  // vectors, what is missing of the last one -inf
+    INLINE void each(int64_t block, F&& f) const {  // calls f with vectors, the last one filled up with -inf
         const int64_t end = std::min(n, (block + 1) * BLOCK);
         int64_t i = block * BLOCK;
         for (; i + W <= end; i += W) f(load(x + i));
@@ -41,7 +41,7 @@ struct Scores {
         return *std::max_element(tops, tops + blocks());
     }
 
-    // log of the sum of exp; NaN where that is no number.
+    // log of the sum of exp; NaN if that is undefined.
     double log_total(float peak) const {
         double total = 0;
         for (int64_t b = 0; b < blocks(); b++) {
@@ -63,7 +63,7 @@ struct Scores {
         return count;
     }
 
-    // The `most` greatest, equal ones in order of id.
+    // Finds the `most` greatest, ties in order of id.
     void best(int64_t most, Candidate* found, float* order) const {
         const float least = least_of_greatest(tops, blocks(), most, -INFINITY, order);
         int64_t count = 0;
@@ -94,7 +94,7 @@ EXPORT void lk_logprobs(const float* logits, int rows, int64_t n, const int64_t*
         ranks[m] = row.greater_than(own) + 1;
         int64_t* const which = ids + (int64_t)m * most;
         double* const scores = likeliest + (int64_t)m * most;
-        if (!std::isfinite(total)) {  // and comparisons may be in no order
+        if (!std::isfinite(total)) {  // with NaN, comparisons may not be an order
             for (int i = 0; i < most; i++) which[i] = i, scores[i] = NAN;
             return;
         }

@@ -10,14 +10,14 @@ namespace {
 
 enum Dtype { FP32 = 0, BF16 = 1, FP16 = 2 };
 
-constexpr int ROWS = 64, RANKS = 8;  // of one shrinking task
+constexpr int ROWS = 64, RANKS = 8;  // per shrink task
 
 struct Segment {
     const Adapters* linear;
     int start, end, unit, rank, dtype;
     float scale;
     int64_t down;  // offset of its [end - start, rank] in the shrunk rows
-    int tasks;     // shrinking tasks up to and with this segment
+    int tasks;     // shrink tasks up to and including this segment
 
     template <class Number>
     const Number* rows(const int16_t* pool, int width) const {
@@ -96,7 +96,7 @@ INLINE void expand_rows(const float* down, int rank, const Number* b, int64_t ou
 
 struct Deltas {
     std::vector<Segment> segments;
-    std::vector<int> ends;  // of each linear's segments
+    std::vector<int> ends;  // the end of each linear's segments
     const float* x;
     float* down;
     Shares shrinking;

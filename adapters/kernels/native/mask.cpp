@@ -1,10 +1,10 @@
-// Scores of what is not allowed become -inf.
+// Sets the scores of tokens that are not allowed to -inf.
 #include <cmath>
 
 #include "export.h"
 #include "tile.h"
 
-// scores [n]: bit i % 32 of word i / 32 allows score i; words that are missing allow nothing.
+// scores [n]: bit i % 32 of word i / 32 allows score i; missing words allow nothing.
 EXPORT void lk_mask(float* scores, int64_t n, const uint32_t* allowed, int64_t words) {
     vi place;
     for (int lane = 0; lane < W; lane++) place[lane] = 1 << lane;

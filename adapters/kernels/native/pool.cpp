@@ -12,23 +12,23 @@
 
 namespace {
 
-constexpr int SPINS = 4000;  // some 100 us: longer than the gaps inside a step, shorter than those between steps
+constexpr int SPINS = 4000;  // about 100 us: longer than the gaps inside a step, shorter than those between steps
 
-// What the caller writes and workers read, all in one line.
+// The current job, written by the caller and read by workers, all in one cache line.
 struct alignas(LINE) {
-    std::atomic<uint64_t> posted{0};  // jobs so far
-    std::atomic<int> threads{1};      // threads that jobs are to be shared out to
+    std::atomic<uint64_t> posted{0};  // number of jobs so far
+    std::atomic<int> threads{1};      // number of threads that share jobs
     void (*task)(void*, int) = nullptr;
     void* context = nullptr;
 } job;
 
 Shares shares;              // the job's tasks
-thread_local int rank = 0;  // of a worker; 0 of whoever has a job
+thread_local int rank = 0;  // of a worker; 0 in a thread that submits jobs
 alignas(LINE) std::atomic<int> sleepers{0};
-alignas(LINE) std::atomic_flag busy = ATOMIC_FLAG_INIT;  // held by the caller whose job runs
-int spawned = 0;                                         // workers ever started; guarded by `busy`
+alignas(LINE) std::atomic_flag busy = ATOMIC_FLAG_INIT;  // held by the caller of the running job
+int spawned = 0;                                         // workers started so far; guarded by `busy`
 
-// Never destroyed: workers may still sleep on it when the process exits.
+// Never destroyed, since workers may still sleep on it when the process exits.
 struct Bed {
     std::mutex mutex;
     std::condition_variable wake;
@@ -41,7 +41,7 @@ inline void breathe() {
 #endif
 }
 
-// `job` is read after taking a task: it cannot change before that one is done.
+// `job` is read after taking a task, since it cannot change before that task is done.
 void do_all() {
     shares.take_all([](int task) { job.task(job.context, task); });
 }
@@ -88,13 +88,13 @@ void Shares::deal(int count) {
 void Shares::await() const {
     for (int spins = 0; done.load(std::memory_order_acquire) < tasks; spins++) {
         breathe();
-        if (spins > 2000) std::this_thread::yield();  // somebody was parked in the middle of a task
+        if (spins > 2000) std::this_thread::yield();  // a thread was descheduled in the middle of a task
     }
 }
 
 void pool_run(int tasks, void (*task)(void*, int), void* context) {
     if (tasks <= 0) return;
-    // A single task is not worth waking anybody; nor can another thread's job, or a job inside a job, be interrupted.
+    // A single task is not worth waking workers, and another thread's job, or an enclosing one, cannot be interrupted.
     if (tasks == 1 || busy.test_and_set(std::memory_order_acquire)) {
         for (int i = 0; i < tasks; i++) task(context, i);
         return;

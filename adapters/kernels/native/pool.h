@@ -1,8 +1,8 @@
 // A small persistent thread pool: workers spin for a moment after each job, then sleep.
 //
-// Work is a count of tasks. Each thread begins with a stretch of them, in order, so that it reads memory in long runs;
-// whoever is through takes tasks from the ends of others' stretches, so a thread that the system has parked delays
-// nobody. No result may depend on which thread ran a task, nor on how many threads there are.
+// A job is a number of tasks. Each thread starts with a range of them, in order, so that it reads memory in long runs;
+// threads that have finished take tasks from the ends of others' ranges, so a descheduled thread does not delay the job.
+// Results must not depend on the thread of a task or on the number of threads.
 #pragma once
 
 #include <atomic>
@@ -13,16 +13,16 @@ void pool_run(int tasks, void (*task)(void* context, int index), void* context);
 int pool_threads();
 int pool_rank();  // of the calling thread among the pool's
 
-constexpr int LINE = 64;  // bytes of a cache line: threads wait for lines, so what one writes has lines of its own
+constexpr int LINE = 64;  // bytes of a cache line: data written by different threads must not share a line
 constexpr int MAX_THREADS = 256;
 
-// Tasks that threads share out among themselves.
+// Tasks shared among threads.
 class Shares {
   public:
-    // So many anew, when nobody is at the last ones any more.
+    // Starts `count` new tasks. No thread may still be working on the previous ones.
     void deal(int tasks);
 
-    // Does tasks until none is left to take: those of the thread's own stretch from the front, then others' from the back.
+    // Does tasks until none is left to take: those of the thread's own range from the front, then others' from the back.
     template <class F>
     void take_all(F&& task) {
         const int among = sharers.load(std::memory_order_relaxed), rank = pool_rank();
@@ -42,12 +42,12 @@ class Shares {
         if (did) done.fetch_add(did, std::memory_order_release);
     }
 
-    // Waits for those who are still at tasks that they took.
+    // Waits until all tasks are done.
     void await() const;
 
   private:
     struct alignas(LINE) Stretch {
-        std::atomic<uint64_t> left{0};  // what a thread has to itself until it is through: first << 32 | last
+        std::atomic<uint64_t> left{0};  // the thread's remaining range: first << 32 | last
     };
     Stretch stretches[MAX_THREADS];
     std::atomic<int> sharers{1};
@@ -55,7 +55,7 @@ class Shares {
     alignas(LINE) std::atomic<int> done{0};
 };
 
-// Scratch of the calling thread, alive until its next call with the same slot; contents are undefined.
+// Scratch memory of the calling thread, valid until its next call with the same slot; contents are undefined.
 enum ScratchSlot { PACKED_NATURAL, PACKED_INTERLEAVED, PACKED_INT8, SHRUNK, STEP, TILE, SUMS, ATTENTION, SOFTMAX, PIECES, WIDENED, TURNED, SCALES, CERTAIN, AT_MOST, ROUNDED, STATE, GATED, ROUTED, WEIGHTS, SLOTS };
 float* scratch(ScratchSlot slot, size_t floats);
 

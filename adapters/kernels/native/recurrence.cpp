@@ -1,17 +1,17 @@
-// Layers that keep a state of fixed size for each sequence: short causal convolutions, and linear attention with decay.
+// Layers that keep a state of fixed size per sequence: short causal convolutions, and linear attention with decay.
 //
-// A run is consecutive tokens of one sequence: it begins with the state in one slot and leaves one in another. Each
-// task has some channels to itself and does all runs in order, token by token, so no bit depends on how tokens are
-// cut into runs; an empty run copies.
+// A run is consecutive tokens of one sequence: it reads the state in one slot and writes it to another. Each task has its
+// own channels and processes all runs in order, token by token, so results do not depend on the cuts into runs; an empty
+// run copies.
 #include "export.h"
 #include "pool.h"
 #include "simd.h"
 
 namespace {
 
-constexpr int CHANNELS = 256;    // of a convolution's task
-constexpr int COLUMNS = 2 * W;   // of a state, of one task
-constexpr int MOST_KEYS = 1024;  // numbers of a key
+constexpr int CHANNELS = 256;    // per task of a convolution
+constexpr int COLUMNS = 2 * W;   // of a state, per task
+constexpr int MOST_KEYS = 1024;  // most numbers of a key
 
 struct Run {
     int32_t begin, end, read, write;
@@ -58,12 +58,12 @@ void convolve(const Convolution& c, int first, int width) {
                 store_part(out + (int64_t)t * c.channels + i, y, n);
             }
         }
-        for (int j = 0; j < kept; j++)  // ascending: a slot may be read and written
+        for (int j = 0; j < kept; j++)  // ascending, since one slot may be both read and written
             memmove(next + (int64_t)j * c.channels, input(tokens - kept + j), sizeof(float) * width);
     }
 }
 
-// Does body(i, i % 2), the latter known to the compiler: sums in two turns do not wait for each other.
+// Calls body(i, i % 2) with a constant second argument, so that two independent sums do not wait for each other.
 template <class F>
 INLINE void by_twos(int n, F&& body) {
     int i = 0;
@@ -81,7 +81,7 @@ void normalise(const float* x, int n, float scale, float* y) {
 
 float softplus(float x) { return x > 20.f ? x : log1pf(expf(x)); }
 
-// Some columns of one head's state, which lies in scratch while a run lasts.
+// Computes some columns of one head's state, which is in scratch memory during a run.
 void recur(const Recurrence& l, int head, int first, int width) {
     float* const state = scratch(STATE, (int64_t)l.keys * COLUMNS);
     float q[MOST_KEYS], k[MOST_KEYS], v[COLUMNS] = {}, y[COLUMNS];
@@ -101,7 +101,7 @@ void recur(const Recurrence& l, int head, int first, int width) {
             const vf decay = set1(expf(rate * step));
             memcpy(v, l.v + row * l.values + first, sizeof(float) * width);
             vf d0 = load(v), d1 = load(v + W);
-            if (l.b) {  // the delta rule: what the state already gives for the key is taken off
+            if (l.b) {  // the delta rule: the state's present value for the key is subtracted
                 normalise(l.q + key_row, l.keys, 1.f / sqrtf((float)l.keys), q);
                 normalise(l.k + key_row, l.keys, 1.f, k);
                 vf m0[2] = {}, m1[2] = {};

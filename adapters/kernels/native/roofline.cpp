@@ -1,4 +1,4 @@
-// What this machine can do at most, for the benchmark to hold the kernels against.
+// This machine's peak bandwidth and arithmetic, for comparison in the benchmark.
 #include <atomic>
 
 #include "export.h"
@@ -17,7 +17,7 @@ EXPORT void lk_read(const float* data, int64_t floats) {
     });
 }
 
-// Does `tasks` times a million fused multiply-adds on registers alone, each of one lane.
+// Does `tasks` million fused multiply-adds (counting lanes) in registers.
 EXPORT void lk_multiply_add(int tasks) {
     static std::atomic<float> sink;
     parallel_for(tasks, [&](int) {

@@ -1,7 +1,7 @@
-// One vector type for every CPU: 16 lanes under AVX-512, 8 under AVX2, 4 anywhere else.
+// One vector type for every CPU: 16 lanes with AVX-512, 8 with AVX2, 4 otherwise.
 //
-// The library is compiled once per instruction set and the loader picks one, so nothing here decides at run time.
-// What differs by CPU (fused multiply-add, 16-entry table look-up, half precision) is behind a function of this file;
+// The library is compiled once per instruction set and the loader picks one, so there is no dispatch at run time.
+// Functions of this file hide the differences between CPUs (fused multiply-add, 16-entry table look-up, half precision);
 // the rest is GCC/Clang vector arithmetic. Built with -ffp-contract=off: only `fma` fuses.
 #pragma once
 
@@ -83,7 +83,7 @@ INLINE vf fma(vf a, vf b, vf c) {
 #endif
 }
 
-INLINE bool any(vi mask) {  // of lanes that are all ones or all zeros
+INLINE bool any(vi mask) {  // whether any lane is set; lanes are all ones or all zeros
 #if defined(__AVX512F__)
     return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
 #elif defined(__AVX2__)
@@ -95,7 +95,7 @@ INLINE bool any(vi mask) {  // of lanes that are all ones or all zeros
 
 INLINE vf max(vf a, vf b) { return (vf)(a > b ? a : b); }
 
-// --- sums over lanes: one order (fold halves, then pairs), whether one vector is summed or four at once ---------------
+// --- sums over lanes: the same order (fold halves, then pairs) for one vector as for four at once ----------------------
 
 INLINE v4 fold(vf v) {
 #if defined(__AVX512F__)
@@ -143,7 +143,7 @@ INLINE float top(vf v) {
 
 // --- exp ------------------------------------------------------------------------------------------------------------
 
-// exp of a number between -87.33654 and 88.72283 is p * 2^n.
+// Returns p and n with exp(c) = p * 2^n, for c between -87.33654 and 88.72283.
 INLINE vf exp_parts(vf c, vf& n) {
     const vf magic = set1(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
     n = (c * set1(1.44269504f) + magic) - magic;
@@ -163,7 +163,7 @@ INLINE vf exp(vf x) {  // within 2 ulp; exp(-inf) = 0 exactly, NaN stays NaN
     vf c = (vf)(x > low ? x : low), n;
     c = (vf)(c < high ? c : high);
     const vf p = exp_parts(c, n);
-    // 2^n in two factors, as n reaches 128
+    // 2^n in two factors, since n reaches 128
     vi half = __builtin_convertvector(n, vi) >> 1, rest = __builtin_convertvector(n, vi) - half;
     vf y = p * (vf)((half + 127) << 23) * (vf)((rest + 127) << 23);
     y = (vf)(x < low ? set1(0.f) : y);
@@ -171,7 +171,7 @@ INLINE vf exp(vf x) {  // within 2 ulp; exp(-inf) = 0 exactly, NaN stays NaN
     return (vf)(x == x ? y : x);
 }
 
-INLINE vf exp_below(vf x) {  // the same of numbers that are at most 0
+INLINE vf exp_below(vf x) {  // the same for numbers of at most 0
     const vf low = set1(-87.33654f);
     vf n;
     const vf p = exp_parts((vf)(x > low ? x : low), n);
@@ -179,7 +179,7 @@ INLINE vf exp_below(vf x) {  // the same of numbers that are at most 0
     return (vf)(x < low ? set1(0.f) : (vf)(x == x ? y : x));
 }
 
-// --- other numbers, loaded as fp32 ----------------------------------------------------------------------------------------------------
+// --- loads of other dtypes as fp32 ----------------------------------------------------------------------------------------------------
 
 INLINE vf load(const bf16* p) {
 #if defined(__AVX512F__)
@@ -248,8 +248,8 @@ INLINE vf load(const int8_t* p) {
 #endif
 }
 
-// The four bits of exponent and three of mantissa lie in an fp32 as they do in an fp8, but for the exponent's bias:
-// 2^120 is between them, for subnormal numbers as well.
+// An fp8's four bits of exponent and three of mantissa are placed in an fp32; the exponents' biases differ by a factor of
+// 2^120, also for subnormal numbers.
 INLINE vf load(const fp8* p) {
 #if defined(__AVX512F__)
     const vi bits = (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
@@ -263,7 +263,7 @@ INLINE vf load(const fp8* p) {
     return (vf)((bits & 0x7f) == 0x7f ? set1(NAN) : number);
 }
 
-// --- fp32 rounded to other numbers, half to even -------------------------------------------------------------------------
+// --- rounding of fp32 to other dtypes, half to even ----------------------------------------------------------------------
 
 INLINE uint32_t bits_of(float f) {
     uint32_t bits;
@@ -297,7 +297,7 @@ INLINE fp8 rounded_fp8(float f) {
 }
 
 template <class Number>
-INLINE vf load_part(const Number* p, int n) {  // the first n lanes, zeros behind
+INLINE vf load_part(const Number* p, int n) {  // the first n lanes, the others zero
     Number part[W] = {};
     memcpy(part, p, sizeof(Number) * n);
     return load(part);
@@ -340,9 +340,9 @@ INLINE void store_interleaved(float* p, vf even, vf odd) {
 
 // --- rows to columns ------------------------------------------------------------------------------------------------------
 
-// to[i], lane r = rows[r * stride + i], of W rows and four columns.
+// to[i], lane r = rows[r * stride + i], for W rows and four columns.
 INLINE void columns(const float* rows, int64_t stride, vf (&to)[4]) {
-    vf part[4];  // rows i, i + 4, ..., four numbers of each
+    vf part[4];  // four numbers of rows i, i + 4, ...
     for (int i = 0; i < 4; i++, rows += stride) {
 #if defined(__AVX512F__)
         __m512 v = _mm512_castps128_ps512(_mm_loadu_ps(rows));
@@ -374,10 +374,10 @@ INLINE void columns(const float* rows, int64_t stride, vf (&to)[4]) {
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
 
-// Lookups across a register's halves are slow before AVX-512, those of bytes within them are not: so a number is put together
-// of its four bytes, each looked up by itself.
+// Before AVX-512, lookups across a register's halves are slow, but byte lookups within halves are fast: so a number is
+// assembled from its four bytes, looked up separately.
 struct Table {
-    __m256i bytes[4];  // of each of the 16 numbers, in both halves
+    __m256i bytes[4];  // byte i of each of the 16 numbers, in both halves
 };
 
 INLINE Table load_table(const float* code) {
@@ -390,7 +390,7 @@ INLINE Table load_table(const float* code) {
     return t;
 }
 
-// The numbers of 32 indices, in vectors of 8: of the first four indices of each half, of the next four, ...
+// Looks up 32 indices, into vectors of 8: the first four indices of each half, the next four, ...
 INLINE void look_up(const Table& t, __m256i indices, vf (&to)[4]) {
     const __m256i b0 = _mm256_shuffle_epi8(t.bytes[0], indices), b1 = _mm256_shuffle_epi8(t.bytes[1], indices);
     const __m256i b2 = _mm256_shuffle_epi8(t.bytes[2], indices), b3 = _mm256_shuffle_epi8(t.bytes[3], indices);
@@ -400,11 +400,11 @@ INLINE void look_up(const Table& t, __m256i indices, vf (&to)[4]) {
     to[2] = (vf)_mm256_unpacklo_epi16(low2, upper2), to[3] = (vf)_mm256_unpackhi_epi16(low2, upper2);
 }
 
-// 32 packed bytes -> the 64 weights that dequantising makes of them, code * scale: of each eight bytes those of the high
-// nibbles, which are the earlier ones, then those of the low nibbles.
+// 32 packed bytes -> their 64 dequantised weights, code * scale: for each eight bytes those of the high nibbles, which come
+// first, then those of the low nibbles.
 INLINE void look_up_block(const Table& t, const uint8_t* p, float scale, vf (&to)[8]) {
     const __m256i nibble = _mm256_set1_epi8(15);
-    const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);  // makes eight bytes of the fours that `look_up` takes
+    const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);  // so that each of `look_up`'s vectors has eight adjacent bytes
     const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_loadu_si256((const __m256i*)p), order);
     vf even[4], odd[4];
     look_up(t, _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble), even);
@@ -428,7 +428,7 @@ INLINE Table load_table(const float* code) {
     return t;
 }
 
-INLINE Table scaled(const Table& code, float scale) {  // the very products that dequantising makes: code * absmax
+INLINE Table scaled(const Table& code, float scale) {  // exactly the products of dequantising: code * absmax
     Table t;
 #if defined(__AVX512F__)
     t.all = code.all * set1(scale);
@@ -451,7 +451,7 @@ INLINE void look_up(const Table& t, const uint8_t* p, vf& even, vf& odd) {
 
 #endif
 
-// Keeps a number that is used several times from being loaded each time.
+// Keeps a value in a register, so that it is not loaded for each use.
 INLINE void in_register(vf& v) {
 #if defined(__AVX512F__)
     asm("" : "+v"(v));

@@ -1,12 +1,12 @@
-// The likeliest output of a wide linear, most of whose outputs are ruled out by a sketch of its weight.
+// The argmax of a wide linear's outputs, most of which are ruled out by a sketch (screening copy) of its weight.
 //
-// The sketch is the weight rounded to eight bits: half of a bf16 weight's bytes, and integer arithmetic. What an output
-// is can then be told up to the two roundings, the weight's and the input's (by the Cauchy-Schwarz inequality):
+// The sketch is the weight rounded to eight bits: half of a bf16 weight's bytes, and integer arithmetic. It gives an output
+// up to the two roundings, the weight's and the input's (by the Cauchy-Schwarz inequality):
 //
 //   |w . x - v . u|  <=  |w - v| |x|  +  |v| |x - u|
 //
-// Outputs that may be the greatest for all that are computed from the weight itself, as everywhere else. So the one that
-// is found is the one that would be found among all of them.
+// Outputs that may still be the greatest are computed from the weight itself, as everywhere else. So the result is the
+// argmax of all exact outputs.
 #include <vector>
 
 #include "dot8.h"
@@ -27,21 +27,21 @@ struct Sketch {
 namespace {
 
 constexpr int GROUP = 16;              // outputs
-constexpr int MOST = W == 16 ? 8 : 4;  // rows together
-constexpr float BASE = 254.f;          // an input is scale * (BASE * high + low), both of them within [-127, 127]
-constexpr float STEPS = 127.f * BASE;  // so many times the scale is the greatest input
-constexpr float TINY = 1e-30f;         // inputs that are no greater tell nothing: a scale's inverse must be a number
-constexpr float SAFE = 1e37f;          // products that are no greater in all have finite sums
-constexpr float ABOUT = 1.0001f;       // norms are made so much greater, for they are rounded themselves
+constexpr int MOST = W == 16 ? 8 : 4;  // rows at once
+constexpr float BASE = 254.f;          // an input is scale * (BASE * high + low), both within [-127, 127]
+constexpr float STEPS = 127.f * BASE;  // the greatest input over the scale
+constexpr float TINY = 1e-30f;         // rows without a greater input are not screened: a scale's inverse must be finite
+constexpr float SAFE = 1e37f;          // a bound on outputs up to which all sums are finite
+constexpr float ABOUT = 1.0001f;       // factor on norms, which makes up for their own rounding
 
-// How many rows from m on go together.
+// The number of rows from m on that are processed at once.
 int handful(int m, int rows) {
     int count = MOST;
     while (m + count > rows) count /= 2;
     return count;
 }
 
-// What a row of inputs was rounded to.
+// A rounded row of inputs.
 struct Rounded {
     int32_t high_sum, low_sum;
     float scale;
@@ -50,8 +50,8 @@ struct Rounded {
     bool finite;
 };
 
-// Rounds a row, every four of whose inputs go to `to`, their high parts and then their low ones, and the next to
-// `stride` bytes behind.
+// Rounds a row. Every four inputs are written to `to`, their high parts and then their low ones; the next four follow
+// `stride` bytes later.
 Rounded round_row(const float* x, int in, int8_t* to, int64_t stride) {
     double squares = 0;
     float top = 0;
@@ -69,17 +69,17 @@ Rounded round_row(const float* x, int in, int8_t* to, int64_t stride) {
     return r;
 }
 
-// Rows of which the least and the most that each output can be is to be told.
+// Rows for which each output's lower and upper bounds are computed.
 struct Rows {
     const Sketch& sketch;
     const int in;
     const Rounded* x;     // [rows]
     const int8_t* bytes;  // handful by handful: [in / 4, handful, high and low, 4]
-    vf* certain;          // [rows]: the greatest of what outputs are at least
-    float* most;          // [rows, stride]: what each is at most
+    vf* certain;          // [rows]: the greatest lower bound
+    float* most;          // [rows, stride]: the outputs' upper bounds
     const int64_t stride;
 
-    // M rows from m on by the W outputs from o on, of which `wanted` are there.
+    // Bounds M rows from m on for the W outputs from o on, of which `wanted` exist.
     template <class Arithmetic, int M>
     INLINE void bound(int m, int64_t o, int wanted) const {
         const int8_t* at = sketch.data + o / GROUP * GROUP * in + o % GROUP * 4;
@@ -155,7 +155,7 @@ void likeliest_output(const Weight& w, const Sketch& sketch, const float* x, int
         }
     });
 
-    // What an output must be able to reach to be looked at. NaN: all of them are, for they may not even be finite.
+    // Outputs with an upper bound below this are not computed. NaN: all are computed, since they may not be finite.
     std::vector<float> floor(rows);
     for (int m = 0; m < rows; m++) {
         vf greatest = certain[m];
@@ -200,5 +200,5 @@ EXPORT void lk_likeliest_output(const Weight* weight, const Sketch* sketch, cons
     with_arithmetic([&]<class Arithmetic>() { likeliest_output<Arithmetic>(*weight, *sketch, x, rows, found); });
 }
 
-// For how many rows together a sketch is faster than the weight itself: for any with instructions made for it.
+// The most rows for which a sketch is faster than the weight itself: unlimited with VNNI instructions.
 EXPORT int lk_sketched_rows() { return has_vnni() ? INT32_MAX : 2; }

@@ -1,7 +1,7 @@
-// The two inner loops that everything else is made of, over M rows at a time.
+// The two inner loops of all kernels, over M rows at a time.
 //
-// `dot`: rows against rows, lanes along the inputs. `weigh`: sums of rows with a weight each, lanes along the outputs.
-// Both take their terms in index order, so what a row yields never depends on M.
+// `dot`: rows against rows, lanes along the inputs. `weigh`: weighted sums of rows, lanes along the outputs. Both add their
+// terms in index order, so a row's result never depends on M.
 #pragma once
 
 #include "simd.h"
@@ -45,7 +45,7 @@ INLINE void dot(const float* x, int64_t x_stride, const Number* w, int64_t w_str
     lane_sums(acc, sums);
 }
 
-// acc[m][v] += sum over r < count of weights[m, r] * rows[r, v * W ...]; with PART, V is 1 and only `lanes` are read.
+// acc[m][v] += sum over r < count of weights[m, r] * rows[r, v * W ...]; with PART, V is 1 and only `lanes` lanes are read.
 template <int M, int V, bool PART = false, class Number>
 INLINE void weigh(vf (&acc)[M][V], const float* weights, int64_t weight_stride, const Number* rows, int64_t row_stride,
                   int count, int lanes = 0) {
@@ -59,7 +59,7 @@ INLINE void weigh(vf (&acc)[M][V], const float* weights, int64_t weight_stride, 
     }
 }
 
-// Calls f<M>(m) for rows m .. m + M until all `count` are done, four at a time while it can.
+// Calls f<M>(m) for rows m .. m + M until all `count` are done, four at a time as long as possible.
 template <class F>
 INLINE void by_fours(int count, F&& f) {
     int m = 0;
@@ -71,7 +71,7 @@ INLINE void by_fours(int count, F&& f) {
     }
 }
 
-// Calls f<M>() with M = count, which is from 1 to MOST.
+// Calls f<M>() with M = count, from 1 to MOST.
 template <int MOST, class F>
 INLINE void with_count(int count, F&& f) {
     if constexpr (MOST > 1)

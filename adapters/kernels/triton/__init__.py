@@ -1,11 +1,11 @@
 """The kernels in Triton, for NVIDIA GPUs: the same functions as `reference`, in `functions`.
 
-Here is only the question whether they can be had; Triton itself is imported when they are first used. They serve CUDA
-tensors, or CPU tensors through Triton's interpreter under `LORAKEET_TRITON=interpret` (slow: for tests);
+This file only decides whether they are available; Triton itself is imported when they are first used. They run on CUDA
+tensors, or on CPU tensors in Triton's interpreter under `LORAKEET_TRITON=interpret` (slow: for tests);
 `LORAKEET_TRITON=0` turns them off.
 
-Every output row is reduced in an order that its own launch fixes, never by which program came first. `fix_tiles` also
-fixes all tiles and splits, the library's included, so that no row's bits depend on its neighbours.
+Every output row is reduced in an order fixed by its launch, never by the timing of programs. `fix_tiles` also fixes all
+tiles and splits, the library's included, so that no row's bits depend on other rows.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ def interpreted() -> bool:
 
 
 def few_programs() -> bool:
-    """Whether tiles should be large: the interpreter's time goes by operations and programs, not by numbers."""
+    """Whether tiles should be large: the interpreter's time depends on operations and programs, not on sizes."""
     return interpreted() and not _tiles_of_gpu
 
 
@@ -40,13 +40,13 @@ def deterministic() -> bool:
 
 
 def fix_tiles(fixed: bool) -> None:
-    """Decide whether tiles and splits are the same for all row counts, in this process."""
+    """Set, for this process, whether tiles and splits are the same for all row counts."""
     global _fixed
     _fixed = fixed
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether the kernels read tensors that lie here, of these dtypes."""
+    """Whether the kernels support these tensors' devices and dtypes."""
     if _off or os.environ.get("LORAKEET_TRITON") == "0":
         return False
     device = "cpu" if interpreted() else "cuda"
@@ -55,7 +55,7 @@ def takes(*tensors: Tensor) -> bool:
 
 @contextmanager
 def switched_off() -> Iterator[None]:
-    """Within it `takes` says no: plain torch does all the work, to hold one against the other."""
+    """Make `takes` return False within the context, so that plain torch runs, for comparison."""
     global _off
     _off = True
     try:
@@ -66,11 +66,11 @@ def switched_off() -> Iterator[None]:
 
 @cache
 def load() -> ModuleType | None:
-    """`functions`, or None where Triton is not installed."""
+    """Return `functions`, or None if Triton is not installed."""
     if importlib.util.find_spec("triton") is None:
         return None
     if interpreted():
-        os.environ["TRITON_INTERPRET"] = "1"  # Triton looks when a kernel is defined
+        os.environ["TRITON_INTERPRET"] = "1"  # read by Triton when a kernel is defined
     from adapters.kernels.triton import functions
 
     return functions

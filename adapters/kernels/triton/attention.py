@@ -1,8 +1,8 @@
-"""Paged attention: prompts, chunks of prompts and single tokens by one kernel, keys in groups of 64 from position 0 on.
+"""Paged attention: one kernel for prompts, chunks and decoding, with keys in groups of 64 from position 0 on.
 
 A program takes one KV head's queries of one request (several positions times the heads that share the KV head) and a
-range of its keys. Where programs would be few, keys are split at positions that depend on the longest sequence possible
-and the number of tokens, and `_combine` joins the parts in order.
+range of its keys. With few programs, keys are split at positions that depend on the longest possible sequence and the
+number of tokens, and `_combine` joins the parts in order.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -19,28 +19,28 @@ from adapters.kernels.triton.elementwise import rows_of_tile
 from adapters.kernels.triton.linear import dot_dtype
 
 LOG2E = tl.constexpr(1.4426950408889634)
-EXPONENT_GAP = tl.constexpr(2.0**120)  # between the exponents' biases of fp32 and fp8
+EXPONENT_GAP = tl.constexpr(2.0**120)  # for the difference of fp32's and fp8's exponent biases
 EXPONENT_GAP_BACK = tl.constexpr(2.0**-120)
 ROUNDING = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it rounds to an integer
-PLAIN, FP8, INT8 = (tl.constexpr(kind) for kind in range(3))  # caches: as they are, e4m3, int8 with a scale by row
+PLAIN, FP8, INT8 = (tl.constexpr(kind) for kind in range(3))  # caches: plain numbers, e4m3, int8 with a scale per row
 MAX_SPLITS = 64
 MIN_SPLIT = 256  # keys
-FEW_TOKENS = 256  # up to here keys are split and query tiles small
+FEW_TOKENS = 256  # up to this many tokens, keys are split and query tiles small
 
 
 @triton.jit
 def _first_number(block_line, slot, STRIDE: tl.constexpr):
-    """The place of a row's first number: of row `block_line + slot`, where slots ascend and blocks are any.
+    """Return the place of the first number of row `block_line + slot`, for ascending slots and any blocks.
 
-    Not the sum times STRIDE: Triton 3.6 takes such a sum for a multiple of 16 wherever its first is one, and reads rows
-    of int8, four bytes longer than their numbers, in pieces that they are not aligned to.
+    Not the sum times STRIDE: Triton 3.6 takes such a sum for a multiple of 16 if its first element is one, and reads
+    int8 rows, which are four bytes longer than their numbers, in pieces to which they are not aligned.
     """
     return block_line * STRIDE + slot * STRIDE
 
 
 @triton.jit
 def _numbers(cache, scale, place, line, inside, known, DIM: tl.constexpr, STRIDE: tl.constexpr, KIND: tl.constexpr):
-    """Rows of a cache: its own numbers, or fp32."""
+    """Load rows of a cache, in the cache's dtype or, from fp8 and int8, as fp32."""
     numbers = tl.load(cache + place, mask=inside, other=0)
     if KIND == FP8:  # see `load` of simd.h
         bits = numbers.to(tl.int32)
@@ -53,17 +53,17 @@ def _numbers(cache, scale, place, line, inside, known, DIM: tl.constexpr, STRIDE
     return numbers
 
 
-@triton.jit(do_not_specialize=["tokens", "requests", "max_blocks"])  # or every other step would compile anew
+@triton.jit(do_not_specialize=["tokens", "requests", "max_blocks"])  # otherwise many steps would compile again
 def _attend(
     q,  # [tokens, heads, DIM]
     k_cache,  # [blocks, kv_heads, block_size, STRIDE]; fp8 as uint8
     v_cache,
-    k_scale,  # the same as fp32: an int8 row's scale stands behind its numbers
+    k_scale,  # the same memory as fp32: an int8 row's scale follows its numbers
     v_scale,
     seqs,  # int32 [requests, 3]: q_start, q_end, kv_len, ascending
     block_tables,  # int32 [requests, max_blocks]
-    out,  # as q unless SPLIT
-    part,  # fp32 [splits, tokens, heads, DIM], not yet divided by their sums
+    out,  # as q; not written if SPLIT
+    part,  # fp32 [splits, tokens, heads, DIM], not yet divided by the sums
     part_top,  # fp32 [splits, tokens, heads], the largest score
     part_sum,  # fp32 [splits, tokens, heads]
     tokens,
@@ -92,11 +92,11 @@ def _attend(
 ):
     tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     POSITIONS: tl.constexpr = BLOCK_M // GROUP  # queries of a tile
-    # Tile `start // POSITIONS + r` is the first that request r may have: find the request of ours.
+    # Tile `start // POSITIONS + r` is the first possible one of request r: find this tile's request.
     r = tl.arange(0, REQUESTS)
     starts = tl.load(seqs + r * 3, mask=r < requests, other=0)
     mine = (r < requests) & (starts // POSITIONS + r <= tile)
-    request = tl.maximum(tl.sum(mine.to(tl.int32), axis=0) - 1, 0)  # requests of padding alone start beyond all tiles
+    request = tl.maximum(tl.sum(mine.to(tl.int32), axis=0) - 1, 0)  # padding requests start beyond all tiles
     q_start, q_end = tl.load(seqs + request * 3), tl.load(seqs + request * 3 + 1)
     kv_len = tl.load(seqs + request * 3 + 2)
     first_query = q_start + (tile - (q_start // POSITIONS + request)) * POSITIONS
@@ -139,7 +139,7 @@ def _attend(
                 visible = visible & (key[None, :] > (position - window)[:, None])
             scores = tl.where(visible, scores, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, axis=1))
-            shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen no key yet
+            shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # for rows without a visible key yet
             weights = tl.exp2(scores - shift[:, None])
             decay = tl.exp2(top - shift)
             total = total * decay + tl.sum(weights, axis=1)
@@ -149,7 +149,7 @@ def _attend(
             top = new_top
 
         if not SPLIT:
-            total = tl.where(total == 0.0, 1.0, total)  # rows of no query
+            total = tl.where(total == 0.0, 1.0, total)  # for rows without a query
             if SINKS:
                 total += tl.exp2(tl.load(sinks + head, mask=real, other=0.0) * LOG2E - top)
             tl.store(out + at, (acc / total[:, None]).to(out.dtype.element_ty), mask=mask)
@@ -157,7 +157,7 @@ def _attend(
             plane = split * tokens * heads
             tl.store(part_top + plane + row, top, mask=real)
             tl.store(part_sum + plane + row, total, mask=real)
-            if begin < end:  # a split beyond the sequence has nothing to add, and `_combine` does not look at it
+            if begin < end:  # a split beyond the sequence adds nothing, and `_combine` ignores it
                 # int64: splits times tokens times a wide model may pass 2^31.
                 tl.store(part + (plane + row)[:, None] * DIM + d[None, :], acc, mask=mask)
 
@@ -218,7 +218,7 @@ def paged_attention(
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """As `reference.paged_attention`, for requests whose q_start ascend; weights are rounded to the dtype of q."""
+    """See `reference.paged_attention`; for requests with ascending q_start; weights are rounded to the dtype of q."""
     q, seqs, block_tables = q.contiguous(), seqs.contiguous(), block_tables.contiguous()
     tokens, heads, dim = q.shape
     _, kv_heads, block_size, _ = k_cache.shape
@@ -273,7 +273,7 @@ def paged_attention(
         STRIDE=k_cache.shape[3],
         KIND=kind,
         num_warps=4,
-        num_stages=2 if dim <= 128 else 1,  # keys and values on their way take shared memory
+        num_stages=2 if dim <= 128 else 1,  # pipelined keys and values take shared memory
         **sizes,
     )
     if splits > 1:
@@ -295,16 +295,16 @@ def paged_attention(
 
 
 def _splits(tokens: int, max_keys: int) -> tuple[int, int]:
-    """Number of splits, a power of two (each is compiled), and keys of each, for sequences of at most `max_keys`."""
+    """Return the number of splits, a power of two (each is compiled), and keys per split, for up to `max_keys` keys."""
     if deterministic() or tokens > FEW_TOKENS or max_keys <= MIN_SPLIT:
         return 1, max_keys
-    most = MAX_SPLITS if tokens <= 16 else 32 if tokens <= 32 else 16  # many requests fill the GPU without it
+    most = MAX_SPLITS if tokens <= 16 else 32 if tokens <= 32 else 16  # many requests fill the GPU without splits
     splits = min(most, triton.next_power_of_2(triton.cdiv(max_keys, MIN_SPLIT)))
     return splits, triton.cdiv(triton.cdiv(max_keys, splits), KEY_GROUP) * KEY_GROUP
 
 
 def _layout(cache: Tensor) -> tuple[int, torch.dtype]:
-    """A cache's kind, and the dtype that the kernels see it in."""
+    """Return a cache's kind, and the dtype in which kernels view it."""
     match cache.dtype:
         case torch.float8_e4m3fn:
             return FP8.value, torch.uint8
@@ -316,7 +316,7 @@ def _layout(cache: Tensor) -> tuple[int, torch.dtype]:
 
 @triton.jit
 def _store(cache, scale, states, target, line, mask, real, DIM: tl.constexpr, STRIDE: tl.constexpr, KIND: tl.constexpr):
-    """Rows into a cache, rounded as `reference.cache_rows` does."""
+    """Store rows in a cache, rounded as in `reference.cache_rows`."""
     if KIND == FP8:
         states = states.to(tl.float32)
         near = tl.minimum(tl.abs(states), 448.0)
@@ -370,7 +370,7 @@ def _write(
 
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """As `reference.write_kv`."""
+    """See `reference.write_kv`."""
     k, v = k.contiguous(), v.contiguous()
     tokens, heads, dim = k.shape
     if tokens:

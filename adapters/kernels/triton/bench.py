@@ -1,12 +1,12 @@
-"""The Triton kernels on this GPU, right and fast: `python -m adapters.kernels.triton.bench` prints one JSON object.
+"""Accuracy and speed of the Triton kernels: `python -m adapters.kernels.triton.bench` prints one JSON object.
 
-`errors`: (kernel, case, error, limit), relative to float64 as in the tests, on shapes that the interpreter is too slow
-for. `lines`: 4-bit linears of Llama-3.1-8B and Qwen3-8B and bitsandbytes' own on the same weights, both replayed from
-CUDA graphs that rotate through more weights than the L2 cache holds. `experts`: Qwen3-30B-A3B's gate and up in one
-launch, and expert by expert. `states`: a token of each of some sequences through Qwen3.5's linear attention. `fused`:
-the adapters of Llama-3.1-8B's q, k and v in one pair of launches and one after the other. `copy_gb_s`: bytes read and
-written per second by a copy; `host_to_device_gb_s`: bytes that arrive from pinned memory (`--bandwidths`: these two
-alone). `--smoke` tries all of it out on a CPU, under `LORAKEET_TRITON=interpret`: its times mean nothing.
+`errors`: (kernel, case, error, limit), relative to float64 as in the tests, on shapes too large for the interpreter.
+`lines`: 4-bit linears of Llama-3.1-8B and Qwen3-8B, and bitsandbytes' own on the same weights, both replayed from CUDA
+graphs that rotate through more weights than the L2 cache holds. `experts`: Qwen3-30B-A3B's gate and up in one launch,
+and expert by expert. `states`: one token of each of several sequences through Qwen3.5's linear attention. `fused`: the
+adapters of Llama-3.1-8B's q, k and v in one pair of launches, and one after the other. `copy_gb_s`: bytes read and
+written per second by a copy; `host_to_device_gb_s`: bytes copied from pinned memory (`--bandwidths`: only these two).
+`--smoke` runs everything on a CPU, under `LORAKEET_TRITON=interpret`, with meaningless times.
 """
 
 import json
@@ -31,16 +31,16 @@ LIMIT = 1e-2  # relative error of bf16 results
 
 @dataclass(frozen=True)
 class Size:
-    """How large everything is."""
+    """The sizes of all measurements."""
 
     device: str
-    shapes: dict[tuple[int, int], tuple[str, ...]]  # (outs, ins) of a linear -> the models that have it
+    shapes: dict[tuple[int, int], tuple[str, ...]]  # (outs, ins) of a linear -> models with it
     rows: tuple[int, ...]
-    memory: int  # bytes of weights that a graph goes through
+    memory: int  # bytes of weights read by a graph
     repeats: int
     copied: int  # bytes
     segments: int  # of a LoRA table
-    experts: tuple[int, int, int, int]  # how many, of which so many for each token; outs, ins
+    experts: tuple[int, int, int, int]  # experts, experts per token, outs, ins
     state: tuple[int, int, int, int]  # key heads, heads, keys, values
     limit: float
 
@@ -69,7 +69,7 @@ SMOKE = Size("cpu", {(32, 128): (LLAMA, QWEN)}, (1, 8), 1, 1, 1 << 20, 2, (4, 2,
 
 
 def replayed(size: Size, calls: Sequence[Callable[[], Any]]) -> float:
-    """Seconds of one call, from a graph of them all; the median of several replays."""
+    """Return the seconds per call, from a graph of all calls; the median of several replays."""
     if size.device == "cpu":
         began = time.perf_counter()
         for call in calls:
@@ -98,7 +98,7 @@ def replayed(size: Size, calls: Sequence[Callable[[], Any]]) -> float:
 
 
 def bandwidths(size: Size) -> dict[str, float]:
-    """GB per second, within the device and onto it."""
+    """Return GB per second, within the device and from the host."""
     source = torch.empty(size.copied, dtype=torch.uint8)
     target = torch.empty_like(source)
     pinned = torch.empty(size.copied // 4, dtype=torch.uint8, device="cpu", pin_memory=size.device == "cuda")
@@ -109,7 +109,7 @@ def bandwidths(size: Size) -> dict[str, float]:
 
 
 def make_linears(size: Size, outs: int, ins: int, memory: int) -> list[Linear4bit]:
-    """Enough of them that none is still in a cache when its turn comes again."""
+    """Return enough linears that none is still in a cache when it is used again."""
     made = []
     for _ in range(max(1, memory // (outs * ins // 2))):
         linear = Linear4bit(ins, outs, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta")
@@ -120,7 +120,7 @@ def make_linears(size: Size, outs: int, ins: int, memory: int) -> list[Linear4bi
 
 
 def linear_lines(size: Size, outs: int, ins: int) -> list[dict[str, Any]]:
-    """One line for each row count: our seconds, bitsandbytes', and the bytes that have to be read."""
+    """Return one line per row count: our seconds, bitsandbytes', and the bytes to read."""
     kernels = load()
     assert kernels is not None
     linears = make_linears(size, outs, ins, size.memory)
@@ -137,12 +137,12 @@ def linear_lines(size: Size, outs: int, ins: int) -> list[dict[str, Any]]:
 
 
 def relative(actual: Tensor, exact: Tensor) -> float:
-    """Frobenius norm of the difference over that of the exact result."""
+    """Return the Frobenius norm of the difference over that of the exact result."""
     return float((actual.double() - exact.double()).norm() / exact.double().norm())
 
 
 def linear_errors(size: Size) -> Iterator[tuple[str, float]]:
-    """bf16 products against float64, below and above the few-row kernel's reach."""
+    """Yield errors of bf16 products against float64, below and above the few-row kernel's limit."""
     kernels = load()
     assert kernels is not None
     for outs, ins in size.shapes:
@@ -154,7 +154,7 @@ def linear_errors(size: Size) -> Iterator[tuple[str, float]]:
 
 
 def lora_errors(size: Size) -> Iterator[tuple[str, float]]:
-    """Segments of mixed ranks and dtypes, against `reference` in fp32."""
+    """Yield errors of segments with mixed ranks and dtypes, against `reference` in fp32."""
     kernels = load()
     assert kernels is not None
     ins, outs = max(size.shapes, key=max)[::-1]
@@ -163,7 +163,7 @@ def lora_errors(size: Size) -> Iterator[tuple[str, float]]:
         tokens, units = count * length, count * 128
         a, b = (torch.randn(units // 2, width).view(torch.int16).view(units, width) for width in (ins, outs))
         rows = [(i * length, (i + 1) * length, i * 128, (8, 16, 64)[i % 3], (FP32, BF16)[i % 2]) for i in range(count)]
-        # Random fp32 bytes make no bf16 numbers: the bf16 rows get their own.
+        # Random fp32 bytes are not usable bf16 numbers: the bf16 rows get their own.
         for _, _, first, rank, dtype in rows:
             if dtype == BF16:
                 for pool in (a, b):
@@ -178,7 +178,7 @@ def lora_errors(size: Size) -> Iterator[tuple[str, float]]:
 
 
 def fused_lines(size: Size) -> list[dict[str, Any]]:
-    """Rank-16 adapters of q, k and v, a token with each: seconds in two launches, and in two for each linear."""
+    """Return lines for rank-16 adapters of q, k and v, a token each: seconds in two launches, and two per linear."""
     kernels = load()
     assert kernels is not None
     widths = (4096, 1024, 1024) if size is FULL else (32, 16, 16)
@@ -203,21 +203,21 @@ def fused_lines(size: Size) -> list[dict[str, Any]]:
 
 
 def routed(size: Size, tokens: int) -> tuple[Tensor, Tensor]:
-    """Inputs of tokens routed at random, sorted by expert, and how many rows each has."""
+    """Return inputs of randomly routed tokens, sorted by expert, and each expert's number of rows."""
     experts, chosen, _, ins = size.experts
     picked = torch.rand(tokens, experts).argsort(1)[:, :chosen].flatten()
     return torch.randn(tokens * chosen, ins, dtype=torch.bfloat16), torch.bincount(picked, minlength=experts)
 
 
 def make_experts(size: Size) -> ExpertWeights:
-    """Random ones."""
+    """Return random experts."""
     experts, _, outs, ins = size.experts
     dense = (torch.randn(outs, ins, dtype=torch.bfloat16) * ins**-0.5 for _ in range(experts))
     return ExpertWeights.quantize(dense, "nf4", torch.bfloat16)
 
 
 def expert_errors(size: Size) -> Iterator[tuple[str, float]]:
-    """Few and many rows of each expert, against float64."""
+    """Yield errors with few and many rows per expert, against float64."""
     kernels, weights = load(), make_experts(size)
     assert kernels is not None
     for tokens in (1, 40, 600) if size is FULL else (3,):
@@ -229,7 +229,7 @@ def expert_errors(size: Size) -> Iterator[tuple[str, float]]:
 
 
 def expert_lines(size: Size) -> list[dict[str, Any]]:
-    """Seconds of the experts of some tokens in one launch and expert by expert, and the bytes that have to be read."""
+    """Return lines with the seconds of tokens' experts in one launch and expert by expert, and the bytes to read."""
     kernels, lines = load(), []
     assert kernels is not None
     experts, _, outs, ins = size.experts
@@ -247,7 +247,7 @@ def expert_lines(size: Size) -> list[dict[str, Any]]:
 
 
 def states_of(size: Size, sequences: int, tokens: int) -> tuple[Recurrence, Tensor, Tensor]:
-    """So many tokens of each sequence; their states, and runs."""
+    """Return a recurrence of `tokens` tokens of each sequence, with states and runs."""
     key_heads, heads, keys, values = size.state
 
     def numbers(*shape: int) -> Tensor:
@@ -266,7 +266,7 @@ def states_of(size: Size, sequences: int, tokens: int) -> tuple[Recurrence, Tens
 
 
 def state_errors(size: Size) -> Iterator[tuple[str, float]]:
-    """Convolutions and the gated delta rule, against plain torch."""
+    """Yield errors of convolutions and the gated delta rule, against plain torch."""
     kernels = load()
     assert kernels is not None
     for sequences, tokens in ((8, 1), (2, 20 if size is FULL else 3)):
@@ -280,7 +280,7 @@ def state_errors(size: Size) -> Iterator[tuple[str, float]]:
 
 
 def state_lines(size: Size) -> list[dict[str, Any]]:
-    """Seconds of a token of each sequence, and the bytes of their states, read and written."""
+    """Return lines with the seconds of one token of each sequence, and the bytes of states read and written."""
     kernels, lines = load(), []
     assert kernels is not None
     for sequences in (1, 16, 64) if size is FULL else (2,):
@@ -292,7 +292,7 @@ def state_lines(size: Size) -> list[dict[str, Any]]:
 
 
 def attention_errors(size: Size) -> Iterator[tuple[str, float]]:
-    """Decoding and a prompt chunk of both models' heads over 4096 keys, against `reference` in fp32."""
+    """Yield errors of decoding and prompt chunks of both models' heads over 4096 keys, against `reference` in fp32."""
     kernels = load()
     assert kernels is not None
     full = size is FULL
@@ -326,7 +326,7 @@ def attention_errors(size: Size) -> Iterator[tuple[str, float]]:
 
 @torch.no_grad()
 def main(arguments: list[str]) -> None:
-    """Measure and print."""
+    """Measure and print the results."""
     size = SMOKE if "--smoke" in arguments else FULL
     torch.manual_seed(0)
     torch.set_default_device(size.device)

@@ -47,7 +47,7 @@ class TritonDecoder:
         v_caches: Sequence[Tensor],
         windows: Sequence[int],
     ) -> "TritonDecoder | None":
-        """As `plan.DecoderPlan.build`; None for an architecture that is not shaped like Llama."""
+        """See `plan.DecoderPlan.build`; None for architectures that are not shaped like Llama."""
         if not known(decoder):
             return None
         modules: Any = decoder
@@ -68,12 +68,12 @@ class TritonDecoder:
         table: Tensor | None = None,
         scale: Tensor | None = None,
     ) -> Tensor:
-        """As `plan.DecoderPlan.run`."""
+        """See `plan.DecoderPlan.run`."""
         hidden = hidden.contiguous()
         cos, sin = (part[0] for part in self._decoder.rotary_emb(hidden[None], positions[None]))  # [T, rotary]
 
         def linears(x: Tensor, *modules: PlannedLinear) -> list[Tensor]:
-            """Of one input, and of neighbouring indices."""
+            """Return the outputs of linears with one input and consecutive indices, adapters included."""
             ys = [kernels.linear_forward(x, module.weight, module.bias) for module in modules]
             if table is not None and scale is not None:
                 first, end = modules[0].index, modules[-1].index + 1
@@ -106,7 +106,7 @@ class TritonDecoder:
 
 
 def _counted_in_order(layer: _Layer) -> bool:
-    """Whether linears of one input are neighbours in tables and pools, as modules of these models are."""
+    """Whether linears of one input have consecutive indices, as the modules of these models do."""
     attention, mlp = layer.attention, layer.mlp
     q, k, v = (projection.index for projection in (attention.q_proj, attention.k_proj, attention.v_proj))
     return (q + 1, k + 1, mlp.gate_proj.index + 1) == (k, v, mlp.up_proj.index)

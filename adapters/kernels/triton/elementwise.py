@@ -1,4 +1,4 @@
-"""What stands between the linears, one launch each: norms (with the residual addition before them), SwiGLU, rope.
+"""Elementwise kernels, one launch each: norms (with the residual addition before them), SwiGLU, rope.
 
 Arithmetic in fp32, one rounding to the tensors' dtype.
 """
@@ -15,11 +15,11 @@ from adapters.kernels.triton import few_programs
 
 
 def rows_of_tile(rows: int) -> int:
-    """How many rows a program takes, which on a GPU are `rows`."""
+    """Return the number of rows per program: `rows`, except in the interpreter."""
     return 256 if few_programs() else rows
 
 
-@triton.jit(do_not_specialize=["rows"])  # or every other step would compile anew
+@triton.jit(do_not_specialize=["rows"])  # otherwise many steps would compile again
 def _rms_norm(x, delta, weight, y, rows, width, eps, RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     known = column < width
@@ -33,12 +33,12 @@ def _rms_norm(x, delta, weight, y, rows, width, eps, RESIDUAL: tl.constexpr, ROW
     wide = values.to(tl.float32)
     normed = wide * tl.rsqrt(tl.sum(wide * wide, axis=1) / width + eps)[:, None]
     factor = tl.load(weight + column, mask=known, other=0.0).to(tl.float32)[None, :]
-    # Rounded before the weight is applied, as the models do.
+    # Rounded before the weight is applied, as in the models.
     tl.store(y + place, (normed.to(y.dtype.element_ty).to(tl.float32) * factor).to(y.dtype.element_ty), mask=inside)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As `reference.rms_norm`."""
+    """See `reference.rms_norm`."""
     x = x.contiguous()
     return _norm(x, None, weight, eps)
 
@@ -78,7 +78,7 @@ def _silu_mul(gate, up, y, count, BLOCK: tl.constexpr):
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """As `reference.silu_mul`."""
+    """See `reference.silu_mul`."""
     gate, up = gate.contiguous(), up.contiguous()
     y = torch.empty_like(gate)
     block = 1 << 14 if few_programs() else 1 << 10
@@ -105,7 +105,7 @@ def _rope(x, cos, sin, rows, heads, dim, rotary, ROWS: tl.constexpr, HALF: tl.co
 
 
 def rope_(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """As `reference.rope_`, for contiguous q and k."""
+    """See `reference.rope_`; for contiguous q and k."""
     cos, sin = cos.contiguous(), sin.contiguous()
     rotary = cos.shape[-1]
     for heads in (q, k):

@@ -1,7 +1,7 @@
-"""Linears of a mixture's experts, 4-bit: rows sorted by expert, all experts in one launch.
+"""4-bit linears of a mixture's experts: rows sorted by expert, all experts in one launch.
 
-How many rows each expert has stays on the device: as many tiles of rows are launched as there could be, and each
-program finds whose it is. A tile is computed as `linear` does.
+The experts' row counts stay on the device: the largest possible number of row tiles is launched, and each program finds
+its expert. A tile is computed as in `linear`.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -26,13 +26,13 @@ from adapters.kernels.triton.linear import (
     tiles_of,
 )
 
-FEW_ROWS = 16  # of a tile, where experts have few
+FEW_ROWS = 16  # rows per tile if experts have few
 
 
 @triton.jit
 def _grouped(
     x,  # [rows, ins], sorted by expert
-    data,  # [experts, ...], and what follows, as `_linear` has them
+    data,  # [experts, ...], like absmax and nested_absmax; see `_linear`
     absmax,
     code,  # [16]
     nested_absmax,
@@ -43,7 +43,7 @@ def _grouped(
     experts,
     outs,
     ins,
-    scales,  # of an expert
+    scales,  # per expert
     nested_scales,
     BLOCKSIZE: tl.constexpr,
     NESTED: tl.constexpr,
@@ -94,7 +94,7 @@ def _grouped(
 
 
 def grouped_forward(x: Tensor, weights: ExpertWeights, counts: Tensor) -> Tensor:
-    """As `reference.grouped_forward`."""
+    """See `reference.grouped_forward`."""
     if not takes_weight(weights):
         return reference.each_expert(x, weights, counts, linear_forward)
     x, experts = in_pairs(x), len(weights)

@@ -1,4 +1,4 @@
-"""The Triton kernels under the names and signatures of `reference`, and the tensors that they take."""
+"""The Triton kernels under the names and signatures of `reference`."""
 
 from adapters.kernels.reference import linear_backward
 from adapters.kernels.triton.attention import paged_attention, write_kv

@@ -1,11 +1,11 @@
-"""4-bit linears for few rows, on bitsandbytes' storage: codes are looked up and multiplied, never written out.
+"""4-bit linears for few rows, on bitsandbytes' storage: codes are looked up and multiplied, never stored.
 
-A program decodes a tile of weights once for up to 64 rows. Codes enter the tensor cores as they are; each block's scale
-(double quantisation undone on the way) multiplies the block's fp32 sums. One row is summed without the tensor cores.
-Long inputs are split over programs, and the last one to arrive adds the partial sums in their order. More rows, and
-other weights, go by `reference`'s way: dequantise, then a library product.
+A program decodes a tile of weights once for up to 64 rows. Codes enter the tensor cores unscaled; each block's scale
+(with double quantisation decoded) multiplies the block's fp32 sums. One row is summed without the tensor cores. Long
+inputs are split over programs, and the last program to finish adds the partial sums in order. More rows, and other
+weights, are done as in `reference`: dequantise, then a library product.
 
-On a GPU 16-bit codes are looked up in registers, four at a time, by permuting bytes (`lookup_asm`): a gather from
+On a GPU, 16-bit codes are looked up in registers, four at a time, by permuting bytes (`lookup_asm`): a gather from
 memory for each weight took half of the time.
 """
 
@@ -28,12 +28,12 @@ from adapters.kernels.triton import deterministic, few_programs, interpreted
 from adapters.kernels.weight import QuantizedWeight
 
 MAX_ROWS = 64
-CHUNK: tl.constexpr = tl.constexpr(64)  # weights of one row that share a scale, at least
+CHUNK: tl.constexpr = tl.constexpr(64)  # weights of one row; a scale covers one or more chunks
 
 
 @triton.jit
 def _look_up(packed, code, LOOKUP: tl.constexpr, DOT: tl.constexpr):
-    """The codes of bytes' high and low nibbles."""
+    """Return the codes of bytes' high and low nibbles."""
     if LOOKUP == "":
         nibbles = packed.to(tl.int32)
         high = tl.load(code + (nibbles >> 4)).to(DOT)
@@ -51,7 +51,7 @@ def _look_up(packed, code, LOOKUP: tl.constexpr, DOT: tl.constexpr):
 
 @triton.jit
 def _inputs(x, at, mask, PAIRED: tl.constexpr, DOT: tl.constexpr):
-    """Pairs of neighbouring inputs, `at` counting pairs: the even ones and the odd ones."""
+    """Load pairs of adjacent inputs, at index `at` of pairs: the even ones and the odd ones."""
     if PAIRED:  # 16 bits each: one load for both
         pairs = tl.load(x.to(tl.pointer_type(tl.int32)) + at, mask=mask, other=0)
         even = pairs.to(tl.int16).to(x.dtype.element_ty, bitcast=True)
@@ -64,7 +64,7 @@ def _inputs(x, at, mask, PAIRED: tl.constexpr, DOT: tl.constexpr):
 
 @triton.jit
 def _levels(absmax, nested_absmax, at, known, NESTED: tl.constexpr):
-    """What scales are made of, of blocks: their absmax and, where that is quantised itself, the scale of it."""
+    """Load blocks' absmax and, with double quantisation, its scale."""
     level = tl.load(absmax + at, mask=known, other=0)
     outer = tl.load(nested_absmax + at // NESTED, mask=known, other=0.0) if NESTED > 0 else level
     return level, outer
@@ -94,16 +94,16 @@ def sums_of_tile(
     BLOCK_N: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Products of outputs n and rows m below `rows`, over chunks [begin, end): fp32 [BLOCK_N, BLOCK_M].
+    """Return products of outputs n and rows m below `rows`, over chunks [begin, end): fp32 [BLOCK_N, BLOCK_M].
 
-    Arguments as `_linear` has them.
+    Arguments as in `_linear`.
     """
     byte, ahead = tl.arange(0, CHUNK // 2), tl.arange(0, UNROLL)
     first_weight = n.to(tl.int64) * ins
     first_pair = m.to(tl.int64) * (ins // 2)
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     sums = tl.zeros([BLOCK_N], tl.float32)  # in place of `acc` for a single row
-    # A scale takes two loads, one after the other: the first of them is always one turn ahead.
+    # A scale takes two dependent loads: the first is done one iteration ahead.
     at = (first_weight // BLOCKSIZE)[:, None] + ((begin + ahead) * CHUNK // BLOCKSIZE)[None, :]
     known = (n < outs)[:, None] & (begin + ahead < end)[None, :]
     level, outer = _levels(absmax, nested_absmax, at, known, NESTED)
@@ -144,10 +144,10 @@ def sums_of_tile(
     return acc
 
 
-@triton.jit(do_not_specialize=["rows"])  # or every other step would compile anew
+@triton.jit(do_not_specialize=["rows"])  # otherwise many steps would compile again
 def _linear(
     x,  # [rows, ins]
-    data,  # uint8 [outs * ins / 2], two codes a byte, the earlier one in the high nibble
+    data,  # uint8 [outs * ins / 2], two codes per byte, the earlier one in the high nibble
     absmax,  # [outs * ins / BLOCKSIZE], uint8 if NESTED else fp32
     code,  # [16] in x's dtype
     nested_absmax,
@@ -161,9 +161,9 @@ def _linear(
     outs,
     ins,
     BLOCKSIZE: tl.constexpr,
-    NESTED: tl.constexpr,  # blocks that share a nested absmax; 0 without double quantisation
+    NESTED: tl.constexpr,  # blocks per nested absmax; 0 without double quantisation
     BIAS: tl.constexpr,
-    LOOKUP: tl.constexpr,  # of `lookup_asm`, or empty: codes are gathered from memory
+    LOOKUP: tl.constexpr,  # from `lookup_asm`, or empty to gather codes from memory
     DOT: tl.constexpr,  # dtype of the factors of products
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -207,7 +207,7 @@ def _linear(
     if SPLITS > 1:
         plane = rows * outs
         tl.store(partial + split * plane + target, acc, mask=mask)
-        tl.debug_barrier()  # the whole program has stored before it says so
+        tl.debug_barrier()  # all of the program's stores precede its count
         counter = arrived + tile_m * tl.num_programs(0) + tile_n
         last = tl.atomic_add(counter, 1, sem="acq_rel") == SPLITS - 1
         tl.debug_barrier()
@@ -223,11 +223,11 @@ def _linear(
 
 
 class Tiles(NamedTuple):
-    """How a launch is divided. The fastest of those tried on an H200, for 4-bit linears of 8B models."""
+    """The division of a launch. The values below were the fastest tried on an H200, for 4-bit linears of 8B models."""
 
     outs: int
     unroll: int
-    splits: int  # at most
+    splits: int  # most splits
     warps: int
     stages: int
 
@@ -235,21 +235,21 @@ class Tiles(NamedTuple):
 _ONE_ROW = Tiles(16, 4, 8, 1, 2)
 _FEW_ROWS = Tiles(32, 2, 8, 2, 3)  # up to 16
 _MORE_ROWS = Tiles(64, 2, 4, 4, 3)
-_CHUNKS = 8  # of a split, at least
+_CHUNKS = 8  # least chunks per split
 
 _tables: dict[Any, tuple[Tensor, str]] = {}  # (kind, dtype, device) -> the 16 codes in that dtype, and `lookup_asm`
-_counters: dict[Any, Tensor] = {}  # (device, stream) -> int32 zeros, one for each tile of a launch
+_counters: dict[Any, Tensor] = {}  # (device, stream) -> int32 zeros, one per tile of a launch
 _COUNTERS = 1 << 16
 
 
 def takes_weight(weight: QuantizedWeight | ExpertWeights) -> bool:
-    """4-bit weights whose rows are whole blocks, and whose blocks are whole chunks."""
+    """Whether a weight is 4-bit, with rows of whole blocks and blocks of whole chunks."""
     four_bit = weight.kind in ("nf4", "fp4")
     return four_bit and weight.blocksize % CHUNK.value == 0 and weight.shape[1] % weight.blocksize == 0
 
 
 def linear_forward(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None) -> Tensor:
-    """As `reference.linear_forward`."""
+    """See `reference.linear_forward`."""
     few = 0 < len(x) <= MAX_ROWS or (deterministic() and len(x) > 0)
     if not (few and takes_weight(weight)):
         return _fixed_rows(x, weight, bias) if deterministic() else reference.linear_forward(x, weight, bias)
@@ -257,7 +257,7 @@ def linear_forward(x: Tensor, weight: QuantizedWeight, bias: Tensor | None = Non
 
 
 def _fixed_rows(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
-    """A library product always of as many rows, so that it always takes the same way."""
+    """Run the library product always on the same number of rows, so that it always takes the same path."""
     dense = replace(weight, kind="dense", data=weight.dequantize(x.dtype))
     y = x.new_empty(len(x), weight.shape[0])
     for first in range(0, len(x), MAX_ROWS):
@@ -268,7 +268,7 @@ def _fixed_rows(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tens
 
 
 def tiles_of(rows: int, shape: tuple[int, int]) -> Tiles:
-    """Tiles for so many rows; fixed ones depend on nothing but the weight's shape."""
+    """Return the tiles for a number of rows; if deterministic, they depend only on the weight's shape."""
     outs, ins = shape
     if few_programs():
         return Tiles(min(256, triton.next_power_of_2(outs)), 1, 1, 4, 3)
@@ -280,7 +280,7 @@ def tiles_of(rows: int, shape: tuple[int, int]) -> Tiles:
 
 
 def few_rows(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, tiles: Tiles) -> Tensor:
-    """Run the kernel."""
+    """Run the kernel with these tiles."""
     x = in_pairs(x)
     (rows, ins), outs = x.shape, weight.shape[0]
     y = x.new_empty(rows, outs)
@@ -323,21 +323,21 @@ def few_rows(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, tiles: Til
 
 
 def in_pairs(x: Tensor) -> Tensor:
-    """The same numbers, lying so that two of 16 bits can be read at once."""
+    """Return the same numbers, contiguous and aligned so that two of 16 bits can be read at once."""
     x = x.contiguous()
     return x.clone() if x.data_ptr() % 4 else x
 
 
 def dot_dtype(dtype: torch.dtype) -> tl.dtype:
-    """What numbers of this dtype are multiplied as."""
-    # The interpreter multiplies bf16 as if it were integers; as fp32 the same numbers give the same products.
+    """Return the dtype in which numbers of this dtype are multiplied."""
+    # The interpreter multiplies bf16 as integers; fp32 gives the same products.
     if interpreted() or dtype == torch.float32:
         return tl.float32
     return tl.bfloat16 if dtype == torch.bfloat16 else tl.float16
 
 
 def table_of(weight: QuantizedWeight | ExpertWeights, dtype: torch.dtype) -> tuple[Tensor, str]:
-    """The 16 codes in that dtype, and `lookup_asm` of them where they are looked up in registers."""
+    """Return the 16 codes in that dtype, and their `lookup_asm` if they are looked up in registers, else ""."""
     key = (weight.kind, dtype, weight.data.device)
     if key not in _tables:
         assert weight.code is not None
@@ -348,16 +348,16 @@ def table_of(weight: QuantizedWeight | ExpertWeights, dtype: torch.dtype) -> tup
 
 
 def lookup_asm(values: Sequence[int]) -> str:
-    """PTX that looks four bytes' nibbles up among 16 values of 16 bits.
+    """Return PTX that looks up four bytes' nibbles among 16 values of 16 bits.
 
     Args:
-        values: their bits.
+        values: the values' bits.
 
     Returns:
-        Instructions from `$4`, four bytes, to the values of their high nibbles in `$0` and `$1`, two each, and of
-        their low nibbles in `$2` and `$3`.
+        Instructions from `$4`, four bytes, to the values of the high nibbles in `$0` and `$1`, two each, and of the low
+        nibbles in `$2` and `$3`.
     """
-    # `prmt` picks four bytes, each among eight, by three bits: two of them for sixteen, and a third by the fourth bit.
+    # `prmt` picks four bytes, each of eight by three bits: two for sixteen values, and a third for the fourth bit.
     low_bytes, high_bytes = ([value >> shift & 255 for value in values] for shift in (0, 8))
     lines = [
         "{ .reg .b32 three, fourth, a, b, low, high;",
@@ -376,7 +376,7 @@ def lookup_asm(values: Sequence[int]) -> str:
                 f"prmt.b32 b, {words[2]:#x}, {words[3]:#x}, three;",
                 f"prmt.b32 {name}, a, b, fourth;",
             ]
-        # Of four nibbles the first and third are low ones.
+        # Of four nibbles, the first and third are low ones.
         lines += [f"prmt.b32 ${half}, low, high, 0x7351;", f"prmt.b32 ${2 + half}, low, high, 0x6240;"]
     return " ".join([*lines, "}"])
 

@@ -1,10 +1,10 @@
-"""Grouped LoRA over the rank-row pool: every adapter of a step in two launches, whatever their ranks and dtypes.
+"""Grouped LoRA over the rank-row pool: all adapters of a step in two launches, for any ranks and dtypes.
 
 `_shrink` writes each segment's `scale * (x @ A.T)`, in slices of the input; `_expand` adds the slices in order,
 multiplies by B and adds to y, segment after segment in table order. Programs belong to tokens, so a segment without
-tokens or rank costs nothing but its row of the table. Few tokens (decoding: each with an adapter of its own, perhaps)
-are taken one by one and cost the bytes of A and B; more go as tiles through the tensor cores. Up to three linears of
-one input share both launches, which are short ones.
+tokens or rank costs only its row of the table. Few tokens (decoding, perhaps each with its own adapter) are processed
+one by one and cost the bytes of A and B; more go as tiles through the tensor cores. Up to three linears of one input
+share both launches, since these are short.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -21,12 +21,12 @@ from torch import Tensor
 from adapters.kernels.triton import deterministic, few_programs
 
 MAX_RANK = 512
-SCRATCH = 64 << 20  # bytes; tables with more segments than fit are taken in pieces
+SCRATCH = 64 << 20  # bytes; tables with more segments than fit are processed in pieces
 
 
 @triton.jit
 def _touching(table, segments, low, high, SEGMENTS: tl.constexpr):
-    """First and last segment that has rank and tokens in [low, high)."""
+    """Return the first and last segment with rank and tokens in [low, high)."""
     s = tl.arange(0, SEGMENTS)
     real = s < segments
     start = tl.load(table + s * 5, mask=real, other=0)
@@ -38,14 +38,14 @@ def _touching(table, segments, low, high, SEGMENTS: tl.constexpr):
 
 @triton.jit
 def _rank_rows(pool, first_unit, width, r, column, mask, dtype):
-    """Rank-rows r at columns, as fp32: [len(r), len(column)]. An fp32 row is two consecutive units."""
+    """Load rank rows r at columns, as fp32: [len(r), len(column)]. An fp32 row is two consecutive units."""
     window = pool + first_unit.to(tl.int64) * width
     at = r.to(tl.int64)[:, None] * width + column[None, :]
     if dtype == 0:
         rows = tl.load(window.to(tl.pointer_type(tl.float32)) + at, mask=mask, other=0.0)
     else:
         raw = tl.load(window + at, mask=mask, other=0)
-        if dtype == 1:  # bf16 is the upper half of an fp32
+        if dtype == 1:  # bf16 is the upper half of fp32
             rows = (raw.to(tl.int32) << 16).to(tl.float32, bitcast=True)
         else:
             rows = raw.to(tl.float16, bitcast=True).to(tl.float32)
@@ -54,7 +54,7 @@ def _rank_rows(pool, first_unit, width, r, column, mask, dtype):
 
 @triton.jit
 def _of(linear, first, second, third, LINEARS: tl.constexpr):
-    """What belongs to this program's linear."""
+    """Return the argument of this program's linear."""
     chosen = first
     if LINEARS > 1:
         chosen = tl.where(linear == 0, first, second)
@@ -63,13 +63,13 @@ def _of(linear, first, second, third, LINEARS: tl.constexpr):
     return chosen
 
 
-@triton.jit(do_not_specialize=["tokens", "segments", "row_width"])  # or every other step would compile anew
+@triton.jit(do_not_specialize=["tokens", "segments", "row_width"])  # otherwise many steps would compile again
 def _shrink(
     x,  # [tokens, width]
     a0,  # int16 [units, width], of the first linear
     a1,
     a2,
-    table,  # int32 [LINEARS, row_width, 5], of which this many segments are taken
+    table,  # int32 [LINEARS, row_width, 5], of which the first `segments` are used
     scale,  # fp32 [LINEARS, row_width]
     down,  # fp32 [LINEARS, segments, SPLITS, tokens, ranks]
     tokens,
@@ -181,7 +181,7 @@ def _expand(
 
 
 def lora_add_(y: Tensor, x: Tensor, a: Tensor, b: Tensor, table: Tensor, scale: Tensor, ranks: int = 0) -> None:
-    """As `reference.lora_add_`, for ranks up to `MAX_RANK`; sums are rounded to y's dtype once."""
+    """See `reference.lora_add_`; for ranks up to `MAX_RANK`; sums are rounded to y's dtype once."""
     lora_add_several_([y], x, [a], [b], table[None], scale[None], ranks)
 
 
@@ -206,8 +206,8 @@ def lora_add_several_(
     most = 8 if deterministic() else max(1, min(8, 1024 // tokens))
     splits = triton.next_power_of_2(min(most, triton.cdiv(x.shape[1], 512)))
     at_once = max(1, SCRATCH // (4 * linears * splits * tokens * ranks))
-    sums = ys if segments <= at_once else [y.float() for y in ys]  # rounded once, in however many pieces the table is
-    # bf16 and fp16 numbers are tf32 numbers: only fp32 rows lose bits by it, and those need fp32 activations to matter.
+    sums = ys if segments <= at_once else [y.float() for y in ys]  # rounded once, for any number of pieces
+    # bf16 and fp16 numbers are exact in tf32: only fp32 rows lose bits, which matters only with fp32 activations.
     precision = "ieee" if x.dtype == torch.float32 else "tf32"
     rows, columns = triton.cdiv(tokens, tiles.tokens), triton.cdiv(max(y.shape[1] for y in ys), tiles.outs)
     widths = [y.shape[1] for y in ys]
@@ -236,12 +236,12 @@ def lora_add_several_(
 
 
 def _three(given: Sequence[Any]) -> list[Any]:
-    """A kernel's three parameters: those that are lacking are not looked at."""
+    """Return a kernel's three parameters; missing ones are filled with the first and not used."""
     return [*given, *[given[0]] * (3 - len(given))]
 
 
 class Tiles(NamedTuple):
-    """What a program takes at once."""
+    """The sizes of a program's tiles."""
 
     tokens: int
     ranks: int

@@ -1,7 +1,7 @@
 """Layers that keep a state: short convolutions and linear attention, one launch each for all runs of a step.
 
-A program has some channels or columns of a state to itself and takes one sequence's runs, which follow each other,
-token by token: the others' programs never touch the slots that it writes.
+A program owns some channels or columns of a state and processes one sequence's runs, which are adjacent, token by
+token; no other sequence's program touches the slots that it writes.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -18,7 +18,7 @@ from adapters.kernels.triton import few_programs
 
 @triton.jit
 def _goes_on(runs, run, count):
-    """Whether a run goes on from the state that the one before it leaves."""
+    """Whether a run continues from the state written by the run before it."""
     known = (run > 0) & (run < count)
     read = tl.load(runs + run * 4 + 2, mask=known, other=0)
     return known & (read == tl.load(runs + run * 4 - 1, mask=known, other=-1))
@@ -26,7 +26,7 @@ def _goes_on(runs, run, count):
 
 @triton.jit
 def _inputs(x, states, old, begin, token, channel, mask, channels, KEPT: tl.constexpr):
-    """Inputs of tokens, those before a run's first from its state."""
+    """Load inputs of tokens; those before a run's first token from its state."""
     new = mask & (token >= begin)[:, None]
     place = token.to(tl.int64)[:, None] * channels + channel[None, :]
     kept = old + (token - begin + KEPT).to(tl.int64)[:, None] * channels + channel[None, :]
@@ -34,7 +34,7 @@ def _inputs(x, states, old, begin, token, channel, mask, channels, KEPT: tl.cons
     return tl.where(new, tl.load(x + place, mask=new, other=0.0).to(tl.float32), earlier)
 
 
-@triton.jit(do_not_specialize=["count"])  # or every other step would compile anew
+@triton.jit(do_not_specialize=["count"])  # otherwise many steps would compile again
 def _convolve(
     x,  # [tokens, channels]
     taps,  # [KEPT + 1, channels]
@@ -77,7 +77,7 @@ def _convolve(
             tl.store(out + place, y.to(out.dtype.element_ty), mask=inside)
         held = (k < KEPT)[:, None] & known[None, :]
         last = _inputs(x, states, old, begin, end - KEPT + k, channel, held, channels, KEPT)
-        tl.debug_barrier()  # the whole program has read the old state, which may lie in the new one's place
+        tl.debug_barrier()  # all reads of the old state precede the stores, which may go to the same slot
         tl.store(states + new + k[:, None] * channels + channel[None, :], last, mask=held)
         tl.debug_barrier()
         run += 1
@@ -86,7 +86,7 @@ def _convolve(
 
 @triton.jit
 def _log1p(x):
-    """log(1 + x), of x from 0 to 1."""
+    """Return log(1 + x), for x from 0 to 1."""
     sum_ = 1.0 + x
     return tl.where(sum_ == 1.0, x, tl.log(sum_) * (x / tl.where(sum_ == 1.0, 1.0, sum_ - 1.0)))
 
@@ -156,7 +156,7 @@ def _recur(
 
 
 def convolve(x: Tensor, taps: Tensor, bias: Tensor | None, silu: bool, states: Tensor, runs: Tensor) -> Tensor:
-    """As `recurrence.convolve`."""
+    """See `recurrence.convolve`."""
     x, (kernel, channels) = x.contiguous(), taps.shape
     out = torch.empty_like(x)
     block_t, block_c = (16, 64) if not few_programs() else (64, 1024)
@@ -180,11 +180,11 @@ def convolve(x: Tensor, taps: Tensor, bias: Tensor | None, silu: bool, states: T
 
 
 def recur(r: Recurrence, states: Tensor, runs: Tensor) -> Tensor:
-    """As `recurrence.recur`."""
+    """See `recurrence.recur`."""
     q, k, v, a = (part.contiguous() for part in (r.q, r.k, r.v, r.a))
     out = torch.empty_like(v)
     (_, key_heads, keys), (heads, values) = q.shape, v.shape[1:]
-    # One warp, so that sums over keys wait for nobody; a state of 128 keys takes a quarter of its registers.
+    # One warp, so that sums over keys need no synchronisation; a state of 128 keys takes a quarter of its registers.
     block_v = triton.next_power_of_2(values) if few_programs() else min(8, triton.next_power_of_2(values))
     _recur[(len(runs), heads, triton.cdiv(values, block_v))](
         q,
