@@ -250,10 +250,15 @@ def show_speculation(rounds: Rounds = 3, model_dir: ModelDir = None, out: Out = 
 
 
 @app.command("constrained")
-def show_constrained(rounds: Rounds = 5, model_dir: ModelDir = None, out: Out = None) -> None:
+def show_constrained(
+    rounds: Rounds = 5,
+    flag: Annotated[list[str] | None, typer.Option(help="For `lorakeet serve`; repeatable.")] = None,
+    model_dir: ModelDir = None,
+    out: Out = None,
+) -> None:
     """The cost and the gain of answers that follow a grammar, and the cost to others of compiling it."""
     _measure(
-        partial(constrained.measure, rounds=rounds),
+        partial(constrained.measure, rounds=rounds, flags=flag or []),
         constrained.table,
         "constrained",
         model_dir,

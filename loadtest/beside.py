@@ -34,18 +34,6 @@ MOST_SLOWER, LEAST_KEPT = 1.25, 0.15
 Report = Callable[[str], None]
 
 
-class Beside(Lorakeet):
-    """The server with flags of its own."""
-
-    def __init__(self, flags: list[str]) -> None:
-        super().__init__()
-        self._flags = flags
-
-    def command(self, kit: Kit, port: int) -> tuple[list[str], dict[str, str]]:
-        command, environment = super().command(kit, port)
-        return [*command, *self._flags], environment
-
-
 @dataclass(frozen=True)
 class _Window:
     """Some time of serving, training, or both."""
@@ -66,7 +54,7 @@ class _Window:
 
 async def measure(kit: Kit, *, minutes: float, flags: list[str], report: Report) -> dict[str, Any]:
     """Run everything; JSON values."""
-    side = Beside(flags)
+    side = Lorakeet(flags=flags)
     names = [adapter_name(adapter) for adapter in kit.adapters][:SLOTS]
     try:
         await side.start(kit)

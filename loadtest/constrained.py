@@ -98,9 +98,9 @@ class Streams:
         return float(np.percentile(self.gaps, 99))
 
 
-async def measure(kit: Kit, *, rounds: int, report: Report) -> dict[str, Any]:
+async def measure(kit: Kit, *, rounds: int, flags: Sequence[str], report: Report) -> dict[str, Any]:
     """Run everything; JSON values."""
-    side = Lorakeet()
+    side = Lorakeet(flags=flags)
     names = [adapter_name(adapter) for adapter in kit.adapters][:TOGETHER]
     try:
         await side.start(kit)
@@ -112,7 +112,8 @@ async def measure(kit: Kit, *, rounds: int, report: Report) -> dict[str, Any]:
             }
     finally:
         await side.stop()
-    return summary(pairs, without, with_schema) | {"peers": await beside_llama(kit, rounds=rounds, report=report)}
+    peers = await beside_llama(kit, rounds=rounds, flags=flags, report=report)
+    return summary(pairs, without, with_schema) | {"flags": list(flags), "peers": peers}
 
 
 async def decode(http: httpx.AsyncClient, names: Sequence[str], more: Body, *, rounds: int, report: Report) -> Pairs:
@@ -200,9 +201,9 @@ async def _stream(http: httpx.AsyncClient, name: str, found: Streams) -> None:
             last = now
 
 
-async def beside_llama(kit: Kit, *, rounds: int, report: Report) -> dict[str, Any]:
+async def beside_llama(kit: Kit, *, rounds: int, flags: Sequence[str], report: Report) -> dict[str, Any]:
     """Output tokens/s of the same schema on the base, one request and eight, by both servers in turns."""
-    sides: list[ServerSide] = [Lorakeet(upload=False), Llama()]
+    sides: list[ServerSide] = [Lorakeet(upload=False, flags=flags), Llama()]
     if missing := sides[1].missing():
         return {"missing": missing}
     rates: dict[str, dict[int, list[float]]] = {side.name: {1: [], TOGETHER: []} for side in sides}

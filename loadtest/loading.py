@@ -22,10 +22,9 @@ import numpy as np
 from rich.table import Table
 
 from loadtest import metrics
-from loadtest.beside import Beside
 from loadtest.client import Client, Timeline
 from loadtest.peers.base import Kit, SideError
-from loadtest.peers.lorakeet import adapter_name
+from loadtest.peers.lorakeet import Lorakeet, adapter_name
 from loadtest.synthetic import random_prompts
 
 STREAMS = 4
@@ -92,7 +91,7 @@ async def measure(kit: Kit, *, rounds: int, every: float, flags: list[str], repo
     streams, cold = names[:STREAMS], names[STREAMS:]
     size = (next(iter(kit.adapters.values())) / "adapter_model.safetensors").stat().st_size
     room = ["--adapter-bytes", str(int((STREAMS + SPARE + 0.5) * size)), "--adapter-host-bytes", "0", *flags]
-    side = Beside(room)
+    side = Lorakeet(flags=room)
     gaps: dict[str, list[list[float]]] = {mode: [] for mode in MODES}  # round by round
     took: dict[str, list[float]] = {mode: [] for mode in MODES}
     try:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ class Lorakeet(base.ServerSide):
     ready_seconds = 600.0  # a first start quantises the base
     flags: tuple[str, ...] = ()
 
-    def __init__(self, *, upload: bool = True) -> None:
+    def __init__(self, *, upload: bool = True, flags: Sequence[str] = ()) -> None:
         super().__init__()
         self._upload = upload
+        self.flags = *self.flags, *flags
 
     def missing(self) -> str | None:
         return None if executable().exists() else f"{executable()} does not exist: make install"
