@@ -1,4 +1,4 @@
-"""Chat with an adapter through OpenAI's client: the base in `model`, the adapter in `adapter_id`; streamed.
+"""Chat with an adapter through OpenAI's client, streaming, with the base in `model` and the adapter in `adapter_id`.
 
 python examples/chat.py ADAPTER "Hello!"
 """

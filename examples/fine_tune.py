@@ -1,4 +1,4 @@
-"""Fine-tune on the resident base, wait for the end, and ask the adapter that came of it.
+"""Fine-tune on the resident base, wait for the job to end, and send the new adapter a prompt.
 
 python examples/fine_tune.py DATA.jsonl NAME
 """

@@ -1,6 +1,6 @@
-"""One prompt to many adapters at once; their requests share forward passes.
+"""Send one prompt to many adapters concurrently; their requests share forward passes.
 
-python examples/many_adapters.py "Once upon a time" [ADAPTER ...]      (default: every adapter there is)
+python examples/many_adapters.py "Once upon a time" [ADAPTER ...]      (default: all adapters)
 """
 
 import asyncio

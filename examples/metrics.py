@@ -1,4 +1,4 @@
-"""Scrape `/metrics` and print the tokens that each adapter has generated, with the load of the moment.
+"""Scrape `/metrics` and print each adapter's generated tokens and the current load.
 
 python examples/metrics.py
 """
@@ -13,7 +13,7 @@ URL = os.environ.get("LORAKEET_URL", "http://127.0.0.1:8000")
 
 
 def main() -> None:
-    page = httpx.get(f"{URL}/metrics").raise_for_status().text  # wants no key
+    page = httpx.get(f"{URL}/metrics").raise_for_status().text  # usually needs no key
     samples = [sample for family in text_string_to_metric_families(page) for sample in family.samples]
     for sample in samples:
         if sample.name == "lorakeet:lora_generation_tokens_total":

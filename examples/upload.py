@@ -1,4 +1,4 @@
-"""Upload a directory that PEFT's `save_pretrained` wrote, and ask the new adapter at once.
+"""Upload a directory written by PEFT's `save_pretrained`, and send the new adapter a prompt.
 
 python examples/upload.py NAME DIRECTORY
 """
@@ -20,7 +20,7 @@ def main(name: str, directory: str) -> None:
             (Path(directory) / "adapter_model.safetensors").open("rb") as weights,
         ):
             response = client.post("/v1/adapters", data={"name": name}, files={"config": config, "weights": weights})
-        if response.is_error:  # the message names the field or tensor that was refused
+        if response.is_error:  # the message names the refused field or tensor
             raise SystemExit(response.json()["error"]["message"])
         receipt = response.json()
         print(f"{name} is {receipt['digest']}")

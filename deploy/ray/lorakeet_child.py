@@ -1,6 +1,6 @@
-"""One `lorakeet serve` as a child process on a loopback port, which never outlives the process that started it.
+"""One `lorakeet serve` as a child process on a loopback port; it never outlives its parent process.
 
-As a program, `lorakeet_child.py PARENT COMMAND...` becomes the command, unless the process PARENT has gone.
+As a program, `lorakeet_child.py PARENT COMMAND...` executes the command, unless the process PARENT has ended.
 """
 
 import ctypes
@@ -25,15 +25,15 @@ def command(environment: Mapping[str, str]) -> list[str]:
 
 
 def data_root(environment: Mapping[str, str]) -> Path:
-    """The directory of all servers' data."""
+    """The parent of all servers' data directories."""
     home = environment.get("XDG_DATA_HOME") or "~/.local/share"
     return Path(environment.get("LORAKEET_DATA_DIR") or f"{home}/lorakeet").expanduser() / "ray"
 
 
 def take_directory(parent: Path, name: str, most: int = 10_000) -> tuple[Path, int]:
-    """The first of `NAME-0`, `NAME-1` ... that nobody uses, and the lock on it.
+    """The first unused directory of `NAME-0`, `NAME-1` ..., and the lock on it.
 
-    So a server that comes back finds what one before it had. The lock is the file's; whoever holds it open has it.
+    A restarted server thus finds its predecessor's data. The lock is held by every process with the file open.
     """
     parent.mkdir(parents=True, exist_ok=True)
     for number in range(most):
@@ -55,7 +55,7 @@ def free_port() -> int:
 
 
 class Child:
-    """A running command. Its output goes where this process's own does."""
+    """A running command, with the output streams of this process."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class Child:
         ended: Callable[[int], None],
         lock: int | None = None,
     ) -> None:
-        """`ended` is called, in a thread, with the exit status of a command that ends unasked."""
+        """`ended` is called, in a thread, with the exit status of a command that ends without `stop`."""
         self._stopping = False
         self._ended = ended
         self._words = [sys.executable, __file__, str(os.getpid()), *words]
@@ -73,7 +73,7 @@ class Child:
         self._process: subprocess.Popen[bytes] | None = None
         self._failure: OSError | None = None
         started = threading.Event()
-        # The kernel's signal comes when the *thread* that started the child ends, so this one only waits.
+        # The kernel sends the signal when the *thread* that started the child ends, so this thread only waits.
         threading.Thread(target=self._keep, args=(started,), name="lorakeet-child", daemon=True).start()
         started.wait()
         if self._failure:
@@ -103,7 +103,7 @@ class Child:
         return self._process is not None and self._process.poll() is None
 
     def stop(self, seconds: float) -> None:
-        """SIGTERM, which drains; SIGKILL if that takes longer than so many seconds."""
+        """Send SIGTERM, which drains; after this many seconds SIGKILL."""
         assert self._process is not None
         self._stopping = True
         self._process.terminate()
@@ -116,7 +116,7 @@ class Child:
 
 def _become(parent: int, words: Sequence[str]) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() == parent:  # else it went before the kernel was told
+    if os.getppid() == parent:  # else the parent ended before the prctl call
         os.execvp(words[0], list(words))
 
 

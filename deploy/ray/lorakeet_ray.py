@@ -1,9 +1,9 @@
 """Lorakeet on Ray Serve: `serve run lorakeet_ray:app`, or `serve run serve.yaml` with options.
 
-`Ingress` reads which adapter a request wants. `Server` replicas answer it; Ray sends a request to one that holds the
-adapter. Without an object store there is a third deployment, `Writer`: one more server, which alone keeps names, files,
-jobs and the like. Each is an ordinary `lorakeet serve`, configured by the `LORAKEET_*` variables; nothing is added to
-its API.
+`Ingress` reads the adapter's name from a request. `Server` replicas serve it; Ray routes a request to a replica that
+holds the adapter. Without an object store there is a third deployment, `Writer`: one more server, which alone stores
+names, files, jobs and the like. Each is an ordinary `lorakeet serve` with an unchanged API, configured by the
+`LORAKEET_*` variables.
 """
 
 import asyncio
@@ -24,12 +24,12 @@ from starlette.requests import Request as ClientRequest
 from starlette.responses import Response, StreamingResponse
 from yarl import URL
 
-ADAPTERS = int(os.environ.get("LORAKEET_RAY_ADAPTERS", "64"))  # that Ray counts as held by one replica
-BATCH_SECONDS = float(os.environ.get("LORAKEET_RAY_BATCH_SECONDS", "0.05"))  # of a stream that are sent together
-BODY_BYTES = int(os.environ.get("LORAKEET_RAY_BODY_BYTES", str(256 * 1024**2)))  # largest body that is relayed
-SHARED = bool(os.environ.get("LORAKEET_ADAPTER_STORE"))  # any server answers for all that they keep
-START_SECONDS = float(os.environ.get("LORAKEET_RAY_START_SECONDS", "1800"))  # for the model to be fetched and loaded
-_WARM_SECONDS = 0.25  # that one adapter's loading may hold up Ray's book of adapters; it goes on meanwhile
+ADAPTERS = int(os.environ.get("LORAKEET_RAY_ADAPTERS", "64"))  # that one replica holds, as assumed by Ray
+BATCH_SECONDS = float(os.environ.get("LORAKEET_RAY_BATCH_SECONDS", "0.05"))  # of a stream per relayed batch
+BODY_BYTES = int(os.environ.get("LORAKEET_RAY_BODY_BYTES", str(256 * 1024**2)))  # largest relayed body
+SHARED = bool(os.environ.get("LORAKEET_ADAPTER_STORE"))  # stored data is shared by all servers
+START_SECONDS = float(os.environ.get("LORAKEET_RAY_START_SECONDS", "1800"))  # for downloading and loading the model
+_WARM_SECONDS = 0.25  # for which loading one adapter may block Ray's multiplexing; then it continues in the background
 _CHUNK_BYTES = 2**18
 _DRAIN_SECONDS = float(os.environ.get("LORAKEET_DRAIN_SECONDS", "30"))
 
@@ -37,7 +37,7 @@ _credentials: ContextVar[relay.Headers] = ContextVar("credentials")
 
 
 def _lost(exc: BaseException) -> bool:
-    """Whether a server went away in the middle of a request."""
+    """Whether a server died during a request."""
     return isinstance(exc, RayActorError | aiohttp.ClientError) or isinstance(
         getattr(exc, "cause", None), aiohttp.ClientError
     )
@@ -53,9 +53,9 @@ class _Server:
         port = child.free_port()
         directory, lock = child.take_directory(child.data_root(os.environ), self.directory)
         told = {"LORAKEET_HOST": "127.0.0.1", "LORAKEET_PORT": str(port), "LORAKEET_DATA_DIR": str(directory)}
-        # Without its server a replica is of no use: it ends, and Ray starts another at once.
+        # A replica ends with its server, and Ray starts another at once.
         self._child = child.Child(child.command(os.environ), os.environ | told, lambda _: os._exit(1), lock)
-        os.close(lock)  # the child's from here on
+        os.close(lock)  # the child holds the lock from here on
         key = os.environ.get("LORAKEET_API_KEY", "").partition(",")[0]
         self._keys = {"authorization": f"Bearer {key}"} if key else {}
         self._server = f"http://127.0.0.1:{port}"
@@ -78,7 +78,7 @@ class _Server:
         self._base = [name for card in cards if card["parent"] is None for name in (card["id"], card["root"])]
 
     async def check_health(self) -> None:
-        """Ray's probe."""
+        """Ray's health probe."""
         patience = aiohttp.ClientTimeout(10)
         async with self._client.get(f"{self._server}/ready", headers=self._keys, timeout=patience) as answer:
             if answer.status != 200:
@@ -89,12 +89,12 @@ class _Server:
         return self._base
 
     async def metrics(self) -> tuple[str, str]:
-        """This replica's name and its page of metrics."""
+        """This replica's name and its metrics page."""
         async with self._client.get(f"{self._server}/metrics", headers=self._keys) as answer:
             return serve.get_replica_context().replica_id.unique_id, await answer.text()
 
     def _url(self, target: str) -> URL:
-        """This server's, byte for byte: no `..` is resolved, and `//host` is no other host."""
+        """The target at this server, byte for byte: `..` is not resolved, and `//host` does not change the host."""
         return URL(f"{self._server}{target}", encoded=True)
 
     async def _warm(self, name: str, headers: relay.Headers) -> None:
@@ -104,19 +104,19 @@ class _Server:
 
     @serve.multiplexed(max_num_models_per_replica=ADAPTERS)
     async def adapter(self, name: str) -> str:
-        """Ray's note that this replica holds an adapter, which is warmed. Fails for one that cannot be."""
+        """Register the adapter as held by this replica, and warm it. Raises the errors of warming."""
         warming = asyncio.create_task(self._warm(name, _credentials.get()))
-        warming.add_done_callback(lambda task: task.cancelled() or task.exception())  # the request itself will tell
+        warming.add_done_callback(lambda task: task.cancelled() or task.exception())  # reported by the request itself
         done, _ = await asyncio.wait({warming}, timeout=_WARM_SECONDS)
         if done:
             warming.result()
         return name
 
     async def answer(self, request: relay.Request) -> AsyncIterator[Any]:
-        """The head of the answer, then its body in pieces: of a stream whole events, a batch at a time."""
+        """Yield the head of the response, then its body in pieces: for a stream batches of whole events."""
         if name := serve.get_multiplexed_model_id():
             _credentials.set([pair for pair in request.headers if pair[0] in ("authorization", "x-api-key")])
-            with contextlib.suppress(LookupError, aiohttp.ClientError):  # the server answers, and says why
+            with contextlib.suppress(LookupError, aiohttp.ClientError):  # the server's response explains it
                 await self.adapter(name)
         async with self._client.request(
             request.method,
@@ -132,13 +132,13 @@ class _Server:
                 yield piece
 
     def __del__(self) -> None:
-        """Ray's word that the replica is no longer needed, once it has no requests."""
+        """Stop the server. Ray calls this when the replica is removed and has no requests left."""
         if self._child:
             self._child.stop(_DRAIN_SECONDS + 10)
 
 
 async def _events(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
-    """The first events at once, later ones a batch at a time."""
+    """Yield the first events at once, later ones in batches."""
     over = asyncio.Event()
     content.on_eof(over.set)
     rest = b""
@@ -153,8 +153,8 @@ async def _events(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
 
 
 @serve.deployment(
-    # As many as one step computes (--max-batch-requests). With more an adapter's next request goes to another replica,
-    # which loads it, too: so requests for one popular adapter spread.
+    # The sequences of one step (--max-batch-requests). Beyond it, requests for an adapter go to another replica, which
+    # loads the adapter as well, so that a popular adapter is spread over replicas.
     max_ongoing_requests=32,
     max_queued_requests=1024,
     health_check_period_s=5,
@@ -162,7 +162,7 @@ async def _events(content: aiohttp.StreamReader) -> AsyncIterator[bytes]:
     autoscaling_config={"min_replicas": 1, "max_replicas": 8, "target_ongoing_requests": 16},
 )
 class Server(_Server):
-    """A server that generates."""
+    """A generating server."""
 
     directory = "server"
 
@@ -174,14 +174,14 @@ class Server(_Server):
     graceful_shutdown_timeout_s=600,
 )
 class Writer(_Server):
-    """The server that keeps what is in no object store."""
+    """The server that stores names, files and jobs where there is no object store."""
 
     directory = "writer"
 
 
 @serve.deployment(max_ongoing_requests=4096, ray_actor_options={"num_cpus": 0})
 class Ingress:
-    """Sends each request to its place, and its answer back."""
+    """Relays each request to its place, and the response to the client."""
 
     def __init__(self, servers: DeploymentHandle, writer: DeploymentHandle | None) -> None:
         self._servers = servers
@@ -189,7 +189,7 @@ class Ingress:
         self._base: frozenset[str] = frozenset()
 
     async def __call__(self, client: ClientRequest) -> Response:
-        """Any request."""
+        """Handle any request."""
         if client.method == "GET" and client.url.path == "/metrics":
             return await self._metrics()
         body = bytearray()
@@ -245,7 +245,7 @@ class Ingress:
                     yield piece
                 whole = True
             finally:
-                if not whole:  # the client left: so does the request, at its server
+                if not whole:  # the client disconnected: cancel the request at its server
                     answer.cancel()
 
         return head, pieces()
@@ -269,7 +269,7 @@ def _refusal(path: str, status: int, message: str, code: str, headers: relay.Hea
 
 def _response(head: relay.Head, body: bytes | AsyncIterator[bytes]) -> Response:
     response = Response(body, head.status) if isinstance(body, bytes) else StreamingResponse(body, head.status)
-    # Ray's proxy writes the request's id itself, the very one that the server was told.
+    # Ray's proxy adds the request id itself, with the value that was sent to the server.
     kept = relay.forwarded(head.headers, but=frozenset({"x-request-id"}))
     raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in kept]
     if isinstance(body, bytes) and not any(name == "content-length" for name, _ in head.headers):

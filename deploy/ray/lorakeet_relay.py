@@ -1,4 +1,4 @@
-"""Where a request goes, and how its answer comes back: the parts of the Ray Serve application that need no Ray."""
+"""Routing of requests and relaying of responses: the parts of the Ray Serve application that need no Ray."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from urllib.parse import quote, unquote
 
 Headers = list[tuple[str, str]]
 
-# Answered by whichever server holds the adapter.
+# Routed to a server that holds the adapter.
 BY_ADAPTER = frozenset(
     {
         "/v1/chat/completions",
@@ -26,7 +26,7 @@ BY_ANYBODY = frozenset({"/health", "/ready", "/version", "/tokenizer_info"})
 RESPONSES = "/v1/responses"
 MESSAGES = "/v1/messages"
 RETRY_AFTER = ("retry-after", "5")
-# They belong to one connection (RFC 9110, 7.6.1), or are written anew for the next one.
+# Headers of one connection (RFC 9110, 7.6.1), or replaced for the next one.
 _HOP_BY_HOP = frozenset(
     {
         "connection",
@@ -42,16 +42,16 @@ _HOP_BY_HOP = frozenset(
         "server",
     }
 )
-_AT_HOME = re.compile(r"/v1/adapters/(.+)/(?:merge|warm|verify)")  # best where the adapter is
+_AT_HOME = re.compile(r"/v1/adapters/(.+)/(?:merge|warm|verify)")  # preferably at a server that holds the adapter
 _SAMPLE = re.compile(r"([^\s{]+)(?:\{(.*)\})? (.+)")
 
 
 @dataclass(frozen=True)
 class Request:
-    """A client's request as it is sent on."""
+    """A client's request as relayed."""
 
     method: str
-    target: str  # path and query, as they came
+    target: str  # path and query, unchanged
     headers: Headers
     body: bytes
 
@@ -62,7 +62,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Head:
-    """Status and headers of an answer."""
+    """Status and headers of a response."""
 
     status: int
     headers: Headers
@@ -74,22 +74,22 @@ class Head:
 
 @dataclass(frozen=True)
 class Place:
-    """Which servers may answer: any of those that scale, best the one that holds `adapter`; or the writer alone.
+    """The servers that may handle a request: any replica, preferably one that holds `adapter`; or only the writer.
 
     There is a writer only without an object store.
     """
 
     writer: bool = False
     adapter: str = ""
-    repeatable: bool = True  # a server that dies before it answers has changed nothing
+    repeatable: bool = True  # a server that dies before it responds has changed nothing
 
 
 def place(request: Request, base: frozenset[str], *, shared: bool) -> Place:
     """The place of a request.
 
     Args:
-        base: the base's names, which no server holds more than another.
-        shared: all that servers keep is in an object store, where every server finds it.
+        base: the base's names, which need no routing.
+        shared: whether all stored data is in an object store and available to every server.
     """
     if request.method == "GET" and request.path in BY_ANYBODY:
         return Place()
@@ -111,12 +111,12 @@ def _fields(body: bytes) -> Mapping[str, Any]:
     try:
         fields = json.loads(body)
     except (ValueError, RecursionError):
-        return {}  # the server says what is wrong with it
+        return {}  # the server refuses it with the reason
     return fields if isinstance(fields, dict) else {}
 
 
 def _adapter(fields: Mapping[str, Any]) -> str:
-    """The name, without a version, of the adapter that a body asks for; of several, the first."""
+    """The adapter named in a body, without a version; of several, the first."""
     several = fields.get("adapters")
     first = several[0] if isinstance(several, list) and several else None
     named = fields.get("adapter_id") or (first.get("id") if isinstance(first, dict) else None) or fields.get("model")
@@ -124,32 +124,32 @@ def _adapter(fields: Mapping[str, Any]) -> str:
 
 
 def _is_kept(fields: Mapping[str, Any]) -> bool:
-    """Whether a response is stored, or goes on from one that is."""
+    """Whether a response is stored, or continues a stored one."""
     return (
         fields.get("store") is not False or bool(fields.get("previous_response_id")) or bool(fields.get("background"))
     )
 
 
 def warm_path(adapter: str) -> str:
-    """The path that warms an adapter, whatever a client calls it."""
+    """The path that warms an adapter, with its name quoted."""
     return f"/v1/adapters/{quote(adapter, safe='')}/warm"
 
 
 def forwarded(headers: Iterable[tuple[str, str]], but: frozenset[str] = frozenset()) -> Headers:
-    """Those that go on to the next connection, names in lower case."""
+    """The headers to send on the next connection, with names in lower case."""
     lowered = [(name.lower(), value) for name, value in headers]
     named = {word.strip() for name, value in lowered if name == "connection" for word in value.lower().split(",")}
     return [(name, value) for name, value in lowered if name not in _HOP_BY_HOP | named | but]
 
 
 def whole_events(buffer: bytes) -> tuple[bytes, bytes]:
-    """The server-sent events that are complete, and the beginning of the next."""
+    """The complete server-sent events, and the beginning of the next one."""
     end = buffer.rfind(b"\n\n")
     return (b"", buffer) if end < 0 else (buffer[: end + 2], buffer[end + 2 :])
 
 
 def error(path: str, status: int, message: str, code: str) -> bytes:
-    """An error in the server's own shape: OpenAI's, or under `/v1/messages` Anthropic's."""
+    """An error body in the server's format: OpenAI's, or under `/v1/messages` Anthropic's."""
     kinds = ("invalid_request_error", "rate_limit_error", "service_unavailable")
     if anthropic := path.startswith(MESSAGES):
         kinds = ("request_too_large", "rate_limit_error", "overloaded_error")
@@ -167,7 +167,7 @@ def error_event(path: str) -> bytes:
 async def ended_well(
     path: str, chunks: AsyncIterator[bytes], lost: Callable[[Exception], bool]
 ) -> AsyncIterator[bytes]:
-    """A stream of whole events, which ends with an event of an error when its server is lost."""
+    """Yield a stream of whole events, ending with an error event if its server dies."""
     try:
         async for chunk in chunks:
             yield chunk
@@ -178,7 +178,7 @@ async def ended_well(
 
 
 def knows_no_model(head: Head, body: bytes) -> bool:
-    """Whether a server answers that it has no adapter of this name, which another may have."""
+    """Whether a server reports an unknown adapter, which another server may have."""
     return head.status == 404 and b'"model_not_found"' in body
 
 

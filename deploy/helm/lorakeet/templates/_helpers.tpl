@@ -13,7 +13,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{ .Values.apiKeys.existingSecret | default (printf "%s-api-keys" (include "lorakeet.name" .)) }}
 {{- end }}
 
-{{- /* The pod of a server. Takes root, and values of its kind. */ -}}
+{{- /* The pod of a server. Arguments: root, and the values of `single` or `servers`. */ -}}
 {{- define "lorakeet.pod" -}}
 {{- $root := .root -}}
 {{- $settings := $root.Values.settings -}}
@@ -26,9 +26,9 @@ spec:
   imagePullSecrets:
     {{- toYaml . | nindent 4 }}
   {{- end }}
-  # Else a Service `lorakeet` would be in the environment as LORAKEET_PORT=tcp://...
+  # Otherwise a Service `lorakeet` sets LORAKEET_PORT=tcp://... in the environment.
   enableServiceLinks: false
-  # SIGTERM drains: open streams may finish.
+  # SIGTERM drains: open streams can finish.
   terminationGracePeriodSeconds: {{ add (int ($settings.drain_seconds | default 30)) 15 }}
   securityContext:
     runAsNonRoot: true
@@ -65,14 +65,14 @@ spec:
         - secretRef:
             name: {{ . }}
       {{- end }}
-      # The first start fetches the model before it listens.
+      # The first start downloads the model before the server listens.
       startupProbe:
         httpGet:
           path: /health
           port: http
         periodSeconds: 5
         failureThreshold: 360
-      # An engine that is loading or restarting must not get the container killed.
+      # The container must not be killed while its engine is loading or restarting.
       livenessProbe:
         httpGet:
           path: /health
