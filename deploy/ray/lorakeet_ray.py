@@ -52,9 +52,9 @@ class _Server:
     async def __init__(self) -> None:
         port = child.free_port()
         directory, lock = child.take_directory(child.data_root(os.environ), self.directory)
-        told = {"LORAKEET_HOST": "127.0.0.1", "LORAKEET_PORT": str(port), "LORAKEET_DATA_DIR": str(directory)}
+        settings = {"LORAKEET_HOST": "127.0.0.1", "LORAKEET_PORT": str(port), "LORAKEET_DATA_DIR": str(directory)}
         # A replica ends with its server, and Ray starts another at once.
-        self._child = child.Child(child.command(os.environ), os.environ | told, lambda _: os._exit(1), lock)
+        self._child = child.Child(child.command(os.environ), os.environ | settings, lambda _: os._exit(1), lock)
         os.close(lock)  # the child holds the lock from here on
         key = os.environ.get("LORAKEET_API_KEY", "").partition(",")[0]
         self._keys = {"authorization": f"Bearer {key}"} if key else {}
@@ -216,7 +216,7 @@ class Ingress:
                 head, pieces = await self._begin(place, request)
             if head.status == 404 and self._writer is not None and not place.writer:
                 refusal = b"".join([piece async for piece in pieces])
-                if not relay.knows_no_model(head, refusal):
+                if not relay.is_unknown_model(head, refusal):
                     return _response(head, refusal)
                 head, pieces = await self._begin(relay.Place(writer=True), request)
         except BackPressureError:

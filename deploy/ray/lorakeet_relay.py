@@ -22,7 +22,7 @@ BY_ADAPTER = frozenset(
         "/detokenize",
     }
 )
-BY_ANYBODY = frozenset({"/health", "/ready", "/version", "/tokenizer_info"})
+BY_ANY_SERVER = frozenset({"/health", "/ready", "/version", "/tokenizer_info"})
 RESPONSES = "/v1/responses"
 MESSAGES = "/v1/messages"
 RETRY_AFTER = ("retry-after", "5")
@@ -42,7 +42,7 @@ _HOP_BY_HOP = frozenset(
         "server",
     }
 )
-_AT_HOME = re.compile(r"/v1/adapters/(.+)/(?:merge|warm|verify)")  # preferably at a server that holds the adapter
+_AT_HOLDER = re.compile(r"/v1/adapters/(.+)/(?:merge|warm|verify)")  # preferably at a server that holds the adapter
 _SAMPLE = re.compile(r"([^\s{]+)(?:\{(.*)\})? (.+)")
 
 
@@ -91,7 +91,7 @@ def place(request: Request, base: frozenset[str], *, shared: bool) -> Place:
         base: the base's names, which need no routing.
         shared: whether all stored data is in an object store and available to every server.
     """
-    if request.method == "GET" and request.path in BY_ANYBODY:
+    if request.method == "GET" and request.path in BY_ANY_SERVER:
         return Place()
     if request.method == "POST" and request.path in BY_ADAPTER | {RESPONSES}:
         fields = _fields(request.body)
@@ -99,10 +99,10 @@ def place(request: Request, base: frozenset[str], *, shared: bool) -> Place:
         if shared or not kept:
             name = _adapter(fields)
             return Place(adapter="" if name in base else name, repeatable=not kept)
-    at_home = _AT_HOME.fullmatch(request.path) if shared else None
+    at_holder = _AT_HOLDER.fullmatch(request.path) if shared else None
     return Place(
         writer=not shared,
-        adapter=unquote(at_home[1]).partition("@")[0] if at_home else "",
+        adapter=unquote(at_holder[1]).partition("@")[0] if at_holder else "",
         repeatable=request.method in ("GET", "HEAD"),
     )
 
@@ -177,7 +177,7 @@ async def ended_well(
         yield error_event(path)
 
 
-def knows_no_model(head: Head, body: bytes) -> bool:
+def is_unknown_model(head: Head, body: bytes) -> bool:
     """Whether a server reports an unknown adapter, which another server may have."""
     return head.status == 404 and b'"model_not_found"' in body
 

@@ -192,8 +192,8 @@ def test_alerts_fire_when_they_should(tmp_path: Path) -> None:
                 fires("LorakeetEngineDown", 30, 1),
                 fires("LorakeetRequestsFail", 20, 0),
                 fires("LorakeetRequestsFail", 50, 1),
-                fires("LorakeetTrainingStands", 40, 0),
-                fires("LorakeetTrainingStands", 90, 1),
+                fires("LorakeetTrainingStalled", 40, 0),
+                fires("LorakeetTrainingStalled", 90, 1),
             ],
         }
     ]

@@ -106,7 +106,7 @@ BY_BODY = {("POST", path) for path in relay.BY_ADAPTER | {"/v1/responses"}}
 
 async def test_without_a_store_what_one_server_keeps_goes_to_the_writer(tmp_path: Path) -> None:
     _, away = await _elsewhere(tmp_path, shared=False)
-    assert away == BY_BODY | {("GET", path) for path in relay.BY_ANYBODY}
+    assert away == BY_BODY | {("GET", path) for path in relay.BY_ANY_SERVER}
 
 
 async def test_with_a_store_there_is_no_writer(tmp_path: Path) -> None:
@@ -187,9 +187,9 @@ def test_refusals_have_the_servers_shape(path: str) -> None:
 
 def test_only_an_unknown_name_is_asked_for_elsewhere() -> None:
     body = b'{"error":{"message":"The model `x` does not exist.","param":"model","code":"model_not_found"}}'
-    assert relay.knows_no_model(relay.Head(404, []), body)
-    assert not relay.knows_no_model(relay.Head(400, []), body)
-    assert not relay.knows_no_model(relay.Head(404, []), body.replace(b"model_not_found", b"not_found"))
+    assert relay.is_unknown_model(relay.Head(404, []), body)
+    assert not relay.is_unknown_model(relay.Head(400, []), body)
+    assert not relay.is_unknown_model(relay.Head(404, []), body.replace(b"model_not_found", b"not_found"))
 
 
 def test_the_metrics_of_all_are_one_page() -> None:

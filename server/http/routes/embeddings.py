@@ -28,8 +28,8 @@ async def create_embedding(request: Request, body: EmbeddingBody) -> Response:
     """Refuse, with the reason."""
     async with open_target(services_of(request), caller_of(request), body.model, user=body.user, task="any"):
         raise InvalidRequest(
-            "This server's model generates text; nothing says how its states would be pooled to an embedding "
-            "(sentence-transformers' `modules.json` and `1_Pooling/config.json`), and no such model is served.",
+            "This server's model generates text. Its directory has no pooling configuration (sentence-transformers' "
+            "`modules.json` and `1_Pooling/config.json`), and embedding models are not supported.",
             param="model",
             code="embeddings_unsupported",
         )
