@@ -1,4 +1,4 @@
-"""The data directory when a server starts: taken by one server, its databases opened, or set aside and made anew."""
+"""The data directory at start: locked for one server, its databases opened, or set aside and made anew if damaged."""
 
 import contextlib
 import fcntl
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def taken(data_dir: Path) -> Iterator[None]:
-    """Keep other servers out of the directory, which is made if missing. Raises SettingError."""
+    """Lock the directory against other servers; make it if missing. Raises SettingError."""
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
     except OSError as fault:
@@ -38,7 +38,7 @@ def taken(data_dir: Path) -> Iterator[None]:
 
 
 def _lock_itself(data_dir: Path, held: contextlib.ExitStack) -> None:
-    """On a read-only disk the directory stands in for a file in it."""
+    """Lock the directory instead of a file in it, on a read-only disk."""
     with readable():
         descriptor = os.open(data_dir, os.O_RDONLY)
         held.callback(os.close, descriptor)
@@ -52,7 +52,7 @@ def _lock_itself(data_dir: Path, held: contextlib.ExitStack) -> None:
 
 @contextlib.contextmanager
 def readable() -> Iterator[None]:
-    """What makes it impossible to tell what to serve becomes SettingError: one line for the operator."""
+    """Turn faults of the databases and the disk at start into SettingError, one line for the operator."""
     try:
         yield
     except (NewerLayoutError, DatabaseBusy, DatabaseDamaged, OSError) as fault:
@@ -60,7 +60,7 @@ def readable() -> Iterator[None]:
 
 
 def open_names(data_dir: Path, busy_seconds: float) -> LocalNames:
-    """The names of this disk's adapters. A damaged database is set aside, and made anew from the versions' directories.
+    """Open the names of this disk's adapters. A damaged database is set aside and made anew from the versions.
 
     Raises SettingError.
     """
@@ -77,7 +77,8 @@ def open_names(data_dir: Path, busy_seconds: float) -> LocalNames:
 
 
 def restore_names(names: LocalNames, versions: list[Path]) -> int:
-    """Let names mean the versions in these directories again, as older ones where they mean others; how many names."""
+    """Restore names from the versions in these directories; for a name that exists, add them as older versions. Return
+    the number of names."""
     known = {(found.current.tenant, found.current.name): found for found in names.load(Path)}
     restored = entries.restored(versions)
     for owner, pointer in restored.items():

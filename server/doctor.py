@@ -1,7 +1,4 @@
-"""What a data directory holds that no database knows, put back or removed, and whether all that it keeps is whole.
-
-`lorakeet doctor` without its command line.
-"""
+"""The work of `lorakeet doctor`: restore or remove items that were set aside, and verify the data directory."""
 
 import contextlib
 from collections.abc import Iterator
@@ -22,12 +19,12 @@ HOMES = {"versions": Path("adapters", "versions"), "files": Path("files"), "jobs
 
 
 class DoctorError(Exception):
-    """It cannot be done; why, in one line."""
+    """An order that cannot be carried out; the message is one line for the operator."""
 
 
 @dataclass(frozen=True)
 class Lost:
-    """One thing that was set aside. `names`: what it was called, as far as it says so itself."""
+    """One item that was set aside. `names`: its names, if its own files tell them."""
 
     id: str
     kind: str
@@ -37,7 +34,7 @@ class Lost:
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is not whole. `remedy`: what becomes of it, or what would help."""
+    """One damaged item. `remedy`: the consequence, or advice."""
 
     path: str
     fault: str
@@ -45,7 +42,7 @@ class Fault:
 
 
 def found(root: Path) -> Iterator[Lost]:
-    """What lies in `lost+found`."""
+    """Yield the items in `lost+found`."""
     for kind in HOMES:
         for path in lost.entries(root / lost.LOST_AND_FOUND / kind):
             if kind == "versions":
@@ -58,7 +55,7 @@ def found(root: Path) -> Iterator[Lost]:
 
 
 def treat(root: Path, ids: list[str], *, everything: bool, restored: bool) -> list[Lost]:
-    """Restore, or else remove, these things, while no server uses the directory. Raises DoctorError, SettingError."""
+    """Restore or remove items, while no server uses the directory. Raises DoctorError, SettingError."""
     with taken(root):
         chosen = _chosen(root, ids, everything=everything)
         (_restore if restored else _remove)(root, chosen)
@@ -66,7 +63,7 @@ def treat(root: Path, ids: list[str], *, everything: bool, restored: bool) -> li
 
 
 def faults(root: Path, *, verify: bool) -> Iterator[Fault]:
-    """Databases that were set aside; with `verify`, whatever is damaged, every byte being read."""
+    """Yield databases that were set aside; with `verify`, also everything damaged, after reading every byte."""
     yield from _damaged_databases(root)
     if verify:
         yield from _verify_databases(root)
@@ -91,7 +88,7 @@ def _remove(root: Path, chosen: list[Lost]) -> None:
 
 
 def _restore(root: Path, chosen: list[Lost]) -> None:
-    """Put things back in their place, then write their rows."""
+    """Move items back to their places, then write their rows."""
     moves = {Path(thing.path): root / HOMES[thing.kind] / thing.id.partition("~")[0] for thing in chosen}
     for thing in chosen:
         if not thing.names:

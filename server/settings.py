@@ -1,8 +1,8 @@
-"""Every setting of the server, once: its name, type, default, range and explanation.
+"""All settings of the server: name, type, default, range and help.
 
 The command line's flags, the `LORAKEET_*` variables and the table of docs/reference/settings.md are made from this one
 definition (`server.setting_table`).
-Precedence: flag, then environment, then default. Aliases are flags only.
+Precedence: flag, then environment, then default. Aliases exist for flags only.
 """
 
 # ruff: noqa: RUF009  # the functions of `setting_kinds` are `dataclasses.field` with our metadata
@@ -46,7 +46,7 @@ MIB = 1024**2
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The operator's choices. Made by `Settings.load`; checked also when built directly."""
+    """The operator's settings. Made by `Settings.load`; also checked when made directly."""
 
     # --- the base model
     model: str = text(
@@ -84,7 +84,7 @@ class Settings:
         "or none.",
     )
 
-    # --- where things are kept
+    # --- directories and databases
     data_dir: Path = path(default_data_dir, "Adapters, files and jobs: durable data.", shown="~/.local/share/lorakeet")
     cache_dir: Path = path(
         default_cache_dir,
@@ -417,7 +417,7 @@ class Settings:
         0.3, "Share of the device's time that building a merge may take while requests run.", within=(0, 0.9)
     )
 
-    # --- watching it
+    # --- metrics, console and logs
     metrics_adapters: int = whole(
         50, "Adapters with metric series of their own; the rest share one.", within=(0, 10_000)
     )
@@ -461,9 +461,9 @@ class Settings:
 
     @classmethod
     def load(cls, flags: Mapping[str, Any], environ: Mapping[str, str]) -> "Settings":
-        """Settings from flags by field name (text or typed; None means not given), the environment, and defaults.
+        """Make settings from flags by field name (text or typed; None: not given), the environment, and defaults.
 
-        Raises `SettingError` for a value that cannot be, naming the flag or the variable.
+        Raises `SettingError` for an invalid value, naming the flag or the variable.
         """
         known = {row.name: row for row in settings_fields()}
         values = {}
@@ -484,26 +484,26 @@ class Settings:
 
     @cached_property
     def base_aliases(self) -> frozenset[str]:
-        """Every name that means the base in a request."""
+        """All names of the base in requests."""
         return frozenset({self.base_name, self.model})
 
     @property
     def store_patience(self) -> Patience:
-        """How long `adapter_store` is waited for."""
+        """The timeouts and the number of concurrent requests for `adapter_store`."""
         return Patience(self.store_answer_seconds, self.store_silent_seconds, self.store_requests)
 
     @property
     def adapter_sources(self) -> dict[str, Path | Reference]:
-        """`adapter` as name -> where it lies."""
+        """`adapter` as name -> directory or reference to the hub."""
         pairs = (entry.partition("=") for entry in self.adapter)
         return {name: _parse_source(source) for name, _, source in pairs}
 
 
 def _parse_source(written: str) -> Path | Reference:
-    """Raises ValueError."""
+    """Parse the source of an adapter. Raises ValueError."""
     return Reference.parse(written) if written.startswith(SCHEME) else parse_path(written)
 
 
 def settings_fields() -> list[Setting]:
-    """The table, in the order of the fields."""
+    """Return all settings, in the order of the fields."""
     return rows(Settings)

@@ -1,4 +1,4 @@
-"""`lorakeet doctor`: what a server has set aside in its data directory, and whether all that it keeps is whole."""
+"""`lorakeet doctor`: items set aside in a server's data directory, and verification of its files."""
 
 import json
 from dataclasses import asdict
@@ -22,11 +22,11 @@ def doctor(
     verify: Annotated[bool, typer.Option("--verify", help="Read all that is kept; exit 1 if any is damaged.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line.")] = False,
 ) -> None:
-    """Show what a server set aside because no database knows it; register it again, remove it, or verify the rest.
+    """Show items that a server set aside because no database knows them; restore or remove them, or verify the rest.
 
     Works on the data directory itself. Restoring and removing need the server to be stopped.
     """
-    from server import doctor as surgery  # late: it knows every store
+    from server import doctor as surgery  # late, since it imports every store
 
     root = (data_dir or default_data_dir()).expanduser()
     if not root.is_dir():

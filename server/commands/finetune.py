@@ -25,7 +25,7 @@ from server.commands.remote import (
 JOBS = "/v1/fine_tuning/jobs"
 _ENDS = ("succeeded", "failed", "cancelled")
 _POLL_SECONDS = 0.5
-_INTERRUPTED = 130  # a shell's status for a command that Ctrl-C ended
+_INTERRUPTED = 130  # a shell's status for a command ended by Ctrl-C
 
 Data = Annotated[
     Path, typer.Argument(metavar="DATA.jsonl", help="One example per line: messages, prompt and completion, or text.")
@@ -153,7 +153,7 @@ def _upload(client: httpx.Client, path: Path) -> str:
 
 
 def _watch(client: httpx.Client, job: dict[str, Any]) -> dict[str, Any]:
-    """Show the job's events as a progress bar until it ends; the job then. Comes back after a lost connection."""
+    """Show a job's events as a progress bar until it ends; return the ended job. Continues when a stream ends early."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -165,7 +165,7 @@ def _watch(client: httpx.Client, job: dict[str, Any]) -> dict[str, Any]:
     last = None
     with _progress(*columns) as progress:
         bar = progress.add_task("Waiting", total=None, loss="-", speed=0.0)
-        began: tuple[float, int] | None = None  # when the first step was seen, and the tokens by then
+        began: tuple[float, int] | None = None  # time of the first step seen, and the tokens up to it
         while (job := get_json(client, f"{JOBS}/{job['id']}"))["status"] not in _ENDS:
             headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": last} if last else {})
             with client.stream("GET", f"{JOBS}/{job['id']}/events", headers=headers) as response:
@@ -215,7 +215,7 @@ def _list(found: list[dict[str, Any]]) -> None:
 
 
 def _progress(*columns: Any) -> Progress:
-    """On standard error, shown on a terminal only and gone when done."""
+    """A progress bar on standard error, on a terminal only, removed when done."""
     console = Console(stderr=True)
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 

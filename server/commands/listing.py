@@ -14,12 +14,12 @@ _UNBOUNDED = 10_000  # columns: wider than any list
 
 
 def show_json(value: Any) -> None:
-    """Print a value of the API's."""
+    """Print a value from the API."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def show_rows(headings: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[str] = ()) -> None:
-    """Print one line for each row, however narrow the terminal: what is cut or folded cannot be copied.
+    """Print one line for each row, neither truncated nor wrapped on a narrow terminal, so that it can be copied.
 
     Args:
         right: headings of columns of numbers.

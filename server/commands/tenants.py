@@ -1,4 +1,4 @@
-"""`lorakeet keys` and `lorakeet tenants`: who may use a running server."""
+"""`lorakeet keys` and `lorakeet tenants`: keys and tenants of a running server."""
 
 import time
 from typing import Annotated, Any
@@ -31,7 +31,7 @@ def create_key(
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
-    """Make a key and print its secret, which is shown this once."""
+    """Make a key and print its secret, which cannot be shown again."""
     body: dict[str, Any] = {"name": name, "roles": role or ["serve"], "tenant": tenant}
     body |= {"adapters": adapter or None, "expires_in_days": days}
     with connect(url, api_key) as client:
@@ -68,7 +68,7 @@ def list_keys(tenant: Tenant = None, as_json: AsJson = False, url: Url = DEFAULT
 
 @keys.command("revoke")
 def revoke_keys(ids: Ids, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
-    """Let keys open nothing from now on."""
+    """Revoke keys at once."""
     with connect(url, api_key) as client:
         for id_ in ids:
             checked(client.delete(f"/v1/admin/keys/{quote(id_, safe='')}"))
@@ -95,7 +95,7 @@ def limit_tenant(
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
-    """Give a tenant these limits, in place of those that it has."""
+    """Replace a tenant's limits."""
     with connect(url, api_key) as client:
         checked(client.post(f"/v1/admin/tenants/{quote(id_, safe='')}", json={"limits": _limits(limit)}))
     print(f"{id_} has {len(limit or ())} limits")
@@ -120,7 +120,7 @@ def list_tenants(as_json: AsJson = False, url: Url = DEFAULT_URL, api_key: ApiKe
 
 @tenants.command("rm")
 def remove_tenants(ids: Ids, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
-    """Forget tenants that have no adapters and no files, with their keys."""
+    """Delete tenants without adapters and files, together with their keys."""
     with connect(url, api_key) as client:
         for id_ in ids:
             checked(client.delete(f"/v1/admin/tenants/{quote(id_, safe='')}"))

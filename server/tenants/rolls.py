@@ -166,7 +166,7 @@ class Rolls:
 
 
 def _gone(record: "Record") -> bool:
-    """Whether not even a tombstone exists: the object was deleted from outside, since no server removes tombstones."""
+    """Whether not even a tombstone exists: the record was deleted from outside, as servers keep tenants' tombstones."""
     return record.version is None
 
 
