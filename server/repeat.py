@@ -10,7 +10,7 @@ log = logging.getLogger(__name__)
 async def repeatedly(
     work: Callable[[], Awaitable[object]], seconds: float, title: str, *expected: type[Exception]
 ) -> None:
-    """Do `work` every `seconds` until cancelled. A repeated fault is logged once, with its traceback unless `expected`."""
+    """Do `work` every `seconds` until cancelled. Log a repeated fault once, with its traceback unless `expected`."""
     known = ""
     while True:
         try:
