@@ -20,7 +20,7 @@ _LONGEST_RETRY = 60
 _SLOT_SECONDS = 30.0
 
 
-# Set in the task of a background request: it counts against no queue limit, and runs only in steps with room to spare.
+# Set in the task of a background request: no limit of the queue counts it, and it runs in steps without clients'.
 BACKGROUND: ContextVar[bool] = ContextVar("background", default=False)
 
 

@@ -82,8 +82,8 @@ app.command()(serve)
 
 @app.command()
 def fetch(
-    ref: Annotated[str, typer.Argument(metavar="[REF]", help="As --model of serve.", show_default=True)] = DEFAULT,
-    cache_dir: Annotated[Path | None, typer.Option(envvar="LORAKEET_CACHE_DIR", help="As of serve.")] = None,
+    ref: Annotated[str, typer.Argument(metavar="[REF]", help="As --model for serve.", show_default=True)] = DEFAULT,
+    cache_dir: Annotated[Path | None, typer.Option(envvar="LORAKEET_CACHE_DIR", help="As for serve.")] = None,
 ) -> None:
     """Fetch a base model ahead of serve. Prints its directory."""
     notes = Console(stderr=True, highlight=False)

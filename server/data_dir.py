@@ -32,7 +32,7 @@ def taken(data_dir: Path) -> Iterator[None]:
         except (Timeout, BlockingIOError):
             raise SettingError(f"--data-dir: another server is using {data_dir}") from None
         except OSError as fault:
-            log.warning("%s takes no lock file (%s)", data_dir, fault.strerror)
+            log.warning("no lock file can be made in %s (%s)", data_dir, fault.strerror)
             _lock_itself(data_dir, held)
         yield
 
@@ -47,7 +47,7 @@ def _lock_itself(data_dir: Path, held: contextlib.ExitStack) -> None:
     except BlockingIOError:
         raise SettingError(f"--data-dir: another server is using {data_dir}") from None
     except OSError as fault:
-        raise SettingError(f"--data-dir: {data_dir} takes no lock ({fault.strerror})") from None
+        raise SettingError(f"--data-dir: {data_dir} cannot be locked ({fault.strerror})") from None
 
 
 @contextlib.contextmanager
@@ -72,7 +72,7 @@ def open_names(data_dir: Path, busy_seconds: float) -> LocalNames:
             aside = lost.set_aside_database(path)
             names = LocalNames(path, busy_seconds)
             count = restore_names(names, lost.entries(data_dir / "adapters" / "versions"))
-            log.error("%s: set aside as %s; %d names are made anew from their versions", fault, aside.name, count)
+            log.error("%s: set aside as %s; %d names were restored from their versions", fault, aside.name, count)
             return names
 
 

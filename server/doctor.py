@@ -76,7 +76,7 @@ def _chosen(root: Path, ids: list[str], *, everything: bool) -> list[Lost]:
         raise DoctorError("give the ids that `lorakeet doctor` lists, or --all")
     by_id = {thing.id: thing for thing in found(root)}
     if unknown := [id_ for id_ in ids if id_ not in by_id]:
-        raise DoctorError(f"{unknown[0]}: nothing of that id was set aside")
+        raise DoctorError(f"{unknown[0]}: no item of this id was set aside")
     return [by_id[id_] for id_ in ids] if ids else list(by_id.values())
 
 
@@ -92,9 +92,9 @@ def _restore(root: Path, chosen: list[Lost]) -> None:
     moves = {Path(thing.path): root / HOMES[thing.kind] / thing.id.partition("~")[0] for thing in chosen}
     for thing in chosen:
         if not thing.names:
-            raise DoctorError(f"{thing.id} does not say what it was; upload it again from {thing.path}")
+            raise DoctorError(f"the name of {thing.id} is not recorded; upload it again from {thing.path}")
         if moves[Path(thing.path)].exists():
-            raise DoctorError(f"{thing.id} is there already: remove it")
+            raise DoctorError(f"{thing.id} already exists in its place: delete this copy with --remove")
     for path, home in moves.items():
         home.parent.mkdir(parents=True, exist_ok=True)
         path.rename(home)
@@ -108,7 +108,7 @@ def _restore(root: Path, chosen: list[Lost]) -> None:
         list(restore.restore_jobs(database, moved["jobs"]))
         database.close()
     except (DatabaseBusy, DatabaseDamaged, NewerLayoutError, OSError) as fault:
-        raise DoctorError(f"{fault}; the next start sets aside again what has no row") from None
+        raise DoctorError(f"{fault}; the next start sets items without a row aside again") from None
 
 
 # --- verifying -------------------------------------------------------------------------------------
@@ -117,12 +117,12 @@ def _restore(root: Path, chosen: list[Lost]) -> None:
 def _damaged_databases(root: Path) -> Iterator[Fault]:
     for path in sorted(root.glob("*.db.damaged-*")):
         if not path.name.endswith(("-wal", "-shm")):
-            yield Fault(str(path), "a damaged database, set aside", "`sqlite3 FILE .recover` shows what is left of it")
+            yield Fault(str(path), "a damaged database, set aside", "`sqlite3 FILE .recover` shows its readable rows")
 
 
 def _verify_databases(root: Path) -> Iterator[Fault]:
-    anew = "the next start sets it aside and makes it anew"
-    restored = "restore it from a backup: without it nobody knows whom to let in, and no server starts"
+    anew = "the next start sets it aside and makes a new one"
+    restored = "restore it from a backup: it has the tenants and keys, and no server starts without it"
     for name, remedy in (("adapters.db", anew), ("finetuning.db", anew), ("tenants.db", restored)):
         if (root / name).exists() and (fault := damage(root / name)):
             yield Fault(str(root / name), fault, remedy)
@@ -137,11 +137,11 @@ def _verify_versions(root: Path) -> Iterator[Fault]:
             with contextlib.suppress(DamagedAdapter):
                 mending.verified(path, f"sha256:{path.name}")
                 if CONFIG_NAME not in str(fault):
-                    remedy = "its weights are whole: the server mends it when it is asked for"
+                    remedy = "its weights are undamaged: the server mends it when it is requested"
             yield Fault(str(path), str(fault), remedy)
 
 
 def _verify_files(root: Path) -> Iterator[Fault]:
     for path in lost.entries(root / HOMES["files"]):
         if path.is_file() and not files.whole(path):
-            yield Fault(str(path), "it is not what was uploaded", "upload it again")
+            yield Fault(str(path), "its content differs from the upload", "upload it again")

@@ -121,9 +121,9 @@ class _AdapterMetrics(Collector):
         requests = _counter("lora_requests", "Requests that named the adapter")
         prompt = _counter("lora_prompt_tokens", "Prompt tokens of requests that named the adapter")
         generation = _counter("lora_generation_tokens", "Tokens generated with the adapter")
-        loads = _counter("lora_adapter_loads", "Times the adapter was brought onto the device")
-        seconds = _counter("lora_adapter_load_seconds", "Seconds spent bringing the adapter onto the device")
-        evictions = _counter("lora_adapter_evictions", "Times the adapter left the device")
+        loads = _counter("lora_adapter_loads", "Loads of the adapter onto the device")
+        seconds = _counter("lora_adapter_load_seconds", "Seconds spent loading the adapter onto the device")
+        evictions = _counter("lora_adapter_evictions", "Evictions of the adapter from the device")
         for name, counts in [*self._by_name.items(), (OTHER, self._other)]:
             requests.add_metric([name], counts.requests)
             prompt.add_metric([name], counts.prompt_tokens)
@@ -137,7 +137,7 @@ class _AdapterMetrics(Collector):
     def _residency(self) -> Iterator[Metric]:
         loaded = _gauge(
             "lora_adapter_loaded",
-            "Adapter versions held per memory tier, 0 or 1 for a named adapter; of the rest no rank is told",
+            "Adapter versions held per memory tier, 0 or 1 for a named adapter; `other` has no rank",
             "adapter_name",
             "level",
             "pinned",
@@ -177,8 +177,8 @@ class _AdapterMetrics(Collector):
         """The metric for the Kubernetes Gateway's inference extension: names in labels, the time as the value."""
         info = _gauge(
             "lora_requests_info",
-            "Adapters that are resident on the device (running) or waited for, as comma-separated names; the value is "
-            "the Unix time",
+            "Adapters resident on the device (running) or waited for, as comma-separated names; the value is the Unix "
+            "time",
             "max_lora",
             "running_lora_adapters",
             "waiting_lora_adapters",
@@ -233,19 +233,19 @@ class Metrics:
         self._running = self._gauge("num_requests_running", "Sequences in the batch")
         self._waiting = self._gauge("num_requests_waiting", "Sequences waiting for a place in the batch")
         self._kv_usage = self._gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1")
-        self._state_usage = self._gauge("state_cache_usage_perc", "Share of state slots that sequences have, 0 to 1")
+        self._state_usage = self._gauge("state_cache_usage_perc", "Share of state slots in use by sequences, 0 to 1")
         self._merged_bytes = self._gauge("merged_weight_bytes", "Device memory of adapters merged into the base")
         self._engine_up = self._gauge("engine_up", "1 while there is an engine process, else 0")
         self._cache_config = self._gauge(
-            "cache_config_info", "The KV cache: tokens of a block, and blocks", "block_size", "num_gpu_blocks"
+            "cache_config_info", "The KV cache: tokens per block, and blocks", "block_size", "num_gpu_blocks"
         )
-        self._pinned = self._gauge("num_pinned_lora_adapters", "Adapter versions that stay on the device")
+        self._pinned = self._gauge("num_pinned_lora_adapters", "Pinned adapter versions")
         self._pinned_bytes = self._gauge("pinned_lora_adapter_bytes", "Device memory of pinned adapters")
         self._prefix_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
         self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache")
-        self._preemptions = self._counter("num_preemptions", "Sequences put back to be recomputed")
-        self._drafted = self._counter("spec_decode_num_draft_tokens", "Tokens computed on speculation")
-        self._accepted = self._counter("spec_decode_num_accepted_tokens", "Drafted tokens that were right and used")
+        self._preemptions = self._counter("num_preemptions", "Preemptions: sequences to be recomputed later")
+        self._drafted = self._counter("spec_decode_num_draft_tokens", "Draft tokens computed")
+        self._accepted = self._counter("spec_decode_num_accepted_tokens", "Draft tokens accepted")
         self._step_requests = self._histogram("engine_step_requests", "Sequences in one engine step", _COUNTS)
         self._step_adapters = self._histogram("engine_step_adapters", "Distinct adapters in one engine step", _COUNTS)
         self._step_seconds = self._histogram("engine_step_seconds", "Duration of one engine step", _STEP)
@@ -260,7 +260,7 @@ class Metrics:
         self._top_tenants = top_tenants
         self._tenants: set[str] = set()  # those with series of their own
         self.tenant_requests = Counter(f"{PREFIX}tenant_requests", "Sequences", ["tenant"], registry=self.registry)
-        kinds = "Tokens of prompts (prompt) and answers (generation)"
+        kinds = "Prompt tokens (prompt) and generated tokens (generation)"
         self.tenant_tokens = Counter(f"{PREFIX}tenant_tokens", kinds, ["tenant", "kind"], registry=self.registry)
         self.success = Counter(
             f"{PREFIX}request_success", "Finished sequences", ["finished_reason"], registry=self.registry

@@ -168,7 +168,7 @@ def _check(directory: Path) -> None:
     except (OSError, ValueError) as error:
         raise ModelError(f"{directory} is not a model in Hugging Face layout: config.json: {error}") from None
     if not isinstance(config, dict):
-        raise ModelError(f"{directory} is not a model in Hugging Face layout: config.json holds no object")
+        raise ModelError(f"{directory} is not a model in Hugging Face layout: config.json is not an object")
     if quantization := config.get("quantization_config"):
         method = str(quantization.get("quant_method", "unknown")) if isinstance(quantization, dict) else "unknown"
         if method != "mxfp4":  # the original itself has it; its experts are decoded at load
@@ -240,7 +240,7 @@ def _snapshot(repository: str, report: Report) -> Path:
     except HFValidationError:
         known = ", ".join(BUILT_IN)
         raise ModelError(
-            f"{repository!r} is no directory, no .gguf file, no hub id and no built-in model ({known})"
+            f"{repository!r} is not a directory, a .gguf file, a hub id or a built-in model ({known})"
         ) from None
     except HfHubHTTPError as error:
         raise ModelError(f"{repository}: {str(error).splitlines()[0]}") from None

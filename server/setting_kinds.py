@@ -126,7 +126,7 @@ def parse_path(written: str) -> Path:
     try:
         return Path(written).expanduser()
     except RuntimeError:
-        raise ValueError(f"{written} begins with nobody's home directory") from None
+        raise ValueError(f"{written}: there is no such home directory") from None
 
 
 def _parse_text(written: str) -> str:
@@ -145,14 +145,14 @@ def parse_origin(written: str) -> str:
     """Return an origin, in lower case, as browsers send it."""
     if not re.fullmatch(r"(?i)\*|null|[a-z][a-z0-9+.-]*://[^/?#@]+", written):
         raise ValueError(
-            f"{written!r} is neither * nor an origin such as https://example.com, without a slash at its end"
+            f"{written!r} is neither * nor an origin such as https://example.com, without a trailing slash"
         )
     return written.lower()
 
 
 def parse_metrics_prefix(written: str) -> str:
     if not re.fullmatch("[a-zA-Z_][a-zA-Z0-9_]*", written):
-        raise ValueError("expected letters, digits and underscores, no digit first")
+        raise ValueError("expected letters, digits and underscores, not starting with a digit")
     return written
 
 

@@ -18,7 +18,7 @@ def tell_of_unknown(environ: Mapping[str, str]) -> None:
     known = {row.env for row in settings_fields()}
     for name in sorted(environ.keys() - known):
         if name.startswith(ENV_PREFIX) and not _NO_SETTING.fullmatch(name.removeprefix(ENV_PREFIX)):
-            log.warning("%s is no setting", name)
+            log.warning("%s is not a setting", name)
 
 
 def settings_table() -> str:

@@ -102,7 +102,9 @@ def open_store(settings: Settings, pin_limit: PinLimit) -> AdapterStore:
     from adapters.storage.remote import RemoteStore  # its library is needed only with an object store
 
     if left := sum(1 for _ in local.load(Path)):
-        log.warning("%d adapters under %s are not served: push them again, to --adapter-store", left, settings.data_dir)
+        log.warning(
+            "%d adapters under %s are not served with --adapter-store: push them again", left, settings.data_dir
+        )
     try:
         remote = RemoteStore(settings.adapter_store, settings.store_patience)
         return AdapterStore(

@@ -28,8 +28,10 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="The adapter's name.")
 
 
 def push(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The name to serve it under, new or taken over at once.")],
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory that PEFT's save_pretrained wrote.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="The adapter's name; an existing one gets a new version.")
+    ],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A directory written by PEFT's save_pretrained.")],
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
@@ -64,10 +66,10 @@ def push(
 
 def pull(
     name: Name,
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where to put it; made if missing.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The target directory; made if missing.")],
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an adapter that is already in DIR.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an adapter in DIR.")] = False,
 ) -> None:
     """Download an adapter. PEFT's from_pretrained reads DIR."""
     targets = [directory / CONFIG, directory / WEIGHTS]
@@ -130,14 +132,14 @@ def remove(
     with connect(url, api_key) as client:
         for name in names:
             checked(client.delete(adapter_path(name)))
-            print(f"{name} is gone")
+            print(f"{name} is deleted")
 
 
 def pin(name: Name, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
     """Keep an adapter on the device, later versions of its name included."""
     with connect(url, api_key) as client:
         answer = checked(client.post(adapter_path(name, "pin"))).json()
-    print(f"{name} is pinned: {_size(answer['bytes_on_device'])} of the device")
+    print(f"{name} is pinned: {_size(answer['bytes_on_device'])} of device memory")
 
 
 def unpin(name: Name, url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:

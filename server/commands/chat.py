@@ -18,7 +18,7 @@ from server.commands.remote import DEFAULT_URL, ApiKey, CommandError, Url, base_
 Message = dict[str, str]
 
 MAX_TOKENS = 512  # small models sometimes never stop
-_HELP = """/adapter NAME  talk to another adapter, or without NAME to the base; the conversation goes on
+_HELP = """/adapter NAME  talk to another adapter, or without NAME to the base; the conversation continues
 /clear         forget the conversation
 /help          show this
 /quit          end (so does Ctrl-D); Ctrl-C ends an answer"""
@@ -27,8 +27,8 @@ _PARTS = re.compile(r"\n|[^\S\n]*\S+|[^\S\n]+")  # ends of lines; words with the
 
 
 def chat(
-    adapter: Annotated[str | None, typer.Option(help="The adapter to talk to; the base when not given.")] = None,
-    system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="The adapter to talk to; by default the base.")] = None,
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     temperature: Annotated[float, typer.Option(min=0, max=2)] = 0.7,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = MAX_TOKENS,
     url: Url = DEFAULT_URL,
@@ -104,7 +104,7 @@ class _Chat:
                     page.write(piece)
         page.end()
         if finish == "length":
-            self._notes.print(f"[cut at its limit of tokens: --max-tokens {body['max_tokens']}]", style="dim")
+            self._notes.print(f"[cut at the limit of tokens: --max-tokens {body['max_tokens']}]", style="dim")
         return "".join(pieces)
 
     @contextlib.contextmanager

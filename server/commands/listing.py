@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, as the API has it.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the API's JSON.")]
 
 _UNBOUNDED = 10_000  # columns: wider than any list
 

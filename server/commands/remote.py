@@ -9,8 +9,8 @@ from urllib.parse import quote
 import httpx
 import typer
 
-Url = Annotated[str, typer.Option("--url", envvar="LORAKEET_URL", help="The server; http:// and /v1 may be left out.")]
-ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="LORAKEET_API_KEY", help="A key that it accepts.")]
+Url = Annotated[str, typer.Option("--url", envvar="LORAKEET_URL", help="The server; http:// and /v1 are optional.")]
+ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="LORAKEET_API_KEY", help="An API key of the server.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 _HERE = re.compile(r"localhost|127(\.\d+){3}|::1")
