@@ -89,7 +89,7 @@ class ContextLengthExceeded(InvalidRequest):
 
 
 class InvalidApiKey(InvalidRequest):
-    """401: no API key, or one that the server does not know."""
+    """401: no API key, or an unknown one."""
 
     status = 401
     default_code = "invalid_api_key"

@@ -1,4 +1,4 @@
-"""Lists on standard output: aligned columns on a terminal, plain rows in a pipe, JSON when asked for."""
+"""Lists on standard output: aligned columns on a terminal, plain rows in a pipe, JSON with --json."""
 
 import json
 from collections.abc import Iterable, Sequence

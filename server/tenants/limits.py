@@ -26,7 +26,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     device_rows: int | None = None  # of its adapters on the device, for each module kind
     stored_bytes: int | None = None  # adapters, files and kept responses
     training_jobs: int | None = None  # unfinished jobs
-    training_tokens_per_day: int | None = None  # checked when a job starts; a running job continues
+    training_tokens_per_day: int | None = None  # checked when a job is created; running jobs continue
     weight: float = 1.0  # of its share of the engine, relative to other tenants
 
 

@@ -72,8 +72,8 @@ class ObjectText:
         return "".join(made)
 
     def end(self, *, cut: bool) -> str:
-        """Return the rest to pass on: all text as a string under `INVALID` if it is no object, nothing if it is one, or
-        an answer that was `cut` short."""
+        """Return the rest to pass on: all text as a string under `INVALID` if it is no object; nothing if it is one, or
+        the beginning of one in an answer that was `cut` short."""
         if self._next == "nothing" or (cut and self._valid):
             return ""
         first = len(self._passed) < 2
