@@ -68,8 +68,7 @@ class Settings:
     )
     sketch_head: bool = switch(
         True,
-        "On a CPU, keep an int8 screening copy of the head: greedy sampling reads half as much and gives the same "
-        "tokens.",
+        "On a CPU, keep an int8 screening copy of the head: greedy sampling reads half as much for the same tokens.",
     )
     threads: int | None = whole(None, "Compute threads of the engine.", within=(1, 1024), shown="one per core")
     max_model_len: int | None = whole(
@@ -80,8 +79,7 @@ class Settings:
     )
     generation_config: str = text(
         "auto",
-        "Source of default sampling values: the model's own generation_config.json (auto), another directory's, or "
-        "none.",
+        "Source of default sampling values: the model's generation_config.json (auto), another directory's, or none.",
     )
 
     # --- directories and databases
@@ -289,8 +287,7 @@ class Settings:
     )
     store_answer_seconds: float = number(
         15.0,
-        "Longest silence of --adapter-store while it answers a request, before this fails; a directory has no such "
-        "limit.",
+        "Longest silence of --adapter-store while it answers a request; then it fails. A directory has no such limit.",
         within=(0.5, 3600),
     )
     store_silent_seconds: float = number(
